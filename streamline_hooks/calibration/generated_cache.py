@@ -1,0 +1,112 @@
+"""Keep the texts a model wrote in a file that names what they depend on, so that none is written twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from streamline_hooks.errors import StreamlineError
+
+_VALUES_PER_PARAMETER = 16
+
+
+@dataclass(frozen=True)
+class GeneratedText:
+    """A text a model wrote, and what it is judged by.
+
+    Attributes
+    ----------
+    text : str
+        The answer alone, without the prompt and special tokens.
+    tokens : int
+        Its length in tokens when it is tokenised without special tokens.
+    perplexity : float
+        The model's own perplexity of the answer's tokens, given the prompt.
+    distinct : float
+        Share of its runs of four tokens that are different from one another, from 0 to 1.
+    """
+
+    text: str
+    tokens: int
+    perplexity: float
+    distinct: float
+
+
+class GeneratedCache:
+    """The batches of texts written so far, kept in a JSONL file.
+
+    The whole file is written beside itself and moved into place after each batch, so an interrupt leaves either the
+    old file or the new one.
+
+    Parameters
+    ----------
+    folder : str or Path or None
+        Where the file is kept; None keeps nothing.
+    identity : dict
+        Everything the texts depend on, as JSON. Its hash is in the name of the file.
+    """
+
+    def __init__(self, folder: str | Path | None, identity: dict[str, Any]) -> None:
+        self.batches: list[list[GeneratedText]] = []
+        self.path: Path | None = None
+        if folder is not None:
+            text = json.dumps(identity, sort_keys=True, default=str)
+            name = f"self-generated-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
+            self.path = Path(folder).expanduser() / name
+            if self.path.exists():
+                self.batches = _load(self.path)
+
+    def append(self, batch: list[GeneratedText]) -> None:
+        """Add a batch and write the file anew."""
+        self.batches.append(batch)
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.stem, suffix=".part")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                for number, texts in enumerate(self.batches):
+                    for text in texts:
+                        file.write(json.dumps({"batch": number, **asdict(text)}, ensure_ascii=False) + "\n")
+            os.replace(temporary, self.path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return SHA-256, in hexadecimal, of every parameter's name, shape, dtype and a few of its values."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        if not parameter.is_meta and parameter.numel():
+            flat = parameter.detach().reshape(-1)
+            some = flat[:: max(1, flat.numel() // _VALUES_PER_PARAMETER)]
+            digest.update(some.to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _load(path: Path) -> list[list[GeneratedText]]:
+    batches: list[list[GeneratedText]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            if row.pop("batch") == len(batches):
+                batches.append([])
+            batches[-1].append(GeneratedText(**row))
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise StreamlineError(
+                f"{path}, line {number} is not what this library wrote there ({type(error).__name__}: {error}). "
+                "Expected one generated text in each line. Delete the file, and it is generated again."
+            ) from error
+    return batches

@@ -1,0 +1,285 @@
+"""Calibration text that an instruct model writes itself, through its chat template."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from streamline_hooks.calibration.generated_cache import GeneratedCache, GeneratedText, weights_digest
+from streamline_hooks.calibration.prompts import FORMS, TOPICS, prompts
+from streamline_hooks.errors import StreamlineError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# A text of fewer tokens is an evasion or a title.
+_SHORTEST = 16
+# Of all runs of four tokens in a text, at least this share is different from the others; prose has above 0.9.
+_LEAST_DISTINCT = 0.6
+# So many batches one after the other without a single text that can be used: the model does not answer.
+_PATIENCE = 8
+
+
+def self_generated(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokens: int,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    sequence_length: int = 512,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    keep_fraction: float = 0.9,
+    batch_size: int = 32,
+) -> list[str]:
+    """Let an instruct model write text about many topics in many forms, and keep what it wrote well.
+
+    Calibration text in the model's own words keeps a pruned model closer to what it was than foreign text does:
+    arXiv 2410.09982 (self-data distillation) has the original model write the answers, and arXiv 2410.17711 filters
+    what a model wrote by its own perplexity. Here texts that are short, repeated, or repeat themselves are dropped,
+    and of the others the ``keep_fraction`` of lowest perplexity is kept.
+
+    The texts depend on the model, the settings and the seed, and not on ``tokens``: asking for more continues where
+    less would have stopped. The random state of PyTorch on the CPU and on a CUDA device, and the model's training
+    mode, are as before afterwards.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model that was trained to answer.
+    tokenizer : PreTrainedTokenizerBase
+        Its tokenizer, with a chat template.
+    tokens : int
+        Write until the texts that are kept have so many tokens together.
+    seed : int, default 0
+        Decides the order of the prompts and what is sampled.
+    cache : str or Path, optional
+        A folder for what was written. After an interrupt, the batches that are in it are not written again.
+    sequence_length : int, default 512
+        The longest answer, in tokens.
+    temperature, top_p : float, default 0.8 and 0.95
+        Of the sampling.
+    keep_fraction : float, default 0.9
+        Share of the usable texts to keep, above 0 and at most 1.
+    batch_size : int, default 32
+        Answers written at the same time.
+
+    Returns
+    -------
+    list of str
+        The answers that are kept, in the order in which they were written.
+
+    Raises
+    ------
+    StreamlineError
+        If a setting is out of range, the tokenizer has no chat template, the model cannot generate or has no room
+        for an answer, the model writes nothing that can be used, or the cache's file is damaged.
+    """
+    _check(model, tokenizer, tokens, sequence_length, temperature, top_p, keep_fraction, batch_size)
+    sampling = {"temperature": temperature, "top_p": top_p}
+    settings = {"sequence_length": sequence_length, "batch_size": batch_size, "seed": seed, **sampling}
+    store = GeneratedCache(cache, _identity(model, tokenizer, settings) if cache is not None else {})
+    queue = prompts(seed)
+    written: list[GeneratedText] = []
+    idle = 0
+    with tqdm(total=tokens, unit="token", desc="Writing calibration text", disable=None) as bar, _evaluating(model):
+        for number in count():
+            asked = list(islice(queue, batch_size))
+            known = number < len(store.batches)
+            if not known:
+                drawn = hashlib.sha256(f"{seed} {number}".encode()).digest()[:7]
+                with _seeded(model.device, int.from_bytes(drawn)):
+                    store.append(_write(model, tokenizer, asked, sequence_length, sampling))
+            before = len(_usable(written))
+            written += store.batches[number]
+            usable = _usable(written)
+            kept = _best(usable, keep_fraction)
+            total = sum(text.tokens for text in kept)
+            bar.update(min(total, tokens) - bar.n)
+            if known:
+                bar.initial = bar.n  # the rate counts what is written now
+            if total >= tokens:
+                return [text.text for text in kept]
+            idle = 0 if len(usable) > before else idle + 1
+            if idle == _PATIENCE:
+                break
+    raise StreamlineError(
+        f"{type(model).__name__} wrote {len(written):,} texts, of which {len(kept):,} with {total:,} tokens can be "
+        f"used; {tokens:,} tokens were asked for. Expected answers of at least {_SHORTEST} tokens that do not repeat "
+        "themselves. The model may not be trained to answer: give text of your own with --calibration FILE."
+    )
+
+
+def _check(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    sequence_length: int,
+    temperature: float,
+    top_p: float,
+    keep_fraction: float,
+    batch_size: int,
+) -> None:
+    for name, value, good, expected in (
+        ("tokens", tokens, tokens >= 1, "at least 1"),
+        ("sequence_length", sequence_length, sequence_length >= _SHORTEST, f"at least {_SHORTEST}"),
+        ("temperature", temperature, temperature > 0, "a number above 0"),
+        ("top_p", top_p, 0 < top_p <= 1, "a number above 0 and at most 1"),
+        ("keep_fraction", keep_fraction, 0 < keep_fraction <= 1, "a number above 0 and at most 1"),
+        ("batch_size", batch_size, batch_size >= 1, "at least 1"),
+    ):
+        if not good:
+            raise StreamlineError(f"{name}={value!r}: expected {expected}. Change it, or leave it at its default.")
+    if not getattr(tokenizer, "chat_template", None):
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise StreamlineError(
+            f"The tokenizer {name!r} has no chat template, so its model cannot be asked to write its own calibration "
+            "text. Expected the tokenizer of an instruct model. Give text with --calibration FILE."
+        )
+    if not model.can_generate():
+        raise StreamlineError(
+            f"{type(model).__name__} cannot generate, so it cannot write its own calibration text. Expected a causal "
+            "language model. Give text with --calibration FILE."
+        )
+
+
+def _identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything that decides what is written."""
+    config = model.config.to_dict()
+    for incidental in ("_name_or_path", "transformers_version", "_commit_hash"):
+        config.pop(incidental, None)
+    return {
+        "config": config,
+        "weights": weights_digest(model),
+        "template": tokenizer.chat_template,
+        "prompts": [FORMS, TOPICS],
+        **settings,
+    }
+
+
+def _write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[str],
+    sequence_length: int,
+    sampling: dict[str, float],
+) -> list[GeneratedText]:
+    """Sample one answer to each prompt."""
+    rows = [_chat_ids(tokenizer, prompt) for prompt in asked]
+    width = max(map(len, rows))
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if room - width < _SHORTEST:
+        raise StreamlineError(
+            f"{type(model).__name__} has room for {room} tokens, and a prompt in its chat template has {width}. "
+            f"Expected room for an answer of {_SHORTEST} tokens at least. Give text with --calibration FILE."
+        )
+    ends = _end_ids(model, tokenizer)
+    pad = next((i for i in (tokenizer.pad_token_id, *sorted(ends)) if i is not None), 0)
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    generate: Any = model.generate
+    answers = generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=True,
+        num_beams=1,
+        top_k=0,
+        max_new_tokens=int(min(sequence_length, room - width)),
+        pad_token_id=pad,
+        eos_token_id=sorted(ends) or None,
+        use_cache=True,
+        **sampling,
+    )[:, width:].tolist()
+    return [
+        _judged(model, tokenizer, row, list(_until(answer, ends))) for row, answer in zip(rows, answers, strict=True)
+    ]
+
+
+def _chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    chat = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the ids that end an answer; a chat model may have several."""
+    configured = model.generation_config.eos_token_id
+    ends = configured if isinstance(configured, list) else [configured]
+    return {i for i in (*ends, tokenizer.eos_token_id) if i is not None}
+
+
+def _until(ids: Sequence[int], ends: set[int]) -> Iterator[int]:
+    for one in ids:
+        if one in ends:
+            return
+        yield one
+
+
+@torch.no_grad()
+def _judged(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], answer: list[int]
+) -> GeneratedText:
+    """Score one answer alone, unpadded, so that the score does not depend on its batch."""
+    text = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+    if not text:
+        return GeneratedText("", 0, 0.0, 0.0)
+    ids = torch.tensor([prompt + answer], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    loss = torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :])
+    runs = [tuple(answer[i : i + 4]) for i in range(len(answer) - 3)]
+    return GeneratedText(
+        text=text,
+        tokens=len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]),
+        perplexity=math.exp(loss.item()),
+        distinct=len(set(runs)) / max(1, len(runs)),
+    )
+
+
+def _usable(texts: Sequence[GeneratedText]) -> list[GeneratedText]:
+    """Leave out what is short, repeated, or repeats itself."""
+    first = {text.text: text for text in reversed(texts)}
+    return [
+        text
+        for text in texts
+        if first[text.text] is text and text.tokens >= _SHORTEST and text.distinct >= _LEAST_DISTINCT
+    ]
+
+
+def _best(texts: Sequence[GeneratedText], fraction: float) -> list[GeneratedText]:
+    """Keep a fraction of lowest perplexity, in the order given."""
+    ranked = sorted(range(len(texts)), key=lambda i: texts[i].perplexity)
+    return [texts[i] for i in sorted(ranked[: math.ceil(fraction * len(texts))])]
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed the generators that sampling uses, and put them back as they were."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        # Not torch.manual_seed, which seeds every accelerator, also those that are not put back.
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model in evaluation mode, and each module back in its own afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

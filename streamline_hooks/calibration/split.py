@@ -1,0 +1,196 @@
+"""Deal documents to calibration, validation and test, so that no text is in two of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from streamline_hooks.calibration.dealing import Encoder, deal_parts, long_paragraphs, shuffled
+from streamline_hooks.errors import StreamlineError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSplit:
+    """Token ids for calibration, validation and test that share no document and no long paragraph.
+
+    Attributes
+    ----------
+    calibration, validation, test : torch.LongTensor
+        Each of shape (sequences, sequence_length): full sequences, no padding, no BOS.
+    fingerprint : str
+        SHA-256, in hexadecimal, of the calibration ids and their shape. Two runs with the same fingerprint were
+        calibrated on the same tokens.
+    notes : tuple of str
+        What had to be done differently from what was asked: documents cut, parts shrunk.
+    """
+
+    calibration: Tensor
+    validation: Tensor
+    test: Tensor
+    fingerprint: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens in each sequence."""
+        return int(self.calibration.shape[1])
+
+    def describe(self) -> str:
+        """One line: the size of each part, the fingerprint, and the notes."""
+        parts = {"calibration": self.calibration, "validation": self.validation, "test": self.test}
+        sizes = ", ".join(f"{name} {ids.numel():,}" for name, ids in parts.items())
+        line = f"{sizes} tokens in sequences of {self.sequence_length}; fingerprint {self.fingerprint[:12]}"
+        return "; ".join((line, *self.notes))
+
+
+def split_documents(
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int = 0,
+    sequence_length: int = 512,
+    calibration_tokens: int = 41_000,
+    validation_tokens: int = 8_192,
+    test_tokens: int = 16_384,
+    test_documents: Sequence[str] | None = None,
+) -> TokenSplit:
+    """Shuffle documents, deal them to test, validation and calibration, and tokenise what is needed.
+
+    The order is that of a hash of seed and content, so neither the order of the documents nor that of the files
+    they came from matters. Test is filled first, then validation, then calibration. A paragraph of 80 characters
+    or more that an earlier part has seen is left out of later ones. A document gives at most a quarter of its part,
+    or one sequence where that is more; the rest of it is left unused.
+
+    Where the documents are too few for that, the long ones are cut at paragraph boundaries into pieces of about one
+    to four sequences (shorter ones where there is hardly any text), and the pieces are dealt. Where all the text is
+    less than what was asked for, the parts shrink by one ratio, to one sequence each at least. Each part's documents
+    are joined by a blank line, tokenised one by one without BOS, and cut into full sequences.
+
+    Parameters
+    ----------
+    documents : sequence of str
+        The text, see :func:`read_documents`.
+    tokenizer : PreTrainedTokenizerBase
+        Called as ``tokenizer(text, add_special_tokens=False, verbose=False)``; its ``input_ids`` are read.
+    seed : int, default 0
+        Another seed deals the documents differently.
+    sequence_length : int, default 512
+        Tokens in each sequence.
+    calibration_tokens, validation_tokens, test_tokens : int
+        Size of each part in tokens, rounded down to full sequences.
+    test_documents : sequence of str, optional
+        Text for scoring. Then test comes only from it, none of its documents and long paragraphs, used or not, get
+        into calibration or validation, and where it is too little only test shrinks.
+
+    Returns
+    -------
+    TokenSplit
+        Three tensors of shape (sequences, sequence_length).
+
+    Raises
+    ------
+    StreamlineError
+        If a size is less than one sequence, or if the text does not fill one sequence of each part.
+
+    Examples
+    --------
+    Any callable that returns ``input_ids`` will do; this one replaces each word by its length:
+
+    >>> def tokenizer(text, **options):
+    ...     return {"input_ids": [len(word) for word in text.split()]}
+    >>> documents = [f"This is the document number {n}." for n in range(60)]
+    >>> split = split_documents(
+    ...     documents,
+    ...     tokenizer,
+    ...     sequence_length=12,
+    ...     calibration_tokens=120,
+    ...     validation_tokens=24,
+    ...     test_tokens=48,
+    ... )
+    >>> split.calibration.shape, split.validation.shape, split.test.shape
+    (torch.Size([10, 12]), torch.Size([2, 12]), torch.Size([4, 12]))
+    """
+    sizes = {"test": test_tokens, "validation": validation_tokens, "calibration": calibration_tokens}
+    _check_sizes(sizes, sequence_length)
+    encode = Encoder(tokenizer)
+    shared = shuffled(documents, seed)
+    if test_documents is None:
+        parts, notes = deal_parts(shared, sizes, encode, sequence_length, seed)
+    else:
+        scored = shuffled(test_documents, seed)
+        forbidden = frozenset(paragraph for document in scored for paragraph in long_paragraphs(document))
+        excluded = set(scored)
+        shared = [document for document in shared if document not in excluded]
+        parts, notes = deal_parts(scored, {"test": sizes.pop("test")}, encode, sequence_length, seed)
+        more, more_notes = deal_parts(shared, sizes, encode, sequence_length, seed, forbidden)
+        parts, notes = parts | more, notes + more_notes
+    tensors = {name: torch.tensor(ids, dtype=torch.long).view(-1, sequence_length) for name, ids in parts.items()}
+    return TokenSplit(**tensors, fingerprint=_fingerprint(tensors["calibration"]), notes=tuple(notes))
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, split: TokenSplit | None = None) -> None:
+    """Refuse a tokenizer that produces ids the model has no embedding for.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        The tokenizer that made the ids.
+    vocabulary_size : int
+        Rows of the model's embedding, ``model.get_input_embeddings().num_embeddings``.
+    split : TokenSplit, optional
+        The ids that will be used. Given, only they count: a token that was added to the tokenizer and appears
+        nowhere does no harm. Without it every id of the tokenizer's vocabulary counts.
+
+    Raises
+    ------
+    StreamlineError
+        If an id is equal to the number of rows or above it.
+
+    Examples
+    --------
+    >>> from streamline_hooks.errors import StreamlineError
+    >>> split = TokenSplit(*torch.arange(12).view(3, 1, 4), fingerprint="")
+    >>> check_tokenizer(None, 12, split)
+    >>> try:
+    ...     check_tokenizer(None, 10, split)
+    ... except StreamlineError as error:
+    ...     print(error)
+    The tokenizer does not belong to this model: ...
+    """
+    if split is None:
+        largest, where = max(tokenizer.get_vocab().values()), "its vocabulary holds"
+    else:
+        largest = max(int(ids.max()) for ids in (split.calibration, split.validation, split.test))
+        where = "this text was given"
+    if largest >= vocabulary_size:
+        name = getattr(tokenizer, "name_or_path", "")
+        raise StreamlineError(
+            f"The tokenizer{f' {name!r}' if name else ''} does not belong to this model: {where} the id {largest:,}, "
+            f"and the model's embedding has {vocabulary_size:,} rows. Expected ids from 0 to "
+            f"{vocabulary_size - 1:,}. Load the tokenizer from the folder or hub name that the model comes from, or "
+            "resize the model's embedding."
+        )
+
+
+def _check_sizes(sizes: dict[str, int], length: int) -> None:
+    for name, size in sizes.items():
+        if length < 1 or size < length:
+            raise StreamlineError(
+                f"{name}_tokens={size} with sequence_length={length}: expected a positive sequence length and at "
+                f"least one sequence in each part. Ask for {name}_tokens={max(length, 1)} or more, or for a smaller "
+                "--sequence-length."
+            )
+
+
+def _fingerprint(ids: Tensor) -> str:
+    digest = hashlib.sha256(f"{tuple(ids.shape)}".encode())
+    digest.update(ids.contiguous().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,135 @@
+"""Write a compressed model to a folder and read it back; a folder is whole or untouched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from streamline_hooks.errors import StreamlineError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+REPORT = "report.json"
+
+
+def save(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    report: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model, its tokenizer and a report.
+
+    Everything is written to a new folder beside `folder` and renamed at the end, so that an interruption or a full
+    disk leaves what was there before.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        After `LayerSurgeon.commit`. Without splices it becomes a plain checkpoint of its architecture; with splices
+        one that loads through ``AutoModelForCausalLM`` where this library is imported, and fails loudly elsewhere.
+    folder : str or Path
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+    report : dict, optional
+        Written as ``report.json``.
+    overwrite : bool
+        Take the place of a folder that is not empty.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    StreamlineError
+        If the folder is not empty, if it cannot be written, or if a surgeon is still open on the model.
+    """
+    target = Path(folder)
+    require_free(target, overwrite)
+    with _replacing(target) as beside:
+        try:
+            model.save_pretrained(beside)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(beside)
+            if report is not None:
+                (beside / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        except (OSError, SafetensorError) as error:
+            raise StreamlineError(
+                f"Writing {target} failed: {error}. What was there before is untouched. Make room or choose another "
+                "folder."
+            ) from error
+    return target
+
+
+def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Read a compressed model.
+
+    Parameters
+    ----------
+    folder : str or Path
+        As `save` wrote it.
+    **kwargs
+        For ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises
+    ------
+    StreamlineError
+        If there is no model in the folder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not (Path(folder) / "config.json").is_file():
+        raise StreamlineError(f"{folder} holds no model: config.json is missing. Give a folder that `save` wrote.")
+    return AutoModelForCausalLM.from_pretrained(folder, **kwargs)  # type: ignore[no-any-return]
+
+
+def require_free(folder: str | Path, overwrite: bool = False) -> None:
+    """Raise unless a model may be written to a folder; to be asked before hours of work.
+
+    Raises
+    ------
+    StreamlineError
+        If it is a file, or not empty and not to be overwritten.
+    """
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise StreamlineError(f"{target} is a file; give a folder to write the model to.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise StreamlineError(f"{target} is not empty. Choose another folder, or pass --overwrite (overwrite=True).")
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A new folder beside the target, which takes its place if all goes well."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".writing", dir=target.parent))
+    except OSError as error:
+        raise StreamlineError(f"Cannot write beside {target}: {error}. Choose another folder.") from error
+    old = beside.with_suffix(".old")
+    try:
+        yield beside
+        beside.chmod(0o755)
+        if target.exists():
+            target.rename(old)
+        try:
+            beside.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,395 @@
+"""The whole way in one call: rank, shortlist, fit, judge, remove, measure, save."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+
+from streamline_hooks.calibration import TokenSplit, check_tokenizer, split_documents
+from streamline_hooks.checkpoint import require_free, save
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.evaluation import Candidate, kl_of_candidates, perplexity, perplexity_of_candidates
+from streamline_hooks.passes import batches_of
+from streamline_hooks.repair import fit, require_kind, solve
+from streamline_hooks.selection import blocks_to_remove, protected_blocks, ranked, windows
+from streamline_hooks.stack import BlockStack, find_stack
+from streamline_hooks.statistics import measure_moments, measure_similarity
+from streamline_hooks.surgery import LayerSurgeon, SurgeryPlan
+from streamline_hooks.surgery.placement import move_beside
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class JudgedWindow:
+    """A shortlisted window and what was found out about it.
+
+    Attributes
+    ----------
+    start, stop : int
+        The half-open window of blocks.
+    cosine : float
+        Mean cosine of the states before and after it, on calibration text.
+    removal_error, repaired_error : float
+        Mean relative squared error of the state after it, without and with the closed form, on held-out sequences.
+    ridge : float
+        Chosen for it, in units of the mean eigenvalue of the moments.
+    kl : float
+        Mean KL to the original's next-token distribution on validation text, repaired, in nats a token.
+    """
+
+    start: int
+    stop: int
+    cosine: float
+    removal_error: float
+    repaired_error: float
+    ridge: float
+    kl: float
+
+
+@dataclass
+class CompressionResult:
+    """A compressed model and how it came about.
+
+    Attributes
+    ----------
+    model : transformers.PreTrainedModel
+        The model that was given, shortened for good.
+    tokenizer : transformers.PreTrainedTokenizerBase
+    plan : SurgeryPlan
+        Old blocks to new blocks.
+    kind : str
+        What stands in the window's place.
+    candidates : list of JudgedWindow
+        The shortlist, the chosen one first.
+    perplexities : dict
+        Perplexity on text that nothing was chosen or fitted on, of ``original``, ``removed`` (plain removal of the
+        chosen window) and ``repaired``; with ``cosine_first_removed`` and ``cosine_first_repaired`` for the window
+        that cosine alone would have taken.
+    parameters, size_in_bytes : tuple of int
+        Before and after.
+    seconds : dict
+        By step.
+    peak_memory : int or None
+        Of the process, in bytes; None where the system does not tell.
+    data : dict
+        Tokens by part, sequence length, seed and the calibration data's fingerprint.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    plan: SurgeryPlan
+    kind: str
+    candidates: list[JudgedWindow]
+    perplexities: dict[str, float]
+    parameters: tuple[int, int]
+    size_in_bytes: tuple[int, int]
+    seconds: dict[str, float]
+    peak_memory: int | None
+    data: dict[str, Any]
+    folder: Path | None = field(default=None)
+
+    def report(self) -> dict[str, Any]:
+        """Everything but the model, as JSON values."""
+        return {
+            "plan": self.plan.to_dict(),
+            "kind": self.kind,
+            "candidates": [asdict(candidate) for candidate in self.candidates],
+            "perplexity": self.perplexities,
+            "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
+            "bytes": {"before": self.size_in_bytes[0], "after": self.size_in_bytes[1]},
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory,
+            "data": self.data,
+            "versions": {name: version(name) for name in ("streamline_hooks", "torch", "transformers")},
+        }
+
+    def table(self) -> str:
+        """The result for a terminal."""
+        original = self.perplexities["original"]
+        rows = [
+            ("blocks", f"{self.plan.old_length} -> {len(self.plan.slots)}, removed {_runs(self.plan.removed)}"),
+            ("in their place", self.kind),
+            ("parameters", _before_after(self.parameters, "")),
+            ("bytes", _before_after(self.size_in_bytes, "B")),
+        ]
+        for name, label in _LABELS.items():
+            if name in self.perplexities:
+                value = self.perplexities[name]
+                rows.append((f"perplexity, {label}", f"{value:10.2f}   x {value / original:.2f}"))
+        rows += [(f"seconds, {step}", f"{seconds:10.1f}") for step, seconds in self.seconds.items()]
+        if self.peak_memory is not None:
+            rows.append(("peak memory", f"{self.peak_memory / 1e9:10.2f} GB"))
+        if self.folder is not None:
+            rows.append(("written to", str(self.folder)))
+        width = max(len(label) for label, _ in rows)
+        return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+
+
+def compress(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    remove: int | float = 0.25,
+    kind: str = "linear",
+    keep: Iterable[int] = (),
+    test_texts: Sequence[str] | None = None,
+    sequence_length: int = 512,
+    calibration_tokens: int = 41_000,
+    validation_tokens: int = 8_192,
+    test_tokens: int = 12_288,
+    batch_size: int = 4,
+    shortlist: int = 8,
+    seed: int = 0,
+    stack: str | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> CompressionResult:
+    """Give up the window of blocks whose loss is repaired best.
+
+    One pass compares all states; cosine makes a shortlist; a second pass, stopped after the last block needed, sums
+    the moments of all shortlisted windows; each is repaired in closed form and judged by KL to the original on
+    validation text; the best is committed, and measured on text that played no part in any of this.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A causal language model. It is changed; on an error it is as it was.
+    tokenizer : transformers.PreTrainedTokenizerBase
+    texts : sequence of str
+        Documents. Calibration, validation and test text are split off them without overlap.
+    remove : int or float
+        Number of blocks, or a fraction below 1 of them (rounded half up).
+    kind : {"linear", "none"}
+        What stands in the window's place.
+    keep : iterable of int
+        Blocks that must stay; negative numbers count from the end.
+    test_texts : sequence of str, optional
+        Documents to score on instead of a part of `texts`.
+    sequence_length, calibration_tokens, validation_tokens, test_tokens : int
+        In tokens.
+    batch_size : int
+        Sequences at a time.
+    shortlist : int
+        How many windows are fitted and judged.
+    seed : int
+        Of the split.
+    stack : str, optional
+        Path of the stack, see `find_stack`.
+    output : str or Path, optional
+        A folder to save to.
+    overwrite : bool
+        Take the place of a folder that is not empty.
+    say : callable
+        Receives lines about what is planned and found.
+
+    Returns
+    -------
+    CompressionResult
+
+    Raises
+    ------
+    StreamlineError
+        On anything that cannot work, before anything long is started where that can be known.
+    """
+    if output is not None:
+        require_free(output, overwrite)
+    require_kind(kind)
+    if shortlist < 1 or batch_size < 1:
+        raise StreamlineError(f"shortlist={shortlist} and batch_size={batch_size} must be 1 or more.")
+    found = find_stack(model, stack)
+    count = blocks_to_remove(remove, len(found))
+    every = windows(len(found), count, protected_blocks(keep, len(found)))
+    _require_positions(model, sequence_length)
+    clock = _Clock()
+
+    with clock("tokenise"):
+        split = split_documents(
+            texts,
+            tokenizer,
+            seed=seed,
+            sequence_length=sequence_length,
+            calibration_tokens=calibration_tokens,
+            validation_tokens=validation_tokens,
+            test_tokens=test_tokens,
+            test_documents=test_texts,
+        )
+        check_tokenizer(tokenizer, cast(nn.Embedding, model.get_input_embeddings()).num_embeddings, split)
+    for line in _announcement(found, remove, count, len(every), min(shortlist, len(every)), kind, split):
+        say(line)
+    calibration, validation, test = (
+        batches_of(part, batch_size) for part in (split.calibration, split.validation, split.test)
+    )
+
+    with clock("rank"):
+        similarity = measure_similarity(model, calibration, stack=found.path)
+    first = ranked(similarity, every)[:shortlist]
+    chosen = [scored.window for scored in first]
+    with clock("fit"):
+        moments = measure_moments(model, calibration, chosen, stack=found.path)
+        solutions = [solve(*pair) for pair in moments]
+        del moments
+        modules = [_placed(fit(kind, solution), found) for solution in solutions]
+    candidates = [Candidate(window, module) for window, module in zip(chosen, modules, strict=True)]
+    with clock("judge"):
+        kls = kl_of_candidates(model, validation, candidates)
+    order = sorted(range(len(chosen)), key=kls.__getitem__)
+    judged = [
+        JudgedWindow(
+            chosen[k].start,
+            chosen[k].stop,
+            first[k].score,
+            solutions[k].removal_error,
+            solutions[k].held_out_error if kind != "none" else solutions[k].removal_error,
+            solutions[k].ridge,
+            kls[k],
+        )
+        for k in order
+    ]
+    best = order[0]
+    for line in _findings(judged):
+        say(line)
+
+    with clock("measure"):
+        perplexities = _perplexities(model, test, candidates[best], candidates[0])
+        before = _sizes(model)
+        with LayerSurgeon(model, found.path) as surgeon:
+            surgeon.replace(chosen[best], modules[best])
+            plan = surgeon.commit(kind=kind, calibration=_data(split, seed))
+        perplexities["repaired" if kind != "none" else "removed"] = perplexity(model, test, "perplexity").value
+    after = _sizes(model)
+    result = CompressionResult(
+        model=model,
+        tokenizer=tokenizer,
+        plan=plan,
+        kind=kind,
+        candidates=judged,
+        perplexities={name: perplexities[name] for name in _LABELS if name in perplexities},
+        parameters=(before[0], after[0]),
+        size_in_bytes=(before[1], after[1]),
+        seconds=clock.seconds,
+        peak_memory=_peak_memory(),
+        data=_data(split, seed),
+    )
+    if output is not None:
+        with clock("save"):
+            result.folder = save(model, output, tokenizer=tokenizer, report=result.report(), overwrite=overwrite)
+    return result
+
+
+_LABELS = {
+    "original": "original",
+    "removed": "plain removal",
+    "repaired": "repaired",
+    "cosine_first_removed": "cosine's first, removed",
+    "cosine_first_repaired": "cosine's first, repaired",
+}
+
+
+class _Clock:
+    """Seconds by step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[step] = time.perf_counter() - started
+
+
+def _perplexities(model: nn.Module, test: Any, best: Candidate, cosine_first: Candidate) -> dict[str, float]:
+    wanted = {"removed": Candidate(best.window)}
+    if cosine_first.window != best.window:
+        wanted["cosine_first_removed"] = Candidate(cosine_first.window)
+        if cosine_first.module is not None:
+            wanted["cosine_first_repaired"] = cosine_first
+    what = f"perplexity of the original and {len(wanted)} others"
+    original, each = perplexity_of_candidates(model, test, list(wanted.values()), what)
+    return {"original": original.value, **{name: p.value for name, p in zip(wanted, each, strict=True)}}
+
+
+def _placed(module: nn.Module | None, stack: BlockStack) -> nn.Module | None:
+    if module is not None:
+        move_beside(module, stack[0])
+    return module
+
+
+def _announcement(
+    stack: BlockStack, remove: int | float, count: int, free: int, shortlist: int, kind: str, split: TokenSplit
+) -> list[str]:
+    share = count / len(stack)
+    return [
+        f"stack      {stack}",
+        f"remove     {remove} comes to {count} of {len(stack)} blocks ({share:.1%}), {kind} in their place",
+        f"candidates {free} windows, of which {shortlist} are fitted and judged",
+        f"text       {split.describe()}",
+    ]
+
+
+def _findings(judged: list[JudgedWindow]) -> list[str]:
+    head = "window    cosine   error removed   repaired     ridge        KL"
+    rows = [
+        f"{w.start:>3}-{w.stop - 1:<3} {w.cosine:9.4f} {w.removal_error:15.4f} {w.repaired_error:10.4f} {w.ridge:9.1e} "
+        f"{w.kl:9.4f}{'   <- chosen' if k == 0 else ''}"
+        for k, w in enumerate(judged)
+    ]
+    return [head, *rows]
+
+
+def _data(split: TokenSplit, seed: int) -> dict[str, Any]:
+    return {
+        "calibration_tokens": split.calibration.numel(),
+        "validation_tokens": split.validation.numel(),
+        "test_tokens": split.test.numel(),
+        "sequence_length": split.sequence_length,
+        "seed": seed,
+        "fingerprint": split.fingerprint,
+        "notes": list(split.notes),
+    }
+
+
+def _require_positions(model: PreTrainedModel, sequence_length: int) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < sequence_length:
+        raise StreamlineError(
+            f"sequence_length={sequence_length} is more than the {limit} positions that the model has; use "
+            f"--sequence-length {limit} or less."
+        )
+
+
+def _sizes(model: nn.Module) -> tuple[int, int]:
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _peak_memory() -> int | None:
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _before_after(pair: tuple[int, int], unit: str) -> str:
+    before, after = pair
+    return f"{before / 1e6:10.1f} M{unit} -> {after / 1e6:.1f} M{unit} ({after / before - 1:+.1%})"
+
+
+def _runs(blocks: Sequence[int]) -> str:
+    if blocks and list(blocks) == list(range(blocks[0], blocks[-1] + 1)):
+        return f"{blocks[0]} to {blocks[-1]}" if len(blocks) > 1 else str(blocks[0])
+    return ", ".join(map(str, blocks))

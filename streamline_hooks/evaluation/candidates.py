@@ -1,0 +1,91 @@
+"""What the model would say with a window replaced, for many windows at the cost of their remainders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.passes import Batch, recorded, resume
+from streamline_hooks.recorder import HiddenStateRecorder
+from streamline_hooks.surgery.splice import AFTER, BEFORE, run_splices
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A window and what would stand in its place.
+
+    Attributes
+    ----------
+    window : range
+    module : torch.nn.Module or None
+        Without a slot of its own; None for plain removal.
+    """
+
+    window: range
+    module: nn.Module | None = None
+
+
+def candidate_logits(
+    model: nn.Module, batches: Sequence[Batch | Tensor], candidates: Sequence[Candidate], what: str
+) -> Iterator[tuple[Batch | Tensor, Tensor, Tensor, Iterator[Tensor]]]:
+    """Run the original once a batch, and of each candidate only the blocks after its window.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The original.
+    batches : sequence of mapping or torch.Tensor
+    candidates : sequence of Candidate
+    what : str
+        What the bar says.
+
+    Yields
+    ------
+    batch : mapping or torch.Tensor
+    mask : torch.Tensor
+        The real tokens, of shape (batch, tokens).
+    original : torch.Tensor
+        Logits of shape (batch, tokens, vocabulary).
+    logits : iterator of torch.Tensor
+        The candidates', one after the other; not kept.
+    """
+    record = HiddenStateRecorder(model, sorted({c.window.start for c in candidates}) or [0], outputs=False)
+    for number, (_, mask, output) in enumerate(recorded(model, batches, record, what)):
+        batch = batches[number]
+        yield batch, mask, logits_of(output), (_logits(model, record, c, batch) for c in candidates)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returned.
+
+    Raises
+    ------
+    StreamlineError
+        If it returned none.
+    """
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise StreamlineError(
+            f"The model returned a {type(output).__name__} without logits; give one with its LM head."
+        )
+    return logits
+
+
+def real_tokens(logits: Tensor, mask: Tensor) -> Tensor:
+    """The logits of the real tokens, of shape (tokens, vocabulary); a view where there is no padding."""
+    real = mask.to(logits.device)
+    return logits.flatten(0, 1) if bool(real.all()) else logits[real]
+
+
+def _logits(model: nn.Module, record: HiddenStateRecorder, candidate: Candidate, batch: Batch | Tensor) -> Tensor:
+    window, blocks = candidate.window, record.stack.blocks
+    state = record.inputs[window.start][0]  # the original's visit; resuming adds others after it
+    if candidate.module is not None:
+        state = candidate.module(state)
+    at_end = window.stop == len(blocks)
+    state = run_splices(blocks[-1], AFTER, state) if at_end else run_splices(blocks[window.stop], BEFORE, state)
+    return logits_of(resume(model, window.stop, state, batch, stack=record.stack.path))

@@ -1,0 +1,117 @@
+"""Perplexity on text: of a model, and of what it would be with a window replaced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.evaluation.candidates import Candidate, candidate_logits, logits_of
+from streamline_hooks.passes import Batch, inference, prepare, progress
+
+_TOKENS_AT_ONCE = 32  # few enough for the processor's cache, at any vocabulary
+
+_UNCOUNTED = -100
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A sum of negative log-likelihoods and the number of predicted tokens.
+
+    Attributes
+    ----------
+    nll : float
+        Sum of −log p(token | those before it in its sequence), in nats.
+    tokens : int
+        Predicted tokens; the first of a sequence is not predicted.
+    """
+
+    nll: float = 0.0
+    tokens: int = 0
+
+    @property
+    def value(self) -> float:
+        """Exp of the mean negative log-likelihood a token."""
+        if not self.tokens:
+            raise StreamlineError("No token was predicted; give sequences of at least two real tokens.")
+        return math.exp(self.nll / self.tokens)
+
+    def __add__(self, other: Perplexity) -> Perplexity:
+        return Perplexity(self.nll + other.nll, self.tokens + other.tokens)
+
+
+def perplexity(model: nn.Module, batches: Sequence[Batch | Tensor], what: str = "perplexity") -> Perplexity:
+    """Perplexity of a model.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A causal language model.
+    batches : sequence of mapping or torch.Tensor
+        Token sequences; each token is predicted from those before it in its own sequence, and padding is left out.
+    what : str
+        What the bar says.
+
+    Returns
+    -------
+    Perplexity
+    """
+    total = Perplexity()
+    ids = [input_ids(batch) for batch in batches]
+    with inference(model), progress(sum(i.numel() for i in ids), what) as bar:
+        for batch, tokens in zip(batches, ids, strict=True):
+            given = prepare(model, batch)
+            total += score(logits_of(model(**given)), given["input_ids"], given.get("attention_mask"))
+            bar.update(tokens.numel())
+    return total
+
+
+def perplexity_of_candidates(
+    model: nn.Module, batches: Sequence[Batch | Tensor], candidates: Sequence[Candidate], what: str = "perplexity"
+) -> tuple[Perplexity, list[Perplexity]]:
+    """Perplexity of a model and of each candidate; the blocks before a window are run once for all.
+
+    Returns
+    -------
+    original : Perplexity
+    candidates : list of Perplexity
+    """
+    total, each = Perplexity(), [Perplexity()] * len(candidates)
+    for batch, mask, original, logits in candidate_logits(model, batches, candidates, what):
+        ids = input_ids(batch).to(original.device)
+        total += score(original, ids, mask)
+        each = [sum_ + score(other, ids, mask) for sum_, other in zip(each, logits, strict=True)]
+    return total, each
+
+
+def score(logits: Tensor, ids: Tensor, mask: Tensor | None) -> Perplexity:
+    """Negative log-likelihood of each real token that has a real one before it.
+
+    Parameters
+    ----------
+    logits : torch.Tensor
+        Of shape (batch, tokens, vocabulary).
+    ids : torch.Tensor
+        Token numbers of shape (batch, tokens).
+    mask : torch.Tensor, optional
+        The real tokens, of shape (batch, tokens).
+    """
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
+    predicted = (real[:, 1:] & real[:, :-1]).to(logits.device)
+    nll = 0.0
+    for row, targets, chosen in zip(logits[:, :-1], ids[:, 1:].to(logits.device), predicted, strict=True):
+        targets = torch.where(chosen, targets, _UNCOUNTED)
+        for part, target in zip(row.split(_TOKENS_AT_ONCE), targets.split(_TOKENS_AT_ONCE), strict=True):
+            losses = cross_entropy(part.float(), target, ignore_index=_UNCOUNTED, reduction="none")
+            nll += float(losses.sum(dtype=torch.float64))
+    return Perplexity(nll, int(predicted.sum()))
+
+
+def input_ids(batch: Batch | Tensor) -> Tensor:
+    """The token numbers of a batch, of shape (batch, tokens)."""
+    return batch if isinstance(batch, Tensor) else batch["input_ids"]

@@ -1,0 +1,248 @@
+"""Drive batches through a model, or through the part of it that is needed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
+from streamline_hooks.hidden_state import read_input, read_output, token_mask, write_input, write_output
+from streamline_hooks.recorder import HiddenStateRecorder
+from streamline_hooks.stack import find_stack
+from streamline_hooks.surgery import LayerSurgeon
+
+Batch = Mapping[str, Tensor]
+
+
+def batches_of(sequences: Tensor, batch_size: int) -> list[dict[str, Tensor]]:
+    """Cut token sequences into batches.
+
+    Parameters
+    ----------
+    sequences : torch.Tensor
+        Token numbers of shape (sequences, tokens), without padding.
+    batch_size : int
+
+    Returns
+    -------
+    list of dict
+        With ``input_ids`` and ``attention_mask`` of shape (batch, tokens).
+    """
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in sequences.split(batch_size)]
+
+
+def prepare(model: nn.Module, batch: Batch | Tensor) -> dict[str, Any]:
+    """Complete a batch with what the model's forward takes and a bare call would get wrong.
+
+    Tokens are moved to the model's device. Padded batches are given ``position_ids`` from the mask (without them
+    some models, GPT-2 among them, count the padding), and no cache is built.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    batch : mapping or torch.Tensor
+        What the model's forward takes; a tensor of integers stands for ``input_ids``.
+
+    Returns
+    -------
+    dict
+        Keyword arguments for the model.
+    """
+    given: dict[str, Any] = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    takes = inspect.signature(model.forward).parameters
+    device = _device(model)
+    given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
+    mask = given.get("attention_mask")
+    takes_positions = "position_ids" in takes and "position_ids" not in given
+    if takes_positions and isinstance(mask, Tensor) and mask.ndim == 2 and not mask.bool().all():
+        given["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    if "use_cache" in takes:
+        given.setdefault("use_cache", False)
+    return given
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Run a model without gradients and without dropout, and give it back in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def resume(model: nn.Module, k: int, states: Tensor, batch: Batch | Tensor, *, stack: str | None = None) -> Any:
+    """Run a model from block k on, on given states.
+
+    No block before k is run. Masks and positions are those that a forward of `batch` would have made.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    k : int
+        The block that receives the states; the number of blocks to go straight to what follows the stack.
+    states : torch.Tensor
+        What block k receives, of shape (batch, tokens, features).
+    batch : mapping or torch.Tensor
+        What the model's forward takes; its tokens give masks and positions only.
+    stack : str, optional
+        Path of the stack, see `find_stack`.
+
+    Returns
+    -------
+    Any
+        What the model's forward returns.
+
+    Raises
+    ------
+    StreamlineError
+        If k is out of range or the states do not fit the batch.
+    UnsupportedSurgery
+        If the blocks from k on need those before.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(
+    ...     LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
+    ... ).eval()
+    >>> tokens = torch.arange(6)[None]
+    >>> with torch.no_grad(), HiddenStateRecorder(model, blocks=[2]) as record:
+    ...     whole = model(tokens).logits
+    ...     torch.equal(resume(model, 2, record.inputs[2][0], tokens).logits, whole)
+    True
+    """
+    length = len(find_stack(model, stack))
+    if not 0 <= k <= length:
+        raise StreamlineError(f"Cannot resume at block {k}: the stack has {length} blocks, so 0 to {length}.")
+    with LayerSurgeon(model, stack) as surgeon:
+        first = min(k, length - 1)  # at the end some block has to carry the hook, and is run in vain
+        if first > 0:
+            surgeon.remove(range(first))
+        block = surgeon.stack[first]
+        handle = (
+            block.register_forward_pre_hook(_enter(states), with_kwargs=True)
+            if k < length
+            else block.register_forward_hook(_leave(states))
+        )
+        try:
+            return model(**prepare(model, batch))
+        finally:
+            handle.remove()
+
+
+def progress(total: int, what: str, unit: str = "tok") -> tqdm[Any]:
+    """A bar for a long step, which counts tokens; ``TQDM_DISABLE=1`` silences it."""
+    return tqdm(total=total, desc=what, unit=unit, unit_scale=True, dynamic_ncols=True, mininterval=0.5)
+
+
+def recorded(
+    model: nn.Module, batches: Iterable[Batch | Tensor], record: HiddenStateRecorder, what: str
+) -> Iterator[tuple[Any, Tensor, Any]]:
+    """Run each batch under a recorder and give what was recorded, its real tokens, and the model's output.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    batches : iterable of mapping or torch.Tensor
+    record : HiddenStateRecorder
+        Not open yet; it is cleared between the batches.
+    what : str
+        What the bar says.
+
+    Yields
+    ------
+    record : HiddenStateRecorder
+        With one visit a block.
+    mask : torch.Tensor
+        The real tokens, boolean, of shape (batch, tokens).
+    output : Any
+        None where the recorder stopped the forward.
+
+    Raises
+    ------
+    StreamlineError
+        If a state is not finite; the text names the block and the batch.
+    """
+    batches = batches if isinstance(batches, (list, tuple)) else list(batches)
+    total = sum(_tokens(batch) for batch in batches)
+    with inference(model), record, progress(total, what) as bar:
+        for number, batch in enumerate(batches):
+            record.clear()
+            given = prepare(model, batch)
+            output = record(**given)
+            mask = token_mask(_one_visit(record), given.get("attention_mask"))
+            _require_finite(record, mask, number)
+            yield record, mask, output
+            bar.update(int(mask.sum()))
+
+
+def _enter(states: Tensor) -> Callable[..., Any]:
+    def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return write_input(args, kwargs, _fitting(states, read_input(args, kwargs)))
+
+    return hook
+
+
+def _leave(states: Tensor) -> Callable[..., Any]:
+    def hook(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return write_output(output, _fitting(states, read_output(output)))
+
+    return hook
+
+
+def _fitting(states: Tensor, made: Tensor) -> Tensor:
+    if states.shape != made.shape:
+        raise StreamlineError(
+            f"The given states have the shape {tuple(states.shape)}; this batch has {tuple(made.shape)} "
+            "(batch, tokens, features). Give the states of the same batch."
+        )
+    return states.to(device=made.device, dtype=made.dtype)
+
+
+def _one_visit(record: HiddenStateRecorder) -> Tensor:
+    """Some recorded state, once it is sure that a forward calls each block once."""
+    for by_block in (record.inputs, record.outputs):
+        for k, visits in by_block.items():
+            if len(visits) != 1:
+                raise UnsupportedSurgery(
+                    f"A forward called block {k} {len(visits)} times; expected once. What one visit does is not what "
+                    "giving up the block would do. Record such a model with HiddenStateRecorder, visit by visit."
+                )
+    return next(iter((record.inputs or record.outputs).values()))[0]
+
+
+def _require_finite(record: HiddenStateRecorder, mask: Tensor, number: int) -> None:
+    for kind, by_block in (("enters", record.inputs), ("leaves", record.outputs)):
+        for k, visits in by_block.items():
+            for state in visits:
+                if not torch.isfinite(state.sum(dtype=torch.float64)) and not torch.isfinite(state[mask]).all():
+                    raise StreamlineError(
+                        f"The state that {kind} block {k} holds NaN or infinite values (batch {number}). Look at the "
+                        "weights of the blocks up to there, or run in a wider precision (float32 or bfloat16)."
+                    )
+
+
+def _tokens(batch: Batch | Tensor) -> int:
+    if isinstance(batch, Tensor):
+        return batch.numel()
+    mask = batch.get("attention_mask")
+    first = mask if mask is not None else next(iter(batch.values()))
+    return int(first.sum()) if mask is not None else first.numel()
+
+
+def _device(model: nn.Module) -> torch.device:
+    device = getattr(model, "device", None)
+    if isinstance(device, torch.device):
+        return device
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

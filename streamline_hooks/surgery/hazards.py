@@ -1,0 +1,88 @@
+"""Reasons why taking a block away would change more than that block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from streamline_hooks.stack import BlockStack
+
+
+@dataclass(frozen=True)
+class Hazard:
+    """One reason against a surgery, in words.
+
+    Attributes
+    ----------
+    cause : str
+        A short name, for programs.
+    text : str
+        What would go wrong, naming the blocks.
+    """
+
+    cause: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def find_hazards(stack: BlockStack, window: range) -> list[Hazard]:
+    """Find what else depends on the blocks of a window, from the model and its configuration.
+
+    Parameters
+    ----------
+    stack : BlockStack
+    window : range
+        The blocks that are to go.
+
+    Returns
+    -------
+    list of Hazard
+        Empty where nothing is known against it.
+    """
+    return [*_shared_blocks(stack, window), *_shared_keys(stack, window), *_position_bias(stack, window)]
+
+
+def _shared_blocks(stack: BlockStack, window: range) -> Iterator[Hazard]:
+    """The same parameters in several blocks: what one position loses, another one still runs."""
+    owners: dict[int, list[int]] = {}
+    for k, block in enumerate(stack.blocks):
+        for parameter in block.parameters():
+            owners.setdefault(id(parameter), []).append(k)
+    for blocks in {tuple(sorted(set(ks))) for ks in owners.values() if len(set(ks)) > 1}:
+        if set(blocks) & set(window):
+            listed = ", ".join(map(str, blocks))
+            yield Hazard("tied-blocks", f"blocks {listed} share parameters, so that removing one frees nothing")
+
+
+def _shared_keys(stack: BlockStack, window: range) -> Iterator[Hazard]:
+    """The last blocks attend to keys that an earlier block produced (Gemma 3n, Gemma 4)."""
+    shared = getattr(stack.config, "num_kv_shared_layers", 0) or 0
+    if not 0 < shared < len(stack):
+        return
+    first = len(stack) - shared
+    kinds = getattr(stack.config, "layer_types", None) or ["attention"] * len(stack)
+    for kind in sorted(set(kinds)):
+        producers = [k for k in range(first) if kinds[k] == kind]
+        readers = [k for k in range(first, len(stack)) if kinds[k] == kind]
+        if producers and readers and (producers[-1] in window or set(readers) & set(window)):
+            yield Hazard(
+                "shared-keys",
+                f"block {producers[-1]} produces the keys that {readers[0]} to {readers[-1]} share",
+            )
+
+
+def _position_bias(stack: BlockStack, window: range) -> Iterator[Hazard]:
+    """One block alone holds the relative position bias that the model hands to the others (T5)."""
+    owners = [k for k, block in enumerate(stack.blocks) if any("relative_attention_bias" in n for n in _names(block))]
+    if 0 < len(owners) < len(stack) and set(owners) & set(window):
+        listed = ", ".join(map(str, owners))
+        yield Hazard("position-bias", f"block {listed} owns the relative position bias that the other blocks use")
+
+
+def _names(block: nn.Module) -> list[Any]:
+    return [name for name, _ in block.named_modules()]

@@ -1,0 +1,119 @@
+"""What stands where after a surgery, in the numbering before it. Nothing here touches a model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices, spliced
+
+# A module without a slot, the block (old number) that it runs before, and the window in whose place it stands.
+Placed = tuple[nn.Module, int, tuple[int, int] | None]
+
+
+@dataclass
+class NewSlot:
+    """A slot of the new stack, and the modules without a slot that run before it."""
+
+    module: nn.Module
+    before: list[Placed]
+
+
+@dataclass
+class Layout:
+    """The surgery in the original numbering: what stands before each block, and which windows are gone."""
+
+    blocks: list[nn.Module]
+    inserted: dict[int, list[nn.Module]] = field(default_factory=dict)
+    given_up: dict[int, tuple[range, nn.Module | None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Splices of an earlier surgery stay where they are, whatever happens to the block that carries them.
+        self.earlier = {k: list(spliced(b, BEFORE)) for k, b in enumerate(self.blocks) if spliced(b, BEFORE)}
+        self.earlier_at_end = list(spliced(self.blocks[-1], AFTER))
+
+    def copy(self) -> Layout:
+        """A layout to try an operation on."""
+        other = copy.copy(self)
+        other.inserted = {k: list(modules) for k, modules in self.inserted.items()}
+        other.given_up = dict(self.given_up)
+        return other
+
+    def insert(self, k: int, module: nn.Module) -> None:
+        """Put a module before block k, after those that are there."""
+        for window, _ in self.given_up.values():
+            if window.start < k < window.stop:
+                raise StreamlineError(
+                    f"Nothing can be inserted before block {k}: blocks {window.start} to {window.stop - 1} are gone. "
+                    f"Insert at {window.start} or {window.stop}."
+                )
+        self.inserted.setdefault(k, []).append(module)
+
+    def give_up(self, window: range, module: nn.Module | None) -> None:
+        """Take a window out, with a module in its place or nothing."""
+        for other, _ in self.given_up.values():
+            if other.start < window.stop and window.start < other.stop:
+                raise StreamlineError(
+                    f"Blocks {window.start} to {window.stop - 1} overlap {other.start} to {other.stop - 1}, which are "
+                    "gone already. Every number is that of the model when the surgeon opened."
+                )
+        inside = [k for k in self.inserted if window.start < k < window.stop]
+        if inside:
+            raise StreamlineError(
+                f"Blocks {window.start} to {window.stop - 1} have a module inserted before block {inside[0]} between "
+                "them; give up the blocks on either side of it apart."
+            )
+        self.given_up[window.start] = (window, module)
+
+    def unshared(self, module: nn.Module, leaving: Sequence[int] = ()) -> nn.Module:
+        """The module, or a copy of it where it would stand in the model twice."""
+        gone = {k for window, _ in self.given_up.values() for k in window} | set(leaving)
+        present = [block for k, block in enumerate(self.blocks) if k not in gone]
+        present += [m for modules in self.inserted.values() for m in modules]
+        present += [m for _, m in self.given_up.values() if m is not None]
+        if not any(m is module for m in present):
+            return module
+        duplicate = copy.deepcopy(module)
+        for place in (BEFORE, AFTER):  # what is spliced beside a block is not part of it
+            set_splices(duplicate, place, [])
+        return duplicate
+
+    def arrange(self) -> tuple[list[NewSlot], list[Placed]]:
+        """The new slots with what runs before each, and what runs after the last."""
+        kinds = {type(block) for block in self.blocks}
+        slots: list[NewSlot] = []
+        waiting: list[Placed] = []
+
+        def place(module: nn.Module, boundary: int, window: tuple[int, int] | None = None) -> None:
+            nonlocal waiting
+            if type(module) in kinds:
+                slots.append(NewSlot(module, waiting))
+                waiting = []
+            else:
+                waiting.append((module, boundary, window))
+
+        k = 0
+        while k <= len(self.blocks):
+            for module in self.inserted.get(k, []):
+                place(module, k)
+            if k == len(self.blocks):
+                break
+            for module in self.earlier.get(k, []):
+                place(module, k)
+            if k not in self.given_up:
+                place(self.blocks[k], k)
+                k += 1
+                continue
+            window, stand_in = self.given_up[k]
+            for inner in window[1:]:
+                for earlier in self.earlier.get(inner, []):
+                    waiting.append((earlier, inner, None))
+            if stand_in is not None:
+                place(stand_in, k, (window.start, window.stop))
+            k = window.stop
+        waiting += [(module, k, None) for module in self.earlier_at_end]
+        return slots, waiting

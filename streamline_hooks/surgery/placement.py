@@ -1,0 +1,61 @@
+"""Device and precision: of what is put in, and of what was out while the model was moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+Placement = dict[str, tuple[torch.device, torch.dtype]]
+
+
+def placement(block: nn.Module) -> Placement:
+    """The device and precision of each parameter and buffer of a block."""
+    return {name: (tensor.device, tensor.dtype) for name, tensor in _tensors(block).items()}
+
+
+def move_beside(module: nn.Module, block: nn.Module) -> None:
+    """Give a module the device and the precision that most of a block's parameters have."""
+    sizes: dict[tuple[torch.device, torch.dtype], int] = {}
+    for parameter in block.parameters():
+        if parameter.is_floating_point() and not parameter.is_meta:
+            key = (parameter.device, parameter.dtype)
+            sizes[key] = sizes.get(key, 0) + parameter.numel()
+    if sizes:
+        device, dtype = max(sizes, key=lambda key: sizes[key])
+        module.to(device=device, dtype=dtype)
+
+
+def follow(blocks: Sequence[nn.Module], kept: Iterable[int], before: Sequence[Placement]) -> None:
+    """Bring the blocks that were out to where a ``model.to(...)`` has brought the others meanwhile.
+
+    Parameters
+    ----------
+    blocks : sequence of torch.nn.Module
+        All blocks of the stack.
+    kept : iterable of int
+        Those that were in the model.
+    before : sequence of Placement
+        Of all blocks, before.
+    """
+    present = set(kept)
+    moved = {}
+    for k in present:
+        for name, tensor in _tensors(blocks[k]).items():
+            if name in before[k]:
+                moved[before[k][name]] = (tensor.device, tensor.dtype)
+    if all(was == now for was, now in moved.items()):
+        return
+
+    def bring(tensor: Tensor) -> Tensor:
+        device, dtype = moved.get((tensor.device, tensor.dtype), (tensor.device, tensor.dtype))
+        return tensor.to(device=device, dtype=dtype)
+
+    for k, block in enumerate(blocks):
+        if k not in present:
+            block._apply(bring)
+
+
+def _tensors(block: nn.Module) -> dict[str, Tensor]:
+    return dict([*block.named_parameters(), *block.named_buffers()])

@@ -1,0 +1,100 @@
+"""What a surgery did, or is about to do: old block to new block."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One block of the new stack.
+
+    Attributes
+    ----------
+    source : int or None
+        The block it is, in the numbering before the surgery; None for a block that was put in.
+    module : str
+        Its class.
+    """
+
+    source: int | None
+    module: str
+
+
+@dataclass(frozen=True)
+class Splice:
+    """A module without a slot.
+
+    Attributes
+    ----------
+    before : int
+        The new block that it runs before; the number of new blocks for one that runs after the last.
+    old_before : int
+        The same place in the old numbering.
+    replaces : tuple of int or None
+        The half-open window of old blocks in whose place it stands, where it stands for one.
+    module : str
+        Its class.
+    """
+
+    before: int
+    old_before: int
+    replaces: tuple[int, int] | None
+    module: str
+
+
+@dataclass(frozen=True)
+class SurgeryPlan:
+    """Old blocks, new blocks, and what stands between them.
+
+    Attributes
+    ----------
+    stack : str
+        Path of the stack.
+    old_length : int
+        Number of blocks before the surgery.
+    slots : tuple of Slot
+        The new blocks, in order.
+    splices : tuple of Splice
+        The modules that run between them, in order.
+    """
+
+    stack: str
+    old_length: int
+    slots: tuple[Slot, ...]
+    splices: tuple[Splice, ...] = ()
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The old blocks that are still there, by new position."""
+        return tuple(slot.source for slot in self.slots if slot.source is not None)
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """The old blocks that are gone."""
+        return tuple(k for k in range(self.old_length) if k not in set(self.kept))
+
+    @property
+    def old_to_new(self) -> dict[int, int]:
+        """The new number of each old block that is still there."""
+        return {slot.source: new for new, slot in enumerate(self.slots) if slot.source is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return {**asdict(self), "removed": list(self.removed)}
+
+    def __str__(self) -> str:
+        lines = [f"{self.stack}: {self.old_length} blocks -> {len(self.slots)}"]
+        for new, slot in enumerate([*self.slots, None]):
+            for splice in self.splices:
+                if splice.before == new:
+                    window = splice.replaces
+                    stands = f" in place of {window[0]} to {window[1] - 1}" if window else ""
+                    lines.append(f"        -> {splice.module}{stands}")
+            if slot is not None:
+                old = "   new" if slot.source is None else f"{slot.source:6d}"
+                lines.append(f"{old}  -> {new}")
+        if self.removed:
+            lines.append("removed: " + ", ".join(map(str, self.removed)))
+        return "\n".join(lines)

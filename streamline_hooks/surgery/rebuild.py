@@ -1,0 +1,130 @@
+"""Whether the class, built from the shortened configuration, is the model that the surgery made.
+
+Bypassing blocks is the truth; a shorter model is only a claim. Some classes build themselves from a block's number
+(DiffLlama's lambda, GPT-2's ``scale_attn_by_inverse_layer_idx``, ``first_k_dense_replace``), so that a saved model
+would come back as another one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from streamline_hooks.errors import UnsupportedSurgery
+from streamline_hooks.stack import find_stack
+from streamline_hooks.surgery.renumber import IndexAttribute
+from streamline_hooks.surgery.splice import AFTER, BEFORE
+
+_SIMPLE = (bool, int, float, str, type(None))
+_RUN_TIME_STATE = frozenset({"training", "gradient_checkpointing"})
+
+
+def verify_rebuild(
+    model: Any,
+    model_class: type[nn.Module],
+    config: Any,
+    path: str,
+    blocks: Sequence[nn.Module],
+    indices: Sequence[IndexAttribute],
+) -> None:
+    """Build the model anew from its configuration, without memory for its weights, and compare.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The model after the surgery.
+    model_class : type
+        The class that a checkpoint of it would be loaded with, without splices.
+    config : transformers.PretrainedConfig
+        The model's configuration as it would be saved.
+    path : str
+        Path of the stack.
+    blocks : sequence of torch.nn.Module
+        The blocks that are in it now.
+    indices : sequence of IndexAttribute
+        The attributes that hold a block's number.
+
+    Raises
+    ------
+    UnsupportedSurgery
+        With the first difference in keys, shapes, classes, attributes or computed buffers.
+    """
+    try:
+        saved = json.loads(json.dumps(config.to_dict(), default=str))
+        with _no_memory_for_parameters(blocks):
+            rebuilt = model_class(type(config).from_dict(saved))
+    except Exception as error:
+        raise UnsupportedSurgery(
+            f"{model_class.__name__} cannot be built from the shortened configuration, so that a checkpoint of it "
+            f"would not load: {error}"
+        ) from error
+    _compare_keys(model, rebuilt)
+    for number, (ours, theirs) in enumerate(zip(blocks, find_stack(rebuilt, path).blocks, strict=True)):
+        for where, difference in _differences(ours, theirs, indices):
+            raise UnsupportedSurgery(
+                f"Block {number} of the shortened model would come back from a checkpoint as another one: "
+                f"{where or 'the block'} {difference}. The class builds it from its number or from the configuration; "
+                "choose other blocks, or keep the surgery in memory (leave the context open, without commit)."
+            )
+
+
+def _no_memory_for_parameters(blocks: Sequence[nn.Module]) -> AbstractContextManager[Any]:
+    computed = any(module._non_persistent_buffers_set for block in blocks for module in block.modules())
+    if not computed:
+        return torch.device("meta")
+    if importlib.util.find_spec("accelerate") is not None:
+        from accelerate import init_empty_weights
+
+        return init_empty_weights(include_buffers=False)  # type: ignore[no-any-return]
+    return nullcontext()
+
+
+def _compare_keys(model: nn.Module, rebuilt: nn.Module) -> None:
+    def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+        entries = module.state_dict().items()
+        return {key: tuple(value.shape) for key, value in entries if not {BEFORE, AFTER} & set(key.split("."))}
+
+    ours, theirs = shapes(model), shapes(rebuilt)
+    for key in [*ours, *theirs]:
+        if ours.get(key) != theirs.get(key):
+            raise UnsupportedSurgery(
+                f"A checkpoint of the shortened model would not load: {key} has the shape {ours.get(key, 'missing')} "
+                f"in the model and {theirs.get(key, 'missing')} in what {type(rebuilt).__name__} builds from the "
+                "shortened configuration."
+            )
+
+
+def _differences(ours: nn.Module, theirs: nn.Module, indices: Sequence[IndexAttribute]) -> Iterator[tuple[str, str]]:
+    skipped = {(index.path, index.name) for index in indices}
+    inside: dict[str, nn.Module] = dict(theirs.named_modules())
+    for path, module in ours.named_modules():
+        if path.split(".")[0] in (BEFORE, AFTER):
+            continue
+        other = inside.get(path)
+        if other is None or type(module) is not type(other):
+            yield path, f"is a {type(module).__name__} and would be a {type(other).__name__}"
+            continue
+        for name, value in vars(module).items():
+            if name.startswith("_") or name in _RUN_TIME_STATE or (path, name) in skipped:
+                continue
+            rebuilt = getattr(other, name, None)
+            if _is_simple(value) and value != rebuilt:
+                yield f"{path}.{name}".lstrip("."), f"is {value!r} and would be {rebuilt!r}"
+        for name in module._non_persistent_buffers_set:
+            value, rebuilt = module._buffers[name], other._buffers.get(name)
+            if value is not None and rebuilt is not None and not rebuilt.is_meta:
+                same = value.shape == rebuilt.shape and torch.equal(value.to(rebuilt), rebuilt)
+                if not same:
+                    yield f"{path}.{name}".lstrip("."), "is a buffer that would have other values"
+
+
+def _is_simple(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(v, _SIMPLE) for v in value)
+    return isinstance(value, _SIMPLE)

@@ -1,0 +1,68 @@
+"""What a model must not have been wrapped in before hooks or surgery."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+from streamline_hooks.errors import StreamlineError
+
+_WRAPPERS = {
+    "DistributedDataParallel": "wrapped in DistributedDataParallel",
+    "FullyShardedDataParallel": "sharded by FullyShardedDataParallel",
+    "FSDPModule": "sharded by fully_shard",
+}
+
+
+def refuse_compiled(model: nn.Module, action: str) -> None:
+    """Raise if a model, or a part of it, has been compiled.
+
+    A hook that is added after ``torch.compile`` never fires, without any message.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    action : str
+        What was about to happen, for the text of the error.
+
+    Raises
+    ------
+    StreamlineError
+    """
+    # Where this part of torch was never imported, nothing can have been compiled; importing it costs a second.
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    if compiler is None:
+        return
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, compiler.OptimizedModule)
+            or module._compiled_call_impl is not None
+            or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        ):
+            where = f"its part {name!r}" if name else "it"
+            raise StreamlineError(
+                f"Cannot {action} a compiled {type(model).__name__}: {where} went through torch.compile, and hooks "
+                "added afterwards silently never fire. Do this on the model as it was before, then compile."
+            )
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise if a model, or a part of it, is wrapped for distributed training already.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Raises
+    ------
+    StreamlineError
+    """
+    for module in model.modules():
+        names = {f"{c.__module__}.{c.__name__}" for c in type(module).__mro__}
+        for wrapper, advice in _WRAPPERS.items():
+            if any(name.startswith("torch.distributed") and name.endswith(f".{wrapper}") for name in names):
+                raise StreamlineError(
+                    f"{type(model).__name__} is {advice} already. Surgery comes before wrapping: operate on the plain "
+                    "model, then wrap it."
+                )

@@ -1,0 +1,377 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from streamline_hooks.calibration import read_documents, self_generated
+from streamline_hooks.calibration.generated_cache import GeneratedCache, GeneratedText, weights_digest
+from streamline_hooks.calibration.prompts import FORMS, TOPICS, prompts
+from streamline_hooks.calibration.self_generated import _best, _usable
+from streamline_hooks.errors import StreamlineError
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+END = 256
+# A small answer, and few prompts, so that a test writes dozens of tokens and not thousands.
+SHORT: dict[str, Any] = {"tokens": 150, "sequence_length": 24, "batch_size": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny products: on a busy machine, threads that wait for one another take a hundred times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One id a byte, and one for the end."""
+    vocabulary = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bytewise = Tokenizer(models.BPE(vocabulary, []))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="<end>")
+    wrapped.chat_template = TEMPLATE
+    return wrapped
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=END + 1,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=400,
+        bos_token_id=None,
+        eos_token_id=END,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+def replace_generate(model: LlamaForCausalLM, answer: Callable[[int, int], list[int]]) -> list[dict[str, Any]]:
+    """Let ``answer(call, row)`` answer in place of the model, and return the list of what it was called with."""
+    calls: list[dict[str, Any]] = []
+
+    def generate(self: LlamaForCausalLM, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        calls.append({"input_ids": input_ids, **options})
+        rows = [answer(len(calls) - 1, row) for row in range(len(input_ids))]
+        width = max(map(len, rows))
+        padded = torch.tensor([row + [END] * (width - len(row)) for row in rows], dtype=torch.long)
+        return torch.cat([input_ids, padded], dim=1)
+
+    vars(model)["generate"] = MethodType(generate, model)
+    return calls
+
+
+def varied(call: int, row: int) -> list[int]:
+    """An answer of 30 tokens that no other row of no other call has."""
+    return torch.randperm(90, generator=torch.Generator().manual_seed(100 * call + row))[:30].tolist()
+
+
+def test_it_writes_until_there_are_enough_tokens(model: LlamaForCausalLM, tokenizer: Any) -> None:
+    texts = self_generated(model, tokenizer, **SHORT)
+    counts = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    assert sum(counts) >= 150
+    assert min(counts) >= 16
+    assert len(set(texts)) == len(texts)
+
+
+def test_the_seed_decides_and_the_random_state_is_left_alone(model: LlamaForCausalLM, tokenizer: Any) -> None:
+    before = torch.get_rng_state()
+    first = self_generated(model, tokenizer, **SHORT)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.rand(3)
+    assert self_generated(model, tokenizer, **SHORT) == first
+    assert self_generated(model, tokenizer, seed=1, **SHORT) != first
+
+
+def test_training_mode_is_put_back_module_by_module(model: LlamaForCausalLM, tokenizer: Any) -> None:
+    model.train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    expected = self_generated(copy.deepcopy(model).eval(), tokenizer, **SHORT)
+    assert self_generated(model, tokenizer, **SHORT) == expected
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_more_tokens_continue_where_less_stopped(model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path) -> None:
+    few = self_generated(model, tokenizer, cache=tmp_path, keep_fraction=1.0, **SHORT)
+    many = self_generated(model, tokenizer, cache=tmp_path, keep_fraction=1.0, **{**SHORT, "tokens": 300})
+    assert many[: len(few)] == few
+    assert len(many) > len(few)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert self_generated(model, tokenizer, keep_fraction=1.0, **{**SHORT, "tokens": 300}) == many
+    assert self_generated(model, tokenizer, cache=tmp_path, keep_fraction=1.0, **SHORT) == few
+
+
+def test_an_interrupt_loses_no_batch_that_was_written(model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path) -> None:
+    expected = self_generated(copy.deepcopy(model), tokenizer, **{**SHORT, "tokens": 300})
+
+    real = model.generate
+    calls = 0
+
+    def interrupted(self: LlamaForCausalLM, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return real(**options)
+
+    vars(model)["generate"] = MethodType(interrupted, model)
+    with pytest.raises(KeyboardInterrupt):
+        self_generated(model, tokenizer, cache=tmp_path / "made" / "here", **{**SHORT, "tokens": 300})
+    (file,) = (tmp_path / "made" / "here").iterdir()
+    assert {json.loads(line)["batch"] for line in file.read_text().splitlines()} == {0, 1}
+
+    assert self_generated(model, tokenizer, cache=tmp_path / "made" / "here", **{**SHORT, "tokens": 300}) == expected
+    batches = {json.loads(line)["batch"] for line in file.read_text().splitlines()}
+    assert calls == 3 + len(batches) - 2
+    calls = 10
+    assert self_generated(model, tokenizer, cache=tmp_path / "made" / "here", **{**SHORT, "tokens": 300}) == expected
+    assert calls == 10
+    assert set(expected) <= set(read_documents(file))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = GeneratedCache(tmp_path, {})
+    store.append([GeneratedText("kept", 20, 2.0, 1.0)])
+    assert store.path is not None
+    before = store.path.read_text()
+
+    def full(*paths: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        store.append([GeneratedText("lost", 20, 2.0, 1.0)])
+    assert list(tmp_path.iterdir()) == [store.path]
+    assert store.path.read_text() == before
+    assert GeneratedCache(tmp_path, {}).batches == [[GeneratedText("kept", 20, 2.0, 1.0)]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"sequence_length": 20},
+        {"batch_size": 3},
+        {"temperature": 0.7},
+        {"top_p": 0.9},
+    ],
+)
+def test_the_file_is_named_after_the_settings(
+    model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    replace_generate(model, varied)
+    self_generated(model, tokenizer, cache=tmp_path, **SHORT)
+    self_generated(model, tokenizer, cache=tmp_path, keep_fraction=0.5, **SHORT)
+    assert len(list(tmp_path.iterdir())) == 1
+    self_generated(model, tokenizer, cache=tmp_path, **{**SHORT, **change})
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_file_is_named_after_the_model(model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path) -> None:
+    replace_generate(model, varied)
+    self_generated(model, tokenizer, cache=tmp_path, **SHORT)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    self_generated(model, tokenizer, cache=tmp_path, **SHORT)
+    assert len(list(tmp_path.iterdir())) == 2
+    model.config.rms_norm_eps = 1e-3
+    self_generated(model, tokenizer, cache=tmp_path, **SHORT)
+    assert len(list(tmp_path.iterdir())) == 3
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "A question: " + TEMPLATE
+    self_generated(model, other, cache=tmp_path, **SHORT)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_digest(model: LlamaForCausalLM, dtype: torch.dtype) -> None:
+    model = model.to(dtype)
+    digest = weights_digest(model)
+    assert weights_digest(copy.deepcopy(model)) == digest
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    assert weights_digest(model) != digest
+
+
+def test_prompts_are_padded_on_the_left_and_the_tokenizer_is_not_touched(
+    model: LlamaForCausalLM, tokenizer: Any
+) -> None:
+    calls = replace_generate(model, varied)
+    before = (tokenizer.padding_side, tokenizer.pad_token, tokenizer.truncation_side)
+    self_generated(model, tokenizer, tokens=100, sequence_length=24, batch_size=5)
+    assert (tokenizer.padding_side, tokenizer.pad_token, tokenizer.truncation_side) == before
+    asked = prompts(0)
+    for call in calls:
+        for ids, mask in zip(call["input_ids"].tolist(), call["attention_mask"].tolist(), strict=True):
+            length = sum(mask)
+            assert mask == [0] * (len(mask) - length) + [1] * length
+            assert tokenizer.decode(ids[-length:]) == next(asked)
+            assert set(ids[:-length]) <= {END}
+    assert any(0 in call["attention_mask"] for call in calls)
+
+
+def test_what_repeats_itself_is_short_or_was_written_before_is_dropped(model: LlamaForCausalLM, tokenizer: Any) -> None:
+    answers = [
+        [*range(10, 13)] * 10,  # repeats itself
+        [*range(10, 20)],  # short
+        [],  # empty
+        varied(0, 0),
+    ]
+    calls = replace_generate(model, lambda call, row: answers[row] if call == 0 else varied(call % 2, row))
+    texts = self_generated(model, tokenizer, tokens=240, sequence_length=24, batch_size=4, keep_fraction=1.0)
+    expected = [varied(0, 0), *(varied(1, row) for row in range(4)), *(varied(0, row) for row in range(1, 4))]
+    assert texts == [tokenizer.decode(ids).strip() for ids in expected][: len(texts)]
+    assert len(calls) == 3
+
+
+def test_an_answer_ends_at_its_first_end(model: LlamaForCausalLM, tokenizer: Any) -> None:
+    model.generation_config.eos_token_id = [95, 96]
+    calls = replace_generate(model, lambda call, row: [*varied(call, row), (95, 96, END)[row], *range(40)])
+    texts = self_generated(model, tokenizer, tokens=80, sequence_length=24, batch_size=3, keep_fraction=1.0)
+    assert texts == [tokenizer.decode(varied(0, row)).strip() for row in range(3)]
+    assert calls[0]["eos_token_id"] == [95, 96, END]
+
+
+def test_the_perplexity_is_the_models_own(model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path) -> None:
+    replace_generate(model, varied)
+    self_generated(model, tokenizer, cache=tmp_path, **{**SHORT, "batch_size": 3})
+    (file,) = tmp_path.iterdir()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    asked = list(islice(prompts(0), 3))
+    for number, row in enumerate(rows[:3]):
+        prompt = tokenizer(asked[number])["input_ids"]
+        answer = varied(0, number)
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer])).logits[0].double()
+        chosen = logits.log_softmax(-1)[range(len(prompt) - 1, len(prompt) + 29), answer]
+        assert row["perplexity"] == pytest.approx(math.exp(-chosen.mean().item()), rel=1e-5)
+        assert row["distinct"] == 1.0
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 12])
+def test_what_is_kept_of_the_same_answers_does_not_depend_on_the_batch_size(
+    model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path, batch_size: int
+) -> None:
+    def scores(size: int) -> list[dict[str, Any]]:
+        replace_generate(model, lambda call, row: varied(0, size * call + row))
+        folder = tmp_path / str(size)
+        self_generated(model, tokenizer, tokens=300, sequence_length=24, batch_size=size, cache=folder)
+        (file,) = folder.iterdir()
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        return [{key: value for key, value in row.items() if key != "batch"} for row in rows]
+
+    expected = scores(2)
+    assert scores(batch_size)[: len(expected)] == expected[: len(scores(batch_size))]
+
+
+generated = st.builds(
+    GeneratedText,
+    text=st.sampled_from("abcdefghijkl"),
+    tokens=st.integers(0, 40),
+    perplexity=st.floats(1, 1e6),
+    distinct=st.floats(0, 1),
+)
+
+
+@given(st.lists(generated, max_size=30), st.floats(0.01, 1))
+def test_what_is_kept(texts: list[GeneratedText], fraction: float) -> None:
+    usable = _usable(texts)
+    assert len({text.text for text in usable}) == len(usable)
+    assert all(text.tokens >= 16 and text.distinct >= 0.6 for text in usable)
+    kept = _best(usable, fraction)
+    assert len(kept) == math.ceil(fraction * len(usable))
+    assert kept == [text for text in usable if text in kept]
+    worst = max((text.perplexity for text in kept), default=0)
+    assert all(text in kept for text in usable if text.perplexity < worst)
+
+
+def test_prompts_are_many_and_each_comes_once_before_any_comes_again() -> None:
+    number = len(FORMS) * len(TOPICS)
+    assert number >= 60
+    stream = prompts(3)
+    first, second = list(islice(stream, number)), list(islice(stream, number))
+    assert len(set(first)) == number
+    assert sorted(first) == sorted(second)
+    assert first != second
+    assert list(islice(prompts(3), number)) == first
+    assert list(islice(prompts(4), number)) != first
+
+
+class TestErrors:
+    def test_no_chat_template(self, model: LlamaForCausalLM, tokenizer: Any) -> None:
+        plain = copy.deepcopy(tokenizer)
+        plain.chat_template = None
+        with pytest.raises(StreamlineError, match=r"has no chat template.*Expected.*instruct.*--calibration FILE"):
+            self_generated(model, plain, tokens=100)
+
+    def test_cannot_generate(self, model: LlamaForCausalLM, tokenizer: Any) -> None:
+        with pytest.raises(StreamlineError, match=r"LlamaModel cannot generate.*Expected a causal.*--calibration"):
+            self_generated(model.model, tokenizer, tokens=100)
+
+    @pytest.mark.parametrize(
+        ("setting", "message"),
+        [
+            ({"tokens": 0}, "tokens=0: expected at least 1"),
+            ({"sequence_length": 15}, "sequence_length=15: expected at least 16"),
+            ({"temperature": 0.0}, "temperature=0.0: expected a number above 0"),
+            ({"top_p": 1.5}, "top_p=1.5: expected a number above 0 and at most 1"),
+            ({"keep_fraction": 0.0}, "keep_fraction=0.0: expected a number above 0 and at most 1. Change it"),
+            ({"batch_size": 0}, "batch_size=0: expected at least 1"),
+        ],
+    )
+    def test_settings(self, model: LlamaForCausalLM, tokenizer: Any, setting: dict[str, Any], message: str) -> None:
+        with pytest.raises(StreamlineError, match=message):
+            self_generated(model, tokenizer, **{"tokens": 100, **setting})
+
+    def test_no_room_for_an_answer(self, model: LlamaForCausalLM, tokenizer: Any) -> None:
+        model.config.max_position_embeddings = 40
+        with pytest.raises(StreamlineError, match=r"has room for 40 tokens, and a prompt .* an answer of 16 tokens"):
+            self_generated(model, tokenizer, tokens=100)
+
+    def test_a_model_that_says_nothing(self, model: LlamaForCausalLM, tokenizer: Any) -> None:
+        calls = replace_generate(model, lambda call, row: [END, END])
+        with pytest.raises(StreamlineError, match=r"wrote 16 texts, of which 0 with 0 tokens can be used; 150 tokens"):
+            self_generated(model, tokenizer, **SHORT)
+        assert len(calls) == 8
+
+    @pytest.mark.parametrize("damage", ['{"batch": 0, "text": ', "[]", '{"batch": 3}', '{"batch": 0, "other": 1}'])
+    def test_damaged_cache(self, model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path, damage: str) -> None:
+        replace_generate(model, varied)
+        self_generated(model, tokenizer, cache=tmp_path, **SHORT)
+        (file,) = tmp_path.iterdir()
+        file.write_text(damage + "\n")
+        with pytest.raises(StreamlineError, match=r"jsonl, line 1 is not what .* Expected .* Delete the file"):
+            self_generated(model, tokenizer, cache=tmp_path, **SHORT)
+
+
+def test_a_trained_model_writes_stories(stories: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = stories
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = TEMPLATE + " Once upon a time"
+    options: dict[str, Any] = {"tokens": 1_000, "sequence_length": 128, "batch_size": 4}
+    texts = self_generated(model, tokenizer, cache=tmp_path, **options)
+    assert sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts) >= 1_000
+    assert " was " in " ".join(texts)
+    assert self_generated(model, tokenizer, cache=tmp_path, **options) == texts

