@@ -67,7 +67,7 @@ def compress(
         str, typer.Option(metavar="BLOCKS", help="Blocks that must stay, such as 0,1,-1 (-1 is the last).")
     ] = "",
     calibration_tokens: _Tokens = 41_000,
-    validation_tokens: Annotated[int, typer.Option(help="Tokens to judge the candidates on.", min=2)] = 8_192,
+    validation_tokens: Annotated[int, typer.Option(help="Tokens to judge the candidates on.", min=2)] = 4_096,
     test_tokens: Annotated[int, typer.Option(help="Tokens to measure the result on.", min=2)] = 12_288,
     sequence_length: _SequenceLength = 512,
     batch_size: _BatchSize = 4,
@@ -88,10 +88,10 @@ def compress(
     """
     from streamline_hooks.checkpoint import require_free
     from streamline_hooks.compress import compress as run
-    from streamline_hooks.repair import require_kind
+    from streamline_hooks.repair import kind_named
 
     require_free(output, overwrite)
-    require_kind(kind)
+    kind_named(kind)
     target = _number(remove, "--remove", "a number of blocks (8) or a fraction (0.25)")
     blocks = [_block(part) for part in keep.split(",") if part.strip()]
     sources = calibration or ["pydoc"]

@@ -11,17 +11,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from streamline_hooks.calibration import TokenSplit, check_tokenizer, split_documents
 from streamline_hooks.checkpoint import require_free, save
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import Candidate, kl_of_candidates, perplexity, perplexity_of_candidates
-from streamline_hooks.passes import batches_of
-from streamline_hooks.repair import fit, require_kind, solve
+from streamline_hooks.passes import batches_of, progress
+from streamline_hooks.repair import kind_named, solve
 from streamline_hooks.selection import blocks_to_remove, protected_blocks, ranked, windows
 from streamline_hooks.stack import BlockStack, find_stack
-from streamline_hooks.statistics import measure_moments, measure_similarity
+from streamline_hooks.statistics import StateSimilarity, measure_moments, measure_similarity
 from streamline_hooks.surgery import LayerSurgeon, SurgeryPlan
 from streamline_hooks.surgery.placement import move_beside
 
@@ -83,6 +83,10 @@ class CompressionResult:
         Of the process, in bytes; None where the system does not tell.
     data : dict
         Tokens by part, sequence length, seed and the calibration data's fingerprint.
+    similarity : StateSimilarity
+        Of the states along the original, on the calibration text.
+    folder : Path or None
+        Where it was saved.
     """
 
     model: PreTrainedModel
@@ -96,6 +100,7 @@ class CompressionResult:
     seconds: dict[str, float]
     peak_memory: int | None
     data: dict[str, Any]
+    similarity: StateSimilarity
     folder: Path | None = field(default=None)
 
     def report(self) -> dict[str, Any]:
@@ -110,6 +115,10 @@ class CompressionResult:
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory,
             "data": self.data,
+            "similarity": {
+                "cosine": self.similarity.cosine.tolist(),
+                "angular_distance": self.similarity.angular.tolist(),
+            },
             "versions": {name: version(name) for name in ("streamline_hooks", "torch", "transformers")},
         }
 
@@ -146,7 +155,7 @@ def compress(
     test_texts: Sequence[str] | None = None,
     sequence_length: int = 512,
     calibration_tokens: int = 41_000,
-    validation_tokens: int = 8_192,
+    validation_tokens: int = 4_096,
     test_tokens: int = 12_288,
     batch_size: int = 4,
     shortlist: int = 8,
@@ -205,11 +214,11 @@ def compress(
     """
     if output is not None:
         require_free(output, overwrite)
-    require_kind(kind)
+    slots = kind_named(kind).slots
     if shortlist < 1 or batch_size < 1:
         raise StreamlineError(f"shortlist={shortlist} and batch_size={batch_size} must be 1 or more.")
     found = find_stack(model, stack)
-    count = blocks_to_remove(remove, len(found))
+    count = blocks_to_remove(remove, len(found), slots)
     every = windows(len(found), count, protected_blocks(keep, len(found)))
     _require_positions(model, sequence_length)
     clock = _Clock()
@@ -237,10 +246,16 @@ def compress(
     first = ranked(similarity, every)[:shortlist]
     chosen = [scored.window for scored in first]
     with clock("fit"):
-        moments = measure_moments(model, calibration, chosen, stack=found.path)
-        solutions = [solve(*pair) for pair in moments]
-        del moments
-        modules = [_placed(fit(kind, solution), found) for solution in solutions]
+        fitted, held_out = (
+            measure_moments(model, batches_of(part, batch_size), chosen, stack=found.path, what=what)
+            for part, what in zip(_held_out_apart(split.calibration), ("fit", "hold out"), strict=True)
+        )
+        solutions = []
+        with progress(len(chosen), "solve least squares", "windows") as bar:
+            for pair in zip(fitted, held_out, strict=True):
+                solutions.append(solve(*pair))
+                bar.update()
+        modules = [_placed(kind_named(kind).start(solution), found) for solution in solutions]
     candidates = [Candidate(window, module) for window, module in zip(chosen, modules, strict=True)]
     with clock("judge"):
         kls = kl_of_candidates(model, validation, candidates)
@@ -281,6 +296,7 @@ def compress(
         seconds=clock.seconds,
         peak_memory=_peak_memory(),
         data=_data(split, seed),
+        similarity=similarity,
     )
     if output is not None:
         with clock("save"):
@@ -295,6 +311,17 @@ _LABELS = {
     "cosine_first_removed": "cosine's first, removed",
     "cosine_first_repaired": "cosine's first, repaired",
 }
+
+
+def _held_out_apart(sequences: Tensor) -> tuple[Tensor, Tensor]:
+    """Four fifths to fit on, and the last fifth, which comes from other documents, to choose the ridge by."""
+    if len(sequences) < 2:
+        raise StreamlineError(
+            f"The calibration text fills {len(sequences)} sequence of {sequences.shape[1]} tokens; expected two at "
+            "least, one to fit on and one to choose the ridge by. Give more text or a smaller --sequence-length."
+        )
+    held_out = max(1, len(sequences) // 5)
+    return sequences[:-held_out], sequences[-held_out:]
 
 
 class _Clock:

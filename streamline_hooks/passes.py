@@ -223,14 +223,14 @@ def _one_visit(record: HiddenStateRecorder) -> Tensor:
 
 
 def _require_finite(record: HiddenStateRecorder, mask: Tensor, number: int) -> None:
-    for kind, by_block in (("enters", record.inputs), ("leaves", record.outputs)):
-        for k, visits in by_block.items():
-            for state in visits:
-                if not torch.isfinite(state.sum(dtype=torch.float64)) and not torch.isfinite(state[mask]).all():
-                    raise StreamlineError(
-                        f"The state that {kind} block {k} holds NaN or infinite values (batch {number}). Look at the "
-                        "weights of the blocks up to there, or run in a wider precision (float32 or bfloat16)."
-                    )
+    places = [(k, order, kind) for order, kind in enumerate(("enters", "leaves")) for k in record.blocks]
+    for k, order, kind in sorted(places):
+        for state in (record.inputs, record.outputs)[order].get(k, ()):
+            if not torch.isfinite(state.sum(dtype=torch.float64)) and not torch.isfinite(state[mask]).all():
+                raise StreamlineError(
+                    f"The state that {kind} block {k} holds NaN or infinite values (batch {number}). Look at the "
+                    "weights of the blocks up to there, or run in a wider precision (float32 or bfloat16)."
+                )
 
 
 def _tokens(batch: Batch | Tensor) -> int:

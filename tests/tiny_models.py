@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from random import Random
 
 import torch
 import transformers
@@ -73,6 +74,23 @@ def left_padded(batch: int, length: int, seed: int = 0) -> dict[str, torch.Tenso
         mask[row, :pad] = 0
         ids[row, :pad] = 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def padded(lengths: list[int], side: str) -> dict[str, torch.Tensor]:
+    """Sequences of these lengths, padded on a side."""
+    width, source = max(lengths), tokens(len(lengths), max(lengths))
+    ids, mask = torch.zeros_like(source), torch.zeros_like(source)
+    for row, length in enumerate(lengths):
+        place = slice(0, length) if side == "right" else slice(width - length, width)
+        ids[row, place], mask[row, place] = source[row, :length], 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def shuffled_batches(batch: dict[str, torch.Tensor], size: int, random: Random) -> list[dict[str, torch.Tensor]]:
+    """The rows of a batch in any order, a few at a time."""
+    order = list(range(len(batch["input_ids"])))
+    random.shuffle(order)
+    return [{k: v[order[at : at + size]] for k, v in batch.items()} for at in range(0, len(order), size)]
 
 
 class Nudge(nn.Module):

@@ -1,6 +1,6 @@
 """Fitting what stands in the place of removed blocks."""
 
 from streamline_hooks.repair.closed_form import ClosedForm, solve
-from streamline_hooks.repair.fit import fit, require_kind
+from streamline_hooks.repair.kinds import KINDS, Kind, kind_named
 
-__all__ = ["ClosedForm", "fit", "require_kind", "solve"]
+__all__ = ["KINDS", "ClosedForm", "Kind", "kind_named", "solve"]

@@ -8,11 +8,8 @@ from torch import Tensor, nn
 
 from streamline_hooks.passes import Batch, recorded
 from streamline_hooks.recorder import HiddenStateRecorder
-from streamline_hooks.stack import find_stack
 from streamline_hooks.statistics.moments import WindowMoments
 from streamline_hooks.statistics.similarity import StateSimilarity
-
-HELD_OUT_EVERY = 5
 
 
 def measure_similarity(
@@ -41,15 +38,19 @@ def measure_similarity(
     record = HiddenStateRecorder(model, stop=True, stack=stack)
     last = len(record.stack) - 1
     similarity = StateSimilarity(last + 2)
-    what = f"rank {last + 1} blocks"
-    for _, mask, _ in recorded(model, batches, record, what):
+    for _, mask, _ in recorded(model, batches, record, f"rank: {last + 1} blocks"):
         similarity.update([*(record.inputs[k][0] for k in range(last + 1)), record.outputs[last][0]], mask)
     return similarity
 
 
 def measure_moments(
-    model: nn.Module, batches: Sequence[Batch | Tensor], windows: Sequence[range], *, stack: str | None = None
-) -> list[tuple[WindowMoments, WindowMoments]]:
+    model: nn.Module,
+    batches: Sequence[Batch | Tensor],
+    windows: Sequence[range],
+    *,
+    stack: str | None = None,
+    what: str = "moments",
+) -> list[WindowMoments]:
     """Sum the moments of several windows in one pass, which ends after the last block that any of them needs.
 
     Parameters
@@ -60,24 +61,21 @@ def measure_moments(
     windows : sequence of range
     stack : str, optional
         Path of the stack, see `find_stack`.
+    what : str
+        What the bar says, before what it costs.
 
     Returns
     -------
-    list of (WindowMoments, WindowMoments)
-        For each window those to fit on, and those held out: every fifth sequence, whatever the batch size.
+    list of WindowMoments
+        One a window.
     """
     needed = {w.start for w in windows} | {w.stop - 1 for w in windows}
     record = HiddenStateRecorder(model, sorted(needed), stop=True, stack=stack)
-    moments: list[tuple[WindowMoments, WindowMoments]] = []
-    seen = 0
-    what = f"fit {len(windows)} windows, {max(needed) + 1} of {len(find_stack(model, stack))} blocks"
-    for _, mask, _ in recorded(model, batches, record, what):
+    moments: list[WindowMoments] = []
+    cost = f"{what}: {len(windows)} windows, {max(needed) + 1} of {len(record.stack)} blocks"
+    for _, mask, _ in recorded(model, batches, record, cost):
         features = record.inputs[windows[0].start][0].shape[-1]
-        moments = moments or [(WindowMoments(features), WindowMoments(features)) for _ in windows]
-        held_out = mask.new_tensor([(seen + i) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 for i in range(len(mask))])
-        seen += len(mask)
-        for window, (fit, check) in zip(windows, moments, strict=True):
-            entering, leaving = record.inputs[window.start][0], record.outputs[window.stop - 1][0]
-            fit.update(entering, leaving, mask & ~held_out[:, None])
-            check.update(entering, leaving, mask & held_out[:, None])
+        moments = moments or [WindowMoments(features) for _ in windows]
+        for window, sums in zip(windows, moments, strict=True):
+            sums.update(record.inputs[window.start][0], record.outputs[window.stop - 1][0], mask)
     return moments

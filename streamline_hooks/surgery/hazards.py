@@ -44,7 +44,8 @@ def find_hazards(stack: BlockStack, window: range) -> list[Hazard]:
     list of Hazard
         Empty where nothing is known against it.
     """
-    return [*_shared_blocks(stack, window), *_shared_keys(stack, window), *_position_bias(stack, window)]
+    causes = (_shared_blocks, _shared_keys, _position_bias, _scale_by_number)
+    return [hazard for cause in causes for hazard in cause(stack, window)]
 
 
 def _shared_blocks(stack: BlockStack, window: range) -> Iterator[Hazard]:
@@ -82,6 +83,21 @@ def _position_bias(stack: BlockStack, window: range) -> Iterator[Hazard]:
     if 0 < len(owners) < len(stack) and set(owners) & set(window):
         listed = ", ".join(map(str, owners))
         yield Hazard("position-bias", f"block {listed} owns the relative position bias that the other blocks use")
+
+
+def _scale_by_number(stack: BlockStack, window: range) -> Iterator[Hazard]:
+    """Attention that is scaled by the block's number while it runs (GPT-2 in Transformers 4): renumbering changes it.
+
+    Later versions bake the scale into the block, which is then right in memory and is refused on commit.
+    """
+    scaled = [
+        k
+        for k, block in enumerate(stack.blocks)
+        for module in block.modules()
+        if getattr(module, "scale_attn_by_inverse_layer_idx", False) and not hasattr(module, "scaling")
+    ]
+    if any(k >= window.start for k in scaled):
+        yield Hazard("scale-by-number", f"blocks {window.start} to {len(stack) - 1} scale attention by their number")
 
 
 def _names(block: nn.Module) -> list[Any]:

@@ -119,7 +119,9 @@ def _differences(ours: nn.Module, theirs: nn.Module, indices: Sequence[IndexAttr
         for name in module._non_persistent_buffers_set:
             value, rebuilt = module._buffers[name], other._buffers.get(name)
             if value is not None and rebuilt is not None and not rebuilt.is_meta:
-                same = value.shape == rebuilt.shape and torch.equal(value.to(rebuilt), rebuilt)
+                same = value.shape == rebuilt.shape and torch.equal(
+                    value, rebuilt.to(value)
+                )  # in the model's precision
                 if not same:
                     yield f"{path}.{name}".lstrip("."), "is a buffer that would have other values"
 

@@ -59,7 +59,7 @@ class LayerSurgeon:
     >>> model = LlamaForCausalLM(config)
     >>> with LayerSurgeon(model) as surgeon:
     ...     surgeon.remove(range(1, 3))
-    ...     surgeon.insert(5, torch.nn.Identity())
+    ...     _ = surgeon.insert(5, torch.nn.Identity())
     ...     print(surgeon.plan)
     model.layers: 6 blocks -> 4
          0  -> 0

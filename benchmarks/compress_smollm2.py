@@ -1,0 +1,155 @@
+"""The main job on real text: calibrate on one half of a data folder, score on the other, domain by domain.
+
+    python -m benchmarks.compress_smollm2 [--data FOLDER] [--remove 0.25] [--tokens 41000] [--seed 0]
+
+FOLDER (or STREAMLINE_DATA) holds ``text/train`` and ``text/heldout`` with the same domains as ``*.txt``. Nothing under
+``heldout`` is chosen or fitted on. The rows go to ``benchmarks/results/compress_smollm2.json`` and ``.md``, the picture
+to ``docs/similarity.svg``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from streamline_hooks import LinearReplacement, compress, perplexity
+from streamline_hooks.calibration import read_documents
+from streamline_hooks.compress import CompressionResult
+from streamline_hooks.passes import batches_of
+from streamline_hooks.pretrained import load_pretrained
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TOKENS_A_DOMAIN, SEQUENCE = 8_192, 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=os.environ.get("STREAMLINE_DATA"))
+    parser.add_argument("--remove", type=float, default=0.25)
+    parser.add_argument("--tokens", type=int, default=41_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.data is None:
+        parser.error("give --data FOLDER, or set STREAMLINE_DATA")
+    started = time.time()
+    texts = Path(options.data) / "text"
+    model, tokenizer = load_pretrained("smollm2")
+    domains = {path.stem: sequences(path, tokenizer) for path in sorted((texts / "heldout").glob("*.txt"))}
+    original = {name: score(model, batches, f"{name}, original") for name, batches in domains.items()}
+    result = compress(
+        model,
+        tokenizer,
+        read_documents(texts / "train"),
+        test_texts=read_documents(texts / "heldout"),
+        remove=options.remove,
+        calibration_tokens=options.tokens,
+        seed=options.seed,
+        say=print,
+    )
+    print(result.table())
+    repaired = {name: score(model, batches, f"{name}, repaired") for name, batches in domains.items()}
+    removed = without_repair(model, domains)
+    command = f"python -m benchmarks.compress_smollm2 --remove {options.remove} --tokens {options.tokens}"
+    row = {
+        "command": f"{command} --seed {options.seed}",
+        "total_seconds": round(time.time() - started, 1),
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version(), "transformers": transformers.__version__},
+        "domains": {
+            name: {"original": original[name], "removed": removed[name], "repaired": repaired[name]} for name in domains
+        },
+        **result.report(),
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "compress_smollm2.json").write_text(json.dumps(row, indent=1) + "\n")
+    (RESULTS / "compress_smollm2.md").write_text(table(row))
+    draw(result, ROOT / "docs" / "similarity.svg")
+
+
+def sequences(path: Path, tokenizer: Any) -> list[dict[str, torch.Tensor]]:
+    """The first tokens of a domain's held-out text, in order."""
+    ids = tokenizer(path.read_text(), add_special_tokens=False).input_ids[:TOKENS_A_DOMAIN]
+    return batches_of(torch.tensor(ids[: len(ids) // SEQUENCE * SEQUENCE]).view(-1, SEQUENCE), 4)
+
+
+def score(model: Any, batches: list[dict[str, torch.Tensor]], what: str) -> float:
+    return perplexity(model, batches, what).value
+
+
+def without_repair(model: Any, domains: dict[str, Any]) -> dict[str, float]:
+    """Perplexity of plain removal: what stands in the window's place is made to do nothing."""
+    maps = [m.projection.weight for m in model.modules() if isinstance(m, LinearReplacement)]
+    kept = [weight.detach().clone() for weight in maps]
+    for weight in maps:
+        weight.data.zero_()
+    scores = {name: score(model, batches, f"{name}, removed") for name, batches in domains.items()}
+    for weight, value in zip(maps, kept, strict=True):
+        weight.data.copy_(value)
+    return scores
+
+
+def table(row: dict[str, Any]) -> str:
+    removed = row["plan"]["removed"]
+    lines = [
+        f"SmolLM2-135M-Instruct, blocks {removed[0]} to {removed[-1]} of {row['plan']['old_length']} replaced by a "
+        f"linear map that was fitted in closed form on {row['data']['calibration_tokens']:,} tokens of the training "
+        "domains and chosen by KL on "
+        f"{row['data']['validation_tokens']:,} others. Perplexity on held-out text, {SEQUENCE} tokens a sequence, up "
+        f"to {TOKENS_A_DOMAIN:,} a domain.",
+        "",
+        "| domain | original | removed | repaired | ratio |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    ratios = []
+    for name, p in row["domains"].items():
+        ratios.append(p["repaired"] / p["original"])
+        lines.append(f"| {name} | {p['original']:.2f} | {p['removed']:.1f} | {p['repaired']:.2f} | {ratios[-1]:.2f} |")
+    lines += [f"| mean ratio | | | | {sum(ratios) / len(ratios):.2f} |", ""]
+    steps = ", ".join(f"{step} {seconds:.0f}" for step, seconds in row["seconds"].items())
+    lines += [
+        f"Seconds: {steps}; peak memory {row['peak_memory_bytes'] / 1e9:.1f} GB.",
+        "",
+        f"Made by `{row['command']}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(result: CompressionResult, path: Path) -> None:
+    """The matrix of mean cosine, with the chosen window drawn in it."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "streamline_hooks"
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 5.2), layout="constrained")
+    image = axes.imshow(result.similarity.cosine.numpy(), origin="lower", cmap="viridis", vmin=0.0, vmax=1.0)
+    figure.colorbar(image, label="mean cosine of the states")
+    best = result.candidates[0]
+    axes.plot([best.start, best.stop, best.stop], [best.start, best.start, best.stop], color="white", lw=1.5)
+    axes.plot(best.stop, best.start, "o", color="white", ms=6)
+    axes.annotate(
+        f"blocks {best.start} to {best.stop - 1} go\ncosine {best.cosine:.2f}",
+        (best.stop, best.start),
+        xytext=(12, 6),
+        textcoords="offset points",
+        color="white",
+    )
+    axes.set_xlabel("state that enters block (last: leaves the stack)")
+    axes.set_ylabel("state that enters block")
+    axes.set_title("SmolLM2-135M: how alike the hidden states are", fontsize=11)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

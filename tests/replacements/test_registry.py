@@ -1,0 +1,60 @@
+"""Kinds by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from streamline_hooks import LinearReplacement, StreamlineError, register_replacement
+from streamline_hooks.replacements import build_replacement, replacement_config
+
+
+def test_a_kind_is_built_again_from_its_config() -> None:
+    kind, config = replacement_config(LinearReplacement(5))
+    again = build_replacement(kind, config)
+    assert type(again) is LinearReplacement and again.projection.weight.shape == (5, 5)
+
+
+def test_an_unknown_kind_lists_the_known_ones() -> None:
+    with pytest.raises(StreamlineError, match=r"'cubic' is unknown. Known here: .*linear.*register_replacement"):
+        build_replacement("cubic", {})
+
+
+def test_a_class_that_is_not_registered_says_how_to() -> None:
+    with pytest.raises(StreamlineError, match="A Identity cannot be written to a checkpoint.*@register_replacement"):
+        replacement_config(nn.Identity())
+
+    class Derived(LinearReplacement):
+        pass
+
+    with pytest.raises(StreamlineError, match="A Derived cannot be written"):
+        replacement_config(Derived(3))
+
+
+def test_what_cannot_be_registered() -> None:
+    with pytest.raises(StreamlineError, match="'linear' is LinearReplacement already"):
+
+        @register_replacement("linear")
+        class Other(nn.Module):
+            def to_config(self) -> dict[str, Any]:
+                return {}
+
+    with pytest.raises(StreamlineError, match=r"expected an nn.Module with a method to_config\(\)"):
+        register_replacement("bare")(nn.Identity)
+
+
+def test_linear_starts_at_the_map_that_is_given() -> None:
+    map_, state = torch.randn(4, 4), torch.randn(2, 3, 4)
+    torch.testing.assert_close(LinearReplacement.from_map(map_)(state), state + state @ map_)
+    assert torch.equal(LinearReplacement(4)(state), state)
+
+
+def test_linear_is_causal() -> None:
+    module, state = LinearReplacement.from_map(torch.randn(4, 4)), torch.randn(1, 5, 4)
+    changed = state.clone()
+    changed[:, 3] += 1.0
+    assert torch.equal(module(state)[:, :3], module(changed)[:, :3])
+    assert not torch.equal(module(state)[:, 3], module(changed)[:, 3])

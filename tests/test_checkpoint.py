@@ -1,0 +1,320 @@
+"""Saved, loaded in a new process, refused by whom it must be, and never half written."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, load, register_replacement, save
+from tests.tiny_models import BLOCKS, FAMILIES, WIDTH, Nudge, left_padded, tiny_model, tokens
+
+
+def repaired(family: str, window: range = range(1, 3), dtype: torch.dtype = torch.float32) -> nn.Module:
+    model = tiny_model(family, dtype)
+    with LayerSurgeon(model) as surgeon:
+        generator = torch.Generator().manual_seed(5)
+        surgeon.replace(window, LinearReplacement.from_map(0.1 * torch.randn(WIDTH, WIDTH, generator=generator)))
+        surgeon.commit()
+    return model
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens(2, 9)).logits
+
+
+def in_a_new_process(code: str, *args: Any, check: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=check, env=environment)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("window", [range(0, 2), range(2, 4), range(4, BLOCKS)], ids=["first", "middle", "last"])
+def test_a_repaired_model_comes_back(family: str, window: range, tmp_path: Path) -> None:
+    model = repaired(family, window)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    assert {k: v.shape for k, v in loaded.state_dict().items()} == shapes
+    batch, options = left_padded(2, 7), {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    with_cache, without = (loaded.generate(**batch, **options, use_cache=c) for c in (True, False))
+    assert torch.equal(with_cache, without)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_removal_is_a_plain_checkpoint(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove(range(1, 4))
+        surgeon.commit()
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == type(model.config).model_type
+    loaded = type(model).from_pretrained(tmp_path)
+    assert type(loaded) is type(model) and torch.equal(logits(loaded), logits(model))
+    assert loaded.config.streamline_hooks["history"][0]["removed"] == [1, 2, 3]
+
+
+def test_a_new_process_gives_the_same_logits_and_tokens(tmp_path: Path) -> None:
+    model = repaired("llama")
+    save(model, tmp_path / "model")
+    torch.save(logits(model), tmp_path / "logits.pt")
+    code = """
+        import sys, torch
+        from transformers import AutoModelForCausalLM
+        import streamline_hooks
+        from tests.tiny_models import left_padded, tokens
+        model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/model")
+        expected = torch.load(sys.argv[1] + "/logits.pt")
+        torch.testing.assert_close(model(tokens(2, 9)).logits, expected, rtol=1e-5, atol=1e-5)
+        options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+        for batch in ({"input_ids": tokens(2, 7), "attention_mask": torch.ones(2, 7).long()}, left_padded(2, 7)):
+            assert torch.equal(*(model.generate(**batch, **options, use_cache=c) for c in (True, False)))
+        print("same")
+    """
+    assert in_a_new_process(code, tmp_path).stdout.strip().endswith("same")
+
+
+def test_where_the_library_is_absent_loading_fails_loudly(tmp_path: Path) -> None:
+    save(repaired("llama"), tmp_path / "model")
+    code = """
+        import sys
+        sys.modules["streamline_hooks"] = None
+        from transformers import AutoModelForCausalLM, AutoConfig
+        try:
+            AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/model")
+        except ValueError as error:
+            assert "streamline_hooks" in str(error), error
+            print("refused")
+    """
+    assert in_a_new_process(code, tmp_path).stdout.strip().endswith("refused")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_explicit_class_refuses_a_spliced_checkpoint(family: str, tmp_path: Path) -> None:
+    model = repaired(family)
+    plain = type(model).__mro__[2]
+    assert plain.__module__.startswith("transformers.")
+    save(model, tmp_path / "model")
+    for cls in (plain, type(tiny_model(family).base_model)):
+        with pytest.raises((RuntimeError, ValueError), match="mismatch|size"):
+            cls.from_pretrained(tmp_path / "model")
+
+
+def test_a_base_model_keeps_the_repair_too(tmp_path: Path) -> None:
+    model = repaired("llama")
+    save(model, tmp_path / "model")
+    base = AutoModel.from_pretrained(tmp_path / "model")
+    assert torch.equal(base(tokens(2, 9)).last_hidden_state, model.model(tokens(2, 9)).last_hidden_state)
+
+
+def test_precision_and_tied_weights(tmp_path: Path) -> None:
+    model = repaired("gpt2", dtype=torch.bfloat16)
+    save(model, tmp_path / "model")
+    loaded = load(tmp_path / "model", dtype="auto")
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_sharded_weights(tmp_path: Path) -> None:
+    model = repaired("llama")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_a_state_dict_from_disk_can_be_taken_as_it_lies(tmp_path: Path) -> None:
+    """As a Trainer does when it resumes."""
+    from safetensors.torch import load_file
+
+    model = repaired("llama")
+    model.save_pretrained(tmp_path)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    weights = load_file(tmp_path / "model.safetensors")
+    assert weights["model.norm.weight"].shape == (1, WIDTH)
+    other.load_state_dict(weights)
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_saving_again_and_again_is_the_same(tmp_path: Path) -> None:
+    model = repaired("opt")
+    for step in "ab":
+        model.save_pretrained(tmp_path / step)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / step)
+    first, second = ((tmp_path / s / "model.safetensors").read_bytes() for s in "ab")
+    assert first == second
+    assert (tmp_path / "a/config.json").read_text() == (tmp_path / "b/config.json").read_text()
+
+
+def test_experts_are_converted_as_the_architectures_own(tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=16, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "original")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.replace([1], LinearReplacement.from_map(0.1 * torch.randn(32, 32)))
+        surgeon.commit()
+    save(model, tmp_path / "small")
+    from safetensors import safe_open
+
+    keys = {}
+    for name in ("original", "small"):
+        with safe_open(tmp_path / name / "model.safetensors", "pt") as file:
+            keys[name] = {k for k in file.keys() if ".layers.0." in k}  # noqa: SIM118
+    assert keys["original"] == keys["small"]
+    torch.testing.assert_close(logits(load(tmp_path / "small")), logits(model))
+
+
+def test_a_compressed_model_is_compressed_again(tmp_path: Path) -> None:
+    model = repaired("llama")
+    save(model, tmp_path / "once")
+    model = load(tmp_path / "once")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.replace([1], LinearReplacement(WIDTH))  # the block that carries the first splice
+        surgeon.commit()
+    save(model, tmp_path / "twice")
+    again = load(tmp_path / "twice")
+    assert torch.equal(logits(again), logits(model))
+    assert len(again.config.streamline_hooks["history"]) == 2
+    assert [len(e["modules"]) for e in again.config.streamline_hooks["splices"]] == [2]
+
+
+@register_replacement("test-bias")
+class Bias(nn.Module):
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.arange(float(features)))
+
+    def to_config(self) -> dict[str, Any]:
+        return {"features": len(self.bias)}
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        return state + self.bias
+
+
+def test_a_users_own_module_is_saved_when_it_is_registered(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.replace([1], Bias(WIDTH))
+        surgeon.commit()
+    save(model, tmp_path / "model")
+    assert torch.equal(logits(load(tmp_path / "model")), logits(model))
+    model = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.replace([1], Nudge())
+        surgeon.commit()
+    with pytest.raises(StreamlineError, match="A Nudge cannot be written to a checkpoint"):
+        save(model, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_unknown_kind_a_later_format_and_a_foreign_config(tmp_path: Path) -> None:
+    save(repaired("llama"), tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+
+    def changed(**values: Any) -> None:
+        path.write_text(json.dumps({**config, "streamline_hooks": {**config["streamline_hooks"], **values}}))
+
+    splices = json.loads(json.dumps(config["streamline_hooks"]["splices"]).replace("linear", "cubic"))
+    changed(splices=splices)
+    with pytest.raises(StreamlineError, match="'cubic' is unknown. Known here: .*linear"):
+        load(tmp_path / "model")
+    changed(format=99)
+    with pytest.raises(StreamlineError, match="has the format 99; this version of streamline_hooks reads up to 1"):
+        load(tmp_path / "model")
+    path.write_text(json.dumps({"model_type": "streamline_hooks"}))
+    with pytest.raises(StreamlineError, match="was not written by streamline_hooks"):
+        load(tmp_path / "model")
+    path.write_text(json.dumps({**config, "base_model_type": "made-up"}))
+    with pytest.raises(StreamlineError, match="a compressed 'made-up', which the installed Transformers"):
+        load(tmp_path / "model")
+    with pytest.raises(StreamlineError, match="holds no model: config.json is missing"):
+        load(tmp_path)
+
+
+def test_pickling_and_copying_keep_the_class(tmp_path: Path) -> None:
+    model = repaired("llama")
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again) is type(model) and torch.equal(logits(again), logits(model))
+
+
+# Nothing half written
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("keep me")
+    model = repaired("llama")
+    with pytest.raises(StreamlineError, match="is not empty. Choose another folder, or pass --overwrite"):
+        save(model, tmp_path)
+    with pytest.raises(StreamlineError, match="is a file; give a folder"):
+        save(model, tmp_path / "precious")
+    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
+    save(model, tmp_path, overwrite=True)
+    assert not (tmp_path / "precious").exists() and (tmp_path / "model.safetensors").exists()
+
+
+DISK_FULL = """
+    import resource, sys
+    from pathlib import Path
+    from streamline_hooks import StreamlineError, save
+    from tests.test_checkpoint import repaired
+    model = repaired("llama")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+    try:
+        save(model, sys.argv[1], overwrite=True)
+    except StreamlineError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits to imitate a full disk")
+@pytest.mark.parametrize("limit", [100, 20_000], ids=["at the config", "at the weights"])
+def test_a_full_disk_leaves_the_old_folder_as_it_was(limit: int, tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    save(repaired("opt"), target)
+    before = {p.name: p.read_bytes() for p in target.iterdir()}
+    printed = in_a_new_process(DISK_FULL, target, limit).stdout
+    assert "failed:" in printed and "What was there before is untouched" in printed
+    assert {p.name: p.read_bytes() for p in target.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_interruption_leaves_the_old_folder_as_it_was(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, target = repaired("llama"), tmp_path / "model"
+    save(model, target)
+    before = {p.name: p.read_bytes() for p in target.iterdir()}
+
+    def interrupt(folder: Path) -> None:
+        (Path(folder) / "model.safetensors").write_text("half")
+        raise error
+
+    monkeypatch.setattr(model, "save_pretrained", interrupt)
+    with pytest.raises(error):
+        save(model, target, overwrite=True)
+    assert {p.name: p.read_bytes() for p in target.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]

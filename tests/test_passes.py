@@ -1,0 +1,128 @@
+"""Resuming, preparing and driving batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, find_stack, resume
+from streamline_hooks.passes import batches_of, inference, prepare, recorded
+from tests.tiny_models import BLOCKS, FAMILIES, Nudge, left_padded, tiny_model, tokens
+
+
+@given(st.sampled_from(FAMILIES), st.integers(0, BLOCKS), st.booleans())
+def test_resuming_gives_what_the_whole_forward_gives(family: str, k: int, padded: bool) -> None:
+    model = tiny_model(family)
+    batch = left_padded(3, 9) if padded else {"input_ids": tokens(2, 9)}
+    with torch.no_grad(), HiddenStateRecorder(model) as record:
+        whole = model(**prepare(model, batch)).logits
+        states = record.inputs[k][0] if k < BLOCKS else record.outputs[BLOCKS - 1][0]
+        assert torch.equal(resume(model, k, states, batch).logits, whole)
+
+
+def test_resuming_runs_no_earlier_block() -> None:
+    model, called = tiny_model("llama"), []
+    for k, block in enumerate(find_stack(model).blocks):
+        block.mlp.register_forward_hook(lambda m, a, o, k=k: called.append(k))
+    resume(model, 4, torch.zeros(2, 9, 32), tokens(2, 9))
+    assert called == [4, 5]
+
+
+def test_resuming_in_a_model_with_splices_starts_after_them() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad(), LayerSurgeon(model) as surgeon:
+        surgeon.replace(range(1, 3), Nudge())
+        surgeon.insert(BLOCKS, Nudge(seed=1))
+        with HiddenStateRecorder(model) as record:
+            whole = model(tokens(2, 9)).logits
+        assert torch.equal(resume(model, 1, record.inputs[1][0], tokens(2, 9)).logits, whole)
+        assert torch.equal(resume(model, 4, record.outputs[3][0], tokens(2, 9)).logits, whole)
+
+
+def test_what_cannot_be_resumed() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(StreamlineError, match="Cannot resume at block 7: the stack has 6 blocks, so 0 to 6"):
+        resume(model, 7, torch.zeros(2, 9, 32), tokens(2, 9))
+    with pytest.raises(StreamlineError, match=r"states have the shape \(2, 8, 32\); this batch has \(2, 9, 32\)"):
+        resume(model, 3, torch.zeros(2, 8, 32), tokens(2, 9))
+    assert not find_stack(model)[3]._forward_pre_hooks and len(find_stack(model)) == BLOCKS
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_left_padding_does_not_change_the_real_tokens(family: str) -> None:
+    """Without position_ids GPT-2 would count the padding."""
+    model, batch = tiny_model(family), left_padded(3, 9)
+    with inference(model):
+        padded = model(**prepare(model, batch)).logits
+        for row in range(3):
+            real = batch["attention_mask"][row].bool()
+            alone = model(**prepare(model, batch["input_ids"][row][real][None])).logits
+            torch.testing.assert_close(padded[row][real], alone[0], rtol=1e-4, atol=1e-4)
+
+
+def test_prepare_leaves_what_is_given() -> None:
+    model = tiny_model("gpt2")
+    given_ids = torch.zeros(3, 9, dtype=torch.long)
+    assert prepare(model, {**left_padded(3, 9), "position_ids": given_ids})["position_ids"] is given_ids
+    assert prepare(model, {"input_ids": tokens(1, 3), "use_cache": True})["use_cache"] is True
+    assert "use_cache" not in prepare(nn.Linear(3, 3), {"input": torch.zeros(1, 3)})
+
+
+def test_inference_gives_the_mode_back_module_by_module() -> None:
+    model = tiny_model("gpt2").train()
+    model.transformer.h[2].eval()
+    before = [m.training for m in model.modules()]
+    with inference(model):
+        assert not any(m.training for m in model.modules())
+        assert not torch.is_grad_enabled()
+    assert [m.training for m in model.modules()] == before
+
+
+def test_states_that_are_not_finite_are_named() -> None:
+    model = tiny_model("llama")
+    model.model.layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")
+    batches = batches_of(tokens(4, 9), 2)
+    with pytest.raises(StreamlineError, match=r"leaves block 2 holds NaN or infinite values \(batch 0\)"):
+        list(recorded(model, batches, HiddenStateRecorder(model, [2, 3]), "test"))
+
+
+def test_a_batch_number_is_that_of_the_batch() -> None:
+    model = tiny_model("llama")
+    model.model.embed_tokens.weight.data[7] = float("inf")
+    clean, dirty = torch.full((1, 4), 5), torch.tensor([[5, 7, 5, 5]])
+    with pytest.raises(StreamlineError, match=r"enters block 0 holds NaN or infinite values \(batch 1\)"):
+        list(recorded(model, [clean, dirty], HiddenStateRecorder(model, [0]), "test"))
+
+
+def test_padding_may_hold_anything() -> None:
+    model, batch = tiny_model("llama"), left_padded(2, 6)
+    model.model.embed_tokens.weight.data[0] = 1e30  # the padding token
+    record = HiddenStateRecorder(model, [0], outputs=False, stop=True)
+    assert len(list(recorded(model, [batch], record, "test"))) == 1
+
+
+def test_a_block_that_is_called_twice_is_refused() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.inner(x)
+
+    class Looped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in [*self.layers, *self.layers]:
+                x = layer(x)
+            return x
+
+    model = Looped()
+    with pytest.raises(StreamlineError, match="A forward called block 0 2 times; expected once"):
+        list(recorded(model, [{"x": torch.zeros(1, 2, 4)}], HiddenStateRecorder(model), "test"))

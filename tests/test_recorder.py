@@ -1,0 +1,224 @@
+"""What the recorder reads, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, find_stack
+from streamline_hooks.hidden_state import read_output
+from streamline_hooks.recorder import ForwardStopped
+from tests.tiny_models import BLOCKS, FAMILIES, Nudge, left_padded, tiny_model, tokens
+
+
+def hooks(model: nn.Module) -> list[object]:
+    return [(n, list(m._forward_hooks), list(m._forward_pre_hooks)) for n, m in model.named_modules()]
+
+
+@given(st.sampled_from(FAMILIES), st.booleans())
+def test_inputs_equal_output_hidden_states_for_every_block(family: str, padded: bool) -> None:
+    model = tiny_model(family)
+    batch = left_padded(3, 9) if padded else {"input_ids": tokens(2, 9)}
+    with torch.no_grad(), HiddenStateRecorder(model) as record:
+        states = model(**batch, output_hidden_states=True).hidden_states
+    for k in range(BLOCKS):
+        assert torch.equal(record.inputs[k][0], states[k])
+        assert k == BLOCKS - 1 or torch.equal(record.outputs[k][0], states[k + 1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_output_is_the_blocks_own_and_not_the_normed_state(family: str) -> None:
+    model, own = tiny_model(family), []
+    find_stack(model)[-1].register_forward_hook(lambda m, a, out: own.append(read_output(out)))
+    with torch.no_grad(), HiddenStateRecorder(model) as record:
+        normed = model(tokens(2, 9), output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(record.outputs[BLOCKS - 1][0], own[0])
+    assert not torch.allclose(record.outputs[BLOCKS - 1][0], normed, atol=1e-2)
+
+
+@pytest.mark.parametrize("opened_first", ["recorder", "surgeon"])
+def test_at_a_splice_the_state_after_it_is_recorded(opened_first: str) -> None:
+    model, nudge, end = tiny_model("llama"), Nudge(seed=1), Nudge(seed=2)
+    with torch.no_grad(), HiddenStateRecorder(model) as plain:
+        model(tokens(2, 9))
+    record, surgeon = HiddenStateRecorder(model), LayerSurgeon(model)
+    with torch.no_grad():
+        for context in (record, surgeon) if opened_first == "recorder" else (surgeon, record):
+            context.__enter__()
+        surgeon.insert(2, nudge)
+        surgeon.insert(BLOCKS, end)
+        model(tokens(2, 9))
+        assert torch.equal(record.inputs[2][0], nudge(plain.inputs[2][0]))
+        torch.testing.assert_close(record.outputs[BLOCKS - 1][0], end(own_last(model, record)))
+        record.__exit__(None, None, None)
+        surgeon.__exit__(None, None, None)
+
+
+def own_last(model: nn.Module, record: HiddenStateRecorder) -> torch.Tensor:
+    """The last block's own output, run once more on what it received."""
+    block = find_stack(model)[-1]
+    state = record.inputs[BLOCKS - 1][0]
+    positions = torch.arange(state.shape[1])[None]
+    return block.forward(state, position_embeddings=model.model.rotary_emb(state, positions))
+
+
+@given(st.sampled_from(FAMILIES), st.integers(1, 5))
+def test_generate_tells_prefill_and_steps_apart(family: str, steps: int) -> None:
+    model, batch = tiny_model(family), left_padded(2, 7)
+    with HiddenStateRecorder(model, [0, -1]) as record:
+        model.generate(**batch, max_new_tokens=steps + 1, do_sample=False, eos_token_id=None)
+    assert [v.shape[1] for v in record.inputs[0]] == [7] + [1] * steps
+    assert [v.shape[1] for v in record.outputs[BLOCKS - 1]] == [7] + [1] * steps
+
+
+def test_last_real_token_under_any_padding() -> None:
+    model = tiny_model("llama")
+    left = left_padded(3, 9)
+    with torch.no_grad(), HiddenStateRecorder(model, [2], tokens="last") as record:
+        model(**left)
+    with torch.no_grad(), HiddenStateRecorder(model, [2]) as whole:
+        model(**left)
+    assert torch.equal(record.inputs[2][0], whole.inputs[2][0][:, -1])
+    right = {"input_ids": left["input_ids"].flip(1), "attention_mask": left["attention_mask"].flip(1)}
+    with torch.no_grad(), HiddenStateRecorder(model, [2], tokens="last") as record:
+        model(**right)
+    with torch.no_grad(), HiddenStateRecorder(model, [2]) as whole:
+        model(**right)
+    ends = right["attention_mask"].sum(1) - 1
+    assert torch.equal(record.inputs[2][0], whole.inputs[2][0][torch.arange(3), ends])
+
+
+def test_real_tokens_and_a_mask() -> None:
+    model, batch = tiny_model("gpt2"), left_padded(3, 9)
+    with torch.no_grad(), HiddenStateRecorder(model, [1]) as whole:
+        model(**batch)
+    for kept in ("real", batch["attention_mask"].bool()):
+        with torch.no_grad(), HiddenStateRecorder(model, [1], tokens=kept) as record:
+            model(**batch)
+        assert torch.equal(record.outputs[1][0], whole.outputs[1][0][batch["attention_mask"].bool()])
+    with pytest.raises(StreamlineError, match=r"a mask of shape \(3, 4\); the states have \(3, 9\)"), torch.no_grad():
+        with HiddenStateRecorder(model, [1], tokens=torch.ones(3, 4)):
+            model(**batch)
+
+
+def test_a_block_that_works_in_place_does_not_change_what_was_recorded() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x += self.inner(x)
+            return x
+
+    model = nn.Sequential(nn.Identity(), nn.Sequential(*(InPlace() for _ in range(3))))
+    x = torch.randn(2, 3, 4)
+    states = [x.clone()]
+    with torch.no_grad():
+        for block in model[1]:
+            states.append(block(states[-1].clone()).clone())
+        with HiddenStateRecorder(model) as record:
+            model(x.clone())
+    for k in range(3):
+        torch.testing.assert_close(record.inputs[k][0], states[k])
+        torch.testing.assert_close(record.outputs[k][0], states[k + 1])
+
+
+def test_an_output_that_is_the_next_input_is_kept_once() -> None:
+    with torch.no_grad(), HiddenStateRecorder(tiny_model("llama")) as record:
+        record(input_ids=tokens(2, 9))
+    assert record.outputs[0][0] is record.inputs[1][0]
+
+
+def test_dtype_and_the_graph() -> None:
+    model = tiny_model("llama")
+    with HiddenStateRecorder(model, [1], dtype=torch.float64) as record:
+        model(tokens(1, 4))
+    assert record.inputs[1][0].dtype == torch.float64 and not record.inputs[1][0].requires_grad
+    with HiddenStateRecorder(model, [1], detach=False) as record:
+        model(tokens(1, 4))
+    record.outputs[1][0].sum().backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+    assert model.model.layers[2].mlp.up_proj.weight.grad is None
+
+
+@pytest.mark.parametrize(("outputs", "ran"), [(True, 3), (False, 2)])
+def test_stop_runs_no_further_block(outputs: bool, ran: int) -> None:
+    model, called = tiny_model("llama"), []
+    for k, block in enumerate(find_stack(model).blocks):
+        block.mlp.register_forward_hook(lambda m, a, o, k=k: called.append(k))
+    model.lm_head.register_forward_hook(lambda m, a, o: called.append("head"))
+    with HiddenStateRecorder(model, [0, 2], outputs=outputs, stop=True) as record:
+        assert record(input_ids=tokens(1, 4)) is None
+        with pytest.raises(ForwardStopped, match=r"record\(\*\*batch\)"):
+            model(tokens(1, 4))
+    assert called == list(range(ran)) * 2
+    assert len(record.inputs[2]) == 2
+
+
+@pytest.mark.parametrize("fault", ["return", "exception", "bad index", "bad stack", "failing block"])
+def test_nothing_is_left_behind(fault: str) -> None:
+    model = tiny_model("llama")
+    before = hooks(model)
+    if fault == "bad index":
+        with pytest.raises(StreamlineError, match="Block 6 cannot be recorded: the stack has 6 blocks, 0 to 5"):
+            HiddenStateRecorder(model, [0, 6]).__enter__()
+    elif fault == "bad stack":
+        with pytest.raises(StreamlineError, match="No stack of blocks at 'nowhere'"):
+            HiddenStateRecorder(model, stack="nowhere").__enter__()
+    elif fault == "failing block":
+        handle = find_stack(model)[3].mlp.register_forward_hook(lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError), HiddenStateRecorder(model):
+            model(tokens(1, 4))
+        handle.remove()
+    elif fault == "exception":
+        with pytest.raises(KeyboardInterrupt), HiddenStateRecorder(model):
+            raise KeyboardInterrupt
+    else:
+        with HiddenStateRecorder(model):
+            model(tokens(1, 4))
+    assert hooks(model) == before
+
+
+def test_a_registration_that_fails_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    before = hooks(model)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no more hooks")
+
+    monkeypatch.setattr(find_stack(model)[4], "register_forward_hook", refuse)
+    with pytest.raises(RuntimeError, match="no more hooks"):
+        HiddenStateRecorder(model).__enter__()
+    assert hooks(model) == before
+
+
+def test_a_copy_of_the_model_does_not_write_into_the_recorder() -> None:
+    model = tiny_model("llama")
+    with HiddenStateRecorder(model) as record:
+        copy.deepcopy(model)(tokens(1, 4))
+    assert record.inputs[0] == []
+
+
+def test_compiled_models_and_wrong_words_are_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(StreamlineError, match="hooks added afterwards silently never fire"):
+        HiddenStateRecorder(torch.compile(model)).__enter__()
+    with pytest.raises(StreamlineError, match="tokens='some' is unknown; expected 'all', 'last', 'real'"):
+        HiddenStateRecorder(model, tokens="some")
+    with pytest.raises(StreamlineError, match="neither inputs nor outputs"):
+        HiddenStateRecorder(model, inputs=False, outputs=False)
+    with pytest.raises(StreamlineError, match="not open"):
+        HiddenStateRecorder(model)(input_ids=tokens(1, 4))
+
+
+def test_a_sequence_of_padding_has_no_last_token() -> None:
+    batch = {"input_ids": tokens(2, 4), "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])}
+    with pytest.raises(StreamlineError, match="without a real token"), torch.no_grad():
+        with HiddenStateRecorder(tiny_model("llama"), [1], tokens="last") as record:
+            record(**batch)

@@ -1,0 +1,80 @@
+"""Where the blocks are found, and what is said where that is a guess."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from streamline_hooks import StreamlineError, find_stack, find_stacks
+from tests.tiny_models import BLOCKS, FAMILIES, tiny_model
+
+PATHS = {
+    "llama": "model.layers",
+    "opt": "model.decoder.layers",
+    "gpt2": "transformer.h",
+    "gpt_neox": "gpt_neox.layers",
+    "qwen3": "model.layers",
+    "gemma3": "model.layers",
+}
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(x)
+
+
+class Plain(nn.Module):
+    def __init__(self, **stacks: nn.Module) -> None:
+        super().__init__()
+        for name, stack in stacks.items():
+            setattr(self, name, stack)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family(family: str) -> None:
+    model = tiny_model(family)
+    stack = find_stack(model)
+    assert (stack.path, len(stack)) == (PATHS[family], BLOCKS)
+    assert stack.config is model.config and vars(stack.config)[stack.count_attribute] == BLOCKS
+    assert stack.container is model.get_submodule(stack.path)
+    assert stack.model is model
+
+
+def test_a_base_model() -> None:
+    assert find_stack(tiny_model("llama").model).path == "layers"
+
+
+def test_the_largest_of_several() -> None:
+    model = Plain(small=nn.ModuleList(Block() for _ in range(5)), large=nn.Sequential(*(Block(9) for _ in range(3))))
+    assert find_stack(model).path == "large"
+    assert [s.path for s in find_stacks(model)] == ["small", "large"]
+    assert find_stack(model, "small").path == "small"
+
+
+def test_experts_inside_blocks_are_no_stack() -> None:
+    blocks = nn.ModuleList(Plain(experts=nn.ModuleList(Block() for _ in range(8))) for _ in range(2))
+    assert [s.path for s in find_stacks(Plain(layers=blocks))] == ["layers"]
+
+
+def test_lists_of_bare_layers_are_no_stack() -> None:
+    model = Plain(mlp=nn.Sequential(nn.Linear(2, 2), nn.ReLU()), norms=nn.ModuleList(nn.LayerNorm(2) for _ in range(9)))
+    with pytest.raises(StreamlineError, match=r"No stack of blocks was found in Plain: expected an nn.ModuleList"):
+        find_stack(model)
+
+
+def test_equally_good_stacks_are_listed() -> None:
+    model = Plain(left=nn.ModuleList(Block() for _ in range(3)), right=nn.ModuleList(Block() for _ in range(3)))
+    text = r"Plain has 2 equally good stacks .*'left' \(3 blocks\), 'right' \(3 blocks\).*stack='left'"
+    with pytest.raises(StreamlineError, match=text):
+        find_stack(model)
+
+
+def test_what_it_prints() -> None:
+    text = str(find_stack(tiny_model("llama")))
+    assert text.startswith("model.layers: 6 x LlamaDecoderLayer, ")
+    assert text.endswith("described by LlamaConfig.num_hidden_layers")
