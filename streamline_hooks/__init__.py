@@ -10,7 +10,7 @@ from streamline_hooks.replacements import LinearReplacement, register_replacemen
 from streamline_hooks.stack import BlockStack, find_stack, find_stacks
 from streamline_hooks.statistics import StateSimilarity, WindowMoments, measure_moments, measure_similarity
 from streamline_hooks.surgery import LayerSurgeon, SurgeryPlan
-from streamline_hooks.surgery.committed import register_with_transformers
+from streamline_hooks.surgery.registration import register_with_transformers
 
 __all__ = [
     "BlockStack",

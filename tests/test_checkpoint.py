@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +14,13 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, load, register_replacement, save
-from tests.tiny_models import BLOCKS, FAMILIES, WIDTH, Nudge, left_padded, tiny_model, tokens
-
-
-def repaired(family: str, window: range = range(1, 3), dtype: torch.dtype = torch.float32) -> nn.Module:
-    model = tiny_model(family, dtype)
-    with LayerSurgeon(model) as surgeon:
-        generator = torch.Generator().manual_seed(5)
-        surgeon.replace(window, LinearReplacement.from_map(0.1 * torch.randn(WIDTH, WIDTH, generator=generator)))
-        surgeon.commit()
-    return model
+from tests.processes import in_a_new_process
+from tests.tiny_models import BLOCKS, FAMILIES, WIDTH, Nudge, left_padded, repaired, tiny_model, tokens
 
 
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(tokens(2, 9)).logits
-
-
-def in_a_new_process(code: str, *args: Any, check: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=check, env=environment)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -279,7 +262,7 @@ DISK_FULL = """
     import resource, sys
     from pathlib import Path
     from streamline_hooks import StreamlineError, save
-    from tests.test_checkpoint import repaired
+    from tests.tiny_models import repaired
     model = repaired("llama")
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,37 @@ def test_models_and_folders_that_cannot_be_used(
         code, _, err = run(arguments, monkeypatch, capsys)
         assert code == 2 and text in err, err
     assert [p.name for p in tmp_path.iterdir()] == ["short.txt"]
+
+
+def test_an_instruct_model_writes_its_own_calibration_text(
+    stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "instruct"
+    shutil.copytree(stories_folder, model)
+    (model / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0]['content'] }} Once upon a time")
+    options = ["--sequence-length", 64, "--calibration-tokens", 640, "--validation-tokens", 128, "--test-tokens", 128]
+    command = [
+        "compress",
+        model,
+        "--remove",
+        1,
+        "--calibration",
+        "self",
+        "--overwrite",
+        "-o",
+        tmp_path / "out",
+        *options,
+    ]
+    code, first, err = run(command, monkeypatch, capsys)
+    assert code == 0, err
+    cached = [p for p in tmp_path.iterdir() if p.suffix == ".jsonl"]
+    assert len(cached) == 1 and json.loads(cached[0].read_text().splitlines()[1])
+    written = cached[0].stat().st_mtime_ns
+    code, second, _ = run(command, monkeypatch, capsys)
+    assert code == 0 and cached[0].stat().st_mtime_ns == written  # read again, not written again
+    assert [line for line in first.splitlines() if "perplexity" in line] == [
+        line for line in second.splitlines() if "perplexity" in line
+    ]
 
 
 def test_smollm2_that_is_not_installed_says_how_to_get_it(

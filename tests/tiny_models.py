@@ -10,6 +10,8 @@ import torch
 import transformers
 from torch import nn
 
+from streamline_hooks import LayerSurgeon, LinearReplacement
+
 WIDTH, BLOCKS, VOCABULARY = 32, 6, 61
 
 _COMMON = {
@@ -103,3 +105,12 @@ class Nudge(nn.Module):
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
         return state + state @ self.weight
+
+
+def repaired(family: str, window: range = range(1, 3), dtype: torch.dtype = torch.float32) -> nn.Module:
+    model = tiny_model(family, dtype)
+    with LayerSurgeon(model) as surgeon:
+        generator = torch.Generator().manual_seed(5)
+        surgeon.replace(window, LinearReplacement.from_map(0.1 * torch.randn(WIDTH, WIDTH, generator=generator)))
+        surgeon.commit()
+    return model

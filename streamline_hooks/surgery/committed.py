@@ -17,8 +17,7 @@ from typing import Any
 
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import PretrainedConfig
 
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.replacements import build_replacement, replacement_config
@@ -46,6 +45,8 @@ class StreamlinedConfig(PretrainedConfig):
         StreamlineError
             If the dictionary was not written by this library, or by a later version of it.
         """
+        from transformers import CONFIG_MAPPING
+
         said = config_dict.get("streamline_hooks")
         base_type = config_dict.get("base_model_type")
         if not isinstance(said, dict) or base_type is None:
@@ -189,11 +190,6 @@ def settle(model: Any, stack: BlockStack, plan: SurgeryPlan, notes: dict[str, An
     model.__class__ = streamlined_model_class(model_base, config_base)
     if _accept_guarded not in [getattr(h, "hook", h) for h in model._load_state_dict_pre_hooks.values()]:
         model.register_load_state_dict_pre_hook(_accept_guarded)
-
-
-def register_with_transformers() -> None:
-    """Let ``AutoConfig`` know checkpoints with splices. Called on import; the classes are made when one is read."""
-    AutoConfig.register(MODEL_TYPE, StreamlinedConfig, exist_ok=True)
 
 
 def _register_models(config_base: type[Any], config_class: type[Any], architectures: list[str]) -> None:

@@ -1,0 +1,48 @@
+"""The README's Python runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from streamline_hooks.calibration import read_documents
+from tests.tiny_models import Nudge
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def test_compressing_a_folder(
+    data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data_folder / "models" / "stories260k", tmp_path / "my-model")
+    (tmp_path / "my-texts").mkdir()
+    (tmp_path / "my-texts" / "a.txt").write_text("\n\n\n".join(read_documents("pydoc")[:30]))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(BLOCKS[0], names)
+    assert "perplexity, repaired" in capsys.readouterr().out
+    assert type(names["small"]).__name__ == "StreamlinedLlamaForCausalLM"
+
+
+@pytest.mark.parametrize("block", BLOCKS[1:], ids=lambda text: text.split()[3].rstrip(","))
+def test_the_pieces(block: str) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=30, num_attention_heads=4
+    )
+    ids = torch.randint(3, 64, (2, 5))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    model = LlamaForCausalLM(config).eval()
+    before = model(ids).logits
+    names: dict[str, Any] = {"model": model, "inputs": inputs, "my_module": Nudge()}
+    exec(block, names)
+    assert torch.equal(model(ids).logits, before)
+    if "record" in names:
+        assert names["record"].outputs[29][2].shape == (2, 1, 32)
