@@ -154,12 +154,12 @@ def test_smollm2_loses_a_quarter_of_its_blocks(smollm2: tuple[Any, Any], tmp_pat
     """A real model, a fraction of the demo's tokens, and a new process that reads the result."""
     model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
     result = compress(
-        model, tokenizer, read_documents("pydoc"), remove=0.25, keep=(0, 1, -1), shortlist=3, sequence_length=256,
-        calibration_tokens=12_288, validation_tokens=1_024, test_tokens=2_048, output=tmp_path / "out",
+        model, tokenizer, read_documents("pydoc"), remove=0.25, keep=(0, 1, -1), shortlist=2, sequence_length=128,
+        calibration_tokens=6_144, validation_tokens=512, test_tokens=1_024, output=tmp_path / "out",
     )  # fmt: skip
     assert len(result.plan.removed) == 8 and len(find_stack(model)) == 22
     p = result.perplexities
-    assert p["repaired"] < 2.5 * p["original"] and p["repaired"] < p["removed"]
+    assert p["repaired"] < 4 * p["original"] and p["repaired"] < p["removed"]
     batch = tokenizer(
         ["The capital of France is", "In Python, a list"], return_tensors="pt", padding=True, padding_side="left"
     )

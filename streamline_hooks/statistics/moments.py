@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.statistics.precision import widen
 
 _TOKENS_AT_ONCE = 4096
 
@@ -27,7 +28,8 @@ class WindowMoments:
 
     Notes
     -----
-    Sums are float64 on the device of the states. Memory is 2·d² numbers, however many the tokens.
+    Sums are float64 on the device of the states (on the CPU for MPS, which has none). Memory is 2·d² numbers, however
+    many the tokens.
 
     Examples
     --------
@@ -61,9 +63,9 @@ class WindowMoments:
                 f"shape with {len(self.xx)} features."
             )
         real = mask.to(entering.device).bool()
-        self.xx, self.xd = self.xx.to(entering.device), self.xd.to(entering.device)
         for x, y in zip(entering[real].split(_TOKENS_AT_ONCE), leaving[real].split(_TOKENS_AT_ONCE), strict=True):
-            x, y = x.to(torch.float64), y.to(torch.float64)
+            x, y = widen(x), widen(y)
+            self.xx, self.xd = self.xx.to(x.device), self.xd.to(x.device)
             norm = y.norm(dim=-1, keepdim=True).clamp_min(1e-300)
             x, d = x / norm, (y - x) / norm
             self.xx.addmm_(x.T, x)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.statistics.precision import widen
 
 _TOKENS_AT_ONCE = 1024
 
@@ -58,7 +59,7 @@ class StateSimilarity:
             raise StreamlineError(f"Got {len(states)} states; expected {len(self._cosine)}, one more than blocks.")
         chosen = [state[mask.to(state.device).bool()] for state in states]
         for parts in zip(*(c.split(_TOKENS_AT_ONCE) for c in chosen), strict=True):
-            stacked = torch.stack([part.to(torch.float64) for part in parts], dim=1)
+            stacked = torch.stack([widen(part) for part in parts], dim=1)
             stacked /= stacked.norm(dim=-1, keepdim=True).clamp_min(1e-300)
             gram = (stacked @ stacked.transpose(1, 2)).clamp_(-1.0, 1.0)
             gram.diagonal(dim1=1, dim2=2).fill_(1.0)

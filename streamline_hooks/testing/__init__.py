@@ -1,0 +1,5 @@
+"""For your own tests: tiny random models of every causal language model."""
+
+from streamline_hooks.testing.tiny import causal_model_types, tiny_config, tiny_inputs, tiny_model
+
+__all__ = ["causal_model_types", "tiny_config", "tiny_inputs", "tiny_model"]

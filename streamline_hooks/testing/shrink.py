@@ -1,0 +1,202 @@
+"""How a configuration is made tiny: one rule for each role that an attribute's name tells."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from streamline_hooks.testing.peculiarities import PECULIARITIES, Size
+
+TOWER_BLOCKS = 2  # of a vision or audio tower beside the text model
+_SMALL = 16  # a vocabulary below this many entries is a table of types, which stays
+
+
+def _at_most(limit: int) -> Callable[[int, Size], int]:
+    return lambda value, size: min(value, limit)
+
+
+# The first pattern that matches a whole name decides. A rule gets the default value, a positive int, and the size.
+_RULES: tuple[tuple[str, Callable[[int, Size], int]], ...] = (
+    # How many blocks, and which of them are of a kind
+    (
+        r"num_hidden_layers|n_layers?|num_layers|(num_)?(en|de)coder_layers|num_blocks|depth|\w+_num_hidden_layers"
+        r"|num_global_layers",
+        lambda value, size: size.blocks,
+    ),
+    (r"max_window_layers", lambda value, size: min(value, size.blocks // 2)),
+    (r"num_kv_shared_layers", lambda value, size: min(value, size.blocks // 4)),
+    (r"first_k_dense_replace|num_dense_layers", _at_most(1)),
+    # Tables of tokens
+    (r"(\w+_)?vocab_size(_\w+)?|codebook_size", lambda value, size: value if value < _SMALL else size.vocabulary),
+    (
+        r"max_position_embeddings|original_max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length"
+        r"|max_(source|target)_positions|max_positions|max_sequence_length",
+        lambda value, size: size.positions,
+    ),
+    (r"num_position_embeddings|rel_extent", _at_most(16)),
+    (r"\w*num_buckets", _at_most(8)),
+    # Experts
+    (r"(num_|n_|moe_num_|num_local_|n_routed_|num_routed_)experts|zero_expert_num", _at_most(4)),
+    (r"(moe_)?num_shared_experts|n_shared_experts", _at_most(1)),
+    (r"num_experts_per_tok(en)?|(moe_)?top_?k|moe_k|top_k_experts", _at_most(2)),
+    (r"n_groups?|\w+_n_?groups|num_expert_group|o_groups", _at_most(2)),
+    (r"topk_group", _at_most(1)),
+    # Heads
+    (r"(\w+_)?(num_key_value_heads|n_kv_heads|kv_n_heads|num_kv_heads)", _at_most(2)),
+    (r"(\w+_)?(heads|n_head)(_\w+)?", lambda value, size: size.heads),
+    (
+        r"(\w+_)?head_?(dim|size)|d_head|d_kv|dim_head|kv_channels|query_pre_attn_scalar|rotary_dim",
+        lambda value, size: size.head_dim,
+    ),
+    # Ranks, states and what is seen at a time
+    (r"\w+_(rank|lowrank)|\w*state_size|\w+_d_state", _at_most(8)),
+    (r"(\w+_)?chunk_(size|length)|block_size|\w+_attn_chunk_length|index_topk", _at_most(8)),
+    (r"(\w+_)?(sliding_)?window(_size|_len)?|local_attention|index_block_size", _at_most(6)),
+    (r"prompt_length|prompt_types|segment_types", _at_most(4)),
+    # Widths, the widest net last
+    (
+        r"(\w+_)?intermediate_size|intermediate_size_mlp|(\w+_)?ffn_dim|(\w+_)?ffn_hidden_size|d_ff|d_inner|dff|dim_ff"
+        r"|feed_forward_size|mlp_dim|prompt_mid_dim",
+        lambda value, size: size.intermediate,
+    ),
+    (
+        r"(\w+_)?hidden_size(_\w+)?|d_model|n_embd|(\w+_)?emb(ed)?_dim|(\w+_)?embedding_size|d_embed|input_size"
+        r"|(adapter|projector|vision)_(in|out|input|output)_(dim|size)|dim_model_base",
+        lambda value, size: size.width,
+    ),
+    # Towers of images and sounds
+    (r"image_size|crop_size", _at_most(32)),
+    (r"patch_size", _at_most(16)),
+)
+_COMPILED = tuple((re.compile(pattern), rule) for pattern, rule in _RULES)
+_NOISE = re.compile(r"\w*(drop|jitter)\w*|mask_\w+_prob")
+_TOKEN = re.compile(r"(\w+_)?token_(id|index)|eo\w_token_\w+|(pad|unk|bos|eos|mask)_index")
+_TOKENS = re.compile(r"\w*suppress_tokens|(\w+_)?token_ids?")
+
+
+class SpecialTokens:
+    """Gives each special token an id of its own within the vocabulary, the same one under the same name."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self._vocabulary = vocabulary
+        self._given = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "forced_eos_token_id": 2}
+
+    def fit(self, name: str, value: int) -> int:
+        """An id that is in the vocabulary: the default one where that is, else the next from the end."""
+        if value < self._vocabulary:
+            return value
+        return self._given.setdefault(name, self._vocabulary + 3 - len(self._given))
+
+
+def declared_arguments(cls: type) -> dict[str, Any]:
+    """What a configuration class takes, with the default values (None where there is none)."""
+    if dataclasses.is_dataclass(cls):  # Transformers 5
+        return {field.name: _field_default(field) for field in dataclasses.fields(cls)}
+    found: dict[str, Any] = {}
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        if name != "self" and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            found[name] = None if parameter.default is parameter.empty else parameter.default
+    return found
+
+
+def _field_default(field: dataclasses.Field[Any]) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+
+
+def shrink_value(name: str, value: Any, size: Size, tokens: SpecialTokens) -> Any:
+    """The tiny value of one attribute; what is no size comes back as it is.
+
+    Parameters
+    ----------
+    name : str
+        The attribute's name, which tells its role.
+    value : object
+        Its default value.
+    size : Size
+        How large the model shall be.
+    tokens : SpecialTokens
+        Where ids of special tokens outside the vocabulary get a new one.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | list | tuple):
+        return value
+    if isinstance(value, list | tuple):
+        if _TOKENS.fullmatch(name) and all(isinstance(item, int) for item in value):
+            kept = [item for item in value if item < size.vocabulary]
+            return kept or [tokens.fit(name, value[0])] if value else value
+        return value
+    if _NOISE.fullmatch(name):
+        return 0.0
+    if isinstance(value, float) or value <= 0:
+        return value
+    if _TOKEN.fullmatch(name):
+        return tokens.fit(name, value)
+    rule = next((rule for pattern, rule in _COMPILED if pattern.fullmatch(name)), None)
+    return value if rule is None else rule(value, size)
+
+
+def shrink_config(default: Any, size: Size, tokens: SpecialTokens, overrides: Mapping[str, Any]) -> Any:
+    """A tiny configuration of the class of a default one.
+
+    Arguments, not attributes, are made small, so that the class derives the rest (lists of layer types, inner
+    sizes) for the size asked for.
+
+    Parameters
+    ----------
+    default : PretrainedConfig
+        What the class makes when it is left alone.
+    size : Size
+        How large the model shall be.
+    tokens : SpecialTokens
+        Shared by all configurations of a model.
+    overrides : mapping
+        Arguments that are taken as they are; a mapping for a nested configuration holds arguments of that.
+    """
+    table = {name: _resolve(value, size) for name, value in PECULIARITIES.get(default.model_type, {}).items()}
+    chosen = {**table, **overrides}
+    arguments: dict[str, Any] = {}
+    text = default.get_text_config(decoder=True)
+    declared = declared_arguments(type(default))
+    for name in [*declared, *(name for name in vars(default) if name not in declared)]:
+        value = getattr(default, name, None)
+        if _is_config(value):
+            part = size if value is text or not hasattr(value, "num_hidden_layers") else size.tower(TOWER_BLOCKS)
+            inner = {**_mapping(table.get(name)), **_mapping(overrides.get(name))}
+            arguments[name] = chosen[name] if _is_config(chosen.get(name)) else shrink_config(value, part, tokens, inner)
+        elif name in chosen:
+            arguments[name] = chosen[name]
+        elif declared.get(name) is not None:
+            arguments[name] = shrink_value(name, declared[name] if value is None else value, size, tokens)
+    grouped = declared.get("num_attention_heads"), declared.get("num_key_value_heads")
+    if None not in grouped and grouped[0] == grouped[1] and "num_key_value_heads" not in chosen:
+        arguments["num_key_value_heads"] = arguments["num_attention_heads"]  # no grouping by default
+    config = type(default)(**{**{name: value for name, value in chosen.items() if name not in arguments}, **arguments})
+    _fit_rotary_sections(config)
+    return config
+
+
+def _fit_rotary_sections(config: Any) -> None:
+    """Let the sections of a multimodal rotary embedding add up to half of the rotated dimensions."""
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict) and rope.get("mrope_section"):
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        half, parts = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2, len(rope["mrope_section"])
+        rope["mrope_section"] = [half // parts + (part < half % parts) for part in range(parts)]
+
+
+def _resolve(value: Any, size: Size) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _resolve(item, size) for name, item in value.items()}
+    return value(size) if callable(value) else value
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _is_config(value: Any) -> bool:
+    return hasattr(value, "get_text_config")
