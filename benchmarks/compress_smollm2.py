@@ -21,10 +21,10 @@ import torch
 import transformers
 
 from streamline_hooks import LinearReplacement, compress, perplexity
+from streamline_hooks.batch import batches_of
 from streamline_hooks.calibration import read_documents
-from streamline_hooks.compress import CompressionResult
-from streamline_hooks.passes import batches_of
 from streamline_hooks.pretrained import load_pretrained
+from streamline_hooks.result import CompressionResult
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -55,20 +56,19 @@ def save(
     StreamlineError
         If the folder is not empty, if it cannot be written, or if a surgeon is still open on the model.
     """
-    target = Path(folder)
+    target = Path(folder).resolve()
     require_free(target, overwrite)
-    with _replacing(target) as beside:
-        try:
+    try:
+        with _replacing(target) as beside:
             model.save_pretrained(beside)
             if tokenizer is not None:
                 tokenizer.save_pretrained(beside)
             if report is not None:
                 (beside / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-        except (OSError, SafetensorError) as error:
-            raise StreamlineError(
-                f"Writing {target} failed: {error}. What was there before is untouched. Make room or choose another "
-                "folder."
-            ) from error
+    except (OSError, SafetensorError) as error:
+        raise StreamlineError(
+            f"Writing {target} failed: {error}. What was there before is untouched. Make room or choose another folder."
+        ) from error
     return target
 
 
@@ -102,34 +102,32 @@ def require_free(folder: str | Path, overwrite: bool = False) -> None:
     StreamlineError
         If it is a file, or not empty and not to be overwritten.
     """
-    target = Path(folder)
+    target = Path(folder).resolve()
     if target.exists() and not target.is_dir():
         raise StreamlineError(f"{target} is a file; give a folder to write the model to.")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise StreamlineError(f"{target} is not empty. Choose another folder, or pass --overwrite (overwrite=True).")
+    if target.is_mount():
+        raise StreamlineError(f"{target} is where a disk is mounted and cannot be replaced; give a folder below it.")
+    existing = next(parent for parent in target.parents if parent.exists())
+    if not os.access(existing, os.W_OK):
+        raise StreamlineError(f"{target} cannot be written: {existing} does not allow it. Choose another folder.")
 
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
     """A new folder beside the target, which takes its place if all goes well."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".writing", dir=target.parent))
-    except OSError as error:
-        raise StreamlineError(f"Cannot write beside {target}: {error}. Choose another folder.") from error
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".writing", dir=target.parent))
     old = beside.with_suffix(".old")
     try:
         yield beside
         beside.chmod(0o755)
         if target.exists():
             target.rename(old)
-        try:
-            beside.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
+        beside.rename(target)
     finally:
+        if old.exists() and not target.exists():  # interrupted between the two
+            old.rename(target)
         shutil.rmtree(beside, ignore_errors=True)
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

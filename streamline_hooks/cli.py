@@ -207,18 +207,18 @@ def rank(
     """Print the best windows of every length, from one pass over the calibration text."""
     from torch import nn
 
+    from streamline_hooks.batch import batches_of
     from streamline_hooks.calibration import check_tokenizer, split_documents
-    from streamline_hooks.passes import batches_of
     from streamline_hooks.selection import ranked, windows
     from streamline_hooks.selection.criteria import closeness
     from streamline_hooks.stack import find_stack
     from streamline_hooks.statistics import measure_similarity
 
     sources = calibration or ["pydoc"]
-    documents = [] if "self" in sources else _documents(sources)
-    loaded, tokenizer = _load(model)
     if "self" in sources:
         raise StreamlineError("rank takes no --calibration self; give text that is there.")
+    documents = _documents(sources)
+    loaded, tokenizer = _load(model)
     found = find_stack(loaded, stack)
     split = split_documents(
         documents,

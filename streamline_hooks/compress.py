@@ -2,146 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from streamline_hooks.batch import batches_of
 from streamline_hooks.calibration import TokenSplit, check_tokenizer, split_documents
 from streamline_hooks.checkpoint import require_free, save
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import Candidate, kl_of_candidates, perplexity, perplexity_of_candidates
-from streamline_hooks.passes import batches_of, progress
+from streamline_hooks.passes import progress
 from streamline_hooks.repair import kind_named, solve
+from streamline_hooks.result import LABELS, CompressionResult, JudgedWindow, findings
 from streamline_hooks.selection import blocks_to_remove, protected_blocks, ranked, windows
 from streamline_hooks.stack import BlockStack, find_stack
-from streamline_hooks.statistics import StateSimilarity, measure_moments, measure_similarity
-from streamline_hooks.surgery import LayerSurgeon, SurgeryPlan
+from streamline_hooks.statistics import measure_moments, measure_similarity
+from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.surgery.placement import move_beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class JudgedWindow:
-    """A shortlisted window and what was found out about it.
-
-    Attributes
-    ----------
-    start, stop : int
-        The half-open window of blocks.
-    cosine : float
-        Mean cosine of the states before and after it, on calibration text.
-    removal_error, repaired_error : float
-        Mean relative squared error of the state after it, without and with the closed form, on held-out sequences.
-    ridge : float
-        Chosen for it, in units of the mean eigenvalue of the moments.
-    kl : float
-        Mean KL to the original's next-token distribution on validation text, repaired, in nats a token.
-    """
-
-    start: int
-    stop: int
-    cosine: float
-    removal_error: float
-    repaired_error: float
-    ridge: float
-    kl: float
-
-
-@dataclass
-class CompressionResult:
-    """A compressed model and how it came about.
-
-    Attributes
-    ----------
-    model : transformers.PreTrainedModel
-        The model that was given, shortened for good.
-    tokenizer : transformers.PreTrainedTokenizerBase
-    plan : SurgeryPlan
-        Old blocks to new blocks.
-    kind : str
-        What stands in the window's place.
-    candidates : list of JudgedWindow
-        The shortlist, the chosen one first.
-    perplexities : dict
-        Perplexity on text that nothing was chosen or fitted on, of ``original``, ``removed`` (plain removal of the
-        chosen window) and ``repaired``; with ``cosine_first_removed`` and ``cosine_first_repaired`` for the window
-        that cosine alone would have taken.
-    parameters, size_in_bytes : tuple of int
-        Before and after.
-    seconds : dict
-        By step.
-    peak_memory : int or None
-        Of the process, in bytes; None where the system does not tell.
-    data : dict
-        Tokens by part, sequence length, seed and the calibration data's fingerprint.
-    similarity : StateSimilarity
-        Of the states along the original, on the calibration text.
-    folder : Path or None
-        Where it was saved.
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    plan: SurgeryPlan
-    kind: str
-    candidates: list[JudgedWindow]
-    perplexities: dict[str, float]
-    parameters: tuple[int, int]
-    size_in_bytes: tuple[int, int]
-    seconds: dict[str, float]
-    peak_memory: int | None
-    data: dict[str, Any]
-    similarity: StateSimilarity
-    folder: Path | None = field(default=None)
-
-    def report(self) -> dict[str, Any]:
-        """Everything but the model, as JSON values."""
-        return {
-            "plan": self.plan.to_dict(),
-            "kind": self.kind,
-            "candidates": [asdict(candidate) for candidate in self.candidates],
-            "perplexity": self.perplexities,
-            "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
-            "bytes": {"before": self.size_in_bytes[0], "after": self.size_in_bytes[1]},
-            "seconds": self.seconds,
-            "peak_memory_bytes": self.peak_memory,
-            "data": self.data,
-            "similarity": {
-                "cosine": self.similarity.cosine.tolist(),
-                "angular_distance": self.similarity.angular.tolist(),
-            },
-            "versions": {name: version(name) for name in ("streamline_hooks", "torch", "transformers")},
-        }
-
-    def table(self) -> str:
-        """The result for a terminal."""
-        original = self.perplexities["original"]
-        rows = [
-            ("blocks", f"{self.plan.old_length} -> {len(self.plan.slots)}, removed {_runs(self.plan.removed)}"),
-            ("in their place", self.kind),
-            ("parameters", _before_after(self.parameters, "")),
-            ("bytes", _before_after(self.size_in_bytes, "B")),
-        ]
-        for name, label in _LABELS.items():
-            if name in self.perplexities:
-                value = self.perplexities[name]
-                rows.append((f"perplexity, {label}", f"{value:10.2f}   x {value / original:.2f}"))
-        rows += [(f"seconds, {step}", f"{seconds:10.1f}") for step, seconds in self.seconds.items()]
-        if self.peak_memory is not None:
-            rows.append(("peak memory", f"{self.peak_memory / 1e9:10.2f} GB"))
-        if self.folder is not None:
-            rows.append(("written to", str(self.folder)))
-        width = max(len(label) for label, _ in rows)
-        return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
 
 
 def compress(
@@ -174,7 +60,8 @@ def compress(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A causal language model. It is changed; on an error it is as it was.
+        A causal language model. It is changed; on an error it is as it was, unless the error comes after the surgery
+        was committed, in measuring or saving: then it is compressed, and `save` can write it elsewhere.
     tokenizer : transformers.PreTrainedTokenizerBase
     texts : sequence of str
         Documents. Calibration, validation and test text are split off them without overlap.
@@ -258,8 +145,13 @@ def compress(
         modules = [_placed(kind_named(kind).start(solution), found) for solution in solutions]
     candidates = [Candidate(window, module) for window, module in zip(chosen, modules, strict=True)]
     with clock("judge"):
-        kls = kl_of_candidates(model, validation, candidates)
-    order = sorted(range(len(chosen)), key=kls.__getitem__)
+        kls = kl_of_candidates(model, validation, candidates, stack=found.path)
+    order = sorted(range(len(chosen)), key=lambda k: (not math.isfinite(kls[k]), kls[k]))
+    if not math.isfinite(kls[order[0]]):
+        raise StreamlineError(
+            f"Not one of the {len(chosen)} shortlisted windows leaves a model with finite logits. Remove less, protect "
+            "other blocks, or run in a wider precision (float32 or bfloat16)."
+        )
     judged = [
         JudgedWindow(
             chosen[k].start,
@@ -273,13 +165,15 @@ def compress(
         for k in order
     ]
     best = order[0]
-    for line in _findings(judged):
+    for line in findings(judged):
         say(line)
 
     with clock("measure"):
-        perplexities = _perplexities(model, test, candidates[best], candidates[0])
+        perplexities = _perplexities(model, test, candidates[best], candidates[0], found.path)
         before = _sizes(model)
-        with LayerSurgeon(model, found.path) as surgeon:
+        path = found.path
+        del found  # it holds the blocks that go
+        with LayerSurgeon(model, path) as surgeon:
             surgeon.replace(chosen[best], modules[best])
             plan = surgeon.commit(kind=kind, calibration=_data(split, seed))
         perplexities["repaired" if kind != "none" else "removed"] = perplexity(model, test, "perplexity").value
@@ -290,7 +184,7 @@ def compress(
         plan=plan,
         kind=kind,
         candidates=judged,
-        perplexities={name: perplexities[name] for name in _LABELS if name in perplexities},
+        perplexities={name: perplexities[name] for name in LABELS if name in perplexities},
         parameters=(before[0], after[0]),
         size_in_bytes=(before[1], after[1]),
         seconds=clock.seconds,
@@ -302,15 +196,6 @@ def compress(
         with clock("save"):
             result.folder = save(model, output, tokenizer=tokenizer, report=result.report(), overwrite=overwrite)
     return result
-
-
-_LABELS = {
-    "original": "original",
-    "removed": "plain removal",
-    "repaired": "repaired",
-    "cosine_first_removed": "cosine's first, removed",
-    "cosine_first_repaired": "cosine's first, repaired",
-}
 
 
 def _held_out_apart(sequences: Tensor) -> tuple[Tensor, Tensor]:
@@ -337,14 +222,16 @@ class _Clock:
         self.seconds[step] = time.perf_counter() - started
 
 
-def _perplexities(model: nn.Module, test: Any, best: Candidate, cosine_first: Candidate) -> dict[str, float]:
+def _perplexities(
+    model: nn.Module, test: Any, best: Candidate, cosine_first: Candidate, stack: str
+) -> dict[str, float]:
     wanted = {"removed": Candidate(best.window)}
     if cosine_first.window != best.window:
         wanted["cosine_first_removed"] = Candidate(cosine_first.window)
         if cosine_first.module is not None:
             wanted["cosine_first_repaired"] = cosine_first
     what = f"perplexity of the original and {len(wanted)} others"
-    original, each = perplexity_of_candidates(model, test, list(wanted.values()), what)
+    original, each = perplexity_of_candidates(model, test, list(wanted.values()), what, stack=stack)
     return {"original": original.value, **{name: p.value for name, p in zip(wanted, each, strict=True)}}
 
 
@@ -364,16 +251,6 @@ def _announcement(
         f"candidates {free} windows, of which {shortlist} are fitted and judged",
         f"text       {split.describe()}",
     ]
-
-
-def _findings(judged: list[JudgedWindow]) -> list[str]:
-    head = "window    cosine   error removed   repaired     ridge        KL"
-    rows = [
-        f"{w.start:>3}-{w.stop - 1:<3} {w.cosine:9.4f} {w.removal_error:15.4f} {w.repaired_error:10.4f} {w.ridge:9.1e} "
-        f"{w.kl:9.4f}{'   <- chosen' if k == 0 else ''}"
-        for k, w in enumerate(judged)
-    ]
-    return [head, *rows]
 
 
 def _data(split: TokenSplit, seed: int) -> dict[str, Any]:
@@ -409,14 +286,3 @@ def _peak_memory() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _before_after(pair: tuple[int, int], unit: str) -> str:
-    before, after = pair
-    return f"{before / 1e6:10.1f} M{unit} -> {after / 1e6:.1f} M{unit} ({after / before - 1:+.1%})"
-
-
-def _runs(blocks: Sequence[int]) -> str:
-    if blocks and list(blocks) == list(range(blocks[0], blocks[-1] + 1)):
-        return f"{blocks[0]} to {blocks[-1]}" if len(blocks) > 1 else str(blocks[0])
-    return ", ".join(map(str, blocks))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from streamline_hooks.batch import prepare
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.hidden_state import read_input, read_output
 from streamline_hooks.stack import find_stack
@@ -125,11 +126,11 @@ class HiddenStateRecorder:
         self._remove_hooks()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; with ``stop=True`` the forward ends early and None is returned."""
+        """Run the model on a batch that `prepare` completes; with ``stop=True`` the forward gives None."""
         if not self._handles:
             raise StreamlineError("The recorder is not open; use it in a with statement.")
         try:
-            return self.model(*args, **kwargs)
+            return self.model(*args, **prepare(self.model, kwargs))
         except ForwardStopped:
             return None
 
@@ -159,9 +160,8 @@ class HiddenStateRecorder:
                 self._attention_mask = None
                 self._latest = None
             if takes_mask:
-                mask = signature.bind_partial(*args, **kwargs).arguments.get("attention_mask")
-                if isinstance(mask, Tensor) and mask.ndim == 2:
-                    self._attention_mask = mask
+                # The innermost model's own: an encoder's mask says nothing of its decoder's tokens.
+                self._attention_mask = signature.bind_partial(*args, **kwargs).arguments.get("attention_mask")
 
         return hook
 
@@ -210,10 +210,17 @@ class HiddenStateRecorder:
             return state[mask]
         if self._tokens == "all":
             return state
-        if self._attention_mask is None:
+        given = self._attention_mask
+        if given is not None and not (isinstance(given, Tensor) and given.ndim == 2):
+            raise StreamlineError(
+                f"tokens={self._tokens!r} needs an attention mask of shape (batch, tokens); the model was called with "
+                f"{tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__}. Record all tokens, or "
+                "give a mask of those to keep."
+            )
+        if given is None:
             mask = torch.ones(state.shape[:2], dtype=torch.bool, device=state.device)
         else:  # while decoding, the mask covers the past as well
-            mask = self._attention_mask[:, -state.shape[1] :].to(state.device).bool()
+            mask = given[:, -state.shape[1] :].to(state.device).bool()
         if self._tokens == "real":
             return state[mask]
         places = torch.arange(state.shape[1], device=state.device)

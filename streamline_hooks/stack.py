@@ -93,14 +93,9 @@ def find_stack(model: nn.Module, path: str | None = None) -> BlockStack:
     >>> print(find_stack(nn.TransformerEncoder(layer, 3)).path)
     layers
     """
-    candidates = find_stacks(model)
     if path is not None:
-        for stack in candidates:
-            if stack.path == path:
-                return stack
-        raise StreamlineError(
-            f"No stack of blocks at {path!r} in {type(model).__name__}. Expected one of: {_listing(candidates)}."
-        )
+        return _stack_at(model, path)
+    candidates = find_stacks(model)
     if not candidates:
         raise StreamlineError(
             f"No stack of blocks was found in {type(model).__name__}: expected an nn.ModuleList or nn.Sequential "
@@ -141,22 +136,34 @@ def find_stacks(model: nn.Module) -> list[BlockStack]:
     return found
 
 
+def _stack_at(model: nn.Module, path: str) -> BlockStack:
+    """The stack that somebody has named: any container, even of a single block."""
+    ancestors: list[nn.Module] = []
+    module = model
+    for name in path.split("."):
+        ancestors.append(module)
+        module = module._modules.get(name) or nn.Identity()
+    blocks = tuple(module.children())
+    if not isinstance(module, _CONTAINERS) or not blocks:
+        known = _listing(find_stacks(model))
+        raise StreamlineError(f"No stack of blocks at {path!r} in {type(model).__name__}. Expected one of: {known}.")
+    return BlockStack(path, module, blocks, tuple(ancestors), *_describing_config(path, tuple(ancestors), len(blocks)))
+
+
 def _walk(module: nn.Module, path: str, ancestors: tuple[nn.Module, ...], found: list[BlockStack]) -> None:
-    if _is_block_list(module) and ancestors:
+    if ancestors and isinstance(module, _CONTAINERS):
         blocks = tuple(module.children())
-        config, count = _describing_config(ancestors, len(blocks))
-        found.append(BlockStack(path, module, blocks, ancestors, config, count))
-        return
+        config, count = _describing_config(path, ancestors, len(blocks))
+        if _are_blocks(blocks) and (len(blocks) > 1 or config is not None):
+            found.append(BlockStack(path, module, blocks, ancestors, config, count))
+            return
     for name, child in module.named_children():
         _walk(child, f"{path}.{name}" if path else name, (*ancestors, module), found)
 
 
-def _is_block_list(module: nn.Module) -> bool:
-    """Whether a module is a list of at least two blocks that look alike, each with an inside of its own."""
-    if not isinstance(module, _CONTAINERS):
-        return False
-    blocks = list(module.children())
-    if len(blocks) < 2 or any(next(b.children(), None) is None or _is_list(b) for b in blocks):
+def _are_blocks(blocks: tuple[nn.Module, ...]) -> bool:
+    """Whether modules look alike, each with an inside of its own."""
+    if not blocks or any(next(b.children(), None) is None or _is_list(b) for b in blocks):
         return False
     families = [{c.__name__ for c in type(b).__mro__} - {"Module", "object"} for b in blocks]
     return bool(set.intersection(*families)) or _same_interface(blocks)
@@ -166,7 +173,7 @@ def _is_list(module: nn.Module) -> bool:
     return isinstance(module, (*_CONTAINERS, nn.ModuleDict))
 
 
-def _same_interface(blocks: list[nn.Module]) -> bool:
+def _same_interface(blocks: tuple[nn.Module, ...]) -> bool:
     """Hybrid models keep blocks of unrelated classes in one list; those still come from one file."""
     return len({type(b).__module__ for b in blocks}) == 1 and not type(blocks[0]).__module__.startswith("torch.nn")
 
@@ -174,14 +181,19 @@ def _same_interface(blocks: list[nn.Module]) -> bool:
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "encoder_layers", "depth")
 
 
-def _describing_config(ancestors: tuple[nn.Module, ...], length: int) -> tuple[Any, str | None]:
-    """The nearest configuration above the container that counts `length` blocks, and where it does."""
+def _describing_config(path: str, ancestors: tuple[nn.Module, ...], length: int) -> tuple[Any, str | None]:
+    """The nearest configuration above the container that counts `length` blocks, and where it does.
+
+    Of a model with both, the decoder's count describes the decoder, whatever ``num_hidden_layers`` stands for.
+    """
+    side = "decoder" if "decoder" in path.split(".") else "encoder" if "encoder" in path.split(".") else ""
+    own = (f"{side}_layers", f"num_{side}_layers") if side else ()
     for module in reversed(ancestors):
         config = getattr(module, "config", None)
         if config is None or isinstance(config, dict):
             continue
         renamed = getattr(config, "attribute_map", {}).get("num_hidden_layers")
-        for name in (renamed, *_COUNTS):
+        for name in (*own, renamed, *_COUNTS):
             if name and vars(config).get(name) == length:
                 return config, name
     return None, None

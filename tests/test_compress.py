@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from streamline_hooks import StreamlineError, compress, find_stack, load, perplexity
+from streamline_hooks.batch import batches_of
 from streamline_hooks.calibration import read_documents
-from streamline_hooks.passes import batches_of
 
 SMALL = {"sequence_length": 64, "calibration_tokens": 6400, "validation_tokens": 640, "test_tokens": 640}
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, find_stack, resume
-from streamline_hooks.passes import batches_of, inference, prepare, recorded
+from streamline_hooks.batch import batches_of, prepare
+from streamline_hooks.passes import inference, recorded
 from tests.tiny_models import BLOCKS, FAMILIES, Nudge, left_padded, tiny_model, tokens
 
 

@@ -7,14 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from streamline_hooks.batch import Batch
 from streamline_hooks.evaluation.candidates import Candidate, candidate_logits, real_tokens
-from streamline_hooks.passes import Batch
 
 _TOKENS_AT_ONCE = 32  # few enough for the processor's cache, at any vocabulary
 
 
 def kl_of_candidates(
-    model: nn.Module, batches: Sequence[Batch | Tensor], candidates: Sequence[Candidate]
+    model: nn.Module,
+    batches: Sequence[Batch | Tensor],
+    candidates: Sequence[Candidate],
+    *,
+    stack: str | None = None,
 ) -> list[float]:
     """KL of each candidate's next-token distribution from the original's.
 
@@ -25,6 +29,8 @@ def kl_of_candidates(
     batches : sequence of mapping or torch.Tensor
         Text that no candidate was fitted on.
     candidates : sequence of Candidate
+    stack : str, optional
+        Path of the stack, see `find_stack`.
 
     Returns
     -------
@@ -32,7 +38,8 @@ def kl_of_candidates(
         Mean KL(original ‖ candidate) a token, in nats.
     """
     sums, tokens = [0.0] * len(candidates), 0
-    for _, mask, original, each in candidate_logits(model, batches, candidates, f"judge {len(candidates)} windows"):
+    what = f"judge: {len(candidates)} windows"
+    for _, mask, original, each in candidate_logits(model, batches, candidates, what, stack):
         reference = real_tokens(original, mask).float().log_softmax(dim=-1)  # once for all candidates
         tokens += len(reference)
         for k, logits in enumerate(each):

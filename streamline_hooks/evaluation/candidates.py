@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from streamline_hooks.batch import Batch
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.passes import Batch, recorded, resume
+from streamline_hooks.passes import inference, recorded, resume
 from streamline_hooks.recorder import HiddenStateRecorder
-from streamline_hooks.surgery.splice import AFTER, BEFORE, run_splices
+from streamline_hooks.surgery.splice import BEFORE, run_splices
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,11 @@ class Candidate:
 
 
 def candidate_logits(
-    model: nn.Module, batches: Sequence[Batch | Tensor], candidates: Sequence[Candidate], what: str
+    model: nn.Module,
+    batches: Sequence[Batch | Tensor],
+    candidates: Sequence[Candidate],
+    what: str,
+    stack: str | None = None,
 ) -> Iterator[tuple[Batch | Tensor, Tensor, Tensor, Iterator[Tensor]]]:
     """Run the original once a batch, and of each candidate only the blocks after its window.
 
@@ -42,6 +47,8 @@ def candidate_logits(
     candidates : sequence of Candidate
     what : str
         What the bar says.
+    stack : str, optional
+        Path of the stack, see `find_stack`.
 
     Yields
     ------
@@ -53,7 +60,8 @@ def candidate_logits(
     logits : iterator of torch.Tensor
         The candidates', one after the other; not kept.
     """
-    record = HiddenStateRecorder(model, sorted({c.window.start for c in candidates}) or [0], outputs=False)
+    starts = sorted({c.window.start for c in candidates}) or [0]
+    record = HiddenStateRecorder(model, starts, outputs=False, stack=stack)
     for number, (_, mask, output) in enumerate(recorded(model, batches, record, what)):
         batch = batches[number]
         yield batch, mask, logits_of(output), (_logits(model, record, c, batch) for c in candidates)
@@ -85,7 +93,8 @@ def _logits(model: nn.Module, record: HiddenStateRecorder, candidate: Candidate,
     window, blocks = candidate.window, record.stack.blocks
     state = record.inputs[window.start][0]  # the original's visit; resuming adds others after it
     if candidate.module is not None:
-        state = candidate.module(state)
-    at_end = window.stop == len(blocks)
-    state = run_splices(blocks[-1], AFTER, state) if at_end else run_splices(blocks[window.stop], BEFORE, state)
+        with inference(candidate.module):
+            state = candidate.module(state)
+    if window.stop < len(blocks):  # an earlier repair there stays, as it does in the surgery
+        state = run_splices(blocks[window.stop], BEFORE, state)
     return logits_of(resume(model, window.stop, state, batch, stack=record.stack.path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from streamline_hooks.batch import Batch, prepare
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.candidates import Candidate, candidate_logits, logits_of
-from streamline_hooks.passes import Batch, inference, prepare, progress
+from streamline_hooks.passes import inference, progress
 
 _TOKENS_AT_ONCE = 32  # few enough for the processor's cache, at any vocabulary
 
 _UNCOUNTED = -100
+_LARGEST = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Perplexity:
         """Exp of the mean negative log-likelihood a token."""
         if not self.tokens:
             raise StreamlineError("No token was predicted; give sequences of at least two real tokens.")
-        return math.exp(self.nll / self.tokens)
+        mean = self.nll / self.tokens
+        return math.exp(mean) if mean < _LARGEST else math.inf
 
     def __add__(self, other: Perplexity) -> Perplexity:
         return Perplexity(self.nll + other.nll, self.tokens + other.tokens)
@@ -72,7 +76,12 @@ def perplexity(model: nn.Module, batches: Sequence[Batch | Tensor], what: str = 
 
 
 def perplexity_of_candidates(
-    model: nn.Module, batches: Sequence[Batch | Tensor], candidates: Sequence[Candidate], what: str = "perplexity"
+    model: nn.Module,
+    batches: Sequence[Batch | Tensor],
+    candidates: Sequence[Candidate],
+    what: str = "perplexity",
+    *,
+    stack: str | None = None,
 ) -> tuple[Perplexity, list[Perplexity]]:
     """Perplexity of a model and of each candidate; the blocks before a window are run once for all.
 
@@ -82,7 +91,7 @@ def perplexity_of_candidates(
     candidates : list of Perplexity
     """
     total, each = Perplexity(), [Perplexity()] * len(candidates)
-    for batch, mask, original, logits in candidate_logits(model, batches, candidates, what):
+    for batch, mask, original, logits in candidate_logits(model, batches, candidates, what, stack):
         ids = input_ids(batch).to(original.device)
         total += score(original, ids, mask)
         each = [sum_ + score(other, ids, mask) for sum_, other in zip(each, logits, strict=True)]

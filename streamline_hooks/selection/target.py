@@ -37,7 +37,14 @@ def blocks_to_remove(target: int | float, length: int, slots: int = 0) -> int:
     """
     fraction = isinstance(target, float) and 0 < target < 1
     wanted = max(1, math.floor(target * length + 0.5)) if fraction else target
-    if isinstance(wanted, bool) or wanted != int(wanted) or wanted < 1:
+    everything_or_one = isinstance(target, float) and target == 1.0
+    if (
+        isinstance(wanted, bool)
+        or everything_or_one
+        or not math.isfinite(wanted)
+        or wanted != int(wanted)
+        or wanted < 1
+    ):
         raise StreamlineError(
             f"remove={target!r} is nothing that can be removed; give a number of blocks (1 to {length - 1}) or a "
             "fraction of them (above 0, below 1)."

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from streamline_hooks.passes import Batch, recorded
+from streamline_hooks.batch import Batch
+from streamline_hooks.passes import recorded
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.statistics.moments import WindowMoments
 from streamline_hooks.statistics.similarity import StateSimilarity

@@ -9,20 +9,25 @@ leading axis of 1, so that loading with the architecture's own class raises on i
 
 from __future__ import annotations
 
+import copy
 import importlib.util
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.metadata import version
 from typing import Any
 
 import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.replacements import build_replacement, replacement_config
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery.plan import SurgeryPlan
+from streamline_hooks.surgery.rebuild import verify_rebuild
+from streamline_hooks.surgery.renumber import IndexAttribute
 from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices, spliced
 
 MODEL_TYPE = "streamline_hooks"
@@ -62,7 +67,8 @@ class StreamlinedConfig(PretrainedConfig):
         if base_type not in CONFIG_MAPPING:
             raise StreamlineError(
                 f"This checkpoint is a compressed {base_type!r}, which the installed Transformers "
-                f"{transformers.__version__} does not know. Upgrade Transformers."
+                f"{transformers.__version__} does not know. Upgrade Transformers, or, if the architecture is your own, "
+                "register it with AutoConfig and AutoModelForCausalLM first."
             )
         config_base = CONFIG_MAPPING[base_type]
         config_class = streamlined_config_class(config_base)
@@ -79,6 +85,17 @@ class _ConfigWithSplices:
     def to_dict(self) -> dict[str, Any]:
         written: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         return {**written, "model_type": MODEL_TYPE, "base_model_type": type(self).model_type}
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Write the configuration, unless a part of the model, which does not know of the guard, is being saved."""
+        architectures = getattr(self, "architectures", None) or []
+        if not any(str(name).startswith(_PREFIX) for name in architectures):
+            raise StreamlineError(
+                f"{', '.join(architectures) or 'This part'} shares the configuration of a model with spliced modules "
+                "and would be saved without them. Save the model that was committed; to commit another one, open the "
+                "LayerSurgeon on it."
+            )
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
 
 class _ModelWithSplices:
@@ -98,12 +115,17 @@ class _ModelWithSplices:
             _set_guard_axis(self, present=True)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         with _reading_a_guarded_checkpoint():
-            loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        lost = [key for key in info["missing_keys"] if {BEFORE, AFTER} & set(key.split("."))]
+        if lost:
+            raise StreamlineError(
+                f"The checkpoint lacks the weights of spliced modules that its configuration lists: {', '.join(lost)}. "
+                "It is damaged, or was written by something else than save_pretrained; write it again."
+            )
         _set_guard_axis(model, present=False)
-        return loaded
+        return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
         guard = _own_path(self, self.config.streamline_hooks["guard"])
@@ -129,8 +151,9 @@ def streamlined_config_class(base: Any) -> Any:
 
 def streamlined_model_class(base: Any, config_base: Any) -> Any:
     """The class of a model with splices of an architecture; made once a base, and known to the Auto classes."""
-    if base in _made:
-        return _made[base]
+    key = (base, config_base)  # several types of configuration can share one class of models
+    if key in _made:
+        return _made[key]
 
     def is_custom_code(cls: Any) -> bool:
         return bool(base.is_custom_code())
@@ -141,9 +164,9 @@ def streamlined_model_class(base: Any, config_base: Any) -> Any:
         "config_class": streamlined_config_class(config_base),
         "is_custom_code": classmethod(is_custom_code),  # checkpoints convert as the architecture's own do
     }
-    _made[base] = type(f"{_PREFIX}{base.__name__}", (_ModelWithSplices, base), members)
-    _share_weight_conversion(base, _made[base])
-    return _made[base]
+    _made[key] = type(f"{_PREFIX}{base.__name__}", (_ModelWithSplices, base), members)
+    _share_weight_conversion(base, _made[key])
+    return _made[key]
 
 
 def base_class(cls: type[Any]) -> type[Any]:
@@ -153,43 +176,78 @@ def base_class(cls: type[Any]) -> type[Any]:
     return cls
 
 
-def settle(model: Any, stack: BlockStack, plan: SurgeryPlan, notes: dict[str, Any]) -> None:
+def settle(
+    stack: BlockStack, depth: int, plan: SurgeryPlan, indices: Sequence[IndexAttribute], notes: dict[str, Any]
+) -> None:
     """Write the plan into a model's configuration and give both the class that saves what is there.
+
+    Everything that can fail is done first, on copies; the model is changed at the end.
 
     Parameters
     ----------
-    model : transformers.PreTrainedModel
-        After the surgery.
     stack : BlockStack
-        Its stack as it is now.
+        As it was before the surgery.
+    depth : int
+        Which of its ancestors is the model that is saved.
     plan : SurgeryPlan
         What was carried out.
+    indices : sequence of IndexAttribute
+        By which its blocks know their number.
     notes : dict
-        Further JSON values for the checkpoint: calibration fingerprint, versions.
+        Further JSON values for the checkpoint, such as the calibration data's fingerprint.
+
+    Raises
+    ------
+    UnsupportedSurgery
+        If no configuration counts the blocks, or the class would build another model from it.
+    StreamlineError
+        If the notes are no JSON values.
     """
-    config = model.config
-    earlier = getattr(config, "streamline_hooks", None) or {}
+    model: Any = stack.ancestors[depth]
+    path = ".".join(stack.path.split(".")[depth:])
+    if stack.config is None:
+        raise UnsupportedSurgery(
+            f"{type(model).__name__} cannot be committed: nothing in its configuration counts the {plan.old_length} "
+            f"blocks of {stack.path}, so that a checkpoint would not say how many are left."
+        )
+    try:
+        notes = json.loads(json.dumps(notes))
+    except (TypeError, ValueError) as error:
+        raise StreamlineError(f"commit() takes JSON values to keep with the plan: {error}.") from error
+    now = find_stack(model, path)
     entries = [
         _entry(number, place, spliced(block, place))
-        for number, block in enumerate(stack.blocks)
+        for number, block in enumerate(now.blocks)
         for place in (BEFORE, AFTER)
         if spliced(block, place)
     ]
-    config.streamline_hooks = {
+    earlier = getattr(model.config, "streamline_hooks", None) or {}
+    said = {
         "format": FORMAT,
-        "stack": stack.path,
+        "stack": path,
         "splices": entries,
-        "guard": _guard(model, stack),
-        "history": [*earlier.get("history", []), {**plan.to_dict(), **notes}],
+        "guard": _guard(model, now),
+        "history": [*earlier.get("history", []), {**notes, **plan.to_dict(), "versions": _versions()}],
     }
-    model_base, config_base = base_class(type(model)), base_class(type(config))
-    if not entries:
-        model.__class__, config.__class__ = model_base, config_base
-        return
-    config.__class__ = streamlined_config_class(config_base)
-    model.__class__ = streamlined_model_class(model_base, config_base)
-    if _accept_guarded not in [getattr(h, "hook", h) for h in model._load_state_dict_pre_hooks.values()]:
+    model_class, config_class = base_class(type(model)), base_class(type(model.config))
+    plain = copy.copy(model.config)
+    plain.__class__ = config_class
+    plain.streamline_hooks = said
+    verify_rebuild(model, model_class, plain, path, now.blocks, indices)
+    if entries:
+        model_class = streamlined_model_class(model_class, config_class)
+        config_class = streamlined_config_class(config_class)
+    hooked = any(getattr(h, "hook", h) is _accept_guarded for h in model._load_state_dict_pre_hooks.values())
+    if entries and not hooked:
         model.register_load_state_dict_pre_hook(_accept_guarded)
+    model.config.streamline_hooks = said
+    model.config.architectures = [model_class.__name__]
+    model.config.__class__ = config_class
+    model.__class__ = model_class
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("streamline_hooks", "torch", "transformers")}
 
 
 def _register_models(config_base: type[Any], config_class: type[Any], architectures: list[str]) -> None:
@@ -226,19 +284,23 @@ def _entry(number: int, place: str, modules: tuple[nn.Module, ...]) -> dict[str,
 
 
 def _guard(model: nn.Module, stack: BlockStack) -> str:
-    """The weight whose stored shape keeps other classes away: the final norm's, or one outside the blocks."""
-    inside = f"{stack.path}."
-    outside = [(name, p) for name, p in model.named_parameters() if not name.startswith(inside)]
-    order = list(stack.ancestors[-1]._modules)
-    owner = stack.path.rpartition(".")[0]
-    container = order.index(stack.path.rpartition(".")[2])
-    after = [f"{owner}.{name}".lstrip(".") for name in order[container + 1 :]]
-    for prefix in after:
-        for name, parameter in outside:
-            if name.startswith(f"{prefix}.") and parameter.ndim == 1:
-                return name
-    vectors = [name for name, parameter in outside if parameter.ndim == 1]
-    return (vectors or [name for name, _ in outside])[0]
+    """The weight whose stored shape keeps other classes away: the final norm's, or another one that is not tied.
+
+    Vectors come before matrices, those behind the blocks before those in front of them, and these before the blocks.
+    """
+    owners: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    owner, _, container = stack.path.rpartition(".")
+    children = list(stack.ancestors[-1]._modules)
+    behind = tuple(f"{owner}.{name}.".lstrip(".") for name in children[children.index(container) + 1 :])
+
+    def rank(entry: tuple[str, nn.Parameter]) -> tuple[bool, bool, bool]:
+        name, parameter = entry
+        return (parameter.ndim != 1, name.startswith(f"{stack.path}."), not name.startswith(behind))
+
+    untied = [(n, p) for n, p in model.named_parameters() if owners[id(p)] == 1 and BEFORE not in n and AFTER not in n]
+    return min(untied, key=rank)[0]
 
 
 def _accept_guarded(module: Any, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:

@@ -44,8 +44,21 @@ def find_hazards(stack: BlockStack, window: range) -> list[Hazard]:
     list of Hazard
         Empty where nothing is known against it.
     """
-    causes = (_shared_blocks, _shared_keys, _position_bias, _scale_by_number)
-    return [hazard for cause in causes for hazard in cause(stack, window)]
+    causes = (_shared_blocks, _shared_keys, _position_bias)
+    found = [hazard for cause in causes for hazard in cause(stack, window)]
+    return [*found, *find_numbering_hazards(stack, window.start)]
+
+
+def find_numbering_hazards(stack: BlockStack, first: int) -> list[Hazard]:
+    """Find what changes when the blocks from a place on get other numbers.
+
+    Parameters
+    ----------
+    stack : BlockStack
+    first : int
+        The first block whose number changes.
+    """
+    return list(_scale_by_number(stack, first))
 
 
 def _shared_blocks(stack: BlockStack, window: range) -> Iterator[Hazard]:
@@ -85,7 +98,7 @@ def _position_bias(stack: BlockStack, window: range) -> Iterator[Hazard]:
         yield Hazard("position-bias", f"block {listed} owns the relative position bias that the other blocks use")
 
 
-def _scale_by_number(stack: BlockStack, window: range) -> Iterator[Hazard]:
+def _scale_by_number(stack: BlockStack, first: int) -> Iterator[Hazard]:
     """Attention that is scaled by the block's number while it runs (GPT-2 in Transformers 4): renumbering changes it.
 
     Later versions bake the scale into the block, which is then right in memory and is refused on commit.
@@ -96,8 +109,8 @@ def _scale_by_number(stack: BlockStack, window: range) -> Iterator[Hazard]:
         for module in block.modules()
         if getattr(module, "scale_attn_by_inverse_layer_idx", False) and not hasattr(module, "scaling")
     ]
-    if any(k >= window.start for k in scaled):
-        yield Hazard("scale-by-number", f"blocks {window.start} to {len(stack) - 1} scale attention by their number")
+    if any(k >= first for k in scaled):
+        yield Hazard("scale-by-number", f"blocks {first} to {len(stack) - 1} scale attention by their number")
 
 
 def _names(block: nn.Module) -> list[Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -82,38 +83,82 @@ class Layout:
             set_splices(duplicate, place, [])
         return duplicate
 
+    def takes_slot(self, module: nn.Module) -> bool:
+        """Whether a module is a block as the model's own are, or derives from one."""
+        return isinstance(module, tuple({type(block) for block in self.blocks}))
+
     def arrange(self) -> tuple[list[NewSlot], list[Placed]]:
-        """The new slots with what runs before each, and what runs after the last."""
-        kinds = {type(block) for block in self.blocks}
+        """The new slots with what runs before each, and what runs after the last.
+
+        Before block k run the splices of an earlier surgery, then what was inserted now. A window replaces everything
+        from the state that its first block received (after the splices there) to the state that its last block
+        handed on: splices of an earlier surgery between its blocks, or after the last of the stack, go with it.
+        """
         slots: list[NewSlot] = []
         waiting: list[Placed] = []
 
         def place(module: nn.Module, boundary: int, window: tuple[int, int] | None = None) -> None:
             nonlocal waiting
-            if type(module) in kinds:
+            if self.takes_slot(module):
                 slots.append(NewSlot(module, waiting))
                 waiting = []
             else:
                 waiting.append((module, boundary, window))
 
-        k = 0
-        while k <= len(self.blocks):
-            for module in self.inserted.get(k, []):
-                place(module, k)
-            if k == len(self.blocks):
-                break
-            for module in self.earlier.get(k, []):
+        k, length, end_is_gone = 0, len(self.blocks), False
+        while k < length:
+            for module in [*self.earlier.get(k, []), *self.inserted.get(k, [])]:
                 place(module, k)
             if k not in self.given_up:
                 place(self.blocks[k], k)
                 k += 1
                 continue
             window, stand_in = self.given_up[k]
-            for inner in window[1:]:
-                for earlier in self.earlier.get(inner, []):
-                    waiting.append((earlier, inner, None))
             if stand_in is not None:
                 place(stand_in, k, (window.start, window.stop))
-            k = window.stop
-        waiting += [(module, k, None) for module in self.earlier_at_end]
+            k, end_is_gone = window.stop, window.stop == length
+        for module in [*([] if end_is_gone else self.earlier_at_end), *self.inserted.get(length, [])]:
+            place(module, length)
         return slots, waiting
+
+
+def window_of(window: Iterable[int], length: int) -> range:
+    """The half-open range of a window of blocks.
+
+    Raises
+    ------
+    StreamlineError
+        If it is empty, not consecutive, or out of range.
+    """
+    if not isinstance(window, Iterable):
+        raise StreamlineError(f"A window is a range of blocks, such as range(3, 5); got {window!r}.")
+    numbers = [operator.index(k) for k in window]
+    if not numbers:
+        raise StreamlineError(
+            "There is nothing to do for an empty window; give a range of blocks, such as range(3, 5)."
+        )
+    if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+        raise StreamlineError(
+            f"A window is consecutive blocks, for instance range(3, 5); got {numbers}. Call once for each run."
+        )
+    if numbers[0] < 0 or numbers[-1] >= length:
+        raise StreamlineError(
+            f"The window range({numbers[0]}, {numbers[-1] + 1}) is out of range: the stack had {length} blocks, 0 to "
+            f"{length - 1}, when the surgeon opened."
+        )
+    return range(numbers[0], numbers[-1] + 1)
+
+
+def require_module(module: object) -> None:
+    """Raise unless something can stand between blocks."""
+    if not isinstance(module, nn.Module):
+        raise StreamlineError(f"Expected a torch.nn.Module to put in, got a {type(module).__name__}.")
+
+
+def names_of(original: Sequence[tuple[str, nn.Module]], modules: Sequence[nn.Module]) -> list[str]:
+    """The names that blocks have in their container: numbered as the original ones are (``layer_0``), or kept."""
+    old = {id(module): name for name, module in original}
+    prefix = original[0][0].removesuffix("0")
+    if all(name == f"{prefix}{k}" for k, (name, _) in enumerate(original)):
+        return [f"{prefix}{k}" for k in range(len(modules))]
+    return [old.get(id(module), f"added_{k}") for k, module in enumerate(modules)]

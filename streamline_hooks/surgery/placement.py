@@ -16,7 +16,8 @@ def placement(block: nn.Module) -> Placement:
 
 
 def move_beside(module: nn.Module, block: nn.Module) -> None:
-    """Give a module the device and the precision that most of a block's parameters have."""
+    """Give a module a block's mode, and the device and the precision that most of its parameters have."""
+    module.train(block.training)
     sizes: dict[tuple[torch.device, torch.dtype], int] = {}
     for parameter in block.parameters():
         if parameter.is_floating_point() and not parameter.is_meta:
@@ -40,21 +41,17 @@ def follow(blocks: Sequence[nn.Module], kept: Iterable[int], before: Sequence[Pl
         Of all blocks, before.
     """
     present = set(kept)
-    moved = {}
-    for k in present:
-        for name, tensor in _tensors(blocks[k]).items():
-            if name in before[k]:
-                moved[before[k][name]] = (tensor.device, tensor.dtype)
-    if all(was == now for was, now in moved.items()):
-        return
-
-    def bring(tensor: Tensor) -> Tensor:
-        device, dtype = moved.get((tensor.device, tensor.dtype), (tensor.device, tensor.dtype))
-        return tensor.to(device=device, dtype=dtype)
-
+    moved = {
+        before[k][name]: (tensor.device, tensor.dtype)
+        for k in present
+        for name, tensor in _tensors(blocks[k]).items()
+        if name in before[k]
+    }
     for k, block in enumerate(blocks):
-        if k not in present:
-            block._apply(bring)
+        for name, tensor in _tensors(block).items() if k not in present else ():
+            target = moved.get(before[k].get(name, (tensor.device, tensor.dtype)))
+            if target is not None and target != (tensor.device, tensor.dtype):
+                tensor.data = tensor.data.to(device=target[0], dtype=target[1])
 
 
 def _tensors(block: nn.Module) -> dict[str, Tensor]:

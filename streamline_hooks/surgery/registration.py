@@ -34,19 +34,26 @@ def _register(auto: ModuleType) -> None:
 class _Waiting(MetaPathFinder):
     """Finds nothing itself; has the registration run right after the module it waits for."""
 
+    _looking = False
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _AUTO:
+        if fullname != _AUTO or self._looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._looking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._looking = False
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
             execute = loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 _register(module)
 
             loader.exec_module = exec_module

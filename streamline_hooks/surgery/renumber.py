@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery.splice import AFTER, BEFORE
 
 INDEX_NAMES = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "block_idx", "layer_num"})
@@ -17,6 +19,18 @@ _ENOUGH_BLOCKS = 3
 
 # Lists in a configuration that are never one entry a block, whatever their length.
 _NOT_PER_BLOCK = ("token_id", "architectures", "bad_words", "_ids", "languages", "kernel", "image", "mrope_section")
+
+# Attributes that speak of blocks by number: how many of the first ones are built otherwise, and which ones are.
+_LEADING_COUNTS = ("first_k_dense_replace", "num_dense_layers")
+_BLOCK_NUMBERS = (
+    "attn_layer_indices",
+    "cross_attention_layers",
+    "full_attn_idxs",
+    "hybrid_layer_ids",
+    "mlp_only_layers",
+    "ple_layer_ids",
+    "rope_scaling_layers",
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,24 @@ def find_index_attributes(blocks: Sequence[nn.Module]) -> list[IndexAttribute]:
     return found
 
 
-def shortened_config(config: Any, count_attribute: str, length: int, sources: Sequence[int]) -> dict[str, Any]:
+def same_descriptions(stack: BlockStack) -> list[Any]:
+    """Every configuration object that describes a stack: a model can hand copies to its parts.
+
+    Those of the models around it and of the modules inside its owner count, and no others: another stack of the same
+    class and length has its own.
+    """
+    config, count = stack.config, stack.count_attribute
+    if count is None:
+        return []
+    found = {id(config): config}
+    for module in [*stack.ancestors, *stack.ancestors[-1].modules()]:
+        other = getattr(module, "config", None)
+        if type(other) is type(config) and vars(other).get(count) == vars(config).get(count):
+            found[id(other)] = other
+    return list(found.values())
+
+
+def shortened_config(config: Any, count_attribute: str, length: int, sources: Sequence[int | None]) -> dict[str, Any]:
     """The values that a configuration must have for a stack made of these blocks.
 
     Parameters
@@ -87,28 +118,52 @@ def shortened_config(config: Any, count_attribute: str, length: int, sources: Se
         Its attribute that holds the number of blocks.
     length : int
         The number of blocks that it describes now.
-    sources : sequence of int
-        For each slot of the new stack, the block whose per-layer values it has.
+    sources : sequence of int or None
+        For each slot of the new stack, the block whose per-layer values it has; None where that is not known.
 
     Returns
     -------
     dict
-        New values by attribute: the count, every list with one entry a block, and the overrides that are kept by a
-        block's number.
+        New values by attribute: the count, every list with one entry a block, what speaks of blocks by their number,
+        and the overrides that are kept by it.
+
+    Raises
+    ------
+    StreamlineError
+        If a block that was put in needs values of its own and does not say which.
     """
-    new: dict[str, Any] = {count_attribute: len(sources)}
+    if None in sources:
+        known = shortened_config(config, count_attribute, length, [0 if s is None else s for s in sources])
+        differing = [name for name in known if name != count_attribute and not _uniform(vars(config)[name])]
+        if differing:
+            raise StreamlineError(
+                "A block that was put in does not say which block's per-layer settings it has "
+                f"({', '.join(sorted(differing))} differ from block to block). Insert a copy of one of the model's own "
+                "blocks."
+            )
+        return known
+    origins = [source for source in sources if source is not None]
+    new: dict[str, Any] = {count_attribute: len(origins)}
     for name, value in vars(config).items():
-        if isinstance(value, (list, tuple)) and len(value) == length and is_per_block(name):
-            new[name] = type(value)(value[source] for source in sources)
+        if name in _LEADING_COUNTS and isinstance(value, int):
+            new[name] = sum(source < value for source in origins)
+        elif name in _BLOCK_NUMBERS and isinstance(value, (list, tuple)):
+            new[name] = type(value)(slot for slot, source in enumerate(origins) if source in value)
+        elif isinstance(value, (list, tuple)) and len(value) == length and is_per_block(name):
+            new[name] = type(value)(value[source] for source in origins)
     heterogeneity = vars(config).get("_heterogeneity_spec")
     if heterogeneity is not None:
         overrides = heterogeneity.per_layer_overrides
         heterogeneity = copy.copy(heterogeneity)
         heterogeneity.per_layer_overrides = {
-            slot: copy.deepcopy(overrides[source]) for slot, source in enumerate(sources) if source in overrides
+            slot: copy.deepcopy(overrides[source]) for slot, source in enumerate(origins) if source in overrides
         }
         new["_heterogeneity_spec"] = heterogeneity
     return new
+
+
+def _uniform(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(v == value[0] for v in value)
 
 
 def is_per_block(name: str) -> bool:

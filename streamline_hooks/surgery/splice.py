@@ -53,8 +53,8 @@ def remember_splices(block: nn.Module, place: Place) -> Callable[[], None]:
     def put_back() -> None:
         present = _hook_id(block, place)
         if present is not None and present != hook_id:
-            hooks.pop(present)
             block._forward_pre_hooks_with_kwargs.pop(present, None)
+            hooks.pop(present)  # last: by it a second try, after an interruption, knows that there is work left
         if hook_id is not None and present is None:
             hooks[hook_id] = _HOOKS[place]
             if place == BEFORE:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
+import operator
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -15,19 +15,19 @@ from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery import committed
 from streamline_hooks.surgery.capture import forget_capture_hooks, lend_capture_hooks, next_hook_id
-from streamline_hooks.surgery.hazards import Hazard, find_hazards
-from streamline_hooks.surgery.layout import Layout, NewSlot, Placed
+from streamline_hooks.surgery.hazards import Hazard, find_hazards, find_numbering_hazards
+from streamline_hooks.surgery.layout import Layout, NewSlot, Placed, names_of, require_module, window_of
 from streamline_hooks.surgery.placement import follow, move_beside, placement
 from streamline_hooks.surgery.plan import Slot, Splice, SurgeryPlan
-from streamline_hooks.surgery.rebuild import verify_rebuild
-from streamline_hooks.surgery.renumber import find_index_attributes, shortened_config
+from streamline_hooks.surgery.renumber import find_index_attributes, same_descriptions, shortened_config
+from streamline_hooks.surgery.saving import SavingRefused
 from streamline_hooks.surgery.splice import AFTER, BEFORE, Place, remember_splices, set_splices, spliced
 from streamline_hooks.wrapping import refuse_compiled, refuse_wrapped
 
 _MISSING = object()
 _ORIGIN = "_streamline_hooks_origin"
 _tokens = itertools.count()
-_open: WeakKeyDictionary[nn.Module, list[LayerSurgeon]] = WeakKeyDictionary()
+_open: WeakKeyDictionary[nn.Module, list[LayerSurgeon]] = WeakKeyDictionary()  # by container
 
 
 class LayerSurgeon:
@@ -82,44 +82,74 @@ class LayerSurgeon:
             raise StreamlineError("This surgeon was opened before; make a new one.")
         refuse_compiled(self.model, "operate on")
         refuse_wrapped(self.model)
-        path = self._named_stack.path if isinstance(self._named_stack, BlockStack) else self._named_stack
-        self.stack = find_stack(self.model, path)
+        self.stack = self._find()
         self._indices = find_index_attributes(self.stack.blocks)
         self._layout = Layout(list(self.stack.blocks))
         self._origins: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-        self._committed = False
+        self._plan: SurgeryPlan | None = None
         self._undo: list[Callable[[], None]] = []
         self._placement = [placement(block) for block in self.stack.blocks]
         self._first_hook = next_hook_id()
         self._token = next(_tokens)
+        surgeons = _open.setdefault(self.stack.container, [])
+        try:
+            surgeons.append(self)
+            known = {surgeon._token for surgeon in surgeons}
+            for k, block in enumerate(self.stack.blocks):  # a copy made inside the context says what it is a copy of
+                marks = {token: old for token, old in vars(block).get(_ORIGIN, {}).items() if token in known}
+                vars(block)[_ORIGIN] = {**marks, self._token: k}
+        except BaseException:
+            self._sign_off()
+            raise
         self._entered = True
-        _open.setdefault(self.stack.container, []).append(self)
-        for k, block in enumerate(self.stack.blocks):  # a copy made inside the context says what it is a copy of
-            vars(block).setdefault(_ORIGIN, {})[self._token] = k
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        surgeons = _open.get(self.stack.container, [])
-        if surgeons[-1:] != [self] and not self._committed:
+        if self._plan is not None:
+            return
+        if _open.get(self.stack.container, [])[-1:] != [self]:
             raise StreamlineError(
                 "A surgeon closes while a later one on the same model is still open. Close them in the opposite order "
                 "of opening; the model is left as the later one has it."
             )
-        if not self._committed:
-            try:
-                self._close()
-            except BaseException:  # Ctrl-C in the middle of it: every step can be done twice
-                self._close()
-                raise
-            surgeons.remove(self)
+        try:
+            self._close()
+        except BaseException:  # Ctrl-C in the middle of it: every step can be done twice
+            self._close()
+            raise
+        finally:
+            self._sign_off()
+
+    def _find(self) -> BlockStack:
+        if not isinstance(self._named_stack, BlockStack):
+            return find_stack(self.model, self._named_stack)
+        found = find_stack(self.model, self._named_stack.path)
+        if found.container is not self._named_stack.container:
+            raise StreamlineError(
+                f"The stack {self._named_stack.path!r} is of another model. Find it in this one, or give its path."
+            )
+        return found
 
     def _close(self) -> None:
+        kept = self._current_plan().kept
         self._revert()
-        self._unmark()
         forget_capture_hooks(self.model, self._first_hook)
-        follow(self.stack.blocks, self.plan.kept, self._placement)
+        follow(self.stack.blocks, kept, self._placement)
+
+    def _sign_off(self) -> None:
+        """Take the marks off the blocks, and this surgeon off the list of open ones."""
+        for block in [*self.stack.blocks, *self.stack.container.children()]:
+            marks = vars(block).get(_ORIGIN, {})
+            marks.pop(self._token, None)
+            if not marks:
+                vars(block).pop(_ORIGIN, None)
+        surgeons = _open.get(self.stack.container, [])
+        if self in surgeons:
+            surgeons.remove(self)
+        if not surgeons:
+            _open.pop(self.stack.container, None)
 
     def remove(self, window: Iterable[int], *, despite_hazards: bool = False) -> None:
         """Take a window of blocks out.
@@ -146,8 +176,8 @@ class LayerSurgeon:
         """Put a module in the place of a window of blocks.
 
         A module of the blocks' own class takes a slot of its own (with a cache entry, and the per-layer settings of
-        the block that it is or was copied from); any other takes none. It is moved to the device and precision of
-        the blocks around it.
+        the block that it is or was copied from); any other takes none. It is given the device, the precision and the
+        mode (training or evaluation) of the blocks around it.
 
         Parameters
         ----------
@@ -169,15 +199,13 @@ class LayerSurgeon:
             As `remove`.
         """
         self._require_open()
-        chosen = self._window(window)
+        chosen = window_of(window, len(self.stack))
+        if module is not None:
+            require_module(module)
         itself = module is not None and len(chosen) == 1 and module is self.stack[chosen.start]
         hazards = [] if itself else self.check(chosen)
-        if hazards and not despite_hazards:
-            raise UnsupportedSurgery(
-                f"Blocks {chosen.start} to {chosen.stop - 1} of {type(self.model).__name__} cannot go: "
-                + "; ".join(map(str, hazards))
-                + ". Choose others, or pass despite_hazards=True to go on all the same."
-            )
+        what = f"Blocks {chosen.start} to {chosen.stop - 1} of {type(self.model).__name__} cannot go"
+        self._refuse(what, hazards, despite_hazards)
         layout = self._layout.copy()
         if module is not None:
             module = layout.unshared(module, leaving=chosen)
@@ -185,7 +213,7 @@ class LayerSurgeon:
         self._apply(layout)
         return module
 
-    def insert(self, k: int, module: nn.Module) -> nn.Module:
+    def insert(self, k: int, module: nn.Module, *, despite_hazards: bool = False) -> nn.Module:
         """Run a module before block k; several at one place run in the order in which they were inserted.
 
         Parameters
@@ -194,6 +222,8 @@ class LayerSurgeon:
             0 to L, with L (the number of blocks) for the end of the stack.
         module : torch.nn.Module
             As for `replace`.
+        despite_hazards : bool
+            Go on where the blocks behind it depend on their number.
 
         Returns
         -------
@@ -202,15 +232,21 @@ class LayerSurgeon:
 
         Raises
         ------
+        UnsupportedSurgery
+            If a block that takes a slot would change blocks that depend on their number.
         StreamlineError
             If k is out of range, or inside a window that is gone.
         """
         self._require_open()
-        length = len(self.stack)
-        if not isinstance(k, int) or not 0 <= k <= length:
+        k, length = operator.index(k), len(self.stack)
+        if not 0 <= k <= length:
             raise StreamlineError(
                 f"insert({k!r}, ...) is out of range: the stack had {length} blocks, so 0 to {length}."
             )
+        require_module(module)
+        if self._layout.takes_slot(module):
+            hazards = find_numbering_hazards(self.stack, k)
+            self._refuse(f"Nothing can take a slot before block {k}", hazards, despite_hazards)
         layout = self._layout.copy()
         module = layout.unshared(module)
         layout.insert(k, module)
@@ -220,11 +256,14 @@ class LayerSurgeon:
     def check(self, window: Iterable[int]) -> list[Hazard]:
         """Name what speaks against giving up a window, before anything is touched."""
         self._require_open()
-        return find_hazards(self.stack, self._window(window))
+        return find_hazards(self.stack, window_of(window, len(self.stack)))
 
     @property
     def plan(self) -> SurgeryPlan:
         """What the surgery has come to so far: old block, new block."""
+        return self._plan if self._plan is not None else self._current_plan()
+
+    def _current_plan(self) -> SurgeryPlan:
         slots, at_end = self._layout.arrange()
         number = {id(block): k for k, block in enumerate(self.stack.blocks)}
         splices = []
@@ -265,19 +304,18 @@ class LayerSurgeon:
         if _open[self.stack.container] != [self]:
             raise StreamlineError("commit() inside another open surgeon: its exit would undo it. Commit that one.")
         plan = self.plan
-        model: Any = self.model
-        if self.stack.config is not None and hasattr(model, "save_pretrained"):
-            model_class, config_class = committed.base_class(type(model)), committed.base_class(type(model.config))
-            plain = copy.copy(model.config)
-            plain.__class__ = config_class
-            now = find_stack(model, self.stack.path)
-            verify_rebuild(model, model_class, plain, self.stack.path, now.blocks, self._indices)
+        depth = next((d for d, m in enumerate(self.stack.ancestors) if _saves(m)), None)
+        if depth is not None:
+            committed.settle(self.stack, depth, plan, self._indices, notes)
+        try:
             for owner in self._savers():
                 vars(owner).pop("save_pretrained", None)
-            committed.settle(model, now, plan, notes)
-        self._committed = True
-        self._unmark()
-        _open[self.stack.container].remove(self)
+        finally:
+            self._plan = plan
+            self._sign_off()
+            self._undo.clear()
+            self.stack = find_stack(self.model, self.stack.path)  # let go of the blocks that are gone
+            self._layout = Layout(list(self.stack.blocks))
         return plan
 
     # How it is done: every operation changes the layout, and the model is taken back to the original and laid out
@@ -300,17 +338,10 @@ class LayerSurgeon:
             self._lay_out(*before.arrange())
             raise
 
-    def _unmark(self) -> None:
-        for block in [*self.stack.blocks, *self.stack.container.children()]:
-            marks = vars(block).get(_ORIGIN, {})
-            marks.pop(self._token, None)
-            if not marks:
-                vars(block).pop(_ORIGIN, None)
-
     def _lay_out(self, slots: list[NewSlot], at_end: list[Placed]) -> None:
         container = self.stack.container
         forget_capture_hooks(self.model, self._first_hook)
-        original = list(container._modules.items())
+        original = list(container.named_children())
 
         def put_back() -> None:
             container._modules.clear()
@@ -320,7 +351,8 @@ class LayerSurgeon:
             self._source(slot.module)
         self._undo.append(put_back)
         container._modules.clear()
-        container._modules.update({str(k): slot.module for k, slot in enumerate(slots)})
+        names = names_of(original, [slot.module for slot in slots])
+        container._modules.update({name: slot.module for name, slot in zip(names, slots, strict=True)})
         for k, slot in enumerate(slots):
             for index in self._indices:
                 holder = index.holder(slot.module)
@@ -329,10 +361,11 @@ class LayerSurgeon:
             self._splice(slot.module, BEFORE, slot.before)
             self._splice(slot.module, AFTER, at_end if k == len(slots) - 1 else [])
             if slot.module not in self.stack.blocks:
+                move_beside(slot.module, self.stack.blocks[0])
                 self._undo += [h.remove for h in lend_capture_hooks(self.stack.blocks[0], slot.module)]
         self._shorten_config(slots)
         for owner in self._savers():
-            self._set(owner, "save_pretrained", _refuse_saving)
+            self._set(owner, "save_pretrained", SavingRefused(owner))
 
     def _splice(self, block: nn.Module, place: Place, placed: list[Placed]) -> None:
         modules = [module for module, _, _ in placed]
@@ -348,16 +381,8 @@ class LayerSurgeon:
         if config is None or count is None:
             return
         sources = [self._source(slot.module) for slot in slots]
-        known = [0 if source is None else source for source in sources]
-        for described in _same_descriptions(self.model, config, count):
-            shortened = shortened_config(described, count, len(self.stack), known)
-            if None in sources and not all(_uniform(vars(described).get(name)) for name in shortened):
-                raise StreamlineError(
-                    "A block that was put in does not say which block's per-layer settings it has "
-                    f"({', '.join(sorted(set(shortened) - {count}))} differ from block to block). Insert a copy of one "
-                    "of the model's own blocks."
-                )
-            for name, value in shortened.items():
+        for described in same_descriptions(self.stack):
+            for name, value in shortened_config(described, count, len(self.stack), sources).items():
                 if vars(described).get(name, _MISSING) != value:
                     self._set(described, name, value)
 
@@ -392,24 +417,14 @@ class LayerSurgeon:
             self._undo.pop()
 
     def _savers(self) -> list[nn.Module]:
-        return [m for m in self.stack.ancestors if callable(getattr(type(m), "save_pretrained", None))]
+        return [m for m in self.stack.ancestors if _saves(m)]
 
-    def _window(self, window: Iterable[int]) -> range:
-        length = len(self.stack)
-        numbers = list(window)
-        given = f"range({numbers[0]}, {numbers[-1] + 1})" if numbers else "an empty window"
-        if not numbers:
-            raise StreamlineError(f"There is nothing to do for {given}; give a range of blocks, such as range(3, 5).")
-        if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
-            raise StreamlineError(
-                f"A window is consecutive blocks, for instance range(3, 5); got {numbers}. Call once for each run."
+    def _refuse(self, what: str, hazards: list[Hazard], despite: bool) -> None:
+        if hazards and not despite:
+            raise UnsupportedSurgery(
+                f"{what}: {'; '.join(map(str, hazards))}. Choose others, or pass despite_hazards=True to go on all "
+                "the same."
             )
-        if numbers[0] < 0 or numbers[-1] >= length:
-            raise StreamlineError(
-                f"The window {given} is out of range: the stack had {length} blocks, 0 to {length - 1}, when the "
-                "surgeon opened."
-            )
-        return range(numbers[0], numbers[-1] + 1)
 
     def _require_open(self) -> None:
         surgeons = _open.get(self.stack.container, []) if self._entered else []
@@ -419,26 +434,6 @@ class LayerSurgeon:
             raise StreamlineError("A later surgeon is open on the same model; close it first.")
 
 
-def _same_descriptions(model: nn.Module, config: Any, count: str) -> list[Any]:
-    """Every configuration object that describes the same stack: models hand copies to their parts."""
-    found = {id(config): config}
-    for module in model.modules():
-        other = getattr(module, "config", None)
-        candidates = [other, *(vars(other).values() if hasattr(other, "to_dict") else ())]
-        for candidate in candidates:
-            if type(candidate) is type(config) and vars(candidate).get(count) == vars(config).get(count):
-                found[id(candidate)] = candidate
-    return list(found.values())
-
-
-def _uniform(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(v == value[0] for v in value)
-    return isinstance(value, int)
-
-
-def _refuse_saving(*args: Any, **kwargs: Any) -> NoReturn:
-    raise StreamlineError(
-        "save_pretrained inside an open LayerSurgeon would write a model that its exit takes back. Call "
-        "surgeon.commit() first, or leave the context to save the original."
-    )
+def _saves(module: nn.Module) -> bool:
+    """Whether a module is a Transformers model. Importing their class to ask costs a quarter of a second."""
+    return callable(getattr(type(module), "save_pretrained", None))

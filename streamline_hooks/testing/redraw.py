@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -30,22 +28,15 @@ def redraw(model: nn.Module, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for module in model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                if buffer.is_floating_point() and buffer.isnan().any():
-                    buffer.copy_(_first_values(module, name, buffer))
         owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
-        for name, parameter in model.named_parameters():
-            owner = owners[id(parameter)]
-            unset = bool(parameter.isnan().any())  # made by torch.empty, and never filled
-            if not (parameter.is_floating_point() and (parameter.requires_grad or unset)):
+        for parameter in model.parameters():
+            if not (parameter.is_floating_point() and parameter.requires_grad):
                 continue
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
-            if parameter.ndim > 1 and (unset or not _of_one_sign(parameter)):
-                parameter.copy_(noise * deviation(owner, parameter))
+            if parameter.ndim > 1 and not _of_one_sign(parameter):
+                parameter.copy_(noise * deviation(owners[id(parameter)], parameter))
             else:
-                base = _first_values(owner, name, parameter) if unset else parameter.float()
-                parameter.copy_(base + _NOISE * noise)
+                parameter.copy_(parameter.float() + _NOISE * noise)
 
 
 def deviation(owner: nn.Module, weight: torch.Tensor) -> float:
@@ -57,22 +48,3 @@ def deviation(owner: nn.Module, weight: torch.Tensor) -> float:
 
 def _of_one_sign(values: torch.Tensor) -> bool:
     return bool(values.any()) and bool((values >= 0).all() or (values <= 0).all())
-
-
-def _first_values(owner: nn.Module, name: str, like: torch.Tensor) -> torch.Tensor:
-    one = name.endswith("weight") and "norm" in type(owner).__name__.lower()
-    return torch.full_like(like, float(one))
-
-
-@contextmanager
-def unset_is_nan() -> Iterator[None]:
-    """While this is open, ``torch.empty`` gives NaN, so that what nobody initialised can be told."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    try:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled

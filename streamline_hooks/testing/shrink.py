@@ -10,7 +10,6 @@ from typing import Any
 
 from streamline_hooks.testing.peculiarities import PECULIARITIES, Size
 
-TOWER_BLOCKS = 2  # of a vision or audio tower beside the text model
 _SMALL = 16  # a vocabulary below this many entries is a table of types, which stays
 
 
@@ -27,15 +26,15 @@ _RULES: tuple[tuple[str, Callable[[int, Size], int]], ...] = (
         lambda value, size: size.blocks,
     ),
     (r"max_window_layers", lambda value, size: min(value, size.blocks // 2)),
-    (r"num_kv_shared_layers", lambda value, size: min(value, size.blocks // 4)),
     (r"first_k_dense_replace|num_dense_layers", _at_most(1)),
     # Tables of tokens
-    (r"(\w+_)?vocab_size(_\w+)?|codebook_size", lambda value, size: value if value < _SMALL else size.vocabulary),
+    (r"(\w+_)?vocab_size(_\w+)?", lambda value, size: value if value < _SMALL else size.vocabulary),
     (
         r"max_position_embeddings|original_max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length"
         r"|max_(source|target)_positions|max_positions|max_sequence_length",
         lambda value, size: size.positions,
     ),
+    (r"codebook_size", _at_most(64)),
     (r"num_position_embeddings|rel_extent", _at_most(16)),
     (r"\w*num_buckets", _at_most(8)),
     # Experts
@@ -48,7 +47,11 @@ _RULES: tuple[tuple[str, Callable[[int, Size], int]], ...] = (
     (r"(\w+_)?(num_key_value_heads|n_kv_heads|kv_n_heads|num_kv_heads)", _at_most(2)),
     (r"(\w+_)?(heads|n_head)(_\w+)?", lambda value, size: size.heads),
     (
-        r"(\w+_)?head_?(dim|size)|d_head|d_kv|dim_head|kv_channels|query_pre_attn_scalar|rotary_dim",
+        r"rotary_dim|qk_rope_head_dim",
+        lambda value, size: size.head_dim // 2,
+    ),
+    (
+        r"(\w+_)?head_?(dim|size)|d_head|d_kv|dim_head|kv_channels|query_pre_attn_scalar|hidden_size_per_layer_input",
         lambda value, size: size.head_dim,
     ),
     # Ranks, states and what is seen at a time
@@ -64,7 +67,7 @@ _RULES: tuple[tuple[str, Callable[[int, Size], int]], ...] = (
     ),
     (
         r"(\w+_)?hidden_size(_\w+)?|d_model|n_embd|(\w+_)?emb(ed)?_dim|(\w+_)?embedding_size|d_embed|input_size"
-        r"|(adapter|projector|vision)_(in|out|input|output)_(dim|size)|dim_model_base",
+        r"|(adapter|projector|vision)_(in|out|input|output)_(dim|size)|dim_model_base|\w+_out_channel|\w+_conv_channels|output_channels",
         lambda value, size: size.width,
     ),
     # Towers of images and sounds
@@ -96,8 +99,8 @@ def declared_arguments(cls: type) -> dict[str, Any]:
     if dataclasses.is_dataclass(cls):  # Transformers 5
         return {field.name: _field_default(field) for field in dataclasses.fields(cls)}
     found: dict[str, Any] = {}
-    for name, parameter in inspect.signature(cls.__init__).parameters.items():
-        if name != "self" and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             found[name] = None if parameter.default is parameter.empty else parameter.default
     return found
 
@@ -130,7 +133,7 @@ def shrink_value(name: str, value: Any, size: Size, tokens: SpecialTokens) -> An
             return kept or [tokens.fit(name, value[0])] if value else value
         return value
     if _NOISE.fullmatch(name):
-        return 0.0
+        return type(value)()
     if isinstance(value, float) or value <= 0:
         return value
     if _TOKEN.fullmatch(name):
@@ -156,27 +159,42 @@ def shrink_config(default: Any, size: Size, tokens: SpecialTokens, overrides: Ma
     overrides : mapping
         Arguments that are taken as they are; a mapping for a nested configuration holds arguments of that.
     """
-    table = {name: _resolve(value, size) for name, value in PECULIARITIES.get(default.model_type, {}).items()}
-    chosen = {**table, **overrides}
-    arguments: dict[str, Any] = {}
-    text = default.get_text_config(decoder=True)
-    declared = declared_arguments(type(default))
-    for name in [*declared, *(name for name in vars(default) if name not in declared)]:
-        value = getattr(default, name, None)
-        if _is_config(value):
-            part = size if value is text or not hasattr(value, "num_hidden_layers") else size.tower(TOWER_BLOCKS)
-            inner = {**_mapping(table.get(name)), **_mapping(overrides.get(name))}
-            arguments[name] = chosen[name] if _is_config(chosen.get(name)) else shrink_config(value, part, tokens, inner)
-        elif name in chosen:
-            arguments[name] = chosen[name]
-        elif declared.get(name) is not None:
-            arguments[name] = shrink_value(name, declared[name] if value is None else value, size, tokens)
-    grouped = declared.get("num_attention_heads"), declared.get("num_key_value_heads")
-    if None not in grouped and grouped[0] == grouped[1] and "num_key_value_heads" not in chosen:
-        arguments["num_key_value_heads"] = arguments["num_attention_heads"]  # no grouping by default
-    config = type(default)(**{**{name: value for name, value in chosen.items() if name not in arguments}, **arguments})
-    _fit_rotary_sections(config)
+    config = type(default)(**_small_arguments(default, size, tokens, overrides, main=True))
+    for part in (config, *filter(_is_config, vars(config).values())):
+        _fit_rotary_sections(part)
     return config
+
+
+def _small_arguments(
+    default: Any, size: Size, tokens: SpecialTokens, overrides: Mapping[str, Any], main: bool
+) -> dict[str, Any]:
+    """Arguments for the class of a default configuration; ``main`` where it is, or holds, the language model's."""
+    peculiar = {name: _resolve(value, size) for name, value in PECULIARITIES.get(default.model_type, {}).items()}
+    chosen = {**peculiar, **overrides}
+    arguments = dict(chosen)
+    declared = declared_arguments(type(default))
+    text = default.get_text_config(decoder=True)
+    for name in [*declared, *(name for name in vars(default) if name not in declared)]:
+        value = vars(default).get(name)
+        if _is_config(value):
+            whole = value is text or not hasattr(value, "num_hidden_layers")
+            inner = {**_mapping(peculiar.get(name)), **_mapping(overrides.get(name))}
+            small = _small_arguments(value, size if whole else size.tower(), tokens, inner, main and value is text)
+            # A dictionary, as from a file: some classes of Transformers 4 take nothing else.
+            arguments[name] = {"model_type": value.model_type, **small} if value.model_type else small
+        elif name in chosen:
+            continue
+        elif declared.get(name) is not None:
+            # Another type than the declared one has been derived: 160 from "auto", a list from its one value.
+            given = value if type(value) is type(declared[name]) else declared[name]
+            arguments[name] = shrink_value(name, given, size, tokens)
+        elif name == "head_dim" and "qk_rope_head_dim" not in declared:  # None, which some models forget to resolve
+            arguments[name] = size.head_dim
+    if main and default is text and "is_decoder" in vars(default):
+        arguments["is_decoder"] = chosen.get("is_decoder", True)  # BERT's heirs look both ways by default
+    if "kv_lora_rank" in declared and "num_key_value_heads" in declared:  # latent attention groups no heads
+        arguments["num_key_value_heads"] = chosen.get("num_key_value_heads", arguments["num_attention_heads"])
+    return arguments
 
 
 def _fit_rotary_sections(config: Any) -> None:

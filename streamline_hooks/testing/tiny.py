@@ -7,13 +7,14 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.testing.peculiarities import STARTS, Size
-from streamline_hooks.testing.redraw import redraw, unset_is_nan
+from streamline_hooks.testing.peculiarities import PECULIARITIES, STARTS, Size
+from streamline_hooks.testing.redraw import redraw
 from streamline_hooks.testing.shrink import SpecialTokens, declared_arguments, shrink_config
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ def tiny_config(
 
     known = causal_model_types()
     if model_type not in known:
-        raise StreamlineError(_unknown(f"the model type {model_type!r} is not one of", model_type, known))
+        what = f"{model_type!r} is none of the {len(known)} model types that AutoModelForCausalLM knows here"
+        raise StreamlineError(_unknown(model_type, known, what, "causal_model_types() lists them"))
     if blocks < 1 or width < 1 or width % _WIDTH_STEP or vocabulary < _LEAST_VOCABULARY:
         raise StreamlineError(
             f"blocks={blocks}, width={width}, vocabulary={vocabulary} is no size for a tiny model: "
@@ -96,7 +98,7 @@ def tiny_config(
         )
     with _quiet():
         try:
-            default = CONFIG_MAPPING[model_type](**STARTS.get(model_type, {}))
+            default = CONFIG_MAPPING[model_type](**deepcopy(STARTS.get(model_type, {})))  # some classes empty it
             placed = _place(default, overrides)
             return shrink_config(default, Size(blocks, width, vocabulary), SpecialTokens(vocabulary), placed)
         except StreamlineError:
@@ -141,74 +143,29 @@ def tiny_model(
 
     Examples
     --------
+    >>> from streamline_hooks.testing import tiny_inputs
     >>> model = tiny_model("llama", blocks=3)
     >>> len(model.model.layers), model(**tiny_inputs(model)).logits.shape
     (3, torch.Size([2, 12, 64]))
     """
-    from transformers import AutoModelForCausalLM
-
     config = tiny_config(model_type, blocks=blocks, width=width, vocabulary=vocabulary, **overrides)
     with _quiet(), _own_random_state(seed), torch.device("cpu"):
         try:
-            with unset_is_nan():
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = _from_config(config, dtype)
         except Exception as error:
             raise StreamlineError(_cannot("built", model_type, blocks, overrides, error)) from error
         redraw(model, seed)
     return model.eval()
 
 
-def tiny_inputs(
-    model_or_config: Any, *, batch: int = 2, tokens: int = 12, seed: int = 0, left_padding: bool = False
-) -> dict[str, torch.Tensor]:
-    """Random tokens for a model.
+def _from_config(config: Any, dtype: torch.dtype) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    Parameters
-    ----------
-    model_or_config : PreTrainedModel or PretrainedConfig
-        Whose vocabulary and special tokens to heed.
-    batch, tokens : int
-        The shape.
-    seed : int
-        Of the tokens. The global random state is left as it was.
-    left_padding : bool
-        Whether each row after the first is shorter, padded on its left.
-
-    Returns
-    -------
-    dict
-        ``input_ids`` and ``attention_mask`` of shape (batch, tokens), int64. No special token is drawn.
-
-    Examples
-    --------
-    >>> tiny_inputs(tiny_config("gpt2"), batch=3, tokens=8, left_padding=True)["attention_mask"].sum(1)
-    tensor([8, 6, 4])
-    """
-    config = getattr(model_or_config, "config", model_or_config)
     text = config.get_text_config(decoder=True)
-    special = special_tokens(config)
-    ordinary = torch.tensor([token for token in range(text.vocab_size) if token not in special])
-    generator = torch.Generator().manual_seed(seed)
-    ids = ordinary[torch.randint(len(ordinary), (batch, tokens), generator=generator)]
-    mask = torch.ones(batch, tokens, dtype=torch.long)
-    if left_padding:
-        pad = getattr(text, "pad_token_id", None)
-        for row in range(batch):
-            shorter = min(2 * row, tokens - 1)
-            mask[row, :shorter] = 0
-            ids[row, :shorter] = 0 if pad is None else pad
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def special_tokens(config: Any) -> set[int]:
-    """The ids that a configuration, or one nested in it, gives a meaning of their own."""
-    found: set[int] = {0}  # the padding where none is named
-    for name, value in vars(config).items():
-        if hasattr(value, "get_text_config"):
-            found |= special_tokens(value)
-        elif name.endswith(("_token_id", "_token_ids", "_token_index", "_index")):
-            found |= {item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int)}
-    return found
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if type(config) is not type(text) and getattr(model_class, "config_class", None) is type(text):
+        return model_class(text).to(dtype)  # Musicgen's decoder, which the automatic class hands too much
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def _place(default: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,21 +181,21 @@ def _place(default: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
             placed[inner] = {**placed[inner], nested: value}
         else:
             names = sorted({*declared_arguments(type(default)), *declared_arguments(type(text))})
-            raise StreamlineError(_unknown(f"{name!r} is not one of", name, names, f"arguments of {default.model_type}"))
+            what = f"{name}={value!r} is no argument of {type(default).__name__}"
+            raise StreamlineError(_unknown(name, names, what, f"it takes {', '.join(names)}"))
     return placed
 
 
 def _argument(config: Any, name: str) -> str | None:
     """The name under which a configuration class takes an argument, or None."""
     name = type(config).attribute_map.get(name, name)
-    known = name in declared_arguments(type(config)) or hasattr(config, name) or name == "attn_implementation"
-    return name if known else None
+    others = {"attn_implementation", *PECULIARITIES.get(config.model_type, {})}
+    return name if name in declared_arguments(type(config)) or name in others or hasattr(config, name) else None
 
 
-def _unknown(start: str, given: str, known: list[str], what: str = "that AutoModelForCausalLM knows") -> str:
+def _unknown(given: str, known: list[str], start: str, otherwise: str) -> str:
     close = difflib.get_close_matches(given, known, n=5, cutoff=0.5)
-    advice = f"did you mean {' or '.join(map(repr, close))}?" if close else "see causal_model_types() for all"
-    return f"{start} the {len(known)} {what}: {advice}"
+    return f"{start}: " + (f"did you mean {' or '.join(map(repr, close))}?" if close else otherwise)
 
 
 def _cannot(what: str, model_type: str, blocks: int, overrides: Mapping[str, Any], error: Exception) -> str:
@@ -248,7 +205,8 @@ def _cannot(what: str, model_type: str, blocks: int, overrides: Mapping[str, Any
     reason = " ".join(str(error).split())
     return (
         f"a tiny {model_type!r} cannot be {what} here with blocks={blocks}{given} by Transformers "
-        f"{transformers.__version__}: {type(error).__name__}: {reason}"
+        f"{transformers.__version__}: {type(error).__name__}: {reason} "
+        "(install what it asks for, or choose other sizes or overrides)"
     )
 
 

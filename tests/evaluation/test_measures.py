@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_hooks import LayerSurgeon, StreamlineError, perplexity
+from streamline_hooks.batch import prepare
 from streamline_hooks.evaluation import Candidate, kl_of_candidates, perplexity_of_candidates
 from streamline_hooks.evaluation.agreement import kl_divergence
-from streamline_hooks.passes import prepare
 from tests.tiny_models import BLOCKS, FAMILIES, Nudge, left_padded, tiny_model, tokens
 
 WINDOWS = [range(0, 2), range(2, 5), range(3, BLOCKS)]

@@ -1,0 +1,41 @@
+"""Refuse to save a model while a surgeon is open on it."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from streamline_hooks.errors import StreamlineError
+
+
+class SavingRefused:
+    """Stands in the place of ``save_pretrained`` inside an open surgeon.
+
+    A deep copy that is made meanwhile carries it along: the copy has the shortened blocks but not yet the class that
+    saves them, so that it would come back without its repair.
+
+    Parameters
+    ----------
+    owner : torch.nn.Module
+        The model.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self._owner_id = id(owner)
+        self._copied = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SavingRefused:
+        other = SavingRefused(memo.get(self._owner_id))
+        other._copied = True
+        return other
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise, with what to do."""
+        if self._copied:
+            raise StreamlineError(
+                "This model was copied inside an open LayerSurgeon, and would be saved without what the surgeon put "
+                "in. Open one on the copy and commit: `with LayerSurgeon(copy) as surgeon: surgeon.commit()`."
+            )
+        raise StreamlineError(
+            "save_pretrained inside an open LayerSurgeon would write a model that its exit takes back. Call "
+            "surgeon.commit() first, or leave the context to save the original."
+        )
