@@ -61,7 +61,7 @@ def refuse_wrapped(model: nn.Module) -> None:
     for module in model.modules():
         names = {f"{c.__module__}.{c.__name__}" for c in type(module).__mro__}
         for wrapper, advice in _WRAPPERS.items():
-            if any(name.startswith("torch.distributed") and name.endswith(f".{wrapper}") for name in names):
+            if any(name.startswith("torch.") and name.endswith(f".{wrapper}") for name in names):
                 raise StreamlineError(
                     f"{type(model).__name__} is {advice} already. Surgery comes before wrapping: operate on the plain "
                     "model, then wrap it."

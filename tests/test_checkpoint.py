@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, load, register_replacement, save
+from streamline_hooks.checkpoint import require_free
 from tests.processes import in_a_new_process
 from tests.tiny_models import BLOCKS, FAMILIES, WIDTH, Nudge, left_padded, repaired, tiny_model, tokens
 
@@ -301,3 +303,89 @@ def test_an_interruption_leaves_the_old_folder_as_it_was(
         save(model, target, overwrite=True)
     assert {p.name: p.read_bytes() for p in target.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("family", ["olmo", "openai-gpt"])
+def test_the_guard_is_no_tied_weight(family: str, tmp_path: Path) -> None:
+    """OLMo's norms have no weights, so that nothing but matrices lies outside its blocks."""
+    from streamline_hooks.testing import tiny_model as tiny_of_type
+
+    model = tiny_of_type(family, blocks=4, **({"tie_word_embeddings": True} if family == "olmo" else {}))
+    with LayerSurgeon(model) as surgeon:
+        surgeon.replace([1], LinearReplacement.from_map(0.1 * torch.randn(32, 32)))
+        surgeon.commit()
+    save(model, tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    assert torch.equal(logits(loaded), logits(model))
+    with pytest.raises((RuntimeError, ValueError), match="mismatch|size"):
+        type(model).__mro__[2].from_pretrained(tmp_path / "model")
+
+
+def test_a_checkpoint_without_its_splices_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save(repaired("llama"), tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = {k: v for k, v in load_file(path).items() if "spliced" not in k}
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(
+        StreamlineError, match="lacks the weights of spliced modules .*spliced_before.0.projection.weight"
+    ):
+        load(tmp_path / "model")
+
+
+def test_an_interruption_between_the_renames_brings_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, target = repaired("llama"), tmp_path / "model"
+    save(model, target)
+    before = {p.name: p.read_bytes() for p in target.iterdir()}
+    rename = Path.rename
+
+    def interrupt(self: Path, to: Path) -> Path:
+        if self.name.endswith(".writing"):
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save(model, target, overwrite=True)
+    assert {p.name: p.read_bytes() for p in target.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    save(repaired("llama"), ".")
+    assert (tmp_path / "here" / "model.safetensors").exists()
+
+
+def test_a_place_that_cannot_be_written_is_known_beforehand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(StreamlineError, match="cannot be written: .* does not allow it. Choose another folder"):
+        require_free(tmp_path / "a" / "b")
+    monkeypatch.setattr(Path, "is_mount", lambda self: True)
+    with pytest.raises(StreamlineError, match="is where a disk is mounted"):
+        require_free(tmp_path)
+
+
+def test_a_trainer_saves_and_resumes_a_repaired_model(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    def trained(steps: int, resume: str | None = None) -> nn.Module:
+        torch.manual_seed(0)
+        rows = [{"input_ids": tokens(1, 6, seed=s)[0], "labels": tokens(1, 6, seed=s)[0]} for s in range(8)]
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / "run"), max_steps=steps, save_steps=2, per_device_train_batch_size=2,
+            report_to=[], use_cpu=True, learning_rate=1e-2, disable_tqdm=True, lr_scheduler_type="constant",
+        )  # fmt: skip
+        trainer = Trainer(model=repaired("llama").train(), args=arguments, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model.eval()
+
+    straight = trained(4)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-4")
+    assert torch.equal(logits(loaded), logits(straight))
+    resumed = trained(4, resume=str(tmp_path / "run" / "checkpoint-2"))
+    torch.testing.assert_close(logits(resumed), logits(straight))

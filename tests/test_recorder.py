@@ -222,3 +222,56 @@ def test_a_sequence_of_padding_has_no_last_token() -> None:
     with pytest.raises(StreamlineError, match="without a real token"), torch.no_grad():
         with HiddenStateRecorder(tiny_model("llama"), [1], tokens="last") as record:
             record(**batch)
+
+
+def test_a_forward_without_a_mask_forgets_the_one_before() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad(), HiddenStateRecorder(model, [1], tokens="real") as record:
+        model(**left_padded(3, 9))
+        model(tokens(3, 9))
+    assert [len(v) for v in record.inputs[1]] == [9 + 7 + 5, 27]
+
+
+def test_the_last_token_while_decoding() -> None:
+    model, batch = tiny_model("llama"), left_padded(3, 9)
+    with HiddenStateRecorder(model, [1], tokens="last") as record:
+        model.generate(**batch, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    with HiddenStateRecorder(model, [1]) as whole:
+        model.generate(**batch, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    for last, every in zip(record.inputs[1], whole.inputs[1], strict=True):
+        assert torch.equal(last, every[:, -1])
+
+
+def test_an_encoders_mask_says_nothing_of_the_decoder() -> None:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=40, d_model=16, encoder_layers=2, decoder_layers=3, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32,
+    )  # fmt: skip
+    model, ids = BartForConditionalGeneration(config).eval(), torch.randint(3, 40, (2, 9))
+    mask = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
+    given = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids}
+    with torch.no_grad(), HiddenStateRecorder(model, [1], tokens="last", stack="model.decoder.layers") as record:
+        model(**given)
+    with torch.no_grad(), HiddenStateRecorder(model, [1], stack="model.decoder.layers") as whole:
+        model(**given)
+    assert torch.equal(record.inputs[1][0], whole.inputs[1][0][:, -1])
+
+
+def test_a_mask_of_another_shape_is_not_guessed() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(StreamlineError, match=r"called with \(1, 1, 9, 9\). Record all tokens"), torch.no_grad():
+        with HiddenStateRecorder(model, [1], tokens="last"):
+            model(tokens(1, 9), attention_mask=torch.ones(1, 1, 9, 9))
+
+
+def test_running_the_recorder_completes_the_batch() -> None:
+    """GPT-2 would count the padding."""
+    model, batch = tiny_model("gpt2"), left_padded(3, 9)
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad(), HiddenStateRecorder(model, [2]) as record:
+        record(**batch)
+        model(**batch, position_ids=positions, use_cache=False)
+    assert torch.equal(*record.inputs[2])

@@ -78,3 +78,24 @@ def test_what_it_prints() -> None:
     text = str(find_stack(tiny_model("llama")))
     assert text.startswith("model.layers: 6 x LlamaDecoderLayer, ")
     assert text.endswith("described by LlamaConfig.num_hidden_layers")
+
+
+def test_of_an_encoder_and_a_decoder_the_decoder_with_its_own_count() -> None:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = {"d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 16}
+    config = BartConfig(
+        vocab_size=20, encoder_layers=3, decoder_layers=3, encoder_ffn_dim=64, decoder_ffn_dim=8, **sizes
+    )
+    model = BartForConditionalGeneration(config)
+    stack = find_stack(model)
+    assert (stack.path, stack.count_attribute) == ("model.decoder.layers", "decoder_layers")
+    encoder = find_stack(model, "model.encoder.layers")
+    assert encoder.count_attribute == "encoder_layers"
+
+
+def test_a_stack_that_the_configuration_counts_comes_before_a_larger_one() -> None:
+    model = tiny_model("llama")
+    model.model.extra = nn.ModuleList(Block(99) for _ in range(7))
+    assert find_stack(model).path == "model.layers"
+    assert {s.path for s in find_stacks(model)} == {"model.layers", "model.extra"}

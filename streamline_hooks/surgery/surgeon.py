@@ -139,17 +139,17 @@ class LayerSurgeon:
         follow(self.stack.blocks, kept, self._placement)
 
     def _sign_off(self) -> None:
-        """Take the marks off the blocks, and this surgeon off the list of open ones."""
-        for block in [*self.stack.blocks, *self.stack.container.children()]:
-            marks = vars(block).get(_ORIGIN, {})
-            marks.pop(self._token, None)
-            if not marks:
-                vars(block).pop(_ORIGIN, None)
+        """Take this surgeon off the list of open ones, and its marks off the blocks."""
         surgeons = _open.get(self.stack.container, [])
         if self in surgeons:
             surgeons.remove(self)
         if not surgeons:
             _open.pop(self.stack.container, None)
+        for block in [*self.stack.blocks, *self.stack.container.children()]:
+            marks = vars(block).get(_ORIGIN, {})
+            marks.pop(self._token, None)
+            if not marks:
+                vars(block).pop(_ORIGIN, None)
 
     def remove(self, window: Iterable[int], *, despite_hazards: bool = False) -> None:
         """Take a window of blocks out.

@@ -88,7 +88,6 @@ def examine(model_type: str) -> Row:
             row.windows[name] = "ok" if not wrong else f"WRONG: {', '.join(wrong)}"
         if state_of(model) != before:
             row.windows[name] = f"WRONG: not restored; {row.windows[name]}"
-    del model
     gc.collect()
     return row
 

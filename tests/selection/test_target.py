@@ -27,7 +27,7 @@ def test_targets(target: float, length: int, slots: int, count: int) -> None:
     assert blocks_to_remove(target, length, slots) == count
 
 
-@pytest.mark.parametrize("target", [0, 0.0, -1, -0.25, 2.5, True])
+@pytest.mark.parametrize("target", [0, 0.0, -1, -0.25, 2.5, True, 1.0, float("nan"), float("inf")])
 def test_nothing_that_can_be_removed(target: float) -> None:
     with pytest.raises(StreamlineError, match=r"is nothing that can be removed; give a number of blocks \(1 to 29\)"):
         blocks_to_remove(target, 30)

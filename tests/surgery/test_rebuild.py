@@ -1,0 +1,180 @@
+"""A shorter model is a claim: each way in which it can be false is planted once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from streamline_hooks import (
+    LayerSurgeon,
+    LinearReplacement,
+    StreamlineError,
+    UnsupportedSurgery,
+    find_stack,
+    load,
+    save,
+)
+from tests.tiny_models import Nudge, repaired, tiny_model, tokens
+
+
+class ClockConfig(PretrainedConfig):
+    model_type = "streamline-test-clock"
+
+    def __init__(self, num_hidden_layers: int = 5, baked: str = "", **kwargs: Any) -> None:
+        self.num_hidden_layers, self.baked, self.vocab_size = num_hidden_layers, baked, 16
+        super().__init__(**kwargs)
+
+
+class ClockBlock(nn.Module):
+    """Computes with something that may have been baked in from its number."""
+
+    def __init__(self, config: ClockConfig, number: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        if config.baked == "buffer":
+            self.register_buffer("phase", torch.full((8,), float(number)), persistent=False)
+        elif config.baked == "attribute":
+            self.phase = 0.1 * number
+        elif config.baked == "shape":
+            self.phase = nn.Parameter(torch.zeros(8 + number % 2))
+        elif config.baked == "class" and number == 0:
+            self.inner = _Linear(8, 8)
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        return state + self.inner(state)
+
+
+class _Linear(nn.Linear):
+    pass
+
+
+class ClockModel(PreTrainedModel):
+    config_class = ClockConfig
+    base_model_prefix = ""
+
+    def __init__(self, config: ClockConfig) -> None:
+        super().__init__(config)
+        self.embed = nn.Embedding(16, 8)
+        self.layers = nn.ModuleList(ClockBlock(config, k) for k in range(config.num_hidden_layers))
+        self.head = nn.Linear(8, 16)
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> CausalLMOutput:
+        state = self.embed(input_ids)
+        for layer in self.layers:
+            state = layer(state)
+        return CausalLMOutput(logits=self.head(state))
+
+
+PLANTED = {
+    "buffer": "phase is a buffer that would have other values",
+    "attribute": r"phase is 0.1 and would be 0.0",
+    "shape": r"layers.0.phase has the shape \(9,\) in the model and \(8,\)",
+    "class": "inner is a Linear and would be a _Linear",
+}
+
+
+@pytest.mark.parametrize("baked", PLANTED)
+def test_what_is_baked_from_the_number_is_refused(baked: str) -> None:
+    model = ClockModel(ClockConfig(baked=baked)).eval()
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([0])
+        with pytest.raises(UnsupportedSurgery, match=PLANTED[baked]):
+            surgeon.commit()
+    assert len(model.layers) == 5 and not hasattr(model.config, "streamline_hooks")
+
+
+def test_removing_from_the_end_changes_no_number() -> None:
+    for baked in PLANTED:
+        model = ClockModel(ClockConfig(baked=baked)).eval()
+        with LayerSurgeon(model) as surgeon:
+            surgeon.remove([4])
+            surgeon.commit()
+        assert len(model.layers) == 4
+
+
+def test_a_kind_of_model_that_is_registered_by_its_user(tmp_path: Path) -> None:
+    AutoConfig.register("streamline-test-clock", ClockConfig, exist_ok=True)
+    AutoModelForCausalLM.register(ClockConfig, ClockModel, exist_ok=True)
+    model = ClockModel(ClockConfig()).eval()
+    with LayerSurgeon(model) as surgeon:
+        surgeon.replace([1, 2], LinearReplacement.from_map(0.1 * torch.randn(8, 8)))
+        surgeon.commit()
+    save(model, tmp_path / "model")
+    ids = torch.arange(6)[None]
+    assert torch.equal(load(tmp_path / "model")(ids).logits, model(ids).logits)
+
+
+def test_a_model_whose_configuration_counts_no_blocks() -> None:
+    model = ClockModel(ClockConfig())
+    model.config.num_hidden_layers = 99
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([1])
+        with pytest.raises(UnsupportedSurgery, match="nothing in its configuration counts the 5 blocks of layers"):
+            surgeon.commit()
+
+
+class Distiller(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher, self.student = tiny_model("llama"), tiny_model("llama")
+
+
+def test_another_stack_of_the_same_class_and_length_keeps_its_configuration() -> None:
+    both = Distiller()
+    teacher = both.teacher(tokens(1, 5)).logits
+    with LayerSurgeon(both, stack="student.model.layers") as surgeon:
+        surgeon.remove([0])
+        assert both.student.config.num_hidden_layers == 5 and both.teacher.config.num_hidden_layers == 6
+        assert torch.equal(both.teacher(tokens(1, 5)).logits, teacher)
+        surgeon.commit()
+    assert torch.equal(both.teacher(tokens(1, 5)).logits, teacher)
+
+
+def test_a_model_inside_a_plain_module_is_settled_and_saved(tmp_path: Path) -> None:
+    both = Distiller()
+    with LayerSurgeon(both, stack="student.model.layers") as surgeon:
+        surgeon.replace([2], LinearReplacement.from_map(0.1 * torch.randn(32, 32)))
+        surgeon.commit()
+    assert type(both.student).__name__ == "StreamlinedLlamaForCausalLM"
+    save(both.student, tmp_path / "model")
+    assert torch.equal(load(tmp_path / "model")(tokens(1, 5)).logits, both.student(tokens(1, 5)).logits)
+
+
+def test_one_block_that_is_left_can_be_committed(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove(range(1, 6))
+        surgeon.commit()
+    assert len(find_stack(model)) == 1
+    save(model, tmp_path / "model")
+    assert torch.equal(load(tmp_path / "model")(tokens(1, 5)).logits, model(tokens(1, 5)).logits)
+
+
+def test_a_part_of_a_committed_model_is_not_saved_alone(tmp_path: Path) -> None:
+    with pytest.raises(StreamlineError, match="LlamaModel shares the configuration of a model with spliced modules"):
+        repaired("llama").model.save_pretrained(tmp_path / "part")
+    whole = tiny_model("llama")
+    with LayerSurgeon(whole.model) as surgeon:
+        surgeon.replace([2], Nudge())
+        surgeon.commit()
+    with pytest.raises(StreamlineError, match="LlamaForCausalLM shares the configuration"):
+        whole.save_pretrained(tmp_path / "whole")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_notes_are_json_and_do_not_hide_the_plan() -> None:
+    model = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([1])
+        with pytest.raises(StreamlineError, match="takes JSON values to keep with the plan"):
+            surgeon.commit(data=object())
+        surgeon.commit(removed="nothing", data="mine")
+    said = model.config.streamline_hooks["history"][0]
+    assert said["removed"] == [1] and said["data"] == "mine" and set(said["versions"]) >= {"torch", "transformers"}

@@ -1,0 +1,82 @@
+"""Which attributes and which lists speak of a block's number."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import nn
+
+from streamline_hooks import find_stack
+from streamline_hooks.surgery.renumber import IndexAttribute, find_index_attributes, shortened_config
+from tests.tiny_models import FAMILIES, tiny_model
+
+INSIDE = {
+    "llama": ["self_attn.layer_idx"],
+    "opt": ["self_attn.layer_idx"],
+    "gpt2": ["attn.layer_idx"],
+    "gpt_neox": ["attention.layer_idx"],
+    "qwen3": ["self_attn.layer_idx"],
+    "gemma3": ["layer_idx", "self_attn.layer_idx"],
+}
+
+
+def block(**attributes: Any) -> nn.Module:
+    made = nn.Module()
+    vars(made).update(attributes)
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family(family: str) -> None:
+    found = find_index_attributes(find_stack(tiny_model(family)).blocks)
+    assert sorted(f"{i.path}.{i.name}".lstrip(".") for i in found) == INSIDE[family]
+
+
+def test_a_number_that_equals_its_position_by_chance_is_no_index() -> None:
+    """A Llama's key-value groups, 3 in every block, equal the number of block 3; a Mixtral's top-k that of block 2."""
+    groups = [block(groups=3) for _ in range(6)]
+    assert find_index_attributes(groups) == []
+    two = [block(), block(rank=1), block(rank=2), block()]
+    assert find_index_attributes(two) == []
+    three = [block(rank=0), block(), block(rank=2), block(rank=3)]
+    assert find_index_attributes(three) == [IndexAttribute("", "rank")]
+
+
+def test_under_a_usual_name_fewer_are_enough_and_counting_may_start_at_one() -> None:
+    assert find_index_attributes([block(layer_idx=0), block()]) == [IndexAttribute("", "layer_idx")]
+    assert find_index_attributes([block(layer_number=1), block(layer_number=2)]) == [
+        IndexAttribute("", "layer_number", 1)
+    ]
+    assert find_index_attributes([block(layer_idx=0), block(layer_idx=7)]) == []
+    assert find_index_attributes([block(rank=1), block(rank=2), block(rank=3)]) == []
+    assert find_index_attributes([block(layer_idx=True), block(layer_idx=True)]) == []
+
+
+def test_lists_counts_and_numbers_in_the_configuration() -> None:
+    config = SimpleNamespace(
+        num_hidden_layers=4,
+        layer_types=["a", "b", "c", "d"],
+        no_rope_layers=(1, 0, 1, 0),
+        eos_token_id=[1, 2, 3, 4],
+        architectures=["w", "x", "y", "z"],
+        other=[1, 2, 3],
+        first_k_dense_replace=2,
+        mlp_only_layers=[0, 3],
+    )
+    assert shortened_config(config, "num_hidden_layers", 4, [0, 3]) == {
+        "num_hidden_layers": 2,
+        "layer_types": ["a", "d"],
+        "no_rope_layers": (1, 0),
+        "first_k_dense_replace": 1,
+        "mlp_only_layers": [0, 1],
+    }
+
+
+def test_overrides_by_number_follow_their_block() -> None:
+    spec = SimpleNamespace(per_layer_overrides={1: {"width": 5}, 3: {"width": 7}})
+    config = SimpleNamespace(num_hidden_layers=4, _heterogeneity_spec=spec)
+    new = shortened_config(config, "num_hidden_layers", 4, [0, 2, 3])["_heterogeneity_spec"]
+    assert new.per_layer_overrides == {2: {"width": 7}}
+    assert spec.per_layer_overrides == {1: {"width": 5}, 3: {"width": 7}}

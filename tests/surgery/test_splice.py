@@ -1,0 +1,268 @@
+"""Splices of an earlier surgery, beside what is put in now."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, find_stack
+from streamline_hooks.evaluation import Candidate, kl_of_candidates
+from streamline_hooks.surgery.surgeon import _open
+from tests.tiny_models import BLOCKS, Nudge, repaired, tiny_model, tokens
+
+
+def logits(model: nn.Module, ids: torch.Tensor | None = None) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens(2, 9) if ids is None else ids).logits
+
+
+def with_splices(*places: int) -> nn.Module:
+    model = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        for place in places:
+            surgeon.insert(place, Nudge(seed=place + 10))
+        surgeon.commit()
+    return model
+
+
+@pytest.mark.parametrize("window", [range(0, 2), range(1, 4), range(2, 4), range(3, 5), range(3, BLOCKS)])
+@pytest.mark.parametrize("module", [None, Nudge(seed=3)], ids=["removed", "replaced"])
+def test_what_is_judged_is_what_is_committed(window: range, module: Nudge | None) -> None:
+    """Splices before, at, inside and after the window, and at the end of the stack."""
+    model = with_splices(0, 2, 3, BLOCKS)
+    ids = tokens(2, 9, seed=4)
+    reference = logits(model, ids).double().log_softmax(-1)
+    kl = kl_of_candidates(model, [ids], [Candidate(window, module)])[0]
+    with LayerSurgeon(model) as surgeon:
+        surgeon.replace(window, copy.deepcopy(module))
+        surgeon.commit()
+    changed = logits(model, ids).double().log_softmax(-1)
+    expected = (reference.exp() * (reference - changed)).sum(-1).mean().item()
+    assert kl == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_window_stands_for_the_states_that_the_recorder_shows() -> None:
+    """From what its first block receives to what its last block hands on."""
+    model = with_splices(2, 3, BLOCKS)
+    for window in (range(2, 4), range(1, 3), range(4, BLOCKS)):
+        with torch.no_grad(), HiddenStateRecorder(model) as record:
+            expected = model(tokens(2, 9)).logits
+
+        class Answer(nn.Module):
+            def __init__(self, answer: torch.Tensor) -> None:
+                super().__init__()
+                self.answer = answer
+
+            def forward(self, state: torch.Tensor) -> torch.Tensor:
+                return self.answer
+
+        with LayerSurgeon(model) as surgeon:
+            surgeon.replace(window, Answer(record.outputs[window.stop - 1][0]))
+            torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [0, 2, BLOCKS])
+def test_order_is_the_same_in_one_surgeon_and_in_several(k: int) -> None:
+    first, second = Nudge(seed=1), Nudge(seed=2)
+    one = tiny_model("llama")
+    with LayerSurgeon(one) as surgeon:
+        surgeon.insert(k, first)
+        surgeon.insert(k, second)
+        expected = logits(one)
+    several = tiny_model("llama")
+    with LayerSurgeon(several) as outer:
+        outer.insert(k, first)
+        with LayerSurgeon(several) as inner:
+            inner.insert(k, second)
+            assert torch.equal(logits(several), expected)
+        outer.commit()
+    with LayerSurgeon(several) as surgeon:
+        surgeon.insert(k, second)
+        assert torch.equal(logits(several), expected)
+
+
+def test_the_stacks_name_reaches_the_judge() -> None:
+    class Two(nn.Module):
+        """A language model with a second stack in front, of the same width."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner = tiny_model("llama")
+            self.front = nn.ModuleList(_Residual() for _ in range(4))
+
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            state = self.inner.model.embed_tokens(input_ids)
+            for block in self.front:
+                state = block(state)
+            return self.inner(inputs_embeds=state)
+
+    model, ids = Two().eval(), tokens(2, 9)
+    candidates = [Candidate(range(k, k + 2)) for k in range(3)]
+    kls = kl_of_candidates(model, [ids], candidates, stack="front")
+    for candidate, kl in zip(candidates, kls, strict=True):
+        p = logits(model, ids).double().log_softmax(-1)
+        with LayerSurgeon(model, "front") as surgeon:
+            surgeon.remove(candidate.window)
+            q = logits(model, ids).double().log_softmax(-1)
+        assert kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+
+
+class _Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(32, 32)
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        return state + self.map(state)
+
+
+def test_a_block_that_is_copied_leaves_the_splices_beside_it() -> None:
+    model = with_splices(2)
+    with LayerSurgeon(model) as surgeon:
+        added = surgeon.insert(BLOCKS, surgeon.stack[2])
+        assert "spliced_before" not in added._modules and not added._forward_pre_hooks
+
+
+def test_hooks_come_back_in_their_order() -> None:
+    model = with_splices(2)
+    block = find_stack(model)[2]
+    block.register_forward_pre_hook(lambda m, a: None)
+    block.register_forward_pre_hook(lambda m, a: None, prepend=True)
+    before = list(block._forward_pre_hooks.items()), dict(block._forward_pre_hooks_with_kwargs)
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([2])
+        surgeon.insert(1, Nudge())
+    assert (list(block._forward_pre_hooks.items()), dict(block._forward_pre_hooks_with_kwargs)) == before
+
+
+def test_a_class_derived_from_the_blocks_takes_a_slot() -> None:
+    model = tiny_model("gpt2")
+    block_class = type(find_stack(model)[0])
+    derived = type("Derived", (block_class,), {})(model.config, layer_idx=0).eval()
+    with LayerSurgeon(model) as surgeon:
+        surgeon.insert(2, derived)
+        assert len(surgeon.stack.container) == BLOCKS + 1
+        options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        with_cache, without = (model.generate(tokens(1, 5), **options, use_cache=c) for c in (True, False))
+        assert torch.equal(with_cache, without)
+
+
+def test_what_is_put_in_works_in_the_mode_of_the_model() -> None:
+    model = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.insert(2, nn.Dropout(0.5))
+        assert torch.equal(logits(model), logits(model))
+    noisy = nn.Sequential(Nudge(), nn.Dropout(0.5))
+    assert len(set(kl_of_candidates(model, [tokens(1, 5)], [Candidate(range(1, 3), noisy)] * 2))) == 1
+    assert noisy.training
+
+
+def test_names_of_the_blocks_keep_their_form() -> None:
+    from collections import OrderedDict
+
+    numbered = nn.Sequential(OrderedDict((f"layer_{k}", _Residual()) for k in range(4)))
+    spoken = nn.Sequential(OrderedDict((name, _Residual()) for name in ("a", "b", "c")))
+    for stack, gone, names in ((numbered, 1, ["layer_0", "layer_1", "layer_2"]), (spoken, 0, ["b", "c"])):
+        holder = nn.Module()
+        holder.stack = stack
+        before = list(holder.state_dict())
+        with LayerSurgeon(holder) as surgeon:
+            surgeon.remove([gone])
+            assert list(dict(stack.named_children())) == names
+        assert list(holder.state_dict()) == before
+
+
+def test_a_copy_made_inside_is_saved_after_a_commit_of_its_own(tmp_path: Any) -> None:
+    from streamline_hooks import LinearReplacement, load, save
+
+    model = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.replace([1, 2], LinearReplacement.from_map(0.1 * torch.randn(32, 32)))
+        duplicate = copy.deepcopy(model)
+    with pytest.raises(StreamlineError, match="was copied inside an open LayerSurgeon"):
+        duplicate.save_pretrained(tmp_path / "copy")
+    with LayerSurgeon(duplicate) as surgeon:
+        surgeon.commit()
+    save(duplicate, tmp_path / "copy")
+    assert torch.equal(logits(load(tmp_path / "copy")), logits(duplicate))
+    assert not any("_streamline_hooks_origin" in vars(b) for b in find_stack(duplicate).blocks)
+
+
+def interrupted_at(line: int, work: Any) -> bool:
+    """Raise KeyboardInterrupt at the n-th line that runs inside the surgery's files; whether it came to that."""
+    count, hit = 0, False
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal count, hit
+        if "streamline_hooks" not in frame.f_code.co_filename:
+            return None
+        if event == "line" and not hit:
+            count += 1
+            if count == line:
+                hit = True
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    return hit
+
+
+def test_ctrl_c_at_any_moment_of_closing_gives_everything_back() -> None:
+    model, line = with_splices(2), 0
+    keys, expected = list(model.state_dict()), logits(model)
+    hooks = [(list(b._forward_pre_hooks), dict(b._forward_pre_hooks_with_kwargs)) for b in find_stack(model).blocks]
+    reached = True
+    while reached:
+        line += 7
+        surgeon = LayerSurgeon(model)
+        surgeon.__enter__()
+        surgeon.replace(range(1, 4), Nudge())
+        surgeon.insert(5, surgeon.stack[0])
+        inside = surgeon._close
+        reached = interrupted_at(line, lambda inside=inside, surgeon=surgeon: _exit_like(surgeon, inside))
+        assert list(model.state_dict()) == keys and torch.equal(logits(model), expected), line
+        assert hooks == [
+            (list(b._forward_pre_hooks), dict(b._forward_pre_hooks_with_kwargs)) for b in find_stack(model).blocks
+        ], line
+        assert find_stack(model).container not in _open, line
+    assert line > 50
+
+
+def _exit_like(surgeon: LayerSurgeon, close: Any) -> None:
+    """Leave; an interruption is waited for inside the closing, as the few lines around it cannot be guarded."""
+    traced, sys_trace = close, sys.gettrace()
+    sys.settrace(None)
+
+    def closing() -> None:
+        surgeon._close = close  # the second try runs undisturbed
+        sys.settrace(sys_trace)
+        traced()
+        sys.settrace(None)
+
+    surgeon._close = closing
+    try:
+        surgeon.__exit__(None, None, None)
+    finally:
+        sys.settrace(None)
+
+
+def test_a_window_over_the_splice_gives_the_class_back() -> None:
+    model = repaired("llama")  # the splice stands before its block 1
+    assert type(model).__name__ == "StreamlinedLlamaForCausalLM"
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove(range(0, 2))
+        assert surgeon.plan.splices == ()
+        surgeon.commit()
+    assert type(model).__name__ == "LlamaForCausalLM" and type(model.config).__name__ == "LlamaConfig"
