@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamline_hooks.offload import execution_device
+
 Batch = Mapping[str, Tensor]
 
 
@@ -47,8 +49,8 @@ def prepare(model: nn.Module, batch: Batch | Tensor) -> dict[str, Any]:
         Keyword arguments for the model.
     """
     given: dict[str, Any] = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-    takes = inspect.signature(model.forward).parameters
-    device = _device(model)
+    takes = inspect.signature(_unadapted(model).forward).parameters
+    device = device_of(model)
     given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
     mask = given.get("attention_mask")
     takes_positions = "position_ids" in takes and "position_ids" not in given
@@ -59,8 +61,35 @@ def prepare(model: nn.Module, batch: Batch | Tensor) -> dict[str, Any]:
     return given
 
 
-def _device(model: nn.Module) -> torch.device:
+def real_tokens(given: Mapping[str, Any]) -> Any:
+    """The mask of real tokens that a model is called with, whose ``True`` (or 1) is a real token.
+
+    Transformers' models take such an ``attention_mask``; PyTorch's own encoders a ``src_key_padding_mask``, which
+    says the opposite.
+
+    Parameters
+    ----------
+    given : mapping
+        The arguments of a forward, by name.
+
+    Returns
+    -------
+    torch.Tensor or None
+        Usually of shape (batch, tokens).
+    """
+    padding = given.get("src_key_padding_mask")
+    return padding == 0 if isinstance(padding, Tensor) else given.get("attention_mask")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device that a model takes its input on; of a model that accelerate offloads, the one that it runs on."""
     device = getattr(model, "device", None)
-    if isinstance(device, torch.device):
-        return device
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    if not isinstance(device, torch.device):
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return execution_device(model) or device if device.type == "meta" else device
+
+
+def _unadapted(model: nn.Module) -> nn.Module:
+    """The model inside PEFT's wrapper, whose forward hands on arguments that it does not name."""
+    inside = getattr(model, "get_base_model", None)
+    return inside() if callable(inside) else model

@@ -12,7 +12,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamline_hooks.errors import StreamlineError
 
@@ -107,6 +107,47 @@ def write_output(output: Any, state: Tensor) -> Any:
         rest = (state, *output[1:])
         return type(output)(*rest) if hasattr(output, "_fields") else rest
     return replace(output, **{fields(output)[0].name: state})
+
+
+def padded(state: Tensor, tokens: int | None = None) -> Tensor:
+    """A state with its padding: `nn.TransformerEncoder` makes a nested tensor, without it, of a padded batch.
+
+    Parameters
+    ----------
+    state : torch.Tensor
+        Returned as it is, unless it is nested.
+    tokens : int, optional
+        How many tokens to pad to; by default as many as the longest sequence has.
+
+    Returns
+    -------
+    torch.Tensor
+        Of shape (batch, tokens, features), zero at the padding.
+    """
+    if not state.is_nested:
+        return state
+    return state.to_padded_tensor(0.0, None if tokens is None else (state.size(0), tokens, state.size(-1)))
+
+
+def nested_mask(state: Tensor, tokens: int | None = None) -> Tensor:
+    """The real tokens of a nested state, once it is padded on the right: boolean, of shape (batch, tokens)."""
+    lengths = torch.tensor([len(row) for row in state.unbind()], device=state.device)
+    return torch.arange(int(lengths.max()) if tokens is None else tokens, device=state.device) < lengths[:, None]
+
+
+def nested_like(state: Tensor, other: Tensor) -> Tensor:
+    """A padded state without its padding, where another state, of the same sequences, is nested."""
+    if not other.is_nested:
+        return state
+    rows = [row[: len(own)] for row, own in zip(state.unbind(), other.unbind(), strict=True)]
+    return torch.nested.as_nested_tensor(rows, layout=other.layout)
+
+
+def tokens_come_first(block: nn.Module) -> bool:
+    """Whether a block is one of PyTorch's own that works on (tokens, batch, features), as they do by default."""
+    return isinstance(block, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) and not (
+        block.self_attn.batch_first
+    )
 
 
 def token_mask(state: Tensor, attention_mask: Tensor | None) -> Tensor:

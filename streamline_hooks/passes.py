@@ -10,9 +10,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from streamline_hooks.batch import Batch, prepare
+from streamline_hooks.batch import Batch, prepare, real_tokens
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
-from streamline_hooks.hidden_state import read_input, read_output, token_mask, write_input, write_output
+from streamline_hooks.hidden_state import (
+    nested_like,
+    padded,
+    read_input,
+    read_output,
+    token_mask,
+    tokens_come_first,
+    write_input,
+    write_output,
+)
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery import LayerSurgeon
@@ -76,7 +85,7 @@ def resume(model: nn.Module, k: int, states: Tensor, batch: Batch | Tensor, *, s
     length = len(find_stack(model, stack))
     if not 0 <= k <= length:
         raise StreamlineError(f"Cannot resume at block {k}: the stack has {length} blocks, so 0 to {length}.")
-    with LayerSurgeon(model, stack) as surgeon:
+    with LayerSurgeon(model, stack, probe=False) as surgeon:  # the caller has the truth: the states
         first = min(k, length - 1)  # at the end some block has to carry the hook, and is run in vain
         if first > 0:
             surgeon.remove(range(first))
@@ -132,7 +141,7 @@ def recorded(
             record.clear()
             given = prepare(model, batch)
             output = record(**given)
-            mask = token_mask(_one_visit(record), given.get("attention_mask"))
+            mask = token_mask(_one_visit(record), real_tokens(given))
             _require_finite(record, mask, number)
             yield record, mask, output
             bar.update(int(mask.sum()))
@@ -153,12 +162,13 @@ def _leave(states: Tensor) -> Callable[..., Any]:
 
 
 def _fitting(states: Tensor, made: Tensor) -> Tensor:
+    nested, made = made, padded(made, states.shape[1] if made.is_nested else None)
     if states.shape != made.shape:
         raise StreamlineError(
             f"The given states have the shape {tuple(states.shape)}; this batch has {tuple(made.shape)} "
             "(batch, tokens, features). Give the states of the same batch."
         )
-    return states.to(device=made.device, dtype=made.dtype)
+    return nested_like(states.to(device=made.device, dtype=made.dtype), nested)
 
 
 def _one_visit(record: HiddenStateRecorder) -> Tensor:
@@ -187,6 +197,5 @@ def _require_finite(record: HiddenStateRecorder, mask: Tensor, number: int) -> N
 def _tokens(batch: Batch | Tensor) -> int:
     if isinstance(batch, Tensor):
         return batch.numel()
-    mask = batch.get("attention_mask")
-    first = mask if mask is not None else next(iter(batch.values()))
-    return int(first.sum()) if mask is not None else first.numel()
+    mask = real_tokens(batch)
+    return int(mask.sum()) if mask is not None else next(iter(batch.values())).numel()

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from streamline_hooks.offload import execution_device
+
 Placement = dict[str, tuple[torch.device, torch.dtype]]
 
 
@@ -18,14 +20,16 @@ def placement(block: nn.Module) -> Placement:
 def move_beside(module: nn.Module, block: nn.Module) -> None:
     """Give a module a block's mode, and the device and the precision that most of its parameters have."""
     module.train(block.training)
+    if any(parameter.is_meta for parameter in module.parameters()):
+        return  # a copy of an offloaded block, which accelerate brings to where it runs
     sizes: dict[tuple[torch.device, torch.dtype], int] = {}
     for parameter in block.parameters():
-        if parameter.is_floating_point() and not parameter.is_meta:
+        if parameter.is_floating_point():
             key = (parameter.device, parameter.dtype)
             sizes[key] = sizes.get(key, 0) + parameter.numel()
     if sizes:
         device, dtype = max(sizes, key=lambda key: sizes[key])
-        module.to(device=device, dtype=dtype)
+        module.to(device=execution_device(block) if device.type == "meta" else device, dtype=dtype)
 
 
 def follow(blocks: Sequence[nn.Module], kept: Iterable[int], before: Sequence[Placement]) -> None:
@@ -50,7 +54,9 @@ def follow(blocks: Sequence[nn.Module], kept: Iterable[int], before: Sequence[Pl
     for k, block in enumerate(blocks):
         for name, tensor in _tensors(block).items() if k not in present else ():
             target = moved.get(before[k].get(name, (tensor.device, tensor.dtype)))
-            if target is not None and target != (tensor.device, tensor.dtype):
+            if target is None or tensor.is_meta or target[0].type == "meta":
+                continue  # accelerate has the values
+            if target != (tensor.device, tensor.dtype):
                 tensor.data = tensor.data.to(device=target[0], dtype=target[1])
 
 

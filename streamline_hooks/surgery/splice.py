@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.hidden_state import read_input, read_output, write_input, write_output
+from streamline_hooks.hidden_state import nested_like, padded, read_input, read_output, write_input, write_output
 
 Place = Literal["spliced_before", "spliced_after"]
 BEFORE: Place = "spliced_before"
@@ -110,12 +110,14 @@ def _hook_id(block: nn.Module, place: Place) -> int | None:
 
 def run_splices(block: nn.Module, place: Place, state: Tensor) -> Tensor:
     """Run what is spliced before or after a block on a state of shape (batch, tokens, features)."""
-    for module in spliced(block, place):
+    modules = spliced(block, place)
+    given, state = state, padded(state) if modules else state
+    for module in modules:
         mapped = module(state)
         if mapped.shape != state.shape:
             raise StreamlineError(
                 f"A spliced {type(module).__name__} returned the shape {tuple(mapped.shape)} for a state of shape "
                 f"{tuple(state.shape)}; expected the same shape, (batch, tokens, features)."
             )
-        state = mapped
-    return state
+        state = mapped.to(given.dtype)  # under autocast a module may return less than the state had
+    return nested_like(state, given)

@@ -19,6 +19,7 @@ from streamline_hooks.surgery.hazards import Hazard, find_hazards, find_numberin
 from streamline_hooks.surgery.layout import Layout, NewSlot, Placed, names_of, require_module, window_of
 from streamline_hooks.surgery.placement import follow, move_beside, placement
 from streamline_hooks.surgery.plan import Slot, Splice, SurgeryPlan
+from streamline_hooks.surgery.probe import observe, require
 from streamline_hooks.surgery.renumber import find_index_attributes, same_descriptions, shortened_config
 from streamline_hooks.surgery.saving import SavingRefused
 from streamline_hooks.surgery.splice import AFTER, BEFORE, Place, remember_splices, set_splices, spliced
@@ -43,6 +44,9 @@ class LayerSurgeon:
         A model that is neither compiled nor wrapped (DDP, FSDP): surgery comes first.
     stack : str or BlockStack, optional
         Which stack, where the model has several; see `find_stack`.
+    probe : bool
+        Hold each removal in a Transformers model against the same blocks bypassed, on a few tokens, and refuse it
+        where the shorter model gives something else (about ten forwards of 16 tokens).
 
     Raises
     ------
@@ -72,8 +76,9 @@ class LayerSurgeon:
     6
     """
 
-    def __init__(self, model: nn.Module, stack: str | BlockStack | None = None) -> None:
+    def __init__(self, model: nn.Module, stack: str | BlockStack | None = None, *, probe: bool = True) -> None:
         self.model = model
+        self._probe = probe
         self._named_stack = stack
         self._entered = False
 
@@ -204,11 +209,13 @@ class LayerSurgeon:
             require_module(module)
         itself = module is not None and len(chosen) == 1 and module is self.stack[chosen.start]
         hazards = [] if itself else self.check(chosen)
-        what = f"Blocks {chosen.start} to {chosen.stop - 1} of {type(self.model).__name__} cannot go"
-        self._refuse(what, hazards, despite_hazards)
+        what = f"Blocks {chosen.start} to {chosen.stop - 1} of {type(self.model).__name__}"
+        self._refuse(f"{what} cannot go", hazards, despite_hazards)
         layout = self._layout.copy()
         if module is not None:
             module = layout.unshared(module, leaving=chosen)
+        if self._probe and not despite_hazards and not (module is not None and layout.takes_slot(module)):
+            self._hold_against_truth(chosen, what)
         layout.give_up(chosen, module)
         self._apply(layout)
         return module
@@ -418,6 +425,20 @@ class LayerSurgeon:
 
     def _savers(self) -> list[nn.Module]:
         return [m for m in self.stack.ancestors if _saves(m)]
+
+    def _hold_against_truth(self, window: range, what: str) -> None:
+        """Compare plain removal with the bypassed window; what will stand in its place changes nothing about that."""
+        removed, before = self._layout.copy(), self._layout
+        removed.give_up(window, None)
+        going = before.earlier_at_end if window.stop == len(self.stack) else ()
+        truth = observe(self.stack, window, going) if _saves(self.model) else None
+        if truth is None:
+            return
+        self._apply(removed)
+        try:
+            require(truth, self.model, what)
+        finally:
+            self._apply(before)
 
     def _refuse(self, what: str, hazards: list[Hazard], despite: bool) -> None:
         if hazards and not despite:

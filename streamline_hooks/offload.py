@@ -1,0 +1,75 @@
+"""Where accelerate runs a module whose parameters it keeps elsewhere (``device_map``, CPU and disk offload)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+DeviceMap = Mapping[str, int | str | torch.device]
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """The device on which accelerate runs a module, or None where it does not look after it.
+
+    Between two forwards the parameters of an offloaded module say "meta", which is where nothing can run.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        A model, or a part of one.
+    """
+    for part in module.modules():
+        hook: Any = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return None
+
+
+def followed_device_map(
+    device_map: DeviceMap, path: str, old: Sequence[str], new: Sequence[tuple[str, str | None, nn.Module]]
+) -> dict[str, int | str | torch.device]:
+    """A model's ``hf_device_map`` after its blocks have got other numbers.
+
+    Parameters
+    ----------
+    device_map : mapping
+        Device by the dotted path of a module.
+    path : str
+        The container of the blocks.
+    old : sequence of str
+        The blocks' names in the container, as `device_map` has them.
+    new : sequence of (str, str or None, torch.nn.Module)
+        For each block that is there now its name, the old name of the block that it is or was copied from, and the
+        block.
+
+    Returns
+    -------
+    dict
+        Entries of blocks take the place of the first one in the map, in the blocks' order; all others stay.
+    """
+    by_block: dict[str, dict[str, int | str | torch.device]] = {name: {} for name in old}
+    for key, device in device_map.items():
+        name, _, rest = key.removeprefix(f"{path}.").partition(".") if key.startswith(f"{path}.") else ("", "", "")
+        if name in by_block:
+            by_block[name][rest] = device
+    if not any(by_block.values()):  # the stack lies on one device as a whole
+        return dict(device_map)
+    blocks: dict[str, int | str | torch.device] = {}
+    for name, source, block in new:
+        entries = by_block.get(source or "", {})
+        resident = next((p.device for p in block.parameters()), None)
+        if not entries and resident is not None:
+            entries = {"": str(resident) if resident.index is None else resident.index}
+        blocks |= {f"{path}.{name}.{rest}".removesuffix("."): device for rest, device in entries.items()}
+    followed: dict[str, int | str | torch.device] = {}
+    for key, device in device_map.items():
+        if key.startswith(f"{path}.") and key.removeprefix(f"{path}.").partition(".")[0] in by_block:
+            followed |= blocks
+        else:
+            followed[key] = device
+    return followed

@@ -1,0 +1,186 @@
+"""Bypassing is the truth, a shorter model only a claim: run both on a few tokens and compare.
+
+Named hazards are found by looking (`hazards`). What depends on a block's number in a way that nobody looked for shows
+here: other logits, a failing forward, or a cache that no longer fits.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamline_hooks.errors import UnsupportedSurgery
+from streamline_hooks.hidden_state import read_input, write_output
+from streamline_hooks.stack import BlockStack
+from streamline_hooks.surgery.splice import AFTER, run_after, run_before, spliced
+
+_ROWS, _TOKENS, _STEPS = 2, 8, 2
+_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # relative; 1e-4 for anything wider
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the model without a window must give.
+
+    Attributes
+    ----------
+    logits : torch.Tensor
+        With the window bypassed, of shape (rows, tokens, vocabulary).
+    cached : bool
+        Whether the model's own cached decoding equals its full forward, so that it can be asked for afterwards.
+    """
+
+    logits: Tensor
+    cached: bool
+
+
+def observe(stack: BlockStack, window: range, going: Sequence[nn.Module] = ()) -> Truth | None:
+    """Run the model with a window's output thrown away for its input.
+
+    Parameters
+    ----------
+    stack : BlockStack
+    window : range
+        Blocks that are in the model now.
+    going : sequence of torch.nn.Module
+        Of the modules spliced after the window's last block, those that go with it.
+
+    Returns
+    -------
+    Truth or None
+        None where the model cannot be run on tokens alone, or does not give the same twice.
+    """
+    model = stack.model
+    with _undisturbed(model):
+        try:
+            whole, again = _logits(model), _logits(model)
+        except Exception:
+            return None
+        if not _same(whole, again):
+            return None
+        cached = _cache_fits(model, whole)
+        kept: dict[str, Tensor] = {}
+
+        def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
+            kept["state"] = read_input(args, kwargs).clone()
+
+        def leave(block: nn.Module, args: Any, output: Any) -> Any:
+            state = kept["state"]
+            for stays in spliced(block, AFTER):
+                state = state if any(stays is module for module in going) else stays(state)
+            return write_output(output, state)
+
+        handles = [
+            stack[window.start].register_forward_pre_hook(enter, with_kwargs=True),
+            stack[window.stop - 1].register_forward_hook(leave),
+        ]
+        try:
+            return Truth(_logits(model), cached)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def require(truth: Truth, model: nn.Module, what: str) -> None:
+    """Raise unless a model gives what it must, with a cache as without.
+
+    Parameters
+    ----------
+    truth : Truth
+    model : torch.nn.Module
+        After the surgery.
+    what : str
+        The blocks that went, for the text.
+
+    Raises
+    ------
+    UnsupportedSurgery
+    """
+    with _undisturbed(model):
+        try:
+            claim = _logits(model)
+        except Exception as error:
+            raise UnsupportedSurgery(
+                f"{what} cannot go: without them the model fails ({type(error).__name__}: {error}). Something in it "
+                "counts on their number or on what they leave behind. Choose others."
+            ) from error
+        if not _same(claim, truth.logits):
+            raise UnsupportedSurgery(
+                f"{what} cannot go: without them the model gives other logits than with them bypassed. Something in "
+                "it counts on a block's number or on what those blocks leave behind. Choose others."
+            )
+        if truth.cached and not _cache_fits(model, claim):
+            raise UnsupportedSurgery(
+                f"{what} cannot go: without them decoding with a cache no longer equals the full forward. The cache "
+                "counts on a block's number or kind. Choose others."
+            )
+
+
+def _tokens(model: Any) -> Tensor:
+    vocabulary = int(getattr(model.config.get_text_config(decoder=True), "vocab_size", 32) or 32)
+    numbers = torch.arange(_ROWS * _TOKENS) * 7 + 3
+    return (numbers % max(vocabulary - 4, 1) + min(3, vocabulary - 1)).view(_ROWS, _TOKENS).to(model.device)
+
+
+def _logits(model: Any, **more: Any) -> Tensor:
+    ids = _tokens(model)
+    given: dict[str, Any] = {"input_ids": ids, **more}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        given["use_cache"] = False
+    logits = model(**given).logits
+    if not torch.isfinite(logits).all():
+        raise FloatingPointError("the logits are not finite")
+    return logits  # type: ignore[no-any-return]
+
+
+def _cache_fits(model: Any, whole: Tensor) -> bool:
+    """Whether the last tokens, decoded one by one, have the logits of the full forward."""
+    ids, cache = _tokens(model), None
+    name = next((n for n in ("cache", "past_key_values") if n in inspect.signature(model.forward).parameters), None)
+    if name is None or whole.shape[1] != _TOKENS:
+        return False
+    try:
+        for end in range(_TOKENS - _STEPS, _TOKENS + 1):
+            piece = ids[:, :end] if cache is None else ids[:, end - 1 : end]
+            output = model(input_ids=piece, use_cache=True, **({} if cache is None else {name: cache}))
+            cache = getattr(output, name, None)
+            if cache is None or not _same(output.logits[:, -1:], whole[:, end - 1 : end]):
+                return False
+    except Exception:
+        return False
+    return True
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    tolerance = _TOLERANCE.get(a.dtype, 1e-4)
+    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * (1 + b.abs().max()))
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run without gradients, without dropout, unseen by hooks, and leave the random numbers as they were."""
+    training = [module for module in model.modules() if module.training]
+    stashed: list[tuple[dict[int, Any], dict[int, Any]]] = []
+    ours: tuple[Callable[..., Any], ...] = (run_before, run_after)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            model.eval()
+            for module in model.modules():
+                for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                    if any(hook not in ours for hook in hooks.values()):
+                        stashed.append((hooks, dict(hooks)))
+                        for key in [key for key, hook in hooks.items() if hook not in ours]:
+                            del hooks[key]
+            yield
+        finally:
+            for hooks, content in stashed:
+                hooks.clear()
+                hooks.update(content)
+            for module in training:
+                module.training = True
