@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
-.PHONY: help demo test lint bench setup clean distclean FORCE
+.PHONY: help demo test oldest lint architectures bench setup clean distclean FORCE
 
 help: ## Show this list
 	@echo "make TARGET, where TARGET is one of"
@@ -33,11 +33,29 @@ test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.stamp-test ## Run the tests and the doctests
 	$(BIN)/python -m pytest $(PYTEST_PARALLEL) $(PYTEST_ARGS)
 
+# The part of the suite that touches Transformers' insides, with the oldest version that setup.cfg admits.
+OLDEST := transformers==4.56.*
+OLDEST_TESTS := tests/surgery tests/statistics tests/evaluation tests/architectures/test_properties.py \
+	$(addprefix tests/test_,recorder.py passes.py checkpoint.py stack.py hidden_state.py)
+
+oldest: export OMP_NUM_THREADS ?= 1
+oldest: $(VENV)-oldest/.stamp ## Run the core of the tests with the oldest supported Transformers
+	$(VENV)-oldest/bin/python -m pytest $(PYTEST_PARALLEL) -m "not slow" $(OLDEST_TESTS)
+
+$(VENV)-oldest/.stamp: setup.cfg pyproject.toml $(VENV)/.stamp-venv
+	@echo "Installing .[test] with $(OLDEST) into $(VENV)-oldest."
+	@"$(PYTHON)" -m venv --clear $(VENV)-oldest
+	@$(call with_signs_of_life,$(VENV)-oldest/bin/python -m pip install --no-warn-conflicts -e ".[test]" "$(OLDEST)")
+	@touch $@
+
 lint: $(VENV)/.stamp-test ## Check style, format and types
 	@status=0; \
 	for check in "ruff check ." "ruff format --check ." "mypy streamline_hooks"; do \
 		echo "$$check"; $(BIN)/python -m $$check || status=1; \
 	done; exit $$status
+
+architectures: $(VENV)/.stamp-test ## Examine every model type and write docs/architectures.md
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.architectures.matrix
 
 bench: $(VENV)/.stamp-bench ## Reproduce the benchmark of SmolLM2-135M
 	$(BIN)/python -m benchmarks.compress_smollm2
@@ -49,7 +67,7 @@ clean: ## Remove what was built, and the caches, but not the environment
 	find . -name $(VENV) -prune -o -name .git -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## Remove the environment too
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-oldest
 
 # The environment
 # ---------------

@@ -143,11 +143,19 @@ def nested_like(state: Tensor, other: Tensor) -> Tensor:
     return torch.nested.as_nested_tensor(rows, layout=other.layout)
 
 
-def tokens_come_first(block: nn.Module) -> bool:
-    """Whether a block is one of PyTorch's own that works on (tokens, batch, features), as they do by default."""
-    return isinstance(block, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) and not (
-        block.self_attn.batch_first
-    )
+def require_batch_first(block: nn.Module) -> None:
+    """Raise if a block is one of PyTorch's own that works on (tokens, batch, features), as they do by default.
+
+    Raises
+    ------
+    StreamlineError
+    """
+    own = isinstance(block, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+    if own and not getattr(block.self_attn, "batch_first", True):
+        raise StreamlineError(
+            f"A {type(block).__name__} without batch_first works on (tokens, batch, features), where real tokens and "
+            "padding are not told apart. Build it with batch_first=True, or record all tokens."
+        )
 
 
 def token_mask(state: Tensor, attention_mask: Tensor | None) -> Tensor:

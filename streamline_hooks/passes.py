@@ -17,8 +17,8 @@ from streamline_hooks.hidden_state import (
     padded,
     read_input,
     read_output,
+    require_batch_first,
     token_mask,
-    tokens_come_first,
     write_input,
     write_output,
 )
@@ -141,7 +141,10 @@ def recorded(
             record.clear()
             given = prepare(model, batch)
             output = record(**given)
-            mask = token_mask(_one_visit(record), real_tokens(given))
+            real = real_tokens(given)
+            if real is not None:
+                require_batch_first(record.stack[0])
+            mask = token_mask(_one_visit(record), real)
             _require_finite(record, mask, number)
             yield record, mask, output
             bar.update(int(mask.sum()))

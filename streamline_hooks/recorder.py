@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
-from streamline_hooks.batch import prepare
+from streamline_hooks.batch import prepare, real_tokens
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.hidden_state import read_input, read_output
+from streamline_hooks.hidden_state import nested_mask, padded, read_input, read_output, require_batch_first
 from streamline_hooks.stack import find_stack
 from streamline_hooks.wrapping import refuse_compiled
 
@@ -42,7 +45,7 @@ class HiddenStateRecorder:
     tokens : {"all", "last", "real"} or torch.Tensor
         "all" keeps (batch, tokens, features); "last" keeps each sequence's last real token, (batch, features);
         "real" keeps all real tokens, (tokens, features); a boolean mask of shape (batch, tokens) keeps those
-        chosen. "last" and "real" read the model's own ``attention_mask``.
+        chosen. "last" and "real" read the model's own ``attention_mask``, or ``src_key_padding_mask``.
     device, dtype : optional
         Where and as what to keep the states; as they are by default.
     detach : bool
@@ -99,22 +102,25 @@ class HiddenStateRecorder:
         self._attention_mask: Any = None
         self._handles: list[RemovableHandle] = []
         self._latest: tuple[Tensor, int | None, Tensor] | None = None
+        self._with_graph = False
 
     def __enter__(self) -> Self:
         if self._handles:
             raise StreamlineError("This recorder is open already; make a second one to record twice.")
         refuse_compiled(self.model, "record the hidden states of")
+        if not isinstance(self._tokens, str) or self._tokens != "all":
+            require_batch_first(self.stack[0])
         try:
             for module in self.stack.ancestors:
-                hook = self._mask_hook(module)
-                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                read = _Hook(module, partial(self._read_mask, module))
+                self._handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
             for k in self.blocks:
                 block = self.stack[k]
                 if self.inputs:
-                    hook = self._input_hook(k, block)
-                    self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+                    read = _Hook(block, partial(self._read_input, k))
+                    self._handles.append(block.register_forward_pre_hook(read, with_kwargs=True))
                 if self.outputs:
-                    self._handles.append(block.register_forward_hook(self._output_hook(k, block)))
+                    self._handles.append(block.register_forward_hook(_Hook(block, partial(self._read_output, k))))
         except BaseException:
             self._remove_hooks()
             raise
@@ -146,61 +152,52 @@ class HiddenStateRecorder:
         self._latest = None
         self._attention_mask = None
 
-    # The hooks are closures that know their own module: a deep copy of the model carries them along, and must not
-    # write into this recorder.
-
-    def _mask_hook(self, watched: nn.Module) -> Callable[..., None]:
+    def _read_mask(self, watched: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if watched is self.model:
+            self._attention_mask = self._latest = None
+            self._with_graph = torch.is_grad_enabled()
         signature = inspect.signature(watched.forward)
-        takes_mask = "attention_mask" in signature.parameters
+        if not _MASKS.isdisjoint(signature.parameters):
+            # The innermost model's own: an encoder's mask says nothing of its decoder's tokens.
+            self._attention_mask = real_tokens(signature.bind_partial(*args, **kwargs).arguments)
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module is not watched:
-                return
-            if module is self.model:
-                self._attention_mask = None
-                self._latest = None
-            if takes_mask:
-                # The innermost model's own: an encoder's mask says nothing of its decoder's tokens.
-                self._attention_mask = signature.bind_partial(*args, **kwargs).arguments.get("attention_mask")
+    def _read_input(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.inputs[k].append(self._keep(read_input(args, kwargs)))
+        if self._stop and k == self.blocks[-1] and not self.outputs:
+            raise ForwardStopped(_STOPPED)
 
-        return hook
-
-    def _input_hook(self, k: int, block: nn.Module) -> Callable[..., None]:
-        stop_here = self._stop and k == self.blocks[-1] and not self.outputs
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module is block:
-                self.inputs[k].append(self._keep(read_input(args, kwargs)))
-                if stop_here:
-                    raise ForwardStopped(_STOPPED)
-
-        return hook
-
-    def _output_hook(self, k: int, block: nn.Module) -> Callable[..., None]:
-        stop_here = self._stop and k == self.blocks[-1]
-
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if module is block:
-                self.outputs[k].append(self._keep(read_output(output)))
-                if stop_here:
-                    raise ForwardStopped(_STOPPED)
-
-        return hook
+    def _read_output(self, k: int, args: tuple[Any, ...], output: Any) -> None:
+        self.outputs[k].append(self._keep(read_output(output)))
+        if self._stop and k == self.blocks[-1]:
+            raise ForwardStopped(_STOPPED)
 
     def _keep(self, state: Tensor) -> Tensor:
-        # A block's output is usually the next one's input: the same tensor is copied once.
-        version = None if state.is_inference() else state._version
+        # A block's output is usually the next one's input: the same tensor is copied once. A compiler sees neither
+        # versions nor addresses.
+        compiling = torch.compiler.is_compiling()
+        version = None if compiling or state.is_inference() else state._version
         if self._latest is not None and self._latest[0] is state and self._latest[1] == version is not None:
             return self._latest[2]
-        kept = self._choose(state.detach() if self._detach else state)
-        kept = kept.to(device=self._device, dtype=self._dtype)
-        if self._detach and kept.data_ptr() == state.data_ptr():
-            kept = kept.clone()  # a block may work on its input in place
+        if self._detach:
+            kept = self._choose(state.detach()).to(device=self._device, dtype=self._dtype)
+            if compiling or kept.data_ptr() == state.data_ptr():
+                kept = kept.clone()  # a block may work on its input in place
+        elif self._with_graph and not torch.is_grad_enabled():
+            raise StreamlineError(
+                "The graph of a state was to be kept (detach=False), but a block runs without one inside a forward "
+                "that has it, as gradient checkpointing with use_reentrant=True does. Use use_reentrant=False, or "
+                "detach."
+            )
+        else:
+            # Checkpointing counts what a block keeps for its backward; this is no part of it.
+            with nullcontext() if compiling else saved_tensors_hooks(_itself, _itself):
+                kept = self._choose(state).to(device=self._device, dtype=self._dtype)
         self._latest = (state, version, kept)
         return kept
 
     def _choose(self, state: Tensor) -> Tensor:
         if isinstance(self._tokens, Tensor):
+            state = padded(state, self._tokens.shape[1])
             mask = self._tokens.to(state.device).bool()
             if mask.shape != state.shape[:2]:
                 raise StreamlineError(
@@ -208,9 +205,12 @@ class HiddenStateRecorder:
                     "(batch, tokens). Give one entry a token."
                 )
             return state[mask]
+        given = self._attention_mask
+        if state.is_nested:
+            width = given.shape[1] if isinstance(given, Tensor) else None
+            given, state = nested_mask(state, width), padded(state, width)
         if self._tokens == "all":
             return state
-        given = self._attention_mask
         if given is not None and not (isinstance(given, Tensor) and given.ndim == 2):
             raise StreamlineError(
                 f"tokens={self._tokens!r} needs an attention mask of shape (batch, tokens); the model was called with "
@@ -230,6 +230,33 @@ class HiddenStateRecorder:
         return state[torch.arange(len(state), device=state.device), last]
 
 
+class _Hook:
+    """A hook on one module, which a copy of the module carries along without effect.
+
+    A deep copy, an unpickled one, or one that shares the original's hooks must not write into the original's
+    recorder. Gradient checkpointing runs a block once more during the backward; that is not another visit.
+    """
+
+    def __init__(self, watched: nn.Module | None = None, read: Callable[..., None] | None = None) -> None:
+        self._watched, self._read = watched, read
+
+    def __call__(self, module: nn.Module, *given: Any) -> None:
+        if module is self._watched and self._read is not None and not _in_backward():
+            self._read(*given)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+_MASKS = frozenset({"attention_mask", "src_key_padding_mask"})
 _STOPPED = "The recorder was told to stop here. Run the model as record(**batch), which expects this."
 
 

@@ -105,7 +105,8 @@ def find_stack(model: nn.Module, path: str | None = None) -> BlockStack:
     decoder = get_decoder() if callable(get_decoder) else None
     if isinstance(decoder, nn.Module):
         below = [s for s in candidates if decoder in s.ancestors]
-        candidates = below or candidates
+        own = [s for s in below if s.ancestors[-1] is decoder]  # and not, say, an audio encoder's inside it
+        candidates = own or below or candidates
     described = [s for s in candidates if s.config is not None]
     candidates = described or candidates
     sizes = [sum(s.parameters_per_block) for s in candidates]
@@ -196,6 +197,9 @@ def _describing_config(path: str, ancestors: tuple[nn.Module, ...], length: int)
         for name in (*own, renamed, *_COUNTS):
             if name and vars(config).get(name) == length:
                 return config, name
+        derived = isinstance(getattr(type(config), "num_hidden_layers", None), property)
+        if derived and config.num_hidden_layers == length:
+            return config, "num_hidden_layers"
     return None, None
 
 

@@ -252,7 +252,7 @@ def test_an_encoders_mask_says_nothing_of_the_decoder() -> None:
     )  # fmt: skip
     model, ids = BartForConditionalGeneration(config).eval(), torch.randint(3, 40, (2, 9))
     mask = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
-    given = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids}
+    given = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids, "use_cache": False}
     with torch.no_grad(), HiddenStateRecorder(model, [1], tokens="last", stack="model.decoder.layers") as record:
         model(**given)
     with torch.no_grad(), HiddenStateRecorder(model, [1], stack="model.decoder.layers") as whole:

@@ -176,12 +176,10 @@ def base_class(cls: type[Any]) -> type[Any]:
     return cls
 
 
-def settle(
+def prepare_to_settle(
     stack: BlockStack, depth: int, plan: SurgeryPlan, indices: Sequence[IndexAttribute], notes: dict[str, Any]
-) -> None:
-    """Write the plan into a model's configuration and give both the class that saves what is there.
-
-    Everything that can fail is done first, on copies; the model is changed at the end.
+) -> tuple[dict[str, Any], Any, Any]:
+    """Do everything of `settle` that can fail, on copies.
 
     Parameters
     ----------
@@ -195,6 +193,11 @@ def settle(
         By which its blocks know their number.
     notes : dict
         Further JSON values for the checkpoint, such as the calibration data's fingerprint.
+
+    Returns
+    -------
+    dict, type, type
+        What the configuration will say, and the classes of the model and of its configuration.
 
     Raises
     ------
@@ -237,8 +240,20 @@ def settle(
     if entries:
         model_class = streamlined_model_class(model_class, config_class)
         config_class = streamlined_config_class(config_class)
+    return said, model_class, config_class
+
+
+def settle(
+    stack: BlockStack, depth: int, plan: SurgeryPlan, indices: Sequence[IndexAttribute], notes: dict[str, Any]
+) -> None:
+    """Write the plan into a model's configuration and give both the class that saves what is there.
+
+    Parameters and errors are those of `prepare_to_settle`; the model is changed when nothing can fail any more.
+    """
+    model: Any = stack.ancestors[depth]
+    said, model_class, config_class = prepare_to_settle(stack, depth, plan, indices, notes)
     hooked = any(getattr(h, "hook", h) is _accept_guarded for h in model._load_state_dict_pre_hooks.values())
-    if entries and not hooked:
+    if said["splices"] and not hooked:
         model.register_load_state_dict_pre_hook(_accept_guarded)
     model.config.streamline_hooks = said
     model.config.architectures = [model_class.__name__]
@@ -299,8 +314,25 @@ def _guard(model: nn.Module, stack: BlockStack) -> str:
         name, parameter = entry
         return (parameter.ndim != 1, name.startswith(f"{stack.path}."), not name.startswith(behind))
 
-    untied = [(n, p) for n, p in model.named_parameters() if owners[id(p)] == 1 and BEFORE not in n and AFTER not in n]
-    return min(untied, key=rank)[0]
+    # Loading pads and ties what belongs to the embeddings by its shape, biases of the head included.
+    shaped = {id(parameter) for module in _embeddings(model) for parameter in module.parameters()}
+    free = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if owners[id(parameter)] == 1 and id(parameter) not in shaped and not {BEFORE, AFTER} & set(name.split("."))
+    ]
+    return min(free, key=rank)[0]
+
+
+def _embeddings(model: Any) -> Iterator[nn.Module]:
+    """The input embedding and the head, where the model says which they are."""
+    for ask in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, ask)()
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(module, nn.Module):
+            yield module
 
 
 def _accept_guarded(module: Any, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:

@@ -44,7 +44,7 @@ def find_hazards(stack: BlockStack, window: range) -> list[Hazard]:
     list of Hazard
         Empty where nothing is known against it.
     """
-    causes = (_shared_blocks, _shared_keys, _position_bias)
+    causes = (_shared_blocks, _shared_keys, _position_bias, _per_layer_embeddings)
     found = [hazard for cause in causes for hazard in cause(stack, window)]
     return [*found, *find_numbering_hazards(stack, window.start)]
 
@@ -96,6 +96,15 @@ def _position_bias(stack: BlockStack, window: range) -> Iterator[Hazard]:
     if 0 < len(owners) < len(stack) and set(owners) & set(window):
         listed = ", ".join(map(str, owners))
         yield Hazard("position-bias", f"block {listed} owns the relative position bias that the other blocks use")
+
+
+def _per_layer_embeddings(stack: BlockStack, window: range) -> Iterator[Hazard]:
+    """Each block reads its own slice of one large embedding, cut by the number of blocks (Gemma 3n, Gemma 4)."""
+    if getattr(stack.config, "hidden_size_per_layer_input", None):
+        yield Hazard(
+            "per-layer-embeddings",
+            f"the model's embedding has a part for each of its {len(stack)} blocks, and would be read at other places",
+        )
 
 
 def _scale_by_number(stack: BlockStack, first: int) -> Iterator[Hazard]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.errors import UnsupportedSurgery
-from streamline_hooks.hidden_state import read_input, write_output
+from streamline_hooks.hidden_state import read_input, read_output, write_output
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery.splice import AFTER, run_after, run_before, spliced
 
@@ -71,7 +71,7 @@ def observe(stack: BlockStack, window: range, going: Sequence[nn.Module] = ()) -
             kept["state"] = read_input(args, kwargs).clone()
 
         def leave(block: nn.Module, args: Any, output: Any) -> Any:
-            state = kept["state"]
+            state = kept.get("state", read_output(output))
             for stays in spliced(block, AFTER):
                 state = state if any(stays is module for module in going) else stays(state)
             return write_output(output, state)
@@ -81,7 +81,13 @@ def observe(stack: BlockStack, window: range, going: Sequence[nn.Module] = ()) -
             stack[window.stop - 1].register_forward_hook(leave),
         ]
         try:
-            return Truth(_logits(model), cached)
+            logits = _logits(model)
+            if "state" not in kept:
+                raise UnsupportedSurgery(
+                    f"Block {window.start} cannot go: a forward of tokens alone does not run it, so that nothing shows "
+                    "whether the model is right without it. Choose others."
+                )
+            return Truth(logits, cached)
         finally:
             for handle in handles:
                 handle.remove()

@@ -66,7 +66,7 @@ def verify_rebuild(
         ) from error
     _compare_keys(model, rebuilt)
     for number, (ours, theirs) in enumerate(zip(blocks, find_stack(rebuilt, path).blocks, strict=True)):
-        for where, difference in _differences(ours, theirs, indices):
+        for where, difference in _differences(ours, theirs, indices, rebuilt.config):
             raise UnsupportedSurgery(
                 f"Block {number} of the shortened model would come back from a checkpoint as another one: "
                 f"{where or 'the block'} {difference}. The class builds it from its number or from the configuration; "
@@ -100,7 +100,9 @@ def _compare_keys(model: nn.Module, rebuilt: nn.Module) -> None:
             )
 
 
-def _differences(ours: nn.Module, theirs: nn.Module, indices: Sequence[IndexAttribute]) -> Iterator[tuple[str, str]]:
+def _differences(
+    ours: nn.Module, theirs: nn.Module, indices: Sequence[IndexAttribute], config: Any
+) -> Iterator[tuple[str, str]]:
     skipped = {(index.path, index.name) for index in indices}
     inside: dict[str, nn.Module] = dict(theirs.named_modules())
     for path, module in ours.named_modules():
@@ -114,6 +116,10 @@ def _differences(ours: nn.Module, theirs: nn.Module, indices: Sequence[IndexAttr
             if name.startswith("_") or name in _RUN_TIME_STATE or (path, name) in skipped:
                 continue
             rebuilt = getattr(other, name, None)
+            if isinstance(value, tuple) and isinstance(rebuilt, list):
+                rebuilt = tuple(rebuilt)  # JSON knows no tuples
+            if _is_per_block(value, rebuilt, config):
+                continue
             if _is_simple(value) and value != rebuilt:
                 yield f"{path}.{name}".lstrip("."), f"is {value!r} and would be {rebuilt!r}"
         for name in module._non_persistent_buffers_set:
@@ -124,6 +130,12 @@ def _differences(ours: nn.Module, theirs: nn.Module, indices: Sequence[IndexAttr
                 )  # in the model's precision
                 if not same:
                     yield f"{path}.{name}".lstrip("."), "is a buffer that would have other values"
+
+
+def _is_per_block(ours: Any, theirs: Any, config: Any) -> bool:
+    """Whether a list inside a block is only its copy of a configuration's list with one entry a block."""
+    described = config.get_text_config(decoder=True)
+    return isinstance(theirs, list) and any(theirs == value for value in vars(described).values()) and ours != theirs
 
 
 def _is_simple(value: Any) -> bool:

@@ -20,14 +20,17 @@ _ENOUGH_BLOCKS = 3
 # Lists in a configuration that are never one entry a block, whatever their length.
 _NOT_PER_BLOCK = ("token_id", "architectures", "bad_words", "_ids", "languages", "kernel", "image", "mrope_section")
 
-# Attributes that speak of blocks by number: how many of the first ones are built otherwise, and which ones are.
-_LEADING_COUNTS = ("first_k_dense_replace", "num_dense_layers")
+# Attributes that speak of blocks by number: how many of the first ones are built otherwise, which one is the last
+# to be built otherwise, and which ones are.
+_LEADING_COUNTS = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
+_LAST_NUMBERS = ("moe_layer_end_index",)
 _BLOCK_NUMBERS = (
     "attn_layer_indices",
     "cross_attention_layers",
     "full_attn_idxs",
     "hybrid_layer_ids",
     "mlp_only_layers",
+    "moe_layers",
     "ple_layer_ids",
     "rope_scaling_layers",
 )
@@ -44,12 +47,19 @@ class IndexAttribute:
     name : str
         The attribute on it.
     first : int
-        The number of the first block, 0 or 1.
+        The number of the first block.
+    stride : int
+        By how much it grows from block to block: 2 in blocks with two attentions.
     """
 
     path: str
     name: str
     first: int = 0
+    stride: int = 1
+
+    def of(self, position: int) -> int:
+        """The number at a position."""
+        return self.first + self.stride * position
 
     def holder(self, block: nn.Module) -> nn.Module | None:
         """The module of a block that carries the attribute, where it has it."""
@@ -66,7 +76,7 @@ def find_index_attributes(blocks: Sequence[nn.Module]) -> list[IndexAttribute]:
 
     An attribute counts if it equals the position in every block that has it, three at least: a Llama block has a
     ``num_key_value_groups`` that equals its number in one place. Under one of the usual names (``layer_idx``, ...)
-    fewer blocks are enough, and counting may start at 1.
+    fewer blocks are enough, counting may start at 1, and a block with several attentions may count each.
 
     Parameters
     ----------
@@ -83,10 +93,17 @@ def find_index_attributes(blocks: Sequence[nn.Module]) -> list[IndexAttribute]:
             values[path, name][position] = value
     found = []
     for (path, name), by_position in values.items():
-        offsets = {value - position for position, value in by_position.items()}
         usual = name in INDEX_NAMES
-        if offsets in ({0}, {1}) if usual else offsets == {0} and len(by_position) >= _ENOUGH_BLOCKS:
-            found.append(IndexAttribute(path, name, offsets.pop()))
+        if not usual and len(by_position) < _ENOUGH_BLOCKS:
+            continue
+        positions = sorted(by_position)
+        stride = 1
+        if usual and len(positions) >= _ENOUGH_BLOCKS:
+            stride = (by_position[positions[1]] - by_position[positions[0]]) // (positions[1] - positions[0])
+        firsts = {value - stride * position for position, value in by_position.items()}
+        first = firsts.pop()
+        if not firsts and stride >= 1 and (first == 0 or (usual and 0 <= first <= stride)):
+            found.append(IndexAttribute(path, name, first, stride))
     return found
 
 
@@ -102,7 +119,7 @@ def same_descriptions(stack: BlockStack) -> list[Any]:
     found = {id(config): config}
     for module in [*stack.ancestors, *stack.ancestors[-1].modules()]:
         other = getattr(module, "config", None)
-        if type(other) is type(config) and vars(other).get(count) == vars(config).get(count):
+        if type(other) is type(config) and getattr(other, count, None) == getattr(config, count, None):
             found[id(other)] = other
     return list(found.values())
 
@@ -143,10 +160,13 @@ def shortened_config(config: Any, count_attribute: str, length: int, sources: Se
             )
         return known
     origins = [source for source in sources if source is not None]
-    new: dict[str, Any] = {count_attribute: len(origins)}
+    # A count that is derived (from the length of a list, say) follows by itself.
+    new: dict[str, Any] = {count_attribute: len(origins)} if count_attribute in vars(config) else {}
     for name, value in vars(config).items():
         if name in _LEADING_COUNTS and isinstance(value, int):
             new[name] = sum(source < value for source in origins)
+        elif name in _LAST_NUMBERS and isinstance(value, int) and value >= 0:
+            new[name] = sum(source <= value for source in origins) - 1
         elif name in _BLOCK_NUMBERS and isinstance(value, (list, tuple)):
             new[name] = type(value)(slot for slot, source in enumerate(origins) if source in value)
         elif isinstance(value, (list, tuple)) and len(value) == length and is_per_block(name):

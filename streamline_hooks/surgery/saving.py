@@ -10,23 +10,20 @@ from streamline_hooks.errors import StreamlineError
 class SavingRefused:
     """Stands in the place of ``save_pretrained`` inside an open surgeon.
 
-    A deep copy that is made meanwhile carries it along: the copy has the shortened blocks but not yet the class that
-    saves them, so that it would come back without its repair.
+    A copy of the model that is made meanwhile, or pickled, carries it along: it has the shortened blocks but not yet
+    the class that saves them, so that it would come back without its repair.
 
     Parameters
     ----------
-    owner : torch.nn.Module
-        The model.
+    owner : torch.nn.Module, optional
+        The model that the surgeon is open on; None for a copy.
     """
 
-    def __init__(self, owner: Any) -> None:
-        self._owner_id = id(owner)
-        self._copied = False
+    def __init__(self, owner: Any = None) -> None:
+        self._copied = owner is None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SavingRefused:
-        other = SavingRefused(memo.get(self._owner_id))
-        other._copied = True
-        return other
+    def __reduce__(self) -> tuple[type[SavingRefused], tuple[()]]:
+        return SavingRefused, ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise, with what to do."""

@@ -208,7 +208,7 @@ class LayerSurgeon:
         if module is not None:
             require_module(module)
         itself = module is not None and len(chosen) == 1 and module is self.stack[chosen.start]
-        hazards = [] if itself else self.check(chosen)
+        hazards = [] if itself else find_hazards(self.stack, chosen)
         what = f"Blocks {chosen.start} to {chosen.stop - 1} of {type(self.model).__name__}"
         self._refuse(f"{what} cannot go", hazards, despite_hazards)
         layout = self._layout.copy()
@@ -261,9 +261,38 @@ class LayerSurgeon:
         return module
 
     def check(self, window: Iterable[int]) -> list[Hazard]:
-        """Name what speaks against giving up a window, before anything is touched."""
+        """Name what speaks against giving up a window, and leave the model as it is.
+
+        Parameters
+        ----------
+        window : range
+            Consecutive blocks.
+
+        Returns
+        -------
+        list of Hazard
+            Known causes first; else ``"probe"`` where the shorter model gives something else than the bypassed one,
+            and ``"rebuild"`` where it is right in memory but would come back from a checkpoint as another model.
+        """
         self._require_open()
-        return find_hazards(self.stack, window_of(window, len(self.stack)))
+        chosen = window_of(window, len(self.stack))
+        known = find_hazards(self.stack, chosen)
+        if known:
+            return known
+        layout, before = self._layout.copy(), self._layout
+        layout.give_up(chosen, None)
+        try:
+            self._hold_against_truth(chosen, "these blocks")
+            self._apply(layout)
+            depth = self._saver_depth()
+            if depth is not None:
+                committed.prepare_to_settle(self.stack, depth, self._current_plan(), self._indices, {})
+        except UnsupportedSurgery as error:
+            cause = "probe" if "cannot go: " in str(error) else "rebuild"
+            return [Hazard(cause, str(error).removeprefix("these blocks cannot go: "))]
+        finally:
+            self._apply(before)
+        return []
 
     @property
     def plan(self) -> SurgeryPlan:
@@ -311,7 +340,7 @@ class LayerSurgeon:
         if _open[self.stack.container] != [self]:
             raise StreamlineError("commit() inside another open surgeon: its exit would undo it. Commit that one.")
         plan = self.plan
-        depth = next((d for d, m in enumerate(self.stack.ancestors) if _saves(m)), None)
+        depth = self._saver_depth()
         if depth is not None:
             committed.settle(self.stack, depth, plan, self._indices, notes)
         try:
@@ -364,7 +393,7 @@ class LayerSurgeon:
             for index in self._indices:
                 holder = index.holder(slot.module)
                 if holder is not None:
-                    self._set(holder, index.name, k + index.first)
+                    self._set(holder, index.name, index.of(k))
             self._splice(slot.module, BEFORE, slot.before)
             self._splice(slot.module, AFTER, at_end if k == len(slots) - 1 else [])
             if slot.module not in self.stack.blocks:
@@ -400,8 +429,9 @@ class LayerSurgeon:
             return int(marked)
         origin = self._origins.get(module)
         if origin is None:  # a copy from before the surgery, by its own number; read once, since it is renumbered
-            said = {getattr(h, i.name) - i.first for i in self._indices if (h := i.holder(module)) is not None}
-            origin = said.pop() if len(said) == 1 else -1
+            held = [(i, i.holder(module)) for i in self._indices]
+            said = {(getattr(h, i.name) - i.first) / i.stride for i, h in held if h is not None}
+            origin = int(said.pop()) if len(said) == 1 else -1
             self._origins[module] = origin
         return origin if 0 <= origin < len(self.stack) else None
 
@@ -422,6 +452,10 @@ class LayerSurgeon:
         while self._undo:
             self._undo[-1]()
             self._undo.pop()
+
+    def _saver_depth(self) -> int | None:
+        """Which of the stack's ancestors is the model that is saved."""
+        return next((depth for depth, module in enumerate(self.stack.ancestors) if _saves(module)), None)
 
     def _savers(self) -> list[nn.Module]:
         return [m for m in self.stack.ancestors if _saves(m)]

@@ -10,15 +10,39 @@ from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery
 from streamline_hooks.testing import tiny_model as tiny_of_type
 
 
-def test_shared_keys() -> None:
+def test_shared_keys_and_per_layer_embeddings() -> None:
     model = tiny_of_type("gemma3n_text")
+    shared = model.config.num_kv_shared_layers
     with LayerSurgeon(model) as surgeon:
-        producers = {h.text for k in range(8) for h in surgeon.check([k]) if h.cause == "shared-keys"}
-        assert producers and all("produces the keys that" in text for text in producers)
-        shared = model.config.num_kv_shared_layers
-        for k in range(8 - shared, 8):
-            assert [h.cause for h in surgeon.check([k])] == ["shared-keys"]
-        assert surgeon.check([0]) == []
+        for k in range(8):
+            causes = [h.cause for h in surgeon.check([k])]
+            assert "per-layer-embeddings" in causes
+            assert ("shared-keys" in causes) == (k >= 8 - shared or k in _producers(model))
+        with pytest.raises(UnsupportedSurgery, match="has a part for each of its 8 blocks"):
+            surgeon.remove([0])
+
+
+def _producers(model: torch.nn.Module) -> set[int]:
+    types, first = model.config.layer_types, 8 - model.config.num_kv_shared_layers
+    return {max(k for k in range(first) if types[k] == kind) for kind in set(types[first:])}
+
+
+def test_what_nobody_looked_for_is_found_by_trying() -> None:
+    """DiffLlama bakes its number into a block; Dory loops over blocks by their numbers."""
+    from tests.architectures.examine import state_of
+
+    model = tiny_of_type("diffllama")
+    before = state_of(model)
+    with LayerSurgeon(model) as surgeon:
+        found = surgeon.check([0])
+        assert [h.cause for h in found] == ["rebuild"] and "lambda_init is" in found[0].text
+        assert surgeon.check([7]) == []
+        surgeon.remove([0])  # in memory it is right
+    assert state_of(model) == before
+    with LayerSurgeon(tiny_of_type("dory")) as surgeon:  # runs a range of its blocks, given by number, again
+        assert [h.cause for h in surgeon.check([0])] == ["probe"]
+        with pytest.raises(UnsupportedSurgery, match="other logits than with them bypassed"):
+            surgeon.remove([0])
 
 
 def test_the_owner_of_the_position_bias() -> None:

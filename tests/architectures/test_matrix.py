@@ -1,0 +1,57 @@
+"""No type is silently wrong, and no row of the committed table gets worse."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import transformers
+
+from tests.architectures.matrix import PAGE, ROWS, page, row_of, supported, worse, wrong
+
+TABLE = json.loads(ROWS.read_text())
+SUBSET = """
+afmoe apertus bamba bart bloom codegen cohere2 dbrx deepseek_v3 diffllama ernie4_5 falcon gemma2 gemma3 gemma3_text
+gemma4_text glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite granitemoehybrid helium internlm3 jamba
+kimi_linear lfm2 llama mamba mamba2 minimax mistral mixtral mpt nemotron olmo2 olmoe openai-gpt opt persimmon phi
+phi3 qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next recurrent_gemma roberta smollm3 stablelm starcoder2 xglm zamba2 zaya
+""".split()  # noqa: SIM905
+SAME_VERSION = TABLE["transformers"] == transformers.__version__
+needs_version = pytest.mark.skipif(
+    not SAME_VERSION, reason=f"the table was made with Transformers {TABLE['transformers']}"
+)
+
+
+def held_to_the_table(model_type: str) -> None:
+    row: dict[str, Any] = row_of(model_type)
+    assert not worse(row, TABLE["rows"][model_type])
+
+
+@needs_version
+@pytest.mark.parametrize("model_type", [t for t in SUBSET if t in TABLE["rows"]])
+def test_a_representative_type(model_type: str) -> None:
+    held_to_the_table(model_type)
+
+
+@needs_version
+@pytest.mark.architectures
+@pytest.mark.parametrize("model_type", [t for t in TABLE["rows"] if t not in SUBSET])
+def test_every_other_type(model_type: str) -> None:
+    held_to_the_table(model_type)
+
+
+def test_the_table_keeps_its_promise() -> None:
+    rows = TABLE["rows"].values()
+    assert len(rows) == 196 and not [r["model_type"] for r in rows if wrong(r)]
+    assert sum(map(supported, rows)) >= 150
+    assert PAGE.read_text() == page(TABLE)
+
+
+def test_a_row_that_gets_worse_is_noticed() -> None:
+    good = TABLE["rows"]["llama"]
+    assert not worse(good, good)
+    for change in ({"first": "WRONG: removed"}, {"first": "refused"}):
+        bad = {**good, "windows": {**good["windows"], **change}}
+        assert worse(bad, good)
+    assert worse({**good, "states": "WRONG"}, good)
