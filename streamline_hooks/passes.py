@@ -22,6 +22,7 @@ from streamline_hooks.hidden_state import (
     write_input,
     write_output,
 )
+from streamline_hooks.layouts import by_token
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery import LayerSurgeon
@@ -183,14 +184,18 @@ def _one_visit(record: HiddenStateRecorder) -> Tensor:
                     f"A forward called block {k} {len(visits)} times; expected once. What one visit does is not what "
                     "giving up the block would do. Record such a model with HiddenStateRecorder, visit by visit."
                 )
-    return next(iter((record.inputs or record.outputs).values()))[0]
+    k, visits = next(iter((record.inputs or record.outputs).items()))
+    return by_token(visits[0], record.stack[k])
 
 
 def _require_finite(record: HiddenStateRecorder, mask: Tensor, number: int) -> None:
     places = [(k, order, kind) for order, kind in enumerate(("enters", "leaves")) for k in record.blocks]
     for k, order, kind in sorted(places):
         for state in (record.inputs, record.outputs)[order].get(k, ()):
-            if not torch.isfinite(state.sum(dtype=torch.float64)) and not torch.isfinite(state[mask]).all():
+            if (
+                not torch.isfinite(state.sum(dtype=torch.float64))
+                and not torch.isfinite(by_token(state, record.stack[k])[mask]).all()
+            ):
                 raise StreamlineError(
                     f"The state that {kind} block {k} holds NaN or infinite values (batch {number}). Look at the "
                     "weights of the blocks up to there, or run in a wider precision (float32 or bfloat16)."

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
+from streamline_hooks.errors import UnsupportedSurgery
+from streamline_hooks.layouts import USUAL, by_token, layout_of
 from streamline_hooks.passes import recorded
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.statistics.moments import WindowMoments
@@ -40,7 +42,9 @@ def measure_similarity(
     last = len(record.stack) - 1
     similarity = StateSimilarity(last + 2)
     for _, mask, _ in recorded(model, batches, record, f"rank: {last + 1} blocks"):
-        similarity.update([*(record.inputs[k][0] for k in range(last + 1)), record.outputs[last][0]], mask)
+        states = [*(record.inputs[k][0] for k in range(last + 1)), record.outputs[last][0]]
+        blocks = [*record.stack.blocks, record.stack[last]]
+        similarity.update([by_token(state, block) for state, block in zip(states, blocks, strict=True)], mask)
     return similarity
 
 
@@ -69,11 +73,24 @@ def measure_moments(
     -------
     list of WindowMoments
         One a window.
+
+    Raises
+    ------
+    UnsupportedSurgery
+        If the states are not laid out as (batch, tokens, features).
+    StreamlineError
+        If a state is not finite.
     """
     needed = {w.start for w in windows} | {w.stop - 1 for w in windows}
     record = HiddenStateRecorder(model, sorted(needed), stop=True, stack=stack)
     moments: list[WindowMoments] = []
     cost = f"{what}: {len(windows)} windows, {max(needed) + 1} of {len(record.stack)} blocks"
+    unusual = {layout_of(record.stack[k]) for k in needed} - {USUAL}
+    if unusual:
+        raise UnsupportedSurgery(
+            f"The states of {type(model).__name__} are laid out as ({', '.join(unusual.pop().split())}); a map of "
+            "(batch, tokens, features) has no moments there. Remove without a repair (kind none)."
+        )
     for _, mask, _ in recorded(model, batches, record, cost):
         features = record.inputs[windows[0].start][0].shape[-1]
         moments = moments or [WindowMoments(features) for _ in windows]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -119,6 +120,8 @@ def _differences(
             if isinstance(value, tuple) and isinstance(rebuilt, list):
                 rebuilt = tuple(rebuilt)  # JSON knows no tuples
             if _is_per_block(value, rebuilt, config):
+                continue
+            if isinstance(value, float) and isinstance(rebuilt, float) and math.isclose(value, rebuilt, rel_tol=1e-9):
                 continue
             if _is_simple(value) and value != rebuilt:
                 yield f"{path}.{name}".lstrip("."), f"is {value!r} and would be {rebuilt!r}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,11 @@ _BLOCK_NUMBERS = (
     "ple_layer_ids",
     "rope_scaling_layers",
 )
+# A scale that is divided by the square root of the number of blocks; a pattern that is repeated over the
+# blocks; another name for the count.
+_DEPTH_SCALES = ("scale_depth",)
+_PATTERNS = ("block_types",)
+_ALIASES = ("num_blocks",)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,8 @@ def find_index_attributes(blocks: Sequence[nn.Module]) -> list[IndexAttribute]:
 
     An attribute counts if it equals the position in every block that has it, three at least: a Llama block has a
     ``num_key_value_groups`` that equals its number in one place. Under one of the usual names (``layer_idx``, ...)
-    fewer blocks are enough, counting may start at 1, and a block with several attentions may count each.
+    fewer blocks are enough, counting may start at 1, and a block with several attentions may count each. What
+    grows evenly over all of four blocks or more counts blocks too, whatever its name.
 
     Parameters
     ----------
@@ -93,16 +100,16 @@ def find_index_attributes(blocks: Sequence[nn.Module]) -> list[IndexAttribute]:
             values[path, name][position] = value
     found = []
     for (path, name), by_position in values.items():
-        usual = name in INDEX_NAMES
-        if not usual and len(by_position) < _ENOUGH_BLOCKS:
+        usual, positions = name in INDEX_NAMES, sorted(by_position)
+        if not usual and len(positions) < _ENOUGH_BLOCKS:
             continue
-        positions = sorted(by_position)
+        everywhere = len(positions) == len(blocks) > _ENOUGH_BLOCKS
         stride = 1
-        if usual and len(positions) >= _ENOUGH_BLOCKS:
+        if everywhere or (usual and len(positions) >= _ENOUGH_BLOCKS):
             stride = (by_position[positions[1]] - by_position[positions[0]]) // (positions[1] - positions[0])
         firsts = {value - stride * position for position, value in by_position.items()}
         first = firsts.pop()
-        if not firsts and stride >= 1 and (first == 0 or (usual and 0 <= first <= stride)):
+        if not firsts and stride >= 1 and (first == 0 or everywhere or (usual and 0 <= first <= stride)):
             found.append(IndexAttribute(path, name, first, stride))
     return found
 
@@ -167,6 +174,12 @@ def shortened_config(config: Any, count_attribute: str, length: int, sources: Se
             new[name] = sum(source < value for source in origins)
         elif name in _LAST_NUMBERS and isinstance(value, int) and value >= 0:
             new[name] = sum(source <= value for source in origins) - 1
+        elif name in _DEPTH_SCALES and isinstance(value, (int, float)):
+            new[name] = value * math.sqrt(len(origins) / length)
+        elif name in _PATTERNS and isinstance(value, (list, tuple)):
+            new[name] = type(value)(value[source % len(value)] for source in origins)
+        elif name in _ALIASES and value == length:
+            new[name] = len(origins)
         elif name in _BLOCK_NUMBERS and isinstance(value, (list, tuple)):
             new[name] = type(value)(slot for slot, source in enumerate(origins) if source in value)
         elif isinstance(value, (list, tuple)) and len(value) == length and is_per_block(name):

@@ -80,3 +80,35 @@ def test_overrides_by_number_follow_their_block() -> None:
     new = shortened_config(config, "num_hidden_layers", 4, [0, 2, 3])["_heterogeneity_spec"]
     assert new.per_layer_overrides == {2: {"width": 7}}
     assert spec.per_layer_overrides == {1: {"width": 5}, 3: {"width": 7}}
+
+
+def test_counts_of_other_kinds() -> None:
+    config = SimpleNamespace(
+        num_hidden_layers=8,
+        num_blocks=8,
+        moe_layer_start_index=2,
+        moe_layer_end_index=6,
+        block_types=["r", "r", "a"],
+        scale_depth=1.4,
+    )
+    new = shortened_config(config, "num_hidden_layers", 8, [1, 2, 3, 5, 6, 7])
+    assert new["num_hidden_layers"] == new["num_blocks"] == 6
+    assert (new["moe_layer_start_index"], new["moe_layer_end_index"]) == (1, 4)
+    assert new["block_types"] == ["r", "a", "r", "a", "r", "r"]
+    assert new["scale_depth"] / 6**0.5 == pytest.approx(1.4 / 8**0.5)
+
+
+def test_two_attentions_a_block_and_what_grows_evenly() -> None:
+    def pair(k: int) -> nn.Module:
+        made = block(layer_idx=k, slot=3 + 2 * k)
+        made.a, made.b = block(layer_idx=2 * k), block(layer_idx=2 * k + 1)
+        return made
+
+    found = {(i.path, i.name): (i.first, i.stride) for i in find_index_attributes([pair(k) for k in range(5)])}
+    assert found == {
+        ("", "layer_idx"): (0, 1),
+        ("", "slot"): (3, 2),
+        ("a", "layer_idx"): (0, 2),
+        ("b", "layer_idx"): (1, 2),
+    }
+    assert IndexAttribute("b", "layer_idx", 1, 2).of(3) == 7

@@ -1,0 +1,54 @@
+"""Layouts of hidden states that are not (batch, tokens, features).
+
+They are declared, by the class of the block, and not guessed from shapes.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+USUAL = "batch tokens features"
+
+# Several streams beside one another are one state: whatever compares states compares all of them.
+LAYOUTS = {
+    "DeepseekV4DecoderLayer": "batch tokens streams features",
+    "Gemma3nTextDecoderLayer": "streams batch tokens features",
+    "HYV4DecoderLayer": "batch tokens streams features",
+    "XLNetLayer": "tokens batch features",
+}
+
+
+def layout_of(block: nn.Module) -> str:
+    """The layout of the states that a block receives and returns.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> layout_of(nn.TransformerEncoderLayer(8, 2, batch_first=True))
+    'batch tokens features'
+    """
+    if isinstance(block, nn.TransformerEncoderLayer):
+        return USUAL if block.self_attn.batch_first else "tokens batch features"
+    return LAYOUTS.get(type(block).__name__, USUAL)
+
+
+def by_token(state: Tensor, block: nn.Module) -> Tensor:
+    """A block's state as (batch, tokens, features), its streams one after the other among the features.
+
+    Parameters
+    ----------
+    state : torch.Tensor
+        As the block received or returned it.
+    block : torch.nn.Module
+
+    Returns
+    -------
+    torch.Tensor
+        The state itself where its layout is the usual one.
+    """
+    layout = layout_of(block)
+    if layout == USUAL:
+        return state
+    axes = layout.split()
+    wanted = [axis for axis in ("batch", "tokens", "streams", "features") if axis in axes]
+    return state.permute([axes.index(axis) for axis in wanted]).flatten(2)
