@@ -195,7 +195,7 @@ def _describing_config(path: str, ancestors: tuple[nn.Module, ...], length: int)
             continue
         renamed = getattr(config, "attribute_map", {}).get("num_hidden_layers")
         for name in (*own, renamed, *_COUNTS):
-            if name and vars(config).get(name) == length:
+            if name and getattr(config, "__dict__", {}).get(name) == length:
                 return config, name
         derived = isinstance(getattr(type(config), "num_hidden_layers", None), property)
         if derived and config.num_hidden_layers == length:

@@ -6,7 +6,7 @@ import sys
 
 from torch import nn
 
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 
 _WRAPPERS = {
     "DistributedDataParallel": "wrapped in DistributedDataParallel",
@@ -66,3 +66,22 @@ def refuse_wrapped(model: nn.Module) -> None:
                     f"{type(model).__name__} is {advice} already. Surgery comes before wrapping: operate on the plain "
                     "model, then wrap it."
                 )
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise if a model carries PEFT's adapters, whose checkpoints go by the blocks' numbers and not with the model.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Raises
+    ------
+    UnsupportedSurgery
+    """
+    for module in model.modules():
+        if any(c.__module__.partition(".")[0] == "peft" for c in type(module).__mro__):
+            raise UnsupportedSurgery(
+                f"{type(model).__name__} cannot be committed: it carries PEFT adapters ({type(module).__name__}). Take "
+                "them in first (merge_and_unload), or commit the model as it was before get_peft_model."
+            )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from streamline_hooks.batch import device_of
 from streamline_hooks.calibration.generated_cache import GeneratedCache, GeneratedText, weights_digest
 from streamline_hooks.calibration.prompts import FORMS, TOPICS, prompts
 from streamline_hooks.errors import StreamlineError
@@ -97,7 +98,7 @@ def self_generated(
             known = number < len(store.batches)
             if not known:
                 drawn = hashlib.sha256(f"{seed} {number}".encode()).digest()[:7]
-                with _seeded(model.device, int.from_bytes(drawn)):
+                with _seeded(device_of(model), int.from_bytes(drawn)):
                     store.append(_write(model, tokenizer, asked, sequence_length, sampling))
             before = len(_usable(written))
             written += store.batches[number]
@@ -184,8 +185,8 @@ def _write(
         )
     ends = _end_ids(model, tokenizer)
     pad = next((i for i in (tokenizer.pad_token_id, *sorted(ends)) if i is not None), 0)
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device_of(model))
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device_of(model))
     generate: Any = model.generate
     answers = generate(
         input_ids=ids,
@@ -232,7 +233,7 @@ def _judged(
     text = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
     if not text:
         return GeneratedText("", 0, 0.0, 0.0)
-    ids = torch.tensor([prompt + answer], device=model.device)
+    ids = torch.tensor([prompt + answer], device=device_of(model))
     logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
     loss = torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :])
     runs = [tuple(answer[i : i + 4]) for i in range(len(answer) - 3)]

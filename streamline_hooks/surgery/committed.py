@@ -29,6 +29,7 @@ from streamline_hooks.surgery.plan import SurgeryPlan
 from streamline_hooks.surgery.rebuild import verify_rebuild
 from streamline_hooks.surgery.renumber import IndexAttribute
 from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices, spliced
+from streamline_hooks.wrapping import refuse_adapters
 
 MODEL_TYPE = "streamline_hooks"
 FORMAT = 1
@@ -207,6 +208,7 @@ def prepare_to_settle(
         If the notes are no JSON values.
     """
     model: Any = stack.ancestors[depth]
+    refuse_adapters(model)
     path = ".".join(stack.path.split(".")[depth:])
     if stack.config is None:
         raise UnsupportedSurgery(

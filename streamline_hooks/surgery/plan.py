@@ -58,12 +58,15 @@ class SurgeryPlan:
         The new blocks, in order.
     splices : tuple of Splice
         The modules that run between them, in order.
+    described : bool
+        Whether a configuration counts the blocks, and so changes with them.
     """
 
     stack: str
     old_length: int
     slots: tuple[Slot, ...]
     splices: tuple[Splice, ...] = ()
+    described: bool = True
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -97,4 +100,6 @@ class SurgeryPlan:
                 lines.append(f"{old}  -> {new}")
         if self.removed:
             lines.append("removed: " + ", ".join(map(str, self.removed)))
+        if not self.described:
+            lines.append("no configuration counts these blocks: only their container and their own numbers change")
         return "\n".join(lines)

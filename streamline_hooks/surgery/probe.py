@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamline_hooks.batch import device_of
 from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.hidden_state import read_input, read_output, write_output
 from streamline_hooks.stack import BlockStack
@@ -131,7 +132,7 @@ def require(truth: Truth, model: nn.Module, what: str) -> None:
 def _tokens(model: Any) -> Tensor:
     vocabulary = int(getattr(model.config.get_text_config(decoder=True), "vocab_size", 32) or 32)
     numbers = torch.arange(_ROWS * _TOKENS) * 7 + 3
-    return (numbers % max(vocabulary - 4, 1) + min(3, vocabulary - 1)).view(_ROWS, _TOKENS).to(model.device)
+    return (numbers % max(vocabulary - 4, 1) + min(3, vocabulary - 1)).view(_ROWS, _TOKENS).to(device_of(model))
 
 
 def _logits(model: Any, **more: Any) -> Tensor:

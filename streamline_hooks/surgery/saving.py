@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from torch import nn
+
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.stack import BlockStack
 
 
 class SavingRefused:
@@ -36,3 +39,14 @@ class SavingRefused:
             "save_pretrained inside an open LayerSurgeon would write a model that its exit takes back. Call "
             "surgeon.commit() first, or leave the context to save the original."
         )
+
+
+def savers(stack: BlockStack) -> list[nn.Module]:
+    """The Transformers models around a stack. Importing their class to ask costs a quarter of a second."""
+    return [module for module in stack.ancestors if callable(getattr(type(module), "save_pretrained", None))]
+
+
+def saver_depth(stack: BlockStack) -> int | None:
+    """Which of a stack's ancestors is the model that is saved: the outermost."""
+    found = savers(stack)
+    return next((depth for depth, module in enumerate(stack.ancestors) if found and module is found[0]), None)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
-from collections.abc import Callable, Iterable
+import uuid
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self
 from weakref import WeakKeyDictionary
@@ -14,20 +14,15 @@ from torch import nn
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery import committed
-from streamline_hooks.surgery.capture import forget_capture_hooks, lend_capture_hooks, next_hook_id
+from streamline_hooks.surgery.edits import ORIGIN, Edits
 from streamline_hooks.surgery.hazards import Hazard, find_hazards, find_numbering_hazards
-from streamline_hooks.surgery.layout import Layout, NewSlot, Placed, names_of, require_module, window_of
-from streamline_hooks.surgery.placement import follow, move_beside, placement
+from streamline_hooks.surgery.layout import Layout, require_module, window_of
+from streamline_hooks.surgery.placement import follow, placement
 from streamline_hooks.surgery.plan import Slot, Splice, SurgeryPlan
 from streamline_hooks.surgery.probe import observe, require
-from streamline_hooks.surgery.renumber import find_index_attributes, same_descriptions, shortened_config
-from streamline_hooks.surgery.saving import SavingRefused
-from streamline_hooks.surgery.splice import AFTER, BEFORE, Place, remember_splices, set_splices, spliced
+from streamline_hooks.surgery.saving import saver_depth, savers
 from streamline_hooks.wrapping import refuse_compiled, refuse_wrapped
 
-_MISSING = object()
-_ORIGIN = "_streamline_hooks_origin"
-_tokens = itertools.count()
 _open: WeakKeyDictionary[nn.Module, list[LayerSurgeon]] = WeakKeyDictionary()  # by container
 
 
@@ -88,21 +83,18 @@ class LayerSurgeon:
         refuse_compiled(self.model, "operate on")
         refuse_wrapped(self.model)
         self.stack = self._find()
-        self._indices = find_index_attributes(self.stack.blocks)
         self._layout = Layout(list(self.stack.blocks))
-        self._origins: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
         self._plan: SurgeryPlan | None = None
-        self._undo: list[Callable[[], None]] = []
         self._placement = [placement(block) for block in self.stack.blocks]
-        self._first_hook = next_hook_id()
-        self._token = next(_tokens)
+        self._token = uuid.uuid4().hex  # a pickled block carries it into other processes
+        self._edits = Edits(self.stack, self._token)
         surgeons = _open.setdefault(self.stack.container, [])
         try:
             surgeons.append(self)
             known = {surgeon._token for surgeon in surgeons}
             for k, block in enumerate(self.stack.blocks):  # a copy made inside the context says what it is a copy of
-                marks = {token: old for token, old in vars(block).get(_ORIGIN, {}).items() if token in known}
-                vars(block)[_ORIGIN] = {**marks, self._token: k}
+                marks = {token: old for token, old in vars(block).get(ORIGIN, {}).items() if token in known}
+                vars(block)[ORIGIN] = {**marks, self._token: k}
         except BaseException:
             self._sign_off()
             raise
@@ -139,8 +131,7 @@ class LayerSurgeon:
 
     def _close(self) -> None:
         kept = self._current_plan().kept
-        self._revert()
-        forget_capture_hooks(self.model, self._first_hook)
+        self._edits.close()
         follow(self.stack.blocks, kept, self._placement)
 
     def _sign_off(self) -> None:
@@ -151,10 +142,10 @@ class LayerSurgeon:
         if not surgeons:
             _open.pop(self.stack.container, None)
         for block in [*self.stack.blocks, *self.stack.container.children()]:
-            marks = vars(block).get(_ORIGIN, {})
+            marks = vars(block).get(ORIGIN, {})
             marks.pop(self._token, None)
             if not marks:
-                vars(block).pop(_ORIGIN, None)
+                vars(block).pop(ORIGIN, None)
 
     def remove(self, window: Iterable[int], *, despite_hazards: bool = False) -> None:
         """Take a window of blocks out.
@@ -284,9 +275,9 @@ class LayerSurgeon:
         try:
             self._hold_against_truth(chosen, "these blocks")
             self._apply(layout)
-            depth = self._saver_depth()
+            depth = saver_depth(self.stack)
             if depth is not None:
-                committed.prepare_to_settle(self.stack, depth, self._current_plan(), self._indices, {})
+                committed.prepare_to_settle(self.stack, depth, self._current_plan(), self._edits.indices, {})
         except UnsupportedSurgery as error:
             cause = "probe" if "cannot go: " in str(error) else "rebuild"
             return [Hazard(cause, str(error).removeprefix("these blocks cannot go: "))]
@@ -311,6 +302,7 @@ class LayerSurgeon:
             len(self.stack),
             tuple(Slot(number.get(id(s.module)), type(s.module).__name__) for s in slots),
             tuple(splices),
+            described=self.stack.config is not None,
         )
 
     def commit(self, **notes: Any) -> SurgeryPlan:
@@ -340,16 +332,16 @@ class LayerSurgeon:
         if _open[self.stack.container] != [self]:
             raise StreamlineError("commit() inside another open surgeon: its exit would undo it. Commit that one.")
         plan = self.plan
-        depth = self._saver_depth()
+        depth = saver_depth(self.stack)
         if depth is not None:
-            committed.settle(self.stack, depth, plan, self._indices, notes)
+            committed.settle(self.stack, depth, plan, self._edits.indices, notes)
         try:
-            for owner in self._savers():
+            for owner in savers(self.stack):
                 vars(owner).pop("save_pretrained", None)
         finally:
             self._plan = plan
             self._sign_off()
-            self._undo.clear()
+            self._edits.forget()
             self.stack = find_stack(self.model, self.stack.path)  # let go of the blocks that are gone
             self._layout = Layout(list(self.stack.blocks))
         return plan
@@ -365,107 +357,21 @@ class LayerSurgeon:
             )
         before = self._layout
         try:
-            self._revert()
+            self._edits.revert()
             self._layout = layout
-            self._lay_out(slots, at_end)
+            self._edits.lay_out(slots, at_end)
         except BaseException:
-            self._revert()
+            self._edits.revert()
             self._layout = before
-            self._lay_out(*before.arrange())
+            self._edits.lay_out(*before.arrange())
             raise
-
-    def _lay_out(self, slots: list[NewSlot], at_end: list[Placed]) -> None:
-        container = self.stack.container
-        forget_capture_hooks(self.model, self._first_hook)
-        original = list(container.named_children())
-
-        def put_back() -> None:
-            container._modules.clear()
-            container._modules.update(original)
-
-        for slot in slots:
-            self._source(slot.module)
-        self._undo.append(put_back)
-        container._modules.clear()
-        names = names_of(original, [slot.module for slot in slots])
-        container._modules.update({name: slot.module for name, slot in zip(names, slots, strict=True)})
-        for k, slot in enumerate(slots):
-            for index in self._indices:
-                holder = index.holder(slot.module)
-                if holder is not None:
-                    self._set(holder, index.name, index.of(k))
-            self._splice(slot.module, BEFORE, slot.before)
-            self._splice(slot.module, AFTER, at_end if k == len(slots) - 1 else [])
-            if slot.module not in self.stack.blocks:
-                move_beside(slot.module, self.stack.blocks[0])
-                self._undo += [h.remove for h in lend_capture_hooks(self.stack.blocks[0], slot.module)]
-        self._shorten_config(slots)
-        for owner in self._savers():
-            self._set(owner, "save_pretrained", SavingRefused(owner))
-
-    def _splice(self, block: nn.Module, place: Place, placed: list[Placed]) -> None:
-        modules = [module for module, _, _ in placed]
-        if list(spliced(block, place)) == modules:
-            return
-        for module in modules:
-            move_beside(module, block)
-        self._undo.append(remember_splices(block, place))
-        set_splices(block, place, modules)
-
-    def _shorten_config(self, slots: list[NewSlot]) -> None:
-        config, count = self.stack.config, self.stack.count_attribute
-        if config is None or count is None:
-            return
-        sources = [self._source(slot.module) for slot in slots]
-        for described in same_descriptions(self.stack):
-            for name, value in shortened_config(described, count, len(self.stack), sources).items():
-                if vars(described).get(name, _MISSING) != value:
-                    self._set(described, name, value)
-
-    def _source(self, module: nn.Module) -> int | None:
-        """Whose per-layer settings a block in a slot has: its own, or those of the block that it is a copy of."""
-        marked = vars(module).get(_ORIGIN, {}).get(self._token)
-        if marked is not None:
-            return int(marked)
-        origin = self._origins.get(module)
-        if origin is None:  # a copy from before the surgery, by its own number; read once, since it is renumbered
-            held = [(i, i.holder(module)) for i in self._indices]
-            said = {(getattr(h, i.name) - i.first) / i.stride for i, h in held if h is not None}
-            origin = int(said.pop()) if len(said) == 1 else -1
-            self._origins[module] = origin
-        return origin if 0 <= origin < len(self.stack) else None
-
-    def _set(self, target: Any, name: str, value: Any) -> None:
-        values = vars(target)
-        held = values.get(name, _MISSING)
-
-        def put_back() -> None:
-            if held is _MISSING:
-                values.pop(name, None)
-            else:
-                values[name] = held
-
-        self._undo.append(put_back)
-        values[name] = value
-
-    def _revert(self) -> None:
-        while self._undo:
-            self._undo[-1]()
-            self._undo.pop()
-
-    def _saver_depth(self) -> int | None:
-        """Which of the stack's ancestors is the model that is saved."""
-        return next((depth for depth, module in enumerate(self.stack.ancestors) if _saves(module)), None)
-
-    def _savers(self) -> list[nn.Module]:
-        return [m for m in self.stack.ancestors if _saves(m)]
 
     def _hold_against_truth(self, window: range, what: str) -> None:
         """Compare plain removal with the bypassed window; what will stand in its place changes nothing about that."""
         removed, before = self._layout.copy(), self._layout
         removed.give_up(window, None)
         going = before.earlier_at_end if window.stop == len(self.stack) else ()
-        truth = observe(self.stack, window, going) if _saves(self.model) else None
+        truth = observe(self.stack, window, going) if saver_depth(self.stack) == 0 else None
         if truth is None:
             return
         self._apply(removed)
@@ -487,8 +393,3 @@ class LayerSurgeon:
             raise StreamlineError("The surgeon is not open; use it in a with statement, before commit().")
         if surgeons[-1] is not self:
             raise StreamlineError("A later surgeon is open on the same model; close it first.")
-
-
-def _saves(module: nn.Module) -> bool:
-    """Whether a module is a Transformers model. Importing their class to ask costs a quarter of a second."""
-    return callable(getattr(type(module), "save_pretrained", None))

@@ -174,7 +174,6 @@ def test_a_device_map_follows_the_blocks() -> None:
     assert followed_device_map({"layers": 1, "head": 0}, "layers", old, kept) == {"layers": 1, "head": 0}
 
 
-@pytest.mark.xfail(strict=False, reason="the surgeon does not call followed_device_map yet")
 def test_the_models_device_map_follows_the_surgery_and_comes_back(tmp_path: Path) -> None:
     model = dispatched(tiny_model("llama"), tmp_path)
     before = model.hf_device_map

@@ -146,6 +146,13 @@ def test_the_stack_is_found_and_says_what_describes_it(made: Made) -> None:
     assert str(stack).endswith(f"described by {described}")
 
 
+@pytest.mark.parametrize("config", ["base", (1, 2), {"depth": BLOCKS}])
+def test_a_config_of_another_kind_is_no_config(config: object) -> None:
+    model = encoder()
+    model.config = config  # type: ignore[assignment]
+    assert str(find_stack(model)).endswith("described by no config")
+
+
 def test_what_is_recorded_is_what_the_blocks_get_and_give(made: Made) -> None:
     model, run, _, _ = made
     seen: list[tuple[Tensor, Tensor]] = []
@@ -159,7 +166,7 @@ def test_what_is_recorded_is_what_the_blocks_get_and_give(made: Made) -> None:
 
 
 def test_removing_is_bypassing_and_everything_comes_back(made: Made) -> None:
-    model, run, path, _ = made
+    model, run, path, described = made
     keys, blocks = list(model.state_dict()), list(find_stack(model).container.named_children())
     with torch.no_grad():
         before = run()
@@ -171,6 +178,7 @@ def test_removing_is_bypassing_and_everything_comes_back(made: Made) -> None:
             surgeon.remove(range(1, 3))
             torch.testing.assert_close(run(), bypassed)
             assert str(surgeon.plan).startswith(f"{path}: {BLOCKS} blocks -> {BLOCKS - 2}")
+            assert ("no configuration counts these blocks" in str(surgeon.plan)) == (described == "no config")
             names = [name.replace("4", "2") for name, _ in blocks if name.endswith(("0", "1", "4"))]
             assert list(dict(surgeon.stack.container.named_children())) == names
             assert [key for key in model.state_dict() if key.startswith(f"{path}.{names[-1]}")]
