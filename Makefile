@@ -35,6 +35,7 @@ test: $(VENV)/.stamp-test ## Run the tests and the doctests
 
 # The part of the suite that touches Transformers' insides, with the oldest version that setup.cfg admits.
 OLDEST := transformers==4.56.*
+OLDEST_NEEDS := accelerate hypothesis pytest pytest-randomly pytest-xdist
 OLDEST_TESTS := tests/surgery tests/statistics tests/evaluation tests/architectures/test_properties.py \
 	$(addprefix tests/test_,recorder.py passes.py checkpoint.py stack.py hidden_state.py)
 
@@ -43,9 +44,9 @@ oldest: $(VENV)-oldest/.stamp ## Run the core of the tests with the oldest suppo
 	$(VENV)-oldest/bin/python -m pytest $(PYTEST_PARALLEL) -m "not slow" $(OLDEST_TESTS)
 
 $(VENV)-oldest/.stamp: setup.cfg pyproject.toml $(VENV)/.stamp-venv
-	@echo "Installing .[test] with $(OLDEST) into $(VENV)-oldest."
+	@echo "Installing this library with $(OLDEST) into $(VENV)-oldest."
 	@"$(PYTHON)" -m venv --clear $(VENV)-oldest
-	@$(call with_signs_of_life,$(VENV)-oldest/bin/python -m pip install --no-warn-conflicts -e ".[test]" "$(OLDEST)")
+	@$(call with_signs_of_life,$(VENV)-oldest/bin/python -m pip install -e . "$(OLDEST)" $(OLDEST_NEEDS))
 	@touch $@
 
 lint: $(VENV)/.stamp-test ## Check style, format and types

@@ -44,7 +44,7 @@ def test_every_other_type(model_type: str) -> None:
 def test_the_table_keeps_its_promise() -> None:
     rows = TABLE["rows"].values()
     assert len(rows) == 196 and not [r["model_type"] for r in rows if wrong(r)]
-    assert sum(map(supported, rows)) >= 150
+    assert sum(map(supported, rows)) >= 165
     assert PAGE.read_text() == page(TABLE)
 
 
@@ -54,4 +54,4 @@ def test_a_row_that_gets_worse_is_noticed() -> None:
     for change in ({"first": "WRONG: removed"}, {"first": "refused"}):
         bad = {**good, "windows": {**good["windows"], **change}}
         assert worse(bad, good)
-    assert worse({**good, "states": "WRONG"}, good)
+    assert worse({**good, "states": ""}, good)
