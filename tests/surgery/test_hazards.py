@@ -7,6 +7,7 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery
+from streamline_hooks.testing import causal_model_types
 from streamline_hooks.testing import tiny_model as tiny_of_type
 
 
@@ -27,8 +28,7 @@ def _producers(model: torch.nn.Module) -> set[int]:
     return {max(k for k in range(first) if types[k] == kind) for kind in set(types[first:])}
 
 
-def test_what_nobody_looked_for_is_found_by_trying() -> None:
-    """DiffLlama bakes its number into a block; Dory loops over blocks by their numbers."""
+def test_a_block_that_its_number_is_baked_into_is_found_by_trying() -> None:
     from tests.architectures.examine import state_of
 
     model = tiny_of_type("diffllama")
@@ -39,7 +39,11 @@ def test_what_nobody_looked_for_is_found_by_trying() -> None:
         assert surgeon.check([7]) == []
         surgeon.remove([0])  # in memory it is right
     assert state_of(model) == before
-    with LayerSurgeon(tiny_of_type("dory")) as surgeon:  # runs a range of its blocks, given by number, again
+
+
+@pytest.mark.skipif("dory" not in causal_model_types(), reason="this Transformers has no Dory")
+def test_a_loop_over_blocks_by_number_is_found_by_trying() -> None:
+    with LayerSurgeon(tiny_of_type("dory")) as surgeon:
         assert [h.cause for h in surgeon.check([0])] == ["probe"]
         with pytest.raises(UnsupportedSurgery, match="other logits than with them bypassed"):
             surgeon.remove([0])
