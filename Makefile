@@ -26,7 +26,7 @@ help: ## Show this list
 
 demo: $(VENV)/.stamp-demo ## Compress SmolLM2-135M by a quarter and let the result write
 	$(BIN)/streamline-hooks compress smollm2 --remove 0.25 --output $(DEMO_MODEL) --overwrite
-	$(BIN)/streamline-hooks generate $(DEMO_MODEL) "The capital of France is"
+	$(BIN)/streamline-hooks generate $(DEMO_MODEL) "The for statement is used to"
 
 # One thread a process: the parallel tests would otherwise fight over the cores.
 test: export OMP_NUM_THREADS ?= 1
