@@ -7,6 +7,7 @@ here: other logits, a failing forward, or a cache that no longer fits.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,15 +56,17 @@ def observe(stack: BlockStack, window: range, going: Sequence[nn.Module] = ()) -
     Returns
     -------
     Truth or None
-        None where the model cannot be run on tokens alone, or does not give the same twice.
+        None where the model cannot be run on tokens alone, or does not give the same twice; a warning says so.
     """
     model = stack.model
     with _undisturbed(model):
         try:
             whole, again = _logits(model), _logits(model)
-        except Exception:
+        except _NotRun as reason:
+            _unprobed(model, f"it cannot be run on tokens alone ({reason})")
             return None
         if not _same(whole, again):
+            _unprobed(model, "it does not give the same twice")
             return None
         cached = _cache_fits(model, whole)
         kept: dict[str, Tensor] = {}
@@ -112,9 +115,9 @@ def require(truth: Truth, model: nn.Module, what: str) -> None:
     with _undisturbed(model):
         try:
             claim = _logits(model)
-        except Exception as error:
+        except _NotRun as error:
             raise UnsupportedSurgery(
-                f"{what} cannot go: without them the model fails ({type(error).__name__}: {error}). Something in it "
+                f"{what} cannot go: without them the model fails ({error}). Something in it "
                 "counts on their number or on what they leave behind. Choose others."
             ) from error
         if not _same(claim, truth.logits):
@@ -140,10 +143,10 @@ def _logits(model: Any, **more: Any) -> Tensor:
     given: dict[str, Any] = {"input_ids": ids, **more}
     if "use_cache" in inspect.signature(model.forward).parameters:
         given["use_cache"] = False
-    logits = model(**given).logits
-    if not torch.isfinite(logits).all():
-        raise FloatingPointError("the logits are not finite")
-    return logits  # type: ignore[no-any-return]
+    answer = _answer(_run(model, given))
+    if not torch.isfinite(answer).all():
+        raise _NotRun("its answer is not finite")
+    return answer
 
 
 def _cache_fits(model: Any, whole: Tensor) -> bool:
@@ -152,16 +155,44 @@ def _cache_fits(model: Any, whole: Tensor) -> bool:
     name = next((n for n in ("cache", "past_key_values") if n in inspect.signature(model.forward).parameters), None)
     if name is None or whole.shape[1] != _TOKENS:
         return False
-    try:
-        for end in range(_TOKENS - _STEPS, _TOKENS + 1):
-            piece = ids[:, :end] if cache is None else ids[:, end - 1 : end]
-            output = model(input_ids=piece, use_cache=True, **({} if cache is None else {name: cache}))
-            cache = getattr(output, name, None)
-            if cache is None or not _same(output.logits[:, -1:], whole[:, end - 1 : end]):
-                return False
-    except Exception:
-        return False
+    for end in range(_TOKENS - _STEPS, _TOKENS + 1):
+        piece = ids[:, :end] if cache is None else ids[:, end - 1 : end]
+        try:
+            output = _run(model, {"input_ids": piece, "use_cache": True, **({} if cache is None else {name: cache})})
+        except _NotRun:
+            return False
+        cache = getattr(output, name, None)
+        if cache is None or not _same(_answer(output)[:, -1:], whole[:, end - 1 : end]):
+            return False
     return True
+
+
+class _NotRun(Exception):
+    """The model, not this file, could not do something."""
+
+
+def _run(model: Any, given: dict[str, Any]) -> Any:
+    """One forward. Only what the model raises is its own failure; a fault in the probing itself must show."""
+    try:
+        return model(**given)
+    except Exception as error:
+        raise _NotRun(f"{type(error).__name__}: {error}") from error
+
+
+def _answer(output: Any) -> Tensor:
+    """The logits, or the last state of a model without a head."""
+    for name in ("logits", "last_hidden_state"):
+        answer = getattr(output, name, None)
+        if isinstance(answer, Tensor):
+            return answer
+    raise _NotRun(f"it returns a {type(output).__name__} without logits")
+
+
+def _unprobed(model: nn.Module, reason: str) -> None:
+    warnings.warn(
+        f"Removals in this {type(model).__name__} are not held against the same blocks bypassed: {reason}.",
+        stacklevel=5,
+    )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -79,6 +79,10 @@ def worse(row: dict[str, Any], committed: dict[str, Any]) -> list[str]:
     for name, said in committed["windows"].items():
         if said == "ok" and row["windows"].get(name) != "ok":
             found.append(f"{name} was ok and is {row['windows'].get(name)}: {row['reasons'].get(name, '')}")
+    # What the unmodified model no longer passes is no longer compared: a fault in a check would hide behind it.
+    found += [
+        f"{name} of its own was passed" for name, ok in committed["own"].items() if ok and not row["own"].get(name)
+    ]
     if committed["states"] == "ok" and row["states"] != "ok":
         found.append(f"recorded states were ok and are {row['states'] or 'not comparable'}")
     return found

@@ -55,3 +55,4 @@ def test_a_row_that_gets_worse_is_noticed() -> None:
         bad = {**good, "windows": {**good["windows"], **change}}
         assert worse(bad, good)
     assert worse({**good, "states": ""}, good)
+    assert worse({**good, "own": {**good["own"], "cache": False}}, good)

@@ -75,3 +75,20 @@ def test_wrapped_models_are_refused(tmp_path: object) -> None:
         destroy_process_group()
     with LayerSurgeon(model) as surgeon:
         surgeon.remove([1])
+
+
+def test_a_model_without_a_head_is_probed_too() -> None:
+    with LayerSurgeon(tiny_of_type("zaya").model) as surgeon:
+        with pytest.raises(UnsupportedSurgery, match="other logits than with them bypassed|the model fails"):
+            surgeon.remove([4])
+
+
+def test_a_model_that_cannot_be_probed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_of_type("llama")
+
+    def refuse(**given: object) -> None:
+        raise ValueError("pixels are missing")
+
+    monkeypatch.setattr(model, "forward", refuse)
+    with LayerSurgeon(model) as surgeon, pytest.warns(UserWarning, match=r"not held against .*ValueError: pixels are"):
+        surgeon.remove([1])
