@@ -1,11 +1,166 @@
-"""How many blocks a target comes to, and which windows may be given up."""
+"""What a target comes to: how many blocks, or which windows, may be given up."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+from torch import nn
 
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.evaluation.speed import Phase, measure_speed
+from streamline_hooks.selection.latency import Timer, fewest_blocks
+from streamline_hooks.selection.parameters import StandIn, parameters_by_window, parameters_of
+from streamline_hooks.stack import BlockStack, find_stack
+
+Kind = Literal["blocks", "parameters", "latency", "decode-latency"]
+_EXPECTED = (
+    "a number of blocks (8), a fraction of them (0.25 or 25%), parameters:0.25 to remove that fraction of the model's "
+    "parameters, or latency:0.8 or decode-latency:0.8 for at most that fraction of its time to the first, or to each "
+    "further, token"
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """How much is to be given up.
+
+    Attributes
+    ----------
+    amount : int or float
+        Of blocks: a number, or a fraction below 1. Of parameters: the fraction that goes. Of latency: the fraction of
+        the original's time that is left.
+    of : {"blocks", "parameters", "latency", "decode-latency"}
+        Latency is the time to the first token of a prompt, decode-latency that of each further one, both measured on
+        this machine.
+
+    Raises
+    ------
+    StreamlineError
+        If the amount of anything but blocks is not between 0 and 1. A number of blocks is held against the model's
+        by `blocks_to_remove`.
+
+    Examples
+    --------
+    >>> Target.parse("8"), str(Target.parse("latency:80%"))
+    (Target(amount=8, of='blocks'), 'latency:0.8')
+    """
+
+    amount: int | float
+    of: Kind = "blocks"
+
+    def __post_init__(self) -> None:
+        if self.of not in get_args(Kind):
+            raise StreamlineError(f"A target of {self.of!r} is unknown; expected one of {', '.join(get_args(Kind))}.")
+        if self.of != "blocks" and (isinstance(self.amount, bool) or not 0 < self.amount < 1):
+            raise StreamlineError(f"The target {self} is out of range: expected a fraction above 0 and below 1.")
+
+    def __str__(self) -> str:
+        return str(self.amount) if self.of == "blocks" else f"{self.of}:{self.amount}"
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """Read a target as it is written on a command line.
+
+        Parameters
+        ----------
+        text : str
+            ``8``, ``0.25``, ``25%``, ``parameters:0.25``, ``latency:0.8`` or ``decode-latency:0.8``.
+
+        Raises
+        ------
+        StreamlineError
+            If it is none of these; the text says what is.
+        """
+        before, colon, after = text.strip().rpartition(":")
+        kind, number = (before.strip() if colon else "blocks"), after.strip()
+        try:
+            if kind not in get_args(Kind):
+                raise ValueError
+            amount: int | float
+            if number.endswith("%"):
+                amount = float(number[:-1]) / 100
+            else:
+                amount = int(number) if number.lstrip("+-").isdigit() else float(number)
+        except ValueError:
+            raise StreamlineError(f"The target {text!r} is not understood; expected {_EXPECTED}.") from None
+        return cls(amount, cast(Kind, kind))
+
+
+def windows_for(
+    model: nn.Module,
+    target: Target | int | float | str,
+    *,
+    stack: str | None = None,
+    protected: frozenset[int] = frozenset(),
+    stand_in: StandIn = None,
+    slots: int = 0,
+    timer: Timer = measure_speed,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[range]:
+    """The windows that may be given up, each of which alone reaches the target.
+
+    Of blocks and of latency, all windows are of one length. Of parameters, it is the shortest from each start, since
+    blocks differ in size (a dense one beside mixtures of experts); what other parts of the model share stays, and
+    does not count.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    target : Target, int, float or str
+        A number or a fraction means blocks; a string is read by `Target.parse`.
+    stack : str, optional
+        Path of the stack, see `find_stack`.
+    protected : frozenset of int
+        Blocks that must stay, see `protected_blocks`.
+    stand_in : torch.nn.Module or callable, optional
+        What will stand in a window's place, or a function that makes it for a window. Its parameters are taken off
+        those that are saved (the function is called on the meta device for that), and it is timed with the rest. A
+        number of blocks does not depend on it.
+    slots : int
+        Slots that it takes, which counts where the target is a number of blocks.
+    timer : callable
+        Times models as `measure_speed` does, of which ``functools.partial`` makes one for other prompts.
+    say : callable
+        Receives a line about each measurement of a latency.
+
+    Returns
+    -------
+    list of range
+        In the order of their starts.
+
+    Raises
+    ------
+    StreamlineError
+        If the target cannot be reached; the text says what can.
+    UnsupportedSurgery
+        If a latency is asked for and the blocks cannot be taken out.
+
+    Examples
+    --------
+    >>> from streamline_hooks.testing import tiny_model
+    >>> windows_for(tiny_model("llama"), 7, protected=frozenset({0}))
+    [range(1, 8)]
+    >>> len(windows_for(tiny_model("llama"), "parameters:0.25"))
+    6
+    """
+    wanted = Target.parse(target) if isinstance(target, str) else target
+    wanted = wanted if isinstance(wanted, Target) else Target(wanted)
+    found = find_stack(model, stack)
+    if len(found) < 2:
+        raise StreamlineError(f"{found.path} has one block, and at least one must stay; nothing can be removed.")
+    if wanted.of == "blocks":
+        return windows(len(found), blocks_to_remove(wanted.amount, len(found), slots), protected)
+    if wanted.of == "parameters":
+        return _by_parameters(found, wanted, protected, stand_in)
+    phase: Phase = "prefill" if wanted.of == "latency" else "decode"
+    free = {size: _free(len(found), size, protected) for size in range(1, len(found))}
+    candidates = {size: chosen for size, chosen in free.items() if chosen}
+    if not candidates:
+        windows(len(found), 1, protected)  # raises: every block is protected
+    return free[fewest_blocks(found, wanted.amount, phase, candidates, stand_in, timer, say)]
 
 
 def blocks_to_remove(target: int | float, length: int, slots: int = 0) -> int:
@@ -91,8 +246,7 @@ def windows(length: int, size: int, protected: frozenset[int] = frozenset()) -> 
     >>> windows(4, 2, frozenset({0}))
     [range(1, 3), range(2, 4)]
     """
-    every = [range(start, start + size) for start in range(length - size + 1)]
-    free = [window for window in every if not protected & set(window)]
+    free = _free(length, size, protected)
     if not free:
         listed = ", ".join(map(str, sorted(protected))) or "none"
         raise StreamlineError(
@@ -100,3 +254,40 @@ def windows(length: int, size: int, protected: frozenset[int] = frozenset()) -> 
             "less, or protect fewer."
         )
     return free
+
+
+def _by_parameters(stack: BlockStack, target: Target, protected: frozenset[int], stand_in: StandIn) -> list[range]:
+    """From each start the shortest window whose parameters, less the stand-in's, are the wanted fraction or more."""
+    length, goes_with = len(stack), parameters_by_window(stack)
+    windows(length, 1, protected)  # raises if every block is protected
+    total = sum(p.numel() for p in stack.model.parameters())
+    wanted = target.amount * total * (1 - 1e-12)  # 0.1 of 30 is 3
+    reaching, best = [], (-math.inf, range(0))
+
+    def net(window: range) -> int:
+        return goes_with(window) - parameters_of(stand_in, window)
+
+    for start in range(length):
+        window = range(start, start)
+        while window.stop < length and window.stop not in protected and len(window) < length - 1:
+            window = range(start, window.stop + 1)
+            if goes_with(window) >= wanted and net(window) >= wanted:
+                reaching.append(window)
+                break
+        else:
+            if window:
+                best = max(best, (net(window), window), key=lambda pair: pair[0])
+    if not reaching:
+        saved, window = best
+        raise StreamlineError(
+            f"The target {target} cannot be reached: giving up blocks {window.start} to {window.stop - 1} saves "
+            f"{int(saved):,} of the model's {total:,} parameters ({saved / total:.1%}), the most of the longest runs "
+            "of unprotected blocks. What is not in the blocks (embeddings, head) stays, and what stands in their place "
+            "comes in. Remove less, or protect fewer."
+        )
+    return reaching
+
+
+def _free(length: int, size: int, protected: frozenset[int]) -> list[range]:
+    every = (range(start, start + size) for start in range(length - size + 1))
+    return [window for window in every if not protected & set(window)]

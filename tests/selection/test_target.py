@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from functools import partial
+from typing import Any
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from streamline_hooks import StreamlineError
+from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError
+from streamline_hooks.errors import UnsupportedSurgery
+from streamline_hooks.evaluation import SpeedReport, Timing, measure_speed
 from streamline_hooks.selection import blocks_to_remove, protected_blocks, windows
+from streamline_hooks.selection.target import Target, windows_for
+from streamline_hooks.testing import tiny_model as tiny_of_type
+from tests.evaluation.fake_clock import FakeClock
+from tests.tiny_models import BLOCKS, WIDTH, Nudge, repaired, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -60,3 +73,251 @@ def test_protected_blocks_out_of_range() -> None:
     assert protected_blocks([0, -1], 5) == {0, 4}
     with pytest.raises(StreamlineError, match="keep=5 is out of range: the stack has 5 blocks, 0 to 4"):
         protected_blocks([5], 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "written"),
+    [
+        ("8", Target(8), "8"),
+        ("0.25", Target(0.25), "0.25"),
+        (" 25% ", Target(0.25), "0.25"),
+        ("8.0", Target(8.0), "8.0"),
+        ("blocks:8", Target(8), "8"),
+        ("parameters:0.25", Target(0.25, "parameters"), "parameters:0.25"),
+        ("parameters: 25%", Target(0.25, "parameters"), "parameters:0.25"),
+        ("latency:0.8", Target(0.8, "latency"), "latency:0.8"),
+        ("decode-latency:80%", Target(0.8, "decode-latency"), "decode-latency:0.8"),
+    ],
+)
+def test_targets_in_words(text: str, target: Target, written: str) -> None:
+    assert Target.parse(text) == target and type(Target.parse(text).amount) is type(target.amount)
+    assert str(target) == written and Target.parse(str(target)) == target
+
+
+@pytest.mark.parametrize("text", ["", "eight", "parameters", "parameters:", ":0.5", "speed:0.5", "latency:0.5:1", "%"])
+def test_words_that_are_no_target(text: str) -> None:
+    with pytest.raises(StreamlineError, match="is not understood; expected a number of blocks .8., a fraction of them"):
+        Target.parse(text)
+
+
+@pytest.mark.parametrize("text", ["parameters:0", "parameters:1", "latency:1.2", "latency:-0.5", "latency:nan"])
+def test_fractions_out_of_range(text: str) -> None:
+    with pytest.raises(StreamlineError, match=f"{text[:5]}.* is out of range: expected a fraction above 0 and below 1"):
+        Target.parse(text)
+    with pytest.raises(StreamlineError, match="A target of 'speed' is unknown; expected one of blocks, parameters"):
+        Target(0.5, "speed")  # type: ignore[arg-type]
+
+
+def test_a_number_of_blocks() -> None:
+    model = tiny_model("llama")
+    assert windows_for(model, 2) == windows_for(model, "2") == windows_for(model, Target(2)) == windows(BLOCKS, 2)
+    assert windows_for(model, 0.5, protected=frozenset({0})) == windows(BLOCKS, 3, frozenset({0}))
+    assert windows_for(model, 2, slots=1) == windows(BLOCKS, 3)
+    with pytest.raises(StreamlineError, match="remove=6 comes to 6 of 6 blocks"):
+        windows_for(model, "6")
+    with pytest.raises(StreamlineError, match="layers has one block, and at least one must stay"):
+        windows_for(nn.ModuleDict({"layers": nn.Sequential(nn.Linear(2, 2))}), 1, stack="layers")
+
+
+def sharing() -> nn.Module:
+    """Blocks 2 and 4 have one MLP, and block 0's is the embedding's neighbour outside the stack too."""
+    model = tiny_model("llama")
+    model.model.layers[4].mlp = model.model.layers[2].mlp
+    model.model.also_here = model.model.layers[0].mlp
+    return model
+
+
+MODELS = {
+    "equal": lambda: tiny_model("llama"),
+    "dense beside experts": lambda: tiny_of_type("deepseek_v3", blocks=6),
+    "hybrid": lambda: tiny_of_type("jamba", blocks=6),
+    "shared": sharing,
+    "shared by the architecture": lambda: tiny_of_type("zamba2", blocks=6),
+    "repaired": lambda: repaired("llama"),
+    "repaired at the end": lambda: repaired("llama", range(4, 6)),
+}
+
+
+@functools.cache
+def counted(name: str) -> tuple[nn.Module, int, dict[range, int]]:
+    """A model, its parameters, and how many each window leaves, by doing it."""
+    model = MODELS[name]()
+    length = len(blocks_of(model))
+    left = {}
+    for start in range(length):
+        for stop in range(start + 1, length + 1):
+            if stop - start < length:
+                with LayerSurgeon(model, probe=False) as surgeon:
+                    surgeon.remove(range(start, stop), despite_hazards=True)
+                    left[range(start, stop)] = sum(p.numel() for p in model.parameters())
+    return model, sum(p.numel() for p in model.parameters()), left
+
+
+def blocks_of(model: nn.Module) -> Any:
+    return model.model.layers
+
+
+@pytest.mark.parametrize("name", MODELS)
+@given(data=st.data())
+def test_the_shortest_windows_that_save_the_parameters(name: str, data: st.DataObject) -> None:
+    model, total, left = counted(name)
+    length = len(blocks_of(model))
+    fraction = data.draw(st.sampled_from(sorted({(total - n) / total for n in left.values()})) | st.floats(0.01, 0.9))
+    protected = frozenset(data.draw(st.sets(st.integers(0, length - 1), max_size=2)))
+    stand_in = data.draw(st.sampled_from([None, Nudge(), LinearReplacement(WIDTH), lambda w: Nudge(2 * len(w))]))
+    expected = []
+    for start in range(length):
+        for stop in range(start + 1, length + 1):
+            window = range(start, stop)
+            added = 0
+            if stand_in is not None:
+                module = stand_in if isinstance(stand_in, nn.Module) else stand_in(window)
+                added = sum(p.numel() for p in module.parameters())
+            if (
+                window in left
+                and not protected & set(window)
+                and total - left[window] - added >= fraction * total - 1e-6
+            ):
+                expected.append(window)
+                break
+    target = Target(fraction, "parameters") if 0 < fraction < 1 else None
+    if target is None:
+        return
+    if expected:
+        assert windows_for(model, target, protected=protected, stand_in=stand_in) == expected
+    else:
+        with pytest.raises(StreamlineError, match="cannot be reached: giving up blocks|is free of the protected ones"):
+            windows_for(model, target, protected=protected, stand_in=stand_in)
+
+
+def test_blocks_of_different_sizes_make_windows_of_different_lengths() -> None:
+    model, total, left = counted("dense beside experts")
+    found = windows_for(model, Target(0.5, "parameters"))
+    assert len({len(window) for window in found}) > 1
+    assert all(total - left[window] >= 0.5 * total for window in found)
+
+
+def test_parameters_that_cannot_be_saved() -> None:
+    model, total, left = counted("equal")
+    most = total - left[range(1, BLOCKS)]
+    with pytest.raises(
+        StreamlineError,
+        match=f"parameters:0.95 cannot be reached: giving up blocks 0 to 4 saves {most:,} of the model's {total:,} "
+        rf"parameters \({most / total:.1%}\)",
+    ):
+        windows_for(model, "parameters:0.95")
+    with pytest.raises(StreamlineError, match="No run of 1 consecutive blocks among 6 is free"):
+        windows_for(model, "parameters:0.1", protected=frozenset(range(BLOCKS)))
+
+
+def test_a_stand_in_is_made_on_the_meta_device_to_be_counted() -> None:
+    devices = []
+
+    def make(window: range) -> nn.Module:
+        module = LinearReplacement(WIDTH)
+        devices.append(module.projection.weight.device.type)
+        return module
+
+    windows_for(tiny_model("llama"), "parameters:0.3", stand_in=make)
+    assert set(devices) == {"meta"}
+
+
+HEAD = 2.0
+
+
+def charged() -> tuple[nn.Module, Any]:
+    """A model whose block takes a second a token, and whose head two."""
+    model, clock = tiny_model("llama"), FakeClock()
+    for block in model.model.layers:
+        clock.charge(block.mlp, 1.0)
+    clock.charge(model.lm_head, HEAD)
+    return model, (clock, partial(measure_speed, tokens=4, new_tokens=2, repeats=1, warm_up=0, clock=clock))
+
+
+def test_latency_comes_to_the_fewest_blocks_that_reach_it() -> None:
+    model, (_, timer) = charged()
+    for count in range(1, BLOCKS):
+        for of, tokens in (("latency", 4), ("decode-latency", 1)):
+            ratio = ((BLOCKS - count) * tokens + HEAD) / (BLOCKS * tokens + HEAD)
+            said: list[str] = []
+            found = windows_for(model, Target(ratio + 0.01, of), timer=timer, say=said.append)
+            assert found == windows(BLOCKS, count), (of, count)
+            assert len(said) <= 3  # the line through what was measured leads there
+            phase = "the first token" if of == "latency" else "each further token"
+            assert any(line.startswith(f"without {count} of 6 blocks, {phase} takes {ratio:.3f} of") for line in said)
+    assert len(model.model.layers) == BLOCKS
+
+
+def test_what_stands_in_is_timed_with_the_rest() -> None:
+    model, (clock, timer) = charged()
+
+    class Slow(nn.Module):
+        def forward(self, state: torch.Tensor) -> torch.Tensor:
+            clock.now += 1.5 * state.shape[1]
+            return state
+
+    ratio = (4 * 4 + HEAD) / (6 * 4 + HEAD) + 0.01  # two blocks fewer
+    assert windows_for(model, Target(ratio, "latency"), timer=timer) == windows(BLOCKS, 2)
+    slow = Slow()
+    for stand_in in (slow, lambda window: Slow()):
+        assert windows_for(model, Target(ratio, "latency"), timer=timer, stand_in=stand_in) == windows(BLOCKS, 4)
+    with pytest.raises(StreamlineError, match="cannot be reached: without 5 of 6 blocks, the most in a row"):
+        windows_for(model, Target(0.3, "latency"), timer=timer, stand_in=slow)
+    copied = copy.deepcopy(model.model.layers[0])  # takes a slot, and a second a token
+    assert windows_for(model, Target(ratio, "latency"), timer=timer, stand_in=lambda w: copied) == windows(BLOCKS, 3)
+
+
+def test_latency_that_cannot_be_reached() -> None:
+    model, (_, timer) = charged()
+    with pytest.raises(
+        StreamlineError,
+        match="0.2 of the original's time cannot be reached: without 5 of 6 blocks, the most in a row that may go, the "
+        f"model takes {(4 + HEAD) / (24 + HEAD):.3f} of it",
+    ):
+        windows_for(model, "latency:0.2", timer=timer)
+    with pytest.raises(StreamlineError, match="without 2 of 6 blocks, the most in a row"):
+        windows_for(model, "latency:0.5", timer=timer, protected=frozenset({2, 5}))
+    with pytest.raises(StreamlineError, match="No run of 1 consecutive blocks among 6 is free"):
+        windows_for(model, "latency:0.5", timer=timer, protected=frozenset(range(BLOCKS)))
+
+
+@given(st.lists(st.floats(0.05, 1.3), min_size=BLOCKS, max_size=BLOCKS), st.floats(0.1, 0.9))
+def test_noise_ends_the_search_and_never_takes_a_number_that_missed(ratios: list[float], wanted: float) -> None:
+    """Whatever the measurements say, the answer was measured to reach the target and one block fewer to miss it."""
+    measured: dict[int, float] = {0: 1.0}
+
+    def timer(models: dict[str, Any], **options: Any) -> SpeedReport:
+        _, name = models
+        count = int(name.split()[1])
+        assert count not in measured
+        measured[count] = ratios[count]
+        times = {"original": 1.0, name: ratios[count]}
+        return SpeedReport({n: Timing((t,), (), 1, "", "", None) for n, t in times.items()}, 1, 1, 0, 1, "")
+
+    model = tiny_model("llama")
+    try:
+        count = len(windows_for(model, Target(wanted, "latency"), timer=timer)[0])
+    except StreamlineError:
+        assert measured[BLOCKS - 1] > wanted
+    else:
+        assert measured[count] <= wanted < measured[count - 1]
+
+
+def test_of_windows_that_differ_the_one_that_saves_least_is_timed() -> None:
+    model = tiny_of_type("deepseek_v3", blocks=6)
+    left = []
+
+    def timer(models: dict[str, Any], **options: Any) -> SpeedReport:
+        with models[list(models)[1]]() as shorter:
+            left.append(sum(p.numel() for p in shorter.parameters()))
+        return SpeedReport({n: Timing((1.0,), (), 1, "", "", None) for n in models}, 1, 1, 0, 1, "")
+
+    _, _, counts = counted("dense beside experts")
+    with pytest.raises(StreamlineError, match="cannot be reached"):
+        windows_for(model, "latency:0.2", timer=timer)
+    assert left[-1] == max(n for window, n in counts.items() if len(window) == 5)
+
+
+def test_blocks_that_cannot_go_cannot_be_timed() -> None:
+    with pytest.raises(UnsupportedSurgery, match="The time without 3 blocks cannot be measured: no such window can go"):
+        windows_for(tiny_of_type("zamba2", blocks=6), "latency:0.5")

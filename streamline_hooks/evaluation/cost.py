@@ -1,0 +1,230 @@
+"""What a pass will take in time and memory, told before it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from streamline_hooks.batch import Batch
+from streamline_hooks.errors import StreamlineError
+
+_FLOAT64 = 8
+_WORKING = 3  # a block's widest activation, how often it is there at once: gate, up, and their product
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a pass will take, about.
+
+    Attributes
+    ----------
+    what : str
+    tokens : int
+        Places of all batches, padding among them, which is run as well.
+    seconds : float
+    bytes : int
+        Above the model, at the most.
+    """
+
+    what: str
+    tokens: int
+    seconds: float
+    bytes: int
+
+    def __add__(self, other: Cost) -> Cost:
+        """One pass after the other: seconds add up, memory is that of the larger."""
+        return Cost(
+            f"{self.what}, {other.what}",
+            self.tokens + other.tokens,
+            self.seconds + other.seconds,
+            max(self.bytes, other.bytes),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.what}: {_thousands(self.tokens)} tokens, about {_duration(self.seconds)}, {_size(self.bytes)}"
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast the parts of a model are here, and the sizes of its states; it tells what each pass will take.
+
+    `measure_pace` makes one. The batches of a pass are looked at for their shapes alone.
+
+    Attributes
+    ----------
+    before, after : float
+        Seconds a token ahead of the first block (embedding, masks), and behind the last (final norm and head).
+    blocks : tuple of float
+        Seconds a token of each block.
+    similarity, moments, reference, divergence, likelihood : float
+        Seconds a token of the sums over all L + 1 states, of one window's moments, of the original's
+        log-probabilities, of one candidate's KL from them, and of a perplexity.
+    surgery : float
+        Seconds to take blocks out for one batch.
+    features, widest, vocabulary : int
+        Of a state, of a block's widest weight, and of the logits (0 without a head).
+    state_size, logit_size : int
+        Bytes a number.
+    """
+
+    before: float
+    blocks: tuple[float, ...]
+    after: float
+    similarity: float
+    moments: float
+    reference: float
+    divergence: float
+    likelihood: float
+    surgery: float
+    features: int
+    widest: int
+    vocabulary: int
+    state_size: int
+    logit_size: int
+
+    def rank(self, batches: Sequence[Batch | Tensor]) -> Cost:
+        """Of `measure_similarity`: every block, and no head."""
+        tokens, largest = _tokens(batches)
+        places = len(self.blocks) + 1
+        # The states of 1024 tokens in float64: one by one, stacked, and those of the tokens before.
+        sums = min(largest, 1024) * places * (3 * self.features + places) * _FLOAT64
+        kept = 2 * places * self._state(largest)  # as recorded, and without the padding
+        seconds = self.before + sum(self.blocks) + self.similarity
+        return Cost("rank", tokens, tokens * seconds, kept + max(sums, self._working(largest)))
+
+    def fit(
+        self,
+        batches: Sequence[Batch | Tensor],
+        windows: Sequence[range],
+        *,
+        shortlist: int | None = None,
+        sums: int = 1,
+    ) -> Cost:
+        """Of `measure_moments`: the blocks up to the last that a window needs, and no head.
+
+        Parameters
+        ----------
+        batches : sequence of mapping or torch.Tensor
+        windows : sequence of range
+            The windows, or those that a shortlist will be taken from.
+        shortlist : int, optional
+            How many will be taken, where it is not known which; then the last of `windows` counts as one of them.
+        sums : int
+            How many sums of each window will be in memory, those of an earlier pass (to hold out) among them.
+        """
+        tokens, largest = _tokens(batches)
+        count = _count(windows, shortlist)
+        needed = {w.start for w in windows} | {w.stop - 1 for w in windows}
+        places = min(len({k + step for k in needed for step in (0, 1)}), 4 * count)
+        seconds = self.before + sum(self.blocks[: max(needed) + 1]) + count * self.moments
+        chunk = min(largest, 4096) * 5 * self.features * _FLOAT64
+        held = sums * count * 2 * self.features**2 * _FLOAT64 + (places + 2) * self._state(largest)
+        what = f"fit {count} windows"
+        return Cost(what, tokens, tokens * seconds, held + max(chunk, self._working(largest)))
+
+    def judge(
+        self,
+        batches: Sequence[Batch | Tensor],
+        windows: Sequence[range],
+        *,
+        shortlist: int | None = None,
+        replacement: nn.Module | None = None,
+    ) -> Cost:
+        """Of `kl_of_candidates`: the whole model once, and the blocks after each window with the head.
+
+        Parameters
+        ----------
+        batches : sequence of mapping or torch.Tensor
+        windows : sequence of range
+            The windows, or those that a shortlist will be taken from.
+        shortlist : int, optional
+            How many will be taken, where it is not known which; then the mean of `windows` counts that often.
+        replacement : torch.nn.Module, optional
+            What stands in a window's place (a matrix of features × features counts by its share of a block's work).
+
+        Raises
+        ------
+        StreamlineError
+            If the model has no head.
+        """
+        self._require_head()
+        tokens, largest = _tokens(batches)
+        count = _count(windows, shortlist)
+        # The last block carries the states that have passed the stack, and is run in vain.
+        rest = sum(sum(self.blocks[w.stop :]) or self.blocks[-1] for w in windows) / len(windows)
+        stand_in = sum(p.numel() for p in replacement.parameters()) if replacement is not None else 0
+        repaired = stand_in * self._seconds_a_parameter()
+        whole = self.before + sum(self.blocks) + self.after + self.reference
+        each = self.before + rest + self.after + self.divergence + repaired
+        starts = min(len({w.start for w in windows}), count)
+        # The original's logits and their log-probabilities in float32, two candidates' logits.
+        logits = largest * self.vocabulary * (3 * self.logit_size + 4)
+        kept = starts * self._state(largest) + max(logits, self._working(largest))
+        seconds = tokens * (whole + count * each) + len(batches) * count * self.surgery
+        return Cost(f"judge {count} windows", tokens, seconds, kept)
+
+    def perplexity(self, batches: Sequence[Batch | Tensor]) -> Cost:
+        """Of `perplexity`: the whole model with its head.
+
+        Raises
+        ------
+        StreamlineError
+            If the model has no head.
+        """
+        self._require_head()
+        tokens, largest = _tokens(batches)
+        seconds = self.before + sum(self.blocks) + self.after + self.likelihood
+        logits = largest * self.vocabulary * self.logit_size
+        return Cost("perplexity", tokens, tokens * seconds, max(logits, self._working(largest)))
+
+    def _state(self, tokens: int) -> int:
+        return tokens * self.features * self.state_size
+
+    def _working(self, tokens: int) -> int:
+        return _WORKING * tokens * self.widest * self.state_size
+
+    def _seconds_a_parameter(self) -> float:
+        """Of a dense matrix: as the head's, which is one."""
+        return self.after / (self.features * self.vocabulary)
+
+    def _require_head(self) -> None:
+        if not self.vocabulary:
+            raise StreamlineError("The model returned no logits when it was timed; give one with its LM head.")
+
+
+def shape_of(batch: Batch | Tensor) -> tuple[int, int]:
+    """Sequences and places of a batch of tokens."""
+    first = batch if isinstance(batch, Tensor) else batch.get("input_ids")
+    if first is None or first.ndim != 2:
+        raise StreamlineError("A cost is told of batches of tokens: give input_ids of shape (batch, tokens).")
+    return first.shape[0], first.shape[1]
+
+
+def _tokens(batches: Sequence[Batch | Tensor]) -> tuple[int, int]:
+    """The places of all batches, and of the largest."""
+    sizes = [rows * width for rows, width in map(shape_of, batches)]
+    if not sizes:
+        raise StreamlineError("There is no batch; give those that the pass would run.")
+    return sum(sizes), max(sizes)
+
+
+def _count(windows: Sequence[range], shortlist: int | None) -> int:
+    if not windows or (shortlist is not None and shortlist < 1):
+        raise StreamlineError(f"Got {len(windows)} windows and shortlist={shortlist}; expected one or more.")
+    return len(windows) if shortlist is None else min(shortlist, len(windows))
+
+
+def _thousands(count: int) -> str:
+    return f"{count / 1000:.0f}k" if count >= 1000 else str(count)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _size(count: int) -> str:
+    return (f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB") + " above the model"
