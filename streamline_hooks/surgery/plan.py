@@ -16,10 +16,13 @@ class Slot:
         The block it is, in the numbering before the surgery; None for a block that was put in.
     module : str
         Its class.
+    silenced : tuple of {"attention", "mlp"}
+        Its branches that add nothing any more.
     """
 
     source: int | None
     module: str
+    silenced: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,15 @@ class SurgeryPlan:
         """The new number of each old block that is still there."""
         return {slot.source: new for new, slot in enumerate(self.slots) if slot.source is not None}
 
+    @property
+    def silenced(self) -> dict[int, tuple[str, ...]]:
+        """The silenced branches of each old block that has any and is still there."""
+        return {slot.source: slot.silenced for slot in self.slots if slot.source is not None and slot.silenced}
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values."""
-        return {**asdict(self), "removed": list(self.removed)}
+        silenced = [[k, branch] for k, branches in self.silenced.items() for branch in branches]
+        return {**asdict(self), "removed": list(self.removed), "silenced": silenced}
 
     def __str__(self) -> str:
         lines = [f"{self.stack}: {self.old_length} blocks -> {len(self.slots)}"]
@@ -97,7 +106,8 @@ class SurgeryPlan:
                     lines.append(f"        -> {splice.module}{stands}")
             if slot is not None:
                 old = "   new" if slot.source is None else f"{slot.source:6d}"
-                lines.append(f"{old}  -> {new}")
+                without = f" without {' and '.join(slot.silenced)}" if slot.silenced else ""
+                lines.append(f"{old}  -> {new}{without}")
         if self.removed:
             lines.append("removed: " + ", ".join(map(str, self.removed)))
         if not self.described:

@@ -1,0 +1,108 @@
+"""Score each block's attention and MLP from their own inputs and outputs, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from streamline_hooks.batch import Batch, prepare, real_tokens
+from streamline_hooks.branch_states import reading_branches
+from streamline_hooks.branches import Branch, Branches
+from streamline_hooks.errors import UnsupportedSurgery
+from streamline_hooks.hidden_state import token_mask
+from streamline_hooks.passes import inference, progress
+from streamline_hooks.recorder import HiddenStateRecorder
+from streamline_hooks.statistics.branches import BranchScores
+from streamline_hooks.surgery.silence import branches_of
+
+
+def measure_branches(
+    model: nn.Module,
+    batches: Sequence[Batch | Tensor],
+    blocks: Iterable[int] | None = None,
+    *,
+    stack: str | None = None,
+    probe: Batch | Tensor | None = None,
+) -> BranchScores:
+    """Measure how much attention and MLP of each block change the state.
+
+    The branches are first found on a few tokens, at the cost of about fifteen forwards of these; the pass then ends
+    after the last block that is measured.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    batches : sequence of mapping or torch.Tensor
+        What the model's forward takes.
+    blocks : iterable of int, optional
+        Which to measure; by default all that have the usual two residual branches, and the others' rows stay NaN.
+    stack : str, optional
+        Path of the stack, see `find_stack`.
+    probe : mapping or torch.Tensor, optional
+        What to find the branches on in a model that cannot be run on tokens alone, without padding.
+
+    Returns
+    -------
+    BranchScores
+
+    Raises
+    ------
+    UnsupportedSurgery
+        If a block that was asked for, or each of them all, has not two branches that can be read; the text says why.
+    StreamlineError
+        If a state is not finite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(
+    ...     LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
+    ... )
+    >>> measure_branches(model, [torch.arange(6)[None]]).magnitude.shape
+    torch.Size([3, 2])
+    """
+    stacked = HiddenStateRecorder(model, blocks, stack=stack)  # which also says what is wrong with `blocks`
+    found = _readable(branches_of(stacked.stack, stacked.blocks, probe), all_of_them=blocks is not None)
+    record = HiddenStateRecorder(model, [max(found)], inputs=False, stop=True, stack=stack)
+    scores = BranchScores(len(record.stack))
+    mask: Tensor | None = None
+
+    def receive(k: int, branch: Branch, before: Tensor, after: Tensor) -> None:
+        scores.update(k, branch, before, after, token_mask(before, mask))
+
+    total = sum(_tokens(batch) for batch in batches)
+    measured = {k: record.stack[k] for k in found}
+    cost = f"branches: {len(found)} of {len(record.stack)} blocks"
+    with inference(model), record, reading_branches(measured, found, receive), progress(total, cost) as bar:
+        for batch in batches:
+            record.clear()
+            given = prepare(model, batch)
+            mask = real_tokens(given)
+            record(**given)
+            bar.update(_tokens(batch))
+    return scores
+
+
+def _readable(found: dict[int, Branches | UnsupportedSurgery], all_of_them: bool) -> dict[int, Branches]:
+    readable: dict[int, Branches] = {}
+    reasons: dict[int, str] = {}
+    for k, branches in found.items():
+        if isinstance(branches, UnsupportedSurgery):
+            reasons[k] = str(branches)
+        elif not branches.taps:
+            reasons[k] = "No submodule of it is given the state between its branches."
+        else:
+            readable[k] = branches
+    if reasons and (all_of_them or not readable):
+        k, reason = next(iter(reasons.items()))
+        raise UnsupportedSurgery(f"The branches of block {k} cannot be measured. {reason}", "branches")
+    return readable
+
+
+def _tokens(batch: Batch | Tensor) -> int:
+    if isinstance(batch, Tensor):
+        return batch.numel()
+    mask = real_tokens(batch)
+    return int(mask.sum()) if isinstance(mask, Tensor) else next(iter(batch.values())).numel()
