@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,14 +12,24 @@ from torch import nn
 from streamline_hooks.offload import followed_device_map
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery.capture import forget_capture_hooks, lend_capture_hooks, next_hook_id
+from streamline_hooks.surgery.copies import find_copies, renumbered_paths
 from streamline_hooks.surgery.layout import NewSlot, Placed, names_of
+from streamline_hooks.surgery.per_layer_weights import find_per_layer_weights
 from streamline_hooks.surgery.placement import move_beside
-from streamline_hooks.surgery.renumber import find_index_attributes, same_descriptions, shortened_config
+from streamline_hooks.surgery.renumber import (
+    INDEX_NAMES,
+    KEY_SHARING,
+    find_index_attributes,
+    same_descriptions,
+    shortened_config,
+)
 from streamline_hooks.surgery.saving import SavingRefused, savers
+from streamline_hooks.surgery.silence import StandIn, Zeros
 from streamline_hooks.surgery.splice import AFTER, BEFORE, Place, remember_splices, set_splices, spliced
 
 ORIGIN = "_streamline_hooks_origin"
 _MISSING = object()
+_NONE: Mapping[int, Zeros] = MappingProxyType({})
 
 
 class Edits:
@@ -51,7 +62,7 @@ class Edits:
         self.revert()
         forget_capture_hooks(self.stack.model, self._first_hook)
 
-    def lay_out(self, slots: list[NewSlot], at_end: list[Placed]) -> None:
+    def lay_out(self, slots: list[NewSlot], at_end: list[Placed], silenced: Mapping[int, Zeros] = _NONE) -> None:
         """Make the model have these slots, with what runs before each and after the last.
 
         Parameters
@@ -59,6 +70,8 @@ class Edits:
         slots : list of NewSlot
         at_end : list of Placed
             As `Layout.arrange` gives them. The model is as it was before any change.
+        silenced : mapping of int to zeros
+            What stands in the place of output projections, by the block's number before the surgery.
         """
         container = self.stack.container
         forget_capture_hooks(self.stack.model, self._first_hook)
@@ -81,13 +94,21 @@ class Edits:
                     self._set(holder, index.name, index.of(k))
             self._splice(slot.module, BEFORE, slot.before)
             self._splice(slot.module, AFTER, at_end if k == len(slots) - 1 else [])
-            if slot.module not in self.stack.blocks:
+            if slot.module in self.stack.blocks:
+                for path, zeros in silenced.get(self.stack.blocks.index(slot.module), {}).items():
+                    self._stand_in(slot.module, path, zeros)
+            else:
                 move_beside(slot.module, self.stack.blocks[0])
                 self._undoing += [h.remove for h in lend_capture_hooks(self.stack.blocks[0], slot.module)]
         self._shorten_config(slots)
         self._follow_device_map([name for name, _ in original], names, slots)
         for owner in savers(self.stack):
             self._set(owner, "save_pretrained", SavingRefused(owner))
+
+    def _stand_in(self, block: nn.Module, path: str, zeros: nn.Parameter) -> None:
+        stand_in = StandIn(block, path, zeros)
+        self._undoing.append(stand_in.put_back)
+        stand_in.put_in()
 
     def _splice(self, block: nn.Module, place: Place, placed: list[Placed]) -> None:
         modules = [module for module, _, _ in placed]
@@ -103,10 +124,40 @@ class Edits:
         if config is None or count is None:
             return
         sources = [self.source(slot.module) for slot in slots]
+        length = len(self.stack)
         for described in same_descriptions(self.stack):
-            for name, value in shortened_config(described, count, len(self.stack), sources).items():
-                if vars(described).get(name, _MISSING) != value:
-                    self._set(described, name, value)
+            values = shortened_config(described, count, length, sources)
+            new = {name: value for name, value in values.items() if vars(described).get(name, _MISSING) != value}
+            if described is config and new:
+                self._follow_outside_the_config(new, [0 if source is None else source for source in sources])
+            for name, value in new.items():
+                self._set(described, name, value)
+        self._follow_key_sharing(slots)
+
+    def _follow_key_sharing(self, slots: list[NewSlot]) -> None:
+        """A block whose last reader went keeps its keys for nobody (Gemma 3n, Gemma 4)."""
+        modes = getattr(self.stack.config, KEY_SHARING, None) or []
+        for slot, mode in zip(slots, modes, strict=False):
+            for module in slot.module.modules():
+                if vars(module).get("store_full_length_kv", mode == "store") != (mode == "store"):
+                    self._set(module, "store_full_length_kv", mode == "store")
+
+    def _follow_outside_the_config(self, new: dict[str, Any], sources: list[int]) -> None:
+        """Take what modules keep by a block's number along: copies, paths of tied weights, weights cut by block."""
+        old = {name: vars(self.stack.config)[name] for name in new}
+        for module, name, value in [
+            *find_copies(self.stack, old, new, sources),
+            *renumbered_paths(self.stack, sources),
+        ]:
+            self._set(module, name, value)
+        length = len(self.stack)
+        if sources == list(range(length)):
+            return
+        for weight in find_per_layer_weights(self.stack):
+            size = getattr(weight.module, weight.size)
+            self._set(weight.module, weight.size, size // length * len(sources))
+            for name, parameter in weight.chosen(length, sources).items():
+                self._put(weight.module._parameters, name, parameter)
 
     def _follow_device_map(self, old: list[str], new: list[str], slots: list[NewSlot]) -> None:
         sources = [self.source(slot.module) for slot in slots]
@@ -133,8 +184,37 @@ class Edits:
             self._origins[module] = origin
         return origin if 0 <= origin < len(self.stack) else None
 
+    def numbers_that_compute(self, right: Callable[[], bool]) -> list[str]:
+        """The names of the attributes that, left as they were before the surgery, make a wrong model right.
+
+        Parameters
+        ----------
+        right : callable
+            Says whether the model, as it is laid out now, gives what it must.
+        """
+        names = list(dict.fromkeys(index.name for index in self.indices))
+        found = [name for name in names if self._with_old_numbers([name], right)]
+        if found or not self._with_old_numbers(names, right):
+            return found
+        return [name for name in names if name not in INDEX_NAMES] or names
+
+    def _with_old_numbers(self, names: Sequence[str], right: Callable[[], bool]) -> bool:
+        done = len(self._undoing)
+        for block in self.stack.container.children():
+            number = self.source(block)
+            for index in self.indices:
+                holder = index.holder(block)
+                if index.name in names and number is not None and holder is not None:
+                    self._set(holder, index.name, index.of(number))
+        try:
+            return right()
+        finally:
+            self.revert(done)
+
     def _set(self, target: Any, name: str, value: Any) -> None:
-        values = vars(target)
+        self._put(vars(target), name, value)
+
+    def _put(self, values: dict[str, Any], name: str, value: Any) -> None:
         held = values.get(name, _MISSING)
 
         def put_back() -> None:
@@ -146,8 +226,8 @@ class Edits:
         self._undoing.append(put_back)
         values[name] = value
 
-    def revert(self) -> None:
-        """Take every change back. Each step can be done twice, so that an interruption can be followed by another."""
-        while self._undoing:
+    def revert(self, to: int = 0) -> None:
+        """Take the changes after the first few back. Each step can be done twice, so that one can be interrupted."""
+        while len(self._undoing) > to:
             self._undoing[-1]()
             self._undoing.pop()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 from torch import nn
 
 from streamline_hooks.stack import BlockStack
+from streamline_hooks.surgery.per_layer_weights import obstacle
+from streamline_hooks.surgery.renumber import KEY_SHARING, shortened_config
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ def find_hazards(stack: BlockStack, window: range) -> list[Hazard]:
     list of Hazard
         Empty where nothing is known against it.
     """
-    causes = (_shared_blocks, _shared_keys, _position_bias, _per_layer_embeddings)
+    causes = (_shared_blocks, _shared_keys, _position_bias, _per_layer_embeddings, _derived_settings)
     found = [hazard for cause in causes for hazard in cause(stack, window)]
     return [*found, *find_numbering_hazards(stack, window.start)]
 
@@ -74,7 +78,7 @@ def _shared_blocks(stack: BlockStack, window: range) -> Iterator[Hazard]:
 
 
 def _shared_keys(stack: BlockStack, window: range) -> Iterator[Hazard]:
-    """The last blocks attend to keys that an earlier block produced (Gemma 3n, Gemma 4)."""
+    """The last blocks attend to keys that an earlier block produced (Gemma 3n, Gemma 4): it cannot go before them."""
     shared = getattr(stack.config, "num_kv_shared_layers", 0) or 0
     if not 0 < shared < len(stack):
         return
@@ -82,12 +86,10 @@ def _shared_keys(stack: BlockStack, window: range) -> Iterator[Hazard]:
     kinds = getattr(stack.config, "layer_types", None) or ["attention"] * len(stack)
     for kind in sorted(set(kinds)):
         producers = [k for k in range(first) if kinds[k] == kind]
-        readers = [k for k in range(first, len(stack)) if kinds[k] == kind]
-        if producers and readers and (producers[-1] in window or set(readers) & set(window)):
-            yield Hazard(
-                "shared-keys",
-                f"block {producers[-1]} produces the keys that {readers[0]} to {readers[-1]} share",
-            )
+        readers = [k for k in range(first, len(stack)) if kinds[k] == kind and k not in window]
+        if producers and readers and producers[-1] in window:
+            span = f"{readers[0]} to {readers[-1]} share" if len(readers) > 1 else f"{readers[0]} reads"
+            yield Hazard("shared-keys", f"block {producers[-1]} produces the keys that {span}")
 
 
 def _position_bias(stack: BlockStack, window: range) -> Iterator[Hazard]:
@@ -99,12 +101,40 @@ def _position_bias(stack: BlockStack, window: range) -> Iterator[Hazard]:
 
 
 def _per_layer_embeddings(stack: BlockStack, window: range) -> Iterator[Hazard]:
-    """Each block reads its own slice of one large embedding, cut by the number of blocks (Gemma 3n, Gemma 4)."""
-    if getattr(stack.config, "hidden_size_per_layer_input", None):
-        yield Hazard(
-            "per-layer-embeddings",
-            f"the model's embedding has a part for each of its {len(stack)} blocks, and would be read at other places",
-        )
+    """Each block reads its own slice of one large embedding, and the slices cannot be picked anew."""
+    reason = obstacle(stack)
+    if reason is not None:
+        yield Hazard("per-layer-embeddings", reason)
+
+
+def _derived_settings(stack: BlockStack, window: range) -> Iterator[Hazard]:
+    """A list with one entry a block that the configuration derives from a period, and so cannot hold what is left."""
+    config, count = stack.config, stack.count_attribute
+    if config is None or count is None:
+        return
+    kept = [k for k in range(len(stack)) if k not in window]
+    shorter = copy.copy(config)
+    vars(shorter).update(shortened_config(config, count, len(stack), kept))
+    for name, member in inspect.getmembers(type(config), lambda m: isinstance(m, property)):
+        now, then = (_value(member, c) for c in (config, shorter))
+        if not isinstance(now, list) or len(now) != len(stack) or name in vars(config) or name == KEY_SHARING:
+            continue
+        wanted = [now[k] for k in kept]
+        wrong = next((k for k, (a, b) in enumerate(zip(wanted, then or [], strict=False)) if a != b), None)
+        if wrong is not None:
+            yield Hazard(
+                "derived-settings",
+                f"{type(config).__name__} derives {name} from other settings, by which block {kept[wrong]} as number "
+                f"{wrong} would be {then[wrong]!r} and not {wanted[wrong]!r}",
+            )
+            return
+
+
+def _value(member: Any, config: Any) -> Any:
+    try:
+        return member.fget(config)
+    except Exception:  # a property may need what this configuration has not
+        return None
 
 
 def _scale_by_number(stack: BlockStack, first: int) -> Iterator[Hazard]:

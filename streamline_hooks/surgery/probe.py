@@ -22,6 +22,7 @@ from streamline_hooks.hidden_state import read_input, read_output, write_output
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery.splice import AFTER, run_after, run_before, spliced
 
+CACHE = "decoding with a cache no longer equals the full forward"
 _ROWS, _TOKENS, _STEPS = 2, 8, 2
 _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # relative; 1e-4 for anything wider
 
@@ -59,9 +60,9 @@ def observe(stack: BlockStack, window: range, going: Sequence[nn.Module] = ()) -
         None where the model cannot be run on tokens alone, or does not give the same twice; a warning says so.
     """
     model = stack.model
-    with _undisturbed(model):
+    with undisturbed(model):
         try:
-            whole, again = _logits(model), _logits(model)
+            whole, again = logits_of_probe(model), logits_of_probe(model)
         except _NotRun as reason:
             _unprobed(model, f"it cannot be run on tokens alone ({reason})")
             return None
@@ -85,11 +86,12 @@ def observe(stack: BlockStack, window: range, going: Sequence[nn.Module] = ()) -
             stack[window.stop - 1].register_forward_hook(leave),
         ]
         try:
-            logits = _logits(model)
+            logits = logits_of_probe(model)
             if "state" not in kept:
                 raise UnsupportedSurgery(
                     f"Block {window.start} cannot go: a forward of tokens alone does not run it, so that nothing shows "
-                    "whether the model is right without it. Choose others."
+                    "whether the model is right without it. Choose others.",
+                    "not-run",
                 )
             return Truth(logits, cached)
         finally:
@@ -97,39 +99,34 @@ def observe(stack: BlockStack, window: range, going: Sequence[nn.Module] = ()) -
                 handle.remove()
 
 
-def require(truth: Truth, model: nn.Module, what: str) -> None:
-    """Raise unless a model gives what it must, with a cache as without.
+def shortfall(truth: Truth, model: nn.Module) -> str | None:
+    """What a model does otherwise than it must, with a cache or without; None where it is right.
 
     Parameters
     ----------
     truth : Truth
     model : torch.nn.Module
         After the surgery.
-    what : str
-        The blocks that went, for the text.
-
-    Raises
-    ------
-    UnsupportedSurgery
     """
-    with _undisturbed(model):
+    with undisturbed(model):
         try:
-            claim = _logits(model)
+            claim = logits_of_probe(model)
         except _NotRun as error:
-            raise UnsupportedSurgery(
-                f"{what} cannot go: without them the model fails ({error}). Something in it "
-                "counts on their number or on what they leave behind. Choose others."
-            ) from error
+            return f"the model fails ({error})"
         if not _same(claim, truth.logits):
-            raise UnsupportedSurgery(
-                f"{what} cannot go: without them the model gives other logits than with them bypassed. Something in "
-                "it counts on a block's number or on what those blocks leave behind. Choose others."
-            )
+            return "the model gives other logits than with them bypassed"
         if truth.cached and not _cache_fits(model, claim):
-            raise UnsupportedSurgery(
-                f"{what} cannot go: without them decoding with a cache no longer equals the full forward. The cache "
-                "counts on a block's number or kind. Choose others."
-            )
+            return CACHE
+        return None
+
+
+def gives(truth: Truth, model: nn.Module) -> bool:
+    """Whether a model's full forward gives the truth."""
+    with undisturbed(model):
+        try:
+            return _same(logits_of_probe(model), truth.logits)
+        except _NotRun:
+            return False
 
 
 def _tokens(model: Any) -> Tensor:
@@ -138,7 +135,8 @@ def _tokens(model: Any) -> Tensor:
     return (numbers % max(vocabulary - 4, 1) + min(3, vocabulary - 1)).view(_ROWS, _TOKENS).to(device_of(model))
 
 
-def _logits(model: Any, **more: Any) -> Tensor:
+def logits_of_probe(model: Any, **more: Any) -> Tensor:
+    """What a model says to the tokens of the probe, without a cache."""
     ids = _tokens(model)
     given: dict[str, Any] = {"input_ids": ids, **more}
     if "use_cache" in inspect.signature(model.forward).parameters:
@@ -201,7 +199,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run without gradients, without dropout, unseen by hooks, and leave the random numbers as they were."""
     training = [module for module in model.modules() if module.training]
     stashed: list[tuple[dict[int, Any], dict[int, Any]]] = []

@@ -58,12 +58,17 @@ def verify_rebuild(
     """
     try:
         saved = json.loads(json.dumps(config.to_dict(), default=str))
+        described = type(config).from_dict(saved)
+        _compare_lists(config, described)
         with _no_memory_for_parameters(blocks):
-            rebuilt = model_class(type(config).from_dict(saved))
+            rebuilt = model_class(described)
+    except UnsupportedSurgery:
+        raise
     except Exception as error:
         raise UnsupportedSurgery(
             f"{model_class.__name__} cannot be built from the shortened configuration, so that a checkpoint of it "
-            f"would not load: {error}"
+            f"would not load: {error}",
+            "configuration",
         ) from error
     _compare_keys(model, rebuilt)
     for number, (ours, theirs) in enumerate(zip(blocks, find_stack(rebuilt, path).blocks, strict=True)):
@@ -71,7 +76,8 @@ def verify_rebuild(
             raise UnsupportedSurgery(
                 f"Block {number} of the shortened model would come back from a checkpoint as another one: "
                 f"{where or 'the block'} {difference}. The class builds it from its number or from the configuration; "
-                "choose other blocks, or keep the surgery in memory (leave the context open, without commit)."
+                "choose other blocks, or keep the surgery in memory (leave the context open, without commit).",
+                "built-from-number",
             )
 
 
@@ -86,6 +92,22 @@ def _no_memory_for_parameters(blocks: Sequence[nn.Module]) -> AbstractContextMan
     return nullcontext()
 
 
+def _compare_lists(ours: Any, theirs: Any) -> None:
+    """A configuration class may insist on something, such as full attention in the last block (Gemma 4)."""
+    values = vars(ours.get_text_config(decoder=True))
+    for name, value in vars(theirs.get_text_config(decoder=True)).items():
+        before = values.get(name)
+        if isinstance(value, list) and isinstance(before, (list, tuple)) and len(value) == len(before):
+            for number, (old, new) in enumerate(zip(before, value, strict=True)):
+                if _is_simple(old) and old != new:
+                    raise UnsupportedSurgery(
+                        f"A checkpoint of the shortened model would come back as another one: {type(theirs).__name__} "
+                        f"turns {name}[{number}] from {old!r} into {new!r}. Choose other blocks, or keep the surgery "
+                        "in memory (leave the context open, without commit).",
+                        "configuration",
+                    )
+
+
 def _compare_keys(model: nn.Module, rebuilt: nn.Module) -> None:
     def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
         entries = module.state_dict().items()
@@ -97,7 +119,8 @@ def _compare_keys(model: nn.Module, rebuilt: nn.Module) -> None:
             raise UnsupportedSurgery(
                 f"A checkpoint of the shortened model would not load: {key} has the shape {ours.get(key, 'missing')} "
                 f"in the model and {theirs.get(key, 'missing')} in what {type(rebuilt).__name__} builds from the "
-                "shortened configuration."
+                "shortened configuration.",
+                "built-from-number",
             )
 
 

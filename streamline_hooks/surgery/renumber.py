@@ -22,9 +22,12 @@ _ENOUGH_BLOCKS = 3
 _NOT_PER_BLOCK = ("token_id", "architectures", "bad_words", "_ids", "languages", "kernel", "image", "mrope_section")
 
 # Attributes that speak of blocks by number: how many of the first ones are built otherwise, which one is the last
-# to be built otherwise, and which ones are.
+# to be built otherwise, how many of the last ones are, and which ones are.
 _LEADING_COUNTS = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
 _LAST_NUMBERS = ("moe_layer_end_index",)
+_TRAILING_COUNTS = ("num_kv_shared_layers",)
+# Derived from that: which blocks' keys later ones read; `shared-keys` in hazards.py, and Edits, know what it means.
+KEY_SHARING = "kv_sharing_modes"
 _BLOCK_NUMBERS = (
     "attn_layer_indices",
     "cross_attention_layers",
@@ -174,6 +177,8 @@ def shortened_config(config: Any, count_attribute: str, length: int, sources: Se
             new[name] = sum(source < value for source in origins)
         elif name in _LAST_NUMBERS and isinstance(value, int) and value >= 0:
             new[name] = sum(source <= value for source in origins) - 1
+        elif name in _TRAILING_COUNTS and isinstance(value, int):
+            new[name] = sum(source >= length - value for source in origins)
         elif name in _DEPTH_SCALES and isinstance(value, (int, float)):
             new[name] = value * math.sqrt(len(origins) / length)
         elif name in _PATTERNS and isinstance(value, (list, tuple)):

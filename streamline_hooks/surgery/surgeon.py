@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import operator
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
+from streamline_hooks.batch import Batch
+from streamline_hooks.branches import Branch
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery import committed
+from streamline_hooks.surgery.diagnosis import diagnose
 from streamline_hooks.surgery.edits import ORIGIN, Edits
 from streamline_hooks.surgery.hazards import Hazard, find_hazards, find_numbering_hazards
 from streamline_hooks.surgery.layout import Layout, require_module, window_of
 from streamline_hooks.surgery.placement import follow, placement
 from streamline_hooks.surgery.plan import Slot, Splice, SurgeryPlan
-from streamline_hooks.surgery.probe import observe, require
+from streamline_hooks.surgery.probe import CACHE, gives, logits_of_probe, observe, shortfall, undisturbed
 from streamline_hooks.surgery.saving import saver_depth, savers
+from streamline_hooks.surgery.silence import Zeros, find_zeros, observe_silenced, require_branch
 from streamline_hooks.wrapping import refuse_compiled, refuse_wrapped
 
 _open: WeakKeyDictionary[nn.Module, list[LayerSurgeon]] = WeakKeyDictionary()  # by container
@@ -84,6 +88,7 @@ class LayerSurgeon:
         refuse_wrapped(self.model)
         self.stack = self._find()
         self._layout = Layout(list(self.stack.blocks))
+        self._silenced: dict[int, dict[Branch, Zeros]] = {}
         self._plan: SurgeryPlan | None = None
         self._placement = [placement(block) for block in self.stack.blocks]
         self._token = uuid.uuid4().hex  # a pickled block carries it into other processes
@@ -251,6 +256,54 @@ class LayerSurgeon:
         self._apply(layout)
         return module
 
+    def silence(self, k: int, branch: str, *, batch: Batch | Tensor | None = None) -> None:
+        """Let one residual branch of a block add nothing any more.
+
+        The branch's output projections are at zero (in a mixture, those of all experts); the block keeps its slot,
+        and the checkpoint is a plain one. What is silent already stays so.
+
+        Parameters
+        ----------
+        k : int
+            The block, in the numbering when the surgeon opened.
+        branch : {"attention", "mlp"}
+            "attention" is whatever mixes tokens, such as linear attention, a convolution or a state space.
+        batch : mapping or torch.Tensor, optional
+            What to run a model on that cannot be run on tokens alone, without padding.
+
+        Raises
+        ------
+        UnsupportedSurgery
+            If the block has not the usual two residual branches, if a projection is a part of something else too, or
+            if the model gives something else than without what the branch adds.
+        StreamlineError
+            If there is no such block or branch, or the block is gone.
+        """
+        self._require_open()
+        k, name = operator.index(k), require_branch(branch)
+        if not 0 <= k < len(self.stack):
+            raise StreamlineError(
+                f"silence({k!r}, ...) is out of range: the stack had {len(self.stack)} blocks, 0 to "
+                f"{len(self.stack) - 1}, when the surgeon opened."
+            )
+        block = self.stack[k]
+        if k not in self._current_plan().kept:
+            raise StreamlineError(f"Block {k} cannot be silenced: it is gone already.")
+        if name in self._silenced.get(k, {}):
+            return
+        zeros = find_zeros(self.stack, k, name, batch)
+        truth = observe_silenced(self.model, block, zeros) if self._probe and saver_depth(self.stack) == 0 else None
+        before = self._silenced
+        self._apply(self._layout, {**before, k: {**before.get(k, {}), name: zeros}})
+        wrong = shortfall(truth, self.model) if truth is not None else None
+        if wrong:
+            self._apply(self._layout, before)
+            raise UnsupportedSurgery(
+                f"The {name} branch of block {k} cannot be silenced: with its output projections at zero {wrong}. "
+                "Choose another one.",
+                "probe",
+            )
+
     def check(self, window: Iterable[int]) -> list[Hazard]:
         """Name what speaks against giving up a window, and leave the model as it is.
 
@@ -262,8 +315,13 @@ class LayerSurgeon:
         Returns
         -------
         list of Hazard
-            Known causes first; else ``"probe"`` where the shorter model gives something else than the bypassed one,
-            and ``"rebuild"`` where it is right in memory but would come back from a checkpoint as another model.
+            What is known from looking at the model: ``"tied-blocks"``, ``"shared-keys"``, ``"position-bias"``,
+            ``"per-layer-embeddings"``, ``"derived-settings"``, ``"scale-by-number"``. Else, where the shorter model
+            gives something else than the bypassed one, what explains it: ``"number-computes"``,
+            ``"looped-blocks"``, ``"split-blocks"``, ``"side-state"``, ``"attributes-read"``,
+            ``"absolute-numbers"``, ``"cache"``, ``"not-run"``, or ``"probe"`` where nothing does. Else, where it is
+            right in memory but would come back from a checkpoint as another model, ``"built-from-number"`` or
+            ``"configuration"``.
         """
         self._require_open()
         chosen = window_of(window, len(self.stack))
@@ -273,14 +331,13 @@ class LayerSurgeon:
         layout, before = self._layout.copy(), self._layout
         layout.give_up(chosen, None)
         try:
-            self._hold_against_truth(chosen, "these blocks")
+            self._hold_against_truth(chosen, "These blocks")
             self._apply(layout)
             depth = saver_depth(self.stack)
             if depth is not None:
                 committed.prepare_to_settle(self.stack, depth, self._current_plan(), self._edits.indices, {})
         except UnsupportedSurgery as error:
-            cause = "probe" if "cannot go: " in str(error) else "rebuild"
-            return [Hazard(cause, str(error).removeprefix("these blocks cannot go: "))]
+            return [Hazard(error.cause, str(error).removeprefix("These blocks cannot go: "))]
         finally:
             self._apply(before)
         return []
@@ -300,10 +357,14 @@ class LayerSurgeon:
         return SurgeryPlan(
             self.stack.path,
             len(self.stack),
-            tuple(Slot(number.get(id(s.module)), type(s.module).__name__) for s in slots),
+            tuple(self._slot(number.get(id(s.module)), s.module) for s in slots),
             tuple(splices),
             described=self.stack.config is not None,
         )
+
+    def _slot(self, source: int | None, module: nn.Module) -> Slot:
+        silenced = self._silenced.get(source, {}) if source is not None else {}
+        return Slot(source, type(module).__name__, tuple(sorted(silenced)))
 
     def commit(self, **notes: Any) -> SurgeryPlan:
         """Make the surgery permanent.
@@ -343,28 +404,33 @@ class LayerSurgeon:
             self._sign_off()
             self._edits.forget()
             self.stack = find_stack(self.model, self.stack.path)  # let go of the blocks that are gone
-            self._layout = Layout(list(self.stack.blocks))
+            self._layout, self._silenced = Layout(list(self.stack.blocks)), {}
         return plan
 
     # How it is done: every operation changes the layout, and the model is taken back to the original and laid out
     # anew. Each change to the model first puts its own undoing on the list.
 
-    def _apply(self, layout: Layout) -> None:
-        slots, at_end = layout.arrange()
-        if not slots:
+    def _apply(self, layout: Layout, silenced: dict[int, dict[Branch, Zeros]] | None = None) -> None:
+        if not layout.arrange()[0]:
             raise StreamlineError(
                 f"This would take away all {len(self.stack)} blocks of {self.stack.path}; leave at least one."
             )
-        before = self._layout
+        before = self._layout, self._silenced
         try:
             self._edits.revert()
-            self._layout = layout
-            self._edits.lay_out(slots, at_end)
+            self._layout, self._silenced = layout, before[1] if silenced is None else silenced
+            self._lay_out()
         except BaseException:
             self._edits.revert()
-            self._layout = before
-            self._edits.lay_out(*before.arrange())
+            self._layout, self._silenced = before
+            self._lay_out()
             raise
+
+    def _lay_out(self) -> None:
+        zeros = {
+            k: {p: z for own in branches.values() for p, z in own.items()} for k, branches in self._silenced.items()
+        }
+        self._edits.lay_out(*self._layout.arrange(), zeros)
 
     def _hold_against_truth(self, window: range, what: str) -> None:
         """Compare plain removal with the bypassed window; what will stand in its place changes nothing about that."""
@@ -376,9 +442,23 @@ class LayerSurgeon:
             return
         self._apply(removed)
         try:
-            require(truth, self.model, what)
+            wrong = shortfall(truth, self.model)
+            in_question = wrong is not None and wrong != CACHE
+            computing = self._edits.numbers_that_compute(lambda: gives(truth, self.model)) if in_question else ()
         finally:
             self._apply(before)
+        if wrong:
+            reason = self._reason(window, wrong, computing)
+            raise UnsupportedSurgery(f"{what} cannot go: without them {wrong}: {reason}. Choose others.", reason.cause)
+
+    def _reason(self, window: range, wrong: str, computing: Sequence[str]) -> Hazard:
+        if wrong == CACHE:
+            return Hazard("cache", "the cache counts on a block's number or kind")
+        if computing:
+            return Hazard("number-computes", f"blocks compute with their own number ({', '.join(computing)})")
+        with undisturbed(self.model):
+            found = diagnose(self.stack, window, lambda: logits_of_probe(self.model))
+        return found or Hazard("probe", "it counts on a block's number or on what those blocks leave behind")
 
     def _refuse(self, what: str, hazards: list[Hazard], despite: bool) -> None:
         if hazards and not despite:

@@ -6,21 +6,30 @@ import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery
+from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack
+from streamline_hooks.surgery.diagnosis import watch
 from streamline_hooks.testing import causal_model_types
 from streamline_hooks.testing import tiny_model as tiny_of_type
+from tests.architectures.examine import state_of
 
 
-def test_shared_keys_and_per_layer_embeddings() -> None:
+def test_producers_of_shared_keys_stay_and_their_readers_may_go() -> None:
     model = tiny_of_type("gemma3n_text")
-    shared = model.config.num_kv_shared_layers
+    producers, keeping = _producers(model), _keeping(model)
+    assert keeping
     with LayerSurgeon(model) as surgeon:
         for k in range(8):
-            causes = [h.cause for h in surgeon.check([k])]
-            assert "per-layer-embeddings" in causes
-            assert ("shared-keys" in causes) == (k >= 8 - shared or k in _producers(model))
-        with pytest.raises(UnsupportedSurgery, match="has a part for each of its 8 blocks"):
-            surgeon.remove([0])
+            assert (k in producers) == ("shared-keys" in [h.cause for h in surgeon.check([k])])
+        with pytest.raises(UnsupportedSurgery, match="block 5 produces the keys that 6 to 7 share"):
+            surgeon.remove([5])
+        assert surgeon.check(range(6, 8)) == []  # nobody is left who reads what 4 and 5 keep
+        surgeon.remove(range(6, 8))
+        assert not _keeping(model)
+    assert _keeping(model) == keeping
+
+
+def _keeping(model: torch.nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if getattr(module, "store_full_length_kv", False)]
 
 
 def _producers(model: torch.nn.Module) -> set[int]:
@@ -28,25 +37,83 @@ def _producers(model: torch.nn.Module) -> set[int]:
     return {max(k for k in range(first) if types[k] == kind) for kind in set(types[first:])}
 
 
-def test_a_block_that_its_number_is_baked_into_is_found_by_trying() -> None:
-    from tests.architectures.examine import state_of
+@pytest.mark.parametrize("window", [range(0, 1), range(2, 4), range(6, 8)])
+def test_each_block_keeps_its_own_slice_of_the_per_layer_embeddings(window: range) -> None:
+    model = tiny_of_type("gemma3n_text")
+    owner, width = model.model, model.config.hidden_size_per_layer_input
+    embedding, projection = owner.embed_tokens_per_layer.weight, owner.per_layer_model_projection.weight
+    kept = [k for k in range(8) if k not in window]
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove(window)
+        for slot, k in enumerate(kept):
+            new, old = (slice(n * width, (n + 1) * width) for n in (slot, k))
+            assert torch.equal(owner.embed_tokens_per_layer.weight[:, new], embedding[:, old])
+            assert torch.equal(owner.per_layer_model_projection.weight[new], projection[old])
+        assert owner.embed_tokens_per_layer.embedding_dim == width * len(kept)
+    assert owner.embed_tokens_per_layer.weight is embedding and owner.per_layer_model_projection.weight is projection
+    assert owner.embed_tokens_per_layer.embedding_dim == width * 8
 
-    model = tiny_of_type("diffllama")
+
+def test_per_layer_embeddings_that_cannot_be_picked_are_named() -> None:
+    model = tiny_of_type("gemma3n_text")
+    weight = model.model.embed_tokens_per_layer.weight
+    model.model.embed_tokens_per_layer.weight = torch.nn.Parameter(weight.to("meta"))
+    with LayerSurgeon(model) as surgeon:
+        assert [h.cause for h in surgeon.check([0])] == ["per-layer-embeddings"]
+        with pytest.raises(UnsupportedSurgery, match="has a part for each of its 8 blocks and is not in"):
+            surgeon.remove([0])
+
+
+CAUSES = [
+    # type, block, cause, words
+    ("beam", 4, "number-computes", "compute with their own number (attn_residual_add_idx, mlp_residual_add_idx)"),
+    ("dory", 4, "looped-blocks", "a forward calls blocks 2 to 5 up to 2 times"),
+    ("xlm", 4, "split-blocks", "in lists side by side (attentions, layer_norm1, layer_norm2 and ffns)"),
+    ("zaya", 4, "side-state", "block 4 hands the next one more than the hidden state"),
+    ("reformer", 7, "side-state", "hands the next one more than the hidden state"),
+    ("inkling2_text", 4, "attributes-read", "the model itself reads is_block_boundary (True on block 4)"),
+    ("rwkv", 4, "absolute-numbers", "by number or period (rescale_every)"),
+    ("jamba", 4, "derived-settings", "derives layer_types from other settings, by which block 6 as number 5 would be"),
+    ("minimax", 0, "cache", "decoding with a cache no longer equals the full forward"),
+    ("mllama", 3, "not-run", "a forward of tokens alone does not run it"),
+    ("zamba2", 2, "tied-blocks", "blocks 2, 5 share parameters"),
+    ("diffllama", 0, "built-from-number", "self_attn.lambda_init is"),
+    ("modernbert-decoder", 0, "built-from-number", "model.layers.0.attn_norm.weight has the shape"),
+    ("gemma4_unified_text", 7, "configuration", "turns layer_types[6] from 'sliding_attention' into 'full_attention'"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "block", "cause", "words"), CAUSES, ids=[case[0] for case in CAUSES])
+def test_hazards_are_known_by_their_cause(model_type: str, block: int, cause: str, words: str) -> None:
+    if model_type not in causal_model_types():
+        pytest.skip(f"this Transformers has no {model_type}")
+    model = tiny_of_type(model_type)
+    model(torch.arange(6)[None])  # RWKV rescales its weights when it is first used
     before = state_of(model)
     with LayerSurgeon(model) as surgeon:
-        found = surgeon.check([0])
-        assert [h.cause for h in found] == ["rebuild"] and "lambda_init is" in found[0].text
-        assert surgeon.check([7]) == []
-        surgeon.remove([0])  # in memory it is right
+        found = surgeon.check([block])
+        assert [h.cause for h in found] == [cause]
+        assert words in found[0].text
+        if cause in ("built-from-number", "configuration"):
+            surgeon.remove([block])  # in memory it is right
+            with pytest.raises(UnsupportedSurgery) as refused:
+                surgeon.commit()
+            assert refused.value.cause == cause
+        else:
+            with pytest.raises(UnsupportedSurgery, match="cannot go: "):
+                surgeon.remove([block])
     assert state_of(model) == before
 
 
-@pytest.mark.skipif("dory" not in causal_model_types(), reason="this Transformers has no Dory")
-def test_a_loop_over_blocks_by_number_is_found_by_trying() -> None:
-    with LayerSurgeon(tiny_of_type("dory")) as surgeon:
-        assert [h.cause for h in surgeon.check([0])] == ["probe"]
-        with pytest.raises(UnsupportedSurgery, match="other logits than with them bypassed"):
-            surgeon.remove([0])
+def test_watching_a_forward_leaves_no_trace() -> None:
+    model = tiny_of_type("inkling2_text" if "inkling2_text" in causal_model_types() else "llama")
+    before = state_of(model)
+    stack = find_stack(model)
+    seen = watch(stack, lambda: model(torch.arange(6)[None]))
+    assert seen.visits == dict.fromkeys(range(8), 1) and state_of(model) == before
+    with pytest.raises(RuntimeError, match="stop"):
+        watch(stack, lambda: (_ for _ in ()).throw(RuntimeError("stop")))
+    assert state_of(model) == before
 
 
 def test_the_owner_of_the_position_bias() -> None:
@@ -77,6 +144,7 @@ def test_wrapped_models_are_refused(tmp_path: object) -> None:
         surgeon.remove([1])
 
 
+@pytest.mark.skipif("zaya" not in causal_model_types(), reason="this Transformers has no Zaya")
 def test_a_model_without_a_head_is_probed_too() -> None:
     with LayerSurgeon(tiny_of_type("zaya").model) as surgeon:
         with pytest.raises(UnsupportedSurgery, match="other logits than with them bypassed|the model fails"):

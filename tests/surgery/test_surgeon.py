@@ -554,7 +554,7 @@ def test_a_model_that_its_class_would_build_otherwise_is_not_committed() -> None
             with pytest.raises(UnsupportedSurgery, match="blocks 0 to 5 scale attention by their number"):
                 surgeon.remove([0])
         else:
-            assert [h.cause for h in surgeon.check([0])] == ["rebuild"]
+            assert [h.cause for h in surgeon.check([0])] == ["built-from-number"]
             surgeon.remove([0])
             assert torch.equal(logits(model), expected)  # in memory it is right
             with pytest.raises(UnsupportedSurgery, match="Block 0 of the shortened model would .* attn.scaling is"):
