@@ -207,14 +207,16 @@ def _reads(stack: BlockStack, read: dict[int, dict[str, Any]]) -> Iterator[None]
 
     def watched(kind: type) -> type:
         def __getattribute__(self: Any, name: str) -> Any:
-            value = kind.__getattribute__(self, name)
+            value = inherited(self, name)
             plain = isinstance(value, _SIMPLE) and not name.startswith("_") and name not in _MODULE_STATE
             if plain and sys._getframe(1).f_locals.get("self") is owner:
                 read.setdefault(number[id(self)], {})[name] = value
             return value
 
-        made = {"__getattribute__": __getattribute__, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-        return type(kind.__name__, (kind,), made)
+        inherited: Any = kind.__getattribute__
+        named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        made = type(kind.__name__, (kind,), {"__getattribute__": __getattribute__, **named})
+        return made
 
     original = [(block, type(block)) for block in stack.blocks]
     try:
