@@ -49,7 +49,9 @@ class _Bare(nn.Module):
         return self.block.forward(*args, **kwargs)
 
 
-def observe_calls(blocks: Mapping[int, nn.Module], forward: Callable[[], Any]) -> dict[int, BlockCall]:
+def observe_calls(
+    blocks: Mapping[int, nn.Module], forward: Callable[[], Any]
+) -> dict[int, BlockCall | UnsupportedSurgery]:
     """Run a model and keep what some of its blocks were called with, splices before them included.
 
     Parameters
@@ -58,10 +60,10 @@ def observe_calls(blocks: Mapping[int, nn.Module], forward: Callable[[], Any]) -
     forward : callable
         Runs the model, in evaluation mode and without a cache.
 
-    Raises
-    ------
-    UnsupportedSurgery
-        If a block is not called exactly once.
+    Returns
+    -------
+    dict of int to BlockCall or UnsupportedSurgery
+        An error for a block that is not called exactly once.
     """
     entered: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {k: [] for k in blocks}
     left: dict[int, Tensor] = {}
@@ -86,10 +88,12 @@ def observe_calls(blocks: Mapping[int, nn.Module], forward: Callable[[], Any]) -
     finally:
         for handle in handles:
             handle.remove()
-    for k, visits in entered.items():
-        if len(visits) != 1:
-            raise UnsupportedSurgery(
-                f"A forward called block {k} {len(visits)} times; expected once. The branches of such a block are not "
-                "told apart."
-            )
-    return {k: BlockCall(blocks[k], *entered[k][0], left[k]) for k in blocks}
+    return {
+        k: BlockCall(block, *entered[k][0], left[k])
+        if len(entered[k]) == 1
+        else UnsupportedSurgery(
+            f"A forward called block {k} {len(entered[k])} times; expected once. The branches of such a block are not "
+            "told apart."
+        )
+        for k, block in blocks.items()
+    }

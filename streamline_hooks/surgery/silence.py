@@ -81,7 +81,9 @@ _WHEN_RUN = "The branches of a block show when the model runs, and"
 _GIVE = "give a batch of its input, without padding (batch=...)"
 
 
-def _found(call: BlockCall) -> Branches | UnsupportedSurgery:
+def _found(call: BlockCall | UnsupportedSurgery) -> Branches | UnsupportedSurgery:
+    if isinstance(call, UnsupportedSurgery):
+        return call
     try:
         return find_branches(call, apart=(BEFORE, AFTER))
     except UnsupportedSurgery as error:

@@ -200,6 +200,15 @@ def test_blocks_without_two_branches_are_left_out_or_refused() -> None:
         measure_branches(model, [batch])
 
 
+def test_a_block_that_text_alone_does_not_run_is_left_out() -> None:
+    model = tiny("mllama", blocks=5)
+    scores = measure_branches(model, [tiny_inputs(model)])
+    assert scores.tokens[:, 0].tolist() == [24, 24, 24, 0, 24]
+    assert scores.cosine[3].isnan().all()
+    with pytest.raises(UnsupportedSurgery, match=r"branches of block 3 cannot be measured\. .* called block 3 0 times"):
+        measure_branches(model, [tiny_inputs(model)], blocks=[3])
+
+
 # Checks that must be able to fail
 
 
