@@ -9,7 +9,7 @@ from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.replacements import LinearReplacement, register_replacement
 from streamline_hooks.result import CompressionResult
 from streamline_hooks.stack import BlockStack, find_stack, find_stacks
-from streamline_hooks.statistics import StateSimilarity, WindowMoments, measure_moments, measure_similarity
+from streamline_hooks.statistics import Profile, WindowMoments, measure_moments, profile
 from streamline_hooks.surgery import LayerSurgeon, SurgeryPlan
 from streamline_hooks.surgery.registration import register_with_transformers
 
@@ -19,7 +19,7 @@ __all__ = [
     "HiddenStateRecorder",
     "LayerSurgeon",
     "LinearReplacement",
-    "StateSimilarity",
+    "Profile",
     "StreamlineError",
     "SurgeryPlan",
     "UnsupportedSurgery",
@@ -29,8 +29,8 @@ __all__ = [
     "find_stacks",
     "load",
     "measure_moments",
-    "measure_similarity",
     "perplexity",
+    "profile",
     "register_replacement",
     "resume",
     "save",

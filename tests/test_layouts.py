@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from streamline_hooks import HiddenStateRecorder, UnsupportedSurgery, measure_moments, measure_similarity
+from streamline_hooks import HiddenStateRecorder, UnsupportedSurgery, measure_moments, profile
 from streamline_hooks.batch import prepare
 from streamline_hooks.layouts import LAYOUTS, by_token, layout_of
 from streamline_hooks.testing import tiny_inputs, tiny_model
@@ -30,7 +30,7 @@ def test_cosine_is_right(model_type: str) -> None:
         model(**prepare(model, batch))
     layout = layout_of(record.stack[0])
     assert type(record.stack[0]).__name__ == TYPES[model_type] and layout == LAYOUTS[TYPES[model_type]]
-    similarity = measure_similarity(model, [batch])
+    found = profile(model, [batch])
     rows, places = batch["input_ids"].shape
     for a, b in ((0, 3), (2, 7)):
         cosines = []
@@ -39,8 +39,8 @@ def test_cosine_is_right(model_type: str) -> None:
                 x = token_of(record.inputs[a][0], layout, row, place)
                 y = token_of(record.inputs[b][0], layout, row, place)
                 cosines.append(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
-        assert similarity.cosine[a, b].item() == pytest.approx(np.mean(cosines), rel=1e-6)
-    assert similarity.tokens == rows * places
+        assert found.cosine[a, b].item() == pytest.approx(np.mean(cosines), rel=1e-6)
+    assert found.tokens == rows * places
 
 
 @pytest.mark.parametrize("model_type", TYPES)

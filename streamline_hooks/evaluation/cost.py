@@ -85,7 +85,7 @@ class Pace:
     logit_size: int
 
     def rank(self, batches: Sequence[Batch | Tensor]) -> Cost:
-        """Of `measure_similarity`: every block, and no head."""
+        """Of `profile`: every block, and no head."""
         tokens, largest = _tokens(batches)
         places = len(self.blocks) + 1
         # The states of 1024 tokens in float64: one by one, stacked, and those of the tokens before.

@@ -18,7 +18,7 @@ from streamline_hooks.evaluation.speed import wait_for
 from streamline_hooks.hidden_state import padded, read_input
 from streamline_hooks.passes import inference
 from streamline_hooks.stack import BlockStack, find_stack
-from streamline_hooks.statistics import StateSimilarity, WindowMoments
+from streamline_hooks.statistics import Profile, WindowMoments
 from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.wrapping import refuse_compiled
 
@@ -87,7 +87,7 @@ def measure_pace(
         few = min(len(state), 128)
         states = [torch.randn_like(state[:few])[None] for _ in range(len(found) + 1)]
         mask = torch.ones(1, few, dtype=torch.bool, device=state.device)
-        similarity = _twice(seconds, lambda: StateSimilarity(len(states)).update(states, mask)) / few
+        similarity = _twice(seconds, lambda: Profile(len(states)).update(states, mask)) / few
         sums = WindowMoments(state.shape[-1])
         moments = _twice(seconds, lambda: sums.update(states[0], states[1], mask)) / few
         reference = divergence = likelihood = 0.0

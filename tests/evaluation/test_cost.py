@@ -10,7 +10,7 @@ from torch import nn
 
 from streamline_hooks import HiddenStateRecorder, StreamlineError, perplexity
 from streamline_hooks.evaluation import Candidate, Cost, kl_of_candidates, measure_pace
-from streamline_hooks.statistics import measure_moments, measure_similarity
+from streamline_hooks.statistics import measure_moments, profile
 from tests.evaluation.fake_clock import FakeClock
 from tests.tiny_models import BLOCKS, VOCABULARY, WIDTH, Nudge, left_padded, tiny_model, tokens
 
@@ -48,7 +48,7 @@ def test_every_pass_takes_what_it_was_told_to(windows: list[range]) -> None:
     model, clock = charged()
     pace = measure_pace(model, BATCHES[0], clock=clock)
     passes = [
-        (pace.rank(BATCHES), lambda: measure_similarity(model, BATCHES)),
+        (pace.rank(BATCHES), lambda: profile(model, BATCHES)),
         (pace.fit(BATCHES, windows), lambda: measure_moments(model, BATCHES, windows)),
         (pace.judge(BATCHES, windows), lambda: kl_of_candidates(model, BATCHES, [Candidate(w) for w in windows])),
         (pace.perplexity(BATCHES), lambda: perplexity(model, BATCHES)),
@@ -65,7 +65,7 @@ def test_padding_is_run_and_counted() -> None:
     batches = [left_padded(3, 9)]
     cost = measure_pace(model, batches[0], clock=clock).rank(batches)
     before = clock.now
-    measure_similarity(model, batches)
+    profile(model, batches)
     assert cost.tokens == 27 and cost.seconds == pytest.approx(clock.now - before)
 
 

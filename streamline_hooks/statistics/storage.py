@@ -1,0 +1,76 @@
+"""Tensors and JSON in one safetensors file, which is there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from streamline_hooks.errors import StreamlineError
+
+_KEY = "streamline_hooks"
+
+
+def write_file(path: str | Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Path:
+    """Write a file, which takes the place of one that is there only when it is complete.
+
+    Raises
+    ------
+    StreamlineError
+        If it cannot be written; what was there before is untouched.
+    """
+    target = Path(path)
+    try:
+        handle, beside = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".writing", dir=target.parent)
+        os.close(handle)
+        try:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, beside, {_KEY: json.dumps(values)})
+            os.chmod(beside, 0o644)
+            os.replace(beside, target)
+        finally:
+            Path(beside).unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise StreamlineError(
+            f"Writing {target} failed: {error}. What was there before is untouched. Make room or choose another place."
+        ) from error
+    return target
+
+
+def read_file(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_file` wrote.
+
+    Parameters
+    ----------
+    path : str or Path
+    what : str
+        What the file should hold, for the errors.
+
+    Raises
+    ------
+    StreamlineError
+        If there is no such file, or it is truncated or of another kind.
+    """
+    try:
+        with safe_open(path, framework="pt") as opened:
+            text = (opened.metadata() or {}).get(_KEY)
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
+    except OSError as error:
+        raise StreamlineError(f"{path} cannot be read: {error}. Give a file that holds {what}.") from error
+    except SafetensorError as error:
+        raise StreamlineError(
+            f"{path} is no whole safetensors file ({error}). It may be truncated; give a file that holds {what}."
+        ) from error
+    try:
+        values = json.loads(text or "")
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise StreamlineError(f"{path} is a safetensors file of another kind; give one that holds {what}.")
+    return tensors, values

@@ -1,0 +1,120 @@
+"""A profile on disk and beside another: whole or refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from streamline_hooks import Profile, StreamlineError, profile
+from streamline_hooks.statistics import check_profile
+from tests.tiny_models import tiny_model, tokens
+
+
+@pytest.fixture
+def found() -> Profile:
+    return profile(tiny_model("llama"), [tokens(4, 6)], skip=1)
+
+
+def test_it_comes_back_whole(found: Profile, tmp_path: Path) -> None:
+    path = found.save(tmp_path / "found.safetensors")
+    again = Profile.load(path)
+    assert again.about == found.about and str(again) == str(found) and again.places == found.places
+    for name, value in found.sums.state_dict().items():
+        assert torch.equal(again.sums.state_dict()[name], value)
+    assert again.interval("entropy", range(1, 3)) == found.interval("entropy", range(1, 3))
+    more = profile(tiny_model("llama"), [tokens(3, 6, seed=1)], skip=1)
+    again.merge(more)
+    assert again.tokens == found.tokens + more.tokens == 35
+    assert torch.equal(Profile.load(path).cosine, found.cosine)  # the file is as it was
+    assert os.listdir(tmp_path) == ["found.safetensors"]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(
+    found: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = found.save(tmp_path / "found.safetensors")
+    before = path.read_bytes()
+
+    def full(tensors: object, name: str, metadata: object) -> None:
+        Path(name).write_bytes(b"half")
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("streamline_hooks.statistics.storage.save_file", full)
+        with pytest.raises(StreamlineError, match="Writing .*found.safetensors failed: no space left. What was there"):
+            found.save(path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["found.safetensors"]
+    with pytest.raises(StreamlineError, match="Writing .*nowhere/found failed"):
+        found.save(tmp_path / "nowhere" / "found")
+
+
+def test_files_that_hold_no_profile(found: Profile, tmp_path: Path) -> None:
+    path = found.save(tmp_path / "found.safetensors")
+    whole = path.read_bytes()
+    for size in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(StreamlineError, match="found.safetensors is no whole safetensors file .* may be truncated"):
+            Profile.load(path)
+    with pytest.raises(StreamlineError, match="absent.safetensors cannot be read: .* Give a file that holds a profile"):
+        Profile.load(tmp_path / "absent.safetensors")
+    with pytest.raises(StreamlineError, match="cannot be read|no whole safetensors file"):
+        Profile.load(tmp_path)
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(StreamlineError, match="found.safetensors is a safetensors file of another kind"):
+        Profile.load(path)
+    save_file({"weight": torch.zeros(2)}, path, {"streamline_hooks": json.dumps({"moments": 1})})
+    with pytest.raises(StreamlineError, match="found.safetensors holds moments; expected a profile"):
+        Profile.load(path)
+
+
+def test_files_of_another_format_or_damaged(found: Profile, tmp_path: Path) -> None:
+    path = found.save(tmp_path / "found.safetensors")
+    tensors = load_file(path)
+    values = {"format": 1, "version": "9.9", "places": 7, "replicates": 100}
+    save_file(tensors, path, {"streamline_hooks": json.dumps({"profile": {**values, "format": 2}})})
+    with pytest.raises(StreamlineError, match="of format 2, written by version 9.9; this version reads format 1"):
+        Profile.load(path)
+    save_file(tensors, path, {"streamline_hooks": json.dumps({"profile": {**values, "places": 6}})})
+    with pytest.raises(StreamlineError, match=r"is damaged: The sums named similarity are \(101, 43\) .* \(101, 31\)"):
+        Profile.load(path)
+    del tensors["norms"]
+    save_file(tensors, path, {"streamline_hooks": json.dumps({"profile": values})})
+    with pytest.raises(StreamlineError, match="is damaged: The sums named norms are absent"):
+        Profile.load(path)
+    save_file(tensors, path, {"streamline_hooks": json.dumps({"profile": {"format": 1, "version": "9.9"}})})
+    with pytest.raises(StreamlineError, match="found.safetensors is damaged: places is absent"):
+        Profile.load(path)
+
+
+def test_profiles_that_do_not_merge(found: Profile) -> None:
+    model, batches = tiny_model("llama"), [tokens(4, 6)]
+    with pytest.raises(StreamlineError, match="cannot be merged: skip is 1 here and 0 there. Profile the same model"):
+        found.merge(profile(model, batches))
+    with pytest.raises(StreamlineError, match="tokens is all here and last there"):
+        found.merge(profile(model, batches, tokens="last", skip=1))
+    with pytest.raises(StreamlineError, match="places is 7 here and 6 there"):
+        found.merge(profile(model, batches, keep=[-1], skip=1))
+    with pytest.raises(StreamlineError, match="replicates is 100 here and 0 there"):
+        found.merge(profile(model, batches, replicates=0, skip=1))
+    with pytest.raises(StreamlineError, match="model is LlamaForCausalLM here and GPT2LMHeadModel there; stack is"):
+        found.merge(profile(tiny_model("gpt2"), batches, skip=1))
+    model.model.layers[2].mlp.up_proj.weight.data.mul_(1.001)  # the same architecture, finetuned
+    tuned = profile(model, batches, skip=1)
+    with pytest.raises(StreamlineError, match=r"merged: fingerprint is \w{16} here and \w{16} there. Profile"):
+        found.merge(tuned)
+    assert found.tokens == 20
+
+
+def test_a_profile_is_held_against_a_model(found: Profile) -> None:
+    check_profile(found, tiny_model("llama"))
+    with pytest.raises(StreamlineError, match="of another model: fingerprint is .* of the model and .* of the profile"):
+        check_profile(found, tiny_model("llama", torch.bfloat16))
+    with pytest.raises(StreamlineError, match="model is GPT2LMHeadModel of the model and LlamaForCausalLM of the prof"):
+        check_profile(found, tiny_model("gpt2"))
+    with pytest.raises(StreamlineError, match="model is LlamaForCausalLM of the model and unknown of the profile"):
+        check_profile(Profile(7), tiny_model("llama"))
