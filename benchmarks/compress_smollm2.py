@@ -132,7 +132,7 @@ def draw(result: CompressionResult, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 5.2), layout="constrained")
-    image = axes.imshow(result.similarity.cosine.numpy(), origin="lower", cmap="viridis", vmin=0.0, vmax=1.0)
+    image = axes.imshow(result.profile.cosine.numpy(), origin="lower", cmap="viridis", vmin=0.0, vmax=1.0)
     figure.colorbar(image, label="mean cosine of the states")
     best = result.candidates[0]
     axes.plot([best.start, best.stop, best.stop], [best.start, best.start, best.stop], color="white", lw=1.5)

@@ -3,13 +3,23 @@
 from streamline_hooks.checkpoint import load, save
 from streamline_hooks.compress import compress
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
-from streamline_hooks.evaluation import perplexity
+from streamline_hooks.evaluation import measure_speed, perplexity
 from streamline_hooks.passes import resume
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.replacements import LinearReplacement, register_replacement
 from streamline_hooks.result import CompressionResult
+from streamline_hooks.selection import (
+    Question,
+    Selection,
+    Target,
+    combined,
+    find_selections,
+    register_criterion,
+    score_windows,
+    verified,
+)
 from streamline_hooks.stack import BlockStack, find_stack, find_stacks
-from streamline_hooks.statistics import Profile, WindowMoments, measure_moments, profile
+from streamline_hooks.statistics import Profile, WindowMoments, measure_branches, measure_moments, profile
 from streamline_hooks.surgery import LayerSurgeon, SurgeryPlan
 from streamline_hooks.surgery.registration import register_with_transformers
 
@@ -20,20 +30,30 @@ __all__ = [
     "LayerSurgeon",
     "LinearReplacement",
     "Profile",
+    "Question",
+    "Selection",
     "StreamlineError",
     "SurgeryPlan",
+    "Target",
     "UnsupportedSurgery",
     "WindowMoments",
+    "combined",
     "compress",
+    "find_selections",
     "find_stack",
     "find_stacks",
     "load",
+    "measure_branches",
     "measure_moments",
+    "measure_speed",
     "perplexity",
     "profile",
+    "register_criterion",
     "register_replacement",
     "resume",
     "save",
+    "score_windows",
+    "verified",
 ]
 
 register_with_transformers()

@@ -81,6 +81,14 @@ def real_tokens(given: Mapping[str, Any]) -> Any:
     return padding == 0 if isinstance(padding, Tensor) else given.get("attention_mask")
 
 
+def tokens_of(batch: Batch | Tensor) -> int:
+    """The number of real tokens of a batch."""
+    mask = None if isinstance(batch, Tensor) else real_tokens(batch)
+    if isinstance(mask, Tensor):
+        return int(mask.sum())
+    return batch.numel() if isinstance(batch, Tensor) else next(iter(batch.values())).numel()
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device that a model takes its input on; of a model that accelerate offloads, the one that it runs on."""
     device = getattr(model, "device", None)

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from streamline_hooks.batch import batches_of
-from streamline_hooks.calibration import TokenSplit, check_tokenizer, split_documents
+from streamline_hooks.calibration import TokenSplit
 from streamline_hooks.checkpoint import require_free, save
-from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation import Candidate, kl_of_candidates, perplexity, perplexity_of_candidates
-from streamline_hooks.passes import progress
-from streamline_hooks.repair import kind_named, solve
-from streamline_hooks.result import LABELS, CompressionResult, JudgedWindow, findings
-from streamline_hooks.selection import blocks_to_remove, protected_blocks, ranked, windows
-from streamline_hooks.stack import BlockStack, find_stack
-from streamline_hooks.statistics import measure_moments, measure_similarity
+from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
+from streamline_hooks.evaluation import perplexity
+from streamline_hooks.preparation import Preparation, prepare_compression
+from streamline_hooks.repair import kind_named
+from streamline_hooks.result import LABELS, CompressionResult, findings
+from streamline_hooks.selection import (
+    Attempt,
+    Criterion,
+    Target,
+    VerifiedSelection,
+    find_selections,
+    perplexity_of_attempts,
+    verified,
+)
+from streamline_hooks.statistics import Profile, check_profile
+from streamline_hooks.statistics import profile as measure_profile
 from streamline_hooks.surgery import LayerSurgeon
-from streamline_hooks.surgery.placement import move_beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,9 +40,13 @@ def compress(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     *,
-    remove: int | float = 0.25,
+    remove: Target | int | float | str = 0.25,
     kind: str = "linear",
+    criterion: Criterion | str = "cosine",
+    search: str = "window",
+    parts: int = 2,
     keep: Iterable[int] = (),
+    profile: Profile | None = None,
     test_texts: Sequence[str] | None = None,
     sequence_length: int = 512,
     calibration_tokens: int = 41_000,
@@ -51,11 +60,11 @@ def compress(
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> CompressionResult:
-    """Give up the window of blocks whose loss is repaired best.
+    """Give up the blocks whose loss is repaired best.
 
-    One pass compares all states; cosine makes a shortlist; a second pass, stopped after the last block needed, sums
-    the moments of all shortlisted windows; each is repaired in closed form and judged by KL to the original on
-    validation text; the best is committed, and measured on text that played no part in any of this.
+    One pass compares all states; a search by a criterion makes a shortlist; a second pass, stopped after the last
+    block needed, sums the moments of all shortlisted windows; each is repaired in closed form and judged by KL to the
+    original on validation text; the best is committed, and measured on text that played no part in any of this.
 
     Parameters
     ----------
@@ -65,12 +74,22 @@ def compress(
     tokenizer : transformers.PreTrainedTokenizerBase
     texts : sequence of str
         Documents. Calibration, validation and test text are split off them without overlap.
-    remove : int or float
-        Number of blocks, or a fraction below 1 of them (rounded half up).
+    remove : Target, int, float or str
+        Number of blocks, or a fraction below 1 of them (rounded half up); a string is read by `Target.parse`, which
+        knows fractions of the parameters and latencies too.
     kind : {"linear", "none"}
-        What stands in the window's place.
+        What stands in a window's place.
+    criterion : Criterion or str
+        What speaks for giving a window up, see `CRITERIA`.
+    search : {"window", "disjoint", "one-shot", "greedy", "evolution"}
+        What the shortlist is made of: single windows, several disjoint ones, the best single blocks, blocks one after
+        the other, or what an evolutionary search finds, which takes attentions and MLPs apart too.
+    parts : int
+        Windows a selection, where the search is for disjoint ones.
     keep : iterable of int
         Blocks that must stay; negative numbers count from the end.
+    profile : Profile, optional
+        Of this model, to be used instead of a pass.
     test_texts : sequence of str, optional
         Documents to score on instead of a part of `texts`.
     sequence_length, calibration_tokens, validation_tokens, test_tokens : int
@@ -78,7 +97,7 @@ def compress(
     batch_size : int
         Sequences at a time.
     shortlist : int
-        How many windows are fitted and judged.
+        How many selections are fitted and judged.
     seed : int
         Of the split.
     stack : str, optional
@@ -101,19 +120,21 @@ def compress(
     """
     if output is not None:
         require_free(output, overwrite)
-    slots = kind_named(kind).slots
+    kind_named(kind)
     if shortlist < 1 or batch_size < 1:
         raise StreamlineError(f"shortlist={shortlist} and batch_size={batch_size} must be 1 or more.")
-    found = find_stack(model, stack)
-    count = blocks_to_remove(remove, len(found), slots)
-    every = windows(len(found), count, protected_blocks(keep, len(found)))
-    _require_positions(model, sequence_length)
     clock = _Clock()
-
-    with clock("tokenise"):
-        split = split_documents(
-            texts,
+    with clock("prepare"):
+        ready = prepare_compression(
+            model,
             tokenizer,
+            texts,
+            remove=remove,
+            kind=kind,
+            keep=keep,
+            batch_size=batch_size,
+            stack=stack,
+            say=say,
             seed=seed,
             sequence_length=sequence_length,
             calibration_tokens=calibration_tokens,
@@ -121,61 +142,29 @@ def compress(
             test_tokens=test_tokens,
             test_documents=test_texts,
         )
-        check_tokenizer(tokenizer, cast(nn.Embedding, model.get_input_embeddings()).num_embeddings, split)
-    for line in _announcement(found, remove, count, len(every), min(shortlist, len(every)), kind, split):
+    named = criterion if isinstance(criterion, str) else criterion.name
+    for line in ready.announcement(kind, search, named, shortlist):
         say(line)
-    calibration, validation, test = (
-        batches_of(part, batch_size) for part in (split.calibration, split.validation, split.test)
-    )
-
+    path = ready.stack.path
     with clock("rank"):
-        similarity = measure_similarity(model, calibration, stack=found.path)
-    first = ranked(similarity, every)[:shortlist]
-    chosen = [scored.window for scored in first]
-    with clock("fit"):
-        fitted, held_out = (
-            measure_moments(model, batches_of(part, batch_size), chosen, stack=found.path, what=what)
-            for part, what in zip(_held_out_apart(split.calibration), ("fit", "hold out"), strict=True)
-        )
-        solutions = []
-        with progress(len(chosen), "solve least squares", "windows") as bar:
-            for pair in zip(fitted, held_out, strict=True):
-                solutions.append(solve(*pair))
-                bar.update()
-        modules = [_placed(kind_named(kind).start(solution), found) for solution in solutions]
-    candidates = [Candidate(window, module) for window, module in zip(chosen, modules, strict=True)]
-    with clock("judge"):
-        kls = kl_of_candidates(model, validation, candidates, stack=found.path)
-    order = sorted(range(len(chosen)), key=lambda k: (not math.isfinite(kls[k]), kls[k]))
-    if not math.isfinite(kls[order[0]]):
-        raise StreamlineError(
-            f"Not one of the {len(chosen)} shortlisted windows leaves a model with finite logits. Remove less, protect "
-            "other blocks, or run in a wider precision (float32 or bfloat16)."
-        )
-    judged = [
-        JudgedWindow(
-            chosen[k].start,
-            chosen[k].stop,
-            first[k].score,
-            solutions[k].removal_error,
-            solutions[k].held_out_error if kind != "none" else solutions[k].removal_error,
-            solutions[k].ridge,
-            kls[k],
-        )
-        for k in order
-    ]
-    best = order[0]
+        measured = profile or measure_profile(model, ready.calibration, keep=ready.protected, stack=path)
+        check_profile(measured, model, path)
+        asked = ready.question(criterion=criterion, profile=measured, best=shortlist, parts=parts, seed=seed)
+        found = find_selections(search, asked)
+    with clock("verify"):
+        judged = verified(model, found, ready.fit, ready.held_out, ready.validation, kind=kind, stack=path)
     for line in findings(judged):
         say(line)
-
+    best = _first_that_can_go(model, judged, path, say)
+    first = next(one for one in judged if (one.windows, one.silenced) == (found[0].windows, found[0].silenced))
     with clock("measure"):
-        perplexities = _perplexities(model, test, candidates[best], candidates[0], found.path)
+        perplexities = _perplexities(ready, best, first)
         before = _sizes(model)
-        path = found.path
-        del found  # it holds the blocks that go
+        test, data = ready.test, _data(ready.split, seed)
+        del ready, asked  # they hold the blocks that go
         with LayerSurgeon(model, path) as surgeon:
-            surgeon.replace(chosen[best], modules[best])
-            plan = surgeon.commit(kind=kind, calibration=_data(split, seed))
+            _carry_out(surgeon, best)
+            plan = surgeon.commit(kind=kind, calibration=data)
         perplexities["repaired" if kind != "none" else "removed"] = perplexity(model, test, "perplexity").value
     after = _sizes(model)
     result = CompressionResult(
@@ -183,30 +172,21 @@ def compress(
         tokenizer=tokenizer,
         plan=plan,
         kind=kind,
-        candidates=judged,
+        criterion=named,
+        search=search,
+        candidates=[best, *(one for one in judged if one is not best)],
         perplexities={name: perplexities[name] for name in LABELS if name in perplexities},
         parameters=(before[0], after[0]),
         size_in_bytes=(before[1], after[1]),
         seconds=clock.seconds,
         peak_memory=_peak_memory(),
-        data=_data(split, seed),
-        similarity=similarity,
+        data=data,
+        profile=measured,
     )
     if output is not None:
         with clock("save"):
             result.folder = save(model, output, tokenizer=tokenizer, report=result.report(), overwrite=overwrite)
     return result
-
-
-def _held_out_apart(sequences: Tensor) -> tuple[Tensor, Tensor]:
-    """Four fifths to fit on, and the last fifth, which comes from other documents, to choose the ridge by."""
-    if len(sequences) < 2:
-        raise StreamlineError(
-            f"The calibration text fills {len(sequences)} sequence of {sequences.shape[1]} tokens; expected two at "
-            "least, one to fit on and one to choose the ridge by. Give more text or a smaller --sequence-length."
-        )
-    held_out = max(1, len(sequences) // 5)
-    return sequences[:-held_out], sequences[-held_out:]
 
 
 class _Clock:
@@ -222,35 +202,43 @@ class _Clock:
         self.seconds[step] = time.perf_counter() - started
 
 
-def _perplexities(
-    model: nn.Module, test: Any, best: Candidate, cosine_first: Candidate, stack: str
-) -> dict[str, float]:
-    wanted = {"removed": Candidate(best.window)}
-    if cosine_first.window != best.window:
-        wanted["cosine_first_removed"] = Candidate(cosine_first.window)
-        if cosine_first.module is not None:
-            wanted["cosine_first_repaired"] = cosine_first
+def _first_that_can_go(
+    model: nn.Module, judged: list[VerifiedSelection], stack: str, say: Callable[[str], None]
+) -> VerifiedSelection:
+    """The best selection that the surgeon carries out; only there is it held against the same blocks bypassed."""
+    refusal: UnsupportedSurgery | None = None
+    for one in judged:
+        try:
+            with LayerSurgeon(model, stack) as surgeon:
+                _carry_out(surgeon, one)
+                return one
+        except UnsupportedSurgery as error:
+            refusal = refusal or error
+            say(f"{one} is passed over: {error}")
+    assert refusal is not None
+    raise refusal
+
+
+def _carry_out(surgeon: LayerSurgeon, selection: VerifiedSelection) -> None:
+    if selection.refused:
+        raise UnsupportedSurgery(selection.refused)
+    for repair in selection.repairs:
+        surgeon.replace(repair.window, repair.module)
+    for k, branch in selection.silenced:
+        surgeon.silence(k, branch)
+
+
+def _perplexities(ready: Preparation, best: VerifiedSelection, first: VerifiedSelection) -> dict[str, float]:
+    """Of the original, of the chosen selection without its repair, and of the search's first if that is another."""
+    repaired = tuple(repair.module for repair in first.repairs)
+    wanted = {"removed": Attempt(best)}
+    if first is not best and not first.refused:
+        wanted["first_removed"] = Attempt(first)
+        if any(module is not None for module in repaired):
+            wanted["first_repaired"] = Attempt(first, repaired)
     what = f"perplexity of the original and {len(wanted)} others"
-    original, each = perplexity_of_candidates(model, test, list(wanted.values()), what, stack=stack)
+    original, each = perplexity_of_attempts(ready.stack, ready.test, list(wanted.values()), what)
     return {"original": original.value, **{name: p.value for name, p in zip(wanted, each, strict=True)}}
-
-
-def _placed(module: nn.Module | None, stack: BlockStack) -> nn.Module | None:
-    if module is not None:
-        move_beside(module, stack[0])
-    return module
-
-
-def _announcement(
-    stack: BlockStack, remove: int | float, count: int, free: int, shortlist: int, kind: str, split: TokenSplit
-) -> list[str]:
-    share = count / len(stack)
-    return [
-        f"stack      {stack}",
-        f"remove     {remove} comes to {count} of {len(stack)} blocks ({share:.1%}), {kind} in their place",
-        f"candidates {free} windows, of which {shortlist} are fitted and judged",
-        f"text       {split.describe()}",
-    ]
 
 
 def _data(split: TokenSplit, seed: int) -> dict[str, Any]:
@@ -263,15 +251,6 @@ def _data(split: TokenSplit, seed: int) -> dict[str, Any]:
         "fingerprint": split.fingerprint,
         "notes": list(split.notes),
     }
-
-
-def _require_positions(model: PreTrainedModel, sequence_length: int) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < sequence_length:
-        raise StreamlineError(
-            f"sequence_length={sequence_length} is more than the {limit} positions that the model has; use "
-            f"--sequence-length {limit} or less."
-        )
 
 
 def _sizes(model: nn.Module) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from streamline_hooks.batch import Batch, prepare, real_tokens
+from streamline_hooks.batch import Batch, prepare, real_tokens, tokens_of
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.hidden_state import (
     nested_like,
@@ -136,7 +136,7 @@ def recorded(
         If a state is not finite; the text names the block and the batch.
     """
     batches = batches if isinstance(batches, (list, tuple)) else list(batches)
-    total = sum(_tokens(batch) for batch in batches)
+    total = sum(tokens_of(batch) for batch in batches)
     with inference(model), record, progress(total, what) as bar:
         for number, batch in enumerate(batches):
             record.clear()
@@ -200,10 +200,3 @@ def _require_finite(record: HiddenStateRecorder, mask: Tensor, number: int) -> N
                     f"The state that {kind} block {k} holds NaN or infinite values (batch {number}). Look at the "
                     "weights of the blocks up to there, or run in a wider precision (float32 or bfloat16)."
                 )
-
-
-def _tokens(batch: Batch | Tensor) -> int:
-    if isinstance(batch, Tensor):
-        return batch.numel()
-    mask = real_tokens(batch)
-    return int(mask.sum()) if mask is not None else next(iter(batch.values())).numel()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamline_hooks.statistics import StateSimilarity
+from streamline_hooks.selection import VerifiedSelection
+from streamline_hooks.statistics import Profile
 from streamline_hooks.surgery import SurgeryPlan
 
 if TYPE_CHECKING:
@@ -18,36 +20,9 @@ LABELS = {
     "original": "original",
     "removed": "plain removal",
     "repaired": "repaired",
-    "cosine_first_removed": "cosine's first, removed",
-    "cosine_first_repaired": "cosine's first, repaired",
+    "first_removed": "the search's first, removed",
+    "first_repaired": "the search's first, repaired",
 }
-
-
-@dataclass(frozen=True)
-class JudgedWindow:
-    """A shortlisted window and what was found out about it.
-
-    Attributes
-    ----------
-    start, stop : int
-        The half-open window of blocks.
-    cosine : float
-        Mean cosine of the states before and after it, on calibration text.
-    removal_error, repaired_error : float
-        Mean relative squared error of the state after it, without and with the closed form, on held-out sequences.
-    ridge : float
-        Chosen for it, in units of the mean eigenvalue of the moments.
-    kl : float
-        Mean KL to the original's next-token distribution on validation text, repaired, in nats a token.
-    """
-
-    start: int
-    stop: int
-    cosine: float
-    removal_error: float
-    repaired_error: float
-    ridge: float
-    kl: float
 
 
 @dataclass
@@ -63,12 +38,14 @@ class CompressionResult:
         Old blocks to new blocks.
     kind : str
         What stands in the window's place.
-    candidates : list of JudgedWindow
+    criterion, search : str
+        What the shortlist was found by.
+    candidates : list of VerifiedSelection
         The shortlist, the chosen one first.
     perplexities : dict
         Perplexity on text that nothing was chosen or fitted on, of ``original``, ``removed`` (plain removal of the
-        chosen window) and ``repaired``; with ``cosine_first_removed`` and ``cosine_first_repaired`` for the window
-        that cosine alone would have taken.
+        chosen selection) and ``repaired``; with ``first_removed`` and ``first_repaired`` for the one that the search
+        put first, where that is another.
     parameters, size_in_bytes : tuple of int
         Before and after.
     seconds : dict
@@ -77,8 +54,8 @@ class CompressionResult:
         Of the process, in bytes; None where the system does not tell.
     data : dict
         Tokens by part, sequence length, seed and the calibration data's fingerprint.
-    similarity : StateSimilarity
-        Of the states along the original, on the calibration text.
+    profile : Profile
+        Of the original, on the calibration text.
     folder : Path or None
         Where it was saved.
     """
@@ -87,14 +64,16 @@ class CompressionResult:
     tokenizer: PreTrainedTokenizerBase
     plan: SurgeryPlan
     kind: str
-    candidates: list[JudgedWindow]
+    criterion: str
+    search: str
+    candidates: list[VerifiedSelection]
     perplexities: dict[str, float]
     parameters: tuple[int, int]
     size_in_bytes: tuple[int, int]
     seconds: dict[str, float]
     peak_memory: int | None
     data: dict[str, Any]
-    similarity: StateSimilarity
+    profile: Profile
     folder: Path | None = field(default=None)
 
     def report(self) -> dict[str, Any]:
@@ -102,7 +81,9 @@ class CompressionResult:
         return {
             "plan": self.plan.to_dict(),
             "kind": self.kind,
-            "candidates": [asdict(candidate) for candidate in self.candidates],
+            "criterion": self.criterion,
+            "search": self.search,
+            "candidates": [_row(candidate) for candidate in self.candidates],
             "perplexity": self.perplexities,
             "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
             "bytes": {"before": self.size_in_bytes[0], "after": self.size_in_bytes[1]},
@@ -110,8 +91,8 @@ class CompressionResult:
             "peak_memory_bytes": self.peak_memory,
             "data": self.data,
             "similarity": {
-                "cosine": self.similarity.cosine.tolist(),
-                "angular_distance": self.similarity.angular.tolist(),
+                "cosine": self.profile.cosine.tolist(),
+                "angular_distance": self.profile.angular.tolist(),
             },
             "versions": {name: version(name) for name in ("streamline_hooks", "torch", "transformers")},
         }
@@ -120,8 +101,9 @@ class CompressionResult:
         """The result for a terminal."""
         original = self.perplexities["original"]
         rows = [
-            ("blocks", f"{self.plan.old_length} -> {len(self.plan.slots)}, removed {_runs(self.plan.removed)}"),
+            ("blocks", f"{self.plan.old_length} -> {len(self.plan.slots)}, removed {self.candidates[0]}"),
             ("in their place", self.kind),
+            ("found by", f"{self.search}, {self.criterion}"),
             ("parameters", _before_after(self.parameters, "")),
             ("bytes", _before_after(self.size_in_bytes, "B")),
         ]
@@ -138,23 +120,37 @@ class CompressionResult:
         return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
 
 
-def findings(judged: list[JudgedWindow]) -> list[str]:
-    """A line a judged window, for a terminal."""
-    head = "window    cosine   error removed   repaired     ridge        KL"
-    rows = [
-        f"{w.start:>3}-{w.stop - 1:<3} {w.cosine:9.4f} {w.removal_error:15.4f} {w.repaired_error:10.4f} {w.ridge:9.1e} "
-        f"{w.kl:9.4f}{'   <- chosen' if k == 0 else ''}"
-        for k, w in enumerate(judged)
-    ]
+def findings(judged: Sequence[VerifiedSelection]) -> list[str]:
+    """A line a judged selection, for a terminal."""
+    width = max(len("blocks"), *(len(str(one)) for one in judged))
+    head = f"{'blocks':<{width}}     score   error removed   repaired     ridge        KL"
+    rows = []
+    for k, one in enumerate(judged):
+        errors = [max((getattr(r, name) for r in one.repairs), default=math.nan) for name in _ERRORS]
+        said = f"{one.score:9.4f} {errors[0]:15.4f} {errors[1]:10.4f} {errors[2]:9.1e} {one.kl:9.4f}"
+        chosen = "   <- chosen" if k == 0 else ""
+        rows.append(f"{one!s:<{width}} {said}{chosen}" if not one.refused else f"{one!s:<{width}} {one.refused}")
     return [head, *rows]
+
+
+_ERRORS = ("removal_error", "repaired_error", "ridge")
+
+
+def _row(judged: VerifiedSelection) -> dict[str, Any]:
+    repairs = [
+        {"start": r.window.start, "stop": r.window.stop, **{name: getattr(r, name) for name in _ERRORS}}
+        for r in judged.repairs
+    ]
+    return {
+        "windows": [[w.start, w.stop] for w in judged.windows],
+        "silenced": [list(half) for half in judged.silenced],
+        "score": judged.score,
+        "kl": judged.kl if math.isfinite(judged.kl) else None,
+        "refused": judged.refused,
+        "repairs": repairs,
+    }
 
 
 def _before_after(pair: tuple[int, int], unit: str) -> str:
     before, after = pair
     return f"{before / 1e6:10.1f} M{unit} -> {after / 1e6:.1f} M{unit} ({after / before - 1:+.1%})"
-
-
-def _runs(blocks: Sequence[int]) -> str:
-    if blocks and list(blocks) == list(range(blocks[0], blocks[-1] + 1)):
-        return f"{blocks[0]} to {blocks[-1]}" if len(blocks) > 1 else str(blocks[0])
-    return ", ".join(map(str, blocks))

@@ -61,7 +61,7 @@ def compressed(stories_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         [*map(str, command), *SMALL], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    assert "rank: 5 blocks" in done.stderr and "judge" in done.stderr  # the bars
+    assert "profile: 5 of 5 blocks" in done.stderr and "judge" in done.stderr  # the bars
     return folder, done.stdout
 
 
@@ -95,15 +95,84 @@ def test_inspect(stories_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert [(r["path"], r["blocks"], r["chosen"]) for r in rows] == [("model.layers", 5, True)]
 
 
+RANK = ["--calibration-tokens", 640, "--sequence-length", 64]
+
+
 def test_rank(stories_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["rank", stories_folder, "--calibration-tokens", 640, "--sequence-length", 64]
+    options = ["rank", stories_folder, *RANK]
     code, out, _ = run(options, monkeypatch, capsys)
-    assert code == 0 and "length  window" in out
+    assert code == 0 and "length  blocks" in out and "95 % interval" in out
     found = json.loads(run([*options, "--json", "--top", 2], monkeypatch, capsys)[1])
     assert found["blocks"] == 5
     assert [w["length"] for w in found["windows"]] == [1, 1, 2, 2, 3, 3, 4, 4]
     for first, second in zip(found["windows"][::2], found["windows"][1::2], strict=True):
         assert first["cosine"] >= second["cosine"] and 0 <= first["angular_distance"] <= 1
+        assert first["interval"][0] <= first["cosine"] <= first["interval"][1]
+
+
+def test_rank_from_a_saved_profile_runs_nothing(
+    stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "stories.profile"
+    first = run(["rank", stories_folder, *RANK, "--save", file, "--json"], monkeypatch, capsys)[1]
+    from streamline_hooks import pretrained
+
+    monkeypatch.setattr(pretrained, "load_pretrained", lambda name: pytest.fail("the model was loaded"))
+    assert json.loads(run(["rank", "--profile", file, "--json"], monkeypatch, capsys)[1]) == json.loads(first)
+    for search in ("window", "disjoint", "one-shot"):
+        options = ["rank", "--profile", file, "--remove", 2, "--search", search, "--json", "--keep", "0"]
+        code, out, err = run(options, monkeypatch, capsys)
+        rows = json.loads(out)["windows"]
+        assert code == 0 and err == "" and all(sum(b - a for a, b in r["windows"]) == 2 for r in rows)
+        assert not any(0 in range(a, b) for r in rows for a, b in r["windows"])
+        assert ("first_in_resamples" in rows[0]) == (search == "window")
+    code, out, _ = run(["rank", "--profile", file, "--remove", 2, "--criterion", "angular"], monkeypatch, capsys)
+    assert code == 0 and "of the resamples of the sequences" in out
+    for options, text in [
+        (["--search", "greedy", "--remove", 2], "This search runs the model"),
+        (["--criterion", "kl", "--remove", 2], "runs the model: a profile is not enough"),
+        (["--criterion", "kl"], "takes a target; add --remove"),
+        (["--remove", "parameters:0.2"], "is measured on the model; give it"),
+        (["--criterion", "guess"], "The criterion 'guess' is unknown. Known: cosine"),
+        (["--search", "luck", "--remove", 2], "The search 'luck' is unknown. Known: window"),
+    ]:
+        code, _, err = run(["rank", "--profile", file, *options], monkeypatch, capsys)
+        assert code == 2 and text in err, (options, err)
+    assert "Give a model, or a profile" in run(["rank"], monkeypatch, capsys)[2]
+
+
+def test_rank_by_a_criterion_that_runs_the_model(
+    stories_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["rank", stories_folder, *RANK, "--remove", 1, "--criterion", "kl", "--top", 5, "--json"]
+    rows = json.loads(run(options, monkeypatch, capsys)[1])["windows"]
+    assert [r["score"] for r in rows] == sorted((r["score"] for r in rows), reverse=True) and rows[0]["score"] < 0
+
+
+def test_a_dry_run_says_the_cost_and_does_nothing(
+    stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["compress", stories_folder, "-o", tmp_path / "out", *SMALL, "--remove", 1, "--dry-run"]
+    code, out, err = run(options, monkeypatch, capsys)
+    assert code == 0 and "remove     1 comes to 1 of 5 blocks" in out
+    for part in ("rank: ", "fit ", "judge ", "perplexity: ", "in all about ", "GB above the model"):
+        assert part in out, part
+    assert list(tmp_path.iterdir()) == [] and "judge" not in err
+    code, out, _ = run(["rank", stories_folder, *RANK, "--dry-run"], monkeypatch, capsys)
+    assert code == 0 and out.startswith("rank: ") and "length" not in out
+
+
+def test_compress_by_another_search_and_a_saved_profile(
+    stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "stories.profile"
+    assert run(["rank", stories_folder, *RANK, "--save", file], monkeypatch, capsys)[0] == 0
+    options = ["compress", stories_folder, "-o", tmp_path / "out", *SMALL, "--remove", 2, "--profile", file]
+    code, out, err = run([*options, "--search", "disjoint", "--criterion", "block_influence"], monkeypatch, capsys)
+    assert code == 0 and "profile: " not in err and "disjoint, block_influence" in out
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert all(len(c["windows"]) == 2 and len(c["repairs"]) == 2 for c in report["candidates"])
+    assert len(report["plan"]["removed"]) == 2
 
 
 @pytest.mark.parametrize("command", ["compress", "generate", "inspect", "rank"])
@@ -119,7 +188,7 @@ def test_help_is_worth_reading(
 
 
 BAD = [
-    (["--remove", "none"], "--remove 'none' is not a number; expected a number of blocks (8) or a fraction (0.25)"),
+    (["--remove", "none"], "The target 'none' is not understood; expected a number of blocks (8)"),
     (["--remove", "0"], "remove=0 is nothing that can be removed"),
     (["--remove", "5"], "at least one block must stay"),
     (["--keep", "0,x"], "--keep 'x' is not a block number"),

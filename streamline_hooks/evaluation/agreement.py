@@ -43,7 +43,7 @@ def kl_of_candidates(
         reference = real_tokens(original, mask).float().log_softmax(dim=-1)  # once for all candidates
         tokens += len(reference)
         for k, logits in enumerate(each):
-            sums[k] += _kl(reference, real_tokens(logits, mask))
+            sums[k] += summed_kl(reference, real_tokens(logits, mask))
     return [total / tokens for total in sums]
 
 
@@ -67,10 +67,10 @@ def kl_divergence(original: Tensor, other: Tensor) -> float:
     >>> kl_divergence(logits, logits + 3.0) < 1e-5
     True
     """
-    return _kl(original.float().log_softmax(dim=-1), other)
+    return summed_kl(original.float().log_softmax(dim=-1), other)
 
 
-def _kl(reference: Tensor, other: Tensor) -> float:
+def summed_kl(reference: Tensor, other: Tensor) -> float:
     """The sum of KL over tokens, of distributions given by log-probabilities and by logits."""
     total = torch.zeros((), dtype=torch.float64, device=reference.device)
     for p, q in zip(reference.split(_TOKENS_AT_ONCE), other.split(_TOKENS_AT_ONCE), strict=True):

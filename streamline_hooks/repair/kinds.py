@@ -20,17 +20,20 @@ class Kind:
     ----------
     start : callable
         Makes the module from a closed-form solution, or None for plain removal.
+    unfitted : callable
+        Makes one of the same size for a width, before anything is fitted, for what is counted and timed.
     slots : int
         The blocks of its own that it takes.
     """
 
     start: Callable[[ClosedForm], nn.Module | None]
+    unfitted: Callable[[int], nn.Module | None]
     slots: int = 0
 
 
 KINDS = {
-    "none": Kind(lambda solution: None),
-    "linear": Kind(lambda solution: LinearReplacement.from_map(solution.map)),
+    "none": Kind(lambda solution: None, lambda features: None),
+    "linear": Kind(lambda solution: LinearReplacement.from_map(solution.map), LinearReplacement),
 }
 
 

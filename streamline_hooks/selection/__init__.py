@@ -1,6 +1,41 @@
 """Which blocks to give up."""
 
-from streamline_hooks.selection.search import ScoredWindow, ranked
-from streamline_hooks.selection.target import blocks_to_remove, protected_blocks, windows
+from streamline_hooks.selection.criteria import (
+    CRITERIA,
+    Criterion,
+    combined,
+    criterion_named,
+    register_criterion,
+    score_windows,
+)
+from streamline_hooks.selection.search.by_name import SEARCHES, Question, find_selections
+from streamline_hooks.selection.search.judge import Attempt
+from streamline_hooks.selection.search.perplexities import perplexity_of_attempts
+from streamline_hooks.selection.search.selected import ScoredWindow, Selection
+from streamline_hooks.selection.search.verified import VerifiedSelection, verified
+from streamline_hooks.selection.search.windows import ranked
+from streamline_hooks.selection.target import Target, blocks_to_remove, protected_blocks, windows, windows_for
 
-__all__ = ["ScoredWindow", "blocks_to_remove", "protected_blocks", "ranked", "windows"]
+__all__ = [
+    "CRITERIA",
+    "SEARCHES",
+    "Attempt",
+    "Criterion",
+    "Question",
+    "ScoredWindow",
+    "Selection",
+    "Target",
+    "VerifiedSelection",
+    "blocks_to_remove",
+    "combined",
+    "criterion_named",
+    "find_selections",
+    "perplexity_of_attempts",
+    "protected_blocks",
+    "ranked",
+    "register_criterion",
+    "score_windows",
+    "verified",
+    "windows",
+    "windows_for",
+]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from streamline_hooks.batch import Batch, prepare, real_tokens
+from streamline_hooks.batch import Batch, prepare, real_tokens, tokens_of
 from streamline_hooks.branch_states import reading_branches
 from streamline_hooks.branches import Branch, Branches
 from streamline_hooks.errors import UnsupportedSurgery
@@ -72,7 +72,7 @@ def measure_branches(
     def receive(k: int, branch: Branch, before: Tensor, after: Tensor) -> None:
         scores.update(k, branch, before, after, token_mask(before, mask))
 
-    total = sum(_tokens(batch) for batch in batches)
+    total = sum(tokens_of(batch) for batch in batches)
     measured = {k: record.stack[k] for k in found}
     cost = f"branches: {len(found)} of {len(record.stack)} blocks"
     with inference(model), record, reading_branches(measured, found, receive), progress(total, cost) as bar:
@@ -81,7 +81,7 @@ def measure_branches(
             given = prepare(model, batch)
             mask = real_tokens(given)
             record(**given)
-            bar.update(_tokens(batch))
+            bar.update(tokens_of(batch))
     return scores
 
 
@@ -99,10 +99,3 @@ def _readable(found: dict[int, Branches | UnsupportedSurgery], all_of_them: bool
         k, reason = next(iter(reasons.items()))
         raise UnsupportedSurgery(f"The branches of block {k} cannot be measured. {reason}", "branches")
     return readable
-
-
-def _tokens(batch: Batch | Tensor) -> int:
-    if isinstance(batch, Tensor):
-        return batch.numel()
-    mask = real_tokens(batch)
-    return int(mask.sum()) if isinstance(mask, Tensor) else next(iter(batch.values())).numel()

@@ -63,13 +63,13 @@ def observe(stack: BlockStack, window: range, going: Sequence[nn.Module] = ()) -
     with undisturbed(model):
         try:
             whole, again = logits_of_probe(model), logits_of_probe(model)
-        except _NotRun as reason:
+        except NotRun as reason:
             _unprobed(model, f"it cannot be run on tokens alone ({reason})")
             return None
-        if not _same(whole, again):
+        if not same_logits(whole, again):
             _unprobed(model, "it does not give the same twice")
             return None
-        cached = _cache_fits(model, whole)
+        cached = cache_fits(model, whole)
         kept: dict[str, Tensor] = {}
 
         def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
@@ -111,11 +111,11 @@ def shortfall(truth: Truth, model: nn.Module) -> str | None:
     with undisturbed(model):
         try:
             claim = logits_of_probe(model)
-        except _NotRun as error:
+        except NotRun as error:
             return f"the model fails ({error})"
-        if not _same(claim, truth.logits):
+        if not same_logits(claim, truth.logits):
             return "the model gives other logits than with them bypassed"
-        if truth.cached and not _cache_fits(model, claim):
+        if truth.cached and not cache_fits(model, claim):
             return CACHE
         return None
 
@@ -124,8 +124,8 @@ def gives(truth: Truth, model: nn.Module) -> bool:
     """Whether a model's full forward gives the truth."""
     with undisturbed(model):
         try:
-            return _same(logits_of_probe(model), truth.logits)
-        except _NotRun:
+            return same_logits(logits_of_probe(model), truth.logits)
+        except NotRun:
             return False
 
 
@@ -143,11 +143,11 @@ def logits_of_probe(model: Any, **more: Any) -> Tensor:
         given["use_cache"] = False
     answer = _answer(_run(model, given))
     if not torch.isfinite(answer).all():
-        raise _NotRun("its answer is not finite")
+        raise NotRun("its answer is not finite")
     return answer
 
 
-def _cache_fits(model: Any, whole: Tensor) -> bool:
+def cache_fits(model: Any, whole: Tensor) -> bool:
     """Whether the last tokens, decoded one by one, have the logits of the full forward."""
     ids, cache = _tokens(model), None
     name = next((n for n in ("cache", "past_key_values") if n in inspect.signature(model.forward).parameters), None)
@@ -157,15 +157,15 @@ def _cache_fits(model: Any, whole: Tensor) -> bool:
         piece = ids[:, :end] if cache is None else ids[:, end - 1 : end]
         try:
             output = _run(model, {"input_ids": piece, "use_cache": True, **({} if cache is None else {name: cache})})
-        except _NotRun:
+        except NotRun:
             return False
         cache = getattr(output, name, None)
-        if cache is None or not _same(_answer(output)[:, -1:], whole[:, end - 1 : end]):
+        if cache is None or not same_logits(_answer(output)[:, -1:], whole[:, end - 1 : end]):
             return False
     return True
 
 
-class _NotRun(Exception):
+class NotRun(Exception):
     """The model, not this file, could not do something."""
 
 
@@ -174,7 +174,7 @@ def _run(model: Any, given: dict[str, Any]) -> Any:
     try:
         return model(**given)
     except Exception as error:
-        raise _NotRun(f"{type(error).__name__}: {error}") from error
+        raise NotRun(f"{type(error).__name__}: {error}") from error
 
 
 def _answer(output: Any) -> Tensor:
@@ -183,7 +183,7 @@ def _answer(output: Any) -> Tensor:
         answer = getattr(output, name, None)
         if isinstance(answer, Tensor):
             return answer
-    raise _NotRun(f"it returns a {type(output).__name__} without logits")
+    raise NotRun(f"it returns a {type(output).__name__} without logits")
 
 
 def _unprobed(model: nn.Module, reason: str) -> None:
@@ -193,7 +193,8 @@ def _unprobed(model: nn.Module, reason: str) -> None:
     )
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same_logits(a: Tensor, b: Tensor) -> bool:
+    """Whether two answers are equal up to what their precision makes of the order of sums."""
     tolerance = _TOLERANCE.get(a.dtype, 1e-4)
     return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * (1 + b.abs().max()))
 

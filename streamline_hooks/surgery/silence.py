@@ -20,7 +20,7 @@ from streamline_hooks.branches import BRANCHES, Branch, Branches, find_branches
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.hidden_state import read_output, write_output
 from streamline_hooks.stack import BlockStack
-from streamline_hooks.surgery.probe import Truth, _cache_fits, _NotRun, _same, logits_of_probe, undisturbed
+from streamline_hooks.surgery.probe import NotRun, Truth, cache_fits, logits_of_probe, same_logits, undisturbed
 from streamline_hooks.surgery.saving import saver_depth
 from streamline_hooks.surgery.splice import AFTER, BEFORE
 
@@ -71,7 +71,7 @@ def branches_of(
     with undisturbed(model):
         try:
             calls = observe_calls({k: stack[k] for k in blocks}, forward)
-        except _NotRun as error:
+        except NotRun as error:
             reason = f"{_WHEN_RUN} this {type(model).__name__} cannot be run on tokens alone ({error}); {_GIVE}."
             raise StreamlineError(reason) from error
         return {k: _found(call) for k, call in calls.items()}
@@ -142,8 +142,8 @@ def observe_silenced(model: nn.Module, block: nn.Module, paths: Iterable[str]) -
     with undisturbed(model):
         try:
             whole = logits_of_probe(model)
-            reason = "" if _same(whole, logits_of_probe(model)) else "it does not give the same twice"
-        except _NotRun as error:
+            reason = "" if same_logits(whole, logits_of_probe(model)) else "it does not give the same twice"
+        except NotRun as error:
             reason = f"it cannot be run on tokens alone ({error})"
         if reason:
             what = (
@@ -151,7 +151,7 @@ def observe_silenced(model: nn.Module, block: nn.Module, paths: Iterable[str]) -
             )
             warnings.warn(what, stacklevel=4)
             return None
-        cached = _cache_fits(model, whole)
+        cached = cache_fits(model, whole)
         owners = {path.rpartition(".")[0] for path in paths}
         handles = [block.get_submodule(owner).register_forward_hook(_nothing) for owner in owners]
         try:

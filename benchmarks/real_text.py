@@ -1,0 +1,41 @@
+"""The real model and the real text that the benchmarks share: calibration from train, scores on heldout."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamline_hooks.batch import batches_of
+from streamline_hooks.calibration import read_documents, split_documents
+from streamline_hooks.calibration.split import TokenSplit
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SEQUENCE, BATCH = 512, 4
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """A parser with the folder of texts: ``--data``, or STREAMLINE_DATA."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    default = os.environ.get("STREAMLINE_DATA")
+    parser.add_argument("--data", type=Path, default=default, required=default is None)
+    return parser
+
+
+def split_of(data: Path, tokenizer: Any, **options: Any) -> TokenSplit:
+    """Calibration and validation sequences from the training texts, dealt as `compress` deals them."""
+    train, heldout = (read_documents(data / "text" / part) for part in ("train", "heldout"))
+    return split_documents(train, tokenizer, test_documents=heldout, sequence_length=SEQUENCE, **options)
+
+
+def scored_text(data: Path, tokenizer: Any, sequences: int) -> list[dict[str, torch.Tensor]]:
+    """The first sequences of each held-out domain, in order."""
+    rows = []
+    for path in sorted((data / "text" / "heldout").glob("*.txt")):
+        ids = tokenizer(path.read_text(), add_special_tokens=False).input_ids[: sequences * SEQUENCE]
+        rows.append(torch.tensor(ids).view(-1, SEQUENCE))
+    return batches_of(torch.cat(rows), BATCH)

@@ -1,0 +1,33 @@
+"""The command line, one file a command."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from streamline_hooks.cli.compress import compress
+from streamline_hooks.cli.generate import generate
+from streamline_hooks.cli.inspect import inspect
+from streamline_hooks.cli.rank import rank
+from streamline_hooks.errors import StreamlineError
+
+app = typer.Typer(
+    name="streamline-hooks",
+    help="Find, remove and repair the transformer blocks that do least.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for _command in (compress, generate, inspect, rank):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Run the command line; what cannot work is said in one line, with exit code 2."""
+    try:
+        app()
+    except StreamlineError as error:
+        typer.echo(f"streamline-hooks: {error}", err=True)
+        sys.exit(2)

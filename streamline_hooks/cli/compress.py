@@ -1,0 +1,139 @@
+"""The command ``streamline-hooks compress``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from streamline_hooks.cli.loading import block_numbers, documents_of, load_model, own_text
+from streamline_hooks.cli.options import (
+    BatchSize,
+    Calibration,
+    CriterionName,
+    DryRun,
+    Keep,
+    Model,
+    Parts,
+    ProfileFile,
+    Remove,
+    Search,
+    Seed,
+    SequenceLength,
+    Stack,
+    Tokens,
+)
+from streamline_hooks.errors import StreamlineError
+
+
+def compress(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the compressed model to.")],
+    remove: Remove = "0.25",
+    kind: Annotated[str, typer.Option(help="What stands in the blocks' place: linear, or none.")] = "linear",
+    calibration: Calibration = None,
+    test: Annotated[
+        list[str] | None,
+        typer.Option("--test", metavar="TEXT", help="Score on this text instead of a part of the calibration text."),
+    ] = None,
+    criterion: CriterionName = "cosine",
+    search: Search = "window",
+    parts: Parts = 2,
+    keep: Keep = "",
+    profile_file: ProfileFile = None,
+    calibration_tokens: Tokens = 41_000,
+    validation_tokens: Annotated[int, typer.Option(help="Tokens to judge the candidates on.", min=2)] = 4_096,
+    test_tokens: Annotated[int, typer.Option(help="Tokens to measure the result on.", min=2)] = 12_288,
+    sequence_length: SequenceLength = 512,
+    batch_size: BatchSize = 4,
+    shortlist: Annotated[int, typer.Option(help="Selections that are fitted and judged by KL.", min=1)] = 8,
+    seed: Seed = 0,
+    stack: Stack = None,
+    dry_run: DryRun = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Take the place of a folder that is not empty.")
+    ] = False,
+) -> None:
+    """Remove the blocks whose loss is repaired best, repair them, measure the result, and save the model.
+
+    One pass compares the states before and after every run of blocks. The most similar runs make a shortlist; each is
+    replaced by a linear map that is fitted in closed form, and judged by its KL to the original on text of its own.
+    The best one is saved, with report.json beside it.
+
+    Example: streamline-hooks compress smollm2 --remove 0.25 --output smollm2-small
+    """
+    from streamline_hooks.checkpoint import require_free
+    from streamline_hooks.compress import compress as run
+    from streamline_hooks.preparation import prepare_compression
+    from streamline_hooks.repair import kind_named
+    from streamline_hooks.selection import SEARCHES, Target, criterion_named
+    from streamline_hooks.statistics import Profile
+
+    require_free(output, overwrite)
+    kind_named(kind)
+    criterion_named(criterion)
+    if search not in SEARCHES:
+        raise StreamlineError(f"The search {search!r} is unknown. Known: {', '.join(SEARCHES)}.")
+    target = Target.parse(remove)
+    blocks = block_numbers(keep)
+    profile = Profile.load(profile_file) if profile_file is not None else None
+    sources = calibration or ["pydoc"]
+    documents = [] if "self" in sources else documents_of(sources)
+    test_documents = documents_of(test) if test else None
+    loaded, tokenizer = load_model(model)
+    if "self" in sources:
+        documents = own_text(
+            loaded,
+            tokenizer,
+            sources,
+            tokens=calibration_tokens + validation_tokens + (0 if test else test_tokens),
+            sequence_length=sequence_length,
+            seed=seed,
+            cache=output.parent,
+        )
+    split: dict[str, Any] = {
+        "seed": seed,
+        "sequence_length": sequence_length,
+        "calibration_tokens": calibration_tokens,
+        "validation_tokens": validation_tokens,
+        "test_tokens": test_tokens,
+    }
+    shared: dict[str, Any] = {
+        "remove": target,
+        "kind": kind,
+        "keep": blocks,
+        "batch_size": batch_size,
+        "stack": stack,
+        "say": typer.echo,
+        **split,
+    }
+    if dry_run:
+        ready = prepare_compression(loaded, tokenizer, documents, test_documents=test_documents, **shared)
+        for line in ready.announcement(kind, search, criterion, shortlist):
+            typer.echo(line)
+        costs = ready.costs(shortlist, kind)
+        typer.echo("")
+        for cost in costs:
+            typer.echo(str(cost))
+        seconds, most = sum(cost.seconds for cost in costs), max(cost.bytes for cost in costs)
+        typer.echo(f"in all about {seconds:.0f} s, at most {most / 1e9:.2f} GB above the model")
+        if search in ("greedy", "evolution") or criterion_named(criterion).needs == "model":
+            typer.echo(f"The {search} search by {criterion} runs the model besides; its own bars say what that costs.")
+        return
+    result = run(
+        loaded,
+        tokenizer,
+        documents,
+        criterion=criterion,
+        search=search,
+        parts=parts,
+        profile=profile,
+        test_texts=test_documents,
+        shortlist=shortlist,
+        output=output,
+        overwrite=overwrite,
+        **shared,
+    )
+    typer.echo()
+    typer.echo(result.table())

@@ -1,0 +1,58 @@
+"""What the commands load: a model, and text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from streamline_hooks.errors import StreamlineError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model by folder or name, and its tokenizer."""
+    from transformers.utils import logging
+
+    from streamline_hooks.pretrained import load_pretrained
+
+    logging.set_verbosity_error()
+    model, tokenizer = load_pretrained(name)
+    return model.eval(), tokenizer
+
+
+def documents_of(sources: list[str]) -> list[str]:
+    """Documents by file, folder or name."""
+    from streamline_hooks.calibration import read_documents
+
+    return read_documents(sources)
+
+
+def own_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: list[str],
+    *,
+    tokens: int,
+    sequence_length: int,
+    seed: int,
+    cache: Path,
+) -> list[str]:
+    """Text that the model writes itself."""
+    from streamline_hooks.calibration import self_generated
+
+    if len(sources) > 1:
+        raise StreamlineError("--calibration self stands alone; leave the other sources away.")
+    return self_generated(model, tokenizer, tokens=tokens, sequence_length=sequence_length, seed=seed, cache=cache)
+
+
+def block_numbers(text: str) -> list[int]:
+    """The numbers in a --keep."""
+    numbers = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        try:
+            numbers.append(int(part))
+        except ValueError:
+            raise StreamlineError(f"--keep {part!r} is not a block number; expected numbers like 0,1,-1.") from None
+    return numbers

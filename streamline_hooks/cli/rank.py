@@ -1,0 +1,224 @@
+"""The command ``streamline-hooks rank``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from streamline_hooks.cli.loading import block_numbers, documents_of, load_model
+from streamline_hooks.cli.options import (
+    BatchSize,
+    Calibration,
+    CriterionName,
+    DryRun,
+    Json,
+    Keep,
+    Parts,
+    ProfileFile,
+    Search,
+    Seed,
+    SequenceLength,
+    Stack,
+    Tokens,
+)
+from streamline_hooks.errors import StreamlineError
+
+if TYPE_CHECKING:
+    from streamline_hooks.statistics import Profile
+
+
+def rank(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="A folder with a Transformers model, a hub name, or smollm2; not needed with --profile where the "
+            "criterion and the search are read off that.",
+            show_default=False,
+        ),
+    ] = None,
+    remove: Annotated[
+        str | None,
+        typer.Option(help="Rank what reaches this target (8, 0.25, parameters:0.25) and not every length."),
+    ] = None,
+    criterion: CriterionName = "cosine",
+    search: Search = "window",
+    parts: Parts = 2,
+    keep: Keep = "",
+    profile_file: ProfileFile = None,
+    save: Annotated[
+        Path | None, typer.Option("--save", metavar="FILE", help="Keep the profile, for --profile later.")
+    ] = None,
+    calibration: Calibration = None,
+    calibration_tokens: Tokens = 41_000,
+    sequence_length: SequenceLength = 512,
+    batch_size: BatchSize = 4,
+    seed: Seed = 0,
+    stack: Stack = None,
+    top: Annotated[int, typer.Option(help="How many to print, of each length without --remove.", min=1)] = 3,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Print the best windows of every length, or what a search finds for a target.
+
+    One pass over the calibration text compares the states at every two places. With --save it is kept; with --profile
+    it is read again, and nothing is run unless the criterion or the search runs the model.
+
+    Example: streamline-hooks rank smollm2 --save smollm2.profile
+    """
+    from streamline_hooks.selection import Question, criterion_named, find_selections, protected_blocks, score_windows
+    from streamline_hooks.selection import windows as windows_of
+    from streamline_hooks.stack import find_stack
+    from streamline_hooks.statistics import Profile, check_profile
+    from streamline_hooks.statistics import profile as measure
+
+    chosen = criterion_named(criterion)
+    if remove is None and (search != "window" or chosen.needs == "model"):
+        raise StreamlineError(
+            f"To rank {search if search != 'window' else ''} by {criterion} takes a target; add --remove, such as "
+            "--remove 0.25.".replace("  ", " ")
+        )
+    if model is None and profile_file is None:
+        raise StreamlineError("Give a model, or a profile that was saved with --save (--profile FILE).")
+    loaded: Any = None
+    batches = profile = None
+    if model is not None:
+        loaded, tokenizer = load_model(model)
+        stack = find_stack(loaded, stack).path
+        if profile_file is None or chosen.needs == "model" or search in ("greedy", "evolution"):
+            batches = _batches(loaded, tokenizer, calibration, calibration_tokens, sequence_length, batch_size, seed)
+    if profile_file is not None:
+        profile = Profile.load(profile_file)
+        if loaded is not None:
+            check_profile(profile, loaded, stack)
+    protected = protected_blocks(block_numbers(keep), profile.length if profile else len(find_stack(loaded, stack)))
+    if dry_run:
+        from streamline_hooks.evaluation.pace import measure_pace
+
+        if batches is None:
+            typer.echo("Nothing is run: the profile is there.")
+        else:
+            typer.echo(str(measure_pace(loaded, batches[0], stack=stack).rank(batches)))
+        return
+    if profile is None:
+        profile = measure(loaded, cast(Any, batches), keep=protected, stack=stack)
+    if save is not None:
+        profile.save(save)
+    rows: list[dict[str, Any]] = []
+    if remove is None:
+        for length in range(1, profile.places - 1 + (profile.places - 1 < profile.length)):
+            free = [w for w in _windows(windows_of, profile.length, length, protected) if w.stop < profile.places]
+            scores = score_windows(chosen, free, profile=profile)
+            best = sorted(zip(free, scores, strict=True), key=lambda pair: (-pair[1], pair[0].start))[:top]
+            rows += [_row(profile, window, score, criterion) for window, score in best]
+    else:
+        candidates = _candidates(loaded, remove, profile, protected, stack)
+        asked = Question(
+            candidates, profile.length, chosen, protected, top, parts, profile, loaded, batches, stack, seed
+        )
+        for found in find_selections(search, asked):
+            one = found.windows[0] if len(found.windows) == 1 and not found.silenced else None
+            row = {"blocks": str(found), "windows": [[w.start, w.stop] for w in found.windows]}
+            row["silenced"] = [list(half) for half in found.silenced]
+            rows.append({**row, **(_row(profile, one, found.score, criterion) if one else {"score": found.score})})
+        if search == "window" and chosen.needs == "profile" and profile.sequences > 1:
+            rows[0]["first_in_resamples"] = _how_sure(profile, chosen, candidates)
+    if as_json:
+        about = {"stack": profile.about.get("stack"), "blocks": profile.length, "criterion": criterion}
+        typer.echo(json.dumps({**about, "tokens": profile.tokens, "windows": rows}, indent=2))
+    else:
+        _print(profile, rows, criterion)
+
+
+def _batches(
+    model: Any,
+    tokenizer: Any,
+    calibration: list[str] | None,
+    tokens: int,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+) -> Any:
+    from streamline_hooks.batch import batches_of
+    from streamline_hooks.calibration import check_tokenizer, split_documents
+
+    sources = calibration or ["pydoc"]
+    if "self" in sources:
+        raise StreamlineError("rank takes no --calibration self; give text that is there.")
+    split = split_documents(
+        documents_of(sources),
+        tokenizer,
+        seed=seed,
+        sequence_length=sequence_length,
+        calibration_tokens=tokens,
+        validation_tokens=sequence_length,
+        test_tokens=sequence_length,
+    )
+    check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings, split)
+    return batches_of(split.calibration, batch_size)
+
+
+def _windows(windows_of: Any, length: int, size: int, protected: frozenset[int]) -> list[range]:
+    try:
+        return list(windows_of(length, size, protected))
+    except StreamlineError:  # no run of this length is free; shorter ones were
+        return []
+
+
+def _candidates(model: Any, remove: str, profile: Profile, protected: frozenset[int], stack: str | None) -> list[range]:
+    """The windows that reach a target; of a number of blocks without the model."""
+    from streamline_hooks.selection import Target, blocks_to_remove, windows, windows_for
+
+    target = Target.parse(remove)
+    if target.of == "blocks":
+        return windows(profile.length, blocks_to_remove(target.amount, profile.length), protected)
+    if model is None:
+        raise StreamlineError(f"The target {target} is measured on the model; give it, or a number of blocks.")
+    return windows_for(model, target, stack=stack, protected=protected, say=typer.echo)
+
+
+# A criterion that is a statistic of the profile, or one minus it.
+_INTERVALS = {"cosine": (0.0, 1.0), "angular": (1.0, -1.0), "last_angular": (1.0, -1.0)}
+
+
+def _row(profile: Profile, window: range, score: float, criterion: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"length": len(window), "start": window.start, "stop": window.stop, "score": score}
+    if window.stop < profile.places:
+        row["cosine"] = profile.value("cosine", window)
+        row["angular_distance"] = profile.value("angular", window)
+        if criterion in _INTERVALS and profile.sequences > 1:
+            offset, sign = _INTERVALS[criterion]
+            row["interval"] = sorted(offset + sign * end for end in profile.interval(cast(Any, criterion), window))
+    return row
+
+
+def _how_sure(profile: Profile, criterion: Any, candidates: list[range]) -> float:
+    """In what share of the resamples of the sequences the first window is first."""
+    from streamline_hooks.selection import score_windows
+
+    def first(of: Profile) -> int:
+        scores = score_windows(criterion, candidates, profile=of)
+        return max(range(len(scores)), key=lambda k: (scores[k], -k))
+
+    chosen = first(profile)
+    firsts = [first(one) for one in profile.resamples()]
+    return sum(k == chosen for k in firsts) / max(1, len(firsts))
+
+
+def _print(profile: Profile, rows: list[dict[str, Any]], criterion: str) -> None:
+    typer.echo(
+        f"{profile.about.get('stack')}: {profile.length} blocks; {profile.tokens:,} tokens of {profile.sequences} "
+        f"sequences\n\nlength  blocks        {criterion:>12}  95 % interval        cosine  angular distance"
+    )
+    for row in rows:
+        blocks = row.get("blocks") or (f"{row['start']}-{row['stop'] - 1}" if row["length"] > 1 else str(row["start"]))
+        length = row.get("length") or sum(stop - start for start, stop in row["windows"])
+        low, high = row.get("interval", (None, None))
+        interval = f"{low:.4f} to {high:.4f}" if low is not None else ""
+        numbers = f"{row['cosine']:.4f}  {row['angular_distance']:16.4f}" if "cosine" in row else ""
+        typer.echo(f"{length:>6}  {blocks:<12}  {row['score']:12.4f}  {interval:<18}  {numbers}".rstrip())
+    if rows and "first_in_resamples" in rows[0]:
+        typer.echo(f"\nThe first comes first in {rows[0]['first_in_resamples']:.0%} of the resamples of the sequences.")

@@ -1,0 +1,155 @@
+"""What a compression works on: the windows that reach the target, and text dealt out to what needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor, nn
+
+from streamline_hooks.batch import batches_of
+from streamline_hooks.calibration import TokenSplit, check_tokenizer, split_documents
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.evaluation.cost import Cost
+from streamline_hooks.evaluation.pace import measure_pace
+from streamline_hooks.repair import kind_named
+from streamline_hooks.selection import Question, Target, protected_blocks, windows_for
+from streamline_hooks.stack import BlockStack, find_stack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Batches = list[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is known before anything long is run.
+
+    Attributes
+    ----------
+    stack : BlockStack
+    target : Target
+    candidates : list of range
+        The windows that reach the target alone.
+    protected : frozenset of int
+    split : TokenSplit
+    calibration, fit, held_out, validation, test : list of dict
+        Batches; `fit` and `held_out` are the two parts of `calibration`.
+    """
+
+    stack: BlockStack
+    target: Target
+    candidates: list[range]
+    protected: frozenset[int]
+    split: TokenSplit
+    calibration: Batches
+    fit: Batches
+    held_out: Batches
+    validation: Batches
+    test: Batches
+
+    def question(self, **more: Any) -> Question:
+        """What a search is asked on the calibration text."""
+        return Question(
+            self.candidates,
+            len(self.stack),
+            keep=self.protected,
+            model=self.stack.model,
+            batches=self.calibration,
+            stack=self.stack.path,
+            **more,
+        )
+
+    def announcement(self, kind: str, search: str, criterion: str, shortlist: int) -> list[str]:
+        """What is going to be done, in lines for a terminal."""
+        lengths = sorted({len(window) for window in self.candidates})
+        blocks = str(lengths[0]) if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
+        share = "" if len(lengths) > 1 else f" ({lengths[0] / len(self.stack):.1%})"
+        return [
+            f"stack      {self.stack}",
+            f"remove     {self.target} comes to {blocks} of {len(self.stack)} blocks{share}, {kind} in their place",
+            f"search     {search} by {criterion}; {len(self.candidates)} windows reach the target, and up to "
+            f"{shortlist} selections are fitted and judged",
+            f"text       {self.split.describe()}",
+        ]
+
+    def costs(self, shortlist: int, kind: str) -> list[Cost]:
+        """What finding one window will cost on this machine, measured on a few tokens; the sums beside the passes."""
+        pace = measure_pace(self.stack.model, self.calibration[0], stack=self.stack.path)
+        module = kind_named(kind).unfitted(pace.features)
+        judged = {"shortlist": min(shortlist, len(self.candidates))}
+        return [
+            pace.rank(self.calibration),
+            pace.fit(self.fit, self.candidates, **judged),
+            pace.fit(self.held_out, self.candidates, **judged, sums=2),
+            pace.judge(self.validation, self.candidates, **judged, replacement=module),
+            pace.perplexity(self.test),
+        ]
+
+
+def prepare_compression(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    remove: Target | int | float | str,
+    kind: str,
+    keep: Iterable[int],
+    batch_size: int,
+    stack: str | None,
+    say: Callable[[str], None],
+    **split: Any,
+) -> Preparation:
+    """Find the windows that reach a target, and deal the text out.
+
+    Parameters are those of `compress`; the others go to `split_documents`.
+
+    Raises
+    ------
+    StreamlineError
+        If the target cannot be reached, or the text does not suffice.
+    """
+    found = find_stack(model, stack)
+    chosen = kind_named(kind)
+    target = Target.parse(remove) if isinstance(remove, str) else remove
+    target = target if isinstance(target, Target) else Target(target)
+    protected = protected_blocks(keep, len(found))
+    _require_positions(model, split["sequence_length"])
+    embedding = cast(nn.Embedding, model.get_input_embeddings())
+    width = getattr(found.config, "hidden_size", embedding.embedding_dim)
+    candidates = windows_for(
+        model,
+        target,
+        stack=found.path,
+        protected=protected,
+        stand_in=lambda window: chosen.unfitted(width),
+        slots=chosen.slots,
+        say=say,
+    )
+    dealt = split_documents(texts, tokenizer, **split)
+    check_tokenizer(tokenizer, embedding.num_embeddings, dealt)
+    fit, held_out = held_out_apart(dealt.calibration)
+    parts = (dealt.calibration, fit, held_out, dealt.validation, dealt.test)
+    return Preparation(found, target, candidates, protected, dealt, *(batches_of(part, batch_size) for part in parts))
+
+
+def held_out_apart(sequences: Tensor) -> tuple[Tensor, Tensor]:
+    """Four fifths to fit on, and the last fifth, which comes from other documents, to choose the ridge by."""
+    if len(sequences) < 2:
+        raise StreamlineError(
+            f"The calibration text fills {len(sequences)} sequence of {sequences.shape[1]} tokens; expected two at "
+            "least, one to fit on and one to choose the ridge by. Give more text or a smaller --sequence-length."
+        )
+    held_out = max(1, len(sequences) // 5)
+    return sequences[:-held_out], sequences[-held_out:]
+
+
+def _require_positions(model: PreTrainedModel, sequence_length: int) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < sequence_length:
+        raise StreamlineError(
+            f"sequence_length={sequence_length} is more than the {limit} positions that the model has; use "
+            f"--sequence-length {limit} or less."
+        )

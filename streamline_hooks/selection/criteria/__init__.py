@@ -1,0 +1,48 @@
+"""What speaks for giving up a window. Of every criterion a higher score goes sooner."""
+
+from streamline_hooks.selection.criteria.accuracy import accuracy_drop
+from streamline_hooks.selection.criteria.baselines import at_random, last_n, last_n_but_final
+from streamline_hooks.selection.criteria.cca import CanonicalBound, branch_cca_bounds, cca_bound, cca_bounds
+from streamline_hooks.selection.criteria.criterion import Combination, Criterion
+from streamline_hooks.selection.criteria.registry import CRITERIA, combined, criterion_named, register_criterion
+from streamline_hooks.selection.criteria.removal import kl_when_removed, perplexity_when_removed
+from streamline_hooks.selection.criteria.residual import repaired_residual
+from streamline_hooks.selection.criteria.scoring import score_windows
+from streamline_hooks.selection.criteria.states import (
+    block_influence,
+    closeness,
+    cosine,
+    entropy_increase,
+    last_closeness,
+    relative_magnitude,
+)
+from streamline_hooks.selection.criteria.taylor import block_saliency, taylor
+
+__all__ = [
+    "CRITERIA",
+    "CanonicalBound",
+    "Combination",
+    "Criterion",
+    "accuracy_drop",
+    "at_random",
+    "block_influence",
+    "block_saliency",
+    "branch_cca_bounds",
+    "cca_bound",
+    "cca_bounds",
+    "closeness",
+    "combined",
+    "cosine",
+    "criterion_named",
+    "entropy_increase",
+    "kl_when_removed",
+    "last_closeness",
+    "last_n",
+    "last_n_but_final",
+    "perplexity_when_removed",
+    "register_criterion",
+    "relative_magnitude",
+    "repaired_residual",
+    "score_windows",
+    "taylor",
+]

@@ -1,0 +1,46 @@
+"""What a criterion is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Needs = Literal["profile", "model"]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What speaks for giving up a window.
+
+    Attributes
+    ----------
+    name : str
+    score : callable
+        Of a criterion that needs a profile alone, ``score(profile, window)`` gives a window's score; of one that runs
+        the model, ``score(model, batches, windows, *, stack=None)`` gives those of all windows. The higher, the sooner
+        a window goes; −inf is last, and NaN is an error.
+    needs : {"profile", "model"}
+    paper : str
+        Where it comes from.
+    """
+
+    name: str
+    score: Callable[..., Any]
+    needs: Needs
+    paper: str = ""
+
+
+@dataclass(frozen=True)
+class Combination(Criterion):
+    """Several criteria in one; made by `combined`.
+
+    Attributes
+    ----------
+    parts : tuple of (Criterion, float)
+        With their weights.
+    by : {"rank", "weight"}
+    """
+
+    parts: tuple[tuple[Criterion, float], ...] = ()
+    by: Literal["rank", "weight"] = "rank"

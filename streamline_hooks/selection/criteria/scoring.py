@@ -1,0 +1,154 @@
+"""Score windows by one criterion or by several."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from streamline_hooks.batch import Batch
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.selection.criteria.criterion import Combination, Criterion
+from streamline_hooks.selection.criteria.registry import criterion_named
+from streamline_hooks.stack import find_stack
+from streamline_hooks.statistics import Profile, check_profile
+from streamline_hooks.statistics import profile as make_profile
+
+
+def score_windows(
+    criterion: Criterion | str,
+    windows: Sequence[range],
+    *,
+    profile: Profile | None = None,
+    model: nn.Module | None = None,
+    batches: Sequence[Batch | Tensor] | None = None,
+    stack: str | None = None,
+) -> list[float]:
+    """Score windows by a criterion.
+
+    A criterion that needs a profile makes one of the model and the batches where none is given, in one pass. With a
+    profile in hand it runs nothing.
+
+    Parameters
+    ----------
+    criterion : Criterion or str
+        One, or the name of one, see `criterion_named`.
+    windows : sequence of range
+    profile : Profile, optional
+        Of this model.
+    model : torch.nn.Module, optional
+    batches : sequence of mapping or torch.Tensor, optional
+        What the model's forward takes. A criterion that brings its own text takes an empty list.
+    stack : str, optional
+        Path of the stack, see `find_stack`.
+
+    Returns
+    -------
+    list of float
+        In the order of `windows`; the highest goes first.
+
+    Raises
+    ------
+    StreamlineError
+        If the criterion runs the model and there is only a profile, the profile is of another model, a window is out
+        of range, or a score is not a number.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from streamline_hooks.testing import tiny_model
+    >>> windows = [range(1, 3), range(2, 4)]
+    >>> len(score_windows("cosine", windows, model=tiny_model("llama"), batches=[torch.arange(3, 9)[None]]))
+    2
+    """
+    chosen = criterion_named(criterion) if isinstance(criterion, str) else criterion
+    evidence = _Evidence(profile, model, None if batches is None else list(batches), stack)
+    evidence.require(chosen, windows)
+    return evidence.scores(chosen, list(windows)) if windows else []
+
+
+class _Evidence:
+    """What there is to score by."""
+
+    def __init__(
+        self,
+        given: Profile | None,
+        model: nn.Module | None,
+        batches: Sequence[Batch | Tensor] | None,
+        stack: str | None,
+    ) -> None:
+        self.given, self.model, self.batches, self.stack = given, model, batches, stack
+
+    def require(self, criterion: Criterion, windows: Sequence[range]) -> None:
+        if criterion.needs == "model" and (self.model is None or self.batches is None):
+            raise StreamlineError(
+                f"The criterion {criterion.name!r} runs the model: a profile is not enough. Give the model and "
+                "batches, or choose a criterion that is read off a profile."
+            )
+        if self.given is None and (self.model is None or self.batches is None):
+            raise StreamlineError(
+                f"The criterion {criterion.name!r} is read off a profile; give one, or a model and batches to make one."
+            )
+        if self.given is not None and self.model is not None:
+            check_profile(self.given, self.model, self.stack)
+        length = self.given.length if self.model is None and self.given is not None else len(self._stack)
+        wrong = [w for w in windows if w.step != 1 or not 0 <= w.start < w.stop <= length]
+        if wrong:
+            raise StreamlineError(
+                f"{wrong[0]} is no window of this stack; expected a run of consecutive blocks out of 0 to "
+                f"{length - 1}, such as range(3, 6)."
+            )
+
+    def scores(self, criterion: Criterion, windows: list[range]) -> list[float]:
+        if isinstance(criterion, Combination):
+            parts = [(self.scores(part, windows), weight) for part, weight in criterion.parts]
+            return _combine([_ranks(s) if criterion.by == "rank" else s for s, _ in parts], [w for _, w in parts])
+        if criterion.needs == "model":
+            values = list(criterion.score(self.model, self.batches, windows, stack=self.stack))
+        else:
+            values = [criterion.score(self.profile, window) for window in windows]
+        if len(values) != len(windows):
+            raise StreamlineError(
+                f"The criterion {criterion.name!r} gave {len(values)} scores for {len(windows)} windows; expected one "
+                "each, in their order."
+            )
+        scores = [float(value) for value in values]
+        for window, score in zip(windows, scores, strict=True):
+            if math.isnan(score) or score == math.inf:
+                raise StreamlineError(
+                    f"The criterion {criterion.name!r} gave {score} for the window of blocks {window.start} to "
+                    f"{window.stop - 1}; expected a number, or −inf for what must not go."
+                )
+        if max(scores) == -math.inf:
+            raise StreamlineError(
+                f"The criterion {criterion.name!r} finds none of the {len(windows)} windows that could go: without any "
+                "of them the model's output is not finite. Look at its weights, remove less, or run in a wider "
+                "precision (float32 or bfloat16)."
+            )
+        return scores
+
+    @cached_property
+    def profile(self) -> Profile:
+        if self.given is not None:
+            return self.given
+        assert self.model is not None and self.batches is not None
+        return make_profile(self.model, self.batches, replicates=0, stack=self.stack)
+
+    @property
+    def _stack(self) -> Any:
+        assert self.model is not None
+        return find_stack(self.model, self.stack)
+
+
+def _ranks(scores: Sequence[float]) -> list[float]:
+    """The share of the other windows that a window comes before, a tie counting half."""
+    order, others = sorted(scores), max(1, len(scores) - 1)
+    return [(bisect_left(order, s) + bisect_right(order, s) - 1) / 2 / others for s in scores]
+
+
+def _combine(parts: Sequence[Sequence[float]], weights: Sequence[float]) -> list[float]:
+    return [math.fsum(w * s for w, s in zip(weights, each, strict=True)) for each in zip(*parts, strict=True)]

@@ -1,0 +1,170 @@
+"""How much the loss would change, to the first order, if a block's weights were zero. A higher score goes sooner."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from streamline_hooks.batch import Batch, prepare
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.evaluation.candidates import logits_of
+from streamline_hooks.evaluation.perplexity import input_ids
+from streamline_hooks.passes import inference, progress
+from streamline_hooks.stack import BlockStack, find_stack
+from streamline_hooks.statistics.precision import widen
+
+
+def taylor(
+    model: nn.Module, batches: Sequence[Batch | Tensor], windows: Sequence[range], *, stack: str | None = None
+) -> list[float]:
+    """Minus the sum of `block_saliency` over the window (the Taylor criterion of Shortened LLaMA, arXiv 2402.02834).
+
+    Its variant "Taylor+" is this with the first four and the last two blocks kept: ``keep=[0, 1, 2, 3, -2, -1]``.
+    """
+    saliency = block_saliency(model, batches, {k for window in windows for k in window}, stack=stack)
+    return [-math.fsum(saliency[k] for k in window) for window in windows]
+
+
+@torch.inference_mode(False)  # what is made inside one has no gradient
+def block_saliency(
+    model: nn.Module, batches: Sequence[Batch | Tensor], blocks: Iterable[int], *, stack: str | None = None
+) -> dict[int, float]:
+    """Sum of |gradient × weight| over the parameters of each block (Shortened LLaMA, arXiv 2402.02834).
+
+    The gradient is that of the mean next-token loss over all text, so that it does not matter how this is cut into
+    batches. The model runs in evaluation mode; parameters that are frozen count as others do. Nothing of the model is
+    changed, and gradients that a training has left stay as they are.
+
+    A pass costs a forward, and a backward down to the first of the blocks. Memory, beside the activations of one batch,
+    is one gradient of these blocks' parameters, in float32 at least, however much the text.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A causal language model.
+    batches : sequence of mapping or torch.Tensor
+    blocks : iterable of int
+    stack : str, optional
+        Path of the stack, see `find_stack`.
+
+    Returns
+    -------
+    dict of int to float
+        By block, in nats.
+
+    Raises
+    ------
+    StreamlineError
+        If a parameter has no gradient (it is quantised, or kept elsewhere), the loss or a gradient is not finite, or
+        there is nothing to predict.
+    """
+    found = find_stack(model, stack)
+    chosen = sorted(set(blocks))
+    parameters = {k: list(found[k].parameters()) for k in chosen}
+    _require_differentiable(found, chosen)
+    every: dict[Tensor, None] = dict.fromkeys(p for k in chosen for p in parameters[k])  # blocks may share some
+    sums = {p: torch.zeros_like(p, dtype=_wide(p), requires_grad=False) for p in every}
+    masks = [_predicted(batch) for batch in batches]
+    total = sum(int(mask.sum()) for mask in masks)
+    if not total:
+        raise StreamlineError("No token is predicted; give sequences of at least two real tokens.")
+    share = 0.0  # of all predicted tokens, in the batch that is run
+    reached: set[Tensor] = set()
+
+    def receive(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            sums[parameter].add_(parameter.grad.to(sums[parameter]), alpha=share)
+        parameter.grad = None
+        reached.add(parameter)
+
+    what = f"gradients: blocks {chosen[0]} to {chosen[-1]} of {len(found)}"
+    with inference(model), _gradients_of(model, sums, receive), progress(total, what) as bar:
+        for number, (batch, mask) in enumerate(zip(batches, masks, strict=True)):
+            if not mask.any():
+                continue
+            share = float(mask.sum()) / total
+            loss = _loss(logits_of(model(**prepare(model, batch))), input_ids(batch), mask)
+            if not torch.isfinite(loss):
+                raise StreamlineError(
+                    f"The loss is {float(loss.detach())} (batch {number}). Look at the weights of the model, or run in "
+                    "a wider precision (float32 or bfloat16)."
+                )
+            if loss.requires_grad:
+                loss.backward()
+            bar.update(int(mask.sum()))
+    missed = [k for k in chosen if reached.isdisjoint(parameters[k])]
+    if missed:
+        raise StreamlineError(
+            f"No gradient reaches block {missed[0]}: {type(model).__name__} runs it, or what follows it, without a "
+            "graph. Choose a criterion without gradients."
+        )
+    return {k: _saliency(k, [(p, sums[p]) for p in parameters[k]]) for k in chosen}
+
+
+def _saliency(k: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    saliency = 0.0
+    for parameter, gradient in pairs:
+        saliency += float(widen(parameter.detach()).mul(widen(gradient)).abs_().sum())
+    if not math.isfinite(saliency):
+        raise StreamlineError(
+            f"A gradient or a weight of block {k} is not finite. Look at its weights, or run in a wider precision "
+            "(float32 or bfloat16)."
+        )
+    return saliency
+
+
+@contextmanager
+def _gradients_of(model: nn.Module, parameters: Iterable[Tensor], receive: Callable[[Tensor], None]) -> Iterator[None]:
+    """Let a backward reach these parameters and no others, each gradient handed on as soon as it is there."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    handles = []
+    try:
+        for p, _, _ in before:
+            p.requires_grad_(False)
+            p.grad = None
+        for wanted in parameters:
+            wanted.requires_grad_(True)
+            handles.append(wanted.register_post_accumulate_grad_hook(receive))
+        with torch.enable_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, required, gradient in before:
+            p.requires_grad_(required)
+            p.grad = gradient
+
+
+def _predicted(batch: Batch | Tensor) -> Tensor:
+    """The tokens that are predicted from a real one before them, as in `score`; of shape (batch, tokens − 1)."""
+    ids = input_ids(batch)
+    given = None if isinstance(batch, Tensor) else batch.get("attention_mask")
+    real = torch.ones_like(ids, dtype=torch.bool) if given is None else given.to(ids.device).bool()
+    return real[:, 1:] & real[:, :-1]
+
+
+def _loss(logits: Tensor, ids: Tensor, predicted: Tensor) -> Tensor:
+    mask = predicted.to(logits.device)
+    chosen = logits[:, :-1][mask]
+    targets = ids.to(logits.device)[:, 1:][mask]
+    return cross_entropy(chosen.to(_wide(chosen)), targets)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _require_differentiable(stack: BlockStack, blocks: Sequence[int]) -> None:
+    for k in blocks:
+        for name, p in stack[k].named_parameters():
+            if not p.is_floating_point() or p.is_meta:
+                where = "is kept elsewhere (offloaded)" if p.is_meta else f"is {p.dtype}"
+                raise StreamlineError(
+                    f"{name} of block {k} {where} and has no gradient. Load the model whole and in floating point, or "
+                    "choose a criterion without gradients."
+                )

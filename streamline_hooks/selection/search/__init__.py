@@ -1,0 +1,28 @@
+"""How the blocks to give up are searched for, by any criterion."""
+
+from streamline_hooks.selection.search.disjoint import disjoint_windows
+from streamline_hooks.selection.search.evolution import evolution, evolve, tokens_a_generation
+from streamline_hooks.selection.search.generations import Generation
+from streamline_hooks.selection.search.greedy import greedy
+from streamline_hooks.selection.search.one_shot import one_shot
+from streamline_hooks.selection.search.selected import ScoredWindow, Scorer, Selection
+from streamline_hooks.selection.search.verified import Repair, VerifiedSelection, verified
+from streamline_hooks.selection.search.windows import best_windows, ranked
+
+__all__ = [
+    "Generation",
+    "Repair",
+    "ScoredWindow",
+    "Scorer",
+    "Selection",
+    "VerifiedSelection",
+    "best_windows",
+    "disjoint_windows",
+    "evolution",
+    "evolve",
+    "greedy",
+    "one_shot",
+    "ranked",
+    "tokens_a_generation",
+    "verified",
+]

@@ -1,0 +1,174 @@
+"""The searches by name, each asked the same question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, islice
+
+from torch import Tensor, nn
+
+from streamline_hooks.batch import Batch, tokens_of
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.selection.criteria import Criterion, score_windows
+from streamline_hooks.selection.search.disjoint import disjoint_windows
+from streamline_hooks.selection.search.evolution import evolution
+from streamline_hooks.selection.search.greedy import greedy
+from streamline_hooks.selection.search.one_shot import one_shot
+from streamline_hooks.selection.search.selected import Selection
+from streamline_hooks.selection.search.windows import best_windows
+from streamline_hooks.statistics import Profile
+
+_TOKENS = 8_192  # that an evolutionary search is judged on
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a search is asked.
+
+    Attributes
+    ----------
+    candidates : sequence of range
+        The windows that reach the target alone, see `windows_for`.
+    length : int
+        Number of blocks of the stack.
+    criterion : Criterion or str
+        What speaks for giving a window up.
+    keep : frozenset of int
+        Blocks that must stay.
+    best : int
+        How many selections to find, where the search finds several.
+    parts : int
+        Windows a selection, where the search makes several.
+    profile : Profile, optional
+        Of the model.
+    model : torch.nn.Module, optional
+        For what a profile does not tell.
+    batches : sequence of mapping or torch.Tensor, optional
+        What the model is run on.
+    stack : str, optional
+        Path of the stack.
+    seed : int
+        Of random numbers.
+    """
+
+    candidates: Sequence[range]
+    length: int
+    criterion: Criterion | str = "cosine"
+    keep: frozenset[int] = frozenset()
+    best: int = 1
+    parts: int = 2
+    profile: Profile | None = None
+    model: nn.Module | None = None
+    batches: Sequence[Batch | Tensor] | None = None
+    stack: str | None = None
+    seed: int = 0
+
+    @property
+    def count(self) -> int:
+        """Blocks that go, for a search that does not take one window.
+
+        Raises
+        ------
+        StreamlineError
+            If the windows that reach the target are not all of one length.
+        """
+        lengths = sorted({len(window) for window in self.candidates})
+        if len(lengths) != 1:
+            raise StreamlineError(
+                f"The windows that reach the target are {lengths[0]} to {lengths[-1]} blocks long; this search takes "
+                "one number of blocks. Give a number or a fraction of the blocks, or search for a window."
+            )
+        return lengths[0]
+
+    def score(self, windows: Sequence[range]) -> list[float]:
+        """Score windows by the criterion."""
+        return score_windows(
+            self.criterion,
+            windows,
+            profile=self.profile,
+            model=self.model,
+            batches=self.batches,
+            stack=self.stack,
+        )
+
+    def running(self) -> tuple[nn.Module, Sequence[Batch | Tensor]]:
+        """The model and what it is run on, for a search that needs both."""
+        if self.model is None or self.batches is None:
+            raise StreamlineError(
+                "This search runs the model: a profile is not enough. Give a model and text, or search for a window, "
+                "disjoint windows or single blocks (window, disjoint, one-shot)."
+            )
+        return self.model, self.batches
+
+
+def find_selections(name: str, question: Question) -> list[Selection]:
+    """Run a search.
+
+    Parameters
+    ----------
+    name : {"window", "disjoint", "one-shot", "greedy", "evolution"}
+    question : Question
+
+    Returns
+    -------
+    list of Selection
+        The best first.
+
+    Raises
+    ------
+    StreamlineError
+        If there is no such search, or it cannot answer; see each.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from streamline_hooks.statistics import Profile
+    >>> profile = Profile(5)
+    >>> profile.update([torch.eye(8)[None, :6] + k // 2 for k in range(5)], torch.ones(1, 6))
+    >>> asked = Question([range(k, k + 2) for k in range(3)], 4, profile=profile)
+    >>> find_selections("window", asked)[0].windows, find_selections("disjoint", asked)[0].windows
+    ((range(2, 4),), (range(0, 1), range(2, 3)))
+    """
+    if name not in SEARCHES:
+        raise StreamlineError(f"The search {name!r} is unknown. Known: {', '.join(SEARCHES)}.")
+    return SEARCHES[name](question)
+
+
+def _window(asked: Question) -> list[Selection]:
+    return best_windows(asked.score, asked.candidates)[: asked.best]
+
+
+def _disjoint(asked: Question) -> list[Selection]:
+    count, keep = asked.count, asked.keep
+    return disjoint_windows(asked.score, asked.length, count, asked.parts, keep=keep, best=asked.best)
+
+
+def _one_shot(asked: Question) -> list[Selection]:
+    return one_shot(asked.score, asked.length, asked.count, keep=asked.keep, best=asked.best)
+
+
+def _greedy(asked: Question) -> list[Selection]:
+    model, batches = asked.running()
+    return greedy(model, batches, asked.criterion, asked.count, keep=asked.keep, stack=asked.stack)
+
+
+def _evolution(asked: Question) -> list[Selection]:
+    """Started with the best windows and the best single blocks, on a part of the text: ten generations of 16."""
+    model, batches = asked.running()
+    seeds = list(dict.fromkeys([*_window(asked), *_one_shot(asked)]))
+    few = list(islice(batches, sum(1 for total in accumulate(map(tokens_of, batches)) if total <= _TOKENS) or 1))
+    found = evolution(
+        model, few, seeds, generations=10, offspring=16, stages=((_TOKENS // 4, 4),), keep=asked.keep, seed=asked.seed,
+        stack=asked.stack,
+    )  # fmt: skip
+    return found[: asked.best]
+
+
+SEARCHES: dict[str, Callable[[Question], list[Selection]]] = {
+    "window": _window,
+    "disjoint": _disjoint,
+    "one-shot": _one_shot,
+    "greedy": _greedy,
+    "evolution": _evolution,
+}

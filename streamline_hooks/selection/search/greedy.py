@@ -1,0 +1,99 @@
+"""One block, or a few, after the other, each chosen on the model that is already without those before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+from torch import Tensor, nn
+
+from streamline_hooks.batch import Batch
+from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
+from streamline_hooks.passes import progress
+from streamline_hooks.selection.criteria import Criterion, score_windows
+from streamline_hooks.selection.search.selected import Selection, runs
+from streamline_hooks.selection.search.windows import best_windows
+from streamline_hooks.selection.target import blocks_to_remove, protected_blocks, windows
+from streamline_hooks.stack import find_stack
+from streamline_hooks.surgery import LayerSurgeon
+
+
+def greedy(
+    model: nn.Module,
+    batches: Sequence[Batch | Tensor],
+    criterion: Criterion | str,
+    count: int,
+    *,
+    keep: Iterable[int] = (),
+    step: int = 1,
+    stack: str | None = None,
+) -> list[Selection]:
+    """Give up the best block, measure again without it, and so on (as SLEB does, arXiv 2402.09025).
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    batches : sequence of mapping or torch.Tensor
+        What the criterion is measured on, once a round: `count` over `step` rounds.
+    criterion : Criterion or str
+        What speaks for giving a window up; of a profile, which is then taken anew each round, or of the model.
+    count : int
+        Blocks that go.
+    keep : iterable of int
+        Blocks that must stay; negative numbers count from the end.
+    step : int
+        How many go in a round: a run of that many consecutive blocks of the model as it is in that round.
+    stack : str, optional
+        Path of the stack, see `find_stack`.
+
+    Returns
+    -------
+    list of Selection
+        The one selection that is found. Its score is the sum of the scores with which the blocks went.
+
+    Raises
+    ------
+    StreamlineError
+        If `count` or `step` is out of range, or no run that long is free of protected blocks.
+    UnsupportedSurgery
+        If the blocks that are to go cannot; the text says why.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from streamline_hooks.testing import tiny_model
+    >>> model = tiny_model("llama")
+    >>> len(greedy(model, [torch.arange(3, 19)[None]], "cosine", 3, keep=[0])[0].blocks)
+    3
+    """
+    found = find_stack(model, stack)
+    count, protected = blocks_to_remove(count, len(found)), protected_blocks(keep, len(found))
+    if step < 1:
+        raise StreamlineError(f"step={step} blocks a round; expected one or more.")
+    gone: list[int] = []
+    total = 0.0
+    score = partial(score_windows, criterion, model=model, batches=batches, stack=found.path)
+    with LayerSurgeon(model, found) as surgeon, progress(count, "greedy", "blocks") as bar:
+        while len(gone) < count:
+            kept = surgeon.plan.kept
+            size = min(step, count - len(gone))
+            free = windows(len(kept), size, frozenset(new for new, old in enumerate(kept) if old in protected))
+            best = best_windows(score, free)[0]
+            going = [kept[new] for new in best.windows[0]]
+            for run in runs(going):
+                _remove(surgeon, run)
+            gone += going
+            total += best.score
+            bar.update(size)
+    return [Selection.of_blocks(gone, score=total)]
+
+
+def _remove(surgeon: LayerSurgeon, run: range) -> None:
+    try:
+        surgeon.remove(run)
+    except UnsupportedSurgery as error:
+        raise UnsupportedSurgery(
+            f"The greedy search came to blocks {run.start} to {run.stop - 1}, which cannot go. {error} Protect them "
+            "(keep=...) to search among the others.",
+            error.cause,
+        ) from error

@@ -1,0 +1,198 @@
+"""How far the model is from the original when a selection is given up: carry it out, run, compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamline_hooks.batch import Batch, prepare, tokens_of
+from streamline_hooks.batch import real_tokens as mask_of
+from streamline_hooks.branches import Branch
+from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
+from streamline_hooks.evaluation.agreement import summed_kl
+from streamline_hooks.evaluation.candidates import logits_of, real_tokens
+from streamline_hooks.hidden_state import read_output, token_mask, write_output
+from streamline_hooks.passes import inference, progress
+from streamline_hooks.selection.search.selected import Selection
+from streamline_hooks.stack import BlockStack
+from streamline_hooks.surgery import LayerSurgeon
+from streamline_hooks.surgery.silence import branches_of
+
+Writers = Mapping[tuple[int, Branch], Sequence[str]]
+"""By block and branch, the paths below the block of the modules that write what the branch adds."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A selection, and what stands in the place of each of its windows; by default nothing.
+
+    Attributes
+    ----------
+    selection : Selection
+    modules : tuple of torch.nn.Module or None
+        One a window, or empty.
+    """
+
+    selection: Selection
+    modules: tuple[nn.Module | None, ...] = ()
+
+
+def writers_of(
+    stack: BlockStack, blocks: Iterable[int], probe: Batch | Tensor | None = None
+) -> dict[tuple[int, Branch], tuple[str, ...] | UnsupportedSurgery]:
+    """Find, once for many trials, what is to be thrown away so that a branch adds nothing.
+
+    Parameters
+    ----------
+    stack : BlockStack
+    blocks : iterable of int
+    probe : mapping or torch.Tensor, optional
+        What to run a model on that cannot be run on tokens alone, without padding.
+
+    Returns
+    -------
+    dict
+        For each block and branch the paths below the block, or the error that says why it cannot be silenced.
+    """
+    found: dict[tuple[int, Branch], tuple[str, ...] | UnsupportedSurgery] = {}
+    branches: tuple[Branch, ...] = ("attention", "mlp")
+    for k, known in branches_of(stack, blocks, probe).items():
+        for branch in branches:
+            if isinstance(known, UnsupportedSurgery):
+                found[k, branch] = known
+            else:
+                found[k, branch] = tuple(sorted({path.rpartition(".")[0] for path in known.writers[branch]}))
+    return found
+
+
+@contextmanager
+def given_up(stack: BlockStack, attempt: Attempt, writers: Writers) -> Iterator[dict[int, int]]:
+    """Let a model be, for a trial, as it is without a selection.
+
+    Windows are taken out by a surgeon that does not probe. What a silenced branch would add is thrown away, which is
+    the truth that `LayerSurgeon.silence` is held against, and costs no search for the branch in every trial.
+
+    Yields
+    ------
+    dict of int to int
+        The present number of each block that is left.
+
+    Raises
+    ------
+    UnsupportedSurgery
+        If a window cannot go.
+    """
+    selection = attempt.selection
+    modules = attempt.modules or (None,) * len(selection.windows)
+    with ExitStack() as exits:
+        for k, branch in selection.silenced:
+            for path in writers[k, branch]:
+                handle = stack[k].get_submodule(path).register_forward_hook(_nothing)
+                exits.callback(handle.remove)
+        surgeon = exits.enter_context(LayerSurgeon(stack.model, stack, probe=False))
+        for window, module in zip(selection.windows, modules, strict=True):
+            surgeon.replace(window, module)
+        yield surgeon.plan.old_to_new
+
+
+class Judge:
+    """KL of selections' next-token distributions from the original's, on batches that may be chosen anew each time.
+
+    Parameters
+    ----------
+    stack : BlockStack
+        Of the original.
+    batches : sequence of mapping or torch.Tensor
+    writers : mapping
+        Of the branches that are silenced, see `writers_of`.
+    reuse : int
+        Bytes that the original's log-probabilities may take from one call to the next. Those of the first batches
+        that fit are kept; the others are computed once a call, for all selections together.
+    """
+
+    def __init__(
+        self, stack: BlockStack, batches: Sequence[Batch | Tensor], writers: Writers | None = None, reuse: int = 0
+    ) -> None:
+        if not batches:
+            raise StreamlineError("There is no batch to judge on; give one at least.")
+        self.stack, self.batches = stack, list(batches)
+        self._writers = writers or {}
+        self._left = reuse
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def tokens(self) -> list[int]:
+        """The real tokens of each batch."""
+        return [tokens_of(batch) for batch in self.batches]
+
+    def kl(
+        self, attempts: Sequence[Attempt], what: str, numbers: Sequence[int] | None = None
+    ) -> list[float | UnsupportedSurgery]:
+        """Judge selections, each batch with all of them before the next.
+
+        Parameters
+        ----------
+        attempts : sequence of Attempt
+        what : str
+            What the bar says.
+        numbers : sequence of int, optional
+            Which batches; all by default.
+
+        Returns
+        -------
+        list
+            For each the mean KL(original ‖ shortened) in nats a token, or the error that says why it cannot go.
+
+        Raises
+        ------
+        StreamlineError
+            If the original's logits are not finite, or no token is real.
+        """
+        numbers = range(len(self.batches)) if numbers is None else numbers
+        sums: list[float | UnsupportedSurgery] = [0.0] * len(attempts)
+        tokens, model = 0, self.stack.model
+        with inference(model), progress(sum(self.tokens[n] for n in numbers) * len(attempts), what) as bar:
+            for number in numbers:
+                given = prepare(model, self.batches[number])
+                reference, mask = self._reference(number, given)
+                tokens += len(reference)
+                for k, attempt in enumerate(attempts):
+                    before = sums[k]
+                    if not isinstance(before, UnsupportedSurgery):
+                        try:
+                            with given_up(self.stack, attempt, self._writers):
+                                logits = logits_of(model(**given))
+                            sums[k] = before + summed_kl(reference, real_tokens(logits, mask))
+                        except UnsupportedSurgery as error:
+                            sums[k] = error
+                    bar.update(self.tokens[number])
+        if not tokens:
+            raise StreamlineError("The batches hold no real token; give some to judge on.")
+        return [s if isinstance(s, UnsupportedSurgery) else s / tokens for s in sums]
+
+    def _reference(self, number: int, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The original's log-probabilities of a batch's real tokens, and where those are."""
+        if number in self._kept:
+            return self._kept[number]
+        logits = logits_of(self.stack.model(**given))
+        mask = token_mask(logits, mask_of(given))
+        reference = real_tokens(logits, mask).float().log_softmax(dim=-1)
+        if not torch.isfinite(reference.sum(dtype=torch.float64)):
+            raise StreamlineError(
+                f"The original's logits hold NaN or infinite values (batch {number}); nothing can be judged by them. "
+                "Run in a wider precision (float32 or bfloat16)."
+            )
+        size = reference.numel() * reference.element_size()
+        if size <= self._left:
+            self._left -= size
+            self._kept[number] = reference, mask
+        return reference, mask
+
+
+def _nothing(module: nn.Module, args: Any, output: Any) -> Any:
+    return write_output(output, torch.zeros_like(read_output(output)))

@@ -1,0 +1,125 @@
+"""What a search gives back: which blocks to give up, and how good a choice that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from streamline_hooks.branches import Branch
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.surgery.silence import require_branch
+
+Scorer = Callable[[Sequence[range]], Sequence[float]]
+"""Scores windows, all at once so that what needs the model shares its passes; the higher, the sooner one goes, and
+minus infinity is for what must not go."""
+
+
+@dataclass(frozen=True)
+class ScoredWindow:
+    """A window of blocks and its score.
+
+    Attributes
+    ----------
+    window : range
+    score : float
+        By the criterion that ranked it; the higher, the sooner it goes.
+    """
+
+    window: range
+    score: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What to give up.
+
+    Attributes
+    ----------
+    windows : tuple of range
+        Runs of blocks that go, in order. Between two of them a block stays, else they would be one.
+    silenced : tuple of (int, {"attention", "mlp"})
+        Branches of other blocks that add nothing any more, in order.
+    score : float
+        By the search that found it; the higher, the better.
+
+    Raises
+    ------
+    StreamlineError
+        If that is nothing, or contradicts itself.
+
+    Examples
+    --------
+    >>> selection = Selection.of_blocks([4, 2, 3, 7], [(0, "mlp")])
+    >>> selection.windows, sorted(selection.blocks)
+    ((range(2, 5), range(7, 8)), [2, 3, 4, 7])
+    >>> str(selection)
+    '2-4, 7, mlp of 0'
+    """
+
+    windows: tuple[range, ...]
+    silenced: tuple[tuple[int, Branch], ...] = ()
+    score: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.windows and not self.silenced:
+            raise StreamlineError("A selection of no block and no branch gives nothing up; name one at least.")
+        if any(not isinstance(w, range) or w.step != 1 or not w or w.start < 0 for w in self.windows):
+            raise StreamlineError(f"A selection is made of ranges of blocks, such as range(3, 5); got {self.windows}.")
+        if any(before.stop >= after.start for before, after in zip(self.windows, self.windows[1:], strict=False)):
+            raise StreamlineError(
+                f"The windows of a selection come in order, with a block that stays between two; got {self.windows}. "
+                "Selection.of_blocks makes windows of any blocks."
+            )
+        for _, branch in self.silenced:
+            require_branch(branch)
+        gone = sorted(k for k, _ in self.silenced if k in self.blocks)
+        if gone or list(self.silenced) != sorted(set(self.silenced)):
+            what = f"block {gone[0]} is gone as a whole" if gone else "they come once each, in order"
+            raise StreamlineError(f"The branches {self.silenced} cannot be silenced: {what}.")
+
+    @classmethod
+    def of_blocks(cls, blocks: Iterable[int], silenced: Iterable[tuple[int, Branch]] = (), score: float = 0.0) -> Self:
+        """Make windows of blocks; those next to each other are one."""
+        return cls(runs(blocks), tuple(sorted(silenced)), score)
+
+    @property
+    def blocks(self) -> frozenset[int]:
+        """The blocks that go as a whole."""
+        return frozenset(k for window in self.windows for k in window)
+
+    def __str__(self) -> str:
+        parts = [f"{w.start}-{w.stop - 1}" if len(w) > 1 else str(w.start) for w in self.windows]
+        return ", ".join([*parts, *(f"{branch} of {k}" for k, branch in self.silenced)])
+
+
+def runs(blocks: Iterable[int]) -> tuple[range, ...]:
+    """The runs of consecutive numbers among blocks, in order."""
+    found: list[range] = []
+    for k in sorted(set(blocks)):
+        if found and found[-1].stop == k:
+            found[-1] = range(found[-1].start, k + 1)
+        else:
+            found.append(range(k, k + 1))
+    return tuple(found)
+
+
+def scores_of(score: Scorer, candidates: Sequence[range]) -> dict[range, float]:
+    """Score windows, see that each has a score, and leave out those of minus infinity, which must not go.
+
+    Raises
+    ------
+    StreamlineError
+        If there is not one score a window, or one is NaN (nothing can be ranked by it) or +inf.
+    """
+    scores = [float(s) for s in score(candidates)] if candidates else []
+    if len(scores) != len(candidates):
+        raise StreamlineError(f"Got {len(scores)} scores for {len(candidates)} windows; expected one a window.")
+    for window, value in zip(candidates, scores, strict=True):
+        if math.isnan(value) or value == math.inf:
+            raise StreamlineError(
+                f"The score of blocks {window.start} to {window.stop - 1} is {value}, by which nothing can be ranked. "
+                "Is the statistic measured up to there, and the criterion right?"
+            )
+    return {w: value for w, value in zip(candidates, scores, strict=True) if value > -math.inf}

@@ -1,0 +1,67 @@
+"""The best window of consecutive blocks by any score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.selection.criteria import cosine
+from streamline_hooks.selection.search.selected import ScoredWindow, Scorer, Selection, scores_of
+from streamline_hooks.statistics import Profile
+
+
+def best_windows(score: Scorer, candidates: Sequence[range]) -> list[Selection]:
+    """Rank windows of consecutive blocks.
+
+    Parameters
+    ----------
+    score : callable
+        Scores a sequence of windows; the higher, the sooner one goes.
+    candidates : sequence of range
+        The windows that may go, as `windows` or `windows_for` makes them without the protected blocks.
+
+    Returns
+    -------
+    list of Selection
+        All that have a score above minus infinity, the best first; ties go to the earlier window.
+
+    Raises
+    ------
+    StreamlineError
+        If there is none, or one has no score.
+
+    Examples
+    --------
+    >>> best_windows(lambda windows: [-abs(w.start - 2) for w in windows], [range(0, 2), range(1, 3), range(3, 5)])[0]
+    Selection(windows=(range(1, 3),), silenced=(), score=-1.0)
+    """
+    scored = [Selection((window,), score=value) for window, value in scores_of(score, candidates).items()]
+    if not scored:
+        raise StreamlineError(
+            f"Of {len(candidates)} windows there is none to choose: give some without a protected block (see "
+            "`windows`), of which one at least has a score above minus infinity."
+        )
+    return sorted(scored, key=lambda s: (-s.score, s.windows[0].start, s.windows[0].stop))
+
+
+def ranked(
+    profile: Profile, candidates: Sequence[range], criterion: Callable[[Profile, range], float] = cosine
+) -> list[ScoredWindow]:
+    """Rank windows by a criterion that is read off a profile.
+
+    Parameters
+    ----------
+    profile : Profile
+    candidates : sequence of range
+    criterion : callable
+        Scores a window; higher is better.
+
+    Returns
+    -------
+    list of ScoredWindow
+        Ties go to the earlier window.
+    """
+    if not candidates:
+        return []
+    found = best_windows(lambda windows: [criterion(profile, w) for w in windows], candidates)
+    return [ScoredWindow(s.windows[0], s.score) for s in found]

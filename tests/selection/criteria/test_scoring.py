@@ -1,0 +1,200 @@
+"""Names, users' own criteria, combinations, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamline_hooks import StreamlineError
+from streamline_hooks.selection.criteria import (
+    CRITERIA,
+    Criterion,
+    combined,
+    criterion_named,
+    register_criterion,
+    score_windows,
+)
+from streamline_hooks.statistics import Profile, profile
+from tests.tiny_models import BLOCKS, tiny_model, tokens
+
+WINDOWS = [range(0, 2), range(1, 3), range(2, 4), range(3, 5)]
+BATCHES = [tokens(2, 8), tokens(1, 6, seed=1)]
+
+
+@pytest.fixture
+def names() -> Iterator[None]:
+    """Take the criteria that a test adds out again."""
+    before = dict(CRITERIA)
+    yield
+    CRITERIA.clear()
+    CRITERIA.update(before)
+
+
+def fixed(name: str, scores: Sequence[float], needs: Any = "profile") -> Criterion:
+    by_window = dict(zip(WINDOWS, scores, strict=True))
+    if needs == "profile":
+        return Criterion(name, lambda profile, window: by_window[window], needs)
+    return Criterion(name, lambda model, batches, windows, *, stack=None: [by_window[w] for w in windows], needs)
+
+
+def test_every_criterion_is_named_after_itself_and_says_where_it_comes_from() -> None:
+    for name, criterion in CRITERIA.items():
+        assert criterion_named(name) is criterion and criterion.name == name
+        assert criterion.needs in ("profile", "model")
+        assert (criterion.score.__doc__ or "").strip()
+    with pytest.raises(StreamlineError, match="'cosinus' is unknown. Known: cosine, angular, .*, cca"):
+        score_windows("cosinus", WINDOWS, profile=Profile(BLOCKS + 1))
+
+
+def test_scores_are_in_the_order_of_the_windows() -> None:
+    model = tiny_model("llama")
+    for name in CRITERIA:
+        batches = [tokens(4, 20)]
+        forwards = score_windows(name, WINDOWS, model=model, batches=batches)
+        assert score_windows(name, WINDOWS[::-1], model=model, batches=batches)[::-1] == pytest.approx(
+            forwards, rel=1e-6
+        )
+        assert len(set(forwards)) == len(WINDOWS)
+        assert score_windows(name, [], model=model, batches=batches) == []
+
+
+def test_a_profile_in_hand_runs_nothing() -> None:
+    model, called = tiny_model("llama"), []
+    found = profile(model, BATCHES)
+    model.register_forward_pre_hook(lambda m, a: called.append(m))
+    for name, criterion in CRITERIA.items():
+        if criterion.needs == "profile":
+            score_windows(name, WINDOWS, profile=found, model=model, batches=BATCHES)
+            score_windows(name, WINDOWS, profile=found)
+    assert not called
+
+
+def test_batches_that_can_be_read_but_once() -> None:
+    """Each of a combination's passes sees them all."""
+    both = combined({"perplexity": 1.0, "kl": 1.0, "cosine": 1.0}, by="weight")
+    model = tiny_model("llama")
+    once = score_windows(both, WINDOWS, model=model, batches=(b for b in BATCHES))  # type: ignore[arg-type]
+    assert once == score_windows(both, WINDOWS, model=model, batches=BATCHES)
+
+
+def test_a_users_criterion_of_a_profile_and_of_a_model(names: None) -> None:
+    register_criterion(
+        "small", lambda profile, window: -float(profile.norms[window.stop]), needs="profile", paper="mine"
+    )
+    model = tiny_model("llama")
+    found = profile(model, BATCHES)
+    assert score_windows("small", WINDOWS, profile=found) == [-float(found.norms[w.stop]) for w in WINDOWS]
+    seen: list[Any] = []
+
+    def heavy(model: Any, batches: Any, windows: Sequence[range], *, stack: str | None = None) -> torch.Tensor:
+        seen.append((model, batches, stack))
+        return torch.tensor([float(w.start) for w in windows])
+
+    register_criterion("heavy", heavy, needs="model")
+    got = score_windows("heavy", WINDOWS, model=model, batches=BATCHES, stack="model.layers")
+    assert got == [0.0, 1.0, 2.0, 3.0] and all(type(score) is float for score in got)
+    assert seen == [(model, BATCHES, "model.layers")]
+    with pytest.raises(StreamlineError, match="There is a criterion 'heavy' already; choose another name"):
+        register_criterion("heavy", heavy, needs="model")
+    with pytest.raises(StreamlineError, match="needs='text' is unknown; expected 'profile' or 'model'"):
+        register_criterion("other", heavy, needs="text")  # type: ignore[arg-type]
+    assert "other" not in CRITERIA
+
+
+SCORES = st.lists(st.floats(-9, 9), min_size=4, max_size=4)
+
+
+@given(SCORES, SCORES, st.floats(0.1, 3), st.floats(0.1, 3))
+def test_combinations_equal_numpy(first: list[float], second: list[float], a: float, b: float) -> None:
+    """By rank: how many others a window beats, a tie counting half. By weight: the plain sum."""
+    parts = {fixed("first", first): a, fixed("second", second): b}
+
+    def ranks(scores: list[float]) -> np.ndarray:
+        s = np.array(scores)
+        return ((s[:, None] > s).sum(1) + ((s[:, None] == s).sum(1) - 1) / 2) / (len(s) - 1)
+
+    some = Profile(BLOCKS + 1)
+    by_rank = score_windows(combined(parts), WINDOWS, profile=some)
+    assert by_rank == pytest.approx(list(a * ranks(first) + b * ranks(second)), abs=1e-12)
+    by_weight = score_windows(combined(parts, by="weight"), WINDOWS, profile=some)
+    assert by_weight == pytest.approx(list(a * np.array(first) + b * np.array(second)), abs=1e-12)
+
+
+def test_a_combination_needs_what_its_parts_need() -> None:
+    cheap, dear = fixed("cheap", [1, 2, 3, 4]), fixed("dear", [4.0, -math.inf, 2, 3], "model")
+    both = combined({cheap: 2.0, dear: 1.0})
+    assert (both.name, both.needs) == ("2 cheap + dear by rank", "model")
+    assert combined({cheap: 1.0}).needs == "profile"
+    model = tiny_model("llama")
+    assert score_windows(both, WINDOWS, model=model, batches=BATCHES) == pytest.approx([1, 2 / 3, 5 / 3, 8 / 3])
+    by_weight = score_windows(combined({both: 1.0, dear: 0.1}, by="weight"), WINDOWS, model=model, batches=BATCHES)
+    assert by_weight[1] == -math.inf and all(map(math.isfinite, by_weight[2:]))
+    assert combined({"cosine": 1.0, "taylor": 0.5}).paper == (
+        "LLM-Streamline, arXiv 2403.19135; Shortened LLaMA, arXiv 2402.02834"
+    )
+    with pytest.raises(StreamlineError, match="'2 cheap . dear by rank' runs the model: a profile is not enough"):
+        score_windows(both, WINDOWS, profile=Profile(BLOCKS + 1))
+    with pytest.raises(StreamlineError, match="A combination is scored with score_windows"):
+        both.score(Profile(BLOCKS + 1), range(0, 1))
+    assert score_windows(combined({cheap: 1.0}), WINDOWS[:1], profile=Profile(BLOCKS + 1)) == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("parts", "by", "text"),
+    [
+        ({}, "rank", "was given no criteria; expected criteria with weights above 0"),
+        ({"cosine": -1.0}, "rank", "was given a weight of -1.0"),
+        ({"cosine": math.nan}, "weight", "was given a weight of nan"),
+        ({"cosine": 1.0}, "vote", "by='vote' is unknown; expected 'rank' or 'weight'"),
+        ({"cosinus": 1.0}, "rank", "'cosinus' is unknown"),
+    ],
+)
+def test_combinations_that_mean_nothing(parts: Any, by: Any, text: str) -> None:
+    with pytest.raises(StreamlineError, match=text):
+        combined(parts, by)
+
+
+def test_what_is_missing_is_said() -> None:
+    model = tiny_model("llama")
+    for name in ("kl", "taylor", "cca", "repaired_residual", "perplexity"):
+        with pytest.raises(
+            StreamlineError, match=f"'{name}' runs the model: a profile is not enough. Give the model and"
+        ):
+            score_windows(name, WINDOWS, profile=profile(model, BATCHES))
+    with pytest.raises(StreamlineError, match="'cosine' is read off a profile; give one, or a model and batches"):
+        score_windows("cosine", WINDOWS)
+    with pytest.raises(StreamlineError, match="'cosine' is read off a profile; give one, or a model and batches"):
+        score_windows("cosine", WINDOWS, model=model)
+    with pytest.raises(StreamlineError, match="The profile is of another model: .*Profile this one"):
+        score_windows("cosine", WINDOWS, profile=profile(tiny_model("qwen3"), BATCHES), model=model)
+
+
+@pytest.mark.parametrize("window", [range(4, 7), range(2, 2), range(-1, 2), range(0, 4, 2)])
+def test_what_is_no_window(window: range) -> None:
+    model = tiny_model("llama")
+    for source in ({"model": model, "batches": BATCHES}, {"profile": profile(model, BATCHES)}):
+        with pytest.raises(StreamlineError, match="is no window of this stack; expected a run of consecutive blocks"):
+            score_windows("cosine", [range(0, 1), window], **source)
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf])
+def test_a_score_that_is_no_number_is_never_ranked(score: float) -> None:
+    criterion = fixed("odd", [0.0, 1.0, score, 2.0])
+    for one in (criterion, combined({criterion: 1.0})):
+        with pytest.raises(
+            StreamlineError, match=f"'odd' gave {score} for the window of blocks 2 to 3; expected a num"
+        ):
+            score_windows(one, WINDOWS, profile=Profile(BLOCKS + 1))
+
+
+def test_as_many_scores_as_windows() -> None:
+    odd = Criterion("odd", lambda model, batches, windows, *, stack=None: [1.0], "model")
+    with pytest.raises(StreamlineError, match="'odd' gave 1 scores for 4 windows; expected one each"):
+        score_windows(odd, WINDOWS, model=tiny_model("llama"), batches=[])

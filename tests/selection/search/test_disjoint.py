@@ -1,0 +1,119 @@
+"""Disjoint windows and single blocks, against every choice there is."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from streamline_hooks import StreamlineError
+from streamline_hooks.selection import protected_blocks, windows
+from streamline_hooks.selection.search import Selection, best_windows, disjoint_windows, one_shot
+
+Table = dict[tuple[int, int], float]
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[int, Table, list[int]]:
+    """A length, a score of every window (sums of small integers are exact), and blocks to keep."""
+    length = draw(st.integers(2, 8))
+    values = st.integers(-9, 9).map(float) | st.just(-math.inf)
+    table = {(a, b): draw(values) for a in range(length) for b in range(a + 1, length + 1)}
+    return length, table, draw(st.lists(st.integers(-length, length - 1), max_size=2))
+
+
+def by(table: Table) -> Callable[[Sequence[range]], list[float]]:
+    return lambda windows: [table[w.start, w.stop] for w in windows]
+
+
+def every_selection(length: int, count: int, keep: list[int]) -> list[Selection]:
+    free = sorted(set(range(length)) - protected_blocks(keep, length))
+    return [Selection.of_blocks(blocks) for blocks in itertools.combinations(free, count)]
+
+
+@given(tables(), st.data())
+def test_disjoint_windows_are_the_best_of_all(drawn: tuple[int, Table, list[int]], data: st.DataObject) -> None:
+    length, table, keep = drawn
+    count = data.draw(st.integers(1, length - 1))
+    parts, best = data.draw(st.integers(1, count)), data.draw(st.integers(1, 6))
+    expected = [
+        (-sum(table[w.start, w.stop] for w in s.windows), [(w.start, w.stop) for w in s.windows])
+        for s in every_selection(length, count, keep)
+        if len(s.windows) == parts and all(table[w.start, w.stop] > -math.inf for w in s.windows)
+    ]
+    if not expected:
+        with pytest.raises(StreamlineError, match=f"{parts} windows of {count} blocks in total, .* do not fit"):
+            disjoint_windows(by(table), length, count, parts, keep=keep)
+        return
+    found = disjoint_windows(by(table), length, count, parts, keep=keep, best=best)
+    assert [(-s.score, [(w.start, w.stop) for w in s.windows]) for s in found] == sorted(expected)[:best]
+
+
+@given(tables(), st.data())
+def test_one_window_is_the_best_window(drawn: tuple[int, Table, list[int]], data: st.DataObject) -> None:
+    length, table, _ = drawn
+    count = data.draw(st.integers(1, length - 1))
+    assume(any(table[a, a + count] > -math.inf for a in range(length - count + 1)))
+    found = best_windows(by(table), windows(length, count))
+    assert disjoint_windows(by(table), length, count, 1, best=length) == found
+
+
+@given(tables(), st.data())
+def test_one_shot_takes_the_best_blocks(drawn: tuple[int, Table, list[int]], data: st.DataObject) -> None:
+    length, table, keep = drawn
+    count, best = data.draw(st.integers(1, length - 1)), data.draw(st.integers(1, 6))
+    expected = [
+        (-sum(table[k, k + 1] for k in s.blocks), sorted(s.blocks))
+        for s in every_selection(length, count, keep)
+        if all(table[k, k + 1] > -math.inf for k in s.blocks)
+    ]
+    if not expected:
+        with pytest.raises(StreamlineError, match=f"{count} of {length} blocks are to go, and only"):
+            one_shot(by(table), length, count, keep=keep)
+        return
+    found = one_shot(by(table), length, count, keep=keep, best=best)
+    assert [(-s.score, sorted(s.blocks)) for s in found] == sorted(expected)[:best]
+
+
+def test_a_score_is_asked_for_once_and_for_no_protected_block() -> None:
+    asked: list[list[range]] = []
+
+    def score(windows: Sequence[range]) -> list[float]:
+        asked.append(list(windows))
+        return [0.0] * len(windows)
+
+    disjoint_windows(score, 8, 4, 2, keep=[3, -1])
+    one_shot(score, 8, 4, keep=[3, -1])
+    assert len(asked) == 2 and not any({3, 7} & set(window) for windows in asked for window in windows)
+    assert max(map(len, asked[0])) == 3  # with a second window, no longer one can be a part of 4 blocks
+
+
+@pytest.mark.parametrize(
+    ("count", "parts", "best", "text"),
+    [
+        (4, 5, 1, "parts=5 windows of 4 blocks in total"),
+        (4, 0, 1, "parts=0 windows of 4 blocks in total"),
+        (4, 2, 0, "best=0 such selections"),
+        (8, 2, 1, "at least one block must stay"),
+        (0, 1, 1, "is nothing that can be removed"),
+        (6, 4, 1, r"4 windows of 6 blocks in total, with a block between two, do not fit among 8 .*\(none\)"),
+    ],
+)
+def test_choices_that_do_not_exist(count: int, parts: int, best: int, text: str) -> None:
+    with pytest.raises(StreamlineError, match=text):
+        disjoint_windows(lambda windows: [0.0] * len(windows), 8, count, parts, best=best)
+
+
+def test_a_stack_of_eighty_blocks_takes_no_time() -> None:
+    asked: list[int] = []
+
+    def score(windows: Sequence[range]) -> list[float]:
+        asked.append(len(windows))
+        return [math.sin(7 * w.start + 3 * w.stop) for w in windows]
+
+    assert len(disjoint_windows(score, 80, 24, 3, best=8)) == 8
+    assert asked == [80 * 22 - 22 * 21 // 2]

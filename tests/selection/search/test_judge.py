@@ -1,0 +1,123 @@
+"""Selections judged on whole models: as the surgeon would leave them, and nothing of it stays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack
+from streamline_hooks.batch import prepare
+from streamline_hooks.branches import BRANCHES
+from streamline_hooks.selection.search import Selection
+from streamline_hooks.selection.search.judge import Attempt, Judge, writers_of
+from tests.surgery.test_surgeon import fingerprint
+from tests.tiny_models import BLOCKS, FAMILIES, Nudge, left_padded, tiny_model, tokens
+
+
+def kl_by_hand(model: nn.Module, batches: list[Any], attempt: Attempt) -> float:
+    """With a surgeon that probes, silences as it does for good, and in float64."""
+
+    def log_probabilities() -> torch.Tensor:
+        with torch.no_grad():
+            logits = [model(**prepare(model, b)).logits[b["attention_mask"].bool()] for b in batches]
+        return torch.cat(logits).double().log_softmax(-1)
+
+    p = log_probabilities()
+    modules = attempt.modules or (None,) * len(attempt.selection.windows)
+    with LayerSurgeon(model) as surgeon:
+        for window, module in zip(attempt.selection.windows, modules, strict=True):
+            surgeon.replace(window, module)
+        for k, branch in attempt.selection.silenced:
+            surgeon.silence(k, branch)
+        q = log_probabilities()
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@st.composite
+def attempts(draw: st.DrawFn) -> Attempt:
+    blocks = draw(st.sets(st.integers(0, BLOCKS - 1), max_size=BLOCKS - 1))
+    rest = [(k, b) for k in range(BLOCKS) if k not in blocks for b in BRANCHES]
+    silenced = draw(st.sets(st.sampled_from(rest), min_size=0 if blocks else 1, max_size=3))
+    selection = Selection.of_blocks(blocks, silenced)
+    modules = tuple(Nudge(seed=k) if draw(st.booleans()) else None for k in range(len(selection.windows)))
+    return Attempt(selection, draw(st.sampled_from([(), modules])))
+
+
+@settings(max_examples=8)
+@given(st.sampled_from(FAMILIES), st.lists(attempts(), min_size=1, max_size=2), st.sampled_from([0, 10_000, 2**30]))
+def test_a_selection_is_judged_as_the_surgeon_would_leave_it(family: str, drawn: list[Attempt], reuse: int) -> None:
+    model = tiny_model(family)
+    before = fingerprint(model)
+    batches = [left_padded(3, 9), left_padded(2, 7, seed=1), left_padded(2, 8, seed=2)]
+    writers: Any = writers_of(find_stack(model), range(BLOCKS))
+    assert not any(isinstance(paths, UnsupportedSurgery) for paths in writers.values())
+    judge = Judge(find_stack(model), batches, writers, reuse)
+    for numbers in ([1], [0, 1, 2]):
+        got = judge.kl(drawn, "judge", numbers)
+        assert fingerprint(model) == before
+        for attempt, kl in zip(drawn, got, strict=True):
+            assert kl == pytest.approx(kl_by_hand(model, [batches[n] for n in numbers], attempt), rel=2e-4, abs=1e-6)
+
+
+def test_what_is_kept_of_the_original_is_bounded() -> None:
+    model, runs = tiny_model("llama"), []
+    batches, attempt = [tokens(2, 5, seed=n) for n in range(3)], Attempt(Selection((range(1, 3),)))
+    size = 4 * batches[0].numel() * model.config.vocab_size
+    model.model.layers[1].register_forward_hook(lambda *given: runs.append(1))  # gone in the attempt
+    for reuse, expected in ((0, 6), (size - 1, 6), (size, 5), (2 * size + 1, 4), (3 * size, 3)):
+        runs.clear()
+        judge = Judge(find_stack(model), batches, reuse=reuse)
+        assert judge.kl([attempt, attempt], "judge") == judge.kl([attempt, attempt], "judge")
+        assert len(runs) == expected
+        assert sum(kept.numel() * 4 for kept, _ in judge._kept.values()) <= reuse
+
+
+def test_what_cannot_go_is_named_and_the_others_are_judged() -> None:
+    model = tiny_model("llama")
+    model.model.layers[4].mlp = model.model.layers[2].mlp
+    before = fingerprint(model)
+    tied, other = (Attempt(Selection((window,))) for window in (range(2, 3), range(1, 2)))
+    refused, kl = Judge(find_stack(model), [tokens(2, 6), tokens(2, 5)]).kl([tied, other], "judge")
+    assert isinstance(refused, UnsupportedSurgery) and "blocks 2, 4 share parameters" in str(refused)
+    assert isinstance(kl, float) and kl > 0
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("forward", range(4))
+def test_an_error_inside_leaves_nothing_behind(error: type[BaseException], forward: int) -> None:
+    model = tiny_model("llama").train()
+    stack, count = find_stack(model), []
+
+    def fail(*given: Any) -> None:
+        count.append(1)
+        if len(count) == forward + 1:
+            raise error("stop")
+
+    writers: Any = writers_of(stack, range(BLOCKS))
+    handle = model.model.layers[5].mlp.register_forward_hook(fail)
+    before = fingerprint(model)
+    drawn = [Attempt(Selection((range(1, 3),), ((4, "mlp"), (5, "attention"))), (Nudge(),))]
+    judge = Judge(stack, [tokens(1, 4), tokens(1, 5)], writers)
+    with pytest.raises(error, match="stop"):
+        judge.kl(drawn, "judge")
+    assert fingerprint(model) == before
+    handle.remove()
+
+
+def test_an_original_without_finite_logits_judges_nothing() -> None:
+    model = tiny_model("llama")
+    model.lm_head.weight.data[0] = float("nan")
+    judge = Judge(find_stack(model), [tokens(1, 4)])
+    with pytest.raises(StreamlineError, match=r"The original's logits hold NaN or infinite values \(batch 0\)"):
+        judge.kl([Attempt(Selection((range(1, 3),)))], "judge")
+    with pytest.raises(StreamlineError, match="There is no batch to judge on"):
+        Judge(find_stack(model), [])
+    empty = {"input_ids": tokens(1, 4), "attention_mask": torch.zeros(1, 4, dtype=torch.long)}
+    with pytest.raises(StreamlineError, match="hold no real token"):
+        Judge(find_stack(tiny_model("llama")), [empty]).kl([], "judge")

@@ -1,0 +1,42 @@
+"""What a selection may say, and how it is made of blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamline_hooks import StreamlineError
+from streamline_hooks.selection.search import Selection
+
+
+@given(st.sets(st.integers(0, 12), min_size=1))
+def test_blocks_make_the_fewest_windows(blocks: set[int]) -> None:
+    selection = Selection.of_blocks(blocks)
+    assert selection.blocks == blocks
+    assert len(selection.windows) == sum(k - 1 not in blocks for k in blocks)
+    assert Selection(selection.windows) == selection
+
+
+@pytest.mark.parametrize(
+    ("windows", "silenced", "text"),
+    [
+        ((), (), "no block and no branch gives nothing up"),
+        ((range(2, 2),), (), "made of ranges of blocks"),
+        ((range(-1, 2),), (), "made of ranges of blocks"),
+        ((range(0, 4, 2),), (), "made of ranges of blocks"),
+        (((1, 2),), (), "made of ranges of blocks"),
+        ((range(3, 5), range(0, 2)), (), "come in order, with a block that stays between two"),
+        ((range(0, 3), range(2, 4)), (), "come in order, with a block that stays between two"),
+        ((range(0, 2), range(2, 4)), (), "come in order, with a block that stays between two"),
+        ((range(0, 2),), ((1, "mlp"),), "cannot be silenced: block 1 is gone as a whole"),
+        ((), ((1, "mlp"), (0, "mlp")), "cannot be silenced: they come once each, in order"),
+        ((), ((1, "mlp"), (1, "mlp")), "cannot be silenced: they come once each, in order"),
+        ((), ((1, "head"),), "A block has no branch 'head'; expected 'attention' or 'mlp'"),
+    ],
+)
+def test_a_selection_that_contradicts_itself(windows: Any, silenced: Any, text: str) -> None:
+    with pytest.raises(StreamlineError, match=text):
+        Selection(windows, silenced)

@@ -1,0 +1,184 @@
+"""Selections repaired in closed form and judged, against doing it by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, UnsupportedSurgery
+from streamline_hooks.evaluation import Candidate, kl_of_candidates
+from streamline_hooks.repair import kind_named, solve
+from streamline_hooks.selection.search import Selection, verified
+from streamline_hooks.selection.search.judge import Attempt
+from streamline_hooks.statistics import measure_moments
+from tests.selection.search.test_judge import kl_by_hand
+from tests.surgery.test_surgeon import fingerprint
+from tests.tiny_models import FAMILIES, left_padded, tiny_model, tokens
+
+FIT, HELD_OUT = [left_padded(4, 16), tokens(4, 16, seed=1)], [left_padded(4, 14, seed=2)]
+VALIDATION = [left_padded(3, 9, seed=3), left_padded(2, 12, seed=4)]
+
+
+def map_of(module: nn.Module | None) -> torch.Tensor:
+    assert isinstance(module, LinearReplacement)
+    return module.projection.weight.detach()
+
+
+@pytest.mark.parametrize("kind", ["linear", "none"])
+def test_single_windows_are_fitted_and_judged_in_shared_passes(kind: str) -> None:
+    """The algorithm written out: all moments at once, one solution each, KL of the remainders."""
+    model = tiny_model("llama")
+    windows = [range(start, start + 3) for start in (1, 3, 0, 2)]
+    fitted, held_out = (measure_moments(model, part, windows) for part in (FIT, HELD_OUT))
+    solutions = [solve(*pair) for pair in zip(fitted, held_out, strict=True)]
+    modules = [kind_named(kind).start(s) for s in solutions]
+    kls = kl_of_candidates(model, VALIDATION, [Candidate(w, m) for w, m in zip(windows, modules, strict=True)])
+    order = sorted(range(4), key=lambda k: kls[k])
+    shortlist = [Selection((w,), score=float(w.start)) for w in windows]
+    runs: list[int] = []
+    model.model.layers[0].register_forward_hook(lambda *given: runs.append(1))
+    found = verified(model, shortlist, FIT, HELD_OUT, VALIDATION, kind=kind)
+    # Fitting and holding out run each batch once, judging the original once and the window at 0 not at all.
+    assert len(runs) == len(FIT) + len(HELD_OUT) + len(VALIDATION)
+    assert [s.kl for s in found] == [kls[k] for k in order]
+    assert [(s.windows, s.score) for s in found] == [(shortlist[k].windows, shortlist[k].score) for k in order]
+    for one, k in zip(found, order, strict=True):
+        (repair,), solution = one.repairs, solutions[k]
+        assert repair.window == windows[k] and repair.ridge == solution.ridge
+        assert repair.removal_error == solution.removal_error and not one.refused
+        if kind == "linear":
+            assert torch.equal(map_of(repair.module), map_of(modules[k]))
+            assert repair.repaired_error == solution.held_out_error
+        else:
+            assert repair.module is None and repair.repaired_error == solution.removal_error
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_windows_are_fitted_in_order_on_the_repaired_model(family: str) -> None:
+    model = tiny_model(family)
+    before = fingerprint(model)
+    windows, silenced = (range(1, 2), range(3, 4), range(5, 6)), ((0, "mlp"), (2, "attention"), (4, "mlp"))
+    (found,) = verified(model, [Selection(windows, silenced)], FIT, HELD_OUT, VALIDATION)  # type: ignore[arg-type]
+    assert fingerprint(model) == before
+    by_hand: list[nn.Module] = []
+    with LayerSurgeon(model) as surgeon:
+        for k, branch in silenced:
+            surgeon.silence(k, branch)
+        for window, repair in zip(windows, found.repairs, strict=True):
+            now = surgeon.plan.old_to_new[window.start]
+            pair = [measure_moments(model, part, [range(now, now + len(window))])[0] for part in (FIT, HELD_OUT)]
+            solution = solve(*pair)
+            assert repair.removal_error == pytest.approx(solution.removal_error, rel=1e-5)
+            assert repair.repaired_error == pytest.approx(solution.held_out_error, rel=1e-4)
+            assert repair.ridge == solution.ridge
+            by_hand.append(LinearReplacement.from_map(solution.map))
+            torch.testing.assert_close(map_of(repair.module), map_of(by_hand[-1]), rtol=1e-3, atol=1e-4)
+            surgeon.replace(window, by_hand[-1])
+    assert found.kl == pytest.approx(kl_by_hand(model, VALIDATION, Attempt(found, tuple(by_hand))), rel=1e-3)
+
+
+def test_a_later_window_fitted_on_the_original_would_be_another() -> None:
+    """What the order is for: the map of the second window is not that of the window alone."""
+    model = tiny_model("llama")
+    both, alone = Selection((range(0, 2), range(3, 5))), Selection((range(3, 5),))
+    found = {s.windows: s for s in verified(model, [both, alone], FIT, HELD_OUT, VALIDATION)}
+    maps = [map_of(found[s.windows].repairs[-1].module) for s in (both, alone)]
+    assert not torch.allclose(*maps, atol=1e-2)
+
+
+def test_windows_on_one_model_share_its_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[range]] = []
+    module: Any = __import__("sys").modules["streamline_hooks.selection.search.verified"]
+
+    def counted(model: Any, batches: Any, windows: list[range], **options: Any) -> Any:
+        asked.append(windows)
+        return measure_moments(model, batches, windows, **options)
+
+    monkeypatch.setattr(module, "measure_moments", counted)
+    shortlist = [
+        Selection((range(0, 1), range(2, 3))),
+        Selection((range(0, 1), range(3, 5))),
+        Selection((range(0, 1), range(2, 3), range(4, 5))),
+        Selection((range(1, 2),)),
+        Selection((range(1, 2),), ((4, "mlp"),)),  # behind the window: the same states
+        Selection((range(1, 2),), ((0, "mlp"),)),
+        Selection((), ((0, "mlp"), (5, "attention"))),
+    ]
+    found = verified(tiny_model("llama"), shortlist, FIT, HELD_OUT, VALIDATION)
+    assert (
+        asked[::2]
+        == asked[1::2]
+        == [
+            [range(0, 1), range(1, 2)],  # the original
+            [range(1, 2)],  # without the MLP of block 0
+            [range(1, 2), range(2, 4)],  # with block 0 repaired, in the numbers of then
+            [range(2, 3)],
+        ]
+    )
+    by_shape = {(s.windows, s.silenced): s for s in found}
+    assert len(by_shape) == len(shortlist)
+    assert all(len(s.repairs) == len(s.windows) for s in found)
+    same = [by_shape[shortlist[k].windows, shortlist[k].silenced].repairs[0] for k in (3, 4)]
+    assert same[0] is same[1]
+
+
+def test_planted_redundancy_is_found_whatever_its_shape() -> None:
+    model = tiny_model("llama")
+    layers = model.model.layers
+    for projection in (layers[1].self_attn.o_proj, layers[1].mlp.down_proj, layers[4].mlp.down_proj):
+        projection.weight.data.mul_(1e-4)
+    planted = Selection((range(1, 2),), ((4, "mlp"),), score=-5.0)
+    others = [Selection((range(1, 2), range(4, 5))), Selection((range(2, 4),)), Selection((), ((4, "attention"),))]
+    found = verified(model, [*others, planted], FIT, HELD_OUT, VALIDATION)
+    assert found[0].windows == planted.windows and found[0].silenced == planted.silenced
+    assert found[0].kl < 1e-4 < found[1].kl and found[0].score == -5.0
+
+
+def scaled(forward: Any) -> Any:
+    return lambda *args, **kwargs: 1.5 * forward(*args, **kwargs)
+
+
+def test_what_cannot_go_comes_last_with_its_reason() -> None:
+    model = tiny_model("llama")
+    model.model.layers[3].forward = scaled(model.model.layers[3].forward)
+    good, bad = Selection((range(1, 2),)), Selection((range(1, 2),), ((3, "mlp"),))
+    found = verified(model, [bad, good], FIT, HELD_OUT, VALIDATION)
+    assert [s.silenced for s in found] == [(), ((3, "mlp"),)]
+    assert found[1].kl == math.inf and "has not the usual two residual branches" in found[1].refused
+    assert found[1].repairs == ()
+    with pytest.raises(UnsupportedSurgery, match="has not the usual two residual branches"):
+        verified(model, [bad], FIT, HELD_OUT, VALIDATION)
+
+
+def test_no_finite_model_is_an_error() -> None:
+    model = tiny_model("llama")
+    model.model.layers[4].register_forward_hook(lambda block, args, out: out * 1e-6)
+    model.model.layers[5].register_forward_hook(lambda block, args, out: out / (args[0].norm() < 1e-2))
+    with pytest.raises(StreamlineError, match="Not one of the 1 shortlisted selections leaves a model with finite"):
+        verified(model, [Selection((range(4, 5),))], FIT, HELD_OUT, VALIDATION, kind="none")
+    with pytest.raises(StreamlineError, match="There is no selection to verify"):
+        verified(model, [], FIT, HELD_OUT, VALIDATION)
+    with pytest.raises(StreamlineError, match="'cubic' is unknown"):
+        verified(model, [Selection((range(4, 5),))], FIT, HELD_OUT, VALIDATION, kind="cubic")
+
+
+@pytest.mark.parametrize("fail_at", [0, 5, 10, 15, 20, 30, 40, 50])
+def test_an_error_inside_leaves_nothing_behind(fail_at: int) -> None:
+    model, count = tiny_model("llama").train(), []
+
+    def fail(*given: Any) -> None:
+        count.append(1)
+        if len(count) == fail_at + 1:
+            raise KeyboardInterrupt
+
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(fail)
+    before = fingerprint(model)
+    shortlist = [Selection((range(0, 1), range(2, 3), range(4, 5))), Selection((range(1, 2),), ((0, "mlp"),))]
+    with pytest.raises(KeyboardInterrupt):
+        verified(model, shortlist, FIT, HELD_OUT, VALIDATION)
+    assert fingerprint(model) == before

@@ -1,0 +1,68 @@
+"""Ranking windows by a criterion or any score; planted redundancy is found."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from streamline_hooks import StreamlineError
+from streamline_hooks.selection import ranked, windows
+from streamline_hooks.selection.criteria import closeness, cosine
+from streamline_hooks.selection.search import best_windows
+from streamline_hooks.statistics import profile
+from tests.tiny_models import BLOCKS, tiny_model, tokens
+
+
+def test_a_run_of_blocks_that_does_nothing_is_found() -> None:
+    model = tiny_model("llama")
+    for block in model.model.layers[2:4]:
+        block.self_attn.o_proj.weight.data.mul_(1e-3)
+        block.mlp.down_proj.weight.data.mul_(1e-3)
+    profiled = profile(model, [tokens(4, 12)])
+    for criterion in (cosine, closeness):
+        best = ranked(profiled, windows(BLOCKS, 2), criterion)[0]
+        assert best.window == range(2, 4) and best.score > 0.99
+        found = best_windows(lambda ws, c=criterion: [c(profiled, w) for w in ws], windows(BLOCKS, 2))
+        assert [(s.windows, s.score) for s in found] == [
+            ((s.window,), s.score) for s in ranked(profiled, windows(BLOCKS, 2), criterion)
+        ]
+
+
+def test_ties_go_to_the_earlier_window() -> None:
+    model = tiny_model("llama")
+    for block in model.model.layers:
+        block.self_attn.o_proj.weight.data.zero_()
+        block.mlp.down_proj.weight.data.zero_()
+    profiled = profile(model, [tokens(1, 4)])
+    assert [s.window.start for s in ranked(profiled, windows(BLOCKS, 3))] == [0, 1, 2, 3]
+    assert torch.allclose(profiled.cosine, torch.ones(7, 7, dtype=torch.float64))
+
+
+def test_windows_of_different_lengths_are_ranked_too() -> None:
+    found = best_windows(lambda ws: [float(len(w)) for w in ws], [range(1, 2), range(0, 3), range(2, 4)])
+    assert [s.windows[0] for s in found] == [range(0, 3), range(2, 4), range(1, 2)]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_cannot_be_ranked_is_refused(bad: float) -> None:
+    with pytest.raises(StreamlineError, match=f"The score of blocks 1 to 2 is {bad}, by which nothing can be ranked"):
+        best_windows(lambda ws: [bad if w.start == 1 else 0.0 for w in ws], windows(4, 2))
+    with pytest.raises(StreamlineError, match="Got 1 scores for 3 windows; expected one a window"):
+        best_windows(lambda ws: [0.0], windows(4, 2))
+    with pytest.raises(StreamlineError, match="Of 0 windows there is none to choose"):
+        best_windows(lambda ws: [], [])
+    found = best_windows(lambda ws: [-math.inf, 0.0], [range(0, 1), range(1, 2)])
+    assert [s.windows for s in found] == [(range(1, 2),)]
+    with pytest.raises(StreamlineError, match="Of 1 windows there is none to choose"):
+        best_windows(lambda ws: [-math.inf], [range(0, 1)])
+
+
+def test_a_window_that_a_profile_does_not_cover_is_not_ranked() -> None:
+    profiled = profile(tiny_model("llama"), [tokens(1, 4)], keep=[4, 5])
+    score = partial(lambda p, ws: [cosine(p, w) for w in ws], profiled)
+    assert len(best_windows(score, windows(BLOCKS, 2, frozenset({4, 5})))) == 3
+    with pytest.raises(StreamlineError):
+        best_windows(score, windows(BLOCKS, 2))
