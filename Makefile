@@ -58,8 +58,13 @@ lint: $(VENV)/.stamp-test ## Check style, format and types
 architectures: $(VENV)/.stamp-test ## Examine every model type and write docs/architectures.md
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.architectures.matrix
 
-bench: $(VENV)/.stamp-bench ## Reproduce the benchmark of SmolLM2-135M
-	$(BIN)/python -m benchmarks.compress_smollm2
+# In the order in which they build on each other; choice and certainty go on where they stopped.
+BENCHMARKS := ranking_cost ranking_memory ranking_growth choice_exhaustive choice certainty compress_smollm2
+
+bench: $(VENV)/.stamp-bench ## Reproduce the benchmarks on SmolLM2-135M (two hours on two cores)
+	@for name in $(BENCHMARKS); do \
+		echo "benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; \
+	done
 
 setup: $(VENV)/.stamp-test ## Only create or update the environment of the tests
 

@@ -17,17 +17,17 @@ import torch
 
 from benchmarks.real_text import BATCH, RESULTS, arguments, scored_text, split_of
 from streamline_hooks.batch import batches_of
-from streamline_hooks.compress import held_out_apart
 from streamline_hooks.evaluation.agreement import kl_of_candidates
 from streamline_hooks.evaluation.candidates import Candidate
 from streamline_hooks.evaluation.perplexity import perplexity_of_candidates
+from streamline_hooks.preparation import held_out_apart
 from streamline_hooks.pretrained import load_pretrained
-from streamline_hooks.repair import kind_named, solve
+from streamline_hooks.repair import ClosedForm, kind_named, solve
 from streamline_hooks.selection import windows
 from streamline_hooks.statistics import measure_moments
 
 FILE = RESULTS / "choice_exhaustive.json"
-SEQUENCES_A_DOMAIN = 2
+SEQUENCES_A_DOMAIN = 1
 
 
 def main() -> None:
@@ -38,27 +38,30 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     model, tokenizer = load_pretrained("smollm2")
-    split = split_of(options.data, tokenizer, seed=0, calibration_tokens=41_000, validation_tokens=4_096)
+    split = split_of(options.data, tokenizer, seed=0, calibration_tokens=20_480, validation_tokens=2_048)
     test = scored_text(options.data, tokenizer, SEQUENCES_A_DOMAIN)
     found: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"sizes": {}}
     found["command"] = "python -m benchmarks.choice_exhaustive"
     found["fingerprint"] = split.fingerprint
-    for size in map(int, options.sizes.split(",")):
-        if str(size) in found["sizes"]:
-            continue
+    sizes = [size for size in map(int, options.sizes.split(",")) if str(size) not in found["sizes"]]
+    every = {size: windows(model.config.num_hidden_layers, size) for size in sizes}
+    fitted, held_out = (
+        measure_moments(model, batches_of(part, BATCH), [w for size in sizes for w in every[size]])
+        for part in held_out_apart(split.calibration)
+    )
+    moments = iter(zip(fitted, held_out, strict=True))
+    for size in sizes:
         started = time.time()
-        found["original"], found["sizes"][str(size)] = rows_of(model, split, test, size)
+        solutions = [solve(*next(moments)) for _ in every[size]]
+        found["original"], found["sizes"][str(size)] = rows_of(model, split, test, every[size], solutions)
         FILE.write_text(json.dumps(found, indent=1) + "\n")
         print(f"{size} blocks: {time.time() - started:.0f} s", flush=True)
 
 
-def rows_of(model: Any, split: Any, test: Any, size: int) -> tuple[float, list[dict[str, Any]]]:
+def rows_of(
+    model: Any, split: Any, test: Any, every: list[range], solutions: list[ClosedForm]
+) -> tuple[float, list[dict[str, Any]]]:
     """What becomes of each window of a size."""
-    every = windows(model.config.num_hidden_layers, size)
-    fitted, held_out = (
-        measure_moments(model, batches_of(part, BATCH), every) for part in held_out_apart(split.calibration)
-    )
-    solutions = [solve(*pair) for pair in zip(fitted, held_out, strict=True)]
     repaired = [Candidate(w, kind_named("linear").start(s)) for w, s in zip(every, solutions, strict=True)]
     plain = [Candidate(w) for w in every]
     kls = kl_of_candidates(model, batches_of(split.validation, BATCH), repaired)
