@@ -81,9 +81,10 @@ def compress(
         What stands in a window's place.
     criterion : Criterion or str
         What speaks for giving a window up, see `CRITERIA`.
-    search : {"window", "disjoint", "one-shot", "greedy", "evolution"}
+    search : {"window", "disjoint", "one-shot", "greedy", "evolution", "attention", "mlp"}
         What the shortlist is made of: single windows, several disjoint ones, the best single blocks, blocks one after
-        the other, or what an evolutionary search finds, which takes attentions and MLPs apart too.
+        the other, what an evolutionary search finds, which takes attentions and MLPs apart too, or as many attentions
+        or MLPs alone, which are silenced.
     parts : int
         Windows a selection, where the search is for disjoint ones.
     keep : iterable of int
@@ -165,7 +166,8 @@ def compress(
         with LayerSurgeon(model, path) as surgeon:
             _carry_out(surgeon, best)
             plan = surgeon.commit(kind=kind, calibration=data)
-        perplexities["repaired" if kind != "none" else "removed"] = perplexity(model, test, "perplexity").value
+        repaired = any(repair.module is not None for repair in best.repairs)
+        perplexities["repaired" if repaired else "removed"] = perplexity(model, test, "perplexity").value
     after = _sizes(model)
     result = CompressionResult(
         model=model,

@@ -118,7 +118,7 @@ def compress(
             typer.echo(str(cost))
         seconds, most = sum(cost.seconds for cost in costs), max(cost.bytes for cost in costs)
         typer.echo(f"in all about {seconds:.0f} s, at most {most / 1e9:.2f} GB above the model")
-        if search in ("greedy", "evolution") or criterion_named(criterion).needs == "model":
+        if search not in ("window", "disjoint", "one-shot") or criterion_named(criterion).needs == "model":
             typer.echo(f"The {search} search by {criterion} runs the model besides; its own bars say what that costs.")
         return
     result = run(

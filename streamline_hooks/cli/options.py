@@ -46,7 +46,8 @@ Search = Annotated[
     str,
     typer.Option(
         help="What is looked for: one window, several disjoint ones, the best single blocks (one-shot), one block "
-        "after the other (greedy), or what an evolutionary search finds (evolution)."
+        "after the other (greedy), what an evolutionary search finds (evolution), or as many attentions or MLPs alone, "
+        "which are silenced (attention, mlp)."
     ),
 ]
 Parts = Annotated[int, typer.Option(help="Windows to find with --search disjoint.", min=1)]

@@ -88,7 +88,7 @@ def rank(
     if model is not None:
         loaded, tokenizer = load_model(model)
         stack = find_stack(loaded, stack).path
-        if profile_file is None or chosen.needs == "model" or search in ("greedy", "evolution"):
+        if profile_file is None or chosen.needs == "model" or search not in ("window", "disjoint", "one-shot"):
             batches = _batches(loaded, tokenizer, calibration, calibration_tokens, sequence_length, batch_size, seed)
     if profile_file is not None:
         profile = Profile.load(profile_file)

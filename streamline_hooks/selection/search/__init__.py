@@ -6,6 +6,7 @@ from streamline_hooks.selection.search.generations import Generation
 from streamline_hooks.selection.search.greedy import greedy
 from streamline_hooks.selection.search.one_shot import one_shot
 from streamline_hooks.selection.search.selected import ScoredWindow, Scorer, Selection
+from streamline_hooks.selection.search.silenced import silenced_branches
 from streamline_hooks.selection.search.verified import Repair, VerifiedSelection, verified
 from streamline_hooks.selection.search.windows import best_windows, ranked
 
@@ -23,6 +24,7 @@ __all__ = [
     "greedy",
     "one_shot",
     "ranked",
+    "silenced_branches",
     "tokens_a_generation",
     "verified",
 ]

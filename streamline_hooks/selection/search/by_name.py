@@ -9,6 +9,7 @@ from itertools import accumulate, islice
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch, tokens_of
+from streamline_hooks.branches import Branch
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.selection.criteria import Criterion, score_windows
 from streamline_hooks.selection.search.disjoint import disjoint_windows
@@ -16,8 +17,9 @@ from streamline_hooks.selection.search.evolution import evolution
 from streamline_hooks.selection.search.greedy import greedy
 from streamline_hooks.selection.search.one_shot import one_shot
 from streamline_hooks.selection.search.selected import Selection
+from streamline_hooks.selection.search.silenced import silenced_branches
 from streamline_hooks.selection.search.windows import best_windows
-from streamline_hooks.statistics import Profile
+from streamline_hooks.statistics import Profile, measure_branches
 
 _TOKENS = 8_192  # that an evolutionary search is judged on
 
@@ -107,7 +109,8 @@ def find_selections(name: str, question: Question) -> list[Selection]:
 
     Parameters
     ----------
-    name : {"window", "disjoint", "one-shot", "greedy", "evolution"}
+    name : {"window", "disjoint", "one-shot", "greedy", "evolution", "attention", "mlp"}
+        The last two silence as many attentions, or MLPs, as blocks were to go.
     question : Question
 
     Returns
@@ -123,7 +126,7 @@ def find_selections(name: str, question: Question) -> list[Selection]:
     Examples
     --------
     >>> import torch
-    >>> from streamline_hooks.statistics import Profile
+    >>> from streamline_hooks.statistics import Profile, measure_branches
     >>> profile = Profile(5)
     >>> profile.update([torch.eye(8)[None, :6] + k // 2 for k in range(5)], torch.ones(1, 6))
     >>> asked = Question([range(k, k + 2) for k in range(3)], 4, profile=profile)
@@ -165,10 +168,23 @@ def _evolution(asked: Question) -> list[Selection]:
     return found[: asked.best]
 
 
+def _silenced(branch: Branch) -> Callable[[Question], list[Selection]]:
+    """By what each branch does to the state; the criterion, which scores windows, has no say."""
+
+    def search(asked: Question) -> list[Selection]:
+        model, batches = asked.running()
+        scores = measure_branches(model, batches, stack=asked.stack)
+        return silenced_branches(scores, branch, asked.count, keep=asked.keep, best=asked.best)
+
+    return search
+
+
 SEARCHES: dict[str, Callable[[Question], list[Selection]]] = {
     "window": _window,
     "disjoint": _disjoint,
     "one-shot": _one_shot,
     "greedy": _greedy,
     "evolution": _evolution,
+    "attention": _silenced("attention"),
+    "mlp": _silenced("mlp"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.selection.search.selected import Scorer, Selection, scores_of
@@ -50,12 +50,33 @@ def one_shot(score: Scorer, length: int, count: int, *, keep: Iterable[int] = ()
             f"{count} of {length} blocks are to go, and only {len(values)} may: the others are protected, or score "
             "minus infinity. Remove less, or protect fewer."
         )
+    alone = {window.start: value for window, value in values.items()}
+    return [Selection.of_blocks(blocks, score=total) for total, blocks in best_sets(alone, count, best)]
+
+
+def best_sets(values: Mapping[int, float], count: int, best: int) -> list[tuple[float, tuple[int, ...]]]:
+    """The sets of so many numbers with the greatest sums of their values, the best first.
+
+    Parameters
+    ----------
+    values : mapping of int to float
+        In the order in which ties are broken.
+    count : int
+        Members of a set.
+    best : int
+        How many sets, or all where there are fewer.
+
+    Returns
+    -------
+    list of (float, tuple of int)
+        The sum and the members.
+    """
     if best < 1:
         raise StreamlineError(f"best={best} selections; expected one or more.")
-    # sums[n]: the best sets of n of the blocks so far, as minus their sum and the blocks.
+    # sums[n]: the best sets of n of the numbers so far, as minus their sum and the numbers.
     sums: list[list[tuple[float, tuple[int, ...]]]] = [[(0.0, ())], *([] for _ in range(count))]
-    for window, value in values.items():
+    for number, value in values.items():
         for n in range(count, 0, -1):
-            longer = [(total - value, (*blocks, window.start)) for total, blocks in sums[n - 1]]
+            longer = [(total - value, (*members, number)) for total, members in sums[n - 1]]
             sums[n] = heapq.nsmallest(best, [*sums[n], *longer])
-    return [Selection.of_blocks(blocks, score=-total) for total, blocks in sums[count]]
+    return [(-total, members) for total, members in sums[count]]
