@@ -189,9 +189,13 @@ def _one_visit(record: HiddenStateRecorder) -> Tensor:
 
 
 def _require_finite(record: HiddenStateRecorder, mask: Tensor, number: int) -> None:
+    seen: set[int] = set()  # what leaves a block and enters the next is one tensor
     places = [(k, order, kind) for order, kind in enumerate(("enters", "leaves")) for k in record.blocks]
     for k, order, kind in sorted(places):
         for state in (record.inputs, record.outputs)[order].get(k, ()):
+            if id(state) in seen:
+                continue
+            seen.add(id(state))
             if (
                 not torch.isfinite(state.sum(dtype=torch.float64))
                 and not torch.isfinite(by_token(state, record.stack[k])[mask]).all()

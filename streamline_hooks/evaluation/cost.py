@@ -88,9 +88,9 @@ class Pace:
         """Of `profile`: every block, and no head."""
         tokens, largest = _tokens(batches)
         places = len(self.blocks) + 1
-        # The states of 1024 tokens in float64: one by one, stacked, and those of the tokens before.
-        sums = min(largest, 1024) * places * (3 * self.features + places) * _FLOAT64
-        kept = 2 * places * self._state(largest)  # as recorded, and without the padding
+        # The inner products of each token's states, their upper halves as cosines, and what they are made in.
+        sums = 2 * largest * places**2 * _FLOAT64 + min(largest * places * self.features * _FLOAT64, 2**24)
+        kept = places * self._state(largest)
         seconds = self.before + sum(self.blocks) + self.similarity
         return Cost("rank", tokens, tokens * seconds, kept + max(sums, self._working(largest)))
 
