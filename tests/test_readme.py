@@ -32,7 +32,8 @@ def test_compressing_a_folder(
 
 
 @pytest.mark.parametrize("block", BLOCKS[1:], ids=lambda text: text.split()[3].rstrip(","))
-def test_the_pieces(block: str) -> None:
+def test_the_pieces(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=30, num_attention_heads=4
