@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.choice import FILE as CHOICE
 from benchmarks.choice_exhaustive import SEQUENCES_A_DOMAIN
 from benchmarks.real_text import BATCH, RESULTS, SEQUENCE, arguments, scored_text
-from streamline_hooks import Question, find_selections, profile, verified
+from streamline_hooks import SearchProblem, find_selections, profile, verified
 from streamline_hooks.batch import batches_of
 from streamline_hooks.calibration import read_documents, split_documents
 from streamline_hooks.preparation import held_out_apart
@@ -28,7 +28,7 @@ from streamline_hooks.stack import find_stack
 FILE = RESULTS / "certainty.json"
 DOMAINS = ("blog_18f", "fiction_austen_doyle", "news_digitalgov", "peps")
 SEEDS = (0, 1, 2)
-CALIBRATION, VALIDATION, SHORTLIST = 8_192, 1_024, 6
+CALIBRATION, VALIDATION, SHORTLIST = 4_096, 512, 4
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def run(model: Any, tokenizer: Any, text: list[str], seed: int, size: int, test:
     )
     stack = find_stack(model)
     measured = profile(model, batches_of(split.calibration, BATCH))
-    asked = Question(windows(len(stack), size), len(stack), "cosine", best=SHORTLIST, profile=measured)
+    asked = SearchProblem(windows(len(stack), size), len(stack), "cosine", best=SHORTLIST, profile=measured)
     shortlist = find_selections("window", asked)
     fit, held_out = held_out_apart(split.calibration)
     judged = verified(model, shortlist, *(batches_of(part, BATCH) for part in (fit, held_out, split.validation)))

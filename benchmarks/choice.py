@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.choice_exhaustive import FILE as EXHAUSTIVE
 from benchmarks.choice_exhaustive import SEQUENCES_A_DOMAIN
 from benchmarks.real_text import BATCH, RESULTS, SEQUENCE, arguments, scored_text, split_of
-from streamline_hooks import Question, Selection, find_selections, profile, score_windows, verified
+from streamline_hooks import SearchProblem, Selection, find_selections, profile, score_windows, verified
 from streamline_hooks.batch import batches_of
 from streamline_hooks.preparation import held_out_apart
 from streamline_hooks.pretrained import load_pretrained
@@ -31,8 +31,8 @@ OF_A_PROFILE = (
     "cosine", "angular", "last_angular", "block_influence", "relative_magnitude", "entropy", "last_n",
     "last_n_but_final", "random",
 )  # fmt: skip
-OF_THE_MODEL = {"kl": 2, "perplexity": 2, "taylor": 8, "cca": 8}  # with the sequences that they are measured on
-SHORTLIST, FEW = 8, 8  # windows that are verified; sequences that several windows are fitted on, and as many more
+OF_THE_MODEL = {"kl": 2, "perplexity": 2, "taylor": 4, "cca": 4}  # with the sequences that they are measured on
+SHORTLIST, FEW = 8, 4  # windows that are verified; sequences that several windows are fitted on, and as many more
 
 
 def main() -> None:
@@ -100,7 +100,7 @@ class Bench:
         else:
             if criterion not in self.scores:
                 all_sizes = [w for s in self.sizes for w in windows(len(self.stack), s)]
-                few = batches_of(self.split.calibration[: OF_THE_MODEL[criterion]], BATCH)
+                few = batches_of(self.split.calibration[: OF_THE_MODEL[criterion]], 1)
                 found = score_windows(criterion, all_sizes, model=self.model, batches=few)
                 self.scores[criterion] = dict(zip(all_sizes, found, strict=True))
             scores = self.scores[criterion]
@@ -120,10 +120,13 @@ class Bench:
         few = batches_of(self.split.calibration[:FEW], BATCH)
         criterion = "block_influence" if search == "one-shot" else "cosine"
         candidates = windows(len(self.stack), size)
-        asked = Question(candidates, len(self.stack), criterion, profile=self.profile, model=self.model, batches=few)
+        asked = SearchProblem(
+            candidates, len(self.stack), criterion, profile=self.profile, model=self.model, batches=few
+        )
         if search == "evolution":
+            one_by_one = batches_of(self.split.calibration[:FEW], 1)
             seeds = [*find_selections("window", asked), *find_selections("one-shot", asked)]
-            found = evolution(self.model, few[:1], seeds, generations=4, offspring=8, stages=())[0]
+            found = evolution(self.model, one_by_one, seeds, generations=3, offspring=6, stages=((SEQUENCE, 2),))[0]
         else:
             found = find_selections(search, asked)[0]
         return self.outcome(found)

@@ -9,7 +9,7 @@ from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.replacements import LinearReplacement, register_replacement
 from streamline_hooks.result import CompressionResult
 from streamline_hooks.selection import (
-    Question,
+    SearchProblem,
     Selection,
     Target,
     combined,
@@ -30,7 +30,7 @@ __all__ = [
     "LayerSurgeon",
     "LinearReplacement",
     "Profile",
-    "Question",
+    "SearchProblem",
     "Selection",
     "StreamlineError",
     "SurgeryPlan",

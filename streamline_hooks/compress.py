@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,10 +24,13 @@ from streamline_hooks.selection import (
     Criterion,
     Target,
     VerifiedSelection,
+    criterion_named,
     find_selections,
     perplexity_of_attempts,
+    require_search,
     verified,
 )
+from streamline_hooks.stack import find_stack
 from streamline_hooks.statistics import Profile, check_profile
 from streamline_hooks.statistics import profile as measure_profile
 from streamline_hooks.surgery import LayerSurgeon
@@ -122,8 +126,14 @@ def compress(
     if output is not None:
         require_free(output, overwrite)
     kind_named(kind)
-    if shortlist < 1 or batch_size < 1:
-        raise StreamlineError(f"shortlist={shortlist} and batch_size={batch_size} must be 1 or more.")
+    named = criterion if isinstance(criterion, Criterion) else criterion_named(criterion)
+    if min(shortlist, batch_size, parts) < 1:
+        raise StreamlineError(
+            f"shortlist={shortlist}, batch_size={batch_size} and parts={parts} must be 1 or more each."
+        )
+    require_search(search, named, remove)
+    if profile is not None:
+        check_profile(profile, model, find_stack(model, stack).path)
     clock = _Clock()
     with clock("prepare"):
         ready = prepare_compression(
@@ -143,14 +153,12 @@ def compress(
             test_tokens=test_tokens,
             test_documents=test_texts,
         )
-    named = criterion if isinstance(criterion, str) else criterion.name
-    for line in ready.announcement(kind, search, named, shortlist):
+    for line in ready.announcement(kind, search, named.name, shortlist):
         say(line)
     path = ready.stack.path
     with clock("rank"):
         measured = profile or measure_profile(model, ready.calibration, keep=ready.protected, stack=path)
-        check_profile(measured, model, path)
-        asked = ready.question(criterion=criterion, profile=measured, best=shortlist, parts=parts, seed=seed)
+        asked = ready.question(criterion=named, profile=measured, best=shortlist, parts=parts, seed=seed)
         found = find_selections(search, asked)
     with clock("verify"):
         judged = verified(model, found, ready.fit, ready.held_out, ready.validation, kind=kind, stack=path)
@@ -174,7 +182,7 @@ def compress(
         tokenizer=tokenizer,
         plan=plan,
         kind=kind,
-        criterion=named,
+        criterion=named.name,
         search=search,
         candidates=[best, *(one for one in judged if one is not best)],
         perplexities={name: perplexities[name] for name in LABELS if name in perplexities},
@@ -210,6 +218,8 @@ def _first_that_can_go(
     """The best selection that the surgeon carries out; only there is it held against the same blocks bypassed."""
     refusal: UnsupportedSurgery | None = None
     for one in judged:
+        if not (one.refused or math.isfinite(one.kl)):
+            continue
         try:
             with LayerSurgeon(model, stack) as surgeon:
                 _carry_out(surgeon, one)

@@ -14,7 +14,7 @@ from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.cost import Cost
 from streamline_hooks.evaluation.pace import measure_pace
 from streamline_hooks.repair import kind_named
-from streamline_hooks.selection import Question, Target, protected_blocks, windows_for
+from streamline_hooks.selection import SearchProblem, Target, protected_blocks, windows_for
 from streamline_hooks.stack import BlockStack, find_stack
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ class Preparation:
     validation: Batches
     test: Batches
 
-    def question(self, **more: Any) -> Question:
+    def question(self, **more: Any) -> SearchProblem:
         """What a search is asked on the calibration text."""
-        return Question(
+        return SearchProblem(
             self.candidates,
             len(self.stack),
             keep=self.protected,
@@ -69,19 +69,29 @@ class Preparation:
         share = "" if len(lengths) > 1 else f" ({lengths[0] / len(self.stack):.1%})"
         return [
             f"stack      {self.stack}",
-            f"remove     {self.target} comes to {blocks} of {len(self.stack)} blocks{share}, {kind} in their place",
+            f"remove     {self.target} comes to {blocks} of {len(self.stack)} blocks{share}, {kind} in their place"
+            if search not in ("attention", "mlp")
+            else f"silence    {self.target} comes to the {search} of {blocks} of {len(self.stack)} blocks{share}",
             f"search     {search} by {criterion}; {len(self.candidates)} windows reach the target, and up to "
             f"{shortlist} selections are fitted and judged",
             f"text       {self.split.describe()}",
         ]
 
-    def costs(self, shortlist: int, kind: str) -> list[Cost]:
-        """What finding one window will cost on this machine, measured on a few tokens; the sums beside the passes."""
+    def costs(self, shortlist: int, kind: str, profiled: bool = False) -> list[Cost]:
+        """What finding one window will cost on this machine, measured on a few tokens; the sums beside the passes.
+
+        Parameters
+        ----------
+        shortlist : int
+        kind : str
+        profiled : bool
+            Whether there is a profile already.
+        """
         pace = measure_pace(self.stack.model, self.calibration[0], stack=self.stack.path)
         module = kind_named(kind).unfitted(pace.features)
         judged = {"shortlist": min(shortlist, len(self.candidates))}
         return [
-            pace.rank(self.calibration),
+            *([] if profiled else [pace.rank(self.calibration)]),
             pace.fit(self.fit, self.candidates, **judged),
             pace.fit(self.held_out, self.candidates, **judged, sums=2),
             pace.judge(self.validation, self.candidates, **judged, replacement=module),
@@ -116,7 +126,7 @@ def prepare_compression(
     target = Target.parse(remove) if isinstance(remove, str) else remove
     target = target if isinstance(target, Target) else Target(target)
     protected = protected_blocks(keep, len(found))
-    _require_positions(model, split["sequence_length"])
+    require_positions(model, split["sequence_length"])
     embedding = cast(nn.Embedding, model.get_input_embeddings())
     width = getattr(found.config, "hidden_size", embedding.embedding_dim)
     candidates = windows_for(
@@ -146,7 +156,8 @@ def held_out_apart(sequences: Tensor) -> tuple[Tensor, Tensor]:
     return sequences[:-held_out], sequences[-held_out:]
 
 
-def _require_positions(model: PreTrainedModel, sequence_length: int) -> None:
+def require_positions(model: PreTrainedModel, sequence_length: int) -> None:
+    """Raise if a model has fewer positions than a sequence has tokens."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and 0 < limit < sequence_length:
         raise StreamlineError(

@@ -101,8 +101,8 @@ class CompressionResult:
         """The result for a terminal."""
         original = self.perplexities["original"]
         rows = [
-            ("blocks", f"{self.plan.old_length} -> {len(self.plan.slots)}, removed {self.candidates[0]}"),
-            ("in their place", self.kind),
+            ("blocks", f"{self.plan.old_length} -> {len(self.plan.slots)}, {_what(self.candidates[0])}"),
+            ("in their place", self.kind if self.candidates[0].windows else "nothing"),
             ("found by", f"{self.search}, {self.criterion}"),
             ("parameters", _before_after(self.parameters, "")),
             ("bytes", _before_after(self.size_in_bytes, "B")),
@@ -126,11 +126,19 @@ def findings(judged: Sequence[VerifiedSelection]) -> list[str]:
     head = f"{'blocks':<{width}}     score   error removed   repaired     ridge        KL"
     rows = []
     for k, one in enumerate(judged):
-        errors = [max((getattr(r, name) for r in one.repairs), default=math.nan) for name in _ERRORS]
-        said = f"{one.score:9.4f} {errors[0]:15.4f} {errors[1]:10.4f} {errors[2]:9.1e} {one.kl:9.4f}"
+        worst = [max((getattr(r, name) for r in one.repairs), default=None) for name in _ERRORS]
+        errors = ["-" if e is None else f"{e:{form}}" for e, form in zip(worst, (".4f", ".4f", ".1e"), strict=True)]
+        said = f"{one.score:9.4f} {errors[0]:>15} {errors[1]:>10} {errors[2]:>9} {one.kl:9.4f}"
         chosen = "   <- chosen" if k == 0 else ""
         rows.append(f"{one!s:<{width}} {said}{chosen}" if not one.refused else f"{one!s:<{width}} {one.refused}")
     return [head, *rows]
+
+
+def _what(chosen: VerifiedSelection) -> str:
+    """What went, and what is silent."""
+    silent = ", ".join(f"{branch} of {k}" for k, branch in chosen.silenced)
+    parts = ([f"removed {chosen.gone}"] if chosen.windows else []) + ([f"silenced {silent}"] if silent else [])
+    return "; ".join(parts)
 
 
 _ERRORS = ("removal_error", "repaired_error", "ridge")

@@ -135,10 +135,33 @@ def test_rank_from_a_saved_profile_runs_nothing(
         (["--remove", "parameters:0.2"], "is measured on the model; give it"),
         (["--criterion", "guess"], "The criterion 'guess' is unknown. Known: cosine"),
         (["--search", "luck", "--remove", 2], "The search 'luck' is unknown. Known: window"),
+        (["--search", "attention", "--criterion", "last_n", "--remove", 2], "goes by the cosine across each branch"),
+        (["--search", "disjoint", "--remove", "parameters:0.2"], "is reached by single windows only"),
+        (["--save", tmp_path / "nowhere" / "x"], "create it first"),
+        (["--stack", "model.other"], "--stack model.other: "),
     ]:
         code, _, err = run(["rank", "--profile", file, *options], monkeypatch, capsys)
         assert code == 2 and text in err, (options, err)
     assert "Give a model, or a profile" in run(["rank"], monkeypatch, capsys)[2]
+
+
+def test_rank_of_a_profile_without_resamples(
+    stories: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from streamline_hooks import profile
+
+    file = profile(stories[0], [torch.arange(3, 43).view(2, 20)], replicates=0).save(tmp_path / "p")
+    code, out, _ = run(["rank", "--profile", file, "--remove", 2, "--json"], monkeypatch, capsys)
+    assert code == 0 and "interval" not in out and "first_in_resamples" not in out
+
+
+def test_rank_of_more_tokens_than_positions(
+    stories_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(["rank", stories_folder, "--sequence-length", 1024], monkeypatch, capsys)
+    assert code == 2 and "the 512 positions" in err
 
 
 def test_rank_by_a_criterion_that_runs_the_model(

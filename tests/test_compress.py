@@ -125,6 +125,30 @@ def test_a_profile_that_is_there_is_used(story_model: tuple[Any, Any], story_tex
         compress(model, tokenizer, story_texts, remove=1, profile=other, **SMALL)
 
 
+def test_what_cannot_be_carried_out_is_passed_over(
+    story_model: tuple[Any, Any], story_texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streamline_hooks import LayerSurgeon, UnsupportedSurgery
+
+    model, tokenizer = story_model
+    judging = []
+    replace, refused = LayerSurgeon.replace, []
+
+    def refuse_the_first(surgeon: LayerSurgeon, window: range, module: Any, **more: Any) -> Any:
+        if judging and (not refused or window == refused[0]):
+            refused.append(window)
+            raise UnsupportedSurgery("not this one")
+        return replace(surgeon, window, module, **more)
+
+    def say(line: str) -> None:
+        if line.startswith("blocks"):
+            judging.append(line)  # from here on the best is carried out
+
+    monkeypatch.setattr(LayerSurgeon, "replace", refuse_the_first)
+    result = compress(model, tokenizer, story_texts, remove=1, say=say, **SMALL)
+    assert refused and result.plan.removed != tuple(refused[0]) and result.candidates[0].windows[0] != refused[0]
+
+
 def test_protected_blocks_stay(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
     result = compress(*story_model, story_texts, remove=2, keep=(0, 1, -1), **SMALL)
     assert result.plan.removed == (2, 3)
@@ -171,6 +195,10 @@ def test_an_error_leaves_model_and_folder_as_they_were(
         ({"texts": []}, "tokens"),
         ({"texts": ["too short"]}, "tokens"),
         ({"shortlist": 0}, "must be 1 or more"),
+        ({"criterion": "cosin"}, "The criterion 'cosin' is unknown"),
+        ({"search": "windw"}, "The search 'windw' is unknown"),
+        ({"search": "one-shot", "remove": "parameters:0.2"}, "is reached by single windows only"),
+        ({"search": "mlp", "criterion": "kl"}, "goes by the cosine across each branch, and not by kl"),
     ],
 )  # fmt: skip
 def test_bad_input(story_model: tuple[Any, Any], story_texts: list[str], changes: dict[str, Any], text: str) -> None:

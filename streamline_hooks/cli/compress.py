@@ -67,18 +67,18 @@ def compress(
     from streamline_hooks.compress import compress as run
     from streamline_hooks.preparation import prepare_compression
     from streamline_hooks.repair import kind_named
-    from streamline_hooks.selection import SEARCHES, Target, criterion_named
+    from streamline_hooks.selection import Target, criterion_named, require_search
     from streamline_hooks.statistics import Profile
 
     require_free(output, overwrite)
     kind_named(kind)
-    criterion_named(criterion)
-    if search not in SEARCHES:
-        raise StreamlineError(f"The search {search!r} is unknown. Known: {', '.join(SEARCHES)}.")
     target = Target.parse(remove)
+    require_search(search, criterion_named(criterion), target)
     blocks = block_numbers(keep)
     profile = Profile.load(profile_file) if profile_file is not None else None
     sources = calibration or ["pydoc"]
+    if dry_run and "self" in sources:
+        raise StreamlineError("A dry run writes no text, so that --calibration self has none; give text that is there.")
     documents = [] if "self" in sources else documents_of(sources)
     test_documents = documents_of(test) if test else None
     loaded, tokenizer = load_model(model)
@@ -112,7 +112,7 @@ def compress(
         ready = prepare_compression(loaded, tokenizer, documents, test_documents=test_documents, **shared)
         for line in ready.announcement(kind, search, criterion, shortlist):
             typer.echo(line)
-        costs = ready.costs(shortlist, kind)
+        costs = ready.costs(shortlist, kind, profile is not None)
         typer.echo("")
         for cost in costs:
             typer.echo(str(cost))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -69,7 +70,14 @@ def rank(
 
     Example: streamline-hooks rank smollm2 --save smollm2.profile
     """
-    from streamline_hooks.selection import Question, criterion_named, find_selections, protected_blocks, score_windows
+    from streamline_hooks.selection import (
+        SearchProblem,
+        criterion_named,
+        find_selections,
+        protected_blocks,
+        require_search,
+        score_windows,
+    )
     from streamline_hooks.selection import windows as windows_of
     from streamline_hooks.stack import find_stack
     from streamline_hooks.statistics import Profile, check_profile
@@ -81,6 +89,9 @@ def rank(
             f"To rank {search if search != 'window' else ''} by {criterion} takes a target; add --remove, such as "
             "--remove 0.25.".replace("  ", " ")
         )
+    require_search(search, chosen, remove or 1)
+    if save is not None and not save.resolve().parent.is_dir():
+        raise StreamlineError(f"--save {save}: there is no folder {save.parent}; create it first.")
     if model is None and profile_file is None:
         raise StreamlineError("Give a model, or a profile that was saved with --save (--profile FILE).")
     loaded: Any = None
@@ -94,14 +105,18 @@ def rank(
         profile = Profile.load(profile_file)
         if loaded is not None:
             check_profile(profile, loaded, stack)
+        elif stack is not None and stack != profile.about.get("stack"):
+            raise StreamlineError(f"--stack {stack}: {profile_file} is of {profile.about.get('stack')}.")
     protected = protected_blocks(block_numbers(keep), profile.length if profile else len(find_stack(loaded, stack)))
     if dry_run:
         from streamline_hooks.evaluation.pace import measure_pace
 
-        if batches is None:
-            typer.echo("Nothing is run: the profile is there.")
+        if profile is not None:
+            typer.echo("The profile is there, so that no pass makes it.")
         else:
-            typer.echo(str(measure_pace(loaded, batches[0], stack=stack).rank(batches)))
+            typer.echo(str(measure_pace(loaded, cast(Any, batches)[0], stack=stack).rank(cast(Any, batches))))
+        if chosen.needs == "model" or search not in ("window", "disjoint", "one-shot"):
+            typer.echo(f"The search {search} by {criterion} runs the model besides; its bars say what that costs.")
         return
     if profile is None:
         profile = measure(loaded, cast(Any, batches), keep=protected, stack=stack)
@@ -116,7 +131,7 @@ def rank(
             rows += [_row(profile, window, score, criterion) for window, score in best]
     else:
         candidates = _candidates(loaded, remove, profile, protected, stack)
-        asked = Question(
+        asked = SearchProblem(
             candidates, profile.length, chosen, protected, top, parts, profile, loaded, batches, stack, seed
         )
         for found in find_selections(search, asked):
@@ -124,13 +139,14 @@ def rank(
             row = {"blocks": str(found), "windows": [[w.start, w.stop] for w in found.windows]}
             row["silenced"] = [list(half) for half in found.silenced]
             rows.append({**row, **(_row(profile, one, found.score, criterion) if one else {"score": found.score})})
-        if search == "window" and chosen.needs == "profile" and profile.sequences > 1:
+        if search == "window" and chosen.needs == "profile" and profile.resampled:
             rows[0]["first_in_resamples"] = _how_sure(profile, chosen, candidates)
     if as_json:
         about = {"stack": profile.about.get("stack"), "blocks": profile.length, "criterion": criterion}
         typer.echo(json.dumps({**about, "tokens": profile.tokens, "windows": rows}, indent=2))
     else:
-        _print(profile, rows, criterion)
+        by = criterion if search in ("window", "disjoint", "one-shot", "greedy") else "score"
+        _print(profile, rows, by)
 
 
 def _batches(
@@ -144,10 +160,12 @@ def _batches(
 ) -> Any:
     from streamline_hooks.batch import batches_of
     from streamline_hooks.calibration import check_tokenizer, split_documents
+    from streamline_hooks.preparation import require_positions
 
     sources = calibration or ["pydoc"]
     if "self" in sources:
         raise StreamlineError("rank takes no --calibration self; give text that is there.")
+    require_positions(model, sequence_length)
     split = split_documents(
         documents_of(sources),
         tokenizer,
@@ -177,7 +195,7 @@ def _candidates(model: Any, remove: str, profile: Profile, protected: frozenset[
         return windows(profile.length, blocks_to_remove(target.amount, profile.length), protected)
     if model is None:
         raise StreamlineError(f"The target {target} is measured on the model; give it, or a number of blocks.")
-    return windows_for(model, target, stack=stack, protected=protected, say=typer.echo)
+    return windows_for(model, target, stack=stack, protected=protected, say=partial(typer.echo, err=True))
 
 
 # A criterion that is a statistic of the profile, or one minus it.
@@ -189,7 +207,7 @@ def _row(profile: Profile, window: range, score: float, criterion: str) -> dict[
     if window.stop < profile.places:
         row["cosine"] = profile.value("cosine", window)
         row["angular_distance"] = profile.value("angular", window)
-        if criterion in _INTERVALS and profile.sequences > 1:
+        if criterion in _INTERVALS and profile.resampled:
             offset, sign = _INTERVALS[criterion]
             row["interval"] = sorted(offset + sign * end for end in profile.interval(cast(Any, criterion), window))
     return row
@@ -215,7 +233,7 @@ def _print(profile: Profile, rows: list[dict[str, Any]], criterion: str) -> None
     )
     for row in rows:
         blocks = row.get("blocks") or (f"{row['start']}-{row['stop'] - 1}" if row["length"] > 1 else str(row["start"]))
-        length = row.get("length") or sum(stop - start for start, stop in row["windows"])
+        length = row.get("length") or sum(stop - start for start, stop in row["windows"]) or "-"
         low, high = row.get("interval", (None, None))
         interval = f"{low:.4f} to {high:.4f}" if low is not None else ""
         numbers = f"{row['cosine']:.4f}  {row['angular_distance']:16.4f}" if "cosine" in row else ""

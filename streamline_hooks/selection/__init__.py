@@ -8,7 +8,7 @@ from streamline_hooks.selection.criteria import (
     register_criterion,
     score_windows,
 )
-from streamline_hooks.selection.search.by_name import SEARCHES, Question, find_selections
+from streamline_hooks.selection.search.by_name import SEARCHES, SearchProblem, find_selections, require_search
 from streamline_hooks.selection.search.judge import Attempt
 from streamline_hooks.selection.search.perplexities import perplexity_of_attempts
 from streamline_hooks.selection.search.selected import ScoredWindow, Selection
@@ -21,8 +21,8 @@ __all__ = [
     "SEARCHES",
     "Attempt",
     "Criterion",
-    "Question",
     "ScoredWindow",
+    "SearchProblem",
     "Selection",
     "Target",
     "VerifiedSelection",
@@ -34,6 +34,7 @@ __all__ = [
     "protected_blocks",
     "ranked",
     "register_criterion",
+    "require_search",
     "score_windows",
     "verified",
     "windows",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from functools import partial
+from typing import Any, Literal, cast, get_args
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from streamline_hooks.selection.latency import Timer, fewest_blocks
 from streamline_hooks.selection.parameters import StandIn, parameters_by_window, parameters_of
 from streamline_hooks.stack import BlockStack, find_stack
 
+_PROMPT, _NEW = 512, 16
 Kind = Literal["blocks", "parameters", "latency", "decode-latency"]
 _EXPECTED = (
     "a number of blocks (8), a fraction of them (0.25 or 25%), parameters:0.25 to remove that fraction of the model's "
@@ -97,7 +99,7 @@ def windows_for(
     protected: frozenset[int] = frozenset(),
     stand_in: StandIn = None,
     slots: int = 0,
-    timer: Timer = measure_speed,
+    timer: Timer | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[range]:
     """The windows that may be given up, each of which alone reaches the target.
@@ -121,8 +123,9 @@ def windows_for(
         number of blocks does not depend on it.
     slots : int
         Slots that it takes, which counts where the target is a number of blocks.
-    timer : callable
-        Times models as `measure_speed` does, of which ``functools.partial`` makes one for other prompts.
+    timer : callable, optional
+        Times models as `measure_speed` does, of which ``functools.partial`` makes one for other prompts. By default
+        that, with prompts of 512 tokens, or as many as the model has positions for.
     say : callable
         Receives a line about each measurement of a latency.
 
@@ -160,7 +163,15 @@ def windows_for(
     candidates = {size: chosen for size, chosen in free.items() if chosen}
     if not candidates:
         windows(len(found), 1, protected)  # raises: every block is protected
+    timer = timer or partial(measure_speed, tokens=_prompt(model))
     return free[fewest_blocks(found, wanted.amount, phase, candidates, stand_in, timer, say)]
+
+
+def _prompt(model: Any) -> int:
+    """Tokens of a prompt to time: 512, or what the model's positions leave beside the new ones."""
+    config = getattr(model, "config", None)
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) if config else None
+    return min(_PROMPT, max(1, limit - _NEW)) if isinstance(limit, int) and limit > 0 else _PROMPT
 
 
 def blocks_to_remove(target: int | float, length: int, slots: int = 0) -> int:

@@ -95,6 +95,14 @@ class Profile:
         return int(self.sums.last.count[0])
 
     @property
+    def resampled(self) -> bool:
+        """Whether it can be told how sure its values are; see `replicates`."""
+        try:
+            return len(self.sums.drawn()) > 0
+        except StreamlineError:
+            return False
+
+    @property
     def cosine(self) -> Tensor:
         """Mean cosine of the states at two places, of shape (places, places), float64."""
         return self.matrix("cosine")

@@ -35,16 +35,36 @@ def find_copies(
         What the attribute must be.
     """
     numbers = [value for value in old.values() if isinstance(value, (list, tuple)) and _are_numbers(value)]
+    ours = {id(module) for module in [*stack.ancestors, *_inside(stack)]}
     for module in dict.fromkeys([*stack.ancestors, *stack.ancestors[-1].modules()]):
         for name, held in vars(module).items():
-            if name in new and type(held) is type(old[name]) and held == old[name]:
-                yield module, name, new[name]
-            elif isinstance(held, (list, tuple)) and any(held is value for value in old.values()):
+            if name.startswith("_"):  # what torch keeps: hooks by their number, parameters by their name
+                continue
+            if isinstance(held, (list, tuple)) and any(held is value for value in old.values()):
                 yield module, name, next(new[key] for key, value in old.items() if held is value)
-            elif _FIRSTS.get(name) in new:
-                yield module, name, len(sources) - new[_FIRSTS[name]]
-            elif isinstance(held, dict) and held and any(list(held) == list(keys) for keys in numbers):
+            elif name in new and type(held) is int and id(module) not in ours:
+                continue  # another stack of as many blocks, inside this one
+            elif name in new and type(held) is type(old[name]) and held == old[name]:
+                yield module, name, new[name]
+            elif name in _FIRSTS:
+                count = new.get(_FIRSTS[name], getattr(stack.config, _FIRSTS[name], 0))
+                yield module, name, len(sources) - count
+            elif type(held) is dict and held and any(list(held) == list(keys) for keys in numbers):
                 yield module, name, {slot: held[source] for slot, source in enumerate(sources) if source in held}
+
+
+def _inside(stack: BlockStack) -> Iterator[nn.Module]:
+    """The modules of the blocks, without what has a list of blocks of its own, such as a tower inside the decoder."""
+    waiting: list[nn.Module] = list(stack.blocks)
+    while waiting:
+        module = waiting.pop()
+        yield module
+        waiting += [child for child in module.children() if not _has_blocks(child)]
+
+
+def _has_blocks(module: nn.Module) -> bool:
+    lists = [child for child in module.children() if isinstance(child, (nn.ModuleList, nn.Sequential))]
+    return any(len(items) > 1 and any(True for item in items for _ in item.children()) for items in lists)
 
 
 def renumbered_paths(stack: BlockStack, sources: Sequence[int]) -> Iterator[tuple[nn.Module, str, Any]]:

@@ -24,7 +24,7 @@ from streamline_hooks.surgery.renumber import (
     shortened_config,
 )
 from streamline_hooks.surgery.saving import SavingRefused, savers
-from streamline_hooks.surgery.silence import StandIn, Zeros
+from streamline_hooks.surgery.silence import StandIn, Zeros, move_parameter
 from streamline_hooks.surgery.splice import AFTER, BEFORE, Place, remember_splices, set_splices, spliced
 
 ORIGIN = "_streamline_hooks_origin"
@@ -157,7 +157,7 @@ class Edits:
             size = getattr(weight.module, weight.size)
             self._set(weight.module, weight.size, size // length * len(sources))
             for name, parameter in weight.chosen(length, sources).items():
-                self._put(weight.module._parameters, name, parameter)
+                self._exchange(weight.module._parameters, name, parameter)
 
     def _follow_device_map(self, old: list[str], new: list[str], slots: list[NewSlot]) -> None:
         sources = [self.source(slot.module) for slot in slots]
@@ -213,6 +213,17 @@ class Edits:
 
     def _set(self, target: Any, name: str, value: Any) -> None:
         self._put(vars(target), name, value)
+
+    def _exchange(self, parameters: dict[str, Any], name: str, parameter: nn.Parameter) -> None:
+        """Put a parameter in another one's place, which comes back to where the model is then."""
+        held = parameters[name]
+
+        def put_back() -> None:
+            move_parameter(held, parameters[name])
+            parameters[name] = held
+
+        self._undoing.append(put_back)
+        parameters[name] = parameter
 
     def _put(self, values: dict[str, Any], name: str, value: Any) -> None:
         held = values.get(name, _MISSING)

@@ -1,4 +1,8 @@
-"""Weights outside the blocks that hold one slice for each of them (Gemma 3n and Gemma 4: per-layer embeddings)."""
+"""Weights outside the blocks that hold one slice for each of them (Gemma 3n and Gemma 4: per-layer embeddings).
+
+While blocks are out, a copy with the slices of the others stands in their place: as much memory again. After commit
+the parameters are new ones, so that an optimiser is made after the surgery.
+"""
 
 from __future__ import annotations
 

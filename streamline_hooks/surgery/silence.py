@@ -202,16 +202,16 @@ class StandIn:
 
     def put_in(self) -> None:
         """Let the block compute with zeros."""
-        _move(self._zeros, self._held)
+        move_parameter(self._zeros, self._held)
         self._parameters[self._name] = self._zeros
 
     def put_back(self) -> None:
         """Give the block its parameter back, where the model is now; does no harm the second time."""
-        _move(self._held, self._parameters[self._name])
+        move_parameter(self._held, self._parameters[self._name])
         self._parameters[self._name] = self._held
 
 
-def _move(parameter: nn.Parameter, beside: nn.Parameter) -> None:
+def move_parameter(parameter: nn.Parameter, beside: nn.Parameter) -> None:
     """Bring one of the two to where a ``model.to(...)`` has brought the other meanwhile."""
     if (parameter.device, parameter.dtype) != (beside.device, beside.dtype):
         parameter.data = parameter.data.to(device=beside.device, dtype=beside.dtype)

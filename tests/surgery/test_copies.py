@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from streamline_hooks import LayerSurgeon
 from streamline_hooks.testing import causal_model_types, tiny_model
@@ -45,3 +46,55 @@ def test_paths_of_tied_weights_name_the_blocks_as_they_are() -> None:
         surgeon.remove([3])
         assert model.model._tied_weights_keys == {"layers.4.shared_transformer": "layers.2.shared_transformer"}
     assert model.model._tied_weights_keys == before
+
+
+def test_hooks_whose_ids_look_like_block_numbers_stay() -> None:
+    """Hooks are kept by a number too; a list of blocks that reads the same must not make a map of them."""
+    model = tiny_model("qwen2_moe", mlp_only_layers=[])
+    splice, runs = torch.nn.Identity(), []
+    splice.register_forward_hook(lambda *given: runs.append(1))
+    handle = model.model.layers[5].register_forward_hook(lambda *given: runs.append(2))
+    model.config.mlp_only_layers = [handle.id]
+    ids = torch.arange(3, 9)[None]
+    with LayerSurgeon(model, probe=False) as surgeon:
+        surgeon.replace(range(1, 3), splice)
+        for hooks in (model.model.layers[3]._forward_pre_hooks, model.model.layers[5]._forward_hooks):
+            model.config.mlp_only_layers = list(hooks)
+            surgeon.insert(0, torch.nn.Identity())  # lays out anew
+        model(ids)
+        assert {1, 2} <= set(runs)
+    handle.remove()
+
+
+def test_a_tower_inside_the_decoder_keeps_its_own_count() -> None:
+    model = tiny_model("llama")
+    tower = torch.nn.Module()
+    tower.layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(2, 2)) for _ in range(8))
+    tower.num_hidden_layers = 8
+    model.model.tower = tower
+    model.model.layers[4].tower = tower
+    with LayerSurgeon(model, "model.layers", probe=False) as surgeon:
+        surgeon.remove([2])
+        assert tower.num_hidden_layers == 8
+
+
+@pytest.mark.parametrize("change", [{"dtype": torch.float64}])
+def test_slices_come_back_to_where_the_model_is_then(change: dict[str, torch.dtype]) -> None:
+    model = tiny_model("gemma3n_text")
+    before = model(torch.arange(3, 9)[None]).logits
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([0])
+        model.to(**change)
+    after = model(torch.arange(3, 9)[None]).logits
+    assert after.dtype == torch.float64
+    torch.testing.assert_close(after.float(), before, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif("gemma4_text" not in causal_model_types(), reason="this Transformers has no Gemma 4")
+def test_the_first_block_that_shares_keys_follows() -> None:
+    model = tiny_model("gemma4_text", num_kv_shared_layers=2)
+    assert model.model.first_kv_shared_layer_idx == 6
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([0])
+        assert model.model.first_kv_shared_layer_idx == 5 and model.config.num_kv_shared_layers == 2
+    assert model.model.first_kv_shared_layer_idx == 6

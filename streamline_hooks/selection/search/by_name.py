@@ -19,13 +19,14 @@ from streamline_hooks.selection.search.one_shot import one_shot
 from streamline_hooks.selection.search.selected import Selection
 from streamline_hooks.selection.search.silenced import silenced_branches
 from streamline_hooks.selection.search.windows import best_windows
+from streamline_hooks.selection.target import Target
 from streamline_hooks.statistics import Profile, measure_branches
 
 _TOKENS = 8_192  # that an evolutionary search is judged on
 
 
 @dataclass(frozen=True)
-class Question:
+class SearchProblem:
     """What a search is asked.
 
     Attributes
@@ -104,14 +105,14 @@ class Question:
         return self.model, self.batches
 
 
-def find_selections(name: str, question: Question) -> list[Selection]:
+def find_selections(name: str, question: SearchProblem) -> list[Selection]:
     """Run a search.
 
     Parameters
     ----------
     name : {"window", "disjoint", "one-shot", "greedy", "evolution", "attention", "mlp"}
         The last two silence as many attentions, or MLPs, as blocks were to go.
-    question : Question
+    question : SearchProblem
 
     Returns
     -------
@@ -129,34 +130,61 @@ def find_selections(name: str, question: Question) -> list[Selection]:
     >>> from streamline_hooks.statistics import Profile, measure_branches
     >>> profile = Profile(5)
     >>> profile.update([torch.eye(8)[None, :6] + k // 2 for k in range(5)], torch.ones(1, 6))
-    >>> asked = Question([range(k, k + 2) for k in range(3)], 4, profile=profile)
+    >>> asked = SearchProblem([range(k, k + 2) for k in range(3)], 4, profile=profile)
     >>> find_selections("window", asked)[0].windows, find_selections("disjoint", asked)[0].windows
     ((range(2, 4),), (range(0, 1), range(2, 3)))
     """
-    if name not in SEARCHES:
-        raise StreamlineError(f"The search {name!r} is unknown. Known: {', '.join(SEARCHES)}.")
+    require_search(name, question.criterion)
     return SEARCHES[name](question)
 
 
-def _window(asked: Question) -> list[Selection]:
+def require_search(name: str, criterion: Criterion | str, target: Target | int | float | str = 1) -> None:
+    """Raise unless a search can go by a criterion, and to a target.
+
+    Parameters
+    ----------
+    name : str
+    criterion : Criterion or str
+    target : Target, int, float or str
+        What is asked for, see `windows_for`.
+
+    Raises
+    ------
+    StreamlineError
+        The text says what can be asked for.
+    """
+    if name not in SEARCHES:
+        raise StreamlineError(f"The search {name!r} is unknown. Known: {', '.join(SEARCHES)}.")
+    by = criterion if isinstance(criterion, str) else criterion.name
+    if name in _OF_BRANCHES and by != "cosine":
+        raise StreamlineError(f"The search {name!r} goes by the cosine across each branch, and not by {by}.")
+    wanted = Target.parse(target) if isinstance(target, str) else target
+    if isinstance(wanted, Target) and wanted.of != "blocks" and name != "window":
+        raise StreamlineError(
+            f"The target {wanted} is reached by single windows only; for the search {name!r} give a number or a "
+            "fraction of the blocks."
+        )
+
+
+def _window(asked: SearchProblem) -> list[Selection]:
     return best_windows(asked.score, asked.candidates)[: asked.best]
 
 
-def _disjoint(asked: Question) -> list[Selection]:
+def _disjoint(asked: SearchProblem) -> list[Selection]:
     count, keep = asked.count, asked.keep
     return disjoint_windows(asked.score, asked.length, count, asked.parts, keep=keep, best=asked.best)
 
 
-def _one_shot(asked: Question) -> list[Selection]:
+def _one_shot(asked: SearchProblem) -> list[Selection]:
     return one_shot(asked.score, asked.length, asked.count, keep=asked.keep, best=asked.best)
 
 
-def _greedy(asked: Question) -> list[Selection]:
+def _greedy(asked: SearchProblem) -> list[Selection]:
     model, batches = asked.running()
     return greedy(model, batches, asked.criterion, asked.count, keep=asked.keep, stack=asked.stack)
 
 
-def _evolution(asked: Question) -> list[Selection]:
+def _evolution(asked: SearchProblem) -> list[Selection]:
     """Started with the best windows and the best single blocks, on a part of the text: ten generations of 16."""
     model, batches = asked.running()
     seeds = list(dict.fromkeys([*_window(asked), *_one_shot(asked)]))
@@ -168,10 +196,10 @@ def _evolution(asked: Question) -> list[Selection]:
     return found[: asked.best]
 
 
-def _silenced(branch: Branch) -> Callable[[Question], list[Selection]]:
+def _silenced(branch: Branch) -> Callable[[SearchProblem], list[Selection]]:
     """By what each branch does to the state; the criterion, which scores windows, has no say."""
 
-    def search(asked: Question) -> list[Selection]:
+    def search(asked: SearchProblem) -> list[Selection]:
         model, batches = asked.running()
         scores = measure_branches(model, batches, stack=asked.stack)
         return silenced_branches(scores, branch, asked.count, keep=asked.keep, best=asked.best)
@@ -179,7 +207,8 @@ def _silenced(branch: Branch) -> Callable[[Question], list[Selection]]:
     return search
 
 
-SEARCHES: dict[str, Callable[[Question], list[Selection]]] = {
+_OF_BRANCHES = ("attention", "mlp")
+SEARCHES: dict[str, Callable[[SearchProblem], list[Selection]]] = {
     "window": _window,
     "disjoint": _disjoint,
     "one-shot": _one_shot,

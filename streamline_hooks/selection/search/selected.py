@@ -89,8 +89,13 @@ class Selection:
         """The blocks that go as a whole."""
         return frozenset(k for window in self.windows for k in window)
 
+    @property
+    def gone(self) -> str:
+        """The blocks that go, in words."""
+        return ", ".join(f"{w.start}-{w.stop - 1}" if len(w) > 1 else str(w.start) for w in self.windows)
+
     def __str__(self) -> str:
-        parts = [f"{w.start}-{w.stop - 1}" if len(w) > 1 else str(w.start) for w in self.windows]
+        parts = [self.gone] if self.windows else []
         return ", ".join([*parts, *(f"{branch} of {k}" for k, branch in self.silenced)])
 
 
