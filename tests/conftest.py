@@ -44,8 +44,12 @@ def data_folder() -> Path:
 @pytest.fixture(scope="session")
 def stories(data_folder: Path) -> tuple[Any, Any]:
     """A trained Llama of 5 blocks that writes small stories, and its tokenizer. Copy what you change."""
+    import transformers
+
     from streamline_hooks.pretrained import load_pretrained
 
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("the tokenizer of stories260k is one of Transformers 5")
     return load_pretrained(data_folder / "models" / "stories260k")
 
 

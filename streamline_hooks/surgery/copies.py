@@ -11,6 +11,8 @@ from streamline_hooks.stack import BlockStack
 
 # An owner's number of the first block that is counted from the end in the configuration.
 _FIRSTS = {"first_kv_shared_layer_idx": "num_kv_shared_layers"}
+# A block's number of another one, whose keys it reads (Gemma 3n in Transformers 4).
+_OTHERS = ("kv_shared_layer_index",)
 
 
 def find_copies(
@@ -49,6 +51,8 @@ def find_copies(
             elif name in _FIRSTS:
                 count = new.get(_FIRSTS[name], getattr(stack.config, _FIRSTS[name], 0))
                 yield module, name, len(sources) - count
+            elif name in _OTHERS and held in sources:
+                yield module, name, sources.index(held)
             elif type(held) is dict and held and any(list(held) == list(keys) for keys in numbers):
                 yield module, name, {slot: held[source] for slot, source in enumerate(sources) if source in held}
 
