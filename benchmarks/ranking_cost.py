@@ -24,7 +24,7 @@ from streamline_hooks import HiddenStateRecorder, profile
 from streamline_hooks.batch import batches_of
 from streamline_hooks.pretrained import load_pretrained
 
-BATCHES, SIZE, PROTECTED = 2, 8, 4
+BATCHES, SIZE, PROTECTED = 1, 8, 4
 RECORDED = (5, 13, 20)
 
 
