@@ -81,16 +81,20 @@ def record(model: Any, batches: list[dict[str, torch.Tensor]]) -> None:
 
 @torch.no_grad()
 def published(model: Any, sequences: torch.Tensor) -> list[float]:
-    """Rank the windows of one length as LLM-Streamline's own code does; returns the mean cosines."""
-    kept = [model(row[None], use_cache=False, output_hidden_states=True).hidden_states for row in sequences]
-    scores = []
-    for start in range(len(kept[0]) - SIZE):
-        means = []
-        for states in kept:
-            before, after = (torch.nn.functional.normalize(states[k][0], dim=-1) for k in (start, start + SIZE))
-            means.append((before @ after.T).diagonal().mean().item())
-        scores.append(statistics.fmean(means))
-    return scores
+    """Rank the windows of one length as LLM-Streamline's own code does; returns the mean similarities.
+
+    Samples go one by one, with whatever the model does by default, and all their hidden states are kept. A window of a
+    sample gets the whole matrix of its tokens' cosines, brought to 0 to 1, of which only the diagonal is used.
+    """
+    kept = [list(model(row[None], output_hidden_states=True).hidden_states) for row in sequences]
+    means: list[list[float]] = [[] for _ in range(len(kept[0]) - SIZE)]
+    for states in kept:
+        for start, of_window in enumerate(means):
+            before, after = states[start][0], states[start + SIZE][0]
+            cosines = before @ after.T / (before.norm(dim=1)[:, None] * after.norm(dim=1))
+            cosines[cosines.isinf()] = 0
+            of_window.append((0.5 + 0.5 * cosines).trace().item() / len(cosines))
+    return [statistics.fmean(of_window) for of_window in means]
 
 
 def table(row: dict[str, Any]) -> str:
