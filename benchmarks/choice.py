@@ -31,7 +31,7 @@ OF_A_PROFILE = (
     "cosine", "angular", "last_angular", "block_influence", "relative_magnitude", "entropy", "last_n",
     "last_n_but_final", "random",
 )  # fmt: skip
-OF_THE_MODEL = {"kl": 2, "perplexity": 2, "taylor": 4, "cca": 4}  # with the sequences that they are measured on
+OF_THE_MODEL = {"kl": 1, "perplexity": 1, "taylor": 2, "cca": 3}  # with the sequences that they are measured on
 SHORTLIST, FEW = 8, 4  # windows that are verified; sequences that several windows are fitted on, and as many more
 
 
