@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from streamline_hooks import LayerSurgeon
+from streamline_hooks import LayerSurgeon, find_stack
+from streamline_hooks.surgery.copies import find_copies
 from streamline_hooks.testing import causal_model_types, tiny_model
 from tests.architectures.examine import state_of
 
@@ -48,22 +49,16 @@ def test_paths_of_tied_weights_name_the_blocks_as_they_are() -> None:
     assert model.model._tied_weights_keys == before
 
 
-def test_hooks_whose_ids_look_like_block_numbers_stay() -> None:
+def test_hooks_whose_ids_look_like_block_numbers_are_no_map_of_blocks() -> None:
     """Hooks are kept by a number too; a list of blocks that reads the same must not make a map of them."""
-    model = tiny_model("qwen2_moe", mlp_only_layers=[])
-    splice, runs = torch.nn.Identity(), []
-    splice.register_forward_hook(lambda *given: runs.append(1))
-    handle = model.model.layers[5].register_forward_hook(lambda *given: runs.append(2))
-    model.config.mlp_only_layers = [handle.id]
-    ids = torch.arange(3, 9)[None]
-    with LayerSurgeon(model, probe=False) as surgeon:
-        surgeon.replace(range(1, 3), splice)
-        for hooks in (model.model.layers[3]._forward_pre_hooks, model.model.layers[5]._forward_hooks):
-            model.config.mlp_only_layers = list(hooks)
-            surgeon.insert(0, torch.nn.Identity())  # lays out anew
-        model(ids)
-        assert {1, 2} <= set(runs)
-    handle.remove()
+    model = tiny_model("llama")
+    block, runs = model.model.layers[5], []
+    block.register_forward_hook(lambda *given: runs.append(5))
+    numbers = list(block._forward_hooks)
+    block.by_number = {n: "a map, for comparison" for n in numbers}
+    sources = [*range(2), *range(3, 8), *numbers]
+    found = list(find_copies(find_stack(model), {"mlp_only_layers": numbers}, {"mlp_only_layers": [0]}, sources))
+    assert [name for _, name, _ in found] == ["by_number"]
 
 
 def test_a_tower_inside_the_decoder_keeps_its_own_count() -> None:
