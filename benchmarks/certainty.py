@@ -23,6 +23,7 @@ from streamline_hooks.calibration import read_documents, split_documents
 from streamline_hooks.preparation import held_out_apart
 from streamline_hooks.pretrained import load_pretrained
 from streamline_hooks.selection import Attempt, perplexity_of_attempts, windows
+from streamline_hooks.selection.criteria import SHORTLIST as CRITERION
 from streamline_hooks.stack import find_stack
 
 FILE = RESULTS / "certainty.json"
@@ -66,17 +67,17 @@ def run(model: Any, tokenizer: Any, text: list[str], seed: int, size: int, test:
     )
     stack = find_stack(model)
     measured = profile(model, batches_of(split.calibration, BATCH))
-    asked = SearchProblem(windows(len(stack), size), len(stack), "cosine", best=SHORTLIST, profile=measured)
+    asked = SearchProblem(windows(len(stack), size), len(stack), CRITERION, best=SHORTLIST, profile=measured)
     shortlist = find_selections("window", asked)
     fit, held_out = held_out_apart(split.calibration)
     judged = verified(model, shortlist, *(batches_of(part, BATCH) for part in (fit, held_out, split.validation)))
     best = judged[0]
     attempt = Attempt(best, tuple(repair.module for repair in best.repairs))
     _, (repaired,) = perplexity_of_attempts(stack, test, [attempt])
-    cosine_first = shortlist[0].windows[0]
+    first = shortlist[0].windows[0]
     return {
         "start": best.windows[0].start,
-        "cosine_first": cosine_first.start,
+        "first": first.start,
         "kl": best.kl,
         "repaired": repaired.value,
     }
@@ -112,6 +113,8 @@ def table(content: dict[str, Any], size: int) -> str:
     ]
 
     def line(label: str, chosen: list[dict[str, Any]]) -> None:
+        if not chosen:
+            return
         starts = [row["start"] for row in chosen]
         lines.append(
             f"| {label} | {', '.join(map(str, starts))} | {agreement(starts, size)} | "

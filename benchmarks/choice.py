@@ -23,13 +23,14 @@ from streamline_hooks.batch import batches_of
 from streamline_hooks.preparation import held_out_apart
 from streamline_hooks.pretrained import load_pretrained
 from streamline_hooks.selection import Attempt, perplexity_of_attempts, windows
+from streamline_hooks.selection.criteria import SHORTLIST as SHORTLIST_CRITERION
 from streamline_hooks.selection.search import evolution
 from streamline_hooks.stack import find_stack
 
 FILE = RESULTS / "choice.json"
 OF_A_PROFILE = (
     "cosine", "angular", "last_angular", "block_influence", "relative_magnitude", "entropy", "last_n",
-    "last_n_but_final", "random",
+    "last_n_but_final", "random", "cosine_and_magnitude",
 )  # fmt: skip
 OF_THE_MODEL = {"kl": 1, "perplexity": 1, "taylor": 2, "cca": 3}  # with the sequences that they are measured on
 SHORTLIST, FEW = 8, 4  # windows that are verified; sequences that several windows are fitted on, and as many more
@@ -108,9 +109,9 @@ class Bench:
         return self.by_known(size, lambda row: float(row["start"] == first.start))
 
     def verified_shortlist(self, size: int) -> dict[str, Any]:
-        """Of the windows that cosine puts first, the one with the least KL once repaired."""
+        """Of the windows that the shortlist's criterion puts first, the one with the least KL once repaired."""
         every = windows(len(self.stack), size)
-        scores = score_windows("cosine", every, profile=self.profile)
+        scores = score_windows(SHORTLIST_CRITERION, every, profile=self.profile)
         short = sorted(every, key=lambda w: (-scores[every.index(w)], w.start))[:SHORTLIST]
         starts = {w.start for w in short}
         return self.by_known(size, lambda row: -row["kl"] if row["start"] in starts else -float("inf"))

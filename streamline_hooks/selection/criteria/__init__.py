@@ -4,7 +4,13 @@ from streamline_hooks.selection.criteria.accuracy import accuracy_drop
 from streamline_hooks.selection.criteria.baselines import at_random, last_n, last_n_but_final
 from streamline_hooks.selection.criteria.cca import CanonicalBound, branch_cca_bounds, cca_bound, cca_bounds
 from streamline_hooks.selection.criteria.criterion import Combination, Criterion
-from streamline_hooks.selection.criteria.registry import CRITERIA, combined, criterion_named, register_criterion
+from streamline_hooks.selection.criteria.registry import (
+    CRITERIA,
+    SHORTLIST,
+    combined,
+    criterion_named,
+    register_criterion,
+)
 from streamline_hooks.selection.criteria.removal import kl_when_removed, perplexity_when_removed
 from streamline_hooks.selection.criteria.residual import repaired_residual
 from streamline_hooks.selection.criteria.scoring import score_windows
@@ -20,6 +26,7 @@ from streamline_hooks.selection.criteria.taylor import block_saliency, taylor
 
 __all__ = [
     "CRITERIA",
+    "SHORTLIST",
     "CanonicalBound",
     "Combination",
     "Criterion",
