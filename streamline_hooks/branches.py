@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -115,6 +116,17 @@ def tolerance(dtype: torch.dtype) -> float:
     return _ROUNDINGS * torch.finfo(dtype).eps
 
 
+def pattern_of(block: nn.Module, name: str) -> str:
+    """A parameter's path below a block, with a star in the place of a number in a list: the same for all experts."""
+    module: Any = block
+    parts = name.split(".")
+    for place, part in enumerate(parts[:-1]):
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            parts[place] = "*"
+        module = module._modules[part]
+    return ".".join(parts)
+
+
 class _Search:
     """The steps of `find_branches`, on one call."""
 
@@ -122,6 +134,7 @@ class _Search:
         self.call, self.state = call, call.state
         self.parameters = {n: p for n, p in call.block.named_parameters() if n.partition(".")[0] not in apart}
         self.tolerance = tolerance(self.state.dtype)
+        self.pattern = partial(pattern_of, call.block)
 
     def refuse(self, reason: str) -> NoReturn:
         raise UnsupportedSurgery(f"{type(self.call.block).__name__} has not the usual two residual branches: {reason}.")
@@ -167,16 +180,6 @@ class _Search:
             kinds = {self.pattern(name) for name in names}
             names |= {name for name in unused if self.pattern(name) in kinds}
         return {role: frozenset(names) for role, names in roles.items()}
-
-    def pattern(self, name: str) -> str:
-        """A parameter's path with a star in the place of a number in a list."""
-        module: Any = self.call.block
-        parts = name.split(".")
-        for place, part in enumerate(parts[:-1]):
-            if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-                parts[place] = "*"
-            module = module._modules[part]
-        return ".".join(parts)
 
     def with_roles(self, roles: Mapping[str, frozenset[str]], on: Iterable[str]) -> Tensor:
         """The block's output with the projections of all other roles at zero."""

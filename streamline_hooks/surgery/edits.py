@@ -13,6 +13,7 @@ from streamline_hooks.offload import followed_device_map
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery.capture import forget_capture_hooks, lend_capture_hooks, next_hook_id
 from streamline_hooks.surgery.copies import find_copies, renumbered_paths
+from streamline_hooks.surgery.exchange import Exchange, move_parameter
 from streamline_hooks.surgery.layout import NewSlot, Placed, names_of
 from streamline_hooks.surgery.per_layer_weights import find_per_layer_weights
 from streamline_hooks.surgery.placement import move_beside
@@ -24,12 +25,11 @@ from streamline_hooks.surgery.renumber import (
     shortened_config,
 )
 from streamline_hooks.surgery.saving import SavingRefused, savers
-from streamline_hooks.surgery.silence import StandIn, Zeros, move_parameter
 from streamline_hooks.surgery.splice import AFTER, BEFORE, Place, remember_splices, set_splices, spliced
 
 ORIGIN = "_streamline_hooks_origin"
 _MISSING = object()
-_NONE: Mapping[int, Zeros] = MappingProxyType({})
+_NONE: Mapping[int, Mapping[str, nn.Parameter]] = MappingProxyType({})
 
 
 class Edits:
@@ -62,7 +62,12 @@ class Edits:
         self.revert()
         forget_capture_hooks(self.stack.model, self._first_hook)
 
-    def lay_out(self, slots: list[NewSlot], at_end: list[Placed], silenced: Mapping[int, Zeros] = _NONE) -> None:
+    def lay_out(
+        self,
+        slots: list[NewSlot],
+        at_end: list[Placed],
+        stand_ins: Mapping[int, Mapping[str, nn.Parameter]] = _NONE,
+    ) -> None:
         """Make the model have these slots, with what runs before each and after the last.
 
         Parameters
@@ -70,8 +75,9 @@ class Edits:
         slots : list of NewSlot
         at_end : list of Placed
             As `Layout.arrange` gives them. The model is as it was before any change.
-        silenced : mapping of int to zeros
-            What stands in the place of output projections, by the block's number before the surgery.
+        stand_ins : mapping of int to mapping of str to torch.nn.Parameter
+            What stands in the place of output projections, by the block's number before the surgery and the path
+            below the block.
         """
         container = self.stack.container
         forget_capture_hooks(self.stack.model, self._first_hook)
@@ -95,8 +101,8 @@ class Edits:
             self._splice(slot.module, BEFORE, slot.before)
             self._splice(slot.module, AFTER, at_end if k == len(slots) - 1 else [])
             if slot.module in self.stack.blocks:
-                for path, zeros in silenced.get(self.stack.blocks.index(slot.module), {}).items():
-                    self._stand_in(slot.module, path, zeros)
+                for path, stand_in in stand_ins.get(self.stack.blocks.index(slot.module), {}).items():
+                    self._stand_in(slot.module, path, stand_in)
             else:
                 move_beside(slot.module, self.stack.blocks[0])
                 self._undoing += [h.remove for h in lend_capture_hooks(self.stack.blocks[0], slot.module)]
@@ -105,10 +111,10 @@ class Edits:
         for owner in savers(self.stack):
             self._set(owner, "save_pretrained", SavingRefused(owner))
 
-    def _stand_in(self, block: nn.Module, path: str, zeros: nn.Parameter) -> None:
-        stand_in = StandIn(block, path, zeros)
-        self._undoing.append(stand_in.put_back)
-        stand_in.put_in()
+    def _stand_in(self, block: nn.Module, path: str, stand_in: nn.Parameter) -> None:
+        exchange = Exchange(block, path, stand_in)
+        self._undoing.append(exchange.put_back)
+        exchange.put_in()
 
     def _splice(self, block: nn.Module, place: Place, placed: list[Placed]) -> None:
         modules = [module for module, _, _ in placed]

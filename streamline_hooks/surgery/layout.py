@@ -87,6 +87,24 @@ class Layout:
         """Whether a module is a block as the model's own are, or derives from one."""
         return isinstance(module, tuple({type(block) for block in self.blocks}))
 
+    def takes_slots_behind(self, k: int) -> bool:
+        """Whether a block was put in behind the place before block k.
+
+        Raises
+        ------
+        StreamlineError
+            If the place is inside a window that is gone.
+        """
+        for window, _ in self.given_up.values():
+            if window.start < k < window.stop:
+                raise StreamlineError(
+                    f"There is no place before block {k}: blocks {window.start} to {window.stop - 1} are gone. Say "
+                    f"{window.start} or {window.stop}."
+                )
+        behind = [m for start, (_, m) in self.given_up.items() if start >= k and m is not None]
+        behind += [m for place, modules in self.inserted.items() for m in modules if place > k]
+        return any(self.takes_slot(module) for module in behind)
+
     def arrange(self) -> tuple[list[NewSlot], list[Placed]]:
         """The new slots with what runs before each, and what runs after the last.
 

@@ -18,11 +18,14 @@ class Slot:
         Its class.
     silenced : tuple of {"attention", "mlp"}
         Its branches that add nothing any more.
+    folded : tuple of {"attention", "mlp"}
+        Its branches with a map multiplied onto what they add.
     """
 
     source: int | None
     module: str
     silenced: tuple[str, ...] = ()
+    folded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,18 @@ class SurgeryPlan:
         """The silenced branches of each old block that has any and is still there."""
         return {slot.source: slot.silenced for slot in self.slots if slot.source is not None and slot.silenced}
 
+    @property
+    def folded(self) -> dict[int, tuple[str, ...]]:
+        """The folded branches of each old block that has any and is still there."""
+        return {slot.source: slot.folded for slot in self.slots if slot.source is not None and slot.folded}
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values."""
-        silenced = [[k, branch] for k, branches in self.silenced.items() for branch in branches]
-        return {**asdict(self), "removed": list(self.removed), "silenced": silenced}
+        silenced, folded = (
+            [[k, branch] for k, branches in marked.items() for branch in branches]
+            for marked in (self.silenced, self.folded)
+        )
+        return {**asdict(self), "removed": list(self.removed), "silenced": silenced, "folded": folded}
 
     def __str__(self) -> str:
         lines = [f"{self.stack}: {self.old_length} blocks -> {len(self.slots)}"]
@@ -107,7 +118,8 @@ class SurgeryPlan:
             if slot is not None:
                 old = "   new" if slot.source is None else f"{slot.source:6d}"
                 without = f" without {' and '.join(slot.silenced)}" if slot.silenced else ""
-                lines.append(f"{old}  -> {new}{without}")
+                folded = f" with {' and '.join(slot.folded)} folded" if slot.folded else ""
+                lines.append(f"{old}  -> {new}{without}{folded}")
         if self.removed:
             lines.append("removed: " + ", ".join(map(str, self.removed)))
         if not self.described:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from streamline_hooks.batch import device_of
 from streamline_hooks.errors import UnsupportedSurgery
@@ -60,46 +61,74 @@ def observe(stack: BlockStack, window: range, going: Sequence[nn.Module] = ()) -
         None where the model cannot be run on tokens alone, or does not give the same twice; a warning says so.
     """
     model = stack.model
-    with undisturbed(model):
-        try:
-            whole, again = logits_of_probe(model), logits_of_probe(model)
-        except NotRun as reason:
-            _unprobed(model, f"it cannot be run on tokens alone ({reason})")
-            return None
-        if not same_logits(whole, again):
-            _unprobed(model, "it does not give the same twice")
-            return None
-        cached = cache_fits(model, whole)
-        kept: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
 
-        def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
-            kept["state"] = read_input(args, kwargs).clone()
+    def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
+        kept["state"] = read_input(args, kwargs).clone()
 
-        def leave(block: nn.Module, args: Any, output: Any) -> Any:
-            state = kept.get("state", read_output(output))
-            for stays in spliced(block, AFTER):
-                state = state if any(stays is module for module in going) else stays(state)
-            return write_output(output, state)
+    def leave(block: nn.Module, args: Any, output: Any) -> Any:
+        state = kept.get("state", read_output(output))
+        for stays in spliced(block, AFTER):
+            state = state if any(stays is module for module in going) else stays(state)
+        return write_output(output, state)
 
-        handles = [
+    def attach() -> list[RemovableHandle]:
+        kept.clear()
+        return [
             stack[window.start].register_forward_pre_hook(enter, with_kwargs=True),
             stack[window.stop - 1].register_forward_hook(leave),
         ]
+
+    what = f"Removals in this {type(model).__name__} are not held against the same blocks bypassed"
+    truth = observe_hooked(model, attach, what, frames=5)
+    if truth is not None and "state" not in kept:
+        raise UnsupportedSurgery(
+            f"Block {window.start} cannot go: a forward of tokens alone does not run it, so that nothing shows whether "
+            "the model is right without it. Choose others.",
+            "not-run",
+        )
+    return truth
+
+
+def observe_hooked(
+    model: nn.Module, attach: Callable[[], Iterable[RemovableHandle]], what: str, frames: int
+) -> Truth | None:
+    """Run the model with hooks that make it what it must become.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    attach : callable
+        Registers the hooks and gives their handles.
+    what : str
+        What the warning says where nothing can be held against the model.
+    frames : int
+        How many calls up from here the warning points at.
+
+    Returns
+    -------
+    Truth or None
+        None where the model cannot be run on tokens alone, or does not give the same twice; a warning says so.
+    """
+    with undisturbed(model):
         try:
-            logits = logits_of_probe(model)
-            if "state" not in kept:
-                raise UnsupportedSurgery(
-                    f"Block {window.start} cannot go: a forward of tokens alone does not run it, so that nothing shows "
-                    "whether the model is right without it. Choose others.",
-                    "not-run",
-                )
-            return Truth(logits, cached)
+            whole, again = logits_of_probe(model), logits_of_probe(model)
+            reason = "" if same_logits(whole, again) else "it does not give the same twice"
+        except NotRun as error:
+            reason = f"it cannot be run on tokens alone ({error})"
+        if reason:
+            warnings.warn(f"{what}: {reason}.", stacklevel=frames + 1)
+            return None
+        cached = cache_fits(model, whole)
+        handles = attach()
+        try:
+            return Truth(logits_of_probe(model), cached)
         finally:
             for handle in handles:
                 handle.remove()
 
 
-def shortfall(truth: Truth, model: nn.Module) -> str | None:
+def shortfall(truth: Truth, model: nn.Module, than: str = "with them bypassed") -> str | None:
     """What a model does otherwise than it must, with a cache or without; None where it is right.
 
     Parameters
@@ -107,6 +136,8 @@ def shortfall(truth: Truth, model: nn.Module) -> str | None:
     truth : Truth
     model : torch.nn.Module
         After the surgery.
+    than : str
+        What the truth is, in words.
     """
     with undisturbed(model):
         try:
@@ -114,7 +145,7 @@ def shortfall(truth: Truth, model: nn.Module) -> str | None:
         except NotRun as error:
             return f"the model fails ({error})"
         if not same_logits(claim, truth.logits):
-            return "the model gives other logits than with them bypassed"
+            return f"the model gives other logits than {than}"
         if truth.cached and not cache_fits(model, claim):
             return CACHE
         return None
@@ -184,13 +215,6 @@ def _answer(output: Any) -> Tensor:
         if isinstance(answer, Tensor):
             return answer
     raise NotRun(f"it returns a {type(output).__name__} without logits")
-
-
-def _unprobed(model: nn.Module, reason: str) -> None:
-    warnings.warn(
-        f"Removals in this {type(model).__name__} are not held against the same blocks bypassed: {reason}.",
-        stacklevel=5,
-    )
 
 
 def same_logits(a: Tensor, b: Tensor) -> bool:

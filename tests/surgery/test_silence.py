@@ -242,10 +242,10 @@ def test_a_projection_that_does_not_silence_its_branch_is_refused(wrong: str, mo
     right = branches_of(find_stack(model), [2])[2]
     assert isinstance(right, Branches)
     zeros = {wrong: torch.nn.Parameter(torch.zeros_like(find_stack(model)[2].get_parameter(wrong)))}
-    monkeypatch.setattr("streamline_hooks.surgery.surgeon.find_zeros", lambda *given: zeros)
+    monkeypatch.setattr("streamline_hooks.surgery.branch_surgery.find_zeros", lambda *given: zeros)
     observed = silence.observe_silenced
     monkeypatch.setattr(
-        "streamline_hooks.surgery.surgeon.observe_silenced",
+        "streamline_hooks.surgery.branch_surgery.observe_silenced",
         lambda model, block, paths: observed(model, block, right.writers["attention"]),
     )
     before = fingerprint(model)

@@ -12,7 +12,7 @@ from torch import nn
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, find_stack
 from streamline_hooks.evaluation import Candidate, kl_of_candidates
-from streamline_hooks.surgery.surgeon import _open
+from streamline_hooks.surgery.opened import _open
 from tests.tiny_models import BLOCKS, Nudge, repaired, tiny_model, tokens
 
 

@@ -512,7 +512,7 @@ def test_shared_blocks_are_named() -> None:
 
 
 def test_no_surgeon_keeps_a_model_alive() -> None:
-    from streamline_hooks.surgery.surgeon import _open
+    from streamline_hooks.surgery.opened import _open
 
     gc.collect()
     before = len(_open)

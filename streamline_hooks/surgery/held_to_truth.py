@@ -1,0 +1,59 @@
+"""A removal held against the model with the same blocks bypassed, and why it falls short where it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+from torch import nn
+
+from streamline_hooks.stack import BlockStack
+from streamline_hooks.surgery.diagnosis import diagnose
+from streamline_hooks.surgery.edits import Edits
+from streamline_hooks.surgery.hazards import Hazard
+from streamline_hooks.surgery.probe import CACHE, gives, logits_of_probe, observe, shortfall, undisturbed
+from streamline_hooks.surgery.saving import saver_depth
+
+
+def against_truth(
+    stack: BlockStack,
+    window: range,
+    going: Sequence[nn.Module],
+    removed: Callable[[], AbstractContextManager[Edits]],
+) -> tuple[str, Hazard] | None:
+    """Compare plain removal with the bypassed window; what will stand in its place changes nothing about that.
+
+    Parameters
+    ----------
+    stack : BlockStack
+    window : range
+        Blocks that are in the model now.
+    going : sequence of torch.nn.Module
+        Of the modules spliced after the window's last block, those that go with it.
+    removed : callable
+        Gives a context in which the window is out of the model, and the edits by which it is.
+
+    Returns
+    -------
+    tuple of str and Hazard, or None
+        What the model does otherwise than it must, and the reason. None where it is right, or nothing can tell.
+    """
+    truth = observe(stack, window, going) if saver_depth(stack) == 0 else None
+    if truth is None:
+        return None
+    model = stack.model
+    with removed() as edits:
+        wrong = shortfall(truth, model)
+        in_question = wrong is not None and wrong != CACHE
+        computing = edits.numbers_that_compute(lambda: gives(truth, model)) if in_question else ()
+    return None if wrong is None else (wrong, _reason(stack, window, wrong, computing))
+
+
+def _reason(stack: BlockStack, window: range, wrong: str, computing: Sequence[str]) -> Hazard:
+    if wrong == CACHE:
+        return Hazard("cache", "the cache counts on a block's number or kind")
+    if computing:
+        return Hazard("number-computes", f"blocks compute with their own number ({', '.join(computing)})")
+    with undisturbed(stack.model):
+        found = diagnose(stack, window, lambda: logits_of_probe(stack.model))
+    return found or Hazard("probe", "it counts on a block's number or on what those blocks leave behind")

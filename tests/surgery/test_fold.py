@@ -1,0 +1,459 @@
+"""A map folded into one branch of a block: what is computed, what comes back, what is saved, what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack
+from streamline_hooks.branches import BRANCHES
+from streamline_hooks.hidden_state import read_output, write_output
+from streamline_hooks.surgery import alone, fold
+from streamline_hooks.testing import tiny_inputs
+from streamline_hooks.testing import tiny_model as tiny
+from tests.surgery.test_silence import MODULES as SILENCED
+from tests.surgery.test_surgeon import fingerprint, logits
+from tests.tiny_models import BLOCKS, WIDTH, Nudge, left_padded, tiny_model, tokens
+
+# The modules whose output is what a branch adds, known here by name.
+MODULES = {**{name: own for name, own in SILENCED.items() if name != "gemma2"}, "gptj": ("attn", "mlp")}
+FAMILIES = ("llama", "opt", "gpt2", "gpt_neox", "qwen3")
+families = st.sampled_from(FAMILIES)
+branches = st.sampled_from(BRANCHES)
+blocks = st.integers(0, BLOCKS - 1)
+
+
+def a_map(features: int = WIDTH, seed: int = 0, size: float = 0.5) -> torch.Tensor:
+    """Not symmetric, and not near to the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(features, features, generator=generator, dtype=torch.float64)
+    return torch.eye(features, dtype=torch.float64) + size * noise / features**0.5
+
+
+def times(map_: torch.Tensor) -> Callable[..., object]:
+    """A hook that multiplies a map onto what a module returns."""
+
+    def hook(module: nn.Module, args: object, output: object) -> object:
+        added = read_output(output)
+        return write_output(output, added @ map_.to(added))
+
+    return hook
+
+
+def width(model: nn.Module) -> int:
+    return int(model.config.get_text_config().hidden_size)
+
+
+@pytest.mark.parametrize("model_type", MODULES)
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_folded_equals_the_unfolded_map(model_type: str, branch: str) -> None:
+    model = tiny(model_type, blocks=3)
+    if "experts" not in str(model):  # whose kernels take no float64
+        model.double()
+    own = find_stack(model)[1].get_submodule(MODULES[model_type][BRANCHES.index(branch)])
+    map_ = a_map(width(model))
+    for left_padding in (False, True):
+        batch = tiny_inputs(model, left_padding=left_padding)
+        handle = own.register_forward_hook(times(map_))
+        expected = logits(model, batch)
+        handle.remove()
+        with LayerSurgeon(model) as surgeon:
+            surgeon.fold(1, map_, branch)
+            torch.testing.assert_close(logits(model, batch), expected, rtol=1e-5, atol=1e-5)  # norms are in float32
+        assert not torch.allclose(logits(model, batch), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "qwen2_moe"])
+def test_folding_keeps_the_precision(model_type: str, dtype: torch.dtype) -> None:
+    """Each weight is the exact product, rounded once."""
+    model = tiny(model_type, blocks=3).to(dtype)
+    before = {n: p.detach().clone() for n, p in find_stack(model)[1].named_parameters()}
+    map_ = a_map(width(model), size=0.05)  # near the identity, where a wrong axis would hardly show
+    with LayerSurgeon(model) as surgeon:
+        for branch in BRANCHES:
+            surgeon.fold(1, map_, branch)
+        changed = {n: p for n, p in find_stack(model)[1].named_parameters() if not torch.equal(p, before[n])}
+        assert changed and all(p.dtype == dtype for p in changed.values())
+        for name, parameter in changed.items():
+            axis = 1 if model_type == "gpt2" and parameter.ndim == 2 else max(parameter.ndim - 2, 0)
+            wide = before[name].double().movedim(axis, -1) @ map_
+            assert torch.equal(parameter, wide.movedim(-1, axis).to(dtype)), name
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe"])
+def test_experts_that_no_token_chose_are_folded_too(model_type: str) -> None:
+    model = tiny(model_type, blocks=3)
+    block, map_ = find_stack(model)[1], a_map(width(tiny(model_type, blocks=3)))
+    before = {n: p.detach().clone() for n, p in block.named_parameters()}
+    with LayerSurgeon(model) as surgeon:
+        surgeon.fold(1, map_)
+        after = {n: p.detach().clone() for n, p in block.named_parameters()}
+    folded = {n for n in before if "down_proj" in n or "w2" in n}
+    assert folded and {n for n in before if not torch.equal(before[n], after[n])} == folded
+    for name in folded:
+        expected = before[name].double().movedim(-2, -1) @ map_
+        torch.testing.assert_close(after[name].double().movedim(-2, -1), expected, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=10)
+@given(families, blocks, branches, st.integers(0, 3))
+def test_folding_twice_composes(family: str, k: int, branch: str, seed: int) -> None:
+    model = tiny_model(family).double()
+    first, second = a_map(seed=seed), a_map(seed=seed + 10)
+    with LayerSurgeon(model) as surgeon:
+        surgeon.fold(k, first @ second, branch)
+        expected = logits(model)
+    with LayerSurgeon(model) as surgeon:
+        surgeon.fold(k, first, branch)
+        surgeon.fold(k, second, branch)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-6, atol=1e-7)
+        assert surgeon.plan.folded == {k: (branch,)}
+
+
+@pytest.mark.parametrize("order", [("silence", "fold"), ("fold", "silence")])
+def test_what_is_silent_stays_so(order: tuple[str, str]) -> None:
+    model = tiny_model("gpt2")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.silence(2, "mlp")
+        expected = logits(model)
+    with LayerSurgeon(model) as surgeon:
+        for operation in order:
+            surgeon.silence(2, "mlp") if operation == "silence" else surgeon.fold(2, a_map())
+        assert torch.equal(logits(model), expected)
+        assert surgeon.plan.silenced == {2: ("mlp",)} and surgeon.plan.folded == {}
+
+
+@settings(max_examples=10)
+@given(families, blocks, branches, st.booleans())
+def test_generate_with_a_cache_equals_without(family: str, k: int, branch: str, padded: bool) -> None:
+    model = tiny_model(family)
+    batch = left_padded(2, 7) if padded else {"input_ids": tokens(2, 7), "attention_mask": torch.ones(2, 7).long()}
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    with LayerSurgeon(model) as surgeon:
+        surgeon.fold(k, a_map(), branch)
+        with_cache = model.generate(**batch, **options, use_cache=True)
+        assert torch.equal(with_cache, model.generate(**batch, **options, use_cache=False))
+
+
+# With other operations, in any order
+
+OPERATIONS: dict[str, Callable[[LayerSurgeon], object]] = {
+    "fold 3": lambda s: s.fold(3, a_map()),
+    "fold 5": lambda s: s.fold(5, a_map(seed=1), "attention"),
+    "silence 3": lambda s: s.silence(3, "attention"),
+    "remove 1": lambda s: s.remove([1]),
+    "replace 4": lambda s: s.replace([4], Nudge()),
+    "insert 3": lambda s: s.insert(3, Nudge(seed=1)),
+}
+
+
+def outcome(family: str, order: list[str]) -> tuple[str, torch.Tensor]:
+    model = tiny_model(family)
+    with LayerSurgeon(model) as surgeon:
+        for name in order:
+            OPERATIONS[name](surgeon)
+        return str(surgeon.plan), logits(model)
+
+
+@settings(max_examples=6)
+@given(families, st.permutations(list(OPERATIONS)))
+def test_the_order_of_operations_makes_no_difference(family: str, order: list[str]) -> None:
+    plan, expected = outcome(family, list(OPERATIONS))
+    other_plan, got = outcome(family, order)
+    assert other_plan == plan
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_plan_says_what_is_folded() -> None:
+    model = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([0])
+        surgeon.fold(4, a_map())
+        surgeon.fold(4, a_map(), "attention")
+        surgeon.silence(1, "attention")
+        surgeon.fold(1, a_map())
+        assert str(surgeon.plan).splitlines() == [
+            "model.layers: 6 blocks -> 5",
+            "     1  -> 0 without attention with mlp folded",
+            "     2  -> 1",
+            "     3  -> 2",
+            "     4  -> 3 with attention and mlp folded",
+            "     5  -> 4",
+            "removed: 0",
+        ]
+        said = surgeon.plan.to_dict()
+        assert said["folded"] == [[1, "mlp"], [4, "attention"], [4, "mlp"]] and said["silenced"] == [[1, "attention"]]
+
+
+# Coming back
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+@settings(max_examples=8)
+@given(family=families, k=blocks, branch=branches, removed=blocks)
+def test_everything_comes_back_to_the_bit(
+    error: type[BaseException] | None, family: str, k: int, branch: str, removed: int
+) -> None:
+    model = tiny_model(family)
+    before = fingerprint(model)
+    held = {n: (id(p), p.clone()) for n, p in model.named_parameters(remove_duplicate=False)}
+    try:
+        with LayerSurgeon(model) as surgeon:
+            surgeon.fold(k, a_map(), branch)
+            surgeon.remove([removed])
+            logits(model).sum()
+            if error:
+                raise error
+    except (ValueError, KeyboardInterrupt):
+        pass
+    assert fingerprint(model) == before
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        assert held[name][0] == id(parameter) and torch.equal(held[name][1], parameter)
+
+
+def test_nested_surgeons_each_take_back_their_own() -> None:
+    model = tiny_model("gpt2")
+    before = fingerprint(model)
+    with LayerSurgeon(model) as outer:
+        outer.fold(1, a_map())
+        expected = logits(model)
+        with LayerSurgeon(model) as inner:
+            inner.fold(1, a_map(seed=1))
+            inner.fold(3, a_map(), "attention")
+            assert inner.plan.folded == {1: ("mlp",), 3: ("attention",)}
+        assert torch.equal(logits(model), expected) and outer.plan.folded == {1: ("mlp",)}
+    assert fingerprint(model) == before
+
+
+def test_what_was_put_aside_follows_a_model_that_is_moved() -> None:
+    model = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.fold(1, a_map(), "attention")
+        model.to(torch.bfloat16)
+        surgeon.fold(2, a_map())
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(logits(model), logits(tiny_model("llama", torch.bfloat16)))
+
+
+def test_no_parameter_is_new_and_what_is_trained_stays_so() -> None:
+    model = tiny_model("llama")
+    model.requires_grad_(False)
+    projection = find_stack(model)[1].mlp.down_proj
+    projection.weight.requires_grad_(True)
+    before = [(n, p.shape, p.requires_grad) for n, p in model.named_parameters()]
+    with LayerSurgeon(model) as surgeon:
+        surgeon.fold(1, a_map())
+        surgeon.fold(1, a_map(), "attention")
+        assert [(n, p.shape, p.requires_grad) for n, p in model.named_parameters()] == before
+        folded = projection.weight
+        surgeon.remove([4])
+        assert projection.weight is folded  # an optimiser goes on knowing it
+
+
+def test_a_refusal_leaves_what_was_done_before() -> None:
+    model = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.fold(1, a_map())
+        before, expected = fingerprint(model), logits(model)
+        for wrong in (lambda: surgeon.fold(9, a_map()), lambda: surgeon.fold(2, a_map(WIDTH + 1))):
+            with pytest.raises(StreamlineError):
+                wrong()
+        assert fingerprint(model) == before and torch.equal(logits(model), expected)
+        assert surgeon.plan.folded == {1: ("mlp",)}
+
+
+# The check must be able to fail
+
+
+def test_a_map_on_the_wrong_axis_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    before = fingerprint(model)
+    monkeypatch.setattr(fold, "_output_axis", lambda *given: 1)  # of a square matrix, which either axis fits
+    with LayerSurgeon(model) as surgeon:
+        with pytest.raises(UnsupportedSurgery, match=r"attention branch of block 2 cannot be folded: .* rounds off"):
+            surgeon.fold(2, a_map(), "attention")
+        assert surgeon.plan.folded == {}
+        surgeon.fold(2, torch.eye(WIDTH), "attention")  # to which axes are the same
+    assert fingerprint(model) == before
+
+
+def test_a_bias_that_is_left_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gpt2")
+    every = alone.BranchAlone.groups
+    weights = lambda self: [paths for paths in every(self) if "bias" not in paths[0]]  # noqa: E731
+    monkeypatch.setattr(alone.BranchAlone, "groups", weights)
+    with LayerSurgeon(model) as surgeon, pytest.raises(UnsupportedSurgery, match=r"with the map multiplied .* off"):
+        surgeon.fold(2, a_map())
+
+
+def test_an_overflow_is_refused() -> None:
+    model = tiny_model("llama", torch.float16)
+    with LayerSurgeon(model) as surgeon:
+        with pytest.raises(UnsupportedSurgery, match=r"mlp.down_proj.weight does not fit into torch.float16"):
+            surgeon.fold(2, 1e6 * torch.eye(WIDTH))
+        assert surgeon.plan.folded == {}
+
+
+class Ending(nn.Module):
+    """A plain pre-norm block, with something between its MLP and the residual stream."""
+
+    def __init__(self, ending: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16))
+        self.norm, self.ending = nn.LayerNorm(16), ending
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(state)
+        state = state + self.attention(normed, normed, normed, need_weights=False)[0]
+        return state + self.ending(self.mlp(state))
+
+
+ENDINGS: dict[str, tuple[bool, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "nothing": (True, lambda added: added),
+    "one factor": (True, lambda added: 0.22 * added),
+    "a norm without weights": (False, lambda added: nn.functional.rms_norm(added, added.shape[-1:])),
+    "a factor a feature": (False, lambda added: added * torch.linspace(0.5, 1.5, 16).to(added)),
+    "a clamp": (False, lambda added: added.clamp(-1.0, 1.0)),
+    "only the sign": (False, lambda added: added.relu()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_what_comes_behind_the_projections_decides(ending: str, dtype: torch.dtype) -> None:
+    linear, module = ENDINGS[ending]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Identity(), nn.Sequential(*(Ending(module) for _ in range(3)))).to(dtype).eval()
+    batch = {"input": torch.randn(2, 6, 16, dtype=dtype)}
+    with LayerSurgeon(model) as surgeon:
+        if linear:
+            surgeon.fold(1, a_map(16), batch=batch)
+        else:
+            with pytest.raises(UnsupportedSurgery, match=r"mlp branch of block 1 .* comes more than a sum"):
+                surgeon.fold(1, a_map(16), batch=batch)
+
+
+# Saying no
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_a_norm_behind_the_branch_is_refused(model_type: str, branch: str) -> None:
+    model = tiny(model_type, blocks=3)
+    before = fingerprint(model)
+    with LayerSurgeon(model) as surgeon:
+        text = (
+            rf"The {branch} branch of block 1 cannot be folded: behind .* comes more than a sum.* \(a norm, as in Gemma"
+        )
+        with pytest.raises(UnsupportedSurgery, match=text) as error:
+            surgeon.fold(1, a_map(width(model)), branch)
+        assert error.value.cause == "fold"
+    assert fingerprint(model) == before
+
+
+def test_a_norm_on_the_residual_stream_is_refused() -> None:
+    from tests.tiny_models import tiny_config
+
+    model = AutoModelForCausalLM.from_config(tiny_config("opt", do_layer_norm_before=False)).eval()
+    with LayerSurgeon(model) as surgeon:
+        with pytest.raises(UnsupportedSurgery, match=r"OPTDecoderLayer .* \(a norm on the residual stream") as error:
+            surgeon.fold(1, a_map())
+        assert error.value.cause == "branches"
+
+
+@pytest.mark.parametrize(
+    ("k", "map_", "branch", "text"),
+    [
+        (6, a_map(), "mlp", r"fold\(6, ...\) is out of range: the stack had 6 blocks, 0 to 5"),
+        (1, a_map(), "ffn", r"no branch 'ffn'; expected 'attention' or 'mlp'"),
+        (1, a_map(WIDTH + 1), "mlp", r"map has the shape \(33, 33\); the state of block 1 has 32 features"),
+        (1, a_map()[:3], "mlp", r"has the shape \(features, features\); got \(3, 32\)"),
+        (1, a_map() * float("nan"), "mlp", r"holds NaN or infinite values"),
+        (3, a_map(), "mlp", r"Block 3 cannot be folded: it is gone already"),
+    ],
+)
+def test_what_is_not_there_cannot_be_folded(k: int, map_: torch.Tensor, branch: str, text: str) -> None:
+    with LayerSurgeon(tiny_model("llama")) as surgeon:
+        surgeon.remove([3])
+        with pytest.raises(StreamlineError, match=text):
+            surgeon.fold(k, map_, branch)
+
+
+def test_a_tied_projection_is_refused() -> None:
+    model = tiny_model("llama")
+    layers = find_stack(model)
+    layers[3].mlp.down_proj.weight = layers[1].mlp.down_proj.weight
+    with LayerSurgeon(model) as surgeon:
+        with pytest.raises(UnsupportedSurgery, match=r"No branch of block 1 can be folded alone: .* are one parameter"):
+            surgeon.fold(1, a_map())
+
+
+def test_a_quantised_projection_is_refused() -> None:
+    class Packed(torch.nn.Parameter):
+        pass
+
+    model = tiny_model("llama")
+    projection = find_stack(model)[1].mlp.down_proj
+    projection.weight = Packed(projection.weight.data)
+    with LayerSurgeon(model) as surgeon:
+        with pytest.raises(UnsupportedSurgery, match=r"A product cannot stand in for mlp.down_proj.weight.* a Packed"):
+            surgeon.fold(1, a_map())
+
+
+def test_a_model_that_does_not_say_its_input_needs_a_batch() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, norm_first=True, batch_first=True, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+    batch, map_ = {"src": torch.randn(2, 5, 16)}, a_map(16).float()
+    with LayerSurgeon(model) as surgeon, torch.no_grad():
+        with pytest.raises(StreamlineError, match=r"does not say on what; give a batch of its input"):
+            surgeon.fold(1, map_)
+        handle = model.layers[1].linear2.register_forward_hook(times(map_))
+        expected = model.layers[1](batch["src"])
+        handle.remove()
+        surgeon.fold(1, map_, batch=batch)
+        torch.testing.assert_close(model.layers[1](batch["src"]), expected)
+
+
+# For good
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen2_moe", "gpt_neox", "opt"])
+def test_the_checkpoint_is_a_plain_one(model_type: str, tmp_path: Path) -> None:
+    model = tiny(model_type, blocks=4)
+    plain = type(model)
+    with LayerSurgeon(model) as surgeon:
+        surgeon.fold(1, a_map(width(model)))
+        with pytest.raises(StreamlineError, match=r"inside an open LayerSurgeon"):
+            model.save_pretrained(tmp_path)
+        surgeon.remove([2])
+        plan = surgeon.commit()
+    assert plan.folded == {1: ("mlp",)}
+    assert model.config.streamline_hooks["history"][0]["folded"] == [[1, "mlp"]]
+    assert type(model) is plain
+    batch = tiny_inputs(model, left_padding=True)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(loaded) is plain
+    weights = loaded.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    torch.testing.assert_close(logits(loaded, batch), logits(model, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_of_a_folded_block_is_folded() -> None:
+    model = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.fold(2, a_map())
+        added = surgeon.insert(BLOCKS, copy.deepcopy(surgeon.stack[2]))
+        folded = added.mlp.down_proj.weight.detach().clone()
+    assert not torch.allclose(find_stack(model)[2].mlp.down_proj.weight, folded)

@@ -1,0 +1,279 @@
+"""The state multiplied at one place, through what the blocks behind it add."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, UnsupportedSurgery, find_stack
+from streamline_hooks.hidden_state import read_input, read_output, write_input, write_output
+from streamline_hooks.surgery import alone
+from streamline_hooks.testing import tiny_inputs
+from streamline_hooks.testing import tiny_model as tiny
+from tests.surgery.test_surgeon import fingerprint, logits
+from tests.tiny_models import BLOCKS, Nudge, left_padded, tiny_config, tiny_model, tokens
+
+FAMILIES = ("llama", "opt", "gpt2", "gpt_neox", "qwen3")
+families = st.sampled_from(FAMILIES)
+factors = st.sampled_from([0.6, 0.97, 1.04, 1.7, 3.1])
+places = st.integers(0, BLOCKS)
+
+
+def multiplied(model: nn.Module, k: int, factor: float, batch: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+    """The logits with the state that comes to a block, by its present number, multiplied."""
+    stack = find_stack(model)
+    if k < len(stack):
+        handle = stack[k].register_forward_pre_hook(
+            lambda m, args, kw: write_input(args, kw, read_input(args, kw) * factor), with_kwargs=True
+        )
+    else:
+        handle = stack[-1].register_forward_hook(lambda m, args, out: write_output(out, read_output(out) * factor))
+    try:
+        return logits(model, batch)
+    finally:
+        handle.remove()
+
+
+@settings(max_examples=20)
+@given(families, places, factors, st.booleans())
+def test_it_equals_the_state_multiplied(family: str, k: int, factor: float, padded: bool) -> None:
+    model = tiny_model(family).double()
+    batch = left_padded(3, 9) if padded else None
+    expected = multiplied(model, k, factor, batch)
+    with LayerSurgeon(model) as surgeon:
+        surgeon.scale(k, factor)
+        got = logits(model, batch)
+    real = slice(None) if batch is None else batch["attention_mask"].bool()
+    torch.testing.assert_close(got[real], expected[real], rtol=1e-3, atol=1e-3)  # as far as an eps is felt
+    if k < BLOCKS:
+        assert not torch.allclose(logits(model, batch)[real], expected[real], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "phi", "gptj", "bamba", "granite", "cohere", "falcon"])
+def test_further_architectures(model_type: str, dtype: torch.dtype) -> None:
+    model = tiny(model_type, blocks=3).to(dtype)
+    batch = tiny_inputs(model, left_padding=True)
+    real = batch["attention_mask"].bool()
+    expected = multiplied(model, 1, 2.0, batch)  # which no precision rounds
+    with LayerSurgeon(model) as surgeon:
+        surgeon.scale(1, 2.0)
+        got = logits(model, batch)
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    assert (got - expected)[real].abs().max() <= tolerance * expected[real].abs().max()
+
+
+def test_nothing_before_the_place_is_touched() -> None:
+    model = type(tiny_model("llama"))(tiny_config("llama", tie_word_embeddings=True)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    embedding = model.get_input_embeddings().weight
+    assert model.lm_head.weight is embedding
+    before = {n: (id(p), p.detach().clone()) for n, p in model.named_parameters()}
+    with LayerSurgeon(model) as surgeon:
+        surgeon.scale(3, 1.5)
+        changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n][1])}
+        assert changed == {
+            f"model.layers.{k}.{n}.weight" for k in (3, 4, 5) for n in ("self_attn.o_proj", "mlp.down_proj")
+        }
+        assert all(id(p) == before[n][0] for n, p in model.named_parameters() if n not in changed)
+        assert surgeon.plan.folded == {k: ("attention", "mlp") for k in (3, 4, 5)}
+        for name in changed:
+            torch.testing.assert_close(model.get_parameter(name), before[name][1] / 1.5)
+    assert model.lm_head.weight is embedding
+
+
+@settings(max_examples=8)
+@given(families, st.integers(0, BLOCKS - 2), factors)
+def test_behind_a_removed_window(family: str, start: int, factor: float) -> None:
+    model = tiny_model(family).double()
+    window = range(start, min(start + 2, BLOCKS - 1))
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove(window)
+        expected = multiplied(model, start, factor)
+        surgeon.scale(window.stop, factor)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+
+
+@settings(max_examples=8)
+@given(families, places, places, factors, factors)
+def test_two_places_compose(family: str, j: int, k: int, first: float, second: float) -> None:
+    model = tiny_model(family).double()
+    with LayerSurgeon(model) as surgeon:
+        surgeon.scale(j, first)
+        surgeon.scale(k, second)
+        expected = logits(model)
+    with LayerSurgeon(model) as surgeon:
+        surgeon.scale(k, second)
+        surgeon.scale(j, first)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_silent_branch_and_a_linear_splice_go_along() -> None:
+    model = tiny_model("llama").double()
+    with LayerSurgeon(model) as surgeon:
+        surgeon.silence(3, "attention")
+        surgeon.insert(4, LinearReplacement.from_map(0.1 * torch.randn(32, 32)))
+        expected = multiplied(model, 2, 1.3)
+        surgeon.scale(2, 1.3)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+        assert surgeon.plan.silenced == {3: ("attention",)}
+        assert surgeon.plan.folded[3] == ("mlp",) and surgeon.plan.folded[4] == ("attention", "mlp")
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+@settings(max_examples=6)
+@given(family=families, k=places, factor=factors)
+def test_everything_comes_back_to_the_bit(error: type[Exception] | None, family: str, k: int, factor: float) -> None:
+    model = tiny_model(family)
+    before = fingerprint(model)
+    try:
+        with LayerSurgeon(model) as surgeon:
+            surgeon.scale(k, factor)
+            if error:
+                raise error
+    except ValueError:
+        pass
+    assert fingerprint(model) == before
+
+
+def test_a_factor_of_one_changes_nothing() -> None:
+    model = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.scale(2, 1.0)
+        assert surgeon.plan.folded == {}
+
+
+@settings(max_examples=4)
+@given(families, st.booleans())
+def test_generate_with_a_cache_equals_without(family: str, padded: bool) -> None:
+    model = tiny_model(family)
+    batch = left_padded(2, 7) if padded else {"input_ids": tokens(2, 7), "attention_mask": torch.ones(2, 7).long()}
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    with LayerSurgeon(model) as surgeon:
+        surgeon.scale(2, 1.7)
+        with_cache = model.generate(**batch, **options, use_cache=True)
+        assert torch.equal(with_cache, model.generate(**batch, **options, use_cache=False))
+
+
+def test_a_plain_pytorch_model_needs_a_batch() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, norm_first=True, batch_first=True, dropout=0.0)
+    batch = {"src": torch.randn(2, 5, 16)}
+    for norm in (nn.LayerNorm(16), None):
+        model = nn.TransformerEncoder(layer, 3, norm=norm, enable_nested_tensor=False).eval()
+        with LayerSurgeon(model) as surgeon:
+            if norm is None:
+                with pytest.raises(UnsupportedSurgery, match=r"reads the state without a norm"):
+                    surgeon.scale(1, 1.5, batch=batch)
+            else:
+                surgeon.scale(1, 1.5, batch=batch)
+
+
+# Saying no, and that the check can fail
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [1.02, 0.98, 3.0])
+def test_a_head_that_reads_the_state_without_a_norm_is_refused(dtype: torch.dtype, factor: float) -> None:
+    """Also in a precision in which a factor so near to 1 would hardly show."""
+    model = tiny_model("llama", dtype)
+    model.model.norm = nn.Identity()
+    before = fingerprint(model)
+    with LayerSurgeon(model) as surgeon:
+        for k in (2, BLOCKS):
+            with pytest.raises(UnsupportedSurgery, match=r"reads the state without a norm, or with one whose eps is"):
+                surgeon.scale(k, factor)
+        assert surgeon.plan.folded == {}
+    assert fingerprint(model) == before
+
+
+def test_an_eps_that_is_felt_is_refused() -> None:
+    model = tiny_model("llama")
+    model.model.norm.variance_epsilon = 1.0
+    with LayerSurgeon(model) as surgeon, pytest.raises(UnsupportedSurgery, match=r"one whose eps is felt"):
+        surgeon.scale(2, 1.5)
+
+
+def test_a_block_that_is_left_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from streamline_hooks.surgery import branch_surgery
+
+    every = branch_surgery.divided
+    monkeypatch.setattr(
+        branch_surgery, "divided", lambda held, factor: every({k: own for k, own in held.items() if k != 4}, factor)
+    )
+    model = tiny_model("llama")
+    before = fingerprint(model)
+    with LayerSurgeon(model) as surgeon, pytest.raises(UnsupportedSurgery, match=r"the logits are others"):
+        surgeon.scale(2, 1.5)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "olmo2"])
+def test_a_norm_behind_a_branch_is_refused(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(model_type, blocks=3)
+    with LayerSurgeon(model) as surgeon:
+        text = r"state before block 1 .* half the weights .* of the attention of block 1 do not .* \(a norm follows it"
+        with pytest.raises(UnsupportedSurgery, match=text):
+            surgeon.scale(1, 1.5)
+        monkeypatch.setattr(alone.BranchAlone, "equal", lambda *given: True)  # the logits show it too
+        with pytest.raises(UnsupportedSurgery, match=r"the logits are others"):
+            surgeon.scale(1, 1.5)
+
+
+def test_a_norm_on_the_residual_stream_is_refused() -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config("opt", do_layer_norm_before=False)).eval()
+    with LayerSurgeon(model) as surgeon, pytest.raises(UnsupportedSurgery, match=r"block 2 cannot be divided: OPTDec"):
+        surgeon.scale(2, 1.5)
+
+
+def test_a_splice_that_is_not_linear_is_refused() -> None:
+    model = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.insert(4, nn.Tanh())
+        with pytest.raises(UnsupportedSurgery, match=r"the logits are others"):
+            surgeon.scale(2, 1.5)
+        surgeon.scale(4, 1.5)  # behind it
+
+
+def test_a_block_put_in_behind_is_refused() -> None:
+    model = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.insert(4, surgeon.stack[0])
+        with pytest.raises(UnsupportedSurgery, match=r"a block was put in behind it. Scale first"):
+            surgeon.scale(3, 1.5)
+        expected = multiplied(model, 5, 1.5)  # block 4 by its present number
+        surgeon.scale(4, 1.5)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_cannot_be_meant() -> None:
+    model = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        for factor in (0.0, -1.0, float("inf"), float("nan")):
+            with pytest.raises(StreamlineError, match=r"give a factor above 0"):
+                surgeon.scale(2, factor)
+        with pytest.raises(StreamlineError, match=r"scale\(7, ...\) is out of range: the stack had 6 blocks"):
+            surgeon.scale(7, 1.5)
+        surgeon.replace(range(1, 4), Nudge())
+        with pytest.raises(StreamlineError, match=r"no place before block 2: blocks 1 to 3 are gone. Say 1 or 4"):
+            surgeon.scale(2, 1.5)
+
+
+def test_the_checkpoint_is_a_plain_one(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    plain = type(model)
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([2])
+        surgeon.scale(3, 1.37)
+        surgeon.commit()
+    assert type(model) is plain
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(loaded) is plain
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
