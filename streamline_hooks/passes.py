@@ -41,7 +41,15 @@ def inference(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def resume(model: nn.Module, k: int, states: Tensor, batch: Batch | Tensor, *, stack: str | None = None) -> Any:
+def resume(
+    model: nn.Module,
+    k: int,
+    states: Tensor,
+    batch: Batch | Tensor,
+    *,
+    stack: str | None = None,
+    before_splices: bool = False,
+) -> Any:
     """Run a model from block k on, on given states.
 
     No block before k is run. Masks and positions are those that a forward of `batch` would have made.
@@ -57,6 +65,9 @@ def resume(model: nn.Module, k: int, states: Tensor, batch: Batch | Tensor, *, s
         What the model's forward takes; its tokens give masks and positions only.
     stack : str, optional
         Path of the stack, see `find_stack`.
+    before_splices : bool
+        The states are what comes to block k, and what is spliced in there still has to run on them; by default they
+        are what the block's own computation receives.
 
     Returns
     -------
@@ -92,9 +103,9 @@ def resume(model: nn.Module, k: int, states: Tensor, batch: Batch | Tensor, *, s
             surgeon.remove(range(first))
         block = surgeon.stack[first]
         handle = (
-            block.register_forward_pre_hook(_enter(states), with_kwargs=True)
+            block.register_forward_pre_hook(_enter(states), with_kwargs=True, prepend=before_splices)
             if k < length
-            else block.register_forward_hook(_leave(states))
+            else block.register_forward_hook(_leave(states), prepend=before_splices)
         )
         try:
             return model(**prepare(model, batch))

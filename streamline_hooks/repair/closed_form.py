@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,7 +38,14 @@ class ClosedForm:
     removal_error: float
 
 
-def solve(fit: WindowMoments, held_out: WindowMoments, ridges: Sequence[float] = RIDGES) -> ClosedForm:
+def solve(
+    fit: WindowMoments,
+    held_out: WindowMoments,
+    ridges: Sequence[float] = RIDGES,
+    *,
+    rank: int | None = None,
+    diagonal: bool = False,
+) -> ClosedForm:
     """Solve for the W that minimises Σ w‖y − x − Wᵀx‖² + λ‖W‖², with λ chosen on held-out moments.
 
     Parameters
@@ -48,6 +56,10 @@ def solve(fit: WindowMoments, held_out: WindowMoments, ridges: Sequence[float] =
         Of other sequences, to choose λ by. Once it is chosen they join the fit.
     ridges : sequence of float
         The λ to try, in units of the mean eigenvalue of Σ w xxᵀ, which makes them the same for every model.
+    rank : int, optional
+        The best W among those of this rank or less.
+    diagonal : bool
+        The best diagonal W, which is least squares feature by feature.
 
     Returns
     -------
@@ -57,32 +69,59 @@ def solve(fit: WindowMoments, held_out: WindowMoments, ridges: Sequence[float] =
     Raises
     ------
     StreamlineError
-        If either holds no token, or the moments are not finite.
+        If either holds no token, the moments are not finite, or no W has the rank.
 
     Notes
     -----
     W(λ) = (Sxx + λI)⁻¹ Sxδ through one eigendecomposition, so that every further λ costs two products. Its error on
     any moments is tr Sδδ − 2 tr WᵀSxδ + tr WᵀSxxW, which takes no pass over data.
+
+    What a W of low rank loses against W(λ) is ‖(Sxx + λI)^½ (W(λ) − W)‖², so that the best is the truncated singular
+    value decomposition in that metric, not the plain one: W(λ)VVᵀ with V the first eigenvectors of SδxW(λ)
+    (reduced-rank regression; Izenman, J. Multivar. Anal. 5, 1975). It takes one more eigendecomposition for each λ.
     """
     for name, moments in (("fitted", fit), ("held-out", held_out)):
         if not moments.tokens:
             raise StreamlineError(f"The {name} moments hold no token; give more calibration sequences.")
         if not (torch.isfinite(moments.xx).all() and torch.isfinite(moments.xd).all()):
             raise StreamlineError(f"The {name} moments are not finite; look for NaN or overflow in the states.")
-    errors = [held_out.error(w) for w in _maps(fit, ridges)]
+    if rank is not None and (diagonal or rank < 1):
+        raise StreamlineError(
+            f"No map has rank={rank}, diagonal={diagonal}; give a rank of 1 or more, or diagonal=True."
+        )
+    shaped = _diagonal_maps if diagonal else partial(_maps, rank=rank)
+    errors = [held_out.error(w) for w in shaped(fit, ridges)]
     best = min(range(len(errors)), key=errors.__getitem__)
     everything = copy.deepcopy(fit)
     everything.merge(held_out)
-    chosen = next(_maps(everything, [ridges[best]]))
-    return ClosedForm(chosen, ridges[best], errors[best], held_out.error(torch.zeros_like(fit.xx)))
+    chosen = next(shaped(everything, [ridges[best]]))
+    return ClosedForm(chosen, ridges[best], errors[best], held_out.error(torch.zeros_like(fit.xd)))
 
 
-def _maps(moments: WindowMoments, ridges: Sequence[float]) -> Iterator[Tensor]:
+def _maps(moments: WindowMoments, ridges: Sequence[float], rank: int | None = None) -> Iterator[Tensor]:
     values, vectors = torch.linalg.eigh(moments.xx)
     values = values.clamp_min(0.0)
-    mean = values.mean()
-    if mean == 0:
-        raise StreamlineError("Every state that enters the window is zero; there is nothing to fit.")
+    mean = _positive(values.mean())
     rotated = vectors.T @ moments.xd
     for ridge in ridges:
-        yield vectors @ (rotated / (values + ridge * mean)[:, None])
+        full = vectors @ (rotated / (values + ridge * mean)[:, None])
+        if rank is None:
+            yield full
+        else:
+            explained = moments.xd.T @ full
+            kept = torch.linalg.eigh((explained + explained.T) / 2).eigenvectors[:, -rank:]
+            yield full @ kept @ kept.T
+
+
+def _diagonal_maps(moments: WindowMoments, ridges: Sequence[float]) -> Iterator[Tensor]:
+    squares = moments.xx.diagonal()
+    mean = _positive(squares.mean())
+    for ridge in ridges:
+        yield torch.diag(moments.xd.diagonal() / (squares + ridge * mean))
+
+
+def _positive(mean: Tensor) -> Tensor:
+    """The mean eigenvalue, unless there is nothing to fit."""
+    if mean == 0:
+        raise StreamlineError("Every state that enters the window is zero; there is nothing to fit.")
+    return mean

@@ -104,6 +104,7 @@ def measure_moments(
     windows: Sequence[range],
     *,
     stack: str | None = None,
+    weighted: bool = True,
     what: str = "moments",
 ) -> list[WindowMoments]:
     """Sum the moments of several windows in one pass, which ends after the last block that any of them needs.
@@ -116,6 +117,8 @@ def measure_moments(
     windows : sequence of range
     stack : str, optional
         Path of the stack, see `find_stack`.
+    weighted : bool
+        See `WindowMoments`.
     what : str
         What the bar says, before what it costs.
 
@@ -143,7 +146,7 @@ def measure_moments(
         )
     for _, mask, _ in recorded(model, batches, record, cost):
         features = record.inputs[windows[0].start][0].shape[-1]
-        moments = moments or [WindowMoments(features) for _ in windows]
+        moments = moments or [WindowMoments(features, weighted) for _ in windows]
         for window, sums in zip(windows, moments, strict=True):
             sums.update(record.inputs[window.start][0], record.outputs[window.stop - 1][0], mask)
     return moments

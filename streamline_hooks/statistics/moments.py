@@ -25,6 +25,8 @@ class WindowMoments:
     ----------
     features : int
         Width d of the residual stream.
+    weighted : bool
+        Whether tokens have this weight; else w = 1, and errors are squares of norms, not relative.
 
     Notes
     -----
@@ -41,13 +43,14 @@ class WindowMoments:
     (0.25, 0.0)
     """
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, weighted: bool = True) -> None:
+        self.weighted = weighted
         self.tokens = 0
         self.xx = torch.zeros(features, features, dtype=torch.float64)
         self.xd = torch.zeros(features, features, dtype=torch.float64)
         self.dd = 0.0
 
-    def update(self, entering: Tensor, leaving: Tensor, mask: Tensor) -> None:
+    def update(self, entering: Tensor, leaving: Tensor, mask: Tensor, *, relative_to: Tensor | None = None) -> None:
         """Add one batch.
 
         Parameters
@@ -56,17 +59,23 @@ class WindowMoments:
             The states before and after the window, of shape (batch, tokens, features).
         mask : torch.Tensor
             The tokens that count, of shape (batch, tokens).
+        relative_to : torch.Tensor, optional
+            States of the same shape by whose norm an error is measured, where these are but parts of them; by default
+            those that leave.
         """
-        if entering.shape[-1] != len(self.xx) or leaving.shape != entering.shape:
+        whole = leaving if relative_to is None else relative_to
+        if entering.shape[-1] != len(self.xx) or not entering.shape == leaving.shape == whole.shape:
             raise StreamlineError(
                 f"Got states of shape {tuple(entering.shape)} and {tuple(leaving.shape)}; expected two of the same "
                 f"shape with {len(self.xx)} features."
             )
         real = mask.to(entering.device).bool()
-        for x, y in zip(entering[real].split(_TOKENS_AT_ONCE), leaving[real].split(_TOKENS_AT_ONCE), strict=True):
+        entering, leaving = entering[real], leaving[real]
+        whole = leaving if relative_to is None else relative_to[real]
+        for x, y, z in zip(*(states.split(_TOKENS_AT_ONCE) for states in (entering, leaving, whole)), strict=True):
             x, y = widen(x), widen(y)
             self.xx, self.xd = self.xx.to(x.device), self.xd.to(x.device)
-            norm = y.norm(dim=-1, keepdim=True).clamp_min(1e-300)
+            norm = widen(z).norm(dim=-1, keepdim=True).clamp_min(1e-300) if self.weighted else 1.0
             x, d = x / norm, (y - x) / norm
             self.xx.addmm_(x.T, x)
             self.xd.addmm_(x.T, d)
@@ -75,8 +84,11 @@ class WindowMoments:
 
     def merge(self, other: Self) -> None:
         """Add the sums of another part of the tokens."""
-        if other.xx.shape != self.xx.shape:
-            raise StreamlineError(f"Cannot merge moments of width {len(other.xx)} into those of width {len(self.xx)}.")
+        if other.xx.shape != self.xx.shape or other.weighted != self.weighted:
+            raise StreamlineError(
+                f"Cannot merge moments of width {len(other.xx)}, weighted={other.weighted}, into those of width "
+                f"{len(self.xx)}, weighted={self.weighted}."
+            )
         self.tokens += other.tokens
         self.xx = self.xx + other.xx.to(self.xx.device)
         self.xd = self.xd + other.xd.to(self.xd.device)
@@ -103,9 +115,10 @@ class WindowMoments:
 
     def state_dict(self) -> dict[str, Any]:
         """The sums, for a file."""
-        return {"tokens": self.tokens, "xx": self.xx.clone(), "xd": self.xd.clone(), "dd": self.dd}
+        sums = {"xx": self.xx.clone(), "xd": self.xd.clone(), "dd": self.dd}
+        return {"tokens": self.tokens, "weighted": self.weighted, **sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take sums up again."""
-        self.tokens, self.dd = int(state["tokens"]), float(state["dd"])
+        self.tokens, self.dd, self.weighted = int(state["tokens"]), float(state["dd"]), bool(state["weighted"])
         self.xx, self.xd = state["xx"].clone(), state["xd"].clone()

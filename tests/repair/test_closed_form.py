@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_hooks import StreamlineError, WindowMoments
-from streamline_hooks.repair import kind_named, solve
+from streamline_hooks.repair import solve
 
 
 def moments_of(x: torch.Tensor, y: torch.Tensor) -> WindowMoments:
@@ -89,10 +89,80 @@ def test_what_cannot_be_solved() -> None:
         solve(zero, zero)
 
 
-def test_kinds() -> None:
-    solution = solve(moments_of(*draw(60, 0)), moments_of(*draw(20, 1)))
-    x = torch.randn(2, 3, 6)
-    torch.testing.assert_close(kind_named("linear").start(solution)(x), x + x @ solution.map.float())
-    assert kind_named("none").start(solution) is None
-    with pytest.raises(StreamlineError, match="The kind of replacement 'cubic' is unknown. Known: none, linear"):
-        kind_named("cubic")
+def everything(seed: int) -> tuple[WindowMoments, WindowMoments, WindowMoments, np.ndarray, np.ndarray]:
+    """Two parts, both together, and the weighted states and targets by which they are made."""
+    (x, y), (held_x, held_y) = draw(60, seed), draw(20, seed + 100)
+    both = moments_of(torch.cat([x, held_x]), torch.cat([y, held_y]))
+    a, b = torch.cat([x, held_x]).numpy(), torch.cat([y, held_y]).numpy()
+    weight = 1 / np.linalg.norm(b, axis=-1, keepdims=True)
+    return moments_of(x, y), moments_of(held_x, held_y), both, a * weight, (b - a) * weight
+
+
+@given(st.integers(0, 20), st.integers(1, 6))
+def test_low_rank_is_reduced_rank_regression(seed: int, rank: int) -> None:
+    """Fitted values of least squares, and of these the best approximation: the textbook's way, on the data itself."""
+    fit, held_out, both, x, d = everything(seed)
+    solution = solve(fit, held_out, ridges=[0.0], rank=rank)
+    full = np.linalg.lstsq(x, d, rcond=None)[0]
+    _, _, right = np.linalg.svd(x @ full, full_matrices=False)
+    expected = full @ right[:rank].T @ right[:rank]
+    np.testing.assert_allclose(solution.map.numpy(), expected, rtol=1e-7, atol=1e-8)
+    assert np.linalg.matrix_rank(solution.map.numpy(), tol=1e-9) == rank
+    plain = torch.linalg.svd(torch.from_numpy(full))
+    naive = plain.U[:, :rank] * plain.S[:rank] @ plain.Vh[:rank]
+    assert both.error(solution.map) <= both.error(naive) + 1e-12
+
+
+@given(st.integers(0, 20), st.integers(1, 5), st.floats(1e-4, 10.0))
+def test_no_other_map_of_the_rank_is_better_with_its_penalty(seed: int, rank: int, ridge: float) -> None:
+    fit, held_out, both, _, _ = everything(seed)
+    found = solve(fit, held_out, ridges=[ridge], rank=rank).map
+    penalty = ridge * float(both.xx.trace()) / 6 / both.tokens
+
+    def objective(map_: torch.Tensor) -> float:
+        return both.error(map_) + penalty * float(map_.square().sum())
+
+    left, values, right = torch.linalg.svd(found)
+    generator = torch.Generator().manual_seed(seed)
+    for size in (1e-3, 0.1, 1.0):
+        a, b = (size * torch.randn(6, rank, generator=generator, dtype=torch.float64) for _ in range(2))
+        other = (left[:, :rank] * values[:rank] + a) @ (right[:rank] + b.T)
+        assert objective(found) <= objective(other) + 1e-12
+    assert both.error(found) <= both.error(torch.zeros(6, 6)) + 1e-12
+
+
+def test_a_plain_decomposition_would_be_worse() -> None:
+    """What the metric is for: features of very different size."""
+    x, y = draw(200, 0)
+    x[:, 0] *= 30.0
+    pair = moments_of(x[:150], y[:150]), moments_of(x[150:], y[150:])
+    both = moments_of(x, y)
+    best, full = (solve(*pair, ridges=[1e-8], rank=rank).map for rank in (2, None))
+    left, values, right = torch.linalg.svd(full)
+    assert both.error(best) < 0.99 * both.error(left[:, :2] * values[:2] @ right[:2])
+
+
+@given(st.integers(0, 20))
+def test_diagonal_is_least_squares_feature_by_feature(seed: int) -> None:
+    fit, held_out, both, x, d = everything(seed)
+    found = solve(fit, held_out, ridges=[0.0], diagonal=True).map
+    expected = [np.linalg.lstsq(x[:, k : k + 1], d[:, k], rcond=None)[0][0] for k in range(6)]
+    np.testing.assert_allclose(found.numpy(), np.diag(expected), rtol=1e-9, atol=1e-12)
+    full = solve(fit, held_out, ridges=[0.0]).map
+    assert both.error(full) <= both.error(found) <= both.error(torch.zeros(6, 6))
+
+
+def test_the_ridge_of_a_shape_is_its_own() -> None:
+    fit, held_out = moments_of(*draw(10, 1, noise=5.0)), moments_of(*draw(200, 101, noise=5.0))
+    ridges = [1e-8, 1e-4, 1e-2, 1.0]
+    for shape in ({"rank": 2}, {"diagonal": True}):
+        solution = solve(fit, held_out, ridges, **shape)  # type: ignore[arg-type]
+        alone = [solve(fit, held_out, [r], **shape).held_out_error for r in ridges]  # type: ignore[arg-type]
+        assert (solution.ridge, solution.held_out_error) == (ridges[int(np.argmin(alone))], min(alone))
+
+
+@pytest.mark.parametrize("shape", [{"rank": 0}, {"rank": 2, "diagonal": True}])
+def test_a_shape_that_is_none(shape: dict[str, int]) -> None:
+    pair = moments_of(*draw(20, 0)), moments_of(*draw(20, 1))
+    with pytest.raises(StreamlineError, match="No map has rank=.*give a rank of 1 or more, or diagonal=True"):
+        solve(*pair, **shape)  # type: ignore[arg-type]

@@ -112,3 +112,17 @@ def test_what_does_not_fit() -> None:
         WindowMoments(5).merge(WindowMoments(4))
     with pytest.raises(StreamlineError, match="No token has been counted yet"):
         WindowMoments(5).error(torch.zeros(5, 5))
+
+
+@given(st.integers(1, 30), st.integers(0, 5))
+def test_an_error_may_be_measured_by_the_norm_of_a_larger_state(count: int, seed: int) -> None:
+    """Where the states are parts of it: m, and y − a, relative to y."""
+    x, y = pair(count, seed=seed)
+    whole = y + 3 * torch.randn(1, count, 5, generator=torch.Generator().manual_seed(seed + 50))
+    moments = WindowMoments(5)
+    moments.update(x, y, torch.ones(1, count), relative_to=whole)
+    w = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    missed = (y.double() - x.double() - x.double() @ w).square().sum(-1) / whole.double().square().sum(-1)
+    assert moments.error(w) == pytest.approx(missed.mean().item(), rel=1e-9)
+    with pytest.raises(StreamlineError, match=r"expected two of the same shape with 5 features"):
+        moments.update(x, y, torch.ones(1, count), relative_to=whole[..., :4])

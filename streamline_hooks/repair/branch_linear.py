@@ -1,0 +1,216 @@
+"""A linear map in the place of one residual branch, an attention or an MLP, in closed form.
+
+Neural Block Linearization (Erdogan et al., arXiv 2505.21077) puts the map of least mean squares in the place of an
+attention, from the state that enters the branch, before its norm, to what the branch adds. Here a token's error is
+relative to the state after the branch, and there is a ridge, chosen on held-out sequences, and no constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from streamline_hooks.batch import Batch
+from streamline_hooks.branch_states import reading_branches
+from streamline_hooks.branches import Branch, Branches
+from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
+from streamline_hooks.passes import recorded
+from streamline_hooks.recorder import HiddenStateRecorder
+from streamline_hooks.repair.closed_form import solve
+from streamline_hooks.replacements import LinearReplacement
+from streamline_hooks.statistics import WindowMoments
+from streamline_hooks.surgery import LayerSurgeon
+from streamline_hooks.surgery.silence import branches_of, require_branch
+
+
+@dataclass(frozen=True)
+class BranchLinear:
+    """A linear map that stands in the place of one branch of a block.
+
+    Attributes
+    ----------
+    block : int
+    branch : {"attention", "mlp"}
+    is_first : bool
+        Whether the other branch works behind it; the map then runs before the block, else after it.
+    map : torch.Tensor
+        W of shape (features, features), float64: a state h becomes h + hW in the place of h plus what the branch adds.
+    ridge : float
+        The penalty, in units of the mean eigenvalue of Σ w hᵀh.
+    held_out_error : float
+        Mean relative squared error of the state after the branch on held-out sequences, of the map that was fitted
+        without them.
+    removal_error : float
+        The same for the branch silenced, W = 0.
+    """
+
+    block: int
+    branch: Branch
+    is_first: bool
+    map: Tensor
+    ridge: float
+    held_out_error: float
+    removal_error: float
+
+
+def fit_branch_linear(
+    model: nn.Module,
+    branches: Sequence[tuple[int, str]],
+    fit: Sequence[Batch | Tensor],
+    held_out: Sequence[Batch | Tensor],
+    *,
+    stack: str | None = None,
+    probe: Batch | Tensor | None = None,
+) -> list[BranchLinear]:
+    """Fit a linear map in the place of branches, each from its own input and output in the model as it is.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    branches : sequence of (int, {"attention", "mlp"})
+        Blocks, and which branch of each.
+    fit, held_out : sequence of mapping or torch.Tensor
+        To fit on, and to choose the ridge by; of different documents.
+    stack : str, optional
+        Path of the stack, see `find_stack`.
+    probe : mapping or torch.Tensor, optional
+        What to look for branches on in a model that cannot be run on tokens alone, without padding.
+
+    Returns
+    -------
+    list of BranchLinear
+        To be carried out by `replace_branches`.
+
+    Raises
+    ------
+    UnsupportedSurgery
+        If a block has not two branches that can be read, or its two are parallel.
+    StreamlineError
+        If there is no such block or branch, or as `solve`.
+
+    Notes
+    -----
+    One pass over the sequences, that ends after the last block; for each branch two matrices of features × features in
+    float64.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from streamline_hooks.testing import tiny_model
+    >>> model, batches = tiny_model("llama"), [torch.arange(3, 63).view(6, 10)]
+    >>> fitted = fit_branch_linear(model, [(2, "attention")], batches, batches)
+    >>> with LayerSurgeon(model) as surgeon:
+    ...     modules = replace_branches(surgeon, fitted)
+    ...     surgeon.plan.silenced
+    {2: ('attention',)}
+    """
+    record = HiddenStateRecorder(model, [k for k, _ in branches], stack=stack)  # which says what is out of range
+    named = [(k % len(record.stack), require_branch(branch)) for k, branch in branches]
+    if len(set(named)) < len(named):
+        raise StreamlineError(f"Each branch can be replaced once; got {list(branches)}.")
+    found = {k: _in_series(k, b) for k, b in branches_of(record.stack, record.blocks, probe).items()}
+    fitted = _measure(model, fit, named, found, stack, "fit")
+    apart = _measure(model, held_out, named, found, stack, "hold out")
+    solved = []
+    for k, branch in named:
+        solution = solve(fitted[k, branch], apart[k, branch])
+        errors = solution.held_out_error, solution.removal_error
+        solved.append(BranchLinear(k, branch, found[k].first == branch, solution.map, solution.ridge, *errors))
+    return solved
+
+
+def replace_branches(
+    surgeon: LayerSurgeon, fitted: Sequence[BranchLinear], *, batch: Batch | Tensor | None = None
+) -> list[nn.Module]:
+    """Silence branches and splice in the maps that stand in their place, in an open surgeon.
+
+    A map in the place of the block's first branch runs before the block, one in the place of the second after it, so
+    that of several all must be given at once. What is inserted beside these blocks otherwise comes later, and nothing
+    before such a block whose first branch has gone.
+
+    Parameters
+    ----------
+    surgeon : LayerSurgeon
+    fitted : sequence of BranchLinear
+        With the blocks' numbers when the surgeon opened.
+    batch : mapping or torch.Tensor, optional
+        What to run a model on that cannot be run on tokens alone, without padding.
+
+    Returns
+    -------
+    list of torch.nn.Module
+        The maps that are now in the model, one for each of `fitted`.
+
+    Raises
+    ------
+    UnsupportedSurgery, StreamlineError
+        As `LayerSurgeon.silence`, when those before it are in place; or, before anything is done, if something runs
+        already where a map has to be the first behind its block.
+    """
+    modules: dict[int, nn.Module] = {}
+    for one in fitted:
+        if not one.is_first:
+            _require_free(surgeon, one)
+    for k in sorted(range(len(fitted)), key=lambda k: (fitted[k].block, not fitted[k].is_first)):
+        one = fitted[k]
+        surgeon.silence(one.block, one.branch, batch=batch)
+        place = one.block if one.is_first else one.block + 1
+        modules[k] = surgeon.insert(place, LinearReplacement.from_map(one.map))
+    return [modules[k] for k in range(len(fitted))]
+
+
+def _measure(
+    model: nn.Module,
+    batches: Sequence[Batch | Tensor],
+    named: Sequence[tuple[int, Branch]],
+    found: Mapping[int, Branches],
+    stack: str | None,
+    what: str,
+) -> dict[tuple[int, Branch], WindowMoments]:
+    """The moments of the states before and after branches."""
+    record = HiddenStateRecorder(model, [max(found)], inputs=False, stop=True, stack=stack)
+    wanted = set(named)
+    passed: dict[tuple[int, Branch], tuple[Tensor, Tensor]] = {}
+    moments: dict[tuple[int, Branch], WindowMoments] = {}
+
+    def receive(k: int, branch: Branch, before: Tensor, after: Tensor) -> None:
+        if (k, branch) in wanted:
+            passed[k, branch] = before.clone(), after.clone()
+
+    cost = f"{what}: {len(named)} branches, {max(found) + 1} of {len(record.stack)} blocks"
+    with reading_branches({k: record.stack[k] for k in found}, found, receive):
+        for _, mask, _ in recorded(model, batches, record, cost):
+            for half, (before, after) in passed.items():
+                moments.setdefault(half, WindowMoments(before.shape[-1])).update(before, after, mask)
+            passed.clear()
+    return moments
+
+
+def _in_series(k: int, found: Branches | UnsupportedSurgery) -> Branches:
+    if isinstance(found, UnsupportedSurgery):
+        raise UnsupportedSurgery(f"No branch of block {k} can be replaced: {found} Choose another block.", "branches")
+    if found.first is None:
+        raise UnsupportedSurgery(
+            f"No branch of block {k} can be replaced alone: its attention and its MLP work on the same state, so that "
+            "a map of that state in the place of one of them can run neither before the block nor after it. Silence "
+            "the branch, or replace the block.",
+            "parallel",
+        )
+    return found
+
+
+def _require_free(surgeon: LayerSurgeon, one: BranchLinear) -> None:
+    """Nothing may stand behind the block yet: it would run before the map."""
+    plan, place = surgeon.plan, one.block + 1
+    slot = plan.old_to_new.get(one.block)
+    if slot is None:
+        return  # `silence` says that the block is gone
+    behind = [s.module for s in plan.splices if s.old_before == place and (s.replaces or (0, 0))[0] != place]
+    behind += [s.module for s in plan.slots[slot + 1 : slot + 2] if s.source is None]
+    if behind:
+        raise StreamlineError(
+            f"A {behind[0]} stands behind block {one.block} already, and would run before the map in the place of its "
+            f"{one.branch}. Replace branches first, all in one call."
+        )

@@ -1,0 +1,220 @@
+"""What is trained besides the stand-ins: adapters on blocks that stay, or such blocks whole.
+
+Either is a copy of the block, trained in the student while the teacher has the original. Nothing of it is left in the
+model until `Student.settle`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.stack import BlockStack
+
+Where = Literal["all", "after", "beside", "last"]
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What is trained of the blocks that stay.
+
+    Attributes
+    ----------
+    how : {"lora", "partial"}
+        Low-rank adapters beside their linear layers (LoRA, arXiv 2106.09685), which are merged in the end, or the
+        blocks whole.
+    where : {"all", "after", "beside", "last"}
+        All blocks, those after the first cut, `count` on either side of each cut, or the last `count` of the stack.
+    count : int
+        See there.
+    head : bool
+        Whether the LM head is trained too, whole; where it is the input embedding as well, it cannot be.
+    rank, alpha, dropout
+        Of the adapters: alpha/rank is their scale.
+    targets : tuple of str
+        How the names of the layers end that get an adapter; by default every linear layer of a block does.
+
+    Examples
+    --------
+    >>> Healing.parse("partial:where=beside,count=2").blocks(8, [range(3, 5)])
+    [1, 2, 5, 6]
+    >>> Healing.parse("lora:rank=8,targets=up_proj+down_proj").targets
+    ('up_proj', 'down_proj')
+    """
+
+    how: Literal["lora", "partial"] = "lora"
+    where: Where = "all"
+    count: int = 0
+    head: bool = False
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        counted = self.where in ("beside", "last")
+        if self.how not in ("lora", "partial") or self.where not in ("all", "after", "beside", "last"):
+            raise StreamlineError(
+                f"Healing {self.how!r} of {self.where!r} blocks is unknown; expected 'lora' or 'partial', of 'all', "
+                "'after', 'beside' or 'last'."
+            )
+        if counted != (self.count > 0):
+            raise StreamlineError(
+                f"Healing of the blocks {self.where!r} was given count={self.count}; expected 1 or more for 'beside' "
+                "and 'last', and none otherwise."
+            )
+        if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
+            raise StreamlineError(
+                f"Adapters of rank={self.rank}, alpha={self.alpha}, dropout={self.dropout} cannot be; expected a rank "
+                "of 1 or more, alpha above 0, dropout in 0 to 1."
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Healing:
+        """Read ``"lora"``, ``"lora:rank=64,where=after"`` or ``"partial:where=beside,count=2"``.
+
+        Raises
+        ------
+        StreamlineError
+            If it cannot be read.
+        """
+        how, _, rest = text.partition(":")
+        read: dict[str, Any] = {
+            "where": str, "count": int, "rank": int, "alpha": float, "dropout": float,
+            "targets": lambda value: tuple(value.split("+")), "head": lambda value: value in ("", "true"),
+        }  # fmt: skip
+        given: dict[str, Any] = {}
+        for part in filter(None, rest.split(",")):
+            name, _, value = part.partition("=")
+            try:
+                given[name.strip()] = read[name.strip()](value.strip())
+            except (KeyError, ValueError):
+                raise StreamlineError(
+                    f"The healing {text!r} cannot be read at {part!r}. Expected options such as "
+                    f"'lora:rank=16,where=after'; known are {', '.join(read)}."
+                ) from None
+        return cls(how=how.strip(), **given)  # type: ignore[arg-type]
+
+    def blocks(self, length: int, windows: Sequence[range]) -> list[int]:
+        """The blocks that are trained, of those that stay."""
+        gone = {k for window in windows for k in window}
+        match self.where:
+            case "all":
+                chosen = set(range(length))
+            case "after":
+                chosen = set(range(min((window.stop for window in windows), default=0), length))
+            case "last":
+                chosen = set(range(length - self.count, length))
+            case "beside":
+                chosen = set()
+                for window in windows:
+                    chosen |= set(range(window.start - self.count, window.start))
+                    chosen |= set(range(window.stop, window.stop + self.count))
+        return sorted(k for k in chosen - gone if 0 <= k < length)
+
+
+def healing_copies(
+    stack: BlockStack, windows: Sequence[range], healing: Healing
+) -> tuple[dict[int, nn.Module], dict[str, nn.Module]]:
+    """Make the copies that a `Student` trains.
+
+    Parameters
+    ----------
+    stack : BlockStack
+        Of the original.
+    windows : sequence of range
+        What is given up.
+    healing : Healing
+
+    Returns
+    -------
+    copies : dict of int to torch.nn.Module
+        Of blocks that stay. Those with adapters share the block's weights, which are not trained.
+    outside : dict of str to torch.nn.Module
+        The LM head by its path, where it is trained.
+
+    Raises
+    ------
+    StreamlineError
+        If no block is left to train, peft is missing, no layer has a name that is asked for, or the head is tied.
+    """
+    chosen = healing.blocks(len(stack), windows)
+    if not chosen:
+        raise StreamlineError(
+            f"Healing of the blocks {healing.where!r} finds none: {len(stack)} blocks, of which "
+            f"{', '.join(f'{w.start} to {w.stop - 1}' for w in windows)} go. Choose others."
+        )
+    copies = {k: _with_adapters(stack[k], healing) if healing.how == "lora" else _whole(stack[k]) for k in chosen}
+    return copies, _head(stack.model) if healing.head else {}
+
+
+def merge_adapters(block: nn.Module) -> None:
+    """Add what adapters learnt to the weights beside them, in a copy that shares them with the original no more."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for path, layer in list(block.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            base: Any = layer.get_base_layer()
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+            layer.merge()
+            block.set_submodule(path, base)
+
+
+def _whole(module: nn.Module) -> nn.Module:
+    made = copy.deepcopy(module)
+    for parameter in made.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    return made
+
+
+def _with_adapters(block: nn.Module, healing: Healing) -> nn.Module:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise StreamlineError("Healing by adapters takes the package peft: pip install peft") from error
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in block.parameters()}
+    made = copy.deepcopy(block, shared)
+    linear = [name for name, module in made.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)]
+    names = [name for name in linear if not healing.targets or name.endswith(healing.targets)]
+    if not names:
+        raise StreamlineError(
+            f"No layer of a {type(block).__name__} ends in {' or '.join(healing.targets)}; its linear layers are "
+            f"{', '.join(linear) or 'none'}. Name some of these (targets)."
+        )
+    config = LoraConfig(
+        r=healing.rank,
+        lora_alpha=healing.alpha,  # type: ignore[arg-type]
+        lora_dropout=healing.dropout,
+        target_modules=names,
+        fan_in_fan_out=_is_conv1d(made.get_submodule(names[0])),
+    )
+    adapted: nn.Module = inject_adapter_in_model(config, made)  # type: ignore[arg-type]
+    return adapted
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def _head(model: nn.Module) -> dict[str, nn.Module]:
+    ask = getattr(model, "get_output_embeddings", None)
+    head = ask() if callable(ask) else None
+    path = next((path for path, module in model.named_modules() if module is head), None)
+    if head is None or path is None:
+        raise StreamlineError(f"{type(model).__name__} does not say which its LM head is; leave head out.")
+    own = {id(parameter) for parameter in head.parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in own and not name.startswith(f"{path}."):
+            raise StreamlineError(
+                f"The LM head of {type(model).__name__} is {name} as well: trained alone, it would be a new matrix of "
+                f"{parameter.numel():,} parameters. Train the last blocks instead, or untie the two first."
+            )
+    return {path: _whole(head)}

@@ -1,0 +1,197 @@
+"""What a repair is trained for: to say what the original says, to be in the state it is in, or to predict the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, cross_entropy
+
+from streamline_hooks.errors import StreamlineError
+
+_TOKENS_AT_ONCE = 64  # few enough for the processor's cache, at any vocabulary
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A weighted sum of losses, each a mean over real tokens.
+
+    Attributes
+    ----------
+    kl : float
+        KL(original ‖ repaired) of the next token, in nats.
+    lm : float
+        Negative log-likelihood of the text's own next token, in nats.
+    mse : float
+        Mean square of the difference of the states after each window, a feature (LLM-Streamline, arXiv 2403.19135).
+    relative : float
+        ‖ŷ − y‖²/‖y‖² of these states, which the closed form minimises.
+    cosine : float
+        1 − cos(ŷ, y) of these states.
+
+    Raises
+    ------
+    StreamlineError
+        If a weight is negative, or all are zero.
+
+    Examples
+    --------
+    >>> Objective.parse("kl + 0.5*lm")
+    Objective(kl=1.0, lm=0.5, mse=0.0, relative=0.0, cosine=0.0)
+    >>> print(Objective(kl=0.0, mse=1.0))
+    mse
+    """
+
+    kl: float = 1.0
+    lm: float = 0.0
+    mse: float = 0.0
+    relative: float = 0.0
+    cosine: float = 0.0
+
+    def __post_init__(self) -> None:
+        weights = self._weights()
+        if min(weights.values()) < 0 or not any(weights.values()):
+            raise StreamlineError(f"{self!r} has a negative weight or none; expected one above zero, and none below.")
+
+    def __str__(self) -> str:
+        said = {name: weight for name, weight in self._weights().items() if weight}
+        return " + ".join(name if weight == 1 else f"{weight:g}*{name}" for name, weight in said.items())
+
+    @classmethod
+    def parse(cls, text: str) -> Objective:
+        """Read ``"kl"``, ``"mse"`` or a sum such as ``"kl + 0.5*lm"``.
+
+        Raises
+        ------
+        StreamlineError
+            If the text names no such loss.
+        """
+        known = [field.name for field in fields(cls)]
+        weights: dict[str, Any] = dict.fromkeys(known, 0.0)
+        for part in text.split("+"):
+            number, _, name = part.rpartition("*")
+            name = name.strip()
+            try:
+                weights[name] += float(number) if number else 1.0
+            except (KeyError, ValueError):
+                raise StreamlineError(
+                    f"The objective {text!r} cannot be read at {part.strip()!r}. Expected a sum of {', '.join(known)}, "
+                    "each with a weight or without, such as 'kl + 0.5*lm'."
+                ) from None
+        return cls(**weights)
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the blocks after the window, and the LM head, have to be run."""
+        return bool(self.kl or self.lm)
+
+    @property
+    def needs_original_logits(self) -> bool:
+        """Whether the original has to be run to its head."""
+        return bool(self.kl)
+
+    @property
+    def needs_states(self) -> bool:
+        """Whether the states after the windows are compared."""
+        return bool(self.mse or self.relative or self.cosine)
+
+    def of_states(self, repaired: Sequence[Tensor], original: Sequence[Tensor], mask: Tensor) -> Tensor:
+        """The part of the loss that compares states, summed over tokens and averaged over windows.
+
+        Parameters
+        ----------
+        repaired, original : sequence of torch.Tensor
+            One a window, of shape (batch, tokens, features).
+        mask : torch.Tensor
+            The real tokens, of shape (batch, tokens).
+        """
+        total = torch.zeros((), device=mask.device)
+        for ours, theirs in zip(repaired, original, strict=True):
+            a, b = ours[mask].float(), theirs[mask].float()
+            squared = (a - b).square()
+            if self.mse:
+                total = total + self.mse * squared.mean(dim=-1).sum()
+            if self.relative:
+                total = total + self.relative * (squared.sum(dim=-1) / b.square().sum(dim=-1).clamp_min(1e-30)).sum()
+            if self.cosine:
+                total = total + self.cosine * (1.0 - cosine_similarity(a, b, dim=-1)).sum()
+        return total / max(1, len(repaired))
+
+    def of_logits(self, repaired: Tensor, original: Tensor | None, ids: Tensor | None, mask: Tensor) -> Tensor:
+        """The part of the loss that compares what is said, summed over tokens.
+
+        Parameters
+        ----------
+        repaired, original : torch.Tensor
+            Logits of shape (batch, tokens, vocabulary). The original's may be overwritten.
+        ids : torch.Tensor
+            The text, of shape (batch, tokens); for the LM loss alone.
+        mask : torch.Tensor
+            The real tokens, of shape (batch, tokens).
+        """
+        total = torch.zeros((), device=repaired.device)
+        if self.kl:
+            assert original is not None
+            total = total + self.kl * summed_kl(_real(repaired, mask), _real(original, mask))
+        if self.lm:
+            assert ids is not None
+            predicted = mask[:, 1:] & mask[:, :-1]
+            nll = cross_entropy(repaired[:, :-1][predicted].float(), ids[:, 1:][predicted], reduction="sum")
+            total = total + self.lm * nll
+        return total
+
+    def _weights(self) -> dict[str, float]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def summed_kl(repaired: Tensor, original: Tensor) -> Tensor:
+    """The sum over tokens of KL(original ‖ repaired), whose gradient reaches the repaired logits alone.
+
+    Parameters
+    ----------
+    repaired, original : torch.Tensor
+        Logits of shape (tokens, vocabulary). The original's are overwritten where a gradient is needed: it takes
+        their place, so that nothing of that size is allocated.
+
+    Examples
+    --------
+    >>> logits = torch.zeros(3, 5, requires_grad=True)
+    >>> summed_kl(logits, torch.zeros(3, 5)).item()
+    0.0
+    """
+    if not (torch.is_grad_enabled() and repaired.requires_grad):
+        return _SummedKL.run(repaired, original, gradient=False)
+    result: Tensor = _SummedKL.apply(repaired, original)
+    return result
+
+
+class _SummedKL(torch.autograd.Function):
+    """Σ p (log p − log q), with the gradient q − p made on the way while both are at hand."""
+
+    @staticmethod
+    def run(repaired: Tensor, original: Tensor, gradient: bool) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=repaired.device)
+        for ours, theirs in zip(repaired.split(_TOKENS_AT_ONCE), original.split(_TOKENS_AT_ONCE), strict=True):
+            q, p = ours.float().log_softmax(dim=-1), theirs.float().log_softmax(dim=-1)
+            likely = p.exp()
+            total += (p.sub_(q).mul_(likely)).sum(dtype=torch.float64)
+            if gradient:
+                theirs.copy_(q.exp_().sub_(likely))
+        return total.to(torch.float32)
+
+    @staticmethod
+    def forward(ctx: Any, repaired: Tensor, original: Tensor) -> Tensor:
+        total = _SummedKL.run(repaired, original, gradient=True)
+        ctx.gradient = original
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Any) -> Any:
+        return ctx.gradient.mul_(outer[0]).to(ctx.gradient.dtype), None
+
+
+def _real(logits: Tensor, mask: Tensor) -> Tensor:
+    return logits.flatten(0, 1) if bool(mask.all()) else logits[mask]

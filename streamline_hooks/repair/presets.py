@@ -1,0 +1,139 @@
+"""Whole recipes by name: what stands in the window's place, how it is trained, and how the rest is healed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.repair.healing import Healing
+from streamline_hooks.repair.objective import Objective
+from streamline_hooks.repair.settings import Training
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A recipe.
+
+    Attributes
+    ----------
+    name : str
+    kind : str
+        What stands in the window's place, see `kind_named`.
+    source : str
+        The paper or the repository that it is taken from, and what is different here.
+    training : Training or None
+        None where nothing is trained. How many sequences are run at a time, and so how many steps are made, is up to
+        whoever trains.
+    healing : Healing or None
+        What is trained of the blocks that stay.
+    """
+
+    name: str
+    kind: str
+    source: str
+    training: Training | None = None
+    healing: Healing | None = None
+
+
+_MLP_LAYERS = (
+    "gate_proj", "up_proj", "down_proj", "fc1", "fc2", "w1", "w2", "mlp.c_fc", "mlp.c_proj",
+    "dense_h_to_4h", "dense_4h_to_h",
+)  # fmt: skip
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset("none", "none", "Plain removal."),
+        Preset(
+            "llm-streamline-ffn",
+            "feed_forward",
+            "LLM-Streamline, arXiv 2403.19135; RUCKBReasoning/LLM-Streamline, examples/"
+            "mlp_mseloss_train_without_memory_issue: d to 4d to d with ReLU and biases, without a residual path, from "
+            "random weights, by the MSE of the states; its batches hold 128 sequences of 2,048 tokens and more. Its "
+            "weight decay is for biases too.",
+            Training(
+                objective=Objective(kl=0.0, mse=1.0),
+                learning_rate=2e-4,
+                weight_decay=1e-3,
+                betas=(0.9, 0.95),
+                warmup=0.03,
+                floor=0.025,
+                clip=1.0,
+            ),
+        ),
+        Preset(
+            "llm-streamline-layer",
+            "block:solve=false",
+            "LLM-Streamline, arXiv 2403.19135; RUCKBReasoning/LLM-Streamline, LLM_Streamline/"
+            "train_lightweightnetwork.py: a copy of the window's first block as it is, by the MSE of the states; its "
+            "batches hold 128 sequences of 2,048 tokens. Its script runs the block without a causal mask while it "
+            "trains, which is not done here.",
+            Training(
+                objective=Objective(kl=0.0, mse=1.0),
+                learning_rate=2e-4,
+                weight_decay=1e-3,
+                betas=(0.9, 0.999),
+                warmup=0.01,
+                floor=0.25,
+                clip=5.0,
+            ),
+        ),
+        Preset(
+            "replaceme",
+            "replaceme",
+            "ReplaceMe, arXiv 2505.02819, eq. 1 to 6; mts-ai/ReplaceMe, lstsq.py. Its code sums over padding too.",
+        ),
+        Preset(
+            "linearpatch",
+            "linearpatch",
+            "LinearPatch, arXiv 2505.24680; chenxinrui-tsinghua/LinearPatch, layer_select.py and block_scaling.py, "
+            "without its fine-tuning. For orders that have several Hadamard matrices ours may be another one.",
+        ),
+        Preset(
+            "ghosted",
+            "ghosted",
+            "Ghosted Layers, arXiv 2605.15491; daniel-eai/ghosted_layers_official_repository, lib/recovery.py.",
+        ),
+        Preset(
+            "prune-and-comp",
+            "scale",
+            "Prune&Comp, arXiv 2507.18212; chenxinrui-tsinghua/PruneAndComp, magcomp.py, for one window. Folded into "
+            "the blocks behind the window instead of the embedding and the blocks before it, which is the same.",
+        ),
+        Preset(
+            "uidl",
+            "none",
+            "Gromov et al., arXiv 2403.17887, A.1 and B.3: plain removal, then adapters on the MLPs of all blocks by "
+            "the LM loss; its batches hold 16 sequences, of 5,000 steps 100 warm up, and the blocks are in 4 bits, "
+            "which they are not here.",
+            Training(
+                objective=Objective(kl=0.0, lm=1.0),
+                learning_rate=3e-4,
+                weight_decay=0.0,
+                betas=(0.9, 0.999),
+                warmup=0.02,
+                floor=0.0,
+                clip=1.0,
+            ),
+            Healing("lora", "all", rank=64, alpha=64.0, dropout=0.05, targets=_MLP_LAYERS),
+        ),
+    )
+}
+
+
+def preset_named(name: str) -> Preset:
+    """The preset of a name.
+
+    Raises
+    ------
+    StreamlineError
+        If there is none; the text lists the known ones.
+
+    Examples
+    --------
+    >>> preset_named("uidl").kind
+    'none'
+    """
+    if name not in PRESETS:
+        raise StreamlineError(f"The preset {name!r} is unknown. Known: {', '.join(PRESETS)}.")
+    return PRESETS[name]

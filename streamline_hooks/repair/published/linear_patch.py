@@ -1,0 +1,87 @@
+"""LinearPatch: a scale for each channel of the rotated state (Chen et al., arXiv 2505.24680).
+
+In their code (chenxinrui-tsinghua/LinearPatch, layer_select.py and block_scaling.py) the states before and after the
+window are rotated by a Hadamard matrix H, so that massive activations are spread over all channels; the scale of a
+rotated channel is the ratio of its mean absolute values after and before, a mean over sequences; and what stands in
+the window's place is the one matrix H·diag(scale)·Hᵀ, which is trained no further by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from streamline_hooks.batch import Batch
+from streamline_hooks.errors import UnsupportedSurgery
+from streamline_hooks.passes import recorded
+from streamline_hooks.recorder import HiddenStateRecorder
+from streamline_hooks.repair.published.hadamard import hadamard
+from streamline_hooks.repair.published.measured import measured
+from streamline_hooks.repair.repaired import Batches, Repair
+from streamline_hooks.replacements import LinearReplacement
+from streamline_hooks.stack import BlockStack
+from streamline_hooks.statistics.precision import widen
+
+
+class RotatedScale:
+    """The scale of each channel of the rotated state, as a mean over sequences.
+
+    Parameters
+    ----------
+    rotation : torch.Tensor
+        H, orthogonal, of shape (features, features).
+
+    Examples
+    --------
+    >>> scale = RotatedScale(torch.eye(2, dtype=torch.float64))
+    >>> scale.update(
+    ...     torch.tensor([[[1.0, 1.0], [3.0, 1.0]]]), torch.tensor([[[2.0, 3.0], [2.0, 3.0]]]), torch.ones(1, 2)
+    ... )
+    >>> scale.patch.tolist()
+    [[1.0, 0.0], [0.0, 3.0]]
+    """
+
+    def __init__(self, rotation: Tensor) -> None:
+        self.rotation, self.sequences = rotation, 0
+        self.ratios = torch.zeros(len(rotation), dtype=torch.float64)
+
+    def update(self, entering: Tensor, leaving: Tensor, mask: Tensor) -> None:
+        """Add the sequences of a batch, of shape (batch, tokens, features), of the tokens that count."""
+        for x, y, real in zip(entering, leaving, mask.to(entering.device).bool(), strict=True):
+            if real.any():
+                rotation = self.rotation.to(x.device)
+                before, after = ((widen(state[real]) @ rotation).abs().mean(dim=0) for state in (x, y))
+                self.ratios += (after / before).cpu()
+                self.sequences += 1
+
+    @property
+    def patch(self) -> Tensor:
+        """H·diag(scale)·Hᵀ, of shape (features, features), float64."""
+        return self.rotation * (self.ratios / self.sequences) @ self.rotation.T
+
+
+def fit_linear_patch(
+    stack: BlockStack,
+    windows: Sequence[range],
+    fit: Batches,
+    held_out: Batches,
+    probe: Batch | Tensor | None,
+    what: str,
+) -> list[Repair | UnsupportedSurgery]:
+    """Measure the patches of windows, in one pass over all sequences that ends after the last of them."""
+    needed = sorted({w.start for w in windows} | {w.stop - 1 for w in windows})
+    record = HiddenStateRecorder(stack.model, needed, stop=True, stack=stack.path)
+    batches, scales = [*fit, *held_out], dict[range, RotatedScale]()
+    cost = f"scale{what}: {len(windows)} windows, {needed[-1] + 1} of {len(stack)} blocks"
+    for _, mask, _ in recorded(stack.model, batches, record, cost):
+        for window in windows:
+            x, y = record.inputs[window.start][0], record.outputs[window.stop - 1][0]
+            if window not in scales:
+                scales[window] = RotatedScale(hadamard(x.shape[-1]))
+            scales[window].update(x, y, mask)
+    identity = torch.eye(len(next(iter(scales.values())).rotation), dtype=torch.float64)
+    maps = {window: scale.patch - identity for window, scale in scales.items()}
+    made = [(window, LinearReplacement.from_map(maps[window]), maps[window]) for window in windows]
+    return measured(stack, made, held_out, what)

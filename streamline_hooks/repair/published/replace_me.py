@@ -1,0 +1,54 @@
+"""ReplaceMe: a map of least squares folded into the MLP before the window (Shopkhoev et al., arXiv 2505.02819).
+
+In the paper (eq. 1 to 6) and its code (mts-ai/ReplaceMe, lstsq.py) the map is T = (MᵀM)⁻¹Mᵀ(Y − A), with M what the
+MLP before the window adds, A the residual stream that it is added to, and Y the state after the window. Every token
+weighs the same, and there is no ridge. Its code sums over padding too; here padding never counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from streamline_hooks.batch import Batch
+from streamline_hooks.errors import UnsupportedSurgery
+from streamline_hooks.repair.folded import Folded, measure_fold_moments
+from streamline_hooks.repair.repaired import Batches, Repair
+from streamline_hooks.stack import BlockStack
+from streamline_hooks.statistics import WindowMoments
+
+
+def fit_replace_me(
+    stack: BlockStack,
+    windows: Sequence[range],
+    fit: Batches,
+    held_out: Batches,
+    probe: Batch | Tensor | None,
+    what: str,
+) -> list[Repair | UnsupportedSurgery]:
+    """Fit the maps of windows, each in a pass over all sequences; why not, where nothing can be folded."""
+    return [_fit(stack, window, fit, held_out, probe, what) for window in windows]
+
+
+def _fit(
+    stack: BlockStack, window: range, fit: Batches, held_out: Batches, probe: Batch | Tensor | None, what: str
+) -> Repair | UnsupportedSurgery:
+    measure = partial(measure_fold_moments, stack.model, windows=[window], stack=stack.path, probe=probe)
+    try:
+        (plain,) = measure([*fit, *held_out], weighted=False, what=f"fit{what}")
+        (relative,) = measure(held_out, what=f"hold out{what}")
+    except UnsupportedSurgery as error:
+        return error
+    change = replace_me_map(plain)
+    errors = relative.error(torch.zeros_like(change)), relative.error(change)
+    identity = torch.eye(len(change), dtype=torch.float64, device=change.device)
+    return Repair(window, Folded(window, identity + change, 0.0, errors[1], errors[0]), *errors, 0.0)
+
+
+def replace_me_map(moments: WindowMoments) -> Tensor:
+    """T − I, from the sums without weights of m and of y − a − m; the shortest solution where there are several."""
+    solution: Tensor = torch.linalg.lstsq(moments.xx, moments.xd, driver="gelsd").solution
+    return solution

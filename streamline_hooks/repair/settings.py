@@ -1,0 +1,111 @@
+"""How a repair is trained, and how that went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.repair.objective import Objective
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a repair is trained: AdamW, warm-up, cosine to a floor.
+
+    Attributes
+    ----------
+    objective : Objective
+    learning_rate : float
+        At its highest.
+    weight_decay : float
+        Of matrices; vectors (norms, biases, scales) have none.
+    betas : tuple of float
+    warmup, floor : float
+        Share of the steps in which the rate rises from 0, and share of the rate that it falls to.
+    clip : float
+        The greatest norm of the gradient; 0 for any.
+    epochs : int
+        How often each batch is seen.
+    accumulation : int
+        Batches a step.
+    autocast : torch.dtype or None
+        Precision of the matrix products, for instance bfloat16; by default that of the weights.
+    validations : int
+        How often KL on validation text is measured, evenly, after the first time before the first step.
+    patience : int
+        Stop after so many validations without a lower KL; 0 for never.
+    seed : int
+        Of the order of the batches, and of dropout.
+    memory : int
+        Bytes that the states at the window's entrance may take in memory, before a file takes them.
+    state_dtype : torch.dtype or None
+        As what they are kept.
+    keep_in : Path or None
+        A file to go on from after an interruption.
+    keep_every : float
+        Minutes between two writings of it.
+    """
+
+    objective: Objective = field(default_factory=Objective)
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup: float = 0.03
+    floor: float = 0.05
+    clip: float = 1.0
+    epochs: int = 1
+    accumulation: int = 1
+    autocast: torch.dtype | None = None
+    validations: int = 8
+    patience: int = 0
+    seed: int = 0
+    memory: int = 2**31
+    state_dtype: torch.dtype | None = None
+    keep_in: Path | None = None
+    keep_every: float = 5.0
+
+    def __post_init__(self) -> None:
+        least = {"epochs": 1, "accumulation": 1, "validations": 1, "patience": 0, "memory": 0}
+        wrong = [name for name, bound in least.items() if getattr(self, name) < bound]
+        wrong += [name for name in ("learning_rate",) if not getattr(self, name) > 0]
+        wrong += [n for n in ("weight_decay", "clip", "keep_every") if not getattr(self, n) >= 0]
+        wrong += [name for name in ("warmup", "floor") if not 0 <= getattr(self, name) <= 1]
+        if wrong:
+            raise StreamlineError(
+                f"{wrong[0]}={getattr(self, wrong[0])!r} makes no training. Expected epochs, accumulation and "
+                "validations of 1 or more, a learning rate above 0, warmup and floor in 0 to 1, and nothing negative."
+            )
+
+
+@dataclass
+class Trained:
+    """How a training went. The modules hold the best weights that were seen.
+
+    Attributes
+    ----------
+    steps, tokens : int
+        That were made, and that were trained on.
+    kl_before, kl : float
+        KL(original ‖ repaired) on validation text in nats a token, before the first step and with the best weights.
+    best_step : int
+        After which those were.
+    history : list of dict
+        Each validation: ``step``, ``tokens``, ``kl`` and the mean training ``loss`` since the one before.
+    seconds : float
+        Of the training itself; those before an interruption count.
+    stopped : str
+        Why it ended before all steps were made; empty where it did not.
+    """
+
+    steps: int
+    tokens: int
+    kl_before: float
+    kl: float
+    best_step: int
+    history: list[dict[str, Any]]
+    seconds: float
+    stopped: str = ""

@@ -1,0 +1,238 @@
+"""The model with its stand-ins, beside the original that shares every other weight with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from streamline_hooks.batch import Batch
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.evaluation.candidates import logits_of
+from streamline_hooks.passes import resume
+from streamline_hooks.recorder import ForwardStopped, HiddenStateRecorder
+from streamline_hooks.repair.stand_in import StandIn, place
+from streamline_hooks.stack import find_stack
+from streamline_hooks.surgery import LayerSurgeon
+
+
+class Student:
+    """What is trained: stand-ins for windows, and copies of blocks that stay.
+
+    Outside `opened` the model is the original, so that one set of weights serves as teacher and as student, and an
+    error leaves nothing behind. From the student's first change on both are run on the same states.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The original.
+    stand_ins : sequence of (range, StandIn)
+        Windows, in their order, and what stands in the place of each; see `place`.
+    copies : mapping of int to torch.nn.Module, optional
+        Copies of blocks that stay, which are trained while the teacher has the originals; see `healing`.
+    outside : mapping of str to torch.nn.Module, optional
+        Copies of modules outside the stack, such as the LM head, by their path in the model.
+    stack : str, optional
+        Path of the stack, see `find_stack`.
+
+    Raises
+    ------
+    StreamlineError
+        If nothing would change.
+
+    Examples
+    --------
+    >>> from streamline_hooks import LinearReplacement
+    >>> from streamline_hooks.testing import tiny_model
+    >>> student = Student(tiny_model("llama"), [(range(2, 4), LinearReplacement(32))])
+    >>> student.start, sorted(student.parameters())
+    (2, ['2-3.0.projection.weight'])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stand_ins: Sequence[tuple[range, StandIn]],
+        *,
+        copies: Mapping[int, nn.Module] | None = None,
+        outside: Mapping[str, nn.Module] | None = None,
+        stack: str | None = None,
+    ) -> None:
+        self.model = model
+        self.stack = find_stack(model, stack)
+        self.stand_ins = sorted(stand_ins, key=lambda one: one[0].start)
+        self.copies = dict(sorted((copies or {}).items()))
+        self.outside = dict(outside or {})
+        if not (self.stand_ins or self.copies or self.outside):
+            raise StreamlineError("There is nothing to train: give a window with its stand-in, or copies of blocks.")
+        _require_apart(self.windows)
+        self.training = True
+        first = [_first_change(window, stand_in) for window, stand_in in self.stand_ins]
+        self.start = min([*first, *self.copies, len(self.stack) - 1])
+        with self.opened():
+            pass  # so that the modules are known
+
+    @property
+    def windows(self) -> list[range]:
+        """What is given up."""
+        return [window for window, _ in self.stand_ins]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by a name that says where it is."""
+        found = {}
+        for place_, modules in self.modules.items():
+            for number, module in enumerate(modules):
+                for name, parameter in module.named_parameters():
+                    if parameter.requires_grad:
+                        found[f"{place_}.{number}.{name}"] = parameter
+        return found
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Let the model be the student."""
+        with ExitStack() as exits:
+            surgeon = exits.enter_context(LayerSurgeon(self.model, self.stack, probe=False))
+            self.carry_out(surgeon)
+            for path, module in self.outside.items():
+                exits.callback(self.model.set_submodule, path, self.model.get_submodule(path))
+                self.model.set_submodule(path, module)
+                self.modules[path] = [module]
+            self._ends = self._places_after()
+            for modules in self.modules.values():
+                for module in modules:  # what is put in takes the mode of the blocks around it
+                    module.train(self.training)
+            yield
+
+    def carry_out(self, surgeon: LayerSurgeon) -> None:
+        """Put everything that belongs into the stack in its place."""
+        self.modules: dict[str, list[nn.Module]] = {}
+        for window, stand_in in self.stand_ins:
+            self.modules[f"{window.start}-{window.stop - 1}"] = place(surgeon, window, stand_in)
+        for k, block in self.copies.items():
+            placed = surgeon.replace(range(k, k + 1), block)
+            assert placed is not None
+            self.modules[str(k)] = [placed]
+
+    def settle(self) -> None:
+        """Give the modules that stay the values of their trained copies; the original is no more then.
+
+        Windows are given up by a surgeon that is committed, see `place`.
+        """
+        pairs = [(self.stack[k], copy) for k, copy in self.copies.items()]
+        pairs += [(self.model.get_submodule(path), copy) for path, copy in self.outside.items()]
+        with torch.no_grad():
+            for module, copy in pairs:
+                trained = dict(copy.named_parameters())
+                for name, held in module.named_parameters():
+                    held.copy_(trained[name])
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """Let the original be in evaluation mode, and what is trained in the mode that `training` says."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    @contextmanager
+    def trained_alone(self) -> Iterator[None]:
+        """Give no parameter of the original a gradient; each is as it was in the end."""
+        mine = {id(parameter) for modules in self.modules.values() for m in modules for parameter in m.parameters()}
+        others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in mine]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
+
+    def run(
+        self, entrance: Tensor, batch: Batch | Tensor, *, logits: bool, states: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """Run the student on from its first change.
+
+        Parameters
+        ----------
+        entrance : torch.Tensor
+            What comes to block `start`, of shape (batch, tokens, features).
+        batch : mapping or torch.Tensor
+            The batch that it is of, for masks and positions.
+        logits, states : bool
+            What is needed: without the first nothing is run after the last window.
+
+        Returns
+        -------
+        logits : torch.Tensor or None
+            Of shape (batch, tokens, vocabulary).
+        states : list of torch.Tensor
+            After each window, of shape (batch, tokens, features).
+        """
+        with self.opened(), ExitStack() as exits:
+            entering = [k for k, at_end in self._ends if not at_end]
+            leaving = len(entering) < len(self._ends)
+            records: list[HiddenStateRecorder] = []
+            if states and entering:
+                records.append(self._record(entering, True, stop=not (logits or leaving)))
+            if states and leaving:
+                records.append(self._record([-1], False, stop=not logits))
+            for record in records:
+                exits.enter_context(record)
+            try:
+                output = resume(self.model, self.start, entrance, batch, stack=self.stack.path, before_splices=True)
+            except ForwardStopped:
+                output = None
+            found = [
+                next(iter(records[-1].outputs.values()))[0] if at_end else records[0].inputs[k][0]
+                for k, at_end in (self._ends if states else ())
+            ]
+        return (logits_of(output) if logits else None), found
+
+    def original_logits(self, exit_: Tensor, batch: Batch | Tensor) -> Tensor:
+        """The original's logits, from the state that leaves its last block, without a graph."""
+        with torch.no_grad():
+            return logits_of(resume(self.model, len(self.stack), exit_, batch, stack=self.stack.path))
+
+    def _record(self, blocks: list[int], entering: bool, *, stop: bool) -> HiddenStateRecorder:
+        return HiddenStateRecorder(
+            self.model,
+            blocks,
+            inputs=entering,
+            outputs=not entering,
+            detach=False,
+            stop=stop,
+            stack=self.stack.path,
+        )
+
+    def _places_after(self) -> list[tuple[int, bool]]:
+        """Where the state after each window arrives, in the present numbering: entering a block, or at the end."""
+        present = list(find_stack(self.model, self.stack.path).blocks)
+        ends = []
+        for window in self.windows:
+            if window.stop == len(self.stack):
+                ends.append((len(present), True))
+                continue
+            copied = self.modules.get(str(window.stop))
+            block = copied[0] if copied else self.stack[window.stop]
+            ends.append((next(k for k, module in enumerate(present) if module is block), False))
+        return ends
+
+
+def _first_change(window: range, stand_in: StandIn) -> int:
+    """The first block that is not as it was."""
+    return window.start - 1 if type(stand_in).__name__ == "Folded" else window.start
+
+
+def _require_apart(windows: Sequence[range]) -> None:
+    for one, next_ in pairwise(windows):
+        if next_.start <= one.stop:
+            raise StreamlineError(
+                f"The windows {one.start} to {one.stop - 1} and {next_.start} to {next_.stop - 1} touch; expected a "
+                "block between two. Give one window for both."
+            )

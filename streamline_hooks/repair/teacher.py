@@ -1,0 +1,179 @@
+"""What the original does at the places that a training looks at, computed once for every batch.
+
+That is the state at the entrance of the first change, the states after the windows, and the state that leaves the last
+block, from which the original's logits follow through the head alone. They are kept in memory, and in files where they
+do not fit.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from streamline_hooks.batch import Batch
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.passes import recorded
+from streamline_hooks.recorder import HiddenStateRecorder
+from streamline_hooks.stack import find_stack
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What is kept of one batch; each of shape (batch, tokens, features), on the CPU.
+
+    Attributes
+    ----------
+    entrance : torch.Tensor
+        What comes to the first block that is changed.
+    after : tuple of torch.Tensor
+        What leaves each window; empty where states are not compared.
+    exit : torch.Tensor or None
+        What leaves the last block, before the final norm; None where logits are not needed.
+    """
+
+    entrance: Tensor
+    after: tuple[Tensor, ...] = ()
+    exit: Tensor | None = None
+
+    def rows(self, rows: slice) -> Taught:
+        """The same of some of the sequences."""
+        return Taught(
+            self.entrance[rows],
+            tuple(state[rows] for state in self.after),
+            None if self.exit is None else self.exit[rows],
+        )
+
+
+@dataclass(frozen=True)
+class TaughtStates:
+    """What is kept of all batches, and of where.
+
+    Attributes
+    ----------
+    start : int
+        The first block that is changed.
+    after : tuple of range
+        The windows whose last states are there.
+    exits : bool
+        Whether the states that leave the last block are there.
+    batches : list of Taught
+        One a batch.
+    """
+
+    start: int
+    after: tuple[range, ...]
+    exits: bool
+    batches: list[Taught]
+
+
+@contextmanager
+def taught_states(
+    model: nn.Module,
+    batches: Sequence[Batch | Tensor],
+    start: int,
+    *,
+    after: Sequence[range] = (),
+    exits: bool = True,
+    stack: str | None = None,
+    dtype: torch.dtype | None = None,
+    memory: int = 2**31,
+    folder: str | Path | None = None,
+    what: str = "original",
+) -> Iterator[TaughtStates]:
+    """Run every batch through the original once, as far as anything is needed.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    batches : sequence of mapping or torch.Tensor
+    start : int
+        The first block that is changed.
+    after : sequence of range
+        Windows whose last state is compared.
+    exits : bool
+        Whether logits are needed; else nothing is run after the last window.
+    stack : str, optional
+        Path of the stack, see `find_stack`.
+    dtype : torch.dtype, optional
+        As what they are kept, for instance bfloat16 for half the room; by default as they are.
+    memory : int
+        Bytes that they may take; what is more goes to files, which the system reads as it needs them.
+    folder : str or Path, optional
+        Where to make the files, which vanish in the end.
+    what : str
+        What the bar says.
+
+    Yields
+    ------
+    TaughtStates
+
+    Raises
+    ------
+    StreamlineError
+        If a state is not finite, or a file cannot be written.
+
+    Examples
+    --------
+    >>> from streamline_hooks.testing import tiny_model
+    >>> with taught_states(tiny_model("llama"), [torch.arange(3, 15).view(2, 6)], 2) as states:
+    ...     tuple(states.batches[0].entrance.shape), states.exits
+    ((2, 6, 32), True)
+    """
+    found = find_stack(model, stack)
+    ends = [window.stop - 1 for window in after] + ([len(found) - 1] if exits else [])
+    options = {"detach": True, "device": "cpu", "dtype": dtype, "stack": found.path}
+    entering = HiddenStateRecorder(model, [start], outputs=False, stop=not ends, **options)  # type: ignore[arg-type]
+    leaving = HiddenStateRecorder(model, ends, inputs=False, stop=True, **options) if ends else None  # type: ignore[arg-type]
+    last = leaving or entering
+    cost = f"{what}: {max(ends) + 1 if ends else start} of {len(found)} blocks"
+    with _Room(memory, folder) as room, ExitStack() as opened:
+        kept: list[Taught] = []
+        if leaving is not None:
+            opened.enter_context(entering)
+        for _ in recorded(model, batches, last, cost):
+            entrance = room.keep(entering.inputs[start][0])
+            entering.clear()
+            states = [] if leaving is None else [room.keep(leaving.outputs[k][0]) for k in ends]
+            left = states.pop() if exits else None
+            kept.append(Taught(entrance, tuple(states), left))
+        yield TaughtStates(start, tuple(after), exits, kept)
+        kept.clear()
+
+
+class _Room:
+    """Tensors in memory as long as they fit, and then in files."""
+
+    def __init__(self, memory: int, folder: str | Path | None) -> None:
+        self._left, self._folder = memory, folder
+        self._files: list[tempfile._TemporaryFileWrapper[bytes]] = []
+
+    def __enter__(self) -> _Room:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self._files:
+            file.close()
+
+    def keep(self, state: Tensor) -> Tensor:
+        size = state.numel() * state.element_size()
+        if size <= self._left:
+            self._left -= size
+            return state
+        self._left = 0
+        try:
+            file = tempfile.NamedTemporaryFile(suffix=".states", dir=self._folder)  # noqa: SIM115
+            self._files.append(file)
+            file.truncate(size)
+            mapped = torch.from_file(file.name, shared=True, size=state.numel(), dtype=state.dtype)
+            return mapped.copy_(state.flatten()).view(state.shape)
+        except (OSError, RuntimeError) as error:
+            raise StreamlineError(
+                "The original's states do not fit into the memory allowed for them, and a file for the rest cannot be "
+                f"written ({error}). Allow more memory, keep them as bfloat16, or name a folder with room."
+            ) from error

@@ -1,0 +1,414 @@
+"""Train what stands in the windows' places, running only what is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from streamline_hooks.batch import Batch, device_of, real_tokens, tokens_of
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.repair.objective import summed_kl
+from streamline_hooks.repair.settings import Trained, Training
+from streamline_hooks.repair.student import Student
+from streamline_hooks.repair.teacher import Taught, TaughtStates, taught_states
+from streamline_hooks.repair.training_state import load_optimiser, optimiser_tensors, read_state, write_state
+
+
+def train(
+    student: Student,
+    batches: Sequence[Batch | Tensor],
+    validation: Sequence[Batch | Tensor],
+    settings: Training | None = None,
+    *,
+    taught: TaughtStates | None = None,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Trained:
+    """Train a student on its own original.
+
+    The original is run once, and no further than it is needed: what comes to the first block that is changed, and
+    what the student is compared with, are kept. The student runs on from there, to the end of the last window where
+    only states are compared, and else to the head.
+
+    Parameters
+    ----------
+    student : Student
+        Its modules are trained in place; the original is not changed.
+    batches : sequence of mapping or torch.Tensor
+        Calibration text, in the batches that are run at a time.
+    validation : sequence of mapping or torch.Tensor
+        Other text, to choose the best weights by.
+    settings : Training, optional
+    taught : TaughtStates, optional
+        What the original does on these batches, where it is known already, see `taught_states`.
+    resume : bool
+        Go on from `settings.keep_in`. On a CPU the weights come out as they would have without the interruption, to
+        the bit.
+    say : callable
+        Receives lines about what happens.
+
+    Returns
+    -------
+    Trained
+
+    Raises
+    ------
+    StreamlineError
+        If there is nothing to train or to train on, or what is resumed is another training.
+
+    Notes
+    -----
+    Ctrl-C ends the training and keeps the best weights so far, and so does a loss that is not finite; `Trained.stopped`
+    says so. Where a GPU runs out of memory, batches are run in halves from then on, with the same steps.
+    """
+    settings = settings or Training()
+    if not batches or not validation:
+        raise StreamlineError(
+            f"A training takes batches to train and others to validate on; got {len(batches)} and {len(validation)}."
+        )
+    if resume and settings.keep_in is None:
+        raise StreamlineError("Nothing says where the training to resume was kept; name the file (keep_in).")
+    with ExitStack() as exits:
+        exits.enter_context(student.without_dropout())
+        exits.enter_context(student.trained_alone())
+        if not student.parameters():
+            raise StreamlineError(
+                "There is no parameter to train: nothing that stands in a window's place has any, and no block that "
+                "stays is trained either. Choose a kind with parameters, or healing."
+            )
+        compared = tuple(student.windows) if settings.objective.needs_states else ()
+        logits = settings.objective.needs_original_logits
+        if taught is None:
+            taught = exits.enter_context(_taught(student, batches, compared, logits, settings, "original"))
+        _require_fitting(taught, student, batches, compared, logits)
+        apart = exits.enter_context(_taught(student, validation, (), True, settings, "original, validation"))
+        return _Loop(student, batches, validation, taught.batches, apart.batches, settings, say).run(resume)
+
+
+def _taught(
+    student: Student,
+    batches: Sequence[Batch | Tensor],
+    after: tuple[range, ...],
+    exits: bool,
+    settings: Training,
+    what: str,
+) -> AbstractContextManager[TaughtStates]:
+    return taught_states(
+        student.model,
+        batches,
+        student.start,
+        after=after,
+        exits=exits,
+        stack=student.stack.path,
+        dtype=settings.state_dtype,
+        memory=settings.memory,
+        what=what,
+    )
+
+
+def _require_fitting(
+    taught: TaughtStates,
+    student: Student,
+    batches: Sequence[Batch | Tensor],
+    after: tuple[range, ...],
+    exits: bool,
+) -> None:
+    given = (taught.start, taught.after if after else (), taught.exits or not exits, len(taught.batches))
+    expected = (student.start, after, True, len(batches))
+    if given != expected:
+        raise StreamlineError(
+            f"The original's states are of block {given[0]} on, after the windows {list(given[1])}, of {given[3]} "
+            f"batches{'' if given[2] else ', without its exit'}; expected block {expected[0]}, {list(after)}, "
+            f"{expected[3]} batches. Compute them for this student, or leave them out."
+        )
+
+
+class _Loop:
+    """One training on its way."""
+
+    def __init__(
+        self,
+        student: Student,
+        batches: Sequence[Batch | Tensor],
+        validation: Sequence[Batch | Tensor],
+        taught: list[Taught],
+        validation_taught: list[Taught],
+        settings: Training,
+        say: Callable[[str], None],
+    ) -> None:
+        from transformers import get_cosine_with_min_lr_schedule_with_warmup  # it brings in much that is not needed
+
+        self.student, self.batches, self.validation, self.settings, self.say = (
+            student, batches, validation, settings, say,
+        )  # fmt: skip
+        self.taught, self.validation_taught = taught, validation_taught
+        self.parameters = student.parameters()
+        self.device = device_of(student.model)
+        self.steps = settings.epochs * math.ceil(len(batches) / settings.accumulation)
+        decayed = [p for p in self.parameters.values() if p.ndim > 1]
+        others = [p for p in self.parameters.values() if p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimiser = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=settings.learning_rate, betas=settings.betas
+        )
+        self.schedule: Any = get_cosine_with_min_lr_schedule_with_warmup(
+            self.optimiser,
+            num_warmup_steps=math.ceil(settings.warmup * self.steps),
+            num_training_steps=self.steps,
+            min_lr_rate=settings.floor,
+        )
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.history: list[dict[str, Any]] = []
+        self.losses: list[tuple[float, int]] = []
+        self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.rows = max(len(taught.entrance) for taught in self.taught)
+        self.fingerprint = self._fingerprint()
+
+    def run(self, resume: bool) -> Trained:
+        torch.manual_seed(self.settings.seed)
+        if resume:
+            self._restore()
+        stopped = ""
+        began, kept = time.perf_counter() - self.seconds, time.perf_counter()
+        total = sum(tokens_of(batch) for batch in self.batches) * self.settings.epochs
+        with _bar(total, self.tokens, self._cost()) as bar:
+            try:
+                if not self.history:
+                    self._validate(bar)
+                while self.step < self.steps and not (stopped := self._out_of_patience()):
+                    loss, tokens = self._step()
+                    if not math.isfinite(loss):
+                        stopped = f"the loss of step {self.step + 1} is {loss}"
+                        break
+                    self.step += 1
+                    self.tokens += tokens
+                    self.losses.append((loss * tokens, tokens))
+                    self.seconds = time.perf_counter() - began
+                    bar.update(tokens)
+                    if self.step in self._validations():
+                        self._validate(bar)
+                    bar.set_postfix_str(self._state())
+                    if time.perf_counter() - kept >= 60 * self.settings.keep_every:
+                        self._keep()
+                        kept = time.perf_counter()
+            except KeyboardInterrupt:
+                stopped = f"interrupted after step {self.step}"
+        if not stopped.startswith("the loss"):
+            self._keep()
+        none: dict[str, Any] = {"kl": math.nan, "step": 0}  # interrupted before anything was measured
+        best = min(self.history, key=lambda row: row["kl"], default=none)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.best[name])
+        if stopped:
+            self.say(
+                f"Training ended early: {stopped}. The best weights so far are kept, those of step {best['step']}."
+            )
+        first = self.history[0]["kl"] if self.history else none["kl"]
+        return Trained(self.step, self.tokens, first, best["kl"], best["step"], self.history, self.seconds, stopped)
+
+    def _step(self) -> tuple[float, int]:
+        """One step of the optimiser; the mean loss a token, and the tokens."""
+        numbers = self._numbers(self.step)
+        tokens = sum(tokens_of(self.batches[number]) for number in numbers)
+        while True:
+            try:
+                state = torch.get_rng_state()
+                loss = sum(self._backward(number, tokens) for number in numbers)
+                break
+            except torch.cuda.OutOfMemoryError:
+                if self.rows == 1:
+                    raise
+                self.rows = (self.rows + 1) // 2
+                self.optimiser.zero_grad(set_to_none=True)
+                torch.set_rng_state(state)
+                torch.cuda.empty_cache()
+                self.say(f"Out of memory: {self.rows} sequences are run at a time from here on, and the steps stay.")
+        if math.isfinite(loss):
+            if self.settings.clip:
+                nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
+            self.optimiser.step()
+            self.schedule.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return loss, tokens
+
+    def _backward(self, number: int, tokens: int) -> float:
+        total = 0.0
+        for taught, batch in self._parts(self.taught[number], self.batches[number]):
+            loss = self._loss(taught, batch) / tokens
+            if loss.requires_grad:
+                loss.backward()
+            total += float(loss.detach())
+        return total
+
+    def _loss(self, taught: Taught, batch: Batch | Tensor) -> Tensor:
+        """The loss, summed over the real tokens."""
+        objective = self.settings.objective
+        mask = self._mask(taught, batch)
+        with self._autocast():
+            logits, states = self.student.run(
+                taught.entrance, batch, logits=objective.needs_logits, states=objective.needs_states
+            )
+            original = self._original(taught, batch) if objective.needs_original_logits else None
+        loss = objective.of_states(states, [state.to(self.device) for state in taught.after], mask)
+        if logits is not None:
+            ids = batch if isinstance(batch, Tensor) else batch.get("input_ids")
+            loss = loss + objective.of_logits(logits, original, None if ids is None else ids.to(self.device), mask)
+        return loss
+
+    def _original(self, taught: Taught, batch: Batch | Tensor) -> Tensor:
+        assert taught.exit is not None
+        return self.student.original_logits(taught.exit, batch)
+
+    def _validate(self, bar: Any) -> None:
+        """KL on validation text; the weights are kept if it is the lowest so far."""
+        total, tokens = 0.0, 0
+        bar.set_postfix_str("validation")
+        with torch.no_grad(), _evaluating(self.student):
+            for taught, batch in zip(self.validation_taught, self.validation, strict=True):
+                for part, rows in self._parts(taught, batch):
+                    mask = self._mask(part, rows)
+                    with self._autocast():
+                        logits, _ = self.student.run(part.entrance, rows, logits=True, states=False)
+                        original = self._original(part, rows)
+                    total += float(summed_kl(cast(Tensor, logits)[mask], original[mask]))
+                    tokens += int(mask.sum())
+        kl = total / tokens if math.isfinite(total) else math.inf
+        counted = sum(n for _, n in self.losses)
+        loss = math.fsum(value for value, _ in self.losses) / counted if counted else None
+        self.losses.clear()
+        if not self.history or kl < min(row["kl"] for row in self.history):
+            self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.history.append({"step": self.step, "tokens": self.tokens, "kl": kl, "loss": loss})
+        bar.set_postfix_str(self._state())
+
+    def _parts(self, taught: Taught, batch: Batch | Tensor) -> Iterator[tuple[Taught, Batch | Tensor]]:
+        """A batch in parts of as many sequences as there is memory for."""
+        whole = len(taught.entrance)
+        if whole <= self.rows:
+            yield taught, batch
+            return
+        for start in range(0, whole, self.rows):
+            rows = slice(start, start + self.rows)
+            yield (
+                taught.rows(rows),
+                batch[rows]
+                if isinstance(batch, Tensor)
+                else {n: v[rows] if isinstance(v, Tensor) and len(v) == whole else v for n, v in batch.items()},
+            )
+
+    def _mask(self, taught: Taught, batch: Batch | Tensor) -> Tensor:
+        given = None if isinstance(batch, Tensor) else real_tokens(batch)
+        if isinstance(given, Tensor):
+            return given.to(self.device).bool()
+        return torch.ones(taught.entrance.shape[:2], dtype=torch.bool, device=self.device)
+
+    def _autocast(self) -> Any:
+        dtype = self.settings.autocast
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def _numbers(self, step: int) -> list[int]:
+        """The batches of a step: each epoch has an order of its own, which the seed tells."""
+        size = self.settings.accumulation
+        epoch, place = divmod(step, math.ceil(len(self.batches) / size))
+        generator = torch.Generator().manual_seed(self.settings.seed + epoch)
+        order = torch.randperm(len(self.batches), generator=generator).tolist()
+        return order[place * size : (place + 1) * size]
+
+    def _validations(self) -> set[int]:
+        count = min(self.settings.validations, self.steps)
+        return {round(self.steps * k / count) for k in range(1, count + 1)}
+
+    def _out_of_patience(self) -> str:
+        since = len(self.history) - 1 - min(range(len(self.history)), key=lambda k: self.history[k]["kl"])
+        if self.settings.patience and since >= self.settings.patience:
+            return f"KL on validation text was no lower {since} times"
+        return ""
+
+    def _cost(self) -> str:
+        length, start = len(self.student.stack), self.student.start
+        end = length if self.settings.objective.needs_logits else max(w.stop for w in self.student.windows)
+        return f"train on {self.settings.objective}: blocks {start} to {end - 1} of {length}"
+
+    def _state(self) -> str:
+        loss = f"loss {self.losses[-1][0] / self.losses[-1][1]:.4f}, " if self.losses else ""
+        return f"{loss}KL {self.history[-1]['kl']:.4f}, best {min(row['kl'] for row in self.history):.4f}"
+
+    # What is kept for going on later.
+
+    def _keep(self) -> None:
+        if self.settings.keep_in is None:
+            return
+        tensors = {f"parameter.{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        tensors |= {f"optimiser.{name}": value for name, value in optimiser_tensors(self.optimiser).items()}
+        tensors["random"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        said = {
+            "fingerprint": self.fingerprint, "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
+            "history": self.history, "losses": self.losses, "rows": self.rows,
+            "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
+            "rates": [group["lr"] for group in self.optimiser.param_groups],
+        }  # fmt: skip
+        write_state(self.settings.keep_in, tensors, said)
+
+    def _restore(self) -> None:
+        path = cast(Path, self.settings.keep_in)
+        tensors, said = read_state(path)
+        if said["fingerprint"] != self.fingerprint:
+            raise StreamlineError(
+                f"{path} holds another training: of other windows, text, settings or an other model. Give what it was "
+                "begun with, or begin again without --resume."
+            )
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"parameter.{name}"])
+                self.best[name] = tensors[f"best.{name}"].to(parameter.device)
+        prefix = "optimiser."
+        load_optimiser(self.optimiser, {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
+        self.schedule.load_state_dict({**self.schedule.state_dict(), **said["schedule"]})
+        for group, rate in zip(self.optimiser.param_groups, said["rates"], strict=True):
+            group["lr"] = rate
+        torch.set_rng_state(tensors["random"])
+        if "random.cuda" in tensors and self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        self.step, self.tokens, self.seconds = said["step"], said["tokens"], said["seconds"]
+        self.history, self.losses = said["history"], [(value, count) for value, count in said["losses"]]
+        self.rows = said["rows"]
+
+    def _fingerprint(self) -> str:
+        """Of everything that the result depends on but the weights' present values."""
+        settings = {k: str(v) for k, v in asdict(self.settings).items() if k not in ("keep_in", "keep_every", "memory")}
+        shapes = {name: list(parameter.shape) for name, parameter in self.parameters.items()}
+        digest = hashlib.sha256(repr((sorted(settings.items()), shapes, self.student.windows)).encode())
+        for batch in (*self.batches, *self.validation):
+            for tensor in [batch] if isinstance(batch, Tensor) else batch.values():
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for taught in self.validation_taught:  # what the model is, as far as this text shows it
+            for state in (taught.entrance, taught.exit):
+                digest.update(cast(Tensor, state).float().sum(dtype=torch.float64).numpy().tobytes())
+        return digest.hexdigest()
+
+
+@contextmanager
+def _evaluating(student: Student) -> Iterator[None]:
+    student.training = False
+    try:
+        yield
+    finally:
+        student.training = True
+
+
+def _bar(total: int, done: int, what: str) -> tqdm[Any]:
+    return tqdm(total=total, initial=done, desc=what, unit="tok", unit_scale=True, dynamic_ncols=True, mininterval=0.5)

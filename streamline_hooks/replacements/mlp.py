@@ -1,0 +1,120 @@
+"""A two-layer perceptron on the residual stream, with a linear map beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.replacements.registry import register_replacement
+
+
+@register_replacement("mlp")
+class MLPReplacement(nn.Module):
+    """h ↦ h + hW + down(act(up(h))), the feed-forward network of LLM-Streamline (arXiv 2403.19135) on a residual path.
+
+    Parameters
+    ----------
+    features : int
+        Width d of the residual stream.
+    width : int, optional
+        Of the hidden layer, 4·d by default.
+    activation : str
+        As Transformers' configurations name it, such as ``"gelu"``, ``"relu"`` or ``"silu"``.
+    bias : bool
+        Whether the two layers have a bias each.
+    linear : bool
+        Whether the linear map W is there, which can hold a closed-form solution.
+
+    Raises
+    ------
+    StreamlineError
+        If the width is not positive or the activation unknown.
+
+    Notes
+    -----
+    It starts at plain removal: W and the second layer are zero. It has 2·d·width parameters, d² more with the map and
+    width + d more with biases, costs 2 FLOPs a token for each but the biases, and takes no cache slot.
+
+    Examples
+    --------
+    >>> import torch
+    >>> module = MLPReplacement(8)
+    >>> module.to_config()["width"], module.flops_per_token == 2 * (2 * 8 * 32 + 8 * 8)
+    (32, True)
+    """
+
+    last_projection = "down_proj"
+
+    def __init__(
+        self,
+        features: int,
+        width: int | None = None,
+        activation: str = "gelu",
+        bias: bool = False,
+        linear: bool = True,
+    ) -> None:
+        super().__init__()
+        width = 4 * features if width is None else width
+        if width < 1:
+            raise StreamlineError(f"width={width} of an MLP must be 1 or more.")
+        if activation not in ACT2FN:
+            raise StreamlineError(f"activation={activation!r} is unknown; expected one of {', '.join(sorted(ACT2FN))}.")
+        self.features, self.width, self.activation, self.bias = features, width, activation, bias
+        self.up_proj = nn.Linear(features, width, bias=bias)
+        self.act_fn = ACT2FN[activation]
+        self.down_proj = nn.Linear(width, features, bias=bias)
+        self.linear = nn.Linear(features, features, bias=False) if linear else None
+        for layer in (self.down_proj, self.linear):
+            for parameter in layer.parameters() if layer is not None else ():
+                nn.init.zeros_(parameter)
+
+    def start_at(self, map_: Tensor) -> None:
+        """Make the linear map W, of shape (features, features), and the last layer beside it zero.
+
+        Raises
+        ------
+        StreamlineError
+            If there is no linear map to hold it.
+        """
+        start_beside(self.linear, map_, self.down_proj)
+
+    @property
+    def holds_map(self) -> bool:
+        """Whether there is a linear map to hold the closed-form solution."""
+        return self.linear is not None
+
+    @property
+    def flops_per_token(self) -> int:
+        """Twice the weights that a token is multiplied with."""
+        return 2 * self.features * (2 * self.width + (self.features if self.linear is not None else 0))
+
+    def to_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {
+            "features": self.features,
+            "width": self.width,
+            "activation": self.activation,
+            "bias": self.bias,
+            "linear": self.linear is not None,
+        }
+
+    def forward(self, state: Tensor) -> Tensor:
+        """Map a state of shape (batch, tokens, features) to the same shape."""
+        mapped: Tensor = state + self.down_proj(self.act_fn(self.up_proj(state)))
+        return mapped if self.linear is None else mapped + self.linear(state)
+
+
+def start_beside(linear: nn.Linear | None, map_: Tensor, last: nn.Linear) -> None:
+    """Start a linear map at W, and the last layer of the network beside it at zero."""
+    if linear is None:
+        raise StreamlineError(
+            "This network was built with linear=False: no linear map beside it can hold the closed-form solution."
+        )
+    with torch.no_grad():
+        linear.weight.copy_(map_.T)
+        for parameter in last.parameters():
+            parameter.zero_()

@@ -1,0 +1,138 @@
+"""Healing: the teacher keeps its weights, adapters merge into plain blocks, and nothing is left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError
+from streamline_hooks.repair.healing import Healing, healing_copies, merge_adapters
+from streamline_hooks.repair.settings import Training
+from streamline_hooks.repair.student import Student
+from streamline_hooks.repair.training import train
+from streamline_hooks.stack import find_stack
+from streamline_hooks.testing import tiny_model
+from tests.repair.test_training import BATCHES, VALIDATION
+
+WINDOW = range(2, 4)
+SETTINGS = Training(epochs=3, learning_rate=1e-2, validations=3)
+
+
+def healed(model: nn.Module, healing: Healing) -> Student:
+    stack = find_stack(model)
+    copies, outside = healing_copies(stack, [WINDOW], healing)
+    features = model.get_input_embeddings().weight.shape[1]
+    return Student(model, [(WINDOW, LinearReplacement(features))], copies=copies, outside=outside)
+
+
+@pytest.mark.parametrize("type_", ["llama", "gpt2"])
+@pytest.mark.parametrize("text", ["lora:rank=4,dropout=0.1", "partial:where=after", "partial:where=beside,count=1"])
+def test_healing_helps_and_the_original_is_untouched(type_: str, text: str) -> None:
+    model: Any = tiny_model(type_)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = [p.requires_grad for p in model.parameters()]
+    student = healed(model, Healing.parse(text))
+    trained = train(student, BATCHES, VALIDATION, SETTINGS)
+    assert trained.kl < trained.kl_before
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+@pytest.mark.parametrize("text", ["lora:rank=4,alpha=8", "partial:where=after"])
+def test_what_is_settled_says_what_the_student_said_and_is_plain(text: str) -> None:
+    model: Any = tiny_model("llama")
+    names = list(model.state_dict())
+    student = healed(model, Healing.parse(text))
+    train(student, BATCHES, VALIDATION, SETTINGS)
+    model.eval()
+    ids = BATCHES[0]["input_ids"]
+    with torch.no_grad():
+        student.training = False
+        with student.opened():
+            wanted = model(ids).logits
+        for block in student.copies.values():
+            merge_adapters(block)
+        with student.opened():
+            torch.testing.assert_close(model(ids).logits, wanted)
+        student.settle()
+        with LayerSurgeon(model) as surgeon:
+            surgeon.replace(*student.stand_ins[0])
+            torch.testing.assert_close(model(ids).logits, wanted)
+    assert list(model.state_dict()) == names
+
+
+def test_adapters_share_the_weights_that_they_do_not_train() -> None:
+    model: Any = tiny_model("llama")
+    copies, _ = healing_copies(find_stack(model), [WINDOW], Healing(rank=2))
+    assert sorted(copies) == [0, 1, 4, 5, 6, 7]
+    held = {p.data_ptr() for p in model.parameters()}
+    for block in copies.values():
+        frozen = [p for p in block.parameters() if not p.requires_grad]
+        assert {p.data_ptr() for p in frozen} <= held
+        assert all("lora" in name for name, p in block.named_parameters() if p.requires_grad)
+    merge_adapters(copies[0])
+    assert copies[0].mlp.up_proj.weight.data_ptr() not in held
+
+
+def test_only_the_layers_that_are_named_get_adapters() -> None:
+    copies, _ = healing_copies(
+        find_stack(tiny_model("llama")), [WINDOW], Healing.parse("lora:rank=2,targets=up_proj+down_proj")
+    )
+    trained = {name.split(".lora")[0] for name, p in copies[0].named_parameters() if p.requires_grad}
+    assert trained == {"mlp.up_proj", "mlp.down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("lora", [0, 1, 2, 5, 6, 9]),
+        ("partial:where=after", [5, 6, 9]),
+        ("partial:where=beside,count=1", [2, 5, 6, 9]),
+        ("partial:where=last,count=2", [9]),
+    ],
+)
+def test_which_blocks_are_trained(text: str, wanted: list[int]) -> None:
+    assert Healing.parse(text).blocks(10, [range(3, 5), range(7, 9)]) == wanted
+
+
+def test_the_head_is_trained_where_it_is_not_the_embedding() -> None:
+    model: Any = tiny_model("llama")
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    before = model.lm_head.weight.detach().clone()
+    student = healed(model, Healing.parse("partial:where=last,count=1,head"))
+    assert {name.partition(".")[0] for name in student.parameters()} == {"2-3", "7", "lm_head"}
+    train(student, BATCHES, VALIDATION, SETTINGS)
+    assert torch.equal(model.lm_head.weight, before)
+    student.settle()
+    assert not torch.equal(model.lm_head.weight, before)
+    tied: Any = tiny_model("gpt2")
+    with pytest.raises(StreamlineError, match=r"is transformer\.wte\.weight as well: .*Train the last blocks instead"):
+        healed(tied, Healing.parse("partial:where=last,count=1,head"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("full", "Healing 'full' of 'all' blocks is unknown"),
+        ("lora:rank=x", "cannot be read at 'rank=x'"),
+        ("lora:size=2", "cannot be read at 'size=2'.*known are where, count, rank"),
+        ("partial:where=beside", "was given count=0; expected 1 or more"),
+        ("partial:count=2", "was given count=2; expected"),
+        ("lora:dropout=1.0", "expected a rank of 1 or more, alpha above 0"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:
+    with pytest.raises(StreamlineError, match=message):
+        Healing.parse(text)
+
+
+def test_no_block_and_no_layer_are_refused() -> None:
+    stack = find_stack(tiny_model("llama"))
+    with pytest.raises(StreamlineError, match=r"finds none: 8 blocks, of which 6 to 7 go"):
+        healing_copies(stack, [range(6, 8)], Healing.parse("partial:where=last,count=2"))
+    with pytest.raises(StreamlineError, match=r"No layer of a LlamaDecoderLayer ends in fc1; its linear layers are"):
+        healing_copies(stack, [WINDOW], Healing.parse("lora:targets=fc1"))

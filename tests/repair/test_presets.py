@@ -1,0 +1,66 @@
+"""Presets do what their papers say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from streamline_hooks import StreamlineError
+from streamline_hooks.repair import kind_named
+from streamline_hooks.repair.healing import healing_copies
+from streamline_hooks.repair.presets import PRESETS, preset_named
+from streamline_hooks.stack import find_stack
+from streamline_hooks.testing import tiny_model
+
+# From the papers and repositories that the presets name: loss, rate, decay, betas, warm-up, last rate, clip.
+PUBLISHED: dict[str, tuple[Any, ...]] = {
+    "llm-streamline-ffn": ("mse", 2e-4, 1e-3, (0.9, 0.95), 0.03, 5e-6, 1.0),
+    "llm-streamline-layer": ("mse", 2e-4, 1e-3, (0.9, 0.999), 0.01, 5e-5, 5.0),
+    "uidl": ("lm", 3e-4, 0.0, (0.9, 0.999), 100 / 5000, 0.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_is_trained_is_trained_as_published(name: str) -> None:
+    training = preset_named(name).training
+    assert training is not None
+    found = (
+        str(training.objective),
+        training.learning_rate,
+        training.weight_decay,
+        training.betas,
+        training.warmup,
+        pytest.approx(training.floor * training.learning_rate),
+        training.clip,
+    )
+    assert PUBLISHED[name] == found
+
+
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - set(PUBLISHED)))
+def test_the_others_train_nothing(name: str) -> None:
+    assert preset_named(name).training is None
+    assert preset_named(name).healing is None
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_a_kind_and_a_source(name: str) -> None:
+    preset = PRESETS[name]
+    assert kind_named(preset.kind).name == preset.kind
+    assert "arXiv" in preset.source or name == "none"
+
+
+@pytest.mark.parametrize(("type_", "layers"), [("llama", 3), ("gpt2", 2), ("opt", 2), ("gpt_neox", 2)])
+def test_uidl_puts_adapters_of_rank_64_on_the_mlps_alone(type_: str, layers: int) -> None:
+    healing = preset_named("uidl").healing
+    assert healing is not None
+    copies, _ = healing_copies(find_stack(tiny_model(type_)), [range(2, 4)], healing)
+    adapters = {n.split(".lora_")[0]: p for n, p in copies[0].named_parameters() if p.requires_grad and ".lora_A" in n}
+    assert len(adapters) == layers
+    assert not any("attn" in name or "attention" in name for name in adapters)
+    assert {p.shape[0] for p in adapters.values()} == {64}
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    with pytest.raises(StreamlineError, match="The preset 'best' is unknown. Known: none, llm-streamline-ffn"):
+        preset_named("best")

@@ -1,0 +1,82 @@
+"""What the original does at the places that are looked at, in memory and in files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from streamline_hooks import HiddenStateRecorder, StreamlineError
+from streamline_hooks.repair.teacher import taught_states
+from streamline_hooks.testing import tiny_model
+
+SIZE = 2 * 7 * 32 * 4
+
+
+@pytest.fixture
+def batches() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randint(3, 60, (2, 7)), torch.randint(3, 60, (1, 9)), torch.randint(3, 60, (2, 7))]
+
+
+@pytest.mark.parametrize(("memory", "files"), [(2**20, 0), (4 * SIZE, 8), (0, 12)])
+def test_states_are_the_blocks_own_wherever_they_are_kept(
+    memory: int, files: int, batches: list[torch.Tensor], tmp_path: Path
+) -> None:
+    model, windows = tiny_model("llama"), [range(2, 4), range(5, 6)]
+    with taught_states(model, batches, 2, after=windows, memory=memory, folder=tmp_path) as states:
+        assert len(list(tmp_path.iterdir())) == files
+        for batch, found in zip(batches, states.batches, strict=True):
+            with torch.no_grad(), HiddenStateRecorder(model) as record:
+                model(batch)
+            assert torch.equal(found.entrance, record.inputs[2][0])
+            assert torch.equal(found.after[0], record.outputs[3][0])
+            assert torch.equal(found.after[1], record.outputs[5][0])
+            assert found.exit is not None
+            assert torch.equal(found.exit, record.outputs[7][0]), "the state before the final norm is meant"
+    assert not list(tmp_path.iterdir()), "the files outlive their use"
+
+
+def test_a_window_at_the_end_and_the_exit_are_one_place(batches: list[torch.Tensor]) -> None:
+    with taught_states(tiny_model("llama"), batches, 6, after=[range(6, 8)]) as states:
+        assert states.batches[0].exit is not None
+        assert torch.equal(states.batches[0].after[0], states.batches[0].exit)
+
+
+def test_half_the_room_in_bfloat16(batches: list[torch.Tensor], tmp_path: Path) -> None:
+    with taught_states(
+        tiny_model("llama"), batches, 2, exits=False, dtype=torch.bfloat16, memory=0, folder=tmp_path
+    ) as states:
+        assert {state.entrance.dtype for state in states.batches} == {torch.bfloat16}
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) == 2 * 32 * (14 + 9 + 14)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"exits": False}, [0, 1, 2]),
+        ({"exits": False, "after": [range(3, 5)]}, [0, 1, 2, 3, 4]),
+        ({}, list(range(8))),
+    ],
+)
+def test_no_block_and_no_head_is_run_that_is_not_needed(
+    options: dict[str, Any], wanted: list[int], batches: list[torch.Tensor]
+) -> None:
+    model: Any = tiny_model("llama")
+    run: list[int] = []
+    for k, block in enumerate(model.model.layers):
+        block.register_forward_hook(lambda *_, k=k: run.append(k))
+    model.lm_head.register_forward_hook(lambda *_: run.append(-1))
+    with taught_states(model, batches[:1], 3, **options):
+        assert run == wanted
+
+
+def test_a_folder_without_room_is_named(batches: list[torch.Tensor], tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    with (
+        pytest.raises(StreamlineError, match="a file for the rest cannot be written .*Allow more memory"),
+        taught_states(tiny_model("llama"), batches, 2, memory=0, folder=missing),
+    ):
+        pass

@@ -1,0 +1,343 @@
+"""Training a repair: it helps, it is the same after an interruption, and nothing is lost on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from streamline_hooks import LinearReplacement, StreamlineError
+from streamline_hooks.repair import training
+from streamline_hooks.repair.objective import Objective
+from streamline_hooks.repair.settings import Trained, Training
+from streamline_hooks.repair.student import Student
+from streamline_hooks.repair.teacher import taught_states
+from streamline_hooks.repair.training import train
+from streamline_hooks.repair.training_state import read_state, write_state
+from streamline_hooks.testing import tiny_model
+
+
+def texts(seed: int, count: int, rows: int = 4, width: int = 12) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(3, 60, (rows, width), generator=generator) for _ in range(count)]
+    return [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids]
+
+
+BATCHES, VALIDATION = texts(0, 6), texts(1, 2)
+QUICK = Training(epochs=2, learning_rate=1e-2, validations=3)
+
+
+def student_of(model: nn.Module, dropout: float = 0.0) -> tuple[Student, LinearReplacement]:
+    module = LinearReplacement(32)
+    if dropout:
+        module.projection = nn.Sequential(nn.Dropout(dropout), module.projection)
+    return Student(model, [(range(2, 4), module)]), module
+
+
+def weights(student: Student) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in student.parameters().values()]
+
+
+@pytest.mark.parametrize("text", ["kl", "mse", "relative", "kl + 0.5*lm", "cosine + relative", "lm"])
+def test_every_objective_falls_and_the_best_weights_stay(text: str) -> None:
+    student, _ = student_of(tiny_model("llama"))
+    settings = replace(QUICK, objective=Objective.parse(text), epochs=4, validations=6)
+    trained = train(student, BATCHES, VALIDATION, settings)
+    losses = [row["loss"] for row in trained.history[1:]]
+    assert losses[-1] < losses[0]
+    assert (trained.steps, trained.tokens) == (24, 24 * 48)
+    assert trained.kl == min(row["kl"] for row in trained.history) <= trained.kl_before
+    again = train(student, BATCHES, VALIDATION, replace(settings, learning_rate=1e-30))
+    assert again.kl_before == pytest.approx(trained.kl, rel=1e-6), "the modules do not hold the best weights"
+
+
+def test_the_best_weights_are_a_copy_that_later_steps_do_not_touch() -> None:
+    student, module = student_of(tiny_model("llama"))
+    trained = train(student, BATCHES, VALIDATION, replace(QUICK, learning_rate=1.0, warmup=0.0))
+    assert trained.best_step == 0, "a rate that spoils everything was meant to"
+    assert not module.projection.weight.any(), "the weights before the first step are not back"
+    assert trained.history[-1]["kl"] > trained.kl
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_one_others() -> None:
+    found = []
+    for seed in (0, 0, 1):
+        student, _ = student_of(tiny_model("llama"), dropout=0.2)
+        train(student, BATCHES, VALIDATION, replace(QUICK, seed=seed))
+        found.append(weights(student))
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(found[0], found[2], strict=True))
+
+
+def test_each_epoch_sees_every_batch_once_in_an_order_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    backward = training._Loop._backward
+    monkeypatch.setattr(
+        training._Loop, "_backward", lambda self, n, tokens: (seen.append(n), backward(self, n, tokens))[1]
+    )
+    train(student_of(tiny_model("llama"))[0], BATCHES, VALIDATION, replace(QUICK, accumulation=4))
+    assert [sorted(seen[:6]), sorted(seen[6:])] == [list(range(6))] * 2
+    assert seen[:6] != seen[6:]
+
+
+def test_accumulated_batches_are_one_larger_batch() -> None:
+    whole = {name: torch.cat([batch[name] for batch in BATCHES]) for name in BATCHES[0]}
+    found = []
+    for batches, accumulation in ((BATCHES, 6), ([whole], 1)):
+        student, _ = student_of(tiny_model("llama"))
+        train(student, batches, VALIDATION, replace(QUICK, accumulation=accumulation, learning_rate=1e-3))
+        found.append(weights(student))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
+    assert any(bool(a.any()) for a in found[0])
+
+
+def test_padding_is_not_trained_on() -> None:
+    found = []
+    for pad in (0, 3):
+        student, _ = student_of(tiny_model("llama"))
+        padded = [{name: nn.functional.pad(value, (pad, 0)) for name, value in batch.items()} for batch in BATCHES]
+        trained = train(student, padded, VALIDATION, replace(QUICK, objective=Objective.parse("kl + lm + mse")))
+        found.append((trained.tokens, weights(student)))
+    assert found[0][0] == found[1][0]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+class Killed(BaseException):
+    """What no training catches."""
+
+
+@pytest.mark.parametrize("step", [1, 5, 9])
+def test_a_training_that_was_killed_goes_on_to_the_same_weights(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(QUICK, keep_in=tmp_path / "training", keep_every=0.0, accumulation=1)
+    whole, _ = student_of(tiny_model("llama"), dropout=0.2)
+    wanted = train(whole, BATCHES, VALIDATION, replace(settings, keep_in=None))
+
+    student, _ = student_of(tiny_model("llama"), dropout=0.2)
+    with monkeypatch.context() as patch:
+        make = training._Loop._step
+
+        def dies(self: Any) -> Any:
+            if self.step == step:
+                raise Killed
+            return make(self)
+
+        patch.setattr(training._Loop, "_step", dies)
+        with pytest.raises(Killed):
+            train(student, BATCHES, VALIDATION, settings)
+    fresh, _ = student_of(tiny_model("llama"), dropout=0.2)
+    torch.rand(7)  # another process is elsewhere in its random numbers
+    found = train(fresh, BATCHES, VALIDATION, settings, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights(fresh), weights(whole), strict=True))
+    assert [row["kl"] for row in found.history] == [row["kl"] for row in wanted.history]
+    assert [row["loss"] for row in found.history] == [row["loss"] for row in wanted.history]
+
+
+_SCRIPT = """
+import os, signal, sys, torch
+sys.path.insert(0, {tests!r})
+from dataclasses import replace
+from pathlib import Path
+from tests.repair.test_training import BATCHES, QUICK, VALIDATION, student_of, tiny_model, training, weights
+torch.set_num_threads(1)
+student, _ = student_of(tiny_model("llama"), dropout=0.2)
+make = training._Loop._step
+def dies(self):
+    if self.step == {dies}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return make(self)
+training._Loop._step = dies
+settings = replace(QUICK, keep_in=Path({file!r}), keep_every=0.0)
+training.train(student, BATCHES, VALIDATION, settings, resume={resume})
+torch.save(weights(student), {out!r})
+"""
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_and_another_process(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    given = {"tests": str(root), "file": str(tmp_path / "training")}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+
+    def run(**more: Any) -> int:
+        script = _SCRIPT.format(**given, **more)
+        return subprocess.run([sys.executable, "-c", script], env=environment, cwd=root, check=False).returncode
+
+    assert run(dies=99, resume=False, out=str(tmp_path / "whole.pt")) == 0
+    (tmp_path / "training").unlink()
+    assert run(dies=7, resume=False, out=str(tmp_path / "never.pt")) == -signal.SIGKILL
+    assert run(dies=99, resume=True, out=str(tmp_path / "resumed.pt")) == 0
+    whole, resumed = (torch.load(tmp_path / f"{name}.pt") for name in ("whole", "resumed"))
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+def test_ctrl_c_keeps_the_best_and_can_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = replace(QUICK, keep_in=tmp_path / "training", keep_every=60.0)
+    whole, _ = student_of(tiny_model("llama"))
+    train(whole, BATCHES, VALIDATION, replace(settings, keep_in=None))
+    student, _ = student_of(tiny_model("llama"))
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        make = training._Loop._step
+
+        def interrupted(self: Any) -> Any:
+            if self.step == 6:
+                raise KeyboardInterrupt
+            return make(self)
+
+        patch.setattr(training._Loop, "_step", interrupted)
+        trained = train(student, BATCHES, VALIDATION, settings, say=said.append)
+    assert trained.stopped == "interrupted after step 6"
+    assert said == [
+        f"Training ended early: interrupted after step 6. The best weights so far are kept, those of step "
+        f"{trained.best_step}."
+    ]
+    train(student, BATCHES, VALIDATION, settings, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights(student), weights(whole), strict=True))
+
+
+def test_a_loss_that_is_no_number_stops_with_the_last_good_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, module = student_of(tiny_model("llama"))
+    make = training._Loop._loss
+    calls: list[int] = []
+
+    def spoilt(self: Any, *given: Any) -> torch.Tensor:
+        calls.append(1)
+        return make(self, *given) * (float("nan") if len(calls) == 6 else 1.0)
+
+    monkeypatch.setattr(training._Loop, "_loss", spoilt)
+    settings = replace(QUICK, keep_in=tmp_path / "training", validations=12)
+    trained = train(student, BATCHES, VALIDATION, settings)
+    assert trained.stopped == "the loss of step 6 is nan"
+    assert (trained.steps, trained.history[-1]["step"]) == (5, 5)
+    assert module.projection.weight.isfinite().all()
+    assert not (tmp_path / "training").exists(), "what ended badly is not to be gone on from"
+
+
+def test_out_of_memory_halves_the_batch_and_leaves_the_steps_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = student_of(tiny_model("llama"))
+    train(whole, BATCHES, VALIDATION, QUICK)
+    make = training._Loop._loss
+
+    def short_of_memory(self: Any, taught: Any, batch: Any) -> torch.Tensor:
+        loss = make(self, taught, batch)
+        if len(taught.entrance) > 1:
+            raise torch.cuda.OutOfMemoryError("planted")
+        return loss
+
+    monkeypatch.setattr(training._Loop, "_loss", short_of_memory)
+    student, _ = student_of(tiny_model("llama"))
+    said: list[str] = []
+    trained = train(student, BATCHES, VALIDATION, QUICK, say=said.append)
+    assert [line.partition(":")[2].split(" sequences")[0] for line in said] == [" 2", " 1"]
+    assert trained.steps == 12
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(weights(student), weights(whole), strict=True))
+
+
+def test_patience_ends_what_gets_no_better() -> None:
+    student, _ = student_of(tiny_model("llama"))
+    settings = replace(QUICK, learning_rate=1.0, warmup=0.0, patience=2, validations=12)
+    trained = train(student, BATCHES, VALIDATION, settings)
+    assert trained.stopped == "KL on validation text was no lower 2 times"
+    assert trained.steps == 2
+
+
+def test_bfloat16_products_train_too() -> None:
+    student, module = student_of(tiny_model("llama"))
+    trained = train(student, BATCHES, VALIDATION, replace(QUICK, epochs=4, autocast=torch.bfloat16))
+    assert trained.kl < trained.kl_before
+    assert module.projection.weight.dtype == torch.float32
+
+
+def test_the_original_is_as_it_was(tmp_path: Path) -> None:
+    model: Any = tiny_model("llama").train()
+    model.lm_head.weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    student, _ = student_of(model)
+    train(student, BATCHES, VALIDATION, QUICK)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_states_that_are_known_already_give_the_same_and_others_are_refused() -> None:
+    model = tiny_model("llama")
+    student, _ = student_of(model)
+    train(student, BATCHES, VALIDATION, QUICK)
+    other, _ = student_of(model)
+    with taught_states(model, BATCHES, 2) as taught:
+        train(other, BATCHES, VALIDATION, QUICK, taught=taught)
+        assert all(torch.equal(a, b) for a, b in zip(weights(other), weights(student), strict=True))
+        with pytest.raises(StreamlineError, match=r"of block 2 on, .* of 6 batches; expected block 2, \[\], 5 batches"):
+            train(other, BATCHES[:5], VALIDATION, QUICK, taught=taught)
+        with pytest.raises(StreamlineError, match=r"expected block 2, \[range\(2, 4\)\], 6 batches"):
+            train(other, BATCHES, VALIDATION, replace(QUICK, objective=Objective.parse("mse")), taught=taught)
+        with pytest.raises(StreamlineError, match="expected block 3"):
+            train(Student(model, [(range(3, 4), LinearReplacement(32))]), BATCHES, VALIDATION, QUICK, taught=taught)
+
+
+def test_what_cannot_be_trained_or_resumed_is_refused(tmp_path: Path) -> None:
+    student, _ = student_of(tiny_model("llama"))
+    file = tmp_path / "training"
+    with pytest.raises(StreamlineError, match="got 0 and 2"):
+        train(student, [], VALIDATION)
+    with pytest.raises(StreamlineError, match="There is no parameter to train"):
+        train(Student(tiny_model("llama"), [(range(2, 4), None)]), BATCHES, VALIDATION)
+    with pytest.raises(StreamlineError, match="name the file"):
+        train(student, BATCHES, VALIDATION, QUICK, resume=True)
+    with pytest.raises(StreamlineError, match="There is no training to resume at"):
+        train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
+    train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file))
+    for other in (replace(QUICK, keep_in=file, seed=1), replace(QUICK, keep_in=file, learning_rate=1e-3)):
+        with pytest.raises(StreamlineError, match="holds another training"):
+            train(student, BATCHES, VALIDATION, other, resume=True)
+    with pytest.raises(StreamlineError, match="holds another training"):
+        train(student, BATCHES[:-1], VALIDATION, replace(QUICK, keep_in=file), resume=True)
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"no safetensors"):
+        file.write_bytes(damaged)
+        with pytest.raises(StreamlineError, match=r"is not the file of a training, or is damaged .*begin again"):
+            train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"learning_rate": 0.0}, {"warmup": 1.5}, {"clip": -1.0}])
+def test_settings_that_make_no_training_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(StreamlineError, match=f"{next(iter(wrong))}=.* makes no training"):
+        Training(**wrong)
+
+
+def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "training"
+    write_state(file, {"a": torch.ones(2)}, {"step": 1})
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("streamline_hooks.repair.training_state.save_file", full)
+    with pytest.raises(StreamlineError, match=r"No space left on device\. Make room"):
+        write_state(file, {"a": torch.zeros(2)}, {"step": 2})
+    tensors, said = read_state(file)
+    assert torch.equal(tensors["a"], torch.ones(2))
+    assert said == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["training"]
+
+
+def test_what_is_returned_says_how_it_went() -> None:
+    trained = train(student_of(tiny_model("llama"))[0], BATCHES, VALIDATION, QUICK)
+    assert isinstance(trained, Trained)
+    assert [row["step"] for row in trained.history] == [0, 4, 8, 12]
+    assert trained.history[0]["loss"] is None
+    assert trained.stopped == ""
+    assert trained.seconds > 0
