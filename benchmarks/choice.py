@@ -142,7 +142,7 @@ class Bench:
             batches_of(held_out, BATCH),
             batches_of(self.split.validation[:1], 1),
         )[0]
-        attempts = [Attempt(found), Attempt(found, tuple(r.module for r in judged.repairs))]
+        attempts = [Attempt(found), Attempt(found, tuple(r.stand_in for r in judged.repairs))]
         _, (removed, repaired) = perplexity_of_attempts(self.stack, self.test, attempts)
         return {"blocks": str(found), "removed": removed.value, "repaired": repaired.value}
 

@@ -22,7 +22,8 @@ from streamline_hooks.evaluation.candidates import Candidate
 from streamline_hooks.evaluation.perplexity import perplexity_of_candidates
 from streamline_hooks.preparation import held_out_apart
 from streamline_hooks.pretrained import load_pretrained
-from streamline_hooks.repair import ClosedForm, kind_named, solve
+from streamline_hooks.repair import ClosedForm, solve
+from streamline_hooks.replacements import LinearReplacement
 from streamline_hooks.selection import windows
 from streamline_hooks.statistics import measure_moments
 
@@ -62,7 +63,7 @@ def rows_of(
     model: Any, split: Any, test: Any, every: list[range], solutions: list[ClosedForm]
 ) -> tuple[float, list[dict[str, Any]]]:
     """What becomes of each window of a size."""
-    repaired = [Candidate(w, kind_named("linear").start(s)) for w, s in zip(every, solutions, strict=True)]
+    repaired = [Candidate(w, LinearReplacement.from_map(s.map)) for w, s in zip(every, solutions, strict=True)]
     plain = [Candidate(w) for w in every]
     kls = kl_of_candidates(model, batches_of(split.validation, BATCH), repaired)
     original, scores = perplexity_of_candidates(model, test, [*plain, *repaired])

@@ -17,7 +17,8 @@ from streamline_hooks.checkpoint import require_free, save
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation import perplexity
 from streamline_hooks.preparation import Preparation, prepare_compression
-from streamline_hooks.repair import kind_named
+from streamline_hooks.repair import Kind, kind_named, place
+from streamline_hooks.repair.branch_linear import replace_branches
 from streamline_hooks.result import LABELS, CompressionResult, findings
 from streamline_hooks.selection import (
     Attempt,
@@ -45,7 +46,7 @@ def compress(
     texts: Sequence[str],
     *,
     remove: Target | int | float | str = 0.25,
-    kind: str = "linear",
+    kind: Kind | str = "linear",
     criterion: Criterion | str = "cosine",
     search: str = "window",
     parts: int = 2,
@@ -67,8 +68,8 @@ def compress(
     """Give up the blocks whose loss is repaired best.
 
     One pass compares all states; a search by a criterion makes a shortlist; a second pass, stopped after the last
-    block needed, sums the moments of all shortlisted windows; each is repaired in closed form and judged by KL to the
-    original on validation text; the best is committed, and measured on text that played no part in any of this.
+    block needed, sums the moments of all shortlisted windows; each is repaired by least squares and judged by KL to
+    the original on validation text; the best is committed, and measured on text that played no part in any of this.
 
     Parameters
     ----------
@@ -81,14 +82,16 @@ def compress(
     remove : Target, int, float or str
         Number of blocks, or a fraction below 1 of them (rounded half up); a string is read by `Target.parse`, which
         knows fractions of the parameters and latencies too.
-    kind : {"linear", "none"}
-        What stands in a window's place.
+    kind : Kind or str
+        What stands in a window's place, with its options, see `kind_named`: ``"linear"``, ``"linear:rank=64"``,
+        ``"mlp"``, ``"swiglu:width=1536"``, ``"block"``, ``"silenced"``, ``"folded"``, ``"scale"``, ``"none"``, or one
+        of your own (`register_kind`). Each starts where least squares brings it; nothing is trained here.
     criterion : Criterion or str
         What speaks for giving a window up, see `CRITERIA`.
     search : {"window", "disjoint", "one-shot", "greedy", "evolution", "attention", "mlp"}
         What the shortlist is made of: single windows, several disjoint ones, the best single blocks, blocks one after
         the other, what an evolutionary search finds, which takes attentions and MLPs apart too, or as many attentions
-        or MLPs alone, which are silenced.
+        or MLPs alone. These are silenced; of the kind ``"linear"`` a linear map stands in the place of each.
     parts : int
         Windows a selection, where the search is for disjoint ones.
     keep : iterable of int
@@ -125,7 +128,7 @@ def compress(
     """
     if output is not None:
         require_free(output, overwrite)
-    kind_named(kind)
+    chosen = kind_named(kind)
     named = criterion if isinstance(criterion, Criterion) else criterion_named(criterion)
     if min(shortlist, batch_size, parts) < 1:
         raise StreamlineError(
@@ -141,7 +144,9 @@ def compress(
             tokenizer,
             texts,
             remove=remove,
-            kind=kind,
+            kind=chosen,
+            search=search,
+            parts=parts,
             keep=keep,
             batch_size=batch_size,
             stack=stack,
@@ -153,7 +158,9 @@ def compress(
             test_tokens=test_tokens,
             test_documents=test_texts,
         )
-    for line in ready.announcement(kind, search, named.name, shortlist):
+    if output is not None:
+        ready.require_writable()
+    for line in ready.announcement(search, named.name, shortlist):
         say(line)
     path = ready.stack.path
     with clock("rank"):
@@ -161,7 +168,7 @@ def compress(
         asked = ready.question(criterion=named, profile=measured, best=shortlist, parts=parts, seed=seed)
         found = find_selections(search, asked)
     with clock("verify"):
-        judged = verified(model, found, ready.fit, ready.held_out, ready.validation, kind=kind, stack=path)
+        judged = verified(model, found, ready.fit, ready.held_out, ready.validation, kind=chosen, stack=path)
     for line in findings(judged):
         say(line)
     best = _first_that_can_go(model, judged, path, say)
@@ -169,19 +176,20 @@ def compress(
     with clock("measure"):
         perplexities = _perplexities(ready, best, first)
         before = _sizes(model)
-        test, data = ready.test, _data(ready.split, seed)
+        test, data, size = ready.test, _data(ready.split, seed), ready.size
         del ready, asked  # they hold the blocks that go
         with LayerSurgeon(model, path) as surgeon:
             _carry_out(surgeon, best)
-            plan = surgeon.commit(kind=kind, calibration=data)
-        repaired = any(repair.module is not None for repair in best.repairs)
+            plan = surgeon.commit(kind=chosen.name, calibration=data)
+        repaired = best.maps or any(repair.stand_in is not None for repair in best.repairs)
         perplexities["repaired" if repaired else "removed"] = perplexity(model, test, "perplexity").value
     after = _sizes(model)
     result = CompressionResult(
         model=model,
         tokenizer=tokenizer,
         plan=plan,
-        kind=kind,
+        kind=chosen.name,
+        size=size,
         criterion=named.name,
         search=search,
         candidates=[best, *(one for one in judged if one is not best)],
@@ -234,20 +242,21 @@ def _first_that_can_go(
 def _carry_out(surgeon: LayerSurgeon, selection: VerifiedSelection) -> None:
     if selection.refused:
         raise UnsupportedSurgery(selection.refused)
+    replace_branches(surgeon, selection.maps)  # before anything else stands beside these blocks
     for repair in selection.repairs:
-        surgeon.replace(repair.window, repair.module)
+        place(surgeon, repair.window, repair.stand_in)
     for k, branch in selection.silenced:
-        surgeon.silence(k, branch)
+        surgeon.silence(k, branch)  # does nothing where a map stands in its place already
 
 
 def _perplexities(ready: Preparation, best: VerifiedSelection, first: VerifiedSelection) -> dict[str, float]:
     """Of the original, of the chosen selection without its repair, and of the search's first if that is another."""
-    repaired = tuple(repair.module for repair in first.repairs)
+    repaired = tuple(repair.stand_in for repair in first.repairs)
     wanted = {"removed": Attempt(best)}
     if first is not best and not first.refused:
         wanted["first_removed"] = Attempt(first)
-        if any(module is not None for module in repaired):
-            wanted["first_repaired"] = Attempt(first, repaired)
+        if first.maps or any(stand_in is not None for stand_in in repaired):
+            wanted["first_repaired"] = Attempt(first, repaired, first.maps)
     what = f"perplexity of the original and {len(wanted)} others"
     original, each = perplexity_of_attempts(ready.stack, ready.test, list(wanted.values()), what)
     return {"original": original.value, **{name: p.value for name, p in zip(wanted, each, strict=True)}}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from streamline_hooks.batch import batches_of
@@ -13,7 +14,10 @@ from streamline_hooks.calibration import TokenSplit, check_tokenizer, split_docu
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.cost import Cost
 from streamline_hooks.evaluation.pace import measure_pace
-from streamline_hooks.repair import kind_named
+from streamline_hooks.repair import Kind, StandInSize, kind_named
+from streamline_hooks.repair.fitting import holds_map
+from streamline_hooks.repair.stand_in import is_spliced
+from streamline_hooks.replacements import replacement_config
 from streamline_hooks.selection import SearchProblem, Target, protected_blocks, windows_for
 from streamline_hooks.stack import BlockStack, find_stack
 
@@ -30,6 +34,7 @@ class Preparation:
     Attributes
     ----------
     stack : BlockStack
+    kind : Kind
     target : Target
     candidates : list of range
         The windows that reach the target alone.
@@ -40,6 +45,7 @@ class Preparation:
     """
 
     stack: BlockStack
+    kind: Kind
     target: Target
     candidates: list[range]
     protected: frozenset[int]
@@ -62,39 +68,54 @@ class Preparation:
             **more,
         )
 
-    def announcement(self, kind: str, search: str, criterion: str, shortlist: int) -> list[str]:
+    @property
+    def size(self) -> StandInSize:
+        """What stands in a window's place costs, told of the first candidate."""
+        return self.kind.size(self.stack, self.candidates[0])
+
+    def require_writable(self) -> None:
+        """Raise if a checkpoint could not hold what stands in a window's place."""
+        with torch.device("meta"):
+            made = self.kind.make(self.stack, self.candidates[0])
+        if isinstance(made, nn.Module) and is_spliced(self.stack, made):
+            replacement_config(made)
+
+    def announcement(self, search: str, criterion: str, shortlist: int) -> list[str]:
         """What is going to be done, in lines for a terminal."""
         lengths = sorted({len(window) for window in self.candidates})
         blocks = str(lengths[0]) if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
         share = "" if len(lengths) > 1 else f" ({lengths[0] / len(self.stack):.1%})"
         return [
             f"stack      {self.stack}",
-            f"remove     {self.target} comes to {blocks} of {len(self.stack)} blocks{share}, {kind} in their place"
+            f"remove     {self.target} comes to {blocks} of {len(self.stack)} blocks{share}, {self.kind.name} in their "
+            f"place ({self.size})"
             if search not in ("attention", "mlp")
-            else f"silence    {self.target} comes to the {search} of {blocks} of {len(self.stack)} blocks{share}",
+            else f"silence    {self.target} comes to the {search} of {blocks} of {len(self.stack)} blocks{share}, "
+            f"{self.kind.name if self.kind.in_branches else 'nothing'} in their place",
             f"search     {search} by {criterion}; {len(self.candidates)} windows reach the target, and up to "
             f"{shortlist} selections are fitted and judged",
             f"text       {self.split.describe()}",
         ]
 
-    def costs(self, shortlist: int, kind: str, profiled: bool = False) -> list[Cost]:
+    def costs(self, shortlist: int, profiled: bool = False) -> list[Cost]:
         """What finding one window will cost on this machine, measured on a few tokens; the sums beside the passes.
 
         Parameters
         ----------
         shortlist : int
-        kind : str
         profiled : bool
             Whether there is a profile already.
         """
         pace = measure_pace(self.stack.model, self.calibration[0], stack=self.stack.path)
-        module = kind_named(kind).unfitted(pace.features)
-        judged = {"shortlist": min(shortlist, len(self.candidates))}
+        with torch.device("meta"):
+            made = self.kind.make(self.stack, self.candidates[0])
+        module, beside = made if isinstance(made, nn.Module) else None, not holds_map(made)
+        judged: dict[str, Any] = {"shortlist": min(shortlist, len(self.candidates)), "replacement": module}
         return [
             *([] if profiled else [pace.rank(self.calibration)]),
-            pace.fit(self.fit, self.candidates, **judged),
-            pace.fit(self.held_out, self.candidates, **judged, sums=2),
-            pace.judge(self.validation, self.candidates, **judged, replacement=module),
+            pace.fit(self.fit, self.candidates, **judged, beside=beside),
+            pace.fit(self.held_out, self.candidates, **judged, beside=beside, sums=2),
+            pace.judge(self.validation, self.candidates, **judged, whole=bool(self.kind.slots or self.kind.fit)),
             pace.perplexity(self.test),
         ]
 
@@ -105,7 +126,9 @@ def prepare_compression(
     texts: Sequence[str],
     *,
     remove: Target | int | float | str,
-    kind: str,
+    kind: Kind | str,
+    search: str,
+    parts: int,
     keep: Iterable[int],
     batch_size: int,
     stack: str | None,
@@ -128,21 +151,40 @@ def prepare_compression(
     protected = protected_blocks(keep, len(found))
     require_positions(model, split["sequence_length"])
     embedding = cast(nn.Embedding, model.get_input_embeddings())
-    width = getattr(found.config, "hidden_size", embedding.embedding_dim)
     candidates = windows_for(
         model,
         target,
         stack=found.path,
         protected=protected,
-        stand_in=lambda window: chosen.unfitted(width),
-        slots=chosen.slots,
+        stand_in=lambda window: chosen.make(found, window),
+        slots=slots_of(chosen, search, parts),
         say=say,
     )
     dealt = split_documents(texts, tokenizer, **split)
     check_tokenizer(tokenizer, embedding.num_embeddings, dealt)
     fit, held_out = held_out_apart(dealt.calibration)
-    parts = (dealt.calibration, fit, held_out, dealt.validation, dealt.test)
-    return Preparation(found, target, candidates, protected, dealt, *(batches_of(part, batch_size) for part in parts))
+    dealt_out = (dealt.calibration, fit, held_out, dealt.validation, dealt.test)
+    batches = (batches_of(part, batch_size) for part in dealt_out)
+    return Preparation(found, chosen, target, candidates, protected, dealt, *batches)
+
+
+def slots_of(kind: Kind, search: str, parts: int) -> int:
+    """The slots that all stand-ins of a selection take together: so many more blocks are to go.
+
+    Raises
+    ------
+    StreamlineError
+        If that is not known, since the search makes as many windows as it likes.
+    """
+    if not kind.slots or search in ("attention", "mlp"):
+        return 0
+    if search not in ("window", "disjoint"):
+        raise StreamlineError(
+            f"The search {search!r} makes any number of windows, and the kind {kind.name!r} takes {kind.slots} "
+            f"slot{'s' * (kind.slots > 1)} for each, so that it is not known how many blocks would be left. Search for "
+            "a window or for disjoint ones, or take a kind without a slot."
+        )
+    return kind.slots * (parts if search == "disjoint" else 1)
 
 
 def held_out_apart(sequences: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamline_hooks.repair import StandInSize
 from streamline_hooks.selection import VerifiedSelection
 from streamline_hooks.statistics import Profile
 from streamline_hooks.surgery import SurgeryPlan
@@ -38,6 +39,8 @@ class CompressionResult:
         Old blocks to new blocks.
     kind : str
         What stands in the window's place.
+    size : StandInSize
+        What one of it costs.
     criterion, search : str
         What the shortlist was found by.
     candidates : list of VerifiedSelection
@@ -64,6 +67,7 @@ class CompressionResult:
     tokenizer: PreTrainedTokenizerBase
     plan: SurgeryPlan
     kind: str
+    size: StandInSize
     criterion: str
     search: str
     candidates: list[VerifiedSelection]
@@ -81,6 +85,7 @@ class CompressionResult:
         return {
             "plan": self.plan.to_dict(),
             "kind": self.kind,
+            "stand_in": asdict(self.size),
             "criterion": self.criterion,
             "search": self.search,
             "candidates": [_row(candidate) for candidate in self.candidates],
@@ -99,10 +104,10 @@ class CompressionResult:
 
     def table(self) -> str:
         """The result for a terminal."""
-        original = self.perplexities["original"]
+        original, chosen = self.perplexities["original"], self.candidates[0]
         rows = [
-            ("blocks", f"{self.plan.old_length} -> {len(self.plan.slots)}, {_what(self.candidates[0])}"),
-            ("in their place", self.kind if self.candidates[0].windows else "nothing"),
+            ("blocks", f"{self.plan.old_length} -> {len(self.plan.slots)}, {_what(chosen)}"),
+            ("in their place", f"{self.kind} ({self.size})" if chosen.windows or chosen.maps else "nothing"),
             ("found by", f"{self.search}, {self.criterion}"),
             ("parameters", _before_after(self.parameters, "")),
             ("bytes", _before_after(self.size_in_bytes, "B")),
@@ -126,7 +131,8 @@ def findings(judged: Sequence[VerifiedSelection]) -> list[str]:
     head = f"{'blocks':<{width}}     score   error removed   repaired     ridge        KL"
     rows = []
     for k, one in enumerate(judged):
-        worst = [max((getattr(r, name) for r in one.repairs), default=None) for name in _ERRORS]
+        columns = list(zip(*_errors(one), strict=True)) or [()] * 3
+        worst = [max((value for value in column if value is not None), default=None) for column in columns]
         errors = ["-" if e is None else f"{e:{form}}" for e, form in zip(worst, (".4f", ".4f", ".1e"), strict=True)]
         said = f"{one.score:9.4f} {errors[0]:>15} {errors[1]:>10} {errors[2]:>9} {one.kl:9.4f}"
         chosen = "   <- chosen" if k == 0 else ""
@@ -144,6 +150,12 @@ def _what(chosen: VerifiedSelection) -> str:
 _ERRORS = ("removal_error", "repaired_error", "ridge")
 
 
+def _errors(judged: VerifiedSelection) -> list[tuple[float | None, ...]]:
+    """Those of everything that was fitted: removed, repaired, and the ridge."""
+    windows = [(r.removal_error, r.repaired_error, r.ridge) for r in judged.repairs]
+    return [*windows, *((m.removal_error, m.held_out_error, m.ridge) for m in judged.maps)]
+
+
 def _row(judged: VerifiedSelection) -> dict[str, Any]:
     repairs = [
         {"start": r.window.start, "stop": r.window.stop, **{name: getattr(r, name) for name in _ERRORS}}
@@ -152,6 +164,10 @@ def _row(judged: VerifiedSelection) -> dict[str, Any]:
     return {
         "windows": [[w.start, w.stop] for w in judged.windows],
         "silenced": [list(half) for half in judged.silenced],
+        "maps": [
+            {"block": m.block, "branch": m.branch, **dict(zip(_ERRORS, errors, strict=True))}
+            for m, errors in zip(judged.maps, _errors(judged)[len(judged.repairs) :], strict=True)
+        ],
         "score": judged.score,
         "kl": judged.kl if math.isfinite(judged.kl) else None,
         "refused": judged.refused,

@@ -31,7 +31,13 @@ def compress(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the compressed model to.")],
     remove: Remove = "0.25",
-    kind: Annotated[str, typer.Option(help="What stands in the blocks' place: linear, or none.")] = "linear",
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="What stands in the blocks' place: none, linear (rank=64, diagonal), mlp, swiglu (width=1536, "
+            "linear=false), block (count=2), silenced, folded, scale; options after a colon, as in linear:rank=64."
+        ),
+    ] = "linear",
     calibration: Calibration = None,
     test: Annotated[
         list[str] | None,
@@ -58,8 +64,8 @@ def compress(
     """Remove the blocks whose loss is repaired best, repair them, measure the result, and save the model.
 
     One pass compares the states before and after every run of blocks. The most similar runs make a shortlist; each is
-    replaced by a linear map that is fitted in closed form, and judged by its KL to the original on text of its own.
-    The best one is saved, with report.json beside it.
+    replaced by a linear map or another kind, fitted by least squares, and judged by its KL to the original on text of
+    its own. The best one is saved, with report.json beside it.
 
     Example: streamline-hooks compress smollm2 --remove 0.25 --output smollm2-small
     """
@@ -102,6 +108,8 @@ def compress(
     shared: dict[str, Any] = {
         "remove": target,
         "kind": kind,
+        "search": search,
+        "parts": parts,
         "keep": blocks,
         "batch_size": batch_size,
         "stack": stack,
@@ -110,9 +118,10 @@ def compress(
     }
     if dry_run:
         ready = prepare_compression(loaded, tokenizer, documents, test_documents=test_documents, **shared)
-        for line in ready.announcement(kind, search, criterion, shortlist):
+        ready.require_writable()
+        for line in ready.announcement(search, criterion, shortlist):
             typer.echo(line)
-        costs = ready.costs(shortlist, kind, profile is not None)
+        costs = ready.costs(shortlist, profile is not None)
         typer.echo("")
         for cost in costs:
             typer.echo(str(cost))
@@ -126,8 +135,6 @@ def compress(
         tokenizer,
         documents,
         criterion=criterion,
-        search=search,
-        parts=parts,
         profile=profile,
         test_texts=test_documents,
         shortlist=shortlist,

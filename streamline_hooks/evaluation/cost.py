@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -101,6 +102,8 @@ class Pace:
         *,
         shortlist: int | None = None,
         sums: int = 1,
+        replacement: nn.Module | None = None,
+        beside: bool = False,
     ) -> Cost:
         """Of `measure_moments`: the blocks up to the last that a window needs, and no head.
 
@@ -113,14 +116,23 @@ class Pace:
             How many will be taken, where it is not known which; then the last of `windows` counts as one of them.
         sums : int
             How many sums of each window will be in memory, those of an earlier pass (to hold out) among them.
+        replacement : torch.nn.Module, optional
+            What stands in a window's place.
+        beside : bool
+            Whether it is run beside each window, so that its last projection can be solved for.
         """
         tokens, largest = _tokens(batches)
         count = _count(windows, shortlist)
         needed = {w.start for w in windows} | {w.stop - 1 for w in windows}
         places = min(len({k + step for k in needed for step in (0, 1)}), 4 * count)
-        seconds = self.before + sum(self.blocks[: max(needed) + 1]) + count * self.moments
-        chunk = min(largest, 4096) * 5 * self.features * _FLOAT64
-        held = sums * count * 2 * self.features**2 * _FLOAT64 + (places + 2) * self._state(largest)
+        sizes = [p.shape for p in replacement.parameters() if p.ndim > 1] if replacement is not None and beside else []
+        inputs = max((max(shape[-2:]) for shape in sizes), default=self.features)
+        entries = inputs * (inputs + self.features)
+        moments = self.moments * entries / (2 * self.features**2)
+        extra = sum(math.prod(shape) for shape in sizes) * self._seconds_a_parameter() if sizes else 0.0
+        seconds = self.before + sum(self.blocks[: max(needed) + 1]) + count * (moments + extra)
+        chunk = min(largest, 4096) * (4 * self.features + inputs) * _FLOAT64
+        held = sums * count * entries * _FLOAT64 + (places + 2) * self._state(largest)
         what = f"fit {count} windows"
         return Cost(what, tokens, tokens * seconds, held + max(chunk, self._working(largest)))
 
@@ -131,6 +143,7 @@ class Pace:
         *,
         shortlist: int | None = None,
         replacement: nn.Module | None = None,
+        whole: bool = False,
     ) -> Cost:
         """Of `kl_of_candidates`: the whole model once, and the blocks after each window with the head.
 
@@ -143,6 +156,8 @@ class Pace:
             How many will be taken, where it is not known which; then the mean of `windows` counts that often.
         replacement : torch.nn.Module, optional
             What stands in a window's place (a matrix of features × features counts by its share of a block's work).
+        whole : bool
+            Whether all blocks but the window's are run, since it is put into the model.
 
         Raises
         ------
@@ -154,15 +169,17 @@ class Pace:
         count = _count(windows, shortlist)
         # The last block carries the states that have passed the stack, and is run in vain.
         rest = sum(sum(self.blocks[w.stop :]) or self.blocks[-1] for w in windows) / len(windows)
+        if whole:
+            rest = sum(self.blocks) - sum(sum(self.blocks[w.start : w.stop]) for w in windows) / len(windows)
         stand_in = sum(p.numel() for p in replacement.parameters()) if replacement is not None else 0
         repaired = stand_in * self._seconds_a_parameter()
-        whole = self.before + sum(self.blocks) + self.after + self.reference
+        original = self.before + sum(self.blocks) + self.after + self.reference
         each = self.before + rest + self.after + self.divergence + repaired
         starts = min(len({w.start for w in windows}), count)
         # The original's logits and their log-probabilities in float32, two candidates' logits.
         logits = largest * self.vocabulary * (3 * self.logit_size + 4)
         kept = starts * self._state(largest) + max(logits, self._working(largest))
-        seconds = tokens * (whole + count * each) + len(batches) * count * self.surgery
+        seconds = tokens * (original + count * each) + len(batches) * count * self.surgery
         return Cost(f"judge {count} windows", tokens, seconds, kept)
 
     def perplexity(self, batches: Sequence[Batch | Tensor]) -> Cost:

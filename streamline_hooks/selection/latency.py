@@ -12,7 +12,8 @@ from torch import nn
 
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation.speed import Phase, SpeedReport, Spread
-from streamline_hooks.selection.parameters import StandIn
+from streamline_hooks.repair import place
+from streamline_hooks.selection.parameters import StandInFor, made_for
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.surgery.hazards import find_hazards
@@ -25,7 +26,7 @@ def fewest_blocks(
     wanted: float,
     phase: Phase,
     candidates: Mapping[int, list[range]],
-    stand_in: StandIn,
+    stand_in: StandInFor,
     timer: Timer,
     say: Callable[[str], None],
 ) -> int:
@@ -42,8 +43,8 @@ def fewest_blocks(
     phase : {"prefill", "decode"}
         The time to the first token, or to each further one.
     candidates : mapping of int to list of range
-        The windows of each length from 1 on.
-    stand_in : torch.nn.Module or callable, optional
+        The windows of each length from the shortest on, without a gap.
+    stand_in : StandIn or callable, optional
         See `windows_for`.
     timer : callable
         As `measure_speed`.
@@ -58,9 +59,9 @@ def fewest_blocks(
         If no window of a length can go.
     """
     length, longest = len(stack), max(candidates)
-    missing, misses = 0, 1.0
+    missing, misses = min(candidates) - 1, 1.0  # as many blocks as take their place save nothing
     reaching, reaches = longest + 1, math.nan
-    guess = max(1, min(longest, math.ceil((1 - wanted) * length)))
+    guess = max(missing + 1, min(longest, missing + math.ceil((1 - wanted) * length)))
     while reaching - missing > 1:
         spread = _ratio(stack, candidates[guess], stand_in, phase, timer)
         what = "the first token" if phase == "prefill" else "each further token"
@@ -92,7 +93,7 @@ def _next(wanted: float, missing: int, misses: float, reaching: int, reaches: fl
     return max(missing + 1, min(missing + step, reaching - 1))
 
 
-def _ratio(stack: BlockStack, candidates: list[range], stand_in: StandIn, phase: Phase, timer: Timer) -> Spread:
+def _ratio(stack: BlockStack, candidates: list[range], stand_in: StandInFor, phase: Phase, timer: Timer) -> Spread:
     """The time without one of the candidates: of those that can go, the one with the fewest parameters.
 
     Where blocks differ, the others save as much or more. Among equals it is the one nearest to the middle.
@@ -107,13 +108,13 @@ def _ratio(stack: BlockStack, candidates: list[range], stand_in: StandIn, phase:
         )
     sizes = stack.parameters_per_block
     chosen = min(safe, key=lambda w: (sum(sizes[k] for k in w), abs(w.start + w.stop - len(stack))))
-    made = stand_in if isinstance(stand_in, nn.Module) or stand_in is None else stand_in(chosen)
+    made = made_for(stand_in, chosen)
     made = copy.deepcopy(made) if made is stand_in else made  # the surgeon moves it to the blocks' device
 
     @contextmanager
     def without() -> Iterator[nn.Module]:
         with LayerSurgeon(stack.model, stack.path, probe=False) as surgeon:
-            surgeon.replace(chosen, made)
+            place(surgeon, chosen, made)
             yield stack.model
 
     more: dict[str, Any] = {"new_tokens": 0} if phase == "prefill" else {}

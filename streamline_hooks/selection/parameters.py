@@ -8,10 +8,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from streamline_hooks.repair.folded import Folded
+from streamline_hooks.repair.scaled import Scaled
+from streamline_hooks.repair.stand_in import StandIn
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced
 
-StandIn = nn.Module | Callable[[range], nn.Module | None] | None
+StandInFor = StandIn | Callable[[range], StandIn]
+"""What stands in every window's place, or a function that makes it for a window."""
 
 
 def parameters_by_window(stack: BlockStack) -> Callable[[range], int]:
@@ -51,8 +55,15 @@ def _outside(module: nn.Module, blocks: set[int]) -> Iterator[nn.Parameter]:
             yield from _outside(child, blocks)
 
 
-def parameters_of(stand_in: StandIn, window: range) -> int:
-    """The parameters of what stands in a window's place, made on the meta device."""
+def parameters_of(stand_in: StandInFor, window: range) -> int:
+    """The parameters of what stands in a window's place, made on the meta device; what is folded has none."""
     with torch.device("meta"):
-        module = stand_in if isinstance(stand_in, nn.Module) or stand_in is None else stand_in(window)
-    return sum(p.numel() for p in module.parameters()) if module is not None else 0
+        made = made_for(stand_in, window)
+    return sum(p.numel() for p in made.parameters()) if isinstance(made, nn.Module) else 0
+
+
+def made_for(stand_in: StandInFor, window: range) -> StandIn:
+    """What stands in a window's place."""
+    if stand_in is None or isinstance(stand_in, (nn.Module, Folded, Scaled)):
+        return stand_in
+    return stand_in(window)

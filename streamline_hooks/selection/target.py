@@ -13,7 +13,7 @@ from torch import nn
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.speed import Phase, measure_speed
 from streamline_hooks.selection.latency import Timer, fewest_blocks
-from streamline_hooks.selection.parameters import StandIn, parameters_by_window, parameters_of
+from streamline_hooks.selection.parameters import StandInFor, parameters_by_window, parameters_of
 from streamline_hooks.stack import BlockStack, find_stack
 
 _PROMPT, _NEW = 512, 16
@@ -97,7 +97,7 @@ def windows_for(
     *,
     stack: str | None = None,
     protected: frozenset[int] = frozenset(),
-    stand_in: StandIn = None,
+    stand_in: StandInFor = None,
     slots: int = 0,
     timer: Timer | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -117,12 +117,12 @@ def windows_for(
         Path of the stack, see `find_stack`.
     protected : frozenset of int
         Blocks that must stay, see `protected_blocks`.
-    stand_in : torch.nn.Module or callable, optional
+    stand_in : StandIn or callable, optional
         What will stand in a window's place, or a function that makes it for a window. Its parameters are taken off
         those that are saved (the function is called on the meta device for that), and it is timed with the rest. A
         number of blocks does not depend on it.
     slots : int
-        Slots that it takes, which counts where the target is a number of blocks.
+        Slots that it takes. Of a number of blocks so many more must go; whatever the target, more than these.
     timer : callable, optional
         Times models as `measure_speed` does, of which ``functools.partial`` makes one for other prompts. By default
         that, with prompts of 512 tokens, or as many as the model has positions for.
@@ -154,15 +154,19 @@ def windows_for(
     found = find_stack(model, stack)
     if len(found) < 2:
         raise StreamlineError(f"{found.path} has one block, and at least one must stay; nothing can be removed.")
+    if slots > len(found) - 2:
+        raise StreamlineError(
+            f"{slots} blocks that stand in the place of others leave nothing to remove of {len(found)}; take fewer."
+        )
     if wanted.of == "blocks":
         return windows(len(found), blocks_to_remove(wanted.amount, len(found), slots), protected)
     if wanted.of == "parameters":
-        return _by_parameters(found, wanted, protected, stand_in)
+        return _by_parameters(found, wanted, protected, stand_in, slots)
     phase: Phase = "prefill" if wanted.of == "latency" else "decode"
-    free = {size: _free(len(found), size, protected) for size in range(1, len(found))}
+    free = {size: _free(len(found), size, protected) for size in range(1 + slots, len(found))}
     candidates = {size: chosen for size, chosen in free.items() if chosen}
     if not candidates:
-        windows(len(found), 1, protected)  # raises: every block is protected
+        windows(len(found), 1 + slots, protected)  # raises: every block is protected
     timer = timer or partial(measure_speed, tokens=_prompt(model))
     return free[fewest_blocks(found, wanted.amount, phase, candidates, stand_in, timer, say)]
 
@@ -267,10 +271,12 @@ def windows(length: int, size: int, protected: frozenset[int] = frozenset()) -> 
     return free
 
 
-def _by_parameters(stack: BlockStack, target: Target, protected: frozenset[int], stand_in: StandIn) -> list[range]:
+def _by_parameters(
+    stack: BlockStack, target: Target, protected: frozenset[int], stand_in: StandInFor, slots: int
+) -> list[range]:
     """From each start the shortest window whose parameters, less the stand-in's, are the wanted fraction or more."""
     length, goes_with = len(stack), parameters_by_window(stack)
-    windows(length, 1, protected)  # raises if every block is protected
+    windows(length, 1 + slots, protected)  # raises if every block is protected
     total = sum(p.numel() for p in stack.model.parameters())
     wanted = target.amount * total * (1 - 1e-12)  # 0.1 of 30 is 3
     reaching, best = [], (-math.inf, range(0))
@@ -282,11 +288,11 @@ def _by_parameters(stack: BlockStack, target: Target, protected: frozenset[int],
         window = range(start, start)
         while window.stop < length and window.stop not in protected and len(window) < length - 1:
             window = range(start, window.stop + 1)
-            if goes_with(window) >= wanted and net(window) >= wanted:
+            if len(window) > slots and goes_with(window) >= wanted and net(window) >= wanted:
                 reaching.append(window)
                 break
         else:
-            if window:
+            if len(window) > slots:
                 best = max(best, (net(window), window), key=lambda pair: pair[0])
     if not reaching:
         saved, window = best

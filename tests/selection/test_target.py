@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError
+from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, find_stack
 from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.evaluation import SpeedReport, Timing, measure_speed
+from streamline_hooks.repair import kind_named
+from streamline_hooks.repair.folded import Folded
 from streamline_hooks.selection import blocks_to_remove, protected_blocks, windows
 from streamline_hooks.selection.target import Target, windows_for
 from streamline_hooks.testing import tiny_model as tiny_of_type
@@ -208,6 +210,39 @@ def test_parameters_that_cannot_be_saved() -> None:
         windows_for(model, "parameters:0.95")
     with pytest.raises(StreamlineError, match="No run of 1 consecutive blocks among 6 is free"):
         windows_for(model, "parameters:0.1", protected=frozenset(range(BLOCKS)))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_inherited_blocks_are_counted_and_leave_a_shorter_stack(count: int) -> None:
+    model = tiny_model("llama")
+    stack, kind = find_stack(model), kind_named(f"block:count={count}")
+    assert windows_for(model, 2, slots=count) == windows(BLOCKS, 2 + count)
+    size, total = stack.parameters_per_block[0], sum(p.numel() for p in model.parameters())
+    options: dict[str, Any] = {"stand_in": lambda window: kind.make(stack, window), "slots": count}
+    for fewer in (1, 2):
+        found = windows_for(model, Target(fewer * size / total, "parameters"), **options)
+        assert found == windows(BLOCKS, fewer + count)
+    with pytest.raises(StreamlineError, match=f"saves {(5 - count) * size:,} of the model's"):
+        windows_for(model, Target(0.9, "parameters"), **options)
+    with pytest.raises(
+        StreamlineError, match="5 blocks that stand in the place of others leave nothing to remove of 6"
+    ):
+        windows_for(model, 1, slots=5)
+
+
+def test_inherited_blocks_are_timed_with_the_rest() -> None:
+    model, (_, timer) = charged()
+    stack, kind = find_stack(model), kind_named("block:count=2")
+    options: dict[str, Any] = {"stand_in": lambda window: kind.make(stack, window), "slots": 2, "timer": timer}
+    for fewer in (1, 2, 3):
+        ratio = ((BLOCKS - fewer) * 4 + HEAD) / (BLOCKS * 4 + HEAD) + 0.01
+        assert windows_for(model, Target(ratio, "latency"), **options) == windows(BLOCKS, fewer + 2)
+
+
+def test_what_is_folded_has_no_parameters() -> None:
+    model = tiny_model("llama")
+    folded = Folded(range(1, 3), torch.eye(WIDTH), 0.0, 0.0, 0.0)
+    assert windows_for(model, "parameters:0.3", stand_in=folded) == windows_for(model, "parameters:0.3")
 
 
 def test_a_stand_in_is_made_on_the_meta_device_to_be_counted() -> None:

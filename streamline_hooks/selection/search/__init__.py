@@ -1,5 +1,6 @@
 """How the blocks to give up are searched for, by any criterion."""
 
+from streamline_hooks.repair import Repair
 from streamline_hooks.selection.search.disjoint import disjoint_windows
 from streamline_hooks.selection.search.evolution import evolution, evolve, tokens_a_generation
 from streamline_hooks.selection.search.generations import Generation
@@ -7,7 +8,7 @@ from streamline_hooks.selection.search.greedy import greedy
 from streamline_hooks.selection.search.one_shot import one_shot
 from streamline_hooks.selection.search.selected import ScoredWindow, Scorer, Selection
 from streamline_hooks.selection.search.silenced import silenced_branches
-from streamline_hooks.selection.search.verified import Repair, VerifiedSelection, verified
+from streamline_hooks.selection.search.verified import VerifiedSelection, verified
 from streamline_hooks.selection.search.windows import best_windows, ranked
 
 __all__ = [

@@ -15,9 +15,13 @@ from streamline_hooks.batch import real_tokens as mask_of
 from streamline_hooks.branches import Branch
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation.agreement import summed_kl
-from streamline_hooks.evaluation.candidates import logits_of, real_tokens
+from streamline_hooks.evaluation.candidates import Candidate, logits_of, real_tokens
 from streamline_hooks.hidden_state import read_output, token_mask, write_output
 from streamline_hooks.passes import inference, progress
+from streamline_hooks.repair import StandIn, place
+from streamline_hooks.repair.branch_linear import BranchLinear
+from streamline_hooks.repair.stand_in import is_spliced
+from streamline_hooks.replacements import LinearReplacement
 from streamline_hooks.selection.search.selected import Selection
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery import LayerSurgeon
@@ -34,12 +38,22 @@ class Attempt:
     Attributes
     ----------
     selection : Selection
-    modules : tuple of torch.nn.Module or None
+    stand_ins : tuple of StandIn
         One a window, or empty.
+    maps : tuple of BranchLinear
+        What stands in the place of silenced branches, of those that something does.
     """
 
     selection: Selection
-    modules: tuple[nn.Module | None, ...] = ()
+    stand_ins: tuple[StandIn, ...] = ()
+    maps: tuple[BranchLinear, ...] = ()
+
+    def candidate(self, stack: BlockStack) -> Candidate | None:
+        """The same for a pass that runs only what comes after a window; None where more of the model changes."""
+        stand_in = self.stand_ins[0] if self.stand_ins else None
+        if len(self.selection.windows) != 1 or self.selection.silenced or not is_spliced(stack, stand_in):
+            return None
+        return Candidate(self.selection.windows[0], stand_in if isinstance(stand_in, nn.Module) else None)
 
 
 def writers_of(
@@ -71,11 +85,22 @@ def writers_of(
 
 
 @contextmanager
-def given_up(stack: BlockStack, attempt: Attempt, writers: Writers) -> Iterator[dict[int, int]]:
+def given_up(
+    stack: BlockStack, attempt: Attempt, writers: Writers, probe: Batch | Tensor | None = None
+) -> Iterator[dict[int, int]]:
     """Let a model be, for a trial, as it is without a selection.
 
-    Windows are taken out by a surgeon that does not probe. What a silenced branch would add is thrown away, which is
+    Windows are given up by a surgeon that does not probe. What a silenced branch would add is thrown away, which is
     the truth that `LayerSurgeon.silence` is held against, and costs no search for the branch in every trial.
+
+    Parameters
+    ----------
+    stack : BlockStack
+    attempt : Attempt
+    writers : mapping
+        Of the branches that are silenced, see `writers_of`.
+    probe : mapping or torch.Tensor, optional
+        What to run a model on that cannot be run on tokens alone, without padding, where something is folded.
 
     Yields
     ------
@@ -88,15 +113,17 @@ def given_up(stack: BlockStack, attempt: Attempt, writers: Writers) -> Iterator[
         If a window cannot go.
     """
     selection = attempt.selection
-    modules = attempt.modules or (None,) * len(selection.windows)
+    stand_ins = attempt.stand_ins or (None,) * len(selection.windows)
     with ExitStack() as exits:
         for k, branch in selection.silenced:
             for path in writers[k, branch]:
                 handle = stack[k].get_submodule(path).register_forward_hook(_nothing)
                 exits.callback(handle.remove)
         surgeon = exits.enter_context(LayerSurgeon(stack.model, stack, probe=False))
-        for window, module in zip(selection.windows, modules, strict=True):
-            surgeon.replace(window, module)
+        for one in sorted(attempt.maps, key=lambda one: (one.block, not one.is_first)):
+            surgeon.insert(one.block if one.is_first else one.block + 1, LinearReplacement.from_map(one.map))
+        for window, stand_in in zip(selection.windows, stand_ins, strict=True):
+            place(surgeon, window, stand_in, batch=probe)
         yield surgeon.plan.old_to_new
 
 
@@ -113,15 +140,22 @@ class Judge:
     reuse : int
         Bytes that the original's log-probabilities may take from one call to the next. Those of the first batches
         that fit are kept; the others are computed once a call, for all selections together.
+    probe : mapping or torch.Tensor, optional
+        What to run a model on that cannot be run on tokens alone, without padding, where something is folded.
     """
 
     def __init__(
-        self, stack: BlockStack, batches: Sequence[Batch | Tensor], writers: Writers | None = None, reuse: int = 0
+        self,
+        stack: BlockStack,
+        batches: Sequence[Batch | Tensor],
+        writers: Writers | None = None,
+        reuse: int = 0,
+        probe: Batch | Tensor | None = None,
     ) -> None:
         if not batches:
             raise StreamlineError("There is no batch to judge on; give one at least.")
         self.stack, self.batches = stack, list(batches)
-        self._writers = writers or {}
+        self._writers, self._probe = writers or {}, probe
         self._left = reuse
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -165,7 +199,7 @@ class Judge:
                     before = sums[k]
                     if not isinstance(before, UnsupportedSurgery):
                         try:
-                            with given_up(self.stack, attempt, self._writers):
+                            with given_up(self.stack, attempt, self._writers, self._probe):
                                 logits = logits_of(model(**given))
                             sums[k] = before + summed_kl(reference, real_tokens(logits, mask))
                         except UnsupportedSurgery as error:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from streamline_hooks.batch import Batch
 from streamline_hooks.errors import UnsupportedSurgery
-from streamline_hooks.evaluation import Candidate, Perplexity, perplexity, perplexity_of_candidates
+from streamline_hooks.evaluation import Perplexity, perplexity, perplexity_of_candidates
 from streamline_hooks.selection.search.judge import Attempt, given_up, writers_of
 from streamline_hooks.stack import BlockStack
 
@@ -18,7 +18,8 @@ def perplexity_of_attempts(
 ) -> tuple[Perplexity, list[Perplexity]]:
     """Perplexity of the original and of each selection, with what stands in its place.
 
-    Of single windows only the blocks after them are run; every other selection takes a forward of its own.
+    Of single windows only the blocks after them are run, unless blocks stand in their place or something is folded
+    into the model; every other selection takes a forward of its own.
 
     Parameters
     ----------
@@ -26,7 +27,6 @@ def perplexity_of_attempts(
         Of the original.
     batches : sequence of mapping or torch.Tensor
     attempts : sequence of Attempt
-        Modules without a slot of their own.
     what : str
         What the bars say.
 
@@ -40,9 +40,8 @@ def perplexity_of_attempts(
     UnsupportedSurgery
         If a selection cannot go.
     """
-    alone = [k for k, a in enumerate(attempts) if len(a.selection.windows) == 1 and not a.selection.silenced]
-    candidates = [Candidate(attempts[k].selection.windows[0], (*attempts[k].modules, None)[0]) for k in alone]
-    original, each = perplexity_of_candidates(stack.model, batches, candidates, what, stack=stack.path)
+    alone = {k: one for k, attempt in enumerate(attempts) if (one := attempt.candidate(stack)) is not None}
+    original, each = perplexity_of_candidates(stack.model, batches, list(alone.values()), what, stack=stack.path)
     found = dict(zip(alone, each, strict=True))
     silent = {k for attempt in attempts for k, _ in attempt.selection.silenced}
     known = writers_of(stack, sorted(silent), batches[0]) if silent else {}

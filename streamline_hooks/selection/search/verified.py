@@ -5,47 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
 from streamline_hooks.branches import Branch
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
-from streamline_hooks.evaluation import Candidate, kl_of_candidates
-from streamline_hooks.passes import progress
-from streamline_hooks.repair import Kind, kind_named, solve
+from streamline_hooks.evaluation import kl_of_candidates
+from streamline_hooks.repair import Kind, Repair, StandIn, kind_named
+from streamline_hooks.repair.branch_linear import BranchLinear
+from streamline_hooks.repair.fitting import start
+from streamline_hooks.repair.repaired import fit_branches
 from streamline_hooks.selection.search.judge import Attempt, Judge, Writers, given_up, writers_of
 from streamline_hooks.selection.search.selected import Selection
 from streamline_hooks.stack import BlockStack, find_stack
-from streamline_hooks.statistics import WindowMoments, measure_moments
-from streamline_hooks.surgery.placement import move_beside
 
 Batches = Sequence[Batch | Tensor]
 _Silenced = tuple[tuple[int, Branch], ...]
-
-
-@dataclass(frozen=True)
-class Repair:
-    """What was fitted for one window.
-
-    Attributes
-    ----------
-    window : range
-    module : torch.nn.Module or None
-        What stands in its place; None for plain removal.
-    removal_error, repaired_error : float
-        Mean relative squared error of the state after the window on held-out sequences, without and with the closed
-        form, in the model that the windows before it were taken out of.
-    ridge : float
-        Chosen for it, in units of the mean eigenvalue of the moments.
-    """
-
-    window: range
-    module: nn.Module | None
-    removal_error: float
-    repaired_error: float
-    ridge: float
 
 
 @dataclass(frozen=True)
@@ -56,6 +33,8 @@ class VerifiedSelection(Selection):
     ----------
     repairs : tuple of Repair
         One a window.
+    maps : tuple of BranchLinear
+        One a silenced branch, where the kind puts a linear map in its place.
     kl : float
         Mean KL to the original's next-token distribution on validation text, in nats a token; infinite where the
         selection was refused.
@@ -64,6 +43,7 @@ class VerifiedSelection(Selection):
     """
 
     repairs: tuple[Repair, ...] = ()
+    maps: tuple[BranchLinear, ...] = ()
     kl: float = math.inf
     refused: str = ""
 
@@ -75,15 +55,16 @@ def verified(
     held_out: Batches,
     validation: Batches,
     *,
-    kind: str = "linear",
+    kind: Kind | str = "linear",
     stack: str | None = None,
     probe: Batch | Tensor | None = None,
 ) -> list[VerifiedSelection]:
-    """Repair selections in closed form, and judge each by KL to the original.
+    """Repair selections by least squares, and judge each by KL to the original.
 
     The windows of a selection are fitted in their order, each on the model in which those before it are repaired
-    already and the branches before it silenced. Windows that are fitted on the same model share its pass: all single
-    windows the one over the original.
+    already and the branches before it silenced, with what stands in their place. Where the kind puts a linear map in
+    the place of a branch too, it is fitted on the model as it is. Windows that are fitted on the same model share its
+    pass: all single windows the one over the original.
 
     Parameters
     ----------
@@ -93,7 +74,7 @@ def verified(
         A shortlist of any searches. Its scores are kept, and not looked at.
     fit, held_out, validation : sequence of mapping or torch.Tensor
         To fit on, to choose the ridge by, and to judge on; of different documents.
-    kind : str
+    kind : Kind or str
         What stands in a window's place, see `kind_named`.
     stack : str, optional
         Path of the stack, see `find_stack`.
@@ -114,9 +95,11 @@ def verified(
 
     Notes
     -----
-    One pass over `fit` and `held_out` for each model to fit on, that ends after the last block needed; one forward of
-    the original over `validation`, of each single window the blocks after it, and of each other selection a forward.
-    Two d×d matrices in float64 for each window fitted on one model, and d×d parameters for each linear repair.
+    One pass over `fit` and `held_out` for each model to fit on, that ends after the last block needed, and one for all
+    branches; one forward of the original over `validation`, of each single window the blocks after it, and a forward
+    of each other selection, and of each where blocks stand in the window's place or something is folded. Two d×d
+    matrices in float64 for each window fitted on one model, and d×d parameters for each linear repair; for a kind whose
+    last projection is solved for, p×p and p×d with p its inputs.
 
     Examples
     --------
@@ -131,10 +114,12 @@ def verified(
     """
     if not selections:
         raise StreamlineError("There is no selection to verify; give the best of a search.")
-    fitting = _Fitting(find_stack(model, stack), kind_named(kind), kind, probe, selections)
+    fitting = _Fitting(find_stack(model, stack), kind_named(kind), probe, selections)
     depth = max(len(selection.windows) for selection in selections)
+    if fitting.kind.in_branches:
+        fitting.fit_branches(fit, held_out)
     for level in range(depth):
-        fitting.fit_windows(level, fit, held_out)
+        fitting.fit_level(level, (fit, held_out))
     kls = fitting.judge(validation)
     judged = []
     for k, (selection, kl) in enumerate(zip(selections, kls, strict=True)):
@@ -145,6 +130,7 @@ def verified(
                 selection.silenced,
                 selection.score,
                 () if refused else tuple(fitting.repairs[k]),
+                () if refused else fitting.maps_of(selection.silenced),
                 math.inf if isinstance(kl, UnsupportedSurgery) else kl,
                 str(kl) if refused else "",
             )
@@ -164,24 +150,19 @@ class _Fitting:
     """Selections on the way to being repaired."""
 
     def __init__(
-        self,
-        stack: BlockStack,
-        kind: Kind,
-        name: str,
-        probe: Batch | Tensor | None,
-        selections: Sequence[Selection],
+        self, stack: BlockStack, kind: Kind, probe: Batch | Tensor | None, selections: Sequence[Selection]
     ) -> None:
-        self.stack, self.kind, self.selections = stack, kind, selections
-        self.plain = name == "none"
+        self.stack, self.kind, self.probe, self.selections = stack, kind, probe, selections
         self.repairs: list[list[Repair]] = [[] for _ in selections]
+        self.maps: dict[tuple[int, Branch], BranchLinear] = {}
         self.refusals: dict[int, UnsupportedSurgery] = {}
-        self.writers = self._find_writers(probe)
+        self.writers = self._find_writers()
 
-    def _find_writers(self, probe: Batch | Tensor | None) -> Writers:
+    def _find_writers(self) -> Writers:
         wanted = {half for selection in self.selections for half in selection.silenced}
         if not wanted:
             return {}
-        found = writers_of(self.stack, sorted({k for k, _ in wanted}), probe)
+        found = writers_of(self.stack, sorted({k for k, _ in wanted}), self.probe)
         for k, selection in enumerate(self.selections):
             for half in selection.silenced:
                 paths = found[half]
@@ -189,7 +170,22 @@ class _Fitting:
                     self.refusals[k] = paths
         return {half: paths for half, paths in found.items() if not isinstance(paths, UnsupportedSurgery)}
 
-    def fit_windows(self, level: int, fit: Batches, held_out: Batches) -> None:
+    def fit_branches(self, fit: Batches, held_out: Batches) -> None:
+        """Put a linear map in the place of each silenced branch."""
+        left = [selection for k, selection in enumerate(self.selections) if k not in self.refusals]
+        wanted = sorted({half for selection in left for half in selection.silenced})
+        found = fit_branches(self.stack, wanted, fit, held_out, self.probe) if wanted else {}
+        self.maps = {half: one for half, one in found.items() if isinstance(one, BranchLinear)}
+        for k, selection in enumerate(self.selections):
+            for half in selection.silenced:
+                if isinstance(refusal := found.get(half), UnsupportedSurgery):
+                    self.refusals.setdefault(k, refusal)
+
+    def maps_of(self, silenced: _Silenced) -> tuple[BranchLinear, ...]:
+        """What stands in the place of branches."""
+        return tuple(self.maps[half] for half in silenced if half in self.maps)
+
+    def fit_level(self, level: int, parts: tuple[Batches, Batches]) -> None:
         """Repair the window of each selection that has so many before it."""
         groups: dict[tuple[tuple[range, ...], _Silenced], list[int]] = {}
         for k, selection in enumerate(self.selections):
@@ -200,63 +196,71 @@ class _Fitting:
         for number, ((done, silenced), members) in enumerate(groups.items()):
             wanted = sorted({self.selections[k].windows[level] for k in members}, key=lambda w: (w.start, w.stop))
             which = f" {level + 1}.{number + 1}" if level or len(groups) > 1 else ""
-            modules = tuple(repair.module for repair in self.repairs[members[0]])
-            try:
-                with self._repaired(done, silenced, modules) as present:
-                    windows = [range(present[w.start], present[w.stop - 1] + 1) for w in wanted]
-                    fitted, chosen_by = (
-                        measure_moments(self.stack.model, batches, windows, stack=self.stack.path, what=what + which)
-                        for batches, what in ((fit, "fit"), (held_out, "hold out"))
-                    )
-            except UnsupportedSurgery as error:
-                self.refusals.update(dict.fromkeys(members, error))
-                continue
-            solved = self._solve(wanted, fitted, chosen_by)
+            fitted = self._fit(wanted, done, silenced, [r.stand_in for r in self.repairs[members[0]]], parts, which)
             for k in members:
-                self.repairs[k].append(solved[self.selections[k].windows[level]])
+                found = fitted[self.selections[k].windows[level]]
+                if isinstance(found, UnsupportedSurgery):
+                    self.refusals[k] = found
+                else:
+                    self.repairs[k].append(found)
+
+    def _fit(
+        self,
+        windows: list[range],
+        done: tuple[range, ...],
+        silenced: _Silenced,
+        stand_ins: list[StandIn],
+        parts: tuple[Batches, Batches],
+        which: str,
+    ) -> dict[range, Repair | UnsupportedSurgery]:
+        """Repair windows of the model in which others are repaired already, and branches silenced."""
+        fitted: dict[range, Repair | UnsupportedSurgery] = {}
+        built: dict[range, StandIn] = {}
+        for window in windows:  # on the model as it is: a copy of a block bears its number there
+            try:
+                built[window] = self.kind.build(self.stack, window, probe=self.probe)
+            except UnsupportedSurgery as error:
+                fitted[window] = error
+        try:
+            with self._repaired(done, silenced, stand_ins) as present:
+                now = [range(present[w.start], present[w.stop - 1] + 1) for w in built]
+                stack = find_stack(self.stack.model, self.stack.path)
+                pairs = list(zip(now, built.values(), strict=True))
+                found = start(stack, self.kind, pairs, *parts, probe=self.probe, what=which)
+        except UnsupportedSurgery as error:
+            return {**fitted, **dict.fromkeys(built, error)}
+        for window, repair in zip(built, found, strict=True):
+            fitted[window] = replace(repair, window=window) if isinstance(repair, Repair) else repair
+        return fitted
 
     @contextmanager
     def _repaired(
-        self, windows: tuple[range, ...], silenced: _Silenced, modules: tuple[nn.Module | None, ...]
+        self, windows: tuple[range, ...], silenced: _Silenced, stand_ins: list[StandIn]
     ) -> Iterator[dict[int, int]]:
         """The model to fit on; the present number of each of its blocks."""
         if not windows and not silenced:
             yield {k: k for k in range(len(self.stack))}
         else:
-            with given_up(self.stack, Attempt(Selection(windows, silenced), modules), self.writers) as present:
+            attempt = Attempt(Selection(windows, silenced), tuple(stand_ins), self.maps_of(silenced))
+            with given_up(self.stack, attempt, self.writers, self.probe) as present:
                 yield present
 
-    def _solve(
-        self, windows: list[range], fitted: list[WindowMoments], held_out: list[WindowMoments]
-    ) -> dict[range, Repair]:
-        solved = {}
-        with progress(len(windows), "solve least squares", "windows") as bar:
-            for window, fit, apart in zip(windows, fitted, held_out, strict=True):
-                solution = solve(fit, apart)
-                module = self.kind.start(solution)
-                if module is not None:
-                    move_beside(module, self.stack[0])
-                error = solution.removal_error if self.plain else solution.held_out_error
-                solved[window] = Repair(window, module, solution.removal_error, error, solution.ridge)
-                bar.update()
-        return solved
+    def _attempt(self, k: int) -> Attempt:
+        selection = self.selections[k]
+        return Attempt(selection, tuple(r.stand_in for r in self.repairs[k]), self.maps_of(selection.silenced))
 
     def judge(self, validation: Batches) -> list[float | UnsupportedSurgery]:
         """KL of each selection; of single windows at the cost of the blocks after them."""
-        alone = [
-            k
-            for k, selection in enumerate(self.selections)
-            if len(selection.windows) == 1 and not selection.silenced and not self.kind.slots
-        ]
-        others = [k for k in range(len(self.selections)) if k not in alone and k not in self.refusals]
-        alone = [k for k in alone if k not in self.refusals]
+        left = [k for k in range(len(self.selections)) if k not in self.refusals]
+        attempts = {k: self._attempt(k) for k in left}
+        alone = {k: one for k in left if (one := attempts[k].candidate(self.stack)) is not None}
+        others = [k for k in left if k not in alone]
         kls: dict[int, float | UnsupportedSurgery] = dict(self.refusals)
         if alone:
-            candidates = [Candidate(self.selections[k].windows[0], self.repairs[k][0].module) for k in alone]
-            each = kl_of_candidates(self.stack.model, validation, candidates, stack=self.stack.path)
+            each = kl_of_candidates(self.stack.model, validation, list(alone.values()), stack=self.stack.path)
             kls.update(zip(alone, each, strict=True))
         if others:
-            attempts = [Attempt(self.selections[k], tuple(r.module for r in self.repairs[k])) for k in others]
-            judged = Judge(self.stack, validation, self.writers).kl(attempts, f"judge: {len(others)} selections")
+            judge = Judge(self.stack, validation, self.writers, probe=self.probe)
+            judged = judge.kl([attempts[k] for k in others], f"judge: {len(others)} selections")
             kls.update(zip(others, judged, strict=True))
         return [kls[k] for k in range(len(self.selections))]

@@ -13,6 +13,8 @@ from torch import nn
 from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack
 from streamline_hooks.batch import prepare
 from streamline_hooks.branches import BRANCHES
+from streamline_hooks.repair import place
+from streamline_hooks.repair.branch_linear import replace_branches
 from streamline_hooks.selection.search import Selection
 from streamline_hooks.selection.search.judge import Attempt, Judge, writers_of
 from tests.surgery.test_surgeon import fingerprint
@@ -28,10 +30,11 @@ def kl_by_hand(model: nn.Module, batches: list[Any], attempt: Attempt) -> float:
         return torch.cat(logits).double().log_softmax(-1)
 
     p = log_probabilities()
-    modules = attempt.modules or (None,) * len(attempt.selection.windows)
+    stand_ins = attempt.stand_ins or (None,) * len(attempt.selection.windows)
     with LayerSurgeon(model) as surgeon:
-        for window, module in zip(attempt.selection.windows, modules, strict=True):
-            surgeon.replace(window, module)
+        replace_branches(surgeon, attempt.maps)
+        for window, stand_in in zip(attempt.selection.windows, stand_ins, strict=True):
+            place(surgeon, window, stand_in)
         for k, branch in attempt.selection.silenced:
             surgeon.silence(k, branch)
         q = log_probabilities()

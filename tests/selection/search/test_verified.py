@@ -11,10 +11,12 @@ from torch import nn
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation import Candidate, kl_of_candidates
-from streamline_hooks.repair import kind_named, solve
+from streamline_hooks.repair import solve
+from streamline_hooks.repair.branch_linear import fit_branch_linear, replace_branches
 from streamline_hooks.selection.search import Selection, verified
 from streamline_hooks.selection.search.judge import Attempt
 from streamline_hooks.statistics import measure_moments
+from tests.repair.stand_ins import FITTED
 from tests.selection.search.test_judge import kl_by_hand
 from tests.surgery.test_surgeon import fingerprint
 from tests.tiny_models import FAMILIES, left_padded, tiny_model, tokens
@@ -35,7 +37,7 @@ def test_single_windows_are_fitted_and_judged_in_shared_passes(kind: str) -> Non
     windows = [range(start, start + 3) for start in (1, 3, 0, 2)]
     fitted, held_out = (measure_moments(model, part, windows) for part in (FIT, HELD_OUT))
     solutions = [solve(*pair) for pair in zip(fitted, held_out, strict=True)]
-    modules = [kind_named(kind).start(s) for s in solutions]
+    modules = [LinearReplacement.from_map(s.map) if kind == "linear" else None for s in solutions]
     kls = kl_of_candidates(model, VALIDATION, [Candidate(w, m) for w, m in zip(windows, modules, strict=True)])
     order = sorted(range(4), key=lambda k: kls[k])
     shortlist = [Selection((w,), score=float(w.start)) for w in windows]
@@ -51,10 +53,10 @@ def test_single_windows_are_fitted_and_judged_in_shared_passes(kind: str) -> Non
         assert repair.window == windows[k] and repair.ridge == solution.ridge
         assert repair.removal_error == solution.removal_error and not one.refused
         if kind == "linear":
-            assert torch.equal(map_of(repair.module), map_of(modules[k]))
+            assert torch.equal(map_of(repair.stand_in), map_of(modules[k]))
             assert repair.repaired_error == solution.held_out_error
         else:
-            assert repair.module is None and repair.repaired_error == solution.removal_error
+            assert repair.stand_in is None and repair.repaired_error == solution.removal_error
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -62,12 +64,22 @@ def test_several_windows_are_fitted_in_order_on_the_repaired_model(family: str) 
     model = tiny_model(family)
     before = fingerprint(model)
     windows, silenced = (range(1, 2), range(3, 4), range(5, 6)), ((0, "mlp"), (2, "attention"), (4, "mlp"))
-    (found,) = verified(model, [Selection(windows, silenced)], FIT, HELD_OUT, VALIDATION)  # type: ignore[arg-type]
+    selection = Selection(windows, silenced)  # type: ignore[arg-type]
+    if family == "gpt_neox":
+        with pytest.raises(
+            UnsupportedSurgery, match="No branch of block 0 can be replaced alone: its attention and its"
+        ):
+            verified(model, [selection], FIT, HELD_OUT, VALIDATION)
+        return
+    (found,) = verified(model, [selection], FIT, HELD_OUT, VALIDATION)
     assert fingerprint(model) == before
     by_hand: list[nn.Module] = []
+    maps = fit_branch_linear(model, silenced, FIT, HELD_OUT)  # on the model as it is
+    assert [(one.block, one.branch) for one in found.maps] == list(silenced)
+    for one, expected in zip(found.maps, maps, strict=True):
+        torch.testing.assert_close(one.map, expected.map)
     with LayerSurgeon(model) as surgeon:
-        for k, branch in silenced:
-            surgeon.silence(k, branch)
+        replace_branches(surgeon, maps)
         for window, repair in zip(windows, found.repairs, strict=True):
             now = surgeon.plan.old_to_new[window.start]
             pair = [measure_moments(model, part, [range(now, now + len(window))])[0] for part in (FIT, HELD_OUT)]
@@ -76,9 +88,26 @@ def test_several_windows_are_fitted_in_order_on_the_repaired_model(family: str) 
             assert repair.repaired_error == pytest.approx(solution.held_out_error, rel=1e-4)
             assert repair.ridge == solution.ridge
             by_hand.append(LinearReplacement.from_map(solution.map))
-            torch.testing.assert_close(map_of(repair.module), map_of(by_hand[-1]), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(map_of(repair.stand_in), map_of(by_hand[-1]), rtol=1e-3, atol=1e-4)
             surgeon.replace(window, by_hand[-1])
-    assert found.kl == pytest.approx(kl_by_hand(model, VALIDATION, Attempt(found, tuple(by_hand))), rel=1e-3)
+    whole = Attempt(found, tuple(by_hand), tuple(maps))
+    assert found.kl == pytest.approx(kl_by_hand(model, VALIDATION, whole), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["linear", "none", "linear:rank=4"])
+@pytest.mark.parametrize("branch", ["attention", "mlp"])
+def test_branches_alone_have_a_linear_map_in_their_place_if_that_is_the_kind(branch: Any, kind: str) -> None:
+    model = tiny_model("llama")
+    before = fingerprint(model)
+    shortlist = [Selection((), ((k, branch), (k + 2, branch))) for k in range(3)]
+    found = verified(model, shortlist, FIT, HELD_OUT, VALIDATION, kind=kind)
+    assert fingerprint(model) == before
+    for one in found:
+        assert len(one.maps) == (2 if kind == "linear" else 0)
+        assert all(m.held_out_error < m.removal_error for m in one.maps)
+        assert one.kl == pytest.approx(kl_by_hand(model, VALIDATION, Attempt(one, (), one.maps)), rel=2e-4)
+        if one.maps:
+            assert one.kl != pytest.approx(kl_by_hand(model, VALIDATION, Attempt(one)), rel=2e-3)
 
 
 def test_a_later_window_fitted_on_the_original_would_be_another() -> None:
@@ -86,13 +115,13 @@ def test_a_later_window_fitted_on_the_original_would_be_another() -> None:
     model = tiny_model("llama")
     both, alone = Selection((range(0, 2), range(3, 5))), Selection((range(3, 5),))
     found = {s.windows: s for s in verified(model, [both, alone], FIT, HELD_OUT, VALIDATION)}
-    maps = [map_of(found[s.windows].repairs[-1].module) for s in (both, alone)]
+    maps = [map_of(found[s.windows].repairs[-1].stand_in) for s in (both, alone)]
     assert not torch.allclose(*maps, atol=1e-2)
 
 
 def test_windows_on_one_model_share_its_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[range]] = []
-    module: Any = __import__("sys").modules["streamline_hooks.selection.search.verified"]
+    module: Any = __import__("sys").modules["streamline_hooks.repair.fitting"]
 
     def counted(model: Any, batches: Any, windows: list[range], **options: Any) -> Any:
         asked.append(windows)
@@ -166,8 +195,49 @@ def test_no_finite_model_is_an_error() -> None:
         verified(model, [Selection((range(4, 5),))], FIT, HELD_OUT, VALIDATION, kind="cubic")
 
 
-@pytest.mark.parametrize("fail_at", [0, 5, 10, 15, 20, 30, 40, 50])
-def test_an_error_inside_leaves_nothing_behind(fail_at: int) -> None:
+@pytest.mark.parametrize("kind", FITTED)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_every_kind_is_judged_by_what_the_model_says_with_it(family: str, kind: str) -> None:
+    """One window, and two at once beside silenced branches, against a surgeon that carries them out."""
+    model = tiny_model(family)
+    before = fingerprint(model)
+    alone = Selection((range(2, 5),))
+    several = Selection((range(1, 3), range(4, 6)), ((3, "attention"),))
+    if kind == "block:count=2":
+        several = Selection((range(0, 3),), ((3, "mlp"),))
+    found = verified(model, [alone, several], FIT, HELD_OUT, VALIDATION, kind=kind)
+    assert fingerprint(model) == before and not any(one.refused for one in found)
+    for one in found:
+        assert [repair.window for repair in one.repairs] == list(one.windows)
+        assert all(repair.repaired_error <= repair.removal_error for repair in one.repairs)
+        attempt = Attempt(one, tuple(repair.stand_in for repair in one.repairs), one.maps)
+        assert one.kl == pytest.approx(kl_by_hand(model, VALIDATION, attempt), rel=2e-4)
+        assert one.kl != pytest.approx(kl_by_hand(model, VALIDATION, Attempt(one)), rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bad", "silenced", "reason"),
+    [
+        ("block", (range(1, 2), range(3, 5)), (), "1 inherited block cannot stand in the place of the 1 from 1 on"),
+        ("block:count=2", (range(3, 5),), (), "2 inherited blocks cannot stand in the place of the 2 from 3 on"),
+        ("folded", (range(0, 2),), (), "no block stands before them"),
+        ("folded", (range(2, 4),), ((1, "mlp"),), "the block before this window: its MLP adds nothing"),
+    ],
+)
+def test_a_window_in_which_a_kind_cannot_stand_is_refused_and_the_others_are_judged(
+    kind: str, bad: tuple[range, ...], silenced: Any, reason: str
+) -> None:
+    shortlist = [Selection(bad, silenced), Selection((range(2, 5),)), Selection((range(1, 4),))]
+    found = verified(tiny_model("llama"), shortlist, FIT, HELD_OUT, VALIDATION, kind=kind)
+    assert [one.windows for one in found if one.refused] == [bad] and reason in found[-1].refused
+    assert all(math.isfinite(one.kl) and one.repairs for one in found[:-1])
+    with pytest.raises(UnsupportedSurgery, match=reason):
+        verified(tiny_model("llama"), shortlist[:1], FIT, HELD_OUT, VALIDATION, kind=kind)
+
+
+@pytest.mark.parametrize("kind", ["linear", "block", "swiglu:linear=false"])
+@pytest.mark.parametrize("fail_at", [0, 5, 10, 15, 20, 30, 40])
+def test_an_error_inside_leaves_nothing_behind(fail_at: int, kind: str) -> None:
     model, count = tiny_model("llama").train(), []
 
     def fail(*given: Any) -> None:
@@ -178,7 +248,7 @@ def test_an_error_inside_leaves_nothing_behind(fail_at: int) -> None:
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(fail)
     before = fingerprint(model)
-    shortlist = [Selection((range(0, 1), range(2, 3), range(4, 5))), Selection((range(1, 2),), ((0, "mlp"),))]
+    shortlist = [Selection((range(0, 2), range(3, 5))), Selection((range(1, 3),), ((0, "mlp"),))]
     with pytest.raises(KeyboardInterrupt):
-        verified(model, shortlist, FIT, HELD_OUT, VALIDATION)
+        verified(model, shortlist, FIT, HELD_OUT, VALIDATION, kind=kind)
     assert fingerprint(model) == before
