@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from streamline_hooks.checkpoint import require_free, save
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation import perplexity
 from streamline_hooks.preparation import Preparation, prepare_compression
-from streamline_hooks.repair import Kind, kind_named, place
+from streamline_hooks.repair import Healing, Kind, Student, Trained, Training, kind_named, place, student_of, train
 from streamline_hooks.repair.branch_linear import replace_branches
 from streamline_hooks.result import LABELS, CompressionResult, findings
 from streamline_hooks.selection import (
@@ -47,6 +48,9 @@ def compress(
     *,
     remove: Target | int | float | str = 0.25,
     kind: Kind | str = "linear",
+    training: Training | None = None,
+    healing: Healing | str | None = None,
+    resume: bool = False,
     criterion: Criterion | str = "cosine",
     search: str = "window",
     parts: int = 2,
@@ -69,7 +73,8 @@ def compress(
 
     One pass compares all states; a search by a criterion makes a shortlist; a second pass, stopped after the last
     block needed, sums the moments of all shortlisted windows; each is repaired by least squares and judged by KL to
-    the original on validation text; the best is committed, and measured on text that played no part in any of this.
+    the original on validation text; the best is trained, if that is asked for, committed, and measured on text that
+    played no part in any of this.
 
     Parameters
     ----------
@@ -85,7 +90,15 @@ def compress(
     kind : Kind or str
         What stands in a window's place, with its options, see `kind_named`: ``"linear"``, ``"linear:rank=64"``,
         ``"mlp"``, ``"swiglu:width=1536"``, ``"block"``, ``"silenced"``, ``"folded"``, ``"scale"``, ``"none"``, or one
-        of your own (`register_kind`). Each starts where least squares brings it; nothing is trained here.
+        of your own (`register_kind`). Each starts where least squares brings it.
+    training : Training, optional
+        How the chosen repair is trained on the calibration text, with the validation text to choose the best weights
+        by; by default it is not. `PRESETS` has kinds, trainings and healings as they were published.
+    healing : Healing or str, optional
+        What is trained of the blocks that stay, beside the repair, see `Healing.parse`.
+    resume : bool
+        Go on with a training that was interrupted: the same call as before, and everything before the training is
+        done again.
     criterion : Criterion or str
         What speaks for giving a window up, see `CRITERIA`.
     search : {"window", "disjoint", "one-shot", "greedy", "evolution", "attention", "mlp"}
@@ -129,6 +142,8 @@ def compress(
     if output is not None:
         require_free(output, overwrite)
     chosen = kind_named(kind)
+    healed = Healing.parse(healing) if isinstance(healing, str) else healing
+    training = _kept_training(training, healed, resume, output)
     named = criterion if isinstance(criterion, Criterion) else criterion_named(criterion)
     if min(shortlist, batch_size, parts) < 1:
         raise StreamlineError(
@@ -174,15 +189,24 @@ def compress(
     best = _first_that_can_go(model, judged, path, say)
     first = next(one for one in judged if (one.windows, one.silenced) == (found[0].windows, found[0].silenced))
     with clock("measure"):
-        perplexities = _perplexities(ready, best, first)
+        perplexities = _perplexities(ready, best, first, fitted=training is not None)
+    student, trained = None, None
+    if training is not None:
+        with clock("train"):
+            student, trained = _train(ready, best, training, healed, resume, say)
+    with clock("measure"):
         before = _sizes(model)
         test, data, size = ready.test, _data(ready.split, seed), ready.size
+        notes = {} if trained is None else {"training": trained.report()}
         del ready, asked  # they hold the blocks that go
         with LayerSurgeon(model, path) as surgeon:
             _carry_out(surgeon, best)
-            plan = surgeon.commit(kind=chosen.name, calibration=data)
+            plan = surgeon.commit(kind=chosen.name, calibration=data, **notes)
+        if student is not None:
+            student.settle()
         repaired = best.maps or any(repair.stand_in is not None for repair in best.repairs)
-        perplexities["repaired" if repaired else "removed"] = perplexity(model, test, "perplexity").value
+        label = "trained" if trained is not None else "repaired" if repaired else "removed"
+        perplexities[label] = perplexity(model, test, "perplexity").value
     after = _sizes(model)
     result = CompressionResult(
         model=model,
@@ -200,11 +224,60 @@ def compress(
         peak_memory=_peak_memory(),
         data=data,
         profile=measured,
+        training=trained,
     )
     if output is not None:
         with clock("save"):
             result.folder = save(model, output, tokenizer=tokenizer, report=result.report(), overwrite=overwrite)
+        if training is not None and training.keep_in == _training_file(output):
+            _training_file(output).unlink(missing_ok=True)  # the weights are in the folder now
     return result
+
+
+def _training_file(output: str | Path) -> Path:
+    """Where a training is kept that writes to a folder in the end."""
+    folder = Path(output)
+    return folder.with_name(f"{folder.name}.training")
+
+
+def _kept_training(
+    training: Training | None, healing: Healing | None, resume: bool, output: str | Path | None
+) -> Training | None:
+    """The training with a file to go on from, where there is a folder to keep it beside."""
+    if training is None:
+        if healing is not None or resume:
+            what = "healing" if healing is not None else "resume"
+            raise StreamlineError(f"{what} is a part of a training, and none was asked for; give training=Training().")
+        return None
+    if training.keep_in is None and output is not None:
+        training = replace(training, keep_in=_training_file(output))
+    if resume and not (training.keep_in and training.keep_in.is_file()):
+        raise StreamlineError(
+            f"There is no training to resume at {training.keep_in or 'any place (keep_in)'}; leave resume out to begin "
+            "one."
+        )
+    return training
+
+
+def _train(
+    ready: Preparation,
+    best: VerifiedSelection,
+    training: Training,
+    healing: Healing | None,
+    resume: bool,
+    say: Callable[[str], None],
+) -> tuple[Student, Trained]:
+    """Train the repairs of a selection, which are changed in place; the model is not."""
+    if best.silenced:
+        raise UnsupportedSurgery(
+            "What stands in the place of an attention or an MLP alone is not trained: it is fitted in closed form. "
+            "Leave the training out, or search for windows."
+        )
+    student = student_of(ready.stack, [(repair.window, repair.stand_in) for repair in best.repairs], healing)
+    trained = train(student, ready.calibration, ready.validation, training, resume=resume, say=say)
+    say(f"trained    {trained}")
+    student.merge()
+    return student, trained
 
 
 class _Clock:
@@ -217,7 +290,7 @@ class _Clock:
     def __call__(self, step: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self.seconds[step] = time.perf_counter() - started
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - started
 
 
 def _first_that_can_go(
@@ -249,10 +322,17 @@ def _carry_out(surgeon: LayerSurgeon, selection: VerifiedSelection) -> None:
         surgeon.silence(k, branch)  # does nothing where a map stands in its place already
 
 
-def _perplexities(ready: Preparation, best: VerifiedSelection, first: VerifiedSelection) -> dict[str, float]:
-    """Of the original, of the chosen selection without its repair, and of the search's first if that is another."""
+def _perplexities(
+    ready: Preparation, best: VerifiedSelection, first: VerifiedSelection, fitted: bool
+) -> dict[str, float]:
+    """Of the original, of the chosen selection without its repair, and of the search's first if that is another.
+
+    Of the chosen one as it was fitted too, where it is going to be trained.
+    """
     repaired = tuple(repair.stand_in for repair in first.repairs)
     wanted = {"removed": Attempt(best)}
+    if fitted and any(repair.stand_in is not None for repair in best.repairs):
+        wanted["repaired"] = Attempt(best, tuple(repair.stand_in for repair in best.repairs), best.maps)
     if first is not best and not first.refused:
         wanted["first_removed"] = Attempt(first)
         if first.maps or any(stand_in is not None for stand_in in repaired):

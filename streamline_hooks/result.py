@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamline_hooks.repair import StandInSize
+from streamline_hooks.repair import StandInSize, Trained
 from streamline_hooks.selection import VerifiedSelection
 from streamline_hooks.statistics import Profile
 from streamline_hooks.surgery import SurgeryPlan
@@ -21,6 +21,7 @@ LABELS = {
     "original": "original",
     "removed": "plain removal",
     "repaired": "repaired",
+    "trained": "repaired and trained",
     "first_removed": "the search's first, removed",
     "first_repaired": "the search's first, repaired",
 }
@@ -47,8 +48,8 @@ class CompressionResult:
         The shortlist, the chosen one first.
     perplexities : dict
         Perplexity on text that nothing was chosen or fitted on, of ``original``, ``removed`` (plain removal of the
-        chosen selection) and ``repaired``; with ``first_removed`` and ``first_repaired`` for the one that the search
-        put first, where that is another.
+        chosen selection), ``repaired`` (as it was fitted) and ``trained``; with ``first_removed`` and
+        ``first_repaired`` for the one that the search put first, where that is another.
     parameters, size_in_bytes : tuple of int
         Before and after.
     seconds : dict
@@ -59,6 +60,8 @@ class CompressionResult:
         Tokens by part, sequence length, seed and the calibration data's fingerprint.
     profile : Profile
         Of the original, on the calibration text.
+    training : Trained or None
+        How the training went, if there was one.
     folder : Path or None
         Where it was saved.
     """
@@ -78,6 +81,7 @@ class CompressionResult:
     peak_memory: int | None
     data: dict[str, Any]
     profile: Profile
+    training: Trained | None = None
     folder: Path | None = field(default=None)
 
     def report(self) -> dict[str, Any]:
@@ -92,6 +96,7 @@ class CompressionResult:
             "perplexity": self.perplexities,
             "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
             "bytes": {"before": self.size_in_bytes[0], "after": self.size_in_bytes[1]},
+            "training": None if self.training is None else self.training.report(),
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory,
             "data": self.data,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,26 @@ def stories(data_folder: Path) -> tuple[Any, Any]:
     if int(transformers.__version__.split(".")[0]) < 5:
         pytest.skip("the tokenizer of stories260k is one of Transformers 5")
     return load_pretrained(data_folder / "models" / "stories260k")
+
+
+@pytest.fixture(scope="session")
+def story_texts(stories: tuple[Any, Any]) -> list[str]:
+    """Stories that the model writes itself: the only text that it knows."""
+    import torch
+
+    model, tokenizer = stories
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ids = model.generate(
+            torch.full((96, 1), tokenizer.bos_token_id), do_sample=True, max_new_tokens=160, min_new_tokens=120,
+            pad_token_id=tokenizer.bos_token_id,
+        )  # fmt: skip
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+@pytest.fixture()
+def story_model(stories: tuple[Any, Any]) -> tuple[Any, Any]:
+    return copy.deepcopy(stories[0]), stories[1]
 
 
 @pytest.fixture(scope="session")

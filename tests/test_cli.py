@@ -181,6 +181,9 @@ def test_a_dry_run_says_the_cost_and_does_nothing(
     for part in ("rank: ", "fit ", "judge ", "perplexity: ", "in all about ", "GB above the model"):
         assert part in out, part
     assert list(tmp_path.iterdir()) == [] and "judge" not in err
+    code, out, _ = run([*options, "--kind", "block:count=2"], monkeypatch, capsys)
+    assert code == 0 and "remove     1 comes to 3 of 5 blocks (60.0%), block:count=2 in their place (" in out
+    assert "FLOPs a token, 2 slots)" in out
     code, out, _ = run(["rank", stories_folder, *RANK, "--dry-run"], monkeypatch, capsys)
     assert code == 0 and out.startswith("rank: ") and "length" not in out
 
@@ -217,6 +220,7 @@ BAD = [
     (["--keep", "0,x"], "--keep 'x' is not a block number"),
     (["--keep", "12"], "keep=12 is out of range: the stack has 5 blocks"),
     (["--kind", "cubic"], "'cubic' is unknown. Known: none, linear"),
+    (["--kind", "mlp:wide=3"], "the kind 'mlp' has no such option, 'wide'. Its options: width (int), activation (str)"),
     (["--calibration", "nowhere.txt"], "nowhere.txt"),
     (["--calibration", "self"], "chat template"),
     (["--calibration", "self", "--calibration", "pydoc"], "stands alone"),

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +17,11 @@ import torch
 from streamline_hooks import StreamlineError, compress, find_stack, load, perplexity, profile
 from streamline_hooks.batch import batches_of
 from streamline_hooks.calibration import read_documents
+from streamline_hooks.repair import register_kind
+from tests.repair.stand_ins import KINDS, SLOTS
 
+PLAIN = ("block", "block:count=2", "silenced", "folded", "scale")
 SMALL = {"sequence_length": 64, "calibration_tokens": 6400, "validation_tokens": 640, "test_tokens": 640}
-
-
-@pytest.fixture(scope="session")
-def story_texts(stories: tuple[Any, Any]) -> list[str]:
-    """Stories that the model writes itself: the only text that it knows."""
-    model, tokenizer = stories
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        ids = model.generate(
-            torch.full((96, 1), tokenizer.bos_token_id), do_sample=True, max_new_tokens=160, min_new_tokens=120,
-            pad_token_id=tokenizer.bos_token_id,
-        )  # fmt: skip
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-
-@pytest.fixture()
-def story_model(stories: tuple[Any, Any]) -> tuple[Any, Any]:
-    return copy.deepcopy(stories[0]), stories[1]
 
 
 def test_the_whole_way(story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path) -> None:
@@ -45,7 +31,8 @@ def test_the_whole_way(story_model: tuple[Any, Any], story_texts: list[str], tmp
         model, tokenizer, story_texts, remove=1, shortlist=3, output=tmp_path / "out", say=said.append, **SMALL
     )
     assert result.model is model and len(find_stack(model)) == 4
-    assert "remove     1 comes to 1 of 5 blocks (20.0%), linear in their place" in said
+    size = "4,096 parameters, 8,192 FLOPs a token, no slot"
+    assert f"remove     1 comes to 1 of 5 blocks (20.0%), linear in their place ({size})" in said
     p = result.perplexities
     assert p["original"] < p["repaired"] < p["removed"]
     assert [w.kl for w in result.candidates] == sorted(w.kl for w in result.candidates) and len(result.candidates) == 3
@@ -61,6 +48,57 @@ def test_the_whole_way(story_model: tuple[Any, Any], story_texts: list[str], tmp
     assert loaded.config.streamline_hooks["history"][0]["calibration"]["fingerprint"] == result.data["fingerprint"]
     table = result.table()
     assert "5 -> 4, removed" in table and "peak memory" in table and str(tmp_path / "out") in table
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("none", "linear")])
+def test_every_kind_ends_in_a_model(
+    kind: str, story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path
+) -> None:
+    model, tokenizer = story_model
+    size, keep = find_stack(model).parameters_per_block[0], (0,) if kind == "folded" else ()
+    result = compress(
+        model, tokenizer, story_texts, remove=1, kind=kind, keep=keep, shortlist=3, output=tmp_path / "out", **SMALL
+    )
+    slots = SLOTS.get(kind, 0)
+    assert len(find_stack(model)) == 4 and len(result.plan.removed) == 1 + slots
+    p, report = result.perplexities, json.loads((tmp_path / "out/report.json").read_text())
+    assert p["original"] < p["repaired"] and (p["repaired"] < p["removed"] or kind == "scale")
+    assert report["kind"] == result.kind == kind
+    assert report["stand_in"] == asdict(result.size) and result.size.slots == slots
+    gone, added = result.parameters[0] - result.parameters[1], result.size.parameters
+    assert gone == size * (1 + slots) - added
+    assert f"{kind} ({added:,} parameters" in result.table()
+    loaded = load(tmp_path / "out")
+    assert type(loaded).__name__ == ("LlamaForCausalLM" if kind in PLAIN else "StreamlinedLlamaForCausalLM")
+    ids = tokenizer(story_texts[0], return_tensors="pt").input_ids[:, :64]
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    a, b = (loaded.generate(ids[:, :8], max_new_tokens=6, do_sample=False, use_cache=c) for c in (True, False))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("search", ["disjoint", "mlp"])
+def test_inherited_blocks_leave_as_many_blocks_as_were_asked_for(
+    search: str, story_model: tuple[Any, Any], story_texts: list[str]
+) -> None:
+    """Each of two windows takes a slot; silenced branches none."""
+    model, tokenizer = story_model
+    kept = list(find_stack(model).blocks)
+    result = compress(model, tokenizer, story_texts, remove=2, kind="block", search=search, **SMALL)
+    if search == "mlp":
+        assert len(result.candidates[0].silenced) == 2 and list(find_stack(model).blocks) == kept
+    else:
+        assert result.candidates[0].windows == (range(0, 2), range(3, 5)) and len(find_stack(model)) == 3
+
+
+def test_a_kind_that_a_checkpoint_cannot_hold_is_refused_at_once(
+    story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path
+) -> None:
+    from torch import nn
+
+    register_kind("test-unregistered", lambda features: nn.Linear(features, features))
+    with pytest.raises(StreamlineError, match="A Linear cannot be written to a checkpoint: nothing says how to build"):
+        compress(*story_model, story_texts, kind="test-unregistered", output=tmp_path / "out", **SMALL)
+    assert not (tmp_path / "out").exists()
 
 
 def test_plain_removal(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
@@ -100,11 +138,11 @@ def test_every_search_ends_in_a_model(
     chosen = result.candidates[0]
     assert result.plan.removed == tuple(sorted(chosen.blocks))
     p = result.perplexities
-    assert p["original"] < (p["removed"] if search == "attention" else p["repaired"])
+    assert p["original"] < p["repaired"] < p["removed"]
     ids = tokenizer(story_texts[0], return_tensors="pt").input_ids[:, :64]
     loaded = load(tmp_path / "out")
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
-    assert str(chosen) in result.table()
+    assert all(what in result.table() for what in str(chosen).split(", "))
 
 
 @pytest.mark.parametrize("target", ["parameters:0.1", "20%"])
@@ -186,6 +224,9 @@ def test_an_error_leaves_model_and_folder_as_they_were(
         ({"remove": 0}, "remove=0 is nothing that can be removed"),
         ({"remove": 5}, "comes to 5 of 5 blocks; at least one block must stay"),
         ({"kind": "cubic"}, "'cubic' is unknown. Known: none, linear"),
+        ({"kind": "linear:rank=65"}, "A linear map of 64 features cannot have rank=65"),
+        ({"kind": "block", "search": "greedy"}, "'greedy' makes any number of windows, and the kind 'block'"),
+        ({"kind": "block:count=4"}, "4 blocks that stand in the place of others leave nothing to remove of 5"),
         ({"keep": (9,)}, "keep=9 is out of range"),
         ({"keep": (1, 3), "remove": 3}, "No run of 3 consecutive blocks among 5 is free"),
         ({"stack": "nowhere"}, r"No stack of blocks at 'nowhere'.*'model.layers' \(5 blocks\)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +39,36 @@ def compress(
             "linear=false), block (count=2), silenced, folded, scale; options after a colon, as in linear:rank=64."
         ),
     ] = "linear",
+    preset: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="A whole recipe as it was published, instead of --kind, --train and --heal: llm-streamline-ffn, "
+            "llm-streamline-layer, replaceme, linearpatch, ghosted, prune-and-comp, uidl.",
+        ),
+    ] = "",
+    objective: Annotated[
+        str,
+        typer.Option(
+            "--train",
+            metavar="LOSS",
+            help="Train the repair: kl (to what the original says), lm (the text), mse, relative or cosine (of the "
+            "states), or a sum such as 'kl + 0.5*lm'.",
+        ),
+    ] = "",
+    heal: Annotated[
+        str,
+        typer.Option(
+            metavar="HOW",
+            help="Train blocks that stay besides: lora (rank=16, where=after), or partial (where=beside, count=2).",
+        ),
+    ] = "",
+    epochs: Annotated[int, typer.Option(help="How often the training sees the calibration text.", min=1)] = 1,
+    learning_rate: Annotated[float, typer.Option(help="The highest of the training.", min=0)] = 1e-3,
+    autocast: Annotated[bool, typer.Option("--autocast", help="Train with products in bfloat16.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a training that was interrupted: give all else as before.")
+    ] = False,
     calibration: Calibration = None,
     test: Annotated[
         list[str] | None,
@@ -65,7 +96,8 @@ def compress(
 
     One pass compares the states before and after every run of blocks. The most similar runs make a shortlist; each is
     replaced by a linear map or another kind, fitted by least squares, and judged by its KL to the original on text of
-    its own. The best one is saved, with report.json beside it.
+    its own. The best one is trained, if that is asked for, and saved, with report.json beside it. A training is kept
+    beside the folder every few minutes, until the folder is written.
 
     Example: streamline-hooks compress smollm2 --remove 0.25 --output smollm2-small
     """
@@ -77,6 +109,7 @@ def compress(
     from streamline_hooks.statistics import Profile
 
     require_free(output, overwrite)
+    kind, training, healing = _recipe(kind, preset, objective, heal, epochs, learning_rate, autocast)
     kind_named(kind)
     target = Target.parse(remove)
     require_search(search, criterion_named(criterion), target)
@@ -134,6 +167,9 @@ def compress(
         loaded,
         tokenizer,
         documents,
+        training=training,
+        healing=healing,
+        resume=resume,
         criterion=criterion,
         profile=profile,
         test_texts=test_documents,
@@ -144,3 +180,32 @@ def compress(
     )
     typer.echo()
     typer.echo(result.table())
+
+
+def _recipe(
+    kind: str, preset: str, objective: str, heal: str, epochs: int, learning_rate: float, autocast: bool
+) -> tuple[str, Any, Any]:
+    """The kind, the training and the healing that the options come to."""
+    import torch
+
+    from streamline_hooks.repair import Healing, Objective, Training, preset_named
+
+    dtype = torch.bfloat16 if autocast else None
+    if preset:
+        given = [
+            f"--{name}" for name, text in (("kind", kind if kind != "linear" else ""), ("train", objective)) if text
+        ]
+        given += ["--heal"] if heal else []
+        if given:
+            raise StreamlineError(f"--preset {preset} says what {' and '.join(given)} would; leave one of them out.")
+        chosen = preset_named(preset)
+        training = None if chosen.training is None else replace(chosen.training, epochs=epochs, autocast=dtype)
+        return chosen.kind, training, chosen.healing
+    if heal and not objective:
+        raise StreamlineError(f"--heal {heal} is a part of a training; say what for, such as --train kl.")
+    if not objective:
+        return kind, None, None
+    training = Training(
+        objective=Objective.parse(objective), epochs=epochs, learning_rate=learning_rate, autocast=dtype
+    )
+    return kind, training, Healing.parse(heal) if heal else None

@@ -14,7 +14,11 @@ from typing import Any, Literal
 from torch import nn
 
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.repair.adapters import with_adapters
+from streamline_hooks.repair.stand_in import StandIn
+from streamline_hooks.repair.student import Student
 from streamline_hooks.stack import BlockStack
+from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices
 
 Where = Literal["all", "after", "beside", "last"]
 
@@ -149,59 +153,46 @@ def healing_copies(
             f"Healing of the blocks {healing.where!r} finds none: {len(stack)} blocks, of which "
             f"{', '.join(f'{w.start} to {w.stop - 1}' for w in windows)} go. Choose others."
         )
-    copies = {k: _with_adapters(stack[k], healing) if healing.how == "lora" else _whole(stack[k]) for k in chosen}
+    copies = {
+        k: with_adapters(stack[k], healing.rank, healing.alpha, healing.dropout, healing.targets)
+        if healing.how == "lora"
+        else _whole(stack[k])
+        for k in chosen
+    }
     return copies, _head(stack.model) if healing.head else {}
 
 
-def merge_adapters(block: nn.Module) -> None:
-    """Add what adapters learnt to the weights beside them, in a copy that shares them with the original no more."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def student_of(stack: BlockStack, stand_ins: Sequence[tuple[range, StandIn]], healing: Healing | None) -> Student:
+    """A student with these stand-ins, and with copies of what is healed beside them.
 
-    for path, layer in list(block.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
-            base: Any = layer.get_base_layer()
-            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
-            layer.merge()
-            block.set_submodule(path, base)
+    Parameters
+    ----------
+    stack : BlockStack
+        Of the original.
+    stand_ins : sequence of (range, StandIn)
+        See `Student`.
+    healing : Healing or None
+        None where the stand-ins alone are trained.
+
+    Raises
+    ------
+    StreamlineError
+        As `healing_copies`.
+    """
+    if healing is None:
+        return Student(stack.model, stand_ins, stack=stack.path)
+    copies, outside = healing_copies(stack, [window for window, _ in stand_ins], healing)
+    return Student(stack.model, stand_ins, copies=copies, outside=outside, stack=stack.path)
 
 
 def _whole(module: nn.Module) -> nn.Module:
     made = copy.deepcopy(module)
+    for place in (BEFORE, AFTER):  # what is spliced in beside a block is no part of it
+        set_splices(made, place, [])
     for parameter in made.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
     return made
-
-
-def _with_adapters(block: nn.Module, healing: Healing) -> nn.Module:
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise StreamlineError("Healing by adapters takes the package peft: pip install peft") from error
-    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in block.parameters()}
-    made = copy.deepcopy(block, shared)
-    linear = [name for name, module in made.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)]
-    names = [name for name in linear if not healing.targets or name.endswith(healing.targets)]
-    if not names:
-        raise StreamlineError(
-            f"No layer of a {type(block).__name__} ends in {' or '.join(healing.targets)}; its linear layers are "
-            f"{', '.join(linear) or 'none'}. Name some of these (targets)."
-        )
-    config = LoraConfig(
-        r=healing.rank,
-        lora_alpha=healing.alpha,  # type: ignore[arg-type]
-        lora_dropout=healing.dropout,
-        target_modules=names,
-        fan_in_fan_out=_is_conv1d(made.get_submodule(names[0])),
-    )
-    adapted: nn.Module = inject_adapter_in_model(config, made)  # type: ignore[arg-type]
-    return adapted
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
 
 
 def _head(model: nn.Module) -> dict[str, nn.Module]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +109,14 @@ class Trained:
     history: list[dict[str, Any]]
     seconds: float
     stopped: str = ""
+
+    def report(self) -> dict[str, Any]:
+        """Everything, as JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        early = f", ended early: {self.stopped}" if self.stopped else ""
+        return (
+            f"{self.steps} steps on {self.tokens:,} tokens in {self.seconds:.0f} s: KL {self.kl_before:.4f} -> "
+            f"{self.kl:.4f}, of step {self.best_step}{early}"
+        )

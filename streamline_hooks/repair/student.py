@@ -14,6 +14,7 @@ from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.candidates import logits_of
 from streamline_hooks.passes import resume
 from streamline_hooks.recorder import ForwardStopped, HiddenStateRecorder
+from streamline_hooks.repair.adapters import merge_adapters
 from streamline_hooks.repair.stand_in import StandIn, place
 from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery import LayerSurgeon
@@ -116,8 +117,13 @@ class Student:
             assert placed is not None
             self.modules[str(k)] = [placed]
 
+    def merge(self) -> None:
+        """Let adapters be parts of the weights beside them, so that every copy is a plain block."""
+        for block in self.copies.values():
+            merge_adapters(block)
+
     def settle(self) -> None:
-        """Give the modules that stay the values of their trained copies; the original is no more then.
+        """Give the modules that stay the values of their trained and merged copies; the original is no more then.
 
         Windows are given up by a surgeon that is committed, see `place`.
         """
@@ -125,9 +131,9 @@ class Student:
         pairs += [(self.model.get_submodule(path), copy) for path, copy in self.outside.items()]
         with torch.no_grad():
             for module, copy in pairs:
-                trained = dict(copy.named_parameters())
-                for name, held in module.named_parameters():
-                    held.copy_(trained[name])
+                held = dict(module.named_parameters())  # with what is spliced in beside it, which is no copy
+                for name, trained in copy.named_parameters():
+                    held[name].copy_(trained)
 
     @contextmanager
     def without_dropout(self) -> Iterator[None]:

@@ -133,6 +133,13 @@ def _require_fitting(
         )
 
 
+_SAMPLE = 64  # values of each parameter
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
 class _Loop:
     """One training on its way."""
 
@@ -388,16 +395,15 @@ class _Loop:
         self.rows = said["rows"]
 
     def _fingerprint(self) -> str:
-        """Of everything that the result depends on but the weights' present values."""
+        """Of everything that the result depends on but the present values of what is trained."""
         settings = {k: str(v) for k, v in asdict(self.settings).items() if k not in ("keep_in", "keep_every", "memory")}
         shapes = {name: list(parameter.shape) for name, parameter in self.parameters.items()}
         digest = hashlib.sha256(repr((sorted(settings.items()), shapes, self.student.windows)).encode())
         for batch in (*self.batches, *self.validation):
             for tensor in [batch] if isinstance(batch, Tensor) else batch.values():
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        for taught in self.validation_taught:  # what the model is, as far as this text shows it
-            for state in (taught.entrance, taught.exit):
-                digest.update(cast(Tensor, state).float().sum(dtype=torch.float64).numpy().tobytes())
+                digest.update(_bytes(tensor))
+        for name, parameter in self.student.model.named_parameters():  # a sample tells one model from another
+            digest.update(name.encode() + (b"" if parameter.is_meta else _bytes(parameter.flatten()[:_SAMPLE])))
         return digest.hexdigest()
 
 

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from streamline_hooks import HiddenStateRecorder, StreamlineError, perplexity
+from streamline_hooks import HiddenStateRecorder, Selection, StreamlineError, find_stack, perplexity
 from streamline_hooks.evaluation import Candidate, Cost, kl_of_candidates, measure_pace
+from streamline_hooks.replacements import MLPReplacement
+from streamline_hooks.selection.search.judge import Attempt, Judge
 from streamline_hooks.statistics import measure_moments, profile
 from tests.evaluation.fake_clock import FakeClock
 from tests.tiny_models import BLOCKS, VOCABULARY, WIDTH, Nudge, left_padded, tiny_model, tokens
@@ -52,6 +54,10 @@ def test_every_pass_takes_what_it_was_told_to(windows: list[range]) -> None:
         (pace.fit(BATCHES, windows), lambda: measure_moments(model, BATCHES, windows)),
         (pace.judge(BATCHES, windows), lambda: kl_of_candidates(model, BATCHES, [Candidate(w) for w in windows])),
         (pace.perplexity(BATCHES), lambda: perplexity(model, BATCHES)),
+        (
+            pace.judge(BATCHES, windows, whole=True),
+            lambda: Judge(find_stack(model), BATCHES).kl([Attempt(Selection((w,))) for w in windows], "judge"),
+        ),
     ]
     for cost, run in passes:
         before = clock.now
@@ -98,6 +104,12 @@ def test_the_sums_and_the_surgery_are_told_too() -> None:
     rest = pace.before + sum(pace.blocks[2:]) + pace.after + pace.divergence
     assert judge.seconds == pytest.approx(45 * (forward + pace.after + pace.reference + rest) + 3 * pace.surgery)
     assert pace.judge(BATCHES, [range(0, 2)], replacement=Nudge()).seconds > judge.seconds
+    module = MLPReplacement(WIDTH, 4 * WIDTH, linear=False)
+    beside = pace.fit(BATCHES, WINDOWS, replacement=module, beside=True)
+    sums = 4 * (4 + 1) / 2 * pace.moments  # of 4·d features among themselves and with the state
+    extra = pace.after * 2 * 4 * WIDTH / VOCABULARY  # the network, at the pace of the head
+    assert beside.seconds == pytest.approx(45 * (forward + 3 * (sums + extra)))
+    assert beside.bytes > pace.fit(BATCHES, WINDOWS).bytes == pace.fit(BATCHES, WINDOWS, replacement=module).bytes
 
 
 def test_memory_is_that_of_the_largest_batch() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError
-from streamline_hooks.repair.healing import Healing, healing_copies, merge_adapters
+from streamline_hooks.repair.adapters import merge_adapters
+from streamline_hooks.repair.healing import Healing, healing_copies
 from streamline_hooks.repair.settings import Training
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.training import train
@@ -54,8 +55,7 @@ def test_what_is_settled_says_what_the_student_said_and_is_plain(text: str) -> N
         student.training = False
         with student.opened():
             wanted = model(ids).logits
-        for block in student.copies.values():
-            merge_adapters(block)
+        student.merge()
         with student.opened():
             torch.testing.assert_close(model(ids).logits, wanted)
         student.settle()

@@ -1,0 +1,134 @@
+"""The whole way with training and healing, on trained weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from streamline_hooks import StreamlineError, UnsupportedSurgery, compress, find_stack, load
+from streamline_hooks.repair import Objective, Training
+from streamline_hooks.repair import training as training_module
+
+SMALL = {"sequence_length": 64, "calibration_tokens": 6400, "validation_tokens": 640, "test_tokens": 640}
+TRAINING = Training(learning_rate=3e-3, epochs=2, validations=4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "healing"),
+    [
+        ("linear", None),
+        ("swiglu", "partial:where=after"),
+        ("block", "lora:rank=4"),
+        ("folded", "lora:rank=4,where=after"),
+        ("none", "partial:where=beside,count=1"),
+    ],
+)
+def test_training_ends_in_a_better_model_that_loads(
+    kind: str, healing: str | None, story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path
+) -> None:
+    model, tokenizer = story_model
+    keep = (0,) if kind == "folded" else ()
+    said: list[str] = []
+    result = compress(
+        model, tokenizer, story_texts, remove=1, kind=kind, keep=keep, shortlist=2, output=tmp_path / "out",
+        training=TRAINING, healing=healing, say=said.append, **SMALL,
+    )  # fmt: skip
+    p, trained = result.perplexities, result.training
+    assert trained is not None
+    before = p["removed"] if kind == "none" else p["repaired"]
+    assert p["original"] < p["trained"] < before <= p["removed"]
+    assert trained.kl < trained.kl_before
+    assert any(line.startswith("trained    ") for line in said)
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["training"]["history"] == trained.history
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"], "the file to go on from outlives its use"
+    loaded = load(tmp_path / "out")
+    assert type(loaded) is type(model)
+    assert sorted(loaded.state_dict()) == sorted(model.state_dict()), "an adapter is left"
+    ids = tokenizer(story_texts[0], return_tensors="pt").input_ids[:, :64]
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    a, b = (loaded.generate(ids[:, :8], max_new_tokens=6, do_sample=False, use_cache=c) for c in (True, False))
+    assert torch.equal(a, b)
+
+
+def test_what_was_compressed_can_be_compressed_and_healed_again(
+    story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path
+) -> None:
+    """The splice of the first time is beside a block that is healed the second time."""
+    model, tokenizer = story_model
+    compress(model, tokenizer, story_texts, remove=1, shortlist=2, **SMALL)
+    before = {name: p.clone() for name, p in model.named_parameters() if "spliced" in name}
+    options = {"training": TRAINING, "healing": "partial", "output": tmp_path / "o", **SMALL}
+    result = compress(model, tokenizer, story_texts, remove=1, shortlist=2, **options)
+    assert result.perplexities["trained"] < result.perplexities["repaired"]
+    splices = {name for name, _ in model.named_parameters() if "spliced" in name}
+    assert len(splices) in (1, 2) and before
+    ids = tokenizer(story_texts[0], return_tensors="pt").input_ids[:, :64]
+    torch.testing.assert_close(load(tmp_path / "o")(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_killed_training_is_resumed_where_it_was(
+    stories: tuple[Any, Any], story_texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(TRAINING, keep_every=0.0)
+
+    def run(folder: str, resume: bool = False) -> Any:
+        model, tokenizer = copy.deepcopy(stories[0]), stories[1]
+        options = {"remove": 1, "shortlist": 2, "training": settings, "resume": resume, **SMALL}
+        return compress(model, tokenizer, story_texts, output=tmp_path / folder, **options).model
+
+    class Killed(BaseException):
+        pass
+
+    whole = run("whole")
+    step = training_module._Loop._step
+    with monkeypatch.context() as patch:
+
+        def dies(self: Any) -> Any:
+            if self.step == 20:
+                raise Killed
+            return step(self)
+
+        patch.setattr(training_module._Loop, "_step", dies)
+        with pytest.raises(Killed):
+            run("out")
+    assert (tmp_path / "out.training").is_file() and not (tmp_path / "out").exists()
+    resumed = run("out", resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert not (tmp_path / "out.training").exists()
+
+
+def test_what_is_asked_for_in_vain_is_refused_at_once(
+    story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path
+) -> None:
+    model, tokenizer = story_model
+    before = find_stack(model).blocks
+    for options, message in (
+        ({"healing": "lora"}, "healing is a part of a training"),
+        ({"resume": True}, "resume is a part of a training"),
+        ({"training": TRAINING, "resume": True}, "There is no training to resume at any place"),
+        (
+            {"training": TRAINING, "resume": True, "output": tmp_path / "out"},
+            r"no training to resume at .*out\.training",
+        ),
+    ):
+        with pytest.raises(StreamlineError, match=message):
+            compress(model, tokenizer, story_texts, **options, **SMALL)
+    with pytest.raises(UnsupportedSurgery, match="of an attention or an MLP alone is not trained"):
+        compress(model, tokenizer, story_texts, remove=1, search="mlp", training=TRAINING, **SMALL)
+    assert find_stack(model).blocks == before
+
+
+def test_states_alone_can_be_trained_for(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
+    model, tokenizer = story_model
+    settings = replace(TRAINING, objective=Objective.parse("relative"))
+    result = compress(model, tokenizer, story_texts, remove=1, shortlist=1, kind="mlp", training=settings, **SMALL)
+    assert result.perplexities["trained"] <= result.perplexities["repaired"]
+    losses = [row["loss"] for row in result.training.history[1:]]  # type: ignore[union-attr]
+    assert losses[-1] < losses[0]
