@@ -14,7 +14,7 @@ from streamline_hooks.calibration import TokenSplit, check_tokenizer, split_docu
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.cost import Cost
 from streamline_hooks.evaluation.pace import measure_pace
-from streamline_hooks.repair import Kind, StandInSize, kind_named
+from streamline_hooks.repair import Healing, Kind, StandInSize, Training, kind_named
 from streamline_hooks.repair.fitting import holds_map
 from streamline_hooks.repair.stand_in import is_spliced
 from streamline_hooks.replacements import replacement_config
@@ -97,7 +97,13 @@ class Preparation:
             f"text       {self.split.describe()}",
         ]
 
-    def costs(self, shortlist: int, profiled: bool = False) -> list[Cost]:
+    def costs(
+        self,
+        shortlist: int,
+        profiled: bool = False,
+        training: Training | None = None,
+        healing: Healing | None = None,
+    ) -> list[Cost]:
         """What finding one window will cost on this machine, measured on a few tokens; the sums beside the passes.
 
         Parameters
@@ -105,17 +111,35 @@ class Preparation:
         shortlist : int
         profiled : bool
             Whether there is a profile already.
+        training : Training, optional
+            Of what is chosen.
+        healing : Healing, optional
+            Beside it.
         """
         pace = measure_pace(self.stack.model, self.calibration[0], stack=self.stack.path)
         with torch.device("meta"):
             made = self.kind.make(self.stack, self.candidates[0])
         module, beside = made if isinstance(made, nn.Module) else None, not holds_map(made)
         judged: dict[str, Any] = {"shortlist": min(shortlist, len(self.candidates)), "replacement": module}
+        trained = []
+        if training is not None:
+            cost = pace.train(
+                self.calibration,
+                self.validation,
+                self.candidates,
+                epochs=training.epochs,
+                validations=training.validations,
+                logits=training.objective.needs_logits,
+                replacement=module,
+                healed=healing is not None,
+            )
+            trained.append(cost)
         return [
             *([] if profiled else [pace.rank(self.calibration)]),
             pace.fit(self.fit, self.candidates, **judged, beside=beside),
             pace.fit(self.held_out, self.candidates, **judged, beside=beside, sums=2),
             pace.judge(self.validation, self.candidates, **judged, whole=bool(self.kind.slots or self.kind.fit)),
+            *trained,
             pace.perplexity(self.test),
         ]
 

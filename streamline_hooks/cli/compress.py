@@ -154,7 +154,7 @@ def compress(
         ready.require_writable()
         for line in ready.announcement(search, criterion, shortlist):
             typer.echo(line)
-        costs = ready.costs(shortlist, profile is not None)
+        costs = ready.costs(shortlist, profile is not None, training, healing)
         typer.echo("")
         for cost in costs:
             typer.echo(str(cost))

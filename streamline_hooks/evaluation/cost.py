@@ -182,6 +182,60 @@ class Pace:
         seconds = tokens * (original + count * each) + len(batches) * count * self.surgery
         return Cost(f"judge {count} windows", tokens, seconds, kept)
 
+    def train(
+        self,
+        batches: Sequence[Batch | Tensor],
+        validation: Sequence[Batch | Tensor],
+        windows: Sequence[range],
+        *,
+        epochs: int = 1,
+        validations: int = 1,
+        logits: bool = True,
+        replacement: nn.Module | None = None,
+        healed: bool = False,
+    ) -> Cost:
+        """Of `train`: the original once, and the blocks after the window forward and backward each epoch.
+
+        Parameters
+        ----------
+        batches, validation : sequence of mapping or torch.Tensor
+        windows : sequence of range
+            Those of which one will be trained for; the mean of them counts.
+        epochs, validations : int
+            How often `batches` are trained on, and `validation` is looked at beyond the first time.
+        logits : bool
+            Whether what the model says is compared; else nothing is run after the window.
+        replacement : torch.nn.Module, optional
+            What stands in the window's place.
+        healed : bool
+            Whether blocks that stay are trained too, which doubles what is done on their way back.
+
+        Raises
+        ------
+        StreamlineError
+            If the model has no head.
+        """
+        self._require_head()
+        (tokens, largest), (apart, widest) = _tokens(batches), _tokens(validation)
+        stand_in = sum(p.numel() for p in replacement.parameters()) if replacement is not None else 0
+        own = stand_in * self._seconds_a_parameter()
+        rest = sum(sum(self.blocks[w.stop :]) for w in windows) / len(windows)
+        upto = sum(sum(self.blocks[: w.stop]) for w in windows) / len(windows)
+        # The original's head is run on the state that leaves its last block, which carries it and is run in vain.
+        said = self.blocks[-1] + self.after + self.reference
+        forward = rest + self.after + own
+        looked = said + self.before + forward + self.divergence
+        step = said + self.before + (3 if healed else 2) * forward + own + 2 * self.divergence
+        if not logits:
+            step = self.before + 3 * own
+        original = self.before + (sum(self.blocks) if logits else upto)
+        seconds = tokens * (original + epochs * step) + apart * (self.before + sum(self.blocks))
+        seconds += apart * (1 + validations) * looked
+        states = 2 * self._state(tokens + apart)
+        made = max(largest, widest) * self.vocabulary * (3 * self.logit_size + 4)
+        passed = largest * len(self.blocks) * self.features * self.state_size  # a few states a block, for the way back
+        return Cost("train", tokens * epochs, seconds, states + made + 8 * passed + 4 * 4 * stand_in)
+
     def perplexity(self, batches: Sequence[Batch | Tensor]) -> Cost:
         """Of `perplexity`: the whole model with its head.
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from streamline_hooks import HiddenStateRecorder, Selection, StreamlineError, find_stack, perplexity
 from streamline_hooks.evaluation import Candidate, Cost, kl_of_candidates, measure_pace
-from streamline_hooks.replacements import MLPReplacement
+from streamline_hooks.repair import Objective, Student, Training, train
+from streamline_hooks.replacements import LinearReplacement, MLPReplacement
 from streamline_hooks.selection.search.judge import Attempt, Judge
 from streamline_hooks.statistics import measure_moments, profile
 from tests.evaluation.fake_clock import FakeClock
@@ -64,6 +65,26 @@ def test_every_pass_takes_what_it_was_told_to(windows: list[range]) -> None:
         run()
         assert cost.seconds == pytest.approx(clock.now - before), cost.what
         assert cost.tokens == 2 * 7 + 3 * 9 + 1 * 4
+
+
+@pytest.mark.parametrize("window", [range(0, 2), range(2, 5)])
+@pytest.mark.parametrize(("objective", "epochs"), [("kl", 1), ("kl", 3), ("mse", 2)])
+def test_a_training_takes_its_forwards_and_as_much_again_on_the_way_back(
+    window: range, objective: str, epochs: int
+) -> None:
+    """The clock is moved by forwards alone; what a stand-in takes is left out of both."""
+    model, clock = charged()
+    cost = measure_pace(model, BATCHES[0], clock=clock).train(
+        BATCHES, BATCHES[:1], [window], epochs=epochs, validations=2, logits=objective == "kl"
+    )
+    student = Student(model, [(window, LinearReplacement(WIDTH))])
+    settings = Training(objective=Objective.parse(objective), epochs=epochs, validations=2)
+    before = clock.now
+    train(student, BATCHES, BATCHES[:1], settings)
+    ran = clock.now - before
+    back = epochs * 45 * (sum(k + 1.0 for k in range(window.stop, BLOCKS)) + HEAD) if objective == "kl" else 0.0
+    assert cost.seconds == pytest.approx(ran + back, rel=0.05)
+    assert cost.tokens == 45 * epochs
 
 
 def test_padding_is_run_and_counted() -> None:
