@@ -2,6 +2,7 @@
 
 from streamline_hooks.repair.closed_form import ClosedForm, solve
 from streamline_hooks.repair.fitting import fit_windows
+from streamline_hooks.repair.freezing import freeze_all_but
 from streamline_hooks.repair.healing import Healing, student_of
 from streamline_hooks.repair.kinds import Kind, kind_named, known_kinds, register_kind
 from streamline_hooks.repair.objective import Objective
@@ -27,6 +28,7 @@ __all__ = [
     "Trained",
     "Training",
     "fit_windows",
+    "freeze_all_but",
     "kind_named",
     "known_kinds",
     "place",
