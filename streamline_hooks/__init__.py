@@ -3,7 +3,7 @@
 from streamline_hooks.checkpoint import load, save
 from streamline_hooks.compress import compress
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
-from streamline_hooks.evaluation import measure_speed, perplexity
+from streamline_hooks.evaluation import Agreement, agreement, measure_speed, perplexity
 from streamline_hooks.passes import resume
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.replacements import LinearReplacement, register_replacement
@@ -24,6 +24,7 @@ from streamline_hooks.surgery import LayerSurgeon, SurgeryPlan
 from streamline_hooks.surgery.registration import register_with_transformers
 
 __all__ = [
+    "Agreement",
     "BlockStack",
     "CompressionResult",
     "HiddenStateRecorder",
@@ -37,6 +38,7 @@ __all__ = [
     "Target",
     "UnsupportedSurgery",
     "WindowMoments",
+    "agreement",
     "combined",
     "compress",
     "find_selections",

@@ -30,6 +30,7 @@ from streamline_hooks.selection import (
     find_selections,
     perplexity_of_attempts,
     require_search,
+    usual_criterion,
     verified,
 )
 from streamline_hooks.stack import find_stack
@@ -51,7 +52,7 @@ def compress(
     training: Training | None = None,
     healing: Healing | str | None = None,
     resume: bool = False,
-    criterion: Criterion | str = "cosine",
+    criterion: Criterion | str | None = None,
     search: str = "window",
     parts: int = 2,
     keep: Iterable[int] = (),
@@ -99,8 +100,9 @@ def compress(
     resume : bool
         Go on with a training that was interrupted: the same call as before, and everything before the training is
         done again.
-    criterion : Criterion or str
-        What speaks for giving a window up, see `CRITERIA`.
+    criterion : Criterion or str, optional
+        What speaks for giving a window up, see `CRITERIA`. By default cosine and relative magnitude together for
+        single windows, and cosine for the other searches.
     search : {"window", "disjoint", "one-shot", "greedy", "evolution", "attention", "mlp"}
         What the shortlist is made of: single windows, several disjoint ones, the best single blocks, blocks one after
         the other, what an evolutionary search finds, which takes attentions and MLPs apart too, or as many attentions
@@ -144,7 +146,7 @@ def compress(
     chosen = kind_named(kind)
     healed = Healing.parse(healing) if isinstance(healing, str) else healing
     training = _kept_training(training, healed, resume, output)
-    named = criterion if isinstance(criterion, Criterion) else criterion_named(criterion)
+    named = criterion if isinstance(criterion, Criterion) else criterion_named(criterion or usual_criterion(search))
     if min(shortlist, batch_size, parts) < 1:
         raise StreamlineError(
             f"shortlist={shortlist}, batch_size={batch_size} and parts={parts} must be 1 or more each."

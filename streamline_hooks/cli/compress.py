@@ -12,7 +12,6 @@ from streamline_hooks.cli.loading import block_numbers, documents_of, load_model
 from streamline_hooks.cli.options import (
     BatchSize,
     Calibration,
-    CriterionName,
     DryRun,
     Keep,
     Model,
@@ -74,7 +73,13 @@ def compress(
         list[str] | None,
         typer.Option("--test", metavar="TEXT", help="Score on this text instead of a part of the calibration text."),
     ] = None,
-    criterion: CriterionName = "cosine",
+    criterion: Annotated[
+        str,
+        typer.Option(
+            help="What speaks for giving blocks up: cosine, last_angular, kl, ...; a wrong name lists all.",
+            show_default="for a window cosine and relative magnitude together, else cosine",
+        ),
+    ] = "",
     search: Search = "window",
     parts: Parts = 2,
     keep: Keep = "",
@@ -105,10 +110,11 @@ def compress(
     from streamline_hooks.compress import compress as run
     from streamline_hooks.preparation import prepare_compression
     from streamline_hooks.repair import kind_named
-    from streamline_hooks.selection import Target, criterion_named, require_search
+    from streamline_hooks.selection import Target, criterion_named, require_search, usual_criterion
     from streamline_hooks.statistics import Profile
 
     require_free(output, overwrite)
+    criterion = criterion or usual_criterion(search)
     kind, training, healing = _recipe(kind, preset, objective, heal, epochs, learning_rate, autocast)
     kind_named(kind)
     target = Target.parse(remove)

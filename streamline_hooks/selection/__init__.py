@@ -8,7 +8,13 @@ from streamline_hooks.selection.criteria import (
     register_criterion,
     score_windows,
 )
-from streamline_hooks.selection.search.by_name import SEARCHES, SearchProblem, find_selections, require_search
+from streamline_hooks.selection.search.by_name import (
+    SEARCHES,
+    SearchProblem,
+    find_selections,
+    require_search,
+    usual_criterion,
+)
 from streamline_hooks.selection.search.judge import Attempt
 from streamline_hooks.selection.search.perplexities import perplexity_of_attempts
 from streamline_hooks.selection.search.selected import ScoredWindow, Selection
@@ -36,6 +42,7 @@ __all__ = [
     "register_criterion",
     "require_search",
     "score_windows",
+    "usual_criterion",
     "verified",
     "windows",
     "windows_for",

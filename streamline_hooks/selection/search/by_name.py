@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from streamline_hooks.batch import Batch, tokens_of
 from streamline_hooks.branches import Branch
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.selection.criteria import Criterion, score_windows
+from streamline_hooks.selection.criteria import SHORTLIST, Criterion, score_windows
 from streamline_hooks.selection.search.disjoint import disjoint_windows
 from streamline_hooks.selection.search.evolution import evolution
 from streamline_hooks.selection.search.greedy import greedy
@@ -136,6 +136,11 @@ def find_selections(name: str, question: SearchProblem) -> list[Selection]:
     """
     require_search(name, question.criterion)
     return SEARCHES[name](question)
+
+
+def usual_criterion(search: str) -> str:
+    """The criterion of a search where none is asked for."""
+    return SHORTLIST if search == "window" else "cosine"
 
 
 def require_search(name: str, criterion: Criterion | str, target: Target | int | float | str = 1) -> None:
