@@ -275,7 +275,9 @@ def _train(
             "What stands in the place of an attention or an MLP alone is not trained: it is fitted in closed form. "
             "Leave the training out, or search for windows."
         )
-    student = student_of(ready.stack, [(repair.window, repair.stand_in) for repair in best.repairs], healing)
+    student = student_of(
+        ready.stack, [(repair.window, repair.stand_in) for repair in best.repairs], healing, seed=training.seed
+    )
     trained = train(student, ready.calibration, ready.validation, training, resume=resume, say=say)
     say(f"trained    {trained}")
     student.merge()

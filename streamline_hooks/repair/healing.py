@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from streamline_hooks.errors import StreamlineError
@@ -123,7 +124,7 @@ class Healing:
 
 
 def healing_copies(
-    stack: BlockStack, windows: Sequence[range], healing: Healing
+    stack: BlockStack, windows: Sequence[range], healing: Healing, *, seed: int = 0
 ) -> tuple[dict[int, nn.Module], dict[str, nn.Module]]:
     """Make the copies that a `Student` trains.
 
@@ -134,6 +135,8 @@ def healing_copies(
     windows : sequence of range
         What is given up.
     healing : Healing
+    seed : int
+        Of the adapters' weights. The caller's random numbers are left as they were.
 
     Returns
     -------
@@ -162,7 +165,9 @@ def healing_copies(
     return copies, _head(stack.model) if healing.head else {}
 
 
-def student_of(stack: BlockStack, stand_ins: Sequence[tuple[range, StandIn]], healing: Healing | None) -> Student:
+def student_of(
+    stack: BlockStack, stand_ins: Sequence[tuple[range, StandIn]], healing: Healing | None, *, seed: int = 0
+) -> Student:
     """A student with these stand-ins, and with copies of what is healed beside them.
 
     Parameters
@@ -173,6 +178,8 @@ def student_of(stack: BlockStack, stand_ins: Sequence[tuple[range, StandIn]], he
         See `Student`.
     healing : Healing or None
         None where the stand-ins alone are trained.
+    seed : int
+        See `healing_copies`.
 
     Raises
     ------
@@ -181,7 +188,7 @@ def student_of(stack: BlockStack, stand_ins: Sequence[tuple[range, StandIn]], he
     """
     if healing is None:
         return Student(stack.model, stand_ins, stack=stack.path)
-    copies, outside = healing_copies(stack, [window for window, _ in stand_ins], healing)
+    copies, outside = healing_copies(stack, [window for window, _ in stand_ins], healing, seed=seed)
     return Student(stack.model, stand_ins, copies=copies, outside=outside, stack=stack.path)
 
 

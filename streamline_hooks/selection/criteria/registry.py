@@ -140,6 +140,7 @@ def combined(parts: Mapping[str | Criterion, float], by: Literal["rank", "weight
 
 
 def _score_together(*given: Any, **named: Any) -> NoReturn:
+    """The parts' ranks or scores, summed over all windows that are scored together; never of one alone."""
     raise StreamlineError("A combination is scored with score_windows, which scores all windows together.")
 
 

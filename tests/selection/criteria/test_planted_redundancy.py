@@ -21,6 +21,7 @@ FINDS = {
     "last_angular",
     "block_influence",
     "relative_magnitude",
+    "cosine_and_magnitude",
     "perplexity",
     "kl",
     "repaired_residual",
