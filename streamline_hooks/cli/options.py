@@ -45,9 +45,9 @@ CriterionName = Annotated[
 Search = Annotated[
     str,
     typer.Option(
-        help="What is looked for: one window, several disjoint ones, the best single blocks (one-shot), one block "
-        "after the other (greedy), what an evolutionary search finds (evolution), or as many attentions or MLPs alone, "
-        "which are silenced (attention, mlp)."
+        help="What is looked for: one window, several disjoint ones, the best single blocks (one-shot), the best of "
+        "these three (mixed), one block after the other (greedy), what an evolutionary search finds (evolution), or as "
+        "many attentions or MLPs alone, which are silenced (attention, mlp)."
     ),
 ]
 Parts = Annotated[int, typer.Option(help="Windows to find with --search disjoint.", min=1)]

@@ -99,7 +99,7 @@ def rank(
     if model is not None:
         loaded, tokenizer = load_model(model)
         stack = find_stack(loaded, stack).path
-        if profile_file is None or chosen.needs == "model" or search not in ("window", "disjoint", "one-shot"):
+        if profile_file is None or chosen.needs == "model" or search not in ("window", "disjoint", "one-shot", "mixed"):
             batches = _batches(loaded, tokenizer, calibration, calibration_tokens, sequence_length, batch_size, seed)
     if profile_file is not None:
         profile = Profile.load(profile_file)
@@ -115,7 +115,7 @@ def rank(
             typer.echo("The profile is there, so that no pass makes it.")
         else:
             typer.echo(str(measure_pace(loaded, cast(Any, batches)[0], stack=stack).rank(cast(Any, batches))))
-        if chosen.needs == "model" or search not in ("window", "disjoint", "one-shot"):
+        if chosen.needs == "model" or search not in ("window", "disjoint", "one-shot", "mixed"):
             typer.echo(f"The search {search} by {criterion} runs the model besides; its bars say what that costs.")
         return
     if profile is None:
@@ -145,7 +145,7 @@ def rank(
         about = {"stack": profile.about.get("stack"), "blocks": profile.length, "criterion": criterion}
         typer.echo(json.dumps({**about, "tokens": profile.tokens, "windows": rows}, indent=2))
     else:
-        by = criterion if search in ("window", "disjoint", "one-shot", "greedy") else "score"
+        by = criterion if search in ("window", "disjoint", "one-shot", "mixed", "greedy") else "score"
         _print(profile, rows, by)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 
 from torch import Tensor, nn
@@ -110,8 +111,9 @@ def find_selections(name: str, question: SearchProblem) -> list[Selection]:
 
     Parameters
     ----------
-    name : {"window", "disjoint", "one-shot", "greedy", "evolution", "attention", "mlp"}
-        The last two silence as many attentions, or MLPs, as blocks were to go.
+    name : {"window", "disjoint", "one-shot", "mixed", "greedy", "evolution", "attention", "mlp"}
+        "mixed" is the best windows, the best single blocks, and the best disjoint windows of 2 to `parts` parts. The
+        last two silence as many attentions, or MLPs, as blocks were to go.
     question : SearchProblem
 
     Returns
@@ -140,7 +142,7 @@ def find_selections(name: str, question: SearchProblem) -> list[Selection]:
 
 def usual_criterion(search: str) -> str:
     """The criterion of a search where none is asked for."""
-    return SHORTLIST if search == "window" else "cosine"
+    return SHORTLIST if search in ("window", "mixed") else "cosine"
 
 
 def require_search(name: str, criterion: Criterion | str, target: Target | int | float | str = 1) -> None:
@@ -184,6 +186,18 @@ def _one_shot(asked: SearchProblem) -> list[Selection]:
     return one_shot(asked.score, asked.length, asked.count, keep=asked.keep, best=asked.best)
 
 
+def _mixed(asked: SearchProblem) -> list[Selection]:
+    """The best windows, and beside them the first of what takes as many blocks from several places."""
+    several = _one_shot(replace(asked, best=1))
+    for parts in range(2, max(2, asked.parts) + 1):
+        with suppress(StreamlineError):  # so many windows may not fit
+            several += _disjoint(replace(asked, best=1, parts=parts))
+    found: dict[tuple[range, ...], Selection] = {}
+    for selection in [*_window(asked), *several]:
+        found.setdefault(selection.windows, selection)
+    return list(found.values())
+
+
 def _greedy(asked: SearchProblem) -> list[Selection]:
     model, batches = asked.running()
     return greedy(model, batches, asked.criterion, asked.count, keep=asked.keep, stack=asked.stack)
@@ -217,6 +231,7 @@ SEARCHES: dict[str, Callable[[SearchProblem], list[Selection]]] = {
     "window": _window,
     "disjoint": _disjoint,
     "one-shot": _one_shot,
+    "mixed": _mixed,
     "greedy": _greedy,
     "evolution": _evolution,
     "attention": _silenced("attention"),
