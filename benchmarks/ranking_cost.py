@@ -5,9 +5,9 @@
 SmolLM2-135M in float32 on batches of 4 x 512 tokens of training text. The ways are run in turn, several rounds; the
 table holds medians and ratios of medians. The published procedure is the one of LLM-Streamline's code: every hidden
 state of every sample is kept in memory, then each window of one length gets a full tokens x tokens matrix of cosines a
-sample, whose diagonal is averaged. It is run on the same sequences, and on one of 2,048 tokens, which is the length that
-its code cuts text into. "The blocks alone" is the model without its head and with nothing measured: what no way of
-ranking by states can be faster than. Rows go to ``benchmarks/results/ranking_cost.json`` and ``.md``.
+sample, whose diagonal is averaged. It is run on the same sequences, and on one of 2,048 tokens, which its code cuts
+text into. "The blocks alone" is the model without its head and with nothing measured: what no way of ranking by states
+can be faster than. Rows go to ``benchmarks/results/ranking_cost.json`` and ``.md``.
 """
 
 from __future__ import annotations

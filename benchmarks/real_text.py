@@ -39,3 +39,17 @@ def scored_text(data: Path, tokenizer: Any, sequences: int) -> list[dict[str, to
         ids = tokenizer(path.read_text(), add_special_tokens=False).input_ids[: sequences * SEQUENCE]
         rows.append(torch.tensor(ids).view(-1, SEQUENCE))
     return batches_of(torch.cat(rows), BATCH)
+
+
+def heldout(data: Path, tokenizer: Any, sequences: int) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """The first sequences of each held-out domain, in order and in batches; fewer where a text is shorter."""
+    found = {}
+    for path in sorted((data / "text" / "heldout").glob("*.txt")):
+        text = path.read_text(encoding="utf-8")
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids[: sequences * SEQUENCE]
+        if len(ids) < SEQUENCE:
+            raise SystemExit(f"{path} has {len(ids)} tokens, less than one sequence of {SEQUENCE}.")
+        found[path.stem] = batches_of(torch.tensor(ids[: len(ids) // SEQUENCE * SEQUENCE]).view(-1, SEQUENCE), BATCH)
+    if not found:
+        raise SystemExit(f"There is no held-out text in {data / 'text' / 'heldout'}; expected domains as *.txt.")
+    return found

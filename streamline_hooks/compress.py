@@ -103,10 +103,11 @@ def compress(
     criterion : Criterion or str, optional
         What speaks for giving a window up, see `CRITERIA`. By default cosine and relative magnitude together for
         single windows, and cosine for the other searches.
-    search : {"window", "disjoint", "one-shot", "greedy", "evolution", "attention", "mlp"}
-        What the shortlist is made of: single windows, several disjoint ones, the best single blocks, blocks one after
-        the other, what an evolutionary search finds, which takes attentions and MLPs apart too, or as many attentions
-        or MLPs alone. These are silenced; of the kind ``"linear"`` a linear map stands in the place of each.
+    search : {"window", "disjoint", "one-shot", "mixed", "greedy", "evolution", "attention", "mlp"}
+        What the shortlist is made of: single windows, several disjoint ones, the best single blocks, the best of these
+        three together (with more than a third of the blocks gone, several places may lose less than one), blocks one
+        after the other, what an evolutionary search finds, which takes attentions and MLPs apart too, or as many
+        attentions or MLPs alone. These are silenced; of the kind ``"linear"`` a linear map stands in the place of each.
     parts : int
         Windows a selection, where the search is for disjoint ones.
     keep : iterable of int
@@ -231,8 +232,11 @@ def compress(
     if output is not None:
         with clock("save"):
             result.folder = save(model, output, tokenizer=tokenizer, report=result.report(), overwrite=overwrite)
-        if training is not None and training.keep_in == _training_file(output):
-            _training_file(output).unlink(missing_ok=True)  # the weights are in the folder now
+        if training is not None and trained is not None and training.keep_in == _training_file(output):
+            if trained.stopped.startswith("interrupted"):
+                say(f"{training.keep_in} is left to go on from, with resume and overwrite.")
+            else:
+                training.keep_in.unlink(missing_ok=True)  # the weights are in the folder now
     return result
 
 

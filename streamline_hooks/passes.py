@@ -113,9 +113,9 @@ def resume(
             handle.remove()
 
 
-def progress(total: int, what: str, unit: str = "tok") -> tqdm[Any]:
+def progress(total: int, what: str, unit: str = "tok", done: int = 0) -> tqdm[Any]:
     """A bar for a long step, which counts tokens; ``TQDM_DISABLE=1`` silences it."""
-    return tqdm(total=total, desc=what, unit=unit, unit_scale=True, dynamic_ncols=True, mininterval=0.5)
+    return tqdm(total=total, initial=done, desc=what, unit=unit, unit_scale=True, dynamic_ncols=True, mininterval=0.5)
 
 
 def recorded(

@@ -132,3 +132,44 @@ def test_states_alone_can_be_trained_for(story_model: tuple[Any, Any], story_tex
     assert result.perplexities["trained"] <= result.perplexities["repaired"]
     losses = [row["loss"] for row in result.training.history[1:]]  # type: ignore[union-attr]
     assert losses[-1] < losses[0]
+
+
+def test_ctrl_c_saves_the_best_and_leaves_what_can_be_gone_on_from(
+    stories: tuple[Any, Any], story_texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def run(folder: str, **more: Any) -> Any:
+        model, tokenizer = copy.deepcopy(stories[0]), stories[1]
+        options = {"remove": 1, "shortlist": 2, "training": TRAINING, "say": said.append, **SMALL, **more}
+        return compress(model, tokenizer, story_texts, output=tmp_path / folder, **options)
+
+    whole = run("whole").model
+    step = training_module._Loop._step
+    with monkeypatch.context() as patch:
+
+        def interrupted(self: Any) -> Any:
+            if self.step == 20:
+                raise KeyboardInterrupt
+            return step(self)
+
+        patch.setattr(training_module._Loop, "_step", interrupted)
+        result = run("out")
+    assert result.training.stopped == "interrupted after step 20"
+    assert (tmp_path / "out/report.json").is_file()
+    assert f"{tmp_path / 'out.training'} is left to go on from, with resume and overwrite." in said
+    resumed = run("out", resume=True, overwrite=True).model
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert not (tmp_path / "out.training").exists()
+
+
+@pytest.mark.parametrize("kind", ["folded", "scale"])
+def test_what_is_folded_survives_the_healing_of_its_own_block(
+    kind: str, story_model: tuple[Any, Any], story_texts: list[str]
+) -> None:
+    model, tokenizer = story_model
+    options = {"kind": kind, "keep": (0,), "remove": 1, "shortlist": 1, **SMALL}
+    settings = replace(TRAINING, learning_rate=1e-30, warmup=0.0)
+    result = compress(model, tokenizer, story_texts, training=settings, healing="lora:rank=2", **options)
+    assert result.perplexities["repaired"] != pytest.approx(result.perplexities["removed"], rel=1e-3)
+    assert result.perplexities["trained"] == pytest.approx(result.perplexities["repaired"], rel=1e-5)

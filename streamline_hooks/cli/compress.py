@@ -26,6 +26,8 @@ from streamline_hooks.cli.options import (
 )
 from streamline_hooks.errors import StreamlineError
 
+LEARNING_RATE = 1e-3
+
 
 def compress(
     model: Model,
@@ -63,7 +65,7 @@ def compress(
         ),
     ] = "",
     epochs: Annotated[int, typer.Option(help="How often the training sees the calibration text.", min=1)] = 1,
-    learning_rate: Annotated[float, typer.Option(help="The highest of the training.", min=0)] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="The highest of the training.", min=0)] = LEARNING_RATE,
     autocast: Annotated[bool, typer.Option("--autocast", help="Train with products in bfloat16.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a training that was interrupted: give all else as before.")
@@ -166,7 +168,7 @@ def compress(
             typer.echo(str(cost))
         seconds, most = sum(cost.seconds for cost in costs), max(cost.bytes for cost in costs)
         typer.echo(f"in all about {seconds:.0f} s, at most {most / 1e9:.2f} GB above the model")
-        if search not in ("window", "disjoint", "one-shot") or criterion_named(criterion).needs == "model":
+        if search not in ("window", "disjoint", "one-shot", "mixed") or criterion_named(criterion).needs == "model":
             typer.echo(f"The {search} search by {criterion} runs the model besides; its own bars say what that costs.")
         return
     result = run(
@@ -202,6 +204,7 @@ def _recipe(
             f"--{name}" for name, text in (("kind", kind if kind != "linear" else ""), ("train", objective)) if text
         ]
         given += ["--heal"] if heal else []
+        given += ["--learning-rate"] if learning_rate != LEARNING_RATE else []
         if given:
             raise StreamlineError(f"--preset {preset} says what {' and '.join(given)} would; leave one of them out.")
         chosen = preset_named(preset)
@@ -210,6 +213,8 @@ def _recipe(
     if heal and not objective:
         raise StreamlineError(f"--heal {heal} is a part of a training; say what for, such as --train kl.")
     if not objective:
+        if (epochs, learning_rate, autocast) != (1, LEARNING_RATE, False):
+            raise StreamlineError("--epochs, --learning-rate and --autocast are of a training; say what for (--train).")
         return kind, None, None
     training = Training(
         objective=Objective.parse(objective), epochs=epochs, learning_rate=learning_rate, autocast=dtype

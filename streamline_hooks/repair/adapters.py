@@ -28,7 +28,7 @@ def with_adapters(
     Raises
     ------
     StreamlineError
-        If peft is missing, or no layer has such a name.
+        If peft is missing or refuses these layers, or no layer has such a name.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -52,7 +52,13 @@ def with_adapters(
         target_modules=names,
         fan_in_fan_out=_is_conv1d(made.get_submodule(names[0])),
     )
-    adapted: nn.Module = inject_adapter_in_model(config, made)  # type: ignore[arg-type]
+    try:
+        adapted: nn.Module = inject_adapter_in_model(config, made)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise StreamlineError(
+            f"peft puts no adapters on {', '.join(names)} of a {type(block).__name__}: {error} Name others (targets), "
+            "or train blocks whole (partial)."
+        ) from error
     return adapted
 
 

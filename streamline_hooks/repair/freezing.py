@@ -16,7 +16,8 @@ def freeze_all_but(model: nn.Module, modules: nn.Module | Iterable[nn.Module]) -
     ----------
     model : torch.nn.Module
     modules : torch.nn.Module or iterable of them
-        Parts of the model, such as what `LayerSurgeon.replace` returned.
+        Parts of the model, such as what `LayerSurgeon.replace` returned. Where some parameters of one are frozen, such
+        as the projection of a silenced attention, these stay so.
 
     Returns
     -------
@@ -47,7 +48,7 @@ def freeze_all_but(model: nn.Module, modules: nn.Module | Iterable[nn.Module]) -
             f"A {type(missing[0]).__name__} that is to be trained is not in the model. Give what the surgeon returned, "
             "which may be a copy, while it is in the model."
         )
-    trained = list(dict.fromkeys(p for module in chosen for p in module.parameters() if p.is_floating_point()))
+    trained = list(dict.fromkeys(p for module in chosen for p in _trainable(module)))
     if not trained:
         raise StreamlineError(
             f"There is nothing to train in {', '.join(type(module).__name__ for module in chosen) or 'no module'}; "
@@ -57,3 +58,8 @@ def freeze_all_but(model: nn.Module, modules: nn.Module | Iterable[nn.Module]) -
     for parameter in trained:
         parameter.requires_grad_(True)
     return trained
+
+
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    floating = [p for p in module.parameters() if p.is_floating_point()]
+    return [p for p in floating if p.requires_grad] or floating

@@ -16,9 +16,12 @@ from torch import nn
 
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.adapters import with_adapters
+from streamline_hooks.repair.folded import Folded
+from streamline_hooks.repair.scaled import Scaled
 from streamline_hooks.repair.stand_in import StandIn
 from streamline_hooks.repair.student import Student
 from streamline_hooks.stack import BlockStack
+from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices
 
 Where = Literal["all", "after", "beside", "last"]
@@ -156,12 +159,14 @@ def healing_copies(
             f"Healing of the blocks {healing.where!r} finds none: {len(stack)} blocks, of which "
             f"{', '.join(f'{w.start} to {w.stop - 1}' for w in windows)} go. Choose others."
         )
-    copies = {
-        k: with_adapters(stack[k], healing.rank, healing.alpha, healing.dropout, healing.targets)
-        if healing.how == "lora"
-        else _whole(stack[k])
-        for k in chosen
-    }
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        copies = {
+            k: with_adapters(stack[k], healing.rank, healing.alpha, healing.dropout, healing.targets)
+            if healing.how == "lora"
+            else _whole(stack[k])
+            for k in chosen
+        }
     return copies, _head(stack.model) if healing.head else {}
 
 
@@ -188,7 +193,13 @@ def student_of(
     """
     if healing is None:
         return Student(stack.model, stand_ins, stack=stack.path)
-    copies, outside = healing_copies(stack, [window for window, _ in stand_ins], healing, seed=seed)
+    with LayerSurgeon(stack.model, stack.path, probe=False) as surgeon:
+        for window, stand_in in stand_ins:  # what is folded into a block belongs into its copy, which takes its place
+            if isinstance(stand_in, Folded):
+                surgeon.fold(window.start - 1, stand_in.map)
+            elif isinstance(stand_in, Scaled):
+                surgeon.scale(window.stop, stand_in.factor)
+        copies, outside = healing_copies(stack, [window for window, _ in stand_ins], healing, seed=seed)
     return Student(stack.model, stand_ins, copies=copies, outside=outside, stack=stack.path)
 
 

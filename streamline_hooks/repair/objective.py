@@ -17,14 +17,15 @@ _TOKENS_AT_ONCE = 64  # few enough for the processor's cache, at any vocabulary
 
 @dataclass(frozen=True)
 class Objective:
-    """A weighted sum of losses, each a mean over real tokens.
+    """A weighted sum of losses, each summed over tokens and divided by the number of real ones.
 
     Attributes
     ----------
     kl : float
         KL(original ‖ repaired) of the next token, in nats.
     lm : float
-        Negative log-likelihood of the text's own next token, in nats.
+        Negative log-likelihood of the text's own next token, in nats; a sequence's first is not predicted, and counts
+        in the number all the same.
     mse : float
         Mean square of the difference of the states after each window, a feature (LLM-Streamline, arXiv 2403.19135).
     relative : float
@@ -190,7 +191,10 @@ class _SummedKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> Any:
-        return ctx.gradient.mul_(outer[0]).to(ctx.gradient.dtype), None
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise StreamlineError("The gradient of this KL has been used up; compute the KL anew for another backward.")
+        return gradient.mul_(outer[0]), None
 
 
 def _real(logits: Tensor, mask: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ class Training:
     seed : int
         Of the order of the batches, and of dropout.
     memory : int
-        Bytes that the states at the window's entrance may take in memory, before a file takes them.
+        Bytes that what the original does on the calibration text may take in memory, and as many for the validation
+        text, before files take it.
     state_dtype : torch.dtype or None
         As what they are kept.
     keep_in : Path or None

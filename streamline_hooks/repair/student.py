@@ -15,6 +15,7 @@ from streamline_hooks.evaluation.candidates import logits_of
 from streamline_hooks.passes import resume
 from streamline_hooks.recorder import ForwardStopped, HiddenStateRecorder
 from streamline_hooks.repair.adapters import merge_adapters
+from streamline_hooks.repair.folded import Folded
 from streamline_hooks.repair.stand_in import StandIn, place
 from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery import LayerSurgeon
@@ -42,7 +43,7 @@ class Student:
     Raises
     ------
     StreamlineError
-        If nothing would change.
+        If nothing would change, or what is trained is a part of the original.
 
     Examples
     --------
@@ -70,6 +71,7 @@ class Student:
         if not (self.stand_ins or self.copies or self.outside):
             raise StreamlineError("There is nothing to train: give a window with its stand-in, or copies of blocks.")
         _require_apart(self.windows)
+        self._require_own()
         self.training = True
         first = [_first_change(window, stand_in) for window, stand_in in self.stand_ins]
         self.start = min([*first, *self.copies, len(self.stack) - 1])
@@ -180,6 +182,7 @@ class Student:
         states : list of torch.Tensor
             After each window, of shape (batch, tokens, features).
         """
+        given = entrance.clone()  # what is put in may work on its input in place
         with self.opened(), ExitStack() as exits:
             entering = [k for k, at_end in self._ends if not at_end]
             leaving = len(entering) < len(self._ends)
@@ -191,7 +194,7 @@ class Student:
             for record in records:
                 exits.enter_context(record)
             try:
-                output = resume(self.model, self.start, entrance, batch, stack=self.stack.path, before_splices=True)
+                output = resume(self.model, self.start, given, batch, stack=self.stack.path, before_splices=True)
             except ForwardStopped:
                 output = None
             found = [
@@ -203,7 +206,22 @@ class Student:
     def original_logits(self, exit_: Tensor, batch: Batch | Tensor) -> Tensor:
         """The original's logits, from the state that leaves its last block, without a graph."""
         with torch.no_grad():
-            return logits_of(resume(self.model, len(self.stack), exit_, batch, stack=self.stack.path))
+            return logits_of(resume(self.model, len(self.stack), exit_.clone(), batch, stack=self.stack.path))
+
+    def _require_own(self) -> None:
+        """Raise if training would change the original, or if one module stood in two places."""
+        modules = [stand_in for _, stand_in in self.stand_ins if isinstance(stand_in, nn.Module)]
+        original = set(self.model.parameters())
+        taken = set(original)
+        for module in (*modules, *self.copies.values(), *self.outside.values()):
+            own = set(module.parameters())
+            if own & taken:
+                where = "has weights of the original" if own & original else "is in two places"
+                raise StreamlineError(
+                    f"A {type(module).__name__} that is to be trained {where}; expected one with weights of its own. "
+                    "Give a copy (copy.deepcopy)."
+                )
+            taken |= own
 
     def _record(self, blocks: list[int], entering: bool, *, stop: bool) -> HiddenStateRecorder:
         return HiddenStateRecorder(
@@ -232,7 +250,7 @@ class Student:
 
 def _first_change(window: range, stand_in: StandIn) -> int:
     """The first block that is not as it was."""
-    return window.start - 1 if type(stand_in).__name__ == "Folded" else window.start
+    return window.start - 1 if isinstance(stand_in, Folded) else window.start
 
 
 def _require_apart(windows: Sequence[range]) -> None:

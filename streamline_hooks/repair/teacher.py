@@ -7,6 +7,7 @@ do not fit.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -169,7 +170,7 @@ class _Room:
         try:
             file = tempfile.NamedTemporaryFile(suffix=".states", dir=self._folder)  # noqa: SIM115
             self._files.append(file)
-            file.truncate(size)
+            _reserve(file.fileno(), size)
             mapped = torch.from_file(file.name, shared=True, size=state.numel(), dtype=state.dtype)
             return mapped.copy_(state.flatten()).view(state.shape)
         except (OSError, RuntimeError) as error:
@@ -177,3 +178,11 @@ class _Room:
                 "The original's states do not fit into the memory allowed for them, and a file for the rest cannot be "
                 f"written ({error}). Allow more memory, keep them as bfloat16, or name a folder with room."
             ) from error
+
+
+def _reserve(file: int, size: int) -> None:
+    """Make a file so large; a full disk is told here, where writing to the mapping would end the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:  # not on macOS
+        os.ftruncate(file, size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -13,11 +13,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from streamline_hooks.batch import Batch, device_of, real_tokens, tokens_of
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.repair.objective import summed_kl
+from streamline_hooks.passes import progress
+from streamline_hooks.repair.master_weights import MasterWeights
+from streamline_hooks.repair.objective import Objective, summed_kl
 from streamline_hooks.repair.settings import Trained, Training
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import Taught, TaughtStates, taught_states
@@ -86,6 +87,7 @@ def train(
                 "There is no parameter to train: nothing that stands in a window's place has any, and no block that "
                 "stays is trained either. Choose a kind with parameters, or healing."
             )
+        _require_reached(student, settings.objective)
         compared = tuple(student.windows) if settings.objective.needs_states else ()
         logits = settings.objective.needs_original_logits
         if taught is None:
@@ -114,6 +116,17 @@ def _taught(
         memory=settings.memory,
         what=what,
     )
+
+
+def _require_reached(student: Student, objective: Objective) -> None:
+    """Raise where some of what is trained comes after all that the objective looks at."""
+    end = max((window.stop for window in student.windows), default=0)
+    behind = [f"block {k}" for k in student.copies if k >= end] + list(student.outside)
+    if behind and not objective.needs_logits:
+        raise StreamlineError(
+            f"The objective {objective} looks at the states after the windows; {', '.join(behind)}, trained too, would "
+            "get no gradient from there. Add kl or lm to it, or heal no blocks behind the last window."
+        )
 
 
 def _require_fitting(
@@ -162,19 +175,21 @@ class _Loop:
         self.parameters = student.parameters()
         self.device = device_of(student.model)
         self.steps = settings.epochs * math.ceil(len(batches) / settings.accumulation)
-        decayed = [p for p in self.parameters.values() if p.ndim > 1]
-        others = [p for p in self.parameters.values() if p.ndim <= 1]
+        self.weights = MasterWeights(self.parameters)
+        decayed = [p for p in self.weights.masters.values() if p.ndim > 1]
+        others = [p for p in self.weights.masters.values() if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimiser = torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=settings.learning_rate, betas=settings.betas
         )
         self.schedule: Any = get_cosine_with_min_lr_schedule_with_warmup(
             self.optimiser,
-            num_warmup_steps=math.ceil(settings.warmup * self.steps),
+            num_warmup_steps=min(math.ceil(settings.warmup * self.steps), self.steps - 1),  # the first has rate 0
             num_training_steps=self.steps,
             min_lr_rate=settings.floor,
         )
         self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.whole = True  # not while weights are half updated, which is not to be kept
         self.history: list[dict[str, Any]] = []
         self.losses: list[tuple[float, int]] = []
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -188,29 +203,26 @@ class _Loop:
         stopped = ""
         began, kept = time.perf_counter() - self.seconds, time.perf_counter()
         total = sum(tokens_of(batch) for batch in self.batches) * self.settings.epochs
-        with _bar(total, self.tokens, self._cost()) as bar:
+        with progress(total, self._cost(), done=self.tokens) as bar:
             try:
-                if not self.history:
-                    self._validate(bar)
-                while self.step < self.steps and not (stopped := self._out_of_patience()):
+                while True:
+                    if self._is_due():
+                        self._validate(bar)
+                    if self.step == self.steps or (stopped := self._out_of_patience()):
+                        break
                     loss, tokens = self._step()
                     if not math.isfinite(loss):
                         stopped = f"the loss of step {self.step + 1} is {loss}"
                         break
-                    self.step += 1
-                    self.tokens += tokens
-                    self.losses.append((loss * tokens, tokens))
                     self.seconds = time.perf_counter() - began
                     bar.update(tokens)
-                    if self.step in self._validations():
-                        self._validate(bar)
                     bar.set_postfix_str(self._state())
                     if time.perf_counter() - kept >= 60 * self.settings.keep_every:
                         self._keep()
                         kept = time.perf_counter()
             except KeyboardInterrupt:
                 stopped = f"interrupted after step {self.step}"
-        if not stopped.startswith("the loss"):
+        if self.whole and not stopped.startswith("the loss"):
             self._keep()
         none: dict[str, Any] = {"kl": math.nan, "step": 0}  # interrupted before anything was measured
         best = min(self.history, key=lambda row: row["kl"], default=none)
@@ -228,33 +240,42 @@ class _Loop:
         """One step of the optimiser; the mean loss a token, and the tokens."""
         numbers = self._numbers(self.step)
         tokens = sum(tokens_of(self.batches[number]) for number in numbers)
+        random = self._random()
         while True:
+            self.weights.clear()  # of a step that was broken off, in an earlier training too
             try:
-                state = torch.get_rng_state()
                 loss = sum(self._backward(number, tokens) for number in numbers)
                 break
+            except KeyboardInterrupt:
+                self._set_random(random)  # whoever goes on makes this step anew
+                raise
             except torch.cuda.OutOfMemoryError:
                 if self.rows == 1:
                     raise
                 self.rows = (self.rows + 1) // 2
-                self.optimiser.zero_grad(set_to_none=True)
-                torch.set_rng_state(state)
+                self._set_random(random)
                 torch.cuda.empty_cache()
                 self.say(f"Out of memory: {self.rows} sequences are run at a time from here on, and the steps stay.")
         if math.isfinite(loss):
+            self.whole = False
             if self.settings.clip:
-                nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
+                nn.utils.clip_grad_norm_(self.weights.masters.values(), self.settings.clip)
             self.optimiser.step()
+            self.weights.hand_on()
             self.schedule.step()
-        self.optimiser.zero_grad(set_to_none=True)
+            self.step += 1
+            self.tokens += tokens
+            self.losses.append((loss * tokens, tokens))
+            self.whole = True
+        self.weights.clear()
         return loss, tokens
 
     def _backward(self, number: int, tokens: int) -> float:
         total = 0.0
         for taught, batch in self._parts(self.taught[number], self.batches[number]):
             loss = self._loss(taught, batch) / tokens
-            if loss.requires_grad:
-                loss.backward()
+            loss.backward()
+            self.weights.collect()
             total += float(loss.detach())
         return total
 
@@ -293,10 +314,10 @@ class _Loop:
         kl = total / tokens if math.isfinite(total) else math.inf
         counted = sum(n for _, n in self.losses)
         loss = math.fsum(value for value, _ in self.losses) / counted if counted else None
-        self.losses.clear()
         if not self.history or kl < min(row["kl"] for row in self.history):
             self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.history.append({"step": self.step, "tokens": self.tokens, "kl": kl, "loss": loss})
+        self.losses.clear()
         bar.set_postfix_str(self._state())
 
     def _parts(self, taught: Taught, batch: Batch | Tensor) -> Iterator[tuple[Taught, Batch | Tensor]]:
@@ -332,6 +353,10 @@ class _Loop:
         order = torch.randperm(len(self.batches), generator=generator).tolist()
         return order[place * size : (place + 1) * size]
 
+    def _is_due(self) -> bool:
+        """Whether KL is to be measured now; it may have been interrupted before."""
+        return not self.history or (self.step in self._validations() and self.history[-1]["step"] < self.step)
+
     def _validations(self) -> set[int]:
         count = min(self.settings.validations, self.steps)
         return {round(self.steps * k / count) for k in range(1, count + 1)}
@@ -356,12 +381,10 @@ class _Loop:
     def _keep(self) -> None:
         if self.settings.keep_in is None:
             return
-        tensors = {f"parameter.{name}": p.detach() for name, p in self.parameters.items()}
+        tensors = {f"parameter.{name}": p.detach() for name, p in self.weights.masters.items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         tensors |= {f"optimiser.{name}": value for name, value in optimiser_tensors(self.optimiser).items()}
-        tensors["random"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors |= self._random()
         said = {
             "fingerprint": self.fingerprint, "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
             "history": self.history, "losses": self.losses, "rows": self.rows,
@@ -378,27 +401,36 @@ class _Loop:
                 f"{path} holds another training: of other windows, text, settings or an other model. Give what it was "
                 "begun with, or begin again without --resume."
             )
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"parameter.{name}"])
-                self.best[name] = tensors[f"best.{name}"].to(parameter.device)
+        self.weights.load({name: tensors[f"parameter.{name}"] for name in self.parameters})
+        self.best = {name: tensors[f"best.{name}"].to(p.device) for name, p in self.parameters.items()}
         prefix = "optimiser."
         load_optimiser(self.optimiser, {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
         self.schedule.load_state_dict({**self.schedule.state_dict(), **said["schedule"]})
         for group, rate in zip(self.optimiser.param_groups, said["rates"], strict=True):
             group["lr"] = rate
-        torch.set_rng_state(tensors["random"])
-        if "random.cuda" in tensors and self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        self._set_random(tensors)
         self.step, self.tokens, self.seconds = said["step"], said["tokens"], said["seconds"]
         self.history, self.losses = said["history"], [(value, count) for value, count in said["losses"]]
         self.rows = said["rows"]
+
+    def _random(self) -> dict[str, Tensor]:
+        state = {"random": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def _set_random(self, state: Mapping[str, Tensor]) -> None:
+        torch.set_rng_state(state["random"])
+        if "random.cuda" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random.cuda"], self.device)
 
     def _fingerprint(self) -> str:
         """Of everything that the result depends on but the present values of what is trained."""
         settings = {k: str(v) for k, v in asdict(self.settings).items() if k not in ("keep_in", "keep_every", "memory")}
         shapes = {name: list(parameter.shape) for name, parameter in self.parameters.items()}
-        digest = hashlib.sha256(repr((sorted(settings.items()), shapes, self.student.windows)).encode())
+        parts = [part for modules in self.student.modules.values() for module in modules for part in module.modules()]
+        made = [(type(p).__name__, p.extra_repr(), getattr(p, "scaling", None)) for p in parts]  # dropout, LoRA's scale
+        digest = hashlib.sha256(repr((sorted(settings.items()), shapes, self.student.windows, made)).encode())
         for batch in (*self.batches, *self.validation):
             for tensor in [batch] if isinstance(batch, Tensor) else batch.values():
                 digest.update(_bytes(tensor))
@@ -414,7 +446,3 @@ def _evaluating(student: Student) -> Iterator[None]:
         yield
     finally:
         student.training = True
-
-
-def _bar(total: int, done: int, what: str) -> tqdm[Any]:
-    return tqdm(total=total, initial=done, desc=what, unit="tok", unit_scale=True, dynamic_ncols=True, mininterval=0.5)

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError
+from streamline_hooks.repair import kind_named
 from streamline_hooks.repair.freezing import freeze_all_but
+from streamline_hooks.stack import find_stack
 from streamline_hooks.testing import tiny_model
 
 IDS = torch.arange(3, 51).view(4, 12)
@@ -86,3 +88,20 @@ def test_what_is_not_there_or_has_nothing_to_train_is_refused() -> None:
     with pytest.raises(StreamlineError, match="There is nothing to train in SiLUActivation|SiLU"):
         freeze_all_but(model, model.model.layers[0].mlp.act_fn)
     assert all(p.requires_grad for p in model.parameters()), "a refusal has frozen something"
+
+
+def test_what_is_frozen_in_it_stays_frozen() -> None:
+    """The attention of a silenced block would speak again else."""
+    model: Any = tiny_model("llama").train()
+    silenced = kind_named("silenced").build(find_stack(model), range(2, 4))
+    assert isinstance(silenced, nn.Module)
+    with LayerSurgeon(model) as surgeon:
+        module = surgeon.replace(range(2, 4), silenced)
+        surgeon.commit()
+    assert module is not None
+    optimiser = torch.optim.AdamW(freeze_all_but(model, module), lr=1e-2)
+    model(IDS, labels=IDS).loss.backward()
+    optimiser.step()
+    assert not model.model.layers[2].self_attn.o_proj.weight.any()
+    model.requires_grad_(False)
+    assert len(freeze_all_but(model, model.model.layers[0].mlp)) == 3, "what is frozen whole is meant to be trained"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError
+from streamline_hooks.repair import fit_windows, place
 from streamline_hooks.repair.adapters import merge_adapters
-from streamline_hooks.repair.healing import Healing, healing_copies
+from streamline_hooks.repair.healing import Healing, healing_copies, student_of
+from streamline_hooks.repair.objective import Objective
 from streamline_hooks.repair.settings import Training
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.training import train
@@ -136,3 +139,56 @@ def test_no_block_and_no_layer_are_refused() -> None:
         healing_copies(stack, [range(6, 8)], Healing.parse("partial:where=last,count=2"))
     with pytest.raises(StreamlineError, match=r"No layer of a LlamaDecoderLayer ends in fc1; its linear layers are"):
         healing_copies(stack, [WINDOW], Healing.parse("lora:targets=fc1"))
+
+
+@pytest.mark.parametrize("kind", ["folded", "scale"])
+@pytest.mark.parametrize("text", ["lora:rank=2", "partial:where=beside,count=1", "partial:where=after"])
+def test_what_is_folded_into_a_block_is_in_its_copy_too(kind: str, text: str) -> None:
+    model: Any = tiny_model("llama")
+    ids = BATCHES[0]["input_ids"]
+    (repair,) = fit_windows(model, [WINDOW], kind, BATCHES, VALIDATION)
+    student = student_of(find_stack(model), [(WINDOW, repair.stand_in)], Healing.parse(text))
+    student.training = False
+    with torch.no_grad():
+        with LayerSurgeon(model) as surgeon:
+            place(surgeon, WINDOW, repair.stand_in)
+            wanted = model(ids).logits
+        with student.opened():
+            torch.testing.assert_close(model(ids).logits, wanted)
+        for parameter in student.parameters().values():
+            parameter.add_(0.02)
+        with student.opened():
+            trained = model(ids).logits
+        student.merge()
+        with LayerSurgeon(model) as surgeon:
+            place(surgeon, WINDOW, repair.stand_in)
+            surgeon.commit()
+        student.settle()
+        torch.testing.assert_close(model(ids).logits, trained)
+        assert not torch.allclose(trained, wanted)
+
+
+def test_adapters_start_the_same_for_a_seed_and_leave_the_callers_numbers_alone() -> None:
+    stack = find_stack(tiny_model("llama"))
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    made = [healing_copies(stack, [WINDOW], Healing(rank=2), seed=seed)[0] for seed in (1, 1, 2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    first, same, other = (dict(copies[0].named_parameters()) for copies in made)
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert any("lora_A" in name and not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("windows", [[WINDOW], []])
+def test_blocks_that_no_gradient_would_reach_are_refused(windows: list[range]) -> None:
+    model: Any = tiny_model("llama")
+    copies, _ = healing_copies(find_stack(model), [WINDOW], Healing.parse("partial:where=last,count=1"))
+    student = Student(model, [(window, None) for window in windows], copies=copies)
+    settings = replace(SETTINGS, objective=Objective.parse("mse + cosine"))
+    with pytest.raises(StreamlineError, match=r"The objective mse \+ cosine looks at .*block 7.* Add kl or lm to it"):
+        train(student, BATCHES, VALIDATION, settings)
+
+
+def test_layers_that_peft_refuses_are_named() -> None:
+    with pytest.raises(StreamlineError, match=r"peft puts no adapters on .*out_proj of a MambaBlock: .*Name others"):
+        healing_copies(find_stack(tiny_model("mamba")), [WINDOW], Healing(rank=2))

@@ -83,3 +83,11 @@ def test_weights_are_not_negative_and_not_all_zero() -> None:
     for weights in ({"kl": 0.0}, {"kl": -1.0, "lm": 2.0}):
         with pytest.raises(StreamlineError, match="expected one above zero, and none below"):
             Objective(**weights)
+
+
+def test_a_gradient_that_is_used_up_is_not_given_twice() -> None:
+    mine = torch.randn(7, 9, requires_grad=True)
+    found = summed_kl(mine, torch.randn(7, 9))
+    (3.0 * found).backward(retain_graph=True)
+    with pytest.raises(StreamlineError, match=r"has been used up; compute the KL anew"):
+        found.backward()

@@ -150,3 +150,37 @@ def test_windows_that_touch_and_nothing_to_train_are_refused() -> None:
         Student(model, [(range(3, 5), linear()), (range(1, 3), linear())])
     with pytest.raises(StreamlineError, match="There is nothing to train"):
         Student(model, [])
+
+
+def test_what_is_trained_is_no_part_of_the_original_and_stands_in_one_place() -> None:
+    """The original would change, or a copy would be made and thrown away at every step."""
+    model: Any = tiny_model("llama")
+    for stand_ins, copies in (
+        ([(range(2, 4), model.model.layers[2])], {}),
+        ([(range(2, 4), model.model.layers[5])], {}),
+        ([], {5: model.model.layers[5]}),
+    ):
+        with pytest.raises(StreamlineError, match=r"has weights of the original; .*Give a copy"):
+            Student(model, stand_ins, copies=copies)
+    module = linear()
+    with pytest.raises(StreamlineError, match=r"LinearReplacement that is to be trained is in two places"):
+        Student(model, [(range(1, 2), module), (range(4, 6), module)])
+
+
+class InPlace(nn.Module):
+    """Works on its input, as an activation with inplace=True does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        return state.mul_(1.5) + self.layer(state)
+
+
+def test_the_states_that_are_kept_outlive_what_works_in_place() -> None:
+    model = tiny_model("llama")
+    student, entrance = Student(model, [(range(2, 4), InPlace())]), entering(model, 2)
+    before = entrance.clone()
+    student.run(entrance, BATCH, logits=True, states=True)
+    assert torch.equal(entrance, before)

@@ -80,3 +80,20 @@ def test_a_folder_without_room_is_named(batches: list[torch.Tensor], tmp_path: P
         taught_states(tiny_model("llama"), batches, 2, memory=0, folder=missing),
     ):
         pass
+
+
+def test_a_full_disk_is_told_before_anything_is_written_to_it(
+    batches: list[torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing to a mapping without room behind it would end the process by a signal."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full, raising=False)
+    with (
+        pytest.raises(StreamlineError, match=r"No space left on device\).*Allow more memory"),
+        taught_states(tiny_model("llama"), batches, 2, memory=0, folder=tmp_path),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())

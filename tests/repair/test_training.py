@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -14,14 +15,16 @@ import pytest
 import torch
 from torch import nn
 
-from streamline_hooks import LinearReplacement, StreamlineError
-from streamline_hooks.repair import training
+from streamline_hooks import LinearReplacement, StreamlineError, repair
+from streamline_hooks.repair import Healing, training
 from streamline_hooks.repair.objective import Objective
 from streamline_hooks.repair.settings import Trained, Training
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import taught_states
 from streamline_hooks.repair.training import train
 from streamline_hooks.repair.training_state import read_state, write_state
+from streamline_hooks.replacements import SwiGLUReplacement
+from streamline_hooks.stack import find_stack
 from streamline_hooks.testing import tiny_model
 
 
@@ -260,6 +263,26 @@ def test_bfloat16_products_train_too() -> None:
     assert module.projection.weight.dtype == torch.float32
 
 
+def test_weights_in_half_precision_are_trained_by_steps_that_they_cannot_hold(tmp_path: Path) -> None:
+    """At a rate of 1e-4 a bfloat16 of 1 would stay what it is at each step, and at 300 of them."""
+    model = tiny_model("llama").to(torch.bfloat16)
+    module = SwiGLUReplacement(32, 32).to(torch.bfloat16)
+    nn.init.normal_(module.down_proj.weight, std=0.1)
+    norm, before = module.norm, module.norm.weight.detach().clone()
+    settings = replace(QUICK, epochs=50, learning_rate=1e-4, validations=1, floor=1.0, weight_decay=0.0)
+    student = Student(model, [(range(2, 4), module)])
+    file = tmp_path / "training"
+    trained = train(student, BATCHES, VALIDATION, replace(settings, keep_in=file))
+    assert norm.weight.dtype == torch.bfloat16
+    tensors, _ = read_state(file)
+    master = next(value for name, value in tensors.items() if name.endswith("norm.weight") and "parameter" in name)
+    assert master.dtype == torch.float32
+    assert (master - before).abs().max() > 3e-3
+    if trained.best_step:
+        assert torch.equal(norm.weight, master.to(torch.bfloat16))
+        assert not torch.equal(norm.weight, before)
+
+
 def test_the_original_is_as_it_was(tmp_path: Path) -> None:
     model: Any = tiny_model("llama").train()
     model.lm_head.weight.requires_grad_(False)
@@ -341,3 +364,119 @@ def test_what_is_returned_says_how_it_went() -> None:
     assert trained.history[0]["loss"] is None
     assert trained.stopped == ""
     assert trained.seconds > 0
+
+
+@pytest.mark.parametrize("where", ["_loss", "_validate", "optimiser"])
+def test_ctrl_c_in_the_middle_of_something_leaves_nothing_half_done(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(QUICK, keep_in=tmp_path / "training", keep_every=0.0)
+    whole, _ = student_of(tiny_model("llama"), dropout=0.2)
+    wanted = train(whole, BATCHES, VALIDATION, replace(settings, keep_in=None))
+    student, _ = student_of(tiny_model("llama"), dropout=0.2)
+    owner: Any = torch.optim.AdamW if where == "optimiser" else training._Loop
+    name, when = {"_loss": ("_loss", 7), "_validate": ("_validate", 4), "optimiser": ("step", 7)}[where]
+    make, calls = getattr(owner, name), []
+
+    def interrupted(self: Any, *given: Any) -> Any:
+        calls.append(1)
+        made = None if where == "_validate" and len(calls) == when else make(self, *given)
+        if len(calls) == when:
+            raise KeyboardInterrupt
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        trained = train(student, BATCHES, VALIDATION, settings)
+    assert trained.stopped == f"interrupted after step {12 if where == '_validate' else 6}"
+    found = train(student, BATCHES, VALIDATION, settings, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights(student), weights(whole), strict=True))
+    assert found.history == wanted.history
+
+
+def steps_of(monkeypatch: pytest.MonkeyPatch, settings: Training, student: Student) -> list[tuple[list[float], float]]:
+    """The rates and the norm of the gradient with which the optimiser was called."""
+    made: list[tuple[list[float], float]] = []
+    step = torch.optim.AdamW.step
+
+    def seen(self: Any, *given: Any) -> Any:
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        made.append(([g["lr"] for g in self.param_groups], float(torch.cat([g.flatten() for g in grads]).norm())))
+        return step(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", seen)
+        train(student, BATCHES, VALIDATION, settings)
+    return made
+
+
+def test_the_rate_rises_and_falls_as_the_settings_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = replace(QUICK, warmup=0.25, floor=0.1)
+    rates = [rate[0] for rate, _ in steps_of(monkeypatch, settings, student_of(tiny_model("llama"))[0])]
+    wanted = [k / 3 for k in range(3)] + [0.1 + 0.9 * (1 + math.cos(math.pi * k / 9)) / 2 for k in range(9)]
+    assert rates == pytest.approx([1e-2 * w for w in wanted])
+
+
+def test_a_single_step_is_not_lost_to_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = replace(QUICK, epochs=1, accumulation=6)
+    (made,) = steps_of(monkeypatch, settings, student_of(tiny_model("llama"))[0])
+    assert made[0] == [1e-2]
+
+
+def test_gradients_are_clipped_to_the_norm_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = {}
+    for clip in (0.0, 1e-3):
+        made = steps_of(monkeypatch, replace(QUICK, clip=clip), student_of(tiny_model("llama"))[0])
+        norms[clip] = [norm for _, norm in made]
+    assert max(norms[1e-3]) <= 1.001e-3 < min(norms[0.0])
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    class Still(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix, self.vector = nn.Parameter(torch.ones(32, 32)), nn.Parameter(torch.ones(32))
+
+        def forward(self, state: torch.Tensor) -> torch.Tensor:
+            return state + 0.0 * (state @ self.matrix + self.vector)
+
+    module = Still()
+    loop = training._Loop(
+        Student(tiny_model("llama"), [(range(2, 4), module)]), *[BATCHES] * 2, *taught(), QUICK, print
+    )
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    loop.optimiser.param_groups[0]["lr"] = loop.optimiser.param_groups[1]["lr"] = 0.5
+    loop.optimiser.step()
+    assert torch.allclose(module.matrix, torch.full((32, 32), 1 - 0.5 * QUICK.weight_decay))
+    assert torch.equal(module.vector, torch.ones(32))
+
+
+def taught() -> tuple[Any, Any]:
+    with taught_states(tiny_model("llama"), BATCHES, 2) as states:
+        return list(states.batches), list(states.batches)
+
+
+def test_a_gradient_from_before_is_not_trained_on() -> None:
+    """Such as that of a step which Ctrl-C broke off, or of the caller's own loop."""
+    found = []
+    for before in (None, 5.0):
+        student, module = student_of(tiny_model("llama"))
+        module.projection.weight.grad = None if before is None else torch.full((32, 32), before)
+        train(student, BATCHES, VALIDATION, QUICK)
+        found.append(weights(student))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_adapters_of_another_scale_are_another_training(tmp_path: Path) -> None:
+    settings = replace(QUICK, keep_in=tmp_path / "training")
+
+    def healed(text: str) -> Student:
+        model = tiny_model("llama")
+        return repair.student_of(find_stack(model), [(range(2, 4), LinearReplacement(32))], Healing.parse(text))
+
+    train(healed("lora:rank=2,alpha=4"), BATCHES, VALIDATION, settings)
+    for text in ("lora:rank=2,alpha=8", "lora:rank=2,alpha=4,dropout=0.1"):
+        with pytest.raises(StreamlineError, match="holds another training"):
+            train(healed(text), BATCHES, VALIDATION, settings, resume=True)
+    train(healed("lora:rank=2,alpha=4"), BATCHES, VALIDATION, settings, resume=True)

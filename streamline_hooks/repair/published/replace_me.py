@@ -50,5 +50,6 @@ def _fit(
 
 def replace_me_map(moments: WindowMoments) -> Tensor:
     """T − I, from the sums without weights of m and of y − a − m; the shortest solution where there are several."""
-    solution: Tensor = torch.linalg.lstsq(moments.xx, moments.xd, driver="gelsd").solution
-    return solution
+    sums = moments.xx.cpu(), moments.xd.cpu()  # this driver is for processors alone
+    solution: Tensor = torch.linalg.lstsq(*sums, driver="gelsd").solution
+    return solution.to(moments.xx.device)
