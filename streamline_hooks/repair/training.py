@@ -166,7 +166,7 @@ class _Loop:
         settings: Training,
         say: Callable[[str], None],
     ) -> None:
-        from transformers import get_cosine_with_min_lr_schedule_with_warmup  # it brings in much that is not needed
+        from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup  # late: it brings in much
 
         self.student, self.batches, self.validation, self.settings, self.say = (
             student, batches, validation, settings, say,

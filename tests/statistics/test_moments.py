@@ -108,10 +108,29 @@ def test_the_pass_ends_after_the_last_block_needed() -> None:
 def test_what_does_not_fit() -> None:
     with pytest.raises(StreamlineError, match=r"\(1, 2, 4\) and \(1, 2, 4\); expected two of the same shape with 5"):
         WindowMoments(5).update(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4), torch.ones(1, 2))
-    with pytest.raises(StreamlineError, match="Cannot merge moments of width 4 into those of width 5"):
-        WindowMoments(5).merge(WindowMoments(4))
+    for other, said in (
+        (WindowMoments(4), "width 4, weighted=True"),
+        (WindowMoments(5, False), "width 5, weighted=False"),
+    ):
+        with pytest.raises(
+            StreamlineError, match=f"Cannot merge moments of {said}, into those of width 5, weighted=True"
+        ):
+            WindowMoments(5).merge(other)
     with pytest.raises(StreamlineError, match="No token has been counted yet"):
         WindowMoments(5).error(torch.zeros(5, 5))
+
+
+def test_without_weights_the_sums_are_plain_and_so_is_the_error() -> None:
+    x, y = torch.randn(1, 6, 3), torch.randn(1, 6, 3)
+    moments = WindowMoments(3, weighted=False)
+    moments.update(x, y, torch.tensor([[1, 1, 1, 1, 1, 0]]))
+    a, d = x[0, :5].double(), y[0, :5].double() - x[0, :5].double()
+    torch.testing.assert_close(moments.xx, a.T @ a)
+    torch.testing.assert_close(moments.xd, a.T @ d)
+    assert moments.error(torch.zeros(3, 3)) == pytest.approx(float(d.square().sum()) / 5)
+    reread = WindowMoments(3)
+    reread.load_state_dict(moments.state_dict())
+    assert not reread.weighted
 
 
 @given(st.integers(1, 30), st.integers(0, 5))
