@@ -22,7 +22,7 @@ from streamline_hooks import SearchProblem, Selection, find_selections, profile,
 from streamline_hooks.batch import batches_of
 from streamline_hooks.preparation import held_out_apart
 from streamline_hooks.pretrained import load_pretrained
-from streamline_hooks.selection import Attempt, perplexity_of_attempts, windows
+from streamline_hooks.selection import Attempt, VerifiedSelection, perplexity_of_attempts, windows
 from streamline_hooks.selection.criteria import SHORTLIST as SHORTLIST_CRITERION
 from streamline_hooks.selection.search import evolution
 from streamline_hooks.stack import find_stack
@@ -51,6 +51,8 @@ def main() -> None:
     bench.row("exhaustive by KL", lambda size: bench.by_known(size, lambda row: -row["kl"]))
     bench.row("exhaustive, best removed", lambda size: bench.by_known(size, lambda row: -row["removed"]))
     bench.row("exhaustive, best repaired", lambda size: bench.by_known(size, lambda row: -row["repaired"]))
+    if options.searches:
+        bench.row("verified, several windows too", bench.mixed)
     for search in filter(None, options.searches.split(",")):
         bench.row(search, lambda size, search=search: bench.by_search(search, size))
     print((RESULTS / "choice.md").read_text())
@@ -110,11 +112,32 @@ class Bench:
 
     def verified_shortlist(self, size: int) -> dict[str, Any]:
         """Of the windows that the shortlist's criterion puts first, the one with the least KL once repaired."""
+        best = self.shortlisted(size)
+        return {"blocks": blocks_of(range(best["start"], best["start"] + size)), **numbers(best)}
+
+    def shortlisted(self, size: int) -> dict[str, Any]:
+        """The exhaustive row of that window."""
         every = windows(len(self.stack), size)
         scores = score_windows(SHORTLIST_CRITERION, every, profile=self.profile)
         short = sorted(every, key=lambda w: (-scores[every.index(w)], w.start))[:SHORTLIST]
         starts = {w.start for w in short}
-        return self.by_known(size, lambda row: -row["kl"] if row["start"] in starts else -float("inf"))
+        return min((row for row in self.known["sizes"][str(size)] if row["start"] in starts), key=lambda row: row["kl"])
+
+    def mixed(self, size: int) -> dict[str, Any]:
+        """The best window of the shortlist, and what takes as many blocks from several places, by KL once repaired.
+
+        All are fitted and judged on the same few sequences; a window's perplexities are those of its fit on all.
+        """
+        chosen = self.shortlisted(size)
+        asked = SearchProblem(
+            windows(len(self.stack), size), len(self.stack), SHORTLIST_CRITERION, parts=3, profile=self.profile
+        )
+        several = [found for found in find_selections("mixed", asked) if len(found.windows) > 1]
+        start = range(chosen["start"], chosen["start"] + size)
+        best = self.judged([Selection((start,)), *several])
+        if best.windows == (start,):
+            return {"blocks": blocks_of(start), **numbers(chosen)}
+        return self.scored(best)
 
     def by_search(self, search: str, size: int) -> dict[str, Any]:
         """What a search makes of several windows, repaired in order on a part of the text, and scored."""
@@ -134,17 +157,19 @@ class Bench:
 
     def outcome(self, found: Selection) -> dict[str, Any]:
         """Perplexity of a selection, removed and repaired."""
+        return self.scored(self.judged([found]))
+
+    def judged(self, selections: list[Selection]) -> VerifiedSelection:
+        """The selection with the least KL once it is repaired, in order, on a part of the text."""
         fit, held_out = held_out_apart(self.split.calibration[: 2 * FEW])
-        judged = verified(
-            self.model,
-            [found],
-            batches_of(fit, BATCH),
-            batches_of(held_out, BATCH),
-            batches_of(self.split.validation[:1], 1),
-        )[0]
-        attempts = [Attempt(found), Attempt(found, tuple(r.stand_in for r in judged.repairs))]
+        parts = (batches_of(part, BATCH) for part in (fit, held_out, self.split.validation))
+        return verified(self.model, selections, *parts)[0]
+
+    def scored(self, judged: VerifiedSelection) -> dict[str, Any]:
+        """Perplexity of a repaired selection, without and with its repairs."""
+        attempts = [Attempt(judged), Attempt(judged, tuple(r.stand_in for r in judged.repairs), judged.maps)]
         _, (removed, repaired) = perplexity_of_attempts(self.stack, self.test, attempts)
-        return {"blocks": str(found), "removed": removed.value, "repaired": repaired.value}
+        return {"blocks": str(judged), "removed": removed.value, "repaired": repaired.value}
 
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:
@@ -179,6 +204,12 @@ def table(content: dict[str, Any]) -> str:
     if both:
         ratios = ", ".join(f"{s}: {ours[s]['repaired'] / best[s]['repaired']:.3f}" for s in both)
         lines += ["", f"Verified shortlist against the best of all windows, repaired (blocks: ratio): {ratios}."]
+    mixed = content["rows"].get("verified, several windows too", {})
+    both = [size for size in map(str, sizes) if size in mixed]
+    if both:
+        least = {s: min(cells[s]["repaired"] for cells in content["rows"].values() if s in cells) for s in both}
+        ratios = ", ".join(f"{s}: {mixed[s]['repaired'] / least[s]:.3f}" for s in both)
+        lines += ["", f"With several windows on the shortlist too, against the best of every row: {ratios}."]
     return "\n".join([*lines, "", f"Made by `{content['command']}`.", ""])
 
 
