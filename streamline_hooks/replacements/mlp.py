@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.replacements.registry import register_replacement
@@ -57,6 +56,8 @@ class MLPReplacement(nn.Module):
         bias: bool = False,
         linear: bool = True,
     ) -> None:
+        from transformers.activations import ACT2FN  # late: it brings in much
+
         super().__init__()
         width = 4 * features if width is None else width
         if width < 1:
