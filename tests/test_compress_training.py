@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from streamline_hooks import StreamlineError, UnsupportedSurgery, compress, find_stack, load
-from streamline_hooks.repair import Objective, Training
-from streamline_hooks.repair import training as training_module
+from streamline_hooks.repair import Objective, Training, training_loop
 
 SMALL = {"sequence_length": 64, "calibration_tokens": 6400, "validation_tokens": 640, "test_tokens": 640}
 TRAINING = Training(learning_rate=3e-3, epochs=2, validations=4)
@@ -87,7 +86,7 @@ def test_a_killed_training_is_resumed_where_it_was(
         pass
 
     whole = run("whole")
-    step = training_module._Loop._step
+    step = training_loop.Loop._step
     with monkeypatch.context() as patch:
 
         def dies(self: Any) -> Any:
@@ -95,7 +94,7 @@ def test_a_killed_training_is_resumed_where_it_was(
                 raise Killed
             return step(self)
 
-        patch.setattr(training_module._Loop, "_step", dies)
+        patch.setattr(training_loop.Loop, "_step", dies)
         with pytest.raises(Killed):
             run("out")
     assert (tmp_path / "out.training").is_file() and not (tmp_path / "out").exists()
@@ -145,7 +144,7 @@ def test_ctrl_c_saves_the_best_and_leaves_what_can_be_gone_on_from(
         return compress(model, tokenizer, story_texts, output=tmp_path / folder, **options)
 
     whole = run("whole").model
-    step = training_module._Loop._step
+    step = training_loop.Loop._step
     with monkeypatch.context() as patch:
 
         def interrupted(self: Any) -> Any:
@@ -153,7 +152,7 @@ def test_ctrl_c_saves_the_best_and_leaves_what_can_be_gone_on_from(
                 raise KeyboardInterrupt
             return step(self)
 
-        patch.setattr(training_module._Loop, "_step", interrupted)
+        patch.setattr(training_loop.Loop, "_step", interrupted)
         result = run("out")
     assert result.training.stopped == "interrupted after step 20"
     assert (tmp_path / "out/report.json").is_file()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from streamline_hooks.batch import Batch
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.repair.settings import Training
+from streamline_hooks.repair.student import Student
 
 _KEY = "streamline_hooks_training"
 
@@ -77,3 +82,40 @@ def load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tenso
         number, _, name = key.partition(".")
         state.setdefault(int(number), {})[name] = value
     optimiser.load_state_dict({**held, "state": state})
+
+
+def fingerprint(
+    settings: Training,
+    student: Student,
+    parameters: Mapping[str, Tensor],
+    batches: Sequence[Batch | Tensor],
+) -> str:
+    """Of everything that a training's result depends on but the present values of what is trained.
+
+    Parameters
+    ----------
+    settings : Training
+    student : Student
+    parameters : mapping of str to torch.Tensor
+        What is trained.
+    batches : sequence of mapping or torch.Tensor
+        What is trained on, and validated on.
+    """
+    said = {k: str(v) for k, v in asdict(settings).items() if k not in ("keep_in", "keep_every", "memory")}
+    shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
+    parts = [part for modules in student.modules.values() for module in modules for part in module.modules()]
+    made = [(type(p).__name__, p.extra_repr(), getattr(p, "scaling", None)) for p in parts]  # dropout, LoRA's scale
+    digest = hashlib.sha256(repr((sorted(said.items()), shapes, student.windows, made)).encode())
+    for batch in batches:
+        for tensor in [batch] if isinstance(batch, Tensor) else batch.values():
+            digest.update(_bytes(tensor))
+    for name, parameter in student.model.named_parameters():  # a sample tells one model from another
+        digest.update(name.encode() + (b"" if parameter.is_meta else _bytes(parameter.flatten()[:_SAMPLE])))
+    return digest.hexdigest()
+
+
+_SAMPLE = 64  # values of each parameter
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()

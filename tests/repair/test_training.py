@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from streamline_hooks import LinearReplacement, StreamlineError, repair
-from streamline_hooks.repair import Healing, training
+from streamline_hooks.repair import Healing, training_loop
 from streamline_hooks.repair.objective import Objective
 from streamline_hooks.repair.settings import Trained, Training
 from streamline_hooks.repair.student import Student
@@ -82,9 +82,9 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others() -> None:
 
 def test_each_epoch_sees_every_batch_once_in_an_order_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    backward = training._Loop._backward
+    backward = training_loop.Loop._backward
     monkeypatch.setattr(
-        training._Loop, "_backward", lambda self, n, tokens: (seen.append(n), backward(self, n, tokens))[1]
+        training_loop.Loop, "_backward", lambda self, n, tokens: (seen.append(n), backward(self, n, tokens))[1]
     )
     train(student_of(tiny_model("llama"))[0], BATCHES, VALIDATION, replace(QUICK, accumulation=4))
     assert [sorted(seen[:6]), sorted(seen[6:])] == [list(range(6))] * 2
@@ -127,14 +127,14 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(
 
     student, _ = student_of(tiny_model("llama"), dropout=0.2)
     with monkeypatch.context() as patch:
-        make = training._Loop._step
+        make = training_loop.Loop._step
 
         def dies(self: Any) -> Any:
             if self.step == step:
                 raise Killed
             return make(self)
 
-        patch.setattr(training._Loop, "_step", dies)
+        patch.setattr(training_loop.Loop, "_step", dies)
         with pytest.raises(Killed):
             train(student, BATCHES, VALIDATION, settings)
     fresh, _ = student_of(tiny_model("llama"), dropout=0.2)
@@ -150,17 +150,17 @@ import os, signal, sys, torch
 sys.path.insert(0, {tests!r})
 from dataclasses import replace
 from pathlib import Path
-from tests.repair.test_training import BATCHES, QUICK, VALIDATION, student_of, tiny_model, training, weights
+from tests.repair.test_training import BATCHES, QUICK, VALIDATION, student_of, tiny_model, train, training_loop, weights
 torch.set_num_threads(1)
 student, _ = student_of(tiny_model("llama"), dropout=0.2)
-make = training._Loop._step
+make = training_loop.Loop._step
 def dies(self):
     if self.step == {dies}:
         os.kill(os.getpid(), signal.SIGKILL)
     return make(self)
-training._Loop._step = dies
+training_loop.Loop._step = dies
 settings = replace(QUICK, keep_in=Path({file!r}), keep_every=0.0)
-training.train(student, BATCHES, VALIDATION, settings, resume={resume})
+train(student, BATCHES, VALIDATION, settings, resume={resume})
 torch.save(weights(student), {out!r})
 """
 
@@ -190,14 +190,14 @@ def test_ctrl_c_keeps_the_best_and_can_go_on(tmp_path: Path, monkeypatch: pytest
     student, _ = student_of(tiny_model("llama"))
     said: list[str] = []
     with monkeypatch.context() as patch:
-        make = training._Loop._step
+        make = training_loop.Loop._step
 
         def interrupted(self: Any) -> Any:
             if self.step == 6:
                 raise KeyboardInterrupt
             return make(self)
 
-        patch.setattr(training._Loop, "_step", interrupted)
+        patch.setattr(training_loop.Loop, "_step", interrupted)
         trained = train(student, BATCHES, VALIDATION, settings, say=said.append)
     assert trained.stopped == "interrupted after step 6"
     assert said == [
@@ -212,14 +212,14 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, module = student_of(tiny_model("llama"))
-    make = training._Loop._loss
+    make = training_loop.Loop._loss
     calls: list[int] = []
 
     def spoilt(self: Any, *given: Any) -> torch.Tensor:
         calls.append(1)
         return make(self, *given) * (float("nan") if len(calls) == 6 else 1.0)
 
-    monkeypatch.setattr(training._Loop, "_loss", spoilt)
+    monkeypatch.setattr(training_loop.Loop, "_loss", spoilt)
     settings = replace(QUICK, keep_in=tmp_path / "training", validations=12)
     trained = train(student, BATCHES, VALIDATION, settings)
     assert trained.stopped == "the loss of step 6 is nan"
@@ -231,7 +231,7 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_weights(
 def test_out_of_memory_halves_the_batch_and_leaves_the_steps_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = student_of(tiny_model("llama"))
     train(whole, BATCHES, VALIDATION, QUICK)
-    make = training._Loop._loss
+    make = training_loop.Loop._loss
 
     def short_of_memory(self: Any, taught: Any, batch: Any) -> torch.Tensor:
         loss = make(self, taught, batch)
@@ -239,7 +239,7 @@ def test_out_of_memory_halves_the_batch_and_leaves_the_steps_as_they_are(monkeyp
             raise torch.cuda.OutOfMemoryError("planted")
         return loss
 
-    monkeypatch.setattr(training._Loop, "_loss", short_of_memory)
+    monkeypatch.setattr(training_loop.Loop, "_loss", short_of_memory)
     student, _ = student_of(tiny_model("llama"))
     said: list[str] = []
     trained = train(student, BATCHES, VALIDATION, QUICK, say=said.append)
@@ -374,7 +374,7 @@ def test_ctrl_c_in_the_middle_of_something_leaves_nothing_half_done(
     whole, _ = student_of(tiny_model("llama"), dropout=0.2)
     wanted = train(whole, BATCHES, VALIDATION, replace(settings, keep_in=None))
     student, _ = student_of(tiny_model("llama"), dropout=0.2)
-    owner: Any = torch.optim.AdamW if where == "optimiser" else training._Loop
+    owner: Any = torch.optim.AdamW if where == "optimiser" else training_loop.Loop
     name, when = {"_loss": ("_loss", 7), "_validate": ("_validate", 4), "optimiser": ("step", 7)}[where]
     make, calls = getattr(owner, name), []
 
@@ -441,7 +441,7 @@ def test_matrices_decay_and_vectors_do_not() -> None:
             return state + 0.0 * (state @ self.matrix + self.vector)
 
     module = Still()
-    loop = training._Loop(
+    loop = training_loop.Loop(
         Student(tiny_model("llama"), [(range(2, 4), module)]), *[BATCHES] * 2, *taught(), QUICK, print
     )
     for parameter in module.parameters():
