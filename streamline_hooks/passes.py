@@ -113,6 +113,22 @@ def resume(
             handle.remove()
 
 
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returned.
+
+    Raises
+    ------
+    StreamlineError
+        If it returned none.
+    """
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise StreamlineError(
+            f"The model returned a {type(output).__name__} without logits; give one with its LM head."
+        )
+    return logits
+
+
 def progress(total: int, what: str, unit: str = "tok", done: int = 0) -> tqdm[Any]:
     """A bar for a long step, which counts tokens; ``TQDM_DISABLE=1`` silences it."""
     return tqdm(total=total, initial=done, desc=what, unit=unit, unit_scale=True, dynamic_ncols=True, mininterval=0.5)

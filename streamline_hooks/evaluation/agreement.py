@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from streamline_hooks.batch import Batch, prepare, tokens_of
 from streamline_hooks.batch import real_tokens as mask_of
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.candidates import Candidate, candidate_logits, logits_of, real_tokens
+from streamline_hooks.evaluation.candidates import Candidate, candidate_logits, real_tokens
 from streamline_hooks.hidden_state import token_mask
-from streamline_hooks.passes import inference, progress
+from streamline_hooks.passes import inference, logits_of, progress
 
 _TOKENS_AT_ONCE = 32  # few enough for the processor's cache, at any vocabulary
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
-from streamline_hooks.errors import StreamlineError
-from streamline_hooks.passes import inference, recorded, resume
+from streamline_hooks.passes import inference, logits_of, recorded, resume
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.surgery.splice import BEFORE, run_splices
 
@@ -65,22 +63,6 @@ def candidate_logits(
     for number, (_, mask, output) in enumerate(recorded(model, batches, record, what)):
         batch = batches[number]
         yield batch, mask, logits_of(output), (_logits(model, record, c, batch) for c in candidates)
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in what a model returned.
-
-    Raises
-    ------
-    StreamlineError
-        If it returned none.
-    """
-    logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise StreamlineError(
-            f"The model returned a {type(output).__name__} without logits; give one with its LM head."
-        )
-    return logits
 
 
 def real_tokens(logits: Tensor, mask: Tensor) -> Tensor:

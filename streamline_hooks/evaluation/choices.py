@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from streamline_hooks.batch import device_of, prepare
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.candidates import logits_of
 from streamline_hooks.evaluation.questions import Question
-from streamline_hooks.passes import inference, progress
+from streamline_hooks.passes import inference, logits_of, progress
 
 
 class NotFiniteLikelihood(StreamlineError):

@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from streamline_hooks.batch import Batch, prepare
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.candidates import Candidate, candidate_logits, logits_of
-from streamline_hooks.passes import inference, progress
+from streamline_hooks.evaluation.candidates import Candidate, candidate_logits
+from streamline_hooks.passes import inference, logits_of, progress
 
 _TOKENS_AT_ONCE = 32  # few enough for the processor's cache, at any vocabulary
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.candidates import logits_of
-from streamline_hooks.passes import resume
+from streamline_hooks.passes import logits_of, resume
 from streamline_hooks.recorder import ForwardStopped, HiddenStateRecorder
 from streamline_hooks.repair.adapters import merge_adapters
 from streamline_hooks.repair.folded import Folded

@@ -15,9 +15,9 @@ from streamline_hooks.batch import real_tokens as mask_of
 from streamline_hooks.branches import Branch
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation.agreement import summed_kl
-from streamline_hooks.evaluation.candidates import Candidate, logits_of, real_tokens
+from streamline_hooks.evaluation.candidates import Candidate, real_tokens
 from streamline_hooks.hidden_state import read_output, token_mask, write_output
-from streamline_hooks.passes import inference, progress
+from streamline_hooks.passes import inference, logits_of, progress
 from streamline_hooks.repair import StandIn, place
 from streamline_hooks.repair.branch_linear import BranchLinear
 from streamline_hooks.repair.stand_in import is_spliced
