@@ -33,7 +33,7 @@ OF_A_PROFILE = (
     "last_n_but_final", "random", "cosine_and_magnitude",
 )  # fmt: skip
 OF_THE_MODEL = {"kl": 1, "perplexity": 1, "taylor": 2, "cca": 3}  # with the sequences that they are measured on
-SHORTLIST, FEW = 8, 4  # windows that are verified; sequences that several windows are fitted on, and as many more
+SHORTLIST, FEW = 8, 4  # windows that are verified; sequences that a search runs the model on
 
 
 def main() -> None:
@@ -124,10 +124,7 @@ class Bench:
         return min((row for row in self.known["sizes"][str(size)] if row["start"] in starts), key=lambda row: row["kl"])
 
     def mixed(self, size: int) -> dict[str, Any]:
-        """The best window of the shortlist, and what takes as many blocks from several places, by KL once repaired.
-
-        All are fitted and judged on the same few sequences; a window's perplexities are those of its fit on all.
-        """
+        """The best window of the shortlist, and what takes as many blocks from several places, by KL once repaired."""
         chosen = self.shortlisted(size)
         asked = SearchProblem(
             windows(len(self.stack), size), len(self.stack), SHORTLIST_CRITERION, parts=3, profile=self.profile
@@ -140,7 +137,7 @@ class Bench:
         return self.scored(best)
 
     def by_search(self, search: str, size: int) -> dict[str, Any]:
-        """What a search makes of several windows, repaired in order on a part of the text, and scored."""
+        """What a search makes of several windows, repaired in order, and scored."""
         few = batches_of(self.split.calibration[:FEW], BATCH)
         criterion = "block_influence" if search == "one-shot" else "cosine"
         candidates = windows(len(self.stack), size)
@@ -160,8 +157,8 @@ class Bench:
         return self.scored(self.judged([found]))
 
     def judged(self, selections: list[Selection]) -> VerifiedSelection:
-        """The selection with the least KL once it is repaired, in order, on a part of the text."""
-        fit, held_out = held_out_apart(self.split.calibration[: 2 * FEW])
+        """The selection with the least KL once it is repaired, in order; fitted on as much text as a window."""
+        fit, held_out = held_out_apart(self.split.calibration)
         parts = (batches_of(part, BATCH) for part in (fit, held_out, self.split.validation))
         return verified(self.model, selections, *parts)[0]
 
@@ -189,8 +186,8 @@ def table(content: dict[str, Any]) -> str:
     lines = [
         "SmolLM2-135M: what each criterion and each search gives up, and the perplexity on held-out text "
         f"({tokens:,} tokens of five domains) after plain removal / after closed-form repair. The original has "
-        f"{content['original']:.2f}. Single windows are fitted on 20,480 tokens of training text and judged by KL on "
-        f"2,048 others; several windows on {2 * FEW * SEQUENCE:,}. The exhaustive rows look at every window; "
+        f"{content['original']:.2f}. All are fitted on 20,480 tokens of training text and judged by KL on 2,048 "
+        f"others; searches that run the model run it on {FEW * SEQUENCE:,}. The exhaustive rows look at every window; "
         "'best removed' and 'best repaired' look at the held-out text itself, and so are bounds and not choices.",
         "",
         "| chosen by | " + " | ".join(f"{size} blocks" for size in sizes) + " |",
