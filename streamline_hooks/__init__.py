@@ -6,6 +6,22 @@ from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation import Agreement, agreement, measure_speed, perplexity
 from streamline_hooks.passes import resume
 from streamline_hooks.recorder import HiddenStateRecorder
+from streamline_hooks.repair import (
+    PRESETS,
+    Healing,
+    Objective,
+    Trained,
+    Training,
+    fit_windows,
+    freeze_all_but,
+    kind_named,
+    known_kinds,
+    place,
+    preset_named,
+    register_kind,
+    student_of,
+    train,
+)
 from streamline_hooks.replacements import LinearReplacement, register_replacement
 from streamline_hooks.result import CompressionResult
 from streamline_hooks.selection import (
@@ -24,18 +40,23 @@ from streamline_hooks.surgery import LayerSurgeon, SurgeryPlan
 from streamline_hooks.surgery.registration import register_with_transformers
 
 __all__ = [
+    "PRESETS",
     "Agreement",
     "BlockStack",
     "CompressionResult",
+    "Healing",
     "HiddenStateRecorder",
     "LayerSurgeon",
     "LinearReplacement",
+    "Objective",
     "Profile",
     "SearchProblem",
     "Selection",
     "StreamlineError",
     "SurgeryPlan",
     "Target",
+    "Trained",
+    "Training",
     "UnsupportedSurgery",
     "WindowMoments",
     "agreement",
@@ -44,17 +65,26 @@ __all__ = [
     "find_selections",
     "find_stack",
     "find_stacks",
+    "fit_windows",
+    "freeze_all_but",
+    "kind_named",
+    "known_kinds",
     "load",
     "measure_branches",
     "measure_moments",
     "measure_speed",
     "perplexity",
+    "place",
+    "preset_named",
     "profile",
     "register_criterion",
+    "register_kind",
     "register_replacement",
     "resume",
     "save",
     "score_windows",
+    "student_of",
+    "train",
     "verified",
 ]
 
