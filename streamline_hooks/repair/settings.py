@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ class Training:
     accumulation : int
         Batches a step.
     autocast : torch.dtype or None
-        Precision of the matrix products, for instance bfloat16; by default that of the weights.
+        Precision of the matrix products, for instance bfloat16, those of the original on the calibration text among
+        them; by default that of the weights.
     validations : int
         How often KL on validation text is measured, evenly, after the first time before the first step.
     patience : int
@@ -80,6 +82,10 @@ class Training:
                 f"{wrong[0]}={getattr(self, wrong[0])!r} makes no training. Expected epochs, accumulation and "
                 "validations of 1 or more, a learning rate above 0, warmup and floor in 0 to 1, and nothing negative."
             )
+
+    def products(self, device: torch.device) -> AbstractContextManager[Any]:
+        """What matrix products are made in."""
+        return nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast)
 
 
 @dataclass

@@ -82,7 +82,8 @@ def train(
         compared = tuple(student.windows) if settings.objective.needs_states else ()
         logits = settings.objective.needs_original_logits
         if taught is None:
-            taught = exits.enter_context(_taught(student, batches, compared, logits, settings, "original"))
+            with settings.products(next(student.model.parameters()).device):
+                taught = exits.enter_context(_taught(student, batches, compared, logits, settings, "original"))
         _require_fitting(taught, student, batches, compared, logits)
         apart = exits.enter_context(_taught(student, validation, (), True, settings, "original, validation"))
         return Loop(student, batches, validation, taught.batches, apart.batches, settings, say).run(resume)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -160,7 +160,7 @@ class Loop:
         """The loss, summed over the real tokens."""
         objective = self.settings.objective
         mask = self._mask(taught, batch)
-        with self._autocast():
+        with self.settings.products(self.device):
             logits, states = self.student.run(
                 taught.entrance, batch, logits=objective.needs_logits, states=objective.needs_states
             )
@@ -183,7 +183,7 @@ class Loop:
             for taught, batch in zip(self.validation_taught, self.validation, strict=True):
                 for part, rows in self._parts(taught, batch):
                     mask = self._mask(part, rows)
-                    with self._autocast():
+                    with self.settings.products(self.device):
                         logits, _ = self.student.run(part.entrance, rows, logits=True, states=False)
                         original = self._original(part, rows)
                     total += float(summed_kl(cast(Tensor, logits)[mask], original[mask]))
@@ -217,10 +217,6 @@ class Loop:
         if isinstance(given, Tensor):
             return given.to(self.device).bool()
         return torch.ones(taught.entrance.shape[:2], dtype=torch.bool, device=self.device)
-
-    def _autocast(self) -> Any:
-        dtype = self.settings.autocast
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def _numbers(self, step: int) -> list[int]:
         """The batches of a step: each epoch has an order of its own, which the seed tells."""

@@ -70,6 +70,24 @@ def test_the_best_weights_are_a_copy_that_later_steps_do_not_touch() -> None:
     assert trained.history[-1]["kl"] > trained.kl
 
 
+def test_autocast_is_for_the_products_of_both_and_no_weight_changes_its_precision() -> None:
+    """The original's states on the calibration text are made in it; what validates is not."""
+    model = tiny_model("llama")
+    student, _ = student_of(model)
+    seen: dict[str, set[torch.dtype]] = {"before the change": set(), "after it": set()}
+    for where, k in (("before the change", 0), ("after it", 5)):
+        model.model.layers[k].mlp.down_proj.register_forward_hook(lambda m, a, out, w=where: seen[w].add(out.dtype))
+    settings = replace(QUICK, epochs=4, autocast=torch.bfloat16)
+    trained = train(student, BATCHES, VALIDATION, settings)
+    assert trained.kl < trained.kl_before
+    assert seen["before the change"] == {torch.bfloat16, torch.float32} <= seen["after it"]
+    assert all(p.dtype == torch.float32 for p in [*model.parameters(), *student.parameters().values()])
+    plain, _ = student_of(tiny_model("llama"))
+    train(plain, BATCHES, VALIDATION, replace(settings, autocast=None))
+    assert not torch.equal(weights(student)[0], weights(plain)[0])
+    assert torch.allclose(weights(student)[0], weights(plain)[0], atol=0.05)
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_one_others() -> None:
     found = []
     for seed in (0, 0, 1):
