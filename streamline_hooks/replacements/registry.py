@@ -82,6 +82,11 @@ def register_replacement(kind: str) -> Callable[[_Class], _Class]:
     return register
 
 
+def is_own(kind: str) -> bool:
+    """Whether a registered class of replacements comes from where this function does, and not from a user."""
+    return kind in _KINDS and _KINDS[kind].__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
 def build_replacement(kind: str, config: dict[str, Any]) -> nn.Module:
     """Build a replacement from what a checkpoint says of it.
 

@@ -26,7 +26,7 @@ def register_with_transformers() -> None:
 
 
 def _register(auto: ModuleType) -> None:
-    from streamline_hooks.surgery.committed import MODEL_TYPE, StreamlinedConfig
+    from streamline_hooks.surgery.spliced_model import MODEL_TYPE, StreamlinedConfig
 
     auto.AutoConfig.register(MODEL_TYPE, StreamlinedConfig, exist_ok=True)
 

@@ -1,0 +1,290 @@
+"""The class of a model with splices: it builds them, and reads and writes a checkpoint that keeps them.
+
+A model with splices gets a class of its own, derived from its architecture's, and so does its configuration: then
+``model.save_pretrained`` itself, and with it a ``Trainer``, writes a checkpoint that loads through
+``AutoModelForCausalLM`` where this library is imported and fails loudly where it is not. Two things make it fail:
+the ``model_type`` is unknown without this library, and one weight (the guard, the final norm's) is stored with a
+leading axis of 1, so that loading with the architecture's own class raises on its size.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.replacements.registry import build_replacement, is_own
+from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices
+
+MODEL_TYPE = "streamline_hooks"
+CODE = "modeling_streamline_hooks"
+FORMAT = 1
+_PREFIX = "Streamlined"
+_guarded: ContextVar[bool] = ContextVar("guarded", default=False)
+
+
+class StreamlinedConfig(PretrainedConfig):
+    """The entry under which Transformers finds configurations of models with splices."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a configuration of the architecture that the dictionary names.
+
+        Raises
+        ------
+        StreamlineError
+            If the dictionary was not written by this library, or by a later version of it.
+        """
+        from transformers import CONFIG_MAPPING
+
+        said = config_dict.get("streamline_hooks")
+        base_type = config_dict.get("base_model_type")
+        if not isinstance(said, dict) or base_type is None:
+            raise StreamlineError(
+                "This configuration has the model type 'streamline_hooks' but neither a plan nor a base_model_type; "
+                "it was not written by streamline_hooks. Load a folder that streamline_hooks saved."
+            )
+        if said.get("format", 0) > FORMAT:
+            raise StreamlineError(
+                f"This checkpoint has the format {said['format']}; this version of streamline_hooks reads up to "
+                f"{FORMAT}. Upgrade streamline_hooks."
+            )
+        if base_type not in CONFIG_MAPPING:
+            raise StreamlineError(
+                f"This checkpoint is a compressed {base_type!r}, which the installed Transformers "
+                f"{transformers.__version__} does not know. Upgrade Transformers, or, if the architecture is your own, "
+                "register it with AutoConfig and AutoModelForCausalLM first."
+            )
+        config_base = CONFIG_MAPPING[base_type]
+        config_class = streamlined_config_class(config_base)
+        _register_models(config_base, config_class, config_dict.get("architectures") or [])
+        settings = {k: v for k, v in config_dict.items() if k not in ("model_type", "base_model_type")}
+        return config_class.from_dict(settings, **kwargs)
+
+
+class _ConfigWithSplices:
+    """What a configuration of a model with splices does differently: it is written under another type."""
+
+    model_type: str
+
+    def to_dict(self) -> dict[str, Any]:
+        written: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        return {**written, "model_type": MODEL_TYPE, "base_model_type": type(self).model_type}
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Write the configuration, unless a part of the model, which does not know of the guard, is being saved."""
+        architectures = getattr(self, "architectures", None) or []
+        if not any(str(name).startswith(_PREFIX) for name in architectures):
+            raise StreamlineError(
+                f"{', '.join(architectures) or 'This part'} shares the configuration of a model with spliced modules "
+                "and would be saved without them. Save the model that was committed; to commit another one, open the "
+                "LayerSurgeon on it."
+            )
+        vars(self).pop("auto_map", None)
+        if _can_stand_alone(self):
+            classes = _classes_for(base_class(type(self)), architectures)
+            self.auto_map = {"AutoConfig": f"{CODE}.StreamlinedConfig"} | {
+                auto.__name__: f"{CODE}.{_PREFIX}{base.__name__}" for auto, base in classes
+            }
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            (Path(save_directory) / f"{CODE}.py").write_text(_standalone_code(), encoding="utf-8")
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+class _ModelWithSplices:
+    """What a model with splices does differently: it builds them, and guards its checkpoint."""
+
+    config: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        said = config.streamline_hooks
+        for entry in said["splices"]:
+            modules = [build_replacement(m["kind"], m["config"]) for m in entry["modules"]]
+            set_splices(_block_of(self, said["stack"], entry), entry["place"], modules)
+        self.register_load_state_dict_pre_hook(accept_guarded)  # type: ignore[attr-defined]
+        if _guarded.get():
+            _set_guard_axis(self, present=True)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        with _reading_a_guarded_checkpoint():
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        lost = [key for key in info["missing_keys"] if {BEFORE, AFTER} & set(key.split("."))]
+        if lost:
+            raise StreamlineError(
+                f"The checkpoint lacks the weights of spliced modules that its configuration lists: {', '.join(lost)}. "
+                "It is damaged, or was written by something else than save_pretrained; write it again."
+            )
+        _set_guard_axis(model, present=False)
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
+        guard = _own_path(self, self.config.streamline_hooks["guard"])
+        unwritable = [m for m in self.config.streamline_hooks["splices"] if "modules" not in m]
+        if unwritable:
+            raise StreamlineError(unwritable[0]["error"])
+        weights = dict(self.state_dict() if state_dict is None else state_dict)  # type: ignore[attr-defined]
+        if guard in weights and weights[guard].ndim == self.get_parameter(guard).ndim:  # type: ignore[attr-defined]
+            weights[guard] = weights[guard].unsqueeze(0)
+        return super().save_pretrained(save_directory, *args, state_dict=weights, **kwargs)  # type: ignore[misc]
+
+
+_made: dict[Any, Any] = {}
+
+
+def streamlined_config_class(base: Any) -> Any:
+    """The configuration class for a model with splices of an architecture; made once a base."""
+    if base not in _made:
+        members = {"__module__": __name__, "__doc__": _ConfigWithSplices.__doc__, "model_type": base.model_type}
+        _made[base] = type(f"{_PREFIX}{base.__name__}", (_ConfigWithSplices, base), members)
+    return _made[base]
+
+
+def streamlined_model_class(base: Any, config_base: Any) -> Any:
+    """The class of a model with splices of an architecture; made once a base, and known to the Auto classes."""
+    key = (base, config_base)  # several types of configuration can share one class of models
+    if key in _made:
+        return _made[key]
+
+    def is_custom_code(cls: Any) -> bool:
+        return bool(base.is_custom_code())
+
+    members = {
+        "__module__": __name__,
+        "__doc__": _ModelWithSplices.__doc__,
+        "config_class": streamlined_config_class(config_base),
+        "is_custom_code": classmethod(is_custom_code),  # checkpoints convert as the architecture's own do
+    }
+    _made[key] = type(f"{_PREFIX}{base.__name__}", (_ModelWithSplices, base), members)
+    _share_weight_conversion(base, _made[key])
+    return _made[key]
+
+
+def base_class(cls: type[Any]) -> type[Any]:
+    """The architecture's own class of a model or a configuration, with or without splices."""
+    if issubclass(cls, (_ModelWithSplices, _ConfigWithSplices)):
+        return next(c for c in cls.__mro__[1:] if not issubclass(c, (_ModelWithSplices, _ConfigWithSplices)))
+    return cls
+
+
+def _register_models(config_base: type[Any], config_class: type[Any], architectures: list[str]) -> None:
+    """Let those Auto classes that know the architecture know its class with splices."""
+    for auto, base in _classes_for(config_base, architectures):
+        auto.register(config_class, streamlined_model_class(base, config_base), exist_ok=True)
+
+
+def _classes_for(config_base: type[Any], architectures: list[str]) -> Iterator[tuple[Any, type[Any]]]:
+    """The Auto classes that may load a model with splices, and the class without them that each would give."""
+    from transformers.models.auto import modeling_auto  # every table of classes: a quarter of a second
+
+    for auto in vars(modeling_auto).values():
+        mapping = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
+        if mapping is None or config_base not in mapping:
+            continue
+        base = mapping[config_base]
+        usual = auto in (modeling_auto.AutoModel, modeling_auto.AutoModelForCausalLM)
+        if isinstance(base, type) and (usual or f"{_PREFIX}{base.__name__}" in architectures):
+            yield auto, base
+
+
+def _can_stand_alone(config: Any) -> bool:
+    """Whether the model needs only Transformers' own classes and this library's."""
+    kinds = [m["kind"] for entry in config.streamline_hooks["splices"] for m in entry.get("modules", [])]
+    return base_class(type(config)).__module__.startswith("transformers.") and all(map(is_own, kinds))
+
+
+def _standalone_code() -> str:
+    """What reads a model where the library is not installed."""
+    try:
+        from streamline_hooks.surgery.standalone import standalone_code
+    except ModuleNotFoundError:  # this is that code
+        return Path(__file__).read_text(encoding="utf-8")
+    return standalone_code()
+
+
+def _share_weight_conversion(base: type[Any], made: type[Any]) -> None:
+    """A conversion of checkpoints that Transformers keeps by class name holds for the class with splices too."""
+    if importlib.util.find_spec("transformers.conversion_mapping") is None:
+        return
+    from transformers import conversion_mapping
+
+    conversion = conversion_mapping.get_checkpoint_conversion_mapping(base.__name__)
+    if conversion is not None:
+        conversion_mapping.register_checkpoint_conversion_mapping(made.__name__, conversion, overwrite=True)
+
+
+def accept_guarded(module: Any, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    """Let ``load_state_dict`` take a checkpoint as it lies on disk, as a ``Trainer`` does when it resumes."""
+    guard = _own_path(module, module.config.streamline_hooks["guard"])
+    stored = state_dict.get(prefix + guard)
+    if stored is not None and stored.ndim == module.get_parameter(guard).ndim + 1:
+        state_dict[prefix + guard] = stored.squeeze(0)
+
+
+def _set_guard_axis(model: Any, present: bool) -> None:
+    """Give the guard the leading axis with which it is stored, or take it away."""
+    path, _, name = _own_path(model, model.config.streamline_hooks["guard"]).rpartition(".")
+    owner = model.get_submodule(path)
+    held = owner._parameters[name]
+    data = held.data.unsqueeze(0) if present else held.data.squeeze(0)
+    reshaped = nn.Parameter(data, requires_grad=held.requires_grad)
+    vars(reshaped).update(vars(held))
+    owner._parameters[name] = reshaped
+
+
+def _block_of(model: Any, stack: str, entry: dict[str, Any]) -> nn.Module:
+    """The block that has the splices of an entry of the configuration.
+
+    Raises
+    ------
+    StreamlineError
+        If there is no such block or place: the configuration was changed since it was written.
+    """
+    try:
+        blocks = list(model.get_submodule(_own_path(model, stack)).children())
+    except AttributeError:
+        blocks = []
+    if entry["place"] not in (BEFORE, AFTER) or not 0 <= entry["block"] < len(blocks):
+        raise StreamlineError(
+            f"config.json, streamline_hooks.splices: a module {entry['place']} block {entry['block']} of {stack!r}, "
+            f"which has {len(blocks)} blocks in this {type(model).__name__}. The file was changed since it was "
+            "written; save the model again."
+        )
+    return blocks[entry["block"]]
+
+
+def _own_path(model: Any, path: str) -> str:
+    """A path that was written for the model with its head, in this model, which may be without."""
+    prefix = f"{model.base_model_prefix}."
+    return path if hasattr(model, prefix[:-1]) else path.removeprefix(prefix)
+
+
+@contextmanager
+def _reading_a_guarded_checkpoint() -> Iterator[None]:
+    token = _guarded.set(True)
+    try:
+        yield
+    finally:
+        _guarded.reset(token)
+
+
+def __getattr__(name: str) -> Any:
+    """Find a made class by its name again, which is what unpickling asks for."""
+    base: Any = getattr(transformers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
+    if isinstance(base, type) and issubclass(base, PretrainedConfig):
+        return streamlined_config_class(base)
+    config_base: Any = getattr(base, "config_class", None)
+    if config_base is not None:
+        return streamlined_model_class(base, config_base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

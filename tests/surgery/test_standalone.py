@@ -1,0 +1,165 @@
+"""The code in a checkpoint's folder reads it where the library is not installed, and only where that is asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from streamline_hooks import LayerSurgeon, StreamlineError, kind_named, register_replacement, save
+from streamline_hooks.replacements import registry
+from streamline_hooks.stack import find_stack
+from streamline_hooks.surgery import standalone
+from streamline_hooks.surgery.spliced_model import CODE
+from tests.processes import in_a_new_process
+from tests.tiny_models import FAMILIES, Nudge, tiny_model, tokens
+
+KINDS = ("linear", "linear:rank=4", "linear:diagonal", "mlp", "swiglu", "feed_forward")
+CASES = [(FAMILIES[0], kind) for kind in KINDS] + [(family, "swiglu") for family in FAMILIES[1:]]
+ABSENT = """
+    import os, sys
+    sys.modules["streamline_hooks"] = None
+    folder = sys.argv[1]
+    os.environ["HF_MODULES_CACHE"] = folder + "/cache"
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    ids = torch.load(folder + "/ids.pt")
+    asked = {"trust_remote_code": True}
+"""
+
+
+def spliced(family: str, kind: str) -> nn.Module:
+    """A model with a module of a kind in the place of two blocks, no weight of it zero."""
+    model = tiny_model(family)
+    with LayerSurgeon(model) as surgeon:
+        module = kind_named(kind).build(find_stack(model), range(1, 3))
+        for seed, parameter in enumerate(module.parameters()):
+            nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(seed))
+        surgeon.replace(range(1, 3), module)
+        surgeon.commit()
+    return model
+
+
+def written(model: nn.Module, folder: Path) -> torch.Tensor:
+    """Save a model, its input and its logits, which are returned."""
+    save(model, folder / "model")
+    torch.save(tokens(2, 9), folder / "ids.pt")
+    with torch.no_grad():
+        logits = model(tokens(2, 9)).logits
+    torch.save(logits, folder / "logits.pt")
+    return logits
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_it_is_read_and_written_again_without_the_library(family: str, kind: str, tmp_path: Path) -> None:
+    logits = written(spliced(family, kind), tmp_path)
+    code = (
+        ABSENT
+        + """
+    model = AutoModelForCausalLM.from_pretrained(folder + "/model", **asked)
+    assert torch.equal(model(ids).logits, torch.load(folder + "/logits.pt"))
+    with_cache, without = (
+        model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None, use_cache=c) for c in (True, False)
+    )
+    assert torch.equal(with_cache, without)
+    base = AutoModel.from_pretrained(folder + "/model", **asked)
+    assert torch.equal(base(ids)[0], model.base_model(ids)[0])
+    model.save_pretrained(folder + "/again")
+    print("same")
+    """
+    )
+    assert in_a_new_process(code, tmp_path).stdout.strip().endswith("same")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert type(again).__module__ == "streamline_hooks.surgery.spliced_model"
+    with torch.no_grad():
+        assert torch.equal(again(tokens(2, 9)).logits, logits)
+    first, second = (tmp_path / folder / f"{CODE}.py" for folder in ("model", "again"))
+    assert first.read_text() == second.read_text()
+
+
+def test_nothing_of_the_folder_is_run_unasked(tmp_path: Path) -> None:
+    written(spliced(FAMILIES[0], "swiglu"), tmp_path)
+    trap = tmp_path / "model" / f"{CODE}.py"
+    trap.write_text(trap.read_text() + f"\nopen({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    code = (
+        ABSENT
+        + """
+    try:
+        AutoModelForCausalLM.from_pretrained(folder + "/model")
+    except ValueError as error:
+        assert "trust_remote_code" in str(error), error
+        print("refused")
+    """
+    )
+    assert in_a_new_process(code, tmp_path).stdout.strip().endswith("refused")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert not (tmp_path / "ran").exists(), "the code was run though nobody asked for it"
+    in_a_new_process(
+        ABSENT
+        + """
+    AutoModelForCausalLM.from_pretrained(folder + "/model", **asked)
+    """,
+        tmp_path,
+    )
+    assert (tmp_path / "ran").exists(), "the trap sees nothing"
+
+
+def test_where_the_library_is_there_its_own_code_runs(tmp_path: Path) -> None:
+    logits = written(spliced(FAMILIES[0], "swiglu"), tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    assert type(loaded).__module__ == "streamline_hooks.surgery.spliced_model"
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens(2, 9)).logits, logits)
+
+
+def test_what_is_somebody_elses_or_plain_has_no_such_file(tmp_path: Path) -> None:
+    @register_replacement("standalone-nudge")
+    class Own(Nudge):
+        def to_config(self) -> dict[str, int]:
+            return {}
+
+    model = spliced(FAMILIES[0], "swiglu")
+    save(model, tmp_path / "spliced")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.insert(2, Own())
+        surgeon.commit()
+    save(model, tmp_path / "own")
+    plain = tiny_model(FAMILIES[0])
+    with LayerSurgeon(plain) as surgeon:
+        surgeon.remove([1])
+        surgeon.commit()
+    save(plain, tmp_path / "plain")
+    there = {name: (tmp_path / name / f"{CODE}.py").exists() for name in ("spliced", "own", "plain")}
+    assert there == {"spliced": True, "own": False, "plain": False}
+    for name in ("own", "plain"):
+        assert "auto_map" not in json.loads((tmp_path / name / "config.json").read_text())
+
+
+def test_a_splice_that_goes_takes_its_code_with_it(tmp_path: Path) -> None:
+    """A plain model must not send its reader to a class that it no longer has."""
+    save(spliced(FAMILIES[0], "swiglu"), tmp_path / "spliced")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "spliced")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove(range(3))  # with the blocks on both of its sides
+        surgeon.commit()
+    save(model, tmp_path / "plain")
+    said = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert "auto_map" not in said and said["model_type"] != "streamline_hooks"
+
+
+def test_every_kind_of_the_library_is_in_it() -> None:
+    own = {cls.__module__ for kind, cls in registry._KINDS.items() if registry.is_own(kind)}
+    assert own <= {f"streamline_hooks.{module}" for module in standalone.MODULES}
+
+
+def test_a_module_that_is_missing_and_a_name_that_is_there_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standalone, "MODULES", ("hidden_state",))
+    with pytest.raises(StreamlineError, match=r"hidden_state needs streamline_hooks\.errors, which is not a part"):
+        standalone.standalone_code()
+    monkeypatch.setattr(standalone, "MODULES", ("errors", "replacements.registry", "surgery.silence"))
+    with pytest.raises(StreamlineError, match=r"silence needs streamline_hooks\.|is defined in"):
+        standalone.standalone_code()
