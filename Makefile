@@ -36,8 +36,8 @@ test: $(VENV)/.stamp-test ## Run the tests and the doctests
 # The part of the suite that touches Transformers' insides, with the oldest version that setup.cfg admits.
 OLDEST := transformers==4.56.*
 OLDEST_NEEDS := accelerate hypothesis pytest pytest-randomly pytest-xdist
-OLDEST_TESTS := tests/surgery tests/statistics tests/evaluation tests/architectures/test_properties.py \
-	$(addprefix tests/test_,recorder.py passes.py checkpoint.py stack.py hidden_state.py)
+OLDEST_TESTS := tests/surgery tests/statistics tests/evaluation tests/checkpoint tests/architectures/test_properties.py \
+	$(addprefix tests/test_,recorder.py passes.py stack.py hidden_state.py)
 
 oldest: export OMP_NUM_THREADS ?= 1
 oldest: $(VENV)-oldest/.stamp ## Run the core of the tests with the oldest supported Transformers

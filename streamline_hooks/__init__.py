@@ -1,6 +1,6 @@
 """Find, remove and repair the transformer blocks that do least (LLM-Streamline, arXiv 2403.19135)."""
 
-from streamline_hooks.checkpoint import load, save
+from streamline_hooks.checkpoint import compare_blocks, load, read_plans, save
 from streamline_hooks.compress import compress
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation import Agreement, agreement, measure_speed, perplexity
@@ -61,6 +61,7 @@ __all__ = [
     "WindowMoments",
     "agreement",
     "combined",
+    "compare_blocks",
     "compress",
     "find_selections",
     "find_stack",
@@ -77,6 +78,7 @@ __all__ = [
     "place",
     "preset_named",
     "profile",
+    "read_plans",
     "register_criterion",
     "register_kind",
     "register_replacement",

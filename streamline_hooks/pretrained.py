@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # What a loader of quantized files leaves on a model, and what then keeps it from being saved.
 _QUANTIZER_LEFTOVERS = ("hf_quantizer", "is_quantized", "quantization_method")
+_SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # whose weights are in the package
 _CONFIG_LEFTOVERS = ("quantization_config", "_is_quantized")
 
 
@@ -116,6 +117,7 @@ def _load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokeni
     for attribute in _CONFIG_LEFTOVERS:
         vars(model.config).pop(attribute, None)
     model.config.dtype = dtype
+    model.name_or_path = model.config._name_or_path = _SMOLLM2
     return model.eval(), tokenizer
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -83,7 +84,10 @@ def prepare_to_settle(
         "stack": path,
         "splices": entries,
         "guard": _guard(model, now),
-        "history": [*earlier.get("history", []), {**notes, **plan.to_dict(), "versions": _versions()}],
+        "history": [
+            *earlier.get("history", []),
+            {"base_model": _name_of(model), **notes, **plan.to_dict(), "versions": _versions()},
+        ],
     }
     model_class, config_class = base_class(type(model)), base_class(type(model.config))
     plain = copy.copy(model.config)
@@ -114,6 +118,13 @@ def settle(
     model.config.architectures = [model_class.__name__]
     model.config.__class__ = config_class
     model.__class__ = model_class
+
+
+def _name_of(model: Any) -> str:
+    """The name on the hub that a model was loaded by; of a path only the last part, which tells of no machine."""
+    name = str(getattr(model, "name_or_path", ""))
+    on_hub = name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
+    return name if on_hub else Path(name).name
 
 
 def _versions() -> dict[str, str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from streamline_hooks.errors import StreamlineError
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -106,6 +108,38 @@ class SurgeryPlan:
             for marked in (self.silenced, self.folded)
         )
         return {**asdict(self), "removed": list(self.removed), "silenced": silenced, "folded": folded}
+
+    @classmethod
+    def from_dict(cls, said: dict[str, Any]) -> SurgeryPlan:
+        """The plan that `to_dict` wrote, from its JSON values.
+
+        Raises
+        ------
+        StreamlineError
+            If something of it is missing.
+
+        Examples
+        --------
+        >>> plan = SurgeryPlan("model.layers", 2, (Slot(1, "Block", silenced=("attention",)),))
+        >>> SurgeryPlan.from_dict(plan.to_dict()) == plan
+        True
+        """
+        try:
+            slots = [
+                Slot(s["source"], s["module"], tuple(s.get("silenced", ())), tuple(s.get("folded", ())))
+                for s in said["slots"]
+            ]
+            splices = [
+                Splice(s["before"], s["old_before"], s["replaces"] and tuple(s["replaces"]), s["module"])
+                for s in said["splices"]
+            ]
+            described = said.get("described", True)
+            return cls(said["stack"], said["old_length"], tuple(slots), tuple(splices), described)
+        except (KeyError, TypeError) as error:
+            raise StreamlineError(
+                f"This is no plan of a surgery: {type(error).__name__}: {error}. Expected what SurgeryPlan.to_dict "
+                "gives, as a committed model's configuration holds it under streamline_hooks.history."
+            ) from error
 
     def __str__(self) -> str:
         lines = [f"{self.stack}: {self.old_length} blocks -> {len(self.slots)}"]

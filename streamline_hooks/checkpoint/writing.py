@@ -1,4 +1,4 @@
-"""Write a compressed model to a folder and read it back; a folder is whole or untouched."""
+"""Write a compressed model to a folder, which is whole or untouched."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from streamline_hooks.checkpoint.card import FILE as CARD
+from streamline_hooks.checkpoint.card import model_card
+from streamline_hooks.checkpoint.checksums import write_checksums
+from streamline_hooks.checkpoint.safety import CONFIG, read_json
 from streamline_hooks.errors import StreamlineError
 
 if TYPE_CHECKING:
@@ -27,9 +31,10 @@ def save(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     report: dict[str, Any] | None = None,
+    base_model: str = "",
     overwrite: bool = False,
 ) -> Path:
-    """Write a model, its tokenizer and a report.
+    """Write a model, its tokenizer, a model card, checksums and a report.
 
     Everything is written to a new folder beside `folder` and renamed at the end, so that an interruption or a full
     disk leaves what was there before.
@@ -42,7 +47,9 @@ def save(
     folder : str or Path
     tokenizer : transformers.PreTrainedTokenizerBase, optional
     report : dict, optional
-        Written as ``report.json``.
+        Written as ``report.json``, and told in the card.
+    base_model : str
+        What the card names as the original: its name on the hub, by default the one that it was loaded by.
     overwrite : bool
         Take the place of a folder that is not empty.
 
@@ -65,33 +72,14 @@ def save(
                 tokenizer.save_pretrained(beside)
             if report is not None:
                 (beside / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+            card = model_card(read_json(beside / CONFIG), report, base_model)
+            (beside / CARD).write_text(card, encoding="utf-8")
+            write_checksums(beside)
     except (OSError, SafetensorError) as error:
         raise StreamlineError(
             f"Writing {target} failed: {error}. What was there before is untouched. Make room or choose another folder."
         ) from error
     return target
-
-
-def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Read a compressed model.
-
-    Parameters
-    ----------
-    folder : str or Path
-        As `save` wrote it.
-    **kwargs
-        For ``AutoModelForCausalLM.from_pretrained``.
-
-    Raises
-    ------
-    StreamlineError
-        If there is no model in the folder.
-    """
-    from transformers import AutoModelForCausalLM
-
-    if not (Path(folder) / "config.json").is_file():
-        raise StreamlineError(f"{folder} holds no model: config.json is missing. Give a folder that `save` wrote.")
-    return AutoModelForCausalLM.from_pretrained(folder, **kwargs)  # type: ignore[no-any-return]
 
 
 def require_free(folder: str | Path, overwrite: bool = False) -> None:

@@ -1,0 +1,179 @@
+"""The model card: what a folder holds, how it came about, what it lost, and how it is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from streamline_hooks.result import LABELS
+from streamline_hooks.surgery import SurgeryPlan
+from streamline_hooks.surgery.spliced_model import MODEL_TYPE
+
+FILE = "README.md"
+_PAPER = "https://arxiv.org/abs/2403.19135"
+
+
+def model_card(config: dict[str, Any], report: dict[str, Any] | None = None, base_model: str = "") -> str:
+    """Write the card of a compressed model.
+
+    Parameters
+    ----------
+    config : dict
+        What is in its ``config.json``.
+    report : dict, optional
+        `CompressionResult.report`, for what was measured.
+    base_model : str
+        The model that it was made from, by default the one that its configuration names. A name on the hub,
+        ``organisation/model``, goes to the header.
+
+    Returns
+    -------
+    str
+        Markdown, with the YAML header that the hub reads.
+
+    Examples
+    --------
+    >>> print(model_card({"model_type": "llama"}, base_model="somebody/some-model").splitlines()[1])
+    base_model: somebody/some-model
+    """
+    said = config.get("streamline_hooks") or {}
+    history = said.get("history") or []
+    base_model = base_model or (history[0].get("base_model", "") if history else "")
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) is not None
+    name = base_model.rpartition("/")[2] or "a model"
+    header = ["---", *([f"base_model: {base_model}"] if on_hub else []), "library_name: transformers"]
+    header += [
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- streamline_hooks",
+        "- layer-pruning",
+        *_metrics(name, report),
+    ]
+    lines = [*header, "---", "", f"# {name}, with fewer blocks", ""]
+    lines.append(f"This is {name} without some of its blocks, removed by [LLM-Streamline]({_PAPER}).")
+    for number, entry in enumerate(history):
+        lines += ["", "## What was done" + (f", {number + 1}" if len(history) > 1 else ""), "", *_surgery(entry)]
+    if report is not None:
+        lines += ["", "## What it lost", "", *_measured(report)]
+    lines += ["", "## How it is loaded", "", *_loading(config)]
+    return "\n".join([*lines, ""])
+
+
+def _metrics(name: str, report: dict[str, Any] | None) -> list[str]:
+    """The perplexity for the hub's table of results."""
+    value = _final(report or {})
+    if value is None:
+        return []
+    return [
+        "model-index:",
+        f"- name: {name}, with fewer blocks",
+        "  results:",
+        "  - task:",
+        "      type: text-generation",
+        "    dataset:",
+        "      name: text that nothing was chosen or fitted on",
+        "      type: text",
+        "    metrics:",
+        "    - type: perplexity",
+        f"      value: {value:.4f}",
+    ]
+
+
+def _final(report: dict[str, Any]) -> float | None:
+    """The perplexity of the model as it was saved."""
+    found = report.get("perplexity") or {}
+    return next((found[label] for label in ("trained", "repaired", "removed") if label in found), None)
+
+
+def _surgery(entry: dict[str, Any]) -> list[str]:
+    plan = SurgeryPlan.from_dict(entry)
+    lines = [f"- Blocks: {plan.old_length} before, {len(plan.slots)} now. Removed: {_numbers(plan.removed) or 'none'}."]
+    silenced = [f"{branch} of {k}" for k, branches in plan.silenced.items() for branch in branches]
+    if silenced:
+        lines.append(f"- Silenced: {', '.join(silenced)} (in the numbering before).")
+    folded = [f"{branch} of {k}" for k, branches in plan.folded.items() for branch in branches]
+    if folded:
+        lines.append(f"- A map was multiplied into the output projection of {', '.join(folded)} (numbering before).")
+    for splice in plan.splices:
+        place = f"in the place of {splice.replaces[0]} to {splice.replaces[1] - 1}" if splice.replaces else "put in"
+        lines.append(f"- {splice.module}, {place}, runs before block {splice.before}; it takes no cache slot.")
+    new = [f"{number} ({slot.module})" for number, slot in enumerate(plan.slots) if slot.source is None]
+    if new:
+        lines.append(f"- Blocks that were put in: {', '.join(new)}.")
+    if "kind" in entry:
+        lines.append(
+            f"- Repaired by: `{entry['kind']}`" + (", trained." if entry.get("training") else ", in closed form.")
+        )
+    data = {key: value for key, value in (entry.get("calibration") or {}).items() if value not in ([], "", None)}
+    if data:
+        said = (
+            f"{key.replace('_', ' ')} {value:,}" if isinstance(value, int) else f"{key} {value}"
+            for key, value in data.items()
+        )
+        lines.append(f"- Calibration: {', '.join(said)}.")
+    versions = entry.get("versions") or {}
+    if versions:
+        lines.append("- Made with " + ", ".join(f"{package} {said}" for package, said in versions.items()) + ".")
+    return lines
+
+
+def _numbers(blocks: Sequence[int]) -> str:
+    return ", ".join(map(str, blocks))
+
+
+def _measured(report: dict[str, Any]) -> list[str]:
+    found = report["perplexity"]
+    original = found["original"]
+    lines = ["| | perplexity | ratio |", "|---|---|---|"]
+    for label, words in LABELS.items():
+        if label in found:
+            lines.append(f"| {words} | {found[label]:.2f} | {found[label] / original:.2f} |")
+    before, after = report["parameters"]["before"], report["parameters"]["after"]
+    tokens = (report.get("data") or {}).get("test_tokens")
+    on = f" ({tokens:,} tokens)" if tokens else ""
+    return [
+        *lines,
+        "",
+        f"On text that nothing was chosen or fitted on{on}. {before / 1e6:.1f} M parameters before, "
+        f"{after / 1e6:.1f} M now. What else it lost was not measured here: evaluate it on what you need it for.",
+    ]
+
+
+def _loading(config: dict[str, Any]) -> list[str]:
+    automatic = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    end = [
+        "model = AutoModelForCausalLM.from_pretrained(folder{})",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+    ]
+    if config.get("model_type") != MODEL_TYPE:
+        said = "It is a plain checkpoint of its architecture, which needs nothing but what the original needs:"
+        return [said, "", "```python", automatic, "", end[0].format(""), end[1], "```"]
+    lines = [
+        "It has modules that its architecture has not. It is loaded with streamline_hooks installed:",
+        "",
+        "```python",
+        "import streamline_hooks  # makes the model's type known",
+        automatic,
+        "",
+        end[0].format(""),
+        end[1],
+        "```",
+    ]
+    if not config.get("auto_map"):
+        return [
+            *lines,
+            "",
+            "One of them is of a class that its author registers: import that module too, before loading.",
+        ]
+    return [
+        *lines,
+        "",
+        "Without it, the code in this folder does the same, once you trust it:",
+        "",
+        "```python",
+        end[0].format(", trust_remote_code=True"),
+        "```",
+        "",
+        "Loading it in any other way fails, so that the repair cannot get lost unnoticed.",
+    ]

@@ -1,0 +1,51 @@
+"""The checksums of a checkpoint's weights, as ``sha256sum --check`` reads them too."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.passes import progress
+
+FILE = "SHA256SUMS"
+_AT_ONCE = 1 << 24  # bytes
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the checksums of all weights in a folder beside them."""
+    files = sorted(folder.glob("*.safetensors"))
+    (folder / FILE).write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in files))
+
+
+def check_checksums(folder: Path) -> None:
+    """Compare the weights in a folder with their checksums, if it has any.
+
+    Raises
+    ------
+    StreamlineError
+        If a file has another checksum, has none, or is gone.
+    """
+    if not (folder / FILE).is_file():
+        return
+    entries = [line.split(maxsplit=1) for line in (folder / FILE).read_text().splitlines() if line.strip()]
+    if any(len(entry) != 2 or len(entry[0]) != 64 for entry in entries):
+        raise StreamlineError(f"{folder / FILE} holds no checksums; expected lines of a SHA-256 and a file's name.")
+    expected = {name: said for said, name in entries}
+    present = {file.name: file for file in folder.glob("*.safetensors")}
+    for name in sorted(expected.keys() | present.keys()):
+        if name not in present or name not in expected or _sha256(present[name]) != expected[name]:
+            what = "is missing" if name not in present else "is not the file that was written"
+            raise StreamlineError(
+                f"{folder / name} {what}: {FILE} beside it says otherwise. Copy the folder again; or, if something "
+                f"else than streamline_hooks.save wrote new weights into it, delete {FILE}."
+            )
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream, progress(file.stat().st_size, f"checksum of {file.name}", "B") as bar:
+        while piece := stream.read(_AT_ONCE):
+            digest.update(piece)
+            bar.update(len(piece))
+    return digest.hexdigest()

@@ -1,0 +1,130 @@
+"""The card says what was done, to what, with what, and how the model is loaded; and what it says to do works."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from streamline_hooks import LayerSurgeon, LinearReplacement, register_replacement, save
+from streamline_hooks.checkpoint import model_card
+from tests.processes import in_a_new_process
+from tests.tiny_models import WIDTH, Nudge, repaired, tiny_model
+
+REPORT: dict[str, Any] = {
+    "perplexity": {"original": 10.0, "removed": 30.0, "repaired": 15.0},
+    "parameters": {"before": 4_000_000, "after": 3_000_000},
+    "data": {"test_tokens": 12_288},
+}
+
+
+def header(card: str) -> dict[str, Any]:
+    return dict(yaml.safe_load(card.split("---")[1]))
+
+
+def blocks_of_code(card: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+
+
+def card_of(model: Any, folder: Path, **options: Any) -> str:
+    save(model, folder / "model", **options)
+    return (folder / "model" / "README.md").read_text()
+
+
+def test_the_header_and_the_table(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.name_or_path = "somebody/some-model"
+    with LayerSurgeon(model) as surgeon:
+        surgeon.replace(range(1, 3), LinearReplacement(WIDTH))
+        surgeon.commit(kind="linear", calibration={"calibration_tokens": 5, "fingerprint": "abc", "notes": []})
+    card = card_of(model, tmp_path, report=REPORT)
+    said = header(card)
+    assert (said["base_model"], said["library_name"]) == ("somebody/some-model", "transformers")
+    assert {"streamline_hooks", "layer-pruning"} <= set(said["tags"])
+    metric = said["model-index"][0]["results"][0]["metrics"][0]
+    assert metric == {"type": "perplexity", "value": 15.0}
+    for line in (
+        "# some-model, with fewer blocks",
+        "- Blocks: 6 before, 4 now. Removed: 1, 2.",
+        "- LinearReplacement, in the place of 1 to 2, runs before block 1; it takes no cache slot.",
+        "- Repaired by: `linear`, in closed form.",
+        "- Calibration: calibration tokens 5, fingerprint abc.",
+        "| repaired | 15.00 | 1.50 |",
+    ):
+        assert f"{line}\n" in card
+    assert "4.0 M parameters before, 3.0 M now" in card and "(12,288 tokens)" in card
+
+
+def test_a_path_is_not_told(tmp_path: Path) -> None:
+    """Neither in the card nor in the configuration: they are shared, and a path tells of its author's machine."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "secret" / "mine")
+    loaded = type(model).from_pretrained(tmp_path / "secret" / "mine")
+    with LayerSurgeon(loaded) as surgeon:
+        surgeon.remove([1])
+        surgeon.commit()
+    card = card_of(loaded, tmp_path)
+    assert "# mine, with fewer blocks" in card and "base_model" not in header(card)
+    assert not [p for p in (tmp_path / "model").iterdir() if b"secret" in p.read_bytes()]
+
+
+def test_the_original_is_remembered_through_a_second_surgery(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.name_or_path = "somebody/some-model"
+    for _ in range(2):
+        with LayerSurgeon(model) as surgeon:
+            surgeon.remove([1])
+            surgeon.commit()
+        save(model, tmp_path / "again", overwrite=True)
+        model = type(model).from_pretrained(tmp_path / "again")
+    card = card_of(model, tmp_path)
+    assert header(card)["base_model"] == "somebody/some-model"
+    assert "## What was done, 1\n" in card and "## What was done, 2\n" in card
+    assert header(card_of(model, tmp_path, base_model="else/where", overwrite=True))["base_model"] == "else/where"
+
+
+def test_silenced_folded_and_put_in() -> None:
+    slots = [
+        {"source": 0, "module": "Block", "silenced": ["attention"], "folded": []},
+        {"source": 2, "module": "Block", "silenced": [], "folded": ["mlp"]},
+        {"source": None, "module": "Block", "silenced": [], "folded": []},
+    ]
+    entry = {"stack": "layers", "old_length": 4, "slots": slots, "splices": [], "kind": "block", "training": {"kl": 1}}
+    card = model_card({"model_type": "llama", "streamline_hooks": {"history": [entry]}})
+    assert "- Silenced: attention of 0 (in the numbering before).\n" in card
+    assert "output projection of mlp of 2 (numbering before).\n" in card
+    assert "- Blocks that were put in: 2 (Block).\n" in card
+    assert "- Repaired by: `block`, trained.\n" in card and "a plain checkpoint" in card
+
+
+@pytest.mark.parametrize("kind", ["spliced", "plain"])
+def test_what_it_says_to_do_works(kind: str, tmp_path: Path) -> None:
+    model = repaired("llama") if kind == "spliced" else tiny_model("llama")
+    code = blocks_of_code(card_of(model, tmp_path))
+    assert len(code) == (2 if kind == "spliced" else 1)
+    absent = (
+        f"import os, sys; sys.modules['streamline_hooks'] = None; os.environ['HF_MODULES_CACHE'] = {str(tmp_path)!r}"
+    )
+    lines = [line for line in code[0].splitlines() if "okenizer.from" not in line]
+    started = "" if kind == "spliced" else absent
+    in_a_new_process("\n".join([started, f"folder = {str(tmp_path / 'model')!r}", *lines]))
+    if kind == "spliced":
+        imported = "from transformers import AutoModelForCausalLM"
+        in_a_new_process("\n".join([absent, imported, f"folder = {str(tmp_path / 'model')!r}", code[1]]))
+
+
+def test_somebody_elses_module(tmp_path: Path) -> None:
+    @register_replacement("card-nudge")
+    class Own(Nudge):
+        def to_config(self) -> dict[str, Any]:
+            return {}
+
+    model = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.replace(range(1, 3), Own())
+        surgeon.commit()
+    card = card_of(model, tmp_path)
+    assert "of a class that its author registers" in card and "trust_remote_code" not in card

@@ -1,0 +1,207 @@
+"""A folder that is cut off, altered, foreign or points elsewhere is refused by name before anything of it is loaded."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from streamline_hooks import LayerSurgeon, StreamlineError, load, save
+from tests.tiny_models import repaired, tiny_model, tokens
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A plain model and one with a splice, each in one file and in several."""
+    folder = tmp_path_factory.mktemp("saved")
+    plain = tiny_model("llama")
+    with LayerSurgeon(plain) as surgeon:
+        surgeon.remove([1, 2])
+        surgeon.commit()
+    spliced = repaired("llama")
+    for name, model in (("plain", plain), ("spliced", spliced)):
+        save(model, folder / name)
+        model.save_pretrained(folder / f"{name}_sharded", max_shard_size="20KB")
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.fixture
+def copied(saved: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    return lambda name: Path(shutil.copytree(saved[name], tmp_path / name))
+
+
+def config_with(folder: Path, change: Callable[[dict[str, Any]], None], name: str = "config.json") -> None:
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name", ["plain", "spliced", "plain_sharded", "spliced_sharded"])
+def test_what_was_written_is_read(name: str, saved: dict[str, Path]) -> None:
+    assert torch.isfinite(load(saved[name])(tokens(1, 5)).logits).all()
+
+
+@pytest.mark.parametrize("name", ["plain", "spliced"])
+@pytest.mark.parametrize("size", [0, 4, 200, -1], ids=["empty", "in its length", "in its header", "one byte short"])
+def test_a_truncated_file(name: str, size: int, copied: Callable[[str], Path]) -> None:
+    file = copied(name) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: size if size >= 0 else file.stat().st_size + size])
+    with pytest.raises(StreamlineError, match=r"model\.safetensors is damaged or cut off: .*Copy it again"):
+        load(file.parent)
+
+
+def test_one_bit_that_changed(copied: Callable[[str], Path]) -> None:
+    file = copied("plain") / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(StreamlineError, match=r"model\.safetensors is not the file that was written: SHA256SUMS"):
+        load(file.parent)
+
+
+@pytest.mark.parametrize("name", ["plain", "spliced"])
+def test_a_weight_that_is_gone_of_another_shape_or_too_many(name: str, copied: Callable[[str], Path]) -> None:
+    folder = copied(name)
+    (folder / "SHA256SUMS").unlink()
+    weights = load_file(folder / "model.safetensors")
+    key = "model.layers.0.mlp.down_proj.weight"
+    cases = {
+        "the weight is missing": {k: v for k, v in weights.items() if k != key},
+        "its shape is not the one": {**weights, key: weights[key][:-1].clone()},
+        "has no place in the model": {**weights, "model.layers.9.extra.weight": torch.zeros(2)},
+    }
+    for said, changed in cases.items():
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        named = "extra" if "no place" in said else "down_proj"
+        with pytest.raises(StreamlineError, match=rf"model\.safetensors, model\.layers\.\d\..*{named}.*{said}"):
+            load(folder)
+
+
+def test_an_index_that_lies(copied: Callable[[str], Path]) -> None:
+    folder, index = copied("plain_sharded"), "model.safetensors.index.json"
+    where = json.loads((folder / index).read_text())["weight_map"]
+    key, file = sorted(where.items())[0]
+    other = next(name for name in where.values() if name != file)
+    config_with(folder, lambda content: content["weight_map"].update({key: other}), index)
+    with pytest.raises(StreamlineError, match=rf"{other} does not hold {key}, as model\.safetensors\.index\.json says"):
+        load(folder)
+    config_with(folder, lambda content: content["weight_map"].update({key: "absent.safetensors"}), index)
+    with pytest.raises(StreamlineError, match=rf"absent\.safetensors is missing; .* says that it holds {key}"):
+        load(folder)
+    (folder / index).write_text("{}")
+    with pytest.raises(StreamlineError, match=r"index\.json, weight_map: expected which file holds which weight"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "path", ["../weights.safetensors", "/etc/passwd", "a/b.safetensors", "..\\w.safetensors", ".."]
+)
+def test_weights_outside_the_folder(path: str, copied: Callable[[str], Path]) -> None:
+    folder = copied("plain_sharded")
+    shutil.copy(next(folder.glob("*.safetensors")), folder.parent / "weights.safetensors")
+    key = "model.norm.weight"
+    config_with(folder, lambda c: c["weight_map"].update({key: path}), "model.safetensors.index.json")
+    with pytest.raises(StreamlineError, match=rf"weight_map\.{key}: .* is outside this folder; it is not read"):
+        load(folder)
+
+
+@pytest.mark.parametrize("said", ["somebody/else--modeling.Class", "../modeling.Class", ["/tmp/modeling.Class"], 3])
+def test_code_outside_the_folder(said: Any, copied: Callable[[str], Path]) -> None:
+    folder = copied("spliced")
+    config_with(folder, lambda content: content["auto_map"].update({"AutoModelForCausalLM": said}))
+    with pytest.raises(StreamlineError, match=r"auto_map\.AutoModelForCausalLM: .* is code outside this folder"):
+        load(folder, trust_remote_code=True)
+
+
+def test_a_pickle_is_not_read(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(StreamlineError, match=r"pytorch_model\.bin, a format that can run code .* Expected safe"):
+        load(tmp_path)
+    config = json.dumps({"weight_map": {"model.norm.weight": "pytorch_model.bin"}})
+    (tmp_path / "model.safetensors.index.json").write_text(config)
+    with pytest.raises(StreamlineError, match=r"names pytorch_model\.bin, which is no safetensors file"):
+        load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+    pickle.loads((tmp_path / "pytorch_model.bin").read_bytes()).close()
+    assert (tmp_path / "ran").exists(), "the trap sees nothing"
+
+
+def test_an_adapter_does_not_bring_its_base_along(copied: Callable[[str], Path], saved: dict[str, Path]) -> None:
+    folder = copied("plain")
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(saved["spliced"])}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(StreamlineError, match=r"adapter_config\.json makes this folder an adapter of a model"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("{", "cannot be read as JSON"), ("[1]", "holds a list; expected"), ("\xff", "cannot be read as JSON")],
+)
+def test_a_configuration_that_is_none(content: str, said: str, copied: Callable[[str], Path]) -> None:
+    folder = copied("plain")
+    (folder / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(StreamlineError, match=rf"config\.json {said}"):
+        load(folder)
+
+
+def test_a_plan_that_was_changed(copied: Callable[[str], Path]) -> None:
+    folder = copied("spliced")
+    said = json.loads((folder / "config.json").read_text())["streamline_hooks"]
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"block": 99}, "a module spliced_before block 99 of 'model.layers', which has"),
+        ({"block": -1}, "a module spliced_before block -1"),
+        ({"place": "forward"}, "a module forward block"),
+    ]
+    for change, match in changes:
+        splices = [{**said["splices"][0], **change}]
+        config_with(folder, lambda c, splices=splices: c["streamline_hooks"].update({"splices": splices}))
+        with pytest.raises(StreamlineError, match=rf"config\.json, streamline_hooks\.splices: {match}"):
+            load(folder)
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ("", r"model\.safetensors is not the file that was written"),
+        ("00  model.safetensors", "holds no checksums"),
+        ("0" * 64 + "  other.safetensors", r"model\.safetensors is not the file|other\.safetensors is missing"),
+    ],
+)
+def test_checksums_of_something_else(line: str, match: str, copied: Callable[[str], Path]) -> None:
+    folder = copied("plain")
+    (folder / "SHA256SUMS").write_text(line)
+    with pytest.raises(StreamlineError, match=match):
+        load(folder)
+
+
+def test_checksums_are_those_of_the_usual_tool(saved: dict[str, Path]) -> None:
+    import hashlib
+
+    lines = (saved["plain"] / "SHA256SUMS").read_text().splitlines()
+    digest = hashlib.sha256((saved["plain"] / "model.safetensors").read_bytes()).hexdigest()
+    assert lines == [f"{digest}  model.safetensors"]
+
+
+def test_as_the_original(saved: dict[str, Path]) -> None:
+    plain = load(saved["plain"], as_original=True)
+    assert type(plain).__module__.startswith("transformers.")
+    with pytest.raises(StreamlineError, match=r"a llama with spliced modules, .* it would lose its repair"):
+        load(saved["spliced"], as_original=True)
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(StreamlineError, match="is no folder"):
+        load(tmp_path / "absent")
