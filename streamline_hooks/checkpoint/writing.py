@@ -66,7 +66,7 @@ def save(
     target = Path(folder).resolve()
     require_free(target, overwrite)
     try:
-        with _replacing(target) as beside:
+        with replacing(target) as beside:
             model.save_pretrained(beside)
             if tokenizer is not None:
                 tokenizer.save_pretrained(beside)
@@ -103,7 +103,7 @@ def require_free(folder: str | Path, overwrite: bool = False) -> None:
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path) -> Iterator[Path]:
     """A new folder beside the target, which takes its place if all goes well."""
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".writing", dir=target.parent))

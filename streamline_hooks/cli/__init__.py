@@ -8,6 +8,7 @@ import typer
 
 from streamline_hooks.cli.compress import compress
 from streamline_hooks.cli.diff import diff
+from streamline_hooks.cli.export import export
 from streamline_hooks.cli.generate import generate
 from streamline_hooks.cli.inspect import inspect
 from streamline_hooks.cli.rank import rank
@@ -21,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _command in (compress, generate, inspect, rank, diff):
+for _command in (compress, generate, inspect, rank, diff, export):
     app.command()(_command)
 
 

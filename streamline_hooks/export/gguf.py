@@ -1,0 +1,193 @@
+"""Write a compressed Llama as GGUF, the format of llama.cpp.
+
+A model of its architecture as it was becomes a ``llama`` file. One in which attentions are silent becomes a ``deci``
+file: that architecture of llama.cpp, made for Nemotron-51B (arXiv 2411.19146), tells the heads block by block, and a
+block of no heads is x + MLP(norm x). It has neither keys nor values, nor their weights in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.export.plain import require_plain
+from streamline_hooks.export.vocabulary import write_vocabulary
+from streamline_hooks.passes import progress
+
+if TYPE_CHECKING:
+    import gguf
+    from transformers import PreTrainedModel
+
+Architecture = Literal["llama", "deci"]
+_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_SETTINGS = {"hidden_act": "silu", "mlp_bias": False, "attention_bias": False}
+
+
+def export_gguf(
+    model: PreTrainedModel,
+    file: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: str = "f32",
+    without_silent: bool = True,
+) -> Architecture:
+    """Write a plain Llama, with what it was compressed to, as one GGUF file.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A ``LlamaForCausalLM`` without splices.
+    file : str or Path
+        Written whole or not at all.
+    tokenizer : str or Path, optional
+        A folder with ``tokenizer.json``; without one the file has no vocabulary, and takes and gives token numbers.
+    dtype : {"f32", "f16", "bf16"}
+        Of the matrices; vectors are float32.
+    without_silent : bool
+        Leave silent attentions out, which makes a ``deci`` file if there is one.
+
+    Returns
+    -------
+    {"llama", "deci"}
+        The architecture that was written.
+
+    Raises
+    ------
+    StreamlineError
+        If the model is of another type or has splices, if it has a setting that no such file can hold, or if the
+        tokenizer is of a kind that is not known here.
+    """
+    import gguf
+
+    require_plain(model)
+    config: Any = model.config
+    if config.model_type != "llama":
+        raise StreamlineError(
+            f"A {config.model_type} is not written as GGUF here, only a llama. It is a plain checkpoint of its "
+            "architecture: llama.cpp's own convert_hf_to_gguf.py reads the folder."
+        )
+    if dtype not in _DTYPES:
+        raise StreamlineError(f"dtype={dtype!r} is unknown; expected one of {', '.join(_DTYPES)}.")
+    for name, value in _SETTINGS.items():
+        if getattr(config, name, value) != value:
+            raise StreamlineError(f"{name}={getattr(config, name)!r} cannot be written here; expected {value!r}.")
+    blocks = list(model.model.layers)
+    silent = [without_silent and is_silent(block.self_attn.o_proj) for block in blocks]
+    architecture: Architecture = "deci" if any(silent) else "llama"
+    target = Path(file)
+    half = target.with_name(f".{target.name}.half")
+    writer = gguf.GGUFWriter(half, architecture)
+    try:
+        _write_settings(writer, config, silent, architecture)
+        write_vocabulary(writer, None if tokenizer is None else Path(tokenizer), config.vocab_size)
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, len(blocks))
+        tensors = dict(_tensors(model, silent))
+        for name, tensor in tensors.items():
+            stem, _, kind = name.rpartition(".")
+            written = name if name == "rope_freqs.weight" else f"{names.get_name(stem)}.{kind}"
+            _add(writer, written, tensor, _DTYPES[dtype] if tensor.ndim > 1 else torch.float32)
+        with progress(sum(t.numel() for t in tensors.values()), f"write {target.name}", "weights") as bar:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            bar.update(bar.total)
+        writer.close()
+        half.replace(target)
+    finally:
+        half.unlink(missing_ok=True)
+    return architecture
+
+
+def is_silent(projection: nn.Module) -> bool:
+    """Whether a branch adds nothing: all weights of its output projection are zero."""
+    return not any(bool(parameter.any()) for parameter in projection.parameters())
+
+
+def _write_settings(writer: gguf.GGUFWriter, config: Any, silent: list[bool], architecture: Architecture) -> None:
+    heads, shared = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise StreamlineError(
+            f"Rotary positions of the type {kind!r} cannot be written here; expected default, linear or llama3."
+        )
+    writer.add_name(config.name_or_path.rpartition("/")[2] or "model")
+    writer.add_block_count(len(silent))
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(rope.get("rope_theta", getattr(config, "rope_theta", 10_000.0)))
+    writer.add_rope_dimension_count(size)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    if kind == "linear":
+        import gguf
+
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if architecture == "llama":
+        writer.add_head_count(heads)
+        writer.add_head_count_kv(shared)
+        writer.add_feed_forward_length(config.intermediate_size)
+    else:
+        writer.add_head_count([0 if gone else heads for gone in silent])
+        writer.add_head_count_kv([0 if gone else shared for gone in silent])
+        writer.add_feed_forward_length([config.intermediate_size] * len(silent))
+
+
+def _tensors(model: Any, silent: list[bool]) -> Iterator[tuple[str, Tensor]]:
+    """The weights that are written, by their name in Transformers, as they are to lie in the file."""
+    config = model.config
+    shared = config.num_key_value_heads or config.num_attention_heads
+    heads = {"q_proj": config.num_attention_heads, "k_proj": shared}
+    tied = config.tie_word_embeddings
+    for name, weight in model.state_dict().items():
+        parts = name.split(".")
+        if tied and name == "lm_head.weight":
+            continue
+        if parts[1] == "layers" and silent[int(parts[2])] and parts[3] in ("self_attn", "input_layernorm"):
+            continue
+        if parts[-2] in heads:
+            weight = _interleaved(weight, heads[parts[-2]])
+        yield name, weight
+    frequencies = _llama3_frequencies(config)
+    if frequencies is not None:
+        yield "rope_freqs.weight", frequencies
+
+
+def _interleaved(weight: Tensor, heads: int) -> Tensor:
+    """Each head's rows in the order in which llama.cpp turns them: in pairs, and not in halves."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+
+
+def _llama3_frequencies(config: Any) -> Tensor | None:
+    """By what llama.cpp divides each rotary frequency of a Llama 3.1 and later; None for others."""
+    rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    if rope.get("rope_type", rope.get("type")) != "llama3":
+        return None
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    theta = rope.get("rope_theta", getattr(config, "rope_theta", 10_000.0))
+    plain = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    return (plain / scaled.double()).float()
+
+
+def _add(writer: gguf.GGUFWriter, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    import gguf
+
+    tensor = tensor.detach().cpu().to(dtype).contiguous()
+    if dtype == torch.bfloat16:
+        raw = tensor.view(torch.int16).numpy().view(np.uint8)
+        writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    else:
+        writer.add_tensor(name, tensor.numpy())

@@ -1,0 +1,89 @@
+"""A model as a plain checkpoint of its architecture, with no trace of this library; or why it cannot be one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamline_hooks.checkpoint.writing import replacing, require_free
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.stack import find_stack
+from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def require_plain(model: PreTrainedModel) -> None:
+    """Raise unless a model is of its architecture's own class, without splices.
+
+    Raises
+    ------
+    StreamlineError
+        The text says what can be done instead, and what that costs.
+    """
+    stack = find_stack(model)
+    found = [(k, place, spliced(block, place)) for k, block in enumerate(stack.blocks) for place in (BEFORE, AFTER)]
+    modules = [module for _, _, several in found for module in several]
+    if not modules:
+        return
+    added = sum(p.numel() for module in modules for p in module.parameters())
+    block = stack.parameters_per_block[0]
+    windows = len([several for _, _, several in found if several])
+    names = ", ".join(sorted({type(module).__name__ for module in modules}))
+    raise StreamlineError(
+        f"No plain form of this {type(model).__name__} exists: its {names} runs between two blocks, for which its "
+        f"architecture has no place. Its window can be fitted again from the original and the same text "
+        f"(`streamline-hooks export ... --refit folded --original MODEL`), as one of two kinds that are plain: "
+        f"folded, into the block before the window, {_signed(-added)} parameters and no cache slot, weaker than a "
+        f"linear map; or silenced, a block without attention in its place, {_signed(windows * block - added)} "
+        f"parameters and {windows} cache slot{'s' * (windows > 1)} more. What each costs in quality is measured when "
+        "it is made."
+    )
+
+
+def _signed(parameters: int) -> str:
+    return f"{parameters / 1e6:+.2f} M"
+
+
+def export_plain(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a plain checkpoint whose configuration says nothing of this library.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        It is left as it is.
+    folder : str or Path
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+    overwrite : bool
+        Take the place of a folder that is not empty.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    StreamlineError
+        If the model has splices, see `require_plain`, or the folder is not free.
+    """
+    require_plain(model)
+    target = Path(folder).resolve()
+    require_free(target, overwrite)
+    said: Any = vars(model.config).pop("streamline_hooks", None)
+    try:
+        with replacing(target) as beside:
+            model.save_pretrained(beside)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(beside)
+    finally:
+        if said is not None:
+            model.config.streamline_hooks = said
+    return target

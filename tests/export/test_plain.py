@@ -1,0 +1,83 @@
+"""A plain checkpoint has no trace of this library, and what cannot be one is told what to do, and what that costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from streamline_hooks import LayerSurgeon, StreamlineError, load, save
+from streamline_hooks.cli import app
+from streamline_hooks.export import export_plain, require_plain
+from tests.processes import in_a_new_process
+from tests.tiny_models import repaired, tiny_model, tokens
+
+
+def test_no_trace(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([1, 2])
+        surgeon.commit()
+    said = model.config.streamline_hooks
+    export_plain(model, tmp_path / "plain")
+    assert model.config.streamline_hooks is said, "exporting took the plan from the model itself"
+    assert not [p.name for p in (tmp_path / "plain").iterdir() if b"streamline" in p.read_bytes().lower()]
+    with torch.no_grad():
+        torch.save(model(tokens(2, 9)).logits, tmp_path / "logits.pt")
+    torch.save(tokens(2, 9), tmp_path / "ids.pt")
+    code = """
+        import sys
+        sys.modules["streamline_hooks"] = None
+        import torch
+        from transformers import AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/plain")
+        assert torch.equal(model(torch.load(sys.argv[1] + "/ids.pt")).logits, torch.load(sys.argv[1] + "/logits.pt"))
+        print("same")
+    """
+    assert in_a_new_process(code, tmp_path).stdout.strip().endswith("same")
+
+
+def test_a_spliced_one_is_told_what_to_do_and_what_it_costs() -> None:
+    model = repaired("llama")
+    added, block = 32 * 32, sum(p.numel() for p in tiny_model("llama").model.layers[0].parameters())
+    with pytest.raises(StreamlineError) as raised:
+        require_plain(model)
+    said = str(raised.value)
+    assert "its LinearReplacement runs between two blocks" in said and "--refit folded --original MODEL" in said
+    assert f"{-added / 1e6:+.2f} M parameters and no cache slot" in said
+    assert f"{(block - added) / 1e6:+.2f} M parameters and 1 cache slot more" in said
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([1])
+        surgeon.commit()
+    folder = str(save(model, tmp_path / "model"))
+    app(["export", folder, "--output", str(tmp_path / "plain")], standalone_mode=False)
+    assert "streamline_hooks" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    app(["export", folder, "--to", "gguf", "-o", str(tmp_path / "m.gguf")], standalone_mode=False)
+    assert "architecture llama" in capsys.readouterr().out and (tmp_path / "m.gguf").stat().st_size > 1000
+    for options, said in (
+        (["--to", "pdf", "-o", "x"], "--to pdf is unknown; expected one of plain, gguf, onnx"),
+        (["--to", "gguf", "-o", str(tmp_path / "m.gguf")], "is there already"),
+        (["-o", str(tmp_path / "plain")], "is not empty"),
+        (["-o", "x", "--refit", "folded"], "--refit and --original go together"),
+    ):
+        with pytest.raises(StreamlineError, match=said):
+            app(["export", folder, *options], standalone_mode=False)
+
+
+def test_the_folder_that_was_exported_from_is_left_as_it_was(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([1])
+        surgeon.commit()
+    folder = save(model, tmp_path / "model")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    export_plain(load(folder), tmp_path / "plain")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
