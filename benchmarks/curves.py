@@ -102,7 +102,7 @@ class Bench:
         student = student_of(self.stack, pairs)
         with student.opened():
             before = self.score()
-        trained = train(student, batches_of(rows, 2), self.validation, settings, resume=file.exists(), say=print)
+        trained = train(student, batches_of(rows, 1), self.validation, settings, resume=file.exists(), say=print)
         if trained.stopped:
             raise SystemExit(f"{point.name} was not trained to its end: {trained.stopped}. Run it again to go on.")
         student.merge()

@@ -46,7 +46,7 @@ from streamline_hooks.stack import find_stack
 from streamline_hooks.statistics import profile
 
 FILE = RESULTS / "quality.json"
-REMOVED, BATCH, SHORTLIST = 8, 2, 8
+REMOVED, BATCH, SHORTLIST = 8, 1, 8
 CHOOSING = 40_960  # tokens that the window is chosen on
 STARTING = 0.2  # share of the text that what is trained afterwards is started on
 
@@ -60,7 +60,7 @@ class Recipe:
     healing: Healing | None = None
 
 
-OURS = Training(learning_rate=2e-3, weight_decay=0.01, warmup=0.05, floor=0.05)
+OURS = Training(learning_rate=1e-3, weight_decay=0.01, warmup=0.05, floor=0.05)
 RECIPES: dict[str, Recipe] = {
     **{name: Recipe(preset.kind, preset.training, preset.healing) for name, preset in PRESETS.items()},
     "linear": Recipe("linear"),
