@@ -1,6 +1,6 @@
 """What each recipe makes of SmolLM2-135M-Instruct with 8 of its 30 blocks' worth gone.
 
-    python -m benchmarks.quality [--data FOLDER] [--tokens 500000] [--recipes NAME,...] [--items 250]
+    python -m benchmarks.quality [--data FOLDER] [--tokens 500000] [--recipes NAME;...] [--items N]
 
 Every recipe is given the same training text of five domains, seen once, and the same window; one whose stand-in is
 itself a block gives up one block more. A closed form is fitted on all of the text; what is trained is started on the
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality_scores import ITEMS, SEQUENCES, Quality, write
+from benchmarks.quality_scores import SEQUENCES, Quality, write
 from benchmarks.real_text import RESULTS, ROOT, arguments
 from benchmarks.training_text import TrainingText, training_text
 from streamline_hooks.batch import batches_of
@@ -78,7 +78,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, default=500_000)
     parser.add_argument("--recipes", default=";".join(RECIPES), help="names, with a semicolon between two")
-    parser.add_argument("--items", type=int, default=ITEMS)
+    parser.add_argument("--items", type=int, help="questions a task, the same for all but BLiMP")
     parser.add_argument("--sequences", type=int, default=SEQUENCES)
     parser.add_argument("--results", type=Path, default=FILE)
     options = parser.parse_args()
@@ -101,7 +101,8 @@ class Bench:
         self.batches = batches_of(self.text.train, BATCH)
         self.validation = batches_of(self.text.validation, BATCH)
         self.content: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {"rows": {}}
-        command = f"python -m benchmarks.quality --tokens {options.tokens} --items {options.items}"
+        command = f"python -m benchmarks.quality --tokens {options.tokens}"
+        command += "" if options.items is None else f" --items {options.items}"
         self.content |= {
             "command": command,
             "tokens": self.text.train.numel(),
