@@ -7,6 +7,7 @@ import json
 import math
 import zipfile
 from collections.abc import Callable
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -28,6 +29,13 @@ from streamline_hooks.evaluation.questions import Question
 
 WORDS = ["the", "a", "cat", "dog", "house", "runs", "sleeps", "green", "small", "and", "under", "over", "near"]
 TINY = Recipe(width=16, blocks=4, heads=2, vocabulary=320, sequence=32, batch=2, steps=8, warmup=2, rate=1e-2)
+
+
+@pytest.mark.parametrize("script", sorted(p.stem for p in Path(quality_scores.__file__).parent.glob("[!_]*.py")))
+def test_every_script_says_how_it_is_run(script: str) -> None:
+    module = import_module(f"benchmarks.{script}")
+    if hasattr(module, "main"):
+        assert f"python -m benchmarks.{script}" in (module.__doc__ or "")
 
 
 def sentences(count: int, seed: int) -> str:
