@@ -134,6 +134,9 @@ class _ModelWithSplices:
         unwritable = [m for m in self.config.streamline_hooks["splices"] if "modules" not in m]
         if unwritable:
             raise StreamlineError(unwritable[0]["error"])
+        if getattr(self, "hf_quantizer", None) is not None:  # which reads the weights from the model in any case
+            with _guard_axis(self):
+                return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         weights = dict(self.state_dict() if state_dict is None else state_dict)  # type: ignore[attr-defined]
         if guard in weights and weights[guard].ndim == self.get_parameter(guard).ndim:  # type: ignore[attr-defined]
             weights[guard] = weights[guard].unsqueeze(0)
@@ -241,6 +244,19 @@ def _set_guard_axis(model: Any, present: bool) -> None:
     reshaped = nn.Parameter(data, requires_grad=held.requires_grad)
     vars(reshaped).update(vars(held))
     owner._parameters[name] = reshaped
+
+
+@contextmanager
+def _guard_axis(model: Any) -> Iterator[None]:
+    """Store the guard with its leading axis for a while; an optimizer may hold the parameter, so the same comes back."""
+    path, _, name = _own_path(model, model.config.streamline_hooks["guard"]).rpartition(".")
+    owner = model.get_submodule(path)
+    held = owner._parameters[name]
+    try:
+        _set_guard_axis(model, present=True)
+        yield
+    finally:
+        owner._parameters[name] = held
 
 
 def _block_of(model: Any, stack: str, entry: dict[str, Any]) -> nn.Module:
