@@ -248,7 +248,7 @@ def _set_guard_axis(model: Any, present: bool) -> None:
 
 @contextmanager
 def _guard_axis(model: Any) -> Iterator[None]:
-    """Store the guard with its leading axis for a while; an optimizer may hold the parameter, so the same comes back."""
+    """Give the guard its leading axis for a while. The same parameter comes back: an optimizer may hold it."""
     path, _, name = _own_path(model, model.config.streamline_hooks["guard"]).rpartition(".")
     owner = model.get_submodule(path)
     held = owner._parameters[name]
