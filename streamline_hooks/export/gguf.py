@@ -50,7 +50,7 @@ def export_gguf(
     dtype : {"f32", "f16", "bf16"}
         Of the matrices; vectors are float32.
     without_silent : bool
-        Leave silent attentions out, which makes a ``deci`` file if there is one.
+        Leave silent attentions out, but that of the first block, which makes a ``deci`` file if there is one.
 
     Returns
     -------
@@ -78,7 +78,8 @@ def export_gguf(
         if getattr(config, name, value) != value:
             raise StreamlineError(f"{name}={getattr(config, name)!r} cannot be written here; expected {value!r}.")
     blocks = list(model.model.layers)
-    silent = [without_silent and is_silent(block.self_attn.o_proj) for block in blocks]
+    # llama.cpp takes the size of a head from the first block, which therefore keeps its attention, silent as it is.
+    silent = [without_silent and k > 0 and is_silent(block.self_attn.o_proj) for k, block in enumerate(blocks)]
     architecture: Architecture = "deci" if any(silent) else "llama"
     target = Path(file)
     half = target.with_name(f".{target.name}.half")

@@ -1,0 +1,156 @@
+"""How much faster and smaller SmolLM2-135M runs with 8 of its 30 blocks' worth gone, by what stands in their place.
+
+    python -m benchmarks.latency [--batch 1] [--tokens 256] [--new-tokens 32] [--rounds 9]
+
+The original and a model a kind take turns: prefill, decoding with the cache, time to the first token. Ratios are of
+medians, and the ideal is the share of the blocks that stay. Weights do not change the time, so that nothing is fitted.
+Bytes of keys and values are those of the cache after a prompt; peak memory is that of a process of its own, which loads
+one model and generates. Needs no text. Results go to ``benchmarks/results/latency.json`` and ``.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.real_text import RESULTS
+from benchmarks.timing import machine
+from streamline_hooks.evaluation import measure_speed
+from streamline_hooks.pretrained import load_pretrained
+from streamline_hooks.repair import kind_named, place
+from streamline_hooks.stack import find_stack
+from streamline_hooks.surgery import LayerSurgeon
+
+START, REMOVED = 12, 8
+KINDS = ("none", "linear", "swiglu", "block", "silenced")
+ORIGINAL = "original"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    os.environ["TQDM_DISABLE"] = "1"
+    sizes = {"batch": options.batch, "tokens": options.tokens, "new_tokens": options.new_tokens}
+    model = load_pretrained("smollm2")[0]
+    ways: dict[str, Callable[[], AbstractContextManager[nn.Module]]] = {
+        name: opened(model, name) for name in (ORIGINAL, *KINDS)
+    }
+    speed = measure_speed(ways, **sizes, repeats=options.rounds)
+    whole = len(find_stack(model))
+    rows: dict[str, Any] = {}
+    for name, way in ways.items():
+        with way() as shorter:
+            rows[name] = {
+                "ideal": len(find_stack(shorter)) / whole,
+                "parameters": sum(p.numel() for p in shorter.parameters()),
+                "cache_bytes_per_token": cache_bytes(shorter),
+                "seconds_to_first_token": speed.seconds(name, "prefill").median,
+                "prefill_tokens_per_second": speed.tokens_per_second(name, "prefill"),
+                "decode_tokens_per_second": speed.tokens_per_second(name, "decode"),
+                "prefill_ratio": speed.ratio(name, "prefill").median,
+                "decode_ratio": speed.ratio(name, "decode").median,
+            }
+        rows[name]["peak_memory"] = peak_of(name, **sizes)
+    asked = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in sizes.items())
+    content = {
+        "command": f"python -m benchmarks.latency {asked} --rounds {options.rounds}",
+        "machine": machine(),
+        "rows": rows,
+        "speed": speed.to_dict(),
+    }
+    (RESULTS / "latency.json").write_text(json.dumps(content, indent=1) + "\n")
+    (RESULTS / "latency.md").write_text(table(content, options))
+    print(table(content, options))
+
+
+def opened(model: nn.Module, kind: str) -> Callable[[], AbstractContextManager[nn.Module]]:
+    """What opens a context in which the model has a kind in its window's place."""
+    if kind == ORIGINAL:
+        return lambda: nullcontext(model)
+    chosen, stack = kind_named(kind), find_stack(model)
+    window = range(START, START + REMOVED + chosen.slots)
+    stand_in = chosen.build(stack, window)
+
+    @contextmanager
+    def way() -> Iterator[nn.Module]:
+        with LayerSurgeon(model) as surgeon:
+            place(surgeon, window, stand_in)
+            yield model
+
+    return way
+
+
+@torch.no_grad()
+def cache_bytes(model: Any) -> float:
+    """Bytes of keys and values a token of one sequence."""
+    tokens = 16
+    layers = model(torch.ones(1, tokens, dtype=torch.long), use_cache=True).past_key_values.layers
+    held = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held) / tokens
+
+
+def peak_of(kind: str, batch: int, tokens: int, new_tokens: int) -> int:
+    """The most memory, in bytes, of a process that loads the compressed model and generates."""
+    model: Any = load_pretrained("smollm2")[0]
+    if kind != ORIGINAL:
+        chosen, stack = kind_named(kind), find_stack(model)
+        window = range(START, START + REMOVED + chosen.slots)
+        stand_in = chosen.build(stack, window)
+        with LayerSurgeon(model) as surgeon:
+            place(surgeon, window, stand_in)
+            surgeon.commit()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        command = [sys.executable, "-c", PEAK, folder, str(batch), str(tokens), str(new_tokens)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+PEAK = """
+import sys, torch, streamline_hooks
+from transformers import AutoModelForCausalLM
+folder, batch, tokens, new = sys.argv[1], *map(int, sys.argv[2:])
+model = AutoModelForCausalLM.from_pretrained(folder)
+model.generate(torch.ones(batch, tokens, dtype=torch.long), max_new_tokens=new, min_new_tokens=new, do_sample=False)
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024)
+"""
+"""A process that loads a model from its folder and generates: reading GGUF would take more memory than running."""
+
+
+def table(content: dict[str, Any], options: argparse.Namespace) -> str:
+    """The rows as Markdown."""
+    lines = [
+        f"SmolLM2-135M, float32, {REMOVED} of 30 blocks' worth gone: {options.batch} x {options.tokens} tokens and "
+        f"{options.new_tokens} more, {content['machine']['threads']} threads; medians of {options.rounds} rounds in "
+        "turn, and their ratios to the original's times. Ideal is the share of the blocks that stay. Peak memory is "
+        "that of a process that loads the model and generates.",
+        "",
+        "| in their place | ideal | prefill time | decode time | first token | prefill tok/s | decode tok/s | "
+        "KV bytes a token | parameters | peak memory |",
+        "|---" * 10 + "|",
+    ]
+    for name, row in content["rows"].items():
+        lines.append(
+            f"| {name} | {row['ideal']:.3f} | {row['prefill_ratio']:.3f} | {row['decode_ratio']:.3f} | "
+            f"{1e3 * row['seconds_to_first_token']:.0f} ms | {row['prefill_tokens_per_second']:.0f} | "
+            f"{row['decode_tokens_per_second']:.1f} | {row['cache_bytes_per_token']:,.0f} | "
+            f"{row['parameters'] / 1e6:.1f} M | {row['peak_memory'] / 1e6:.0f} MB |"
+        )
+    return "\n".join([*lines, "", f"Made by `{content['command']}`.", ""])
+
+
+if __name__ == "__main__":
+    main()
