@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from streamline_hooks import LayerSurgeon, LinearReplacement, save
 from streamline_hooks.calibration import read_documents
 from tests.tiny_models import Nudge
 
@@ -42,6 +44,11 @@ def test_the_pieces(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     model = LlamaForCausalLM(config).eval()
     before = model(ids).logits
+    small = copy.deepcopy(model)
+    with LayerSurgeon(small) as surgeon:
+        surgeon.replace(range(12, 20), LinearReplacement(32))
+        surgeon.commit()
+    save(small, "my-model-small")
     names: dict[str, Any] = {"model": model, "inputs": inputs, "my_module": Nudge()}
     exec(block, names)
     assert torch.equal(model(ids).logits, before)
