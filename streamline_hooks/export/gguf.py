@@ -2,12 +2,13 @@
 
 A model of its architecture as it was becomes a ``llama`` file. One in which attentions are silent becomes a ``deci``
 file: that architecture of llama.cpp, made for Nemotron-51B (arXiv 2411.19146), tells the heads block by block, and a
-block of no heads is x + MLP(norm x). It has neither keys nor values, nor their weights in the file.
+block of no heads is x + MLP(norm x). It has neither keys nor values, nor their weights in the file. A block with heads
+of which none is for keys has a linear map of the normalised state in the place of its attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +20,9 @@ from streamline_hooks.errors import StreamlineError
 from streamline_hooks.export.plain import require_plain
 from streamline_hooks.export.vocabulary import write_vocabulary
 from streamline_hooks.passes import progress
+from streamline_hooks.replacements import NormedLinearReplacement
+from streamline_hooks.stack import find_stack
+from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced
 
 if TYPE_CHECKING:
     import gguf
@@ -42,7 +46,8 @@ def export_gguf(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A ``LlamaForCausalLM`` without splices.
+        A ``LlamaForCausalLM`` without splices, but for linear maps of the normalised state in the place of attentions
+        (`fit_branch_linear` with ``normed=True``).
     file : str or Path
         Written whole or not at all.
     tokenizer : str or Path, optional
@@ -65,8 +70,10 @@ def export_gguf(
     """
     import gguf
 
-    require_plain(model)
     config: Any = model.config
+    linear = _linear_attentions(model)
+    if not linear:
+        require_plain(model)
     if config.model_type != "llama":
         raise StreamlineError(
             f"A {config.model_type} is not written as GGUF here, only a llama. It is a plain checkpoint of its "
@@ -80,15 +87,16 @@ def export_gguf(
     blocks = list(model.model.layers)
     # llama.cpp takes the size of a head from the first block, which therefore keeps its attention, silent as it is.
     silent = [without_silent and k > 0 and is_silent(block.self_attn.o_proj) for k, block in enumerate(blocks)]
-    architecture: Architecture = "deci" if any(silent) else "llama"
+    own = [k not in linear and not gone for k, gone in enumerate(silent)]
+    architecture: Architecture = "llama" if all(own) else "deci"
     target = Path(file)
     half = target.with_name(f".{target.name}.half")
     writer = gguf.GGUFWriter(half, architecture)
     try:
-        _write_settings(writer, config, silent, architecture)
+        _write_settings(writer, config, own, linear, architecture)
         write_vocabulary(writer, None if tokenizer is None else Path(tokenizer), config.vocab_size)
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, len(blocks))
-        tensors = dict(_tensors(model, silent))
+        tensors = dict(_tensors(model, own, linear))
         for name, tensor in tensors.items():
             stem, _, kind = name.rpartition(".")
             written = name if name == "rope_freqs.weight" else f"{names.get_name(stem)}.{kind}"
@@ -110,7 +118,35 @@ def is_silent(projection: nn.Module) -> bool:
     return not any(bool(parameter.any()) for parameter in projection.parameters())
 
 
-def _write_settings(writer: gguf.GGUFWriter, config: Any, silent: list[bool], architecture: Architecture) -> None:
+def _linear_attentions(model: PreTrainedModel) -> dict[int, NormedLinearReplacement]:
+    """By block, the maps that stand in the place of attentions; none where anything else is spliced in too."""
+    stack = find_stack(model)
+    found: dict[int, NormedLinearReplacement] = {}
+    for k, block in enumerate(stack.blocks):
+        modules = [*spliced(block, BEFORE), *spliced(block, AFTER)]
+        if not modules:
+            continue
+        module, projection = modules[0], getattr(getattr(block, "self_attn", None), "o_proj", None)
+        fits = len(modules) == 1 and isinstance(module, NormedLinearReplacement) and spliced(block, BEFORE)
+        if not fits or projection is None or not is_silent(projection):
+            return {}
+        assert isinstance(module, NormedLinearReplacement)
+        if k == 0 or module.norm.eps != getattr(model.config, "rms_norm_eps", None):
+            raise StreamlineError(
+                f"The linear map in the place of the attention of block {k} cannot be written: "
+                + (
+                    "llama.cpp takes the size of a head from the first block. Keep its attention."
+                    if k == 0
+                    else f"its norm has eps={module.norm.eps}, and a file has one for all."
+                )
+            )
+        found[k] = module
+    return found
+
+
+def _write_settings(
+    writer: gguf.GGUFWriter, config: Any, own: list[bool], linear: Mapping[int, nn.Module], architecture: Architecture
+) -> None:
     heads, shared = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
@@ -120,7 +156,7 @@ def _write_settings(writer: gguf.GGUFWriter, config: Any, silent: list[bool], ar
             f"Rotary positions of the type {kind!r} cannot be written here; expected default, linear or llama3."
         )
     writer.add_name(config.name_or_path.rpartition("/")[2] or "model")
-    writer.add_block_count(len(silent))
+    writer.add_block_count(len(own))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_vocab_size(config.vocab_size)
@@ -139,12 +175,14 @@ def _write_settings(writer: gguf.GGUFWriter, config: Any, silent: list[bool], ar
         writer.add_head_count_kv(shared)
         writer.add_feed_forward_length(config.intermediate_size)
     else:
-        writer.add_head_count([0 if gone else heads for gone in silent])
-        writer.add_head_count_kv([0 if gone else shared for gone in silent])
-        writer.add_feed_forward_length([config.intermediate_size] * len(silent))
+        writer.add_head_count([heads if there or k in linear else 0 for k, there in enumerate(own)])
+        writer.add_head_count_kv([shared if there else 0 for there in own])
+        writer.add_feed_forward_length([config.intermediate_size] * len(own))
 
 
-def _tensors(model: Any, silent: list[bool]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    model: Any, own: list[bool], linear: Mapping[int, NormedLinearReplacement]
+) -> Iterator[tuple[str, Tensor]]:
     """The weights that are written, by their name in Transformers, as they are to lie in the file."""
     config = model.config
     shared = config.num_key_value_heads or config.num_attention_heads
@@ -154,11 +192,16 @@ def _tensors(model: Any, silent: list[bool]) -> Iterator[tuple[str, Tensor]]:
         parts = name.split(".")
         if tied and name == "lm_head.weight":
             continue
-        if parts[1] == "layers" and silent[int(parts[2])] and parts[3] in ("self_attn", "input_layernorm"):
+        if {BEFORE, AFTER} & set(parts):
+            continue
+        if parts[1] == "layers" and not own[int(parts[2])] and parts[3] in ("self_attn", "input_layernorm"):
             continue
         if parts[-2] in heads:
             weight = _interleaved(weight, heads[parts[-2]])
         yield name, weight
+    for k, module in linear.items():
+        yield f"model.layers.{k}.input_layernorm.weight", module.norm.weight
+        yield f"model.layers.{k}.self_attn.o_proj.weight", module.projection.weight
     frequencies = _llama3_frequencies(config)
     if frequencies is not None:
         yield "rope_freqs.weight", frequencies

@@ -2,7 +2,8 @@
 
 Neural Block Linearization (Erdogan et al., arXiv 2505.21077) puts the map of least mean squares in the place of an
 attention, from the state that enters the branch, before its norm, to what the branch adds. Here a token's error is
-relative to the state after the branch, and there is a ridge, chosen on held-out sequences, and no constant.
+relative to the state after the branch, and there is a ridge, chosen on held-out sequences, and no constant. The map may
+also be of the state behind the norm, which is what the branch itself works on.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from streamline_hooks.branches import Branch, Branches
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.passes import recorded
 from streamline_hooks.recorder import HiddenStateRecorder
+from streamline_hooks.repair.branch_norm import BranchNorm, norm_of, watching_norms
 from streamline_hooks.repair.closed_form import solve
-from streamline_hooks.replacements import LinearReplacement
+from streamline_hooks.replacements import LinearReplacement, NormedLinearReplacement
 from streamline_hooks.statistics import WindowMoments
 from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.surgery.silence import branches_of, require_branch
@@ -37,6 +39,8 @@ class BranchLinear:
         Whether the other branch works behind it; the map then runs before the block, else after it.
     map : torch.Tensor
         W of shape (features, features), float64: a state h becomes h + hW in the place of h plus what the branch adds.
+    norm : BranchNorm or None
+        The branch's own norm, where the map is of the normalised state: h becomes h + norm(h)W.
     ridge : float
         The penalty, in units of the mean eigenvalue of Σ w hᵀh.
     held_out_error : float
@@ -53,6 +57,13 @@ class BranchLinear:
     ridge: float
     held_out_error: float
     removal_error: float
+    norm: BranchNorm | None = None
+
+    def module(self) -> LinearReplacement | NormedLinearReplacement:
+        """What stands in the branch's place."""
+        if self.norm is None:
+            return LinearReplacement.from_map(self.map)
+        return NormedLinearReplacement.from_map(self.map, self.norm.weight, self.norm.eps)
 
 
 def fit_branch_linear(
@@ -61,6 +72,7 @@ def fit_branch_linear(
     fit: Sequence[Batch | Tensor],
     held_out: Sequence[Batch | Tensor],
     *,
+    normed: bool = False,
     stack: str | None = None,
     probe: Batch | Tensor | None = None,
 ) -> list[BranchLinear]:
@@ -73,6 +85,8 @@ def fit_branch_linear(
         Blocks, and which branch of each.
     fit, held_out : sequence of mapping or torch.Tensor
         To fit on, and to choose the ridge by; of different documents.
+    normed : bool
+        Map the state behind the branch's RMS norm, and not the one before it.
     stack : str, optional
         Path of the stack, see `find_stack`.
     probe : mapping or torch.Tensor, optional
@@ -86,7 +100,8 @@ def fit_branch_linear(
     Raises
     ------
     UnsupportedSurgery
-        If a block has not two branches that can be read, or its two are parallel.
+        If a block has not two branches that can be read, or its two are parallel; or, for a map of the normalised
+        state, if a branch does not read it through an RMS norm.
     StreamlineError
         If there is no such block or branch, or as `solve`.
 
@@ -111,13 +126,16 @@ def fit_branch_linear(
     if len(set(named)) < len(named):
         raise StreamlineError(f"Each branch can be replaced once; got {list(branches)}.")
     found = {k: _in_series(k, b) for k, b in branches_of(record.stack, record.blocks, probe).items()}
-    fitted = _measure(model, fit, named, found, stack, "fit")
-    apart = _measure(model, held_out, named, found, stack, "hold out")
+    norms: dict[tuple[int, Branch], BranchNorm] = {}
+    fitted = _measure(model, fit, named, found, stack, "fit", norms if normed else None)
+    apart = _measure(model, held_out, named, found, stack, "hold out", norms if normed else None)
     solved = []
     for k, branch in named:
         solution = solve(fitted[k, branch], apart[k, branch])
         errors = solution.held_out_error, solution.removal_error
-        solved.append(BranchLinear(k, branch, found[k].first == branch, solution.map, solution.ridge, *errors))
+        place = found[k].first == branch
+        norm = norms.get((k, branch))
+        solved.append(BranchLinear(k, branch, place, solution.map, solution.ridge, *errors, norm))
     return solved
 
 
@@ -157,7 +175,7 @@ def replace_branches(
         one = fitted[k]
         surgeon.silence(one.block, one.branch, batch=batch)
         place = one.block if one.is_first else one.block + 1
-        modules[k] = surgeon.insert(place, LinearReplacement.from_map(one.map))
+        modules[k] = surgeon.insert(place, one.module())
     return [modules[k] for k in range(len(fitted))]
 
 
@@ -168,8 +186,9 @@ def _measure(
     found: Mapping[int, Branches],
     stack: str | None,
     what: str,
+    norms: dict[tuple[int, Branch], BranchNorm] | None,
 ) -> dict[tuple[int, Branch], WindowMoments]:
-    """The moments of the states before and after branches."""
+    """The moments of the states before and after branches, of the normalised ones where norms are looked for."""
     record = HiddenStateRecorder(model, [max(found)], inputs=False, stop=True, stack=stack)
     wanted = set(named)
     passed: dict[tuple[int, Branch], tuple[Tensor, Tensor]] = {}
@@ -180,11 +199,22 @@ def _measure(
             passed[k, branch] = before.clone(), after.clone()
 
     cost = f"{what}: {len(named)} branches, {max(found) + 1} of {len(record.stack)} blocks"
-    with reading_branches({k: record.stack[k] for k in found}, found, receive):
+    blocks = {k: record.stack[k] for k in found}
+    watched = {k: blocks[k] for k, branch in named if norms is not None and (k, branch) not in norms}
+    with reading_branches(blocks, found, receive), watching_norms(watched) as seen:
         for _, mask, _ in recorded(model, batches, record, cost):
-            for half, (before, after) in passed.items():
-                moments.setdefault(half, WindowMoments(before.shape[-1])).update(before, after, mask)
+            for (k, branch), (before, after) in passed.items():
+                sums = moments.setdefault((k, branch), WindowMoments(before.shape[-1]))
+                if norms is None:
+                    sums.update(before, after, mask)
+                    continue
+                if (k, branch) not in norms:
+                    norms[k, branch] = norm_of(k, branch, before, seen[k])
+                state = norms[k, branch](before)
+                sums.update(state, state + (after - before), mask, relative_to=after)
             passed.clear()
+            for made in seen.values():
+                made.clear()
     return moments
 
 

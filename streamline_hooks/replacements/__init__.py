@@ -4,6 +4,7 @@ from streamline_hooks.replacements.block import InheritedBlocks, inherit, inheri
 from streamline_hooks.replacements.feed_forward import FeedForwardReplacement
 from streamline_hooks.replacements.linear import LinearReplacement
 from streamline_hooks.replacements.mlp import MLPReplacement
+from streamline_hooks.replacements.normed_linear import NormedLinearReplacement
 from streamline_hooks.replacements.registry import (
     Replacement,
     build_replacement,
@@ -17,6 +18,7 @@ __all__ = [
     "InheritedBlocks",
     "LinearReplacement",
     "MLPReplacement",
+    "NormedLinearReplacement",
     "Replacement",
     "SwiGLUReplacement",
     "build_replacement",

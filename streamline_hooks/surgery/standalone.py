@@ -20,6 +20,7 @@ MODULES = (
     "surgery.splice",
     "replacements.registry",
     "replacements.linear",
+    "replacements.normed_linear",
     "replacements.feed_forward",
     "replacements.mlp",
     "replacements.swiglu",

@@ -16,6 +16,7 @@ from torch import nn
 
 from streamline_hooks import LayerSurgeon, fit_windows, place
 from streamline_hooks.export import export_gguf, export_onnx
+from streamline_hooks.repair.branch_linear import fit_branch_linear, replace_branches
 from tests.export.test_gguf import llama
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is in the environment of `make engines` only")
@@ -110,6 +111,21 @@ def test_blocks_without_attention(silent: list[int], tmp_path: Path) -> None:
     gone = len(left_out) * 4 * (sum(p.numel() for p in block.self_attn.parameters()) + 64)
     saved = (tmp_path / "whole.gguf").stat().st_size - (tmp_path / "small.gguf").stat().st_size
     assert abs(saved - gone) < 2048
+
+
+def test_blocks_with_a_linear_attention(tmp_path: Path) -> None:
+    model = llama(hidden_size=64, intermediate_size=64, num_hidden_layers=4, vocab_size=64)
+    text = torch.randint(3, 60, (12, 24), generator=torch.Generator().manual_seed(1))
+    fitted = fit_branch_linear(model, [(1, "attention"), (3, "attention")], [text[:8]], [text[8:]], normed=True)
+    with LayerSurgeon(model) as surgeon:
+        replace_branches(surgeon, fitted)
+        surgeon.silence(2, "attention")
+        surgeon.commit()
+    assert export_gguf(model, tmp_path / "model.gguf") == "deci"
+    with torch.no_grad():
+        logits = model(text[:1]).logits[0]
+    found = stepwise(engine_of(tmp_path / "model.gguf"), text[0].tolist())
+    torch.testing.assert_close(found, logits, rtol=0, atol=1e-3)
 
 
 def test_onnx_runtime_says_the_same(compressed: dict[str, Any], smollm2: tuple[Any, Any], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from streamline_hooks import LayerSurgeon, StreamlineError
 from streamline_hooks.export import export_gguf
+from streamline_hooks.repair.branch_linear import fit_branch_linear, replace_branches
 from tests.tiny_models import repaired, tiny_model, tokens
 
 LLAMA3 = {
@@ -126,6 +127,37 @@ def test_silent_attentions_are_left_out(tmp_path: Path) -> None:
     with torch.no_grad():
         whole_logits = read(tmp_path / "whole.gguf")(tokens(2, 9)).logits
         assert torch.allclose(whole_logits, model(tokens(2, 9)).logits, atol=1e-5)
+
+
+def test_linear_maps_in_the_place_of_attentions(tmp_path: Path) -> None:
+    model, text = llama(), [tokens(8, 12)]
+    fitted = fit_branch_linear(model, [(2, "attention")], text, [tokens(4, 12, seed=1)], normed=True)
+    with LayerSurgeon(model) as surgeon:
+        (module,) = replace_branches(surgeon, fitted)
+        surgeon.silence(3, "attention")
+        surgeon.commit()
+    assert export_gguf(model, tmp_path / "model.gguf") == "deci"
+    said = settings_of(tmp_path / "model.gguf")
+    assert said["deci.attention.head_count"] == [4, 4, 4, 0]
+    assert said["deci.attention.head_count_kv"] == [2, 2, 0, 0]
+    found = {tensor.name: torch.tensor(tensor.data) for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
+    assert torch.equal(found["blk.2.attn_output.weight"], module.projection.weight)
+    assert torch.equal(found["blk.2.attn_norm.weight"], module.norm.weight)
+    assert "blk.2.attn_q.weight" not in found and "blk.3.attn_norm.weight" not in found
+    assert not [name for name in found if "splice" in name]
+
+
+def test_linear_maps_that_no_file_can_hold(tmp_path: Path) -> None:
+    text, others = [tokens(8, 12)], [tokens(4, 12, seed=1)]
+    first, plain = llama(), llama()
+    for model, half, normed in ((first, (0, "attention"), True), (plain, (2, "attention"), False)):
+        with LayerSurgeon(model) as surgeon:
+            replace_branches(surgeon, fit_branch_linear(model, [half], text, others, normed=normed))
+            surgeon.commit()
+    with pytest.raises(StreamlineError, match="of block 0 cannot be written: llama.cpp takes the size of a head"):
+        export_gguf(first, tmp_path / "model.gguf")
+    with pytest.raises(StreamlineError, match="No plain form of this StreamlinedLlamaForCausalLM exists"):
+        export_gguf(plain, tmp_path / "model.gguf")
 
 
 def test_the_vocabulary_of_stories(stories: tuple[nn.Module, Any], tmp_path: Path) -> None:
