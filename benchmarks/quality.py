@@ -68,9 +68,7 @@ RECIPES: dict[str, Recipe] = {
     "swiglu, started": Recipe("swiglu"),
     "swiglu, KL": Recipe("swiglu", OURS),
     "block, KL": Recipe("block", OURS),
-    "swiglu, KL, healed": Recipe(
-        "swiglu", replace(OURS, learning_rate=5e-4), Healing("partial", "after")
-    ),
+    "swiglu, KL, healed": Recipe("swiglu", OURS, Healing("partial", "after", rate=0.2)),
 }  # fmt: skip
 
 

@@ -40,6 +40,9 @@ class Healing:
         All blocks, those after the first cut, `count` on either side of each cut, or the last `count` of the stack.
     count : int
         See there.
+    rate : float
+        Share of the training's learning rate at which all this is trained: what stays knows most already, and what is
+        new has all to learn.
     head : bool
         Whether the LM head is trained too, whole; where it is the input embedding as well, it cannot be.
     rank, alpha, dropout
@@ -58,6 +61,7 @@ class Healing:
     how: Literal["lora", "partial"] = "lora"
     where: Where = "all"
     count: int = 0
+    rate: float = 1.0
     head: bool = False
     rank: int = 16
     alpha: float = 16.0
@@ -76,6 +80,8 @@ class Healing:
                 f"Healing of the blocks {self.where!r} was given count={self.count}; expected 1 or more for 'beside' "
                 "and 'last', and none otherwise."
             )
+        if not self.rate > 0:
+            raise StreamlineError(f"Healing at rate={self.rate} of the learning rate trains nothing; expected above 0.")
         if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
             raise StreamlineError(
                 f"Adapters of rank={self.rank}, alpha={self.alpha}, dropout={self.dropout} cannot be; expected a rank "
@@ -93,7 +99,7 @@ class Healing:
         """
         how, _, rest = text.partition(":")
         read: dict[str, Any] = {
-            "where": str, "count": int, "rank": int, "alpha": float, "dropout": float,
+            "where": str, "count": int, "rate": float, "rank": int, "alpha": float, "dropout": float,
             "targets": lambda value: tuple(value.split("+")), "head": lambda value: value in ("", "true"),
         }  # fmt: skip
         given: dict[str, Any] = {}
@@ -200,7 +206,7 @@ def student_of(
             elif isinstance(stand_in, Scaled):
                 surgeon.scale(window.stop, stand_in.factor)
         copies, outside = healing_copies(stack, [window for window, _ in stand_ins], healing, seed=seed)
-    return Student(stack.model, stand_ins, copies=copies, outside=outside, stack=stack.path)
+    return Student(stack.model, stand_ins, copies=copies, outside=outside, rate=healing.rate, stack=stack.path)
 
 
 def _whole(module: nn.Module) -> nn.Module:

@@ -36,6 +36,8 @@ class Student:
         Copies of blocks that stay, which are trained while the teacher has the originals; see `healing`.
     outside : mapping of str to torch.nn.Module, optional
         Copies of modules outside the stack, such as the LM head, by their path in the model.
+    rate : float
+        Share of the learning rate at which what stays is trained.
     stack : str, optional
         Path of the stack, see `find_stack`.
 
@@ -60,6 +62,7 @@ class Student:
         *,
         copies: Mapping[int, nn.Module] | None = None,
         outside: Mapping[str, nn.Module] | None = None,
+        rate: float = 1.0,
         stack: str | None = None,
     ) -> None:
         self.model = model
@@ -67,6 +70,7 @@ class Student:
         self.stand_ins = sorted(stand_ins, key=lambda one: one[0].start)
         self.copies = dict(sorted((copies or {}).items()))
         self.outside = dict(outside or {})
+        self.rate = rate
         if not (self.stand_ins or self.copies or self.outside):
             raise StreamlineError("There is nothing to train: give a window with its stand-in, or copies of blocks.")
         _require_apart(self.windows)
@@ -91,6 +95,11 @@ class Student:
                     if parameter.requires_grad:
                         found[f"{place_}.{number}.{name}"] = parameter
         return found
+
+    def rate_of(self, name: str) -> float:
+        """The share of the learning rate at which a parameter, named as by `parameters`, is trained."""
+        stays = {*map(str, self.copies), *self.outside}
+        return self.rate if any(name.startswith(f"{place_}.") for place_ in stays) else 1.0
 
     @contextmanager
     def opened(self) -> Iterator[None]:

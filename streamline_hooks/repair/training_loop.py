@@ -52,12 +52,7 @@ class Loop:
         self.device = device_of(student.model)
         self.steps = settings.epochs * math.ceil(len(batches) / settings.accumulation)
         self.weights = MasterWeights(self.parameters)
-        decayed = [p for p in self.weights.masters.values() if p.ndim > 1]
-        others = [p for p in self.weights.masters.values() if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimiser = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=settings.learning_rate, betas=settings.betas
-        )
+        self.optimiser = torch.optim.AdamW(self._groups(), lr=settings.learning_rate, betas=settings.betas)
         self.schedule: Any = get_cosine_with_min_lr_schedule_with_warmup(
             self.optimiser,
             num_warmup_steps=min(math.ceil(settings.warmup * self.steps), self.steps - 1),  # the first has rate 0
@@ -71,6 +66,14 @@ class Loop:
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.rows = max(len(taught.entrance) for taught in self.taught)
         self.fingerprint = fingerprint(settings, student, self.parameters, [*batches, *validation])
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """What is trained at the same rate, and with the same decay: matrices have some, vectors none."""
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for name, master in self.weights.masters.items():
+            decay = self.settings.weight_decay if master.ndim > 1 else 0.0
+            groups.setdefault((self.settings.learning_rate * self.student.rate_of(name), decay), []).append(master)
+        return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
 
     def run(self, resume: bool) -> Trained:
         """Make all steps that are left, from the beginning or from where an earlier run was kept."""

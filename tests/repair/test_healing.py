@@ -68,6 +68,23 @@ def test_what_is_settled_says_what_the_student_said_and_is_plain(text: str) -> N
     assert list(model.state_dict()) == names
 
 
+@pytest.mark.parametrize("rate", [1.0, 0.01])
+def test_what_stays_learns_at_its_own_rate(rate: float) -> None:
+    """A step of Adam is about as long as its rate."""
+    model = tiny_model("llama")
+    healing = Healing("partial", "after", rate=rate)
+    student = student_of(find_stack(model), [(range(2, 4), LinearReplacement(32))], healing)
+    before = {name: p.detach().clone() for name, p in student.parameters().items()}
+    settings = Training(learning_rate=1e-3, weight_decay=0.0, warmup=0.0, floor=1.0, clip=0.0, validations=1)
+    trained = train(student, BATCHES, BATCHES, settings)
+    assert trained.best_step == trained.steps, "the weights that are back are not the last ones"
+    moved = {name: float((p - before[name]).abs().max()) for name, p in student.parameters().items()}
+    stays = [most for name, most in moved.items() if not name.startswith("2-3.")]
+    longest = trained.steps * settings.learning_rate
+    assert len(stays) > 9 and 0.2 * rate * longest < max(stays) < 1.5 * rate * longest
+    assert 0.2 * longest < moved["2-3.0.projection.weight"] < 1.5 * longest
+
+
 def test_adapters_share_the_weights_that_they_do_not_train() -> None:
     model: Any = tiny_model("llama")
     copies, _ = healing_copies(find_stack(model), [WINDOW], Healing(rank=2))
@@ -122,7 +139,8 @@ def test_the_head_is_trained_where_it_is_not_the_embedding() -> None:
     [
         ("full", "Healing 'full' of 'all' blocks is unknown"),
         ("lora:rank=x", "cannot be read at 'rank=x'"),
-        ("lora:size=2", "cannot be read at 'size=2'.*known are where, count, rank"),
+        ("lora:size=2", "cannot be read at 'size=2'.*known are where, count, rate, rank"),
+        ("partial:rate=0", "rate=0.0 of the learning rate trains nothing"),
         ("partial:where=beside", "was given count=0; expected 1 or more"),
         ("partial:count=2", "was given count=2; expected"),
         ("lora:dropout=1.0", "expected a rank of 1 or more, alpha above 0"),
