@@ -43,20 +43,22 @@ def model_card(config: dict[str, Any], report: dict[str, Any] | None = None, bas
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) is not None
     name = base_model.rpartition("/")[2] or "a model"
     header = ["---", *([f"base_model: {base_model}"] if on_hub else []), "library_name: transformers"]
-    header += [
-        "pipeline_tag: text-generation",
-        "tags:",
-        "- streamline_hooks",
-        "- layer-pruning",
-        *_metrics(name, report),
-    ]
-    lines = [*header, "---", "", f"# {name}, with fewer blocks", ""]
-    lines.append(f"This is {name} without some of its blocks, removed by [LLM-Streamline]({_PAPER}).")
+    architecture = (config.get("architectures") or [""])[0]
+    causal = not architecture or architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    header += ["pipeline_tag: text-generation"] if causal else []
+    header += ["tags:", "- streamline_hooks", "- layer-pruning", *_metrics(name, report)]
+    fewer = any(SurgeryPlan.from_dict(entry).removed for entry in history)
+    lines = [*header, "---", "", f"# {name}, with fewer blocks" if fewer else f"# {name}", ""]
+    lines.append(
+        f"This is {name} without some of its blocks, by the method of [LLM-Streamline]({_PAPER})."
+        if fewer
+        else f"This is {name}, of which no block was removed."
+    )
     for number, entry in enumerate(history):
         lines += ["", "## What was done" + (f", {number + 1}" if len(history) > 1 else ""), "", *_surgery(entry)]
-    if report is not None:
-        lines += ["", "## What it lost", "", *_measured(report)]
-    lines += ["", "## How it is loaded", "", *_loading(config)]
+    if _final(report or {}) is not None:
+        lines += ["", "## What it lost", "", *_measured(report or {})]
+    lines += ["", "## How it is loaded", "", *_loading(config, architecture, causal)]
     return "\n".join([*lines, ""])
 
 
@@ -124,28 +126,29 @@ def _numbers(blocks: Sequence[int]) -> str:
 
 def _measured(report: dict[str, Any]) -> list[str]:
     found = report["perplexity"]
-    original = found["original"]
+    original = found.get("original")
     lines = ["| | perplexity | ratio |", "|---|---|---|"]
     for label, words in LABELS.items():
         if label in found:
-            lines.append(f"| {words} | {found[label]:.2f} | {found[label] / original:.2f} |")
-    before, after = report["parameters"]["before"], report["parameters"]["after"]
+            lines.append(f"| {words} | {found[label]:.2f} | {f'{found[label] / original:.2f}' if original else ''} |")
+    sizes = report.get("parameters") or {}
+    told = f" {sizes['before'] / 1e6:.1f} M parameters before, {sizes['after'] / 1e6:.1f} M now." if sizes else ""
     tokens = (report.get("data") or {}).get("test_tokens")
     on = f" ({tokens:,} tokens)" if tokens else ""
     return [
         *lines,
         "",
-        f"On text that nothing was chosen or fitted on{on}. {before / 1e6:.1f} M parameters before, "
-        f"{after / 1e6:.1f} M now. What else it lost was not measured here: evaluate it on what you need it for.",
+        f"On text that nothing was chosen or fitted on{on}.{told} What else it lost was not measured here: evaluate it "
+        "on what you need it for.",
     ]
 
 
-def _loading(config: dict[str, Any]) -> list[str]:
+def _loading(config: dict[str, Any], architecture: str, causal: bool) -> list[str]:
+    if not causal:
+        return [f"With streamline_hooks: `streamline_hooks.load(folder)`, which gives a {architecture}."]
     automatic = "from transformers import AutoModelForCausalLM, AutoTokenizer"
-    end = [
-        "model = AutoModelForCausalLM.from_pretrained(folder{})",
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-    ]
+    model, tokenizer = (f"{cls}.from_pretrained(folder{{}})" for cls in ("AutoModelForCausalLM", "AutoTokenizer"))
+    end = [f"model = {model}", f"tokenizer = {tokenizer}".format("")]
     if config.get("model_type") != MODEL_TYPE:
         said = "It is a plain checkpoint of its architecture, which needs nothing but what the original needs:"
         return [said, "", "```python", automatic, "", end[0].format(""), end[1], "```"]

@@ -1,4 +1,4 @@
-"""The checksums of a checkpoint's weights, as ``sha256sum --check`` reads them too."""
+"""The checksums of what makes a model of a folder, as ``sha256sum --check`` reads them too."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from streamline_hooks.errors import StreamlineError
 from streamline_hooks.passes import progress
 
 FILE = "SHA256SUMS"
+_COVERED = ("*.safetensors", "config.json", "*.py")
 _AT_ONCE = 1 << 24  # bytes
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the checksums of all weights in a folder beside them."""
-    files = sorted(folder.glob("*.safetensors"))
-    (folder / FILE).write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in files))
+    """Write the checksums of the weights, the configuration and the code in a folder beside them."""
+    (folder / FILE).write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in _covered(folder)))
 
 
 def check_checksums(folder: Path) -> None:
-    """Compare the weights in a folder with their checksums, if it has any.
+    """Compare the weights, the configuration and the code in a folder with their checksums, if it has any.
 
     Raises
     ------
@@ -32,14 +32,18 @@ def check_checksums(folder: Path) -> None:
     if any(len(entry) != 2 or len(entry[0]) != 64 for entry in entries):
         raise StreamlineError(f"{folder / FILE} holds no checksums; expected lines of a SHA-256 and a file's name.")
     expected = {name: said for said, name in entries}
-    present = {file.name: file for file in folder.glob("*.safetensors")}
+    present = {file.name: file for file in _covered(folder)}
     for name in sorted(expected.keys() | present.keys()):
         if name not in present or name not in expected or _sha256(present[name]) != expected[name]:
             what = "is missing" if name not in present else "is not the file that was written"
             raise StreamlineError(
                 f"{folder / name} {what}: {FILE} beside it says otherwise. Copy the folder again; or, if something "
-                f"else than streamline_hooks.save wrote new weights into it, delete {FILE}."
+                f"else than streamline_hooks.save wrote into it, and is meant, delete {FILE}."
             )
+
+
+def _covered(folder: Path) -> list[Path]:
+    return sorted(file for pattern in _COVERED for file in folder.glob(pattern))
 
 
 def _sha256(file: Path) -> str:

@@ -111,7 +111,8 @@ def _match(
         else:
             distance = _distance([(source[n], weights[n]) for n in both])
         changed = tuple(sorted((set(both) - equal) | alone))
-        sized = sum(weights[n].numel() for n in equal if weights[n].ndim > 1)
+        telling = (weights[n] for n in equal if weights[n].ndim > 1)  # vectors are often alike, and so is nothing
+        sized = sum(weight.numel() for weight in telling if weight.any())
         candidates.append((bool(changed), -sized, distance, k in taken, k, changed))
         if not changed and k not in taken:
             break

@@ -25,19 +25,19 @@ def load(folder: str | Path, *, as_original: bool = False, **kwargs: Any) -> Pre
         Only as a model of the original's own class, which has nothing of this library; a model with spliced modules,
         which would lose its repair that way, is refused.
     **kwargs
-        For ``AutoModelForCausalLM.from_pretrained``. Code in the folder is run only with ``trust_remote_code=True``.
+        For ``from_pretrained``. Code in the folder is run only with ``trust_remote_code=True``.
 
     Returns
     -------
     transformers.PreTrainedModel
-        In evaluation mode. `read_plans` says what was done to it.
+        In evaluation mode, of the class that was saved. `read_plans` says what was done to it.
 
     Raises
     ------
     StreamlineError
-        If there is no model in the folder; if a file is missing, damaged, altered, of another model, or of a format
-        that can run code; if something in it names what is outside; or if the model has splices and was asked for
-        `as_original`. The text names the file and, where there is one, the key.
+        If there is no model in the folder; if a file is missing, damaged, of another model, or of a format that can
+        run code; if weights are not those that `save` wrote; if something in the folder names what is outside; or if
+        the model has splices and was asked for `as_original`. The text names the file and, where there is one, the key.
 
     Examples
     --------
@@ -53,7 +53,10 @@ def load(folder: str | Path, *, as_original: bool = False, **kwargs: Any) -> Pre
     ('LlamaForCausalLM', 6, (2, 3))
     """
     where = Path(folder)
-    config = check_folder(where)
+    elsewhere = [name for name in ("variant", "subfolder", "gguf_file", "adapter_kwargs") if kwargs.get(name)]
+    if elsewhere:
+        raise StreamlineError(f"{elsewhere[0]} would load other files than those that are looked at; leave it out.")
+    config = check_folder(where, code=bool(kwargs.get("trust_remote_code")))
     if as_original and config.get("model_type") == MODEL_TYPE:
         raise StreamlineError(
             f"{where} holds a {config.get('base_model_type')} with spliced modules, which its own class cannot hold: "
@@ -106,13 +109,26 @@ def read_plans(model: Any) -> list[SurgeryPlan]:
 
 def _from_pretrained(folder: Path, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """The model, from safetensors in this folder alone, and which weights it lacks or has too many."""
-    from transformers import AutoModelForCausalLM
-
-    found: Any = AutoModelForCausalLM.from_pretrained(
+    found: Any = _auto_class(folder, bool(kwargs.get("trust_remote_code"))).from_pretrained(
         folder, output_loading_info=True, use_safetensors=True, local_files_only=True, **kwargs
     )
     model, info = found
     return model, info
+
+
+def _auto_class(folder: Path, code: bool) -> Any:
+    """The Auto class that gives the class that was saved."""
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto
+
+    usual = modeling_auto.AutoModelForCausalLM
+    saved = (read_json(folder / CONFIG).get("architectures") or [""])[0]
+    config = type(AutoConfig.from_pretrained(folder, trust_remote_code=code, local_files_only=True))
+    for auto in (usual, *vars(modeling_auto).values()):
+        mapping = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
+        if mapping is not None and config in mapping and getattr(mapping[config], "__name__", "") == saved:
+            return auto
+    return usual
 
 
 def _mismatched(folder: Path, kwargs: dict[str, Any]) -> str | None:

@@ -18,12 +18,14 @@ CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.s
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
-def check_folder(folder: Path) -> dict[str, Any]:
+def check_folder(folder: Path, *, code: bool = False) -> dict[str, Any]:
     """Raise unless a folder holds a whole checkpoint that names nothing outside it.
 
     Parameters
     ----------
     folder : Path
+    code : bool
+        Whether code that it names may be run.
 
     Returns
     -------
@@ -40,13 +42,20 @@ def check_folder(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise StreamlineError(f"{folder} holds no model: {CONFIG} is missing. Give a folder that `save` wrote.")
     config = read_json(folder / CONFIG)
-    _check_code(folder, config)
+    if code:
+        _check_code(folder, config)
+    _check_kernels(folder, config)
     if (folder / "adapter_config.json").exists():
         raise StreamlineError(
             f"{folder / 'adapter_config.json'} makes this folder an adapter of a model that is elsewhere. Load that "
             "model, then the adapter with peft.PeftModel.from_pretrained."
         )
     index = folder / INDEX
+    if index.is_file() and (folder / WEIGHTS).is_file():
+        raise StreamlineError(
+            f"{folder} holds {WEIGHTS} and {INDEX} both, the weights in one file and in several. Delete the one that "
+            "is not meant."
+        )
     files = _shards(index) if index.is_file() else {WEIGHTS: None}
     for name, keys in files.items():
         _check_weights(folder, name, keys)
@@ -83,6 +92,18 @@ def _check_code(folder: Path, config: dict[str, Any]) -> None:
                     f"{folder / CONFIG}, auto_map.{key}: {name!r} is code outside this folder; it is not run. Expected "
                     "the name of a file in it and of a class, such as modeling_streamline_hooks.StreamlinedConfig."
                 )
+
+
+def _check_kernels(folder: Path, said: dict[str, Any], path: str = "") -> None:
+    """Raise if the configuration, or one inside it, names an implementation that would be fetched from elsewhere."""
+    for key, value in said.items():
+        if key.lstrip("_") in ("attn_implementation", "experts_implementation") and "/" in str(value):
+            raise StreamlineError(
+                f"{folder / CONFIG}, {path}{key}: {value!r} is code outside this folder; it is not run. Delete the "
+                "entry, or load the model with Transformers where you trust it."
+            )
+        if isinstance(value, dict):
+            _check_kernels(folder, value, f"{path}{key}.")
 
 
 def _shards(index: Path) -> dict[str, list[str] | None]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from streamline_hooks.cli.loading import documents_of, load_model
-from streamline_hooks.cli.options import Calibration
+from streamline_hooks.cli.options import Calibration, Stack
 from streamline_hooks.errors import StreamlineError
 
 FORMS = ("plain", "gguf", "onnx")
@@ -29,46 +29,81 @@ def export(
     ] = "",
     original: Annotated[str, typer.Option(metavar="MODEL", help="What the folder was made of, for --refit.")] = "",
     calibration: Calibration = None,
+    test: Annotated[
+        list[str] | None, typer.Option("--test", metavar="TEXT", help="The text it was tested on, for --refit.")
+    ] = None,
+    stack: Stack = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Take the place of what is there.")] = False,
 ) -> None:
     """Write a compressed model as a plain checkpoint, as GGUF or as ONNX.
 
     Example: streamline-hooks export smollm2-small --to gguf --output smollm2-small.gguf
     """
-    from streamline_hooks.checkpoint import load, require_free
+    from streamline_hooks.checkpoint import load
     from streamline_hooks.export import export_gguf, export_onnx, export_plain
     from streamline_hooks.export import refit as fit_again
 
-    if to not in FORMS:
-        raise StreamlineError(f"--to {to} is unknown; expected one of {', '.join(FORMS)}.")
     if bool(refit) != bool(original):
         raise StreamlineError("--refit and --original go together: what the window is fitted as, and from what.")
-    if to == "plain":
-        require_free(output, overwrite)
-    elif output.exists() and not overwrite:
-        raise StreamlineError(f"{output} is there already. Choose another file, or pass --overwrite.")
-    tokens = folder if (folder / "tokenizer.json").is_file() else None
+    _require_possible(folder, output, to, dtype, overwrite)
     model: Any
-    tokenizer: Any = None
     if refit:
-        loaded, tokenizer = load_model(original)
-        text = documents_of(calibration or ["pydoc"])
-        again = fit_again(folder, loaded, tokenizer, text, kind=refit, say=typer.echo)
+        if "self" in (calibration or []):
+            raise StreamlineError("What a model wrote itself is not written again here; give it as a file.")
+        loaded, _ = load_model(original)
+        text, apart = documents_of(calibration or ["pydoc"]), documents_of(test) if test else None
+        again = fit_again(
+            folder, loaded, _tokenizer(folder), text, kind=refit, test_texts=apart, stack=stack, say=typer.echo
+        )
         model = again.result.model
         typer.echo(str(again))
     else:
         model = load(folder)
-        tokenizer = _tokenizer(folder) if tokens else None
+    tokenizer = _tokenizer(folder)
+    if tokenizer is None and to != "onnx":
+        typer.echo(f"{folder} holds no tokenizer, so that none is written")
     if to == "plain":
         export_plain(model, output, tokenizer=tokenizer, overwrite=overwrite)
     elif to == "onnx":
         export_onnx(model, output)
     else:
-        typer.echo(f"architecture {export_gguf(model, output, tokenizer=tokens, dtype=dtype)}")
+        has_file = (folder / "tokenizer.json").is_file()
+        if tokenizer is not None and not has_file:
+            raise StreamlineError(
+                f"The tokenizer in {folder} has no tokenizer.json, from which a GGUF file is written."
+            )
+        typer.echo(f"architecture {export_gguf(model, output, tokenizer=folder if has_file else None, dtype=dtype)}")
     typer.echo(f"written to {output}")
 
 
+def _require_possible(folder: Path, output: Path, to: str, dtype: str, overwrite: bool) -> None:
+    """Raise for everything that can be known before a model is loaded."""
+    from transformers import AutoConfig
+
+    from streamline_hooks.checkpoint import require_free
+    from streamline_hooks.checkpoint.safety import check_folder
+    from streamline_hooks.export.gguf import require_gguf
+    from streamline_hooks.export.onnx import require_onnx
+
+    if to not in FORMS:
+        raise StreamlineError(f"--to {to} is unknown; expected one of {', '.join(FORMS)}.")
+    check_folder(folder)
+    if to == "plain":
+        require_free(output, overwrite)
+    elif output.exists() and not overwrite:
+        raise StreamlineError(f"{output} is there already. Choose another file, or pass --overwrite.")
+    elif not output.absolute().parent.is_dir():
+        raise StreamlineError(f"There is no folder {output.parent} to write {output.name} to; make it first.")
+    if to == "gguf":
+        require_gguf(AutoConfig.from_pretrained(folder), dtype)
+    if to == "onnx":
+        require_onnx()
+
+
 def _tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder; None where there is none."""
     from transformers import AutoTokenizer
 
+    if not any(folder.glob("tokenizer*")) and not any((folder / n).exists() for n in ("vocab.json", "vocab.txt")):
+        return None
     return AutoTokenizer.from_pretrained(folder)

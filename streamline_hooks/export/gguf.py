@@ -71,19 +71,12 @@ def export_gguf(
     import gguf
 
     config: Any = model.config
+    if not hasattr(model, "lm_head") or not hasattr(model, "model"):
+        raise StreamlineError(f"A {type(model).__name__} has no LM head; a GGUF file is written of a LlamaForCausalLM.")
+    require_gguf(config, dtype)
     linear = _linear_attentions(model)
     if not linear:
         require_plain(model)
-    if config.model_type != "llama":
-        raise StreamlineError(
-            f"A {config.model_type} is not written as GGUF here, only a llama. It is a plain checkpoint of its "
-            "architecture: llama.cpp's own convert_hf_to_gguf.py reads the folder."
-        )
-    if dtype not in _DTYPES:
-        raise StreamlineError(f"dtype={dtype!r} is unknown; expected one of {', '.join(_DTYPES)}.")
-    for name, value in _SETTINGS.items():
-        if getattr(config, name, value) != value:
-            raise StreamlineError(f"{name}={getattr(config, name)!r} cannot be written here; expected {value!r}.")
     blocks = list(model.model.layers)
     # llama.cpp takes the size of a head from the first block, which therefore keeps its attention, silent as it is.
     silent = [without_silent and k > 0 and is_silent(block.self_attn.o_proj) for k, block in enumerate(blocks)]
@@ -111,6 +104,27 @@ def export_gguf(
     finally:
         half.unlink(missing_ok=True)
     return architecture
+
+
+def require_gguf(config: Any, dtype: str = "f32") -> None:
+    """Raise unless a model of this configuration can be written, as far as that is known without its weights.
+
+    Raises
+    ------
+    StreamlineError
+    """
+    architecture = (getattr(config, "architectures", None) or [""])[0].removeprefix("Streamlined")
+    said = {config.model_type, getattr(config, "base_model_type", "")}
+    if "llama" not in said or architecture not in ("", "LlamaForCausalLM"):
+        raise StreamlineError(
+            f"A {architecture or config.model_type} is not written as GGUF here, only a LlamaForCausalLM. A plain "
+            "checkpoint of another architecture is read by llama.cpp's own convert_hf_to_gguf.py."
+        )
+    if dtype not in _DTYPES:
+        raise StreamlineError(f"dtype={dtype!r} is unknown; expected one of {', '.join(_DTYPES)}.")
+    for name, value in _SETTINGS.items():
+        if getattr(config, name, value) != value:
+            raise StreamlineError(f"{name}={getattr(config, name)!r} cannot be written here; expected {value!r}.")
 
 
 def is_silent(projection: nn.Module) -> bool:
@@ -187,7 +201,7 @@ def _tensors(
     config = model.config
     shared = config.num_key_value_heads or config.num_attention_heads
     heads = {"q_proj": config.num_attention_heads, "k_proj": shared}
-    tied = config.tie_word_embeddings
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
     for name, weight in model.state_dict().items():
         parts = name.split(".")
         if tied and name == "lm_head.weight":
@@ -229,7 +243,10 @@ def _llama3_frequencies(config: Any) -> Tensor | None:
 def _add(writer: gguf.GGUFWriter, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     import gguf
 
+    finite = bool(torch.isfinite(tensor).all())
     tensor = tensor.detach().cpu().to(dtype).contiguous()
+    if finite and not torch.isfinite(tensor).all():
+        raise StreamlineError(f"{name} holds values that half precision cannot; write f32 or bf16.")
     if dtype == torch.bfloat16:
         raw = tensor.view(torch.int16).numpy().view(np.uint8)
         writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,12 +40,7 @@ def export_onnx(model: PreTrainedModel, file: str | Path) -> Path:
     StreamlineError
         If a package that this needs is missing.
     """
-    missing = [package for package in _NEEDED if find_spec(package) is None]
-    if missing:
-        raise StreamlineError(
-            f"Writing ONNX needs what is not installed: {' and '.join(missing)}. Install it: pip install "
-            f"{' '.join(missing)}"
-        )
+    require_onnx()
     target = Path(file)
     ids = torch.ones(2, 8, dtype=torch.long)
     device = next(model.parameters()).device
@@ -60,8 +56,26 @@ def export_onnx(model: PreTrainedModel, file: str | Path) -> Path:
             verbose=False,
         )
     assert program is not None
-    program.save(target)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # whole or not at all: weights may lie beside it
+        program.save(Path(folder) / target.name)
+        for part in sorted(Path(folder).iterdir(), key=lambda path: path.name == target.name):
+            part.replace(target.parent / part.name)
     return target
+
+
+def require_onnx() -> None:
+    """Raise unless the packages that write ONNX are installed.
+
+    Raises
+    ------
+    StreamlineError
+    """
+    missing = [package for package in _NEEDED if find_spec(package) is None]
+    if missing:
+        raise StreamlineError(
+            f"Writing ONNX needs what is not installed: {' and '.join(missing)}. Install it: pip install "
+            f"{' '.join(missing)}"
+        )
 
 
 class _Logits(nn.Module):

@@ -62,6 +62,7 @@ def refit(
     *,
     kind: str = "folded",
     test_texts: Sequence[str] | None = None,
+    stack: str | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
@@ -78,6 +79,8 @@ def refit(
     texts, test_texts : sequence of str
         The same as then.
     kind : {"folded", "silenced"}
+    stack : str, optional
+        Path of the stack, see `find_stack`.
     output, overwrite, say
         As for `compress`.
 
@@ -106,7 +109,7 @@ def refit(
     if lost:
         raise StreamlineError(f"{folder} does not say on what it was calibrated ({', '.join(lost)}); compress again.")
     model = load(folder)
-    kept = tuple(match.source for match in compare_blocks(original, model) if not match.changed)
+    kept = tuple(match.source for match in compare_blocks(original, model, stack=stack) if not match.changed)
     if kept != plans[0].kept:
         raise StreamlineError(
             f"The blocks of {folder} are not those of this original, which has {list(kept)} of the kept "
@@ -117,7 +120,8 @@ def refit(
     if dealt.fingerprint != data["fingerprint"]:
         raise StreamlineError(
             f"This is other text than {folder} was calibrated on (fingerprint {dealt.fingerprint}, then "
-            f"{data['fingerprint']}). Give the same sources, with the same tokenizer."
+            f"{data['fingerprint']}). Give the same sources, with the same tokenizer, and the same text to test on, "
+            "where there was some: what is in both is left out of the calibration."
         )
     value = perplexity(model, batches_of(dealt.test, 4), "with splices").value
     before, blocks = model.num_parameters(), len(plans[0].slots)
@@ -133,9 +137,16 @@ def refit(
         parts=len(windows),
         keep=[k for k in range(plans[0].old_length) if k not in gone],
         test_texts=test_texts,
+        stack=stack,
         output=output,
         overwrite=overwrite,
         say=say,
         **asked,
     )
+    chosen = list(result.candidates[0].windows)
+    if chosen != windows:
+        raise StreamlineError(
+            f"What can be given up again is {chosen}, and was {windows}: windows that touch cannot be told apart. The "
+            "original is changed; compress a fresh one instead."
+        )
     return Refitted(result, value, before, len(result.plan.slots) - blocks)

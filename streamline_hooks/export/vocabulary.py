@@ -11,8 +11,12 @@ from streamline_hooks.errors import StreamlineError
 if TYPE_CHECKING:
     import gguf
 
-_SPLIT_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-_SPLIT_QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITS = {  # llama.cpp's name, and whether a piece that is a token is not merged
+    rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}": ("llama-bpe", True),
+    rf"{_WORDS}|\p{{N}}|{_REST}": ("qwen2", False),
+}
 
 
 def write_vocabulary(writer: gguf.GGUFWriter, folder: Path | None, size: int) -> None:
@@ -43,7 +47,7 @@ def write_vocabulary(writer: gguf.GGUFWriter, folder: Path | None, size: int) ->
     if said["model"].get("type") != "BPE":
         raise StreamlineError(f"{file} holds a {said['model'].get('type')}; expected BPE, as Llamas have it.")
     if said["model"].get("byte_fallback"):
-        _write_sentencepiece(writer, folder)
+        _write_sentencepiece(writer, folder, said, size)
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_pretokenizer(said, file))
@@ -55,16 +59,28 @@ def write_vocabulary(writer: gguf.GGUFWriter, folder: Path | None, size: int) ->
     )
 
 
-def _write_sentencepiece(writer: gguf.GGUFWriter, folder: Path) -> None:
+def _write_sentencepiece(writer: gguf.GGUFWriter, folder: Path, said: dict[str, Any], size: int) -> None:
     """A vocabulary that falls back to bytes, as Llama 2's does."""
     import gguf
 
-    vocabulary = gguf.LlamaHfVocab(folder)
+    rows = list(gguf.LlamaHfVocab(folder).all_tokens())
+    _require_fitting(len(rows), size)
+    rows += [(f"[PAD{k}]".encode(), -10_000.0, gguf.TokenType.UNUSED) for k in range(len(rows), size)]
+    steps = said.get("normalizer") or {}
+    parts = steps.get("normalizers", [steps])
     writer.add_tokenizer_model("llama")
-    tokens, scores, types = zip(*vocabulary.all_tokens(), strict=True)
-    writer.add_token_list(list(tokens))
-    writer.add_token_scores(list(scores))
-    writer.add_token_types([int(kind) for kind in types])
+    writer.add_token_list([token for token, _, _ in rows])
+    writer.add_token_scores([score for _, score, _ in rows])
+    writer.add_token_types([int(kind) for _, _, kind in rows])
+    writer.add_add_space_prefix(
+        any(part.get("type") == "Prepend" for part in parts)
+        or (said.get("pre_tokenizer") or {}).get("prepend_scheme", "never") != "never"
+    )
+
+
+def _require_fitting(tokens: int, size: int) -> None:
+    if tokens > size:
+        raise StreamlineError(f"The tokenizer has {tokens} tokens and the model {size}; it is another model's.")
 
 
 def _pretokenizer(said: dict[str, Any], file: Path) -> str:
@@ -72,15 +88,17 @@ def _pretokenizer(said: dict[str, Any], file: Path) -> str:
     steps = said.get("pre_tokenizer") or {}
     parts = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
     kinds = [part.get("type") for part in parts]
-    if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
+    merges_all = not said["model"].get("ignore_merges", False)
+    last = parts[-1] if parts[-1].get("type") == "ByteLevel" and not parts[-1].get("add_prefix_space") else {}
+    by_regex = last.get("use_regex", True)
+    if last and merges_all and by_regex and kinds == ["ByteLevel"]:
         return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
+    if last and merges_all and by_regex and kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
         return "smollm"
-    if kinds == ["Split", "ByteLevel"]:
-        pattern = str((parts[0].get("pattern") or {}).get("Regex"))
-        for start, name in ((_SPLIT_LLAMA3, "llama-bpe"), (_SPLIT_QWEN2, "qwen2")):
-            if pattern.startswith(start):
-                return name
+    if last and not by_regex and kinds == ["Split", "ByteLevel"]:
+        name, whole = _SPLITS.get(str((parts[0].get("pattern") or {}).get("Regex")), ("", False))
+        if name and whole != merges_all:
+            return name
     raise StreamlineError(
         f"{file} cuts text in a way whose name in llama.cpp is not known here ({', '.join(map(str, kinds))}). Convert "
         "the folder with llama.cpp's own convert_hf_to_gguf.py, which knows more of them."

@@ -23,6 +23,7 @@ from streamline_hooks.repair.branch_norm import BranchNorm, norm_of, watching_no
 from streamline_hooks.repair.closed_form import solve
 from streamline_hooks.replacements import LinearReplacement, NormedLinearReplacement
 from streamline_hooks.statistics import WindowMoments
+from streamline_hooks.statistics.precision import widen
 from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.surgery.silence import branches_of, require_branch
 
@@ -210,8 +211,8 @@ def _measure(
                     continue
                 if (k, branch) not in norms:
                     norms[k, branch] = norm_of(k, branch, before, seen[k])
-                state = norms[k, branch](before)
-                sums.update(state, state + (after - before), mask, relative_to=after)
+                state, added = widen(norms[k, branch](before)), widen(after) - widen(before)  # rounded once, not twice
+                sums.update(state, state + added, mask, relative_to=after)
             passed.clear()
             for made in seen.values():
                 made.clear()

@@ -28,6 +28,7 @@ MODEL_TYPE = "streamline_hooks"
 CODE = "modeling_streamline_hooks"
 FORMAT = 1
 _PREFIX = "Streamlined"
+_MARK = "has_guard_axis"
 _guarded: ContextVar[bool] = ContextVar("guarded", default=False)
 
 
@@ -134,7 +135,8 @@ class _ModelWithSplices:
         unwritable = [m for m in self.config.streamline_hooks["splices"] if "modules" not in m]
         if unwritable:
             raise StreamlineError(unwritable[0]["error"])
-        if getattr(self, "hf_quantizer", None) is not None:  # which reads the weights from the model in any case
+        # A quantizer, and accelerate for what is offloaded, read the weights from the model in any case.
+        if getattr(self, "hf_quantizer", None) is not None or self.get_parameter(guard).is_meta:  # type: ignore[attr-defined]
             with _guard_axis(self):
                 return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         weights = dict(self.state_dict() if state_dict is None else state_dict)  # type: ignore[attr-defined]
@@ -240,10 +242,31 @@ def _set_guard_axis(model: Any, present: bool) -> None:
     path, _, name = _own_path(model, model.config.streamline_hooks["guard"]).rpartition(".")
     owner = model.get_submodule(path)
     held = owner._parameters[name]
+    if present and getattr(held, _MARK, False):
+        return  # of a model in a model, such as that of a classifier, each is built as this class says
     data = held.data.unsqueeze(0) if present else held.data.squeeze(0)
     reshaped = nn.Parameter(data, requires_grad=held.requires_grad)
-    vars(reshaped).update(vars(held))
+    vars(reshaped).update({**vars(held), _MARK: present})
     owner._parameters[name] = reshaped
+    if held.is_meta:
+        _reshape_offloaded(owner, name, reshaped.ndim)
+
+
+def _reshape_offloaded(owner: Any, name: str, axes: int) -> None:
+    """The same where accelerate has the values, and brings them as they lie: this one is kept in memory."""
+    offloaded = getattr(getattr(owner, "_hf_hook", None), "weights_map", None)
+    if offloaded is None:
+        return  # nobody has the values: the model was made without
+    kept = getattr(getattr(offloaded, "dataset", None), "state_dict", None)
+    if kept is None:
+        raise StreamlineError(
+            f"{name} of a {type(owner).__name__} is offloaded in a way that is not known here. Keep that module in "
+            "memory: give it a device in the device_map."
+        )
+    stored = offloaded[name]
+    kept[f"{offloaded.prefix}{name}"] = stored.reshape(
+        (1,) * (axes - stored.ndim) + stored.shape[max(0, stored.ndim - axes) :]
+    )
 
 
 @contextmanager
@@ -257,6 +280,8 @@ def _guard_axis(model: Any) -> Iterator[None]:
         yield
     finally:
         owner._parameters[name] = held
+        if held.is_meta:
+            _reshape_offloaded(owner, name, held.ndim)
 
 
 def _block_of(model: Any, stack: str, entry: dict[str, Any]) -> nn.Module:
@@ -282,8 +307,8 @@ def _block_of(model: Any, stack: str, entry: dict[str, Any]) -> nn.Module:
 
 def _own_path(model: Any, path: str) -> str:
     """A path that was written for the model with its head, in this model, which may be without."""
-    prefix = f"{model.base_model_prefix}."
-    return path if hasattr(model, prefix[:-1]) else path.removeprefix(prefix)
+    first, _, rest = path.partition(".")
+    return path if hasattr(model, first) else rest
 
 
 @contextmanager

@@ -116,6 +116,13 @@ def test_what_it_says_to_do_works(kind: str, tmp_path: Path) -> None:
         in_a_new_process("\n".join([absent, imported, f"folder = {str(tmp_path / 'model')!r}", code[1]]))
 
 
+def test_an_untouched_model_and_a_report_of_ones_own(tmp_path: Path) -> None:
+    card = card_of(tiny_model("llama"), tmp_path, report={"note": 1})
+    assert "of which no block was removed" in card and "What it lost" not in card
+    assert "| removed | 30.00 |" not in model_card({}, {"perplexity": {"removed": 30.0}})
+    assert "| plain removal | 30.00 |  |" in model_card({}, {"perplexity": {"removed": 30.0}})
+
+
 def test_somebody_elses_module(tmp_path: Path) -> None:
     @register_replacement("card-nudge")
     class Own(Nudge):

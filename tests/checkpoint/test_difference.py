@@ -49,6 +49,18 @@ def test_changed_new_and_equal_ones() -> None:
     assert (found[3].source, found[3].changed, found[3].distance) == (3, (), 0.0)
 
 
+def test_nothing_in_common_is_nothing() -> None:
+    """Silent branches are alike in every block."""
+    original = tiny_model("llama")
+    for block in find_stack(original).blocks:
+        torch.nn.init.zeros_(block.self_attn.o_proj.weight)
+    model = copy.deepcopy(original)
+    for seed, (name, weight) in enumerate(find_stack(model).blocks[1].named_parameters()):
+        if "o_proj" not in name:
+            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(seed))
+    assert compare_blocks(original, model)[1].source is None
+
+
 def test_equal_blocks_are_told_apart_by_their_order() -> None:
     original = tiny_model("llama")
     blocks = find_stack(original).blocks

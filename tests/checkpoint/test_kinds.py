@@ -29,7 +29,7 @@ MIXTRAL = {
 }  # fmt: skip
 REFUSED = {
     ("gemma3", "folded"): "comes more than a sum",
-    ("gemma3", "scale"): "comes more than a sum",
+    ("gemma3", "scale"): "cannot be multiplied",
 }
 """What a family does not allow, and a part of the reason."""
 

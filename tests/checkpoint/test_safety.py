@@ -38,6 +38,7 @@ def copied(saved: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
 
 
 def config_with(folder: Path, change: Callable[[dict[str, Any]], None], name: str = "config.json") -> None:
+    (folder / "SHA256SUMS").unlink(missing_ok=True)
     content = json.loads((folder / name).read_text())
     change(content)
     (folder / name).write_text(json.dumps(content))
@@ -118,6 +119,40 @@ def test_code_outside_the_folder(said: Any, copied: Callable[[str], Path]) -> No
     config_with(folder, lambda content: content["auto_map"].update({"AutoModelForCausalLM": said}))
     with pytest.raises(StreamlineError, match=r"auto_map\.AutoModelForCausalLM: .* is code outside this folder"):
         load(folder, trust_remote_code=True)
+    if isinstance(said, str):
+        load(folder)  # where no code is run, none is outside
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_kernels_from_elsewhere(key: str, copied: Callable[[str], Path]) -> None:
+    folder = copied("plain")
+    config_with(folder, lambda content: content.update({key: "somebody/kernel"}))
+    with pytest.raises(StreamlineError, match=rf"config\.json, {key}: 'somebody/kernel' is code outside this folder"):
+        load(folder)
+    config_with(folder, lambda content: content.update({key: "eager", "inner": {key: "somebody/kernel"}}))
+    with pytest.raises(StreamlineError, match=rf"config\.json, inner\.{key}: "):
+        load(folder)
+
+
+def test_what_is_looked_at_is_what_is_loaded(copied: Callable[[str], Path]) -> None:
+    """Of a single file beside shards Transformers takes the single one, whatever it is."""
+    folder = copied("plain_sharded")
+    zeros = {key: torch.zeros_like(value) for key, value in load(folder).state_dict().items()}
+    save_file(zeros, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StreamlineError, match=r"holds model\.safetensors and model\.safetensors\.index\.json both"):
+        load(folder)
+    for name in ("variant", "subfolder", "gguf_file"):
+        with pytest.raises(StreamlineError, match=f"{name} would load other files than those that are looked at"):
+            load(folder, **{name: "other"})
+
+
+def test_a_setting_or_code_that_was_changed(copied: Callable[[str], Path]) -> None:
+    for name in ("config.json", "modeling_streamline_hooks.py"):
+        folder = copied("spliced")
+        (folder / name).write_text((folder / name).read_text() + "\n")
+        with pytest.raises(StreamlineError, match=rf"{name} is not the file that was written: SHA256SUMS"):
+            load(folder)
+        shutil.rmtree(folder)
 
 
 def test_a_pickle_is_not_read(tmp_path: Path) -> None:
@@ -175,9 +210,9 @@ def test_a_plan_that_was_changed(copied: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize(
     ("line", "match"),
     [
-        ("", r"model\.safetensors is not the file that was written"),
+        ("", r"config\.json is not the file that was written"),
         ("00  model.safetensors", "holds no checksums"),
-        ("0" * 64 + "  other.safetensors", r"model\.safetensors is not the file|other\.safetensors is missing"),
+        ("0" * 64 + "  other.safetensors", r"config\.json is not the file that was written"),
     ],
 )
 def test_checksums_of_something_else(line: str, match: str, copied: Callable[[str], Path]) -> None:
@@ -190,9 +225,10 @@ def test_checksums_of_something_else(line: str, match: str, copied: Callable[[st
 def test_checksums_are_those_of_the_usual_tool(saved: dict[str, Path]) -> None:
     import hashlib
 
-    lines = (saved["plain"] / "SHA256SUMS").read_text().splitlines()
-    digest = hashlib.sha256((saved["plain"] / "model.safetensors").read_bytes()).hexdigest()
-    assert lines == [f"{digest}  model.safetensors"]
+    lines = (saved["spliced"] / "SHA256SUMS").read_text().splitlines()
+    names = ["config.json", "model.safetensors", "modeling_streamline_hooks.py"]
+    digests = [hashlib.sha256((saved["spliced"] / name).read_bytes()).hexdigest() for name in names]
+    assert lines == [f"{digest}  {name}" for digest, name in zip(digests, names, strict=True)]
 
 
 def test_as_the_original(saved: dict[str, Path]) -> None:

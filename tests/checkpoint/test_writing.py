@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -214,10 +215,28 @@ def test_a_users_own_module_is_saved_when_it_is_registered(tmp_path: Path) -> No
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("name", ["LlamaModel", "LlamaForSequenceClassification"])
+@pytest.mark.parametrize("spliced", [False, True])
+def test_models_of_other_heads_come_back_as_what_they_are(name: str, spliced: bool, tmp_path: Path) -> None:
+    model = getattr(transformers, name)(tiny_model("llama").config).eval()
+    model.config.pad_token_id = 0
+    with LayerSurgeon(model) as surgeon:
+        surgeon.replace([1, 2], LinearReplacement.from_map(0.1 * torch.eye(WIDTH)) if spliced else None)
+        surgeon.commit()
+    save(model, tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    assert type(loaded) is type(model)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens(2, 9))[0], model(tokens(2, 9))[0])
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "AutoModelForCausalLM" not in card and "streamline_hooks.load(folder)" in card
+
+
 def test_an_unknown_kind_a_later_format_and_a_foreign_config(tmp_path: Path) -> None:
     save(repaired("llama"), tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     config = json.loads(path.read_text())
+    (tmp_path / "model" / "SHA256SUMS").unlink()
 
     def changed(**values: Any) -> None:
         path.write_text(json.dumps({**config, "streamline_hooks": {**config["streamline_hooks"], **values}}))
@@ -390,3 +409,40 @@ def test_a_trainer_saves_and_resumes_a_repaired_model(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(straight))
     resumed = trained(4, resume=str(tmp_path / "run" / "checkpoint-2"))
     torch.testing.assert_close(logits(resumed), logits(straight))
+
+
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
+def test_what_is_pushed_is_what_is_saved(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything up to the upload itself, which is replaced by a copy."""
+    from types import SimpleNamespace
+
+    from transformers.utils import hub
+
+    pushed = tmp_path / "hub"
+
+    def upload(self: Any, folder: Any, repo_id: str, files_timestamps: dict[str, float], **_: Any) -> None:
+        pushed.mkdir()
+        for file in Path(folder).iterdir():
+            if file.stat().st_mtime > files_timestamps.get(file.name, 0.0):
+                (pushed / file.name).write_bytes(file.read_bytes())
+
+    made = SimpleNamespace(repo_id="me/small", save=lambda path: None)
+    for name in ("hf_api", "create_repo", "create_and_tag_model_card"):
+        if hasattr(hub, name):
+            answer: Any = made if name != "hf_api" else SimpleNamespace(create_repo=lambda *a, **k: made)
+            monkeypatch.setattr(hub, name, lambda *a, answer=answer, **k: answer)
+    monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", upload)
+    monkeypatch.setattr(hub.PushToHubMixin, "_create_repo", lambda *a, **k: "me/small", raising=False)
+    model = repaired("llama")
+    if way == "push_to_hub":
+        model.push_to_hub("me/small")
+    else:
+        from transformers import modeling_utils
+
+        for name in ("create_and_tag_model_card", "hf_api", "create_repo"):
+            if hasattr(modeling_utils, name):
+                answer = made if name != "hf_api" else SimpleNamespace(create_repo=lambda *a, **k: made)
+                monkeypatch.setattr(modeling_utils, name, lambda *a, answer=answer, **k: answer)
+        model.save_pretrained(str(tmp_path / "small"), push_to_hub=True, repo_id="me/small")
+    assert {"config.json", "model.safetensors", "modeling_streamline_hooks.py"} <= {p.name for p in pushed.iterdir()}
+    assert torch.equal(logits(load(pushed)), logits(model))

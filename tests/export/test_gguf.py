@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from gguf import GGUFReader
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -60,15 +62,40 @@ def settings_of(file: Path) -> dict[str, Any]:
         {"num_key_value_heads": 1},
         {"tie_word_embeddings": True},
         {"rms_norm_eps": 1e-3, "rope_theta": 100.0},
-        {"torch_dtype": "bfloat16"},
     ],
-    ids=["grouped", "all heads", "one head", "tied", "numbers", "asked for bfloat16"],
+    ids=["grouped", "all heads", "one head", "tied", "numbers"],
 )
 def test_the_same_logits(changes: dict[str, Any], tmp_path: Path) -> None:
     model = llama(**changes)
     assert export_gguf(model, tmp_path / "model.gguf") == "llama"
     with torch.no_grad():
         assert torch.allclose(read(tmp_path / "model.gguf")(tokens(2, 9)).logits, model(tokens(2, 9)).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    export_gguf(llama().to(dtype), tmp_path / "model.gguf")
+    rounded = llama()
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.copy_(parameter.to(dtype))
+        expected = rounded(tokens(2, 9)).logits
+        assert torch.allclose(read(tmp_path / "model.gguf")(tokens(2, 9)).logits, expected, atol=1e-5)
+
+
+def test_a_head_that_is_not_tied_whatever_the_settings_say(tmp_path: Path) -> None:
+    model = llama()
+    model.config.tie_word_embeddings = True
+    export_gguf(model, tmp_path / "model.gguf")
+    assert "output.weight" in {tensor.name for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
+
+
+def test_half_precision_that_overflows(tmp_path: Path) -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e5
+    with pytest.raises(StreamlineError, match=r"blk\.0\.ffn_up\.weight holds values that half precision cannot"):
+        export_gguf(model, tmp_path / "model.gguf", dtype="f16")
 
 
 def test_a_shortened_one(tmp_path: Path) -> None:
@@ -171,6 +198,63 @@ def test_the_vocabulary_of_stories(stories: tuple[nn.Module, Any], tmp_path: Pat
     assert said["tokenizer.ggml.tokens"] == pieces
 
 
+@pytest.mark.parametrize("size", [512 + 7, 512 - 7])
+def test_a_vocabulary_of_another_size(size: int, stories: tuple[nn.Module, Any], tmp_path: Path) -> None:
+    stories[1].save_pretrained(tmp_path)
+    model = llama(vocab_size=size)
+    if size < 512:
+        with pytest.raises(StreamlineError, match="The tokenizer has 512 tokens and the model 505"):
+            export_gguf(model, tmp_path / "model.gguf", tokenizer=tmp_path)
+        return
+    export_gguf(model, tmp_path / "model.gguf", tokenizer=tmp_path)
+    said = settings_of(tmp_path / "model.gguf")
+    assert len(said["tokenizer.ggml.tokens"]) == len(said["tokenizer.ggml.scores"]) == size
+    assert said["tokenizer.ggml.token_type"][-7:] == [5] * 7 and said["tokenizer.ggml.tokens"][-1] == "[PAD518]"
+
+
+_START = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+_LLAMA3 = _START + r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def byte_level(**changes: Any) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True, **changes}
+
+
+def split(pattern: str) -> dict[str, Any]:
+    cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [cut, byte_level(use_regex=False)]}
+
+
+@pytest.mark.parametrize(
+    ("steps", "ignore_merges", "name"),
+    [
+        (byte_level(), False, "gpt-2"),
+        ({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level()]}, False,
+         "smollm"),
+        (split(_LLAMA3), True, "llama-bpe"),
+        (split(_LLAMA3.replace("{1,3}", "")), False, "qwen2"),
+        (byte_level(add_prefix_space=True), False, None),
+        (byte_level(use_regex=False), False, None),
+        (byte_level(), True, None),
+        (split(_LLAMA3), False, None),
+        (split(_START + "WHATEVER"), True, None),
+        ({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": False}, byte_level()]}, False,
+         None),
+    ],
+)  # fmt: skip
+def test_how_text_is_cut(steps: dict[str, Any], ignore_merges: bool, name: str | None, tmp_path: Path) -> None:
+    vocabulary = {chr(33 + k): k for k in range(61)}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": [], "ignore_merges": ignore_merges}
+    content = {"model": model, "pre_tokenizer": steps, "added_tokens": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    if name is None:
+        with pytest.raises(StreamlineError, match="cuts text in a way whose name in llama.cpp is not known here"):
+            export_gguf(llama(), tmp_path / "model.gguf", tokenizer=tmp_path)
+        return
+    export_gguf(llama(), tmp_path / "model.gguf", tokenizer=tmp_path)
+    assert settings_of(tmp_path / "model.gguf")["tokenizer.ggml.pre"] == name
+
+
 @pytest.mark.slow
 def test_smollm2_keeps_its_tokens_and_its_template(smollm2: tuple[nn.Module, Any], tmp_path: Path) -> None:
     model, tokenizer = smollm2
@@ -187,7 +271,16 @@ def test_smollm2_keeps_its_tokens_and_its_template(smollm2: tuple[nn.Module, Any
     ("make", "said"),
     [
         (lambda: repaired("llama"), "No plain form of this StreamlinedLlamaForCausalLM exists: its LinearReplacement"),
-        (lambda: tiny_model("gpt2"), "A gpt2 is not written as GGUF here, only a llama"),
+        (
+            lambda: tiny_model("gpt2"),
+            "A GPT2LMHeadModel has no LM head; a GGUF file is written of",
+        ),
+        (lambda: tiny_model("qwen3"), "A qwen3 is not written as GGUF here, only a LlamaForCausalLM"),
+        (lambda: llama().model, "A LlamaModel has no LM head"),
+        (
+            lambda: transformers.LlamaForSequenceClassification(llama().config),
+            "A LlamaForSequenceClassification has no LM head",
+        ),
         (lambda: llama(attention_bias=True), "attention_bias=True cannot be written here; expected False"),
         (lambda: llama(mlp_bias=True), "mlp_bias=True cannot be written here"),
         (lambda: llama(hidden_act="gelu"), "hidden_act='gelu' cannot be written here; expected 'silu'"),

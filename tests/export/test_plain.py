@@ -58,6 +58,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         surgeon.commit()
     folder = str(save(model, tmp_path / "model"))
     app(["export", folder, "--output", str(tmp_path / "plain")], standalone_mode=False)
+    assert "holds no tokenizer, so that none is written" in capsys.readouterr().out
     assert "streamline_hooks" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     app(["export", folder, "--to", "gguf", "-o", str(tmp_path / "m.gguf")], standalone_mode=False)
@@ -66,6 +67,8 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--to", "pdf", "-o", "x"], "--to pdf is unknown; expected one of plain, gguf, onnx"),
         (["--to", "gguf", "-o", str(tmp_path / "m.gguf")], "is there already"),
         (["-o", str(tmp_path / "plain")], "is not empty"),
+        (["--to", "gguf", "-o", str(tmp_path / "none" / "m.gguf")], "There is no folder .* to write m.gguf to"),
+        (["--to", "gguf", "-o", str(tmp_path / "n.gguf"), "--dtype", "q4"], "dtype='q4' is unknown"),
         (["-o", "x", "--refit", "folded"], "--refit and --original go together"),
     ):
         with pytest.raises(StreamlineError, match=said):

@@ -13,7 +13,7 @@ from streamline_hooks import HiddenStateRecorder, LayerSurgeon, LinearReplacemen
 from streamline_hooks.batch import device_of, prepare
 from streamline_hooks.offload import execution_device, followed_device_map
 from streamline_hooks.passes import resume
-from tests.tiny_models import BLOCKS, WIDTH, Nudge, left_padded, tiny_model, tokens
+from tests.tiny_models import BLOCKS, WIDTH, Nudge, left_padded, repaired, tiny_model, tokens
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 CPU = torch.device("cpu")
@@ -185,3 +185,21 @@ def test_the_models_device_map_follows_the_surgery_and_comes_back(tmp_path: Path
         assert blocks == {"model.layers.0": "cpu", "model.layers.1": "cpu", "model.layers.2": "disk"}
         assert [v for k, v in model.hf_device_map.items() if ".layers." not in k] == ["cpu"] * 4
     assert model.hf_device_map is before and list(before.items()) == items
+
+
+@pytest.mark.parametrize("elsewhere", ["model.norm", "model.layers.1", "lm_head"])
+def test_a_checkpoint_with_splices_is_loaded_with_a_part_of_it_on_disk(elsewhere: str, tmp_path: Path) -> None:
+    """The final norm, which is stored in another shape, among them: accelerate brings it as it is stored."""
+    model = repaired("llama")
+    save(model, tmp_path / "model")
+    where = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    where |= {f"model.layers.{k}": "cpu" for k in range(len(model.model.layers))}
+    where[elsewhere] = "disk"
+    loaded = load(tmp_path / "model", device_map=where, offload_folder=str(tmp_path / "weights"))
+    assert any(p.is_meta for p in loaded.get_submodule(elsewhere).parameters()), "nothing is on disk"
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(loaded(tokens(2, 9)).logits, model(tokens(2, 9)).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path / "again")(tokens(2, 9)).logits, model(tokens(2, 9)).logits)
