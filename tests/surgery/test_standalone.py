@@ -70,7 +70,7 @@ def test_it_is_read_and_written_again_without_the_library(family: str, kind: str
         model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None, use_cache=c) for c in (True, False)
     )
     assert torch.equal(with_cache, without)
-    if model.base_model is not model:  # Gemma 3 names no base before Transformers 5, and AutoModel finds no weight of it
+    if model.base_model is not model:  # before Transformers 5 Gemma 3 names none, and AutoModel finds no weight
         base = AutoModel.from_pretrained(folder + "/model", **asked)
         assert torch.equal(base(ids)[0], model.base_model(ids)[0])
     model.save_pretrained(folder + "/again")
