@@ -51,9 +51,9 @@ def main() -> None:
                     {"domain": domain, "seed": seed, **run(model, tokenizer, text, seed, options.remove, test)}
                 )
                 FILE.write_text(json.dumps(content, indent=1) + "\n")
-                (RESULTS / "certainty.md").write_text(table(content, options.remove))
                 print(content["rows"][-1], flush=True)
-    print((RESULTS / "certainty.md").read_text())
+    (RESULTS / "certainty.md").write_text(table(content, options.remove))
+    print(table(content, options.remove))
 
 
 def run(model: Any, tokenizer: Any, text: list[str], seed: int, size: int, test: Any) -> dict[str, Any]:
@@ -113,9 +113,9 @@ def table(content: dict[str, Any], size: int) -> str:
     lines = [
         f"SmolLM2-135M, {size} of 30 blocks, repaired by linear maps in closed form. Across text and seeds each run "
         f"has {CALIBRATION:,} tokens of one training domain to rank and fit on, {VALIDATION:,} to judge by KL, and "
-        f"{SHORTLIST} windows on the shortlist. Across criteria and searches the text is a mixture of all domains: "
-        "20,480 tokens where one window goes, 4,096 where several do (see choice.md). Perplexity of the repaired model "
-        "is on the same held-out text of five domains throughout.",
+        f"{SHORTLIST} windows on the shortlist. Across criteria and searches the text is a mixture of all domains, "
+        "20,480 tokens of it (see choice.md). Perplexity of the repaired model is on the same held-out text of five "
+        "domains throughout.",
         "",
         "| what varies | what is chosen | mean overlap of two choices | repaired perplexity: median (range) |",
         "|---|---|---:|---:|",
