@@ -21,7 +21,7 @@ from tests.tiny_models import FAMILIES, left_padded, tiny_model, tokens
 
 WINDOW = range(2, 4)
 PLAIN = ("none", "block", "silenced", "folded", "scale")
-SPLICED = ("linear", "linear:rank=4", "mlp", "swiglu:width=16")
+SPLICED = ("linear", "linear:rank=4", "linear:diagonal", "mlp", "swiglu:width=16")
 HOW = ("save", "save_pretrained", "Trainer")
 MIXTRAL = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
