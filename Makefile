@@ -49,12 +49,13 @@ $(VENV)-oldest/.stamp: setup.cfg pyproject.toml $(VENV)/.stamp-venv
 	@$(call with_signs_of_life,$(VENV)-oldest/bin/python -m pip install -e . "$(OLDEST)" $(OLDEST_NEEDS))
 	@touch $@
 
-# Engines that run what is exported. llama.cpp is compiled, with one job: it takes much memory with more.
-ENGINES := llama-cpp-python onnx onnxscript onnxruntime
+# Engines that run what is exported, and a quantizer, which warns wherever it is imported. llama.cpp is compiled, with
+# one job: it takes much memory with more.
+ENGINES := llama-cpp-python onnx onnxscript onnxruntime torchao
 
 engines: export OMP_NUM_THREADS ?= 1
-engines: $(VENV)-engines/.stamp ## Run exported models in llama.cpp and ONNX Runtime (builds them first: 20 minutes)
-	$(VENV)-engines/bin/python -m pytest tests/export $(PYTEST_ARGS)
+engines: $(VENV)-engines/.stamp ## Run models in llama.cpp and ONNX Runtime, and quantised (builds them first: 20 minutes)
+	$(VENV)-engines/bin/python -m pytest tests/export tests/world/test_like_any_other.py $(PYTEST_ARGS)
 
 $(VENV)-engines/.stamp: setup.cfg pyproject.toml $(VENV)/.stamp-venv
 	@echo "Installing this library and $(ENGINES) into $(VENV)-engines."

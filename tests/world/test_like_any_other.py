@@ -41,7 +41,7 @@ def short_stories(stories: tuple[Any, Any], story_texts: list[str]) -> tuple[Any
 def torchao() -> Iterator[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+        yield pytest.importorskip("torchao.quantization", reason="torchao is in the environment of `make engines` only")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
