@@ -9,6 +9,7 @@ from torch import nn
 
 from streamline_hooks.passes import progress
 from streamline_hooks.stack import find_stack
+from streamline_hooks.surgery.splice import AFTER, BEFORE
 
 _NEAR = 0.5  # relative distance up to which two blocks are taken for one that was trained
 
@@ -24,7 +25,8 @@ class BlockMatch:
     source : int or None
         The number of the block in the first model that it is, or came from; None where there is none.
     changed : tuple of str
-        The weights that differ, by their path in the block, and those that only one of the two has.
+        The weights that differ, in the second model's precision, by their path in the block, and those that only one
+        of the two has.
     distance : float
         ‖difference‖ / ‖weights of the first‖ over all weights that both have; 0 for the same block.
     """
@@ -91,8 +93,6 @@ def compare_blocks(first: nn.Module, second: nn.Module, *, stack: str | None = N
 
 def _weights(block: nn.Module) -> dict[str, torch.Tensor]:
     """What a block holds itself; modules that are spliced in are another matter."""
-    from streamline_hooks.surgery.splice import AFTER, BEFORE
-
     state = {**dict(block.named_parameters()), **dict(block.named_buffers())}
     return {name: tensor.detach() for name, tensor in state.items() if not name.startswith((BEFORE, AFTER))}
 
@@ -101,25 +101,28 @@ def _match(
     number: int, weights: dict[str, torch.Tensor], sources: list[dict[str, torch.Tensor]], taken: set[int | None]
 ) -> BlockMatch:
     """The nearest source: the same one, else the one with most weights equal, else the one at the least distance."""
+    same = [k for k, source in enumerate(sources) if _is_same(source, weights)]
+    if same:
+        return BlockMatch(number, min(same, key=lambda k: (k in taken, k)))
     candidates = []
     for k, source in enumerate(sources):
         both = [n for n in weights if n in source and source[n].shape == weights[n].shape]
-        equal = {n for n in both if torch.equal(source[n].cpu(), weights[n].cpu())}
-        alone = set(weights) ^ set(source) | (set(weights) - set(both))
-        if both and len(equal) == len(both) and not alone:
-            distance = 0.0
-        else:
-            distance = _distance([(source[n], weights[n]) for n in both])
-        changed = tuple(sorted((set(both) - equal) | alone))
+        equal = {n for n in both if _equal(source[n], weights[n])}
+        changed = tuple(sorted((set(weights) | set(source)) - equal))
         telling = (weights[n] for n in equal if weights[n].ndim > 1)  # vectors are often alike, and so is nothing
         sized = sum(weight.numel() for weight in telling if weight.any())
-        candidates.append((bool(changed), -sized, distance, k in taken, k, changed))
-        if not changed and k not in taken:
-            break
-    _, sized, distance, _, k, changed = min(candidates)
-    if changed and not sized and distance > _NEAR:
-        return BlockMatch(number, None)
-    return BlockMatch(number, k, changed, distance)
+        candidates.append((-sized, _distance([(source[n], weights[n]) for n in both]), k in taken, k, changed))
+    sized, distance, _, k, changed = min(candidates)
+    return BlockMatch(number, k, changed, distance) if sized or distance <= _NEAR else BlockMatch(number, None)
+
+
+def _is_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(_equal(one[n], other[n]) for n in one)
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two weights are the same, in the precision of the second."""
+    return one.shape == other.shape and torch.equal(one.cpu().to(other.dtype), other.cpu())
 
 
 def _distance(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:

@@ -64,22 +64,35 @@ def save(
         If the folder is not empty, if it cannot be written, or if a surgeon is still open on the model.
     """
     target = Path(folder).resolve()
+    with whole_folder(target, overwrite) as beside:
+        model.save_pretrained(beside)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(beside)
+        if report is not None:
+            (beside / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        card = model_card(read_json(beside / CONFIG), report, base_model)
+        (beside / CARD).write_text(card, encoding="utf-8")
+        write_checksums(beside)
+    return target
+
+
+@contextmanager
+def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder to write to, which takes the place of the one that is named if all goes well.
+
+    Raises
+    ------
+    StreamlineError
+        If the place is not free, see `require_free`, or writing fails.
+    """
     require_free(target, overwrite)
     try:
-        with replacing(target) as beside:
-            model.save_pretrained(beside)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(beside)
-            if report is not None:
-                (beside / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-            card = model_card(read_json(beside / CONFIG), report, base_model)
-            (beside / CARD).write_text(card, encoding="utf-8")
-            write_checksums(beside)
+        with _replacing(target) as beside:
+            yield beside
     except (OSError, SafetensorError) as error:
         raise StreamlineError(
             f"Writing {target} failed: {error}. What was there before is untouched. Make room or choose another folder."
         ) from error
-    return target
 
 
 def require_free(folder: str | Path, overwrite: bool = False) -> None:
@@ -103,7 +116,7 @@ def require_free(folder: str | Path, overwrite: bool = False) -> None:
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
+def _replacing(target: Path) -> Iterator[Path]:
     """A new folder beside the target, which takes its place if all goes well."""
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".writing", dir=target.parent))

@@ -81,13 +81,13 @@ def _require_possible(folder: Path, output: Path, to: str, dtype: str, overwrite
     from transformers import AutoConfig
 
     from streamline_hooks.checkpoint import require_free
-    from streamline_hooks.checkpoint.safety import check_folder
+    from streamline_hooks.checkpoint.safety import CONFIG, read_json
     from streamline_hooks.export.gguf import require_gguf
     from streamline_hooks.export.onnx import require_onnx
 
     if to not in FORMS:
         raise StreamlineError(f"--to {to} is unknown; expected one of {', '.join(FORMS)}.")
-    check_folder(folder)
+    read_json(folder / CONFIG)
     if to == "plain":
         require_free(output, overwrite)
     elif output.exists() and not overwrite:

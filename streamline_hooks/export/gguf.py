@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.export.plain import require_plain
 from streamline_hooks.export.vocabulary import write_vocabulary
-from streamline_hooks.passes import progress
 from streamline_hooks.replacements import NormedLinearReplacement
 from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced
@@ -89,16 +88,13 @@ def export_gguf(
         _write_settings(writer, config, own, linear, architecture)
         write_vocabulary(writer, None if tokenizer is None else Path(tokenizer), config.vocab_size)
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, len(blocks))
-        tensors = dict(_tensors(model, own, linear))
-        for name, tensor in tensors.items():
+        for name, tensor in _tensors(model, own, linear):
             stem, _, kind = name.rpartition(".")
             written = name if name == "rope_freqs.weight" else f"{names.get_name(stem)}.{kind}"
             _add(writer, written, tensor, _DTYPES[dtype] if tensor.ndim > 1 else torch.float32)
-        with progress(sum(t.numel() for t in tensors.values()), f"write {target.name}", "weights") as bar:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            bar.update(bar.total)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file(progress=True)
         writer.close()
         half.replace(target)
     finally:

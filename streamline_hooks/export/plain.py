@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamline_hooks.checkpoint.writing import replacing, require_free
+from streamline_hooks.checkpoint.writing import whole_folder
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced
@@ -76,10 +76,9 @@ def export_plain(
     """
     require_plain(model)
     target = Path(folder).resolve()
-    require_free(target, overwrite)
     said: Any = vars(model.config).pop("streamline_hooks", None)
     try:
-        with replacing(target) as beside:
+        with whole_folder(target, overwrite) as beside:
             model.save_pretrained(beside)
             if tokenizer is not None:
                 tokenizer.save_pretrained(beside)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,10 @@ def refit(
             f"{folder} was made by {len(plans)} surgeries with {len(windows)} windows that something stands for; only "
             "what one surgery put in the place of windows can be fitted again. Compress the original again instead."
         )
+    if any(before.stop == after.start for before, after in pairwise(windows)):
+        raise StreamlineError(
+            f"The windows {windows} of {folder} touch, and would be fitted again as one. Compress the original again."
+        )
     entry = read_json(Path(folder) / CONFIG)["streamline_hooks"]["history"][0]
     data: dict[str, Any] = entry.get("calibration") or {}
     lost = [name for name in (*_SPLIT, "fingerprint") if name not in data]
@@ -143,10 +148,4 @@ def refit(
         say=say,
         **asked,
     )
-    chosen = list(result.candidates[0].windows)
-    if chosen != windows:
-        raise StreamlineError(
-            f"What can be given up again is {chosen}, and was {windows}: windows that touch cannot be told apart. The "
-            "original is changed; compress a fresh one instead."
-        )
     return Refitted(result, value, before, len(result.plan.slots) - blocks)

@@ -49,6 +49,15 @@ def test_changed_new_and_equal_ones() -> None:
     assert (found[3].source, found[3].changed, found[3].distance) == (3, (), 0.0)
 
 
+def test_another_precision_is_no_change() -> None:
+    original, model = tiny_model("llama"), tiny_model("llama", torch.bfloat16)
+    with torch.no_grad():
+        find_stack(model).blocks[1].mlp.down_proj.weight.mul_(2)
+    found = compare_blocks(original, model)
+    assert [match.source for match in found] == list(range(len(found)))
+    assert [match.changed for match in found[:2]] == [(), ("mlp.down_proj.weight",)]
+
+
 def test_nothing_in_common_is_nothing() -> None:
     """Silent branches are alike in every block."""
     original = tiny_model("llama")

@@ -65,6 +65,14 @@ def test_other_text_another_original_and_another_plan_are_refused(
     save(by_hand, tmp_path / "by hand")
     with pytest.raises(StreamlineError, match=r"does not say on what it was calibrated \(calibration_tokens"):
         refit(tmp_path / "by hand", original, tokenizer, story_texts, kind="folded")
+    touching = copy.deepcopy(original)
+    with LayerSurgeon(touching) as surgeon:
+        for window in (range(1, 2), range(2, 4)):
+            surgeon.replace(window, LinearReplacement(original.config.hidden_size))
+        surgeon.commit()
+    save(touching, tmp_path / "touching")
+    with pytest.raises(StreamlineError, match="touch, and would be fitted again as one"):
+        refit(tmp_path / "touching", original, tokenizer, story_texts, kind="folded")
     with LayerSurgeon(by_hand) as surgeon:
         surgeon.remove([0])
         surgeon.commit()
