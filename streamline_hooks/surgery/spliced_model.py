@@ -91,7 +91,6 @@ class _ConfigWithSplices:
                 "and would be saved without them. Save the model that was committed; to commit another one, open the "
                 "LayerSurgeon on it."
             )
-        vars(self).pop("auto_map", None)
         if _can_stand_alone(self):
             classes = _classes_for(base_class(type(self)), architectures)
             self.auto_map = {"AutoConfig": f"{CODE}.StreamlinedConfig"} | {
