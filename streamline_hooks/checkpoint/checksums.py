@@ -15,7 +15,7 @@ _AT_ONCE = 1 << 24  # bytes
 
 def write_checksums(folder: Path) -> None:
     """Write the checksums of the weights, the configuration and the code in a folder beside them."""
-    (folder / FILE).write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in _covered(folder)))
+    (folder / FILE).write_text("".join(f"{digest}  {name}\n" for name, digest in _digests(folder).items()))
 
 
 def check_checksums(folder: Path) -> None:
@@ -32,9 +32,9 @@ def check_checksums(folder: Path) -> None:
     if any(len(entry) != 2 or len(entry[0]) != 64 for entry in entries):
         raise StreamlineError(f"{folder / FILE} holds no checksums; expected lines of a SHA-256 and a file's name.")
     expected = {name: said for said, name in entries}
-    present = {file.name: file for file in _covered(folder)}
+    present = _digests(folder)
     for name in sorted(expected.keys() | present.keys()):
-        if name not in present or name not in expected or _sha256(present[name]) != expected[name]:
+        if present.get(name) != expected.get(name):
             what = "is missing" if name not in present else "is not the file that was written"
             raise StreamlineError(
                 f"{folder / name} {what}: {FILE} beside it says otherwise. Copy the folder again; or, if something "
@@ -42,14 +42,16 @@ def check_checksums(folder: Path) -> None:
             )
 
 
-def _covered(folder: Path) -> list[Path]:
-    return sorted(file for pattern in _COVERED for file in folder.glob(pattern))
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream, progress(file.stat().st_size, f"checksum of {file.name}", "B") as bar:
-        while piece := stream.read(_AT_ONCE):
-            digest.update(piece)
-            bar.update(len(piece))
-    return digest.hexdigest()
+def _digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file that is covered, by its name."""
+    files = sorted(file for pattern in _COVERED for file in folder.glob(pattern))
+    found: dict[str, str] = {}
+    with progress(sum(file.stat().st_size for file in files), "checksums", "B") as bar:
+        for file in files:
+            digest = hashlib.sha256()
+            with file.open("rb") as stream:
+                while piece := stream.read(_AT_ONCE):
+                    digest.update(piece)
+                    bar.update(len(piece))
+            found[file.name] = digest.hexdigest()
+    return found
