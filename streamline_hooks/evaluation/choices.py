@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,8 +203,10 @@ def _alone(model: nn.Module, questions: Sequence[Sequence[_Sequence]]) -> list[f
     texts = [text for question in questions for text in question]
     width = max(len(text.tokens) for text in texts)
     given = _padded([(text.tokens, 0) for text in texts], 0, width)
-    logits = logits_of(model(**prepare(model, given)))
-    return [_sum(logits[row], text.tokens[text.start :], text.start - 1) for row, text in enumerate(texts)]
+    kept = _keep(model, width - min(text.start - 1 for text in texts))
+    logits = logits_of(model(**prepare(model, given), **kept))
+    left = width - logits.shape[1]
+    return [_sum(logits[row], text.tokens[text.start :], text.start - 1 - left) for row, text in enumerate(texts)]
 
 
 def _with_shared_prefix(model: nn.Module, questions: Sequence[Sequence[_Sequence]]) -> list[float]:
@@ -221,7 +223,7 @@ def _with_shared_prefix(model: nn.Module, questions: Sequence[Sequence[_Sequence
     first_of = [rows.index(row) for row in range(len(questions))]
     prefix = {name: whole[name][first_of, :cut] for name in _BY_TOKEN if name in whole}
     name = _cache_argument(model)
-    cache = getattr(model(**(whole | prefix | {"use_cache": True})), name)
+    cache = getattr(model(**(whole | prefix | _keep(model, 1) | {"use_cache": True})), name)
     cache.reorder_cache(torch.tensor(rows, device=device_of(model)))
     rest = {name: whole[name][:, cut:] for name in ("input_ids", "position_ids") if name in whole}
     logits = logits_of(model(**(whole | rest | {name: cache, "use_cache": True})))
@@ -233,12 +235,22 @@ _BY_TOKEN = ("input_ids", "attention_mask", "position_ids")
 
 def _cache_argument(model: nn.Module) -> str:
     """What a model calls its cache of keys and values: Transformers changed the name on its way to 5.40."""
-    inside = getattr(model, "get_base_model", None)  # a PEFT model's own forward names nothing
-    taken = inspect.signature((inside() if callable(inside) else model).forward).parameters
+    taken = _arguments(model)
     for name in ("cache", "past_key_values"):
         if name in taken:
             return name
     raise StreamlineError(f"{type(model).__name__} takes no cache of keys and values.")
+
+
+def _arguments(model: nn.Module) -> Collection[str]:
+    """What a model's forward takes."""
+    inside = getattr(model, "get_base_model", None)  # a PEFT model's own forward names nothing
+    return inspect.signature((inside() if callable(inside) else model).forward).parameters
+
+
+def _keep(model: nn.Module, last: int) -> dict[str, int]:
+    """Tells a model to run its LM head on so many last places, where it can leave the others out."""
+    return {"logits_to_keep": last} if "logits_to_keep" in _arguments(model) else {}
 
 
 def _sharing_holds(model: nn.Module, encoded: Sequence[Sequence[_Sequence]]) -> bool:

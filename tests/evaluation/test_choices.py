@@ -55,7 +55,7 @@ def asked(random: Random, count: int) -> list[Question]:
 def questions_of(model: nn.Module, count: int, choices: int, seed: int) -> list[Question]:
     """Questions whose right answers are those that a model gives."""
     random = Random(seed)
-    open_ = [Question((numbers(random, 8),) * choices, tuple(numbers(random, 3) for _ in range(choices)), 0)] * 0
+    open_ = []
     for _ in range(count):
         texts = tuple(numbers(random, 3) for _ in range(choices))
         open_.append(Question((numbers(random, 8),) * choices, texts, 0))
@@ -119,17 +119,19 @@ def test_models_that_have_lost_blocks(model: nn.Module) -> None:
 
 
 def test_a_shared_context_is_run_once() -> None:
-    model, widths = tiny_model("llama"), []
+    model, widths, said = tiny_model("llama"), [], []
     random = Random(0)
     questions = [Question((numbers(random, 20),) * 4, tuple(numbers(random, 2) for _ in range(4)), 0) for _ in range(3)]
     score_choices(model, Numbers(), questions[:1])  # whose check is not to be counted below
     model.model.layers[0].register_forward_pre_hook(
         lambda m, a, kw: widths.append((a[0] if a else kw["hidden_states"]).shape[:2]), with_kwargs=True
     )
+    model.lm_head.register_forward_pre_hook(lambda m, args: said.append(args[0].shape[:2]))
     score_choices(model, Numbers(), questions, batch_size=12)
     check, run = widths[:3], widths[3:]
     assert check == [(8, 22), (2, 19), (8, 3)]  # each choice alone; the contexts but for their last tokens; the rest
     assert run == [(3, 19), (12, 3)]
+    assert said == [(8, 3), (2, 1), (8, 3), (3, 1), (12, 3)]  # the head only where something is scored
 
 
 @pytest.mark.parametrize("kind", ["mamba", "rwkv", "bloom", "mpt", "falcon", "jamba", "bamba", "qwen3_next"])
