@@ -32,6 +32,7 @@ from streamline_hooks.pretrained import load_pretrained
 from streamline_hooks.repair import (
     PRESETS,
     Healing,
+    Objective,
     Student,
     Trained,
     Training,
@@ -61,6 +62,7 @@ class Recipe:
 
 
 OURS = Training(learning_rate=1e-3, weight_decay=0.01, warmup=0.05, floor=0.05)
+WITH_TEXT = replace(OURS, objective=Objective(kl=1.0, lm=1.0))
 RECIPES: dict[str, Recipe] = {
     **{name: Recipe(preset.kind, preset.training, preset.healing) for name, preset in PRESETS.items()},
     "linear": Recipe("linear"),
@@ -68,7 +70,7 @@ RECIPES: dict[str, Recipe] = {
     "swiglu, started": Recipe("swiglu"),
     "swiglu, KL": Recipe("swiglu", OURS),
     "block, KL": Recipe("block", OURS),
-    "swiglu, KL, healed": Recipe("swiglu", OURS, Healing("partial", "after", rate=0.2)),
+    "swiglu, KL + LM, healed": Recipe("swiglu", WITH_TEXT, Healing("partial", "after", rate=0.2)),
 }  # fmt: skip
 
 
