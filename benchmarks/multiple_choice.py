@@ -1,19 +1,20 @@
-"""The multiple-choice tasks that the benchmarks share: seeded subsets, how each is asked, and what guessing gives.
+"""The multiple-choice tasks that the benchmarks share: seeded subsets, and how each is asked.
 
 Likelihoods a character (normalised) are taken where that is usual, for choices of very different lengths.
 """
 
 from __future__ import annotations
 
-import json
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from random import Random
 from typing import TypeVar
 
-from streamline_hooks.evaluation.questions import Question, read_questions
+from streamline_hooks.evaluation.rows import read_rows
+from streamline_hooks.evaluation.questions import Question, questions_from, read_questions
 
 T = TypeVar("T")
 ASKED = "Question: {}\nAnswer:"
@@ -74,20 +75,10 @@ def questions_of(name: str, bench: Path, items: int | None, seed: int) -> list[Q
 
 
 def blimp(path: Path, items: int, seed: int) -> list[Question]:
-    """Minimal pairs, the same number of each paradigm; the better sentence comes first in half of them.
-
-    With the better one always first, a model to which both are equal would be right each time.
-    """
+    """Minimal pairs, the same number of each paradigm; the better sentence comes first in half of them."""
     found = []
-    with zipfile.ZipFile(path) as archive:
-        names = [n for n in archive.namelist() if n.startswith("data/") and n.endswith(".jsonl")]
-        for name in sorted(names):
-            lines = archive.read(name).decode("utf-8").split("\n")
-            where = [(f"{name}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
-            for k, (place, line) in enumerate(sample(where, items, f"{seed} {name}")):
-                pair, gold = json.loads(line), k % 2
-                sentences = pair["sentence_good"], pair["sentence_bad"]
-                found.append(Question(("", ""), sentences[:: -1 if gold else 1], gold, place))
+    for name, rows in groupby(read_rows(path), key=attrgetter("file")):
+        found += questions_from(sample(list(rows), items, f"{seed} {name}"), "minimal_pairs")
     return found
 
 
@@ -95,16 +86,3 @@ def sample(given: Sequence[T], items: int, seed: str) -> list[T]:
     """A seeded subset in the order of the whole; of the same file, a smaller one is not a part of a larger."""
     chosen = Random(seed).sample(range(len(given)), min(items, len(given)))
     return [given[k] for k in sorted(chosen)]
-
-
-def chance(questions: Sequence[Question]) -> float:
-    """The accuracy of knowing nothing.
-
-    Where every question offers the same choices, such as yes and no, that of the commonest right answer, which a model
-    can hit by saying one word; otherwise that of drawing one of the choices.
-    """
-    first = questions[0].continuations
-    if len(set(first)) > 1 and all(q.continuations == first for q in questions):
-        gold = [q.gold for q in questions]
-        return max(map(gold.count, gold)) / len(gold)
-    return sum(1 / len(q.contexts) for q in questions) / len(questions)

@@ -24,12 +24,13 @@ import torch
 import transformers
 from torch import nn
 
-from benchmarks.multiple_choice import TASKS, chance, questions_of
+from benchmarks.multiple_choice import TASKS, questions_of
 from benchmarks.real_text import RESULTS, arguments, heldout
 from streamline_hooks.evaluation import Agreement, Perplexity, perplexity
 from streamline_hooks.evaluation.agreement import agreement_of, paired_logits
 from streamline_hooks.evaluation.choices import score_choices
 from streamline_hooks.evaluation.perplexity import score
+from streamline_hooks.evaluation.questions import chance
 from streamline_hooks.pretrained import load_pretrained
 
 FILE = RESULTS / "quality_original.json"

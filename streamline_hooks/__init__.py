@@ -3,7 +3,17 @@
 from streamline_hooks.checkpoint import compare_blocks, load, read_plans, save
 from streamline_hooks.compress import compress
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
-from streamline_hooks.evaluation import Agreement, agreement, measure_speed, perplexity
+from streamline_hooks.evaluation import (
+    Agreement,
+    Evaluation,
+    Suite,
+    agreement,
+    evaluate,
+    measure_speed,
+    perplexity,
+    sliding_perplexity,
+    suite_from_files,
+)
 from streamline_hooks.passes import resume
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.repair import (
@@ -38,12 +48,14 @@ from streamline_hooks.stack import BlockStack, find_stack, find_stacks
 from streamline_hooks.statistics import Profile, WindowMoments, measure_branches, measure_moments, profile
 from streamline_hooks.surgery import LayerSurgeon, SurgeryPlan
 from streamline_hooks.surgery.registration import register_with_transformers
+from streamline_hooks.sweep import Sweep, sweep
 
 __all__ = [
     "PRESETS",
     "Agreement",
     "BlockStack",
     "CompressionResult",
+    "Evaluation",
     "Healing",
     "HiddenStateRecorder",
     "LayerSurgeon",
@@ -53,7 +65,9 @@ __all__ = [
     "SearchProblem",
     "Selection",
     "StreamlineError",
+    "Suite",
     "SurgeryPlan",
+    "Sweep",
     "Target",
     "Trained",
     "Training",
@@ -63,6 +77,7 @@ __all__ = [
     "combined",
     "compare_blocks",
     "compress",
+    "evaluate",
     "find_selections",
     "find_stack",
     "find_stacks",
@@ -85,7 +100,10 @@ __all__ = [
     "resume",
     "save",
     "score_windows",
+    "sliding_perplexity",
     "student_of",
+    "suite_from_files",
+    "sweep",
     "train",
     "verified",
 ]

@@ -97,6 +97,13 @@ def device_of(model: nn.Module) -> torch.device:
     return execution_device(model) or device if device.type == "meta" else device
 
 
+def positions_of(config: Any) -> int | None:
+    """How many tokens a model of a configuration has positions for; None where that is not said."""
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    positions = getattr(text, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
 def _unadapted(model: nn.Module) -> nn.Module:
     """The model inside PEFT's wrapper, whose forward hands on arguments that it does not name."""
     inside = getattr(model, "get_base_model", None)

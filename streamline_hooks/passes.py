@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import inspect
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -127,6 +128,29 @@ def logits_of(output: Any) -> Tensor:
             f"The model returned a {type(output).__name__} without logits; give one with its LM head."
         )
     return logits
+
+
+def forward_arguments(model: nn.Module) -> Collection[str]:
+    """What a model's forward takes, by name."""
+    inside = getattr(model, "get_base_model", None)  # a PEFT model's own forward names nothing
+    return inspect.signature((inside() if callable(inside) else model).forward).parameters
+
+
+def head_on_last(model: nn.Module, places: int) -> dict[str, int]:
+    """Tells a model to run its LM head on so many last places, where it can leave the others out.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    places : int
+        1 or more.
+
+    Returns
+    -------
+    dict
+        Keyword arguments for the model; empty where it always runs its head on every place.
+    """
+    return {"logits_to_keep": places} if "logits_to_keep" in forward_arguments(model) else {}
 
 
 def progress(total: int, what: str, unit: str = "tok", done: int = 0) -> tqdm[Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.batch import batches_of
+from streamline_hooks.batch import batches_of, positions_of
 from streamline_hooks.calibration import TokenSplit, check_tokenizer, split_documents
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.cost import Cost
@@ -224,8 +224,8 @@ def held_out_apart(sequences: Tensor) -> tuple[Tensor, Tensor]:
 
 def require_positions(model: PreTrainedModel, sequence_length: int) -> None:
     """Raise if a model has fewer positions than a sequence has tokens."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < sequence_length:
+    limit = positions_of(model.config)
+    if limit is not None and limit < sequence_length:
         raise StreamlineError(
             f"sequence_length={sequence_length} is more than the {limit} positions that the model has; use "
             f"--sequence-length {limit} or less."

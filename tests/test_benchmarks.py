@@ -20,12 +20,12 @@ from torch import nn
 
 from benchmarks import quality_scores, small_opt
 from benchmarks.bigram import Bigram, discount
-from benchmarks.multiple_choice import TASKS, blimp, chance, questions_of
+from benchmarks.multiple_choice import TASKS, blimp, questions_of
 from benchmarks.quality_scores import Quality, Scores, fingerprint
 from benchmarks.real_text import SEQUENCE, heldout
 from benchmarks.small_opt import Recipe, Training, compare, new_model, stream_of, train_tokenizer
 from streamline_hooks import LayerSurgeon, agreement, perplexity
-from streamline_hooks.evaluation.questions import Question
+from streamline_hooks.evaluation.questions import Question, chance
 
 WORDS = ["the", "a", "cat", "dog", "house", "runs", "sleeps", "green", "small", "and", "under", "over", "near"]
 TINY = Recipe(width=16, blocks=4, heads=2, vocabulary=320, sequence=32, batch=2, steps=8, warmup=2, rate=1e-2)

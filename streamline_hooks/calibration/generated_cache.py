@@ -10,12 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from streamline_hooks.errors import StreamlineError
-
-_VALUES_PER_PARAMETER = 16
 
 
 @dataclass(frozen=True)
@@ -80,18 +75,6 @@ class GeneratedCache:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Return SHA-256, in hexadecimal, of every parameter's name, shape, dtype and a few of its values."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        if not parameter.is_meta and parameter.numel():
-            flat = parameter.detach().reshape(-1)
-            some = flat[:: max(1, flat.numel() // _VALUES_PER_PARAMETER)]
-            digest.update(some.to("cpu", torch.float32).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _load(path: Path) -> list[list[GeneratedText]]:

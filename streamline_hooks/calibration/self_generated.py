@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from streamline_hooks.batch import device_of
-from streamline_hooks.calibration.generated_cache import GeneratedCache, GeneratedText, weights_digest
+from streamline_hooks.batch import device_of, positions_of
+from streamline_hooks.calibration.generated_cache import GeneratedCache, GeneratedText
 from streamline_hooks.calibration.prompts import FORMS, TOPICS, prompts
+from streamline_hooks.digests import weights_digest
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.generation import seeded, written_on
+from streamline_hooks.passes import inference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,13 +93,12 @@ def self_generated(
     queue = prompts(seed)
     written: list[GeneratedText] = []
     idle = 0
-    with tqdm(total=tokens, unit="token", desc="Writing calibration text", disable=None) as bar, _evaluating(model):
+    with tqdm(total=tokens, unit="token", desc="Writing calibration text", disable=None) as bar, inference(model):
         for number in count():
             asked = list(islice(queue, batch_size))
             known = number < len(store.batches)
             if not known:
-                drawn = hashlib.sha256(f"{seed} {number}".encode()).digest()[:7]
-                with _seeded(device_of(model), int.from_bytes(drawn)):
+                with seeded(device_of(model), seed, number):
                     store.append(_write(model, tokenizer, asked, sequence_length, sampling))
             before = len(_usable(written))
             written += store.batches[number]
@@ -177,32 +177,14 @@ def _write(
     """Sample one answer to each prompt."""
     rows = [_chat_ids(tokenizer, prompt) for prompt in asked]
     width = max(map(len, rows))
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    room = positions_of(model.config) or math.inf
     if room - width < _SHORTEST:
         raise StreamlineError(
             f"{type(model).__name__} has room for {room} tokens, and a prompt in its chat template has {width}. "
             f"Expected room for an answer of {_SHORTEST} tokens at least. Give text with --calibration FILE."
         )
-    ends = _end_ids(model, tokenizer)
-    pad = next((i for i in (tokenizer.pad_token_id, *sorted(ends)) if i is not None), 0)
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device_of(model))
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device_of(model))
-    generate: Any = model.generate
-    answers = generate(
-        input_ids=ids,
-        attention_mask=mask,
-        do_sample=True,
-        num_beams=1,
-        top_k=0,
-        max_new_tokens=int(min(sequence_length, room - width)),
-        pad_token_id=pad,
-        eos_token_id=sorted(ends) or None,
-        use_cache=True,
-        **sampling,
-    )[:, width:].tolist()
-    return [
-        _judged(model, tokenizer, row, list(_until(answer, ends))) for row, answer in zip(rows, answers, strict=True)
-    ]
+    answers = written_on(model, tokenizer, rows, new_tokens=int(min(sequence_length, room - width)), sampling=sampling)
+    return [_judged(model, tokenizer, row, answer) for row, (answer,) in zip(rows, answers, strict=True)]
 
 
 def _chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -211,21 +193,6 @@ def _chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the ids that end an answer; a chat model may have several."""
-    configured = model.generation_config.eos_token_id
-    ends = configured if isinstance(configured, list) else [configured]
-    return {i for i in (*ends, tokenizer.eos_token_id) if i is not None}
-
-
-def _until(ids: Sequence[int], ends: set[int]) -> Iterator[int]:
-    for one in ids:
-        if one in ends:
-            return
-        yield one
-
-
-@torch.no_grad()
 def _judged(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], answer: list[int]
 ) -> GeneratedText:
@@ -259,28 +226,3 @@ def _best(texts: Sequence[GeneratedText], fraction: float) -> list[GeneratedText
     """Keep a fraction of lowest perplexity, in the order given."""
     ranked = sorted(range(len(texts)), key=lambda i: texts[i].perplexity)
     return [texts[i] for i in sorted(ranked[: math.ceil(fraction * len(texts))])]
-
-
-@contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed the generators that sampling uses, and put them back as they were."""
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if cuda else []):
-        # Not torch.manual_seed, which seeds every accelerator, also those that are not put back.
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put the model in evaluation mode, and each module back in its own afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

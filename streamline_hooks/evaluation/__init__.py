@@ -2,24 +2,75 @@
 
 from streamline_hooks.evaluation.agreement import Agreement, agreement, kl_of_candidates
 from streamline_hooks.evaluation.candidates import Candidate
+from streamline_hooks.evaluation.choices import ChoiceScores, score_choices
 from streamline_hooks.evaluation.cost import Cost, Pace
+from streamline_hooks.evaluation.evaluate import evaluate
+from streamline_hooks.evaluation.last_words import LastWord, LastWordScores, read_last_words, score_last_words
+from streamline_hooks.evaluation.matched import Matched
 from streamline_hooks.evaluation.pace import measure_pace
 from streamline_hooks.evaluation.perplexity import Perplexity, perplexity, perplexity_of_candidates
+from streamline_hooks.evaluation.probes import probes
+from streamline_hooks.evaluation.problems import Problem, Solved, read_problems, solve
+from streamline_hooks.evaluation.questions import Question, chance, questions_from, read_questions
+from streamline_hooks.evaluation.result import Evaluation, Scores
+from streamline_hooks.evaluation.retained import Estimate, Retained, TaskAnswers, retained
+from streamline_hooks.evaluation.sliding import TextPerplexity, sliding_perplexity
+from streamline_hooks.evaluation.sliding_agreement import TextComparison, sliding_agreement
 from streamline_hooks.evaluation.speed import SpeedReport, Spread, Timing, measure_speed
+from streamline_hooks.evaluation.stability import Stability, stability
+from streamline_hooks.evaluation.suite import ChoiceTask, ProblemTask, Suite
+from streamline_hooks.evaluation.suite_files import suite_from_files
+from streamline_hooks.evaluation.writing import WritingScores, Written, write_on
 
 __all__ = [
     "Agreement",
     "Candidate",
+    "ChoiceScores",
+    "ChoiceTask",
     "Cost",
+    "Estimate",
+    "Evaluation",
+    "LastWord",
+    "LastWordScores",
+    "Matched",
     "Pace",
     "Perplexity",
+    "Problem",
+    "ProblemTask",
+    "Question",
+    "Retained",
+    "Scores",
+    "Solved",
     "SpeedReport",
     "Spread",
+    "Stability",
+    "Suite",
+    "TaskAnswers",
+    "TextComparison",
+    "TextPerplexity",
     "Timing",
+    "WritingScores",
+    "Written",
     "agreement",
+    "chance",
+    "evaluate",
     "kl_of_candidates",
     "measure_pace",
     "measure_speed",
     "perplexity",
     "perplexity_of_candidates",
+    "probes",
+    "questions_from",
+    "read_last_words",
+    "read_problems",
+    "read_questions",
+    "retained",
+    "score_choices",
+    "score_last_words",
+    "sliding_agreement",
+    "sliding_perplexity",
+    "solve",
+    "stability",
+    "suite_from_files",
+    "write_on",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from streamline_hooks.batch import Batch, prepare, tokens_of
 from streamline_hooks.batch import real_tokens as mask_of
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.candidates import Candidate, candidate_logits, real_tokens
+from streamline_hooks.evaluation.nats_histogram import NatsHistogram
 from streamline_hooks.hidden_state import token_mask
 from streamline_hooks.passes import inference, logits_of, progress
 
@@ -32,6 +33,8 @@ class Agreement:
         Tokens for which both put the same next token first; of equal ones the lower number is first.
     tokens : int
         Real tokens, the last of a sequence among them: what follows it needs no label.
+    spread : NatsHistogram
+        KL by token.
 
     Examples
     --------
@@ -42,6 +45,7 @@ class Agreement:
     nats: float = 0.0
     same: int = 0
     tokens: int = 0
+    spread: NatsHistogram = field(default_factory=NatsHistogram)
 
     @property
     def kl(self) -> float:
@@ -59,7 +63,9 @@ class Agreement:
         return self.tokens
 
     def __add__(self, other: Agreement) -> Agreement:
-        return Agreement(self.nats + other.nats, self.same + other.same, self.tokens + other.tokens)
+        return Agreement(
+            self.nats + other.nats, self.same + other.same, self.tokens + other.tokens, self.spread + other.spread
+        )
 
     def __str__(self) -> str:
         return f"KL {self.kl:.3f} nats a token, the same token first for {self.top1:.1%} of {self.tokens:,} tokens"
@@ -168,11 +174,12 @@ def agreement_of(reference: Tensor, logits: Tensor, mask: Tensor) -> Agreement:
         The real tokens, of shape (batch, tokens).
     """
     reference, logits = real_tokens(reference, mask), real_tokens(logits, mask)
-    nats, same = 0.0, 0
+    same, each = 0, []
     for p, q in zip(reference.split(_TOKENS_AT_ONCE), logits.split(_TOKENS_AT_ONCE), strict=True):
-        nats += kl_divergence(p, q)
+        each.append(_kl_by_token(p.float().log_softmax(dim=-1), q))
         same += int((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
-    return Agreement(nats, same, len(reference))
+    nats = torch.cat(each).double()
+    return Agreement(float(nats.sum()), same, len(reference), NatsHistogram.of(nats))
 
 
 def kl_of_candidates(
@@ -236,9 +243,14 @@ def summed_kl(reference: Tensor, other: Tensor) -> float:
     """The sum of KL over tokens, of distributions given by log-probabilities and by logits."""
     total = torch.zeros((), dtype=torch.float64, device=reference.device)
     for p, q in zip(reference.split(_TOKENS_AT_ONCE), other.split(_TOKENS_AT_ONCE), strict=True):
-        difference = p - q.float().log_softmax(dim=-1)
-        total += difference.mul_(p.exp()).sum(dim=-1).sum(dtype=torch.float64)
+        total += _kl_by_token(p, q).sum(dtype=torch.float64)
     return float(total)
+
+
+def _kl_by_token(reference: Tensor, other: Tensor) -> Tensor:
+    """KL of each token, of distributions given by log-probabilities and by logits."""
+    difference = reference - other.float().log_softmax(dim=-1)
+    return difference.mul_(reference.exp()).sum(dim=-1)
 
 
 def _require_finite(logits_by_model: dict[str, Tensor], mask: Tensor, number: int) -> None:

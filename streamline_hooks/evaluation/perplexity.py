@@ -18,7 +18,9 @@ from streamline_hooks.passes import inference, logits_of, progress
 
 _TOKENS_AT_ONCE = 32  # few enough for the processor's cache, at any vocabulary
 
-_UNCOUNTED = -100
+UNCOUNTED = -100
+"""Stands for a token that is not to be scored."""
+
 _LARGEST = math.log(sys.float_info.max)
 
 
@@ -112,13 +114,34 @@ def score(logits: Tensor, ids: Tensor, mask: Tensor | None) -> Perplexity:
     """
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
     predicted = (real[:, 1:] & real[:, :-1]).to(logits.device)
-    nll = 0.0
-    for row, targets, chosen in zip(logits[:, :-1], ids[:, 1:].to(logits.device), predicted, strict=True):
-        targets = torch.where(chosen, targets, _UNCOUNTED)
-        for part, target in zip(row.split(_TOKENS_AT_ONCE), targets.split(_TOKENS_AT_ONCE), strict=True):
-            losses = cross_entropy(part.float(), target, ignore_index=_UNCOUNTED, reduction="none")
-            nll += float(losses.sum(dtype=torch.float64))
-    return Perplexity(nll, int(predicted.sum()))
+    targets = torch.where(predicted, ids[:, 1:].to(logits.device), UNCOUNTED)
+    return Perplexity(sum(negative_log_likelihoods(logits[:, :-1], targets)), int(predicted.sum()))
+
+
+def negative_log_likelihoods(logits: Tensor, targets: Tensor) -> list[float]:
+    """The sum of −log p(target) of each row, in nats.
+
+    Parameters
+    ----------
+    logits : torch.Tensor
+        Of shape (batch, tokens, vocabulary).
+    targets : torch.Tensor
+        The token that each place predicts, of shape (batch, tokens); `UNCOUNTED` where it is not to be scored.
+
+    Returns
+    -------
+    list of float
+        In float64, one a row.
+    """
+    sums = []
+    for row, wanted in zip(logits, targets, strict=True):
+        total = 0.0
+        for part, target in zip(row.split(_TOKENS_AT_ONCE), wanted.split(_TOKENS_AT_ONCE), strict=True):
+            wide = part.to(torch.promote_types(part.dtype, torch.float32))
+            losses = cross_entropy(wide, target, ignore_index=UNCOUNTED, reduction="none")
+            total += float(losses.sum(dtype=torch.float64))
+        sums.append(total)
+    return sums
 
 
 def input_ids(batch: Batch | Tensor) -> Tensor:

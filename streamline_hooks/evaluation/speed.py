@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.batch import device_of
+from streamline_hooks.batch import device_of, positions_of
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.generation import require_generates
 from streamline_hooks.passes import inference, progress
 
 Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
 Timed = nn.Module | Callable[[], AbstractContextManager[nn.Module]]
 
 
@@ -121,7 +123,7 @@ class SpeedReport:
             f"(quartiles); {first.dtype}, {first.device}, {self.threads} threads, {self.machine}"
         )
         rows = [("model", "phase", "ms", "", "tokens/s", "ratio", "", "peak memory")]
-        phases: tuple[Phase, ...] = ("prefill", "decode") if self.new_tokens else ("prefill",)
+        phases = PHASES if self.new_tokens else PHASES[:1]
         for name, timing in self.timings.items():
             for phase in phases:
                 ms, ratio = self.seconds(name, phase), self.ratio(name, phase)
@@ -143,7 +145,7 @@ class SpeedReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that was measured, and the ratios, as JSON values."""
-        phases: tuple[Phase, ...] = ("prefill", "decode") if self.new_tokens else ("prefill",)
+        phases = PHASES if self.new_tokens else PHASES[:1]
         return {
             **asdict(self),
             "ratios": {name: {phase: asdict(self.ratio(name, phase)) for phase in phases} for name in self.timings},
@@ -341,11 +343,9 @@ def _require_generates(name: str, model: Any, positions: int) -> Any:
             f"{name} is what torch.compile returned; its generate runs the model that is not compiled. Compile in "
             "place (model.compile()) and give the model itself."
         )
-    can = getattr(model, "can_generate", lambda: True)
-    if not callable(getattr(model, "generate", None)) or not can():
-        raise StreamlineError(f"{name}, a {type(model).__name__}, cannot generate; give a causal language model.")
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < positions:
+    require_generates(model, name)
+    limit = positions_of(model.config)
+    if limit is not None and limit < positions:
         raise StreamlineError(f"{name} has {limit} positions; {positions} were asked for. Give fewer tokens.")
     return model
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 
 from torch import nn
 
+from streamline_hooks.batch import positions_of
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.speed import Phase, measure_speed
 from streamline_hooks.selection.latency import Timer, fewest_blocks
@@ -173,9 +174,8 @@ def windows_for(
 
 def _prompt(model: Any) -> int:
     """Tokens of a prompt to time: 512, or what the model's positions leave beside the new ones."""
-    config = getattr(model, "config", None)
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) if config else None
-    return min(_PROMPT, max(1, limit - _NEW)) if isinstance(limit, int) and limit > 0 else _PROMPT
+    limit = positions_of(getattr(model, "config", None))
+    return _PROMPT if limit is None else min(_PROMPT, max(1, limit - _NEW))
 
 
 def blocks_to_remove(target: int | float, length: int, slots: int = 0) -> int:

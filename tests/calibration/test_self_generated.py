@@ -17,9 +17,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from streamline_hooks.calibration import read_documents, self_generated
-from streamline_hooks.calibration.generated_cache import GeneratedCache, GeneratedText, weights_digest
+from streamline_hooks.calibration.generated_cache import GeneratedCache, GeneratedText
 from streamline_hooks.calibration.prompts import FORMS, TOPICS, prompts
 from streamline_hooks.calibration.self_generated import _best, _usable
+from streamline_hooks.digests import weights_digest
 from streamline_hooks.errors import StreamlineError
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

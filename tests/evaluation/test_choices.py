@@ -18,7 +18,8 @@ from torch import nn
 
 from streamline_hooks import LayerSurgeon, StreamlineError
 from streamline_hooks.evaluation import choices as module
-from streamline_hooks.evaluation.choices import NotFiniteLikelihood, score_choices
+from streamline_hooks.evaluation.choices import score_choices
+from streamline_hooks.evaluation.continuations import NotFiniteLikelihood
 from streamline_hooks.evaluation.questions import Question, read_questions
 from streamline_hooks.testing import tiny_model as tiny
 from tests.tiny_models import FAMILIES, VOCABULARY, repaired, tiny_model

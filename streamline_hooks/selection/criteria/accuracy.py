@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from streamline_hooks.evaluation.choices import NotFiniteLikelihood, score_choices
+from streamline_hooks.evaluation.choices import score_choices
+from streamline_hooks.evaluation.continuations import NotFiniteLikelihood
 from streamline_hooks.evaluation.questions import Question, read_questions
 from streamline_hooks.selection.criteria.criterion import Criterion
 from streamline_hooks.surgery import LayerSurgeon

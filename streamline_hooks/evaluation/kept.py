@@ -1,0 +1,91 @@
+"""A file of results, so that what was measured once is not measured again after an interruption."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from streamline_hooks.errors import StreamlineError
+
+T = TypeVar("T")
+
+
+class Kept:
+    """Results by what they depend on, in a JSON file that is always whole.
+
+    Parameters
+    ----------
+    file : Path or None
+        It may not be there yet. Without one nothing is kept.
+
+    Raises
+    ------
+    StreamlineError
+        If the file holds something else.
+
+    Examples
+    --------
+    >>> value, seconds = Kept(None).get(float, ["a model", "a text"], lambda: 2.5)
+    >>> value
+    2.5
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        self._known: dict[str, Any] = {}
+        if file is not None and file.exists():
+            try:
+                self._known = dict(json.loads(file.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as error:
+                raise StreamlineError(
+                    f"{file} is not a file of results that were kept: {error}. Delete it to measure anew."
+                ) from error
+
+    def get(self, kind: type[T], parts: Sequence[Any], make: Callable[[], T]) -> tuple[T, float]:
+        """What is known under these parts, or what `make` returns, which is kept; and the seconds that it took then.
+
+        Parameters
+        ----------
+        kind : type
+            A dataclass of numbers, texts, tuples and other such dataclasses, or one of these itself.
+        parts : sequence
+            Everything that the result depends on, as JSON values.
+        make : callable
+            Measures it.
+        """
+        key = hashlib.sha256(json.dumps(list(parts), sort_keys=True).encode()).hexdigest()[:32]
+        if key not in self._known:
+            started = time.perf_counter()
+            made = make()
+            seconds = round(time.perf_counter() - started, 2)
+            value = asdict(made) if is_dataclass(made) and not isinstance(made, type) else made
+            self._known[key] = json.loads(json.dumps({"value": value, "seconds": seconds}))
+            self._write()
+        found = self._known[key]
+        return _read(kind, found["value"]), found["seconds"]
+
+    def _write(self) -> None:
+        if self.file is None:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        half = self.file.with_name(f".{self.file.name}.writing")
+        half.write_text(json.dumps(self._known), encoding="utf-8")
+        os.replace(half, self.file)
+
+
+def _read(kind: Any, value: Any) -> Any:
+    """A value as it was before it was JSON."""
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)
+        kinds = [inner[0]] * len(value) if inner[-1:] == (Ellipsis,) else inner
+        return tuple(_read(one, given) for one, given in zip(kinds, value, strict=True))
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{name: _read(hints[name], given) for name, given in value.items()})  # type: ignore[operator]
+    return value

@@ -1,0 +1,97 @@
+"""Two models on the same documents, in one pass: the perplexity of each, and how far they agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.evaluation.agreement import Agreement, agreement_of
+from streamline_hooks.evaluation.perplexity import UNCOUNTED
+from streamline_hooks.evaluation.sliding import Documents, TextPerplexity, WindowSettings
+from streamline_hooks.passes import inference, progress
+
+
+@dataclass(frozen=True)
+class TextComparison:
+    """What two models make of the same documents.
+
+    Attributes
+    ----------
+    changed, original : TextPerplexity
+    agreement : Agreement
+        At each place whose next token is predicted.
+    """
+
+    changed: TextPerplexity
+    original: TextPerplexity
+    agreement: Agreement
+
+
+def sliding_agreement(
+    model: nn.Module,
+    original: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    first: Literal["bos", "eos"] | None = "bos",
+    add_special_tokens: bool = False,
+    what: str = "perplexity and agreement",
+) -> TextComparison:
+    """Perplexity of two models and their agreement, on whole documents of any length.
+
+    Each window is run through both models before the next, so that no logits are kept. What is scored, and all
+    settings, are those of `sliding_perplexity`.
+
+    Parameters
+    ----------
+    model, original : torch.nn.Module
+        Two modules of one vocabulary.
+    tokenizer : PreTrainedTokenizerBase
+    texts : sequence of str
+    window, stride, batch_size, first, add_special_tokens, what
+        See `sliding_perplexity`; a window has to fit both models.
+
+    Returns
+    -------
+    TextComparison
+
+    Raises
+    ------
+    NotFiniteLikelihood
+        If a document's likelihood is not finite.
+    StreamlineError
+        If both are one module or differ in their vocabulary; see `sliding_perplexity` for the rest.
+    """
+    if model is original:
+        raise StreamlineError(
+            "The changed model and its original are one module, which agrees with itself whatever was done to it. Keep "
+            "a copy of the original (copy.deepcopy) before changing it, or load it again."
+        )
+    settings = WindowSettings(window, stride, batch_size, first, add_special_tokens)
+    documents = Documents(model, tokenizer, texts, settings)
+    if window is not None:
+        Documents(original, tokenizer, [], settings)  # the window has to fit this one too
+    mine, theirs = ([0.0] * len(documents.windows) for _ in range(2))
+    agreement = Agreement()
+    with inference(model), inference(original), progress(documents.scored, what) as bar:
+        for batch in documents.batches():
+            logits, targets = documents.run(model, batch)
+            reference, _ = documents.run(original, batch)
+            if logits.shape != reference.shape:
+                raise StreamlineError(
+                    f"The changed model's logits have the shape {tuple(logits.shape)}, the original's "
+                    f"{tuple(reference.shape)} (batch, tokens, vocabulary). Compare models of one vocabulary."
+                )
+            documents.collect(mine, batch, logits, targets)
+            reference = reference.to(logits.device)
+            documents.collect(theirs, batch, reference, targets)
+            agreement += agreement_of(reference, logits, targets != UNCOUNTED)
+            bar.update(sum(documents.windows[k].scored for k in batch))
+    return TextComparison(documents.perplexity(mine), documents.perplexity(theirs), agreement)

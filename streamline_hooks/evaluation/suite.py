@@ -1,0 +1,105 @@
+"""What a model is asked: text, questions, problems, prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.evaluation.last_words import LastWord
+from streamline_hooks.evaluation.problems import Problem
+from streamline_hooks.evaluation.questions import Question
+
+
+@dataclass(frozen=True)
+class ChoiceTask:
+    """Questions, and how they are counted.
+
+    Attributes
+    ----------
+    questions : tuple of Question
+    normalised : bool
+        Count by likelihood a character, as is usual for choices of very different lengths.
+    """
+
+    questions: tuple[Question, ...]
+    normalised: bool = False
+
+
+@dataclass(frozen=True)
+class ProblemTask:
+    """Problems, and how they are put; see `write_on`.
+
+    Attributes
+    ----------
+    problems : tuple of Problem
+    new_tokens : int
+    samples : int
+    temperature : float
+    stop : tuple of str
+    chat : bool
+    """
+
+    problems: tuple[Problem, ...]
+    new_tokens: int = 256
+    samples: int = 1
+    temperature: float = 0.0
+    stop: tuple[str, ...] = ()
+    chat: bool = False
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Everything that a model is asked. Two models are compared by the same suite, and share its tokenizer.
+
+    Attributes
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+    text : mapping of str to sequence of str
+        By domain, documents to predict.
+    choices : mapping of str to ChoiceTask
+        By task.
+    last_words : mapping of str to sequence of LastWord
+        By task, texts whose last word is to be predicted.
+    problems : mapping of str to ProblemTask
+        By task.
+    prompts : sequence of str
+        To be written on, greedily: to look at, to compare with what the original writes, and for repetition.
+    window, stride, first
+        See `sliding_perplexity`.
+    new_tokens : int
+        After each prompt.
+    timed : tuple of int, or None
+        Tokens of a prompt, tokens after it, and rounds, for `measure_speed`; None where speed is not measured.
+
+    Raises
+    ------
+    StreamlineError
+        If there is nothing in it, or two tasks have one name.
+
+    Examples
+    --------
+    >>> Suite(None, prompts=["Once"], timed=None).prompts
+    ['Once']
+    """
+
+    tokenizer: Any
+    text: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    choices: Mapping[str, ChoiceTask] = field(default_factory=dict)
+    last_words: Mapping[str, Sequence[LastWord]] = field(default_factory=dict)
+    problems: Mapping[str, ProblemTask] = field(default_factory=dict)
+    prompts: Sequence[str] = ()
+    window: int | None = None
+    stride: int | None = None
+    first: Literal["bos", "eos"] | None = "bos"
+    new_tokens: int = 64
+    timed: tuple[int, int, int] | None = (256, 16, 5)
+
+    def __post_init__(self) -> None:
+        names = [*self.choices, *self.last_words, *self.problems]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise StreamlineError(f"Two tasks are named {', '.join(twice)}; give each its own name.")
+        if not (names or self.text or self.prompts or self.timed):
+            raise StreamlineError("The suite is empty; give text, choices, last_words, problems, prompts or timed.")

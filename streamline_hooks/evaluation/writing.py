@@ -1,0 +1,198 @@
+"""Let a model write from prompts: what it wrote, how long it is, and how much it repeats itself."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from streamline_hooks.batch import device_of
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.generation import seeded, written_on
+from streamline_hooks.passes import progress
+
+_RUN = 4  # tokens
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote after a prompt.
+
+    Attributes
+    ----------
+    prompt, text : str
+    tokens : tuple of int
+        The new ones.
+    ended : bool
+        Whether the model came to an end before there was no more room.
+    """
+
+    prompt: str
+    text: str
+    tokens: tuple[int, ...]
+    ended: bool
+
+    @property
+    def repetition(self) -> float:
+        """Share of the runs of four tokens that were there before in the text; NaN for a text without one.
+
+        seq-rep-4 of Welleck et al., arXiv 1908.04319.
+
+        Examples
+        --------
+        >>> round(Written("", "", (1, 2, 3, 4, 1, 2, 3, 4), ended=True).repetition, 3)
+        0.2
+        """
+        runs = [self.tokens[k : k + _RUN] for k in range(len(self.tokens) - _RUN + 1)]
+        return 1.0 - len(set(runs)) / len(runs) if runs else math.nan
+
+
+@dataclass(frozen=True)
+class WritingScores:
+    """Of several texts.
+
+    Attributes
+    ----------
+    texts : tuple of Written
+        At least one.
+    """
+
+    texts: tuple[Written, ...]
+
+    @property
+    def repetition(self) -> float:
+        """Mean share of repeated runs of four tokens, of the texts that have such runs; NaN where none has."""
+        found = [text.repetition for text in self.texts if not math.isnan(text.repetition)]
+        return statistics.fmean(found) if found else math.nan
+
+    @property
+    def length(self) -> float:
+        """Mean length in tokens."""
+        return statistics.fmean(len(text.tokens) for text in self.texts)
+
+    @property
+    def ended(self) -> float:
+        """Share of the texts that came to an end."""
+        return statistics.fmean(text.ended for text in self.texts)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.texts)} texts of {self.length:.0f} tokens, {self.ended:.0%} of them ended; "
+            f"{self.repetition:.1%} of the runs of {_RUN} tokens are repeated"
+        )
+
+
+def write_on(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    new_tokens: int = 64,
+    samples: int = 1,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop: Sequence[str] = (),
+    chat: bool = False,
+    batch_size: int = 16,
+    seed: int = 0,
+    what: str = "write",
+) -> list[list[Written]]:
+    """Let a model write on from each prompt.
+
+    Prompts of about the same length are run together, padded on the left. At temperature 0 the likeliest token is taken
+    each time, by the model's own logits: its generation configuration plays no part.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    tokenizer : transformers.PreTrainedTokenizerBase
+    prompts : sequence of str
+        One that has no token begins with the tokenizer's BOS, or EOS where there is none.
+    new_tokens : int
+        At most so many more.
+    samples : int
+        Texts a prompt; more than one asks for a temperature above 0.
+    temperature, top_p : float
+        Of the sampling.
+    stop : sequence of str
+        A text ends before the first of these.
+    chat : bool
+        Put each prompt through the chat template.
+    batch_size : int
+        Texts at a time. What is sampled depends on it.
+    seed : int
+        Of the sampling. The random state of torch is as before afterwards.
+    what : str
+        What the bar says.
+
+    Returns
+    -------
+    list of list of Written
+        For each prompt, for each sample.
+
+    Raises
+    ------
+    StreamlineError
+        If a setting is out of range, the model cannot write, or has too few positions.
+    """
+    _check(prompts, new_tokens, samples, temperature, top_p, batch_size)
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise StreamlineError("The tokenizer has no chat template; give the prompts as they are (chat=False).")
+    rows = [_tokens(tokenizer, prompt, chat) for prompt in prompts]
+    order = sorted(range(len(rows)), key=lambda k: -len(rows[k]))
+    sampling = {"temperature": temperature, "top_p": top_p} if temperature else None
+    found: list[list[Written]] = [[] for _ in rows]
+    size = max(1, batch_size // samples)
+    with progress(len(rows), what, "prompts") as bar:
+        for number, start in enumerate(range(0, len(order), size)):
+            batch = order[start : start + size]
+            with seeded(device_of(model), seed, number):
+                texts = written_on(
+                    model,
+                    tokenizer,
+                    [rows[k] for k in batch],
+                    new_tokens=new_tokens,
+                    samples=samples,
+                    sampling=sampling,
+                    stop=stop,
+                )
+            for k, several in zip(batch, texts, strict=True):
+                found[k] = [_written(tokenizer, prompts[k], tokens, new_tokens, stop) for tokens in several]
+            bar.update(len(batch))
+    return found
+
+
+def _check(
+    prompts: Sequence[str], new_tokens: int, samples: int, temperature: float, top_p: float, batch_size: int
+) -> None:
+    if not prompts:
+        raise StreamlineError("There is no prompt; give one at least.")
+    if min(new_tokens, samples, batch_size) < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise StreamlineError(
+            f"Got new_tokens={new_tokens}, samples={samples}, batch_size={batch_size}, temperature={temperature}, "
+            f"top_p={top_p}; expected the first three 1 or more, a temperature of 0 or more, and 0 < top_p <= 1."
+        )
+    if samples > 1 and not temperature:
+        raise StreamlineError(f"{samples} samples at temperature 0 are one text {samples} times; give a temperature.")
+
+
+def _tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    if chat:
+        message = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    ids = list(tokenizer(prompt, add_special_tokens=not chat)["input_ids"]) if prompt else []
+    if ids and not chat and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]  # some tokenizers end each text, which is to be written on
+    if not ids:
+        ids = [k for k in (tokenizer.bos_token_id, tokenizer.eos_token_id) if k is not None][:1]
+    if not ids:
+        raise StreamlineError(f"The prompt {prompt!r} has no token, and the tokenizer none to begin a text with.")
+    return ids
+
+
+def _written(tokenizer: Any, prompt: str, tokens: list[int], new_tokens: int, stop: Sequence[str]) -> Written:
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    ends = [place for one in stop if (place := text.find(one)) >= 0]
+    return Written(prompt, text[: min(ends)] if ends else text, tuple(tokens), bool(ends) or len(tokens) < new_tokens)

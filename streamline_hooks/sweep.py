@@ -1,0 +1,237 @@
+"""The same model compressed in many ways: what each keeps, how large and fast it is, and which are worth having."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamline_hooks.compress import compress
+from streamline_hooks.digests import model_digest, texts_digest
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.evaluation import measure_speed
+from streamline_hooks.evaluation.kept import Kept
+from streamline_hooks.evaluation.speed import PHASES, Timed
+from streamline_hooks.statistics import Profile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_PLACES = {"size": "parameters_ratio", "prefill": "prefill_ratio", "decode": "decode_ratio"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One compressed model beside its original.
+
+    Attributes
+    ----------
+    remove, kind : str
+        What was asked for.
+    gone : str
+        The blocks that went.
+    perplexity_ratio : float or None
+        To the original, on text that nothing was chosen or fitted on.
+    parameters_ratio : float or None
+        What is left of the parameters.
+    prefill_ratio, decode_ratio : float or None
+        Time of a prompt and of a further token as a fraction of the original's, measured in turn.
+    refused : str
+        Why there is no such model; empty where there is one.
+    """
+
+    remove: str
+    kind: str
+    gone: str = ""
+    perplexity_ratio: float | None = None
+    parameters_ratio: float | None = None
+    prefill_ratio: float | None = None
+    decode_ratio: float | None = None
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Several compressed models of one original.
+
+    Attributes
+    ----------
+    points : tuple of Point
+
+    Examples
+    --------
+    >>> found = Sweep((Point("2", "none", "1, 2", 1.5, 0.8), Point("2", "linear", "1, 2", 1.2, 0.9)))
+    >>> worse = Point("4", "none", "1 to 4", 1.6, 0.8)
+    >>> [point.kind for point in Sweep((*found.points, worse)).front()]
+    ['none', 'linear']
+    """
+
+    points: tuple[Point, ...]
+
+    def front(self, by: str = "size") -> list[Point]:
+        """The points that no other one beats in perplexity without losing by size, or by time: the Pareto front.
+
+        Parameters
+        ----------
+        by : {"size", "prefill", "decode"}
+
+        Raises
+        ------
+        StreamlineError
+            If `by` is another word.
+        """
+        if by not in _PLACES:
+            raise StreamlineError(f"by={by!r} is not known; expected one of {', '.join(_PLACES)}.")
+        have = [(p, cost, p.perplexity_ratio) for p in self.points if (cost := getattr(p, _PLACES[by])) is not None]
+        known = [(p, cost, loss) for p, cost, loss in have if loss is not None and math.isfinite(loss)]
+        return [p for p, cost, loss in known if not any(_beats((c, x), (cost, loss)) for _, c, x in known)]
+
+    def report(self) -> dict[str, Any]:
+        """Everything, as JSON values."""
+        fronts = {by: self.front(by) for by in _PLACES}
+        return {
+            "points": [asdict(p) | {"front": [by for by, on in fronts.items() if p in on]} for p in self.points],
+        }
+
+    def csv(self) -> str:
+        """A line a point, under a line of names."""
+        rows = self.report()["points"]
+        out = io.StringIO()
+        writer = csv.DictWriter(out, [*(field.name for field in fields(Point)), "front"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([row | {"front": " ".join(row["front"])} for row in rows])
+        return out.getvalue()
+
+    def table(self) -> str:
+        """For a terminal; a star marks the front by size."""
+        head = ("kind", "remove", "perplexity x", "parameters x", "prompt x", "token x", "blocks gone")
+        on = self.front()
+        rows: list[tuple[str, ...]] = [head]
+        for p in self.points:
+            numbers = [p.perplexity_ratio, p.parameters_ratio, p.prefill_ratio, p.decode_ratio]
+            said = ["-" if number is None else f"{number:.3f}" for number in numbers]
+            rows.append((p.kind + (" *" if p in on else ""), p.remove, *said, p.refused or p.gone))
+        widths = [max(len(row[k]) for row in rows) for k in range(len(head) - 1)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]])
+            for row in rows
+        )
+
+
+def sweep(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    remove: Sequence[str | int | float],
+    kinds: Sequence[str],
+    speed: bool = True,
+    speed_tokens: int = 512,
+    repeats: int = 7,
+    keep_in: str | Path | None = None,
+    profile: Profile | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    **settings: Any,
+) -> Sweep:
+    """Compress a model in many ways, each time a copy.
+
+    One profile serves all of it. What has been measured is kept in a file, so that a sweep goes on where it was
+    interrupted, and one with more points makes only those.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        It is not changed; memory holds it twice.
+    tokenizer : transformers.PreTrainedTokenizerBase
+    texts : sequence of str
+        Documents, see `compress`.
+    remove : sequence of str, int or float
+        How much is to go, each as `compress` takes it.
+    kinds : sequence of str
+        What stands in the blocks' place; each is combined with each of `remove`.
+    speed : bool
+        Measure speed, beside the original and in turn.
+    speed_tokens, repeats : int
+        Tokens of the prompt, and rounds.
+    keep_in : str or Path, optional
+        A JSON file of what has been measured, by the model, the text and all settings.
+    profile : Profile, optional
+        Of this model, instead of a pass.
+    say : callable
+        Receives lines about what is done.
+    **settings
+        For `compress`: `training`, `healing`, `search`, `calibration_tokens`, ...
+
+    Returns
+    -------
+    Sweep
+        What a refusal named has a point too, which says why.
+
+    Raises
+    ------
+    StreamlineError
+        If nothing is asked for, or `settings` holds what is swept over or where one model would be written.
+    """
+    wrong = sorted({"output", "resume", "overwrite"} & settings.keys())
+    if not remove or not kinds or wrong:
+        raise StreamlineError(
+            f"Got {len(remove)} amounts, {len(kinds)} kinds" + (f" and {', '.join(wrong)}" if wrong else "") + "; "
+            "expected one amount and one kind at least, and no place to write one model to: all of them are given up."
+        )
+    kept = Kept(Path(keep_in) if keep_in is not None else None)
+    timed = (speed_tokens, repeats) if speed else None
+    said = {name: repr(value) for name, value in sorted(settings.items())}
+    known: list[Any] = [model_digest(model), texts_digest(texts), said, timed]
+    compressor = _Compressor(model, tokenizer, texts, settings, timed, say, profile)
+    points = []
+    for amount in map(str, remove):
+        for kind in kinds:
+            say(f"{kind}, {amount}")
+            points.append(kept.get(Point, [*known, amount, kind], partial(compressor.point, amount, kind))[0])
+    return Sweep(tuple(points))
+
+
+@dataclass
+class _Compressor:
+    """Compresses one copy after the other, with one profile for all."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    texts: Sequence[str]
+    settings: dict[str, Any]
+    timed: tuple[int, int] | None
+    say: Callable[[str], None]
+    profile: Profile | None
+
+    def point(self, amount: str, kind: str) -> Point:
+        asked, changed = Point(amount, kind), copy.deepcopy(self.model)
+        options = {"profile": self.profile, "say": self.say, **self.settings}
+        try:
+            result = compress(changed, self.tokenizer, self.texts, remove=amount, kind=kind, **options)
+        except StreamlineError as refusal:
+            return replace(asked, refused=str(refusal))
+        self.profile = result.profile
+        found, (before, after) = result.perplexities, result.parameters
+        last = next(name for name in ("trained", "repaired", "removed") if name in found)
+        made = replace(
+            asked,
+            gone=result.candidates[0].gone,
+            perplexity_ratio=found[last] / found["original"],
+            parameters_ratio=after / before,
+        )
+        if self.timed is None:
+            return made
+        models: dict[str, Timed] = {"original": self.model, "compressed": changed}
+        report = measure_speed(models, tokens=self.timed[0], repeats=self.timed[1])
+        prefill, decode = (report.ratio("compressed", phase).median for phase in PHASES)
+        return replace(made, prefill_ratio=prefill, decode_ratio=decode)
+
+
+def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one != other and one[0] <= other[0] and one[1] <= other[1]

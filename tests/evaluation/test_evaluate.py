@@ -1,0 +1,234 @@
+"""A whole suite against each measure alone; what is kept, and what is asked again."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from streamline_hooks import LayerSurgeon, StreamlineError, agreement, evaluate
+from streamline_hooks.evaluation import (
+    ChoiceTask,
+    LastWord,
+    Problem,
+    ProblemTask,
+    Question,
+    Suite,
+    score_choices,
+    score_last_words,
+    sliding_perplexity,
+    solve,
+    write_on,
+)
+from streamline_hooks.passes import inference
+
+QUERY = "Once upon a time, there was a little girl named"
+QUESTIONS = tuple(
+    Question((query,) * 3, choices, gold, f"question {gold}")
+    for query, choices, gold in (
+        (QUERY, ("Lily.", "Table.", "Seventeen."), 0),
+        ("Tom and his dog went to the", ("seven", "park.", "because"), 1),
+        ("She was very", ("river.", "and", "happy."), 2),
+        ("One day, a bird", ("blue", "Lily", "flew"), 2),
+    )
+)
+ENDS = [LastWord("Once upon a", "time"), LastWord("Once upon a time, there was a little", "xylophone")]
+PROMPTS = [f"{QUERY} Lily. She", "One day, a big dog"]
+
+
+@pytest.fixture(scope="module")
+def pair(stories: tuple[Any, Any]) -> tuple[Any, Any, Any]:
+    """The original, the same with a block less, and their tokenizer."""
+    original, tokenizer = stories
+    changed = copy.deepcopy(original)
+    with LayerSurgeon(changed) as surgeon:
+        surgeon.remove(range(2, 3))
+        surgeon.commit()
+    return original, changed, tokenizer
+
+
+@pytest.fixture(scope="module")
+def suite(pair: tuple[Any, Any, Any], story_texts: list[str]) -> Suite:
+    original, _, tokenizer = pair
+    (told,) = write_on(original, tokenizer, PROMPTS[:1], new_tokens=8)[0]
+    return Suite(
+        tokenizer,
+        text={"tales": story_texts[:3], "more tales": story_texts[3:5]},
+        choices={"girls": ChoiceTask(QUESTIONS), "dogs": ChoiceTask(QUESTIONS[1:], normalised=True)},
+        last_words={"ends": ENDS},
+        problems={"told": ProblemTask((Problem(PROMPTS[0], told.text), Problem(PROMPTS[1], "no")), new_tokens=8)},
+        prompts=PROMPTS,
+        window=48,
+        stride=16,
+        new_tokens=12,
+        timed=None,
+    )
+
+
+def test_it_is_what_each_measure_alone_gives(pair: tuple[Any, Any, Any], suite: Suite) -> None:
+    original, changed, tokenizer = pair
+    found = evaluate(changed, suite, original, name="shorter", reference_name="stories")
+    assert found.original is not None
+    for model, scores in ((changed, found.scores), (original, found.original)):
+        for task, choices in suite.choices.items():
+            alone_ = score_choices(model, tokenizer, choices.questions)
+            assert scores.choices[task].right == alone_.right
+            for mine, theirs in zip(scores.choices[task].loglikelihoods, alone_.loglikelihoods, strict=True):
+                assert mine == pytest.approx(theirs, rel=1e-4)
+        assert scores.last_words["ends"].right == score_last_words(model, tokenizer, ENDS).right
+        assert scores.problems["told"] == solve(model, tokenizer, suite.problems["told"].problems, new_tokens=8)
+        assert list(scores.written) == [text for (text,) in write_on(model, tokenizer, PROMPTS, new_tokens=12)]
+        for domain, documents in suite.text.items():
+            alone = sliding_perplexity(model, tokenizer, documents, window=48, stride=16)
+            assert scores.text[domain].value == pytest.approx(alone.value, rel=1e-6)
+            assert (scores.text[domain].tokens, scores.text[domain].bytes) == (alone.tokens, alone.bytes)
+        assert scores.parameters == sum(p.numel() for p in model.parameters())
+    assert found.original.last_words["ends"].right == (True, False)
+    assert found.original.problems["told"].right == (True, False)
+    ratios = [found.scores.text[d].value / found.original.text[d].value for d in suite.text]
+    assert found.mean_perplexity_ratio == pytest.approx(sum(ratios) / 2)
+    assert found.mean_perplexity_ratio is not None and found.mean_perplexity_ratio > 1.01
+
+
+def test_agreement_is_that_of_the_same_windows(pair: tuple[Any, Any, Any], suite: Suite) -> None:
+    """A document that fits one window is one sequence, whose last logits predict nothing that is there."""
+    original, changed, tokenizer = pair
+    text = suite.text["tales"][0][:100]
+    ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    expected = agreement(changed, original, [torch.tensor([ids[:-1]])])
+    found = evaluate(changed, Suite(tokenizer, text={"a tale": [text]}, timed=None), original).agreement["a tale"]
+    assert found.tokens == expected.tokens == len(ids) - 1
+    assert (found.kl, found.top1) == (pytest.approx(expected.kl, rel=1e-5), expected.top1)
+    assert found.spread.quantile(0.0) <= found.kl <= found.spread.quantile(1.0) * 1.02
+
+
+def test_a_copy_retains_everything(pair: tuple[Any, Any, Any], suite: Suite) -> None:
+    original, _, _ = pair
+    found = evaluate(copy.deepcopy(original), suite, original)
+    assert found.mean_perplexity_ratio == pytest.approx(1.0)
+    assert set(found.retained) == {"classification", "generation"}
+    assert all((r.ratio.value, r.ratio.low, r.ratio.high) == (1.0, 1.0, 1.0) for r in found.retained.values())
+    assert all(one.value == pytest.approx(1.0) for one in found.stability.values())
+    assert found.matched is not None and found.matched.share == 1.0 and found.matched.length == 12
+    whole = found.report()["agreement"]
+    assert abs(whole["kl"]) < 1e-6 and whole["top1"] == 1.0 and whole["quantiles"]["0.99"] < 1e-6
+
+
+def test_the_report_is_json_and_says_what_the_scores_say(pair: tuple[Any, Any, Any], suite: Suite) -> None:
+    original, changed, _ = pair
+    found = evaluate(changed, suite, original, name="shorter", reference_name="stories")
+    report = json.loads(json.dumps(found.report(), allow_nan=False))
+    assert (report["model"], report["reference"]) == ("shorter", "stories")
+    assert report["accuracy"]["girls"]["value"] == found.scores.choices["girls"].accuracy
+    assert report["accuracy"]["dogs"]["value"] == found.scores.choices["dogs"].normalised_accuracy
+    assert report["accuracy"]["dogs"]["metric"] == "accuracy, normalised"
+    assert report["accuracy"]["girls"]["chance"] == pytest.approx(1 / 3)
+    assert report["original"]["accuracy"]["told"] == {
+        "value": 0.5, "standard_error": 0.5, "chance": 0.0, "items": 2, "metric": "exact match",
+    }  # fmt: skip
+    assert report["samples"][0]["prompt"] == PROMPTS[0]
+    assert report["samples"][0]["reference"] == found.original.written[0].text
+    assert report["perplexity"]["tales"]["tokens"] == found.scores.text["tales"].tokens
+    assert {"girls", "tales", "ends", "told", "prompts"} <= report["seconds"].keys()
+    table = found.table()
+    assert (
+        "perplexity, tales" in table and "dogs (accuracy, normalised)" in table and "retained, classification" in table
+    )
+    assert f"x {found.scores.text['tales'].value / found.original.text['tales'].value:.2f}" in table
+
+
+def test_without_an_original(pair: tuple[Any, Any, Any], suite: Suite) -> None:
+    original, _, tokenizer = pair
+    found = evaluate(original, suite)
+    assert found.scores.text["tales"] == sliding_perplexity(
+        original, tokenizer, suite.text["tales"], window=48, stride=16
+    )
+    report = found.report()
+    assert not report.keys() & {"original", "agreement", "retained", "stability", "speed"}
+    assert report["reference"] is None and report["samples"][0]["reference"] is None
+    assert found.table().splitlines()[0].split() == ["model"]
+
+
+def test_what_is_known_is_not_asked_again(pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path) -> None:
+    """Not even by a copy that was saved and loaded; but where one weight is another, everything is."""
+    original, changed, _ = pair
+    file = tmp_path / "kept" / "measured.json"
+    first = evaluate(changed, suite, original, keep_in=file)
+    runs: list[int] = []
+    with_hook = copy.deepcopy(changed)
+    with_hook.config._name_or_path = "somewhere else"
+    with_hook.register_forward_pre_hook(lambda *_: runs.append(1))
+    again = evaluate(with_hook, suite, original, keep_in=file)
+    assert not runs
+    assert again.scores == first.scores and again.original == first.original and again.agreement == first.agreement
+    assert again.report() == first.report()
+    with torch.no_grad():
+        with_hook.model.layers[0].mlp.down_proj.weight[0, 0] += 1.0
+    other = evaluate(with_hook, suite, original, keep_in=file)
+    assert runs and other.original is not None and other.original.choices == first.original.choices
+    assert other.scores.text != first.scores.text
+
+
+def test_it_goes_on_where_it_was_interrupted(pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path) -> None:
+    original, changed, _ = pair
+    file, runs = tmp_path / "measured.json", [0]
+    model = copy.deepcopy(changed)
+
+    def interrupt(*_: Any) -> None:
+        runs[0] += 1
+        if runs[0] == 20:
+            raise KeyboardInterrupt
+
+    handle = model.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, suite, original, keep_in=file)
+    known = json.loads(file.read_text())
+    assert 1 <= len(known) < 10
+    runs[0] = 100
+    found = evaluate(model, suite, original, keep_in=file)
+    handle.remove()
+    whole = evaluate(model, suite, original)
+    assert found.scores.choices == whole.scores.choices and found.scores.written == whole.scores.written
+    assert known.items() <= json.loads(file.read_text()).items()
+
+
+def test_speed_is_measured_in_turn(pair: tuple[Any, Any, Any]) -> None:
+    original, changed, tokenizer = pair
+    found = evaluate(changed, Suite(tokenizer, timed=(16, 2, 3)), original, name="shorter", reference_name="stories")
+    assert found.speed is not None and list(found.speed.timings) == ["stories", "shorter"]
+    assert len(found.speed.timings["shorter"].prefill) == 3
+    assert found.report()["speed"]["tokens"] == 16 and "shorter" in found.table()
+
+
+def test_a_group_without_a_right_answer_is_left_out(pair: tuple[Any, Any, Any]) -> None:
+    original, changed, tokenizer = pair
+    hard = ProblemTask((Problem("One", "no"), Problem("Two", "nor this")), new_tokens=2)
+    found = evaluate(changed, Suite(tokenizer, problems={"hard": hard}, timed=None), original)
+    assert found.retained == {} and "retained" not in found.report()
+
+
+def test_what_cannot_be_evaluated(pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path) -> None:
+    original, _, tokenizer = pair
+    with pytest.raises(StreamlineError, match=r"are one module, which agrees with itself .*Keep a copy"):
+        evaluate(original, suite, original)
+    (tmp_path / "bad.json").write_text("[1, 2")
+    with pytest.raises(StreamlineError, match=r"bad.json is not a file of results that were kept.*Delete it"):
+        evaluate(original, suite, keep_in=tmp_path / "bad.json")
+    with pytest.raises(StreamlineError, match="The suite is empty; give text, choices"):
+        Suite(tokenizer, timed=None)
+    with pytest.raises(StreamlineError, match="Two tasks are named a; give each its own name"):
+        Suite(tokenizer, choices={"a": ChoiceTask(QUESTIONS)}, last_words={"a": ENDS})
+
+
+def test_a_model_that_says_nan_is_not_scored(pair: tuple[Any, Any, Any], suite: Suite) -> None:
+    original, changed, _ = pair
+    broken = copy.deepcopy(changed)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(math.nan)
+    with pytest.raises(StreamlineError, match="nan"), inference(broken):
+        evaluate(broken, suite, original)

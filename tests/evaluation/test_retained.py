@@ -1,0 +1,217 @@
+"""What is retained: by hand, what must hold always, and the bootstrap against another way to the same error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.quality_scores import Quality, Scores
+from streamline_hooks import StreamlineError
+from streamline_hooks.evaluation import retained as module
+from streamline_hooks.evaluation.retained import TaskAnswers, retained
+
+
+def answers(right: int, of: int) -> list[bool]:
+    return [k < right for k in range(of)]
+
+
+def correlated(count: int, seed: int, kept: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
+    """A model right about seven of ten questions, and one that says the same but for a tenth of them."""
+    random = np.random.default_rng(seed)
+    original = random.random(count) < 0.7
+    changed = np.where(random.random(count) < kept, original, random.random(count) < 0.5)
+    return original, changed
+
+
+def only(tasks: list[TaskAnswers], **options: Any) -> module.Retained:
+    (found,) = retained(tasks, **{"draws": 1000, **options}).values()
+    return found
+
+
+def test_by_hand() -> None:
+    """Accuracies 0.8 → 0.7 and 0.6 → 0.6 of chance 0.25 and 0.5; a third is 0.52 of 0.5, and left out above chance."""
+    tasks = [
+        TaskAnswers("a", answers(80, 100), answers(70, 100), 0.25),
+        TaskAnswers("b", answers(600, 1000), answers(600, 1000), 0.5),
+        TaskAnswers("c", answers(52, 100), answers(50, 100), 0.5),
+    ]
+    found = only(tasks)
+    assert found.ratio.value == pytest.approx((0.7 + 0.6 + 0.5) / (0.8 + 0.6 + 0.52))
+    assert found.above_chance is not None
+    assert found.above_chance.value == pytest.approx((0.45 / 0.55 + 0.1 / 0.1) / 2)
+    assert {name: each.value for name, each in found.tasks.items()} == {"a": pytest.approx(0.45 / 0.55), "b": 1.0}
+    assert found.left_out == {"c": "where the original's 52.0% ± 5.0% is not clearly above the chance of 50.0%"}
+    text = str(found)
+    assert text.startswith("93.8% [") and "of the mean accuracy, 90.9% [" in text
+    assert text.endswith(f"above chance (2 of 3 tasks; without c, {found.left_out['c']})")
+    assert list(only(tasks, clearly=0.3).tasks) == ["a", "b", "c"]
+    nothing = only(tasks[2:])
+    assert nothing.above_chance is None and "nothing above chance (0 of 1 tasks" in str(nothing)
+
+
+def test_the_mean_is_taken_before_the_ratio_as_in_the_paper() -> None:
+    """Llama 2 7B and what LLM-Streamline made of it on BoolQ, HellaSwag, PIQA and MMLU: 91.2 %, as reported.
+
+    The mean of the four ratios would be 91.3 %.
+    """
+    reported = {"boolq": (708, 675), "hellaswag": (713, 611), "piqa": (781, 715), "mmlu": (492, 455)}
+    tasks = [TaskAnswers(name, answers(a, 1000), answers(b, 1000)) for name, (a, b) in reported.items()]
+    found = only(tasks)
+    assert found.ratio.value == pytest.approx(0.912, abs=5e-4)
+    assert found.above_chance is not None and found.above_chance.value == pytest.approx(0.9127, abs=1e-4)
+
+
+def test_groups_are_apart() -> None:
+    tasks = [
+        TaskAnswers("write", [1.0, 0.5, 0.0], [0.5, 0.25, 0.0], group="generation"),
+        TaskAnswers("a", answers(80, 100), answers(70, 100), 0.25),
+    ]
+    both = retained(tasks, draws=200)
+    assert list(both) == ["generation", "classification"]
+    assert both["generation"].ratio.value == pytest.approx(0.5)  # scores between wrong and right
+    assert both["classification"] == retained(tasks[1:], draws=200)["classification"]
+
+
+TASKS = st.lists(
+    st.tuples(st.integers(2, 60), st.integers(0, 10_000), st.floats(0.0, 0.6), st.sampled_from([0.25, 0.5, 0.0])),
+    min_size=1, max_size=4,
+)  # fmt: skip
+
+
+def drawn(of: list[tuple[int, int, float, float]]) -> list[TaskAnswers]:
+    found = []
+    for number, (count, seed, gone, chance) in enumerate(of):
+        original, changed = correlated(count, seed, kept=1.0 - gone)
+        original[0] = True  # of nothing, nothing is retained
+        found.append(TaskAnswers(f"task {number}", original.tolist(), changed.tolist(), chance))
+    return found
+
+
+@given(TASKS, st.integers(0, 5))
+def test_a_model_retains_all_of_itself_for_sure(of: list[tuple[int, int, float, float]], seed: int) -> None:
+    tasks = [TaskAnswers(t.name, t.original, t.original, t.chance) for t in drawn(of)]
+    found = only(tasks, draws=100, seed=seed, clearly=0.5)
+    for each in (found.ratio, found.above_chance, *found.tasks.values()):
+        if each is not None:
+            assert (each.value, each.low, each.high, each.standard_error, each.undefined) == (1.0, 1.0, 1.0, 0.0, 0.0)
+
+
+@given(TASKS, st.randoms())
+def test_neither_the_order_of_tasks_nor_that_of_questions_matters(
+    of: list[tuple[int, int, float, float]], random: Any
+) -> None:
+    tasks = drawn(of)
+    found = only(tasks, draws=100)
+    moved = []
+    for task in random.sample(tasks, len(tasks)):
+        order = random.sample(range(len(task.original)), len(task.original))
+        pair = [[side[k] for k in order] for side in (task.original, task.changed)]
+        moved.append(TaskAnswers(task.name, *pair, task.chance))
+    again = only(moved, draws=100)
+    assert again == found
+
+
+@settings(max_examples=60)
+@given(TASKS)
+def test_an_interval_holds_its_value(of: list[tuple[int, int, float, float]]) -> None:
+    found = only(drawn(of), draws=500)
+    for each in (found.ratio, found.above_chance, *found.tasks.values()):
+        if each is not None:
+            assert each.low <= each.value + 1e-12 and each.value <= each.high + 1e-12
+            assert each.standard_error >= 0.0 and each.undefined < 0.1
+
+
+def test_the_error_is_that_of_the_benchmark() -> None:
+    """Which is linearised, and knows nothing of draws."""
+    tasks = [TaskAnswers(f"{k}", *correlated(400, k), 0.25) for k in range(5)]  # type: ignore[arg-type]
+    quality = Quality.__new__(Quality)
+    quality.questions, quality.chance = {t.name: [] for t in tasks}, {t.name: t.chance for t in tasks}
+    told = [{t.name: "".join("01"[int(a)] for a in side(t)) for t in tasks} for side in (_original, _changed)]
+    quality.scores = Scores({}, told[0])
+    expected = quality._retained(Scores({}, told[1]))
+    found = only(tasks, draws=4000)
+    assert found.above_chance is not None and list(found.tasks) == quality.counted == ["0", "1", "2", "3", "4"]
+    assert found.above_chance.value == pytest.approx(expected["mean_retained"])
+    assert found.above_chance.standard_error == pytest.approx(expected["mean_retained_standard_error"], rel=0.1)
+
+
+def _original(task: TaskAnswers) -> Any:
+    return task.original
+
+
+def _changed(task: TaskAnswers) -> Any:
+    return task.changed
+
+
+def test_questions_drawn_for_each_model_apart_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted fault: where both models find the same questions hard, the interval becomes far too wide."""
+    tasks = [TaskAnswers(f"{k}", *correlated(300, k), 0.25) for k in range(4)]  # type: ignore[arg-type]
+    paired = only(tasks)
+
+    def apart(task: TaskAnswers, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        random = np.random.default_rng(seed)
+        sides = [np.asarray(side, dtype=float) for side in (task.original, task.changed)]
+        chosen = [side[random.integers(0, len(side), (draws, len(side)))].mean(axis=1) for side in sides]
+        before, after = (np.append(side.mean(), c) for side, c in zip(sides, chosen, strict=True))
+        return before, after
+
+    monkeypatch.setattr(module, "_accuracies", apart)
+    unpaired = only(tasks)
+    for one, other in ((paired.ratio, unpaired.ratio), (paired.above_chance, unpaired.above_chance)):
+        assert one is not None and other is not None and one.value == pytest.approx(other.value)
+        assert 1.5 * (one.high - one.low) < other.high - other.low
+        assert 1.5 * one.standard_error < other.standard_error
+
+
+def test_draws_of_kinds_are_draws_of_questions() -> None:
+    """The multinomial against indices drawn one by one; and an interval that holds as much as it says."""
+    original, changed = correlated(200, 3)
+    found = only([TaskAnswers("one", original.tolist(), changed.tolist())], draws=20_000)
+    chosen = np.random.default_rng(0).integers(0, 200, (20_000, 200))
+    ratios = changed[chosen].mean(axis=1) / original[chosen].mean(axis=1)
+    assert found.ratio.standard_error == pytest.approx(ratios.std(), rel=0.03)
+    assert [found.ratio.low, found.ratio.high] == pytest.approx(np.quantile(ratios, [0.025, 0.975]).tolist(), abs=0.01)
+    narrow = only([TaskAnswers("one", original.tolist(), changed.tolist())], draws=20_000, level=0.5)
+    assert [narrow.ratio.low, narrow.ratio.high] == pytest.approx(np.quantile(ratios, [0.25, 0.75]).tolist(), abs=0.01)
+
+
+def test_scores_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores between 0 and 1 make many kinds of question, of which few draws are held at a time."""
+    random = np.random.default_rng(1)
+    task = TaskAnswers("f1", random.random(50).tolist(), random.random(50).tolist(), group="generation")
+    whole = only([task])
+    monkeypatch.setattr(module, "_AT_ONCE", 333)
+    assert only([task]) == whole
+
+
+def test_an_interval_is_open_where_the_original_may_know_nothing() -> None:
+    """Barely above chance: in many draws there is nothing to retain, and no number would be honest."""
+    tasks = [TaskAnswers("a", answers(56, 100), answers(20, 56) + answers(36, 44), 0.5)]
+    found = only(tasks, clearly=1.0)
+    assert found.above_chance is not None and found.above_chance.undefined > 0.05
+    assert (found.above_chance.low, found.above_chance.high) == (-np.inf, np.inf)
+    assert np.isfinite([found.ratio.low, found.ratio.high]).all()
+
+
+def test_what_cannot_be_compared() -> None:
+    right = answers(3, 4)
+    for tasks, text in (
+        ([], "There is no task to compare"),
+        ([TaskAnswers("a", right, right[:3])], "task 'a' has 4 answers of the original and 3 of the changed model"),
+        ([TaskAnswers("a", [], [])], "task 'a' has 0 answers .* and a question at least"),
+        ([TaskAnswers("a", [0.5, 2.0], [0.0, 1.0])], "task 'a' are not all between 0 .wrong. and 1 .right."),
+        ([TaskAnswers("a", [0.5, float("nan")], [0.0, 1.0])], "task 'a' are not all between"),
+        ([TaskAnswers("a", right, right, 1.0)], "task 'a' has the chance 1.0; expected 0 or more and below 1"),
+        ([TaskAnswers("a", right, right), TaskAnswers("a", right, right, group="b")], "Two tasks are named 'a'"),
+        ([TaskAnswers("a", answers(0, 4), right)], "In the group 'classification' the original answers no question"),
+    ):
+        with pytest.raises(StreamlineError, match=text):
+            retained(tasks)  # type: ignore[arg-type]
+    for options in ({"clearly": -1.0}, {"draws": 10}, {"level": 1.0}, {"seed": -1}):
+        with pytest.raises(StreamlineError, match="expected clearly of 0 or more, 100 draws or more"):
+            retained([TaskAnswers("a", right, right)], **options)  # type: ignore[arg-type]
+    assert only([TaskAnswers("a", [True], [True])]).left_out == {"a": "which has one question"}

@@ -1,0 +1,74 @@
+"""Texts that are written on: their bounds, their batches, their repetition."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamline_hooks import StreamlineError
+from streamline_hooks.evaluation.writing import WritingScores, Written, write_on
+
+PROMPTS = ["Once upon a time, there was a little girl named Lily. She", "Tom", "One day, a big dog and a small cat"]
+
+
+def test_the_batch_makes_no_difference(stories: tuple[Any, Any]) -> None:
+    model, tokenizer = stories
+    alone = [write_on(model, tokenizer, [prompt], new_tokens=24)[0][0] for prompt in PROMPTS]
+    together = write_on(model, tokenizer, PROMPTS, new_tokens=24, batch_size=2)
+    assert [one.text for (one,) in together] == [one.text for one in alone]
+    assert [one.prompt for (one,) in together] == PROMPTS
+    assert all(len(one.tokens) == 24 and not one.ended for one in alone)
+
+
+def test_a_text_ends_before_what_it_is_to_stop_at(stories: tuple[Any, Any]) -> None:
+    model, tokenizer = stories
+    free = write_on(model, tokenizer, PROMPTS[:1], new_tokens=40)[0][0]
+    stop = free.text.split(".")[0][-3:]
+    (cut,) = write_on(model, tokenizer, PROMPTS[:1], new_tokens=40, stop=[stop, "no such text"])[0]
+    assert cut.text == free.text[: free.text.index(stop)] and cut.ended
+    assert len(cut.tokens) < 40  # it was not written to the end
+
+
+def test_samples_differ_and_come_again(stories: tuple[Any, Any]) -> None:
+    model, tokenizer = stories
+    runs = [
+        write_on(model, tokenizer, PROMPTS, new_tokens=16, samples=2, temperature=1.2, seed=seed) for seed in (0, 0, 1)
+    ]
+    assert runs[0] == runs[1] != runs[2]
+    assert all(len({text.text for text in several}) == 2 for several in runs[0])
+
+
+@given(st.lists(st.integers(0, 3), max_size=30))
+def test_repetition_counts_runs_that_were_there_before(tokens: list[int]) -> None:
+    seen: list[list[int]] = []
+    repeated = 0
+    for k in range(len(tokens) - 3):
+        run = tokens[k : k + 4]
+        repeated += run in seen
+        seen.append(run)
+    found = Written("", "", tuple(tokens), True).repetition
+    assert math.isnan(found) if not seen else found == pytest.approx(repeated / len(seen))
+
+
+def test_scores_of_several_texts() -> None:
+    texts = (Written("", "", (1,) * 8, True), Written("", "", tuple(range(8)), False), Written("", "", (1, 2), True))
+    scores = WritingScores(texts)
+    assert (scores.repetition, scores.length, scores.ended) == (pytest.approx(0.4), 6.0, pytest.approx(2 / 3))
+    assert str(scores) == "3 texts of 6 tokens, 67% of them ended; 40.0% of the runs of 4 tokens are repeated"
+    assert math.isnan(WritingScores(texts[2:]).repetition)
+
+
+def test_what_cannot_be_asked_for(stories: tuple[Any, Any]) -> None:
+    model, tokenizer = stories
+    with pytest.raises(StreamlineError, match="There is no prompt; give one at least"):
+        write_on(model, tokenizer, [])
+    with pytest.raises(StreamlineError, match="3 samples at temperature 0 are one text 3 times; give a temperature"):
+        write_on(model, tokenizer, PROMPTS, samples=3)
+    with pytest.raises(StreamlineError, match=r"Got new_tokens=0, .*expected the first three 1 or more"):
+        write_on(model, tokenizer, PROMPTS, new_tokens=0)
+    with pytest.raises(StreamlineError, match="no chat template; give the prompts as they are"):
+        write_on(model, tokenizer, PROMPTS, chat=True)

@@ -1,0 +1,86 @@
+"""Many prompts written on at the same time, against each written on alone, token by token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from streamline_hooks import StreamlineError
+from streamline_hooks.generation import end_tokens, require_generates, seeded, written_on
+from tests.tiny_models import FAMILIES, VOCABULARY, repaired, tiny_model
+
+
+class Ends:
+    """The part of a tokenizer that generation asks for."""
+
+    pad_token_id = None
+    eos_token_id = 2
+
+
+PROMPTS = [[5, 9, 11, 4, 8, 20], [7], [3, 12, 6]]
+
+
+def greedy(model: nn.Module, prompt: list[int], count: int, ends: set[int]) -> list[int]:
+    """The likeliest token each time, from whole forwards without a cache."""
+    ids = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] in ends:
+            return ids[len(prompt) : -1]
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_forwards_without_a_cache(family: str) -> None:
+    """Also of a model in training mode whose own settings would sample and forbid repetitions."""
+    model: Any = tiny_model(family, torch.float64)
+    settings = model.generation_config
+    settings.do_sample, settings.repetition_penalty, settings.no_repeat_ngram_size = True, 5.0, 1
+    settings.temperature, settings.min_new_tokens = 9.0, 3
+    ends = end_tokens(model, Ends())
+    model.train()
+    found = written_on(model, Ends(), PROMPTS, new_tokens=8)
+    assert model.training and model.generation_config is settings
+    model.eval()
+    assert found == [[greedy(model, prompt, 8, ends)] for prompt in PROMPTS]
+
+
+def test_models_that_have_lost_blocks() -> None:
+    model: Any = repaired("llama", dtype=torch.float64)
+    found = written_on(model, Ends(), PROMPTS, new_tokens=6)
+    assert found == [[greedy(model, prompt, 6, end_tokens(model, Ends()))] for prompt in PROMPTS]
+
+
+def test_it_stops_where_the_text_ends() -> None:
+    model: Any = tiny_model("llama", torch.float64)
+    free = written_on(model, Ends(), PROMPTS[:1], new_tokens=8)[0][0]
+    model.generation_config.eos_token_id = [free[3], VOCABULARY - 1]
+    assert written_on(model, Ends(), PROMPTS[:1], new_tokens=8) == [[free[: free.index(free[3])]]]
+
+
+def test_samples_are_seeded_and_leave_the_random_state_alone() -> None:
+    model: Any = tiny_model("llama")
+    before = torch.get_rng_state()
+    runs = []
+    for seed in (1, 1, 2):
+        with seeded(torch.device("cpu"), seed, "x"):
+            runs.append(written_on(model, Ends(), PROMPTS, new_tokens=8, samples=3, sampling={"temperature": 1.5}))
+    assert torch.equal(before, torch.get_rng_state())
+    assert runs[0] == runs[1] != runs[2]
+    assert [len(several) for several in runs[0]] == [3, 3, 3]
+    assert len({tuple(text) for text in runs[0][0]}) == 3
+
+
+def test_what_cannot_be_written_on() -> None:
+    model: Any = tiny_model("llama")
+    with pytest.raises(StreamlineError, match="A prompt has no token; expected one at least"):
+        written_on(model, Ends(), [[3], []], new_tokens=2)
+    positions = model.config.max_position_embeddings
+    with pytest.raises(StreamlineError, match=f"6 tokens and {positions} more need .* positions; the model has"):
+        written_on(model, Ends(), PROMPTS, new_tokens=positions)
+    with pytest.raises(StreamlineError, match="It, a Linear, cannot generate; give a causal language model"):
+        require_generates(nn.Linear(1, 1), "It")

@@ -1,0 +1,122 @@
+"""Many compressed models of one: the front, what is kept, and that the original is left alone."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+import math
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamline_hooks import StreamlineError, compress, sweep
+from streamline_hooks.sweep import Point, Sweep
+
+SETTINGS: dict[str, Any] = {
+    "calibration_tokens": 1024,
+    "validation_tokens": 256,
+    "test_tokens": 256,
+    "sequence_length": 64,
+    "shortlist": 2,
+}
+
+
+def point(loss: float | None, size: float | None, kind: str = "none") -> Point:
+    return Point("1", kind, perplexity_ratio=loss, parameters_ratio=size)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=12))
+def test_nobody_on_the_front_is_beaten_and_all_others_are(pairs: list[tuple[int, int]]) -> None:
+    points = tuple(point(loss / 4, size / 8, str(k)) for k, (loss, size) in enumerate(pairs))
+    front = Sweep(points).front()
+
+    def beaten(mine: tuple[int, int]) -> bool:
+        return any(a <= mine[0] and b <= mine[1] and (a, b) != mine for a, b in pairs)
+
+    assert [p.kind for p in front] == [str(k) for k, pair in enumerate(pairs) if not beaten(pair)]
+
+
+def test_points_without_a_number_are_on_no_front() -> None:
+    points = (point(None, None), point(1.5, 0.8), point(math.inf, 0.1), point(1.2, None))
+    assert Sweep(points).front() == [points[1]]
+    assert Sweep(points).front("decode") == []
+    with pytest.raises(StreamlineError, match=r"by='weight' is not known; expected one of size, prefill, decode"):
+        Sweep(points).front("weight")
+
+
+@pytest.fixture(scope="module")
+def swept(stories: tuple[Any, Any], story_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    model, tokenizer = copy.deepcopy(stories[0]), stories[1]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    file = tmp_path_factory.mktemp("sweep") / "sweep.json"
+    said: list[str] = []
+    found = sweep(
+        model, tokenizer, story_texts, remove=[1, 0.4], kinds=["none", "linear"], keep_in=file, say=said.append,
+        speed_tokens=16, repeats=2, **SETTINGS,
+    )  # fmt: skip
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    return model, tokenizer, found, file, said
+
+
+def test_a_point_is_what_compress_gives(swept: Any, story_texts: list[str]) -> None:
+    model, tokenizer, found, _, _ = swept
+    assert [(p.remove, p.kind) for p in found.points] == [
+        ("1", "none"), ("1", "linear"), ("0.4", "none"), ("0.4", "linear"),
+    ]  # fmt: skip
+    alone = compress(copy.deepcopy(model), tokenizer, story_texts, remove=0.4, kind="linear", **SETTINGS)
+    last = found.points[3]
+    assert last.perplexity_ratio == pytest.approx(alone.perplexities["repaired"] / alone.perplexities["original"])
+    assert last.parameters_ratio == alone.parameters[1] / alone.parameters[0]
+    assert last.gone == alone.candidates[0].gone
+    assert all(p.prefill_ratio > 0 and p.decode_ratio > 0 for p in found.points)
+
+
+def test_it_is_told_in_three_ways(swept: Any) -> None:
+    found = swept[2]
+    rows = list(csv.DictReader(io.StringIO(found.csv())))
+    assert [float(row["perplexity_ratio"]) for row in rows] == [p.perplexity_ratio for p in found.points]
+    assert [("size" in row["front"].split()) for row in rows] == [p in found.front() for p in found.points]
+    report = json.loads(json.dumps(found.report(), allow_nan=False))
+    assert [row["kind"] for row in report["points"]] == ["none", "linear", "none", "linear"]
+    lines = found.table().splitlines()
+    assert len(lines) == 5 and lines[0].startswith("kind") and any(" *" in line for line in lines)
+
+
+def test_what_is_known_is_not_made_again(swept: Any, story_texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer, found, file, _ = swept
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("compressed again")
+
+    monkeypatch.setattr(sys.modules["streamline_hooks.sweep"], "compress", fails)
+    options: dict[str, Any] = {"keep_in": file, "speed_tokens": 16, "repeats": 2, **SETTINGS}
+    again = sweep(model, tokenizer, story_texts, remove=[0.4, 1], kinds=["linear"], **options)
+    assert again.points == (found.points[3], found.points[1])
+    for other in ({"shortlist": 1}, {"repeats": 3}):
+        with pytest.raises(AssertionError, match="compressed again"):
+            sweep(model, tokenizer, story_texts, remove=[1], kinds=["linear"], **(options | other))
+    with pytest.raises(AssertionError, match="compressed again"):
+        sweep(model, tokenizer, story_texts[1:], remove=[1], kinds=["linear"], **options)
+
+
+def test_a_refusal_is_a_point_too(swept: Any, story_texts: list[str]) -> None:
+    model, tokenizer, *_ = swept
+    found = sweep(model, tokenizer, story_texts, remove=[7, 1], kinds=["none"], speed=False, **SETTINGS)
+    refused, made = found.points
+    assert "7" in refused.refused and refused.perplexity_ratio is None
+    assert made.perplexity_ratio is not None and made.prefill_ratio is None
+    assert refused.refused in found.table() and found.front() == [made]
+
+
+def test_what_cannot_be_swept(swept: Any, story_texts: list[str]) -> None:
+    model, tokenizer, *_ = swept
+    with pytest.raises(StreamlineError, match="Got 0 amounts, 1 kinds; expected one amount and one kind at least"):
+        sweep(model, tokenizer, story_texts, remove=[], kinds=["none"])
+    with pytest.raises(StreamlineError, match="and output; expected"):
+        sweep(model, tokenizer, story_texts, remove=[1], kinds=["none"], output="x")
