@@ -37,7 +37,7 @@ test: $(VENV)/.stamp-test ## Run the tests and the doctests
 OLDEST := transformers==4.56.*
 OLDEST_NEEDS := accelerate hypothesis pytest pytest-randomly pytest-xdist
 OLDEST_TESTS := tests/surgery tests/statistics tests/evaluation tests/checkpoint tests/architectures/test_properties.py \
-	$(addprefix tests/test_,recorder.py passes.py stack.py hidden_state.py)
+	$(addprefix tests/test_,recorder.py passes.py stack.py hidden_state.py generation.py)
 
 oldest: export OMP_NUM_THREADS ?= 1
 oldest: $(VENV)-oldest/.stamp ## Run the core of the tests with the oldest supported Transformers

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from streamline_hooks.selection import (
     usual_criterion,
     verified,
 )
+from streamline_hooks.side_by_side import SideBySide
 from streamline_hooks.stack import find_stack
 from streamline_hooks.statistics import Profile, check_profile
 from streamline_hooks.statistics import profile as measure_profile
@@ -68,6 +70,7 @@ def compress(
     stack: str | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
+    command: str = "",
     say: Callable[[str], None] = lambda line: None,
 ) -> CompressionResult:
     """Give up the blocks whose loss is repaired best.
@@ -127,9 +130,11 @@ def compress(
     stack : str, optional
         Path of the stack, see `find_stack`.
     output : str or Path, optional
-        A folder to save to.
+        A folder to save to, with ``report.json`` and, where matplotlib is installed, ``report.html``.
     overwrite : bool
         Take the place of a folder that is not empty.
+    command : str
+        What the page says that it was made by.
     say : callable
         Receives lines about what is planned and found.
 
@@ -197,6 +202,9 @@ def compress(
     if training is not None:
         with clock("train"):
             student, trained = _train(ready, best, training, healed, resume, say)
+    with clock("compare"):
+        beside = SideBySide(model, tokenizer, ready.test, say)
+        speed = beside.speed(partial(_carry_out, selection=best), path)
     with clock("measure"):
         before = _sizes(model)
         test, data, size = ready.test, _data(ready.split, seed), ready.size
@@ -210,6 +218,8 @@ def compress(
         repaired = best.maps or any(repair.stand_in is not None for repair in best.repairs)
         label = "trained" if trained is not None else "repaired" if repaired else "removed"
         perplexities[label] = perplexity(model, test, "perplexity").value
+    with clock("compare"):
+        samples = beside.samples()
     after = _sizes(model)
     result = CompressionResult(
         model=model,
@@ -228,10 +238,13 @@ def compress(
         data=data,
         profile=measured,
         training=trained,
+        samples=samples,
+        speed=speed,
     )
     if output is not None:
         with clock("save"):
             result.folder = save(model, output, tokenizer=tokenizer, report=result.report(), overwrite=overwrite)
+            result.write_page(command=command, say=say)
         if training is not None and trained is not None and training.keep_in == _training_file(output):
             if trained.stopped.startswith("interrupted"):
                 say(f"{training.keep_in} is left to go on from, with resume and overwrite.")

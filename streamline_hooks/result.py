@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.evaluation import SpeedReport, Written
 from streamline_hooks.repair import StandInSize, Trained
 from streamline_hooks.selection import VerifiedSelection
 from streamline_hooks.statistics import Profile
@@ -62,6 +65,10 @@ class CompressionResult:
         Of the original, on the calibration text.
     training : Trained or None
         How the training went, if there was one.
+    samples : list of (Written, Written)
+        Beginnings of the test text, written on greedily by the compressed model and by the original.
+    speed : SpeedReport or None
+        Of both, in turn; None where the model cannot write.
     folder : Path or None
         Where it was saved.
     """
@@ -82,6 +89,8 @@ class CompressionResult:
     data: dict[str, Any]
     profile: Profile
     training: Trained | None = None
+    samples: list[tuple[Written, Written]] = field(default_factory=list)
+    speed: SpeedReport | None = None
     folder: Path | None = field(default=None)
 
     def report(self) -> dict[str, Any]:
@@ -97,6 +106,10 @@ class CompressionResult:
             "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
             "bytes": {"before": self.size_in_bytes[0], "after": self.size_in_bytes[1]},
             "training": None if self.training is None else self.training.report(),
+            "samples": [
+                {"prompt": mine.prompt, "text": mine.text, "reference": theirs.text} for mine, theirs in self.samples
+            ],
+            "speed": None if self.speed is None else self.speed.to_dict(),
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory,
             "data": self.data,
@@ -106,6 +119,43 @@ class CompressionResult:
             },
             "versions": {name: version(name) for name in ("streamline_hooks", "torch", "transformers")},
         }
+
+    def write_page(
+        self, folder: str | Path | None = None, *, command: str = "", say: Callable[[str], None] = lambda line: None
+    ) -> Path | None:
+        """Write a page of figures and tables that needs no network.
+
+        Parameters
+        ----------
+        folder : str or Path, optional
+            By default where the model was saved.
+        command : str
+            What it says that it was made by.
+        say : callable
+            Is told where matplotlib is missing.
+
+        Returns
+        -------
+        Path or None
+            Of the page; None where matplotlib is missing.
+
+        Raises
+        ------
+        StreamlineError
+            If there is no folder to write to.
+        """
+        from streamline_hooks.report import write_report
+
+        place = Path(folder) if folder is not None else self.folder
+        if place is None:
+            raise StreamlineError("The model was not saved, so there is no folder for the page; give one.")
+        if find_spec("matplotlib") is None:
+            say('There is no page, which matplotlib draws: pip install "streamline_hooks[report]".')
+            return None
+        said = self.report()
+        beside = {"model": "compressed", "reference": "original", "samples": said["samples"], "speed": said["speed"]}
+        title = f"{self.plan.old_length} blocks, {len(self.plan.slots)} left"
+        return write_report(place, compression=said, evaluation=beside, command=command, title=title)
 
     def table(self) -> str:
         """The result for a terminal."""

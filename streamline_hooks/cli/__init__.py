@@ -8,10 +8,12 @@ import typer
 
 from streamline_hooks.cli.compress import compress
 from streamline_hooks.cli.diff import diff
+from streamline_hooks.cli.evaluate import evaluate
 from streamline_hooks.cli.export import export
 from streamline_hooks.cli.generate import generate
 from streamline_hooks.cli.inspect import inspect
 from streamline_hooks.cli.rank import rank
+from streamline_hooks.cli.sweep import sweep
 from streamline_hooks.errors import StreamlineError
 
 app = typer.Typer(
@@ -22,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _command in (compress, generate, inspect, rank, diff, export):
+for _command in (compress, evaluate, sweep, generate, inspect, rank, diff, export):
     app.command()(_command)
 
 

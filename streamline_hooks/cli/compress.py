@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from streamline_hooks.cli.command_line import command_line
 from streamline_hooks.cli.loading import block_numbers, documents_of, load_model, own_text
 from streamline_hooks.cli.options import (
     BatchSize,
@@ -184,6 +185,7 @@ def compress(
         shortlist=shortlist,
         output=output,
         overwrite=overwrite,
+        command=command_line(),
         **shared,
     )
     typer.echo()

@@ -55,6 +55,10 @@ def score_continuations(
     text. What is scored begins with the first token in which any choice's text differs from the context's own tokens:
     where a token spans the boundary, it is scored with the continuation, and for all choices of a question alike.
 
+    These are lm-eval's numbers, but for what lies at the boundary: there a context that ends in white space is followed
+    by one more, a text without a context begins with a space, and what is scored begins at the context's number of
+    tokens; and texts that are too long are cut, which is refused here.
+
     A context that several choices share is run once, and its keys and values serve all of them. On the shortest and
     the longest question this is held against running each choice alone; where it gives something else, or cannot be
     done, all are run alone, and a warning says so.

@@ -1,0 +1,154 @@
+"""The command ``streamline-hooks evaluate``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from streamline_hooks.cli.command_line import command_line
+from streamline_hooks.cli.loading import load_model
+from streamline_hooks.cli.options import Json, Model, Seed
+from streamline_hooks.errors import StreamlineError
+
+
+def evaluate(
+    model: Model,
+    against: Annotated[
+        str, typer.Option("--against", metavar="MODEL", help="The original: what is retained of it is told besides.")
+    ] = "",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            metavar="TEXT",
+            help="A domain of text for perplexity and agreement: a file, folder, data set, or pydoc. May be repeated.",
+            show_default="pydoc, if no task is named",
+        ),
+    ] = None,
+    questions: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Multiple choice: JSONL, plain, .gz or .zip, or hub:NAME:SPLIT. Repeatable."),
+    ] = None,
+    last_words: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="JSONL of context and continuation, to be predicted. May be repeated."),
+    ] = None,
+    problems: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="JSONL of question and answer, as in GSM8K, to be solved. May be repeated."),
+    ] = None,
+    probes: Annotated[
+        int, typer.Option(help="Made-up problems a sort: arithmetic, brackets, copying, counting; 0 for none.", min=0)
+    ] = 0,
+    prompts: Annotated[int, typer.Option(help="Beginnings of the text to be written on.", min=0)] = 8,
+    normalised: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK", help="Count these questions by likelihood a character. May be repeated."),
+    ] = None,
+    examples: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Solved questions to show before each, --shots of them.")
+    ] = None,
+    shots: Annotated[
+        int,
+        typer.Option(help="Solved ones before each question (--examples) and each problem (its file's first).", min=0),
+    ] = 0,
+    items: Annotated[int | None, typer.Option(help="Items a task at most, a seeded subset.", min=1)] = None,
+    text_tokens: Annotated[int, typer.Option(help="Tokens a domain, about.", min=2)] = 20_000,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens at a time.", min=1, show_default="1024 or the model's positions")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens from one window to the next.", min=1, show_default="half a window")
+    ] = None,
+    speed: Annotated[bool, typer.Option(help="Measure speed, of both models in turn.")] = True,
+    harness: Annotated[
+        str, typer.Option(metavar="TASKS", help="Tasks of lm-eval, with commas between them; needs the extra harness.")
+    ] = "",
+    harness_folder: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Task files of your own for --harness.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts at a time.", min=1)] = 8,
+    seed: Seed = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder for evaluation.json, the page and its figures; goes on from there."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model: perplexity, questions, problems, what it writes, speed, and what it retains of its original.
+
+    With --output a page that needs no network is written, and what has been measured is kept there: the same command
+    goes on after an interruption.
+
+    Example: streamline-hooks evaluate smollm2-small --against smollm2 --probes 50 --output evaluation
+    """
+    from streamline_hooks.evaluation import evaluate as run
+    from streamline_hooks.evaluation import suite_from_files
+
+    tasks = [*(questions or ()), *(last_words or ()), *(problems or ()), *(["probes"] if probes else ()), harness]
+    if harness_folder is not None and not harness:
+        raise StreamlineError("--harness-folder holds task files; name those to run with --harness.")
+    domains = text or ([] if any(tasks) else ["pydoc"])
+    loaded, tokenizer = load_model(model)
+    original = load_model(against)[0] if against else None
+    measured: dict[str, Any] = {}
+    lines = []
+    if domains or any(tasks[:-1]) or not harness:
+        suite = suite_from_files(
+            tokenizer,
+            text=domains,
+            questions=questions or (),
+            last_words=last_words or (),
+            problems=problems or (),
+            probe_count=probes,
+            prompts=prompts,
+            normalised=normalised or (),
+            examples=examples,
+            shots=shots,
+            items=items,
+            text_tokens=text_tokens,
+            seed=seed,
+            window=window,
+            stride=stride,
+            **({} if speed else {"timed": None}),
+        )
+        found = run(
+            loaded,
+            suite,
+            original,
+            batch_size=batch_size,
+            seed=seed,
+            keep_in=None if output is None else output / "measured.json",
+            name=Path(model).name,
+            reference_name=Path(against).name,
+        )
+        measured = found.report()
+        lines.append(found.table())
+    if harness:
+        from streamline_hooks.integrations.harness import run_harness
+
+        asked = [task.strip() for task in harness.split(",") if task.strip()]
+        for name, subject in (("harness", loaded), ("harness_original", original)):
+            if subject is not None:
+                scored = run_harness(
+                    subject, tokenizer, asked, task_folder=harness_folder, limit=items, batch_size=batch_size, seed=seed
+                )
+                measured[name] = scored.to_dict()
+                lines.append(f"lm-eval, {Path(model if name == 'harness' else against).name}\n{scored.table()}")
+    if output is not None:
+        from streamline_hooks.checkpoint.writing import REPORT
+        from streamline_hooks.report import write_report
+
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "evaluation.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        title = f"{Path(model).name}, evaluated"
+        made = Path(model) / REPORT
+        compression = json.loads(made.read_text(encoding="utf-8")) if made.is_file() else None
+        page = write_report(output, compression=compression, evaluation=measured, command=command_line(), title=title)
+        lines.append(f"written to {page}")
+    typer.echo(json.dumps(measured, indent=1) if as_json else "\n\n".join(lines))

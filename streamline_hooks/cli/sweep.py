@@ -1,0 +1,110 @@
+"""The command ``streamline-hooks sweep``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from streamline_hooks.cli.command_line import command_line
+from streamline_hooks.cli.loading import block_numbers, documents_of, load_model
+from streamline_hooks.cli.options import (
+    BatchSize,
+    Calibration,
+    Keep,
+    Model,
+    Parts,
+    Search,
+    Seed,
+    SequenceLength,
+    Tokens,
+)
+from streamline_hooks.errors import StreamlineError
+
+
+def sweep(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the points, a table, and a page.")],
+    remove: Annotated[
+        str, typer.Option(help="How much is to go, with commas between amounts; each as compress takes it.")
+    ] = "0.1,0.2,0.3",
+    kind: Annotated[
+        str,
+        typer.Option(help="What stands in the blocks' place, with semicolons (or commas) between kinds."),
+    ] = "none,linear",
+    objective: Annotated[
+        str, typer.Option("--train", metavar="LOSS", help="Train each repair, see compress --train.")
+    ] = "",
+    calibration: Calibration = None,
+    search: Search = "window",
+    parts: Parts = 2,
+    keep: Keep = "",
+    calibration_tokens: Tokens = 41_000,
+    validation_tokens: Annotated[int, typer.Option(help="Tokens to judge the candidates on.", min=2)] = 4_096,
+    test_tokens: Annotated[int, typer.Option(help="Tokens to measure each model on.", min=2)] = 12_288,
+    sequence_length: SequenceLength = 512,
+    batch_size: BatchSize = 4,
+    shortlist: Annotated[int, typer.Option(help="Selections that are fitted and judged by KL.", min=1)] = 8,
+    speed: Annotated[bool, typer.Option(help="Measure speed, beside the original and in turn.")] = True,
+    speed_tokens: Annotated[int, typer.Option(help="Tokens of the prompt that is timed.", min=1)] = 512,
+    repeats: Annotated[int, typer.Option(help="Rounds that are timed.", min=1)] = 7,
+    seed: Seed = 0,
+) -> None:
+    """Compress a model in many ways, and show which are worth having: quality against size and speed.
+
+    Every point is kept in the output folder when it is made: the same command goes on after an interruption, and one
+    with more amounts or kinds makes only those.
+
+    Example: streamline-hooks sweep smollm2 --remove 0.1,0.2,0.3 --kind linear,swiglu --output sweep
+    """
+    from streamline_hooks.repair import Objective, Training, kind_named
+    from streamline_hooks.report import write_report
+    from streamline_hooks.selection import Target
+    from streamline_hooks.sweep import sweep as run
+
+    amounts = [part.strip() for part in remove.split(",") if part.strip()]
+    for amount in amounts:
+        Target.parse(amount)
+    kinds = [part.strip() for part in _kinds(kind)]
+    for one in kinds:
+        kind_named(one)
+    settings: dict[str, Any] = {"training": Training(objective=Objective.parse(objective))} if objective else {}
+    sources = calibration or ["pydoc"]
+    if "self" in sources:
+        raise StreamlineError("A sweep takes text that is there: have the model write some once, by compress.")
+    documents = documents_of(sources)
+    loaded, tokenizer = load_model(model)
+    found = run(
+        loaded,
+        tokenizer,
+        documents,
+        remove=amounts,
+        kinds=kinds,
+        speed=speed,
+        speed_tokens=speed_tokens,
+        repeats=repeats,
+        keep_in=output / "measured.json",
+        say=typer.echo,
+        search=search,
+        parts=parts,
+        keep=tuple(block_numbers(keep)),
+        calibration_tokens=calibration_tokens,
+        validation_tokens=validation_tokens,
+        test_tokens=test_tokens,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        shortlist=shortlist,
+        seed=seed,
+        **settings,
+    )
+    (output / "sweep.csv").write_text(found.csv(), encoding="utf-8")
+    (output / "sweep.json").write_text(json.dumps(found.report(), indent=1) + "\n", encoding="utf-8")
+    page = write_report(output, sweep=found.report(), command=command_line(), title=f"{Path(model).name}, swept")
+    typer.echo(f"\n{found.table()}\n\nwritten to {page}")
+
+
+def _kinds(text: str) -> list[str]:
+    """Kinds, between which stand semicolons, or commas where no kind has options with commas in them."""
+    return [part for part in text.split(";" if ";" in text else ",") if part.strip()]

@@ -1,0 +1,84 @@
+"""The original and what is to become of it, side by side: what they write, and how fast they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from streamline_hooks.batch import Batch, positions_of
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.evaluation import SpeedReport, Written, measure_speed, write_on
+from streamline_hooks.surgery import LayerSurgeon
+
+_PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 24, 48
+_TIMED_TOKENS, _TIMED_NEW, _ROUNDS = 128, 8, 5
+
+
+class SideBySide:
+    """Takes from the original what cannot be taken from it any more when its blocks are gone.
+
+    A model that cannot write has neither texts nor speed; `say` is told why.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The original, before surgery.
+    tokenizer : transformers.PreTrainedTokenizerBase
+    batches : sequence of mapping or torch.Tensor
+        Text that nothing was chosen or fitted on; its beginnings are written on.
+    say : callable
+        Receives a line.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, batches: Sequence[Batch | Tensor], say: Callable[[str], None]
+    ) -> None:
+        self.model, self.tokenizer, self.say = model, tokenizer, say
+        rows = [row for batch in batches for row in (batch if isinstance(batch, Tensor) else batch["input_ids"])]
+        starts = rows[:: max(1, len(rows) // _PROMPTS)][:_PROMPTS]
+        self._new = min(_NEW_TOKENS, (positions_of(model.config) or 10**9) // 2)
+        length = min(_PROMPT_TOKENS, self._new)
+        self._prompts = [tokenizer.decode(row[:length], skip_special_tokens=True) for row in starts]
+        self._before = self._write("original")
+
+    def speed(self, change: Callable[[LayerSurgeon], None], stack: str) -> SpeedReport | None:
+        """How fast the original is, and how fast it is with a change, in turn.
+
+        Parameters
+        ----------
+        change : callable
+            Carries the change out by a surgeon, each time anew.
+        stack : str
+            Path of the stack, see `find_stack`.
+        """
+
+        @contextmanager
+        def changed() -> Iterator[nn.Module]:
+            with LayerSurgeon(self.model, stack, probe=False) as surgeon:
+                change(surgeon)
+                yield self.model
+
+        room = positions_of(self.model.config) or 10**9
+        tokens = max(1, min(_TIMED_TOKENS, room - _TIMED_NEW - 1))
+        try:
+            return measure_speed(
+                {"original": self.model, "compressed": changed}, tokens=tokens, new_tokens=_TIMED_NEW, repeats=_ROUNDS
+            )
+        except StreamlineError as error:
+            self.say(f"No speed was measured: {error}")
+            return None
+
+    def samples(self) -> list[tuple[Written, Written]]:
+        """What the model writes as it is now, and what the original wrote."""
+        return list(zip(self._write("compressed"), self._before, strict=True)) if self._before else []
+
+    def _write(self, what: str) -> list[Written]:
+        try:
+            written = write_on(self.model, self.tokenizer, self._prompts, new_tokens=self._new, what=f"write: {what}")
+        except StreamlineError as error:
+            self.say(f"Nothing was written: {error}")
+            return []
+        return [text for (text,) in written]
