@@ -13,8 +13,8 @@ from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import SpeedReport, Written, measure_speed, write_on
 from streamline_hooks.surgery import LayerSurgeon
 
-_PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 24, 48
-_TIMED_TOKENS, _TIMED_NEW, _ROUNDS = 128, 8, 5
+_PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 3, 24, 32
+_TIMED_TOKENS, _TIMED_NEW, _ROUNDS = 128, 8, 3
 
 
 class SideBySide:

@@ -36,6 +36,8 @@ class Point:
         What was asked for.
     gone : str
         The blocks that went.
+    removed : int or None
+        How many fewer blocks there are.
     perplexity_ratio : float or None
         To the original, on text that nothing was chosen or fitted on.
     parameters_ratio : float or None
@@ -49,6 +51,7 @@ class Point:
     remove: str
     kind: str
     gone: str = ""
+    removed: int | None = None
     perplexity_ratio: float | None = None
     parameters_ratio: float | None = None
     prefill_ratio: float | None = None
@@ -66,8 +69,8 @@ class Sweep:
 
     Examples
     --------
-    >>> found = Sweep((Point("2", "none", "1, 2", 1.5, 0.8), Point("2", "linear", "1, 2", 1.2, 0.9)))
-    >>> worse = Point("4", "none", "1 to 4", 1.6, 0.8)
+    >>> found = Sweep((Point("2", "none", "1, 2", 2, 1.5, 0.8), Point("2", "linear", "1, 2", 2, 1.2, 0.9)))
+    >>> worse = Point("3", "none", "1 to 3", 3, 1.6, 0.8)
     >>> [point.kind for point in Sweep((*found.points, worse)).front()]
     ['none', 'linear']
     """
@@ -95,15 +98,18 @@ class Sweep:
     def report(self) -> dict[str, Any]:
         """Everything, as JSON values."""
         fronts = {by: self.front(by) for by in _PLACES}
-        return {
-            "points": [asdict(p) | {"front": [by for by, on in fronts.items() if p in on]} for p in self.points],
-        }
+        points = [
+            asdict(p) | {"name": f"{p.kind}, {p.remove}", "front": [by for by, on in fronts.items() if p in on]}
+            for p in self.points
+        ]
+        return {"points": points}
 
     def csv(self) -> str:
         """A line a point, under a line of names."""
         rows = self.report()["points"]
         out = io.StringIO()
-        writer = csv.DictWriter(out, [*(field.name for field in fields(Point)), "front"], lineterminator="\n")
+        names = [*(field.name for field in fields(Point)), "front"]
+        writer = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows([row | {"front": " ".join(row["front"])} for row in rows])
         return out.getvalue()
@@ -222,6 +228,7 @@ class _Compressor:
         made = replace(
             asked,
             gone=result.candidates[0].gone,
+            removed=result.plan.old_length - len(result.plan.slots),
             perplexity_ratio=found[last] / found["original"],
             parameters_ratio=after / before,
         )

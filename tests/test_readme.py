@@ -20,6 +20,18 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
+class Letters:
+    """A token a letter."""
+
+    bos_token_id, eos_token_id, pad_token_id = 1, 2, 2
+
+    def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) % 61 + 3 for letter in text]}
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
+        return "".join(chr(61 + token) for token in tokens)
+
+
 def test_compressing_a_folder(
     data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -50,6 +62,7 @@ def test_the_pieces(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         surgeon.commit()
     save(small, "my-model-small")
     names: dict[str, Any] = {"model": model, "inputs": inputs, "my_module": Nudge()}
+    names |= {"tokenizer": Letters(), "small": small}
     exec(block, names)
     assert torch.equal(model(ids).logits, before)
     if "record" in names:

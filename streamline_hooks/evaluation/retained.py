@@ -234,5 +234,5 @@ def _check(task: TaskAnswers) -> None:
     pairs = _pairs(task)
     if not ((pairs >= 0) & (pairs <= 1)).all():
         raise StreamlineError(f"The answers of the task {task.name!r} are not all between 0 (wrong) and 1 (right).")
-    if not 0 <= task.chance < 1:
-        raise StreamlineError(f"The task {task.name!r} has the chance {task.chance}; expected 0 or more and below 1.")
+    if not 0 <= task.chance <= 1:
+        raise StreamlineError(f"The task {task.name!r} has the chance {task.chance}; expected 0 to 1.")

@@ -177,7 +177,7 @@ def healing_copies(
 
 
 def student_of(
-    stack: BlockStack, stand_ins: Sequence[tuple[range, StandIn]], healing: Healing | None, *, seed: int = 0
+    stack: BlockStack, stand_ins: Sequence[tuple[range, StandIn]], healing: Healing | None = None, *, seed: int = 0
 ) -> Student:
     """A student with these stand-ins, and with copies of what is healed beside them.
 
@@ -187,8 +187,8 @@ def student_of(
         Of the original.
     stand_ins : sequence of (range, StandIn)
         See `Student`.
-    healing : Healing or None
-        None where the stand-ins alone are trained.
+    healing : Healing, optional
+        By default the stand-ins alone are trained.
     seed : int
         See `healing_copies`.
 

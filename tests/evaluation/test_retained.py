@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks.quality_scores import Quality, Scores
 from streamline_hooks import StreamlineError
-from streamline_hooks.evaluation import retained as module
+from streamline_hooks.evaluation import Retained
 from streamline_hooks.evaluation.retained import TaskAnswers, retained
 
 
@@ -27,7 +28,7 @@ def correlated(count: int, seed: int, kept: float = 0.9) -> tuple[np.ndarray, np
     return original, changed
 
 
-def only(tasks: list[TaskAnswers], **options: Any) -> module.Retained:
+def only(tasks: list[TaskAnswers], **options: Any) -> Retained:
     (found,) = retained(tasks, **{"draws": 1000, **options}).values()
     return found
 
@@ -159,7 +160,7 @@ def test_questions_drawn_for_each_model_apart_would_be_seen(monkeypatch: pytest.
         before, after = (np.append(side.mean(), c) for side, c in zip(sides, chosen, strict=True))
         return before, after
 
-    monkeypatch.setattr(module, "_accuracies", apart)
+    monkeypatch.setattr(sys.modules[retained.__module__], "_accuracies", apart)
     unpaired = only(tasks)
     for one, other in ((paired.ratio, unpaired.ratio), (paired.above_chance, unpaired.above_chance)):
         assert one is not None and other is not None and one.value == pytest.approx(other.value)
@@ -184,7 +185,7 @@ def test_scores_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(1)
     task = TaskAnswers("f1", random.random(50).tolist(), random.random(50).tolist(), group="generation")
     whole = only([task])
-    monkeypatch.setattr(module, "_AT_ONCE", 333)
+    monkeypatch.setattr(sys.modules[retained.__module__], "_AT_ONCE", 333)
     assert only([task]) == whole
 
 
@@ -205,7 +206,7 @@ def test_what_cannot_be_compared() -> None:
         ([TaskAnswers("a", [], [])], "task 'a' has 0 answers .* and a question at least"),
         ([TaskAnswers("a", [0.5, 2.0], [0.0, 1.0])], "task 'a' are not all between 0 .wrong. and 1 .right."),
         ([TaskAnswers("a", [0.5, float("nan")], [0.0, 1.0])], "task 'a' are not all between"),
-        ([TaskAnswers("a", right, right, 1.0)], "task 'a' has the chance 1.0; expected 0 or more and below 1"),
+        ([TaskAnswers("a", right, right, 1.5)], "task 'a' has the chance 1.5; expected 0 to 1"),
         ([TaskAnswers("a", right, right), TaskAnswers("a", right, right, group="b")], "Two tasks are named 'a'"),
         ([TaskAnswers("a", answers(0, 4), right)], "In the group 'classification' the original answers no question"),
     ):
