@@ -13,8 +13,8 @@ from pathlib import Path
 from random import Random
 from typing import TypeVar
 
-from streamline_hooks.evaluation.rows import read_rows
 from streamline_hooks.evaluation.questions import Question, questions_from, read_questions
+from streamline_hooks.evaluation.rows import read_rows
 
 T = TypeVar("T")
 ASKED = "Question: {}\nAnswer:"

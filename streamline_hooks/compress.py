@@ -70,7 +70,6 @@ def compress(
     stack: str | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
-    command: str = "",
     say: Callable[[str], None] = lambda line: None,
 ) -> CompressionResult:
     """Give up the blocks whose loss is repaired best.
@@ -130,11 +129,9 @@ def compress(
     stack : str, optional
         Path of the stack, see `find_stack`.
     output : str or Path, optional
-        A folder to save to, with ``report.json`` and, where matplotlib is installed, ``report.html``.
+        A folder to save to, with ``report.json``; `CompressionResult.write_page` makes a page of it.
     overwrite : bool
         Take the place of a folder that is not empty.
-    command : str
-        What the page says that it was made by.
     say : callable
         Receives lines about what is planned and found.
 
@@ -244,7 +241,6 @@ def compress(
     if output is not None:
         with clock("save"):
             result.folder = save(model, output, tokenizer=tokenizer, report=result.report(), overwrite=overwrite)
-            result.write_page(command=command, say=say)
         if training is not None and trained is not None and training.keep_in == _training_file(output):
             if trained.stopped.startswith("interrupted"):
                 say(f"{training.keep_in} is left to go on from, with resume and overwrite.")

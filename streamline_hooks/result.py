@@ -153,9 +153,8 @@ class CompressionResult:
             say('There is no page, which matplotlib draws: pip install "streamline_hooks[report]".')
             return None
         said = self.report()
-        beside = {"model": "compressed", "reference": "original", "samples": said["samples"], "speed": said["speed"]}
-        title = f"{self.plan.old_length} blocks, {len(self.plan.slots)} left"
-        return write_report(place, compression=said, evaluation=beside, command=command, title=title)
+        title = f"{type(self.model).__name__}: {len(self.plan.slots)} of {self.plan.old_length} blocks"
+        return write_report(place, compression=said, command=command, title=title)
 
     def table(self) -> str:
         """The result for a terminal."""

@@ -1,0 +1,161 @@
+"""The page: put together from JSON values, and written with its figures, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.report.drawing import Drawing
+from streamline_hooks.report.sections import Section, key_numbers, sections
+from streamline_hooks.report.style import STYLE_SHEET
+
+PAGE = "report.html"
+FIGURES = "figures"
+# Names that an earlier report may have left, of figures that this one lacks.
+NAMES = (
+    "similarity", "influence", "candidates", "training", "perplexity_by_step", "perplexity", "accuracy", "speed",
+    "front",
+)  # fmt: skip
+# Nothing is loaded and nothing is run, even if something from outside got through.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+
+
+def write_report(
+    folder: Path,
+    *,
+    compression: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    sweep: Mapping[str, Any] | None = None,
+    command: str,
+    title: str,
+) -> Path:
+    """Write one self-contained HTML page, and each of its figures as SVG and as PNG.
+
+    The page loads nothing and runs nothing; it follows the reader's light or dark scheme and the width of the window.
+    What is missing in the values is left out whole. The same values give the same bytes.
+
+    Parameters
+    ----------
+    folder : Path
+        Made where it is not there. ``report.html`` goes into it, and ``figures/NAME.svg`` and ``figures/NAME.png``.
+    compression : mapping, optional
+        `CompressionResult.report`, or the same read from a JSON file.
+    evaluation : mapping, optional
+        What was measured of a model, and under ``original`` the same of the one that it is compared with.
+    sweep : mapping, optional
+        ``points`` of several compressions.
+    command : str
+        That made it.
+    title : str
+
+    Returns
+    -------
+    Path
+        Of the page.
+
+    Raises
+    ------
+    StreamlineError
+        If there is nothing to tell, matplotlib is not installed, or the files cannot be written; a page that was there
+        before is untouched then.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> said = {"perplexity": {"original": 10.0, "removed": 40.0, "repaired": 15.0}}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     page = write_report(Path(folder), compression=said, command="streamline-hooks ...", title="A model")
+    ...     page.name, sorted(file.name for file in (page.parent / "figures").iterdir())
+    ('report.html', ['perplexity_by_step.png', 'perplexity_by_step.svg'])
+    """
+    found = sections(compression or {}, evaluation or {}, sweep or {}, command)
+    if not (compression or evaluation or sweep):
+        raise StreamlineError(
+            "There is nothing to report: compression, evaluation and sweep are all empty. Give one of them at least, "
+            "for instance the values of a report.json."
+        )
+    numbers = key_numbers(compression or {}, evaluation or {})
+    head = _compared(evaluation or {})
+    page = _html(title, head, numbers.html() if numbers.numbers else "", found)
+    drawings = [part for section in found for part in section.parts if isinstance(part, Drawing)]
+    files: dict[Path, bytes] = {}
+    for drawing in drawings:
+        files[Path(FIGURES, f"{drawing.name}.svg")] = drawing.svg
+        files[Path(FIGURES, f"{drawing.name}.png")] = drawing.png
+    files[Path(PAGE)] = page.encode()
+    _write(Path(folder), files)
+    return Path(folder) / PAGE
+
+
+def _compared(evaluation: Mapping[str, Any]) -> str:
+    """Which models the page is about."""
+    model, reference = evaluation.get("model"), evaluation.get("reference")
+    if not model:
+        return ""
+    return f"{model}, compared with {reference}" if reference else str(model)
+
+
+def _html(title: str, subtitle: str, numbers: str, found: Sequence[Section]) -> str:
+    links = "".join(f'<li><a href="#{section.anchor}">{escape(section.title)}</a></li>' for section in found)
+    lines = [
+        "<!doctype html>",
+        '<html lang="en">',
+        "<head>",
+        '<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<meta name="color-scheme" content="light dark">',
+        f"<title>{escape(title)}</title>",
+        f"<style>\n{STYLE_SHEET}</style>",
+        "</head>",
+        "<body>",
+        "<header>",
+        f"<h1>{escape(title)}</h1>",
+        *([f"<p>{escape(subtitle)}</p>"] if subtitle else []),
+        *([numbers] if numbers else []),
+        f'<nav aria-label="Sections"><ul>{links}</ul></nav>',
+        "</header>",
+        "<main>",
+    ]
+    for section in found:
+        lines += [f'<section id="{section.anchor}">', f"<h2>{escape(section.title)}</h2>"]
+        lines += [part.html() for part in section.parts]
+        lines.append("</section>")
+    lines += ["</main>", "<footer>Made by streamline_hooks.</footer>", "</body>", "</html>", ""]
+    return _UNWRITABLE.sub("\ufffd", "\n".join(lines))
+
+
+def _write(folder: Path, files: Mapping[Path, bytes]) -> None:
+    """Write all files beside their places, then put each in it, the page last; figures of an earlier page go."""
+    halves: dict[Path, Path] = {}
+    try:
+        (folder / FIGURES).mkdir(parents=True, exist_ok=True)
+        try:
+            for name, content in files.items():
+                target = folder / name
+                handle, beside = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".writing", dir=target.parent)
+                halves[target] = Path(beside)
+                with os.fdopen(handle, "wb") as file:
+                    file.write(content)
+                os.chmod(beside, 0o644)
+            for target, half in halves.items():
+                os.replace(half, target)
+            for stale in {Path(FIGURES, f"{name}.{ending}") for name in NAMES for ending in ("svg", "png")} - set(
+                files
+            ):
+                (folder / stale).unlink(missing_ok=True)
+        finally:
+            for half in halves.values():
+                half.unlink(missing_ok=True)
+    except OSError as error:
+        raise StreamlineError(
+            f"Writing the report to {folder} failed: {error}. What was there before is untouched. Make room or choose "
+            "another place."
+        ) from error

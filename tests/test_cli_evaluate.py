@@ -1,0 +1,128 @@
+"""``evaluate`` and ``sweep`` on the command line: what they print, what they leave in the folder, what they refuse."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamline_hooks import cli, evaluate
+
+FEW = "--sequence-length 64 --calibration-tokens 1024 --validation-tokens 128 --test-tokens 128"
+
+
+def run(
+    arguments: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["streamline-hooks", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+        raise SystemExit(0)
+    printed = capsys.readouterr()
+    return int(stopped.value.code or 0), printed.out, printed.err
+
+
+@pytest.fixture(scope="session")
+def stories_folder(data_folder: Path) -> Path:
+    return data_folder / "models" / "stories260k"
+
+
+@pytest.fixture()
+def files(tmp_path: Path, story_texts: list[str]) -> Path:
+    (tmp_path / "tales.txt").write_text("\n\n\n".join(story_texts[:12]))
+    rows: list[dict[str, Any]] = [
+        {"query": "Once upon a time, there was a little girl named", "choices": ["Lily.", "Table."], "gold": 0},
+        {"query": "Tom and his dog went to the", "choices": ["because", "park."], "gold": 1},
+    ]
+    (tmp_path / "girls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "ends.jsonl").write_text(json.dumps({"context": "Once upon a", "continuation": "time"}))
+    return tmp_path
+
+
+def score_choices(*args: Any, **settings: Any) -> None:
+    """Stands for the one that is not to be called, under its name."""
+    raise AssertionError("questions were asked again")
+
+
+def test_a_model_against_its_original(
+    files: Path, stories_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small, output = files / "small", files / "out"
+    made = f"compress {stories_folder} -o {small} --remove 1 -c {files}/tales.txt --shortlist 2 {FEW}"
+    assert run(made.split(), monkeypatch, capsys)[0] == 0
+    page = (small / "report.html").read_text()
+    assert "streamline-hooks compress" in page and "original" in page
+    assert (small / "figures" / "similarity.svg").is_file()
+    asked = f"evaluate {small} --against {stories_folder} --text {files}/tales.txt --questions {files}/girls.jsonl "
+    asked += f"--last-words {files}/ends.jsonl --normalised girls --prompts 2 --text-tokens 600 --window 64 -o {output}"
+    code, out, err = run(asked.split(), monkeypatch, capsys)
+    assert code == 0, err
+    assert "perplexity, tales" in out and "girls (accuracy, normalised)" in out and "stories260k" in out
+    found = json.loads((output / "evaluation.json").read_text())
+    assert found["reference"] == "stories260k" and found["model"] == "small"
+    assert found["mean_perplexity_ratio"] > 1 and found["accuracy"]["ends"]["value"] in (0.0, 1.0)
+    assert len(found["samples"]) == 2 and found["speed"]["timings"]
+    page = (output / "report.html").read_text()
+    assert "streamline-hooks evaluate" in page and "girls" in page
+    assert (output / "figures" / "similarity.svg").is_file()  # of how it was compressed, from its own folder
+    monkeypatch.setattr(sys.modules[evaluate.__module__], "score_choices", score_choices)
+    code, again, _ = run([*asked.split(), "--no-speed", "--json"], monkeypatch, capsys)
+    assert code == 0
+    kept = json.loads(again)
+    assert all(kept[name] == found[name] for name in ("accuracy", "perplexity", "agreement", "samples", "seconds"))
+
+
+def test_without_anything_named_it_reads_what_comes_with_python(
+    stories_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = f"evaluate {stories_folder} --text-tokens 300 --no-speed --prompts 1".split()
+    assert "perplexity, pydoc" in run(asked, monkeypatch, capsys)[1]
+    code, out, _ = run([*asked, "--probes", 1, "--text", "pydoc"], monkeypatch, capsys)
+    assert code == 0 and "perplexity, pydoc" in out and "brackets (exact match)" in out and "repetition" in out
+
+
+def test_a_sweep(
+    files: Path, stories_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = files / "swept"
+    asked = f"sweep {stories_folder} -o {output} --remove 1,2 --kind none,linear -c {files}/tales.txt --shortlist 1 "
+    asked += f"--speed-tokens 16 --repeats 1 {FEW}"
+    code, out, err = run(asked.split(), monkeypatch, capsys)
+    assert code == 0, err
+    rows = list(csv.DictReader((output / "sweep.csv").open()))
+    assert [row["remove"] + row["kind"] for row in rows] == ["1none", "1linear", "2none", "2linear"]
+    assert all(float(row["perplexity_ratio"]) > 0 and float(row["prefill_ratio"]) > 0 for row in rows)
+    page = (output / "report.html").read_text()
+    assert "streamline-hooks sweep" in page and (output / "figures" / "front.svg").is_file()
+    assert all(f"{float(row['perplexity_ratio']):.3f}" in page for row in rows)
+    assert out.count("linear") >= 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["evaluate", "MODEL", "--harness-folder", "x"], "--harness-folder holds task files; name those to run"),
+        (["evaluate", "MODEL", "--questions", "no-such.jsonl"], "no-such.jsonl cannot be read"),
+        (["evaluate", "MODEL", "--text", "pydoc", "--window", "100000"], "more than the 512 positions"),
+        (["sweep", "MODEL", "-o", "x", "--remove", "lots"], "lots"),
+        (["sweep", "MODEL", "-o", "x", "--kind", "magic"], "The kind of replacement 'magic' is unknown"),
+        (["sweep", "MODEL", "-o", "x", "-c", "self"], "A sweep takes text that is there"),
+    ],
+)
+def test_what_is_refused(
+    arguments: list[str],
+    says: str,
+    stories_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [str(stories_folder) if part == "MODEL" else part for part in arguments]
+    code, _, err = run(given, monkeypatch, capsys)
+    assert code == 2 and says in err
+    assert not list(tmp_path.iterdir())
