@@ -74,7 +74,7 @@ architectures: $(VENV)/.stamp-test ## Examine every model type and write docs/ar
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.architectures.matrix
 
 # In the order in which they build on each other; choice and certainty go on where they stopped.
-BENCHMARKS := ranking_cost ranking_memory ranking_growth choice_exhaustive choice certainty compress_smollm2 latency
+BENCHMARKS := ranking_cost ranking_memory ranking_growth choice_exhaustive choice certainty compress_smollm2 latency evaluate_smollm2
 
 bench: $(VENV)/.stamp-bench ## Reproduce the benchmarks on SmolLM2-135M (two hours on two cores)
 	@for name in $(BENCHMARKS); do \

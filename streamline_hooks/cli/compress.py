@@ -104,8 +104,8 @@ def compress(
 
     One pass compares the states before and after every run of blocks. The most similar runs make a shortlist; each is
     replaced by a linear map or another kind, fitted by least squares, and judged by its KL to the original on text of
-    its own. The best one is trained, if that is asked for, and saved, with report.json and a page, report.html, beside it. A training is kept
-    beside the folder every few minutes, until the folder is written.
+    its own. The best one is trained, if that is asked for, and saved, with report.json and a page, report.html, beside
+    it. A training is kept beside the folder every few minutes, until the folder is written.
 
     Example: streamline-hooks compress smollm2 --remove 0.25 --output smollm2-small
     """
