@@ -3,8 +3,8 @@
     python -m benchmarks.evaluate_smollm2 [--data FOLDER] [--items 100] [--text-tokens 4000]
 
 The model is compressed on ``text/train``; text and tasks are of ``text/heldout`` and ``bench``, on which nothing is
-chosen or fitted, a seeded subset of each. What has been measured is kept in ``build/evaluate_smollm2``, beside the page;
-the rows go to ``benchmarks/results/evaluate_smollm2.json`` and ``.md``. About 25 minutes on two cores.
+chosen or fitted, a seeded subset of each. What has been measured is kept in ``build/evaluate_smollm2``, beside the
+page; the rows go to ``benchmarks/results/evaluate_smollm2.json`` and ``.md``. About 25 minutes on two cores.
 """
 
 from __future__ import annotations
