@@ -70,6 +70,7 @@ def compress(
     stack: str | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
+    side_by_side: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> CompressionResult:
     """Give up the blocks whose loss is repaired best.
@@ -129,9 +130,11 @@ def compress(
     stack : str, optional
         Path of the stack, see `find_stack`.
     output : str or Path, optional
-        A folder to save to, with ``report.json``; `CompressionResult.write_page` makes a page of it.
+        A folder to save to, with ``report.json``, of which `streamline_hooks.report.write_report` makes a page.
     overwrite : bool
         Take the place of a folder that is not empty.
+    side_by_side : bool
+        Let the original and the compressed model write from the same beginnings, and time both in turn.
     say : callable
         Receives lines about what is planned and found.
 
@@ -200,8 +203,8 @@ def compress(
         with clock("train"):
             student, trained = _train(ready, best, training, healed, resume, say)
     with clock("compare"):
-        beside = SideBySide(model, tokenizer, ready.test, say)
-        speed = beside.speed(partial(_carry_out, selection=best), path)
+        beside = SideBySide(model, tokenizer, ready.test, say) if side_by_side else None
+        speed = None if beside is None else beside.speed(partial(_carry_out, selection=best), path)
     with clock("measure"):
         before = _sizes(model)
         test, data, size = ready.test, _data(ready.split, seed), ready.size
@@ -216,7 +219,7 @@ def compress(
         label = "trained" if trained is not None else "repaired" if repaired else "removed"
         perplexities[label] = perplexity(model, test, "perplexity").value
     with clock("compare"):
-        samples = beside.samples()
+        samples = [] if beside is None else beside.samples()
     after = _sizes(model)
     result = CompressionResult(
         model=model,

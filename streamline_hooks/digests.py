@@ -10,23 +10,33 @@ from typing import Any
 import torch
 from torch import nn
 
-_VALUES_PER_PARAMETER = 16
+from streamline_hooks.errors import StreamlineError
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Return SHA-256, in hexadecimal, of every parameter's name, shape, dtype and a few of its values."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        if not parameter.is_meta and parameter.numel():
-            flat = parameter.detach().reshape(-1)
-            some = flat[:: max(1, flat.numel() // _VALUES_PER_PARAMETER)]
-            digest.update(some.to("cpu", torch.float32).numpy().tobytes())
+    """Return BLAKE2b, in hexadecimal, of every parameter and buffer: its name, shape, dtype and all of its values.
+
+    Forward hooks, and what a module keeps in plain attributes, are not seen.
+
+    Raises
+    ------
+    StreamlineError
+        If some of the weights are elsewhere ("meta"), as those are that accelerate offloads.
+    """
+    digest = hashlib.blake2b(digest_size=32)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise StreamlineError(
+                f"The weights of {name} are not in memory (device meta), so that it cannot be told whether this is a "
+                "model which is known. Load it without offloading, or keep nothing."
+            )
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 
 def model_digest(model: nn.Module) -> str:
-    """Return SHA-256, in hexadecimal, of a model's weights, see `weights_digest`, and of its configuration.
+    """Return a digest, in hexadecimal, of a model's weights, see `weights_digest`, and of its configuration.
 
     Where it was loaded from, and by which version of Transformers, makes no difference.
     """
@@ -51,3 +61,11 @@ def texts_digest(texts: Iterable[str]) -> str:
         digest.update(len(encoded).to_bytes(8))
         digest.update(encoded)
     return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    try:
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        return flat.view(torch.uint8).numpy().data
+    except (RuntimeError, TypeError):  # a subclass of a tensor, such as a quantised one, that holds several
+        return repr(tensor.detach().cpu()).encode()

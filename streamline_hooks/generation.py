@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,7 @@ def written_on(
     sampling : mapping, optional
         ``temperature`` and ``top_p``, say; random numbers are drawn from torch's own generator, see `seeded`.
     stop : sequence of str
-        Where one of these has been written, a text is at its end; it may be a little longer than that.
+        A text ends with the token by which one of these is complete; what is in the prompt does not count.
 
     Returns
     -------
@@ -77,7 +78,14 @@ def written_on(
     StreamlineError
         If the model cannot generate, a prompt is empty, or there is no room for a prompt and what is to be written.
     """
+    from transformers import StoppingCriteriaList
+
     require_generates(model)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise StreamlineError(
+            f"{type(model).__name__} reads a text and writes another one; what is needed here is a causal language "
+            "model, which writes on."
+        )
     if not all(map(len, prompts)):
         raise StreamlineError("A prompt has no token; expected one at least, such as the token that begins a text.")
     width, positions = max(map(len, prompts)), positions_of(model.config)
@@ -87,13 +95,13 @@ def written_on(
             f"{positions}. Give shorter prompts, or ask for fewer tokens."
         )
     ends = end_tokens(model, tokenizer)
-    pad = next((i for i in (tokenizer.pad_token_id, *sorted(ends)) if i is not None), 0)
+    pad = min(ends, default=0)  # a row that has come to its end goes on with it, and is cut there
     device = device_of(model)
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
     chosen: dict[str, Any] = {} if sampling is None else {"temperature": 1.0, "top_p": 1.0, "top_k": 0, **sampling}
     if stop:
-        chosen |= {"stop_strings": list(stop), "tokenizer": tokenizer}
+        chosen["stopping_criteria"] = StoppingCriteriaList([_Stopped(tokenizer, width, stop)])
     with inference(model), _without_settings(model):
         found = model.generate(
             input_ids=ids,
@@ -106,7 +114,7 @@ def written_on(
             use_cache=True,
             **chosen,
         )[:, width:].tolist()
-    texts = [_until(row, ends) for row in found]
+    texts = [_up_to(tokenizer, _until(row, ends), stop) for row in found]
     return [texts[k : k + samples] for k in range(0, len(texts), samples)]
 
 
@@ -140,3 +148,25 @@ def seeded(device: torch.device, *parts: object) -> Iterator[None]:
 def _until(ids: Sequence[int], ends: set[int]) -> list[int]:
     found = next((k for k, one in enumerate(ids) if one in ends), len(ids))
     return list(ids[:found])
+
+
+class _Stopped:
+    """Whether each text holds one of several strings, after the prompt."""
+
+    def __init__(self, tokenizer: Any, width: int, stop: Sequence[str]) -> None:
+        self.tokenizer, self.width, self.stop = tokenizer, width, stop
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        texts = self.tokenizer.batch_decode(ids[:, self.width :])
+        return torch.tensor([_holds(text, self.stop) for text in texts], dtype=torch.bool, device=ids.device)
+
+
+def _up_to(tokenizer: Any, ids: list[int], stop: Sequence[str]) -> list[int]:
+    """The tokens up to the one by which a string is complete."""
+    if not stop or not _holds(tokenizer.decode(ids), stop):
+        return ids
+    return ids[: bisect_left(range(len(ids)), True, key=lambda count: _holds(tokenizer.decode(ids[:count]), stop))]
+
+
+def _holds(text: str, stop: Sequence[str]) -> bool:
+    return any(one in text for one in stop)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import SpeedReport, Written
 from streamline_hooks.repair import StandInSize, Trained
 from streamline_hooks.selection import VerifiedSelection
@@ -120,41 +118,10 @@ class CompressionResult:
             "versions": {name: version(name) for name in ("streamline_hooks", "torch", "transformers")},
         }
 
-    def write_page(
-        self, folder: str | Path | None = None, *, command: str = "", say: Callable[[str], None] = lambda line: None
-    ) -> Path | None:
-        """Write a page of figures and tables that needs no network.
-
-        Parameters
-        ----------
-        folder : str or Path, optional
-            By default where the model was saved.
-        command : str
-            What it says that it was made by.
-        say : callable
-            Is told where matplotlib is missing.
-
-        Returns
-        -------
-        Path or None
-            Of the page; None where matplotlib is missing.
-
-        Raises
-        ------
-        StreamlineError
-            If there is no folder to write to.
-        """
-        from streamline_hooks.report import write_report
-
-        place = Path(folder) if folder is not None else self.folder
-        if place is None:
-            raise StreamlineError("The model was not saved, so there is no folder for the page; give one.")
-        if find_spec("matplotlib") is None:
-            say('There is no page, which matplotlib draws: pip install "streamline_hooks[report]".')
-            return None
-        said = self.report()
-        title = f"{type(self.model).__name__}: {len(self.plan.slots)} of {self.plan.old_length} blocks"
-        return write_report(place, compression=said, command=command, title=title)
+    @property
+    def title(self) -> str:
+        """In a few words, for the head of a page."""
+        return f"{type(self.model).__name__}: {len(self.plan.slots)} of {self.plan.old_length} blocks"
 
     def table(self) -> str:
         """The result for a terminal."""

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch, positions_of
-from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import SpeedReport, Written, measure_speed, write_on
+from streamline_hooks.evaluation.speed import Timed, room_for_prompt
 from streamline_hooks.surgery import LayerSurgeon
 
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 3, 24, 32
@@ -61,24 +61,23 @@ class SideBySide:
                 change(surgeon)
                 yield self.model
 
-        room = positions_of(self.model.config) or 10**9
-        tokens = max(1, min(_TIMED_TOKENS, room - _TIMED_NEW - 1))
+        models: dict[str, Timed] = {"original": self.model, "compressed": changed}
+        tokens = room_for_prompt(self.model, _TIMED_NEW, _TIMED_TOKENS)
         try:
-            return measure_speed(
-                {"original": self.model, "compressed": changed}, tokens=tokens, new_tokens=_TIMED_NEW, repeats=_ROUNDS
-            )
-        except StreamlineError as error:
-            self.say(f"No speed was measured: {error}")
+            return measure_speed(models, tokens=tokens, new_tokens=_TIMED_NEW, repeats=_ROUNDS)
+        except Exception as error:  # whatever a model's own generate raises: it is not worth a compressed model
+            self.say(f"No speed was measured: {type(error).__name__}: {error}")
             return None
 
     def samples(self) -> list[tuple[Written, Written]]:
         """What the model writes as it is now, and what the original wrote."""
-        return list(zip(self._write("compressed"), self._before, strict=True)) if self._before else []
+        after = self._write("compressed") if self._before else []
+        return list(zip(after, self._before, strict=True)) if after else []
 
     def _write(self, what: str) -> list[Written]:
         try:
             written = write_on(self.model, self.tokenizer, self._prompts, new_tokens=self._new, what=f"write: {what}")
-        except StreamlineError as error:
-            self.say(f"Nothing was written: {error}")
+        except Exception as error:  # see above
+            self.say(f"Nothing was written: {type(error).__name__}: {error}")
             return []
         return [text for (text,) in written]

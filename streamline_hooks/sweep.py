@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from streamline_hooks.compress import compress
 from streamline_hooks.digests import model_digest, texts_digest
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation import measure_speed
 from streamline_hooks.evaluation.kept import Kept
-from streamline_hooks.evaluation.speed import PHASES, Timed
+from streamline_hooks.evaluation.speed import PHASES, Timed, room_for_prompt
 from streamline_hooks.statistics import Profile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_TIMED_NEW = 16
+_ANY_TEXT = "The quick brown fox, 12 lazy dogs."
 _PLACES = {"size": "parameters_ratio", "prefill": "prefill_ratio", "decode": "decode_ratio"}
 
 
@@ -164,7 +166,7 @@ def sweep(
     speed : bool
         Measure speed, beside the original and in turn.
     speed_tokens, repeats : int
-        Tokens of the prompt, and rounds.
+        Tokens of the prompt (fewer where the model has not the positions), and rounds.
     keep_in : str or Path, optional
         A JSON file of what has been measured, by the model, the text and all settings.
     profile : Profile, optional
@@ -177,23 +179,25 @@ def sweep(
     Returns
     -------
     Sweep
-        What a refusal named has a point too, which says why.
+        Where a surgery is refused there is a point too, which says why.
 
     Raises
     ------
     StreamlineError
         If nothing is asked for, or `settings` holds what is swept over or where one model would be written.
     """
-    wrong = sorted({"output", "resume", "overwrite"} & settings.keys())
+    wrong = sorted({"output", "resume", "overwrite", "side_by_side"} & settings.keys())
     if not remove or not kinds or wrong:
         raise StreamlineError(
             f"Got {len(remove)} amounts, {len(kinds)} kinds" + (f" and {', '.join(wrong)}" if wrong else "") + "; "
             "expected one amount and one kind at least, and no place to write one model to: all of them are given up."
         )
     kept = Kept(Path(keep_in) if keep_in is not None else None)
-    timed = (speed_tokens, repeats) if speed else None
-    said = {name: repr(value) for name, value in sorted(settings.items())}
-    known: list[Any] = [model_digest(model), texts_digest(texts), said, timed]
+    timed = (room_for_prompt(model, _TIMED_NEW, speed_tokens), repeats) if speed else None
+    said = {name: getattr(value, "name", None) or repr(value) for name, value in sorted(settings.items())}
+    given = [] if profile is None else [texts_digest([repr(profile.cosine.tolist())])]
+    ids = tokenizer(_ANY_TEXT)["input_ids"]
+    known = [model_digest(model) if keep_in is not None else "", texts_digest(texts), said, timed, given, ids]
     compressor = _Compressor(model, tokenizer, texts, settings, timed, say, profile)
     points = []
     for amount in map(str, remove):
@@ -217,10 +221,10 @@ class _Compressor:
 
     def point(self, amount: str, kind: str) -> Point:
         asked, changed = Point(amount, kind), copy.deepcopy(self.model)
-        options = {"profile": self.profile, "say": self.say, **self.settings}
+        options = {"profile": self.profile, "say": self.say, "side_by_side": False, **self.settings}
         try:
             result = compress(changed, self.tokenizer, self.texts, remove=amount, kind=kind, **options)
-        except StreamlineError as refusal:
+        except UnsupportedSurgery as refusal:
             return replace(asked, refused=str(refusal))
         self.profile = result.profile
         found, (before, after) = result.perplexities, result.parameters
@@ -235,7 +239,7 @@ class _Compressor:
         if self.timed is None:
             return made
         models: dict[str, Timed] = {"original": self.model, "compressed": changed}
-        report = measure_speed(models, tokens=self.timed[0], repeats=self.timed[1])
+        report = measure_speed(models, tokens=self.timed[0], new_tokens=_TIMED_NEW, repeats=self.timed[1])
         prefill, decode = (report.ratio("compressed", phase).median for phase in PHASES)
         return replace(made, prefill_ratio=prefill, decode_ratio=decode)
 

@@ -82,5 +82,10 @@ def test_what_cannot_be_written_on() -> None:
     positions = model.config.max_position_embeddings
     with pytest.raises(StreamlineError, match=f"6 tokens and {positions} more need .* positions; the model has"):
         written_on(model, Ends(), PROMPTS, new_tokens=positions)
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 32, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    with pytest.raises(StreamlineError, match="T5ForConditionalGeneration reads a text and writes another one"):
+        written_on(T5ForConditionalGeneration(T5Config(**sizes)), Ends(), PROMPTS, new_tokens=2)
     with pytest.raises(StreamlineError, match="It, a Linear, cannot generate; give a causal language model"):
         require_generates(nn.Linear(1, 1), "It")

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_hooks import StreamlineError, compress, sweep
+from streamline_hooks import StreamlineError, UnsupportedSurgery, compress, sweep
 from streamline_hooks.sweep import Point, Sweep
 
 SETTINGS: dict[str, Any] = {
@@ -105,13 +105,23 @@ def test_what_is_known_is_not_made_again(swept: Any, story_texts: list[str], mon
         sweep(model, tokenizer, story_texts[1:], remove=[1], kinds=["linear"], **options)
 
 
-def test_a_refusal_is_a_point_too(swept: Any, story_texts: list[str]) -> None:
+def test_a_refusal_is_a_point_too(swept: Any, story_texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a surgery; what was asked for wrongly is an error."""
     model, tokenizer, *_ = swept
-    found = sweep(model, tokenizer, story_texts, remove=[7, 1], kinds=["none"], speed=False, **SETTINGS)
+
+    def refuses(*args: Any, kind: str, **settings: Any) -> Any:
+        if kind == "linear":
+            raise UnsupportedSurgery("block 0 owns the position bias")
+        return compress(*args, kind=kind, **settings)
+
+    monkeypatch.setattr(sys.modules["streamline_hooks.sweep"], "compress", refuses)
+    found = sweep(model, tokenizer, story_texts, remove=[1], kinds=["linear", "none"], speed=False, **SETTINGS)
     refused, made = found.points
-    assert "7" in refused.refused and refused.perplexity_ratio is None
+    assert refused.refused == "block 0 owns the position bias" and refused.perplexity_ratio is None
     assert made.perplexity_ratio is not None and made.prefill_ratio is None
     assert refused.refused in found.table() and found.front() == [made]
+    with pytest.raises(StreamlineError, match="7"):
+        sweep(model, tokenizer, story_texts, remove=[7], kinds=["none"], speed=False, **SETTINGS)
 
 
 def test_what_cannot_be_swept(swept: Any, story_texts: list[str]) -> None:

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from streamline_hooks.cli.command_line import command_line
 from streamline_hooks.cli.loading import block_numbers, documents_of, load_model, own_text
 from streamline_hooks.cli.options import (
     BatchSize,
@@ -25,6 +24,7 @@ from streamline_hooks.cli.options import (
     Stack,
     Tokens,
 )
+from streamline_hooks.cli.page import write_page
 from streamline_hooks.errors import StreamlineError
 
 LEARNING_RATE = 1e-3
@@ -187,11 +187,9 @@ def compress(
         overwrite=overwrite,
         **shared,
     )
-    page = result.write_page(command=command_line(), say=typer.echo)
     typer.echo()
     typer.echo(result.table())
-    if page is not None:
-        typer.echo(f"a page of it: {page}")
+    typer.echo(write_page(output, result.title, compression=result.report()))
 
 
 def _recipe(

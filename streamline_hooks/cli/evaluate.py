@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from streamline_hooks.cli.command_line import command_line
 from streamline_hooks.cli.loading import load_model
 from streamline_hooks.cli.options import Json, Model, Seed
+from streamline_hooks.cli.page import write_page
 from streamline_hooks.errors import StreamlineError
 
 
@@ -55,6 +55,7 @@ def evaluate(
         int,
         typer.Option(help="Solved ones before each question (--examples) and each problem (its file's first).", min=0),
     ] = 0,
+    problem_tokens: Annotated[int, typer.Option(help="Tokens to write after each problem at most.", min=1)] = 256,
     items: Annotated[int | None, typer.Option(help="Items a task at most, a seeded subset.", min=1)] = None,
     text_tokens: Annotated[int, typer.Option(help="Tokens a domain, about.", min=2)] = 20_000,
     window: Annotated[
@@ -63,6 +64,9 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(help="Tokens from one window to the next.", min=1, show_default="half a window")
     ] = None,
+    add_bos: Annotated[
+        bool, typer.Option("--add-bos", help="Begin questions with the BOS token, which some models are poor without.")
+    ] = False,
     speed: Annotated[bool, typer.Option(help="Measure speed, of both models in turn.")] = True,
     harness: Annotated[
         str, typer.Option(metavar="TASKS", help="Tasks of lm-eval, with commas between them; needs the extra harness.")
@@ -87,15 +91,22 @@ def evaluate(
 
     Example: streamline-hooks evaluate smollm2-small --against smollm2 --probes 50 --output evaluation
     """
+    from streamline_hooks.checkpoint.writing import REPORT
     from streamline_hooks.evaluation import evaluate as run
     from streamline_hooks.evaluation import suite_from_files
+    from streamline_hooks.json_file import write_json
 
     tasks = [*(questions or ()), *(last_words or ()), *(problems or ()), *(["probes"] if probes else ()), harness]
     if harness_folder is not None and not harness:
         raise StreamlineError("--harness-folder holds task files; name those to run with --harness.")
     domains = text or ([] if any(tasks) else ["pydoc"])
     loaded, tokenizer = load_model(model)
-    original = load_model(against)[0] if against else None
+    original, theirs = load_model(against) if against else (None, tokenizer)
+    if _reads(tokenizer) != _reads(theirs):
+        raise StreamlineError(
+            f"{model} and {against} have tokenizers that read the same text differently, so that nothing compares them."
+        )
+    names = _names(model, against)
     measured: dict[str, Any] = {}
     lines = []
     if domains or any(tasks[:-1]) or not harness:
@@ -110,11 +121,13 @@ def evaluate(
             normalised=normalised or (),
             examples=examples,
             shots=shots,
+            problem_tokens=problem_tokens,
             items=items,
             text_tokens=text_tokens,
             seed=seed,
             window=window,
             stride=stride,
+            add_bos=add_bos,
             **({} if speed else {"timed": None}),
         )
         found = run(
@@ -124,8 +137,8 @@ def evaluate(
             batch_size=batch_size,
             seed=seed,
             keep_in=None if output is None else output / "measured.json",
-            name=Path(model).name,
-            reference_name=Path(against).name,
+            name=names[0],
+            reference_name=names[1],
         )
         measured = found.report()
         lines.append(found.table())
@@ -139,16 +152,26 @@ def evaluate(
                     subject, tokenizer, asked, task_folder=harness_folder, limit=items, batch_size=batch_size, seed=seed
                 )
                 measured[name] = scored.to_dict()
-                lines.append(f"lm-eval, {Path(model if name == 'harness' else against).name}\n{scored.table()}")
+                lines.append(f"lm-eval, {names[name != 'harness']}\n{scored.table()}")
+    typer.echo(json.dumps(measured, indent=1) if as_json else "\n\n".join(lines))
     if output is not None:
-        from streamline_hooks.checkpoint.writing import REPORT
-        from streamline_hooks.report import write_report
-
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "evaluation.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-        title = f"{Path(model).name}, evaluated"
+        write_json(output / "evaluation.json", measured)
         made = Path(model) / REPORT
         compression = json.loads(made.read_text(encoding="utf-8")) if made.is_file() else None
-        page = write_report(output, compression=compression, evaluation=measured, command=command_line(), title=title)
-        lines.append(f"written to {page}")
-    typer.echo(json.dumps(measured, indent=1) if as_json else "\n\n".join(lines))
+        title = f"{names[0]}, evaluated"
+        told = write_page(output, title, compression=compression, evaluation=measured)
+        typer.echo(told, err=as_json)
+
+
+def _reads(tokenizer: Any) -> list[Any]:
+    """What tells one tokenizer from another."""
+    text = "The quick brown fox, 12 lazy dogs: naïve?"
+    return [tokenizer(text)["input_ids"], tokenizer.bos_token_id, tokenizer.eos_token_id]
+
+
+def _names(model: str, against: str) -> tuple[str, str]:
+    """What the two are called: the last part of where they are, or all of it where that is the same."""
+    if not against:
+        return Path(model).resolve().name, "original"
+    short = Path(model).resolve().name, Path(against).resolve().name
+    return short if short[0] != short[1] else (model, against)

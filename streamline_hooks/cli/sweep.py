@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from streamline_hooks.cli.command_line import command_line
 from streamline_hooks.cli.loading import block_numbers, documents_of, load_model
 from streamline_hooks.cli.options import (
     BatchSize,
@@ -21,6 +19,7 @@ from streamline_hooks.cli.options import (
     SequenceLength,
     Tokens,
 )
+from streamline_hooks.cli.page import write_page
 from streamline_hooks.errors import StreamlineError
 
 
@@ -59,8 +58,8 @@ def sweep(
 
     Example: streamline-hooks sweep smollm2 --remove 0.1,0.2,0.3 --kind linear,swiglu --output sweep
     """
+    from streamline_hooks.json_file import write_json
     from streamline_hooks.repair import Objective, Training, kind_named
-    from streamline_hooks.report import write_report
     from streamline_hooks.selection import Target
     from streamline_hooks.sweep import sweep as run
 
@@ -70,7 +69,9 @@ def sweep(
     kinds = [part.strip() for part in _kinds(kind)]
     for one in kinds:
         kind_named(one)
-    settings: dict[str, Any] = {"training": Training(objective=Objective.parse(objective))} if objective else {}
+    settings: dict[str, Any] = (
+        {"training": Training(objective=Objective.parse(objective), seed=seed)} if objective else {}
+    )
     sources = calibration or ["pydoc"]
     if "self" in sources:
         raise StreamlineError("A sweep takes text that is there: have the model write some once, by compress.")
@@ -100,9 +101,9 @@ def sweep(
         **settings,
     )
     (output / "sweep.csv").write_text(found.csv(), encoding="utf-8")
-    (output / "sweep.json").write_text(json.dumps(found.report(), indent=1) + "\n", encoding="utf-8")
-    page = write_report(output, sweep=found.report(), command=command_line(), title=f"{Path(model).name}, swept")
-    typer.echo(f"\n{found.table()}\n\nwritten to {page}")
+    write_json(output / "sweep.json", found.report())
+    typer.echo(f"\n{found.table()}")
+    typer.echo(write_page(output, f"{Path(model).resolve().name}, swept", sweep=found.report()))
 
 
 def _kinds(text: str) -> list[str]:

@@ -138,11 +138,7 @@ def paired_logits(
     logits : torch.Tensor
         The changed model's, on the same device.
     """
-    if model is original:
-        raise StreamlineError(
-            "The changed model and its original are one module, which agrees with itself whatever was done to it. Keep "
-            "a copy of the original (copy.deepcopy) before changing it, or load it again."
-        )
+    require_two(model, original)
     with (
         inference(model),
         inference(original),
@@ -152,13 +148,9 @@ def paired_logits(
             reference = logits_of(original(**prepare(original, batch)))
             given = prepare(model, batch)
             logits = logits_of(model(**given)).to(reference.device)
-            if logits.shape != reference.shape:
-                raise StreamlineError(
-                    f"The changed model's logits have the shape {tuple(logits.shape)}, the original's "
-                    f"{tuple(reference.shape)} (batch, tokens, vocabulary). Compare models of one vocabulary."
-                )
+            require_one_vocabulary(reference, logits)
             mask = token_mask(reference, mask_of(given))
-            _require_finite({"original": reference, "changed model": logits}, mask, number)
+            require_finite({"original": reference, "changed model": logits}, mask, number)
             yield given, mask, reference, logits
             bar.update(int(mask.sum()))
 
@@ -253,7 +245,26 @@ def _kl_by_token(reference: Tensor, other: Tensor) -> Tensor:
     return difference.mul_(reference.exp()).sum(dim=-1)
 
 
-def _require_finite(logits_by_model: dict[str, Tensor], mask: Tensor, number: int) -> None:
+def require_two(model: nn.Module, original: nn.Module) -> None:
+    """Raise if a changed model is its own original, which agrees with itself whatever was done to it."""
+    if model is original:
+        raise StreamlineError(
+            "The changed model and its original are one module, which agrees with itself whatever was done to it. Keep "
+            "a copy of the original (copy.deepcopy) before changing it, or load it again."
+        )
+
+
+def require_one_vocabulary(reference: Tensor, logits: Tensor) -> None:
+    """Raise if the original's logits and the changed model's differ in shape."""
+    if logits.shape != reference.shape:
+        raise StreamlineError(
+            f"The changed model's logits have the shape {tuple(logits.shape)}, the original's "
+            f"{tuple(reference.shape)} (batch, tokens, vocabulary). Compare models of one vocabulary."
+        )
+
+
+def require_finite(logits_by_model: dict[str, Tensor], mask: Tensor, number: int) -> None:
+    """Raise if a model's logits at real tokens are not finite; the text names the model and the batch."""
     for name, logits in logits_by_model.items():
         if not math.isfinite(logits.sum(dtype=torch.float64)) and not real_tokens(logits, mask).isfinite().all():
             raise StreamlineError(

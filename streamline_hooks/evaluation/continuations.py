@@ -132,7 +132,7 @@ class _Encoder:
         pairs = zip(question.contexts, question.continuations, strict=True)
         contexts = {context: self.ids(context) for context in question.contexts}
         texts = [self.ids(joined(*pair)) for pair in pairs]
-        starts = [_common(ids, contexts[c]) for ids, c in zip(texts, question.contexts, strict=True)]
+        starts = [common(ids, contexts[c]) for ids, c in zip(texts, question.contexts, strict=True)]
         if len(contexts) == 1:
             starts = [min(starts)] * len(starts)
         first = self.first() if self.add_bos or 0 in starts else ()
@@ -272,6 +272,6 @@ def _scored(logits: Tensor, tokens: Sequence[int], place: int) -> Continuation:
     return Continuation(math.fsum(nats.tolist()), len(tokens), bool((wide.argmax(dim=-1) == targets).all()))
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def common(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two texts begin with alike."""
     return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

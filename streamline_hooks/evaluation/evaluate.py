@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from streamline_hooks.batch import positions_of
 from streamline_hooks.digests import model_digest, texts_digest
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.agreement import Agreement
+from streamline_hooks.evaluation.agreement import Agreement, require_two
 from streamline_hooks.evaluation.choices import ChoiceScores, score_choices
 from streamline_hooks.evaluation.kept import Kept
 from streamline_hooks.evaluation.last_words import LastWordScores, score_last_words
@@ -20,9 +21,10 @@ from streamline_hooks.evaluation.problems import Solved, solve
 from streamline_hooks.evaluation.result import Evaluation, Scores
 from streamline_hooks.evaluation.sliding import TextPerplexity, sliding_perplexity
 from streamline_hooks.evaluation.sliding_agreement import TextComparison, sliding_agreement
-from streamline_hooks.evaluation.speed import SpeedReport, measure_speed
-from streamline_hooks.evaluation.suite import Suite
-from streamline_hooks.evaluation.writing import Written, write_on
+from streamline_hooks.evaluation.speed import SpeedReport, measure_speed, room_for_prompt
+from streamline_hooks.evaluation.suite import PROMPTS, Suite
+from streamline_hooks.evaluation.writing import Written, prompt_tokens, write_on
+from streamline_hooks.generation import end_tokens
 
 T = TypeVar("T")
 _ANY_TEXT = "The quick brown fox, 12 lazy dogs: naïve?"
@@ -66,7 +68,7 @@ def evaluate(
     Raises
     ------
     StreamlineError
-        If something in the suite cannot be asked of the model, or both models are one module.
+        If something in the suite cannot be asked of the model, both models are one module, or have one name.
 
     Examples
     --------
@@ -84,11 +86,12 @@ def evaluate(
     >>> evaluate(tiny_model("llama"), suite).scores.text["prose"].tokens
     16
     """
-    if model is reference:
-        raise StreamlineError(
-            "The model and its original are one module, which agrees with itself whatever was done to it. Keep a copy "
-            "of the original (copy.deepcopy) before changing it, or load it again."
-        )
+    if reference is not None:
+        require_two(model, reference)
+    if name == reference_name:
+        raise StreamlineError(f"The model and its original are both called {name!r}; give them names that differ.")
+    for one in filter(None, (model, reference)):
+        _require_room(one, suite)
     asker = _Asker(suite, batch_size, seed, Kept(None if keep_in is None else Path(keep_in)))
     if reference is None:
         scores = asker.scores(model, name)
@@ -105,6 +108,7 @@ class _Asker:
 
     def __init__(self, suite: Suite, batch_size: int, seed: int, kept: Kept) -> None:
         self.suite, self.batch_size, self.seed, self.kept = suite, batch_size, seed, kept
+        self._digests: dict[int, str] = {}
 
     def scores(self, model: nn.Module, name: str) -> Scores:
         """Everything but text."""
@@ -113,15 +117,19 @@ class _Asker:
         measured = partial(self._measured, model, scores)
         suite = self.suite
         for task, choices in suite.choices.items():
-            scores.choices[task] = measured(ChoiceScores, score_choices, name, task, choices.questions)
+            scores.choices[task] = measured(
+                ChoiceScores, score_choices, name, task, choices.questions, add_bos=suite.add_bos
+            )
         for task, ends in suite.last_words.items():
-            scores.last_words[task] = measured(LastWordScores, score_last_words, name, task, ends)
+            scores.last_words[task] = measured(
+                LastWordScores, score_last_words, name, task, ends, add_bos=suite.add_bos
+            )
         for task, problems in suite.problems.items():
             settings = {key: value for key, value in vars(problems).items() if key != "problems"}
             scores.problems[task] = measured(Solved, solve, name, task, problems.problems, seed=self.seed, **settings)
         if suite.prompts:
             given = {"new_tokens": suite.new_tokens}
-            scores.written = measured(_Texts, _written, name, "prompts", suite.prompts, **given).texts
+            scores.written = measured(_Texts, _written, name, PROMPTS, suite.prompts, **given).texts
         return scores
 
     def text(self, model: nn.Module, scores: Scores, name: str) -> None:
@@ -136,7 +144,7 @@ class _Asker:
         self, model: nn.Module, scores: Scores, reference: nn.Module, original: Scores, name: str
     ) -> dict[str, Agreement]:
         """The perplexity of both models, and their agreement, from one pass of each."""
-        digests, agreement = [model_digest(model), model_digest(reference)], {}
+        digests, agreement = [self._digest(model), self._digest(reference)], {}
         for domain, documents in self.suite.text.items():
             ask = partial(
                 sliding_agreement,
@@ -148,7 +156,7 @@ class _Asker:
                 what=f"{name} and original: {domain}",
                 **self._window(),
             )
-            parts = [*digests, texts_digest(documents), self._window(), self._tokens()]
+            parts = [*digests, texts_digest(documents), self._window()]
             found, seconds = self.kept.get(TextComparison, parts, ask)
             scores.text[domain], original.text[domain], agreement[domain] = (
                 found.changed,
@@ -173,13 +181,23 @@ class _Asker:
         call = partial(
             how, model, self.suite.tokenizer, asked, batch_size=self.batch_size, what=f"{name}: {task}", **settings
         )
-        parts = [model_digest(model), how.__name__, texts_digest(map(repr, asked)), settings, self._tokens()]
+        parts: list[Any] = [self._digest(model), how.__name__, texts_digest(map(repr, asked)), settings]
+        if settings.get("temperature"):
+            parts.append(self.batch_size)  # what is sampled depends on it
         found, scores.seconds[task] = self.kept.get(kind, parts, call)
         return found
 
-    def _tokens(self) -> Any:
-        """Tells one tokenizer from another."""
-        return self.suite.tokenizer(_ANY_TEXT)["input_ids"]
+    def _digest(self, model: nn.Module) -> str:
+        """Of a model with its tokenizer and of where its texts end; nothing where nothing is kept."""
+        if self.kept.file is None:
+            return ""
+        if id(model) not in self._digests:
+            tokenizer: Any = self.suite.tokenizer
+            ends = sorted(end_tokens(model, tokenizer)) if hasattr(model, "generation_config") else []
+            said = [tokenizer(_ANY_TEXT)["input_ids"], tokenizer.bos_token_id, tokenizer.eos_token_id, ends]
+            said.append(getattr(tokenizer, "chat_template", None))
+            self._digests[id(model)] = texts_digest([model_digest(model), repr(said)])
+        return self._digests[id(model)]
 
     def _window(self) -> dict[str, Any]:
         return {"window": self.suite.window, "stride": self.suite.stride, "first": self.suite.first}
@@ -194,8 +212,25 @@ def _written(*args: Any, **settings: Any) -> _Texts:
     return _Texts(tuple(text for (text,) in write_on(*args, **settings)))
 
 
+def _require_room(model: Any, suite: Suite) -> None:
+    """Raise where a model has too few positions for what it is to write, before anything long is done."""
+    positions = positions_of(getattr(model, "config", None))
+    if positions is None:
+        return
+    asked = [(f"prompt {k}", prompt, False, suite.new_tokens) for k, prompt in enumerate(suite.prompts)]
+    asked += [(p.where, p.prompt, t.chat, t.new_tokens) for t in suite.problems.values() for p in t.problems]
+    for where, prompt, chat, new_tokens in asked:
+        length = len(prompt_tokens(suite.tokenizer, prompt, chat))
+        if length + new_tokens > positions:
+            raise StreamlineError(
+                f"The {length} tokens of {where} and {new_tokens} more need {length + new_tokens} positions; this "
+                f"{type(model).__name__} has {positions}. Shorten it, show fewer examples, or ask for fewer new tokens."
+            )
+
+
 def _speed(suite: Suite, models: dict[str, Any]) -> SpeedReport | None:
     if suite.timed is None:
         return None
     tokens, new_tokens, rounds = suite.timed
+    tokens = min(room_for_prompt(model, new_tokens, tokens) for model in models.values())
     return measure_speed(models, tokens=tokens, new_tokens=new_tokens, repeats=rounds)

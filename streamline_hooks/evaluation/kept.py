@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.json_file import write_json
 
 T = TypeVar("T")
+_WHAT = "streamline_hooks_measured"
+_VERSION = version("streamline_hooks")
 
 
 class Kept:
@@ -38,14 +41,7 @@ class Kept:
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
-        self._known: dict[str, Any] = {}
-        if file is not None and file.exists():
-            try:
-                self._known = dict(json.loads(file.read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError) as error:
-                raise StreamlineError(
-                    f"{file} is not a file of results that were kept: {error}. Delete it to measure anew."
-                ) from error
+        self._known = self._read_file()
 
     def get(self, kind: type[T], parts: Sequence[Any], make: Callable[[], T]) -> tuple[T, float]:
         """What is known under these parts, or what `make` returns, which is kept; and the seconds that it took then.
@@ -59,24 +55,33 @@ class Kept:
         make : callable
             Measures it.
         """
-        key = hashlib.sha256(json.dumps(list(parts), sort_keys=True).encode()).hexdigest()[:32]
+        if self.file is None:
+            return _timed(make)
+        key = hashlib.sha256(json.dumps([_VERSION, *parts], sort_keys=True).encode()).hexdigest()[:32]
         if key not in self._known:
-            started = time.perf_counter()
-            made = make()
-            seconds = round(time.perf_counter() - started, 2)
+            made, seconds = _timed(make)
             value = asdict(made) if is_dataclass(made) and not isinstance(made, type) else made
-            self._known[key] = json.loads(json.dumps({"value": value, "seconds": seconds}))
-            self._write()
+            self._known = self._read_file() | {key: json.loads(json.dumps({"value": value, "seconds": seconds}))}
+            write_json(self.file, {_WHAT: self._known})
         found = self._known[key]
         return _read(kind, found["value"]), found["seconds"]
 
-    def _write(self) -> None:
-        if self.file is None:
-            return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        half = self.file.with_name(f".{self.file.name}.writing")
-        half.write_text(json.dumps(self._known), encoding="utf-8")
-        os.replace(half, self.file)
+    def _read_file(self) -> dict[str, Any]:
+        if self.file is None or not self.file.exists():
+            return {}
+        try:
+            found: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8"))[_WHAT]
+            return dict(found)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise StreamlineError(
+                f"{self.file} is not a file of results that were kept ({type(error).__name__}: {error}). Name another, "
+                "or delete it to measure anew."
+            ) from error
+
+
+def _timed(make: Callable[[], T]) -> tuple[T, float]:
+    started = time.perf_counter()
+    return make(), round(time.perf_counter() - started, 2)
 
 
 def _read(kind: Any, value: Any) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.evaluation.continuations import common
 from streamline_hooks.evaluation.writing import Written
 
 
@@ -47,7 +48,7 @@ class Matched:
             )
         pairs = list(zip(texts, reference, strict=True))
         return cls(
-            tuple(_common(a.tokens, b.tokens) for a, b in pairs),
+            tuple(common(a.tokens, b.tokens) for a, b in pairs),
             tuple(a.tokens == b.tokens and a.ended == b.ended for a, b in pairs),
         )
 
@@ -64,7 +65,3 @@ class Matched:
     def __str__(self) -> str:
         count = len(self.same)
         return f"{self.length:.1f} tokens until the first that differs, {self.share:.0%} of {count} texts the same"
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

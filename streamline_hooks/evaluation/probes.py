@@ -14,6 +14,7 @@ _WORDS = (
     *("pencil", "rocket", "saddle", "tunnel", "valley", "yellow", "basket", "copper", "dinner"),
 )
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
+_PATIENCE = 200  # problems in a row that were there before
 STOP = ("\n",)
 """Where an answer ends."""
 
@@ -36,8 +37,9 @@ def probes(count: int = 50, *, seed: int = 0, shots: int = 4) -> dict[str, list[
     Returns
     -------
     dict of str to list of Problem
-        By sort: ``arithmetic`` (sums and differences below 100), ``brackets`` (what closes the open ones), ``copying``
-        (a row of words), ``counting`` (how often a word stands in a row). Each answer is one line, see `STOP`.
+        By sort: ``arithmetic`` (sums and differences of numbers below 100), ``brackets`` (what closes the open ones),
+        ``copying`` (a row of words), ``counting`` (how often a word stands in a row). Each answer is one line, see
+        `STOP`.
 
     Raises
     ------
@@ -59,12 +61,12 @@ def probes(count: int = 50, *, seed: int = 0, shots: int = 4) -> dict[str, list[
 
 def _several(name: str, make: Callable[[Random], tuple[str, str]], count: int, seed: int, shots: int) -> list[Problem]:
     random, seen = Random(f"{seed} {name}"), dict[str, str]()
-    tries = 0
+    in_vain = 0
     while len(seen) < shots + count:
         question, answer = make(random)
-        seen.setdefault(question, answer)
-        tries += 1
-        if tries > 100 * (shots + count):
+        in_vain = in_vain + 1 if question in seen else 0
+        seen[question] = answer
+        if in_vain > _PATIENCE:
             raise StreamlineError(
                 f"There are not {shots + count} different problems of the sort {name}; ask for fewer."
             )

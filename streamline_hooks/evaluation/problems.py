@@ -17,7 +17,7 @@ from streamline_hooks.evaluation.writing import Written, write_on
 Match = Literal["line", "number"]
 
 _LAYOUT = '{"context" or "question", "answer"}, with or without a "chain_of_thought"'
-_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
+_NUMBER = re.compile(r"(?<![\w.])[-\u2212]?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
 _AFTER_WORK = "####"  # before the result in GSM8K's own answers
 
 
@@ -199,7 +199,7 @@ def number_in(text: str) -> float | None:
     1250.5
     """
     found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "").replace("$", "")) if found else None
+    return float(found[-1].replace("\u2212", "-").replace(",", "").replace("$", "")) if found else None
 
 
 def _problem(given: dict[str, Any], where: str, match: Match) -> tuple[Problem, str]:

@@ -122,7 +122,8 @@ class Evaluation:
         found = {"model": self.name, "reference": self.reference_name or None, **self._section(self.scores)}
         if self.original is not None:
             found["original"] = self._section(self.original)
-            found["mean_perplexity_ratio"] = self.mean_perplexity_ratio
+            mean = self.mean_perplexity_ratio
+            found["mean_perplexity_ratio"] = None if mean is None else _json(mean)
         if self.scores.written:
             theirs = self.original.written if self.original is not None else [None] * len(self.scores.written)
             found["samples"] = [
@@ -132,7 +133,7 @@ class Evaluation:
         if self.agreement:
             whole = sum(self.agreement.values(), Agreement())
             found["agreement"] = {
-                "kl": whole.kl,
+                "kl": _json(whole.kl),
                 "top1": whole.top1,
                 "quantiles": {str(q): whole.spread.quantile(q) for q in QUANTILES},
                 "kl_by_domain": {name: one.kl for name, one in self.agreement.items()},

@@ -270,6 +270,11 @@ class _Window(NamedTuple):
         return self.length - self.scored
 
 
+def usual_window(model: nn.Module) -> int:
+    """Tokens of a window where no number is given: 1024, or the positions that a model has."""
+    return min(_USUAL_WINDOW, positions_of(getattr(model, "config", None)) or _USUAL_WINDOW)
+
+
 def _windows(document: int, predicted: int, window: int, stride: int) -> Iterator[_Window]:
     """Windows over a row of so many tokens and a first one."""
     done, step = 0, window
@@ -288,7 +293,7 @@ def _checked(
         raise StreamlineError(f"The documents are {', '.join(kinds)}; expected a list of str, one a document.")
     positions = positions_of(getattr(model, "config", None))
     if window is None:
-        window = min(_USUAL_WINDOW, positions or _USUAL_WINDOW)
+        window = usual_window(model)
     if stride is None:
         stride = max(1, window // 2)
     if window < 1 or not 1 <= stride <= window or batch_size < 1:

@@ -8,10 +8,15 @@ from typing import Any, Literal
 
 from torch import nn
 
-from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.agreement import Agreement, agreement_of
+from streamline_hooks.evaluation.agreement import (
+    Agreement,
+    agreement_of,
+    require_finite,
+    require_one_vocabulary,
+    require_two,
+)
 from streamline_hooks.evaluation.perplexity import UNCOUNTED
-from streamline_hooks.evaluation.sliding import Documents, TextPerplexity, WindowSettings
+from streamline_hooks.evaluation.sliding import Documents, TextPerplexity, WindowSettings, usual_window
 from streamline_hooks.passes import inference, progress
 
 
@@ -56,7 +61,7 @@ def sliding_agreement(
     tokenizer : PreTrainedTokenizerBase
     texts : sequence of str
     window, stride, batch_size, first, add_special_tokens, what
-        See `sliding_perplexity`; a window has to fit both models.
+        See `sliding_perplexity`; a window has to fit both models, and the usual one is what fits both.
 
     Returns
     -------
@@ -69,29 +74,22 @@ def sliding_agreement(
     StreamlineError
         If both are one module or differ in their vocabulary; see `sliding_perplexity` for the rest.
     """
-    if model is original:
-        raise StreamlineError(
-            "The changed model and its original are one module, which agrees with itself whatever was done to it. Keep "
-            "a copy of the original (copy.deepcopy) before changing it, or load it again."
-        )
-    settings = WindowSettings(window, stride, batch_size, first, add_special_tokens)
+    require_two(model, original)
+    sizes = [usual_window(one) if window is None else window for one in (model, original)]
+    settings = WindowSettings(min(sizes), stride, batch_size, first, add_special_tokens)
+    Documents(original, tokenizer, [], settings)  # it has to fit this one too
     documents = Documents(model, tokenizer, texts, settings)
-    if window is not None:
-        Documents(original, tokenizer, [], settings)  # the window has to fit this one too
     mine, theirs = ([0.0] * len(documents.windows) for _ in range(2))
     agreement = Agreement()
     with inference(model), inference(original), progress(documents.scored, what) as bar:
-        for batch in documents.batches():
+        for number, batch in enumerate(documents.batches()):
             logits, targets = documents.run(model, batch)
             reference, _ = documents.run(original, batch)
-            if logits.shape != reference.shape:
-                raise StreamlineError(
-                    f"The changed model's logits have the shape {tuple(logits.shape)}, the original's "
-                    f"{tuple(reference.shape)} (batch, tokens, vocabulary). Compare models of one vocabulary."
-                )
+            require_one_vocabulary(reference, logits)
+            reference, scored = reference.to(logits.device), targets != UNCOUNTED
+            require_finite({"original": reference, "changed model": logits}, scored, number)
             documents.collect(mine, batch, logits, targets)
-            reference = reference.to(logits.device)
             documents.collect(theirs, batch, reference, targets)
-            agreement += agreement_of(reference, logits, targets != UNCOUNTED)
+            agreement += agreement_of(reference, logits, scored)
             bar.update(sum(documents.windows[k].scored for k in batch))
     return TextComparison(documents.perplexity(mine), documents.perplexity(theirs), agreement)

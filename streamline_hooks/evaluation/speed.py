@@ -246,6 +246,12 @@ def measure_speed(
     )
 
 
+def room_for_prompt(model: Any, new_tokens: int, tokens: int) -> int:
+    """How many of a prompt's tokens a model has positions for, beside those that are to be written."""
+    positions = positions_of(getattr(model, "config", None))
+    return tokens if positions is None else max(1, min(tokens, positions - new_tokens - 1))
+
+
 def wait_for(model: nn.Module) -> None:
     """Wait until every accelerator that holds a part of a model has done what it was given."""
     for device in _accelerators(model):

@@ -11,6 +11,9 @@ from streamline_hooks.evaluation.last_words import LastWord
 from streamline_hooks.evaluation.problems import Problem
 from streamline_hooks.evaluation.questions import Question
 
+PROMPTS = "prompts"
+"""What the prompts are called where each part of a suite has a name."""
+
 
 @dataclass(frozen=True)
 class ChoiceTask:
@@ -68,15 +71,19 @@ class Suite:
         To be written on, greedily: to look at, to compare with what the original writes, and for repetition.
     window, stride, first
         See `sliding_perplexity`.
+    add_bos : bool
+        Begin each question and each text whose last word is asked for with the BOS token, which some models (Gemma) are
+        poor without. Text begins with it by `first`, prompts and problems as the tokenizer has it.
     new_tokens : int
         After each prompt.
     timed : tuple of int, or None
-        Tokens of a prompt, tokens after it, and rounds, for `measure_speed`; None where speed is not measured.
+        Tokens of a prompt (fewer where a model has not the positions), tokens after it, and rounds, for
+        `measure_speed`; None where speed is not measured.
 
     Raises
     ------
     StreamlineError
-        If there is nothing in it, or two tasks have one name.
+        If there is nothing in it or in a part of it, or two parts have one name.
 
     Examples
     --------
@@ -93,13 +100,22 @@ class Suite:
     window: int | None = None
     stride: int | None = None
     first: Literal["bos", "eos"] | None = "bos"
+    add_bos: bool = False
     new_tokens: int = 64
     timed: tuple[int, int, int] | None = (256, 16, 5)
 
     def __post_init__(self) -> None:
-        names = [*self.choices, *self.last_words, *self.problems]
+        asked = {name: task.questions for name, task in self.choices.items()}
+        solved = {name: task.problems for name, task in self.problems.items()}
+        every = [*self.text.items(), *asked.items(), *self.last_words.items(), *solved.items()]
+        names = [name for name, _ in every] + [PROMPTS] * bool(self.prompts)
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise StreamlineError(f"Two tasks are named {', '.join(twice)}; give each its own name.")
-        if not (names or self.text or self.prompts or self.timed):
+            raise StreamlineError(f"Two domains or tasks are named {', '.join(twice)}; give each its own name.")
+        empty = [name for name, content in every if not content]
+        if empty:
+            raise StreamlineError(
+                f"There is nothing in {', '.join(empty)}; give a document or an item, or leave it out."
+            )
+        if not (names or self.timed):
             raise StreamlineError("The suite is empty; give text, choices, last_words, problems, prompts or timed.")

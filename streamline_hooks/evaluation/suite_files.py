@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from random import Random
@@ -18,6 +19,7 @@ from streamline_hooks.evaluation.suite import ChoiceTask, ProblemTask, Suite
 
 T = TypeVar("T")
 _PROMPT_WORDS = 24
+_SUFFIX = re.compile(r"(\.(jsonl|json|txt))?(\.(gz|zip))?$")
 _PROBE_TOKENS = 32
 _AFTER_PROBLEM = ("Question:", "\n\n\n")
 
@@ -34,6 +36,7 @@ def suite_from_files(
     normalised: Iterable[str] = (),
     examples: str | Path | None = None,
     shots: int = 0,
+    problem_tokens: int = 256,
     items: int | None = None,
     text_tokens: int | None = None,
     seed: int = 0,
@@ -60,6 +63,8 @@ def suite_from_files(
         Rows to show before each question of a task with subjects (MMLU).
     shots : int
         How many of these; of problems, how many of a file's own first ones.
+    problem_tokens : int
+        To be written after each problem at most.
     items : int, optional
         Questions, texts and problems a task at most, a seeded subset; all by default.
     text_tokens : int, optional
@@ -78,6 +83,8 @@ def suite_from_files(
     StreamlineError
         If a file cannot be read, two have one name, or `normalised` names no task.
     """
+    if min(1 if items is None else items, 1 if text_tokens is None else text_tokens) < 1:
+        raise StreamlineError(f"Got items={items}, text_tokens={text_tokens}; expected 1 or more, or None for all.")
     domains = {name: read_documents(path) for name, path in _named(text).items()}
     domains = {name: _some(tokenizer, documents, text_tokens, f"{seed} {name}") for name, documents in domains.items()}
     choices, counted = {}, set(normalised)
@@ -91,11 +98,17 @@ def suite_from_files(
             f"No task of questions is called {', '.join(unknown)}; there is {', '.join(choices) or 'none'}."
         )
     asked = {
-        name: ProblemTask(tuple(sample(read_problems(path, shots=shots), items, f"{seed} {name}")), stop=_AFTER_PROBLEM)
+        name: ProblemTask(
+            tuple(sample(read_problems(path, shots=shots), items, f"{seed} {name}")),
+            problem_tokens,
+            stop=_AFTER_PROBLEM,
+        )
         for name, path in _named(problems).items()
     }
     if probe_count:
         made = probes(probe_count, seed=seed)
+        if taken := sorted(asked.keys() & made.keys()):
+            raise StreamlineError(f"A file of problems is called {', '.join(taken)}, as probes are; rename it.")
         asked |= {name: ProblemTask(tuple(several), _PROBE_TOKENS, stop=STOP) for name, several in made.items()}
     return Suite(
         tokenizer,
@@ -122,8 +135,10 @@ def _named(sources: Sequence[str | Path]) -> dict[str, str | Path]:
     found: dict[str, str | Path] = {}
     for source in sources:
         text = str(source)
-        name = text.split(":")[1] if text.startswith("hub:") else text
-        name = Path(name).name.split(".")[0]
+        if text.startswith("hub:"):  # the data set, and its configuration where there is one
+            name = "-".join([text.split(":")[1].split("/")[-1], *text.split(":")[2:-1]])
+        else:
+            name = _SUFFIX.sub("", Path(text).name)
         if name in found:
             raise StreamlineError(f"{found[name]} and {source} would both be called {name}; rename one of them.")
         found[name] = source

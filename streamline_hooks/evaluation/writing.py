@@ -140,26 +140,28 @@ def write_on(
     _check(prompts, new_tokens, samples, temperature, top_p, batch_size)
     if chat and not getattr(tokenizer, "chat_template", None):
         raise StreamlineError("The tokenizer has no chat template; give the prompts as they are (chat=False).")
-    rows = [_tokens(tokenizer, prompt, chat) for prompt in prompts]
+    rows = [prompt_tokens(tokenizer, prompt, chat) for prompt in prompts]
     order = sorted(range(len(rows)), key=lambda k: -len(rows[k]))
     sampling = {"temperature": temperature, "top_p": top_p} if temperature else None
     found: list[list[Written]] = [[] for _ in rows]
-    size = max(1, batch_size // samples)
+    at_once = min(samples, batch_size)
+    size = batch_size // at_once
     with progress(len(rows), what, "prompts") as bar:
         for number, start in enumerate(range(0, len(order), size)):
             batch = order[start : start + size]
             with seeded(device_of(model), seed, number):
-                texts = written_on(
-                    model,
-                    tokenizer,
-                    [rows[k] for k in batch],
-                    new_tokens=new_tokens,
-                    samples=samples,
-                    sampling=sampling,
-                    stop=stop,
-                )
-            for k, several in zip(batch, texts, strict=True):
-                found[k] = [_written(tokenizer, prompts[k], tokens, new_tokens, stop) for tokens in several]
+                for done in range(0, samples, at_once):
+                    texts = written_on(
+                        model,
+                        tokenizer,
+                        [rows[k] for k in batch],
+                        new_tokens=new_tokens,
+                        samples=min(at_once, samples - done),
+                        sampling=sampling,
+                        stop=stop,
+                    )
+                    for k, several in zip(batch, texts, strict=True):
+                        found[k] += [_written(tokenizer, prompts[k], tokens, new_tokens, stop) for tokens in several]
             bar.update(len(batch))
     return found
 
@@ -178,7 +180,14 @@ def _check(
         raise StreamlineError(f"{samples} samples at temperature 0 are one text {samples} times; give a temperature.")
 
 
-def _tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+def prompt_tokens(tokenizer: Any, prompt: str, chat: bool = False) -> list[int]:
+    """The tokens of a prompt, as `write_on` gives them to a model; at least one.
+
+    Raises
+    ------
+    StreamlineError
+        If there is none, and none that begins a text.
+    """
     if chat:
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)

@@ -10,9 +10,8 @@ from typing import Any, Literal, cast, get_args
 
 from torch import nn
 
-from streamline_hooks.batch import positions_of
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.speed import Phase, measure_speed
+from streamline_hooks.evaluation.speed import Phase, measure_speed, room_for_prompt
 from streamline_hooks.selection.latency import Timer, fewest_blocks
 from streamline_hooks.selection.parameters import StandInFor, parameters_by_window, parameters_of
 from streamline_hooks.stack import BlockStack, find_stack
@@ -174,8 +173,7 @@ def windows_for(
 
 def _prompt(model: Any) -> int:
     """Tokens of a prompt to time: 512, or what the model's positions leave beside the new ones."""
-    limit = positions_of(getattr(model, "config", None))
-    return _PROMPT if limit is None else min(_PROMPT, max(1, limit - _NEW))
+    return room_for_prompt(model, _NEW, _PROMPT)
 
 
 def blocks_to_remove(target: int | float, length: int, slots: int = 0) -> int:

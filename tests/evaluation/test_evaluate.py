@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,10 +169,48 @@ def test_what_is_known_is_not_asked_again(pair: tuple[Any, Any, Any], suite: Sui
     assert again.scores == first.scores and again.original == first.original and again.agreement == first.agreement
     assert again.report() == first.report()
     with torch.no_grad():
-        with_hook.model.layers[0].mlp.down_proj.weight[0, 0] += 1.0
+        with_hook.model.layers[0].mlp.down_proj.weight[17, 31] += 1.0
     other = evaluate(with_hook, suite, original, keep_in=file)
     assert runs and other.original is not None and other.original.choices == first.original.choices
     assert other.scores.text != first.scores.text
+
+
+def test_what_is_known_of_another_tokenizer_is_asked_again(
+    pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path
+) -> None:
+    """What texts begin and end with is a part of what was measured."""
+    original, _, tokenizer = pair
+    file = tmp_path / "measured.json"
+    first = evaluate(original, suite, keep_in=file)
+    other = copy.deepcopy(tokenizer)
+    other.bos_token = other.eos_token
+    again = evaluate(original, replace(suite, tokenizer=other), keep_in=file)
+    assert again.scores.text["tales"].nll != first.scores.text["tales"].nll
+    ends = copy.deepcopy(original)
+    ends.generation_config.eos_token_id = first.scores.written[0].tokens[3]
+    assert len(evaluate(ends, suite, keep_in=file).scores.written[0].tokens) <= 3
+    assert evaluate(original, suite, keep_in=file).scores == first.scores
+
+
+def test_questions_begin_with_bos_where_that_is_asked_for(pair: tuple[Any, Any, Any], suite: Suite) -> None:
+    original, _, tokenizer = pair
+    plain, begun = (evaluate(original, replace(suite, add_bos=add)).scores.choices["girls"] for add in (False, True))
+    alone = score_choices(original, tokenizer, QUESTIONS, add_bos=True).loglikelihoods
+    assert begun.loglikelihoods[0] == pytest.approx(alone[0], rel=1e-4) != plain.loglikelihoods[0]
+
+
+def test_an_original_with_fewer_positions_has_the_say_about_the_window(
+    pair: tuple[Any, Any, Any], suite: Suite
+) -> None:
+    original, changed, tokenizer = pair
+    few = copy.deepcopy(original)
+    few.config.max_position_embeddings = 32
+    text = {"tales": suite.text["tales"]}
+    found = evaluate(changed, Suite(tokenizer, text=text, timed=None), few)
+    assert found.original is not None
+    assert found.original.text["tales"] == sliding_perplexity(few, tokenizer, text["tales"], window=32, stride=16)
+    with pytest.raises(StreamlineError, match="window=48 is more than the 32 positions"):
+        evaluate(changed, Suite(tokenizer, text=text, window=48, timed=None), few)
 
 
 def test_it_goes_on_where_it_was_interrupted(pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path) -> None:
@@ -187,22 +226,22 @@ def test_it_goes_on_where_it_was_interrupted(pair: tuple[Any, Any, Any], suite: 
     handle = model.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, suite, original, keep_in=file)
-    known = json.loads(file.read_text())
+    (known,) = json.loads(file.read_text()).values()
     assert 1 <= len(known) < 10
     runs[0] = 100
     found = evaluate(model, suite, original, keep_in=file)
     handle.remove()
     whole = evaluate(model, suite, original)
     assert found.scores.choices == whole.scores.choices and found.scores.written == whole.scores.written
-    assert known.items() <= json.loads(file.read_text()).items()
+    assert known.items() <= json.loads(file.read_text())["streamline_hooks_measured"].items()
 
 
 def test_speed_is_measured_in_turn(pair: tuple[Any, Any, Any]) -> None:
     original, changed, tokenizer = pair
-    found = evaluate(changed, Suite(tokenizer, timed=(16, 2, 3)), original, name="shorter", reference_name="stories")
+    found = evaluate(changed, Suite(tokenizer, timed=(9999, 2, 3)), original, name="shorter", reference_name="stories")
     assert found.speed is not None and list(found.speed.timings) == ["stories", "shorter"]
     assert len(found.speed.timings["shorter"].prefill) == 3
-    assert found.report()["speed"]["tokens"] == 16 and "shorter" in found.table()
+    assert found.report()["speed"]["tokens"] == 512 - 2 - 1 and "shorter" in found.table()
 
 
 def test_a_group_without_a_right_answer_is_left_out(pair: tuple[Any, Any, Any]) -> None:
@@ -213,15 +252,27 @@ def test_a_group_without_a_right_answer_is_left_out(pair: tuple[Any, Any, Any]) 
 
 
 def test_what_cannot_be_evaluated(pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path) -> None:
-    original, _, tokenizer = pair
+    original, changed, tokenizer = pair
     with pytest.raises(StreamlineError, match=r"are one module, which agrees with itself .*Keep a copy"):
         evaluate(original, suite, original)
     (tmp_path / "bad.json").write_text("[1, 2")
-    with pytest.raises(StreamlineError, match=r"bad.json is not a file of results that were kept.*Delete it"):
-        evaluate(original, suite, keep_in=tmp_path / "bad.json")
+    (tmp_path / "other.json").write_text('{"model": "x"}')
+    for name in ("bad.json", "other.json"):
+        before = (tmp_path / name).read_text()
+        with pytest.raises(StreamlineError, match=f"{name} is not a file of results that were kept.*or delete it"):
+            evaluate(original, suite, keep_in=tmp_path / name)
+        assert (tmp_path / name).read_text() == before
+    with pytest.raises(StreamlineError, match="are both called 'model'; give them names that differ"):
+        evaluate(changed, suite, original, reference_name="model")
+    with pytest.raises(
+        StreamlineError, match=r"tokens of prompt 0 and 4096 more need .* positions; this Llama.* has 512"
+    ):
+        evaluate(changed, replace(suite, new_tokens=4096), original)
+    with pytest.raises(StreamlineError, match="There is nothing in tales; give a document or an item, or leave it out"):
+        Suite(tokenizer, text={"tales": []})
     with pytest.raises(StreamlineError, match="The suite is empty; give text, choices"):
         Suite(tokenizer, timed=None)
-    with pytest.raises(StreamlineError, match="Two tasks are named a; give each its own name"):
+    with pytest.raises(StreamlineError, match="Two domains or tasks are named a; give each its own name"):
         Suite(tokenizer, choices={"a": ChoiceTask(QUESTIONS)}, last_words={"a": ENDS})
 
 

@@ -31,6 +31,10 @@ from streamline_hooks.evaluation.problems import Problem, Solved, number_in, rea
         ("1,250.50", "$1250.5", True),
         ("0.5", "about .5", True),
         ("70000", "He made $70,000.", True),
+        ("9", "so 18-9", True),  # a dash behind a number is no sign
+        ("3", "1,2,3", True),  # commas are parts of a number before three digits only
+        ("-5", "it costs \u22125", True),
+        ("5", "it costs \u22125", False),
     ],
 )
 def test_numbers(answer: str, text: str, right: bool) -> None:

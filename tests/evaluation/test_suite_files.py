@@ -59,6 +59,15 @@ def test_everything_has_the_name_of_its_file(folder: Path) -> None:
     assert all(len(prompt.split()) == 24 for prompt in suite.prompts)
 
 
+def test_names_of_files_and_of_data_sets() -> None:
+    from streamline_hooks.evaluation.suite_files import _named
+
+    sources = ["a/wiki.test.txt", "wiki.valid.txt.gz", "b.jsonl.gz", "pairs.zip", "hub:allenai/ai2_arc:ARC-Easy:test"]
+    sources += ["hub:allenai/ai2_arc:ARC-Challenge:test", "hub:ybisk/piqa:validation", "folder"]
+    expected = ["wiki.test", "wiki.valid", "b", "pairs", "ai2_arc-ARC-Easy", "ai2_arc-ARC-Challenge", "piqa", "folder"]
+    assert list(_named(sources)) == expected
+
+
 def test_subsets_are_seeded_and_in_order(folder: Path) -> None:
     suites = [
         suite_from_files(Words(), questions=[folder / "rivers.jsonl"], items=4, seed=seed, prompts=["One"])
@@ -82,5 +91,10 @@ def test_what_is_refused(folder: Path) -> None:
         suite_from_files(Words(), questions=[folder / "rivers.jsonl"], normalised=["seas"])
     (folder / "more").mkdir()
     other = lines(folder / "more" / "rivers.jsonl", [{"query": "?", "choices": ["a", "b"], "gold": 0}])
+    sums = lines(folder / "arithmetic.jsonl", [{"question": "1 + 1?", "answer": "2"}])
+    with pytest.raises(StreamlineError, match="A file of problems is called arithmetic, as probes are; rename it"):
+        suite_from_files(Words(), problems=[sums], probe_count=2)
+    with pytest.raises(StreamlineError, match="Got items=0, text_tokens=None; expected 1 or more"):
+        suite_from_files(Words(), problems=[sums], items=0)
     with pytest.raises(StreamlineError, match=r"would both be called rivers; rename one of them"):
         suite_from_files(Words(), questions=[folder / "rivers.jsonl", other])

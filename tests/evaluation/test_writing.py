@@ -30,7 +30,11 @@ def test_a_text_ends_before_what_it_is_to_stop_at(stories: tuple[Any, Any]) -> N
     stop = free.text.split(".")[0][-3:]
     (cut,) = write_on(model, tokenizer, PROMPTS[:1], new_tokens=40, stop=[stop, "no such text"])[0]
     assert cut.text == free.text[: free.text.index(stop)] and cut.ended
-    assert len(cut.tokens) < 40  # it was not written to the end
+    assert tokenizer.decode(cut.tokens).endswith(stop) and len(cut.tokens) < 40  # it was not written to the end
+    prompts = [*PROMPTS, f"{PROMPTS[0]} {stop}"]  # what is in the prompt does not count, nor what others go on with
+    alone = [write_on(model, tokenizer, [prompt], new_tokens=40, stop=[stop])[0][0] for prompt in prompts]
+    assert [one for (one,) in write_on(model, tokenizer, prompts, new_tokens=40, stop=[stop])] == alone
+    assert len(alone[-1].tokens) > 1
 
 
 def test_samples_differ_and_come_again(stories: tuple[Any, Any]) -> None:
@@ -40,6 +44,14 @@ def test_samples_differ_and_come_again(stories: tuple[Any, Any]) -> None:
     ]
     assert runs[0] == runs[1] != runs[2]
     assert all(len({text.text for text in several}) == 2 for several in runs[0])
+    widths: list[int] = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    many = write_on(model, tokenizer, PROMPTS[:2], new_tokens=4, samples=5, temperature=1.2, batch_size=2)
+    handle.remove()
+    assert max(widths) == 2 and [len(several) for several in many] == [5, 5]
+    assert len({text.text for text in many[0]}) > 1
 
 
 @given(st.lists(st.integers(0, 3), max_size=30))

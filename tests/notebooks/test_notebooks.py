@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def test_there_are_notebooks() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path: Path, smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a warning of any of our own functions as an error; `smollm2` skips where the weights are not installed."""
+    """`smollm2` skips where the weights are not installed."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
@@ -32,4 +33,4 @@ def test_it_runs(path: Path, smollm2: Any, tmp_path: Path, monkeypatch: pytest.M
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     printed = "".join(output.get("text", "") for cell in cells for output in cell.outputs)
-    assert printed.strip() and "nan" not in printed.lower().split()
+    assert printed.strip() and not re.search(r"\b(nan|inf)\b", printed)
