@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, StreamlineError
-from streamline_hooks.evaluation import choices as module
+from streamline_hooks.evaluation import continuations as module
 from streamline_hooks.evaluation.choices import score_choices
 from streamline_hooks.evaluation.continuations import NotFiniteLikelihood
 from streamline_hooks.evaluation.questions import Question, read_questions
