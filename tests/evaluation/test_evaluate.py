@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,22 @@ def test_a_copy_retains_everything(pair: tuple[Any, Any, Any], suite: Suite) -> 
     assert found.matched is not None and found.matched.share == 1.0 and found.matched.length == 12
     whole = found.report()["agreement"]
     assert abs(whole["kl"]) < 1e-6 and whole["top1"] == 1.0 and whole["quantiles"]["0.99"] < 1e-6
+
+
+def test_what_is_retained_is_that_of_the_changed_model(pair: tuple[Any, Any, Any], suite: Suite) -> None:
+    """Of one that finds likeliest what its original finds least likely."""
+    original, _, _ = pair
+    wrong = copy.deepcopy(original)
+    with torch.no_grad():
+        wrong.model.norm.weight.neg_()
+    found = evaluate(wrong, suite, original)
+    assert found.original is not None
+    tasks, theirs = found.scores.choices, found.original.choices
+    means = [statistics.fmean([of["girls"].accuracy, of["dogs"].normalised_accuracy]) for of in (tasks, theirs)]
+    assert found.retained["classification"].ratio.value == pytest.approx(means[0] / means[1])
+    assert means[0] < means[1]
+    assert found.retained["generation"].ratio.value == 0.0
+    assert found.stability["girls"].value < 1.0 and found.matched is not None and found.matched.length < 3
 
 
 def test_the_report_is_json_and_says_what_the_scores_say(pair: tuple[Any, Any, Any], suite: Suite) -> None:
