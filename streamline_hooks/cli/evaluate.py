@@ -56,6 +56,10 @@ def evaluate(
         typer.Option(help="Solved ones before each question (--examples) and each problem (its file's first).", min=0),
     ] = 0,
     problem_tokens: Annotated[int, typer.Option(help="Tokens to write after each problem at most.", min=1)] = 256,
+    samples: Annotated[
+        int, typer.Option(help="Tries a problem of --problems, for pass@k; more than one need a --temperature.", min=1)
+    ] = 1,
+    temperature: Annotated[float, typer.Option(help="Of these tries.", min=0)] = 0.0,
     items: Annotated[int | None, typer.Option(help="Items a task at most, a seeded subset.", min=1)] = None,
     text_tokens: Annotated[int, typer.Option(help="Tokens a domain, about.", min=2)] = 20_000,
     window: Annotated[
@@ -122,6 +126,8 @@ def evaluate(
             examples=examples,
             shots=shots,
             problem_tokens=problem_tokens,
+            samples=samples,
+            temperature=temperature,
             items=items,
             text_tokens=text_tokens,
             seed=seed,

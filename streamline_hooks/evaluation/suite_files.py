@@ -37,6 +37,8 @@ def suite_from_files(
     examples: str | Path | None = None,
     shots: int = 0,
     problem_tokens: int = 256,
+    samples: int = 1,
+    temperature: float = 0.0,
     items: int | None = None,
     text_tokens: int | None = None,
     seed: int = 0,
@@ -65,6 +67,10 @@ def suite_from_files(
         How many of these; of problems, how many of a file's own first ones.
     problem_tokens : int
         To be written after each problem at most.
+    samples : int
+        Tries a problem of a file; more than one, for pass@k, needs a temperature.
+    temperature : float
+        Of these tries; at 0 the likeliest token is taken each time.
     items : int, optional
         Questions, texts and problems a task at most, a seeded subset; all by default.
     text_tokens : int, optional
@@ -83,6 +89,8 @@ def suite_from_files(
     StreamlineError
         If a file cannot be read, two have one name, or `normalised` names no task.
     """
+    if samples > 1 and not temperature:
+        raise StreamlineError(f"{samples} samples at temperature 0 are one text {samples} times; give a temperature.")
     if min(1 if items is None else items, 1 if text_tokens is None else text_tokens) < 1:
         raise StreamlineError(f"Got items={items}, text_tokens={text_tokens}; expected 1 or more, or None for all.")
     domains = {name: read_documents(path) for name, path in _named(text).items()}
@@ -101,7 +109,9 @@ def suite_from_files(
         name: ProblemTask(
             tuple(sample(read_problems(path, shots=shots), items, f"{seed} {name}")),
             problem_tokens,
-            stop=_AFTER_PROBLEM,
+            samples,
+            temperature,
+            _AFTER_PROBLEM,
         )
         for name, path in _named(problems).items()
     }

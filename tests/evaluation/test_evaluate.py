@@ -261,6 +261,14 @@ def test_speed_is_measured_in_turn(pair: tuple[Any, Any, Any]) -> None:
     assert found.report()["speed"]["tokens"] == 512 - 2 - 1 and "shorter" in found.table()
 
 
+def test_several_tries_give_pass_at_k(pair: tuple[Any, Any, Any]) -> None:
+    original, _, tokenizer = pair
+    task = ProblemTask((Problem(PROMPTS[0], "no"),) * 2, new_tokens=4, samples=3, temperature=1.0)
+    found = evaluate(original, Suite(tokenizer, problems={"tries": task}, timed=None))
+    assert [len(tries) for tries in found.scores.problems["tries"].solved] == [3, 3]
+    assert found.report()["accuracy"]["tries"]["pass@3"] == 0.0
+
+
 def test_a_group_without_a_right_answer_is_left_out(pair: tuple[Any, Any, Any]) -> None:
     original, changed, tokenizer = pair
     hard = ProblemTask((Problem("One", "no"), Problem("Two", "nor this")), new_tokens=2)

@@ -94,6 +94,12 @@ def test_what_is_refused(folder: Path) -> None:
     sums = lines(folder / "arithmetic.jsonl", [{"question": "1 + 1?", "answer": "2"}])
     with pytest.raises(StreamlineError, match="A file of problems is called arithmetic, as probes are; rename it"):
         suite_from_files(Words(), problems=[sums], probe_count=2)
+    with pytest.raises(StreamlineError, match="2 samples at temperature 0 are one text 2 times; give a temperature"):
+        suite_from_files(Words(), problems=[sums], samples=2)
+    task = suite_from_files(Words(), problems=[sums], samples=2, temperature=0.7, problem_tokens=9).problems[
+        "arithmetic"
+    ]
+    assert (task.samples, task.temperature, task.new_tokens) == (2, 0.7, 9) and "Question:" in task.stop
     with pytest.raises(StreamlineError, match="Got items=0, text_tokens=None; expected 1 or more"):
         suite_from_files(Words(), problems=[sums], items=0)
     with pytest.raises(StreamlineError, match=r"would both be called rivers; rename one of them"):
