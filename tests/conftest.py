@@ -43,6 +43,11 @@ def data_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
+def stories_folder(data_folder: Path) -> Path:
+    return data_folder / "models" / "stories260k"
+
+
+@pytest.fixture(scope="session")
 def stories(data_folder: Path) -> tuple[Any, Any]:
     """A trained Llama of 5 blocks that writes small stories, and its tokenizer. Copy what you change."""
     import transformers

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from streamline_hooks import cli
 from streamline_hooks.cli.compress import LEARNING_RATE, _recipe
+from tests.commands import run
 
 SMALL = [
     "--sequence-length",
@@ -25,22 +25,6 @@ SMALL = [
     "--test-tokens",
     "320",
 ]
-
-
-def run(
-    arguments: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["streamline-hooks", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-        raise SystemExit(0)
-    printed = capsys.readouterr()
-    return int(stopped.value.code or 0), printed.out, printed.err
-
-
-@pytest.fixture(scope="session")
-def stories_folder(data_folder: Path) -> Path:
-    return data_folder / "models" / "stories260k"
 
 
 @pytest.fixture(scope="session")

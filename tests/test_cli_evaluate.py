@@ -10,25 +10,10 @@ from typing import Any
 
 import pytest
 
-from streamline_hooks import cli, evaluate
+from streamline_hooks import evaluate
+from tests.commands import run
 
 FEW = "--sequence-length 64 --calibration-tokens 1024 --validation-tokens 128 --test-tokens 128"
-
-
-def run(
-    arguments: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["streamline-hooks", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-        raise SystemExit(0)
-    printed = capsys.readouterr()
-    return int(stopped.value.code or 0), printed.out, printed.err
-
-
-@pytest.fixture(scope="session")
-def stories_folder(data_folder: Path) -> Path:
-    return data_folder / "models" / "stories260k"
 
 
 @pytest.fixture()
