@@ -170,7 +170,8 @@ def speed(evaluation: Mapping[str, Any]) -> Drawing | None:
         "speed",
         f"Time compared with {first}",
         f"Time as a factor of that of {first}: {told}.",
-        "Medians of rounds in turn, whiskers are quartiles; left of 1 is faster.",
+        "The ratio of medians; whiskers are the quartiles of the ratio within a round, which a load that comes and "
+        "goes moves apart. Left of 1 is faster.",
         lambda style: marks_figure(
             style,
             rows,
