@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from streamline_hooks.offload import execution_device
 
 Batch = Mapping[str, Tensor]
+_MASKS = frozenset({"attention_mask", "src_key_padding_mask"})
 
 
 def batches_of(sequences: Tensor, batch_size: int) -> list[dict[str, Tensor]]:
@@ -79,6 +80,16 @@ def real_tokens(given: Mapping[str, Any]) -> Any:
     """
     padding = given.get("src_key_padding_mask")
     return padding == 0 if isinstance(padding, Tensor) else given.get("attention_mask")
+
+
+def takes_mask(model: nn.Module) -> bool:
+    """Whether a model's forward names a mask of real tokens."""
+    return not _MASKS.isdisjoint(inspect.signature(model.forward).parameters)
+
+
+def mask_of_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The mask of real tokens that a model's forward was called with; see `real_tokens`."""
+    return real_tokens(inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments)
 
 
 def tokens_of(batch: Batch | Tensor) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
-from streamline_hooks.batch import prepare, real_tokens
+from streamline_hooks.batch import mask_of_call, prepare, takes_mask
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.hidden_state import nested_mask, padded, read_input, read_output, require_batch_first
+from streamline_hooks.read_hook import ReadHook
 from streamline_hooks.stack import find_stack
 from streamline_hooks.wrapping import refuse_compiled
 
@@ -50,6 +50,8 @@ class HiddenStateRecorder:
         Where and as what to keep the states; as they are by default.
     detach : bool
         Keep copies without the graph (default), or the very tensors with their graph.
+    retain_grad : bool
+        With ``detach=False``, keep the gradient that reaches each state in its ``grad``.
     stop : bool
         Stop the forward as soon as the last chosen block has been recorded. The model is then run as
         ``record(**batch)``.
@@ -59,7 +61,8 @@ class HiddenStateRecorder:
     Raises
     ------
     StreamlineError
-        If the model is compiled, or a block's number is out of range.
+        If the model is compiled, a block's number is out of range, or `retain_grad` is asked for something else than
+        the states themselves.
 
     Examples
     --------
@@ -83,6 +86,7 @@ class HiddenStateRecorder:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         detach: bool = True,
+        retain_grad: bool = False,
         stop: bool = False,
         stack: str | None = None,
     ) -> None:
@@ -93,11 +97,16 @@ class HiddenStateRecorder:
             raise StreamlineError("A recorder was asked for neither inputs nor outputs; ask for one of them.")
         if not isinstance(tokens, Tensor) and tokens not in ("all", "last", "real"):
             raise StreamlineError(f"tokens={tokens!r} is unknown; expected 'all', 'last', 'real' or a boolean mask.")
+        if retain_grad and (detach or not isinstance(tokens, str) or tokens != "all" or device or dtype):
+            raise StreamlineError(
+                "retain_grad=True keeps the gradient of the model's own states, and a copy, a choice of tokens or "
+                "another device or dtype is something else. Give detach=False and leave tokens, device and dtype away."
+            )
         self.inputs: dict[int, list[Tensor]] = {k: [] for k in self.blocks} if inputs else {}
         self.outputs: dict[int, list[Tensor]] = {k: [] for k in self.blocks} if outputs else {}
         self._tokens = tokens
         self._device, self._dtype = device, dtype
-        self._detach = detach
+        self._detach, self._retain_grad = detach, retain_grad
         self._stop = stop
         self._attention_mask: Any = None
         self._handles: list[RemovableHandle] = []
@@ -112,15 +121,15 @@ class HiddenStateRecorder:
             require_batch_first(self.stack[0])
         try:
             for module in self.stack.ancestors:
-                read = _Hook(module, partial(self._read_mask, module))
+                read = ReadHook(module, partial(self._read_mask, module))
                 self._handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
             for k in self.blocks:
                 block = self.stack[k]
                 if self.inputs:
-                    read = _Hook(block, partial(self._read_input, k))
+                    read = ReadHook(block, partial(self._read_input, k))
                     self._handles.append(block.register_forward_pre_hook(read, with_kwargs=True))
                 if self.outputs:
-                    self._handles.append(block.register_forward_hook(_Hook(block, partial(self._read_output, k))))
+                    self._handles.append(block.register_forward_hook(ReadHook(block, partial(self._read_output, k))))
         except BaseException:
             self._remove_hooks()
             raise
@@ -156,10 +165,9 @@ class HiddenStateRecorder:
         if watched is self.model:
             self._attention_mask = self._latest = None
             self._with_graph = torch.is_grad_enabled()
-        signature = inspect.signature(watched.forward)
-        if not _MASKS.isdisjoint(signature.parameters):
+        if takes_mask(watched):
             # The innermost model's own: an encoder's mask says nothing of its decoder's tokens.
-            self._attention_mask = real_tokens(signature.bind_partial(*args, **kwargs).arguments)
+            self._attention_mask = mask_of_call(watched, args, kwargs)
 
     def _read_input(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.inputs[k].append(self._keep(read_input(args, kwargs)))
@@ -192,6 +200,8 @@ class HiddenStateRecorder:
             # Checkpointing counts what a block keeps for its backward; this is no part of it.
             with nullcontext() if compiling else saved_tensors_hooks(_itself, _itself):
                 kept = self._choose(state).to(device=self._device, dtype=self._dtype)
+            if self._retain_grad and kept.requires_grad:
+                kept.retain_grad()
         self._latest = (state, version, kept)
         return kept
 
@@ -230,33 +240,10 @@ class HiddenStateRecorder:
         return state[torch.arange(len(state), device=state.device), last]
 
 
-class _Hook:
-    """A hook on one module, which a copy of the module carries along without effect.
-
-    A deep copy, an unpickled one, or one that shares the original's hooks must not write into the original's
-    recorder. Gradient checkpointing runs a block once more during the backward; that is not another visit.
-    """
-
-    def __init__(self, watched: nn.Module | None = None, read: Callable[..., None] | None = None) -> None:
-        self._watched, self._read = watched, read
-
-    def __call__(self, module: nn.Module, *given: Any) -> None:
-        if module is self._watched and self._read is not None and not _in_backward():
-            self._read(*given)
-
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()
-
-
-def _in_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-_MASKS = frozenset({"attention_mask", "src_key_padding_mask"})
 _STOPPED = "The recorder was told to stop here. Run the model as record(**batch), which expects this."
 
 

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from streamline_hooks.statistics.bootstrap import ResampledSums
-
-_CELLS_AN_OCTAVE, _LOWEST = 16, -64
-_CELLS = 2 * -_LOWEST * _CELLS_AN_OCTAVE
+from streamline_hooks.statistics.norm_histogram import CELLS, median_norm, norm_histogram
 
 
 class StateNorms:
@@ -28,8 +26,7 @@ class StateNorms:
     The relative magnitude of a block for a token is ‖leaving − entering‖/‖entering‖; tokens whose entering state is
     zero are left out of its mean. It is accurate to 1e-8.
 
-    The median is read off a histogram of the logarithm, of 16 cells an octave from 2⁻⁶⁴ to 2⁶⁴: it is the centre of
-    the cell that the (lower) median lies in, so it is right to 2.2 %. Norms outside count in the outermost cells.
+    The median is read off a histogram and right to 2.2 %, see `norm_histogram`.
 
     Examples
     --------
@@ -43,7 +40,7 @@ class StateNorms:
     def __init__(self, places: int, replicates: int = 0) -> None:
         self.places = places
         self.sums = ResampledSums(3 * places - 1, replicates)
-        self.histogram = torch.zeros(places, _CELLS, dtype=torch.int64)
+        self.histogram = torch.zeros(places, CELLS, dtype=torch.int64)
         self.largest = torch.zeros(places, dtype=torch.float64)
 
     def update(self, grams: Sequence[Tensor], weights: Tensor | None = None) -> None:
@@ -59,9 +56,7 @@ class StateNorms:
         self.sums.add(torch.stack([self._sums_of(gram) for gram in grams]), weights)
         every = torch.cat([_norms(gram) for gram in grams])
         if len(every):
-            cells = ((every.log2() - _LOWEST) * _CELLS_AN_OCTAVE).clamp_(0, _CELLS - 1).to(torch.int64)
-            cells += torch.arange(self.places, device=cells.device) * _CELLS
-            self.histogram += torch.bincount(cells.flatten(), minlength=self.places * _CELLS).view(-1, _CELLS).cpu()
+            self.histogram += norm_histogram(every).cpu()
             self.largest = torch.maximum(self.largest, every.amax(dim=0).cpu())
 
     @property
@@ -77,10 +72,7 @@ class StateNorms:
     @property
     def median(self) -> Tensor:
         """Median norm, of shape (places,), float64."""
-        reached = self.histogram.cumsum(dim=1)
-        cell = (reached * 2 < reached[:, -1:]).sum(dim=1)
-        centre = torch.exp2((cell.to(torch.float64) + 0.5) / _CELLS_AN_OCTAVE + _LOWEST)
-        return torch.where(cell > 0, centre, 0.0)
+        return median_norm(self.histogram)
 
     def _sums_of(self, gram: Tensor) -> Tensor:
         squared, across = gram.diagonal(dim1=1, dim2=2), gram.diagonal(offset=1, dim1=1, dim2=2)

@@ -17,7 +17,7 @@ from streamline_hooks.statistics.table import table
 from streamline_hooks.statistics.window_matrices import Statistic, window_matrices
 
 _FORMAT = 1
-_MASSIVE = 20.0  # times the median norm
+MASSIVE = 20.0  # times the median norm, from which a state counts as massive
 
 
 class Profile:
@@ -156,7 +156,7 @@ class Profile:
         2,500. A window with such a block in it is hard to repair by a linear map. Only tokens that were counted are
         looked at: where the first ones are skipped, so may be the massive activations.
         """
-        massive = self.largest_norms > _MASSIVE * self.median_norms
+        massive = self.largest_norms > MASSIVE * self.median_norms
         return [int(k) for k in (massive[1:] & ~massive[:-1]).nonzero().flatten()]
 
     def matrix(self, statistic: Statistic) -> Tensor:
