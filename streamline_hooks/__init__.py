@@ -14,6 +14,7 @@ from streamline_hooks.evaluation import (
     sliding_perplexity,
     suite_from_files,
 )
+from streamline_hooks.in_training import HiddenStateMonitor
 from streamline_hooks.passes import resume
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.repair import (
@@ -57,6 +58,7 @@ __all__ = [
     "CompressionResult",
     "Evaluation",
     "Healing",
+    "HiddenStateMonitor",
     "HiddenStateRecorder",
     "LayerSurgeon",
     "LinearReplacement",

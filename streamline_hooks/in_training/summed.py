@@ -1,0 +1,116 @@
+"""From a step's sums, of all processes, to what is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.in_training.measurement import Measurement, told
+from streamline_hooks.in_training.state_sums import ChangeSums, NormSums, widest
+from streamline_hooks.statistics.norm_histogram import median_norm
+from streamline_hooks.statistics.profile import MASSIVE
+
+
+def summed(
+    norms: Sequence[NormSums],
+    changes: Sequence[ChangeSums],
+    squares: Sequence[float | None],
+    *,
+    step: int,
+    grad_scale: float,
+    dead: float,
+) -> Measurement:
+    """Turn sums into a measurement, added up over all processes that train together.
+
+    Parameters
+    ----------
+    norms : sequence of NormSums
+        One a place.
+    changes : sequence of ChangeSums
+        One a block.
+    squares : sequence of float or None
+        The summed squares of the gradients at each place.
+    step : int
+        The step's number.
+    grad_scale : float
+        What the loss was multiplied by.
+    dead : float
+        Up to which mean change a block is dead.
+
+    Returns
+    -------
+    Measurement
+
+    Raises
+    ------
+    StreamlineError
+        If nothing was summed.
+    """
+    home = norms[0].added.device
+    added = torch.stack([sums.added.to(home) for sums in norms])
+    changed = torch.stack([sums.added.to(home) for sums in changes])
+    gradient = torch.tensor([[s or 0.0, float(s is not None)] for s in squares], dtype=widest(home), device=home)
+    histogram = torch.cat([sums.histogram.to(home) for sums in norms])
+    largest = torch.cat([sums.largest.to(home) for sums in norms])
+    processes = _merge(added, changed, gradient, histogram, largest=largest)
+    if not bool((added[:, 0] > 0).any()):
+        raise StreamlineError(
+            f"Step {step} was to be measured, but no forward with a graph called the blocks and counted a token. Open "
+            "the monitor before the model is compiled (hooks added afterwards silently never fire), call the model "
+            "that it was made for, and call step() once after each optimiser step."
+        )
+    tokens, odd, norm_sums = added.cpu().unbind(dim=1)
+    cosine = (changed[:, 1] / changed[:, 0]).cpu()
+    change = (changed[:, 2] / changed[:, 0]).cpu()
+    median, largest = median_norm(histogram.cpu()), largest.cpu()
+    finite = tokens - odd
+    # Each process's loss is a mean over its own tokens, of which the processes' gradients are averaged.
+    total = (gradient[:, 0].sqrt() / (grad_scale * processes)).cpu()
+    passed = (gradient[:, 1] > 0).tolist()
+    return Measurement(
+        step=step,
+        tokens=int(tokens.max()),
+        cosine=_told(cosine),
+        influence=_told(1.0 - cosine),
+        change=_told(change),
+        norm=_told(norm_sums / finite),
+        median_norm=_told(torch.where(finite > 0, median, torch.nan)),
+        largest_norm=_told(torch.where(finite > 0, largest.double(), torch.nan)),
+        gradient_norm=tuple(told(v) if there else None for v, there in zip(total.tolist(), passed, strict=True)),
+        massive=_births(largest > MASSIVE * median, finite > 0),
+        dead=_places(change <= dead),
+        not_finite=_places(odd > 0),
+    )
+
+
+def _merge(*sums: Tensor, largest: Tensor) -> int:
+    """Add up over the processes, in place; give how many they are."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return 1
+    for values in sums:
+        distributed.all_reduce(values)
+    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+    return distributed.get_world_size()
+
+
+def _births(massive: Tensor, known: Tensor) -> tuple[int, ...]:
+    """The blocks at whose exit the state is massive, and was not at the last place before it that is known."""
+    births, before = [], True
+    for place, (now, there) in enumerate(zip(massive.tolist(), known.tolist(), strict=True)):
+        if there:
+            if now and not before:
+                births.append(place - 1)
+            before = now
+    return tuple(births)
+
+
+def _told(values: Tensor) -> tuple[float | None, ...]:
+    return tuple(told(value) for value in values.tolist())
+
+
+def _places(chosen: Tensor) -> tuple[int, ...]:
+    return tuple(int(k) for k in chosen.nonzero().flatten())
