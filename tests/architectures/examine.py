@@ -7,7 +7,6 @@ import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,13 @@ from transformers import AutoModelForCausalLM
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, LinearReplacement, UnsupportedSurgery, find_stack
 from streamline_hooks.batch import prepare
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.hidden_state import read_input, write_output
 from streamline_hooks.testing import tiny_inputs, tiny_model
+from streamline_hooks.testing.assertions.bypassing import bypassing
+from streamline_hooks.testing.assertions.cached_generation import hold_decoding, hold_generation
+from streamline_hooks.testing.assertions.difference import difference
+from streamline_hooks.testing.assertions.model_state import ModelState
+from streamline_hooks.testing.assertions.round_trip import hold_logits
+from streamline_hooks.testing.assertions.running import logits, real_places
 
 BLOCKS, TOKENS, STEPS = 8, 12, 5
 WINDOWS = {
@@ -87,7 +91,8 @@ def examine(model_type: str) -> Row:
     }
     row.own = {name: passes(check) for name, check in own.items()}
     row.states = recorded_states(model)
-    before = state_of(model)
+    before = ModelState(model)
+    before.let_run(lambda: passes(lambda: generates(model, None)))  # with a cache and without
     for name, window in WINDOWS.items():
         if window.stop > len(stack):
             row.windows[name], row.reasons[name] = "refused", "too few blocks"
@@ -100,8 +105,8 @@ def examine(model_type: str) -> Row:
             row.windows[name] = f"WRONG: {type(error).__name__}: {str(error)[:200]}"
         else:
             row.windows[name] = "ok" if not wrong else f"WRONG: {', '.join(wrong)}"
-        if state_of(model) != before:
-            row.windows[name] = f"WRONG: not restored; {row.windows[name]}"
+        if changes := before.changes():
+            row.windows[name] = f"WRONG: not restored ({changes[0]}); {row.windows[name]}"
     gc.collect()
     return row
 
@@ -155,101 +160,48 @@ def saved_faults(model: nn.Module, window: range, nudge: nn.Module, own: dict[st
 
 
 def bypassed(model: nn.Module, window: range, module: nn.Module | None, batch: dict[str, Tensor]) -> Tensor:
-    """Every block runs; the window's output is thrown away for its input, or for what a module makes of that."""
-    stack, kept = find_stack(model), {}
-
-    def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
-        kept["state"] = read_input(args, kwargs).clone()
-
-    def leave(block: nn.Module, args: Any, output: Any) -> Any:
-        state = kept["state"]
-        return write_output(output, state if module is None else module(state))
-
-    handles = [
-        stack[window.start].register_forward_pre_hook(enter, with_kwargs=True),
-        stack[window.stop - 1].register_forward_hook(leave),
-    ]
-    try:
+    with bypassing(model, window, module):
         return logits(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model(**prepare(model, batch)).logits
 
 
 def same(a: Tensor, b: Tensor, batch: dict[str, Tensor] | None = None, tolerance: float = 2e-4) -> bool:
-    if batch is not None and a.shape[:2] == batch["attention_mask"].shape:
-        real = batch["attention_mask"].bool()
-        a, b = a[real], b[real]
-    return (
-        a.shape == b.shape
-        and bool(torch.isfinite(a).all())
-        and bool((a - b).abs().max() <= tolerance * (1 + b.abs().max()))
-    )
+    real = None if batch is None else real_places(batch, a)
+    return bool(torch.isfinite(a).all()) and difference(a, b, real=real, tolerance=tolerance) is None
 
 
 def stepwise(model: nn.Module, padded: bool) -> bool:
     """Decoding token by token with a cache gives the logits of the full forward."""
     batch = tiny_inputs(model, tokens=TOKENS, left_padding=padded)
-    whole = logits(model, batch)
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache, start = None, TOKENS - STEPS
-    with torch.no_grad():
-        for t in [start, *range(start + 1, TOKENS + 1)]:
-            piece = slice(0, t) if cache is None else slice(t - 1, t)
-            given = prepare(model, {"input_ids": ids[:, piece], "attention_mask": mask[:, :t], "use_cache": True})
-            given.pop("position_ids", None)
-            if padded and takes(model, "position_ids"):
-                given["position_ids"] = positions[:, piece]
-            if cache is not None:
-                given[cache_argument(model)] = cache
-            output = model(**given)
-            cache = getattr(output, "cache", None)
-            cache = getattr(output, "past_key_values", None) if cache is None else cache
-            if cache is None:
-                return False
-            if not same(output.logits[:, -1:], whole[:, t - 1 : t]):
-                return False
-    return True
+    return holds(lambda: hold_decoding(model, batch, steps=STEPS, tolerance=2e-4))
 
 
 def generates(model: nn.Module, cache: str | None) -> bool:
-    """Greedy decoding with a cache, left-padded batch included, sees the logits that it sees without.
+    """Greedy decoding with a cache, left-padded batch included, sees the logits that it sees without."""
 
-    Up to the first token where they part over a tie; from there on the texts are different ones.
-    """
-    for padded in (False, True):
-        batch = tiny_inputs(model, tokens=TOKENS, left_padding=padded)
-        options = {
-            "max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
-            "output_logits": True, "return_dict_in_generate": True,
-        }  # fmt: skip
-        extra = {} if cache is None else {"cache_implementation": cache, "disable_compile": True}
-        with torch.no_grad():
-            without = model.generate(**batch, **options, use_cache=False)
-            with_cache = model.generate(**batch, **options, use_cache=True, **extra)
-        together = torch.ones(len(batch["input_ids"]), dtype=torch.bool)
-        for step, (a, b) in enumerate(zip(without.logits, with_cache.logits, strict=True)):
-            if not same(b[together], a[together]):
-                return False
-            at = TOKENS + step
-            together &= without.sequences[:, at] == with_cache.sequences[:, at]
-            if not together.any():
-                break
-    return True
+    def check() -> None:
+        for padded in (False, True):
+            batch = tiny_inputs(model, tokens=TOKENS, left_padding=padded)
+            hold_generation(model, batch, steps=STEPS, cache_implementation=cache, tolerance=2e-4)
+
+    return holds(check)
 
 
 def survives_saving(model: nn.Module) -> bool:
-    batch = tiny_inputs(model, tokens=TOKENS)
+    """The class and the logits come back; not every type's own checkpoint keeps all that the assertion looks at."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded = AutoModelForCausalLM.from_pretrained(folder)
-        return type(loaded) is type(model) and same(logits(loaded, batch), logits(model, batch), tolerance=1e-5)
+        batch = tiny_inputs(model, tokens=TOKENS)
+        return type(loaded) is type(model) and holds(lambda: hold_logits(model, loaded, "It", [batch], 1e-5))
+
+
+def holds(check: Callable[[], object]) -> bool:
+    """Whether an assertion holds; what the model itself raises goes on."""
+    try:
+        check()
+    except AssertionError:
+        return False
+    return True
 
 
 def recorded_states(model: nn.Module) -> str:
@@ -265,16 +217,6 @@ def recorded_states(model: nn.Module) -> str:
         return ""
     same_states = all(torch.equal(record.inputs[k][0], states[k]) for k in range(len(record.stack)))
     return "ok" if same_states else ""  # Mamba's begins behind the first block, XLNet's has other axes
-
-
-def state_of(model: nn.Module) -> list[Any]:
-    rows: list[Any] = [type(model), type(model.config), str(model.config.to_dict())]
-    for name, module in model.named_modules():
-        rows.append(
-            (name, id(module), list(module._modules), list(module._forward_hooks), list(module._forward_pre_hooks))
-        )
-        rows.append({k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, bool))})
-    return [*rows, [(n, id(p)) for n, p in model.named_parameters()], list(model.state_dict())]
 
 
 def passes(check: Callable[[], bool]) -> bool:
@@ -298,19 +240,6 @@ def width_of(model: nn.Module) -> int:
     with torch.no_grad(), HiddenStateRecorder(model, [0], outputs=False) as record:
         model(**prepare(model, tiny_inputs(model, tokens=TOKENS)))
     return record.inputs[0][0].shape[-1]
-
-
-def takes(model: nn.Module, name: str) -> bool:
-    import inspect
-
-    return name in inspect.signature(model.forward).parameters
-
-
-def cache_argument(model: nn.Module) -> str:
-    for name in ("cache", "past_key_values", "cache_params", "state"):
-        if takes(model, name):
-            return name
-    return "past_key_values"
 
 
 def seeded(seed: int) -> torch.Generator:

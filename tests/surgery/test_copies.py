@@ -8,14 +8,14 @@ import torch
 from streamline_hooks import LayerSurgeon, find_stack
 from streamline_hooks.surgery.copies import find_copies
 from streamline_hooks.testing import causal_model_types, tiny_model
-from tests.architectures.examine import state_of
+from streamline_hooks.testing.assertions.model_state import ModelState
 
 pytestmark = pytest.mark.skipif("zamba2" not in causal_model_types(), reason="this Transformers has no Zamba2")
 
 
 def test_a_map_that_is_keyed_by_block_numbers() -> None:
     model = tiny_model("zamba2")
-    before = state_of(model)
+    before = ModelState(model)
     maps = [m for m in model.modules() if hasattr(m, "layer_dic")]
     held = [dict(m.layer_dic) for m in maps]
     assert held and all(list(m) == [2, 5] for m in held)
@@ -24,7 +24,7 @@ def test_a_map_that_is_keyed_by_block_numbers() -> None:
         assert [m.layer_dic for m in maps] == [{1: m[2], 4: m[5]} for m in held]
         assert model.config.hybrid_layer_ids == [1, 4]
     assert [m.layer_dic for m in maps] == held
-    assert state_of(model) == before
+    assert not before.changes()
 
 
 def test_a_copy_of_an_absolute_list_on_the_model() -> None:

@@ -10,7 +10,7 @@ from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, 
 from streamline_hooks.surgery.diagnosis import watch
 from streamline_hooks.testing import causal_model_types
 from streamline_hooks.testing import tiny_model as tiny_of_type
-from tests.architectures.examine import state_of
+from streamline_hooks.testing.assertions.model_state import ModelState
 
 
 def test_producers_of_shared_keys_stay_and_their_readers_may_go() -> None:
@@ -90,7 +90,7 @@ def test_hazards_are_known_by_their_cause(model_type: str, block: int, cause: st
         pytest.skip(f"this Transformers has no {model_type}")
     model = tiny_of_type(model_type)
     model(torch.arange(6)[None])  # RWKV rescales its weights when it is first used
-    before = state_of(model)
+    before = ModelState(model)
     with LayerSurgeon(model) as surgeon:
         found = surgeon.check([block])
         assert [h.cause for h in found] == [cause]
@@ -103,18 +103,18 @@ def test_hazards_are_known_by_their_cause(model_type: str, block: int, cause: st
         else:
             with pytest.raises(UnsupportedSurgery, match="cannot go: "):
                 surgeon.remove([block])
-    assert state_of(model) == before
+    assert not before.changes()
 
 
 def test_watching_a_forward_leaves_no_trace() -> None:
     model = tiny_of_type("inkling2_text" if "inkling2_text" in causal_model_types() else "llama")
-    before = state_of(model)
+    before = ModelState(model)
     stack = find_stack(model)
     seen = watch(stack, lambda: model(torch.arange(6)[None]))
-    assert seen.visits == dict.fromkeys(range(8), 1) and state_of(model) == before
+    assert seen.visits == dict.fromkeys(range(8), 1) and not before.changes()
     with pytest.raises(RuntimeError, match="stop"):
         watch(stack, lambda: (_ for _ in ()).throw(RuntimeError("stop")))
-    assert state_of(model) == before
+    assert not before.changes()
 
 
 def test_the_owner_of_the_position_bias() -> None:

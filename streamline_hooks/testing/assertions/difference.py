@@ -1,0 +1,165 @@
+"""The largest difference between two tensors, and where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+LOGITS = ("batch", "token", "vocabulary entry")
+STATES = ("batch", "token", "feature")
+
+SAME_SUMS: Mapping[torch.dtype, float] = MappingProxyType(
+    {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+)
+"""Relative tolerance where the same sums are taken, of tensors of the same shape."""
+
+OTHER_SUMS: Mapping[torch.dtype, float] = MappingProxyType(
+    {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+)
+"""Relative tolerance where sums may be taken in another order, as with a cache."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much, and where, one tensor differs from another.
+
+    Attributes
+    ----------
+    size : float
+        The largest absolute difference; infinite where one of the two is NaN or infinite and the other is not.
+    allowed : float
+        What it may be.
+    place : tuple of int
+        The index of the largest difference.
+    got, expected : float
+        The two values there.
+    axes : tuple of str
+        What the indices count.
+    """
+
+    size: float
+    allowed: float
+    place: tuple[int, ...]
+    got: float
+    expected: float
+    axes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        named = self.axes if len(self.axes) == len(self.place) else [f"axis {k}" for k in range(len(self.place))]
+        where = ", ".join(f"{axis} {index}" for axis, index in zip(named, self.place, strict=True))
+        allowed = f"allowed: {self.allowed:.3g}" if self.allowed else "expected: equal to the bit"
+        return (
+            f"the largest absolute difference is {self.size:.6g}{f' at {where}' if where else ''} "
+            f"(got {self.got:.9g}, expected {self.expected:.9g}; {allowed})"
+        )
+
+
+def difference(
+    got: Tensor,
+    expected: Tensor,
+    *,
+    real: Tensor | None = None,
+    tolerance: float | None = None,
+    axes: Sequence[str] = LOGITS,
+) -> Difference | str | None:
+    """Compare two tensors.
+
+    Parameters
+    ----------
+    got, expected : torch.Tensor
+        Of one shape; the dtype counts too.
+    real : torch.Tensor, optional
+        Boolean, of the shape of the leading axes: which places count.
+    tolerance : float, optional
+        Relative: allowed is this times (1 + the largest expected absolute value). By default 1e-5 for float32 and
+        accordingly for the others, see `SAME_SUMS`; 0 compares to the bit (up to the sign of a zero).
+    axes : sequence of str
+        What the axes are called.
+
+    Returns
+    -------
+    Difference, str or None
+        None where they agree; words where they cannot be compared, or are NaN at some place.
+
+    Examples
+    --------
+    >>> print(difference(torch.ones(1, 2, 2), torch.tensor([[[1.0, 1.0], [1.0, 1.5]]])))
+    the largest absolute difference is 0.5 at batch 0, token 1, vocabulary entry 1
+    (got 1, expected 1.5; allowed: 2.5e-05)
+    """
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        return (
+            f"got a {got.dtype} tensor of shape {tuple(got.shape)}, "
+            f"expected {expected.dtype} of shape {tuple(expected.shape)}"
+        )
+    if not got.numel():
+        return None
+    a, b = got.detach().double(), expected.detach().to(got.device).double()
+    counts = torch.ones_like(a, dtype=torch.bool)
+    if real is not None:
+        counts &= real.to(a.device).bool()[(...,) + (None,) * (a.ndim - real.ndim)]
+    finite = counts & torch.isfinite(b)
+    for values, whose in ((b, "expected"), (a, "got")):
+        if bool((values.isnan() & counts).any()):
+            return f"NaN at {_named((values.isnan() & counts).nonzero()[0].tolist(), axes)} of what was {whose}"
+    relative = SAME_SUMS.get(got.dtype, 0.0) if tolerance is None else tolerance
+    largest = float(b[finite].abs().max()) if bool(finite.any()) else 0.0
+    allowed = relative * (1 + largest) if relative else 0.0
+    gaps = torch.where(counts & (a != b), (a - b).abs(), 0.0)
+    size = float(gaps.max())
+    if size <= allowed:
+        return None
+    place = tuple(int(k) for k in torch.unravel_index(gaps.argmax(), gaps.shape))
+    return Difference(size, allowed, place, float(a[place]), float(b[place]), tuple(axes))
+
+
+def require_same(
+    got: Tensor,
+    expected: Tensor,
+    what: str,
+    cause: str,
+    *,
+    real: Tensor | None = None,
+    tolerance: float | None = None,
+    axes: Sequence[str] = LOGITS,
+) -> None:
+    """Raise where two tensors differ.
+
+    Parameters
+    ----------
+    got, expected, real, tolerance, axes
+        As for `difference`.
+    what : str
+        What is wrong if they differ, as the beginning of a sentence.
+    cause : str
+        The likely cause.
+
+    Raises
+    ------
+    AssertionError
+    """
+    found = difference(got, expected, real=real, tolerance=tolerance, axes=axes)
+    if found is not None:
+        raise AssertionError(f"{what}: {found}. Likely cause: {cause}.")
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits; what lies on the meta device holds none."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.is_meta or b.is_meta:
+        return a.is_meta and b.is_meta
+    a, b = a.detach(), b.detach().to(a.device)
+    try:
+        return torch.equal(a.reshape(-1).contiguous().view(torch.uint8), b.reshape(-1).contiguous().view(torch.uint8))
+    except (RuntimeError, NotImplementedError):  # a tensor of a class of its own
+        return torch.equal(a, b)
+
+
+def _named(place: Sequence[int], axes: Sequence[str]) -> str:
+    names = axes if len(axes) == len(place) else [f"axis {k}" for k in range(len(place))]
+    return ", ".join(f"{name} {index}" for name, index in zip(names, place, strict=True))

@@ -1,0 +1,378 @@
+"""Faults that are planted for real, and which assertion sees which: python -m tests.testing.planted_faults
+
+The command writes docs/planted_faults.md.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from streamline_hooks.testing import (
+    assert_cached_generation_matches,
+    assert_causal,
+    assert_checkpoint_round_trip,
+    assert_identity_preserves_output,
+    assert_removal_equals_shorter_model,
+    assert_restores,
+    assert_shapes,
+)
+from tests.testing.planting import (
+    BLOCKS,
+    Patch,
+    Subject,
+    changed,
+    changes_by,
+    count_not_put_back,
+    counts_the_padding,
+    equal_copy,
+    ignores_the_mask,
+    in_half_precision,
+    inserts_something_else,
+    leaves,
+    leaves_a_hook_everywhere,
+    loses_the_repair,
+    never_renumbers,
+    never_shortens_the_config,
+    nothing,
+    nudged,
+    off_by_one_slot,
+    one_block_less,
+    only_when_all_goes_well,
+    other_frequencies,
+    plain,
+    reordered,
+    repaired,
+    replaced_by,
+    setting,
+    swallowing,
+    swaps_two_blocks,
+    turns_the_mask_round,
+    with_forward,
+    writes,
+)
+from tests.testing.wrong_replacements import (
+    WIDTH,
+    Bidirectional,
+    DividesByZero,
+    MeanOverEarlierTokens,
+    MeanOverTokens,
+    MixesRows,
+    Squeezes,
+    StaysInFloat32,
+)
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "planted_faults.md"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault, how it is planted, which assertion must see it, and what that must say."""
+
+    name: str
+    plant: Callable[[Patch], Subject]
+    caught_by: str
+    says: str
+
+
+CHECKS: dict[str, Callable[[Subject], object]] = {
+    "identity": lambda s: assert_identity_preserves_output(s.model),
+    "restores": lambda s: assert_restores(s.model, s.change),
+    "shapes": lambda s: assert_shapes(s.model),
+    "shapes, module": lambda s: assert_shapes(s.module, features=WIDTH) if s.module else None,
+    "causal": lambda s: assert_causal(s.model),
+    "causal, module": lambda s: assert_causal(s.module, features=WIDTH) if s.module else None,
+    "cached generation": lambda s: assert_cached_generation_matches(s.model, steps=3),
+    "removal": lambda s: assert_removal_equals_shorter_model(s.model, range(1, 2)),
+    "round trip": lambda s: assert_checkpoint_round_trip(s.model),
+}
+HEALTHY: dict[str, Callable[[Patch], Subject]] = {
+    "nothing, in a Llama": lambda patch: plain(),
+    "nothing, in a GPT-2": lambda patch: plain("gpt2"),
+    "nothing, in a Llama with a replacement": repaired,
+}
+
+
+_LLAMA, _GPT2 = transformers.LlamaForCausalLM, transformers.GPT2LMHeadModel
+_TWO = "model.layers.2"
+FAULTS = (
+    Fault(
+        "a forward hook is left by the surgery",
+        leaves(lambda model: model.model.layers[2].register_forward_hook(nothing)),
+        "restores",
+        "a forward hook was left on model.layers.2: nothing",
+    ),
+    Fault(
+        "a forward pre-hook is left by the surgery",
+        leaves(lambda model: model.model.layers[1].self_attn.register_forward_pre_hook(nothing)),
+        "restores",
+        "a forward pre-hook was left on model.layers.1.self_attn",
+    ),
+    Fault(
+        "a state-dict hook is left by the surgery",
+        leaves(lambda model: model.register_state_dict_pre_hook(nothing)),
+        "restores",
+        "a state-dict pre-hook was left on the model",
+    ),
+    Fault(
+        "a hook on all modules of the process is left by the surgery",
+        leaves_a_hook_everywhere,
+        "restores",
+        "a forward hook was left on all modules of this process",
+    ),
+    Fault(
+        "a layer index is not put back",
+        leaves(setting("model.layers.3.self_attn", "layer_idx", 2)),
+        "restores",
+        "layer_idx of model.layers.3.self_attn says 2; it was 3",
+    ),
+    Fault(
+        "the configuration's count is not put back",
+        leaves(count_not_put_back),
+        "restores",
+        "config.num_hidden_layers of the model says 3; it was 4",
+    ),
+    Fault(
+        "a parameter is put back as an equal copy",
+        leaves(equal_copy),
+        "restores",
+        "model.layers.0.self_attn.q_proj.weight is another Parameter object than before of equal values",
+    ),
+    Fault(
+        "a parameter is changed by 1e-3",
+        leaves(nudged),
+        "restores",
+        "model.layers.1.mlp.up_proj.weight has other values: the largest absolute difference is 0.001",
+    ),
+    Fault(
+        "a parameter is left frozen",
+        leaves(lambda model: model.model.norm.weight.requires_grad_(False)),
+        "restores",
+        "requires_grad of model.norm.weight is False; it was True",
+    ),
+    Fault(
+        "a block is left in training mode",
+        leaves(lambda model: model.model.layers[2].train()),
+        "restores",
+        "training of model.layers.2 says True; it was False",
+    ),
+    Fault(
+        "the state dict's keys are left in another order",
+        leaves(reordered),
+        "restores",
+        "the state dict has its keys in another order: key 1 is",
+    ),
+    Fault(
+        "a change swallows exceptions",
+        changes_by(swallowing),
+        "restores",
+        "After swallowing, left by an exception raised inside, the model has not seen the exception leave",
+    ),
+    Fault(
+        "a change undoes itself only when all goes well",
+        changes_by(only_when_all_goes_well),
+        "restores",
+        "After only_when_all_goes_well, left by an exception raised inside, the model is not as before: a forward hook",
+    ),
+    Fault(
+        "the surgery swaps two blocks",
+        swaps_two_blocks,
+        "removal",
+        "LlamaForCausalLM without blocks 1 to 1 gives other logits than with them bypassed by hooks",
+    ),
+    Fault(
+        "the surgery does not renumber the blocks",
+        never_renumbers,
+        "removal",
+        "layer_idx of block 1 (self_attn) says 2; expected 1",
+    ),
+    Fault(
+        "the surgery does not shorten the configuration",
+        never_shortens_the_config,
+        "removal",
+        "cannot be built from the shortened configuration and given the remaining weights",
+    ),
+    Fault(
+        "an identity multiplies by 1 + 1e-6",
+        inserts_something_else,
+        "identity",
+        "A AlmostIdentity inserted before block 0 changes the logits",
+    ),
+    Fault(
+        "a replacement attends to both sides",
+        replaced_by(Bidirectional),
+        "causal",
+        "The first state to change is the one that enters block 1 (model.layers.1)",
+    ),
+    Fault(
+        "a replacement takes the mean over all tokens",
+        replaced_by(MeanOverTokens),
+        "causal, module",
+        "Likely cause: MeanOverTokens looks at later tokens: pass a causal mask",
+    ),
+    Fault(
+        "a replacement takes the mean over earlier tokens",
+        replaced_by(MeanOverEarlierTokens),
+        "cached generation",
+        "a module between the blocks looks at other tokens, which decoding does not hand it",
+    ),
+    Fault(
+        "a replacement mixes the rows of a batch",
+        replaced_by(MixesRows),
+        "causal, module",
+        "what MixesRows gives for another row changed",
+    ),
+    Fault(
+        "a replacement drops an axis for one token",
+        replaced_by(Squeezes),
+        "shapes, module",
+        "Squeezes returns the shape (1, 32) for states of shape (1, 1, 32)",
+    ),
+    Fault(
+        "a replacement returns float32 for bfloat16",
+        replaced_by(StaysInFloat32),
+        "shapes, module",
+        "StaysInFloat32 returns torch.float32 on cpu for states in torch.bfloat16",
+    ),
+    Fault(
+        "a replacement divides by zero at the first token",
+        replaced_by(DividesByZero),
+        "shapes, module",
+        "What DividesByZero returns for 1 x 1 tokens in torch.float32 holds NaN, first at batch 0, token 0",
+    ),
+    Fault(
+        "a block attends to later tokens",
+        changed(setting(f"{_TWO}.self_attn", "is_causal", False)),
+        "causal",
+        "The first state to change is the one that leaves block 2 (model.layers.2)",
+    ),
+    Fault(
+        "the attention mask is ignored",
+        with_forward("llama", _LLAMA, ignores_the_mask),
+        "cached generation",
+        "Row 1 of a left-padded batch has other logits than alone without its padding",
+    ),
+    Fault(
+        "the attention mask is turned round",
+        with_forward("llama", _LLAMA, turns_the_mask_round),
+        "cached generation",
+        "the attention mask is ignored or turned round",
+    ),
+    Fault(
+        "positions count the padding",
+        with_forward("gpt2", _GPT2, counts_the_padding),
+        "cached generation",
+        "or positions count the padding: hand attention_mask on",
+    ),
+    Fault(
+        "two blocks share a slot of the cache",
+        changed(setting(f"{_TWO}.self_attn", "layer_idx", 3)),
+        "cached generation",
+        "layer_idx of block 2 (model.layers.2.self_attn) says 3: it writes into another block's slot",
+    ),
+    Fault(
+        "every block is off by one slot of the cache",
+        changed(off_by_one_slot),
+        "cached generation",
+        "layer_idx of block 0 (model.layers.0.self_attn) says 1",
+    ),
+    Fault(
+        "a buffer that is not saved was changed",
+        changed(other_frequencies),
+        "round trip",
+        "has another buffer model.rotary_emb.inv_freq, which is not saved",
+    ),
+    Fault("loading loses the repair", loses_the_repair, "round trip", "a repair was lost"),
+    Fault(
+        "the checkpoint says one block less",
+        writes(one_block_less),
+        "round trip",
+        "the configuration says another number of blocks",
+    ),
+    Fault(
+        "the checkpoint says another precision",
+        writes(in_half_precision),
+        "round trip",
+        "in torch.float16; expected torch.float32",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check said of a subject: "" for nothing, "caught", or "stopped" by an error that is no assertion's."""
+
+    verdict: str
+    text: str = ""
+
+
+def outcomes(plant: Callable[[Patch], Subject]) -> dict[str, Outcome]:
+    """Plant a fault anew for each check that applies, and run it."""
+    found: dict[str, Outcome] = {}
+    for name, check in CHECKS.items():
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            subject = plant(patch)
+            if name.endswith("module") and subject.module is None:
+                continue
+            try:
+                check(subject)
+            except AssertionError as error:
+                found[name] = Outcome("caught", str(error))
+            except Exception as error:
+                found[name] = Outcome("stopped", f"{type(error).__name__}: {error}")
+            else:
+                found[name] = Outcome("")
+    return found
+
+
+_SIGNS = {"caught": "●", "stopped": "!", "": "·"}
+
+
+def line(name: str, found: dict[str, Outcome]) -> str:
+    """A row of the page."""
+    cells = [_SIGNS[found[check].verdict] if check in found else "" for check in CHECKS]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def page() -> str:
+    """The whole page, found out anew."""
+    rows = [line(name, outcomes(plant)) for name, plant in HEALTHY.items()]
+    rows += [line(fault.name, outcomes(fault.plant)) for fault in FAULTS]
+    return "\n".join(
+        [
+            "# Planted faults",
+            "",
+            "Written by `python -m tests.testing.planted_faults` with Transformers "
+            f"{transformers.__version__}: {len(FAULTS)} faults, each planted for real in a tiny model of {BLOCKS} "
+            "blocks, its surgery, its replacement or its checkpoint, and every assertion of "
+            "`streamline_hooks.testing` that applies run on each.",
+            "",
+            "● the assertion fails; ! it is stopped by another error, which says what is wrong; · it passes; an empty "
+            "cell: it does not apply.",
+            "",
+            f"| planted | {' | '.join(CHECKS)} |",
+            f"|---|{'---|' * len(CHECKS)}",
+            *rows,
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    """Write the page."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    PAGE.write_text(page())
+    print(f"{len(FAULTS)} faults; written to {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

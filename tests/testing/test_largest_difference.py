@@ -1,0 +1,92 @@
+"""The largest difference is found where it is, and only where it counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamline_hooks.testing.assertions.difference import Difference, difference, require_same, same_bits
+
+
+@given(st.integers(0, 2), st.integers(0, 3), st.integers(0, 4), st.sampled_from([-1.5, 2.5]), st.booleans())
+def test_the_place_and_the_size(row: int, token: int, entry: int, size: float, half: bool) -> None:
+    expected = torch.arange(60.0).reshape(3, 4, 5).to(torch.bfloat16 if half else torch.float32)
+    got = expected.clone()
+    got[row, token, entry] += size
+    got[(row + 1) % 3, token, entry] += 0.25
+    found = difference(got, expected, tolerance=0.0)
+    assert isinstance(found, Difference)
+    assert found.place == (row, token, entry)
+    assert found.size == abs(float(got[found.place].double() - expected[found.place].double()))
+    assert f"at batch {row}, token {token}, vocabulary entry {entry} (got" in str(found)
+
+
+def test_only_real_tokens_count() -> None:
+    expected, real = torch.zeros(2, 3, 4), torch.tensor([[True, True, True], [False, True, True]])
+    got = expected.clone()
+    got[1, 0] = torch.nan
+    assert difference(got, expected, real=real, tolerance=0.0) is None
+    got[1, 1, 2] = 1.0
+    found = difference(got, expected, real=real, tolerance=0.0)
+    assert isinstance(found, Difference) and found.place == (1, 1, 2)
+
+
+def test_what_lies_in_the_padding_does_not_widen_the_tolerance() -> None:
+    expected, real = torch.zeros(1, 2, 1), torch.tensor([[False, True]])
+    expected[0, 0] = 1e9
+    got = expected.clone()
+    got[0, 1] = 1e-3
+    assert isinstance(difference(got, expected, real=real), Difference)
+
+
+@pytest.mark.parametrize("where", ["got", "expected", "both"])
+def test_nan_never_agrees(where: str) -> None:
+    got, expected = torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)
+    for values, name in ((got, "got"), (expected, "expected")):
+        if where in (name, "both"):
+            values[0, 1, 0] = torch.nan
+    said = difference(got, expected, tolerance=10.0)
+    assert isinstance(said, str) and said.startswith("NaN at batch 0, token 1, vocabulary entry 0")
+
+
+def test_infinity_agrees_with_itself_alone() -> None:
+    masked = torch.tensor([[[0.0, -torch.inf]]])
+    assert difference(masked, masked.clone()) is None
+    found = difference(torch.zeros(1, 1, 2), masked)
+    assert isinstance(found, Difference) and found.size == torch.inf
+    found = difference(masked, torch.zeros(1, 1, 2), tolerance=10.0)
+    assert isinstance(found, Difference) and found.place == (0, 0, 1)
+
+
+@pytest.mark.parametrize("got", [torch.zeros(1, 2), torch.zeros(1, 3, dtype=torch.float64)], ids=["shape", "dtype"])
+def test_what_cannot_be_compared_is_said(got: torch.Tensor) -> None:
+    with pytest.raises(AssertionError, match=r"It is wrong: got a .* of shape .*expected .*Likely cause: none\."):
+        require_same(got, torch.zeros(1, 3), "It is wrong", "none")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gap", "agrees"),
+    [
+        (torch.float32, 1e-5, True),
+        (torch.float32, 1e-4, False),
+        (torch.bfloat16, 1.6e-2, True),
+        (torch.bfloat16, 1e-1, False),
+        (torch.float64, 1e-12, True),
+        (torch.float64, 1e-8, False),
+        (torch.int64, 1, False),
+    ],
+)
+def test_tolerance_goes_by_the_precision(dtype: torch.dtype, gap: float, agrees: bool) -> None:
+    expected = torch.ones(1, 1, 1, dtype=dtype)
+    assert (difference(expected + gap, expected) is None) == agrees
+
+
+def test_bits() -> None:
+    zero = torch.zeros(2)
+    assert same_bits(zero, zero.clone()) and not same_bits(zero, -zero)
+    assert not same_bits(zero, zero.double()) and not same_bits(zero, torch.zeros(3))
+    nan = torch.tensor([torch.nan])
+    assert same_bits(nan, nan.clone()) and same_bits(torch.tensor(True), torch.tensor(True))
+    assert same_bits(torch.zeros(0), torch.zeros(0)) and same_bits(torch.ones(2, 3).T, torch.ones(3, 2))
