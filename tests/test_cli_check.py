@@ -1,0 +1,88 @@
+"""`streamline-hooks check`: a table, what is refused and what is wrong, and an exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from streamline_hooks import StreamlineError
+from streamline_hooks.testing import tiny_model as tiny_of_type
+from streamline_hooks.testing.checks import run_checks
+from tests.commands import run
+from tests.tiny_models import tiny_model
+
+
+def test_a_healthy_model(
+    stories_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(["check", stories_folder, "--window", "1:3"], monkeypatch, capsys)
+    lines = out.splitlines()
+    assert code == 0
+    assert [line.split()[0] for line in lines] == ["ok"] * 7
+    assert "without blocks 1 to 2 it equals the shorter model" in lines[5]
+    assert lines[0].endswith(" s")
+
+
+def test_what_is_wrong_is_told_with_exit_code_1(
+    stories_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stories: tuple[Any, Any]
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    def looks_ahead(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits + output.logits.mean(dim=1, keepdim=True)
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", looks_ahead)
+    code, out, _ = run(["check", stories_folder, "--window", "1:3", "--json"], monkeypatch, capsys)
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert code == 1
+    assert rows["later tokens and other rows change nothing"]["verdict"] == "FAILED"
+    assert rows["cached decoding equals the forward"]["verdict"] == "FAILED"
+    assert rows["surgery leaves no trace"]["verdict"] == "ok"
+    assert "token" in rows["later tokens and other rows change nothing"]["text"]
+
+
+def test_a_refusal_is_no_failure() -> None:
+    model = tiny_of_type("gemma3n_text", blocks=6)
+    found = {check.name: check for check in run_checks(model)}
+    refused = [check for check in found.values() if check.verdict == "refused"]
+    assert refused and all("cannot go" in check.text for check in refused)
+
+
+def test_an_error_of_the_model_itself_is_told_and_the_rest_goes_on() -> None:
+    model = tiny_model("llama")
+    model.generate = lambda *args, **kwargs: 1 / 0
+    found = {check.name: check for check in run_checks(model, [range(2, 4)])}
+    assert found["cached decoding equals the forward"].verdict == "FAILED"
+    assert "ZeroDivisionError" in found["cached decoding equals the forward"].text
+    assert found["without blocks 2 to 3 it equals the shorter model"].verdict == "ok"
+
+
+@pytest.mark.parametrize("window", [range(0, 6), range(4, 9), range(3, 3)])
+def test_a_window_that_is_not_there(window: range) -> None:
+    with pytest.raises(StreamlineError, match=r"cannot be taken out of 6 blocks; give START:STOP with 0 <= START"):
+        list(run_checks(tiny_model("llama"), [window]))
+
+
+def test_a_window_that_is_no_range(
+    stories_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(["check", stories_folder, "--window", "3"], monkeypatch, capsys)
+    assert (code, err.strip()) == (
+        2, "streamline-hooks: --window '3' is no range of blocks; expected START:STOP such as 12:20."
+    )  # fmt: skip
+
+
+def test_leaves_the_random_state_as_it_was() -> None:
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    list(run_checks(tiny_model("llama"), [range(1, 2)]))
+    assert torch.equal(before, torch.random.get_rng_state())
