@@ -14,7 +14,7 @@ from streamline_hooks.evaluation import (
     sliding_perplexity,
     suite_from_files,
 )
-from streamline_hooks.in_training import HiddenStateMonitor
+from streamline_hooks.in_training import HiddenStateMonitor, ProgressiveRemoval, StochasticDepth
 from streamline_hooks.passes import resume
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.repair import (
@@ -64,8 +64,10 @@ __all__ = [
     "LinearReplacement",
     "Objective",
     "Profile",
+    "ProgressiveRemoval",
     "SearchProblem",
     "Selection",
+    "StochasticDepth",
     "StreamlineError",
     "Suite",
     "SurgeryPlan",

@@ -62,7 +62,8 @@ def test_the_pieces(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         surgeon.commit()
     save(small, "my-model-small")
     names: dict[str, Any] = {"model": model, "inputs": inputs, "my_module": Nudge()}
-    names |= {"tokenizer": Letters(), "small": small}
+    names |= {"tokenizer": Letters(), "small": small, "my_replacement": Nudge(), "my_model": small}
+    names |= {"loader": [inputs] * 2, "optimizer": torch.optim.SGD(model.parameters(), lr=0.0)}
     exec(block, names)
     assert torch.equal(model(ids).logits, before)
     if "record" in names:

@@ -2,5 +2,6 @@
 
 from streamline_hooks.integrations.harness import HarnessResult, Measured, run_harness
 from streamline_hooks.integrations.monitor_callback import MonitorCallback
+from streamline_hooks.integrations.progressive_removal_callback import ProgressiveRemovalCallback
 
-__all__ = ["HarnessResult", "Measured", "MonitorCallback", "run_harness"]
+__all__ = ["HarnessResult", "Measured", "MonitorCallback", "ProgressiveRemovalCallback", "run_harness"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,11 @@ _OTHERS = ("kv_shared_layer_index",)
 
 
 def find_copies(
-    stack: BlockStack, old: Mapping[str, Any], new: Mapping[str, Any], sources: Sequence[int]
+    stack: BlockStack,
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    sources: Sequence[int],
+    among: Iterable[nn.Module] | None = None,
 ) -> Iterator[tuple[nn.Module, str, Any]]:
     """Find attributes that repeat a configuration's value, and what they must become.
 
@@ -27,6 +31,8 @@ def find_copies(
         The configuration's values that change, before and after.
     sources : sequence of int
         For each slot the block whose per-layer values it has.
+    among : iterable of torch.nn.Module, optional
+        The modules to look at, where it is known which hold copies; else all.
 
     Yields
     ------
@@ -37,14 +43,14 @@ def find_copies(
         What the attribute must be.
     """
     numbers = [value for value in old.values() if isinstance(value, (list, tuple)) and _are_numbers(value)]
-    ours = {id(module) for module in [*stack.ancestors, *_inside(stack)]}
-    for module in dict.fromkeys([*stack.ancestors, *stack.ancestors[-1].modules()]):
+    ours: set[int] = set()
+    for module in modules_that_may_copy(stack) if among is None else among:
         for name, held in vars(module).items():
             if name.startswith("_"):  # what torch keeps: hooks by their number, parameters by their name
                 continue
             if isinstance(held, (list, tuple)) and any(held is value for value in old.values()):
                 yield module, name, next(new[key] for key, value in old.items() if held is value)
-            elif name in new and type(held) is int and id(module) not in ours:
+            elif name in new and type(held) is int and id(module) not in (ours := ours or _ours(stack)):
                 continue  # another stack of as many blocks, inside this one
             elif name in new and type(held) is type(old[name]) and held == old[name]:
                 yield module, name, new[name]
@@ -55,6 +61,15 @@ def find_copies(
                 yield module, name, sources.index(held)
             elif type(held) is dict and held and any(list(held) == list(keys) for keys in numbers):
                 yield module, name, {slot: held[source] for slot, source in enumerate(sources) if source in held}
+
+
+def modules_that_may_copy(stack: BlockStack) -> list[nn.Module]:
+    """Those that hold a stack, and what lies beside and in its blocks."""
+    return list(dict.fromkeys([*stack.ancestors, *stack.ancestors[-1].modules()]))
+
+
+def _ours(stack: BlockStack) -> set[int]:
+    return {id(module) for module in [*stack.ancestors, *_inside(stack)]}
 
 
 def _inside(stack: BlockStack) -> Iterator[nn.Module]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -131,7 +131,7 @@ class Edits:
             return
         sources = [self.source(slot.module) for slot in slots]
         length = len(self.stack)
-        for described in same_descriptions(self.stack):
+        for described in self._descriptions():
             values = shortened_config(described, count, length, sources)
             new = {name: value for name, value in values.items() if vars(described).get(name, _MISSING) != value}
             if described is config and new:
@@ -139,6 +139,14 @@ class Edits:
             for name, value in new.items():
                 self._set(described, name, value)
         self._follow_key_sharing(slots)
+
+    def _descriptions(self) -> list[Any]:
+        return same_descriptions(self.stack)
+
+    def _copies(
+        self, old: Mapping[str, Any], new: Mapping[str, Any], sources: Sequence[int]
+    ) -> Iterator[tuple[nn.Module, str, Any]]:
+        return find_copies(self.stack, old, new, sources)
 
     def _follow_key_sharing(self, slots: list[NewSlot]) -> None:
         """A block whose last reader went keeps its keys for nobody (Gemma 3n, Gemma 4)."""
@@ -152,7 +160,7 @@ class Edits:
         """Take what modules keep by a block's number along: copies, paths of tied weights, weights cut by block."""
         old = {name: vars(self.stack.config)[name] for name in new}
         for module, name, value in [
-            *find_copies(self.stack, old, new, sources),
+            *self._copies(old, new, sources),
             *renumbered_paths(self.stack, sources),
         ]:
             self._set(module, name, value)

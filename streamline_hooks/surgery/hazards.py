@@ -115,7 +115,12 @@ def _derived_settings(stack: BlockStack, window: range) -> Iterator[Hazard]:
     kept = [k for k in range(len(stack)) if k not in window]
     shorter = copy.copy(config)
     vars(shorter).update(shortened_config(config, count, len(stack), kept))
+    # Not those that every configuration has, of which some are deprecated and say so when they are read.
+    common = [base for base in type(config).__mro__ if base.__name__.lower() == "pretrainedconfig"]
+    every = {name for base in common for name in vars(base)}
     for name, member in inspect.getmembers(type(config), lambda m: isinstance(m, property)):
+        if name in every:
+            continue
         now, then = (_value(member, c) for c in (config, shorter))
         if not isinstance(now, list) or len(now) != len(stack) or name in vars(config) or name == KEY_SHARING:
             continue

@@ -1,0 +1,67 @@
+"""Take parameters out of an optimiser, and leave everything else of it as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from torch import nn
+from torch.optim import Optimizer
+
+from streamline_hooks.errors import StreamlineError
+
+
+def require_own_parameters(optimizer: Optimizer, model: nn.Module) -> None:
+    """Raise unless an optimiser holds the very parameters of a model.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+    model : torch.nn.Module
+
+    Raises
+    ------
+    StreamlineError
+        If it holds none of them: copies of them, or those of another model.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise StreamlineError(
+            f"This {type(optimizer).__name__} holds no parameter of this {type(model).__name__}: it was made for "
+            "another model, or works on copies (DeepSpeed, master weights). Make it from the model's own parameters."
+        )
+
+
+def drop_parameters(optimizer: Optimizer, gone: Collection[nn.Parameter]) -> None:
+    """Take parameters and what was kept for them out of an optimiser.
+
+    A group that is left without parameters stays, since a learning-rate schedule counts the groups.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Also one of accelerate, or another that wraps one as its ``optimizer``.
+    gone : collection of torch.nn.Parameter
+
+    Examples
+    --------
+    >>> import torch
+    >>> first, second = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+    >>> optimizer = torch.optim.SGD([first, second], lr=0.1)
+    >>> drop_parameters(optimizer, [first])
+    >>> optimizer.param_groups[0]["params"][0] is second
+    True
+    """
+    numbers = {id(parameter) for parameter in gone}
+    for one in _chain(optimizer):
+        for group in one.param_groups:
+            group["params"][:] = [p for p in group["params"] if id(p) not in numbers]
+        for parameter in gone:
+            one.state.pop(parameter, None)
+
+
+def _chain(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """An optimiser, and those that it wraps."""
+    inner: object = optimizer
+    while isinstance(inner, Optimizer):
+        yield inner
+        inner = getattr(inner, "optimizer", None)
