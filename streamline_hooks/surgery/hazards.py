@@ -68,8 +68,9 @@ def find_numbering_hazards(stack: BlockStack, first: int) -> list[Hazard]:
 def _shared_blocks(stack: BlockStack, window: range) -> Iterator[Hazard]:
     """The same parameters in several blocks: what one position loses, another one still runs."""
     owners: dict[int, list[int]] = {}
+    there = {id(block) for block in stack.container.children()}  # one that is gone may still hold what it handed on
     for k, block in enumerate(stack.blocks):
-        for parameter in block.parameters():
+        for parameter in block.parameters() if id(block) in there else ():
             owners.setdefault(id(parameter), []).append(k)
     for blocks in {tuple(sorted(set(ks))) for ks in owners.values() if len(set(ks)) > 1}:
         if set(blocks) & set(window):

@@ -1,4 +1,4 @@
-"""The monitor under DDP and FSDP2: two processes measure together what one measures alone."""
+"""Under DDP and FSDP2: two processes measure together what one measures alone, and surgery on shards is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.processes import ROOT
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
+def test_two_processes_measure_what_one_does_and_refuse_surgery(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.in_training.two_processes", str(tmp_path)]
     subprocess.run(command, check=True, cwd=ROOT, timeout=300)
     one, ddp, fsdp = ([json.loads(line) for line in (tmp_path / f"{n}.jsonl").open()] for n in ("one", "ddp", "fsdp"))
@@ -23,3 +23,6 @@ def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
         for mine, theirs in zip(found, one, strict=True):
             for name in ("cosine", "change", "norm", "median_norm", "largest_norm", "gradient_norm"):
                 assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
+    for rank in range(2):
+        told = (tmp_path / f"refused-{rank}.txt").read_text()
+        assert "is sharded by fully_shard already. Surgery comes before wrapping" in told

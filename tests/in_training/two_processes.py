@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from streamline_hooks import HiddenStateMonitor
+from streamline_hooks import HiddenStateMonitor, ProgressiveRemoval, StreamlineError
 from tests.tiny_models import tiny_model, tokens
 
 BATCH = tokens(4, 9)
@@ -45,6 +45,10 @@ def process(rank: int, wrapping: str, folder: Path) -> None:
         for block in model.model.layers:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
+        try:
+            ProgressiveRemoval(model, {1: range(1, 3)})
+        except StreamlineError as error:
+            (folder / f"refused-{rank}.txt").write_text(str(error))
     # The first process alone writes: the other is given a place where it could not.
     file = folder / f"{wrapping}.jsonl"
     train(model, slice(2 * rank, 2 * rank + 2), file if rank == 0 else file / "nowhere")

@@ -16,7 +16,7 @@ from torch import nn
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack
 from streamline_hooks.hidden_state import read_output, write_output
-from tests.tiny_models import BLOCKS, FAMILIES, Nudge, left_padded, tiny_config, tiny_model, tokens
+from tests.tiny_models import BLOCKS, FAMILIES, Nudge, left_padded, repaired, tiny_config, tiny_model, tokens
 
 families = st.sampled_from(FAMILIES)
 windows = (
@@ -574,3 +574,14 @@ def test_the_splice_of_a_block_that_goes_stays() -> None:
         surgeon.remove([2])  # the block that carries the splice, which stands before it
         assert [s.module for s in surgeon.plan.splices] == ["Nudge"]
     assert torch.equal(logits(model), expected)
+
+
+def test_the_blocks_that_carry_a_splice_go_one_at_a_time_as_they_go_at_once() -> None:
+    model = repaired("llama", range(1, 2))  # block 1 carries the splice now
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([1, 2])
+        at_once = logits(model)
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([1])
+        surgeon.remove([2])
+        assert torch.equal(logits(model), at_once)
