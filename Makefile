@@ -36,8 +36,9 @@ test: $(VENV)/.stamp-test ## Run the tests and the doctests
 # The part of the suite that touches Transformers' insides, with the oldest version that setup.cfg admits.
 OLDEST := transformers==4.56.*
 OLDEST_NEEDS := accelerate hypothesis pytest pytest-randomly pytest-xdist
-OLDEST_TESTS := tests/surgery tests/statistics tests/evaluation tests/checkpoint tests/testing tests/in_training \
+OLDEST_TESTS := tests/surgery tests/statistics tests/evaluation tests/checkpoint tests/in_training \
 	tests/architectures/test_properties.py \
+	$(addprefix tests/testing/test_,assertions.py model_state.py planted_faults.py) \
 	$(addprefix tests/test_,recorder.py passes.py stack.py hidden_state.py generation.py)
 
 oldest: export OMP_NUM_THREADS ?= 1

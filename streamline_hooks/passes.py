@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from streamline_hooks.batch import Batch, prepare, real_tokens, tokens_of
+from streamline_hooks.distributed import here
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.hidden_state import (
     nested_like,
@@ -154,8 +155,21 @@ def head_on_last(model: nn.Module, places: int) -> dict[str, int]:
 
 
 def progress(total: int, what: str, unit: str = "tok", done: int = 0) -> tqdm[Any]:
-    """A bar for a long step, which counts tokens; ``TQDM_DISABLE=1`` silences it."""
-    return tqdm(total=total, initial=done, desc=what, unit=unit, unit_scale=True, dynamic_ncols=True, mininterval=0.5)
+    """A bar for a long step, which counts tokens; ``TQDM_DISABLE=1`` silences it.
+
+    Of several processes only the first draws it, and counts its own.
+    """
+    silent = {"disable": True} if here().rank else {}  # for the first it stays what the environment says
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=what,
+        unit=unit,
+        unit_scale=True,
+        dynamic_ncols=True,
+        mininterval=0.5,
+        **silent,
+    )
 
 
 def recorded(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from streamline_hooks.batch import Batch
+from streamline_hooks.batch import Batch, device_of
+from streamline_hooks.distributed import Together, together
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.layouts import USUAL, by_token, layout_of
 from streamline_hooks.passes import recorded
@@ -17,7 +19,9 @@ from streamline_hooks.statistics.bootstrap import poisson_weights
 from streamline_hooks.statistics.content import sequence_contents
 from streamline_hooks.statistics.identity import identity
 from streamline_hooks.statistics.moments import WindowMoments
+from streamline_hooks.statistics.precision import widen
 from streamline_hooks.statistics.profile import Profile
+from streamline_hooks.wrapping import refuse_wrapped
 
 
 def profile(
@@ -29,6 +33,7 @@ def profile(
     keep: Iterable[int] = (),
     replicates: int = 100,
     stack: str | None = None,
+    share: bool = True,
 ) -> Profile:
     """Compare every two places of the residual stream in one pass, which ends after the last block that may go.
 
@@ -50,6 +55,10 @@ def profile(
         Number of resamples of the sequences for confidence intervals; 0 for none.
     stack : str, optional
         Path of the stack, see `find_stack`.
+    share : bool
+        Where several processes measure together (an initialised `torch.distributed` group): whether each was given
+        all batches, and runs its share of them (the default), or has batches of its own. Every process returns the
+        same, of all batches. For what one process is to do by itself there is `streamline_hooks.distributed.alone`.
 
     Returns
     -------
@@ -60,7 +69,8 @@ def profile(
     Raises
     ------
     StreamlineError
-        If an argument does not fit the model or the batches, or a state is not finite.
+        If an argument does not fit the model or the batches, or a state is not finite; or, of several processes, in
+        all of them if one fails, is gone, or was given something else.
 
     Examples
     --------
@@ -71,31 +81,37 @@ def profile(
     >>> found.places, found.length, found.tokens
     (8, 8, 40)
     """
-    batches = list(batches)
-    masks = None if isinstance(tokens, str) else list(tokens)
-    if isinstance(tokens, str) and tokens not in ("all", "last"):
-        raise StreamlineError(f"tokens={tokens!r} is unknown; expected 'all', 'last' or one mask for each batch.")
-    if masks is not None and len(masks) != len(batches):
-        raise StreamlineError(f"tokens holds {len(masks)} masks for {len(batches)} batches; give one for each.")
-    if skip < 0 or replicates < 0:
-        raise StreamlineError(f"skip={skip} and replicates={replicates} must be 0 or more.")
-    found = find_stack(model, stack)
-    reach = _reach(keep, len(found))
-    if reach == len(found):
-        record = HiddenStateRecorder(model, stop=True, stack=found.path)
-    else:  # what enters the first block that is not run
-        record = HiddenStateRecorder(model, range(reach + 1), outputs=False, stop=True, stack=found.path)
-    chosen = tokens if isinstance(tokens, str) else "mask"
-    result = Profile(reach + 1, replicates=replicates, about={**identity(found), "tokens": chosen, "skip": skip})
-    cost = f"profile: {reach} of {len(found)} blocks, no head"
-    for number, (batch, (_, real, _)) in enumerate(zip(batches, recorded(model, batches, record, cost), strict=True)):
-        states = [by_token(record.inputs[k][0], found[k]) for k in record.blocks]
-        if record.outputs:
-            states.append(by_token(record.outputs[reach - 1][0], found[reach - 1]))
-        counted = _counted(real, chosen, skip, None if masks is None else masks[number])
-        weights = poisson_weights(sequence_contents(found, batch, real), replicates) if replicates else None
-        result.update(states, counted, real=real, weights=weights)
-    return result
+    with together("profile") as work:
+        batches = list(batches)
+        masks = None if isinstance(tokens, str) else list(tokens)
+        if isinstance(tokens, str) and tokens not in ("all", "last"):
+            raise StreamlineError(f"tokens={tokens!r} is unknown; expected 'all', 'last' or one mask for each batch.")
+        if masks is not None and len(masks) != len(batches):
+            raise StreamlineError(f"tokens holds {len(masks)} masks for {len(batches)} batches; give one for each.")
+        if skip < 0 or replicates < 0:
+            raise StreamlineError(f"skip={skip} and replicates={replicates} must be 0 or more.")
+        found = find_stack(model, stack)
+        reach = _reach(keep, len(found))
+        chosen = tokens if isinstance(tokens, str) else "mask"
+        about = {**identity(found), "tokens": chosen, "skip": skip}
+        items = list(zip(batches, masks or [None] * len(batches), strict=True))
+        mine = _part(work, model, items, share, places=reach + 1, replicates=replicates, **about)
+        result = Profile(reach + 1, replicates=replicates, about=about)
+        if reach == len(found):
+            record = HiddenStateRecorder(model, stop=True, stack=found.path)
+        else:  # what enters the first block that is not run
+            record = HiddenStateRecorder(model, range(reach + 1), outputs=False, stop=True, stack=found.path)
+        cost = f"profile: {reach} of {len(found)} blocks, no head{_shared(work)}"
+        passed = recorded(model, [batch for batch, _ in mine], record, cost)
+        for (batch, mask), (_, real, _) in zip(mine, passed, strict=True):
+            states = [by_token(record.inputs[k][0], found[k]) for k in record.blocks]
+            if record.outputs:
+                states.append(by_token(record.outputs[reach - 1][0], found[reach - 1]))
+            counted = _counted(real, chosen, skip, mask)
+            weights = poisson_weights(sequence_contents(found, batch, real), replicates) if replicates else None
+            result.update(states, counted, real=real, weights=weights)
+        _add_up_profile(work, result)
+        return result
 
 
 def measure_moments(
@@ -106,6 +122,7 @@ def measure_moments(
     stack: str | None = None,
     weighted: bool = True,
     what: str = "moments",
+    share: bool = True,
 ) -> list[WindowMoments]:
     """Sum the moments of several windows in one pass, which ends after the last block that any of them needs.
 
@@ -121,6 +138,8 @@ def measure_moments(
         See `WindowMoments`.
     what : str
         What the bar says, before what it costs.
+    share : bool
+        As for `profile`.
 
     Returns
     -------
@@ -132,24 +151,62 @@ def measure_moments(
     UnsupportedSurgery
         If the states are not laid out as (batch, tokens, features).
     StreamlineError
-        If a state is not finite.
+        If a state is not finite; or, of several processes, as for `profile`.
     """
-    needed = {w.start for w in windows} | {w.stop - 1 for w in windows}
-    record = HiddenStateRecorder(model, sorted(needed), stop=True, stack=stack)
-    moments: list[WindowMoments] = []
-    cost = f"{what}: {len(windows)} windows, {max(needed) + 1} of {len(record.stack)} blocks"
-    unusual = {layout_of(record.stack[k]) for k in needed} - {USUAL}
-    if unusual:
-        raise UnsupportedSurgery(
-            f"The states of {type(model).__name__} are laid out as ({', '.join(unusual.pop().split())}); a map of "
-            "(batch, tokens, features) has no moments there. Remove without a repair (kind none)."
-        )
-    for _, mask, _ in recorded(model, batches, record, cost):
-        features = record.inputs[windows[0].start][0].shape[-1]
-        moments = moments or [WindowMoments(features, weighted) for _ in windows]
-        for window, sums in zip(windows, moments, strict=True):
-            sums.update(record.inputs[window.start][0], record.outputs[window.stop - 1][0], mask)
-    return moments
+    with together("measure_moments") as work:
+        needed = {w.start for w in windows} | {w.stop - 1 for w in windows}
+        record = HiddenStateRecorder(model, sorted(needed), stop=True, stack=stack)
+        unusual = {layout_of(record.stack[k]) for k in needed} - {USUAL}
+        if unusual:
+            raise UnsupportedSurgery(
+                f"The states of {type(model).__name__} are laid out as ({', '.join(unusual.pop().split())}); a map of "
+                "(batch, tokens, features) has no moments there. Remove without a repair (kind none)."
+            )
+        same = {"windows": list(windows), "weighted": weighted, **identity(record.stack)}
+        mine = _part(work, model, batches, share, **same)
+        moments: list[WindowMoments] = []
+        cost = f"{what}: {len(windows)} windows, {max(needed) + 1} of {len(record.stack)} blocks{_shared(work)}"
+        for _, mask, _ in recorded(model, mine, record, cost):
+            features = record.inputs[windows[0].start][0].shape[-1]
+            moments = moments or [WindowMoments(features, weighted) for _ in windows]
+            for window, sums in zip(windows, moments, strict=True):
+                sums.update(record.inputs[window.start][0], record.outputs[window.stop - 1][0], mask)
+        widths = work.tell(len(moments[0].xx) if moments else 0)
+        if not moments and max(widths):  # this process's share is empty
+            home = widen(torch.zeros(0, device=device_of(model))).device
+            moments = [WindowMoments(max(widths), weighted) for _ in windows]
+            for sums in moments:
+                sums.xx, sums.xd = sums.xx.to(home), sums.xd.to(home)
+        for sums in moments:
+            _add_up_moments(work, sums)
+        return moments
+
+
+def _part(work: Together, model: nn.Module, items: Sequence[Any], share: bool, **same: Any) -> list[Any]:
+    """The batches that this process is to run."""
+    if work.processes.count > 1:
+        refuse_wrapped(model)  # whose forwards wait for one another, while shares are uneven
+    return work.take(items, share, **same)
+
+
+def _shared(work: Together) -> str:
+    count = work.processes.count
+    return f", one of {count} shares" if count > 1 else ""
+
+
+def _add_up_profile(work: Together, result: Profile) -> None:
+    if work.processes.count > 1:
+        work.tell(result.sequences)  # from here on nothing fails in one process alone
+        sums = result.sums.state_dict()
+        merged = {name: work.largest(v) if name == "largest" else work.summed(v) for name, v in sums.items()}
+        result.sums.load_state_dict(merged)
+
+
+def _add_up_moments(work: Together, sums: WindowMoments) -> None:
+    if work.processes.count > 1:
+        sums.xx, sums.xd = work.summed(sums.xx), work.summed(sums.xd)
+        counted = work.summed(torch.tensor([sums.tokens, sums.dd], dtype=torch.float64))
+        sums.tokens, sums.dd = int(counted[0]), float(counted[1])
 
 
 def _reach(keep: Iterable[int], length: int) -> int:

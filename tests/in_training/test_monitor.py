@@ -397,7 +397,7 @@ def test_keeps_no_graph_and_does_not_grow() -> None:
             monitor.step()
             if step in (10, 119):
                 counts.append(live_tensors())
-    assert counts[0] == counts[1]
+    assert counts[1] <= counts[0]  # what earlier tests left may go meanwhile
 
 
 def test_the_file_and_the_log(tmp_path: Path) -> None:
