@@ -14,7 +14,7 @@ from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.layouts import USUAL, by_token, layout_of
 from streamline_hooks.passes import recorded
 from streamline_hooks.recorder import HiddenStateRecorder
-from streamline_hooks.stack import find_stack
+from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.statistics.bootstrap import poisson_weights
 from streamline_hooks.statistics.content import sequence_contents
 from streamline_hooks.statistics.identity import identity
@@ -94,8 +94,10 @@ def profile(
         reach = _reach(keep, len(found))
         chosen = tokens if isinstance(tokens, str) else "mask"
         about = {**identity(found), "tokens": chosen, "skip": skip}
-        items = list(zip(batches, masks or [None] * len(batches), strict=True))
-        mine = _part(work, model, items, share, places=reach + 1, replicates=replicates, **about)
+        none: list[Tensor | None] = [None] * len(batches)
+        items = list(zip(batches, none if masks is None else masks, strict=True))
+        same: dict[str, Any] = {"blocks to run": reach, "tokens": chosen, "skip": skip, "replicates": replicates}
+        mine = _part(work, found, items, share, **same)
         result = Profile(reach + 1, replicates=replicates, about=about)
         if reach == len(found):
             record = HiddenStateRecorder(model, stop=True, stack=found.path)
@@ -162,8 +164,7 @@ def measure_moments(
                 f"The states of {type(model).__name__} are laid out as ({', '.join(unusual.pop().split())}); a map of "
                 "(batch, tokens, features) has no moments there. Remove without a repair (kind none)."
             )
-        same = {"windows": list(windows), "weighted": weighted, **identity(record.stack)}
-        mine = _part(work, model, batches, share, **same)
+        mine = _part(work, record.stack, batches, share, windows=list(windows), weighted=weighted)
         moments: list[WindowMoments] = []
         cost = f"{what}: {len(windows)} windows, {max(needed) + 1} of {len(record.stack)} blocks{_shared(work)}"
         for _, mask, _ in recorded(model, mine, record, cost):
@@ -182,11 +183,12 @@ def measure_moments(
         return moments
 
 
-def _part(work: Together, model: nn.Module, items: Sequence[Any], share: bool, **same: Any) -> list[Any]:
+def _part(work: Together, stack: BlockStack, items: Sequence[Any], share: bool, **same: Any) -> list[Any]:
     """The batches that this process is to run."""
-    if work.processes.count > 1:
-        refuse_wrapped(model)  # whose forwards wait for one another, while shares are uneven
-    return work.take(items, share, **same)
+    if work.processes.count == 1:
+        return list(items)
+    refuse_wrapped(stack.model)  # whose forwards wait for one another, while shares are uneven
+    return work.take(items, share, **{**identity(stack), **same})
 
 
 def _shared(work: Together) -> str:
