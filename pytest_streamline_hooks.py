@@ -7,7 +7,6 @@ and PyTorch with it, is imported when a fixture is used.
 from __future__ import annotations
 
 import copy
-import functools
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -31,10 +30,13 @@ def tiny_model() -> Callable[..., Any]:
     """
     from streamline_hooks.testing import tiny_model as make
 
-    made = functools.cache(make)
+    made: dict[str, Any] = {}
 
     def copied(model_type: str, **options: Any) -> Any:
-        return copy.deepcopy(made(model_type, **options))
+        key = f"{model_type} {sorted(options.items())}"
+        if key not in made:
+            made[key] = make(model_type, **options)
+        return copy.deepcopy(made[key])
 
     return copied
 

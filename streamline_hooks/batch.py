@@ -82,14 +82,31 @@ def real_tokens(given: Mapping[str, Any]) -> Any:
     return padding == 0 if isinstance(padding, Tensor) else given.get("attention_mask")
 
 
-def takes_mask(model: nn.Module) -> bool:
-    """Whether a model's forward names a mask of real tokens."""
-    return not _MASKS.isdisjoint(inspect.signature(model.forward).parameters)
+def mask_of_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], outer: Any) -> Any:
+    """The mask of real tokens for the blocks inside a model that is being called.
 
+    The innermost model's own: an encoder's mask says nothing of its decoder's tokens.
 
-def mask_of_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The mask of real tokens that a model's forward was called with; see `real_tokens`."""
-    return real_tokens(inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments)
+    Parameters
+    ----------
+    model : torch.nn.Module
+    args, kwargs
+        What its forward is called with.
+    outer : torch.Tensor or None
+        The mask of the model around it.
+
+    Returns
+    -------
+    torch.Tensor or None
+        That of the call, see `real_tokens`; the outer one where the model takes none, or takes it as BERT's encoder
+        does, laid out by query and key.
+    """
+    signature = inspect.signature(model.forward)
+    if _MASKS.isdisjoint(signature.parameters):
+        return outer
+    own = real_tokens(signature.bind_partial(*args, **kwargs).arguments)
+    laid_out = isinstance(own, Tensor) and own.ndim != 2 and isinstance(outer, Tensor) and outer.ndim == 2
+    return outer if laid_out and len(own) == len(outer) else own
 
 
 def tokens_of(batch: Batch | Tensor) -> int:

@@ -36,7 +36,7 @@ class ReadHook:
 
     def __call__(self, module: nn.Module, *given: Any) -> None:
         """Read, unless it is another module or a backward that runs."""
-        if module is self._watched and self._read is not None and not _in_backward():
+        if module is self._watched and self._read is not None and not in_backward():
             self._read(*given)
 
     def __reduce__(self) -> tuple[type[ReadHook], tuple[()]]:
@@ -64,5 +64,6 @@ class ChangeHook(ReadHook):
         return self._read(*given) if module is self._watched and self._read is not None else None
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether a backward runs, in which gradient checkpointing runs blocks once more; a compiler is told no."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
-from streamline_hooks.batch import mask_of_call, prepare, takes_mask
+from streamline_hooks.batch import mask_of_call, prepare
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.hidden_state import nested_mask, padded, read_input, read_output, require_batch_first
 from streamline_hooks.read_hook import ReadHook
@@ -164,10 +164,8 @@ class HiddenStateRecorder:
     def _read_mask(self, watched: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if watched is self.model:
             self._attention_mask = self._latest = None
-            self._with_graph = torch.is_grad_enabled()
-        if takes_mask(watched):
-            # The innermost model's own: an encoder's mask says nothing of its decoder's tokens.
-            self._attention_mask = mask_of_call(watched, args, kwargs)
+        self._with_graph = torch.is_grad_enabled()  # of any of them: some losses call an inner one
+        self._attention_mask = mask_of_call(watched, args, kwargs, self._attention_mask)
 
     def _read_input(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.inputs[k].append(self._keep(read_input(args, kwargs)))

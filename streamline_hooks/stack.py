@@ -101,7 +101,7 @@ def find_stack(model: nn.Module, path: str | None = None) -> BlockStack:
             f"No stack of blocks was found in {type(model).__name__}: expected an nn.ModuleList or nn.Sequential "
             "whose members are blocks (modules with submodules of their own). Pass the model that holds them."
         )
-    get_decoder: Any = getattr(model, "get_decoder", None)
+    get_decoder: Any = getattr(_unwrapped(model), "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
     if isinstance(decoder, nn.Module):
         below = [s for s in candidates if decoder in s.ancestors]
@@ -135,6 +135,15 @@ def find_stacks(model: nn.Module) -> list[BlockStack]:
     found: list[BlockStack] = []
     _walk(model, "", (), found)
     return found
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model that knows its decoder, where it is the only one inside another, such as DDP or a training module."""
+    if hasattr(model, "get_decoder"):
+        return model
+    inside = [_unwrapped(child) for child in model.children() if not isinstance(child, _CONTAINERS)]
+    knowing = [module for module in inside if hasattr(module, "get_decoder")]
+    return knowing[0] if len(knowing) == 1 else model
 
 
 def _stack_at(model: nn.Module, path: str) -> BlockStack:

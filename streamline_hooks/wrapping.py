@@ -68,6 +68,25 @@ def refuse_wrapped(model: nn.Module) -> None:
                 )
 
 
+def refuse_tensor_parallel(model: nn.Module) -> None:
+    """Raise if single tensors of a model are divided among processes, which then have the same batches.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Raises
+    ------
+    StreamlineError
+    """
+    sharded = any(c.__name__ == "FSDPModule" for module in model.modules() for c in type(module).__mro__)
+    if not sharded and any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
+        raise StreamlineError(
+            f"Tensors of {type(model).__name__} are divided among processes that have the same batches. Say which "
+            "processes have batches of their own: group=mesh['dp'].get_group()."
+        )
+
+
 def refuse_adapters(model: nn.Module) -> None:
     """Raise if a model carries PEFT's adapters, whose checkpoints go by the blocks' numbers and not with the model.
 

@@ -20,7 +20,8 @@ class Measurement:
     step : int
         The number of the step, counted from 1.
     tokens : int
-        Tokens that were counted, over all processes.
+        Tokens that were counted, over all processes; in a model that calls its blocks several times a forward, as
+        often as they are called.
     cosine : tuple of float
         Mean cosine of the states at neighbouring places, those that enter and leave a block; one a block.
     influence : tuple of float

@@ -11,7 +11,8 @@ from streamline_hooks.in_training.measurement import Measurement
 class MeasurementFile:
     """A JSON Lines file that measurements are added to.
 
-    What is there already is kept, but for an incomplete last line that a process left which was killed while it wrote.
+    What is there already is kept, but for an incomplete measurement at its end, which a process left that was killed
+    while it wrote.
 
     Parameters
     ----------
@@ -42,6 +43,18 @@ class MeasurementFile:
         self._looked_at = True
 
     def _drop_incomplete_line(self) -> None:
-        if self.path.exists():
-            with self.path.open("rb+") as file:
-                file.truncate(file.read().rfind(b"\n") + 1)
+        if not self.path.exists():
+            return
+        with self.path.open("rb+") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _LONGEST))
+            rest = file.read().rpartition(b"\n")[2]
+            if not rest.startswith(_BEGINNING[: len(rest)]):
+                raise StreamlineError(
+                    f"{self.path} does not end with a line of measurements, but with {rest[:40]!r}. Name another file."
+                )
+            file.truncate(size - len(rest))
+
+
+_BEGINNING = b'{"step": '
+_LONGEST = 2**20  # bytes of a line; thousands of blocks

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from streamline_hooks.batch import mask_of_call, takes_mask
+from streamline_hooks.batch import mask_of_call
+from streamline_hooks.distributed import here
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.hidden_state import read_input, read_output, token_mask, write_input, write_output
 from streamline_hooks.in_training.gradient_probe import GradientProbe
@@ -21,9 +22,9 @@ from streamline_hooks.in_training.measurement_file import MeasurementFile
 from streamline_hooks.in_training.state_sums import ChangeSums, NormSums, norms_of
 from streamline_hooks.in_training.summed import summed
 from streamline_hooks.layouts import by_token
-from streamline_hooks.read_hook import ChangeHook, ReadHook
+from streamline_hooks.read_hook import ChangeHook, ReadHook, in_backward
 from streamline_hooks.stack import find_stack
-from streamline_hooks.wrapping import refuse_compiled
+from streamline_hooks.wrapping import refuse_compiled, refuse_tensor_parallel
 
 
 class Log(Protocol):
@@ -43,8 +44,10 @@ class HiddenStateMonitor:
     are equal to the bit.
 
     It works under gradient checkpointing and accumulation, autocast, DDP and FSDP, and in a model that is compiled
-    *after* it was opened. After a surgery between two steps it goes on with the blocks that are there then. Where
-    several processes train, the sums are those of all of them, and each must make the same calls.
+    *after* it was opened (as a whole: a compiler that is given single blocks compiles the hooks of each anew, which
+    ``fullgraph=True`` refuses). After a surgery between two steps it goes on with the blocks that are there then; where
+    a step ran others than those that were watched, the next one is measured instead. Where several processes train,
+    each with its own batches, the sums are those of all of them, and each must make the same calls.
 
     Parameters
     ----------
@@ -62,6 +65,8 @@ class HiddenStateMonitor:
         Measure the gradients too. Each state is copied once for it.
     dead : float
         Up to which mean ‖leaving − entering‖/‖entering‖ a block counts as dead.
+    group : torch.distributed.ProcessGroup, optional
+        The processes that have batches of their own; all by default. Needed under tensor parallelism.
     stack : str, optional
         The path of the stack, see `find_stack`.
 
@@ -100,13 +105,14 @@ class HiddenStateMonitor:
         tokens: Literal["real", "all"] = "real",
         gradients: bool = True,
         dead: float = 1e-3,
+        group: Any = None,
         stack: str | None = None,
     ) -> None:
         if every < 1:
             raise StreamlineError(f"every={every} is no number of steps; give 1 or more, such as 50.")
         if tokens not in ("real", "all"):
             raise StreamlineError(f"tokens={tokens!r} is unknown; expected 'real' or 'all'.")
-        self.model, self.every, self.dead = model, every, dead
+        self.model, self.every, self.dead, self.group = model, every, dead, group
         self.stack = find_stack(model, stack)
         self.log = log
         self._file = None if file is None else MeasurementFile(file)
@@ -142,11 +148,15 @@ class HiddenStateMonitor:
         Raises
         ------
         StreamlineError
-            If it is open already, or the model is compiled.
+            If it is open already, or the model is compiled, or its tensors are divided among processes and no group
+            was given.
         """
         if self._handles:
             raise StreamlineError("This monitor is open already; close it first, or make a second one.")
         refuse_compiled(self.model, "monitor the hidden states of")
+        if self.group is None:
+            refuse_tensor_parallel(self.model)
+        self.stack = find_stack(self.model, self.stack.path)
         self._done, self._due = done, done % self.every == 0
         devices = [_device(block) for block in self.stack.blocks]
         self._norms = [NormSums(device) for device in (devices[0], *devices)]
@@ -201,22 +211,31 @@ class HiddenStateMonitor:
         if not self._handles:
             raise StreamlineError("The monitor is not open; use it in a with statement, or call open() first.")
         self._done = self._done + 1 if done is None else done
-        found = self._measured(grad_scale) if self._due else None
-        if tuple(self.stack.container.children()) != self.stack.blocks:  # a surgery: what was block 7 may be 5 now
+        now = tuple(self.stack.container.children())
+        others = now != self.stack.blocks  # a surgery: what was block 7 may be 5 now
+        postponed = self._due and others and self._ran_others(now)
+        found = self._measured(grad_scale) if self._due and not postponed else None
+        if others:
             self.close()
-            self.stack = find_stack(self.model, self.stack.path)
             self.open(self._done)
-        self._due = self._done % self.every == 0
-        if found is not None and _is_first_process():
+        self._due = postponed or self._done % self.every == 0
+        if found is not None and here().rank == 0:
             if self._file is not None:
                 self._file.append(found)
             if self.log is not None:
                 self.log(found.scalars(), step=found.step)
         return found
 
+    def _ran_others(self, now: tuple[nn.Module, ...]) -> bool:
+        """Whether the step that ends ran other blocks than those that are watched."""
+        gone = [k for k, block in enumerate(self.stack.blocks) if block not in now]
+        new = any(block not in self.stack.blocks for block in now)
+        return new or any(not self._changes[k].added[0] for k in gone)
+
     def _measured(self, grad_scale: float) -> Measurement:
         squares = [probe.take() for probe in self._probes]
-        found = summed(self._norms, self._changes, squares, step=self._done, grad_scale=grad_scale, dead=self.dead)
+        about = {"step": self._done, "grad_scale": grad_scale, "dead": self.dead, "group": self.group}
+        found = summed(self._norms, self._changes, squares, **about)
         for norms in self._norms:
             norms.zero()
         for changes in self._changes:
@@ -230,8 +249,8 @@ class HiddenStateMonitor:
         self._counting = torch.is_grad_enabled()
         if watched is self.stack.ancestors[0]:
             self._mask = None
-        if self._heed_padding and takes_mask(watched):
-            self._mask = mask_of_call(watched, args, kwargs)
+        if self._heed_padding:
+            self._mask = mask_of_call(watched, args, kwargs, self._mask)
 
     def _enter(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._due and self._counting:
@@ -253,14 +272,18 @@ class HiddenStateMonitor:
             self._changes[k].update(entering, leaving, real)
 
     def _probe_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._due and self._counting and (state := read_input(args, kwargs)).requires_grad:
+        if self._probing() and (state := read_input(args, kwargs)).requires_grad:
             return write_input(args, kwargs, self._probes[0](state))
         return None
 
     def _probe_output(self, k: int, args: tuple[Any, ...], output: Any) -> Any:
-        if self._due and self._counting and (state := read_output(output)).requires_grad:
+        if self._probing() and (state := read_output(output)).requires_grad:
             return write_output(output, self._probes[k + 1](state))
         return None
+
+    def _probing(self) -> bool:
+        # A block that is run again in a backward is of a forward that counted, whatever was called since.
+        return self._due and (self._counting or in_backward())
 
     def _tokens_of(self, k: int, state: Tensor) -> Tensor:
         return by_token(state.detach(), self.stack[k])
@@ -278,8 +301,3 @@ class HiddenStateMonitor:
 
 def _device(block: nn.Module) -> torch.device:
     return next((p.device for p in block.parameters()), torch.device("cpu"))
-
-
-def _is_first_process() -> bool:
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

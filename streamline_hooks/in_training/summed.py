@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ def summed(
     step: int,
     grad_scale: float,
     dead: float,
+    group: Any = None,
 ) -> Measurement:
     """Turn sums into a measurement, added up over all processes that train together.
 
@@ -39,6 +41,8 @@ def summed(
         What the loss was multiplied by.
     dead : float
         Up to which mean change a block is dead.
+    group : torch.distributed.ProcessGroup, optional
+        Of the processes that train together; all by default.
 
     Returns
     -------
@@ -55,12 +59,13 @@ def summed(
     gradient = torch.tensor([[s or 0.0, float(s is not None)] for s in squares], dtype=widest(home), device=home)
     histogram = torch.cat([sums.histogram.to(home) for sums in norms])
     largest = torch.cat([sums.largest.to(home) for sums in norms])
-    processes = _merge(added, changed, gradient, histogram, largest=largest)
+    processes = _merge(added, changed, gradient, histogram, largest=largest, group=group)
     if not bool((added[:, 0] > 0).any()):
         raise StreamlineError(
             f"Step {step} was to be measured, but no forward with a graph called the blocks and counted a token. Open "
             "the monitor before the model is compiled (hooks added afterwards silently never fire), call the model "
-            "that it was made for, and call step() once after each optimiser step."
+            "that it was made for and not a copy (nn.DataParallel runs copies), and call step() once after each "
+            "optimiser step."
         )
     tokens, odd, norm_sums = added.cpu().unbind(dim=1)
     cosine = (changed[:, 1] / changed[:, 0]).cpu()
@@ -86,15 +91,15 @@ def summed(
     )
 
 
-def _merge(*sums: Tensor, largest: Tensor) -> int:
+def _merge(*sums: Tensor, largest: Tensor, group: Any) -> int:
     """Add up over the processes, in place; give how many they are."""
     distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size(group) == 1:
         return 1
     for values in sums:
-        distributed.all_reduce(values)
-    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
-    return distributed.get_world_size()
+        distributed.all_reduce(values, group=group)
+    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX, group=group)
+    return distributed.get_world_size(group)
 
 
 def _births(massive: Tensor, known: Tensor) -> tuple[int, ...]:

@@ -53,11 +53,14 @@ class MonitorCallback(TrainerCallback):
 
     def __init__(self, trainer: Any, every: int = 50, **options: Any) -> None:
         self._trainer, self._scale = trainer, 1.0
-        self.monitor = HiddenStateMonitor(trainer.model, every, log=self._log, **options)
+        self._options = {"every": every, "log": self._log, **options}
+        self.monitor = HiddenStateMonitor(trainer.model, **self._options)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the monitor; one that an interrupted training left open is closed first."""
         self.monitor.close()
+        if kwargs["model"] is not self.monitor.model:  # a Trainer with model_init makes one for each training
+            self.monitor = HiddenStateMonitor(kwargs["model"], **self._options)
         self.monitor.open(state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -74,7 +77,9 @@ class MonitorCallback(TrainerCallback):
         self.monitor.close()
 
     def _log(self, values: dict[str, float], *, step: int) -> None:
-        trainer = self._trainer
-        for callback in trainer.callback_handler.callbacks:
+        trainer, handler = self._trainer, self._trainer.callback_handler
+        names = ("model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
+        given = {name: getattr(handler, name, None) for name in names}
+        for callback in handler.callbacks:
             if callback is not self and not isinstance(callback, (PrinterCallback, ProgressCallback)):
-                callback.on_log(trainer.args, trainer.state, trainer.control, logs=dict(values), model=trainer.model)
+                callback.on_log(trainer.args, trainer.state, trainer.control, logs=dict(values), **given)

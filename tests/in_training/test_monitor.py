@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import itertools
 import json
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
+import transformers
 from torch import nn
 
 from streamline_hooks import HiddenStateMonitor, HiddenStateRecorder, LayerSurgeon, StreamlineError
@@ -77,6 +80,8 @@ def reference(model: nn.Module, *batches: dict[str, torch.Tensor]) -> dict[str, 
 
 
 def assert_same(one: Measurement, other: Measurement | dict[str, list[float]], tolerance: float = 1e-5) -> None:
+    if isinstance(other, Measurement):
+        assert one.tokens == other.tokens
     for name in SERIES:
         mine = list(getattr(one, name))
         theirs = list(other[name] if isinstance(other, dict) else getattr(other, name))
@@ -125,6 +130,30 @@ def test_gradient_checkpointing_counts_each_block_once(family: str, reentrant: b
     plain = measured(model, *batches)
     with checkpointed(model, reentrant):
         assert_same(measured(model, *batches), plain)
+
+
+@pytest.mark.parametrize("in_between", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_hooks_inside_the_checkpoint_and_a_forward_before_the_backward(reentrant: bool, in_between: bool) -> None:
+    """As where a block itself is checkpointed, and a teacher or an average of the weights is run in between."""
+    model, batches = training(), (batch_of([9, 4, 7]), batch_of([6]))
+    plain = measured(model, *batches)
+    for block in model.model.layers:
+        call = functools.partial(type(block).__call__, block)
+
+        def checkpointed_call(self: nn.Module, *args: Any, call: Any = call, **kwargs: Any) -> Any:
+            return torch.utils.checkpoint.checkpoint(functools.partial(call, **kwargs), *args, use_reentrant=reentrant)
+
+        block.__class__ = type("Checkpointed", (type(block),), {"__call__": checkpointed_call})
+    with HiddenStateMonitor(model) as monitor:
+        for batch in batches:
+            loss = loss_of(model, batch)
+            if in_between:
+                with torch.no_grad():
+                    loss_of(model, batch_of([3, 3]))
+            loss.backward()
+        assert_same(monitor.step(), plain)
+    model.zero_grad()
 
 
 def test_autocast_and_bfloat16() -> None:
@@ -308,22 +337,78 @@ def test_copies_of_a_monitored_model_do_not_count() -> None:
         assert_same(monitor.step(), plain)
 
 
-def test_goes_on_after_a_surgery() -> None:
-    model, batch = training(), batch_of([9, 4])
-    with HiddenStateMonitor(model, every=1) as monitor:
-        loss_of(model, batch).backward()
-        assert len(monitor.step().influence) == BLOCKS
+@pytest.mark.parametrize("before_the_step_is_told", [True, False])
+def test_goes_on_after_a_surgery(before_the_step_is_told: bool) -> None:
+    """And never tells numbers of before as those of now."""
+    model, batch, found = training(), batch_of([9, 4]), []
+
+    def remove() -> None:
         with LayerSurgeon(model) as surgeon:
             surgeon.remove(range(1, 3))
             surgeon.commit()
-        loss_of(model, batch).backward()
-        monitor.step()  # what was measured in this step is of blocks of before and of now
-        model.zero_grad()
+
+    with HiddenStateMonitor(model, every=2) as monitor:
+        for number in range(1, 7):
+            loss_of(model, batch).backward()
+            if number == 2 and before_the_step_is_told:
+                remove()
+            found.append(monitor.step())
+            if number == 2 and not before_the_step_is_told:
+                remove()
+            model.zero_grad()
+    steps = {one.step: len(one.influence) for one in found if one is not None}
+    # Step 3 ran other blocks than those that were watched, where nobody had told of the surgery.
+    assert steps == ({1: 6, 3: 4, 5: 4} if before_the_step_is_told else {1: 6, 4: 4, 5: 4})
+    last = found[4]
+    assert last is not None
+    assert_same(last, measured(model, batch))
+
+
+def test_finds_the_blocks_anew_when_it_is_opened() -> None:
+    model, batch = training(), batch_of([9, 4])
+    monitor = HiddenStateMonitor(model)
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove(range(1, 3))
+        surgeon.commit()
+    with monitor:
         loss_of(model, batch).backward()
         found = monitor.step()
-    model.zero_grad()
-    assert found.step == 3
-    assert_same(found, measured(model, batch))
+    assert len(found.influence) == 4 and None not in found.influence
+
+
+def test_an_encoder_that_hands_on_a_square_mask() -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48
+    )
+    model = transformers.BertForMaskedLM(config).train()
+    for lengths, counted in (([9, 4, 7], 20), ([5, 5], 10)):
+        batch = padded(lengths, "right")
+        with HiddenStateMonitor(model) as monitor:
+            model(**batch, labels=batch["input_ids"]).loss.backward()
+            assert monitor.step().tokens == counted
+        with HiddenStateRecorder(model, tokens="real") as record, torch.no_grad():
+            model(**batch)
+        assert len(record.inputs[0][0]) == counted
+
+
+class Around(nn.Module):
+    """A training module, or DDP: it does not say which of the stacks inside is the decoder."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def test_a_wrapper_does_not_change_which_stack_is_watched() -> None:
+    config = transformers.BartConfig(
+        vocab_size=61, d_model=32, encoder_layers=5, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
+    )  # fmt: skip
+    model = transformers.BartForConditionalGeneration(config)
+    assert HiddenStateMonitor(model).stack.path == "model.decoder.layers"
+    assert HiddenStateMonitor(Around(model)).stack.path == "module.model.decoder.layers"
+    assert HiddenStateMonitor(Around(Around(model))).stack.path == "module.module.model.decoder.layers"
 
 
 def test_a_block_that_was_not_called_is_told_as_none() -> None:
@@ -421,6 +506,13 @@ def test_the_file_and_the_log(tmp_path: Path) -> None:
     assert (step, values["states/influence/3"]) == (5, lines[-1]["influence"][3])
     assert values["states/dead"] == 0.0
     assert len(values) == 3 * BLOCKS + 4 * (BLOCKS + 1) + 3
+    notes = tmp_path / "notes.txt"
+    notes.write_text("first line\nnot of a monitor")
+    with HiddenStateMonitor(model, file=notes) as monitor:
+        loss_of(model, batch_of([5])).backward()
+        with pytest.raises(StreamlineError, match="notes.txt does not end with a line of .*, but with b'not of"):
+            monitor.step()
+    assert notes.read_text() == "first line\nnot of a monitor"
     blocked = HiddenStateMonitor(model, file=tmp_path / "deep" / "states.jsonl" / "no.jsonl").open()
     loss_of(model, batch_of([5])).backward()
     with pytest.raises(StreamlineError, match=r"no.jsonl cannot be written: .* Name another file."):

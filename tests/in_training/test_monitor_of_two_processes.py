@@ -26,3 +26,5 @@ def test_two_processes_measure_what_one_does_and_refuse_surgery(tmp_path: Path) 
     for rank in range(2):
         told = (tmp_path / f"refused-{rank}.txt").read_text()
         assert "is sharded by fully_shard already. Surgery comes before wrapping" in told
+        told = (tmp_path / f"parallel-{rank}.txt").read_text()
+        assert "divided among processes that have the same batches. Say which processes have" in told

@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from streamline_hooks import HiddenStateMonitor, ProgressiveRemoval, StreamlineError
@@ -49,6 +50,12 @@ def process(rank: int, wrapping: str, folder: Path) -> None:
             ProgressiveRemoval(model, {1: range(1, 3)})
         except StreamlineError as error:
             (folder / f"refused-{rank}.txt").write_text(str(error))
+        parallel = tiny_model("llama")
+        parallel.lm_head.weight = nn.Parameter(distribute_tensor(parallel.lm_head.weight.data, mesh, [Shard(0)]))
+        try:
+            HiddenStateMonitor(parallel).open()
+        except StreamlineError as error:
+            (folder / f"parallel-{rank}.txt").write_text(str(error))
     # The first process alone writes: the other is given a place where it could not.
     file = folder / f"{wrapping}.jsonl"
     train(model, slice(2 * rank, 2 * rank + 2), file if rank == 0 else file / "nowhere")

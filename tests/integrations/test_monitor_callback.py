@@ -129,6 +129,16 @@ def test_an_interrupted_training_can_be_begun_again(tmp_path: Path) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in trainer.model.modules())
 
 
+def test_a_trainer_that_makes_its_model_anew(tmp_path: Path) -> None:
+    trainer = Trainer(
+        model_init=lambda: tiny_model("llama"), args=arguments(tmp_path, max_steps=3), train_dataset=rows()
+    )
+    trainer.add_callback(MonitorCallback(trainer, every=2, file=tmp_path / "states.jsonl"))
+    trainer.train()
+    trainer.train()
+    assert [line["step"] for line in lines_of(tmp_path / "states.jsonl")] == [1, 3, 1, 3]
+
+
 def test_in_accelerates_loop(tmp_path: Path) -> None:
     from accelerate import Accelerator
 

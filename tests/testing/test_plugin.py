@@ -30,6 +30,10 @@ def test_copies(tiny_model):
     assert other.lm_head.weight.abs().sum() > 0
     assert tiny_model("llama", blocks=3).lm_head.weight.equal(other.lm_head.weight)
 
+def test_options_of_any_kind(tiny_model):
+    kinds = ["sliding_attention", "full_attention"] * 2
+    assert tiny_model("gemma3_text", blocks=4, layer_types=kinds).config.layer_types == kinds
+
 def test_real(real_model):
     model, tokenizer = real_model
     assert len(model.model.layers) == 5
@@ -38,13 +42,13 @@ def test_real(real_model):
 
 def test_the_fixtures(tmp_path: Path, stories_folder: Path) -> None:
     told = run_pytest(tmp_path, CODE, f"--streamline-model={stories_folder}")
-    assert "3 passed" in told, told
+    assert "4 passed" in told, told
 
 
 def test_a_model_that_is_not_there_is_a_reason_to_skip(tmp_path: Path) -> None:
     (tmp_path / "pytest.ini").write_text("[pytest]\nstreamline_model = ./nowhere\n")
     told = run_pytest(tmp_path, CODE)
-    assert "2 passed, 1 skipped" in told, told
+    assert "3 passed, 1 skipped" in told, told
     assert (
         "the model './nowhere' of the fixture real_model cannot be read: There is no model at './nowhere'"
         in " ".join(told.split())
