@@ -45,7 +45,7 @@ def identity(stack: BlockStack) -> dict[str, Any]:
         "model": type(stack.model).__name__,
         "stack": stack.path,
         "blocks": len(stack),
-        "fingerprint": _fingerprint(stack.model),
+        "fingerprint": fingerprint_of(stack.model),
     }
 
 
@@ -74,7 +74,8 @@ def check_profile(profile: Profile, model: nn.Module, stack: str | None = None) 
         raise StreamlineError(f"The profile is of another model: {'; '.join(differ)}. Profile this one.")
 
 
-def _fingerprint(model: nn.Module) -> str:
+def fingerprint_of(model: nn.Module) -> str:
+    """The fingerprint in `identity`."""
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
         found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype};".encode())

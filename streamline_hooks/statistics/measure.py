@@ -16,6 +16,7 @@ from streamline_hooks.passes import recorded
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.statistics.bootstrap import poisson_weights
+from streamline_hooks.statistics.chosen_tokens import blocks_run, counted_tokens
 from streamline_hooks.statistics.content import sequence_contents
 from streamline_hooks.statistics.identity import identity
 from streamline_hooks.statistics.moments import WindowMoments
@@ -91,7 +92,7 @@ def profile(
         if skip < 0 or replicates < 0:
             raise StreamlineError(f"skip={skip} and replicates={replicates} must be 0 or more.")
         found = find_stack(model, stack)
-        reach = _reach(keep, len(found))
+        reach = blocks_run(keep, len(found))
         chosen = tokens if isinstance(tokens, str) else "mask"
         about = {**identity(found), "tokens": chosen, "skip": skip}
         none: list[Tensor | None] = [None] * len(batches)
@@ -109,7 +110,7 @@ def profile(
             states = [by_token(record.inputs[k][0], found[k]) for k in record.blocks]
             if record.outputs:
                 states.append(by_token(record.outputs[reach - 1][0], found[reach - 1]))
-            counted = _counted(real, chosen, skip, mask)
+            counted = counted_tokens(real, chosen, skip, mask)
             weights = poisson_weights(sequence_contents(found, batch, real), replicates) if replicates else None
             result.update(states, counted, real=real, weights=weights)
         _add_up_profile(work, result)
@@ -209,31 +210,3 @@ def _add_up_moments(work: Together, sums: WindowMoments) -> None:
         sums.xx, sums.xd = work.summed(sums.xx), work.summed(sums.xd)
         counted = work.summed(torch.tensor([sums.tokens, sums.dd], dtype=torch.float64))
         sums.tokens, sums.dd = int(counted[0]), float(counted[1])
-
-
-def _reach(keep: Iterable[int], length: int) -> int:
-    """How many blocks have to be run: those at the end that must stay need not."""
-    given = list(keep)
-    wrong = [k for k in given if not -length <= k < length]
-    if wrong:
-        raise StreamlineError(f"keep={wrong[0]} is out of range: the stack has {length} blocks, 0 to {length - 1}.")
-    free = set(range(length)) - {k % length for k in given}
-    if not free:
-        raise StreamlineError(f"All {length} blocks must stay; keep fewer, or there is nothing to profile.")
-    return max(free) + 1
-
-
-def _counted(real: Tensor, tokens: str, skip: int, mask: Tensor | None) -> Tensor:
-    """The tokens that count, of shape (batch, tokens)."""
-    order = real.cumsum(dim=1)
-    counted = real & (order > skip)
-    if tokens == "last":
-        counted &= order == order[:, -1:]
-    if mask is not None:
-        if mask.shape != real.shape:
-            raise StreamlineError(
-                f"A mask in tokens has the shape {tuple(mask.shape)}; its batch has {tuple(real.shape)} (batch, "
-                "tokens). Give one entry a token."
-            )
-        counted &= mask.to(real.device).bool()
-    return counted

@@ -1,0 +1,61 @@
+"""Checkpoints in several files, and what is read of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import OffloadedWeightsLoader
+from torch import Tensor, nn
+
+from streamline_hooks import HiddenStateRecorder, find_stack
+from streamline_hooks.batch import prepare
+from tests.tiny_models import left_padded, padded, tiny_model, tokens
+
+FAMILIES = ["llama", "gpt2", "qwen3", "gemma3"]
+PATHS = {"gpt2": "transformer.h"}
+
+
+def written(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32) -> tuple[Path, Any]:
+    """A checkpoint in several shards, and the model that was saved."""
+    model: Any = tiny_model(family, dtype)
+    model.save_pretrained(folder / family, max_shard_size="50KB")
+    assert len(list((folder / family).glob("*.safetensors"))) > 2
+    return folder / family, model
+
+
+def calibration() -> list[dict[str, Tensor] | Tensor]:
+    return [left_padded(3, 11), tokens(2, 9, seed=1), padded([7, 3], "right"), left_padded(1, 20, seed=2)]
+
+
+def places(model: nn.Module, batches: list[Any]) -> list[list[Tensor]]:
+    """The states at each place, batch by batch, of a model in memory."""
+    found = []
+    for batch in batches:
+        with torch.no_grad(), HiddenStateRecorder(model) as record:
+            model(**prepare(model, batch))
+        last = record.blocks[-1]
+        found.append([*(record.inputs[k][0] for k in record.blocks), record.outputs[last][0]])
+    return found
+
+
+def on_disk(model: nn.Module) -> list[bool]:
+    """Of each block, whether nothing of it is in memory."""
+    return [all(p.is_meta for p in block.parameters()) for block in find_stack(model).blocks]
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each weight was read since the test began."""
+    counted: Counter[str] = Counter()
+    original = OffloadedWeightsLoader.__getitem__
+
+    def counting(self: Any, key: str) -> Any:
+        counted[key] += 1
+        return original(self, key)
+
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", counting)
+    return counted

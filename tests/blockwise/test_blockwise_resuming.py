@@ -1,0 +1,200 @@
+"""A pass that was interrupted goes on at its block, and comes to the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import streamline_hooks
+from streamline_hooks import StreamlineError, find_stack
+from streamline_hooks.blockwise import BlockwisePass, measure_moments, open_checkpoint, profile
+from streamline_hooks.blockwise.journal import Journal
+from streamline_hooks.json_file import write_json
+from streamline_hooks.statistics import measure_moments as in_memory
+from tests.blockwise.checkpoints import calibration, places, reads, written  # noqa: F401
+from tests.processes import in_a_new_process
+
+WINDOWS = [range(0, 2), range(1, 4), range(3, 6), range(0, 6)]
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupted_at(model: Any, block: int, forward: int) -> Any:
+    """From the forward of this number on, a block breaks off."""
+    calls = 0
+
+    def hook(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > forward:
+            raise Interrupted
+
+    return find_stack(model)[block].register_forward_hook(hook)
+
+
+def blocks_read(reads: Counter[str]) -> dict[int, int]:  # noqa: F811
+    """How often the up projection of each block was read."""
+    return {k: reads[f"model.layers.{k}.mlp.up_proj.weight"] for k in range(6)}
+
+
+@pytest.mark.parametrize("block", [0, 2, 5])
+@pytest.mark.parametrize("forward", [1, 3])  # of the probe and four batches, in the middle of the states
+def test_a_profile_goes_on(block: int, forward: int, tmp_path: Path, reads: Counter[str]) -> None:  # noqa: F811
+    folder, whole = written(tmp_path)
+    model, states = open_checkpoint(folder), tmp_path / "states"
+    handle = interrupted_at(model, block, forward + 1)  # and the whole model's forward before
+    with pytest.raises(Interrupted):
+        profile(model, calibration(), folder=states)
+    handle.remove()
+    reads.clear()
+    found = profile(open_checkpoint(folder), calibration(), folder=states)
+    # Values for the fingerprint are looked at, of every block; then the rest runs, and the check is not made again.
+    looked = min(blocks_read(reads).values()) if block else blocks_read(reads)[0] - 1
+    assert blocks_read(reads) == {k: looked + (k >= block) for k in range(6)}
+    wanted = streamline_hooks.profile(whole, calibration())
+    for name, value in found.sums.state_dict().items():
+        torch.testing.assert_close(value, wanted.sums.state_dict()[name], rtol=1e-9, atol=1e-9)
+    assert not states.exists(), "the folder is taken away in the end"
+
+
+@pytest.mark.parametrize("block", range(6))
+def test_moments_go_on(block: int, tmp_path: Path) -> None:
+    folder, whole = written(tmp_path, "gemma3")
+    model, states = open_checkpoint(folder), tmp_path / "states"
+    handle = interrupted_at(model, block, 3)
+    with pytest.raises(Interrupted):
+        measure_moments(model, calibration(), WINDOWS, folder=states)
+    handle.remove()
+    found = measure_moments(open_checkpoint(folder), calibration(), WINDOWS, folder=states)
+    for one, other in zip(found, in_memory(whole, calibration(), WINDOWS), strict=True):
+        assert one.tokens == other.tokens and one.weighted == other.weighted
+        torch.testing.assert_close(one.xx, other.xx, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(one.xd, other.xd, rtol=1e-9, atol=1e-9)
+        assert one.dd == pytest.approx(other.dd, rel=1e-9)
+    assert not states.exists()
+
+
+def test_moments_go_on_between_a_place_and_its_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from streamline_hooks.blockwise import moments
+
+    folder, whole = written(tmp_path)
+    original, saved = moments._save, 0
+
+    def breaking_off(sums: Any, file: Path) -> None:
+        nonlocal saved
+        saved += 1
+        if saved == 2:
+            raise Interrupted
+        original(sums, file)
+
+    monkeypatch.setattr(moments, "_save", breaking_off)
+    with pytest.raises(Interrupted):
+        measure_moments(open_checkpoint(folder), calibration(), WINDOWS, folder=tmp_path / "states")
+    found = measure_moments(open_checkpoint(folder), calibration(), WINDOWS, folder=tmp_path / "states")
+    for one, other in zip(found, in_memory(whole, calibration(), WINDOWS), strict=True):
+        torch.testing.assert_close(one.xd, other.xd, rtol=1e-9, atol=1e-9)
+
+
+def test_parts_that_are_done_are_not_run_again(tmp_path: Path, reads: Counter[str]) -> None:  # noqa: F811
+    folder, whole = written(tmp_path)
+    model, states = open_checkpoint(folder), tmp_path / "states"
+    options: dict[str, Any] = {"disk": 7 * 4 * 32 * 33, "folder": states, "replicates": 5}
+    handle = interrupted_at(model, 1, 2 + 1 + 1)  # truth, probe and one batch; the second part has two
+    with pytest.raises(Interrupted):
+        profile(model, calibration(), **options)
+    handle.remove()
+    assert len(list(states.glob("part_0000_*.safetensors"))) == 1
+    reads.clear()
+    found = profile(open_checkpoint(folder), calibration(), **options)
+    assert found.sums.similarity.count[0] == streamline_hooks.profile(whole, calibration()).tokens
+    torch.testing.assert_close(
+        found.cosine, streamline_hooks.profile(whole, calibration()).cosine, rtol=1e-9, atol=1e-9
+    )
+    assert not states.exists()
+
+
+KILLED = """
+    import os, sys
+    from pathlib import Path
+    from streamline_hooks import find_stack
+    from streamline_hooks.blockwise import open_checkpoint, BlockwisePass
+    from tests.blockwise.checkpoints import calibration
+    model, calls = open_checkpoint(sys.argv[1]), []
+    def kill(*_):
+        calls.append(1)
+        if len(calls) == 4:
+            os._exit(9)
+    find_stack(model)[3].register_forward_hook(kill)
+    with BlockwisePass(model, calibration(), folder=Path(sys.argv[2])) as states:
+        for place in states:
+            states.drop(place - 1)
+"""
+
+
+def test_a_killed_process_leaves_what_another_one_goes_on_with(tmp_path: Path) -> None:
+    folder, whole = written(tmp_path)
+    killed = in_a_new_process(KILLED, folder, tmp_path / "states", check=False)
+    assert killed.returncode == 9, killed.stderr
+    assert len(list((tmp_path / "states" / "place_0004").iterdir())) < len(calibration()), "half of a place is there"
+    wanted, seen = places(whole, calibration()), []
+    with BlockwisePass(open_checkpoint(folder), calibration(), folder=tmp_path / "states") as states:
+        for place in states:
+            seen.append(place)
+            for number, of_batch in enumerate(wanted):
+                assert torch.equal(states.read(place, number), of_batch[place])
+        (tmp_path / "states" / "notes.txt").write_text("mine")
+        states.done()
+    assert seen == [3, 4, 5, 6]
+    assert [path.name for path in (tmp_path / "states").iterdir()] == ["notes.txt"], "only what it wrote is gone"
+
+
+def begun(folder: Path, states: Path) -> None:
+    with BlockwisePass(open_checkpoint(folder), calibration(), folder=states) as one:
+        for place in one:
+            if place == 2:
+                break
+
+
+def test_another_pass_is_not_gone_on_with(tmp_path: Path) -> None:
+    folder, _ = written(tmp_path)
+    begun(folder, tmp_path / "states")
+    model, states = open_checkpoint(folder), tmp_path / "states"
+    with pytest.raises(StreamlineError, match=r"holds the states of another pass: batches was \w+ and is \w+\. Name"):
+        BlockwisePass(model, calibration()[:2], folder=states)
+    with pytest.raises(StreamlineError, match=r"another pass: stop was 6 and is 4"):
+        BlockwisePass(model, calibration(), stop=4, folder=states)
+    with pytest.raises(StreamlineError, match=r"another pass: check was True and is False"):
+        BlockwisePass(model, calibration(), check=False, folder=states)
+    other, _ = written(tmp_path, "qwen3")
+    with pytest.raises(
+        StreamlineError, match=r"another pass: model was LlamaForCausalLM and is Qwen3ForCausalLM; fing"
+    ):
+        BlockwisePass(open_checkpoint(other), calibration(), folder=states)
+
+
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    folder, _ = written(tmp_path)
+    begun(folder, tmp_path / "states")
+    file = tmp_path / "states" / "place_0002" / "batch_000001.safetensors"
+    file.write_bytes(file.read_bytes()[:-20])
+    with BlockwisePass(open_checkpoint(folder), calibration(), folder=tmp_path / "states") as states:
+        with pytest.raises(
+            StreamlineError, match=r"batch_000001.safetensors cannot be read.*Delete .*states and begin"
+        ):
+            list(states)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(StreamlineError, match=r"is not empty and holds no pass.json"):
+        Journal(tmp_path, {})
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    write_json(tmp_path / "pass.json", {"run": 3})
+    with pytest.raises(StreamlineError, match=r"pass.json is damaged"):
+        Journal(tmp_path, {})

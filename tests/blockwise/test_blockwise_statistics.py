@@ -1,0 +1,140 @@
+"""A profile and moments made block by block are those of the model in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import streamline_hooks
+from streamline_hooks import StreamlineError
+from streamline_hooks.blockwise import measure_moments, open_checkpoint, profile
+from streamline_hooks.checkpoint import load
+from streamline_hooks.repair.closed_form import solve
+from streamline_hooks.statistics import check_profile
+from streamline_hooks.statistics import measure_moments as in_memory
+from tests.blockwise.checkpoints import FAMILIES, calibration, written
+from tests.tiny_models import tiny_model
+
+WINDOWS = [range(1, 3), range(2, 5), range(0, 6), range(2, 5), range(3, 4)]
+
+
+def require_equal(one: Any, other: Any) -> None:
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(torch.as_tensor(value), torch.as_tensor(theirs[name]), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("memory", [0, 2**30])
+def test_profile(family: str, memory: int, tmp_path: Path) -> None:
+    folder, whole = written(tmp_path, family)
+    model = open_checkpoint(folder)
+    found = profile(model, calibration(), replicates=20, memory=memory)
+    wanted = streamline_hooks.profile(whole, calibration(), replicates=20)
+    require_equal(found.sums, wanted.sums)
+    assert found.about == wanted.about
+    check_profile(found, whole)
+    found.merge(wanted)  # the fingerprints are one
+
+
+def masks() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(b if isinstance(b, Tensor) else b["input_ids"]).shape for b in calibration()]
+    return [torch.rand(shape, generator=generator) < 0.6 for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"tokens": "last"}, {"tokens": masks()}, {"skip": 2}, {"keep": [-1, -2]}, {"keep": [0], "replicates": 0}],
+    ids=str,
+)
+def test_options_of_a_profile(options: dict[str, Any]) -> None:
+    model = tiny_model("llama")
+    found = profile(model, calibration(), memory=10_000, **options)
+    wanted = streamline_hooks.profile(model, calibration(), **options)
+    require_equal(found.sums, wanted.sums)
+    assert found.about == wanted.about and found.places == wanted.places
+
+
+def test_parts_give_the_same(tmp_path: Path) -> None:
+    folder, _ = written(tmp_path, "gemma3", torch.bfloat16)
+    sizes = [7 * 2 * 32 * n for n in (33, 18, 14, 20)]
+    found = profile(open_checkpoint(folder), calibration(), disk=max(sizes))
+    require_equal(found.sums, streamline_hooks.profile(load(folder, dtype="auto"), calibration()).sums)
+    with pytest.raises(StreamlineError, match=rf"disk={max(sizes) - 1:,} bytes are too few.*take {max(sizes):,}"):
+        profile(open_checkpoint(folder), calibration(), disk=max(sizes) - 1)
+    assert found.sequences == whole_sequences()
+
+
+def whole_sequences() -> int:
+    return sum(len(b if isinstance(b, Tensor) else b["input_ids"]) for b in calibration())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_moments_and_the_map_that_follows(family: str, weighted: bool, tmp_path: Path) -> None:
+    folder, whole = written(tmp_path, family)
+    found = measure_moments(open_checkpoint(folder), calibration(), WINDOWS, weighted=weighted, memory=5000)
+    wanted = in_memory(whole, calibration(), WINDOWS, weighted=weighted)
+    for one, other in zip(found, wanted, strict=True):
+        require_equal(one, other)
+        ours, theirs = solve(one, one), solve(other, other)
+        torch.testing.assert_close(ours.map, theirs.map, rtol=1e-9, atol=1e-9)
+        assert ours.ridge == theirs.ridge
+
+
+def test_what_is_not_needed_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entering, leaving, and the entrance of a window that is not over: three places at the most."""
+    from streamline_hooks.blockwise.states import StateStore
+
+    held: set[int] = set()
+    most = 0
+    keep, drop = StateStore.keep, StateStore.drop
+
+    def keeping(self: StateStore, place: int, batch: int, state: Tensor) -> None:
+        nonlocal most
+        held.add(place)
+        most = max(most, len(held))
+        keep(self, place, batch, state)
+
+    def dropping(self: StateStore, place: int) -> None:
+        held.discard(place)
+        drop(self, place)
+
+    monkeypatch.setattr(StateStore, "keep", keeping)
+    monkeypatch.setattr(StateStore, "drop", dropping)
+    measure_moments(tiny_model("llama"), calibration(), [range(1, 5)])
+    assert most == 3
+
+
+def test_arguments_that_do_not_fit() -> None:
+    model = tiny_model("llama")
+    for windows in ([], [range(3, 8)], [range(2, 2)], [range(4, 0, -1)]):
+        with pytest.raises(StreamlineError, match=r"expected runs of consecutive blocks.*a stack of 6 blocks"):
+            measure_moments(model, calibration(), windows)
+    with pytest.raises(StreamlineError, match=r"tokens='some' is unknown"):
+        profile(model, calibration(), tokens="some")  # type: ignore[arg-type]
+    with pytest.raises(StreamlineError, match=r"tokens holds 1 masks for 4 batches"):
+        profile(model, calibration(), tokens=masks()[:1])
+    with pytest.raises(StreamlineError, match=r"skip=-1 and replicates=100 must be 0 or more"):
+        profile(model, calibration(), skip=-1)
+    with pytest.raises(StreamlineError, match=r"There is no batch to profile"):
+        profile(model, [])
+
+
+def test_a_disk_without_room_is_told_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from streamline_hooks.blockwise import room
+
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: usage)
+    size = 7 * 4 * 32 * (33 + 18 + 14 + 20)
+    with pytest.raises(StreamlineError, match=rf"The states take {size:,} bytes, of which {size:,} are written.*1,000"):
+        profile(tiny_model("llama"), calibration(), folder=tmp_path / "states")
+    with pytest.raises(StreamlineError, match=rf"The states take {size:,} bytes, of which {size - 50:,} are written"):
+        profile(tiny_model("llama"), calibration(), memory=50)
+    assert profile(tiny_model("llama"), calibration(), memory=size).tokens > 0
