@@ -14,7 +14,10 @@ from streamline_hooks import StreamlineError
 from streamline_hooks.testing import tiny_model as tiny_of_type
 from streamline_hooks.testing.checks import run_checks
 from tests.commands import run
+from tests.testing.planted_faults import FAULTS, Fault
 from tests.tiny_models import tiny_model
+
+REMOVALS = [fault for fault in FAULTS if fault.caught_by == "removal"]
 
 
 def test_a_healthy_model(
@@ -50,11 +53,31 @@ def test_what_is_wrong_is_told_with_exit_code_1(
     assert "token" in rows["later tokens and other rows change nothing"]["text"]
 
 
-def test_a_refusal_is_no_failure() -> None:
-    model = tiny_of_type("gemma3n_text", blocks=6)
-    found = {check.name: check for check in run_checks(model)}
-    refused = [check for check in found.values() if check.verdict == "refused"]
-    assert refused and all("cannot go" in check.text for check in refused)
+def test_a_refusal_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_of_type("gemma3n_text", blocks=6).save_pretrained(tmp_path)
+    code, out, _ = run(["check", tmp_path, "--window", "3:4", "--json"], monkeypatch, capsys)
+    refused = [row for row in json.loads(out) if row["verdict"] == "refused"]
+    assert code == 0
+    assert refused and all("cannot go" in row["text"] for row in refused)
+
+
+@pytest.mark.parametrize("fault", REMOVALS, ids=lambda fault: fault.name.replace(" ", "-"))
+def test_broken_surgery_is_a_failure_though_the_surgeon_sees_it_first(
+    fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {check.name: check for check in run_checks(fault.plant(monkeypatch).model, [range(1, 2)])}
+    removed = found["without block 1 it equals the shorter model"]
+    assert removed.verdict == "FAILED" and fault.says in removed.text
+
+
+def test_what_a_healthy_model_cannot_do_is_refused_though_no_cause_is_known() -> None:
+    """MiniMax decodes otherwise without its first block, though its logits without a cache are right."""
+    model = tiny_of_type("minimax", blocks=4)
+    found = {check.name: check for check in run_checks(model, [range(1)])}
+    removed = found["without block 0 it equals the shorter model"]
+    assert removed.verdict == "refused" and "decoding with a cache" in removed.text
 
 
 def test_an_error_of_the_model_itself_is_told_and_the_rest_goes_on() -> None:

@@ -28,7 +28,7 @@ def windows(blocks: int, *, min_length: int = 1, max_length: int | None = None) 
     blocks : int
         How many the model has, two at least.
     min_length, max_length : int
-        How many are in a window; at most all but one by default.
+        How many are in a window; never more than all but one.
 
     Returns
     -------
@@ -46,11 +46,11 @@ def windows(blocks: int, *, min_length: int = 1, max_length: int | None = None) 
     >>> find(windows(6), lambda window: 3 in window)
     range(3, 4)
     """
-    longest = blocks - 1 if max_length is None else min(max_length, blocks)
+    longest = blocks - 1 if max_length is None else min(max_length, blocks - 1)
     if not 1 <= min_length <= longest:
         raise StreamlineError(
             f"There is no window of {min_length} to {longest} of {blocks} blocks: expected at least one block in it, "
-            "and by default one outside."
+            "and one outside."
         )
 
     def of_length(length: int) -> SearchStrategy[range]:

@@ -31,6 +31,7 @@ from tests.testing.planting import (
     changes_by,
     count_not_put_back,
     counts_the_padding,
+    doubles_the_gradients,
     equal_copy,
     ignores_the_mask,
     in_half_precision,
@@ -54,7 +55,9 @@ from tests.testing.planting import (
     swallowing,
     swaps_two_blocks,
     turns_the_mask_round,
+    with_a_plain_tensor,
     with_forward,
+    with_gradients,
     writes,
 )
 from tests.testing.wrong_replacements import (
@@ -100,7 +103,7 @@ HEALTHY: dict[str, Callable[[Patch], Subject]] = {
 
 
 _LLAMA, _GPT2 = transformers.LlamaForCausalLM, transformers.GPT2LMHeadModel
-_TWO = "model.layers.2"
+_TWO, _WEIGHT = "model.layers.2", "model.layers.2.mlp.up_proj.weight"
 FAULTS = (
     Fault(
         "a forward hook is left by the surgery",
@@ -125,6 +128,30 @@ FAULTS = (
         leaves_a_hook_everywhere,
         "restores",
         "a forward hook was left on all modules of this process",
+    ),
+    Fault(
+        "a gradient hook is left by the surgery",
+        leaves(lambda model: model.get_parameter(_WEIGHT).register_hook(nothing)),
+        "restores",
+        f"a gradient hook was left on {_WEIGHT}: nothing",
+    ),
+    Fault(
+        "a hook on the accumulated gradient is left by the surgery",
+        leaves(lambda model: model.get_parameter(_WEIGHT).register_post_accumulate_grad_hook(nothing)),
+        "restores",
+        f"a post-accumulate-grad hook was left on {_WEIGHT}: nothing",
+    ),
+    Fault(
+        "the gradients are doubled in place",
+        leaves(doubles_the_gradients, with_gradients),
+        "restores",
+        "the gradient of model.embed_tokens.weight has other values: the largest absolute difference is",
+    ),
+    Fault(
+        "a tensor that is neither parameter nor buffer is changed in place",
+        leaves(lambda model: model.model.norm.scale.mul_(2), with_a_plain_tensor),
+        "restores",
+        "scale of model.norm says a tensor with",
     ),
     Fault(
         "a layer index is not put back",

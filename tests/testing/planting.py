@@ -61,8 +61,8 @@ def repaired(patch: Patch) -> Subject:
 # Surgery that leaves something behind
 
 
-def leaves(then: Callable[[Any], object]) -> Callable[[Patch], Subject]:
-    """A surgeon that does something to the model after it has put everything back."""
+def leaves(then: Callable[[Any], object], first: Callable[[Any], object] | None = None) -> Callable[[Patch], Subject]:
+    """A surgeon that does something to the model after it has put everything back; first the model is made ready."""
 
     def plant(patch: Patch) -> Subject:
         put_back = LayerSurgeon.__exit__
@@ -72,7 +72,10 @@ def leaves(then: Callable[[Any], object]) -> Callable[[Patch], Subject]:
             then(self.model)
 
         patch.setattr(LayerSurgeon, "__exit__", leave)
-        return plain()
+        subject = plain()
+        if first is not None:
+            first(subject.model)
+        return subject
 
     return plant
 
@@ -90,6 +93,20 @@ def nudged(model: Any) -> None:
     with torch.no_grad():
         weight: Tensor = original("llama").get_parameter("model.layers.1.mlp.up_proj.weight")
         model.model.layers[1].mlp.up_proj.weight[3, 5] = weight[3, 5] + 1e-3
+
+
+def with_gradients(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+
+
+def with_a_plain_tensor(model: Any) -> None:
+    model.model.norm.scale = torch.ones(3)
+
+
+def doubles_the_gradients(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.grad.mul_(2)
 
 
 def reordered(model: Any) -> None:

@@ -23,6 +23,7 @@ from streamline_hooks.testing import (
 )
 from streamline_hooks.testing import tiny_model as tiny_of_type
 from streamline_hooks.testing.assertions.model_state import ModelState
+from tests.testing.planting import swaps_two_blocks
 from tests.tiny_models import FAMILIES, WIDTH, Nudge, left_padded, padded, repaired, tiny_model, tokens
 
 OF_MODELS: dict[str, Callable[[nn.Module], None]] = {
@@ -135,6 +136,31 @@ def test_a_folder_of_ones_own_keeps_the_checkpoint(tmp_path: Path) -> None:
     assert type(load(tmp_path / "kept")).__name__ == "StreamlinedLlamaForCausalLM"
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("num_beams", 2),
+        ("return_dict_in_generate", True),
+        ("stop_strings", ["a"]),
+        ("do_sample", True),
+        ("eos_token_id", list(range(64))),
+    ],
+)
+def test_the_models_own_way_of_generating_breaks_no_check(setting: str, value: object) -> None:
+    model = tiny_model("llama")
+    setattr(model.generation_config, setting, value)
+    assert_shapes(model)
+    assert_cached_generation_matches(model, steps=3)
+    assert getattr(model.generation_config, setting) == value
+
+
+def test_several_texts_a_row_break_no_check() -> None:
+    model = tiny_model("llama")
+    model.generation_config.num_beams = model.generation_config.num_return_sequences = 2
+    assert_shapes(model)
+    assert_cached_generation_matches(model, steps=3)
+
+
 # They leave everything as it was
 
 
@@ -163,6 +189,22 @@ def test_an_encoder_is_given_back_as_it_was() -> None:
     with pytest.raises(AssertionError):
         assert_causal(model, {"src": states()})
     assert before.changes() == []
+
+
+def test_surgeries_are_tried_though_the_surgeon_refuses_without_a_known_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken surgery must not make the assertion try less of it."""
+    tried = []
+    remove = LayerSurgeon.remove
+
+    def counting(self: LayerSurgeon, window: list[int]) -> None:
+        if not self._probe:
+            tried.append(list(window))
+        remove(self, window)
+
+    subject = swaps_two_blocks(monkeypatch)
+    monkeypatch.setattr(LayerSurgeon, "remove", counting)
+    assert_restores(subject.model)
+    assert tried == [[k] for k in (0, 0, 2, 2, 3, 3)]
 
 
 # What they say

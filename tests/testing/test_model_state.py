@@ -46,6 +46,23 @@ CHANGES: dict[str, Callable[[Any], object]] = {
         m.lm_head.weight.data.double().float().neg_() is None or m.lm_head.weight.data.neg_()
     ),
     "generation_config.max_length of the model says": lambda m: setattr(m.generation_config, "max_length", 77),
+    "a gradient hook was left on lm_head.weight: _nothing": lambda m: m.lm_head.weight.register_hook(_nothing),
+    "a post-accumulate-grad hook was left on lm_head.weight: _nothing": lambda m: (
+        m.lm_head.weight.register_post_accumulate_grad_hook(_nothing)
+    ),
+    "a gradient hook that was there before is gone on model.norm.weight": lambda m: (
+        m.model.norm.weight._backward_hooks.popitem()
+    ),
+    "the gradient of lm_head.weight has other values: the largest absolute difference is 1 at": lambda m: (
+        m.lm_head.weight.grad.mul_(2)
+    ),
+    "scale of model.norm says a tensor with 3 at (1,); it was a tensor with 1 at (1,)": lambda m: (
+        m.model.norm.scale.__setitem__(1, 3.0)
+    ),
+    "numbers[2] of model.norm says a tensor with 4 at (); it was a tensor with 3 at ()": lambda m: m.model.norm.numbers[
+        2
+    ].add_(1),
+    "scale of model.norm says a Tensor; it was a Tensor": lambda m: setattr(m.model.norm, "scale", torch.ones(3)),
     "the model is a Other; it was a LlamaForCausalLM": lambda m: setattr(m, "__class__", type("Other", (type(m),), {})),
     "the state dict has other keys: gone ['lm_head.weight'], new []": lambda m: m._modules.pop("lm_head"),
 }
@@ -54,7 +71,10 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 @pytest.fixture()
 def model() -> Any:
     model = tiny_model("llama")
-    model.model.norm.numbers, model.model.norm.table = [1, 2], {"a": nn.Linear(1, 1)}
+    model.model.norm.numbers, model.model.norm.table = [1, 2, torch.tensor(3)], {"a": nn.Linear(1, 1)}
+    model.model.norm.scale = torch.ones(3)
+    model.model.norm.weight.register_hook(_nothing)
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
     for _ in range(2):
         model.model.norm.register_forward_hook(lambda *given: None)
     return model
@@ -81,6 +101,23 @@ def test_nan_that_stays_is_no_change(model: Any) -> None:
     assert before.changes() == []
     model.model.norm.weight.data[1] = torch.nan
     assert len(before.changes()) == 1
+
+
+def test_a_plain_tensor_that_each_forward_changes_is_no_trace(model: Any) -> None:
+    before = ModelState(model)
+    before.let_run(lambda: model.model.norm.scale.add_(1))
+    model.model.norm.scale.add_(1)
+    assert before.changes() == []
+
+
+def test_sparse_gradients_are_compared() -> None:
+    model = nn.Embedding(5, 2, sparse=True)
+    model(torch.tensor([1, 3])).sum().backward()
+    before = ModelState(model)
+    assert before.changes() == []
+    model.weight.grad.mul_(2)
+    (said,) = before.changes()
+    assert said.startswith("the gradient of weight has other values")
 
 
 def test_the_sign_of_a_zero_is_a_change(model: Any) -> None:

@@ -25,7 +25,13 @@ def test_every_window_can_come() -> None:
             wanted = range(start, stop)
             if len(wanted) < 4:
                 assert find(windows(4), lambda window, wanted=wanted: window == wanted) == wanted
+    assert len(find(windows(3, max_length=3), lambda window: len(window) > 1)) == 2
     assert len(find(windows(5, min_length=2, max_length=2), lambda window: window.stop == 5)) == 2
+
+
+@given(windows(3, max_length=3))
+def test_a_block_is_left_whatever_length_is_asked_for(window: range) -> None:
+    assert len(window) < 3
 
 
 @given(padded_batches(20, max_rows=4, max_tokens=6, min_tokens=2, special=(0, 3), pad_token=3))
@@ -57,6 +63,7 @@ def test_model_types(name: str) -> None:
     ("call", "words"),
     [
         (lambda: windows(1), "There is no window of 1 to 0 of 1 blocks"),
+        (lambda: windows(3, min_length=3, max_length=3), "no window of 3 to 2 of 3 blocks"),
         (lambda: windows(5, min_length=4, max_length=3), "no window of 4 to 3 of 5 blocks"),
         (lambda: padded_batches(3), "from 0 ordinary tokens"),
         (lambda: padded_batches(9, sides=["middle"]), "sides out of 'left' and 'right'"),

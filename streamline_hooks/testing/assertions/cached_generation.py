@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch, prepare
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.stack import find_stack
+from streamline_hooks.testing.assertions.cache_faults import failing_with_a_cache, likely_cause
 from streamline_hooks.testing.assertions.difference import OTHER_SUMS, require_same
+from streamline_hooks.testing.assertions.greedy import GREEDILY
 from streamline_hooks.testing.assertions.kind_of_subject import precision_of
-from streamline_hooks.testing.assertions.layer_numbers import wrong_numbers
 from streamline_hooks.testing.assertions.running import (
     answer,
     batches_for,
@@ -130,7 +129,7 @@ def hold_decoding(
             given["position_ids"] = positions[:, piece].to(given["input_ids"].device)
         if cache is not None:
             given[argument] = cache
-        with torch.no_grad(), _failing_with_a_cache(model, stack, f"decoding token {end - 1}"):
+        with torch.no_grad(), failing_with_a_cache(model, stack, f"decoding token {end - 1}"):
             output = model(**given)
         cache = getattr(output, "cache", None)
         cache = getattr(output, "past_key_values", None) if cache is None else cache
@@ -144,7 +143,7 @@ def hold_decoding(
             output.logits[:, -1:],
             whole[:, end - 1 : end],
             f"{what} has other logits than in the forward without one{padding_said(batch)}",
-            _cause(model, stack),
+            likely_cause(model, stack),
             tolerance=_allowed(model, tolerance),
         )
 
@@ -179,16 +178,13 @@ def hold_generation(
     AssertionError
     """
     generate: Any = model.generate
-    options = {
-        "max_new_tokens": steps, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
-        "output_logits": True, "return_dict_in_generate": True,
-    }  # fmt: skip
+    options = {**GREEDILY, "max_new_tokens": steps, "output_logits": True, "return_dict_in_generate": True}
     extra = (
         {} if cache_implementation is None else {"cache_implementation": cache_implementation, "disable_compile": True}
     )
     with torch.no_grad():
         without = generate(**batch, **options, use_cache=False)
-        with _failing_with_a_cache(model, stack, "generate()"):
+        with failing_with_a_cache(model, stack, "generate()"):
             cached = generate(**batch, **options, use_cache=True, **extra)
     length = batch["input_ids"].shape[1]
     together = torch.ones(len(batch["input_ids"]), dtype=torch.bool, device=without.sequences.device)
@@ -197,7 +193,7 @@ def hold_generation(
             got,
             expected,
             f"Token {step} that generate() makes with a cache has other logits than without{padding_said(batch)}",
-            _cause(model, stack),
+            likely_cause(model, stack),
             real=together,
             tolerance=_allowed(model, tolerance),
             axes=("batch", "vocabulary entry"),
@@ -282,28 +278,3 @@ def _with_mask(given: dict[str, Any], steps: int) -> dict[str, Any]:
 def _allowed(model: nn.Module, tolerance: float | None) -> float:
     """By the model's precision: generate() reports its logits in float32, whatever they were computed in."""
     return OTHER_SUMS.get(precision_of(model), 0.0) if tolerance is None else tolerance
-
-
-@contextmanager
-def _failing_with_a_cache(model: nn.Module, stack: str | None, what: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise AssertionError(
-            f"{type(model).__name__} fails with a cache, {what}: {type(error).__name__}: "
-            f"{' '.join(str(error).split())}. Expected: the logits of the forward without one. Likely cause: "
-            f"{_cause(model, stack)}."
-        ) from error
-
-
-def _cause(model: nn.Module, stack: str | None) -> str:
-    try:
-        wrong = wrong_numbers(find_stack(model, stack))
-    except StreamlineError:  # no single stack: then nothing is said of its numbers
-        wrong = []
-    if wrong:
-        return f"{'; '.join(wrong)}: it writes into another block's slot of the cache. Number the blocks from 0"
-    return (
-        "a block keeps its keys in the wrong slot or for the wrong positions, or a module between the blocks looks at "
-        "other tokens, which decoding does not hand it"
-    )

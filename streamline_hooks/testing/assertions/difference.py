@@ -22,6 +22,11 @@ OTHER_SUMS: Mapping[torch.dtype, float] = MappingProxyType(
 )
 """Relative tolerance where sums may be taken in another order, as with a cache."""
 
+UNTOUCHED: Mapping[torch.dtype, float] = MappingProxyType(
+    {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 1e-4}
+)
+"""Fraction of a token's norm by which it may move where nothing that it is computed from was changed."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -115,6 +120,92 @@ def difference(
         return None
     place = tuple(int(k) for k in torch.unravel_index(gaps.argmax(), gaps.shape))
     return Difference(size, allowed, place, float(a[place]), float(b[place]), tuple(axes))
+
+
+def relative_gaps(got: Tensor, expected: Tensor, real: Tensor) -> Tensor:
+    """By which part of its norm each token of a tensor differs from the same token of another.
+
+    Parameters
+    ----------
+    got, expected : torch.Tensor
+        Of one shape, (batch, tokens, ...).
+    real : torch.Tensor
+        Boolean, (batch, tokens): which tokens count.
+
+    Returns
+    -------
+    torch.Tensor
+        Of shape (batch, tokens), float64; 0 for a token that does not count, infinite where one of the two is NaN, or
+        infinite and the other is not.
+
+    Examples
+    --------
+    >>> old, new = torch.ones(1, 2, 4), torch.tensor([[[1.0] * 4, [1.5] * 4]])
+    >>> relative_gaps(new, old, torch.tensor([[True, True]])).tolist()
+    [[0.0, 0.5]]
+    """
+    a, b = (x.detach().to(expected.device).double().reshape(*x.shape[:2], -1) for x in (got, expected))
+    apart = torch.where(a == b, 0.0, a - b).norm(dim=-1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    norm = torch.where(b.isfinite(), b, 0.0).norm(dim=-1)
+    gaps = torch.where(apart > 0, apart / norm, 0.0)  # a token that was zero and no longer is moved infinitely far
+    return torch.where(real.to(gaps.device), gaps, 0.0)
+
+
+def token_difference(
+    got: Tensor, expected: Tensor, again: Tensor, real: Tensor, tolerance: float | None, axes: Sequence[str] = STATES
+) -> str | None:
+    """Compare tokens that must not have moved, each by its own norm.
+
+    Parameters
+    ----------
+    got, expected : torch.Tensor
+        (batch, tokens, features), after a change of the input and before.
+    again : torch.Tensor
+        A second run on the unchanged input. By as much as it differs from the first, the result may differ too; twice
+        that is allowed, since one pair of runs does not show the largest difference there can be.
+    real : torch.Tensor
+        Boolean, (batch, tokens): which tokens must not have moved.
+    tolerance : float or None
+        Fraction of a token's norm, in addition; by default that of the dtype, see `UNTOUCHED`.
+    axes : sequence of str
+        What the axes are called.
+
+    Returns
+    -------
+    str or None
+        None where they agree; else the token that moved most, and where. NaN never agrees.
+
+    Examples
+    --------
+    >>> old, new = torch.ones(1, 2, 2), torch.tensor([[[1.0, 1.0], [1.0, 1.5]]])
+    >>> print(token_difference(new, old, old, torch.tensor([[True, True]]), None))
+    the largest absolute difference is 0.5 at batch 0, token 1, feature 1 (got 1.5, expected 1), which makes 0.354 of
+    that token's norm (allowed: 1e-05)
+    """
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        return (
+            f"got a {got.dtype} tensor of shape {tuple(got.shape)}, "
+            f"expected {expected.dtype} of shape {tuple(expected.shape)}"
+        )
+    for values, whose in ((expected, "expected"), (got, "got")):
+        bad = values.isnan() & real.to(values.device)[(...,) + (None,) * (values.ndim - 2)]
+        if bool(bad.any()):
+            return f"NaN at {_named(bad.nonzero()[0].tolist(), axes)} of what was {whose}"
+    noise = 2 * float(relative_gaps(again, expected, real).max())
+    allowed = noise + (UNTOUCHED.get(got.dtype, 0.0) if tolerance is None else tolerance)
+    gaps = relative_gaps(got, expected, real)
+    size = float(gaps.max())
+    if size <= allowed and size < torch.inf:
+        return None
+    row, token = (int(k) for k in torch.unravel_index(gaps.argmax(), gaps.shape))
+    a, b = got[row, token].detach().double(), expected[row, token].detach().to(got.device).double()
+    apart = torch.where(a == b, 0.0, a - b).abs()
+    inner = tuple(int(k) for k in torch.unravel_index(apart.argmax(), apart.shape))
+    return (
+        f"the largest absolute difference is {float(apart[inner]):.6g} at {_named((row, token, *inner), axes)} "
+        f"(got {float(a[inner]):.9g}, expected {float(b[inner]):.9g}), which makes {size:.3g} of that token's norm "
+        f"(allowed: {allowed:.3g})"
+    )
 
 
 def require_same(

@@ -6,6 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from streamline_hooks.testing.assertions.difference import same_bits
+
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -26,6 +31,31 @@ class Identity:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Identity) and other.held is self.held
+
+    def __hash__(self) -> int:
+        return id(self.held)
+
+    def __repr__(self) -> str:
+        return f"a {type(self.held).__name__}"
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """A tensor, of which the object counts and what it holds.
+
+    Attributes
+    ----------
+    held : torch.Tensor
+        The object itself.
+    values : torch.Tensor
+        A copy of what it held.
+    """
+
+    held: Tensor
+    values: Tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Values) and other.held is self.held and same_bits(self.values, other.values)
 
     def __hash__(self) -> int:
         return id(self.held)
@@ -58,8 +88,8 @@ class Inside:
 def frozen(value: Any, around: tuple[int, ...] = ()) -> Any:
     """What can be compared later of a value that may be changed in place meanwhile.
 
-    Numbers and texts are themselves; containers and configurations (what has ``to_dict``) are looked into; of anything
-    else its identity is kept.
+    Numbers and texts are themselves; containers and configurations (what has ``to_dict``) are looked into; of a tensor
+    its values are copied; of anything else its identity is kept, as of a tensor of another class or layout.
 
     Parameters
     ----------
@@ -77,6 +107,8 @@ def frozen(value: Any, around: tuple[int, ...] = ()) -> Any:
     """
     if isinstance(value, _SIMPLE):
         return value
+    if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_nested:
+        return Values(value, value.detach().clone())
     if id(value) in around:  # a container that holds itself
         return Identity(value)
     around = (*around, id(value))
@@ -101,6 +133,10 @@ def changed_places(before: Any, now: Any, path: str) -> Iterator[tuple[str, str,
 
     The order of keys does not count.
     """
+    if isinstance(before, Values) and isinstance(now, Values) and before.held is now.held:
+        if before != now:
+            yield path, *_first_change(before.values, now.values)
+        return
     if not isinstance(before, Inside) or not isinstance(now, Inside):
         if type(before) is not type(now) or (before != now and before == before):
             yield path, repr(before), repr(now)
@@ -116,6 +152,19 @@ def changed_places(before: Any, now: Any, path: str) -> Iterator[tuple[str, str,
     for key in [*before.items, *(k for k in now.items if k not in before.items)]:
         inner = f"{path}.{key}" if before.owner is not None else f"{path}[{key!r}]"
         yield from changed_places(before.items.get(key, MISSING), now.items.get(key, MISSING), inner)
+
+
+def _first_change(before: Tensor, now: Tensor) -> tuple[str, str]:
+    """The first place at which two tensors differ, said of each."""
+    if before.shape != now.shape or before.dtype != now.dtype:
+        old, new = (f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)}" for tensor in (before, now))
+        return old, new
+    a, b = (t.double() if t.is_floating_point() else t for t in (before, now.to(before.device)))
+    apart = (a != b).nonzero()
+    if not len(apart):
+        return "a tensor of equal values", "a tensor with another sign of a zero"
+    place = tuple(apart[0].tolist())
+    return f"a tensor with {a[place].item():.9g} at {place}", f"a tensor with {b[place].item():.9g} at {place}"
 
 
 def _listed(value: Inside) -> str:

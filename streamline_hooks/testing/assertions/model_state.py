@@ -23,6 +23,8 @@ _HOOK_KINDS = {
     "_state_dict_pre_hooks": "a state-dict pre-hook",
     "_load_state_dict_pre_hooks": "a load-state-dict pre-hook",
     "_load_state_dict_post_hooks": "a load-state-dict post-hook",
+    "gradient hooks": "a gradient hook",
+    "_post_accumulate_grad_hooks": "a post-accumulate-grad hook",
 }
 
 
@@ -32,6 +34,8 @@ class _TensorState:
     values: Tensor
     requires_grad: bool
     grad: Tensor | None
+    grad_values: Tensor | None
+    hooks: dict[str, list[tuple[Any, Any]]]
 
 
 class ModelState:
@@ -131,6 +135,12 @@ class ModelState:
                 yield f"requires_grad of {name} is {tensor.requires_grad}; it was {before.requires_grad}"
             if _grad_of(tensor) is not before.grad:
                 yield f"the gradient of {name} is another one than before"
+            elif before.grad is not None and before.grad_values is not None:
+                now_held = _dense(before.grad)
+                if not same_bits(now_held, before.grad_values):
+                    how = _how_different(now_held, before.grad_values)
+                    yield f"the gradient of {name} has other values: {how}"
+            yield from _compared_hooks(before.hooks, _hooks_of_tensor(tensor), f"on {name}")
         for name in now.keys() - self._tensors.keys():
             yield f"{name} was left in the model"
 
@@ -237,7 +247,22 @@ def _tensors_of(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]
 
 
 def _tensor_state(tensor: Tensor) -> _TensorState:
-    return _TensorState(tensor, tensor.detach().clone(), tensor.requires_grad, _grad_of(tensor))
+    grad = _grad_of(tensor)
+    copied = None if grad is None else _dense(grad).clone()
+    return _TensorState(
+        tensor, tensor.detach().clone(), tensor.requires_grad, grad, copied, _hooks_of_tensor(tensor)
+    )  # fmt: skip
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """A gradient may be sparse, as an embedding's."""
+    return tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
+
+
+def _hooks_of_tensor(tensor: Tensor) -> dict[str, list[tuple[Any, Any]]]:
+    """What `register_hook` and `register_post_accumulate_grad_hook` have set."""
+    kinds = {"gradient hooks": "_backward_hooks", "_post_accumulate_grad_hooks": "_post_accumulate_grad_hooks"}
+    return {kind: list((getattr(tensor, name, None) or {}).items()) for kind, name in kinds.items()}
 
 
 def _grad_of(tensor: Tensor) -> Tensor | None:

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
-from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.testing.assertions.difference import require_same
 from streamline_hooks.testing.assertions.model_state import ModelState
+from streamline_hooks.testing.assertions.refusals import refusal
 from streamline_hooks.testing.assertions.running import answer, axes_of, batches_for, quietly, run
 
 Change = Callable[[nn.Module], AbstractContextManager[Any, bool | None]]
@@ -162,10 +162,5 @@ def _surgeries(model: nn.Module, path: str | None) -> dict[str, Change]:
 
 
 def _can_go(model: nn.Module, path: str | None, k: int) -> bool:
-    """Whether the model still runs without a block. Asked after the model's state was taken, so that a trace shows."""
-    try:
-        with LayerSurgeon(model, path) as surgeon:
-            surgeon.remove([k])
-    except UnsupportedSurgery:
-        return False
-    return True
+    """Whether no known cause speaks against it. Asked after the model's state was taken, so that a trace shows."""
+    return not refusal(model, range(k, k + 1), path)[1]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.batch import Batch
+from streamline_hooks.batch import Batch, device_of
 from streamline_hooks.checkpoint import load
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.surgery.splice import AFTER, BEFORE
@@ -33,7 +33,8 @@ def assert_checkpoint_round_trip(
 ) -> None:
     """Assert that ``save_pretrained`` writes a model that comes back the same.
 
-    It is read with ``AutoModelForCausalLM`` and with `streamline_hooks.load`. Both must give the class, the
+    It is read with ``AutoModelForCausalLM`` and with `streamline_hooks.load`, and a model that is no causal language
+    model with its own class's ``from_pretrained``. Each must give the class, the
     configuration with its plan, the state dict's keys in their order, its values to the bit and their dtypes, the
     buffers that are not saved, and the logits. Models with splices are held to the same.
 
@@ -69,7 +70,7 @@ def assert_checkpoint_round_trip(
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(os.fspath(folder)) as where:
         with _config_as_it_is(model):
             save(where)
-        for how, read in _WAYS.items():
+        for how, read in _ways(model).items():
             hold_reading(model, how, read, Path(where), batch, tolerance)
 
 
@@ -112,6 +113,8 @@ def hold_reading(
             f"{back} is a {type(loaded).__name__}. Expected: the class that was saved. Likely cause: model_type in "
             "config.json is another one, so that what the class adds (its splices) is lost."
         )
+    if device_of(loaded) != device_of(model):
+        loaded.to(device_of(model))
     _hold_weights(model, loaded, back)
     _hold_config(model, loaded, back)
     _hold_buffers(model, loaded, back, tolerance)
@@ -172,7 +175,27 @@ def _own(folder: Path) -> nn.Module:
     return load(folder, dtype="auto")
 
 
-_WAYS: dict[str, Callable[[Path], nn.Module]] = {"AutoModelForCausalLM": _auto, "streamline_hooks.load": _own}
+def _ways(model: Any) -> dict[str, Callable[[Path], nn.Module]]:
+    """How a checkpoint of a model is read, by name."""
+    if _is_causal_language_model(model):
+        return {"AutoModelForCausalLM": _auto, "streamline_hooks.load": _own}
+
+    def with_its_class(folder: Path) -> nn.Module:
+        read: nn.Module = type(model).from_pretrained(folder, dtype="auto").eval()
+        return read
+
+    return {f"{type(model).__name__}.from_pretrained": with_its_class}
+
+
+def _is_causal_language_model(model: Any) -> bool:
+    """Whether ``AutoModelForCausalLM`` gives this class for this configuration, or is told to by a class from afar."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    for config_class in type(model.config).__mro__:  # a model with splices has a configuration derived from its own
+        if config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
+            model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+            return isinstance(model, model_class)
+    return "AutoModelForCausalLM" in (getattr(model.config, "auto_map", None) or {})
 
 
 def _hold_weights(model: nn.Module, loaded: nn.Module, back: str) -> None:

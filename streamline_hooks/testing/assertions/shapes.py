@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch, device_of, prepare
+from streamline_hooks.errors import StreamlineError
 from streamline_hooks.hidden_state import padded, require_batch_first
 from streamline_hooks.layouts import by_token
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.stack import find_stack
+from streamline_hooks.testing.assertions.greedy import GREEDILY
 from streamline_hooks.testing.assertions.kind_of_subject import (
     called_on,
     features_of,
@@ -71,7 +73,8 @@ def assert_shapes(
     AssertionError
         With the module or block, what it gave, and what was expected.
     StreamlineError
-        If the width of a replacement's states is not known.
+        If the width of a replacement's states is not known, or a model's answer has no axis of tokens, as a
+        classifier's; its blocks' states have been looked at then.
 
     Examples
     --------
@@ -142,10 +145,9 @@ def _hold_model(model: nn.Module, batch: Mapping[str, Any], stack: str | None) -
     blocks = find_stack(model, stack)
     require_batch_first(blocks[0])
     given = prepare(model, batch)
-    main = next(v for v in given.values() if isinstance(v, Tensor) and v.ndim >= 2)
-    rows, tokens = main.shape[:2]
     with quietly(model), HiddenStateRecorder(model, stack=stack) as record:
         answer = answer_of(model(**given))
+    rows, tokens = _rows_and_tokens(model, given, record.inputs[0][0], blocks[0])
     real = real_places(given, answer)
     width, dtype = None, None
     for k in range(len(blocks)):
@@ -169,10 +171,32 @@ def _hold_model(model: nn.Module, batch: Mapping[str, Any], stack: str | None) -
     _hold_answer(model, answer, rows, tokens, real)
 
 
+def _rows_and_tokens(model: nn.Module, given: Mapping[str, Any], first: Tensor, block: nn.Module) -> tuple[int, int]:
+    """How long the states are: as the batch of a language model, or as what enters its first block.
+
+    An image becomes patches before the first block, so that its own axes say nothing. A nested state has no padding.
+    """
+    ids = given.get("input_ids")
+    of_text = isinstance(ids, Tensor) and ids.ndim == 2 and _gives_logits(model)
+    if first.is_nested or (of_text and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)):
+        first = next(value for value in given.values() if isinstance(value, Tensor) and value.ndim >= 2)
+    elif first.ndim >= 3:
+        first = by_token(first, block)
+    rows, tokens = first.shape[:2]
+    return rows, tokens
+
+
 def _hold_answer(model: nn.Module, answer: Tensor, rows: int, tokens: int, real: Tensor | None) -> None:
     name = type(model).__name__
+    of_tokens = is_transformers_model(model) and _gives_logits(model)
+    if answer.ndim < 3 and not of_tokens:
+        raise StreamlineError(
+            f"A {name} answers with the shape {tuple(answer.shape)}, which has no axis of tokens, as a classifier's "
+            f"one answer a sequence: it cannot be held against (batch, tokens, ...). The states of its blocks, {rows} "
+            f"x {tokens} tokens, are as they should be; to look at an answer too, give the model inside it."
+        )
     last = answer.shape[-1]
-    if is_transformers_model(model) and _gives_logits(model):
+    if of_tokens:
         config: Any = model.config
         last = config.get_text_config(decoder=True).vocab_size
     if tuple(answer.shape) != (rows, tokens, last):
@@ -208,9 +232,8 @@ def _hold_generation(model: nn.Module, batch: Mapping[str, Any], new_tokens: int
     ids = batch["input_ids"]
     with quietly(model):
         made = generate(
-            **batch, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, eos_token_id=None,
-            pad_token_id=0,
-        )  # fmt: skip
+            **batch, **GREEDILY, max_new_tokens=new_tokens, min_new_tokens=new_tokens, return_dict_in_generate=False
+        )
     expected = (ids.shape[0], ids.shape[1] + new_tokens)
     if tuple(made.shape) != expected or not torch.equal(made[:, : ids.shape[1]].to(ids.device), ids):
         raise AssertionError(

@@ -1,0 +1,103 @@
+"""A look at later tokens is seen however small it is, is blamed on the right block, and nothing else is blamed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from streamline_hooks import LayerSurgeon
+from streamline_hooks.testing import assert_causal
+from tests.tiny_models import WIDTH, tiny_model
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+class Leak(nn.Module):
+    """A hundredth of the mean over all tokens, earlier and later."""
+
+    def forward(self, state: Tensor) -> Tensor:
+        return state + 0.01 * state.mean(dim=1, keepdim=True)
+
+
+@dtypes
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("place", [1, 5, 6])
+def test_a_small_leak_is_seen_and_blamed_where_it_is(place: int, family: str, dtype: torch.dtype) -> None:
+    model = tiny_model(family, dtype)
+    where = "enters block" if place < 6 else "leaves block 5"
+    with LayerSurgeon(model, probe=False) as surgeon:
+        surgeon.insert(place, Leak())
+        blamed = f"{where} {place} " if place < 6 else where
+        with pytest.raises(AssertionError, match=f"The first state to change is the one that {blamed}"):
+            assert_causal(model)
+    assert_causal(model)
+
+
+class Sink(nn.Module):
+    """One feature of the first token becomes very large, as in large language models."""
+
+    def forward(self, state: Tensor) -> Tensor:
+        large = torch.zeros_like(state)
+        large[:, 0, 0] = 1e4
+        return state + large
+
+
+def test_a_token_of_a_very_large_norm_hides_no_guilty_block() -> None:
+    model = tiny_model("llama", torch.bfloat16)
+    with LayerSurgeon(model, probe=False) as surgeon:
+        surgeon.insert(1, Sink())
+        surgeon.insert(3, Leak())
+        with pytest.raises(AssertionError, match="The first state to change is the one that enters block 3 "):
+            assert_causal(model, changed_tokens=[1])
+
+
+@dtypes
+def test_a_module_may_leak_only_as_much_as_its_own_noise(dtype: torch.dtype) -> None:
+    """A module that gives other numbers each time is not blamed for that, and its leak is still seen."""
+
+    class Noisy(nn.Module):
+        def __init__(self, leak: float) -> None:
+            super().__init__()
+            self.leak, self.calls = leak, 0
+            self.weight = nn.Parameter(torch.ones(1, dtype=dtype))
+
+        def forward(self, state: Tensor) -> Tensor:
+            self.calls += 1
+            size = 1 + 0.02 * (self.calls % 2)
+            return (state * size + self.leak * state.mean(dim=1, keepdim=True)).to(state.dtype)
+
+    assert_causal(Noisy(0.0), features=WIDTH)
+    with pytest.raises(AssertionError, match="looks at later tokens"):
+        assert_causal(Noisy(2.0), features=WIDTH)
+
+
+def test_a_module_that_works_in_place_is_not_blamed_for_looking_ahead() -> None:
+    class InPlace(nn.Module):
+        def forward(self, state: Tensor) -> Tensor:
+            state += 0.5 * state
+            return state
+
+    class LeaksInPlace(nn.Module):
+        def forward(self, state: Tensor) -> Tensor:
+            state += state.mean(dim=1, keepdim=True)
+            return state
+
+    assert_causal(InPlace(), features=WIDTH)
+    with pytest.raises(AssertionError, match="LeaksInPlace looks at later tokens"):
+        assert_causal(LeaksInPlace(), features=WIDTH)
+
+
+def test_a_token_that_becomes_nan_has_moved() -> None:
+    class Nan(nn.Module):
+        def forward(self, state: Tensor) -> Tensor:
+            return torch.where(state[:, -1:] > 3, torch.nan, state)
+
+    class AlwaysNan(nn.Module):
+        def forward(self, state: Tensor) -> Tensor:
+            return state * torch.nan
+
+    with pytest.raises(AssertionError, match="of what was expected"):
+        assert_causal(AlwaysNan(), features=WIDTH)
+    with pytest.raises(AssertionError, match="NaN at batch 0, token 0, feature 1 of what was got.*looks at later"):
+        assert_causal(Nan(), features=WIDTH)
