@@ -37,7 +37,7 @@ class Check:
         What was looked at.
     verdict : {"ok", "refused", "FAILED"}
         Refused where the library says by name why a block cannot go; that is no failure. Where it only sees that the
-        shorter model is wrong, and not why, the check has failed.
+        shorter model is wrong, and not why, the assertion decides.
     seconds : float
     text : str
         Why it was refused, or what is wrong.
