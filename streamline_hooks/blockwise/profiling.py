@@ -16,7 +16,7 @@ from streamline_hooks.blockwise.room import parts_of, require_room, rows_of, sta
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.stack import find_stack
 from streamline_hooks.statistics import Profile, poisson_weights
-from streamline_hooks.statistics.chosen_tokens import blocks_run, counted_tokens
+from streamline_hooks.statistics.chosen_tokens import blocks_run, chosen_masks, counted_tokens
 from streamline_hooks.statistics.content import sequence_contents
 
 
@@ -81,18 +81,11 @@ def profile(
     (9, 40)
     """
     batches = list(batches)
-    masks = None if isinstance(tokens, str) else list(tokens)
-    if isinstance(tokens, str) and tokens not in ("all", "last"):
-        raise StreamlineError(f"tokens={tokens!r} is unknown; expected 'all', 'last' or one mask for each batch.")
-    if masks is not None and len(masks) != len(batches):
-        raise StreamlineError(f"tokens holds {len(masks)} masks for {len(batches)} batches; give one for each.")
-    if skip < 0 or replicates < 0:
-        raise StreamlineError(f"skip={skip} and replicates={replicates} must be 0 or more.")
+    chosen, masks = chosen_masks(tokens, len(batches), skip=skip, replicates=replicates)
     if not batches:
         raise StreamlineError("There is no batch to profile; give one at least.")
     found = find_stack(model, stack)
     reach = blocks_run(keep, len(found))
-    chosen = tokens if isinstance(tokens, str) else "mask"
     about = {**identity_of(found), "tokens": chosen, "skip": skip}
     room = None if folder is None else Path(folder)
     sizes = [(reach + 1) * size for size in state_bytes(found, batches)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from streamline_hooks.precision import widest
 from streamline_hooks.statistics.norm_histogram import CELLS, norm_histogram
 
 
@@ -84,8 +85,3 @@ class ChangeSums:
 def norms_of(state: Tensor) -> Tensor:
     """The norm of each token's state, of shape (batch, tokens)."""
     return torch.linalg.vector_norm(state, dim=-1)
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """The precision of long sums: float64, where a device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.in_training.measurement import Measurement, told
-from streamline_hooks.in_training.state_sums import ChangeSums, NormSums, widest
+from streamline_hooks.in_training.state_sums import ChangeSums, NormSums
+from streamline_hooks.precision import widest
 from streamline_hooks.statistics.norm_histogram import median_norm
 from streamline_hooks.statistics.profile import MASSIVE
 

@@ -17,10 +17,10 @@ from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.hidden_state import write_input
 from streamline_hooks.layouts import USUAL, layout_of
 from streamline_hooks.passes import inference, recorded
+from streamline_hooks.precision import widen
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.repair.projection import ProjectionMoments
 from streamline_hooks.stack import BlockStack, find_stack
-from streamline_hooks.statistics.precision import widen
 
 _TOKENS_AT_ONCE = 2048
 _Calls = Mapping[int, tuple[tuple[Any, ...], dict[str, Any]]]

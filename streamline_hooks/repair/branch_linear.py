@@ -18,12 +18,12 @@ from streamline_hooks.branch_states import reading_branches
 from streamline_hooks.branches import Branch, Branches
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.passes import recorded
+from streamline_hooks.precision import widen
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.repair.branch_norm import BranchNorm, norm_of, watching_norms
 from streamline_hooks.repair.closed_form import solve
 from streamline_hooks.replacements import LinearReplacement, NormedLinearReplacement
 from streamline_hooks.statistics import WindowMoments
-from streamline_hooks.statistics.precision import widen
 from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.surgery.silence import branches_of, require_branch
 

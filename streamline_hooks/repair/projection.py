@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from streamline_hooks.precision import widen
 from streamline_hooks.repair.closed_form import RIDGES, ClosedForm, solve
 from streamline_hooks.statistics import WindowMoments
-from streamline_hooks.statistics.precision import widen
 
 
 class ProjectionMoments(WindowMoments):

@@ -16,8 +16,8 @@ from streamline_hooks.batch import Batch
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.layouts import by_token
 from streamline_hooks.passes import recorded
+from streamline_hooks.precision import widen
 from streamline_hooks.recorder import HiddenStateRecorder
-from streamline_hooks.statistics.precision import widen
 from streamline_hooks.surgery import LayerSurgeon
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from streamline_hooks.branches import BRANCHES, Branch
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.statistics.precision import widen
+from streamline_hooks.precision import widen
 
 _TOKENS_AT_ONCE = 4096
 

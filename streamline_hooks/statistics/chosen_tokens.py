@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
 from streamline_hooks.errors import StreamlineError
+
+
+def chosen_masks(
+    tokens: str | Sequence[Tensor], batches: int, *, skip: int, replicates: int
+) -> tuple[str, list[Tensor] | None]:
+    """Look at what a profile was asked for.
+
+    Parameters
+    ----------
+    tokens : str or sequence of torch.Tensor
+        See `profile`.
+    batches : int
+        How many there are.
+    skip, replicates : int
+        See `profile`.
+
+    Returns
+    -------
+    chosen : str
+        "all", "last" or "mask".
+    masks : list of torch.Tensor or None
+        One for each batch, where masks were given.
+
+    Raises
+    ------
+    StreamlineError
+        If an argument is wrong.
+    """
+    masks = None if isinstance(tokens, str) else list(tokens)
+    if isinstance(tokens, str) and tokens not in ("all", "last"):
+        raise StreamlineError(f"tokens={tokens!r} is unknown; expected 'all', 'last' or one mask for each batch.")
+    if masks is not None and len(masks) != batches:
+        raise StreamlineError(f"tokens holds {len(masks)} masks for {batches} batches; give one for each.")
+    if skip < 0 or replicates < 0:
+        raise StreamlineError(f"skip={skip} and replicates={replicates} must be 0 or more.")
+    return (tokens if isinstance(tokens, str) else "mask"), masks
 
 
 def blocks_run(keep: Iterable[int], length: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.statistics.precision import widen
+from streamline_hooks.precision import widen
 
 _TOKENS_AT_ONCE = 4096
 

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch, device_of
 from streamline_hooks.distributed import Together, together
-from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
+from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.layouts import USUAL, by_token, layout_of
 from streamline_hooks.passes import recorded
+from streamline_hooks.precision import widen
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.statistics.bootstrap import poisson_weights
-from streamline_hooks.statistics.chosen_tokens import blocks_run, counted_tokens
+from streamline_hooks.statistics.chosen_tokens import blocks_run, chosen_masks, counted_tokens
 from streamline_hooks.statistics.content import sequence_contents
 from streamline_hooks.statistics.identity import identity
 from streamline_hooks.statistics.moments import WindowMoments
-from streamline_hooks.statistics.precision import widen
 from streamline_hooks.statistics.profile import Profile
 from streamline_hooks.wrapping import refuse_wrapped
 
@@ -84,16 +84,9 @@ def profile(
     """
     with together("profile") as work:
         batches = list(batches)
-        masks = None if isinstance(tokens, str) else list(tokens)
-        if isinstance(tokens, str) and tokens not in ("all", "last"):
-            raise StreamlineError(f"tokens={tokens!r} is unknown; expected 'all', 'last' or one mask for each batch.")
-        if masks is not None and len(masks) != len(batches):
-            raise StreamlineError(f"tokens holds {len(masks)} masks for {len(batches)} batches; give one for each.")
-        if skip < 0 or replicates < 0:
-            raise StreamlineError(f"skip={skip} and replicates={replicates} must be 0 or more.")
+        chosen, masks = chosen_masks(tokens, len(batches), skip=skip, replicates=replicates)
         found = find_stack(model, stack)
         reach = blocks_run(keep, len(found))
-        chosen = tokens if isinstance(tokens, str) else "mask"
         about = {**identity(found), "tokens": chosen, "skip": skip}
         none: list[Tensor | None] = [None] * len(batches)
         items = list(zip(batches, none if masks is None else masks, strict=True))

@@ -19,6 +19,7 @@ from streamline_hooks.batch import Batch
 from streamline_hooks.block_call import BlockCall
 from streamline_hooks.branches import Branch, Branches
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
+from streamline_hooks.precision import widest
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery.alone import BranchAlone, run_alone
 from streamline_hooks.surgery.exchange import require_own, require_plain, stand_in_for
@@ -107,7 +108,7 @@ def find_folding(stack: BlockStack, k: int, branch: Branch, map_: Tensor, batch:
                     "fold",
                 )
         state, after = call.state, run_alone(call, found, branch, call.state)
-        apart = map_.to(state.device, _widest(state))
+        apart = map_.to(state.device, widest(state.device))
         wanted = (state.to(apart.dtype) + (after.to(apart.dtype) - state.to(apart.dtype)) @ apart).to(state.dtype)
         stretch = max(1.0, float(map_.norm(dim=0).max()))  # by how much T enlarges a rounding of m
         largest = max(float(s.abs().max()) for s in (state, after, wanted))
@@ -202,7 +203,7 @@ def multiplied(held: Tensor, axis: int, map_: Tensor) -> Tensor:
     The product itself is taken in float64, or float32 where the device has no more, a few thousand rows at a time.
     """
     moved = held.detach().movedim(axis, -1)
-    map_ = map_.to(held.device, _widest(held))
+    map_ = map_.to(held.device, widest(held.device))
     rows = [piece.to(map_.dtype).matmul(map_).to(held.dtype) for piece in moved.reshape(-1, len(map_)).split(_ROWS)]
     return torch.cat(rows).reshape(moved.shape).movedim(-1, axis).contiguous()
 
@@ -244,7 +245,3 @@ def _probe_map(features: int) -> Tensor:
 
 def _what(branch: Branch, k: int) -> str:
     return f"The {branch} branch of block {k} cannot be folded"
-
-
-def _widest(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64

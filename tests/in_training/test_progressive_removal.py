@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, 
 from streamline_hooks.in_training.progressive_removal import ProgressiveRemoval
 from streamline_hooks.in_training.stochastic_depth import StochasticDepth
 from streamline_hooks.testing import tiny_model as tiny_of_type
-from tests.processes import in_a_new_process
+from tests.processes import in_two_processes
 from tests.surgery.test_surgeon import fingerprint
 from tests.tiny_models import BLOCKS, Nudge, left_padded, tiny_model
 
@@ -333,9 +331,6 @@ def test_a_compiled_model_is_refused() -> None:
 # Several processes
 
 TWO_PROCESSES = """
-    import os, sys, json, torch, warnings
-    warnings.simplefilter("ignore")
-    import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
     from streamline_hooks import StreamlineError
     from streamline_hooks.in_training.progressive_removal import ProgressiveRemoval
@@ -343,14 +338,10 @@ TWO_PROCESSES = """
     from tests.tiny_models import tiny_model, tokens
     from transformers import Trainer, TrainingArguments
 
-    rank, folder = int(sys.argv[1]), sys.argv[2]
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = tiny_model("llama").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     removal = ProgressiveRemoval(model, {2: range(1, 3)}, optimizer)
     ddp = DistributedDataParallel(model)
-    said = {}
     try:
         ProgressiveRemoval(ddp, {2: range(1, 3)}, optimizer)
     except StreamlineError as error:
@@ -385,17 +376,12 @@ TWO_PROCESSES = """
         trainer.train()
     except StreamlineError as error:
         said["trainer"] = str(error)
-    print(json.dumps(said))
-    dist.destroy_process_group()
 """
 
 
 def test_two_processes_unwrap_step_and_wrap_again(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(in_a_new_process, TWO_PROCESSES, rank, tmp_path) for rank in range(2)]
-        for run in runs:
-            said = json.loads(run.result().stdout.splitlines()[-1])
-            assert said["blocks"] == BLOCKS - 2 and said["equal"] and said["steps"] == [4]
-            assert "wrapped in DistributedDataParallel already" in said["refused"]
-            assert "In the middle of a training: unwrap it, call step, wrap it again." in said["refused"]
-            assert "several processes train one model" in said["trainer"] and "Train on one device" in said["trainer"]
+    for said in in_two_processes(TWO_PROCESSES, tmp_path):
+        assert said["blocks"] == BLOCKS - 2 and said["equal"] and said["steps"] == [4]
+        assert "wrapped in DistributedDataParallel already" in said["refused"]
+        assert "In the middle of a training: unwrap it, call step, wrap it again." in said["refused"]
+        assert "several processes train one model" in said["trainer"] and "Train on one device" in said["trainer"]

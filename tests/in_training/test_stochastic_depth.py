@@ -7,7 +7,6 @@ import json
 import random
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, load
 from streamline_hooks.in_training.stochastic_depth import StochasticDepth
 from streamline_hooks.testing import tiny_model as tiny_of_type
-from tests.processes import in_a_new_process
+from tests.processes import in_two_processes
 from tests.surgery.test_surgeon import fingerprint as state_of
 from tests.tiny_models import BLOCKS, FAMILIES, Nudge, left_padded, tiny_model, tokens
 
@@ -418,28 +417,20 @@ def test_compiled_models() -> None:
 # Several processes
 
 TWO_PROCESSES = """
-    import os, sys, json, torch, warnings
-    warnings.simplefilter("ignore")
-    import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
     from streamline_hooks import StreamlineError
     from streamline_hooks.in_training.stochastic_depth import StochasticDepth
     from tests.tiny_models import tiny_model, tokens
 
-    rank, store = int(sys.argv[1]), sys.argv[2]
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     model = tiny_model("llama").train()
     for parameter in model.parameters():
         parameter.data.mul_(1 + 0.1 * rank)  # DDP starts all processes from the first one's
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
     try:
         StochasticDepth(ddp).__enter__()
-        refused = ""
     except StreamlineError as error:
-        refused = str(error)
+        said["refused"] = str(error)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    said = {"refused": refused}
     for name, seed in (("same", 1), ("own", 1 + rank)):
         drawn, missing = [], []
         with StochasticDepth(model, 0.5, rule="constant", seed=seed) as depth:
@@ -454,15 +445,11 @@ TWO_PROCESSES = """
         both = [torch.empty_like(weights) for _ in range(2)]
         dist.all_gather(both, weights)
         said[name] = {"drawn": drawn, "missing": missing, "equal": torch.equal(*both)}
-    print(json.dumps(said))
-    dist.destroy_process_group()
 """
 
 
 def test_two_processes_draw_the_same_with_one_seed_and_stay_equal_with_two(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(in_a_new_process, TWO_PROCESSES, rank, tmp_path / "store") for rank in range(2)]
-        one, other = (json.loads(run.result().stdout.splitlines()[-1]) for run in runs)
+    one, other = in_two_processes(TWO_PROCESSES, tmp_path)
     assert "is wrapped in DistributedDataParallel already" in one["refused"]
     assert one["same"]["equal"] and one["own"]["equal"]
     assert one["same"]["drawn"] == other["same"]["drawn"] == one["same"]["missing"] == other["same"]["missing"]

@@ -16,13 +16,13 @@ from torch import Tensor
 from streamline_hooks.batch import Batch
 from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.passes import recorded
+from streamline_hooks.precision import widen
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.repair.published.hadamard import hadamard
 from streamline_hooks.repair.published.measured import measured
 from streamline_hooks.repair.repaired import Batches, Repair
 from streamline_hooks.replacements import LinearReplacement
 from streamline_hooks.stack import BlockStack
-from streamline_hooks.statistics.precision import widen
 
 
 class RotatedScale:

@@ -14,8 +14,8 @@ from streamline_hooks.batch import Batch, prepare
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.perplexity import input_ids
 from streamline_hooks.passes import inference, logits_of, progress
+from streamline_hooks.precision import widen
 from streamline_hooks.stack import BlockStack, find_stack
-from streamline_hooks.statistics.precision import widen
 
 
 def taylor(
