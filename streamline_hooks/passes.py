@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -173,7 +173,11 @@ def progress(total: int, what: str, unit: str = "tok", done: int = 0) -> tqdm[An
 
 
 def recorded(
-    model: nn.Module, batches: Iterable[Batch | Tensor], record: HiddenStateRecorder, what: str
+    model: nn.Module,
+    batches: Iterable[Batch | Tensor],
+    record: HiddenStateRecorder,
+    what: str,
+    bar: tqdm[Any] | None = None,
 ) -> Iterator[tuple[Any, Tensor, Any]]:
     """Run each batch under a recorder and give what was recorded, its real tokens, and the model's output.
 
@@ -185,6 +189,8 @@ def recorded(
         Not open yet; it is cleared between the batches.
     what : str
         What the bar says.
+    bar : tqdm, optional
+        The caller's own, which the caller moves; by default there is one that moves a batch at a time.
 
     Yields
     ------
@@ -202,7 +208,7 @@ def recorded(
     """
     batches = batches if isinstance(batches, (list, tuple)) else list(batches)
     total = sum(tokens_of(batch) for batch in batches)
-    with inference(model), record, progress(total, what) as bar:
+    with inference(model), record, nullcontext() if bar is not None else progress(total, what) as own:
         for number, batch in enumerate(batches):
             record.clear()
             given = prepare(model, batch)
@@ -213,7 +219,8 @@ def recorded(
             mask = token_mask(_one_visit(record), real)
             _require_finite(record, mask, number)
             yield record, mask, output
-            bar.update(int(mask.sum()))
+            if own is not None:
+                own.update(int(mask.sum()))
 
 
 def _enter(states: Tensor) -> Callable[..., Any]:

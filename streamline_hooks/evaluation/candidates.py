@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from streamline_hooks.batch import Batch
-from streamline_hooks.passes import inference, logits_of, recorded, resume
+from streamline_hooks.batch import Batch, tokens_of
+from streamline_hooks.passes import inference, logits_of, progress, recorded, resume
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.surgery.splice import BEFORE, run_splices
 
@@ -44,7 +44,7 @@ def candidate_logits(
     batches : sequence of mapping or torch.Tensor
     candidates : sequence of Candidate
     what : str
-        What the bar says.
+        What the bar says, which counts a batch's tokens for the original and for each candidate.
     stack : str, optional
         Path of the stack, see `find_stack`.
 
@@ -60,9 +60,17 @@ def candidate_logits(
     """
     starts = sorted({c.window.start for c in candidates}) or [0]
     record = HiddenStateRecorder(model, starts, outputs=False, stack=stack)
-    for number, (_, mask, output) in enumerate(recorded(model, batches, record, what)):
-        batch = batches[number]
-        yield batch, mask, logits_of(output), (_logits(model, record, c, batch) for c in candidates)
+    total = (1 + len(candidates)) * sum(tokens_of(batch) for batch in batches)
+    with progress(total, what) as bar:
+        for batch, (_, mask, output) in zip(batches, recorded(model, batches, record, what, bar), strict=True):
+            bar.update(tokens := int(mask.sum()))
+
+            def each(batch: Batch | Tensor = batch, tokens: int = tokens) -> Iterator[Tensor]:
+                for candidate in candidates:
+                    yield _logits(model, record, candidate, batch)
+                    bar.update(tokens)
+
+            yield batch, mask, logits_of(output), each()
 
 
 def real_tokens(logits: Tensor, mask: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from tqdm import tqdm
 
 from streamline_hooks import Agreement, LayerSurgeon, StreamlineError, agreement
 from streamline_hooks.batch import prepare
@@ -142,3 +143,17 @@ def test_what_cannot_be_compared() -> None:
 def first_tokens_only() -> dict[str, Any]:
     """A batch without a real token, whose values are nobody's business."""
     return {"input_ids": tokens(1, 4), "attention_mask": torch.zeros(1, 4).long()}
+
+
+def test_the_bar_moves_with_each_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    moves: list[tuple[int, int]] = []
+
+    class Watched(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            moves.append((int(n or 0), int(self.total)))
+            return super().update(n)
+
+    monkeypatch.setattr("streamline_hooks.passes.tqdm", Watched)
+    batches = [{"input_ids": tokens(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.long)}] * 2
+    kl_of_candidates(tiny_model("llama"), batches, [Candidate(range(k, k + 1)) for k in (1, 2, 3)])
+    assert moves == [(10, 80)] * 8
