@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ def written_on(
     samples: int = 1,
     sampling: Mapping[str, float] | None = None,
     stop: Sequence[str] = (),
+    told: Callable[[int], object] | None = None,
 ) -> list[list[list[int]]]:
     """Let a model write on from each prompt, all of them at the same time.
 
@@ -67,6 +68,8 @@ def written_on(
         ``temperature`` and ``top_p``, say; random numbers are drawn from torch's own generator, see `seeded`.
     stop : sequence of str
         A text ends with the token by which one of these is complete; what is in the prompt does not count.
+    told : callable, optional
+        Called after each step with the number of texts that are written, for a bar.
 
     Returns
     -------
@@ -100,8 +103,10 @@ def written_on(
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
     chosen: dict[str, Any] = {} if sampling is None else {"temperature": 1.0, "top_p": 1.0, "top_k": 0, **sampling}
-    if stop:
-        chosen["stopping_criteria"] = StoppingCriteriaList([_Stopped(tokenizer, width, stop)])
+    watching: list[Any] = [_Stopped(tokenizer, width, stop)] if stop else []
+    watching += [_Told(told)] if told is not None else []
+    if watching:
+        chosen["stopping_criteria"] = StoppingCriteriaList(watching)
     with inference(model), _without_settings(model):
         found = model.generate(
             input_ids=ids,
@@ -159,6 +164,17 @@ class _Stopped:
     def __call__(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         texts = self.tokenizer.batch_decode(ids[:, self.width :])
         return torch.tensor([_holds(text, self.stop) for text in texts], dtype=torch.bool, device=ids.device)
+
+
+class _Told:
+    """Stops nothing, and says that a step was made."""
+
+    def __init__(self, told: Callable[[int], object]) -> None:
+        self.told = told
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.told(len(ids))
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
 def _up_to(tokenizer: Any, ids: list[int], stop: Sequence[str]) -> list[int]:

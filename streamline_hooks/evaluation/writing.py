@@ -146,7 +146,7 @@ def write_on(
     found: list[list[Written]] = [[] for _ in rows]
     at_once = min(samples, batch_size)
     size = batch_size // at_once
-    with progress(len(rows), what, "prompts") as bar:
+    with progress(len(rows) * samples * new_tokens, what) as bar:
         for number, start in enumerate(range(0, len(order), size)):
             batch = order[start : start + size]
             with seeded(device_of(model), seed, number):
@@ -159,10 +159,11 @@ def write_on(
                         samples=min(at_once, samples - done),
                         sampling=sampling,
                         stop=stop,
+                        told=bar.update,
                     )
                     for k, several in zip(batch, texts, strict=True):
                         found[k] += [_written(tokenizer, prompts[k], tokens, new_tokens, stop) for tokens in several]
-            bar.update(len(batch))
+            bar.update((start + len(batch)) * samples * new_tokens - bar.n)  # some texts came to an end before
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 from streamline_hooks import StreamlineError
 from streamline_hooks.evaluation.writing import WritingScores, Written, write_on
@@ -84,3 +85,17 @@ def test_what_cannot_be_asked_for(stories: tuple[Any, Any]) -> None:
         write_on(model, tokenizer, PROMPTS, new_tokens=0)
     with pytest.raises(StreamlineError, match="no chat template; give the prompts as they are"):
         write_on(model, tokenizer, PROMPTS, chat=True)
+
+
+def test_the_bar_moves_with_each_token(story_model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    moves: list[int] = []
+
+    class Watched(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            moves.append(int(n or 0))
+            return super().update(n)
+
+    monkeypatch.setattr("streamline_hooks.passes.tqdm", Watched)
+    model, tokenizer = story_model
+    write_on(model, tokenizer, ["Once", "One day"], new_tokens=4, batch_size=2)
+    assert moves[:4] == [2, 2, 2, 2]
