@@ -1,10 +1,10 @@
-"""Tell whether two models, or two texts, are the same."""
+"""Tell whether two models, two texts, or two lists of batches are the same."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,37 @@ def texts_digest(texts: Iterable[str]) -> str:
         encoded = text.encode()
         digest.update(len(encoded).to_bytes(8))
         digest.update(encoded)
+    return digest.hexdigest()
+
+
+def batches_digest(items: Sequence[Any]) -> str:
+    """Return BLAKE2b, in hexadecimal, of every tensor in batches: its name, shape, dtype and values, in their order.
+
+    Parameters
+    ----------
+    items : sequence
+        Batches: tensors, mappings by name, and lists or tuples of such. What is none of these is not seen.
+
+    Examples
+    --------
+    >>> one, other = torch.tensor([[1, 2]]), torch.tensor([[1], [2]])
+    >>> batches_digest([one]) == batches_digest([other])
+    False
+    """
+    digest = hashlib.blake2b(digest_size=8)
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key in sorted(value):
+                add(f"{name}.{key}", value[key])
+        elif isinstance(value, (list, tuple)):
+            for number, inside in enumerate(value):
+                add(f"{name}[{number}]", inside)
+        elif isinstance(value, torch.Tensor):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
+            digest.update(_bytes(value))
+
+    add("", list(items))
     return digest.hexdigest()
 
 

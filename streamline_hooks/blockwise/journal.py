@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from streamline_hooks.batch import Batch
 from streamline_hooks.checkpoint.safety import read_json
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.json_file import write_json
@@ -88,14 +84,3 @@ class Journal:
                 "delete this one."
             )
         self.place = place
-
-
-def batches_digest(batches: Iterable[Batch | Tensor]) -> str:
-    """SHA-256, in hexadecimal and shortened, of everything in batches, in their order."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name, value in sorted(({"input_ids": batch} if isinstance(batch, Tensor) else batch).items()):
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(-1).numpy().tobytes())
-        digest.update(b"|")
-    return digest.hexdigest()[:16]

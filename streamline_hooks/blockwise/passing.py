@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch, prepare, real_tokens
-from streamline_hooks.blockwise.journal import Journal, batches_digest
+from streamline_hooks.blockwise.journal import Journal
 from streamline_hooks.blockwise.outside import OutsideBlocks
 from streamline_hooks.blockwise.residence import identity_of, resident, stored_bytes
 from streamline_hooks.blockwise.states import StateStore
 from streamline_hooks.blockwise.truth import probe_of, refuse_known, require_true, true_states
+from streamline_hooks.digests import batches_digest
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.hidden_state import read_input, token_mask, write_input
 from streamline_hooks.passes import inference, progress

@@ -9,10 +9,10 @@ from typing import Literal
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
-from streamline_hooks.blockwise.journal import batches_digest
 from streamline_hooks.blockwise.passing import BlockwisePass
 from streamline_hooks.blockwise.residence import identity_of
 from streamline_hooks.blockwise.room import parts_of, require_room, rows_of, state_bytes
+from streamline_hooks.digests import batches_digest
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.stack import find_stack
 from streamline_hooks.statistics import Profile, poisson_weights

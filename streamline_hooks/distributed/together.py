@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from streamline_hooks.digests import batches_digest
 from streamline_hooks.distributed.processes import Processes, here
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 
@@ -68,7 +68,7 @@ class Together:
         rank, count = self.processes.rank, self.processes.count
         if count == 1:
             return list(items)
-        mine = {"batches": _digest(items) if share else "its own", **{name: str(v) for name, v in same.items()}}
+        mine = {"batches": batches_digest(items) if share else "its own", **{name: str(v) for name, v in same.items()}}
         first, *others = self.tell(mine)
         for other, its in enumerate(others, 1):
             self._require_same(first, other, its)
@@ -229,25 +229,6 @@ def failure_of_all(failures: Mapping[int, Failure], count: int) -> StreamlineErr
     if all(failed.unsupported for failed in failures.values()):
         return UnsupportedSurgery(text, next(iter(failures.values())).cause)
     return StreamlineError(text)
-
-
-def _digest(items: Sequence[Any]) -> str:
-    """Tell batches from others by every tensor in them: its name, shape, dtype and values."""
-    found = hashlib.blake2b(digest_size=8)
-
-    def add(name: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for key, inside in value.items():
-                add(f"{name}.{key}", inside)
-        elif isinstance(value, (list, tuple)):
-            for number, inside in enumerate(value):
-                add(f"{name}[{number}]", inside)
-        elif isinstance(value, Tensor):
-            found.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
-            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-
-    add("", list(items))
-    return found.hexdigest()
 
 
 def _device_for(home: torch.device) -> torch.device:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from streamline_hooks import StreamlineError, UnsupportedSurgery
+from streamline_hooks.digests import batches_digest
 from streamline_hooks.distributed import together
-from streamline_hooks.distributed.together import Failure, _device_for, _digest, failure_of_all
+from streamline_hooks.distributed.together import Failure, _device_for, failure_of_all
 
 
 def test_one_process_raises_what_was_raised() -> None:
@@ -44,7 +45,7 @@ def test_what_all_say_is_said_once() -> None:
     assert found == "Process 0 of 2 (share 0): NaN (batch 1). Process 1 of 2 (share 1): NaN (batch 1)."
 
 
-def test_other_batches_have_another_digest() -> None:
+def test_other_batches_have_anotherbatches_digest() -> None:
     ids = torch.arange(6).view(2, 3)
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids]
     others = [
@@ -56,8 +57,10 @@ def test_other_batches_have_another_digest() -> None:
         [batches[0], ids + 1],
         [(batches[0], None), (ids, torch.tensor(True))],
     ]
-    assert len({_digest(one) for one in [batches, *others]}) == 1 + len(others)
-    assert _digest([ids]) == _digest([ids.T.contiguous().T])
+    assert len({batches_digest(one) for one in [batches, *others]}) == 1 + len(others)
+    assert batches_digest([ids]) == batches_digest([ids.T.contiguous().T])
+    halves = torch.ones(2, 3, dtype=torch.bfloat16)  # which NumPy does not know
+    assert batches_digest([halves]) != batches_digest([2 * halves])
 
 
 @pytest.mark.parametrize(
