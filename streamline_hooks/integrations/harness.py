@@ -21,7 +21,7 @@ from torch import nn
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.passes import inference
 
-_PACKAGES = ("streamline_hooks", "lm_eval", "torch", "transformers")
+_PACKAGES = ("streamline_hooks", "lm_eval", "transformers")
 _NEAR = 5
 
 
@@ -173,7 +173,7 @@ def run_harness(
         {task: int(count["effective"]) for task, count in found["n-samples"].items()},
         {task: int(count) for task, count in found["n-shot"].items()},
         {task: str(known) for task, known in found["versions"].items() if known is not None},
-        {name: version(name) for name in _PACKAGES},
+        {**{name: version(name) for name in _PACKAGES}, "torch": torch.__version__},  # which names its CUDA too
     )
 
 
