@@ -209,13 +209,14 @@ def interrupted_at(line: int, work: Any) -> bool:
                 raise KeyboardInterrupt
         return trace
 
+    before = sys.gettrace()  # a measurement of coverage
     sys.settrace(trace)
     try:
         work()
     except KeyboardInterrupt:
         pass
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
     return hit
 
 

@@ -166,9 +166,7 @@ def test_a_module_that_is_missing_and_a_name_that_is_there_twice(monkeypatch: py
     monkeypatch.setattr(standalone, "MODULES", ("hidden_state",))
     with pytest.raises(StreamlineError, match=r"hidden_state needs streamline_hooks\.errors, which is not a part"):
         standalone.standalone_code()
-    monkeypatch.setattr(
-        standalone, "MODULES", ("errors", "replacements.registry", "repair.objective", "precision")
-    )
+    monkeypatch.setattr(standalone, "MODULES", ("errors", "replacements.registry", "repair.objective", "precision"))
     monkeypatch.setattr(standalone, "_foreign", lambda node, module: iter(()))
     names = standalone._names
     monkeypatch.setattr(standalone, "_names", lambda node: (name.replace("widen", "Objective") for name in names(node)))
