@@ -61,8 +61,7 @@ class Recipe:
     healing: Healing | None = None
 
 
-OURS = Training(learning_rate=1e-3, weight_decay=0.01, warmup=0.05, floor=0.05)
-WITH_TEXT = replace(OURS, objective=Objective(kl=1.0, lm=1.0))
+OURS = replace(PRESETS["recommended"].training or Training(), objective=Objective())
 RECIPES: dict[str, Recipe] = {
     **{name: Recipe(preset.kind, preset.training, preset.healing) for name, preset in PRESETS.items()},
     "linear": Recipe("linear"),
@@ -70,7 +69,7 @@ RECIPES: dict[str, Recipe] = {
     "swiglu, started": Recipe("swiglu"),
     "swiglu, KL": Recipe("swiglu", OURS),
     "block, KL": Recipe("block", OURS),
-    "swiglu, KL + LM, healed": Recipe("swiglu", WITH_TEXT, Healing("partial", "after", rate=0.2)),
+    "swiglu, KL + LM": Recipe("swiglu", replace(OURS, objective=Objective(kl=1.0, lm=1.0))),
 }  # fmt: skip
 
 

@@ -97,7 +97,8 @@ def compress(
         of your own (`register_kind`). Each starts where least squares brings it.
     training : Training, optional
         How the chosen repair is trained on the calibration text, with the validation text to choose the best weights
-        by; by default it is not. `PRESETS` has kinds, trainings and healings as they were published.
+        by; by default it is not. `PRESETS` has kinds, trainings and healings: what we recommend, and what others
+        published.
     healing : Healing or str, optional
         What is trained of the blocks that stay, beside the repair, see `Healing.parse`.
     resume : bool

@@ -45,8 +45,8 @@ def compress(
         str,
         typer.Option(
             metavar="NAME",
-            help="A whole recipe as it was published, instead of --kind, --train and --heal: llm-streamline-ffn, "
-            "llm-streamline-layer, replaceme, linearpatch, ghosted, prune-and-comp, uidl.",
+            help="A whole recipe instead of --kind, --train and --heal: recommended, or as it was published, "
+            "llm-streamline-ffn, llm-streamline-layer, replaceme, linearpatch, ghosted, prune-and-comp, uidl.",
         ),
     ] = "",
     objective: Annotated[
