@@ -35,7 +35,7 @@ class Training:
         Batches a step.
     autocast : torch.dtype or None
         Precision of the matrix products, for instance bfloat16, those of the original on the calibration text among
-        them; by default that of the weights.
+        them; by default that of the weights. Weights that are not trained are kept in it besides, while it lasts.
     validations : int
         How often KL on validation text is measured, evenly, after the first time before the first step.
     patience : int

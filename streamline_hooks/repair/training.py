@@ -9,6 +9,7 @@ from torch import Tensor
 
 from streamline_hooks.batch import Batch
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.repair.frozen_products import narrowed_once
 from streamline_hooks.repair.objective import Objective
 from streamline_hooks.repair.settings import Trained, Training
 from streamline_hooks.repair.student import Student
@@ -79,6 +80,8 @@ def train(
                 "stays is trained either. Choose a kind with parameters, or healing."
             )
         _require_reached(student, settings.objective)
+        placed = [module for modules in student.modules.values() for module in modules]
+        exits.enter_context(narrowed_once([student.model, *placed], settings.autocast))
         compared = tuple(student.windows) if settings.objective.needs_states else ()
         logits = settings.objective.needs_original_logits
         if taught is None:

@@ -13,7 +13,8 @@ from streamline_hooks.repair.presets import PRESETS, preset_named
 from streamline_hooks.stack import find_stack
 from streamline_hooks.testing import tiny_model
 
-# From benchmarks/results/quality.md, and from the papers and repositories that the presets name: loss, rate, decay, betas, warm-up, last rate, clip.
+# From benchmarks/results/quality.md, and from the papers and repositories that the presets name: loss, rate, decay,
+# betas, warm-up, last rate, clip.
 PUBLISHED: dict[str, tuple[Any, ...]] = {
     "recommended": ("kl + lm", 1e-3, 0.01, (0.9, 0.95), 0.05, 5e-5, 1.0),
     "llm-streamline-ffn": ("mse", 2e-4, 1e-3, (0.9, 0.95), 0.03, 5e-6, 1.0),
@@ -63,5 +64,5 @@ def test_uidl_puts_adapters_of_rank_64_on_the_mlps_alone(type_: str, layers: int
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(StreamlineError, match="The preset 'best' is unknown. Known: recommended, none, llm-streamline-ffn"):
+    with pytest.raises(StreamlineError, match="The preset 'best' is unknown. Known: recommended, none, llm-stream"):
         preset_named("best")

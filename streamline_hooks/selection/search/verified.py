@@ -84,7 +84,8 @@ def verified(
     Returns
     -------
     list of VerifiedSelection
-        All of them, the best first; those that cannot go, or leave no finite logits, last.
+        All of them, the best first; those that cannot go, or leave no finite logits, last. What is new and not fitted,
+        as a network with random weights, says nothing by its KL yet: there the shortlist's own order stays.
 
     Raises
     ------
@@ -137,7 +138,8 @@ def verified(
         )
     if all(one.refused for one in judged):
         raise next(kl for kl in kls if isinstance(kl, UnsupportedSurgery))
-    judged.sort(key=lambda one: (not math.isfinite(one.kl), bool(one.refused), one.kl))
+    telling = fitting.kind.solve or fitting.kind.fit is not None or fitting.kind.slots > 0  # a block was trained once
+    judged.sort(key=lambda one: (not math.isfinite(one.kl), bool(one.refused), one.kl if telling else 0.0))
     if not math.isfinite(judged[0].kl):
         raise StreamlineError(
             f"Not one of the {len(judged)} shortlisted selections leaves a model with finite logits. Remove less, "

@@ -167,6 +167,15 @@ def test_planted_redundancy_is_found_whatever_its_shape() -> None:
     assert found[0].kl < 1e-4 < found[1].kl and found[0].score == -5.0
 
 
+def test_a_network_with_random_weights_does_not_choose_the_window() -> None:
+    model, shortlist = tiny_model("llama"), [Selection((range(k, k + 2),)) for k in (2, 0, 3, 1)]
+    found = verified(model, shortlist, FIT, HELD_OUT, VALIDATION, kind="feed_forward")
+    assert [one.windows for one in found] == [one.windows for one in shortlist]
+    assert [one.kl for one in found] != sorted(one.kl for one in found)
+    judged = verified(model, shortlist, FIT, HELD_OUT, VALIDATION, kind="block:solve=false")
+    assert [one.kl for one in judged] == sorted(one.kl for one in judged)
+
+
 def scaled(forward: Any) -> Any:
     return lambda *args, **kwargs: 1.5 * forward(*args, **kwargs)
 
