@@ -4,8 +4,8 @@
 
 One thing is changed at a time: the kind of network, the number of networks, the tokens that it is trained on, the
 fraction of the blocks that is removed. The rest is a SwiGLU in the place of eight blocks, trained by KL on 100,000
-tokens, seen once, as in `benchmarks.quality`. What is removed is chosen for each point by the verified shortlist on
-training text. Scores are mean perplexity ratios over the five held-out domains. A point goes to
+tokens, seen once, with products in bfloat16, as in `benchmarks.quality`. What is removed is chosen for each point by
+the verified shortlist on training text. Scores are mean perplexity ratios over the five held-out domains. A point goes to
 ``benchmarks/results/curves.json`` when it is done; the table to ``benchmarks/results/curves.md``, the plot to
 ``docs/curves.svg``. All points take about two and a half hours on two cores.
 """
@@ -98,7 +98,7 @@ class Bench:
         chosen = self.chosen(point, rows[: CHOOSING // rows.shape[1]])
         pairs = [(repair.window, repair.stand_in) for repair in chosen.repairs]
         file = ROOT / "build" / "curves" / f"{point.name.replace('/', '-')}.training"
-        settings = replace(OURS, keep_in=file, memory=2**34)
+        settings = replace(OURS, autocast=torch.bfloat16, keep_in=file, memory=2**34)
         student = student_of(self.stack, pairs)
         with student.opened():
             before = self.score()

@@ -58,6 +58,9 @@ class Bench:
         self.documents = read_documents(data / "text" / "train")
         self.domains = heldout(data, tokenizer, SCORED)
         self.scored = [batch for batches in self.domains.values() for batch in batches]
+        digest = weights_digest(self.original)
+        if content.get("model") != digest:
+            content |= {"model": digest, "rows": {}}  # those of another training say nothing of this one
         content |= {
             "command": f"python -m benchmarks.small_opt_repaired --tokens {tokens}",
             "machine": machine(),
