@@ -5,9 +5,9 @@
 One thing is changed at a time: the kind of network, the number of networks, the tokens that it is trained on, the
 fraction of the blocks that is removed. The rest is a SwiGLU in the place of eight blocks, trained by KL on 100,000
 tokens, seen once, with products in bfloat16, as in `benchmarks.quality`. What is removed is chosen for each point by
-the verified shortlist on training text. Scores are mean perplexity ratios over the five held-out domains. A point goes to
-``benchmarks/results/curves.json`` when it is done; the table to ``benchmarks/results/curves.md``, the plot to
-``docs/curves.svg``. All points take about two and a half hours on two cores.
+the verified shortlist on training text. Scores are mean perplexity ratios over the five held-out domains. A point goes
+to ``benchmarks/results/curves.json`` when it is done; the table to ``benchmarks/results/curves.md``, the plot to
+``docs/curves.svg``. All points take about two hours on two cores.
 """
 
 from __future__ import annotations

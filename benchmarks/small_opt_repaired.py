@@ -25,6 +25,7 @@ from benchmarks.timing import machine
 from streamline_hooks import compress
 from streamline_hooks.calibration import read_documents
 from streamline_hooks.checkpoint import load
+from streamline_hooks.digests import weights_digest
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import Perplexity, agreement, perplexity
 from streamline_hooks.repair import Training, known_kinds
