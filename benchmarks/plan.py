@@ -1,0 +1,77 @@
+"""What a compression block by block would take for models that no machine here holds.
+
+    python -m benchmarks.plan
+
+By `streamline_hooks.planning`, from the shapes of Llama-3-70B and of a mixture of 400 billion parameters (the text part
+of Llama 4 Maverick: 128 experts in every second block, of which a token goes to one), without a weight of either. The
+table goes to ``benchmarks/results/plan.md``. `benchmarks.scale` holds the same formula against runs that were timed.
+"""
+
+from __future__ import annotations
+
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig, LlamaConfig, PreTrainedModel
+
+from benchmarks.real_text import RESULTS
+from streamline_hooks.planning import Asked, h100, plan_blockwise
+from streamline_hooks.stack import find_stack
+
+ASKED = {"calibration": 1_000_000, "validation": 16_384, "test": 65_536, "sequence_length": 2048, "memory": 64 * 10**9}
+BYTES_A_WEIGHT = 2  # bfloat16
+
+
+def llama_3_70b() -> PreTrainedModel:
+    """70.6 billion parameters, by its published configuration."""
+    config = LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    )
+    return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+
+
+def mixture_of_400b() -> PreTrainedModel:
+    """400.7 billion parameters, 17 billion of them active, by the published configuration of Llama 4 Maverick."""
+    config = Llama4TextConfig(
+        hidden_size=5120,
+        intermediate_size=8192,
+        intermediate_size_mlp=16384,
+        num_hidden_layers=48,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        head_dim=128,
+        num_local_experts=128,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=2,
+        vocab_size=202048,
+    )
+    return Llama4ForCausalLM(config)
+
+
+def main() -> None:
+    one, eight = h100(), h100(8)
+    lines = [
+        f"A quarter of the blocks removed and repaired in closed form, on {ASKED['calibration']:,} tokens in "
+        f"sequences of {ASKED['sequence_length']:,}, in bfloat16, {ASKED['memory'] // 10**9} GB of states in memory and the "
+        "rest in files. Computed, not run: an H100 at 40 % of its data sheet (989 TFLOP/s in bfloat16, 67 in float64), "
+        f"a disk that reads {one.read / 1e9:.0f} GB/s and writes {one.write / 1e9:.0f} GB/s; the times of the stages "
+        "are those of one H100.",
+    ]
+    for name, make in (("Llama-3-70B", llama_3_70b), ("a mixture of 400 billion", mixture_of_400b)):
+        with init_empty_weights(include_buffers=True):
+            stack = find_stack(make())
+        plan = plan_blockwise(stack, Asked(**ASKED, window=len(stack) // 4), bytes_a_weight=BYTES_A_WEIGHT)
+        hours = " and ".join(
+            f"{plan.seconds(rates) / 3600:.2f} h on {n}" for n, rates in (("one", one), ("eight", eight))
+        )
+        lines += ["", f"**{name}**: {plan}; {hours}.", "", plan.table(one)]
+    text = "\n".join([*lines, "", "Made by `python -m benchmarks.plan`.", ""])
+    (RESULTS / "plan.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
