@@ -55,8 +55,9 @@ def main() -> None:
     one, eight = h100(), h100(8)
     lines = [
         f"A quarter of the blocks removed and repaired in closed form, on {ASKED['calibration']:,} tokens in "
-        f"sequences of {ASKED['sequence_length']:,}, in bfloat16, {ASKED['memory'] // 10**9} GB of states in memory and the "
-        "rest in files. Computed, not run: an H100 at 40 % of its data sheet (989 TFLOP/s in bfloat16, 67 in float64), "
+        f"sequences of {ASKED['sequence_length']:,}, in bfloat16, {ASKED['memory'] // 10**9} GB of states in "
+        "memory and the rest in files. Computed, not run: an H100 at 40 % of its data sheet (989 TFLOP/s in bfloat16, "
+        "67 in float64), "
         f"a disk that reads {one.read / 1e9:.0f} GB/s and writes {one.write / 1e9:.0f} GB/s; the times of the stages "
         "are those of one H100.",
     ]
