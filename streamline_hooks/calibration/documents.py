@@ -1,39 +1,39 @@
-"""Read documents from text files, JSONL files, folders, a data set, or Python's own help."""
+"""Read documents from text, JSONL and Parquet files, folders, a data set, or Python's own help."""
 
 from __future__ import annotations
 
-import gzip
-import json
+import math
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+from streamline_hooks.calibration.files import SUFFIXES, documents_of_file
 from streamline_hooks.errors import StreamlineError
 
-_TEXT_SUFFIXES = (".txt", ".txt.gz")
-_JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
-_SUFFIXES = _TEXT_SUFFIXES + _JSONL_SUFFIXES
 _EXPECTED = (
-    "a text file (documents separated by two blank lines), a JSONL file (a `text` field in each line), a folder "
-    "of .txt, .txt.gz, .jsonl or .jsonl.gz files, the word 'pydoc', or the name of a data set"
+    "a text file (documents separated by two blank lines), a JSONL file (a `text` field in each line), a Parquet file "
+    "(a column `text`), a folder of .txt, .txt.gz, .jsonl, .jsonl.gz or .parquet files, the word 'pydoc', or the name "
+    "of a data set"
 )
 _DATASET_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:\w[\w.+-]*)?")
 
 
 def read_documents(source: str | Path | Sequence[str | Path], *, limit_characters: int = 50_000_000) -> list[str]:
-    r"""Read every document of one or several sources.
+    r"""Read every document of one or several sources; `stream_documents` is for what is too large for that.
 
     Parameters
     ----------
     source : str, Path or a sequence of them
         Each is one of:
 
-        - a text file, plain or ``.gz``; two blank lines (``"\n\n\n"``) separate its documents;
-        - a JSONL file (``.jsonl``, ``.jsonl.gz``); each line is an object whose ``text`` is one document;
-        - a folder of ``.txt``, ``.txt.gz``, ``.jsonl`` and ``.jsonl.gz`` files, read recursively in the order of
-          their names; what starts with a dot is passed over;
+        - a text file, plain or compressed (``.gz``, ``.bz2``, ``.xz``, ``.zst``); two blank lines (``"\n\n\n"``)
+          separate its documents;
+        - a JSONL file (``.jsonl``, plain or compressed); each line is an object whose ``text`` is one document;
+        - a Parquet file (``.parquet``), whose column ``text`` is read; empty cells are passed over. It needs the
+          optional package ``pyarrow``, as ``.zst`` does;
+        - a folder of such files (``.txt``, ``.jsonl``, ``.parquet``), read recursively in the order of their names;
+          what starts with a dot is passed over;
         - ``"pydoc"``: the language reference inside every CPython (``pydoc_data.topics``), one document a topic;
         - where none of that exists, ``"name"`` or ``"name:config"`` of a data set, whose split ``train`` is
           streamed and whose column ``text`` is read. It needs the optional package ``datasets``.
@@ -57,29 +57,70 @@ def read_documents(source: str | Path | Sequence[str | Path], *, limit_character
     >>> len(documents) > 50
     True
     """
-    sources = [source] if isinstance(source, (str, Path)) else list(source)
+    sources = listed(source)
     kept: dict[str, None] = {}
-    for one in sources:
-        for document in _read(one, limit_characters):
-            if stripped := document.strip():
-                kept.setdefault(stripped)
+    for document in documents_in(sources, limit_characters):
+        if stripped := document.strip():
+            kept.setdefault(stripped)
     if not kept:
-        raise StreamlineError(
-            f"No text was found in {_quoted(sources)}. Expected {_EXPECTED}. "
-            "Check that the source is the one you mean and is not empty."
-        )
+        raise nothing_found(sources)
     return list(kept)
 
 
-def _read(source: str | Path, limit_characters: int) -> Iterable[str]:
+def listed(source: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    """One or several sources as a list."""
+    return [source] if isinstance(source, (str, Path)) else list(source)
+
+
+def nothing_found(sources: Sequence[str | Path]) -> StreamlineError:
+    """What is raised where there is no text."""
+    quoted = ", ".join(repr(str(source)) for source in sources) or "an empty list of sources"
+    return StreamlineError(
+        f"No text was found in {quoted}. Expected {_EXPECTED}. Check that the source is the one you mean and is not "
+        "empty."
+    )
+
+
+def documents_in(
+    sources: Sequence[str | Path], limit_characters: float = math.inf, longest: float = math.inf
+) -> Iterator[str]:
+    """Yield the documents of sources as they stand there, in their order; no file is held whole.
+
+    Parameters
+    ----------
+    sources : sequence of str or Path
+        See `read_documents`.
+    limit_characters : float
+        Where to stop reading each data set.
+    longest : float
+        See `documents_of_file`.
+
+    Raises
+    ------
+    StreamlineError
+        At once, if a source does not exist; later, if one cannot be read.
+
+    Examples
+    --------
+    >>> next(documents_in(["pydoc"])).startswith('The "assert" statement')
+    True
+    """
+    readers = [_reader(source, limit_characters, longest) for source in sources]
+    return (document for read in readers for document in read())
+
+
+def _reader(source: str | Path, limit_characters: float, longest: float) -> Callable[[], Iterable[str]]:
     if source == "pydoc":
-        return _read_pydoc()
+        return _read_pydoc
     path = Path(source).expanduser()
     if path.is_dir():
-        return _read_folder(path)
+        return partial(_read_folder, path, longest)
     if path.exists():
-        return _read_file(path)
-    return _read_dataset(source, limit_characters)
+        return partial(documents_of_file, path, longest)
+    missing = f"No text can be read from {str(source)!r}: there is no such file or folder"
+    if isinstance(source, Path) or not _DATASET_NAME.fullmatch(source) or source.lower().endswith(SUFFIXES):
+        raise StreamlineError(f"{missing}. Expected {_EXPECTED}. Check the spelling of the path.")
+    return partial(_read_dataset, source, missing, limit_characters)
 
 
 def _read_pydoc() -> list[str]:
@@ -88,66 +129,15 @@ def _read_pydoc() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def _read_folder(folder: Path) -> Iterator[str]:
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.name.lower().endswith(_SUFFIXES))
+def _read_folder(folder: Path, longest: float) -> Iterator[str]:
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.name.lower().endswith(SUFFIXES))
     shown = (name for name in found if not any(part.startswith(".") for part in name.parts))
     for name in sorted(shown, key=lambda name: name.as_posix()):
         if (path := folder / name).is_file():
-            yield from _read_file(path)
+            yield from documents_of_file(path, longest)
 
 
-def _read_file(path: Path) -> Iterable[str]:
-    text = _decoded(path)
-    if path.name.lower().endswith(_JSONL_SUFFIXES):
-        return _parse_jsonl(text, path)
-    return re.split(r"\n{3,}", text)
-
-
-def _decoded(path: Path) -> str:
-    data = path.read_bytes()
-    if path.suffix.lower() == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise StreamlineError(
-                f"{path} ends in .gz and cannot be decompressed ({error}). Expected a whole gzip file. "
-                "Write it again, or drop the .gz from its name if it is plain text."
-            ) from error
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as error:
-        raise StreamlineError(
-            f"{path} is not UTF-8: byte {error.start:,} is 0x{data[error.start]:02x}. Expected text in UTF-8. "
-            "Convert it (for instance with iconv), or leave the file out."
-        ) from error
-
-
-def _parse_jsonl(text: str, path: Path) -> Iterator[str]:
-    # Not splitlines(): JSON may hold U+2028 and other line ends of Unicode inside a string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row: Any = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise StreamlineError(
-                f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}). Expected an object "
-                'with a `text` field in each line, like {"text": "..."}. Mend the line or leave it out.'
-            ) from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            given = f"the fields {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-            raise StreamlineError(
-                f"{path}, line {number} holds {given} and no `text` that is a string. Expected an object with a "
-                '`text` field in each line, like {"text": "..."}. Rename the field that holds the text.'
-            )
-        # JSON can spell half a surrogate pair, which is no character and which tokenizers refuse.
-        yield row["text"].encode("utf-8", "replace").decode()
-
-
-def _read_dataset(source: str | Path, limit_characters: int) -> Iterator[str]:
-    missing = f"No text can be read from {str(source)!r}: there is no such file or folder"
-    if isinstance(source, Path) or not _DATASET_NAME.fullmatch(source) or source.lower().endswith(_SUFFIXES):
-        raise StreamlineError(f"{missing}. Expected {_EXPECTED}. Check the spelling of the path.")
+def _read_dataset(source: str, missing: str, limit_characters: float) -> Iterator[str]:
     try:
         import datasets
     except ImportError as error:
@@ -176,7 +166,3 @@ def _read_dataset(source: str | Path, limit_characters: int) -> Iterator[str]:
             f"{missing}, and as a data set it cannot be loaded ({type(error).__name__}: {error}). "
             f"Expected {_EXPECTED}. Check the spelling, the network, or give a file."
         ) from error
-
-
-def _quoted(sources: Sequence[str | Path]) -> str:
-    return ", ".join(repr(str(source)) for source in sources) or "an empty list of sources"

@@ -1,0 +1,128 @@
+"""Tell whether a model keeps the documents of a packed row apart."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamline_hooks.batch import Batch, prepare
+from streamline_hooks.calibration.packing import beginnings
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.layouts import by_token
+from streamline_hooks.passes import forward_arguments, inference
+from streamline_hooks.recorder import HiddenStateRecorder
+
+_ROWS = 2  # more than one: some attentions know packed rows only in a batch of one
+
+
+def refuse_crossing(model: nn.Module, batches: Sequence[Batch], *, stack: str | None = None) -> None:
+    """Raise unless a model gives each document of packed rows the states that it has alone.
+
+    Two rows of one batch are run, those with the most pieces, and then each of their pieces alone. A model that takes
+    no positions, or makes nothing of where they begin again, mixes documents without a word: older families, relative
+    biases by place (ALiBi), state spaces and other recurrences.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    batches : sequence of mapping
+        Packed rows, see `packed_batches`: run as they are, since what a model respects may depend on lengths and on
+        the number of rows. Nothing is run where no row has two pieces.
+    stack : str, optional
+        Path of the stack, see `find_stack`.
+
+    Raises
+    ------
+    StreamlineError
+        Naming the model, the first block whose state differs, and by how much.
+
+    Examples
+    --------
+    >>> from streamline_hooks.calibration import packed_batches
+    >>> from streamline_hooks.testing import tiny_model
+    >>> batches = packed_batches([[[5, 6, 7], [8, 9]]], batch_size=1)
+    >>> refuse_crossing(tiny_model("llama"), batches)
+    >>> try:
+    ...     refuse_crossing(tiny_model("bloom"), batches)
+    ... except StreamlineError as error:
+    ...     print(error)
+    BloomForCausalLM does not keep the documents of a packed row apart: the state that leaves block 0 ...
+    """
+    rows = _most_divided(batches)
+    if rows is None:
+        return
+    name = type(model).__name__
+    advice = "Give it documents in rows of their own (batches_of) instead of packed ones."
+    if "position_ids" not in forward_arguments(model) and not _takes_anything(model):
+        raise StreamlineError(
+            f"{name} cannot be given packed rows: its forward takes no position_ids, by which documents are told "
+            f"apart. {advice}"
+        )
+    ids, starts = rows["input_ids"], beginnings(rows["position_ids"])
+    for row, own in enumerate(starts):
+        edges = [*own.nonzero().flatten().tolist(), len(own)]
+        for start, stop in pairwise(edges):
+            alone = _states(model, {"input_ids": ids[row : row + 1, start:stop]}, stack)
+            if row == start == 0:  # after one that is sure to run
+                packed = _packed_states(model, rows, stack, advice)
+            if len(alone) != len(packed):
+                raise StreamlineError(f"{name} calls its blocks another number of times on packed rows. {advice}")
+            for (k, state), (_, whole) in zip(alone, packed, strict=True):
+                difference, allowed = _compared(whole[row, start:stop], state[0])
+                if not difference <= allowed:
+                    raise StreamlineError(
+                        f"{name} does not keep the documents of a packed row apart: the state that leaves block {k} "
+                        f"for tokens {start} to {stop - 1} differs by {difference:.1e} of its size from that of the "
+                        f"same tokens alone, where rounding explains {allowed:.1e}. {advice}"
+                    )
+
+
+def _most_divided(batches: Sequence[Batch]) -> dict[str, Tensor] | None:
+    """The two rows of one batch that have the most pieces; None where none has two."""
+    best: tuple[int, Any] = (0, None)
+    for batch in batches:
+        if missing := {"input_ids", "position_ids"} - set(batch):
+            raise StreamlineError(
+                f"A batch holds {sorted(batch)} and no {' and no '.join(sorted(missing))}; expected packed rows. Make "
+                "them with packed_batches."
+            )
+        pieces = beginnings(batch["position_ids"]).sum(dim=1)
+        chosen = pieces.argsort(descending=True, stable=True)[:_ROWS]
+        if int(pieces.max()) > 1 and int(pieces[chosen].sum()) > best[0]:
+            best = int(pieces[chosen].sum()), {name: value[chosen] for name, value in batch.items()}
+    return best[1]
+
+
+def _packed_states(model: nn.Module, rows: Batch, stack: str | None, advice: str) -> list[tuple[int, Tensor]]:
+    try:
+        return _states(model, rows, stack)
+    except Exception as error:  # whatever a model makes of positions that it does not expect
+        raise StreamlineError(
+            f"{type(model).__name__} cannot be run on packed rows ({type(error).__name__}: {error}). {advice}"
+        ) from error
+
+
+def _states(model: nn.Module, batch: Batch, stack: str | None) -> list[tuple[int, Tensor]]:
+    """What leaves each block at each visit."""
+    record = HiddenStateRecorder(model, inputs=False, stop=True, stack=stack)
+    with inference(model), record:
+        record(**prepare(model, batch))
+        return [(k, by_token(state, record.stack[k])) for k in record.blocks for state in record.outputs[k]]
+
+
+def _compared(packed: Tensor, alone: Tensor) -> tuple[float, float]:
+    """The greatest relative difference of a token's state, and what rounding may make of it."""
+    epsilon = max(torch.finfo(alone.dtype).eps, torch.finfo(torch.float32).eps)  # norms are float32 at best
+    packed, alone = packed.cpu().double(), alone.cpu().double()
+    size = alone.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return float(((packed - alone).norm(dim=-1) / size).max()), min(0.1, 1e3 * epsilon)
+
+
+def _takes_anything(model: nn.Module) -> bool:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
