@@ -16,8 +16,8 @@ from torch import nn
 
 from streamline_hooks.calibration import TokenSplit
 from streamline_hooks.checkpoint import require_free, save
+from streamline_hooks.distributed import Together, failing_together, here
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
-from streamline_hooks.evaluation import perplexity
 from streamline_hooks.preparation import Preparation, prepare_compression
 from streamline_hooks.repair import Healing, Kind, Student, Trained, Training, kind_named, place, student_of, train
 from streamline_hooks.repair.branch_linear import replace_branches
@@ -29,10 +29,14 @@ from streamline_hooks.selection import (
     VerifiedSelection,
     criterion_named,
     find_selections,
-    perplexity_of_attempts,
     require_search,
     usual_criterion,
-    verified,
+)
+from streamline_hooks.shared_steps import (
+    perplexities_together,
+    perplexity_together,
+    prepared_alike,
+    verified_together,
 )
 from streamline_hooks.side_by_side import SideBySide
 from streamline_hooks.stack import find_stack
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@failing_together("compress")
 def compress(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -146,13 +151,25 @@ def compress(
     Raises
     ------
     StreamlineError
-        On anything that cannot work, before anything long is started where that can be known.
+        On anything that cannot work, before anything long is started where that can be known; of several processes in
+        all of them.
+
+    Notes
+    -----
+    Several processes (an initialised `torch.distributed` group) each hold the whole model, are given the same, and
+    end with the same model, to the bit. They share the profile, the moments, the judging, the training and the
+    perplexities, each sequence of which one of them runs. What is searched for, and what least squares comes to, is
+    taken from the first. It alone saves, reports, speaks and draws bars, and lets the models write and be timed, while
+    the others wait.
     """
+    work = Together("compress", here())
+    if work.processes.rank:
+        say = _nothing
     if output is not None:
-        require_free(output, overwrite)
+        work.of_first(lambda: require_free(output, overwrite))
     chosen = kind_named(kind)
     healed = Healing.parse(healing) if isinstance(healing, str) else healing
-    training = _kept_training(training, healed, resume, output)
+    training = work.of_first(lambda: _kept_training(training, healed, resume, output))
     named = criterion if isinstance(criterion, Criterion) else criterion_named(criterion or usual_criterion(search))
     if min(shortlist, batch_size, parts) < 1:
         raise StreamlineError(
@@ -182,6 +199,7 @@ def compress(
             test_tokens=test_tokens,
             test_documents=test_texts,
         )
+        ready = prepared_alike(work, ready)
     if output is not None:
         ready.require_writable()
     for line in ready.announcement(search, named.name, shortlist):
@@ -190,22 +208,25 @@ def compress(
     with clock("rank"):
         measured = profile or measure_profile(model, ready.calibration, keep=ready.protected, stack=path)
         asked = ready.question(criterion=named, profile=measured, best=shortlist, parts=parts, seed=seed)
-        found = find_selections(search, asked)
+        searched = find_selections(search, asked)
+        found = work.of_first(lambda: searched)
     with clock("verify"):
-        judged = verified(model, found, ready.fit, ready.held_out, ready.validation, kind=chosen, stack=path)
+        judged = verified_together(work, model, found, ready)
     for line in findings(judged):
         say(line)
-    best = _first_that_can_go(model, judged, path, say)
+    best = judged[work.of_first(lambda: _place_of(_first_that_can_go(model, judged, path, say), judged))]
     first = next(one for one in judged if (one.windows, one.silenced) == (found[0].windows, found[0].silenced))
     with clock("measure"):
-        perplexities = _perplexities(ready, best, first, fitted=training is not None)
+        perplexities = _perplexities(work, ready, best, first, fitted=training is not None)
     student, trained = None, None
     if training is not None:
         with clock("train"):
             student, trained = _train(ready, best, training, healed, resume, say)
     with clock("compare"):
-        beside = SideBySide(model, tokenizer, ready.test, say) if side_by_side else None
-        speed = None if beside is None else beside.speed(partial(_carry_out, selection=best), path)
+        writes = side_by_side and work.processes.rank == 0
+        beside = SideBySide(model, tokenizer, ready.test, say) if writes else None
+        change = partial(_carry_out, selection=best)
+        speed = work.of_first(lambda: None if beside is None else beside.speed(change, path))
     with clock("measure"):
         before = _sizes(model)
         test, data, size = ready.test, _data(ready.split, seed), ready.size
@@ -218,9 +239,9 @@ def compress(
             student.settle()
         repaired = best.maps or any(repair.stand_in is not None for repair in best.repairs)
         label = "trained" if trained is not None else "repaired" if repaired else "removed"
-        perplexities[label] = perplexity(model, test, "perplexity").value
+        perplexities[label] = perplexity_together(work, model, test).value
     with clock("compare"):
-        samples = [] if beside is None else beside.samples()
+        samples = work.of_first(lambda: [] if beside is None else beside.samples())
     after = _sizes(model)
     result = CompressionResult(
         model=model,
@@ -234,7 +255,7 @@ def compress(
         perplexities={name: perplexities[name] for name in LABELS if name in perplexities},
         parameters=(before[0], after[0]),
         size_in_bytes=(before[1], after[1]),
-        seconds=clock.seconds,
+        seconds=work.of_first(lambda: clock.seconds),
         peak_memory=_peak_memory(),
         data=data,
         profile=measured,
@@ -244,13 +265,29 @@ def compress(
     )
     if output is not None:
         with clock("save"):
-            result.folder = save(model, output, tokenizer=tokenizer, report=result.report(), overwrite=overwrite)
-        if training is not None and trained is not None and training.keep_in == _training_file(output):
-            if trained.stopped.startswith("interrupted"):
-                say(f"{training.keep_in} is left to go on from, with resume and overwrite.")
-            else:
-                training.keep_in.unlink(missing_ok=True)  # the weights are in the folder now
+            result.folder = work.of_first(lambda: _save(result, output, overwrite, training, say))
     return result
+
+
+def _save(
+    result: CompressionResult,
+    output: str | Path,
+    overwrite: bool,
+    training: Training | None,
+    say: Callable[[str], None],
+) -> Path:
+    """Write the model, and take away what a training was to be gone on from."""
+    folder = save(result.model, output, tokenizer=result.tokenizer, report=result.report(), overwrite=overwrite)
+    if training is not None and result.training is not None and training.keep_in == _training_file(output):
+        if result.training.stopped.startswith("interrupted"):
+            say(f"{training.keep_in} is left to go on from, with resume and overwrite.")
+        else:
+            training.keep_in.unlink(missing_ok=True)  # the weights are in the folder now
+    return folder
+
+
+def _nothing(line: str) -> None:
+    """Say nothing: the first process does."""
 
 
 def _training_file(output: str | Path) -> Path:
@@ -333,6 +370,10 @@ def _first_that_can_go(
     raise refusal
 
 
+def _place_of(one: VerifiedSelection, judged: list[VerifiedSelection]) -> int:
+    return next(k for k, other in enumerate(judged) if other is one)
+
+
 def _carry_out(surgeon: LayerSurgeon, selection: VerifiedSelection) -> None:
     if selection.refused:
         raise UnsupportedSurgery(selection.refused)
@@ -344,7 +385,7 @@ def _carry_out(surgeon: LayerSurgeon, selection: VerifiedSelection) -> None:
 
 
 def _perplexities(
-    ready: Preparation, best: VerifiedSelection, first: VerifiedSelection, fitted: bool
+    work: Together, ready: Preparation, best: VerifiedSelection, first: VerifiedSelection, fitted: bool
 ) -> dict[str, float]:
     """Of the original, of the chosen selection without its repair, and of the search's first if that is another.
 
@@ -359,7 +400,7 @@ def _perplexities(
         if first.maps or any(stand_in is not None for stand_in in repaired):
             wanted["first_repaired"] = Attempt(first, repaired, first.maps)
     what = f"perplexity of the original and {len(wanted)} others"
-    original, each = perplexity_of_attempts(ready.stack, ready.test, list(wanted.values()), what)
+    original, each = perplexities_together(work, ready, list(wanted.values()), what)
     return {"original": original.value, **{name: p.value for name, p in zip(wanted, each, strict=True)}}
 
 

@@ -6,6 +6,7 @@ import sys
 
 from torch import nn
 
+from streamline_hooks.distributed import shards_may_be_operated_on
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 
 _WRAPPERS = {
@@ -61,6 +62,8 @@ def refuse_wrapped(model: nn.Module) -> None:
     for module in model.modules():
         names = {f"{c.__module__}.{c.__name__}" for c in type(module).__mro__}
         for wrapper, advice in _WRAPPERS.items():
+            if wrapper == "FSDPModule" and shards_may_be_operated_on():
+                continue
             if any(name.startswith("torch.") and name.endswith(f".{wrapper}") for name in names):
                 raise StreamlineError(
                     f"{type(model).__name__} is {advice} already. Surgery comes before wrapping: operate on the plain "

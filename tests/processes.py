@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +22,62 @@ def in_a_new_process(code: str, *args: Any, check: bool = True) -> subprocess.Co
     )
 
 
-def in_two_processes(code: str, folder: Path) -> list[dict[str, Any]]:
-    """Run code in two processes of one group; it finds its ``rank`` and ``folder``, and fills ``said``.
+def in_processes(code: str, folder: Path, count: int = 2, *args: Any, timeout: float = 240.0) -> list[dict[str, Any]]:
+    """Run code in processes of one group; it finds ``rank``, ``count``, ``folder``, ``args``, and fills ``said``.
 
     Returns
     -------
     list of dict
-        What each process said.
+        What each process said, by rank. Where one fails, what it wrote is shown, and none is left behind.
     """
     whole = "\n".join(map(textwrap.dedent, (_BEFORE, code, _AFTER)))
-    with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(in_a_new_process, whole, rank, folder) for rank in range(2)]
-        return [json.loads(run.result().stdout.splitlines()[-1]) for run in runs]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    runs = []
+    try:
+        for rank in range(count):
+            command = [sys.executable, "-c", whole, *map(str, (rank, count, folder, *args))]
+            out, err = ((folder / f"process-{rank}.{kind}").open("w+") for kind in ("out", "err"))
+            run = subprocess.Popen(command, stdout=out, stderr=err, env=environment, cwd=ROOT)
+            runs.append((run, out, err))
+        ends = time.monotonic() + timeout
+        while any(run.poll() is None for run, _, _ in runs) and time.monotonic() < ends:
+            if any(run.poll() for run, _, _ in runs):  # one has failed: the others notice soon, or never
+                ends = min(ends, time.monotonic() + 10.0)
+            time.sleep(0.05)
+    finally:
+        for run, _, _ in runs:
+            run.kill()
+            run.wait()
+    texts = []
+    for _, out, err in runs:
+        with out, err:
+            out.seek(0)
+            err.seek(0)
+            texts.append((out.read(), err.read()))
+    for rank, (run, (_, told)) in enumerate(zip((run for run, _, _ in runs), texts, strict=True)):
+        assert run.returncode == 0, f"process {rank} of {count} ended with {run.returncode}:\n{told[-6000:]}"
+    return [json.loads(text.splitlines()[-1]) for text, _ in texts]
+
+
+def in_two_processes(code: str, folder: Path) -> list[dict[str, Any]]:
+    """Run code in two processes of one group, see `in_processes`."""
+    return in_processes(code, folder)
 
 
 _LONGEST = 600  # seconds
 _BEFORE = """
-    import json, os, sys, warnings
+    import datetime, json, os, sys, warnings
     import torch
     import torch.distributed as dist
 
     warnings.simplefilter("ignore")
-    rank, folder, said = int(sys.argv[1]), sys.argv[2], {}
+    rank, count, folder, args, said = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:], {}
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    patience = datetime.timedelta(seconds=120)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count, timeout=patience
+    )
 """
 # Gloo's last work may be given back by a thread of its own, which then waits for the one that waits for it.
 _AFTER = """

@@ -25,6 +25,7 @@ from streamline_hooks.cli.options import (
     Tokens,
 )
 from streamline_hooks.cli.page import write_page
+from streamline_hooks.cli.processes import launched
 from streamline_hooks.errors import StreamlineError
 
 LEARNING_RATE = 1e-3
@@ -107,89 +108,103 @@ def compress(
     its own. The best one is trained, if that is asked for, and saved, with report.json and a page, report.html, beside
     it. A training is kept beside the folder every few minutes, until the folder is written.
 
+    Several processes share the work and come to the same model: torchrun --nproc-per-node=2 --no-python
+    streamline-hooks compress ... starts them.
+
     Example: streamline-hooks compress smollm2 --remove 0.25 --output smollm2-small
     """
     from streamline_hooks.checkpoint import require_free
     from streamline_hooks.compress import compress as run
+    from streamline_hooks.distributed import together
     from streamline_hooks.preparation import prepare_compression
     from streamline_hooks.repair import kind_named
     from streamline_hooks.selection import Target, criterion_named, require_search, usual_criterion
     from streamline_hooks.statistics import Profile
 
-    require_free(output, overwrite)
-    criterion = criterion or usual_criterion(search)
-    kind, training, healing = _recipe(kind, preset, objective, heal, epochs, learning_rate, autocast, seed)
-    kind_named(kind)
-    target = Target.parse(remove)
-    require_search(search, criterion_named(criterion), target)
-    blocks = block_numbers(keep)
-    profile = Profile.load(profile_file) if profile_file is not None else None
-    sources = calibration or ["pydoc"]
-    if dry_run and "self" in sources:
-        raise StreamlineError("A dry run writes no text, so that --calibration self has none; give text that is there.")
-    documents = [] if "self" in sources else documents_of(sources)
-    test_documents = documents_of(test) if test else None
-    loaded, tokenizer = load_model(model)
-    if "self" in sources:
-        documents = own_text(
+    with launched() as speaks, together("the command compress") as work:
+        say = typer.echo if speaks else _nothing
+        require_free(output, overwrite)
+        criterion = criterion or usual_criterion(search)
+        kind, training, healing = _recipe(kind, preset, objective, heal, epochs, learning_rate, autocast, seed)
+        kind_named(kind)
+        target = Target.parse(remove)
+        require_search(search, criterion_named(criterion), target)
+        blocks = block_numbers(keep)
+        profile = Profile.load(profile_file) if profile_file is not None else None
+        sources = calibration or ["pydoc"]
+        if dry_run and "self" in sources:
+            raise StreamlineError(
+                "A dry run writes no text, so that --calibration self has none; give text that is there."
+            )
+        documents = [] if "self" in sources else documents_of(sources)
+        test_documents = documents_of(test) if test else None
+        loaded, tokenizer = load_model(model)
+        if "self" in sources:
+            needed = calibration_tokens + validation_tokens + (0 if test else test_tokens)
+            options: dict[str, Any] = {
+                "tokens": needed,
+                "sequence_length": sequence_length,
+                "seed": seed,
+                "cache": output.parent,
+            }
+            documents = work.of_first(lambda: own_text(loaded, tokenizer, sources, **options))
+        split: dict[str, Any] = {
+            "seed": seed,
+            "sequence_length": sequence_length,
+            "calibration_tokens": calibration_tokens,
+            "validation_tokens": validation_tokens,
+            "test_tokens": test_tokens,
+        }
+        shared: dict[str, Any] = {
+            "remove": target,
+            "kind": kind,
+            "search": search,
+            "parts": parts,
+            "keep": blocks,
+            "batch_size": batch_size,
+            "stack": stack,
+            "say": say,
+            **split,
+        }
+        if dry_run and speaks:
+            ready = prepare_compression(loaded, tokenizer, documents, test_documents=test_documents, **shared)
+            ready.require_writable()
+            for line in ready.announcement(search, criterion, shortlist):
+                typer.echo(line)
+            costs = ready.costs(shortlist, profile is not None, training, healing)
+            typer.echo("")
+            for cost in costs:
+                typer.echo(str(cost))
+            seconds, most = sum(cost.seconds for cost in costs), max(cost.bytes for cost in costs)
+            typer.echo(f"in all about {seconds:.0f} s, at most {most / 1e9:.2f} GB above the model")
+            if search not in ("window", "disjoint", "one-shot", "mixed") or criterion_named(criterion).needs == "model":
+                typer.echo(
+                    f"The {search} search by {criterion} runs the model besides; its own bars say what that costs."
+                )
+        if dry_run:
+            return
+        result = run(
             loaded,
             tokenizer,
-            sources,
-            tokens=calibration_tokens + validation_tokens + (0 if test else test_tokens),
-            sequence_length=sequence_length,
-            seed=seed,
-            cache=output.parent,
+            documents,
+            training=training,
+            healing=healing,
+            resume=resume,
+            criterion=criterion,
+            profile=profile,
+            test_texts=test_documents,
+            shortlist=shortlist,
+            output=output,
+            overwrite=overwrite,
+            **shared,
         )
-    split: dict[str, Any] = {
-        "seed": seed,
-        "sequence_length": sequence_length,
-        "calibration_tokens": calibration_tokens,
-        "validation_tokens": validation_tokens,
-        "test_tokens": test_tokens,
-    }
-    shared: dict[str, Any] = {
-        "remove": target,
-        "kind": kind,
-        "search": search,
-        "parts": parts,
-        "keep": blocks,
-        "batch_size": batch_size,
-        "stack": stack,
-        "say": typer.echo,
-        **split,
-    }
-    if dry_run:
-        ready = prepare_compression(loaded, tokenizer, documents, test_documents=test_documents, **shared)
-        ready.require_writable()
-        for line in ready.announcement(search, criterion, shortlist):
-            typer.echo(line)
-        costs = ready.costs(shortlist, profile is not None, training, healing)
-        typer.echo("")
-        for cost in costs:
-            typer.echo(str(cost))
-        seconds, most = sum(cost.seconds for cost in costs), max(cost.bytes for cost in costs)
-        typer.echo(f"in all about {seconds:.0f} s, at most {most / 1e9:.2f} GB above the model")
-        if search not in ("window", "disjoint", "one-shot", "mixed") or criterion_named(criterion).needs == "model":
-            typer.echo(f"The {search} search by {criterion} runs the model besides; its own bars say what that costs.")
-        return
-    result = run(
-        loaded,
-        tokenizer,
-        documents,
-        training=training,
-        healing=healing,
-        resume=resume,
-        criterion=criterion,
-        profile=profile,
-        test_texts=test_documents,
-        shortlist=shortlist,
-        output=output,
-        overwrite=overwrite,
-        **shared,
-    )
-    typer.echo()
-    typer.echo(result.table())
-    typer.echo(write_page(output, result.title, compression=result.report()))
+        page = work.of_first(lambda: write_page(output, result.title, compression=result.report()))
+        for line in ("", result.table(), page):
+            say(line)
+
+
+def _nothing(line: str = "") -> None:
+    """Say nothing: the first process does."""
 
 
 def _recipe(

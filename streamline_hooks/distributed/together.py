@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from streamline_hooks.digests import batches_digest
-from streamline_hooks.distributed.processes import Processes, here
+from streamline_hooks.distributed.processes import Processes, alone, here
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 
 _T = TypeVar("_T")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class Failure(NamedTuple):
@@ -89,9 +92,39 @@ class Together:
             return [mine]
         return self._exchange(None, mine)
 
+    def of_first(self, make: Callable[[], _T]) -> _T:
+        """Let the first process make something by itself, and give it to all; the others wait for it.
+
+        Parameters
+        ----------
+        make : callable
+            Called in the first process only, inside `alone`. What it gives is sent as it is pickled.
+
+        Raises
+        ------
+        StreamlineError
+            In every process, as `tell`; so if `make` raises.
+        """
+        if self.processes.count == 1:
+            return make()
+        if self.processes.rank == 0:
+            with alone():
+                made = [make()]
+        else:
+            made = [None]  # type: ignore[list-item]
+        self.tell(None)  # from here on nothing fails
+        self._guarded(lambda: torch.distributed.broadcast_object_list(made, src=0))
+        return made[0]
+
+    def take_over(self, tensors: Iterable[Tensor]) -> None:
+        """Give tensors, in place, the values that they have in the first process; shapes and dtypes are the same."""
+        if self.processes.count > 1:
+            for tensor in tensors:
+                self._in_place(tensor, lambda sent: torch.distributed.broadcast(sent, src=0))
+
     def fail(self, error: Exception) -> None:
         """Tell the others that this process cannot go on, which raises in all of them; in the only one do nothing."""
-        if not self._ended:
+        if not self._ended and self.what not in _known_at(error):
             self._exchange(Failure.of(error, self._note), None)
 
     def summed(self, values: Tensor) -> Tensor:
@@ -105,6 +138,11 @@ class Together:
     def largest(self, values: Tensor) -> Tensor:
         """Give the greatest values over the processes; see `summed`."""
         return self._reduced(values, "MAX")
+
+    def add_up(self, values: Tensor) -> None:
+        """Do as `summed` in place, and on the tensor's own device where the process group works there."""
+        if self.processes.count > 1:
+            self._in_place(values, lambda sent: _to_first_and_back(sent, "SUM"))
 
     def _require_same(self, first: Mapping[str, str], other: int, its: Mapping[str, str]) -> None:
         differ = [f"{name} ({first[name]} and {its.get(name)})" for name in first if first[name] != its.get(name)]
@@ -123,40 +161,43 @@ class Together:
         failures = {rank: failed for rank, (_, failed, _) in enumerate(everybody) if failed is not None}
         if failures:
             self._ended = True
-            raise failure_of_all(failures, self.processes.count)
+            raise _known(failure_of_all(failures, self.processes.count), {steps[rank] for rank in failures})
         if len(set(steps)) > 1:
             self._ended = True
-            raise StreamlineError(
+            error = StreamlineError(
                 f"The processes are not at the same step: {', '.join(f'{r} at {s}' for r, s in enumerate(steps))}. "
                 "Every process has to make the same calls in the same order; what only one is to do goes into "
                 "streamline_hooks.distributed.alone()."
             )
+            raise _known(error, _EVERYWHERE)
         return [told for _, _, told in everybody]
 
     def _reduced(self, values: Tensor, operation: str) -> Tensor:
         if self.processes.count == 1:
             return values
-        distributed = torch.distributed
         sent = values.detach().to(_device_for(values.device), copy=True).contiguous()
-
-        def reduce() -> None:
-            distributed.reduce(sent, dst=0, op=getattr(distributed.ReduceOp, operation))
-            distributed.broadcast(sent, src=0)
-
-        self._guarded(reduce)
+        self._guarded(lambda: _to_first_and_back(sent, operation))
         return sent.to(values.device)
+
+    def _in_place(self, values: Tensor, collective: Callable[[Tensor], Any]) -> None:
+        home = values.detach()
+        sent = home.to(_device_for(home.device, stay=True)).contiguous()
+        self._guarded(lambda: collective(sent))
+        if sent is not home:
+            home.copy_(sent)
 
     def _guarded(self, collective: Callable[[], Any]) -> None:
         try:
             collective()
         except RuntimeError as error:  # what every backend raises for a peer that is gone, and for a time-out
             self._ended = True
-            raise StreamlineError(
+            lost = StreamlineError(
                 f"Process {self.processes.rank} of {self.processes.count} has lost the others in {self.what}: "
                 f"{str(error).strip().splitlines()[0]}. One of them has ended or hangs, or did not call {self.what} at "
                 "all (what only one is to do goes into streamline_hooks.distributed.alone()). See what the others "
                 "wrote, and start all of them again."
-            ) from error
+            )
+            raise _known(lost, _EVERYWHERE) from error
 
 
 @contextmanager
@@ -172,8 +213,8 @@ def together(what: str) -> Iterator[Together]:
     ------
     Together
         Whatever is raised inside is told to the others when they next exchange something, which they have to do once
-        after the part that may fail. Only an exception that is no `Exception`, such as Ctrl-C, is not told: such a
-        process ends, which the others notice.
+        after the part that may fail, be it in a step inside this one. Only an exception that is no `Exception`, such as
+        Ctrl-C, is not told: such a process ends, which the others notice.
 
     Raises
     ------
@@ -199,6 +240,31 @@ def together(what: str) -> Iterator[Together]:
         except StreamlineError as told:
             raise told from error
         raise
+
+
+def failing_together(what: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Make a function one step, see `together`: if it raises in one process, it does so in all.
+
+    Inside it, ``Together(what, here())`` is what the processes exchange something by.
+
+    Examples
+    --------
+    >>> @failing_together("halve")
+    ... def halve(number):
+    ...     return Together("halve", here()).of_first(lambda: number / 2)
+    >>> halve(3)
+    1.5
+    """
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(function)
+        def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            with together(what):
+                return function(*args, **kwargs)
+
+        return run
+
+    return decorate
 
 
 def failure_of_all(failures: Mapping[int, Failure], count: int) -> StreamlineError:
@@ -231,9 +297,48 @@ def failure_of_all(failures: Mapping[int, Failure], count: int) -> StreamlineErr
     return StreamlineError(text)
 
 
-def _device_for(home: torch.device) -> torch.device:
-    """Where the process group works: on the CPU where it can, else where the values are, or on its own device."""
+_KNOWN = "_streamline_known_at"
+
+
+class _Everywhere(frozenset[str]):
+    """Contains any step."""
+
+    def __contains__(self, step: object) -> bool:
+        return True
+
+
+_EVERYWHERE = _Everywhere()
+
+
+def _known(error: StreamlineError, steps: Set[str]) -> StreamlineError:
+    """Note at which steps an error needs no telling any more: those at which a process that raised it has left them.
+
+    Where one step is inside another, a process that fails in the outer one is heard by the others in the inner one.
+    They must not tell the outer one of it then: nobody is there any more.
+    """
+    setattr(error, _KNOWN, steps)
+    return error
+
+
+def _known_at(error: Exception) -> Set[str]:
+    steps: Set[str] = getattr(error, _KNOWN, frozenset())
+    return steps
+
+
+def _to_first_and_back(values: Tensor, operation: str) -> None:
+    distributed = torch.distributed
+    distributed.reduce(values, dst=0, op=getattr(distributed.ReduceOp, operation))
+    distributed.broadcast(values, src=0)
+
+
+def _device_for(home: torch.device, stay: bool = False) -> torch.device:
+    """Where the process group works: on the CPU where it can, else where the values are, or on its own device.
+
+    With `stay` it is where the values are, if it works there.
+    """
     devices = [part.partition(":")[0] for part in str(torch.distributed.get_backend_config()).split(",")]
+    if stay and home.type in devices:
+        return home
     if "cpu" in devices:
         return torch.device("cpu")
     return home if home.type in devices else torch.device(devices[0])

@@ -15,6 +15,7 @@ from streamline_hooks.batch import Batch, prepare
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.candidates import Candidate, candidate_logits
 from streamline_hooks.passes import inference, logits_of, progress
+from streamline_hooks.predicted import predicted_tokens
 
 _TOKENS_AT_ONCE = 32  # few enough for the processor's cache, at any vocabulary
 
@@ -72,7 +73,8 @@ def perplexity(model: nn.Module, batches: Sequence[Batch | Tensor], what: str = 
     with inference(model), progress(sum(i.numel() for i in ids), what) as bar:
         for batch, tokens in zip(batches, ids, strict=True):
             given = prepare(model, batch)
-            total += score(logits_of(model(**given)), given["input_ids"], given.get("attention_mask"))
+            mask, positions = given.get("attention_mask"), given.get("position_ids")
+            total += score(logits_of(model(**given)), given["input_ids"], mask, positions)
             bar.update(tokens.numel())
     return total
 
@@ -95,13 +97,14 @@ def perplexity_of_candidates(
     total, each = Perplexity(), [Perplexity()] * len(candidates)
     for batch, mask, original, logits in candidate_logits(model, batches, candidates, what, stack):
         ids = input_ids(batch).to(original.device)
-        total += score(original, ids, mask)
-        each = [sum_ + score(other, ids, mask) for sum_, other in zip(each, logits, strict=True)]
+        positions = None if isinstance(batch, Tensor) else batch.get("position_ids")
+        total += score(original, ids, mask, positions)
+        each = [sum_ + score(other, ids, mask, positions) for sum_, other in zip(each, logits, strict=True)]
     return total, each
 
 
-def score(logits: Tensor, ids: Tensor, mask: Tensor | None) -> Perplexity:
-    """Negative log-likelihood of each real token that has a real one before it.
+def score(logits: Tensor, ids: Tensor, mask: Tensor | None, positions: Tensor | None = None) -> Perplexity:
+    """Negative log-likelihood of each real token that has a real one of the same document before it.
 
     Parameters
     ----------
@@ -111,9 +114,11 @@ def score(logits: Tensor, ids: Tensor, mask: Tensor | None) -> Perplexity:
         Token numbers of shape (batch, tokens).
     mask : torch.Tensor, optional
         The real tokens, of shape (batch, tokens).
+    positions : torch.Tensor, optional
+        Of shape (batch, tokens); where they begin again, another document does (`predicted_tokens`).
     """
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
-    predicted = (real[:, 1:] & real[:, :-1]).to(logits.device)
+    predicted = predicted_tokens(real, positions).to(logits.device)
     targets = torch.where(predicted, ids[:, 1:].to(logits.device), UNCOUNTED)
     return Perplexity(sum(negative_log_likelihoods(logits[:, :-1], targets)), int(predicted.sum()))
 

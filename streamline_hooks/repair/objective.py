@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.predicted import predicted_tokens
 
 _TOKENS_AT_ONCE = 64  # few enough for the processor's cache, at any vocabulary
 
@@ -121,7 +122,14 @@ class Objective:
                 total = total + self.cosine * (1.0 - cosine_similarity(a, b, dim=-1)).sum()
         return total / max(1, len(repaired))
 
-    def of_logits(self, repaired: Tensor, original: Tensor | None, ids: Tensor | None, mask: Tensor) -> Tensor:
+    def of_logits(
+        self,
+        repaired: Tensor,
+        original: Tensor | None,
+        ids: Tensor | None,
+        mask: Tensor,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """The part of the loss that compares what is said, summed over tokens.
 
         Parameters
@@ -132,6 +140,8 @@ class Objective:
             The text, of shape (batch, tokens); for the LM loss alone.
         mask : torch.Tensor
             The real tokens, of shape (batch, tokens).
+        positions : torch.Tensor, optional
+            Of shape (batch, tokens); the LM loss leaves out the first token of each document of a packed row.
         """
         total = torch.zeros((), device=repaired.device)
         if self.kl:
@@ -139,7 +149,7 @@ class Objective:
             total = total + self.kl * summed_kl(_real(repaired, mask), _real(original, mask))
         if self.lm:
             assert ids is not None
-            predicted = mask[:, 1:] & mask[:, :-1]
+            predicted = predicted_tokens(mask, positions)
             nll = cross_entropy(repaired[:, :-1][predicted].float(), ids[:, 1:][predicted], reduction="sum")
             total = total + self.lm * nll
         return total

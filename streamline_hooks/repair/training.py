@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks.distributed import Together, is_sharded, surgery_on_shards, together
+from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.repair.frozen_products import narrowed_once
 from streamline_hooks.repair.objective import Objective
 from streamline_hooks.repair.settings import Trained, Training
+from streamline_hooks.repair.share import Share
+from streamline_hooks.repair.stand_in import blocks_of
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import TaughtStates, taught_states
 from streamline_hooks.repair.training_loop import Loop
@@ -43,10 +47,11 @@ def train(
         Other text, to choose the best weights by.
     settings : Training, optional
     taught : TaughtStates, optional
-        What the original does on these batches, where it is known already, see `taught_states`.
+        What the original does on these batches, where it is known already, see `taught_states`; on all of them, also
+        where several processes train.
     resume : bool
         Go on from `settings.keep_in`. On a CPU the weights come out as they would have without the interruption, to
-        the bit.
+        the bit, if there are as many processes as before.
     say : callable
         Receives lines about what happens.
 
@@ -57,21 +62,51 @@ def train(
     Raises
     ------
     StreamlineError
-        If there is nothing to train or to train on, or what is resumed is another training.
+        If there is nothing to train or to train on, or what is resumed is another training; or, of several processes,
+        in all of them if one fails, is gone, or was given something else.
 
     Notes
     -----
     Ctrl-C ends the training and keeps the best weights so far, and so does a loss that is not finite; `Trained.stopped`
     says so. Where a GPU runs out of memory, batches are run in halves from then on, with the same steps.
+
+    Several processes (an initialised `torch.distributed` group) are each given everything and make the same steps as
+    one, each on its sequences of every batch: the loss is the mean over the real tokens of all, gradients are added up
+    before they are clipped, and all begin with the first process's weights and end with the same ones, to the bit.
+    Against one process that is another order of summing. The first process alone writes the file, draws the bar and
+    says anything; the file can be gone on from with any number of processes. The random numbers of dropout follow from
+    the seed, the step and the process's number, so that a training that uses any is another one with another number
+    of processes. Ctrl-C in one process stops all after the same step.
+
+    The model may be sharded by ``fully_shard`` (FSDP2), its blocks and the whole: what is trained is then a module of
+    its own, which every process holds whole. Where a process has no sequence of a batch, it runs one along that
+    counts for nothing, since the forwards wait for one another. Batches are not run in halves then.
     """
-    settings = settings or Training()
+    with together("train") as work:
+        return _train(student, batches, validation, settings or Training(), taught, resume, say, work)
+
+
+def _train(
+    student: Student,
+    batches: Sequence[Batch | Tensor],
+    validation: Sequence[Batch | Tensor],
+    settings: Training,
+    taught: TaughtStates | None,
+    resume: bool,
+    say: Callable[[str], None],
+    work: Together,
+) -> Trained:
     if not batches or not validation:
         raise StreamlineError(
             f"A training takes batches to train and others to validate on; got {len(batches)} and {len(validation)}."
         )
     if resume and settings.keep_in is None:
         raise StreamlineError("Nothing says where the training to resume was kept; name the file (keep_in).")
+    sharded = is_sharded(student.model)
     with ExitStack() as exits:
+        if sharded:
+            _require_whole(student)
+            exits.enter_context(surgery_on_shards())
         exits.enter_context(student.without_dropout())
         exits.enter_context(student.trained_alone())
         if not student.parameters():
@@ -84,12 +119,23 @@ def train(
         exits.enter_context(narrowed_once([student.model, *placed], settings.autocast))
         compared = tuple(student.windows) if settings.objective.needs_states else ()
         logits = settings.objective.needs_original_logits
+        shares = Share.of(batches, work.processes, sharded), Share.of(validation, work.processes, sharded)
         if taught is None:
             with settings.products(next(student.model.parameters()).device):
-                taught = exits.enter_context(_taught(student, batches, compared, logits, settings, "original"))
-        _require_fitting(taught, student, batches, compared, logits)
-        apart = exits.enter_context(_taught(student, validation, (), True, settings, "original, validation"))
-        return Loop(student, batches, validation, taught.batches, apart.batches, settings, say).run(resume)
+                own = list(shares[0].batches.values())
+                mine = exits.enter_context(_taught(student, own, compared, logits, settings, "original")).batches
+        else:
+            _require_fitting(taught, student, batches, compared, logits)
+            mine = shares[0].of_taught(taught.batches)
+        own = list(shares[1].batches.values())
+        apart = exits.enter_context(_taught(student, own, (), True, settings, "original, validation")).batches
+        told = say if work.processes.rank == 0 else _nothing
+        more: dict[str, Any] = {"shares": shares, "work": work, "sharded": sharded}
+        return Loop(student, batches, validation, mine, apart, settings, told, **more).run(resume)
+
+
+def _nothing(line: str) -> None:
+    """Say nothing: the first process does."""
 
 
 def _taught(
@@ -111,6 +157,24 @@ def _taught(
         memory=settings.memory,
         what=what,
     )
+
+
+def _require_whole(student: Student) -> None:
+    """Raise where what is trained is, or would change, a part of a sharded model."""
+    kinds = [
+        type(one).__name__
+        for _, one in student.stand_ins
+        if one is not None
+        and (not isinstance(one, nn.Module) or is_sharded(one) or bool(blocks_of(student.stack, one)))
+    ]
+    kinds += ["healing"] if student.copies or student.outside else []
+    if kinds:
+        raise UnsupportedSurgery(
+            f"{type(student.model).__name__} is sharded by fully_shard, and what is to be trained ({kinds[0]}) is made "
+            "of its blocks or changes them, of which no process has the whole. Train a module of its own (linear, mlp, "
+            "swiglu, or yours), or shard nothing.",
+            "sharded",
+        )
 
 
 def _require_reached(student: Student, objective: Objective) -> None:

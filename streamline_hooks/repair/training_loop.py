@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.batch import Batch, device_of, real_tokens, tokens_of
+from streamline_hooks.batch import Batch, device_of, tokens_of
+from streamline_hooks.digests import batches_digest
+from streamline_hooks.distributed import Interrupts, Processes, Together, noted_interrupts, sequences_of
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.passes import progress
+from streamline_hooks.repair.course import Course
+from streamline_hooks.repair.forwards import Forwards
 from streamline_hooks.repair.master_weights import MasterWeights
-from streamline_hooks.repair.objective import summed_kl
 from streamline_hooks.repair.settings import Trained, Training
+from streamline_hooks.repair.share import Share, add_gradients_up
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import Taught
 from streamline_hooks.repair.training_state import (
@@ -28,9 +31,32 @@ from streamline_hooks.repair.training_state import (
     write_state,
 )
 
+_T = TypeVar("_T")
 
-class Loop:
-    """One training on its way."""
+
+class _AllInterrupted(BaseException):
+    """All processes have agreed to stop, since one of them was asked to."""
+
+
+class Loop(Forwards):
+    """One training on its way, in one process or in several that make the same steps.
+
+    Parameters
+    ----------
+    student : Student
+    batches, validation : sequence of mapping or torch.Tensor
+        All of them, in every process.
+    taught, validation_taught : list of Taught
+        What the original does on this process's share of each, a batch of the share each.
+    settings : Training
+    say : callable
+    shares : pair of Share, optional
+        This process's part of the batches and of the validation; by default all.
+    work : Together, optional
+        What the processes exchange; by default there is one.
+    sharded : bool
+        Whether forwards of the processes wait for one another, so that each has to make as many.
+    """
 
     def __init__(
         self,
@@ -41,16 +67,28 @@ class Loop:
         validation_taught: list[Taught],
         settings: Training,
         say: Callable[[str], None],
+        *,
+        shares: tuple[Share, Share] | None = None,
+        work: Together | None = None,
+        sharded: bool = False,
     ) -> None:
         from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup  # late: it brings in much
 
         self.student, self.batches, self.validation, self.settings, self.say = (
             student, batches, validation, settings, say,
         )  # fmt: skip
-        self.taught, self.validation_taught = taught, validation_taught
+        self.work = work or Together("train", Processes())
+        self.share, self.validation_share = shares or (Share.whole(batches), Share.whole(validation))
+        self.taught = dict(zip(self.share.batches, taught, strict=True))
+        self.validation_taught = dict(zip(self.validation_share.batches, validation_taught, strict=True))
+        self.sharded = sharded
+        self.interrupts = Interrupts()
         self.parameters = student.parameters()
+        self.fingerprint = fingerprint(settings, student, self.parameters, [*batches, *validation])
+        self._require_one_training()
         self.device = device_of(student.model)
-        self.steps = settings.epochs * math.ceil(len(batches) / settings.accumulation)
+        self.course = Course(settings, len(batches))
+        self.steps = self.course.steps
         self.weights = MasterWeights(self.parameters)
         self.optimiser = torch.optim.AdamW(self._groups(), lr=settings.learning_rate, betas=settings.betas)
         self.schedule: Any = get_cosine_with_min_lr_schedule_with_warmup(
@@ -64,8 +102,17 @@ class Loop:
         self.history: list[dict[str, Any]] = []
         self.losses: list[tuple[float, int]] = []
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.rows = max(len(taught.entrance) for taught in self.taught)
-        self.fingerprint = fingerprint(settings, student, self.parameters, [*batches, *validation])
+        self.rows = max(sequences_of(batch) for batch in batches)
+        self.longest = max(self.work.tell(self.share.longest))
+
+    def _require_one_training(self) -> None:
+        """Let every process begin with the first one's weights, once it is sure that they train the same."""
+        if any(other != self.fingerprint for other in self.work.tell(self.fingerprint)):
+            raise StreamlineError(
+                f"The {self.work.processes.count} processes are not at the same training: their text, windows, "
+                "settings or models differ. Give every process the same, and all batches, of which it takes its share."
+            )
+        self.work.take_over(self.parameters.values())
 
     def _groups(self) -> list[dict[str, Any]]:
         """What is trained at the same rate, and with the same decay: matrices have some, vectors none."""
@@ -83,12 +130,12 @@ class Loop:
         stopped = ""
         began, kept = time.perf_counter() - self.seconds, time.perf_counter()
         total = sum(tokens_of(batch) for batch in self.batches) * self.settings.epochs
-        with progress(total, self._cost(), done=self.tokens) as bar:
+        with noted_interrupts() as self.interrupts, progress(total, self._cost(), done=self.tokens) as bar:
             try:
                 while True:
-                    if self._is_due():
+                    if self.course.is_due(self.step, self.history):
                         self._validate(bar)
-                    if self.step == self.steps or (stopped := self._out_of_patience()):
+                    if self.step == self.steps or (stopped := self.course.out_of_patience(self.history)):
                         break
                     loss, tokens = self._step()
                     if not math.isfinite(loss):
@@ -100,10 +147,18 @@ class Loop:
                     if time.perf_counter() - kept >= 60 * self.settings.keep_every:
                         self._keep()
                         kept = time.perf_counter()
+            except _AllInterrupted:
+                stopped = f"interrupted after step {self.step}"
             except KeyboardInterrupt:
+                if self.work.processes.count > 1:
+                    raise  # the others do not know of it
                 stopped = f"interrupted after step {self.step}"
         if self.whole and not stopped.startswith("the loss"):
             self._keep()
+        ends = self.work.tell((self.interrupts.asked, self.seconds))
+        self.seconds = ends[0][1]
+        if not stopped and any(asked for asked, _ in ends):
+            stopped = f"interrupted after step {self.step}"
         none: dict[str, Any] = {"kl": math.nan, "step": 0}  # interrupted before anything was measured
         best = min(self.history, key=lambda row: row["kl"], default=none)
         with torch.no_grad():
@@ -118,26 +173,28 @@ class Loop:
 
     def _step(self) -> tuple[float, int]:
         """One step of the optimiser; the mean loss a token, and the tokens."""
-        numbers = self._numbers(self.step)
+        numbers = self.course.batches_of(self.step)
         tokens = sum(tokens_of(self.batches[number]) for number in numbers)
         random = self._random()
         while True:
             self.weights.clear()  # of a step that was broken off, in an earlier training too
+            self._seed()
             try:
-                loss = sum(self._backward(number, tokens) for number in numbers)
-                break
-            except KeyboardInterrupt:
+                told = self._agree(lambda: self._gradients(numbers, tokens))
+            except (KeyboardInterrupt, _AllInterrupted):
                 self._set_random(random)  # whoever goes on makes this step anew
                 raise
-            except torch.cuda.OutOfMemoryError:
-                if self.rows == 1:
-                    raise
-                self.rows = (self.rows + 1) // 2
-                self._set_random(random)
-                torch.cuda.empty_cache()
-                self.say(f"Out of memory: {self.rows} sequences are run at a time from here on, and the steps stay.")
+            if None not in told:
+                break
+            self.rows = (min(self.rows, self.longest) + 1) // 2
+            self._set_random(random)
+            torch.cuda.empty_cache()
+            self.say(f"Out of memory: {self.rows} sequences are run at a time from here on, and the steps stay.")
+        made = [one for one in told if one is not None]
+        loss = math.fsum(value for value, _ in made)
         if math.isfinite(loss):
             self.whole = False
+            add_gradients_up(self.work, self.weights.masters, [reached for _, reached in made])
             if self.settings.clip:
                 nn.utils.clip_grad_norm_(self.weights.masters.values(), self.settings.clip)
             self.optimiser.step()
@@ -150,47 +207,44 @@ class Loop:
         self.weights.clear()
         return loss, tokens
 
-    def _backward(self, number: int, tokens: int) -> float:
-        total = 0.0
-        for taught, batch in self._parts(self.taught[number], self.batches[number]):
-            loss = self._loss(taught, batch) / tokens
-            loss.backward()
-            self.weights.collect()
-            total += float(loss.detach())
-        return total
+    def _gradients(self, numbers: Sequence[int], tokens: int) -> tuple[float, list[bool]] | None:
+        """Its part of a step's loss, and what it gave a gradient; None where memory did not suffice."""
+        try:
+            loss = sum(self._backward(number, tokens) for number in numbers if number in self.taught)
+        except torch.cuda.OutOfMemoryError:
+            if min(self.rows, self.longest) == 1 or self.sharded:
+                raise
+            self.weights.clear()
+            return None
+        return loss, [master.grad is not None for master in self.weights.masters.values()]
 
-    def _loss(self, taught: Taught, batch: Batch | Tensor) -> Tensor:
-        """The loss, summed over the real tokens."""
-        objective = self.settings.objective
-        mask = self._mask(taught, batch)
-        with self.settings.products(self.device):
-            logits, states = self.student.run(
-                taught.entrance, batch, logits=objective.needs_logits, states=objective.needs_states
-            )
-            original = self._original(taught, batch) if objective.needs_original_logits else None
-        loss = objective.of_states(states, [state.to(self.device) for state in taught.after], mask)
-        if logits is not None:
-            ids = batch if isinstance(batch, Tensor) else batch.get("input_ids")
-            loss = loss + objective.of_logits(logits, original, None if ids is None else ids.to(self.device), mask)
-        return loss
-
-    def _original(self, taught: Taught, batch: Batch | Tensor) -> Tensor:
-        assert taught.exit is not None
-        return self.student.original_logits(taught.exit, batch)
+    def _agree(self, make: Callable[[], _T]) -> list[_T]:
+        """Make something in every process; what each of them made, unless one was asked to stop."""
+        made: list[_T] = []
+        try:
+            asked = self.interrupts.asked
+            if not asked:
+                made.append(make())
+        except KeyboardInterrupt:
+            if self.work.processes.count == 1:
+                raise
+            asked = True
+        told = self.work.tell((asked or self.interrupts.asked, made))
+        if any(stop for stop, _ in told):
+            raise _AllInterrupted
+        return [one for _, its in told for one in its]
 
     def _validate(self, bar: Any) -> None:
         """KL on validation text; the weights are kept if it is the lowest so far."""
-        total, tokens = 0.0, 0
         bar.set_postfix_str("validation")
-        with torch.no_grad(), _evaluating(self.student):
-            for taught, batch in zip(self.validation_taught, self.validation, strict=True):
-                for part, rows in self._parts(taught, batch):
-                    mask = self._mask(part, rows)
-                    with self.settings.products(self.device):
-                        logits, _ = self.student.run(part.entrance, rows, logits=True, states=False)
-                        original = self._original(part, rows)
-                    total += float(summed_kl(cast(Tensor, logits)[mask], original[mask]))
-                    tokens += int(mask.sum())
+        told = self._agree(lambda: (*self._summed_kl(), self._digest()))
+        for rank, (_, _, digest) in enumerate(told):
+            if digest != told[0][2]:
+                raise StreamlineError(
+                    f"The weights of processes 0 and {rank} have come apart by step {self.step}: something trained or "
+                    "changed those of one of them alone. Begin again, and let nothing but the training change them."
+                )
+        total, tokens = math.fsum(nats for nats, _, _ in told), sum(count for _, count, _ in told)
         kl = total / tokens if math.isfinite(total) else math.inf
         counted = sum(n for _, n in self.losses)
         loss = math.fsum(value for value, _ in self.losses) / counted if counted else None
@@ -200,53 +254,19 @@ class Loop:
         self.losses.clear()
         bar.set_postfix_str(self._state())
 
-    def _parts(self, taught: Taught, batch: Batch | Tensor) -> Iterator[tuple[Taught, Batch | Tensor]]:
-        """A batch in parts of as many sequences as there is memory for."""
-        whole = len(taught.entrance)
-        if whole <= self.rows:
-            yield taught, batch
-            return
-        for start in range(0, whole, self.rows):
-            rows = slice(start, start + self.rows)
-            yield (
-                taught.rows(rows),
-                batch[rows]
-                if isinstance(batch, Tensor)
-                else {n: v[rows] if isinstance(v, Tensor) and len(v) == whole else v for n, v in batch.items()},
-            )
-
-    def _mask(self, taught: Taught, batch: Batch | Tensor) -> Tensor:
-        given = None if isinstance(batch, Tensor) else real_tokens(batch)
-        if isinstance(given, Tensor):
-            return given.to(self.device).bool()
-        return torch.ones(taught.entrance.shape[:2], dtype=torch.bool, device=self.device)
-
-    def _numbers(self, step: int) -> list[int]:
-        """The batches of a step: each epoch has an order of its own, which the seed tells."""
-        size = self.settings.accumulation
-        epoch, place = divmod(step, math.ceil(len(self.batches) / size))
-        generator = torch.Generator().manual_seed(self.settings.seed + epoch)
-        order = torch.randperm(len(self.batches), generator=generator).tolist()
-        return order[place * size : (place + 1) * size]
-
-    def _is_due(self) -> bool:
-        """Whether KL is to be measured now; it may have been interrupted before."""
-        return not self.history or (self.step in self._validations() and self.history[-1]["step"] < self.step)
-
-    def _validations(self) -> set[int]:
-        count = min(self.settings.validations, self.steps)
-        return {round(self.steps * k / count) for k in range(1, count + 1)}
-
-    def _out_of_patience(self) -> str:
-        since = len(self.history) - 1 - min(range(len(self.history)), key=lambda k: self.history[k]["kl"])
-        if self.settings.patience and since >= self.settings.patience:
-            return f"KL on validation text was no lower {since} times"
-        return ""
+    def _digest(self) -> str:
+        """Of all that is trained, and of the buffers beside it; with one process there is nothing to compare."""
+        if self.work.processes.count == 1:
+            return ""
+        placed = [module for modules in self.student.modules.values() for module in modules]
+        buffers = [buffer for module in placed for buffer in module.buffers()]
+        return batches_digest([*(p.detach() for p in self.parameters.values()), *buffers])
 
     def _cost(self) -> str:
-        length, start = len(self.student.stack), self.student.start
+        length, start, count = len(self.student.stack), self.student.start, self.work.processes.count
         end = length if self.settings.objective.needs_logits else max(w.stop for w in self.student.windows)
-        return f"train on {self.settings.objective}: blocks {start} to {end - 1} of {length}"
+        shared = f", in {count} processes" if count > 1 else ""
+        return f"train on {self.settings.objective}: blocks {start} to {end - 1} of {length}{shared}"
 
     def _state(self) -> str:
         loss = f"loss {self.losses[-1][0] / self.losses[-1][1]:.4f}, " if self.losses else ""
@@ -255,7 +275,7 @@ class Loop:
     # What is kept for going on later.
 
     def _keep(self) -> None:
-        if self.settings.keep_in is None:
+        if self.settings.keep_in is None or self.work.processes.rank:
             return
         tensors = {f"parameter.{name}": p.detach() for name, p in self.weights.masters.items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
@@ -271,7 +291,7 @@ class Loop:
 
     def _restore(self) -> None:
         path = cast(Path, self.settings.keep_in)
-        tensors, said = read_state(path)
+        tensors, said = self.work.of_first(lambda: read_state(path))
         if said["fingerprint"] != self.fingerprint:
             raise StreamlineError(
                 f"{path} holds another training: of other windows, text, settings or an other model. Give what it was "
@@ -289,6 +309,15 @@ class Loop:
         self.history, self.losses = said["history"], [(value, count) for value, count in said["losses"]]
         self.rows = said["rows"]
 
+    def _seed(self) -> None:
+        """Of several processes, give each random numbers that follow from its number and the step alone.
+
+        So that a training goes on as it would have, though the first one's alone are kept. Of one process they go on
+        from step to step.
+        """
+        if self.work.processes.count > 1:
+            torch.manual_seed(self.course.seed_of(self.step, self.work.processes.rank))
+
     def _random(self) -> dict[str, Tensor]:
         state = {"random": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -299,12 +328,3 @@ class Loop:
         torch.set_rng_state(state["random"])
         if "random.cuda" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random.cuda"], self.device)
-
-
-@contextmanager
-def _evaluating(student: Student) -> Iterator[None]:
-    student.training = False
-    try:
-        yield
-    finally:
-        student.training = True

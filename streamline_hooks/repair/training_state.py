@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, An
             os.fsync(file.fileno())
         beside.replace(path)
     except (OSError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise StreamlineError(
             f"The training cannot be kept in {path}: {error}. Make room, or name another file; what was there before "
             "is untouched."
@@ -110,11 +112,21 @@ def fingerprint(
         for tensor in [batch] if isinstance(batch, Tensor) else batch.values():
             digest.update(_bytes(tensor))
     for name, parameter in student.model.named_parameters():  # a sample tells one model from another
-        digest.update(name.encode() + (b"" if parameter.is_meta else _bytes(parameter.flatten()[:_SAMPLE])))
+        digest.update(name.encode() + (b"" if parameter.is_meta else _bytes(_sample(parameter))))
     return digest.hexdigest()
 
 
 _SAMPLE = 64  # values of each parameter
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    """The first values of a parameter; one that is divided among processes is gathered, for which all have to ask.
+
+    A copy: what NumPy has seen cannot give its memory back, as sharded parameters do between two forwards.
+    """
+    values = parameter.detach()
+    gather = getattr(values, "full_tensor", None)
+    return (values if gather is None else gather()).flatten()[:_SAMPLE].clone()
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -1,0 +1,156 @@
+"""The steps of a compression that several processes share; with one process they are the step itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from streamline_hooks.batch import tokens_of
+from streamline_hooks.distributed import Processes, Together, dealt, some_of
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.evaluation import Perplexity, perplexity
+from streamline_hooks.preparation import Batches, Preparation
+from streamline_hooks.repair.folded import Folded
+from streamline_hooks.repair.scaled import Scaled
+from streamline_hooks.selection import Attempt, Selection, VerifiedSelection, perplexity_of_attempts, verified
+from streamline_hooks.statistics.identity import identity
+
+
+def prepared_alike(work: Together, ready: Preparation) -> Preparation:
+    """Take the windows that may go from the first process, which may have found them by measured times.
+
+    Raises
+    ------
+    StreamlineError
+        If the processes have not the same model and text.
+    """
+    if work.processes.count > 1:
+        work.take([ready.split.calibration, ready.split.validation, ready.split.test], **identity(ready.stack))
+    return replace(ready, candidates=work.of_first(lambda: ready.candidates))
+
+
+def verified_together(
+    work: Together, model: nn.Module, found: Sequence[Selection], ready: Preparation
+) -> list[VerifiedSelection]:
+    """Repair and judge selections, see `verified`; each process judges all of them on its share of the validation text.
+
+    Parameters
+    ----------
+    work : Together
+    model : torch.nn.Module
+    found : sequence of Selection
+    ready : Preparation
+        Its kind, its stack and its text.
+
+    Returns
+    -------
+    list of VerifiedSelection
+        The best first; in every process the same, with the weights that the first one solved for.
+
+    Raises
+    ------
+    StreamlineError, UnsupportedSurgery
+        As `verified`.
+    """
+    options = {"kind": ready.kind, "stack": ready.stack.path}
+    if work.processes.count == 1:
+        return verified(model, found, ready.fit, ready.held_out, ready.validation, **options)  # type: ignore[arg-type]
+    own = _share(ready.validation, work.processes)
+    counted = sum(tokens_of(batch) for batch in own)
+    few = own or [some_of(ready.validation[0], slice(0, 1))]  # it has to take part in the fitting, and judges in vain
+    mine = verified(model, found, ready.fit, ready.held_out, few, **options)  # type: ignore[arg-type]
+    judged = [next(one for one in mine if _key(one) == _key(selection)) for selection in found]
+    refusals = work.tell([one.refused for one in judged])
+    sums = torch.tensor([one.kl * counted if counted else 0.0 for one in judged], dtype=torch.float64)
+    kls = work.summed(sums) / work.summed(torch.tensor(counted, dtype=torch.float64))
+    for k, kl in enumerate(kls.tolist()):
+        refused = next((its[k] for its in refusals if its[k]), "")
+        judged[k] = replace(judged[k], kl=math.inf if refused else kl, refused=refused)
+    _require_finite(judged)
+    with_first = _as_in_first(work, judged)
+    return sorted(with_first, key=lambda one: (not math.isfinite(one.kl), bool(one.refused), one.kl))
+
+
+def perplexities_together(
+    work: Together, ready: Preparation, attempts: Sequence[Attempt], what: str
+) -> tuple[Perplexity, list[Perplexity]]:
+    """Perplexity of the original and of attempts on test text, see `perplexity_of_attempts`."""
+    own = _share(ready.test, work.processes)
+    found = [Perplexity()] * (1 + len(attempts))
+    if own:
+        original, each = perplexity_of_attempts(ready.stack, own, attempts, what)
+        found = [original, *each]
+    original, *each = _added_up(work, found)
+    return original, each
+
+
+def perplexity_together(work: Together, model: nn.Module, batches: Batches, what: str = "perplexity") -> Perplexity:
+    """Perplexity of a model, see `perplexity`."""
+    return _added_up(work, [perplexity(model, _share(batches, work.processes), what)])[0]
+
+
+def _share(batches: Batches, processes: Processes) -> Batches:
+    if processes.count == 1:
+        return batches
+    shares = zip(batches, dealt(batches, processes), strict=True)
+    return [some_of(batch, rows) for batch, rows in shares if rows.start < rows.stop]
+
+
+def _added_up(work: Together, found: Sequence[Perplexity]) -> list[Perplexity]:
+    if work.processes.count == 1:
+        return list(found)
+    work.tell(len(found))  # from here on nothing fails
+    sums = work.summed(torch.tensor([[one.nll, one.tokens] for one in found], dtype=torch.float64))
+    return [Perplexity(nll, int(tokens)) for nll, tokens in sums.tolist()]
+
+
+def _key(selection: Selection) -> tuple[object, object]:
+    return selection.windows, selection.silenced
+
+
+def _require_finite(judged: Sequence[VerifiedSelection]) -> None:
+    if not any(math.isfinite(one.kl) for one in judged):
+        raise StreamlineError(
+            f"Not one of the {len(judged)} shortlisted selections leaves a model with finite logits on all of the "
+            "validation text. Remove less, protect other blocks, or run in a wider precision (float32 or bfloat16)."
+        )
+
+
+def _as_in_first(work: Together, judged: Sequence[VerifiedSelection]) -> list[VerifiedSelection]:
+    """Give what was fitted the values that it has in the first process, to the bit."""
+    tensors: list[Tensor] = []
+    for one in judged:
+        tensors += [branch.map for branch in one.maps]
+        for repair in one.repairs:
+            if isinstance(repair.stand_in, nn.Module):
+                tensors += [*repair.stand_in.parameters(), *repair.stand_in.buffers()]
+            elif isinstance(repair.stand_in, Folded):
+                tensors.append(repair.stand_in.map)
+    here = [(tuple(t.shape), str(t.dtype)) for t in tensors]
+    if any(shapes != here for shapes in work.tell(here)):
+        raise StreamlineError(
+            "The processes have fitted different stand-ins for the same selections. Give every process the same model, "
+            "arguments and text."
+        )
+    work.take_over(tensor for tensor in tensors if not tensor.is_meta)
+    factors = work.of_first(lambda: [[_factor(r.stand_in) for r in one.repairs] for one in judged])
+    return [
+        replace(
+            one,
+            repairs=tuple(
+                replace(repair, stand_in=replace(repair.stand_in, factor=factor))
+                if isinstance(repair.stand_in, Scaled)
+                else repair
+                for repair, factor in zip(one.repairs, its, strict=True)
+            ),
+        )
+        for one, its in zip(judged, factors, strict=True)
+    ]
+
+
+def _factor(stand_in: object) -> float:
+    return stand_in.factor if isinstance(stand_in, Scaled) else 1.0

@@ -1,0 +1,61 @@
+"""Compressions of the small model of stories, which one process and several are to do alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from streamline_hooks import StreamlineError, compress
+from streamline_hooks.pretrained import load_pretrained
+from streamline_hooks.repair import Objective, Training
+
+SMALL = {"sequence_length": 64, "calibration_tokens": 3200, "validation_tokens": 320, "test_tokens": 320}
+TRAINING = Training(Objective.parse("kl"), learning_rate=1e-3, validations=2, accumulation=2)
+
+
+def plain(stories: Path, texts: list[str], **options: Any) -> dict[str, Any]:
+    return told_of(compress(*load_pretrained(stories), texts, remove=1, shortlist=3, **{**SMALL, **options}))
+
+
+def trained(stories: Path, texts: list[str], **options: Any) -> dict[str, Any]:
+    options = {"kind": "swiglu:width=16", "training": TRAINING, "side_by_side": False, **options}
+    return plain(stories, texts, **options)
+
+
+def told_of(result: Any) -> dict[str, Any]:
+    return {
+        "weights": {name: value.clone() for name, value in result.model.state_dict().items()},
+        "matrices": [result.profile.cosine, result.profile.angular],
+        "chosen": [str(one) for one in result.candidates],
+        "kls": [one.kl for one in result.candidates],
+        "errors": [one.repairs[0].repaired_error for one in result.candidates],
+        "perplexities": result.perplexities,
+        "history": [] if result.training is None else result.training.history,
+        "samples": [mine.text for mine, _ in result.samples],
+        "timed": result.speed is not None,
+        "seconds": result.seconds["rank"],
+        "folder": str(result.folder),
+    }
+
+
+def in_several(folder: Path, stories: Path, rank: int) -> dict[str, Any]:
+    """Both, and what happens where one process is not like the others."""
+    texts = json.loads((folder / "texts.json").read_text())
+    said: list[str] = []
+    out = folder / "out" if rank == 0 else folder / "texts.json" / "nowhere"  # where nothing can be written
+    found = {"trained": trained(stories, texts, output=out, say=said.append), "said": said}
+    found["plain"] = plain(stories, texts)
+    found["files"] = sorted(str(path.relative_to(folder)) for path in (folder / "out").iterdir())
+    found["not free"] = raised(lambda: plain(stories, texts, output=out))
+    found["one fails"] = raised(lambda: plain(stories, texts, batch_size=1 - rank, side_by_side=False))
+    found["other texts"] = raised(lambda: plain(stories, texts[5 * rank :], side_by_side=False))
+    return found
+
+
+def raised(call: Any) -> str:
+    try:
+        call()
+    except StreamlineError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"

@@ -1,0 +1,76 @@
+"""The command compress, started by torchrun in two processes: one model, one voice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from streamline_hooks import StreamlineError
+from streamline_hooks.cli.processes import launched
+from tests.processes import ROOT
+
+_OPTIONS = ["--remove", "1", "--shortlist", "2", "--sequence-length", "64", "--train", "kl", "--learning-rate", "1e-3"]
+_OPTIONS += ["--calibration-tokens", "1600", "--validation-tokens", "320", "--test-tokens", "320"]
+
+
+def run(launcher: list[str], *arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, *launcher, "-m", "streamline_hooks.cli", "compress", *map(str, arguments), *_OPTIONS]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT, timeout=200)
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(stories_folder: Path, story_texts: list[str], tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in story_texts))
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    reports, spoken = [], []
+    for name, launcher in (("one", []), ("two", two)):
+        done = run(launcher, stories_folder, "--output", tmp_path / name, "--calibration", texts)
+        assert done.returncode == 0, done.stderr
+        reports.append(json.loads((tmp_path / name / "report.json").read_text()))
+        spoken.append([line.split()[0] for line in done.stdout.splitlines() if line.strip()])
+    one, both = reports
+    assert [row["windows"] for row in one["candidates"]] == [row["windows"] for row in both["candidates"]]
+    assert [row["kl"] for row in both["candidates"]] == pytest.approx(
+        [row["kl"] for row in one["candidates"]], rel=1e-6
+    )
+    assert both["perplexity"] == pytest.approx(one["perplexity"], rel=1e-6)
+    assert both["training"]["kl"] == pytest.approx(one["training"]["kl"], rel=1e-6)
+    assert spoken[0] == spoken[1] and "trained" in spoken[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "texts.jsonl", "two"]
+    refused = run(two, stories_folder, "--output", tmp_path / "one", "--calibration", texts)
+    assert refused.returncode != 0 and "is not empty. Choose another folder" in refused.stderr
+
+
+def test_one_process_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed as dist
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with launched() as speaks:
+        assert speaks and not dist.is_initialized()
+
+
+def test_several_that_cannot_find_one_another_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    text = "says that several processes were started, but RANK and MASTER_ADDR and MASTER_PORT not how they find"
+    with pytest.raises(StreamlineError, match=text), launched():
+        pass
+
+
+def test_a_group_that_is_there_is_used_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed as dist
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: pytest.fail("it is somebody else's"))
+    with launched() as speaks:
+        assert not speaks

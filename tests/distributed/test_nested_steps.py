@@ -1,0 +1,57 @@
+"""Steps inside steps: a failure at any depth is heard by all, and nobody is left waiting for one that has gone on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.processes import in_processes
+
+pytestmark = pytest.mark.slow
+
+_CODE = """
+    from streamline_hooks.distributed import Together, failing_together, here, together
+
+    @failing_together("outer")
+    def outer(fails_before, fails_inside, at="inner"):
+        if rank in fails_before:
+            raise KeyError("before")
+        with together(at) as work:
+            if rank in fails_inside:
+                raise KeyError("inside")
+            work.tell(rank)
+        return Together("outer", here()).of_first(lambda: [torch.ones(2), "made by the first"])
+
+    def raised(*given):
+        try:
+            return outer(*given)[1]
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    said["before"] = raised([2], [])
+    said["inside"] = raised([], [1])
+    said["both"] = raised([0], [1])
+    said["all"] = raised([0, 1, 2], [])
+    said["apart"] = raised([], [], f"step {min(rank, 1)}")
+    said["whole"] = raised([], [])
+    tensor = torch.full((3,), float(rank), requires_grad=True)
+    with together("sums") as work:
+        work.tell("ready")
+        work.add_up(tensor)
+        said["sum"] = tensor.tolist()
+        work.take_over([tensor.mul(rank + 1.0).detach().requires_grad_(True), tensor])
+    said["afterwards"] = raised([], [])
+"""
+
+
+def test_whoever_fails_all_hear_of_it_and_go_on_in_step(tmp_path: Path) -> None:
+    said = in_processes(_CODE, tmp_path, 3)
+    assert said[0] == said[1] == said[2]
+    assert said[0]["before"] == "StreamlineError: Process 2 of 3: KeyError: 'before'"
+    assert said[0]["inside"] == "StreamlineError: Process 1 of 3: KeyError: 'inside'"
+    assert said[0]["both"] == "StreamlineError: Process 0 of 3: KeyError: 'before' Process 1 of 3: KeyError: 'inside'"
+    assert said[0]["all"] == "StreamlineError: KeyError: 'before'"
+    assert "The processes are not at the same step: 0 at step 0, 1 at step 1, 2 at step 1." in said[0]["apart"]
+    assert said[0]["whole"] == said[0]["afterwards"] == "made by the first"
+    assert said[0]["sum"] == [3.0, 3.0, 3.0]

@@ -1,0 +1,129 @@
+"""Trainings of a tiny repair, each of which one process and several do; what each of them came to."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from streamline_hooks import LinearReplacement
+from streamline_hooks.distributed import here
+from streamline_hooks.passes import progress
+from streamline_hooks.repair import Objective, training_loop
+from streamline_hooks.repair.settings import Training
+from streamline_hooks.repair.student import Student
+from streamline_hooks.repair.teacher import taught_states
+from streamline_hooks.repair.training import train
+from tests.tiny_models import left_padded, tiny_model
+
+BATCHES = [left_padded(rows, 9 + rows, seed=rows) for rows in (3, 1, 4, 2)]
+VALIDATION = [left_padded(3, 9, seed=9), left_padded(1, 8, seed=10)]
+SETTINGS = Training(
+    Objective.parse("kl + 0.5*lm + relative"), learning_rate=1e-2, accumulation=2, epochs=2, validations=2, warmup=0.0
+)
+BEST = range(1, 3)
+
+
+def student(dropout: float = 0.0, seed: int = 0) -> Student:
+    torch.manual_seed(seed)
+    module = LinearReplacement(32)
+    nn.init.normal_(module.projection.weight, std=0.05)
+    if dropout:
+        module.projection = nn.Sequential(nn.Dropout(dropout), module.projection)
+    return Student(tiny_model("llama"), [(BEST, module)])
+
+
+def outcome(settings: Training = SETTINGS, made: Student | None = None, **options: Any) -> dict[str, Any]:
+    """How a training went, or what it raised."""
+    said: list[str] = []
+    made = made or student()
+    try:
+        trained = train(made, BATCHES, VALIDATION, settings, say=said.append, **options)
+    except Exception as error:
+        return {"raised": f"{type(error).__name__}: {error}"}
+    return {
+        "weights": [p.detach().clone() for p in made.parameters().values()],
+        "kl": torch.tensor([row["kl"] for row in trained.history], dtype=torch.float64),
+        "loss": torch.tensor([row["loss"] or 0.0 for row in trained.history], dtype=torch.float64),
+        "steps": (trained.steps, trained.tokens, trained.best_step, trained.stopped),
+        "said": said,
+        "seconds": trained.seconds,
+    }
+
+
+@contextmanager
+def in_loss(call: int, does: Callable[[torch.Tensor], torch.Tensor], rank: int | None = None) -> Iterator[None]:
+    """Let something happen at a call of the loss, in one process or in all."""
+    make, calls = training_loop.Loop._loss, [0]
+
+    def changed(self: Any, *given: Any) -> torch.Tensor:
+        calls[0] += 1
+        loss = make(self, *given)
+        return does(loss) if calls[0] == call and rank in (None, here().rank) else loss
+
+    training_loop.Loop._loss = changed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        training_loop.Loop._loss = make  # type: ignore[method-assign]
+
+
+def interrupted(loss: torch.Tensor) -> torch.Tensor:
+    os.kill(os.getpid(), signal.SIGINT)
+    return loss
+
+
+def fails(loss: torch.Tensor) -> torch.Tensor:
+    raise KeyError("no such thing")
+
+
+def out_of_memory(loss: torch.Tensor) -> torch.Tensor:
+    raise torch.cuda.OutOfMemoryError("planted")
+
+
+def trainings(folder: Path) -> dict[str, Any]:
+    """What one process and several are to do alike."""
+    found = {"whole": outcome()}
+    with taught_states(tiny_model("llama"), BATCHES, 1, after=[BEST]) as taught:
+        found["taught"] = outcome(taught=taught)
+    found["patience"] = outcome(replace(SETTINGS, learning_rate=1.0, patience=1, validations=4))
+    return found
+
+
+def in_several(folder: Path, rank: int) -> dict[str, Any]:
+    """What is looked at where there are several processes, one of which is not like the others."""
+    mine = folder / "training" if rank == 0 else folder / "training" / "nowhere"  # a file is no folder
+    kept = replace(SETTINGS, keep_in=mine, keep_every=0.0)
+    found = trainings(folder)
+    with in_loss(3, interrupted, rank=1):
+        found["interrupted"] = outcome(kept)
+    found["its file"] = sorted(path.name for path in folder.iterdir() if path.name.startswith("training"))
+    found["gone on"] = outcome(kept, resume=True)
+    found["of one, gone on"] = outcome(replace(kept, keep_in=folder / "one"), resume=True)
+    dropped = replace(kept, keep_in=folder / "dropped")
+    found["dropout"] = outcome(replace(dropped, keep_in=None), student(0.2))
+    with in_loss(3, interrupted, rank=0):
+        outcome(dropped, student(0.2))
+    found["dropout, gone on"] = outcome(dropped, student(0.2), resume=True)
+    with in_loss(3, lambda loss: loss * float("nan"), rank=1):
+        found["nan"] = outcome()
+    with in_loss(2, out_of_memory, rank=1):
+        found["memory"] = outcome()
+    with in_loss(2, fails, rank=1):
+        found["failed"] = outcome()
+    found["other settings"] = outcome(replace(SETTINGS, seed=rank))
+    found["other start"] = outcome(made=student(seed=rank))
+    apart = student()
+    with in_loss(3, lambda loss: (next(iter(apart.parameters().values())).data.add_(0.1), loss)[1], rank=1):
+        found["apart"] = outcome(made=apart)
+    found["no folder"] = outcome(replace(SETTINGS, keep_in=folder / "training" / "nowhere"))
+    found["afterwards"] = outcome()
+    found["bar"] = progress(3, "test").disable
+    return found
