@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch, prepare, real_tokens
 from streamline_hooks.blockwise.journal import Journal
+from streamline_hooks.blockwise.journey import Journey, journeys_of
 from streamline_hooks.blockwise.outside import OutsideBlocks
 from streamline_hooks.blockwise.residence import identity_of, resident, stored_bytes
 from streamline_hooks.blockwise.states import StateStore
@@ -53,6 +54,11 @@ class BlockwisePass:
         Hold every block against a forward of the whole model on 32 tokens. It reads the weights once more.
     run : mapping, optional
         What else must be the same where an interrupted pass goes on, as JSON values.
+    ends : sequence of int, optional
+        For each batch the first block that it does not go through; by default `stop`.
+    others : sequence of Journey
+        Further states of the batches, which are put in with `put` once the pass is at their start. They are read and
+        dropped as those of a batch, under the numbers that follow the batches', in this order.
     stack : str, optional
         Path of the stack, see `find_stack`.
     what : str
@@ -93,6 +99,8 @@ class BlockwisePass:
         folder: str | Path | None = None,
         check: bool = True,
         run: Mapping[str, Any] | None = None,
+        ends: Sequence[int] | None = None,
+        others: Sequence[Journey] = (),
         stack: str | None = None,
         what: str = "block by block",
     ) -> None:
@@ -103,6 +111,7 @@ class BlockwisePass:
             raise StreamlineError(f"stop={stop} is out of range: the stack has {len(self.stack)} blocks.")
         if not self.batches:
             raise StreamlineError("There is no batch to put through the blocks; give one at least.")
+        self._journeys = journeys_of(len(self.batches), self.stop, ends, others)
         refuse_known(self.stack, self.stop)
         self._folder = None if folder is None else Path(folder)
         self._check, self._what = check, what
@@ -110,7 +119,8 @@ class BlockwisePass:
         self._journal: Journal | None = None
         if self._folder is not None:
             about = {**identity_of(self.stack), "batches": batches_digest(self.batches), "stop": self.stop}
-            self._journal = Journal(self._folder, {**about, "check": check, **(run or {})})
+            ways = {} if ends is None and not others else {"ways": [[*way] for way in self._journeys]}
+            self._journal = Journal(self._folder, {**about, "check": check, **ways, **(run or {})})
         self.masks: list[Tensor] = []
 
     def __enter__(self) -> Self:
@@ -143,19 +153,39 @@ class BlockwisePass:
                         made = self._first_through(k, through, made, probe)
                         require_true(self.stack, k + 1, made, truth, real)
                         outside.restore()
-                    for number, batch in enumerate(self.batches):
-                        state = through(self._store.read(k, number), batch)
-                        self._require_finite(state, number, f"leaves block {k}")
+                    going = [number for number, way in enumerate(self._journeys) if way.start <= k < way.stop]
+                    for done, number in enumerate(going):
+                        state = through(self._store.read(k, number), self.batches[self._journeys[number].batch])
+                        if number < len(self.batches):
+                            self._require_finite(state, number, f"leaves block {k}")
                         self._store.keep(k + 1, number, state)
-                        bar.update(
-                            costs[k] * (number + 1) // len(self.batches) - costs[k] * number // len(self.batches)
-                        )
+                        bar.update(costs[k] * (done + 1) // len(going) - costs[k] * done // len(going))
                 outside.restore()
                 yield self._advance(k + 1)
 
     def read(self, place: int, batch: int) -> Tensor:
         """The states of a batch at a place, of shape (batch, tokens, features), not to be changed."""
         return self._store.read(place, batch)
+
+    def put(self, number: int, state: Tensor) -> None:
+        """Put in states that go through the blocks from here on beside the batches', under their number.
+
+        A pass that goes on at a later place finds them there. Values that are not finite are carried along.
+
+        Parameters
+        ----------
+        number : int
+            That of one of `others`, which begins at the place that the pass is at.
+        state : torch.Tensor
+            Of the shape of its batch, (batch, tokens, features).
+        """
+        way = self._journeys[number]
+        if number < len(self.batches) or state.shape[:2] != self.masks[way.batch].shape:
+            raise StreamlineError(
+                f"put({number}, ...) got states of shape {tuple(state.shape)}; expected a number from "
+                f"{len(self.batches)} on, and those of batch {way.batch}, {tuple(self.masks[way.batch].shape)} tokens."
+            )
+        self._store.keep(way.start, number, state)
 
     def drop(self, place: int) -> None:
         """Forget the states at a place; the last one that was reached has to stay."""

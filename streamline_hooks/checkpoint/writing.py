@@ -33,6 +33,7 @@ def save(
     report: dict[str, Any] | None = None,
     base_model: str = "",
     overwrite: bool = False,
+    max_shard_size: int | str | None = None,
 ) -> Path:
     """Write a model, its tokenizer, a model card, checksums and a report.
 
@@ -52,6 +53,9 @@ def save(
         What the card names as the original: its name on the hub, by default the one that it was loaded by.
     overwrite : bool
         Take the place of a folder that is not empty.
+    max_shard_size : int or str, optional
+        Of a file of weights, such as ``"2GB"``; by default Transformers' own. Of a model whose weights are on disk no
+        more than one file's are in memory at a time.
 
     Returns
     -------
@@ -65,7 +69,8 @@ def save(
     """
     target = Path(folder).resolve()
     with whole_folder(target, overwrite) as beside:
-        model.save_pretrained(beside)
+        options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        model.save_pretrained(beside, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
         if report is not None:

@@ -134,8 +134,9 @@ class _ModelWithSplices:
         unwritable = [m for m in self.config.streamline_hooks["splices"] if "modules" not in m]
         if unwritable:
             raise StreamlineError(unwritable[0]["error"])
-        # A quantizer, and accelerate for what is offloaded, read the weights from the model in any case.
-        if getattr(self, "hf_quantizer", None) is not None or self.get_parameter(guard).is_meta:  # type: ignore[attr-defined]
+        # A quantizer reads the weights from the model in any case, and so does what brings offloaded ones.
+        offloaded = any(parameter.is_meta for parameter in self.parameters())  # type: ignore[attr-defined]
+        if getattr(self, "hf_quantizer", None) is not None or offloaded:
             with _guard_axis(self):
                 return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         weights = dict(self.state_dict() if state_dict is None else state_dict)  # type: ignore[attr-defined]

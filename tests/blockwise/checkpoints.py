@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate.utils import OffloadedWeightsLoader
 from torch import Tensor, nn
 
+from benchmarks.small_opt import train_tokenizer
 from streamline_hooks import HiddenStateRecorder, find_stack
 from streamline_hooks.batch import prepare
-from tests.tiny_models import left_padded, padded, tiny_model, tokens
+from tests.tiny_models import left_padded, padded, tiny_config, tiny_model, tokens
 
 FAMILIES = ["llama", "gpt2", "qwen3", "gemma3"]
 PATHS = {"gpt2": "transformer.h"}
@@ -59,3 +63,37 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", counting)
     return counted
+
+
+AMOUNTS: dict[str, Any] = {
+    "remove": 2,
+    "keep": (-1,),
+    "shortlist": 3,
+    "sequence_length": 16,
+    "calibration_tokens": 256,
+    "validation_tokens": 64,
+    "test_tokens": 64,
+    "batch_size": 8,
+}
+
+
+@functools.cache
+def reader() -> tuple[Any, list[str]]:
+    """A tokenizer of 300 tokens, and documents of words that follow one another by chance."""
+    words = ["the", "a", "cat", "dog", "house", "runs", "sleeps", "green", "small", "and", "under", "over", "near"]
+    chance = Random(0)
+    texts = [" ".join(chance.choices(words, k=40)) for _ in range(60)]
+    return train_tokenizer(texts, 300), texts
+
+
+def compressible(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A checkpoint in several shards, whose model knows the tokens of `reader`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(tiny_config(family, vocab_size=300, **changes)).to(dtype)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder / family, max_shard_size="40KB")
+    assert len(list((folder / family).glob("*.safetensors"))) > 2
+    return folder / family

@@ -1,0 +1,283 @@
+"""The whole way for a checkpoint that does not fit into memory, with one block there at a time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from streamline_hooks.blockwise.measuring import perplexity_of_candidates
+from streamline_hooks.blockwise.opening import open_checkpoint
+from streamline_hooks.blockwise.profiling import profile
+from streamline_hooks.blockwise.repairing import require_map_kind
+from streamline_hooks.blockwise.residence import identity_of
+from streamline_hooks.blockwise.verifying import verified
+from streamline_hooks.blockwise.work_folder import WorkFolder
+from streamline_hooks.checkpoint import require_free, save
+from streamline_hooks.compress import _carry_out, _Clock, _data, _first_that_can_go, _peak_memory, _sizes
+from streamline_hooks.digests import batches_digest
+from streamline_hooks.distributed import here
+from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
+from streamline_hooks.evaluation.candidates import Candidate
+from streamline_hooks.preparation import Preparation, prepare_compression
+from streamline_hooks.repair import Kind, kind_named
+from streamline_hooks.result import CompressionResult, findings
+from streamline_hooks.selection import (
+    Criterion,
+    Target,
+    VerifiedSelection,
+    criterion_named,
+    find_selections,
+    usual_criterion,
+)
+from streamline_hooks.statistics.chosen_tokens import blocks_run
+from streamline_hooks.surgery import LayerSurgeon
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def compress_checkpoint(
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    output: str | Path,
+    *,
+    remove: Target | int | float | str = 0.25,
+    kind: Kind | str = "linear",
+    criterion: Criterion | str | None = None,
+    keep: Iterable[int] = (),
+    test_texts: Sequence[str] | None = None,
+    sequence_length: int = 512,
+    calibration_tokens: int = 41_000,
+    validation_tokens: int = 4_096,
+    test_tokens: int = 12_288,
+    batch_size: int = 4,
+    shortlist: int = 8,
+    seed: int = 0,
+    stack: str | None = None,
+    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+    memory: int = 2**30,
+    disk: int | None = None,
+    work_folder: str | Path | None = None,
+    offload_folder: str | Path | None = None,
+    max_shard_size: int | str = "500MB",
+    say: Callable[[str], None] = lambda line: None,
+) -> CompressionResult:
+    """Give up the window of blocks whose loss is repaired best, as `streamline_hooks.compress` does in memory.
+
+    It chooses the same window and writes the same weights as ``compress(search="window")`` without a training.
+
+    In memory are what is no block of the model, one block, `memory` bytes of states, about ten d×d matrices in float64
+    while a window is solved for, and the weights of one file while it is written.
+
+    A block is read once for each of: the check of a pass against a forward of the whole model (twice where the last
+    block must stay, which the profile leaves out), the profile (each part of it, with `disk`), the fits and their
+    judgement, the measurement of perplexity, and the writing of what stays. The last block is read once more after the
+    judgement and after the measurement. The removal of the chosen window is
+    held against the same blocks bypassed, which takes about ten forwards of 16 tokens that read all blocks.
+
+    Parameters
+    ----------
+    folder : str or Path
+        A checkpoint as for `open_checkpoint`. It is not changed.
+    tokenizer, texts
+        As for `streamline_hooks.compress`.
+    output : str or Path
+        A folder to save to, as `streamline_hooks.save` does.
+    remove : Target, int, float or str
+        As for `streamline_hooks.compress`, but for latencies.
+    kind : Kind or str
+        What starts at the least-squares map: ``"none"``, ``"linear"``, ``"mlp"`` or ``"swiglu"``, with options.
+    criterion : Criterion or str, optional
+        One that is read off a profile; by default that of `streamline_hooks.compress`.
+    keep, test_texts, sequence_length, calibration_tokens, validation_tokens, test_tokens, batch_size, shortlist, seed
+        As for `streamline_hooks.compress`.
+    stack, overwrite
+        As for `streamline_hooks.compress`.
+    dtype : torch.dtype, optional
+        Of the weights; by default that of the checkpoint.
+    memory : int
+        Bytes of states that may be in memory. What is more goes to files: of the calibration tokens at all places of
+        the residual stream, for the profile.
+    disk : int, optional
+        Bytes that these may take, see `profile`.
+    work_folder : str or Path, optional
+        Keep all states and findings in this folder, so that a run that was interrupted, or killed, goes on at the
+        block where it was when it is started again with the same arguments. It is emptied in the end.
+    offload_folder : str or Path, optional
+        See `open_checkpoint`; most mixtures of experts need one.
+    max_shard_size : int or str
+        Of a file that is written. The weights of one file are in memory at a time; one that is larger has a file of
+        its own.
+    say : callable
+        Receives lines about what is planned and found.
+
+    Returns
+    -------
+    CompressionResult
+        Its model is that of the checkpoint, shortened, with its blocks on disk; `streamline_hooks.load` reads what was
+        written. Seconds and peak memory are those of this process alone. Nothing is written by both models side by
+        side.
+
+    Raises
+    ------
+    UnsupportedSurgery
+        If the model cannot be run block by block, or the kind or the target needs more.
+    StreamlineError
+        On anything else that cannot work; or if the work folder is of other arguments.
+    """
+    if here().count > 1:
+        raise StreamlineError(
+            f"compress_checkpoint is one process's work, and this is one of {here().count}. Call it in one alone."
+        )
+    require_free(output, overwrite)
+    chosen, named = kind_named(kind), _criterion(criterion)
+    _refuse_latency(remove)
+    if min(shortlist, batch_size) < 1:
+        raise StreamlineError(f"shortlist={shortlist} and batch_size={batch_size} must be 1 or more each.")
+    clock = _Clock()
+    with clock("prepare"):
+        model = open_checkpoint(folder, dtype=dtype, offload_folder=offload_folder)
+        ready = prepare_compression(
+            model,
+            tokenizer,
+            texts,
+            remove=remove,
+            kind=chosen,
+            search="window",
+            parts=1,
+            keep=keep,
+            batch_size=batch_size,
+            stack=stack,
+            say=say,
+            seed=seed,
+            sequence_length=sequence_length,
+            calibration_tokens=calibration_tokens,
+            validation_tokens=validation_tokens,
+            test_tokens=test_tokens,
+            test_documents=test_texts,
+        )
+        require_map_kind(ready.stack, chosen, ready.candidates[0])
+        ready.require_writable()
+        work = _work_folder(work_folder, ready, criterion=named.name, shortlist=shortlist)
+    for line in ready.announcement("window", named.name, shortlist):
+        say(line)
+    path = ready.stack.path
+    options: dict[str, Any] = {"stack": path, "memory": memory}
+    with clock("rank"):
+        measured = work.profile(
+            lambda room: profile(model, ready.calibration, keep=ready.protected, disk=disk, folder=room, **options)
+        )
+        asked = ready.question(criterion=named, profile=measured, best=shortlist, seed=seed)
+        found = find_selections("window", replace(asked, model=None, batches=None))  # nothing is read but the profile
+    with clock("verify"):
+        parts = (ready.fit, ready.held_out, ready.validation)
+        unseen = blocks_run(ready.protected, len(ready.stack)) < len(ready.stack)  # by the check of the profile's pass
+        judged = work.judged(
+            ready.stack,
+            chosen,
+            lambda room, kept: verified(
+                model, found, *parts, kind=chosen, folder=room, check=unseen, before_done=kept, **options
+            ),
+        )
+    for line in findings(judged):
+        say(line)
+    with clock("choose"):
+        best = _first_that_can_go(model, judged, path, say)
+        first = next(one for one in judged if one.windows == found[0].windows)
+    with clock("measure"):
+        wanted = _wanted(best, first)
+        perplexities = work.perplexities(
+            list(wanted),
+            lambda room: perplexity_of_candidates(
+                model, ready.test, list(wanted.values()), folder=room, check=False, **options
+            ),
+        )
+    before, data, size = _sizes(model), _data(ready.split, seed), ready.size
+    with clock("save"):
+        with LayerSurgeon(model, path, probe=False) as surgeon:  # this window has been held against the truth
+            _carry_out(surgeon, best)
+            plan = surgeon.commit(kind=chosen.name, calibration=data)
+        result = CompressionResult(
+            model=model,
+            tokenizer=tokenizer,
+            plan=plan,
+            kind=chosen.name,
+            size=size,
+            criterion=named.name,
+            search="window",
+            candidates=[best, *(one for one in judged if one is not best)],
+            perplexities=perplexities,
+            parameters=(before[0], _sizes(model)[0]),
+            size_in_bytes=(before[1], _sizes(model)[1]),
+            seconds=clock.seconds,
+            peak_memory=_peak_memory(),
+            data=data,
+            profile=measured,
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")  # of 50 GB
+            result.folder = save(
+                model,
+                output,
+                tokenizer=tokenizer,
+                report=result.report(),
+                overwrite=overwrite,
+                max_shard_size=max_shard_size,
+            )
+    result.peak_memory = _peak_memory()
+    work.clear()
+    return result
+
+
+def _criterion(criterion: Criterion | str | None) -> Criterion:
+    named = criterion if isinstance(criterion, Criterion) else criterion_named(criterion or usual_criterion("window"))
+    if named.needs != "profile":
+        raise UnsupportedSurgery(
+            f"The criterion {named.name!r} runs the model for each window, which is not done block by block. Take one "
+            "that is read off a profile, such as cosine, or load the model into memory."
+        )
+    return named
+
+
+def _refuse_latency(remove: Target | int | float | str) -> None:
+    target = Target.parse(remove) if isinstance(remove, str) else remove
+    if isinstance(target, Target) and target.of not in ("blocks", "parameters"):
+        raise UnsupportedSurgery(
+            f"The target {target} is timed, and a model that is read from disk says nothing of its time in memory. "
+            "Give a number or a fraction of the blocks, or parameters:0.25."
+        )
+
+
+def _work_folder(folder: str | Path | None, ready: Preparation, **run: Any) -> WorkFolder:
+    if folder is None:
+        return WorkFolder(None, {})
+    about = {
+        **identity_of(ready.stack),
+        "batches": batches_digest([ready.fit, ready.held_out, ready.validation, ready.test]),
+        "target": str(ready.target),
+        "kind": ready.kind.name,
+        "keep": sorted(ready.protected),
+        **run,
+    }
+    return WorkFolder(Path(folder), about)
+
+
+def _wanted(best: VerifiedSelection, first: VerifiedSelection) -> dict[str, Candidate]:
+    """Whose perplexity is measured: the chosen window's, and that of the search's first if it is another."""
+    wanted: dict[str, Candidate] = {}
+    for prefix, one in (("", best), ("first_", first)):
+        if prefix and first is best:
+            continue
+        (repair,) = one.repairs
+        wanted[f"{prefix}removed"] = Candidate(repair.window)
+        if isinstance(repair.stand_in, nn.Module):
+            wanted[f"{prefix}repaired"] = Candidate(repair.window, repair.stand_in)
+    return wanted

@@ -1,0 +1,62 @@
+"""States that go through some of the blocks beside those of the batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamline_hooks import StreamlineError
+from streamline_hooks.blockwise import BlockwisePass
+from streamline_hooks.blockwise.journey import Journey, journeys_of
+from streamline_hooks.passes import resume
+from tests.blockwise.checkpoints import calibration, places
+from tests.tiny_models import tiny_model
+
+
+def test_others_go_through_the_blocks_from_where_they_were_put_in(tmp_path: Path) -> None:
+    model, batches = tiny_model("gemma3"), calibration()
+    wanted = places(model, batches)
+    ways = [Journey(2, 1, 4), Journey(0, 3, 6), Journey(0, 6, 6), Journey(1, 0, 0)]
+    entered = [2 * wanted[way.batch][way.start] for way in ways]
+    with BlockwisePass(model, batches, ends=[2, 6, 6, 0], others=ways) as states:
+        for place in states:
+            for number, (way, state) in enumerate(zip(ways, entered, strict=True), start=len(batches)):
+                if way.start == place:
+                    states.put(number, state)
+        for number, end in enumerate([2, 6, 6, 0]):
+            assert torch.equal(states.read(end, number), wanted[number][end])
+            with pytest.raises(StreamlineError, match="cannot be read"):
+                states.read(end + 1, number)
+        assert torch.equal(states.read(6, 6), entered[2]) and torch.equal(states.read(0, 7), entered[3])
+        seen: list[torch.Tensor] = []
+        model.model.layers[4].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        with torch.no_grad():
+            resume(model, 1, entered[0], batches[2])
+        assert torch.equal(states.read(4, 4), seen[0])
+        assert torch.equal(states.read(6, 5)[0, 0], states.read(6, 5)[0, 0]) and states.read(6, 5).shape[1] == 11
+
+
+def test_a_way_that_leads_nowhere_is_named() -> None:
+    assert journeys_of(2, 5, None, [Journey(1, 2, 5)]) == [(0, 0, 5), (1, 0, 5), (1, 2, 5)]
+    for way in (Journey(2, 0, 1), Journey(0, 3, 2), Journey(0, 0, 6), Journey(0, -1, 2)):
+        with pytest.raises(StreamlineError, match=r"Journey\(.*\) leads nowhere: there are 2 batches, and 5 blocks"):
+            journeys_of(2, 5, None, [way])
+    with pytest.raises(StreamlineError, match=r"ends=\[5\] is not one end for each batch: there are 2 batches"):
+        journeys_of(2, 5, [5], [])
+
+
+def test_states_are_put_in_under_their_own_number() -> None:
+    batches = calibration()
+    with BlockwisePass(tiny_model("llama"), batches, others=[Journey(1, 0, 6)]) as states:
+        for _ in states:
+            state = torch.zeros(2, 9, 32)
+            states.put(4, state)
+            with pytest.raises(
+                StreamlineError, match=r"put\(1, ...\) got states of shape \(2, 9, 32\); expected a num"
+            ):
+                states.put(1, state)
+            with pytest.raises(StreamlineError, match=r"put\(4, .*\(3, 9, 32\); expected .* of batch 1, \(2, 9\) tok"):
+                states.put(4, torch.zeros(3, 9, 32))
+            break
