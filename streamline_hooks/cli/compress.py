@@ -8,6 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from streamline_hooks.cli.block_by_block import (
+    compress_block_by_block,
+    only_whole,
+    takes_more_than,
+)
 from streamline_hooks.cli.loading import block_numbers, documents_of, load_model, own_text
 from streamline_hooks.cli.options import (
     BatchSize,
@@ -96,6 +101,15 @@ def compress(
     shortlist: Annotated[int, typer.Option(help="Selections that are fitted and judged by KL.", min=1)] = 8,
     seed: Seed = 0,
     stack: Stack = None,
+    memory: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory that may be taken, such as 2GB. A model in safetensors that does not fit is read from its "
+            "folder block by block, with its states in files.",
+            show_default="what is free",
+        ),
+    ] = "",
     dry_run: DryRun = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Take the place of a folder that is not empty.")
@@ -107,6 +121,9 @@ def compress(
     replaced by a linear map or another kind, fitted by least squares, and judged by its KL to the original on text of
     its own. The best one is trained, if that is asked for, and saved, with report.json and a page, report.html, beside
     it. A training is kept beside the folder every few minutes, until the folder is written.
+
+    A model in safetensors that is larger than --memory goes the same way with one block in memory at a time, as long as
+    nothing is trained; it is first said what that costs. Interrupted, the same command goes on at its block.
 
     Several processes share the work and come to the same model: torchrun --nproc-per-node=2 --no-python
     streamline-hooks compress ... starts them.
@@ -126,7 +143,7 @@ def compress(
         require_free(output, overwrite)
         criterion = criterion or usual_criterion(search)
         kind, training, healing = _recipe(kind, preset, objective, heal, epochs, learning_rate, autocast, seed)
-        kind_named(kind)
+        chosen = kind_named(kind)
         target = Target.parse(remove)
         require_search(search, criterion_named(criterion), target)
         blocks = block_numbers(keep)
@@ -138,6 +155,35 @@ def compress(
             )
         documents = [] if "self" in sources else documents_of(sources)
         test_documents = documents_of(test) if test else None
+        split: dict[str, Any] = {
+            "seed": seed,
+            "sequence_length": sequence_length,
+            "calibration_tokens": calibration_tokens,
+            "validation_tokens": validation_tokens,
+            "test_tokens": test_tokens,
+        }
+        most = takes_more_than(model, memory)
+        whole = {
+            "calibration": "self" in sources,
+            "kind": bool(chosen.slots or chosen.fit or not chosen.solve),
+            "search": search != "window",
+            "criterion": criterion_named(criterion).needs != "profile",
+            "remove": target.of not in ("blocks", "parameters"),
+            "train": training is not None,
+            "resume": resume,
+            "profile": profile is not None,
+            "several-processes": work.processes.count > 1,
+        }
+        if most is not None and not only_whole(bool(memory), say, **whole):
+            asked: dict[str, Any] = {"remove": target, "kind": kind, "criterion": criterion, "keep": blocks, **split}
+            asked |= {"batch_size": batch_size, "shortlist": shortlist, "stack": stack, "overwrite": overwrite}
+            made = compress_block_by_block(
+                model, documents, output, most, dry_run=dry_run, say=say, test_texts=test_documents, **asked
+            )
+            if made is not None:
+                for line in ("", made.table(), write_page(output, made.title, compression=made.report())):
+                    say(line)
+            return
         loaded, tokenizer = load_model(model)
         if "self" in sources:
             needed = calibration_tokens + validation_tokens + (0 if test else test_tokens)
@@ -148,13 +194,6 @@ def compress(
                 "cache": output.parent,
             }
             documents = work.of_first(lambda: own_text(loaded, tokenizer, sources, **options))
-        split: dict[str, Any] = {
-            "seed": seed,
-            "sequence_length": sequence_length,
-            "calibration_tokens": calibration_tokens,
-            "validation_tokens": validation_tokens,
-            "test_tokens": test_tokens,
-        }
         shared: dict[str, Any] = {
             "remove": target,
             "kind": kind,

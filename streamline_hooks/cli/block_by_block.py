@@ -1,0 +1,130 @@
+"""What the command compress does with a model that does not fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from streamline_hooks.errors import StreamlineError
+
+
+def takes_more_than(model: str, memory: str) -> int | None:
+    """Bytes of memory to run a folder's model in block by block; None where it fits, or is no folder of safetensors.
+
+    Parameters
+    ----------
+    model : str
+    memory : str
+        What was allowed, such as ``2GB``; empty for what the machine has.
+
+    Raises
+    ------
+    StreamlineError
+        If the memory is no size, or was given for what is no folder.
+    """
+    from streamline_hooks.planning.budget import checkpoint_bytes, fits, free_memory, parse_bytes
+
+    folder = Path(model)
+    allowed = parse_bytes(memory) if memory else None
+    if not (folder.is_dir() and checkpoint_bytes(folder)):
+        if allowed is not None:
+            raise StreamlineError(
+                f"--memory is for a folder with safetensors files, which are read block by block; {model!r} is none. "
+                "Save the model to a folder, or leave --memory out."
+            )
+        return None
+    if allowed is None:
+        if find_spec("accelerate") is None:  # without it no block is read from disk
+            return None
+        allowed = free_memory()
+    return None if fits(folder, allowed) else allowed
+
+
+def only_whole(required: bool, say: Callable[[str], None], **given: Any) -> bool:
+    """Whether something was asked for that is only done with the whole model in memory.
+
+    Parameters
+    ----------
+    required : bool
+        Whether the memory is what was allowed, and not what is free now, which may do.
+    say : callable
+    **given : Any
+        By the option's name, what was asked for; False, None or empty where it was not.
+
+    Raises
+    ------
+    StreamlineError
+        If so, and the memory is required.
+    """
+    asked = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
+    if not asked:
+        return False
+    what = f"{' and '.join(asked)} is not done block by block"
+    if required:
+        raise StreamlineError(
+            f"The model does not fit into the memory that is allowed, and {what}. Leave it out, or allow more --memory."
+        )
+    say(f"memory     the model may not fit into what is free; {what}, so that it is loaded all the same")
+    return True
+
+
+def compress_block_by_block(
+    model: str,
+    documents: list[str],
+    output: Path,
+    memory: int,
+    *,
+    dry_run: bool,
+    say: Callable[[str], None],
+    **options: Any,
+) -> Any:
+    """Say what it will cost, and do it unless that was all that was asked for; the result, or None."""
+    import torch
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    from streamline_hooks.blockwise import compress_checkpoint, open_checkpoint
+    from streamline_hooks.planning import plan_blockwise, rates_here
+    from streamline_hooks.planning.budget import checkpoint_bytes, states_budget
+    from streamline_hooks.selection import windows_for
+    from streamline_hooks.stack import find_stack
+
+    logging.set_verbosity_error()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    opened = open_checkpoint(model)
+    stack = find_stack(opened, options["stack"])
+    size = len(windows_for(opened, options["remove"], stack=stack.path, protected=frozenset())[0])
+    plan = plan_blockwise(stack, asked_of(options, size, 0))
+    budget = states_budget(plan, memory)
+    plan = plan_blockwise(stack, asked_of(options, size, budget))
+    tokens = torch.zeros(options["batch_size"], options["sequence_length"], dtype=torch.long)
+    rates = rates_here(stack, {"input_ids": tokens}, output.parent if output.parent.is_dir() else None)
+    say(
+        f"The weights take {checkpoint_bytes(model) / 1e9:.2f} GB, and {memory / 1e9:.2f} GB of memory are allowed: "
+        "block by block."
+    )
+    say(str(plan))
+    say(plan.table(rates))
+    del opened, stack
+    if dry_run:
+        return None
+    work = output.with_name(f".{output.name}.blocks")
+    say(f"What is done is kept in {work} until the end; the same command goes on from there.")
+    return compress_checkpoint(model, tokenizer, documents, output, memory=budget, work_folder=work, say=say, **options)
+
+
+def asked_of(options: dict[str, Any], window: int, memory: int) -> Any:
+    """What is asked for, as a plan takes it."""
+    from streamline_hooks.planning import Asked
+
+    return Asked(
+        options["calibration_tokens"],
+        options["validation_tokens"],
+        options["test_tokens"],
+        options["sequence_length"],
+        window,
+        options["shortlist"],
+        memory,
+    )

@@ -1,0 +1,126 @@
+"""The command compress with a model that does not fit into the memory that is allowed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from streamline_hooks import load
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.planning import Asked, plan_blockwise
+from streamline_hooks.planning.budget import checkpoint_bytes, fits, parse_bytes, states_budget
+from streamline_hooks.stack import find_stack
+from streamline_hooks.testing import tiny_model
+from tests.commands import run
+
+Command = Callable[..., tuple[int, str, str]]
+SMALL = [
+    "--remove", "1", "--calibration-tokens", "1024", "--validation-tokens", "256", "--test-tokens", "256",
+    "--sequence-length", "64", "--shortlist", "2", "--memory", "4GB",
+]  # fmt: skip
+
+
+@pytest.fixture
+def too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing fits, as far as its size goes."""
+    monkeypatch.setattr("streamline_hooks.planning.budget.fits", lambda folder, memory: False)
+
+
+@pytest.fixture
+def command(
+    stories: Any, stories_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
+    """Run the command on stories260k: its exit code, what it wrote, and what it complained of, on one line."""
+
+    def call(*options: Any, model: Any = stories_folder) -> tuple[int, str, str]:
+        code, out, err = run(["compress", model, *map(str, options)], monkeypatch, capsys)
+        return code, out, " ".join(err.split())
+
+    return call
+
+
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(command: Command, too_large: None, tmp_path: Path) -> None:
+    code, out, err = command("-o", tmp_path / "out", *SMALL, "--dry-run")
+    assert code == 0, err
+    assert "4.00 GB of memory are allowed: block by block" in out
+    assert "| rank |" in out
+    assert "| **all** |" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_writes_what_the_model_in_memory_would_be(
+    command: Command, too_large: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    code, out, err = command("-o", one, *SMALL)
+    assert code == 0, err
+    assert "block by block" in out
+    monkeypatch.undo()
+    code, out, err = command("-o", other, *SMALL)
+    assert code == 0, err
+    assert "block by block" not in out
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (one, other)]
+    assert reports[0]["candidates"][0]["kl"] == pytest.approx(reports[1]["candidates"][0]["kl"], rel=1e-4)
+    found, expected = (load(folder).state_dict() for folder in (one, other))
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
+    assert (one / "report.html").is_file()
+    assert not list(tmp_path.glob(".one*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--train", "kl"], "--train"),
+        (["--search", "disjoint"], "--search"),
+        (["-c", "self"], "--calibration"),
+        (["--kind", "block"], "--kind"),
+        (["--criterion", "kl"], "--criterion"),
+        (["--remove", "latency:0.9"], "--remove"),
+    ],
+)
+def test_what_is_not_done_block_by_block_is_refused_by_its_name(
+    command: Command, too_large: None, tmp_path: Path, options: list[str], named: str
+) -> None:
+    code, _, err = command("-o", tmp_path / "out", *SMALL, *options)
+    assert code == 2
+    assert f"does not fit into the memory that is allowed, and {named} is not done block by block" in err
+
+
+def test_what_is_free_may_do_where_nothing_was_allowed(command: Command, too_large: None, tmp_path: Path) -> None:
+    code, out, err = command("-o", tmp_path / "out", *SMALL[:-2], "--train", "kl", "--dry-run")
+    assert code == 0, err
+    assert "may not fit into what is free; --train is not done block by block, so that it is loaded all the same" in out
+
+
+def test_memory_is_for_a_folder(command: Command, tmp_path: Path) -> None:
+    code, _, err = command("-o", tmp_path / "out", "--memory", "1GB", model="smollm2")
+    assert code == 2
+    assert "--memory is for a folder with safetensors files" in err
+
+
+def test_sizes_are_read_and_nonsense_is_refused() -> None:
+    assert [parse_bytes(t) for t in ("1", "2k", "2 KiB", "0.5GB")] == [1, 2000, 2048, 500_000_000]
+    for text in ("", "GB", "0", "-1GB", "2GB please"):
+        with pytest.raises(StreamlineError, match="is no size; expected one above zero such as 2GB"):
+            parse_bytes(text)
+
+
+def test_a_model_fits_by_the_size_of_its_files(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    size = checkpoint_bytes(tmp_path)
+    assert size > 0
+    assert fits(tmp_path, 2 * size)
+    assert not fits(tmp_path, size)
+
+
+def test_memory_that_does_not_hold_one_block_is_refused_with_what_would() -> None:
+    plan = plan_blockwise(find_stack(tiny_model("llama")), Asked(memory=0))
+    with pytest.raises(StreamlineError, match=r"--memory 0.00GB does not suffice: .* Allow at least \d+\.\d\dGB\."):
+        states_budget(plan, 1000)
+    assert states_budget(plan, 2**40) > states_budget(plan, 2**39)
