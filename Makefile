@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
-.PHONY: help demo test coverage oldest engines lint architectures bench quality setup clean distclean FORCE
+.PHONY: help demo test coverage oldest engines lint architectures bench bench-scale quality setup clean distclean FORCE
 
 help: ## Show this list
 	@echo "make TARGET, where TARGET is one of"
@@ -87,6 +87,10 @@ bench: $(VENV)/.stamp-bench ## Reproduce the benchmarks on SmolLM2-135M (two hou
 	@for name in $(BENCHMARKS); do \
 		echo "benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; \
 	done
+
+bench-scale: $(VENV)/.stamp-bench ## Compress three billion random weights, one block in memory at a time (6 GB of disk)
+	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.plan
 
 quality: $(VENV)/.stamp-bench ## Compare the recipes on SmolLM2-135M (four hours on two cores; goes on where it stopped)
 	$(BIN)/python -m benchmarks.quality

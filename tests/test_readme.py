@@ -25,7 +25,7 @@ class Letters:
 
     bos_token_id, eos_token_id, pad_token_id = 1, 2, 2
 
-    def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
+    def __call__(self, text: str, add_special_tokens: bool = False, verbose: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) % 61 + 3 for letter in text]}
 
     def decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:

@@ -21,8 +21,9 @@ Calibration = Annotated[
         "--calibration",
         "-c",
         metavar="TEXT",
-        help="Text or JSONL files or folders (a `text` field), a `datasets` name, `pydoc` (the technical English that "
-        "comes with Python), or `self`: the model writes its own through its chat template. May be repeated.",
+        help="Text, JSONL or Parquet files or folders (a `text` field), a `datasets` name, `pydoc` (the technical "
+        "English that comes with Python), or `self`: the model writes its own through its chat template. May be "
+        "repeated.",
         show_default="pydoc",
     ),
 ]
