@@ -41,7 +41,7 @@ SHAPES = {
     "100m": (768, 2048, 10, 12, 4, 16_000, True),
     "small": (96, 256, 28, 6, 2, 4096, True),
 }
-BOUND = 2.5e9
+BOUND, STATES = 2.5e9, 2**28
 _SPREAD = 0.02
 
 
@@ -165,6 +165,27 @@ def write_step(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def plan_step(options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of each step by `streamline_hooks.planning`, from one block of the checkpoint that is read and run."""
+    from streamline_hooks.blockwise import open_checkpoint
+    from streamline_hooks.planning import Asked, plan_blockwise, rates_here
+    from streamline_hooks.stack import find_stack
+
+    amounts = _amounts(options.tokens)
+    stack, length = find_stack(open_checkpoint(options.folder / options.shape)), amounts["sequence_length"]
+    asked = Asked(
+        *(amounts[f"{name}_tokens"] for name in ("calibration", "validation", "test")),
+        length,
+        round(amounts["remove"] * len(stack)),
+        amounts["shortlist"],
+        STATES,
+    )
+    rates = rates_here(stack, {"input_ids": torch.zeros(4, length, dtype=torch.long)}, options.folder)
+    seconds = {stage.name: stage.seconds(rates) for stage in plan_blockwise(stack, asked).stages}
+    seconds["rank"] += seconds.pop("check")  # it is the profile that checks
+    return seconds | {f"rate of {name}": getattr(rates, name) for name in ("products", "sums", "read", "write")}
+
+
 def compress_step(options: argparse.Namespace) -> dict[str, Any]:
     """The whole way, with one block in memory at a time."""
     from streamline_hooks.blockwise import compress_checkpoint
@@ -177,7 +198,7 @@ def compress_step(options: argparse.Namespace) -> dict[str, Any]:
         documents,
         options.folder / f"{options.shape}_short",
         overwrite=True,
-        memory=2**28,
+        memory=STATES,
         work_folder=options.folder / f"{options.shape}_work",
         say=lambda line: print(line, file=sys.stderr, flush=True),
         **_amounts(options.tokens),
@@ -257,12 +278,12 @@ def _amounts(tokens: int) -> dict[str, Any]:
     }
 
 
-STEPS = {"write": write_step, "compress": compress_step, "load": load_step, "small": small_step}
+STEPS = {"write": write_step, "plan": plan_step, "compress": compress_step, "load": load_step, "small": small_step}
 
 
 def table(content: Mapping[str, Any]) -> str:
     """The result as Markdown."""
-    written, found, loaded, small = (content[step] for step in STEPS)
+    written, planned, found, loaded, small = (content[step] for step in STEPS)
     before, after = found["parameters"]
     kls = [f"{kl[0]:.6f}" for kl in small["kl"]]
     lines = [
@@ -281,9 +302,12 @@ def table(content: Mapping[str, Any]) -> str:
         "",
         f"Before the compression began, its process had {found['peaks_before']['VmHWM'] / 1e9:.2f} GB.",
         "",
-        "| step | seconds |",
-        "|---|---|",
-        *(f"| {step} | {seconds:.1f} |" for step, seconds in found["steps"].items()),
+        "| step | seconds | planned |",
+        "|---|---|---|",
+        *(
+            f"| {step} | {seconds:.1f} | {f'{planned[step]:.1f}' if step in planned else ''} |"
+            for step, seconds in found["steps"].items()
+        ),
         "",
         f"What was written loads as a {loaded['class']} of {loaded['blocks']} blocks. A small model of the same make "
         f"loses blocks {small['removed'][0]} block by block and {small['removed'][1]} in memory, with a KL of "

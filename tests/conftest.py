@@ -29,6 +29,9 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
+os.environ.pop("TQDM_DISABLE", None)  # bars are looked at, in processes of their own too
+
+
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """The folder of real weights and texts: STREAMLINE_DATA, else shared/data beside the repository."""

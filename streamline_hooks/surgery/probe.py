@@ -225,13 +225,21 @@ def same_logits(a: Tensor, b: Tensor) -> bool:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run without gradients, without dropout, unseen by hooks, and leave the random numbers as they were."""
+    """Run without gradients, without dropout, unseen by hooks, and leave the random numbers as they were.
+
+    A forward that accelerate has wrapped for mixed precision is run as it was: what it answers is float32, and no more
+    exact than bfloat16.
+    """
+    original: Any = model.__dict__.get("_original_forward")
+    wrapped = None if original is None else model.__dict__.get("forward")
     training = [module for module in model.modules() if module.training]
     stashed: list[tuple[dict[int, Any], dict[int, Any]]] = []
     ours: tuple[Callable[..., Any], ...] = (run_before, run_after)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             model.eval()
+            if wrapped is not None:
+                model.forward = original
             for module in model.modules():
                 for hooks in (module._forward_hooks, module._forward_pre_hooks):
                     if any(hook not in ours for hook in hooks.values()):
@@ -243,5 +251,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for hooks, content in stashed:
                 hooks.clear()
                 hooks.update(content)
+            if wrapped is not None:
+                model.forward = wrapped
             for module in training:
                 module.training = True

@@ -1,0 +1,124 @@
+"""What two processes of one thread each gain over one, on SmolLM2-135M-Instruct.
+
+    python -m benchmarks.processes [--data FOLDER] [--rounds 3] [--sequences 16]
+
+A profile, the moments of four windows, and the training of a SwiGLU by KL, each on the same sequences of 512 tokens.
+One process and two are started in turn (`torch.distributed.run`, gloo); a pass is timed inside, between two barriers,
+after a warm-up on two sequences. The median of the rounds, in milliseconds a token, goes to
+``benchmarks/results/processes.json`` and ``processes.md``. Other work on the machine takes from both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.quality_scores import write
+from benchmarks.real_text import RESULTS, ROOT, arguments
+from benchmarks.timing import machine
+from benchmarks.training_text import training_text
+from streamline_hooks.batch import batches_of
+from streamline_hooks.cli.processes import launched
+from streamline_hooks.pretrained import load_pretrained
+from streamline_hooks.repair import Training, fit_windows, student_of, train
+from streamline_hooks.stack import find_stack
+from streamline_hooks.statistics import measure_moments, profile
+
+WINDOW, WINDOWS = range(12, 20), [range(k, k + 8) for k in (8, 10, 12, 14)]
+BATCH, WARM = 4, 2
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--step", type=Path, help="only one measurement, to this file")
+    options = parser.parse_args()
+    if options.step is not None:
+        measure(options)
+        return
+    found: dict[str, list[dict[str, float]]] = {"1": [], "2": []}
+    for number in range(options.rounds):
+        for count in ("1", "2") if number % 2 == 0 else ("2", "1"):
+            found[count].append(started(options, count))
+            print(count, found[count][-1], flush=True)
+    content = {
+        "command": "python -m benchmarks.processes",
+        "tokens": options.sequences * 512,
+        "rounds": found,
+        "machine": machine(),
+    }
+    write(RESULTS / "processes.json", content)
+    (RESULTS / "processes.md").write_text(table(content))
+    print(table(content))
+
+
+def started(options: Any, count: str) -> dict[str, float]:
+    """Seconds of each pass, by processes of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "seconds.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m"]
+        command += ["benchmarks.processes", "--data", str(options.data), "--sequences", str(options.sequences)]
+        subprocess.run(
+            [*command, "--step", str(file)], check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        return dict(json.loads(file.read_text()))
+
+
+def measure(options: Any) -> None:
+    """One process's part of every pass, and its seconds."""
+    torch.set_num_threads(1)
+    model, tokenizer = load_pretrained("smollm2")
+    text = training_text(options.data, tokenizer, 2 * options.sequences * 512).train
+    with launched() as speaks:
+        (repair,) = fit_windows(model, [WINDOW], "swiglu", batches_of(text[:BATCH], 2), batches_of(text[BATCH:8], 2))
+        student = student_of(find_stack(model), [(repair.window, repair.stand_in)])
+        passes: dict[str, Callable[[list[Any]], Any]] = {
+            "profile": lambda batches: profile(model, batches),
+            "moments of four windows": lambda batches: measure_moments(model, batches, WINDOWS),
+            "training by KL": lambda batches: train(student, batches, batches[:1], Training(validations=1)),
+        }
+        seconds = {}
+        for name, run in passes.items():
+            run(batches_of(text[:WARM], WARM))
+            _wait()
+            begun = time.perf_counter()
+            run(batches_of(text[: options.sequences], BATCH))
+            _wait()
+            seconds[name] = time.perf_counter() - begun
+        if speaks:
+            options.step.write_text(json.dumps(seconds))
+
+
+def _wait() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def table(content: dict[str, Any]) -> str:
+    """Milliseconds a token, and how many times as fast two are."""
+    rounds, tokens = content["rounds"], content["tokens"]
+    lines = [
+        f"SmolLM2-135M-Instruct, {tokens:,} tokens, one thread a process, {len(rounds['1'])} rounds in turn, medians.",
+        "",
+        "| pass | one process, ms a token | two | times as fast |",
+        "|---|---:|---:|---:|",
+    ]
+    for name in rounds["1"][0]:
+        one, two = (statistics.median(each[name] for each in rounds[count]) for count in ("1", "2"))
+        lines.append(f"| {name} | {1e3 * one / tokens:.2f} | {1e3 * two / tokens:.2f} | **{one / two:.2f}** |")
+    return "\n".join([*lines, "", f"Made by `{content['command']}`.", ""])
+
+
+if __name__ == "__main__":
+    main()
