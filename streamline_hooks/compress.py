@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from streamline_hooks.calibration import TokenSplit
+from streamline_hooks.carrying_out import carry_out, first_that_can_go
 from streamline_hooks.checkpoint import require_free, save
 from streamline_hooks.distributed import Together, failing_together, here
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.preparation import Preparation, prepare_compression
-from streamline_hooks.repair import Healing, Kind, Student, Trained, Training, kind_named, place, student_of, train
-from streamline_hooks.repair.branch_linear import replace_branches
+from streamline_hooks.repair import Healing, Kind, Student, Trained, Training, kind_named, student_of, train
 from streamline_hooks.result import LABELS, CompressionResult, findings
+from streamline_hooks.run_figures import Clock, data_of, peak_memory_of_process, sizes_of
 from streamline_hooks.selection import (
     Attempt,
     Criterion,
@@ -178,7 +172,7 @@ def compress(
     require_search(search, named, remove)
     if profile is not None:
         check_profile(profile, model, find_stack(model, stack).path)
-    clock = _Clock()
+    clock = Clock()
     with clock("prepare"):
         ready = prepare_compression(
             model,
@@ -214,7 +208,7 @@ def compress(
         judged = verified_together(work, model, found, ready)
     for line in findings(judged):
         say(line)
-    best = judged[work.of_first(lambda: _place_of(_first_that_can_go(model, judged, path, say), judged))]
+    best = judged[work.of_first(lambda: _place_of(first_that_can_go(model, judged, path, say), judged))]
     first = next(one for one in judged if (one.windows, one.silenced) == (found[0].windows, found[0].silenced))
     with clock("measure"):
         perplexities = _perplexities(work, ready, best, first, fitted=training is not None)
@@ -225,15 +219,15 @@ def compress(
     with clock("compare"):
         writes = side_by_side and work.processes.rank == 0
         beside = SideBySide(model, tokenizer, ready.test, say) if writes else None
-        change = partial(_carry_out, selection=best)
+        change = partial(carry_out, selection=best)
         speed = work.of_first(lambda: None if beside is None else beside.speed(change, path))
     with clock("measure"):
-        before = _sizes(model)
-        test, data, size = ready.test, _data(ready.split, seed), ready.size
+        before = sizes_of(model)
+        test, data, size = ready.test, data_of(ready.split, seed), ready.size
         notes = {} if trained is None else {"training": trained.report()}
         del ready, asked  # they hold the blocks that go
         with LayerSurgeon(model, path) as surgeon:
-            _carry_out(surgeon, best)
+            carry_out(surgeon, best)
             plan = surgeon.commit(kind=chosen.name, calibration=data, **notes)
         if student is not None:
             student.settle()
@@ -242,7 +236,7 @@ def compress(
         perplexities[label] = perplexity_together(work, model, test).value
     with clock("compare"):
         samples = work.of_first(lambda: [] if beside is None else beside.samples())
-    after = _sizes(model)
+    after = sizes_of(model)
     result = CompressionResult(
         model=model,
         tokenizer=tokenizer,
@@ -256,7 +250,7 @@ def compress(
         parameters=(before[0], after[0]),
         size_in_bytes=(before[1], after[1]),
         seconds=work.of_first(lambda: clock.seconds),
-        peak_memory=_peak_memory(),
+        peak_memory=peak_memory_of_process(),
         data=data,
         profile=measured,
         training=trained,
@@ -338,50 +332,8 @@ def _train(
     return student, trained
 
 
-class _Clock:
-    """Seconds by step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, step: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - started
-
-
-def _first_that_can_go(
-    model: nn.Module, judged: list[VerifiedSelection], stack: str, say: Callable[[str], None]
-) -> VerifiedSelection:
-    """The best selection that the surgeon carries out; only there is it held against the same blocks bypassed."""
-    refusal: UnsupportedSurgery | None = None
-    for one in judged:
-        if not (one.refused or math.isfinite(one.kl)):
-            continue
-        try:
-            with LayerSurgeon(model, stack) as surgeon:
-                _carry_out(surgeon, one)
-                return one
-        except UnsupportedSurgery as error:
-            refusal = refusal or error
-            say(f"{one} is passed over: {error}")
-    assert refusal is not None
-    raise refusal
-
-
 def _place_of(one: VerifiedSelection, judged: list[VerifiedSelection]) -> int:
     return next(k for k, other in enumerate(judged) if other is one)
-
-
-def _carry_out(surgeon: LayerSurgeon, selection: VerifiedSelection) -> None:
-    if selection.refused:
-        raise UnsupportedSurgery(selection.refused)
-    replace_branches(surgeon, selection.maps)  # before anything else stands beside these blocks
-    for repair in selection.repairs:
-        place(surgeon, repair.window, repair.stand_in)
-    for k, branch in selection.silenced:
-        surgeon.silence(k, branch)  # does nothing where a map stands in its place already
 
 
 def _perplexities(
@@ -402,29 +354,3 @@ def _perplexities(
     what = f"perplexity of the original and {len(wanted)} others"
     original, each = perplexities_together(work, ready, list(wanted.values()), what)
     return {"original": original.value, **{name: p.value for name, p in zip(wanted, each, strict=True)}}
-
-
-def _data(split: TokenSplit, seed: int) -> dict[str, Any]:
-    return {
-        "calibration_tokens": split.calibration.numel(),
-        "validation_tokens": split.validation.numel(),
-        "test_tokens": split.test.numel(),
-        "sequence_length": split.sequence_length,
-        "seed": seed,
-        "fingerprint": split.fingerprint,
-        "notes": list(split.notes),
-    }
-
-
-def _sizes(model: nn.Module) -> tuple[int, int]:
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
-
-
-def _peak_memory() -> int | None:
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -18,8 +18,8 @@ from streamline_hooks.blockwise.repairing import require_map_kind
 from streamline_hooks.blockwise.residence import identity_of
 from streamline_hooks.blockwise.verifying import verified
 from streamline_hooks.blockwise.work_folder import WorkFolder
+from streamline_hooks.carrying_out import carry_out, first_that_can_go
 from streamline_hooks.checkpoint import require_free, save
-from streamline_hooks.compress import _carry_out, _Clock, _data, _first_that_can_go, _peak_memory, _sizes
 from streamline_hooks.digests import batches_digest
 from streamline_hooks.distributed import here
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
@@ -27,6 +27,7 @@ from streamline_hooks.evaluation.candidates import Candidate
 from streamline_hooks.preparation import Preparation, prepare_compression
 from streamline_hooks.repair import Kind, kind_named
 from streamline_hooks.result import CompressionResult, findings
+from streamline_hooks.run_figures import Clock, data_of, peak_memory_of_process, sizes_of
 from streamline_hooks.selection import (
     Criterion,
     Target,
@@ -142,7 +143,7 @@ def compress_checkpoint(
     _refuse_latency(remove)
     if min(shortlist, batch_size) < 1:
         raise StreamlineError(f"shortlist={shortlist} and batch_size={batch_size} must be 1 or more each.")
-    clock = _Clock()
+    clock = Clock()
     with clock("prepare"):
         model = open_checkpoint(folder, dtype=dtype, offload_folder=offload_folder)
         ready = prepare_compression(
@@ -190,7 +191,7 @@ def compress_checkpoint(
     for line in findings(judged):
         say(line)
     with clock("choose"):
-        best = _first_that_can_go(model, judged, path, say)
+        best = first_that_can_go(model, judged, path, say)
         first = next(one for one in judged if one.windows == found[0].windows)
     with clock("measure"):
         wanted = _wanted(best, first)
@@ -200,10 +201,10 @@ def compress_checkpoint(
                 model, ready.test, list(wanted.values()), folder=room, check=False, **options
             ),
         )
-    before, data, size = _sizes(model), _data(ready.split, seed), ready.size
+    before, data, size = sizes_of(model), data_of(ready.split, seed), ready.size
     with clock("save"):
         with LayerSurgeon(model, path, probe=False) as surgeon:  # this window has been held against the truth
-            _carry_out(surgeon, best)
+            carry_out(surgeon, best)
             plan = surgeon.commit(kind=chosen.name, calibration=data)
         result = CompressionResult(
             model=model,
@@ -215,10 +216,10 @@ def compress_checkpoint(
             search="window",
             candidates=[best, *(one for one in judged if one is not best)],
             perplexities=perplexities,
-            parameters=(before[0], _sizes(model)[0]),
-            size_in_bytes=(before[1], _sizes(model)[1]),
+            parameters=(before[0], sizes_of(model)[0]),
+            size_in_bytes=(before[1], sizes_of(model)[1]),
             seconds=clock.seconds,
-            peak_memory=_peak_memory(),
+            peak_memory=peak_memory_of_process(),
             data=data,
             profile=measured,
         )
@@ -232,7 +233,7 @@ def compress_checkpoint(
                 overwrite=overwrite,
                 max_shard_size=max_shard_size,
             )
-    result.peak_memory = _peak_memory()
+    result.peak_memory = peak_memory_of_process()
     work.clear()
     return result
 
