@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from streamline_hooks import StreamlineError, UnsupportedSurgery, compress, find_stack, load
+from streamline_hooks import StreamlineError, UnsupportedSurgery, carrying_out, compress, find_stack, load
 from streamline_hooks.blockwise import compress_checkpoint, compressing, open_checkpoint, passing
 from streamline_hooks.checkpoint import save
 from streamline_hooks.checkpoint.checksums import FILE as CHECKSUMS
@@ -100,7 +100,7 @@ class Interrupted(Exception):
 
 STAGES = {
     "rank": "find_selections",
-    "choose": "_first_that_can_go",
+    "choose": "first_that_can_go",
     "measure": "perplexity_of_candidates",
     "carried out": "LayerSurgeon",
     "save": "save",
@@ -192,14 +192,14 @@ def test_other_arguments_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytes
 def test_a_window_that_cannot_go_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, said = compressible(tmp_path), []
     first = run(folder, tmp_path / "first").candidates[0].windows[0]
-    original = compressing._first_that_can_go.__globals__["_carry_out"]
+    original = carrying_out.carry_out
 
     def carry_out(surgeon: Any, selection: Any) -> None:
         if selection.windows[0] == first:
             raise UnsupportedSurgery("not this one")
         original(surgeon, selection)
 
-    monkeypatch.setitem(compressing._first_that_can_go.__globals__, "_carry_out", carry_out)
+    monkeypatch.setattr(carrying_out, "carry_out", carry_out)
     result = run(folder, tmp_path / "other", say=said.append)
     assert result.candidates[0].windows[0] != first and result.plan.removed == tuple(result.candidates[0].windows[0])
     assert any("is passed over: not this one" in line for line in said)
