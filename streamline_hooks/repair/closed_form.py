@@ -73,8 +73,9 @@ def solve(
 
     Notes
     -----
-    W(λ) = (Sxx + λI)⁻¹ Sxδ through one eigendecomposition, so that every further λ costs two products. Its error on
-    any moments is tr Sδδ − 2 tr WᵀSxδ + tr WᵀSxxW, which takes no pass over data.
+    W(λ) = (Sxx + λI)⁻¹ Sxδ through one eigendecomposition, Sxx = V diag(s) Vᵀ. Its error on any moments is
+    tr Sδδ − 2 tr WᵀSxδ + tr WᵀSxxW, which takes no pass over data; and, written with R = VᵀSxδ and c = 1/(s + λ) as
+    tr S'δδ − 2 cᵀdiag(R S'δx V) + cᵀ(RRᵀ ∘ VᵀS'xxV)c, no product of matrices for another λ either.
 
     What a W of low rank loses against W(λ) is ‖(Sxx + λI)^½ (W(λ) − W)‖², so that the best is the truncated singular
     value decomposition in that metric, not the plain one: W(λ)VVᵀ with V the first eigenvectors of SδxW(λ)
@@ -90,7 +91,8 @@ def solve(
             f"No map has rank={rank}, diagonal={diagonal}; give a rank of 1 or more, or diagonal=True."
         )
     shaped = _diagonal_maps if diagonal else partial(_maps, rank=rank)
-    errors = [held_out.error(w) for w in shaped(fit, ridges)]
+    plain = rank is None and not diagonal
+    errors = _errors(fit, held_out, ridges) if plain else [held_out.error(w) for w in shaped(fit, ridges)]
     best = min(range(len(errors)), key=errors.__getitem__)
     everything = copy.deepcopy(fit)
     everything.merge(held_out)
@@ -98,11 +100,26 @@ def solve(
     return ClosedForm(chosen, ridges[best], errors[best], held_out.error(torch.zeros_like(fit.xd)))
 
 
-def _maps(moments: WindowMoments, ridges: Sequence[float], rank: int | None = None) -> Iterator[Tensor]:
+def _rotated(moments: WindowMoments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Eigenvalues, eigenvectors and mean eigenvalue of Sxx, and Sxδ in that basis."""
     values, vectors = torch.linalg.eigh(moments.xx)
     values = values.clamp_min(0.0)
-    mean = _positive(values.mean())
-    rotated = vectors.T @ moments.xd
+    return values, vectors, _positive(values.mean()), vectors.T @ moments.xd
+
+
+def _errors(fit: WindowMoments, held_out: WindowMoments, ridges: Sequence[float]) -> list[float]:
+    """The held-out error of each ridge's full map."""
+    values, vectors, mean, rotated = _rotated(fit)
+    xx, xd = held_out.xx.to(vectors), held_out.xd.to(vectors)
+    linear = (rotated * (vectors.T @ xd)).sum(1)
+    square = (rotated @ rotated.T) * (vectors.T @ xx @ vectors)
+    shrunk = torch.stack([1 / (values + ridge * mean) for ridge in ridges])
+    totals = held_out.dd - 2 * shrunk @ linear + ((shrunk @ square) * shrunk).sum(1)
+    return [float(total) / held_out.tokens for total in totals]
+
+
+def _maps(moments: WindowMoments, ridges: Sequence[float], rank: int | None = None) -> Iterator[Tensor]:
+    values, vectors, mean, rotated = _rotated(moments)
     for ridge in ridges:
         full = vectors @ (rotated / (values + ridge * mean)[:, None])
         if rank is None:

@@ -68,6 +68,18 @@ def test_the_ridge_is_the_best_on_held_out_moments(seed: int) -> None:
     assert solution.removal_error == held_out.error(torch.zeros(6, 6))
 
 
+@given(st.integers(0, 20), st.integers(3, 40))
+def test_the_held_out_error_is_that_of_the_map_that_was_fitted_without_them(seed: int, count: int) -> None:
+    """It is computed without the map; here it is computed from it."""
+    fitted, held_out = moments_of(*draw(count, seed)), moments_of(*draw(30, seed + 100))
+    for ridge in (1e-8, 1e-3, 1.0):
+        map_ = torch.linalg.solve(
+            fitted.xx + ridge * fitted.xx.trace() / 6 * torch.eye(6, dtype=torch.float64), fitted.xd
+        )
+        found = solve(fitted, held_out, [ridge]).held_out_error
+        assert found == pytest.approx(held_out.error(map_), rel=1e-6)
+
+
 def test_few_noisy_tokens_ask_for_a_ridge() -> None:
     noisy = solve(moments_of(*draw(8, 0, noise=20.0)), moments_of(*draw(500, 1, noise=20.0)))
     plenty = solve(moments_of(*draw(5000, 0, noise=0.01)), moments_of(*draw(500, 1, noise=0.01)))
