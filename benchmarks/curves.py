@@ -13,6 +13,7 @@ to ``benchmarks/results/curves.json`` when it is done; the table to ``benchmarks
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from benchmarks.quality_scores import Quality, write
 from benchmarks.real_text import BATCH, RESULTS, ROOT, arguments
 from benchmarks.training_text import training_text
 from streamline_hooks.batch import batches_of
+from streamline_hooks.evaluation import perplexity
 from streamline_hooks.preparation import held_out_apart
 from streamline_hooks.pretrained import load_pretrained
 from streamline_hooks.repair import kind_named, student_of, train
@@ -144,7 +146,8 @@ class Bench:
 
     def score(self) -> float:
         """The mean perplexity ratio of the model as it is now."""
-        return float(self.quality.row(self.model)["mean_perplexity_ratio"])
+        value = {name: perplexity(self.model, batches, name).value for name, batches in self.quality.text.items()}
+        return statistics.fmean(value[name] / original for name, original in self.quality.scores.perplexity.items())
 
 
 def table(content: dict[str, Any]) -> str:

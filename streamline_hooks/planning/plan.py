@@ -7,7 +7,6 @@ from typing import Any
 
 from streamline_hooks.planning.rates import Rates
 from streamline_hooks.planning.work import work_of
-from streamline_hooks.repair.closed_form import RIDGES
 from streamline_hooks.repair.size import features_of
 from streamline_hooks.stack import BlockStack
 
@@ -27,8 +26,8 @@ class Stage:
         Bytes of weights, and of states that are not in memory.
     states : float
         Bytes of states that are there at once, in memory and in files together.
-    products, sums : float
-        FLOPs in the precision of the weights, and in float64.
+    products, sums, eigen : float
+        FLOPs in the precision of the weights, of products in float64, and of eigendecompositions in float64.
     """
 
     name: str
@@ -37,15 +36,16 @@ class Stage:
     states: float
     products: float
     sums: float
+    eigen: float = 0.0
 
     def seconds(self, rates: Rates) -> float:
         """How long it takes: reading, writing and computing one after the other.
 
-        Tokens are shared among processes. All of them need every block, at about the same time: of one machine it is
-        read from the disk once.
+        Tokens are shared among processes, a solution is not. All of them need every block, at about the same time: of
+        one machine it is read from the disk once.
         """
-        disk = self.read / rates.read + self.written / rates.write
-        return disk + (self.products / rates.products + self.sums / rates.sums) / rates.processes
+        alone = self.read / rates.read + self.written / rates.write + self.eigen / rates.eigen
+        return alone + (self.products / rates.products + self.sums / rates.sums) / rates.processes
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ class Plan:
         ]
         for stage in self.stages:
             numbers = (_bytes(stage.read), _bytes(stage.written), _bytes(stage.states))
-            flops = (f"{stage.products:.1e}", f"{stage.sums:.1e}", _time(stage.seconds(rates)))
+            flops = (f"{stage.products:.1e}", f"{stage.sums + stage.eigen:.1e}", _time(stage.seconds(rates)))
             lines.append(f"| {stage.name} | " + " | ".join((*numbers, *flops)) + " |")
         read, written = sum(s.read for s in self.stages), sum(s.written for s in self.stages)
-        products, sums = sum(s.products for s in self.stages), sum(s.sums for s in self.stages)
+        products, sums = sum(s.products for s in self.stages), sum(s.sums + s.eigen for s in self.stages)
         lines.append(
             f"| **all** | {_bytes(read)} | {_bytes(written)} | {_bytes(self.states)} | {products:.1e} | {sums:.1e} | "
             f"**{_time(self.seconds(rates))}** |"
@@ -152,7 +152,7 @@ def plan_blockwise(stack: BlockStack, asked: Asked, *, bytes_a_weight: float | N
       T' a sequence's tokens; the head 2·d·V;
     - a profile compares all L + 1 states of a token in float64, 2·(L + 1)²·d, and keeps them all;
     - moments are two d×d products in float64 for each window, 4·d² a token; a solution two eigendecompositions, about
-      10·d³ each, and three products of d×d matrices, 6·d³, for each ridge;
+      10·d³ each, and seven products of d×d matrices, 14·d³ (see `solve`);
     - candidates go through the blocks behind their windows beside the original. Of which windows these will be nothing
       is known: they are taken to be in the middle.
 
@@ -188,7 +188,6 @@ def plan_blockwise(stack: BlockStack, asked: Asked, *, bytes_a_weight: float | N
     fitted += candidates * validation * state
     measured = 6 * test * state
     gone = sum(blocks) * asked.window / length
-    solving = candidates * (20.0 + 6.0 * (len(RIDGES) + 1)) * width**3
     stages = (
         Stage("check", sum(blocks), 0.0, 0.0, 32 * sum(each), 0.0),
         Stage(
@@ -199,7 +198,7 @@ def plan_blockwise(stack: BlockStack, asked: Asked, *, bytes_a_weight: float | N
             "verify", sum(blocks) + _head_bytes(stack, size), spilled(fitted), fitted,
             calibration * sum(each[:end]) + validation * (sum(each) + candidates * behind)
             + validation * (1 + candidates) * head,
-            4.0 * calibration * candidates * width**2 + solving,
+            4.0 * calibration * candidates * width**2 + 14.0 * candidates * width**3, 20.0 * candidates * width**3,
         ),
         Stage("choose", _CHOOSING * sum(blocks), 0.0, 0.0, _CHOOSING * 16 * sum(each), 0.0),
         Stage(

@@ -20,6 +20,7 @@ from streamline_hooks.repair.size import features_of
 from streamline_hooks.stack import BlockStack
 
 _WRITTEN = 2**26
+_EIGEN = 1024  # a wider matrix is not decomposed to tell the rate
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class Rates:
 
     Attributes
     ----------
-    products, sums : float
-        FLOP/s of matrix products in the precision of the weights, and in float64.
+    products, sums, eigen : float
+        FLOP/s of matrix products in the precision of the weights, of those in float64, and of eigendecompositions in
+        float64, 10·d³ FLOPs each.
     read, write : float
         Bytes/s, of all processes together.
     processes : int
@@ -37,12 +39,15 @@ class Rates:
 
     products: float
     sums: float
+    eigen: float
     read: float
     write: float
     processes: int = 1
 
 
-def h100(processes: int = 1, *, share: float = 0.4, read: float = 3e9, write: float = 2e9) -> Rates:
+def h100(
+    processes: int = 1, *, share: float = 0.4, eigen: float = 3e11, read: float = 3e9, write: float = 2e9
+) -> Rates:
     """NVIDIA H100 SXM: 989 TFLOP/s dense in bfloat16 and 67 in float64, by its data sheet.
 
     Parameters
@@ -51,6 +56,8 @@ def h100(processes: int = 1, *, share: float = 0.4, read: float = 3e9, write: fl
         One a device.
     share : float
         Of these that is reached; 0.4 is what large matrices reach in training.
+    eigen : float
+        FLOP/s of eigendecompositions, which no data sheet has; an assumption, of a hundredth of the products' rate.
     read, write : float
         Bytes/s of the disk, which all processes share; by default those of one NVMe drive.
 
@@ -59,7 +66,7 @@ def h100(processes: int = 1, *, share: float = 0.4, read: float = 3e9, write: fl
     >>> f"{h100(8).products:.3g}"
     '3.96e+14'
     """
-    return Rates(share * 989e12, share * 67e12, read, write, processes)
+    return Rates(share * 989e12, share * 67e12, eigen, read, write, processes)
 
 
 def rates_here(stack: BlockStack, batch: Batch, folder: str | Path | None = None) -> Rates:
@@ -101,9 +108,12 @@ def rates_here(stack: BlockStack, batch: Batch, folder: str | Path | None = None
     width = features_of(stack)
     states = torch.randn(tokens, width, dtype=torch.float64)
     summing = min(_seconds(lambda: states.T @ states) for _ in range(2))
+    square = torch.randn(min(width, _EIGEN), min(width, _EIGEN), dtype=torch.float64)
+    decomposing = min(_seconds(lambda: torch.linalg.eigh(square @ square.T)) for _ in range(2))
     return Rates(
         work_of(stack)[0].flops(length) * tokens / computing,
         2 * tokens * width**2 / summing,
+        10 * len(square) ** 3 / decomposing,
         size / max(1e-9, first - computing),
         _WRITTEN / _seconds(lambda: _write(folder)),
     )
