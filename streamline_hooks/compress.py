@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from streamline_hooks.calibration import PackedText
 from streamline_hooks.carrying_out import carry_out, first_that_can_go
 from streamline_hooks.checkpoint import require_free, save
 from streamline_hooks.distributed import Together, failing_together, here
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 def compress(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[str] | Mapping[str, PackedText],
     *,
     remove: Target | int | float | str = 0.25,
     kind: Kind | str = "linear",
@@ -85,8 +86,10 @@ def compress(
         A causal language model. It is changed; on an error it is as it was, unless the error comes after the surgery
         was committed, in measuring or saving: then it is compressed, and `save` can write it elsewhere.
     tokenizer : transformers.PreTrainedTokenizerBase
-    texts : sequence of str
-        Documents. Calibration, validation and test text are split off them without overlap.
+    texts : sequence of str, or mapping of str to PackedText
+        Documents, which calibration, validation and test text are split off without overlap; or these three parts from
+        `packed_text`, for text that is not to be read whole. Only a model that keeps the documents of a packed row
+        apart is given them (`refuse_crossing`).
     remove : Target, int, float or str
         Number of blocks, or a fraction below 1 of them (rounded half up); a string is read by `Target.parse`, which
         knows fractions of the parameters and latencies too.
@@ -120,7 +123,7 @@ def compress(
     test_texts : sequence of str, optional
         Documents to score on instead of a part of `texts`.
     sequence_length, calibration_tokens, validation_tokens, test_tokens : int
-        In tokens.
+        In tokens, of documents; packed text has its own.
     batch_size : int
         Sequences at a time.
     shortlist : int

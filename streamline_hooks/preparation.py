@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.batch import batches_of, positions_of
-from streamline_hooks.calibration import TokenSplit, check_tokenizer, split_documents
+from streamline_hooks.calibration import PackedText, TokenSplit, check_tokenizer, refuse_crossing, split_documents
+from streamline_hooks.calibration.split import PARTS
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.cost import Cost
 from streamline_hooks.evaluation.pace import measure_pace
@@ -147,7 +148,7 @@ class Preparation:
 def prepare_compression(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[str] | Mapping[str, PackedText],
     *,
     remove: Target | int | float | str,
     kind: Kind | str,
@@ -157,11 +158,13 @@ def prepare_compression(
     batch_size: int,
     stack: str | None,
     say: Callable[[str], None],
+    refuse_crossing: Callable[..., None] = refuse_crossing,
     **split: Any,
 ) -> Preparation:
     """Find the windows that reach a target, and deal the text out.
 
-    Parameters are those of `compress`; the others go to `split_documents`.
+    Parameters are those of `compress`; `refuse_crossing` tells whether the model keeps the documents of packed rows
+    apart; the others go to `split_documents`.
 
     Raises
     ------
@@ -173,7 +176,8 @@ def prepare_compression(
     target = Target.parse(remove) if isinstance(remove, str) else remove
     target = target if isinstance(target, Target) else Target(target)
     protected = protected_blocks(keep, len(found))
-    require_positions(model, split["sequence_length"])
+    packed = TokenSplit.of_packed(texts) if isinstance(texts, Mapping) else None
+    require_positions(model, packed.sequence_length if packed else split["sequence_length"])
     embedding = cast(nn.Embedding, model.get_input_embeddings())
     candidates = windows_for(
         model,
@@ -184,12 +188,23 @@ def prepare_compression(
         slots=slots_of(chosen, search, parts),
         say=say,
     )
-    dealt = split_documents(texts, tokenizer, **split)
+    if packed and split.get("test_documents"):
+        raise StreamlineError("Packed text has a test part of its own; leave test_texts out.")
+    dealt = packed or split_documents(cast(Sequence[str], texts), tokenizer, **split)
     check_tokenizer(tokenizer, embedding.num_embeddings, dealt)
-    fit, held_out = held_out_apart(dealt.calibration)
-    dealt_out = (dealt.calibration, fit, held_out, dealt.validation, dealt.test)
-    batches = (batches_of(part, batch_size) for part in dealt_out)
+    ids = _five_parts({name: getattr(dealt, name) for name in PARTS})
+    if packed:
+        positions = _five_parts(packed.positions)
+        batches = [PackedText(*pair, 0, 0).batches(batch_size) for pair in zip(ids, positions, strict=True)]
+        refuse_crossing(model, [batch for part in batches for batch in part], stack=found.path)
+    else:
+        batches = [batches_of(part, batch_size) for part in ids]
     return Preparation(found, chosen, target, candidates, protected, dealt, *batches)
+
+
+def _five_parts(rows: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Calibration, its two parts, validation and test."""
+    return (rows["calibration"], *held_out_apart(rows["calibration"]), rows["validation"], rows["test"])
 
 
 def slots_of(kind: Kind, search: str, parts: int) -> int:

@@ -29,7 +29,9 @@ def prepared_alike(work: Together, ready: Preparation) -> Preparation:
         If the processes have not the same model and text.
     """
     if work.processes.count > 1:
-        work.take([ready.split.calibration, ready.split.validation, ready.split.test], **identity(ready.stack))
+        split = ready.split
+        rows = [split.calibration, split.validation, split.test, *split.positions.values()]
+        work.take(rows, **identity(ready.stack))
     return replace(ready, candidates=work.of_first(lambda: ready.candidates))
 
 

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import torch
 
 from streamline_hooks import StreamlineError, compress, find_stack, load, perplexity, profile
 from streamline_hooks.batch import batches_of
-from streamline_hooks.calibration import read_documents
-from streamline_hooks.repair import register_kind
+from streamline_hooks.calibration import PackedText, beginnings, packed_text, read_documents
+from streamline_hooks.preparation import held_out_apart
+from streamline_hooks.repair import Objective, Training, fit_windows, register_kind
+from streamline_hooks.testing import tiny_model
 from tests.repair.stand_ins import KINDS, SLOTS
 
 PLAIN = ("block", "block:count=2", "silenced", "folded", "scale")
@@ -289,3 +292,71 @@ print("same")
 """
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert run.stdout.strip().endswith("same"), run.stderr
+
+
+def packed_stories(folder: Path, tokenizer: Any, texts: list[str]) -> dict[str, PackedText]:
+    """Rows of stories, for the three parts."""
+    file = folder / "stories.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    sizes = {"calibration": 3200, "validation": 640, "test": 640}
+    return packed_text(file, tokenizer, sizes, sequence_length=64)
+
+
+def pieces(part: PackedText) -> list[torch.Tensor]:
+    """Each piece of a document alone, of shape (1, tokens)."""
+    found = []
+    for ids, starts in zip(part.input_ids.long(), beginnings(part.position_ids), strict=True):
+        edges = [*starts.nonzero().flatten().tolist(), len(ids)]
+        found += [ids[None, a:b] for a, b in pairwise(edges)]
+    return found
+
+
+def test_packed_text_is_its_documents_alone(
+    story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path
+) -> None:
+    """What is fitted, judged, trained and measured on packed rows, against each piece in a row of its own."""
+    model, tokenizer = story_model
+    original, prompts = copy.deepcopy(model), []
+    texts = packed_stories(tmp_path, tokenizer, story_texts)
+    alone = {name: pieces(part) for name, part in texts.items()}
+    assert len(alone["test"]) > len(texts["test"].input_ids) + 2
+    result = compress(
+        model,
+        tokenizer,
+        texts,
+        remove=1,
+        shortlist=2,
+        training=Training(objective=Objective(kl=1.0, lm=0.5), validations=1),
+        say=prompts.append,
+    )
+    assert "packed rows of 64" in next(line for line in prompts if line.startswith("text"))
+    assert result.data["test_tokens"] == 640 and result.data["sequence_length"] == 64
+    p = result.perplexities
+    assert p["original"] == pytest.approx(perplexity(original, alone["test"]).value, rel=1e-5)
+    assert p["trained"] == pytest.approx(perplexity(model, alone["test"]).value, rel=1e-5)
+    both = [held_out_apart(t) for t in (texts["calibration"].input_ids, texts["calibration"].position_ids)]
+    parts = [PackedText(*pair, 0, 0) for pair in zip(*both, strict=True)]
+    for judged in result.candidates:
+        (repair,) = fit_windows(original, judged.windows, "linear", *(pieces(part) for part in parts))
+        assert judged.repairs[0].repaired_error == pytest.approx(repair.repaired_error, rel=1e-5)
+    assert result.training is not None and result.training.kl < result.training.kl_before
+    first = [tokenizer.decode(piece[0, :8]) for piece in alone["test"]]
+    for written, _ in result.samples:
+        assert any(written.prompt.startswith(beginning) for beginning in first)
+
+
+def test_packed_text_that_cannot_be_used(story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path) -> None:
+    model, tokenizer = story_model
+    texts = packed_stories(tmp_path, tokenizer, story_texts)
+    with pytest.raises(
+        StreamlineError, match="the parts \\['calibration', 'test'\\]; expected calibration, validation"
+    ):
+        compress(model, tokenizer, {name: texts[name] for name in ("calibration", "test")}, remove=1)
+    empty = PackedText(torch.empty(0, 64, dtype=torch.int32), torch.empty(0, 64, dtype=torch.int32), 0, 0)
+    with pytest.raises(StreamlineError, match="expected a row at least in each part"):
+        compress(model, tokenizer, texts | {"test": empty}, remove=1)
+    with pytest.raises(StreamlineError, match="has a test part of its own; leave test_texts out"):
+        compress(model, tokenizer, texts, remove=1, test_texts=story_texts)
+    other = tiny_model("bloom", vocab_size=len(tokenizer))
+    with pytest.raises(StreamlineError, match="does not keep the documents of a packed row apart"):
+        compress(other, tokenizer, texts, remove=1)

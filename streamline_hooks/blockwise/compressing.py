@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from streamline_hooks.blockwise.boundaries import refuse_crossing
 from streamline_hooks.blockwise.measuring import perplexity_of_candidates
 from streamline_hooks.blockwise.opening import open_checkpoint
 from streamline_hooks.blockwise.profiling import profile
@@ -18,6 +19,7 @@ from streamline_hooks.blockwise.repairing import require_map_kind
 from streamline_hooks.blockwise.residence import identity_of
 from streamline_hooks.blockwise.verifying import verified
 from streamline_hooks.blockwise.work_folder import WorkFolder
+from streamline_hooks.calibration import PackedText
 from streamline_hooks.carrying_out import carry_out, first_that_can_go
 from streamline_hooks.checkpoint import require_free, save
 from streamline_hooks.digests import batches_digest
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 def compress_checkpoint(
     folder: str | Path,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[str] | Mapping[str, PackedText],
     output: str | Path,
     *,
     remove: Target | int | float | str = 0.25,
@@ -81,8 +83,9 @@ def compress_checkpoint(
     A block is read once for each of: the check of a pass against a forward of the whole model (twice where the last
     block must stay, which the profile leaves out), the profile (each part of it, with `disk`), the fits and their
     judgement, the measurement of perplexity, and the writing of what stays. The last block is read once more after the
-    judgement and after the measurement. The removal of the chosen window is
-    held against the same blocks bypassed, which takes about ten forwards of 16 tokens that read all blocks.
+    judgement and after the measurement. The removal of the chosen window is held against the same blocks bypassed,
+    which takes about ten forwards of 16 tokens that read all blocks. Packed text is held against its documents alone,
+    which reads each once more.
 
     Parameters
     ----------
@@ -158,6 +161,7 @@ def compress_checkpoint(
             batch_size=batch_size,
             stack=stack,
             say=say,
+            refuse_crossing=refuse_crossing,
             seed=seed,
             sequence_length=sequence_length,
             calibration_tokens=calibration_tokens,

@@ -17,6 +17,9 @@ from streamline_hooks.layouts import by_token
 from streamline_hooks.passes import forward_arguments, inference
 from streamline_hooks.recorder import HiddenStateRecorder
 
+Piece = tuple[int, int, int]  # row, and from which token to which
+
+_ADVICE = "Give it documents in rows of their own (batches_of) instead of packed ones."
 _ROWS = 2  # more than one: some attentions know packed rows only in a batch of one
 
 
@@ -53,37 +56,30 @@ def refuse_crossing(model: nn.Module, batches: Sequence[Batch], *, stack: str | 
     ...     print(error)
     BloomForCausalLM does not keep the documents of a packed row apart: the state that leaves block 0 ...
     """
-    rows = _most_divided(batches)
-    if rows is None:
+    divided = most_divided(model, batches)
+    if divided is None:
         return
-    name = type(model).__name__
-    advice = "Give it documents in rows of their own (batches_of) instead of packed ones."
-    if "position_ids" not in forward_arguments(model) and not _takes_anything(model):
-        raise StreamlineError(
-            f"{name} cannot be given packed rows: its forward takes no position_ids, by which documents are told "
-            f"apart. {advice}"
-        )
-    ids, starts = rows["input_ids"], beginnings(rows["position_ids"])
-    for row, own in enumerate(starts):
-        edges = [*own.nonzero().flatten().tolist(), len(own)]
-        for start, stop in pairwise(edges):
-            alone = _states(model, {"input_ids": ids[row : row + 1, start:stop]}, stack)
-            if row == start == 0:  # after one that is sure to run
-                packed = _packed_states(model, rows, stack, advice)
-            if len(alone) != len(packed):
-                raise StreamlineError(f"{name} calls its blocks another number of times on packed rows. {advice}")
-            for (k, state), (_, whole) in zip(alone, packed, strict=True):
-                difference, allowed = _compared(whole[row, start:stop], state[0])
-                if not difference <= allowed:
-                    raise StreamlineError(
-                        f"{name} does not keep the documents of a packed row apart: the state that leaves block {k} "
-                        f"for tokens {start} to {stop - 1} differs by {difference:.1e} of its size from that of the "
-                        f"same tokens alone, where rounding explains {allowed:.1e}. {advice}"
-                    )
+    rows, pieces = divided
+    for number, (row, start, stop) in enumerate(pieces):
+        alone = _states(model, piece_of(rows, row, start, stop), stack)
+        if number == 0:  # after one that is sure to run
+            packed = _packed_states(model, rows, stack)
+        if len(alone) != len(packed):
+            raise StreamlineError(
+                f"{type(model).__name__} calls its blocks another number of times on packed rows. {_ADVICE}"
+            )
+        for (k, state), (_, whole) in zip(alone, packed, strict=True):
+            require_apart(model, k, whole[row, start:stop], state[0], start)
 
 
-def _most_divided(batches: Sequence[Batch]) -> dict[str, Tensor] | None:
-    """The two rows of one batch that have the most pieces; None where none has two."""
+def most_divided(model: nn.Module, batches: Sequence[Batch]) -> tuple[dict[str, Tensor], list[Piece]] | None:
+    """The two rows of one batch that have the most pieces, and these; None where none has two.
+
+    Raises
+    ------
+    StreamlineError
+        If a batch is not packed, or the model takes no positions.
+    """
     best: tuple[int, Any] = (0, None)
     for batch in batches:
         if missing := {"input_ids", "position_ids"} - set(batch):
@@ -91,19 +87,63 @@ def _most_divided(batches: Sequence[Batch]) -> dict[str, Tensor] | None:
                 f"A batch holds {sorted(batch)} and no {' and no '.join(sorted(missing))}; expected packed rows. Make "
                 "them with packed_batches."
             )
-        pieces = beginnings(batch["position_ids"]).sum(dim=1)
-        chosen = pieces.argsort(descending=True, stable=True)[:_ROWS]
-        if int(pieces.max()) > 1 and int(pieces[chosen].sum()) > best[0]:
-            best = int(pieces[chosen].sum()), {name: value[chosen] for name, value in batch.items()}
-    return best[1]
+        counts = beginnings(batch["position_ids"]).sum(dim=1)
+        chosen = counts.argsort(descending=True, stable=True)[:_ROWS]
+        if int(counts.max()) > 1 and int(counts[chosen].sum()) > best[0]:
+            best = int(counts[chosen].sum()), {name: value[chosen] for name, value in batch.items()}
+    rows = best[1]
+    if rows is None:
+        return None
+    if "position_ids" not in forward_arguments(model) and not _takes_anything(model):
+        raise StreamlineError(
+            f"{type(model).__name__} cannot be given packed rows: its forward takes no position_ids, by which "
+            f"documents are told apart. {_ADVICE}"
+        )
+    pieces = []
+    for row, own in enumerate(beginnings(rows["position_ids"])):
+        edges = [*own.nonzero().flatten().tolist(), len(own)]
+        pieces += [(row, start, stop) for start, stop in pairwise(edges)]
+    return rows, pieces
 
 
-def _packed_states(model: nn.Module, rows: Batch, stack: str | None, advice: str) -> list[tuple[int, Tensor]]:
+def piece_of(rows: Batch, row: int, start: int, stop: int) -> dict[str, Tensor]:
+    """A piece alone, as a batch of one row."""
+    return {"input_ids": rows["input_ids"][row : row + 1, start:stop]}
+
+
+def require_apart(model: nn.Module, k: int, packed: Tensor, alone: Tensor, start: int) -> None:
+    """Raise unless a piece has the states behind a block that it has alone.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    k : int
+        The block.
+    packed, alone : torch.Tensor
+        Of shape (tokens, features).
+    start : int
+        Where the piece begins in its row.
+
+    Raises
+    ------
+    StreamlineError
+        Naming the block, and by how much they differ.
+    """
+    difference, allowed = _compared(packed, alone)
+    if not difference <= allowed:
+        raise StreamlineError(
+            f"{type(model).__name__} does not keep the documents of a packed row apart: the state that leaves block "
+            f"{k} for tokens {start} to {start + len(alone) - 1} differs by {difference:.1e} of its size from that of "
+            f"the same tokens alone, where rounding explains {allowed:.1e}. {_ADVICE}"
+        )
+
+
+def _packed_states(model: nn.Module, rows: Batch, stack: str | None) -> list[tuple[int, Tensor]]:
     try:
         return _states(model, rows, stack)
     except Exception as error:  # whatever a model makes of positions that it does not expect
         raise StreamlineError(
-            f"{type(model).__name__} cannot be run on packed rows ({type(error).__name__}: {error}). {advice}"
+            f"{type(model).__name__} cannot be run on packed rows ({type(error).__name__}: {error}). {_ADVICE}"
         ) from error
 
 

@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from streamline_hooks.calibration.dealing import Encoder, deal_parts, long_paragraphs, shuffled
+from streamline_hooks.calibration.packed_text import PackedText
 from streamline_hooks.errors import StreamlineError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PARTS = ("calibration", "validation", "test")
+
 
 @dataclass(frozen=True, eq=False)
 class TokenSplit:
-    """Token ids for calibration, validation and test that share no document and no long paragraph.
+    """Token ids for calibration, validation and test that share no document.
 
     Attributes
     ----------
     calibration, validation, test : torch.LongTensor
-        Each of shape (sequences, sequence_length): full sequences, no padding, no BOS.
+        Each of shape (sequences, sequence_length): full sequences, no padding.
     fingerprint : str
-        SHA-256, in hexadecimal, of the calibration ids and their shape. Two runs with the same fingerprint were
-        calibrated on the same tokens.
+        SHA-256, in hexadecimal, of the calibration ids and their shape, and of their positions where they are packed.
+        Two runs with the same fingerprint were calibrated on the same tokens.
     notes : tuple of str
         What had to be done differently from what was asked: documents cut, parts shrunk.
+    positions : dict of str to torch.LongTensor
+        Of packed rows, for each part, the position of each token in its piece; otherwise empty.
     """
 
     calibration: Tensor
@@ -37,6 +42,41 @@ class TokenSplit:
     test: Tensor
     fingerprint: str
     notes: tuple[str, ...] = ()
+    positions: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of_packed(cls, parts: Mapping[str, PackedText]) -> TokenSplit:
+        """Take the parts of `packed_text`.
+
+        Raises
+        ------
+        StreamlineError
+            If they are others than calibration, validation and test, or one has no rows or is of another length.
+
+        Examples
+        --------
+        >>> ids, positions = torch.arange(12).view(3, 4), torch.tensor([[0, 1, 0, 1]] * 3)
+        >>> part = PackedText(ids, positions, documents=6, cuts=0)
+        >>> TokenSplit.of_packed({"calibration": part, "validation": part, "test": part}).describe()
+        'calibration 12, validation 12, test 12 tokens in packed rows of 4; fingerprint ...'
+        """
+        if set(parts) != set(PARTS):
+            raise StreamlineError(
+                f"Packed text has the parts {sorted(parts)}; expected {', '.join(PARTS)}, as in "
+                "packed_text(source, tokenizer, {'calibration': 41_000, 'validation': 4_096, 'test': 12_288})."
+            )
+        lengths = {name: tuple(part.input_ids.shape) for name, part in parts.items()}
+        if not all(rows for rows, _ in lengths.values()) or len({length for _, length in lengths.values()}) > 1:
+            raise StreamlineError(
+                f"Packed text has rows and tokens of {lengths}; expected a row at least in each part, all of one "
+                "length. Of several processes each needs the same rows: "
+                "packed_text(..., processes=Processes(0, 1))."
+            )
+        calibration, validation, test = (parts[name].input_ids.long() for name in PARTS)
+        positions = {name: parts[name].position_ids.long() for name in PARTS}
+        fingerprint = _fingerprint(calibration, positions["calibration"])
+        notes = tuple(parts[name].note for name in PARTS if parts[name].note)
+        return cls(calibration, validation, test, fingerprint, notes, positions)
 
     @property
     def sequence_length(self) -> int:
@@ -45,9 +85,9 @@ class TokenSplit:
 
     def describe(self) -> str:
         """One line: the size of each part, the fingerprint, and the notes."""
-        parts = {"calibration": self.calibration, "validation": self.validation, "test": self.test}
-        sizes = ", ".join(f"{name} {ids.numel():,}" for name, ids in parts.items())
-        line = f"{sizes} tokens in sequences of {self.sequence_length}; fingerprint {self.fingerprint[:12]}"
+        sizes = ", ".join(f"{name} {getattr(self, name).numel():,}" for name in PARTS)
+        rows = "packed rows" if self.positions else "sequences"
+        line = f"{sizes} tokens in {rows} of {self.sequence_length}; fingerprint {self.fingerprint[:12]}"
         return "; ".join((line, *self.notes))
 
 
@@ -133,7 +173,8 @@ def split_documents(
         more, more_notes = deal_parts(shared, sizes, encode, sequence_length, seed, forbidden)
         parts, notes = parts | more, notes + more_notes
     tensors = {name: torch.tensor(ids, dtype=torch.long).view(-1, sequence_length) for name, ids in parts.items()}
-    return TokenSplit(**tensors, fingerprint=_fingerprint(tensors["calibration"]), notes=tuple(notes))
+    calibration, validation, test = (tensors[name] for name in PARTS)
+    return TokenSplit(calibration, validation, test, _fingerprint(calibration), tuple(notes))
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, split: TokenSplit | None = None) -> None:
@@ -190,7 +231,8 @@ def _check_sizes(sizes: dict[str, int], length: int) -> None:
             )
 
 
-def _fingerprint(ids: Tensor) -> str:
-    digest = hashlib.sha256(f"{tuple(ids.shape)}".encode())
-    digest.update(ids.contiguous().numpy().astype("<i8").tobytes())
+def _fingerprint(*rows: Tensor) -> str:
+    digest = hashlib.sha256(f"{tuple(rows[0].shape)}".encode())
+    for numbers in rows:
+        digest.update(numbers.contiguous().numpy().astype("<i8").tobytes())
     return digest.hexdigest()

@@ -72,7 +72,7 @@ def only_whole(required: bool, say: Callable[[str], None], **given: Any) -> bool
 
 def compress_block_by_block(
     model: str,
-    documents: list[str],
+    text: list[str] | Callable[[Any], Any],
     output: Path,
     memory: int,
     *,
@@ -112,7 +112,8 @@ def compress_block_by_block(
         return None
     work = output.with_name(f".{output.name}.blocks")
     say(f"What is done is kept in {work} until the end; the same command goes on from there.")
-    return compress_checkpoint(model, tokenizer, documents, output, memory=budget, work_folder=work, say=say, **options)
+    texts = text(tokenizer) if callable(text) else text
+    return compress_checkpoint(model, tokenizer, texts, output, memory=budget, work_folder=work, say=say, **options)
 
 
 def asked_of(options: dict[str, Any], window: int, memory: int) -> Any:

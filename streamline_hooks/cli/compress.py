@@ -13,7 +13,7 @@ from streamline_hooks.cli.block_by_block import (
     only_whole,
     takes_more_than,
 )
-from streamline_hooks.cli.loading import block_numbers, documents_of, load_model, own_text
+from streamline_hooks.cli.loading import block_numbers, documents_of, load_model, own_text, packed_parts
 from streamline_hooks.cli.options import (
     BatchSize,
     Calibration,
@@ -82,6 +82,14 @@ def compress(
         list[str] | None,
         typer.Option("--test", metavar="TEXT", help="Score on this text instead of a part of the calibration text."),
     ] = None,
+    pack: Annotated[
+        bool,
+        typer.Option(
+            "--pack",
+            help="Pack whole documents into the sequences, each of which sees itself alone, and read no more of the "
+            "text than they take. Otherwise all of it is read, and documents are joined.",
+        ),
+    ] = False,
     criterion: Annotated[
         str,
         typer.Option(
@@ -153,7 +161,10 @@ def compress(
             raise StreamlineError(
                 "A dry run writes no text, so that --calibration self has none; give text that is there."
             )
-        documents = [] if "self" in sources else documents_of(sources)
+        if pack and (test or "self" in sources):
+            with_what = "--test" if test else "--calibration self"
+            raise StreamlineError(f"--pack deals one text to all parts, and does not go with {with_what}.")
+        documents = [] if "self" in sources or pack else documents_of(sources)
         test_documents = documents_of(test) if test else None
         split: dict[str, Any] = {
             "seed": seed,
@@ -177,8 +188,9 @@ def compress(
         if most is not None and not only_whole(bool(memory), say, **whole):
             asked: dict[str, Any] = {"remove": target, "kind": kind, "criterion": criterion, "keep": blocks, **split}
             asked |= {"batch_size": batch_size, "shortlist": shortlist, "stack": stack, "overwrite": overwrite}
+            text: Any = (lambda tokenizer: packed_parts(sources, tokenizer, split)) if pack else documents
             made = compress_block_by_block(
-                model, documents, output, most, dry_run=dry_run, say=say, test_texts=test_documents, **asked
+                model, text, output, most, dry_run=dry_run, say=say, test_texts=test_documents, **asked
             )
             if made is not None:
                 for line in ("", made.table(), write_page(output, made.title, compression=made.report())):
@@ -194,6 +206,7 @@ def compress(
                 "cache": output.parent,
             }
             documents = work.of_first(lambda: own_text(loaded, tokenizer, sources, **options))
+        text = packed_parts(sources, tokenizer, split) if pack else documents
         shared: dict[str, Any] = {
             "remove": target,
             "kind": kind,
@@ -206,7 +219,7 @@ def compress(
             **split,
         }
         if dry_run and speaks:
-            ready = prepare_compression(loaded, tokenizer, documents, test_documents=test_documents, **shared)
+            ready = prepare_compression(loaded, tokenizer, text, test_documents=test_documents, **shared)
             ready.require_writable()
             for line in ready.announcement(search, criterion, shortlist):
                 typer.echo(line)
@@ -225,7 +238,7 @@ def compress(
         result = run(
             loaded,
             tokenizer,
-            documents,
+            text,
             training=training,
             healing=healing,
             resume=resume,
