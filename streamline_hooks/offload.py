@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from streamline_hooks.errors import StreamlineError
+
 DeviceMap = Mapping[str, int | str | torch.device]
 
 
@@ -28,6 +30,37 @@ def execution_device(module: nn.Module) -> torch.device | None:
             if device is not None:
                 return torch.device(device)
     return None
+
+
+def held_elsewhere(model: nn.Module) -> bool:
+    """Whether accelerate has weights of a model that Transformers does not know of when it saves.
+
+    It asks the ``hf_device_map``, which `accelerate.cpu_offload` and `accelerate.disk_offload` do not write.
+    """
+    return any(tensor.is_meta for tensor in model.state_dict().values()) and not hasattr(model, "hf_device_map")
+
+
+def brought(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All weights of a model in memory, of which accelerate keeps some elsewhere.
+
+    Raises
+    ------
+    StreamlineError
+        If nobody has the values of one.
+    """
+    from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+    try:
+        found = get_state_dict_offloaded_model(model)
+    except ValueError:  # a module on the device meta that accelerate does not look after
+        found = {}
+    weights = {name: found.get(name, tensor) for name, tensor in model.state_dict().items()}
+    if missing := [name for name, tensor in weights.items() if tensor.is_meta]:
+        raise StreamlineError(
+            f"{missing[0]} is on the device meta, as {len(missing)} weights are, and accelerate does not keep the "
+            "values of all of them. Load the model's weights before it is saved."
+        )
+    return weights
 
 
 def followed_device_map(

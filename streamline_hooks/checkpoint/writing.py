@@ -18,6 +18,7 @@ from streamline_hooks.checkpoint.card import model_card
 from streamline_hooks.checkpoint.checksums import write_checksums
 from streamline_hooks.checkpoint.safety import CONFIG, read_json
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.offload import brought, held_elsewhere
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,6 +71,8 @@ def save(
     target = Path(folder).resolve()
     with whole_folder(target, overwrite) as beside:
         options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        if held_elsewhere(model):
+            options["state_dict"] = brought(model)
         model.save_pretrained(beside, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)

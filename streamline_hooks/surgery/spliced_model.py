@@ -136,7 +136,7 @@ class _ModelWithSplices:
             raise StreamlineError(unwritable[0]["error"])
         # A quantizer reads the weights from the model in any case, and so does what brings offloaded ones.
         offloaded = any(parameter.is_meta for parameter in self.parameters())  # type: ignore[attr-defined]
-        if getattr(self, "hf_quantizer", None) is not None or offloaded:
+        if getattr(self, "hf_quantizer", None) is not None or (offloaded and state_dict is None):
             with _guard_axis(self):
                 return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         weights = dict(self.state_dict() if state_dict is None else state_dict)  # type: ignore[attr-defined]

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from streamline_hooks import HiddenStateRecorder, LayerSurgeon, LinearReplacement, find_stack, load, save
+from streamline_hooks import (
+    HiddenStateRecorder,
+    LayerSurgeon,
+    LinearReplacement,
+    StreamlineError,
+    find_stack,
+    load,
+    save,
+)
 from streamline_hooks.batch import device_of, prepare
 from streamline_hooks.offload import execution_device, followed_device_map
 from streamline_hooks.passes import resume
@@ -203,3 +211,23 @@ def test_a_checkpoint_with_splices_is_loaded_with_a_part_of_it_on_disk(elsewhere
     loaded.save_pretrained(tmp_path / "again")
     with torch.no_grad():
         torch.testing.assert_close(load(tmp_path / "again")(tokens(2, 9)).logits, model(tokens(2, 9)).logits)
+
+
+def test_weights_that_nobody_has_are_not_saved(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = type(tiny_model("llama"))(tiny_model("llama").config)
+    with pytest.raises(StreamlineError, match=r"embed_tokens.weight is on the device meta, as \d+ weights are"):
+        save(model, tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("elsewhere", [on_cpu, on_disk])
+def test_what_accelerate_keeps_is_saved_without_a_device_map(elsewhere: Offload, family: str, tmp_path: Path) -> None:
+    """Transformers alone writes nothing of such a model."""
+    plain, model = tiny_model(family), elsewhere(tiny_model(family), tmp_path)
+    expected = plain.state_dict()
+    save(model, tmp_path / "saved")
+    found = load(tmp_path / "saved").state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
