@@ -214,8 +214,9 @@ def test_a_checkpoint_with_splices_is_loaded_with_a_part_of_it_on_disk(elsewhere
 
 
 def test_weights_that_nobody_has_are_not_saved(tmp_path: Path) -> None:
+    plain = tiny_model("llama")
     with torch.device("meta"):
-        model = type(tiny_model("llama"))(tiny_model("llama").config)
+        model = type(plain)(plain.config)
     with pytest.raises(StreamlineError, match=r"embed_tokens.weight is on the device meta, as \d+ weights are"):
         save(model, tmp_path / "saved")
     assert not list(tmp_path.iterdir())
