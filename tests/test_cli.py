@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from streamline_hooks.calibration import PackedText, stream_documents
 from streamline_hooks.cli.compress import LEARNING_RATE, _recipe
 from tests.commands import run
 
@@ -184,6 +186,37 @@ def test_compress_by_another_search_and_a_saved_profile(
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert all(len(c["windows"]) == 2 and len(c["repairs"]) == 2 for c in report["candidates"])
     assert len(report["plan"]["removed"]) == 2
+
+
+def test_compress_on_packed_text(
+    stories_folder: Path,
+    story_texts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is streamed: nothing behind what is needed is read."""
+    file, read = tmp_path / "stories.jsonl", []
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in story_texts * 50))
+
+    def watched(*args: Any, **options: Any) -> Iterator[str]:
+        for document in stream_documents(*args, **options):
+            read.append(document)
+            yield document
+
+    monkeypatch.setattr(sys.modules[PackedText.__module__], "stream_documents", watched)
+    monkeypatch.setattr(sys.modules["streamline_hooks.cli.compress"], "documents_of", None)
+    sizes = ["--calibration-tokens", "640", "--validation-tokens", "192", "--test-tokens", "192"]
+    options = ["-c", file, "--pack", "--remove", "1", "-o", tmp_path / "out", "--sequence-length", "64", *sizes]
+    code, out, err = run(["compress", stories_folder, *options], monkeypatch, capsys)
+    assert code == 0, err
+    assert "calibration 640, validation 192, test 192 tokens in packed rows of 64" in out, out.splitlines()[3]
+    assert 0 < len(read) < len(story_texts)
+    for more, with_what in ((["--test", file], "--test"), (["-c", "self"], "--calibration self")):
+        code, _, err = run(["compress", stories_folder, *options, *more, "--overwrite"], monkeypatch, capsys)
+        assert code == 2 and f"--pack deals one text to all parts, and does not go with {with_what}" in " ".join(
+            err.split()
+        )
 
 
 @pytest.mark.parametrize("command", ["compress", "generate", "inspect", "rank"])

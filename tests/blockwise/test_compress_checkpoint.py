@@ -14,10 +14,12 @@ from safetensors import safe_open
 
 from streamline_hooks import StreamlineError, UnsupportedSurgery, carrying_out, compress, find_stack, load
 from streamline_hooks.blockwise import compress_checkpoint, compressing, open_checkpoint, passing
+from streamline_hooks.calibration import PackedText, packed_text
 from streamline_hooks.checkpoint import save
 from streamline_hooks.checkpoint.checksums import FILE as CHECKSUMS
 from streamline_hooks.distributed import Processes
 from streamline_hooks.selection import Target
+from streamline_hooks.testing import tiny_model
 from tests.blockwise.checkpoints import AMOUNTS, compressible, reader, reads  # noqa: F401
 from tests.processes import in_a_new_process
 
@@ -235,6 +237,33 @@ def test_every_block_is_held_against_the_whole_model(tmp_path: Path, monkeypatch
     monkeypatch.setattr(passing, "require_true", watched)
     run(folder, tmp_path / "out")
     assert set(seen) == set(range(1, 7))
+
+
+def test_packed_text_is_what_it_is_in_memory(tmp_path: Path) -> None:
+    tokenizer, documents = reader()
+    (tmp_path / "text.txt").write_text("\n\n\n".join(documents))
+    sizes = {"calibration": 256, "validation": 64, "test": 64}
+    text = packed_text(tmp_path / "text.txt", tokenizer, sizes, sequence_length=16)
+    folder = compressible(tmp_path)
+    found = compress_checkpoint(folder, tokenizer, text, tmp_path / "apart", **AMOUNTS)
+    whole = load(folder, dtype="auto")
+    wanted = compress(whole, tokenizer, text, output=tmp_path / "whole", side_by_side=False, **AMOUNTS)
+    assert found.plan == wanted.plan and found.data == wanted.data
+    assert found.perplexities == pytest.approx(wanted.perplexities, rel=1e-5)
+    mine, theirs = weights_in(tmp_path / "apart"), weights_in(tmp_path / "whole")
+    for name, weight in mine.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_packed_text_is_for_models_that_keep_documents_apart(tmp_path: Path) -> None:
+    tokenizer, _ = reader()
+    ids = torch.arange(3, 19).repeat(4, 1)
+    part = PackedText(ids.int(), torch.arange(8).repeat(4, 2).int(), documents=8, cuts=0)
+    text = {"calibration": part, "validation": part, "test": part}
+    tiny_model("bloom", vocabulary=300).save_pretrained(tmp_path / "bloom")
+    with pytest.raises(StreamlineError, match="does not keep the documents of a packed row apart: the state that"):
+        compress_checkpoint(tmp_path / "bloom", tokenizer, text, tmp_path / "out", **AMOUNTS)
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_changed_in_the_original(tmp_path: Path) -> None:

@@ -45,8 +45,9 @@ def test_a_model_of_70_billion_is_planned_by_hand(llama_70b: BlockStack) -> None
     assert stages["save"].written == plan.bytes - 20 * weights * 2
     one, eight = h100(), h100(8)
     assert plan.seconds(eight) < plan.seconds(one)
-    reading = sum(stage.read / one.read + stage.written / one.write for stage in plan.stages)
-    assert plan.seconds(eight) - reading == pytest.approx((plan.seconds(one) - reading) / 8)
+    assert stages["verify"].eigen == 8 * 2 * 10 * 8192**3
+    alone = sum(s.read / one.read + s.written / one.write + s.eigen / one.eigen for s in plan.stages)
+    assert plan.seconds(eight) - alone == pytest.approx((plan.seconds(one) - alone) / 8)
 
 
 def test_memory_takes_states_from_the_disk_and_is_counted() -> None:
@@ -59,7 +60,7 @@ def test_memory_takes_states_from_the_disk_and_is_counted() -> None:
 
 
 def test_more_of_anything_never_takes_less() -> None:
-    stack, rates = find_stack(tiny_model("llama")), Rates(1e9, 1e8, 1e7, 1e6)
+    stack, rates = find_stack(tiny_model("llama")), Rates(1e9, 1e8, 1e8, 1e7, 1e6)
     base = plan_blockwise(stack, ASKED).seconds(rates)
     for changed in ({"calibration": 2000}, {"validation": 200}, {"test": 100}, {"shortlist": 6}):
         assert plan_blockwise(stack, replace(ASKED, **changed)).seconds(rates) > base, changed
@@ -67,7 +68,7 @@ def test_more_of_anything_never_takes_less() -> None:
 
 def test_the_table_has_a_line_a_stage_and_one_for_all() -> None:
     plan = plan_blockwise(find_stack(tiny_model("gpt2")), ASKED)
-    lines = plan.table(Rates(1e9, 1e8, 1e7, 1e6)).splitlines()
+    lines = plan.table(Rates(1e9, 1e8, 1e8, 1e7, 1e6)).splitlines()
     assert len(lines) == 2 + len(plan.stages) + 1
     assert lines[-1].startswith("| **all** |")
     assert "0.00 billion parameters" in str(plan)
