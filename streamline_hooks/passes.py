@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -178,7 +178,7 @@ def recorded(
     record: HiddenStateRecorder,
     what: str,
     bar: tqdm[Any] | None = None,
-) -> Iterator[tuple[Any, Tensor, Any]]:
+) -> Generator[tuple[Any, Tensor, Any], None, None]:
     """Run each batch under a recorder and give what was recorded, its real tokens, and the model's output.
 
     Parameters

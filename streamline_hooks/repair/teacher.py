@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
+from streamline_hooks.distributed import is_sharded, sequences_of, some_of
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.passes import recorded
 from streamline_hooks.recorder import HiddenStateRecorder
@@ -86,6 +87,7 @@ def taught_states(
     memory: int = 2**31,
     folder: str | Path | None = None,
     what: str = "original",
+    say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[TaughtStates]:
     """Run every batch through the original once, as far as anything is needed.
 
@@ -109,6 +111,8 @@ def taught_states(
         Where to make the files, which vanish in the end.
     what : str
         What the bar says.
+    say : callable
+        Is told where memory did not suffice, and fewer sequences are run at a time.
 
     Yields
     ------
@@ -128,23 +132,61 @@ def taught_states(
     """
     found = find_stack(model, stack)
     ends = [window.stop - 1 for window in after] + ([len(found) - 1] if exits else [])
-    options = {"detach": True, "device": "cpu", "dtype": dtype, "stack": found.path}
-    entering = HiddenStateRecorder(model, [start], outputs=False, stop=not ends, **options)  # type: ignore[arg-type]
-    leaving = HiddenStateRecorder(model, ends, inputs=False, stop=True, **options) if ends else None  # type: ignore[arg-type]
-    last = leaving or entering
     cost = f"{what}: {max(ends) + 1 if ends else start} of {len(found)} blocks"
-    with _Room(memory, folder) as room, ExitStack() as opened:
-        kept: list[Taught] = []
-        if leaving is not None:
-            opened.enter_context(entering)
-        for _ in recorded(model, batches, last, cost):
-            entrance = room.keep(entering.inputs[start][0])
-            entering.clear()
-            states = [] if leaving is None else [room.keep(leaving.outputs[k][0]) for k in ends]
-            left = states.pop() if exits else None
-            kept.append(Taught(entrance, tuple(states), left))
+    rows = max(map(sequences_of, batches), default=1)
+    with ExitStack() as opened:
+        kept: list[Taught] | None = None
+        while kept is None:
+            with ExitStack() as attempt:
+                room = attempt.enter_context(_Room(memory, folder))
+                try:
+                    kept = _run(model, batches, start, ends, exits, found.path, dtype, cost, room, rows)
+                    opened.enter_context(attempt.pop_all())
+                except torch.cuda.OutOfMemoryError:
+                    if rows == 1 or is_sharded(model):
+                        raise
+            if kept is None:
+                rows = (rows + 1) // 2
+                torch.cuda.empty_cache()
+                say(f"Out of memory: the original is run on {rows} sequences at a time.")
         yield TaughtStates(start, tuple(after), exits, kept)
         kept.clear()
+
+
+def _run(
+    model: nn.Module,
+    batches: Sequence[Batch | Tensor],
+    start: int,
+    ends: list[int],
+    exits: bool,
+    stack: str,
+    dtype: torch.dtype | None,
+    cost: str,
+    room: _Room,
+    rows: int,
+) -> list[Taught]:
+    """What is kept of every batch, of which so many sequences are run at a time."""
+    options = {"detach": True, "device": "cpu", "dtype": dtype, "stack": stack}
+    entering = HiddenStateRecorder(model, [start], outputs=False, stop=not ends, **options)  # type: ignore[arg-type]
+    leaving = HiddenStateRecorder(model, ends, inputs=False, stop=True, **options) if ends else None  # type: ignore[arg-type]
+    counts = [range(0, sequences_of(batch), rows) for batch in batches]
+    parts = [some_of(b, slice(k, k + rows)) for b, starts in zip(batches, counts, strict=True) for k in starts]
+    with ExitStack() as opened:
+        if leaving is not None:
+            opened.enter_context(entering)
+        passed = opened.enter_context(closing(recorded(model, parts, leaving or entering, cost)))
+        kept = []
+        for starts in counts:
+            pieces = []
+            for _ in starts:
+                next(passed)
+                pieces.append([entering.inputs[start][0], *((leaving.outputs[k][0] for k in ends) if leaving else ())])
+                entering.clear()
+            entrance, *states = (room.keep(torch.cat(s) if len(s) > 1 else s[0]) for s in zip(*pieces, strict=True))
+            left = states.pop() if exits else None
+            kept.append(Taught(entrance, tuple(states), left))
+        next(passed, None)  # its bar comes to its end
+    return kept
 
 
 class _Room:

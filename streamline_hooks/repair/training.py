@@ -119,17 +119,17 @@ def _train(
         exits.enter_context(narrowed_once([student.model, *placed], settings.autocast))
         compared = tuple(student.windows) if settings.objective.needs_states else ()
         logits = settings.objective.needs_original_logits
+        told = say if work.processes.rank == 0 else _nothing
         shares = Share.of(batches, work.processes, sharded), Share.of(validation, work.processes, sharded)
         if taught is None:
             with settings.products(next(student.model.parameters()).device):
                 own = list(shares[0].batches.values())
-                mine = exits.enter_context(_taught(student, own, compared, logits, settings, "original")).batches
+                mine = exits.enter_context(_taught(student, own, compared, logits, settings, "original", told)).batches
         else:
             _require_fitting(taught, student, batches, compared, logits)
             mine = shares[0].of_taught(taught.batches)
         own = list(shares[1].batches.values())
-        apart = exits.enter_context(_taught(student, own, (), True, settings, "original, validation")).batches
-        told = say if work.processes.rank == 0 else _nothing
+        apart = exits.enter_context(_taught(student, own, (), True, settings, "original, validation", told)).batches
         more: dict[str, Any] = {"shares": shares, "work": work, "sharded": sharded}
         return Loop(student, batches, validation, mine, apart, settings, told, **more).run(resume)
 
@@ -145,6 +145,7 @@ def _taught(
     exits: bool,
     settings: Training,
     what: str,
+    say: Callable[[str], None],
 ) -> AbstractContextManager[TaughtStates]:
     return taught_states(
         student.model,
@@ -156,6 +157,7 @@ def _taught(
         dtype=settings.state_dtype,
         memory=settings.memory,
         what=what,
+        say=say,
     )
 
 

@@ -176,21 +176,19 @@ class Loop(Forwards):
         numbers = self.course.batches_of(self.step)
         tokens = sum(tokens_of(self.batches[number]) for number in numbers)
         random = self._random()
-        while True:
+
+        def gradients() -> tuple[float, list[bool]]:
             self.weights.clear()  # of a step that was broken off, in an earlier training too
-            self._seed()
-            try:
-                told = self._agree(lambda: self._gradients(numbers, tokens))
-            except (KeyboardInterrupt, _AllInterrupted):
-                self._set_random(random)  # whoever goes on makes this step anew
-                raise
-            if None not in told:
-                break
-            self.rows = (min(self.rows, self.longest) + 1) // 2
             self._set_random(random)
-            torch.cuda.empty_cache()
-            self.say(f"Out of memory: {self.rows} sequences are run at a time from here on, and the steps stay.")
-        made = [one for one in told if one is not None]
+            self._seed()
+            loss = sum(self._backward(number, tokens) for number in numbers if number in self.taught)
+            return loss, [master.grad is not None for master in self.weights.masters.values()]
+
+        try:
+            made = self._with_room(gradients)
+        except (KeyboardInterrupt, _AllInterrupted):
+            self._set_random(random)  # whoever goes on makes this step anew
+            raise
         loss = math.fsum(value for value, _ in made)
         if math.isfinite(loss):
             self.whole = False
@@ -207,16 +205,23 @@ class Loop(Forwards):
         self.weights.clear()
         return loss, tokens
 
-    def _gradients(self, numbers: Sequence[int], tokens: int) -> tuple[float, list[bool]] | None:
-        """Its part of a step's loss, and what it gave a gradient; None where memory did not suffice."""
-        try:
-            loss = sum(self._backward(number, tokens) for number in numbers if number in self.taught)
-        except torch.cuda.OutOfMemoryError:
-            if min(self.rows, self.longest) == 1 or self.sharded:
-                raise
-            self.weights.clear()
-            return None
-        return loss, [master.grad is not None for master in self.weights.masters.values()]
+    def _with_room(self, make: Callable[[], _T]) -> list[_T]:
+        """What every process makes, of fewer sequences at a time until there is memory for it in all of them."""
+
+        def tried() -> tuple[_T] | None:
+            try:
+                return (make(),)
+            except torch.cuda.OutOfMemoryError:
+                if min(self.rows, self.longest) == 1 or self.sharded:
+                    raise
+                self.weights.clear()
+                return None
+
+        while None in (told := self._agree(tried)):
+            self.rows = (min(self.rows, self.longest) + 1) // 2
+            torch.cuda.empty_cache()
+            self.say(f"Out of memory: {self.rows} sequences are run at a time from here on, and the steps stay.")
+        return [one[0] for one in told if one is not None]
 
     def _agree(self, make: Callable[[], _T]) -> list[_T]:
         """Make something in every process; what each of them made, unless one was asked to stop."""
@@ -237,7 +242,7 @@ class Loop(Forwards):
     def _validate(self, bar: Any) -> None:
         """KL on validation text; the weights are kept if it is the lowest so far."""
         bar.set_postfix_str("validation")
-        told = self._agree(lambda: (*self._summed_kl(), self._digest()))
+        told = self._with_room(lambda: (*self._summed_kl(), self._digest()))
         for rank, (_, _, digest) in enumerate(told):
             if digest != told[0][2]:
                 raise StreamlineError(

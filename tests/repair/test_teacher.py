@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from streamline_hooks import HiddenStateRecorder, StreamlineError
 from streamline_hooks.repair.teacher import taught_states
+from streamline_hooks.stack import find_stack
 from streamline_hooks.testing import tiny_model
 
 SIZE = 2 * 7 * 32 * 4
@@ -37,6 +39,38 @@ def test_states_are_the_blocks_own_wherever_they_are_kept(
             assert found.exit is not None
             assert torch.equal(found.exit, record.outputs[7][0]), "the state before the final norm is meant"
     assert not list(tmp_path.iterdir()), "the files outlive their use"
+
+
+def short_of_memory(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    if len(args[0]) > 1:
+        raise torch.cuda.OutOfMemoryError("planted")
+
+
+@pytest.mark.parametrize("memory", [2**20, 0])
+def test_out_of_memory_runs_fewer_sequences_at_a_time(memory: int, batches: list[torch.Tensor], tmp_path: Path) -> None:
+    model, said = tiny_model("llama"), []
+    batches = [*batches, torch.randint(3, 60, (5, 7))]
+    options = {"after": [range(2, 4)], "memory": memory, "folder": tmp_path}
+    with taught_states(model, batches, 2, **options) as expected:
+        wanted = expected.batches.copy()
+        find_stack(model)[6].register_forward_pre_hook(short_of_memory)
+        with taught_states(model, batches, 2, say=said.append, **options) as states:
+            assert [line.rpartition("on ")[2] for line in said] == [f"{n} sequences at a time." for n in (3, 2, 1)]
+            assert len(list(tmp_path.iterdir())) == (0 if memory else 24), "files of a broken pass were left"
+            for found, one in zip(states.batches, wanted, strict=True):
+                for mine, theirs in zip(
+                    (found.entrance, *found.after, found.exit), (one.entrance, *one.after, one.exit), strict=True
+                ):
+                    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_out_of_memory_on_one_sequence_is_an_error_of_its_own(batches: list[torch.Tensor], tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    find_stack(model)[6].register_forward_pre_hook(lambda module, args: short_of_memory(module, (torch.ones(2),)))
+    with pytest.raises(torch.cuda.OutOfMemoryError), taught_states(model, batches, 2, memory=0, folder=tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_window_at_the_end_and_the_exit_are_one_place(batches: list[torch.Tensor]) -> None:

@@ -266,6 +266,22 @@ def test_out_of_memory_halves_the_batch_and_leaves_the_steps_as_they_are(monkeyp
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(weights(student), weights(whole), strict=True))
 
 
+def test_out_of_memory_in_a_validation_halves_it_too() -> None:
+    whole, _ = student_of(tiny_model("llama"))
+    expected = train(whole, BATCHES, VALIDATION, QUICK)
+    student, module = student_of(tiny_model("llama"))
+
+    def short_of_memory(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if len(args[0]) > 2 and not torch.is_grad_enabled():
+            raise torch.cuda.OutOfMemoryError("planted")
+
+    module.register_forward_pre_hook(short_of_memory)
+    said: list[str] = []
+    trained = train(student, BATCHES, VALIDATION, QUICK, say=said.append)
+    assert said == ["Out of memory: 2 sequences are run at a time from here on, and the steps stay."]
+    assert [row["kl"] for row in trained.history] == pytest.approx([r["kl"] for r in expected.history], rel=1e-4)
+
+
 def test_patience_ends_what_gets_no_better() -> None:
     student, _ = student_of(tiny_model("llama"))
     settings = replace(QUICK, learning_rate=1.0, warmup=0.0, patience=2, validations=12)
