@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.plan import llama_3_70b
 from streamline_hooks.planning import Asked, Rates, h100, plan_blockwise
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.testing import tiny_model
@@ -17,16 +17,8 @@ ASKED = Asked(calibration=1000, validation=100, test=50, sequence_length=10, win
 @pytest.fixture(scope="module")
 def llama_70b() -> BlockStack:
     accelerate = pytest.importorskip("accelerate")
-    config = LlamaConfig(
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        vocab_size=128256,
-    )
     with accelerate.init_empty_weights(include_buffers=True):
-        return find_stack(AutoModelForCausalLM.from_config(config))
+        return find_stack(llama_3_70b())
 
 
 def test_a_model_of_70_billion_is_planned_by_hand(llama_70b: BlockStack) -> None:
