@@ -13,6 +13,8 @@ from streamline_hooks.offload import execution_device
 
 Batch = Mapping[str, Tensor]
 _MASKS = frozenset({"attention_mask", "src_key_padding_mask"})
+_NO_TOKENS = frozenset({"pixel_values", "input_features", "input_values"})
+_INPUTS = _NO_TOKENS | {"input_ids", "inputs_embeds"}  # with which a stack's own sequence begins
 
 
 def batches_of(sequences: Tensor, batch_size: int) -> list[dict[str, Tensor]]:
@@ -85,7 +87,8 @@ def real_tokens(given: Mapping[str, Any]) -> Any:
 def mask_of_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], outer: Any) -> Any:
     """The mask of real tokens for the blocks inside a model that is being called.
 
-    The innermost model's own: an encoder's mask says nothing of its decoder's tokens.
+    The innermost model's own: an encoder's mask says nothing of its decoder's tokens, and a text's nothing of the
+    patches of an image.
 
     Parameters
     ----------
@@ -98,23 +101,27 @@ def mask_of_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     Returns
     -------
     torch.Tensor or None
-        That of the call, see `real_tokens`; the outer one where the model takes none, or takes it as BERT's encoder
-        does, laid out by query and key.
+        That of the call, see `real_tokens`, and None where it begins a sequence without one, or with images or sounds;
+        the outer one where the model takes none, or takes it as BERT's encoder does, laid out by query and key.
     """
     signature = inspect.signature(model.forward)
-    if _MASKS.isdisjoint(signature.parameters):
-        return outer
-    own = real_tokens(signature.bind_partial(*args, **kwargs).arguments)
+    given = signature.bind_partial(*args, **kwargs).arguments
+    begins = any(isinstance(given.get(name), Tensor) for name in _INPUTS)
+    own = real_tokens(given)
+    if own is None:
+        takes_none = _MASKS.isdisjoint(signature.parameters) and not any(name in given for name in _NO_TOKENS)
+        return None if begins and not takes_none else outer
     laid_out = isinstance(own, Tensor) and own.ndim != 2 and isinstance(outer, Tensor) and outer.ndim == 2
     return outer if laid_out and len(own) == len(outer) else own
 
 
 def tokens_of(batch: Batch | Tensor) -> int:
-    """The number of real tokens of a batch."""
+    """The number of real tokens of a batch; of images and sounds, which have none, that of these."""
     mask = None if isinstance(batch, Tensor) else real_tokens(batch)
     if isinstance(mask, Tensor):
         return int(mask.sum())
-    return batch.numel() if isinstance(batch, Tensor) else next(iter(batch.values())).numel()
+    first = batch if isinstance(batch, Tensor) else next(iter(batch.values()))
+    return len(first) if first.is_floating_point() and first.ndim else first.numel()
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from streamline_hooks.batch import Batch, prepare, real_tokens, tokens_of
+from streamline_hooks.batch import Batch, prepare, tokens_of
 from streamline_hooks.distributed import here
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.hidden_state import (
@@ -28,6 +28,7 @@ from streamline_hooks.layouts import by_token
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery import LayerSurgeon
+from streamline_hooks.watched_mask import WatchedMask
 
 
 @contextmanager
@@ -211,16 +212,16 @@ def recorded(
     with inference(model), record, nullcontext() if bar is not None else progress(total, what) as own:
         for number, batch in enumerate(batches):
             record.clear()
-            given = prepare(model, batch)
-            output = record(**given)
-            real = real_tokens(given)
+            with WatchedMask(record.stack) as watched:
+                output = record(**prepare(model, batch))
+            real = watched.mask
             if real is not None:
                 require_batch_first(record.stack[0])
             mask = token_mask(_one_visit(record), real)
             _require_finite(record, mask, number)
             yield record, mask, output
             if own is not None:
-                own.update(int(mask.sum()))
+                own.update(tokens_of(batch))
 
 
 def _enter(states: Tensor) -> Callable[..., Any]:

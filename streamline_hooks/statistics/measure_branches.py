@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from streamline_hooks.batch import Batch, prepare, real_tokens, tokens_of
+from streamline_hooks.batch import Batch, prepare, tokens_of
 from streamline_hooks.branch_states import reading_branches
 from streamline_hooks.branches import Branch, Branches
 from streamline_hooks.errors import UnsupportedSurgery
@@ -15,6 +15,7 @@ from streamline_hooks.passes import inference, progress
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.statistics.branches import BranchScores
 from streamline_hooks.surgery.silence import branches_of
+from streamline_hooks.watched_mask import WatchedMask
 
 
 def measure_branches(
@@ -66,21 +67,24 @@ def measure_branches(
     stacked = HiddenStateRecorder(model, blocks, stack=stack)  # which also says what is wrong with `blocks`
     found = _readable(branches_of(stacked.stack, stacked.blocks, probe), all_of_them=blocks is not None)
     record = HiddenStateRecorder(model, [max(found)], inputs=False, stop=True, stack=stack)
-    scores = BranchScores(len(record.stack))
-    mask: Tensor | None = None
+    scores, watched = BranchScores(len(record.stack)), WatchedMask(record.stack)
 
     def receive(k: int, branch: Branch, before: Tensor, after: Tensor) -> None:
-        scores.update(k, branch, before, after, token_mask(before, mask))
+        scores.update(k, branch, before, after, token_mask(before, watched.mask))
 
     total = sum(tokens_of(batch) for batch in batches)
     measured = {k: record.stack[k] for k in found}
     cost = f"branches: {len(found)} of {len(record.stack)} blocks"
-    with inference(model), record, reading_branches(measured, found, receive), progress(total, cost) as bar:
+    with (
+        inference(model),
+        record,
+        watched,
+        reading_branches(measured, found, receive),
+        progress(total, cost) as bar,
+    ):
         for batch in batches:
             record.clear()
-            given = prepare(model, batch)
-            mask = real_tokens(given)
-            record(**given)
+            record(**prepare(model, batch))
             bar.update(tokens_of(batch))
     return scores
 

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.batch import Batch, prepare, real_tokens
+from streamline_hooks.batch import Batch, prepare
 from streamline_hooks.branch_states import reading_branches
 from streamline_hooks.branches import Branch
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
@@ -25,6 +25,7 @@ from streamline_hooks.passes import inference, progress, recorded
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.statistics.covariances import Place, StateCovariances, canonical_correlations
 from streamline_hooks.surgery.silence import branches_of
+from streamline_hooks.watched_mask import WatchedMask
 
 
 @dataclass(frozen=True)
@@ -187,11 +188,10 @@ def branch_cca_bounds(
         why = str(reason) if isinstance(reason, UnsupportedSurgery) else "No submodule is given the state between them."
         raise UnsupportedSurgery(f"The branches of block {k} cannot be measured. {why}", "branches")
     covariances = {k: StateCovariances([("before", "after")]) for k in readable}
-    mask: Tensor | None = None
 
     def receive(k: int, read: Branch, before: Tensor, after: Tensor) -> None:
         if read == branch:
-            real = token_mask(before, mask)
+            real = token_mask(before, watched.mask)
             if not (torch.isfinite(before[real]).all() and torch.isfinite(after[real]).all()):
                 raise StreamlineError(
                     f"A state around the {branch} branch of block {k} holds NaN or infinite values. Look at the "
@@ -200,18 +200,18 @@ def branch_cca_bounds(
             covariances[k].update({"before": before, "after": after}, real)
 
     record = HiddenStateRecorder(model, [max(readable)], inputs=False, stop=True, stack=stack)
+    watched = WatchedMask(record.stack)
     what = f"covariances of the {branch} of {len(readable)} of {len(record.stack)} blocks"
     measured = {k: record.stack[k] for k in readable}
     with (
         inference(model),
         record,
+        watched,
         reading_branches(measured, readable, receive),
         progress(len(batches), what, "batches") as bar,
     ):
         for batch in batches:
             record.clear()
-            given = prepare(model, batch)
-            mask = real_tokens(given)
-            record(**given)
+            record(**prepare(model, batch))
             bar.update()
     return {k: CanonicalBound(sums, "before", "after") for k, sums in covariances.items()}
