@@ -91,7 +91,7 @@ def fit_branch_linear(
     stack : str, optional
         Path of the stack, see `find_stack`.
     probe : mapping or torch.Tensor, optional
-        What to look for branches on in a model that cannot be run on tokens alone, without padding.
+        What to look for branches on in a model that cannot be probed otherwise, without padding.
 
     Returns
     -------
@@ -155,7 +155,7 @@ def replace_branches(
     fitted : sequence of BranchLinear
         With the blocks' numbers when the surgeon opened.
     batch : mapping or torch.Tensor, optional
-        What to run a model on that cannot be run on tokens alone, without padding.
+        What to run a model on that cannot be probed otherwise, without padding.
 
     Returns
     -------

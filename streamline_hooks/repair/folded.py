@@ -71,7 +71,7 @@ def fit_fold(
     stack : str, optional
         Path of the stack, see `find_stack`.
     probe : mapping or torch.Tensor, optional
-        What to look for branches on in a model that cannot be run on tokens alone, without padding.
+        What to look for branches on in a model that cannot be probed otherwise, without padding.
 
     Returns
     -------

@@ -72,7 +72,7 @@ class Kind:
         seed : int
             Of the weights that are random at first. The caller's random numbers are left as they were.
         probe : mapping or torch.Tensor, optional
-            What to run a model on that cannot be run on tokens alone, without padding.
+            What to run a model on that cannot be probed otherwise, without padding.
 
         Raises
         ------

@@ -180,7 +180,7 @@ def scale_after(surgeon: LayerSurgeon, window: range, scaled: Scaled, *, batch: 
         In the numbering when the surgeon opened.
     scaled : Scaled
     batch : mapping or torch.Tensor, optional
-        What to run a model on that cannot be run on tokens alone, without padding.
+        What to run a model on that cannot be probed otherwise, without padding.
 
     Raises
     ------

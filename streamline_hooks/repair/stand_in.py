@@ -32,7 +32,7 @@ def place(
     stand_in : StandIn
         Of several inherited blocks each takes the place of one block of the window, and the last of all the rest.
     batch : mapping or torch.Tensor, optional
-        For what is folded: what to run a model on that cannot be run on tokens alone, without padding.
+        For what is folded: what to run a model on that cannot be probed otherwise, without padding.
 
     Returns
     -------

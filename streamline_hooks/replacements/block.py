@@ -72,7 +72,7 @@ def inherit_silenced(stack: BlockStack, window: range, batch: Batch | Tensor | N
     window : range
         Of two blocks at least.
     batch : mapping or torch.Tensor, optional
-        What to run a model on that cannot be run on tokens alone, without padding.
+        What to run a model on that cannot be probed otherwise, without padding.
 
     Returns
     -------

@@ -41,7 +41,7 @@ def measure_branches(
     stack : str, optional
         Path of the stack, see `find_stack`.
     probe : mapping or torch.Tensor, optional
-        What to find the branches on in a model that cannot be run on tokens alone, without padding.
+        What to find the branches on in a model that cannot be probed otherwise, without padding.
 
     Returns
     -------

@@ -42,7 +42,7 @@ class BranchSurgery(OpenSurgery):
         branch : {"attention", "mlp"}
             "attention" is whatever mixes tokens, such as linear attention, a convolution or a state space.
         batch : mapping or torch.Tensor, optional
-            What to run a model on that cannot be run on tokens alone, without padding.
+            What to run a model on that cannot be probed otherwise, without padding.
 
         Raises
         ------
@@ -85,7 +85,7 @@ class BranchSurgery(OpenSurgery):
         branch : {"attention", "mlp"}
             As for `silence`.
         batch : mapping or torch.Tensor, optional
-            What to run a model on that cannot be run on tokens alone, without padding.
+            What to run a model on that cannot be probed otherwise, without padding.
 
         Raises
         ------
@@ -136,7 +136,7 @@ class BranchSurgery(OpenSurgery):
         factor : float
             Above 0.
         batch : mapping or torch.Tensor, optional
-            What to run a model on that cannot be run on tokens alone, without padding.
+            What to run a model on that cannot be probed otherwise, without padding.
 
         Raises
         ------

@@ -74,7 +74,7 @@ def find_folding(stack: BlockStack, k: int, branch: Branch, map_: Tensor, batch:
     map_ : torch.Tensor
         T, of shape (features, features), float64.
     batch : mapping or torch.Tensor, optional
-        What to run a model on that cannot be run on tokens alone, without padding.
+        What to run a model on that cannot be probed otherwise, without padding.
 
     Returns
     -------

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery.diagnosis import diagnose
@@ -46,14 +47,14 @@ def against_truth(
         wrong = shortfall(truth, model)
         in_question = wrong is not None and wrong != CACHE
         computing = edits.numbers_that_compute(lambda: gives(truth, model)) if in_question else ()
-    return None if wrong is None else (wrong, _reason(stack, window, wrong, computing))
+    return None if wrong is None else (wrong, _reason(stack, window, wrong, computing, truth.given))
 
 
-def _reason(stack: BlockStack, window: range, wrong: str, computing: Sequence[str]) -> Hazard:
+def _reason(stack: BlockStack, window: range, wrong: str, computing: Sequence[str], given: dict[str, Tensor]) -> Hazard:
     if wrong == CACHE:
         return Hazard("cache", "the cache counts on a block's number or kind")
     if computing:
         return Hazard("number-computes", f"blocks compute with their own number ({', '.join(computing)})")
     with undisturbed(stack.model):
-        found = diagnose(stack, window, lambda: logits_of_probe(stack.model))
+        found = diagnose(stack, window, partial(logits_of_probe, stack.model, given))
     return found or Hazard("probe", "it counts on a block's number or on what those blocks leave behind")

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from streamline_hooks.batch import device_of
 from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.hidden_state import read_input, read_output, write_output
 from streamline_hooks.stack import BlockStack
+from streamline_hooks.surgery.probe_inputs import TOKENS, probe_inputs
 from streamline_hooks.surgery.splice import AFTER, run_after, run_before, spliced
 
 CACHE = "decoding with a cache no longer equals the full forward"
-_ROWS, _TOKENS, _STEPS = 2, 8, 2
+_STEPS = 2
 _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # relative; 1e-4 for anything wider
 
 
@@ -34,12 +34,15 @@ class Truth:
 
     Attributes
     ----------
+    given : dict of str to torch.Tensor
+        What it was called with.
     logits : torch.Tensor
-        With the window bypassed, of shape (rows, tokens, vocabulary).
+        With the window bypassed, usually of shape (rows, tokens, vocabulary).
     cached : bool
         Whether the model's own cached decoding equals its full forward, so that it can be asked for afterwards.
     """
 
+    given: dict[str, Tensor]
     logits: Tensor
     cached: bool
 
@@ -58,7 +61,7 @@ def observe(stack: BlockStack, window: range, going: Sequence[nn.Module] = ()) -
     Returns
     -------
     Truth or None
-        None where the model cannot be run on tokens alone, or does not give the same twice; a warning says so.
+        None where the model cannot be run without a batch, or does not give the same twice; a warning says so.
     """
     model = stack.model
     kept: dict[str, Tensor] = {}
@@ -83,8 +86,8 @@ def observe(stack: BlockStack, window: range, going: Sequence[nn.Module] = ()) -
     truth = observe_hooked(model, attach, what, frames=5)
     if truth is not None and "state" not in kept:
         raise UnsupportedSurgery(
-            f"Block {window.start} cannot go: a forward of tokens alone does not run it, so that nothing shows whether "
-            "the model is right without it. Choose others.",
+            f"Block {window.start} cannot go: a forward of {' and '.join(truth.given)} alone does not run it, so that "
+            "nothing shows whether the model is right without it. Choose others.",
             "not-run",
         )
     return truth
@@ -108,21 +111,22 @@ def observe_hooked(
     Returns
     -------
     Truth or None
-        None where the model cannot be run on tokens alone, or does not give the same twice; a warning says so.
+        None where the model cannot be run without a batch, or does not give the same twice; a warning says so.
     """
     with undisturbed(model):
         try:
-            whole, again = logits_of_probe(model), logits_of_probe(model)
+            given = given_to_probe(model)
+            whole, again = logits_of_probe(model, given), logits_of_probe(model, given)
             reason = "" if same_logits(whole, again) else "it does not give the same twice"
         except NotRun as error:
-            reason = f"it cannot be run on tokens alone ({error})"
+            reason = f"it cannot be run without a batch ({error})"
         if reason:
             warnings.warn(f"{what}: {reason}.", stacklevel=frames + 1)
             return None
-        cached = cache_fits(model, whole)
+        cached = cache_fits(model, whole, given)
         handles = attach()
         try:
-            return Truth(logits_of_probe(model), cached)
+            return Truth(given, logits_of_probe(model, given), cached)
         finally:
             for handle in handles:
                 handle.remove()
@@ -141,12 +145,12 @@ def shortfall(truth: Truth, model: nn.Module, than: str = "with them bypassed") 
     """
     with undisturbed(model):
         try:
-            claim = logits_of_probe(model)
+            claim = logits_of_probe(model, truth.given)
         except NotRun as error:
             return f"the model fails ({error})"
         if not same_logits(claim, truth.logits):
             return f"the model gives other logits than {than}"
-        if truth.cached and not cache_fits(model, claim):
+        if truth.cached and not cache_fits(model, claim, truth.given):
             return CACHE
         return None
 
@@ -155,39 +159,62 @@ def gives(truth: Truth, model: nn.Module) -> bool:
     """Whether a model's full forward gives the truth."""
     with undisturbed(model):
         try:
-            return same_logits(logits_of_probe(model), truth.logits)
+            return same_logits(logits_of_probe(model, truth.given), truth.logits)
         except NotRun:
             return False
 
 
-def _tokens(model: Any) -> Tensor:
-    vocabulary = int(getattr(model.config.get_text_config(decoder=True), "vocab_size", 32) or 32)
-    numbers = torch.arange(_ROWS * _TOKENS) * 7 + 3
-    return (numbers % max(vocabulary - 4, 1) + min(3, vocabulary - 1)).view(_ROWS, _TOKENS).to(device_of(model))
+def given_to_probe(model: Any) -> dict[str, Tensor]:
+    """The first of the ways to call a model that it can be called in; the only one, where there is one, untried.
+
+    Raises
+    ------
+    NotRun
+        If there is none, with what was said of the first.
+    """
+    refusal: NotRun | None = None
+    ways = list(probe_inputs(model, inspect.signature(model.forward).parameters))
+    if len(ways) == 1:
+        return ways[0]
+    for given in ways:
+        try:
+            logits_of_probe(model, given)
+            return given
+        except NotRun as error:
+            refusal = refusal or error
+    raise refusal or NotRun("nothing is known of what it takes")
 
 
-def logits_of_probe(model: Any, **more: Any) -> Tensor:
-    """What a model says to the tokens of the probe, without a cache."""
-    ids = _tokens(model)
-    given: dict[str, Any] = {"input_ids": ids, **more}
+def logits_of_probe(model: Any, given: dict[str, Tensor] | None = None) -> Tensor:
+    """What a model says when it is called as it is probed, without a cache.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    given : dict, optional
+        What to call it with; by default the first of the ways that it can be called in.
+    """
+    asked: dict[str, Any] = dict(given_to_probe(model) if given is None else given)
     if "use_cache" in inspect.signature(model.forward).parameters:
-        given["use_cache"] = False
-    answer = _answer(_run(model, given))
+        asked["use_cache"] = False
+    answer = _answer(_run(model, asked))
     if not torch.isfinite(answer).all():
         raise NotRun("its answer is not finite")
     return answer
 
 
-def cache_fits(model: Any, whole: Tensor) -> bool:
+def cache_fits(model: Any, whole: Tensor, given: dict[str, Tensor]) -> bool:
     """Whether the last tokens, decoded one by one, have the logits of the full forward."""
-    ids, cache = _tokens(model), None
+    decoded = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
     name = next((n for n in ("cache", "past_key_values") if n in inspect.signature(model.forward).parameters), None)
-    if name is None or whole.shape[1] != _TOKENS:
+    if name is None or decoded not in given or whole.ndim < 3 or whole.shape[1] != TOKENS:
         return False
-    for end in range(_TOKENS - _STEPS, _TOKENS + 1):
+    ids, cache = given[decoded], None
+    for end in range(TOKENS - _STEPS, TOKENS + 1):
         piece = ids[:, :end] if cache is None else ids[:, end - 1 : end]
+        asked = {**given, decoded: piece, "use_cache": True, **({} if cache is None else {name: cache})}
         try:
-            output = _run(model, {"input_ids": piece, "use_cache": True, **({} if cache is None else {name: cache})})
+            output = _run(model, asked)
         except NotRun:
             return False
         cache = getattr(output, name, None)
@@ -209,8 +236,8 @@ def _run(model: Any, given: dict[str, Any]) -> Any:
 
 
 def _answer(output: Any) -> Tensor:
-    """The logits, or the last state of a model without a head."""
-    for name in ("logits", "last_hidden_state"):
+    """The logits, of towers those of their pairs, or the last state of a model without a head."""
+    for name in ("logits", "logits_per_image", "last_hidden_state"):
         answer = getattr(output, name, None)
         if isinstance(answer, Tensor):
             return answer

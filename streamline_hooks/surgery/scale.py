@@ -43,7 +43,7 @@ def find_projections(stack: BlockStack, blocks: Iterable[int], what: str, batch:
     what : str
         What cannot be done where one of them does not fit.
     batch : mapping or torch.Tensor, optional
-        What to run a model on that cannot be run on tokens alone, without padding.
+        What to run a model on that cannot be probed otherwise, without padding.
 
     Raises
     ------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.hidden_state import read_output, write_output
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery.exchange import require_own, require_plain, stand_in_for
-from streamline_hooks.surgery.probe import NotRun, Truth, logits_of_probe, observe_hooked, undisturbed
+from streamline_hooks.surgery.probe import NotRun, Truth, given_to_probe, logits_of_probe, observe_hooked, undisturbed
 from streamline_hooks.surgery.saving import saver_depth
 from streamline_hooks.surgery.splice import AFTER, BEFORE
 
@@ -51,7 +52,7 @@ def called(
     blocks : iterable of int
         Of those that are in the model now.
     batch : mapping or torch.Tensor, optional
-        What to run a model on that cannot be run on tokens alone, without padding.
+        What to run a model on that cannot be probed otherwise, without padding.
 
     Yields
     ------
@@ -65,19 +66,15 @@ def called(
     """
     model: Any = stack.model
 
-    def forward() -> None:
-        if batch is None:
-            logits_of_probe(model)
-        else:
-            model(**prepare(model, batch))
-
     if batch is None and saver_depth(stack) is None:
         raise StreamlineError(f"{_WHEN_RUN} {type(model).__name__} does not say on what; {_GIVE}.")
     with undisturbed(model):
         try:
-            calls = observe_calls({k: stack[k] for k in blocks}, forward)
+            given = given_to_probe(model) if batch is None else {}
+            run = partial(logits_of_probe, model, given) if batch is None else partial(model, **prepare(model, batch))
+            calls = observe_calls({k: stack[k] for k in blocks}, run)
         except NotRun as error:
-            reason = f"{_WHEN_RUN} this {type(model).__name__} cannot be run on tokens alone ({error}); {_GIVE}."
+            reason = f"{_WHEN_RUN} this {type(model).__name__} cannot be run without one ({error}); {_GIVE}."
             raise StreamlineError(reason) from error
         yield calls
 
@@ -167,7 +164,7 @@ def observe_silenced(model: nn.Module, block: nn.Module, paths: Iterable[str]) -
     Returns
     -------
     Truth or None
-        None where the model does not give the same twice, or cannot be run on tokens alone; a warning says so.
+        None where the model does not give the same twice, or cannot be run without a batch; a warning says so.
     """
     owners = {path.rpartition(".")[0] for path in paths}
 

@@ -76,7 +76,7 @@ CAUSES = [
     ("rwkv", 4, "absolute-numbers", "by number or period (rescale_every)"),
     ("jamba", 4, "derived-settings", "from other settings, by which block 6 as number 5 would be"),
     ("minimax", 0, "cache", "decoding with a cache no longer equals the full forward"),
-    ("mllama", 3, "not-run", "a forward of tokens alone does not run it"),
+    ("mllama", 3, "not-run", "a forward of input_ids alone does not run it"),
     ("zamba2", 2, "tied-blocks", "blocks 2, 5 share parameters"),
     ("diffllama", 0, "built-from-number", "self_attn.lambda_init is"),
     ("modernbert-decoder", 0, "built-from-number", "model.layers.0.attn_norm.weight has the shape"),

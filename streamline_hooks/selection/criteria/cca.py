@@ -167,7 +167,7 @@ def branch_cca_bounds(
     stack : str, optional
         Path of the stack, see `find_stack`.
     probe : mapping or torch.Tensor, optional
-        What to find the branches on in a model that cannot be run on tokens alone, without padding.
+        What to find the branches on in a model that cannot be probed otherwise, without padding.
 
     Returns
     -------

@@ -110,7 +110,7 @@ def evolve(
     stack : str, optional
         Path of the stack, see `find_stack`.
     probe : mapping or torch.Tensor, optional
-        What to look for the branches on in a model that cannot be run on tokens alone, without padding.
+        What to look for the branches on in a model that cannot be probed otherwise, without padding.
 
     Yields
     ------

@@ -66,7 +66,7 @@ def writers_of(
     stack : BlockStack
     blocks : iterable of int
     probe : mapping or torch.Tensor, optional
-        What to run a model on that cannot be run on tokens alone, without padding.
+        What to run a model on that cannot be probed otherwise, without padding.
 
     Returns
     -------
@@ -100,7 +100,7 @@ def given_up(
     writers : mapping
         Of the branches that are silenced, see `writers_of`.
     probe : mapping or torch.Tensor, optional
-        What to run a model on that cannot be run on tokens alone, without padding, where something is folded.
+        What to run a model on that cannot be probed otherwise, without padding, where something is folded.
 
     Yields
     ------
@@ -141,7 +141,7 @@ class Judge:
         Bytes that the original's log-probabilities may take from one call to the next. Those of the first batches
         that fit are kept; the others are computed once a call, for all selections together.
     probe : mapping or torch.Tensor, optional
-        What to run a model on that cannot be run on tokens alone, without padding, where something is folded.
+        What to run a model on that cannot be probed otherwise, without padding, where something is folded.
     """
 
     def __init__(
