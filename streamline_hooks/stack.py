@@ -30,6 +30,8 @@ class BlockStack:
         The configuration whose block count describes this stack, or None where there is none.
     count_attribute : str or None
         The attribute of ``config`` that holds the number of blocks.
+    stage : int or None
+        In a hierarchical model, whose attribute is a list of such numbers: which of them is this stack's.
     """
 
     path: str
@@ -38,6 +40,7 @@ class BlockStack:
     ancestors: tuple[nn.Module, ...]
     config: Any = None
     count_attribute: str | None = None
+    stage: int | None = None
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -59,6 +62,7 @@ class BlockStack:
         kinds = sorted({type(block).__name__ for block in self.blocks})
         total = sum(self.parameters_per_block)
         config = f"{type(self.config).__name__}.{self.count_attribute}" if self.config is not None else "no config"
+        config += "" if self.stage is None else f"[{self.stage}]"
         return f"{self.path}: {len(self)} x {' | '.join(kinds)}, {total:,} parameters, described by {config}"
 
 
@@ -163,9 +167,10 @@ def _stack_at(model: nn.Module, path: str) -> BlockStack:
 def _walk(module: nn.Module, path: str, ancestors: tuple[nn.Module, ...], found: list[BlockStack]) -> None:
     if ancestors and isinstance(module, _CONTAINERS):
         blocks = tuple(module.children())
-        config, count = _describing_config(path, ancestors, len(blocks))
-        if _are_blocks(blocks) and (len(blocks) > 1 or config is not None):
-            found.append(BlockStack(path, module, blocks, ancestors, config, count))
+        config, count, stage = _describing_config(path, ancestors, len(blocks))
+        whole = _are_blocks(blocks) and not _are_stages(blocks, ancestors)
+        if whole and (len(blocks) > 1 or config is not None):
+            found.append(BlockStack(path, module, blocks, ancestors, config, count, stage))
             return
     for name, child in module.named_children():
         _walk(child, f"{path}.{name}" if path else name, (*ancestors, module), found)
@@ -177,6 +182,21 @@ def _are_blocks(blocks: tuple[nn.Module, ...]) -> bool:
         return False
     families = [{c.__name__ for c in type(b).__mro__} - {"Module", "object"} for b in blocks]
     return bool(set.intersection(*families)) or _same_interface(blocks)
+
+
+def _are_stages(blocks: tuple[nn.Module, ...], ancestors: tuple[nn.Module, ...]) -> bool:
+    """Whether modules are stages of a hierarchical model, each with as many blocks as a configuration says."""
+    depths = next((d for module in reversed(ancestors) if (d := _depths(getattr(module, "config", None)))), [])
+    lists = [[c for c in block.children() if isinstance(c, _CONTAINERS)] for block in blocks]
+    return len(depths) == len(blocks) and all(
+        any(len(container) == depth for container in inside) for inside, depth in zip(lists, depths, strict=True)
+    )
+
+
+def _depths(config: Any) -> list[int]:
+    """The blocks of each stage; none where a configuration counts no stages."""
+    depths = getattr(config, "__dict__", {}).get("depths")
+    return list(depths) if isinstance(depths, (list, tuple)) else []
 
 
 def _is_list(module: nn.Module) -> bool:
@@ -191,8 +211,8 @@ def _same_interface(blocks: tuple[nn.Module, ...]) -> bool:
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "encoder_layers", "depth")
 
 
-def _describing_config(path: str, ancestors: tuple[nn.Module, ...], length: int) -> tuple[Any, str | None]:
-    """The nearest configuration above the container that counts `length` blocks, and where it does.
+def _describing_config(path: str, ancestors: tuple[nn.Module, ...], length: int) -> tuple[Any, str | None, int | None]:
+    """The nearest configuration above the container that counts `length` blocks, where it does, and for which stage.
 
     Of a model with both, the decoder's count describes the decoder, whatever ``num_hidden_layers`` stands for.
     """
@@ -203,13 +223,18 @@ def _describing_config(path: str, ancestors: tuple[nn.Module, ...], length: int)
         if config is None or isinstance(config, dict):
             continue
         renamed = getattr(config, "attribute_map", {}).get("num_hidden_layers")
+        depths, numbers = _depths(config), [int(name) for name in path.split(".")[:-1] if name.isdecimal()]
+        if depths and numbers:  # a stage's own; what counts all blocks or the stages says nothing of it
+            if numbers[-1] < len(depths) and depths[numbers[-1]] == length:
+                return config, "depths", numbers[-1]
+            continue
         for name in (*own, renamed, *_COUNTS):
             if name and getattr(config, "__dict__", {}).get(name) == length:
-                return config, name
+                return config, name, None
         derived = isinstance(getattr(type(config), "num_hidden_layers", None), property)
         if derived and config.num_hidden_layers == length:
-            return config, "num_hidden_layers"
-    return None, None
+            return config, "num_hidden_layers", None
+    return None, None, None
 
 
 def _listing(stacks: list[BlockStack]) -> str:

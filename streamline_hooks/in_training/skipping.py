@@ -38,7 +38,7 @@ class OwnBlocks(Edits):
         if self._described is None:
             config, count, everything = self.stack.config, self.stack.count_attribute, range(len(self.stack))
             if config is not None and count is not None:
-                names = {count, *shortened_config(config, count, len(everything), everything)}
+                names = {count, *shortened_config(config, count, len(everything), everything, self.stack.stage)}
                 held = {name: vars(config)[name] for name in names if name in vars(config)}
                 found = find_copies(self.stack, held, held, everything)
                 self._copying = list(dict.fromkeys(module for module, _, _ in found))

@@ -132,7 +132,7 @@ class Edits:
         sources = [self.source(slot.module) for slot in slots]
         length = len(self.stack)
         for described in self._descriptions():
-            values = shortened_config(described, count, length, sources)
+            values = shortened_config(described, count, length, sources, self.stack.stage)
             new = {name: value for name, value in values.items() if vars(described).get(name, _MISSING) != value}
             if described is config and new:
                 self._follow_outside_the_config(new, [0 if source is None else source for source in sources])

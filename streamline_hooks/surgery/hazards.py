@@ -115,7 +115,7 @@ def _derived_settings(stack: BlockStack, window: range) -> Iterator[Hazard]:
         return
     kept = [k for k in range(len(stack)) if k not in window]
     shorter = copy.copy(config)
-    vars(shorter).update(shortened_config(config, count, len(stack), kept))
+    vars(shorter).update(shortened_config(config, count, len(stack), kept, stack.stage))
     # Not those that every configuration has, of which some are deprecated and say so when they are read.
     common = [base for base in type(config).__mro__ if base.__name__.lower() == "pretrainedconfig"]
     every = {name for base in common for name in vars(base)}

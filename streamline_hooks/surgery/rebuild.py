@@ -23,7 +23,8 @@ from streamline_hooks.surgery.renumber import IndexAttribute
 from streamline_hooks.surgery.splice import AFTER, BEFORE
 
 _SIMPLE = (bool, int, float, str, type(None))
-_RUN_TIME_STATE = frozenset({"training", "gradient_checkpointing"})
+# What says nothing of the model in use: its mode, and the rates of stochastic depth, which are spread over all blocks.
+_RUN_TIME_STATE = frozenset({"training", "gradient_checkpointing", "drop_prob"})
 
 
 def verify_rebuild(

@@ -134,7 +134,9 @@ def same_descriptions(stack: BlockStack) -> list[Any]:
     return list(found.values())
 
 
-def shortened_config(config: Any, count_attribute: str, length: int, sources: Sequence[int | None]) -> dict[str, Any]:
+def shortened_config(
+    config: Any, count_attribute: str, length: int, sources: Sequence[int | None], stage: int | None = None
+) -> dict[str, Any]:
     """The values that a configuration must have for a stack made of these blocks.
 
     Parameters
@@ -147,6 +149,8 @@ def shortened_config(config: Any, count_attribute: str, length: int, sources: Se
         The number of blocks that it describes now.
     sources : sequence of int or None
         For each slot of the new stack, the block whose per-layer values it has; None where that is not known.
+    stage : int, optional
+        The entry of the count that is this stack's, where it is a list; other lists then have an entry a stage.
 
     Returns
     -------
@@ -159,6 +163,9 @@ def shortened_config(config: Any, count_attribute: str, length: int, sources: Se
     StreamlineError
         If a block that was put in needs values of its own and does not say which.
     """
+    if stage is not None:
+        depths = getattr(config, count_attribute)
+        return {count_attribute: type(depths)(len(sources) if k == stage else depth for k, depth in enumerate(depths))}
     if None in sources:
         known = shortened_config(config, count_attribute, length, [0 if s is None else s for s in sources])
         differing = [name for name in known if name != count_attribute and not _uniform(vars(config)[name])]
