@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery.splice import AFTER, BEFORE
 
@@ -162,13 +162,16 @@ def shortened_config(
     ------
     StreamlineError
         If a block that was put in needs values of its own and does not say which.
+    UnsupportedSurgery
+        If two states that a vision backbone gives would be one.
     """
     if stage is not None:
         depths = getattr(config, count_attribute)
         return {count_attribute: type(depths)(len(sources) if k == stage else depth for k, depth in enumerate(depths))}
     if None in sources:
         known = shortened_config(config, count_attribute, length, [0 if s is None else s for s in sources])
-        differing = [name for name in known if name != count_attribute and not _uniform(vars(config)[name])]
+        own = {count_attribute, "stage_names", "_out_indices", "_out_features"}
+        differing = [name for name in known if name not in own and not _uniform(vars(config)[name])]
         if differing:
             raise StreamlineError(
                 "A block that was put in does not say which block's per-layer settings it has "
@@ -196,6 +199,9 @@ def shortened_config(
             new[name] = type(value)(slot for slot, source in enumerate(origins) if source in value)
         elif isinstance(value, (list, tuple)) and len(value) == length and is_per_block(name):
             new[name] = type(value)(value[source] for source in origins)
+    names = vars(config).get("stage_names")
+    if isinstance(names, (list, tuple)) and len(names) == length + 1:
+        new |= _outputs_of_a_backbone(config, list(names), origins)
     heterogeneity = vars(config).get("_heterogeneity_spec")
     if heterogeneity is not None:
         overrides = heterogeneity.per_layer_overrides
@@ -205,6 +211,20 @@ def shortened_config(
         }
         new["_heterogeneity_spec"] = heterogeneity
     return new
+
+
+def _outputs_of_a_backbone(config: Any, names: list[str], origins: Sequence[int]) -> dict[str, Any]:
+    """Which states a vision backbone gives: those behind the same blocks, or behind the last one left before them."""
+    asked = [k % len(names) for k in vars(config).get("_out_indices") or []]
+    moved = [sum(source < k for source in origins) for k in asked]
+    if len(set(moved)) < len(moved):
+        raise UnsupportedSurgery(
+            f"{type(config).__name__} gives the states {', '.join(names[k] for k in asked)}, and no block would stay "
+            "between two of them. Choose other blocks, or other out_indices.",
+            "configuration",
+        )
+    left = names[: len(origins) + 1]
+    return {"stage_names": left, "_out_indices": moved, "_out_features": [left[k] for k in moved]}
 
 
 def _uniform(value: Any) -> bool:

@@ -1,0 +1,71 @@
+"""The contracts of surgery, repair and checkpoints on models that are no causal language models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamline_hooks import (
+    LayerSurgeon,
+    LinearReplacement,
+    find_stack,
+    fit_windows,
+    load,
+    read_plans,
+    save,
+)
+from tests.other_models import OTHERS, answer, made
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_identity_changes_nothing_and_a_removal_is_undone(name: str) -> None:
+    model, stack = made(name), OTHERS[name].stack
+    before, weights = answer(model, name), {key: value.clone() for key, value in model.state_dict().items()}
+    config = model.config.to_dict()
+    with LayerSurgeon(model, stack) as surgeon:
+        surgeon.insert(2, torch.nn.Identity())
+        assert torch.equal(answer(model, name), before)
+    with LayerSurgeon(model, stack) as surgeon:
+        surgeon.remove([1])
+        assert not torch.allclose(answer(model, name), before, atol=1e-3)
+    assert torch.equal(answer(model, name), before) and model.config.to_dict() == config
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("repaired", [False, True])
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_committed_is_loaded(name: str, repaired: bool, tmp_path: Path) -> None:
+    model, case = made(name), OTHERS[name]
+    length = len(find_stack(model, case.stack))
+    with LayerSurgeon(model, case.stack) as surgeon:
+        if repaired:
+            map_ = 0.1 * torch.randn(32, 32, generator=torch.Generator().manual_seed(2))
+            surgeon.replace(case.removed, LinearReplacement.from_map(map_))
+        else:
+            surgeon.remove(case.removed)
+        surgeon.commit()
+    expected = answer(model, name)
+    save(model, tmp_path / "saved")
+    loaded = load(tmp_path / "saved").eval()
+    assert torch.equal(answer(loaded, name), expected)
+    assert len(find_stack(loaded, case.stack)) == length - len(case.removed)
+    assert read_plans(loaded)[0].removed == case.removed
+    assert type(loaded).__name__ == ("Streamlined" if repaired else "") + type(made(name)).__name__
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_window_is_repaired_on_its_own_tokens(name: str) -> None:
+    """More tokens than features are not there, so that the map that was fitted is exact, and it is put in its place."""
+    model, case = made(name), OTHERS[name]
+    window = range(case.removed[0], case.removed[-1] + 1)
+    (repair,) = fit_windows(model, [window], "linear", [case.batch], [case.batch], stack=case.stack)
+    assert repair.repaired_error < 0.2 * repair.removal_error
+    before = answer(model, name)
+    with LayerSurgeon(model, case.stack) as surgeon:
+        surgeon.remove(window)
+        removed = (answer(model, name) - before).norm()
+    with LayerSurgeon(model, case.stack) as surgeon:
+        surgeon.replace(window, repair.stand_in)
+        assert (answer(model, name) - before).norm() < removed

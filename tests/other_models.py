@@ -1,0 +1,163 @@
+"""Tiny models that are no causal language models, and what they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+SHAPE: dict[str, Any] = {"num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+PICTURE: dict[str, Any] = {**SHAPE, "image_size": 16, "patch_size": 8}
+TEXT: dict[str, Any] = {**SHAPE, "vocab_size": 64, "eos_token_id": 2, "pad_token_id": 1}
+SIDES = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 4), ("ffn_dim", 64))}
+HEADS = {f"{side}_attention_heads": 4 for side in ("encoder", "decoder")}
+
+
+def padded(lengths: list[int], width: int, prefix: str = "", seed: int = 0) -> dict[str, Tensor]:
+    """Tokens padded on the right, with their mask."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 60, (len(lengths), width), generator=generator)
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    return {f"{prefix}input_ids": ids.where(mask.bool(), 1), f"{prefix}attention_mask": mask}
+
+
+def pictures(count: int = 2, size: int = 16) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))}
+
+
+@dataclass(frozen=True)
+class Other:
+    """A kind of model, one of its stacks, and a batch for it.
+
+    Attributes
+    ----------
+    make : callable
+    stack : str or None
+    given : tuple of str
+        What a forward needs.
+    batch : dict
+        With padding, where there is some.
+    real : torch.Tensor or None
+        Which of the stack's tokens are real; None where all are.
+    removed : tuple of int
+        Blocks that can go and be saved.
+    """
+
+    make: Callable[[], nn.Module]
+    stack: str | None
+    given: tuple[str, ...]
+    batch: dict[str, Tensor]
+    real: Tensor | None = None
+    removed: tuple[int, ...] = (1,)
+
+
+def vit() -> nn.Module:
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**PICTURE, num_labels=5))
+
+
+def deit() -> nn.Module:
+    return transformers.DeiTModel(transformers.DeiTConfig(**PICTURE))
+
+
+def dinov2() -> nn.Module:
+    sizes = {name: value for name, value in PICTURE.items() if name != "intermediate_size"}
+    return transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
+
+
+def siglip() -> nn.Module:
+    return transformers.SiglipModel(transformers.SiglipConfig(text_config=TEXT, vision_config=PICTURE))
+
+
+def clip() -> nn.Module:
+    return transformers.CLIPModel(
+        transformers.CLIPConfig(text_config={**TEXT, "bos_token_id": 0}, vision_config=PICTURE)
+    )
+
+
+def swin() -> nn.Module:
+    sizes = {"depths": [2, 6], "num_heads": [2, 4], "embed_dim": 16, "window_size": 4}
+    return transformers.SwinModel(transformers.SwinConfig(image_size=64, patch_size=4, **sizes))
+
+
+def bert() -> nn.Module:
+    return transformers.BertModel(transformers.BertConfig(**TEXT))
+
+
+def mpnet() -> nn.Module:
+    return transformers.MPNetModel(transformers.MPNetConfig(**TEXT))
+
+
+def t5() -> nn.Module:
+    config = transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=4, num_heads=4, vocab_size=64)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def bart() -> nn.Module:
+    config = transformers.BartConfig(d_model=32, vocab_size=64, max_position_embeddings=64, **SIDES, **HEADS)
+    return transformers.BartForConditionalGeneration(config)
+
+
+def whisper() -> nn.Module:
+    sizes = {"num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 24, "d_model": 32}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = transformers.WhisperConfig(vocab_size=64, **SIDES, **HEADS, **sizes, **ids)
+    return transformers.WhisperForConditionalGeneration(config)
+
+
+def wav2vec2() -> nn.Module:
+    return transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**SHAPE, conv_dim=(32,) * 7))
+
+
+LONG, SHORT, DECODED = padded([9, 5], 9), padded([6, 2], 6), padded([6, 4], 6, "decoder_", seed=1)
+WHOLE = {"decoder_input_ids": DECODED["decoder_input_ids"]}
+BOTH = ("input_ids", "decoder_input_ids")
+PAIRS = LONG | pictures()
+SOUND = {"input_features": torch.randn(2, 8, 24, generator=torch.Generator().manual_seed(2))}
+WAVES = {"input_values": torch.randn(2, 4000, generator=torch.Generator().manual_seed(3))}
+
+OTHERS: dict[str, Other] = {
+    "vit": Other(vit, None, ("pixel_values",), pictures()),
+    "deit": Other(deit, None, ("pixel_values",), pictures()),
+    "dinov2": Other(dinov2, "encoder.layer", ("pixel_values",), pictures()),
+    "swin": Other(swin, "encoder.layers.1.blocks", ("pixel_values",), pictures(size=64), removed=(2, 3)),
+    "siglip text": Other(
+        siglip, "text_model.encoder.layers", ("input_ids", "pixel_values"), PAIRS, LONG["attention_mask"]
+    ),
+    "siglip pictures": Other(siglip, "vision_model.encoder.layers", ("input_ids", "pixel_values"), PAIRS),
+    "clip text": Other(clip, "text_model.encoder.layers", ("input_ids", "pixel_values"), PAIRS, LONG["attention_mask"]),
+    "clip pictures": Other(clip, "vision_model.encoder.layers", ("input_ids", "pixel_values"), PAIRS),
+    "bert": Other(bert, "encoder.layer", ("input_ids",), LONG, LONG["attention_mask"]),
+    "mpnet": Other(mpnet, "encoder.layer", ("input_ids",), LONG, LONG["attention_mask"]),
+    "t5 encoder": Other(t5, "encoder.block", BOTH, LONG | DECODED, LONG["attention_mask"]),
+    "t5 decoder": Other(t5, "decoder.block", BOTH, LONG | DECODED, DECODED["decoder_attention_mask"]),
+    "t5 decoder without a mask": Other(t5, "decoder.block", BOTH, SHORT | WHOLE),
+    "bart encoder": Other(bart, "model.encoder.layers", BOTH, LONG | DECODED, LONG["attention_mask"]),
+    "bart decoder": Other(bart, "model.decoder.layers", BOTH, LONG | DECODED, DECODED["decoder_attention_mask"]),
+    "bart decoder without a mask": Other(bart, "model.decoder.layers", BOTH, SHORT | WHOLE),
+    "whisper encoder": Other(whisper, "model.encoder.layers", ("input_features", "decoder_input_ids"), SOUND | WHOLE),
+    "whisper decoder": Other(whisper, "model.decoder.layers", ("input_features", "decoder_input_ids"), SOUND | WHOLE),
+    "wav2vec2": Other(wav2vec2, "encoder.layers", ("input_values",), WAVES),
+}
+
+
+def made(name: str) -> Any:
+    """A model with weights large enough that every block matters, in evaluation mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = OTHERS[name].make().eval()
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def answer(model: Any, name: str) -> Tensor:
+    """What a model says to its batch."""
+    with torch.no_grad():
+        output = model(**OTHERS[name].batch)
+    names = ("logits", "logits_per_image", "last_hidden_state")
+    return next(value for value in (getattr(output, each, None) for each in names) if value is not None)
