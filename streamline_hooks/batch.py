@@ -102,7 +102,8 @@ def mask_of_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     -------
     torch.Tensor or None
         That of the call, see `real_tokens`, and None where it begins a sequence without one, or with images or sounds;
-        the outer one where the model takes none, or takes it as BERT's encoder does, laid out by query and key.
+        the outer one where the model takes none, or takes it as BERT's encoder does, laid out by query and key, or one
+        for each kind of attention, as Gemma 3's text.
     """
     signature = inspect.signature(model.forward)
     given = signature.bind_partial(*args, **kwargs).arguments
@@ -111,8 +112,10 @@ def mask_of_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     if own is None:
         takes_none = _MASKS.isdisjoint(signature.parameters) and not any(name in given for name in _NO_TOKENS)
         return None if begins and not takes_none else outer
-    laid_out = isinstance(own, Tensor) and own.ndim != 2 and isinstance(outer, Tensor) and outer.ndim == 2
-    return outer if laid_out and len(own) == len(outer) else own
+    if not (isinstance(outer, Tensor) and outer.ndim == 2):
+        return own
+    laid_out = isinstance(own, dict) or (isinstance(own, Tensor) and own.ndim != 2 and len(own) == len(outer))
+    return outer if laid_out else own
 
 
 def tokens_of(batch: Batch | Tensor) -> int:

@@ -10,6 +10,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from streamline_hooks import find_stacks
+
 SHAPE: dict[str, Any] = {"num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
 PICTURE: dict[str, Any] = {**SHAPE, "image_size": 16, "patch_size": 8}
 TEXT: dict[str, Any] = {**SHAPE, "vocab_size": 64, "eos_token_id": 2, "pad_token_id": 1}
@@ -36,7 +38,8 @@ class Other:
     Attributes
     ----------
     make : callable
-    stack : str or None
+    stack : str
+        A part of its path, which is another one in some versions; empty where there is one stack.
     given : tuple of str
         What a forward needs.
     batch : dict
@@ -48,11 +51,15 @@ class Other:
     """
 
     make: Callable[[], nn.Module]
-    stack: str | None
+    stack: str
     given: tuple[str, ...]
     batch: dict[str, Tensor]
     real: Tensor | None = None
     removed: tuple[int, ...] = (1,)
+
+    def path(self, model: nn.Module) -> str:
+        """Where the stack is in a model."""
+        return next(stack.path for stack in find_stacks(model) if self.stack in stack.path)
 
 
 def vit() -> nn.Module:
@@ -112,24 +119,62 @@ def wav2vec2() -> nn.Module:
     return transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**SHAPE, conv_dim=(32,) * 7))
 
 
+def llava() -> nn.Module:
+    llama = transformers.LlamaConfig(**TEXT, num_key_value_heads=4)
+    config = transformers.LlavaConfig(
+        text_config=llama,
+        vision_config=transformers.CLIPVisionConfig(**PICTURE),
+        image_token_index=63,
+        vision_feature_layer=-1,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def gemma3() -> nn.Module:
+    text = transformers.Gemma3TextConfig(**TEXT, num_key_value_heads=2, head_dim=8, layer_types=["full_attention"] * 4)
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config=transformers.SiglipVisionConfig(**PICTURE),
+        mm_tokens_per_image=4,
+        image_token_index=63,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def with_pictures(count: int) -> dict[str, Tensor]:
+    """A text padded on the right, with places for one image in each row."""
+    ids, mask = LONG["input_ids"], LONG["attention_mask"]
+    places = torch.full((2, count), 63)
+    types = torch.cat([torch.zeros(2, 2), torch.ones(2, count), torch.zeros(2, 7)], dim=1).long()
+    return {
+        "input_ids": torch.cat([ids[:, :2], places, ids[:, 2:]], dim=1),
+        "attention_mask": torch.cat([mask[:, :2], torch.ones_like(places), mask[:, 2:]], dim=1),
+        "token_type_ids": types,
+        **pictures(),
+    }
+
+
 LONG, SHORT, DECODED = padded([9, 5], 9), padded([6, 2], 6), padded([6, 4], 6, "decoder_", seed=1)
 WHOLE = {"decoder_input_ids": DECODED["decoder_input_ids"]}
 BOTH = ("input_ids", "decoder_input_ids")
-PAIRS = LONG | pictures()
+PAIRS, BESIDE, TYPED = LONG | pictures(), ("input_ids", "pixel_values"), with_pictures(4)
+SEEN = {name: value for name, value in TYPED.items() if name != "token_type_ids"}
 SOUND = {"input_features": torch.randn(2, 8, 24, generator=torch.Generator().manual_seed(2))}
 WAVES = {"input_values": torch.randn(2, 4000, generator=torch.Generator().manual_seed(3))}
 
 OTHERS: dict[str, Other] = {
-    "vit": Other(vit, None, ("pixel_values",), pictures()),
-    "deit": Other(deit, None, ("pixel_values",), pictures()),
+    "vit": Other(vit, "", ("pixel_values",), pictures()),
+    "deit": Other(deit, "", ("pixel_values",), pictures()),
     "dinov2": Other(dinov2, "encoder.layer", ("pixel_values",), pictures()),
     "swin": Other(swin, "encoder.layers.1.blocks", ("pixel_values",), pictures(size=64), removed=(2, 3)),
-    "siglip text": Other(
-        siglip, "text_model.encoder.layers", ("input_ids", "pixel_values"), PAIRS, LONG["attention_mask"]
-    ),
-    "siglip pictures": Other(siglip, "vision_model.encoder.layers", ("input_ids", "pixel_values"), PAIRS),
-    "clip text": Other(clip, "text_model.encoder.layers", ("input_ids", "pixel_values"), PAIRS, LONG["attention_mask"]),
-    "clip pictures": Other(clip, "vision_model.encoder.layers", ("input_ids", "pixel_values"), PAIRS),
+    "siglip text": Other(siglip, "text_model.encoder.layers", BESIDE, PAIRS, LONG["attention_mask"]),
+    "siglip pictures": Other(siglip, "vision_model.encoder.layers", BESIDE, PAIRS),
+    "clip text": Other(clip, "text_model.encoder.layers", BESIDE, PAIRS, LONG["attention_mask"]),
+    "clip pictures": Other(clip, "vision_model.encoder.layers", BESIDE, PAIRS),
+    "llava text": Other(llava, "language_model", ("input_ids",), SEEN, SEEN["attention_mask"]),
+    "llava pictures": Other(llava, "vision_tower", BESIDE, SEEN),
+    "gemma3 text": Other(gemma3, "language_model", ("input_ids",), TYPED, TYPED["attention_mask"]),
+    "gemma3 pictures": Other(gemma3, "vision_tower", BESIDE, TYPED),
     "bert": Other(bert, "encoder.layer", ("input_ids",), LONG, LONG["attention_mask"]),
     "mpnet": Other(mpnet, "encoder.layer", ("input_ids",), LONG, LONG["attention_mask"]),
     "t5 encoder": Other(t5, "encoder.block", BOTH, LONG | DECODED, LONG["attention_mask"]),

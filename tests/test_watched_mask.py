@@ -13,7 +13,7 @@ from streamline_hooks.watched_mask import WatchedMask
 from tests.other_models import DECODED, LONG, OTHERS, WHOLE, made, padded, pictures
 
 
-def require_own_tokens(model: Any, path: str | None, batch: dict[str, torch.Tensor], mask: torch.Tensor | None) -> None:
+def require_own_tokens(model: Any, path: str, batch: dict[str, torch.Tensor], mask: torch.Tensor | None) -> None:
     with torch.no_grad(), HiddenStateRecorder(model, stack=path) as record:
         record(**batch)
     entering, leaving = record.inputs[1][0], record.outputs[2][0]
@@ -29,7 +29,8 @@ def require_own_tokens(model: Any, path: str | None, batch: dict[str, torch.Tens
 @pytest.mark.parametrize("name", OTHERS)
 def test_moments_count_the_stacks_own_tokens(name: str) -> None:
     case = OTHERS[name]
-    require_own_tokens(made(name), case.stack, case.batch, case.real)
+    model = made(name)
+    require_own_tokens(model, case.path(model), case.batch, case.real)
 
 
 @pytest.mark.parametrize(("model_type", "path"), [("llama", "model.layers"), ("gpt2", "transformer.h")])

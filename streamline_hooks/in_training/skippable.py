@@ -74,7 +74,8 @@ def _wrong_without(skipping: Skipping, blocks: Sequence[int]) -> str | None:
         ]
 
     what = f"Skipping blocks of this {type(model).__name__} is not held against the same blocks bypassed"
-    truth = observe_hooked(model, attach, what, frames=5) if saver_depth(stack) == 0 else None
+    holds = saver_depth(stack) == 0
+    truth = observe_hooked(model, attach, what, frames=5, runs=stack[blocks[0]]) if holds else None
     if truth is not None and len(states) < len(blocks):
         return "nothing shows whether the model is right, as a forward of tokens alone does not run them all"
     own = {id(parameter) for parameter in model.parameters()}

@@ -27,7 +27,7 @@ def forget_capture_hooks(model: nn.Module, since: int) -> None:
         As `next_hook_id` gave it.
     """
     for module in model.modules():
-        recent = [k for k, hook in module._forward_hooks.items() if k >= since and _captures(hook)]
+        recent = [k for k, hook in module._forward_hooks.items() if k >= since and captures(hook)]
         for key in recent:
             module._forward_hooks.pop(key)
         if recent:
@@ -43,10 +43,11 @@ def lend_capture_hooks(lender: nn.Module, block: nn.Module) -> list[RemovableHan
     list of RemovableHandle
         Empty where the block has such hooks already, as a copy of an own block has.
     """
-    if any(map(_captures, block._forward_hooks.values())):
+    if any(map(captures, block._forward_hooks.values())):
         return []
-    return [block.register_forward_hook(hook) for hook in lender._forward_hooks.values() if _captures(hook)]
+    return [block.register_forward_hook(hook) for hook in lender._forward_hooks.values() if captures(hook)]
 
 
-def _captures(hook: object) -> bool:
+def captures(hook: object) -> bool:
+    """Whether a hook is one of those by which Transformers collects what a forward is asked for."""
     return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"

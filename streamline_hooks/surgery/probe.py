@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.hidden_state import read_input, read_output, write_output
 from streamline_hooks.stack import BlockStack
+from streamline_hooks.surgery.capture import captures
 from streamline_hooks.surgery.probe_inputs import TOKENS, probe_inputs
 from streamline_hooks.surgery.splice import AFTER, run_after, run_before, spliced
 
@@ -83,7 +85,7 @@ def observe(stack: BlockStack, window: range, going: Sequence[nn.Module] = ()) -
         ]
 
     what = f"Removals in this {type(model).__name__} are not held against the same blocks bypassed"
-    truth = observe_hooked(model, attach, what, frames=5)
+    truth = observe_hooked(model, attach, what, frames=5, runs=stack[window.start])
     if truth is not None and "state" not in kept:
         raise UnsupportedSurgery(
             f"Block {window.start} cannot go: a forward of {' and '.join(truth.given)} alone does not run it, so that "
@@ -94,7 +96,11 @@ def observe(stack: BlockStack, window: range, going: Sequence[nn.Module] = ()) -
 
 
 def observe_hooked(
-    model: nn.Module, attach: Callable[[], Iterable[RemovableHandle]], what: str, frames: int
+    model: nn.Module,
+    attach: Callable[[], Iterable[RemovableHandle]],
+    what: str,
+    frames: int,
+    runs: nn.Module | None = None,
 ) -> Truth | None:
     """Run the model with hooks that make it what it must become.
 
@@ -107,6 +113,8 @@ def observe_hooked(
         What the warning says where nothing can be held against the model.
     frames : int
         How many calls up from here the warning points at.
+    runs : torch.nn.Module, optional
+        A part of the model that is to be run, if it can be.
 
     Returns
     -------
@@ -115,7 +123,7 @@ def observe_hooked(
     """
     with undisturbed(model):
         try:
-            given = given_to_probe(model)
+            given = given_to_probe(model, runs)
             whole, again = logits_of_probe(model, given), logits_of_probe(model, given)
             reason = "" if same_logits(whole, again) else "it does not give the same twice"
         except NotRun as error:
@@ -164,25 +172,45 @@ def gives(truth: Truth, model: nn.Module) -> bool:
             return False
 
 
-def given_to_probe(model: Any) -> dict[str, Tensor]:
+def given_to_probe(model: Any, runs: nn.Module | None = None) -> dict[str, Tensor]:
     """The first of the ways to call a model that it can be called in; the only one, where there is one, untried.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    runs : torch.nn.Module, optional
+        A part of it, such as a block of its vision tower: the first way that runs it, if there is one.
 
     Raises
     ------
     NotRun
         If there is none, with what was said of the first.
     """
+    ways = probe_inputs(model, inspect.signature(model.forward).parameters)
+    first, second = next(ways), next(ways, None)
+    if second is None:
+        return first
     refusal: NotRun | None = None
-    ways = list(probe_inputs(model, inspect.signature(model.forward).parameters))
-    if len(ways) == 1:
-        return ways[0]
-    for given in ways:
-        try:
-            logits_of_probe(model, given)
-            return given
-        except NotRun as error:
-            refusal = refusal or error
-    raise refusal or NotRun("nothing is known of what it takes")
+    found: dict[str, Tensor] | None = None
+    called: list[nn.Module] = []
+    handle = None if runs is None else runs.register_forward_pre_hook(lambda module, _: called.append(module))
+    try:
+        for given in chain((first, second), ways):
+            try:
+                logits_of_probe(model, given)
+            except NotRun as error:
+                refusal = refusal or error
+                called.clear()
+                continue
+            if called or runs is None:
+                return given
+            found = found or given
+    finally:
+        if handle is not None:
+            handle.remove()
+    if found is None:
+        raise refusal or NotRun("nothing is known of what it takes")
+    return found
 
 
 def logits_of_probe(model: Any, given: dict[str, Tensor] | None = None) -> Tensor:
@@ -254,6 +282,8 @@ def same_logits(a: Tensor, b: Tensor) -> bool:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run without gradients, without dropout, unseen by hooks, and leave the random numbers as they were.
 
+    Hooks by which Transformers collects states stay: LLaVA's own forward works with what they collect.
+
     A forward that accelerate has wrapped for mixed precision is run as it was: what it answers is float32, and no more
     exact than bfloat16.
     """
@@ -269,15 +299,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 model.forward = original
             for module in model.modules():
                 for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                    if any(hook not in ours for hook in hooks.values()):
+                    others = [key for key, hook in hooks.items() if hook not in ours and not captures(hook)]
+                    if others:
                         stashed.append((hooks, dict(hooks)))
-                        for key in [key for key, hook in hooks.items() if hook not in ours]:
-                            del hooks[key]
+                    for key in others:
+                        del hooks[key]
             yield
         finally:
             for hooks, content in stashed:
+                new = {key: hook for key, hook in hooks.items() if key not in content and captures(hook)}
                 hooks.clear()
-                hooks.update(content)
+                hooks.update({**content, **new})
             if wrapped is not None:
                 model.forward = wrapped
             for module in training:

@@ -18,7 +18,8 @@ _SAMPLES = 4000
 def probe_inputs(model: Any, takes: Collection[str]) -> Iterator[dict[str, Tensor]]:
     """Ways to call a model, from what its forward takes and its configuration says.
 
-    Tokens come first, for an encoder and a decoder tokens of both, then images, images beside tokens, and sounds.
+    Tokens come first, for an encoder and a decoder tokens of both, then images, images beside tokens and among them,
+    and sounds.
 
     Parameters
     ----------
@@ -51,6 +52,7 @@ def probe_inputs(model: Any, takes: Collection[str]) -> Iterator[dict[str, Tenso
         yield {"pixel_values": pictures}
         if "input_ids" in takes:
             yield {"input_ids": _ids(model), "pixel_values": pictures}
+            yield from _pictures_in_text(model, pictures)
     if sounds:
         yield {**sounds, **decoded}
 
@@ -69,6 +71,27 @@ def _pictures(model: Any) -> Tensor | None:
     size = described.image_size
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return _waves(model, ROWS, int(getattr(described, "num_channels", 3)), int(height), int(width))
+
+
+def _pictures_in_text(model: Any, pictures: Tensor) -> Iterator[dict[str, Tensor]]:
+    """A text with as many places for each image as the model makes vectors of it."""
+    stated = (getattr(model.config, name, None) for name in ("image_token_id", "image_token_index"))
+    place = next((value for value in stated if isinstance(value, int)), None)
+    describe = getattr(model, "get_image_features", None)
+    if place is None or describe is None:
+        return
+    try:
+        made = describe(pixel_values=pictures)
+    except Exception:  # whatever a model makes of images that it does not expect
+        return
+    made = getattr(made, "pooler_output", made)
+    vectors = made[0] if isinstance(made, (list, tuple, Tensor)) and len(made) == ROWS else None
+    if isinstance(vectors, Tensor) and vectors.ndim == 2:
+        ids = _ids(model)
+        yield {
+            "input_ids": torch.cat([ids[:, :2], ids.new_full((ROWS, len(vectors)), place), ids[:, 2:]], dim=1),
+            "pixel_values": pictures,
+        }
 
 
 def _sounds(model: Any, takes: Collection[str]) -> dict[str, Tensor]:

@@ -65,12 +65,12 @@ def called(
         If the model has to be given a batch.
     """
     model: Any = stack.model
-
+    blocks = list(blocks)
     if batch is None and saver_depth(stack) is None:
         raise StreamlineError(f"{_WHEN_RUN} {type(model).__name__} does not say on what; {_GIVE}.")
     with undisturbed(model):
         try:
-            given = given_to_probe(model) if batch is None else {}
+            given = given_to_probe(model, next((stack[k] for k in blocks), None)) if batch is None else {}
             run = partial(logits_of_probe, model, given) if batch is None else partial(model, **prepare(model, batch))
             calls = observe_calls({k: stack[k] for k in blocks}, run)
         except NotRun as error:
@@ -172,7 +172,7 @@ def observe_silenced(model: nn.Module, block: nn.Module, paths: Iterable[str]) -
         return [block.get_submodule(owner).register_forward_hook(_nothing) for owner in owners]
 
     what = f"What is silenced in this {type(model).__name__} is not held against the model without it"
-    return observe_hooked(model, attach, what, frames=3)
+    return observe_hooked(model, attach, what, frames=3, runs=block)
 
 
 def _nothing(module: nn.Module, args: Any, output: Any) -> Any:

@@ -21,7 +21,8 @@ from tests.other_models import OTHERS, answer, made
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_an_identity_changes_nothing_and_a_removal_is_undone(name: str) -> None:
-    model, stack = made(name), OTHERS[name].stack
+    model = made(name)
+    stack = OTHERS[name].path(model)
     before, weights = answer(model, name), {key: value.clone() for key, value in model.state_dict().items()}
     config = model.config.to_dict()
     with LayerSurgeon(model, stack) as surgeon:
@@ -38,8 +39,8 @@ def test_an_identity_changes_nothing_and_a_removal_is_undone(name: str) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_is_committed_is_loaded(name: str, repaired: bool, tmp_path: Path) -> None:
     model, case = made(name), OTHERS[name]
-    length = len(find_stack(model, case.stack))
-    with LayerSurgeon(model, case.stack) as surgeon:
+    length = len(find_stack(model, case.path(model)))
+    with LayerSurgeon(model, case.path(model)) as surgeon:
         if repaired:
             map_ = 0.1 * torch.randn(32, 32, generator=torch.Generator().manual_seed(2))
             surgeon.replace(case.removed, LinearReplacement.from_map(map_))
@@ -50,7 +51,7 @@ def test_what_is_committed_is_loaded(name: str, repaired: bool, tmp_path: Path) 
     save(model, tmp_path / "saved")
     loaded = load(tmp_path / "saved").eval()
     assert torch.equal(answer(loaded, name), expected)
-    assert len(find_stack(loaded, case.stack)) == length - len(case.removed)
+    assert len(find_stack(loaded, case.path(loaded))) == length - len(case.removed)
     assert read_plans(loaded)[0].removed == case.removed
     assert type(loaded).__name__ == ("Streamlined" if repaired else "") + type(made(name)).__name__
 
@@ -60,12 +61,12 @@ def test_a_window_is_repaired_on_its_own_tokens(name: str) -> None:
     """More tokens than features are not there, so that the map that was fitted is exact, and it is put in its place."""
     model, case = made(name), OTHERS[name]
     window = range(case.removed[0], case.removed[-1] + 1)
-    (repair,) = fit_windows(model, [window], "linear", [case.batch], [case.batch], stack=case.stack)
+    (repair,) = fit_windows(model, [window], "linear", [case.batch], [case.batch], stack=case.path(model))
     assert repair.repaired_error < 0.2 * repair.removal_error
     before = answer(model, name)
-    with LayerSurgeon(model, case.stack) as surgeon:
+    with LayerSurgeon(model, case.path(model)) as surgeon:
         surgeon.remove(window)
         removed = (answer(model, name) - before).norm()
-    with LayerSurgeon(model, case.stack) as surgeon:
+    with LayerSurgeon(model, case.path(model)) as surgeon:
         surgeon.replace(window, repair.stand_in)
         assert (answer(model, name) - before).norm() < removed

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from streamline_hooks import LayerSurgeon
+from streamline_hooks import LayerSurgeon, find_stack
 from streamline_hooks.surgery.probe import logits_of_probe, undisturbed
 from tests.tiny_models import tiny_model
 
@@ -31,3 +31,13 @@ def test_what_is_wrapped_for_mixed_precision_is_probed_in_its_own() -> None:
     with LayerSurgeon(model) as surgeon:
         surgeon.remove(range(1, 3))
     assert model.forward is wrapped
+
+
+def test_what_transformers_installs_while_it_probes_stays_beside_the_users_hooks() -> None:
+    """It installs its hooks once; on a block with a hook of the user's they would be lost, and states with them."""
+    model: Any = tiny_model("llama").eval()
+    find_stack(model)[1].register_forward_hook(lambda *_: None)
+    with undisturbed(model):
+        model(ids := torch.arange(3, 9)[None], output_hidden_states=True)
+    states = model(ids, output_hidden_states=True).hidden_states
+    assert len(states) == len(find_stack(model)) + 1
