@@ -59,7 +59,8 @@ def main() -> None:
         "memory and the rest in files. Computed, not run: an H100 at 40 % of its data sheet (989 TFLOP/s in bfloat16, "
         "67 in float64), "
         f"a disk that reads {one.read / 1e9:.0f} GB/s and writes {one.write / 1e9:.0f} GB/s; the times of the stages "
-        "are those of one H100. Held against three billion parameters on two cores by the rates measured there: see scale.md.",
+        "are those of one H100. Held against three billion parameters on two cores, by the rates of that machine: see "
+        "scale.md.",
     ]
     for name, make in (("Llama-3-70B", llama_3_70b), ("a mixture of 400 billion", mixture_of_400b)):
         with init_empty_weights(include_buffers=True):
