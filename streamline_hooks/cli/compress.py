@@ -134,7 +134,7 @@ def compress(
     nothing is trained; it is first said what that costs. Interrupted, the same command goes on at its block.
 
     Several processes share the work and come to the same model: torchrun --nproc-per-node=2 --no-python
-    streamline-hooks compress ... starts them.
+    streamline-hooks compress ... starts them, or accelerate launch -m streamline_hooks.cli compress ...
 
     Example: streamline-hooks compress smollm2 --remove 0.25 --output smollm2-small
     """
