@@ -188,9 +188,10 @@ def plot(content: dict[str, Any]) -> None:
     for ax, (curve, points) in zip(axes, CURVES.items(), strict=True):
         found = [(place_of(curve, p), content["points"][p.name]) for p in points if p.name in content["points"]]
         for label in ("started", "trained"):
-            ax.plot([place for place, _ in found], [row[label] for _, row in found], "o-", label=label)
+            style = "o" if curve == "kind" else "o-"  # kinds have no order
+            ax.plot([place for place, _ in found], [row[label] for _, row in found], style, label=label)
         ax.set_xlabel(LABELS[curve])
-        ax.tick_params(axis="x", rotation=30)
+        plt.setp(ax.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("mean perplexity ratio")
     axes[0].legend(frameon=False)
