@@ -14,7 +14,7 @@ from streamline_hooks.offload import execution_device
 Batch = Mapping[str, Tensor]
 _MASKS = frozenset({"attention_mask", "src_key_padding_mask"})
 _NO_TOKENS = frozenset({"pixel_values", "input_features", "input_values"})
-_INPUTS = _NO_TOKENS | {"input_ids", "inputs_embeds"}  # with which a stack's own sequence begins
+_BEGINS = frozenset({"input_ids", "inputs_embeds", "query_embeds"})
 
 
 def batches_of(sequences: Tensor, batch_size: int) -> list[dict[str, Tensor]]:
@@ -101,18 +101,18 @@ def mask_of_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     Returns
     -------
     torch.Tensor or None
-        That of the call, see `real_tokens`, and None where it begins a sequence without one, or with images or sounds;
-        the outer one where the model takes none, or takes it as BERT's encoder does, laid out by query and key, or one
-        for each kind of attention, as Gemma 3's text.
+        That of the call, see `real_tokens`. Where it has none, that is None for images, sounds, and what is decoded
+        beside another sequence, and otherwise the outer one. So it is where the model takes it as BERT's encoder does,
+        laid out by query and key, or as Gemma 3's text, one for each kind of attention.
     """
     signature = inspect.signature(model.forward)
     given = signature.bind_partial(*args, **kwargs).arguments
-    begins = any(isinstance(given.get(name), Tensor) for name in _INPUTS)
-    own = real_tokens(given)
+    tensors = {name for name, value in given.items() if isinstance(value, Tensor)}
+    decodes = "encoder_hidden_states" in tensors and bool(tensors & _BEGINS)
+    another, own = decodes or bool(tensors & _NO_TOKENS), real_tokens(given)
     if own is None:
-        takes_none = _MASKS.isdisjoint(signature.parameters) and not any(name in given for name in _NO_TOKENS)
-        return None if begins and not takes_none else outer
-    if not (isinstance(outer, Tensor) and outer.ndim == 2):
+        return None if another else outer
+    if another or not (isinstance(outer, Tensor) and outer.ndim == 2):
         return own
     laid_out = isinstance(own, dict) or (isinstance(own, Tensor) and own.ndim != 2 and len(own) == len(outer))
     return outer if laid_out else own

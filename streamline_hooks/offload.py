@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -35,9 +36,11 @@ def execution_device(module: nn.Module) -> torch.device | None:
 def held_elsewhere(model: nn.Module) -> bool:
     """Whether accelerate has weights of a model that Transformers does not know of when it saves.
 
-    It asks the ``hf_device_map``, which `accelerate.cpu_offload` and `accelerate.disk_offload` do not write.
+    It looks for "cpu" and "disk" in the ``hf_device_map``, which `accelerate.cpu_offload` and
+    `accelerate.disk_offload` do not write.
     """
-    return any(tensor.is_meta for tensor in model.state_dict().values()) and not hasattr(model, "hf_device_map")
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    return any(tensor.is_meta for tensor in model.state_dict().values()) and not places & {"cpu", "disk"}
 
 
 def brought(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -54,6 +57,7 @@ def brought(model: nn.Module) -> dict[str, torch.Tensor]:
         found = get_state_dict_offloaded_model(model)
     except ValueError:  # a module on the device meta that accelerate does not look after
         found = {}
+    found |= _own(model)  # which that leaves out
     weights = {name: found.get(name, tensor) for name, tensor in model.state_dict().items()}
     if missing := [name for name, tensor in weights.items() if tensor.is_meta]:
         raise StreamlineError(
@@ -61,6 +65,19 @@ def brought(model: nn.Module) -> dict[str, torch.Tensor]:
             "values of all of them. Load the model's weights before it is saved."
         )
     return weights
+
+
+def _own(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters of a model that are in none of its modules, as far as accelerate keeps them."""
+    hook: Any = getattr(model, "_hf_hook", None)
+    kept = [one.weights_map for one in getattr(hook, "hooks", (hook,)) if getattr(one, "weights_map", None) is not None]
+    found = {}
+    for name, parameter in model.named_parameters(recurse=False):
+        if parameter.is_meta:
+            for weights in kept:
+                with suppress(KeyError):
+                    found[name] = weights[name]
+    return found
 
 
 def followed_device_map(

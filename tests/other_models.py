@@ -98,6 +98,12 @@ def mpnet() -> nn.Module:
     return transformers.MPNetModel(transformers.MPNetConfig(**TEXT))
 
 
+def rwkv() -> nn.Module:
+    """Its own model is not handed the mask."""
+    config = transformers.RwkvConfig(hidden_size=32, num_hidden_layers=4, vocab_size=64, context_length=32)
+    return transformers.RwkvForCausalLM(config)
+
+
 def t5() -> nn.Module:
     config = transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=4, num_heads=4, vocab_size=64)
     return transformers.T5ForConditionalGeneration(config)

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from streamline_hooks import HiddenStateRecorder, WindowMoments, find_stack, measure_moments, profile
+from streamline_hooks.batch import mask_of_call
 from streamline_hooks.testing import tiny_model
 from streamline_hooks.watched_mask import WatchedMask
-from tests.other_models import DECODED, LONG, OTHERS, WHOLE, made, padded, pictures
+from tests.other_models import DECODED, LONG, OTHERS, WHOLE, made, padded, pictures, rwkv
 
 
 def require_own_tokens(model: Any, path: str, batch: dict[str, torch.Tensor], mask: torch.Tensor | None) -> None:
@@ -36,6 +37,31 @@ def test_moments_count_the_stacks_own_tokens(name: str) -> None:
 @pytest.mark.parametrize(("model_type", "path"), [("llama", "model.layers"), ("gpt2", "transformer.h")])
 def test_a_decoder_alone_counts_what_its_mask_says(model_type: str, path: str) -> None:
     require_own_tokens(tiny_model(model_type, blocks=3), path, LONG, LONG["attention_mask"])
+
+
+def test_a_model_that_hands_no_mask_on_has_that_of_the_one_around_it() -> None:
+    model = rwkv().eval()
+    with torch.no_grad(), WatchedMask(find_stack(model)) as watched:
+        model(**LONG)
+    assert torch.equal(watched.mask, LONG["attention_mask"])
+
+
+def test_queries_and_sounds_have_not_the_masks_of_the_text() -> None:
+    """A call as a Q-Former's, with as many queries as there are tokens; and one of sounds, masked by query and key."""
+    text = LONG["attention_mask"]
+
+    class QFormer(torch.nn.Module):
+        def forward(self, query_embeds: Any, attention_mask: Any = None, encoder_hidden_states: Any = None) -> None: ...
+
+    class Sounds(torch.nn.Module):
+        def forward(self, input_features: Any, attention_mask: Any = None) -> None: ...
+
+    queries, states, laid_out = torch.ones(2, 9, 8), torch.ones(2, 4, 8), torch.ones(2, 1, 9, 9)
+    assert mask_of_call(QFormer(), (queries,), {"encoder_hidden_states": states}, text) is None
+    assert mask_of_call(Sounds(), (states,), {"attention_mask": laid_out}, text) is laid_out
+    bert = torch.nn.Module()
+    bert.forward = lambda hidden_states, attention_mask=None, encoder_hidden_states=None: None  # type: ignore[method-assign]
+    assert mask_of_call(bert, (queries, laid_out), {"encoder_hidden_states": states}, text) is text
 
 
 def test_patches_as_many_as_tokens_are_not_masked_by_the_text() -> None:

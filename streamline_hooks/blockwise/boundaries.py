@@ -8,7 +8,8 @@ from torch import nn
 
 from streamline_hooks.batch import Batch
 from streamline_hooks.blockwise.passing import BlockwisePass
-from streamline_hooks.calibration.boundaries import most_divided, piece_of, require_apart
+from streamline_hooks.calibration.boundaries import cannot_be_run, most_divided, piece_of, require_apart
+from streamline_hooks.errors import StreamlineError
 
 
 def refuse_crossing(model: nn.Module, batches: Sequence[Batch], *, stack: str | None = None) -> None:
@@ -44,11 +45,16 @@ def refuse_crossing(model: nn.Module, batches: Sequence[Batch], *, stack: str | 
         return
     rows, pieces = divided
     alone = [piece_of(rows, *piece) for piece in pieces]
-    with BlockwisePass(model, [rows, *alone], check=False, stack=stack, what="packed rows") as states:
-        for place in states:
-            states.drop(place - 1)
-            whole = states.read(place, 0)
-            if not place:  # what enters block 0 differs where what leaves it does
-                continue
-            for number, (row, start, stop) in enumerate(pieces, start=1):
-                require_apart(model, place - 1, whole[row, start:stop], states.read(place, number)[0], start)
+    try:
+        with BlockwisePass(model, [rows, *alone], check=False, stack=stack, what="packed rows") as states:
+            for place in states:
+                states.drop(place - 1)
+                whole = states.read(place, 0)
+                if not place:  # what enters block 0 differs where what leaves it does
+                    continue
+                for number, (row, start, stop) in enumerate(pieces, start=1):
+                    require_apart(model, place - 1, whole[row, start:stop], states.read(place, number)[0], start)
+    except StreamlineError:
+        raise
+    except Exception as error:  # whatever a model makes of positions that it does not expect
+        raise cannot_be_run(model, error) from error

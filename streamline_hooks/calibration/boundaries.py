@@ -142,9 +142,14 @@ def _packed_states(model: nn.Module, rows: Batch, stack: str | None) -> list[tup
     try:
         return _states(model, rows, stack)
     except Exception as error:  # whatever a model makes of positions that it does not expect
-        raise StreamlineError(
-            f"{type(model).__name__} cannot be run on packed rows ({type(error).__name__}: {error}). {_ADVICE}"
-        ) from error
+        raise cannot_be_run(model, error) from error
+
+
+def cannot_be_run(model: nn.Module, error: Exception) -> StreamlineError:
+    """What to raise where a model fails on packed rows."""
+    return StreamlineError(
+        f"{type(model).__name__} cannot be run on packed rows ({type(error).__name__}: {error}). {_ADVICE}"
+    )
 
 
 def _states(model: nn.Module, batch: Batch, stack: str | None) -> list[tuple[int, Tensor]]:

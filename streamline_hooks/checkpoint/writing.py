@@ -55,8 +55,9 @@ def save(
     overwrite : bool
         Take the place of a folder that is not empty.
     max_shard_size : int or str, optional
-        Of a file of weights, such as ``"2GB"``; by default Transformers' own. Of a model whose weights are on disk no
-        more than one file's are in memory at a time.
+        Of a file of weights, such as ``"2GB"``; by default Transformers' own. Of a model whose ``device_map`` has
+        weights on disk no more than one file's are in memory at a time; of one that accelerate offloads without such a
+        map all are.
 
     Returns
     -------

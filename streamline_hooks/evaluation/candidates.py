@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch, tokens_of
+from streamline_hooks.batch import real_tokens as mask_of
+from streamline_hooks.hidden_state import token_mask
 from streamline_hooks.passes import inference, logits_of, progress, recorded, resume
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.surgery.splice import BEFORE, run_splices
@@ -62,7 +64,9 @@ def candidate_logits(
     record = HiddenStateRecorder(model, starts, outputs=False, stack=stack)
     total = (1 + len(candidates)) * sum(tokens_of(batch) for batch in batches)
     with progress(total, what) as bar:
-        for batch, (_, mask, output) in zip(batches, recorded(model, batches, record, what, bar), strict=True):
+        for batch, (_, _, output) in zip(batches, recorded(model, batches, record, what, bar), strict=True):
+            logits = logits_of(output)
+            mask = token_mask(logits, None if isinstance(batch, Tensor) else mask_of(batch))  # of the head's tokens
             bar.update(tokens := int(mask.sum()))
 
             def each(batch: Batch | Tensor = batch, tokens: int = tokens) -> Iterator[Tensor]:
@@ -70,7 +74,7 @@ def candidate_logits(
                     yield _logits(model, record, candidate, batch)
                     bar.update(tokens)
 
-            yield batch, mask, logits_of(output), each()
+            yield batch, mask, logits, each()
 
 
 def real_tokens(logits: Tensor, mask: Tensor) -> Tensor:

@@ -77,7 +77,8 @@ def _wrong_without(skipping: Skipping, blocks: Sequence[int]) -> str | None:
     holds = saver_depth(stack) == 0
     truth = observe_hooked(model, attach, what, frames=5, runs=stack[blocks[0]]) if holds else None
     if truth is not None and len(states) < len(blocks):
-        return "nothing shows whether the model is right, as a forward of tokens alone does not run them all"
+        given = " and ".join(truth.given)
+        return f"nothing shows whether the model is right, as a forward of {given} alone does not run them all"
     own = {id(parameter) for parameter in model.parameters()}
     skipping.leave_out(blocks)
     try:

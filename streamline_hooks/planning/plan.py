@@ -41,8 +41,8 @@ class Stage:
     def seconds(self, rates: Rates) -> float:
         """How long it takes: reading, writing and computing one after the other.
 
-        Tokens are shared among processes, a solution is not. All of them need every block, at about the same time: of
-        one machine it is read from the disk once.
+        Tokens are shared among processes, eigendecompositions are not; the products beside them are counted as if they
+        were. All of them need every block, at about the same time: of one machine it is read from the disk once.
         """
         alone = self.read / rates.read + self.written / rates.write + self.eigen / rates.eigen
         return alone + (self.products / rates.products + self.sums / rates.sums) / rates.processes

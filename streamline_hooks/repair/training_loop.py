@@ -103,7 +103,7 @@ class Loop(Forwards):
         self.losses: list[tuple[float, int]] = []
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.rows = max(sequences_of(batch) for batch in batches)
-        self.longest = max(self.work.tell(self.share.longest))
+        self.longest = max(self.work.tell(max(self.share.longest, self.validation_share.longest)))
 
     def _require_one_training(self) -> None:
         """Let every process begin with the first one's weights, once it is sure that they train the same."""

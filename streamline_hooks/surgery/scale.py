@@ -23,7 +23,7 @@ from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery.alone import BranchAlone
 from streamline_hooks.surgery.exchange import StandIns, stand_in_for
 from streamline_hooks.surgery.fold import require_numbers
-from streamline_hooks.surgery.probe import logits_of_probe, undisturbed
+from streamline_hooks.surgery.probe import given_to_probe, logits_of_probe, undisturbed
 from streamline_hooks.surgery.silence import branches_in, called
 
 _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the largest; 1e-3, mostly for a norm's eps, if wider
@@ -114,13 +114,16 @@ def answer(
     def leave(block: nn.Module, args: Any, output: Any) -> Any:
         return write_output(output, read_output(output) * factor)
 
+    scaled = list(stack.container.children())[-1] if before is None else before
     with undisturbed(model):
         if before is not None:
             handle = before.register_forward_pre_hook(enter, with_kwargs=True)
         else:
-            handle = list(stack.container.children())[-1].register_forward_hook(leave)
+            handle = scaled.register_forward_hook(leave)
         try:
-            return logits_of_probe(model) if batch is None else read_output(model(**prepare(model, batch)))
+            if batch is not None:
+                return read_output(model(**prepare(model, batch)))
+            return logits_of_probe(model, given_to_probe(model, scaled))
         finally:
             handle.remove()
 

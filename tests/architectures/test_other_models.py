@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,17 @@ import torch
 from streamline_hooks import (
     LayerSurgeon,
     LinearReplacement,
+    UnsupportedSurgery,
     find_stack,
     fit_windows,
     load,
+    perplexity,
     read_plans,
     save,
 )
+from streamline_hooks.evaluation.perplexity import perplexity_of_candidates
+from streamline_hooks.hidden_state import read_input, write_input
+from streamline_hooks.repair import student_of, train
 from tests.other_models import OTHERS, answer, made
 
 
@@ -54,6 +60,48 @@ def test_what_is_committed_is_loaded(name: str, repaired: bool, tmp_path: Path) 
     assert len(find_stack(loaded, case.path(loaded))) == length - len(case.removed)
     assert read_plans(loaded)[0].removed == case.removed
     assert type(loaded).__name__ == ("Streamlined" if repaired else "") + type(made(name)).__name__
+
+
+@pytest.mark.parametrize("name", ["llava pictures", "vit", "clip text"])
+def test_a_factor_is_shown_on_what_runs_the_stack(name: str) -> None:
+    """LLaVA takes its pictures' features without a norm, so that what is multiplied there cannot be divided out."""
+    model = made(name)
+    with LayerSurgeon(model, OTHERS[name].path(model)) as surgeon:
+        truth = scaled_by_hook(model, name)
+        try:
+            surgeon.scale(2, 4.0)
+        except UnsupportedSurgery as refusal:
+            assert name == "llava pictures", refusal
+        else:
+            torch.testing.assert_close(answer(model, name), truth, rtol=1e-3, atol=1e-3)
+
+
+def scaled_by_hook(model: Any, name: str) -> torch.Tensor:
+    """What a model says with the state before block 2 multiplied by 4."""
+    block = find_stack(model, OTHERS[name].path(model))[2]
+
+    def enter(_: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        return write_input(args, kwargs, 4.0 * read_input(args, kwargs))
+
+    handle = block.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        return answer(model, name)
+    finally:
+        handle.remove()
+
+
+def test_the_perplexity_of_a_tower_is_that_of_the_text() -> None:
+    """The head's tokens are masked as the text is, whatever the stack."""
+    model, case = made("llava pictures"), OTHERS["llava pictures"]
+    original, _ = perplexity_of_candidates(model, [case.batch], [], stack=case.path(model))
+    assert original.value == pytest.approx(perplexity(model, [case.batch]).value)
+
+
+def test_an_encoder_and_a_decoder_are_not_trained() -> None:
+    model, case = made("bart decoder"), OTHERS["bart decoder"]
+    student = student_of(find_stack(model, case.path(model)), [(range(1, 2), LinearReplacement(32))])
+    with pytest.raises(UnsupportedSurgery, match="is an encoder and a decoder, whose tokens have masks of their own"):
+        train(student, [case.batch], [case.batch])
 
 
 @pytest.mark.parametrize("name", OTHERS)

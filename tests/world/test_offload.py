@@ -21,6 +21,7 @@ from streamline_hooks import (
 from streamline_hooks.batch import device_of, prepare
 from streamline_hooks.offload import execution_device, followed_device_map
 from streamline_hooks.passes import resume
+from tests.other_models import made
 from tests.tiny_models import BLOCKS, WIDTH, Nudge, left_padded, repaired, tiny_model, tokens
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -211,6 +212,18 @@ def test_a_checkpoint_with_splices_is_loaded_with_a_part_of_it_on_disk(elsewhere
     loaded.save_pretrained(tmp_path / "again")
     with torch.no_grad():
         torch.testing.assert_close(load(tmp_path / "again")(tokens(2, 9)).logits, model(tokens(2, 9)).logits)
+
+
+def test_parameters_of_the_model_itself_are_saved_too(tmp_path: Path) -> None:
+    """CLIP's logit_scale is in none of its modules. A device map that names no other place changes nothing."""
+    plain = made("clip text")
+    expected = {name: value.clone() for name, value in plain.state_dict().items()}
+    model = on_cpu(plain, tmp_path)
+    model.hf_device_map = {"": 0}
+    save(model, tmp_path / "saved")
+    found = load(tmp_path / "saved").state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
 def test_weights_that_nobody_has_are_not_saved(tmp_path: Path) -> None:

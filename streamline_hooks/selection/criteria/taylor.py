@@ -15,6 +15,7 @@ from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.perplexity import input_ids
 from streamline_hooks.passes import inference, logits_of, progress
 from streamline_hooks.precision import widen
+from streamline_hooks.predicted import predicted_tokens
 from streamline_hooks.stack import BlockStack, find_stack
 
 
@@ -142,9 +143,10 @@ def _gradients_of(model: nn.Module, parameters: Iterable[Tensor], receive: Calla
 def _predicted(batch: Batch | Tensor) -> Tensor:
     """The tokens that are predicted from a real one before them, as in `score`; of shape (batch, tokens − 1)."""
     ids = input_ids(batch)
-    given = None if isinstance(batch, Tensor) else batch.get("attention_mask")
-    real = torch.ones_like(ids, dtype=torch.bool) if given is None else given.to(ids.device).bool()
-    return real[:, 1:] & real[:, :-1]
+    given = {} if isinstance(batch, Tensor) else batch
+    mask = given.get("attention_mask")
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
+    return predicted_tokens(real, given.get("position_ids"))
 
 
 def _loss(logits: Tensor, ids: Tensor, predicted: Tensor) -> Tensor:

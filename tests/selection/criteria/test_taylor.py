@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from streamline_hooks import StreamlineError, find_stack
+from streamline_hooks.calibration import packed_batches
 from streamline_hooks.selection.criteria import block_saliency, score_windows
 from tests.tiny_models import BLOCKS, FAMILIES, padded, shuffled_batches, tiny_model, tokens
 
@@ -51,6 +52,15 @@ def test_it_equals_the_whole_losss_gradient(
     got = score_windows("taylor", WINDOWS, model=model, batches=shuffled_batches(batch, size, random))
     assert model.training
     assert got == pytest.approx([-sum(saliency[k] for k in w) for w in WINDOWS], rel=1e-5)
+
+
+def test_packed_rows_are_their_documents() -> None:
+    """No first token of a document is predicted from another document's last."""
+    model = tiny_model("llama", torch.float64)
+    packed = packed_batches([[range(3, 9), range(10, 15)], [range(20, 27), range(5, 9)]], batch_size=2)
+    alone = [torch.arange(a, b)[None] for a, b in ((3, 9), (10, 15), (20, 27), (5, 9))]
+    found, expected = (score_windows("taylor", WINDOWS, model=model, batches=text) for text in (packed, alone))
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_nothing_is_left_behind() -> None:
