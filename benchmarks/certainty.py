@@ -80,7 +80,7 @@ def run(model: Any, tokenizer: Any, text: list[str], seed: int, size: int, test:
     return {
         "start": best.windows[0].start,
         "first": first.start,
-        "kl": best.kl,
+        "kl": best.distance,
         "repaired": repaired.value,
     }
 

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.real_text import BATCH, RESULTS, arguments, scored_text, split_of
 from streamline_hooks.batch import batches_of
-from streamline_hooks.evaluation.agreement import kl_of_candidates
+from streamline_hooks.evaluation import distances_of_candidates
 from streamline_hooks.evaluation.candidates import Candidate
 from streamline_hooks.evaluation.perplexity import perplexity_of_candidates
 from streamline_hooks.preparation import held_out_apart
@@ -65,7 +65,7 @@ def rows_of(
     """What becomes of each window of a size."""
     repaired = [Candidate(w, LinearReplacement.from_map(s.map)) for w, s in zip(every, solutions, strict=True)]
     plain = [Candidate(w) for w in every]
-    kls = kl_of_candidates(model, batches_of(split.validation, BATCH), repaired)
+    kls = distances_of_candidates(model, batches_of(split.validation, BATCH), repaired)
     original, scores = perplexity_of_candidates(model, test, [*plain, *repaired])
     rows = zip(every, scores[: len(every)], scores[len(every) :], kls, solutions, strict=True)
     return original.value, [

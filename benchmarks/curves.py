@@ -118,7 +118,7 @@ class Bench:
             "parameters_gone": sum(self.stack.parameters_per_block[k] for w, _ in pairs for k in w),
             "started": before,
             "trained": after,
-            "kl": [trained.kl_before, trained.kl],
+            "kl": [trained.distance_before, trained.distance],
             "minutes": (time.time() - started) / 60,
         }
         file.unlink()

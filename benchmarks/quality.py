@@ -187,7 +187,7 @@ class Bench:
             self._taught = every, states.batches
         compared = tuple(student.windows) if settings.objective.needs_states else ()
         places = [every.index(window) for window in compared]
-        found = [Taught(b.entrance, tuple(b.after[k] for k in places), b.exit) for b in self._taught[1]]
+        found = [replace(b, after=tuple(b.after[k] for k in places)) for b in self._taught[1]]
         yield TaughtStates(student.start, compared, True, found)
 
 

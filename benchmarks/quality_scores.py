@@ -27,11 +27,12 @@ from torch import nn
 from benchmarks.multiple_choice import TASKS, questions_of
 from benchmarks.real_text import RESULTS, arguments, heldout
 from streamline_hooks.evaluation import Agreement, Perplexity, perplexity
-from streamline_hooks.evaluation.agreement import agreement_of, paired_logits
+from streamline_hooks.evaluation.agreement import agreement_of, paired_answers
 from streamline_hooks.evaluation.choices import score_choices
 from streamline_hooks.evaluation.perplexity import score
 from streamline_hooks.evaluation.questions import chance
 from streamline_hooks.pretrained import load_pretrained
+from streamline_hooks.task import Task
 
 FILE = RESULTS / "quality_original.json"
 SEQUENCES, CHOICES_AT_ONCE = 6, 16
@@ -121,9 +122,9 @@ class Quality:
         value, agreed, seconds = {}, {}, {}
         for name, batches in self.text.items():
             sums, alike = Perplexity(), Agreement()
-            for given, mask, reference, logits in paired_logits(model, self.original, batches, name):
-                sums += score(logits, given["input_ids"].to(logits.device), mask)
-                alike += agreement_of(reference, logits, mask)
+            for given, output, *pair in paired_answers(model, self.original, batches, name, Task("causal-lm")):
+                sums += score(output.logits, given["input_ids"], given["attention_mask"])
+                alike += agreement_of(*pair)
             value[name], agreed[name] = sums.value, alike
         seconds["text"] = round(time.perf_counter() - started, 1)
         scores, whole = Scores(value, self._right(model, seconds)), sum(agreed.values(), Agreement())

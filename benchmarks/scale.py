@@ -210,7 +210,7 @@ def compress_step(options: argparse.Namespace) -> dict[str, Any]:
         "peaks": peaks(),
         "removed": list(result.plan.removed),
         "blocks": result.plan.old_length,
-        "kl": [candidate.kl for candidate in result.candidates],
+        "kl": [candidate.distance for candidate in result.candidates],
         "perplexity": result.perplexities,
         "parameters": result.parameters,
     }
@@ -249,7 +249,7 @@ def small_step(options: argparse.Namespace) -> dict[str, Any]:
         weights = [weights_in(folder / name) for name in ("apart", "whole")]
         return {
             "removed": [list(result.plan.removed) for result in (apart, whole)],
-            "kl": [[candidate.kl for candidate in result.candidates] for result in (apart, whole)],
+            "kl": [[candidate.distance for candidate in result.candidates] for result in (apart, whole)],
             "same_names": list(weights[0]) == list(weights[1]),
             "largest_difference": max(
                 float((weights[0][name].double() - weights[1][name].double()).abs().max()) for name in weights[0]

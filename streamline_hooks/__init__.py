@@ -6,11 +6,16 @@ from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation import (
     Agreement,
     Evaluation,
+    Likeness,
     Suite,
+    TaskScores,
     agreement,
+    embeddings,
     evaluate,
+    likeness,
     measure_speed,
     perplexity,
+    recall_at,
     sliding_perplexity,
     suite_from_files,
 )
@@ -50,6 +55,7 @@ from streamline_hooks.statistics import Profile, WindowMoments, measure_branches
 from streamline_hooks.surgery import LayerSurgeon, SurgeryPlan
 from streamline_hooks.surgery.registration import register_with_transformers
 from streamline_hooks.sweep import Sweep, sweep
+from streamline_hooks.task import Task
 
 __all__ = [
     "PRESETS",
@@ -61,6 +67,7 @@ __all__ = [
     "HiddenStateMonitor",
     "HiddenStateRecorder",
     "LayerSurgeon",
+    "Likeness",
     "LinearReplacement",
     "Objective",
     "Profile",
@@ -73,6 +80,8 @@ __all__ = [
     "SurgeryPlan",
     "Sweep",
     "Target",
+    "Task",
+    "TaskScores",
     "Trained",
     "Training",
     "UnsupportedSurgery",
@@ -81,6 +90,7 @@ __all__ = [
     "combined",
     "compare_blocks",
     "compress",
+    "embeddings",
     "evaluate",
     "find_selections",
     "find_stack",
@@ -89,6 +99,7 @@ __all__ = [
     "freeze_all_but",
     "kind_named",
     "known_kinds",
+    "likeness",
     "load",
     "measure_branches",
     "measure_moments",
@@ -98,6 +109,7 @@ __all__ = [
     "preset_named",
     "profile",
     "read_plans",
+    "recall_at",
     "register_criterion",
     "register_kind",
     "register_replacement",

@@ -20,7 +20,7 @@ def first_that_can_go(
     """The best selection that the surgeon carries out; only there is it held against the same blocks bypassed."""
     refusal: UnsupportedSurgery | None = None
     for one in judged:
-        if not (one.refused or math.isfinite(one.kl)):
+        if not (one.refused or math.isfinite(one.distance)):
             continue
         try:
             with LayerSurgeon(model, stack) as surgeon:

@@ -8,15 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from streamline_hooks.batch import Batch
 from streamline_hooks.calibration import PackedText
 from streamline_hooks.carrying_out import carry_out, first_that_can_go
 from streamline_hooks.checkpoint import require_free, save
 from streamline_hooks.distributed import Together, failing_together, here
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
+from streamline_hooks.evaluation import TaskScores
 from streamline_hooks.preparation import Preparation, prepare_compression
 from streamline_hooks.repair import Healing, Kind, Student, Trained, Training, kind_named, student_of, train
 from streamline_hooks.result import LABELS, CompressionResult, findings
-from streamline_hooks.run_figures import Clock, data_of, peak_memory_of_process, sizes_of
+from streamline_hooks.run_figures import Clock, peak_memory_of_process, sizes_of
 from streamline_hooks.selection import (
     Attempt,
     Criterion,
@@ -31,6 +35,7 @@ from streamline_hooks.shared_steps import (
     perplexities_together,
     perplexity_together,
     prepared_alike,
+    scores_together,
     verified_together,
 )
 from streamline_hooks.side_by_side import SideBySide
@@ -38,6 +43,7 @@ from streamline_hooks.stack import find_stack
 from streamline_hooks.statistics import Profile, check_profile
 from streamline_hooks.statistics import profile as measure_profile
 from streamline_hooks.surgery import LayerSurgeon
+from streamline_hooks.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,9 +52,10 @@ if TYPE_CHECKING:
 @failing_together("compress")
 def compress(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str] | Mapping[str, PackedText],
+    tokenizer: PreTrainedTokenizerBase | None,
+    texts: Sequence[str] | Mapping[str, PackedText] | Mapping[str, Sequence[Batch | Tensor]],
     *,
+    task: Task | str | None = None,
     remove: Target | int | float | str = 0.25,
     kind: Kind | str = "linear",
     training: Training | None = None,
@@ -76,20 +83,27 @@ def compress(
     """Give up the blocks whose loss is repaired best.
 
     One pass compares all states; a search by a criterion makes a shortlist; a second pass, stopped after the last
-    block needed, sums the moments of all shortlisted windows; each is repaired by least squares and judged by KL to
-    the original on validation text; the best is trained, if that is asked for, committed, and measured on text that
-    played no part in any of this.
+    block needed, sums the moments of all shortlisted windows; each is repaired by least squares and judged by how far
+    what it says is from what the original says on validation text; the best is trained, if that is asked for,
+    committed, and measured on text that played no part in any of this. Images, or whatever else a model takes, are
+    given as batches.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A causal language model. It is changed; on an error it is as it was, unless the error comes after the surgery
-        was committed, in measuring or saving: then it is compressed, and `save` can write it elsewhere.
-    tokenizer : transformers.PreTrainedTokenizerBase
-    texts : sequence of str, or mapping of str to PackedText
+        It is changed; on an error it is as it was, unless the error comes after the surgery was committed, in measuring
+        or saving: then it is compressed, and `save` can write it elsewhere.
+    tokenizer : transformers.PreTrainedTokenizerBase or None
+        What is saved beside the model, and what documents are tokenised with. With batches it may be None, or an image
+        processor.
+    texts : sequence of str, mapping of str to PackedText, or mapping of str to sequence of batches
         Documents, which calibration, validation and test text are split off without overlap; or these three parts from
         `packed_text`, for text that is not to be read whole. Only a model that keeps the documents of a packed row
-        apart is given them (`refuse_crossing`).
+        apart is given them (`refuse_crossing`). Or the three parts as batches that the model takes, for any model, as
+        `image_parts`, `text_parts` and `pair_parts` make them; a classifier's accuracy is told where the test part has
+        ``labels``.
+    task : Task or str, optional
+        What the model is for, and so what is compared of what it says; by default what its class says, see `Task`.
     remove : Target, int, float or str
         Number of blocks, or a fraction below 1 of them (rounded half up); a string is read by `Target.parse`, which
         knows fractions of the parameters and latencies too.
@@ -160,6 +174,7 @@ def compress(
     the others wait.
     """
     work = Together("compress", here())
+    asked_for = Task.parse(task) if isinstance(task, str) else task or Task.of(model)
     if work.processes.rank:
         say = _nothing
     if output is not None:
@@ -173,6 +188,8 @@ def compress(
             f"shortlist={shortlist}, batch_size={batch_size} and parts={parts} must be 1 or more each."
         )
     require_search(search, named, remove)
+    if training is not None:
+        training.objective.require_task(asked_for)
     if profile is not None:
         check_profile(profile, model, find_stack(model, stack).path)
     clock = Clock()
@@ -181,6 +198,7 @@ def compress(
             model,
             tokenizer,
             texts,
+            task=asked_for,
             remove=remove,
             kind=chosen,
             search=search,
@@ -209,24 +227,31 @@ def compress(
         found = work.of_first(lambda: searched)
     with clock("verify"):
         judged = verified_together(work, model, found, ready)
-    for line in findings(judged):
+    for line in findings(judged, asked_for.distance):
         say(line)
     best = judged[work.of_first(lambda: _place_of(first_that_can_go(model, judged, path, say), judged))]
     first = next(one for one in judged if (one.windows, one.silenced) == (found[0].windows, found[0].silenced))
+    wanted = _measured(best, first, fitted=training is not None)
+    board: TaskScores | None = None
     with clock("measure"):
-        perplexities = _perplexities(work, ready, best, first, fitted=training is not None)
+        if asked_for.is_of_text:
+            perplexities = _perplexities(work, ready, wanted)
+            scores: dict[str, dict[str, float]] = {}
+        else:
+            board, scores = scores_together(work, ready, wanted)
+            scores, perplexities = {"original": board.original, **scores}, {}
     student, trained = None, None
     if training is not None:
         with clock("train"):
             student, trained = _train(ready, best, training, healed, resume, say)
     with clock("compare"):
-        writes = side_by_side and work.processes.rank == 0
+        writes = side_by_side and work.processes.rank == 0 and asked_for.is_of_text and tokenizer is not None
         beside = SideBySide(model, tokenizer, ready.test, say) if writes else None
         change = partial(carry_out, selection=best)
         speed = work.of_first(lambda: None if beside is None else beside.speed(change, path))
     with clock("measure"):
         before = sizes_of(model)
-        test, data, size = ready.test, data_of(ready.split, seed), ready.size
+        test, data, size = ready.test, {**ready.split.figures(), "seed": seed}, ready.size
         notes = {} if trained is None else {"training": trained.report()}
         del ready, asked  # they hold the blocks that go
         with LayerSurgeon(model, path) as surgeon:
@@ -236,7 +261,10 @@ def compress(
             student.settle()
         repaired = best.maps or any(repair.stand_in is not None for repair in best.repairs)
         label = "trained" if trained is not None else "repaired" if repaired else "removed"
-        perplexities[label] = perplexity_together(work, model, test).value
+        if board is None:
+            perplexities[label] = perplexity_together(work, model, test).value
+        else:
+            scores[label] = work.of_first(lambda: board.of(model, label))
     with clock("compare"):
         samples = work.of_first(lambda: [] if beside is None else beside.samples())
     after = sizes_of(model)
@@ -250,6 +278,8 @@ def compress(
         search=search,
         candidates=[best, *(one for one in judged if one is not best)],
         perplexities={name: perplexities[name] for name in LABELS if name in perplexities},
+        task=asked_for,
+        scores={name: scores[name] for name in LABELS if name in scores},
         parameters=(before[0], after[0]),
         size_in_bytes=(before[1], after[1]),
         seconds=work.of_first(lambda: clock.seconds),
@@ -326,9 +356,8 @@ def _train(
             "What stands in the place of an attention or an MLP alone is not trained: it is fitted in closed form. "
             "Leave the training out, or search for windows."
         )
-    student = student_of(
-        ready.stack, [(repair.window, repair.stand_in) for repair in best.repairs], healing, seed=training.seed
-    )
+    pairs = [(repair.window, repair.stand_in) for repair in best.repairs]
+    student = student_of(ready.stack, pairs, healing, seed=training.seed, task=ready.task)
     trained = train(student, ready.calibration, ready.validation, training, resume=resume, say=say)
     say(f"trained    {trained}")
     student.merge()
@@ -339,12 +368,10 @@ def _place_of(one: VerifiedSelection, judged: list[VerifiedSelection]) -> int:
     return next(k for k, other in enumerate(judged) if other is one)
 
 
-def _perplexities(
-    work: Together, ready: Preparation, best: VerifiedSelection, first: VerifiedSelection, fitted: bool
-) -> dict[str, float]:
-    """Of the original, of the chosen selection without its repair, and of the search's first if that is another.
+def _measured(best: VerifiedSelection, first: VerifiedSelection, fitted: bool) -> dict[str, Attempt]:
+    """What is measured before the surgery: the chosen selection without its repair, and the search's first if another.
 
-    Of the chosen one as it was fitted too, where it is going to be trained.
+    The chosen one as it was fitted too, where it is going to be trained.
     """
     repaired = tuple(repair.stand_in for repair in first.repairs)
     wanted = {"removed": Attempt(best)}
@@ -354,6 +381,10 @@ def _perplexities(
         wanted["first_removed"] = Attempt(first)
         if first.maps or any(stand_in is not None for stand_in in repaired):
             wanted["first_repaired"] = Attempt(first, repaired, first.maps)
+    return wanted
+
+
+def _perplexities(work: Together, ready: Preparation, wanted: dict[str, Attempt]) -> dict[str, float]:
     what = f"perplexity of the original and {len(wanted)} others"
     original, each = perplexities_together(work, ready, list(wanted.values()), what)
     return {"original": original.value, **{name: p.value for name, p in zip(wanted, each, strict=True)}}

@@ -26,8 +26,9 @@ from streamline_hooks.hidden_state import (
 )
 from streamline_hooks.layouts import by_token
 from streamline_hooks.recorder import HiddenStateRecorder
-from streamline_hooks.stack import find_stack
+from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery import LayerSurgeon
+from streamline_hooks.surgery.hazards import find_hazards, position_bias_owners
 from streamline_hooks.watched_mask import WatchedMask
 
 
@@ -55,7 +56,8 @@ def resume(
 ) -> Any:
     """Run a model from block k on, on given states.
 
-    No block before k is run. Masks and positions are those that a forward of `batch` would have made.
+    No block before k is run, but one that makes the relative position bias of all (T5): it is run in vain. Masks and
+    positions are those that a forward of `batch` would have made.
 
     Parameters
     ----------
@@ -102,8 +104,9 @@ def resume(
         raise StreamlineError(f"Cannot resume at block {k}: the stack has {length} blocks, so 0 to {length}.")
     with LayerSurgeon(model, stack, probe=False) as surgeon:  # the caller has the truth: the states
         first = min(k, length - 1)  # at the end some block has to carry the hook, and is run in vain
-        if first > 0:
-            surgeon.remove(range(first))
+        needed = _run_in_vain(surgeon.stack)
+        if before := [n for n in range(first) if n not in needed]:
+            surgeon.remove(before)
         block = surgeon.stack[first]
         handle = (
             block.register_forward_pre_hook(_enter(states), with_kwargs=True, prepend=before_splices)
@@ -114,22 +117,6 @@ def resume(
             return model(**prepare(model, batch))
         finally:
             handle.remove()
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in what a model returned.
-
-    Raises
-    ------
-    StreamlineError
-        If it returned none.
-    """
-    logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise StreamlineError(
-            f"The model returned a {type(output).__name__} without logits; give one with its LM head."
-        )
-    return logits
 
 
 def forward_arguments(model: nn.Module) -> Collection[str]:
@@ -222,6 +209,12 @@ def recorded(
             yield record, mask, output
             if own is not None:
                 own.update(tokens_of(batch))
+
+
+def _run_in_vain(stack: BlockStack) -> set[int]:
+    """Blocks that make what the others need, and what does not depend on the states."""
+    owners = position_bias_owners(stack)
+    return {k for k in owners if {hazard.cause for hazard in find_hazards(stack, range(k, k + 1))} == {"position-bias"}}
 
 
 def _enter(states: Tensor) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What a compression works on: the windows that reach the target, and text dealt out to what needs it."""
+"""What a compression works on: the windows that reach the target, and text or batches dealt out to what needs them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.batch import batches_of, positions_of
+from streamline_hooks.batch import Batch, batches_of, positions_of
+from streamline_hooks.batch_split import BatchSplit
 from streamline_hooks.calibration import PackedText, TokenSplit, check_tokenizer, refuse_crossing, split_documents
 from streamline_hooks.calibration.split import PARTS
 from streamline_hooks.errors import StreamlineError
@@ -21,6 +22,7 @@ from streamline_hooks.repair.stand_in import is_spliced
 from streamline_hooks.replacements import replacement_config
 from streamline_hooks.selection import SearchProblem, Target, protected_blocks, windows_for
 from streamline_hooks.stack import BlockStack, find_stack
+from streamline_hooks.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +42,9 @@ class Preparation:
     candidates : list of range
         The windows that reach the target alone.
     protected : frozenset of int
-    split : TokenSplit
+    split : TokenSplit or BatchSplit
+    task : Task
+        What the model is for.
     calibration, fit, held_out, validation, test : list of dict
         Batches; `fit` and `held_out` are the two parts of `calibration`.
     """
@@ -50,7 +54,8 @@ class Preparation:
     target: Target
     candidates: list[range]
     protected: frozenset[int]
-    split: TokenSplit
+    split: TokenSplit | BatchSplit
+    task: Task
     calibration: Batches
     fit: Batches
     held_out: Batches
@@ -95,7 +100,7 @@ class Preparation:
             f"{self.kind.name if self.kind.in_branches else 'nothing'} in their place",
             f"search     {search} by {criterion}; {len(self.candidates)} windows reach the target, and up to "
             f"{shortlist} selections are fitted and judged",
-            f"text       {self.split.describe()}",
+            f"{'text' if isinstance(self.split, TokenSplit) else 'data'}       {self.split.describe()}",
         ]
 
     def costs(
@@ -116,7 +121,16 @@ class Preparation:
             Of what is chosen.
         healing : Healing, optional
             Beside it.
+
+        Raises
+        ------
+        StreamlineError
+            If the model is not one for text, whose costs are not known.
         """
+        if not self.task.is_of_text:
+            raise StreamlineError(
+                f"What a compression of a model for {self.task} costs is not known beforehand; leave out --dry-run."
+            )
         pace = measure_pace(self.stack.model, self.calibration[0], stack=self.stack.path)
         with torch.device("meta"):
             made = self.kind.make(self.stack, self.candidates[0])
@@ -147,9 +161,10 @@ class Preparation:
 
 def prepare_compression(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str] | Mapping[str, PackedText],
+    tokenizer: PreTrainedTokenizerBase | None,
+    texts: Sequence[str] | Mapping[str, PackedText] | Mapping[str, Sequence[Batch | Tensor]],
     *,
+    task: Task,
     remove: Target | int | float | str,
     kind: Kind | str,
     search: str,
@@ -169,16 +184,20 @@ def prepare_compression(
     Raises
     ------
     StreamlineError
-        If the target cannot be reached, or the text does not suffice.
+        If the target cannot be reached, the text does not suffice, or it is none that the model can be given.
     """
     found = find_stack(model, stack)
     chosen = kind_named(kind)
     target = Target.parse(remove) if isinstance(remove, str) else remove
     target = target if isinstance(target, Target) else Target(target)
     protected = protected_blocks(keep, len(found))
-    packed = TokenSplit.of_packed(texts) if isinstance(texts, Mapping) else None
-    require_positions(model, packed.sequence_length if packed else split["sequence_length"])
-    embedding = cast(nn.Embedding, model.get_input_embeddings())
+    given = BatchSplit.of(cast(Any, texts), task) if are_batches(texts) else None
+    packed = TokenSplit.of_packed(cast(Any, texts)) if isinstance(texts, Mapping) and not given else None
+    if given:
+        _require_fitting(model, given, target, task, split)
+    else:
+        require_text(model, tokenizer, task)
+        require_positions(model, packed.sequence_length if packed else split["sequence_length"])
     candidates = windows_for(
         model,
         target,
@@ -188,10 +207,14 @@ def prepare_compression(
         slots=slots_of(chosen, search, parts),
         say=say,
     )
+    if given:
+        five = (given.calibration, *given.held_out_apart, given.validation, given.test)
+        return Preparation(found, chosen, target, candidates, protected, given, task, *five)
     if packed and split.get("test_documents"):
         raise StreamlineError("Packed text has a test part of its own; leave test_texts out.")
+    tokenizer = cast("PreTrainedTokenizerBase", tokenizer)
     dealt = packed or split_documents(cast(Sequence[str], texts), tokenizer, **split)
-    check_tokenizer(tokenizer, embedding.num_embeddings, dealt)
+    check_tokenizer(tokenizer, cast(nn.Embedding, model.get_input_embeddings()).num_embeddings, dealt)
     ids = _five_parts({name: getattr(dealt, name) for name in PARTS})
     if packed:
         positions = _five_parts(packed.positions)
@@ -199,7 +222,39 @@ def prepare_compression(
         refuse_crossing(model, [batch for part in batches for batch in part], stack=found.path)
     else:
         batches = [batches_of(part, batch_size) for part in ids]
-    return Preparation(found, chosen, target, candidates, protected, dealt, *batches)
+    return Preparation(found, chosen, target, candidates, protected, dealt, task, *batches)
+
+
+def are_batches(texts: Any) -> bool:
+    """Whether what a compression is given are three parts of batches, and no text."""
+    return isinstance(texts, Mapping) and not any(isinstance(part, PackedText) for part in texts.values())
+
+
+def require_text(model: PreTrainedModel, tokenizer: Any, task: Task) -> None:
+    """Raise unless a model can be given documents."""
+    if not task.is_of_text or tokenizer is None:
+        what = (
+            "needs a tokenizer to be given text" if task.is_of_text else f"is for {task}, and is not given text alone"
+        )
+        raise StreamlineError(
+            f"{type(model).__name__} {what}. Give batches: {{'calibration': [...], 'validation': [...], 'test': "
+            "[...]}, as image_parts, text_parts and pair_parts make them."
+        )
+
+
+def _require_fitting(model: Any, given: BatchSplit, target: Target, task: Task, split: Mapping[str, Any]) -> None:
+    if split.get("test_documents"):
+        raise StreamlineError("Batches have a test part of their own; leave test_texts out.")
+    if target.of not in ("blocks", "parameters") and not task.is_of_text:
+        raise StreamlineError(
+            f"The target {target} is a time to write, and {type(model).__name__} is for {task}. Give a number or a "
+            "fraction of the blocks, or of the parameters."
+        )
+    every = (*given.calibration, *given.validation, *given.test)
+    ids = [one if isinstance(one, Tensor) else one.get("input_ids") for one in every]
+    ids = [one for one in ids if one is not None and not one.is_floating_point()]
+    if ids and getattr(model, "config", None) is not None:
+        require_positions(model, max(one.shape[1] for one in ids))
 
 
 def _five_parts(rows: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer: from a folder, from the hub, or the demo's SmolLM2."""
+"""Load a model and its tokenizer or image processor: from a folder, from the hub, or the demo's SmolLM2."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.task import Task, task_of_classes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,10 +20,53 @@ _SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # whose weights are in the pac
 _CONFIG_LEFTOVERS = ("quantization_config", "_is_quantized")
 
 
+# By task, what gives the class of a model.
+_AUTO_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "image-classification": "AutoModelForImageClassification",
+    "text-classification": "AutoModelForSequenceClassification",
+    "embedding": "AutoModel",
+}
+
+
+def task_of_pretrained(name: str | Path) -> Task:
+    """What a model is for, read off its configuration.
+
+    Parameters
+    ----------
+    name : str or Path
+        As for `load_pretrained`. Of a name on the hub only the configuration is fetched.
+
+    Returns
+    -------
+    Task
+        That of the class that the checkpoint was saved from; a causal language model where it says none.
+
+    Examples
+    --------
+    >>> print(task_of_pretrained("smollm2"))
+    causal-lm
+    """
+    if name == "smollm2":
+        return Task("causal-lm")
+    from transformers import AutoConfig
+
+    from streamline_hooks.surgery.spliced_model import MODEL_TYPE  # makes the type known  # noqa: F401
+
+    try:
+        config = AutoConfig.from_pretrained(str(name))
+    except (OSError, ValueError, KeyError):  # whoever loads it says what is wrong
+        return Task("causal-lm")
+    classes = [one.removeprefix("Streamlined") for one in getattr(config, "architectures", None) or []]
+    return Task(task_of_classes(classes) or "causal-lm")
+
+
 def load_pretrained(
-    name: str | Path, dtype: torch.dtype | None = None
+    name: str | Path, dtype: torch.dtype | None = None, *, task: Task | str = "causal-lm"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and the tokenizer beside it.
+    """Load a model and the tokenizer beside it; of a model that is given images, its image processor.
 
     Parameters
     ----------
@@ -35,11 +79,13 @@ def load_pretrained(
         - the name of a model on the Hugging Face hub, ``"organisation/model"``. Only then is the network used.
     dtype : torch.dtype, optional
         Of the weights. Left out, a folder or hub model has the dtype it was saved in, and ``"smollm2"`` float32.
+    task : Task or str
+        What the model is for, see `task_of_pretrained`.
 
     Returns
     -------
     PreTrainedModel, PreTrainedTokenizerBase
-        The model, in evaluation mode, on the CPU, and its tokenizer.
+        The model, in evaluation mode, on the CPU, and its tokenizer, or its image processor.
 
     Raises
     ------
@@ -49,13 +95,17 @@ def load_pretrained(
     Examples
     --------
     >>> from streamline_hooks.errors import StreamlineError
+    from streamline_hooks.task import Task, task_of_classes
     >>> try:
     ...     load_pretrained("./no-such-folder")
     ... except StreamlineError as error:
     ...     print(error)
     There is no model at './no-such-folder': there is no such folder. Expected ...
     """
+    task = Task.parse(task) if isinstance(task, str) else task
     if name == "smollm2":
+        if task.name != "causal-lm":
+            raise StreamlineError(f"smollm2 is a causal language model, and not one for {task}.")
         return _load_smollm2(dtype or torch.float32)
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -66,14 +116,14 @@ def load_pretrained(
                 "as model.save_pretrained(folder) and tokenizer.save_pretrained(folder) write it. Name the folder "
                 "that holds config.json, or save the model there."
             )
-        return _load_automatic(str(folder), dtype)
+        return _load_automatic(str(folder), dtype, task)
     if isinstance(name, Path) or folder.exists() or not _may_be_hub_name(name):
         what = "it is a file" if folder.exists() else "there is no such folder"
         raise StreamlineError(
             f"There is no model at {str(name)!r}: {what}. Expected a folder that holds config.json, the word "
             "'smollm2', or a name on the hub such as 'organisation/model'. Check the spelling of the path."
         )
-    return _load_automatic(name, dtype)
+    return _load_automatic(name, dtype, task)
 
 
 def _may_be_hub_name(name: str) -> bool:
@@ -82,16 +132,28 @@ def _may_be_hub_name(name: str) -> bool:
     return len(parts) <= 2 and "\\" not in name and all(part and part[0] not in ".~" for part in parts)
 
 
-def _load_automatic(name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _load_automatic(
+    name: str, dtype: torch.dtype | None, task: Task
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import transformers
 
+    kind = "causal language model" if task.name == "causal-lm" else f"model for {task}"
+    beside = "tokenizer"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if dtype is None else dtype)
+        if task.name == "causal-lm":
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = getattr(transformers, _AUTO_CLASSES[task.name]).from_pretrained(
+            name, dtype="auto" if dtype is None else dtype
+        )
+        if task.name != "causal-lm":
+            images = model.main_input_name == "pixel_values"
+            beside = "image processor" if images else beside
+            automatic: Any = transformers.AutoImageProcessor if images else transformers.AutoTokenizer
+            tokenizer = automatic.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise StreamlineError(
-            f"Transformers cannot load {name!r}: {_first_line(error)} Expected a folder that holds a causal language "
-            "model and its tokenizer, a name on the hub such as 'organisation/model', or the word 'smollm2'. Check "
+            f"Transformers cannot load {name!r}: {_first_line(error)} Expected a folder that holds a {kind} and its "
+            f"{beside}, a name on the hub such as 'organisation/model', or the word 'smollm2'. Check "
             "the spelling; a name on the hub needs the network once (and HF_HUB_OFFLINE unset), and a gated model "
             "needs `hf auth login`."
         ) from error

@@ -9,11 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamline_hooks.evaluation import SpeedReport, Written
+from streamline_hooks.evaluation import MEASURES, SpeedReport, Written
 from streamline_hooks.repair import StandInSize, Trained
 from streamline_hooks.selection import VerifiedSelection
 from streamline_hooks.statistics import Profile
 from streamline_hooks.surgery import SurgeryPlan
+from streamline_hooks.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ class CompressionResult:
     ----------
     model : transformers.PreTrainedModel
         The model that was given, shortened for good.
-    tokenizer : transformers.PreTrainedTokenizerBase
+    tokenizer : transformers.PreTrainedTokenizerBase or None
     plan : SurgeryPlan
         Old blocks to new blocks.
     kind : str
@@ -50,7 +51,8 @@ class CompressionResult:
     perplexities : dict
         Perplexity on text that nothing was chosen or fitted on, of ``original``, ``removed`` (plain removal of the
         chosen selection), ``repaired`` (as it was fitted) and ``trained``; with ``first_removed`` and
-        ``first_repaired`` for the one that the search put first, where that is another.
+        ``first_repaired`` for the one that the search put first, where that is another. Empty for a model that is not
+        for text.
     parameters, size_in_bytes : tuple of int
         Before and after.
     seconds : dict
@@ -61,6 +63,10 @@ class CompressionResult:
         Tokens by part, sequence length, seed and the calibration data's fingerprint.
     profile : Profile
         Of the original, on the calibration text.
+    task : Task
+        What the model is for.
+    scores : dict of str to dict of str to float
+        Of the same, by measure, for a model that is not for text: see `TaskScores.of`.
     training : Trained or None
         How the training went, if there was one.
     samples : list of (Written, Written)
@@ -72,7 +78,7 @@ class CompressionResult:
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     plan: SurgeryPlan
     kind: str
     size: StandInSize
@@ -86,6 +92,8 @@ class CompressionResult:
     peak_memory: int | None
     data: dict[str, Any]
     profile: Profile
+    task: Task = Task("causal-lm")  # noqa: RUF009
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
     training: Trained | None = None
     samples: list[tuple[Written, Written]] = field(default_factory=list)
     speed: SpeedReport | None = None
@@ -100,7 +108,10 @@ class CompressionResult:
             "criterion": self.criterion,
             "search": self.search,
             "candidates": [_row(candidate) for candidate in self.candidates],
+            "task": str(self.task),
+            "measure": self.task.distance,
             "perplexity": self.perplexities,
+            "scores": self.scores,
             "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
             "bytes": {"before": self.size_in_bytes[0], "after": self.size_in_bytes[1]},
             "training": None if self.training is None else self.training.report(),
@@ -125,7 +136,7 @@ class CompressionResult:
 
     def table(self) -> str:
         """The result for a terminal."""
-        original, chosen = self.perplexities["original"], self.candidates[0]
+        chosen = self.candidates[0]
         rows = [
             ("blocks", f"{self.plan.old_length} -> {len(self.plan.slots)}, {_what(chosen)}"),
             ("in their place", f"{self.kind} ({self.size})" if chosen.windows or chosen.maps else "nothing"),
@@ -136,7 +147,12 @@ class CompressionResult:
         for name, label in LABELS.items():
             if name in self.perplexities:
                 value = self.perplexities[name]
-                rows.append((f"perplexity, {label}", f"{value:10.2f}   x {value / original:.2f}"))
+                times = value / self.perplexities["original"]
+                rows.append((f"perplexity, {label}", f"{value:10.2f}   x {times:.2f}"))
+        for measure, words in MEASURES.items():
+            for name, label in LABELS.items():
+                if measure in self.scores.get(name, {}):
+                    rows.append((f"{words}, {label}", f"{self.scores[name][measure]:10.4f}"))
         rows += [(f"seconds, {step}", f"{seconds:10.1f}") for step, seconds in self.seconds.items()]
         if self.peak_memory is not None:
             rows.append(("peak memory", f"{self.peak_memory / 1e9:10.2f} GB"))
@@ -146,16 +162,17 @@ class CompressionResult:
         return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
 
 
-def findings(judged: Sequence[VerifiedSelection]) -> list[str]:
-    """A line a judged selection, for a terminal."""
+def findings(judged: Sequence[VerifiedSelection], measure: str = "KL") -> list[str]:
+    """A line a judged selection, for a terminal; `measure` is `Task.distance`."""
     width = max(len("blocks"), *(len(str(one)) for one in judged))
-    head = f"{'blocks':<{width}}     score   error removed   repaired     ridge        KL"
+    short = measure.partition(" (")[0]
+    head = f"{'blocks':<{width}}     score   error removed   repaired     ridge {short:>9}"
     rows = []
     for k, one in enumerate(judged):
         columns = list(zip(*_errors(one), strict=True)) or [()] * 3
         worst = [max((value for value in column if value is not None), default=None) for column in columns]
         errors = ["-" if e is None else f"{e:{form}}" for e, form in zip(worst, (".4f", ".4f", ".1e"), strict=True)]
-        said = f"{one.score:9.4f} {errors[0]:>15} {errors[1]:>10} {errors[2]:>9} {one.kl:9.4f}"
+        said = f"{one.score:9.4f} {errors[0]:>15} {errors[1]:>10} {errors[2]:>9} {one.distance:9.4f}"
         chosen = "   <- chosen" if k == 0 else ""
         rows.append(f"{one!s:<{width}} {said}{chosen}" if not one.refused else f"{one!s:<{width}} {one.refused}")
     return [head, *rows]
@@ -190,7 +207,7 @@ def _row(judged: VerifiedSelection) -> dict[str, Any]:
             for m, errors in zip(judged.maps, _errors(judged)[len(judged.repairs) :], strict=True)
         ],
         "score": judged.score,
-        "kl": judged.kl if math.isfinite(judged.kl) else None,
+        "distance": judged.distance if math.isfinite(judged.distance) else None,
         "refused": judged.refused,
         "repairs": repairs,
     }

@@ -1,4 +1,4 @@
-"""What a compression says of itself: seconds, memory, sizes, and the text that it was given."""
+"""What a compression says of itself: seconds, memory and sizes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
-
-from streamline_hooks.calibration import TokenSplit
 
 
 class Clock:
@@ -25,19 +22,6 @@ class Clock:
         started = time.perf_counter()
         yield
         self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - started
-
-
-def data_of(split: TokenSplit, seed: int) -> dict[str, Any]:
-    """How much text there was for what, and which, as JSON values."""
-    return {
-        "calibration_tokens": split.calibration.numel(),
-        "validation_tokens": split.validation.numel(),
-        "test_tokens": split.test.numel(),
-        "sequence_length": split.sequence_length,
-        "seed": seed,
-        "fingerprint": split.fingerprint,
-        "notes": list(split.notes),
-    }
 
 
 def sizes_of(model: nn.Module) -> tuple[int, int]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.batch import tokens_of
 from streamline_hooks.distributed import Processes, Together, dealt, some_of
-from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation import Perplexity, perplexity
+from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
+from streamline_hooks.evaluation import Perplexity, TaskScores, perplexity
 from streamline_hooks.preparation import Batches, Preparation
 from streamline_hooks.repair.folded import Folded
 from streamline_hooks.repair.scaled import Scaled
 from streamline_hooks.selection import Attempt, Selection, VerifiedSelection, perplexity_of_attempts, verified
+from streamline_hooks.selection.search.judge import given_up, writers_of
 from streamline_hooks.statistics.identity import identity
 
 
@@ -29,9 +29,7 @@ def prepared_alike(work: Together, ready: Preparation) -> Preparation:
         If the processes have not the same model and text.
     """
     if work.processes.count > 1:
-        split = ready.split
-        rows = [split.calibration, split.validation, split.test, *split.positions.values()]
-        work.take(rows, **identity(ready.stack))
+        work.take(ready.split.tensors, **identity(ready.stack))
     return replace(ready, candidates=work.of_first(lambda: ready.candidates))
 
 
@@ -58,23 +56,23 @@ def verified_together(
     StreamlineError, UnsupportedSurgery
         As `verified`.
     """
-    options = {"kind": ready.kind, "stack": ready.stack.path}
+    options = {"kind": ready.kind, "stack": ready.stack.path, "task": ready.task}
     if work.processes.count == 1:
         return verified(model, found, ready.fit, ready.held_out, ready.validation, **options)  # type: ignore[arg-type]
     own = _share(ready.validation, work.processes)
-    counted = sum(tokens_of(batch) for batch in own)
+    counted = sum(map(ready.task.count, own))
     few = own or [some_of(ready.validation[0], slice(0, 1))]  # it has to take part in the fitting, and judges in vain
     mine = verified(model, found, ready.fit, ready.held_out, few, **options)  # type: ignore[arg-type]
     judged = [next(one for one in mine if _key(one) == _key(selection)) for selection in found]
     refusals = work.tell([one.refused for one in judged])
-    sums = torch.tensor([one.kl * counted if counted else 0.0 for one in judged], dtype=torch.float64)
-    kls = work.summed(sums) / work.summed(torch.tensor(counted, dtype=torch.float64))
-    for k, kl in enumerate(kls.tolist()):
+    sums = torch.tensor([one.distance * counted if counted else 0.0 for one in judged], dtype=torch.float64)
+    distances = work.summed(sums) / work.summed(torch.tensor(counted, dtype=torch.float64))
+    for k, distance in enumerate(distances.tolist()):
         refused = next((its[k] for its in refusals if its[k]), "")
-        judged[k] = replace(judged[k], kl=math.inf if refused else kl, refused=refused)
+        judged[k] = replace(judged[k], distance=math.inf if refused else distance, refused=refused)
     _require_finite(judged)
     with_first = _as_in_first(work, judged)
-    return sorted(with_first, key=lambda one: (not math.isfinite(one.kl), bool(one.refused), one.kl))
+    return sorted(with_first, key=lambda one: (not math.isfinite(one.distance), bool(one.refused), one.distance))
 
 
 def perplexities_together(
@@ -93,6 +91,30 @@ def perplexities_together(
 def perplexity_together(work: Together, model: nn.Module, batches: Batches, what: str = "perplexity") -> Perplexity:
     """Perplexity of a model, see `perplexity`."""
     return _added_up(work, [perplexity(model, _share(batches, work.processes), what)])[0]
+
+
+def scores_together(
+    work: Together, ready: Preparation, attempts: Mapping[str, Attempt]
+) -> tuple[TaskScores, dict[str, dict[str, float]]]:
+    """How the original and attempts do at their task, see `TaskScores`; of several processes each measures all.
+
+    Returns
+    -------
+    scores : TaskScores
+        Which knows the original's answers.
+    attempts : dict of str to dict
+        By attempt and measure.
+    """
+    model, stack = ready.stack.model, ready.stack
+    scores = TaskScores(model, ready.test, ready.task)
+    silent = {k for attempt in attempts.values() for k, _ in attempt.selection.silenced}
+    known = writers_of(stack, sorted(silent), ready.test[0]) if silent else {}
+    writers = {half: paths for half, paths in known.items() if not isinstance(paths, UnsupportedSurgery)}
+    found = {}
+    for name, attempt in attempts.items():
+        with given_up(stack, attempt, writers):
+            found[name] = scores.of(model, name.replace("_", " "))
+    return scores, work.of_first(lambda: found)
 
 
 def _share(batches: Batches, processes: Processes) -> Batches:
@@ -115,7 +137,7 @@ def _key(selection: Selection) -> tuple[object, object]:
 
 
 def _require_finite(judged: Sequence[VerifiedSelection]) -> None:
-    if not any(math.isfinite(one.kl) for one in judged):
+    if not any(math.isfinite(one.distance) for one in judged):
         raise StreamlineError(
             f"Not one of the {len(judged)} shortlisted selections leaves a model with finite logits on all of the "
             "validation text. Remove less, protect other blocks, or run in a wider precision (float32 or bfloat16)."

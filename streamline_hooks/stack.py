@@ -78,7 +78,8 @@ def find_stack(model: nn.Module, path: str | None = None) -> BlockStack:
     model : torch.nn.Module
         Any model.
     path : str, optional
-        The dotted path of the container, where the choice should not be made here.
+        The dotted path of the container, where the choice should not be made here; or, where one stack alone answers
+        to it, ``"vision"``, ``"text"``, ``"audio"``, ``"encoder"`` or ``"decoder"``.
 
     Returns
     -------
@@ -159,9 +160,37 @@ def _stack_at(model: nn.Module, path: str) -> BlockStack:
         module = module._modules.get(name) or nn.Identity()
     blocks = tuple(module.children())
     if not isinstance(module, _CONTAINERS) or not blocks:
-        known = _listing(find_stacks(model))
-        raise StreamlineError(f"No stack of blocks at {path!r} in {type(model).__name__}. Expected one of: {known}.")
+        stacks = find_stacks(model)
+        answering = _answering(path, stacks)
+        if len(answering) == 1:
+            return answering[0]
+        what = f"{len(answering)} stacks answer to" if answering else "No stack of blocks at"
+        raise StreamlineError(
+            f"{what} {path!r} in {type(model).__name__}. Expected one of: {_listing(answering or stacks)}."
+        )
     return BlockStack(path, module, blocks, tuple(ancestors), *_describing_config(path, tuple(ancestors), len(blocks)))
+
+
+_WORDS = {
+    "vision": {"vision", "visual", "image"},
+    "text": {"text", "language"},
+    "audio": {"audio", "speech"},
+    "encoder": {"encoder"},
+    "decoder": {"decoder"},
+}
+
+
+def _answering(name: str, stacks: list[BlockStack]) -> list[BlockStack]:
+    """The stacks with a word in their path that stands for a name; for text also what has no word of another tower."""
+    wanted = _WORDS.get(name)
+    if wanted is None:
+        return []
+    words = [{word for part in stack.path.split(".") for word in part.split("_")} for stack in stacks]
+    found = [stack for stack, own in zip(stacks, words, strict=True) if own & wanted]
+    towers = _WORDS["vision"] | _WORDS["audio"]
+    if name == "text" and not found and any(own & towers for own in words):
+        return [stack for stack, own in zip(stacks, words, strict=True) if not own & towers]
+    return found
 
 
 def _walk(module: nn.Module, path: str, ancestors: tuple[nn.Module, ...], found: list[BlockStack]) -> None:

@@ -65,7 +65,7 @@ def test_it_writes_what_the_model_in_memory_would_be(
     assert code == 0, err
     assert "block by block" not in out
     reports = [json.loads((folder / "report.json").read_text()) for folder in (one, other)]
-    assert reports[0]["candidates"][0]["kl"] == pytest.approx(reports[1]["candidates"][0]["kl"], rel=1e-4)
+    assert reports[0]["candidates"][0]["distance"] == pytest.approx(reports[1]["candidates"][0]["distance"], rel=1e-4)
     found, expected = (load(folder).state_dict() for folder in (one, other))
     assert found.keys() == expected.keys()
     assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)

@@ -38,7 +38,8 @@ def test_the_whole_way(story_model: tuple[Any, Any], story_texts: list[str], tmp
     assert f"remove     1 comes to 1 of 5 blocks (20.0%), linear in their place ({size})" in said
     p = result.perplexities
     assert p["original"] < p["repaired"] < p["removed"]
-    assert [w.kl for w in result.candidates] == sorted(w.kl for w in result.candidates) and len(result.candidates) == 3
+    distances = [one.distance for one in result.candidates]
+    assert distances == sorted(distances) and len(distances) == 3
     for judged in result.candidates:
         assert judged.repairs[0].repaired_error < judged.repairs[0].removal_error
     assert result.plan.removed == tuple(result.candidates[0].windows[0])
@@ -339,7 +340,7 @@ def test_packed_text_is_its_documents_alone(
     for judged in result.candidates:
         (repair,) = fit_windows(original, judged.windows, "linear", *(pieces(part) for part in parts))
         assert judged.repairs[0].repaired_error == pytest.approx(repair.repaired_error, rel=1e-5)
-    assert result.training is not None and result.training.kl < result.training.kl_before
+    assert result.training is not None and result.training.distance < result.training.distance_before
     first = [tokenizer.decode(piece[0, :8]) for piece in alone["test"]]
     for written, _ in result.samples:
         assert any(written.prompt.startswith(beginning) for beginning in first)

@@ -42,7 +42,7 @@ def test_training_ends_in_a_better_model_that_loads(
     assert trained is not None
     before = p["removed"] if kind == "none" else p["repaired"]
     assert p["original"] < p["trained"] < before <= p["removed"]
-    assert trained.kl < trained.kl_before
+    assert trained.distance < trained.distance_before
     assert any(line.startswith("trained    ") for line in said)
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["training"]["history"] == trained.history

@@ -54,7 +54,7 @@ def test_the_text_s_own_loss_leaves_the_same_tokens_out() -> None:
             with torch.no_grad():
                 logits = model(**batch, use_cache=False).logits  # with a cache packed rows are not known
             real = torch.ones_like(ids, dtype=torch.bool)
-            total += float(objective.of_logits(logits, None, ids, real, batch.get("position_ids")))
+            total += float(objective.of_text(logits, ids, real, batch.get("position_ids")))
         return total
 
     assert loss(packed()) == pytest.approx(loss(apart()), rel=1e-6)
@@ -69,9 +69,9 @@ def test_a_training_runs_the_documents_of_a_packed_row_apart() -> None:
         rows = []
         with taught_states(model, batches, 2) as taught, torch.no_grad():
             for one, batch in zip(taught.batches, batches, strict=True):
-                logits, _ = student.run(one.entrance, batch, logits=True, states=False)
-                assert logits is not None and one.exit is not None
-                both = torch.cat([logits, student.original_logits(one.exit, batch)], dim=-1)[0]
+                output, _ = student.run(one.entrance, batch, logits=True, states=False)
+                assert one.exit is not None
+                both = torch.cat([output.logits[0], student.original_answers(one.exit, batch)], dim=-1)
                 rows += [torch.cat([i[:, None], row], -1) for i, row in zip(batch["input_ids"], [both], strict=True)]
         found = torch.cat(rows)
         return found[found[:, 0].argsort(stable=True)]  # every token is there once

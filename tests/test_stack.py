@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from streamline_hooks import StreamlineError, find_stack, find_stacks
+from tests.other_models import OTHERS, made
 from tests.tiny_models import BLOCKS, FAMILIES, tiny_model
 
 PATHS = {
@@ -99,3 +100,29 @@ def test_a_stack_that_the_configuration_counts_comes_before_a_larger_one() -> No
     model.model.extra = nn.ModuleList(Block(99) for _ in range(7))
     assert find_stack(model).path == "model.layers"
     assert {s.path for s in find_stacks(model)} == {"model.layers", "model.extra"}
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("clip pictures", "vision"),
+        ("clip text", "text"),
+        ("llava pictures", "vision"),
+        ("llava text", "text"),
+        ("t5 encoder", "encoder"),
+        ("bart decoder", "decoder"),
+        ("whisper encoder", "encoder"),
+    ],
+)
+def test_a_stack_answers_to_what_it_is_for(name: str, asked: str) -> None:
+    model = made(name)
+    assert find_stack(model, asked).path == OTHERS[name].path(model)
+
+
+def test_a_word_that_several_stacks_answer_to_is_not_guessed() -> None:
+    with pytest.raises(
+        StreamlineError, match=r"2 stacks answer to 'encoder' in CLIPModel. Expected one of: 'text_"
+    ):
+        find_stack(made("clip text"), "encoder")
+    with pytest.raises(StreamlineError, match="No stack of blocks at 'audio' in CLIPModel"):
+        find_stack(made("clip text"), "audio")

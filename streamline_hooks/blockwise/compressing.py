@@ -29,7 +29,7 @@ from streamline_hooks.evaluation.candidates import Candidate
 from streamline_hooks.preparation import Preparation, prepare_compression
 from streamline_hooks.repair import Kind, kind_named
 from streamline_hooks.result import CompressionResult, findings
-from streamline_hooks.run_figures import Clock, data_of, peak_memory_of_process, sizes_of
+from streamline_hooks.run_figures import Clock, peak_memory_of_process, sizes_of
 from streamline_hooks.selection import (
     Criterion,
     Target,
@@ -40,6 +40,7 @@ from streamline_hooks.selection import (
 )
 from streamline_hooks.statistics.chosen_tokens import blocks_run
 from streamline_hooks.surgery import LayerSurgeon
+from streamline_hooks.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -153,6 +154,7 @@ def compress_checkpoint(
             model,
             tokenizer,
             texts,
+            task=Task("causal-lm"),
             remove=remove,
             kind=chosen,
             search="window",
@@ -205,7 +207,7 @@ def compress_checkpoint(
                 model, ready.test, list(wanted.values()), folder=room, check=False, **options
             ),
         )
-    before, data, size = sizes_of(model), data_of(ready.split, seed), ready.size
+    before, data, size = sizes_of(model), {**ready.split.figures(), "seed": seed}, ready.size
     with clock("save"):
         with LayerSurgeon(model, path, probe=False) as surgeon:  # this window has been held against the truth
             carry_out(surgeon, best)

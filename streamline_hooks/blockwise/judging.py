@@ -14,13 +14,14 @@ from streamline_hooks.blockwise.outside import OutsideBlocks
 from streamline_hooks.blockwise.passing import BlockwisePass
 from streamline_hooks.blockwise.residence import resident
 from streamline_hooks.branches import tolerance
+from streamline_hooks.distance import summed_kl
 from streamline_hooks.errors import UnsupportedSurgery
-from streamline_hooks.evaluation.agreement import summed_kl
 from streamline_hooks.evaluation.perplexity import UNCOUNTED, Perplexity, input_ids, negative_log_likelihoods
 from streamline_hooks.hidden_state import read_output, write_output
-from streamline_hooks.passes import inference, logits_of, progress
+from streamline_hooks.passes import inference, progress
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery import LayerSurgeon
+from streamline_hooks.task import logits_of
 
 LOGITS = 2**26
 """Bytes that the logits of the tokens at a time take in float32; one token's may take more."""
@@ -29,7 +30,7 @@ Head = Callable[[Tensor], Tensor]
 
 
 def judge(states: BlockwisePass, batches: Sequence[int], others: Sequence[Sequence[int]]) -> list[float]:
-    """KL of what is said to other states from what is said to the batches' own, as `kl_of_candidates` has it.
+    """KL of what is said to other states from what is said to the batches' own, as `distances_of_candidates` has it.
 
     The last block is read once more, and so is an LM head that is on disk: both stay until the end.
 

@@ -61,9 +61,9 @@ def open_checkpoint(
     """
     where = Path(folder)
     stack = _skeleton(where)
-    options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype, "offload_folder": offload_folder}
+    precision = "auto" if dtype is None else dtype
     try:
-        model = load(where, device_map=_device_map(stack), **options)
+        model = load(where, device_map=_device_map(stack), dtype=precision, offload_folder=offload_folder)
     except ValueError as error:
         if offload_folder is not None or "offload_folder" not in str(error):
             raise

@@ -80,7 +80,7 @@ def verified(
     >>> fit, held_out, validation = ([torch.arange(seed, seed + 24).view(2, 12)] for seed in (3, 13, 23))
     >>> shortlist = [Selection((range(1, 3),)), Selection((range(2, 4),))]
     >>> best, other = verified(tiny_model("llama"), shortlist, fit, held_out, validation)
-    >>> best.kl <= other.kl
+    >>> best.distance <= other.distance
     True
     """
     found, chosen = find_stack(model, stack), kind_named(kind)
@@ -130,13 +130,13 @@ def verified(
             waiting = {window.start for window in windows if window.stop > place}
             for earlier in set(range(place)) - waiting:
                 states.drop(earlier)
-        kls = judge(states, judged_on, [others[window] for window in windows])
+        distances = judge(states, judged_on, [others[window] for window in windows])
         judged = [
-            VerifiedSelection((window,), score=selection.score, repairs=(repairs[window],), kl=kl)
-            for selection, window, kl in zip(selections, windows, kls, strict=True)
+            VerifiedSelection((window,), score=selection.score, repairs=(repairs[window],), distance=distance)
+            for selection, window, distance in zip(selections, windows, distances, strict=True)
         ]
-        judged.sort(key=lambda one: (not math.isfinite(one.kl), one.kl))
-        if not math.isfinite(judged[0].kl):
+        judged.sort(key=lambda one: (not math.isfinite(one.distance), one.distance))
+        if not math.isfinite(judged[0].distance):
             raise StreamlineError(
                 f"Not one of the {len(judged)} shortlisted windows leaves a model with finite logits. Remove less, "
                 "protect other blocks, or run in a wider precision (float32 or bfloat16)."

@@ -113,7 +113,14 @@ def _write(judged: list[VerifiedSelection], file: Path) -> None:
         (repair,) = one.repairs
         weights, numbers = packed(repair, f"{k}.")
         tensors.update(weights)
-        rows.append({"window": [repair.window.start, repair.window.stop], "score": one.score, "kl": one.kl, **numbers})
+        rows.append(
+            {
+                "window": [repair.window.start, repair.window.stop],
+                "score": one.score,
+                "distance": one.distance,
+                **numbers,
+            }
+        )
     write_file(file, tensors, {"judged": rows})
 
 
@@ -123,5 +130,5 @@ def _read(stack: BlockStack, kind: Kind, file: Path) -> list[VerifiedSelection]:
     for k, row in enumerate(said["judged"]):
         window = range(*row["window"])
         repair = unpacked(stack, kind, window, tensors, row, f"{k}.")
-        found.append(VerifiedSelection((window,), score=row["score"], repairs=(repair,), kl=row["kl"]))
+        found.append(VerifiedSelection((window,), score=row["score"], repairs=(repair,), distance=row["distance"]))
     return found

@@ -1,24 +1,38 @@
-"""The text a model is measured on: where it comes from, and which part of it is used for what."""
+"""The text and images a model is measured on: where they come from, and which part of them is used for what."""
 
 from streamline_hooks.calibration.boundaries import refuse_crossing
 from streamline_hooks.calibration.documents import read_documents
+from streamline_hooks.calibration.image_files import read_images
+from streamline_hooks.calibration.image_parts import image_batches, image_parts
+from streamline_hooks.calibration.images import Images, Picture
 from streamline_hooks.calibration.packed_text import PackedText, packed_text
 from streamline_hooks.calibration.packing import beginnings, pack, packed_batches
 from streamline_hooks.calibration.self_generated import self_generated
 from streamline_hooks.calibration.split import TokenSplit, check_tokenizer, split_documents
 from streamline_hooks.calibration.streaming import stream_documents
+from streamline_hooks.calibration.text_batches import text_parts
+from streamline_hooks.calibration.text_pairs import TextPair, pair_parts, read_pairs
 
 __all__ = [
+    "Images",
     "PackedText",
+    "Picture",
+    "TextPair",
     "TokenSplit",
     "beginnings",
     "check_tokenizer",
+    "image_batches",
+    "image_parts",
     "pack",
     "packed_batches",
     "packed_text",
+    "pair_parts",
     "read_documents",
+    "read_images",
+    "read_pairs",
     "refuse_crossing",
     "self_generated",
     "split_documents",
     "stream_documents",
+    "text_parts",
 ]

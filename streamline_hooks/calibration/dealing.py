@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from streamline_hooks.errors import StreamlineError
@@ -26,19 +26,20 @@ _ENOUGH = 0.75
 class Encoder:
     """Tokenises a text once, and of a very long one no more than is used."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, separator: str = _SEPARATOR) -> None:
         self.tokenizer = tokenizer
+        self.separator = separator
         self._known: dict[str, list[int]] = {}
 
     def __call__(self, text: str, limit: int | None = None) -> list[int]:
-        """Return the ids of the text and the blank line after it, or the first ``limit`` of them."""
+        """Return the ids of the text and of the separator after it, or the first ``limit`` of them."""
         if limit is not None and text not in self._known and len(text) > 16 * limit:
             start = self._encode(text[: 16 * limit])
             # Twice as many ids as are used, so the word that the cut went through is far behind them.
             if len(start) >= 2 * limit:
                 return start[:limit]
         if text not in self._known:
-            self._known[text] = self._encode(text + _SEPARATOR)
+            self._known[text] = self._encode(text + self.separator)
         return self._known[text][:limit]
 
     def characters_per_token(self, texts: Iterable[str]) -> float:
@@ -102,7 +103,7 @@ def deal_parts(
             if sum(counts) * length <= sum(map(len, best)):
                 break
             if dealt := _deal(units, counts, forbidden, encode, length, whole=sequences is None):
-                best, cut = dealt, in_pieces
+                best, cut = [list(chain.from_iterable(part)) for part in dealt], in_pieces
                 break
         if sum(map(len, best)) >= possible * length * (_ENOUGH if scarce or sequences else 1):
             break
@@ -127,6 +128,75 @@ def deal_parts(
     return dict(zip(sizes, best, strict=True)), notes
 
 
+def deal_whole(
+    documents: list[str], sizes: Mapping[str, int], encode: Encoder, length: int
+) -> dict[str, list[list[int]]]:
+    """Fill parts in order from whole documents, and keep the documents of a part apart.
+
+    A document gives at most a quarter of its part, or one sequence where that is more.
+
+    Parameters
+    ----------
+    documents, sizes, encode, length
+        See :func:`deal_parts`.
+
+    Returns
+    -------
+    dict from str to list of list of int
+        The ids of each document of each part; together as many as were asked for, rounded down to full sequences.
+
+    Raises
+    ------
+    StreamlineError
+        If there are too few documents.
+    """
+    dealt = _deal(documents, [size // length for size in sizes.values()], frozenset(), encode, length, whole=True)
+    if dealt is None:
+        found = int(sum(map(len, documents)) / encode.characters_per_token(documents))
+        wanted = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        raise StreamlineError(
+            f"The text holds about {found:,} tokens in {len(documents):,} documents, and {wanted} were asked for. "
+            f"Expected so many from whole documents, each of which gives at most {length:,} or a quarter of its part, "
+            "so that no document is in two parts. Give more documents, cut long ones at their chapters, or ask for "
+            "fewer tokens."
+        )
+    return dict(zip(sizes, dealt, strict=True))
+
+
+def check_counts(counts: Mapping[str, int], what: str, batch_size: int) -> None:
+    """Refuse sizes of parts, or of batches, that are no positive numbers.
+
+    Parameters
+    ----------
+    counts : mapping of str to int
+    what : str
+        What is counted, in the plural.
+    batch_size : int
+
+    Raises
+    ------
+    StreamlineError
+        Naming the part.
+    """
+    if not counts:
+        raise StreamlineError(f'No part was asked for. Expected a number of {what} by name: {{"calibration": 128}}.')
+    for name, count in counts.items():
+        if count < 1:
+            raise StreamlineError(
+                f"{count} {what} were asked for in the part {name!r}. Expected 1 or more. Leave the part out, or ask "
+                "for more."
+            )
+    check_batch_size(batch_size, what)
+
+
+def check_batch_size(batch_size: int, what: str) -> None:
+    """Refuse batches of nothing."""
+    if batch_size < 1:
+        raise StreamlineError(
+            f"batch_size={batch_size}: expected the number of {what} that are run at once, 1 or more."
+        )
+
+
 def _shrinking(asked: list[int], possible: int) -> Iterator[list[int]]:
     """Yield the sequences of each part as asked for, then fewer and fewer in the same ratio."""
     yield asked
@@ -145,25 +215,27 @@ def _deal(
     encode: Encoder,
     length: int,
     whole: bool,
-) -> list[list[int]] | None:
-    """Fill one part after the other with ids, or return None where the text runs out."""
+) -> list[list[list[int]]] | None:
+    """Fill one part after the other with the ids of each text, or return None where the texts run out."""
     remaining = iter(units)
     seen = set(forbidden)
     dealt = []
     for count in counts:
         quota = count * length
         share = max(length, quota // _DOCUMENTS_PER_PART) if whole else quota
-        ids: list[int] = []
+        part: list[list[int]] = []
+        room = quota
         copies: set[str] = set()
-        while len(ids) < quota:
+        while room > 0:
             if (unit := next(remaining, None)) is None:
                 return None
             text = _without(unit, seen)
             copies.update(long_paragraphs(text))
-            if text:
-                ids += encode(text, min(share, quota - len(ids)))
+            if text and (ids := encode(text, min(share, room))):
+                part.append(ids)
+                room -= len(ids)
         seen |= copies
-        dealt.append(ids)
+        dealt.append(part)
     return dealt
 
 

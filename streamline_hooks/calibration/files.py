@@ -11,15 +11,19 @@ import json
 import lzma
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from streamline_hooks.errors import StreamlineError
 
-_TEXT, _JSONL, _PARQUET = ".txt", ".jsonl", ".parquet"
+_TEXT, _JSONL, PARQUET = ".txt", ".jsonl", ".parquet"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-SUFFIXES = (_PARQUET, *(kind + packed for kind in (_TEXT, _JSONL) for packed in ("", *_COMPRESSED)))
+JSONL_SUFFIXES = tuple(_JSONL + packed for packed in ("", *_COMPRESSED))
+"""How the names of JSONL files end."""
+
+SUFFIXES = (PARQUET, *JSONL_SUFFIXES, *(_TEXT + packed for packed in ("", *_COMPRESSED)))
 """How the names of files end that are read in a folder."""
 
 _AT_ONCE = 1 << 18  # bytes
@@ -56,10 +60,9 @@ def documents_of_file(path: Path, longest: float = math.inf) -> Iterator[str]:
     ...     [document.strip() for document in documents_of_file(path)]
     ['one\n\nstill one', 'two']
     """
-    name = path.name.lower()
-    if name.endswith(_PARQUET):
+    if path.name.lower().endswith(PARQUET):
         return _parquet(path)
-    if name.endswith(tuple(_JSONL + packed for packed in ("", *_COMPRESSED))):
+    if path.name.lower().endswith(JSONL_SUFFIXES):
         return _jsonl(path, longest)
     return _text(path, longest)
 
@@ -83,6 +86,33 @@ def _text(path: Path, longest: float) -> Iterator[str]:
 
 
 def _jsonl(path: Path, longest: float) -> Iterator[str]:
+    for number, row in json_rows(path, '{"text": "..."}', longest):
+        if not isinstance(row.get("text"), str):
+            raise StreamlineError(
+                f"{path}, line {number} holds the fields {sorted(row)} and no `text` that is a string. Expected an "
+                'object with a `text` field in each line, like {"text": "..."}. Rename the field that holds the text.'
+            )
+        yield mended(row["text"])
+
+
+def json_rows(path: Path, like: str, longest: float = math.inf) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects of a JSONL file, plain or compressed, with the numbers of their lines.
+
+    Parameters
+    ----------
+    path : Path
+    like : str
+        A line as it is expected, for what is said of one that is not so.
+    longest : float
+        The most characters that a line may have.
+
+    Raises
+    ------
+    StreamlineError
+        If the file cannot be decompressed, decoded or parsed, or a line holds something else; with the line.
+    """
+    names = list(json.loads(like))
+    fields = " and ".join(f"a `{name}` field" for name in names)
     for number, line in enumerate(_lines(path, longest), start=1):
         if not line.strip():
             continue
@@ -91,38 +121,84 @@ def _jsonl(path: Path, longest: float) -> Iterator[str]:
         except json.JSONDecodeError as error:
             raise StreamlineError(
                 f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}). Expected an object "
-                'with a `text` field in each line, like {"text": "..."}. Mend the line or leave it out.'
+                f"with {fields} in each line, like {like}. Mend the line or leave it out."
             ) from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            given = f"the fields {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+        if not isinstance(row, dict):
             raise StreamlineError(
-                f"{path}, line {number} holds {given} and no `text` that is a string. Expected an object with a "
-                '`text` field in each line, like {"text": "..."}. Rename the field that holds the text.'
+                f"{path}, line {number} holds a {type(row).__name__} and no "
+                f"{' and '.join(f'`{name}` that is a string' for name in names)}. Expected an object with {fields} in "
+                f"each line, like {like}. Write each line so."
             )
-        # JSON can spell half a surrogate pair, which is no character and which tokenizers refuse.
-        yield row["text"].encode("utf-8", "replace").decode()
+        yield number, row
+
+
+def mended(text: str) -> str:
+    """Replace what is no character: JSON can spell half a surrogate pair, which tokenizers refuse."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _parquet(path: Path) -> Iterator[str]:
-    pyarrow, parquet = _imported("pyarrow", path), _imported("pyarrow.parquet", path)
-    try:
-        with parquet.ParquetFile(path, buffer_size=_AT_ONCE, pre_buffer=False) as file:  # it would hold all
-            schema = file.schema_arrow
-            if "text" not in schema.names:
-                raise StreamlineError(
-                    f"{path} has the columns {sorted(schema.names)}. Expected a column `text` that holds strings. "
-                    "Rename the column that holds the text."
-                )
-            kind = schema.field("text").type
+    columns = parquet_columns(path)
+    if "text" not in columns:
+        raise StreamlineError(
+            f"{path} has the columns {sorted(columns)}. Expected a column `text` that holds strings. "
+            "Rename the column that holds the text."
+        )
+    yield from (text for (text,) in parquet_texts(path, ["text"]) if text is not None)
+
+
+def parquet_columns(path: Path) -> list[str]:
+    """Return the names of the columns of a Parquet file.
+
+    Raises
+    ------
+    StreamlineError
+        If it cannot be read, or ``pyarrow`` is not installed.
+    """
+    with opened_parquet(path) as file:
+        return list(file.schema_arrow.names)
+
+
+def parquet_texts(path: Path, columns: Sequence[str]) -> Iterator[tuple[str | None, ...]]:
+    """Yield the cells of columns that hold strings, row by row; an empty cell is None.
+
+    Raises
+    ------
+    StreamlineError
+        If a column holds something else, or the file cannot be read.
+    """
+    pyarrow = imported("pyarrow", path)
+    strings = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
+    with opened_parquet(path) as file:
+        for name in columns:
+            kind = file.schema_arrow.field(name).type
             kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-            strings = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
             if kind not in strings:
                 raise StreamlineError(
-                    f"The column `text` of {path} holds {kind}. Expected strings. Write the text there as strings, or "
-                    "rename the column that holds it."
+                    f"The column `{name}` of {path} holds {kind}. Expected strings. Write the text there as strings, "
+                    "or rename the column that holds it."
                 )
-            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=["text"], use_threads=False):
-                yield from (text for text in batch.column(0).to_pylist() if text is not None)
+        for batch in file.iter_batches(_ROWS_AT_ONCE, columns=list(columns), use_threads=False):
+            yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
+
+
+@contextmanager
+def opened_parquet(path: Path) -> Iterator[Any]:
+    """Open a Parquet file for reading in pieces.
+
+    Yields
+    ------
+    pyarrow.parquet.ParquetFile
+
+    Raises
+    ------
+    StreamlineError
+        If ``pyarrow`` is not installed, or the file cannot be read: here, or by what is done inside.
+    """
+    pyarrow, parquet = imported("pyarrow", path), imported("pyarrow.parquet", path)
+    try:
+        with parquet.ParquetFile(path, buffer_size=_AT_ONCE, pre_buffer=False) as file:  # it would hold all
+            yield file
     except (pyarrow.ArrowException, OSError) as error:
         raise StreamlineError(
             f"{path} cannot be read as Parquet ({error}). Expected a whole Parquet file. Write it again, or rename it "
@@ -183,7 +259,7 @@ def _bytes(path: Path) -> Iterator[bytes]:
 
 def _opened(path: Path, suffix: str) -> Any:
     if suffix == ".zst":
-        return _imported("pyarrow", path).input_stream(str(path), compression="zstd")
+        return imported("pyarrow", path).input_stream(str(path), compression="zstd")
     opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)
     return opener(path, "rb")
 
@@ -200,11 +276,12 @@ def _too_long(path: Path, longest: float) -> StreamlineError:
     )
 
 
-def _imported(module: str, path: Path) -> Any:
+def imported(module: str, path: Path) -> Any:
+    """Import the package ``pyarrow`` or a module of it, or say for which file it is needed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise StreamlineError(
-            f"{path} cannot be read: the package `pyarrow` is not installed. Expected it for {_PARQUET} and .zst "
+            f"{path} cannot be read: the package `pyarrow` is not installed. Expected it for {PARQUET} and .zst "
             "files. Install it (pip install pyarrow), or write a JSONL file."
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -82,6 +82,22 @@ class TokenSplit:
     def sequence_length(self) -> int:
         """Tokens in each sequence."""
         return int(self.calibration.shape[1])
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All ids and positions, in order."""
+        return [self.calibration, self.validation, self.test, *self.positions.values()]
+
+    def figures(self) -> dict[str, Any]:
+        """How much text there is for what, and which, as JSON values."""
+        return {
+            "calibration_tokens": self.calibration.numel(),
+            "validation_tokens": self.validation.numel(),
+            "test_tokens": self.test.numel(),
+            "sequence_length": self.sequence_length,
+            "fingerprint": self.fingerprint,
+            "notes": list(self.notes),
+        }
 
     def describe(self) -> str:
         """One line: the size of each part, the fingerprint, and the notes."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from streamline_hooks.evaluation import MEASURES
 from streamline_hooks.result import LABELS
 from streamline_hooks.surgery import SurgeryPlan
 from streamline_hooks.surgery.spliced_model import MODEL_TYPE
@@ -20,7 +21,7 @@ def model_card(config: dict[str, Any], report: dict[str, Any] | None = None, bas
     Parameters
     ----------
     config : dict
-        What is in its ``config.json``.
+        What is in its ``config.json``, or in its ``streamline.json`` where it is no Transformers model.
     report : dict, optional
         `CompressionResult.report`, for what was measured.
     base_model : str
@@ -42,8 +43,10 @@ def model_card(config: dict[str, Any], report: dict[str, Any] | None = None, bas
     base_model = base_model or (history[0].get("base_model", "") if history else "")
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) is not None
     name = base_model.rpartition("/")[2] or "a model"
-    header = ["---", *([f"base_model: {base_model}"] if on_hub else []), "library_name: transformers"]
-    architecture = (config.get("architectures") or [""])[0]
+    built = config.get("class")  # by whom loads it
+    library = "streamline_hooks" if built else "transformers"
+    header = ["---", *([f"base_model: {base_model}"] if on_hub else []), f"library_name: {library}"]
+    architecture = built or (config.get("architectures") or [""])[0]
     causal = not architecture or architecture.endswith(("ForCausalLM", "LMHeadModel"))
     header += ["pipeline_tag: text-generation"] if causal else []
     header += ["tags:", "- streamline_hooks", "- layer-pruning", *_metrics(name, report)]
@@ -56,9 +59,10 @@ def model_card(config: dict[str, Any], report: dict[str, Any] | None = None, bas
     )
     for number, entry in enumerate(history):
         lines += ["", "## What was done" + (f", {number + 1}" if len(history) > 1 else ""), "", *_surgery(entry)]
-    if _final(report or {}) is not None:
+    if _final(report or {}) is not None or (report or {}).get("scores"):
         lines += ["", "## What it lost", "", *_measured(report or {})]
-    lines += ["", "## How it is loaded", "", *_loading(config, architecture, causal)]
+    loading = _loading_into(config) if built else _loading(config, architecture, causal)
+    lines += ["", "## How it is loaded", "", *loading]
     return "\n".join([*lines, ""])
 
 
@@ -125,21 +129,56 @@ def _numbers(blocks: Sequence[int]) -> str:
 
 
 def _measured(report: dict[str, Any]) -> list[str]:
-    found = report["perplexity"]
+    lines = _scores(report["scores"]) if report.get("scores") else _perplexities(report.get("perplexity") or {})
+    sizes = report.get("parameters") or {}
+    told = f" {sizes['before'] / 1e6:.1f} M parameters before, {sizes['after'] / 1e6:.1f} M now." if sizes else ""
+    tested = {k.removeprefix("test_"): v for k, v in (report.get("data") or {}).items() if k.startswith("test_")}
+    on = "".join(f" ({count:,} {unit})" for unit, count in tested.items())
+    what = "data" if report.get("scores") else "text"
+    return [
+        *lines,
+        "",
+        f"On {what} that nothing was chosen or fitted on{on}.{told} What else it lost was not measured here: evaluate "
+        "it on what you need it for.",
+    ]
+
+
+def _perplexities(found: dict[str, float]) -> list[str]:
     original = found.get("original")
     lines = ["| | perplexity | ratio |", "|---|---|---|"]
     for label, words in LABELS.items():
         if label in found:
             lines.append(f"| {words} | {found[label]:.2f} | {f'{found[label] / original:.2f}' if original else ''} |")
-    sizes = report.get("parameters") or {}
-    told = f" {sizes['before'] / 1e6:.1f} M parameters before, {sizes['after'] / 1e6:.1f} M now." if sizes else ""
-    tokens = (report.get("data") or {}).get("test_tokens")
-    on = f" ({tokens:,} tokens)" if tokens else ""
+    return lines
+
+
+def _scores(found: dict[str, dict[str, float]]) -> list[str]:
+    measures = {name: words for name, words in MEASURES.items() if any(name in one for one in found.values())}
+    lines = ["| | " + " | ".join(measures.values()) + " |", "|---" * (len(measures) + 1) + "|"]
+    for label, words in LABELS.items():
+        if label in found:
+            cells = (f"{found[label][name]:.4f}" if name in found[label] else "" for name in measures)
+            lines.append(f"| {words} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _loading_into(config: dict[str, Any]) -> list[str]:
+    first: dict[str, int] = {}
+    for plan in map(SurgeryPlan.from_dict, config["streamline_hooks"]["history"]):
+        first.setdefault(plan.stack, plan.old_length)
+    blocks = " and ".join(f"{length} blocks in `{stack}`" for stack, length in first.items())
     return [
-        *lines,
+        f"Its weights are put into the original architecture, a `{config['class']}`, built as it was before, with "
+        f"{blocks}:",
         "",
-        f"On text that nothing was chosen or fitted on{on}.{told} What else it lost was not measured here: evaluate it "
-        "on what you need it for.",
+        "```python",
+        "import streamline_hooks",
+        "",
+        "model = ...  # the original architecture, built anew",
+        "model = streamline_hooks.load(folder, into=model)",
+        "```",
+        "",
+        "It is shortened and given what stands between its blocks; an architecture that is another one is refused.",
     ]
 
 

@@ -13,11 +13,12 @@ from streamline_hooks.cli.block_by_block import (
     only_whole,
     takes_more_than,
 )
-from streamline_hooks.cli.loading import block_numbers, documents_of, load_model, own_text, packed_parts
+from streamline_hooks.cli.loading import block_numbers, documents_of, load_model, own_text, packed_parts, task_named
 from streamline_hooks.cli.options import (
     BatchSize,
     Calibration,
     DryRun,
+    Examples,
     Keep,
     Model,
     Parts,
@@ -27,6 +28,7 @@ from streamline_hooks.cli.options import (
     Seed,
     SequenceLength,
     Stack,
+    TaskName,
     Tokens,
 )
 from streamline_hooks.cli.page import write_page
@@ -60,8 +62,8 @@ def compress(
         typer.Option(
             "--train",
             metavar="LOSS",
-            help="Train the repair: kl (to what the original says), lm (the text), mse, relative or cosine (of the "
-            "states), or a sum such as 'kl + 0.5*lm'.",
+            help="Train the repair: kl (to what the original says), embedding (to its embeddings), lm (the text), mse, "
+            "relative or cosine (of the states), or a sum such as 'kl + 0.5*lm'.",
         ),
     ] = "",
     heal: Annotated[
@@ -104,11 +106,15 @@ def compress(
     calibration_tokens: Tokens = 41_000,
     validation_tokens: Annotated[int, typer.Option(help="Tokens to judge the candidates on.", min=2)] = 4_096,
     test_tokens: Annotated[int, typer.Option(help="Tokens to measure the result on.", min=2)] = 12_288,
+    calibration_examples: Examples = 256,
+    validation_examples: Annotated[int, typer.Option(help="Images or pairs to judge on.", min=1)] = 64,
+    test_examples: Annotated[int, typer.Option(help="Images or pairs to measure the result on.", min=1)] = 256,
     sequence_length: SequenceLength = 512,
     batch_size: BatchSize = 4,
     shortlist: Annotated[int, typer.Option(help="Selections that are fitted and judged by KL.", min=1)] = 8,
     seed: Seed = 0,
     stack: Stack = None,
+    task_name: TaskName = "",
     memory: Annotated[
         str,
         typer.Option(
@@ -139,6 +145,7 @@ def compress(
     Example: streamline-hooks compress smollm2 --remove 0.25 --output smollm2-small
     """
     from streamline_hooks.checkpoint import require_free
+    from streamline_hooks.cli.task_data import Amounts, batches_for
     from streamline_hooks.compress import compress as run
     from streamline_hooks.distributed import together
     from streamline_hooks.preparation import prepare_compression
@@ -164,8 +171,12 @@ def compress(
         if pack and (test or "self" in sources):
             with_what = "--test" if test else "--calibration self"
             raise StreamlineError(f"--pack deals one text to all parts, and does not go with {with_what}.")
-        documents = [] if "self" in sources or pack else documents_of(sources)
-        test_documents = documents_of(test) if test else None
+        task = task_named(task_name, model)
+        if not task.is_of_text and ("self" in sources or pack or memory):
+            option = "--calibration self" if "self" in sources else "--pack" if pack else "--memory"
+            raise StreamlineError(f"{option} is for models that write, and {model} is for {task}.")
+        documents = [] if "self" in sources or pack or not task.is_of_text else documents_of(sources)
+        test_documents = documents_of(test) if test and task.is_of_text else None
         split: dict[str, Any] = {
             "seed": seed,
             "sequence_length": sequence_length,
@@ -173,7 +184,7 @@ def compress(
             "validation_tokens": validation_tokens,
             "test_tokens": test_tokens,
         }
-        most = takes_more_than(model, memory)
+        most = takes_more_than(model, memory) if task.is_of_text else None
         whole = {
             "calibration": "self" in sources,
             "kind": bool(chosen.slots or chosen.fit or not chosen.solve),
@@ -196,7 +207,7 @@ def compress(
                 for line in ("", made.table(), write_page(output, made.title, compression=made.report())):
                     say(line)
             return
-        loaded, tokenizer = load_model(model)
+        loaded, tokenizer = load_model(model, task)
         if "self" in sources:
             needed = calibration_tokens + validation_tokens + (0 if test else test_tokens)
             options: dict[str, Any] = {
@@ -207,7 +218,14 @@ def compress(
             }
             documents = work.of_first(lambda: own_text(loaded, tokenizer, sources, **options))
         text = packed_parts(sources, tokenizer, split) if pack else documents
+        if not task.is_of_text:
+            names = ("calibration", "validation", "test")
+            tokens = {name: split[f"{name}_tokens"] for name in names}
+            of = dict(zip(names, (calibration_examples, validation_examples, test_examples), strict=True))
+            amounts = Amounts(tokens, of, sequence_length, batch_size, seed)
+            text = batches_for(loaded, tokenizer, task, calibration, amounts, say, test)
         shared: dict[str, Any] = {
+            "task": task,
             "remove": target,
             "kind": kind,
             "search": search,
@@ -223,6 +241,9 @@ def compress(
             ready.require_writable()
             for line in ready.announcement(search, criterion, shortlist):
                 typer.echo(line)
+            if not task.is_of_text:
+                typer.echo("What this costs is not known beforehand for such a model.")
+                return
             costs = ready.costs(shortlist, profile is not None, training, healing)
             typer.echo("")
             for cost in costs:

@@ -11,15 +11,27 @@ from streamline_hooks.errors import StreamlineError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from streamline_hooks.task import Task
 
-def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model by folder or name, and its tokenizer."""
+
+def task_named(name: str, model: str | None) -> Task:
+    """The task that was asked for, or the one that a model's configuration says."""
+    from streamline_hooks.pretrained import task_of_pretrained
+    from streamline_hooks.task import Task
+
+    if name:
+        return Task.parse(name)
+    return Task("causal-lm") if model is None else task_of_pretrained(model)
+
+
+def load_model(name: str, task: Task | str = "causal-lm") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model by folder or name, and its tokenizer or image processor."""
     from transformers.utils import logging
 
     from streamline_hooks.pretrained import load_pretrained
 
     logging.set_verbosity_error()
-    model, tokenizer = load_pretrained(name)
+    model, tokenizer = load_pretrained(name, task=task)
     return model.eval(), tokenizer
 
 

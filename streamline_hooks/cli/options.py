@@ -22,11 +22,23 @@ Calibration = Annotated[
         "-c",
         metavar="TEXT",
         help="Text, JSONL or Parquet files or folders (a `text` field), a `datasets` name, `pydoc` (the technical "
-        "English that comes with Python), or `self`: the model writes its own through its chat template. May be "
-        "repeated.",
+        "English that comes with Python), or `self`: the model writes its own through its chat template. Of a vision "
+        "model image files, folders (a sub-folder a class) or Parquet; of an encoder with a decoder JSONL or Parquet "
+        "of pairs (`source`, `target`). May be repeated.",
         show_default="pydoc",
     ),
 ]
+TaskName = Annotated[
+    str,
+    typer.Option(
+        "--task",
+        metavar="TASK",
+        help="What the model is for: causal-lm, masked-lm, seq2seq, image-classification, text-classification, or "
+        "embedding (embedding:pooling=mean, first, last or pooler).",
+        show_default="what its configuration says",
+    ),
+]
+Examples = Annotated[int, typer.Option(help="Images, or pairs of texts, to calibrate on.", min=2)]
 SequenceLength = Annotated[int, typer.Option(help="Tokens in a sequence.", min=2)]
 Tokens = Annotated[int, typer.Option(help="Tokens to calibrate on.", min=2)]
 BatchSize = Annotated[int, typer.Option(help="Sequences at a time.", min=1)]

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from streamline_hooks.cli.loading import block_numbers, documents_of, load_model
+from streamline_hooks.cli.loading import block_numbers, documents_of, load_model, task_named
 from streamline_hooks.cli.options import (
     BatchSize,
     Calibration,
     CriterionName,
     DryRun,
+    Examples,
     Json,
     Keep,
     Parts,
@@ -23,6 +24,7 @@ from streamline_hooks.cli.options import (
     Seed,
     SequenceLength,
     Stack,
+    TaskName,
     Tokens,
 )
 from streamline_hooks.errors import StreamlineError
@@ -55,10 +57,12 @@ def rank(
     ] = None,
     calibration: Calibration = None,
     calibration_tokens: Tokens = 41_000,
+    calibration_examples: Examples = 256,
     sequence_length: SequenceLength = 512,
     batch_size: BatchSize = 4,
     seed: Seed = 0,
     stack: Stack = None,
+    task_name: TaskName = "",
     top: Annotated[int, typer.Option(help="How many to print, of each length without --remove.", min=1)] = 3,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -97,10 +101,12 @@ def rank(
     loaded: Any = None
     batches = profile = None
     if model is not None:
-        loaded, tokenizer = load_model(model)
+        task = task_named(task_name, model)
+        loaded, tokenizer = load_model(model, task)
         stack = find_stack(loaded, stack).path
         if profile_file is None or chosen.needs == "model" or search not in ("window", "disjoint", "one-shot", "mixed"):
-            batches = _batches(loaded, tokenizer, calibration, calibration_tokens, sequence_length, batch_size, seed)
+            given = loaded, tokenizer, calibration, calibration_tokens, sequence_length, batch_size, seed
+            batches = _batches(*given) if task.is_of_text else _of_task(task, calibration_examples, *given)
     if profile_file is not None:
         profile = Profile.load(profile_file)
         if loaded is not None:
@@ -113,6 +119,8 @@ def rank(
 
         if profile is not None:
             typer.echo("The profile is there, so that no pass makes it.")
+        elif not task_named(task_name, model).is_of_text:
+            typer.echo("What a pass of such a model costs is not known beforehand.")
         else:
             typer.echo(str(measure_pace(loaded, cast(Any, batches)[0], stack=stack).rank(cast(Any, batches))))
         if chosen.needs == "model" or search not in ("window", "disjoint", "one-shot", "mixed"):
@@ -177,6 +185,25 @@ def _batches(
     )
     check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings, split)
     return batches_of(split.calibration, batch_size)
+
+
+def _of_task(
+    task: Any,
+    examples: int,
+    model: Any,
+    processor: Any,
+    calibration: list[str] | None,
+    tokens: int,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+) -> Any:
+    """What a model that is not for text alone is given."""
+    from streamline_hooks.cli.task_data import Amounts, batches_for
+
+    of = {"calibration": tokens}, {"calibration": examples}
+    amounts = Amounts(*of, sequence_length, batch_size, seed)
+    return batches_for(model, processor, task, calibration, amounts, partial(typer.echo, err=True))["calibration"]
 
 
 def _windows(windows_of: Any, length: int, size: int, protected: frozenset[int]) -> list[range]:

@@ -1,11 +1,12 @@
 """What was lost, how fast it is, and what finding out will cost."""
 
-from streamline_hooks.evaluation.agreement import Agreement, agreement, kl_of_candidates
-from streamline_hooks.evaluation.candidates import Candidate
+from streamline_hooks.evaluation.agreement import Agreement, agreement
+from streamline_hooks.evaluation.candidates import Candidate, distances_of_candidates
 from streamline_hooks.evaluation.choices import ChoiceScores, score_choices
 from streamline_hooks.evaluation.cost import Cost, Pace
 from streamline_hooks.evaluation.evaluate import evaluate
 from streamline_hooks.evaluation.last_words import LastWord, LastWordScores, read_last_words, score_last_words
+from streamline_hooks.evaluation.likeness import Likeness, embeddings, likeness, likeness_of, recall_at
 from streamline_hooks.evaluation.matched import Matched
 from streamline_hooks.evaluation.pace import measure_pace
 from streamline_hooks.evaluation.perplexity import Perplexity, perplexity, perplexity_of_candidates
@@ -20,9 +21,11 @@ from streamline_hooks.evaluation.speed import SpeedReport, Spread, Timing, measu
 from streamline_hooks.evaluation.stability import Stability, stability
 from streamline_hooks.evaluation.suite import ChoiceTask, ProblemTask, Suite
 from streamline_hooks.evaluation.suite_files import suite_from_files
+from streamline_hooks.evaluation.task_scores import MEASURES, TaskScores
 from streamline_hooks.evaluation.writing import WritingScores, Written, write_on
 
 __all__ = [
+    "MEASURES",
     "Agreement",
     "Candidate",
     "ChoiceScores",
@@ -32,6 +35,7 @@ __all__ = [
     "Evaluation",
     "LastWord",
     "LastWordScores",
+    "Likeness",
     "Matched",
     "Pace",
     "Perplexity",
@@ -46,6 +50,7 @@ __all__ = [
     "Stability",
     "Suite",
     "TaskAnswers",
+    "TaskScores",
     "TextComparison",
     "TextPerplexity",
     "Timing",
@@ -53,8 +58,11 @@ __all__ = [
     "Written",
     "agreement",
     "chance",
+    "distances_of_candidates",
+    "embeddings",
     "evaluate",
-    "kl_of_candidates",
+    "likeness",
+    "likeness_of",
     "measure_pace",
     "measure_speed",
     "perplexity",
@@ -64,6 +72,7 @@ __all__ = [
     "read_last_words",
     "read_problems",
     "read_questions",
+    "recall_at",
     "retained",
     "score_choices",
     "score_last_words",

@@ -1,4 +1,4 @@
-"""How far a changed model is from the original, on text without labels."""
+"""How far what a changed model says is from what the original says, without labels."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch, prepare, tokens_of
-from streamline_hooks.batch import real_tokens as mask_of
+from streamline_hooks.distance import kl_by_token
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.candidates import Candidate, candidate_logits, real_tokens
 from streamline_hooks.evaluation.nats_histogram import NatsHistogram
-from streamline_hooks.hidden_state import token_mask
-from streamline_hooks.passes import inference, logits_of, progress
+from streamline_hooks.passes import inference, progress
+from streamline_hooks.task import Task
 
 _TOKENS_AT_ONCE = 32  # few enough for the processor's cache, at any vocabulary
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How alike two models' next-token distributions are; sums, so that parts of a text can be added.
+    """How alike two models' distributions are; sums, so that parts of a text can be added.
 
     Attributes
     ----------
@@ -32,9 +31,12 @@ class Agreement:
     same : int
         Tokens for which both put the same next token first; of equal ones the lower number is first.
     tokens : int
-        Real tokens, the last of a sequence among them: what follows it needs no label.
+        Real tokens, the last of a sequence among them: what follows it needs no label. Of a classifier, what it was
+        shown.
     spread : NatsHistogram
         KL by token.
+    unit : str
+        What there is a distribution for: a token, an image, a text.
 
     Examples
     --------
@@ -46,6 +48,7 @@ class Agreement:
     same: int = 0
     tokens: int = 0
     spread: NatsHistogram = field(default_factory=NatsHistogram)
+    unit: str = "token"
 
     @property
     def kl(self) -> float:
@@ -63,18 +66,29 @@ class Agreement:
         return self.tokens
 
     def __add__(self, other: Agreement) -> Agreement:
+        unit = self.unit if self.tokens else other.unit
         return Agreement(
-            self.nats + other.nats, self.same + other.same, self.tokens + other.tokens, self.spread + other.spread
+            self.nats + other.nats, self.same + other.same, self.tokens + other.tokens, self.spread + other.spread, unit
         )
 
     def __str__(self) -> str:
-        return f"KL {self.kl:.3f} nats a token, the same token first for {self.top1:.1%} of {self.tokens:,} tokens"
+        first = "token" if self.unit == "token" else "class"
+        article = "an" if self.unit == "image" else "a"
+        return (
+            f"KL {self.kl:.3f} nats {article} {self.unit}, the same {first} first for {self.top1:.1%} of "
+            f"{self.tokens:,} {self.unit}s"
+        )
 
 
 def agreement(
-    model: nn.Module, original: nn.Module, batches: Sequence[Batch | Tensor], what: str = "agreement"
+    model: nn.Module,
+    original: nn.Module,
+    batches: Sequence[Batch | Tensor],
+    what: str = "agreement",
+    *,
+    task: Task | None = None,
 ) -> Agreement:
-    """KL and top-1 agreement of a changed model with its original, on text without labels.
+    """KL and top-1 agreement of a changed model with its original, without labels.
 
     Both models are run on each batch before the next, so that memory holds the logits of one batch, twice.
 
@@ -83,11 +97,14 @@ def agreement(
     model : torch.nn.Module
         The changed model.
     original : torch.nn.Module
-        Another module in memory, of the same vocabulary; it may be on another device, or in another precision.
+        Another module in memory, of the same vocabulary or classes; it may be on another device, or in another
+        precision.
     batches : sequence of mapping or torch.Tensor
-        Token sequences; padding is left out.
+        Token sequences, of which padding is left out; or images, or whatever the model takes.
     what : str
         What the bar says.
+    task : Task, optional
+        What the model is for, see `Task.of`. Embeddings are no distributions; `likeness` compares them.
 
     Returns
     -------
@@ -115,27 +132,30 @@ def agreement(
     >>> print(agreement(model, original, [tokens]))
     KL 0.000 nats a token, the same token first for 100.0% of 12 tokens
     """
-    total = Agreement()
-    for _, mask, reference, logits in paired_logits(model, original, batches, what):
-        total += agreement_of(reference, logits, mask)
+    task = task or Task.of(original)
+    if not task.gives_distributions:
+        raise StreamlineError(f"{type(original).__name__} makes embeddings, which have no KL; call likeness.")
+    total = Agreement(unit=task.unit)
+    for _, _, reference, answers in paired_answers(model, original, batches, what, task):
+        total += agreement_of(reference, answers, total.unit)
     total._tokens()  # nothing to compare is an error here, not where the result is read
     return total
 
 
-def paired_logits(
-    model: nn.Module, original: nn.Module, batches: Sequence[Batch | Tensor], what: str
-) -> Iterator[tuple[dict[str, Any], Tensor, Tensor, Tensor]]:
+def paired_answers(
+    model: nn.Module, original: nn.Module, batches: Sequence[Batch | Tensor], what: str, task: Task
+) -> Iterator[tuple[dict[str, Any], Any, Tensor, Tensor]]:
     """Run two models on each batch.
 
     Yields
     ------
     given : dict
         What the changed model was called with, see `prepare`.
-    mask : torch.Tensor
-        The real tokens, of shape (batch, tokens).
+    output : Any
+        What it returned.
     reference : torch.Tensor
-        The original's logits of shape (batch, tokens, vocabulary).
-    logits : torch.Tensor
+        The original's answers, of shape (answers, features), see `Task.answers`.
+    answers : torch.Tensor
         The changed model's, on the same device.
     """
     require_two(model, original)
@@ -145,104 +165,32 @@ def paired_logits(
         progress(sum(tokens_of(batch) for batch in batches), what) as bar,
     ):
         for number, batch in enumerate(batches):
-            reference = logits_of(original(**prepare(original, batch)))
+            reference = task.answers(original(**prepare(original, batch)), batch)
             given = prepare(model, batch)
-            logits = logits_of(model(**given)).to(reference.device)
-            require_one_vocabulary(reference, logits)
-            mask = token_mask(reference, mask_of(given))
-            require_finite({"original": reference, "changed model": logits}, mask, number)
-            yield given, mask, reference, logits
-            bar.update(int(mask.sum()))
+            output = model(**given)
+            answers = task.answers(output, batch).to(reference.device)
+            require_one_vocabulary(reference, answers)
+            require_finite({"original": reference, "changed model": answers}, number)
+            yield given, output, reference, answers
+            bar.update(tokens_of(batch))
 
 
-def agreement_of(reference: Tensor, logits: Tensor, mask: Tensor) -> Agreement:
-    """Agreement of two models' logits.
+def agreement_of(reference: Tensor, answers: Tensor, unit: str = "token") -> Agreement:
+    """Agreement of two models' distributions.
 
     Parameters
     ----------
-    reference, logits : torch.Tensor
-        The original's and the changed model's, of shape (batch, tokens, vocabulary).
-    mask : torch.Tensor
-        The real tokens, of shape (batch, tokens).
+    reference, answers : torch.Tensor
+        The original's and the changed model's logits, of shape (tokens, vocabulary).
+    unit : str
+        What each is of.
     """
-    reference, logits = real_tokens(reference, mask), real_tokens(logits, mask)
     same, each = 0, []
-    for p, q in zip(reference.split(_TOKENS_AT_ONCE), logits.split(_TOKENS_AT_ONCE), strict=True):
-        each.append(_kl_by_token(p.float().log_softmax(dim=-1), q))
+    for p, q in zip(reference.split(_TOKENS_AT_ONCE), answers.split(_TOKENS_AT_ONCE), strict=True):
+        each.append(kl_by_token(p.float().log_softmax(dim=-1), q))
         same += int((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
-    nats = torch.cat(each).double()
-    return Agreement(float(nats.sum()), same, len(reference), NatsHistogram.of(nats))
-
-
-def kl_of_candidates(
-    model: nn.Module,
-    batches: Sequence[Batch | Tensor],
-    candidates: Sequence[Candidate],
-    *,
-    stack: str | None = None,
-) -> list[float]:
-    """KL of each candidate's next-token distribution from the original's.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The original.
-    batches : sequence of mapping or torch.Tensor
-        Text that no candidate was fitted on.
-    candidates : sequence of Candidate
-    stack : str, optional
-        Path of the stack, see `find_stack`.
-
-    Returns
-    -------
-    list of float
-        Mean KL(original ‖ candidate) a token, in nats.
-    """
-    sums, tokens = [0.0] * len(candidates), 0
-    what = f"judge: {len(candidates)} windows"
-    for _, mask, original, each in candidate_logits(model, batches, candidates, what, stack):
-        reference = real_tokens(original, mask).float().log_softmax(dim=-1)  # once for all candidates
-        tokens += len(reference)
-        for k, logits in enumerate(each):
-            sums[k] += summed_kl(reference, real_tokens(logits, mask))
-    return [total / tokens for total in sums]
-
-
-def kl_divergence(original: Tensor, other: Tensor) -> float:
-    """Sum over tokens of KL(original ‖ other) between distributions given by logits.
-
-    Parameters
-    ----------
-    original, other : torch.Tensor
-        Logits of shape (tokens, vocabulary).
-
-    Returns
-    -------
-    float
-        In nats.
-
-    Examples
-    --------
-    >>> import torch
-    >>> logits = torch.randn(5, 7)
-    >>> kl_divergence(logits, logits + 3.0) < 1e-5
-    True
-    """
-    return summed_kl(original.float().log_softmax(dim=-1), other)
-
-
-def summed_kl(reference: Tensor, other: Tensor) -> float:
-    """The sum of KL over tokens, of distributions given by log-probabilities and by logits."""
-    total = torch.zeros((), dtype=torch.float64, device=reference.device)
-    for p, q in zip(reference.split(_TOKENS_AT_ONCE), other.split(_TOKENS_AT_ONCE), strict=True):
-        total += _kl_by_token(p, q).sum(dtype=torch.float64)
-    return float(total)
-
-
-def _kl_by_token(reference: Tensor, other: Tensor) -> Tensor:
-    """KL of each token, of distributions given by log-probabilities and by logits."""
-    difference = reference - other.float().log_softmax(dim=-1)
-    return difference.mul_(reference.exp()).sum(dim=-1)
+    nats = torch.cat(each).double() if each else torch.zeros(0, dtype=torch.float64)
+    return Agreement(float(nats.sum()), same, len(reference), NatsHistogram.of(nats), unit)
 
 
 def require_two(model: nn.Module, original: nn.Module) -> None:
@@ -254,19 +202,19 @@ def require_two(model: nn.Module, original: nn.Module) -> None:
         )
 
 
-def require_one_vocabulary(reference: Tensor, logits: Tensor) -> None:
-    """Raise if the original's logits and the changed model's differ in shape."""
-    if logits.shape != reference.shape:
+def require_one_vocabulary(reference: Tensor, answers: Tensor) -> None:
+    """Raise if the original's answers and the changed model's differ in shape."""
+    if answers.shape != reference.shape:
         raise StreamlineError(
-            f"The changed model's logits have the shape {tuple(logits.shape)}, the original's "
-            f"{tuple(reference.shape)} (batch, tokens, vocabulary). Compare models of one vocabulary."
+            f"The changed model's answers have the shape {tuple(answers.shape)}, the original's "
+            f"{tuple(reference.shape)} (..., vocabulary, classes or features). Compare models of one vocabulary."
         )
 
 
-def require_finite(logits_by_model: dict[str, Tensor], mask: Tensor, number: int) -> None:
-    """Raise if a model's logits at real tokens are not finite; the text names the model and the batch."""
-    for name, logits in logits_by_model.items():
-        if not math.isfinite(logits.sum(dtype=torch.float64)) and not real_tokens(logits, mask).isfinite().all():
+def require_finite(answers_by_model: dict[str, Tensor], number: int) -> None:
+    """Raise if a model's answers are not finite; the text names the model and the batch."""
+    for name, answers in answers_by_model.items():
+        if not math.isfinite(answers.sum(dtype=torch.float64)) and not answers.isfinite().all():
             raise StreamlineError(
                 f"The {name}'s logits hold NaN or infinite values (batch {number}); nothing can be judged by them. "
                 "Look at its weights, or run in a wider precision (float32 or bfloat16)."

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch, tokens_of
-from streamline_hooks.batch import real_tokens as mask_of
-from streamline_hooks.hidden_state import token_mask
-from streamline_hooks.passes import inference, logits_of, progress, recorded, resume
+from streamline_hooks.distance import reference_of, summed_distance
+from streamline_hooks.passes import inference, progress, recorded, resume
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.surgery.splice import BEFORE, run_splices
+from streamline_hooks.task import Task
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,13 @@ class Candidate:
     module: nn.Module | None = None
 
 
-def candidate_logits(
+def candidate_outputs(
     model: nn.Module,
     batches: Sequence[Batch | Tensor],
     candidates: Sequence[Candidate],
     what: str,
     stack: str | None = None,
-) -> Iterator[tuple[Batch | Tensor, Tensor, Tensor, Iterator[Tensor]]]:
+) -> Iterator[tuple[Batch | Tensor, Any, Iterator[Any]]]:
     """Run the original once a batch, and of each candidate only the blocks after its window.
 
     Parameters
@@ -53,37 +54,66 @@ def candidate_logits(
     Yields
     ------
     batch : mapping or torch.Tensor
-    mask : torch.Tensor
-        The real tokens, of shape (batch, tokens).
-    original : torch.Tensor
-        Logits of shape (batch, tokens, vocabulary).
-    logits : iterator of torch.Tensor
-        The candidates', one after the other; not kept.
+    original : Any
+        What the model returned.
+    outputs : iterator of Any
+        What it would return with each candidate, one after the other; not kept.
     """
     starts = sorted({c.window.start for c in candidates}) or [0]
     record = HiddenStateRecorder(model, starts, outputs=False, stack=stack)
     total = (1 + len(candidates)) * sum(tokens_of(batch) for batch in batches)
     with progress(total, what) as bar:
         for batch, (_, _, output) in zip(batches, recorded(model, batches, record, what, bar), strict=True):
-            logits = logits_of(output)
-            mask = token_mask(logits, None if isinstance(batch, Tensor) else mask_of(batch))  # of the head's tokens
-            bar.update(tokens := int(mask.sum()))
+            bar.update(tokens := tokens_of(batch))
 
-            def each(batch: Batch | Tensor = batch, tokens: int = tokens) -> Iterator[Tensor]:
+            def each(batch: Batch | Tensor = batch, tokens: int = tokens) -> Iterator[Any]:
                 for candidate in candidates:
-                    yield _logits(model, record, candidate, batch)
+                    yield _output(model, record, candidate, batch)
                     bar.update(tokens)
 
-            yield batch, mask, logits, each()
+            yield batch, output, each()
 
 
-def real_tokens(logits: Tensor, mask: Tensor) -> Tensor:
-    """The logits of the real tokens, of shape (tokens, vocabulary); a view where there is no padding."""
-    real = mask.to(logits.device)
-    return logits.flatten(0, 1) if bool(real.all()) else logits[real]
+def distances_of_candidates(
+    model: nn.Module,
+    batches: Sequence[Batch | Tensor],
+    candidates: Sequence[Candidate],
+    *,
+    stack: str | None = None,
+    task: Task | None = None,
+) -> list[float]:
+    """How far each candidate's answers are from the original's.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The original.
+    batches : sequence of mapping or torch.Tensor
+        What no candidate was fitted on.
+    candidates : sequence of Candidate
+    stack : str, optional
+        Path of the stack, see `find_stack`.
+    task : Task, optional
+        What the model is for, see `Task.of`.
+
+    Returns
+    -------
+    list of float
+        Mean KL(original ‖ candidate) a token, or a text or image that is put in a class, in nats; for embeddings the
+        mean of 1 - cosine.
+    """
+    task = task or Task.of(model)
+    sums, count = [0.0] * len(candidates), 0
+    what = f"judge: {len(candidates)} windows"
+    for batch, original, each in candidate_outputs(model, batches, candidates, what, stack):
+        reference = reference_of(task, task.answers(original, batch))  # once for all candidates
+        count += len(reference)
+        for k, output in enumerate(each):
+            sums[k] += summed_distance(task, reference, task.answers(output, batch))
+    return [total / count for total in sums]
 
 
-def _logits(model: nn.Module, record: HiddenStateRecorder, candidate: Candidate, batch: Batch | Tensor) -> Tensor:
+def _output(model: nn.Module, record: HiddenStateRecorder, candidate: Candidate, batch: Batch | Tensor) -> Any:
     window, blocks = candidate.window, record.stack.blocks
     state = record.inputs[window.start][0]  # the original's visit; resuming adds others after it
     if candidate.module is not None:
@@ -91,4 +121,4 @@ def _logits(model: nn.Module, record: HiddenStateRecorder, candidate: Candidate,
             state = candidate.module(state)
     if window.stop < len(blocks):  # an earlier repair there stays, as it does in the surgery
         state = run_splices(blocks[window.stop], BEFORE, state)
-    return logits_of(resume(model, window.stop, state, batch, stack=record.stack.path))
+    return resume(model, window.stop, state, batch, stack=record.stack.path)

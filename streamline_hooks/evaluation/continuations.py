@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from streamline_hooks.batch import device_of, positions_of, prepare
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.questions import Question, joined
-from streamline_hooks.passes import forward_arguments, head_on_last, inference, logits_of, progress
+from streamline_hooks.passes import forward_arguments, head_on_last, inference, progress
+from streamline_hooks.task import logits_of
 
 
 class NotFiniteLikelihood(StreamlineError):

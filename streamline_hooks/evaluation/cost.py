@@ -145,7 +145,7 @@ class Pace:
         replacement: nn.Module | None = None,
         whole: bool = False,
     ) -> Cost:
-        """Of `kl_of_candidates`: the whole model once, and the blocks after each window with the head.
+        """Of `distances_of_candidates`: the whole model once, and the blocks after each window with the head.
 
         Parameters
         ----------

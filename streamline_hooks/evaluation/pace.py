@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch, device_of, prepare
+from streamline_hooks.distance import kl_divergence
 from streamline_hooks.errors import UnsupportedSurgery
-from streamline_hooks.evaluation.agreement import kl_divergence
 from streamline_hooks.evaluation.cost import Pace, shape_of
 from streamline_hooks.evaluation.perplexity import score
 from streamline_hooks.evaluation.speed import wait_for

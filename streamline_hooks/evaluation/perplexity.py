@@ -13,9 +13,10 @@ from torch.nn.functional import cross_entropy
 
 from streamline_hooks.batch import Batch, prepare
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.candidates import Candidate, candidate_logits
-from streamline_hooks.passes import inference, logits_of, progress
+from streamline_hooks.evaluation.candidates import Candidate, candidate_outputs
+from streamline_hooks.passes import inference, progress
 from streamline_hooks.predicted import predicted_tokens
+from streamline_hooks.task import logits_of
 
 _TOKENS_AT_ONCE = 32  # few enough for the processor's cache, at any vocabulary
 
@@ -67,7 +68,13 @@ def perplexity(model: nn.Module, batches: Sequence[Batch | Tensor], what: str = 
     Returns
     -------
     Perplexity
+
+    Raises
+    ------
+    StreamlineError
+        If the model is an encoder with a decoder: what it predicts is not the text that it reads.
     """
+    _require_text(model)
     total = Perplexity()
     ids = [input_ids(batch) for batch in batches]
     with inference(model), progress(sum(i.numel() for i in ids), what) as bar:
@@ -95,11 +102,12 @@ def perplexity_of_candidates(
     candidates : list of Perplexity
     """
     total, each = Perplexity(), [Perplexity()] * len(candidates)
-    for batch, mask, original, logits in candidate_logits(model, batches, candidates, what, stack):
-        ids = input_ids(batch).to(original.device)
-        positions = None if isinstance(batch, Tensor) else batch.get("position_ids")
-        total += score(original, ids, mask, positions)
-        each = [sum_ + score(other, ids, mask, positions) for sum_, other in zip(each, logits, strict=True)]
+    _require_text(model)
+    for batch, output, others in candidate_outputs(model, batches, candidates, what, stack):
+        ids, given = input_ids(batch), {} if isinstance(batch, Tensor) else batch
+        told = ids, given.get("attention_mask"), given.get("position_ids")
+        total += score(logits_of(output), *told)
+        each = [sum_ + score(logits_of(other), *told) for sum_, other in zip(each, others, strict=True)]
     return total, each
 
 
@@ -151,4 +159,16 @@ def negative_log_likelihoods(logits: Tensor, targets: Tensor) -> list[float]:
 
 def input_ids(batch: Batch | Tensor) -> Tensor:
     """The token numbers of a batch, of shape (batch, tokens)."""
-    return batch if isinstance(batch, Tensor) else batch["input_ids"]
+    ids = batch if isinstance(batch, Tensor) else batch.get("input_ids")
+    if ids is None or ids.is_floating_point():
+        given = "a tensor of numbers" if isinstance(batch, Tensor) else ", ".join(batch)
+        raise StreamlineError(f"A batch holds {given}, and no text (input_ids); only text has a likelihood.")
+    return ids
+
+
+def _require_text(model: nn.Module) -> None:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise StreamlineError(
+            f"{type(model).__name__} reads one text and writes another, so that a text alone has no perplexity under "
+            "it. Compare what it says by agreement, with decoder_input_ids in the batches."
+        )

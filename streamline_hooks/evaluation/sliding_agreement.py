@@ -18,6 +18,7 @@ from streamline_hooks.evaluation.agreement import (
 from streamline_hooks.evaluation.perplexity import UNCOUNTED
 from streamline_hooks.evaluation.sliding import Documents, TextPerplexity, WindowSettings, usual_window
 from streamline_hooks.passes import inference, progress
+from streamline_hooks.task import real_tokens
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,10 @@ def sliding_agreement(
             reference, _ = documents.run(original, batch)
             require_one_vocabulary(reference, logits)
             reference, scored = reference.to(logits.device), targets != UNCOUNTED
-            require_finite({"original": reference, "changed model": logits}, scored, number)
+            pair = real_tokens(reference, scored), real_tokens(logits, scored)
+            require_finite(dict(zip(("original", "changed model"), pair, strict=True)), number)
             documents.collect(mine, batch, logits, targets)
             documents.collect(theirs, batch, reference, targets)
-            agreement += agreement_of(reference, logits, scored)
+            agreement += agreement_of(*pair)
             bar.update(sum(documents.windows[k].scored for k in batch))
     return TextComparison(documents.perplexity(mine), documents.perplexity(theirs), agreement)

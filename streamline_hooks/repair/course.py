@@ -51,14 +51,14 @@ class Course:
         return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=4).digest())
 
     def is_due(self, step: int, history: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether KL is to be measured after so many steps; it may have been interrupted before."""
+        """Whether the distance is to be measured after so many steps; it may have been interrupted before."""
         return not history or (step in self._validations() and history[-1]["step"] < step)
 
     def out_of_patience(self, history: Sequence[Mapping[str, Any]]) -> str:
         """Why a training is to end early; empty where it is not."""
-        since = len(history) - 1 - min(range(len(history)), key=lambda k: history[k]["kl"])
+        since = len(history) - 1 - min(range(len(history)), key=lambda k: history[k]["distance"])
         if self.settings.patience and since >= self.settings.patience:
-            return f"KL on validation text was no lower {since} times"
+            return f"the distance to the original on the validation part was no lower {since} times"
         return ""
 
     def _validations(self) -> set[int]:

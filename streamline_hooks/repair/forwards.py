@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from streamline_hooks.batch import Batch, real_tokens
+from streamline_hooks.distance import reference_of, summed_distance
 from streamline_hooks.distributed import some_of
+from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.master_weights import MasterWeights
 from streamline_hooks.repair.objective import summed_kl
 from streamline_hooks.repair.settings import Training
 from streamline_hooks.repair.share import Share
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import Taught
+from streamline_hooks.task import Task, logits_of
 
 
 class Forwards:
@@ -25,6 +28,8 @@ class Forwards:
     Attributes
     ----------
     student : Student
+    task : Task
+        Of its model.
     settings : Training
     weights : MasterWeights
         Where gradients are collected.
@@ -41,6 +46,7 @@ class Forwards:
     """
 
     student: Student
+    task: Task
     settings: Training
     weights: MasterWeights
     device: torch.device
@@ -51,10 +57,10 @@ class Forwards:
     rows: int
     sharded: bool
 
-    def _backward(self, number: int, tokens: int) -> float:
+    def _backward(self, number: int, answers: int, tokens: int) -> float:
         total = 0.0
         for taught, batch in self._parts(self.taught[number], self.share.batches[number]):
-            loss = self._loss(taught, batch) / tokens
+            loss = self._loss(taught, batch, answers, tokens)
             if number in self.share.idle:
                 loss = 0.0 * loss
             loss.backward()
@@ -62,41 +68,59 @@ class Forwards:
             total += float(loss.detach())
         return total
 
-    def _loss(self, taught: Taught, batch: Batch | Tensor) -> Tensor:
-        """The loss, summed over the real tokens."""
+    def _loss(self, taught: Taught, batch: Batch | Tensor, answers: int, tokens: int) -> Tensor:
+        """The loss: its part of what is said a number of answers, its part of states a number of tokens."""
         objective = self.settings.objective
-        mask = self._mask(taught, batch)
         with self.settings.products(self.device):
-            logits, states = self.student.run(
+            output, states = self.student.run(
                 taught.entrance, batch, logits=objective.needs_logits, states=objective.needs_states
             )
             original = self._original(taught, batch) if objective.needs_original_logits else None
-        loss = objective.of_states(states, [state.to(self.device) for state in taught.after], mask)
-        if logits is not None:
-            given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-            ids, positions = given.get("input_ids"), given.get("position_ids")
-            ids = None if ids is None else ids.to(self.device)
-            loss = loss + objective.of_logits(logits, original, ids, mask, positions)
+        after = [state.to(self.device) for state in taught.after]
+        loss = objective.of_states(states, after, taught.real.to(self.device)) / max(1, tokens)
+        if original is not None:
+            loss = loss + objective.of_answers(self.task.answers(output, batch), original) / answers
+        if objective.lm:
+            loss = loss + self._of_text(output, batch) / answers
         return loss
+
+    def _of_text(self, output: Any, batch: Batch | Tensor) -> Tensor:
+        logits = logits_of(output)
+        given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+        wanted = "labels" if self.task.name == "seq2seq" else "input_ids"
+        if wanted not in given:
+            raise StreamlineError(
+                f"The objective {self.settings.objective} predicts a text, and a batch has none ({', '.join(given)}). "
+                f"Give {wanted}, or train on what the original says (kl)."
+            )
+        ids = given[wanted].to(logits.device)
+        if wanted == "labels":
+            return self.settings.objective.of_labels(logits, ids)
+        mask = real_tokens(given)
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(logits.device).bool()
+        return self.settings.objective.of_text(logits, ids, real, given.get("position_ids"))
 
     def _original(self, taught: Taught, batch: Batch | Tensor) -> Tensor:
         assert taught.exit is not None
-        return self.student.original_logits(taught.exit, batch)
+        return self.student.original_answers(taught.exit, batch)
 
-    def _summed_kl(self) -> tuple[float, int]:
-        """KL of this process's share of the validation text, summed in float64, and its real tokens."""
-        total, tokens = 0.0, 0
+    def _summed_distance(self) -> tuple[float, int]:
+        """The distances of this process's share of the validation, summed in float64, and their number."""
+        total, answers = 0.0, 0
         with torch.no_grad(), _evaluating(self.student):
             for number, batch in self.validation_share.batches.items():
                 for part, rows in self._parts(self.validation_taught[number], batch):
-                    mask = self._mask(part, rows)
                     with self.settings.products(self.device):
-                        logits, _ = self.student.run(part.entrance, rows, logits=True, states=False)
+                        output, _ = self.student.run(part.entrance, rows, logits=True, states=False)
                         original = self._original(part, rows)
                     if number not in self.validation_share.idle:
-                        total += float(summed_kl(cast(Tensor, logits)[mask], original[mask]))
-                        tokens += int(mask.sum())
-        return total, tokens
+                        said = self.task.answers(output, rows)
+                        if self.task.gives_distributions:
+                            total += float(summed_kl(said, original))
+                        else:
+                            total += summed_distance(self.task, reference_of(self.task, original), said)
+                        answers += len(said)
+        return total, answers
 
     def _parts(self, taught: Taught, batch: Batch | Tensor) -> Iterator[tuple[Taught, Batch | Tensor]]:
         """A batch in parts of as many sequences as there is memory for."""
@@ -107,12 +131,6 @@ class Forwards:
         for start in range(0, whole, self.rows):
             rows = slice(start, start + self.rows)
             yield taught.rows(rows), some_of(batch, rows)
-
-    def _mask(self, taught: Taught, batch: Batch | Tensor) -> Tensor:
-        given = None if isinstance(batch, Tensor) else real_tokens(batch)
-        if isinstance(given, Tensor):
-            return given.to(self.device).bool()
-        return torch.ones(taught.entrance.shape[:2], dtype=torch.bool, device=self.device)
 
 
 @contextmanager

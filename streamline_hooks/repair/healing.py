@@ -23,6 +23,7 @@ from streamline_hooks.repair.student import Student
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices
+from streamline_hooks.task import Task
 
 Where = Literal["all", "after", "beside", "last"]
 
@@ -177,7 +178,12 @@ def healing_copies(
 
 
 def student_of(
-    stack: BlockStack, stand_ins: Sequence[tuple[range, StandIn]], healing: Healing | None = None, *, seed: int = 0
+    stack: BlockStack,
+    stand_ins: Sequence[tuple[range, StandIn]],
+    healing: Healing | None = None,
+    *,
+    seed: int = 0,
+    task: Task | None = None,
 ) -> Student:
     """A student with these stand-ins, and with copies of what is healed beside them.
 
@@ -191,6 +197,8 @@ def student_of(
         By default the stand-ins alone are trained.
     seed : int
         See `healing_copies`.
+    task : Task, optional
+        See `Student`.
 
     Raises
     ------
@@ -198,7 +206,7 @@ def student_of(
         As `healing_copies`.
     """
     if healing is None:
-        return Student(stack.model, stand_ins, stack=stack.path)
+        return Student(stack.model, stand_ins, stack=stack.path, task=task)
     with LayerSurgeon(stack.model, stack.path, probe=False) as surgeon:
         for window, stand_in in stand_ins:  # what is folded into a block belongs into its copy, which takes its place
             if isinstance(stand_in, Folded):
@@ -206,7 +214,8 @@ def student_of(
             elif isinstance(stand_in, Scaled):
                 surgeon.scale(window.stop, stand_in.factor)
         copies, outside = healing_copies(stack, [window for window, _ in stand_ins], healing, seed=seed)
-    return Student(stack.model, stand_ins, copies=copies, outside=outside, rate=healing.rate, stack=stack.path)
+    options: dict[str, Any] = {"rate": healing.rate, "stack": stack.path, "task": task}
+    return Student(stack.model, stand_ins, copies=copies, outside=outside, **options)
 
 
 def _whole(module: nn.Module) -> nn.Module:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.predicted import predicted_tokens
+from streamline_hooks.task import Task
 
 _TOKENS_AT_ONCE = 64  # few enough for the processor's cache, at any vocabulary
 
@@ -20,13 +21,17 @@ _TOKENS_AT_ONCE = 64  # few enough for the processor's cache, at any vocabulary
 class Objective:
     """A weighted sum of losses, each summed over tokens and divided by the number of real ones.
 
+    What is said is summed over answers, see `Task`: of a classifier one an image or text.
+
     Attributes
     ----------
     kl : float
-        KL(original ‖ repaired) of the next token, in nats.
+        KL(original ‖ repaired) of what is said: of the next token, or of the class, in nats.
     lm : float
         Negative log-likelihood of the text's own next token, in nats; a sequence's first is not predicted, and counts
-        in the number all the same.
+        in the number all the same. Of an encoder with a decoder that of the batch's ``labels``.
+    embedding : float
+        1 − cos(repaired, original) of the embeddings that a model makes (`Task`).
     mse : float
         Mean square of the difference of the states after each window, a feature (LLM-Streamline, arXiv 2403.19135).
     relative : float
@@ -42,7 +47,7 @@ class Objective:
     Examples
     --------
     >>> Objective.parse("kl + 0.5*lm")
-    Objective(kl=1.0, lm=0.5, mse=0.0, relative=0.0, cosine=0.0)
+    Objective(kl=1.0, lm=0.5, mse=0.0, relative=0.0, cosine=0.0, embedding=0.0)
     >>> print(Objective(kl=0.0, mse=1.0))
     mse
     """
@@ -52,6 +57,7 @@ class Objective:
     mse: float = 0.0
     relative: float = 0.0
     cosine: float = 0.0
+    embedding: float = 0.0
 
     def __post_init__(self) -> None:
         weights = self._weights()
@@ -88,12 +94,12 @@ class Objective:
     @property
     def needs_logits(self) -> bool:
         """Whether the blocks after the window, and the LM head, have to be run."""
-        return bool(self.kl or self.lm)
+        return bool(self.kl or self.lm or self.embedding)
 
     @property
     def needs_original_logits(self) -> bool:
         """Whether the original has to be run to its head."""
-        return bool(self.kl)
+        return bool(self.kl or self.embedding)
 
     @property
     def needs_states(self) -> bool:
@@ -122,37 +128,68 @@ class Objective:
                 total = total + self.cosine * (1.0 - cosine_similarity(a, b, dim=-1)).sum()
         return total / max(1, len(repaired))
 
-    def of_logits(
-        self,
-        repaired: Tensor,
-        original: Tensor | None,
-        ids: Tensor | None,
-        mask: Tensor,
-        positions: Tensor | None = None,
-    ) -> Tensor:
-        """The part of the loss that compares what is said, summed over tokens.
+    def of_answers(self, repaired: Tensor, original: Tensor) -> Tensor:
+        """The part of the loss that compares what is said, summed over answers.
 
         Parameters
         ----------
         repaired, original : torch.Tensor
-            Logits of shape (batch, tokens, vocabulary). The original's may be overwritten.
-        ids : torch.Tensor
-            The text, of shape (batch, tokens); for the LM loss alone.
-        mask : torch.Tensor
-            The real tokens, of shape (batch, tokens).
-        positions : torch.Tensor, optional
-            Of shape (batch, tokens); the LM loss leaves out the first token of each document of a packed row.
+            Logits, or embeddings, of shape (answers, features), see `Task.answers`. The original's logits may be
+            overwritten.
         """
         total = torch.zeros((), device=repaired.device)
         if self.kl:
-            assert original is not None
-            total = total + self.kl * summed_kl(_real(repaired, mask), _real(original, mask))
-        if self.lm:
-            assert ids is not None
-            predicted = predicted_tokens(mask, positions)
-            nll = cross_entropy(repaired[:, :-1][predicted].float(), ids[:, 1:][predicted], reduction="sum")
-            total = total + self.lm * nll
+            total = total + self.kl * summed_kl(repaired, original)
+        if self.embedding:
+            apart = normalize(repaired.float(), dim=-1) - normalize(original.float(), dim=-1)
+            total = total + self.embedding * apart.square().sum() / 2  # 1 - cos, of vectors of length one
         return total
+
+    def of_text(self, logits: Tensor, ids: Tensor, mask: Tensor, positions: Tensor | None = None) -> Tensor:
+        """The part of the loss that predicts the text, summed over tokens.
+
+        Parameters
+        ----------
+        logits : torch.Tensor
+            Of shape (batch, tokens, vocabulary).
+        ids : torch.Tensor
+            The text, of shape (batch, tokens).
+        mask : torch.Tensor
+            The real tokens, boolean, of shape (batch, tokens).
+        positions : torch.Tensor, optional
+            Of shape (batch, tokens); the first token of each document of a packed row is left out.
+        """
+        predicted = predicted_tokens(mask, positions)
+        return self.lm * cross_entropy(logits[:, :-1][predicted].float(), ids[:, 1:][predicted], reduction="sum")
+
+    def of_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The part of the loss that predicts what a decoder is to write, summed over tokens.
+
+        Parameters
+        ----------
+        logits : torch.Tensor
+            Of shape (batch, tokens, vocabulary).
+        labels : torch.Tensor
+            Of shape (batch, tokens), -100 where nothing is to be predicted.
+        """
+        return self.lm * cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+
+    def require_task(self, task: Task) -> None:
+        """Raise if what a model of a task says cannot be compared so.
+
+        Raises
+        ------
+        StreamlineError
+        """
+        wrong = "embedding" if self.embedding and task.gives_distributions else ""
+        wrong = "kl" if self.kl and not task.gives_distributions else wrong
+        wrong = "lm" if self.lm and task.name not in ("causal-lm", "seq2seq") else wrong
+        if wrong:
+            fitting = "kl" if task.gives_distributions else "embedding"
+            raise StreamlineError(
+                f"The objective {self} has {wrong}, which a model for {task} does not give. Train on {fitting}, or on "
+                "the states (mse, relative, cosine)."
+            )
 
     def _weights(self) -> dict[str, float]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -205,7 +242,3 @@ class _SummedKL(torch.autograd.Function):
         if gradient is None:
             raise StreamlineError("The gradient of this KL has been used up; compute the KL anew for another backward.")
         return gradient.mul_(outer[0]), None
-
-
-def _real(logits: Tensor, mask: Tensor) -> Tensor:
-    return logits.flatten(0, 1) if bool(mask.all()) else logits[mask]

@@ -37,9 +37,10 @@ class Training:
         Precision of the matrix products, for instance bfloat16, those of the original on the calibration text among
         them; by default that of the weights. Weights that are not trained are kept in it besides, while it lasts.
     validations : int
-        How often KL on validation text is measured, evenly, after the first time before the first step.
+        How often the distance to the original is measured on the validation part, evenly, after the first time before
+        the first step.
     patience : int
-        Stop after so many validations without a lower KL; 0 for never.
+        Stop after so many validations without a lower one; 0 for never.
     seed : int
         Of the order of the batches, and of dropout.
     memory : int
@@ -96,26 +97,30 @@ class Trained:
     ----------
     steps, tokens : int
         That were made, and that were trained on.
-    kl_before, kl : float
-        KL(original ‖ repaired) on validation text in nats a token, before the first step and with the best weights.
+    distance_before, distance : float
+        How far what is said is from what the original says on the validation part (`Task.distance`), such as
+        KL(original ‖ repaired) in nats a token, before the first step and with the best weights.
     best_step : int
         After which those were.
     history : list of dict
-        Each validation: ``step``, ``tokens``, ``kl`` and the mean training ``loss`` since the one before.
+        Each validation: ``step``, ``tokens``, ``distance`` and the mean training ``loss`` since the one before.
     seconds : float
         Of the training itself; those before an interruption count.
     stopped : str
         Why it ended before all steps were made; empty where it did not.
+    measure : str
+        What the distances are, in words.
     """
 
     steps: int
     tokens: int
-    kl_before: float
-    kl: float
+    distance_before: float
+    distance: float
     best_step: int
     history: list[dict[str, Any]]
     seconds: float
     stopped: str = ""
+    measure: str = "KL (nats a token)"
 
     def report(self) -> dict[str, Any]:
         """Everything, as JSON values."""
@@ -124,6 +129,7 @@ class Trained:
     def __str__(self) -> str:
         early = f", ended early: {self.stopped}" if self.stopped else ""
         return (
-            f"{self.steps} steps on {self.tokens:,} tokens in {self.seconds:.0f} s: KL {self.kl_before:.4f} -> "
-            f"{self.kl:.4f}, of step {self.best_step}{early}"
+            f"{self.steps} steps on {self.tokens:,} tokens in {self.seconds:.0f} s: "
+            f"{self.measure.partition(' (')[0]} {self.distance_before:.4f} -> {self.distance:.4f}, of step "
+            f"{self.best_step}{early}"
         )

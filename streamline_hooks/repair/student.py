@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.passes import logits_of, resume
+from streamline_hooks.passes import resume
 from streamline_hooks.recorder import ForwardStopped, HiddenStateRecorder
 from streamline_hooks.repair.adapters import merge_adapters
 from streamline_hooks.repair.folded import Folded
 from streamline_hooks.repair.stand_in import StandIn, place
 from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery import LayerSurgeon
+from streamline_hooks.task import Task
 
 
 class Student:
@@ -40,6 +42,8 @@ class Student:
         Share of the learning rate at which what stays is trained.
     stack : str, optional
         Path of the stack, see `find_stack`.
+    task : Task, optional
+        What the model is for, and so what is compared of what it says; by default see `Task.of`.
 
     Raises
     ------
@@ -64,8 +68,10 @@ class Student:
         outside: Mapping[str, nn.Module] | None = None,
         rate: float = 1.0,
         stack: str | None = None,
+        task: Task | None = None,
     ) -> None:
         self.model = model
+        self._task = task
         self.stack = find_stack(model, stack)
         self.stand_ins = sorted(stand_ins, key=lambda one: one[0].start)
         self.copies = dict(sorted((copies or {}).items()))
@@ -80,6 +86,11 @@ class Student:
         self.start = min([*first, *self.copies, len(self.stack) - 1])
         with self.opened():
             pass  # so that the modules are known
+
+    @property
+    def task(self) -> Task:
+        """What the model is for."""
+        return self._task or Task.of(self.model)
 
     @property
     def windows(self) -> list[range]:
@@ -169,9 +180,7 @@ class Student:
             for parameter in others:
                 parameter.requires_grad_(True)
 
-    def run(
-        self, entrance: Tensor, batch: Batch | Tensor, *, logits: bool, states: bool
-    ) -> tuple[Tensor | None, list[Tensor]]:
+    def run(self, entrance: Tensor, batch: Batch | Tensor, *, logits: bool, states: bool) -> tuple[Any, list[Tensor]]:
         """Run the student on from its first change.
 
         Parameters
@@ -185,8 +194,8 @@ class Student:
 
         Returns
         -------
-        logits : torch.Tensor or None
-            Of shape (batch, tokens, vocabulary).
+        output : Any
+            What the model returns; None where logits are not needed.
         states : list of torch.Tensor
             After each window, of shape (batch, tokens, features).
         """
@@ -209,12 +218,19 @@ class Student:
                 next(iter(records[-1].outputs.values()))[0] if at_end else records[0].inputs[k][0]
                 for k, at_end in (self._ends if states else ())
             ]
-        return (logits_of(output) if logits else None), found
+        return (output if logits else None), found
 
-    def original_logits(self, exit_: Tensor, batch: Batch | Tensor) -> Tensor:
-        """The original's logits, from the state that leaves its last block, without a graph."""
+    def original_answers(self, exit_: Tensor, batch: Batch | Tensor) -> Tensor:
+        """The original's answers, from the state that leaves its last block, without a graph.
+
+        Returns
+        -------
+        torch.Tensor
+            Of shape (answers, features), see `Task.answers`.
+        """
         with torch.no_grad():
-            return logits_of(resume(self.model, len(self.stack), exit_.clone(), batch, stack=self.stack.path))
+            output = resume(self.model, len(self.stack), exit_.clone(), batch, stack=self.stack.path)
+        return self.task.answers(output, batch)
 
     def _require_own(self) -> None:
         """Raise if training would change the original, or if one module stood in two places."""

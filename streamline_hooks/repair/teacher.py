@@ -37,11 +37,24 @@ class Taught:
         What leaves each window; empty where states are not compared.
     exit : torch.Tensor or None
         What leaves the last block, before the final norm; None where logits are not needed.
+    mask : torch.Tensor or None
+        Which of the stack's tokens are real, boolean, of shape (batch, tokens); None where all are.
     """
 
     entrance: Tensor
     after: tuple[Tensor, ...] = ()
     exit: Tensor | None = None
+    mask: Tensor | None = None
+
+    @property
+    def real(self) -> Tensor:
+        """The mask, also where every token is real."""
+        return torch.ones(self.entrance.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
+
+    @property
+    def tokens(self) -> int:
+        """The number of real tokens."""
+        return self.entrance.shape[:2].numel() if self.mask is None else int(self.mask.sum())
 
     def rows(self, rows: slice) -> Taught:
         """The same of some of the sequences."""
@@ -49,6 +62,7 @@ class Taught:
             self.entrance[rows],
             tuple(state[rows] for state in self.after),
             None if self.exit is None else self.exit[rows],
+            None if self.mask is None else self.mask[rows],
         )
 
 
@@ -177,14 +191,16 @@ def _run(
         passed = opened.enter_context(closing(recorded(model, parts, leaving or entering, cost)))
         kept = []
         for starts in counts:
-            pieces = []
+            pieces, masks = [], []
             for _ in starts:
-                next(passed)
+                _, mask, _ = next(passed)
+                masks.append(mask.cpu())
                 pieces.append([entering.inputs[start][0], *((leaving.outputs[k][0] for k in ends) if leaving else ())])
                 entering.clear()
             entrance, *states = (room.keep(torch.cat(s) if len(s) > 1 else s[0]) for s in zip(*pieces, strict=True))
             left = states.pop() if exits else None
-            kept.append(Taught(entrance, tuple(states), left))
+            real = torch.cat(masks)
+            kept.append(Taught(entrance, tuple(states), left, None if bool(real.all()) else real))
         next(passed, None)  # its bar comes to its end
     return kept
 

@@ -100,12 +100,7 @@ def _train(
         raise StreamlineError(
             f"A training takes batches to train and others to validate on; got {len(batches)} and {len(validation)}."
         )
-    if getattr(getattr(student.model, "config", None), "is_encoder_decoder", False):
-        raise UnsupportedSurgery(
-            f"{type(student.model).__name__} is an encoder and a decoder, whose tokens have masks of their own; such a "
-            "model is not trained yet. Repair it in closed form (fit_windows).",
-            "encoder-decoder",
-        )
+    settings.objective.require_task(student.task)
     if resume and settings.keep_in is None:
         raise StreamlineError("Nothing says where the training to resume was kept; name the file (keep_in).")
     sharded = is_sharded(student.model)

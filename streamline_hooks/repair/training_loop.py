@@ -77,6 +77,7 @@ class Loop(Forwards):
         self.student, self.batches, self.validation, self.settings, self.say = (
             student, batches, validation, settings, say,
         )  # fmt: skip
+        self.task = student.task
         self.work = work or Together("train", Processes())
         self.share, self.validation_share = shares or (Share.whole(batches), Share.whole(validation))
         self.taught = dict(zip(self.share.batches, taught, strict=True))
@@ -103,6 +104,7 @@ class Loop(Forwards):
         self.losses: list[tuple[float, int]] = []
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.rows = max(sequences_of(batch) for batch in batches)
+        self.tokens_of_states = self._count_tokens()
         self.longest = max(self.work.tell(max(self.share.longest, self.validation_share.longest)))
 
     def _require_one_training(self) -> None:
@@ -113,6 +115,12 @@ class Loop(Forwards):
                 "settings or models differ. Give every process the same, and all batches, of which it takes its share."
             )
         self.work.take_over(self.parameters.values())
+
+    def _count_tokens(self) -> dict[int, int]:
+        """The stack's real tokens of each batch, which only the process knows that has run it."""
+        own = {number: taught.tokens for number, taught in self.taught.items() if number not in self.share.idle}
+        told = self.work.tell(own)
+        return {number: sum(its.get(number, 0) for its in told) for number in range(len(self.batches))}
 
     def _groups(self) -> list[dict[str, Any]]:
         """What is trained at the same rate, and with the same decay: matrices have some, vectors none."""
@@ -159,8 +167,8 @@ class Loop(Forwards):
         self.seconds = ends[0][1]
         if not stopped and any(asked for asked, _ in ends):
             stopped = f"interrupted after step {self.step}"
-        none: dict[str, Any] = {"kl": math.nan, "step": 0}  # interrupted before anything was measured
-        best = min(self.history, key=lambda row: row["kl"], default=none)
+        none: dict[str, Any] = {"distance": math.nan, "step": 0}  # interrupted before anything was measured
+        best = min(self.history, key=lambda row: row["distance"], default=none)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.best[name])
@@ -168,20 +176,32 @@ class Loop(Forwards):
             self.say(
                 f"Training ended early: {stopped}. The best weights so far are kept, those of step {best['step']}."
             )
-        first = self.history[0]["kl"] if self.history else none["kl"]
-        return Trained(self.step, self.tokens, first, best["kl"], best["step"], self.history, self.seconds, stopped)
+        first = self.history[0]["distance"] if self.history else none["distance"]
+        return Trained(
+            steps=self.step,
+            tokens=self.tokens,
+            distance_before=first,
+            distance=best["distance"],
+            best_step=best["step"],
+            history=self.history,
+            seconds=self.seconds,
+            stopped=stopped,
+            measure=self.task.distance,
+        )
 
     def _step(self) -> tuple[float, int]:
         """One step of the optimiser; the mean loss a token, and the tokens."""
         numbers = self.course.batches_of(self.step)
-        tokens = sum(tokens_of(self.batches[number]) for number in numbers)
+        run = sum(tokens_of(self.batches[number]) for number in numbers)
+        answers = sum(self.task.count(self.batches[number]) for number in numbers)
+        tokens = sum(self.tokens_of_states[number] for number in numbers)
         random = self._random()
 
         def gradients() -> tuple[float, list[bool]]:
             self.weights.clear()  # of a step that was broken off, in an earlier training too
             self._set_random(random)
             self._seed()
-            loss = sum(self._backward(number, tokens) for number in numbers if number in self.taught)
+            loss = sum(self._backward(number, answers, tokens) for number in numbers if number in self.taught)
             return loss, [master.grad is not None for master in self.weights.masters.values()]
 
         try:
@@ -199,11 +219,11 @@ class Loop(Forwards):
             self.weights.hand_on()
             self.schedule.step()
             self.step += 1
-            self.tokens += tokens
-            self.losses.append((loss * tokens, tokens))
+            self.tokens += run
+            self.losses.append((loss * run, run))
             self.whole = True
         self.weights.clear()
-        return loss, tokens
+        return loss, run
 
     def _with_room(self, make: Callable[[], _T]) -> list[_T]:
         """What every process makes, of fewer sequences at a time until there is memory for it in all of them."""
@@ -240,22 +260,22 @@ class Loop(Forwards):
         return [one for _, its in told for one in its]
 
     def _validate(self, bar: Any) -> None:
-        """KL on validation text; the weights are kept if it is the lowest so far."""
+        """The distance to the original on what validates; the weights are kept if it is the lowest so far."""
         bar.set_postfix_str("validation")
-        told = self._with_room(lambda: (*self._summed_kl(), self._digest()))
+        told = self._with_room(lambda: (*self._summed_distance(), self._digest()))
         for rank, (_, _, digest) in enumerate(told):
             if digest != told[0][2]:
                 raise StreamlineError(
                     f"The weights of processes 0 and {rank} have come apart by step {self.step}: something trained or "
                     "changed those of one of them alone. Begin again, and let nothing but the training change them."
                 )
-        total, tokens = math.fsum(nats for nats, _, _ in told), sum(count for _, count, _ in told)
-        kl = total / tokens if math.isfinite(total) else math.inf
+        total, answers = math.fsum(one for one, _, _ in told), sum(count for _, count, _ in told)
+        distance = total / answers if math.isfinite(total) else math.inf
         counted = sum(n for _, n in self.losses)
         loss = math.fsum(value for value, _ in self.losses) / counted if counted else None
-        if not self.history or kl < min(row["kl"] for row in self.history):
+        if not self.history or distance < min(row["distance"] for row in self.history):
             self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.history.append({"step": self.step, "tokens": self.tokens, "kl": kl, "loss": loss})
+        self.history.append({"step": self.step, "tokens": self.tokens, "distance": distance, "loss": loss})
         self.losses.clear()
         bar.set_postfix_str(self._state())
 
@@ -275,7 +295,9 @@ class Loop(Forwards):
 
     def _state(self) -> str:
         loss = f"loss {self.losses[-1][0] / self.losses[-1][1]:.4f}, " if self.losses else ""
-        return f"{loss}KL {self.history[-1]['kl']:.4f}, best {min(row['kl'] for row in self.history):.4f}"
+        measure = self.task.distance.partition(" (")[0]
+        distances = [row["distance"] for row in self.history]
+        return f"{loss}{measure} {distances[-1]:.4f}, best {min(distances):.4f}"
 
     # What is kept for going on later.
 

@@ -107,7 +107,8 @@ def fingerprint(
     shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
     parts = [part for modules in student.modules.values() for module in modules for part in module.modules()]
     made = [(type(p).__name__, p.extra_repr(), getattr(p, "scaling", None)) for p in parts]  # dropout, LoRA's scale
-    digest = hashlib.sha256(repr((sorted(said.items()), shapes, student.windows, student.rate, made)).encode())
+    task = str(student.task)
+    digest = hashlib.sha256(repr((sorted(said.items()), shapes, student.windows, student.rate, made, task)).encode())
     for batch in batches:
         for tensor in [batch] if isinstance(batch, Tensor) else batch.values():
             digest.update(_bytes(tensor))

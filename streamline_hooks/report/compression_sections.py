@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from streamline_hooks.evaluation import MEASURES
 from streamline_hooks.report.depth_figures import influence, similarity
 from streamline_hooks.report.parts import Column, Paragraph, Part, Table
 from streamline_hooks.report.row_figures import candidates, steps
@@ -17,6 +18,7 @@ from streamline_hooks.report.values import (
     finite,
     gone,
     in_words,
+    measure_of,
     number,
     ratio,
     silent,
@@ -44,8 +46,8 @@ def training_parts(compression: Mapping[str, Any]) -> list[Part]:
         ["steps", whole(said.get("steps"))],
         ["tokens", whole(said.get("tokens"))],
         ["best step", whole(said.get("best_step"))],
-        ["KL before (nats a token)", number(said.get("kl_before"), 4)],
-        ["KL after (nats a token)", number(said.get("kl"), 4)],
+        [f"{measure_of(compression)}, before", number(said.get("distance_before"), 4)],
+        [f"{measure_of(compression)}, after", number(said.get("distance"), 4)],
         ["time (s)", number(said.get("seconds"), 1)],
     ]
     if said.get("stopped"):
@@ -68,6 +70,20 @@ def step_parts(compression: Mapping[str, Any]) -> list[Part]:
     figure = steps(compression)
     table = Table("Perplexity by step", columns, rows)
     return [figure, table] if figure is not None else [table]
+
+
+def score_parts(compression: Mapping[str, Any]) -> list[Part]:
+    """How a model that is not for text does at its task after each step; nothing of one that is."""
+    said = compression.get("scores") or {}
+    measures = {name: words for name, words in MEASURES.items() if any(name in one for one in said.values())}
+    rows = [
+        [name, *(number(said[key].get(measure), 4) for measure in measures)]
+        for key, name in LABELS.items()
+        if key in said
+    ]
+    if not rows:
+        return []
+    return [Table("Scores by step", [Column("step", text=True), *map(Column, measures.values())], rows)]
 
 
 def made_of(compression: Mapping[str, Any]) -> list[list[str]]:
@@ -125,7 +141,7 @@ def _candidates(compression: Mapping[str, Any]) -> list[Part]:
                 number(worst[0], 4),
                 number(worst[1], 4),
                 number(worst[2], 4),
-                number(one.get("kl"), 4),
+                number(one.get("distance"), 4),
                 *([one.get("refused") or ""] if reasons else []),
             ]
         )
@@ -137,7 +153,7 @@ def _candidates(compression: Mapping[str, Any]) -> list[Part]:
         Column("relative error, removed"),
         Column("relative error, repaired"),
         Column("ridge"),
-        Column("KL (nats a token)"),
+        Column(measure_of(compression)),
         *([Column("why it cannot go", text=True)] if reasons else []),
     ]
     return [Table("Candidates", columns, rows, strong=0)]

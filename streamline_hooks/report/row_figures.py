@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamline_hooks.report.drawing import Drawing, Style, fitted
 from streamline_hooks.report.rows import Mark, Row, marks_figure, rows_figure
-from streamline_hooks.report.values import finite, in_words, number, percent, ratio, times
+from streamline_hooks.report.values import finite, in_words, measure_of, number, percent, ratio, times
 from streamline_hooks.result import LABELS
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ _MOST = 20  # candidates that are drawn
 
 
 def candidates(compression: Mapping[str, Any]) -> Drawing | None:
-    """The candidates' KL to the original, the chosen one first; None where none has one.
+    """The candidates' distance to the original, the chosen one first; None where none has one.
 
     Parameters
     ----------
@@ -25,34 +25,36 @@ def candidates(compression: Mapping[str, Any]) -> Drawing | None:
         `CompressionResult.report`.
     """
     found = [
-        (in_words(one.get("windows") or (), one.get("silenced") or ()), kl, k == 0)
+        (in_words(one.get("windows") or (), one.get("silenced") or ()), distance, k == 0)
         for k, one in enumerate(compression.get("candidates") or ())
-        if (kl := finite(one.get("kl"))) is not None
+        if (distance := finite(one.get("distance"))) is not None
     ]
-    shown = found[:_MOST]
+    shown, measure = found[:_MOST], measure_of(compression)
     if not shown:
         return None
 
     def draw(style: Style) -> Figure:
         figure, axes = rows_figure(style, [name for name, _, _ in shown])
-        largest = max(kl for _, kl, _ in shown)
-        for y, (_, kl, chosen) in enumerate(shown):
+        largest = max(distance for _, distance, _ in shown)
+        for y, (_, distance, chosen) in enumerate(shown):
             colour = style.palette.after if chosen else style.palette.before
-            axes.barh(y, kl, 0.42 if style.narrow else 0.6, color=colour, hatch="" if chosen else "////", linewidth=0)
-            said = f"{number(kl, 3)}, chosen" if chosen else number(kl, 3)
-            axes.annotate(said, (kl, y), (4, 0), textcoords="offset points", va="center")
+            axes.barh(
+                y, distance, 0.42 if style.narrow else 0.6, color=colour, hatch="" if chosen else "////", linewidth=0
+            )
+            said = f"{number(distance, 3)}, chosen" if chosen else number(distance, 3)
+            axes.annotate(said, (distance, y), (4, 0), textcoords="offset points", va="center")
         axes.set_xlim(0, (1.35 if style.narrow else 1.12) * largest or 1.0)
-        axes.set_xlabel("KL to the original (nats a token)")
+        axes.set_xlabel(measure)
         return figure
 
     rest = f" The first {_MOST} of {len(found)}." if len(found) > _MOST else ""
-    name, kl, _ = shown[0]
+    name, distance, _ = shown[0]
     return Drawing(
         "candidates",
-        "Candidates by KL",
-        f"Bars of the KL of {len(shown)} candidates. {name} has {number(kl, 3)} nats a token.",
-        "Each candidate repaired, and judged by its mean KL to the original's next-token distribution on validation "
-        f"text; lower is better.{rest}",
+        f"Candidates by {measure.partition(' (')[0]}",
+        f"Bars of {measure} of {len(shown)} candidates. {name} has {number(distance, 3)}.",
+        f"Each candidate repaired, and judged by {measure} between what it and the original say on the validation "
+        f"part; lower is better.{rest}",
         draw,
     )
 

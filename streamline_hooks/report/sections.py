@@ -10,6 +10,7 @@ from typing import Any
 from streamline_hooks.report.compression_sections import (
     choice_parts,
     made_of,
+    score_parts,
     size_rows,
     size_table,
     step_parts,
@@ -59,6 +60,7 @@ def sections(compression: Said, evaluation: Said, sweep: Said, command: str) -> 
     found = [
         Section("choice", "What was removed", choice_parts(compression)),
         Section("training", "Training", training_parts(compression)),
+        Section("scores", "Scores", score_parts(compression)),
         Section("perplexity", "Perplexity", [*step_parts(compression), *perplexity_parts(evaluation)]),
         Section("accuracy", "Accuracy", accuracy_parts(evaluation)),
         Section("agreement", "Agreement", agreement_parts(evaluation)),

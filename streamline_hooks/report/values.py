@@ -29,6 +29,17 @@ def finite(value: Any) -> float | None:
     return float(value)
 
 
+def measure_of(compression: Mapping[str, Any]) -> str:
+    """What a compression's answers were compared with the original's by, with its unit.
+
+    Examples
+    --------
+    >>> measure_of({"measure": "1 - cosine"})
+    '1 - cosine'
+    """
+    return str(compression.get("measure") or "KL (nats a token)")
+
+
 def ratio(value: Any, to: Any) -> float | None:
     """One number by another; None where one is missing, or the divisor is 0."""
     above, below = finite(value), finite(to)

@@ -65,6 +65,12 @@ def find_numbering_hazards(stack: BlockStack, first: int) -> list[Hazard]:
     return list(_scale_by_number(stack, first))
 
 
+def position_bias_owners(stack: BlockStack) -> list[int]:
+    """The blocks that hold the relative position bias of all; empty where each has its own, or none has any."""
+    owners = [k for k, block in enumerate(stack.blocks) if any("relative_attention_bias" in n for n in _names(block))]
+    return owners if len(owners) < len(stack) else []
+
+
 def _shared_blocks(stack: BlockStack, window: range) -> Iterator[Hazard]:
     """The same parameters in several blocks: what one position loses, another one still runs."""
     owners: dict[int, list[int]] = {}
@@ -95,8 +101,8 @@ def _shared_keys(stack: BlockStack, window: range) -> Iterator[Hazard]:
 
 def _position_bias(stack: BlockStack, window: range) -> Iterator[Hazard]:
     """One block alone holds the relative position bias that the model hands to the others (T5)."""
-    owners = [k for k, block in enumerate(stack.blocks) if any("relative_attention_bias" in n for n in _names(block))]
-    if 0 < len(owners) < len(stack) and set(owners) & set(window):
+    owners = position_bias_owners(stack)
+    if set(owners) & set(window):
         listed = ", ".join(map(str, owners))
         yield Hazard("position-bias", f"block {listed} owns the relative position bias that the other blocks use")
 

@@ -32,7 +32,7 @@ TEXTS = (FIT, HELD_OUT, VALIDATION)
 def numbers(judged: list[VerifiedSelection]) -> list[tuple[Any, ...]]:
     repairs = [one.repairs[0] for one in judged]
     return [
-        (one.windows, one.score, one.kl, r.removal_error, r.repaired_error, r.ridge)
+        (one.windows, one.score, one.distance, r.removal_error, r.repaired_error, r.ridge)
         for one, r in zip(judged, repairs, strict=True)
     ]
 
@@ -67,7 +67,7 @@ def test_it_is_what_is_found_in_memory(family: str, kind: str, dtype: torch.dtyp
     wanted = streamline_hooks.selection.verified(whole, SELECTIONS, *TEXTS, kind=kind)
     model = open_checkpoint(folder)
     require_same(verified(model, SELECTIONS, *TEXTS, kind=kind, memory=4000), wanted)
-    assert all(on_disk(model)) and len({one.kl for one in wanted}) == len(WINDOWS)
+    assert all(on_disk(model)) and len({one.distance for one in wanted}) == len(WINDOWS)
 
 
 def test_each_block_is_read_once_and_the_last_one_twice(tmp_path: Path, reads: Counter[str]) -> None:  # noqa: F811
@@ -256,7 +256,7 @@ def test_a_candidate_without_finite_logits_comes_last(tmp_path: Path) -> None:
         patched.setattr(module, "solve_window", solved)
         found = verified(open_checkpoint(folder), SELECTIONS, *TEXTS)
     assert found[-1].windows == (range(2, 4),)
-    assert all(one.kl < 100 for one in found[:-1])
+    assert all(one.distance < 100 for one in found[:-1])
 
 
 @pytest.mark.parametrize("kind", ["block", "silenced", "folded", "scale", "feed_forward", "mlp:linear=false"])

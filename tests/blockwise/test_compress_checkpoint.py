@@ -55,7 +55,7 @@ def test_it_is_what_is_compressed_in_memory(
     assert found.plan == wanted.plan and found.data == wanted.data and found.size == wanted.size
     assert [one.windows for one in found.candidates] == [one.windows for one in wanted.candidates]
     for one, other in zip(found.candidates, wanted.candidates, strict=True):
-        assert one.kl == pytest.approx(other.kl, rel=1e-5) and one.score == pytest.approx(other.score)
+        assert one.distance == pytest.approx(other.distance, rel=1e-5) and one.score == pytest.approx(other.score)
         assert one.repairs[0].repaired_error == pytest.approx(other.repairs[0].repaired_error, rel=1e-5)
     assert found.perplexities == pytest.approx(wanted.perplexities, rel=1e-5)
     assert (found.parameters, found.size_in_bytes) == (wanted.parameters, wanted.size_in_bytes)

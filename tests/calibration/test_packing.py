@@ -164,8 +164,8 @@ def test_a_repair_is_fitted_and_judged_on_packed_rows_as_on_documents_alone() ->
         errors.append(repair.repaired_error)
         student = Student(model, [(repair.window, cast(nn.Module, repair.stand_in))])
         trained = train(student, batches, held_out, Training(epochs=1, validations=1))
-        divergences.append(trained.kl_before)
-        assert trained.kl <= trained.kl_before
+        divergences.append(trained.distance_before)
+        assert trained.distance <= trained.distance_before
         assert errors[-1] < repair.removal_error
     assert errors[0] == pytest.approx(errors[1], rel=1e-5)
     assert divergences[0] == pytest.approx(divergences[1], rel=1e-4)

@@ -28,7 +28,7 @@ def told_of(result: Any) -> dict[str, Any]:
         "weights": {name: value.clone() for name, value in result.model.state_dict().items()},
         "matrices": [result.profile.cosine, result.profile.angular],
         "chosen": [str(one) for one in result.candidates],
-        "kls": [one.kl for one in result.candidates],
+        "kls": [one.distance for one in result.candidates],
         "errors": [one.repairs[0].repaired_error for one in result.candidates],
         "perplexities": result.perplexities,
         "history": [] if result.training is None else result.training.history,

@@ -44,7 +44,7 @@ def results(model: nn.Module) -> dict[str, Any]:
     found["repairs"] = [(one.stand_in.state_dict(), one.ridge, one.repaired_error) for one in repairs]  # type: ignore[union-attr]
     judged = verified(model, SHORTLIST, BATCHES, HELD_OUT, VALIDATION)
     found["judged"] = [str(one.windows) for one in judged]
-    found["kl"] = torch.tensor([one.kl for one in judged])
+    found["kl"] = torch.tensor([one.distance for one in judged])
     found["best map"] = judged[0].repairs[0].stand_in.state_dict()  # type: ignore[union-attr]
     return found
 

@@ -41,10 +41,10 @@ def test_two_processes_write_what_one_writes(stories_folder: Path, story_texts: 
     one, *others = reports
     for both in others:
         assert [row["windows"] for row in one["candidates"]] == [row["windows"] for row in both["candidates"]]
-        kls = [row["kl"] for row in one["candidates"]]
-        assert [row["kl"] for row in both["candidates"]] == pytest.approx(kls, rel=1e-6)
+        kls = [row["distance"] for row in one["candidates"]]
+        assert [row["distance"] for row in both["candidates"]] == pytest.approx(kls, rel=1e-6)
         assert both["perplexity"] == pytest.approx(one["perplexity"], rel=1e-6)
-        assert both["training"]["kl"] == pytest.approx(one["training"]["kl"], rel=1e-6)
+        assert both["training"]["distance"] == pytest.approx(one["training"]["distance"], rel=1e-6)
     assert spoken[0] == spoken[1] == spoken[2] and "trained" in spoken[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["launched", "one", "texts.jsonl", "two"]
     refused = run(two, stories_folder, "--output", tmp_path / "one", "--calibration", texts)

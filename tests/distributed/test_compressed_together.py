@@ -46,7 +46,9 @@ def assert_alike(mine: dict[str, Any], theirs: dict[str, Any], within: float) ->
     assert mine["kls"] == pytest.approx(theirs["kls"], rel=within)
     assert mine["errors"] == pytest.approx(theirs["errors"], rel=within)
     assert mine["perplexities"] == pytest.approx(theirs["perplexities"], rel=within)
-    assert [row["kl"] for row in mine["history"]] == pytest.approx([row["kl"] for row in theirs["history"]], rel=within)
+    assert [row["distance"] for row in mine["history"]] == pytest.approx(
+        [row["distance"] for row in theirs["history"]], rel=within
+    )
     assert mine["weights"].keys() == theirs["weights"].keys()
     for name, value in mine["weights"].items():
         torch.testing.assert_close(value, theirs["weights"][name], rtol=0.0, atol=within)
@@ -62,7 +64,7 @@ def test_two_processes_end_with_the_model_of_one(one: dict[str, Any], two: list[
 
 def test_what_was_compared_was_trained(one: dict[str, Any]) -> None:
     history = one["trained"]["history"]
-    assert len(history) == 3 and history[-1]["kl"] < history[0]["kl"]
+    assert len(history) == 3 and history[-1]["distance"] < history[0]["distance"]
     assert one["plain"]["weights"].keys() != one["trained"]["weights"].keys()
 
 

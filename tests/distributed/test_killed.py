@@ -33,7 +33,7 @@ def step(self):
 training_loop.Loop._step = step
 made = student(0.2)
 trained = train(made, BATCHES, VALIDATION, replace(SETTINGS, keep_in=file, keep_every=0.0), resume=resume)
-torch.save([*made.parameters().values(), torch.tensor([row["kl"] for row in trained.history])], f"{out}-{dist.get_rank()}.pt")
+torch.save([*made.parameters().values(), torch.tensor([row["distance"] for row in trained.history])], f"{out}-{dist.get_rank()}.pt")
 dist.barrier()
 os._exit(0)
 """  # noqa: E501

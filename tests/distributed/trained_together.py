@@ -50,7 +50,7 @@ def outcome(settings: Training = SETTINGS, made: Student | None = None, **option
         return {"raised": f"{type(error).__name__}: {error}"}
     return {
         "weights": [p.detach().clone() for p in made.parameters().values()],
-        "kl": torch.tensor([row["kl"] for row in trained.history], dtype=torch.float64),
+        "kl": torch.tensor([row["distance"] for row in trained.history], dtype=torch.float64),
         "loss": torch.tensor([row["loss"] or 0.0 for row in trained.history], dtype=torch.float64),
         "steps": (trained.steps, trained.tokens, trained.best_step, trained.stopped),
         "said": said,

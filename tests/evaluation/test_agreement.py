@@ -17,7 +17,7 @@ from tqdm import tqdm
 from streamline_hooks import Agreement, LayerSurgeon, StreamlineError, agreement
 from streamline_hooks.batch import prepare
 from streamline_hooks.evaluation import agreement as exported
-from streamline_hooks.evaluation import kl_of_candidates
+from streamline_hooks.evaluation import distances_of_candidates
 from streamline_hooks.evaluation.agreement import agreement_of
 from streamline_hooks.evaluation.candidates import Candidate
 from tests.tiny_models import FAMILIES, VOCABULARY, padded, repaired, shuffled_batches, tiny_model, tokens
@@ -76,23 +76,23 @@ def test_padding_that_is_counted_does_not_pass() -> None:
     right = agreement(model, original, [batch])
     with torch.no_grad():
         each = [m(**prepare(m, batch)).logits for m in (original, model)]
-    assert agreement_of(*each, batch["attention_mask"].bool()) == right
-    wrong = agreement_of(*each, torch.ones(2, 12, dtype=torch.bool))
+    assert agreement_of(*(logits[batch["attention_mask"].bool()] for logits in each)) == right
+    wrong = agreement_of(*(logits.flatten(0, 1) for logits in each))
     assert wrong.kl != pytest.approx(right.kl, rel=1e-3)
 
 
 def test_known_agreement() -> None:
     """Of 40 tokens the changed model puts another one first for 10; where they differ the KL is known."""
-    p = torch.zeros(1, 40, 2)
-    p[..., 0] = 2.0
+    p = torch.zeros(40, 2)
+    p[:, 0] = 2.0
     q = p.clone()
-    q[0, :10] = q[0, :10].flip(-1)
-    got = agreement_of(p, q, torch.ones(1, 40, dtype=torch.bool))
+    q[:10] = q[:10].flip(-1)
+    got = agreement_of(p, q)
     high, low = np.exp(2.0) / (1 + np.exp(2.0)), 1 / (1 + np.exp(2.0))
     assert (got.same, got.tokens, got.top1) == (30, 40, 0.75)
     assert got.nats == pytest.approx(10 * (high * np.log(high / low) + low * np.log(low / high)), rel=1e-5)
-    flat = torch.zeros(1, 4, 5)  # of equal ones both take the first
-    assert agreement_of(flat, flat, torch.ones(1, 4, dtype=torch.bool)).top1 == 1.0
+    flat = torch.zeros(4, 5)  # of equal ones both take the first
+    assert agreement_of(flat, flat).top1 == 1.0
 
 
 def test_a_copy_agrees_wholly_and_both_keep_their_modes() -> None:
@@ -110,7 +110,7 @@ def test_it_is_the_kl_that_candidates_are_chosen_by() -> None:
     with LayerSurgeon(model := tiny_model("qwen3")) as surgeon:
         surgeon.remove(range(1, 3))
         got = agreement(model, original, batches)
-    assert [got.kl] == pytest.approx(kl_of_candidates(original, batches, [Candidate(range(1, 3))]), rel=1e-5)
+    assert [got.kl] == pytest.approx(distances_of_candidates(original, batches, [Candidate(range(1, 3))]), rel=1e-5)
     half = sum((agreement(repaired("qwen3"), original, [b]) for b in batches), Agreement())
     whole = agreement(repaired("qwen3"), original, batches)
     assert half.kl == pytest.approx(whole.kl, rel=1e-12) and half.top1 == whole.top1
@@ -128,7 +128,7 @@ def test_what_cannot_be_compared() -> None:
         agreement(model, model, [tokens(1, 4)])
     other = copy.deepcopy(model)
     other.resize_token_embeddings(VOCABULARY + 3, mean_resizing=False)
-    with pytest.raises(StreamlineError, match=rf"\(1, 4, {VOCABULARY + 3}\), the original's \(1, 4, {VOCABULARY}\)"):
+    with pytest.raises(StreamlineError, match=rf"\(4, {VOCABULARY + 3}\), the original's \(4, {VOCABULARY}\)"):
         agreement(other, model, [tokens(1, 4)])
     for empty in ([], [{"input_ids": tokens(1, 4), "attention_mask": torch.zeros(1, 4).long()}]):
         with pytest.raises(StreamlineError, match="No token was compared"):
@@ -155,5 +155,5 @@ def test_the_bar_moves_with_each_candidate(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("streamline_hooks.passes.tqdm", Watched)
     batches = [{"input_ids": tokens(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.long)}] * 2
-    kl_of_candidates(tiny_model("llama"), batches, [Candidate(range(k, k + 1)) for k in (1, 2, 3)])
+    distances_of_candidates(tiny_model("llama"), batches, [Candidate(range(k, k + 1)) for k in (1, 2, 3)])
     assert moves == [(10, 80)] * 8

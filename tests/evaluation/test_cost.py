@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from streamline_hooks import HiddenStateRecorder, Selection, StreamlineError, find_stack, perplexity
-from streamline_hooks.evaluation import Candidate, Cost, kl_of_candidates, measure_pace
+from streamline_hooks.evaluation import Candidate, Cost, distances_of_candidates, measure_pace
 from streamline_hooks.repair import Objective, Student, Training, train
 from streamline_hooks.replacements import LinearReplacement, MLPReplacement
 from streamline_hooks.selection.search.judge import Attempt, Judge
@@ -53,11 +53,14 @@ def test_every_pass_takes_what_it_was_told_to(windows: list[range]) -> None:
     passes = [
         (pace.rank(BATCHES), lambda: profile(model, BATCHES)),
         (pace.fit(BATCHES, windows), lambda: measure_moments(model, BATCHES, windows)),
-        (pace.judge(BATCHES, windows), lambda: kl_of_candidates(model, BATCHES, [Candidate(w) for w in windows])),
+        (
+            pace.judge(BATCHES, windows),
+            lambda: distances_of_candidates(model, BATCHES, [Candidate(w) for w in windows]),
+        ),
         (pace.perplexity(BATCHES), lambda: perplexity(model, BATCHES)),
         (
             pace.judge(BATCHES, windows, whole=True),
-            lambda: Judge(find_stack(model), BATCHES).kl([Attempt(Selection((w,))) for w in windows], "judge"),
+            lambda: Judge(find_stack(model), BATCHES).distances([Attempt(Selection((w,))) for w in windows], "judge"),
         ),
     ]
     for cost, run in passes:

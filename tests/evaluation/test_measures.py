@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from streamline_hooks import LayerSurgeon, StreamlineError, perplexity
 from streamline_hooks.batch import prepare
-from streamline_hooks.evaluation import Candidate, kl_of_candidates, perplexity_of_candidates
-from streamline_hooks.evaluation.agreement import kl_divergence
+from streamline_hooks.distance import kl_divergence
+from streamline_hooks.evaluation import Candidate, distances_of_candidates, perplexity_of_candidates
 from tests.tiny_models import BLOCKS, FAMILIES, Nudge, left_padded, tiny_model, tokens
 
 WINDOWS = [range(0, 2), range(2, 5), range(3, BLOCKS)]
@@ -39,7 +39,7 @@ def test_candidates_are_measured_as_the_whole_model_would_be(family: str, module
     batches = [left_padded(3, 9), left_padded(2, 7, seed=1)]
     candidates = [Candidate(window, module) for window in WINDOWS]
     original, each = perplexity_of_candidates(model, batches, candidates)
-    kls = kl_of_candidates(model, batches, candidates)
+    kls = distances_of_candidates(model, batches, candidates)
     assert original.value == pytest.approx(perplexity(model, batches).value, rel=1e-6)
     for candidate, measured, kl in zip(candidates, each, kls, strict=True):
         sums, count = 0.0, 0
@@ -59,7 +59,7 @@ def test_no_block_before_a_window_is_run_again() -> None:
     model, called = tiny_model("llama"), []
     for k, block in enumerate(model.model.layers):
         block.mlp.register_forward_hook(lambda m, a, o, k=k: called.append(k))
-    kl_of_candidates(model, [tokens(2, 5)], [Candidate(range(1, 4)), Candidate(range(2, 5))])
+    distances_of_candidates(model, [tokens(2, 5)], [Candidate(range(1, 4)), Candidate(range(2, 5))])
     assert called == [0, 1, 2, 3, 4, 5, 4, 5, 5]
 
 

@@ -123,7 +123,9 @@ def test_an_interval_holds_its_value(of: list[tuple[int, int, float, float]]) ->
     for each in (found.ratio, found.above_chance, *found.tasks.values()):
         if each is not None:
             assert each.low <= each.value + 1e-12 and each.value <= each.high + 1e-12
-            assert each.standard_error >= 0.0 and each.undefined < 0.1
+            assert each.standard_error >= 0.0
+            # Of two questions a quarter of the draws may have none that was answered right.
+            assert each.undefined < 0.1 or min(count for count, *_ in of) < 20
 
 
 def test_the_error_is_that_of_the_benchmark() -> None:

@@ -40,7 +40,7 @@ def test_healing_helps_and_the_original_is_untouched(type_: str, text: str) -> N
     flags = [p.requires_grad for p in model.parameters()]
     student = healed(model, Healing.parse(text))
     trained = train(student, BATCHES, VALIDATION, SETTINGS)
-    assert trained.kl < trained.kl_before
+    assert trained.distance < trained.distance_before
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [p.requires_grad for p in model.parameters()] == flags

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from streamline_hooks import StreamlineError
 from streamline_hooks.repair.objective import Objective, summed_kl
+from streamline_hooks.task import real_tokens
 
 
 def plain_kl(repaired: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
@@ -44,12 +45,16 @@ def test_padding_counts_in_no_part() -> None:
     logits, said = torch.randn(2, 4, 11), torch.randn(2, 4, 11)
     states, theirs = torch.randn(2, 4, 5), torch.randn(2, 4, 5)
     ids = torch.randint(0, 11, (2, 4))
-    loss = objective.of_logits(logits, said, ids, mask) + objective.of_states([states], [theirs], mask)
+
+    def loss_of(logits: torch.Tensor, said: torch.Tensor, states: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        answers = objective.of_answers(real_tokens(logits, mask), real_tokens(said, mask))
+        return answers + objective.of_text(logits, ids, mask) + objective.of_states([states], [theirs], mask)
+
+    loss = loss_of(logits, said, states, theirs)
     other = [tensor.clone() for tensor in (logits, said, states, theirs)]
     for tensor in other:
         tensor[0, :2] = 1e6
-    again = objective.of_logits(other[0], other[1], ids, mask) + objective.of_states([other[2]], [other[3]], mask)
-    assert torch.equal(loss, again)
+    assert torch.equal(loss, loss_of(*other))
 
 
 def test_states_and_text_are_compared_as_the_formulas_say() -> None:
@@ -64,7 +69,7 @@ def test_states_and_text_are_compared_as_the_formulas_say() -> None:
     assert Objective(kl=0, mse=2).of_states([a, b], [b, b], mask) == pytest.approx(float(square.mean(-1).sum()))
     logits, ids = torch.randn(1, 3, 6), torch.tensor([[4, 2, 5]])
     nll = -logits.log_softmax(-1)[0, [0, 1], [2, 5]].sum()
-    assert Objective(kl=0, lm=1).of_logits(logits, None, ids, mask) == pytest.approx(float(nll), rel=1e-5)
+    assert Objective(kl=0, lm=1).of_text(logits, ids, mask) == pytest.approx(float(nll), rel=1e-5)
 
 
 @pytest.mark.parametrize("text", ["kl", "mse", "relative + cosine", "kl + 0.5*lm", "0.25*kl + 2*mse"])

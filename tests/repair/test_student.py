@@ -74,14 +74,14 @@ def test_both_say_what_they_say_alone(name: str, type_: str) -> None:
         given = {"input_ids": BATCH["input_ids"], **mask, "position_ids": positions} if type_ != "opt" else BATCH
         with HiddenStateRecorder(model) as record:
             wanted = model(**given).logits
-        original = student.original_logits(record.outputs[len(student.stack) - 1][0], BATCH)
-        torch.testing.assert_close(original[REAL], wanted[REAL])
+        original = student.original_answers(record.outputs[len(student.stack) - 1][0], BATCH)
+        torch.testing.assert_close(original, wanted[REAL])
         with LayerSurgeon(model) as surgeon:
             for window, module in stand_ins:
                 surgeon.replace(window, module)
-            torch.testing.assert_close(ours[0][REAL], model(**given).logits[REAL])
+            torch.testing.assert_close(ours[0].logits[REAL], model(**given).logits[REAL])
     assert len(ours[1]) == len(stand_ins)
-    assert not torch.equal(ours[0][REAL], original[REAL])
+    assert not torch.equal(ours[0].logits[REAL], original)
     for state, (window, _) in zip(ours[1], stand_ins, strict=True):
         theirs = record.outputs[window.stop - 1][0]
         assert state.shape == theirs.shape
@@ -117,14 +117,14 @@ def test_copies_of_blocks_are_trained_and_the_teacher_keeps_its_own() -> None:
     entrance = entering(model, 2)
     leaving = entering(model, 0)
     with torch.no_grad():
-        before = student.original_logits(leaving, BATCH)
+        before = student.original_answers(leaving, BATCH)
         first, _ = student.run(entrance, BATCH, logits=True, states=False)
         for parameter in block.parameters():
             parameter.mul_(1.5)
-        after = student.original_logits(leaving, BATCH)
+        after = student.original_answers(leaving, BATCH)
         second, _ = student.run(entrance, BATCH, logits=True, states=False)
     assert torch.equal(before, after)
-    assert not torch.equal(first, second)
+    assert not torch.equal(first.logits, second.logits)
     assert {name.partition(".")[0] for name in student.parameters()} == {"2-3", "5"}
     student.settle()
     assert all(torch.equal(a, b) for a, b in zip(model.model.layers[5].parameters(), block.parameters(), strict=True))
@@ -134,7 +134,7 @@ def test_the_model_is_as_it_was_to_the_bit() -> None:
     model: Any = tiny_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     student = Student(model, [(range(2, 4), linear())])
-    student.run(entering(model, 2), BATCH, logits=True, states=False)[0].sum().backward()
+    student.run(entering(model, 2), BATCH, logits=True, states=False)[0].logits.sum().backward()
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert len(model.model.layers) == 8

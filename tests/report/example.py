@@ -35,6 +35,7 @@ def compression(length: int = 30, removed: tuple[tuple[int, int], ...] = ((2, 10
     return {
         "plan": {"stack": "model.layers", "old_length": length, "slots": slots, "splices": [], "removed": gone,
                  "silenced": silenced, "folded": []},
+        "task": "causal-lm", "measure": "KL (nats a token)", "scores": {},
         "kind": "swiglu",
         "stand_in": {"parameters": 2_654_208, "flops_per_token": 5_308_416, "slots": 0},
         "criterion": "cosine",
@@ -42,23 +43,24 @@ def compression(length: int = 30, removed: tuple[tuple[int, int], ...] = ((2, 10
         "candidates": [
             {
                 "windows": these, "silenced": silenced if k == 0 else [], "maps": [], "score": 0.93 - 0.01 * k,
-                "kl": 0.41 + 0.17 * k, "refused": "",
+                "distance": 0.41 + 0.17 * k, "refused": "",
                 "repairs": [{"start": a, "stop": b, "removal_error": 0.31 + 0.1 * k, "repaired_error": 0.12 + 0.05 * k,
                              "ridge": 1e-4} for a, b in these],
             }
             for k, these in enumerate(windows)
-        ] + [{"windows": [[0, len(gone)]], "silenced": [], "maps": [], "score": 0.61, "kl": None, "repairs": [],
+        ] + [{"windows": [[0, len(gone)]], "silenced": [], "maps": [], "score": 0.61, "distance": None, "repairs": [],
               "refused": "block 0 owns the relative position bias that the other blocks use"}],
         "perplexity": {"original": 11.55, "removed": 2029.0, "repaired": 17.56, "trained": 15.21,
                        "first_removed": 49.73, "first_repaired": 22.89},
         "parameters": {"before": 134_515_008, "after": 106_523_712},
         "bytes": {"before": 538_060_032, "after": 426_094_848},
         "training": {
-            "steps": 240, "tokens": 491_520, "kl_before": 0.41, "kl": 0.28 + 0.13 * math.exp(-210 / 60),
-            "best_step": 210, "seconds": 1_804.2,
+            "steps": 240, "tokens": 491_520, "distance_before": 0.41, "distance": 0.28 + 0.13 * math.exp(-210 / 60),
+            "best_step": 210, "measure": "KL (nats a token)", "seconds": 1_804.2,
             "stopped": "",
             "history": [
-                {"step": s, "tokens": 2048 * s, "kl": 0.28 + 0.13 * math.exp(-s / 60) + (0.004 if s == 240 else 0.0),
+                {"step": s, "tokens": 2048 * s,
+                 "distance": 0.28 + 0.13 * math.exp(-s / 60) + (0.004 if s == 240 else 0.0),
                  "loss": None if s == 0 else 0.33 + 0.2 * math.exp(-s / 50)}
                 for s in range(0, 241, 30)
             ],

@@ -33,7 +33,7 @@ def hard_compression() -> dict[str, Any]:
     """80 blocks, many windows, numbers of many sizes."""
     windows = ((1, 3), (5, 6), (8, 20), (22, 23), (25, 26), (30, 47), (50, 51), (60, 61), (70, 77))
     said = example.compression(80, windows)
-    said["candidates"] = [{**said["candidates"][0], "kl": 10.0**k} for k in range(-3, 27)]
+    said["candidates"] = [{**said["candidates"][0], "distance": 10.0**k} for k in range(-3, 27)]
     said["perplexity"] |= {"removed": 3.2e12, "repaired": 11.551}
     return said
 

@@ -49,7 +49,7 @@ def test_a_compression_is_told_as_it_was(
     reader = Reader(write_report(tmp_path, compression=said, command="c", title="t").read_text())
     window = result.candidates[0].windows[0]
     assert f"Removed: {window.start} (numbered from 0, as before)." in reader.text
-    assert [row[-1] for row in reader.tables["Candidates"][1:]] == [f"{one.kl:.4f}" for one in result.candidates]
+    assert [row[-1] for row in reader.tables["Candidates"][1:]] == [f"{one.distance:.4f}" for one in result.candidates]
     told = {row[0]: row[1] for row in reader.tables["Perplexity by step"][1:]}
     assert told["repaired and trained"] == f"{result.perplexities['trained']:.2f}"
     drawing = influence(said)

@@ -51,7 +51,7 @@ def test_candidates_have_their_kl_and_the_first_is_the_chosen() -> None:
 
 def test_only_the_first_candidates_are_drawn_and_the_caption_says_so() -> None:
     said = example.compression()
-    said["candidates"] = [{**said["candidates"][1], "kl": 0.1 * k} for k in range(1, 31)]
+    said["candidates"] = [{**said["candidates"][1], "distance": 0.1 * k} for k in range(1, 31)]
     drawing = candidates(said)
     assert drawing is not None and "The first 20 of 30." in drawing.caption
     with drawn(drawing, Style()) as figure:
@@ -60,7 +60,7 @@ def test_only_the_first_candidates_are_drawn_and_the_caption_says_so() -> None:
 
 def test_when_the_chosen_one_has_no_kl_no_other_is_called_chosen() -> None:
     said = example.compression()
-    said["candidates"][0]["kl"] = math.nan
+    said["candidates"][0]["distance"] = math.nan
     drawing = candidates(said)
     assert drawing is not None
     with drawn(drawing, Style()) as figure:
@@ -114,7 +114,7 @@ def test_speed_is_against_the_first() -> None:
     "said",
     [
         {},
-        {"candidates": [{"windows": [[1, 2]], "silenced": [], "kl": None}]},
+        {"candidates": [{"windows": [[1, 2]], "silenced": [], "distance": None}]},
         {"perplexity": {"original": math.nan, "removed": 3.0}, "accuracy": {}, "speed": {"ratios": {"a": {}}}},
         {"perplexity": {"original": 3.0}},
     ],

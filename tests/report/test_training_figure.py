@@ -21,16 +21,16 @@ def test_the_curves_are_the_history() -> None:
     with drawn(drawing, Style()) as figure:
         kl, loss = figure.axes
         assert "thousands" in kl.get_xlabel() and "nats" in kl.get_ylabel()
-        assert np.allclose(kl.lines[0].get_xydata(), [(row["tokens"] / 1e3, row["kl"]) for row in history])
+        assert np.allclose(kl.lines[0].get_xydata(), [(row["tokens"] / 1e3, row["distance"]) for row in history])
         assert np.allclose(loss.lines[0].get_xydata(), [(row["tokens"] / 1e3, row["loss"]) for row in history[1:]])
-        best = min(history, key=lambda row: row["kl"])
-        assert np.allclose(kl.lines[1].get_xydata(), [(best["tokens"] / 1e3, best["kl"])])
-        assert kl.lines[1].get_label() == f"best: {best['kl']:.4f} at step 210"
+        best = min(history, key=lambda row: row["distance"])
+        assert np.allclose(kl.lines[1].get_xydata(), [(best["tokens"] / 1e3, best["distance"])])
+        assert kl.lines[1].get_label() == f"best: {best['distance']:.4f} at step 210"
 
 
 def test_a_validation_without_a_number_is_left_out_of_the_curve() -> None:
     said = example.compression()
-    said["training"]["history"][2]["kl"] = math.inf
+    said["training"]["history"][2]["distance"] = math.inf
     said["training"]["best_step"] = 60  # what had no number
     drawing = training(said)
     assert drawing is not None

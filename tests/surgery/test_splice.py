@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, find_stack
-from streamline_hooks.evaluation import Candidate, kl_of_candidates
+from streamline_hooks.evaluation import Candidate, distances_of_candidates
 from streamline_hooks.surgery.opened import _open
 from tests.tiny_models import BLOCKS, Nudge, repaired, tiny_model, tokens
 
@@ -37,7 +37,7 @@ def test_what_is_judged_is_what_is_committed(window: range, module: Nudge | None
     model = with_splices(0, 2, 3, BLOCKS)
     ids = tokens(2, 9, seed=4)
     reference = logits(model, ids).double().log_softmax(-1)
-    kl = kl_of_candidates(model, [ids], [Candidate(window, module)])[0]
+    kl = distances_of_candidates(model, [ids], [Candidate(window, module)])[0]
     with LayerSurgeon(model) as surgeon:
         surgeon.replace(window, copy.deepcopy(module))
         surgeon.commit()
@@ -104,7 +104,7 @@ def test_the_stacks_name_reaches_the_judge() -> None:
 
     model, ids = Two().eval(), tokens(2, 9)
     candidates = [Candidate(range(k, k + 2)) for k in range(3)]
-    kls = kl_of_candidates(model, [ids], candidates, stack="front")
+    kls = distances_of_candidates(model, [ids], candidates, stack="front")
     for candidate, kl in zip(candidates, kls, strict=True):
         p = logits(model, ids).double().log_softmax(-1)
         with LayerSurgeon(model, "front") as surgeon:
@@ -159,7 +159,7 @@ def test_what_is_put_in_works_in_the_mode_of_the_model() -> None:
         surgeon.insert(2, nn.Dropout(0.5))
         assert torch.equal(logits(model), logits(model))
     noisy = nn.Sequential(Nudge(), nn.Dropout(0.5))
-    assert len(set(kl_of_candidates(model, [tokens(1, 5)], [Candidate(range(1, 3), noisy)] * 2))) == 1
+    assert len(set(distances_of_candidates(model, [tokens(1, 5)], [Candidate(range(1, 3), noisy)] * 2))) == 1
     assert noisy.training
 
 

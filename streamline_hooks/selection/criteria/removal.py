@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation import Candidate, kl_of_candidates, perplexity_of_candidates
+from streamline_hooks.evaluation import Candidate, distances_of_candidates, perplexity_of_candidates
 
 
 def perplexity_when_removed(
@@ -78,5 +78,5 @@ def kl_when_removed(
     """
     if not batches:
         raise StreamlineError("There is no text to compare the models on; give one batch at least.")
-    each = kl_of_candidates(model, batches, [Candidate(window) for window in windows], stack=stack)
+    each = distances_of_candidates(model, batches, [Candidate(window) for window in windows], stack=stack)
     return [-kl if math.isfinite(kl) else -math.inf for kl in each]

@@ -13,10 +13,11 @@ from torch.nn.functional import cross_entropy
 from streamline_hooks.batch import Batch, prepare
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.perplexity import input_ids
-from streamline_hooks.passes import inference, logits_of, progress
+from streamline_hooks.passes import inference, progress
 from streamline_hooks.precision import widen
 from streamline_hooks.predicted import predicted_tokens
 from streamline_hooks.stack import BlockStack, find_stack
+from streamline_hooks.task import logits_of
 
 
 def taylor(

@@ -121,7 +121,9 @@ class Run:
         scores: list[float] = []
         if not pool:
             return scores
-        for gone, kl in zip(pool, self.judge.kl([Attempt(selection_of(g)) for g in pool], what, numbers), strict=True):
+        for gone, kl in zip(
+            pool, self.judge.distances([Attempt(selection_of(g)) for g in pool], what, numbers), strict=True
+        ):
             if isinstance(kl, UnsupportedSurgery):
                 self.refusal = kl
                 scores.append(-math.inf)

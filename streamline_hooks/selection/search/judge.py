@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch, prepare, tokens_of
-from streamline_hooks.batch import real_tokens as mask_of
 from streamline_hooks.branches import Branch
+from streamline_hooks.distance import reference_of, summed_distance
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
-from streamline_hooks.evaluation.agreement import summed_kl
-from streamline_hooks.evaluation.candidates import Candidate, real_tokens
-from streamline_hooks.hidden_state import read_output, token_mask, write_output
-from streamline_hooks.passes import inference, logits_of, progress
+from streamline_hooks.evaluation.candidates import Candidate
+from streamline_hooks.hidden_state import read_output, write_output
+from streamline_hooks.passes import inference, progress
 from streamline_hooks.repair import StandIn, place
 from streamline_hooks.repair.branch_linear import BranchLinear
 from streamline_hooks.repair.stand_in import is_spliced
@@ -26,6 +25,7 @@ from streamline_hooks.selection.search.selected import Selection
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.surgery.silence import branches_of
+from streamline_hooks.task import Task
 
 Writers = Mapping[tuple[int, Branch], Sequence[str]]
 """By block and branch, the paths below the block of the modules that write what the branch adds."""
@@ -128,7 +128,7 @@ def given_up(
 
 
 class Judge:
-    """KL of selections' next-token distributions from the original's, on batches that may be chosen anew each time.
+    """How far what is said without selections is from what the original says, on batches chosen anew each time.
 
     Parameters
     ----------
@@ -138,10 +138,12 @@ class Judge:
     writers : mapping
         Of the branches that are silenced, see `writers_of`.
     reuse : int
-        Bytes that the original's log-probabilities may take from one call to the next. Those of the first batches
+        Bytes that the original's answers may take from one call to the next. Those of the first batches
         that fit are kept; the others are computed once a call, for all selections together.
     probe : mapping or torch.Tensor, optional
         What to run a model on that cannot be probed otherwise, without padding, where something is folded.
+    task : Task, optional
+        What the model is for, see `Task.of`.
     """
 
     def __init__(
@@ -151,20 +153,21 @@ class Judge:
         writers: Writers | None = None,
         reuse: int = 0,
         probe: Batch | Tensor | None = None,
+        task: Task | None = None,
     ) -> None:
         if not batches:
             raise StreamlineError("There is no batch to judge on; give one at least.")
         self.stack, self.batches = stack, list(batches)
-        self._writers, self._probe = writers or {}, probe
+        self._writers, self._probe, self.task = writers or {}, probe, task or Task.of(stack.model)
         self._left = reuse
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[int, Tensor] = {}
 
     @property
     def tokens(self) -> list[int]:
         """The real tokens of each batch."""
         return [tokens_of(batch) for batch in self.batches]
 
-    def kl(
+    def distances(
         self, attempts: Sequence[Attempt], what: str, numbers: Sequence[int] | None = None
     ) -> list[float | UnsupportedSurgery]:
         """Judge selections, each batch with all of them before the next.
@@ -180,42 +183,42 @@ class Judge:
         Returns
         -------
         list
-            For each the mean KL(original ‖ shortened) in nats a token, or the error that says why it cannot go.
+            For each the mean distance of an answer (`Task.distance`): KL(original ‖ shortened) in nats a token, for
+            instance; or the error that says why it cannot go.
 
         Raises
         ------
         StreamlineError
-            If the original's logits are not finite, or no token is real.
+            If the original's answers are not finite, or no token is real.
         """
         numbers = range(len(self.batches)) if numbers is None else numbers
         sums: list[float | UnsupportedSurgery] = [0.0] * len(attempts)
-        tokens, model = 0, self.stack.model
+        answers, model = 0, self.stack.model
         with inference(model), progress(sum(self.tokens[n] for n in numbers) * len(attempts), what) as bar:
             for number in numbers:
                 given = prepare(model, self.batches[number])
-                reference, mask = self._reference(number, given)
-                tokens += len(reference)
+                reference = self._reference(number, given)
+                answers += len(reference)
                 for k, attempt in enumerate(attempts):
                     before = sums[k]
                     if not isinstance(before, UnsupportedSurgery):
                         try:
                             with given_up(self.stack, attempt, self._writers, self._probe):
-                                logits = logits_of(model(**given))
-                            sums[k] = before + summed_kl(reference, real_tokens(logits, mask))
+                                said = self.task.answers(model(**given), self.batches[number])
+                            sums[k] = before + summed_distance(self.task, reference, said)
                         except UnsupportedSurgery as error:
                             sums[k] = error
                     bar.update(self.tokens[number])
-        if not tokens:
+        if not answers:
             raise StreamlineError("The batches hold no real token; give some to judge on.")
-        return [s if isinstance(s, UnsupportedSurgery) else s / tokens for s in sums]
+        return [s if isinstance(s, UnsupportedSurgery) else s / answers for s in sums]
 
-    def _reference(self, number: int, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The original's log-probabilities of a batch's real tokens, and where those are."""
+    def _reference(self, number: int, given: dict[str, Any]) -> Tensor:
+        """The original's answers to a batch, as log-probabilities or vectors of length one."""
         if number in self._kept:
             return self._kept[number]
-        logits = logits_of(self.stack.model(**given))
-        mask = token_mask(logits, mask_of(given))
-        reference = real_tokens(logits, mask).float().log_softmax(dim=-1)
+        said = self.task.answers(self.stack.model(**given), self.batches[number])
+        reference = reference_of(self.task, said)
         if not torch.isfinite(reference.sum(dtype=torch.float64)):
             raise StreamlineError(
                 f"The original's logits hold NaN or infinite values (batch {number}); nothing can be judged by them. "
@@ -224,8 +227,8 @@ class Judge:
         size = reference.numel() * reference.element_size()
         if size <= self._left:
             self._left -= size
-            self._kept[number] = reference, mask
-        return reference, mask
+            self._kept[number] = reference
+        return reference
 
 
 def _nothing(module: nn.Module, args: Any, output: Any) -> Any:

@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
 from streamline_hooks.branches import Branch
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
-from streamline_hooks.evaluation import kl_of_candidates
+from streamline_hooks.evaluation import distances_of_candidates
 from streamline_hooks.repair import Kind, Repair, StandIn, kind_named
 from streamline_hooks.repair.branch_linear import BranchLinear
 from streamline_hooks.repair.fitting import start
@@ -20,6 +21,7 @@ from streamline_hooks.repair.repaired import fit_branches
 from streamline_hooks.selection.search.judge import Attempt, Judge, Writers, given_up, writers_of
 from streamline_hooks.selection.search.selected import Selection
 from streamline_hooks.stack import BlockStack, find_stack
+from streamline_hooks.task import Task
 
 Batches = Sequence[Batch | Tensor]
 _Silenced = tuple[tuple[int, Branch], ...]
@@ -35,16 +37,16 @@ class VerifiedSelection(Selection):
         One a window.
     maps : tuple of BranchLinear
         One a silenced branch, where the kind puts a linear map in its place.
-    kl : float
-        Mean KL to the original's next-token distribution on validation text, in nats a token; infinite where the
-        selection was refused.
+    distance : float
+        Mean distance of what is said to what the original says, on the validation part (`Task.distance`): KL in nats a
+        token, or 1 - cosine of an embedding; infinite where the selection was refused.
     refused : str
         Why it cannot go; empty where it can, as far as is seen without carrying it out.
     """
 
     repairs: tuple[Repair, ...] = ()
     maps: tuple[BranchLinear, ...] = ()
-    kl: float = math.inf
+    distance: float = math.inf
     refused: str = ""
 
 
@@ -58,8 +60,9 @@ def verified(
     kind: Kind | str = "linear",
     stack: str | None = None,
     probe: Batch | Tensor | None = None,
+    task: Task | None = None,
 ) -> list[VerifiedSelection]:
-    """Repair selections by least squares, and judge each by KL to the original.
+    """Repair selections by least squares, and judge each by how far what is said then is from the original.
 
     The windows of a selection are fitted in their order, each on the model in which those before it are repaired
     already and the branches before it silenced, with what stands in their place. Where the kind puts a linear map in
@@ -69,7 +72,6 @@ def verified(
     Parameters
     ----------
     model : torch.nn.Module
-        A causal language model.
     selections : sequence of Selection
         A shortlist of any searches. Its scores are kept, and not looked at.
     fit, held_out, validation : sequence of mapping or torch.Tensor
@@ -80,19 +82,22 @@ def verified(
         Path of the stack, see `find_stack`.
     probe : mapping or torch.Tensor, optional
         What to look for branches on in a model that cannot be probed otherwise, without padding.
+    task : Task, optional
+        What the model is for, and so what its answers are compared by, see `Task.of`.
 
     Returns
     -------
     list of VerifiedSelection
-        All of them, the best first; those that cannot go, or leave no finite logits, last. What is new and not fitted,
-        as a network with random weights, says nothing by its KL yet: there the shortlist's own order stays.
+        All of them, the best first; those that cannot go, or leave no finite answers, last. What is new and not fitted,
+        as a network with random weights, says nothing by its distance yet: there the shortlist's own order stays.
 
     Raises
     ------
     UnsupportedSurgery
         If every one is refused.
     StreamlineError
-        If not one leaves a model with finite logits; or as `measure_moments`, `solve` and `kl_of_candidates` do.
+        If not one leaves a model with finite answers; or as `measure_moments`, `solve` and `distances_of_candidates`
+        do.
 
     Notes
     -----
@@ -115,16 +120,16 @@ def verified(
     """
     if not selections:
         raise StreamlineError("There is no selection to verify; give the best of a search.")
-    fitting = _Fitting(find_stack(model, stack), kind_named(kind), probe, selections)
+    fitting = _Fitting(find_stack(model, stack), kind_named(kind), probe, selections, task)
     depth = max(len(selection.windows) for selection in selections)
     if fitting.kind.in_branches:
         fitting.fit_branches(fit, held_out)
     for level in range(depth):
         fitting.fit_level(level, (fit, held_out))
-    kls = fitting.judge(validation)
+    distances = fitting.judge(validation)
     judged = []
-    for k, (selection, kl) in enumerate(zip(selections, kls, strict=True)):
-        refused = isinstance(kl, UnsupportedSurgery)
+    for k, (selection, distance) in enumerate(zip(selections, distances, strict=True)):
+        refused = isinstance(distance, UnsupportedSurgery)
         judged.append(
             VerifiedSelection(
                 selection.windows,
@@ -132,17 +137,17 @@ def verified(
                 selection.score,
                 () if refused else tuple(fitting.repairs[k]),
                 () if refused else fitting.maps_of(selection.silenced),
-                math.inf if isinstance(kl, UnsupportedSurgery) else kl,
-                str(kl) if refused else "",
+                math.inf if isinstance(distance, UnsupportedSurgery) else distance,
+                str(distance) if refused else "",
             )
         )
     if all(one.refused for one in judged):
-        raise next(kl for kl in kls if isinstance(kl, UnsupportedSurgery))
+        raise next(one for one in distances if isinstance(one, UnsupportedSurgery))
     telling = fitting.kind.solve or fitting.kind.fit is not None or fitting.kind.slots > 0  # a block was trained once
-    judged.sort(key=lambda one: (not math.isfinite(one.kl), bool(one.refused), one.kl if telling else 0.0))
-    if not math.isfinite(judged[0].kl):
+    judged.sort(key=lambda one: (not math.isfinite(one.distance), bool(one.refused), one.distance if telling else 0.0))
+    if not math.isfinite(judged[0].distance):
         raise StreamlineError(
-            f"Not one of the {len(judged)} shortlisted selections leaves a model with finite logits. Remove less, "
+            f"Not one of the {len(judged)} shortlisted selections leaves a model with finite answers. Remove less, "
             "protect other blocks, or run in a wider precision (float32 or bfloat16)."
         )
     return judged
@@ -152,9 +157,15 @@ class _Fitting:
     """Selections on the way to being repaired."""
 
     def __init__(
-        self, stack: BlockStack, kind: Kind, probe: Batch | Tensor | None, selections: Sequence[Selection]
+        self,
+        stack: BlockStack,
+        kind: Kind,
+        probe: Batch | Tensor | None,
+        selections: Sequence[Selection],
+        task: Task | None,
     ) -> None:
         self.stack, self.kind, self.probe, self.selections = stack, kind, probe, selections
+        self.task = task or Task.of(stack.model)  # before anything long is run
         self.repairs: list[list[Repair]] = [[] for _ in selections]
         self.maps: dict[tuple[int, Branch], BranchLinear] = {}
         self.refusals: dict[int, UnsupportedSurgery] = {}
@@ -252,17 +263,18 @@ class _Fitting:
         return Attempt(selection, tuple(r.stand_in for r in self.repairs[k]), self.maps_of(selection.silenced))
 
     def judge(self, validation: Batches) -> list[float | UnsupportedSurgery]:
-        """KL of each selection; of single windows at the cost of the blocks after them."""
+        """The distance of each selection; of single windows at the cost of the blocks after them."""
         left = [k for k in range(len(self.selections)) if k not in self.refusals]
         attempts = {k: self._attempt(k) for k in left}
         alone = {k: one for k in left if (one := attempts[k].candidate(self.stack)) is not None}
         others = [k for k in left if k not in alone]
-        kls: dict[int, float | UnsupportedSurgery] = dict(self.refusals)
+        found: dict[int, float | UnsupportedSurgery] = dict(self.refusals)
         if alone:
-            each = kl_of_candidates(self.stack.model, validation, list(alone.values()), stack=self.stack.path)
-            kls.update(zip(alone, each, strict=True))
+            options: dict[str, Any] = {"stack": self.stack.path, "task": self.task}
+            each = distances_of_candidates(self.stack.model, validation, list(alone.values()), **options)
+            found.update(zip(alone, each, strict=True))
         if others:
-            judge = Judge(self.stack, validation, self.writers, probe=self.probe)
-            judged = judge.kl([attempts[k] for k in others], f"judge: {len(others)} selections")
-            kls.update(zip(others, judged, strict=True))
-        return [kls[k] for k in range(len(self.selections))]
+            judge = Judge(self.stack, validation, self.writers, probe=self.probe, task=self.task)
+            judged = judge.distances([attempts[k] for k in others], f"judge: {len(others)} selections")
+            found.update(zip(others, judged, strict=True))
+        return [found[k] for k in range(len(self.selections))]

@@ -98,13 +98,13 @@ def test_between_generations_and_after_an_interruption_the_model_is_as_it_was() 
 def test_all_children_see_few_tokens_and_the_survivors_more(monkeypatch: pytest.MonkeyPatch) -> None:
     from streamline_hooks.selection.search import judge as judging
 
-    calls, original = [], judging.Judge.kl
+    calls, original = [], judging.Judge.distances
 
     def watched(self: Any, attempts: Any, what: str, numbers: Any = None) -> Any:
         calls.append((len(attempts), None if numbers is None else sum(self.tokens[n] for n in numbers)))
         return original(self, attempts, what, numbers)
 
-    monkeypatch.setattr(judging.Judge, "kl", watched)
+    monkeypatch.setattr(judging.Judge, "distances", watched)
     batches = [tokens(1, 8, seed=n) for n in range(6)]
     running = evolve(tiny_model("llama"), batches, [Selection((range(1, 3),))], offspring=9, stages=((8, 4), (20, 2)))
     next(running), next(running)

@@ -61,7 +61,7 @@ def test_a_selection_is_judged_as_the_surgeon_would_leave_it(family: str, drawn:
     assert not any(isinstance(paths, UnsupportedSurgery) for paths in writers.values())
     judge = Judge(find_stack(model), batches, writers, reuse)
     for numbers in ([1], [0, 1, 2]):
-        got = judge.kl(drawn, "judge", numbers)
+        got = judge.distances(drawn, "judge", numbers)
         assert fingerprint(model) == before
         for attempt, kl in zip(drawn, got, strict=True):
             assert kl == pytest.approx(kl_by_hand(model, [batches[n] for n in numbers], attempt), rel=2e-4, abs=1e-6)
@@ -75,9 +75,9 @@ def test_what_is_kept_of_the_original_is_bounded() -> None:
     for reuse, expected in ((0, 6), (size - 1, 6), (size, 5), (2 * size + 1, 4), (3 * size, 3)):
         runs.clear()
         judge = Judge(find_stack(model), batches, reuse=reuse)
-        assert judge.kl([attempt, attempt], "judge") == judge.kl([attempt, attempt], "judge")
+        assert judge.distances([attempt, attempt], "judge") == judge.distances([attempt, attempt], "judge")
         assert len(runs) == expected
-        assert sum(kept.numel() * 4 for kept, _ in judge._kept.values()) <= reuse
+        assert sum(kept.numel() * 4 for kept in judge._kept.values()) <= reuse
 
 
 def test_what_cannot_go_is_named_and_the_others_are_judged() -> None:
@@ -85,7 +85,7 @@ def test_what_cannot_go_is_named_and_the_others_are_judged() -> None:
     model.model.layers[4].mlp = model.model.layers[2].mlp
     before = fingerprint(model)
     tied, other = (Attempt(Selection((window,))) for window in (range(2, 3), range(1, 2)))
-    refused, kl = Judge(find_stack(model), [tokens(2, 6), tokens(2, 5)]).kl([tied, other], "judge")
+    refused, kl = Judge(find_stack(model), [tokens(2, 6), tokens(2, 5)]).distances([tied, other], "judge")
     assert isinstance(refused, UnsupportedSurgery) and "blocks 2, 4 share parameters" in str(refused)
     assert isinstance(kl, float) and kl > 0
     assert fingerprint(model) == before
@@ -108,7 +108,7 @@ def test_an_error_inside_leaves_nothing_behind(error: type[BaseException], forwa
     drawn = [Attempt(Selection((range(1, 3),), ((4, "mlp"), (5, "attention"))), (Nudge(),))]
     judge = Judge(stack, [tokens(1, 4), tokens(1, 5)], writers)
     with pytest.raises(error, match="stop"):
-        judge.kl(drawn, "judge")
+        judge.distances(drawn, "judge")
     assert fingerprint(model) == before
     handle.remove()
 
@@ -118,9 +118,9 @@ def test_an_original_without_finite_logits_judges_nothing() -> None:
     model.lm_head.weight.data[0] = float("nan")
     judge = Judge(find_stack(model), [tokens(1, 4)])
     with pytest.raises(StreamlineError, match=r"The original's logits hold NaN or infinite values \(batch 0\)"):
-        judge.kl([Attempt(Selection((range(1, 3),)))], "judge")
+        judge.distances([Attempt(Selection((range(1, 3),)))], "judge")
     with pytest.raises(StreamlineError, match="There is no batch to judge on"):
         Judge(find_stack(model), [])
     empty = {"input_ids": tokens(1, 4), "attention_mask": torch.zeros(1, 4, dtype=torch.long)}
     with pytest.raises(StreamlineError, match="hold no real token"):
-        Judge(find_stack(tiny_model("llama")), [empty]).kl([], "judge")
+        Judge(find_stack(tiny_model("llama")), [empty]).distances([], "judge")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, UnsupportedSurgery
-from streamline_hooks.evaluation import Candidate, kl_of_candidates
+from streamline_hooks.evaluation import Candidate, distances_of_candidates
 from streamline_hooks.repair import solve
 from streamline_hooks.repair.branch_linear import fit_branch_linear, replace_branches
 from streamline_hooks.selection.search import Selection, verified
@@ -38,7 +38,7 @@ def test_single_windows_are_fitted_and_judged_in_shared_passes(kind: str) -> Non
     fitted, held_out = (measure_moments(model, part, windows) for part in (FIT, HELD_OUT))
     solutions = [solve(*pair) for pair in zip(fitted, held_out, strict=True)]
     modules = [LinearReplacement.from_map(s.map) if kind == "linear" else None for s in solutions]
-    kls = kl_of_candidates(model, VALIDATION, [Candidate(w, m) for w, m in zip(windows, modules, strict=True)])
+    kls = distances_of_candidates(model, VALIDATION, [Candidate(w, m) for w, m in zip(windows, modules, strict=True)])
     order = sorted(range(4), key=lambda k: kls[k])
     shortlist = [Selection((w,), score=float(w.start)) for w in windows]
     runs: list[int] = []
@@ -46,7 +46,7 @@ def test_single_windows_are_fitted_and_judged_in_shared_passes(kind: str) -> Non
     found = verified(model, shortlist, FIT, HELD_OUT, VALIDATION, kind=kind)
     # Fitting and holding out run each batch once, judging the original once and the window at 0 not at all.
     assert len(runs) == len(FIT) + len(HELD_OUT) + len(VALIDATION)
-    assert [s.kl for s in found] == [kls[k] for k in order]
+    assert [s.distance for s in found] == [kls[k] for k in order]
     assert [(s.windows, s.score) for s in found] == [(shortlist[k].windows, shortlist[k].score) for k in order]
     for one, k in zip(found, order, strict=True):
         (repair,), solution = one.repairs, solutions[k]
@@ -91,7 +91,7 @@ def test_several_windows_are_fitted_in_order_on_the_repaired_model(family: str) 
             torch.testing.assert_close(map_of(repair.stand_in), map_of(by_hand[-1]), rtol=1e-3, atol=1e-4)
             surgeon.replace(window, by_hand[-1])
     whole = Attempt(found, tuple(by_hand), tuple(maps))
-    assert found.kl == pytest.approx(kl_by_hand(model, VALIDATION, whole), rel=1e-3)
+    assert found.distance == pytest.approx(kl_by_hand(model, VALIDATION, whole), rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["linear", "none", "linear:rank=4"])
@@ -105,9 +105,9 @@ def test_branches_alone_have_a_linear_map_in_their_place_if_that_is_the_kind(bra
     for one in found:
         assert len(one.maps) == (2 if kind == "linear" else 0)
         assert all(m.held_out_error < m.removal_error for m in one.maps)
-        assert one.kl == pytest.approx(kl_by_hand(model, VALIDATION, Attempt(one, (), one.maps)), rel=2e-4)
+        assert one.distance == pytest.approx(kl_by_hand(model, VALIDATION, Attempt(one, (), one.maps)), rel=2e-4)
         if one.maps:
-            assert one.kl != pytest.approx(kl_by_hand(model, VALIDATION, Attempt(one)), rel=2e-3)
+            assert one.distance != pytest.approx(kl_by_hand(model, VALIDATION, Attempt(one)), rel=2e-3)
 
 
 def test_a_later_window_fitted_on_the_original_would_be_another() -> None:
@@ -164,16 +164,16 @@ def test_planted_redundancy_is_found_whatever_its_shape() -> None:
     others = [Selection((range(1, 2), range(4, 5))), Selection((range(2, 4),)), Selection((), ((4, "attention"),))]
     found = verified(model, [*others, planted], FIT, HELD_OUT, VALIDATION)
     assert found[0].windows == planted.windows and found[0].silenced == planted.silenced
-    assert found[0].kl < 1e-4 < found[1].kl and found[0].score == -5.0
+    assert found[0].distance < 1e-4 < found[1].distance and found[0].score == -5.0
 
 
 def test_a_network_with_random_weights_does_not_choose_the_window() -> None:
     model, shortlist = tiny_model("llama"), [Selection((range(k, k + 2),)) for k in (2, 0, 3, 1)]
     found = verified(model, shortlist, FIT, HELD_OUT, VALIDATION, kind="feed_forward")
     assert [one.windows for one in found] == [one.windows for one in shortlist]
-    assert [one.kl for one in found] != sorted(one.kl for one in found)
+    assert [one.distance for one in found] != sorted(one.distance for one in found)
     judged = verified(model, shortlist, FIT, HELD_OUT, VALIDATION, kind="block:solve=false")
-    assert [one.kl for one in judged] == sorted(one.kl for one in judged)
+    assert [one.distance for one in judged] == sorted(one.distance for one in judged)
 
 
 def scaled(forward: Any) -> Any:
@@ -186,7 +186,7 @@ def test_what_cannot_go_comes_last_with_its_reason() -> None:
     good, bad = Selection((range(1, 2),)), Selection((range(1, 2),), ((3, "mlp"),))
     found = verified(model, [bad, good], FIT, HELD_OUT, VALIDATION)
     assert [s.silenced for s in found] == [(), ((3, "mlp"),)]
-    assert found[1].kl == math.inf and "has not the usual two residual branches" in found[1].refused
+    assert found[1].distance == math.inf and "has not the usual two residual branches" in found[1].refused
     assert found[1].repairs == ()
     with pytest.raises(UnsupportedSurgery, match="has not the usual two residual branches"):
         verified(model, [bad], FIT, HELD_OUT, VALIDATION)
@@ -220,8 +220,8 @@ def test_every_kind_is_judged_by_what_the_model_says_with_it(family: str, kind: 
         assert [repair.window for repair in one.repairs] == list(one.windows)
         assert all(repair.repaired_error <= repair.removal_error for repair in one.repairs)
         attempt = Attempt(one, tuple(repair.stand_in for repair in one.repairs), one.maps)
-        assert one.kl == pytest.approx(kl_by_hand(model, VALIDATION, attempt), rel=2e-4)
-        assert one.kl != pytest.approx(kl_by_hand(model, VALIDATION, Attempt(one)), rel=2e-3)
+        assert one.distance == pytest.approx(kl_by_hand(model, VALIDATION, attempt), rel=2e-4)
+        assert one.distance != pytest.approx(kl_by_hand(model, VALIDATION, Attempt(one)), rel=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_a_window_in_which_a_kind_cannot_stand_is_refused_and_the_others_are_jud
     shortlist = [Selection(bad, silenced), Selection((range(2, 5),)), Selection((range(1, 4),))]
     found = verified(tiny_model("llama"), shortlist, FIT, HELD_OUT, VALIDATION, kind=kind)
     assert [one.windows for one in found if one.refused] == [bad] and reason in found[-1].refused
-    assert all(math.isfinite(one.kl) and one.repairs for one in found[:-1])
+    assert all(math.isfinite(one.distance) and one.repairs for one in found[:-1])
     with pytest.raises(UnsupportedSurgery, match=reason):
         verified(tiny_model("llama"), shortlist[:1], FIT, HELD_OUT, VALIDATION, kind=kind)
 

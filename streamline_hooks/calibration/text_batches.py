@@ -1,0 +1,220 @@
+"""Batches for encoders: documents in windows between the tokenizer's own special tokens, padded on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from streamline_hooks.calibration.dealing import Encoder, check_counts, deal_whole, shuffled
+from streamline_hooks.errors import StreamlineError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_Item = TypeVar("_Item")
+_SAMPLE = 200  # characters
+
+
+def text_parts(
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Mapping[str, int],
+    *,
+    sequence_length: int = 512,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> dict[str, list[dict[str, Tensor]]]:
+    """Deal documents to parts, and cut each into windows as an encoder was trained on them.
+
+    Documents are dealt as `split_documents` deals them, but only whole ones: in the order of a hash of seed and
+    content; a paragraph of 80 characters or more that is in one part is left out of the others; a document gives at
+    most a quarter of its part, or one window where that is more. Unlike there, documents are not joined: each begins a
+    window of its own, whose last one is shorter. The part that is named last is filled first, so that more for the
+    first does not change the others.
+
+    Parameters
+    ----------
+    documents : sequence of str
+        The text, see `read_documents`.
+    tokenizer : PreTrainedTokenizerBase
+        The model's own. It is called as ``tokenizer(text, add_special_tokens=..., verbose=False)``.
+    tokens : mapping of str to int
+        Size of each part in tokens of text, such as ``{"calibration": 41_000, "validation": 8_192, "test": 16_384}``.
+        Neither special tokens nor padding count; it is rounded down to full windows.
+    sequence_length : int
+        Tokens in a window at most, special tokens among them.
+    batch_size : int
+        Windows in a batch.
+    seed : int
+        Another seed deals the documents differently.
+
+    Returns
+    -------
+    dict of str to list of dict
+        The batches of each part, with ``input_ids`` and ``attention_mask`` of shape (batch, tokens), int64, and
+        ``token_type_ids`` of the same shape where the tokenizer gives them. A batch is as long as its longest window.
+
+    Raises
+    ------
+    StreamlineError
+        If there are too few documents, a size is out of range, or the tokenizer cannot pad.
+
+    Examples
+    --------
+    A tokenizer that gives each word a number, between a first and a last token as BERT's:
+
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *map(str, range(40))]
+    >>> core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    >>> core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    >>> special = [("[CLS]", 1), ("[SEP]", 2)]
+    >>> core.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=special)
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]")
+    >>> documents = [f"{number} and {number}" for number in range(40)]
+    >>> parts = text_parts(documents, tokenizer, {"calibration": 24, "test": 12}, sequence_length=6, batch_size=4)
+    >>> {name: [tuple(batch["input_ids"].shape) for batch in batches] for name, batches in parts.items()}
+    {'calibration': [(4, 5), (4, 5)], 'test': [(4, 5)]}
+    >>> parts["test"][0]["input_ids"][0].tolist()
+    [1, 19, 3, 19, 2]
+    """
+    check_counts(tokens, "tokens", batch_size)
+    _check_length(tokenizer, sequence_length)
+    padding = padding_token(tokenizer)
+    ordered = shuffled(documents, seed)
+    if not ordered:
+        raise StreamlineError("No text was given. Expected documents, as read_documents returns them.")
+    frame = _Frame.of(tokenizer, ordered[0][:_SAMPLE])
+    room = sequence_length - frame.size
+    for name, size in tokens.items():
+        if room < 1 or size < room:
+            raise StreamlineError(
+                f"{size:,} tokens for the part {name!r} with sequence_length={sequence_length}, of which {frame.size} "
+                "are the tokenizer's special tokens. Expected at least one token of text in a window, and one full "
+                f"window in each part. Ask for {max(room, 1):,} tokens or more, or for another sequence_length."
+            )
+    sizes = {name: tokens[name] for name in reversed(list(tokens))}
+    dealt = deal_whole(ordered, sizes, Encoder(tokenizer, separator=""), room)
+    parts: dict[str, list[dict[str, Tensor]]] = {}
+    for name in tokens:
+        windows = [window for ids in dealt[name] for window in in_runs(ids, room)]
+        parts[name] = [_batch(frame, rows, padding, tokenizer) for rows in in_runs(windows, batch_size)]
+    return parts
+
+
+def in_runs(items: Sequence[_Item], size: int) -> Iterator[Sequence[_Item]]:
+    """Yield runs of so many items, and at the end of what is left.
+
+    Examples
+    --------
+    >>> list(in_runs([1, 2, 3, 4, 5], 2))
+    [[1, 2], [3, 4], [5]]
+    """
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def right_padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Stack rows of different lengths, filled on the right.
+
+    Parameters
+    ----------
+    rows : sequence of sequence of int
+    value : int
+        What the shorter ones are filled with.
+
+    Returns
+    -------
+    torch.LongTensor
+        Of shape (rows, longest).
+
+    Examples
+    --------
+    >>> right_padded([[5, 6, 7], [8]], 0)
+    tensor([[5, 6, 7],
+            [8, 0, 0]])
+    """
+    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=value)
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the number of a tokenizer's padding token.
+
+    Raises
+    ------
+    StreamlineError
+        If it has none.
+    """
+    number = tokenizer.pad_token_id
+    if not isinstance(number, int):
+        raise StreamlineError(
+            f"The tokenizer {getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__!r} has no padding "
+            "token, and texts of different lengths are to stand in one batch. Expected the tokenizer of the model. "
+            'Give it one that the model knows: tokenizer.pad_token = "<pad>".'
+        )
+    return number
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What a tokenizer puts before and behind a text, and the types that it gives to the tokens, if any."""
+
+    before: tuple[int, ...]
+    behind: tuple[int, ...]
+    types: tuple[tuple[int, ...], int, tuple[int, ...]] | None
+
+    @property
+    def size(self) -> int:
+        return len(self.before) + len(self.behind)
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, sample: str) -> _Frame:
+        """Find it by a text with special tokens and without."""
+        bare = tuple(tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"])
+        whole = tokenizer(sample, add_special_tokens=True, verbose=False)
+        ids = tuple(whole["input_ids"])
+        for start in range(len(ids) - len(bare) + 1):
+            end = start + len(bare)
+            if bare and ids[start:end] == bare:
+                types = whole.get("token_type_ids")
+                kinds = None if types is None else (tuple(types[:start]), types[start], tuple(types[end:]))
+                return cls(ids[:start], ids[end:], kinds)
+        raise StreamlineError(
+            f"The tokenizer gives {list(bare)} to a text without special tokens and {list(ids)} with them. Expected "
+            "the same tokens between others. Check that it is the tokenizer of an encoder, and that the text is not "
+            "made of blanks."
+        )
+
+    def around(self, ids: Sequence[int]) -> list[int]:
+        return [*self.before, *ids, *self.behind]
+
+    def types_around(self, ids: Sequence[int]) -> list[int]:
+        before, inside, behind = self.types or ((), 0, ())
+        return [*before, *(inside for _ in ids), *behind]
+
+
+def _batch(
+    frame: _Frame, windows: Sequence[Sequence[int]], padding: int, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Tensor]:
+    rows = [frame.around(ids) for ids in windows]
+    batch = {
+        "input_ids": right_padded(rows, padding),
+        "attention_mask": right_padded([[1] * len(row) for row in rows], 0),
+    }
+    if frame.types is not None:
+        types = [frame.types_around(ids) for ids in windows]
+        batch["token_type_ids"] = right_padded(types, tokenizer.pad_token_type_id)
+    return batch
+
+
+def _check_length(tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+    longest = getattr(tokenizer, "model_max_length", None)
+    if isinstance(longest, int) and length > longest:
+        raise StreamlineError(
+            f"sequence_length={length:,} and a tokenizer whose model takes {longest:,} tokens at most. Expected no "
+            "more than that. Ask for less, or correct tokenizer.model_max_length if the model takes more."
+        )

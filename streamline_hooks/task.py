@@ -1,0 +1,296 @@
+"""What a model is for: which of its output is its answer, and how two answers are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from streamline_hooks.batch import Batch, tokens_of
+from streamline_hooks.batch import real_tokens as mask_of
+from streamline_hooks.distributed import sequences_of
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.hidden_state import token_mask
+
+TASKS = ("causal-lm", "masked-lm", "seq2seq", "image-classification", "text-classification", "embedding")
+POOLINGS = ("mean", "first", "last", "pooler")
+
+_UNITS = {"image-classification": "image", "text-classification": "text", "embedding": "embedding"}
+# Transformers' own lists of classes; the first that has a model's class says what it is for.
+_LISTS = {
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": "seq2seq",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES": "seq2seq",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "causal-lm",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "causal-lm",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "masked-lm",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": "image-classification",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "text-classification",
+    "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES": "embedding",
+    "MODEL_MAPPING_NAMES": "embedding",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model is for.
+
+    Attributes
+    ----------
+    name : {"causal-lm", "masked-lm", "seq2seq", "image-classification", "text-classification", "embedding"}
+        The answer is a distribution over the vocabulary for each real token (of a ``seq2seq`` model for each of the
+        decoder's), one over the classes for each image or text, or a vector for each.
+    pooling : {"", "mean", "first", "last", "pooler"}
+        What an embedding is made of, where a model gives states: their mean over the real tokens, the first or the last
+        real token's, or what the model pools itself. Left empty, it is the projection that CLIP's kin return; else the
+        model's own for images and sounds, where it has one, and the mean for text.
+
+    Raises
+    ------
+    StreamlineError
+        If there is no such task or pooling, or a pooling for what is no embedding.
+
+    Examples
+    --------
+    >>> from streamline_hooks.testing import tiny_model
+    >>> Task.of(tiny_model("llama"))
+    Task(name='causal-lm', pooling='')
+    >>> print(Task.parse("embedding:pooling=mean"))
+    embedding:pooling=mean
+    """
+
+    name: str
+    pooling: str = ""
+
+    def __post_init__(self) -> None:
+        if self.name not in TASKS:
+            raise StreamlineError(f"There is no task {self.name!r}; expected one of {', '.join(TASKS)}.")
+        if self.pooling and (self.pooling not in POOLINGS or self.name != "embedding"):
+            raise StreamlineError(
+                f"The pooling {self.pooling!r} of the task {self.name!r} is not known; expected one of "
+                f"{', '.join(POOLINGS)}, of the task embedding alone."
+            )
+
+    def __str__(self) -> str:
+        return f"{self.name}:pooling={self.pooling}" if self.pooling else self.name
+
+    @classmethod
+    def parse(cls, text: str) -> Task:
+        """Read ``"embedding"`` or, with its pooling, ``"embedding:pooling=first"``."""
+        name, _, options = text.partition(":")
+        key, _, value = options.partition("=")
+        if options and key.strip() != "pooling":
+            raise StreamlineError(f"The task {text!r} cannot be read; expected one like embedding:pooling=first.")
+        return cls(name.strip(), value.strip())
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Task:
+        """The task of a model, where it is clear from its class.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            Of Transformers, in PEFT's wrapper or not, or with a number of classes (``num_classes``), as timm's and
+            torchvision's have it; 0 of them make embeddings.
+
+        Raises
+        ------
+        StreamlineError
+            If it is not clear.
+        """
+        inside = getattr(model, "get_base_model", None)
+        plain = inside() if callable(inside) else model
+        name = task_of_classes([kind.__name__ for kind in type(plain).__mro__]) or _task_of_parts(plain)
+        if not name:
+            raise StreamlineError(
+                f"It is not clear what {type(plain).__name__} is for. Say it: task= (--task) {', '.join(TASKS)}."
+            )
+        return cls(name)
+
+    @property
+    def gives_distributions(self) -> bool:
+        """Whether an answer is a distribution, given by logits, and not a vector."""
+        return self.name != "embedding"
+
+    @property
+    def is_of_text(self) -> bool:
+        """Whether text without labels has a perplexity under the model."""
+        return self.name == "causal-lm"
+
+    @property
+    def unit(self) -> str:
+        """What there is an answer for: a token, an image, a text, an embedding."""
+        return _UNITS.get(self.name, "token")
+
+    @property
+    def distance(self) -> str:
+        """What two answers are compared by, in words."""
+        article = "an" if self.unit == "image" else "a"
+        return f"KL (nats {article} {self.unit})" if self.gives_distributions else "1 - cosine"
+
+    def count(self, batch: Batch | Tensor) -> int:
+        """How many answers there are to a batch, known before the model is run."""
+        if self.name in _UNITS:
+            return sequences_of(batch)
+        mask = None if isinstance(batch, Tensor) else _mask_of_decoder(batch)
+        if self.name == "seq2seq" and mask is not None:
+            return int(mask.sum())
+        return tokens_of(batch)
+
+    def answers(self, output: Any, given: Batch | Tensor) -> Tensor:
+        """The answers in what a model returned.
+
+        Parameters
+        ----------
+        output : Any
+            Of its forward; one of Transformers' outputs, or a tensor.
+        given : mapping or torch.Tensor
+            What the forward was called with, or the batch that it was made of.
+
+        Returns
+        -------
+        torch.Tensor
+            Logits, or vectors, of shape (answers, features); a view where nothing is left out.
+
+        Raises
+        ------
+        StreamlineError
+            If the output has no such answer, or one that cannot be compared.
+
+        Examples
+        --------
+        >>> given = {"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+        >>> tuple(Task("causal-lm").answers(torch.zeros(1, 3, 9), given).shape)
+        (2, 9)
+        >>> Task("embedding").answers(torch.tensor([[[1.0, 0.0], [0.0, 1.0], [9.0, 9.0]]]), given)
+        tensor([[0.5000, 0.5000]])
+        """
+        if not self.gives_distributions:
+            return self._embeddings(output, given)
+        logits = logits_of(output)
+        if self.name in _UNITS:
+            return self._of_classes(logits)
+        return real_tokens(logits, token_mask(logits, _mask_of(given, decoded=self.name == "seq2seq")))
+
+    def _of_classes(self, logits: Tensor) -> Tensor:
+        if logits.ndim != 2 or logits.shape[1] < 2:
+            raise StreamlineError(
+                f"The model's logits have the shape {tuple(logits.shape)}; expected (batch, classes) with two classes "
+                f"or more for the task {self.name}. A single number is no distribution."
+            )
+        return logits
+
+    def _embeddings(self, output: Any, given: Batch | Tensor) -> Tensor:
+        projected = [one for name in ("image_embeds", "text_embeds") if (one := _tensor(output, name)) is not None]
+        if projected and not self.pooling:
+            if len({one.shape for one in projected}) > 1:
+                raise StreamlineError(
+                    f"The model was given {len(projected[0])} images and {len(projected[1])} texts; give as many, so "
+                    "that the pairs can be compared."
+                )
+            return torch.cat([normalize(one.float(), dim=-1) for one in projected], dim=-1)
+        states = output if isinstance(output, Tensor) else _tensor(output, "last_hidden_state")
+        own = _tensor(output, "pooler_output")
+        text = not given.is_floating_point() if isinstance(given, Tensor) else "input_ids" in given
+        if own is not None and (self.pooling == "pooler" or not (self.pooling or text)):
+            return own.flatten(1)
+        if states is None or self.pooling == "pooler":
+            raise StreamlineError(
+                f"The model returned a {type(output).__name__} without {'states' if states is None else 'a pooler'}; "
+                "give one that returns last_hidden_state, image_embeds or a tensor, or choose another pooling."
+            )
+        if states.ndim == 2:
+            return states
+        mask = token_mask(states, _mask_of(given, decoded=True))
+        if self.pooling in ("first", "last"):
+            places = mask.long().cumsum(dim=1)
+            chosen = (places == (1 if self.pooling == "first" else places[:, -1:])) & mask
+            return states[chosen]
+        weights = mask[..., None].to(states.dtype)
+        return (states * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def task_of_classes(names: list[str]) -> str:
+    """The task of a model by the name of its class, and of those that it comes from; empty where they say none.
+
+    Examples
+    --------
+    >>> task_of_classes(["ViTForImageClassification"]), task_of_classes(["Mine"])
+    ('image-classification', '')
+    """
+    from transformers.models.auto import modeling_auto
+
+    for name in names:
+        for listed, task in _LISTS.items():
+            for known in getattr(modeling_auto, listed, {}).values():
+                if name == known or (isinstance(known, (tuple, list)) and name in known):
+                    return task
+    return ""
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returned.
+
+    Raises
+    ------
+    StreamlineError
+        If it returned none.
+    """
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise StreamlineError(
+            f"The model returned a {type(output).__name__} without logits; give one with its LM head."
+        )
+    return logits
+
+
+def real_tokens(logits: Tensor, mask: Tensor) -> Tensor:
+    """The logits of the real tokens, of shape (tokens, vocabulary); a view where there is no padding.
+
+    Parameters
+    ----------
+    logits : torch.Tensor
+        Of shape (batch, tokens, vocabulary).
+    mask : torch.Tensor
+        Boolean, of shape (batch, tokens).
+    """
+    real = mask.to(logits.device)
+    return logits.flatten(0, 1) if bool(real.all()) else logits[real]
+
+
+def _task_of_parts(model: nn.Module) -> str:
+    head = getattr(model, "get_output_embeddings", None)
+    if callable(head) and head() is not None:
+        return "seq2seq" if getattr(model.config, "is_encoder_decoder", False) else "causal-lm"
+    classes = getattr(model, "num_classes", None)
+    if isinstance(classes, int):
+        return "image-classification" if classes else "embedding"
+    return ""
+
+
+def _tensor(output: Any, name: str) -> Tensor | None:
+    found = getattr(output, name, None)
+    return found if isinstance(found, Tensor) else None
+
+
+def _masks(given: Batch) -> Iterator[Tensor]:
+    if isinstance(mask := given.get("decoder_attention_mask"), Tensor):
+        yield mask
+    if isinstance(labels := given.get("labels"), Tensor) and labels.ndim == 2:
+        yield labels != -100
+    if isinstance(ids := given.get("decoder_input_ids"), Tensor):
+        yield torch.ones_like(ids)
+
+
+def _mask_of_decoder(given: Batch) -> Tensor | None:
+    return next(_masks(given), None)
+
+
+def _mask_of(given: Batch | Tensor, decoded: bool) -> Tensor | None:
+    if isinstance(given, Tensor):
+        return None
+    own = _mask_of_decoder(given) if decoded else None
+    return mask_of(given) if own is None else own

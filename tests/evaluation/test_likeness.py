@@ -1,0 +1,96 @@
+"""Embeddings compared: against SciPy, and where it must not matter how they are turned."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamline_hooks import LayerSurgeon, StreamlineError
+from streamline_hooks.evaluation import embeddings, likeness, likeness_of, recall_at
+from streamline_hooks.task import Task
+from streamline_hooks.testing import tiny_model
+from tests.other_models import OTHERS, made
+
+
+def rows(count: int, features: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, features, generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.integers(3, 12), st.integers(2, 6), st.integers(0, 99), st.booleans())
+def test_spearman_is_scipys(count: int, features: int, seed: int, ties: bool) -> None:
+    a, b = rows(count, features, seed), rows(count, features, seed + 100)
+    if ties:
+        a[1] = a[0]
+        b[2] = b[0]
+    found = likeness_of(a, b)
+    x, y = (torch.nn.functional.normalize(one.double(), dim=-1) for one in (a, b))
+    first, second = torch.triu_indices(count, count, offset=1)
+    wanted = scipy.stats.spearmanr((x @ x.T)[first, second].numpy(), (y @ y.T)[first, second].numpy()).statistic
+    assert found.spearman == pytest.approx(wanted, abs=1e-6)
+    assert found.cosine == pytest.approx(float((x * y).sum(-1).mean())) and found.count == count
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 99))
+def test_a_rotation_moves_embeddings_and_keeps_their_similarities(seed: int) -> None:
+    a = rows(9, 5, seed)
+    turned = a @ torch.linalg.qr(rows(5, 5, seed + 1))[0]
+    found = likeness_of(a, turned)
+    assert found.spearman > 0.999 and found.cosine < 0.99
+
+
+def test_few_things_have_no_rank_correlation() -> None:
+    assert likeness_of(rows(2, 4, 0), rows(2, 4, 1)).spearman != likeness_of(rows(2, 4, 0), rows(2, 4, 0)).spearman
+    same = torch.ones(4, 3)
+    assert str(likeness_of(same, rows(4, 3, 0)).spearman) == "nan"
+    with pytest.raises(StreamlineError, match=r"have the shapes \(3, 4\) and \(3, 5\)"):
+        likeness_of(rows(3, 4, 0), rows(3, 5, 0))
+
+
+def test_recall() -> None:
+    documents = torch.eye(5)
+    assert recall_at(documents, documents) == 1.0
+    queries = documents.clone()
+    queries[0, 1] = 2.0  # finds the second first, and its own after it
+    assert recall_at(queries, documents) == 0.8 and recall_at(queries, documents, 2) == 1.0
+    assert recall_at(torch.ones(5, 5), documents) == 0.0, "all are as similar: nothing was found"
+    assert recall_at(queries * torch.tensor([[1.0], [9.0], [0.1], [2.0], [3.0]]), documents) == 0.8
+    for others, k in ((documents[:4], 1), (documents, 0), (documents, 6)):
+        with pytest.raises(StreamlineError, match="expected as many of both, and 1 or more to look at"):
+            recall_at(queries, others, k)
+
+
+def test_a_changed_encoder_is_less_alike() -> None:
+    model, batch = made("bert"), OTHERS["bert"].batch
+    original = copy.deepcopy(model)
+    assert likeness(model, original, [batch]).cosine == pytest.approx(1.0)
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([1])
+        found = likeness(model, original, [batch])
+        again = likeness_of(embeddings(original, [batch]), embeddings(model, [batch]))
+    assert found.cosine == again.cosine < 0.99
+    with pytest.raises(StreamlineError, match="are one module"):
+        likeness(model, model, [batch])
+
+
+def test_padding_and_batches_make_no_difference() -> None:
+    model, batch = made("bert"), OTHERS["bert"].batch
+    whole = embeddings(model, [batch])
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    alone = [{n: rows[k : k + 1, :length] for n, rows in batch.items()} for k, length in enumerate(lengths)]
+    torch.testing.assert_close(embeddings(model, alone), whole, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(embeddings(model, [batch["input_ids"]]), whole, atol=1e-3), "the padding counts"
+
+
+def test_what_cannot_be_embedded() -> None:
+    model = tiny_model("llama").model
+    with pytest.raises(StreamlineError, match="There is no batch to embed"):
+        embeddings(model, [])
+    model.norm.weight.data[0] = float("nan")
+    with pytest.raises(StreamlineError, match=r"hold NaN or infinite values \(batch 0\)"):
+        embeddings(model, [torch.arange(8).view(2, 4)], task=Task("embedding", "last"))

@@ -1,0 +1,82 @@
+"""How a changed model does at its task, against plain computations."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from streamline_hooks import LayerSurgeon, StreamlineError
+from streamline_hooks.evaluation import TaskScores, agreement, likeness
+from streamline_hooks.task import Task
+from tests.other_models import OTHERS, made, pictures
+
+
+def labelled(model: Any, count: int = 3) -> list[dict[str, torch.Tensor]]:
+    """Images whose labels are what the model says of all but the first of each batch."""
+    batches = [{"pixel_values": pictures(4)["pixel_values"] * (k + 1)} for k in range(count)]
+    for batch in batches:
+        with torch.no_grad():
+            said = model(**batch).logits.argmax(-1)
+        said[0] = (said[0] + 1) % 5
+        batch["labels"] = said
+    return batches
+
+
+def test_a_classifier() -> None:
+    model = made("vit")
+    original, batches = copy.deepcopy(model), labelled(model)
+    scores = TaskScores(model, batches, Task.of(model))
+    assert scores.original == {"kl": 0.0, "top1": 1.0, "accuracy": 0.75}
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([1, 2])
+        found = scores.of(model)
+        alike = agreement(model, original, batches)
+        with torch.no_grad():
+            right = torch.cat([model(b["pixel_values"]).logits.argmax(-1) == b["labels"] for b in batches])
+    assert (found["kl"], found["top1"]) == (pytest.approx(alike.kl, rel=1e-5), alike.top1)
+    assert found["accuracy"] == float(right.double().mean()) < 0.75
+    assert "the same class first" in str(alike) and "of 12 images" in str(alike) and "nats an image" in str(alike)
+    without = TaskScores(original, [{"pixel_values": one["pixel_values"]} for one in batches], Task.of(model))
+    assert set(without.original) == {"kl", "top1"}, "there is no accuracy without labels"
+
+
+@pytest.mark.parametrize("name", ["bert", "dinov2", "clip text"])
+def test_an_encoder(name: str) -> None:
+    model, case = made(name), OTHERS[name]
+    other = {k: v.flip(-1) if v.is_floating_point() else v.where(v < 3, 62 - v) for k, v in case.batch.items()}
+    original, batches = copy.deepcopy(model), [case.batch, other]
+    scores = TaskScores(model, batches, Task.of(model))
+    assert scores.original["cosine"] == pytest.approx(1.0)
+    with LayerSurgeon(model, case.path(model)) as surgeon:
+        surgeon.remove([1])
+        found, alike = scores.of(model), likeness(model, original, batches)
+    assert found["cosine"] == pytest.approx(alike.cosine) and found["cosine"] < 0.999
+    assert found["spearman"] == pytest.approx(alike.spearman, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["t5 decoder", "bart encoder"])
+def test_an_encoder_with_a_decoder(name: str) -> None:
+    model, case = made(name), OTHERS[name]
+    original = copy.deepcopy(model)
+    scores = TaskScores(model, [case.batch], Task.of(model))
+    with LayerSurgeon(model, case.path(model)) as surgeon:
+        surgeon.remove([1])
+        found, alike = scores.of(model), agreement(model, original, [case.batch])
+    assert found == {"kl": pytest.approx(alike.kl, rel=1e-5), "top1": alike.top1}
+    assert alike.tokens == int(case.batch["decoder_attention_mask"].sum()) and alike.kl > 1e-3
+
+
+def test_what_cannot_be_scored() -> None:
+    model = made("vit")
+    with pytest.raises(StreamlineError, match="There is no batch to score on"):
+        TaskScores(model, [], Task.of(model))
+    with pytest.raises(StreamlineError, match="makes embeddings, which have no KL; call likeness"):
+        agreement(made("bert"), made("bert"), [OTHERS["bert"].batch])
+    empty = {name: torch.zeros(1, 4, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    from streamline_hooks.testing import tiny_model
+
+    with pytest.raises(StreamlineError, match="hold no real token; give some to score on"):
+        TaskScores(tiny_model("gpt2"), [empty], Task("causal-lm"))

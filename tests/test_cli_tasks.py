@@ -1,0 +1,201 @@
+"""The command line for vision models, encoders, and encoders with a decoder."""
+
+from __future__ import annotations
+
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from streamline_hooks import load
+from streamline_hooks.evaluation import TaskScores
+from streamline_hooks.pretrained import task_of_pretrained
+from streamline_hooks.task import Task
+from tests.calibration.test_text_batches import tokenizer_of
+from tests.commands import run
+from tests.other_models import made
+
+pillow = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+COUNTS = ["--calibration-examples", 24, "--validation-examples", 8, "--test-examples", 12]
+CLASSES = ["ant", "bee", "cat", "dog", "elk"]
+
+
+def picture(seed: int) -> Any:
+    values = torch.randint(0, 256, (8, 8, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return pillow.fromarray(values.numpy())
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A classifier with its processor, and a folder of images a class."""
+    from transformers import ViTImageProcessor
+
+    folder = tmp_path_factory.mktemp("vision")
+    model = made("vit")
+    model.config.id2label = dict(enumerate(reversed(CLASSES)))  # not in the order of the folders
+    model.save_pretrained(folder / "model")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "model")
+    for k in range(60):
+        path = folder / "images" / CLASSES[k % 5] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(k).save(path)
+    return folder / "model", folder / "images"
+
+
+def test_a_classifier_and_a_folder_of_images(
+    vision: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, images = vision
+    assert task_of_pretrained(model) == Task("image-classification")
+    out = tmp_path / "out"
+    asked = ["compress", model, "-c", images, "--remove", 1, *COUNTS, "--train", "kl", "-o", out]
+    code, said, err = run(asked, monkeypatch, capsys)
+    assert code == 0, err
+    assert "data       calibration 24, validation 8, test 12 images" in said
+    assert "accuracy, repaired and trained" in said and "labels" not in said
+    report = json.loads((out / "report.json").read_text())
+    assert report["task"] == "image-classification" and "Scores by step" in (out / "report.html").read_text()
+    loaded = load(out)
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(out)
+    from streamline_hooks.calibration import image_parts, read_images
+
+    own = [loaded.config.id2label[k] for k in range(5)]
+    counts = {"calibration": 24, "validation": 8, "test": 12}
+    test = image_parts(read_images(images, classes=own), processor, counts, batch_size=4)["test"]
+    found = TaskScores(loaded, test, Task("image-classification")).original["accuracy"]
+    assert found == report["scores"]["trained"]["accuracy"]
+
+
+def test_ranking_and_a_dry_run(
+    vision: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, images = vision
+    code, said, err = run(["rank", model, "-c", images, "--calibration-examples", 20, "--json"], monkeypatch, capsys)
+    assert code == 0, err
+    assert json.loads(said)["blocks"] == 4 and json.loads(said)["tokens"] == 20 * 5  # patches, and the class token
+    code, said, err = run(
+        ["compress", model, "-c", images, *COUNTS, "--dry-run", "-o", tmp_path / "out"], monkeypatch, capsys
+    )
+    assert code == 0 and "What this costs is not known beforehand" in said and not (tmp_path / "out").exists()
+
+
+def test_labels_that_are_not_the_models_are_left_out(
+    vision: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A number of a class that is another class of the model's would make an accuracy of nothing."""
+    model, images = vision
+    (tmp_path / "images").mkdir()
+    for number, folder in enumerate(sorted(images.iterdir())):
+        (tmp_path / "images" / f"kind {number}").symlink_to(folder)
+    out = tmp_path / "out"
+    code, said, err = run(
+        ["compress", model, "-c", tmp_path / "images", *COUNTS, "-o", out, "--remove", 1], monkeypatch, capsys
+    )
+    assert code == 0, err
+    assert "labels     kind 0, kind 1, kind 2, kind 3, ... are none of the model's classes (elk, dog, cat, bee" in said
+    assert "accuracy" not in json.loads((out / "report.json").read_text())["scores"]["original"]
+
+
+def test_parquet_and_a_test_set_of_its_own(
+    vision: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow.parquet as parquet
+
+    files = []
+    for k in range(100, 120):
+        file = BytesIO()
+        picture(k).save(file, format="PNG")
+        files.append({"bytes": file.getvalue(), "path": f"{k}.png"})
+    table = pa.table({"image": files, "label": [k % 5 for k in range(20)]})
+    parquet.write_table(table, tmp_path / "test.parquet")
+    out = tmp_path / "out"
+    asked = ["compress", vision[0], "-c", vision[1], *COUNTS, "--remove", 1, "-o", out]
+    code, said, err = run([*asked, "--test", tmp_path / "test.parquet"], monkeypatch, capsys)
+    assert code == 0, err
+    assert "test 12 images" in said and "accuracy, repaired" in said
+    again = ["--test", vision[1], "--calibration-examples", 40, "--overwrite"]
+    code, said, err = run([*asked, *again], monkeypatch, capsys)
+    assert code == 2 and "of the test part are in the calibration part too" in err
+
+
+def words(count: int, seed: int) -> list[str]:
+    found = torch.randint(0, 50, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [str(one) for one in found]
+
+
+def saved(name: str, folder: Path) -> Path:
+    made(name).save_pretrained(folder)
+    tokenizer_of(50, model_input_names=["input_ids", "attention_mask"]).save_pretrained(folder)
+    return folder
+
+
+def test_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model = saved("bert", tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n\n\n".join(" ".join(words(30, k)) for k in range(80)))
+    sizes = ["--calibration-tokens", 600, "--validation-tokens", 200, "--test-tokens", 200, "--sequence-length", 32]
+    out = tmp_path / "out"
+    asked = ["compress", model, "-c", tmp_path / "text.txt", *sizes, "--remove", 1, "-o", out]
+    code, said, err = run([*asked, "--train", "embedding"], monkeypatch, capsys)
+    assert code == 0, err
+    assert "cosine, repaired and trained" in said and "1 - cosine" in said
+    assert json.loads((out / "report.json").read_text())["task"] == "embedding"
+    code, said, err = run([*asked, "--overwrite", "--task", "embedding:pooling=first"], monkeypatch, capsys)
+    assert code == 0 and json.loads((out / "report.json").read_text())["task"] == "embedding:pooling=first", err
+    code, said, err = run([*asked, "--overwrite", "--train", "kl"], monkeypatch, capsys)
+    assert code == 2 and "has kl, which a model for embedding does not give. Train on embedding" in err
+
+
+def test_an_encoder_with_a_decoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, lines = saved("bart decoder", tmp_path / "model"), []
+    for k in range(60):
+        lines.append(json.dumps({"source": " ".join(words(8, k)), "target": " ".join(words(5, k + 99))}))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out"
+    asked = ["compress", model, "-c", tmp_path / "pairs.jsonl", *COUNTS, "--remove", 1, "--sequence-length", 32]
+    for stack in ("model.encoder.layers", "model.decoder.layers"):
+        code, said, err = run(
+            [*asked, "--stack", stack, "-o", out, "--overwrite", "--train", "kl"], monkeypatch, capsys
+        )
+        assert code == 0, err
+        assert f"stack      {stack}: 4 x" in said and "KL, repaired and trained" in said
+        assert json.loads((out / "report.json").read_text())["task"] == "seq2seq"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "is calibrated on images (a folder or Parquet); name them with --calibration"),
+        (["-c", "self"], "--calibration self is for models that write"),
+        (["-c", "IMAGES", "--pack"], "--pack is for models that write"),
+        (["-c", "IMAGES", "--memory", "1GB"], "--memory is for models that write"),
+        (["-c", "IMAGES", "--task", "poetry"], "There is no task 'poetry'"),
+        (["-c", "IMAGES", "--remove", "latency:0.8", *map(str, COUNTS)], "is a time to write"),
+    ],
+)
+def test_what_is_refused(
+    more: list[str],
+    message: str,
+    vision: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, images = vision
+    given = [str(images) if one == "IMAGES" else one for one in more]
+    code, _, err = run(["compress", model, *given, "-o", tmp_path / "out"], monkeypatch, capsys)
+    assert code == 2 and message in err
+
+
+def test_pairs_of_images_and_texts_are_given_in_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(["rank", saved("clip text", tmp_path / "model"), "-c", "pydoc"], monkeypatch, capsys)
+    assert code == 2 and "takes images and texts together" in err and "Call streamline_hooks.compress in Python" in err

@@ -1,0 +1,200 @@
+"""The whole way for models that are no causal language models: batches in, a model that is saved and loaded out."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, compress, find_stack, load
+from streamline_hooks.batch import prepare
+from streamline_hooks.batch_split import BatchSplit
+from streamline_hooks.evaluation import TaskScores, distances_of_candidates
+from streamline_hooks.evaluation.candidates import Candidate
+from streamline_hooks.repair import Objective, Training, student_of, train
+from streamline_hooks.report import write_report
+from streamline_hooks.task import Task
+from tests.other_models import OTHERS, made, padded
+
+CASES = {
+    "vit": "kl", "dinov2": "embedding", "bert": "embedding + relative", "clip pictures": "embedding",
+    "swin": "embedding", "t5 encoder": "kl", "t5 decoder": "kl + mse", "bart encoder": "kl + lm",
+    "bart decoder": "kl", "whisper encoder": "kl",
+}  # fmt: skip
+
+
+def drawn(name: str, seed: int, count: int = 2) -> list[dict[str, Tensor]]:
+    """Batches such as a case's own, with other values."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    found = []
+    for _ in range(count):
+        batch = {}
+        for key, value in OTHERS[name].batch.items():
+            if value.is_floating_point():
+                batch[key] = torch.randn(value.shape, generator=generator)
+            elif key.endswith("input_ids"):
+                new = torch.randint(3, 60, value.shape, generator=generator)
+                batch[key] = new.where((value > 2) & (value < 60), value)
+            else:
+                batch[key] = value
+        found.append(batch)
+    return found
+
+
+def parts(name: str) -> dict[str, list[Any]]:
+    given = {part: drawn(name, k) for k, part in enumerate(("calibration", "validation", "test"))}
+    if name == "vit":
+        for k, batch in enumerate(given["test"]):
+            batch["labels"] = torch.tensor([k, 3])
+    if name.startswith("bart"):
+        for batches in given.values():
+            for batch in batches:
+                mask = batch["decoder_attention_mask"].bool()
+                batch["labels"] = batch["decoder_input_ids"].where(mask, -100)
+    return given
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_whole_way(name: str, tmp_path: Path) -> None:
+    model, case, given = made(name), OTHERS[name], parts(name)
+    original, task, length = copy.deepcopy(model), Task.of(model), len(find_stack(model, case.path(model)))
+    said: list[str] = []
+    training = Training(Objective.parse(CASES[name]), learning_rate=1e-3, validations=2)
+    options: dict[str, Any] = {"stack": case.path(model), "remove": len(case.removed), "training": training}
+    result = compress(model, None, given, **options, keep=(0,), say=said.append, output=tmp_path / "out")
+    assert any(line.startswith("data       calibration ") and f" {task.unit}s in 6 batches" in line for line in said)
+    assert len(find_stack(model, case.path(model))) == length - len(case.removed) and not result.perplexities
+    measure = "kl" if task.gives_distributions else "cosine"
+    scores = result.scores
+    assert set(scores) >= {"original", "removed", "repaired", "trained"}
+    assert result.training is not None and result.training.measure == task.distance
+    assert result.training.distance <= result.training.distance_before
+    assert all(measure in one for one in scores.values()) and ("accuracy" in scores["trained"]) == (name == "vit")
+
+    kept = TaskScores(original, given["test"], task)
+    for whose in (model, load(tmp_path / "out")):  # nothing was lost on the way to the folder
+        again = kept.of(whose)
+        assert again == {key: pytest.approx(value, abs=1e-5) for key, value in scores["trained"].items()}
+    with LayerSurgeon(original, case.path(original)) as surgeon:
+        surgeon.remove(result.candidates[0].windows[0])
+        assert kept.of(original) == {k: pytest.approx(v, abs=1e-5) for k, v in scores["removed"].items()}
+    assert all(one.distance > 0 for one in result.candidates)
+
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["scores"] == scores and report["measure"] == task.distance and report["task"] == task.name
+    assert result.table().count("repaired and trained") == len(scores["trained"])
+    assert "plain removal | " in (tmp_path / "out/README.md").read_text()
+    page = write_report(tmp_path, compression=report, command="c", title="t").read_text()
+    assert "Scores by step" in page and task.distance in page
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "bart decoder", "t5 encoder", "dinov2", "llava pictures"])
+def test_candidates_are_judged_by_what_the_model_says_without_them(name: str) -> None:
+    model, case = made(name), OTHERS[name]
+    batches, task, path = drawn(name, 7), Task.of(model), case.path(model)
+    found = distances_of_candidates(model, batches, [Candidate(range(k, k + 1)) for k in (1, 2)], stack=path)
+    for k, distance in zip((1, 2), found, strict=True):
+        sums = []
+        for batch in batches:
+            with torch.no_grad():
+                whole = task.answers(model(**prepare(model, batch)), batch).double()
+                with LayerSurgeon(model, path) as surgeon:
+                    surgeon.remove([k])
+                    less = task.answers(model(**prepare(model, batch)), batch).double()
+            if task.gives_distributions:
+                p, q = whole.log_softmax(-1), less.log_softmax(-1)
+                sums.append((p.exp() * (p - q)).sum(-1))
+            else:
+                sums.append(1 - torch.cosine_similarity(whole, less, dim=-1))
+        assert distance == pytest.approx(float(torch.cat(sums).mean()), rel=1e-3, abs=1e-6)
+
+
+QUICK = Training(Objective.parse("relative"), learning_rate=1e-2, validations=2)
+
+
+@pytest.mark.parametrize("name", ["bart encoder", "bart decoder", "t5 encoder", "t5 decoder"])
+@pytest.mark.parametrize("objective", ["relative", "kl", "kl + mse"])
+def test_padding_of_either_side_is_not_trained_on(name: str, objective: str) -> None:
+    """A decoder's states are masked as the decoder is, though the batch has another mask for the encoder."""
+    found = []
+    for seed in (0, 1):
+        model, case = made(name), OTHERS[name]
+        batches = [padded([9, 5], 9, seed=k) | padded([6, 4], 6, "decoder_", seed=k + 9) for k in range(4)]
+        for batch in batches:  # what padding holds must not matter
+            for side in ("", "decoder_"):
+                ids, mask = batch[f"{side}input_ids"], batch[f"{side}attention_mask"].bool()
+                noise = torch.randint(3, 60, ids.shape, generator=torch.Generator().manual_seed(seed))
+                batch[f"{side}input_ids"] = ids.where(mask, noise)
+        stack = find_stack(model, case.path(model))
+        student = student_of(stack, [(range(1, 3), LinearReplacement(32))])
+        settings = replace(QUICK, objective=Objective.parse(objective), epochs=3)
+        trained = train(student, batches[:3], batches[3:], settings)
+        assert trained.distance < trained.distance_before
+        found.append(torch.cat([p.detach().flatten() for p in student.parameters().values()]))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+def test_an_objective_that_a_model_cannot_be_compared_by() -> None:
+    for name, objective in (("bert", "kl"), ("vit", "embedding"), ("vit", "kl + lm"), ("bert", "embedding + lm")):
+        model = made(name)
+        training = replace(QUICK, objective=Objective.parse(objective))
+        with pytest.raises(StreamlineError, match="which a model for .* does not give. Train on"):
+            compress(model, None, parts(name), remove=1, training=training)
+        assert len(find_stack(model)) == 4
+    model = made("bart decoder")
+    student = student_of(find_stack(model), [(range(1, 2), LinearReplacement(32))])
+    with pytest.raises(StreamlineError, match="predicts a text, and a batch has none .*Give labels"):
+        of_text = replace(QUICK, objective=Objective.parse("lm"))
+        train(student, drawn("bart decoder", 0), drawn("bart decoder", 1), of_text)
+
+
+def test_parts_that_are_none() -> None:
+    model, given = made("vit"), parts("vit")
+    with pytest.raises(StreamlineError, match="is for image-classification, and is not given text alone. Give batches"):
+        compress(model, None, ["a text"], remove=1)
+    with pytest.raises(StreamlineError, match=r"The batches have the parts calibration \(2\); expected calibration, "):
+        compress(model, None, {"calibration": given["calibration"]}, remove=1)
+    with pytest.raises(StreamlineError, match="2 of the test part are in the calibration part too"):
+        compress(model, None, given | {"calibration": [*given["calibration"], given["test"][0]]}, remove=1)
+    with pytest.raises(StreamlineError, match="is a time to write, and ViTForImageClassification is for image"):
+        compress(model, None, given, remove="latency:0.8")
+    one = [{"pixel_values": given["calibration"][0]["pixel_values"][:1]}]
+    with pytest.raises(StreamlineError, match="has one sequence or image; expected two at least"):
+        compress(model, None, given | {"calibration": one}, remove=1)
+    assert len(find_stack(model)) == 4
+
+
+def test_the_same_text_under_other_padding_is_the_same() -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    mask = torch.ones_like(ids)
+    wide = {"input_ids": torch.tensor([[5, 6, 7, 1, 1]]), "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}
+    other = {"input_ids": ids + 1, "attention_mask": mask}
+    narrow = {"input_ids": ids, "attention_mask": mask}
+    with pytest.raises(StreamlineError, match="1 of the test part are in the validation part too"):
+        BatchSplit.of({"calibration": [other], "validation": [wide], "test": [narrow]}, Task("embedding"))
+
+
+@pytest.mark.parametrize("sizes", [(2,), (1, 1), (3, 4, 3), (1, 1, 1, 1, 1, 1)])
+def test_a_fifth_is_held_out_and_nothing_is_lost(sizes: tuple[int, ...]) -> None:
+    rows = torch.arange(float(sum(sizes)))[:, None]
+    batches: list[Any] = list(rows.split(list(sizes)))
+    split = BatchSplit.of(
+        {"calibration": batches, "validation": [rows + 100], "test": [rows + 200]}, Task("image-classification")
+    )
+    fit, held_out = split.held_out_apart
+    assert torch.equal(torch.cat([*fit, *held_out]), rows)
+    assert sum(map(len, held_out)) == max(1, sum(sizes) // 5)
+
+
+def test_a_causal_model_takes_batches_too(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
+    model, tokenizer = story_model
+    ids = [tokenizer(text, return_tensors="pt").input_ids[:, :48] for text in story_texts[:18]]
+    given = {"calibration": ids[:10], "validation": ids[10:14], "test": ids[14:]}
+    result = compress(model, None, given, remove=1, shortlist=2)
+    assert result.perplexities["original"] < result.perplexities["repaired"] and not result.scores

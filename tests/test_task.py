@@ -1,0 +1,162 @@
+"""What a model is for, and what is read of its output."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from streamline_hooks import StreamlineError
+from streamline_hooks.batch import prepare
+from streamline_hooks.task import POOLINGS, TASKS, Task, task_of_classes
+from streamline_hooks.testing import tiny_model
+from tests.other_models import OTHERS, made
+
+_OF = {
+    "vit": "image-classification", "deit": "embedding", "dinov2": "embedding", "swin": "embedding",
+    "siglip text": "embedding", "clip pictures": "embedding", "llava text": "causal-lm", "gemma3 text": "causal-lm",
+    "bert": "embedding", "mpnet": "embedding", "t5 encoder": "seq2seq", "bart decoder": "seq2seq",
+    "whisper encoder": "seq2seq", "wav2vec2": "embedding",
+}  # fmt: skip
+
+IDS = torch.tensor([[5, 6, 7, 8], [9, 4, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+STATES = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", _OF)
+def test_the_class_says_the_task(name: str) -> None:
+    model = made(name)
+    assert Task.of(model) == Task(_OF[name])
+
+
+@pytest.mark.parametrize("name", _OF)
+def test_there_are_as_many_answers_as_were_counted(name: str) -> None:
+    """The number is needed before the model is run: it is what a sum of losses is divided by."""
+    model, batch = made(name), OTHERS[name].batch
+    task = Task.of(model)
+    with torch.no_grad():
+        answers = task.answers(model(**prepare(model, batch)), batch)
+    assert answers.ndim == 2 and len(answers) == task.count(batch)
+
+
+@pytest.mark.parametrize("name", ["t5 decoder", "bart decoder"])
+def test_what_a_decoder_says_is_masked_as_the_decoder_is(name: str) -> None:
+    """Planted: padding of the decoder, and of the encoder, whose mask is another one."""
+    model, batch = made(name), dict(OTHERS[name].batch)
+    task, mask = Task.of(model), batch["decoder_attention_mask"].bool()
+    assert not torch.equal(batch["attention_mask"][:, : mask.shape[1]].bool(), mask)
+    with torch.no_grad():
+        output = model(**prepare(model, batch))
+    assert torch.equal(task.answers(output, batch), output.logits[mask])
+    labels = batch["decoder_input_ids"].where(mask, -100)
+    without = {k: v for k, v in batch.items() if k != "decoder_attention_mask"} | {"labels": labels}
+    assert torch.equal(task.answers(output, without), output.logits[mask])
+    assert task.count(without) == int(mask.sum())
+
+
+def test_a_class_of_ones_own_is_what_it_comes_from() -> None:
+    class Mine(type(tiny_model("llama"))):  # type: ignore[misc]
+        pass
+
+    model = tiny_model("llama")
+    model.__class__ = Mine
+    assert Task.of(model) == Task("causal-lm")
+    assert [task_of_classes([name]) for name in ("BertForMaskedLM", "LlamaForSequenceClassification")] == [
+        "masked-lm",
+        "text-classification",
+    ]
+
+
+class Plain(nn.Module):
+    def __init__(self, **said: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        for name, value in said.items():
+            setattr(self, name, value)
+
+
+def test_a_plain_module_says_its_classes_or_is_asked_for() -> None:
+    assert [Task.of(Plain(num_classes=n)).name for n in (10, 0)] == ["image-classification", "embedding"]
+    with pytest.raises(StreamlineError, match=r"not clear what Plain is for. Say it: task= \(--task\) causal-lm, "):
+        Task.of(Plain())
+
+
+@pytest.mark.parametrize("text", [*TASKS, *(f"embedding:pooling={pooling}" for pooling in POOLINGS)])
+def test_a_task_is_written_as_it_is_read(text: str) -> None:
+    assert str(Task.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("poetry", "There is no task 'poetry'; expected one of causal-lm, masked-lm, seq2seq"),
+        ("embedding:pooling=max", "The pooling 'max' of the task 'embedding' is not known"),
+        ("causal-lm:pooling=mean", "of the task embedding alone"),
+        ("embedding:mean", "cannot be read; expected one like embedding:pooling=first"),
+    ],
+)
+def test_what_is_no_task_is_refused(text: str, message: str) -> None:
+    with pytest.raises(StreamlineError, match=message):
+        Task.parse(text)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_embedding_is_pooled_over_real_tokens(side: str) -> None:
+    mask = MASK if side == "right" else MASK.flip(1)
+    states = STATES.clone()
+    states[1, ~mask[1].bool()] = 1e9  # what padding holds is nobody's business
+    output, given = SimpleNamespace(last_hidden_state=states), {"input_ids": IDS, "attention_mask": mask}
+    real = states[1, mask[1].bool()]
+    first, last = (STATES[0, 0], real[0]), (STATES[0, 3], real[1])
+    wanted = {"mean": (STATES[0].mean(0), real.mean(0)), "first": first, "last": last}
+    for pooling, rows in wanted.items():
+        torch.testing.assert_close(Task("embedding", pooling).answers(output, given), torch.stack(rows))
+    torch.testing.assert_close(Task("embedding").answers(output, given), torch.stack(wanted["mean"]))
+
+
+def test_what_a_model_pools_itself_is_taken_for_images_and_where_it_is_asked_for() -> None:
+    own = torch.randn(2, 6)
+    output = SimpleNamespace(last_hidden_state=STATES, pooler_output=own)
+    images, texts = {"pixel_values": torch.zeros(2, 3, 4, 4)}, {"input_ids": IDS}
+    assert torch.equal(Task("embedding").answers(output, images), own)
+    assert torch.equal(Task("embedding").answers(output, images["pixel_values"]), own)
+    torch.testing.assert_close(Task("embedding").answers(output, texts), STATES.mean(dim=1))
+    assert torch.equal(Task("embedding", "pooler").answers(output, texts), own)
+    with pytest.raises(StreamlineError, match="without a pooler; give one that returns"):
+        Task("embedding", "pooler").answers(SimpleNamespace(last_hidden_state=STATES), texts)
+
+
+def test_pairs_are_compared_on_both_sides() -> None:
+    """The cosine of two such answers is the mean of that of the images and that of the texts."""
+    pairs = [SimpleNamespace(image_embeds=torch.randn(3, 5), text_embeds=torch.randn(3, 5)) for _ in range(2)]
+    a, b = (Task("embedding").answers(one, {"input_ids": IDS}) for one in pairs)
+    each = [
+        torch.cosine_similarity(getattr(pairs[0], name), getattr(pairs[1], name), dim=-1)
+        for name in ("image_embeds", "text_embeds")
+    ]
+    torch.testing.assert_close(torch.cosine_similarity(a, b, dim=-1), sum(each) / 2)
+    with pytest.raises(StreamlineError, match="was given 3 images and 2 texts; give as many"):
+        Task("embedding").answers(SimpleNamespace(image_embeds=torch.ones(3, 5), text_embeds=torch.ones(2, 5)), {})
+
+
+def test_what_is_no_answer_is_refused() -> None:
+    classes, images = Task("image-classification"), {"pixel_values": torch.zeros(2, 3, 4, 4)}
+    for shape in ((2, 4, 6), (2, 1)):
+        with pytest.raises(StreamlineError, match=r"expected \(batch, classes\) with two classes or more"):
+            classes.answers(SimpleNamespace(logits=torch.zeros(shape)), images)
+    with pytest.raises(StreamlineError, match="returned a SimpleNamespace without logits"):
+        classes.answers(SimpleNamespace(), images)
+    assert torch.equal(classes.answers(torch.eye(3), images), torch.eye(3))  # as timm's and torchvision's return it
+    with pytest.raises(StreamlineError, match=r"The attention mask has the shape \(2, 3\)"):
+        Task("causal-lm").answers(SimpleNamespace(logits=STATES), {"attention_mask": MASK[:, :3]})
+
+
+def test_its_words() -> None:
+    said: dict[str, Any] = {str(task): (task.unit, task.distance, task.is_of_text) for task in map(Task, TASKS)}
+    assert said["causal-lm"] == ("token", "KL (nats a token)", True)
+    assert said["image-classification"] == ("image", "KL (nats an image)", False)
+    assert said["embedding"] == ("embedding", "1 - cosine", False)
