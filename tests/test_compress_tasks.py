@@ -198,3 +198,39 @@ def test_a_causal_model_takes_batches_too(story_model: tuple[Any, Any], story_te
     given = {"calibration": ids[:10], "validation": ids[10:14], "test": ids[14:]}
     result = compress(model, None, given, remove=1, shortlist=2)
     assert result.perplexities["original"] < result.perplexities["repaired"] and not result.scores
+
+
+@pytest.mark.parametrize("kind", ["linear", "swiglu:width=8"])
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_a_model_of_another_library(library: str, kind: str, tmp_path: Path) -> None:
+    """Images as bare tensors, a number of classes and no configuration."""
+
+    def built() -> Any:
+        torch.manual_seed(0)
+        if library == "timm":
+            vision = pytest.importorskip("timm.models.vision_transformer", reason="timm is not installed")
+            model = vision.VisionTransformer(16, 8, embed_dim=32, depth=5, num_heads=2, num_classes=5)
+        else:
+            vision = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+            model = vision.VisionTransformer(16, 8, 5, 2, 32, 64, num_classes=5)
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=0.3)
+        return model.eval()
+
+    def images(count: int, seed: int) -> list[Tensor]:
+        return list(torch.randn(count, 4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)))
+
+    model, given = built(), {"calibration": images(6, 0), "validation": images(2, 1), "test": images(3, 2)}
+    training = Training(Objective.parse("kl + relative"), learning_rate=1e-3, validations=2)
+    options: dict[str, Any] = {"remove": 1, "kind": kind, "training": training, "output": tmp_path / "out"}
+    result = compress(model, None, given, **options)
+    assert (
+        result.task == Task("image-classification") and result.scores["trained"]["kl"] < result.scores["removed"]["kl"]
+    )
+    assert len(find_stack(model)) == 4 and "images in" in str(result.training)
+    loaded = load(tmp_path / "out", into=built())
+    with torch.no_grad():
+        assert torch.equal(loaded(given["test"][0]), model(given["test"][0]))
+    kept = TaskScores(built(), given["test"], result.task)
+    assert kept.of(loaded) == {name: pytest.approx(value, abs=1e-6) for name, value in result.scores["trained"].items()}

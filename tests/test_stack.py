@@ -120,9 +120,7 @@ def test_a_stack_answers_to_what_it_is_for(name: str, asked: str) -> None:
 
 
 def test_a_word_that_several_stacks_answer_to_is_not_guessed() -> None:
-    with pytest.raises(
-        StreamlineError, match=r"2 stacks answer to 'encoder' in CLIPModel. Expected one of: 'text_"
-    ):
+    with pytest.raises(StreamlineError, match=r"2 stacks answer to 'encoder' in CLIPModel. Expected one of: 'text_"):
         find_stack(made("clip text"), "encoder")
     with pytest.raises(StreamlineError, match="No stack of blocks at 'audio' in CLIPModel"):
         find_stack(made("clip text"), "audio")

@@ -96,7 +96,7 @@ class Trained:
     Attributes
     ----------
     steps, tokens : int
-        That were made, and that were trained on.
+        That were made, and that were trained on; of a model that is given images, those.
     distance_before, distance : float
         How far what is said is from what the original says on the validation part (`Task.distance`), such as
         KL(original ‖ repaired) in nats a token, before the first step and with the best weights.
@@ -110,6 +110,8 @@ class Trained:
         Why it ended before all steps were made; empty where it did not.
     measure : str
         What the distances are, in words.
+    unit : str
+        What was counted as tokens.
     """
 
     steps: int
@@ -121,6 +123,7 @@ class Trained:
     seconds: float
     stopped: str = ""
     measure: str = "KL (nats a token)"
+    unit: str = "token"
 
     def report(self) -> dict[str, Any]:
         """Everything, as JSON values."""
@@ -129,7 +132,7 @@ class Trained:
     def __str__(self) -> str:
         early = f", ended early: {self.stopped}" if self.stopped else ""
         return (
-            f"{self.steps} steps on {self.tokens:,} tokens in {self.seconds:.0f} s: "
+            f"{self.steps} steps on {self.tokens:,} {self.unit}s in {self.seconds:.0f} s: "
             f"{self.measure.partition(' (')[0]} {self.distance_before:.4f} -> {self.distance:.4f}, of step "
             f"{self.best_step}{early}"
         )

@@ -79,7 +79,9 @@ def _has_experts(block: nn.Module) -> bool:
 
 
 def features_of(stack: BlockStack) -> int:
-    """The width of the residual stream, as the configuration says it or as the embeddings have it.
+    """The width of the residual stream, as the configuration says it, as the blocks' norms or the embeddings have it.
+
+    A stage of a hierarchical model has a width of its own, which its norms tell.
 
     Raises
     ------
@@ -88,14 +90,19 @@ def features_of(stack: BlockStack) -> int:
     """
     model: Any = stack.model
     stated = getattr(stack.config, "hidden_size", None)
-    if isinstance(stated, int):
+    if isinstance(stated, int) and stack.stage is None:
         return stated
+    children = (child for block in stack.blocks for child in block.children())
+    norms = {tuple(child.normalized_shape) for child in children if isinstance(child, (nn.LayerNorm, nn.RMSNorm))}
+    if len(norms) == 1 and len(shape := norms.pop()) == 1:
+        return int(shape[0])
     inside = {id(module) for block in stack.blocks for module in block.modules()}
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and id(m) not in inside]
     if not tables:
         raise StreamlineError(
-            f"Nothing says how wide the states of {type(model).__name__} are: no hidden_size in a configuration, and "
-            "no embedding outside the blocks. Put a module of your own in with LayerSurgeon.replace."
+            f"Nothing says how wide the states of {type(model).__name__} are: no hidden_size in a configuration, no "
+            "norms of one width in the blocks, and no embedding outside them. Put a module of your own in with "
+            "LayerSurgeon.replace."
         )
     return max(tables, key=lambda table: table.num_embeddings).embedding_dim
 

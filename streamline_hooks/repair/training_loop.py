@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.batch import Batch, device_of, tokens_of
+from streamline_hooks.batch import Batch, device_of, has_tokens, tokens_of
 from streamline_hooks.digests import batches_digest
 from streamline_hooks.distributed import Interrupts, Processes, Together, noted_interrupts, sequences_of
 from streamline_hooks.errors import StreamlineError
@@ -187,6 +187,7 @@ class Loop(Forwards):
             seconds=self.seconds,
             stopped=stopped,
             measure=self.task.distance,
+            unit="token" if any(map(has_tokens, self.batches)) else self.task.unit,
         )
 
     def _step(self) -> tuple[float, int]:

@@ -44,7 +44,7 @@ def training_parts(compression: Mapping[str, Any]) -> list[Part]:
     figure = training(compression)
     rows = [
         ["steps", whole(said.get("steps"))],
-        ["tokens", whole(said.get("tokens"))],
+        [f"{said.get('unit', 'token')}s", whole(said.get("tokens"))],
         ["best step", whole(said.get("best_step"))],
         [f"{measure_of(compression)}, before", number(said.get("distance_before"), 4)],
         [f"{measure_of(compression)}, after", number(said.get("distance"), 4)],

@@ -40,6 +40,7 @@ def training(compression: Mapping[str, Any]) -> Drawing | None:
         "distance": ("Distance to the original, validation", measure),
         "loss": ("Training loss since the last validation", "loss (as minimised)"),
     }
+    unit = said.get("unit", "token")
     tokens = Scale.of(row["tokens"] for row in history)
 
     def draw(style: Style) -> Figure:
@@ -47,7 +48,7 @@ def training(compression: Mapping[str, Any]) -> Drawing | None:
         figure = style.figure((250 * count if style.narrow else 330) + 20)
         grid = figure.subplots(*((count, 1) if style.narrow else (1, count)), squeeze=False)
         for axes, (name, points) in zip(grid.flat, curves.items(), strict=True):
-            title, unit = titles[name]
+            title, measured = titles[name]
             colour = style.palette.after if name == "distance" else style.palette.before
             places, values = zip(*points, strict=True)
             axes.plot([place / tokens.factor for place in places], values, "o-", color=colour, ms=3.5, lw=1.4)
@@ -58,8 +59,8 @@ def training(compression: Mapping[str, Any]) -> Drawing | None:
                 )  # fmt: skip
                 axes.legend(loc="upper right")
             axes.set_title(title)
-            axes.set_xlabel(f"tokens trained on{f' ({tokens.word}s)' if tokens.word else ''}")
-            axes.set_ylabel(unit)
+            axes.set_xlabel(f"{unit}s trained on{f' ({tokens.word}s)' if tokens.word else ''}")
+            axes.set_ylabel(measured)
             axes.grid(axis="y")
         return figure
 

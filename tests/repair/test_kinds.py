@@ -11,6 +11,7 @@ from streamline_hooks.repair import Kind, kind_named, known_kinds, register_kind
 from streamline_hooks.repair.size import features_of, inner_width_of
 from streamline_hooks.replacements import InheritedBlocks, MLPReplacement, SwiGLUReplacement
 from streamline_hooks.testing import tiny_model as any_model
+from tests.other_models import made
 from tests.repair.stand_ins import KINDS, SLOTS
 from tests.tiny_models import FAMILIES, WIDTH, tiny_model
 
@@ -151,17 +152,27 @@ def test_widths_come_from_the_configuration(family: str, inner: int | None) -> N
 
 def test_widths_of_a_model_without_a_configuration() -> None:
     class Bare(nn.Module):
-        def __init__(self, embedded: bool) -> None:
+        def __init__(self, embedded: bool, normed: bool) -> None:
             super().__init__()
             self.tokens = nn.Embedding(20, 8) if embedded else nn.Linear(4, 8)
             self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(3))
+            for block in self.blocks if not normed else ():
+                block.norm1 = block.norm2 = nn.Identity()
 
-    assert features_of(find_stack(Bare(True), "blocks")) == 8
+    assert all(features_of(find_stack(Bare(*how), "blocks")) == 8 for how in ((True, False), (False, True)))
     with pytest.raises(StreamlineError, match="Nothing says how wide the states of Bare are: no hidden_size"):
-        features_of(find_stack(Bare(False), "blocks"))
+        features_of(find_stack(Bare(False, False), "blocks"))
 
 
 def test_random_weights_are_the_same_for_a_seed_and_others_for_another() -> None:
     stack, kind = find_stack(tiny_model("llama")), kind_named("swiglu")
     weights = [kind.build(stack, WINDOW, seed=seed).up_proj.weight for seed in (0, 0, 1)]  # type: ignore[union-attr]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(("stage", "width"), [(0, 16), (1, 32)])
+def test_each_stage_has_a_width_of_its_own(stage: int, width: int) -> None:
+    """The configuration speaks of the last stage alone."""
+    stack = find_stack(made("swin"), f"encoder.layers.{stage}.blocks")
+    assert features_of(stack) == width
+    assert kind_named("linear").make(stack, range(1)).projection.weight.shape == (width, width)

@@ -56,7 +56,7 @@ def compression(length: int = 30, removed: tuple[tuple[int, int], ...] = ((2, 10
         "bytes": {"before": 538_060_032, "after": 426_094_848},
         "training": {
             "steps": 240, "tokens": 491_520, "distance_before": 0.41, "distance": 0.28 + 0.13 * math.exp(-210 / 60),
-            "best_step": 210, "measure": "KL (nats a token)", "seconds": 1_804.2,
+            "best_step": 210, "measure": "KL (nats a token)", "unit": "token", "seconds": 1_804.2,
             "stopped": "",
             "history": [
                 {"step": s, "tokens": 2048 * s,

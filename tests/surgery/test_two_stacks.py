@@ -1,0 +1,100 @@
+"""Both stacks of a model with two: shortened one after the other, each with a repair of its own, saved and loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from streamline_hooks import LayerSurgeon, LinearReplacement, find_stack, fit_windows, load, read_plans, save
+from tests.other_models import OTHERS, answer, made
+
+PAIRS = {
+    "llava": ("llava pictures", "llava text"),
+    "gemma3": ("gemma3 pictures", "gemma3 text"),
+    "clip": ("clip pictures", "clip text"),
+    "bart": ("bart encoder", "bart decoder"),
+    "t5": ("t5 encoder", "t5 decoder"),
+}
+
+
+def paths(model: Any, names: tuple[str, str]) -> list[str]:
+    return [OTHERS[name].path(model) for name in names]
+
+
+@pytest.mark.parametrize("names", PAIRS.values(), ids=PAIRS)
+@pytest.mark.parametrize("repaired", [(False, False), (True, True), (True, False), (False, True)])
+def test_both_are_committed_and_come_back(names: tuple[str, str], repaired: tuple[bool, bool], tmp_path: Path) -> None:
+    model = made(names[0])
+    for number, path in enumerate(paths(model, names)):
+        with LayerSurgeon(model, path) as surgeon:
+            if repaired[number]:
+                map_ = 0.1 * torch.randn(32, 32, generator=torch.Generator().manual_seed(number))
+                surgeon.replace([1 + number], LinearReplacement.from_map(map_))
+            else:
+                surgeon.remove([1 + number])
+            surgeon.commit()
+    expected = answer(model, names[0])
+    save(model, tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+    assert torch.equal(answer(loaded, names[0]), expected)
+    assert [len(find_stack(loaded, path)) for path in paths(loaded, names)] == [3, 3]
+    assert [(plan.stack, plan.removed) for plan in read_plans(loaded)] == [
+        (path, (1 + number,)) for number, path in enumerate(paths(model, names))
+    ]
+
+
+@pytest.mark.parametrize("names", PAIRS.values(), ids=PAIRS)
+def test_two_surgeons_at_once_are_undone_in_turn(names: tuple[str, str]) -> None:
+    model = made(names[0])
+    first, second = paths(model, names)
+    before = answer(model, names[0])
+    with LayerSurgeon(model, first) as one:
+        one.remove([1])
+        alone = answer(model, names[0])
+        with LayerSurgeon(model, second) as other:
+            other.remove([2])
+            assert not torch.equal(answer(model, names[0]), alone)
+        assert torch.equal(answer(model, names[0]), alone)
+    assert torch.equal(answer(model, names[0]), before)
+
+
+@pytest.mark.parametrize("names", PAIRS.values(), ids=PAIRS)
+def test_the_second_is_fitted_on_what_the_first_left(names: tuple[str, str]) -> None:
+    model, batch = made(names[0]), OTHERS[names[0]].batch
+    first, second = paths(model, names)
+    original = answer(model, names[0])
+    with LayerSurgeon(model, first) as one:
+        one.remove([1])
+        changed = answer(model, names[0])
+        (repair,) = fit_windows(model, [range(2, 3)], "linear", [batch], [batch], stack=second)
+        with LayerSurgeon(model, second) as other:
+            other.replace(range(2, 3), repair.stand_in)
+            repaired = (answer(model, names[0]) - changed).norm()
+        with LayerSurgeon(model, second) as other:
+            other.remove([2])
+            removed = (answer(model, names[0]) - changed).norm()
+    assert repaired < removed
+    assert torch.equal(answer(model, names[0]), original)
+
+
+def test_the_first_stack_is_operated_on_again(tmp_path: Path) -> None:
+    """What was spliced into the other one meanwhile stays in what the configuration says."""
+    model = made("clip text")
+    vision, text = paths(model, PAIRS["clip"])
+    for path, window in ((vision, [1]), (text, [2]), (vision, [2])):
+        with LayerSurgeon(model, path) as surgeon:
+            surgeon.replace(window, LinearReplacement(32))
+            surgeon.commit()
+    expected = answer(model, "clip text")
+    save(model, tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+    assert torch.equal(answer(loaded, "clip text"), expected)
+    said = loaded.config.streamline_hooks
+    assert said["format"] == 2 and [(e.get("stack", said["stack"]), e["block"]) for e in said["splices"]] == [
+        (vision, 1),
+        (vision, 1),  # behind it: the last block went
+        (text, 2),
+    ]
