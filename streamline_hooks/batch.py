@@ -44,15 +44,23 @@ def prepare(model: nn.Module, batch: Batch | Tensor) -> dict[str, Any]:
     ----------
     model : torch.nn.Module
     batch : mapping or torch.Tensor
-        What the model's forward takes; a tensor of integers stands for ``input_ids``.
+        What the model's forward takes, by name. A bare tensor stands for what the model takes first: ``input_ids``
+        where it takes such and the tensor holds integers, ``pixel_values`` (or what else a Transformers model names as
+        its ``main_input_name``) where it holds floating numbers, and otherwise the first argument of the forward,
+        such as the ``x`` of timm's models.
 
     Returns
     -------
     dict
         Keyword arguments for the model.
+
+    Examples
+    --------
+    >>> list(prepare(nn.Linear(4, 4), torch.zeros(2, 4)))
+    ['input']
     """
-    given: dict[str, Any] = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     takes = inspect.signature(_unadapted(model).forward).parameters
+    given: dict[str, Any] = {_name_of_bare(model, takes, batch): batch} if isinstance(batch, Tensor) else dict(batch)
     device = device_of(model)
     given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
     mask = given.get("attention_mask")
@@ -127,6 +135,11 @@ def tokens_of(batch: Batch | Tensor) -> int:
     return len(first) if first.is_floating_point() and first.ndim else first.numel()
 
 
+def has_tokens(batch: Batch | Tensor) -> bool:
+    """Whether a batch is of text."""
+    return not batch.is_floating_point() if isinstance(batch, Tensor) else "input_ids" in batch
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device that a model takes its input on; of a model that accelerate offloads, the one that it runs on."""
     device = getattr(model, "device", None)
@@ -140,6 +153,20 @@ def positions_of(config: Any) -> int | None:
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     positions = getattr(text, "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def _name_of_bare(model: nn.Module, takes: Mapping[str, inspect.Parameter], batch: Tensor) -> str:
+    """Under which name a model takes a tensor that came without one."""
+    if batch.is_floating_point():
+        main = getattr(_unadapted(model), "main_input_name", None)
+        for name in (main, "pixel_values"):
+            if isinstance(name, str) and name in takes and name != "input_ids":
+                return name
+    if "input_ids" in takes:
+        return "input_ids"
+    first = next(iter(takes.values()), None)
+    named = first is not None and first.kind in (first.POSITIONAL_OR_KEYWORD, first.KEYWORD_ONLY)
+    return first.name if first is not None and named else "input_ids"  # a wrapper that names nothing hands it on
 
 
 def _unadapted(model: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from streamline_hooks.block_call import BlockCall
 from streamline_hooks.branches import BRANCHES, Branch, Branches, tolerance
 from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.hidden_state import read_input, read_output
+from streamline_hooks.layouts import by_token
 from streamline_hooks.taps import Tap, tapped
 from streamline_hooks.wrapping import refuse_compiled
 
@@ -112,7 +113,7 @@ class _Reading:
                 self.require_close(BlockCall(block, *self.given, after).run(before, zeros), passed[first])
         self.checked, self.given = True, None
         for branch, (entering, leaving) in states.items():
-            self.receive(self.k, branch, entering, leaving)
+            self.receive(self.k, branch, by_token(entering, block), by_token(leaving, block))
 
     def require_close(self, made: Tensor, passed: Tensor) -> None:
         if not (made - passed).abs().max() <= tolerance(passed.dtype) * passed.abs().max():

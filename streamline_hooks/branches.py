@@ -65,8 +65,9 @@ def find_branches(call: BlockCall, apart: Collection[str] = ()) -> Branches:
     Parameters
     ----------
     call : BlockCall
-        Of a block in evaluation mode, with a state of shape (batch, tokens, features), two tokens at least and none
-        of them padding. The block is run about fifteen times on it, and nothing of it is changed.
+        Of a block in evaluation mode, with a state of shape (batch, tokens, features), or (tokens, features) where
+        all are in one row: two tokens at least, and none of them padding. The block is run about fifteen times on it,
+        and nothing of it is changed.
     apart : collection of str
         Names of children that are no part of the block's own forward, such as modules spliced before it.
 
@@ -167,7 +168,9 @@ class _Search:
         kinds = {self.pattern(n) for n in used}
         strangers = sorted(n for n in matrices if n.rpartition(".")[0] not in called and self.pattern(n) not in kinds)
         if strangers:
-            self.refuse(f"{strangers[0]} takes no part on tokens alone, so that nothing shows what it would add")
+            self.refuse(
+                f"{strangers[0]} takes no part in what the model was run on, so that nothing shows what it would add"
+            )
         return projections, frozenset(leaves) - used
 
     def roles_of(self, projections: list[Projection], unused: frozenset[str]) -> dict[str, frozenset[str]]:
@@ -219,8 +222,8 @@ class _Search:
         """Whether what these projections alone add to a token changes with another token's state."""
         values = {n: self.zero(n) for n in names} | self.comparable(own, names)
         other = self.state.clone()
-        other[:, ::2] = other[:, ::2].flip(-1)  # every second token, so that each one's neighbour has changed
-        added, changed = (self.call.run(x, values)[:, 1::2] - x[:, 1::2] for x in (self.state, other))
+        other[..., ::2, :] = other[..., ::2, :].flip(-1)  # every second token, so that each one's neighbour has changed
+        added, changed = ((self.call.run(x, values) - x)[..., 1::2, :] for x in (self.state, other))
         bound = _MIXES.get(self.state.dtype, 1e-3) * float(added.abs().max())
         return float((added - changed).abs().max()) > bound
 
@@ -297,12 +300,12 @@ class _Search:
 
 def _require_readable(call: BlockCall) -> None:
     name, block, state = type(call.block).__name__, call.block, call.state
-    if layout_of(block) != USUAL or state.ndim != 3 or state.is_nested or call.output.shape != state.shape:
+    if layout_of(block) != USUAL or state.ndim not in (2, 3) or state.is_nested or call.output.shape != state.shape:
         raise UnsupportedSurgery(
             f"The branches of {name} are not looked for: it works on states of shape {tuple(state.shape)} laid out as "
-            f"({', '.join(layout_of(block).split())}); expected (batch, tokens, features)."
+            f"({', '.join(layout_of(block).split())}); expected (batch, tokens, features), or (tokens, features)."
         )
-    if state.shape[1] < 2:
+    if state.shape[-2] < 2:
         raise UnsupportedSurgery("One token shows nothing of what mixes tokens; give sequences of two at least.")
     if any(parameter.is_meta for parameter in block.parameters()):
         raise UnsupportedSurgery(

@@ -1,6 +1,7 @@
 """Layouts of hidden states that are not (batch, tokens, features).
 
-They are declared, by the class of the block, and not guessed from shapes.
+They are declared, by the class of the block, and not guessed from shapes. Only a state of two axes needs no
+declaration: it is one row of tokens, as in a tower that is given the patches of all images in one row (Qwen2-VL).
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ def by_token(state: Tensor, block: nn.Module) -> Tensor:
     Returns
     -------
     torch.Tensor
-        The state itself where its layout is the usual one.
+        The state itself where its layout is the usual one; a batch of one where it has no axis for that.
     """
     layout = layout_of(block)
     if layout == USUAL:
-        return state
+        return state[None] if state.ndim == 2 else state
     axes = layout.split()
     wanted = [axis for axis in ("batch", "tokens", "streams", "features") if axis in axes]
     return state.permute([axes.index(axis) for axis in wanted]).flatten(2)

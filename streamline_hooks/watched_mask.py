@@ -9,6 +9,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from streamline_hooks.batch import mask_of_call
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.hidden_state import read_input
 from streamline_hooks.stack import BlockStack
 
 
@@ -58,4 +60,15 @@ class WatchedMask:
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         outer = None if module is self._stack.ancestors[0] else self.mask
-        self.mask = mask_of_call(module, args, kwargs, outer)
+        self.mask = mask_of_call(module, args, kwargs, None if _in_one_row(args, kwargs) else outer)
+
+
+def _in_one_row(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a model is given what has no axis for a batch, such as all images' patches in one row (Qwen2-VL's tower).
+
+    A mask of (batch, tokens) around it speaks of something else then.
+    """
+    try:
+        return read_input(args, kwargs).ndim == 2
+    except StreamlineError:  # it is given token numbers
+        return False

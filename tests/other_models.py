@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,8 @@ class Other:
         Which of the stack's tokens are real; None where all are.
     removed : tuple of int
         Blocks that can go and be saved.
+    decodes : bool
+        Whether it writes with a cache.
     """
 
     make: Callable[[], nn.Module]
@@ -56,6 +59,7 @@ class Other:
     batch: dict[str, Tensor]
     real: Tensor | None = None
     removed: tuple[int, ...] = (1,)
+    decodes: bool = False
 
     def path(self, model: nn.Module) -> str:
         """Where the stack is in a model."""
@@ -90,8 +94,48 @@ def swin() -> nn.Module:
     return transformers.SwinModel(transformers.SwinConfig(image_size=64, patch_size=4, **sizes))
 
 
+def swinv2() -> nn.Module:
+    """Its norms come behind what is normed."""
+    sizes = {"depths": [2, 6], "num_heads": [2, 4], "embed_dim": 16, "window_size": 4}
+    return transformers.Swinv2Model(transformers.Swinv2Config(image_size=64, patch_size=4, **sizes))
+
+
+def beit() -> nn.Module:
+    """Each block has a relative position bias of its own."""
+    config = transformers.BeitConfig(**PICTURE, use_relative_position_bias=True, num_labels=5)
+    return transformers.BeitForImageClassification(config)
+
+
+def data2vec() -> nn.Module:
+    """All blocks share one relative position bias, which the encoder holds."""
+    config = transformers.Data2VecVisionConfig(**PICTURE, use_shared_relative_position_bias=True)
+    return transformers.Data2VecVisionModel(config)
+
+
 def bert() -> nn.Module:
     return transformers.BertModel(transformers.BertConfig(**TEXT))
+
+
+def classifier() -> nn.Module:
+    """It says one thing of a whole text."""
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT, num_labels=5))
+
+
+def distilbert() -> nn.Module:
+    sizes = {"dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 64, "vocab_size": 64, "pad_token_id": 1}
+    return transformers.DistilBertModel(transformers.DistilBertConfig(**sizes))
+
+
+def xlm_roberta() -> nn.Module:
+    """Its positions are counted from the padding on."""
+    return transformers.XLMRobertaModel(transformers.XLMRobertaConfig(**TEXT, bos_token_id=0))
+
+
+def modernbert() -> nn.Module:
+    """Every third block attends to all tokens, and the others to those nearby."""
+    ids = {"bos_token_id": 0, "cls_token_id": 0, "sep_token_id": 2}
+    config = transformers.ModernBertConfig(**{**TEXT, "num_hidden_layers": 5}, **ids, local_attention=4)
+    return transformers.ModernBertModel(config)
 
 
 def mpnet() -> nn.Module:
@@ -147,6 +191,38 @@ def gemma3() -> nn.Module:
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
+def qwen2_vl() -> nn.Module:
+    return qwen("Qwen2VL", embed_dim=32, hidden_size=32, mlp_ratio=2)
+
+
+def qwen2_5_vl() -> nn.Module:
+    """Of its tower's blocks one attends to all of an image, and the others to windows of one cell."""
+    sizes = {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64}
+    return qwen("Qwen2_5_VL", **sizes, window_size=4, fullatt_block_indexes=[2])
+
+
+def qwen(name: str, **tower: Any) -> nn.Module:
+    """A model whose pictures come as patches, all in one row, and whose tokens have positions of three numbers."""
+    positions = {"type": "mrope", "rope_type": "default", "mrope_section": [1, 1, 2]}
+    text = {**TEXT, "num_key_value_heads": 2, "rope_scaling": positions}
+    vision = {"depth": 4, "num_heads": 4, "patch_size": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    config = getattr(transformers, f"{name}Config")
+    places = {"image_token_id": 63, "video_token_id": 62, "vision_start_token_id": 61, "vision_end_token_id": 60}
+    return getattr(transformers, f"{name}ForConditionalGeneration")(
+        config(text_config=text, vision_config={**vision, **tower}, **places)
+    )
+
+
+def patched() -> dict[str, Tensor]:
+    """A text padded on the right, with places for an image of 2 x 2 cells, of 2 x 2 patches each, in each row."""
+    batch = {name: value for name, value in with_pictures(4).items() if name != "pixel_values"}
+    types = batch.pop("token_type_ids")
+    if TYPES in inspect.signature(transformers.Qwen2VLForConditionalGeneration.forward).parameters:
+        batch[TYPES] = types
+    patches = torch.randn(2 * 16, 3 * 2 * 2 * 2, generator=torch.Generator().manual_seed(4))
+    return {**batch, "pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]])}
+
+
 def with_pictures(count: int) -> dict[str, Tensor]:
     """A text padded on the right, with places for one image in each row."""
     ids, mask = LONG["input_ids"], LONG["attention_mask"]
@@ -166,31 +242,50 @@ BOTH = ("input_ids", "decoder_input_ids")
 PAIRS, BESIDE, TYPED = LONG | pictures(), ("input_ids", "pixel_values"), with_pictures(4)
 SEEN = {name: value for name, value in TYPED.items() if name != "token_type_ids"}
 SOUND = {"input_features": torch.randn(2, 8, 24, generator=torch.Generator().manual_seed(2))}
+TYPES = "mm_token_type_ids"  # which Transformers 4 does not take
+PATCHED = patched()
 WAVES = {"input_values": torch.randn(2, 4000, generator=torch.Generator().manual_seed(3))}
+PATCHES = ("input_ids", "pixel_values", "image_grid_thw", *({TYPES} & set(PATCHED)))
 
 OTHERS: dict[str, Other] = {
     "vit": Other(vit, "", ("pixel_values",), pictures()),
     "deit": Other(deit, "", ("pixel_values",), pictures()),
     "dinov2": Other(dinov2, "encoder.layer", ("pixel_values",), pictures()),
     "swin": Other(swin, "encoder.layers.1.blocks", ("pixel_values",), pictures(size=64), removed=(2, 3)),
+    "swinv2": Other(swinv2, "encoder.layers.1.blocks", ("pixel_values",), pictures(size=64), removed=(2, 3)),
+    "beit": Other(beit, "", ("pixel_values",), pictures()),
+    "data2vec": Other(data2vec, "encoder.layer", ("pixel_values",), pictures()),
     "siglip text": Other(siglip, "text_model.encoder.layers", BESIDE, PAIRS, LONG["attention_mask"]),
     "siglip pictures": Other(siglip, "vision_model.encoder.layers", BESIDE, PAIRS),
     "clip text": Other(clip, "text_model.encoder.layers", BESIDE, PAIRS, LONG["attention_mask"]),
     "clip pictures": Other(clip, "vision_model.encoder.layers", BESIDE, PAIRS),
-    "llava text": Other(llava, "language_model", ("input_ids",), SEEN, SEEN["attention_mask"]),
+    "llava text": Other(llava, "language_model", ("input_ids",), SEEN, SEEN["attention_mask"], decodes=True),
     "llava pictures": Other(llava, "vision_tower", BESIDE, SEEN),
-    "gemma3 text": Other(gemma3, "language_model", ("input_ids",), TYPED, TYPED["attention_mask"]),
+    "gemma3 text": Other(gemma3, "language_model", ("input_ids",), TYPED, TYPED["attention_mask"], decodes=True),
     "gemma3 pictures": Other(gemma3, "vision_tower", BESIDE, TYPED),
+    "qwen2-vl text": Other(
+        qwen2_vl, "language_model", ("input_ids",), PATCHED, PATCHED["attention_mask"], decodes=True
+    ),
+    "qwen2-vl pictures": Other(qwen2_vl, "visual", PATCHES, PATCHED),
+    "qwen2.5-vl pictures": Other(qwen2_5_vl, "visual", PATCHES, PATCHED),
     "bert": Other(bert, "encoder.layer", ("input_ids",), LONG, LONG["attention_mask"]),
+    "bert classifier": Other(classifier, "encoder.layer", ("input_ids",), LONG, LONG["attention_mask"]),
+    "distilbert": Other(distilbert, "transformer.layer", ("input_ids",), LONG, LONG["attention_mask"]),
+    "xlm-roberta": Other(xlm_roberta, "encoder.layer", ("input_ids",), LONG, LONG["attention_mask"]),
+    "modernbert": Other(modernbert, "layers", ("input_ids",), LONG, LONG["attention_mask"], removed=(1, 2, 3)),
     "mpnet": Other(mpnet, "encoder.layer", ("input_ids",), LONG, LONG["attention_mask"]),
     "t5 encoder": Other(t5, "encoder.block", BOTH, LONG | DECODED, LONG["attention_mask"]),
-    "t5 decoder": Other(t5, "decoder.block", BOTH, LONG | DECODED, DECODED["decoder_attention_mask"]),
+    "t5 decoder": Other(t5, "decoder.block", BOTH, LONG | DECODED, DECODED["decoder_attention_mask"], decodes=True),
     "t5 decoder without a mask": Other(t5, "decoder.block", BOTH, SHORT | WHOLE),
     "bart encoder": Other(bart, "model.encoder.layers", BOTH, LONG | DECODED, LONG["attention_mask"]),
-    "bart decoder": Other(bart, "model.decoder.layers", BOTH, LONG | DECODED, DECODED["decoder_attention_mask"]),
+    "bart decoder": Other(
+        bart, "model.decoder.layers", BOTH, LONG | DECODED, DECODED["decoder_attention_mask"], decodes=True
+    ),
     "bart decoder without a mask": Other(bart, "model.decoder.layers", BOTH, SHORT | WHOLE),
     "whisper encoder": Other(whisper, "model.encoder.layers", ("input_features", "decoder_input_ids"), SOUND | WHOLE),
-    "whisper decoder": Other(whisper, "model.decoder.layers", ("input_features", "decoder_input_ids"), SOUND | WHOLE),
+    "whisper decoder": Other(
+        whisper, "model.decoder.layers", ("input_features", "decoder_input_ids"), SOUND | WHOLE, decodes=True
+    ),
     "wav2vec2": Other(wav2vec2, "encoder.layers", ("input_values",), WAVES),
 }
 
@@ -203,6 +298,8 @@ def made(name: str) -> Any:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.2)
+            else:  # biases, and norms as they are after training
+                parameter.data += 0.1 * torch.randn(parameter.shape)
     return model
 
 

@@ -41,7 +41,7 @@ REFUSED = {
     "gemma4_text": "it adds more than twice: another projection works on what mlp.down_proj.weight has added",
     "mamba": "everything that it adds to a token mixes tokens, so that it has no mlp branch",
     "nemotron_h": "so that it has no mlp branch",
-    "whisper": "encoder_attn.k_proj.weight takes no part on tokens alone",
+    "whisper": "encoder_attn.k_proj.weight takes no part in what the model was run on",
 }
 
 
@@ -211,7 +211,7 @@ def test_an_expert_that_no_token_chose_is_silenced_too() -> None:
 def test_a_part_that_was_not_run_is_named() -> None:
     block = Block()
     block.sometimes = nn.Linear(WIDTH, WIDTH)
-    with pytest.raises(UnsupportedSurgery, match=r"sometimes.weight takes no part on tokens alone"):
+    with pytest.raises(UnsupportedSurgery, match=r"sometimes.weight takes no part in what the model was run on"):
         find_branches(call_of(block))
 
 

@@ -57,3 +57,9 @@ def test_torchs_own_layers_say_which_axis_is_first() -> None:
     assert torch.equal(by_token(state, second), state.transpose(0, 1))
     first = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
     assert by_token(state, first) is state
+
+
+def test_a_state_of_two_axes_is_one_row_of_tokens() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+    state = torch.randn(5, 8)
+    assert torch.equal(by_token(state, layer), state[None])

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, save
 from streamline_hooks.calibration import read_documents
+from tests.other_models import made
 from tests.tiny_models import Nudge
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -64,7 +65,24 @@ def test_the_pieces(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     names: dict[str, Any] = {"model": model, "inputs": inputs, "my_module": Nudge()}
     names |= {"tokenizer": Letters(), "small": small, "my_replacement": Nudge(), "my_model": small}
     names |= {"loader": [inputs] * 2, "optimizer": torch.optim.SGD(model.parameters(), lr=0.0)}
+    if "my-vit" in block:
+        _vision(tmp_path)
     exec(block, names)
     assert torch.equal(model(ids).logits, before)
     if "record" in names:
         assert names["record"].outputs[29][2].shape == (2, 1, 32)
+
+
+def _vision(folder: Path) -> None:
+    """A classifier with its processor, and images of each class."""
+    pillow = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    from transformers import ViTImageProcessor
+
+    classifier = made("vit")
+    classifier.save_pretrained(folder / "my-vit")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "my-vit")
+    for k in range(60):
+        path = folder / "my-images" / classifier.config.id2label[k % 5] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = torch.randint(0, 256, (8, 8, 3), generator=torch.Generator().manual_seed(k), dtype=torch.uint8)
+        pillow.fromarray(values.numpy()).save(path)

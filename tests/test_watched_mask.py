@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from streamline_hooks import HiddenStateRecorder, WindowMoments, find_stack, measure_moments, profile
+from streamline_hooks import HiddenStateRecorder, StreamlineError, WindowMoments, find_stack, measure_moments, profile
 from streamline_hooks.batch import mask_of_call
+from streamline_hooks.layouts import by_token
 from streamline_hooks.testing import tiny_model
 from streamline_hooks.watched_mask import WatchedMask
 from tests.other_models import DECODED, LONG, OTHERS, WHOLE, made, padded, pictures, rwkv
@@ -17,12 +18,14 @@ from tests.other_models import DECODED, LONG, OTHERS, WHOLE, made, padded, pictu
 def require_own_tokens(model: Any, path: str, batch: dict[str, torch.Tensor], mask: torch.Tensor | None) -> None:
     with torch.no_grad(), HiddenStateRecorder(model, stack=path) as record:
         record(**batch)
-    entering, leaving = record.inputs[1][0], record.outputs[2][0]
+    blocks = find_stack(model, path)
+    entering, leaving = by_token(record.inputs[1][0], blocks[1]), by_token(record.outputs[2][0], blocks[2])
     real = torch.ones(entering.shape[:2]) if mask is None else mask
     expected = WindowMoments(entering.shape[-1])
     expected.update(entering, leaving, real)
     (found,) = measure_moments(model, [batch], [range(1, 3)], stack=path)
-    assert found.tokens == int(real.sum()) == profile(model, [batch], stack=path).tokens
+    asked = {} if record.inputs[1][0].ndim == 3 else {"replicates": 0}
+    assert found.tokens == int(real.sum()) == profile(model, [batch], stack=path, **asked).tokens
     torch.testing.assert_close(found.xx, expected.xx, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(found.xd, expected.xd, rtol=1e-9, atol=1e-12)
 
@@ -67,6 +70,17 @@ def test_queries_and_sounds_have_not_the_masks_of_the_text() -> None:
 def test_patches_as_many_as_tokens_are_not_masked_by_the_text() -> None:
     batch = padded([5, 3], 5) | pictures()
     require_own_tokens(made("clip pictures"), "vision_model.encoder.layers", batch, None)
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl pictures", "qwen2.5-vl pictures"])
+def test_patches_in_one_row_are_all_real_and_no_sequences(name: str) -> None:
+    model, case = made(name), OTHERS[name]
+    stack = find_stack(model, case.path(model))
+    with torch.no_grad(), WatchedMask(stack) as watched:
+        model(**case.batch)
+    assert watched.mask is None
+    with pytest.raises(StreamlineError, match="Profile with replicates=0, without confidence intervals"):
+        profile(model, [case.batch], stack=stack.path)
 
 
 def test_a_mask_is_of_one_call_and_the_hooks_go() -> None:

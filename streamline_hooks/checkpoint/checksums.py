@@ -9,7 +9,7 @@ from streamline_hooks.errors import StreamlineError
 from streamline_hooks.passes import progress
 
 FILE = "SHA256SUMS"
-_COVERED = ("*.safetensors", "config.json", "*.py")
+_COVERED = ("*.safetensors", "config.json", "streamline.json", "*.py")
 _AT_ONCE = 1 << 24  # bytes
 
 

@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from streamline_hooks.checkpoint.safety import CONFIG, INDEX, WEIGHTS, check_folder, read_json
+from torch import nn
+
+from streamline_hooks.checkpoint.plain_reading import load_into
+from streamline_hooks.checkpoint.safety import CONFIG, INDEX, PLAIN, WEIGHTS, check_folder, read_json
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.surgery import SurgeryPlan
+from streamline_hooks.surgery.plain_module import history_of
 from streamline_hooks.surgery.spliced_model import MODEL_TYPE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load(folder: str | Path, *, as_original: bool = False, **kwargs: Any) -> PreTrainedModel:
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+@overload
+def load(folder: str | Path, *, into: None = None, as_original: bool = False, **kwargs: Any) -> PreTrainedModel: ...
+
+
+@overload
+def load(folder: str | Path, *, into: _Model, as_original: bool = False, **kwargs: Any) -> _Model: ...
+
+
+def load(folder: str | Path, *, into: nn.Module | None = None, as_original: bool = False, **kwargs: Any) -> nn.Module:
     """Read a compressed model.
 
     Parameters
     ----------
     folder : str or Path
         As `save`, ``model.save_pretrained`` or a ``Trainer`` wrote it.
+    into : torch.nn.Module, optional
+        For a model that is no Transformers model, and for no other: the original architecture, built anew with the
+        settings and the number of blocks that it had before the surgery. It is shortened, given the spliced modules
+        and the weights, and returned, on the devices where it is and in the precision that was saved. One that does not
+        fit is left as it was.
     as_original : bool
         Only as a model of the original's own class, which has nothing of this library; a model with spliced modules,
         which would lose its repair that way, is refused.
@@ -29,15 +49,17 @@ def load(folder: str | Path, *, as_original: bool = False, **kwargs: Any) -> Pre
 
     Returns
     -------
-    transformers.PreTrainedModel
+    transformers.PreTrainedModel or torch.nn.Module
         In evaluation mode, of the class that was saved. `read_plans` says what was done to it.
 
     Raises
     ------
     StreamlineError
-        If there is no model in the folder; if a file is missing, damaged, of another model, or of a format that can
-        run code; if weights are not those that `save` wrote; if something in the folder names what is outside; or if
-        the model has splices and was asked for `as_original`. The text names the file and, where there is one, the key.
+        If `into` is missing or is given for a Transformers model; if it is of another class, has another number of
+        blocks, other settings or other weights than the one that was saved asks for; if there is no model in the
+        folder; if a file is missing, damaged, of another model, or of a format that can run code; if weights are not
+        those that `save` wrote; if something in the folder names what is outside; or if the model has splices and was
+        asked for `as_original`. The text names the file and, where there is one, the key.
 
     Examples
     --------
@@ -51,8 +73,28 @@ def load(folder: str | Path, *, as_original: bool = False, **kwargs: Any) -> Pre
     >>> loaded = load(save(model, folder), as_original=True)
     >>> type(loaded).__name__, len(loaded.model.layers), read_plans(loaded)[0].removed
     ('LlamaForCausalLM', 6, (2, 3))
+
+    What is no Transformers model is put into its architecture, built anew:
+
+    >>> from torch import nn
+    >>> def build():
+    ...     return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 4)
+    >>> encoder, folder = build(), tempfile.mkdtemp()
+    >>> with LayerSurgeon(encoder) as surgeon:
+    ...     surgeon.remove([1, 2])
+    ...     _ = surgeon.commit()
+    >>> loaded = load(save(encoder, folder), into=build())
+    >>> len(loaded.layers), read_plans(folder)[0].removed
+    (2, (1, 2))
     """
     where = Path(folder)
+    if (where / PLAIN).is_file():
+        return _load_plain(where, into, ["as_original"] * as_original + list(kwargs))
+    if into is not None:
+        raise StreamlineError(
+            f"into= is for models that are no Transformers model, whose folder holds a {PLAIN}; {where} holds none. "
+            "What a Transformers model is built as is in its folder: leave into= out."
+        )
     elsewhere = [name for name in ("variant", "subfolder", "gguf_file", "adapter_kwargs") if kwargs.get(name)]
     if elsewhere:
         raise StreamlineError(f"{elsewhere[0]} would load other files than those that are looked at; leave it out.")
@@ -89,8 +131,8 @@ def read_plans(model: Any) -> list[SurgeryPlan]:
 
     Parameters
     ----------
-    model : transformers.PreTrainedModel, str or Path
-        A model in memory, or the folder of one, of which only the configuration is read.
+    model : torch.nn.Module, str or Path
+        A model in memory, or the folder of one, of which only its ``config.json`` or ``streamline.json`` is read.
 
     Raises
     ------
@@ -98,13 +140,37 @@ def read_plans(model: Any) -> list[SurgeryPlan]:
         If no surgery was committed to it.
     """
     if isinstance(model, (str, Path)):
-        said, name = read_json(Path(model) / CONFIG).get("streamline_hooks"), str(model)
+        file, name = Path(model) / PLAIN, str(model)
+        said = read_json(file if file.is_file() else Path(model) / CONFIG).get("streamline_hooks")
     else:
-        said, name = getattr(model.config, "streamline_hooks", None), type(model).__name__
+        said, name = getattr(getattr(model, "config", None), "streamline_hooks", None), type(model).__name__
+        said = {"history": history_of(model)} if history_of(model) else said
     history = (said or {}).get("history") or []
     if not history:
         raise StreamlineError(f"{name} says of no surgery; only what LayerSurgeon.commit changed has a plan.")
     return [SurgeryPlan.from_dict(entry) for entry in history]
+
+
+def _load_plain(folder: Path, into: nn.Module | None, others: list[str]) -> nn.Module:
+    """What is no Transformers model, put into the architecture that the caller has built."""
+    if (folder / CONFIG).exists():
+        raise StreamlineError(
+            f"{folder} holds {CONFIG} and {PLAIN} both, of a Transformers model and of another one. Delete the one "
+            "that is not meant."
+        )
+    if into is None:
+        name = read_json(folder / PLAIN).get("class", "model that is no Transformers model")
+        raise StreamlineError(
+            f"{folder} holds a {name}, which has no configuration that it could be built from. Build the original "
+            "architecture anew, with as many blocks as it had before the surgery, and give it: "
+            "load(folder, into=model)."
+        )
+    if others:
+        raise StreamlineError(
+            f"{others[0]} is for Transformers models, and {folder} holds another one. Leave it out: precision and "
+            "weights are those that were saved, the device is that of the model given as into=."
+        )
+    return load_into(folder, into)
 
 
 def _from_pretrained(folder: Path, **kwargs: Any) -> tuple[Any, dict[str, Any]]:

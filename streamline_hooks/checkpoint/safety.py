@@ -15,10 +15,11 @@ from streamline_hooks.checkpoint.checksums import check_checksums
 from streamline_hooks.errors import StreamlineError
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
+PLAIN = "streamline.json"  # describes a model that is no Transformers model, which has no configuration
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
-def check_folder(folder: Path, *, code: bool = False) -> dict[str, Any]:
+def check_folder(folder: Path, *, code: bool = False, described_by: str = CONFIG) -> dict[str, Any]:
     """Raise unless a folder holds a whole checkpoint that names nothing outside it.
 
     Parameters
@@ -26,11 +27,13 @@ def check_folder(folder: Path, *, code: bool = False) -> dict[str, Any]:
     folder : Path
     code : bool
         Whether code that it names may be run.
+    described_by : str
+        The file that says what is in it: its configuration, or `PLAIN`.
 
     Returns
     -------
     dict
-        Its configuration.
+        What that file holds.
 
     Raises
     ------
@@ -39,12 +42,13 @@ def check_folder(folder: Path, *, code: bool = False) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise StreamlineError(f"{folder} is no folder. Give one that streamline_hooks.save wrote.")
-    if not (folder / CONFIG).is_file():
-        raise StreamlineError(f"{folder} holds no model: {CONFIG} is missing. Give a folder that `save` wrote.")
-    config = read_json(folder / CONFIG)
+    if not (folder / described_by).is_file():
+        raise StreamlineError(f"{folder} holds no model: {described_by} is missing. Give a folder that `save` wrote.")
+    config = read_json(folder / described_by)
     if code:
         _check_code(folder, config)
-    _check_kernels(folder, config)
+    if described_by == CONFIG:
+        _check_kernels(folder, config)
     if (folder / "adapter_config.json").exists():
         raise StreamlineError(
             f"{folder / 'adapter_config.json'} makes this folder an adapter of a model that is elsewhere. Load that "

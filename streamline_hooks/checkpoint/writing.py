@@ -12,22 +12,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+from torch import nn
 
 from streamline_hooks.checkpoint.card import FILE as CARD
 from streamline_hooks.checkpoint.card import model_card
 from streamline_hooks.checkpoint.checksums import write_checksums
+from streamline_hooks.checkpoint.plain_writing import write_plain
 from streamline_hooks.checkpoint.safety import CONFIG, read_json
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.offload import brought, held_elsewhere
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 REPORT = "report.json"
 
 
 def save(
-    model: PreTrainedModel,
+    model: nn.Module,
     folder: str | Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -43,21 +45,25 @@ def save(
 
     Parameters
     ----------
-    model : transformers.PreTrainedModel
-        After `LayerSurgeon.commit`. Without splices it becomes a plain checkpoint of its architecture; with splices
-        one that loads through ``AutoModelForCausalLM`` where this library is imported, and fails loudly elsewhere.
+    model : torch.nn.Module
+        After `LayerSurgeon.commit`. A Transformers model becomes a plain checkpoint of its architecture where it has no
+        splices; with splices one that loads through ``AutoModelForCausalLM`` where this library is imported, and fails
+        loudly elsewhere. Of any other model (timm's, torchvision's, your own) the weights are written, the buffers
+        that are not persistent among them, and a ``streamline.json`` with what was done; `load` puts them into the
+        original architecture, which you build: ``load(folder, into=model)``.
     folder : str or Path
     tokenizer : transformers.PreTrainedTokenizerBase, optional
     report : dict, optional
         Written as ``report.json``, and told in the card.
     base_model : str
-        What the card names as the original: its name on the hub, by default the one that it was loaded by.
+        What the card names as the original: its name on the hub, by default the one that it was loaded by, or the
+        name of its class.
     overwrite : bool
         Take the place of a folder that is not empty.
     max_shard_size : int or str, optional
-        Of a file of weights, such as ``"2GB"``; by default Transformers' own. Of a model whose ``device_map`` has
-        weights on disk no more than one file's are in memory at a time; of one that accelerate offloads without such a
-        map all are.
+        Of a file of weights, such as ``"2GB"``, of a Transformers model; by default Transformers' own. Of one whose
+        ``device_map`` has weights on disk no more than one file's are in memory at a time; of one that accelerate
+        offloads without such a map all are.
 
     Returns
     -------
@@ -67,20 +73,32 @@ def save(
     Raises
     ------
     StreamlineError
-        If the folder is not empty, if it cannot be written, or if a surgeon is still open on the model.
+        If the folder is not empty, if it cannot be written, or if a surgeon is still open on the model. Of a model that
+        is no Transformers model also if no surgery was committed to it, or one to a part of it alone; if something
+        else has changed its blocks since; or if something of it has no place in safetensors (extra state that is no
+        tensor, quantised weights, weights that overlap).
     """
     target = Path(folder).resolve()
+    own: Any = getattr(model, "save_pretrained", None)
+    if not callable(own) and max_shard_size is not None:
+        raise StreamlineError(
+            f"max_shard_size={max_shard_size!r} is for Transformers models; the weights of a {type(model).__name__} "
+            "are written to one file. Leave it out."
+        )
     with whole_folder(target, overwrite) as beside:
-        options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-        if held_elsewhere(model):
-            options["state_dict"] = brought(model)
-        model.save_pretrained(beside, **options)
+        if callable(own):
+            options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+            if held_elsewhere(model):
+                options["state_dict"] = brought(model)
+            own(beside, **options)
+            said = read_json(beside / CONFIG)
+        else:
+            said = write_plain(model, beside)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
         if report is not None:
             (beside / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-        card = model_card(read_json(beside / CONFIG), report, base_model)
-        (beside / CARD).write_text(card, encoding="utf-8")
+        (beside / CARD).write_text(model_card(said, report, base_model), encoding="utf-8")
         write_checksums(beside)
     return target
 

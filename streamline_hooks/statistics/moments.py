@@ -56,13 +56,17 @@ class WindowMoments:
         Parameters
         ----------
         entering, leaving : torch.Tensor
-            The states before and after the window, of shape (batch, tokens, features).
+            The states before and after the window, of shape (batch, tokens, features), or (tokens, features) where all
+            tokens are in one row.
         mask : torch.Tensor
             The tokens that count, of shape (batch, tokens).
         relative_to : torch.Tensor, optional
             States of the same shape by whose norm an error is measured, where these are but parts of them; by default
             those that leave.
         """
+        if relative_to is not None:
+            relative_to = _in_rows(relative_to, mask)
+        entering, leaving = _in_rows(entering, mask), _in_rows(leaving, mask)
         whole = leaving if relative_to is None else relative_to
         if entering.shape[-1] != len(self.xx) or not entering.shape == leaving.shape == whole.shape:
             raise StreamlineError(
@@ -122,3 +126,8 @@ class WindowMoments:
         """Take sums up again."""
         self.tokens, self.dd, self.weighted = int(state["tokens"]), float(state["dd"]), bool(state["weighted"])
         self.xx, self.xd = state["xx"].clone(), state["xd"].clone()
+
+
+def _in_rows(states: Tensor, mask: Tensor) -> Tensor:
+    """States with the axis of a mask's rows: where they have none, all tokens are in one row."""
+    return states[None] if states.ndim == mask.ndim else states

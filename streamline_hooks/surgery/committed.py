@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -67,27 +67,17 @@ def prepare_to_settle(
             f"{type(model).__name__} cannot be committed: nothing in its configuration counts the {plan.old_length} "
             f"blocks of {stack.path}, so that a checkpoint would not say how many are left."
         )
-    try:
-        notes = json.loads(json.dumps(notes))
-    except (TypeError, ValueError) as error:
-        raise StreamlineError(f"commit() takes JSON values to keep with the plan: {error}.") from error
+    entry = history_entry(model, plan, notes)
     now = find_stack(model, path)
-    entries = [
-        _entry(number, place, spliced(block, place))
-        for number, block in enumerate(now.blocks)
-        for place in (BEFORE, AFTER)
-        if spliced(block, place)
-    ]
     earlier = getattr(model.config, "streamline_hooks", None) or {}
+    elsewhere = _in_other_stacks(earlier, path)
+    entries = [*splice_entries(now.blocks), *elsewhere]
     said = {
-        "format": FORMAT,
+        "format": FORMAT if elsewhere else 1,
         "stack": path,
         "splices": entries,
         "guard": _guard(model, now),
-        "history": [
-            *earlier.get("history", []),
-            {"base_model": _name_of(model), **notes, **plan.to_dict(), "versions": _versions()},
-        ],
+        "history": [*earlier.get("history", []), entry],
     }
     model_class, config_class = base_class(type(model)), base_class(type(model.config))
     plain = copy.copy(model.config)
@@ -120,6 +110,47 @@ def settle(
     model.__class__ = model_class
 
 
+def history_entry(model: Any, plan: SurgeryPlan, notes: dict[str, Any], name: str = "") -> dict[str, Any]:
+    """What a checkpoint says of one surgery.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    plan : SurgeryPlan
+        What was carried out.
+    notes : dict
+        Further JSON values.
+    name : str
+        What the model is called where it does not know a name of its own.
+
+    Raises
+    ------
+    StreamlineError
+        If the notes are no JSON values.
+    """
+    try:
+        notes = json.loads(json.dumps(notes))
+    except (TypeError, ValueError) as error:
+        raise StreamlineError(f"commit() takes JSON values to keep with the plan: {error}.") from error
+    return {"base_model": _name_of(model) or name, **notes, **plan.to_dict(), "versions": _versions(model)}
+
+
+def _in_other_stacks(said: dict[str, Any], path: str) -> list[dict[str, Any]]:
+    """What earlier surgeries spliced into other stacks than this one, where it still is."""
+    entries = [{"stack": said.get("stack"), **entry} for entry in said.get("splices", [])]
+    return [entry for entry in entries if entry["stack"] != path]
+
+
+def splice_entries(blocks: Sequence[nn.Module]) -> list[dict[str, Any]]:
+    """What a checkpoint says of the modules that are spliced beside blocks, in the order of the blocks."""
+    return [
+        _entry(number, place, spliced(block, place))
+        for number, block in enumerate(blocks)
+        for place in (BEFORE, AFTER)
+        if spliced(block, place)
+    ]
+
+
 def _name_of(model: Any) -> str:
     """The name on the hub that a model was loaded by; of a path only the last part, which tells of no machine."""
     name = str(getattr(model, "name_or_path", ""))
@@ -127,8 +158,14 @@ def _name_of(model: Any) -> str:
     return name if on_hub else Path(name).name
 
 
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("streamline_hooks", "torch", "transformers")}
+def _versions(model: Any) -> dict[str, str]:
+    """The versions of what the model is run with, and of the package that its class comes from."""
+    found = {name: version(name) for name in ("streamline_hooks", "torch", "transformers")}
+    own = type(model).__module__.partition(".")[0]
+    try:
+        return found if own in found else {**found, own: version(own)}
+    except PackageNotFoundError:  # the class is the user's
+        return found
 
 
 def _entry(number: int, place: str, modules: tuple[nn.Module, ...]) -> dict[str, Any]:

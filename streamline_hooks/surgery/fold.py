@@ -214,7 +214,7 @@ def _output_axis(probe: BranchAlone, paths: list[str], what: str) -> int:
     map_, values = _probe_map(features), probe.random(paths)
     added = probe.added(values)
     if not added.any():
-        reason = "adds nothing on tokens alone, so that nothing shows its output axis"
+        reason = "adds nothing on what the model was run on, so that nothing shows its output axis"
         raise UnsupportedSurgery(f"{what}: {paths[0]} {reason}. Choose another block.", "fold")
     wanted = added @ map_.to(added)
     right = [

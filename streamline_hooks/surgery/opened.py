@@ -111,7 +111,7 @@ class OpenSurgery:
         for block in [*self.stack.blocks, *self.stack.container.children()]:
             marks = vars(block).get(ORIGIN, {})
             marks.pop(self._token, None)
-            if not marks:
+            if not marks or not surgeons:  # those of surgeons that are closed, on a block that was copied inside them
                 vars(block).pop(ORIGIN, None)
 
     def _settled(self, plan: SurgeryPlan) -> None:

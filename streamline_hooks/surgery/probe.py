@@ -282,6 +282,8 @@ def same_logits(a: Tensor, b: Tensor) -> bool:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run without gradients, without dropout, unseen by hooks, and leave the random numbers as they were.
 
+    So are the attributes that a forward sets: Qwen2-VL keeps by how much an image shifts the positions behind it.
+
     Hooks by which Transformers collects states stay: LLaVA's own forward works with what they collect.
 
     A forward that accelerate has wrapped for mixed precision is run as it was: what it answers is float32, and no more
@@ -290,6 +292,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     original: Any = model.__dict__.get("_original_forward")
     wrapped = None if original is None else model.__dict__.get("forward")
     training = [module for module in model.modules() if module.training]
+    kept = [(vars(module), _attributes(module)) for module in model.modules()]
     stashed: list[tuple[dict[int, Any], dict[int, Any]]] = []
     ours: tuple[Callable[..., Any], ...] = (run_before, run_after)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -310,7 +313,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 new = {key: hook for key, hook in hooks.items() if key not in content and captures(hook)}
                 hooks.clear()
                 hooks.update({**content, **new})
+            for now, before in kept:
+                now.update({name: value for name, value in before.items() if now.get(name) is not value})
             if wrapped is not None:
                 model.forward = wrapped
             for module in training:
                 module.training = True
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module holds beside what torch keeps."""
+    ours = ("training", "forward")
+    return {name: value for name, value in vars(module).items() if not name.startswith("_") and name not in ours}

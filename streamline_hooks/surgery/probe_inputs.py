@@ -19,7 +19,7 @@ def probe_inputs(model: Any, takes: Collection[str]) -> Iterator[dict[str, Tenso
     """Ways to call a model, from what its forward takes and its configuration says.
 
     Tokens come first, for an encoder and a decoder tokens of both, then images, images beside tokens and among them,
-    and sounds.
+    and sounds. Images are whole, or come as patches, all in one row, with the grid that each image's lie in.
 
     Parameters
     ----------
@@ -40,19 +40,19 @@ def probe_inputs(model: Any, takes: Collection[str]) -> Iterator[dict[str, Tenso
     {'input_ids': (2, 8)}
     """
     decoded = {"decoder_input_ids": _ids(model, 5)} if "decoder_input_ids" in takes else {}
-    pictures = _pictures(model) if "pixel_values" in takes else None
+    pictures = (_patches(model, takes) or _pictures(model)) if "pixel_values" in takes else {}
     sounds = _sounds(model, takes)
-    if "input_ids" in takes or (pictures is None and not sounds):
+    if "input_ids" in takes or not (pictures or sounds):
         if decoded:
             yield {"input_ids": _ids(model), **decoded}
         yield {"input_ids": _ids(model)}
-    if pictures is not None:
+    if pictures:
         if decoded:
-            yield {"pixel_values": pictures, **decoded}
-        yield {"pixel_values": pictures}
+            yield {**pictures, **decoded}
+        yield pictures
         if "input_ids" in takes:
-            yield {"input_ids": _ids(model), "pixel_values": pictures}
-            yield from _pictures_in_text(model, pictures)
+            yield {"input_ids": _ids(model), **pictures}
+            yield from _pictures_in_text(model, pictures, takes)
     if sounds:
         yield {**sounds, **decoded}
 
@@ -63,35 +63,56 @@ def _ids(model: Any, first: int = 3) -> Tensor:
     return (numbers % max(vocabulary - 4, 1) + min(3, vocabulary - 1)).view(ROWS, TOKENS).to(device_of(model))
 
 
-def _pictures(model: Any) -> Tensor | None:
+def _pictures(model: Any) -> dict[str, Tensor]:
     configs = (model.config, getattr(model.config, "vision_config", None))
     described = next((c for c in configs if getattr(c, "image_size", None)), None)
     if described is None:
-        return None
+        return {}
     size = described.image_size
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return _waves(model, ROWS, int(getattr(described, "num_channels", 3)), int(height), int(width))
+    channels = int(getattr(described, "num_channels", 3))
+    return {"pixel_values": _waves(model, ROWS, channels, int(height), int(width))}
 
 
-def _pictures_in_text(model: Any, pictures: Tensor) -> Iterator[dict[str, Tensor]]:
-    """A text with as many places for each image as the model makes vectors of it."""
+def _patches(model: Any, takes: Collection[str]) -> dict[str, Tensor]:
+    """Images as patches, and how many of them lie beside and above each other; more than one window of a tower wide."""
+    described = getattr(model.config, "vision_config", model.config)
+    patch = _one_number(described, "patch_size")
+    if "image_grid_thw" not in takes or patch is None:
+        return {}
+    frames, merged = (_one_number(described, name) or 1 for name in ("temporal_patch_size", "spatial_merge_size"))
+    channels = _one_number(described, "in_channels") or _one_number(described, "in_chans") or 3
+    cells = (_one_number(described, "window_size") or 0) // (patch * merged)
+    grid = torch.tensor([[1, merged * 2, merged * (cells + 2)]] * ROWS, device=device_of(model))
+    pixels = _waves(model, int(grid.prod(dim=1).sum()), channels * frames * patch * patch)
+    return {"pixel_values": pixels, "image_grid_thw": grid}
+
+
+def _one_number(config: Any, name: str) -> int | None:
+    """A size in a configuration that holds one number or the same one for each axis."""
+    value = getattr(config, name, None)
+    value = value[0] if isinstance(value, (list, tuple)) and value else value
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _pictures_in_text(model: Any, pictures: dict[str, Tensor], takes: Collection[str]) -> Iterator[dict[str, Tensor]]:
+    """A text with as many places for each image as the model makes vectors of it, and which tokens those are."""
     stated = (getattr(model.config, name, None) for name in ("image_token_id", "image_token_index"))
     place = next((value for value in stated if isinstance(value, int)), None)
     describe = getattr(model, "get_image_features", None)
     if place is None or describe is None:
         return
     try:
-        made = describe(pixel_values=pictures)
+        made = describe(**pictures)
     except Exception:  # whatever a model makes of images that it does not expect
         return
     made = getattr(made, "pooler_output", made)
     vectors = made[0] if isinstance(made, (list, tuple, Tensor)) and len(made) == ROWS else None
     if isinstance(vectors, Tensor) and vectors.ndim == 2:
         ids = _ids(model)
-        yield {
-            "input_ids": torch.cat([ids[:, :2], ids.new_full((ROWS, len(vectors)), place), ids[:, 2:]], dim=1),
-            "pixel_values": pictures,
-        }
+        ids = torch.cat([ids[:, :2], ids.new_full((ROWS, len(vectors)), place), ids[:, 2:]], dim=1)
+        kinds = {"mm_token_type_ids": (ids == place).long()} if "mm_token_type_ids" in takes else {}
+        yield {"input_ids": ids, **pictures, **kinds}
 
 
 def _sounds(model: Any, takes: Collection[str]) -> dict[str, Tensor]:

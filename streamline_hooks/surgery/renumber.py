@@ -32,6 +32,7 @@ _BLOCK_NUMBERS = (
     "attn_layer_indices",
     "cross_attention_layers",
     "full_attn_idxs",
+    "fullatt_block_indexes",
     "hybrid_layer_ids",
     "mlp_only_layers",
     "moe_layers",
@@ -129,7 +130,9 @@ def same_descriptions(stack: BlockStack) -> list[Any]:
     found = {id(config): config}
     for module in [*stack.ancestors, *stack.ancestors[-1].modules()]:
         other = getattr(module, "config", None)
-        if type(other) is type(config) and getattr(other, count, None) == getattr(config, count, None):
+        # Not of equal types: with splices in another stack, one is of a class that is derived from the other's.
+        alike = isinstance(other, type(config)) or isinstance(config, type(other))
+        if alike and getattr(other, count, None) == getattr(config, count, None):
             found[id(other)] = other
     return list(found.values())
 

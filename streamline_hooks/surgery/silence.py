@@ -42,7 +42,7 @@ def require_branch(branch: str) -> Branch:
 def called(
     stack: BlockStack, blocks: Iterable[int], batch: Batch | Tensor | None = None
 ) -> Iterator[dict[int, BlockCall | UnsupportedSurgery]]:
-    """Run a model on the tokens of the probe, and give what its blocks were called with.
+    """Run a model as it is probed, and give what its blocks were called with.
 
     Inside, the model is in evaluation mode, without gradients and unseen by hooks, so that blocks can be run again.
 
@@ -86,7 +86,7 @@ _GIVE = "give a batch of its input, without padding (batch=...)"
 def branches_of(
     stack: BlockStack, blocks: Iterable[int], batch: Batch | Tensor | None = None
 ) -> dict[int, Branches | UnsupportedSurgery]:
-    """Find the branches of blocks, on the tokens of the probe.
+    """Find the branches of blocks, on what the model is probed with.
 
     Parameters
     ----------

@@ -26,7 +26,7 @@ from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices
 
 MODEL_TYPE = "streamline_hooks"
 CODE = "modeling_streamline_hooks"
-FORMAT = 1
+FORMAT = 2  # that there are splices in several stacks; 1 where there are none
 _PREFIX = "Streamlined"
 _MARK = "has_guard_axis"
 _guarded: ContextVar[bool] = ContextVar("guarded", default=False)
@@ -110,8 +110,8 @@ class _ModelWithSplices:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         said = config.streamline_hooks
         for entry in said["splices"]:
-            modules = [build_replacement(m["kind"], m["config"]) for m in entry["modules"]]
-            set_splices(_block_of(self, said["stack"], entry), entry["place"], modules)
+            stack = entry.get("stack", said["stack"])
+            set_splices(_block_of(self, stack, entry), entry["place"], build_splices(entry))
         self.register_load_state_dict_pre_hook(accept_guarded)  # type: ignore[attr-defined]
         if _guarded.get():
             _set_guard_axis(self, present=True)
@@ -282,6 +282,11 @@ def _guard_axis(model: Any) -> Iterator[None]:
         owner._parameters[name] = held
         if held.is_meta:
             _reshape_offloaded(owner, name, held.ndim)
+
+
+def build_splices(entry: dict[str, Any]) -> list[nn.Module]:
+    """Build the modules at one place that an entry of a checkpoint describes, in the order in which they run."""
+    return [build_replacement(module["kind"], module["config"]) for module in entry["modules"]]
 
 
 def _block_of(model: Any, stack: str, entry: dict[str, Any]) -> nn.Module:

@@ -16,6 +16,7 @@ from streamline_hooks.surgery.edits import Edits
 from streamline_hooks.surgery.hazards import Hazard, find_hazards, find_numbering_hazards
 from streamline_hooks.surgery.held_to_truth import against_truth
 from streamline_hooks.surgery.layout import require_module, window_of
+from streamline_hooks.surgery.plain_module import record_surgery
 from streamline_hooks.surgery.plan import SurgeryPlan
 from streamline_hooks.surgery.saving import saver_depth, savers
 
@@ -210,8 +211,9 @@ class LayerSurgeon(BranchSurgery):
     def commit(self, **notes: Any) -> SurgeryPlan:
         """Make the surgery permanent.
 
-        The model's and its configuration's class change where splices must be saved with it, so that
-        ``model.save_pretrained`` writes a checkpoint that keeps them; the plan goes into the configuration.
+        The class of a Transformers model and of its configuration change where splices must be saved with it, so that
+        ``model.save_pretrained`` writes a checkpoint that keeps them; the plan goes into the configuration. Any other
+        model keeps its class and carries the plan itself, for `streamline_hooks.save`.
 
         Parameters
         ----------
@@ -228,7 +230,7 @@ class LayerSurgeon(BranchSurgery):
         UnsupportedSurgery
             If the class, built from the shortened configuration, would be another model.
         StreamlineError
-            If another surgeon is open on the same model.
+            If another surgeon is open on the same model, or the notes are no JSON values.
         """
         self._require_open()
         self._require_alone()
@@ -236,6 +238,8 @@ class LayerSurgeon(BranchSurgery):
         depth = saver_depth(self.stack)
         if depth is not None:
             committed.settle(self.stack, depth, plan, self._edits.indices, notes)
+        else:
+            record_surgery(self.stack.model, plan, notes)
         try:
             for owner in savers(self.stack):
                 vars(owner).pop("save_pretrained", None)

@@ -1,7 +1,13 @@
-"""Examine every causal-LM type and write the table: python -m tests.architectures.matrix [TYPE ...]"""
+"""Examine models and write docs/architectures.md: python -m tests.architectures.matrix [TYPE ... | others]
+
+Without a word every causal-LM type is examined, for the first table, and every other model, for the second one; with
+types only these, and with "others" only the second table is made anew.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -22,17 +28,26 @@ def main() -> None:
     import transformers
 
     from streamline_hooks.testing import causal_model_types
+    from tests.other_models import OTHERS
 
-    types = sys.argv[1:] or causal_model_types()
-    rows: dict[str, Any] = {}
-    if sys.argv[1:] and ROWS.exists():
-        rows = json.loads(ROWS.read_text())["rows"]
-    started = time.time()
+    asked = sys.argv[1:]
+    known = json.loads(ROWS.read_text()) if asked and ROWS.exists() else {}
+    rows, others = known.get("rows", {}), known.get("others", [])
+    if known.get("transformers", transformers.__version__) != transformers.__version__:
+        sys.exit(
+            f"The tables were made with Transformers {known['transformers']}, and this is {transformers.__version__}. "
+            "Rows of two versions do not go together: make both tables anew (make architectures)."
+        )
+    types, started = [t for t in asked if t != "others"] if asked else causal_model_types(), time.time()
     with multiprocessing.get_context("spawn").Pool(min(2, os.cpu_count() or 1), maxtasksperchild=40) as pool:
         for row in pool.imap_unordered(row_of, types):
             rows[row["model_type"]] = row
             print(line(row), flush=True)
-    content = {"transformers": transformers.__version__, "rows": dict(sorted(rows.items()))}
+        if not asked or "others" in asked:
+            others = list(pool.imap(other_row_of, OTHERS))
+            for row in others:
+                print(f"{row['case']:<28} {verdict_of_other(row)}")
+    content = {"transformers": transformers.__version__, "rows": dict(sorted(rows.items())), "others": others}
     ROWS.write_text(json.dumps(content, indent=1) + "\n")
     PAGE.write_text(page(content))
     print(f"{len(types)} types in {time.time() - started:.0f} s; written to {PAGE}")
@@ -40,16 +55,30 @@ def main() -> None:
 
 def row_of(model_type: str) -> dict[str, Any]:
     """One row, as JSON values."""
+    from tests.architectures.examine import examine
+
+    calm()
+    return asdict(examine(model_type))
+
+
+def other_row_of(case: str) -> dict[str, Any]:
+    """One row of the second table, as JSON values."""
+    from tests.architectures.other_rows import examine_other
+
+    calm()
+    with contextlib.redirect_stderr(io.StringIO()):  # bars
+        return asdict(examine_other(case))
+
+
+def calm() -> None:
+    """One thread, and no word from Transformers."""
     import torch
     import transformers
-
-    from tests.architectures.examine import examine
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    return asdict(examine(model_type))
 
 
 def line(row: dict[str, Any]) -> str:
@@ -61,6 +90,10 @@ def verdict(row: dict[str, Any]) -> str:
     if row["unbuilt"]:
         return f"not examined: {row['unbuilt']}"
     return ", ".join(f"{name} {said}" for name, said in row["windows"].items())
+
+
+def verdict_of_other(row: dict[str, Any]) -> str:
+    return ", ".join(f"{check} {said}" for check, said in row["checks"].items())
 
 
 def supported(row: dict[str, Any]) -> bool:
@@ -89,6 +122,8 @@ def worse(row: dict[str, Any], committed: dict[str, Any]) -> list[str]:
 
 
 def page(content: dict[str, Any]) -> str:
+    from tests.architectures.other_rows import section
+
     rows = content["rows"]
     full, faults = [r for r in rows.values() if supported(r)], [r for r in rows.values() if wrong(r)]
     lines = [
@@ -121,7 +156,7 @@ def page(content: dict[str, Any]) -> str:
         lines.append(
             f"| {row['model_type']} | {row['path']} | {own} | {' | '.join(cells)} | {states} | {'; '.join(reasons)} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *section(content["others"], content["transformers"])]) + "\n"
 
 
 def shortened(reason: str) -> str:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import transformers
 
-from tests.architectures.matrix import PAGE, ROWS, page, row_of, supported, worse, wrong
+from tests.architectures.matrix import PAGE, ROWS, other_row_of, page, row_of, supported, worse, wrong
+from tests.architectures.other_checks import REFUSED, checks_of
+from tests.other_models import OTHERS
 
 TABLE = json.loads(ROWS.read_text())
 SUBSET = """
@@ -46,6 +48,20 @@ def test_the_table_keeps_its_promise() -> None:
     assert len(rows) == 196 and not [r["model_type"] for r in rows if wrong(r)]
     assert sum(map(supported, rows)) >= 175
     assert PAGE.read_text() == page(TABLE)
+
+
+def test_the_second_table_says_what_is_held_of_other_models() -> None:
+    assert [row["case"] for row in TABLE["others"]] == list(OTHERS)
+    for row in TABLE["others"]:
+        refused = REFUSED.get(row["case"], {})
+        assert row["checks"] == {check: "refused" if check in refused else "ok" for check in checks_of(row["case"])}
+        assert all(reason in row["reasons"][check] for check, reason in refused.items())
+
+
+@needs_version
+@pytest.mark.parametrize("case", ["vit", "t5 decoder"])
+def test_another_model(case: str) -> None:
+    assert other_row_of(case) == next(row for row in TABLE["others"] if row["case"] == case)
 
 
 def test_a_row_that_gets_worse_is_noticed() -> None:

@@ -2,64 +2,52 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
 from typing import Any
 
 import pytest
 import torch
 
-from streamline_hooks import (
-    LayerSurgeon,
-    LinearReplacement,
-    UnsupportedSurgery,
-    find_stack,
-    fit_windows,
-    load,
-    perplexity,
-    read_plans,
-    save,
-)
+from streamline_hooks import LayerSurgeon, LinearReplacement, UnsupportedSurgery, find_stack, perplexity
+from streamline_hooks.branches import BRANCHES
 from streamline_hooks.evaluation.perplexity import perplexity_of_candidates
 from streamline_hooks.hidden_state import read_input, write_input
 from streamline_hooks.repair import student_of, train
+from tests.architectures.other_checks import CHECKS, REFUSED, checks_of, require_restored
 from tests.other_models import OTHERS, answer, made
 
+CASES = [(name, check) for name in OTHERS for check in checks_of(name)]
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_an_identity_changes_nothing_and_a_removal_is_undone(name: str) -> None:
+
+@pytest.mark.parametrize(("name", "check"), CASES, ids=[f"{name}, {check}" for name, check in CASES])
+def test_it_holds_or_is_refused(name: str, check: str) -> None:
+    reason = REFUSED.get(name, {}).get(check)
+    if reason is None:
+        CHECKS[check](name)
+        return
+    with pytest.raises(UnsupportedSurgery, match=re.escape(reason)):
+        CHECKS[check](name)
+
+
+@pytest.mark.parametrize(("name", "check"), [(name, check) for name in REFUSED for check in REFUSED[name]])
+def test_what_is_refused_changes_nothing(name: str, check: str) -> None:
+    """Each branch is refused, and to the bit the model is what it was."""
     model = made(name)
-    stack = OTHERS[name].path(model)
     before, weights = answer(model, name), {key: value.clone() for key, value in model.state_dict().items()}
-    config = model.config.to_dict()
-    with LayerSurgeon(model, stack) as surgeon:
-        surgeon.insert(2, torch.nn.Identity())
-        assert torch.equal(answer(model, name), before)
-    with LayerSurgeon(model, stack) as surgeon:
-        surgeon.remove([1])
-        assert not torch.allclose(answer(model, name), before, atol=1e-3)
-    assert torch.equal(answer(model, name), before) and model.config.to_dict() == config
-    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    for branch in BRANCHES:
+        with LayerSurgeon(model, OTHERS[name].path(model)) as surgeon, pytest.raises(UnsupportedSurgery):
+            surgeon.silence(1, branch) if check == "silence" else surgeon.fold(1, torch.eye(32), branch)
+    require_restored(model, name, before, weights)
 
 
-@pytest.mark.parametrize("repaired", [False, True])
-@pytest.mark.parametrize("name", OTHERS)
-def test_what_is_committed_is_loaded(name: str, repaired: bool, tmp_path: Path) -> None:
-    model, case = made(name), OTHERS[name]
-    length = len(find_stack(model, case.path(model)))
+def test_a_tower_goes_on_knowing_which_blocks_attend_to_everything() -> None:
+    """Qwen2.5-VL lists them by number."""
+    model, case = made("qwen2.5-vl pictures"), OTHERS["qwen2.5-vl pictures"]
     with LayerSurgeon(model, case.path(model)) as surgeon:
-        if repaired:
-            map_ = 0.1 * torch.randn(32, 32, generator=torch.Generator().manual_seed(2))
-            surgeon.replace(case.removed, LinearReplacement.from_map(map_))
-        else:
-            surgeon.remove(case.removed)
-        surgeon.commit()
-    expected = answer(model, name)
-    save(model, tmp_path / "saved")
-    loaded = load(tmp_path / "saved").eval()
-    assert torch.equal(answer(loaded, name), expected)
-    assert len(find_stack(loaded, case.path(loaded))) == length - len(case.removed)
-    assert read_plans(loaded)[0].removed == case.removed
-    assert type(loaded).__name__ == ("Streamlined" if repaired else "") + type(made(name)).__name__
+        surgeon.remove([1])
+        assert list(model.config.vision_config.fullatt_block_indexes) == [1]
+        assert list(surgeon.stack.ancestors[-1].fullatt_block_indexes) == [1]
+    assert list(model.config.vision_config.fullatt_block_indexes) == [2]
 
 
 @pytest.mark.parametrize("name", ["llava pictures", "vit", "clip text"])
@@ -97,24 +85,9 @@ def test_the_perplexity_of_a_tower_is_that_of_the_text() -> None:
     assert original.value == pytest.approx(perplexity(model, [case.batch]).value)
 
 
-def test_an_encoder_and_a_decoder_are_not_trained() -> None:
+def test_a_decoder_beside_an_encoder_is_trained() -> None:
+    """On the decoder's own tokens."""
     model, case = made("bart decoder"), OTHERS["bart decoder"]
     student = student_of(find_stack(model, case.path(model)), [(range(1, 2), LinearReplacement(32))])
-    with pytest.raises(UnsupportedSurgery, match="is an encoder and a decoder, whose tokens have masks of their own"):
-        train(student, [case.batch], [case.batch])
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_a_window_is_repaired_on_its_own_tokens(name: str) -> None:
-    """More tokens than features are not there, so that the map that was fitted is exact, and it is put in its place."""
-    model, case = made(name), OTHERS[name]
-    window = range(case.removed[0], case.removed[-1] + 1)
-    (repair,) = fit_windows(model, [window], "linear", [case.batch], [case.batch], stack=case.path(model))
-    assert repair.repaired_error < 0.2 * repair.removal_error
-    before = answer(model, name)
-    with LayerSurgeon(model, case.path(model)) as surgeon:
-        surgeon.remove(window)
-        removed = (answer(model, name) - before).norm()
-    with LayerSurgeon(model, case.path(model)) as surgeon:
-        surgeon.replace(window, repair.stand_in)
-        assert (answer(model, name) - before).norm() < removed
+    trained = train(student, [case.batch], [case.batch])
+    assert trained.distance < trained.distance_before

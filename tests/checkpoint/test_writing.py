@@ -246,7 +246,7 @@ def test_an_unknown_kind_a_later_format_and_a_foreign_config(tmp_path: Path) -> 
     with pytest.raises(StreamlineError, match="'cubic' is unknown. Known here: .*linear"):
         load(tmp_path / "model")
     changed(format=99)
-    with pytest.raises(StreamlineError, match="has the format 99; this version of streamline_hooks reads up to 1"):
+    with pytest.raises(StreamlineError, match="has the format 99; this version of streamline_hooks reads up to 2"):
         load(tmp_path / "model")
     path.write_text(json.dumps({"model_type": "streamline_hooks"}))
     with pytest.raises(StreamlineError, match="was not written by streamline_hooks"):

@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from streamline_hooks import LayerSurgeon, UnsupportedSurgery, find_stack
 from streamline_hooks.hidden_state import read_output, write_output
 from streamline_hooks.surgery.probe import given_to_probe, observe
+from streamline_hooks.surgery.probe_inputs import probe_inputs
 from tests.other_models import OTHERS, made
+
+# Transformers 4 gives Qwen2-VL's tokens their positions anew at each step, unless it is told where they are.
+DECODERS = ("llava text", "gemma3 text", *(["qwen2-vl text"] if transformers.__version__ >= "5" else []))
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +35,7 @@ def test_a_removal_is_held_against_the_bypassed_blocks(name: str) -> None:
     assert set(given_to_probe(model, stack[1])) == set(case.given)
     truth = observe(stack, range(1, 2))
     assert truth is not None
-    decodes = "decoder_input_ids" in truth.given or name in ("llava text", "gemma3 text")
+    decodes = "decoder_input_ids" in truth.given or name in DECODERS
     assert truth.cached == decodes, "a decoder has a cache, and nothing else here has"
     with LayerSurgeon(model, case.path(model)) as surgeon:
         surgeon.remove([1])
@@ -55,3 +60,28 @@ def test_a_block_that_does_more_without_another_is_seen(name: str) -> None:
         pytest.raises(UnsupportedSurgery, match="other logits than with them"),
     ):
         surgeon.remove([1])
+
+
+def test_patches_come_with_their_grid_and_their_places() -> None:
+    """Wider than a window, so that a block which attends to all of an image differs from one that does not."""
+    model = made("qwen2.5-vl pictures")
+    takes = {"input_ids", "pixel_values", "image_grid_thw", "mm_token_type_ids"}
+    *_, given = probe_inputs(model, takes)
+    assert given["image_grid_thw"].tolist() == [[1, 4, 6], [1, 4, 6]]
+    assert given["pixel_values"].shape == (2 * 24, 3 * 2 * 2 * 2)
+    assert torch.equal(given["mm_token_type_ids"], (given["input_ids"] == 63).long())
+    assert given["mm_token_type_ids"].sum(dim=1).tolist() == [6, 6]
+
+
+def test_what_a_forward_keeps_on_the_model_is_as_it_was() -> None:
+    """Qwen2-VL keeps by how much the images of its last call shift positions, and uses that when it decodes."""
+    model, case = made("qwen2-vl pictures"), OTHERS["qwen2-vl pictures"]
+    with LayerSurgeon(model, case.path(model)) as surgeon:
+        surgeon.remove([1])
+        surgeon.silence(2, "mlp")
+        assert model.model.rope_deltas is None
+    model(**case.batch)
+    before = model.model.rope_deltas
+    with LayerSurgeon(model, case.path(model)) as surgeon:
+        surgeon.remove([1])
+    assert before is not None and model.model.rope_deltas is before

@@ -20,6 +20,7 @@ from streamline_hooks import (
     load,
     save,
 )
+from tests.other_models import OTHERS, answer, made
 from tests.tiny_models import Nudge, repaired, tiny_model, tokens
 
 
@@ -45,9 +46,13 @@ class ClockBlock(nn.Module):
             self.phase = nn.Parameter(torch.zeros(8 + number % 2))
         elif config.baked == "class" and number == 0:
             self.inner = _Linear(8, 8)
+        elif config.baked == "function":
+            self.last = nn.Hardtanh(-100, 100) if number else nn.Identity()
+        elif config.baked == "dropout":
+            self.last = nn.Dropout(0.1) if number else nn.Identity()
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
-        return state + self.inner(state)
+        return state + getattr(self, "last", nn.Identity())(self.inner(state))
 
 
 class _Linear(nn.Linear):
@@ -77,6 +82,7 @@ PLANTED = {
     "attribute": r"phase is 0.1 and would be 0.0",
     "shape": r"layers.0.phase has the shape \(9,\) in the model and \(8,\)",
     "class": "inner is a Linear and would be a _Linear",
+    "function": "last is a Hardtanh and would be a Identity",
 }
 
 
@@ -88,6 +94,29 @@ def test_what_is_baked_from_the_number_is_refused(baked: str) -> None:
         with pytest.raises(UnsupportedSurgery, match=PLANTED[baked]):
             surgeon.commit()
     assert len(model.layers) == 5 and not hasattr(model.config, "streamline_hooks")
+
+
+def test_what_is_random_in_training_alone_is_no_part_of_a_checkpoint() -> None:
+    """Of a block that becomes the first, the class builds none; the mode of the one that is there stays."""
+    model = ClockModel(ClockConfig(baked="dropout")).train()
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([0])
+        surgeon.commit()
+    assert [type(block.last).__name__ for block in model.layers] == ["Dropout"] * 4
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["beit", "data2vec"])
+def test_the_first_block_without_stochastic_depth_goes(name: str, tmp_path: Path) -> None:
+    model, path = made(name), OTHERS[name].path(made(name))
+    with LayerSurgeon(model, path) as surgeon:
+        surgeon.remove([0])
+        surgeon.commit()
+    assert "DropPath" in type(find_stack(model, path)[0].drop_path).__name__
+    save(model, tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+    assert type(find_stack(loaded, path)[0].drop_path) is nn.Identity
+    assert torch.equal(answer(loaded.eval(), name), answer(model, name))
 
 
 def test_removing_from_the_end_changes_no_number() -> None:

@@ -90,6 +90,20 @@ def test_a_stage_is_saved_and_loaded(
     torch.testing.assert_close(answer(loaded, pictures), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_the_first_pair_goes_though_its_first_block_has_no_stochastic_depth(
+    pictures: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    sizes = {"depths": [4, 2], "num_heads": [2, 4], "embed_dim": 16, "window_size": 4}
+    model = transformers.SwinModel(transformers.SwinConfig(image_size=64, patch_size=4, **sizes)).eval()
+    with LayerSurgeon(model, "encoder.layers.0.blocks") as surgeon:
+        surgeon.remove([0, 1])
+        surgeon.commit()
+    save(model, tmp_path / "saved")
+    loaded = load(tmp_path / "saved").eval()
+    assert loaded.config.depths == [2, 2]
+    assert torch.equal(answer(loaded, pictures), answer(model, pictures))
+
+
 def test_an_odd_number_would_shift_windows_otherwise_when_it_is_loaded(swin: Any) -> None:
     """Every second block of Swin shifts its windows, which the class decides by the block's number."""
     with LayerSurgeon(swin, STAGE) as surgeon:
