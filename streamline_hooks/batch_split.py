@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamline_hooks.batch import Batch
+from streamline_hooks.batch import Batch, real_tokens
 from streamline_hooks.calibration.split import PARTS
 from streamline_hooks.digests import batches_digest
 from streamline_hooks.distributed import sequences_of, some_of
@@ -134,20 +134,23 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _rows(batches: Batches) -> set[bytes]:
-    """A digest of each sequence or image: of all that is given for it but labels, without padding."""
+    """A digest of each sequence or image: of its content alone, and without padding."""
     found = set()
     for batch in batches:
         given = {"": batch} if isinstance(batch, Tensor) else {n: v for n, v in batch.items() if _is_tensor(v)}
-        mask = given.get("attention_mask")
+        contents = [given[name] for name in ("input_ids", "pixel_values") if name in given] or [
+            next(v for n, v in given.items() if "mask" not in n and n != "labels")
+        ]
+        mask = None if isinstance(batch, Tensor) else real_tokens(batch)
         for k in range(sequences_of(batch)):
             digest = hashlib.blake2b(digest_size=16)
-            for name in sorted(given):
-                rows = given[name]
-                if name in ("labels", "attention_mask") or not rows.ndim or len(rows) != sequences_of(batch):
+            for rows in contents:
+                if len(rows) != sequences_of(batch):  # of images in one row nothing says which is whose
                     continue
-                row = rows[k].detach().cpu().contiguous()
+                row = rows[k].detach().cpu()
+                row = row.float() if row.is_floating_point() else row.long()
                 if mask is not None and mask.shape == rows.shape[:2]:
                     row = row[mask[k].bool().cpu()]
-                digest.update(name.encode() + row.reshape(-1).view(torch.uint8).numpy().tobytes())
+                digest.update(row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
             found.add(digest.digest())
     return found

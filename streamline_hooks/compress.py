@@ -188,8 +188,14 @@ def compress(
             f"shortlist={shortlist}, batch_size={batch_size} and parts={parts} must be 1 or more each."
         )
     require_search(search, named, remove)
+    asked_for.require_fits(model)
     if training is not None:
         training.objective.require_task(asked_for)
+    if not asked_for.is_of_text and named.name in ("perplexity", "taylor"):
+        raise StreamlineError(
+            f"The criterion {named.name} is of the next token of a text, and {type(model).__name__} is for "
+            f"{asked_for}. Choose another one, such as cosine or kl."
+        )
     if profile is not None:
         check_profile(profile, model, find_stack(model, stack).path)
     clock = Clock()

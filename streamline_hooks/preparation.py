@@ -71,6 +71,7 @@ class Preparation:
             model=self.stack.model,
             batches=self.calibration,
             stack=self.stack.path,
+            task=self.task,
             **more,
         )
 
@@ -100,6 +101,7 @@ class Preparation:
             f"{self.kind.name if self.kind.in_branches else 'nothing'} in their place",
             f"search     {search} by {criterion}; {len(self.candidates)} windows reach the target, and up to "
             f"{shortlist} selections are fitted and judged",
+            *([] if self.task.is_of_text else [f"task       {self.task}"]),
             f"{'text' if isinstance(self.split, TokenSplit) else 'data'}       {self.split.describe()}",
         ]
 

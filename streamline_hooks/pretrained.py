@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.task import Task, task_of_classes
+from streamline_hooks.task import TASKS, Task, task_of_classes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +21,11 @@ _SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # whose weights are in the pac
 _CONFIG_LEFTOVERS = ("quantization_config", "_is_quantized")
 
 
+_SENTENCE_POOLINGS = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "first",
+    "pooling_mode_lasttoken": "last",
+}
 # By task, what gives the class of a model.
 _AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -42,7 +48,13 @@ def task_of_pretrained(name: str | Path) -> Task:
     Returns
     -------
     Task
-        That of the class that the checkpoint was saved from; a causal language model where it says none.
+        That of the class that the checkpoint was saved from; a causal language model where it says none. Of a folder of
+        sentence-transformers the pooling is what that says.
+
+    Raises
+    ------
+    StreamlineError
+        If the class is not one that is known to be for a task.
 
     Examples
     --------
@@ -60,7 +72,29 @@ def task_of_pretrained(name: str | Path) -> Task:
     except (OSError, ValueError, KeyError):  # whoever loads it says what is wrong
         return Task("causal-lm")
     classes = [one.removeprefix("Streamlined") for one in getattr(config, "architectures", None) or []]
-    return Task(task_of_classes(classes) or "causal-lm")
+    found = task_of_classes(classes, getattr(config, "is_encoder_decoder", None))
+    if classes and not found:
+        raise StreamlineError(
+            f"{str(name)!r} holds a {classes[0]}, and it is not clear what that is for. Say it with --task, one of "
+            f"{', '.join(TASKS)}; or load it in Python."
+        )
+    pooling = _sentence_pooling(Path(name)) if found == "embedding" else ""
+    return Task(found or "causal-lm", pooling)
+
+
+def _sentence_pooling(folder: Path) -> str:
+    """How sentence-transformers would pool, where its file says; empty where there is none."""
+    file = folder / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return ""
+    said = json.loads(file.read_text())
+    modes = [name for name, value in said.items() if name.startswith("pooling_mode_") and value is True]
+    if len(modes) != 1 or modes[0] not in _SENTENCE_POOLINGS:
+        raise StreamlineError(
+            f"{file} pools by {', '.join(modes) or 'nothing'}, which is not known here; say --task "
+            "embedding:pooling=mean, first, last or pooler."
+        )
+    return _SENTENCE_POOLINGS[modes[0]]
 
 
 def load_pretrained(
@@ -95,7 +129,6 @@ def load_pretrained(
     Examples
     --------
     >>> from streamline_hooks.errors import StreamlineError
-    from streamline_hooks.task import Task, task_of_classes
     >>> try:
     ...     load_pretrained("./no-such-folder")
     ... except StreamlineError as error:
@@ -142,9 +175,7 @@ def _load_automatic(
     try:
         if task.name == "causal-lm":
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model = getattr(transformers, _AUTO_CLASSES[task.name]).from_pretrained(
-            name, dtype="auto" if dtype is None else dtype
-        )
+        model = _whole_model(getattr(transformers, _AUTO_CLASSES[task.name]), name, dtype, task)
         if task.name != "causal-lm":
             images = model.main_input_name == "pixel_values"
             beside = "image processor" if images else beside
@@ -158,6 +189,29 @@ def _load_automatic(
             "needs `hf auth login`."
         ) from error
     return model.eval(), tokenizer
+
+
+def _whole_model(automatic: Any, name: str, dtype: torch.dtype | None, task: Task) -> Any:
+    """A model of which the checkpoint has every weight: what it lacks would be random.
+
+    Raises
+    ------
+    StreamlineError
+        If it lacks one.
+    """
+    options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
+    model, info = automatic.from_pretrained(name, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"])
+    if missing and task.name == "embedding" and all("pooler" in key for key in missing):
+        model, info = automatic.from_pretrained(name, output_loading_info=True, add_pooling_layer=False, **options)
+        missing = sorted(info["missing_keys"])
+    if missing:
+        raise StreamlineError(
+            f"{name!r} has no weights for {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} of a "
+            f"{type(model).__name__}, which would be random. It was saved from another class; say what it is for "
+            "(--task), or load it in Python."
+        )
+    return model
 
 
 def _load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

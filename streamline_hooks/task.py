@@ -20,6 +20,7 @@ TASKS = ("causal-lm", "masked-lm", "seq2seq", "image-classification", "text-clas
 POOLINGS = ("mean", "first", "last", "pooler")
 
 _UNITS = {"image-classification": "image", "text-classification": "text", "embedding": "embedding"}
+_PROJECTED = ("image_embeds", "video_embeds", "audio_embeds", "text_embeds")
 # Transformers' own lists of classes; the first that has a model's class says what it is for.
 _LISTS = {
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": "seq2seq",
@@ -42,7 +43,8 @@ class Task:
     ----------
     name : {"causal-lm", "masked-lm", "seq2seq", "image-classification", "text-classification", "embedding"}
         The answer is a distribution over the vocabulary for each real token (of a ``seq2seq`` model for each of the
-        decoder's), one over the classes for each image or text, or a vector for each.
+        decoder's, of a ``masked-lm`` for each that its ``labels`` name, where a batch has some), one over the classes
+        for each image or text, or a vector for each. The places of images among text count as tokens.
     pooling : {"", "mean", "first", "last", "pooler"}
         What an embedding is made of, where a model gives states: their mean over the real tokens, the first or the last
         real token's, or what the model pools itself. Left empty, it is the projection that CLIP's kin return; else the
@@ -101,14 +103,35 @@ class Task:
         StreamlineError
             If it is not clear.
         """
-        inside = getattr(model, "get_base_model", None)
-        plain = inside() if callable(inside) else model
-        name = task_of_classes([kind.__name__ for kind in type(plain).__mro__]) or _task_of_parts(plain)
+        plain = _inside(model)
+        config = getattr(plain, "config", None)
+        names = [kind.__name__ for kind in type(plain).__mro__]
+        name = task_of_classes(names, getattr(config, "is_encoder_decoder", None)) or _task_of_parts(plain)
         if not name:
             raise StreamlineError(
                 f"It is not clear what {type(plain).__name__} is for. Say it: task= (--task) {', '.join(TASKS)}."
             )
-        return cls(name)
+        # CLIP's text is what its end token says, which its model pools itself.
+        pools = name == "embedding" and str(getattr(config, "model_type", "")).endswith("_text_model")
+        task = cls(name, "pooler" if pools else "")
+        task.require_fits(plain)
+        return task
+
+    def require_fits(self, model: nn.Module) -> None:
+        """Raise if a model's head gives no distribution over classes.
+
+        Raises
+        ------
+        StreamlineError
+            If it is for several labels at once, or for numbers.
+        """
+        said = getattr(getattr(_inside(model), "config", None), "problem_type", None)
+        if self.name in _UNITS and self.gives_distributions and said not in (None, "single_label_classification"):
+            raise StreamlineError(
+                f"{type(model).__name__} is for {said}: what it says is no distribution over its classes, so that KL "
+                "does not compare it. Repair it by its states (fit_windows, or an objective of mse, relative or "
+                "cosine with task='embedding' on the model without its head)."
+            )
 
     @property
     def gives_distributions(self) -> bool:
@@ -135,10 +158,15 @@ class Task:
         """How many answers there are to a batch, known before the model is run."""
         if self.name in _UNITS:
             return sequences_of(batch)
-        mask = None if isinstance(batch, Tensor) else _mask_of_decoder(batch)
-        if self.name == "seq2seq" and mask is not None:
-            return int(mask.sum())
-        return tokens_of(batch)
+        mask = None if isinstance(batch, Tensor) else self._own_mask(batch)
+        return tokens_of(batch) if mask is None else int(mask.sum())
+
+    def _own_mask(self, given: Batch) -> Tensor | None:
+        """The places that have an answer, where they are not all real tokens."""
+        if self.name == "masked-lm":  # the places that are to be filled in
+            labels = given.get("labels")
+            return labels != -100 if isinstance(labels, Tensor) and labels.ndim == 2 else None
+        return _mask_of_decoder(given) if self.name == "seq2seq" else None
 
     def answers(self, output: Any, given: Batch | Tensor) -> Tensor:
         """The answers in what a model returned.
@@ -173,7 +201,8 @@ class Task:
         logits = logits_of(output)
         if self.name in _UNITS:
             return self._of_classes(logits)
-        return real_tokens(logits, token_mask(logits, _mask_of(given, decoded=self.name == "seq2seq")))
+        own = None if isinstance(given, Tensor) else self._own_mask(given)
+        return real_tokens(logits, token_mask(logits, _mask_of(given) if own is None else own))
 
     def _of_classes(self, logits: Tensor) -> Tensor:
         if logits.ndim != 2 or logits.shape[1] < 2:
@@ -184,12 +213,12 @@ class Task:
         return logits
 
     def _embeddings(self, output: Any, given: Batch | Tensor) -> Tensor:
-        projected = [one for name in ("image_embeds", "text_embeds") if (one := _tensor(output, name)) is not None]
+        projected = [one for name in _PROJECTED if (one := _tensor(output, name)) is not None]
         if projected and not self.pooling:
             if len({one.shape for one in projected}) > 1:
                 raise StreamlineError(
-                    f"The model was given {len(projected[0])} images and {len(projected[1])} texts; give as many, so "
-                    "that the pairs can be compared."
+                    f"The model was given {' and '.join(str(len(one)) for one in projected)} things to be paired, such "
+                    "as images and texts; give as many, so that the pairs can be compared."
                 )
             return torch.cat([normalize(one.float(), dim=-1) for one in projected], dim=-1)
         states = output if isinstance(output, Tensor) else _tensor(output, "last_hidden_state")
@@ -204,17 +233,27 @@ class Task:
             )
         if states.ndim == 2:
             return states
-        mask = token_mask(states, _mask_of(given, decoded=True))
+        decoded = None if isinstance(given, Tensor) else _mask_of_decoder(given)
+        mask = token_mask(states, _mask_of(given) if decoded is None else decoded)
+        if not bool(mask.any(dim=1).all()):
+            raise StreamlineError("A sequence has no real token, so that there is nothing to embed; leave it out.")
         if self.pooling in ("first", "last"):
             places = mask.long().cumsum(dim=1)
             chosen = (places == (1 if self.pooling == "first" else places[:, -1:])) & mask
             return states[chosen]
-        weights = mask[..., None].to(states.dtype)
-        return (states * weights).sum(dim=1) / weights.sum(dim=1)
+        weights = mask[..., None].float()
+        return (states.float() * weights).sum(dim=1) / weights.sum(dim=1)
 
 
-def task_of_classes(names: list[str]) -> str:
+def task_of_classes(names: list[str], encoder_decoder: bool | None = None) -> str:
     """The task of a model by the name of its class, and of those that it comes from; empty where they say none.
+
+    Parameters
+    ----------
+    names : list of str
+    encoder_decoder : bool, optional
+        Whether it has both, as its configuration says: the lists have decoders that hear, and encoders with decoders
+        that see, beside others.
 
     Examples
     --------
@@ -227,7 +266,10 @@ def task_of_classes(names: list[str]) -> str:
         for listed, task in _LISTS.items():
             for known in getattr(modeling_auto, listed, {}).values():
                 if name == known or (isinstance(known, (tuple, list)) and name in known):
-                    return task
+                    if task == "seq2seq" and encoder_decoder is False:
+                        return "causal-lm"
+                    sees = listed == "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"
+                    return "seq2seq" if sees and encoder_decoder else task
     return ""
 
 
@@ -262,13 +304,21 @@ def real_tokens(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def _task_of_parts(model: nn.Module) -> str:
-    head = getattr(model, "get_output_embeddings", None)
-    if callable(head) and head() is not None:
+    head, writes = getattr(model, "get_output_embeddings", None), getattr(model, "can_generate", None)
+    if callable(head) and head() is not None and callable(writes) and writes():
         return "seq2seq" if getattr(model.config, "is_encoder_decoder", False) else "causal-lm"
     classes = getattr(model, "num_classes", None)
     if isinstance(classes, int):
         return "image-classification" if classes else "embedding"
     return ""
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The model inside PEFT's wrapper, or torch.compile's."""
+    model = getattr(model, "_orig_mod", model)
+    inside = getattr(model, "get_base_model", None)
+    found: nn.Module = inside() if callable(inside) else model
+    return found
 
 
 def _tensor(output: Any, name: str) -> Tensor | None:
@@ -289,8 +339,5 @@ def _mask_of_decoder(given: Batch) -> Tensor | None:
     return next(_masks(given), None)
 
 
-def _mask_of(given: Batch | Tensor, decoded: bool) -> Tensor | None:
-    if isinstance(given, Tensor):
-        return None
-    own = _mask_of_decoder(given) if decoded else None
-    return mask_of(given) if own is None else own
+def _mask_of(given: Batch | Tensor) -> Tensor | None:
+    return None if isinstance(given, Tensor) else mask_of(given)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from streamline_hooks import load
+from streamline_hooks import StreamlineError, load
 from streamline_hooks.evaluation import TaskScores
 from streamline_hooks.pretrained import task_of_pretrained
 from streamline_hooks.task import Task
@@ -199,3 +199,46 @@ def test_pairs_of_images_and_texts_are_given_in_python(
 ) -> None:
     code, _, err = run(["rank", saved("clip text", tmp_path / "model"), "-c", "pydoc"], monkeypatch, capsys)
     assert code == 2 and "takes images and texts together" in err and "Call streamline_hooks.compress in Python" in err
+
+
+def test_a_class_that_is_for_nothing_known_is_not_guessed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a causal language model it would be loaded, with a head of random weights."""
+    import transformers
+
+    transformers.BertForTokenClassification(made("bert").config).save_pretrained(tmp_path)
+    tokenizer_of(50).save_pretrained(tmp_path)
+    code, _, err = run(["rank", tmp_path], monkeypatch, capsys)
+    assert code == 2 and "holds a BertForTokenClassification, and it is not clear what that is for" in err
+    code, _, err = run(["rank", tmp_path, "--task", "masked-lm"], monkeypatch, capsys)
+    assert code == 2 and "has no weights for cls.predictions" in err and "which would be random" in err
+
+
+def test_a_command_for_text_takes_no_other_model(
+    vision: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(["evaluate", vision[0], "--text", "pydoc", "-o", tmp_path / "page"], monkeypatch, capsys)
+    assert code == 2 and "is for image-classification; this command is for causal language models" in err
+
+
+def test_a_pooler_that_was_not_saved_is_not_made_up(tmp_path: Path) -> None:
+    import transformers
+
+    from streamline_hooks.pretrained import load_pretrained
+
+    transformers.ViTModel(made("vit").config, add_pooling_layer=False).save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    assert load_pretrained(tmp_path, task="embedding")[0].pooler is None
+
+
+@pytest.mark.parametrize(("mode", "pooling"), [("cls_token", "first"), ("lasttoken", "last"), ("mean_tokens", "mean")])
+def test_the_pooling_of_sentence_transformers_is_read(mode: str, pooling: str, tmp_path: Path) -> None:
+    folder = saved("bert", tmp_path / "model")
+    (folder / "1_Pooling").mkdir()
+    said = {f"pooling_mode_{name}": name == mode for name in ("cls_token", "mean_tokens", "lasttoken", "max_tokens")}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **said}))
+    assert task_of_pretrained(folder) == Task("embedding", pooling)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
+    with pytest.raises(StreamlineError, match="pools by pooling_mode_max_tokens, which is not known here"):
+        task_of_pretrained(folder)

@@ -20,7 +20,7 @@ from streamline_hooks.evaluation.candidates import Candidate
 from streamline_hooks.repair import Objective, Training, student_of, train
 from streamline_hooks.report import write_report
 from streamline_hooks.task import Task
-from tests.other_models import OTHERS, made, padded
+from tests.other_models import OTHERS, TEXT, made, padded
 
 CASES = {
     "vit": "kl", "dinov2": "embedding", "bert": "embedding + relative", "clip pictures": "embedding",
@@ -234,3 +234,67 @@ def test_a_model_of_another_library(library: str, kind: str, tmp_path: Path) -> 
         assert torch.equal(loaded(given["test"][0]), model(given["test"][0]))
     kept = TaskScores(built(), given["test"], result.task)
     assert kept.of(loaded) == {name: pytest.approx(value, abs=1e-6) for name, value in result.scores["trained"].items()}
+
+
+def test_the_search_is_told_the_task() -> None:
+    """The windows are ranked by the embedding that was asked for."""
+    model, asked = made("bert"), []
+    answers = Task.answers
+
+    def watched(self: Task, output: Any, given: Any) -> Tensor:
+        asked.append(str(self))
+        return answers(self, output, given)
+
+    for options in ({"criterion": "kl"}, {"search": "evolution"}, {"search": "greedy", "criterion": "kl"}):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Task, "answers", watched)
+            compress(made("bert"), None, parts("bert"), remove=1, task="embedding:pooling=first", **options)
+    assert set(asked) == {"embedding:pooling=first"}
+    for criterion in ("perplexity", "taylor"):
+        with pytest.raises(StreamlineError, match=f"The criterion {criterion} is of the next token of a text"):
+            compress(model, None, parts("bert"), remove=1, criterion=criterion)
+
+
+def test_equal_content_is_found_whatever_is_beside_it() -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    same: list[Any] = [
+        ids,
+        {"input_ids": ids.int()},
+        {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)},
+        {"input_ids": ids, "decoder_input_ids": torch.tensor([[1, 2, 0]])},
+    ]
+    for one in same:
+        with pytest.raises(StreamlineError, match="1 of the test part are in the calibration part too"):
+            BatchSplit.of(
+                {"calibration": [{"input_ids": ids}], "validation": [ids + 9], "test": [one]}, Task("embedding")
+            )
+
+
+def test_a_masked_model_is_judged_where_it_fills_in() -> None:
+    import transformers
+
+    from streamline_hooks.calibration import text_parts
+    from tests.calibration.test_text_batches import tokenizer_of
+
+    config = transformers.BertConfig(**TEXT)
+    torch.manual_seed(0)
+    model = transformers.BertForMaskedLM(config).eval()
+    tokenizer = tokenizer_of(50, mask_token="[UNK]")
+    documents = [" ".join(str((k * 7 + j) % 50) for j in range(12)) for k in range(60)]
+    given = text_parts(
+        documents, tokenizer, {"calibration": 120, "validation": 40, "test": 40}, sequence_length=14, masked=0.15
+    )
+    for batches in given.values():
+        for batch in batches:
+            places = batch["labels"] != -100
+            assert bool(places.any(dim=1).all()) and bool((batch["input_ids"][places] == 3).all())
+            assert not bool((places & ~batch["attention_mask"].bool()).any())
+    result = compress(model, tokenizer, given, remove=1)
+    assert result.task == Task("masked-lm") and not result.perplexities
+    assert result.data["test_tokens"] == sum(int((b["labels"] != -100).sum()) for b in given["test"])
+    from streamline_hooks import perplexity
+
+    with pytest.raises(StreamlineError, match="is for masked-lm: it does not predict the next token"):
+        perplexity(model, given["test"])
+    with pytest.raises(StreamlineError, match="masked=0.1 with no mask in the tokenizer"):
+        text_parts(documents, tokenizer_of(50), {"test": 40}, sequence_length=14, masked=0.1)

@@ -139,7 +139,7 @@ def test_pairs_are_compared_on_both_sides() -> None:
         for name in ("image_embeds", "text_embeds")
     ]
     torch.testing.assert_close(torch.cosine_similarity(a, b, dim=-1), sum(each) / 2)
-    with pytest.raises(StreamlineError, match="was given 3 images and 2 texts; give as many"):
+    with pytest.raises(StreamlineError, match="was given 3 and 2 things to be paired"):
         Task("embedding").answers(SimpleNamespace(image_embeds=torch.ones(3, 5), text_embeds=torch.ones(2, 5)), {})
 
 
@@ -160,3 +160,67 @@ def test_its_words() -> None:
     assert said["causal-lm"] == ("token", "KL (nats a token)", True)
     assert said["image-classification"] == ("image", "KL (nats an image)", False)
     assert said["embedding"] == ("embedding", "1 - cosine", False)
+
+
+def test_sounds_and_texts_are_pairs_too() -> None:
+    """CLAP's other tower would else have no say."""
+    texts, sounds = torch.randn(2, 5), torch.randn(2, 5)
+    task = Task("embedding")
+    found = task.answers(SimpleNamespace(text_embeds=texts, audio_embeds=sounds), {"input_ids": IDS})
+    again = task.answers(SimpleNamespace(text_embeds=texts, audio_embeds=sounds.flip(0)), {"input_ids": IDS})
+    assert found.shape == (2, 10) and not torch.equal(found, again)
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_a_head_that_gives_no_distribution_is_refused(problem: str) -> None:
+    """A softmax of several labels at once hides what all of them have in common."""
+    model = made("vit")
+    model.config.problem_type = problem
+    with pytest.raises(StreamlineError, match=f"is for {problem}: what it says is no distribution"):
+        Task.of(model)
+    with pytest.raises(StreamlineError, match=f"is for {problem}"):
+        Task("image-classification").require_fits(model)
+    Task("embedding").require_fits(model)
+
+
+def test_what_several_lists_name_is_what_its_configuration_says() -> None:
+    """Transformers lists what hears and writes with encoders that have decoders, and what sees and writes apart."""
+    said = {
+        ("VisionEncoderDecoderModel", True): "seq2seq",
+        ("Qwen2AudioForConditionalGeneration", False): "causal-lm",
+        ("WhisperForConditionalGeneration", True): "seq2seq",
+        ("LlavaForConditionalGeneration", False): "causal-lm",
+        ("BartForCausalLM", False): "causal-lm",
+        ("BertForTokenClassification", False): "",
+    }
+    assert {key: task_of_classes([key[0]], key[1]) for key in said} == said
+
+
+def test_a_compiled_model_is_what_is_inside() -> None:
+    assert Task.of(torch.compile(made("bert"))) == Task("embedding")  # type: ignore[arg-type]
+
+
+def test_a_text_tower_says_what_its_end_token_says() -> None:
+    import transformers
+
+    shape = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    tower = transformers.CLIPTextModel(transformers.CLIPTextConfig(**shape, vocab_size=32, eos_token_id=2)).eval()
+    task = Task.of(tower)
+    with torch.no_grad():
+        output = tower(IDS)
+    assert task == Task("embedding", "pooler") and torch.equal(
+        task.answers(output, {"input_ids": IDS}), output.pooler_output
+    )
+
+
+def test_places_to_fill_in_are_what_is_compared() -> None:
+    labels = torch.tensor([[-100, 6, -100, -100], [9, -100, -100, -100]])
+    given, task = {"input_ids": IDS, "attention_mask": MASK, "labels": labels}, Task("masked-lm")
+    assert torch.equal(task.answers(SimpleNamespace(logits=STATES), given), STATES[labels != -100])
+    assert task.count(given) == 2 and task.count({"input_ids": IDS, "attention_mask": MASK}) == 6
+
+
+def test_a_sequence_of_padding_has_no_embedding() -> None:
+    given = {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])}
+    with pytest.raises(StreamlineError, match="A sequence has no real token"):
+        Task("embedding").answers(SimpleNamespace(last_hidden_state=STATES), given)

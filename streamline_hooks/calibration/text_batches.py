@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -28,6 +29,7 @@ def text_parts(
     sequence_length: int = 512,
     batch_size: int = 8,
     seed: int = 0,
+    masked: float = 0.0,
 ) -> dict[str, list[dict[str, Tensor]]]:
     """Deal documents to parts, and cut each into windows as an encoder was trained on them.
 
@@ -52,17 +54,21 @@ def text_parts(
         Windows in a batch.
     seed : int
         Another seed deals the documents differently.
+    masked : float
+        The share of the text's tokens that is replaced by the tokenizer's mask, one at least in each window, for a
+        model that fills such places in.
 
     Returns
     -------
     dict of str to list of dict
         The batches of each part, with ``input_ids`` and ``attention_mask`` of shape (batch, tokens), int64, and
         ``token_type_ids`` of the same shape where the tokenizer gives them. A batch is as long as its longest window.
+        Where tokens are masked, ``labels`` hold them, and -100 elsewhere.
 
     Raises
     ------
     StreamlineError
-        If there are too few documents, a size is out of range, or the tokenizer cannot pad.
+        If there are too few documents, a size is out of range, or the tokenizer cannot pad, or mask what is to be.
 
     Examples
     --------
@@ -104,7 +110,32 @@ def text_parts(
     for name in tokens:
         windows = [window for ids in dealt[name] for window in in_runs(ids, room)]
         parts[name] = [_batch(frame, rows, padding, tokenizer) for rows in in_runs(windows, batch_size)]
+        if masked:
+            parts[name] = _masked(parts[name], tokenizer, masked, f"{seed} {name}")
     return parts
+
+
+def _masked(
+    batches: list[dict[str, Tensor]], tokenizer: PreTrainedTokenizerBase, share: float, seed: str
+) -> list[dict[str, Tensor]]:
+    """The same batches with places to fill in, which are drawn by the seed."""
+    mask = tokenizer.mask_token_id
+    if mask is None or not 0.0 < share < 1.0:
+        what = "no mask" if mask is None else f"the mask {mask}"
+        raise StreamlineError(
+            f"masked={share} with {what} in the tokenizer: expected a share between 0 and 1, and the tokenizer of a "
+            "model that fills places in."
+        )
+    drawn = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7]))
+    special = torch.tensor(tokenizer.all_special_ids)
+    found = []
+    for batch in batches:
+        ids = batch["input_ids"]
+        text = batch["attention_mask"].bool() & ~torch.isin(ids, special)
+        luck = torch.rand(ids.shape, generator=drawn).masked_fill(~text, 2.0)
+        chosen = text & ((luck < share) | (luck == luck.amin(dim=1, keepdim=True)))
+        found.append({**batch, "input_ids": ids.where(~chosen, mask), "labels": ids.where(chosen, -100)})
+    return found
 
 
 def in_runs(items: Sequence[_Item], size: int) -> Iterator[Sequence[_Item]]:

@@ -10,6 +10,7 @@ from streamline_hooks.evaluation import MEASURES
 from streamline_hooks.result import LABELS
 from streamline_hooks.surgery import SurgeryPlan
 from streamline_hooks.surgery.spliced_model import MODEL_TYPE
+from streamline_hooks.task import task_of_classes
 
 FILE = "README.md"
 _PAPER = "https://arxiv.org/abs/2403.19135"
@@ -47,7 +48,8 @@ def model_card(config: dict[str, Any], report: dict[str, Any] | None = None, bas
     library = "streamline_hooks" if built else "transformers"
     header = ["---", *([f"base_model: {base_model}"] if on_hub else []), f"library_name: {library}"]
     architecture = built or (config.get("architectures") or [""])[0]
-    causal = not architecture or architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    known = task_of_classes([architecture.removeprefix("Streamlined")], config.get("is_encoder_decoder"))
+    causal = not architecture or ((known or "causal-lm") == "causal-lm" and not built)
     header += ["pipeline_tag: text-generation"] if causal else []
     header += ["tags:", "- streamline_hooks", "- layer-pruning", *_metrics(name, report)]
     fewer = any(SurgeryPlan.from_dict(entry).removed for entry in history)

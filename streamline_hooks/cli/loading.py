@@ -24,8 +24,18 @@ def task_named(name: str, model: str | None) -> Task:
     return Task("causal-lm") if model is None else task_of_pretrained(model)
 
 
-def load_model(name: str, task: Task | str = "causal-lm") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model by folder or name, and its tokenizer or image processor."""
+def load_model(name: str, task: Task | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model by folder or name, and its tokenizer or image processor; a causal language model where no task is said.
+
+    Raises
+    ------
+    StreamlineError
+        If it is for something else.
+    """
+    if task is None:
+        task = task_named("", name)
+        if not task.is_of_text:
+            raise StreamlineError(f"{name!r} is for {task}; this command is for causal language models.")
     from transformers.utils import logging
 
     from streamline_hooks.pretrained import load_pretrained

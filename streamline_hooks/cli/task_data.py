@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from streamline_hooks.task import Task
 
 
+_MASKED = 0.15  # of the tokens, as BERT was trained
+
+
 @dataclass(frozen=True)
 class Amounts:
     """How much is given to a model.
@@ -86,6 +89,7 @@ def batches_for(
     from streamline_hooks.cli.loading import documents_of
 
     given = {"batch_size": amounts.batch_size, "seed": amounts.seed, "sequence_length": amounts.sequence_length}
+    given["masked"] = _MASKED if task.name == "masked-lm" else 0.0
     return text_parts(documents_of(sources or ["pydoc"]), processor, amounts.tokens, **given)
 
 
@@ -136,8 +140,9 @@ def _labelled(model: Any, task: Task, sources: list[str], say: Callable[[str], N
     own = [names[number] for number in sorted(names)]
     if images.classes is not None and set(images.classes) <= set(own):
         return read_images(sources, classes=own)
-    if images.classes is None and max(images.labels) < len(own):
-        return images  # numbers that a Parquet file gives, without names
+    if images.classes is None and max(images.labels) + 1 == len(own):
+        say("labels     the numbers in the file are taken as the model's own")
+        return images
     known = ", ".join((images.classes or ("numbers",))[:4])
     say(
         f"labels     {known}, ... are none of the model's classes ({', '.join(own[:4])}, ...), so that no accuracy is "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch, tokens_of
 from streamline_hooks.distance import reference_of, summed_distance
+from streamline_hooks.errors import StreamlineError
 from streamline_hooks.passes import inference, progress, recorded, resume
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.surgery.splice import BEFORE, run_splices
@@ -110,6 +111,8 @@ def distances_of_candidates(
         count += len(reference)
         for k, output in enumerate(each):
             sums[k] += summed_distance(task, reference, task.answers(output, batch))
+    if not count:
+        raise StreamlineError("The batches hold no real token; give some to judge on.")
     return [total / count for total in sums]
 
 

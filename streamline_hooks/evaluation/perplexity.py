@@ -16,7 +16,7 @@ from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.candidates import Candidate, candidate_outputs
 from streamline_hooks.passes import inference, progress
 from streamline_hooks.predicted import predicted_tokens
-from streamline_hooks.task import logits_of
+from streamline_hooks.task import logits_of, task_of_classes
 
 _TOKENS_AT_ONCE = 32  # few enough for the processor's cache, at any vocabulary
 
@@ -74,7 +74,7 @@ def perplexity(model: nn.Module, batches: Sequence[Batch | Tensor], what: str = 
     StreamlineError
         If the model is an encoder with a decoder: what it predicts is not the text that it reads.
     """
-    _require_text(model)
+    require_text(model)
     total = Perplexity()
     ids = [input_ids(batch) for batch in batches]
     with inference(model), progress(sum(i.numel() for i in ids), what) as bar:
@@ -102,7 +102,7 @@ def perplexity_of_candidates(
     candidates : list of Perplexity
     """
     total, each = Perplexity(), [Perplexity()] * len(candidates)
-    _require_text(model)
+    require_text(model)
     for batch, output, others in candidate_outputs(model, batches, candidates, what, stack):
         ids, given = input_ids(batch), {} if isinstance(batch, Tensor) else batch
         told = ids, given.get("attention_mask"), given.get("position_ids")
@@ -166,7 +166,20 @@ def input_ids(batch: Batch | Tensor) -> Tensor:
     return ids
 
 
-def _require_text(model: nn.Module) -> None:
+def require_text(model: nn.Module) -> None:
+    """Raise if a model does not predict the text that it reads.
+
+    Raises
+    ------
+    StreamlineError
+        If it is known to be for something else than writing on.
+    """
+    known = task_of_classes([kind.__name__ for kind in type(model).__mro__])
+    if known not in ("", "causal-lm", "seq2seq"):
+        raise StreamlineError(
+            f"{type(model).__name__} is for {known}: it does not predict the next token, so that text has no "
+            "perplexity under it. Compare what it says (agreement, likeness)."
+        )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise StreamlineError(
             f"{type(model).__name__} reads one text and writes another, so that a text alone has no perplexity under "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ class TaskScores:
         if not batches:
             raise StreamlineError("There is no batch to score on; give one at least.")
         self.task, self._batches = task, list(batches)
-        self._references = [reference_of(task, rows).cpu() for rows in self._answers(original, what)]
+        self._references = [reference_of(task, rows) for rows in self._answers(original, what)]
         if not sum(map(len, self._references)):
             raise StreamlineError("The batches hold no real token; give some to score on.")
         self.original = self._scores(self._references)
@@ -93,13 +94,16 @@ class TaskScores:
             with the same token or class first; and ``accuracy``, where a classifier's batches have labels. Of
             embeddings ``cosine`` and ``spearman``, see `Likeness`.
         """
-        return self._scores([rows.cpu() for rows in self._answers(model, what)])
+        return self._scores(self._answers(model, what))
 
     def _answers(self, model: nn.Module, what: str) -> list[Tensor]:
         rows = []
         with inference(model), progress(sum(map(tokens_of, self._batches)), what) as bar:
             for number, batch in enumerate(self._batches):
-                rows.append(self.task.answers(model(**prepare(model, batch)), batch))
+                given = prepare(model, batch)
+                if self.task.unit != "token":
+                    given.pop("labels", None)  # the model's own loss is not needed, and sets its problem_type
+                rows.append(self.task.answers(model(**given), batch).cpu())
                 require_finite({"model": rows[-1]}, number)
                 bar.update(tokens_of(batch))
         return rows
@@ -117,6 +121,16 @@ class TaskScores:
         }
         labels = [batch.get("labels") if not isinstance(batch, Tensor) else None for batch in self._batches]
         if self.task.unit != "token" and all(isinstance(one, Tensor) for one in labels):
-            right = [(q.argmax(dim=-1) == one.cpu()).sum() for q, one in zip(answers, labels, strict=True)]  # type: ignore[union-attr]
-            found["accuracy"] = int(sum(right)) / count
+            right = [_right(q, cast(Tensor, one)) for q, one in zip(answers, labels, strict=True)]
+            found["accuracy"] = sum(right) / count
         return found
+
+
+def _right(answers: Tensor, labels: Tensor) -> int:
+    """How many of a batch are put in their class."""
+    if labels.shape != (len(answers),) or labels.is_floating_point():
+        raise StreamlineError(
+            f"The labels of a batch are {labels.dtype} of shape {tuple(labels.shape)}; expected the number of one "
+            f"class for each of {len(answers)}, of shape ({len(answers)},)."
+        )
+    return int((answers.argmax(dim=-1) == labels.to(answers.device)).sum())

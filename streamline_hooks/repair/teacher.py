@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
 from streamline_hooks.distributed import is_sharded, sequences_of, some_of
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.passes import recorded
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.stack import find_stack
@@ -197,6 +197,12 @@ def _run(
                 masks.append(mask.cpu())
                 pieces.append([entering.inputs[start][0], *((leaving.outputs[k][0] for k in ends) if leaving else ())])
                 entering.clear()
+            if pieces[0][0].ndim != 3:
+                raise UnsupportedSurgery(
+                    f"The states of {stack} have the shape {tuple(pieces[0][0].shape)}, all images in one row, so "
+                    "that they are not told apart in a training. Repair this stack in closed form (fit_windows).",
+                    "layout",
+                )
             entrance, *states = (room.keep(torch.cat(s) if len(s) > 1 else s[0]) for s in zip(*pieces, strict=True))
             left = states.pop() if exits else None
             real = torch.cat(masks)

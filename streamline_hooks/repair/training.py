@@ -101,6 +101,7 @@ def _train(
             f"A training takes batches to train and others to validate on; got {len(batches)} and {len(validation)}."
         )
     settings.objective.require_task(student.task)
+    student.task.require_fits(student.model)
     if resume and settings.keep_in is None:
         raise StreamlineError("Nothing says where the training to resume was kept; name the file (keep_in).")
     sharded = is_sharded(student.model)

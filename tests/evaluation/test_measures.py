@@ -13,6 +13,7 @@ from streamline_hooks import LayerSurgeon, StreamlineError, perplexity
 from streamline_hooks.batch import prepare
 from streamline_hooks.distance import kl_divergence
 from streamline_hooks.evaluation import Candidate, distances_of_candidates, perplexity_of_candidates
+from streamline_hooks.task import logits_of
 from tests.tiny_models import BLOCKS, FAMILIES, Nudge, left_padded, tiny_model, tokens
 
 WINDOWS = [range(0, 2), range(2, 5), range(3, BLOCKS)]
@@ -70,7 +71,9 @@ def test_kl_of_the_same_is_zero_and_of_others_is_not() -> None:
 
 
 def test_a_model_without_a_head_says_so() -> None:
-    with pytest.raises(StreamlineError, match="without logits; give one with its LM head"):
+    with pytest.raises(StreamlineError, match="LlamaModel is for embedding: it does not predict the next token"):
         perplexity(tiny_model("llama").model, [tokens(1, 4)])
+    with pytest.raises(StreamlineError, match="without logits; give one with its LM head"):
+        logits_of(tiny_model("llama").model(tokens(1, 4)))
     with pytest.raises(StreamlineError, match="No token was predicted"):
         _ = perplexity(tiny_model("llama"), [tokens(1, 1)]).value

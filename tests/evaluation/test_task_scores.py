@@ -80,3 +80,15 @@ def test_what_cannot_be_scored() -> None:
 
     with pytest.raises(StreamlineError, match="hold no real token; give some to score on"):
         TaskScores(tiny_model("gpt2"), [empty], Task("causal-lm"))
+
+
+WRONG = [torch.zeros(4, 1, dtype=torch.long), torch.eye(4, 5), torch.zeros(3, dtype=torch.long)]
+
+
+@pytest.mark.parametrize("labels", WRONG)
+def test_labels_are_one_class_each(labels: torch.Tensor) -> None:
+    """Others would be compared with every answer, and the accuracy be above one."""
+    model, batch = made("vit"), {**pictures(4), "labels": labels}
+    with pytest.raises(StreamlineError, match="expected the number of one class for each of 4"):
+        TaskScores(model, [batch], Task("image-classification"))
+    assert model.config.problem_type is None

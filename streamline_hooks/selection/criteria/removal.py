@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from streamline_hooks.batch import Batch
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import Candidate, distances_of_candidates, perplexity_of_candidates
+from streamline_hooks.task import Task
 
 
 def perplexity_when_removed(
@@ -50,9 +51,16 @@ def perplexity_when_removed(
 
 
 def kl_when_removed(
-    model: nn.Module, batches: Sequence[Batch | Tensor], windows: Sequence[range], *, stack: str | None = None
+    model: nn.Module,
+    batches: Sequence[Batch | Tensor],
+    windows: Sequence[range],
+    *,
+    stack: str | None = None,
+    task: Task | None = None,
 ) -> list[float]:
     """Minus the KL divergence of the model without the window from the original, a token, in nats.
+
+    Of a model for embeddings minus 1 - cosine.
 
     What SLEB (arXiv 2402.09025) and Shortened LLaMA (arXiv 2402.02834) do with perplexity, held against the original
     and not against the text: all that the model would say counts, and not only the one token that followed. It costs
@@ -65,6 +73,8 @@ def kl_when_removed(
     windows : sequence of range
     stack : str, optional
         Path of the stack, see `find_stack`.
+    task : Task, optional
+        What the model is for, see `Task.of`.
 
     Returns
     -------
@@ -78,5 +88,5 @@ def kl_when_removed(
     """
     if not batches:
         raise StreamlineError("There is no text to compare the models on; give one batch at least.")
-    each = distances_of_candidates(model, batches, [Candidate(window) for window in windows], stack=stack)
+    each = distances_of_candidates(model, batches, [Candidate(window) for window in windows], stack=stack, task=task)
     return [-kl if math.isfinite(kl) else -math.inf for kl in each]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from streamline_hooks.selection.criteria.registry import criterion_named
 from streamline_hooks.stack import find_stack
 from streamline_hooks.statistics import Profile, check_profile
 from streamline_hooks.statistics import profile as make_profile
+from streamline_hooks.task import Task
 
 
 def score_windows(
@@ -27,6 +29,7 @@ def score_windows(
     model: nn.Module | None = None,
     batches: Sequence[Batch | Tensor] | None = None,
     stack: str | None = None,
+    task: Task | None = None,
 ) -> list[float]:
     """Score windows by a criterion.
 
@@ -45,6 +48,8 @@ def score_windows(
         What the model's forward takes. A criterion that brings its own text takes an empty list.
     stack : str, optional
         Path of the stack, see `find_stack`.
+    task : Task, optional
+        What the model is for, for a criterion that compares what it says, see `Task.of`.
 
     Returns
     -------
@@ -66,7 +71,7 @@ def score_windows(
     2
     """
     chosen = criterion_named(criterion) if isinstance(criterion, str) else criterion
-    evidence = _Evidence(profile, model, None if batches is None else list(batches), stack)
+    evidence = _Evidence(profile, model, None if batches is None else list(batches), stack, task)
     evidence.require(chosen, windows)
     return evidence.scores(chosen, list(windows)) if windows else []
 
@@ -80,8 +85,9 @@ class _Evidence:
         model: nn.Module | None,
         batches: Sequence[Batch | Tensor] | None,
         stack: str | None,
+        task: Task | None,
     ) -> None:
-        self.given, self.model, self.batches, self.stack = given, model, batches, stack
+        self.given, self.model, self.batches, self.stack, self.task = given, model, batches, stack, task
 
     def require(self, criterion: Criterion, windows: Sequence[range]) -> None:
         if criterion.needs == "model" and (self.model is None or self.batches is None):
@@ -108,7 +114,8 @@ class _Evidence:
             parts = [(self.scores(part, windows), weight) for part, weight in criterion.parts]
             return _combine([_ranks(s) if criterion.by == "rank" else s for s, _ in parts], [w for _, w in parts])
         if criterion.needs == "model":
-            values = list(criterion.score(self.model, self.batches, windows, stack=self.stack))
+            more = {"task": self.task} if "task" in inspect.signature(criterion.score).parameters else {}
+            values = list(criterion.score(self.model, self.batches, windows, stack=self.stack, **more))
         else:
             values = [criterion.score(self.profile, window) for window in windows]
         if len(values) != len(windows):

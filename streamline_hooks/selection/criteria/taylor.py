@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from streamline_hooks.batch import Batch, prepare
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.perplexity import input_ids
+from streamline_hooks.evaluation.perplexity import input_ids, require_text
 from streamline_hooks.passes import inference, progress
 from streamline_hooks.precision import widen
 from streamline_hooks.predicted import predicted_tokens
@@ -64,6 +64,7 @@ def block_saliency(
         If a parameter has no gradient (it is quantised, or kept elsewhere), the loss or a gradient is not finite, or
         there is nothing to predict.
     """
+    require_text(model)
     found = find_stack(model, stack)
     chosen = sorted(set(blocks))
     parameters = {k: list(found[k].parameters()) for k in chosen}

@@ -22,6 +22,7 @@ from streamline_hooks.selection.search.silenced import silenced_branches
 from streamline_hooks.selection.search.windows import best_windows
 from streamline_hooks.selection.target import Target
 from streamline_hooks.statistics import Profile, measure_branches
+from streamline_hooks.task import Task
 
 _TOKENS = 8_192  # that an evolutionary search is judged on
 
@@ -54,6 +55,8 @@ class SearchProblem:
         Path of the stack.
     seed : int
         Of random numbers.
+    task : Task, optional
+        What the model is for, where its class does not say it.
     """
 
     candidates: Sequence[range]
@@ -67,6 +70,7 @@ class SearchProblem:
     batches: Sequence[Batch | Tensor] | None = None
     stack: str | None = None
     seed: int = 0
+    task: Task | None = None
 
     @property
     def count(self) -> int:
@@ -94,6 +98,7 @@ class SearchProblem:
             model=self.model,
             batches=self.batches,
             stack=self.stack,
+            task=self.task,
         )
 
     def running(self) -> tuple[nn.Module, Sequence[Batch | Tensor]]:
@@ -130,6 +135,7 @@ def find_selections(name: str, question: SearchProblem) -> list[Selection]:
     --------
     >>> import torch
     >>> from streamline_hooks.statistics import Profile, measure_branches
+    from streamline_hooks.task import Task
     >>> profile = Profile(5)
     >>> profile.update([torch.eye(8)[None, :6] + k // 2 for k in range(5)], torch.ones(1, 6))
     >>> asked = SearchProblem([range(k, k + 2) for k in range(3)], 4, profile=profile)
@@ -200,7 +206,7 @@ def _mixed(asked: SearchProblem) -> list[Selection]:
 
 def _greedy(asked: SearchProblem) -> list[Selection]:
     model, batches = asked.running()
-    return greedy(model, batches, asked.criterion, asked.count, keep=asked.keep, stack=asked.stack)
+    return greedy(model, batches, asked.criterion, asked.count, keep=asked.keep, stack=asked.stack, task=asked.task)
 
 
 def _evolution(asked: SearchProblem) -> list[Selection]:
@@ -210,7 +216,7 @@ def _evolution(asked: SearchProblem) -> list[Selection]:
     few = list(islice(batches, sum(1 for total in accumulate(map(tokens_of, batches)) if total <= _TOKENS) or 1))
     found = evolution(
         model, few, seeds, generations=10, offspring=16, stages=((_TOKENS // 4, 4),), keep=asked.keep, seed=asked.seed,
-        stack=asked.stack,
+        stack=asked.stack, task=asked.task,
     )  # fmt: skip
     return found[: asked.best]
 

@@ -16,6 +16,7 @@ from streamline_hooks.selection.search.levels import Levels, gone_of
 from streamline_hooks.selection.search.selected import Selection
 from streamline_hooks.selection.target import protected_blocks
 from streamline_hooks.stack import find_stack
+from streamline_hooks.task import Task
 
 STAGES = ((2_048, 8), (8_192, 2))
 
@@ -34,6 +35,7 @@ def evolution(
     reuse: int = 2**30,
     stack: str | None = None,
     probe: Batch | Tensor | None = None,
+    task: Task | None = None,
 ) -> list[Selection]:
     """Run `evolve` for some generations.
 
@@ -49,7 +51,7 @@ def evolution(
     """
     found = evolve(
         model, batches, seeds, offspring=offspring, stages=stages, keep=keep, branches=branches, seed=seed,
-        reuse=reuse, stack=stack, probe=probe,
+        reuse=reuse, stack=stack, probe=probe, task=task,
     )  # fmt: skip
     first = latest = next(found)
     while latest.number < first.number + generations:
@@ -73,12 +75,13 @@ def evolve(
     reuse: int = 2**30,
     stack: str | None = None,
     probe: Batch | Tensor | None = None,
+    task: Task | None = None,
 ) -> Iterator[Generation]:
     """Improve selections by switching levels, and give each generation as it comes.
 
     In each generation the best selection has children, in which one to three units (a block, an attention or an MLP)
     came back and others of the same kind went. All children are judged on few tokens, the better ones on more, and
-    the last of them on all batches, where they meet the best so far. Fitness is KL to the original.
+    the last of them on all batches, where they meet the best so far. Fitness is KL to the original (`Task.distance`).
 
     Between two generations the model is as it was, so that one may stop at any; on Ctrl-C inside one it is so too,
     and the last one given holds the best so far.
@@ -86,7 +89,6 @@ def evolve(
     Parameters
     ----------
     model : torch.nn.Module
-        A causal language model.
     batches : sequence of mapping or torch.Tensor
         Calibration text. For what a generation costs see `tokens_a_generation`.
     seeds : sequence of Selection or Generation
@@ -111,6 +113,8 @@ def evolve(
         Path of the stack, see `find_stack`.
     probe : mapping or torch.Tensor, optional
         What to look for the branches on in a model that cannot be probed otherwise, without padding.
+    task : Task, optional
+        What the model is for, see `Task.of`.
 
     Yields
     ------
@@ -158,7 +162,7 @@ def evolve(
         warnings.warn(f"Only whole blocks are searched over: {next(iter(reasons.values()))}", stacklevel=2)
     for selection in start:
         levels.require(selection)
-    run = Run(found, levels, Judge(found, batches, paths, reuse), offspring, tuple(stages), seed, probe)
+    run = Run(found, levels, Judge(found, batches, paths, reuse, task=task), offspring, tuple(stages), seed, probe)
     return run.generations(seeds)
 
 

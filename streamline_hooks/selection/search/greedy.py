@@ -16,6 +16,7 @@ from streamline_hooks.selection.search.windows import best_windows
 from streamline_hooks.selection.target import blocks_to_remove, protected_blocks, windows
 from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery import LayerSurgeon
+from streamline_hooks.task import Task
 
 
 def greedy(
@@ -27,6 +28,7 @@ def greedy(
     keep: Iterable[int] = (),
     step: int = 1,
     stack: str | None = None,
+    task: Task | None = None,
 ) -> list[Selection]:
     """Give up the best block, measure again without it, and so on (as SLEB does, arXiv 2402.09025).
 
@@ -45,6 +47,8 @@ def greedy(
         How many go in a round: a run of that many consecutive blocks of the model as it is in that round.
     stack : str, optional
         Path of the stack, see `find_stack`.
+    task : Task, optional
+        What the model is for, see `score_windows`.
 
     Returns
     -------
@@ -72,7 +76,7 @@ def greedy(
         raise StreamlineError(f"step={step} blocks a round; expected one or more.")
     gone: list[int] = []
     total = 0.0
-    score = partial(score_windows, criterion, model=model, batches=batches, stack=found.path)
+    score = partial(score_windows, criterion, model=model, batches=batches, stack=found.path, task=task)
     with LayerSurgeon(model, found) as surgeon, progress(count, "greedy", "blocks") as bar:
         while len(gone) < count:
             kept = surgeon.plan.kept
