@@ -256,6 +256,7 @@ TITLES = {
     "dinov2": "DINOv2-small, 12 blocks: 2,000 test images of Fashion-MNIST, probes fitted on 2,000 training images",
     "small_vit": "A ViT of 8 blocks trained on Fashion-MNIST: 2,000 test images",
 }
+NAMES = {"minilm": "all-MiniLM-L6-v2", "dinov2": "DINOv2-small", "small_vit": "small ViT, on Fashion-MNIST"}
 WORDS = {
     "spearman": "Spearman of similarities",
     "cosine": "cosine to the original",
@@ -305,7 +306,7 @@ def plot(content: dict[str, Any], file: Path) -> None:
     for ax, name in zip(axes[0], shown, strict=True):
         values: Sequence[float] = content[name]["influence"]
         ax.bar(range(len(values)), values)
-        ax.set_title(TITLES[name].partition(",")[0].partition(" of 8")[0])
+        ax.set_title(NAMES[name])
         ax.set_xlabel("block")
         ax.set_xticks(range(len(values)))
         ax.grid(axis="y", alpha=0.3)

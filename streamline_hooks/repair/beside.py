@@ -121,7 +121,7 @@ def measure_beside(
                     if len(sums) == number:
                         sums.append(ProjectionMoments(features.shape[-1], made.shape[-1]))
                     leaving = record.outputs[one.window.stop - 1][0]
-                    real = (tensor[mask].split(_TOKENS_AT_ONCE) for tensor in (features, made, x, leaving))
+                    real = (_real(tensor, mask).split(_TOKENS_AT_ONCE) for tensor in (features, made, x, leaving))
                     for tokens in zip(*real, strict=True):
                         sums[number].add(*tokens)
         both.append(sums)
@@ -171,14 +171,19 @@ def _factor(one: Beside, entering: Tensor, calls: _Calls, mask: Tensor) -> float
     outputs = []
     for scale in (0.0, 1.0):
         with _Watch(one.projection, scale * noise) as watch:
-            outputs.append(widen(one.run(entering, calls)[mask]))
+            outputs.append(widen(_real(one.run(entering, calls), mask)))
         if len(watch.received) != 1:
             return 0.0
-    noise, added = widen(noise[mask]), outputs[1] - outputs[0]
+    noise, added = widen(_real(noise, mask)), outputs[1] - outputs[0]
     factor = float((added * noise).sum() / noise.square().sum().clamp_min(1e-300))
     large = (outputs[0].abs() + noise.abs()).amax(dim=-1, keepdim=True)
     linear = ((added - factor * noise).abs() <= tolerance(entering.dtype) * large).all()
     return factor if linear else 0.0
+
+
+def _real(states: Tensor, mask: Tensor) -> Tensor:
+    """Those of real tokens; a state without an axis for the batch is one row of them."""
+    return states.reshape(*mask.shape, states.shape[-1])[mask]
 
 
 class _Watch:

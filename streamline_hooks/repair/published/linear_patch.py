@@ -15,6 +15,7 @@ from torch import Tensor
 
 from streamline_hooks.batch import Batch
 from streamline_hooks.errors import UnsupportedSurgery
+from streamline_hooks.layouts import by_token
 from streamline_hooks.passes import recorded
 from streamline_hooks.precision import widen
 from streamline_hooks.recorder import HiddenStateRecorder
@@ -77,7 +78,8 @@ def fit_linear_patch(
     cost = f"scale{what}: {len(windows)} windows, {needed[-1] + 1} of {len(stack)} blocks"
     for _, mask, _ in recorded(stack.model, batches, record, cost):
         for window in windows:
-            x, y = record.inputs[window.start][0], record.outputs[window.stop - 1][0]
+            states = record.inputs[window.start][0], record.outputs[window.stop - 1][0]
+            x, y = (by_token(state, stack[window.start]) for state in states)
             if window not in scales:
                 scales[window] = RotatedScale(hadamard(x.shape[-1]))
             scales[window].update(x, y, mask)

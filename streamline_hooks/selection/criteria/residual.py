@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
-from streamline_hooks.layouts import USUAL, layout_of
+from streamline_hooks.layouts import USUAL, by_token, layout_of
 from streamline_hooks.passes import progress, recorded
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.repair import solve
@@ -84,7 +84,8 @@ def _moments(
         to_fit = max(0, min(len(mask), first_held_out - seen))  # rows of this batch
         seen += len(mask)
         for k, window in enumerate(windows):
-            entering, leaving = record.inputs[window.start][0], record.outputs[window.stop - 1][0]
+            states = record.inputs[window.start][0], record.outputs[window.stop - 1][0]
+            entering, leaving = (by_token(state, record.stack[window.start]) for state in states)
             for sums, rows in ((fitted[k], slice(0, to_fit)), (held_out[k], slice(to_fit, None))):
                 sums.update(entering[rows], leaving[rows], mask[rows])
     return fitted, held_out
