@@ -71,6 +71,28 @@ def test_a_classifier_and_a_folder_of_images(
     assert found == report["scores"]["trained"]["accuracy"]
 
 
+def test_labels_are_numbered_as_the_model_does(
+    vision: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each image is in the folder of what the model takes it for, so that the original is always right."""
+    from transformers import AutoImageProcessor
+
+    model = load(vision[0])
+    processor = AutoImageProcessor.from_pretrained(vision[0])
+    for k in range(60):
+        with torch.no_grad():
+            said = int(model(**processor(picture(k), return_tensors="pt")).logits.argmax())
+        path = tmp_path / "images" / model.config.id2label[said] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(k).save(path)
+    assert len(list((tmp_path / "images").iterdir())) > 1
+    out = tmp_path / "out"
+    asked = ["compress", vision[0], "-c", tmp_path / "images", "--remove", 1, *COUNTS, "-o", out]
+    code, _, err = run(asked, monkeypatch, capsys)
+    assert code == 0, err
+    assert json.loads((out / "report.json").read_text())["scores"]["original"]["accuracy"] == 1.0
+
+
 def test_ranking_and_a_dry_run(
     vision: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -298,3 +298,19 @@ def test_a_masked_model_is_judged_where_it_fills_in() -> None:
         perplexity(model, given["test"])
     with pytest.raises(StreamlineError, match="masked=0.1 with no mask in the tokenizer"):
         text_parts(documents, tokenizer_of(50), {"test": 40}, sequence_length=14, masked=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"), [("vit", "kl"), ("bert", "embedding"), ("bart decoder", "kl"), ("t5 encoder", "kl")]
+)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_loss_is_a_mean_over_answers(name: str, objective: str, accumulation: int) -> None:
+    """On the same batches it is what is measured on the validation part, whatever else a batch has tokens of."""
+    model, case = made(name), OTHERS[name]
+    student = student_of(find_stack(model, case.path(model)), [(range(1, 2), LinearReplacement(32))])
+    batches = drawn(name, 3)
+    settings = replace(
+        QUICK, objective=Objective.parse(objective), learning_rate=1e-30, validations=1, accumulation=accumulation
+    )
+    trained = train(student, batches, batches, settings)
+    assert trained.history[-1]["loss"] == pytest.approx(trained.distance, rel=1e-3) and trained.distance > 1e-3
