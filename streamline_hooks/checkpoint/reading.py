@@ -103,7 +103,7 @@ def load(folder: str | Path, *, into: nn.Module | None = None, as_original: bool
         raise StreamlineError(
             f"{where} holds a {config.get('base_model_type')} with spliced modules, which its own class cannot hold: "
             "as the original it would lose its repair. Load it without as_original, or compress the original again "
-            "with a kind that leaves a plain model (none, block, silenced, folded, scale)."
+            "with a kind that leaves a plain model (none, block, silenced, merged, folded, scale)."
         )
     try:
         model, info = _from_pretrained(where, **kwargs)

@@ -24,6 +24,7 @@ from streamline_hooks.replacements import (
     SwiGLUReplacement,
     inherit,
     inherit_silenced,
+    merge,
 )
 from streamline_hooks.stack import BlockStack
 
@@ -268,6 +269,10 @@ def _silenced() -> Kind:
     return Kind("silenced", inherit, slots=1, prepare=inherit_silenced)
 
 
+def _merged(weight: float = 1.0) -> Kind:
+    return Kind("merged", lambda stack, window: merge(stack, window, weight), slots=1, solve=False)
+
+
 def _folded() -> Kind:
     return Kind("folded", lambda stack, window: None, fit=fit_folded)
 
@@ -283,6 +288,7 @@ _KINDS: dict[str, Callable[..., Kind]] = {
     "swiglu": _swiglu,
     "block": _block,
     "silenced": _silenced,
+    "merged": _merged,
     "folded": _folded,
     "scale": _scale,
     "feed_forward": _feed_forward,

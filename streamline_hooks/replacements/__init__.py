@@ -3,6 +3,7 @@
 from streamline_hooks.replacements.block import InheritedBlocks, inherit, inherit_silenced
 from streamline_hooks.replacements.feed_forward import FeedForwardReplacement
 from streamline_hooks.replacements.linear import LinearReplacement
+from streamline_hooks.replacements.merged import merge
 from streamline_hooks.replacements.mlp import MLPReplacement
 from streamline_hooks.replacements.normed_linear import NormedLinearReplacement
 from streamline_hooks.replacements.registry import (
@@ -24,6 +25,7 @@ __all__ = [
     "build_replacement",
     "inherit",
     "inherit_silenced",
+    "merge",
     "register_replacement",
     "replacement_config",
 ]

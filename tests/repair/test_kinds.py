@@ -49,7 +49,7 @@ def test_options_are_read() -> None:
     [
         (
             "cubic",
-            "The kind of replacement 'cubic' is unknown. Known: none, linear, mlp, swiglu, block, silenced, fold",
+            "The kind of replacement 'cubic' is unknown. Known: none, linear, mlp, swiglu, block, silenced, merged",
         ),
         (
             "linear:width=3",
