@@ -13,6 +13,7 @@ from torch import nn
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, find_stack
 from streamline_hooks.evaluation import Candidate, distances_of_candidates
 from streamline_hooks.surgery.opened import _open
+from streamline_hooks.task import Task
 from tests.tiny_models import BLOCKS, Nudge, repaired, tiny_model, tokens
 
 
@@ -104,7 +105,7 @@ def test_the_stacks_name_reaches_the_judge() -> None:
 
     model, ids = Two().eval(), tokens(2, 9)
     candidates = [Candidate(range(k, k + 2)) for k in range(3)]
-    kls = distances_of_candidates(model, [ids], candidates, stack="front")
+    kls = distances_of_candidates(model, [ids], candidates, stack="front", task=Task("causal-lm"))
     for candidate, kl in zip(candidates, kls, strict=True):
         p = logits(model, ids).double().log_softmax(-1)
         with LayerSurgeon(model, "front") as surgeon:
