@@ -314,8 +314,10 @@ def _task_of_parts(model: nn.Module) -> str:
 
 
 def _inside(model: nn.Module) -> nn.Module:
-    """The model inside PEFT's wrapper, or torch.compile's."""
+    """The model inside PEFT's wrapper, or one of torch's: compiled, or of one of several processes."""
     model = getattr(model, "_orig_mod", model)
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
     inside = getattr(model, "get_base_model", None)
     found: nn.Module = inside() if callable(inside) else model
     return found

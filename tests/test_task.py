@@ -198,6 +198,7 @@ def test_what_several_lists_name_is_what_its_configuration_says() -> None:
 
 def test_a_compiled_model_is_what_is_inside() -> None:
     assert Task.of(torch.compile(made("bert"))) == Task("embedding")  # type: ignore[arg-type]
+    assert Task.of(nn.DataParallel(made("vit"))) == Task("image-classification")
 
 
 def test_a_text_tower_says_what_its_end_token_says() -> None:
