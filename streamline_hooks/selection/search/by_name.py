@@ -134,8 +134,7 @@ def find_selections(name: str, question: SearchProblem) -> list[Selection]:
     Examples
     --------
     >>> import torch
-    >>> from streamline_hooks.statistics import Profile, measure_branches
-    from streamline_hooks.task import Task
+    >>> from streamline_hooks.statistics import Profile
     >>> profile = Profile(5)
     >>> profile.update([torch.eye(8)[None, :6] + k // 2 for k in range(5)], torch.ones(1, 6))
     >>> asked = SearchProblem([range(k, k + 2) for k in range(3)], 4, profile=profile)
