@@ -66,6 +66,7 @@ RECIPES: dict[str, Recipe] = {
     **{name: Recipe(preset.kind, preset.training, preset.healing) for name, preset in PRESETS.items()},
     "linear": Recipe("linear"),
     "folded": Recipe("folded"),
+    "merged, mean": Recipe("merged:weight=0.1111"),
     "swiglu, started": Recipe("swiglu"),
     "swiglu, KL": Recipe("swiglu", OURS),
     "block, KL": Recipe("block", OURS),
