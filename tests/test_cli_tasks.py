@@ -264,3 +264,21 @@ def test_the_pooling_of_sentence_transformers_is_read(mode: str, pooling: str, t
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
     with pytest.raises(StreamlineError, match="pools by pooling_mode_max_tokens, which is not known here"):
         task_of_pretrained(folder)
+
+
+def test_ranking_goes_by_the_task_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, asked, answers = saved("bert", tmp_path / "model"), [], Task.answers
+    (tmp_path / "text.txt").write_text("\n\n\n".join(" ".join(words(30, k)) for k in range(80)))
+
+    def watched(self: Task, output: Any, given: Any) -> torch.Tensor:
+        asked.append(str(self))
+        return answers(self, output, given)
+
+    monkeypatch.setattr(Task, "answers", watched)
+    sizes = ["--calibration-tokens", 200, "--sequence-length", 32, "--remove", 1, "--criterion", "kl"]
+    options = ["-c", tmp_path / "text.txt", *sizes, "--task", "embedding:pooling=first"]
+    code, _, err = run(["rank", model, *options], monkeypatch, capsys)
+    assert code == 0, err
+    assert set(asked) == {"embedding:pooling=first"}

@@ -99,7 +99,7 @@ def rank(
     if model is None and profile_file is None:
         raise StreamlineError("Give a model, or a profile that was saved with --save (--profile FILE).")
     loaded: Any = None
-    batches = profile = None
+    batches = profile = task = None
     if model is not None:
         task = task_named(task_name, model)
         loaded, tokenizer = load_model(model, task)
@@ -140,7 +140,7 @@ def rank(
     else:
         candidates = _candidates(loaded, remove, profile, protected, stack)
         asked = SearchProblem(
-            candidates, profile.length, chosen, protected, top, parts, profile, loaded, batches, stack, seed
+            candidates, profile.length, chosen, protected, top, parts, profile, loaded, batches, stack, seed, task
         )
         for found in find_selections(search, asked):
             one = found.windows[0] if len(found.windows) == 1 and not found.silenced else None
