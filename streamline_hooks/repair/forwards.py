@@ -14,7 +14,7 @@ from streamline_hooks.distance import reference_of, summed_distance
 from streamline_hooks.distributed import some_of
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.master_weights import MasterWeights
-from streamline_hooks.repair.objective import summed_kl
+from streamline_hooks.repair.objective import summed_divergence
 from streamline_hooks.repair.settings import Training
 from streamline_hooks.repair.share import Share
 from streamline_hooks.repair.student import Student
@@ -116,7 +116,7 @@ class Forwards:
                     if number not in self.validation_share.idle:
                         said = self.task.answers(output, rows)
                         if self.task.gives_distributions:
-                            total += float(summed_kl(said, original))
+                            total += float(summed_divergence(said, original))
                         else:
                             total += summed_distance(self.task, reference_of(self.task, original), said)
                         answers += len(said)

@@ -26,7 +26,11 @@ class Objective:
     Attributes
     ----------
     kl : float
-        KL(original ‖ repaired) of what is said: of the next token, or of the class, in nats.
+        KL(original ‖ repaired) of what is said: of the next token, or of the class, in nats. It asks for all that the
+        original might say.
+    reverse_kl : float
+        KL(repaired ‖ original), which asks for nothing that the original would not say (MiniLLM, arXiv 2306.08543).
+        Beside ``kl`` it makes a mixed one.
     lm : float
         Negative log-likelihood of the text's own next token, in nats; a sequence's first is not predicted, and counts
         in the number all the same. Of an encoder with a decoder that of the batch's ``labels``.
@@ -47,7 +51,7 @@ class Objective:
     Examples
     --------
     >>> Objective.parse("kl + 0.5*lm")
-    Objective(kl=1.0, lm=0.5, mse=0.0, relative=0.0, cosine=0.0, embedding=0.0)
+    Objective(kl=1.0, lm=0.5, mse=0.0, relative=0.0, cosine=0.0, embedding=0.0, reverse_kl=0.0)
     >>> print(Objective(kl=0.0, mse=1.0))
     mse
     """
@@ -58,6 +62,7 @@ class Objective:
     relative: float = 0.0
     cosine: float = 0.0
     embedding: float = 0.0
+    reverse_kl: float = 0.0
 
     def __post_init__(self) -> None:
         weights = self._weights()
@@ -94,12 +99,12 @@ class Objective:
     @property
     def needs_logits(self) -> bool:
         """Whether the blocks after the window, and the LM head, have to be run."""
-        return bool(self.kl or self.lm or self.embedding)
+        return bool(self.lm) or self.needs_original_logits
 
     @property
     def needs_original_logits(self) -> bool:
         """Whether the original has to be run to its head."""
-        return bool(self.kl or self.embedding)
+        return bool(self.kl or self.reverse_kl or self.embedding)
 
     @property
     def needs_states(self) -> bool:
@@ -138,8 +143,8 @@ class Objective:
             overwritten.
         """
         total = torch.zeros((), device=repaired.device)
-        if self.kl:
-            total = total + self.kl * summed_kl(repaired, original)
+        if self.kl or self.reverse_kl:
+            total = total + summed_divergence(repaired, original, self.kl, self.reverse_kl)
         if self.embedding:
             apart = normalize(repaired.float(), dim=-1) - normalize(original.float(), dim=-1)
             total = total + self.embedding * apart.square().sum() / 2  # 1 - cos, of vectors of length one
@@ -182,7 +187,7 @@ class Objective:
         StreamlineError
         """
         wrong = "embedding" if self.embedding and task.gives_distributions else ""
-        wrong = "kl" if self.kl and not task.gives_distributions else wrong
+        wrong = "kl" if (self.kl or self.reverse_kl) and not task.gives_distributions else wrong
         wrong = "lm" if self.lm and task.name not in ("causal-lm", "seq2seq") else wrong
         if wrong:
             fitting = "kl" if task.gives_distributions else "embedding"
@@ -195,44 +200,61 @@ class Objective:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def summed_kl(repaired: Tensor, original: Tensor) -> Tensor:
-    """The sum over tokens of KL(original ‖ repaired), whose gradient reaches the repaired logits alone.
+def summed_divergence(repaired: Tensor, original: Tensor, forward: float = 1.0, reverse: float = 0.0) -> Tensor:
+    """The sum over tokens of forward·KL(original ‖ repaired) + reverse·KL(repaired ‖ original).
+
+    Its gradient reaches the repaired logits alone.
 
     Parameters
     ----------
     repaired, original : torch.Tensor
         Logits of shape (tokens, vocabulary). The original's are overwritten where a gradient is needed: it takes
         their place, so that nothing of that size is allocated.
+    forward, reverse : float
+        The weights.
 
     Examples
     --------
     >>> logits = torch.zeros(3, 5, requires_grad=True)
-    >>> summed_kl(logits, torch.zeros(3, 5)).item()
+    >>> summed_divergence(logits, torch.zeros(3, 5)).item()
     0.0
     """
     if not (torch.is_grad_enabled() and repaired.requires_grad):
-        return _SummedKL.run(repaired, original, gradient=False)
-    result: Tensor = _SummedKL.apply(repaired, original)
+        return _SummedDivergence.run(repaired, original, forward, reverse, gradient=False)
+    result: Tensor = _SummedDivergence.apply(repaired, original, forward, reverse)
     return result
 
 
-class _SummedKL(torch.autograd.Function):
-    """Σ p (log p − log q), with the gradient q − p made on the way while both are at hand."""
+class _SummedDivergence(torch.autograd.Function):
+    """With d = log p − log q: forward Σ p d, of gradient q − p; reverse r = −Σ q d, of gradient −q(d + r).
+
+    The gradients are made on the way, while p and q are both at hand.
+    """
 
     @staticmethod
-    def run(repaired: Tensor, original: Tensor, gradient: bool) -> Tensor:
+    def run(repaired: Tensor, original: Tensor, forward: float, reverse: float, gradient: bool) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=repaired.device)
         for ours, theirs in zip(repaired.split(_TOKENS_AT_ONCE), original.split(_TOKENS_AT_ONCE), strict=True):
             q, p = ours.float().log_softmax(dim=-1), theirs.float().log_softmax(dim=-1)
             likely = p.exp()
-            total += (p.sub_(q).mul_(likely)).sum(dtype=torch.float64)
+            apart = p.sub_(q)
+            q = q.exp_()
+            if reverse:
+                weighted = q * apart
+                backwards = -weighted.sum(dim=-1, keepdim=True)
+                total += reverse * backwards.sum(dtype=torch.float64)
+            if forward:
+                total += forward * apart.mul_(likely).sum(dtype=torch.float64)
             if gradient:
-                theirs.copy_(q.exp_().sub_(likely))
+                made = likely.mul_(-forward).add_(q, alpha=forward)
+                if reverse:
+                    made.sub_(weighted.add_(q.mul_(backwards)), alpha=reverse)
+                theirs.copy_(made)
         return total.to(torch.float32)
 
     @staticmethod
-    def forward(ctx: Any, repaired: Tensor, original: Tensor) -> Tensor:
-        total = _SummedKL.run(repaired, original, gradient=True)
+    def forward(ctx: Any, repaired: Tensor, original: Tensor, forward: float, reverse: float) -> Tensor:
+        total = _SummedDivergence.run(repaired, original, forward, reverse, gradient=True)
         ctx.gradient = original
         return total
 
@@ -241,4 +263,4 @@ class _SummedKL(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             raise StreamlineError("The gradient of this KL has been used up; compute the KL anew for another backward.")
-        return gradient.mul_(outer[0]), None
+        return gradient.mul_(outer[0]), None, None, None

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamline_hooks import StreamlineError
-from streamline_hooks.repair.objective import Objective, summed_kl
+from streamline_hooks.repair.objective import Objective, summed_divergence
 from streamline_hooks.task import real_tokens
 
 
@@ -17,15 +17,24 @@ def plain_kl(repaired: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
     return (p.exp() * (p - q)).sum()
 
 
-@settings(max_examples=20, deadline=None)
-@given(tokens=st.integers(1, 150), vocabulary=st.integers(2, 40), seed=st.integers(0, 99))
-def test_kl_and_its_gradient_are_those_of_the_formula(tokens: int, vocabulary: int, seed: int) -> None:
+WEIGHTS = st.sampled_from([(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.3, 2.0)])
+
+
+@settings(max_examples=30, deadline=None)
+@given(tokens=st.integers(1, 150), vocabulary=st.integers(2, 40), weights=WEIGHTS, seed=st.integers(0, 99))
+def test_kl_both_ways_and_its_gradient_are_those_of_the_formula(
+    tokens: int, vocabulary: int, weights: tuple[float, float], seed: int
+) -> None:
     torch.manual_seed(seed)
     original, mine = torch.randn(tokens, vocabulary) * 3, torch.randn(tokens, vocabulary, requires_grad=True)
     theirs = mine.detach().clone().requires_grad_()
-    wanted = plain_kl(theirs.double(), original.double())
+    forward, reverse = weights
+    wanted = forward * plain_kl(theirs.double(), original.double())
+    wanted = wanted + reverse * plain_kl(original.double(), theirs.double())
     wanted.backward()
-    found = summed_kl(mine, original.clone())
+    with torch.no_grad():
+        torch.testing.assert_close(summed_divergence(mine, original, *weights), wanted.float(), rtol=1e-5, atol=1e-5)
+    found = Objective(kl=forward, reverse_kl=reverse).of_answers(mine, original.clone())
     (2.0 * found).backward()
     torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mine.grad, 2.0 * theirs.grad, rtol=1e-4, atol=1e-6)
@@ -35,7 +44,7 @@ def test_kl_without_a_gradient_leaves_the_original_alone() -> None:
     original, mine = torch.randn(7, 9), torch.randn(7, 9, requires_grad=True)
     before = original.clone()
     with torch.no_grad():
-        summed_kl(mine, original)
+        summed_divergence(mine, original)
     assert torch.equal(original, before)
 
 
@@ -92,7 +101,7 @@ def test_weights_are_not_negative_and_not_all_zero() -> None:
 
 def test_a_gradient_that_is_used_up_is_not_given_twice() -> None:
     mine = torch.randn(7, 9, requires_grad=True)
-    found = summed_kl(mine, torch.randn(7, 9))
+    found = summed_divergence(mine, torch.randn(7, 9))
     (3.0 * found).backward(retain_graph=True)
     with pytest.raises(StreamlineError, match=r"has been used up; compute the KL anew"):
         found.backward()
