@@ -31,16 +31,17 @@ def require_generates(model: Any, name: str = "The model") -> None:
         raise StreamlineError(f"{name}, a {type(model).__name__}, cannot generate; give a causal language model.")
 
 
-def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
     """The tokens that end a text; a chat model may have several."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     ends = configured if isinstance(configured, list) else [configured]
-    return {i for i in (*ends, tokenizer.eos_token_id) if i is not None}
+    own = () if tokenizer is None else (tokenizer.eos_token_id,)
+    return {i for i in (*ends, *own) if i is not None}
 
 
 def written_on(
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     prompts: Sequence[Sequence[int]],
     *,
     new_tokens: int,
@@ -57,7 +58,8 @@ def written_on(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-    tokenizer : PreTrainedTokenizerBase
+    tokenizer : PreTrainedTokenizerBase or None
+        Without one a text ends where the model's own configuration says, and `stop` cannot be asked for.
     prompts : sequence of sequence of int
         Tokens, one or more each.
     new_tokens : int
@@ -79,11 +81,14 @@ def written_on(
     Raises
     ------
     StreamlineError
-        If the model cannot generate, a prompt is empty, or there is no room for a prompt and what is to be written.
+        If the model cannot generate, a prompt is empty, there is no room for a prompt and what is to be written, or
+        nothing can tell where `stop` is.
     """
     from transformers import StoppingCriteriaList
 
     require_generates(model)
+    if stop and tokenizer is None:
+        raise StreamlineError(f"Where {list(stop)} stands in a text, a tokenizer has to tell; give one.")
     if getattr(model.config, "is_encoder_decoder", False):
         raise StreamlineError(
             f"{type(model).__name__} reads a text and writes another one; what is needed here is a causal language "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from streamline_hooks.batch import Batch, real_tokens
 from streamline_hooks.distance import reference_of, summed_distance
@@ -15,10 +17,13 @@ from streamline_hooks.distributed import some_of
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.master_weights import MasterWeights
 from streamline_hooks.repair.objective import summed_divergence
+from streamline_hooks.repair.on_policy import OnPolicy
+from streamline_hooks.repair.rollouts import Rollouts
 from streamline_hooks.repair.settings import Training
 from streamline_hooks.repair.share import Share
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import Taught
+from streamline_hooks.repair.teaching import taught_to
 from streamline_hooks.task import Task, logits_of
 
 
@@ -39,8 +44,8 @@ class Forwards:
         This process's part of the batches and of the validation.
     taught, validation_taught : dict of int to Taught
         What the original does on them, by the batch's number.
-    rows : int
-        The most sequences that are run at a time.
+    rows, longest : int
+        The most sequences of a batch that are run at a time, and that a batch has.
     sharded : bool
         Whether every process has to make as many forwards as the others, whatever the memory.
     """
@@ -55,6 +60,7 @@ class Forwards:
     taught: dict[int, Taught]
     validation_taught: dict[int, Taught]
     rows: int
+    longest: int
     sharded: bool
 
     def _backward(self, number: int, answers: int, tokens: int) -> float:
@@ -83,6 +89,31 @@ class Forwards:
         if objective.lm:
             loss = loss + self._of_text(output, batch) / answers
         return loss
+
+    def _backward_on_own(self, rollouts: Sequence[Rollouts], answers: int, bar: tqdm[Any]) -> float:
+        """As `_backward`, on what the student wrote: every place at which it chose the next token."""
+        batches, total = [one.batch for one in rollouts], 0.0
+        with ExitStack() as exits:
+            with self.settings.products(self.device):
+                told = (
+                    exits.enter_context(taught_to(self.student, batches, self.settings, bar=bar)) if batches else None
+                )
+            for one, taught in zip(rollouts, told.batches if told else (), strict=True):
+                for rows in _slices(len(one.answered), self.rows / max(1, self.longest)):
+                    loss = self._loss_on_own(taught.rows(rows), some_of(one.batch, rows), one.answered[rows], answers)
+                    loss.backward()
+                    self.weights.collect()
+                    total += float(loss.detach())
+        return total
+
+    def _loss_on_own(self, taught: Taught, batch: Batch, answered: Tensor, answers: int) -> Tensor:
+        objective = cast(OnPolicy, self.settings.on_policy).objective
+        compared = {**batch, "attention_mask": answered}
+        with self.settings.products(self.device):
+            output, _ = self.student.run(taught.entrance, batch, logits=True, states=False)
+            assert taught.exit is not None
+            original = self.student.original_answers(taught.exit, batch, compared)
+        return objective.of_answers(self.task.answers(output, compared), original) / answers
 
     def _of_text(self, output: Any, batch: Batch | Tensor) -> Tensor:
         logits = logits_of(output)
@@ -140,3 +171,9 @@ def _evaluating(student: Student) -> Iterator[None]:
         yield
     finally:
         student.training = True
+
+
+def _slices(count: int, share: float) -> Iterator[slice]:
+    """All of so many texts, a share of them at a time."""
+    size = max(1, math.ceil(count * min(1.0, share)))
+    return (slice(start, start + size) for start in range(0, count, size))

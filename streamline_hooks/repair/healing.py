@@ -184,6 +184,7 @@ def student_of(
     *,
     seed: int = 0,
     task: Task | None = None,
+    teacher: nn.Module | None = None,
 ) -> Student:
     """A student with these stand-ins, and with copies of what is healed beside them.
 
@@ -199,6 +200,8 @@ def student_of(
         See `healing_copies`.
     task : Task, optional
         See `Student`.
+    teacher : torch.nn.Module, optional
+        See `Student`.
 
     Raises
     ------
@@ -206,7 +209,7 @@ def student_of(
         As `healing_copies`.
     """
     if healing is None:
-        return Student(stack.model, stand_ins, stack=stack.path, task=task)
+        return Student(stack.model, stand_ins, stack=stack.path, task=task, teacher=teacher)
     with LayerSurgeon(stack.model, stack.path, probe=False) as surgeon:
         for window, stand_in in stand_ins:  # what is folded into a block belongs into its copy, which takes its place
             if isinstance(stand_in, Folded):
@@ -214,7 +217,7 @@ def student_of(
             elif isinstance(stand_in, Scaled):
                 surgeon.scale(window.stop, stand_in.factor)
         copies, outside = healing_copies(stack, [window for window, _ in stand_ins], healing, seed=seed)
-    options: dict[str, Any] = {"rate": healing.rate, "stack": stack.path, "task": task}
+    options: dict[str, Any] = {"rate": healing.rate, "stack": stack.path, "task": task, "teacher": teacher}
     return Student(stack.model, stand_ins, copies=copies, outside=outside, **options)
 
 

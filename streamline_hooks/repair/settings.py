@@ -11,6 +11,7 @@ import torch
 
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.objective import Objective
+from streamline_hooks.repair.on_policy import OnPolicy
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Training:
     Attributes
     ----------
     objective : Objective
+        What is compared on the calibration text.
+    on_policy : OnPolicy or None
+        Which steps are made on what the repaired model writes itself, and how.
     learning_rate : float
         At its highest.
     weight_decay : float
@@ -55,6 +59,7 @@ class Training:
     """
 
     objective: Objective = field(default_factory=Objective)
+    on_policy: OnPolicy | None = None
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
@@ -103,7 +108,8 @@ class Trained:
     best_step : int
         After which those were.
     history : list of dict
-        Each validation: ``step``, ``tokens``, ``distance`` and the mean training ``loss`` since the one before.
+        Each validation: ``step``, ``tokens``, ``distance`` and the mean training ``loss`` on the calibration text
+        since the one before; of a training on its own texts also ``own_loss`` there, and their present ``length``.
     seconds : float
         Of the training itself; those before an interruption count.
     stopped : str
@@ -112,6 +118,8 @@ class Trained:
         What the distances are, in words.
     unit : str
         What was counted as tokens.
+    written : int
+        New tokens that the repaired model wrote itself, in the steps whose calibration text gave the prompts alone.
     """
 
     steps: int
@@ -124,6 +132,7 @@ class Trained:
     stopped: str = ""
     measure: str = "KL (nats a token)"
     unit: str = "token"
+    written: int = 0
 
     def report(self) -> dict[str, Any]:
         """Everything, as JSON values."""
@@ -131,8 +140,9 @@ class Trained:
 
     def __str__(self) -> str:
         early = f", ended early: {self.stopped}" if self.stopped else ""
+        own = f" and {self.written:,} of its own" if self.written else ""
         return (
-            f"{self.steps} steps on {self.tokens:,} {self.unit}s in {self.seconds:.0f} s: "
+            f"{self.steps} steps on {self.tokens:,} {self.unit}s{own} in {self.seconds:.0f} s: "
             f"{self.measure.partition(' (')[0]} {self.distance_before:.4f} -> {self.distance:.4f}, of step "
             f"{self.best_step}{early}"
         )

@@ -1,4 +1,4 @@
-"""The model with its stand-ins, beside the original that shares every other weight with it."""
+"""The model with its stand-ins, beside the original, which usually shares every other weight with it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from streamline_hooks.recorder import ForwardStopped, HiddenStateRecorder
 from streamline_hooks.repair.adapters import merge_adapters
 from streamline_hooks.repair.folded import Folded
 from streamline_hooks.repair.stand_in import StandIn, place
-from streamline_hooks.stack import find_stack
+from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.task import Task
 
@@ -44,6 +44,9 @@ class Student:
         Path of the stack, see `find_stack`.
     task : Task, optional
         What the model is for, and so what is compared of what it says; by default see `Task.of`.
+    teacher : torch.nn.Module, optional
+        What the student is compared with, where that is another model of the same vocabulary, such as one from before
+        an earlier surgery; by default the model itself. It is not changed.
 
     Raises
     ------
@@ -69,8 +72,10 @@ class Student:
         rate: float = 1.0,
         stack: str | None = None,
         task: Task | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         self.model = model
+        self.teacher = model if teacher is None else teacher
         self._task = task
         self.stack = find_stack(model, stack)
         self.stand_ins = sorted(stand_ins, key=lambda one: one[0].start)
@@ -91,6 +96,11 @@ class Student:
     def task(self) -> Task:
         """What the model is for."""
         return self._task or Task.of(self.model)
+
+    @property
+    def teacher_stack(self) -> BlockStack:
+        """The stack of what the student is compared with."""
+        return self.stack if self.teacher is self.model else find_stack(self.teacher)
 
     @property
     def windows(self) -> list[range]:
@@ -159,8 +169,9 @@ class Student:
     @contextmanager
     def without_dropout(self) -> Iterator[None]:
         """Let the original be in evaluation mode, and what is trained in the mode that `training` says."""
-        modes = [(module, module.training) for module in self.model.modules()]
+        modes = [(module, module.training) for one in {self.model, self.teacher} for module in one.modules()]
         self.model.eval()
+        self.teacher.eval()
         try:
             yield
         finally:
@@ -220,8 +231,17 @@ class Student:
             ]
         return (output if logits else None), found
 
-    def original_answers(self, exit_: Tensor, batch: Batch | Tensor) -> Tensor:
+    def original_answers(self, exit_: Tensor, batch: Batch | Tensor, answered: Batch | Tensor | None = None) -> Tensor:
         """The original's answers, from the state that leaves its last block, without a graph.
+
+        Parameters
+        ----------
+        exit_ : torch.Tensor
+            Of shape (batch, tokens, features).
+        batch : mapping or torch.Tensor
+            The batch that it is of.
+        answered : mapping or torch.Tensor, optional
+            The same with another mask, where not every real token's answer is wanted.
 
         Returns
         -------
@@ -229,8 +249,9 @@ class Student:
             Of shape (answers, features), see `Task.answers`.
         """
         with torch.no_grad():
-            output = resume(self.model, len(self.stack), exit_.clone(), batch, stack=self.stack.path)
-        return self.task.answers(output, batch)
+            stack = self.teacher_stack
+            output = resume(self.teacher, len(stack), exit_.clone(), batch, stack=stack.path)
+        return self.task.answers(output, batch if answered is None else answered)
 
     def _require_own(self) -> None:
         """Raise if training would change the original, or if one module stood in two places."""

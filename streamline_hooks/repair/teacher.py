@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from streamline_hooks.batch import Batch
 from streamline_hooks.distributed import is_sharded, sequences_of, some_of
@@ -102,6 +104,7 @@ def taught_states(
     folder: str | Path | None = None,
     what: str = "original",
     say: Callable[[str], None] = lambda line: None,
+    bar: tqdm[Any] | None = None,
 ) -> Iterator[TaughtStates]:
     """Run every batch through the original once, as far as anything is needed.
 
@@ -127,6 +130,8 @@ def taught_states(
         What the bar says.
     say : callable
         Is told where memory did not suffice, and fewer sequences are run at a time.
+    bar : tqdm, optional
+        The caller's own, see `recorded`.
 
     Yields
     ------
@@ -154,7 +159,7 @@ def taught_states(
             with ExitStack() as attempt:
                 room = attempt.enter_context(_Room(memory, folder))
                 try:
-                    kept = _run(model, batches, start, ends, exits, found.path, dtype, cost, room, rows)
+                    kept = _run(model, batches, start, ends, exits, found.path, dtype, cost, room, rows, bar)
                     opened.enter_context(attempt.pop_all())
                 except torch.cuda.OutOfMemoryError:
                     if rows == 1 or is_sharded(model):
@@ -178,6 +183,7 @@ def _run(
     cost: str,
     room: _Room,
     rows: int,
+    bar: tqdm[Any] | None,
 ) -> list[Taught]:
     """What is kept of every batch, of which so many sequences are run at a time."""
     options = {"detach": True, "device": "cpu", "dtype": dtype, "stack": stack}
@@ -188,7 +194,7 @@ def _run(
     with ExitStack() as opened:
         if leaving is not None:
             opened.enter_context(entering)
-        passed = opened.enter_context(closing(recorded(model, parts, leaving or entering, cost)))
+        passed = opened.enter_context(closing(recorded(model, parts, leaving or entering, cost, bar)))
         kept = []
         for starts in counts:
             pieces, masks = [], []

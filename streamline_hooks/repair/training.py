@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,11 +13,13 @@ from streamline_hooks.distributed import Together, is_sharded, surgery_on_shards
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.repair.frozen_products import narrowed_once
 from streamline_hooks.repair.objective import Objective
+from streamline_hooks.repair.rollouts import require_writes
 from streamline_hooks.repair.settings import Trained, Training
 from streamline_hooks.repair.share import Share
 from streamline_hooks.repair.stand_in import blocks_of
 from streamline_hooks.repair.student import Student
-from streamline_hooks.repair.teacher import TaughtStates, taught_states
+from streamline_hooks.repair.teacher import TaughtStates
+from streamline_hooks.repair.teaching import taught_to
 from streamline_hooks.repair.training_loop import Loop
 
 
@@ -31,11 +33,12 @@ def train(
     resume: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Trained:
-    """Train a student on its own original.
+    """Train a student on its own original, or on another teacher.
 
     The original is run once, and no further than it is needed: what comes to the first block that is changed, and
     what the student is compared with, are kept. The student runs on from there, to the end of the last window where
-    only states are compared, and else to the head.
+    only states are compared, and else to the head. Where `Training.on_policy` asks for it, some steps are made on what
+    the student writes itself, which the original is run on anew.
 
     Parameters
     ----------
@@ -101,6 +104,8 @@ def _train(
             f"A training takes batches to train and others to validate on; got {len(batches)} and {len(validation)}."
         )
     settings.objective.require_task(student.task)
+    if settings.on_policy is not None:
+        require_writes(student, settings.on_policy, batches)
     student.task.require_fits(student.model)
     if resume and settings.keep_in is None:
         raise StreamlineError("Nothing says where the training to resume was kept; name the file (keep_in).")
@@ -118,7 +123,7 @@ def _train(
             )
         _require_reached(student, settings.objective)
         placed = [module for modules in student.modules.values() for module in modules]
-        exits.enter_context(narrowed_once([student.model, *placed], settings.autocast))
+        exits.enter_context(narrowed_once([student.model, student.teacher, *placed], settings.autocast))
         compared = tuple(student.windows) if settings.objective.needs_states else ()
         logits = settings.objective.needs_original_logits
         told = say if work.processes.rank == 0 else _nothing
@@ -126,41 +131,19 @@ def _train(
         if taught is None:
             with settings.products(next(student.model.parameters()).device):
                 own = list(shares[0].batches.values())
-                mine = exits.enter_context(_taught(student, own, compared, logits, settings, "original", told)).batches
+                known: dict[str, Any] = {"after": compared, "exits": logits, "say": told}
+                mine = exits.enter_context(taught_to(student, own, settings, **known)).batches
         else:
             _require_fitting(taught, student, batches, compared, logits)
             mine = shares[0].of_taught(taught.batches)
         own = list(shares[1].batches.values())
-        apart = exits.enter_context(_taught(student, own, (), True, settings, "original, validation", told)).batches
+        apart = exits.enter_context(taught_to(student, own, settings, what="original, validation", say=told)).batches
         more: dict[str, Any] = {"shares": shares, "work": work, "sharded": sharded}
         return Loop(student, batches, validation, mine, apart, settings, told, **more).run(resume)
 
 
 def _nothing(line: str) -> None:
     """Say nothing: the first process does."""
-
-
-def _taught(
-    student: Student,
-    batches: Sequence[Batch | Tensor],
-    after: tuple[range, ...],
-    exits: bool,
-    settings: Training,
-    what: str,
-    say: Callable[[str], None],
-) -> AbstractContextManager[TaughtStates]:
-    return taught_states(
-        student.model,
-        batches,
-        student.start,
-        after=after,
-        exits=exits,
-        stack=student.stack.path,
-        dtype=settings.state_dtype,
-        memory=settings.memory,
-        what=what,
-        say=say,
-    )
 
 
 def _require_whole(student: Student) -> None:

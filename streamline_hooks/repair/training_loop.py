@@ -19,6 +19,8 @@ from streamline_hooks.passes import progress
 from streamline_hooks.repair.course import Course
 from streamline_hooks.repair.forwards import Forwards
 from streamline_hooks.repair.master_weights import MasterWeights
+from streamline_hooks.repair.on_policy import OnPolicy, TextLength
+from streamline_hooks.repair.rollouts import Counts, Rollouts, roll_out
 from streamline_hooks.repair.settings import Trained, Training
 from streamline_hooks.repair.share import Share, add_gradients_up
 from streamline_hooks.repair.student import Student
@@ -102,6 +104,11 @@ class Loop(Forwards):
         self.whole = True  # not while weights are half updated, which is not to be kept
         self.history: list[dict[str, Any]] = []
         self.losses: list[tuple[float, int]] = []
+        self.own_losses: list[tuple[float, int]] = []
+        own = settings.on_policy
+        self.text_length = None if own is None else TextLength(own, own.shortest)
+        self.rollouts: list[Rollouts] = []
+        self.written, self.seconds_of_writing = 0, 0.0
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.rows = max(sequences_of(batch) for batch in batches)
         self.tokens_of_states = self._count_tokens()
@@ -139,6 +146,7 @@ class Loop(Forwards):
         began, kept = time.perf_counter() - self.seconds, time.perf_counter()
         total = sum(tokens_of(batch) for batch in self.batches) * self.settings.epochs
         with noted_interrupts() as self.interrupts, progress(total, self._cost(), done=self.tokens) as bar:
+            self.bar = bar
             try:
                 while True:
                     if self.course.is_due(self.step, self.history):
@@ -188,24 +196,30 @@ class Loop(Forwards):
             stopped=stopped,
             measure=self.task.distance,
             unit="token" if any(map(has_tokens, self.batches)) else self.task.unit,
+            written=self.written,
         )
 
     def _step(self) -> tuple[float, int]:
         """One step of the optimiser; the mean loss a token, and the tokens."""
         numbers = self.course.batches_of(self.step)
         run = sum(tokens_of(self.batches[number]) for number in numbers)
-        answers = sum(self.task.count(self.batches[number]) for number in numbers)
-        tokens = sum(self.tokens_of_states[number] for number in numbers)
         random = self._random()
-
-        def gradients() -> tuple[float, list[bool]]:
-            self.weights.clear()  # of a step that was broken off, in an earlier training too
-            self._set_random(random)
-            self._seed()
-            loss = sum(self._backward(number, answers, tokens) for number in numbers if number in self.taught)
-            return loss, [master.grad is not None for master in self.weights.masters.values()]
-
         try:
+            own = self._with_room(lambda: self._write(numbers)) if self._is_on_own() else []
+            answers = sum(self.task.count(self.batches[number]) for number in numbers)
+            tokens = sum(self.tokens_of_states[number] for number in numbers)
+            chosen = sum(its.answers for its in own)
+
+            def gradients() -> tuple[float, list[bool]]:
+                self.weights.clear()  # of a step that was broken off, in an earlier training too
+                self._set_random(random)
+                self._seed()
+                if own:
+                    loss = self._backward_on_own(self.rollouts, chosen, self.bar)
+                else:
+                    loss = sum(self._backward(number, answers, tokens) for number in numbers if number in self.taught)
+                return loss, [master.grad is not None for master in self.weights.masters.values()]
+
             made = self._with_room(gradients)
         except (KeyboardInterrupt, _AllInterrupted):
             self._set_random(random)  # whoever goes on makes this step anew
@@ -221,10 +235,40 @@ class Loop(Forwards):
             self.schedule.step()
             self.step += 1
             self.tokens += run
-            self.losses.append((loss * run, run))
+            (self.own_losses if own else self.losses).append((loss * run, run))
+            if self.text_length is not None:
+                self.text_length.note(sum(its.texts for its in own), sum(its.whole for its in own))
+            self.written += sum(its.written for its in own)
             self.whole = True
         self.weights.clear()
         return loss, run
+
+    def _is_on_own(self) -> bool:
+        """Whether the present step is made on the student's own text."""
+        own = self.settings.on_policy
+        return own is not None and own.is_due(self.step, self.steps)
+
+    def _write(self, numbers: Sequence[int]) -> Counts:
+        """Let the student write on from this process's sequences of some batches; what it came to."""
+        settings, length = cast(OnPolicy, self.settings.on_policy), cast(TextLength, self.text_length)
+        began = time.perf_counter()
+        given = {number: self.share.batches[number] for number in numbers if number in self.share.batches}
+        with self.student.opened(), self.settings.products(self.device):
+            self.rollouts = [
+                roll_out(
+                    self.student.model,
+                    batch,
+                    prompt=settings.prompt,
+                    new_tokens=length.length,
+                    temperature=settings.temperature,
+                    top_p=settings.top_p,
+                    seed=(self.course.seed_of(self.step, self.work.processes.rank), number),
+                    share=min(1.0, self.rows / max(1, self.longest)),
+                )
+                for number, batch in given.items()
+            ]
+        self.seconds_of_writing += time.perf_counter() - began
+        return sum((one.counts for one in self.rollouts), Counts())
 
     def _with_room(self, make: Callable[[], _T]) -> list[_T]:
         """What every process makes, of fewer sequences at a time until there is memory for it in all of them."""
@@ -272,12 +316,14 @@ class Loop(Forwards):
                 )
         total, answers = math.fsum(one for one, _, _ in told), sum(count for _, count, _ in told)
         distance = total / answers if math.isfinite(total) else math.inf
-        counted = sum(n for _, n in self.losses)
-        loss = math.fsum(value for value, _ in self.losses) / counted if counted else None
+        said: dict[str, Any] = {"loss": _mean(self.losses)}
+        if self.text_length is not None:
+            said |= {"own_loss": _mean(self.own_losses), "length": self.text_length.length}
         if not self.history or distance < min(row["distance"] for row in self.history):
             self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.history.append({"step": self.step, "tokens": self.tokens, "distance": distance, "loss": loss})
+        self.history.append({"step": self.step, "tokens": self.tokens, "distance": distance, **said})
         self.losses.clear()
+        self.own_losses.clear()
         bar.set_postfix_str(self._state())
 
     def _digest(self) -> str:
@@ -292,10 +338,16 @@ class Loop(Forwards):
         length, start, count = len(self.student.stack), self.student.start, self.work.processes.count
         end = length if self.settings.objective.needs_logits else max(w.stop for w in self.student.windows)
         shared = f", in {count} processes" if count > 1 else ""
-        return f"train on {self.settings.objective}: blocks {start} to {end - 1} of {length}{shared}"
+        own = self.settings.on_policy
+        more = "" if own is None else f", {own.share:.0%} of the steps after {own.begin:.0%} on its own text"
+        return f"train on {self.settings.objective}: blocks {start} to {end - 1} of {length}{more}{shared}"
 
     def _state(self) -> str:
         loss = f"loss {self.losses[-1][0] / self.losses[-1][1]:.4f}, " if self.losses else ""
+        if self.own_losses and self.text_length is not None and self.seconds:
+            share = min(1.0, self.seconds_of_writing / self.seconds)
+            loss += f"own text of {self.text_length.length} tokens (writing: {share:.0%} of the time) "
+            loss += f"{self.own_losses[-1][0] / self.own_losses[-1][1]:.4f}, "
         measure = self.task.distance.partition(" (")[0]
         distances = [row["distance"] for row in self.history]
         return f"{loss}{measure} {distances[-1]:.4f}, best {min(distances):.4f}"
@@ -311,7 +363,9 @@ class Loop(Forwards):
         tensors |= self._random()
         said = {
             "fingerprint": self.fingerprint, "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
-            "history": self.history, "losses": self.losses, "rows": self.rows,
+            "history": self.history, "losses": self.losses, "own_losses": self.own_losses, "rows": self.rows,
+            "written": self.written, "seconds_of_writing": self.seconds_of_writing,
+            "text_length": self.text_length and self.text_length.so_far,
             "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
             "rates": [group["lr"] for group in self.optimiser.param_groups],
         }  # fmt: skip
@@ -335,6 +389,10 @@ class Loop(Forwards):
         self._set_random(tensors)
         self.step, self.tokens, self.seconds = said["step"], said["tokens"], said["seconds"]
         self.history, self.losses = said["history"], [(value, count) for value, count in said["losses"]]
+        self.own_losses = [(value, count) for value, count in said["own_losses"]]
+        self.written, self.seconds_of_writing = said["written"], said["seconds_of_writing"]
+        if said["text_length"]:
+            self.text_length = TextLength(cast(OnPolicy, self.settings.on_policy), *said["text_length"])
         self.rows = said["rows"]
 
     def _seed(self) -> None:
@@ -356,3 +414,9 @@ class Loop(Forwards):
         torch.set_rng_state(state["random"])
         if "random.cuda" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random.cuda"], self.device)
+
+
+def _mean(losses: Sequence[tuple[float, int]]) -> float | None:
+    """The mean a token of losses that are summed over so many."""
+    counted = sum(n for _, n in losses)
+    return math.fsum(value for value, _ in losses) / counted if counted else None

@@ -112,8 +112,9 @@ def fingerprint(
     for batch in batches:
         for tensor in [batch] if isinstance(batch, Tensor) else batch.values():
             digest.update(_bytes(tensor))
-    for name, parameter in student.model.named_parameters():  # a sample tells one model from another
-        digest.update(name.encode() + (b"" if parameter.is_meta else _bytes(_sample(parameter))))
+    for model in [student.model] if student.teacher is student.model else [student.model, student.teacher]:
+        for name, parameter in model.named_parameters():  # a sample tells one model from another
+            digest.update(name.encode() + (b"" if parameter.is_meta else _bytes(_sample(parameter))))
     return digest.hexdigest()
 
 

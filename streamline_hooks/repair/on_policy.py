@@ -1,0 +1,156 @@
+"""Train a repair on what it writes itself: when, on texts of what length, and by which divergence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import floor
+from typing import Any
+
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.repair.objective import Objective
+
+_ENOUGH = 32  # texts of one length, before a longer one is thought of
+_WHOLE = 0.8  # the share of them that must not have been cut
+
+
+@dataclass(frozen=True)
+class OnPolicy:
+    """Some steps are made on the repaired model's own continuations of the calibration text.
+
+    A model that is trained on others' text alone does not see what becomes of its own errors. Here it writes, and the
+    original says at each place what it would have said there. Texts are short at first, since a damaged model soon
+    writes what nobody can learn from, and are doubled as fewer of them have to be cut (ShortOPD, arXiv 2607.13124; on
+    policy distillation: GKD, arXiv 2306.13649).
+
+    Attributes
+    ----------
+    objective : Objective
+        ``kl``, ``reverse_kl`` or both: what is compared at the places that the model has written. Its own text is not
+        learned as a text (``lm``).
+    share : float
+        Of the steps that are made so, evenly; the others are made on the calibration text.
+    begin : float
+        The share of all steps before the first of these.
+    prompt : int
+        Tokens of the calibration text that are written on, fewer where a text has fewer. A sequence gives as many
+        prompts as it has room for prompts and texts.
+    shortest, longest : int
+        New tokens of a text, at first and at the most. They double when at least 80 % of 32 texts or more of one
+        length were not cut.
+    temperature, top_p : float
+        Of the sampling.
+
+    Raises
+    ------
+    StreamlineError
+        If a number is out of range, or the objective compares something else.
+
+    Examples
+    --------
+    >>> settings = OnPolicy.parse("reverse_kl:share=0.25,longest=64")
+    >>> settings.longest, [step for step in range(12) if settings.is_due(step, 12)]
+    (64, [3, 7, 11])
+    >>> print(settings.objective)
+    reverse_kl
+    """
+
+    objective: Objective = field(default_factory=Objective)
+    share: float = 0.5
+    begin: float = 0.0
+    prompt: int = 32
+    shortest: int = 16
+    longest: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        said = {name.rpartition("*")[2] for name in str(self.objective).split(" + ")}
+        if not said <= {"kl", "reverse_kl"}:
+            raise StreamlineError(
+                f"On the model's own text the objective {self.objective} cannot be; expected kl, reverse_kl or a sum "
+                "of both, such as '0.5*kl + 0.5*reverse_kl'."
+            )
+        if not (0 < self.share <= 1 and 0 <= self.begin < 1 and self.temperature > 0 and 0 < self.top_p <= 1):
+            raise StreamlineError(
+                f"Got share={self.share}, begin={self.begin}, temperature={self.temperature}, top_p={self.top_p}; "
+                "expected 0 < share <= 1, 0 <= begin < 1, a temperature above 0, and 0 < top_p <= 1."
+            )
+        if not (self.prompt >= 1 and 1 <= self.shortest <= self.longest):
+            raise StreamlineError(
+                f"Got prompt={self.prompt}, shortest={self.shortest}, longest={self.longest} tokens; expected a prompt "
+                "of 1 or more, and 1 <= shortest <= longest."
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> OnPolicy:
+        """Read ``"kl"``, ``"reverse_kl:share=0.5"`` or ``"0.5*kl + 0.5*reverse_kl:begin=0.5,longest=256"``.
+
+        Raises
+        ------
+        StreamlineError
+            If it cannot be read.
+        """
+        objective, _, rest = text.partition(":")
+        read: dict[str, Any] = {
+            "share": float, "begin": float, "prompt": int, "shortest": int, "longest": int, "temperature": float,
+            "top_p": float,
+        }  # fmt: skip
+        given: dict[str, Any] = {}
+        for part in filter(None, rest.split(",")):
+            name, _, value = part.partition("=")
+            try:
+                given[name.strip()] = read[name.strip()](value.strip())
+            except (KeyError, ValueError):
+                raise StreamlineError(
+                    f"The on-policy training {text!r} cannot be read at {part!r}. Expected options such as "
+                    f"'reverse_kl:share=0.5,longest=128'; known are {', '.join(read)}."
+                ) from None
+        return cls(objective=Objective.parse(objective), **given)
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether a step, of so many, is made on the model's own text."""
+        since = step - floor(self.begin * steps)
+        return since >= 0 and floor((since + 1) * self.share) > floor(since * self.share)
+
+
+@dataclass
+class TextLength:
+    """How long the texts are at present.
+
+    Attributes
+    ----------
+    settings : OnPolicy
+    length : int
+        New tokens.
+    texts, whole : int
+        Of this length: that were written, and that were not cut.
+
+    Examples
+    --------
+    >>> length = TextLength(OnPolicy(shortest=16, longest=40), 16)
+    >>> for whole in (20, 30, 32):
+    ...     length.note(32, whole)
+    ...     print(length.length)
+    16
+    32
+    40
+    """
+
+    settings: OnPolicy
+    length: int
+    texts: int = 0
+    whole: int = 0
+
+    @property
+    def so_far(self) -> tuple[int, int, int]:
+        """All but the settings."""
+        return self.length, self.texts, self.whole
+
+    def note(self, texts: int, whole: int) -> None:
+        """Count what was written, and go on to a longer text where most of it was whole."""
+        self.texts, self.whole = self.texts + texts, self.whole + whole
+        if self.texts < _ENOUGH:
+            return
+        if self.whole >= _WHOLE * self.texts:
+            self.length = min(2 * self.length, self.settings.longest)
+        self.texts = self.whole = 0
