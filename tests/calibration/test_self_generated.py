@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from streamline_hooks.calibration import read_documents, self_generated
 from streamline_hooks.calibration.generated_cache import GeneratedCache, GeneratedText
+from streamline_hooks.calibration.near_copies import NearCopies
 from streamline_hooks.calibration.prompts import FORMS, TOPICS, prompts
 from streamline_hooks.calibration.self_generated import _best, _usable
 from streamline_hooks.digests import weights_digest
@@ -296,9 +297,14 @@ generated = st.builds(
 )
 
 
+def bytewise(text: str, **options: Any) -> Any:
+    return {"input_ids": list(text.encode())}
+
+
 @given(st.lists(generated, max_size=30), st.floats(0.01, 1))
 def test_what_is_kept(texts: list[GeneratedText], fraction: float) -> None:
-    usable = _usable(texts)
+    tokenizer: Any = bytewise
+    usable = _usable(texts, tokenizer, NearCopies(), conversation=False)
     assert len({text.text for text in usable}) == len(usable)
     assert all(text.tokens >= 16 and text.distinct >= 0.6 for text in usable)
     kept = _best(usable, fraction)
