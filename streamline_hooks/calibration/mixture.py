@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -215,6 +215,7 @@ def mixed_split(
     check_sizes(sizes, sequence_length)
     forbidden: set[str] = set()
     known: set[str] = set()
+    marks = _special_tokens(tokenizer) if conversations else None
     parts: dict[str, Tensor] = {}
     notes: list[str] = []
     if test_documents is not None:
@@ -231,7 +232,7 @@ def mixed_split(
         own = in_hash_order(documents[source], seed) if whole else shuffled(documents[source], seed)
         usable = [text for text in own if text.strip() not in known]
         if whole:
-            usable = [text for text in usable if forbidden.isdisjoint(long_paragraphs(text))]
+            usable = [text for text in usable if forbidden.isdisjoint(_paragraphs(text, marks))]
         encode = Encoder(tokenizer, "") if whole else Encoder(tokenizer)
         of_source = {name: rows[source] * sequence_length for name, rows in wanted.items()}
         try:
@@ -242,7 +243,7 @@ def mixed_split(
         dealt[source] = {name: _rows(of_part, sequence_length) for name, of_part in ids.items()}
         notes += [f"{source}: {note}" for note in more]
         known.update(text.strip() for text in own)
-        forbidden.update(paragraph for text in own for paragraph in long_paragraphs(text))
+        forbidden.update(paragraph for text in own for paragraph in _paragraphs(text, marks if whole else None))
     for name, asked in wanted.items():
         there = {source: len(rows[name]) for source, rows in dealt.items()}
         kept = _within(shares, asked, there, name)
@@ -267,6 +268,21 @@ def _is_there(source: str) -> bool:
         return Path(source).expanduser().exists()
     except (OSError, ValueError, RuntimeError):  # too long for a name, or no such user
         return False
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    added = getattr(tokenizer, "added_tokens_encoder", {})
+    return re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True)))) if added else None
+
+
+def _paragraphs(text: str, marks: re.Pattern[str] | None) -> Iterator[str]:
+    """The long paragraphs; of a conversation without special tokens, and without a first line, which may be a role."""
+    if marks is None:
+        yield from long_paragraphs(text)
+        return
+    for paragraph in long_paragraphs(marks.sub("\n\n", text)):
+        yield paragraph
+        yield from long_paragraphs(paragraph.partition("\n")[2])
 
 
 def _check_shares(documents: Mapping[str, object], shares: Mapping[str, float], conversations: Collection[str]) -> None:
