@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tqdm import tqdm
@@ -191,9 +191,10 @@ def _identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settin
 
 
 def _require_read_back(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise unless a prompt that is written out with its special tokens is read as the same tokens."""
-    ids = _chat_ids(tokenizer, next(prompts(0)))
-    if _ids(tokenizer, _written_out(tokenizer, ids)) != ids:
+    """Raise unless a prompt as text is read as the tokens that its chat template comes to."""
+    chat = _asked(next(prompts(0)))
+    ids = tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, return_dict=False)
+    if list(cast("list[int]", ids)) != _ids(tokenizer, _chat_text(tokenizer, chat)):
         raise _not_read_back(tokenizer, "a prompt in its chat template")
 
 
@@ -224,7 +225,8 @@ def _write(
     conversation: bool,
 ) -> list[GeneratedText]:
     """Sample one answer to each prompt."""
-    rows = [_chat_ids(tokenizer, prompt) for prompt in asked]
+    texts = [_chat_text(tokenizer, _asked(prompt)) for prompt in asked]
+    rows = [_ids(tokenizer, text) for text in texts]
     width = max(map(len, rows))
     room = positions_of(model.config) or math.inf
     if room - width < _SHORTEST:
@@ -235,25 +237,31 @@ def _write(
     length = int(min(sequence_length, room - width))
     answers = written_on(model, tokenizer, rows, new_tokens=length, sampling=sampling, keep_end=conversation)
     judged = []
-    for row, (answer,) in zip(rows, answers, strict=True):
+    for prompt, row, (answer,) in zip(texts, rows, answers, strict=True):
         ended = bool(conversation and answer and answer[-1] in end_tokens(model, tokenizer))
         text = _judged(model, tokenizer, row, answer[: len(answer) - ended])
-        judged.append(_whole(tokenizer, text, row + answer) if conversation and text.text else text)
+        judged.append(_whole(tokenizer, text, prompt, row, answer) if conversation and text.text else text)
     return judged
 
 
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    chat = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _asked(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
 
 
-def _whole(tokenizer: PreTrainedTokenizerBase, text: GeneratedText, ids: list[int]) -> GeneratedText:
+def _chat_text(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]) -> str:
+    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+
+def _whole(
+    tokenizer: PreTrainedTokenizerBase, text: GeneratedText, prompt: str, row: list[int], answer: list[int]
+) -> GeneratedText:
     """Add the conversation, where it is read back as the same tokens: what was sampled may be no usual spelling."""
-    written = _written_out(tokenizer, ids)
-    if _ids(tokenizer, written) != ids:
+    seen = _written_out(tokenizer, row)
+    every = _written_out(tokenizer, row + answer)
+    written = prompt + every.removeprefix(seen)  # some tokenizers write a prompt otherwise than it was given
+    if not every.startswith(seen) or _ids(tokenizer, written) != row + answer:
         return text
-    return replace(text, conversation=written, conversation_tokens=len(ids))
+    return replace(text, conversation=written, conversation_tokens=len(row + answer))
 
 
 def _judged(

@@ -201,12 +201,12 @@ def test_conversations_stay_whole_and_keep_what_they_share() -> None:
     assert FRAME in list(long_paragraphs(chat[0]))
     tokenizer: Any = ChatTokenizer()
     stolen = [paragraphs("c", n) for n in range(0, 120, 2)]
-    sizes = {"sequence_length": 64, "calibration_tokens": 3840, "validation_tokens": 1920, "test_tokens": 1920}
+    sizes = {"sequence_length": 64, "calibration_tokens": 3840, "validation_tokens": 2560, "test_tokens": 2560}
     split = mixed_split(
         {"text": [*source_of("a", 90), *stolen], "chat": chat}, {"text": 0.5, "chat": 0.5}, tokenizer,
         conversations=["chat"], **sizes,
     )  # fmt: skip
-    assert [getattr(split, part).numel() for part in PARTS] == [3840, 1920, 1920]
+    assert [getattr(split, part).numel() for part in PARTS] == [3840, 2560, 2560]
     for part in PARTS:
         text = bytes(getattr(split, part)[1::2].flatten().tolist()).decode()
         begun = re.findall(r"\[user\] go\n\n\[say\]model\nc(\d+)w0x", text)

@@ -366,15 +366,31 @@ class TestConversations:
             self_generated(model, chat, **self.SHORT)
 
     def test_a_template_that_is_not_read_back(self, model: LlamaForCausalLM, chat: Any) -> None:
+        """A tokenizer whose template comes to tokens by a way of its own."""
         calls = replace_generate(model, varied)
-        real = chat.decode
-        chat.decode = lambda ids, **options: real(ids, **{**options, "skip_special_tokens": True})
+        real = chat.apply_chat_template
+
+        def with_more(messages: Any, **options: Any) -> Any:
+            return [0, *real(messages, **options)] if options["tokenize"] else real(messages, **options)
+
+        chat.apply_chat_template = with_more
         expected = (
             r"from a prompt in its chat template, written out as text.*Take the answers alone: --calibration self"
         )
         with pytest.raises(StreamlineError, match=expected):
             self_generated(model, chat, **self.SHORT)
         assert not calls
+
+    def test_a_prompt_that_is_decoded_otherwise_than_it_was_written(self, model: LlamaForCausalLM, chat: Any) -> None:
+        """As a tokenizer does that puts a space after each special token."""
+        replace_generate(model, varied)
+        real = chat.decode
+        chat.decode = lambda ids, **options: real(ids, **options).replace("<user>", "<user> ")
+        texts = self_generated(model, chat, keep_fraction=1.0, **self.SHORT)
+        assert all("<user> " not in text for text in texts)
+        chat.decode = real
+        replace_generate(model, varied)
+        assert texts == self_generated(model, chat, keep_fraction=1.0, **self.SHORT)
 
     def test_they_are_dealt_with_the_system_prompt(self, model: LlamaForCausalLM, chat: Any) -> None:
         replace_generate(model, varied)
