@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from streamline_hooks.batch import Batch
-from streamline_hooks.calibration import PackedText
+from streamline_hooks.calibration import PackedText, TokenSplit
 from streamline_hooks.carrying_out import carry_out, first_that_can_go
 from streamline_hooks.checkpoint import require_free, save
 from streamline_hooks.distributed import Together, failing_together, here
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 def compress(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    texts: Sequence[str] | Mapping[str, PackedText] | Mapping[str, Sequence[Batch | Tensor]],
+    texts: Sequence[str] | TokenSplit | Mapping[str, PackedText] | Mapping[str, Sequence[Batch | Tensor]],
     *,
     task: Task | str | None = None,
     remove: Target | int | float | str = 0.25,
@@ -96,12 +96,12 @@ def compress(
     tokenizer : transformers.PreTrainedTokenizerBase or None
         What is saved beside the model, and what documents are tokenised with. With batches it may be None, or an image
         processor.
-    texts : sequence of str, mapping of str to PackedText, or mapping of str to sequence of batches
-        Documents, which calibration, validation and test text are split off without overlap; or these three parts from
-        `packed_text`, for text that is not to be read whole. Only a model that keeps the documents of a packed row
-        apart is given them (`refuse_crossing`). Or the three parts as batches that the model takes, for any model, as
-        `image_parts`, `text_parts` and `pair_parts` make them; a classifier's accuracy is told where the test part has
-        ``labels``.
+    texts : sequence of str, TokenSplit, mapping of str to PackedText, or mapping of str to sequence of batches
+        Documents, which calibration, validation and test text are split off without overlap; or text that is dealt out
+        already, as by `mixed_split` from several sources in shares; or the three parts from `packed_text`, for text
+        that is not to be read whole. Only a model that keeps the documents of a packed row apart is given them
+        (`refuse_crossing`). Or the three parts as batches that the model takes, for any model, as `image_parts`,
+        `text_parts` and `pair_parts` make them; a classifier's accuracy is told where the test part has ``labels``.
     task : Task or str, optional
         What the model is for, and so what is compared of what it says; by default what its class says, see `Task`.
     remove : Target, int, float or str
@@ -135,9 +135,9 @@ def compress(
     profile : Profile, optional
         Of this model, to be used instead of a pass.
     test_texts : sequence of str, optional
-        Documents to score on instead of a part of `texts`.
+        Documents to score on instead of a part of `texts`, where that is documents; `mixed_split` takes some too.
     sequence_length, calibration_tokens, validation_tokens, test_tokens : int
-        In tokens, of documents; packed text has its own.
+        In tokens, of documents; text that is dealt out or packed has its own.
     batch_size : int
         Sequences at a time.
     shortlist : int

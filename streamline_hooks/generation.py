@@ -48,6 +48,7 @@ def written_on(
     samples: int = 1,
     sampling: Mapping[str, float] | None = None,
     stop: Sequence[str] = (),
+    keep_end: bool = False,
     told: Callable[[int], object] | None = None,
 ) -> list[list[list[int]]]:
     """Let a model write on from each prompt, all of them at the same time.
@@ -70,13 +71,16 @@ def written_on(
         ``temperature`` and ``top_p``, say; random numbers are drawn from torch's own generator, see `seeded`.
     stop : sequence of str
         A text ends with the token by which one of these is complete; what is in the prompt does not count.
+    keep_end : bool
+        Leave the token that ends a text in its place.
     told : callable, optional
         Called after each step with the number of texts that are written, for a bar.
 
     Returns
     -------
     list of list of list of int
-        For each prompt, for each sample, the new tokens. A token that ends a text is left out, with all after it.
+        For each prompt, for each sample, the new tokens. A token that ends a text is left out, unless it is to be kept,
+        and so is all after it.
 
     Raises
     ------
@@ -124,7 +128,7 @@ def written_on(
             use_cache=True,
             **chosen,
         )[:, width:].tolist()
-    texts = [_up_to(tokenizer, _until(row, ends), stop) for row in found]
+    texts = [_up_to(tokenizer, _until(row, ends, keep_end), stop) for row in found]
     return [texts[k : k + samples] for k in range(0, len(texts), samples)]
 
 
@@ -155,9 +159,9 @@ def seeded(device: torch.device, *parts: object) -> Iterator[None]:
         yield
 
 
-def _until(ids: Sequence[int], ends: set[int]) -> list[int]:
+def _until(ids: Sequence[int], ends: set[int], keep_end: bool) -> list[int]:
     found = next((k for k, one in enumerate(ids) if one in ends), len(ids))
-    return list(ids[:found])
+    return list(ids[: found + keep_end])
 
 
 class _Stopped:

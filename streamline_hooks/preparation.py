@@ -164,7 +164,7 @@ class Preparation:
 def prepare_compression(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    texts: Sequence[str] | Mapping[str, PackedText] | Mapping[str, Sequence[Batch | Tensor]],
+    texts: Sequence[str] | TokenSplit | Mapping[str, PackedText] | Mapping[str, Sequence[Batch | Tensor]],
     *,
     task: Task,
     remove: Target | int | float | str,
@@ -194,12 +194,14 @@ def prepare_compression(
     target = target if isinstance(target, Target) else Target(target)
     protected = protected_blocks(keep, len(found))
     given = BatchSplit.of(cast(Any, texts), task) if are_batches(texts) else None
-    packed = TokenSplit.of_packed(cast(Any, texts)) if isinstance(texts, Mapping) and not given else None
+    there = texts if isinstance(texts, TokenSplit) else None
+    if isinstance(texts, Mapping) and not given:
+        there = TokenSplit.of_packed(cast(Any, texts))
     if given:
         _require_fitting(model, given, target, task, split)
     else:
         require_text(model, tokenizer, task)
-        require_positions(model, packed.sequence_length if packed else split["sequence_length"])
+        require_positions(model, there.sequence_length if there else split["sequence_length"])
     candidates = windows_for(
         model,
         target,
@@ -212,14 +214,15 @@ def prepare_compression(
     if given:
         five = (given.calibration, *given.held_out_apart, given.validation, given.test)
         return Preparation(found, chosen, target, candidates, protected, given, task, *five)
-    if packed and split.get("test_documents"):
-        raise StreamlineError("Packed text has a test part of its own; leave test_texts out.")
+    if there and split.get("test_documents"):
+        what = "A TokenSplit" if isinstance(texts, TokenSplit) else "Packed text"
+        raise StreamlineError(f"{what} has a test part of its own; leave test_texts out.")
     tokenizer = cast("PreTrainedTokenizerBase", tokenizer)
-    dealt = packed or split_documents(cast(Sequence[str], texts), tokenizer, **split)
+    dealt = there or split_documents(cast(Sequence[str], texts), tokenizer, **split)
     check_tokenizer(tokenizer, cast(nn.Embedding, model.get_input_embeddings()).num_embeddings, dealt)
     ids = _five_parts({name: getattr(dealt, name) for name in PARTS})
-    if packed:
-        positions = _five_parts(packed.positions)
+    if dealt.positions:
+        positions = _five_parts(dealt.positions)
         batches = [PackedText(*pair, 0, 0).batches(batch_size) for pair in zip(ids, positions, strict=True)]
         refuse_crossing(model, [batch for part in batches for batch in part], stack=found.path)
     else:

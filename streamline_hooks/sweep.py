@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamline_hooks.calibration import TokenSplit
 from streamline_hooks.compress import compress
-from streamline_hooks.digests import model_digest, texts_digest
+from streamline_hooks.digests import batches_digest, model_digest, texts_digest
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation import measure_speed
 from streamline_hooks.evaluation.kept import Kept
@@ -135,7 +136,7 @@ class Sweep:
 def sweep(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[str] | TokenSplit,
     *,
     remove: Sequence[str | int | float],
     kinds: Sequence[str],
@@ -157,8 +158,8 @@ def sweep(
     model : transformers.PreTrainedModel
         It is not changed; memory holds it twice.
     tokenizer : transformers.PreTrainedTokenizerBase
-    texts : sequence of str
-        Documents, see `compress`.
+    texts : sequence of str or TokenSplit
+        Documents, or text that is dealt out already, see `compress`.
     remove : sequence of str, int or float
         How much is to go, each as `compress` takes it.
     kinds : sequence of str
@@ -197,7 +198,8 @@ def sweep(
     said = {name: getattr(value, "name", None) or repr(value) for name, value in sorted(settings.items())}
     given = [] if profile is None else [texts_digest([repr(profile.cosine.tolist())])]
     ids = tokenizer(_ANY_TEXT)["input_ids"]
-    known = [model_digest(model) if keep_in is not None else "", texts_digest(texts), said, timed, given, ids]
+    text = batches_digest(texts.tensors) if isinstance(texts, TokenSplit) else texts_digest(texts)
+    known = [model_digest(model) if keep_in is not None else "", text, said, timed, given, ids]
     compressor = _Compressor(model, tokenizer, texts, settings, timed, say, profile)
     points = []
     for amount in map(str, remove):
@@ -213,7 +215,7 @@ class _Compressor:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    texts: Sequence[str]
+    texts: Sequence[str] | TokenSplit
     settings: dict[str, Any]
     timed: tuple[int, int] | None
     say: Callable[[str], None]

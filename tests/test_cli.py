@@ -205,14 +205,18 @@ def test_compress_on_packed_text(
             yield document
 
     monkeypatch.setattr(sys.modules[PackedText.__module__], "stream_documents", watched)
-    monkeypatch.setattr(sys.modules["streamline_hooks.cli.compress"], "documents_of", None)
+    monkeypatch.setattr(sys.modules["streamline_hooks.cli.calibration_text"], "documents_of", None)
     sizes = ["--calibration-tokens", "640", "--validation-tokens", "192", "--test-tokens", "192"]
-    options = ["-c", file, "--pack", "--remove", "1", "-o", tmp_path / "out", "--sequence-length", "64", *sizes]
-    code, out, err = run(["compress", stories_folder, *options], monkeypatch, capsys)
+    options = ["--pack", "--remove", "1", "-o", tmp_path / "out", "--sequence-length", "64", *sizes]
+    code, out, err = run(["compress", stories_folder, "-c", file, *options], monkeypatch, capsys)
     assert code == 0, err
     assert "calibration 640, validation 192, test 192 tokens in packed rows of 64" in out, out.splitlines()[3]
     assert 0 < len(read) < len(story_texts)
-    for more, with_what in ((["--test", file], "--test"), (["-c", "self"], "--calibration self")):
+    for more, with_what in (
+        (["-c", file, "--test", file], "--test"),
+        (["-c", "self"], "--calibration self"),
+        (["-c", f"{file}:0.5,pydoc:0.5"], "--calibration with shares"),
+    ):
         code, _, err = run(["compress", stories_folder, *options, *more, "--overwrite"], monkeypatch, capsys)
         assert code == 2 and f"--pack deals one text to all parts, and does not go with {with_what}" in " ".join(
             err.split()

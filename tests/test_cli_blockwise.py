@@ -73,10 +73,21 @@ def test_it_writes_what_the_model_in_memory_would_be(
     assert not list(tmp_path.glob(".one*"))
 
 
+def test_it_takes_a_mixture_of_what_is_there(
+    command: Command, too_large: None, tmp_path: Path, story_texts: list[str]
+) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n\n\n".join(story_texts))
+    code, out, err = command("-o", tmp_path / "out", *SMALL, "-c", f"{texts}:0.5,pydoc:0.5")
+    assert code == 0, err
+    assert "block by block" in out and f"calibration is {texts} 512, pydoc 512 tokens (50.0 %, 50.0 %)" in out
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
         (["--train", "kl"], "--train"),
+        (["-c", "chat:0.5,pydoc:0.5"], "--calibration"),
         (["--search", "disjoint"], "--search"),
         (["-c", "self"], "--calibration"),
         (["--kind", "block"], "--kind"),

@@ -196,6 +196,7 @@ def test_an_encoder_with_a_decoder(
     [
         ([], "is calibrated on images (a folder or Parquet); name them with --calibration"),
         (["-c", "self"], "--calibration self is for models that write"),
+        (["-c", "one:0.5,two:0.5"], "--calibration with shares is for models that write"),
         (["-c", "IMAGES", "--pack"], "--pack is for models that write"),
         (["-c", "IMAGES", "--memory", "1GB"], "--memory is for models that write"),
         (["-c", "IMAGES", "--task", "poetry"], "There is no task 'poetry'"),

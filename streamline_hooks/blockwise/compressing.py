@@ -19,7 +19,7 @@ from streamline_hooks.blockwise.repairing import require_map_kind
 from streamline_hooks.blockwise.residence import identity_of
 from streamline_hooks.blockwise.verifying import verified
 from streamline_hooks.blockwise.work_folder import WorkFolder
-from streamline_hooks.calibration import PackedText
+from streamline_hooks.calibration import PackedText, TokenSplit
 from streamline_hooks.carrying_out import carry_out, first_that_can_go
 from streamline_hooks.checkpoint import require_free, save
 from streamline_hooks.digests import batches_digest
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 def compress_checkpoint(
     folder: str | Path,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str] | Mapping[str, PackedText],
+    texts: Sequence[str] | TokenSplit | Mapping[str, PackedText],
     output: str | Path,
     *,
     remove: Target | int | float | str = 0.25,

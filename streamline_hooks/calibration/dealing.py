@@ -58,6 +58,8 @@ def deal_parts(
     length: int,
     seed: int,
     forbidden: frozenset[str] = frozenset(),
+    *,
+    intact: bool = False,
 ) -> tuple[dict[str, list[int]], list[str]]:
     """Fill parts in order: from whole documents, else from pieces of them, and less where the text is less.
 
@@ -75,6 +77,8 @@ def deal_parts(
         For the order of the pieces.
     forbidden : frozenset of str, optional
         Long paragraphs that no part may hold.
+    intact : bool
+        Deal documents as they are: none is cut into pieces, and no paragraph is left out of one.
 
     Returns
     -------
@@ -92,17 +96,17 @@ def deal_parts(
     best: list[list[int]] = []
     found, cut = 0, False
     # The last, finer cut is for text that barely fills one sequence of each part.
-    for sequences in (None, coarse, 0.25):
+    for sequences in (None,) if intact else (None, coarse, 0.25):
         units, in_pieces = documents, False
         if sequences is not None:
             units, in_pieces = _cut(documents, forbidden, max(1, int(sequences * length * rate)), seed)
         found = int(sum(map(len, units)) / rate)
         possible = min(sum(asked), found // length)
         scarce = possible < sum(asked)
-        for counts in _shrinking(asked, possible if scarce or sequences else 0):
+        for counts in _shrinking(asked, possible if scarce or sequences or intact else 0):
             if sum(counts) * length <= sum(map(len, best)):
                 break
-            if dealt := _deal(units, counts, forbidden, encode, length, whole=sequences is None):
+            if dealt := _deal(units, counts, forbidden, encode, length, whole=sequences is None, intact=intact):
                 best, cut = [list(chain.from_iterable(part)) for part in dealt], in_pieces
                 break
         if sum(map(len, best)) >= possible * length * (_ENOUGH if scarce or sequences else 1):
@@ -215,6 +219,7 @@ def _deal(
     encode: Encoder,
     length: int,
     whole: bool,
+    intact: bool = False,
 ) -> list[list[list[int]]] | None:
     """Fill one part after the other with the ids of each text, or return None where the texts run out."""
     remaining = iter(units)
@@ -229,7 +234,7 @@ def _deal(
         while room > 0:
             if (unit := next(remaining, None)) is None:
                 return None
-            text = _without(unit, seen)
+            text = unit if intact else _without(unit, seen)
             copies.update(long_paragraphs(text))
             if text and (ids := encode(text, min(share, room))):
                 part.append(ids)
@@ -296,5 +301,9 @@ def _without(text: str, seen: set[str]) -> str:
 
 def shuffled(texts: Iterable[str], seed: int) -> list[str]:
     """Sort by a hash of seed and content, without empty and repeated texts."""
-    unique = {stripped for text in texts if (stripped := text.strip())}
-    return sorted(unique, key=lambda text: hashlib.sha256(f"{seed}\n{text}".encode()).digest())
+    return in_hash_order((stripped for text in texts if (stripped := text.strip())), seed)
+
+
+def in_hash_order(texts: Iterable[str], seed: int) -> list[str]:
+    """Sort by a hash of seed and content, without repeated texts."""
+    return sorted(set(texts), key=lambda text: hashlib.sha256(f"{seed}\n{text}".encode()).digest())

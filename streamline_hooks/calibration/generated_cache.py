@@ -27,12 +27,19 @@ class GeneratedText:
         The model's own perplexity of the answer's tokens, given the prompt.
     distinct : float
         Share of its runs of four tokens that are different from one another, from 0 to 1.
+    conversation : str
+        Where it is to be kept whole: template, prompt and answer, special tokens as text. Empty where the tokenizer
+        does not read the same tokens back from it.
+    conversation_tokens : int
+        Length of the conversation in tokens.
     """
 
     text: str
     tokens: int
     perplexity: float
     distinct: float
+    conversation: str = ""
+    conversation_tokens: int = 0
 
 
 class GeneratedCache:
@@ -70,11 +77,16 @@ class GeneratedCache:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 for number, texts in enumerate(self.batches):
                     for text in texts:
-                        file.write(json.dumps({"batch": number, **asdict(text)}, ensure_ascii=False) + "\n")
+                        file.write(json.dumps({"batch": number, **_row(text)}, ensure_ascii=False) + "\n")
             os.replace(temporary, self.path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+
+def _row(text: GeneratedText) -> dict[str, Any]:
+    """What is written of a text: of an answer alone there is no conversation."""
+    return {k: v for k, v in asdict(text).items() if v or not k.startswith("conversation")}
 
 
 def _load(path: Path) -> list[list[GeneratedText]]:

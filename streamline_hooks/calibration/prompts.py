@@ -76,7 +76,7 @@ TOPICS = (
 )
 
 
-def prompts(seed: int) -> Iterator[str]:
+def prompts(seed: int | str) -> Iterator[str]:
     """Yield every form with every topic in an order that the seed decides, then all again in another, for ever.
 
     Examples

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tqdm import tqdm
 
 from streamline_hooks.batch import device_of, positions_of
 from streamline_hooks.calibration.generated_cache import GeneratedCache, GeneratedText
+from streamline_hooks.calibration.near_copies import NearCopies
 from streamline_hooks.calibration.prompts import FORMS, TOPICS, prompts
 from streamline_hooks.digests import weights_digest
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.generation import seeded, written_on
+from streamline_hooks.generation import end_tokens, seeded, written_on
 from streamline_hooks.passes import inference
 
 if TYPE_CHECKING:
@@ -42,13 +44,19 @@ def self_generated(
     top_p: float = 0.95,
     keep_fraction: float = 0.9,
     batch_size: int = 32,
+    conversation: bool = False,
 ) -> list[str]:
     """Let an instruct model write text about many topics in many forms, and keep what it wrote well.
 
     Calibration text in the model's own words keeps a pruned model closer to what it was than foreign text does:
     arXiv 2410.09982 (self-data distillation) has the original model write the answers, and arXiv 2410.17711 filters
-    what a model wrote by its own perplexity. Here texts that are short, repeated, or repeat themselves are dropped,
-    and of the others the ``keep_fraction`` of lowest perplexity is kept.
+    what a model wrote by its own perplexity. Here texts that are short, say mostly what an earlier one said (a refusal
+    that comes again and again, say), or repeat themselves are dropped, and of the others the ``keep_fraction`` of
+    lowest perplexity is kept. What was cut off at the longest answer is kept as it is.
+
+    A model that is used through its chat template sees the template's own words around every answer. With
+    `conversation` they are kept: the text is what the model saw and said, special tokens written out, a system prompt
+    that the template adds by itself included, and tokenises to the same tokens.
 
     The texts depend on the model, the settings and the seed, and not on ``tokens``: asking for more continues where
     less would have stopped. The random state of PyTorch on the CPU and on a CUDA device, and the model's training
@@ -74,49 +82,64 @@ def self_generated(
         Share of the usable texts to keep, above 0 and at most 1.
     batch_size : int, default 32
         Answers written at the same time.
+    conversation : bool, default False
+        Return whole conversations, one that does not tokenise to the same tokens left out, and count their tokens. They
+        are written with other random numbers than the answers of the same seed, so that a mixture may hold both. Deal
+        them with `mixed_split`, which leaves them whole.
 
     Returns
     -------
     list of str
-        The answers that are kept, in the order in which they were written.
+        The answers (or conversations) that are kept, in the order in which they were written.
 
     Raises
     ------
     StreamlineError
         If a setting is out of range, the tokenizer has no chat template, the model cannot generate or has no room
-        for an answer, the model writes nothing that can be used, or the cache's file is damaged.
+        for an answer, the model writes nothing that can be used, the tokenizer does not read conversations back as
+        the same tokens, or the cache's file is damaged.
     """
     _check(model, tokenizer, tokens, sequence_length, temperature, top_p, keep_fraction, batch_size)
     sampling = {"temperature": temperature, "top_p": top_p}
-    settings = {"sequence_length": sequence_length, "batch_size": batch_size, "seed": seed, **sampling}
+    settings: dict[str, Any] = {"sequence_length": sequence_length, "batch_size": batch_size, "seed": seed, **sampling}
+    if conversation:
+        _require_read_back(tokenizer)
+        settings |= {"conversation": True, "ends": sorted(end_tokens(model, tokenizer))}
+    draw = ("conversation",) if conversation else ()
     store = GeneratedCache(cache, _identity(model, tokenizer, settings) if cache is not None else {})
-    queue = prompts(seed)
+    queue = prompts(f"conversation {seed}" if conversation else seed)
     written: list[GeneratedText] = []
+    usable: list[GeneratedText] = []
+    copies = NearCopies()
     idle = 0
     with tqdm(total=tokens, unit="token", desc="Writing calibration text", disable=None) as bar, inference(model):
         for number in count():
             asked = list(islice(queue, batch_size))
             known = number < len(store.batches)
             if not known:
-                with seeded(device_of(model), seed, number):
-                    store.append(_write(model, tokenizer, asked, sequence_length, sampling))
-            before = len(_usable(written))
+                with seeded(device_of(model), seed, number, *draw):
+                    store.append(_write(model, tokenizer, asked, sequence_length, sampling, conversation))
+            before = len(usable)
             written += store.batches[number]
-            usable = _usable(written)
+            usable += _usable(store.batches[number], tokenizer, copies, conversation)
             kept = _best(usable, keep_fraction)
-            total = sum(text.tokens for text in kept)
+            total = sum(text.conversation_tokens if conversation else text.tokens for text in kept)
             bar.update(min(total, tokens) - bar.n)
             if known:
                 bar.initial = bar.n  # the rate counts what is written now
             if total >= tokens:
-                return [text.text for text in kept]
+                return [text.conversation if conversation else text.text for text in kept]
             idle = 0 if len(usable) > before else idle + 1
             if idle == _PATIENCE:
                 break
+    lost = sum(bool(text.text) and not text.conversation for text in written) if conversation else 0
+    if lost > len(written) // 2:
+        raise _not_read_back(tokenizer, f"{lost} of {len(written)} conversations")
     raise StreamlineError(
         f"{type(model).__name__} wrote {len(written):,} texts, of which {len(kept):,} with {total:,} tokens can be "
         f"used; {tokens:,} tokens were asked for. Expected answers of at least {_SHORTEST} tokens that do not repeat "
-        "themselves. The model may not be trained to answer: give text of your own with --calibration FILE."
+        "themselves or one another. The model may not be trained to answer: give text of your own with --calibration "
+        "FILE."
     )
 
 
@@ -167,15 +190,43 @@ def _identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settin
     }
 
 
+def _require_read_back(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise unless a prompt as text is read as the tokens that its chat template comes to."""
+    chat = _asked(next(prompts(0)))
+    ids = tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, return_dict=False)
+    if list(cast("list[int]", ids)) != _ids(tokenizer, _chat_text(tokenizer, chat)):
+        raise _not_read_back(tokenizer, "a prompt in its chat template")
+
+
+def _not_read_back(tokenizer: PreTrainedTokenizerBase, what: str) -> StreamlineError:
+    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    return StreamlineError(
+        f"The tokenizer {name!r} does not read the same tokens back from {what}, written out as text with special "
+        "tokens. Expected one that does, so that a model is calibrated on what it sees in use. Take the answers alone: "
+        "--calibration self, or conversation=False."
+    )
+
+
+def _written_out(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Tokens as text, with special ones."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
 def _write(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     asked: Sequence[str],
     sequence_length: int,
     sampling: dict[str, float],
+    conversation: bool,
 ) -> list[GeneratedText]:
     """Sample one answer to each prompt."""
-    rows = [_chat_ids(tokenizer, prompt) for prompt in asked]
+    texts = [_chat_text(tokenizer, _asked(prompt)) for prompt in asked]
+    rows = [_ids(tokenizer, text) for text in texts]
     width = max(map(len, rows))
     room = positions_of(model.config) or math.inf
     if room - width < _SHORTEST:
@@ -183,14 +234,34 @@ def _write(
             f"{type(model).__name__} has room for {room} tokens, and a prompt in its chat template has {width}. "
             f"Expected room for an answer of {_SHORTEST} tokens at least. Give text with --calibration FILE."
         )
-    answers = written_on(model, tokenizer, rows, new_tokens=int(min(sequence_length, room - width)), sampling=sampling)
-    return [_judged(model, tokenizer, row, answer) for row, (answer,) in zip(rows, answers, strict=True)]
+    length = int(min(sequence_length, room - width))
+    answers = written_on(model, tokenizer, rows, new_tokens=length, sampling=sampling, keep_end=conversation)
+    judged = []
+    for prompt, row, (answer,) in zip(texts, rows, answers, strict=True):
+        ended = bool(conversation and answer and answer[-1] in end_tokens(model, tokenizer))
+        text = _judged(model, tokenizer, row, answer[: len(answer) - ended])
+        judged.append(_whole(tokenizer, text, prompt, row, answer) if conversation and text.text else text)
+    return judged
 
 
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    chat = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _asked(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
+
+
+def _chat_text(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]) -> str:
+    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+
+def _whole(
+    tokenizer: PreTrainedTokenizerBase, text: GeneratedText, prompt: str, row: list[int], answer: list[int]
+) -> GeneratedText:
+    """Add the conversation, where it is read back as the same tokens: what was sampled may be no usual spelling."""
+    seen = _written_out(tokenizer, row)
+    every = _written_out(tokenizer, row + answer)
+    written = prompt + every.removeprefix(seen)  # some tokenizers write a prompt otherwise than it was given
+    if not every.startswith(seen) or _ids(tokenizer, written) != row + answer:
+        return text
+    return replace(text, conversation=written, conversation_tokens=len(row + answer))
 
 
 def _judged(
@@ -206,19 +277,23 @@ def _judged(
     runs = [tuple(answer[i : i + 4]) for i in range(len(answer) - 3)]
     return GeneratedText(
         text=text,
-        tokens=len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]),
+        tokens=len(_ids(tokenizer, text)),
         perplexity=math.exp(loss.item()),
         distinct=len(set(runs)) / max(1, len(runs)),
     )
 
 
-def _usable(texts: Sequence[GeneratedText]) -> list[GeneratedText]:
-    """Leave out what is short, repeated, or repeats itself."""
-    first = {text.text: text for text in reversed(texts)}
+def _usable(
+    texts: Sequence[GeneratedText], tokenizer: PreTrainedTokenizerBase, copies: NearCopies, conversation: bool
+) -> list[GeneratedText]:
+    """Leave out what is short, repeats itself, is a near-copy of an earlier text, or has no conversation to it."""
     return [
         text
         for text in texts
-        if first[text.text] is text and text.tokens >= _SHORTEST and text.distinct >= _LEAST_DISTINCT
+        if text.tokens >= _SHORTEST
+        and text.distinct >= _LEAST_DISTINCT
+        and (text.conversation or not conversation)
+        and copies.keep(_ids(tokenizer, text.text))
     ]
 
 

@@ -74,7 +74,7 @@ class TokenSplit:
             )
         calibration, validation, test = (parts[name].input_ids.long() for name in PARTS)
         positions = {name: parts[name].position_ids.long() for name in PARTS}
-        fingerprint = _fingerprint(calibration, positions["calibration"])
+        fingerprint = fingerprint_of(calibration, positions["calibration"])
         notes = tuple(parts[name].note for name in PARTS if parts[name].note)
         return cls(calibration, validation, test, fingerprint, notes, positions)
 
@@ -175,7 +175,7 @@ def split_documents(
     (torch.Size([10, 12]), torch.Size([2, 12]), torch.Size([4, 12]))
     """
     sizes = {"test": test_tokens, "validation": validation_tokens, "calibration": calibration_tokens}
-    _check_sizes(sizes, sequence_length)
+    check_sizes(sizes, sequence_length)
     encode = Encoder(tokenizer)
     shared = shuffled(documents, seed)
     if test_documents is None:
@@ -190,7 +190,7 @@ def split_documents(
         parts, notes = parts | more, notes + more_notes
     tensors = {name: torch.tensor(ids, dtype=torch.long).view(-1, sequence_length) for name, ids in parts.items()}
     calibration, validation, test = (tensors[name] for name in PARTS)
-    return TokenSplit(calibration, validation, test, _fingerprint(calibration), tuple(notes))
+    return TokenSplit(calibration, validation, test, fingerprint_of(calibration), tuple(notes))
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, split: TokenSplit | None = None) -> None:
@@ -237,7 +237,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, sp
         )
 
 
-def _check_sizes(sizes: dict[str, int], length: int) -> None:
+def check_sizes(sizes: Mapping[str, int], length: int) -> None:
+    """Refuse parts that are smaller than a sequence.
+
+    Raises
+    ------
+    StreamlineError
+        Naming the part.
+    """
     for name, size in sizes.items():
         if length < 1 or size < length:
             raise StreamlineError(
@@ -247,7 +254,8 @@ def _check_sizes(sizes: dict[str, int], length: int) -> None:
             )
 
 
-def _fingerprint(*rows: Tensor) -> str:
+def fingerprint_of(*rows: Tensor) -> str:
+    """SHA-256, in hexadecimal, of ids and their shape, and of what stands beside them."""
     digest = hashlib.sha256(f"{tuple(rows[0].shape)}".encode())
     for numbers in rows:
         digest.update(numbers.contiguous().numpy().astype("<i8").tobytes())

@@ -72,7 +72,7 @@ def only_whole(required: bool, say: Callable[[str], None], **given: Any) -> bool
 
 def compress_block_by_block(
     model: str,
-    text: list[str] | Callable[[Any], Any],
+    text: Callable[[Any], tuple[Any, list[str] | None]],
     output: Path,
     memory: int,
     *,
@@ -80,7 +80,10 @@ def compress_block_by_block(
     say: Callable[[str], None],
     **options: Any,
 ) -> Any:
-    """Say what it will cost, and do it unless that was all that was asked for; the result, or None."""
+    """Say what it will cost, and do it unless that was all that was asked for; the result, or None.
+
+    `text` gives what is calibrated on, and documents to test on or None, for a tokenizer.
+    """
     import torch
     from transformers import AutoTokenizer
     from transformers.utils import logging
@@ -112,8 +115,9 @@ def compress_block_by_block(
         return None
     work = output.with_name(f".{output.name}.blocks")
     say(f"What is done is kept in {work} until the end; the same command goes on from there.")
-    texts = text(tokenizer) if callable(text) else text
-    return compress_checkpoint(model, tokenizer, texts, output, memory=budget, work_folder=work, say=say, **options)
+    texts, test_texts = text(tokenizer)
+    options |= {"memory": budget, "work_folder": work, "say": say, "test_texts": test_texts}
+    return compress_checkpoint(model, tokenizer, texts, output, **options)
 
 
 def asked_of(options: dict[str, Any], window: int, memory: int) -> Any:

@@ -13,7 +13,8 @@ from streamline_hooks.cli.block_by_block import (
     only_whole,
     takes_more_than,
 )
-from streamline_hooks.cli.loading import block_numbers, documents_of, load_model, own_text, packed_parts, task_named
+from streamline_hooks.cli.calibration_text import Sources
+from streamline_hooks.cli.loading import block_numbers, documents_of, load_model, packed_parts, task_named
 from streamline_hooks.cli.options import (
     BatchSize,
     Calibration,
@@ -29,6 +30,7 @@ from streamline_hooks.cli.options import (
     SequenceLength,
     Stack,
     TaskName,
+    Temperature,
     Tokens,
 )
 from streamline_hooks.cli.page import write_page
@@ -81,6 +83,7 @@ def compress(
         bool, typer.Option("--resume", help="Go on with a training that was interrupted: give all else as before.")
     ] = False,
     calibration: Calibration = None,
+    temperature: Temperature = None,
     test: Annotated[
         list[str] | None,
         typer.Option("--test", metavar="TEXT", help="Score on this text instead of a part of the calibration text."),
@@ -164,19 +167,17 @@ def compress(
         require_search(search, criterion_named(criterion), target)
         blocks = block_numbers(keep)
         profile = Profile.load(profile_file) if profile_file is not None else None
-        sources = calibration or ["pydoc"]
-        if dry_run and "self" in sources:
-            raise StreamlineError(
-                "A dry run writes no text, so that --calibration self has none; give text that is there."
-            )
-        if pack and (test or "self" in sources):
-            with_what = "--test" if test else "--calibration self"
+        sources = Sources.parse(calibration, temperature)
+        if dry_run and sources.written:
+            raise StreamlineError(f"A dry run writes no text, so that {sources.unusual} has none; give what is there.")
+        if pack and (test or sources.unusual):
+            with_what = "--test" if test else sources.unusual
             raise StreamlineError(f"--pack deals one text to all parts, and does not go with {with_what}.")
         task = task_named(task_name, model)
-        if not task.is_of_text and ("self" in sources or pack or memory):
-            option = "--calibration self" if "self" in sources else "--pack" if pack else "--memory"
+        if not task.is_of_text and (sources.unusual or pack or memory):
+            option = sources.unusual or ("--pack" if pack else "--memory")
             raise StreamlineError(f"{option} is for models that write, and {model} is for {task}.")
-        documents = [] if "self" in sources or pack or not task.is_of_text else documents_of(sources)
+        documents = sources.read() if task.is_of_text and not pack else {}
         test_documents = documents_of(test) if test and task.is_of_text else None
         split: dict[str, Any] = {
             "seed": seed,
@@ -185,9 +186,18 @@ def compress(
             "validation_tokens": validation_tokens,
             "test_tokens": test_tokens,
         }
+
+        def text_for(tokenizer: Any) -> tuple[Any, list[str] | None]:
+            """What is calibrated on, and the documents for the test where that does not hold them."""
+            if pack:
+                return packed_parts(list(sources.names), tokenizer, split), None
+            if (dealt := sources.dealt(documents, tokenizer, split, test_documents)) is not None:
+                return dealt, None
+            return next(iter(documents.values())), test_documents
+
         most = takes_more_than(model, memory) if task.is_of_text else None
         whole = {
-            "calibration": "self" in sources,
+            "calibration": bool(sources.written),
             "kind": bool(chosen.slots or chosen.fit or not chosen.solve),
             "search": search != "window",
             "criterion": criterion_named(criterion).needs != "profile",
@@ -200,25 +210,19 @@ def compress(
         if most is not None and not only_whole(bool(memory), say, **whole):
             asked: dict[str, Any] = {"remove": target, "kind": kind, "criterion": criterion, "keep": blocks, **split}
             asked |= {"batch_size": batch_size, "shortlist": shortlist, "stack": stack, "overwrite": overwrite}
-            text: Any = (lambda tokenizer: packed_parts(sources, tokenizer, split)) if pack else documents
-            made = compress_block_by_block(
-                model, text, output, most, dry_run=dry_run, say=say, test_texts=test_documents, **asked
-            )
+            made = compress_block_by_block(model, text_for, output, most, dry_run=dry_run, say=say, **asked)
             if made is not None:
                 for line in ("", made.table(), write_page(output, made.title, compression=made.report())):
                     say(line)
             return
         loaded, tokenizer = load_model(model, task)
-        if "self" in sources:
-            needed = calibration_tokens + validation_tokens + (0 if test else test_tokens)
-            options: dict[str, Any] = {
-                "tokens": needed,
-                "sequence_length": sequence_length,
-                "seed": seed,
-                "cache": output.parent,
-            }
-            documents = work.of_first(lambda: own_text(loaded, tokenizer, sources, **options))
-        text = packed_parts(sources, tokenizer, split) if pack else documents
+        if sources.written:
+            parts_dealt = ("calibration", "validation", *([] if test else ["test"]))
+            tokens = {name: split[f"{name}_tokens"] for name in parts_dealt}
+            options: dict[str, Any] = {"sequence_length": sequence_length, "seed": seed, "cache": output.parent}
+            for name, write in sources.writers(loaded, tokenizer, tokens, **options).items():
+                documents[name] = work.of_first(write)
+        text, apart = text_for(tokenizer) if task.is_of_text else ({}, None)
         if not task.is_of_text:
             names = ("calibration", "validation", "test")
             tokens = {name: split[f"{name}_tokens"] for name in names}
@@ -238,7 +242,7 @@ def compress(
             **split,
         }
         if dry_run and speaks:
-            ready = prepare_compression(loaded, tokenizer, text, test_documents=test_documents, **shared)
+            ready = prepare_compression(loaded, tokenizer, text, test_documents=apart, **shared)
             ready.require_writable()
             for line in ready.announcement(search, criterion, shortlist):
                 typer.echo(line)
@@ -266,7 +270,7 @@ def compress(
             resume=resume,
             criterion=criterion,
             profile=profile,
-            test_texts=test_documents,
+            test_texts=apart,
             shortlist=shortlist,
             output=output,
             overwrite=overwrite,

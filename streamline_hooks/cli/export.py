@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from streamline_hooks.cli.calibration_text import Sources
 from streamline_hooks.cli.loading import documents_of, load_model
 from streamline_hooks.cli.options import Calibration, Stack
 from streamline_hooks.errors import StreamlineError
@@ -48,8 +49,14 @@ def export(
     _require_possible(folder, output, to, dtype, overwrite)
     model: Any
     if refit:
-        if "self" in (calibration or []):
+        sources = Sources.parse(calibration)
+        if sources.written:
             raise StreamlineError("What a model wrote itself is not written again here; give it as a file.")
+        if sources.shares:
+            raise StreamlineError(
+                "--refit deals the text of one list of sources out again, and no mixture with shares; compress the "
+                "original again, with --kind folded or silenced."
+            )
         loaded, _ = load_model(original)
         text, apart = documents_of(calibration or ["pydoc"]), documents_of(test) if test else None
         again = fit_again(

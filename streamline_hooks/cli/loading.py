@@ -75,24 +75,6 @@ def packed_parts(sources: list[str], tokenizer: PreTrainedTokenizerBase, split: 
     )
 
 
-def own_text(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    sources: list[str],
-    *,
-    tokens: int,
-    sequence_length: int,
-    seed: int,
-    cache: Path,
-) -> list[str]:
-    """Text that the model writes itself."""
-    from streamline_hooks.calibration import self_generated
-
-    if len(sources) > 1:
-        raise StreamlineError("--calibration self stands alone; leave the other sources away.")
-    return self_generated(model, tokenizer, tokens=tokens, sequence_length=sequence_length, seed=seed, cache=cache)
-
-
 def block_numbers(text: str) -> list[int]:
     """The numbers in a --keep."""
     numbers = []

@@ -22,10 +22,19 @@ Calibration = Annotated[
         "-c",
         metavar="TEXT",
         help="Text, JSONL or Parquet files or folders (a `text` field), a `datasets` name, `pydoc` (the technical "
-        "English that comes with Python), or `self`: the model writes its own through its chat template. Of a vision "
-        "model image files, folders (a sub-folder a class) or Parquet; of an encoder with a decoder JSONL or Parquet "
-        "of pairs (`source`, `target`). May be repeated.",
+        "English that comes with Python), `self`: the model writes its own through its chat template, or `chat`: whole "
+        "conversations, as it sees them in use. May be repeated; or a mixture with shares that sum to 1: "
+        "`self:0.5,folder:0.5`. Of a vision model image files, folders (a sub-folder a class) or Parquet; of an "
+        "encoder with a decoder JSONL or Parquet of pairs (`source`, `target`).",
         show_default="pydoc",
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NUMBER",
+        help="At which the model writes the text of --calibration self and chat.",
+        show_default="0.8",
     ),
 ]
 TaskName = Annotated[

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from streamline_hooks.cli.loading import block_numbers, documents_of, load_model, task_named
+from streamline_hooks.cli.calibration_text import Sources
+from streamline_hooks.cli.loading import block_numbers, load_model, task_named
 from streamline_hooks.cli.options import (
     BatchSize,
     Calibration,
@@ -25,6 +26,7 @@ from streamline_hooks.cli.options import (
     SequenceLength,
     Stack,
     TaskName,
+    Temperature,
     Tokens,
 )
 from streamline_hooks.errors import StreamlineError
@@ -56,6 +58,7 @@ def rank(
         Path | None, typer.Option("--save", metavar="FILE", help="Keep the profile, for --profile later.")
     ] = None,
     calibration: Calibration = None,
+    temperature: Temperature = None,
     calibration_tokens: Tokens = 41_000,
     calibration_examples: Examples = 256,
     sequence_length: SequenceLength = 512,
@@ -98,15 +101,24 @@ def rank(
         raise StreamlineError(f"--save {save}: there is no folder {save.parent}; create it first.")
     if model is None and profile_file is None:
         raise StreamlineError("Give a model, or a profile that was saved with --save (--profile FILE).")
+    sources = Sources.parse(calibration, temperature)
+    if dry_run and sources.written:
+        raise StreamlineError(f"A dry run writes no text, so that {sources.unusual} has none; give what is there.")
     loaded: Any = None
     batches = profile = task = None
     if model is not None:
         task = task_named(task_name, model)
+        if not task.is_of_text and sources.unusual:
+            raise StreamlineError(f"{sources.unusual} is for models that write, and {model} is for {task}.")
         loaded, tokenizer = load_model(model, task)
         stack = find_stack(loaded, stack).path
         if profile_file is None or chosen.needs == "model" or search not in ("window", "disjoint", "one-shot", "mixed"):
-            given = loaded, tokenizer, calibration, calibration_tokens, sequence_length, batch_size, seed
-            batches = _batches(*given) if task.is_of_text else _of_task(task, calibration_examples, *given)
+            given = calibration_tokens, sequence_length, batch_size, seed
+            if task.is_of_text:
+                cache = None if save is None else save.resolve().parent
+                batches = _batches(loaded, tokenizer, sources, cache, *given)
+            else:
+                batches = _of_task(task, calibration_examples, loaded, tokenizer, calibration, *given)
     if profile_file is not None:
         profile = Profile.load(profile_file)
         if loaded is not None:
@@ -160,7 +172,8 @@ def rank(
 def _batches(
     model: Any,
     tokenizer: Any,
-    calibration: list[str] | None,
+    sources: Sources,
+    cache: Path | None,
     tokens: int,
     sequence_length: int,
     batch_size: int,
@@ -168,21 +181,22 @@ def _batches(
 ) -> Any:
     from streamline_hooks.batch import batches_of
     from streamline_hooks.calibration import check_tokenizer, split_documents
+    from streamline_hooks.calibration.mixture import smallest_part
     from streamline_hooks.preparation import require_positions
 
-    sources = calibration or ["pydoc"]
-    if "self" in sources:
-        raise StreamlineError("rank takes no --calibration self; give text that is there.")
     require_positions(model, sequence_length)
-    split = split_documents(
-        documents_of(sources),
-        tokenizer,
-        seed=seed,
-        sequence_length=sequence_length,
-        calibration_tokens=tokens,
-        validation_tokens=sequence_length,
-        test_tokens=sequence_length,
-    )
+    unused = smallest_part(sources.shares, sequence_length) if sources.shares else sequence_length
+    sizes = {"calibration": tokens, "validation": unused, "test": unused}
+    documents = sources.read()
+    options: dict[str, Any] = {"sequence_length": sequence_length, "seed": seed}
+    for name, write in sources.writers(model, tokenizer, sizes, cache=cache, **options).items():
+        documents[name] = write()
+    options |= {f"{part}_tokens": size for part, size in sizes.items()}
+    split = sources.dealt(documents, tokenizer, options, None)
+    if split is None:
+        split = split_documents(next(iter(documents.values())), tokenizer, **options)
+    elif split.notes:
+        typer.echo(f"text       {split.describe()}", err=True)
     check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings, split)
     return batches_of(split.calibration, batch_size)
 

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from streamline_hooks.cli.loading import block_numbers, documents_of, load_model
+from streamline_hooks.cli.calibration_text import Sources
+from streamline_hooks.cli.loading import block_numbers, load_model
 from streamline_hooks.cli.options import (
     BatchSize,
     Calibration,
@@ -72,15 +73,23 @@ def sweep(
     settings: dict[str, Any] = (
         {"training": Training(objective=Objective.parse(objective), seed=seed)} if objective else {}
     )
-    sources = calibration or ["pydoc"]
-    if "self" in sources:
+    sources = Sources.parse(calibration)
+    if sources.written:
         raise StreamlineError("A sweep takes text that is there: have the model write some once, by compress.")
-    documents = documents_of(sources)
+    documents = sources.read()
     loaded, tokenizer = load_model(model)
+    split: dict[str, Any] = {
+        "seed": seed,
+        "sequence_length": sequence_length,
+        "calibration_tokens": calibration_tokens,
+        "validation_tokens": validation_tokens,
+        "test_tokens": test_tokens,
+    }
+    dealt = sources.dealt(documents, tokenizer, split, None)
     found = run(
         loaded,
         tokenizer,
-        documents,
+        next(iter(documents.values())) if dealt is None else dealt,
         remove=amounts,
         kinds=kinds,
         speed=speed,
@@ -91,13 +100,9 @@ def sweep(
         search=search,
         parts=parts,
         keep=tuple(block_numbers(keep)),
-        calibration_tokens=calibration_tokens,
-        validation_tokens=validation_tokens,
-        test_tokens=test_tokens,
-        sequence_length=sequence_length,
         batch_size=batch_size,
         shortlist=shortlist,
-        seed=seed,
+        **split,
         **settings,
     )
     (output / "sweep.csv").write_text(found.csv(), encoding="utf-8")

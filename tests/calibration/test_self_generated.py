@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from streamline_hooks.calibration import read_documents, self_generated
+from streamline_hooks.calibration import mixed_split, read_documents, self_generated
 from streamline_hooks.calibration.generated_cache import GeneratedCache, GeneratedText
+from streamline_hooks.calibration.near_copies import NearCopies
 from streamline_hooks.calibration.prompts import FORMS, TOPICS, prompts
 from streamline_hooks.calibration.self_generated import _best, _usable
 from streamline_hooks.digests import weights_digest
@@ -247,12 +248,177 @@ def test_what_repeats_itself_is_short_or_was_written_before_is_dropped(model: Ll
     assert len(calls) == 3
 
 
+def test_an_answer_that_is_nearly_an_earlier_one_is_dropped(model: LlamaForCausalLM, tokenizer: Any) -> None:
+    """And a refusal that comes again and again with it."""
+
+    def answer(call: int, row: int) -> list[int]:
+        return [*varied(0, 0)[:29], 91 + 2 * call + row] if call < 2 else varied(call, row)
+
+    calls = replace_generate(model, answer)
+    texts = self_generated(model, tokenizer, tokens=90, sequence_length=24, batch_size=2, keep_fraction=1.0)
+    expected = [answer(0, 0), *(answer(2, row) for row in range(2))]
+    assert texts == [tokenizer.decode(ids).strip() for ids in expected]
+    assert len(calls) == 3
+
+
 def test_an_answer_ends_at_its_first_end(model: LlamaForCausalLM, tokenizer: Any) -> None:
     model.generation_config.eos_token_id = [95, 96]
     calls = replace_generate(model, lambda call, row: [*varied(call, row), (95, 96, END)[row], *range(40)])
     texts = self_generated(model, tokenizer, tokens=80, sequence_length=24, batch_size=3, keep_fraction=1.0)
     assert texts == [tokenizer.decode(varied(0, row)).strip() for row in range(3)]
     assert calls[0]["eos_token_id"] == [95, 96, END]
+
+
+SYSTEM = "You are a helpful model which answers what it is asked, shortly, and with all the care there is."
+CHAT = (
+    "{{ '<sys>' }}{% if messages[0]['role'] != 'system' %}" + SYSTEM + "{{ '\\n\\n' }}{% endif %}{% for message in "
+    "messages %}{{ '<user>' + message['content'] + '\\n\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<answer>' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def chat(tokenizer: Any) -> Any:
+    """A template that adds a system prompt by itself, and special tokens of its own."""
+    chat = copy.deepcopy(tokenizer)
+    chat.add_special_tokens({"additional_special_tokens": ["<sys>", "<user>", "<answer>"]})
+    chat.chat_template = CHAT
+    return chat
+
+
+def half(tokenizer: Any) -> int:
+    """The first of two bytes of a letter, which alone is none."""
+    return int(tokenizer.convert_tokens_to_ids("\u00c3"))
+
+
+class TestConversations:
+    SHORT: ClassVar[dict[str, Any]] = {"tokens": 500, "sequence_length": 40, "batch_size": 3, "conversation": True}
+
+    @pytest.fixture
+    def model(self, model: LlamaForCausalLM) -> LlamaForCausalLM:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model.resize_token_embeddings(END + 4)
+        return model
+
+    def test_they_are_what_the_model_saw_and_said(self, model: LlamaForCausalLM, chat: Any) -> None:
+        calls = replace_generate(model, lambda call, row: varied(call, row) + [END] * (row == 1))
+        texts = self_generated(model, chat, keep_fraction=1.0, **self.SHORT)
+        seen = [
+            ids[mask.bool()].tolist()
+            for call in calls
+            for ids, mask in zip(call["input_ids"], call["attention_mask"], strict=True)
+        ]
+        for number, text in enumerate(texts):
+            call, row = divmod(number, 3)
+            # An end that was written stays; the rows of a batch that are shorter end with one too.
+            said = [*varied(call, row), END]
+            assert chat(text, add_special_tokens=False)["input_ids"] == seen[number] + said
+            assert text.startswith(f"<sys>{SYSTEM}\n\n<user>") and "<answer>" in text and text.endswith("<end>")
+        assert sum(len(chat(text, add_special_tokens=False)["input_ids"]) for text in texts) >= 500
+
+    def test_an_answer_that_was_cut_off_has_no_end(self, model: LlamaForCausalLM, chat: Any) -> None:
+        replace_generate(model, lambda call, row: varied(call, row))
+        texts = self_generated(model, chat, keep_fraction=1.0, **self.SHORT)
+        assert not any("<end>" in text for text in texts)
+
+    def test_the_prompts_that_they_share_make_no_near_copies(self, model: LlamaForCausalLM, chat: Any) -> None:
+        replace_generate(model, varied)
+        chat.chat_template = CHAT.replace("message['content']", "'always the same question'")
+        texts = self_generated(model, chat, keep_fraction=1.0, **{**self.SHORT, "tokens": 1500})
+        assert len(texts) >= 9
+
+    def test_they_are_kept_in_a_file_of_their_own(self, model: LlamaForCausalLM, chat: Any, tmp_path: Path) -> None:
+        alone = {key: value for key, value in self.SHORT.items() if key != "conversation"}
+        replace_generate(model, varied)
+        self_generated(model, chat, cache=tmp_path, **alone)
+        texts = self_generated(model, chat, cache=tmp_path, **self.SHORT)
+        assert len(list(tmp_path.iterdir())) == 2
+        vars(model)["generate"] = None  # nothing is written again
+        assert self_generated(model, chat, cache=tmp_path, **self.SHORT) == texts
+        self_generated(model, chat, cache=tmp_path, **alone)
+
+    def test_they_are_other_texts_than_the_answers_of_the_same_seed(self, model: LlamaForCausalLM, chat: Any) -> None:
+        """A mixture that holds both would otherwise leave out of one what it took from the other."""
+        states = []
+
+        def drawn(call: int, row: int) -> list[int]:
+            states.append(torch.get_rng_state())
+            return varied(call, row)
+
+        calls = replace_generate(model, drawn)
+        self_generated(model, chat, **{**self.SHORT, "conversation": False})
+        first, asked = states[0], calls[0]["input_ids"]
+        states.clear(), calls.clear()
+        self_generated(model, chat, **self.SHORT)
+        assert not torch.equal(states[0], first) and not torch.equal(calls[0]["input_ids"], asked)
+
+    def test_what_is_not_read_back_is_left_out(self, model: LlamaForCausalLM, chat: Any) -> None:
+        """What is sampled may be no usual spelling: half a letter of two bytes."""
+        replace_generate(model, lambda call, row: [*varied(call, row), *([half(chat)] if row else [])])
+        texts = self_generated(model, chat, keep_fraction=1.0, **self.SHORT)
+        own = [chat.decode(varied(call, 0)).strip() for call in range(len(texts))]
+        assert all(answer in text for answer, text in zip(own, texts, strict=True))
+
+    def test_a_tokenizer_that_reads_none_back(self, model: LlamaForCausalLM, chat: Any) -> None:
+        replace_generate(model, lambda call, row: [*varied(call, row), half(chat)])
+        with pytest.raises(StreamlineError, match=r"not read the same tokens back from 24 of 24 conversations.*self"):
+            self_generated(model, chat, **self.SHORT)
+
+    def test_a_template_that_is_not_read_back(self, model: LlamaForCausalLM, chat: Any) -> None:
+        """A tokenizer whose template comes to tokens by a way of its own."""
+        calls = replace_generate(model, varied)
+        real = chat.apply_chat_template
+
+        def with_more(messages: Any, **options: Any) -> Any:
+            return [0, *real(messages, **options)] if options["tokenize"] else real(messages, **options)
+
+        chat.apply_chat_template = with_more
+        expected = (
+            r"from a prompt in its chat template, written out as text.*Take the answers alone: --calibration self"
+        )
+        with pytest.raises(StreamlineError, match=expected):
+            self_generated(model, chat, **self.SHORT)
+        assert not calls
+
+    def test_a_prompt_that_is_decoded_otherwise_than_it_was_written(self, model: LlamaForCausalLM, chat: Any) -> None:
+        """As a tokenizer does that puts a space after each special token."""
+        replace_generate(model, varied)
+        real = chat.decode
+        chat.decode = lambda ids, **options: real(ids, **options).replace("<user>", "<user> ")
+        texts = self_generated(model, chat, keep_fraction=1.0, **self.SHORT)
+        assert all("<user> " not in text for text in texts)
+        chat.decode = real
+        replace_generate(model, varied)
+        assert texts == self_generated(model, chat, keep_fraction=1.0, **self.SHORT)
+
+    def test_they_are_dealt_with_the_system_prompt(self, model: LlamaForCausalLM, chat: Any) -> None:
+        replace_generate(model, varied)
+        texts = self_generated(model, chat, **{**self.SHORT, "tokens": 4000})
+        sizes = {"calibration_tokens": 1200, "validation_tokens": 600, "test_tokens": 600, "sequence_length": 300}
+        split = mixed_split({"chat": texts}, {"chat": 1.0}, chat, conversations=["chat"], **sizes)
+        for part in (split.calibration, split.validation, split.test):
+            text = chat.decode(part.flatten().tolist())
+            assert text.count("<user>") == pytest.approx(text.count(f"<sys>{SYSTEM}\n\n"), abs=1) and SYSTEM in text
+
+
+def test_old_files_are_read(model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path) -> None:
+    """The name and the form of a file of answers are those of the first version."""
+    settings = {"sequence_length": 24, "batch_size": 2, "seed": 0, "temperature": 0.8, "top_p": 0.95}
+    config = model.config.to_dict()
+    for incidental in ("_name_or_path", "transformers_version", "_commit_hash"):
+        config.pop(incidental, None)
+    asked = {"template": TEMPLATE, "prompts": [FORMS, TOPICS], "weights": weights_digest(model)}
+    store = GeneratedCache(tmp_path, {"config": config, **asked, **settings})
+    for call in range(3):
+        texts = [str(tokenizer.decode(varied(call, row))).strip() for row in range(2)]
+        store.append([GeneratedText(text, 30, 2.0, 1.0) for text in texts])
+    assert store.path is not None
+    rows = [json.loads(line) for line in store.path.read_text().splitlines()]
+    assert all(row.keys() == {"batch", "text", "tokens", "perplexity", "distinct"} for row in rows)
+    vars(model)["generate"] = None
+    found = self_generated(model, tokenizer, cache=tmp_path, keep_fraction=1.0, **SHORT)
+    assert found == [row["text"] for row in rows]
 
 
 def test_the_perplexity_is_the_models_own(model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path) -> None:
@@ -296,9 +462,14 @@ generated = st.builds(
 )
 
 
+def bytewise(text: str, **options: Any) -> Any:
+    return {"input_ids": list(text.encode())}
+
+
 @given(st.lists(generated, max_size=30), st.floats(0.01, 1))
 def test_what_is_kept(texts: list[GeneratedText], fraction: float) -> None:
-    usable = _usable(texts)
+    tokenizer: Any = bytewise
+    usable = _usable(texts, tokenizer, NearCopies(), conversation=False)
     assert len({text.text for text in usable}) == len(usable)
     assert all(text.tokens >= 16 and text.distinct >= 0.6 for text in usable)
     kept = _best(usable, fraction)

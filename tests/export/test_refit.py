@@ -91,3 +91,7 @@ def test_on_the_command_line(
     app(["export", str(folder), "-o", str(tmp_path / "plain"), *options], standalone_mode=False)
     assert "folded: perplexity" in capsys.readouterr().out
     require_plain(load(tmp_path / "plain"))
+    for sources, reason in ((f"{text}:0.5,pydoc:0.5", "no mixture with shares"), ("chat", "What a model wrote itself")):
+        options[-1] = sources
+        with pytest.raises(StreamlineError, match=reason):
+            app(["export", str(folder), "-o", str(tmp_path / "other"), *options], standalone_mode=False)

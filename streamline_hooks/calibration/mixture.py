@@ -1,0 +1,334 @@
+"""Several sources of text in shares: which part of each there is, and rows of all of them dealt out together."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from streamline_hooks.calibration.dealing import Encoder, deal_parts, in_hash_order, long_paragraphs, shuffled
+from streamline_hooks.calibration.split import PARTS, TokenSplit, check_sizes, fingerprint_of
+from streamline_hooks.errors import StreamlineError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SHARE = re.compile(r"(?P<name>.*):(?P<share>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)", re.IGNORECASE | re.DOTALL)
+# Three times 0.333 is a whole.
+_ROUNDING = 0.002
+
+
+def parse_mixture(source: str) -> dict[str, float] | None:
+    """Read a mixture, such as ``"self:0.5,texts:0.3,pydoc:0.2"``.
+
+    Parameters
+    ----------
+    source : str
+        Sources between commas, each with a colon and its share.
+
+    Returns
+    -------
+    dict of str to float, or None
+        The share of each source, which together are 1. None where this is an ordinary source: a path that is there,
+        what has no shares, or one name with a number above 1, which is a data set and its configuration.
+
+    Raises
+    ------
+    StreamlineError
+        If only some of several sources have a share, a share is not above 0, they do not sum to 1 within 0.002, or a
+        source has no name or is given twice.
+
+    Examples
+    --------
+    >>> parse_mixture("self:0.5, pydoc:0.5")
+    {'self': 0.5, 'pydoc': 0.5}
+    >>> parse_mixture("pydoc") is None
+    True
+    """
+    if _is_there(source):
+        return None
+    parts = [part.strip() for part in source.split(",")]
+    read = {part: match for part in parts if (match := _SHARE.fullmatch(part))}
+    if not read or (len(parts) == 1 and float(read[parts[0]]["share"]) > 1):
+        return None
+    example = "Expected a share for each, such as self:0.5,texts:0.5."
+    if bare := [part for part in parts if part not in read]:
+        with_share = ", ".join(map(repr, read))
+        raise StreamlineError(
+            f"The mixture {source!r} has shares for {with_share} and none for {', '.join(map(repr, bare))}. {example}"
+        )
+    shares: dict[str, float] = {}
+    places: set[str] = set()
+    for part in parts:
+        name, share = read[part]["name"].strip(), float(read[part]["share"])
+        if not name:
+            raise StreamlineError(f"The mixture {source!r} has a share without a source, {part!r}. {example}")
+        if not 0 < share < math.inf:
+            raise StreamlineError(
+                f"The mixture {source!r} has the share {read[part]['share']} of {name!r}. Expected shares above 0; "
+                "leave a source out that is not wanted."
+            )
+        place = str(Path(name).expanduser().resolve()) if _is_there(name) else name
+        if place in places:
+            raise StreamlineError(f"The mixture {source!r} has {name!r} twice. Give each source once, with one share.")
+        places.add(place)
+        shares[name] = share
+    total = sum(shares.values())
+    if abs(total - 1) > _ROUNDING:
+        raise StreamlineError(
+            f"The shares of the mixture {source!r} sum to {total:.6g}. Expected a sum of 1. Change them so that they "
+            "are parts of a whole."
+        )
+    return {name: share / total for name, share in shares.items()}
+
+
+def smallest_part(shares: Mapping[str, float], sequence_length: int) -> int:
+    """Tokens of a part in which every source of a mixture is sure to have a sequence.
+
+    Parameters
+    ----------
+    shares : mapping of str to float
+    sequence_length : int
+
+    Examples
+    --------
+    >>> smallest_part({"self": 0.75, "pydoc": 0.25}, 512)
+    2048
+    """
+    return math.ceil(1 / min(shares.values()) - 1e-9) * sequence_length
+
+
+def sequences_by_source(
+    shares: Mapping[str, float], sizes: Mapping[str, int], sequence_length: int
+) -> dict[str, dict[str, int]]:
+    """How many sequences of each part come from each source.
+
+    Parameters
+    ----------
+    shares : mapping of str to float
+    sizes : mapping of str to int
+        Tokens of each part.
+    sequence_length : int
+
+    Returns
+    -------
+    dict of str to dict of str to int
+        By part, then by source; together as many as fit into the part.
+
+    Raises
+    ------
+    StreamlineError
+        If the share of a source is less than a sequence.
+
+    Examples
+    --------
+    >>> sequences_by_source({"self": 0.75, "pydoc": 0.25}, {"test": 700}, 100)
+    {'test': {'self': 5, 'pydoc': 2}}
+    """
+    check_sizes(sizes, sequence_length)
+    wanted = {part: _apportioned(shares, size // sequence_length) for part, size in sizes.items()}
+    for part, counts in wanted.items():
+        if scarce := [source for source, count in counts.items() if not count]:
+            raise StreamlineError(
+                f"{part}_tokens={sizes[part]} with sequence_length={sequence_length} is "
+                f"{sizes[part] // sequence_length} sequences, of which the share {shares[scarce[0]]:.6g} of "
+                f"{scarce[0]!r} is none. Expected a sequence of each source. Ask for "
+                f"{part}_tokens={smallest_part(shares, sequence_length)} or more, or for a smaller --sequence-length."
+            )
+    return wanted
+
+
+def mixed_split(
+    documents: Mapping[str, Sequence[str]],
+    shares: Mapping[str, float],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int = 0,
+    sequence_length: int = 512,
+    calibration_tokens: int = 41_000,
+    validation_tokens: int = 8_192,
+    test_tokens: int = 16_384,
+    test_documents: Sequence[str] | None = None,
+    conversations: Collection[str] = (),
+) -> TokenSplit:
+    """Deal several sources out so that each has its share of calibration, validation and test.
+
+    Each source is dealt on its own, as `split_documents` does. What a source has, used or not, is left out of those
+    that are named after it: its documents and its paragraphs of 80 characters or more. So no text is in the test part
+    by one source and in the calibration part by another. The sequences of the sources take turns, evenly spaced, so
+    that the beginning of a part, and its end, are about the mixture too.
+
+    Where a source has too little text for its share, that part shrinks for all of them and the shares stay, up to the
+    rounding to full sequences.
+
+    Parameters
+    ----------
+    documents : mapping of str to sequence of str
+        The text of each source.
+    shares : mapping of str to float
+        The share of each source, above 0; together 1, see `parse_mixture`.
+    tokenizer, seed, sequence_length, calibration_tokens, validation_tokens, test_tokens
+        As for `split_documents`; the sizes are those of all sources together.
+    test_documents : sequence of str, optional
+        Text for scoring, as for `split_documents`: the test part is not mixed then, and no source holds any of it.
+    conversations : collection of str
+        Sources whose documents are whole conversations (`self_generated` with ``conversation=True``). They are not cut
+        up, nothing stands between them, and the template's own words, which all of them share, stay in each; one that
+        has a long paragraph of an earlier source, or of the test documents, is left out as a whole.
+
+    Returns
+    -------
+    TokenSplit
+        Its notes say how many tokens each source came to.
+
+    Raises
+    ------
+    StreamlineError
+        If shares and documents have not the same names, the shares do not sum to 1, a share of a part is less than a
+        sequence, or a source has too little text for one sequence of each part.
+
+    Examples
+    --------
+    >>> def tokenizer(text, **options):
+    ...     return {"input_ids": [len(word) for word in text.split()]}
+    >>> letters = [f"This is the letter number {n}." for n in range(60)]
+    >>> stories = [f"Long long ago there lived the king number {n}." for n in range(60)]
+    >>> split = mixed_split(
+    ...     {"letters": letters, "stories": stories},
+    ...     {"letters": 0.25, "stories": 0.75},
+    ...     tokenizer,
+    ...     sequence_length=6,
+    ...     calibration_tokens=48,
+    ...     validation_tokens=24,
+    ...     test_tokens=24,
+    ... )
+    >>> split.notes
+    ('calibration is letters 12, stories 36 tokens (25.0 %, 75.0 %)',)
+    """
+    _check_shares(documents, shares, conversations)
+    sizes = {"test": test_tokens, "validation": validation_tokens, "calibration": calibration_tokens}
+    check_sizes(sizes, sequence_length)
+    forbidden: set[str] = set()
+    known: set[str] = set()
+    marks = _special_tokens(tokenizer) if conversations else None
+    parts: dict[str, Tensor] = {}
+    notes: list[str] = []
+    if test_documents is not None:
+        scored = shuffled(test_documents, seed)
+        test = {"test": sizes.pop("test")}
+        ids, more = deal_parts(scored, test, Encoder(tokenizer), sequence_length, seed)
+        parts["test"], notes = _rows(ids["test"], sequence_length), more
+        known.update(scored)
+        forbidden.update(paragraph for document in scored for paragraph in long_paragraphs(document))
+    wanted = sequences_by_source(shares, sizes, sequence_length)
+    dealt: dict[str, dict[str, Tensor]] = {}
+    for source in shares:
+        whole = source in conversations
+        own = in_hash_order(documents[source], seed) if whole else shuffled(documents[source], seed)
+        usable = [text for text in own if text.strip() not in known]
+        if whole:
+            usable = [text for text in usable if forbidden.isdisjoint(_paragraphs(text, marks))]
+        encode = Encoder(tokenizer, "") if whole else Encoder(tokenizer)
+        of_source = {name: rows[source] * sequence_length for name, rows in wanted.items()}
+        try:
+            ids, more = deal_parts(usable, of_source, encode, sequence_length, seed, frozenset(forbidden), intact=whole)
+        except StreamlineError as error:
+            others = " without what the sources before it, or the test, have" if len(usable) < len(own) else ""
+            raise StreamlineError(f"The source {source!r}{others}: {error}") from error
+        dealt[source] = {name: _rows(of_part, sequence_length) for name, of_part in ids.items()}
+        notes += [f"{source}: {note}" for note in more]
+        known.update(text.strip() for text in own)
+        forbidden.update(paragraph for text in own for paragraph in _paragraphs(text, marks if whole else None))
+    for name, asked in wanted.items():
+        there = {source: len(rows[name]) for source, rows in dealt.items()}
+        kept = _within(shares, asked, there, name)
+        if sum(kept.values()) < sum(asked.values()):
+            scarce = " and ".join(source for source in shares if there[source] < asked[source])
+            notes.append(
+                f"{name} is {sum(kept.values()) * sequence_length:,} of {sum(asked.values()) * sequence_length:,} "
+                f"tokens that were asked for, since there is too little text of {scarce} and the shares stay"
+            )
+        parts[name] = _in_turn([dealt[source][name][:count] for source, count in kept.items()])
+        if name == "calibration" and len(shares) > 1:
+            total = sum(kept.values())
+            tokens = ", ".join(f"{source} {count * sequence_length:,}" for source, count in kept.items())
+            reached = ", ".join(f"{count / total:.1%}".replace("%", " %") for count in kept.values())
+            notes.append(f"calibration is {tokens} tokens ({reached})")
+    calibration, validation, test_rows = (parts[name] for name in PARTS)
+    return TokenSplit(calibration, validation, test_rows, fingerprint_of(calibration), tuple(notes))
+
+
+def _is_there(source: str) -> bool:
+    try:
+        return Path(source).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long for a name, or no such user
+        return False
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    added = getattr(tokenizer, "added_tokens_encoder", {})
+    return re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True)))) if added else None
+
+
+def _paragraphs(text: str, marks: re.Pattern[str] | None) -> Iterator[str]:
+    """The long paragraphs; of a conversation without special tokens, and without a first line, which may be a role."""
+    if marks is None:
+        yield from long_paragraphs(text)
+        return
+    for paragraph in long_paragraphs(marks.sub("\n\n", text)):
+        yield paragraph
+        yield from long_paragraphs(paragraph.partition("\n")[2])
+
+
+def _check_shares(documents: Mapping[str, object], shares: Mapping[str, float], conversations: Collection[str]) -> None:
+    if not shares or set(documents) != set(shares) or not set(conversations) <= set(shares):
+        raise StreamlineError(
+            f"Got documents of {sorted(documents)}, shares of {sorted(shares)} and conversations of "
+            f"{sorted(conversations)}. Expected documents and a share of each source, one at least."
+        )
+    total = sum(shares.values())
+    if not all(share > 0 for share in shares.values()) or not abs(total - 1) <= _ROUNDING:
+        raise StreamlineError(
+            f"The shares are {dict(shares)}, which sum to {total:.6g}. Expected shares above 0 that sum to 1."
+        )
+
+
+def _apportioned(shares: Mapping[str, float], total: int) -> dict[str, int]:
+    """Whole numbers that sum to `total` and are as the shares, by the largest remainders."""
+    exact = {source: share * total / sum(shares.values()) for source, share in shares.items()}
+    counts = {source: math.floor(value + 1e-9) for source, value in exact.items()}
+    rest = sorted(exact, key=lambda source: counts[source] - exact[source])
+    for source in rest[: total - sum(counts.values())]:
+        counts[source] += 1
+    return counts
+
+
+def _within(
+    shares: Mapping[str, float], asked: Mapping[str, int], there: Mapping[str, int], part: str
+) -> dict[str, int]:
+    """The most sequences that are as the shares, and no more of a source than there are."""
+    for total in range(sum(asked.values()), 0, -1):
+        counts = _apportioned(shares, total)
+        if all(0 < count <= there[source] for source, count in counts.items()):
+            return counts
+    found = ", ".join(f"{source} {count}" for source, count in there.items())
+    raise StreamlineError(
+        f"The sources fill so few sequences of {part} ({found}) that no number of them is as the shares "
+        f"{dict(shares)}. Give more text of {min(there, key=lambda source: there[source] / shares[source])!r}, a "
+        "smaller share of it, or a smaller --sequence-length."
+    )
+
+
+def _in_turn(rows: Sequence[Tensor]) -> Tensor:
+    """The rows of several sources, those of each evenly spaced."""
+    places = torch.cat([(torch.arange(len(of)) + 0.5).double() / len(of) for of in rows])
+    return torch.cat(list(rows))[places.argsort(stable=True)]
+
+
+def _rows(ids: Sequence[int], length: int) -> Tensor:
+    return torch.tensor(ids, dtype=torch.long).view(-1, length)

@@ -1,0 +1,289 @@
+"""Several sources in shares: what is read as a mixture, and that no text gets from one part into another."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamline_hooks import compress
+from streamline_hooks.calibration import TokenSplit, mixed_split, parse_mixture
+from streamline_hooks.calibration.dealing import long_paragraphs
+from streamline_hooks.calibration.mixture import sequences_by_source, smallest_part
+from streamline_hooks.errors import StreamlineError
+from tests.tiny_models import tiny_model
+
+PARTS = ("calibration", "validation", "test")
+SMALL: dict[str, int] = {
+    "sequence_length": 16, "calibration_tokens": 640, "validation_tokens": 160, "test_tokens": 320,
+}  # fmt: skip
+
+
+def letters(text: str, **options: Any) -> Any:
+    """Tokenises a text to its bytes, so that the text can be read off the ids."""
+    return {"input_ids": list(text.encode())}
+
+
+TOKENIZER: Any = letters
+
+
+def paragraphs(source: str, number: int, words: int = 15) -> str:
+    return " ".join(f"{source}{number}w{word}x" for word in range(words))
+
+
+def source_of(name: str, count: int) -> list[str]:
+    return [f"{paragraphs(name, 2 * n)}\n\n{paragraphs(name, 2 * n + 1)}" for n in range(count)]
+
+
+def words_of(part: torch.Tensor) -> list[str]:
+    """The words of a part that are not cut at the edge of a row."""
+    rows = [bytes(row.tolist()).decode() for row in part]
+    return [word for row in rows for word in re.findall(r"(?<=\s)[a-z]\d+w\d+x(?=\s)", row)]
+
+
+def owners(part: torch.Tensor) -> list[str]:
+    """Of each row, whose words it holds most."""
+    found = []
+    for row in part:
+        names = re.findall(r"[a-v](?=\d+w)", bytes(row.tolist()).decode())
+        found.append(max(sorted(set(names)), key=names.count) if names else "?")
+    return found
+
+
+class TestParse:
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("self:0.5,folder:0.5", {"self": 0.5, "folder": 0.5}),
+            (" a/b.txt:.25 , pydoc:7.5e-1", {"a/b.txt": 0.25, "pydoc": 0.75}),
+            ("name:config:0.5,chat:0.5", {"name:config": 0.5, "chat": 0.5}),
+            ("a:0.333,b:0.333,c:0.333", dict.fromkeys("abc", pytest.approx(1 / 3))),
+            ("self:1", {"self": 1.0}),
+            ("pydoc", None),
+            ("name:config", None),
+            ("name:2023", None),
+            ("a,b", None),
+            ("a" * 5000, None),
+        ],
+    )
+    def test_what_is_a_mixture(self, text: str, expected: dict[str, float] | None) -> None:
+        assert parse_mixture(text) == expected
+
+    def test_a_path_that_is_there_is_no_mixture(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("a:0.5,b:0.5").write_text("text")
+        assert parse_mixture("a:0.5,b:0.5") is None
+        Path("one.txt").write_text("text")
+        with pytest.raises(StreamlineError, match=r"has '\./one\.txt' twice"):
+            parse_mixture("one.txt:0.5,./one.txt:0.5")
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("self:0.5,folder", r"has shares for 'self:0\.5' and none for 'folder'\. Expected a share for each"),
+            ("self:0.5,folder:0.4", r"'self:0\.5,folder:0\.4' sum to 0\.9\. Expected a sum of 1"),
+            ("a:2020,b:2021", r"sum to 4041"),
+            ("self:0.5", r"sum to 0\.5"),
+            ("self:1.5,folder:-0.5", r"has the share -0\.5 of 'folder'\. Expected shares above 0"),
+            ("self:1,folder:0", r"has the share 0 of 'folder'"),
+            ("self:0.5,self:0.5", r"has 'self' twice\. Give each source once"),
+            (":0.5,a:0.5", r"has a share without a source, ':0\.5'"),
+        ],
+    )
+    def test_what_is_refused(self, text: str, message: str) -> None:
+        with pytest.raises(StreamlineError, match=message):
+            parse_mixture(text)
+
+
+def test_each_part_has_its_shares_and_what_was_asked_for() -> None:
+    shares = {"a": 0.5, "b": 0.3, "c": 0.2}
+    split = mixed_split({name: source_of(name, 200) for name in shares}, shares, TOKENIZER, **SMALL)
+    assert [getattr(split, part).numel() for part in PARTS] == [640, 160, 320]
+    assert split.notes == ("calibration is a 320, b 192, c 128 tokens (50.0 %, 30.0 %, 20.0 %)",)
+    for part in PARTS:
+        found = owners(getattr(split, part))
+        assert {name: found.count(name) / len(found) for name in shares} == pytest.approx(shares)
+    again = mixed_split({name: source_of(name, 200)[::-1] for name in shares}, shares, TOKENIZER, **SMALL)
+    assert again.fingerprint == split.fingerprint and torch.equal(again.test, split.test)
+    other = mixed_split({name: source_of(name, 200) for name in shares}, shares, TOKENIZER, seed=1, **SMALL)
+    assert other.fingerprint != split.fingerprint
+
+
+def test_every_beginning_and_end_is_about_the_mixture() -> None:
+    shares = {"a": 0.6, "b": 0.25, "c": 0.15}
+    split = mixed_split({name: source_of(name, 200) for name in shares}, shares, TOKENIZER, **SMALL)
+    for part in PARTS:
+        found = owners(getattr(split, part))
+        for one in (found, found[::-1]):
+            for count in range(1, len(one) + 1):
+                for name, share in shares.items():
+                    assert abs(one[:count].count(name) - share * count) <= 1.5, (part, count, name)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=5), min_size=20, max_size=60),
+    st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=5), min_size=20, max_size=60),
+    st.booleans(),
+    st.integers(0, 2),
+)
+def test_no_long_paragraph_is_in_two_parts_whichever_source_it_is_of(
+    first: list[list[int]], second: list[list[int]], apart: bool, seed: int
+) -> None:
+    """Paragraphs of one number are copies, within a source and between the two."""
+    sources = {
+        "one": ["\n\n".join(paragraphs("p", n) for n in document) for document in first],
+        "two": ["\n\n".join(paragraphs("p", n) for n in document) for document in second],
+    }
+    test = [paragraphs("p", n) for n in range(25, 35)] if apart else None
+    sizes = {"sequence_length": 16, "calibration_tokens": 640, "validation_tokens": 64, "test_tokens": 64}
+    try:
+        split = mixed_split(sources, {"one": 0.5, "two": 0.5}, TOKENIZER, seed=seed, test_documents=test, **sizes)
+    except StreamlineError as error:
+        assert re.search(r"The source '(one|two)'|fill so few sequences", str(error))
+        return
+    sets = [set(words_of(getattr(split, part))) for part in PARTS]
+    assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+    if apart:
+        unseen = {f"p{n}w{k}x" for n in range(25, 35) for k in range(15)}
+        assert sets[2] <= unseen and not (sets[0] | sets[1]) & unseen
+
+
+def test_short_documents_that_two_sources_have_are_of_the_first() -> None:
+    common = [f"a{n}w0x is short" for n in range(150)]
+    shares = {"one": 0.5, "two": 0.5}
+    own = [f"b{n}w0x is short" for n in range(150)]
+    split = mixed_split({"one": common, "two": [*common, *own]}, shares, TOKENIZER, **SMALL)
+    text = [bytes(getattr(split, part).flatten().tolist()).decode() for part in PARTS]
+    numbers = [set(re.findall(r"a\d+w", one)) for one in text]
+    assert all(numbers) and sum(map(len, numbers)) == len(set.union(*numbers))
+
+
+def test_too_little_of_one_source_shrinks_the_part_and_keeps_the_shares() -> None:
+    shares = {"a": 0.25, "b": 0.75}
+    documents = {"a": source_of("a", 1), "b": source_of("b", 200)}
+    split = mixed_split(documents, shares, TOKENIZER, **SMALL)
+    counts = {part: getattr(split, part).numel() for part in PARTS}
+    assert counts["calibration"] < 640 and counts["test"] < 320
+    for part in PARTS:
+        asked = sequences_by_source(shares, {part: counts[part]}, 16)[part]
+        found = owners(getattr(split, part))
+        assert abs(found.count("b") - asked["b"]) <= found.count("?")
+    notes = " | ".join(split.notes)
+    assert "a: the text holds about" in notes
+    expected = f"calibration is {counts['calibration']} of 640 tokens that were asked for, since there is too little "
+    assert expected + "text of a and the shares stay" in notes
+    assert (
+        f"calibration is a {sequences_by_source(shares, {'x': counts['calibration']}, 16)['x']['a'] * 16}, b" in notes
+    )
+
+
+FRAME = "[system] You are a helpful model which answers what it is asked, shortly, and with all the care there is."
+
+
+class ChatTokenizer:
+    added_tokens_encoder: ClassVar = {"[say]": 300, "[end]": 301}
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        return letters(text)
+
+
+def test_conversations_stay_whole_and_keep_what_they_share() -> None:
+    """A system prompt is a long paragraph that all have; a copy of one would be left out of a document."""
+    chat = [f"{FRAME}\n\n[user] go\n\n[say]model\n{paragraphs('c', n)}[end]" for n in range(120)]
+    assert FRAME in list(long_paragraphs(chat[0]))
+    tokenizer: Any = ChatTokenizer()
+    stolen = [paragraphs("c", n) for n in range(0, 120, 2)]
+    sizes = {"sequence_length": 64, "calibration_tokens": 3840, "validation_tokens": 2560, "test_tokens": 2560}
+    split = mixed_split(
+        {"text": [*source_of("a", 90), *stolen], "chat": chat}, {"text": 0.5, "chat": 0.5}, tokenizer,
+        conversations=["chat"], **sizes,
+    )  # fmt: skip
+    assert [getattr(split, part).numel() for part in PARTS] == [3840, 2560, 2560]
+    for part in PARTS:
+        text = bytes(getattr(split, part)[1::2].flatten().tolist()).decode()
+        begun = re.findall(r"\[user\] go\n\n\[say\]model\nc(\d+)w0x", text)
+        assert len(begun) > 3 and all(int(number) % 2 for number in begun)
+        assert abs(text.count(f"{FRAME}\n\n[user]") - len(begun)) <= 1
+        assert "[end]\n\n" not in text and "[end][system]" in text
+
+
+def test_conversations_are_not_cut_up_where_they_are_few() -> None:
+    chat = [f"{FRAME}\n\n{paragraphs('c', n)}[end]" for n in range(6)]
+    split = mixed_split({"chat": chat}, {"chat": 1.0}, TOKENIZER, conversations=["chat"], **SMALL)
+    text = {part: bytes(getattr(split, part).flatten().tolist()).decode() for part in PARTS}
+    assert all(one.startswith("[system]") for one in text.values())
+    numbers = [set(re.findall(r"c\d+w", one)) for one in text.values()]
+    assert sum(map(len, numbers)) == len(set.union(*numbers))
+    assert "asked for and shrunk to" in " ".join(split.notes)
+
+
+@pytest.mark.parametrize(
+    ("documents", "shares", "options", "message"),
+    [
+        ({"a": ["x"]}, {"b": 1.0}, {}, r"documents of \['a'\], shares of \['b'\].*Expected documents and a share"),
+        ({"a": ["x"]}, {"a": 0.7}, {}, r"sum to 0\.7\. Expected shares above 0 that sum to 1"),
+        ({"a": ["x"]}, {"a": 1.0}, {"conversations": ["b"]}, r"conversations of \['b'\]"),
+        ({"a": ["x"], "b": ["x"]}, {"a": 0.5, "b": 0.5}, {}, r"The source 'a': The text holds about"),
+        (
+            {"a": source_of("a", 99), "b": source_of("a", 99)}, {"a": 0.5, "b": 0.5}, {},
+            r"The source 'b' without what the sources before it, or the test, have: The text holds about 0 tokens",
+        ),
+        (
+            {"a": source_of("a", 99), "b": source_of("b", 99)}, {"a": 0.96, "b": 0.04}, {},
+            r"validation_tokens=160 with sequence_length=16 is 10 sequences, of which the share 0\.04 of 'b' is none\. "
+            r"Expected a sequence of each source\. Ask for validation_tokens=400 or more",
+        ),
+        ({"a": ["x"]}, {"a": 1.0}, {"test_tokens": 15}, r"test_tokens=15 with sequence_length=16"),
+        (
+            {"a": [paragraphs("a", 0, 12)], "b": source_of("b", 99)}, {"a": 0.9, "b": 0.1}, {},
+            r"fill so few sequences of .* \(a 1, b .*as the shares.*Give more text of 'a'",
+        ),
+    ],
+)  # fmt: skip
+def test_errors(documents: Any, shares: Any, options: Any, message: str) -> None:
+    with pytest.raises(StreamlineError, match=message):
+        mixed_split(documents, shares, TOKENIZER, **{**SMALL, **options})
+
+
+def test_the_smallest_part_suffices_for_every_source() -> None:
+    for shares in ({"a": 0.5, "b": 0.5}, {"a": 0.9, "b": 0.1}, {"a": 1.0}, {"a": 0.61, "b": 0.26, "c": 0.13}):
+        counts = sequences_by_source(shares, {"x": smallest_part(shares, 8)}, 8)["x"]
+        assert min(counts.values()) >= 1
+    sums = [sum(sequences_by_source({"a": 0.5, "b": 0.5}, {"x": 8 * n}, 8)["x"].values()) for n in range(2, 20)]
+    assert all(after == before + 1 for before, after in pairwise(sums))
+
+
+class WordTokenizer:
+    """One id a word, by its hash."""
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": [zlib.crc32(word.encode()) % 61 for word in text.split()]}
+
+
+class TestCompress:
+    def split(self, tokenizer: Any) -> TokenSplit:
+        documents = {name: source_of(name, 60) for name in "ab"}
+        return mixed_split(documents, {"a": 0.5, "b": 0.5}, tokenizer, **SMALL)
+
+    def test_takes_text_that_is_dealt_out(self) -> None:
+        tokenizer: Any = WordTokenizer()
+        split = self.split(tokenizer)
+        result = compress(tiny_model("llama"), tokenizer, split, remove=1, side_by_side=False, shortlist=2)
+        assert result.data["fingerprint"] == split.fingerprint
+        assert result.data["sequence_length"] == 16 and result.data["calibration_tokens"] == 640
+        assert result.data["notes"] == list(split.notes)
+
+    def test_and_no_other_test_text(self) -> None:
+        tokenizer: Any = WordTokenizer()
+        model = tiny_model("llama")
+        with pytest.raises(StreamlineError, match="A TokenSplit has a test part of its own; leave test_texts out"):
+            compress(model, tokenizer, self.split(tokenizer), remove=1, test_texts=["text"])
+        assert len(model.model.layers) == 6
