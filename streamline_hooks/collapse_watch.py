@@ -16,7 +16,7 @@ from streamline_hooks.evaluation.writing import Written, write_on
 from streamline_hooks.text_beginnings import text_beginnings
 
 _PROBES, _SHOTS, _ANSWER_TOKENS = 8, 3, 24  # of each sort
-_TEXTS, _PROMPT_TOKENS, _TEXT_TOKENS = 8, 24, 64
+_TEXTS, _PROMPT_TOKENS, _TEXT_TOKENS = 8, 24, 48
 _OPENING_TOKENS, _THOUGHT_TOKENS = 8, 256
 _THINK_ABOUT = (
     "A farmer has 17 sheep. All but 9 run away, and then he buys 4 more. How many sheep does he have?",

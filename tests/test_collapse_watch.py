@@ -89,7 +89,7 @@ def test_what_a_model_no_longer_knows_is_told() -> None:
     assert "copying 3 -> 3, counting 8 -> 0" in text  # of 24 letters, what is longer is cut
     model.answers, model.otherwise = known, "a" * 500
     (text,) = watch.warnings()
-    assert text.startswith("It repeats itself: 98% of the runs of four tokens were there before, of the original's 5")
+    assert text.startswith("It repeats itself: 98% of the runs of four tokens were there before, of the original's 42%")
     assert said == []
 
 

@@ -61,10 +61,11 @@ def test_problems_that_are_no_longer_solved(before: tuple[int, ...], after: tupl
 
 
 def test_other_problems_solved_instead_are_no_collapse() -> None:
-    """The pairs decide: nine of the original's lost, but four others won in their place."""
-    before = {"sums": [True] * 9 + [False] * 23}
-    after = {"sums": [False] * 9 + [True] * 4 + [False] * 19}
-    assert collapse_of_probes(before, {"sums": [False] * 32}) and not collapse_of_probes(before, after)
+    """The pairs decide: sixteen of the original's are lost, but seven others won in their place."""
+    before = {"sums": [True] * 16 + [False] * 16}
+    after = {"sums": [False] * 16 + [True] * 7 + [False] * 9}
+    same = {"sums": [True] * 7 + [False] * 25}
+    assert collapse_of_probes(before, same) and not collapse_of_probes(before, after)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.9])
