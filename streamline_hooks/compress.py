@@ -14,6 +14,7 @@ from streamline_hooks.batch import Batch
 from streamline_hooks.calibration import PackedText, TokenSplit
 from streamline_hooks.carrying_out import carry_out, first_that_can_go
 from streamline_hooks.checkpoint import require_free, save
+from streamline_hooks.collapse_watch import CollapseWatch
 from streamline_hooks.distributed import Together, failing_together, here
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation import TaskScores
@@ -151,7 +152,8 @@ def compress(
     overwrite : bool
         Take the place of a folder that is not empty.
     side_by_side : bool
-        Let the original and the compressed model write from the same beginnings, and time both in turn.
+        Let the original and the compressed model write from the same beginnings, time both in turn, and let both
+        solve small generated problems, so that a collapse is told in `CompressionResult.warnings`.
     say : callable
         Receives lines about what is planned and found.
 
@@ -255,6 +257,7 @@ def compress(
         beside = SideBySide(model, tokenizer, ready.test, say) if writes else None
         change = partial(carry_out, selection=best)
         speed = work.of_first(lambda: None if beside is None else beside.speed(change, path))
+        watch = CollapseWatch(model, tokenizer, ready.test, say) if beside is not None and beside.writes else None
     with clock("measure"):
         before = sizes_of(model)
         test, data, size = ready.test, {**ready.split.figures(), "seed": seed}, ready.size
@@ -273,6 +276,7 @@ def compress(
             scores[label] = work.of_first(lambda: board.of(model, label))
     with clock("compare"):
         samples = work.of_first(lambda: [] if beside is None else beside.samples())
+        told = work.of_first(lambda: [] if watch is None else watch.warnings())
     after = sizes_of(model)
     result = CompressionResult(
         model=model,
@@ -295,6 +299,7 @@ def compress(
         training=trained,
         samples=samples,
         speed=speed,
+        warnings=told,
     )
     if output is not None:
         with clock("save"):

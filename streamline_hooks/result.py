@@ -73,6 +73,8 @@ class CompressionResult:
         Beginnings of the test text, written on greedily by the compressed model and by the original.
     speed : SpeedReport or None
         Of both, in turn; None where the model cannot write.
+    warnings : list of str
+        What perplexity does not show and has to be known, in words with numbers: see `CollapseWatch`.
     folder : Path or None
         Where it was saved.
     """
@@ -97,6 +99,7 @@ class CompressionResult:
     training: Trained | None = None
     samples: list[tuple[Written, Written]] = field(default_factory=list)
     speed: SpeedReport | None = None
+    warnings: list[str] = field(default_factory=list)
     folder: Path | None = field(default=None)
 
     def report(self) -> dict[str, Any]:
@@ -119,6 +122,7 @@ class CompressionResult:
                 {"prompt": mine.prompt, "text": mine.text, "reference": theirs.text} for mine, theirs in self.samples
             ],
             "speed": None if self.speed is None else self.speed.to_dict(),
+            "warnings": self.warnings,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory,
             "data": self.data,
@@ -135,7 +139,7 @@ class CompressionResult:
         return f"{type(self.model).__name__}: {len(self.plan.slots)} of {self.plan.old_length} blocks"
 
     def table(self) -> str:
-        """The result for a terminal."""
+        """The result for a terminal, the warnings last."""
         chosen = self.candidates[0]
         rows = [
             ("blocks", f"{self.plan.old_length} -> {len(self.plan.slots)}, {_what(chosen)}"),
@@ -159,7 +163,8 @@ class CompressionResult:
         if self.folder is not None:
             rows.append(("written to", str(self.folder)))
         width = max(len(label) for label, _ in rows)
-        return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+        lines = [f"{label:<{width}}  {value}" for label, value in rows]
+        return "\n".join([*lines, *(f"\nWarning: {text}" for text in self.warnings)])
 
 
 def findings(judged: Sequence[VerifiedSelection], measure: str = "KL") -> list[str]:

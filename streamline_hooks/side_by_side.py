@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch, positions_of
-from streamline_hooks.calibration.packing import beginnings
 from streamline_hooks.evaluation import SpeedReport, Written, measure_speed, write_on
 from streamline_hooks.evaluation.speed import Timed, room_for_prompt
 from streamline_hooks.surgery import LayerSurgeon
+from streamline_hooks.text_beginnings import text_beginnings
 
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 3, 24, 32
 _TIMED_TOKENS, _TIMED_NEW, _ROUNDS = 128, 8, 3
@@ -38,12 +38,15 @@ class SideBySide:
         self, model: Any, tokenizer: Any, batches: Sequence[Batch | Tensor], say: Callable[[str], None]
     ) -> None:
         self.model, self.tokenizer, self.say = model, tokenizer, say
-        rows = [row for batch in batches for row in _first_pieces(batch)]
-        starts = rows[:: max(1, len(rows) // _PROMPTS)][:_PROMPTS]
         self._new = min(_NEW_TOKENS, (positions_of(model.config) or 10**9) // 2)
         length = min(_PROMPT_TOKENS, self._new)
-        self._prompts = [tokenizer.decode(row[:length], skip_special_tokens=True) for row in starts]
+        self._prompts = text_beginnings(tokenizer, batches, count=_PROMPTS, length=length)
         self._before = self._write("original")
+
+    @property
+    def writes(self) -> bool:
+        """Whether the original wrote something."""
+        return bool(self._before)
 
     def speed(self, change: Callable[[LayerSurgeon], None], stack: str) -> SpeedReport | None:
         """How fast the original is, and how fast it is with a change, in turn.
@@ -82,13 +85,3 @@ class SideBySide:
             self.say(f"Nothing was written: {type(error).__name__}: {error}")
             return []
         return [text for (text,) in written]
-
-
-def _first_pieces(batch: Batch | Tensor) -> list[Tensor]:
-    """The rows of a batch, of packed ones what their first document has."""
-    if isinstance(batch, Tensor):
-        return list(batch)
-    if "position_ids" not in batch:
-        return list(batch["input_ids"])
-    lengths = [int((*own.nonzero().flatten().tolist(), len(own))[1]) for own in beginnings(batch["position_ids"])]
-    return [row[:length] for row, length in zip(batch["input_ids"], lengths, strict=True)]

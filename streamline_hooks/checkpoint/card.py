@@ -61,7 +61,7 @@ def model_card(config: dict[str, Any], report: dict[str, Any] | None = None, bas
     )
     for number, entry in enumerate(history):
         lines += ["", "## What was done" + (f", {number + 1}" if len(history) > 1 else ""), "", *_surgery(entry)]
-    if _final(report or {}) is not None or (report or {}).get("scores"):
+    if _final(report or {}) is not None or (report or {}).get("scores") or (report or {}).get("warnings"):
         lines += ["", "## What it lost", "", *_measured(report or {})]
     loading = _loading_into(config) if built else _loading(config, architecture, causal)
     lines += ["", "## How it is loaded", "", *loading]
@@ -137,8 +137,10 @@ def _measured(report: dict[str, Any]) -> list[str]:
     tested = {k.removeprefix("test_"): v for k, v in (report.get("data") or {}).items() if k.startswith("test_")}
     on = "".join(f" ({count:,} {unit})" for unit, count in tested.items())
     what = "data" if report.get("scores") else "text"
+    warned = [f"- {text}" for text in report.get("warnings") or ()]
     return [
         *lines,
+        *(["", *warned] if warned else []),
         "",
         f"On {what} that nothing was chosen or fitted on{on}.{told} What else it lost was not measured here: evaluate "
         "it on what you need it for.",

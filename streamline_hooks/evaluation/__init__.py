@@ -3,6 +3,7 @@
 from streamline_hooks.evaluation.agreement import Agreement, agreement
 from streamline_hooks.evaluation.candidates import Candidate, distances_of_candidates
 from streamline_hooks.evaluation.choices import ChoiceScores, score_choices
+from streamline_hooks.evaluation.collapse import collapse_of_probes, collapse_of_writing, sign_test
 from streamline_hooks.evaluation.cost import Cost, Pace
 from streamline_hooks.evaluation.evaluate import evaluate
 from streamline_hooks.evaluation.last_words import LastWord, LastWordScores, read_last_words, score_last_words
@@ -13,6 +14,7 @@ from streamline_hooks.evaluation.perplexity import Perplexity, perplexity, perpl
 from streamline_hooks.evaluation.probes import probes
 from streamline_hooks.evaluation.problems import Problem, Solved, read_problems, solve
 from streamline_hooks.evaluation.questions import Question, chance, questions_from, read_questions
+from streamline_hooks.evaluation.reasoning import reasoning_in_words, sign_in_writing, sign_of_reasoning
 from streamline_hooks.evaluation.result import Evaluation, Scores
 from streamline_hooks.evaluation.retained import Estimate, Retained, TaskAnswers, retained
 from streamline_hooks.evaluation.sliding import TextPerplexity, sliding_perplexity
@@ -58,6 +60,8 @@ __all__ = [
     "Written",
     "agreement",
     "chance",
+    "collapse_of_probes",
+    "collapse_of_writing",
     "distances_of_candidates",
     "embeddings",
     "evaluate",
@@ -72,10 +76,14 @@ __all__ = [
     "read_last_words",
     "read_problems",
     "read_questions",
+    "reasoning_in_words",
     "recall_at",
     "retained",
     "score_choices",
     "score_last_words",
+    "sign_in_writing",
+    "sign_of_reasoning",
+    "sign_test",
     "sliding_agreement",
     "sliding_perplexity",
     "solve",

@@ -36,6 +36,11 @@ def choice_parts(compression: Mapping[str, Any]) -> list[Part]:
     return [*found, *_candidates(compression)]
 
 
+def warning_parts(compression: Mapping[str, Any]) -> list[Part]:
+    """What perplexity does not show, in words; nothing where there is nothing to tell."""
+    return [Paragraph(str(text)) for text in compression.get("warnings") or ()]
+
+
 def training_parts(compression: Mapping[str, Any]) -> list[Part]:
     """How the training went; nothing where there was none."""
     said = compression.get("training")

@@ -15,6 +15,7 @@ from streamline_hooks.report.compression_sections import (
     size_table,
     step_parts,
     training_parts,
+    warning_parts,
 )
 from streamline_hooks.report.evaluation_sections import (
     accuracy_parts,
@@ -59,6 +60,7 @@ def sections(compression: Said, evaluation: Said, sweep: Said, command: str) -> 
     evaluation = beside(compression, evaluation)
     found = [
         Section("choice", "What was removed", choice_parts(compression)),
+        Section("warnings", "Warnings", warning_parts(compression)),
         Section("training", "Training", training_parts(compression)),
         Section("scores", "Scores", score_parts(compression)),
         Section("perplexity", "Perplexity", [*step_parts(compression), *perplexity_parts(evaluation)]),

@@ -67,6 +67,7 @@ def compression(length: int = 30, removed: tuple[tuple[int, int], ...] = ((2, 10
         },
         "samples": [{"prompt": "The for statement is used to", "text": " loop.", "reference": " iterate."}],
         "speed": None,
+        "warnings": ["It solves 3 of 32 small generated problems, of which the original solves 17."],
         "seconds": {"rank": 72.0, "fit": 63.1, "judge": 42.4, "train": 1_804.2, "measure": 84.0, "save": 1.4},
         "peak_memory_bytes": 2_800_000_000,
         "data": {"calibration_tokens": 40_960, "validation_tokens": 8_192, "test_tokens": 16_384,

@@ -25,8 +25,8 @@ from tests.report.reading import Reader
 
 EVIL = "</p><script>alert(1)</script><img src=x onerror=alert(2)>\"'&\x00\ud800"
 SECTIONS = [
-    "What was removed", "Training", "Perplexity", "Accuracy", "Agreement", "Generations", "Size and speed", "Trade-off",
-    "How it was made",
+    "What was removed", "Warnings", "Training", "Perplexity", "Accuracy", "Agreement", "Generations", "Size and speed",
+    "Trade-off", "How it was made",
 ]  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def test_every_section_is_there_and_linked(tmp_path: Path) -> None:
         ({"evaluation": {"parameters": 5, "bytes": 20}}, ["Size and speed", "How it was made"]),
         ({"sweep": example.sweep()}, ["Trade-off", "How it was made"]),
         ({"compression": {**example.compression(), "training": None}},
-         ["What was removed", "Perplexity", "Generations", "Size and speed", "How it was made"]),
+         ["What was removed", "Warnings", "Perplexity", "Generations", "Size and speed", "How it was made"]),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value[0],
 )  # fmt: skip

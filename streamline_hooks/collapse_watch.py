@@ -1,0 +1,114 @@
+"""Lets a model solve small problems and write before its surgery and after it, and says so where it has collapsed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from streamline_hooks.batch import Batch, positions_of
+from streamline_hooks.evaluation.collapse import collapse_of_probes, collapse_of_writing, fewest_solved
+from streamline_hooks.evaluation.probes import STOP, probes
+from streamline_hooks.evaluation.problems import solve
+from streamline_hooks.evaluation.reasoning import reasoning_in_words, sign_in_writing, sign_of_reasoning
+from streamline_hooks.evaluation.writing import Written, write_on
+from streamline_hooks.text_beginnings import text_beginnings
+
+_PROBES, _SHOTS, _ANSWER_TOKENS = 8, 3, 24  # of each sort
+_TEXTS, _PROMPT_TOKENS, _TEXT_TOKENS = 8, 24, 48
+_OPENING_TOKENS, _THOUGHT_TOKENS = 8, 256
+_THINK_ABOUT = (
+    "A farmer has 17 sheep. All but 9 run away, and then he buys 4 more. How many sheep does he have?",
+    "A train leaves at 9:40 and arrives at 13:05. It stands still for 25 minutes on its way. How long does it move?",
+    "Three friends share 84 marbles. Ann gets twice as many as Ben, and Ben twice as many as Cem. What does Ben get?",
+)
+
+
+class CollapseWatch:
+    """Takes from the original what its collapse is to be seen by when its blocks are gone.
+
+    It solves 32 small generated problems (see `probes`), writes on from 8 beginnings, and, where it is a reasoning
+    model, answers 3 questions at a length of at most 256 tokens. The compressed model is asked for no more of these
+    than the original has something to lose in. What cannot be asked is passed over; `say` is told why.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The original, before surgery; `warnings` looks at the same object after it.
+    tokenizer : transformers.PreTrainedTokenizerBase
+    batches : sequence of mapping or torch.Tensor
+        Text that nothing was chosen or fitted on; its beginnings are written on.
+    say : callable
+        Receives a line.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, batches: Sequence[Batch | Tensor], say: Callable[[str], None]
+    ) -> None:
+        self.model, self.tokenizer, self.say = model, tokenizer, say
+        self._half = (positions_of(model.config) or 10**9) // 2
+        self._chat = bool(getattr(tokenizer, "chat_template", None))
+        length = min(_PROMPT_TOKENS, self._half)
+        self._beginnings = text_beginnings(tokenizer, batches, count=_TEXTS, length=length)
+        self._probes = probes(_PROBES, shots=_SHOTS)
+        self._solved = self._solve("original")
+        self._written = self._write("original")
+        self._sign = sign_of_reasoning(tokenizer) or self._opening()
+        self._thoughts = self._think("original") if self._sign else []
+
+    def warnings(self) -> list[str]:
+        """What is to be said of the model as it is now, a text each; empty where all is well.
+
+        Returns
+        -------
+        list of str
+        """
+        said = []
+        if sum(map(sum, self._solved.values())) >= fewest_solved(len(self._probes)) and (
+            now := self._solve("compressed")
+        ):
+            said.append(collapse_of_probes(self._solved, now))
+        if self._written and (texts := self._write("compressed")):
+            said.append(collapse_of_writing(self._written, texts))
+        if self._sign:
+            thoughts = self._think("compressed") if self._thoughts else []
+            said.append(reasoning_in_words(self._sign, self._thoughts, thoughts, min(_THOUGHT_TOKENS, self._half)))
+        return [text for text in said if text]
+
+    def _solve(self, whose: str) -> dict[str, list[bool]]:
+        problems = [problem for sort in self._probes.values() for problem in sort]
+        try:
+            found = solve(
+                self.model,
+                self.tokenizer,
+                problems,
+                new_tokens=_ANSWER_TOKENS,
+                stop=STOP,
+                what=f"small problems: {whose}",
+            )
+        except Exception as error:  # whatever a model's own generate raises: it is not worth a compressed model
+            self.say(f"No small problems were asked: {type(error).__name__}: {error}")
+            return {}
+        right = iter(found.right)
+        return {name: [next(right) for _ in sort] for name, sort in self._probes.items()}
+
+    def _write(self, whose: str) -> list[Written]:
+        return self._texts(self._beginnings, min(_TEXT_TOKENS, self._half), False, f"repetition: {whose}")
+
+    def _think(self, whose: str) -> list[Written]:
+        return self._texts(_THINK_ABOUT, min(_THOUGHT_TOKENS, self._half), self._chat, f"reasoning: {whose}")
+
+    def _opening(self) -> str:
+        """What its first words say: a model may reason whose template does not speak of it."""
+        texts = self._texts(_THINK_ABOUT, min(_OPENING_TOKENS, self._half), self._chat, "first words: original")
+        signs = [sign_in_writing(self.tokenizer.decode(text.tokens)) for text in texts]
+        return next(filter(None, signs), "")
+
+    def _texts(self, prompts: Sequence[str], tokens: int, chat: bool, what: str) -> list[Written]:
+        try:
+            found = write_on(self.model, self.tokenizer, prompts, new_tokens=tokens, chat=chat, what=what)
+        except Exception as error:  # see above
+            self.say(f"Nothing was written ({what}): {type(error).__name__}: {error}")
+            return []
+        return [text for (text,) in found]
