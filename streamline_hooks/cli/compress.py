@@ -54,7 +54,7 @@ def compress(
         str,
         typer.Option(
             metavar="NAME",
-            help="A whole recipe instead of --kind, --train and --heal: recommended, or as it was published, "
+            help="A whole recipe instead of --kind, --train and --heal: best, or as it was published, "
             "llm-streamline-ffn, llm-streamline-layer, replaceme, linearpatch, ghosted, prune-and-comp, uidl.",
         ),
     ] = "",
