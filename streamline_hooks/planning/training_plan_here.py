@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from streamline_hooks.batch import tokens_of
+from streamline_hooks.batch import device_of, tokens_of
 from streamline_hooks.calibration import split_documents
 from streamline_hooks.calibration.split import PARTS
 from streamline_hooks.errors import StreamlineError
@@ -128,7 +128,9 @@ def plan_training(
     )
     preparing = clock() - began
     named = criterion_named(criterion or usual_criterion("window"))
-    paces = _paces(ready, tokenizer, texts, chosen, named, shortlist, output, clock)
+    device = device_of(model)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        paces = _paces(ready, tokenizer, texts, chosen, named, shortlist, output, clock)
     paces = replace(paces, plan=clock() - began, prepare=preparing)
     available: int | None = None
     while True:
@@ -138,10 +140,23 @@ def plan_training(
         found = (there.calibration.numel(), there.validation.numel(), there.test.numel())
         if found == (asked.calibration, asked.validation, asked.test):
             return plan
-        # All parts have shrunk by one ratio, and what is trained on is to shrink alone, where that leaves it most.
-        available = sum(found) - asked.validation - asked.test
-        if found[0] == asked.calibration or available < sum(found) // 2:
-            available, given = found[0], replace(given, validation=found[1], test=found[2])
+        given, available = _of_less_text(given, asked, found, apart=test_texts is not None)
+
+
+def _of_less_text(given: Given, asked: Sizes, found: tuple[int, int, int], *, apart: bool) -> tuple[Given, int]:
+    """What is left to train on where a text is less than was asked for, and all parts have shrunk by one ratio.
+
+    The others are to be as large as they were meant to be, where that leaves the training half of the text; else a
+    tenth and a fifth of it. Where the test has text of its own (`apart`), that has shrunk alone.
+    """
+    validation, test = asked.validation, found[2] if apart else asked.test
+    total = found[0] + found[1] + (0 if apart else found[2])
+    if validation + (0 if apart else test) > total // 2:
+        validation = max(given.sequence_length, min(validation, total // 10))
+        test = test if apart else max(given.sequence_length, min(test, total // 5))
+    given = replace(given, validation=validation, test=test)
+    sizes = given.sizes(1)
+    return given, total - sizes.validation - (0 if apart else sizes.test)
 
 
 def _tokens(sizes: Sizes) -> dict[str, Any]:
