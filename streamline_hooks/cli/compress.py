@@ -194,9 +194,7 @@ def compress(
         blocks = block_numbers(keep)
         profile = Profile.load(profile_file) if profile_file is not None else None
         if fitting_tokens is not None and training is None:
-            raise StreamlineError(
-                "--fitting-tokens leaves the rest of the text to a training; add --train, or leave it."
-            )
+            raise StreamlineError("--fitting-tokens leaves the rest of the text to a training; say what for (--train).")
         if dry_run and "self" in sources:
             raise StreamlineError(
                 "A dry run writes no text, so that --calibration self has none; give text that is there."
@@ -272,7 +270,7 @@ def compress(
             **split,
         }
         if budget:
-            from streamline_hooks.planning.training_plan_here import plan_training
+            from streamline_hooks.planning import plan_training
 
             plan = plan_training(
                 loaded,

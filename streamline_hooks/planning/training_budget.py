@@ -255,10 +255,10 @@ def plan_in(budget: float, paces: Paces, preset: Preset, given: Given, available
     Examples
     --------
     >>> from streamline_hooks.repair import preset_named
-    >>> paces = Paces(10.0, 1.0, 1e-6, 1e-3, 1e-3, 5e-3, 5e-3, 2.0, TrainingPace(1e-3, 4e-3, 2e-3), 10.0, 3.0)
+    >>> paces = Paces(10.0, 1.0, 1e-6, 1e-3, 1e-3, 5e-3, 5e-3, 2.0, TrainingPace(1e-3, 2e-3, 4e-3, 2e-3), 10.0, 3.0)
     >>> plan = plan_in(600.0, paces, preset_named("best"), Given())
     >>> plan.sizes.calibration, round(plan.seconds)
-    (62976, 598)
+    (81408, 596)
     """
     length = given.sequence_length
     there = _MOST if available is None else max(1, available // length)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +25,11 @@ class TrainingPace:
 
     Attributes
     ----------
-    original, step, validation : float
-        Seconds a token of what the original does before the first step, of a step (forward, backward and optimiser),
-        and of a look at the distance to the original.
+    original, apart : float
+        Seconds a token of what the original does before the first step, on the text that is trained on and on that
+        which validates (which it runs in the precision of the weights).
+    step, validation : float
+        Seconds a token of a step (forward, backward and optimiser), and of a look at the distance to the original.
     around : float
         Seconds that it takes to begin, however much is trained on.
     autocast : torch.dtype or None
@@ -36,6 +37,7 @@ class TrainingPace:
     """
 
     original: float
+    apart: float
     step: float
     validation: float
     around: float = 0.0
@@ -53,10 +55,10 @@ class TrainingPace:
 
         Examples
         --------
-        >>> TrainingPace(original=1.0, step=3.0, validation=2.0, around=5.0).seconds(100, 10, epochs=2, validations=4)
-        815.0
+        >>> TrainingPace(1.0, 1.5, step=3.0, validation=2.0, around=5.0).seconds(100, 10, epochs=2, validations=4)
+        820.0
         """
-        once = self.original * (tokens + validation_tokens) + self.around
+        once = self.original * tokens + self.apart * validation_tokens + self.around
         return once + self.steps_and_validations(tokens, validation_tokens, epochs=epochs, validations=validations)
 
     def steps_and_validations(self, tokens: int, validation_tokens: int, *, epochs: int, validations: int) -> float:
@@ -122,31 +124,29 @@ def measure_training_pace(
         placed = [module for modules in student.modules.values() for module in modules]
         exits.enter_context(narrowed_once([student.model, *placed], settings.autocast))
         around = clock() - began
-        every, objective = [*batches, validation], settings.objective
+        objective, room = settings.objective, {"stack": student.stack.path, "memory": settings.memory}
         compared = tuple(student.windows) if objective.needs_states else ()
-        with settings.products(device):
-            options: dict[str, Any] = {
-                "after": compared,
-                "exits": True,
-                "stack": student.stack.path,
-                "memory": settings.memory,
-            }
-            began = clock()
-            taught = exits.enter_context(taught_states(student.model, every, student.start, what="time", **options))
-            original = clock() - began
-        *mine, apart = taught.batches
         began = clock()
-        loop = Loop(student, batches, [validation], mine, [apart], settings, lambda line: None)
+        with settings.products(device):
+            mine = exits.enter_context(
+                taught_states(student.model, batches, student.start, after=compared, what="time", **room)  # type: ignore[arg-type]
+            )
+        original, began = clock() - began, clock()
+        looked_at = taught_states(student.model, [validation], student.start, what="time", **room)  # type: ignore[arg-type]
+        its = exits.enter_context(looked_at)
+        apart = clock() - began
+        began = clock()
+        loop = Loop(student, batches, [validation], mine.batches, its.batches, settings, lambda line: None)
         around += clock() - began
         seconds(loop._step)
         steps = [seconds(loop._step) for _ in batches[1:]]
         looked = seconds(loop._summed_distance)
         loop.weights.clear()
-    trained, apart_tokens = sum(map(tokens_of, batches[1:])), tokens_of(validation)
     return TrainingPace(
-        original / sum(map(tokens_of, every)),
-        sum(steps) / trained,
-        looked / apart_tokens,
+        original / sum(map(tokens_of, batches)),
+        apart / tokens_of(validation),
+        sum(steps) / sum(map(tokens_of, batches[1:])),
+        looked / tokens_of(validation),
         around,
         settings.autocast,
     )

@@ -11,15 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_hooks import StreamlineError, compress
-from streamline_hooks.planning import training_plan_here
+from streamline_hooks.planning import plan_training, training_plan_here
 from streamline_hooks.planning.training_budget import BudgetPlan, Given, Paces, Sizes, plan_in
-from streamline_hooks.planning.training_plan_here import plan_training
 from streamline_hooks.repair import preset_named
 from streamline_hooks.repair.training_pace import TrainingPace
 
 BEST = preset_named("best")
-FAST = TrainingPace(original=1e-3, step=4e-3, validation=2e-3, around=1.0, autocast=torch.bfloat16)
-SLOW = TrainingPace(original=2e-3, step=8e-3, validation=4e-3)
+FAST = TrainingPace(original=1e-3, apart=2e-3, step=4e-3, validation=2e-3, around=1.0, autocast=torch.bfloat16)
+SLOW = TrainingPace(original=2e-3, apart=2e-3, step=8e-3, validation=4e-3)
 PACES = Paces(
     plan=20.0, prepare=1.0, encode=1e-5, rank=1e-3, fit=1.5e-3, judge=8e-3, score=4e-3, solve=4.0,
     training=FAST, compare=10.0, save=2.0, others=(SLOW,),
@@ -42,7 +41,7 @@ def test_a_plan_by_hand() -> None:
             "rank": 20.48,
             "verify": 30.72 + 4.0 + 32.768,
             "measure": 49.152,
-            "train": 1.0 + 106.496 + 2 * 409.6 + 6 * 8.192,
+            "train": 1.0 + 102.4 + 8.192 + 2 * 409.6 + 6 * 8.192,
             "compare": 10.0,
             "save": 2.0,
         }

@@ -104,7 +104,7 @@ def test_the_first_step_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(training_loop.Loop, "_step", step)
     pace = measure_training_pace(student(tiny_model("llama")), BATCHES[:3], VALIDATION, SETTINGS, clock=clock)
-    assert pace == TrainingPace(original=0.0, step=1.0, validation=0.0, around=0.0)
+    assert pace == TrainingPace(original=0.0, apart=0.0, step=1.0, validation=0.0, around=0.0)
 
 
 def test_one_batch_is_too_few() -> None:
