@@ -61,7 +61,7 @@ class Recipe:
     healing: Healing | None = None
 
 
-OURS = replace(PRESETS["recommended"].training or Training(), objective=Objective())
+OURS = replace(PRESETS["best"].training or Training(), objective=Objective())
 RECIPES: dict[str, Recipe] = {
     **{name: Recipe(preset.kind, preset.training, preset.healing) for name, preset in PRESETS.items()},
     "linear": Recipe("linear"),

@@ -70,6 +70,7 @@ def compress(
     test_texts: Sequence[str] | None = None,
     sequence_length: int = 512,
     calibration_tokens: int = 41_000,
+    fitting_tokens: int | None = None,
     validation_tokens: int = 4_096,
     test_tokens: int = 12_288,
     batch_size: int = 4,
@@ -139,6 +140,9 @@ def compress(
         Documents to score on instead of a part of `texts`, where that is documents; `mixed_split` takes some too.
     sequence_length, calibration_tokens, validation_tokens, test_tokens : int
         In tokens, of documents; text that is dealt out or packed has its own.
+    fitting_tokens : int, optional
+        Of the calibration text, those at its beginning that the window is chosen and its stand-in fitted on, where a
+        training goes on with all of it; by default all are.
     batch_size : int
         Sequences at a time.
     shortlist : int
@@ -191,6 +195,11 @@ def compress(
         )
     require_search(search, named, remove)
     asked_for.require_fits(model)
+    if fitting_tokens is not None and training is None:
+        raise StreamlineError(
+            f"fitting_tokens={fitting_tokens} leaves the rest of the text to a training, and none was asked for. Give "
+            "training=Training(), or fewer calibration_tokens."
+        )
     if training is not None:
         training.objective.require_task(asked_for)
     if not asked_for.is_of_text and named.name in ("perplexity", "taylor"):
@@ -218,6 +227,7 @@ def compress(
             seed=seed,
             sequence_length=sequence_length,
             calibration_tokens=calibration_tokens,
+            fitting_tokens=fitting_tokens,
             validation_tokens=validation_tokens,
             test_tokens=test_tokens,
             test_documents=test_texts,
@@ -261,6 +271,7 @@ def compress(
     with clock("measure"):
         before = sizes_of(model)
         test, data, size = ready.test, {**ready.split.figures(), "seed": seed}, ready.size
+        data |= {} if fitting_tokens is None else {"fitting_tokens": fitting_tokens}
         notes = {} if trained is None else {"training": trained.report()}
         del ready, asked  # they hold the blocks that go
         with LayerSurgeon(model, path) as surgeon:
@@ -369,7 +380,7 @@ def _train(
         )
     pairs = [(repair.window, repair.stand_in) for repair in best.repairs]
     student = student_of(ready.stack, pairs, healing, seed=training.seed, task=ready.task)
-    trained = train(student, ready.calibration, ready.validation, training, resume=resume, say=say)
+    trained = train(student, ready.training, ready.validation, training, resume=resume, say=say)
     say(f"trained    {trained}")
     student.merge()
     return student, trained

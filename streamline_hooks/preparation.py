@@ -47,6 +47,8 @@ class Preparation:
         What the model is for.
     calibration, fit, held_out, validation, test : list of dict
         Batches; `fit` and `held_out` are the two parts of `calibration`.
+    training : list of dict
+        Batches to train on, of which `calibration` is the beginning, or all.
     """
 
     stack: BlockStack
@@ -61,6 +63,7 @@ class Preparation:
     held_out: Batches
     validation: Batches
     test: Batches
+    training: Batches
 
     def question(self, **more: Any) -> SearchProblem:
         """What a search is asked on the calibration text."""
@@ -141,7 +144,7 @@ class Preparation:
         trained = []
         if training is not None:
             cost = pace.train(
-                self.calibration,
+                self.training,
                 self.validation,
                 self.candidates,
                 epochs=training.epochs,
@@ -175,6 +178,7 @@ def prepare_compression(
     batch_size: int,
     stack: str | None,
     say: Callable[[str], None],
+    fitting_tokens: int | None = None,
     refuse_crossing: Callable[..., None] = refuse_crossing,
     **split: Any,
 ) -> Preparation:
@@ -212,17 +216,22 @@ def prepare_compression(
         say=say,
     )
     if given:
+        if fitting_tokens is not None:
+            raise StreamlineError(
+                f"fitting_tokens={fitting_tokens} divides a text, and batches were given. Leave it out, or give text."
+            )
         five = (given.calibration, *given.held_out_apart, given.validation, given.test)
-        return Preparation(found, chosen, target, candidates, protected, given, task, *five)
+        return Preparation(found, chosen, target, candidates, protected, given, task, *five, given.calibration)
     if there and split.get("test_documents"):
         what = "A TokenSplit" if isinstance(texts, TokenSplit) else "Packed text"
         raise StreamlineError(f"{what} has a test part of its own; leave test_texts out.")
     tokenizer = cast("PreTrainedTokenizerBase", tokenizer)
     dealt = there or split_documents(cast(Sequence[str], texts), tokenizer, **split)
     check_tokenizer(tokenizer, cast(nn.Embedding, model.get_input_embeddings()).num_embeddings, dealt)
-    ids = _five_parts({name: getattr(dealt, name) for name in PARTS})
+    rows = _rows_to_fit_on(fitting_tokens, dealt.calibration)
+    ids = _six_parts({name: getattr(dealt, name) for name in PARTS}, rows)
     if dealt.positions:
-        positions = _five_parts(dealt.positions)
+        positions = _six_parts(dealt.positions, rows)
         batches = [PackedText(*pair, 0, 0).batches(batch_size) for pair in zip(ids, positions, strict=True)]
         refuse_crossing(model, [batch for part in batches for batch in part], stack=found.path)
     else:
@@ -262,9 +271,22 @@ def _require_fitting(model: Any, given: BatchSplit, target: Target, task: Task, 
         require_positions(model, max(one.shape[1] for one in ids))
 
 
-def _five_parts(rows: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """Calibration, its two parts, validation and test."""
-    return (rows["calibration"], *held_out_apart(rows["calibration"]), rows["validation"], rows["test"])
+def _six_parts(rows: Mapping[str, Tensor], fitted: int) -> tuple[Tensor, ...]:
+    """What is fitted on, its two parts, validation, test, and all that is trained on."""
+    calibration = rows["calibration"][:fitted]
+    return (calibration, *held_out_apart(calibration), rows["validation"], rows["test"], rows["calibration"])
+
+
+def _rows_to_fit_on(tokens: int | None, calibration: Tensor) -> int:
+    length = calibration.shape[1]
+    if tokens is None:
+        return len(calibration)
+    if not 2 * length <= tokens <= calibration.numel():
+        raise StreamlineError(
+            f"fitting_tokens={tokens} of {calibration.numel():,} tokens of calibration text in sequences of {length}: "
+            "expected two sequences at least, and no more than there are."
+        )
+    return tokens // length
 
 
 def slots_of(kind: Kind, search: str, parts: int) -> int:

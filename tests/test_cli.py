@@ -331,7 +331,7 @@ def test_the_seed_is_that_of_the_training_too(recipe: tuple[str, str, str]) -> N
     [
         (["--preset", "uidl", "--learning-rate", "0.1"], "--preset uidl says what --learning-rate would"),
         (["--preset", "uidl", "--train", "kl", "--heal", "lora"], "says what --train and --heal would"),
-        (["--preset", "best"], "The preset 'best' is unknown"),
+        (["--preset", "worst"], "The preset 'worst' is unknown"),
         (["--heal", "lora"], "--heal lora is a part of a training"),
         (["--epochs", "2"], "are of a training; say what for"),
         (["--train", "kld"], "The objective 'kld' cannot be read"),

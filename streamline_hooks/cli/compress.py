@@ -41,6 +41,7 @@ LEARNING_RATE = 1e-3
 
 
 def compress(
+    context: typer.Context,
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the compressed model to.")],
     remove: Remove = "0.25",
@@ -56,7 +57,7 @@ def compress(
         str,
         typer.Option(
             metavar="NAME",
-            help="A whole recipe instead of --kind, --train and --heal: recommended, or as it was published, "
+            help="A whole recipe instead of --kind, --train and --heal: best, or as it was published, "
             "llm-streamline-ffn, llm-streamline-layer, replaceme, linearpatch, ghosted, prune-and-comp, uidl.",
         ),
     ] = "",
@@ -74,6 +75,14 @@ def compress(
         typer.Option(
             metavar="HOW",
             help="Train blocks that stay besides: lora (rank=16, where=after), or partial (where=beside, count=2).",
+        ),
+    ] = "",
+    budget: Annotated[
+        str,
+        typer.Option(
+            metavar="TIME",
+            help="Do --preset best on as much text as can be trained on in a time such as 10m, 1h or 8h, from the "
+            "loaded model to the folder. What that comes to is measured and said first.",
         ),
     ] = "",
     epochs: Annotated[int, typer.Option(help="How often the training sees the calibration text.", min=1)] = 1,
@@ -108,6 +117,15 @@ def compress(
     keep: Keep = "",
     profile_file: ProfileFile = None,
     calibration_tokens: Tokens = 41_000,
+    fitting_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Of these, those that the window is chosen and its stand-in fitted on, where a training goes on with "
+            "all of them.",
+            min=2,
+            show_default="all",
+        ),
+    ] = None,
     validation_tokens: Annotated[int, typer.Option(help="Tokens to judge the candidates on.", min=2)] = 4_096,
     test_tokens: Annotated[int, typer.Option(help="Tokens to measure the result on.", min=2)] = 12_288,
     calibration_examples: Examples = 256,
@@ -143,15 +161,20 @@ def compress(
     A model in safetensors that is larger than --memory goes the same way with one block in memory at a time, as long as
     nothing is trained; it is first said what that costs. Interrupted, the same command goes on at its block.
 
+    With --budget it plans first: a few real steps, and a few tokens of each other stage, are timed here, and as much
+    text is taken as that leaves time for. A training that is late by a tenth of the budget ends with its best weights.
+
     Several processes share the work and come to the same model: torchrun --nproc-per-node=2 --no-python
     streamline-hooks compress ... starts them, or accelerate launch -m streamline_hooks.cli compress ...
 
     Example: streamline-hooks compress smollm2 --remove 0.25 --output smollm2-small
     """
     from streamline_hooks.checkpoint import require_free
+    from streamline_hooks.cli.budget import PRESET, given_or_none, refuse_beside_budget
     from streamline_hooks.cli.task_data import Amounts, batches_for
     from streamline_hooks.compress import compress as run
     from streamline_hooks.distributed import together
+    from streamline_hooks.planning.duration import parse_duration
     from streamline_hooks.preparation import prepare_compression
     from streamline_hooks.repair import kind_named
     from streamline_hooks.selection import Target, criterion_named, require_search, usual_criterion
@@ -161,21 +184,29 @@ def compress(
         say = typer.echo if speaks else _nothing
         require_free(output, overwrite)
         criterion = criterion or usual_criterion(search)
+        sources = Sources.parse(calibration, temperature)
+        seconds = parse_duration(budget) if budget else 0.0
+        if budget:
+            needs, count = criterion_named(criterion).needs, work.processes.count
+            refuse_beside_budget(context, text=sources.unusual, criterion=needs, processes=count)
+            preset = PRESET
         kind, training, healing = _recipe(kind, preset, objective, heal, epochs, learning_rate, autocast, seed)
         chosen = kind_named(kind)
         target = Target.parse(remove)
         require_search(search, criterion_named(criterion), target)
         blocks = block_numbers(keep)
         profile = Profile.load(profile_file) if profile_file is not None else None
-        sources = Sources.parse(calibration, temperature)
+        if fitting_tokens is not None and training is None:
+            raise StreamlineError("--fitting-tokens leaves the rest of the text to a training; say what for (--train).")
         if dry_run and sources.written:
             raise StreamlineError(f"A dry run writes no text, so that {sources.unusual} has none; give what is there.")
         if pack and (test or sources.unusual):
             with_what = "--test" if test else sources.unusual
             raise StreamlineError(f"--pack deals one text to all parts, and does not go with {with_what}.")
         task = task_named(task_name, model)
-        if not task.is_of_text and (sources.unusual or pack or memory):
-            option = sources.unusual or ("--pack" if pack else "--memory")
+        if not task.is_of_text and (sources.unusual or pack or memory or budget):
+            given = {"--pack": pack, "--memory": memory, "--budget": budget}
+            option = sources.unusual or next(name for name, wanted in given.items() if wanted)
             raise StreamlineError(f"{option} is for models that write, and {model} is for {task}.")
         documents = sources.read() if task.is_of_text and not pack else {}
         test_documents = documents_of(test) if test and task.is_of_text else None
@@ -239,8 +270,35 @@ def compress(
             "batch_size": batch_size,
             "stack": stack,
             "say": say,
+            "fitting_tokens": fitting_tokens,
             **split,
         }
+        if budget:
+            from streamline_hooks.planning import plan_training
+
+            plan = plan_training(
+                loaded,
+                tokenizer,
+                documents["text"],
+                seconds,
+                **{name: shared[name] for name in ("remove", "keep", "stack", "say")},
+                preset=preset,
+                criterion=criterion,
+                test_texts=test_documents,
+                sequence_length=sequence_length,
+                validation_tokens=given_or_none(context, "validation_tokens"),
+                test_tokens=given_or_none(context, "test_tokens"),
+                batch_size=given_or_none(context, "batch_size") or 1,
+                shortlist=shortlist,
+                seed=seed,
+                output=output,
+            )
+            for line in plan.lines():
+                say(line)
+            if dry_run:
+                return
+            training, healing = replace(plan.training, seed=seed), plan.preset.healing
+            shared |= {name: value for name, value in plan.arguments.items() if name not in ("training", "healing")}
         if dry_run and speaks:
             ready = prepare_compression(loaded, tokenizer, text, test_documents=apart, **shared)
             ready.require_writable()

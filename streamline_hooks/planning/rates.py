@@ -115,8 +115,19 @@ def rates_here(stack: BlockStack, batch: Batch, folder: str | Path | None = None
         2 * tokens * width**2 / summing,
         10 * len(square) ** 3 / decomposing,
         size / max(1e-9, first - computing),
-        _WRITTEN / _seconds(lambda: _write(folder)),
+        write_rate(folder),
     )
+
+
+def write_rate(folder: str | Path | None = None) -> float:
+    """Bytes/s that are written to a folder, by default that of temporary files, and have arrived on its disk.
+
+    Examples
+    --------
+    >>> write_rate() > 0
+    True
+    """
+    return _WRITTEN / _seconds(lambda: _write(folder))
 
 
 def _write(folder: str | Path | None) -> None:

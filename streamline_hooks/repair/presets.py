@@ -44,7 +44,7 @@ PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
         Preset(
-            "recommended",
+            "best",
             "swiglu",
             "This library's own, the best of benchmarks/results/quality.md: a SwiGLU beside the least-squares map, and "
             "a fifth of the rate for the blocks behind it, by what the original says and by the text itself. Where the "

@@ -56,6 +56,9 @@ class Training:
         A file to go on from after an interruption.
     keep_every : float
         Minutes between two writings of it.
+    minutes : float or None
+        That the steps and validations may take, those before an interruption among them; a training that is not at its
+        end by then validates and ends.
     """
 
     objective: Objective = field(default_factory=Objective)
@@ -76,6 +79,7 @@ class Training:
     state_dtype: torch.dtype | None = None
     keep_in: Path | None = None
     keep_every: float = 5.0
+    minutes: float | None = None
 
     def __post_init__(self) -> None:
         least = {"epochs": 1, "accumulation": 1, "validations": 1, "patience": 0, "memory": 0}
@@ -83,6 +87,10 @@ class Training:
         wrong += [name for name in ("learning_rate",) if not getattr(self, name) > 0]
         wrong += [n for n in ("weight_decay", "clip", "keep_every") if not getattr(self, n) >= 0]
         wrong += [name for name in ("warmup", "floor") if not 0 <= getattr(self, name) <= 1]
+        if self.minutes is not None and not self.minutes > 0:
+            raise StreamlineError(
+                f"minutes={self.minutes!r} is no time to train in; expected more than 0, or None for no end to it."
+            )
         if wrong:
             raise StreamlineError(
                 f"{wrong[0]}={getattr(self, wrong[0])!r} makes no training. Expected epochs, accumulation and "

@@ -153,6 +153,11 @@ class Loop(Forwards):
                         self._validate(bar)
                     if self.step == self.steps or (stopped := self.course.out_of_patience(self.history)):
                         break
+                    if self._out_of_time():
+                        stopped = f"the {self.settings.minutes:g} minutes for it were over after step {self.step}"
+                        if self.history[-1]["step"] < self.step:
+                            self._validate(bar)
+                        break
                     loss, tokens = self._step()
                     if not math.isfinite(loss):
                         stopped = f"the loss of step {self.step + 1} is {loss}"
@@ -303,6 +308,12 @@ class Loop(Forwards):
         if any(stop for stop, _ in told):
             raise _AllInterrupted
         return [one for _, its in told for one in its]
+
+    def _out_of_time(self) -> bool:
+        """Whether the time allowed is over by the first process's clock, which all of them go by."""
+        if self.settings.minutes is None:
+            return False
+        return self.work.of_first(lambda: self.seconds >= 60 * cast(float, self.settings.minutes))
 
     def _validate(self, bar: Any) -> None:
         """The distance to the original on what validates; the weights are kept if it is the lowest so far."""

@@ -103,7 +103,7 @@ def fingerprint(
     batches : sequence of mapping or torch.Tensor
         What is trained on, and validated on.
     """
-    said = {k: str(v) for k, v in asdict(settings).items() if k not in ("keep_in", "keep_every", "memory")}
+    said = {k: str(v) for k, v in asdict(settings).items() if k not in ("keep_in", "keep_every", "memory", "minutes")}
     shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
     parts = [part for modules in student.modules.values() for module in modules for part in module.modules()]
     made = [(type(p).__name__, p.extra_repr(), getattr(p, "scaling", None)) for p in parts]  # dropout, LoRA's scale

@@ -16,7 +16,7 @@ from streamline_hooks.testing import tiny_model
 # From benchmarks/results/quality.md, and from the papers and repositories that the presets name: loss, rate, decay,
 # betas, warm-up, last rate, clip.
 PUBLISHED: dict[str, tuple[Any, ...]] = {
-    "recommended": ("kl + lm", 1e-3, 0.01, (0.9, 0.95), 0.05, 5e-5, 1.0),
+    "best": ("kl + lm", 1e-3, 0.01, (0.9, 0.95), 0.05, 5e-5, 1.0),
     "llm-streamline-ffn": ("mse", 2e-4, 1e-3, (0.9, 0.95), 0.03, 5e-6, 1.0),
     "llm-streamline-layer": ("mse", 2e-4, 1e-3, (0.9, 0.999), 0.01, 5e-5, 5.0),
     "uidl": ("lm", 3e-4, 0.0, (0.9, 0.999), 100 / 5000, 0.0, 1.0),
@@ -49,7 +49,7 @@ def test_the_others_train_nothing(name: str) -> None:
 def test_every_preset_has_a_kind_and_a_source(name: str) -> None:
     preset = PRESETS[name]
     assert kind_named(preset.kind).name == preset.kind
-    assert "arXiv" in preset.source or name in ("none", "recommended")
+    assert "arXiv" in preset.source or name in ("none", "best")
 
 
 @pytest.mark.parametrize(("type_", "layers"), [("llama", 3), ("gpt2", 2), ("opt", 2), ("gpt_neox", 2)])
@@ -64,5 +64,5 @@ def test_uidl_puts_adapters_of_rank_64_on_the_mlps_alone(type_: str, layers: int
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(StreamlineError, match="The preset 'best' is unknown. Known: recommended, none, llm-stream"):
-        preset_named("best")
+    with pytest.raises(StreamlineError, match="The preset 'worst' is unknown. Known: best, none, llm-stream"):
+        preset_named("worst")

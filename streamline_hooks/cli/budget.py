@@ -1,0 +1,81 @@
+"""What the command compress does with a budget of time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from streamline_hooks.errors import StreamlineError
+
+PRESET = "best"
+_DECIDED = {
+    "kind": "--kind",
+    "objective": "--train",
+    "heal": "--heal",
+    "epochs": "--epochs",
+    "learning_rate": "--learning-rate",
+    "autocast": "--autocast",
+    "calibration_tokens": "--calibration-tokens",
+    "fitting_tokens": "--fitting-tokens",
+}
+_ELSEWHERE = {
+    "resume": "--resume",
+    "pack": "--pack",
+    "search": "--search",
+    "parts": "--parts",
+    "profile_file": "--profile",
+    "memory": "--memory",
+}
+
+
+def refuse_beside_budget(context: typer.Context, *, text: str, criterion: str, processes: int) -> None:
+    """Raise if something was asked for that a budget decides itself, or does not plan for.
+
+    Parameters
+    ----------
+    context : typer.Context
+        Of the command, which knows what was given.
+    text : str
+        The option, where the text is not there, or of several sources in shares; otherwise empty.
+    criterion : str
+        What it needs.
+    processes : int
+
+    Raises
+    ------
+    StreamlineError
+        Naming the options.
+    """
+    decided, elsewhere = (_given(context, options) for options in (_DECIDED, _ELSEWHERE))
+    preset = context.params["preset"]
+    if preset not in ("", PRESET):
+        decided.insert(0, f"--preset {preset}")
+    if decided:
+        raise StreamlineError(
+            f"--budget does the recipe {PRESET!r}, and plans what {' and '.join(decided)} would say; leave one of them "
+            "out."
+        )
+    elsewhere += [text] if text else []
+    elsewhere += [f"--criterion {context.params['criterion']}"] if criterion != "profile" else []
+    elsewhere += [f"{processes} processes"] if processes > 1 else []
+    if elsewhere:
+        raise StreamlineError(
+            f"--budget plans one training, from its beginning, in one process, of one window that a profile finds on "
+            f"text that is there, and does not go with {' and '.join(elsewhere)}. Leave it out, and say "
+            "--calibration-tokens instead of --budget."
+        )
+
+
+def given_or_none(context: typer.Context, name: str) -> Any:
+    """The value of an option, or None where it was left out."""
+    return context.params[name] if _is_given(context, name) else None
+
+
+def _given(context: typer.Context, options: dict[str, str]) -> list[str]:
+    return [flag for name, flag in options.items() if _is_given(context, name)]
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"

@@ -1,0 +1,294 @@
+"""How much text a compression that is trained can take in a given time, by arithmetic alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.planning.duration import in_words
+from streamline_hooks.repair import Preset, Training
+from streamline_hooks.repair.training_pace import TrainingPace
+
+_LEAST = 20_480  # tokens: with fewer steps a training is hardly one
+_FITTING = (8_192, 40_960)  # tokens that the window is chosen and its map fitted on: a fifth, within these
+_VALIDATION = (2_048, 4_096)  # a tenth
+_TEST = (4_096, 12_288)  # a fifth
+_EPOCHS = 4  # what is seen more often teaches little more
+_VALIDATIONS = (2, 8)
+_STEPS_A_LOOK = 4  # tokens trained on, for each token that a validation looks at
+_MOST = 2**40
+_GRACE = 0.1  # share of the budget by which a training may be late before it is ended
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many tokens are for what.
+
+    Attributes
+    ----------
+    calibration : int
+        Trained on.
+    fitting : int
+        Of these, what the window is chosen on, and what stands in its place is fitted on.
+    validation, test : int
+    epochs, validations : int
+        As in `Training`.
+    """
+
+    calibration: int
+    fitting: int
+    validation: int
+    test: int
+    epochs: int = 1
+    validations: int = 2
+
+    @property
+    def trained(self) -> int:
+        """Tokens of all steps."""
+        return self.calibration * self.epochs
+
+    @property
+    def dealt(self) -> int:
+        """Tokens of text that are needed."""
+        return self.calibration + self.validation + self.test
+
+
+@dataclass(frozen=True)
+class Paces:
+    """What each stage of a compression takes here, in seconds, or in seconds a token.
+
+    Attributes
+    ----------
+    plan, prepare : float
+        Seconds that finding all this out took, and that what comes before the first pass takes.
+    encode : float
+        Seconds a token of the text that is dealt out, once for the plan and once in the end.
+    rank, fit, judge, score : float
+        Seconds a token of the profile, of the shortlist's moments, of judging it, and of measuring the perplexities.
+    solve : float
+        Seconds that the shortlist's least squares take.
+    training : TrainingPace
+    compare, save : float
+        Seconds that writing and timing side by side takes, and that surgery and the folder take.
+    others : tuple of TrainingPace
+        The training as it is not done, in products of another precision.
+    """
+
+    plan: float
+    prepare: float
+    encode: float
+    rank: float
+    fit: float
+    judge: float
+    score: float
+    solve: float
+    training: TrainingPace
+    compare: float
+    save: float
+    others: tuple[TrainingPace, ...] = ()
+
+    def stages(self, sizes: Sizes) -> dict[str, float]:
+        """Seconds by stage, named as in `CompressionResult.seconds`, after those of the planning itself."""
+        looks = {"epochs": sizes.epochs, "validations": sizes.validations}
+        return {
+            "plan": self.plan + self.encode * sizes.dealt,
+            "prepare": self.prepare + self.encode * sizes.dealt,
+            "rank": self.rank * sizes.fitting,
+            "verify": self.fit * sizes.fitting + self.solve + self.judge * sizes.validation,
+            "measure": self.score * sizes.test,
+            "train": self.training.seconds(sizes.calibration, sizes.validation, **looks),
+            "compare": self.compare,
+            "save": self.save,
+        }
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is not for the budget to say.
+
+    Attributes
+    ----------
+    sequence_length, batch_size : int
+    validation, test : int or None
+        Tokens that were asked for.
+    keep : tuple of int
+        Blocks that must stay.
+    """
+
+    sequence_length: int = 512
+    batch_size: int = 1
+    validation: int | None = None
+    test: int | None = None
+    keep: tuple[int, ...] = ()
+
+    def sizes(self, sequences: int, epochs: int = 1) -> Sizes:
+        """What a number of sequences to train on comes to.
+
+        Examples
+        --------
+        >>> Given().sizes(400)
+        Sizes(calibration=204800, fitting=40960, validation=4096, test=12288, epochs=1, validations=8)
+        """
+        length = self.sequence_length
+        tokens = sequences * length
+
+        def share(part: int, bounds: tuple[int, int], asked: int | None = None) -> int:
+            wanted = min(max(tokens // part, bounds[0]), bounds[1]) if asked is None else asked
+            return max(1, wanted // length) * length
+
+        validation = share(10, _VALIDATION, self.validation)
+        looks = tokens * epochs // (_STEPS_A_LOOK * validation)
+        return Sizes(
+            tokens,
+            min(tokens, share(5, _FITTING)),
+            validation,
+            share(5, _TEST, self.test),
+            epochs,
+            min(max(looks, _VALIDATIONS[0]), _VALIDATIONS[1]),
+        )
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    """A compression that takes about as long as it may.
+
+    Attributes
+    ----------
+    budget : float
+        Seconds that were allowed.
+    sizes : Sizes
+    paces : Paces
+    preset : Preset
+    given : Given
+    """
+
+    budget: float
+    sizes: Sizes
+    paces: Paces
+    preset: Preset
+    given: Given
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """Seconds planned for each stage."""
+        return self.paces.stages(self.sizes)
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages."""
+        return sum(self.stages.values())
+
+    @property
+    def training(self) -> Training:
+        """The preset's, with what the plan says, and an end to it a tenth of the budget after the one planned."""
+        assert self.preset.training is not None
+        sizes = self.sizes
+        planned = self.paces.training.steps_and_validations(
+            sizes.calibration, sizes.validation, epochs=sizes.epochs, validations=sizes.validations
+        )
+        return replace(
+            self.preset.training,
+            epochs=sizes.epochs,
+            validations=sizes.validations,
+            autocast=self.paces.training.autocast,
+            minutes=(planned + _GRACE * self.budget) / 60,
+        )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What `compress` is to be given besides the model, its text and what is to go."""
+        return {
+            "kind": self.preset.kind,
+            "training": self.training,
+            "healing": self.preset.healing,
+            "keep": self.given.keep,
+            "sequence_length": self.given.sequence_length,
+            "batch_size": self.given.batch_size,
+            "calibration_tokens": self.sizes.calibration,
+            "fitting_tokens": self.sizes.fitting,
+            "validation_tokens": self.sizes.validation,
+            "test_tokens": self.sizes.test,
+        }
+
+    def lines(self) -> list[str]:
+        """The plan for a terminal."""
+        sizes, pace = self.sizes, self.paces.training
+        often = "once" if sizes.epochs == 1 else f"{sizes.epochs} times"
+        speeds = [f"{1e3 * one.step:.2f} ms a token in {_precision(one)}" for one in (pace, *self.paces.others)]
+        stages = ", ".join(f"{name} {in_words(seconds)}" for name, seconds in self.stages.items())
+        said = [
+            f"budget     {in_words(self.budget)}: {self.preset.name}, trained on {sizes.calibration:,} tokens {often}; "
+            f"chosen and fitted on {sizes.fitting:,} of them, judged on {sizes.validation:,}, scored on {sizes.test:,}",
+            f"products   of the training in {_precision(pace)} (a step takes {', '.join(speeds)})",
+            f"planned    {stages}; in all {in_words(self.seconds)}",
+        ]
+        if self.seconds < self.budget * (1 - _GRACE):
+            said.append(
+                f"text       suffices for {in_words(self.seconds)}, seen {sizes.epochs} times, so that it will end "
+                "earlier; give more text (--calibration) for the rest"
+            )
+        return said
+
+
+def plan_in(budget: float, paces: Paces, preset: Preset, given: Given, available: int | None = None) -> BudgetPlan:
+    """Find the most text that a preset can be trained on in a given time.
+
+    Parameters
+    ----------
+    budget : float
+        Seconds.
+    paces : Paces
+    preset : Preset
+        With a training.
+    given : Given
+    available : int, optional
+        Tokens there are to train on, beside those to validate and to test on; by default more than are needed. What is
+        less is seen up to four times.
+
+    Raises
+    ------
+    StreamlineError
+        If the least that is worth doing takes longer; the text says how long.
+
+    Examples
+    --------
+    >>> from streamline_hooks.repair import preset_named
+    >>> paces = Paces(10.0, 1.0, 1e-6, 1e-3, 1e-3, 5e-3, 5e-3, 2.0, TrainingPace(1e-3, 2e-3, 4e-3, 2e-3), 10.0, 3.0)
+    >>> plan = plan_in(600.0, paces, preset_named("best"), Given())
+    >>> plan.sizes.calibration, round(plan.seconds)
+    (81408, 596)
+    """
+    length = given.sequence_length
+    there = _MOST if available is None else max(1, available // length)
+    least = min(math.ceil(_LEAST / length), there)
+
+    def planned(sequences: int, epochs: int) -> BudgetPlan:
+        return BudgetPlan(budget, given.sizes(sequences, epochs), paces, preset, given)
+
+    found = needed = planned(least, 1)
+    if needed.seconds > budget:
+        sizes = needed.sizes
+        minutes = math.ceil(needed.seconds / 60)
+        raise StreamlineError(
+            f"A budget of {in_words(budget)} does not suffice on this machine: training on {sizes.calibration:,} "
+            f"tokens, choosing on {sizes.fitting:,} of them, judging on {sizes.validation:,} and scoring on "
+            f"{sizes.test:,} others takes about {in_words(needed.seconds)}. Give {minutes}m or more, a smaller "
+            "shortlist, or a machine with more cores or a GPU."
+        )
+    for epochs in range(1, _EPOCHS + 1):
+        if planned(least, epochs).seconds > budget:
+            break
+        low, high = least, there + 1  # so many fit, so many do not
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if planned(middle, epochs).seconds <= budget else (low, middle)
+        found = planned(low, epochs)
+        if low < there:
+            break
+    return found
+
+
+def _precision(pace: TrainingPace) -> str:
+    return "the weights' precision" if pace.autocast is None else str(pace.autocast).removeprefix("torch.")

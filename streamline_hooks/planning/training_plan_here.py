@@ -1,0 +1,241 @@
+"""Plan a compression that is trained for a time allowed, from what its stages take on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from streamline_hooks.batch import device_of, tokens_of
+from streamline_hooks.calibration import split_documents
+from streamline_hooks.calibration.split import PARTS
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.evaluation import Pace, measure_pace
+from streamline_hooks.evaluation.speed import wait_for
+from streamline_hooks.planning.rates import write_rate
+from streamline_hooks.planning.training_budget import BudgetPlan, Given, Paces, Sizes, plan_in
+from streamline_hooks.preparation import Preparation, prepare_compression
+from streamline_hooks.repair import Preset, preset_named, solve, student_of
+from streamline_hooks.repair.training_pace import TrainingPace, measure_training_pace
+from streamline_hooks.selection import Criterion, Target, criterion_named, find_selections, usual_criterion
+from streamline_hooks.side_by_side import SideBySide
+from streamline_hooks.statistics import measure_moments, profile
+from streamline_hooks.task import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SAMPLE = 2_048  # tokens that are looked at for which windows are likely
+_STEPS = 3  # of a training that are timed, the first of which sets it up
+_PRECISIONS = (torch.bfloat16, None)
+_DOCUMENTS, _CHARACTERS = 100, 200_000  # that are tokenised to time it
+_WRITINGS = 4  # what writing and timing side by side takes, in the time that the original takes to write
+_ATTEMPTS = 4  # perplexities beside the original's: removed and repaired, of the chosen window and the search's first
+
+
+def plan_training(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    budget: float,
+    *,
+    preset: Preset | str = "best",
+    remove: Target | int | float | str = 0.25,
+    keep: Iterable[int] = (),
+    criterion: str | None = None,
+    test_texts: Sequence[str] | None = None,
+    sequence_length: int = 512,
+    validation_tokens: int | None = None,
+    test_tokens: int | None = None,
+    batch_size: int = 1,
+    shortlist: int = 8,
+    seed: int = 0,
+    stack: str | None = None,
+    output: str | Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> BudgetPlan:
+    """Find how much text `compress` can be given for it to take about as long as allowed, from here to the folder.
+
+    A profile of a few tokens says which windows are likely; the pace of the blocks, one solution, a few real steps of
+    the training (of a student that is thrown away, in the weights' precision and in products of bfloat16, of which the
+    faster is taken) and a text that is written say what each stage takes. The model is afterwards what it was.
+
+    Parameters
+    ----------
+    model, tokenizer, texts, remove, criterion, test_texts, sequence_length, shortlist, seed, stack
+        As in `compress`, which is to be given the same.
+    keep : iterable of int
+        Blocks that must stay. Where blocks behind the window are healed, the last one must too.
+    budget : float
+        Seconds, those of the planning among them.
+    preset : Preset or str
+        With a training.
+    validation_tokens, test_tokens : int, optional
+        By default they follow from the budget.
+    batch_size : int
+        Sequences a step.
+    output : str or Path, optional
+        Where the model is going to be saved.
+    say : callable
+        Receives lines about the target.
+    clock : callable
+        Returns seconds.
+
+    Returns
+    -------
+    BudgetPlan
+        ``compress(model, tokenizer, texts, **plan.arguments)`` carries it out.
+
+    Raises
+    ------
+    StreamlineError
+        If the budget does not suffice for the least that is worth doing, the preset trains nothing, or the text is too
+        short for anything.
+    """
+    began = clock()
+    chosen = preset_named(preset) if isinstance(preset, str) else preset
+    if chosen.training is None:
+        raise StreamlineError(
+            f"The preset {chosen.name!r} trains nothing, so that a budget decides nothing. Choose 'best', or leave the "
+            "budget out."
+        )
+    behind = chosen.healing is not None and chosen.healing.where == "after"
+    kept = tuple(dict.fromkeys((*keep, -1))) if behind else tuple(keep)
+    given = Given(sequence_length, batch_size, validation_tokens, test_tokens, kept)
+    least = given.sizes(max(4, -(-_SAMPLE // sequence_length)))
+    split: dict[str, Any] = {"seed": seed, "sequence_length": sequence_length, "test_documents": test_texts}
+    ready = prepare_compression(
+        model,
+        tokenizer,
+        texts,
+        task=Task("causal-lm"),
+        remove=remove,
+        kind=chosen.kind,
+        search="window",
+        parts=1,
+        keep=kept,
+        batch_size=batch_size,
+        stack=stack,
+        say=say,
+        **split,
+        **_tokens(least),
+    )
+    preparing = clock() - began
+    named = criterion_named(criterion or usual_criterion("window"))
+    device = device_of(model)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        paces = _paces(ready, tokenizer, texts, chosen, named, shortlist, output, clock)
+    paces = replace(paces, plan=clock() - began, prepare=preparing)
+    available: int | None = None
+    while True:
+        plan = plan_in(budget, paces, chosen, given, available)
+        asked = plan.sizes
+        there = split_documents(texts, tokenizer, **split, **_tokens(asked))
+        found = (there.calibration.numel(), there.validation.numel(), there.test.numel())
+        if found == (asked.calibration, asked.validation, asked.test):
+            return plan
+        given, available = _of_less_text(given, asked, found, apart=test_texts is not None)
+
+
+def _of_less_text(given: Given, asked: Sizes, found: tuple[int, int, int], *, apart: bool) -> tuple[Given, int]:
+    """What is left to train on where a text is less than was asked for, and all parts have shrunk by one ratio.
+
+    The others are to be as large as they were meant to be, where that leaves the training half of the text; else a
+    tenth and a fifth of it. Where the test has text of its own (`apart`), that has shrunk alone.
+    """
+    validation, test = asked.validation, found[2] if apart else asked.test
+    total = found[0] + found[1] + (0 if apart else found[2])
+    if validation + (0 if apart else test) > total // 2:
+        validation = max(given.sequence_length, min(validation, total // 10))
+        test = test if apart else max(given.sequence_length, min(test, total // 5))
+    given = replace(given, validation=validation, test=test)
+    sizes = given.sizes(1)
+    return given, total - sizes.validation - (0 if apart else sizes.test)
+
+
+def _tokens(sizes: Sizes) -> dict[str, Any]:
+    return {f"{name}_tokens": getattr(sizes, name) for name in PARTS}
+
+
+def _paces(
+    ready: Preparation,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    preset: Preset,
+    criterion: Criterion,
+    shortlist: int,
+    output: str | Path | None,
+    clock: Callable[[], float],
+) -> Paces:
+    """What each stage takes, as far as it can be told from a few tokens of each."""
+    model: Any = ready.stack.model
+    stack = ready.stack.path
+
+    def timed(action: Callable[[], Any]) -> tuple[float, Any]:
+        wait_for(model)
+        started = clock()
+        made = action()
+        wait_for(model)
+        return clock() - started, made
+
+    ranking, measured = timed(lambda: profile(model, ready.calibration, keep=ready.protected, stack=stack))
+    asked = ready.question(criterion=criterion, profile=measured, best=shortlist)
+    windows = [selection.windows[0] for selection in find_selections("window", asked)]
+    pace = measure_pace(model, ready.calibration[0], stack=stack)
+    with torch.device("meta"):
+        module = ready.kind.make(ready.stack, windows[0])
+    fit = pace.fit(ready.calibration, windows)
+    judge = pace.judge(ready.validation, windows, replacement=module if isinstance(module, nn.Module) else None)
+    solving = _solving(ready, windows[0], timed)
+    first, *others = sorted((_training(ready, preset, windows[0], dtype) for dtype in _PRECISIONS), key=_of_a_step)
+    sample = "".join(texts[:_DOCUMENTS])[:_CHARACTERS]
+    encoding, encoded = timed(lambda: tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"])
+    writing, _ = timed(lambda: SideBySide(model, tokenizer, ready.test, lambda line: None))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return Paces(
+        plan=0.0,
+        prepare=0.0,
+        encode=encoding / max(1, len(encoded)),
+        rank=ranking / sum(map(tokens_of, ready.calibration)),
+        fit=fit.seconds / fit.tokens,
+        judge=judge.seconds / judge.tokens,
+        score=_scoring(pace, windows[0]),
+        solve=len(windows) * solving,
+        training=first,
+        compare=_WRITINGS * writing,
+        save=size / write_rate(None if output is None else Path(output).absolute().parent),
+        others=tuple(others),
+    )
+
+
+def _solving(ready: Preparation, window: range, timed: Callable[..., tuple[float, Any]]) -> float:
+    """Seconds of the least squares of one window."""
+    batch = ready.calibration[:1]
+    (moments,) = measure_moments(ready.stack.model, batch, [window], stack=ready.stack.path)
+    return timed(lambda: solve(moments, moments))[0]
+
+
+def _training(ready: Preparation, preset: Preset, window: range, autocast: torch.dtype | None) -> TrainingPace:
+    """The pace of the training in one precision."""
+    assert preset.training is not None
+    settings = replace(preset.training, autocast=autocast)
+    stand_in = ready.kind.build(ready.stack, window)
+    student = student_of(ready.stack, [(window, stand_in)], preset.healing, seed=settings.seed, task=ready.task)
+    return measure_training_pace(student, ready.calibration[:_STEPS], ready.validation[0], settings)
+
+
+def _of_a_step(pace: TrainingPace) -> float:
+    return pace.step
+
+
+def _scoring(pace: Pace, window: range) -> float:
+    """Seconds a token of all perplexities: of the original, of what is compared with it, and of the result."""
+    behind, ends = sum(pace.blocks[window.stop :]), pace.after + pace.likelihood
+    result = pace.before + sum(pace.blocks[: window.start]) + behind + ends
+    return pace.before + sum(pace.blocks) + ends + _ATTEMPTS * (pace.before + behind + ends) + result

@@ -1,0 +1,201 @@
+"""How much text a time suffices for, by arithmetic, and planned on a model by a clock that its parts move."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamline_hooks import StreamlineError, compress
+from streamline_hooks.planning import plan_training, training_plan_here
+from streamline_hooks.planning.training_budget import BudgetPlan, Given, Paces, Sizes, plan_in
+from streamline_hooks.repair import preset_named
+from streamline_hooks.repair.training_pace import TrainingPace
+
+BEST = preset_named("best")
+FAST = TrainingPace(original=1e-3, apart=2e-3, step=4e-3, validation=2e-3, around=1.0, autocast=torch.bfloat16)
+SLOW = TrainingPace(original=2e-3, apart=2e-3, step=8e-3, validation=4e-3)
+PACES = Paces(
+    plan=20.0, prepare=1.0, encode=1e-5, rank=1e-3, fit=1.5e-3, judge=8e-3, score=4e-3, solve=4.0,
+    training=FAST, compare=10.0, save=2.0, others=(SLOW,),
+)  # fmt: skip
+MINUTES = st.floats(8.0, 600.0)
+
+
+def planned(minutes: float, paces: Paces = PACES, available: int | None = None, **given_: Any) -> BudgetPlan:
+    return plan_in(60 * minutes, paces, BEST, Given(**given_), available)
+
+
+def test_a_plan_by_hand() -> None:
+    sizes = Sizes(calibration=102_400, fitting=20_480, validation=4_096, test=12_288, epochs=2, validations=5)
+    stages = PACES.stages(sizes)
+    dealt = 1e-5 * (102_400 + 4_096 + 12_288)
+    assert stages == pytest.approx(
+        {
+            "plan": 20.0 + dealt,
+            "prepare": 1.0 + dealt,
+            "rank": 20.48,
+            "verify": 30.72 + 4.0 + 32.768,
+            "measure": 49.152,
+            "train": 1.0 + 102.4 + 8.192 + 2 * 409.6 + 6 * 8.192,
+            "compare": 10.0,
+            "save": 2.0,
+        }
+    )
+
+
+@given(MINUTES)
+def test_as_much_as_fits_and_one_sequence_more_does_not(minutes: float) -> None:
+    plan = planned(minutes)
+    sequences = plan.sizes.calibration // 512
+    assert plan.seconds <= 60 * minutes
+    assert sum(PACES.stages(Given().sizes(sequences + 1)).values()) > 60 * minutes
+    assert plan.seconds >= 0.95 * 60 * minutes
+
+
+@given(MINUTES, MINUTES)
+def test_more_time_is_never_for_less_text(one: float, other: float) -> None:
+    less, more = sorted((one, other))
+    assert planned(less).sizes.calibration <= planned(more).sizes.calibration
+
+
+@given(st.integers(40, 10_000), st.integers(1, 4))
+def test_the_parts_keep_to_their_bounds(sequences: int, epochs: int) -> None:
+    sizes = Given().sizes(sequences, epochs)
+    assert sizes.calibration == 512 * sequences and sizes.trained == epochs * sizes.calibration
+    assert 8_192 <= sizes.fitting <= 40_960 and sizes.fitting <= max(8_192, sizes.calibration / 5)
+    assert 2_048 <= sizes.validation <= 4_096 and 4_096 <= sizes.test <= 12_288 and 2 <= sizes.validations <= 8
+    assert all(size % 512 == 0 for size in (sizes.fitting, sizes.validation, sizes.test))
+
+
+def test_what_was_asked_for_is_kept() -> None:
+    sizes = planned(20, validation=1_000, test=640, sequence_length=64).sizes
+    assert (sizes.validation, sizes.test) == (960, 640)
+
+
+def test_text_that_does_not_suffice_is_seen_again_up_to_four_times() -> None:
+    free = planned(30)
+    assert free.sizes.epochs == 1
+    for share, epochs in ((0.9, 2), (0.45, 3), (0.3, 4)):
+        plan = planned(30, available=round(share * free.sizes.calibration))
+        assert plan.sizes.epochs == epochs and plan.sizes.calibration <= share * free.sizes.calibration
+        assert 0.95 * 1800 <= plan.seconds <= 1800
+        assert not any(line.startswith("text ") for line in plan.lines())
+    short = planned(30, available=30_000)
+    assert short.sizes == replace(Given().sizes(58, 4)) and short.seconds < 0.9 * 1800
+    assert short.lines()[-1].startswith("text       suffices for ")
+    assert "seen 4 times, so that it will end earlier; give more text (--calibration)" in short.lines()[-1]
+
+
+def test_a_machine_that_is_too_slow_is_told_the_minutes_it_would_need() -> None:
+    with pytest.raises(StreamlineError) as raised:
+        planned(2)
+    said = str(raised.value)
+    assert "A budget of 2.0 min does not suffice on this machine: training on 20,480 tokens" in said
+    minutes = int(said.split("Give ")[1].split("m or more")[0])
+    assert planned(minutes).sizes.calibration >= 20_480
+    with pytest.raises(StreamlineError, match="does not suffice"):
+        planned(minutes - 1)
+
+
+def test_the_training_is_the_presets_with_an_end_a_tenth_of_the_budget_late() -> None:
+    plan = planned(20, available=60_000)
+    training, sizes = plan.training, plan.sizes
+    assert BEST.training is not None
+    assert replace(training, epochs=1, validations=8, autocast=None, minutes=None) == BEST.training
+    assert (training.epochs, training.validations, training.autocast) == (
+        sizes.epochs,
+        sizes.validations,
+        torch.bfloat16,
+    )
+    steps = 4e-3 * sizes.trained + 2e-3 * sizes.validation * (1 + sizes.validations)
+    assert training.minutes == pytest.approx((steps + 120) / 60)
+
+
+def test_the_plan_is_said() -> None:
+    lines = planned(20).lines()
+    assert [line.split()[0] for line in lines] == ["budget", "products", "planned"]
+    assert lines[1] == (
+        "products   of the training in bfloat16 (a step takes 4.00 ms a token in bfloat16, 8.00 ms a token in the "
+        "weights' precision)"
+    )
+    for stage in PACES.stages(Given().sizes(40)):
+        assert f"{stage} " in lines[2]
+    assert f"trained on {planned(20).sizes.calibration:,} tokens once" in lines[0]
+
+
+# On a model.
+
+SMALL: dict[str, Any] = {"remove": 1, "sequence_length": 64, "shortlist": 2}
+
+
+def test_of_two_precisions_the_faster_is_taken(
+    story_model: tuple[Any, Any], story_texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = story_model
+
+    for fast, slow in ((torch.bfloat16, None), (None, torch.bfloat16)):
+
+        def pace(student: Any, batches: Any, validation: Any, settings: Any, fast: Any = fast) -> TrainingPace:
+            return replace(FAST if settings.autocast is fast else SLOW, autocast=settings.autocast)
+
+        monkeypatch.setattr(training_plan_here, "measure_training_pace", pace)
+        plan = plan_training(model, tokenizer, story_texts, 3600.0, **SMALL)
+        assert plan.training.autocast is fast
+        assert [one.autocast for one in plan.paces.others] == [slow]
+
+
+def test_planning_leaves_the_model_and_the_random_numbers_as_they_were(
+    story_model: tuple[Any, Any], story_texts: list[str]
+) -> None:
+    model, tokenizer = story_model
+    before, random = {name: t.clone() for name, t in model.state_dict().items()}, torch.get_rng_state()
+    plan_training(model, tokenizer, story_texts, 3600.0, **SMALL)
+    after = model.state_dict()
+    assert list(before) == list(after) and all(torch.equal(t, after[name]) for name, t in before.items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters()) and not model.training
+
+
+def test_little_text_is_all_taken_and_the_plan_is_carried_out(
+    story_model: tuple[Any, Any], story_texts: list[str]
+) -> None:
+    """The parts that were planned are those that the text is dealt into, to the token."""
+    (model, tokenizer), story_texts = story_model, story_texts[:30]
+    plan = plan_training(model, tokenizer, story_texts, 3600.0, batch_size=4, **SMALL)
+    assert plan.sizes.epochs == 4 and plan.sizes.dealt <= sum(map(len, story_texts))
+    assert "so that it will end earlier" in plan.lines()[-1]
+    result = compress(model, tokenizer, story_texts, **{**SMALL, **plan.arguments}, side_by_side=False)
+    assert result.training is not None and result.training.tokens == plan.sizes.trained
+    figures = [result.data[f"{name}_tokens"] for name in ("calibration", "fitting", "validation", "test")]
+    sizes = plan.sizes
+    assert figures == [sizes.calibration, sizes.fitting, sizes.validation, sizes.test]
+    assert not any("shrunk" in note for note in result.data["notes"])
+    assert len(result.model.model.layers) == 4
+
+
+@pytest.mark.parametrize(
+    ("found", "apart", "left", "others"),
+    [
+        ((16_384, 1_536, 3_072), False, 20_992 - 6_144, (2_048, 4_096)),  # enough for the others as they were meant
+        ((3_584, 512, 1_024), False, 5_120 - 1_536, (512, 1_024)),  # a tenth and a fifth
+        ((20_480, 2_048, 1_024), True, 20_480, (2_048, 1_024)),  # the test alone has too little
+        ((2_048, 512, 4_096), True, 2_048, (512, 4_096)),  # all else has
+    ],
+)
+def test_of_less_text_the_training_takes_what_the_others_leave(
+    found: tuple[int, int, int], apart: bool, left: int, others: tuple[int, int]
+) -> None:
+    given_, available = training_plan_here._of_less_text(Given(), Given().sizes(40), found, apart=apart)
+    assert available == left and (given_.validation, given_.test) == others
+
+
+def test_what_is_not_trained_has_no_budget(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
+    with pytest.raises(StreamlineError, match="The preset 'uidl-less' is unknown"):
+        plan_training(*story_model, story_texts, 60.0, preset="uidl-less")
+    with pytest.raises(StreamlineError, match="The preset 'ghosted' trains nothing, so that a budget decides nothing"):
+        plan_training(*story_model, story_texts, 60.0, preset="ghosted")

@@ -1,0 +1,120 @@
+"""A training that is out of time ends with the best weights so far, in one process and in several."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from streamline_hooks import LinearReplacement, StreamlineError
+from streamline_hooks.repair import Student, Training, train, training_loop
+from streamline_hooks.repair.training_state import read_state
+from streamline_hooks.testing import tiny_model
+from tests.distributed.trained_together import BATCHES, VALIDATION
+from tests.processes import in_processes
+
+SETTINGS = Training(learning_rate=1e-2, epochs=3, validations=2)  # 12 steps, looked at after 6 and 12
+
+
+class Steps:
+    """A clock that says how many steps were made, in minutes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, a_step: float = 1.0) -> None:
+        self.now = 1000.0
+        make = training_loop.Loop._step
+
+        def step(loop: Any) -> Any:
+            self.now += 60 * a_step
+            return make(loop)
+
+        monkeypatch.setattr(training_loop.Loop, "_step", step)
+        monkeypatch.setattr(training_loop.time, "perf_counter", lambda: self.now)
+
+
+def student() -> Student:
+    return Student(tiny_model("llama"), [(range(1, 3), LinearReplacement(32))])
+
+
+def weights(one: Student) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in one.parameters().values()]
+
+
+def test_it_ends_after_the_step_it_is_at_and_is_looked_at_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    Steps(monkeypatch)
+    said: list[str] = []
+    trained = train(student(), BATCHES, VALIDATION, replace(SETTINGS, minutes=3.5), say=said.append)
+    assert (trained.steps, trained.seconds) == (4, 240.0)
+    assert trained.stopped == "the 3.5 minutes for it were over after step 4"
+    assert [row["step"] for row in trained.history] == [0, 4]
+    assert trained.distance == min(row["distance"] for row in trained.history) and trained.best_step == 4
+    assert said == [f"Training ended early: {trained.stopped}. The best weights so far are kept, those of step 4."]
+    assert f"ended early: {trained.stopped}" in str(trained)
+
+
+def test_the_best_weights_stay_and_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    Steps(monkeypatch)
+    one = student()
+    before = weights(one)
+    trained = train(one, BATCHES, VALIDATION, replace(SETTINGS, minutes=3, learning_rate=1.0, warmup=0.0))
+    assert trained.steps == 3 and trained.best_step == 0
+    assert all(torch.equal(a, b) for a, b in zip(weights(one), before, strict=True))
+
+
+def test_enough_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    Steps(monkeypatch)
+    one, other = student(), student()
+    without = train(one, BATCHES, VALIDATION, SETTINGS)
+    trained = train(other, BATCHES, VALIDATION, replace(SETTINGS, minutes=12))
+    assert trained.stopped == "" and trained.steps == 12 and trained.history == without.history
+    assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
+
+
+def test_seconds_before_an_interruption_count_and_more_minutes_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    Steps(monkeypatch)
+    kept = replace(SETTINGS, keep_in=tmp_path / "training")
+    whole, parts = student(), student()
+    train(whole, BATCHES, VALIDATION, SETTINGS)
+    train(parts, BATCHES, VALIDATION, replace(kept, minutes=6))
+    assert read_state(tmp_path / "training")[1]["seconds"] == 360.0
+    again = train(parts, BATCHES, VALIDATION, replace(kept, minutes=6), resume=True)
+    assert again.steps == 6, "a time that is over was given anew"
+    more = train(parts, BATCHES, VALIDATION, replace(kept, minutes=8), resume=True)
+    assert (more.steps, more.seconds) == (8, 480.0)
+    rest = train(parts, BATCHES, VALIDATION, kept, resume=True)
+    assert rest.stopped == "" and rest.steps == 12
+    assert all(torch.equal(a, b) for a, b in zip(weights(parts), weights(whole), strict=True))
+
+
+@pytest.mark.parametrize("minutes", [0, -1.0, float("nan")])
+def test_no_time_is_refused(minutes: float) -> None:
+    with pytest.raises(StreamlineError, match=r"minutes=.* is no time to train in; expected more than 0, or None"):
+        Training(minutes=minutes)
+
+
+@pytest.mark.slow
+def test_several_processes_go_by_the_clock_of_the_first(tmp_path: Path) -> None:
+    """The second one's clock stands still, and it ends after the same step."""
+    code = """
+        from dataclasses import replace
+        from streamline_hooks.repair import train, training_loop
+        from tests.distributed.trained_together import BATCHES, VALIDATION
+        from tests.repair.test_training_deadline import SETTINGS, student, weights
+        now, make = [0.0], training_loop.Loop._step
+        def step(loop):
+            now[0] += 60.0 if rank == 0 else 0.0
+            return make(loop)
+        training_loop.Loop._step = step
+        training_loop.time.perf_counter = lambda: now[0]
+        one = student()
+        trained = train(one, BATCHES, VALIDATION, replace(SETTINGS, minutes=3))
+        torch.save([trained.steps, trained.stopped, weights(one)], f"{folder}/{rank}.pt")
+    """
+    in_processes(code, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first[:2] == second[:2] == [3, "the 3 minutes for it were over after step 3"]
+    assert all(torch.equal(a, b) for a, b in zip(first[2], second[2], strict=True))

@@ -1,0 +1,111 @@
+"""The command compress with a budget of time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.commands import run
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(
+    stories_folder: Path,
+    story_texts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Command:
+    """Run the command on stories260k and a little text: its exit code, what it wrote, and what it complained of."""
+    file = tmp_path / "stories.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in story_texts[:30]))
+    fixed = ["-o", tmp_path / "out", "-c", file, "--remove", 1, "--sequence-length", 64]
+
+    def call(*options: Any) -> tuple[int, str, str]:
+        code, out, err = run(["compress", stories_folder, *fixed, *options], monkeypatch, capsys)
+        return code, out, " ".join(err.split())
+
+    return call
+
+
+def test_a_dry_run_says_the_plan_and_writes_nothing(command: Command, tmp_path: Path) -> None:
+    code, out, err = command("--budget", "1h", "--dry-run")
+    assert code == 0, err
+    lines = out.splitlines()
+    assert lines[0].startswith("budget     60.0 min: best, trained on ")
+    assert lines[1].startswith("products   of the training in ")
+    for stage in ("plan", "prepare", "rank", "verify", "measure", "train", "compare", "save"):
+        assert f"{stage} " in lines[2], stage
+    assert "suffices for " in lines[3] and "seen 4 times, so that it will end earlier" in lines[3]
+    assert not (tmp_path / "out").exists() and "train on" not in err
+
+
+def test_what_is_planned_is_done(command: Command, tmp_path: Path) -> None:
+    code, out, err = command("--budget", "1h", "--batch-size", 4, "--test-tokens", 320)
+    assert code == 0, err
+    lines = out.splitlines()
+    assert lines[0].startswith("budget") and "scored on 320" in lines[0], "a plan comes before all else"
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    data, trained = report["data"], report["training"]
+    assert f"trained on {data['calibration_tokens']:,} tokens 4 times" in lines[0]
+    assert (
+        f"chosen and fitted on {data['fitting_tokens']:,} of them, judged on {data['validation_tokens']:,}" in lines[0]
+    )
+    assert data["test_tokens"] == 320
+    assert trained["tokens"] == 4 * data["calibration_tokens"] and trained["stopped"] == ""
+    assert report["kind"] == "swiglu" and report["plan"]["removed"] != [4], "nothing behind it could be healed"
+    assert not (tmp_path / "out.training").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "10"], "'10' is no span of time; expected one above zero, with its units: 10m, 1h, 90s or 1h30m"),
+        (["--budget", "1s"], "A budget of 1 s does not suffice on this machine: training on "),
+        (["--kind", "linear"], "--budget does the recipe 'best', and plans what --kind would say"),
+        (["--train", "kl", "--heal", "lora"], "plans what --train and --heal would say; leave one of them out"),
+        (["--preset", "uidl"], "plans what --preset uidl would say"),
+        (["--epochs", "1"], "plans what --epochs would say"),
+        (["--calibration-tokens", "41000"], "plans what --calibration-tokens would say"),
+        (["--fitting-tokens", "640", "--autocast"], "plans what --autocast and --fitting-tokens would say"),
+        (["--learning-rate", "0.1"], "plans what --learning-rate would say"),
+        (["--memory", "4GB"], "does not go with --memory. Leave it out, and say --calibration-tokens instead"),
+        (["--resume"], "one training, from its beginning, in one process, of one window"),
+        (["--search", "mixed"], "does not go with --search"),
+        (["--pack"], "does not go with --pack"),
+        (["--profile", "p"], "does not go with --profile"),
+        (["-c", "self"], "does not go with --calibration self"),
+        (["--criterion", "kl"], "does not go with --criterion kl"),
+        (["--task", "image-classification"], "--budget is for models that write"),
+    ],
+)
+def test_what_does_not_go_with_a_budget_is_refused(
+    options: list[str], message: str, command: Command, tmp_path: Path
+) -> None:
+    """Also where it is what would be the case without it: nothing that was said does nothing."""
+    code, _, err = command(*([] if "--budget" in options else ["--budget", "1h"]), *options)
+    assert code == 2 and message in err, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_recipe_may_be_named(command: Command) -> None:
+    assert command("--budget", "1h", "--preset", "best", "--dry-run")[0] == 0
+
+
+def test_a_part_to_fit_on_is_for_a_training(command: Command, tmp_path: Path) -> None:
+    few = ["--calibration-tokens", 1280, "--validation-tokens", 128, "--test-tokens", 128, "--shortlist", 2]
+    code, _, err = command(*few, "--fitting-tokens", 640)
+    assert code == 2 and "--fitting-tokens leaves the rest of the text to a training; say what for (--train)" in err
+    code, _, err = command(*few, "--fitting-tokens", 1344, "--train", "kl")
+    assert code == 2 and "fitting_tokens=1344 of 1,280 tokens of calibration text in sequences of 64" in err
+    code, _, err = command(*few, "--fitting-tokens", 640, "--train", "kl", "--kind", "linear")
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["training"]["tokens"] == 1280 and report["data"]["fitting_tokens"] == 640
+    assert "profile: " in err and "640/640" in err, "the window was not chosen on this part alone"
