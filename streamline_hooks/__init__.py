@@ -20,12 +20,14 @@ from streamline_hooks.evaluation import (
     suite_from_files,
 )
 from streamline_hooks.in_training import HiddenStateMonitor, ProgressiveRemoval, StochasticDepth
+from streamline_hooks.iterative import compress_iteratively
 from streamline_hooks.passes import resume
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.repair import (
     PRESETS,
     Healing,
     Objective,
+    OnPolicy,
     Trained,
     Training,
     fit_windows,
@@ -70,6 +72,7 @@ __all__ = [
     "Likeness",
     "LinearReplacement",
     "Objective",
+    "OnPolicy",
     "Profile",
     "ProgressiveRemoval",
     "SearchProblem",
@@ -90,6 +93,7 @@ __all__ = [
     "combined",
     "compare_blocks",
     "compress",
+    "compress_iteratively",
     "embeddings",
     "evaluate",
     "find_selections",

@@ -35,7 +35,7 @@ class CollapseWatch:
     Parameters
     ----------
     model : torch.nn.Module
-        The original, before surgery; `warnings` looks at the same object after it.
+        The original, before surgery.
     tokenizer : transformers.PreTrainedTokenizerBase
     batches : sequence of mapping or torch.Tensor
         Text that nothing was chosen or fitted on; its beginnings are written on.
@@ -46,19 +46,24 @@ class CollapseWatch:
     def __init__(
         self, model: Any, tokenizer: Any, batches: Sequence[Batch | Tensor], say: Callable[[str], None]
     ) -> None:
-        self.model, self.tokenizer, self.say = model, tokenizer, say
+        self.tokenizer, self.say = tokenizer, say
         self._half = (positions_of(model.config) or 10**9) // 2
         self._chat = bool(getattr(tokenizer, "chat_template", None))
         length = min(_PROMPT_TOKENS, self._half)
         self._beginnings = text_beginnings(tokenizer, batches, count=_TEXTS, length=length)
         self._probes = probes(_PROBES, shots=_SHOTS)
-        self._solved = self._solve("original")
-        self._written = self._write("original")
-        self._sign = sign_of_reasoning(tokenizer) or self._opening()
-        self._thoughts = self._think("original") if self._sign else []
+        self._solved = self._solve(model, "original")
+        self._written = self._write(model, "original")
+        self._sign = sign_of_reasoning(tokenizer) or self._opening(model)
+        self._thoughts = self._think(model, "original") if self._sign else []
 
-    def warnings(self) -> list[str]:
-        """What is to be said of the model as it is now, a text each; empty where all is well.
+    def warnings(self, model: Any) -> list[str]:
+        """What is to be said of a model that was made from it, a text each; empty where all is well.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            It may be the same object.
 
         Returns
         -------
@@ -66,21 +71,21 @@ class CollapseWatch:
         """
         said = []
         if sum(map(sum, self._solved.values())) >= fewest_solved(len(self._probes)) and (
-            now := self._solve("compressed")
+            now := self._solve(model, "compressed")
         ):
             said.append(collapse_of_probes(self._solved, now))
-        if self._written and (texts := self._write("compressed")):
+        if self._written and (texts := self._write(model, "compressed")):
             said.append(collapse_of_writing(self._written, texts))
         if self._sign:
-            thoughts = self._think("compressed") if self._thoughts else []
+            thoughts = self._think(model, "compressed") if self._thoughts else []
             said.append(reasoning_in_words(self._sign, self._thoughts, thoughts, min(_THOUGHT_TOKENS, self._half)))
         return [text for text in said if text]
 
-    def _solve(self, whose: str) -> dict[str, list[bool]]:
+    def _solve(self, model: Any, whose: str) -> dict[str, list[bool]]:
         problems = [problem for sort in self._probes.values() for problem in sort]
         try:
             found = solve(
-                self.model,
+                model,
                 self.tokenizer,
                 problems,
                 new_tokens=_ANSWER_TOKENS,
@@ -93,21 +98,21 @@ class CollapseWatch:
         right = iter(found.right)
         return {name: [next(right) for _ in sort] for name, sort in self._probes.items()}
 
-    def _write(self, whose: str) -> list[Written]:
-        return self._texts(self._beginnings, min(_TEXT_TOKENS, self._half), False, f"repetition: {whose}")
+    def _write(self, model: Any, whose: str) -> list[Written]:
+        return self._texts(model, self._beginnings, min(_TEXT_TOKENS, self._half), False, f"repetition: {whose}")
 
-    def _think(self, whose: str) -> list[Written]:
-        return self._texts(_THINK_ABOUT, min(_THOUGHT_TOKENS, self._half), self._chat, f"reasoning: {whose}")
+    def _think(self, model: Any, whose: str) -> list[Written]:
+        return self._texts(model, _THINK_ABOUT, min(_THOUGHT_TOKENS, self._half), self._chat, f"reasoning: {whose}")
 
-    def _opening(self) -> str:
+    def _opening(self, model: Any) -> str:
         """What its first words say: a model may reason whose template does not speak of it."""
-        texts = self._texts(_THINK_ABOUT, min(_OPENING_TOKENS, self._half), self._chat, "first words: original")
+        texts = self._texts(model, _THINK_ABOUT, min(_OPENING_TOKENS, self._half), self._chat, "first words: original")
         signs = [sign_in_writing(self.tokenizer.decode(text.tokens)) for text in texts]
         return next(filter(None, signs), "")
 
-    def _texts(self, prompts: Sequence[str], tokens: int, chat: bool, what: str) -> list[Written]:
+    def _texts(self, model: Any, prompts: Sequence[str], tokens: int, chat: bool, what: str) -> list[Written]:
         try:
-            found = write_on(self.model, self.tokenizer, prompts, new_tokens=tokens, chat=chat, what=what)
+            found = write_on(model, self.tokenizer, prompts, new_tokens=tokens, chat=chat, what=what)
         except Exception as error:  # see above
             self.say(f"Nothing was written ({what}): {type(error).__name__}: {error}")
             return []

@@ -61,6 +61,7 @@ def compress(
     kind: Kind | str = "linear",
     training: Training | None = None,
     healing: Healing | str | None = None,
+    teacher: PreTrainedModel | None = None,
     resume: bool = False,
     criterion: Criterion | str | None = None,
     search: str = "window",
@@ -118,7 +119,11 @@ def compress(
         by; by default it is not. `PRESETS` has kinds, trainings and healings: what we recommend, and what others
         published.
     healing : Healing or str, optional
-        What is trained of the blocks that stay, beside the repair, see `Healing.parse`.
+        What is trained of the blocks that stay, beside the repair, see `Healing.parse`. Where no block is behind the
+        window, nothing of those behind it is.
+    teacher : transformers.PreTrainedModel, optional
+        The original, where earlier surgery made the model from it: what it says is trained for, and the result is
+        measured against it. By default the model itself. See `compress_iteratively`.
     resume : bool
         Go on with a training that was interrupted: the same call as before, and everything before the training is
         done again.
@@ -195,6 +200,7 @@ def compress(
         )
     require_search(search, named, remove)
     asked_for.require_fits(model)
+    original = model if teacher is None else teacher
     if fitting_tokens is not None and training is None:
         raise StreamlineError(
             f"fitting_tokens={fitting_tokens} leaves the rest of the text to a training, and none was asked for. Give "
@@ -254,22 +260,24 @@ def compress(
     with clock("measure"):
         if asked_for.is_of_text:
             perplexities = _perplexities(work, ready, wanted)
+            if teacher is not None:
+                perplexities["original"] = perplexity_together(work, teacher, ready.test, "perplexity: original").value
             scores: dict[str, dict[str, float]] = {}
         else:
-            board, scores = scores_together(work, ready, wanted)
+            board, scores = scores_together(work, ready, wanted, teacher)
             scores, perplexities = {"original": board.original, **scores}, {}
     student, trained = None, None
     if training is not None:
         with clock("train"):
-            student, trained = _train(ready, best, training, healed, resume, say)
+            student, trained = _train(ready, best, training, healed, teacher, resume, say)
     with clock("compare"):
         writes = side_by_side and work.processes.rank == 0 and asked_for.is_of_text and tokenizer is not None
-        beside = SideBySide(model, tokenizer, ready.test, say) if writes else None
+        beside = SideBySide(original, tokenizer, ready.test, say) if writes else None
         change = partial(carry_out, selection=best)
-        speed = work.of_first(lambda: None if beside is None else beside.speed(change, path))
-        watch = CollapseWatch(model, tokenizer, ready.test, say) if beside is not None and beside.writes else None
+        speed = work.of_first(lambda: None if beside is None else beside.speed(model, change, path))
+        watch = CollapseWatch(original, tokenizer, ready.test, say) if beside is not None and beside.writes else None
     with clock("measure"):
-        before = sizes_of(model)
+        before = sizes_of(original)
         test, data, size = ready.test, {**ready.split.figures(), "seed": seed}, ready.size
         data |= {} if fitting_tokens is None else {"fitting_tokens": fitting_tokens}
         notes = {} if trained is None else {"training": trained.report()}
@@ -286,8 +294,8 @@ def compress(
         else:
             scores[label] = work.of_first(lambda: board.of(model, label))
     with clock("compare"):
-        samples = work.of_first(lambda: [] if beside is None else beside.samples())
-        told = work.of_first(lambda: [] if watch is None else watch.warnings())
+        samples = work.of_first(lambda: [] if beside is None else beside.samples(model))
+        told = work.of_first(lambda: [] if watch is None else watch.warnings(model))
     after = sizes_of(model)
     result = CompressionResult(
         model=model,
@@ -369,6 +377,7 @@ def _train(
     best: VerifiedSelection,
     training: Training,
     healing: Healing | None,
+    teacher: PreTrainedModel | None,
     resume: bool,
     say: Callable[[str], None],
 ) -> tuple[Student, Trained]:
@@ -379,7 +388,10 @@ def _train(
             "Leave the training out, or search for windows."
         )
     pairs = [(repair.window, repair.stand_in) for repair in best.repairs]
-    student = student_of(ready.stack, pairs, healing, seed=training.seed, task=ready.task)
+    if healing is not None and healing.where == "after" and not healing.blocks(len(ready.stack), best.windows):
+        say(f"No block is behind {best}, so that the repair is trained alone.")
+        healing = None
+    student = student_of(ready.stack, pairs, healing, seed=training.seed, task=ready.task, teacher=teacher)
     trained = train(student, ready.training, ready.validation, training, resume=resume, say=say)
     say(f"trained    {trained}")
     student.merge()

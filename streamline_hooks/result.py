@@ -73,6 +73,10 @@ class CompressionResult:
         Beginnings of the test text, written on greedily by the compressed model and by the original.
     speed : SpeedReport or None
         Of both, in turn; None where the model cannot write.
+    rounds : list of dict
+        Where the blocks went in several, of each: the blocks that were ``removed``, numbered as in the original, the
+        ``perplexity`` by label, and the ``training``, as `Trained.report` tells it. What else is told of candidates,
+        their profile and the training is of the last round.
     warnings : list of str
         What perplexity does not show and has to be known, in words with numbers: see `CollapseWatch`.
     folder : Path or None
@@ -99,6 +103,7 @@ class CompressionResult:
     training: Trained | None = None
     samples: list[tuple[Written, Written]] = field(default_factory=list)
     speed: SpeedReport | None = None
+    rounds: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     folder: Path | None = field(default=None)
 
@@ -122,6 +127,7 @@ class CompressionResult:
                 {"prompt": mine.prompt, "text": mine.text, "reference": theirs.text} for mine, theirs in self.samples
             ],
             "speed": None if self.speed is None else self.speed.to_dict(),
+            "rounds": self.rounds,
             "warnings": self.warnings,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory,
@@ -142,7 +148,7 @@ class CompressionResult:
         """The result for a terminal, the warnings last."""
         chosen = self.candidates[0]
         rows = [
-            ("blocks", f"{self.plan.old_length} -> {len(self.plan.slots)}, {_what(chosen)}"),
+            ("blocks", f"{self.plan.old_length} -> {len(self.plan.slots)}, {self._what()}"),
             ("in their place", f"{self.kind} ({self.size})" if chosen.windows or chosen.maps else "nothing"),
             ("found by", f"{self.search}, {self.criterion}"),
             ("parameters", _before_after(self.parameters, "")),
@@ -165,6 +171,12 @@ class CompressionResult:
         width = max(len(label) for label, _ in rows)
         lines = [f"{label:<{width}}  {value}" for label, value in rows]
         return "\n".join([*lines, *(f"\nWarning: {text}" for text in self.warnings)])
+
+    def _what(self) -> str:
+        """What went, and what is silent; in several rounds, of each what went."""
+        if not self.rounds:
+            return _what(self.candidates[0])
+        return "removed " + ", then ".join(" ".join(map(str, one["removed"])) for one in self.rounds)
 
 
 def findings(judged: Sequence[VerifiedSelection], measure: str = "KL") -> list[str]:

@@ -94,9 +94,11 @@ def perplexity_together(work: Together, model: nn.Module, batches: Batches, what
 
 
 def scores_together(
-    work: Together, ready: Preparation, attempts: Mapping[str, Attempt]
+    work: Together, ready: Preparation, attempts: Mapping[str, Attempt], teacher: nn.Module | None = None
 ) -> tuple[TaskScores, dict[str, dict[str, float]]]:
     """How the original and attempts do at their task, see `TaskScores`; of several processes each measures all.
+
+    The original is the teacher, where there is one.
 
     Returns
     -------
@@ -106,7 +108,7 @@ def scores_together(
         By attempt and measure.
     """
     model, stack = ready.stack.model, ready.stack
-    scores = TaskScores(model, ready.test, ready.task)
+    scores = TaskScores(model if teacher is None else teacher, ready.test, ready.task)
     silent = {k for attempt in attempts.values() for k, _ in attempt.selection.silenced}
     known = writers_of(stack, sorted(silent), ready.test[0]) if silent else {}
     writers = {half: paths for half, paths in known.items() if not isinstance(paths, UnsupportedSurgery)}

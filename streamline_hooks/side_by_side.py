@@ -41,18 +41,20 @@ class SideBySide:
         self._new = min(_NEW_TOKENS, (positions_of(model.config) or 10**9) // 2)
         length = min(_PROMPT_TOKENS, self._new)
         self._prompts = text_beginnings(tokenizer, batches, count=_PROMPTS, length=length)
-        self._before = self._write("original")
+        self._before = self._write(model, "original")
 
     @property
     def writes(self) -> bool:
         """Whether the original wrote something."""
         return bool(self._before)
 
-    def speed(self, change: Callable[[LayerSurgeon], None], stack: str) -> SpeedReport | None:
-        """How fast the original is, and how fast it is with a change, in turn.
+    def speed(self, model: nn.Module, change: Callable[[LayerSurgeon], None], stack: str) -> SpeedReport | None:
+        """How fast the original is, and how fast a model is with a change, in turn.
 
         Parameters
         ----------
+        model : torch.nn.Module
+            The original itself, or what earlier surgery made of it.
         change : callable
             Carries the change out by a surgeon, each time anew.
         stack : str
@@ -61,9 +63,9 @@ class SideBySide:
 
         @contextmanager
         def changed() -> Iterator[nn.Module]:
-            with LayerSurgeon(self.model, stack, probe=False) as surgeon:
+            with LayerSurgeon(model, stack, probe=False) as surgeon:
                 change(surgeon)
-                yield self.model
+                yield model
 
         models: dict[str, Timed] = {"original": self.model, "compressed": changed}
         tokens = room_for_prompt(self.model, _TIMED_NEW, _TIMED_TOKENS)
@@ -73,14 +75,14 @@ class SideBySide:
             self.say(f"No speed was measured: {type(error).__name__}: {error}")
             return None
 
-    def samples(self) -> list[tuple[Written, Written]]:
-        """What the model writes as it is now, and what the original wrote."""
-        after = self._write("compressed") if self._before else []
+    def samples(self, model: Any) -> list[tuple[Written, Written]]:
+        """What a model writes, and what the original wrote."""
+        after = self._write(model, "compressed") if self._before else []
         return list(zip(after, self._before, strict=True)) if after else []
 
-    def _write(self, what: str) -> list[Written]:
+    def _write(self, model: Any, what: str) -> list[Written]:
         try:
-            written = write_on(self.model, self.tokenizer, self._prompts, new_tokens=self._new, what=f"write: {what}")
+            written = write_on(model, self.tokenizer, self._prompts, new_tokens=self._new, what=f"write: {what}")
         except Exception as error:  # see above
             self.say(f"Nothing was written: {type(error).__name__}: {error}")
             return []

@@ -322,7 +322,7 @@ def test_smollm2_that_is_not_installed_says_how_to_get_it(
 
 @pytest.mark.parametrize("recipe", [("", "kl", "lora"), ("uidl", "", "")])
 def test_the_seed_is_that_of_the_training_too(recipe: tuple[str, str, str]) -> None:
-    _, training, _ = _recipe("linear", *recipe, 1, LEARNING_RATE, False, 7)
+    _, training, _, _ = _recipe("linear", *recipe, "", 1, 1, LEARNING_RATE, False, 7)
     assert training.seed == 7
 
 
@@ -332,8 +332,11 @@ def test_the_seed_is_that_of_the_training_too(recipe: tuple[str, str, str]) -> N
         (["--preset", "uidl", "--learning-rate", "0.1"], "--preset uidl says what --learning-rate would"),
         (["--preset", "uidl", "--train", "kl", "--heal", "lora"], "says what --train and --heal would"),
         (["--preset", "worst"], "The preset 'worst' is unknown"),
-        (["--heal", "lora"], "--heal lora is a part of a training"),
-        (["--epochs", "2"], "are of a training; say what for"),
+        (["--heal", "lora"], "--heal lora: this is of a training, and no --train says what for (such as kl)"),
+        (["--epochs", "2"], "--epochs: this is of a training, and no --train says what for"),
+        (["--on-policy", "kl", "--rounds", "2"], "--on-policy kl and --rounds 2: this is of a training"),
+        (["--on-policy", "kl", "--preset", "none"], "--on-policy kl: this is of a training, and --preset none trains"),
+        (["--rounds", "3", "--preset", "iterative"], "--preset iterative says what --rounds would"),
         (["--train", "kld"], "The objective 'kld' cannot be read"),
     ],
 )

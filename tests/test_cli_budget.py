@@ -25,10 +25,11 @@ def command(
     """Run the command on stories260k and a little text: its exit code, what it wrote, and what it complained of."""
     file = tmp_path / "stories.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in story_texts[:30]))
-    fixed = ["-o", tmp_path / "out", "-c", file, "--remove", 1, "--sequence-length", 64]
+    fixed = ["-o", tmp_path / "out", "--remove", 1, "--sequence-length", 64]
 
     def call(*options: Any) -> tuple[int, str, str]:
-        code, out, err = run(["compress", stories_folder, *fixed, *options], monkeypatch, capsys)
+        text = [] if "-c" in options else ["-c", file]
+        code, out, err = run(["compress", stories_folder, *fixed, *text, *options], monkeypatch, capsys)
         return code, out, " ".join(err.split())
 
     return call
@@ -81,6 +82,7 @@ def test_what_is_planned_is_done(command: Command, tmp_path: Path) -> None:
         (["--pack"], "does not go with --pack"),
         (["--profile", "p"], "does not go with --profile"),
         (["-c", "self"], "does not go with --calibration self"),
+        (["-c", "pydoc:0.5,chat:0.5"], "does not go with --calibration chat"),
         (["--criterion", "kl"], "does not go with --criterion kl"),
         (["--task", "image-classification"], "--budget is for models that write"),
     ],

@@ -79,16 +79,16 @@ def test_what_a_model_no_longer_knows_is_told() -> None:
     said: list[str] = []
     model = knowing()
     watch = watched(model, Letters(), said)
-    assert watch.warnings() == []
+    assert watch.warnings(model) == []
     known = dict(model.answers)
     model.answers = {prompt: answer for prompt, answer in known.items() if "Say:" in prompt}
-    (text,) = watch.warnings()
+    (text,) = watch.warnings(model)
     assert text.startswith(
         "It solves 3 of 32 small generated problems, of which the original solves 27 (arithmetic 8 -> 0"
     )
     assert "copying 3 -> 3, counting 8 -> 0" in text  # of 24 letters, what is longer is cut
     model.answers, model.otherwise = known, "a" * 500
-    (text,) = watch.warnings()
+    (text,) = watch.warnings(model)
     assert text.startswith("It repeats itself: 98% of the runs of four tokens were there before, of the original's 42%")
     assert said == []
 
@@ -98,7 +98,7 @@ def test_an_original_that_knows_nothing_is_not_asked_again() -> None:
     model.answers = {}
     watch = watched(model, Letters(), [])
     model.calls.clear()
-    assert watch.warnings() == [] and sum(model.calls) == 8  # the texts alone
+    assert watch.warnings(model) == [] and sum(model.calls) == 8  # the texts alone
 
 
 @pytest.mark.parametrize("thinks", [False, True])
@@ -108,7 +108,7 @@ def test_a_model_whose_template_is_silent_may_show_that_it_reasons(thinks: bool)
     model = knowing(thinks=thinks)
     watch = watched(model, tokenizer, [])
     model.otherwise = "ab" * 200
-    told = [text for text in watch.warnings() if "reasoning" in text]
+    told = [text for text in watch.warnings(model) if "reasoning" in text]
     assert len(told) == thinks
     if thinks:
         assert told[0].startswith(
@@ -127,7 +127,7 @@ def test_a_model_that_cannot_is_passed_over() -> None:
     model.generate = fails  # type: ignore[method-assign]
     tokenizer = Letters()
     tokenizer.chat_template = f"{TEMPLATE}<think>"
-    (text,) = watched(model, tokenizer, said).warnings()
+    (text,) = watched(model, tokenizer, said).warnings(model)
     assert "How long its answers are was not measured" in text
     assert said[0] == "No small problems were asked: RuntimeError: no cache"
     assert said[1] == "Nothing was written (repetition: original): RuntimeError: no cache"
@@ -137,12 +137,12 @@ def test_a_head_that_repeats_is_told(story_model: tuple[Any, Any], story_texts: 
     model, tokenizer = story_model
     rows = [tokenizer(text, return_tensors="pt").input_ids[:, :64] for text in story_texts[:8]]
     watch = CollapseWatch(model, tokenizer, rows, lambda line: None)
-    assert watch.warnings() == []
+    assert watch.warnings(model) == []
     with torch.no_grad():
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.clone())  # not the embedding, where they are one
         head.weight[:] = head.weight[:1]
-    (text,) = watch.warnings()
+    (text,) = watch.warnings(model)
     assert text.startswith("It repeats itself: 98% of the runs of four tokens were there before, of the original's ")
 
 

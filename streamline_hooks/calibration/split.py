@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,6 +87,33 @@ class TokenSplit:
     def tensors(self) -> list[Tensor]:
         """All ids and positions, in order."""
         return [self.calibration, self.validation, self.test, *self.positions.values()]
+
+    def part_of_calibration(self, number: int, parts: int) -> TokenSplit:
+        """The same with one of several parts of the calibration sequences, which are dealt to the parts in turn.
+
+        Raises
+        ------
+        StreamlineError
+            If there are not two sequences for each part.
+
+        Examples
+        --------
+        >>> split = TokenSplit(torch.arange(16).view(8, 2), torch.zeros(1, 2), torch.zeros(1, 2), fingerprint="")
+        >>> split.part_of_calibration(1, 3).calibration[:, 0].tolist()
+        [2, 8, 14]
+        """
+        if len(self.calibration) < 2 * parts:
+            raise StreamlineError(
+                f"The calibration text fills {len(self.calibration)} sequences of {self.sequence_length} tokens, and "
+                f"{parts} rounds need two each at least. Give more text, ask for fewer rounds, or for a smaller "
+                "--sequence-length."
+            )
+        rows = self.calibration[number::parts]
+        positions = dict(self.positions)
+        if positions:
+            positions["calibration"] = positions["calibration"][number::parts]
+        digested = (rows, positions["calibration"]) if positions else (rows,)
+        return replace(self, calibration=rows, positions=positions, fingerprint=fingerprint_of(*digested))
 
     def figures(self) -> dict[str, Any]:
         """How much text there is for what, and which, as JSON values."""

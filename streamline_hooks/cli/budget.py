@@ -13,6 +13,8 @@ _DECIDED = {
     "kind": "--kind",
     "objective": "--train",
     "heal": "--heal",
+    "on_policy": "--on-policy",
+    "rounds": "--rounds",
     "epochs": "--epochs",
     "learning_rate": "--learning-rate",
     "autocast": "--autocast",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,8 +58,9 @@ def compress(
         str,
         typer.Option(
             metavar="NAME",
-            help="A whole recipe instead of --kind, --train and --heal: best, or as it was published, "
-            "llm-streamline-ffn, llm-streamline-layer, replaceme, linearpatch, ghosted, prune-and-comp, uidl.",
+            help="A whole recipe instead of --kind, --train and --heal: best, iterative (the same in two rounds), or "
+            "as it was published, llm-streamline-ffn, llm-streamline-layer, replaceme, linearpatch, ghosted, "
+            "prune-and-comp, uidl.",
         ),
     ] = "",
     objective: Annotated[
@@ -66,8 +68,17 @@ def compress(
         typer.Option(
             "--train",
             metavar="LOSS",
-            help="Train the repair: kl (to what the original says), embedding (to its embeddings), lm (the text), mse, "
-            "relative or cosine (of the states), or a sum such as 'kl + 0.5*lm'.",
+            help="Train the repair: kl (to what the original says), reverse_kl (the other way round), embedding (to "
+            "its embeddings), lm (the text), mse, relative or cosine (of the states), or a sum such as 'kl + 0.5*lm'.",
+        ),
+    ] = "",
+    on_policy: Annotated[
+        str,
+        typer.Option(
+            metavar="LOSS",
+            help="Make some steps of the training on what the repaired model writes itself: kl, reverse_kl or a sum; "
+            "options after a colon (share=0.5 of the steps, begin=0.5 of them later, prompt=32, shortest=16 and "
+            "longest=128 tokens, temperature=1).",
         ),
     ] = "",
     heal: Annotated[
@@ -77,6 +88,14 @@ def compress(
             help="Train blocks that stay besides: lora (rank=16, where=after), or partial (where=beside, count=2).",
         ),
     ] = "",
+    rounds: Annotated[
+        int,
+        typer.Option(
+            help="Remove, train, and rank again on the repaired model, so often, with the text divided among the "
+            "rounds.",
+            min=1,
+        ),
+    ] = 1,
     budget: Annotated[
         str,
         typer.Option(
@@ -174,6 +193,7 @@ def compress(
     from streamline_hooks.cli.task_data import Amounts, batches_for
     from streamline_hooks.compress import compress as run
     from streamline_hooks.distributed import together
+    from streamline_hooks.iterative import compress_iteratively
     from streamline_hooks.planning.duration import parse_duration
     from streamline_hooks.preparation import prepare_compression
     from streamline_hooks.repair import kind_named
@@ -190,7 +210,9 @@ def compress(
             needs, count = criterion_named(criterion).needs, work.processes.count
             refuse_beside_budget(context, text=sources.unusual, criterion=needs, processes=count)
             preset = PRESET
-        kind, training, healing = _recipe(kind, preset, objective, heal, epochs, learning_rate, autocast, seed)
+        kind, training, healing, rounds = _recipe(
+            kind, preset, objective, heal, on_policy, rounds, epochs, learning_rate, autocast, seed
+        )
         chosen = kind_named(kind)
         target = Target.parse(remove)
         require_search(search, criterion_named(criterion), target)
@@ -319,7 +341,8 @@ def compress(
                 )
         if dry_run:
             return
-        result = run(
+        carried_out = run if rounds == 1 else partial(compress_iteratively, rounds=rounds)
+        result = carried_out(
             loaded,
             tokenizer,
             text,
@@ -344,32 +367,52 @@ def _nothing(line: str = "") -> None:
 
 
 def _recipe(
-    kind: str, preset: str, objective: str, heal: str, epochs: int, learning_rate: float, autocast: bool, seed: int
-) -> tuple[str, Any, Any]:
-    """The kind, the training and the healing that the options come to."""
+    kind: str,
+    preset: str,
+    objective: str,
+    heal: str,
+    on_policy: str,
+    rounds: int,
+    epochs: int,
+    learning_rate: float,
+    autocast: bool,
+    seed: int,
+) -> tuple[str, Any, Any, int]:
+    """The kind, the training, the healing and the rounds that the options come to."""
     import torch
 
-    from streamline_hooks.repair import Healing, Objective, Training, preset_named
+    from streamline_hooks.repair import Healing, Objective, OnPolicy, Training, preset_named
 
     dtype = torch.bfloat16 if autocast else None
+    own = OnPolicy.parse(on_policy) if on_policy else None
     if preset:
-        given = [
-            f"--{name}" for name, text in (("kind", kind if kind != "linear" else ""), ("train", objective)) if text
-        ]
-        given += ["--heal"] if heal else []
-        given += ["--learning-rate"] if learning_rate != LEARNING_RATE else []
-        if given:
-            raise StreamlineError(f"--preset {preset} says what {' and '.join(given)} would; leave one of them out.")
+        given = {"--kind": kind != "linear", "--train": objective, "--heal": heal}
+        given["--learning-rate"] = learning_rate != LEARNING_RATE
         chosen = preset_named(preset)
-        training = chosen.training and replace(chosen.training, epochs=epochs, autocast=dtype, seed=seed)
-        return chosen.kind, training, chosen.healing
-    if heal and not objective:
-        raise StreamlineError(f"--heal {heal} is a part of a training; say what for, such as --train kl.")
-    if not objective:
-        if (epochs, learning_rate, autocast) != (1, LEARNING_RATE, False):
-            raise StreamlineError("--epochs, --learning-rate and --autocast are of a training; say what for (--train).")
-        return kind, None, None
-    training = Training(
-        objective=Objective.parse(objective), epochs=epochs, learning_rate=learning_rate, autocast=dtype, seed=seed
-    )
-    return kind, training, Healing.parse(heal) if heal else None
+        given["--rounds"] = rounds != 1 and chosen.rounds != 1
+        if said := [name for name, there in given.items() if there]:
+            raise StreamlineError(f"--preset {preset} says what {' and '.join(said)} would; leave one of them out.")
+        training = chosen.training and replace(chosen.training, epochs=epochs, autocast=dtype, seed=seed, on_policy=own)
+        kind, healing, rounds = chosen.kind, chosen.healing, max(rounds, chosen.rounds)
+        missing = f"--preset {preset} trains nothing" if training is None else ""
+    else:
+        healing = Healing.parse(heal) if heal else None
+        training = (
+            Training(
+                objective=Objective.parse(objective),
+                on_policy=own,
+                epochs=epochs,
+                learning_rate=learning_rate,
+                autocast=dtype,
+                seed=seed,
+            )
+            if objective
+            else None
+        )
+        missing = "" if objective else "no --train says what for (such as kl)"
+    needs = {f"--heal {heal}": heal, f"--on-policy {on_policy}": on_policy, f"--rounds {rounds}": rounds > 1}
+    needs |= {"--epochs": epochs != 1, "--learning-rate": not preset and learning_rate != LEARNING_RATE}
+    needs |= {"--autocast": autocast}
+    if missing and (said := [name for name, there in needs.items() if there]):
+        raise StreamlineError(f"{' and '.join(said)}: this is of a training, and {missing}.")
+    return kind, training, healing, rounds

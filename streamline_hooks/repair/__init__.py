@@ -6,6 +6,7 @@ from streamline_hooks.repair.freezing import freeze_all_but
 from streamline_hooks.repair.healing import Healing, student_of
 from streamline_hooks.repair.kinds import Kind, kind_named, known_kinds, register_kind
 from streamline_hooks.repair.objective import Objective
+from streamline_hooks.repair.on_policy import OnPolicy
 from streamline_hooks.repair.presets import PRESETS, Preset, preset_named
 from streamline_hooks.repair.repaired import Repair
 from streamline_hooks.repair.settings import Trained, Training
@@ -20,6 +21,7 @@ __all__ = [
     "Healing",
     "Kind",
     "Objective",
+    "OnPolicy",
     "Preset",
     "Repair",
     "StandIn",

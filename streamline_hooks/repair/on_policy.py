@@ -19,8 +19,8 @@ class OnPolicy:
 
     A model that is trained on others' text alone does not see what becomes of its own errors. Here it writes, and the
     original says at each place what it would have said there. Texts are short at first, since a damaged model soon
-    writes what nobody can learn from, and are doubled as fewer of them have to be cut (ShortOPD, arXiv 2607.13124; on
-    policy distillation: GKD, arXiv 2306.13649).
+    writes what nobody can learn from, and are doubled as fewer of them have to be cut (ShortOPD, arXiv 2607.13124; a
+    horizon that grows: arXiv 2605.31490; distillation on a student's own text: GKD, arXiv 2306.13649).
 
     Attributes
     ----------

@@ -26,6 +26,8 @@ class Preset:
         whoever trains.
     healing : Healing or None
         What is trained of the blocks that stay.
+    rounds : int
+        In how many rounds the blocks go, each of which is repaired and trained (`compress_iteratively`).
     """
 
     name: str
@@ -33,6 +35,7 @@ class Preset:
     source: str
     training: Training | None = None
     healing: Healing | None = None
+    rounds: int = 1
 
 
 _MLP_LAYERS = (
@@ -40,20 +43,29 @@ _MLP_LAYERS = (
     "dense_h_to_4h", "dense_4h_to_h",
 )  # fmt: skip
 
+_BEST = Preset(
+    "best",
+    "swiglu",
+    "This library's own, the best of benchmarks/results/quality.md: a SwiGLU beside the least-squares map, and "
+    "a fifth of the rate for the blocks behind it, by what the original says and by the text itself. Where the "
+    "text is unlike what the model is for, train the network alone by KL (kind swiglu, objective kl), which "
+    "does not adapt the model to it.",
+    Training(objective=Objective(kl=1.0, lm=1.0), learning_rate=1e-3, weight_decay=0.01, warmup=0.05, floor=0.05),
+    Healing("partial", "after", rate=0.2),
+)
+
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
+        _BEST,
         Preset(
-            "best",
-            "swiglu",
-            "This library's own, the best of benchmarks/results/quality.md: a SwiGLU beside the least-squares map, and "
-            "a fifth of the rate for the blocks behind it, by what the original says and by the text itself. Where the "
-            "text is unlike what the model is for, train the network alone by KL (kind swiglu, objective kl), which "
-            "does not adapt the model to it.",
-            Training(
-                objective=Objective(kl=1.0, lm=1.0), learning_rate=1e-3, weight_decay=0.01, warmup=0.05, floor=0.05
-            ),
-            Healing("partial", "after", rate=0.2),
+            "iterative",
+            _BEST.kind,
+            "IteRABRe, arXiv 2503.06291: remove a little, train, rank again on the repaired model; here in two rounds "
+            "of `best`, which share its text, with the original as the teacher of both.",
+            _BEST.training,
+            _BEST.healing,
+            rounds=2,
         ),
         Preset("none", "none", "Plain removal."),
         Preset(

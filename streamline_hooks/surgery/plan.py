@@ -101,6 +101,49 @@ class SurgeryPlan:
         """The folded branches of each old block that has any and is still there."""
         return {slot.source: slot.folded for slot in self.slots if slot.source is not None and slot.folded}
 
+    def after(self, earlier: SurgeryPlan) -> SurgeryPlan:
+        """One plan for two surgeries: this one, in the numbering from before an earlier one of the same stack.
+
+        What the earlier one put between blocks stays in no window's place: the later one does not tell which it was.
+
+        Raises
+        ------
+        StreamlineError
+            If the earlier one left another stack than this one began with.
+
+        Examples
+        --------
+        >>> first = SurgeryPlan("layers", 4, (Slot(0, "Block"), Slot(2, "Block"), Slot(3, "Block")))
+        >>> second = SurgeryPlan("layers", 3, (Slot(0, "Block"), Slot(2, "Block")))
+        >>> second.after(first).removed
+        (1, 2)
+        """
+        if (earlier.stack, len(earlier.slots)) != (self.stack, self.old_length):
+            raise StreamlineError(
+                f"The earlier surgery left {len(earlier.slots)} blocks of {earlier.stack}, and this one began with "
+                f"{self.old_length} of {self.stack}; give the one that came just before."
+            )
+
+        def place(k: int) -> int:
+            behind = (slot.source for slot in earlier.slots[k:] if slot.source is not None)
+            return next(behind, earlier.old_length)
+
+        slots = []
+        for slot in self.slots:
+            was = Slot(None, slot.module) if slot.source is None else earlier.slots[slot.source]
+            silenced, folded = {*was.silenced, *slot.silenced}, {*was.folded, *slot.folded}
+            slots.append(Slot(was.source, slot.module, tuple(sorted(silenced)), tuple(sorted(folded))))
+        splices = tuple(
+            Splice(
+                one.before,
+                place(one.old_before),
+                None if one.replaces is None else (place(one.replaces[0]), place(one.replaces[1])),
+                one.module,
+            )
+            for one in self.splices
+        )
+        return SurgeryPlan(self.stack, earlier.old_length, tuple(slots), splices, self.described and earlier.described)
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values."""
         silenced, folded = (

@@ -1,0 +1,228 @@
+"""Reach a target in several rounds: remove a little, repair, rank again on what was repaired, and so on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor
+
+from streamline_hooks.batch import Batch
+from streamline_hooks.calibration import PackedText, TokenSplit, split_documents
+from streamline_hooks.checkpoint import require_free, save
+from streamline_hooks.compress import compress
+from streamline_hooks.distributed import Together, here
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.preparation import are_batches
+from streamline_hooks.repair import Training
+from streamline_hooks.result import CompressionResult
+from streamline_hooks.selection import Target, blocks_to_remove
+from streamline_hooks.stack import find_stack
+from streamline_hooks.surgery import SurgeryPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_OF_DOCUMENTS = (
+    "seed", "sequence_length", "calibration_tokens", "validation_tokens", "test_tokens",
+)  # fmt: skip
+
+
+def compress_iteratively(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    texts: Sequence[str] | TokenSplit | Mapping[str, PackedText] | Mapping[str, Sequence[Batch | Tensor]],
+    *,
+    rounds: int,
+    training: Training,
+    remove: Target | int | float | str = 0.25,
+    test_texts: Sequence[str] | None = None,
+    resume: bool = False,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    side_by_side: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+    **options: Any,
+) -> CompressionResult:
+    """Give up a part of the blocks, train the repair, and look again which blocks do least in the repaired model.
+
+    After IteRABRe (arXiv 2503.06291). Each round is a `compress` of its own on its own part of the calibration text, so
+    that all rounds together see no more tokens than one would; the original teaches in every round, and the result is
+    measured against it. A copy of the original is held in memory meanwhile.
+
+    Parameters
+    ----------
+    model, tokenizer, texts
+        See `compress`.
+    rounds : int
+        At most as many as blocks are to go; the first ones take one more where they do not come out even.
+    training : Training
+        Of each round. Each has a file of its own to go on from, and what is gone on with is gone on with in its round.
+    remove : Target, int, float or str
+        A number or a fraction of the blocks, of all rounds together.
+    test_texts, resume, output, overwrite, side_by_side, say
+        See `compress`.
+    **options
+        All else of `compress`, the same in every round; no profile, since each round makes its own.
+
+    Returns
+    -------
+    CompressionResult
+        Of all rounds together: see `CompressionResult.rounds`.
+
+    Raises
+    ------
+    StreamlineError
+        As `compress`; if the rounds do not fit the blocks or the text; or if one was interrupted, which leaves the
+        model with the blocks of the rounds before, and its training in a file to go on from.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from streamline_hooks.testing import tiny_model
+    >>> batches = [torch.randint(3, 60, (2, 8)) for _ in range(12)]
+    >>> parts = {"calibration": batches[:8], "validation": batches[8:10], "test": batches[10:]}
+    >>> result = compress_iteratively(
+    ...     tiny_model("llama"), None, parts, rounds=2, remove=4, training=Training(), side_by_side=False
+    ... )
+    >>> [len(one["removed"]) for one in result.rounds], len(result.plan.slots)
+    ([2, 2], 4)
+    """
+    if options.get("profile") is not None or options.get("teacher") is not None:
+        raise StreamlineError("Each round makes a profile of its own, and the original teaches; leave them out.")
+    work = Together("compress_iteratively", here())
+    if output is not None:
+        work.of_first(lambda: require_free(output, overwrite))
+    counts = _counts(len(find_stack(model, options.get("stack"))), remove, rounds)
+    whole, parts = _parts(texts, tokenizer, rounds, test_texts, options)
+    trainings = [_training(training, output, number) for number in range(rounds)]
+    original = copy.deepcopy(model)
+    done: list[CompressionResult] = []
+    for number, (count, part) in enumerate(zip(counts, parts, strict=True)):
+        if work.processes.rank == 0:
+            say(f"round      {number + 1} of {rounds}: {count} of {sum(counts)} blocks")
+        last, file = number == rounds - 1, trainings[number].keep_in
+        goes_on = work.of_first(lambda: resume and file is not None and file.is_file())  # noqa: B023
+        if resume and not number and not goes_on:
+            raise StreamlineError(f"There is no training to resume at {file or 'any place (keep_in)'}; leave it out.")
+        result = compress(
+            model,
+            tokenizer,
+            part,
+            remove=count,
+            training=trainings[number],
+            teacher=original,
+            resume=goes_on,
+            side_by_side=side_by_side and last,
+            say=say,
+            **options,
+        )
+        done.append(result)
+        if result.training is not None and result.training.stopped.startswith("interrupted"):
+            raise StreamlineError(
+                f"Interrupted in round {number + 1} of {rounds}, and nothing was saved. "
+                + (f"Its training is in {file}: go on with resume." if file else "Name a file (keep_in) to go on from.")
+            )
+    result = _together(done, whole)
+    if output is not None:
+        result.folder = work.of_first(
+            lambda: save(model, output, tokenizer=tokenizer, report=result.report(), overwrite=overwrite)
+        )
+        for one in trainings:  # the weights are in the folder now
+            if one.keep_in is not None and work.processes.rank == 0:
+                one.keep_in.unlink(missing_ok=True)
+    return result
+
+
+def _counts(length: int, remove: Target | int | float | str, rounds: int) -> list[int]:
+    """How many blocks go in each round."""
+    target = Target.parse(remove) if isinstance(remove, str) else remove
+    target = target if isinstance(target, Target) else Target(target)
+    if target.of != "blocks":
+        raise StreamlineError(
+            f"The target {target} is not one of blocks, which rounds can share. Give a number or a fraction of the "
+            "blocks, or remove in one round (compress)."
+        )
+    total = blocks_to_remove(target.amount, length)
+    if not 1 <= rounds <= total:
+        raise StreamlineError(f"{total} blocks cannot go in {rounds} rounds; expected 1 to {total} rounds.")
+    return [total // rounds + (number < total % rounds) for number in range(rounds)]
+
+
+def _parts(texts: Any, tokenizer: Any, rounds: int, test_texts: Any, options: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """All of the text, where it is text, and for each round its part, which shares validation and test."""
+    if are_batches(texts):
+        given = cast(Mapping[str, Sequence[Any]], texts)
+        if len(given.get("calibration", ())) < 2 * rounds:
+            raise StreamlineError(
+                f"{len(given.get('calibration', ()))} calibration batches were given for {rounds} rounds, which need "
+                "two each at least. Give more, or ask for fewer rounds."
+            )
+        return None, [{**given, "calibration": list(given["calibration"][k::rounds])} for k in range(rounds)]
+    own = {name: options.pop(name) for name in _OF_DOCUMENTS if name in options and name != "seed"}
+    if isinstance(texts, Mapping):
+        split = TokenSplit.of_packed(texts)
+    elif isinstance(texts, TokenSplit):
+        split = texts
+    else:
+        if tokenizer is None:
+            raise StreamlineError("Documents need a tokenizer; give one, or text that is dealt out already.")
+        own = {"calibration_tokens": 41_000, "validation_tokens": 4_096, "test_tokens": 12_288, **own}
+        split = split_documents(texts, tokenizer, test_documents=test_texts, seed=options.get("seed", 0), **own)
+        test_texts = None
+    if test_texts:
+        raise StreamlineError("Text that is dealt out already has a test part of its own; leave test_texts out.")
+    return split, [split.part_of_calibration(number, rounds) for number in range(rounds)]
+
+
+def _training(training: Training, output: str | Path | None, number: int) -> Training:
+    """A round's own training: its file is named after the round."""
+    beside = None if output is None else Path(output).with_name(f"{Path(output).name}.training")
+    file = training.keep_in or beside
+    if file is None:
+        return training
+    return replace(training, keep_in=file.with_name(f"{file.name}.round-{number + 1}"))
+
+
+def _together(done: Sequence[CompressionResult], whole: TokenSplit | None) -> CompressionResult:
+    """One result of all rounds."""
+    first, last = done[0], done[-1]
+    plans = list(_in_first_numbering([one.plan for one in done]))
+    gone = [set(plan.removed) for plan in plans]
+    rounds = [
+        {
+            "removed": sorted(after - before),
+            "perplexity": one.perplexities,
+            "scores": one.scores,
+            "training": None if one.training is None else one.training.report(),
+        }
+        for one, before, after in zip(done, [set(), *gone], gone, strict=False)
+    ]
+    seconds: dict[str, float] = {}
+    for one in done:
+        for step, spent in one.seconds.items():
+            seconds[step] = seconds.get(step, 0.0) + spent
+    data = last.data if whole is None else {**last.data, **whole.figures()}
+    return replace(
+        last,
+        plan=plans[-1],
+        perplexities={name: value for name, value in last.perplexities.items() if name in ("original", "trained")},
+        scores={name: value for name, value in last.scores.items() if name in ("original", "trained")},
+        parameters=(first.parameters[0], last.parameters[1]),
+        size_in_bytes=(first.size_in_bytes[0], last.size_in_bytes[1]),
+        seconds=seconds,
+        data=data,
+        rounds=rounds,
+    )
+
+
+def _in_first_numbering(plans: Sequence[SurgeryPlan]) -> Iterator[SurgeryPlan]:
+    """What each of several surgeries, one after the other, came to with those before it."""
+    so_far = plans[0]
+    yield so_far
+    for plan in plans[1:]:
+        so_far = plan.after(so_far)
+        yield so_far

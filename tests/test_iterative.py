@@ -1,0 +1,183 @@
+"""Removing in rounds: each ranks what the one before left, the original teaches, and the numbers are the original's."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from streamline_hooks import StreamlineError, compress_iteratively, iterative, load
+from streamline_hooks.calibration import TokenSplit
+from streamline_hooks.repair import Objective, Training, training_loop
+from streamline_hooks.report import write_report
+from streamline_hooks.stack import find_stack
+from streamline_hooks.surgery import SurgeryPlan
+from streamline_hooks.surgery.plan import Slot, Splice
+from streamline_hooks.testing import tiny_model
+
+QUICK = Training(Objective.parse("kl + lm"), learning_rate=3e-3, validations=2)
+OPTIONS: dict[str, Any] = {"kind": "linear", "healing": "partial:where=after,rate=0.2", "side_by_side": False}
+
+
+def texts(seed: int, count: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(3, 60, (2, 12), generator=generator) for _ in range(count)]
+    return [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids]
+
+
+PARTS = {"calibration": texts(0, 12), "validation": texts(1, 2), "test": texts(2, 3)}
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+
+
+def test_each_round_sees_its_part_and_is_taught_by_the_original(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rounds: list[dict[str, Any]] = []
+    run = iterative.compress
+
+    def watched(given: Any, tokenizer: Any, part: Any, **options: Any) -> Any:
+        teacher = options["teacher"]
+        assert teacher is not given and len(find_stack(teacher)) == 8
+        assert all(torch.equal(before[name], p) for name, p in teacher.named_parameters()), "the teacher was changed"
+        rounds.append(
+            {"blocks": len(find_stack(given)), "seen": [int(b["input_ids"].sum()) for b in part["calibration"]]}
+        )
+        return run(given, tokenizer, part, **options)
+
+    monkeypatch.setattr(iterative, "compress", watched)
+    result = compress_iteratively(
+        model, None, PARTS, rounds=3, remove=4, training=QUICK, output=tmp_path / "out", **OPTIONS
+    )
+    assert [one["blocks"] for one in rounds] == [8, 6, 5]
+    seen = [number for one in rounds for number in one["seen"]]
+    assert sorted(seen) == sorted(int(b["input_ids"].sum()) for b in PARTS["calibration"]), "a batch twice, or left out"
+    assert [len(one["removed"]) for one in result.rounds] == [2, 1, 1]
+    gone = sorted(k for one in result.rounds for k in one["removed"])
+    assert list(result.plan.removed) == gone and len(set(gone)) == 4
+    assert (result.plan.old_length, len(result.plan.slots), len(find_stack(model))) == (8, 4, 4)
+    assert sum(one["training"]["tokens"] for one in result.rounds) == 12 * 24
+    for k, slot in enumerate(result.plan.slots):  # what stays is where the plan says, but for what healing changed
+        name = "self_attn.q_proj.weight"
+        old, new = before[f"model.layers.{slot.source}.{name}"], find_stack(model)[k].get_parameter(name)
+        assert (old - new).norm() < 0.1 * old.norm()
+    assert "removed " + ", then ".join(" ".join(map(str, one["removed"])) for one in result.rounds) in result.table()
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["rounds"] == json.loads(json.dumps(result.rounds))
+    ids = PARTS["test"][0]["input_ids"]
+    assert torch.equal(load(tmp_path / "out")(ids).logits, model(ids).logits)
+    assert write_report(tmp_path / "page.html", title=result.title, command="x", compression=result.report()).is_file()
+    assert not list(tmp_path.glob("*.round-*"))
+
+
+def test_what_is_measured_is_measured_against_the_original() -> None:
+    model = tiny_model("llama")
+    ids = torch.cat([batch["input_ids"] for batch in PARTS["test"]])
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1].double()
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).exp()
+    size = sum(p.numel() for p in model.parameters())
+    result = compress_iteratively(model, None, PARTS, rounds=2, remove=2, training=QUICK, **OPTIONS)
+    assert set(result.perplexities) == {"original", "trained"}
+    assert result.perplexities["original"] == pytest.approx(float(wanted), rel=1e-5)
+    assert result.parameters[0] == size
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_round_that_was_broken_off_goes_on_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"rounds": 2, "remove": 2, **OPTIONS}
+    whole = tiny_model("llama")
+    wanted = compress_iteratively(whole, None, PARTS, training=QUICK, **settings)
+    kept = replace(QUICK, keep_every=0.0)
+    with monkeypatch.context() as patch:
+        make, steps = training_loop.Loop._step, [0]
+
+        def dies(self: Any) -> Any:
+            steps[0] += 1
+            if steps[0] == 9:  # six steps are a round
+                raise Killed
+            return make(self)
+
+        patch.setattr(training_loop.Loop, "_step", dies)
+        with pytest.raises(Killed):
+            compress_iteratively(tiny_model("llama"), None, PARTS, training=kept, output=tmp_path / "out", **settings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.training.round-1", "out.training.round-2"]
+    model, made = tiny_model("llama"), [0]
+    with monkeypatch.context() as patch:
+
+        def counted(self: Any) -> Any:
+            made[0] += 1
+            return make(self)
+
+        patch.setattr(training_loop.Loop, "_step", counted)
+        found = compress_iteratively(
+            model, None, PARTS, training=kept, output=tmp_path / "out", resume=True, **settings
+        )
+    assert made == [4], "steps that were made already were made again"
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+    assert found.plan == wanted.plan
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rounds": 3, "remove": 2}, r"2 blocks cannot go in 3 rounds; expected 1 to 2 rounds"),
+        ({"rounds": 2, "remove": "parameters:0.2"}, r"parameters:0.2 is not one of blocks, which rounds can share"),
+        ({"rounds": 2, "remove": 2, "profile": object()}, r"Each round makes a profile of its own"),
+        ({"rounds": 2, "remove": 2, "resume": True}, r"There is no training to resume at any place"),
+        ({"rounds": 7, "remove": 7}, r"12 calibration batches were given for 7 rounds, which need two each at least"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_removed(options: dict[str, Any], said: str) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(StreamlineError, match=said):
+        compress_iteratively(model, None, PARTS, training=QUICK, **{**OPTIONS, **options})
+    assert len(find_stack(model)) == 8
+
+
+def test_sequences_are_dealt_to_the_rounds_with_their_positions() -> None:
+    rows = torch.arange(28).view(7, 4)
+    split = TokenSplit(rows, rows[:1], rows[1:2], "whole", positions={"calibration": rows + 100, "test": rows[:1]})
+    parts = [split.part_of_calibration(k, 3) for k in range(3)]
+    assert sorted(torch.cat([part.calibration for part in parts])[:, 0].tolist()) == rows[:, 0].tolist()
+    assert all(torch.equal(part.positions["calibration"], part.calibration + 100) for part in parts)
+    assert len({part.fingerprint for part in parts} | {"whole"}) == 4
+    assert all(part.test is split.test for part in parts)
+    with pytest.raises(StreamlineError, match=r"fills 7 sequences of 4 tokens, and 4 rounds need two each at least"):
+        split.part_of_calibration(0, 4)
+
+
+def test_two_plans_are_one_in_the_first_numbering() -> None:
+    first = SurgeryPlan(
+        "layers",
+        6,
+        (Slot(0, "B"), Slot(None, "New"), Slot(4, "B", silenced=("mlp",)), Slot(5, "B")),
+        (Splice(1, 1, (1, 4), "Linear"),),
+    )
+    second = SurgeryPlan(
+        "layers",
+        4,
+        (Slot(0, "B"), Slot(1, "New"), Slot(2, "B", silenced=("attention",), folded=("mlp",))),
+        (Splice(1, 1, None, "Linear"), Splice(3, 3, (3, 4), "Linear")),
+    )
+    both = second.after(first)
+    assert both.removed == (1, 2, 3, 5)
+    assert both.slots[1] == Slot(None, "New")
+    assert both.slots[2] == Slot(4, "B", silenced=("attention", "mlp"), folded=("mlp",))
+    assert both.splices == (Splice(1, 4, None, "Linear"), Splice(3, 5, (5, 6), "Linear"))
+    with pytest.raises(StreamlineError, match=r"left 3 blocks of layers, and this one began with 6"):
+        first.after(second)
