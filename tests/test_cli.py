@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from streamline_hooks.calibration import PackedText, stream_documents
-from streamline_hooks.cli.compress import LEARNING_RATE, _recipe
+from streamline_hooks.cli.compress import LEARNING_RATE, VALIDATIONS, _recipe
 from tests.commands import run
 
 SMALL = [
@@ -318,7 +318,7 @@ def test_smollm2_that_is_not_installed_says_how_to_get_it(
 
 @pytest.mark.parametrize("recipe", [("", "kl", "lora"), ("uidl", "", "")])
 def test_the_seed_is_that_of_the_training_too(recipe: tuple[str, str, str]) -> None:
-    _, training, _ = _recipe("linear", *recipe, 1, LEARNING_RATE, False, 7)
+    _, training, _ = _recipe("linear", *recipe, 1, VALIDATIONS, LEARNING_RATE, False, 7)
     assert training.seed == 7
 
 
@@ -330,6 +330,7 @@ def test_the_seed_is_that_of_the_training_too(recipe: tuple[str, str, str]) -> N
         (["--preset", "worst"], "The preset 'worst' is unknown"),
         (["--heal", "lora"], "--heal lora is a part of a training"),
         (["--epochs", "2"], "are of a training; say what for"),
+        (["--validations", "2"], "--validations, --learning-rate and --autocast are of a training; say what for"),
         (["--train", "kld"], "The objective 'kld' cannot be read"),
     ],
 )

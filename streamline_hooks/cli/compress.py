@@ -36,6 +36,7 @@ from streamline_hooks.cli.processes import launched
 from streamline_hooks.errors import StreamlineError
 
 LEARNING_RATE = 1e-3
+VALIDATIONS = 8
 
 
 def compress(
@@ -84,6 +85,9 @@ def compress(
         ),
     ] = "",
     epochs: Annotated[int, typer.Option(help="How often the training sees the calibration text.", min=1)] = 1,
+    validations: Annotated[
+        int, typer.Option(help="How often the training looks at the validation text, to keep its best weights.", min=1)
+    ] = VALIDATIONS,
     learning_rate: Annotated[float, typer.Option(help="The highest of the training.", min=0)] = LEARNING_RATE,
     autocast: Annotated[bool, typer.Option("--autocast", help="Train with products in bfloat16.")] = False,
     resume: Annotated[
@@ -167,7 +171,7 @@ def compress(
     Example: streamline-hooks compress smollm2 --remove 0.25 --output smollm2-small
     """
     from streamline_hooks.checkpoint import require_free
-    from streamline_hooks.cli.budget import PRESET, given_or_none, refuse_beside_budget
+    from streamline_hooks.cli.budget import PRESET, given_or_none, refuse_beside_budget, said_again
     from streamline_hooks.cli.task_data import Amounts, batches_for
     from streamline_hooks.compress import compress as run
     from streamline_hooks.distributed import together
@@ -187,7 +191,9 @@ def compress(
             needs, count = criterion_named(criterion).needs, work.processes.count
             refuse_beside_budget(context, sources=sources, criterion=needs, processes=count)
             preset = PRESET
-        kind, training, healing = _recipe(kind, preset, objective, heal, epochs, learning_rate, autocast, seed)
+        kind, training, healing = _recipe(
+            kind, preset, objective, heal, epochs, validations, learning_rate, autocast, seed
+        )
         chosen = kind_named(kind)
         target = Target.parse(remove)
         require_search(search, criterion_named(criterion), target)
@@ -289,7 +295,7 @@ def compress(
                 seed=seed,
                 output=output,
             )
-            for line in plan.lines():
+            for line in (*plan.lines(), said_again(plan)):
                 say(line)
             if dry_run:
                 return
@@ -340,7 +346,15 @@ def _nothing(line: str = "") -> None:
 
 
 def _recipe(
-    kind: str, preset: str, objective: str, heal: str, epochs: int, learning_rate: float, autocast: bool, seed: int
+    kind: str,
+    preset: str,
+    objective: str,
+    heal: str,
+    epochs: int,
+    validations: int,
+    learning_rate: float,
+    autocast: bool,
+    seed: int,
 ) -> tuple[str, Any, Any]:
     """The kind, the training and the healing that the options come to."""
     import torch
@@ -357,15 +371,24 @@ def _recipe(
         if given:
             raise StreamlineError(f"--preset {preset} says what {' and '.join(given)} would; leave one of them out.")
         chosen = preset_named(preset)
-        training = chosen.training and replace(chosen.training, epochs=epochs, autocast=dtype, seed=seed)
+        training = chosen.training and replace(
+            chosen.training, epochs=epochs, validations=validations, autocast=dtype, seed=seed
+        )
         return chosen.kind, training, chosen.healing
     if heal and not objective:
         raise StreamlineError(f"--heal {heal} is a part of a training; say what for, such as --train kl.")
     if not objective:
-        if (epochs, learning_rate, autocast) != (1, LEARNING_RATE, False):
-            raise StreamlineError("--epochs, --learning-rate and --autocast are of a training; say what for (--train).")
+        if (epochs, validations, learning_rate, autocast) != (1, VALIDATIONS, LEARNING_RATE, False):
+            raise StreamlineError(
+                "--epochs, --validations, --learning-rate and --autocast are of a training; say what for (--train)."
+            )
         return kind, None, None
     training = Training(
-        objective=Objective.parse(objective), epochs=epochs, learning_rate=learning_rate, autocast=dtype, seed=seed
+        objective=Objective.parse(objective),
+        epochs=epochs,
+        validations=validations,
+        learning_rate=learning_rate,
+        autocast=dtype,
+        seed=seed,
     )
     return kind, training, Healing.parse(heal) if heal else None
