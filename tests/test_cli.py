@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from streamline_hooks.calibration import PackedText, stream_documents
-from streamline_hooks.cli.compress import LEARNING_RATE, _recipe
+from streamline_hooks.cli.recipe import Asked
 from tests.commands import run
 
 SMALL = [
@@ -322,7 +322,9 @@ def test_smollm2_that_is_not_installed_says_how_to_get_it(
 
 @pytest.mark.parametrize("recipe", [("", "kl", "lora"), ("uidl", "", "")])
 def test_the_seed_is_that_of_the_training_too(recipe: tuple[str, str, str]) -> None:
-    _, training, _, _ = _recipe("linear", *recipe, "", 1, 1, LEARNING_RATE, False, 7)
+    preset, objective, heal = recipe
+    _, training, _, _ = Asked(preset=preset, objective=objective, heal=heal).recipe(7)
+    assert training is not None
     assert training.seed == 7
 
 
@@ -334,6 +336,7 @@ def test_the_seed_is_that_of_the_training_too(recipe: tuple[str, str, str]) -> N
         (["--preset", "worst"], "The preset 'worst' is unknown"),
         (["--heal", "lora"], "--heal lora: this is of a training, and no --train says what for (such as kl)"),
         (["--epochs", "2"], "--epochs: this is of a training, and no --train says what for"),
+        (["--validations", "2"], "--validations: this is of a training"),
         (["--on-policy", "kl", "--rounds", "2"], "--on-policy kl and --rounds 2: this is of a training"),
         (["--on-policy", "kl", "--preset", "none"], "--on-policy kl: this is of a training, and --preset none trains"),
         (["--rounds", "3", "--preset", "iterative"], "--preset iterative says what --rounds would"),

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from streamline_hooks.cli.budget import said_again
+from streamline_hooks.planning import training_plan_here
+from streamline_hooks.repair import training_loop
 from tests.commands import run
 
 Command = Callable[..., tuple[int, str, str]]
@@ -24,7 +28,7 @@ def command(
 ) -> Command:
     """Run the command on stories260k and a little text: its exit code, what it wrote, and what it complained of."""
     file = tmp_path / "stories.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in story_texts[:30]))
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in story_texts[:20]))
     fixed = ["-o", tmp_path / "out", "--remove", 1, "--sequence-length", 64]
 
     def call(*options: Any) -> tuple[int, str, str]:
@@ -44,6 +48,7 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(command: Command, tmp_path: 
     for stage in ("plan", "prepare", "rank", "verify", "measure", "train", "compare", "save"):
         assert f"{stage} " in lines[2], stage
     assert "suffices for " in lines[3] and "seen 4 times, so that it will end earlier" in lines[3]
+    assert lines[4].startswith("resume     after an interruption, in the place of --budget: --preset best ")
     assert not (tmp_path / "out").exists() and "train on" not in err
 
 
@@ -62,6 +67,42 @@ def test_what_is_planned_is_done(command: Command, tmp_path: Path) -> None:
     assert trained["tokens"] == 4 * data["calibration_tokens"] and trained["stopped"] == ""
     assert report["kind"] == "swiglu" and report["plan"]["removed"] != [4], "nothing behind it could be healed"
     assert not (tmp_path / "out.training").exists()
+
+
+def test_what_was_planned_is_gone_on_with_as_it_was_said(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a plan made now would be another one: all that the plan decided is in the line."""
+
+    class Killed(BaseException):
+        pass
+
+    made: list[Any] = []
+    step, make = training_loop.Loop._step, training_plan_here.plan_training
+
+    def dies(loop: Any) -> Any:
+        loop._keep()
+        if loop.step == 5:
+            raise Killed
+        return step(loop)
+
+    def planned(*given: Any, **options: Any) -> Any:
+        made.append(replace(make(*given, **options), budget=600.0))
+        made[-1] = replace(made[-1], sizes=replace(made[-1].sizes, epochs=1, validations=3))
+        return made[-1]
+
+    monkeypatch.setattr("streamline_hooks.planning.plan_training", planned)
+    few = ("--shortlist", 2, "--keep", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(training_loop.Loop, "_step", dies)
+        with pytest.raises(Killed):
+            command("--budget", "1h", *few)
+    options = said_again(made[0]).partition("--budget: ")[2].split()
+    assert "--keep=0,-1" in options
+    code, _, err = command(*few[:2], *options)
+    assert code == 0, err
+    trained = json.loads((tmp_path / "out" / "report.json").read_text())["training"]
+    assert trained["tokens"] == made[0].sizes.calibration and len(trained["history"]) == 4
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from streamline_hooks.errors import StreamlineError
+
+if TYPE_CHECKING:
+    from streamline_hooks.planning import BudgetPlan
 
 PRESET = "best"
 _DECIDED = {
@@ -16,6 +19,7 @@ _DECIDED = {
     "on_policy": "--on-policy",
     "rounds": "--rounds",
     "epochs": "--epochs",
+    "validations": "--validations",
     "learning_rate": "--learning-rate",
     "autocast": "--autocast",
     "calibration_tokens": "--calibration-tokens",
@@ -67,6 +71,24 @@ def refuse_beside_budget(context: typer.Context, *, text: str, criterion: str, p
             f"text that is there, and does not go with {' and '.join(elsewhere)}. Leave it out, and say "
             "--calibration-tokens instead of --budget."
         )
+
+
+def said_again(plan: BudgetPlan) -> str:
+    """What to say in the place of ``--budget`` to go on with a training that was interrupted, for a terminal."""
+    sizes, given = plan.sizes, plan.given
+    options = [
+        f"--preset {plan.preset.name}",
+        *(["--autocast"] if plan.training.autocast is not None else []),
+        f"--epochs {sizes.epochs}",
+        f"--validations {sizes.validations}",
+        f"--calibration-tokens {sizes.calibration}",
+        f"--fitting-tokens {sizes.fitting}",
+        f"--validation-tokens {sizes.validation}",
+        f"--test-tokens {sizes.test}",
+        f"--batch-size {given.batch_size}",
+        *([f"--keep={','.join(map(str, given.keep))}"] if given.keep else []),
+    ]
+    return f"resume     after an interruption, in the place of --budget: {' '.join(options)} --resume"
 
 
 def given_or_none(context: typer.Context, name: str) -> Any:

@@ -36,9 +36,8 @@ from streamline_hooks.cli.options import (
 )
 from streamline_hooks.cli.page import write_page
 from streamline_hooks.cli.processes import launched
+from streamline_hooks.cli.recipe import LEARNING_RATE, VALIDATIONS, Asked
 from streamline_hooks.errors import StreamlineError
-
-LEARNING_RATE = 1e-3
 
 
 def compress(
@@ -105,6 +104,9 @@ def compress(
         ),
     ] = "",
     epochs: Annotated[int, typer.Option(help="How often the training sees the calibration text.", min=1)] = 1,
+    validations: Annotated[
+        int, typer.Option(help="How often the training looks at the validation text, to keep its best weights.", min=1)
+    ] = VALIDATIONS,
     learning_rate: Annotated[float, typer.Option(help="The highest of the training.", min=0)] = LEARNING_RATE,
     autocast: Annotated[bool, typer.Option("--autocast", help="Train with products in bfloat16.")] = False,
     resume: Annotated[
@@ -189,7 +191,7 @@ def compress(
     Example: streamline-hooks compress smollm2 --remove 0.25 --output smollm2-small
     """
     from streamline_hooks.checkpoint import require_free
-    from streamline_hooks.cli.budget import PRESET, given_or_none, refuse_beside_budget
+    from streamline_hooks.cli.budget import PRESET, given_or_none, refuse_beside_budget, said_again
     from streamline_hooks.cli.task_data import Amounts, batches_for
     from streamline_hooks.compress import compress as run
     from streamline_hooks.distributed import together
@@ -210,9 +212,10 @@ def compress(
             needs, count = criterion_named(criterion).needs, work.processes.count
             refuse_beside_budget(context, text=sources.unusual, criterion=needs, processes=count)
             preset = PRESET
-        kind, training, healing, rounds = _recipe(
-            kind, preset, objective, heal, on_policy, rounds, epochs, learning_rate, autocast, seed
+        asked_for = Asked(
+            kind, preset, objective, heal, on_policy, rounds, epochs, validations, learning_rate, autocast
         )
+        kind, training, healing, rounds = asked_for.recipe(seed)
         chosen = kind_named(kind)
         target = Target.parse(remove)
         require_search(search, criterion_named(criterion), target)
@@ -315,7 +318,7 @@ def compress(
                 seed=seed,
                 output=output,
             )
-            for line in plan.lines():
+            for line in (*plan.lines(), said_again(plan)):
                 say(line)
             if dry_run:
                 return
@@ -329,6 +332,8 @@ def compress(
             if not task.is_of_text:
                 typer.echo("What this costs is not known beforehand for such a model.")
                 return
+            if rounds > 1 or on_policy:
+                typer.echo("What several rounds, or texts that the model writes itself, cost besides is not told here.")
             costs = ready.costs(shortlist, profile is not None, training, healing)
             typer.echo("")
             for cost in costs:
@@ -341,7 +346,7 @@ def compress(
                 )
         if dry_run:
             return
-        carried_out = run if rounds == 1 else partial(compress_iteratively, rounds=rounds)
+        carried_out: Any = run if rounds == 1 else partial(compress_iteratively, rounds=rounds)
         result = carried_out(
             loaded,
             tokenizer,
@@ -364,55 +369,3 @@ def compress(
 
 def _nothing(line: str = "") -> None:
     """Say nothing: the first process does."""
-
-
-def _recipe(
-    kind: str,
-    preset: str,
-    objective: str,
-    heal: str,
-    on_policy: str,
-    rounds: int,
-    epochs: int,
-    learning_rate: float,
-    autocast: bool,
-    seed: int,
-) -> tuple[str, Any, Any, int]:
-    """The kind, the training, the healing and the rounds that the options come to."""
-    import torch
-
-    from streamline_hooks.repair import Healing, Objective, OnPolicy, Training, preset_named
-
-    dtype = torch.bfloat16 if autocast else None
-    own = OnPolicy.parse(on_policy) if on_policy else None
-    if preset:
-        given = {"--kind": kind != "linear", "--train": objective, "--heal": heal}
-        given["--learning-rate"] = learning_rate != LEARNING_RATE
-        chosen = preset_named(preset)
-        given["--rounds"] = rounds != 1 and chosen.rounds != 1
-        if said := [name for name, there in given.items() if there]:
-            raise StreamlineError(f"--preset {preset} says what {' and '.join(said)} would; leave one of them out.")
-        training = chosen.training and replace(chosen.training, epochs=epochs, autocast=dtype, seed=seed, on_policy=own)
-        kind, healing, rounds = chosen.kind, chosen.healing, max(rounds, chosen.rounds)
-        missing = f"--preset {preset} trains nothing" if training is None else ""
-    else:
-        healing = Healing.parse(heal) if heal else None
-        training = (
-            Training(
-                objective=Objective.parse(objective),
-                on_policy=own,
-                epochs=epochs,
-                learning_rate=learning_rate,
-                autocast=dtype,
-                seed=seed,
-            )
-            if objective
-            else None
-        )
-        missing = "" if objective else "no --train says what for (such as kl)"
-    needs = {f"--heal {heal}": heal, f"--on-policy {on_policy}": on_policy, f"--rounds {rounds}": rounds > 1}
-    needs |= {"--epochs": epochs != 1, "--learning-rate": not preset and learning_rate != LEARNING_RATE}
-    needs |= {"--autocast": autocast}
-    if missing and (said := [name for name, there in needs.items() if there]):
-        raise StreamlineError(f"{' and '.join(said)}: this is of a training, and {missing}.")
-    return kind, training, healing, rounds

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from streamline_hooks import StreamlineError, compress
 from streamline_hooks.planning import plan_training, training_plan_here
 from streamline_hooks.planning.training_budget import BudgetPlan, Given, Paces, Sizes, plan_in
-from streamline_hooks.repair import preset_named
+from streamline_hooks.repair import Healing, preset_named
 from streamline_hooks.repair.training_pace import TrainingPace
 
 BEST = preset_named("best")
@@ -176,6 +176,19 @@ def test_little_text_is_all_taken_and_the_plan_is_carried_out(
     assert figures == [sizes.calibration, sizes.fitting, sizes.validation, sizes.test]
     assert not any("shrunk" in note for note in result.data["notes"])
     assert len(result.model.model.layers) == 4
+
+
+def test_the_last_block_stays_where_blocks_behind_the_window_are_healed(
+    story_model: tuple[Any, Any], story_texts: list[str]
+) -> None:
+    """Else the best window may be the last, and that is told when the time for finding it is spent."""
+    plan = plan_training(*story_model, story_texts, 3600.0, keep=(0, 1), **SMALL)
+    assert plan.arguments["keep"] == (0, 1, -1)
+    with pytest.raises(StreamlineError, match=r"free of the protected ones \(0, 1, 2, 3, 4\)"):
+        plan_training(*story_model, story_texts, 3600.0, keep=(0, 1, 2, 3), **SMALL)
+    elsewhere = replace(BEST, healing=Healing.parse("partial:where=beside,count=1"))
+    alone = plan_training(*story_model, story_texts, 3600.0, preset=elsewhere, keep=(0, 1, 2, 3), **SMALL)
+    assert alone.arguments["keep"] == (0, 1, 2, 3)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,90 @@
+"""What the options of a compression come to: a kind, a training, what is healed besides, and in how many rounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from streamline_hooks.errors import StreamlineError
+
+if TYPE_CHECKING:
+    from streamline_hooks.repair import Healing, Training
+
+LEARNING_RATE, VALIDATIONS, _KIND = 1e-3, 8, "linear"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options, each by its own name; empty, or as they are by default, where they were left out."""
+
+    kind: str = _KIND
+    preset: str = ""
+    objective: str = ""
+    heal: str = ""
+    on_policy: str = ""
+    rounds: int = 1
+    epochs: int = 1
+    validations: int = VALIDATIONS
+    learning_rate: float = LEARNING_RATE
+    autocast: bool = False
+
+    def recipe(self, seed: int) -> tuple[str, Training | None, Healing | None, int]:
+        """The kind, the training, the healing and the rounds.
+
+        Raises
+        ------
+        StreamlineError
+            If an option contradicts the preset, or does nothing, since nothing is trained.
+        """
+        from streamline_hooks.repair import Healing, Objective, Training, preset_named
+
+        if not self.preset:
+            self._require_used("" if self.objective else "no --train says what for (such as kl)")
+            healing = Healing.parse(self.heal) if self.heal else None
+            if not self.objective:
+                return self.kind, None, None, 1
+            training = Training(objective=Objective.parse(self.objective), learning_rate=self.learning_rate)
+            return self.kind, self._of(training, seed), healing, self.rounds
+        chosen = preset_named(self.preset)
+        decided = {
+            "--kind": self.kind != _KIND,
+            "--train": self.objective,
+            "--heal": self.heal,
+            "--learning-rate": self.learning_rate != LEARNING_RATE,
+            "--rounds": self.rounds != 1 and chosen.rounds != 1,
+        }
+        if said := [name for name, there in decided.items() if there]:
+            raise StreamlineError(
+                f"--preset {self.preset} says what {' and '.join(said)} would; leave one of them out."
+            )
+        self._require_used("" if chosen.training else f"--preset {self.preset} trains nothing")
+        trained = chosen.training and self._of(chosen.training, seed)
+        return chosen.kind, trained, chosen.healing, max(self.rounds, chosen.rounds)
+
+    def _of(self, training: Training, seed: int) -> Training:
+        import torch
+
+        from streamline_hooks.repair import OnPolicy
+
+        return replace(
+            training,
+            on_policy=OnPolicy.parse(self.on_policy) if self.on_policy else None,
+            epochs=self.epochs,
+            validations=self.validations,
+            autocast=torch.bfloat16 if self.autocast else None,
+            seed=seed,
+        )
+
+    def _require_used(self, missing: str) -> None:
+        """Raise if there are options of a training, and none is made."""
+        of_training = {
+            f"--heal {self.heal}": self.heal,
+            f"--on-policy {self.on_policy}": self.on_policy,
+            f"--rounds {self.rounds}": self.rounds != 1,
+            "--epochs": self.epochs != 1,
+            "--validations": self.validations != VALIDATIONS,
+            "--learning-rate": self.learning_rate != LEARNING_RATE,
+            "--autocast": self.autocast,
+        }
+        if missing and (said := [name for name, there in of_training.items() if there]):
+            raise StreamlineError(f"{' and '.join(said)}: this is of a training, and {missing}.")
