@@ -14,6 +14,7 @@ from torch import nn
 from streamline_hooks.batch import device_of, tokens_of
 from streamline_hooks.calibration import split_documents
 from streamline_hooks.calibration.split import PARTS
+from streamline_hooks.collapse_watch import CollapseWatch
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import Pace, measure_pace
 from streamline_hooks.evaluation.speed import wait_for
@@ -197,6 +198,7 @@ def _paces(
     sample = "".join(texts[:_DOCUMENTS])[:_CHARACTERS]
     encoding, encoded = timed(lambda: tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"])
     writing, _ = timed(lambda: SideBySide(model, tokenizer, ready.test, lambda line: None))
+    watching, _ = timed(lambda: CollapseWatch(model, tokenizer, ready.test, lambda line: None))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     return Paces(
         plan=0.0,
@@ -208,7 +210,7 @@ def _paces(
         score=_scoring(pace, windows[0]),
         solve=len(windows) * solving,
         training=first,
-        compare=_WRITINGS * writing,
+        compare=_WRITINGS * writing + 2 * watching,  # the original, and what is made of it
         save=size / write_rate(None if output is None else Path(output).absolute().parent),
         others=tuple(others),
     )
