@@ -17,11 +17,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
-.PHONY: help demo test coverage oldest engines lint architectures bench bench-scale bench-tasks quality setup clean distclean FORCE
+.PHONY: help demo test coverage oldest engines lint architectures bench bench-scale bench-tasks quality quality-generation setup clean distclean FORCE
 
 help: ## Show this list
 	@echo "make TARGET, where TARGET is one of"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-11s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-19s %s\n", $$1, $$2 }'
 	@echo "Each creates $(VENV) when it is missing or out of date. PYTHON=python3.12 chooses the interpreter."
 
 demo: $(VENV)/.stamp-demo ## Compress SmolLM2-135M by a quarter and let the result write
@@ -103,6 +103,9 @@ bench-tasks: $(VENV)/.stamp-bench ## Shorten a text encoder, a vision encoder an
 
 quality: $(VENV)/.stamp-bench ## Compare the recipes on SmolLM2-135M (four hours on two cores; goes on where it stopped)
 	$(BIN)/python -m benchmarks.quality
+
+quality-generation: $(VENV)/.stamp-bench ## Take one part of a repair away at a time, and see what is written (a day on two cores; goes on)
+	$(BIN)/python -m benchmarks.quality_generation
 
 setup: $(VENV)/.stamp-test ## Only create or update the environment of the tests
 
