@@ -5,8 +5,9 @@
 One thing is changed at a time: where the repair starts, by which loss it is trained, on which text, in how many rounds,
 and what is healed besides; all on the same number of training tokens, seen once, and (the plan ``minutes``) on as many
 as take the processor time that `best` takes. The windows are chosen once by the verified shortlist on training text;
-the seed decides the text, the order of the batches and what a network starts from. Classification is scored as in
-`benchmarks.quality`, generation as in `benchmarks.generation_scores`. A row goes to
+the seed decides the text, the order of the batches and what a network starts from. Classification is scored on the tasks of
+`benchmarks.quality`, generation as in `benchmarks.generation_scores`; the original and what is made from it both by
+products in bfloat16. Minutes are the processor's own. A row goes to
 ``benchmarks/results/quality_generation.json`` as soon as it is done, a training that was interrupted goes on where it
 was, and the tables go to ``benchmarks/results/quality_generation.md``. Two such commands share the rows between them.
 """
@@ -32,6 +33,7 @@ from benchmarks.generation_scores import Generation
 from benchmarks.quality import STARTING, choose
 from benchmarks.quality_scores import Quality, write
 from benchmarks.real_text import RESULTS, ROOT, SEQUENCE, arguments
+from benchmarks.short_answers import half_precision
 from benchmarks.training_text import TrainingText, training_text
 from streamline_hooks import compress_iteratively
 from streamline_hooks.batch import batches_of
@@ -54,7 +56,7 @@ from streamline_hooks.repair import (
 )
 from streamline_hooks.stack import find_stack
 
-FILE = RESULTS / "quality_generation.json"
+FILE, ORIGINAL = RESULTS / "quality_generation.json", RESULTS / "quality_generation_original.json"
 BEST = PRESETS["best"]
 SETTINGS = replace(BEST.training or Training(), autocast=torch.bfloat16, validations=4)
 
@@ -100,10 +102,6 @@ RECIPES: dict[str, Recipe] = {
     "without the warm start": Recipe(warm=False),
     "LM alone": Recipe(objective="lm"),
     "on policy, reverse": Recipe(on_policy="reverse_kl:begin=0.5,share=0.5"),
-    "on policy, mixed": Recipe(on_policy="0.5*kl + 0.5*reverse_kl:begin=0.5,share=0.5"),
-    "own text": Recipe(text="own"),
-    "KL alone, without healing": Recipe(objective="kl", healing=None),
-    "LoRA for partial": Recipe(healing=Healing("lora", "after")),
 }
 TRAINED = [name for name, recipe in RECIPES.items() if recipe.objective]
 ON_TEXT = ("perplexity_ratio", "mean_perplexity_ratio", "kl", "top1")
@@ -167,7 +165,8 @@ class Bench:
         self.options, self.file = options, options.results
         original, self.tokenizer = load_pretrained("smollm2")
         self.original = original
-        self.quality = Quality(original, self.tokenizer, options.data, items=options.items)
+        with half_precision(original):
+            self.quality = Quality(original, self.tokenizer, options.data, items=options.items, cache=ORIGINAL)
         self.generation = Generation(original, self.tokenizer, options.data)
         self.model = load_pretrained("smollm2")[0]
         self.stack = find_stack(self.model)
@@ -273,7 +272,9 @@ class Bench:
         self, run: Run, recipe: Recipe, model: Any, gone: list[int], training: Any, minutes: dict[str, float]
     ) -> dict[str, Any]:
         began = time.process_time()
-        classification, generation = self.quality.row(model), self.generation.row(model)
+        with half_precision(self.original), half_precision(model):
+            classification = self.quality.row(model)
+        generation = self.generation.row(model)
         return {
             **asdict(run),
             "what": {name: str(value) for name, value in asdict(recipe).items()},
