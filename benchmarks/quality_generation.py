@@ -5,9 +5,9 @@
 One thing is changed at a time: where the repair starts, by which loss it is trained, on which text, in how many rounds,
 and what is healed besides; all on the same number of training tokens, seen once, and (the plan ``minutes``) on as many
 as take the processor time that `best` takes. The windows are chosen once by the verified shortlist on training text;
-the seed decides the text, the order of the batches and what a network starts from. Classification is scored on the tasks of
-`benchmarks.quality`, generation as in `benchmarks.generation_scores`; the original and what is made from it both by
-products in bfloat16. Minutes are the processor's own. A row goes to
+the seed decides the text, the order of the batches and what a network starts from. Classification is scored on the
+tasks of `benchmarks.quality`, generation as in `benchmarks.generation_scores`; the original and what is made from it
+both by products in bfloat16. Minutes are the processor's own. A row goes to
 ``benchmarks/results/quality_generation.json`` as soon as it is done, a training that was interrupted goes on where it
 was, and the tables go to ``benchmarks/results/quality_generation.md``. Two such commands share the rows between them.
 """
