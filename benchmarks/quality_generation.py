@@ -414,8 +414,8 @@ def _same_tokens(rows: list[dict[str, Any]], tokens: int) -> dict[str, list[dict
 def _same_time(rows: list[dict[str, Any]], tokens: int) -> dict[str, list[dict[str, Any]]]:
     apart = [row for row in rows if row["tokens"] not in (*CURVE, tokens)]
     best = [row for row in rows if row["recipe"] == "best" and row["tokens"] == tokens]
-    found = {name: [row for row in apart if row["recipe"] == name] for name in RECIPES}
-    return {name: its for name, its in ({"best": best} | found).items() if its} if apart else {}
+    found = {name: [row for row in apart if row["recipe"] == name] for name in RECIPES} | {"best": best}
+    return {name: its for name, its in found.items() if its} if apart else {}
 
 
 def _rows(content: dict[str, Any], named: dict[str, list[dict[str, Any]]]) -> list[str]:

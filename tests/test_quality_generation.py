@@ -1,0 +1,110 @@
+"""The benchmark of what a repair keeps of generation: which rows there are, and the table that is made of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import quality_generation
+from benchmarks.quality_generation import CURVE, RECIPES, TRAINED, Bench, Run, numbers, plans, same_minutes, table
+
+
+def generation(solved: int, text: str = "and so on") -> dict[str, Any]:
+    bits = "1" * solved + "0" * (40 - solved)
+    match = {"length": 9.5, "share": 0.25, "repetition": 0.3, "original_repetition": 0.1}
+    return {
+        "key": "asked",
+        "probes": {"copying": bits, "arithmetic": bits},
+        "pass_at": {"samples": 20, "right": {"copying": [solved // 2] * 10}},
+        "last_words": {"right": bits, "perplexity": 12.0},
+        "match": {"text": match, "instructions": match},
+        "samples": [{"prompt": "Once *upon*", "text": text}],
+    }
+
+
+def row(run: Run, right: int, solved: int, minutes: float = 4.0, text: str = "and so on") -> dict[str, Any]:
+    return {
+        **asdict(run),
+        "right": {"copa": "1" * right + "0" * (100 - right)},
+        "generation": generation(solved, text),
+        "minutes": {"fit": 1.0, "train": minutes, "score": 3.0},
+        "text": {"mean_perplexity_ratio": 1.5, "kl": 0.4},
+    }
+
+
+def content(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    original = {"counted": ["copa"], "right": {"copa": "1" * 80 + "0" * 20}, "chance": {"copa": 0.5}}
+    keyed = {Run(*(one[name] for name in ("recipe", "removed", "tokens", "seed"))).key: one for one in rows}
+    return {"command": "the command", "tokens": 1000, "original": original, "generation": generation(30), "rows": keyed}
+
+
+def test_every_recipe_has_a_row_for_each_number_of_blocks_and_those_trained_three_seeds() -> None:
+    found = [run for runs in plans(1000, {}).values() for run in runs]
+    assert len({run.key for run in found}) == len(found)
+    for removed in (4, 8):
+        for name in RECIPES:
+            seeds = {run.seed for run in found if (run.recipe, run.removed, run.tokens) == (name, removed, 1000)}
+            assert seeds == ({0, 1, 2} if name in TRAINED else {0})
+    assert {run.tokens for run in found if run.recipe == "best" and run.removed == 8} == {1000, *CURVE}
+
+
+def test_the_same_minutes_are_as_many_tokens_as_they_allow() -> None:
+    runs = [Run("best", 8, 100_000), Run("KL alone", 8, 100_000), Run("on policy", 8, 100_000), Run("LM alone", 8, 1)]
+    rows = {run.key: row(run, 70, 20, minutes) for run, minutes in zip(runs[:3], (4.0, 2.0, 8.0), strict=True)}
+    assert [(run.recipe, run.tokens) for run in same_minutes(runs, rows)] == [
+        ("KL alone", 200_192),
+        ("on policy", 50_176),
+    ]
+    assert same_minutes(runs, {}) == []
+
+
+def test_numbers_are_means_over_the_seeds_and_above_chance() -> None:
+    runs = [Run("best", 8, 1000, seed) for seed in (0, 1)]
+    found = numbers(content([]), [row(runs[0], 70, 20), row(runs[1], 60, 10)])
+    assert found["classification"]["value"] == pytest.approx((0.65 - 0.5) / (0.8 - 0.5))
+    assert found["generation"]["greedy"]["above_chance"]["value"] == pytest.approx(15 / 30)
+    assert (found["seeds"], found["minutes"]) == (2, 5.0)
+
+
+def test_the_table_has_the_best_first_and_the_texts_beside_one_another() -> None:
+    rows = [
+        row(Run("removed", 8, 1000), 55, 3, text="a a | a"),
+        row(Run("best", 8, 1000), 75, 24),
+        row(Run("best", 8, 50_000), 78, 27),
+        row(Run("KL alone", 8, 1536), 72, 12),
+    ]
+    lines = table(content(rows)).splitlines()
+    names = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]
+    assert names == ["recipe", "best", "removed", "recipe", "best", "KL alone", "recipe",
+                     "best, 50,000 tokens", "best, 1,000 tokens"]  # fmt: skip
+    best = next(line for line in lines if line.startswith("| best |"))
+    assert " | 83.3% [" in best and " | 80.0% [" in best and best.endswith(" | 30.0% | 1.500 | 5.0 |")
+    assert "**Once \\*upon\\***" in lines and "- removed: a a \\| a" in lines
+    assert lines[-1] == "Made by `the command`."
+
+
+def test_two_processes_do_not_make_one_row_and_neither_loses_the_other_one_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality_generation, "ROOT", tmp_path)
+    monkeypatch.setattr(quality_generation, "table", lambda content: "")
+
+    def bench() -> Any:
+        made = Bench.__new__(Bench)
+        made.file, made.options = tmp_path / "results.json", SimpleNamespace()
+        made.content = made.read()
+        return made
+
+    one, two, run = bench(), bench(), Run("best", 8, 1000)
+    with one.taken(run) as mine, two.taken(run) as theirs:
+        assert (mine, theirs) == (True, False)
+        two.change(lambda content: content["rows"].update({"another": {}}))
+        one.change(lambda content: content["rows"].update({run.key: {}}))
+    assert sorted(json.loads(one.file.read_text())["rows"]) == ["another", run.key]
+    with two.taken(run) as theirs:
+        assert not theirs, "it is there already"
