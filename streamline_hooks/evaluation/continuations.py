@@ -222,6 +222,7 @@ def _sharing_holds(model: nn.Module, encoded: Sequence[Sequence[_Sequence]]) -> 
     except Exception as error:  # whatever a model without a cache, or with one of another kind, may raise
         shared, reason = torch.full_like(alone, math.nan), str(error)
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    half = half or torch.is_autocast_enabled(device_of(model).type)
     bound = (5e-2 if half else 1e-3) * (1.0 + alone.abs())
     if not bool(alone.isfinite().all()) or bool(((shared - alone).abs() <= bound).all()):
         return True

@@ -166,6 +166,27 @@ def test_a_cache_that_gives_something_else_is_not_used() -> None:
         assert mine == pytest.approx(reference(tiny_model("llama", torch.float64), question), rel=1e-9)
 
 
+def test_under_autocast_a_shared_context_may_differ_by_its_rounding() -> None:
+    """Weights in float32 say nothing of products in bfloat16; what is more than their rounding is still seen."""
+    model, questions = tiny_model("llama"), asked(Random(2), 6)
+    head, size = model.get_output_embeddings(), [1.01]
+
+    def coarse(module: nn.Module, args: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits * size[0] if logits.shape[:2] == (4, 5) else logits  # of the choices behind what they share
+
+    head.register_forward_hook(coarse)
+    with torch.autocast("cpu", torch.bfloat16):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            score_choices(model, Numbers(), questions)
+        size[0] = 1.3
+        with pytest.warns(UserWarning, match="Each choice is run alone"):
+            score_choices(model, Numbers(), questions)
+    size[0] = 1.01
+    with pytest.warns(UserWarning, match="Each choice is run alone"):
+        score_choices(model, Numbers(), questions)
+
+
 class Pairs:
     """A tokenizer of letters, to which "ab" is one token, wherever it comes from; it may put a BOS in front."""
 
