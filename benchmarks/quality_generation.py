@@ -254,7 +254,7 @@ class Bench:
             remove=run.removed,
             kind=recipe.kind,
             healing=recipe.healing,
-            fitting_tokens=round(STARTING * len(text.train)) * SEQUENCE,
+            fitting_tokens=round(recipe.rounds * STARTING * len(text.train)) * SEQUENCE,
             batch_size=1,
             side_by_side=False,
             seed=run.seed,

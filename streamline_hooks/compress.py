@@ -20,6 +20,7 @@ from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation import TaskScores
 from streamline_hooks.preparation import Preparation, prepare_compression
 from streamline_hooks.repair import Healing, Kind, Student, Trained, Training, kind_named, student_of, train
+from streamline_hooks.repair.rollouts import require_writes
 from streamline_hooks.result import LABELS, CompressionResult, findings
 from streamline_hooks.run_figures import Clock, peak_memory_of_process, sizes_of
 from streamline_hooks.selection import (
@@ -123,7 +124,8 @@ def compress(
         window, nothing of those behind it is.
     teacher : transformers.PreTrainedModel, optional
         The original, where earlier surgery made the model from it: what it says is trained for, and the result is
-        measured against it. By default the model itself. See `compress_iteratively`.
+        measured against it. By default the model itself. Candidates are judged against the model in any case. See
+        `compress_iteratively`.
     resume : bool
         Go on with a training that was interrupted: the same call as before, and everything before the training is
         done again.
@@ -241,6 +243,8 @@ def compress(
         ready = prepared_alike(work, ready)
     if output is not None:
         ready.require_writable()
+    if training is not None and training.on_policy is not None:
+        require_writes(model, asked_for, training.on_policy, ready.training)
     for line in ready.announcement(search, named.name, shortlist):
         say(line)
     path = ready.stack.path

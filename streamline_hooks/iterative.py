@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,10 +17,11 @@ from streamline_hooks.checkpoint import require_free, save
 from streamline_hooks.compress import compress
 from streamline_hooks.distributed import Together, here
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.preparation import are_batches
-from streamline_hooks.repair import Training
+from streamline_hooks.preparation import are_batches, require_writable
+from streamline_hooks.repair import Training, kind_named
 from streamline_hooks.result import CompressionResult
-from streamline_hooks.selection import Target, blocks_to_remove
+from streamline_hooks.run_figures import Clock
+from streamline_hooks.selection import Target, blocks_to_remove, protected_blocks
 from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery import SurgeryPlan
 
@@ -39,6 +41,8 @@ def compress_iteratively(
     rounds: int,
     training: Training,
     remove: Target | int | float | str = 0.25,
+    keep: Iterable[int] = (),
+    fitting_tokens: int | None = None,
     test_texts: Sequence[str] | None = None,
     resume: bool = False,
     output: str | Path | None = None,
@@ -60,9 +64,13 @@ def compress_iteratively(
     rounds : int
         At most as many as blocks are to go; the first ones take one more where they do not come out even.
     training : Training
-        Of each round. Each has a file of its own to go on from, and what is gone on with is gone on with in its round.
+        Of each round, each of which has a file of its own to go on from.
     remove : Target, int, float or str
         A number or a fraction of the blocks, of all rounds together.
+    keep : iterable of int
+        Blocks that must stay, numbered as in the original; negative numbers count from its end.
+    fitting_tokens : int, optional
+        See `compress`; of all rounds together.
     test_texts, resume, output, overwrite, side_by_side, say
         See `compress`.
     **options
@@ -93,34 +101,50 @@ def compress_iteratively(
     """
     if options.get("profile") is not None or options.get("teacher") is not None:
         raise StreamlineError("Each round makes a profile of its own, and the original teaches; leave them out.")
+    if training.objective.needs_states:
+        raise StreamlineError(
+            f"The objective {training.objective} compares states behind windows, which the original has elsewhere "
+            "after the first round. Compare what is said: kl, reverse_kl or lm."
+        )
     work = Together("compress_iteratively", here())
+    found = find_stack(model, options.get("stack"))
+    counts = blocks_by_round(len(found), remove, rounds)
     if output is not None:
         work.of_first(lambda: require_free(output, overwrite))
-    counts = _counts(len(find_stack(model, options.get("stack"))), remove, rounds)
+        require_writable(found, kind_named(options.get("kind", "linear")), range(counts[0]))
     whole, parts = _parts(texts, tokenizer, rounds, test_texts, options)
     trainings = [_training(training, output, number) for number in range(rounds)]
+    files = [one.keep_in for one in trainings]
+    if resume and not (files[0] and files[0].is_file()):
+        raise StreamlineError(f"There is no training to resume at {files[0] or 'any place (keep_in)'}; leave it out.")
+    if not resume:
+        work.of_first(lambda: _delete(files))  # of an earlier call, which a later round would take for its own
+    protected = protected_blocks(keep, len(found))
+    present: list[int | None] = list(range(len(found)))  # by their numbers in the original
     original = copy.deepcopy(model)
+    del found  # it holds blocks that go
     done: list[CompressionResult] = []
     for number, (count, part) in enumerate(zip(counts, parts, strict=True)):
         if work.processes.rank == 0:
             say(f"round      {number + 1} of {rounds}: {count} of {sum(counts)} blocks")
-        last, file = number == rounds - 1, trainings[number].keep_in
+        last, file = number == rounds - 1, files[number]
         goes_on = work.of_first(lambda: resume and file is not None and file.is_file())  # noqa: B023
-        if resume and not number and not goes_on:
-            raise StreamlineError(f"There is no training to resume at {file or 'any place (keep_in)'}; leave it out.")
         result = compress(
             model,
             tokenizer,
             part,
             remove=count,
+            keep=[k for k, old in enumerate(present) if old in protected],
+            fitting_tokens=fitting_tokens and fitting_tokens // rounds,
             training=trainings[number],
-            teacher=original,
+            teacher=original if number else None,
             resume=goes_on,
             side_by_side=side_by_side and last,
             say=say,
             **options,
         )
         done.append(result)
+        present = [None if slot.source is None else present[slot.source] for slot in result.plan.slots]
         if result.training is not None and result.training.stopped.startswith("interrupted"):
             raise StreamlineError(
                 f"Interrupted in round {number + 1} of {rounds}, and nothing was saved. "
@@ -128,17 +152,43 @@ def compress_iteratively(
             )
     result = _together(done, whole)
     if output is not None:
-        result.folder = work.of_first(
-            lambda: save(model, output, tokenizer=tokenizer, report=result.report(), overwrite=overwrite)
-        )
-        for one in trainings:  # the weights are in the folder now
-            if one.keep_in is not None and work.processes.rank == 0:
-                one.keep_in.unlink(missing_ok=True)
+        clock = Clock()
+        with clock("save"):
+            result.folder = work.of_first(
+                lambda: save(model, output, tokenizer=tokenizer, report=result.report(), overwrite=overwrite)
+            )
+        result.seconds |= work.of_first(lambda: clock.seconds)
+        if training.keep_in is None:
+            work.of_first(lambda: _delete(files))  # the weights are in the folder now
     return result
 
 
-def _counts(length: int, remove: Target | int | float | str, rounds: int) -> list[int]:
-    """How many blocks go in each round."""
+def _delete(files: Sequence[Path | None]) -> None:
+    for file in files:
+        if file is not None:
+            file.unlink(missing_ok=True)
+
+
+def blocks_by_round(length: int, remove: Target | int | float | str, rounds: int) -> list[int]:
+    """How many blocks go in each round.
+
+    Parameters
+    ----------
+    length : int
+        Of the stack.
+    remove, rounds
+        See `compress_iteratively`.
+
+    Raises
+    ------
+    StreamlineError
+        If the rounds cannot share the target.
+
+    Examples
+    --------
+    >>> blocks_by_round(30, 0.25, 3)
+    [3, 3, 2]
+    """
     target = Target.parse(remove) if isinstance(remove, str) else remove
     target = target if isinstance(target, Target) else Target(target)
     if target.of != "blocks":
@@ -161,7 +211,9 @@ def _parts(texts: Any, tokenizer: Any, rounds: int, test_texts: Any, options: di
                 f"{len(given.get('calibration', ()))} calibration batches were given for {rounds} rounds, which need "
                 "two each at least. Give more, or ask for fewer rounds."
             )
-        return None, [{**given, "calibration": list(given["calibration"][k::rounds])} for k in range(rounds)]
+        batches = list(given["calibration"])
+        edges = [k * len(batches) // rounds for k in range(rounds + 1)]
+        return None, [{**given, "calibration": batches[a:b]} for a, b in pairwise(edges)]
     own = {name: options.pop(name) for name in _OF_DOCUMENTS if name in options and name != "seed"}
     if isinstance(texts, Mapping):
         split = TokenSplit.of_packed(texts)
@@ -190,6 +242,7 @@ def _training(training: Training, output: str | Path | None, number: int) -> Tra
 def _together(done: Sequence[CompressionResult], whole: TokenSplit | None) -> CompressionResult:
     """One result of all rounds."""
     first, last = done[0], done[-1]
+    profile = first.profile  # the plan's numbers are its numbers
     plans = list(_in_first_numbering([one.plan for one in done]))
     gone = [set(plan.removed) for plan in plans]
     rounds = [
@@ -209,6 +262,7 @@ def _together(done: Sequence[CompressionResult], whole: TokenSplit | None) -> Co
     return replace(
         last,
         plan=plans[-1],
+        profile=profile,
         perplexities={name: value for name, value in last.perplexities.items() if name in ("original", "trained")},
         scores={name: value for name, value in last.scores.items() if name in ("original", "trained")},
         parameters=(first.parameters[0], last.parameters[1]),

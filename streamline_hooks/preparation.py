@@ -85,10 +85,7 @@ class Preparation:
 
     def require_writable(self) -> None:
         """Raise if a checkpoint could not hold what stands in a window's place."""
-        with torch.device("meta"):
-            made = self.kind.make(self.stack, self.candidates[0])
-        if isinstance(made, nn.Module) and is_spliced(self.stack, made):
-            replacement_config(made)
+        require_writable(self.stack, self.kind, self.candidates[0])
 
     def announcement(self, search: str, criterion: str, shortlist: int) -> list[str]:
         """What is going to be done, in lines for a terminal."""
@@ -237,6 +234,14 @@ def prepare_compression(
     else:
         batches = [batches_of(part, batch_size) for part in ids]
     return Preparation(found, chosen, target, candidates, protected, dealt, task, *batches)
+
+
+def require_writable(stack: BlockStack, kind: Kind, window: range) -> None:
+    """Raise if a checkpoint could not hold what a kind puts in a window's place."""
+    with torch.device("meta"):
+        made = kind.make(stack, window)
+    if isinstance(made, nn.Module) and is_spliced(stack, made):
+        replacement_config(made)
 
 
 def are_batches(texts: Any) -> bool:

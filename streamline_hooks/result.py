@@ -75,8 +75,8 @@ class CompressionResult:
         Of both, in turn; None where the model cannot write.
     rounds : list of dict
         Where the blocks went in several, of each: the blocks that were ``removed``, numbered as in the original, the
-        ``perplexity`` by label, and the ``training``, as `Trained.report` tells it. What else is told of candidates,
-        their profile and the training is of the last round.
+        ``perplexity`` by label, and the ``training``, as `Trained.report` tells it. What else is told of candidates
+        and of the training is of the last round, and the profile of the first, which is the original's.
     warnings : list of str
         What perplexity does not show and has to be known, in words with numbers: see `CollapseWatch`.
     folder : Path or None

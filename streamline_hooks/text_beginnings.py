@@ -30,7 +30,8 @@ def text_beginnings(tokenizer: Any, batches: Sequence[Batch | Tensor], *, count:
         Without special tokens.
     """
     rows = [row for batch in batches for row in _first_pieces(batch)]
-    starts = rows[:: max(1, len(rows) // count)][:count]
+    taken = min(count, len(rows))
+    starts = [rows[k * len(rows) // taken] for k in range(taken)]
     return [tokenizer.decode(row[:length], skip_special_tokens=True) for row in starts]
 
 

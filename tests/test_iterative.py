@@ -46,8 +46,8 @@ def test_each_round_sees_its_part_and_is_taught_by_the_original(
     run = iterative.compress
 
     def watched(given: Any, tokenizer: Any, part: Any, **options: Any) -> Any:
-        teacher = options["teacher"]
-        assert teacher is not given and len(find_stack(teacher)) == 8
+        teacher = options["teacher"] or given  # the model is the original, at first
+        assert (teacher is given) == (not rounds) and len(find_stack(teacher)) == 8
         assert all(torch.equal(before[name], p) for name, p in teacher.named_parameters()), "the teacher was changed"
         rounds.append(
             {"blocks": len(find_stack(given)), "seen": [int(b["input_ids"].sum()) for b in part["calibration"]]}
@@ -89,6 +89,52 @@ def test_what_is_measured_is_measured_against_the_original() -> None:
     assert set(result.perplexities) == {"original", "trained"}
     assert result.perplexities["original"] == pytest.approx(float(wanted), rel=1e-5)
     assert result.parameters[0] == size
+
+
+def test_blocks_that_must_stay_are_the_original_s() -> None:
+    """After the first round they have other numbers, by which others would stay."""
+    model = tiny_model("llama")
+    before = {k: find_stack(model)[k].self_attn.q_proj.weight.detach().clone() for k in (3, 4, 7)}
+    options = {**OPTIONS, "healing": None}
+    result = compress_iteratively(model, None, PARTS, rounds=3, remove=5, keep=(3, 4, -1), training=QUICK, **options)
+    assert set(result.plan.removed) == {0, 1, 2, 5, 6}
+    stays = [slot.source for slot in result.plan.slots]
+    assert stays == [3, 4, 7]
+    for block, old in zip(find_stack(model), stays, strict=True):
+        assert torch.equal(block.self_attn.q_proj.weight, before[old])
+
+
+def test_a_file_of_an_earlier_call_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"rounds": 2, "remove": 2, "output": tmp_path / "out", **OPTIONS}
+    make, kept = training_loop.Loop._step, replace(QUICK, keep_every=0.0)
+
+    def dies_at(step: int, training: Training) -> None:
+        made = [0]
+
+        def dies(self: Any) -> Any:
+            made[0] += 1
+            if made[0] == step:
+                raise Killed
+            return make(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training_loop.Loop, "_step", dies)
+            with pytest.raises(Killed):
+                compress_iteratively(tiny_model("llama"), None, PARTS, training=training, **settings)
+
+    dies_at(9, kept)
+    other = replace(kept, learning_rate=1e-3)
+    dies_at(3, other)
+    result = compress_iteratively(tiny_model("llama"), None, PARTS, training=other, resume=True, **settings)
+    assert len(result.rounds) == 2 and result.seconds["save"] > 0
+
+
+def test_each_round_sees_every_source_of_a_mixture() -> None:
+    """Whose sequences take turns: with every second one, a round would see one source alone."""
+    rows = torch.tensor([[0, 0], [1, 1]] * 6)
+    split = TokenSplit(rows, rows[:1], rows[:1], "mixture")
+    for number in range(2):
+        assert split.part_of_calibration(number, 2).calibration[:, 0].float().mean() == 0.5
 
 
 class Killed(BaseException):
@@ -139,13 +185,17 @@ def test_a_round_that_was_broken_off_goes_on_to_the_same_weights(
         ({"rounds": 2, "remove": "parameters:0.2"}, r"parameters:0.2 is not one of blocks, which rounds can share"),
         ({"rounds": 2, "remove": 2, "profile": object()}, r"Each round makes a profile of its own"),
         ({"rounds": 2, "remove": 2, "resume": True}, r"There is no training to resume at any place"),
+        (
+            {"rounds": 2, "remove": 2, "training": replace(QUICK, objective=Objective(kl=0.0, mse=1.0))},
+            r"The objective mse compares states behind windows, which the original has elsewhere",
+        ),
         ({"rounds": 7, "remove": 7}, r"12 calibration batches were given for 7 rounds, which need two each at least"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_removed(options: dict[str, Any], said: str) -> None:
     model = tiny_model("llama")
     with pytest.raises(StreamlineError, match=said):
-        compress_iteratively(model, None, PARTS, training=QUICK, **{**OPTIONS, **options})
+        compress_iteratively(model, None, PARTS, **{"training": QUICK, **OPTIONS, **options})
     assert len(find_stack(model)) == 8
 
 

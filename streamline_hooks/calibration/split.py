@@ -89,7 +89,9 @@ class TokenSplit:
         return [self.calibration, self.validation, self.test, *self.positions.values()]
 
     def part_of_calibration(self, number: int, parts: int) -> TokenSplit:
-        """The same with one of several parts of the calibration sequences, which are dealt to the parts in turn.
+        """The same with one of several parts of the calibration sequences, one after the other.
+
+        So that each has the same mixture where sources take turns, see `mixed_split`.
 
         Raises
         ------
@@ -100,7 +102,7 @@ class TokenSplit:
         --------
         >>> split = TokenSplit(torch.arange(16).view(8, 2), torch.zeros(1, 2), torch.zeros(1, 2), fingerprint="")
         >>> split.part_of_calibration(1, 3).calibration[:, 0].tolist()
-        [2, 8, 14]
+        [4, 6, 8]
         """
         if len(self.calibration) < 2 * parts:
             raise StreamlineError(
@@ -108,10 +110,12 @@ class TokenSplit:
                 f"{parts} rounds need two each at least. Give more text, ask for fewer rounds, or for a smaller "
                 "--sequence-length."
             )
-        rows = self.calibration[number::parts]
+        edges = [k * len(self.calibration) // parts for k in range(parts + 1)]
+        own = slice(edges[number], edges[number + 1])
+        rows = self.calibration[own]
         positions = dict(self.positions)
         if positions:
-            positions["calibration"] = positions["calibration"][number::parts]
+            positions["calibration"] = positions["calibration"][own]
         digested = (rows, positions["calibration"]) if positions else (rows,)
         return replace(self, calibration=rows, positions=positions, fingerprint=fingerprint_of(*digested))
 

@@ -67,7 +67,7 @@ class Sources:
         if found.written and len(found.names) > 1 and not shares:
             raise StreamlineError(
                 f"--calibration {found.written[0]} stands alone; leave the other sources away, or say how much there "
-                f"is to be of each: {','.join(f'{name}:{1 / len(values):.2g}' for name in values)}."
+                f"is to be of each: {','.join(f'{name}:{1 / len(values):.6g}' for name in values)}."
             )
         if temperature is not None and not found.written:
             raise StreamlineError(

@@ -195,11 +195,12 @@ def compress(
     from streamline_hooks.cli.task_data import Amounts, batches_for
     from streamline_hooks.compress import compress as run
     from streamline_hooks.distributed import together
-    from streamline_hooks.iterative import compress_iteratively
+    from streamline_hooks.iterative import blocks_by_round, compress_iteratively
     from streamline_hooks.planning.duration import parse_duration
     from streamline_hooks.preparation import prepare_compression
     from streamline_hooks.repair import kind_named
     from streamline_hooks.selection import Target, criterion_named, require_search, usual_criterion
+    from streamline_hooks.stack import find_stack
     from streamline_hooks.statistics import Profile
 
     with launched() as speaks, together("the command compress") as work:
@@ -272,6 +273,11 @@ def compress(
                     say(line)
             return
         loaded, tokenizer = load_model(model, task)
+        if rounds > 1:
+            by_round = blocks_by_round(len(find_stack(loaded, stack)), target, rounds)
+            say(f"rounds     {rounds}, of {', '.join(map(str, by_round))} blocks")
+            if profile is not None:
+                raise StreamlineError(f"--profile goes with one round; each of {rounds} makes a profile of its own.")
         if sources.written:
             parts_dealt = ("calibration", "validation", *([] if test else ["test"]))
             tokens = {name: split[f"{name}_tokens"] for name in parts_dealt}

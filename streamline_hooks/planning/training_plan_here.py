@@ -109,7 +109,7 @@ def plan_training(
     behind = chosen.healing is not None and chosen.healing.where == "after"
     kept = tuple(dict.fromkeys((*keep, -1))) if behind else tuple(keep)
     given = Given(sequence_length, batch_size, validation_tokens, test_tokens, kept)
-    least = given.sizes(max(4, -(-_SAMPLE // sequence_length)))
+    least = given.sizes(max(4, -(-_SAMPLE // sequence_length), _STEPS * batch_size))
     split: dict[str, Any] = {"seed": seed, "sequence_length": sequence_length, "test_documents": test_texts}
     ready = prepare_compression(
         model,

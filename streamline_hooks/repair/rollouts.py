@@ -16,7 +16,7 @@ from streamline_hooks.distributed import is_sharded
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.generation import require_generates, seeded, written_on
 from streamline_hooks.repair.on_policy import OnPolicy
-from streamline_hooks.repair.student import Student
+from streamline_hooks.task import Task
 
 _LONGEST_PERIOD = 32  # tokens
 _LEAST_LOOP = 8  # tokens: what is shorter, like a row of full stops, may be meant
@@ -123,18 +123,17 @@ def roll_out(
     return Rollouts({"input_ids": ids, "attention_mask": mask}, answered, counts)
 
 
-def require_writes(student: Student, settings: OnPolicy, batches: Sequence[Batch | Tensor]) -> None:
-    """Raise if a student cannot be trained on what it writes.
+def require_writes(model: Any, task: Task, settings: OnPolicy, batches: Sequence[Batch | Tensor]) -> None:
+    """Raise if a model cannot be trained on what it writes.
 
     Raises
     ------
     StreamlineError
-        If its model is not one that writes on, is sharded, has too few positions, or there is no text.
+        If it is not one that writes on, is sharded, has too few positions, or there is no text.
     """
-    model: Any = student.model
-    if student.task.name != "causal-lm":
+    if task.name != "causal-lm":
         raise StreamlineError(
-            f"{type(model).__name__} is for {student.task}, and a model is trained on its own text where it writes on "
+            f"{type(model).__name__} is for {task}, and a model is trained on its own text where it writes on "
             "(causal-lm). Leave on_policy out."
         )
     require_generates(model)
@@ -169,7 +168,7 @@ def prompts_of(batch: Batch | Tensor, prompt: int, new_tokens: int) -> list[list
         real = torch.ones_like(numbers, dtype=torch.bool) if mask is None else mask[row].cpu().bool()
         begins = beginnings(positions[row : row + 1].cpu())[0][real] if positions is not None else None
         document = numbers[real]
-        edges = [0] if begins is None else begins.nonzero().flatten().tolist()
+        edges = [0] if begins is None else [0, *(begins[1:].nonzero().flatten() + 1).tolist()]
         for start, stop in zip(edges, [*edges[1:], len(document)], strict=True):
             count = max(1, (stop - start) // (prompt + new_tokens))
             places = [start + k * (prompt + new_tokens) for k in range(count)]

@@ -19,6 +19,7 @@ from streamline_hooks.repair.folded import Folded
 from streamline_hooks.repair.stand_in import StandIn, place
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery import LayerSurgeon
+from streamline_hooks.surgery.splice import AFTER, BEFORE, remember_splices, set_splices, spliced
 from streamline_hooks.task import Task
 
 
@@ -85,6 +86,7 @@ class Student:
         if not (self.stand_ins or self.copies or self.outside):
             raise StreamlineError("There is nothing to train: give a window with its stand-in, or copies of blocks.")
         _require_apart(self.windows)
+        self._require_one_vocabulary()
         self._require_own()
         self.training = True
         first = [_first_change(window, stand_in) for window, stand_in in self.stand_ins]
@@ -100,7 +102,7 @@ class Student:
     @property
     def teacher_stack(self) -> BlockStack:
         """The stack of what the student is compared with."""
-        return self.stack if self.teacher is self.model else find_stack(self.teacher)
+        return self.stack if self.teacher is self.model else find_stack(self.teacher, self.stack.path)
 
     @property
     def windows(self) -> list[range]:
@@ -211,7 +213,7 @@ class Student:
             After each window, of shape (batch, tokens, features).
         """
         given = entrance.clone()  # what is put in may work on its input in place
-        with self.opened(), ExitStack() as exits:
+        with self.opened(), self._without_earlier_splices(), ExitStack() as exits:
             entering = [k for k, at_end in self._ends if not at_end]
             leaving = len(entering) < len(self._ends)
             records: list[HiddenStateRecorder] = []
@@ -252,6 +254,36 @@ class Student:
             stack = self.teacher_stack
             output = resume(self.teacher, len(stack), exit_.clone(), batch, stack=stack.path)
         return self.task.answers(output, batch if answered is None else answered)
+
+    @contextmanager
+    def _without_earlier_splices(self) -> Iterator[None]:
+        """Leave out what earlier surgery put before block `start`: the entrance has passed it already.
+
+        It stands before what the student puts there, or behind the last block where all from `start` on are given up.
+        """
+        earlier = {id(module) for module in spliced(self.stack[self.start], BEFORE)}
+        if not earlier:
+            yield
+            return
+        present = find_stack(self.model, self.stack.path).blocks
+        block, where = (present[self.start], BEFORE) if self.start < len(present) else (present[-1], AFTER)
+        put_back = remember_splices(block, where)
+        set_splices(block, where, [module for module in spliced(block, where) if id(module) not in earlier])
+        try:
+            yield
+        finally:
+            put_back()
+
+    def _require_one_vocabulary(self) -> None:
+        """Raise if the teacher says something about other tokens."""
+        both: list[Any] = [self.model, self.teacher]
+        heads = [head() for one in both if callable(head := getattr(one, "get_output_embeddings", None))]
+        sizes = [head.weight.shape[0] for head in heads if head is not None]
+        if len(set(sizes)) > 1:
+            raise StreamlineError(
+                f"The teacher speaks of {sizes[1]:,} tokens, and {type(self.model).__name__} of {sizes[0]:,}; expected "
+                "one vocabulary. Give the model that this one was made from."
+            )
 
     def _require_own(self) -> None:
         """Raise if training would change the original, or if one module stood in two places."""

@@ -61,6 +61,10 @@ def taught_to(
             f"({len(student.teacher_stack)} blocks against {len(student.stack)}), which has no such windows. Compare "
             "what is said: kl, reverse_kl or lm."
         )
+    if not exits:
+        with taught_states(student.model, batches, student.start, exits=False, what=what, **own) as states:
+            yield states
+        return
     last, path = len(student.teacher_stack) - 1, student.teacher_stack.path
     with (
         taught_states(student.model, batches, student.start, exits=False, what=f"{what}, entrance", **own) as entrances,

@@ -21,6 +21,7 @@ from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import TaughtStates
 from streamline_hooks.repair.teaching import taught_to
 from streamline_hooks.repair.training_loop import Loop
+from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced
 
 
 def train(
@@ -79,7 +80,8 @@ def train(
     Against one process that is another order of summing. The first process alone writes the file, draws the bar and
     says anything; the file can be gone on from with any number of processes. The random numbers of dropout follow from
     the seed, the step and the process's number, so that a training that uses any is another one with another number
-    of processes. Ctrl-C in one process stops all after the same step.
+    of processes; so do those of the texts that a student writes itself (`OnPolicy`). Ctrl-C in one process stops all
+    after the same step.
 
     The model may be sharded by ``fully_shard`` (FSDP2), its blocks and the whole: what is trained is then a module of
     its own, which every process holds whole. Where a process has no sequence of a batch, it runs one along that
@@ -105,7 +107,7 @@ def _train(
         )
     settings.objective.require_task(student.task)
     if settings.on_policy is not None:
-        require_writes(student, settings.on_policy, batches)
+        require_writes(student.model, student.task, settings.on_policy, batches)
     student.task.require_fits(student.model)
     if resume and settings.keep_in is None:
         raise StreamlineError("Nothing says where the training to resume was kept; name the file (keep_in).")
@@ -122,6 +124,7 @@ def _train(
                 "stays is trained either. Choose a kind with parameters, or healing."
             )
         _require_reached(student, settings.objective)
+        _require_comparable(student, settings.objective)
         placed = [module for modules in student.modules.values() for module in modules]
         exits.enter_context(narrowed_once([student.model, student.teacher, *placed], settings.autocast))
         compared = tuple(student.windows) if settings.objective.needs_states else ()
@@ -172,6 +175,18 @@ def _require_reached(student: Student, objective: Objective) -> None:
         raise StreamlineError(
             f"The objective {objective} looks at the states after the windows; {', '.join(behind)}, trained too, would "
             "get no gradient from there. Add kl or lm to it, or heal no blocks behind the last window."
+        )
+
+
+def _require_comparable(student: Student, objective: Objective) -> None:
+    """Raise where the state behind a window has passed what earlier surgery put there, in the student alone."""
+    stack = student.stack
+    ends = [(stack[w.stop], BEFORE) if w.stop < len(stack) else (stack[-1], AFTER) for w in student.windows]
+    if objective.needs_states and any(spliced(block, where) for block, where in ends):
+        raise UnsupportedSurgery(
+            f"The objective {objective} compares the states right behind a window, where earlier surgery has put a "
+            "module of its own. Compare what is said (kl, reverse_kl or lm), or choose another window.",
+            "spliced",
         )
 
 

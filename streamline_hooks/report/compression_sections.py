@@ -121,6 +121,12 @@ def _what_was_done(compression: Mapping[str, Any]) -> list[Part]:
     parts = [f"{plan['old_length']} blocks became {len(plan['slots'])}."]
     if windows:
         parts.append(f"Removed: {in_words(windows)} (numbered from 0, as before).")
+    if rounds := compression.get("rounds"):
+        each = ", then ".join(" ".join(map(str, one["removed"])) for one in rounds)
+        parts.append(
+            f"In {len(rounds)} rounds: {each}. The figures of depth are the original's; the candidates and the "
+            "training are those of the last round, which numbers the blocks that it found."
+        )
     if silenced:
         parts.append(f"Silenced: {in_words((), silenced)}.")
     stands = compression.get("stand_in") or {}

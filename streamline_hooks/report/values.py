@@ -179,9 +179,9 @@ def in_words(windows: Sequence[Sequence[int]], silenced: Sequence[Sequence[Any]]
 
 
 def gone(compression: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """The windows of blocks that went, half-open, in the numbering before."""
+    """The windows of blocks that went, half-open, in the numbering before; of several rounds, before the first."""
     chosen = _chosen(compression)
-    if "windows" in chosen:
+    if "windows" in chosen and not compression.get("rounds"):
         return [(int(start), int(stop)) for start, stop in chosen["windows"]]
     removed = (compression.get("plan") or {}).get("removed") or ()
     return [(w.start, w.stop) for w in Selection.of_blocks(removed).windows] if removed else []

@@ -101,8 +101,16 @@ def test_an_end_is_learned_from_too(monkeypatch: pytest.MonkeyPatch) -> None:
             {"input_ids": torch.arange(12)[None], "position_ids": torch.tensor([[*range(6), 0, *range(5)]])},
             [[0, 1], [6], [7, 8]],
         ),
+        (
+            {
+                "input_ids": torch.arange(6)[None],
+                "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]]),
+                "position_ids": torch.arange(6)[None],
+            },
+            [[2, 3]],
+        ),
     ],
-    ids=["whole", "short", "one token", "left padded", "right padded", "packed"],
+    ids=["whole", "short", "one token", "left padded", "right padded", "packed", "positions of padding"],
 )
 def test_prompts_are_of_real_tokens_of_one_document(batch: Any, expected: list[list[int]]) -> None:
     assert prompts_of(batch, 2, 3) == expected
@@ -171,14 +179,13 @@ def test_steps_are_spread_evenly_after_the_beginning() -> None:
 
 
 def test_models_that_do_not_write_are_refused() -> None:
-    student = Student(tiny_model("bert"), [(range(2, 4), LinearReplacement(32))], task=Task("embedding"))
     with pytest.raises(StreamlineError, match=r"is for embedding, and a model is trained on its own text where it"):
-        require_writes(student, OnPolicy(), [torch.arange(3, 9)[None]])
-    student = student_of("llama")
+        require_writes(tiny_model("bert"), Task("embedding"), OnPolicy(), [torch.arange(3, 9)[None]])
+    model, task = tiny_model("llama"), Task("causal-lm")
     with pytest.raises(StreamlineError, match=r"A batch holds no input_ids, so that there is nothing to write on"):
-        require_writes(student, OnPolicy(), [{"inputs_embeds": torch.zeros(1, 4, 32)}])
-    student.model.config.max_position_embeddings = 100
+        require_writes(model, task, OnPolicy(), [{"inputs_embeds": torch.zeros(1, 4, 32)}])
+    model.config.max_position_embeddings = 100
     with pytest.raises(
         StreamlineError, match=r"A prompt of 32 tokens and a text of 128 need 160 positions; .* has 100"
     ):
-        require_writes(student, OnPolicy(), [torch.arange(3, 9)[None]])
+        require_writes(model, task, OnPolicy(), [torch.arange(3, 9)[None]])

@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from streamline_hooks import HiddenStateRecorder, LayerSurgeon, LinearReplacement, StreamlineError
+from streamline_hooks import HiddenStateRecorder, LayerSurgeon, LinearReplacement, StreamlineError, UnsupportedSurgery
+from streamline_hooks.batch import prepare
+from streamline_hooks.repair import Healing, Objective, Training, student_of, train
 from streamline_hooks.repair.student import Student
+from streamline_hooks.stack import find_stack
 from streamline_hooks.testing import tiny_model
 
 BATCH = {
@@ -184,3 +187,42 @@ def test_the_states_that_are_kept_outlive_what_works_in_place() -> None:
     before = entrance.clone()
     student.run(entrance, BATCH, logits=True, states=True)
     assert torch.equal(entrance, before)
+
+
+@pytest.mark.parametrize("window", [range(2, 4), range(2, 6), range(0, 2), range(1, 3), range(3, 5)], ids=str)
+@pytest.mark.parametrize("healing", [None, "partial:where=beside,count=2"])
+def test_what_an_earlier_surgery_put_in_is_run_once(window: range, healing: str | None) -> None:
+    """The entrance has passed what stands before its block: run again, what is trained is another model."""
+    model: Any = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.replace(range(2, 4), linear(4))
+        surgeon.commit()
+    stack = find_stack(model)
+    with torch.no_grad(), LayerSurgeon(model) as surgeon:
+        surgeon.replace(window, linear(5))
+        wanted = model(**prepare(model, BATCH)).logits[REAL]
+    student = student_of(stack, [(window, linear(5))], Healing.parse(healing) if healing else None)
+    student.training = False
+    entrance = entering(model, student.start)
+    with torch.no_grad():
+        found, _ = student.run(entrance, BATCH, logits=True, states=False)
+        torch.testing.assert_close(found.logits[REAL], wanted, rtol=1e-5, atol=1e-5)
+        with student.opened():
+            torch.testing.assert_close(model(**prepare(model, BATCH)).logits[REAL], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_states_that_have_passed_an_earlier_module_are_not_compared() -> None:
+    model: Any = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.replace(range(4, 6), linear(4))
+        surgeon.commit()
+    student = Student(model, [(range(2, 4), linear(5))])
+    settings = Training(Objective(kl=0.0, mse=1.0))
+    with pytest.raises(UnsupportedSurgery, match="right behind a window, where earlier surgery has put a module"):
+        train(student, [BATCH], [BATCH], settings)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused() -> None:
+    teacher = tiny_model("llama", vocabulary=80)
+    with pytest.raises(StreamlineError, match=r"The teacher speaks of 80 tokens, and LlamaForCausalLM of 64"):
+        Student(tiny_model("llama"), [(range(2, 4), linear())], teacher=teacher)
