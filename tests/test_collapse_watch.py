@@ -174,7 +174,7 @@ def test_before_the_surgery_and_after_it(
             self.model = model
             lengths.append(len(find_stack(model)))
 
-        def warnings(self) -> list[str]:
+        def warnings(self, model: Any) -> list[str]:
             lengths.append(len(find_stack(self.model)))
             return ["It is lost."]
 

@@ -74,7 +74,10 @@ def test_each_round_sees_its_part_and_is_taught_by_the_original(
     assert json.loads((tmp_path / "out" / "report.json").read_text())["rounds"] == json.loads(json.dumps(result.rounds))
     ids = PARTS["test"][0]["input_ids"]
     assert torch.equal(load(tmp_path / "out")(ids).logits, model(ids).logits)
-    assert write_report(tmp_path / "page.html", title=result.title, command="x", compression=result.report()).is_file()
+    page = write_report(tmp_path / "page", title=result.title, command="x", compression=result.report()).read_text()
+    said = ", then ".join(" ".join(map(str, one["removed"])) for one in result.rounds)
+    assert f"In 3 rounds: {said}. The figures of depth are the original's" in page
+    assert "8 blocks became 4" in page and len(result.profile.cosine) == 9
     assert not list(tmp_path.glob("*.round-*"))
 
 

@@ -57,7 +57,7 @@ def compression(length: int = 30, removed: tuple[tuple[int, int], ...] = ((2, 10
         "training": {
             "steps": 240, "tokens": 491_520, "distance_before": 0.41, "distance": 0.28 + 0.13 * math.exp(-210 / 60),
             "best_step": 210, "measure": "KL (nats a token)", "unit": "token", "seconds": 1_804.2,
-            "stopped": "",
+            "stopped": "", "written": 0,
             "history": [
                 {"step": s, "tokens": 2048 * s,
                  "distance": 0.28 + 0.13 * math.exp(-s / 60) + (0.004 if s == 240 else 0.0),
@@ -67,6 +67,7 @@ def compression(length: int = 30, removed: tuple[tuple[int, int], ...] = ((2, 10
         },
         "samples": [{"prompt": "The for statement is used to", "text": " loop.", "reference": " iterate."}],
         "speed": None,
+        "rounds": [],
         "warnings": ["It solves 3 of 32 small generated problems, of which the original solves 17."],
         "seconds": {"rank": 72.0, "fit": 63.1, "judge": 42.4, "train": 1_804.2, "measure": 84.0, "save": 1.4},
         "peak_memory_bytes": 2_800_000_000,
