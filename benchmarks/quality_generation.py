@@ -30,14 +30,14 @@ from torch import Tensor
 
 from benchmarks.generation_numbers import summary
 from benchmarks.generation_scores import Generation
-from benchmarks.quality import STARTING, choose
+from benchmarks.quality import SHORTLIST, STARTING, choose
 from benchmarks.quality_scores import Quality, write
 from benchmarks.real_text import RESULTS, ROOT, SEQUENCE, arguments
 from benchmarks.short_answers import half_precision
 from benchmarks.training_text import TrainingText, training_text
 from streamline_hooks import compress_iteratively
 from streamline_hooks.batch import batches_of
-from streamline_hooks.calibration import TokenSplit, self_generated
+from streamline_hooks.calibration import TokenSplit, self_generated, with_repeated_passages
 from streamline_hooks.evaluation.retained import TaskAnswers, retained
 from streamline_hooks.preparation import held_out_apart
 from streamline_hooks.pretrained import load_pretrained
@@ -79,6 +79,9 @@ class Recipe:
         Of others, conversations with the original itself, or one half of each.
     rounds : int
         See `compress_iteratively`, which chooses each round's window itself.
+    repeated : float
+        The share of the sequences whose second half repeats the first, see `with_repeated_passages`; the window is
+        chosen on such text too, of all windows.
     """
 
     kind: str = BEST.kind
@@ -88,12 +91,16 @@ class Recipe:
     on_policy: str = ""
     text: str = "documents"
     rounds: int = 1
+    repeated: float = 0.0
 
 
 RECIPES: dict[str, Recipe] = {
     "removed": Recipe("none", objective="", healing=None),
     "warm start alone": Recipe(objective="", healing=None),
+    "removed, repeated passages": Recipe("none", objective="", healing=None, repeated=0.25),
+    "warm start alone, repeated passages": Recipe(objective="", healing=None, repeated=0.25),
     "best": Recipe(),
+    "repeated passages": Recipe(repeated=0.25),
     "on policy": Recipe(on_policy="kl:begin=0.5,share=0.5"),
     "own text and documents": Recipe(text="both"),
     "without healing": Recipe(healing=None),
@@ -208,13 +215,14 @@ class Bench:
             self.content = self.read()
             yield run.key not in self.content["rows"]
 
-    def window(self, removed: int) -> range:
+    def window(self, removed: int, repeated: float) -> range:
         """The window of as many blocks, chosen once by the verified shortlist."""
-        known = self.content["windows"]
-        if str(removed) not in known:
-            start = choose(self.model, training_text(self.options.data, self.tokenizer, 100_000), removed).start
-            self.change(lambda content: content["windows"].update({str(removed): start}))
-        start = self.content["windows"][str(removed)]
+        name = f"{removed}, {repeated:g} repeated" if repeated else str(removed)
+        if name not in self.content["windows"]:
+            text = with_repeats(training_text(self.options.data, self.tokenizer, 100_000), repeated)
+            start = choose(self.model, text, removed, shortlist=30 if repeated else SHORTLIST).start
+            self.change(lambda content: content["windows"].update({name: start}))
+        start = self.content["windows"][name]
         return range(start, start + removed)
 
     def row(self, run: Run) -> None:
@@ -228,10 +236,10 @@ class Bench:
 
     def made(self, run: Run) -> dict[str, Any]:
         recipe = RECIPES[run.recipe]
-        text = self.text(recipe.text, run)
+        text = with_repeats(self.text(recipe.text, run), recipe.repeated)
         if recipe.rounds > 1:
             return self.made_in_rounds(run, recipe, text)
-        window, clock = self.window(run.removed), [time.process_time()]
+        window, clock = self.window(run.removed, recipe.repeated), [time.process_time()]
         student = self.started(recipe, run, window, text)
         clock.append(time.process_time())
         trained = None if not recipe.objective else self.trained(run, recipe, student, text)
@@ -344,6 +352,14 @@ class Bench:
             raise SystemExit(f"{run.key} was not trained to its end: {trained.stopped}. Run it again to go on.")
         file.unlink()
         return trained
+
+
+def with_repeats(text: TrainingText, share: float) -> TrainingText:
+    """The same with repeated passages."""
+    if not share:
+        return text
+    split = with_repeated_passages(TokenSplit(text.train, text.validation, text.validation, fingerprint=""), share)
+    return replace(text, train=split.calibration, validation=split.validation)
 
 
 def numbers(content: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:

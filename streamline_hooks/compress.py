@@ -73,6 +73,7 @@ def compress(
     sequence_length: int = 512,
     calibration_tokens: int = 41_000,
     fitting_tokens: int | None = None,
+    repeated: float = 0.0,
     validation_tokens: int = 4_096,
     test_tokens: int = 12_288,
     batch_size: int = 4,
@@ -150,6 +151,10 @@ def compress(
     fitting_tokens : int, optional
         Of the calibration text, those at its beginning that the window is chosen and its stand-in fitted on, where a
         training goes on with all of it; by default all are.
+    repeated : float
+        The share of the calibration and validation sequences whose second half repeats the first, see
+        `with_repeated_passages`: windows are then judged, and repairs trained, by what a model takes from its context
+        too.
     batch_size : int
         Sequences at a time.
     shortlist : int
@@ -236,6 +241,7 @@ def compress(
             sequence_length=sequence_length,
             calibration_tokens=calibration_tokens,
             fitting_tokens=fitting_tokens,
+            repeated=repeated,
             validation_tokens=validation_tokens,
             test_tokens=test_tokens,
             test_documents=test_texts,
@@ -284,6 +290,7 @@ def compress(
         before = sizes_of(original)
         test, data, size = ready.test, {**ready.split.figures(), "seed": seed}, ready.size
         data |= {} if fitting_tokens is None else {"fitting_tokens": fitting_tokens}
+        data |= {"repeated": repeated} if repeated else {}
         notes = {} if trained is None else {"training": trained.report()}
         del ready, asked  # they hold the blocks that go
         with LayerSurgeon(model, path) as surgeon:

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch, batches_of, positions_of
 from streamline_hooks.batch_split import BatchSplit
-from streamline_hooks.calibration import PackedText, TokenSplit, check_tokenizer, refuse_crossing, split_documents
+from streamline_hooks.calibration import (
+    PackedText,
+    TokenSplit,
+    check_tokenizer,
+    refuse_crossing,
+    split_documents,
+    with_repeated_passages,
+)
 from streamline_hooks.calibration.split import PARTS
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.cost import Cost
@@ -176,6 +183,7 @@ def prepare_compression(
     stack: str | None,
     say: Callable[[str], None],
     fitting_tokens: int | None = None,
+    repeated: float = 0.0,
     refuse_crossing: Callable[..., None] = refuse_crossing,
     **split: Any,
 ) -> Preparation:
@@ -213,6 +221,10 @@ def prepare_compression(
         say=say,
     )
     if given:
+        if repeated:
+            raise StreamlineError(
+                f"repeated={repeated:g} is a share of the sequences of a text, and batches were given."
+            )
         if fitting_tokens is not None:
             raise StreamlineError(
                 f"fitting_tokens={fitting_tokens} divides a text, and batches were given. Leave it out, or give text."
@@ -224,6 +236,7 @@ def prepare_compression(
         raise StreamlineError(f"{what} has a test part of its own; leave test_texts out.")
     tokenizer = cast("PreTrainedTokenizerBase", tokenizer)
     dealt = there or split_documents(cast(Sequence[str], texts), tokenizer, **split)
+    dealt = with_repeated_passages(dealt, repeated) if repeated else dealt
     check_tokenizer(tokenizer, cast(nn.Embedding, model.get_input_embeddings()).num_embeddings, dealt)
     rows = _rows_to_fit_on(fitting_tokens, dealt.calibration)
     ids = _six_parts({name: getattr(dealt, name) for name in PARTS}, rows)

@@ -8,6 +8,7 @@ from streamline_hooks.calibration.images import Images, Picture
 from streamline_hooks.calibration.mixture import mixed_split, parse_mixture
 from streamline_hooks.calibration.packed_text import PackedText, packed_text
 from streamline_hooks.calibration.packing import beginnings, pack, packed_batches
+from streamline_hooks.calibration.repeated_passages import with_repeated_passages
 from streamline_hooks.calibration.self_generated import self_generated
 from streamline_hooks.calibration.split import TokenSplit, check_tokenizer, split_documents
 from streamline_hooks.calibration.streaming import stream_documents
@@ -38,4 +39,5 @@ __all__ = [
     "split_documents",
     "stream_documents",
     "text_parts",
+    "with_repeated_passages",
 ]

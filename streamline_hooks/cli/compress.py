@@ -147,6 +147,15 @@ def compress(
             show_default="all",
         ),
     ] = None,
+    repeated: Annotated[
+        float,
+        typer.Option(
+            help="The share of the sequences whose second half repeats the first: windows are then judged, and repairs "
+            "trained, by what a model takes from its context too (copying, names), which prose hardly asks for.",
+            min=0,
+            max=1,
+        ),
+    ] = 0.0,
     validation_tokens: Annotated[int, typer.Option(help="Tokens to judge the candidates on.", min=2)] = 4_096,
     test_tokens: Annotated[int, typer.Option(help="Tokens to measure the result on.", min=2)] = 12_288,
     calibration_examples: Examples = 256,
@@ -263,6 +272,7 @@ def compress(
             "resume": resume,
             "profile": profile is not None,
             "several-processes": work.processes.count > 1,
+            "repeated": bool(repeated),
         }
         if most is not None and not only_whole(bool(memory), say, **whole):
             asked: dict[str, Any] = {"remove": target, "kind": kind, "criterion": criterion, "keep": blocks, **split}
@@ -302,6 +312,7 @@ def compress(
             "stack": stack,
             "say": say,
             "fitting_tokens": fitting_tokens,
+            "repeated": repeated,
             **split,
         }
         if budget:
