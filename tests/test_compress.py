@@ -361,3 +361,21 @@ def test_packed_text_that_cannot_be_used(story_model: tuple[Any, Any], story_tex
     other = tiny_model("bloom", vocab_size=len(tokenizer))
     with pytest.raises(StreamlineError, match="does not keep the documents of a packed row apart"):
         compress(other, tokenizer, texts, remove=1)
+
+
+def test_repeated_passages_are_judged_by_and_the_test_is_as_it_was(
+    story_model: tuple[Any, Any], story_texts: list[str]
+) -> None:
+    model, tokenizer = story_model
+    options: dict[str, Any] = {"remove": 1, "kind": "none", "shortlist": 2, "side_by_side": False, **SMALL}
+    plain = compress(copy.deepcopy(model), tokenizer, story_texts, **options)
+    repeated = compress(copy.deepcopy(model), tokenizer, story_texts, repeated=0.5, **options)
+    assert repeated.perplexities["original"] == plain.perplexities["original"]
+    assert "repeats the first" in repeated.data["notes"][-1] and repeated.data["repeated"] == 0.5
+    assert repeated.data["fingerprint"] != plain.data["fingerprint"]
+    distances = [{one.gone: one.distance for one in result.candidates} for result in (plain, repeated)]
+    assert any(distances[0][gone] != distances[1][gone] for gone in set(distances[0]) & set(distances[1]))
+    with pytest.raises(StreamlineError, match=r"repeated=0\.5 is a share of the sequences of a text, and batches were"):
+        rows = torch.arange(3, 99).view(6, 2, 8) % 60 + 3
+        parts = {name: list(rows[2 * k : 2 * k + 2]) for k, name in enumerate(("calibration", "validation", "test"))}
+        compress(model, None, parts, repeated=0.5, **{"remove": 1, "side_by_side": False})
