@@ -76,7 +76,7 @@ def test_each_round_sees_its_part_and_is_taught_by_the_original(
     assert torch.equal(load(tmp_path / "out")(ids).logits, model(ids).logits)
     page = write_report(tmp_path / "page", title=result.title, command="x", compression=result.report()).read_text()
     said = ", then ".join(" ".join(map(str, one["removed"])) for one in result.rounds)
-    assert f"In 3 rounds: {said}. The figures of depth are the original's" in page
+    assert f"In 3 rounds: {said}. The figures of depth are the original" in page
     assert "8 blocks became 4" in page and len(result.profile.cosine) == 9
     assert not list(tmp_path.glob("*.round-*"))
 

@@ -39,7 +39,13 @@ def test_what_is_trained_is_trained_as_published(name: str) -> None:
     assert PUBLISHED[name] == found
 
 
-@pytest.mark.parametrize("name", sorted(set(PRESETS) - set(PUBLISHED)))
+def test_iterative_is_the_best_in_two_rounds() -> None:
+    best, found = preset_named("best"), preset_named("iterative")
+    assert (found.kind, found.training, found.healing) == (best.kind, best.training, best.healing)
+    assert (best.rounds, found.rounds) == (1, 2)
+
+
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - set(PUBLISHED) - {"iterative"}))
 def test_the_others_train_nothing(name: str) -> None:
     assert preset_named(name).training is None
     assert preset_named(name).healing is None
@@ -64,5 +70,5 @@ def test_uidl_puts_adapters_of_rank_64_on_the_mlps_alone(type_: str, layers: int
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(StreamlineError, match="The preset 'worst' is unknown. Known: best, none, llm-stream"):
+    with pytest.raises(StreamlineError, match="The preset 'worst' is unknown. Known: best, iterative, none, llm-stream"):
         preset_named("worst")
