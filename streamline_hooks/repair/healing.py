@@ -17,6 +17,7 @@ from torch import nn
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.adapters import with_adapters
 from streamline_hooks.repair.folded import Folded
+from streamline_hooks.repair.options import read_options
 from streamline_hooks.repair.scaled import Scaled
 from streamline_hooks.repair.stand_in import StandIn
 from streamline_hooks.repair.student import Student
@@ -98,22 +99,12 @@ class Healing:
         StreamlineError
             If it cannot be read.
         """
-        how, _, rest = text.partition(":")
         read: dict[str, Any] = {
             "where": str, "count": int, "rate": float, "rank": int, "alpha": float, "dropout": float,
             "targets": lambda value: tuple(value.split("+")), "head": lambda value: value in ("", "true"),
         }  # fmt: skip
-        given: dict[str, Any] = {}
-        for part in filter(None, rest.split(",")):
-            name, _, value = part.partition("=")
-            try:
-                given[name.strip()] = read[name.strip()](value.strip())
-            except (KeyError, ValueError):
-                raise StreamlineError(
-                    f"The healing {text!r} cannot be read at {part!r}. Expected options such as "
-                    f"'lora:rank=16,where=after'; known are {', '.join(read)}."
-                ) from None
-        return cls(how=how.strip(), **given)  # type: ignore[arg-type]
+        given = read_options(text, read, "healing", "lora:rank=16,where=after")
+        return cls(how=text.partition(":")[0].strip(), **given)  # type: ignore[arg-type]
 
     def blocks(self, length: int, windows: Sequence[range]) -> list[int]:
         """The blocks that are trained, of those that stay."""

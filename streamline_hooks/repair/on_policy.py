@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import floor
-from typing import Any
 
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.objective import Objective
+from streamline_hooks.repair.options import read_options
 
 _ENOUGH = 32  # texts of one length, before a longer one is thought of
 _WHOLE = 0.8  # the share of them that must not have been cut
@@ -90,22 +90,10 @@ class OnPolicy:
         StreamlineError
             If it cannot be read.
         """
-        objective, _, rest = text.partition(":")
-        read: dict[str, Any] = {
-            "share": float, "begin": float, "prompt": int, "shortest": int, "longest": int, "temperature": float,
-            "top_p": float,
-        }  # fmt: skip
-        given: dict[str, Any] = {}
-        for part in filter(None, rest.split(",")):
-            name, _, value = part.partition("=")
-            try:
-                given[name.strip()] = read[name.strip()](value.strip())
-            except (KeyError, ValueError):
-                raise StreamlineError(
-                    f"The on-policy training {text!r} cannot be read at {part!r}. Expected options such as "
-                    f"'reverse_kl:share=0.5,longest=128'; known are {', '.join(read)}."
-                ) from None
-        return cls(objective=Objective.parse(objective), **given)
+        numbers: dict[str, type] = {"share": float, "begin": float, "temperature": float, "top_p": float}
+        numbers |= {"prompt": int, "shortest": int, "longest": int}
+        given = read_options(text, numbers, "on-policy training", "reverse_kl:share=0.5,longest=128")
+        return cls(objective=Objective.parse(text.partition(":")[0]), **given)
 
     def is_due(self, step: int, steps: int) -> bool:
         """Whether a step, of so many, is made on the model's own text."""
