@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,10 +10,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
-from streamline_hooks.batch import device_of, positions_of
+from streamline_hooks.batch import device_of, positions_of, prepare
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.passes import inference
+from streamline_hooks.passes import forward_arguments, head_on_last, inference
+from streamline_hooks.precision import computes_alike
+from streamline_hooks.task import logits_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +57,8 @@ def written_on(
 ) -> list[list[list[int]]]:
     """Let a model write on from each prompt, all of them at the same time.
 
-    Prompts are padded on the left. Neither dropout nor the settings in the model's own generation configuration play a
+    Prompts are padded on the left, and each is run once however many samples are taken, if the model's cache holds keys
+    and values alone. Neither dropout nor the settings in the model's own generation configuration play a
     part: without `sampling` the likeliest token is taken each time.
 
     Parameters
@@ -117,11 +122,12 @@ def written_on(
     if watching:
         chosen["stopping_criteria"] = StoppingCriteriaList(watching)
     with inference(model), _without_settings(model):
+        begun = _begun(model, {"input_ids": ids, "attention_mask": mask}, samples)
         found = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=ids.repeat_interleave(samples, dim=0),
+            attention_mask=mask.repeat_interleave(samples, dim=0),
+            **begun,
             do_sample=sampling is not None,
-            num_return_sequences=samples,
             max_new_tokens=new_tokens,
             pad_token_id=pad,
             eos_token_id=sorted(ends) or None,
@@ -130,6 +136,52 @@ def written_on(
         )[:, width:].tolist()
     texts = [_up_to(tokenizer, _until(row, ends, keep_end), stop) for row in found]
     return [texts[k : k + samples] for k in range(0, len(texts), samples)]
+
+
+def cache_argument(model: nn.Module) -> str | None:
+    """What a model calls its cache of keys and values: Transformers changed the name on its way to 5.40."""
+    taken = forward_arguments(model)
+    return next((name for name in ("cache", "past_key_values") if name in taken), None)
+
+
+def _begun(model: Any, prompts: Mapping[str, Tensor], samples: int) -> dict[str, Any]:
+    """The keys and values of all of a prompt but its last token, run once and there for each of its samples.
+
+    Empty where there is one sample, where something else is kept than keys and values, such as a state of a
+    recurrence, and where the model does not go on from them as it would after the whole prompt.
+    """
+    name = cache_argument(model)
+    if samples == 1 or name is None or not prompts["attention_mask"][:, :-1].any(dim=1).all():
+        return {}
+    try:
+        cache = _keys_and_values(model, prompts, name)
+    except Exception:  # whatever a model with a cache of another kind may raise: it can still run the whole
+        return {}
+    if cache is None:
+        return {}
+    cache.batch_repeat_interleave(samples)
+    return {name: cache}
+
+
+def _keys_and_values(model: Any, prompts: Mapping[str, Tensor], name: str) -> Any:
+    """The cache before the last tokens; none where it holds more, or the two most unlike prompts end differently."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    whole = prepare(model, prompts) | head_on_last(model, 1)
+    by_token = ["input_ids", *(["position_ids"] if "position_ids" in whole else [])]
+    first = {part: whole[part][:, :-1] for part in (*by_token, "attention_mask")}
+    cache = getattr(model(**(whole | first | {"use_cache": True})), name, None)
+    layers = getattr(cache, "layers", ())
+    if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        return None
+    lengths = prompts["attention_mask"].sum(dim=1)
+    probed = torch.stack([lengths.argmin(), lengths.argmax()])
+    few = {part: value[probed] if isinstance(value, Tensor) else value for part, value in whole.items()}
+    trial = copy.deepcopy(cache)
+    trial.reorder_cache(probed)
+    ends = {part: few[part][:, -1:] for part in by_token} | {name: trial, "use_cache": True}
+    got, expected = (logits_of(model(**given))[:, -1] for given in (few | ends, few))
+    return cache if computes_alike(model, got, expected) else None
 
 
 @contextmanager
@@ -170,7 +222,7 @@ class _Stopped:
     def __init__(self, tokenizer: Any, width: int, stop: Sequence[str]) -> None:
         self.tokenizer, self.width, self.stop = tokenizer, width, stop
 
-    def __call__(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         texts = self.tokenizer.batch_decode(ids[:, self.width :])
         return torch.tensor([_holds(text, self.stop) for text in texts], dtype=torch.bool, device=ids.device)
 
@@ -181,7 +233,7 @@ class _Told:
     def __init__(self, told: Callable[[int], object]) -> None:
         self.told = told
 
-    def __call__(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self.told(len(ids))
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 

@@ -1,9 +1,11 @@
-"""The precision of long sums."""
+"""The precision of long sums, and that in which a model computes."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from streamline_hooks.batch import device_of
 
 
 def widen(states: Tensor) -> Tensor:
@@ -14,3 +16,26 @@ def widen(states: Tensor) -> Tensor:
 def widest(device: torch.device) -> torch.dtype:
     """The precision of sums that stay on a device: float64, where it has that."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def computes_alike(model: nn.Module, got: Tensor, expected: Tensor) -> bool:
+    """Whether two ways through a model come to the same but for its rounding.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        In half precision, by its weights or under autocast, a twentieth of a number may be rounding.
+    got, expected : torch.Tensor
+        Logits, or likelihoods in nats, of the same shape.
+
+    Examples
+    --------
+    >>> computes_alike(nn.Linear(1, 1), torch.tensor([2.0001]), torch.tensor([2.0]))
+    True
+    >>> computes_alike(nn.Linear(1, 1), torch.tensor([2.01]), torch.tensor([2.0]))
+    False
+    """
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    half = half or torch.is_autocast_enabled(device_of(model).type)
+    bound = (5e-2 if half else 1e-3) * (1.0 + expected.abs())
+    return bool(((got - expected).abs() <= bound).all())

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicLayer
 
-from streamline_hooks import StreamlineError
+from streamline_hooks import StreamlineError, generation
 from streamline_hooks.generation import end_tokens, require_generates, seeded, written_on
+from streamline_hooks.testing import tiny_model as tiny
 from tests.tiny_models import FAMILIES, VOCABULARY, repaired, tiny_model
 
 
@@ -73,6 +75,57 @@ def test_samples_are_seeded_and_leave_the_random_state_alone() -> None:
     assert runs[0] == runs[1] != runs[2]
     assert [len(several) for several in runs[0]] == [3, 3, 3]
     assert len({tuple(text) for text in runs[0][0]}) == 3
+
+
+def _sampled(model: Any, prompts: list[list[int]] | None = None) -> tuple[list[list[list[int]]], list[Any]]:
+    """What is written, and the shapes of the tokens that the model was run on."""
+    if prompts is None:
+        prompts = [*PROMPTS[::2], [7, 8]]
+    shapes: list[Any] = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    with seeded(torch.device("cpu"), 1):
+        found = written_on(model, Ends(), prompts, new_tokens=10, samples=3, sampling={"temperature": 1.5})
+    handle.remove()
+    return found, shapes
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "repaired"])
+def test_a_prompt_is_run_once_for_all_of_its_samples(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is written is what each sample with a prompt of its own would be."""
+    model: Any = repaired("llama", dtype=torch.float64) if family == "repaired" else tiny_model(family, torch.float64)
+    found, shapes = _sampled(model)
+    assert (shapes[0], shapes[-1]) == ((3, 5), (9, 1)) and (9, 6) not in shapes
+    monkeypatch.setattr(generation, "_begun", lambda *_: {})
+    assert _sampled(model)[0] == found
+
+
+@pytest.mark.parametrize("kind", ["mamba", "falcon_h1", "cpmant", "git"])
+def test_prompts_are_run_for_each_sample_where_more_than_keys_and_values_is_kept(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        model = tiny(kind, vocabulary=VOCABULARY)
+    except StreamlineError as error:
+        pytest.skip(str(error))
+    found, shapes = _sampled(model)
+    assert (9, 6) in shapes
+    monkeypatch.setattr(generation, "_begun", lambda *_: {})
+    assert _sampled(model)[0] == found
+
+
+def test_keys_and_values_that_give_something_else_are_not_gone_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny_model("llama", torch.float64)
+    expected = _sampled(model)[0]
+    original = DynamicLayer.update
+
+    def forget(self: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
+        known, others = original(self, keys, values, *args, **kwargs)
+        return known * (1.5 if known.shape[0] == 2 else 1.0), others  # of the two prompts that are compared
+
+    monkeypatch.setattr(DynamicLayer, "update", forget)
+    assert _sampled(model) == (expected, [(3, 5), (2, 1), (2, 6), (9, 6)] + [(9, 1)] * 9)
 
 
 def test_what_cannot_be_written_on() -> None:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from streamline_hooks.batch import device_of, positions_of, prepare
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.questions import Question, joined
-from streamline_hooks.passes import forward_arguments, head_on_last, inference, progress
+from streamline_hooks.generation import cache_argument
+from streamline_hooks.passes import head_on_last, inference, progress
+from streamline_hooks.precision import computes_alike
 from streamline_hooks.task import logits_of
 
 
@@ -189,7 +191,9 @@ def _with_shared_prefix(model: nn.Module, questions: Sequence[Sequence[_Sequence
     whole = prepare(model, _padded([(text.tokens, cut - (text.start - 1)) for text in texts], cut, width))
     first_of = [rows.index(row) for row in range(len(questions))]
     prefix = {name: whole[name][first_of, :cut] for name in _BY_TOKEN if name in whole}
-    name = _cache_argument(model)
+    name = cache_argument(model)
+    if name is None:
+        raise StreamlineError(f"{type(model).__name__} takes no cache of keys and values.")
     cache = getattr(model(**(whole | prefix | head_on_last(model, 1) | {"use_cache": True})), name)
     cache.reorder_cache(torch.tensor(rows, device=device_of(model)))
     rest = {name: whole[name][:, cut:] for name in ("input_ids", "position_ids") if name in whole}
@@ -198,15 +202,6 @@ def _with_shared_prefix(model: nn.Module, questions: Sequence[Sequence[_Sequence
 
 
 _BY_TOKEN = ("input_ids", "attention_mask", "position_ids")
-
-
-def _cache_argument(model: nn.Module) -> str:
-    """What a model calls its cache of keys and values: Transformers changed the name on its way to 5.40."""
-    taken = forward_arguments(model)
-    for name in ("cache", "past_key_values"):
-        if name in taken:
-            return name
-    raise StreamlineError(f"{type(model).__name__} takes no cache of keys and values.")
 
 
 def _sharing_holds(model: nn.Module, encoded: Sequence[Sequence[_Sequence]]) -> bool:
@@ -221,10 +216,7 @@ def _sharing_holds(model: nn.Module, encoded: Sequence[Sequence[_Sequence]]) -> 
         reason = "it gives something else"
     except Exception as error:  # whatever a model without a cache, or with one of another kind, may raise
         shared, reason = torch.full_like(alone, math.nan), str(error)
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
-    half = half or torch.is_autocast_enabled(device_of(model).type)
-    bound = (5e-2 if half else 1e-3) * (1.0 + alone.abs())
-    if not bool(alone.isfinite().all()) or bool(((shared - alone).abs() <= bound).all()):
+    if not bool(alone.isfinite().all()) or computes_alike(model, shared, alone):
         return True
     text = f"Each choice is run alone: with a context that choices share, this {type(model).__name__} fails ({reason})."
     warnings.warn(text, stacklevel=3)

@@ -21,6 +21,7 @@ from streamline_hooks.evaluation import continuations as module
 from streamline_hooks.evaluation.choices import score_choices
 from streamline_hooks.evaluation.continuations import NotFiniteLikelihood
 from streamline_hooks.evaluation.questions import Question, read_questions
+from streamline_hooks.generation import cache_argument
 from streamline_hooks.testing import tiny_model as tiny
 from tests.tiny_models import FAMILIES, VOCABULARY, repaired, tiny_model
 
@@ -152,7 +153,7 @@ def test_models_of_other_kinds_are_right_or_run_alone(kind: str) -> None:
 
 def test_a_cache_that_gives_something_else_is_not_used() -> None:
     model, questions = tiny_model("llama", torch.float64), asked(Random(2), 6)
-    name = module._cache_argument(model)
+    name = cache_argument(model)
 
     def forget(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if kwargs.get(name) is not None:
