@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,13 +15,13 @@ GROUP = "generation"
 Row = Mapping[str, Any]
 
 
-def retained_greedy(original: Row, rows: Sequence[Row], **settings: Any) -> Retained:
+def retained_greedy(original: Row | Sequence[Row], rows: Sequence[Row], **settings: Any) -> Retained:
     """What is retained of the problems and last words that the original gets right; see `retained` for the settings.
 
     Parameters
     ----------
-    original : mapping
-        Its own row.
+    original : mapping, or sequence of mapping
+        Its own row; or one for each of `rows`, where they were scored in different precisions.
     rows : sequence of mapping
         Of one model, or of one recipe with several seeds: each item then counts by the share of the seeds that get it
         right, and an interval is of drawing the items for all seeds at once.
@@ -31,13 +31,19 @@ def retained_greedy(original: Row, rows: Sequence[Row], **settings: Any) -> Reta
     StreamlineError
         If there is no row, or they were not asked the same.
     """
-    _same_questions(original, rows)
-    tasks = [(sort, [row["probes"][sort] for row in (original, *rows)]) for sort in original["probes"]]
-    tasks.append(("last_words", [row["last_words"]["right"] for row in (original, *rows)]))
-    return _retained([(name, [list(map(float, right)) for right in several]) for name, several in tasks], settings)
+    originals = _same_questions(original, rows)
+    greedy: dict[str, Callable[[Row], str]] = {sort: lambda row, s=sort: row["probes"][s] for sort in rows[0]["probes"]}
+    greedy["last_words"] = lambda row: row["last_words"]["right"]
+    return _retained(
+        [
+            (name, *([list(map(float, right(row))) for row in several] for several in (originals, rows)))
+            for name, right in greedy.items()
+        ],
+        settings,
+    )
 
 
-def retained_pass(original: Row, rows: Sequence[Row], k: int, **settings: Any) -> Retained:
+def retained_pass(original: Row | Sequence[Row], rows: Sequence[Row], k: int, **settings: Any) -> Retained:
     """The same of pass@k: each problem counts by the chance that one of k tries is right.
 
     Raises
@@ -45,12 +51,14 @@ def retained_pass(original: Row, rows: Sequence[Row], k: int, **settings: Any) -
     StreamlineError
         See `retained_greedy`; or if there are fewer tries than k.
     """
-    _same_questions(original, rows)
-    samples = original["pass_at"]["samples"]
+    originals = _same_questions(original, rows)
+    given = rows[0]["pass_at"]
+    chances = {c: pass_of(c, given["samples"], k) for c in range(given["samples"] + 1)}
     return _retained(
         [
-            (sort, [[pass_of(c, samples, k) for c in row["pass_at"]["right"][sort]] for row in (original, *rows)])
-            for sort in original["pass_at"]["right"]
+            (sort, *([[chances[c] for c in row["pass_at"]["right"][sort]] for row in several] for several in pair))
+            for sort in given["right"]
+            for pair in [(originals, rows)]
         ],
         settings,
     )
@@ -63,7 +71,9 @@ def pass_of(right: int, samples: int, k: int) -> float:
     return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
-def summary(original: Row, rows: Sequence[Row], ks: Sequence[int] = (1, 5, 20), **settings: Any) -> dict[str, Any]:
+def summary(
+    original: Row | Sequence[Row], rows: Sequence[Row], ks: Sequence[int] = (1, 5, 20), **settings: Any
+) -> dict[str, Any]:
     """All numbers of one model, or of one recipe with several seeds, as JSON values.
 
     Lengths, shares and repetition are means over the seeds.
@@ -74,7 +84,7 @@ def summary(original: Row, rows: Sequence[Row], ks: Sequence[int] = (1, 5, 20), 
             name: _mean([row["match"][kind][name] for row in rows])
             for name in ("length", "share", "repetition", "original_repetition")
         }
-        for kind in original["match"]
+        for kind in rows[0]["match"]
     }
     return {
         "seeds": len(rows),
@@ -85,13 +95,23 @@ def summary(original: Row, rows: Sequence[Row], ks: Sequence[int] = (1, 5, 20), 
     }
 
 
-def _retained(tasks: Sequence[tuple[str, Sequence[Sequence[float]]]], settings: Mapping[str, Any]) -> Retained:
+def _retained(
+    tasks: Sequence[tuple[str, list[list[float]], list[list[float]]]], settings: Mapping[str, Any]
+) -> Retained:
     """Of each task the original's scores, and then those of each seed."""
-    answers = []
-    for name, (first, *others) in tasks:
-        mean = [statistics.fmean(item) for item in zip(*others, strict=True)]
-        answers.append(TaskAnswers(name, first, mean, group=GROUP))
+    answers = [TaskAnswers(name, mean_of(first), mean_of(others), group=GROUP) for name, first, others in tasks]
     return retained(answers, **settings)[GROUP]
+
+
+def mean_of(scores: Sequence[Sequence[float]]) -> list[float]:
+    """Of each item, over several rows.
+
+    Examples
+    --------
+    >>> mean_of([[1.0, 0.0], [1.0, 1.0]])
+    [1.0, 0.5]
+    """
+    return [statistics.fmean(item) for item in zip(*scores, strict=True)]
 
 
 def _values(found: Retained) -> dict[str, Any]:
@@ -108,11 +128,15 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def _same_questions(original: Row, rows: Sequence[Row]) -> None:
+def _same_questions(original: Row | Sequence[Row], rows: Sequence[Row]) -> Sequence[Row]:
+    """The original's row for each of the others."""
     if not rows:
         raise StreamlineError("There is no row of a changed model; give one at least.")
-    if others := sorted({row["key"] for row in rows} - {original["key"]}):
-        raise StreamlineError(
-            f"The original's row was made with the key {original['key']}, others with {', '.join(others)}: they were "
-            "not asked the same. Score them again."
-        )
+    originals = [original] * len(rows) if isinstance(original, Mapping) else original
+    for own, row in zip(originals, rows, strict=True):
+        if row["key"] != own["key"]:
+            raise StreamlineError(
+                f"The original's row was made with the key {own['key']}, another with {row['key']}: they were not "
+                "asked the same. Score them again."
+            )
+    return originals

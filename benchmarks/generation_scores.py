@@ -5,8 +5,8 @@
 Small problems of the difficulty that `benchmarks.probe_difficulty` chose, answered greedily and by sampling (pass@k);
 last words of held-out text; greedy continuations against the original's. Without MODEL the original alone,
 SmolLM2-135M-Instruct, is scored. What it writes is kept in ``benchmarks/results/generation_original.json``, by
-everything that it depends on. Matrix products are in bfloat16 but for the LM head's, of the original as of what is made
-from it. A row takes about four minutes on one core, three of them for the samples.
+everything that it depends on. Matrix products are in bfloat16 where the machine is fast in it, but for the LM head's,
+of the original as of what is made from it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.instructions import INSTRUCTIONS
 from benchmarks.probe_difficulty import chosen
 from benchmarks.quality_scores import digest, fingerprint, write
 from benchmarks.real_text import RESULTS, arguments
-from benchmarks.short_answers import half_precision, problems_of, room
+from benchmarks.short_answers import fast_products, problems_of, products, room
 from streamline_hooks.evaluation import score_last_words, solve, write_on
 from streamline_hooks.evaluation.matched import Matched
 from streamline_hooks.evaluation.probes import STOP
@@ -134,7 +134,7 @@ class Generation:
         self, model: nn.Module, key: str, reference: Mapping[str, list[Written]] | None
     ) -> tuple[dict[str, Any], dict[str, list[Written]]]:
         seconds: dict[str, float] = {}
-        with half_precision(model):
+        with fast_products(model):
             with timed(seconds, "probes"):
                 greedy = self._probes(model)
             with timed(seconds, "pass_at"):
@@ -235,6 +235,8 @@ class Generation:
             "seed": self.seed,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
+        if (precision := products()) != "bfloat16":
+            settings["products"] = precision
         known = json.loads(cache.read_text()) if cache.exists() else {}
         key = digest(json.dumps(settings))
         if key not in known:

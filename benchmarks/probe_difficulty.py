@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.quality_scores import fingerprint, write
 from benchmarks.real_text import RESULTS
-from benchmarks.short_answers import SETS, SHOTS, half_precision, problems_of, room
+from benchmarks.short_answers import SETS, SHOTS, fast_products, problems_of, room
 from streamline_hooks.evaluation import solve
 from streamline_hooks.evaluation.probes import LEVELS, STOP
 from streamline_hooks.evaluation.problems import Problem
@@ -41,7 +41,7 @@ def main() -> None:
         for level in levels:
             problems = problems_of(count, SEED, {sort: level})[sort]
             started = time.perf_counter()
-            with half_precision(model):
+            with fast_products(model):
                 solved = solve(
                     model, tokenizer, problems, new_tokens=room(tokenizer, problems), stop=STOP, batch_size=50
                 )

@@ -61,9 +61,9 @@ class Recipe:
     healing: Healing | None = None
 
 
-OURS = replace(PRESETS["best"].training or Training(), objective=Objective())
+OURS = replace(PRESETS["one-window"].training or Training(), objective=Objective())
 RECIPES: dict[str, Recipe] = {
-    **{name: Recipe(preset.kind, preset.training, preset.healing) for name, preset in PRESETS.items()},
+    **{name: Recipe(p.kind, p.training, p.healing) for name, p in PRESETS.items() if p.search == "window"},
     "linear": Recipe("linear"),
     "folded": Recipe("folded"),
     "merged, mean": Recipe("merged:weight=0.1111"),

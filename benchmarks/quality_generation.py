@@ -2,12 +2,13 @@
 
     python -m benchmarks.quality_generation [--data FOLDER] [--plan NAME,...] [--tokens 100000] [--items 100]
 
-One thing is changed at a time: where the repair starts, by which loss it is trained, on which text, in how many rounds,
-and what is healed besides; all on the same number of training tokens, seen once, and (the plan ``minutes``) on as many
-as take the processor time that `best` takes. The windows are chosen once by the verified shortlist on training text;
-the seed decides the text, the order of the batches and what a network starts from. Classification is scored on the
-tasks of `benchmarks.quality`, generation as in `benchmarks.generation_scores`; the original and what is made from it
-both by products in bfloat16. Minutes are the processor's own. A row goes to
+One thing is changed at a time: how the blocks are chosen, where the repair starts, by which loss it is trained, on
+which text, in how many rounds, and what is healed besides; all on the same number of training tokens, seen once, and
+(the plan ``minutes``) on as many as take the processor time that `best` takes. The blocks are chosen once for all
+seeds, on training text: single blocks by KL or, one window, by the verified shortlist; the seed decides the text, the
+order of the batches and what a network starts from. Classification is scored on the tasks of `benchmarks.quality`,
+generation as in `benchmarks.generation_scores`. Products are in bfloat16 where the machine is fast in it and else in
+float32, and each row is held against the original in its own precision. Minutes are the processor's own. A row goes to
 ``benchmarks/results/quality_generation.json`` as soon as it is done, a training that was interrupted goes on where it
 was, and the tables go to ``benchmarks/results/quality_generation.md``. Two such commands share the rows between them.
 """
@@ -19,21 +20,22 @@ import fcntl
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from benchmarks.generation_numbers import summary
+from benchmarks.generation_numbers import mean_of, summary
 from benchmarks.generation_scores import Generation
 from benchmarks.quality import SHORTLIST, STARTING, choose
 from benchmarks.quality_scores import Quality, write
 from benchmarks.real_text import RESULTS, ROOT, SEQUENCE, arguments
-from benchmarks.short_answers import half_precision
+from benchmarks.short_answers import fast_products, products
 from benchmarks.training_text import TrainingText, training_text
 from streamline_hooks import compress_iteratively
 from streamline_hooks.batch import batches_of
@@ -49,16 +51,23 @@ from streamline_hooks.repair import (
     Student,
     Trained,
     Training,
-    fit_windows,
     kind_named,
     student_of,
     train,
 )
+from streamline_hooks.selection.criteria import score_windows
+from streamline_hooks.selection.search import Selection, one_shot, verified
+from streamline_hooks.selection.search.selected import runs
 from streamline_hooks.stack import find_stack
 
-FILE, ORIGINAL = RESULTS / "quality_generation.json", RESULTS / "quality_generation_original.json"
+FILE = RESULTS / "quality_generation.json"
+ORIGINAL = {
+    "bfloat16": RESULTS / "quality_generation_original.json",
+    "float32": RESULTS / "quality_generation_original_float32.json",
+}
 BEST = PRESETS["best"]
-SETTINGS = replace(BEST.training or Training(), autocast=torch.bfloat16, validations=4)
+SETTINGS = replace(BEST.training or Training(), validations=4)
+SEARCHED = 8  # sequences that single blocks are ranked on by KL
 
 
 @dataclass(frozen=True)
@@ -79,9 +88,11 @@ class Recipe:
         Of others, conversations with the original itself, or one half of each.
     rounds : int
         See `compress_iteratively`, which chooses each round's window itself.
+    search : {"one-shot", "window"}
+        The best single blocks by KL, or the best repaired of a shortlist of windows.
     repeated : float
-        The share of the sequences whose second half repeats the first, see `with_repeated_passages`; the window is
-        chosen on such text too, of all windows.
+        The share of the sequences whose second half repeats the first, see `with_repeated_passages`; the blocks are
+        chosen on such text too, a window of all windows.
     """
 
     kind: str = BEST.kind
@@ -91,28 +102,31 @@ class Recipe:
     on_policy: str = ""
     text: str = "documents"
     rounds: int = 1
-    repeated: float = 0.0
+    search: str = BEST.search
+    repeated: float = BEST.repeated
 
 
+_ONE_WINDOW = Recipe("swiglu", search="window", repeated=0.0)
 RECIPES: dict[str, Recipe] = {
     "removed": Recipe("none", objective="", healing=None),
+    "removed, one window": replace(_ONE_WINDOW, kind="none", objective="", healing=None),
+    "removed, one window, repeated passages": Recipe("none", objective="", healing=None, search="window"),
     "warm start alone": Recipe(objective="", healing=None),
-    "removed, repeated passages": Recipe("none", objective="", healing=None, repeated=0.25),
-    "warm start alone, repeated passages": Recipe(objective="", healing=None, repeated=0.25),
     "best": Recipe(),
-    "repeated passages": Recipe(repeated=0.25),
+    "one window": _ONE_WINDOW,
+    "without repeated passages": Recipe(repeated=0.0),
+    "without healing": Recipe(healing=None),
+    "without the warm start": Recipe(warm=False),
+    "KL alone": Recipe(objective="kl"),
     "on policy": Recipe(on_policy="kl:begin=0.5,share=0.5"),
     "own text and documents": Recipe(text="both"),
-    "without healing": Recipe(healing=None),
-    "KL alone": Recipe(objective="kl"),
     "in two rounds": Recipe(rounds=2),
-    "without the warm start": Recipe(warm=False),
     "LM alone": Recipe(objective="lm"),
-    "on policy, reverse": Recipe(on_policy="reverse_kl:begin=0.5,share=0.5"),
 }
 TRAINED = [name for name, recipe in RECIPES.items() if recipe.objective]
 ON_TEXT = ("perplexity_ratio", "mean_perplexity_ratio", "kl", "top1")
 CURVE = (50_000, 200_000, 1_000_000)
+FAST = {"bfloat16": torch.bfloat16, "float32": None}[products()]
 
 
 @dataclass(frozen=True)
@@ -136,7 +150,11 @@ def plans(tokens: int, rows: dict[str, Any]) -> dict[str, list[Run]]:
     seeds = [replace(run, seed=seed) for removed in (8, 4) for seed in (1, 2) for run in first[removed]]
     minutes = [run for removed in (8, 4) for run in same_minutes(first[removed], rows)]
     curve = [Run("best", 8, count) for count in CURVE]
-    return {"start": start, "8": first[8], "curve": curve, "4": first[4], "minutes": minutes, "seeds": seeds}
+    best = [run for runs in first.values() for run in runs if run.recipe == "best"]
+    others = {removed: [run for run in runs if run.recipe != "best"] for removed, runs in first.items()}
+    return {
+        "best": best, "start": start, "8": others[8], "4": others[4], "minutes": minutes, "curve": curve, "seeds": seeds
+    }  # fmt: skip
 
 
 def same_minutes(runs: list[Run], rows: dict[str, Any]) -> list[Run]:
@@ -153,8 +171,8 @@ def same_minutes(runs: list[Run], rows: dict[str, Any]) -> list[Run]:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--plan", default="start,8,curve,4,minutes,seeds", help="which rows, in their order")
-    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--plan", default="best,start,8,4,minutes,curve,seeds", help="which rows, in their order")
+    parser.add_argument("--tokens", type=int, default=50_000)
     parser.add_argument("--items", type=int, default=100, help="questions a task, the same for all but BLiMP")
     parser.add_argument("--results", type=Path, default=FILE)
     options = parser.parse_args()
@@ -172,23 +190,25 @@ class Bench:
         self.options, self.file = options, options.results
         original, self.tokenizer = load_pretrained("smollm2")
         self.original = original
-        with half_precision(original):
-            self.quality = Quality(original, self.tokenizer, options.data, items=options.items, cache=ORIGINAL)
+        with fast_products(original):
+            self.quality = Quality(
+                original, self.tokenizer, options.data, items=options.items, cache=ORIGINAL[products()]
+            )
         self.generation = Generation(original, self.tokenizer, options.data)
         self.model = load_pretrained("smollm2")[0]
         self.stack = find_stack(self.model)
         self.content = self.read()
         command = f"python -m benchmarks.quality_generation --tokens {options.tokens} --items {options.items}"
         about = {"command": command, "tokens": options.tokens, "items": options.items}
-        about |= {"original": self.quality.original_row(), "generation": self.generation.original_row()}
-        self.change(lambda content: content.update(about))
+        own = {"classification": self.quality.original_row(), "generation": self.generation.original_row()}
+        self.change(lambda content: content.update({**about, "originals": {**content["originals"], products(): own}}))
 
     @property
     def rows(self) -> dict[str, Any]:
         return dict(self.content["rows"])
 
     def read(self) -> dict[str, Any]:
-        return json.loads(self.file.read_text()) if self.file.exists() else {"rows": {}, "windows": {}}
+        return json.loads(self.file.read_text()) if self.file.exists() else {"rows": {}, "blocks": {}, "originals": {}}
 
     def change(self, make: Any) -> None:
         """Change what is kept, which another process may have changed in between."""
@@ -215,15 +235,21 @@ class Bench:
             self.content = self.read()
             yield run.key not in self.content["rows"]
 
-    def window(self, removed: int, repeated: float) -> range:
-        """The window of as many blocks, chosen once by the verified shortlist."""
-        name = f"{removed}, {repeated:g} repeated" if repeated else str(removed)
-        if name not in self.content["windows"]:
-            text = with_repeats(training_text(self.options.data, self.tokenizer, 100_000), repeated)
-            start = choose(self.model, text, removed, shortlist=30 if repeated else SHORTLIST).start
-            self.change(lambda content: content["windows"].update({name: start}))
-        start = self.content["windows"][name]
-        return range(start, start + removed)
+    def windows(self, removed: int, recipe: Recipe) -> tuple[range, ...]:
+        """The blocks that go, chosen once for a number of them, a search and a kind of text."""
+        name = f"{removed}, {recipe.search}" + (", repeated passages" if recipe.repeated else "")
+        if name not in self.content["blocks"]:
+            chosen = sorted(self.searched(removed, recipe))
+            self.change(lambda content: content["blocks"].update({name: chosen}))
+        return runs(self.content["blocks"][name])
+
+    def searched(self, removed: int, recipe: Recipe) -> Iterable[int]:
+        text = with_repeats(training_text(self.options.data, self.tokenizer, 100_000), recipe.repeated)
+        if recipe.search == "window":
+            return choose(self.model, text, removed, shortlist=30 if recipe.repeated else SHORTLIST)
+        with fast_products(self.model):
+            score = partial(score_windows, "kl", model=self.model, batches=batches_of(text.train[:SEARCHED], 4))
+            return one_shot(score, len(self.stack), removed)[0].blocks
 
     def row(self, run: Run) -> None:
         """Make a row, unless it is there or on its way."""
@@ -239,8 +265,8 @@ class Bench:
         text = with_repeats(self.text(recipe.text, run), recipe.repeated)
         if recipe.rounds > 1:
             return self.made_in_rounds(run, recipe, text)
-        window, clock = self.window(run.removed, recipe.repeated), [time.process_time()]
-        student = self.started(recipe, run, window, text)
+        windows, clock = self.windows(run.removed, recipe), [time.process_time()]
+        student = self.started(recipe, run, windows, text)
         clock.append(time.process_time())
         trained = None if not recipe.objective else self.trained(run, recipe, student, text)
         student.merge()
@@ -249,7 +275,7 @@ class Bench:
         report = None if trained is None else trained.report()
         minutes = {name: (b - a) / 60 for name, a, b in zip(("fit", "train"), clock, clock[1:], strict=False)}
         with student.opened():
-            return self.scored(run, recipe, self.model, list(window), report, minutes)
+            return self.scored(run, recipe, self.model, [k for window in windows for k in window], report, minutes)
 
     def made_in_rounds(self, run: Run, recipe: Recipe, text: TrainingText) -> dict[str, Any]:
         model, began = copy.deepcopy(self.original), time.process_time()
@@ -261,6 +287,9 @@ class Bench:
             training=self.settings(run, recipe),
             remove=run.removed,
             kind=recipe.kind,
+            search=recipe.search,
+            criterion="kl" if recipe.search == "one-shot" else None,
+            shortlist=1 if recipe.search == "one-shot" else SHORTLIST,
             healing=recipe.healing,
             fitting_tokens=round(recipe.rounds * STARTING * len(text.train)) * SEQUENCE,
             batch_size=1,
@@ -280,13 +309,14 @@ class Bench:
         self, run: Run, recipe: Recipe, model: Any, gone: list[int], training: Any, minutes: dict[str, float]
     ) -> dict[str, Any]:
         began = time.process_time()
-        with half_precision(self.original), half_precision(model):
+        with fast_products(self.original), fast_products(model):
             classification = self.quality.row(model)
         generation = self.generation.row(model)
         return {
             **asdict(run),
             "what": {name: str(value) for name, value in asdict(recipe).items()},
             "removed_blocks": gone,
+            "products": products(),
             "training": training,
             "minutes": {**minutes, "score": (time.process_time() - began) / 60},
             "text": {
@@ -320,27 +350,29 @@ class Bench:
         ids = [i for text in texts for i in self.tokenizer(text, add_special_tokens=False).input_ids]
         return torch.tensor(ids[: len(ids) // SEQUENCE * SEQUENCE]).view(-1, SEQUENCE)[: tokens // SEQUENCE]
 
-    def started(self, recipe: Recipe, run: Run, window: range, text: TrainingText) -> Student:
+    def started(self, recipe: Recipe, run: Run, windows: tuple[range, ...], text: TrainingText) -> Student:
         """The student before it is trained."""
         kind = kind_named(recipe.kind)
         torch.manual_seed(run.seed)
         if not recipe.warm or recipe.kind == "none":
-            stand_in = kind.make(self.stack, window)
+            stand_ins = [kind.make(self.stack, window) for window in windows]
         else:
             share = 1.0 if not recipe.objective else STARTING
             rows = text.train[: max(16, round(share * len(text.train)))]
-            fit, held_out = (batches_of(part, 4) for part in held_out_apart(rows))
-            with torch.autocast("cpu", torch.bfloat16):
-                (repair,) = fit_windows(self.model, [window], kind, fit, held_out)
-            stand_in = repair.stand_in
-        return student_of(self.stack, [(window, stand_in)], recipe.healing, seed=run.seed)
+            parts = (batches_of(part, 4) for part in (*held_out_apart(rows), text.validation))
+            with fast_products(self.model):
+                (fitted,) = verified(self.model, [Selection(windows)], *parts, kind=kind)
+            stand_ins = [repair.stand_in for repair in fitted.repairs]
+        return student_of(self.stack, list(zip(windows, stand_ins, strict=True)), recipe.healing, seed=run.seed)
 
     def settings(self, run: Run, recipe: Recipe) -> Training:
         """How a recipe is trained."""
         file = ROOT / "build" / "quality_generation" / f"{run.key.replace(' ', '')}.training"
         own = OnPolicy.parse(recipe.on_policy) if recipe.on_policy else None
         objective = Objective.parse(recipe.objective)
-        return replace(SETTINGS, objective=objective, on_policy=own, seed=run.seed, keep_in=file, memory=2**33)
+        return replace(
+            SETTINGS, objective=objective, on_policy=own, seed=run.seed, keep_in=file, memory=2**33, autocast=FAST
+        )
 
     def trained(self, run: Run, recipe: Recipe, student: Student, text: TrainingText) -> Trained:
         """Train on the text once, and go on where an earlier run was interrupted."""
@@ -364,13 +396,12 @@ def with_repeats(text: TrainingText, share: float) -> TrainingText:
 
 def numbers(content: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Of one recipe, with as many seeds as there are: what is retained above chance, with its interval."""
-    original = content["original"]
+    originals = [content["originals"][row["products"]] for row in rows]
+    own = [original["classification"] for original in originals]
     answers = []
-    for task in original["counted"]:
-        right = [[float(bit) for bit in row["right"][task]] for row in rows]
-        mean = [statistics.fmean(item) for item in zip(*right, strict=True)]
-        first = [float(bit) for bit in original["right"][task]]
-        answers.append(TaskAnswers(task, first, mean, original["chance"][task]))
+    for task in own[0]["counted"]:
+        scores = [[list(map(float, one["right"][task])) for one in several] for several in (own, rows)]
+        answers.append(TaskAnswers(task, *map(mean_of, scores), own[0]["chance"][task]))
     kept = retained(answers, clearly=0.0)["classification"]
     return {
         "seeds": len(rows),
@@ -378,7 +409,7 @@ def numbers(content: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, An
         "ratio": statistics.fmean(row["text"]["mean_perplexity_ratio"] for row in rows),
         "kl": statistics.fmean(row["text"]["kl"] for row in rows),
         "minutes": statistics.fmean(row["minutes"]["fit"] + row["minutes"]["train"] for row in rows),
-        "generation": summary(content["generation"], [row["generation"] for row in rows]),
+        "generation": summary([one["generation"] for one in originals], [row["generation"] for row in rows]),
     }
 
 
@@ -465,8 +496,9 @@ def _shown(estimate: dict[str, Any] | None) -> str:
 
 
 def _original(content: dict[str, Any]) -> list[str]:
-    """What the original itself reaches."""
-    row = content["generation"]
+    """What the original itself reaches, in the precision of most rows."""
+    used = [row["products"] for row in content["rows"].values()]
+    row = content["originals"][max(sorted(content["originals"]), key=used.count)]["generation"]
     solved = ", ".join(f"{sort} {bits.count('1') / len(bits):.0%}" for sort, bits in row["probes"].items())
     ends = row["last_words"]["right"]
     repeated = statistics.fmean(kind["original_repetition"] for kind in row["match"].values())
@@ -480,12 +512,13 @@ def _original(content: dict[str, Any]) -> list[str]:
 def _texts(content: dict[str, Any]) -> list[str]:
     """Continuations side by side: the original's, after plain removal, and after the best repair."""
     tokens, rows = content["tokens"], content["rows"]
-    named = {name: Run(name, 8, tokens).key for name in ("removed", "best")}
+    named = {name: Run(name, 8, tokens).key for name in ("removed, one window", "best")}
     if not all(key in rows for key in named.values()):
         return []
     shown = {name: rows[key]["generation"]["samples"] for name, key in named.items()}
     lines = ["", "## Ten beginnings, chosen by seed, 8 of 30 blocks gone", ""]
-    for k, first in enumerate(content["generation"]["samples"]):
+    own = content["originals"][rows[named["best"]]["products"]]["generation"]
+    for k, first in enumerate(own["samples"]):
         lines += [f"**{_inline(first['prompt'])}**", "", f"- original: {_inline(first['text'])}"]
         lines += [f"- {name}: {_inline(several[k]['text'])}" for name, several in shown.items()] + [""]
     return lines

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.quality_scores import write
 from benchmarks.real_text import RESULTS, arguments
-from benchmarks.short_answers import half_precision
+from benchmarks.short_answers import fast_products
 from benchmarks.training_text import training_text
 from streamline_hooks.calibration import TokenSplit, with_repeated_passages
 from streamline_hooks.pretrained import load_pretrained
@@ -34,7 +34,7 @@ def main() -> None:
     model, tokenizer = load_pretrained("smollm2")
     prose = training_text(options.data, tokenizer, 20_480).validation[: options.sequences]
     twice = with_repeated_passages(TokenSplit(prose, prose, prose, fingerprint=""), 1.0).validation
-    with half_precision(model), torch.no_grad():
+    with fast_products(model), torch.no_grad():
         first, again = said(model, prose), said(model, twice)
         content: dict[str, Any] = {
             "command": "python -m benchmarks.repeated_choice",

@@ -34,12 +34,22 @@ def room(tokenizer: Any, problems: Sequence[Problem]) -> int:
     return max(map(len, tokenizer(answers, add_special_tokens=False)["input_ids"])) + _SPARE
 
 
-@contextmanager
-def half_precision(model: nn.Module) -> Iterator[None]:
-    """Matrix products in bfloat16 but those of the LM head, whose logits would be too coarse to tell words apart.
+def products() -> str:
+    """The precision of matrix products that this machine is fast in: bfloat16 where it has them, else float32."""
+    has = torch.cpu.get_capabilities()
+    return "bfloat16" if has.get("amx_bf16") or has.get("avx512_bf16") else "float32"
 
-    The same for an original and for what is made from it. A weight is converted once.
+
+@contextmanager
+def fast_products(model: nn.Module) -> Iterator[None]:
+    """Matrix products as the machine has them fast, see `products`, but for those of the LM head.
+
+    Its logits would be too coarse in bfloat16 to tell words apart. The same for an original and for what is made from
+    it. A weight is converted once.
     """
+    if products() == "float32":
+        yield
+        return
     head = model.get_output_embeddings()  # type: ignore[operator]
     handles = [
         head.register_forward_pre_hook(lambda *_: torch.set_autocast_enabled("cpu", False)),

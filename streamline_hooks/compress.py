@@ -132,7 +132,8 @@ def compress(
         done again.
     criterion : Criterion or str, optional
         What speaks for giving a window up, see `CRITERIA`. By default cosine and relative magnitude together for
-        single windows, and cosine for the other searches.
+        single windows, and cosine for the other searches. One that runs the model without each window, ``"kl"`` or
+        ``"perplexity"``, is measured on 4,096 tokens.
     search : {"window", "disjoint", "one-shot", "mixed", "greedy", "evolution", "attention", "mlp"}
         What the shortlist is made of: single windows, several disjoint ones, the best single blocks, the best of these
         three together (with more than a third of the blocks gone, several places may lose less than one), blocks one

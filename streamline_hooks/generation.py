@@ -170,7 +170,7 @@ def _keys_and_values(model: Any, prompts: Mapping[str, Tensor], name: str) -> An
     whole = prepare(model, prompts) | head_on_last(model, 1)
     by_token = ["input_ids", *(["position_ids"] if "position_ids" in whole else [])]
     first = {part: whole[part][:, :-1] for part in (*by_token, "attention_mask")}
-    cache = getattr(model(**(whole | first | {"use_cache": True})), name, None)
+    cache: Any = getattr(model(**(whole | first | {"use_cache": True})), name, None)
     layers = getattr(cache, "layers", ())
     if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
         return None

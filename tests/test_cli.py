@@ -323,9 +323,27 @@ def test_smollm2_that_is_not_installed_says_how_to_get_it(
 @pytest.mark.parametrize("recipe", [("", "kl", "lora"), ("uidl", "", "")])
 def test_the_seed_is_that_of_the_training_too(recipe: tuple[str, str, str]) -> None:
     preset, objective, heal = recipe
-    _, training, _, _ = Asked(preset=preset, objective=objective, heal=heal).recipe(7)
+    training = Asked(preset=preset, objective=objective, heal=heal).recipe(7).training
     assert training is not None
     assert training.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ({}, ("window", "cosine_and_magnitude", 0.0, 8)),
+        ({"search": "greedy", "shortlist": 2}, ("greedy", "cosine", 0.0, 2)),
+        ({"preset": "uidl", "repeated": 0.5}, ("window", "cosine_and_magnitude", 0.5, 8)),
+        ({"preset": "best"}, ("one-shot", "kl", 0.25, 1)),
+        ({"preset": "best", "criterion": "cosine", "repeated": 0.0}, ("one-shot", "cosine", 0.0, 1)),
+        ({"preset": "best", "search": "window"}, ("window", "cosine_and_magnitude", 0.25, 8)),
+        ({"preset": "best", "search": "window", "criterion": "kl", "shortlist": 3}, ("window", "kl", 0.25, 3)),
+    ],
+)
+def test_how_blocks_are_found_is_said_by_the_preset_where_nothing_else_is(asked: Any, found: tuple[Any, ...]) -> None:
+    """A criterion and a shortlist are those of its own search, and not of another one."""
+    recipe = Asked(**asked).recipe(0)
+    assert (recipe.search, recipe.criterion, recipe.repeated, recipe.shortlist) == found
 
 
 @pytest.mark.parametrize(
@@ -340,6 +358,7 @@ def test_the_seed_is_that_of_the_training_too(recipe: tuple[str, str, str]) -> N
         (["--on-policy", "kl", "--rounds", "2"], "--on-policy kl and --rounds 2: this is of a training"),
         (["--on-policy", "kl", "--preset", "none"], "--on-policy kl: this is of a training, and --preset none trains"),
         (["--rounds", "3", "--preset", "iterative"], "--preset iterative says what --rounds would"),
+        (["--rounds", "1", "--preset", "iterative"], "--preset iterative says what --rounds would"),
         (["--train", "kld"], "The objective 'kld' cannot be read"),
     ],
 )

@@ -48,7 +48,7 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(command: Command, tmp_path: 
     for stage in ("plan", "prepare", "rank", "verify", "measure", "train", "compare", "save"):
         assert f"{stage} " in lines[2], stage
     assert "suffices for " in lines[3] and "seen 4 times, so that it will end earlier" in lines[3]
-    assert lines[4].startswith("resume     after an interruption, in the place of --budget: --preset best ")
+    assert lines[4].startswith("resume     after an interruption, in the place of --budget and --keep: --preset best ")
     assert not (tmp_path / "out").exists() and "train on" not in err
 
 
@@ -65,7 +65,7 @@ def test_what_is_planned_is_done(command: Command, tmp_path: Path) -> None:
     )
     assert data["test_tokens"] == 320
     assert trained["tokens"] == 4 * data["calibration_tokens"] and trained["stopped"] == ""
-    assert report["kind"] == "swiglu" and report["plan"]["removed"] != [4], "nothing behind it could be healed"
+    assert report["kind"] == "linear" and report["plan"]["removed"] != [4], "nothing behind it could be healed"
     assert not (tmp_path / "out.training").exists()
 
 
@@ -97,7 +97,7 @@ def test_what_was_planned_is_gone_on_with_as_it_was_said(
         patch.setattr(training_loop.Loop, "_step", dies)
         with pytest.raises(Killed):
             command("--budget", "1h", *few)
-    options = said_again(made[0]).partition("--budget: ")[2].split()
+    options = said_again(made[0]).partition("--budget and --keep: ")[2].split()
     assert "--keep=0,-1" in options
     code, _, err = command(*few[:2], *options)
     assert code == 0, err
@@ -118,13 +118,14 @@ def test_what_was_planned_is_gone_on_with_as_it_was_said(
         (["--fitting-tokens", "640", "--autocast"], "plans what --autocast and --fitting-tokens would say"),
         (["--learning-rate", "0.1"], "plans what --learning-rate would say"),
         (["--memory", "4GB"], "does not go with --memory. Leave it out, and say --calibration-tokens instead"),
-        (["--resume"], "one training, from its beginning, in one process, of one window"),
-        (["--search", "mixed"], "does not go with --search"),
+        (["--resume"], "one training, from its beginning, in one process, on text that is there"),
+        (["--search", "mixed"], "plans what --search would say"),
+        (["--repeated", "0.5"], "plans what --repeated would say"),
         (["--pack"], "does not go with --pack"),
         (["--profile", "p"], "does not go with --profile"),
         (["-c", "self"], "does not go with --calibration self"),
         (["-c", "pydoc:0.5,chat:0.5"], "does not go with --calibration chat"),
-        (["--criterion", "kl"], "does not go with --criterion kl"),
+        (["--criterion", "kl"], "plans what --criterion would say"),
         (["--task", "image-classification"], "--budget is for models that write"),
     ],
 )

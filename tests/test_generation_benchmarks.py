@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import generation_scores, heldout_pieces
+from benchmarks import generation_scores, heldout_pieces, short_answers
 from benchmarks.generation_numbers import pass_of, retained_greedy, retained_pass, summary
 from benchmarks.generation_scores import Counts, Generation
 from benchmarks.heldout_pieces import beginnings, last_words
 from benchmarks.instructions import INSTRUCTIONS
 from benchmarks.probe_difficulty import HIGH, LOW, SEED, choose, chosen, same_answer
-from benchmarks.short_answers import SETS, half_precision, problems_of, room
+from benchmarks.short_answers import SETS, fast_products, problems_of, room
 from benchmarks.small_opt import Recipe, new_model, train_tokenizer
 from streamline_hooks import LayerSurgeon, StreamlineError
 from streamline_hooks.calibration.prompts import FORMS, TOPICS
@@ -134,7 +134,11 @@ def test_what_is_right_is_what_is_counted(data: Path, tokenizer: Any, original: 
     assert row["pass_at"]["pass"]["copying"] == {"1": pytest.approx((0.25 + 0.5) / 2), "4": 1.0}
 
 
-def test_half_precision_leaves_the_head_in_float32_and_nothing_behind(original: nn.Module) -> None:
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_fast_products_leave_the_head_in_float32_and_nothing_behind(
+    precision: str, original: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(short_answers, "products", lambda: precision)
     hooks = [dict(module._forward_hooks) for module in original.modules()]
     ids = torch.arange(20)[None]
     seen: list[torch.dtype] = []
@@ -143,14 +147,14 @@ def test_half_precision_leaves_the_head_in_float32_and_nothing_behind(original: 
         .layers[0]
         .fc1.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
     )
-    with torch.no_grad(), half_precision(original):
+    with torch.no_grad(), fast_products(original):
         logits = original(ids).logits
         again = original(ids).logits
     handle.remove()
-    assert logits.dtype == torch.float32 and seen == [torch.bfloat16] * 2 and torch.equal(logits, again)
+    assert logits.dtype == torch.float32 and seen == [getattr(torch, precision)] * 2 and torch.equal(logits, again)
     assert not torch.is_autocast_enabled("cpu")
     assert [dict(module._forward_hooks) for module in original.modules()] == hooks
-    with pytest.raises(RuntimeError, match="stop"), half_precision(original):
+    with pytest.raises(RuntimeError, match="stop"), fast_products(original):
         raise RuntimeError("stop")
     assert not torch.is_autocast_enabled("cpu") and not original.get_output_embeddings()._forward_pre_hooks
 
@@ -287,7 +291,7 @@ def test_a_summary_is_json_and_a_mean_over_the_seeds() -> None:
 
 def test_rows_that_were_not_asked_the_same_are_refused() -> None:
     other = {**ROWS[0], "key": "other"}
-    with pytest.raises(StreamlineError, match="made with the key k, others with other: they were not asked the same"):
+    with pytest.raises(StreamlineError, match="made with the key k, another with other: they were not asked the same"):
         summary(ORIGINAL, [ROWS[0], other])
     with pytest.raises(StreamlineError, match="There is no row of a changed model; give one at least"):
         retained_greedy(ORIGINAL, [])

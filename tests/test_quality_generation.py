@@ -32,6 +32,7 @@ def row(run: Run, right: int, solved: int, minutes: float = 4.0, text: str = "an
         **asdict(run),
         "right": {"copa": "1" * right + "0" * (100 - right)},
         "generation": generation(solved, text),
+        "products": "float32",
         "minutes": {"fit": 1.0, "train": minutes, "score": 3.0},
         "text": {"mean_perplexity_ratio": 1.5, "kl": 0.4},
     }
@@ -40,7 +41,8 @@ def row(run: Run, right: int, solved: int, minutes: float = 4.0, text: str = "an
 def content(rows: list[dict[str, Any]]) -> dict[str, Any]:
     original = {"counted": ["copa"], "right": {"copa": "1" * 80 + "0" * 20}, "chance": {"copa": 0.5}}
     keyed = {Run(*(one[name] for name in ("recipe", "removed", "tokens", "seed"))).key: one for one in rows}
-    return {"command": "the command", "tokens": 1000, "original": original, "generation": generation(30), "rows": keyed}
+    originals = {"float32": {"classification": original, "generation": generation(30)}}
+    return {"command": "the command", "tokens": 1000, "originals": originals, "rows": keyed}
 
 
 def test_every_recipe_has_a_row_for_each_number_of_blocks_and_those_trained_three_seeds() -> None:
@@ -71,20 +73,33 @@ def test_numbers_are_means_over_the_seeds_and_above_chance() -> None:
     assert (found["seeds"], found["minutes"]) == (2, 5.0)
 
 
+def test_each_row_is_held_against_the_original_in_its_own_precision() -> None:
+    runs = [Run("best", 8, 1000, seed) for seed in (0, 1)]
+    whole, rows = content([]), [row(runs[0], 70, 20), {**row(runs[1], 70, 20), "products": "bfloat16"}]
+    with pytest.raises(KeyError, match="bfloat16"):
+        numbers(whole, rows)
+    own = {"counted": ["copa"], "right": {"copa": "1" * 70 + "0" * 30}, "chance": {"copa": 0.5}}
+    whole["originals"]["bfloat16"] = {"classification": own, "generation": {**generation(20), "key": "in bfloat16"}}
+    rows[1]["generation"]["key"] = "in bfloat16"
+    found = numbers(whole, rows)
+    assert found["classification"]["value"] == pytest.approx((0.70 - 0.5) / (0.75 - 0.5))
+    assert found["generation"]["greedy"]["above_chance"]["value"] == pytest.approx(20 / 25)
+
+
 def test_the_table_has_the_best_first_and_the_texts_beside_one_another() -> None:
     rows = [
-        row(Run("removed", 8, 1000), 55, 3, text="a a | a"),
+        row(Run("removed, one window", 8, 1000), 55, 3, text="a a | a"),
         row(Run("best", 8, 1000), 75, 24),
         row(Run("best", 8, 50_000), 78, 27),
         row(Run("KL alone", 8, 1536), 72, 12),
     ]
     lines = table(content(rows)).splitlines()
     names = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]
-    assert names == ["recipe", "best", "removed", "recipe", "best", "KL alone", "recipe",
+    assert names == ["recipe", "best", "removed, one window", "recipe", "best", "KL alone", "recipe",
                      "best, 50,000 tokens", "best, 1,000 tokens"]  # fmt: skip
     best = next(line for line in lines if line.startswith("| best |"))
     assert " | 83.3% [" in best and " | 80.0% [" in best and best.endswith(" | 30.0% | 1.500 | 5.0 |")
-    assert "**Once \\*upon\\***" in lines and "- removed: a a \\| a" in lines
+    assert "**Once \\*upon\\***" in lines and "- removed, one window: a a \\| a" in lines
     assert lines[-1] == "Made by `the command`."
 
 

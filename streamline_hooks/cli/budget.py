@@ -24,18 +24,20 @@ _DECIDED = {
     "autocast": "--autocast",
     "calibration_tokens": "--calibration-tokens",
     "fitting_tokens": "--fitting-tokens",
+    "search": "--search",
+    "criterion": "--criterion",
+    "repeated": "--repeated",
 }
 _ELSEWHERE = {
     "resume": "--resume",
     "pack": "--pack",
-    "search": "--search",
     "parts": "--parts",
     "profile_file": "--profile",
     "memory": "--memory",
 }
 
 
-def refuse_beside_budget(context: typer.Context, *, text: str, criterion: str, processes: int) -> None:
+def refuse_beside_budget(context: typer.Context, *, text: str, processes: int) -> None:
     """Raise if something was asked for that a budget decides itself, or does not plan for.
 
     Parameters
@@ -44,8 +46,6 @@ def refuse_beside_budget(context: typer.Context, *, text: str, criterion: str, p
         Of the command, which knows what was given.
     text : str
         The option, where the text is not there, or of several sources in shares; otherwise empty.
-    criterion : str
-        What it needs.
     processes : int
 
     Raises
@@ -63,12 +63,11 @@ def refuse_beside_budget(context: typer.Context, *, text: str, criterion: str, p
             "out."
         )
     elsewhere += [text] if text else []
-    elsewhere += [f"--criterion {context.params['criterion']}"] if criterion != "profile" else []
     elsewhere += [f"{processes} processes"] if processes > 1 else []
     if elsewhere:
         raise StreamlineError(
-            f"--budget plans one training, from its beginning, in one process, of one window that a profile finds on "
-            f"text that is there, and does not go with {' and '.join(elsewhere)}. Leave it out, and say "
+            f"--budget plans one training, from its beginning, in one process, on text that is there, and does not go "
+            f"with {' and '.join(elsewhere)}. Leave it out, and say "
             "--calibration-tokens instead of --budget."
         )
 
@@ -88,7 +87,8 @@ def said_again(plan: BudgetPlan) -> str:
         f"--batch-size {given.batch_size}",
         *([f"--keep={','.join(map(str, given.keep))}"] if given.keep else []),
     ]
-    return f"resume     after an interruption, in the place of --budget: {' '.join(options)} --resume"
+    replaced = "--budget and --keep" if given.keep else "--budget"
+    return f"resume     after an interruption, in the place of {replaced}: {' '.join(options)} --resume"
 
 
 def given_or_none(context: typer.Context, name: str) -> Any:

@@ -57,8 +57,9 @@ def compress(
         str,
         typer.Option(
             metavar="NAME",
-            help="A whole recipe instead of --kind, --train and --heal: best, iterative (the same in two rounds), or "
-            "as it was published, llm-streamline-ffn, llm-streamline-layer, replaceme, linearpatch, ghosted, "
+            help="A whole recipe instead of --kind, --train and --heal, which says --search, --criterion, --repeated "
+            "and --shortlist too where they are left out: best, iterative (the same in two rounds), one-window, or as "
+            "it was published, llm-streamline-ffn, llm-streamline-layer, replaceme, linearpatch, ghosted, "
             "prune-and-comp, uidl.",
         ),
     ] = "",
@@ -88,13 +89,14 @@ def compress(
         ),
     ] = "",
     rounds: Annotated[
-        int,
+        int | None,
         typer.Option(
             help="Remove, train, and rank again on the repaired model, so often, with the text divided among the "
             "rounds.",
             min=1,
+            show_default="1, or the preset's",
         ),
-    ] = 1,
+    ] = None,
     budget: Annotated[
         str,
         typer.Option(
@@ -133,7 +135,7 @@ def compress(
             show_default="for a window cosine and relative magnitude together, else cosine",
         ),
     ] = "",
-    search: Search = "window",
+    search: Search = "",
     parts: Parts = 2,
     keep: Keep = "",
     profile_file: ProfileFile = None,
@@ -148,14 +150,15 @@ def compress(
         ),
     ] = None,
     repeated: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="The share of the sequences whose second half repeats the first: windows are then judged, and repairs "
             "trained, by what a model takes from its context too (copying, names), which prose hardly asks for.",
             min=0,
             max=1,
+            show_default="0",
         ),
-    ] = 0.0,
+    ] = None,
     validation_tokens: Annotated[int, typer.Option(help="Tokens to judge the candidates on.", min=2)] = 4_096,
     test_tokens: Annotated[int, typer.Option(help="Tokens to measure the result on.", min=2)] = 12_288,
     calibration_examples: Examples = 256,
@@ -163,7 +166,9 @@ def compress(
     test_examples: Annotated[int, typer.Option(help="Images or pairs to measure the result on.", min=1)] = 256,
     sequence_length: SequenceLength = 512,
     batch_size: BatchSize = 4,
-    shortlist: Annotated[int, typer.Option(help="Selections that are fitted and judged by KL.", min=1)] = 8,
+    shortlist: Annotated[
+        int | None, typer.Option(help="Selections that are fitted and judged by KL.", min=1, show_default="8")
+    ] = None,
     seed: Seed = 0,
     stack: Stack = None,
     task_name: TaskName = "",
@@ -208,24 +213,25 @@ def compress(
     from streamline_hooks.planning.duration import parse_duration
     from streamline_hooks.preparation import prepare_compression
     from streamline_hooks.repair import kind_named
-    from streamline_hooks.selection import Target, criterion_named, require_search, usual_criterion
+    from streamline_hooks.selection import Target, criterion_named, require_search
     from streamline_hooks.stack import find_stack
     from streamline_hooks.statistics import Profile
 
     with launched() as speaks, together("the command compress") as work:
         say = typer.echo if speaks else _nothing
         require_free(output, overwrite)
-        criterion = criterion or usual_criterion(search)
         sources = Sources.parse(calibration, temperature)
         seconds = parse_duration(budget) if budget else 0.0
         if budget:
-            needs, count = criterion_named(criterion).needs, work.processes.count
-            refuse_beside_budget(context, text=sources.unusual, criterion=needs, processes=count)
+            refuse_beside_budget(context, text=sources.unusual, processes=work.processes.count)
             preset = PRESET
         asked_for = Asked(
-            kind, preset, objective, heal, on_policy, rounds, epochs, validations, learning_rate, autocast
-        )
-        kind, training, healing, rounds = asked_for.recipe(seed)
+            kind, preset, objective, heal, on_policy, rounds, epochs, validations, learning_rate, autocast, search,
+            criterion, repeated, shortlist,
+        )  # fmt: skip
+        recipe = asked_for.recipe(seed)
+        kind, training, healing, times = recipe.kind, recipe.training, recipe.healing, recipe.rounds
+        search, criterion = recipe.search, recipe.criterion
         chosen = kind_named(kind)
         target = Target.parse(remove)
         require_search(search, criterion_named(criterion), target)
@@ -272,22 +278,22 @@ def compress(
             "resume": resume,
             "profile": profile is not None,
             "several-processes": work.processes.count > 1,
-            "repeated": bool(repeated),
+            "repeated": bool(recipe.repeated),
         }
         if most is not None and not only_whole(bool(memory), say, **whole):
             asked: dict[str, Any] = {"remove": target, "kind": kind, "criterion": criterion, "keep": blocks, **split}
-            asked |= {"batch_size": batch_size, "shortlist": shortlist, "stack": stack, "overwrite": overwrite}
+            asked |= {"batch_size": batch_size, "shortlist": recipe.shortlist, "stack": stack, "overwrite": overwrite}
             made = compress_block_by_block(model, text_for, output, most, dry_run=dry_run, say=say, **asked)
             if made is not None:
                 for line in ("", made.table(), write_page(output, made.title, compression=made.report())):
                     say(line)
             return
         loaded, tokenizer = load_model(model, task)
-        if rounds > 1:
-            by_round = blocks_by_round(len(find_stack(loaded, stack)), target, rounds)
-            say(f"rounds     {rounds}, of {', '.join(map(str, by_round))} blocks")
+        if times > 1:
+            by_round = blocks_by_round(len(find_stack(loaded, stack)), target, times)
+            say(f"rounds     {times}, of {', '.join(map(str, by_round))} blocks")
             if profile is not None:
-                raise StreamlineError(f"--profile goes with one round; each of {rounds} makes a profile of its own.")
+                raise StreamlineError(f"--profile goes with one round; each of {times} makes a profile of its own.")
         if sources.written:
             parts_dealt = ("calibration", "validation", *([] if test else ["test"]))
             tokens = {name: split[f"{name}_tokens"] for name in parts_dealt}
@@ -312,7 +318,7 @@ def compress(
             "stack": stack,
             "say": say,
             "fitting_tokens": fitting_tokens,
-            "repeated": repeated,
+            "repeated": recipe.repeated,
             **split,
         }
         if budget:
@@ -325,13 +331,12 @@ def compress(
                 seconds,
                 **{name: shared[name] for name in ("remove", "keep", "stack", "say")},
                 preset=preset,
-                criterion=criterion,
                 test_texts=test_documents,
                 sequence_length=sequence_length,
                 validation_tokens=given_or_none(context, "validation_tokens"),
                 test_tokens=given_or_none(context, "test_tokens"),
                 batch_size=given_or_none(context, "batch_size") or 1,
-                shortlist=shortlist,
+                shortlist=recipe.shortlist,
                 seed=seed,
                 output=output,
             )
@@ -340,18 +345,19 @@ def compress(
             if dry_run:
                 return
             training, healing = replace(plan.training, seed=seed), plan.preset.healing
-            shared |= {name: value for name, value in plan.arguments.items() if name not in ("training", "healing")}
+            apart_from = ("training", "healing", "criterion", "shortlist")
+            shared |= {name: value for name, value in plan.arguments.items() if name not in apart_from}
         if dry_run and speaks:
             ready = prepare_compression(loaded, tokenizer, text, test_documents=apart, **shared)
             ready.require_writable()
-            for line in ready.announcement(search, criterion, shortlist):
+            for line in ready.announcement(search, criterion, recipe.shortlist):
                 typer.echo(line)
             if not task.is_of_text:
                 typer.echo("What this costs is not known beforehand for such a model.")
                 return
-            if rounds > 1 or on_policy:
+            if times > 1 or on_policy:
                 typer.echo("What several rounds, or texts that the model writes itself, cost besides is not told here.")
-            costs = ready.costs(shortlist, profile is not None, training, healing)
+            costs = ready.costs(recipe.shortlist, profile is not None, training, healing)
             typer.echo("")
             for cost in costs:
                 typer.echo(str(cost))
@@ -363,7 +369,7 @@ def compress(
                 )
         if dry_run:
             return
-        carried_out: Any = run if rounds == 1 else partial(compress_iteratively, rounds=rounds)
+        carried_out: Any = run if times == 1 else partial(compress_iteratively, rounds=times)
         result = carried_out(
             loaded,
             tokenizer,
@@ -374,7 +380,7 @@ def compress(
             criterion=criterion,
             profile=profile,
             test_texts=apart,
-            shortlist=shortlist,
+            shortlist=recipe.shortlist,
             output=output,
             overwrite=overwrite,
             **shared,

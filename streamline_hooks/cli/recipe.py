@@ -1,4 +1,4 @@
-"""What the options of a compression come to: a kind, a training, what is healed besides, and in how many rounds."""
+"""What the options of a compression come to: how blocks are found, what replaces them, and how that is trained."""
 
 from __future__ import annotations
 
@@ -8,9 +8,23 @@ from typing import TYPE_CHECKING
 from streamline_hooks.errors import StreamlineError
 
 if TYPE_CHECKING:
-    from streamline_hooks.repair import Healing, Training
+    from streamline_hooks.repair import Healing, Preset, Training
 
-LEARNING_RATE, VALIDATIONS, _KIND = 1e-3, 8, "linear"
+LEARNING_RATE, VALIDATIONS, SHORTLIST, _KIND = 1e-3, 8, 8, "linear"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is to be done; each by the name that `compress` has for it."""
+
+    kind: str
+    training: Training | None
+    healing: Healing | None
+    rounds: int
+    search: str
+    criterion: str
+    repeated: float
+    shortlist: int
 
 
 @dataclass(frozen=True)
@@ -22,44 +36,63 @@ class Asked:
     objective: str = ""
     heal: str = ""
     on_policy: str = ""
-    rounds: int = 1
+    rounds: int | None = None
     epochs: int = 1
     validations: int = VALIDATIONS
     learning_rate: float = LEARNING_RATE
     autocast: bool = False
+    search: str = ""
+    criterion: str = ""
+    repeated: float | None = None
+    shortlist: int | None = None
 
-    def recipe(self, seed: int) -> tuple[str, Training | None, Healing | None, int]:
-        """The kind, the training, the healing and the rounds.
+    def recipe(self, seed: int) -> Recipe:
+        """What they come to; how blocks are found is the preset's where nothing else was said.
 
         Raises
         ------
         StreamlineError
             If an option contradicts the preset, or does nothing, since nothing is trained.
         """
-        from streamline_hooks.repair import Healing, Objective, Training, preset_named
+        from streamline_hooks.repair import Healing, Objective, Preset, Training, preset_named
 
         if not self.preset:
             self._require_used("" if self.objective else "no --train says what for (such as kl)")
             healing = Healing.parse(self.heal) if self.heal else None
-            if not self.objective:
-                return self.kind, None, None, 1
-            training = Training(objective=Objective.parse(self.objective), learning_rate=self.learning_rate)
-            return self.kind, self._of(training, seed), healing, self.rounds
+            training = None
+            if self.objective:
+                training = Training(objective=Objective.parse(self.objective), learning_rate=self.learning_rate)
+            return self._found(Preset("", self.kind, "", training, healing), seed)
         chosen = preset_named(self.preset)
         decided = {
             "--kind": self.kind != _KIND,
             "--train": self.objective,
             "--heal": self.heal,
             "--learning-rate": self.learning_rate != LEARNING_RATE,
-            "--rounds": self.rounds != 1 and chosen.rounds != 1,
+            "--rounds": self.rounds is not None and chosen.rounds != 1,
         }
         if said := [name for name, there in decided.items() if there]:
             raise StreamlineError(
                 f"--preset {self.preset} says what {' and '.join(said)} would; leave one of them out."
             )
         self._require_used("" if chosen.training else f"--preset {self.preset} trains nothing")
-        trained = chosen.training and self._of(chosen.training, seed)
-        return chosen.kind, trained, chosen.healing, max(self.rounds, chosen.rounds)
+        return self._found(chosen, seed)
+
+    def _found(self, chosen: Preset, seed: int) -> Recipe:
+        from streamline_hooks.selection import usual_criterion
+
+        search = self.search or chosen.search
+        own = chosen.criterion if search == chosen.search else ""
+        return Recipe(
+            chosen.kind,
+            chosen.training and self._of(chosen.training, seed),
+            chosen.healing,
+            self.rounds or chosen.rounds,
+            search,
+            self.criterion or own or usual_criterion(search),
+            chosen.repeated if self.repeated is None else self.repeated,
+            (chosen.shortlist if search == chosen.search else SHORTLIST) if self.shortlist is None else self.shortlist,
+        )
 
     def _of(self, training: Training, seed: int) -> Training:
         import torch
@@ -80,7 +113,7 @@ class Asked:
         of_training = {
             f"--heal {self.heal}": self.heal,
             f"--on-policy {self.on_policy}": self.on_policy,
-            f"--rounds {self.rounds}": self.rounds != 1,
+            f"--rounds {self.rounds}": self.rounds not in (None, 1),
             "--epochs": self.epochs != 1,
             "--validations": self.validations != VALIDATIONS,
             "--learning-rate": self.learning_rate != LEARNING_RATE,

@@ -10,6 +10,7 @@ from streamline_hooks.errors import StreamlineError
 from streamline_hooks.planning.duration import in_words
 from streamline_hooks.repair import Preset, Training
 from streamline_hooks.repair.training_pace import TrainingPace
+from streamline_hooks.selection import usual_criterion
 
 _LEAST = 20_480  # tokens: with fewer steps a training is hardly one
 _FITTING = (8_192, 40_960)  # tokens that the window is chosen and its map fitted on: a fifth, within these
@@ -67,8 +68,8 @@ class Paces:
         Seconds a token of the text that is dealt out, once for the plan and once in the end.
     rank, fit, judge, score : float
         Seconds a token of the profile, of the shortlist's moments, of judging it, and of measuring the perplexities.
-    solve : float
-        Seconds that the shortlist's least squares take.
+    search, solve : float
+        Seconds that a criterion takes which runs the model for each window, and the shortlist's least squares.
     training : TrainingPace
     compare, save : float
         Seconds that writing and timing side by side takes, and that surgery and the folder take.
@@ -83,6 +84,7 @@ class Paces:
     fit: float
     judge: float
     score: float
+    search: float
     solve: float
     training: TrainingPace
     compare: float
@@ -95,7 +97,7 @@ class Paces:
         return {
             "plan": self.plan + self.encode * sizes.dealt,
             "prepare": self.prepare + self.encode * sizes.dealt,
-            "rank": self.rank * sizes.fitting,
+            "rank": self.rank * sizes.fitting + self.search,
             "verify": self.fit * sizes.fitting + self.solve + self.judge * sizes.validation,
             "measure": self.score * sizes.test,
             "train": self.training.seconds(sizes.calibration, sizes.validation, **looks),
@@ -115,6 +117,10 @@ class Given:
         Tokens that were asked for.
     keep : tuple of int
         Blocks that must stay.
+    sequences : int
+        Of the validation, at least.
+    shortlist : int
+        Selections that are fitted and judged.
     """
 
     sequence_length: int = 512
@@ -122,6 +128,8 @@ class Given:
     validation: int | None = None
     test: int | None = None
     keep: tuple[int, ...] = ()
+    sequences: int = 1
+    shortlist: int = 8
 
     def sizes(self, sequences: int, epochs: int = 1) -> Sizes:
         """What a number of sequences to train on comes to.
@@ -139,6 +147,8 @@ class Given:
             return max(1, wanted // length) * length
 
         validation = share(10, _VALIDATION, self.validation)
+        if self.validation is None:
+            validation = max(validation, self.sequences * length)
         looks = tokens * epochs // (_STEPS_A_LOOK * validation)
         return Sizes(
             tokens,
@@ -203,6 +213,10 @@ class BudgetPlan:
             "kind": self.preset.kind,
             "training": self.training,
             "healing": self.preset.healing,
+            "search": self.preset.search,
+            "criterion": self.preset.criterion or usual_criterion(self.preset.search),
+            "repeated": self.preset.repeated,
+            "shortlist": self.given.shortlist,
             "keep": self.given.keep,
             "sequence_length": self.given.sequence_length,
             "batch_size": self.given.batch_size,
@@ -255,7 +269,9 @@ def plan_in(budget: float, paces: Paces, preset: Preset, given: Given, available
     Examples
     --------
     >>> from streamline_hooks.repair import preset_named
-    >>> paces = Paces(10.0, 1.0, 1e-6, 1e-3, 1e-3, 5e-3, 5e-3, 2.0, TrainingPace(1e-3, 2e-3, 4e-3, 2e-3), 10.0, 3.0)
+    >>> paces = Paces(
+    ...     10.0, 1.0, 1e-6, 1e-3, 1e-3, 5e-3, 5e-3, 0.0, 2.0, TrainingPace(1e-3, 2e-3, 4e-3, 2e-3), 10.0, 3.0
+    ... )
     >>> plan = plan_in(600.0, paces, preset_named("best"), Given())
     >>> plan.sizes.calibration, round(plan.seconds)
     (81408, 596)

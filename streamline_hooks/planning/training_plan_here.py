@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -23,7 +24,9 @@ from streamline_hooks.planning.training_budget import BudgetPlan, Given, Paces, 
 from streamline_hooks.preparation import Preparation, prepare_compression
 from streamline_hooks.repair import Preset, preset_named, solve, student_of
 from streamline_hooks.repair.training_pace import TrainingPace, measure_training_pace
-from streamline_hooks.selection import Criterion, Target, criterion_named, find_selections, usual_criterion
+from streamline_hooks.selection import Target, find_selections, usual_criterion
+from streamline_hooks.selection.criteria import RUN_FOR_EACH
+from streamline_hooks.selection.search.by_name import RANKED
 from streamline_hooks.side_by_side import SideBySide
 from streamline_hooks.statistics import measure_moments, profile
 from streamline_hooks.task import Task
@@ -36,6 +39,7 @@ _STEPS = 3  # of a training that are timed, the first of which sets it up
 _PRECISIONS = (torch.bfloat16, None)
 _DOCUMENTS, _CHARACTERS = 100, 200_000  # that are tokenised to time it
 _WRITINGS = 4  # what writing and timing side by side takes, in the time that the original takes to write
+_PARTS = 2  # windows of a selection, of a search for disjoint ones
 _ATTEMPTS = 4  # perplexities beside the original's: removed and repaired, of the chosen window and the search's first
 
 
@@ -48,13 +52,12 @@ def plan_training(
     preset: Preset | str = "best",
     remove: Target | int | float | str = 0.25,
     keep: Iterable[int] = (),
-    criterion: str | None = None,
     test_texts: Sequence[str] | None = None,
     sequence_length: int = 512,
     validation_tokens: int | None = None,
     test_tokens: int | None = None,
     batch_size: int = 1,
-    shortlist: int = 8,
+    shortlist: int | None = None,
     seed: int = 0,
     stack: str | None = None,
     output: str | Path | None = None,
@@ -69,7 +72,7 @@ def plan_training(
 
     Parameters
     ----------
-    model, tokenizer, texts, remove, criterion, test_texts, sequence_length, shortlist, seed, stack
+    model, tokenizer, texts, remove, test_texts, sequence_length, seed, stack
         As in `compress`, which is to be given the same.
     keep : iterable of int
         Blocks that must stay. Where blocks behind the window are healed, the last one must too.
@@ -81,6 +84,8 @@ def plan_training(
         By default they follow from the budget.
     batch_size : int
         Sequences a step.
+    shortlist : int, optional
+        By default the preset's.
     output : str or Path, optional
         Where the model is going to be saved.
     say : callable
@@ -108,7 +113,15 @@ def plan_training(
         )
     behind = chosen.healing is not None and chosen.healing.where == "after"
     kept = tuple(dict.fromkeys((*keep, -1))) if behind else tuple(keep)
-    given = Given(sequence_length, batch_size, validation_tokens, test_tokens, kept)
+    given = Given(
+        sequence_length,
+        batch_size,
+        validation_tokens,
+        test_tokens,
+        kept,
+        sequences=math.ceil(1 / chosen.repeated) if chosen.repeated else 1,
+        shortlist=chosen.shortlist if shortlist is None else shortlist,
+    )
     least = given.sizes(max(4, -(-_SAMPLE // sequence_length), _STEPS * batch_size))
     split: dict[str, Any] = {"seed": seed, "sequence_length": sequence_length, "test_documents": test_texts}
     ready = prepare_compression(
@@ -118,8 +131,8 @@ def plan_training(
         task=Task("causal-lm"),
         remove=remove,
         kind=chosen.kind,
-        search="window",
-        parts=1,
+        search=chosen.search,
+        parts=_PARTS,
         keep=kept,
         batch_size=batch_size,
         stack=stack,
@@ -128,10 +141,9 @@ def plan_training(
         **_tokens(least),
     )
     preparing = clock() - began
-    named = criterion_named(criterion or usual_criterion("window"))
     device = device_of(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        paces = _paces(ready, tokenizer, texts, chosen, named, shortlist, output, clock)
+        paces = _paces(ready, tokenizer, texts, chosen, given.shortlist, output, clock)
     paces = replace(paces, plan=clock() - began, prepare=preparing)
     available: int | None = None
     while True:
@@ -169,7 +181,6 @@ def _paces(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     preset: Preset,
-    criterion: Criterion,
     shortlist: int,
     output: str | Path | None,
     clock: Callable[[], float],
@@ -186,15 +197,25 @@ def _paces(
         return clock() - started, made
 
     ranking, measured = timed(lambda: profile(model, ready.calibration, keep=ready.protected, stack=stack))
-    asked = ready.question(criterion=criterion, profile=measured, best=shortlist)
-    windows = [selection.windows[0] for selection in find_selections("window", asked)]
+    # Which are likely, a criterion of the profile tells for nothing, and how many windows they have.
+    asked = ready.question(criterion=usual_criterion(preset.search), profile=measured, best=shortlist, parts=_PARTS)
+    selections = find_selections(preset.search, asked)
+    windows = selections[0].windows
+    firsts = [selection.windows[0] for selection in selections]
     pace = measure_pace(model, ready.calibration[0], stack=stack)
     with torch.device("meta"):
         module = ready.kind.make(ready.stack, windows[0])
-    fit = pace.fit(ready.calibration, windows)
-    judge = pace.judge(ready.validation, windows, replacement=module if isinstance(module, nn.Module) else None)
+    fit = pace.fit(ready.calibration, firsts)  # all in one pass, and each later window of a selection in one of its own
+    later = [pace.fit(ready.calibration, [window]) for one in selections for window in one.windows[1:]]
+    judge = pace.judge(ready.validation, firsts, replacement=module if isinstance(module, nn.Module) else None)
+    searching = 0.0
+    if preset.criterion in RUN_FOR_EACH:
+        alone = [range(k, k + 1) for k in range(len(ready.stack)) if k not in ready.protected]
+        each = alone if preset.search == "one-shot" else ready.candidates
+        costs = pace.judge(ready.calibration, each)
+        searching = RANKED * costs.seconds / costs.tokens
     solving = _solving(ready, windows[0], timed)
-    first, *others = sorted((_training(ready, preset, windows[0], dtype) for dtype in _PRECISIONS), key=_of_a_step)
+    first, *others = sorted((_training(ready, preset, windows, dtype) for dtype in _PRECISIONS), key=_of_a_step)
     sample = "".join(texts[:_DOCUMENTS])[:_CHARACTERS]
     encoding, encoded = timed(lambda: tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"])
     writing, _ = timed(lambda: SideBySide(model, tokenizer, ready.test, lambda line: None))
@@ -205,10 +226,11 @@ def _paces(
         prepare=0.0,
         encode=encoding / max(1, len(encoded)),
         rank=ranking / sum(map(tokens_of, ready.calibration)),
-        fit=fit.seconds / fit.tokens,
+        fit=(fit.seconds + sum(cost.seconds for cost in later)) / fit.tokens,
         judge=judge.seconds / judge.tokens,
-        score=_scoring(pace, windows[0]),
-        solve=len(windows) * solving,
+        score=_scoring(pace, windows),
+        search=searching,
+        solve=sum(len(one.windows) for one in selections) * solving,
         training=first,
         compare=_WRITINGS * writing + 2 * watching,  # the original, and what is made of it
         save=size / write_rate(None if output is None else Path(output).absolute().parent),
@@ -223,12 +245,14 @@ def _solving(ready: Preparation, window: range, timed: Callable[..., tuple[float
     return timed(lambda: solve(moments, moments))[0]
 
 
-def _training(ready: Preparation, preset: Preset, window: range, autocast: torch.dtype | None) -> TrainingPace:
+def _training(
+    ready: Preparation, preset: Preset, windows: Sequence[range], autocast: torch.dtype | None
+) -> TrainingPace:
     """The pace of the training in one precision."""
     assert preset.training is not None
     settings = replace(preset.training, autocast=autocast)
-    stand_in = ready.kind.build(ready.stack, window)
-    student = student_of(ready.stack, [(window, stand_in)], preset.healing, seed=settings.seed, task=ready.task)
+    pairs = [(window, ready.kind.build(ready.stack, window)) for window in windows]
+    student = student_of(ready.stack, pairs, preset.healing, seed=settings.seed, task=ready.task)
     return measure_training_pace(student, ready.calibration[:_STEPS], ready.validation[0], settings)
 
 
@@ -236,8 +260,10 @@ def _of_a_step(pace: TrainingPace) -> float:
     return pace.step
 
 
-def _scoring(pace: Pace, window: range) -> float:
+def _scoring(pace: Pace, windows: Sequence[range]) -> float:
     """Seconds a token of all perplexities: of the original, of what is compared with it, and of the result."""
-    behind, ends = sum(pace.blocks[window.stop :]), pace.after + pace.likelihood
-    result = pace.before + sum(pace.blocks[: window.start]) + behind + ends
+    gone = {block for window in windows for block in window}
+    start, ends = windows[0].start, pace.after + pace.likelihood
+    behind = sum(seconds for k, seconds in enumerate(pace.blocks) if k >= start and k not in gone)
+    result = pace.before + sum(pace.blocks[:start]) + behind + ends
     return pace.before + sum(pace.blocks) + ends + _ATTEMPTS * (pace.before + behind + ends) + result

@@ -20,7 +20,7 @@ BEST = preset_named("best")
 FAST = TrainingPace(original=1e-3, apart=2e-3, step=4e-3, validation=2e-3, around=1.0, autocast=torch.bfloat16)
 SLOW = TrainingPace(original=2e-3, apart=2e-3, step=8e-3, validation=4e-3)
 PACES = Paces(
-    plan=20.0, prepare=1.0, encode=1e-5, rank=1e-3, fit=1.5e-3, judge=8e-3, score=4e-3, solve=4.0,
+    plan=20.0, prepare=1.0, encode=1e-5, rank=1e-3, fit=1.5e-3, judge=8e-3, score=4e-3, search=3.0, solve=4.0,
     training=FAST, compare=10.0, save=2.0, others=(SLOW,),
 )  # fmt: skip
 MINUTES = st.floats(8.0, 600.0)
@@ -38,7 +38,7 @@ def test_a_plan_by_hand() -> None:
         {
             "plan": 20.0 + dealt,
             "prepare": 1.0 + dealt,
-            "rank": 20.48,
+            "rank": 20.48 + 3.0,
             "verify": 30.72 + 4.0 + 32.768,
             "measure": 49.152,
             "train": 1.0 + 102.4 + 8.192 + 2 * 409.6 + 6 * 8.192,
@@ -128,6 +128,12 @@ def test_the_plan_is_said() -> None:
     assert f"trained on {planned(20).sizes.calibration:,} tokens once" in lines[0]
 
 
+def test_there_is_a_sequence_to_say_a_passage_twice_in() -> None:
+    """A quarter of three validation sequences is none, which compress would refuse after all of the planning."""
+    assert Given(sequence_length=2048, sequences=4).sizes(40).validation == 4 * 2048
+    assert Given(sequence_length=2048, sequences=4, validation=2048).sizes(40).validation == 2048
+
+
 # On a model.
 
 SMALL: dict[str, Any] = {"remove": 1, "sequence_length": 64, "shortlist": 2}
@@ -176,6 +182,32 @@ def test_little_text_is_all_taken_and_the_plan_is_carried_out(
     assert figures == [sizes.calibration, sizes.fitting, sizes.validation, sizes.test]
     assert not any("shrunk" in note for note in result.data["notes"])
     assert len(result.model.model.layers) == 4
+
+
+def test_the_whole_search_of_a_preset_is_planned_for(
+    story_model: tuple[Any, Any], story_texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows apart are trained together, each is fitted in a pass of its own, and blocks are scored one by one."""
+    trained: list[tuple[range, ...]] = []
+    made = training_plan_here.student_of
+
+    def student_of(stack: Any, pairs: Any, *given: Any, **options: Any) -> Any:
+        trained.append(tuple(window for window, _ in pairs))
+        return made(stack, pairs, *given, **options)
+
+    monkeypatch.setattr(training_plan_here, "student_of", student_of)
+    small = {**SMALL, "remove": 2}
+    apart = replace(BEST, search="disjoint")  # of which only blocks 1 and 3 can go
+    plans = {
+        preset.name: plan_training(*story_model, story_texts, 3600.0, preset=preset, keep=(0,), **small)
+        for preset in (replace(apart, name="kl"), replace(apart, name="cosine", criterion="cosine"))
+    }
+    assert set(trained) == {(range(1, 2), range(3, 4))}
+    paces = {name: plan.paces for name, plan in plans.items()}
+    assert paces["cosine"].search == 0.0 < paces["kl"].search
+    assert plans["kl"].arguments["search"] == "disjoint" and plans["kl"].arguments["criterion"] == "kl"
+    assert (plans["kl"].arguments["repeated"], plans["kl"].arguments["shortlist"]) == (0.25, 2)
+    assert plans["kl"].given.sequences == 4
 
 
 def test_the_last_block_stays_where_blocks_behind_the_window_are_healed(

@@ -6,6 +6,7 @@ from streamline_hooks.selection.criteria.cca import CanonicalBound, branch_cca_b
 from streamline_hooks.selection.criteria.criterion import Combination, Criterion
 from streamline_hooks.selection.criteria.registry import (
     CRITERIA,
+    RUN_FOR_EACH,
     SHORTLIST,
     combined,
     criterion_named,
@@ -26,6 +27,7 @@ from streamline_hooks.selection.criteria.taylor import block_saliency, taylor
 
 __all__ = [
     "CRITERIA",
+    "RUN_FOR_EACH",
     "SHORTLIST",
     "CanonicalBound",
     "Combination",

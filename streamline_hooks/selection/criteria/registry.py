@@ -43,6 +43,8 @@ CRITERIA: dict[str, Criterion] = {
     )
 }
 
+RUN_FOR_EACH = ("perplexity", "kl")
+"""Those that run the model once for each window."""
 
 SHORTLIST = "cosine_and_magnitude"
 """By what a shortlist of single windows is made. Cosine looks at the state's direction alone, relative magnitude at how

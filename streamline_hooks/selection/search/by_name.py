@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from streamline_hooks.batch import Batch, tokens_of
 from streamline_hooks.branches import Branch
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.selection.criteria import SHORTLIST, Criterion, score_windows
+from streamline_hooks.selection.criteria import RUN_FOR_EACH, SHORTLIST, Criterion, score_windows
 from streamline_hooks.selection.search.disjoint import disjoint_windows
 from streamline_hooks.selection.search.evolution import evolution
 from streamline_hooks.selection.search.greedy import greedy
@@ -25,6 +25,7 @@ from streamline_hooks.statistics import Profile, measure_branches
 from streamline_hooks.task import Task
 
 _TOKENS = 8_192  # that an evolutionary search is judged on
+RANKED = 4_096  # that a criterion is measured on that runs the model once for each window
 
 
 @dataclass(frozen=True)
@@ -90,16 +91,24 @@ class SearchProblem:
         return lengths[0]
 
     def score(self, windows: Sequence[range]) -> list[float]:
-        """Score windows by the criterion."""
+        """Score windows by the criterion; one that runs the model without each of them on the first 4,096 tokens."""
+        name = self.criterion if isinstance(self.criterion, str) else self.criterion.name
         return score_windows(
             self.criterion,
             windows,
             profile=self.profile,
             model=self.model,
-            batches=self.batches,
+            batches=self.beginning(RANKED) if name in RUN_FOR_EACH else self.batches,
             stack=self.stack,
             task=self.task,
         )
+
+    def beginning(self, tokens: int) -> list[Batch | Tensor] | None:
+        """The first batches that together hold no more tokens, one at least."""
+        if self.batches is None:
+            return None
+        fitting = sum(1 for total in accumulate(map(tokens_of, self.batches)) if total <= tokens)
+        return list(islice(self.batches, fitting or 1))
 
     def running(self) -> tuple[nn.Module, Sequence[Batch | Tensor]]:
         """The model and what it is run on, for a search that needs both."""
@@ -210,9 +219,9 @@ def _greedy(asked: SearchProblem) -> list[Selection]:
 
 def _evolution(asked: SearchProblem) -> list[Selection]:
     """Started with the best windows and the best single blocks, on a part of the text: ten generations of 16."""
-    model, batches = asked.running()
+    model, _ = asked.running()
+    few = asked.beginning(_TOKENS) or []
     seeds = list(dict.fromkeys([*_window(asked), *_one_shot(asked)]))
-    few = list(islice(batches, sum(1 for total in accumulate(map(tokens_of, batches)) if total <= _TOKENS) or 1))
     found = evolution(
         model, few, seeds, generations=10, offspring=16, stages=((_TOKENS // 4, 4),), keep=asked.keep, seed=asked.seed,
         stack=asked.stack, task=asked.task,
