@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,10 +15,10 @@ from streamline_hooks.carrying_out import carry_out, first_that_can_go
 from streamline_hooks.checkpoint import require_free, save
 from streamline_hooks.collapse_watch import CollapseWatch
 from streamline_hooks.distributed import Together, failing_together, here
-from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
+from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import TaskScores
 from streamline_hooks.preparation import Preparation, prepare_compression
-from streamline_hooks.repair import Healing, Kind, Student, Trained, Training, kind_named, student_of, train
+from streamline_hooks.repair import Healing, Kind, Training, kind_named
 from streamline_hooks.repair.rollouts import require_writes
 from streamline_hooks.result import LABELS, CompressionResult, findings
 from streamline_hooks.run_figures import Clock, peak_memory_of_process, sizes_of
@@ -46,6 +45,7 @@ from streamline_hooks.statistics import Profile, check_profile
 from streamline_hooks.statistics import profile as measure_profile
 from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.task import Task
+from streamline_hooks.trained_selection import kept_training, train_selection, training_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -200,7 +200,7 @@ def compress(
         work.of_first(lambda: require_free(output, overwrite))
     chosen = kind_named(kind)
     healed = Healing.parse(healing) if isinstance(healing, str) else healing
-    training = work.of_first(lambda: _kept_training(training, healed, resume, output))
+    training = work.of_first(lambda: kept_training(training, healed, resume, output))
     named = criterion if isinstance(criterion, Criterion) else criterion_named(criterion or usual_criterion(search))
     if min(shortlist, batch_size, parts) < 1:
         raise StreamlineError(
@@ -280,7 +280,7 @@ def compress(
     student, trained = None, None
     if training is not None:
         with clock("train"):
-            student, trained = _train(ready, best, training, healed, teacher, resume, say)
+            student, trained = train_selection(ready, best, training, healed, teacher, resume, say)
     with clock("compare"):
         writes = side_by_side and work.processes.rank == 0 and asked_for.is_of_text and tokenizer is not None
         beside = SideBySide(original, tokenizer, ready.test, say) if writes else None
@@ -347,7 +347,7 @@ def _save(
 ) -> Path:
     """Write the model, and take away what a training was to be gone on from."""
     folder = save(result.model, output, tokenizer=result.tokenizer, report=result.report(), overwrite=overwrite)
-    if training is not None and result.training is not None and training.keep_in == _training_file(output):
+    if training is not None and result.training is not None and training.keep_in == training_file(output):
         if result.training.stopped.startswith("interrupted"):
             say(f"{training.keep_in} is left to go on from, with resume and overwrite.")
         else:
@@ -357,57 +357,6 @@ def _save(
 
 def _nothing(line: str) -> None:
     """Say nothing: the first process does."""
-
-
-def _training_file(output: str | Path) -> Path:
-    """Where a training is kept that writes to a folder in the end."""
-    folder = Path(output)
-    return folder.with_name(f"{folder.name}.training")
-
-
-def _kept_training(
-    training: Training | None, healing: Healing | None, resume: bool, output: str | Path | None
-) -> Training | None:
-    """The training with a file to go on from, where there is a folder to keep it beside."""
-    if training is None:
-        if healing is not None or resume:
-            what = "healing" if healing is not None else "resume"
-            raise StreamlineError(f"{what} is a part of a training, and none was asked for; give training=Training().")
-        return None
-    if training.keep_in is None and output is not None:
-        training = replace(training, keep_in=_training_file(output))
-    if resume and not (training.keep_in and training.keep_in.is_file()):
-        raise StreamlineError(
-            f"There is no training to resume at {training.keep_in or 'any place (keep_in)'}; leave resume out to begin "
-            "one."
-        )
-    return training
-
-
-def _train(
-    ready: Preparation,
-    best: VerifiedSelection,
-    training: Training,
-    healing: Healing | None,
-    teacher: PreTrainedModel | None,
-    resume: bool,
-    say: Callable[[str], None],
-) -> tuple[Student, Trained]:
-    """Train the repairs of a selection, which are changed in place; the model is not."""
-    if best.silenced:
-        raise UnsupportedSurgery(
-            "What stands in the place of an attention or an MLP alone is not trained: it is fitted in closed form. "
-            "Leave the training out, or search for windows."
-        )
-    pairs = [(repair.window, repair.stand_in) for repair in best.repairs]
-    if healing is not None and healing.where == "after" and not healing.blocks(len(ready.stack), best.windows):
-        say(f"No block is behind {best}, so that the repair is trained alone.")
-        healing = None
-    student = student_of(ready.stack, pairs, healing, seed=training.seed, task=ready.task, teacher=teacher)
-    trained = train(student, ready.training, ready.validation, training, resume=resume, say=say)
-    say(f"trained    {trained}")
-    student.merge()
-    return student, trained
 
 
 def _place_of(one: VerifiedSelection, judged: list[VerifiedSelection]) -> int:

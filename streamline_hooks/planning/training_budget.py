@@ -10,7 +10,6 @@ from streamline_hooks.errors import StreamlineError
 from streamline_hooks.planning.duration import in_words
 from streamline_hooks.repair import Preset, Training
 from streamline_hooks.repair.training_pace import TrainingPace
-from streamline_hooks.selection import usual_criterion
 
 _LEAST = 20_480  # tokens: with fewer steps a training is hardly one
 _FITTING = (8_192, 40_960)  # tokens that the window is chosen and its map fitted on: a fifth, within these
@@ -210,12 +209,8 @@ class BudgetPlan:
     def arguments(self) -> dict[str, Any]:
         """What `compress` is to be given besides the model, its text and what is to go."""
         return {
-            "kind": self.preset.kind,
+            **self.preset.arguments,
             "training": self.training,
-            "healing": self.preset.healing,
-            "search": self.preset.search,
-            "criterion": self.preset.criterion or usual_criterion(self.preset.search),
-            "repeated": self.preset.repeated,
             "shortlist": self.given.shortlist,
             "keep": self.given.keep,
             "sequence_length": self.given.sequence_length,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.healing import Healing
@@ -46,6 +47,25 @@ class Preset:
     criterion: str = ""
     repeated: float = 0.0
     shortlist: int = 8
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What `compress` is to be given for it, or `compress_iteratively` with the rounds besides.
+
+        Examples
+        --------
+        >>> preset_named("ghosted").arguments["kind"]
+        'ghosted'
+        """
+        return {
+            "kind": self.kind,
+            "training": self.training,
+            "healing": self.healing,
+            "search": self.search,
+            "criterion": self.criterion or None,
+            "repeated": self.repeated,
+            "shortlist": self.shortlist,
+        }
 
 
 _MLP_LAYERS = (
