@@ -87,7 +87,7 @@ class Recipe:
     text : {"documents", "own", "both"}
         Of others, conversations with the original itself, or one half of each.
     rounds : int
-        See `compress_iteratively`, which chooses each round's window itself.
+        See `compress_iteratively`, which chooses each round's blocks itself, in the weights' precision.
     search : {"one-shot", "window"}
         The best single blocks by KL, or the best repaired of a shortlist of windows.
     repeated : float
@@ -137,10 +137,11 @@ class Run:
     removed: int
     tokens: int
     seed: int = 0
+    same_minutes: bool = False
 
     @property
     def key(self) -> str:
-        return f"{self.recipe} | {self.removed} | {self.tokens} | {self.seed}"
+        return f"{self.recipe} | {self.removed} | {self.tokens} | {self.seed}" + " | minutes" * self.same_minutes
 
 
 def plans(tokens: int, rows: dict[str, Any]) -> dict[str, list[Run]]:
@@ -158,14 +159,15 @@ def plans(tokens: int, rows: dict[str, Any]) -> dict[str, list[Run]]:
 
 
 def same_minutes(runs: list[Run], rows: dict[str, Any]) -> list[Run]:
-    """The same recipes on as many tokens as take the time that `best` took on its own."""
+    """The same recipes on as many tokens as take the time that `best` took on its own, on a machine of one kind."""
     found = []
     best = rows.get(next(run.key for run in runs if run.recipe == "best"))
     for run in runs:
         row = rows.get(run.key)
-        if best is not None and row is not None and run.recipe != "best":
-            tokens = run.tokens * best["minutes"]["train"] / row["minutes"]["train"]
-            found.append(replace(run, tokens=max(1, round(tokens / SEQUENCE)) * SEQUENCE))
+        if best is None or row is None or run.recipe == "best" or row["products"] != best["products"]:
+            continue
+        tokens = run.tokens * best["minutes"]["train"] / row["minutes"]["train"]
+        found.append(replace(run, tokens=max(1, round(tokens / SEQUENCE)) * SEQUENCE, same_minutes=True))
     return found
 
 
@@ -247,9 +249,8 @@ class Bench:
         text = with_repeats(training_text(self.options.data, self.tokenizer, 100_000), recipe.repeated)
         if recipe.search == "window":
             return choose(self.model, text, removed, shortlist=30 if recipe.repeated else SHORTLIST)
-        with fast_products(self.model):
-            score = partial(score_windows, "kl", model=self.model, batches=batches_of(text.train[:SEARCHED], 4))
-            return one_shot(score, len(self.stack), removed)[0].blocks
+        score = partial(score_windows, "kl", model=self.model, batches=batches_of(text.train[:SEARCHED], 4))
+        return one_shot(score, len(self.stack), removed)[0].blocks
 
     def row(self, run: Run) -> None:
         """Make a row, unless it is there or on its way."""
@@ -450,17 +451,17 @@ def table(content: dict[str, Any]) -> str:
 
 
 def _is(row: dict[str, Any], recipe: str, removed: int, tokens: int) -> bool:
-    return (row["recipe"], row["removed"], row["tokens"]) == (recipe, removed, tokens)
+    return (row["recipe"], row["removed"], row["tokens"]) == (recipe, removed, tokens) and not row.get("same_minutes")
 
 
 def _same_tokens(rows: list[dict[str, Any]], tokens: int) -> dict[str, list[dict[str, Any]]]:
-    found = {name: [row for row in rows if row["recipe"] == name and row["tokens"] == tokens] for name in RECIPES}
+    found = {name: [row for row in rows if _is(row, name, row["removed"], tokens)] for name in RECIPES}
     return {name: its for name, its in found.items() if its}
 
 
 def _same_time(rows: list[dict[str, Any]], tokens: int) -> dict[str, list[dict[str, Any]]]:
-    apart = [row for row in rows if row["tokens"] not in (*CURVE, tokens)]
-    best = [row for row in rows if row["recipe"] == "best" and row["tokens"] == tokens]
+    apart = [row for row in rows if row.get("same_minutes")]
+    best = [row for row in rows if _is(row, "best", row["removed"], tokens)]
     found = {name: [row for row in apart if row["recipe"] == name] for name in RECIPES} | {"best": best}
     return {name: its for name, its in found.items() if its} if apart else {}
 

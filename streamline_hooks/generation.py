@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.batch import device_of, positions_of, prepare
+from streamline_hooks.batch import device_of, positions_of
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.passes import forward_arguments, head_on_last, inference
 from streamline_hooks.precision import computes_alike
-from streamline_hooks.task import logits_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,40 +146,45 @@ def _begun(model: Any, prompts: Mapping[str, Tensor], samples: int) -> dict[str,
     """The keys and values of all of a prompt but its last token, run once and there for each of its samples.
 
     Empty where there is one sample, where something else is kept than keys and values, such as a state of a
-    recurrence, and where the model does not go on from them as it would after the whole prompt.
+    recurrence, or positions of an earlier call (``rope_deltas``), and where the model does not go on from them as it
+    does from a prompt.
     """
     name = cache_argument(model)
     if samples == 1 or name is None or not prompts["attention_mask"][:, :-1].any(dim=1).all():
         return {}
-    try:
-        cache = _keys_and_values(model, prompts, name)
-    except Exception:  # whatever a model with a cache of another kind may raise: it can still run the whole
+    if any(hasattr(module, "rope_deltas") for module in model.modules()) or not _goes_on(model, prompts, name):
         return {}
-    if cache is None:
-        return {}
+    cache = _keys_and_values(model, prompts, name)
     cache.batch_repeat_interleave(samples)
     return {name: cache}
 
 
-def _keys_and_values(model: Any, prompts: Mapping[str, Tensor], name: str) -> Any:
-    """The cache before the last tokens; none where it holds more, or the two most unlike prompts end differently."""
+def _goes_on(model: Any, prompts: Mapping[str, Tensor], name: str) -> bool:
+    """Whether the two most unlike prompts end with the same logits, from a cache and from their beginning."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    whole = prepare(model, prompts) | head_on_last(model, 1)
-    by_token = ["input_ids", *(["position_ids"] if "position_ids" in whole else [])]
-    first = {part: whole[part][:, :-1] for part in (*by_token, "attention_mask")}
-    cache: Any = getattr(model(**(whole | first | {"use_cache": True})), name, None)
-    layers = getattr(cache, "layers", ())
-    if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
-        return None
     lengths = prompts["attention_mask"].sum(dim=1)
     probed = torch.stack([lengths.argmin(), lengths.argmax()])
-    few = {part: value[probed] if isinstance(value, Tensor) else value for part, value in whole.items()}
-    trial = copy.deepcopy(cache)
-    trial.reorder_cache(probed)
-    ends = {part: few[part][:, -1:] for part in by_token} | {name: trial, "use_cache": True}
-    got, expected = (logits_of(model(**given))[:, -1] for given in (few | ends, few))
-    return cache if computes_alike(model, got, expected) else None
+    few = {part: value[probed] for part, value in prompts.items()}
+    one = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    try:
+        cache = _keys_and_values(model, few, name)
+        layers = getattr(cache, "layers", ())
+        if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+            return False
+        got, expected = (model.generate(**few, **one, **begun).logits[0] for begun in ({name: cache}, {}))
+    except Exception:  # whatever a model with a cache of another kind may raise: it can still run the whole
+        return False
+    return computes_alike(model, got, expected)
+
+
+def _keys_and_values(model: Any, prompts: Mapping[str, Tensor], name: str) -> Any:
+    """The cache before the last tokens, at the positions that `generate` gives them."""
+    mask = prompts["attention_mask"]
+    whole = {**prompts, "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
+    taken = forward_arguments(model)
+    first = {part: value[:, :-1] for part, value in whole.items() if part in taken}
+    return getattr(model(**first, **head_on_last(model, 1), use_cache=True), name, None)
 
 
 @contextmanager

@@ -223,7 +223,8 @@ def prepare_compression(
     if given:
         if repeated:
             raise StreamlineError(
-                f"repeated={repeated:g} is a share of the sequences of a text, and batches were given."
+                f"repeated={repeated:g} is a share of the sequences of a text, and batches were given. Leave it out "
+                "(repeated=0)."
             )
         if fitting_tokens is not None:
             raise StreamlineError(

@@ -112,7 +112,10 @@ def test_what_was_planned_is_gone_on_with_as_it_was_said(
         (["--budget", "1s"], "A budget of 1 s does not suffice on this machine: training on "),
         (["--kind", "linear"], "--budget does the recipe 'best', and plans what --kind would say"),
         (["--train", "kl", "--heal", "lora"], "plans what --train and --heal would say; leave one of them out"),
-        (["--preset", "uidl"], "plans what --preset uidl would say"),
+        (["--preset", "iterative"], "does not go with --preset iterative, which goes in 2 rounds"),
+        (["--preset", "ghosted"], "The preset 'ghosted' trains nothing, so that a budget decides nothing"),
+        (["--preset", "uidl", "--heal", "lora"], "--budget does the recipe 'uidl', and plans what --heal would say"),
+        (["--remove", "parameters:0.2"], "is reached by single windows only"),
         (["--epochs", "1"], "plans what --epochs would say"),
         (["--calibration-tokens", "41000"], "plans what --calibration-tokens would say"),
         (["--fitting-tokens", "640", "--autocast"], "plans what --autocast and --fitting-tokens would say"),
@@ -138,8 +141,10 @@ def test_what_does_not_go_with_a_budget_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_recipe_may_be_named(command: Command) -> None:
-    assert command("--budget", "1h", "--preset", "best", "--dry-run")[0] == 0
+@pytest.mark.parametrize("name", ["best", "one-window"])
+def test_the_recipe_may_be_named(name: str, command: Command) -> None:
+    code, out, err = command("--budget", "1h", "--preset", name, "--dry-run")
+    assert code == 0 and f": {name}, trained on " in out and f"--preset {name} " in out, err
 
 
 def test_a_part_to_fit_on_is_for_a_training(command: Command, tmp_path: Path) -> None:

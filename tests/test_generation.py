@@ -96,9 +96,30 @@ def test_a_prompt_is_run_once_for_all_of_its_samples(family: str, monkeypatch: p
     """And what is written is what each sample with a prompt of its own would be."""
     model: Any = repaired("llama", dtype=torch.float64) if family == "repaired" else tiny_model(family, torch.float64)
     found, shapes = _sampled(model)
-    assert (shapes[0], shapes[-1]) == ((3, 5), (9, 1)) and (9, 6) not in shapes
+    assert shapes[:4] == [(2, 5), (2, 1), (2, 6), (3, 5)] and set(shapes[4:]) == {(9, 1)}
     monkeypatch.setattr(generation, "_begun", lambda *_: {})
     assert _sampled(model)[0] == found
+
+
+@pytest.mark.parametrize("kind", ["roberta", "gpt_bigcode", "bloom", "mistral"])
+@pytest.mark.parametrize("prompts", [[[7, 8, 9, 10, 11]], [[7, 8, 9], [10, 11, 12]], PROMPTS[::2]])
+def test_positions_are_those_that_it_would_write_on_at(
+    kind: str, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that is not told them may number them otherwise, as RoBERTa does where nothing is padded."""
+    model = tiny(kind, vocabulary=VOCABULARY)
+    found, shapes = _sampled(model, prompts)
+    assert (3 * len(prompts), max(map(len, prompts))) not in shapes
+    monkeypatch.setattr(generation, "_begun", lambda *_: {})
+    assert _sampled(model, prompts)[0] == found
+
+
+def test_positions_of_an_earlier_call_are_not_gone_on_with() -> None:
+    """Qwen-VL's models keep them, for as many rows as there were, and take them where they are given a cache."""
+    model: Any = tiny_model("llama", torch.float64)
+    expected = _sampled(model)[0]
+    model.model.rope_deltas = torch.tensor([[-7]])
+    assert _sampled(model) == (expected, [(9, 6)] + [(9, 1)] * 9)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "falcon_h1", "cpmant", "git"])
@@ -122,10 +143,11 @@ def test_keys_and_values_that_give_something_else_are_not_gone_on_from(monkeypat
 
     def forget(self: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
         known, others = original(self, keys, values, *args, **kwargs)
-        return known * (1.5 if known.shape[0] == 2 else 1.0), others  # of the two prompts that are compared
+        probed = known.shape[0] == 2 and keys.shape[2] == 1  # of the two prompts that are compared, from a cache
+        return known * (1.5 if probed else 1.0), others
 
     monkeypatch.setattr(DynamicLayer, "update", forget)
-    assert _sampled(model) == (expected, [(3, 5), (2, 1), (2, 6), (9, 6)] + [(9, 1)] * 9)
+    assert _sampled(model) == (expected, [(2, 5), (2, 1), (2, 6), (9, 6)] + [(9, 1)] * 9)
 
 
 def test_what_cannot_be_written_on() -> None:

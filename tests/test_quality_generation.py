@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +40,8 @@ def row(run: Run, right: int, solved: int, minutes: float = 4.0, text: str = "an
 
 def content(rows: list[dict[str, Any]]) -> dict[str, Any]:
     original = {"counted": ["copa"], "right": {"copa": "1" * 80 + "0" * 20}, "chance": {"copa": 0.5}}
-    keyed = {Run(*(one[name] for name in ("recipe", "removed", "tokens", "seed"))).key: one for one in rows}
+    names = [field.name for field in fields(Run)]
+    keyed = {Run(**{name: one[name] for name in names}).key: one for one in rows}
     originals = {"float32": {"classification": original, "generation": generation(30)}}
     return {"command": "the command", "tokens": 1000, "originals": originals, "rows": keyed}
 
@@ -58,11 +59,12 @@ def test_every_recipe_has_a_row_for_each_number_of_blocks_and_those_trained_thre
 def test_the_same_minutes_are_as_many_tokens_as_they_allow() -> None:
     runs = [Run("best", 8, 100_000), Run("KL alone", 8, 100_000), Run("on policy", 8, 100_000), Run("LM alone", 8, 1)]
     rows = {run.key: row(run, 70, 20, minutes) for run, minutes in zip(runs[:3], (4.0, 2.0, 8.0), strict=True)}
-    assert [(run.recipe, run.tokens) for run in same_minutes(runs, rows)] == [
-        ("KL alone", 200_192),
-        ("on policy", 50_176),
-    ]
+    found = same_minutes(runs, rows)
+    assert [(run.recipe, run.tokens) for run in found] == [("KL alone", 200_192), ("on policy", 50_176)]
+    assert not {run.key for run in found} & {replace(run, same_minutes=False).key for run in found}
     assert same_minutes(runs, {}) == []
+    rows[runs[1].key]["products"] = "bfloat16"  # whose minutes are those of another machine
+    assert [run.recipe for run in same_minutes(runs, rows)] == ["on policy"]
 
 
 def test_numbers_are_means_over_the_seeds_and_above_chance() -> None:
@@ -91,7 +93,8 @@ def test_the_table_has_the_best_first_and_the_texts_beside_one_another() -> None
         row(Run("removed, one window", 8, 1000), 55, 3, text="a a | a"),
         row(Run("best", 8, 1000), 75, 24),
         row(Run("best", 8, 50_000), 78, 27),
-        row(Run("KL alone", 8, 1536), 72, 12),
+        row(Run("KL alone", 8, 1536, same_minutes=True), 72, 12),
+        row(Run("one window", 8, 2048), 72, 12),  # of another number of tokens: in no table
     ]
     lines = table(content(rows)).splitlines()
     names = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]

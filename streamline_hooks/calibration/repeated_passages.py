@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import floor
+from math import ceil
 
 from torch import Tensor
 
 from streamline_hooks.calibration.split import TokenSplit, fingerprint_of
 from streamline_hooks.errors import StreamlineError
 
-_PARTS = ("calibration", "validation")
+_PARTS, _ROUNDING = ("calibration", "validation"), 1e-9
 
 
 def with_repeated_passages(split: TokenSplit, share: float) -> TokenSplit:
@@ -25,20 +25,19 @@ def with_repeated_passages(split: TokenSplit, share: float) -> TokenSplit:
     split : TokenSplit
         Its calibration and validation are changed; the test part is not.
     share : float
-        Of the sequences of each part, evenly spread; above 0 and at most 1.
+        Of the sequences of each part, evenly spread from the first one on, which is among them; above 0, at most 1.
 
     Raises
     ------
     StreamlineError
-        If the share is out of range, a part has too few sequences for it, a sequence is shorter than four tokens, or
-        the rows are packed.
+        If the share is out of range, a sequence is shorter than four tokens, or the rows are packed.
 
     Examples
     --------
     >>> import torch
     >>> rows = torch.arange(16).view(2, 8)
-    >>> with_repeated_passages(TokenSplit(rows, rows, rows, fingerprint=""), 0.5).calibration[1].tolist()
-    [8, 9, 10, 11, 8, 9, 10, 11]
+    >>> with_repeated_passages(TokenSplit(rows, rows, rows, fingerprint=""), 0.5).calibration[0].tolist()
+    [0, 1, 2, 3, 0, 1, 2, 3]
     """
     if not 0 < share <= 1:
         raise StreamlineError(
@@ -46,20 +45,14 @@ def with_repeated_passages(split: TokenSplit, share: float) -> TokenSplit:
         )
     if split.positions:
         raise StreamlineError(
-            "Packed rows hold several documents, of which half a row is no passage. Leave the repeated passages out, "
-            "or give documents."
+            "Packed rows hold several documents, of which half a row is no passage. Leave the repeated passages out "
+            "(repeated=0), or give documents."
         )
     if split.sequence_length < 4:
         raise StreamlineError(
             f"Sequences of {split.sequence_length} tokens have no passage to repeat; expected four tokens or more."
         )
     parts = {name: _repeated(getattr(split, name), share) for name in _PARTS}
-    for name, (_, count) in parts.items():
-        if not count:
-            raise StreamlineError(
-                f"A share of {share:g} of {len(getattr(split, name))} {name} sequences is none. Give more text, or a "
-                "larger share."
-            )
     said = ", ".join(f"{count} of {len(rows)} {name} sequences" for name, (rows, count) in parts.items())
     return replace(
         split,
@@ -72,7 +65,8 @@ def with_repeated_passages(split: TokenSplit, share: float) -> TokenSplit:
 
 def _repeated(rows: Tensor, share: float) -> tuple[Tensor, int]:
     """The rows, and how many of them are changed."""
-    chosen = [k for k in range(len(rows)) if floor((k + 1) * share) > floor(k * share)]
+    due = [ceil(k * share - _ROUNDING) for k in range(len(rows) + 1)]  # of the first k
+    chosen = [k for k in range(len(rows)) if due[k + 1] > due[k]]
     half, made = rows.shape[1] // 2, rows.clone()
     made[chosen, half : 2 * half] = rows[chosen, :half]
     return made, len(chosen)

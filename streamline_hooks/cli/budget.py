@@ -53,14 +53,16 @@ def refuse_beside_budget(context: typer.Context, *, text: str, processes: int) -
     StreamlineError
         Naming the options.
     """
+    from streamline_hooks.repair import preset_named
+
     decided, elsewhere = (_given(context, options) for options in (_DECIDED, _ELSEWHERE))
-    preset = context.params["preset"]
-    if preset not in ("", PRESET):
-        decided.insert(0, f"--preset {preset}")
+    preset = preset_named(context.params["preset"] or PRESET)
+    if preset.rounds > 1:
+        elsewhere.insert(0, f"--preset {preset.name}, which goes in {preset.rounds} rounds")
     if decided:
         raise StreamlineError(
-            f"--budget does the recipe {PRESET!r}, and plans what {' and '.join(decided)} would say; leave one of them "
-            "out."
+            f"--budget does the recipe {preset.name!r}, and plans what {' and '.join(decided)} would say; leave one of "
+            "them out."
         )
     elsewhere += [text] if text else []
     elsewhere += [f"{processes} processes"] if processes > 1 else []

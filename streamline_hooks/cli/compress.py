@@ -101,8 +101,8 @@ def compress(
         str,
         typer.Option(
             metavar="TIME",
-            help="Do --preset best on as much text as can be trained on in a time such as 10m, 1h or 8h, from the "
-            "loaded model to the folder. What that comes to is measured and said first.",
+            help="Do --preset best, or another one that trains, on as much text as can be trained on in a time such as "
+            "10m, 1h or 8h, from the loaded model to the folder. What that comes to is measured and said first.",
         ),
     ] = "",
     epochs: Annotated[int, typer.Option(help="How often the training sees the calibration text.", min=1)] = 1,
@@ -132,7 +132,7 @@ def compress(
         str,
         typer.Option(
             help="What speaks for giving blocks up: cosine, last_angular, kl, ...; a wrong name lists all.",
-            show_default="for a window cosine and relative magnitude together, else cosine",
+            show_default="the preset's; for a window cosine and relative magnitude together, else cosine",
         ),
     ] = "",
     search: Search = "",
@@ -156,7 +156,7 @@ def compress(
             "trained, by what a model takes from its context too (copying, names), which prose hardly asks for.",
             min=0,
             max=1,
-            show_default="0",
+            show_default="0, or the preset's",
         ),
     ] = None,
     validation_tokens: Annotated[int, typer.Option(help="Tokens to judge the candidates on.", min=2)] = 4_096,
@@ -167,7 +167,8 @@ def compress(
     sequence_length: SequenceLength = 512,
     batch_size: BatchSize = 4,
     shortlist: Annotated[
-        int | None, typer.Option(help="Selections that are fitted and judged by KL.", min=1, show_default="8")
+        int | None,
+        typer.Option(help="Selections that are fitted and judged by KL.", min=1, show_default="8, or the preset's"),
     ] = None,
     seed: Seed = 0,
     stack: Stack = None,
@@ -224,12 +225,15 @@ def compress(
         seconds = parse_duration(budget) if budget else 0.0
         if budget:
             refuse_beside_budget(context, text=sources.unusual, processes=work.processes.count)
-            preset = PRESET
+            preset = preset or PRESET
         asked_for = Asked(
             kind, preset, objective, heal, on_policy, rounds, epochs, validations, learning_rate, autocast, search,
             criterion, repeated, shortlist,
         )  # fmt: skip
         recipe = asked_for.recipe(seed)
+        if pack and repeated is None and recipe.repeated:
+            say(f"repeated   nothing, in packed rows, of what --preset {preset} would say twice")
+            recipe = replace(recipe, repeated=0.0)
         kind, training, healing, times = recipe.kind, recipe.training, recipe.healing, recipe.rounds
         search, criterion = recipe.search, recipe.criterion
         chosen = kind_named(kind)

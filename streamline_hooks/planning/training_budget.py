@@ -116,8 +116,6 @@ class Given:
         Tokens that were asked for.
     keep : tuple of int
         Blocks that must stay.
-    sequences : int
-        Of the validation, at least.
     shortlist : int
         Selections that are fitted and judged.
     """
@@ -127,7 +125,6 @@ class Given:
     validation: int | None = None
     test: int | None = None
     keep: tuple[int, ...] = ()
-    sequences: int = 1
     shortlist: int = 8
 
     def sizes(self, sequences: int, epochs: int = 1) -> Sizes:
@@ -146,8 +143,6 @@ class Given:
             return max(1, wanted // length) * length
 
         validation = share(10, _VALIDATION, self.validation)
-        if self.validation is None:
-            validation = max(validation, self.sequences * length)
         looks = tokens * epochs // (_STEPS_A_LOOK * validation)
         return Sizes(
             tokens,
@@ -285,8 +280,8 @@ def plan_in(budget: float, paces: Paces, preset: Preset, given: Given, available
         raise StreamlineError(
             f"A budget of {in_words(budget)} does not suffice on this machine: training on {sizes.calibration:,} "
             f"tokens, choosing on {sizes.fitting:,} of them, judging on {sizes.validation:,} and scoring on "
-            f"{sizes.test:,} others takes about {in_words(needed.seconds)}. Give {minutes}m or more, a smaller "
-            "shortlist, or a machine with more cores or a GPU."
+            f"{sizes.test:,} others takes about {in_words(needed.seconds)}. Give {minutes}m or more, "
+            f"{'a smaller shortlist, ' * (given.shortlist > 1)}or a machine with more cores or a GPU."
         )
     for epochs in range(1, _EPOCHS + 1):
         if planned(least, epochs).seconds > budget:

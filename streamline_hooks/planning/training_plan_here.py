@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -119,7 +118,6 @@ def plan_training(
         validation_tokens,
         test_tokens,
         kept,
-        sequences=math.ceil(1 / chosen.repeated) if chosen.repeated else 1,
         shortlist=chosen.shortlist if shortlist is None else shortlist,
     )
     least = given.sizes(max(4, -(-_SAMPLE // sequence_length), _STEPS * batch_size))
@@ -213,7 +211,7 @@ def _paces(
         alone = [range(k, k + 1) for k in range(len(ready.stack)) if k not in ready.protected]
         each = alone if preset.search == "one-shot" else ready.candidates
         costs = pace.judge(ready.calibration, each)
-        searching = RANKED * costs.seconds / costs.tokens
+        searching = max(RANKED, *(tokens_of(batch) for batch in ready.calibration[:1])) * costs.seconds / costs.tokens
     solving = _solving(ready, windows[0], timed)
     first, *others = sorted((_training(ready, preset, windows, dtype) for dtype in _PRECISIONS), key=_of_a_step)
     sample = "".join(texts[:_DOCUMENTS])[:_CHARACTERS]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 import pytest
 import torch
 from hypothesis import given
@@ -17,14 +19,14 @@ def split_of(rows: int, length: int) -> TokenSplit:
     return TokenSplit(ids, ids + 1000, ids + 2000, "as it was", ("a note",))
 
 
-@given(rows=st.integers(4, 30), length=st.integers(4, 11), share=st.sampled_from([0.25, 0.5, 0.3, 1.0]))
+@given(rows=st.integers(1, 30), length=st.integers(4, 11), share=st.sampled_from([0.25, 0.5, 0.3, 0.1, 1.0]))
 def test_a_share_of_the_sequences_repeats_its_first_half(rows: int, length: int, share: float) -> None:
     split = split_of(rows, length)
     made, half = with_repeated_passages(split, share), length // 2
     for name in ("calibration", "validation"):
         before, after = getattr(split, name), getattr(made, name)
         changed = (before != after).any(dim=1)
-        assert int(changed.sum()) == int(rows * share + 1e-9)
+        assert int(changed.sum()) == ceil(round(rows * share, 6)) and changed[0]
         assert torch.equal(after[~changed], before[~changed])
         assert torch.equal(after[changed, half : 2 * half], before[changed, :half])
         assert torch.equal(after[changed, :half], before[changed, :half])
@@ -36,7 +38,7 @@ def test_a_share_of_the_sequences_repeats_its_first_half(rows: int, length: int,
 
 
 def test_any_stretch_of_the_text_has_its_share() -> None:
-    """What is held out is the last fifth: it is to be of the same kind."""
+    """What is held out is the last fifth, and what is ranked by the beginning: they are to be of the same kind."""
     made, before = with_repeated_passages(split_of(40, 8), 0.25), split_of(40, 8)
     changed = (made.calibration != before.calibration).any(dim=1)
     assert [int(part.sum()) for part in changed.split(8)] == [2] * 5
@@ -51,11 +53,6 @@ def test_any_stretch_of_the_text_has_its_share() -> None:
         (split_of(8, 8), 0.0, r"A share of 0 of the sequences cannot .*expected 0 < share <= 1"),
         (split_of(8, 8), 1.5, r"A share of 1\.5 of the sequences"),
         (split_of(8, 3), 0.5, r"Sequences of 3 tokens have no passage to repeat; expected four tokens or more"),
-        (
-            split_of(3, 8),
-            0.25,
-            r"A share of 0\.25 of 3 calibration sequences is none\. Give more text, or a larger share",
-        ),
     ],
 )
 def test_what_has_no_passages_is_refused(split: TokenSplit, share: float, said: str) -> None:

@@ -128,12 +128,6 @@ def test_the_plan_is_said() -> None:
     assert f"trained on {planned(20).sizes.calibration:,} tokens once" in lines[0]
 
 
-def test_there_is_a_sequence_to_say_a_passage_twice_in() -> None:
-    """A quarter of three validation sequences is none, which compress would refuse after all of the planning."""
-    assert Given(sequence_length=2048, sequences=4).sizes(40).validation == 4 * 2048
-    assert Given(sequence_length=2048, sequences=4, validation=2048).sizes(40).validation == 2048
-
-
 # On a model.
 
 SMALL: dict[str, Any] = {"remove": 1, "sequence_length": 64, "shortlist": 2}
@@ -207,7 +201,6 @@ def test_the_whole_search_of_a_preset_is_planned_for(
     assert paces["cosine"].search == 0.0 < paces["kl"].search
     assert plans["kl"].arguments["search"] == "disjoint" and plans["kl"].arguments["criterion"] == "kl"
     assert (plans["kl"].arguments["repeated"], plans["kl"].arguments["shortlist"]) == (0.25, 2)
-    assert plans["kl"].given.sequences == 4
 
 
 def test_the_last_block_stays_where_blocks_behind_the_window_are_healed(
