@@ -108,8 +108,7 @@ def test_positions_are_those_that_it_would_write_on_at(
 ) -> None:
     """A model that is not told them may number them otherwise, as RoBERTa does where nothing is padded."""
     model = tiny(kind, vocabulary=VOCABULARY)
-    found, shapes = _sampled(model, prompts)
-    assert (3 * len(prompts), max(map(len, prompts))) not in shapes
+    found, _ = _sampled(model, prompts)
     monkeypatch.setattr(generation, "_begun", lambda *_: {})
     assert _sampled(model, prompts)[0] == found
 
@@ -122,7 +121,7 @@ def test_positions_of_an_earlier_call_are_not_gone_on_with() -> None:
     assert _sampled(model) == (expected, [(9, 6)] + [(9, 1)] * 9)
 
 
-@pytest.mark.parametrize("kind", ["mamba", "falcon_h1", "cpmant", "git"])
+@pytest.mark.parametrize("kind", ["mamba", "falcon_h1", "git"])
 def test_prompts_are_run_for_each_sample_where_more_than_keys_and_values_is_kept(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
