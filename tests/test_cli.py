@@ -212,6 +212,12 @@ def test_compress_on_packed_text(
     assert code == 0, err
     assert "calibration 640, validation 192, test 192 tokens in packed rows of 64" in out, out.splitlines()[3]
     assert 0 < len(read) < len(story_texts)
+    preset = ["--preset", "best", "--overwrite", "--keep", "-1"]
+    code, out, err = run(["compress", stories_folder, "-c", file, *options, *preset], monkeypatch, capsys)
+    assert code == 0 and "repeated   nothing, in packed rows, of what --preset best would say twice" in out, err
+    again = [*options, *preset, "--repeated", "0.25"]
+    code, _, err = run(["compress", stories_folder, "-c", file, *again], monkeypatch, capsys)
+    assert code == 2 and "Leave the repeated passages out (repeated=0), or give documents" in " ".join(err.split())
     for more, with_what in (
         (["-c", file, "--test", file], "--test"),
         (["-c", "self"], "--calibration self"),
