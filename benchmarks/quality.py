@@ -61,7 +61,7 @@ class Recipe:
     healing: Healing | None = None
 
 
-OURS = replace(PRESETS["one-window"].training or Training(), objective=Objective())
+OURS = replace(PRESETS["best"].training or Training(), objective=Objective())
 RECIPES: dict[str, Recipe] = {
     **{name: Recipe(p.kind, p.training, p.healing) for name, p in PRESETS.items() if p.search == "window"},
     "linear": Recipe("linear"),

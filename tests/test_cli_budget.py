@@ -65,7 +65,7 @@ def test_what_is_planned_is_done(command: Command, tmp_path: Path) -> None:
     )
     assert data["test_tokens"] == 320
     assert trained["tokens"] == 4 * data["calibration_tokens"] and trained["stopped"] == ""
-    assert report["kind"] == "linear" and report["plan"]["removed"] != [4], "nothing behind it could be healed"
+    assert report["kind"] == "swiglu" and report["plan"]["removed"] != [4], "nothing behind it could be healed"
     assert not (tmp_path / "out.training").exists()
 
 
@@ -115,7 +115,10 @@ def test_what_was_planned_is_gone_on_with_as_it_was_said(
         (["--preset", "iterative"], "does not go with --preset iterative, which goes in 2 rounds"),
         (["--preset", "ghosted"], "The preset 'ghosted' trains nothing, so that a budget decides nothing"),
         (["--preset", "uidl", "--heal", "lora"], "--budget does the recipe 'uidl', and plans what --heal would say"),
-        (["--remove", "parameters:0.2"], "is reached by single windows only"),
+        (
+            ["--preset", "single-blocks", "--remove", "parameters:0.2"],
+            "Search for a window otherwise, as the preset best",
+        ),
         (["--epochs", "1"], "plans what --epochs would say"),
         (["--calibration-tokens", "41000"], "plans what --calibration-tokens would say"),
         (["--fitting-tokens", "640", "--autocast"], "plans what --autocast and --fitting-tokens would say"),
@@ -141,7 +144,7 @@ def test_what_does_not_go_with_a_budget_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["best", "one-window"])
+@pytest.mark.parametrize("name", ["best", "single-blocks"])
 def test_the_recipe_may_be_named(name: str, command: Command) -> None:
     code, out, err = command("--budget", "1h", "--preset", name, "--dry-run")
     assert code == 0 and f": {name}, trained on " in out and f"--preset {name} " in out, err

@@ -90,19 +90,19 @@ def test_each_row_is_held_against_the_original_in_its_own_precision() -> None:
 
 def test_the_table_has_the_best_first_and_the_texts_beside_one_another() -> None:
     rows = [
-        row(Run("removed, one window", 8, 1000), 55, 3, text="a a | a"),
+        row(Run("removed", 8, 1000), 55, 3, text="a a | a"),
         row(Run("best", 8, 1000), 75, 24),
         row(Run("best", 8, 50_000), 78, 27),
         row(Run("KL alone", 8, 1536, same_minutes=True), 72, 12),
-        row(Run("one window", 8, 2048), 72, 12),  # of another number of tokens: in no table
+        row(Run("on policy", 8, 2048), 72, 12),  # of another number of tokens: in no table
     ]
     lines = table(content(rows)).splitlines()
     names = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]
-    assert names == ["recipe", "best", "removed, one window", "recipe", "best", "KL alone", "recipe",
+    assert names == ["recipe", "best", "removed", "recipe", "best", "KL alone", "recipe",
                      "best, 50,000 tokens", "best, 1,000 tokens"]  # fmt: skip
     best = next(line for line in lines if line.startswith("| best |"))
     assert " | 83.3% [" in best and " | 80.0% [" in best and best.endswith(" | 30.0% | 1.500 | 5.0 |")
-    assert "**Once \\*upon\\***" in lines and "- removed, one window: a a \\| a" in lines
+    assert "**Once \\*upon\\***" in lines and "- removed: a a \\| a" in lines
     assert lines[-1] == "Made by `the command`."
 
 

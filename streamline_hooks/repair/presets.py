@@ -73,25 +73,26 @@ _MLP_LAYERS = (
     "dense_h_to_4h", "dense_4h_to_h",
 )  # fmt: skip
 
-_ONE_WINDOW = Preset(
-    "one-window",
+_BEST = Preset(
+    "best",
     "swiglu",
-    "This library's own, which keeps most of perplexity (benchmarks/results/quality.md): a SwiGLU beside the "
-    "least-squares map in the place of one window, and a fifth of the rate for the blocks behind it, by what the "
-    "original says and by the text itself. Where the text is unlike what the model is for, train the network alone by "
-    "KL (kind swiglu, objective kl), which does not adapt the model to it.",
+    "This library's own, the best of benchmarks/results/quality.md: a SwiGLU beside the least-squares map, and "
+    "a fifth of the rate for the blocks behind it, by what the original says and by the text itself. Where the "
+    "text is unlike what the model is for, train the network alone by KL (kind swiglu, objective kl), which "
+    "does not adapt the model to it.",
     Training(objective=Objective(kl=1.0, lm=1.0), learning_rate=1e-3, weight_decay=0.01, warmup=0.05, floor=0.05),
     Healing("partial", "after", rate=0.2),
 )
 
-_BEST = Preset(
-    "best",
+_SINGLE_BLOCKS = Preset(
+    "single-blocks",
     "linear",
-    "This library's own, which keeps most of what is written (benchmarks/results/quality_generation.md): single "
-    "blocks, by KL on text of which a part says a passage twice, since the blocks that prose needs least are those "
-    "that copy; a linear map in the place of each run of them, and the training and the healing of `one-window`.",
-    _ONE_WINDOW.training,
-    _ONE_WINDOW.healing,
+    "This library's own, for what is taken from the context (benchmarks/results/quality_generation.md): single blocks, "
+    "by KL on text of which a part says a passage twice, since the blocks that prose needs least are those that copy; "
+    "a linear map in the place of each run of them, and the training and the healing of `best`. With a quarter of the "
+    "blocks gone it loses more of perplexity and of classification than `best`.",
+    _BEST.training,
+    _BEST.healing,
     search="one-shot",
     criterion="kl",
     repeated=0.25,
@@ -102,7 +103,7 @@ PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
         _BEST,
-        _ONE_WINDOW,
+        _SINGLE_BLOCKS,
         Preset(
             "iterative",
             _BEST.kind,
@@ -111,10 +112,6 @@ PRESETS: dict[str, Preset] = {
             _BEST.training,
             _BEST.healing,
             rounds=2,
-            search=_BEST.search,
-            criterion=_BEST.criterion,
-            repeated=_BEST.repeated,
-            shortlist=_BEST.shortlist,
         ),
         Preset("none", "none", "Plain removal."),
         Preset(

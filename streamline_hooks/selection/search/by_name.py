@@ -183,7 +183,7 @@ def require_search(name: str, criterion: Criterion | str, target: Target | int |
     if isinstance(wanted, Target) and wanted.of != "blocks" and name != "window":
         raise StreamlineError(
             f"The target {wanted} is reached by single windows only; for the search {name!r} give a number or a "
-            "fraction of the blocks. Search for a window otherwise, as the preset one-window does."
+            "fraction of the blocks. Search for a window otherwise, as the preset best does."
         )
 
 
