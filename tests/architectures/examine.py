@@ -175,17 +175,19 @@ def stepwise(model: nn.Module, padded: bool) -> bool:
     return holds(lambda: hold_decoding(model, batch, steps=STEPS, tolerance=2e-4))
 
 
-def generates(model: nn.Module, cache: str | None) -> bool:
-    """Greedy decoding with a cache, left-padded batch included, sees the logits that it sees without.
+# Its recurrence is run by chunks without a cache and by tokens with one: on a processor without AVX-512 a logit differs
+# by 0.0018, where 2e-4 allows 0.0008.
+ROUNDING = {"qwen3_next": 1e-3}
 
-    Qwen3-Next's recurrence is run by chunks without a cache and by tokens with one: on a processor without AVX-512 a
-    logit differs by 0.0018, where 2e-4 allows 0.0008.
-    """
+
+def generates(model: nn.Module, cache: str | None) -> bool:
+    """Greedy decoding with a cache, left-padded batch included, sees the logits that it sees without."""
+    tolerance = ROUNDING.get(model.config.model_type, 2e-4)
 
     def check() -> None:
         for padded in (False, True):
             batch = tiny_inputs(model, tokens=TOKENS, left_padding=padded)
-            hold_generation(model, batch, steps=STEPS, cache_implementation=cache, tolerance=1e-3)
+            hold_generation(model, batch, steps=STEPS, cache_implementation=cache, tolerance=tolerance)
 
     return holds(check)
 
