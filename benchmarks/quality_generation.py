@@ -91,8 +91,8 @@ class Recipe:
     search : {"one-shot", "window"}
         The best single blocks by KL, or the best repaired of a shortlist of windows.
     repeated : float
-        The share of the sequences whose second half repeats the first, see `with_repeated_passages`; the blocks are
-        chosen on such text too, a window of all windows.
+        The share of the sequences, of the text that the blocks are chosen on, whose second half repeats the first, see
+        `with_repeated_passages`; a window is chosen of all windows then.
     """
 
     kind: str = BEST.kind
@@ -111,12 +111,12 @@ _SINGLE_BLOCKS = Recipe(_SINGLE.kind, search=_SINGLE.search, repeated=_SINGLE.re
 _PLAIN: dict[str, Any] = {"kind": "none", "objective": "", "healing": None}
 RECIPES: dict[str, Recipe] = {
     "removed": Recipe(**_PLAIN),
-    "removed, repeated passages": Recipe(**_PLAIN, repeated=0.25),
+    "removed, repeated passages": Recipe(**_PLAIN, repeated=_SINGLE.repeated),
     "removed, single blocks": replace(_SINGLE_BLOCKS, **_PLAIN),
     "warm start alone": Recipe(objective="", healing=None),
     "best": Recipe(),
     "single blocks": _SINGLE_BLOCKS,
-    "repeated passages": Recipe(repeated=0.25),
+    "repeated passages": Recipe(repeated=_SINGLE.repeated),
     "without healing": Recipe(healing=None),
     "without the warm start": Recipe(warm=False),
     "KL alone": Recipe(objective="kl"),
@@ -248,10 +248,11 @@ class Bench:
         return runs(self.content["blocks"][name])
 
     def searched(self, removed: int, recipe: Recipe) -> Iterable[int]:
-        text = with_repeats(training_text(self.options.data, self.tokenizer, 100_000), recipe.repeated)
+        text = training_text(self.options.data, self.tokenizer, 100_000)
+        asked = with_repeats(text, recipe.repeated)
         if recipe.search == "window":
-            return choose(self.model, text, removed, shortlist=30 if recipe.repeated else SHORTLIST)
-        score = partial(score_windows, "kl", model=self.model, batches=batches_of(text.train[:SEARCHED], 4))
+            return choose(self.model, text, removed, asked=asked, shortlist=30 if recipe.repeated else SHORTLIST)
+        score = partial(score_windows, "kl", model=self.model, batches=batches_of(asked.train[:SEARCHED], 4))
         return one_shot(score, len(self.stack), removed)[0].blocks
 
     def row(self, run: Run) -> None:
@@ -265,7 +266,7 @@ class Bench:
 
     def made(self, run: Run) -> dict[str, Any]:
         recipe = RECIPES[run.recipe]
-        text = with_repeats(self.text(recipe.text, run), recipe.repeated)
+        text = self.text(recipe.text, run)
         if recipe.rounds > 1:
             return self.made_in_rounds(run, recipe, text)
         windows, clock = self.windows(run.removed, recipe), [time.process_time()]
@@ -313,7 +314,7 @@ class Bench:
     ) -> dict[str, Any]:
         began = time.process_time()
         with fast_products(self.original), fast_products(model):
-            classification = self.quality.row(model)
+            classification = self.quality.row(model, self.quality.counted)
         generation = self.generation.row(model)
         return {
             **asdict(run),

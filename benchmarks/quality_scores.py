@@ -108,8 +108,14 @@ class Quality:
         scores = self.scores
         return [t for t in self.questions if scores.accuracy(t) - self.chance[t] > CLEARLY * scores.standard_error(t)]
 
-    def row(self, model: nn.Module) -> dict[str, Any]:
+    def row(self, model: nn.Module, tasks: Sequence[str] | None = None) -> dict[str, Any]:
         """Score a model that was made from the original, and is another module in memory.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+        tasks : sequence of str, optional
+            What is asked, by default all; `counted` is all that enters the retained mean.
 
         Returns
         -------
@@ -127,7 +133,7 @@ class Quality:
                 alike += agreement_of(*pair)
             value[name], agreed[name] = sums.value, alike
         seconds["text"] = round(time.perf_counter() - started, 1)
-        scores, whole = Scores(value, self._right(model, seconds)), sum(agreed.values(), Agreement())
+        scores, whole = Scores(value, self._right(model, seconds, tasks)), sum(agreed.values(), Agreement())
         ratio = {name: scores.perplexity[name] / self.scores.perplexity[name] for name in self.text}
         return {
             "perplexity": scores.perplexity,
@@ -147,11 +153,11 @@ class Quality:
         return {"perplexity": self.scores.perplexity, **self._answers(self.scores), "counted": self.counted}
 
     def _answers(self, scores: Scores) -> dict[str, Any]:
-        tasks = list(self.questions)
+        tasks = list(scores.right)
         return {
             "accuracy": {task: scores.accuracy(task) for task in tasks},
             "accuracy_standard_error": {task: scores.standard_error(task) for task in tasks},
-            "chance": self.chance,
+            "chance": {task: self.chance[task] for task in tasks},
             "right": scores.right,
         }
 
@@ -159,7 +165,7 @@ class Quality:
         """What is retained above chance; the error by linearisation, each question's x − r·x₀ being its part."""
         found: dict[str, float] = {}
         variance = 0.0
-        for task in self.counted:
+        for task in (task for task in self.counted if task in scores.right):
             room = self.scores.accuracy(task) - self.chance[task]
             kept = (scores.accuracy(task) - self.chance[task]) / room
             pairs = zip(scores.right[task], self.scores.right[task], strict=True)
@@ -172,9 +178,12 @@ class Quality:
             "mean_retained_standard_error": math.sqrt(variance) / len(found) if found else None,
         }
 
-    def _right(self, model: nn.Module, seconds: dict[str, float]) -> dict[str, str]:
+    def _right(
+        self, model: nn.Module, seconds: dict[str, float], tasks: Sequence[str] | None = None
+    ) -> dict[str, str]:
         found = {}
-        for name, questions in self.questions.items():
+        for name in self.questions if tasks is None else tasks:
+            questions = self.questions[name]
             started = time.perf_counter()
             scored = score_choices(model, self.tokenizer, questions, batch_size=CHOICES_AT_ONCE, what=name)
             right = scored.right_normalised if TASKS[name].normalised else scored.right

@@ -153,9 +153,9 @@ def compress(
         Of the calibration text, those at its beginning that the window is chosen and its stand-in fitted on, where a
         training goes on with all of it; by default all are.
     repeated : float
-        The share of the calibration and validation sequences whose second half repeats the first, see
-        `with_repeated_passages`: windows are then judged, and repairs trained, by what a model takes from its context
-        too.
+        The share of the sequences whose second half repeats the first where blocks are ranked and candidates judged,
+        see `with_repeated_passages`: blocks that a model needs to take something from its context are kept then. What
+        is fitted and trained on stays as it is.
     batch_size : int
         Sequences at a time.
     shortlist : int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -52,10 +52,13 @@ class Preparation:
     split : TokenSplit or BatchSplit
     task : Task
         What the model is for.
-    calibration, fit, held_out, validation, test : list of dict
-        Batches; `fit` and `held_out` are the two parts of `calibration`.
+    calibration, judging : list of dict
+        Batches that blocks are chosen by: that all are ranked on, and that those of a shortlist are judged on.
+    fit, held_out : list of dict
+        Two parts of the same text as `calibration`, to fit what stands in the place of blocks.
+    validation, test : list of dict
     training : list of dict
-        Batches to train on, of which `calibration` is the beginning, or all.
+        Batches to train on, of which `fit` and `held_out` are the beginning, or all.
     """
 
     stack: BlockStack
@@ -66,6 +69,7 @@ class Preparation:
     split: TokenSplit | BatchSplit
     task: Task
     calibration: Batches
+    judging: Batches
     fit: Batches
     held_out: Batches
     validation: Batches
@@ -162,7 +166,7 @@ class Preparation:
             *([] if profiled else [pace.rank(self.calibration)]),
             pace.fit(self.fit, self.candidates, **judged, beside=beside),
             pace.fit(self.held_out, self.candidates, **judged, beside=beside, sums=2),
-            pace.judge(self.validation, self.candidates, **judged, whole=bool(self.kind.slots or self.kind.fit)),
+            pace.judge(self.judging, self.candidates, **judged, whole=bool(self.kind.slots or self.kind.fit)),
             *trained,
             pace.perplexity(self.test),
         ]
@@ -230,19 +234,22 @@ def prepare_compression(
             raise StreamlineError(
                 f"fitting_tokens={fitting_tokens} divides a text, and batches were given. Leave it out, or give text."
             )
-        five = (given.calibration, *given.held_out_apart, given.validation, given.test)
-        return Preparation(found, chosen, target, candidates, protected, given, task, *five, given.calibration)
+        six = (given.calibration, given.validation, *given.held_out_apart, given.validation, given.test)
+        return Preparation(found, chosen, target, candidates, protected, given, task, *six, given.calibration)
     if there and split.get("test_documents"):
         what = "A TokenSplit" if isinstance(texts, TokenSplit) else "Packed text"
         raise StreamlineError(f"{what} has a test part of its own; leave test_texts out.")
     tokenizer = cast("PreTrainedTokenizerBase", tokenizer)
     dealt = there or split_documents(cast(Sequence[str], texts), tokenizer, **split)
-    dealt = with_repeated_passages(dealt, repeated) if repeated else dealt
     check_tokenizer(tokenizer, cast(nn.Embedding, model.get_input_embeddings()).num_embeddings, dealt)
     rows = _rows_to_fit_on(fitting_tokens, dealt.calibration)
-    ids = _six_parts({name: getattr(dealt, name) for name in PARTS}, rows)
+    ids = _seven_parts({name: getattr(dealt, name) for name in PARTS}, rows)
+    if repeated:
+        asked = with_repeated_passages(dealt, repeated)
+        ids = (asked.calibration[:rows], asked.validation, *ids[2:])
+        dealt = replace(dealt, notes=(*dealt.notes, f"for the choice of blocks, {asked.notes[-1]}"))
     if dealt.positions:
-        positions = _six_parts(dealt.positions, rows)
+        positions = _seven_parts(dealt.positions, rows)
         batches = [PackedText(*pair, 0, 0).batches(batch_size) for pair in zip(ids, positions, strict=True)]
         refuse_crossing(model, [batch for part in batches for batch in part], stack=found.path)
     else:
@@ -290,10 +297,10 @@ def _require_fitting(model: Any, given: BatchSplit, target: Target, task: Task, 
         require_positions(model, max(one.shape[1] for one in ids))
 
 
-def _six_parts(rows: Mapping[str, Tensor], fitted: int) -> tuple[Tensor, ...]:
-    """What is fitted on, its two parts, validation, test, and all that is trained on."""
-    calibration = rows["calibration"][:fitted]
-    return (calibration, *held_out_apart(calibration), rows["validation"], rows["test"], rows["calibration"])
+def _seven_parts(rows: Mapping[str, Tensor], fitted: int) -> tuple[Tensor, ...]:
+    """What is ranked and judged on, the two parts that are fitted on, validation, test, and all that is trained on."""
+    calibration, validation = rows["calibration"][:fitted], rows["validation"]
+    return (calibration, validation, *held_out_apart(calibration), validation, rows["test"], rows["calibration"])
 
 
 def _rows_to_fit_on(tokens: int | None, calibration: Tensor) -> int:

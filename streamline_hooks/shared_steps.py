@@ -58,10 +58,10 @@ def verified_together(
     """
     options = {"kind": ready.kind, "stack": ready.stack.path, "task": ready.task}
     if work.processes.count == 1:
-        return verified(model, found, ready.fit, ready.held_out, ready.validation, **options)  # type: ignore[arg-type]
-    own = _share(ready.validation, work.processes)
+        return verified(model, found, ready.fit, ready.held_out, ready.judging, **options)  # type: ignore[arg-type]
+    own = _share(ready.judging, work.processes)
     counted = sum(map(ready.task.count, own))
-    few = own or [some_of(ready.validation[0], slice(0, 1))]  # it has to take part in the fitting, and judges in vain
+    few = own or [some_of(ready.judging[0], slice(0, 1))]  # it has to take part in the fitting, and judges in vain
     mine = verified(model, found, ready.fit, ready.held_out, few, **options)  # type: ignore[arg-type]
     judged = [next(one for one in mine if _key(one) == _key(selection)) for selection in found]
     refusals = work.tell([one.refused for one in judged])

@@ -342,10 +342,10 @@ def test_the_seed_is_that_of_the_training_too(recipe: tuple[str, str, str]) -> N
         ({}, ("window", "cosine_and_magnitude", 0.0, 8)),
         ({"search": "greedy", "shortlist": 2}, ("greedy", "cosine", 0.0, 2)),
         ({"preset": "uidl", "repeated": 0.5}, ("window", "cosine_and_magnitude", 0.5, 8)),
-        ({"preset": "single-blocks"}, ("one-shot", "kl", 0.25, 1)),
+        ({"preset": "single-blocks"}, ("one-shot", "kl", 1.0, 1)),
         ({"preset": "single-blocks", "criterion": "cosine", "repeated": 0.0}, ("one-shot", "cosine", 0.0, 1)),
-        ({"preset": "single-blocks", "search": "window"}, ("window", "cosine_and_magnitude", 0.25, 8)),
-        ({"preset": "single-blocks", "search": "window", "criterion": "kl", "shortlist": 3}, ("window", "kl", 0.25, 3)),
+        ({"preset": "single-blocks", "search": "window"}, ("window", "cosine_and_magnitude", 1.0, 8)),
+        ({"preset": "single-blocks", "search": "window", "criterion": "kl", "shortlist": 3}, ("window", "kl", 1.0, 3)),
     ],
 )
 def test_how_blocks_are_found_is_said_by_the_preset_where_nothing_else_is(asked: Any, found: tuple[Any, ...]) -> None:

@@ -363,18 +363,26 @@ def test_packed_text_that_cannot_be_used(story_model: tuple[Any, Any], story_tex
         compress(other, tokenizer, texts, remove=1)
 
 
-def test_repeated_passages_are_judged_by_and_the_test_is_as_it_was(
+def test_repeated_passages_choose_the_blocks_and_change_no_other_text(
     story_model: tuple[Any, Any], story_texts: list[str]
 ) -> None:
+    """Where only one block can go, the fitted and trained repair is the same to the bit; it is judged otherwise."""
     model, tokenizer = story_model
-    options: dict[str, Any] = {"remove": 1, "kind": "none", "shortlist": 2, "side_by_side": False, **SMALL}
-    plain = compress(copy.deepcopy(model), tokenizer, story_texts, **options)
-    repeated = compress(copy.deepcopy(model), tokenizer, story_texts, repeated=0.5, **options)
-    assert repeated.perplexities["original"] == plain.perplexities["original"]
-    assert "repeats the first" in repeated.data["notes"][-1] and repeated.data["repeated"] == 0.5
-    assert repeated.data["fingerprint"] != plain.data["fingerprint"]
-    distances = [{one.gone: one.distance for one in result.candidates} for result in (plain, repeated)]
-    assert any(distances[0][gone] != distances[1][gone] for gone in set(distances[0]) & set(distances[1]))
+    settings = Training(validations=1)
+    options: dict[str, Any] = {"keep": (0, 1, 3, 4), "training": settings, "side_by_side": False, **SMALL}
+    plain, repeated = (
+        compress(copy.deepcopy(model), tokenizer, story_texts, remove=1, repeated=share, **options)
+        for share in (0.0, 0.5)
+    )
+    assert repeated.perplexities == plain.perplexities
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(repeated.model.state_dict()[name], value), name
+    assert repeated.data["notes"][-1].startswith("for the choice of blocks, the second half of ")
+    assert (repeated.data["repeated"], repeated.data["fingerprint"]) == (0.5, plain.data["fingerprint"])
+    (one,), (other,) = plain.candidates, repeated.candidates
+    assert one.gone == other.gone and one.distance != other.distance
+    assert plain.profile is not None and repeated.profile is not None
+    assert not torch.equal(plain.profile.cosine, repeated.profile.cosine)
     with pytest.raises(StreamlineError, match=r"repeated=0\.5 is a share of the sequences of a text, and batches were"):
         rows = torch.arange(3, 99).view(6, 2, 8) % 60 + 3
         parts = {name: list(rows[2 * k : 2 * k + 2]) for k, name in enumerate(("calibration", "validation", "test"))}

@@ -186,7 +186,7 @@ def compress_checkpoint(
         asked = ready.question(criterion=named, profile=measured, best=shortlist, seed=seed)
         found = find_selections("window", replace(asked, model=None, batches=None))  # nothing is read but the profile
     with clock("verify"):
-        parts = (ready.fit, ready.held_out, ready.validation)
+        parts = (ready.fit, ready.held_out, ready.judging)
         unseen = blocks_run(ready.protected, len(ready.stack)) < len(ready.stack)  # by the check of the profile's pass
         judged = work.judged(
             ready.stack,
@@ -270,7 +270,7 @@ def _work_folder(folder: str | Path | None, ready: Preparation, **run: Any) -> W
         return WorkFolder(None, {})
     about = {
         **identity_of(ready.stack),
-        "batches": batches_digest([ready.fit, ready.held_out, ready.validation, ready.test]),
+        "batches": batches_digest([ready.fit, ready.held_out, ready.judging, ready.test]),
         "target": str(ready.target),
         "kind": ready.kind.name,
         "keep": sorted(ready.protected),

@@ -18,7 +18,7 @@ def with_repeated_passages(split: TokenSplit, share: float) -> TokenSplit:
 
     A model continues there what it has read once (induction, arXiv 2209.11895), as it does when it copies, counts,
     keeps to names and formats, or quotes. In prose that is a small part of the loss: a window of blocks whose removal
-    hardly changes prose may take all of it away. So candidates are judged, and repairs trained, on both.
+    hardly changes prose may take all of it away. So blocks are chosen on both.
 
     Parameters
     ----------

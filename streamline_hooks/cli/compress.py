@@ -152,8 +152,8 @@ def compress(
     repeated: Annotated[
         float | None,
         typer.Option(
-            help="The share of the sequences whose second half repeats the first: windows are then judged, and repairs "
-            "trained, by what a model takes from its context too (copying, names), which prose hardly asks for.",
+            help="The share of the sequences whose second half repeats the first where blocks are chosen, so that those "
+            "are kept which a model needs to copy or to keep to names, what prose hardly asks for.",
             min=0,
             max=1,
             show_default="0, or the preset's",

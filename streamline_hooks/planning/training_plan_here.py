@@ -205,7 +205,7 @@ def _paces(
         module = ready.kind.make(ready.stack, windows[0])
     fit = pace.fit(ready.calibration, firsts)  # all in one pass, and each later window of a selection in one of its own
     later = [pace.fit(ready.calibration, [window]) for one in selections for window in one.windows[1:]]
-    judge = pace.judge(ready.validation, firsts, replacement=module if isinstance(module, nn.Module) else None)
+    judge = pace.judge(ready.judging, firsts, replacement=module if isinstance(module, nn.Module) else None)
     searching = 0.0
     if preset.criterion in RUN_FOR_EACH:
         alone = [range(k, k + 1) for k in range(len(ready.stack)) if k not in ready.protected]

@@ -32,7 +32,7 @@ class Preset:
     search, criterion : str
         How the blocks that go are found, as in `compress`; an empty criterion for what is usual there.
     repeated : float
-        The share of the text that says a passage twice, as in `compress`.
+        The share of the text for the choice of blocks that says a passage twice, as in `compress`.
     shortlist : int
         How many selections are fitted and judged.
     """
@@ -88,14 +88,14 @@ _SINGLE_BLOCKS = Preset(
     "single-blocks",
     "linear",
     "This library's own, for what is taken from the context (benchmarks/results/quality_generation.md): single blocks, "
-    "by KL on text of which a part says a passage twice, since the blocks that prose needs least are those that copy; "
+    "by KL on text that says a passage twice, since the blocks that prose needs least are those that copy; "
     "a linear map in the place of each run of them, and the training and the healing of `best`. With a quarter of the "
     "blocks gone it loses more of perplexity and of classification than `best`.",
     _BEST.training,
     _BEST.healing,
     search="one-shot",
     criterion="kl",
-    repeated=0.25,
+    repeated=1.0,
     shortlist=1,
 )
 

@@ -200,7 +200,7 @@ def test_the_whole_search_of_a_preset_is_planned_for(
     paces = {name: plan.paces for name, plan in plans.items()}
     assert paces["cosine"].search == 0.0 < paces["kl"].search
     assert plans["kl"].arguments["search"] == "disjoint" and plans["kl"].arguments["criterion"] == "kl"
-    assert (plans["kl"].arguments["repeated"], plans["kl"].arguments["shortlist"]) == (0.25, 2)
+    assert (plans["kl"].arguments["repeated"], plans["kl"].arguments["shortlist"]) == (1.0, 2)
 
 
 def test_the_last_block_stays_where_blocks_behind_the_window_are_healed(

@@ -54,7 +54,7 @@ def test_what_a_preset_searches_for_can_be_searched(name: str) -> None:
     preset = preset_named(name)
     require_search(preset.search, preset.criterion or usual_criterion(preset.search), 0.25)
     found = (preset.search, preset.criterion, preset.repeated, preset.shortlist)
-    assert found == (("one-shot", "kl", 0.25, 1) if name == "single-blocks" else ("window", "", 0.0, 8))
+    assert found == (("one-shot", "kl", 1.0, 1) if name == "single-blocks" else ("window", "", 0.0, 8))
 
 
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - set(PUBLISHED) - {"iterative"}))
