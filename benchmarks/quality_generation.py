@@ -20,10 +20,9 @@ import fcntl
 import json
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,6 +66,7 @@ ORIGINAL = {
 }
 BEST = PRESETS["best"]
 SETTINGS = replace(BEST.training or Training(), validations=4)
+SIZES = (8, 4)
 SEARCHED = 8  # sequences that single blocks are ranked on by KL
 
 
@@ -148,10 +148,10 @@ class Run:
 
 def plans(tokens: int, rows: dict[str, Any]) -> dict[str, list[Run]]:
     """What there is to run, in parts that are asked for by name."""
-    start = [Run(name, removed, tokens) for removed in (8, 4) for name in RECIPES if name not in TRAINED]
-    first = {removed: [Run(name, removed, tokens) for name in TRAINED] for removed in (8, 4)}
-    seeds = [replace(run, seed=seed) for removed in (8, 4) for seed in (1, 2) for run in first[removed]]
-    minutes = [run for removed in (8, 4) for run in same_minutes(first[removed], rows)]
+    start = [Run(name, removed, tokens) for removed in SIZES for name in RECIPES if name not in TRAINED]
+    first = {removed: [Run(name, removed, tokens) for name in TRAINED] for removed in SIZES}
+    seeds = [replace(run, seed=seed) for removed in SIZES for seed in (1, 2) for run in first[removed]]
+    minutes = [run for removed in SIZES for run in same_minutes(first[removed], rows)]
     curve = [Run("best", 8, count) for count in CURVE]
     best = [run for runs in first.values() for run in runs if run.recipe == "best"]
     others = {removed: [run for run in runs if run.recipe != "best"] for removed, runs in first.items()}
@@ -241,19 +241,26 @@ class Bench:
 
     def windows(self, removed: int, recipe: Recipe) -> tuple[range, ...]:
         """The blocks that go, chosen once for a number of them, a search and a kind of text."""
-        name = f"{removed}, {recipe.search}" + (", repeated passages" if recipe.repeated else "")
-        if name not in self.content["blocks"]:
-            chosen = sorted(self.searched(removed, recipe))
-            self.change(lambda content: content["blocks"].update({name: chosen}))
-        return runs(self.content["blocks"][name])
+        name = f"{recipe.search}" + (f", {recipe.repeated:.0%} repeated" if recipe.repeated else "")
+        if f"{removed}, {name}" not in self.content["blocks"]:
+            counts = (removed,) if recipe.search == "window" else SIZES  # which come from one ranking
+            chosen = {f"{count}, {name}": blocks for count, blocks in self.searched(counts, recipe)}
+            self.change(lambda content: content["blocks"].update(chosen))
+        return runs(self.content["blocks"][f"{removed}, {name}"])
 
-    def searched(self, removed: int, recipe: Recipe) -> Iterable[int]:
+    def searched(self, counts: Sequence[int], recipe: Recipe) -> Iterator[tuple[int, list[int]]]:
+        """Each number of blocks, with those that go."""
         text = training_text(self.options.data, self.tokenizer, 100_000)
         asked = with_repeats(text, recipe.repeated)
         if recipe.search == "window":
-            return choose(self.model, text, removed, asked=asked, shortlist=30 if recipe.repeated else SHORTLIST)
-        score = partial(score_windows, "kl", model=self.model, batches=batches_of(asked.train[:SEARCHED], 4))
-        return one_shot(score, len(self.stack), removed)[0].blocks
+            for count in counts:
+                shortlist = 30 if recipe.repeated else SHORTLIST
+                yield count, list(choose(self.model, text, count, asked=asked, shortlist=shortlist))
+            return
+        alone = [range(k, k + 1) for k in range(len(self.stack))]
+        scores = score_windows("kl", alone, model=self.model, batches=batches_of(asked.train[:SEARCHED], 4))
+        for count in counts:
+            yield count, sorted(one_shot(lambda windows: scores, len(self.stack), count)[0].blocks)
 
     def row(self, run: Run) -> None:
         """Make a row, unless it is there or on its way."""
@@ -436,7 +443,7 @@ def table(content: dict[str, Any]) -> str:
         "products are in bfloat16.",
         *_original(content),
     ]
-    for removed in (8, 4):
+    for removed in SIZES:
         here = [row for row in rows.values() if row["removed"] == removed]
         for title, chosen in (
             (f"{removed} of 30 blocks, {tokens:,} training tokens for each", _same_tokens(here, tokens)),

@@ -178,9 +178,7 @@ class Quality:
             "mean_retained_standard_error": math.sqrt(variance) / len(found) if found else None,
         }
 
-    def _right(
-        self, model: nn.Module, seconds: dict[str, float], tasks: Sequence[str] | None = None
-    ) -> dict[str, str]:
+    def _right(self, model: nn.Module, seconds: dict[str, float], tasks: Sequence[str] | None = None) -> dict[str, str]:
         found = {}
         for name in self.questions if tasks is None else tasks:
             questions = self.questions[name]
