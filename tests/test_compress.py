@@ -23,7 +23,7 @@ from streamline_hooks.repair import Objective, Training, fit_windows, register_k
 from streamline_hooks.testing import tiny_model
 from tests.repair.stand_ins import KINDS, SLOTS
 
-PLAIN = ("block", "block:count=2", "silenced", "merged", "folded", "scale")
+PLAIN = ("block", "block:count=2", "silenced", "merged", "merged:channels=mlp", "folded", "scale")
 SMALL = {"sequence_length": 64, "calibration_tokens": 6400, "validation_tokens": 640, "test_tokens": 640}
 
 

@@ -49,8 +49,8 @@ def compress(
         str,
         typer.Option(
             help="What stands in the blocks' place: none, linear (rank=64, diagonal), mlp, swiglu (width=1536, "
-            "linear=false), block (count=2), silenced, merged (weight=0.5), folded, scale; options after a colon, as "
-            "in linear:rank=64."
+            "linear=false), block (count=2), silenced, merged (weight=0.5, channels=both), folded, scale; options after a colon, "
+            "as in linear:rank=64."
         ),
     ] = "linear",
     preset: Annotated[
@@ -152,8 +152,8 @@ def compress(
     repeated: Annotated[
         float | None,
         typer.Option(
-            help="The share of the sequences whose second half repeats the first where blocks are chosen, so that those "
-            "are kept which a model needs to copy or to keep to names, what prose hardly asks for.",
+            help="The share of the sequences whose second half repeats the first where blocks are chosen, so that "
+            "those are kept which a model needs to copy or to keep to names, what prose hardly asks for.",
             min=0,
             max=1,
             show_default="0, or the preset's",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
+from streamline_hooks.branches import BRANCHES
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
+from streamline_hooks.repair.needed_channels import fill_concatenated
 from streamline_hooks.repair.published import fit_ghosted, fit_linear_patch, fit_replace_me
 from streamline_hooks.repair.repaired import Repair, fit_folded, fit_scaled
 from streamline_hooks.repair.size import StandInSize, features_of, inner_width_of, size_of
@@ -29,6 +32,7 @@ from streamline_hooks.replacements import (
 from streamline_hooks.stack import BlockStack
 
 Fitter = Callable[..., list[Repair | UnsupportedSurgery]]
+Filler = Callable[..., dict[int, UnsupportedSurgery]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Kind:
     fit : callable, optional
         Fits those of a kind that is no module: from a stack, windows, the two parts of the text, what to run the model
         on and what the bars say, to a `Repair` each or why there is none.
+    fill : callable, optional
+        Finishes from text what was made for windows, before least squares: see `fill_concatenated`.
     solve : bool
         Whether least squares starts it. Else it starts as it is made, be that worse than plain removal.
     """
@@ -60,6 +66,7 @@ class Kind:
     in_branches: bool = False
     prepare: Callable[[BlockStack, range, Batch | Tensor | None], StandIn] | None = None
     fit: Fitter | None = None
+    fill: Filler | None = None
     solve: bool = True
 
     def build(self, stack: BlockStack, window: range, *, seed: int = 0, probe: Batch | Tensor | None = None) -> StandIn:
@@ -269,8 +276,18 @@ def _silenced() -> Kind:
     return Kind("silenced", inherit, slots=1, prepare=inherit_silenced)
 
 
-def _merged(weight: float = 1.0) -> Kind:
-    return Kind("merged", lambda stack, window: merge(stack, window, weight), slots=1, solve=False)
+def _merged(weight: float | None = None, channels: str | None = None, solve: bool = False) -> Kind:
+    if channels is None:
+        sum_of = 1.0 if weight is None else weight
+        return Kind("merged", lambda stack, window: merge(stack, window, sum_of), slots=1, solve=solve)
+    branches = [branch for branch in BRANCHES if channels in (branch, "both")]
+    if weight is not None or not branches:
+        raise StreamlineError(
+            f"merged by channels={channels}{'' if weight is None else f' with weight={weight:g}'}: expected "
+            f"{', '.join(BRANCHES)} or both, and no weight, which is of a sum."
+        )
+    fill = partial(fill_concatenated, branches)
+    return Kind("merged", inherit, slots=1, fill=fill, solve=solve)
 
 
 def _folded() -> Kind:
