@@ -49,8 +49,8 @@ def compress(
         str,
         typer.Option(
             help="What stands in the blocks' place: none, linear (rank=64, diagonal), mlp, swiglu (width=1536, "
-            "linear=false), block (count=2), silenced, merged (weight=0.5, channels=both), folded, scale; options after a colon, "
-            "as in linear:rank=64."
+            "linear=false), block (count=2), silenced, merged (weight=0.5, or channels=both), folded, scale; options "
+            "after a colon, as in linear:rank=64."
         ),
     ] = "linear",
     preset: Annotated[
