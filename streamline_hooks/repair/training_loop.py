@@ -19,8 +19,8 @@ from streamline_hooks.passes import progress
 from streamline_hooks.repair.course import Course
 from streamline_hooks.repair.forwards import Forwards
 from streamline_hooks.repair.master_weights import MasterWeights
-from streamline_hooks.repair.on_policy import OnPolicy, TextLength
-from streamline_hooks.repair.rollouts import Counts, Rollouts, roll_out
+from streamline_hooks.repair.own_text import Losses, OwnText, mean_of
+from streamline_hooks.repair.rollouts import Counts
 from streamline_hooks.repair.settings import Trained, Training
 from streamline_hooks.repair.share import Share, add_gradients_up
 from streamline_hooks.repair.student import Student
@@ -103,12 +103,8 @@ class Loop(Forwards):
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.whole = True  # not while weights are half updated, which is not to be kept
         self.history: list[dict[str, Any]] = []
-        self.losses: list[tuple[float, int]] = []
-        self.own_losses: list[tuple[float, int]] = []
-        own = settings.on_policy
-        self.text_length = None if own is None else TextLength(own, own.shortest)
-        self.rollouts: list[Rollouts] = []
-        self.written, self.seconds_of_writing = 0, 0.0
+        self.losses: Losses = []
+        self.own_text = None if settings.on_policy is None else OwnText(settings.on_policy)
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.rows = max(sequences_of(batch) for batch in batches)
         self.tokens_of_states = self._count_tokens()
@@ -201,7 +197,7 @@ class Loop(Forwards):
             stopped=stopped,
             measure=self.task.distance,
             unit="token" if any(map(has_tokens, self.batches)) else self.task.unit,
-            written=self.written,
+            written=0 if self.own_text is None else self.own_text.written,
         )
 
     def _step(self) -> tuple[float, int]:
@@ -210,7 +206,8 @@ class Loop(Forwards):
         run = sum(tokens_of(self.batches[number]) for number in numbers)
         random = self._random()
         try:
-            own = self._with_room(lambda: self._write(numbers)) if self._is_on_own() else []
+            text = self._own_text_of_this_step()
+            own = [] if text is None else self._with_room(lambda: self._write(text, numbers))
             answers = sum(self.task.count(self.batches[number]) for number in numbers)
             tokens = sum(self.tokens_of_states[number] for number in numbers)
             chosen = sum(its.answers for its in own)
@@ -219,8 +216,8 @@ class Loop(Forwards):
                 self.weights.clear()  # of a step that was broken off, in an earlier training too
                 self._set_random(random)
                 self._seed()
-                if own:
-                    loss = self._backward_on_own(self.rollouts, chosen, self.bar)
+                if text is not None:
+                    loss = self._backward_on_own(text.rollouts, chosen, self.bar)
                 else:
                     loss = sum(self._backward(number, answers, tokens) for number in numbers if number in self.taught)
                 return loss, [master.grad is not None for master in self.weights.masters.values()]
@@ -240,40 +237,25 @@ class Loop(Forwards):
             self.schedule.step()
             self.step += 1
             self.tokens += run
-            (self.own_losses if own else self.losses).append((loss * run, run))
-            if self.text_length is not None:
-                self.text_length.note(sum(its.texts for its in own), sum(its.whole for its in own))
-            self.written += sum(its.written for its in own)
+            if text is None:
+                self.losses.append((loss * run, run))
+            else:
+                text.note(own, (loss * run, run))
             self.whole = True
         self.weights.clear()
         return loss, run
 
-    def _is_on_own(self) -> bool:
-        """Whether the present step is made on the student's own text."""
-        own = self.settings.on_policy
-        return own is not None and own.is_due(self.step, self.steps)
+    def _own_text_of_this_step(self) -> OwnText | None:
+        """What the student writes, where the present step is made on that."""
+        text = self.own_text
+        return text if text is not None and text.settings.is_due(self.step, self.steps) else None
 
-    def _write(self, numbers: Sequence[int]) -> Counts:
+    def _write(self, text: OwnText, numbers: Sequence[int]) -> Counts:
         """Let the student write on from this process's sequences of some batches; what it came to."""
-        settings, length = cast(OnPolicy, self.settings.on_policy), cast(TextLength, self.text_length)
-        began = time.perf_counter()
         given = {number: self.share.batches[number] for number in numbers if number in self.share.batches}
+        seeds = {number: (self.course.seed_of(self.step, self.work.processes.rank), number) for number in given}
         with self.student.opened(), self.settings.products(self.device):
-            self.rollouts = [
-                roll_out(
-                    self.student.model,
-                    batch,
-                    prompt=settings.prompt,
-                    new_tokens=length.length,
-                    temperature=settings.temperature,
-                    top_p=settings.top_p,
-                    seed=(self.course.seed_of(self.step, self.work.processes.rank), number),
-                    share=min(1.0, self.rows / max(1, self.longest)),
-                )
-                for number, batch in given.items()
-            ]
-        self.seconds_of_writing += time.perf_counter() - began
-        return sum((one.counts for one in self.rollouts), Counts())
+            return text.write(self.student.model, given, seeds, min(1.0, self.rows / max(1, self.longest)))
 
     def _with_room(self, make: Callable[[], _T]) -> list[_T]:
         """What every process makes, of fewer sequences at a time until there is memory for it in all of them."""
@@ -327,14 +309,14 @@ class Loop(Forwards):
                 )
         total, answers = math.fsum(one for one, _, _ in told), sum(count for _, count, _ in told)
         distance = total / answers if math.isfinite(total) else math.inf
-        said: dict[str, Any] = {"loss": _mean(self.losses)}
-        if self.text_length is not None:
-            said |= {"own_loss": _mean(self.own_losses), "length": self.text_length.length}
+        said: dict[str, Any] = {"loss": mean_of(self.losses)}
+        self.losses.clear()
+        if self.own_text is not None:
+            said |= {"own_loss": mean_of(self.own_text.losses), "length": self.own_text.length.length}
+            self.own_text.losses.clear()
         if not self.history or distance < min(row["distance"] for row in self.history):
             self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.history.append({"step": self.step, "tokens": self.tokens, "distance": distance, **said})
-        self.losses.clear()
-        self.own_losses.clear()
         bar.set_postfix_str(self._state())
 
     def _digest(self) -> str:
@@ -355,10 +337,8 @@ class Loop(Forwards):
 
     def _state(self) -> str:
         loss = f"loss {self.losses[-1][0] / self.losses[-1][1]:.4f}, " if self.losses else ""
-        if self.own_losses and self.text_length is not None and self.seconds:
-            share = min(1.0, self.seconds_of_writing / self.seconds)
-            loss += f"own text of {self.text_length.length} tokens (writing: {share:.0%} of the time) "
-            loss += f"{self.own_losses[-1][0] / self.own_losses[-1][1]:.4f}, "
+        if self.own_text is not None:
+            loss += self.own_text.said(self.seconds)
         measure = self.task.distance.partition(" (")[0]
         distances = [row["distance"] for row in self.history]
         return f"{loss}{measure} {distances[-1]:.4f}, best {min(distances):.4f}"
@@ -374,9 +354,8 @@ class Loop(Forwards):
         tensors |= self._random()
         said = {
             "fingerprint": self.fingerprint, "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
-            "history": self.history, "losses": self.losses, "own_losses": self.own_losses, "rows": self.rows,
-            "written": self.written, "seconds_of_writing": self.seconds_of_writing,
-            "text_length": self.text_length and self.text_length.so_far,
+            "history": self.history, "losses": self.losses, "rows": self.rows,
+            "own_text": self.own_text and self.own_text.state_dict(),
             "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
             "rates": [group["lr"] for group in self.optimiser.param_groups],
         }  # fmt: skip
@@ -400,10 +379,8 @@ class Loop(Forwards):
         self._set_random(tensors)
         self.step, self.tokens, self.seconds = said["step"], said["tokens"], said["seconds"]
         self.history, self.losses = said["history"], [(value, count) for value, count in said["losses"]]
-        self.own_losses = [(value, count) for value, count in said["own_losses"]]
-        self.written, self.seconds_of_writing = said["written"], said["seconds_of_writing"]
-        if said["text_length"]:
-            self.text_length = TextLength(cast(OnPolicy, self.settings.on_policy), *said["text_length"])
+        if self.own_text is not None:
+            self.own_text.load_state_dict(said["own_text"])
         self.rows = said["rows"]
 
     def _seed(self) -> None:
@@ -425,9 +402,3 @@ class Loop(Forwards):
         torch.set_rng_state(state["random"])
         if "random.cuda" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random.cuda"], self.device)
-
-
-def _mean(losses: Sequence[tuple[float, int]]) -> float | None:
-    """The mean a token of losses that are summed over so many."""
-    counted = sum(n for _, n in losses)
-    return math.fsum(value for value, _ in losses) / counted if counted else None

@@ -61,10 +61,10 @@ def test_the_gradient_is_that_of_the_divergence_on_the_texts(
 
     make = training_loop.Loop._write
 
-    def writes(self: Any, numbers: Any) -> Any:
+    def writes(self: Any, text: Any, numbers: Any) -> Any:
         self.rows = rows
-        made = make(self, numbers)
-        seen.setdefault("texts", list(self.rollouts))
+        made = make(self, text, numbers)
+        seen.setdefault("texts", list(text.rollouts))
         return made
 
     monkeypatch.setattr(torch.optim.AdamW, "step", steps)
@@ -101,7 +101,7 @@ def test_the_texts_grow_and_half_of_the_steps_are_made_on_them() -> None:
     make = training_loop.Loop._step
 
     def noted(self: Any) -> Any:
-        kinds.append(self._is_on_own())
+        kinds.append(self._own_text_of_this_step() is not None)
         return make(self)
 
     with pytest.MonkeyPatch.context() as patch:
