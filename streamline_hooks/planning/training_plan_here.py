@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _SAMPLE = 2_048  # tokens that are looked at for which windows are likely
 _STEPS = 3  # of a training that are timed, the first of which sets it up
-_PRECISIONS = (torch.bfloat16, None)
+_PRODUCT = (512, 1024)  # tokens and features of a product that is timed in two precisions
 _DOCUMENTS, _CHARACTERS = 100, 200_000  # that are tokenised to time it
 _WRITINGS = 4  # what writing and timing side by side takes, in the time that the original takes to write
 _PARTS = 2  # windows of a selection, of a search for disjoint ones
@@ -66,8 +66,9 @@ def plan_training(
     """Find how much text `compress` can be given for it to take about as long as allowed, from here to the folder.
 
     A profile of a few tokens says which windows are likely; the pace of the blocks, one solution, a few real steps of
-    the training (of a student that is thrown away, in the weights' precision and in products of bfloat16, of which the
-    faster is taken) and a text that is written say what each stage takes. The model is afterwards what it was.
+    the training (of a student that is thrown away, in the weights' precision and, where a product of matrices is not
+    slower in it, in bfloat16, of which the faster is taken) and a text that is written say what each stage takes. The
+    model is afterwards what it was.
 
     Parameters
     ----------
@@ -213,7 +214,8 @@ def _paces(
         costs = pace.judge(ready.calibration, each)
         searching = max(RANKED, *(tokens_of(batch) for batch in ready.calibration[:1])) * costs.seconds / costs.tokens
     solving = _solving(ready, windows[0], timed)
-    first, *others = sorted((_training(ready, preset, windows, dtype) for dtype in _PRECISIONS), key=_of_a_step)
+    tried = [_training(ready, preset, windows, dtype) for dtype in _precisions(model, timed)]
+    first, *others = sorted(tried, key=lambda pace: pace.step)
     sample = "".join(texts[:_DOCUMENTS])[:_CHARACTERS]
     encoding, encoded = timed(lambda: tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"])
     writing, _ = timed(lambda: SideBySide(model, tokenizer, ready.test, lambda line: None))
@@ -254,8 +256,16 @@ def _training(
     return measure_training_pace(student, ready.calibration[:_STEPS], ready.validation[0], settings)
 
 
-def _of_a_step(pace: TrainingPace) -> float:
-    return pace.step
+def _precisions(model: nn.Module, timed: Callable[..., tuple[float, Any]]) -> list[torch.dtype | None]:
+    """What the training is timed in; not in bfloat16 where a processor computes in it by emulation, 20 times slower."""
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    tokens, features = _PRODUCT
+    seconds = {}
+    for dtype in (weight.dtype, torch.bfloat16):
+        a, b = (torch.ones(rows, features, dtype=dtype, device=weight.device) for rows in (tokens, features))
+        seconds[dtype] = min(timed(lambda a=a, b=b: a @ b)[0] for _ in range(3))
+    faster = seconds[torch.bfloat16] <= seconds[weight.dtype] and weight.dtype != torch.bfloat16
+    return [torch.bfloat16, None] if faster else [None]
 
 
 def _scoring(pace: Pace, windows: Sequence[range]) -> float:

@@ -144,9 +144,30 @@ def test_of_two_precisions_the_faster_is_taken(
             return replace(FAST if settings.autocast is fast else SLOW, autocast=settings.autocast)
 
         monkeypatch.setattr(training_plan_here, "measure_training_pace", pace)
+        monkeypatch.setattr(training_plan_here, "_precisions", lambda *given: [torch.bfloat16, None])
         plan = plan_training(model, tokenizer, story_texts, 3600.0, **SMALL)
         assert plan.training.autocast is fast
         assert [one.autocast for one in plan.paces.others] == [slow]
+
+
+@pytest.mark.parametrize(
+    ("weights", "products", "found"),
+    [
+        (torch.float32, {torch.float32: 2.0, torch.bfloat16: 1.0}, [torch.bfloat16, None]),
+        (torch.float32, {torch.float32: 1.0, torch.bfloat16: 8.0}, [None]),
+        (torch.bfloat16, {torch.bfloat16: 1.0}, [None]),
+    ],
+)
+def test_a_precision_that_is_emulated_is_not_timed(
+    weights: torch.dtype, products: dict[torch.dtype, float], found: list[torch.dtype | None]
+) -> None:
+    """Three steps of it would take a third of ten minutes."""
+
+    def timed(action: Any) -> tuple[float, Any]:
+        made = action()
+        return products[made.dtype], made
+
+    assert training_plan_here._precisions(torch.nn.Linear(2, 2, dtype=weights), timed) == found
 
 
 def test_planning_leaves_the_model_and_the_random_numbers_as_they_were(
