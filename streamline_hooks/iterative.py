@@ -258,7 +258,10 @@ def _together(done: Sequence[CompressionResult], whole: TokenSplit | None) -> Co
     for one in done:
         for step, spent in one.seconds.items():
             seconds[step] = seconds.get(step, 0.0) + spent
-    data = last.data if whole is None else {**last.data, **whole.figures()}
+    data = last.data
+    if whole is not None:
+        of_rounds = [note for note in last.data["notes"] if note not in whole.notes]
+        data = {**last.data, **whole.figures(), "notes": [*whole.notes, *of_rounds]}
     return replace(
         last,
         plan=plans[-1],

@@ -164,6 +164,7 @@ class Preparation:
             trained.append(cost)
         return [
             *([] if profiled else [pace.rank(self.calibration)]),
+            *([pace.channels([*self.fit, *self.held_out], self.candidates)] if self.kind.fill else []),
             pace.fit(self.fit, self.candidates, **judged, beside=beside),
             pace.fit(self.held_out, self.candidates, **judged, beside=beside, sums=2),
             pace.judge(self.judging, self.candidates, **judged, whole=bool(self.kind.slots or self.kind.fit)),
@@ -245,8 +246,8 @@ def prepare_compression(
     rows = _rows_to_fit_on(fitting_tokens, dealt.calibration)
     ids = _seven_parts({name: getattr(dealt, name) for name in PARTS}, rows)
     if repeated:
-        asked = with_repeated_passages(dealt, repeated)
-        ids = (asked.calibration[:rows], asked.validation, *ids[2:])
+        asked = with_repeated_passages(replace(dealt, calibration=dealt.calibration[:rows]), repeated)
+        ids = (asked.calibration, asked.validation, *ids[2:])
         dealt = replace(dealt, notes=(*dealt.notes, f"for the choice of blocks, {asked.notes[-1]}"))
     if dealt.positions:
         positions = _seven_parts(dealt.positions, rows)

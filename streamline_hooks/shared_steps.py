@@ -29,14 +29,15 @@ def prepared_alike(work: Together, ready: Preparation) -> Preparation:
         If the processes have not the same model and text.
     """
     if work.processes.count > 1:
-        work.take(ready.split.tensors, **identity(ready.stack))
+        chosen_on = [tensor for batch in (*ready.calibration, *ready.judging) for tensor in batch.values()]
+        work.take([*ready.split.tensors, *chosen_on], **identity(ready.stack))
     return replace(ready, candidates=work.of_first(lambda: ready.candidates))
 
 
 def verified_together(
     work: Together, model: nn.Module, found: Sequence[Selection], ready: Preparation
 ) -> list[VerifiedSelection]:
-    """Repair and judge selections, see `verified`; each process judges all of them on its share of the validation text.
+    """Repair and judge selections, see `verified`; each process judges all of them on its share of the text.
 
     Parameters
     ----------
@@ -142,7 +143,7 @@ def _require_finite(judged: Sequence[VerifiedSelection]) -> None:
     if not any(math.isfinite(one.distance) for one in judged):
         raise StreamlineError(
             f"Not one of the {len(judged)} shortlisted selections leaves a model with finite logits on all of the "
-            "validation text. Remove less, protect other blocks, or run in a wider precision (float32 or bfloat16)."
+            "text to judge on. Remove less, protect other blocks, or run in a wider precision (float32 or bfloat16)."
         )
 
 

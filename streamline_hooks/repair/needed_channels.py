@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from streamline_hooks.batch import Batch
 from streamline_hooks.block_call import BlockCall
 from streamline_hooks.branches import Branch, Branches
+from streamline_hooks.distributed import together
 from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.passes import recorded
 from streamline_hooks.precision import widen
@@ -60,6 +62,7 @@ def fill_concatenated(
     """
     refused: dict[int, UnsupportedSurgery] = {}
     found: Found = {}
+    known: dict[int, Branches] = {}
 
     def merge_all(tell: Callable[[dict[int, Branches], Branch], Tensor], into: Callable[[int], nn.Module]) -> None:
         """Merge every window that was not refused so far, by what is told of a branch of its blocks."""
@@ -67,8 +70,12 @@ def fill_concatenated(
         with called(stack, sorted({k for place in left for k in windows[place]}), probe) as calls:
             for place in left:
                 try:
-                    own = {k: _branches(calls[k]) for k in windows[place]}
-                    several = [cast(BlockCall, calls[k]) for k in own]
+                    for k in windows[place]:
+                        known[k] = known.get(k) or _branches(calls[k])
+                    own, several = (
+                        {k: known[k] for k in windows[place]},
+                        [cast(BlockCall, calls[k]) for k in windows[place]],
+                    )
                     for k, call in zip(own, several, strict=True):
                         found.update({(k, b): find_channels(stack, call, own[k], b) for b in branches})
                     needs = {branch: tell(own, branch) for branch in branches}
@@ -76,15 +83,19 @@ def fill_concatenated(
                 except UnsupportedSurgery as error:
                     refused[place] = error
 
-    def by_turns(own: dict[int, Branches], branch: Branch) -> Tensor:
-        count = found[next(iter(own)), branch].count
-        return (torch.arange(count) % len(own) == torch.arange(len(own))[:, None]).float()
+    def by_turns(own: dict[int, Branches], branch: Branch, last: bool = False) -> Tensor:
+        places = torch.arange(found[next(iter(own)), branch].count)
+        turns = (len(own) - 1 - places if last else places) % len(own)
+        return (turns == torch.arange(len(own))[:, None]).float()
 
-    # Before anything long is run: whether they can be merged at all, whichever are needed.
-    merge_all(by_turns, lambda place: copy.deepcopy(copies[place]))
+    # Before anything long is run: whether they can be merged, with units of the first blocks and of the last ones.
+    for last in (False, True):
+        merge_all(partial(by_turns, last=last), lambda place: copy.deepcopy(copies[place]))
     kept = {k for place, window in enumerate(windows) if place not in refused for k in window}
     if kept:
-        needs = measure_needs(stack, {key: one for key, one in found.items() if key[0] in kept}, batches, what)
+        measured = measure_needs(stack, {key: one for key, one in found.items() if key[0] in kept}, batches, what)
+        with together("choose channels") as work:
+            needs = work.of_first(lambda: measured)  # which each has rounded in its own way
         merge_all(lambda own, branch: torch.stack([needs[k, branch] for k in own]), lambda place: copies[place])
     return refused
 

@@ -22,6 +22,7 @@ from streamline_hooks.repair.settings import Training
 from streamline_hooks.repair.student import Student
 
 _KEY = "streamline_hooks_training"
+_FORMAT = 2  # what is said in it; another version of this library may say other things
 
 
 def write_state(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
@@ -36,7 +37,7 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, An
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, beside, metadata={_KEY: json.dumps(said)})
+        save_file(whole, beside, metadata={_KEY: json.dumps({**said, "format": _FORMAT})})
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         beside.replace(path)
@@ -55,19 +56,25 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises
     ------
     StreamlineError
-        If there is no such file, or it is not one of a training.
+        If there is no such file, it is not one of a training, or another version wrote it.
     """
     if not path.is_file():
         raise StreamlineError(f"There is no training to resume at {path}; leave --resume out to begin one.")
     try:
         with safe_open(path, framework="pt") as file:
             said = json.loads((file.metadata() or {})[_KEY])
-            return {name: file.get_tensor(name) for name in file.keys()}, said  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError) as error:
         raise StreamlineError(
             f"{path} is not the file of a training, or is damaged ({error or type(error).__name__}). Name the right "
             "one, or delete it and begin again."
         ) from error
+    if (found := said.get("format", 1)) != _FORMAT:
+        raise StreamlineError(
+            f"{path} was kept by another version of this library: it has format {found}, and this one reads {_FORMAT}. "
+            "Go on with the version that kept it, or delete it and begin again."
+        )
+    return tensors, said
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from streamline_hooks import (
     place,
     save,
 )
+from streamline_hooks.repair import needed_channels
 from streamline_hooks.repair.needed_channels import measure_needs
 from streamline_hooks.replacements.concatenated import Channels
 from tests.repair.stand_ins import FIT, HELD_OUT, error
@@ -107,6 +108,12 @@ def test_options_that_say_nothing_together(kind: str, said: str) -> None:
         fit_windows(tiny_model("llama"), [WINDOW], kind, FIT, HELD_OUT)
 
 
-def test_the_error_names_what_can_be_done() -> None:
+def test_the_error_names_what_can_be_done_before_any_text_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where only the last blocks of a window differ, and there are fewer heads with keys than blocks."""
+    monkeypatch.setattr(needed_channels, "measure_needs", None)
+    model: Any = tiny_model("llama")
+    model.model.layers[5].self_attn.scaling = 2.0
+    with pytest.raises(UnsupportedSurgery, match=r"they differ in self_attn\.scaling"):
+        fit_windows(model, [range(2, 6)], "merged:channels=attention", FIT, HELD_OUT)
     with pytest.raises(UnsupportedSurgery, match=r"Choose another window or kind, or merge .*merged:channels=mlp"):
         fit_windows(tiny_model("qwen3"), [WINDOW], "merged:channels=both", FIT, HELD_OUT)

@@ -371,6 +371,11 @@ def test_what_cannot_be_trained_or_resumed_is_refused(tmp_path: Path) -> None:
         file.write_bytes(damaged)
         with pytest.raises(StreamlineError, match=r"is not the file of a training, or is damaged .*begin again"):
             train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
+    file.write_bytes(whole.replace(b'format\\": 2', b'format\\": 9'))
+    with pytest.raises(
+        StreamlineError, match=r"another version of this library: it has format 9, and this one reads 2"
+    ):
+        train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
 
 
 @pytest.mark.parametrize("wrong", [{"epochs": 0}, {"learning_rate": 0.0}, {"warmup": 1.5}, {"clip": -1.0}])

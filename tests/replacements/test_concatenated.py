@@ -28,7 +28,7 @@ MERGED = [(family, branch) for family in ("llama", "opt", "gpt2", "gpt_neox") fo
 def merged(model: nn.Module, needs: dict[Branch, Tensor], window: range = WINDOW) -> Any:
     """The window's blocks merged by what is needed of them."""
     stack = find_stack(model)
-    made = inherit(stack, window).requires_grad_(False).eval()
+    made = inherit(stack, window)
     with called(stack, window) as calls:
         found = [branches_in(calls[k]) for k in window]
         concatenate(made, stack, [calls[k] for k in window], found, needs)  # type: ignore[misc, arg-type]
@@ -133,7 +133,7 @@ def test_a_norm_that_is_not_multiplied_in_is_seen(monkeypatch: pytest.MonkeyPatc
     model = tiny_model("llama")
     need = some(model, "mlp")
     plain = (torch.ones(32, dtype=torch.float64), torch.zeros(32, dtype=torch.float64))
-    monkeypatch.setattr(concatenated._Merge, "norm_of", lambda self, call: plain)
+    monkeypatch.setattr(concatenated._Merge, "norm_of", lambda self, k: plain)
     with pytest.raises(UnsupportedSurgery, match="does not add what its parts add"):
         merged(model, {"mlp": need})
 
@@ -204,4 +204,114 @@ def test_heads_whose_places_count_are_refused() -> None:
     need = torch.zeros(3, 4)
     need[1, :2] = need[2, :2] = 1.0  # two heads would move up
     with pytest.raises(UnsupportedSurgery, match="a position that differs"):
+        merged(model, {"attention": need})
+
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    ("family", "branch"), [("gpt2", "attention"), ("gpt2", "mlp"), ("gpt_neox", "mlp"), ("opt", "attention")]
+)
+def test_half_precision_merges_what_a_wide_one_does(family: str, branch: Branch, dtype: torch.dtype) -> None:
+    """Shifts of norms are small beside what bfloat16 rounds, and are not to be lost."""
+    wide = tiny_model(family)
+    for name, parameter in wide.named_parameters():
+        if "norm" in name or ".ln_" in name:
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+            parameter.data.add_(0.3 * noise)
+    wide.to(dtype).float()  # the very values that the narrow one has
+    narrow, need = copy.deepcopy(wide).to(dtype), some(wide, branch)
+    found, wanted = merged(narrow, {branch: need}), merged(wide, {branch: need})
+    for name, parameter in found.named_parameters():
+        assert parameter.dtype == dtype
+        torch.testing.assert_close(parameter, wanted.get_parameter(name).to(dtype), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("family", "branch", "said"), REFUSED)
+def test_half_precision_is_no_leave(family: str, branch: Branch, said: str, dtype: torch.dtype) -> None:
+    model = tiny_model(family).to(dtype)
+    with pytest.raises(UnsupportedSurgery, match=said):
+        merged(model, {branch: some(model, branch)})
+
+
+def test_large_states_in_half_precision() -> None:
+    """Whose squares are beyond it."""
+    model: Any = tiny_model("llama").to(torch.float16)
+    model.model.embed_tokens.weight.data.mul_(2000.0)
+    assert merged(model, {"mlp": some(model, "mlp")}).mlp.up_proj.weight.dtype == torch.float16
+
+
+def test_mlps_behind_unlike_mixers() -> None:
+    """A convolution here and an attention there: each block's own other branch is silent."""
+    import transformers
+
+    config = transformers.Lfm2Config(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv", "full_attention", "conv", "full_attention"], pad_token_id=0,
+        block_auto_adjust_ff_dim=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = transformers.Lfm2ForCausalLM(config).eval()
+    need = torch.zeros(2, 48)
+    need[0, :20] = need[1, 20:] = 1.0
+    found = merged(model, {"mlp": need}, range(1, 3))
+    layers = model.model.layers
+    x, wanted = torch.randn(2, 5, 32), torch.zeros(2, 5, 32)
+    for layer, mine in ((layers[1], slice(0, 20)), (layers[2], slice(20, 48))):
+        h, mlp = layer.ffn_norm(x), layer.feed_forward
+        wanted += (nn.functional.silu(mlp.w1(h)) * mlp.w3(h))[..., mine] @ mlp.w2.weight[:, mine].T
+    torch.testing.assert_close(found.feed_forward(found.ffn_norm(x)), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["up_proj", "down_proj"])
+def test_a_bias_in_one_block_alone_is_refused(path: str) -> None:
+    model: Any = tiny_model("llama")
+    need = some(model, "mlp")
+    layer = getattr(model.model.layers[2].mlp, path)
+    layer.bias = nn.Parameter(torch.ones(layer.out_features))
+    with pytest.raises(UnsupportedSurgery, match="the window's blocks are not built alike"):
+        merged(model, {"mlp": need})
+
+
+def test_a_model_that_is_being_trained_is_merged_without_its_dropout() -> None:
+    model = tiny_model("gpt2")
+    need = some(model, "mlp")
+    wanted = merged(model, {"mlp": need}).state_dict()
+    found = merged(model.train(), {"mlp": need})
+    assert model.training and all(torch.equal(value, wanted[name]) for name, value in found.state_dict().items())
+
+
+def test_what_is_spliced_beside_a_block_is_no_part_of_it() -> None:
+    from streamline_hooks import LayerSurgeon, LinearReplacement
+
+    model = tiny_model("llama")
+    need = some(model, "attention")
+    wanted = merged(model, {"attention": need}).state_dict()
+    with LayerSurgeon(model) as surgeon:
+        surgeon.insert(3, LinearReplacement(32))
+        found = merged(model, {"attention": need})
+        for name, value in wanted.items():
+            torch.testing.assert_close(found.state_dict()[name], value)
+
+
+def test_a_norm_that_is_nearly_silent_in_the_first_block() -> None:
+    model: Any = tiny_model("gpt_neox")
+    need = some(model, "mlp")
+    model.gpt_neox.layers[2].post_attention_layernorm.weight.data[5] = 1e-5
+    assert merged(model, {"mlp": need}) is not None
+
+
+def test_windows_of_another_length_are_another_kind_of_attention() -> None:
+    import transformers
+
+    config = transformers.MistralConfig(
+        **{**tiny_config("llama").to_diff_dict(), "model_type": "mistral", "sliding_window": 4}
+    )
+    model: Any = transformers.MistralForCausalLM(config).eval()
+    need = some(model, "attention")
+    model.model.layers[3].self_attn.sliding_window = 12  # longer than what is tried
+    with pytest.raises(UnsupportedSurgery, match=r"not of one kind: they differ in self_attn\.sliding_window"):
         merged(model, {"attention": need})

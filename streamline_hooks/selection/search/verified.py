@@ -38,7 +38,7 @@ class VerifiedSelection(Selection):
     maps : tuple of BranchLinear
         One a silenced branch, where the kind puts a linear map in its place.
     distance : float
-        Mean distance of what is said to what the original says, on the validation part (`Task.distance`): KL in nats a
+        Mean distance of what is said to what the original says (`Task.distance`), on the text to judge on: KL in nats a
         token, or 1 - cosine of an embedding; infinite where the selection was refused.
     refused : str
         Why it cannot go; empty where it can, as far as is seen without carrying it out.
