@@ -41,7 +41,7 @@ coverage: $(VENV)/.stamp-test ## Measure what the tests reach: at least 95 % (25
 # The part of the suite that touches Transformers' insides, with the oldest version that setup.cfg admits.
 OLDEST := transformers==4.56.*
 OLDEST_NEEDS := accelerate hypothesis pytest pytest-randomly pytest-xdist
-OLDEST_TESTS := tests/surgery tests/statistics tests/evaluation tests/checkpoint tests/in_training \
+OLDEST_TESTS := tests/surgery tests/evaluation tests/checkpoint tests/in_training \
 	$(addprefix tests/architectures/test_,other_models.py properties.py) \
 	$(addprefix tests/testing/test_,assertions.py model_state.py planted_faults.py) \
 	$(addprefix tests/test_,recorder.py passes.py stack.py hidden_state.py generation.py watched_mask.py)

@@ -271,7 +271,7 @@ def test_smollm2_loses_a_quarter_of_its_blocks(smollm2: tuple[Any, Any], tmp_pat
     model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
     result = compress(
         model, tokenizer, read_documents("pydoc"), remove=0.25, keep=(0, 1, -1), shortlist=2, sequence_length=128,
-        calibration_tokens=6_144, validation_tokens=512, test_tokens=1_024, output=tmp_path / "out",
+        calibration_tokens=6_144, validation_tokens=512, test_tokens=512, output=tmp_path / "out", side_by_side=False,
     )  # fmt: skip
     assert len(result.plan.removed) == 8 and len(find_stack(model)) == 22
     p = result.perplexities
