@@ -105,6 +105,11 @@ class Recipe:
     search: str = BEST.search
     repeated: float = BEST.repeated
 
+    @property
+    def what(self) -> dict[str, str]:
+        """All of it, by which a row of an earlier recipe of this name is told."""
+        return {name: str(value) for name, value in asdict(self).items()}
+
 
 _SINGLE = PRESETS["single-blocks"]
 _SINGLE_BLOCKS = Recipe(_SINGLE.kind, search=_SINGLE.search, repeated=_SINGLE.repeated)
@@ -237,7 +242,8 @@ class Bench:
                 yield False
                 return
             self.content = self.read()
-            yield run.key not in self.content["rows"]
+            there = self.content["rows"].get(run.key)
+            yield there is None or there["what"] != RECIPES[run.recipe].what
 
     def windows(self, removed: int, recipe: Recipe) -> tuple[range, ...]:
         """The blocks that go, chosen once for a number of them, a search and a kind of text."""
@@ -325,7 +331,7 @@ class Bench:
         generation = self.generation.row(model)
         return {
             **asdict(run),
-            "what": {name: str(value) for name, value in asdict(recipe).items()},
+            "what": recipe.what,
             "removed_blocks": gone,
             "products": products(),
             "training": training,

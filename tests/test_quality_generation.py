@@ -122,7 +122,10 @@ def test_two_processes_do_not_make_one_row_and_neither_loses_the_other_one_s(
     with one.taken(run) as mine, two.taken(run) as theirs:
         assert (mine, theirs) == (True, False)
         two.change(lambda content: content["rows"].update({"another": {}}))
-        one.change(lambda content: content["rows"].update({run.key: {}}))
+        one.change(lambda content: content["rows"].update({run.key: {"what": RECIPES["best"].what}}))
     assert sorted(json.loads(one.file.read_text())["rows"]) == ["another", run.key]
     with two.taken(run) as theirs:
         assert not theirs, "it is there already"
+    one.change(lambda content: content["rows"][run.key].update(what={**RECIPES["best"].what, "repeated": "0.25"}))
+    with two.taken(run) as theirs:
+        assert theirs, "what is there is of an earlier recipe"
