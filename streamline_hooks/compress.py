@@ -330,7 +330,7 @@ def compress(
         training=trained,
         samples=samples,
         speed=speed,
-        warnings=told,
+        warnings=[*([trained.in_vain] if trained is not None and trained.in_vain else []), *told],
     )
     if output is not None:
         with clock("save"):

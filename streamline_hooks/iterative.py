@@ -262,6 +262,9 @@ def _together(done: Sequence[CompressionResult], whole: TokenSplit | None) -> Co
     if whole is not None:
         of_rounds = [note for note in last.data["notes"] if note not in whole.notes]
         data = {**last.data, **whole.figures(), "notes": [*whole.notes, *of_rounds]}
+    vain = [
+        f"Round {k}: {one.training.in_vain}" for k, one in enumerate(done, 1) if one.training and one.training.in_vain
+    ]
     return replace(
         last,
         plan=plans[-1],
@@ -273,6 +276,7 @@ def _together(done: Sequence[CompressionResult], whole: TokenSplit | None) -> Co
         seconds=seconds,
         data=data,
         rounds=rounds,
+        warnings=[*vain, *(text for text in last.warnings if last.training is None or text != last.training.in_vain)],
     )
 
 

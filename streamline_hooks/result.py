@@ -78,7 +78,8 @@ class CompressionResult:
         ``perplexity`` by label, and the ``training``, as `Trained.report` tells it. What else is told of candidates
         and of the training is of the last round, and the profile of the first, which is the original's.
     warnings : list of str
-        What perplexity does not show and has to be known, in words with numbers: see `CollapseWatch`.
+        What perplexity does not show and has to be known, in words with numbers: see `CollapseWatch`; and that a
+        training brought nothing (`Trained.in_vain`).
     folder : Path or None
         Where it was saved.
     """

@@ -389,3 +389,13 @@ def test_repeated_passages_choose_the_blocks_and_change_no_other_text(
         rows = torch.arange(3, 99).view(6, 2, 8) % 60 + 3
         parts = {name: list(rows[2 * k : 2 * k + 2]) for k, name in enumerate(("calibration", "validation", "test"))}
         compress(model, None, parts, repeated=0.5, **{"remove": 1, "side_by_side": False})
+
+
+def test_a_training_in_vain_is_told_at_the_end(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
+    """One whose rate throws the repair off, so that the start is kept."""
+    model, tokenizer = copy.deepcopy(story_model[0]), story_model[1]
+    settings = Training(learning_rate=10.0, warmup=0.0, validations=2)
+    result = compress(model, tokenizer, story_texts, remove=1, training=settings, side_by_side=False, **SMALL)
+    assert result.training is not None and result.training.best_step == 0
+    assert result.warnings == [result.training.in_vain] and "Warning: The training brought nothing" in result.table()
+    assert result.perplexities["trained"] == pytest.approx(result.perplexities["repaired"], rel=1e-5)

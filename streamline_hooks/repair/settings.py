@@ -142,6 +142,18 @@ class Trained:
     unit: str = "token"
     written: int = 0
 
+    @property
+    def in_vain(self) -> str:
+        """That no step brought anything, in words; empty where one did, or none was made."""
+        later = [row["distance"] for row in self.history if row["step"]]
+        if self.best_step or not later:
+            return ""
+        return (
+            f"The training brought nothing: {self.measure.partition(' (')[0]} was {self.distance_before:.4f} before "
+            f"its first step and {min(later):.4f} at best afterwards, so that the weights from before it are kept. "
+            "Give more text, or a smaller learning rate (a large one throws off what starts well)."
+        )
+
     def report(self) -> dict[str, Any]:
         """Everything, as JSON values."""
         return asdict(self)

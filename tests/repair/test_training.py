@@ -400,6 +400,16 @@ def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest
     assert [path.name for path in tmp_path.iterdir()] == ["training"]
 
 
+def test_a_training_that_brought_nothing_says_so() -> None:
+    history = [{"step": 0, "distance": 0.27}, {"step": 24, "distance": 0.33}, {"step": 97, "distance": 0.28}]
+    trained = Trained(97, 50_000, 0.27, 0.27, 0, history, 1.0)
+    assert trained.in_vain.startswith(
+        "The training brought nothing: KL was 0.2700 before its first step and 0.2800 at best"
+    )
+    assert "a smaller learning rate" in trained.in_vain
+    assert replace(trained, best_step=97).in_vain == replace(trained, history=history[:1]).in_vain == ""
+
+
 def test_what_is_returned_says_how_it_went() -> None:
     trained = train(student_of(tiny_model("llama"))[0], BATCHES, VALIDATION, QUICK)
     assert isinstance(trained, Trained)
