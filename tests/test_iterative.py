@@ -234,3 +234,12 @@ def test_two_plans_are_one_in_the_first_numbering() -> None:
     assert both.splices == (Splice(1, 4, None, "Linear"), Splice(3, 5, (5, 6), "Linear"))
     with pytest.raises(StreamlineError, match=r"left 3 blocks of layers, and this one began with 6"):
         first.after(second)
+
+
+def test_a_round_whose_training_was_in_vain_is_told_once() -> None:
+    settings = Training(Objective.parse("kl"), learning_rate=10.0, warmup=0.0, validations=1)
+    result = compress_iteratively(tiny_model("llama"), None, PARTS, rounds=2, remove=2, training=settings, **OPTIONS)
+    assert [text.partition(" was ")[0] for text in result.warnings] == [
+        "Round 1: The training brought nothing: KL",
+        "Round 2: The training brought nothing: KL",
+    ]
