@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -29,7 +29,9 @@ from streamline_hooks.repair.training_state import (
     fingerprint,
     load_optimiser,
     optimiser_tensors,
+    random_state,
     read_state,
+    set_random_state,
     write_state,
 )
 
@@ -204,7 +206,7 @@ class Loop(Forwards):
         """One step of the optimiser; the mean loss a token, and the tokens."""
         numbers = self.course.batches_of(self.step)
         run = sum(tokens_of(self.batches[number]) for number in numbers)
-        random = self._random()
+        random = random_state(self.device)
         try:
             text = self._own_text_of_this_step()
             own = [] if text is None else self._with_room(lambda: self._write(text, numbers))
@@ -214,7 +216,7 @@ class Loop(Forwards):
 
             def gradients() -> tuple[float, list[bool]]:
                 self.weights.clear()  # of a step that was broken off, in an earlier training too
-                self._set_random(random)
+                set_random_state(random, self.device)
                 self._seed()
                 if text is not None:
                     loss = self._backward_on_own(text.rollouts, chosen, self.bar)
@@ -224,7 +226,7 @@ class Loop(Forwards):
 
             made = self._with_room(gradients)
         except (KeyboardInterrupt, _AllInterrupted):
-            self._set_random(random)  # whoever goes on makes this step anew
+            set_random_state(random, self.device)  # whoever goes on makes this step anew
             raise
         loss = math.fsum(value for value, _ in made)
         if math.isfinite(loss):
@@ -351,7 +353,7 @@ class Loop(Forwards):
         tensors = {f"parameter.{name}": p.detach() for name, p in self.weights.masters.items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         tensors |= {f"optimiser.{name}": value for name, value in optimiser_tensors(self.optimiser).items()}
-        tensors |= self._random()
+        tensors |= random_state(self.device)
         said = {
             "fingerprint": self.fingerprint, "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
             "history": self.history, "losses": self.losses, "rows": self.rows,
@@ -376,7 +378,7 @@ class Loop(Forwards):
         self.schedule.load_state_dict({**self.schedule.state_dict(), **said["schedule"]})
         for group, rate in zip(self.optimiser.param_groups, said["rates"], strict=True):
             group["lr"] = rate
-        self._set_random(tensors)
+        set_random_state(tensors, self.device)
         self.step, self.tokens, self.seconds = said["step"], said["tokens"], said["seconds"]
         self.history, self.losses = said["history"], [(value, count) for value, count in said["losses"]]
         if self.own_text is not None:
@@ -391,14 +393,3 @@ class Loop(Forwards):
         """
         if self.work.processes.count > 1:
             torch.manual_seed(self.course.seed_of(self.step, self.work.processes.rank))
-
-    def _random(self) -> dict[str, Tensor]:
-        state = {"random": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
-
-    def _set_random(self, state: Mapping[str, Tensor]) -> None:
-        torch.set_rng_state(state["random"])
-        if "random.cuda" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random.cuda"], self.device)

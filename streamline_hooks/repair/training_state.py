@@ -93,6 +93,21 @@ def load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     optimiser.load_state_dict({**held, "state": state})
 
 
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Where torch's random numbers are, on the CPU and on a GPU that is trained on."""
+    state = {"random": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["random.cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Go on from there; a GPU from where it is, if the state is of a training without one."""
+    torch.set_rng_state(state["random"])
+    if "random.cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["random.cuda"], device)
+
+
 def fingerprint(
     settings: Training,
     student: Student,
