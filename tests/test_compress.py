@@ -375,6 +375,9 @@ def test_repeated_passages_choose_the_blocks_and_change_no_other_text(
         for share in (0.0, 0.5)
     )
     assert repeated.perplexities == plain.perplexities
+    assert plain.training is not None and repeated.training is not None
+    distances = [[row["distance"] for row in one.history] for one in (plain.training, repeated.training)]
+    assert distances[0] == distances[1], "what validates was changed"
     for name, value in plain.model.state_dict().items():
         assert torch.equal(repeated.model.state_dict()[name], value), name
     assert repeated.data["notes"][-1].startswith("for the choice of blocks, the second half of ")
