@@ -18,7 +18,8 @@ from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.passes import recorded
 from streamline_hooks.precision import widen
 from streamline_hooks.recorder import HiddenStateRecorder
-from streamline_hooks.replacements.concatenated import Channels, concatenate, find_channels
+from streamline_hooks.replacements.channels import Channels, find_channels
+from streamline_hooks.replacements.concatenated import concatenate
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery.silence import branches_in, called
 
@@ -64,29 +65,33 @@ def fill_concatenated(
     found: Found = {}
     known: dict[int, Branches] = {}
 
-    def merge_all(tell: Callable[[dict[int, Branches], Branch], Tensor], into: Callable[[int], nn.Module]) -> None:
+    def merge_all(tell: Callable[[range, Branch], Tensor], into: Callable[[int], nn.Module]) -> None:
         """Merge every window that was not refused so far, by what is told of a branch of its blocks."""
         left = [place for place in range(len(windows)) if place not in refused]
         with called(stack, sorted({k for place in left for k in windows[place]}), probe) as calls:
             for place in left:
                 try:
-                    for k in windows[place]:
+                    window = windows[place]
+                    for k in window:
                         known[k] = known.get(k) or _branches(calls[k])
-                    own, several = (
-                        {k: known[k] for k in windows[place]},
-                        [cast(BlockCall, calls[k]) for k in windows[place]],
+                        for b in branches:
+                            found[k, b] = found.get((k, b)) or find_channels(
+                                stack, cast(BlockCall, calls[k]), known[k], b
+                            )
+                    concatenate(
+                        into(place),
+                        [cast(BlockCall, calls[k]) for k in window],
+                        [known[k] for k in window],
+                        {b: [found[k, b] for k in window] for b in branches},
+                        {b: tell(window, b) for b in branches},
                     )
-                    for k, call in zip(own, several, strict=True):
-                        found.update({(k, b): find_channels(stack, call, own[k], b) for b in branches})
-                    needs = {branch: tell(own, branch) for branch in branches}
-                    concatenate(into(place), stack, several, list(own.values()), needs)
                 except UnsupportedSurgery as error:
                     refused[place] = error
 
-    def by_turns(own: dict[int, Branches], branch: Branch, last: bool = False) -> Tensor:
-        places = torch.arange(found[next(iter(own)), branch].count)
-        turns = (len(own) - 1 - places if last else places) % len(own)
-        return (turns == torch.arange(len(own))[:, None]).float()
+    def by_turns(window: range, branch: Branch, last: bool = False) -> Tensor:
+        places = torch.arange(found[window.start, branch].count)
+        turns = (len(window) - 1 - places if last else places) % len(window)
+        return (turns == torch.arange(len(window))[:, None]).float()
 
     # Before anything long is run: whether they can be merged, with units of the first blocks and of the last ones.
     for last in (False, True):
@@ -96,7 +101,7 @@ def fill_concatenated(
         measured = measure_needs(stack, {key: one for key, one in found.items() if key[0] in kept}, batches, what)
         with together("choose channels") as work:
             needs = work.of_first(lambda: measured)  # which each has rounded in its own way
-        merge_all(lambda own, branch: torch.stack([needs[k, branch] for k in own]), lambda place: copies[place])
+        merge_all(lambda window, branch: torch.stack([needs[k, branch] for k in window]), lambda place: copies[place])
     return refused
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -15,9 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from streamline_hooks.block_call import BlockCall
 from streamline_hooks.branches import BRANCHES, Branch, Branches, tolerance
-from streamline_hooks.errors import UnsupportedSurgery
-from streamline_hooks.projections import last_projections
-from streamline_hooks.stack import BlockStack
+from streamline_hooks.replacements.channels import Channels, is_linear, linear_layer, matrix_of, refuse
 from streamline_hooks.surgery.renumber import INDEX_NAMES
 from streamline_hooks.surgery.splice import AFTER, BEFORE
 
@@ -25,80 +23,11 @@ _TOLERANCE = tolerance(torch.float32)  # some norms and positions are computed i
 _HALVES = (1, 2, 3)  # of a layer's rows: as they are, gate and up in one layer, query, key and value in one
 
 
-@dataclass(frozen=True)
-class Channels:
-    """What one branch of a block is made of: the channels of an MLP, or the heads of an attention that share keys.
-
-    Attributes
-    ----------
-    branch : {"attention", "mlp"}
-    readers : tuple of str
-        The linear layers that work on what enters the branch, by their path below the block; each unit has rows of
-        every one of them.
-    writer : str
-        The one that adds to the state; each unit has columns of it.
-    count : int
-        Units.
-    """
-
-    branch: Branch
-    readers: tuple[str, ...]
-    writer: str
-    count: int
-
-    def matrix(self, block: nn.Module) -> Tensor:
-        """The writer's weights, of shape (features, columns)."""
-        return _matrix(_layer(block, self.writer)).detach()
-
-    def columns(self, block: nn.Module) -> Tensor:
-        """The writer's columns of each unit, of shape (units, columns)."""
-        return torch.arange(self.matrix(block).shape[1]).view(self.count, -1)
-
-    def rows(self, block: nn.Module, reader: str, parts: int) -> Tensor:
-        """A reader's rows of each unit, of shape (units, rows), where its rows are so many layers on each other."""
-        rows = torch.arange(len(_matrix(_layer(block, reader))))
-        return rows.view(parts, self.count, -1).transpose(0, 1).flatten(1)
-
-
-def find_channels(stack: BlockStack, call: BlockCall, branches: Branches, branch: Branch) -> Channels:
-    """Find the channels of one branch.
-
-    Parameters
-    ----------
-    stack : BlockStack
-    call : BlockCall
-        Of one of its blocks, as for `find_branches`.
-    branches : Branches
-        Of that block.
-    branch : {"attention", "mlp"}
-
-    Raises
-    ------
-    UnsupportedSurgery
-        If the branch is not made of linear layers that read what enters it, and one that writes.
-    """
-    block = call.block
-    (writer, *more) = {name.rpartition(".")[0] for name in branches.writers[branch]}
-    if more or not _is_linear(_layer(block, writer)):
-        _refuse(block, branch, "several layers or experts add to the state, or what adds is no linear layer")
-    readers = sorted({n.rpartition(".")[0] for n in _behind(call, branches, branch)} - {writer})
-    readers = [path for path in readers if path and _is_linear(_layer(block, path))]
-    columns = _matrix(_layer(block, writer)).shape[1]
-    count = columns if branch == "mlp" else _heads_with_own_keys(stack)
-    if not readers:
-        _refuse(block, branch, "nothing that reads what enters the branch is a linear layer")
-    if count is None or columns % count:
-        _refuse(block, branch, f"its {columns} columns are not those of {count or 'a known number of'} heads")
-    if odd := [path for path in readers if len(_matrix(_layer(block, path))) % count]:
-        _refuse(block, branch, f"{odd[0]} has {len(_matrix(_layer(block, odd[0])))} rows for {count} units")
-    return Channels(branch, tuple(readers), writer, count)
-
-
 def concatenate(
     made: nn.Module,
-    stack: BlockStack,
     calls: Sequence[BlockCall],
     found: Sequence[Branches],
+    channels: Mapping[Branch, Sequence[Channels]],
     needs: Mapping[Branch, Tensor],
 ) -> None:
     """Put the units of several blocks that are needed most side by side in a copy of the first.
@@ -112,12 +41,13 @@ def concatenate(
     ----------
     made : torch.nn.Module
         The copy, which is changed.
-    stack : BlockStack
     calls, found : sequence of BlockCall and Branches
         Of each block.
+    channels : mapping of branch to sequence of Channels
+        For the branches to be merged, those of each block, as `find_channels` finds them; a branch that is not named
+        stays the first block's.
     needs : mapping of branch to torch.Tensor
-        For the branches to be merged, how much each unit is needed, of shape (blocks, units); a branch that is not
-        named stays the first block's.
+        For the same branches, how much each unit is needed, of shape (blocks, units).
 
     Raises
     ------
@@ -125,23 +55,21 @@ def concatenate(
         If the blocks are not built alike, or the merged one does not add what its parts do.
     """
     for branch, need in needs.items():
-        _Merge(made, calls, found, stack, branch).carry_out(need)
+        _Merge(made, calls, found, channels[branch]).carry_out(need)
 
 
 class _Merge:
     """The merge of one branch of several blocks into one of them; all but the weights that come out is in float64."""
 
     def __init__(
-        self, made: nn.Module, calls: Sequence[BlockCall], found: Sequence[Branches], stack: BlockStack, branch: Branch
+        self, made: nn.Module, calls: Sequence[BlockCall], found: Sequence[Branches], several: Sequence[Channels]
     ) -> None:
-        self.made, self.calls, self.branch = made, calls, branch
-        other = BRANCHES[1 - BRANCHES.index(branch)]
-        several = [find_channels(stack, call, one, branch) for call, one in zip(calls, found, strict=True)]
-        self.channels, blocks = several[0], [call.block for call in calls]
+        self.made, self.calls, self.channels, self.branch = made, calls, several[0], several[0].branch
+        other, blocks = BRANCHES[1 - BRANCHES.index(self.branch)], [call.block for call in calls]
         shapes = [_shapes(block, self.channels) for block in blocks]
         if any(one != self.channels for one in several) or any(one != shapes[0] for one in shapes):
             self.refuse("the window's blocks are not built alike")
-        if branch == "attention" and (name := _unlike(blocks)):
+        if self.branch == "attention" and (name := _unlike(blocks)):
             self.refuse(f"the window's attentions are not of one kind: they differ in {name}")
         self.others = [one.writers[other] for one in found]
         self.device = calls[0].state.device
@@ -152,7 +80,7 @@ class _Merge:
         self.states = (state, noise.to(state) * state.square().mean().sqrt())
 
     def refuse(self, reason: str) -> NoReturn:
-        _refuse(self.calls[0].block, self.branch, reason)
+        refuse(self.calls[0].block, self.branch, reason)
 
     def carry_out(self, need: Tensor) -> None:
         count = self.channels.count
@@ -160,12 +88,14 @@ class _Merge:
         units = [(index // count, index % count) for index in chosen]
         norms = [self.norm_of(k) for k in range(len(self.calls))]
         for parts in _HALVES:
-            if all(len(_matrix(_layer(self.made, path))) % (parts * count) == 0 for path in self.channels.readers):
+            if all(
+                len(matrix_of(linear_layer(self.made, path))) % (parts * count) == 0 for path in self.channels.readers
+            ):
                 self.write(units, norms, parts)
                 if self.is_the_sum(units):
                     with torch.no_grad():
                         for path in (*self.channels.readers, self.channels.writer):
-                            for name, wide in _layer(self.merged.block, path).named_parameters():
+                            for name, wide in linear_layer(self.merged.block, path).named_parameters():
                                 self.made.get_parameter(f"{path}.{name}").copy_(wide)
                     return
         self.refuse(
@@ -215,7 +145,7 @@ class _Merge:
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
             received.append(args[0].reshape(-1, args[0].shape[-1]))
 
-        handles = [_layer(call.block, p).register_forward_pre_hook(keep) for p in self.channels.readers]
+        handles = [linear_layer(call.block, p).register_forward_pre_hook(keep) for p in self.channels.readers]
         try:
             self.run(call, state, self.silent(call.block, k))
         finally:
@@ -238,22 +168,22 @@ class _Merge:
 
         with torch.no_grad():
             for path in channels.readers:
-                rows, target = channels.rows(made, path, parts), _layer(made, path)
+                rows, target = channels.rows(made, path, parts), linear_layer(made, path)
                 if target.bias is None and any(bool(norms[k][1].any()) for k in places):
                     self.refuse(f"the norms shift what they make, and {path} has no bias to hold it")
                 for k, (slots, own) in places.items():
-                    source, (factor, shift) = _layer(self.calls[k].block, path), norms[k]
+                    source, (factor, shift) = linear_layer(self.calls[k].block, path), norms[k]
                     there, here = rows[own].flatten(), rows[slots].flatten()
-                    weight = wide(_matrix(source)[there])
-                    _matrix(target)[here] = weight * factor
+                    weight = wide(matrix_of(source)[there])
+                    matrix_of(target)[here] = weight * factor
                     if target.bias is not None:
                         target.bias[here] = wide(source.bias[there]) + weight @ shift
-            columns, target = channels.columns(made), _layer(made, channels.writer)
+            columns, target = channels.columns(made), linear_layer(made, channels.writer)
             for k, (slots, own) in places.items():
                 there, here = columns[own].flatten(), columns[slots].flatten()
-                _matrix(target)[:, here] = wide(channels.matrix(self.calls[k].block)[:, there])
+                matrix_of(target)[:, here] = wide(channels.matrix(self.calls[k].block)[:, there])
             if target.bias is not None:
-                biases = [wide(_layer(call.block, channels.writer).bias) for call in self.calls]
+                biases = [wide(linear_layer(call.block, channels.writer).bias) for call in self.calls]
                 target.bias.copy_(torch.stack(biases).sum(dim=0))
 
     def is_the_sum(self, units: Sequence[tuple[int, int]]) -> bool:
@@ -274,7 +204,7 @@ class _Merge:
 
     def alone(self, block: nn.Module, k: int, scale: float, units: Sequence[int]) -> dict[str, Tensor]:
         """Values with which block k adds, so many times, what some units of the branch add, and nothing else."""
-        writer, columns = _layer(block, self.channels.writer), self.channels.columns(block)
+        writer, columns = linear_layer(block, self.channels.writer), self.channels.columns(block)
         kept = torch.zeros(columns.numel(), dtype=torch.float64)
         kept[columns[list(units)].flatten()] = scale
         kept = kept.to(self.device)
@@ -295,52 +225,15 @@ class _Merge:
         return 2.0 ** round(math.log2(sizes[0] / sizes[1])) if min(sizes) > 0 else 1.0
 
 
-def _behind(call: BlockCall, branches: Branches, branch: Branch) -> frozenset[str]:
-    """The parameters that a branch's writers depend on, without those of the branch before it."""
-    leaves = {n: p.detach().requires_grad_() for n, p in call.block.named_parameters() if p.is_floating_point()}
-    state = call.state.detach().requires_grad_()
-    with torch.enable_grad():
-        projections, _ = last_projections(call.run(state, leaves), state, leaves)
-    behind = {
-        one: frozenset[str]().union(*(p.behind for p in projections if p.names & set(branches.writers[one])))
-        for one in BRANCHES
-    }
-    if branches.first in (None, branch):
-        return behind[branch]
-    return behind[branch] - behind[branches.first] - frozenset(branches.writers[branches.first])
-
-
-def _heads_with_own_keys(stack: BlockStack) -> int | None:
-    """Groups of heads that share keys and values: all heads, where each has its own."""
-    names = ("num_key_value_heads", "num_attention_heads")
-    return next((n for name in names if isinstance(n := getattr(stack.config, name, None), int) and n > 0), None)
-
-
-def _layer(block: nn.Module, path: str) -> Any:
-    """A linear layer of a block."""
-    return block.get_submodule(path)
-
-
-def _is_linear(module: Any) -> bool:
-    """Whether a module is a plain linear layer in memory: no adapter, and no other one that computes otherwise."""
-    return type(module) in (nn.Linear, Conv1D) and module.weight.is_floating_point() and not module.weight.is_meta
-
-
-def _matrix(layer: Any) -> Tensor:
-    """The weights with a row for each output, as a view."""
-    weight: Tensor = layer.weight
-    return weight.T if isinstance(layer, Conv1D) else weight
-
-
 def _shapes(block: nn.Module, channels: Channels) -> list[Any]:
     """Of the layers of a branch, and which of them have a bias; shorter where a block has not all of them."""
     found = []
     for path in (*channels.readers, channels.writer):
         try:
-            layer = _layer(block, path)
+            layer = linear_layer(block, path)
         except AttributeError:
             continue
-        found.append((tuple(_matrix(layer).shape), layer.bias is None) if _is_linear(layer) else None)
+        found.append((tuple(matrix_of(layer).shape), layer.bias is None) if is_linear(layer) else None)
     return found
 
 
@@ -367,11 +260,3 @@ def _sayings(block: nn.Module) -> Iterator[tuple[str, Any]]:
                 continue
             if all(isinstance(one, (int, float, str, type(None))) for one in several):
                 yield f"{path}.{name}".lstrip("."), value
-
-
-def _refuse(block: nn.Module, branch: Branch, reason: str) -> NoReturn:
-    raise UnsupportedSurgery(
-        f"The {branch} of several {type(block).__name__} cannot be merged by its channels: {reason}. Choose another "
-        f"window or kind, or merge the other branch alone (merged:channels={BRANCHES[1 - BRANCHES.index(branch)]}).",
-        "merged",
-    )

@@ -15,7 +15,8 @@ from streamline_hooks import UnsupportedSurgery, find_stack
 from streamline_hooks.block_call import BlockCall
 from streamline_hooks.branches import BRANCHES, Branch
 from streamline_hooks.replacements import concatenated, inherit
-from streamline_hooks.replacements.concatenated import concatenate, find_channels
+from streamline_hooks.replacements.channels import find_channels
+from streamline_hooks.replacements.concatenated import concatenate
 from streamline_hooks.surgery.silence import branches_in, called
 from tests.tiny_models import tiny_config, tiny_model, tokens
 
@@ -30,8 +31,11 @@ def merged(model: nn.Module, needs: dict[Branch, Tensor], window: range = WINDOW
     stack = find_stack(model)
     made = inherit(stack, window)
     with called(stack, window) as calls:
-        found = [branches_in(calls[k]) for k in window]
-        concatenate(made, stack, [calls[k] for k in window], found, needs)  # type: ignore[misc, arg-type]
+        several: list[Any] = [calls[k] for k in window]
+        found: list[Any] = [branches_in(call) for call in several]
+        pairs = list(zip(several, found, strict=True))
+        channels = {branch: [find_channels(stack, call, one, branch) for call, one in pairs] for branch in needs}
+        concatenate(made, several, found, channels, needs)
     return made
 
 
