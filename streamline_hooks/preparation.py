@@ -26,6 +26,7 @@ from streamline_hooks.evaluation.pace import measure_pace
 from streamline_hooks.repair import Healing, Kind, StandInSize, Training, kind_named
 from streamline_hooks.repair.fitting import holds_map
 from streamline_hooks.repair.stand_in import is_spliced
+from streamline_hooks.repair.writing_cost import writing_cost
 from streamline_hooks.replacements import replacement_config
 from streamline_hooks.selection import SearchProblem, Target, protected_blocks, windows_for
 from streamline_hooks.stack import BlockStack, find_stack
@@ -122,6 +123,7 @@ class Preparation:
         profiled: bool = False,
         training: Training | None = None,
         healing: Healing | None = None,
+        rounds: int = 1,
     ) -> list[Cost]:
         """What finding one window will cost on this machine, measured on a few tokens; the sums beside the passes.
 
@@ -134,6 +136,8 @@ class Preparation:
             Of what is chosen.
         healing : Healing, optional
             Beside it.
+        rounds : int
+            That share the text to calibrate on, where this is the first of them: no later one costs more.
 
         Raises
         ------
@@ -162,15 +166,20 @@ class Preparation:
                 healed=healing is not None,
             )
             trained.append(cost)
-        return [
+            if training.on_policy is not None:
+                trained.append(writing_cost(self.stack.model, self.training, training, pace))
+        found = [
             *([] if profiled else [pace.rank(self.calibration)]),
             *([pace.channels([*self.fit, *self.held_out], self.candidates)] if self.kind.fill else []),
             pace.fit(self.fit, self.candidates, **judged, beside=beside),
             pace.fit(self.held_out, self.candidates, **judged, beside=beside, sums=2),
-            pace.judge(self.judging, self.candidates, **judged, whole=bool(self.kind.slots or self.kind.fit)),
+            pace.judge(self.judging, self.candidates, **judged, whole=bool(self.kind.slots or self.kind.fit)) * rounds,
             *trained,
-            pace.perplexity(self.test),
+            pace.perplexity(self.test) * rounds,
         ]
+        parameters = self.stack.model.parameters() if rounds > 1 else ()
+        original = sum(p.numel() * p.element_size() for p in parameters)  # a copy, which teaches in later rounds
+        return [replace(cost, bytes=cost.bytes + original) for cost in found]
 
 
 def prepare_compression(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -186,6 +187,22 @@ def test_a_dry_run_says_the_cost_and_does_nothing(
     assert "FLOPs a token, 2 slots)" in out
     code, out, _ = run(["rank", stories_folder, *RANK, "--dry-run"], monkeypatch, capsys)
     assert code == 0 and out.startswith("rank: ") and "length" not in out
+
+
+def test_a_dry_run_says_what_rounds_and_writing_cost(
+    stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["compress", stories_folder, "-o", tmp_path / "out", *SMALL, "--remove", 3, "--dry-run", "--train", "kl"]
+    code, once, err = run(options, monkeypatch, capsys)
+    assert code == 0 and "write own text" not in once and "times: " not in once, err
+    code, out, err = run([*options, "--rounds", 2], monkeypatch, capsys)
+    assert code == 0 and "rounds     2, of 2, 1 blocks" in out and "remove     3 comes to 3 of 5 blocks" in out, err
+    assert "judge 4 windows, 2 times: " in out and "perplexity, 2 times: " in out and "in all at most about " in out
+    (above, alone) = (float(re.findall(r"at most ([\d.]+) GB above", text)[0]) for text in (out, once))
+    assert above >= alone, "a copy of the original is held besides"
+    own = "kl:prompt=8,shortest=4,longest=8"
+    code, out, err = run([*options, "--on-policy", own], monkeypatch, capsys)
+    assert code == 0 and "write own text: " in out and "in all at most about " in out, err
 
 
 def test_compress_by_another_search_and_a_saved_profile(

@@ -359,14 +359,16 @@ def compress(
             if not task.is_of_text:
                 typer.echo("What this costs is not known beforehand for such a model.")
                 return
-            if times > 1 or on_policy:
-                typer.echo("What several rounds, or texts that the model writes itself, cost besides is not told here.")
-            costs = ready.costs(recipe.shortlist, profile is not None, training, healing)
+            if times > 1:
+                first = {**shared, "remove": blocks_by_round(len(ready.stack), target, times)[0]}
+                ready = prepare_compression(loaded, tokenizer, text, test_documents=apart, **first)
+            costs = ready.costs(recipe.shortlist, profile is not None, training, healing, times)
             typer.echo("")
             for cost in costs:
                 typer.echo(str(cost))
             seconds, most = sum(cost.seconds for cost in costs), max(cost.bytes for cost in costs)
-            typer.echo(f"in all about {seconds:.0f} s, at most {most / 1e9:.2f} GB above the model")
+            about = "in all about" if times == 1 and not (training and training.on_policy) else "in all at most about"
+            typer.echo(f"{about} {seconds:.0f} s, at most {most / 1e9:.2f} GB above the model")
             if search not in ("window", "disjoint", "one-shot", "mixed") or criterion_named(criterion).needs == "model":
                 typer.echo(
                     f"The {search} search by {criterion} runs the model besides; its own bars say what that costs."

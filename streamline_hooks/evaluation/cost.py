@@ -43,6 +43,11 @@ class Cost:
             max(self.bytes, other.bytes),
         )
 
+    def __mul__(self, times: int) -> Cost:
+        """The same pass so many times, one after the other."""
+        what = self.what if times == 1 else f"{self.what}, {times} times"
+        return Cost(what, times * self.tokens, times * self.seconds, self.bytes)
+
     def __str__(self) -> str:
         return f"{self.what}: {_thousands(self.tokens)} tokens, about {_duration(self.seconds)}, {_size(self.bytes)}"
 

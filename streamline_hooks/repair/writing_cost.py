@@ -1,0 +1,81 @@
+"""What the steps of a training on the model's own text cost besides, told before it is run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from math import ceil
+from typing import cast
+
+from torch import Tensor, nn
+
+from streamline_hooks.batch import Batch, device_of
+from streamline_hooks.evaluation.cost import Cost, Pace
+from streamline_hooks.evaluation.speed import wait_for
+from streamline_hooks.generation import seeded, written_on
+from streamline_hooks.repair.on_policy import OnPolicy
+from streamline_hooks.repair.rollouts import prompts_of
+from streamline_hooks.repair.settings import Training
+
+_TIMED = 4  # tokens written, beyond the first, which runs the prompt
+
+
+def writing_cost(
+    model: nn.Module,
+    batches: Sequence[Batch | Tensor],
+    training: Training,
+    pace: Pace,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Cost:
+    """Of writing all texts as long as they may become, and of what the original says of them.
+
+    The steps themselves take the place of others, and count there. A few tokens are written here, by the model as it
+    is: what will write is smaller.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    batches : sequence of mapping or torch.Tensor
+        Those that will be trained on.
+    training : Training
+        With `Training.on_policy`.
+    pace : Pace
+        Of the model.
+    clock : callable
+        Returns seconds.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from streamline_hooks.evaluation import measure_pace
+    >>> from streamline_hooks.repair import OnPolicy
+    >>> from streamline_hooks.testing import tiny_model
+    >>> model, text = tiny_model("llama"), [torch.arange(3, 51).view(1, 48)] * 8
+    >>> own = Training(on_policy=OnPolicy(share=0.5, prompt=4, shortest=4, longest=20))
+    >>> cost = writing_cost(model, text, own, measure_pace(model, text[0]))
+    >>> print(cost.what, cost.tokens)  # 4 steps, of 2 texts of 20 tokens
+    write own text 160
+    """
+    own = cast(OnPolicy, training.on_policy)
+    steps = training.epochs * ceil(len(batches) / training.accumulation)
+    due = sum(own.is_due(step, steps) for step in range(steps)) * training.accumulation
+    prompts = max((prompts_of(batch, own.prompt, own.longest) for batch in batches), key=len)
+
+    def seconds(new_tokens: int) -> float:
+        wait_for(model)
+        began = clock()
+        with seeded(device_of(model), "writing cost"):
+            written_on(model, None, prompts, new_tokens=new_tokens, sampling={"temperature": own.temperature})
+        wait_for(model)
+        return clock() - began
+
+    seconds(1)  # whatever is set up at a first time
+    first = seconds(1)
+    each = max(0.0, seconds(1 + _TIMED) - first) / _TIMED
+    places = sum(map(len, prompts)) + len(prompts) * own.longest
+    taught = places * (pace.before + sum(pace.blocks))
+    kept = 2 * places * len(pace.blocks) * pace.features * pace.state_size  # keys and values, at the most
+    return Cost(
+        "write own text", due * len(prompts) * own.longest, due * (first + each * (own.longest - 1) + taught), kept
+    )

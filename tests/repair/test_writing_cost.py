@@ -1,0 +1,45 @@
+"""What a training on the model's own text is told to take is what writing it takes, by a clock that tokens move."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from streamline_hooks.evaluation import measure_pace
+from streamline_hooks.repair import OnPolicy, Training
+from streamline_hooks.repair.rollouts import roll_out
+from streamline_hooks.repair.writing_cost import writing_cost
+from tests.evaluation.fake_clock import FakeClock
+from tests.tiny_models import tiny_model, tokens
+
+BATCHES = [tokens(2, 24, seed=k) for k in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("own", "training"),
+    [
+        (OnPolicy(share=0.5, prompt=4, shortest=4, longest=8), {}),
+        (OnPolicy(share=1.0, begin=0.5, prompt=3, shortest=2, longest=2), {"epochs": 3}),
+        (OnPolicy(share=0.5, prompt=4, shortest=4, longest=40), {"accumulation": 2}),
+    ],
+)
+def test_the_writing_takes_what_it_was_told_to(own: OnPolicy, training: dict[str, Any]) -> None:
+    model: Any = tiny_model("llama")
+    clock = FakeClock()
+    model.generation_config.eos_token_id = None  # no text is shorter than it may be
+    clock.charge(model.lm_head, 5.0)
+    for k, block in enumerate(model.model.layers):
+        clock.charge(block.mlp, k + 1.0)
+    settings = Training(on_policy=own, **training)
+    cost = writing_cost(model, BATCHES, settings, measure_pace(model, BATCHES[0], clock=clock), clock=clock)
+
+    steps = settings.epochs * -(-len(BATCHES) // settings.accumulation)
+    began, texts = clock(), 0
+    for step in range(steps):
+        if own.is_due(step, steps):
+            for batch in BATCHES[: settings.accumulation]:
+                texts += roll_out(model, batch, prompt=own.prompt, new_tokens=own.longest).counts.texts
+    original = texts * (own.prompt + own.longest) * sum(range(1, 7))
+    assert texts > 0 and cost.tokens == texts * own.longest
+    assert cost.seconds == pytest.approx(clock() - began + original)
