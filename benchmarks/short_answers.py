@@ -51,10 +51,16 @@ def fast_products(model: nn.Module) -> Iterator[None]:
         yield
         return
     head = model.get_output_embeddings()  # type: ignore[operator]
-    handles = [
-        head.register_forward_pre_hook(lambda *_: torch.set_autocast_enabled("cpu", False)),
-        head.register_forward_hook(lambda *_: torch.set_autocast_enabled("cpu", True), always_call=True),
-    ]
+    around: list[bool] = []  # whether it was on: who asks for full precision in between goes on with it
+
+    def enter(*_: Any) -> None:
+        around.append(torch.is_autocast_enabled("cpu"))
+        torch.set_autocast_enabled("cpu", False)
+
+    def leave(*_: Any) -> None:
+        torch.set_autocast_enabled("cpu", around.pop())
+
+    handles = [head.register_forward_pre_hook(enter), head.register_forward_hook(leave, always_call=True)]
     try:
         with torch.autocast("cpu", torch.bfloat16):
             yield

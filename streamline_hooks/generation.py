@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from streamline_hooks.batch import device_of, positions_of
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.passes import forward_arguments, head_on_last, inference
-from streamline_hooks.precision import computes_alike
+from streamline_hooks.precision import speaks_alike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -160,7 +160,10 @@ def _begun(model: Any, prompts: Mapping[str, Tensor], samples: int) -> dict[str,
 
 
 def _goes_on(model: Any, prompts: Mapping[str, Tensor], name: str) -> bool:
-    """Whether the two most unlike prompts end with the same logits, from a cache and from their beginning."""
+    """Whether the two most unlike prompts end with the same logits, from a cache and from their beginning.
+
+    Tried in the precision of the weights, whatever autocast is on: rounding has no part in what is asked.
+    """
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     lengths = prompts["attention_mask"].sum(dim=1)
@@ -168,14 +171,15 @@ def _goes_on(model: Any, prompts: Mapping[str, Tensor], name: str) -> bool:
     few = {part: value[probed] for part, value in prompts.items()}
     one = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     try:
-        cache = _keys_and_values(model, few, name)
-        layers = getattr(cache, "layers", ())
-        if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
-            return False
-        got, expected = (model.generate(**few, **one, **begun).logits[0] for begun in ({name: cache}, {}))
+        with torch.autocast(device_of(model).type, enabled=False):
+            cache = _keys_and_values(model, few, name)
+            layers = getattr(cache, "layers", ())
+            if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+                return False
+            got, expected = (model.generate(**few, **one, **begun).logits[0] for begun in ({name: cache}, {}))
+            return speaks_alike(model, got, expected)
     except Exception:  # whatever a model with a cache of another kind may raise: it can still run the whole
         return False
-    return computes_alike(model, got, expected)
 
 
 def _keys_and_values(model: Any, prompts: Mapping[str, Tensor], name: str) -> Any:

@@ -35,7 +35,34 @@ def computes_alike(model: nn.Module, got: Tensor, expected: Tensor) -> bool:
     >>> computes_alike(nn.Linear(1, 1), torch.tensor([2.01]), torch.tensor([2.0]))
     False
     """
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
-    half = half or torch.is_autocast_enabled(device_of(model).type)
-    bound = (5e-2 if half else 1e-3) * (1.0 + expected.abs())
+    bound = _rounding(model) * (1.0 + expected.abs())
     return bool(((got - expected).abs() <= bound).all())
+
+
+def speaks_alike(model: nn.Module, got: Tensor, expected: Tensor) -> bool:
+    """Whether logits that came two ways through a model are the same but for its rounding.
+
+    That is so of each row as a whole: of 50,000 numbers in half precision some are always far from what they would be.
+    What all of a row are larger or smaller by says nothing.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        As for `computes_alike`.
+    got, expected : torch.Tensor
+        Of shape (..., vocabulary).
+
+    Examples
+    --------
+    >>> logits = torch.linspace(-4.0, 4.0, 25)[None]
+    >>> speaks_alike(nn.Linear(1, 1), logits + 1.0, logits), speaks_alike(nn.Linear(1, 1), logits.roll(1), logits)
+    (True, False)
+    """
+    apart, spread = (widen(one).std(dim=-1) for one in (got - expected, expected))
+    return bool((apart <= _rounding(model) * spread).all())
+
+
+def _rounding(model: nn.Module) -> float:
+    """The share of a number that may be rounding."""
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    return 5e-2 if half or torch.is_autocast_enabled(device_of(model).type) else 1e-3

@@ -150,8 +150,12 @@ def test_fast_products_leave_the_head_in_float32_and_nothing_behind(
     with torch.no_grad(), fast_products(original):
         logits = original(ids).logits
         again = original(ids).logits
+        with torch.autocast("cpu", enabled=False):
+            original(ids)
+            original(ids)
     handle.remove()
-    assert logits.dtype == torch.float32 and seen == [getattr(torch, precision)] * 2 and torch.equal(logits, again)
+    assert logits.dtype == torch.float32 and torch.equal(logits, again)
+    assert seen == [getattr(torch, precision)] * 2 + [torch.float32] * 2
     assert not torch.is_autocast_enabled("cpu")
     assert [dict(module._forward_hooks) for module in original.modules()] == hooks
     with pytest.raises(RuntimeError, match="stop"), fast_products(original):
