@@ -5,12 +5,12 @@
 One thing is changed at a time: how the blocks are chosen, where the repair starts, by which loss it is trained, on
 which text, in how many rounds, and what is healed besides; all on the same number of training tokens, seen once, and
 (the plan ``minutes``) on as many as take the processor time that `best` takes. The blocks are chosen once for all
-seeds, on training text: single blocks by KL or, one window, by the verified shortlist; the seed decides the text, the
-order of the batches and what a network starts from. Classification is scored on the tasks of `benchmarks.quality`,
-generation as in `benchmarks.generation_scores`. Products are in bfloat16 where the machine is fast in it and else in
-float32, and each row is held against the original in its own precision. Minutes are the processor's own. A row goes to
-``benchmarks/results/quality_generation.json`` as soon as it is done, a training that was interrupted goes on where it
-was, and the tables go to ``benchmarks/results/quality_generation.md``. Two such commands share the rows between them.
+seeds, on training text; the seed decides the text, the order of the batches and what a network starts from.
+Classification is scored on the tasks of `benchmarks.quality`, generation as in `benchmarks.generation_scores`. Products
+are in bfloat16 where the machine is fast in it and else in float32, and each row is held against the original in its
+own precision. Minutes are the processor's own. A row goes to ``benchmarks/results/quality_generation.json`` as soon as
+it is done, a training that was interrupted goes on where it was, and the tables go to
+``benchmarks/results/quality_generation.md``. Two such commands share the rows between them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import fcntl
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from benchmarks.generation_numbers import mean_of, summary
 from benchmarks.generation_scores import Generation
-from benchmarks.quality import SHORTLIST, STARTING, choose
+from benchmarks.quality import CHOOSING, STARTING
 from benchmarks.quality_scores import Quality, write
 from benchmarks.real_text import RESULTS, ROOT, SEQUENCE, arguments
 from benchmarks.short_answers import fast_products, products
@@ -54,10 +54,12 @@ from streamline_hooks.repair import (
     student_of,
     train,
 )
-from streamline_hooks.selection.criteria import score_windows
-from streamline_hooks.selection.search import Selection, one_shot, verified
+from streamline_hooks.selection import SearchProblem, find_selections, usual_criterion, windows
+from streamline_hooks.selection.criteria import criterion_named
+from streamline_hooks.selection.search import Selection, verified
 from streamline_hooks.selection.search.selected import runs
 from streamline_hooks.stack import find_stack
+from streamline_hooks.statistics import profile
 
 FILE = RESULTS / "quality_generation.json"
 ORIGINAL = {
@@ -67,7 +69,6 @@ ORIGINAL = {
 BEST = PRESETS["best"]
 SETTINGS = replace(BEST.training or Training(), validations=4)
 SIZES = (8, 4)
-SEARCHED = 8  # sequences that single blocks are ranked on by KL
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,14 @@ class Recipe:
         Of others, conversations with the original itself, or one half of each.
     rounds : int
         See `compress_iteratively`, which chooses each round's blocks itself, in the weights' precision.
-    search : {"one-shot", "window"}
-        The best single blocks by KL, or the best repaired of a shortlist of windows.
+    search, criterion : str
+        How the blocks that go are found, as in `compress`; an empty criterion for what is usual there.
+    shortlist : int
+        Of so many selections that which is best once it is repaired in closed form.
     repeated : float
         The share of the sequences, of the text that the blocks are chosen on, whose second half repeats the first, see
-        `with_repeated_passages`; a window is chosen of all windows then.
+        `with_repeated_passages`.
+    learning_rate : float
     """
 
     kind: str = BEST.kind
@@ -103,7 +107,10 @@ class Recipe:
     text: str = "documents"
     rounds: int = 1
     search: str = BEST.search
+    criterion: str = BEST.criterion
+    shortlist: int = BEST.shortlist
     repeated: float = BEST.repeated
+    learning_rate: float = SETTINGS.learning_rate
 
     @property
     def what(self) -> dict[str, str]:
@@ -112,16 +119,23 @@ class Recipe:
 
 
 _SINGLE = PRESETS["single-blocks"]
-_SINGLE_BLOCKS = Recipe(_SINGLE.kind, search=_SINGLE.search, repeated=_SINGLE.repeated)
+_SINGLE_BLOCKS = Recipe(
+    _SINGLE.kind,
+    search=_SINGLE.search,
+    criterion=_SINGLE.criterion,
+    shortlist=_SINGLE.shortlist,
+    repeated=_SINGLE.repeated,
+)
 _PLAIN: dict[str, Any] = {"kind": "none", "objective": "", "healing": None}
 RECIPES: dict[str, Recipe] = {
     "removed": Recipe(**_PLAIN),
-    "removed, repeated passages": Recipe(**_PLAIN, repeated=_SINGLE.repeated),
+    "removed, chosen on prose": Recipe(**_PLAIN, repeated=0.0),
     "removed, single blocks": replace(_SINGLE_BLOCKS, **_PLAIN),
     "warm start alone": Recipe(objective="", healing=None),
     "best": Recipe(),
+    "chosen on prose": Recipe(repeated=0.0),
+    "at a rate of 0.001": Recipe(learning_rate=1e-3),
     "single blocks": _SINGLE_BLOCKS,
-    "repeated passages": Recipe(repeated=_SINGLE.repeated),
     "without healing": Recipe(healing=None),
     "without the warm start": Recipe(warm=False),
     "KL alone": Recipe(objective="kl"),
@@ -249,24 +263,33 @@ class Bench:
         """The blocks that go, chosen once for a number of them, a search and a kind of text."""
         name = f"{recipe.search}" + (f", {recipe.repeated:.0%} repeated" if recipe.repeated else "")
         if f"{removed}, {name}" not in self.content["blocks"]:
-            counts = (removed,) if recipe.search == "window" else SIZES  # which come from one ranking
-            chosen = {f"{count}, {name}": blocks for count, blocks in self.searched(counts, recipe)}
+            chosen = {f"{count}, {name}": blocks for count, blocks in self.searched(recipe)}
             self.change(lambda content: content["blocks"].update(chosen))
         return runs(self.content["blocks"][f"{removed}, {name}"])
 
-    def searched(self, counts: Sequence[int], recipe: Recipe) -> Iterator[tuple[int, list[int]]]:
+    def searched(self, recipe: Recipe) -> Iterator[tuple[int, list[int]]]:
         """Each number of blocks, with those that go."""
         text = training_text(self.options.data, self.tokenizer, 100_000)
-        asked = with_repeats(text, recipe.repeated)
-        if recipe.search == "window":
-            for count in counts:
-                shortlist = 30 if recipe.repeated else SHORTLIST
-                yield count, list(choose(self.model, text, count, asked=asked, shortlist=shortlist))
-            return
-        alone = [range(k, k + 1) for k in range(len(self.stack))]
-        scores = score_windows("kl", alone, model=self.model, batches=batches_of(asked.train[:SEARCHED], 4))
-        for count in counts:
-            yield count, sorted(one_shot(lambda windows: scores, len(self.stack), count)[0].blocks)
+        few = len(text.train) * CHOOSING // text.train.numel()
+        asked, length = with_repeats(text, recipe.repeated), len(self.stack)
+        ranked = batches_of(asked.train[:few], 4)
+        parts = (*held_out_apart(text.train[:few]), asked.validation)
+        criterion = recipe.criterion or usual_criterion(recipe.search)
+        measured = profile(self.model, ranked) if criterion_named(criterion).needs == "profile" else None
+        for count in SIZES:
+            problem = SearchProblem(
+                windows(length, count),
+                length,
+                criterion,
+                best=recipe.shortlist,
+                profile=measured,
+                model=self.model,
+                batches=ranked,
+            )
+            found = find_selections(recipe.search, problem)
+            if recipe.shortlist > 1:
+                found = list(verified(self.model, found, *(batches_of(part, 4) for part in parts)))
+            yield count, sorted(found[0].blocks)
 
     def row(self, run: Run) -> None:
         """Make a row, unless it is there or on its way."""
@@ -305,8 +328,9 @@ class Bench:
             remove=run.removed,
             kind=recipe.kind,
             search=recipe.search,
-            criterion="kl" if recipe.search == "one-shot" else None,
-            shortlist=1 if recipe.search == "one-shot" else SHORTLIST,
+            criterion=recipe.criterion or None,
+            shortlist=recipe.shortlist,
+            repeated=recipe.repeated,
             healing=recipe.healing,
             fitting_tokens=round(recipe.rounds * STARTING * len(text.train)) * SEQUENCE,
             batch_size=1,
@@ -387,9 +411,13 @@ class Bench:
         file = ROOT / "build" / "quality_generation" / f"{run.key.replace(' ', '')}.training"
         own = OnPolicy.parse(recipe.on_policy) if recipe.on_policy else None
         objective = Objective.parse(recipe.objective)
-        return replace(
-            SETTINGS, objective=objective, on_policy=own, seed=run.seed, keep_in=file, memory=2**33, autocast=FAST
-        )
+        own_part: dict[str, Any] = {
+            "objective": objective,
+            "on_policy": own,
+            "learning_rate": recipe.learning_rate,
+            "seed": run.seed,
+        }
+        return replace(SETTINGS, **own_part, keep_in=file, memory=2**33, autocast=FAST)
 
     def trained(self, run: Run, recipe: Recipe, student: Student, text: TrainingText) -> Trained:
         """Train on the text once, and go on where an earlier run was interrupted."""

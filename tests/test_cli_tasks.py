@@ -104,6 +104,12 @@ def test_ranking_and_a_dry_run(
         ["compress", model, "-c", images, *COUNTS, "--dry-run", "-o", tmp_path / "out"], monkeypatch, capsys
     )
     assert code == 0 and "What this costs is not known beforehand" in said and not (tmp_path / "out").exists()
+    best = ["compress", model, "-c", images, *COUNTS, "--dry-run", "-o", tmp_path / "out", "--preset", "best"]
+    code, said, err = run(best, monkeypatch, capsys)
+    assert code == 0, err
+    assert "repeated   nothing, in what a model for image-classification is given, of what --preset best would" in said
+    code, _, err = run([*best, "--repeated", 1], monkeypatch, capsys)
+    assert code == 2 and "is a share of the sequences of a text, and batches were given" in " ".join(err.split())
 
 
 def test_labels_that_are_not_the_models_are_left_out(

@@ -231,9 +231,6 @@ def compress(
             criterion, repeated, shortlist,
         )  # fmt: skip
         recipe = asked_for.recipe(seed)
-        if pack and repeated is None and recipe.repeated:
-            say(f"repeated   nothing, in packed rows, of what --preset {preset} would say twice")
-            recipe = replace(recipe, repeated=0.0)
         kind, training, healing, times = recipe.kind, recipe.training, recipe.healing, recipe.rounds
         search, criterion = recipe.search, recipe.criterion
         chosen = kind_named(kind)
@@ -253,6 +250,10 @@ def compress(
             given = {"--pack": pack, "--memory": memory, "--budget": budget}
             option = sources.unusual or next(name for name, wanted in given.items() if wanted)
             raise StreamlineError(f"{option} is for models that write, and {model} is for {task}.")
+        if repeated is None and recipe.repeated and (pack or not task.is_of_text):
+            where = "packed rows" if pack else f"what a model for {task} is given"
+            say(f"repeated   nothing, in {where}, of what --preset {preset} would say twice")
+            recipe = replace(recipe, repeated=0.0)
         documents = sources.read() if task.is_of_text and not pack else {}
         test_documents = documents_of(test) if test and task.is_of_text else None
         split: dict[str, Any] = {
