@@ -118,24 +118,24 @@ class Recipe:
         return {name: str(value) for name, value in asdict(self).items()}
 
 
-_SINGLE = PRESETS["single-blocks"]
-_SINGLE_BLOCKS = Recipe(
-    _SINGLE.kind,
-    search=_SINGLE.search,
-    criterion=_SINGLE.criterion,
-    shortlist=_SINGLE.shortlist,
-    repeated=_SINGLE.repeated,
+_TWO = PRESETS["two-windows"]
+_TWO_WINDOWS = Recipe(
+    _TWO.kind,
+    search=_TWO.search,
+    criterion=_TWO.criterion,
+    shortlist=_TWO.shortlist,
+    repeated=_TWO.repeated,
 )
 _PLAIN: dict[str, Any] = {"kind": "none", "objective": "", "healing": None}
 RECIPES: dict[str, Recipe] = {
     "removed": Recipe(**_PLAIN),
     "removed, chosen on prose": Recipe(**_PLAIN, repeated=0.0),
-    "removed, single blocks": replace(_SINGLE_BLOCKS, **_PLAIN),
+    "removed, two windows": replace(_TWO_WINDOWS, **_PLAIN),
     "warm start alone": Recipe(objective="", healing=None),
     "best": Recipe(),
     "chosen on prose": Recipe(repeated=0.0),
     "at a rate of 0.001": Recipe(learning_rate=1e-3),
-    "single blocks": _SINGLE_BLOCKS,
+    "two windows": _TWO_WINDOWS,
     "without healing": Recipe(healing=None),
     "without the warm start": Recipe(warm=False),
     "KL alone": Recipe(objective="kl"),
@@ -560,7 +560,7 @@ def _original(content: dict[str, Any]) -> list[str]:
 
 def _texts(content: dict[str, Any]) -> list[str]:
     """Continuations side by side: the original's, after plain removal, and after two repairs, of the most tokens."""
-    found: dict[str, list[Any]] = {name: [] for name in ("removed", "best", "single blocks")}
+    found: dict[str, list[Any]] = {name: [] for name in ("removed", "best", "two windows")}
     for row in sorted(content["rows"].values(), key=lambda row: (row["tokens"], -row["seed"])):
         if row["recipe"] in found and row["removed"] == 8 and not row.get("same_minutes"):
             found[row["recipe"]].append(row)

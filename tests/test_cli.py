@@ -242,11 +242,9 @@ def test_compress_on_packed_text(
     assert code == 0, err
     assert "calibration 640, validation 192, test 192 tokens in packed rows of 64" in out, out.splitlines()[3]
     assert 0 < len(read) < len(story_texts)
-    preset = ["--preset", "single-blocks", "--overwrite", "--keep", "-1"]
+    preset = ["--preset", "two-windows", "--overwrite", "--keep", "-1"]
     code, out, err = run(["compress", stories_folder, "-c", file, *options, *preset], monkeypatch, capsys)
-    assert code == 0 and "repeated   nothing, in packed rows, of what --preset single-blocks would say twice" in out, (
-        err
-    )
+    assert code == 0 and "repeated   nothing, in packed rows, of what --preset two-windows would say twice" in out, err
     again = [*options, *preset, "--repeated", "0.25"]
     code, _, err = run(["compress", stories_folder, "-c", file, *again], monkeypatch, capsys)
     assert code == 2 and "Leave the repeated passages out (repeated=0), or give documents" in " ".join(err.split())
@@ -372,10 +370,10 @@ def test_the_seed_is_that_of_the_training_too(recipe: tuple[str, str, str]) -> N
         ({}, ("window", "cosine_and_magnitude", 0.0, 8)),
         ({"search": "greedy", "shortlist": 2}, ("greedy", "cosine", 0.0, 2)),
         ({"preset": "uidl", "repeated": 0.5}, ("window", "cosine_and_magnitude", 0.5, 8)),
-        ({"preset": "single-blocks"}, ("one-shot", "kl", 1.0, 1)),
-        ({"preset": "single-blocks", "criterion": "cosine", "repeated": 0.0}, ("one-shot", "cosine", 0.0, 1)),
-        ({"preset": "single-blocks", "search": "window"}, ("window", "cosine_and_magnitude", 1.0, 8)),
-        ({"preset": "single-blocks", "search": "window", "criterion": "kl", "shortlist": 3}, ("window", "kl", 1.0, 3)),
+        ({"preset": "two-windows"}, ("disjoint", "cosine_and_magnitude", 1.0, 8)),
+        ({"preset": "two-windows", "criterion": "cosine", "repeated": 0.0}, ("disjoint", "cosine", 0.0, 8)),
+        ({"preset": "two-windows", "search": "window"}, ("window", "cosine_and_magnitude", 1.0, 8)),
+        ({"preset": "two-windows", "search": "window", "criterion": "kl", "shortlist": 3}, ("window", "kl", 1.0, 3)),
     ],
 )
 def test_how_blocks_are_found_is_said_by_the_preset_where_nothing_else_is(asked: Any, found: tuple[Any, ...]) -> None:

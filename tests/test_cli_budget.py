@@ -116,7 +116,7 @@ def test_what_was_planned_is_gone_on_with_as_it_was_said(
         (["--preset", "ghosted"], "The preset 'ghosted' trains nothing, so that a budget decides nothing"),
         (["--preset", "uidl", "--heal", "lora"], "--budget does the recipe 'uidl', and plans what --heal would say"),
         (
-            ["--preset", "single-blocks", "--remove", "parameters:0.2"],
+            ["--preset", "two-windows", "--remove", "parameters:0.2"],
             "Search for a window otherwise, as the preset best",
         ),
         (["--epochs", "1"], "plans what --epochs would say"),
@@ -144,7 +144,7 @@ def test_what_does_not_go_with_a_budget_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["best", "single-blocks"])
+@pytest.mark.parametrize("name", ["best", "two-windows"])
 def test_the_recipe_may_be_named(name: str, command: Command) -> None:
     code, out, err = command("--budget", "1h", "--preset", name, "--dry-run")
     assert code == 0 and f": {name}, trained on " in out and f"--preset {name} " in out, err

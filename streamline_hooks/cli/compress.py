@@ -58,7 +58,7 @@ def compress(
         typer.Option(
             metavar="NAME",
             help="A whole recipe instead of --kind, --train and --heal, which says --search, --criterion, --repeated "
-            "and --shortlist too where they are left out: best, iterative (the same in two rounds), single-blocks, or "
+            "and --shortlist too where they are left out: best, iterative (the same in two rounds), two-windows, or "
             "as it was published, llm-streamline-ffn, llm-streamline-layer, replaceme, linearpatch, ghosted, "
             "prune-and-comp, uidl.",
         ),

@@ -15,11 +15,11 @@ from streamline_hooks.selection import require_search, usual_criterion
 from streamline_hooks.stack import find_stack
 from streamline_hooks.testing import tiny_model
 
-# From benchmarks/results/quality_generation.md, and from the papers and repositories that the presets name: loss, rate, decay,
-# betas, warm-up, last rate, clip.
+# From benchmarks/results/quality_generation.md, and from the papers and repositories that the presets name: loss, rate,
+# decay, betas, warm-up, last rate, clip.
 PUBLISHED: dict[str, tuple[Any, ...]] = {
     "best": ("kl + lm", 3e-4, 0.01, (0.9, 0.95), 0.05, 1.5e-5, 1.0),
-    "single-blocks": ("kl + lm", 3e-4, 0.01, (0.9, 0.95), 0.05, 1.5e-5, 1.0),
+    "two-windows": ("kl + lm", 3e-4, 0.01, (0.9, 0.95), 0.05, 1.5e-5, 1.0),
     "llm-streamline-ffn": ("mse", 2e-4, 1e-3, (0.9, 0.95), 0.03, 5e-6, 1.0),
     "llm-streamline-layer": ("mse", 2e-4, 1e-3, (0.9, 0.999), 0.01, 5e-5, 5.0),
     "uidl": ("lm", 3e-4, 0.0, (0.9, 0.999), 100 / 5000, 0.0, 1.0),
@@ -54,7 +54,10 @@ def test_what_a_preset_searches_for_can_be_searched(name: str) -> None:
     preset = preset_named(name)
     require_search(preset.search, preset.criterion or usual_criterion(preset.search), 0.25)
     found = (preset.search, preset.criterion, preset.repeated, preset.shortlist)
-    ours = {"single-blocks": ("one-shot", "kl", 1.0, 1), **dict.fromkeys(("best", "iterative"), ("window", "", 1.0, 8))}
+    ours = {
+        "two-windows": ("disjoint", "cosine_and_magnitude", 1.0, 8),
+        **dict.fromkeys(("best", "iterative"), ("window", "", 1.0, 8)),
+    }
     assert found == ours.get(name, ("window", "", 0.0, 8))
 
 
@@ -68,7 +71,7 @@ def test_the_others_train_nothing(name: str) -> None:
 def test_every_preset_has_a_kind_and_a_source(name: str) -> None:
     preset = PRESETS[name]
     assert kind_named(preset.kind).name == preset.kind
-    assert "arXiv" in preset.source or name in ("none", "best", "single-blocks")
+    assert "arXiv" in preset.source or name in ("none", "best", "two-windows")
 
 
 @pytest.mark.parametrize(("type_", "layers"), [("llama", 3), ("gpt2", 2), ("opt", 2), ("gpt_neox", 2)])
@@ -83,5 +86,5 @@ def test_uidl_puts_adapters_of_rank_64_on_the_mlps_alone(type_: str, layers: int
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(StreamlineError, match="The preset 'worst' is unknown. Known: best, single-blocks, iterative, "):
+    with pytest.raises(StreamlineError, match="The preset 'worst' is unknown. Known: best, two-windows, iterative, "):
         preset_named("worst")
