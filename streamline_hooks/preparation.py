@@ -234,6 +234,11 @@ def prepare_compression(
         slots=slots_of(chosen, search, parts),
         say=say,
     )
+    if search == "disjoint" and (shortest := min(map(len, candidates))) < parts:
+        raise StreamlineError(
+            f"{target} comes to {shortest} of {len(found)} blocks, which cannot be in {parts} windows. Remove more, or "
+            "ask for fewer windows (parts), or for one (search window)."
+        )
     if given:
         if repeated:
             raise StreamlineError(

@@ -242,9 +242,13 @@ def test_compress_on_packed_text(
     assert code == 0, err
     assert "calibration 640, validation 192, test 192 tokens in packed rows of 64" in out, out.splitlines()[3]
     assert 0 < len(read) < len(story_texts)
-    preset = ["--preset", "two-windows", "--overwrite", "--keep", "-1"]
+    preset = ["--preset", "best", "--overwrite", "--keep", "-1"]
     code, out, err = run(["compress", stories_folder, "-c", file, *options, *preset], monkeypatch, capsys)
-    assert code == 0 and "repeated   nothing, in packed rows, of what --preset two-windows would say twice" in out, err
+    assert code == 0 and "repeated   nothing, in packed rows, of what --preset best would say twice" in out, err
+    apart = [*options, "--preset", "two-windows", "--overwrite"]
+    code, _, err = run(["compress", stories_folder, "-c", file, *apart], monkeypatch, capsys)
+    assert code == 2 and "1 comes to 1 of 5 blocks, which cannot be in 2 windows" in " ".join(err.split())
+    assert "profile" not in err, "it was told after a pass"
     again = [*options, *preset, "--repeated", "0.25"]
     code, _, err = run(["compress", stories_folder, "-c", file, *again], monkeypatch, capsys)
     assert code == 2 and "Leave the repeated passages out (repeated=0), or give documents" in " ".join(err.split())

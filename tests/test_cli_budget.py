@@ -146,7 +146,7 @@ def test_what_does_not_go_with_a_budget_is_refused(
 
 @pytest.mark.parametrize("name", ["best", "two-windows"])
 def test_the_recipe_may_be_named(name: str, command: Command) -> None:
-    code, out, err = command("--budget", "1h", "--preset", name, "--dry-run")
+    code, out, err = command("--budget", "1h", "--preset", name, "--dry-run", "--remove", 2)
     assert code == 0 and f": {name}, trained on " in out and f"--preset {name} " in out, err
 
 
