@@ -195,16 +195,14 @@ class Bench:
         yield TaughtStates(student.start, compared, True, found)
 
 
-def choose(
-    model: Any, text: TrainingText, size: int, shortlist: int = SHORTLIST, asked: TrainingText | None = None
-) -> range:
-    """The window that is repaired best in closed form, by KL on the validation text, or on that of another text."""
-    few, asked = text.train[: CHOOSING // text.train.shape[1]], asked or text
+def choose(model: Any, text: TrainingText, size: int) -> range:
+    """The window that is repaired best in closed form, by KL on the validation text."""
+    few = text.train[: CHOOSING // text.train.shape[1]]
     length = len(find_stack(model))
-    measured = profile(model, batches_of(asked.train[: len(few)], 4))
-    problem = SearchProblem(windows(length, size), length, usual_criterion("window"), best=shortlist, profile=measured)
+    measured = profile(model, batches_of(few, 4))
+    problem = SearchProblem(windows(length, size), length, usual_criterion("window"), best=SHORTLIST, profile=measured)
     fit, held_out = held_out_apart(few)
-    parts = (batches_of(part, 4) for part in (fit, held_out, asked.validation))
+    parts = (batches_of(part, 4) for part in (fit, held_out, text.validation))
     return verified(model, find_selections("window", problem), *parts)[0].windows[0]
 
 
