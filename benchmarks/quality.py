@@ -65,7 +65,11 @@ class Recipe:
 BEST = replace(PRESETS["best"].training or Training(), learning_rate=1e-3)
 OURS = replace(BEST, objective=Objective())
 RECIPES: dict[str, Recipe] = {
-    **{name: Recipe(p.kind, p.training, p.healing) for name, p in PRESETS.items() if p.search == "window"},
+    **{
+        name: Recipe(preset.kind, preset.training, preset.healing)
+        for name, preset in PRESETS.items()
+        if (preset.search, preset.rounds) == ("window", 1)
+    },
     "best": Recipe(PRESETS["best"].kind, BEST, PRESETS["best"].healing),
     "linear": Recipe("linear"),
     "folded": Recipe("folded"),

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from benchmarks.generation_numbers import mean_of, summary
 from benchmarks.generation_scores import Generation
-from benchmarks.quality import CHOOSING, STARTING
+from benchmarks.quality import CHOOSING, SHORTLIST, STARTING
 from benchmarks.quality_scores import Quality, write
 from benchmarks.real_text import RESULTS, ROOT, SEQUENCE, arguments
 from benchmarks.short_answers import fast_products, products
@@ -55,7 +55,6 @@ from streamline_hooks.repair import (
     train,
 )
 from streamline_hooks.selection import SearchProblem, find_selections, usual_criterion, windows
-from streamline_hooks.selection.criteria import criterion_named
 from streamline_hooks.selection.search import Selection, verified
 from streamline_hooks.selection.search.selected import runs
 from streamline_hooks.stack import find_stack
@@ -91,8 +90,6 @@ class Recipe:
         See `compress_iteratively`, which chooses each round's blocks itself, in the weights' precision.
     search, criterion : str
         How the blocks that go are found, as in `compress`; an empty criterion for what is usual there.
-    shortlist : int
-        Of so many selections that which is best once it is repaired in closed form.
     repeated : float
         The share of the sequences, of the text that the blocks are chosen on, whose second half repeats the first, see
         `with_repeated_passages`.
@@ -108,7 +105,6 @@ class Recipe:
     rounds: int = 1
     search: str = BEST.search
     criterion: str = BEST.criterion
-    shortlist: int = BEST.shortlist
     repeated: float = BEST.repeated
     learning_rate: float = SETTINGS.learning_rate
 
@@ -123,7 +119,6 @@ _TWO_WINDOWS = Recipe(
     _TWO.kind,
     search=_TWO.search,
     criterion=_TWO.criterion,
-    shortlist=_TWO.shortlist,
     repeated=_TWO.repeated,
 )
 _PLAIN: dict[str, Any] = {"kind": "none", "objective": "", "healing": None}
@@ -261,34 +256,33 @@ class Bench:
 
     def windows(self, removed: int, recipe: Recipe) -> tuple[range, ...]:
         """The blocks that go, chosen once for a number of them, a search and a kind of text."""
-        name = f"{recipe.search}" + (f", {recipe.repeated:.0%} repeated" if recipe.repeated else "")
+        by = f" by {recipe.criterion}" if recipe.criterion else ""
+        name = f"{recipe.search}{by}" + (f", {recipe.repeated:.0%} repeated" if recipe.repeated else "")
         if f"{removed}, {name}" not in self.content["blocks"]:
             chosen = {f"{count}, {name}": blocks for count, blocks in self.searched(recipe)}
             self.change(lambda content: content["blocks"].update(chosen))
         return runs(self.content["blocks"][f"{removed}, {name}"])
 
     def searched(self, recipe: Recipe) -> Iterator[tuple[int, list[int]]]:
-        """Each number of blocks, with those that go."""
+        """Each number of blocks, with those that go: the best of a shortlist, each repaired in closed form."""
         text = training_text(self.options.data, self.tokenizer, 100_000)
         few = len(text.train) * CHOOSING // text.train.numel()
         asked, length = with_repeats(text, recipe.repeated), len(self.stack)
         ranked = batches_of(asked.train[:few], 4)
         parts = (*held_out_apart(text.train[:few]), asked.validation)
         criterion = recipe.criterion or usual_criterion(recipe.search)
-        measured = profile(self.model, ranked) if criterion_named(criterion).needs == "profile" else None
+        measured = profile(self.model, ranked)
         for count in SIZES:
             problem = SearchProblem(
                 windows(length, count),
                 length,
                 criterion,
-                best=recipe.shortlist,
+                best=SHORTLIST,
                 profile=measured,
-                model=self.model,
-                batches=ranked,
             )
-            found = find_selections(recipe.search, problem)
-            if recipe.shortlist > 1:
-                found = list(verified(self.model, found, *(batches_of(part, 4) for part in parts)))
+            found = verified(
+                self.model, find_selections(recipe.search, problem), *(batches_of(part, 4) for part in parts)
+            )
             yield count, sorted(found[0].blocks)
 
     def row(self, run: Run) -> None:
@@ -329,7 +323,6 @@ class Bench:
             kind=recipe.kind,
             search=recipe.search,
             criterion=recipe.criterion or None,
-            shortlist=recipe.shortlist,
             repeated=recipe.repeated,
             healing=recipe.healing,
             fitting_tokens=round(recipe.rounds * STARTING * len(text.train)) * SEQUENCE,

@@ -254,6 +254,8 @@ def compress(
         require_writes(model, asked_for, training.on_policy, ready.training)
     for line in ready.announcement(search, named.name, shortlist):
         say(line)
+    if repeated and profile is not None:
+        say("repeated   where the shortlist is judged; it is made by the profile that was given, on the text of that")
     path = ready.stack.path
     with clock("rank"):
         measured = profile or measure_profile(model, ready.calibration, keep=ready.protected, stack=path)

@@ -162,7 +162,7 @@ def _begun(model: Any, prompts: Mapping[str, Tensor], samples: int) -> dict[str,
 def _goes_on(model: Any, prompts: Mapping[str, Tensor], name: str) -> bool:
     """Whether the two most unlike prompts end with the same logits, from a cache and from their beginning.
 
-    Tried in the precision of the weights, whatever autocast is on: rounding has no part in what is asked.
+    Tried in the precision of the weights, whatever autocast is on, so that as little as may be is rounding.
     """
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 

@@ -17,7 +17,7 @@ from streamline_hooks.checkpoint import require_free, save
 from streamline_hooks.compress import compress
 from streamline_hooks.distributed import Together, here
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.preparation import are_batches, require_writable
+from streamline_hooks.preparation import are_batches, require_parts, require_writable
 from streamline_hooks.repair import Training, kind_named
 from streamline_hooks.result import CompressionResult
 from streamline_hooks.run_figures import Clock
@@ -109,6 +109,8 @@ def compress_iteratively(
     work = Together("compress_iteratively", here())
     found = find_stack(model, options.get("stack"))
     counts = blocks_by_round(len(found), remove, rounds)
+    if options.get("search") == "disjoint":
+        require_parts(min(counts), options.get("parts", 2))
     if output is not None:
         work.of_first(lambda: require_free(output, overwrite))
         require_writable(found, kind_named(options.get("kind", "linear")), range(counts[0]))

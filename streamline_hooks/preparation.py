@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -25,6 +26,7 @@ from streamline_hooks.evaluation.cost import Cost
 from streamline_hooks.evaluation.pace import measure_pace
 from streamline_hooks.repair import Healing, Kind, StandInSize, Training, kind_named
 from streamline_hooks.repair.fitting import holds_map
+from streamline_hooks.repair.rollouts import require_writes
 from streamline_hooks.repair.stand_in import is_spliced
 from streamline_hooks.repair.writing_cost import writing_cost
 from streamline_hooks.replacements import replacement_config
@@ -137,7 +139,7 @@ class Preparation:
         healing : Healing, optional
             Beside it.
         rounds : int
-            That share the text to calibrate on, where this is the first of them: no later one costs more.
+            That share the text to calibrate on, where this is the first of them; the others are taken to cost as much.
 
         Raises
         ------
@@ -156,7 +158,7 @@ class Preparation:
         trained = []
         if training is not None:
             cost = pace.train(
-                self.training,
+                self.training[: math.ceil(len(self.training) / rounds)],
                 self.validation,
                 self.candidates,
                 epochs=training.epochs,
@@ -165,8 +167,9 @@ class Preparation:
                 replacement=module,
                 healed=healing is not None,
             )
-            trained.append(cost)
+            trained.append(cost * rounds)
             if training.on_policy is not None:
+                require_writes(self.stack.model, self.task, training.on_policy, self.training)
                 trained.append(writing_cost(self.stack.model, self.training, training, pace))
         found = [
             *([] if profiled else [pace.rank(self.calibration)]),
@@ -234,16 +237,13 @@ def prepare_compression(
         slots=slots_of(chosen, search, parts),
         say=say,
     )
-    if search == "disjoint" and (shortest := min(map(len, candidates))) < parts:
-        raise StreamlineError(
-            f"{target} comes to {shortest} of {len(found)} blocks, which cannot be in {parts} windows. Remove more, or "
-            "ask for fewer windows (parts), or for one (search window)."
-        )
+    if search == "disjoint":
+        require_parts(min(map(len, candidates)), parts)
     if given:
         if repeated:
             raise StreamlineError(
                 f"repeated={repeated:g} is a share of the sequences of a text, and batches were given. Leave it out "
-                "(repeated=0)."
+                "(repeated=0; of a preset, {**preset.arguments, 'repeated': 0.0})."
             )
         if fitting_tokens is not None:
             raise StreamlineError(
@@ -270,6 +270,15 @@ def prepare_compression(
     else:
         batches = [batches_of(part, batch_size) for part in ids]
     return Preparation(found, chosen, target, candidates, protected, dealt, task, *batches)
+
+
+def require_parts(blocks: int, parts: int) -> None:
+    """Raise if so few blocks cannot be in so many windows."""
+    if blocks < parts:
+        raise StreamlineError(
+            f"{blocks} block{'s' * (blocks > 1)} cannot be in {parts} windows. Remove more, at a time if it is in "
+            "rounds, or ask for fewer windows (parts), or for one (search window)."
+        )
 
 
 def require_writable(stack: BlockStack, kind: Kind, window: range) -> None:

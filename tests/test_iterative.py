@@ -12,11 +12,13 @@ import torch
 
 from streamline_hooks import StreamlineError, compress_iteratively, iterative, load
 from streamline_hooks.calibration import TokenSplit
+from streamline_hooks.preparation import prepare_compression
 from streamline_hooks.repair import Objective, Training, training_loop
 from streamline_hooks.report import write_report
 from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery import SurgeryPlan
 from streamline_hooks.surgery.plan import Slot, Splice
+from streamline_hooks.task import Task
 from streamline_hooks.testing import tiny_model
 
 QUICK = Training(Objective.parse("kl + lm"), learning_rate=3e-3, validations=2)
@@ -192,6 +194,7 @@ def test_a_round_that_was_broken_off_goes_on_to_the_same_weights(
             {"rounds": 2, "remove": 2, "training": replace(QUICK, objective=Objective(kl=0.0, mse=1.0))},
             r"The objective mse compares states behind windows, which the original has elsewhere",
         ),
+        ({"rounds": 2, "remove": 3, "search": "disjoint"}, r"1 block cannot be in 2 windows. Remove more, at a time"),
         ({"rounds": 7, "remove": 7}, r"12 calibration batches were given for 7 rounds, which need two each at least"),
     ],
 )
@@ -200,6 +203,26 @@ def test_what_does_not_fit_is_refused_before_anything_is_removed(options: dict[s
     with pytest.raises(StreamlineError, match=said):
         compress_iteratively(model, None, PARTS, **{"training": QUICK, **OPTIONS, **options})
     assert len(find_stack(model)) == 8
+
+
+def test_what_rounds_cost_has_the_copy_that_teaches_and_each_round_s_looks() -> None:
+    def costs(rounds: int) -> dict[str, Any]:
+        ready = prepare_compression(
+            tiny_model("llama"), None, PARTS, task=Task("causal-lm"), remove=1, kind="linear", search="window", parts=2,
+            keep=(), batch_size=2, stack=None, say=print,
+        )  # fmt: skip
+        found = ready.costs(2, training=QUICK, rounds=rounds)
+        return {cost.what.partition(",")[0].split()[0]: cost for cost in found}
+
+    once, twice = costs(1), costs(2)
+    size = sum(p.numel() * p.element_size() for p in tiny_model("llama").parameters())
+    assert {name: cost.bytes - once[name].bytes for name, cost in twice.items() if name != "train"} == {
+        name: size for name in once if name != "train"
+    }
+    assert {name: cost.tokens / once[name].tokens for name, cost in twice.items()} == {
+        "rank": 1.0, "fit": 1.0, "judge": 2.0, "train": 1.0, "perplexity": 2.0,
+    }  # fmt: skip
+    assert twice["train"].what == "train, 2 times"
 
 
 def test_sequences_are_dealt_to_the_rounds_with_their_positions() -> None:

@@ -57,9 +57,9 @@ def compress(
         str,
         typer.Option(
             metavar="NAME",
-            help="A whole recipe instead of --kind, --train and --heal, which says --search, --criterion, --repeated "
-            "and --shortlist too where they are left out: best, iterative (the same in two rounds), two-windows, or "
-            "as it was published, llm-streamline-ffn, llm-streamline-layer, replaceme, linearpatch, ghosted, "
+            help="A whole recipe instead of --kind, --train and --heal, which says --search, --criterion and "
+            "--repeated too where they are left out: best, iterative (the same in two rounds), two-windows, or as it "
+            "was published, llm-streamline-ffn, llm-streamline-layer, replaceme, linearpatch, ghosted, "
             "prune-and-comp, uidl.",
         ),
     ] = "",
@@ -109,7 +109,10 @@ def compress(
     validations: Annotated[
         int, typer.Option(help="How often the training looks at the validation text, to keep its best weights.", min=1)
     ] = VALIDATIONS,
-    learning_rate: Annotated[float, typer.Option(help="The highest of the training.", min=0)] = LEARNING_RATE,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="The highest of the training.", min=0, show_default=f"{LEARNING_RATE}, or the preset's"),
+    ] = None,
     autocast: Annotated[bool, typer.Option("--autocast", help="Train with products in bfloat16.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a training that was interrupted: give all else as before.")
@@ -166,10 +169,7 @@ def compress(
     test_examples: Annotated[int, typer.Option(help="Images or pairs to measure the result on.", min=1)] = 256,
     sequence_length: SequenceLength = 512,
     batch_size: BatchSize = 4,
-    shortlist: Annotated[
-        int | None,
-        typer.Option(help="Selections that are fitted and judged by KL.", min=1, show_default="8, or the preset's"),
-    ] = None,
+    shortlist: Annotated[int, typer.Option(help="Selections that are fitted and judged by KL.", min=1)] = 8,
     seed: Seed = 0,
     stack: Stack = None,
     task_name: TaskName = "",
@@ -212,7 +212,7 @@ def compress(
     from streamline_hooks.distributed import together
     from streamline_hooks.iterative import blocks_by_round, compress_iteratively
     from streamline_hooks.planning.duration import parse_duration
-    from streamline_hooks.preparation import prepare_compression
+    from streamline_hooks.preparation import prepare_compression, require_parts
     from streamline_hooks.repair import kind_named
     from streamline_hooks.selection import Target, criterion_named, require_search
     from streamline_hooks.stack import find_stack
@@ -228,7 +228,7 @@ def compress(
             preset = preset or PRESET
         asked_for = Asked(
             kind, preset, objective, heal, on_policy, rounds, epochs, validations, learning_rate, autocast, search,
-            criterion, repeated, shortlist,
+            criterion, repeated,
         )  # fmt: skip
         recipe = asked_for.recipe(seed)
         kind, training, healing, times = recipe.kind, recipe.training, recipe.healing, recipe.rounds
@@ -250,6 +250,8 @@ def compress(
             given = {"--pack": pack, "--memory": memory, "--budget": budget}
             option = sources.unusual or next(name for name, wanted in given.items() if wanted)
             raise StreamlineError(f"{option} is for models that write, and {model} is for {task}.")
+        if training is not None:
+            training.objective.require_task(task)
         if repeated is None and recipe.repeated and (pack or not task.is_of_text):
             where = "packed rows" if pack else f"what a model for {task} is given"
             say(f"repeated   nothing, in {where}, of what --preset {preset} would say twice")
@@ -287,7 +289,7 @@ def compress(
         }
         if most is not None and not only_whole(bool(memory), say, **whole):
             asked: dict[str, Any] = {"remove": target, "kind": kind, "criterion": criterion, "keep": blocks, **split}
-            asked |= {"batch_size": batch_size, "shortlist": recipe.shortlist, "stack": stack, "overwrite": overwrite}
+            asked |= {"batch_size": batch_size, "shortlist": shortlist, "stack": stack, "overwrite": overwrite}
             made = compress_block_by_block(model, text_for, output, most, dry_run=dry_run, say=say, **asked)
             if made is not None:
                 for line in ("", made.table(), write_page(output, made.title, compression=made.report())):
@@ -297,6 +299,8 @@ def compress(
         if times > 1:
             by_round = blocks_by_round(len(find_stack(loaded, stack)), target, times)
             say(f"rounds     {times}, of {', '.join(map(str, by_round))} blocks")
+            if search == "disjoint":
+                require_parts(min(by_round), parts)
             if profile is not None:
                 raise StreamlineError(f"--profile goes with one round; each of {times} makes a profile of its own.")
         if sources.written:
@@ -341,7 +345,7 @@ def compress(
                 validation_tokens=given_or_none(context, "validation_tokens"),
                 test_tokens=given_or_none(context, "test_tokens"),
                 batch_size=given_or_none(context, "batch_size") or 1,
-                shortlist=recipe.shortlist,
+                shortlist=shortlist,
                 seed=seed,
                 output=output,
             )
@@ -355,7 +359,7 @@ def compress(
         if dry_run and speaks:
             ready = prepare_compression(loaded, tokenizer, text, test_documents=apart, **shared)
             ready.require_writable()
-            for line in ready.announcement(search, criterion, recipe.shortlist):
+            for line in ready.announcement(search, criterion, shortlist):
                 typer.echo(line)
             if not task.is_of_text:
                 typer.echo("What this costs is not known beforehand for such a model.")
@@ -363,13 +367,12 @@ def compress(
             if times > 1:
                 first = {**shared, "remove": blocks_by_round(len(ready.stack), target, times)[0]}
                 ready = prepare_compression(loaded, tokenizer, text, test_documents=apart, **first)
-            costs = ready.costs(recipe.shortlist, profile is not None, training, healing, times)
+            costs = ready.costs(shortlist, profile is not None, training, healing, times)
             typer.echo("")
             for cost in costs:
                 typer.echo(str(cost))
             seconds, most = sum(cost.seconds for cost in costs), max(cost.bytes for cost in costs)
-            about = "in all about" if times == 1 and not (training and training.on_policy) else "in all at most about"
-            typer.echo(f"{about} {seconds:.0f} s, at most {most / 1e9:.2f} GB above the model")
+            typer.echo(f"in all about {seconds:.0f} s, at most {most / 1e9:.2f} GB above the model")
             if search not in ("window", "disjoint", "one-shot", "mixed") or criterion_named(criterion).needs == "model":
                 typer.echo(
                     f"The {search} search by {criterion} runs the model besides; its own bars say what that costs."
@@ -387,7 +390,7 @@ def compress(
             criterion=criterion,
             profile=profile,
             test_texts=apart,
-            shortlist=recipe.shortlist,
+            shortlist=shortlist,
             output=output,
             overwrite=overwrite,
             **shared,

@@ -10,7 +10,7 @@ from streamline_hooks.errors import StreamlineError
 if TYPE_CHECKING:
     from streamline_hooks.repair import Healing, Preset, Training
 
-LEARNING_RATE, VALIDATIONS, SHORTLIST, _KIND = 1e-3, 8, 8, "linear"
+LEARNING_RATE, VALIDATIONS, _KIND = 1e-3, 8, "linear"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,6 @@ class Recipe:
     search: str
     criterion: str
     repeated: float
-    shortlist: int
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,11 @@ class Asked:
     rounds: int | None = None
     epochs: int = 1
     validations: int = VALIDATIONS
-    learning_rate: float = LEARNING_RATE
+    learning_rate: float | None = None
     autocast: bool = False
     search: str = ""
     criterion: str = ""
     repeated: float | None = None
-    shortlist: int | None = None
 
     def recipe(self, seed: int) -> Recipe:
         """What they come to; how blocks are found is the preset's where nothing else was said.
@@ -61,14 +59,15 @@ class Asked:
             healing = Healing.parse(self.heal) if self.heal else None
             training = None
             if self.objective:
-                training = Training(objective=Objective.parse(self.objective), learning_rate=self.learning_rate)
+                rate = LEARNING_RATE if self.learning_rate is None else self.learning_rate
+                training = Training(objective=Objective.parse(self.objective), learning_rate=rate)
             return self._found(Preset("", self.kind, "", training, healing), seed)
         chosen = preset_named(self.preset)
         decided = {
             "--kind": self.kind != _KIND,
             "--train": self.objective,
             "--heal": self.heal,
-            "--learning-rate": self.learning_rate != LEARNING_RATE,
+            "--learning-rate": self.learning_rate is not None,
             "--rounds": self.rounds is not None and chosen.rounds != 1,
         }
         if said := [name for name, there in decided.items() if there]:
@@ -91,7 +90,6 @@ class Asked:
             search,
             self.criterion or own or usual_criterion(search),
             chosen.repeated if self.repeated is None else self.repeated,
-            (chosen.shortlist if search == chosen.search else SHORTLIST) if self.shortlist is None else self.shortlist,
         )
 
     def _of(self, training: Training, seed: int) -> Training:
@@ -116,7 +114,7 @@ class Asked:
             f"--rounds {self.rounds}": self.rounds not in (None, 1),
             "--epochs": self.epochs != 1,
             "--validations": self.validations != VALIDATIONS,
-            "--learning-rate": self.learning_rate != LEARNING_RATE,
+            "--learning-rate": self.learning_rate is not None,
             "--autocast": self.autocast,
         }
         if missing and (said := [name for name, there in of_training.items() if there]):

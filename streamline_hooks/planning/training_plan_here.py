@@ -56,7 +56,7 @@ def plan_training(
     validation_tokens: int | None = None,
     test_tokens: int | None = None,
     batch_size: int = 1,
-    shortlist: int | None = None,
+    shortlist: int = 8,
     seed: int = 0,
     stack: str | None = None,
     output: str | Path | None = None,
@@ -84,8 +84,8 @@ def plan_training(
         By default they follow from the budget.
     batch_size : int
         Sequences a step.
-    shortlist : int, optional
-        By default the preset's.
+    shortlist : int
+        Selections that are fitted and judged.
     output : str or Path, optional
         Where the model is going to be saved.
     say : callable
@@ -119,7 +119,7 @@ def plan_training(
         validation_tokens,
         test_tokens,
         kept,
-        shortlist=chosen.shortlist if shortlist is None else shortlist,
+        shortlist=shortlist,
     )
     least = given.sizes(max(4, -(-_SAMPLE // sequence_length), _STEPS * batch_size))
     split: dict[str, Any] = {"seed": seed, "sequence_length": sequence_length, "test_documents": test_texts}
@@ -136,6 +136,7 @@ def plan_training(
         batch_size=batch_size,
         stack=stack,
         say=say,
+        repeated=chosen.repeated,
         **split,
         **_tokens(least),
     )
@@ -197,7 +198,9 @@ def _paces(
 
     ranking, measured = timed(lambda: profile(model, ready.calibration, keep=ready.protected, stack=stack))
     # Which are likely, a criterion of the profile tells for nothing, and how many windows they have.
-    asked = ready.question(criterion=usual_criterion(preset.search), profile=measured, best=shortlist, parts=_PARTS)
+    known = "" if preset.criterion in RUN_FOR_EACH else preset.criterion
+    criterion = known or usual_criterion(preset.search)
+    asked = ready.question(criterion=criterion, profile=measured, best=shortlist, parts=_PARTS)
     selections = find_selections(preset.search, asked)
     windows = selections[0].windows
     firsts = [selection.windows[0] for selection in selections]

@@ -33,8 +33,6 @@ class Preset:
         How the blocks that go are found, as in `compress`; an empty criterion for what is usual there.
     repeated : float
         The share of the text for the choice of blocks that says a passage twice, as in `compress`.
-    shortlist : int
-        How many selections are fitted and judged.
     """
 
     name: str
@@ -46,11 +44,12 @@ class Preset:
     search: str = "window"
     criterion: str = ""
     repeated: float = 0.0
-    shortlist: int = 8
 
     @property
     def arguments(self) -> dict[str, Any]:
         """What `compress` is to be given for it, or `compress_iteratively` with the rounds besides.
+
+        Batches and packed text have no passages to be repeated: give ``{**arguments, "repeated": 0.0}`` with them.
 
         Examples
         --------
@@ -64,7 +63,6 @@ class Preset:
             "search": self.search,
             "criterion": self.criterion or None,
             "repeated": self.repeated,
-            "shortlist": self.shortlist,
         }
 
 

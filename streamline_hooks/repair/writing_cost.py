@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import ceil
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ def writing_cost(
     """Of writing all texts as long as they may become, and of what the original says of them.
 
     The steps themselves take the place of others, and count there. A few tokens are written here, by the model as it
-    is: what will write is smaller.
+    is, though what will write is smaller, and with no text at its end.
 
     Parameters
     ----------
@@ -55,7 +56,7 @@ def writing_cost(
     >>> own = Training(on_policy=OnPolicy(share=0.5, prompt=4, shortest=4, longest=20))
     >>> cost = writing_cost(model, text, own, measure_pace(model, text[0]))
     >>> print(cost.what, cost.tokens)  # 4 steps, of 2 texts of 20 tokens
-    write own text 160
+    write own text, at most 160
     """
     own = cast(OnPolicy, training.on_policy)
     steps = training.epochs * ceil(len(batches) / training.accumulation)
@@ -65,7 +66,7 @@ def writing_cost(
     def seconds(new_tokens: int) -> float:
         wait_for(model)
         began = clock()
-        with seeded(device_of(model), "writing cost"):
+        with _endless(model), seeded(device_of(model), "writing cost"):
             written_on(model, None, prompts, new_tokens=new_tokens, sampling={"temperature": own.temperature})
         wait_for(model)
         return clock() - began
@@ -77,5 +78,19 @@ def writing_cost(
     taught = places * (pace.before + sum(pace.blocks))
     kept = 2 * places * len(pace.blocks) * pace.features * pace.state_size  # keys and values, at the most
     return Cost(
-        "write own text", due * len(prompts) * own.longest, due * (first + each * (own.longest - 1) + taught), kept
+        "write own text, at most",
+        due * len(prompts) * own.longest,
+        due * (first + each * (own.longest - 1) + taught),
+        kept,
     )
+
+
+@contextmanager
+def _endless(model: nn.Module) -> Iterator[None]:
+    """Let no token end a text."""
+    configured: Any = model.generation_config
+    ends, configured.eos_token_id = configured.eos_token_id, None
+    try:
+        yield
+    finally:
+        configured.eos_token_id = ends

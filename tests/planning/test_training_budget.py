@@ -224,6 +224,24 @@ def test_the_whole_search_of_a_preset_is_planned_for(
     assert (plans["kl"].arguments["repeated"], plans["kl"].arguments["shortlist"]) == (1.0, 2)
 
 
+@pytest.mark.parametrize("repeated", [0.0, 1.0])
+def test_the_window_whose_training_is_timed_is_chosen_on_the_text_of_the_preset(
+    repeated: float, story_model: tuple[Any, Any], story_texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one may have twice as many blocks behind it to be healed."""
+    ranked: list[torch.Tensor] = []
+    made = training_plan_here.profile
+
+    def profile(model: Any, batches: Any, **options: Any) -> Any:
+        ranked.extend(batch["input_ids"] for batch in batches)
+        return made(model, batches, **options)
+
+    monkeypatch.setattr(training_plan_here, "profile", profile)
+    plan = plan_training(*story_model, story_texts, 3600.0, preset=replace(BEST, repeated=repeated), **SMALL)
+    alike = [bool(torch.equal(ids[:, :32], ids[:, 32:])) for ids in ranked]
+    assert ranked and set(alike) == {repeated == 1.0} and plan.arguments["repeated"] == repeated
+
+
 def test_the_last_block_stays_where_blocks_behind_the_window_are_healed(
     story_model: tuple[Any, Any], story_texts: list[str]
 ) -> None:

@@ -27,13 +27,15 @@ BATCHES = [tokens(2, 24, seed=k) for k in range(5)]
 def test_the_writing_takes_what_it_was_told_to(own: OnPolicy, training: dict[str, Any]) -> None:
     model: Any = tiny_model("llama")
     clock = FakeClock()
-    model.generation_config.eos_token_id = None  # no text is shorter than it may be
+    ends = model.generation_config.eos_token_id = list(range(model.config.vocab_size))  # of each text at once
     clock.charge(model.lm_head, 5.0)
     for k, block in enumerate(model.model.layers):
         clock.charge(block.mlp, k + 1.0)
     settings = Training(on_policy=own, **training)
     cost = writing_cost(model, BATCHES, settings, measure_pace(model, BATCHES[0], clock=clock), clock=clock)
 
+    assert model.generation_config.eos_token_id is ends, "it is as it was"
+    model.generation_config.eos_token_id = None  # no text is shorter than it may be
     steps = settings.epochs * -(-len(BATCHES) // settings.accumulation)
     began, texts = clock(), 0
     for step in range(steps):
