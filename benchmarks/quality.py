@@ -61,16 +61,13 @@ class Recipe:
     healing: Healing | None = None
 
 
-# The rate of these rows, which are of ten times the text on which that of the preset was found since.
-BEST = replace(PRESETS["best"].training or Training(), learning_rate=1e-3)
-OURS = replace(BEST, objective=Objective())
+OURS = replace(PRESETS["best"].training or Training(), objective=Objective())
 RECIPES: dict[str, Recipe] = {
     **{
         name: Recipe(preset.kind, preset.training, preset.healing)
         for name, preset in PRESETS.items()
         if (preset.search, preset.rounds) == ("window", 1)
     },
-    "best": Recipe(PRESETS["best"].kind, BEST, PRESETS["best"].healing),
     "linear": Recipe("linear"),
     "folded": Recipe("folded"),
     "merged, mean": Recipe("merged:weight=0.1111"),

@@ -129,7 +129,7 @@ RECIPES: dict[str, Recipe] = {
     "warm start alone": Recipe(objective="", healing=None),
     "best": Recipe(),
     "chosen on prose": Recipe(repeated=0.0),
-    "at a rate of 0.001": Recipe(learning_rate=1e-3),
+    "at a lower rate": Recipe(learning_rate=3e-4),
     "two windows": _TWO_WINDOWS,
     "without healing": Recipe(healing=None),
     "without the warm start": Recipe(warm=False),

@@ -79,7 +79,7 @@ _BEST = Preset(
     "are chosen on text that says each passage twice, since those that prose needs least are those that copy "
     "(benchmarks/results/quality_generation.md). Where the text is unlike what the model is for, train the "
     "network alone by KL (kind swiglu, objective kl), which does not adapt the model to it.",
-    Training(objective=Objective(kl=1.0, lm=1.0), learning_rate=3e-4, weight_decay=0.01, warmup=0.05, floor=0.05),
+    Training(objective=Objective(kl=1.0, lm=1.0), learning_rate=1e-3, weight_decay=0.01, warmup=0.05, floor=0.05),
     Healing("partial", "after", rate=0.2),
     repeated=1.0,
 )

@@ -18,8 +18,8 @@ from streamline_hooks.testing import tiny_model
 # From benchmarks/results/quality_generation.md, and from the papers and repositories that the presets name: loss, rate,
 # decay, betas, warm-up, last rate, clip.
 PUBLISHED: dict[str, tuple[Any, ...]] = {
-    "best": ("kl + lm", 3e-4, 0.01, (0.9, 0.95), 0.05, 1.5e-5, 1.0),
-    "two-windows": ("kl + lm", 3e-4, 0.01, (0.9, 0.95), 0.05, 1.5e-5, 1.0),
+    "best": ("kl + lm", 1e-3, 0.01, (0.9, 0.95), 0.05, 5e-5, 1.0),
+    "two-windows": ("kl + lm", 1e-3, 0.01, (0.9, 0.95), 0.05, 5e-5, 1.0),
     "llm-streamline-ffn": ("mse", 2e-4, 1e-3, (0.9, 0.95), 0.03, 5e-6, 1.0),
     "llm-streamline-layer": ("mse", 2e-4, 1e-3, (0.9, 0.999), 0.01, 5e-5, 5.0),
     "uidl": ("lm", 3e-4, 0.0, (0.9, 0.999), 100 / 5000, 0.0, 1.0),
