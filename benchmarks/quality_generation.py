@@ -271,19 +271,12 @@ class Bench:
         ranked = batches_of(asked.train[:few], 4)
         parts = (*held_out_apart(text.train[:few]), asked.validation)
         criterion = recipe.criterion or usual_criterion(recipe.search)
-        measured = profile(self.model, ranked)
-        for count in SIZES:
-            problem = SearchProblem(
-                windows(length, count),
-                length,
-                criterion,
-                best=SHORTLIST,
-                profile=measured,
-            )
-            found = verified(
-                self.model, find_selections(recipe.search, problem), *(batches_of(part, 4) for part in parts)
-            )
-            yield count, sorted(found[0].blocks)
+        judged = [batches_of(part, 4) for part in parts]
+        with fast_products(self.model):
+            measured = profile(self.model, ranked)
+            for count in SIZES:
+                problem = SearchProblem(windows(length, count), length, criterion, best=SHORTLIST, profile=measured)
+                yield count, sorted(verified(self.model, find_selections(recipe.search, problem), *judged)[0].blocks)
 
     def row(self, run: Run) -> None:
         """Make a row, unless it is there or on its way."""
