@@ -56,9 +56,10 @@ class Course:
 
     def out_of_patience(self, history: Sequence[Mapping[str, Any]]) -> str:
         """Why a training is to end early; empty where it is not."""
-        since = len(history) - 1 - min(range(len(history)), key=lambda k: history[k]["distance"])
+        since = len(history) - 1 - min(range(len(history)), key=lambda k: history[k]["validated"])
         if self.settings.patience and since >= self.settings.patience:
-            return f"the distance to the original on the validation part was no lower {since} times"
+            text = " and the text's own loss" if self.settings.objective.lm else ""
+            return f"the distance to the original{text} on the validation part was no lower {since} times"
         return ""
 
     def _validations(self) -> set[int]:

@@ -135,9 +135,12 @@ class Forwards:
         assert taught.exit is not None
         return self.student.original_answers(taught.exit, batch)
 
-    def _summed_distance(self) -> tuple[float, int]:
-        """The distances of this process's share of the validation, summed in float64, and their number."""
-        total, answers = 0.0, 0
+    def _summed_distance(self) -> tuple[float, float, int]:
+        """The distances of this process's share of the validation, its text's own loss, and how many answers it has.
+
+        Both are sums in float64; the second is 0 where no text is learned.
+        """
+        total, text, answers = 0.0, 0.0, 0
         with torch.no_grad(), _evaluating(self.student):
             for number, batch in self.validation_share.batches.items():
                 for part, rows in self._parts(self.validation_taught[number], batch):
@@ -150,8 +153,10 @@ class Forwards:
                             total += float(summed_divergence(said, original))
                         else:
                             total += summed_distance(self.task, reference_of(self.task, original), said)
+                        if self.settings.objective.lm:
+                            text += float(self._of_text(output, rows))
                         answers += len(said)
-        return total, answers
+        return total, text, answers
 
     def _parts(self, taught: Taught, batch: Batch | Tensor) -> Iterator[tuple[Taught, Batch | Tensor]]:
         """A batch in parts of as many sequences as there is memory for."""

@@ -112,12 +112,14 @@ class Trained:
         That were made, and that were trained on; of a model that is given images, those.
     distance_before, distance : float
         How far what is said is from what the original says on the validation part (`Task.distance`), such as
-        KL(original ‖ repaired) in nats a token, before the first step and with the best weights.
+        KL(original ‖ repaired) in nats a token, before the first step and with the best weights. Where the text is
+        learned too (``lm``), those are the best by both together, see `Objective.validated`.
     best_step : int
         After which those were.
     history : list of dict
-        Each validation: ``step``, ``tokens``, ``distance`` and the mean training ``loss`` on the calibration text
-        since the one before; of a training on its own texts also ``own_loss`` there, and their present ``length``.
+        Each validation: ``step``, ``tokens``, ``distance``, by what weights are kept (``validated``), and the mean
+        training ``loss`` on the calibration text since the one before; of a training on its own texts also
+        ``own_loss`` there, and their present ``length``.
     seconds : float
         Of the training itself; those before an interruption count.
     stopped : str
@@ -145,12 +147,15 @@ class Trained:
     @property
     def in_vain(self) -> str:
         """That no step brought anything, in words; empty where one did, or none was made."""
-        later = [row["distance"] for row in self.history if row["step"]]
+        later = [row["validated"] for row in self.history if row["step"]]
         if self.best_step or not later:
             return ""
+        first = self.history[0]
+        text = " and the text's own loss" if first["validated"] != first["distance"] else ""
         return (
-            f"The training brought nothing: {self.measure.partition(' (')[0]} was {self.distance_before:.4f} before "
-            f"its first step and {min(later):.4f} at best afterwards, so that the weights from before it are kept. "
+            f"The training brought nothing: {self.measure.partition(' (')[0]}{text} was {first['validated']:.4f} "
+            f"before its first step and {min(later):.4f} at best afterwards, so that the weights from before it are "
+            "kept. "
             "Give more text, or a smaller learning rate (a large one throws off what starts well)."
         )
 

@@ -179,7 +179,7 @@ class Loop(Forwards):
         if not stopped and any(asked for asked, _ in ends):
             stopped = f"interrupted after step {self.step}"
         none: dict[str, Any] = {"distance": math.nan, "step": 0}  # interrupted before anything was measured
-        best = min(self.history, key=lambda row: row["distance"], default=none)
+        best = min(self.history, key=lambda row: row["validated"], default=none)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.best[name])
@@ -300,25 +300,32 @@ class Loop(Forwards):
         return self.work.of_first(lambda: self.seconds >= 60 * cast(float, self.settings.minutes))
 
     def _validate(self, bar: Any) -> None:
-        """The distance to the original on what validates; the weights are kept if it is the lowest so far."""
+        """The distance to the original on what validates, and what its text is learned by, if that is.
+
+        The weights are kept if both together are the lowest so far.
+        """
         bar.set_postfix_str("validation")
         told = self._with_room(lambda: (*self._summed_distance(), self._digest()))
-        for rank, (_, _, digest) in enumerate(told):
-            if digest != told[0][2]:
+        for rank, (*_, digest) in enumerate(told):
+            if digest != told[0][-1]:
                 raise StreamlineError(
                     f"The weights of processes 0 and {rank} have come apart by step {self.step}: something trained or "
                     "changed those of one of them alone. Begin again, and let nothing but the training change them."
                 )
-        total, answers = math.fsum(one for one, _, _ in told), sum(count for _, count, _ in told)
-        distance = total / answers if math.isfinite(total) else math.inf
+        answers = sum(count for _, _, count, _ in told)
+        distance, text = (math.fsum(sums) / answers for sums in zip(*((one[0], one[1]) for one in told), strict=True))
+        distance = distance if math.isfinite(distance) else math.inf
+        validated = self.settings.objective.validated(distance, text)
+        validated = validated if math.isfinite(validated) else math.inf
         said: dict[str, Any] = {"loss": mean_of(self.losses)}
         self.losses.clear()
         if self.own_text is not None:
             said |= {"own_loss": mean_of(self.own_text.losses), "length": self.own_text.length.length}
             self.own_text.losses.clear()
-        if not self.history or distance < min(row["distance"] for row in self.history):
+        if not self.history or validated < min(row["validated"] for row in self.history):
             self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.history.append({"step": self.step, "tokens": self.tokens, "distance": distance, **said})
+        numbers = {"step": self.step, "tokens": self.tokens, "distance": distance, "validated": validated}
+        self.history.append({**numbers, **said})
         bar.set_postfix_str(self._state())
 
     def _digest(self) -> str:
@@ -342,8 +349,8 @@ class Loop(Forwards):
         if self.own_text is not None:
             loss += self.own_text.said(self.seconds)
         measure = self.task.distance.partition(" (")[0]
-        distances = [row["distance"] for row in self.history]
-        return f"{loss}{measure} {distances[-1]:.4f}, best {min(distances):.4f}"
+        best = min(self.history, key=lambda row: row["validated"])
+        return f"{loss}{measure} {self.history[-1]['distance']:.4f}, best {best['distance']:.4f}"
 
     # What is kept for going on later.
 

@@ -57,11 +57,33 @@ def test_every_objective_falls_and_the_best_weights_stay(text: str) -> None:
     losses = [row["loss"] for row in trained.history[1:]]
     assert losses[-1] < losses[0]
     assert (trained.steps, trained.tokens) == (24, 24 * 48)
-    assert trained.distance == min(row["distance"] for row in trained.history) <= trained.distance_before
+    best = min(trained.history, key=lambda row: row["validated"])
+    assert (trained.distance, trained.best_step) == (best["distance"], best["step"])
+    assert best["validated"] < trained.history[0]["validated"]
+    assert all((row["validated"] == row["distance"]) is ("lm" not in text) for row in trained.history)
     again = train(student, BATCHES, VALIDATION, replace(settings, learning_rate=1e-30))
     assert again.distance_before == pytest.approx(trained.distance, rel=1e-6), (
         "the modules do not hold the best weights"
     )
+
+
+@pytest.mark.parametrize(("text", "weight"), [("lm", 0.0), ("2*kl + lm", 2.0), ("mse + lm", 1.0)])
+def test_weights_that_learn_a_text_are_kept_by_that_too(text: str, weight: float) -> None:
+    """Else a text that the original did not know would be learned in vain: each step goes away from the original."""
+    model = tiny_model("llama")
+    objective = Objective.parse(text)
+    student, _ = student_of(model)
+    rows = torch.full((4, 12), 7)
+    same = [{"input_ids": rows, "attention_mask": torch.ones_like(rows)}]
+    trained = train(student, same, same, replace(QUICK, objective=objective, epochs=8, validations=4))
+    with student.opened():
+        logits = model(rows).logits[:, :-1].flatten(0, 1)
+    own = nn.functional.cross_entropy(logits, rows[:, 1:].flatten(), reduction="sum").item() / rows.numel()
+    best = next(row for row in trained.history if row["step"] == trained.best_step)
+    assert best["validated"] == pytest.approx(weight * trained.distance + own, rel=1e-4)
+    assert trained.best_step and best["validated"] == min(row["validated"] for row in trained.history)
+    if text == "lm":
+        assert trained.distance > trained.distance_before and trained.in_vain == ""
 
 
 def test_the_best_weights_are_a_copy_that_later_steps_do_not_touch() -> None:
@@ -371,9 +393,9 @@ def test_what_cannot_be_trained_or_resumed_is_refused(tmp_path: Path) -> None:
         file.write_bytes(damaged)
         with pytest.raises(StreamlineError, match=r"is not the file of a training, or is damaged .*begin again"):
             train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
-    file.write_bytes(whole.replace(b'format\\": 2', b'format\\": 9'))
+    file.write_bytes(whole.replace(b'format\\": 3', b'format\\": 9'))
     with pytest.raises(
-        StreamlineError, match=r"another version of this library: it has format 9, and this one reads 2"
+        StreamlineError, match=r"another version of this library: it has format 9, and this one reads 3"
     ):
         train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
 
@@ -401,12 +423,15 @@ def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_training_that_brought_nothing_says_so() -> None:
-    history = [{"step": 0, "distance": 0.27}, {"step": 24, "distance": 0.33}, {"step": 97, "distance": 0.28}]
+    found = {0: 0.27, 24: 0.33, 97: 0.28}
+    history = [{"step": step, "distance": kl, "validated": kl} for step, kl in found.items()]
     trained = Trained(97, 50_000, 0.27, 0.27, 0, history, 1.0)
     assert trained.in_vain.startswith(
         "The training brought nothing: KL was 0.2700 before its first step and 0.2800 at best"
     )
     assert "a smaller learning rate" in trained.in_vain
+    both = [{**row, "validated": row["validated"] + 3.0} for row in history]
+    assert "KL and the text's own loss was 3.2700 before" in replace(trained, history=both).in_vain
     assert replace(trained, best_step=97).in_vain == replace(trained, history=history[:1]).in_vain == ""
 
 
