@@ -105,11 +105,9 @@ def test_ranking_and_a_dry_run(
     )
     assert code == 0 and "What this costs is not known beforehand" in said and not (tmp_path / "out").exists()
     best = ["compress", model, "-c", images, *COUNTS, "--dry-run", "-o", tmp_path / "out", "--preset", "best"]
-    code, said, err = run(best, monkeypatch, capsys)
-    assert code == 0, err
-    assert "repeated   nothing, in what a model for image-classification is given, of what --preset best would" in said
-    code, _, err = run([*best, "--repeated", 1], monkeypatch, capsys)
-    assert code == 2 and "is a share of the sequences of a text, and batches were given" in " ".join(err.split())
+    code, _, err = run(best, monkeypatch, capsys)
+    assert code == 2 and "kl + lm has lm, which a model for image-classification does not give" in err
+    assert "of images" not in err, "it was told after they were read"
 
 
 def test_labels_that_are_not_the_models_are_left_out(
@@ -195,6 +193,14 @@ def test_an_encoder_with_a_decoder(
         assert code == 0, err
         assert f"stack      {stack}: 4 x" in said and "KL, repaired and trained" in said
         assert json.loads((out / "report.json").read_text())["task"] == "seq2seq"
+    best = [*asked, "--stack", "model.decoder.layers", "-o", out, "--overwrite", "--preset", "best"]
+    code, said, err = run(best, monkeypatch, capsys)
+    assert code == 0, err
+    assert "repeated   nothing, in what a model for seq2seq is given, of what --preset best would say twice" in said
+    report = json.loads((out / "report.json").read_text())
+    assert report["training"]["history"][0]["validated"] > report["training"]["history"][0]["distance"] + 1
+    code, _, err = run([*best, "--repeated", 1], monkeypatch, capsys)
+    assert code == 2 and "is a share of the sequences of a text, and batches were given" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(

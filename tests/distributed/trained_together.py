@@ -26,7 +26,7 @@ from tests.tiny_models import left_padded, tiny_model
 BATCHES = [left_padded(rows, 9 + rows, seed=rows) for rows in (3, 1, 4, 2)]
 VALIDATION = [left_padded(3, 9, seed=9), left_padded(1, 8, seed=10)]
 SETTINGS = Training(
-    Objective.parse("kl + 0.5*lm + relative"), learning_rate=1e-2, accumulation=2, epochs=2, validations=2, warmup=0.0
+    Objective.parse("kl + 0.01*lm + relative"), learning_rate=1e-2, accumulation=2, epochs=2, validations=2, warmup=0.0
 )
 BEST = range(1, 3)
 
@@ -95,7 +95,7 @@ def trainings(folder: Path) -> dict[str, Any]:
         found["taught"] = outcome(taught=taught)
     greedy = OnPolicy(share=0.5, prompt=3, shortest=3, longest=6, temperature=1e-4)  # what is sampled, a rank decides
     found["own text"] = outcome(replace(SETTINGS, on_policy=greedy))
-    found["patience"] = outcome(replace(SETTINGS, learning_rate=1.0, patience=1, validations=4))
+    found["patience"] = outcome(replace(SETTINGS, learning_rate=3.0, patience=1, validations=4))
     return found
 
 

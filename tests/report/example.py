@@ -61,6 +61,7 @@ def compression(length: int = 30, removed: tuple[tuple[int, int], ...] = ((2, 10
             "history": [
                 {"step": s, "tokens": 2048 * s,
                  "distance": 0.28 + 0.13 * math.exp(-s / 60) + (0.004 if s == 240 else 0.0),
+                 "validated": 3.1 + 0.28 + 0.13 * math.exp(-s / 60) + (0.004 if s == 240 else 0.0),
                  "loss": None if s == 0 else 0.33 + 0.2 * math.exp(-s / 50)}
                 for s in range(0, 241, 30)
             ],
