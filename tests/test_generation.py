@@ -10,6 +10,7 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer
 
 from streamline_hooks import StreamlineError, generation
+from streamline_hooks.evaluation.probes import probes
 from streamline_hooks.generation import end_tokens, require_generates, seeded, written_on
 from streamline_hooks.testing import tiny_model as tiny
 from tests.tiny_models import FAMILIES, VOCABULARY, repaired, tiny_model
@@ -113,7 +114,8 @@ def test_a_prompt_is_run_once_in_half_precision(half: str) -> None:
 
 def test_smollm2_goes_on_from_a_prompt_in_bfloat16(smollm2: tuple[Any, Any]) -> None:
     model, tokenizer = smollm2
-    prompts = [tokenizer(text).input_ids for text in ("Water boils at", "One, two, three, four, five, six, seven,")]
+    texts = [several[0].prompt for several in probes(1, seed=0, shots=4, difficulty=3).values()]
+    prompts = [tokenizer(text).input_ids for text in texts]
     shapes: list[Any] = []
     handle = model.register_forward_pre_hook(
         lambda module, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
@@ -123,7 +125,8 @@ def test_smollm2_goes_on_from_a_prompt_in_bfloat16(smollm2: tuple[Any, Any]) -> 
             written_on(model, tokenizer, prompts, new_tokens=2, samples=3, sampling={"temperature": 1.0})
     finally:
         handle.remove()
-    assert shapes[-1] == (6, 1) and (6, len(prompts[1])) not in shapes
+    rows = 3 * len(prompts)
+    assert shapes[-1] == (rows, 1) and (rows, max(map(len, prompts))) not in shapes
 
 
 @pytest.mark.parametrize("kind", ["roberta", "gpt_bigcode", "bloom", "mistral"])
