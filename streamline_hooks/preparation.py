@@ -24,11 +24,11 @@ from streamline_hooks.calibration.split import PARTS
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.cost import Cost
 from streamline_hooks.evaluation.pace import measure_pace
+from streamline_hooks.evaluation.writing_cost import writing_cost
 from streamline_hooks.repair import Healing, Kind, StandInSize, Training, kind_named
 from streamline_hooks.repair.fitting import holds_map
 from streamline_hooks.repair.rollouts import require_writes
 from streamline_hooks.repair.stand_in import is_spliced
-from streamline_hooks.repair.writing_cost import writing_cost
 from streamline_hooks.replacements import replacement_config
 from streamline_hooks.selection import SearchProblem, Target, protected_blocks, windows_for
 from streamline_hooks.stack import BlockStack, find_stack

@@ -74,7 +74,7 @@ _MLP_LAYERS = (
 _BEST = Preset(
     "best",
     "swiglu",
-    "This library's own, the best of benchmarks/results/quality.md: a SwiGLU beside the least-squares map, and "
+    "This library's own, the best repair of benchmarks/results/quality.md: a SwiGLU beside the least-squares map, and "
     "a fifth of the rate for the blocks behind it, by what the original says and by the text itself. The blocks "
     "are chosen on text that says each passage twice, since those that prose needs least are those that copy "
     "(benchmarks/results/quality_generation.md). Where the text is unlike what the model is for, train the "

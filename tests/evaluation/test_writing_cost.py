@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from streamline_hooks.evaluation import measure_pace
+from streamline_hooks.evaluation.writing_cost import writing_cost
 from streamline_hooks.repair import OnPolicy, Training
 from streamline_hooks.repair.rollouts import roll_out
-from streamline_hooks.repair.writing_cost import writing_cost
 from tests.evaluation.fake_clock import FakeClock
 from tests.tiny_models import tiny_model, tokens
 
