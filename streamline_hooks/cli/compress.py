@@ -207,6 +207,7 @@ def compress(
     """
     from streamline_hooks.checkpoint import require_free
     from streamline_hooks.cli.budget import PRESET, given_or_none, refuse_beside_budget, said_again
+    from streamline_hooks.cli.dry_run import say_costs
     from streamline_hooks.cli.task_data import Amounts, batches_for
     from streamline_hooks.compress import compress as run
     from streamline_hooks.distributed import together
@@ -367,16 +368,8 @@ def compress(
             if times > 1:
                 first = {**shared, "remove": blocks_by_round(len(ready.stack), target, times)[0]}
                 ready = prepare_compression(loaded, tokenizer, text, test_documents=apart, **first)
-            costs = ready.costs(shortlist, profile is not None, training, healing, times)
-            typer.echo("")
-            for cost in costs:
-                typer.echo(str(cost))
-            seconds, most = sum(cost.seconds for cost in costs), max(cost.bytes for cost in costs)
-            typer.echo(f"in all about {seconds:.0f} s, at most {most / 1e9:.2f} GB above the model")
-            if search not in ("window", "disjoint", "one-shot", "mixed") or criterion_named(criterion).needs == "model":
-                typer.echo(
-                    f"The {search} search by {criterion} runs the model besides; its own bars say what that costs."
-                )
+            by: dict[str, Any] = {"search": search, "criterion": criterion, "profiled": profile is not None}
+            say_costs(ready, shortlist, **by, training=training, healing=healing, rounds=times, say=typer.echo)
         if dry_run:
             return
         carried_out: Any = run if times == 1 else partial(compress_iteratively, rounds=times)
