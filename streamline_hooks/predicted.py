@@ -1,10 +1,13 @@
-"""Which tokens of a batch are predicted from the token before them."""
+"""Which tokens of a batch are predicted, from which."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+
+UNCOUNTED = -100  # in the place of a token where none is to be predicted, as PyTorch and Transformers have it
 
 
 def predicted_tokens(real: Tensor, positions: Any = None) -> Tensor:
@@ -36,4 +39,30 @@ def predicted_tokens(real: Tensor, positions: Any = None) -> Tensor:
     found = real[:, 1:] & real[:, :-1]
     if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == real.shape[1]:
         found = found & (positions.to(real.device).diff(dim=1) == 1)
+    return found
+
+
+def following_tokens(ids: Tensor, real: Tensor, positions: Any = None) -> Tensor:
+    """The token that each one is to predict: the next, where `predicted_tokens` says so.
+
+    Parameters
+    ----------
+    ids : torch.Tensor
+        The text, of shape (batch, tokens).
+    real, positions : torch.Tensor
+        See `predicted_tokens`.
+
+    Returns
+    -------
+    torch.Tensor
+        Of shape (batch, tokens), `UNCOUNTED` where none is to be predicted.
+
+    Examples
+    --------
+    >>> import torch
+    >>> following_tokens(torch.tensor([[0, 5, 6, 7]]), torch.tensor([[False, True, True, True]])).tolist()
+    [[-100, 6, 7, -100]]
+    """
+    found = torch.full_like(ids, UNCOUNTED)
+    found[:, :-1] = torch.where(predicted_tokens(real, positions), ids[:, 1:], UNCOUNTED)
     return found

@@ -13,7 +13,7 @@ from streamline_hooks.calibration import pack, packed_batches
 from streamline_hooks.evaluation import perplexity
 from streamline_hooks.evaluation.candidates import Candidate
 from streamline_hooks.evaluation.perplexity import Perplexity, perplexity_of_candidates
-from streamline_hooks.predicted import predicted_tokens
+from streamline_hooks.predicted import following_tokens, predicted_tokens
 from streamline_hooks.repair import Objective, Student
 from streamline_hooks.repair.teacher import taught_states
 from streamline_hooks.testing import tiny_model
@@ -54,7 +54,8 @@ def test_the_text_s_own_loss_leaves_the_same_tokens_out() -> None:
             with torch.no_grad():
                 logits = model(**batch, use_cache=False).logits  # with a cache packed rows are not known
             real = torch.ones_like(ids, dtype=torch.bool)
-            total += float(objective.of_text(logits, ids, real, batch.get("position_ids")))
+            following = following_tokens(ids, real, batch.get("position_ids"))
+            total += float(objective.of_answers(logits.flatten(0, 1), following=following.flatten()))
         return total
 
     assert loss(packed()) == pytest.approx(loss(apart()), rel=1e-6)

@@ -16,9 +16,10 @@ from streamline_hooks.blockwise.residence import resident
 from streamline_hooks.branches import tolerance
 from streamline_hooks.distance import summed_kl
 from streamline_hooks.errors import UnsupportedSurgery
-from streamline_hooks.evaluation.perplexity import UNCOUNTED, Perplexity, input_ids, negative_log_likelihoods
+from streamline_hooks.evaluation.perplexity import Perplexity, input_ids, negative_log_likelihoods
 from streamline_hooks.hidden_state import read_output, write_output
 from streamline_hooks.passes import inference, progress
+from streamline_hooks.predicted import UNCOUNTED, following_tokens
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.task import logits_of
@@ -100,10 +101,11 @@ def _said(
     with head_of(states.stack) as head, progress((1 + len(others)) * total, what) as bar:
         at_once = 0
         for order, number in enumerate(batches):
-            own, ids = states.read(place, number), input_ids(states.batches[number]).cpu()
-            for row, real in enumerate(states.masks[number]):
-                follows = torch.full_like(ids[row], UNCOUNTED)
-                follows[:-1] = torch.where(real[1:] & real[:-1], ids[row, 1:], UNCOUNTED)
+            batch, masks = states.batches[number], states.masks[number]
+            own, ids = states.read(place, number), input_ids(batch).cpu()
+            positions = None if isinstance(batch, Tensor) else batch.get("position_ids")
+            following = following_tokens(ids, masks, positions)
+            for row, real in enumerate(masks):
                 where = real.nonzero()[:, 0]
                 if not at_once:
                     _require_token_by_token(states.stack, head, own[row, where[:_LOOKED_AT]])
@@ -115,7 +117,7 @@ def _said(
                             yield head(states.read(place, numbers[order])[row, at])
                             bar.update(len(at))
 
-                    yield follows[at], head(own[row, at]), each()
+                    yield following[row, at], head(own[row, at]), each()
                     bar.update(len(at))
 
 

@@ -15,13 +15,10 @@ from streamline_hooks.batch import Batch, prepare
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.candidates import Candidate, candidate_outputs
 from streamline_hooks.passes import inference, progress
-from streamline_hooks.predicted import predicted_tokens
+from streamline_hooks.predicted import UNCOUNTED, following_tokens
 from streamline_hooks.task import logits_of, task_of_classes
 
 _TOKENS_AT_ONCE = 32  # few enough for the processor's cache, at any vocabulary
-
-UNCOUNTED = -100
-"""Stands for a token that is not to be scored."""
 
 _LARGEST = math.log(sys.float_info.max)
 
@@ -123,12 +120,11 @@ def score(logits: Tensor, ids: Tensor, mask: Tensor | None, positions: Tensor | 
     mask : torch.Tensor, optional
         The real tokens, of shape (batch, tokens).
     positions : torch.Tensor, optional
-        Of shape (batch, tokens); where they begin again, another document does (`predicted_tokens`).
+        Of shape (batch, tokens); where they begin again, another document does (`following_tokens`).
     """
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
-    predicted = predicted_tokens(real, positions).to(logits.device)
-    targets = torch.where(predicted, ids[:, 1:].to(logits.device), UNCOUNTED)
-    return Perplexity(sum(negative_log_likelihoods(logits[:, :-1], targets)), int(predicted.sum()))
+    targets = following_tokens(ids, real, positions).to(logits.device)
+    return Perplexity(sum(negative_log_likelihoods(logits, targets)), int((targets != UNCOUNTED).sum()))
 
 
 def negative_log_likelihoods(logits: Tensor, targets: Tensor) -> list[float]:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from streamline_hooks.batch import positions_of, prepare
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.continuations import NotFiniteLikelihood
-from streamline_hooks.evaluation.perplexity import UNCOUNTED, Perplexity, negative_log_likelihoods
+from streamline_hooks.evaluation.perplexity import Perplexity, negative_log_likelihoods
 from streamline_hooks.passes import head_on_last, inference, progress
+from streamline_hooks.predicted import UNCOUNTED
 from streamline_hooks.task import logits_of
 
 _USUAL_WINDOW = 1024

@@ -15,9 +15,9 @@ from streamline_hooks.evaluation.agreement import (
     require_one_vocabulary,
     require_two,
 )
-from streamline_hooks.evaluation.perplexity import UNCOUNTED
 from streamline_hooks.evaluation.sliding import Documents, TextPerplexity, WindowSettings, usual_window
 from streamline_hooks.passes import inference, progress
+from streamline_hooks.predicted import UNCOUNTED
 from streamline_hooks.task import real_tokens
 
 

@@ -15,8 +15,9 @@ from streamline_hooks.batch import Batch, real_tokens
 from streamline_hooks.distance import reference_of, summed_distance
 from streamline_hooks.distributed import some_of
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.predicted import following_tokens
 from streamline_hooks.repair.master_weights import MasterWeights
-from streamline_hooks.repair.objective import summed_divergence
+from streamline_hooks.repair.objective import summed_divergence, text_loss
 from streamline_hooks.repair.on_policy import OnPolicy
 from streamline_hooks.repair.rollouts import Rollouts
 from streamline_hooks.repair.settings import Training
@@ -84,10 +85,9 @@ class Forwards:
             original = self._original(taught, batch) if objective.needs_original_logits else None
         after = [state.to(self.device) for state in taught.after]
         loss = objective.of_states(states, after, taught.real.to(self.device)) / max(1, tokens)
-        if original is not None:
-            loss = loss + objective.of_answers(self.task.answers(output, batch), original) / answers
-        if objective.lm:
-            loss = loss + self._of_text(output, batch) / answers
+        if output is not None:
+            said, following = self.task.answers(output, batch), self._following(batch, output)
+            loss = loss + objective.of_answers(said, original, following) / answers
         return loss
 
     def _backward_on_own(self, rollouts: Sequence[Rollouts], answers: int, bar: tqdm[Any]) -> float:
@@ -115,8 +115,10 @@ class Forwards:
             original = self.student.original_answers(taught.exit, batch, compared)
         return objective.of_answers(self.task.answers(output, compared), original) / answers
 
-    def _of_text(self, output: Any, batch: Batch | Tensor) -> Tensor:
-        logits = logits_of(output)
+    def _following(self, batch: Batch | Tensor, output: Any) -> Tensor | None:
+        """The token that is to follow on each answer in an output; None where no text is learned."""
+        if not self.settings.objective.lm:
+            return None
         given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
         wanted = "labels" if self.task.name == "seq2seq" else "input_ids"
         if wanted not in given:
@@ -124,12 +126,14 @@ class Forwards:
                 f"The objective {self.settings.objective} predicts a text, and a batch has none ({', '.join(given)}). "
                 f"Give {wanted}, or train on what the original says (kl)."
             )
-        ids = given[wanted].to(logits.device)
+        ids = given[wanted].to(logits_of(output).device)
         if wanted == "labels":
-            return self.settings.objective.of_labels(logits, ids)
-        mask = real_tokens(given)
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(logits.device).bool()
-        return self.settings.objective.of_text(logits, ids, real, given.get("position_ids"))
+            following = ids
+        else:
+            mask = real_tokens(given)
+            real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
+            following = following_tokens(ids, real, given.get("position_ids"))
+        return self.task.answers(following[..., None], batch)[:, 0]  # of the answers, as they are chosen of logits
 
     def _original(self, taught: Taught, batch: Batch | Tensor) -> Tensor:
         assert taught.exit is not None
@@ -153,8 +157,8 @@ class Forwards:
                             total += float(summed_divergence(said, original))
                         else:
                             total += summed_distance(self.task, reference_of(self.task, original), said)
-                        if self.settings.objective.lm:
-                            text += float(self._of_text(output, rows))
+                        if (following := self._following(rows, output)) is not None:
+                            text += self.settings.objective.lm * float(text_loss(said, following))
                         answers += len(said)
         return total, text, answers
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.predicted import predicted_tokens
+from streamline_hooks.predicted import UNCOUNTED
 from streamline_hooks.task import Task
 
 _TOKENS_AT_ONCE = 64  # few enough for the processor's cache, at any vocabulary
@@ -155,51 +155,29 @@ class Objective:
                 total = total + self.cosine * (1.0 - cosine_similarity(a, b, dim=-1)).sum()
         return total / max(1, len(repaired))
 
-    def of_answers(self, repaired: Tensor, original: Tensor) -> Tensor:
-        """The part of the loss that compares what is said, summed over answers.
+    def of_answers(self, repaired: Tensor, original: Tensor | None = None, following: Tensor | None = None) -> Tensor:
+        """The part of the loss that is about what is said, summed over answers.
 
         Parameters
         ----------
-        repaired, original : torch.Tensor
-            Logits, or embeddings, of shape (answers, features), see `Task.answers`. The original's logits may be
-            overwritten.
+        repaired : torch.Tensor
+            Logits, or embeddings, of shape (answers, features), see `Task.answers`.
+        original : torch.Tensor, optional
+            The original's, where something is compared with it. Logits may be overwritten.
+        following : torch.Tensor, optional
+            Where a text is predicted, the token that follows on each answer, of shape (answers,), see
+            `following_tokens`.
         """
         total = torch.zeros((), device=repaired.device)
-        if self.kl or self.reverse_kl:
-            total = total + summed_divergence(repaired, original, self.kl, self.reverse_kl)
-        if self.embedding:
+        lm = self.lm if following is not None else 0.0
+        if original is not None and (self.kl or self.reverse_kl):
+            total = total + summed_divergence(repaired, original, self.kl, self.reverse_kl, lm, following)
+        elif following is not None and lm:
+            total = total + lm * text_loss(repaired, following)
+        if original is not None and self.embedding:
             apart = normalize(repaired.float(), dim=-1) - normalize(original.float(), dim=-1)
             total = total + self.embedding * apart.square().sum() / 2  # 1 - cos, of vectors of length one
         return total
-
-    def of_text(self, logits: Tensor, ids: Tensor, mask: Tensor, positions: Tensor | None = None) -> Tensor:
-        """The part of the loss that predicts the text, summed over tokens.
-
-        Parameters
-        ----------
-        logits : torch.Tensor
-            Of shape (batch, tokens, vocabulary).
-        ids : torch.Tensor
-            The text, of shape (batch, tokens).
-        mask : torch.Tensor
-            The real tokens, boolean, of shape (batch, tokens).
-        positions : torch.Tensor, optional
-            Of shape (batch, tokens); the first token of each document of a packed row is left out.
-        """
-        predicted = predicted_tokens(mask, positions)
-        return self.lm * cross_entropy(logits[:, :-1][predicted].float(), ids[:, 1:][predicted], reduction="sum")
-
-    def of_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The part of the loss that predicts what a decoder is to write, summed over tokens.
-
-        Parameters
-        ----------
-        logits : torch.Tensor
-            Of shape (batch, tokens, vocabulary).
-        labels : torch.Tensor
-            Of shape (batch, tokens), -100 where nothing is to be predicted.
-        """
-        return self.lm * cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
 
     def require_task(self, task: Task) -> None:
         """Raise if what a model of a task says cannot be compared so.
@@ -222,8 +200,33 @@ class Objective:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def summed_divergence(repaired: Tensor, original: Tensor, forward: float = 1.0, reverse: float = 0.0) -> Tensor:
-    """The sum over tokens of forward·KL(original ‖ repaired) + reverse·KL(repaired ‖ original).
+def text_loss(logits: Tensor, following: Tensor) -> Tensor:
+    """The negative log-likelihood of the tokens that follow, summed, in nats.
+
+    Parameters
+    ----------
+    logits : torch.Tensor
+        Of shape (tokens, vocabulary).
+    following : torch.Tensor
+        Of shape (tokens,), see `following_tokens`.
+
+    Examples
+    --------
+    >>> text_loss(torch.zeros(3, 8), torch.tensor([5, -100, 2])) / 2  # log 8
+    tensor(2.0794)
+    """
+    return cross_entropy(logits.float(), following, ignore_index=UNCOUNTED, reduction="sum")
+
+
+def summed_divergence(
+    repaired: Tensor,
+    original: Tensor,
+    forward: float = 1.0,
+    reverse: float = 0.0,
+    text: float = 0.0,
+    following: Tensor | None = None,
+) -> Tensor:
+    """The sum over tokens of forward·KL(original ‖ repaired) + reverse·KL(repaired ‖ original) + text·(`text_loss`).
 
     Its gradient reaches the repaired logits alone.
 
@@ -232,8 +235,10 @@ def summed_divergence(repaired: Tensor, original: Tensor, forward: float = 1.0, 
     repaired, original : torch.Tensor
         Logits of shape (tokens, vocabulary). The original's are overwritten where a gradient is needed: it takes
         their place, so that nothing of that size is allocated.
-    forward, reverse : float
+    forward, reverse, text : float
         The weights.
+    following : torch.Tensor, optional
+        Where the last is not zero, see `text_loss`.
 
     Examples
     --------
@@ -241,23 +246,38 @@ def summed_divergence(repaired: Tensor, original: Tensor, forward: float = 1.0, 
     >>> summed_divergence(logits, torch.zeros(3, 5)).item()
     0.0
     """
+    weights = (forward, reverse, text)
     if not (torch.is_grad_enabled() and repaired.requires_grad):
-        return _SummedDivergence.run(repaired, original, forward, reverse, gradient=False)
-    result: Tensor = _SummedDivergence.apply(repaired, original, forward, reverse)
+        return _SummedDivergence.run(repaired, original, weights, following, gradient=False)
+    result: Tensor = _SummedDivergence.apply(repaired, original, weights, following)
     return result
 
 
 class _SummedDivergence(torch.autograd.Function):
     """With d = log p − log q: forward Σ p d, of gradient q − p; reverse r = −Σ q d, of gradient −q(d + r).
 
-    The gradients are made on the way, while p and q are both at hand.
+    That of a text is −log q of one token, of gradient q less one there. The gradients are made on the way, while p and
+    q are both at hand.
     """
 
     @staticmethod
-    def run(repaired: Tensor, original: Tensor, forward: float, reverse: float, gradient: bool) -> Tensor:
+    def run(
+        repaired: Tensor,
+        original: Tensor,
+        weights: tuple[float, float, float],
+        following: Tensor | None,
+        gradient: bool,
+    ) -> Tensor:
+        forward, reverse, text = weights
         total = torch.zeros((), dtype=torch.float64, device=repaired.device)
-        for ours, theirs in zip(repaired.split(_TOKENS_AT_ONCE), original.split(_TOKENS_AT_ONCE), strict=True):
-            q, p = ours.float().log_softmax(dim=-1), theirs.float().log_softmax(dim=-1)
+        for start in range(0, len(repaired), _TOKENS_AT_ONCE):
+            part = slice(start, start + _TOKENS_AT_ONCE)
+            theirs = original[part]
+            q, p = repaired[part].float().log_softmax(dim=-1), theirs.float().log_softmax(dim=-1)
+            if text and following is not None:
+                known = following[part] != UNCOUNTED
+                tokens = following[part].clamp_min(0)[:, None]
+                total -= text * q.gather(1, tokens)[known].sum(dtype=torch.float64)
             likely = p.exp()
             apart = p.sub_(q)
             q = q.exp_()
@@ -269,14 +289,19 @@ class _SummedDivergence(torch.autograd.Function):
                 total += forward * apart.mul_(likely).sum(dtype=torch.float64)
             if gradient:
                 made = likely.mul_(-forward).add_(q, alpha=forward)
+                if text and following is not None:
+                    weight = text * known[:, None].to(q.dtype)
+                    made.addcmul_(q, weight).scatter_add_(1, tokens, -weight)
                 if reverse:
                     made.sub_(weighted.add_(q.mul_(backwards)), alpha=reverse)
                 theirs.copy_(made)
         return total.to(torch.float32)
 
     @staticmethod
-    def forward(ctx: Any, repaired: Tensor, original: Tensor, forward: float, reverse: float) -> Tensor:
-        total = _SummedDivergence.run(repaired, original, forward, reverse, gradient=True)
+    def forward(
+        ctx: Any, repaired: Tensor, original: Tensor, weights: tuple[float, float, float], following: Tensor | None
+    ) -> Tensor:
+        total = _SummedDivergence.run(repaired, original, weights, following, gradient=True)
         ctx.gradient = original
         return total
 

@@ -15,6 +15,7 @@ from streamline_hooks import StreamlineError, UnsupportedSurgery, find_stack, lo
 from streamline_hooks.blockwise import BlockwisePass, judging, open_checkpoint, perplexity_of_candidates, verified
 from streamline_hooks.blockwise import verifying as module
 from streamline_hooks.blockwise.judging import head_of
+from streamline_hooks.calibration import packed_batches
 from streamline_hooks.evaluation.candidates import Candidate
 from streamline_hooks.evaluation.perplexity import perplexity_of_candidates as perplexity_in_memory
 from streamline_hooks.repair import register_kind
@@ -137,6 +138,17 @@ def test_perplexity_is_that_in_memory(tmp_path: Path) -> None:
     wanted = perplexity_in_memory(whole, calibration(), candidates)
     for one, other in zip([found[0], *found[1]], [wanted[0], *wanted[1]], strict=True):
         assert one.tokens == other.tokens and one.nll == pytest.approx(other.nll, rel=1e-6)
+
+
+def test_perplexity_of_packed_rows_is_that_in_memory(tmp_path: Path) -> None:
+    folder, whole = written(tmp_path)
+    rows = packed_batches([[[5, 6, 7], [8, 9, 10, 11]], [[12, 13, 14, 15, 16, 17]]], batch_size=2)
+    candidates = [Candidate(range(2, 4))]
+    found = perplexity_of_candidates(open_checkpoint(folder), rows, candidates, memory=4000)
+    wanted = perplexity_in_memory(whole, rows, candidates)
+    for mine, theirs in zip([found[0], *found[1]], [wanted[0], *wanted[1]], strict=True):
+        assert mine.tokens == theirs.tokens == 2 + 3 + 5
+        assert mine.nll == pytest.approx(theirs.nll, rel=1e-5)
 
 
 class Interrupted(Exception):

@@ -15,7 +15,8 @@ from streamline_hooks import profile
 from streamline_hooks.calibration import beginnings, pack, packed_batches
 from streamline_hooks.calibration.packing import Packer, _filling
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.perplexity import UNCOUNTED, negative_log_likelihoods, perplexity
+from streamline_hooks.evaluation.perplexity import negative_log_likelihoods, perplexity
+from streamline_hooks.predicted import UNCOUNTED
 from streamline_hooks.repair import Training, fit_windows
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.training import train

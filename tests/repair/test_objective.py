@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamline_hooks import StreamlineError
-from streamline_hooks.repair.objective import Objective, summed_divergence
+from streamline_hooks.predicted import UNCOUNTED, following_tokens
+from streamline_hooks.repair.objective import Objective, summed_divergence, text_loss
 from streamline_hooks.task import real_tokens
 
 
@@ -17,24 +18,28 @@ def plain_kl(repaired: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
     return (p.exp() * (p - q)).sum()
 
 
-WEIGHTS = st.sampled_from([(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.3, 2.0)])
+WEIGHTS = st.sampled_from([(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.5, 0.5, 0.0), (0.3, 2.0, 0.7), (1.0, 0.0, 1.0)])
 
 
 @settings(max_examples=30, deadline=None)
 @given(tokens=st.integers(1, 150), vocabulary=st.integers(2, 40), weights=WEIGHTS, seed=st.integers(0, 99))
-def test_kl_both_ways_and_its_gradient_are_those_of_the_formula(
-    tokens: int, vocabulary: int, weights: tuple[float, float], seed: int
+def test_kl_both_ways_with_a_text_and_the_gradient_are_those_of_the_formula(
+    tokens: int, vocabulary: int, weights: tuple[float, float, float], seed: int
 ) -> None:
     torch.manual_seed(seed)
     original, mine = torch.randn(tokens, vocabulary) * 3, torch.randn(tokens, vocabulary, requires_grad=True)
     theirs = mine.detach().clone().requires_grad_()
-    forward, reverse = weights
+    forward, reverse, text = weights
+    following = torch.randint(0, vocabulary, (tokens,)).where(torch.rand(tokens) < 0.7, UNCOUNTED)
+    known = following != UNCOUNTED
     wanted = forward * plain_kl(theirs.double(), original.double())
     wanted = wanted + reverse * plain_kl(original.double(), theirs.double())
+    wanted = wanted - text * theirs.double().log_softmax(dim=-1)[known, following[known]].sum()
     wanted.backward()
     with torch.no_grad():
-        torch.testing.assert_close(summed_divergence(mine, original, *weights), wanted.float(), rtol=1e-5, atol=1e-5)
-    found = Objective(kl=forward, reverse_kl=reverse).of_answers(mine, original.clone())
+        found = summed_divergence(mine, original, *weights, following)
+        torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-5)
+    found = Objective(kl=forward, reverse_kl=reverse, lm=text).of_answers(mine, original.clone(), following)
     (2.0 * found).backward()
     torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mine.grad, 2.0 * theirs.grad, rtol=1e-4, atol=1e-6)
@@ -56,8 +61,9 @@ def test_padding_counts_in_no_part() -> None:
     ids = torch.randint(0, 11, (2, 4))
 
     def loss_of(logits: torch.Tensor, said: torch.Tensor, states: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-        answers = objective.of_answers(real_tokens(logits, mask), real_tokens(said, mask))
-        return answers + objective.of_text(logits, ids, mask) + objective.of_states([states], [theirs], mask)
+        following = real_tokens(following_tokens(ids, mask)[..., None], mask)[:, 0]
+        answers = objective.of_answers(real_tokens(logits, mask), real_tokens(said, mask), following)
+        return answers + objective.of_states([states], [theirs], mask)
 
     loss = loss_of(logits, said, states, theirs)
     other = [tensor.clone() for tensor in (logits, said, states, theirs)]
@@ -78,7 +84,9 @@ def test_states_and_text_are_compared_as_the_formulas_say() -> None:
     assert Objective(kl=0, mse=2).of_states([a, b], [b, b], mask) == pytest.approx(float(square.mean(-1).sum()))
     logits, ids = torch.randn(1, 3, 6), torch.tensor([[4, 2, 5]])
     nll = -logits.log_softmax(-1)[0, [0, 1], [2, 5]].sum()
-    assert Objective(kl=0, lm=1).of_text(logits, ids, mask) == pytest.approx(float(nll), rel=1e-5)
+    following = following_tokens(ids, mask)[0]
+    assert text_loss(logits[0], following) == pytest.approx(float(nll), rel=1e-5)
+    assert Objective(kl=0, lm=2).of_answers(logits[0], following=following) == pytest.approx(2 * float(nll), rel=1e-5)
 
 
 @pytest.mark.parametrize("text", ["kl", "mse", "relative + cosine", "kl + 0.5*lm", "0.25*kl + 2*mse"])
