@@ -1,5 +1,6 @@
 """Several processes that work together. Nothing here knows of models or of what is summed."""
 
+from streamline_hooks.distributed.agreed import AllInterrupted, agreed
 from streamline_hooks.distributed.dealing import dealt, sequences_of, some_of
 from streamline_hooks.distributed.interrupts import Interrupts, noted_interrupts
 from streamline_hooks.distributed.processes import Processes, alone, here
@@ -7,9 +8,11 @@ from streamline_hooks.distributed.shards import is_sharded, shards_may_be_operat
 from streamline_hooks.distributed.together import Together, failing_together, together
 
 __all__ = [
+    "AllInterrupted",
     "Interrupts",
     "Processes",
     "Together",
+    "agreed",
     "alone",
     "dealt",
     "failing_together",

@@ -16,8 +16,8 @@ from streamline_hooks.distance import reference_of, summed_distance
 from streamline_hooks.distributed import some_of
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.predicted import following_tokens
+from streamline_hooks.repair.divergence import summed_divergence, text_loss
 from streamline_hooks.repair.master_weights import MasterWeights
-from streamline_hooks.repair.objective import summed_divergence, text_loss
 from streamline_hooks.repair.on_policy import OnPolicy
 from streamline_hooks.repair.rollouts import Rollouts
 from streamline_hooks.repair.settings import Training

@@ -9,16 +9,24 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamline_hooks.batch import Batch, device_of, has_tokens, tokens_of
 from streamline_hooks.digests import batches_digest
-from streamline_hooks.distributed import Interrupts, Processes, Together, noted_interrupts, sequences_of
+from streamline_hooks.distributed import (
+    AllInterrupted,
+    Interrupts,
+    Processes,
+    Together,
+    agreed,
+    noted_interrupts,
+    sequences_of,
+)
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.passes import progress
 from streamline_hooks.repair.course import Course
 from streamline_hooks.repair.forwards import Forwards
-from streamline_hooks.repair.master_weights import MasterWeights
+from streamline_hooks.repair.optimisation import Optimisation
 from streamline_hooks.repair.own_text import Losses, OwnText, mean_of
 from streamline_hooks.repair.rollouts import Counts
 from streamline_hooks.repair.settings import Trained, Training
@@ -27,8 +35,6 @@ from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import Taught
 from streamline_hooks.repair.training_state import (
     fingerprint,
-    load_optimiser,
-    optimiser_tensors,
     random_state,
     read_state,
     set_random_state,
@@ -36,10 +42,6 @@ from streamline_hooks.repair.training_state import (
 )
 
 _T = TypeVar("_T")
-
-
-class _AllInterrupted(BaseException):
-    """All processes have agreed to stop, since one of them was asked to."""
 
 
 class Loop(Forwards):
@@ -76,8 +78,6 @@ class Loop(Forwards):
         work: Together | None = None,
         sharded: bool = False,
     ) -> None:
-        from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup  # late: it brings in much
-
         self.student, self.batches, self.validation, self.settings, self.say = (
             student, batches, validation, settings, say,
         )  # fmt: skip
@@ -94,14 +94,8 @@ class Loop(Forwards):
         self.device = device_of(student.model)
         self.course = Course(settings, len(batches))
         self.steps = self.course.steps
-        self.weights = MasterWeights(self.parameters)
-        self.optimiser = torch.optim.AdamW(self._groups(), lr=settings.learning_rate, betas=settings.betas)
-        self.schedule: Any = get_cosine_with_min_lr_schedule_with_warmup(
-            self.optimiser,
-            num_warmup_steps=min(math.ceil(settings.warmup * self.steps), self.steps - 1),  # the first has rate 0
-            num_training_steps=self.steps,
-            min_lr_rate=settings.floor,
-        )
+        self.optimisation = Optimisation(self.parameters, settings, self.steps, student.rate_of)
+        self.weights = self.optimisation.weights
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.whole = True  # not while weights are half updated, which is not to be kept
         self.history: list[dict[str, Any]] = []
@@ -126,14 +120,6 @@ class Loop(Forwards):
         own = {number: taught.tokens for number, taught in self.taught.items() if number not in self.share.idle}
         told = self.work.tell(own)
         return {number: sum(its.get(number, 0) for its in told) for number in range(len(self.batches))}
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """What is trained at the same rate, and with the same decay: matrices have some, vectors none."""
-        groups: dict[tuple[float, float], list[Tensor]] = {}
-        for name, master in self.weights.masters.items():
-            decay = self.settings.weight_decay if master.ndim > 1 else 0.0
-            groups.setdefault((self.settings.learning_rate * self.student.rate_of(name), decay), []).append(master)
-        return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
 
     def run(self, resume: bool) -> Trained:
         """Make all steps that are left, from the beginning or from where an earlier run was kept."""
@@ -166,7 +152,7 @@ class Loop(Forwards):
                     if time.perf_counter() - kept >= 60 * self.settings.keep_every:
                         self._keep()
                         kept = time.perf_counter()
-            except _AllInterrupted:
+            except AllInterrupted:
                 stopped = f"interrupted after step {self.step}"
             except KeyboardInterrupt:
                 if self.work.processes.count > 1:
@@ -225,18 +211,14 @@ class Loop(Forwards):
                 return loss, [master.grad is not None for master in self.weights.masters.values()]
 
             made = self._with_room(gradients)
-        except (KeyboardInterrupt, _AllInterrupted):
+        except (KeyboardInterrupt, AllInterrupted):
             set_random_state(random, self.device)  # whoever goes on makes this step anew
             raise
         loss = math.fsum(value for value, _ in made)
         if math.isfinite(loss):
             self.whole = False
             add_gradients_up(self.work, self.weights.masters, [reached for _, reached in made])
-            if self.settings.clip:
-                nn.utils.clip_grad_norm_(self.weights.masters.values(), self.settings.clip)
-            self.optimiser.step()
-            self.weights.hand_on()
-            self.schedule.step()
+            self.optimisation.step()
             self.step += 1
             self.tokens += run
             if text is None:
@@ -271,27 +253,11 @@ class Loop(Forwards):
                 self.weights.clear()
                 return None
 
-        while None in (told := self._agree(tried)):
+        while None in (told := agreed(self.work, self.interrupts, tried)):
             self.rows = (min(self.rows, self.longest) + 1) // 2
             torch.cuda.empty_cache()
             self.say(f"Out of memory: {self.rows} sequences are run at a time from here on, and the steps stay.")
         return [one[0] for one in told if one is not None]
-
-    def _agree(self, make: Callable[[], _T]) -> list[_T]:
-        """Make something in every process; what each of them made, unless one was asked to stop."""
-        made: list[_T] = []
-        try:
-            asked = self.interrupts.asked
-            if not asked:
-                made.append(make())
-        except KeyboardInterrupt:
-            if self.work.processes.count == 1:
-                raise
-            asked = True
-        told = self.work.tell((asked or self.interrupts.asked, made))
-        if any(stop for stop, _ in told):
-            raise _AllInterrupted
-        return [one for _, its in told for one in its]
 
     def _out_of_time(self) -> bool:
         """Whether the time allowed is over by the first process's clock, which all of them go by."""
@@ -357,16 +323,12 @@ class Loop(Forwards):
     def _keep(self) -> None:
         if self.settings.keep_in is None or self.work.processes.rank:
             return
-        tensors = {f"parameter.{name}": p.detach() for name, p in self.weights.masters.items()}
-        tensors |= {f"best.{name}": value for name, value in self.best.items()}
-        tensors |= {f"optimiser.{name}": value for name, value in optimiser_tensors(self.optimiser).items()}
+        tensors = self.optimisation.tensors() | {f"best.{name}": value for name, value in self.best.items()}
         tensors |= random_state(self.device)
         said = {
             "fingerprint": self.fingerprint, "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
             "history": self.history, "losses": self.losses, "rows": self.rows,
-            "own_text": self.own_text and self.own_text.state_dict(),
-            "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
-            "rates": [group["lr"] for group in self.optimiser.param_groups],
+            "own_text": self.own_text and self.own_text.state_dict(), **self.optimisation.said(),
         }  # fmt: skip
         write_state(self.settings.keep_in, tensors, said)
 
@@ -378,13 +340,8 @@ class Loop(Forwards):
                 f"{path} holds another training: of other windows, text, settings or an other model. Give what it was "
                 "begun with, or begin again without --resume."
             )
-        self.weights.load({name: tensors[f"parameter.{name}"] for name in self.parameters})
+        self.optimisation.load(tensors, said)
         self.best = {name: tensors[f"best.{name}"].to(p.device) for name, p in self.parameters.items()}
-        prefix = "optimiser."
-        load_optimiser(self.optimiser, {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
-        self.schedule.load_state_dict({**self.schedule.state_dict(), **said["schedule"]})
-        for group, rate in zip(self.optimiser.param_groups, said["rates"], strict=True):
-            group["lr"] = rate
         set_random_state(tensors, self.device)
         self.step, self.tokens, self.seconds = said["step"], said["tokens"], said["seconds"]
         self.history, self.losses = said["history"], [(value, count) for value, count in said["losses"]]

@@ -77,22 +77,6 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, said
 
 
-def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimiser, each tensor by the number of its parameter and its name."""
-    state = optimiser.state_dict()["state"]
-    return {f"{number}.{name}": value for number, values in state.items() for name, value in values.items()}
-
-
-def load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Give an optimiser of the same parameters its state again."""
-    held = optimiser.state_dict()
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = value
-    optimiser.load_state_dict({**held, "state": state})
-
-
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """Where torch's random numbers are, on the CPU and on a GPU that is trained on."""
     state = {"random": torch.get_rng_state()}

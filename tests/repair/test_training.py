@@ -524,8 +524,8 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     )
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    loop.optimiser.param_groups[0]["lr"] = loop.optimiser.param_groups[1]["lr"] = 0.5
-    loop.optimiser.step()
+    loop.optimisation.optimiser.param_groups[0]["lr"] = loop.optimisation.optimiser.param_groups[1]["lr"] = 0.5
+    loop.optimisation.optimiser.step()
     assert torch.allclose(module.matrix, torch.full((32, 32), 1 - 0.5 * QUICK.weight_decay))
     assert torch.equal(module.vector, torch.ones(32))
 
