@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from benchmarks import quality_generation
-from benchmarks.quality_generation import CURVE, RECIPES, TRAINED, Bench, Run, numbers, plans, same_minutes, table
+from benchmarks.generation_recipes import CURVE, RECIPES, TRAINED, Run, plans, same_minutes
+from benchmarks.generation_table import numbers, table
+from benchmarks.quality_generation import Bench
 
 
 def generation(solved: int, text: str = "and so on") -> dict[str, Any]:
@@ -47,7 +49,7 @@ def content(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def test_every_recipe_has_a_row_for_each_number_of_blocks_and_those_trained_three_seeds() -> None:
-    found = [run for runs in plans(1000, {}).values() for run in runs]
+    found = [run for runs in plans(1000, {}, {}).values() for run in runs]
     assert len({run.key for run in found}) == len(found)
     for removed in (4, 8):
         for name in RECIPES:
@@ -57,14 +59,18 @@ def test_every_recipe_has_a_row_for_each_number_of_blocks_and_those_trained_thre
 
 
 def test_the_same_minutes_are_as_many_tokens_as_they_allow() -> None:
-    runs = [Run("best", 8, 100_000), Run("KL alone", 8, 100_000), Run("on policy", 8, 100_000), Run("LM alone", 8, 1)]
-    rows = {run.key: row(run, 70, 20, minutes) for run, minutes in zip(runs[:3], (4.0, 2.0, 8.0), strict=True)}
-    found = same_minutes(runs, rows)
+    names = ("best", "KL alone", "on policy", "without healing", "LM alone")
+    runs = [Run(name, 8, 100_000) for name in names]
+    rows = {run.key: row(run, 70, 20, minutes) for run, minutes in zip(runs[:4], (4.0, 2.0, 7.0, 3.7), strict=True)}
+    rows[runs[2].key]["minutes"]["text"] = 1.0  # that was written for it
+    found = same_minutes(runs, rows, {})  # without healing takes nearly as long, and LM alone has no row
     assert [(run.recipe, run.tokens) for run in found] == [("KL alone", 200_192), ("on policy", 50_176)]
     assert not {run.key for run in found} & {replace(run, same_minutes=False).key for run in found}
-    assert same_minutes(runs, {}) == []
+    assert same_minutes(runs, {}, {}) == []
+    timed = same_minutes(runs, rows, {"KL alone": 0.95, "without healing": 0.8})  # in one run, which rows are not
+    assert [(run.recipe, run.tokens) for run in timed] == [("on policy", 50_176), ("without healing", 124_928)]
     rows[runs[1].key]["products"] = "bfloat16"  # whose minutes are those of another machine
-    assert [run.recipe for run in same_minutes(runs, rows)] == ["on policy"]
+    assert [run.recipe for run in same_minutes(runs, rows, {})] == ["on policy"]
 
 
 def test_numbers_are_means_over_the_seeds_and_above_chance() -> None:
@@ -94,12 +100,13 @@ def test_the_table_has_the_best_first_and_the_texts_beside_one_another() -> None
         row(Run("best", 8, 1000), 75, 24),
         row(Run("best", 8, 50_000), 78, 27),
         row(Run("KL alone", 8, 1536, same_minutes=True), 72, 12),
+        row(Run("without healing", 8, 1000), 71, 10),  # takes nearly the time of best, and so is in both tables
         row(Run("on policy", 8, 2048), 72, 12),  # of another number of tokens: in no table
     ]
     lines = table(content(rows)).splitlines()
     names = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]
-    assert names == ["recipe", "best", "removed", "recipe", "best", "KL alone", "recipe",
-                     "best, 50,000 tokens", "best, 1,000 tokens"]  # fmt: skip
+    assert names == ["recipe", "best", "without healing", "removed", "recipe", "best", "KL alone", "without healing",
+                     "recipe", "best, 50,000 tokens", "best, 1,000 tokens"]  # fmt: skip
     best = next(line for line in lines if line.startswith("| best |"))
     assert " | 83.3% [" in best and " | 80.0% [" in best and best.endswith(" | 30.0% | 1.500 | 5.0 |")
     assert "**Once \\*upon\\***" in lines and "- removed: a a \\| a" in lines

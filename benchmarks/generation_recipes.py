@@ -1,0 +1,140 @@
+"""The recipes that `benchmarks.quality_generation` compares, each with one thing changed, and which rows there are."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from benchmarks.real_text import SEQUENCE
+from streamline_hooks.repair import PRESETS, Healing, Training
+
+BEST = PRESETS["best"]
+SETTINGS = replace(BEST.training or Training(), validations=4)
+SIZES = (8, 4)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How what is left is repaired; by default as the preset `best` does it.
+
+    Attributes
+    ----------
+    kind : str
+    warm : bool
+        Whether the stand-in starts where least squares brings it, or as plain removal.
+    objective : str
+        Empty where nothing is trained.
+    healing : Healing or None
+    on_policy : str
+        See `OnPolicy.parse`; empty for none.
+    text : {"documents", "own", "both"}
+        Of others, conversations with the original itself, or one half of each.
+    rounds : int
+        See `compress_iteratively`, which chooses each round's blocks itself, in the weights' precision.
+    search, criterion : str
+        How the blocks that go are found, as in `compress`; an empty criterion for what is usual there.
+    repeated : float
+        The share of the sequences, of the text that the blocks are chosen on, whose second half repeats the first, see
+        `with_repeated_passages`.
+    learning_rate : float
+    """
+
+    kind: str = BEST.kind
+    warm: bool = True
+    objective: str = str(SETTINGS.objective)
+    healing: Healing | None = BEST.healing
+    on_policy: str = ""
+    text: str = "documents"
+    rounds: int = 1
+    search: str = BEST.search
+    criterion: str = BEST.criterion
+    repeated: float = BEST.repeated
+    learning_rate: float = SETTINGS.learning_rate
+
+    @property
+    def what(self) -> dict[str, str]:
+        """All of it, by which a row of an earlier recipe of this name is told."""
+        return {name: str(value) for name, value in asdict(self).items()}
+
+
+_TWO = PRESETS["two-windows"]
+_TWO_WINDOWS = Recipe(
+    _TWO.kind,
+    search=_TWO.search,
+    criterion=_TWO.criterion,
+    repeated=_TWO.repeated,
+)
+_PLAIN: dict[str, Any] = {"kind": "none", "objective": "", "healing": None}
+RECIPES: dict[str, Recipe] = {
+    "removed": Recipe(**_PLAIN),
+    "removed, chosen on prose": Recipe(**_PLAIN, repeated=0.0),
+    "removed, two windows": replace(_TWO_WINDOWS, **_PLAIN),
+    "warm start alone": Recipe(objective="", healing=None),
+    "best": Recipe(),
+    "chosen on prose": Recipe(repeated=0.0),
+    "at a lower rate": Recipe(learning_rate=3e-4),
+    "two windows": _TWO_WINDOWS,
+    "without healing": Recipe(healing=None),
+    "without the warm start": Recipe(warm=False),
+    "KL alone": Recipe(objective="kl"),
+    "on policy": Recipe(on_policy="kl:begin=0.5,share=0.5"),
+    "own text and documents": Recipe(text="both"),
+    "in two rounds": Recipe(rounds=2),
+    "LM alone": Recipe(objective="lm"),
+}
+TRAINED = [name for name, recipe in RECIPES.items() if recipe.objective]
+NEARLY = 0.9  # the same time
+CURVE = (50_000, 200_000, 1_000_000)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row."""
+
+    recipe: str
+    removed: int
+    tokens: int
+    seed: int = 0
+    same_minutes: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.recipe} | {self.removed} | {self.tokens} | {self.seed}" + " | minutes" * self.same_minutes
+
+
+def plans(tokens: int, rows: dict[str, Any], paces: dict[str, Any]) -> dict[str, list[Run]]:
+    """What there is to run, in parts that are asked for by name."""
+    start = [Run(name, removed, tokens) for removed in SIZES for name in RECIPES if name not in TRAINED]
+    first = {removed: [Run(name, removed, tokens) for name in TRAINED] for removed in SIZES}
+    seeds = [replace(run, seed=seed) for removed in SIZES for seed in (1, 2) for run in first[removed]]
+    minutes = [run for removed in SIZES for run in same_minutes(first[removed], rows, paces.get(str(removed), {}))]
+    curve = [Run("best", 8, count) for count in CURVE]
+    best = [run for runs in first.values() for run in runs if run.recipe == "best"]
+    others = {removed: [run for run in runs if run.recipe != "best"] for removed, runs in first.items()}
+    return {
+        "best": best, "start": start, "8": others[8], "4": others[4], "minutes": minutes, "curve": curve, "seeds": seeds
+    }  # fmt: skip
+
+
+def same_minutes(runs: list[Run], rows: dict[str, Any], paces: dict[str, float]) -> list[Run]:
+    """The same recipes on as many tokens as take the time that `best` took on its own, on a machine of one kind.
+
+    A recipe that took it but for a tenth is not run again. A recipe's time is its pace, see `Bench.measure_paces`, or
+    what its row took, where it has none.
+    """
+    found = []
+    best = rows.get(next(run.key for run in runs if run.recipe == "best"))
+    for run in runs:
+        row = rows.get(run.key)
+        if best is None or row is None or run.recipe == "best" or row["products"] != best["products"]:
+            continue
+        more = 1 / paces[run.recipe] if run.recipe in paces else trained_in(best) / trained_in(row)
+        if not NEARLY < more < 1 / NEARLY:
+            count = max(1, round(run.tokens * more / SEQUENCE))
+            found.append(replace(run, tokens=count * SEQUENCE, same_minutes=True))
+    return found
+
+
+def trained_in(row: dict[str, Any]) -> float:
+    """The minutes of writing the text, if the original wrote it, and of training."""
+    return float(row["minutes"].get("text", 0.0) + row["minutes"]["train"])
