@@ -165,13 +165,21 @@ class Objective:
         following : torch.Tensor, optional
             Where a text is predicted, the token that follows on each answer, of shape (answers,), see
             `following_tokens`.
+
+        Raises
+        ------
+        StreamlineError
+            If what the objective needs is not given.
         """
+        lacking = ["what the original says"] * (self.needs_original_logits and original is None)
+        lacking += ["the tokens that follow"] * (bool(self.lm) and following is None)
+        if lacking:
+            raise StreamlineError(f"The objective {self} cannot be computed without {' and '.join(lacking)}.")
         total = torch.zeros((), device=repaired.device)
-        lm = self.lm if following is not None else 0.0
         if original is not None and (self.kl or self.reverse_kl):
-            total = total + summed_divergence(repaired, original, self.kl, self.reverse_kl, lm, following)
-        elif following is not None and lm:
-            total = total + lm * text_loss(repaired, following)
+            total = total + summed_divergence(repaired, original, self.kl, self.reverse_kl, self.lm, following)
+        elif following is not None and self.lm:
+            total = total + self.lm * text_loss(repaired, following)
         if original is not None and self.embedding:
             apart = normalize(repaired.float(), dim=-1) - normalize(original.float(), dim=-1)
             total = total + self.embedding * apart.square().sum() / 2  # 1 - cos, of vectors of length one

@@ -64,3 +64,18 @@ def test_weights_are_not_negative_and_not_all_zero() -> None:
     for weights in ({"kl": 0.0}, {"kl": -1.0, "lm": 2.0}):
         with pytest.raises(StreamlineError, match="expected one above zero, and none below"):
             Objective(**weights)
+
+
+@pytest.mark.parametrize(
+    ("objective", "lacking"),
+    [
+        (Objective(lm=1.0), "kl . lm cannot be computed without what the original says"),
+        (Objective(kl=0.0, reverse_kl=1.0), "without what the original says"),
+        (Objective(kl=0.0, lm=1.0), "The objective lm cannot be computed without the tokens that follow"),
+    ],
+)
+def test_a_part_of_the_loss_is_not_left_out_in_silence(objective: Objective, lacking: str) -> None:
+    with pytest.raises(StreamlineError, match=lacking):
+        objective.of_answers(torch.randn(3, 5))
+    with pytest.raises(StreamlineError, match="without the tokens that follow"):
+        Objective(kl=1.0, lm=1.0).of_answers(torch.randn(3, 5), torch.randn(3, 5))
