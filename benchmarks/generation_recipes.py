@@ -102,12 +102,12 @@ class Run:
         return f"{self.recipe} | {self.removed} | {self.tokens} | {self.seed}" + " | minutes" * self.same_minutes
 
 
-def plans(tokens: int, rows: dict[str, Any], paces: dict[str, Any]) -> dict[str, list[Run]]:
+def plans(tokens: int, content: dict[str, Any]) -> dict[str, list[Run]]:
     """What there is to run, in parts that are asked for by name."""
     start = [Run(name, removed, tokens) for removed in SIZES for name in RECIPES if name not in TRAINED]
     first = {removed: [Run(name, removed, tokens) for name in TRAINED] for removed in SIZES}
     seeds = [replace(run, seed=seed) for removed in SIZES for seed in (1, 2) for run in first[removed]]
-    minutes = [run for removed in SIZES for run in same_minutes(first[removed], rows, paces.get(str(removed), {}))]
+    minutes = [run for removed in SIZES for run in same_minutes(removed, tokens, content) if run.same_minutes]
     curve = [Run("best", 8, count) for count in CURVE]
     best = [run for runs in first.values() for run in runs if run.recipe == "best"]
     others = {removed: [run for run in runs if run.recipe != "best"] for removed, runs in first.items()}
@@ -116,22 +116,24 @@ def plans(tokens: int, rows: dict[str, Any], paces: dict[str, Any]) -> dict[str,
     }  # fmt: skip
 
 
-def same_minutes(runs: list[Run], rows: dict[str, Any], paces: dict[str, float]) -> list[Run]:
-    """The same recipes on as many tokens as take the time that `best` took on its own, on a machine of one kind.
+def same_minutes(removed: int, tokens: int, content: dict[str, Any]) -> list[Run]:
+    """The trained recipes on as many tokens as take the time that `best` took on its own, on a machine of one kind.
 
-    A recipe that took it but for a tenth is not run again. A recipe's time is its pace, see `Bench.measure_paces`, or
-    what its row took, where it has none.
+    A recipe that took it but for a tenth is there as it is. Its time is its pace, see `Bench.measure_paces`, or what
+    its row took, where it has none.
     """
-    found = []
-    best = rows.get(next(run.key for run in runs if run.recipe == "best"))
-    for run in runs:
+    rows, found = content["rows"], []
+    best = rows.get(Run("best", removed, tokens).key)
+    for name in TRAINED:
+        run = Run(name, removed, tokens)
         row = rows.get(run.key)
-        if best is None or row is None or run.recipe == "best" or row["products"] != best["products"]:
+        if best is None or row is None or row["products"] != best["products"]:
             continue
-        more = 1 / paces[run.recipe] if run.recipe in paces else trained_in(best) / trained_in(row)
+        paces = content.get("paces", {}).get(row["products"], {}).get(str(removed), {})
+        more = 1 / paces[name] if name in paces else trained_in(best) / trained_in(row)
         if not NEARLY < more < 1 / NEARLY:
-            count = max(1, round(run.tokens * more / SEQUENCE))
-            found.append(replace(run, tokens=count * SEQUENCE, same_minutes=True))
+            run = replace(run, tokens=max(1, round(tokens * more / SEQUENCE)) * SEQUENCE, same_minutes=True)
+        found.append(run)
     return found
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.generation_numbers import mean_of, summary
-from benchmarks.generation_recipes import RECIPES, SIZES, TRAINED, trained_in
+from benchmarks.generation_recipes import RECIPES, SIZES, Run, same_minutes, trained_in
 from streamline_hooks.evaluation.retained import TaskAnswers, retained
 
 
@@ -53,12 +53,12 @@ def table(content: dict[str, Any]) -> str:
         here = [row for row in rows.values() if row["removed"] == removed]
         for title, chosen in (
             (f"{removed} of 30 blocks, {tokens:,} training tokens for each", _same_tokens(here, tokens)),
-            (f"{removed} of 30 blocks, the minutes of `best` for each", _same_time(here, tokens)),
+            (f"{removed} of 30 blocks, the minutes of `best` for each", _same_time(content, removed)),
         ):
             if chosen:
                 lines += ["", f"## {title}", "", *_rows(content, chosen)]
     counts = sorted({row["tokens"] for row in rows.values()})
-    curve = {f"best, {n:,} tokens": [row for row in rows.values() if _is(row, "best", 8, n)] for n in counts}
+    curve = {f"best, {n:,} tokens": [row for row in rows.values() if _of(row, Run("best", 8, n))] for n in counts}
     if any(its for name, its in curve.items() if name != f"best, {tokens:,} tokens"):
         lines += [
             "",
@@ -70,21 +70,23 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Made by `{content['command']}`.", ""])
 
 
-def _is(row: dict[str, Any], recipe: str, removed: int, tokens: int) -> bool:
-    return (row["recipe"], row["removed"], row["tokens"]) == (recipe, removed, tokens) and not row.get("same_minutes")
-
-
 def _same_tokens(rows: list[dict[str, Any]], tokens: int) -> dict[str, list[dict[str, Any]]]:
-    found = {name: [row for row in rows if _is(row, name, row["removed"], tokens)] for name in RECIPES}
+    found = {name: [row for row in rows if _of(row, Run(name, row["removed"], tokens))] for name in RECIPES}
     return {name: its for name, its in found.items() if its}
 
 
-def _same_time(rows: list[dict[str, Any]], tokens: int) -> dict[str, list[dict[str, Any]]]:
-    """Of each recipe the rows on as many tokens as `best` has time for, or those on its tokens, which take it."""
-    apart = [row for row in rows if row.get("same_minutes")]
-    found = {name: [row for row in apart if row["recipe"] == name] for name in TRAINED}
-    same = {name: its for name, its in _same_tokens(rows, tokens).items() if name in TRAINED}
-    return {name: its or same.get(name, []) for name, its in found.items() if its or name in same} if apart else {}
+def _same_time(content: dict[str, Any], removed: int) -> dict[str, list[dict[str, Any]]]:
+    """Of each recipe the rows on as many tokens as `best` has time for, where there are such of others than `best`."""
+    runs = same_minutes(removed, content["tokens"], content)
+    found = {run.recipe: [row for row in content["rows"].values() if _of(row, run)] for run in runs}
+    there = {name: its for name, its in found.items() if its}
+    return there if any(row.get("same_minutes") for its in there.values() for row in its) else {}
+
+
+def _of(row: dict[str, Any], run: Run) -> bool:
+    """Whether a row is of a run, of whatever seed."""
+    same = (row["recipe"], row["removed"], row["tokens"]) == (run.recipe, run.removed, run.tokens)
+    return same and bool(row.get("same_minutes")) == run.same_minutes
 
 
 def _rows(content: dict[str, Any], named: dict[str, list[dict[str, Any]]]) -> list[str]:

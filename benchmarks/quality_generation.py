@@ -1,6 +1,6 @@
 """What each part of a repair keeps of classification and of generation, 4 and 8 of SmolLM2's 30 blocks gone.
 
-    python -m benchmarks.quality_generation [--data FOLDER] [--plan NAME,...] [--tokens 100000] [--items 100]
+    python -m benchmarks.quality_generation [--data FOLDER] [--plan NAME,...] [--tokens 50000] [--items 100]
 
 One thing is changed at a time: how the blocks are chosen, where the repair starts, by which loss it is trained, on
 which text, in how many rounds, and what is healed besides; all on the same number of training tokens, seen once, and
@@ -79,7 +79,7 @@ def main() -> None:
     for name in options.plan.split(","):
         if name == "minutes":
             bench.measure_paces()
-        for run in plans(options.tokens, bench.rows, bench.content.get("paces", {}))[name]:
+        for run in plans(options.tokens, bench.content)[name]:
             bench.row(run)
     print(table(bench.content))
 
@@ -113,9 +113,7 @@ class Bench:
 
     def change(self, make: Any) -> None:
         """Change what is kept, which another process may have changed in between."""
-        lock = ROOT / "build" / "quality_generation" / "lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("w") as held:
+        with (self.work / "lock").open("w") as held:
             fcntl.flock(held, fcntl.LOCK_EX)
             self.content = self.read()
             make(self.content)
@@ -125,9 +123,7 @@ class Bench:
     @contextmanager
     def taken(self, run: Run) -> Iterator[bool]:
         """Whether this process is the one to make a row; the other takes another."""
-        file = ROOT / "build" / "quality_generation" / f"{run.key.replace(' ', '')}.taken"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("w") as held:
+        with self.file_of(run, "taken").open("w") as held:
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -162,28 +158,34 @@ class Bench:
                 yield count, sorted(verified(self.model, find_selections(recipe.search, problem), *judged)[0].blocks)
 
     def measure_paces(self) -> None:
-        """How long a recipe trains for each second of `best`: medians of steps, of all recipes in turn.
+        """How long a recipe trains for each second of `best`: medians of steps, of all recipes in turn, measured once.
 
         Of those whose steps are all alike and whose text is there: not of one that writes, or begins again.
         """
-        alike = {n: RECIPES[n] for n in TRAINED if not RECIPES[n].on_policy and RECIPES[n].rounds == 1}
-        alike = {name: recipe for name, recipe in alike.items() if recipe.text == "documents"}
-        text = self.text("documents", Run("best", 8, TIMED * SEQUENCE))
-        found = {}
-        for removed in SIZES:
-            took: dict[str, list[float]] = {name: [] for name in alike}
-            for _ in range(TIMES):
-                for name, recipe in alike.items():
-                    run = Run(name, removed, TIMED * SEQUENCE)
-                    student = self.started(replace(recipe, warm=False), run, self.windows(removed, recipe), text)
-                    batches, apart = batches_of(text.train, 1), batches_of(text.validation, 2)[0]
-                    pace = measure_training_pace(
-                        student, batches, apart, self.settings(run, recipe), clock=time.process_time
-                    )
-                    took[name].append(pace.original + pace.step)
-            middle = {name: statistics.median(seconds) for name, seconds in took.items()}
-            found[str(removed)] = {name: seconds / middle["best"] for name, seconds in middle.items()}
-        self.change(lambda content: content.update(paces={**content.get("paces", {}), **found}))
+        with (self.work / "paces").open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            self.content = self.read()
+            known = self.content.get("paces", {})
+            if products() not in known:
+                found = {str(removed): self.paces(removed) for removed in SIZES}
+                self.change(lambda content: content.update(paces={**known, products(): found}))
+
+    def paces(self, removed: int) -> dict[str, float]:
+        alike = [name for name in TRAINED if not RECIPES[name].on_policy and RECIPES[name].rounds == 1]
+        alike = [name for name in alike if RECIPES[name].text == "documents"]
+        run = Run("best", removed, TIMED * SEQUENCE)
+        text, _ = self.text("documents", run)
+        batches, apart = batches_of(text.train, 1), batches_of(text.validation, 2)[0]
+        took: dict[str, list[float]] = {name: [] for name in alike}
+        for _ in range(TIMES):
+            for name in alike:
+                recipe = replace(RECIPES[name], warm=False)  # which is as fast, and there at once
+                student = self.started(recipe, run, self.windows(removed, recipe), text)
+                settings = self.settings(run, recipe)
+                pace = measure_training_pace(student, batches, apart, settings, clock=time.process_time)
+                took[name].append(pace.original + pace.step)
+        middle = {name: statistics.median(seconds) for name, seconds in took.items()}
+        return {name: seconds / middle["best"] for name, seconds in middle.items()}
 
     def row(self, run: Run) -> None:
         """Make a row, unless it is there or on its way."""
@@ -195,9 +197,8 @@ class Bench:
             print(run.key, made["text"]["mean_perplexity_ratio"], made["minutes"], flush=True)
 
     def made(self, run: Run) -> dict[str, Any]:
-        recipe, began = RECIPES[run.recipe], time.process_time()
-        text = self.text(recipe.text, run)
-        own = {"text": (time.process_time() - began) / 60} if recipe.text != "documents" else {}
+        recipe = RECIPES[run.recipe]
+        text, written = self.text(recipe.text, run)
         if recipe.rounds > 1:
             return self.made_in_rounds(run, recipe, text)
         windows, clock = self.windows(run.removed, recipe), [time.process_time()]
@@ -208,7 +209,8 @@ class Bench:
         student.training = False
         clock.append(time.process_time())
         report = None if trained is None else trained.report()
-        minutes = {name: (b - a) / 60 for name, a, b in zip(("fit", "train"), clock, clock[1:], strict=False)} | own
+        minutes = {name: (b - a) / 60 for name, a, b in zip(("fit", "train"), clock, clock[1:], strict=False)}
+        minutes["text"] = written
         with student.opened():
             return self.scored(run, recipe, self.model, [k for window in windows for k in window], report, minutes)
 
@@ -261,28 +263,46 @@ class Bench:
             "generation": generation,
         }
 
-    def text(self, which: str, run: Run) -> TrainingText:
-        """What is trained on; it is always validated on documents."""
+    def text(self, which: str, run: Run) -> tuple[TrainingText, float]:
+        """What is trained on, and the minutes that the original wrote it in; it is always validated on documents."""
         tokens = max(run.tokens, 20 * SEQUENCE)
         found = training_text(self.options.data, self.tokenizer, tokens, run.seed)
         wanted = run.tokens // SEQUENCE
         if which == "documents":
-            return replace(found, train=found.train[:wanted])
-        own = self.own_text(run.tokens if which == "own" else wanted // 2 * SEQUENCE + SEQUENCE, run.seed)
-        rows = own if which == "own" else torch.stack([own[:wanted], found.train[:wanted]], dim=1).flatten(0, 1)
-        return replace(found, train=rows[:wanted])
+            return replace(found, train=found.train[:wanted]), 0.0
+        rows, minutes = self.own_text(wanted if which == "own" else (wanted + 1) // 2, run)
+        if which == "both":
+            rows = torch.stack([rows, found.train[: len(rows)]], dim=1).flatten(0, 1)
+        return replace(found, train=rows[:wanted]), minutes
 
-    def own_text(self, tokens: int, seed: int) -> Tensor:
-        """What the original writes to the prompts of a seed, in sequences; anew each time, as its minutes count."""
+    def own_text(self, sequences: int, run: Run) -> tuple[Tensor, float]:
+        """What the original writes to the prompts of a seed, and the minutes that it took when it was written."""
+        folder, began = self.file_of(run, "text"), time.process_time()
         texts = self_generated(
             self.original,
             self.tokenizer,
-            tokens=tokens + 8 * SEQUENCE,
-            seed=seed,
+            tokens=(sequences + 8) * SEQUENCE,
+            seed=run.seed,
+            cache=folder,
             conversation=True,
         )
+        took = folder / "minutes"
+        if not took.exists():
+            took.write_text(str((time.process_time() - began) / 60))
         ids = [i for text in texts for i in self.tokenizer(text, add_special_tokens=False).input_ids]
-        return torch.tensor(ids[: len(ids) // SEQUENCE * SEQUENCE]).view(-1, SEQUENCE)[: tokens // SEQUENCE]
+        rows = torch.tensor(ids[: len(ids) // SEQUENCE * SEQUENCE]).view(-1, SEQUENCE)[:sequences]
+        return rows, float(took.read_text())
+
+    def file_of(self, run: Run, of: str) -> Path:
+        """Where something of a row is kept until it is made."""
+        return self.work / f"{run.key.replace(' ', '')}.{of}"
+
+    @property
+    def work(self) -> Path:
+        """The folder of what is kept until a row is made."""
+        folder = ROOT / "build" / "quality_generation"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def started(self, recipe: Recipe, run: Run, windows: tuple[range, ...], text: TrainingText) -> Student:
         """The student before it is trained."""
@@ -301,7 +321,7 @@ class Bench:
 
     def settings(self, run: Run, recipe: Recipe) -> Training:
         """How a recipe is trained."""
-        file = ROOT / "build" / "quality_generation" / f"{run.key.replace(' ', '')}.training"
+        file = self.file_of(run, "training")
         own = OnPolicy.parse(recipe.on_policy) if recipe.on_policy else None
         objective = Objective.parse(recipe.objective)
         own_part: dict[str, Any] = {

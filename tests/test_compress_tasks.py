@@ -152,6 +152,13 @@ def test_an_objective_that_a_model_cannot_be_compared_by() -> None:
     with pytest.raises(StreamlineError, match="predicts a text, and a batch has none .*Give labels"):
         of_text = replace(QUICK, objective=Objective.parse("lm"))
         train(student, drawn("bart decoder", 0), drawn("bart decoder", 1), of_text)
+    hidden = parts("bart decoder")
+    hidden["calibration"][1]["decoder_attention_mask"] = torch.ones_like(hidden["calibration"][1]["labels"])
+    hidden["calibration"][1]["decoder_attention_mask"][0, 0] = 0
+    with pytest.raises(
+        StreamlineError, match=r"1 labels are at places that decoder_attention_mask leaves out\. Let the"
+    ):
+        train(student, hidden["calibration"], hidden["validation"], of_text)
 
 
 def test_parts_that_are_none() -> None:

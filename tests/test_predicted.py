@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from streamline_hooks.evaluation import perplexity
 from streamline_hooks.evaluation.candidates import Candidate
 from streamline_hooks.evaluation.perplexity import Perplexity, perplexity_of_candidates
 from streamline_hooks.predicted import following_tokens, predicted_tokens
-from streamline_hooks.repair import Objective, Student
+from streamline_hooks.repair import Objective, Student, Trained, Training, train
 from streamline_hooks.repair.teacher import taught_states
 from streamline_hooks.testing import tiny_model
 from tests.tiny_models import left_padded
@@ -60,6 +61,21 @@ def test_the_text_s_own_loss_leaves_the_same_tokens_out() -> None:
 
     assert loss(packed()) == pytest.approx(loss(apart()), rel=1e-6)
     assert loss(packed()) == pytest.approx(perplexity(model, apart()).nll, rel=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["lm", "kl + lm"])
+def test_a_training_learns_the_same_tokens_of_packed_rows(objective: str) -> None:
+    settings = Training(Objective.parse(objective), learning_rate=1e-3, warmup=0.0)
+
+    def trained(batches: list[dict[str, torch.Tensor]]) -> Trained:
+        steps = replace(settings, accumulation=len(batches))  # one step on all of them
+        return train(Student(tiny_model("llama"), [(range(2, 4), LinearReplacement(32))]), batches, batches, steps)
+
+    rows, documents = trained(packed()), trained(apart())
+    for one, other in zip(rows.history, documents.history, strict=True):
+        assert one["validated"] == pytest.approx(other["validated"], rel=1e-5)
+    assert rows.history[-1]["loss"] == pytest.approx(documents.history[-1]["loss"], rel=1e-5)
+    assert rows.history[-1]["step"] == 1 and rows.history[-1]["validated"] != rows.history[0]["validated"]
 
 
 def test_a_training_runs_the_documents_of_a_packed_row_apart() -> None:

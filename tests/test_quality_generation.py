@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import quality_generation
 from benchmarks.generation_recipes import CURVE, RECIPES, TRAINED, Run, plans, same_minutes
 from benchmarks.generation_table import numbers, table
 from benchmarks.quality_generation import Bench
+from benchmarks.training_text import TrainingText
 
 
 def generation(solved: int, text: str = "and so on") -> dict[str, Any]:
@@ -49,7 +51,7 @@ def content(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def test_every_recipe_has_a_row_for_each_number_of_blocks_and_those_trained_three_seeds() -> None:
-    found = [run for runs in plans(1000, {}, {}).values() for run in runs]
+    found = [run for runs in plans(1000, {"rows": {}}).values() for run in runs]
     assert len({run.key for run in found}) == len(found)
     for removed in (4, 8):
         for name in RECIPES:
@@ -60,17 +62,38 @@ def test_every_recipe_has_a_row_for_each_number_of_blocks_and_those_trained_thre
 
 def test_the_same_minutes_are_as_many_tokens_as_they_allow() -> None:
     names = ("best", "KL alone", "on policy", "without healing", "LM alone")
-    runs = [Run(name, 8, 100_000) for name in names]
-    rows = {run.key: row(run, 70, 20, minutes) for run, minutes in zip(runs[:4], (4.0, 2.0, 7.0, 3.7), strict=True)}
-    rows[runs[2].key]["minutes"]["text"] = 1.0  # that was written for it
-    found = same_minutes(runs, rows, {})  # without healing takes nearly as long, and LM alone has no row
-    assert [(run.recipe, run.tokens) for run in found] == [("KL alone", 200_192), ("on policy", 50_176)]
-    assert not {run.key for run in found} & {replace(run, same_minutes=False).key for run in found}
-    assert same_minutes(runs, {}, {}) == []
-    timed = same_minutes(runs, rows, {"KL alone": 0.95, "without healing": 0.8})  # in one run, which rows are not
-    assert [(run.recipe, run.tokens) for run in timed] == [("on policy", 50_176), ("without healing", 124_928)]
-    rows[runs[1].key]["products"] = "bfloat16"  # whose minutes are those of another machine
-    assert [run.recipe for run in same_minutes(runs, rows, {})] == ["on policy"]
+    runs = {name: Run(name, 8, 100_000) for name in names}
+    rows = [row(runs[name], 70, 20, took) for name, took in zip(names, (4.0, 2.0, 7.0, 3.7), strict=False)]
+    rows[2]["minutes"]["text"] = 1.0  # that was written for it
+    whole = content(rows)
+
+    def found() -> list[tuple[str, int, bool]]:
+        return [(run.recipe, run.tokens, run.same_minutes) for run in same_minutes(8, 100_000, whole)]
+
+    # Without healing takes nearly as long, and LM alone has no row.
+    assert found() == [("best", 100_000, False), ("without healing", 100_000, False), ("KL alone", 200_192, True),
+                       ("on policy", 50_176, True)]  # fmt: skip
+    assert [run.recipe for run in plans(100_000, whole)["minutes"]] == ["KL alone", "on policy"]
+    whole["paces"] = {"float32": {"8": {"best": 1.0, "KL alone": 0.95, "without healing": 0.8}}}
+    assert found() == [("best", 100_000, False), ("without healing", 124_928, True), ("KL alone", 100_000, False),
+                       ("on policy", 50_176, True)]  # fmt: skip
+    whole["paces"] = {"bfloat16": whole["paces"]["float32"]}  # of another machine
+    whole["rows"][runs["on policy"].key]["products"] = "bfloat16"
+    assert [name for name, _, _ in found()] == ["best", "without healing", "KL alone"]
+    assert same_minutes(8, 100_000, {"rows": {}}) == []
+
+
+@pytest.mark.parametrize("which", ["own", "both"])
+def test_own_text_is_all_or_every_other_sequence(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: Any = Bench.__new__(Bench)
+    made.options, made.tokenizer = SimpleNamespace(data=None), None
+    documents = TrainingText(torch.zeros(20, 512), torch.zeros(2, 512), {})
+    monkeypatch.setattr(quality_generation, "training_text", lambda *given: documents)
+    made.own_text = lambda sequences, run: (torch.ones(sequences, 512), 1.5)
+    text, minutes = made.text(which, Run("best", 8, 5 * 512))
+    expected = [1, 1, 1, 1, 1] if which == "own" else [1, 0, 1, 0, 1]
+    assert (text.train[:, 0].tolist(), minutes) == (expected, 1.5)
+    assert made.text("documents", Run("best", 8, 5 * 512))[0].train.shape == (5, 512)
 
 
 def test_numbers_are_means_over_the_seeds_and_above_chance() -> None:
@@ -101,11 +124,14 @@ def test_the_table_has_the_best_first_and_the_texts_beside_one_another() -> None
         row(Run("best", 8, 50_000), 78, 27),
         row(Run("KL alone", 8, 1536, same_minutes=True), 72, 12),
         row(Run("without healing", 8, 1000), 71, 10),  # takes nearly the time of best, and so is in both tables
+        row(Run("KL alone", 8, 1000), 70, 12, minutes=2.7),
+        row(Run("LM alone", 8, 1000), 70, 11, minutes=12.0),  # with no row on fewer tokens yet
         row(Run("on policy", 8, 2048), 72, 12),  # of another number of tokens: in no table
     ]
     lines = table(content(rows)).splitlines()
     names = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]
-    assert names == ["recipe", "best", "without healing", "removed", "recipe", "best", "KL alone", "without healing",
+    assert names == ["recipe", "best", "KL alone", "LM alone", "without healing", "removed",
+                     "recipe", "best", "KL alone", "without healing",
                      "recipe", "best, 50,000 tokens", "best, 1,000 tokens"]  # fmt: skip
     best = next(line for line in lines if line.startswith("| best |"))
     assert " | 83.3% [" in best and " | 80.0% [" in best and best.endswith(" | 30.0% | 1.500 | 5.0 |")

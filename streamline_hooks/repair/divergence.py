@@ -54,12 +54,23 @@ def summed_divergence(
     following : torch.Tensor, optional
         Where the last is not zero, see `text_loss`.
 
+    Raises
+    ------
+    StreamlineError
+        If they are not of as many tokens and of one vocabulary, or a text is weighed and not given.
+
     Examples
     --------
     >>> logits = torch.zeros(3, 5, requires_grad=True)
     >>> summed_divergence(logits, torch.zeros(3, 5)).item()
     0.0
     """
+    if repaired.shape != original.shape or (text and (following is None or len(following) != len(repaired))):
+        follows = "no text" if following is None else f"{len(following)} tokens of a text"
+        raise StreamlineError(
+            f"Got logits of the shapes {tuple(repaired.shape)} and {tuple(original.shape)}, and {follows} at a weight "
+            f"of {text:g}; expected one shape, and where a text is weighed a token of it for each row."
+        )
     weights = (forward, reverse, text)
     if not (torch.is_grad_enabled() and repaired.requires_grad):
         return _SummedDivergence.run(repaired, original, weights, following, gradient=False)
@@ -90,8 +101,8 @@ class _SummedDivergence(torch.autograd.Function):
             q, p = repaired[part].float().log_softmax(dim=-1), theirs.float().log_softmax(dim=-1)
             if text and following is not None:
                 known = following[part] != UNCOUNTED
-                tokens = following[part].clamp_min(0)[:, None]
-                total -= text * q.gather(1, tokens)[known].sum(dtype=torch.float64)
+                tokens = following[part].masked_fill(~known, 0)[:, None]
+                total -= text * q.gather(1, tokens)[:, 0].masked_fill(~known, 0.0).sum(dtype=torch.float64)
             likely = p.exp()
             apart = p.sub_(q)
             q = q.exp_()

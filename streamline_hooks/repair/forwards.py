@@ -15,7 +15,7 @@ from streamline_hooks.batch import Batch, real_tokens
 from streamline_hooks.distance import reference_of, summed_distance
 from streamline_hooks.distributed import some_of
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.predicted import following_tokens
+from streamline_hooks.predicted import UNCOUNTED, following_tokens
 from streamline_hooks.repair.divergence import summed_divergence, text_loss
 from streamline_hooks.repair.master_weights import MasterWeights
 from streamline_hooks.repair.on_policy import OnPolicy
@@ -133,7 +133,13 @@ class Forwards:
             mask = real_tokens(given)
             real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
             following = following_tokens(ids, real, given.get("position_ids"))
-        return self.task.answers(following[..., None], batch)[:, 0]  # of the answers, as they are chosen of logits
+        answered = self.task.answers(following[..., None], batch)[:, 0]  # chosen as of logits
+        if wanted == "labels" and (left := int((following != UNCOUNTED).sum() - (answered != UNCOUNTED).sum())):
+            raise StreamlineError(
+                f"{left} labels are at places that decoder_attention_mask leaves out. Let the mask have the places "
+                f"whose labels are to be learned, or give the label {UNCOUNTED} there."
+            )
+        return answered
 
     def _original(self, taught: Taught, batch: Batch | Tensor) -> Tensor:
         assert taught.exit is not None

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from streamline_hooks import StreamlineError
 from streamline_hooks.predicted import UNCOUNTED
-from streamline_hooks.repair.divergence import summed_divergence
+from streamline_hooks.repair.divergence import summed_divergence, text_loss
 from streamline_hooks.repair.objective import Objective
 
 
@@ -59,3 +59,30 @@ def test_a_gradient_that_is_used_up_is_not_given_twice() -> None:
     (3.0 * found).backward(retain_graph=True)
     with pytest.raises(StreamlineError, match=r"has been used up; compute the KL anew"):
         found.backward()
+
+
+@pytest.mark.parametrize(
+    ("rows", "text", "following", "said"),
+    [
+        (8, 0.0, None, r"\(7, 9\) and \(8, 9\), and no text at a weight of 0"),
+        (
+            7,
+            1.0,
+            None,
+            "no text at a weight of 1; expected one shape, and where a text is weighed a token of it for each",
+        ),
+        (7, 0.5, torch.tensor([1, 2]), "and 2 tokens of a text at a weight of 0.5"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(rows: int, text: float, following: torch.Tensor | None, said: str) -> None:
+    with torch.no_grad(), pytest.raises(StreamlineError, match=said):
+        summed_divergence(torch.randn(7, 9), torch.randn(rows, 9), 1.0, 0.0, text, following)
+
+
+@pytest.mark.parametrize("label", [-1, 9])
+def test_what_is_no_token_is_not_learned_as_one(label: int) -> None:
+    following = torch.tensor([3, UNCOUNTED, label])
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        text_loss(torch.randn(3, 9), following)
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        summed_divergence(torch.randn(3, 9), torch.randn(3, 9), 1.0, 0.0, 1.0, following)

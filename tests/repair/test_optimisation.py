@@ -16,7 +16,7 @@ def parameters() -> dict[str, nn.Parameter]:
     torch.manual_seed(0)
     return {
         "wide": nn.Parameter(torch.randn(3, 2)),
-        "narrow": nn.Parameter(torch.randn(3, 2).bfloat16()),
+        "narrow": nn.Parameter(torch.randn(2, 3).bfloat16()),
         "vector": nn.Parameter(torch.randn(4)),
         "kept": nn.Parameter(torch.randn(2, 2)),
     }
@@ -53,5 +53,5 @@ def test_what_is_kept_goes_on_to_the_bit() -> None:
 def test_matrices_decay_and_each_has_its_rate() -> None:
     groups = {tuple(p.shape): g for g in made(parameters()).optimiser.param_groups for p in g["params"]}
     assert {shape: (g["initial_lr"], g["weight_decay"]) for shape, g in groups.items()} == {
-        (3, 2): (0.1, 0.5), (4,): (0.1, 0.0), (2, 2): (0.025, 0.5),
+        (3, 2): (0.1, 0.5), (2, 3): (0.1, 0.5), (4,): (0.1, 0.0), (2, 2): (0.025, 0.5),
     }  # fmt: skip
