@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import copy
 import fcntl
+import glob
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Iterator
@@ -194,6 +196,9 @@ class Bench:
                 return
             made = self.made(run)
             self.change(lambda content: content["rows"].update({run.key: made}))
+            for kept in self.work.glob(f"{glob.escape(self.file_of(run, 'training').name)}*"):
+                kept.unlink()  # of all rounds
+            shutil.rmtree(self.file_of(run, "text"), ignore_errors=True)
             print(run.key, made["text"]["mean_perplexity_ratio"], made["minutes"], flush=True)
 
     def made(self, run: Run) -> dict[str, Any]:
@@ -340,7 +345,6 @@ class Bench:
         trained = train(student, batches, validation, settings, resume=file.exists(), say=print)
         if trained.stopped:
             raise SystemExit(f"{run.key} was not trained to its end: {trained.stopped}. Run it again to go on.")
-        file.unlink()
         return trained
 
 
