@@ -283,14 +283,15 @@ class Bench:
     def own_text(self, sequences: int, run: Run) -> tuple[Tensor, float]:
         """What the original writes to the prompts of a seed, and the minutes that it took when it was written."""
         folder, began = self.file_of(run, "text"), time.process_time()
-        texts = self_generated(
-            self.original,
-            self.tokenizer,
-            tokens=(sequences + 8) * SEQUENCE,
-            seed=run.seed,
-            cache=folder,
-            conversation=True,
-        )
+        with fast_products(self.original):
+            texts = self_generated(
+                self.original,
+                self.tokenizer,
+                tokens=(sequences + 8) * SEQUENCE,
+                seed=run.seed,
+                cache=folder,
+                conversation=True,
+            )
         took = folder / "minutes"
         if not took.exists():
             took.write_text(str((time.process_time() - began) / 60))
