@@ -36,7 +36,6 @@ class Recipe:
     repeated : float
         The share of the sequences, of the text that the blocks are chosen on, whose second half repeats the first, see
         `with_repeated_passages`.
-    learning_rate : float
     """
 
     kind: str = BEST.kind
@@ -49,7 +48,6 @@ class Recipe:
     search: str = BEST.search
     criterion: str = BEST.criterion
     repeated: float = BEST.repeated
-    learning_rate: float = SETTINGS.learning_rate
 
     @property
     def what(self) -> dict[str, str]:
@@ -72,7 +70,6 @@ RECIPES: dict[str, Recipe] = {
     "warm start alone": Recipe(objective="", healing=None),
     "best": Recipe(),
     "chosen on prose": Recipe(repeated=0.0),
-    "at a lower rate": Recipe(learning_rate=3e-4),
     "two windows": _TWO_WINDOWS,
     "without healing": Recipe(healing=None),
     "without the warm start": Recipe(warm=False),

@@ -330,12 +330,7 @@ class Bench:
         file = self.file_of(run, "training")
         own = OnPolicy.parse(recipe.on_policy) if recipe.on_policy else None
         objective = Objective.parse(recipe.objective)
-        own_part: dict[str, Any] = {
-            "objective": objective,
-            "on_policy": own,
-            "learning_rate": recipe.learning_rate,
-            "seed": run.seed,
-        }
+        own_part: dict[str, Any] = {"objective": objective, "on_policy": own, "seed": run.seed}
         return replace(SETTINGS, **own_part, keep_in=file, memory=2**33, autocast=FAST)
 
     def trained(self, run: Run, recipe: Recipe, student: Student, text: TrainingText) -> Trained:
