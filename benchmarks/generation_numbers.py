@@ -15,8 +15,8 @@ GROUP = "generation"
 Row = Mapping[str, Any]
 
 
-def retained_greedy(original: Row | Sequence[Row], rows: Sequence[Row], **settings: Any) -> Retained:
-    """What is retained of the problems and last words that the original gets right; see `retained` for the settings.
+def greedy_answers(original: Row | Sequence[Row], rows: Sequence[Row]) -> list[TaskAnswers]:
+    """The problems and last words, as the original and what was made of it answer them.
 
     Parameters
     ----------
@@ -34,34 +34,38 @@ def retained_greedy(original: Row | Sequence[Row], rows: Sequence[Row], **settin
     originals = _same_questions(original, rows)
     greedy: dict[str, Callable[[Row], str]] = {sort: lambda row, s=sort: row["probes"][s] for sort in rows[0]["probes"]}
     greedy["last_words"] = lambda row: row["last_words"]["right"]
-    return _retained(
-        [
-            (name, *([list(map(float, right(row))) for row in several] for several in (originals, rows)))
-            for name, right in greedy.items()
-        ],
-        settings,
-    )
+    return [
+        _answers(name, *([list(map(float, right(row))) for row in several] for several in (originals, rows)))
+        for name, right in greedy.items()
+    ]
 
 
-def retained_pass(original: Row | Sequence[Row], rows: Sequence[Row], k: int, **settings: Any) -> Retained:
+def pass_answers(original: Row | Sequence[Row], rows: Sequence[Row], k: int) -> list[TaskAnswers]:
     """The same of pass@k: each problem counts by the chance that one of k tries is right.
 
     Raises
     ------
     StreamlineError
-        See `retained_greedy`; or if there are fewer tries than k.
+        See `greedy_answers`; or if there are fewer tries than k.
     """
     originals = _same_questions(original, rows)
     given = rows[0]["pass_at"]
     chances = {c: pass_of(c, given["samples"], k) for c in range(given["samples"] + 1)}
-    return _retained(
-        [
-            (sort, *([[chances[c] for c in row["pass_at"]["right"][sort]] for row in several] for several in pair))
-            for sort in given["right"]
-            for pair in [(originals, rows)]
-        ],
-        settings,
-    )
+    return [
+        _answers(sort, *([[chances[c] for c in row["pass_at"]["right"][sort]] for row in several] for several in pair))
+        for sort in given["right"]
+        for pair in [(originals, rows)]
+    ]
+
+
+def retained_greedy(original: Row | Sequence[Row], rows: Sequence[Row], **settings: Any) -> Retained:
+    """What is retained of `greedy_answers`; see `retained` for the settings."""
+    return retained(greedy_answers(original, rows), **settings)[GROUP]
+
+
+def retained_pass(original: Row | Sequence[Row], rows: Sequence[Row], k: int, **settings: Any) -> Retained:
+    """What is retained of `pass_answers`."""
+    return retained(pass_answers(original, rows, k), **settings)[GROUP]
 
 
 def pass_of(right: int, samples: int, k: int) -> float:
@@ -95,12 +99,9 @@ def summary(
     }
 
 
-def _retained(
-    tasks: Sequence[tuple[str, list[list[float]], list[list[float]]]], settings: Mapping[str, Any]
-) -> Retained:
-    """Of each task the original's scores, and then those of each seed."""
-    answers = [TaskAnswers(name, mean_of(first), mean_of(others), group=GROUP) for name, first, others in tasks]
-    return retained(answers, **settings)[GROUP]
+def _answers(name: str, first: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> TaskAnswers:
+    """Of the original's scores, for each seed, and those of what was made of it."""
+    return TaskAnswers(name, mean_of(first), mean_of(others), group=GROUP)
 
 
 def mean_of(scores: Sequence[Sequence[float]]) -> list[float]:

@@ -6,33 +6,72 @@ import statistics
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.generation_numbers import mean_of, summary
-from benchmarks.generation_recipes import RECIPES, SIZES, Run, same_minutes, trained_in
-from streamline_hooks.evaluation.retained import TaskAnswers, retained
+from benchmarks.generation_numbers import greedy_answers, mean_of, pass_answers, retained_greedy, summary
+from benchmarks.generation_recipes import RECIPES, SIZES, TRAINED, Run, same_minutes, trained_in
+from streamline_hooks.evaluation import Estimate, TaskAnswers, compared, retained
 
 
 def numbers(content: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Of one recipe, with as many seeds as there are: what is retained above chance, with its interval."""
-    originals = [content["originals"][row["products"]] for row in rows]
-    own = [original["classification"] for original in originals]
-    answers = []
-    for task in own[0]["counted"]:
-        scores = [[list(map(float, one["right"][task])) for one in several] for several in (own, rows)]
-        answers.append(TaskAnswers(task, *map(mean_of, scores), own[0]["chance"][task]))
-    kept = retained(answers, clearly=0.0)["classification"]
+    kept = retained(classified(content, rows), clearly=0.0)["classification"]
     return {
         "seeds": len(rows),
         "classification": None if kept.above_chance is None else asdict(kept.above_chance),
+        "accuracy": asdict(kept.ratio),
         "ratio": statistics.fmean(row["text"]["mean_perplexity_ratio"] for row in rows),
         "kl": statistics.fmean(row["text"]["kl"] for row in rows),
         "minutes": statistics.fmean(row["minutes"]["fit"] + trained_in(row) for row in rows),
-        "generation": summary([one["generation"] for one in originals], [row["generation"] for row in rows]),
+        "generation": summary(_originals(content, rows), [row["generation"] for row in rows]),
     }
 
 
+def differences(
+    content: dict[str, Any], first: list[dict[str, Any]], second: list[dict[str, Any]]
+) -> dict[str, Estimate]:
+    """How much more of each kind one recipe's rows retain than another's, of the seeds that both have.
+
+    Nothing where they have none in common, or were held against an original in another precision.
+    """
+    seeds = {(row["seed"], row["products"]) for row in first} & {(row["seed"], row["products"]) for row in second}
+    sides = [sorted((r for r in of if (r["seed"], r["products"]) in seeds), key=_seed) for of in (first, second)]
+    if not seeds:
+        return {}
+    own = _originals(content, sides[0])
+    kinds = {
+        "classification": [classified(content, side) for side in sides],
+        "generation": [greedy_answers(own, [row["generation"] for row in side]) for side in sides],
+        "pass@1": [pass_answers(own, [row["generation"] for row in side], 1) for side in sides],
+        "pass@20": [pass_answers(own, [row["generation"] for row in side], 20) for side in sides],
+    }
+    found = {name: next(iter(compared(*several, clearly=0.0).values())) for name, several in kinds.items()}
+    more = {name: one.above_chance for name, one in found.items() if one.above_chance is not None}
+    return {"accuracy": found["classification"].ratio, **more}
+
+
+def classified(content: dict[str, Any], rows: list[dict[str, Any]]) -> list[TaskAnswers]:
+    """The questions, as the original and what was made of it answer them, each by the share of the seeds."""
+    own = [content["originals"][row["products"]]["classification"] for row in rows]
+    return [
+        TaskAnswers(
+            task,
+            *(mean_of([list(map(float, one["right"][task])) for one in several]) for several in (own, rows)),
+            own[0]["chance"][task],
+        )
+        for task in own[0]["counted"]
+    ]
+
+
+def _originals(content: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [content["originals"][row["products"]]["generation"] for row in rows]
+
+
+def _seed(row: dict[str, Any]) -> int:
+    return int(row["seed"])
+
+
 HEAD = (
-    "recipe", "seeds", "classification", "generation", "pass@1", "pass@5", "pass@20", "last words",
-    "alike, documents", "alike, questions", "repeated", "perplexity", "minutes",
+    "recipe", "seeds", "classification", "accuracy", "generation", "of each seed", "pass@1", "pass@5", "pass@20",
+    "last words", "alike, documents", "alike, questions", "repeated", "perplexity", "minutes",
 )  # fmt: skip
 
 
@@ -42,11 +81,12 @@ def table(content: dict[str, Any]) -> str:
     lines = [
         "SmolLM2-135M-Instruct, 4 and 8 of its 30 blocks gone. Classification (as in quality.md) and generation "
         "(problems and last words, greedily) are the share of the accuracy above chance that is retained, with the "
-        "95 % interval of drawing the questions; pass@k the share retained of the chance that one of k sampled answers "
-        "is right; last words the accuracy; alike how many tokens a greedy continuation of 64 goes along with the "
-        "original's; repeated the share of its runs of four tokens that were there before; perplexity the mean ratio "
-        "over five held-out domains; minutes of one processor core, for text that the "
-        "original wrote, the start and the training, fewer where products are in bfloat16.",
+        "95 % interval of drawing the questions; accuracy is the ratio of the mean accuracies in classification, as "
+        "papers report it; of each seed, generation seed by seed; pass@k the share retained of the chance that one of "
+        "k sampled answers is right; last words the accuracy; alike how many tokens a greedy continuation of 64 goes "
+        "along with the original's; repeated the share of its runs of four tokens that were there before; perplexity "
+        "the mean ratio over five held-out domains; minutes of one processor core, for text that the original wrote, "
+        "the start and the training, fewer where products are in bfloat16.",
         *_original(content),
     ]
     for removed in SIZES:
@@ -56,7 +96,7 @@ def table(content: dict[str, Any]) -> str:
             (f"{removed} of 30 blocks, the minutes of `best` for each", _same_time(content, removed)),
         ):
             if chosen:
-                lines += ["", f"## {title}", "", *_rows(content, chosen)]
+                lines += ["", f"## {title}", "", *_rows(content, chosen), *_beside_best(content, chosen)]
     counts = sorted({row["tokens"] for row in rows.values()})
     curve = {f"best, {n:,} tokens": [row for row in rows.values() if _of(row, Run("best", 8, n))] for n in counts}
     if any(its for name, its in curve.items() if name != f"best, {tokens:,} tokens"):
@@ -102,13 +142,55 @@ def _rows(content: dict[str, Any], named: dict[str, list[dict[str, Any]]]) -> li
         match = written["match"]
         repeated = statistics.fmean(kind["repetition"] for kind in match.values())
         cells = [
-            name, str(its["seeds"]), _shown(its["classification"]), _shown(written["greedy"]["above_chance"]),
+            name, str(its["seeds"]), _shown(its["classification"]), _shown(its["accuracy"]),
+            _shown(written["greedy"]["above_chance"]), _of_each_seed(content, named[name]),
             *(_shown(written["pass_at"][k]["above_chance"]) for k in ("1", "5", "20")), f"{ends:.1%}",
             *(f"{kind['length']:.1f}" for kind in match.values()), f"{repeated:.1%}", f"{its['ratio']:.3f}",
             f"{its['minutes']:.1f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _of_each_seed(content: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """What is retained of generation, seed by seed."""
+    each = [
+        retained_greedy(_originals(content, [row]), [row["generation"]], draws=100).above_chance
+        for row in sorted(rows, key=_seed)
+    ]
+    return ", ".join("-" if one is None else f"{one.value:.0%}" for one in each)
+
+
+MORE = ("classification", "accuracy", "generation", "pass@1", "pass@20")
+
+
+def _beside_best(content: dict[str, Any], named: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """What `best` retains more than each other recipe that is trained, and so what each part of it adds."""
+    best = named.get("best", [])
+    found = {
+        name: (its, differences(content, best, its))
+        for name, its in named.items()
+        if name in TRAINED and name != "best"
+    }
+    found = {name: (its, more) for name, (its, more) in found.items() if more}
+    if not found:
+        return []
+    lines = [
+        "",
+        "Points that `best` retains more than each of the others, on the seeds that both have, with the interval of "
+        "drawing the questions, the same for both:",
+        "",
+        "| best beside | seeds | " + " | ".join(MORE) + " |",
+        "|---" * (len(MORE) + 2) + "|",
+    ]
+    for name, (its, more) in found.items():
+        common = len({_seed(row) for row in best} & {_seed(row) for row in its})
+        lines.append(f"| {name} | {common} | " + " | ".join(_points(more.get(kind)) for kind in MORE) + " |")
+    return lines
+
+
+def _points(more: Estimate | None) -> str:
+    return "-" if more is None else f"{100 * more.value:+.1f} [{100 * more.low:+.0f}, {100 * more.high:+.0f}]"
 
 
 def _value(estimate: dict[str, Any] | None) -> float:

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import quality_generation
 from benchmarks.generation_recipes import CURVE, RECIPES, TRAINED, Run, plans, same_minutes
-from benchmarks.generation_table import numbers, table
+from benchmarks.generation_table import differences, numbers, table
 from benchmarks.quality_generation import Bench
 from benchmarks.training_text import TrainingText
 
@@ -117,6 +117,24 @@ def test_each_row_is_held_against_the_original_in_its_own_precision() -> None:
     assert found["generation"]["greedy"]["above_chance"]["value"] == pytest.approx(20 / 25)
 
 
+def test_recipes_are_held_against_each_other_on_the_seeds_that_both_have() -> None:
+    whole = content([])
+    best = [
+        row(Run("best", 8, 1000, seed), right, solved) for seed, right, solved in ((0, 70, 20), (1, 74, 24), (2, 80, 0))
+    ]
+    other = [row(Run("KL alone", 8, 1000, seed), right, solved) for seed, right, solved in ((1, 64, 12), (0, 60, 10))]
+    more = differences(whole, best, other)
+    assert more["classification"].value == pytest.approx((0.72 - 0.62) / 0.3)
+    assert more["accuracy"].value == pytest.approx((0.72 - 0.62) / 0.8)
+    assert more["generation"].value == pytest.approx((22 - 11) / 30)
+    # Of 20 tries at each problem 11 are right on average and then 5.5, and the original's are 15.
+    assert more["pass@1"].value == pytest.approx((11 - 5.5) / 15)
+    assert set(more) == {"classification", "accuracy", "generation", "pass@1", "pass@20"}
+    assert all(one.low <= one.value <= one.high for one in more.values()) and more["generation"].low > 0
+    assert differences(whole, best[2:], other) == {}
+    assert differences(whole, best, [{**one, "products": "bfloat16"} for one in other]) == {}
+
+
 def test_the_table_has_the_best_first_and_the_texts_beside_one_another() -> None:
     rows = [
         row(Run("removed", 8, 1000), 55, 3, text="a a | a"),
@@ -131,10 +149,15 @@ def test_the_table_has_the_best_first_and_the_texts_beside_one_another() -> None
     lines = table(content(rows)).splitlines()
     names = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]
     assert names == ["recipe", "best", "KL alone", "LM alone", "without healing", "removed",
+                     "best beside", "without healing", "KL alone", "LM alone",
                      "recipe", "best", "KL alone", "without healing",
+                     "best beside", "without healing", "KL alone",
                      "recipe", "best, 50,000 tokens", "best, 1,000 tokens"]  # fmt: skip
     best = next(line for line in lines if line.startswith("| best |"))
-    assert " | 83.3% [" in best and " | 80.0% [" in best and best.endswith(" | 30.0% | 1.500 | 5.0 |")
+    assert " | 83.3% [" in best and " | 93.8% [" in best and best.endswith(" | 30.0% | 1.500 | 5.0 |")
+    assert " | 80.0% [" in best and "] | 80% | " in best
+    more = lines[next(k for k, line in enumerate(lines) if line.startswith("| best beside")) + 2]
+    assert " | +13.3 [" in more and " | +5.0 [" in more and " | +46.7 [" in more
     assert "**Once \\*upon\\***" in lines and "- removed: a a \\| a" in lines
     assert lines[-1] == "Made by `the command`."
 

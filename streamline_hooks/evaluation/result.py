@@ -11,6 +11,7 @@ from typing import Any
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.agreement import Agreement
 from streamline_hooks.evaluation.choices import ChoiceScores
+from streamline_hooks.evaluation.compared import Difference, compared
 from streamline_hooks.evaluation.last_words import LastWordScores
 from streamline_hooks.evaluation.matched import Matched
 from streamline_hooks.evaluation.problems import Solved
@@ -109,13 +110,38 @@ class Evaluation:
     @property
     def retained(self) -> dict[str, Retained]:
         """By group, ``classification`` and ``generation``; a group in which the original is never right is left out."""
+        asked = self._asked()
+        return retained(asked) if asked else {}
+
+    def more_than(self, other: Evaluation) -> dict[str, Difference]:
+        """How much more this model retains than another, by group as `retained`, see `compared`.
+
+        Parameters
+        ----------
+        other : Evaluation
+            Of the same suite, beside the same original.
+
+        Raises
+        ------
+        StreamlineError
+            If the two were not asked the same, if one has no original, or their originals answer differently.
+        """
+        if self.original is None or other.original is None:
+            raise StreamlineError(
+                "What a model retains more than another is told of two evaluations beside their common original, and "
+                "one of these has none; give it as `reference`."
+            )
+        sides = self._asked(), other._asked()
+        return compared(*sides) if any(sides) else {}
+
+    def _asked(self) -> list[TaskAnswers]:
+        """The answers beside the original's, in the groups in which it is ever right."""
         if self.original is None:
-            return {}
+            return []
         pairs = zip(self._answers(self.scores), self._answers(self.original), strict=True)
         tasks = [TaskAnswers(name, theirs, mine, guess, group) for (name, group, mine, guess), (*_, theirs, _) in pairs]
         groups = {task.group: any(any(t.original) for t in tasks if t.group == task.group) for task in tasks}
-        asked = [task for task in tasks if groups[task.group]]
-        return retained(asked) if asked else {}
+        return [task for task in tasks if groups[task.group]]
 
     def report(self) -> dict[str, Any]:
         """Everything, as JSON values; see `streamline_hooks.report.write_report`, which makes a page of it."""

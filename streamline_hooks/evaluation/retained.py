@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from streamline_hooks.errors import StreamlineError
-
-_AT_ONCE = 1 << 22  # numbers drawn at a time
+from streamline_hooks.evaluation.drawn_questions import Estimate, accuracies, estimate, share_kept
 
 
 @dataclass(frozen=True)
@@ -33,32 +32,6 @@ class TaskAnswers:
     changed: Sequence[bool] | Sequence[float]
     chance: float = 0.0
     group: str = "classification"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number, and how far another draw of the questions would have moved it.
-
-    Attributes
-    ----------
-    value : float
-    low, high : float
-        Percentile interval; −∞ and ∞ where the draws leave it open.
-    standard_error : float
-        Standard deviation of the draws.
-    undefined : float
-        The share of draws in which there was nothing to retain: the original no better than chance, and the changed
-        model different. They lie outside the interval, on both sides.
-    """
-
-    value: float
-    low: float
-    high: float
-    standard_error: float
-    undefined: float = 0.0
-
-    def __str__(self) -> str:
-        return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"
 
 
 @dataclass(frozen=True)
@@ -137,11 +110,21 @@ def retained(
     >>> 0.7 < found.above_chance.low < 0.8182 < found.above_chance.high < 0.95
     True
     """
+    check_draws(clearly, draws, level, seed)
+    return {name: _of_group(named, clearly, draws, level, seed) for name, named in grouped(tasks).items()}
+
+
+def check_draws(clearly: float, draws: int, level: float, seed: int) -> None:
+    """Refuse settings of which no interval can be made."""
     if clearly < 0 or draws < 100 or not 0 < level < 1 or seed < 0:
         raise StreamlineError(
             f"Got clearly={clearly}, draws={draws}, level={level}, seed={seed}; expected clearly of 0 or more, 100 "
             "draws or more, a level between 0 and 1, and a seed of 0 or more."
         )
+
+
+def grouped(tasks: Iterable[TaskAnswers]) -> dict[str, dict[str, TaskAnswers]]:
+    """By group and name, in the order in which they come; refused where one cannot be compared."""
     groups: dict[str, dict[str, TaskAnswers]] = {}
     for task in tasks:
         _check(task)
@@ -150,69 +133,32 @@ def retained(
         groups.setdefault(task.group, {})[task.name] = task
     if not groups:
         raise StreamlineError("There is no task to compare; give one at least.")
-    return {name: _of_group(name, named, clearly, draws, level, seed) for name, named in groups.items()}
+    for group, named in groups.items():
+        if not any(answers_of(task)[:, 0].any() for task in named.values()):
+            raise StreamlineError(
+                f"In the group {group!r} the original answers no question right, of which nothing can be retained."
+            )
+    return groups
 
 
-def _of_group(
-    group: str, named: Mapping[str, TaskAnswers], clearly: float, draws: int, level: float, seed: int
-) -> Retained:
-    drawn = {name: _accuracies(named[name], draws, seed) for name in sorted(named)}  # sums in one order, always
+def _of_group(named: Mapping[str, TaskAnswers], clearly: float, draws: int, level: float, seed: int) -> Retained:
+    # Sums in one order, always.
+    drawn = {name: accuracies(name, answers_of(named[name]), draws, seed) for name in sorted(named)}
     before, after = (np.mean([pair[k] for pair in drawn.values()], axis=0) for k in (0, 1))
-    if before[0] == 0:
-        raise StreamlineError(
-            f"In the group {group!r} the original answers no question right, of which nothing can be retained."
-        )
-    left_out = {name: reason for name, task in named.items() if (reason := _not_clearly(task, clearly))}
+    left_out = {name: reason for name, task in named.items() if (reason := not_clearly(task, clearly))}
     shares = {
-        name: _kept(first, second, named[name].chance)
+        name: share_kept(first, second, named[name].chance)
         for name, (first, second) in drawn.items()
         if name not in left_out
     }
-    above = _estimate(np.mean(list(shares.values()), axis=0), level) if shares else None
-    in_order = {name: _estimate(shares[name], level) for name in named if name in shares}
-    return Retained(_estimate(_kept(before, after, 0.0), level), above, in_order, left_out)
+    above = estimate(np.mean(list(shares.values()), axis=0), level) if shares else None
+    in_order = {name: estimate(shares[name], level) for name in named if name in shares}
+    return Retained(estimate(share_kept(before, after, 0.0), level), above, in_order, left_out)
 
 
-def _accuracies(task: TaskAnswers, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracy of the original and of the changed model, of the questions as they are and then of each draw.
-
-    Questions with the same pair of answers are one kind; how many of each kind a draw holds is multinomial.
-    """
-    kinds, counts = np.unique(_pairs(task), axis=0, return_counts=True)
-    total = int(counts.sum())
-    random = np.random.default_rng([seed, *task.name.encode()])
-    found = [(counts[None] * kinds.T[:, None]).sum(axis=2) / total]
-    for start in range(0, draws, step := max(1, _AT_ONCE // len(kinds))):
-        drawn = random.multinomial(total, counts / total, size=min(step, draws - start))
-        found.append(np.stack([(drawn * kinds[:, k]).sum(axis=1) for k in (0, 1)]) / total)
-    before, after = np.concatenate(found, axis=1)
-    return before, after
-
-
-def _kept(before: np.ndarray, after: np.ndarray, chance: float) -> np.ndarray:
-    """1 − loss/room: 1 where nothing is lost, whatever the room, and NaN where there is no room but a difference."""
-    loss, room = before - after, before - chance
-    with np.errstate(divide="ignore", invalid="ignore"):
-        kept = np.where(room > 0, 1.0 - loss / room, np.nan)
-    return np.where(loss == 0, 1.0, kept)
-
-
-def _estimate(values: np.ndarray, level: float) -> Estimate:
-    """Of a value and its draws."""
-    drawn = values[1:]
-    open_ = np.isnan(drawn)
-    last = len(drawn) - 1
-    cut = int(last * (1.0 - level) / 2.0)
-    low = np.sort(np.where(open_, -np.inf, drawn))[cut]
-    high = np.sort(np.where(open_, np.inf, drawn))[last - cut]
-    defined = drawn[~open_]
-    error = float(defined.std(ddof=1)) if len(defined) > 1 else math.nan
-    return Estimate(float(values[0]), float(low), float(high), error, float(open_.mean()))
-
-
-def _not_clearly(task: TaskAnswers, clearly: float) -> str:
+def not_clearly(task: TaskAnswers, clearly: float) -> str:
     """Why a task does not count above chance; nothing if it does."""
-    right = _pairs(task)[:, 0]
+    right = answers_of(task)[:, 0]
     if len(right) < 2:
         return "which has one question"
     above, error = right.mean() - task.chance, right.std(ddof=1) / math.sqrt(len(right))
@@ -221,7 +167,8 @@ def _not_clearly(task: TaskAnswers, clearly: float) -> str:
     return f"where the original's {right.mean():.1%} ± {error:.1%} is not clearly above the chance of {task.chance:.1%}"
 
 
-def _pairs(task: TaskAnswers) -> np.ndarray:
+def answers_of(task: TaskAnswers) -> np.ndarray:
+    """Of each question the original's score and the changed model's."""
     return np.stack([np.asarray(task.original, dtype=float), np.asarray(task.changed, dtype=float)], axis=1)
 
 
@@ -231,7 +178,7 @@ def _check(task: TaskAnswers) -> None:
             f"The task {task.name!r} has {len(task.original)} answers of the original and {len(task.changed)} of the "
             "changed model; expected one of each for the same questions, and a question at least."
         )
-    pairs = _pairs(task)
+    pairs = answers_of(task)
     if not ((pairs >= 0) & (pairs <= 1)).all():
         raise StreamlineError(f"The answers of the task {task.name!r} are not all between 0 (wrong) and 1 (right).")
     if not 0 <= task.chance <= 1:

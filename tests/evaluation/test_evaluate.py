@@ -135,6 +135,25 @@ def test_what_is_retained_is_that_of_the_changed_model(pair: tuple[Any, Any, Any
     assert means[0] < means[1]
     assert found.retained["generation"].ratio.value == 0.0
     assert found.stability["girls"].value < 1.0 and found.matched is not None and found.matched.length < 3
+    whole = evaluate(copy.deepcopy(original), suite, original)
+    more, less = whole.more_than(found), found.more_than(whole)
+    assert more["classification"].ratio.value == pytest.approx(1.0 - means[0] / means[1])
+    assert (more["generation"].ratio.value, less["generation"].ratio.value) == (1.0, -1.0)
+
+
+def test_a_model_is_held_against_another_beside_one_original(pair: tuple[Any, Any, Any], suite: Suite) -> None:
+    original, changed, tokenizer = pair
+    found = evaluate(changed, suite, original)
+    assert all(one.ratio.value == one.ratio.low == one.ratio.high == 0.0 for one in found.more_than(found).values())
+    with pytest.raises(StreamlineError, match="one of these has none; give it as `reference`"):
+        found.more_than(evaluate(changed, suite))
+    few = Suite(tokenizer, choices={"girls": suite.choices["girls"]}, timed=None)
+    with pytest.raises(StreamlineError, match="were not both asked, in one group, the task 'dogs'"):
+        found.more_than(evaluate(changed, few, original))
+    with pytest.raises(StreamlineError, match="both must be held against one original"):
+        found.more_than(evaluate(original, suite, changed))
+    nothing = evaluate(changed, Suite(tokenizer, text=suite.text, timed=None), original)
+    assert nothing.more_than(nothing) == {}
 
 
 def test_the_report_is_json_and_says_what_the_scores_say(pair: tuple[Any, Any, Any], suite: Suite) -> None:

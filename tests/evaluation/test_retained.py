@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from benchmarks.quality_scores import Quality, Scores
 from streamline_hooks import StreamlineError
 from streamline_hooks.evaluation import Retained
+from streamline_hooks.evaluation.drawn_questions import accuracies
 from streamline_hooks.evaluation.retained import TaskAnswers, retained
 
 
@@ -155,14 +156,12 @@ def test_questions_drawn_for_each_model_apart_would_be_seen(monkeypatch: pytest.
     tasks = [TaskAnswers(f"{k}", *correlated(300, k), 0.25) for k in range(4)]  # type: ignore[arg-type]
     paired = only(tasks)
 
-    def apart(task: TaskAnswers, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    def apart(name: str, answers: np.ndarray, draws: int, seed: int) -> np.ndarray:
         random = np.random.default_rng(seed)
-        sides = [np.asarray(side, dtype=float) for side in (task.original, task.changed)]
-        chosen = [side[random.integers(0, len(side), (draws, len(side)))].mean(axis=1) for side in sides]
-        before, after = (np.append(side.mean(), c) for side, c in zip(sides, chosen, strict=True))
-        return before, after
+        chosen = [side[random.integers(0, len(side), (draws, len(side)))].mean(axis=1) for side in answers.T]
+        return np.stack([np.append(side.mean(), c) for side, c in zip(answers.T, chosen, strict=True)])
 
-    monkeypatch.setattr(sys.modules[retained.__module__], "_accuracies", apart)
+    monkeypatch.setattr(sys.modules[retained.__module__], "accuracies", apart)
     unpaired = only(tasks)
     for one, other in ((paired.ratio, unpaired.ratio), (paired.above_chance, unpaired.above_chance)):
         assert one is not None and other is not None and one.value == pytest.approx(other.value)
@@ -187,7 +186,7 @@ def test_scores_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(1)
     task = TaskAnswers("f1", random.random(50).tolist(), random.random(50).tolist(), group="generation")
     whole = only([task])
-    monkeypatch.setattr(sys.modules[retained.__module__], "_AT_ONCE", 333)
+    monkeypatch.setattr(sys.modules[accuracies.__module__], "_AT_ONCE", 333)
     assert only([task]) == whole
 
 
