@@ -87,8 +87,8 @@ def _of_group(
     seed: int,
 ) -> Difference:
     drawn = {
-        name: accuracies(name, np.column_stack([answers_of(first[name]), second[name].changed]), draws, seed)
-        for name in sorted(first)
+        name: accuracies(name, np.column_stack([answers_of(task), second[name].changed]), draws, seed, task.clusters)
+        for name, task in sorted(first.items())
     }
     left_out = {name: reason for name, task in first.items() if (reason := not_clearly(task, clearly))}
     more = {name: _more(three, first[name].chance) for name, three in drawn.items() if name not in left_out}
@@ -117,9 +117,10 @@ def _check_alike(*sides: Mapping[str, Mapping[str, TaskAnswers]]) -> None:
     for group, named in first.items():
         for name, task in named.items():
             other = second[group][name]
-            if list(task.original) != list(other.original) or task.chance != other.chance:
+            about = [(list(of.original), of.chance, list(of.clusters)) for of in (task, other)]
+            if about[0] != about[1]:
                 raise StreamlineError(
                     f"The original of the one model answers the task {name!r} otherwise than that of the other, or its "
-                    "chance is another: both must be held against one original, in one precision, on the same "
-                    "questions in the same order."
+                    "chance or clusters are others: both must be held against one original, in one precision, on the "
+                    "same questions in the same order."
                 )

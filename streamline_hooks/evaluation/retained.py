@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.drawn_questions import Estimate, accuracies, estimate, share_kept
+from streamline_hooks.evaluation.drawn_questions import Estimate, accuracies, estimate, share_kept, standard_error
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,9 @@ class TaskAnswers:
         The accuracy of knowing nothing, see `streamline_hooks.evaluation.questions.chance`; 0 where text is written.
     group : str
         Tasks of different groups, such as classification and generation, are reported apart.
+    clusters : sequence of hashable
+        For each question, with which it stands or falls: of one passage, or behind the same solved examples. Those of
+        one cluster are drawn together, and an interval is wider for it. Empty where each stands alone.
     """
 
     name: str
@@ -32,6 +34,7 @@ class TaskAnswers:
     changed: Sequence[bool] | Sequence[float]
     chance: float = 0.0
     group: str = "classification"
+    clusters: Sequence[Hashable] = ()
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,9 @@ def grouped(tasks: Iterable[TaskAnswers]) -> dict[str, dict[str, TaskAnswers]]:
 
 def _of_group(named: Mapping[str, TaskAnswers], clearly: float, draws: int, level: float, seed: int) -> Retained:
     # Sums in one order, always.
-    drawn = {name: accuracies(name, answers_of(named[name]), draws, seed) for name in sorted(named)}
+    drawn = {
+        name: accuracies(name, answers_of(task), draws, seed, task.clusters) for name, task in sorted(named.items())
+    }
     before, after = (np.mean([pair[k] for pair in drawn.values()], axis=0) for k in (0, 1))
     left_out = {name: reason for name, task in named.items() if (reason := not_clearly(task, clearly))}
     shares = {
@@ -161,7 +166,9 @@ def not_clearly(task: TaskAnswers, clearly: float) -> str:
     right = answers_of(task)[:, 0]
     if len(right) < 2:
         return "which has one question"
-    above, error = right.mean() - task.chance, right.std(ddof=1) / math.sqrt(len(right))
+    if len(task.clusters) and len(set(task.clusters)) < 2:
+        return "whose questions are all of one cluster"
+    above, error = right.mean() - task.chance, standard_error(right, task.clusters)
     if above > clearly * error:
         return ""
     return f"where the original's {right.mean():.1%} ± {error:.1%} is not clearly above the chance of {task.chance:.1%}"
@@ -181,5 +188,10 @@ def _check(task: TaskAnswers) -> None:
     pairs = answers_of(task)
     if not ((pairs >= 0) & (pairs <= 1)).all():
         raise StreamlineError(f"The answers of the task {task.name!r} are not all between 0 (wrong) and 1 (right).")
+    if len(task.clusters) not in (0, len(task.original)):
+        raise StreamlineError(
+            f"The task {task.name!r} has {len(task.original)} questions and the clusters of {len(task.clusters)}; "
+            "expected one for each question, or none."
+        )
     if not 0 <= task.chance <= 1:
         raise StreamlineError(f"The task {task.name!r} has the chance {task.chance}; expected 0 to 1.")

@@ -104,7 +104,7 @@ def test_questions_drawn_for_each_model_apart_would_be_seen(monkeypatch: pytest.
     module = sys.modules[compared.__module__]
     paired = module.accuracies
 
-    def apart(name: str, answers: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    def apart(name: str, answers: np.ndarray, draws: int, seed: int, clusters: Any) -> np.ndarray:
         return np.concatenate([paired(name, side[:, None], draws, seed + k) for k, side in enumerate(answers.T)])
 
     monkeypatch.setattr(module, "accuracies", apart)
@@ -127,10 +127,12 @@ def test_what_cannot_be_compared() -> None:
     first, second = sides((20, 1), (20, 2))
     others, _ = sides((20, 3), (20, 2))
     moved = [TaskAnswers(task.name, task.original, task.changed, 0.5) for task in second]
+    together = [TaskAnswers(task.name, task.original, task.changed, 0.25, clusters=[1, 2] * 10) for task in second]
     for several, text in (
         (second[:1], "not both asked, in one group, the task 'task 1'; expected the same tasks"),
         (others, "original of the one model answers the task 'task 0' otherwise"),
-        (moved, "the task 'task 0' otherwise than that of the other, or its chance is another"),
+        (together, "or its chance or clusters are others"),
+        (moved, "the task 'task 0' otherwise than that of the other, or its chance or clusters are others"),
         ([], "There is no task to compare"),
     ):
         with pytest.raises(StreamlineError, match=text):
