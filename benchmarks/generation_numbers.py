@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 
 
 def greedy_answers(original: Row | Sequence[Row], rows: Sequence[Row]) -> list[TaskAnswers]:
-    """The problems and last words, as the original and what was made of it answer them.
+    """The problems and last words, as the original and what was made of it answer them, beside what guessing reaches.
 
     Parameters
     ----------
@@ -35,7 +35,12 @@ def greedy_answers(original: Row | Sequence[Row], rows: Sequence[Row]) -> list[T
     greedy: dict[str, Callable[[Row], str]] = {sort: lambda row, s=sort: row["probes"][s] for sort in rows[0]["probes"]}
     greedy["last_words"] = lambda row: row["last_words"]["right"]
     return [
-        _answers(name, *([list(map(float, right(row))) for row in several] for several in (originals, rows)))
+        _answers(
+            name,
+            *([list(map(float, right(row))) for row in several] for several in (originals, rows)),
+            chance=rows[0]["guessed"]["probes"].get(name, 0.0),
+            sets=rows[0]["sets"] if name in rows[0]["probes"] else 0,
+        )
         for name, right in greedy.items()
     ]
 
@@ -46,13 +51,21 @@ def pass_answers(original: Row | Sequence[Row], rows: Sequence[Row], k: int) -> 
     Raises
     ------
     StreamlineError
-        See `greedy_answers`; or if there are fewer tries than k.
+        See `greedy_answers`; or if there are fewer tries than k, or another k was asked for when they were scored.
     """
     originals = _same_questions(original, rows)
     given = rows[0]["pass_at"]
     chances = {c: pass_of(c, given["samples"], k) for c in range(given["samples"] + 1)}
+    by_guessing = rows[0]["guessed"]["pass"]
+    if str(k) not in by_guessing:
+        raise StreamlineError(f"These rows were scored for pass@{', '.join(by_guessing)}, and not for {k}.")
     return [
-        _answers(sort, *([[chances[c] for c in row["pass_at"]["right"][sort]] for row in several] for several in pair))
+        _answers(
+            sort,
+            *([[chances[c] for c in row["pass_at"]["right"][sort]] for row in several] for several in pair),
+            chance=by_guessing[str(k)][sort],
+            sets=rows[0]["sets"],
+        )
         for sort in given["right"]
         for pair in [(originals, rows)]
     ]
@@ -99,9 +112,16 @@ def summary(
     }
 
 
-def _answers(name: str, first: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> TaskAnswers:
-    """Of the original's scores, for each seed, and those of what was made of it."""
-    return TaskAnswers(name, mean_of(first), mean_of(others), group=GROUP)
+def _answers(
+    name: str, first: Sequence[Sequence[float]], others: Sequence[Sequence[float]], chance: float, sets: int
+) -> TaskAnswers:
+    """Of the original's scores, for each seed, and those of what was made of it.
+
+    Above what guessing reaches; and what stands behind the same solved problems is drawn together, of so many sets of
+    them that take turns.
+    """
+    clusters = [k % sets for k in range(len(first[0]))] if sets else []
+    return TaskAnswers(name, mean_of(first), mean_of(others), chance, GROUP, clusters)
 
 
 def mean_of(scores: Sequence[Sequence[float]]) -> list[float]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from benchmarks.quality import STARTING
 from benchmarks.real_text import SEQUENCE
 from streamline_hooks.repair import PRESETS, Healing, Training
 
 BEST = PRESETS["best"]
 SETTINGS = replace(BEST.training or Training(), validations=4)
+COMMON = ("learning_rate", "weight_decay", "betas", "warmup", "floor", "clip", "epochs", "accumulation", "validations")
 SIZES = (8, 4)
 
 
@@ -51,8 +53,10 @@ class Recipe:
 
     @property
     def what(self) -> dict[str, str]:
-        """All of it, by which a row of an earlier recipe of this name is told."""
-        return {name: str(value) for name, value in asdict(self).items()}
+        """All of it, with how all are trained, by which a row of an earlier recipe of this name is told."""
+        own = {name: str(value) for name, value in asdict(self).items()}
+        common = {name: str(getattr(SETTINGS, name)) for name in COMMON}
+        return {**own, **(common if self.objective else {}), **({"starting": str(STARTING)} if self.warm else {})}
 
 
 _TWO = PRESETS["two-windows"]
@@ -103,7 +107,7 @@ def plans(tokens: int, content: dict[str, Any]) -> dict[str, list[Run]]:
     """What there is to run, in parts that are asked for by name."""
     start = [Run(name, removed, tokens) for removed in SIZES for name in RECIPES if name not in TRAINED]
     first = {removed: [Run(name, removed, tokens) for name in TRAINED] for removed in SIZES}
-    seeds = [replace(run, seed=seed) for removed in SIZES for seed in (1, 2) for run in first[removed]]
+    seeds = [replace(run, seed=seed) for seed in (1, 2) for removed in SIZES for run in first[removed]]
     minutes = [run for removed in SIZES for run in same_minutes(removed, tokens, content) if run.same_minutes]
     curve = [Run("best", 8, count) for count in CURVE]
     best = [run for runs in first.values() for run in runs if run.recipe == "best"]
@@ -127,13 +131,17 @@ def same_minutes(removed: int, tokens: int, content: dict[str, Any]) -> list[Run
         if best is None or row is None or row["products"] != best["products"]:
             continue
         paces = content.get("paces", {}).get(row["products"], {}).get(str(removed), {})
-        more = 1 / paces[name] if name in paces else trained_in(best) / trained_in(row)
+        times = trained_in(best), trained_in(row)
+        if name not in paces and None in times:
+            continue
+        more = 1 / paces[name] if name in paces else times[0] / times[1]
         if not NEARLY < more < 1 / NEARLY:
             run = replace(run, tokens=max(1, round(tokens * more / SEQUENCE)) * SEQUENCE, same_minutes=True)
         found.append(run)
     return found
 
 
-def trained_in(row: dict[str, Any]) -> float:
-    """The minutes of writing the text, if the original wrote it, and of training."""
-    return float(row["minutes"].get("text", 0.0) + row["minutes"]["train"])
+def trained_in(row: dict[str, Any]) -> float | None:
+    """The minutes of writing the text, if the original wrote it, and of training; None where it was interrupted."""
+    train = row["minutes"]["train"]
+    return None if train is None else float(row["minutes"].get("text", 0.0) + train)

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from benchmarks.instructions import INSTRUCTIONS
 from benchmarks.probe_difficulty import chosen
 from benchmarks.quality_scores import digest, fingerprint, write
 from benchmarks.real_text import RESULTS, arguments
-from benchmarks.short_answers import fast_products, problems_of, products, room
+from benchmarks.short_answers import fast_products, guessed, problems_of, products, room, same_answer, sets_of
 from streamline_hooks.evaluation import score_last_words, solve, write_on
 from streamline_hooks.evaluation.matched import Matched
 from streamline_hooks.evaluation.probes import STOP
@@ -37,7 +38,7 @@ from streamline_hooks.evaluation.writing import WritingScores, Written
 from streamline_hooks.pretrained import load_pretrained
 
 FILE = RESULTS / "generation_original.json"
-SEED = 11  # of the problems that score; others chose their difficulty
+SEED = 2_026  # of the problems that score; others chose their difficulty, and the recipes
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,8 @@ class Generation:
         row = {
             "key": key,
             "difficulty": self.difficulty,
+            "sets": sets_of(self.counts.probes),
+            "guessed": self._guessed(),
             "probes": greedy,
             "pass_at": sampled,
             "last_words": ends,
@@ -154,6 +157,17 @@ class Generation:
             "seconds": seconds,
         }
         return row, written
+
+    def _guessed(self) -> dict[str, Any]:
+        """What knowing nothing but how often each answer is right would reach, of one sort and with k tries."""
+        several = {sort: problems[: self.counts.sampled] for sort, problems in self.problems.items()}
+        return {
+            "probes": {sort: same_answer(problems) for sort, problems in self.problems.items()},
+            "pass": {
+                str(k): {sort: guessed(asked, self.problems[sort], k) for sort, asked in several.items()}
+                for k in self.counts.ks
+            },
+        }
 
     def _probes(self, model: nn.Module) -> dict[str, str]:
         found = {}
@@ -216,10 +230,10 @@ class Generation:
         return found
 
     def _shown(self, written: Mapping[str, Sequence[Written]]) -> list[dict[str, str]]:
-        """The same for every model: of texts and of instructions in turn, in their seeded order."""
+        """The same for every model, drawn by the seed from texts and instructions."""
         rows = [{"prompt": one.prompt, "text": one.text} for several in written.values() for one in several]
-        step = max(1, len(rows) // self.counts.shown)
-        return rows[::step][: self.counts.shown]
+        chosen = Random(f"{self.seed} shown").sample(range(len(rows)), min(self.counts.shown, len(rows)))
+        return [rows[k] for k in sorted(chosen)]
 
     def _cached(self, original: Any, cache: Path) -> tuple[dict[str, Any], dict[str, list[Written]]]:
         settings = {

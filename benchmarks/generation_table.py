@@ -13,14 +13,15 @@ from streamline_hooks.evaluation import Estimate, TaskAnswers, compared, retaine
 
 def numbers(content: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Of one recipe, with as many seeds as there are: what is retained above chance, with its interval."""
-    kept = retained(classified(content, rows), clearly=0.0)["classification"]
+    kept = retained(classified(content, rows))["classification"]
+    spent = [row["minutes"]["fit"] + took for row in rows if (took := trained_in(row)) is not None]
     return {
         "seeds": len(rows),
         "classification": None if kept.above_chance is None else asdict(kept.above_chance),
         "accuracy": asdict(kept.ratio),
         "ratio": statistics.fmean(row["text"]["mean_perplexity_ratio"] for row in rows),
         "kl": statistics.fmean(row["text"]["kl"] for row in rows),
-        "minutes": statistics.fmean(row["minutes"]["fit"] + trained_in(row) for row in rows),
+        "minutes": statistics.fmean(spent) if spent else None,
         "generation": summary(_originals(content, rows), [row["generation"] for row in rows]),
     }
 
@@ -43,7 +44,7 @@ def differences(
         "pass@1": [pass_answers(own, [row["generation"] for row in side], 1) for side in sides],
         "pass@20": [pass_answers(own, [row["generation"] for row in side], 20) for side in sides],
     }
-    found = {name: next(iter(compared(*several, clearly=0.0).values())) for name, several in kinds.items()}
+    found = {name: next(iter(compared(*several).values())) for name, several in kinds.items()}
     more = {name: one.above_chance for name, one in found.items() if one.above_chance is not None}
     return {"accuracy": found["classification"].ratio, **more}
 
@@ -81,12 +82,16 @@ def table(content: dict[str, Any]) -> str:
     lines = [
         "SmolLM2-135M-Instruct, 4 and 8 of its 30 blocks gone. Classification (as in quality.md) and generation "
         "(problems and last words, greedily) are the share of the accuracy above chance that is retained, with the "
-        "95 % interval of drawing the questions; accuracy is the ratio of the mean accuracies in classification, as "
-        "papers report it; of each seed, generation seed by seed; pass@k the share retained of the chance that one of "
-        "k sampled answers is right; last words the accuracy; alike how many tokens a greedy continuation of 64 goes "
-        "along with the original's; repeated the share of its runs of four tokens that were there before; perplexity "
-        "the mean ratio over five held-out domains; minutes of one processor core, for text that the original wrote, "
-        "the start and the training, fewer where products are in bfloat16.",
+        "95 % interval of drawing the questions (problems behind one set of solved ones together); chance is what "
+        "guessing as often as each answer is right would reach; accuracy is the ratio of the mean accuracies in "
+        "classification, as papers report it; of each seed, generation seed by seed; pass@k the share retained of the "
+        "chance that one of k sampled answers is right; last words the accuracy; alike how many tokens a greedy "
+        "continuation of 64 goes along with the original's; repeated the share of its runs of four tokens that were "
+        "there before; perplexity the mean ratio over five held-out domains; minutes of one processor core, for text "
+        "that the original wrote, the start and the training, fewer where products are in bfloat16. Tokens are those "
+        "of the sequences that are trained on; blocks are chosen on others, but in rounds; on policy a quarter of the "
+        "sequences give the beginnings alone. Which recipes there are was decided on other problems, questions and "
+        "text.",
         *_original(content),
     ]
     for removed in SIZES:
@@ -99,20 +104,29 @@ def table(content: dict[str, Any]) -> str:
                 lines += ["", f"## {title}", "", *_rows(content, chosen), *_beside_best(content, chosen)]
     counts = sorted({row["tokens"] for row in rows.values()})
     curve = {f"best, {n:,} tokens": [row for row in rows.values() if _of(row, Run("best", 8, n))] for n in counts}
-    if any(its for name, its in curve.items() if name != f"best, {tokens:,} tokens"):
-        lines += [
-            "",
-            "## 8 of 30 blocks, by training tokens",
-            "",
-            *_rows(content, {n: r for n, r in curve.items() if r}),
-        ]
-    lines += _texts(content)
+    curve = _of_common_seeds({name: its for name, its in curve.items() if its})
+    if any(name != f"best, {tokens:,} tokens" for name in curve):
+        lines += ["", "## 8 of 30 blocks, by training tokens", "", *_rows(content, curve)]
+    for removed in SIZES:
+        lines += _texts(content, removed)
     return "\n".join([*lines, "", f"Made by `{content['command']}`.", ""])
 
 
 def _same_tokens(rows: list[dict[str, Any]], tokens: int) -> dict[str, list[dict[str, Any]]]:
     found = {name: [row for row in rows if _of(row, Run(name, row["removed"], tokens))] for name in RECIPES}
-    return {name: its for name, its in found.items() if its}
+    return _of_common_seeds({name: its for name, its in found.items() if its})
+
+
+def _of_common_seeds(named: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Of what is trained only the seeds that all have, lest one be better for its seeds; all where none is common."""
+    trained = [its for its in named.values() if its[0]["recipe"] in TRAINED]
+    common = set.intersection(*(set(map(_seed, its)) for its in trained)) if trained else set()
+    if not common:
+        return named
+    return {
+        name: [row for row in its if its[0]["recipe"] not in TRAINED or _seed(row) in common]
+        for name, its in named.items()
+    }
 
 
 def _same_time(content: dict[str, Any], removed: int) -> dict[str, list[dict[str, Any]]]:
@@ -120,7 +134,8 @@ def _same_time(content: dict[str, Any], removed: int) -> dict[str, list[dict[str
     runs = same_minutes(removed, content["tokens"], content)
     found = {run.recipe: [row for row in content["rows"].values() if _of(row, run)] for run in runs}
     there = {name: its for name, its in found.items() if its}
-    return there if any(row.get("same_minutes") for its in there.values() for row in its) else {}
+    more = any(row.get("same_minutes") for its in there.values() for row in its)
+    return _of_common_seeds(there) if more else {}
 
 
 def _of(row: dict[str, Any], run: Run) -> bool:
@@ -133,6 +148,7 @@ def _rows(content: dict[str, Any], named: dict[str, list[dict[str, Any]]]) -> li
     found = {name: numbers(content, its) for name, its in named.items()}
     ordered = sorted(found, key=lambda name: -_value(found[name]["generation"]["greedy"]["above_chance"]))
     lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    alike = len({row["products"] for its in named.values() for row in its}) == 1
     for name in ordered:
         its, written = found[name], found[name]["generation"]
         ends = statistics.fmean(
@@ -142,11 +158,12 @@ def _rows(content: dict[str, Any], named: dict[str, list[dict[str, Any]]]) -> li
         match = written["match"]
         repeated = statistics.fmean(kind["repetition"] for kind in match.values())
         cells = [
-            name, str(its["seeds"]), _shown(its["classification"]), _shown(its["accuracy"]),
+            name if alike else f"{name} ({', '.join(sorted({row['products'] for row in named[name]}))})",
+            str(its["seeds"]), _shown(its["classification"]), _shown(its["accuracy"]),
             _shown(written["greedy"]["above_chance"]), _of_each_seed(content, named[name]),
             *(_shown(written["pass_at"][k]["above_chance"]) for k in ("1", "5", "20")), f"{ends:.1%}",
             *(f"{kind['length']:.1f}" for kind in match.values()), f"{repeated:.1%}", f"{its['ratio']:.3f}",
-            f"{its['minutes']:.1f}",
+            "-" if its["minutes"] is None else f"{its['minutes']:.1f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -205,30 +222,37 @@ def _original(content: dict[str, Any]) -> list[str]:
     """What the original itself reaches, in the precision of most rows."""
     used = [row["products"] for row in content["rows"].values()]
     row = content["originals"][max(sorted(content["originals"]), key=used.count)]["generation"]
-    solved = ", ".join(f"{sort} {bits.count('1') / len(bits):.0%}" for sort, bits in row["probes"].items())
+    by_guessing = row["guessed"]["probes"]
+    solved = ", ".join(
+        f"{sort} {bits.count('1') / len(bits):.0%} (guessing {by_guessing[sort]:.0%})"
+        for sort, bits in row["probes"].items()
+    )
+    tries = ", ".join(
+        f"{statistics.fmean(row['pass_at']['pass'][sort][k] for sort in several):.0%} with {k} tries "
+        f"({statistics.fmean(several.values()):.0%})"
+        for k, several in row["guessed"]["pass"].items()
+    )
     ends = row["last_words"]["right"]
     repeated = statistics.fmean(kind["original_repetition"] for kind in row["match"].values())
     return [
         "",
-        f"The original solves of the problems: {solved}; it says {ends.count('1') / len(ends):.1%} of the last words, "
+        f"The original solves of the problems: {solved}; of all sorts sampled {tries}; it says "
+        f"{ends.count('1') / len(ends):.1%} of the last words, "
         f"and repeats {repeated:.1%} of its runs of four tokens.",
     ]
 
 
-def _texts(content: dict[str, Any]) -> list[str]:
-    """Continuations side by side: the original's, after plain removal, and after two repairs, of the most tokens."""
-    found: dict[str, list[Any]] = {name: [] for name in ("removed", "best", "two windows")}
-    for row in sorted(content["rows"].values(), key=lambda row: (row["tokens"], -row["seed"])):
-        if row["recipe"] in found and row["removed"] == 8 and not row.get("same_minutes"):
-            found[row["recipe"]].append(row)
-    if not (found["removed"] and found["best"]):
+def _texts(content: dict[str, Any], removed: int) -> list[str]:
+    """Continuations side by side: the original's, after plain removal, and after two repairs on the same tokens."""
+    runs = [Run(name, removed, content["tokens"]) for name in ("removed", "best", "two windows")]
+    found = {run.recipe: row for run in runs if (row := content["rows"].get(run.key))}
+    if not found.keys() >= {"removed", "best"}:
         return []
-    last = {name: its[-1] for name, its in found.items() if its}
-    lines = ["", "## Ten beginnings, chosen by seed, 8 of 30 blocks gone", ""]
-    own = content["originals"][last["best"]["products"]]["generation"]
+    lines = ["", f"## Ten beginnings, chosen by seed, {removed} of 30 blocks gone", ""]
+    own = content["originals"][found["best"]["products"]]["generation"]
     for k, first in enumerate(own["samples"]):
         lines += [f"**{_inline(first['prompt'])}**", "", f"- original: {_inline(first['text'])}"]
-        lines += [f"- {name}: {_inline(row['generation']['samples'][k]['text'])}" for name, row in last.items()] + [""]
+        lines += [f"- {name}: {_inline(row['generation']['samples'][k]['text'])}" for name, row in found.items()] + [""]
     return lines
 
 

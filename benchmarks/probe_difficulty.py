@@ -13,16 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.quality_scores import fingerprint, write
 from benchmarks.real_text import RESULTS
-from benchmarks.short_answers import SETS, SHOTS, fast_products, problems_of, room
+from benchmarks.short_answers import SHOTS, fast_products, problems_of, room, same_answer, sets_of
 from streamline_hooks.evaluation import solve
 from streamline_hooks.evaluation.probes import LEVELS, STOP
-from streamline_hooks.evaluation.problems import Problem
 from streamline_hooks.pretrained import load_pretrained
 
 FILE = RESULTS / "probe_difficulty.json"
@@ -59,7 +57,7 @@ def main() -> None:
             "between": [LOW, HIGH],
             "count": count,
             "shots": SHOTS,
-            "sets_of_shots": SETS,
+            "sets_of_shots": sets_of(count),
             "seed": SEED,
             "weights": fingerprint(model.state_dict()),
             "table": table,
@@ -80,11 +78,6 @@ def choose(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, 
 
 def _fits(row: Mapping[str, float]) -> bool:
     return LOW <= row["solved"] <= HIGH and row["solved"] - row["same_answer"] > CLEARLY * row["standard_error"]
-
-
-def same_answer(problems: Sequence[Problem]) -> float:
-    """What always writing the commonest answer would reach."""
-    return Counter(problem.answer for problem in problems).most_common(1)[0][1] / len(problems)
 
 
 def chosen() -> dict[str, int]:

@@ -1,6 +1,6 @@
 """What each part of a repair keeps of classification and of generation, 4 and 8 of SmolLM2's 30 blocks gone.
 
-    python -m benchmarks.quality_generation [--data FOLDER] [--plan NAME,...] [--tokens 50000] [--items 100]
+    python -m benchmarks.quality_generation [--data FOLDER] [--plan NAME,...] [--tokens 50000]
 
 One thing is changed at a time: how the blocks are chosen, where the repair starts, by which loss it is trained, on
 which text, in how many rounds, and what is healed besides; all on the same number of training tokens, seen once, and
@@ -67,6 +67,7 @@ ORIGINAL = {
     "float32": RESULTS / "quality_generation_original_float32.json",
 }
 FAST = {"bfloat16": torch.bfloat16, "float32": None}[products()]
+SCORED: dict[str, int] = {"seed": 1, "first": 6}  # other questions and text than the recipes were tried on
 TIMED, TIMES = 3, 5  # batches, of which the first does not count, and how often each recipe is timed
 
 
@@ -74,7 +75,6 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--plan", default="best,start,8,4,minutes,curve,seeds", help="which rows, in their order")
     parser.add_argument("--tokens", type=int, default=50_000)
-    parser.add_argument("--items", type=int, default=100, help="questions a task, the same for all but BLiMP")
     parser.add_argument("--results", type=Path, default=FILE)
     options = parser.parse_args()
     bench = Bench(options)
@@ -94,16 +94,18 @@ class Bench:
         original, self.tokenizer = load_pretrained("smollm2")
         self.original = original
         with fast_products(original):
-            self.quality = Quality(
-                original, self.tokenizer, options.data, items=options.items, cache=ORIGINAL[products()]
-            )
+            self.quality = Quality(original, self.tokenizer, options.data, **SCORED, cache=ORIGINAL[products()])
         self.generation = Generation(original, self.tokenizer, options.data)
         self.model = load_pretrained("smollm2")[0]
         self.stack = find_stack(self.model)
         self.content = self.read()
-        command = f"python -m benchmarks.quality_generation --tokens {options.tokens} --items {options.items}"
-        about = {"command": command, "tokens": options.tokens, "items": options.items}
-        own = {"classification": self.quality.original_row(), "generation": self.generation.original_row()}
+        self.check()
+        command = f"python -m benchmarks.quality_generation --tokens {options.tokens}"
+        about = {"command": command, "tokens": options.tokens}
+        own = {
+            "classification": {**self.quality.original_row(), "key": self.quality.key},
+            "generation": self.generation.original_row(),
+        }
         self.change(lambda content: content.update({**about, "originals": {**content["originals"], products(): own}}))
 
     @property
@@ -112,6 +114,23 @@ class Bench:
 
     def read(self) -> dict[str, Any]:
         return json.loads(self.file.read_text()) if self.file.exists() else {"rows": {}, "blocks": {}, "originals": {}}
+
+    def check(self) -> None:
+        """Refuse to go on with rows that were asked otherwise, before anything is written."""
+        known = self.content["originals"].get(products())
+        if not self.content["rows"]:
+            return
+        if self.content["tokens"] != self.options.tokens:
+            raise SystemExit(
+                f"{self.file} has rows of {self.content['tokens']:,} training tokens; name another file (--results) "
+                f"for {self.options.tokens:,}."
+            )
+        keys = (self.quality.key, self.generation.original_row()["key"])
+        if known and (known["classification"]["key"], known["generation"]["key"]) != keys:
+            raise SystemExit(
+                f"{self.file} has rows that were asked other questions, or by another version of torch or "
+                "transformers; name another file (--results)."
+            )
 
     def change(self, make: Any) -> None:
         """Change what is kept, which another process may have changed in between."""
@@ -206,21 +225,22 @@ class Bench:
         text, written = self.text(recipe.text, run)
         if recipe.rounds > 1:
             return self.made_in_rounds(run, recipe, text)
-        windows, clock = self.windows(run.removed, recipe), [time.process_time()]
+        windows, began = self.windows(run.removed, recipe), time.process_time()
         student = self.started(recipe, run, windows, text)
-        clock.append(time.process_time())
+        started = time.process_time()
+        resumed = self.file_of(run, "training").exists()
         trained = None if not recipe.objective else self.trained(run, recipe, student, text)
         student.merge()
         student.training = False
-        clock.append(time.process_time())
+        took = (time.process_time() - started) / 60
         report = None if trained is None else trained.report()
-        minutes = {name: (b - a) / 60 for name, a, b in zip(("fit", "train"), clock, clock[1:], strict=False)}
-        minutes["text"] = written
+        minutes = {"fit": (started - began) / 60, "train": None if resumed else took, "text": written}
         with student.opened():
             return self.scored(run, recipe, self.model, [k for window in windows for k in window], report, minutes)
 
     def made_in_rounds(self, run: Run, recipe: Recipe, text: TrainingText) -> dict[str, Any]:
         model, began = copy.deepcopy(self.original), time.process_time()
+        resumed = any(self.work.glob(f"{glob.escape(self.file_of(run, 'training').name)}*"))
         result = compress_iteratively(
             model,
             self.tokenizer,
@@ -240,15 +260,13 @@ class Bench:
             say=print,
         )
         spent, seconds = (time.process_time() - began) / 60, result.seconds
-        share = seconds["train"] / (seconds["train"] + seconds["rank"] + seconds["verify"])
-        known = {name: seconds.get(name, 0.0) for name in ("rank", "verify", "train")}
-        spent *= sum(known.values()) / sum(seconds.values())
-        minutes = {"fit": spent * (1.0 - share), "train": spent * share}
+        train = spent * seconds["train"] / sum(seconds.values())  # without choosing, which others do beforehand
+        minutes = {"fit": 0.0, "train": None if resumed else train}
         report = {"rounds": result.rounds}
         return self.scored(run, recipe, model, list(result.plan.removed), report, minutes)
 
     def scored(
-        self, run: Run, recipe: Recipe, model: Any, gone: list[int], training: Any, minutes: dict[str, float]
+        self, run: Run, recipe: Recipe, model: Any, gone: list[int], training: Any, minutes: dict[str, float | None]
     ) -> dict[str, Any]:
         began = time.process_time()
         with fast_products(self.original), fast_products(model):
@@ -264,6 +282,7 @@ class Bench:
             "text": {
                 name: classification[name] for name in ("perplexity_ratio", "mean_perplexity_ratio", "kl", "top1")
             },
+            "asked": self.quality.key,
             "right": classification["right"],
             "generation": generation,
         }

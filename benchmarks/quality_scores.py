@@ -72,8 +72,8 @@ class Quality:
     tokenizer : PreTrainedTokenizerBase
     data : Path
         With ``text/heldout`` and ``bench``.
-    sequences : int
-        Of 512 tokens, of each domain; fewer where it is shorter.
+    sequences, first : int
+        How many of 512 tokens, of each domain, from which one on; fewer where it is shorter.
     items : int, optional
         Questions a task but BLiMP; by default each task's own number, see `TASKS`.
     tasks : sequence of str
@@ -82,6 +82,11 @@ class Quality:
         Of the subsets.
     cache : Path
         Where the original's scores are kept.
+
+    Attributes
+    ----------
+    key : str
+        Of what is asked and of whom: only rows of one key are comparable.
     """
 
     def __init__(
@@ -91,16 +96,17 @@ class Quality:
         data: Path,
         *,
         sequences: int = SEQUENCES,
+        first: int = 0,
         items: int | None = None,
         tasks: Sequence[str] = tuple(TASKS),
         seed: int = 0,
         cache: Path = FILE,
     ) -> None:
         self.original, self.tokenizer = original, tokenizer
-        self.text = heldout(data, tokenizer, sequences)
+        self.text = heldout(data, tokenizer, sequences, first)
         self.questions = {name: questions_of(name, data / "bench", items, seed) for name in tasks}
         self.chance = {name: chance(questions) for name, questions in self.questions.items()}
-        self.scores = self._cached(cache)
+        self.key, self.scores = self._cached(cache)
 
     @property
     def counted(self) -> list[str]:
@@ -189,7 +195,7 @@ class Quality:
             seconds[name] = round(time.perf_counter() - started, 1)
         return found
 
-    def _cached(self, cache: Path) -> Scores:
+    def _cached(self, cache: Path) -> tuple[str, Scores]:
         settings = {
             "weights": fingerprint(self.original.state_dict()),
             "text": {name: fingerprint_of_text(batches) for name, batches in self.text.items()},
@@ -208,7 +214,7 @@ class Quality:
             found = Scores(value, self._right(self.original, seconds))
             known[key] = {"settings": settings, "seconds": seconds, "scores": asdict(found)}
             write(cache, known)
-        return Scores(**known[key]["scores"])
+        return key, Scores(**known[key]["scores"])
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -41,14 +41,16 @@ def scored_text(data: Path, tokenizer: Any, sequences: int) -> list[dict[str, to
     return batches_of(torch.cat(rows), BATCH)
 
 
-def heldout(data: Path, tokenizer: Any, sequences: int) -> dict[str, list[dict[str, torch.Tensor]]]:
-    """The first sequences of each held-out domain, in order and in batches; fewer where a text is shorter."""
+def heldout(data: Path, tokenizer: Any, sequences: int, first: int = 0) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """So many sequences of each held-out domain from the first on, in batches; fewer where a text is shorter."""
     found = {}
     for path in sorted((data / "text" / "heldout").glob("*.txt")):
         text = path.read_text(encoding="utf-8")
-        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids[: sequences * SEQUENCE]
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        ids = ids[first * SEQUENCE : (first + sequences) * SEQUENCE]
         if len(ids) < SEQUENCE:
-            raise SystemExit(f"{path} has {len(ids)} tokens, less than one sequence of {SEQUENCE}.")
+            where = f", from the sequence {first} on," if first else ""
+            raise SystemExit(f"{path} has{where} {len(ids)} tokens, less than one sequence of {SEQUENCE}.")
         found[path.stem] = batches_of(torch.tensor(ids[: len(ids) // SEQUENCE * SEQUENCE]).view(-1, SEQUENCE), BATCH)
     if not found:
         raise SystemExit(f"There is no held-out text in {data / 'text' / 'heldout'}; expected domains as *.txt.")

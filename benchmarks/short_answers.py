@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,20 +13,38 @@ from torch import nn
 from streamline_hooks.evaluation.probes import probes
 from streamline_hooks.evaluation.problems import Problem
 
-SHOTS, SETS = 4, 5
+SHOTS, BEHIND = 4, 5  # solved problems in a set, and problems behind each
 _SPARE = 3  # tokens: a line's end, and what shows that an answer is too long
 
 
 def problems_of(count: int, seed: int, difficulty: int | Mapping[str, int]) -> dict[str, list[Problem]]:
-    """Problems of each sort, a fifth of them behind each of five sets of solved ones; the sets take turns.
+    """Problems of each sort, five behind each set of solved ones; the sets take turns, see `sets_of`.
 
     Which ones are shown matters much: with one set for all, SmolLM2 solved 54 of 100 rows to copy, and 34 with another.
     """
-    sets = [probes(-(-count // SETS), seed=SETS * seed + k, shots=SHOTS, difficulty=difficulty) for k in range(SETS)]
+    many = sets_of(count)
+    sets = [probes(BEHIND, seed=1000 * seed + k, shots=SHOTS, difficulty=difficulty) for k in range(many)]
     return {
         sort: [problem for turn in zip(*(one[sort] for one in sets), strict=True) for problem in turn][:count]
         for sort in sets[0]
     }
+
+
+def sets_of(count: int) -> int:
+    """Sets of solved problems that so many stand behind: the k-th behind the (k mod sets)-th."""
+    return -(-count // BEHIND)
+
+
+def same_answer(problems: Sequence[Problem]) -> float:
+    """What always writing the commonest answer would reach."""
+    return Counter(problem.answer for problem in problems).most_common(1)[0][1] / len(problems)
+
+
+def guessed(asked: Sequence[Problem], problems: Sequence[Problem], tries: int) -> float:
+    """What drawing answers, each as often as it is one of all problems', would reach in so many tries."""
+    common = Counter(problem.answer for problem in problems)
+    wrong = [(1.0 - common[problem.answer] / len(problems)) ** tries for problem in asked]
+    return 1.0 - sum(wrong) / len(wrong)
 
 
 def room(tokenizer: Any, problems: Sequence[Problem]) -> int:

@@ -24,6 +24,7 @@ from benchmarks.multiple_choice import TASKS, blimp, questions_of
 from benchmarks.quality_scores import Quality, Scores, fingerprint
 from benchmarks.real_text import SEQUENCE, heldout
 from benchmarks.small_opt import Recipe, Training, compare, new_model, stream_of, train_tokenizer
+from benchmarks.training_text import training_text
 from streamline_hooks import LayerSurgeon, agreement, perplexity
 from streamline_hooks.evaluation.questions import Question, chance
 
@@ -87,6 +88,34 @@ def changed(original: nn.Module) -> nn.Module:
         surgeon.remove(range(1, 3))
         surgeon.commit()
     return model
+
+
+# Text
+
+
+def test_held_out_text_starts_where_it_is_told(data: Path, tokenizer: Any) -> None:
+    whole, later = heldout(data, tokenizer, 3), heldout(data, tokenizer, 2, first=1)
+    for name, batches in whole.items():
+        rows = torch.cat([batch["input_ids"] for batch in batches])
+        assert torch.equal(rows[1:], torch.cat([batch["input_ids"] for batch in later[name]]))
+    with pytest.raises(SystemExit, match="blog.txt has, from the sequence 900 on, 0 tokens, less than one sequence"):
+        heldout(data, tokenizer, 2, first=900)
+
+
+def test_what_is_scored_is_not_trained_on(data: Path, tokenizer: Any) -> None:
+    """A document that quotes a paragraph of the held-out text is left out, whatever else stands in it."""
+    quoted = "zz " * 25
+    (data / "text" / "heldout" / "quoted.txt").write_text(f"{sentences(3, 0)}\n\n{quoted}\n\n{sentences(3, 1)}")
+    (data / "text" / "train").mkdir()
+    texts = [sentences(60, 200 + k) for k in range(60)]
+    texts[::2] = [f"{text}\n\n {quoted}\n{text}" for text in texts[::2]]
+    (data / "text" / "train" / "blog.txt").write_text("\n\n\n".join(texts))
+    found = training_text(data, tokenizer, 4 * SEQUENCE)
+    said = tokenizer.batch_decode(torch.cat([found.train, found.validation]))
+    assert found.train.shape == (4, SEQUENCE) and not any("zz" in text for text in said)
+    (data / "text" / "heldout" / "quoted.txt").unlink()
+    found = training_text(data, tokenizer, 4 * SEQUENCE)
+    assert any("zz" in text for text in tokenizer.batch_decode(found.train))
 
 
 # Questions

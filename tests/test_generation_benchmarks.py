@@ -19,8 +19,8 @@ from benchmarks.generation_numbers import pass_of, retained_greedy, retained_pas
 from benchmarks.generation_scores import Counts, Generation
 from benchmarks.heldout_pieces import beginnings, last_words
 from benchmarks.instructions import INSTRUCTIONS
-from benchmarks.probe_difficulty import HIGH, LOW, SEED, choose, chosen, same_answer
-from benchmarks.short_answers import SETS, fast_products, problems_of, room
+from benchmarks.probe_difficulty import HIGH, LOW, SEED, choose, chosen
+from benchmarks.short_answers import BEHIND, fast_products, guessed, problems_of, room, same_answer, sets_of
 from benchmarks.small_opt import Recipe, new_model, train_tokenizer
 from streamline_hooks import LayerSurgeon, StreamlineError
 from streamline_hooks.calibration.prompts import FORMS, TOPICS
@@ -170,10 +170,12 @@ def test_an_answer_has_room_and_no_longer_one_passes_for_it(tokenizer: Any) -> N
 
 
 def test_problems_stand_behind_several_sets_of_solved_ones() -> None:
-    found = problems_of(12, 3, EASY)
+    found, sets = problems_of(12, 3, EASY), sets_of(12)
+    assert (BEHIND, sets, sets_of(15), sets_of(16)) == (5, 3, 3, 4)
     for problems in found.values():
         shown = [problem.prompt.rpartition("\n")[0] for problem in problems]
-        assert len(problems) == 12 and len(set(shown[:SETS])) == SETS and shown[:7] == shown[SETS:]
+        assert len(problems) == 12 and len(set(shown)) == sets
+        assert all(text == shown[k % sets] for k, text in enumerate(shown))
         assert len({problem.prompt for problem in problems}) == 12
     others = {problem.prompt.rpartition("\n")[0] for problem in problems_of(12, 4, EASY)["copying"]}
     assert not others & {problem.prompt.rpartition("\n")[0] for problem in found["copying"]}
@@ -223,7 +225,18 @@ def test_the_level_nearest_the_middle_is_chosen() -> None:
     assert choose(table) == {"a": 3, "b": 1, "c": 2}
     with pytest.raises(SystemExit, match=r"On no level of a does the model solve 0.4 to 0.9; add one to `LEVELS`"):
         choose({"a": {"1": row(0.91), "2": row(0.39)}})
-    assert same_answer([Problem("", "1"), Problem("", "2"), Problem("", "1"), Problem("", "3")]) == 0.5
+
+
+def test_what_guessing_reaches() -> None:
+    """Of four answers one is right twice: drawn as often, it is hit by half of the tries."""
+    problems = [Problem("", "1"), Problem("", "2"), Problem("", "1"), Problem("", "3")]
+    assert same_answer(problems) == 0.5
+    assert guessed(problems[:1], problems, 1) == 0.5 and guessed(problems[:1], problems, 2) == 0.75
+    assert guessed(problems[1:3], problems, 1) == pytest.approx((0.25 + 0.5) / 2)
+    random = np.random.default_rng(0)
+    drawn = random.choice([1, 2, 1, 3], (4000, 5))
+    hit = [(drawn == answer).any(axis=1).mean() for answer in (1, 2, 1, 3)]
+    assert guessed(problems, problems, 5) == pytest.approx(np.mean(hit), abs=0.02)
 
 
 def test_what_was_chosen_is_what_was_measured_and_scores_on_other_problems() -> None:
@@ -232,6 +245,7 @@ def test_what_was_chosen_is_what_was_measured_and_scores_on_other_problems() -> 
     assert {sort: len(levels) for sort, levels in kept["table"].items()} == {s: len(v) for s, v in LEVELS.items()}
     assert all(LOW <= kept["table"][sort][str(level)]["solved"] <= HIGH for sort, level in chosen().items())
     assert kept["seed"] == SEED != generation_scores.SEED  # no set of shown ones is of both, see above
+    assert kept["sets_of_shots"] == sets_of(kept["count"])
 
 
 # The numbers
@@ -241,6 +255,8 @@ def made(key: str, probes: str, ends: str, right: list[int], perplexity: float =
     match = {"length": 3.0, "share": 0.5, "repetition": None, "original_repetition": 0.25}
     return {
         "key": key,
+        "sets": 100,
+        "guessed": {"probes": {"copying": 0.0}, "pass": {k: {"copying": 0.0} for k in ("1", "2", "4")}},
         "probes": {"copying": probes},
         "last_words": {"right": ends, "perplexity": perplexity},
         "pass_at": {"samples": 4, "right": {"copying": right}},
@@ -273,6 +289,22 @@ def test_what_is_retained_of_one_model_and_of_several_seeds() -> None:
     assert itself is not None and (itself.value, itself.low, itself.high) == (1.0, 1.0, 1.0)
 
 
+def test_what_guessing_reaches_is_taken_off_and_one_set_of_examples_is_drawn_as_one() -> None:
+    guessing = {"probes": {"copying": 0.2}, "pass": {"1": {"copying": 0.5}}}
+    original, row = ({**one, "guessed": guessing} for one in (ORIGINAL, ROWS[0]))
+    found = retained_greedy(original, [row])
+    assert found.tasks["copying"].value == pytest.approx((0.3 - 0.2) / (0.6 - 0.2))
+    assert found.tasks["last_words"].value == pytest.approx(0.8)
+    assert retained_pass(original, [row], 1).tasks["copying"].value == pytest.approx((0.25 - 0.5) / (0.75 - 0.5))
+    # Behind each of ten sets the problems are all solved or none is.
+    bits = "1110000000" * 10
+    apart, together = (
+        retained_greedy({**ORIGINAL, **sets}, [{**ROWS[0], **sets, "probes": {"copying": bits}}]).tasks["copying"]
+        for sets in ({"sets": 100}, {"sets": 10})
+    )
+    assert together.value == apart.value and together.standard_error > 2 * apart.standard_error
+
+
 @pytest.mark.parametrize(("k", "before", "after"), [(1, (1.0, 0.5), (0.5, 0.0)), (2, (1.0, 5 / 6), (5 / 6, 0.0))])
 def test_what_is_retained_of_pass_at_k(k: int, before: tuple[float, ...], after: tuple[float, ...]) -> None:
     found = retained_pass(ORIGINAL, ROWS[:1], k).tasks["copying"]
@@ -301,3 +333,5 @@ def test_rows_that_were_not_asked_the_same_are_refused() -> None:
         retained_greedy(ORIGINAL, [])
     with pytest.raises(StreamlineError, match="pass@5 needs 5 tries a problem; there are 4"):
         retained_pass(ORIGINAL, ROWS, 5)
+    with pytest.raises(StreamlineError, match="scored for pass@1, 2, 4, and not for 3"):
+        retained_pass(ORIGINAL, ROWS, 3)

@@ -23,8 +23,17 @@ def generation(solved: int, text: str = "and so on") -> dict[str, Any]:
     match = {"length": 9.5, "share": 0.25, "repetition": 0.3, "original_repetition": 0.1}
     return {
         "key": "asked",
+        "sets": 8,
+        "guessed": {
+            "probes": {"copying": 0.0, "arithmetic": 0.0},
+            "pass": {k: {"copying": 0.0} for k in ("1", "5", "20")},
+        },
         "probes": {"copying": bits, "arithmetic": bits},
-        "pass_at": {"samples": 20, "right": {"copying": [solved // 2] * 10}},
+        "pass_at": {
+            "samples": 20,
+            "right": {"copying": [solved // 2] * 10},
+            "pass": {"copying": {"1": solved / 40, "5": 1.0, "20": 1.0}},
+        },
         "last_words": {"right": bits, "perplexity": 12.0},
         "match": {"text": match, "instructions": match},
         "samples": [{"prompt": "Once *upon*", "text": text}],
@@ -145,6 +154,7 @@ def test_the_table_has_the_best_first_and_the_texts_beside_one_another() -> None
         row(Run("KL alone", 8, 1000), 70, 12, minutes=2.7),
         row(Run("LM alone", 8, 1000), 70, 11, minutes=12.0),  # with no row on fewer tokens yet
         row(Run("on policy", 8, 2048), 72, 12),  # of another number of tokens: in no table
+        row(Run("best", 8, 1000, seed=1), 80, 30),  # a seed that others do not have: in no table
     ]
     lines = table(content(rows)).splitlines()
     names = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]
@@ -160,6 +170,56 @@ def test_the_table_has_the_best_first_and_the_texts_beside_one_another() -> None
     assert " | +13.3 [" in more and " | +5.0 [" in more and " | +46.7 [" in more
     assert "**Once \\*upon\\***" in lines and "- removed: a a \\| a" in lines
     assert lines[-1] == "Made by `the command`."
+
+
+def test_a_recipe_that_was_interrupted_has_no_minutes_and_one_of_another_precision_is_told() -> None:
+    rows = [row(Run("best", 8, 1000), 75, 24), row(Run("KL alone", 8, 1000), 70, 12)]
+    rows[1]["minutes"]["train"] = None
+    whole = content(rows)
+    lines = table(whole).splitlines()
+    assert next(line for line in lines if line.startswith("| KL alone |")).endswith(" | 1.500 | - |")
+    assert [run.recipe for run in same_minutes(8, 1000, whole)] == ["best"]
+    whole["paces"] = {"float32": {"8": {"best": 1.0, "KL alone": 0.5}}}
+    assert [run.recipe for run in same_minutes(8, 1000, whole)] == ["best", "KL alone"]
+    whole["originals"]["bfloat16"] = whole["originals"]["float32"]
+    rows[1]["products"] = "bfloat16"
+    names = [line.split(" | ")[0] for line in table(whole).splitlines() if line.startswith("| ")]
+    assert names == ["| recipe", "| best (float32)", "| KL alone (bfloat16)"]  # and are not held against each other
+
+
+def test_recipes_are_compared_on_the_seeds_that_all_have() -> None:
+    rows = [
+        row(Run(name, 8, 1000, seed), right, 20)
+        for seed in (0, 1, 2)
+        for name, right in (("best", 70 + seed), ("KL alone", 70))
+    ]
+    whole = content([*rows[:-1], row(Run("removed", 8, 1000), 60, 3)])
+    lines = [line.split(" | ") for line in table(whole).splitlines() if line.startswith("| ")]
+    assert {cells[0]: cells[1] for cells in lines[1:4]} == {"| best": "2", "| KL alone": "2", "| removed": "1"}
+    whole = content([rows[0], rows[3]])  # none in common
+    lines = [line.split(" | ") for line in table(whole).splitlines() if line.startswith("| ")]
+    assert {cells[0]: cells[1] for cells in lines[1:3]} == {"| best": "1", "| KL alone": "1"}
+
+
+def test_rows_that_were_asked_otherwise_are_not_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Bench.__new__(Bench)
+    made.file, made.options = Path("rows.json"), SimpleNamespace(tokens=1000)
+    made.content = content([])
+    asked = SimpleNamespace(original_row=lambda: {"key": "asked"})
+    made.quality, made.generation = SimpleNamespace(key="questions"), asked  # type: ignore[assignment]
+    made.check()  # nothing is there yet
+    made.content = content([row(Run("best", 8, 1000), 75, 24)])
+    made.content["originals"] = {quality_generation.products(): made.content["originals"]["float32"]}
+    made.content["originals"][quality_generation.products()]["classification"]["key"] = "questions"
+    made.check()
+    made.options.tokens = 2000
+    with pytest.raises(
+        SystemExit, match=r"rows.json has rows of 1,000 training tokens; name another file \(--results\)"
+    ):
+        made.check()
+    made.options.tokens, made.quality.key = 1000, "others"
+    with pytest.raises(SystemExit, match="asked other questions, or by another version of torch"):
+        made.check()
 
 
 def test_two_processes_do_not_make_one_row_and_neither_loses_the_other_one_s(
