@@ -20,7 +20,6 @@ from streamline_hooks.distributed import (
     Together,
     agreed,
     noted_interrupts,
-    sequences_of,
 )
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.passes import progress
@@ -102,9 +101,9 @@ class Loop(Forwards):
         self.losses: Losses = []
         self.own_text = None if settings.on_policy is None else OwnText(settings.on_policy)
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.rows = max(sequences_of(batch) for batch in batches)
         self.tokens_of_states = self._count_tokens()
         self.longest = max(self.work.tell(max(self.share.longest, self.validation_share.longest)))
+        self.rows = self.longest  # sequences at a time, until there is no memory for as many
 
     def _require_one_training(self) -> None:
         """Let every process begin with the first one's weights, once it is sure that they train the same."""

@@ -163,3 +163,11 @@ def test_another_teacher_is_what_the_student_comes_to_say() -> None:
     assert own.distance_before != pytest.approx(trained.distance_before, rel=1e-3)
     with pytest.raises(StreamlineError, match=r"compares states after windows, and the teacher is another model"):
         train(student_of(teacher), BATCHES, VALIDATION, replace(SETTINGS, objective=Objective(kl=0, mse=1)))
+
+
+def test_how_the_validation_text_is_batched_changes_nothing_of_the_training() -> None:
+    one, other = student_of(), student_of()
+    whole = {name: torch.cat([batch[name] for batch in VALIDATION]) for name in VALIDATION[0]}
+    first, second = train(one, BATCHES, VALIDATION, SETTINGS), train(other, BATCHES, [whole], SETTINGS)
+    assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
+    assert first.written == second.written and first.distance == pytest.approx(second.distance)
