@@ -41,9 +41,9 @@ def same_answer(problems: Sequence[Problem]) -> float:
 
 
 def guessed(asked: Sequence[Problem], problems: Sequence[Problem], tries: int) -> float:
-    """What drawing answers, each as often as it is one of all problems', would reach in so many tries."""
+    """What drawing answers, each as often as it is one of the other problems', would reach in so many tries."""
     common = Counter(problem.answer for problem in problems)
-    wrong = [(1.0 - common[problem.answer] / len(problems)) ** tries for problem in asked]
+    wrong = [(1.0 - (common[problem.answer] - 1) / (len(problems) - 1)) ** tries for problem in asked]
     return 1.0 - sum(wrong) / len(wrong)
 
 

@@ -228,14 +228,17 @@ def test_the_level_nearest_the_middle_is_chosen() -> None:
 
 
 def test_what_guessing_reaches() -> None:
-    """Of four answers one is right twice: drawn as often, it is hit by half of the tries."""
+    """Of four answers one is right twice: whoever draws the others' answers hits it with a third of the tries."""
     problems = [Problem("", "1"), Problem("", "2"), Problem("", "1"), Problem("", "3")]
     assert same_answer(problems) == 0.5
-    assert guessed(problems[:1], problems, 1) == 0.5 and guessed(problems[:1], problems, 2) == 0.75
-    assert guessed(problems[1:3], problems, 1) == pytest.approx((0.25 + 0.5) / 2)
+    assert guessed(problems[:1], problems, 1) == pytest.approx(1 / 3)
+    assert guessed(problems[1:2], problems, 9) == 0.0  # no other has this answer
     random = np.random.default_rng(0)
-    drawn = random.choice([1, 2, 1, 3], (4000, 5))
-    hit = [(drawn == answer).any(axis=1).mean() for answer in (1, 2, 1, 3)]
+    answers = [1, 2, 1, 3]
+    hit = [
+        (random.choice(answers[:k] + answers[k + 1 :], (4000, 5)) == answer).any(axis=1).mean()
+        for k, answer in enumerate(answers)
+    ]
     assert guessed(problems, problems, 5) == pytest.approx(np.mean(hit), abs=0.02)
 
 
