@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from streamline_hooks.batch import Batch, positions_of
-from streamline_hooks.evaluation.collapse import collapse_of_probes, collapse_of_writing, fewest_solved
+from streamline_hooks.evaluation.collapse import collapse_of_probes, collapse_of_writing, fewest_solved, fewest_texts
 from streamline_hooks.evaluation.probes import STOP, probes
 from streamline_hooks.evaluation.problems import solve
 from streamline_hooks.evaluation.reasoning import reasoning_in_words, sign_in_writing, sign_of_reasoning
@@ -51,6 +51,11 @@ class CollapseWatch:
         self._chat = bool(getattr(tokenizer, "chat_template", None))
         length = min(_PROMPT_TOKENS, self._half)
         self._beginnings = text_beginnings(tokenizer, batches, count=_TEXTS, length=length)
+        if 0 < len(self._beginnings) < fewest_texts():
+            say(
+                f"There is text for {len(self._beginnings)} beginnings alone: whether the compressed model repeats "
+                f"itself is not told, which takes {fewest_texts()}. Give more test_tokens."
+            )
         self._probes = probes(_PROBES, shots=_SHOTS)
         self._solved = self._solve(model, "original")
         self._written = self._write(model, "original")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,9 +56,10 @@ def written_on(
 ) -> list[list[list[int]]]:
     """Let a model write on from each prompt, all of them at the same time.
 
-    Prompts are padded on the left, and each is run once however many samples are taken, if the model's cache holds keys
-    and values alone. Neither dropout nor the settings in the model's own generation configuration play a
-    part: without `sampling` the likeliest token is taken each time.
+    Prompts are padded on the left, where that changes nothing of what is said after the shortest of them; where it
+    does, only those of one length are run together, with a warning. Each is run once however many samples are taken, if
+    the model's cache holds keys and values alone. Neither dropout nor the settings in the model's own generation
+    configuration play a part: without `sampling` the likeliest token is taken each time.
 
     Parameters
     ----------
@@ -77,7 +79,7 @@ def written_on(
     keep_end : bool
         Leave the token that ends a text in its place.
     told : callable, optional
-        Called after each step with the number of texts that are written, for a bar.
+        Called after each step with the number of texts that are written at that time, for a bar.
 
     Returns
     -------
@@ -111,29 +113,69 @@ def written_on(
         )
     ends = end_tokens(model, tokenizer)
     pad = min(ends, default=0)  # a row that has come to its end goes on with it, and is cut there
-    device = device_of(model)
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
     chosen: dict[str, Any] = {} if sampling is None else {"temperature": 1.0, "top_p": 1.0, "top_k": 0, **sampling}
-    watching: list[Any] = [_Stopped(tokenizer, width, stop)] if stop else []
-    watching += [_Told(told)] if told is not None else []
-    if watching:
-        chosen["stopping_criteria"] = StoppingCriteriaList(watching)
+    chosen |= {"do_sample": sampling is not None, "max_new_tokens": new_tokens, "pad_token_id": pad}
+    found: list[list[list[int]]] = [[] for _ in prompts]
     with inference(model), _without_settings(model):
-        begun = _begun(model, {"input_ids": ids, "attention_mask": mask}, samples)
-        found = model.generate(
-            input_ids=ids.repeat_interleave(samples, dim=0),
-            attention_mask=mask.repeat_interleave(samples, dim=0),
-            **begun,
-            do_sample=sampling is not None,
-            max_new_tokens=new_tokens,
-            pad_token_id=pad,
-            eos_token_id=sorted(ends) or None,
-            use_cache=True,
-            **chosen,
-        )[:, width:].tolist()
-    texts = [_up_to(tokenizer, _until(row, ends, keep_end), stop) for row in found]
-    return [texts[k : k + samples] for k in range(0, len(texts), samples)]
+        for together in _run_together(model, prompts, pad):
+            given = _padded(model, [prompts[k] for k in together], pad)
+            width = given["input_ids"].shape[1]
+            watching: list[Any] = [_Stopped(tokenizer, width, stop)] if stop else []
+            watching += [_Told(told)] if told is not None else []
+            watched = {"stopping_criteria": StoppingCriteriaList(watching)} if watching else {}
+            rows = model.generate(
+                **{name: value.repeat_interleave(samples, dim=0) for name, value in given.items()},
+                **_begun(model, given, samples),
+                **chosen,
+                **watched,
+                eos_token_id=sorted(ends) or None,
+                use_cache=True,
+            )[:, width:].tolist()
+            texts = [_up_to(tokenizer, _until(row, ends, keep_end), stop) for row in rows]
+            for place, k in enumerate(together):
+                found[k] = texts[place * samples : (place + 1) * samples]
+    return found
+
+
+def _padded(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
+    """Prompts of different length as one batch, padded on the left, with the mask that says so."""
+    width, device = max(map(len, prompts)), device_of(model)
+    ids = [[pad] * (width - len(row)) + list(row) for row in prompts]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in prompts]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
+def _run_together(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> list[list[int]]:
+    """Which prompts are run in one batch: all, or those of one length alone where padding has a part in the answer."""
+    by_length: dict[int, list[int]] = {}
+    for k, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(k)
+    if len(by_length) < 2 or not (reason := _heeds_padding(model, prompts, pad)):
+        return [list(range(len(prompts)))]
+    warnings.warn(
+        f"Prompts of {len(by_length)} lengths are written on apart: behind padding, this {type(model).__name__} "
+        f"{reason}.",
+        stacklevel=3,
+    )
+    return list(by_length.values())
+
+
+def _heeds_padding(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> str:
+    """What goes wrong with the shortest prompt when it is padded to the longest; empty where nothing does.
+
+    Tried in the precision of the weights, whatever autocast is on, so that as little as may be is rounding.
+    """
+    pair = [min(prompts, key=len), max(prompts, key=len)]
+    one = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with torch.autocast(device_of(model).type, enabled=False):
+        try:
+            expected, got = (
+                model.generate(**_padded(model, few, pad), **one, pad_token_id=pad).logits[0][:1]
+                for few in (pair[:1], pair)
+            )
+        except Exception as error:  # whatever a model that takes no mask may raise; it can still be run without padding
+            return f"fails ({error})"
+    return "" if speaks_alike(model, got, expected) else "says something else"
 
 
 def cache_argument(model: nn.Module) -> str | None:

@@ -8,38 +8,37 @@ from typing import Any
 from torch import Tensor
 
 from streamline_hooks.batch import Batch
-from streamline_hooks.calibration.packing import beginnings
+from streamline_hooks.calibration.packing import documents_of
 
 
 def text_beginnings(tokenizer: Any, batches: Sequence[Batch | Tensor], *, count: int, length: int) -> list[str]:
-    """The first tokens of some rows, evenly spread over them.
+    """The first tokens of some rows, evenly spread over them; of few rows also later pieces that do not overlap.
 
     Parameters
     ----------
     tokenizer : transformers.PreTrainedTokenizerBase
     batches : sequence of mapping or torch.Tensor
-        Token ids of shape (batch, tokens). Of packed rows only what their first document has is taken.
+        Token ids of shape (batch, tokens), padded on either side, or packed.
     count : int
-        At most so many; fewer where there are fewer rows.
+        At most so many; fewer where there is too little text.
     length : int
         In tokens.
 
     Returns
     -------
     list of str
-        Without special tokens.
+        Without special tokens, and none of these alone.
     """
-    rows = [row for batch in batches for row in _first_pieces(batch)]
-    taken = min(count, len(rows))
-    starts = [rows[k * len(rows) // taken] for k in range(taken)]
-    return [tokenizer.decode(row[:length], skip_special_tokens=True) for row in starts]
+    rows = [documents for batch in batches for documents in documents_of(batch)]
+    pieces = [row[0][:length] for row in rows]
+    if len(pieces) < count:
+        # As far apart as a beginning is long, so that what is written on one is not what the next one begins with.
+        pieces = [document[k : k + length] for row in rows for document in row for k in _places(len(document), length)]
+    texts = [text for piece in pieces if (text := tokenizer.decode(piece, skip_special_tokens=True)).strip()]
+    taken = min(count, len(texts))
+    return [texts[k * len(texts) // taken] for k in range(taken)]
 
 
-def _first_pieces(batch: Batch | Tensor) -> list[Tensor]:
-    """The rows of a batch, of packed ones what their first document has."""
-    if isinstance(batch, Tensor):
-        return list(batch)
-    if "position_ids" not in batch:
-        return list(batch["input_ids"])
-    lengths = [int((*own.nonzero().flatten().tolist(), len(own))[1]) for own in beginnings(batch["position_ids"])]
-    return [row[:length] for row, length in zip(batch["input_ids"], lengths, strict=True)]
+def _places(tokens: int, length: int) -> range:
+    """Where the pieces of a document begin: all are whole but for that of a document that is shorter."""
+    return range(0, max(1, tokens - length + 1), 2 * length)

@@ -53,7 +53,9 @@ class Knowing(nn.Module):
         self.otherwise, self.thinks = "abcdefghijklmnopqrstuvwxyz" * 20, thinks
         self.calls: list[int] = []
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, **options: Any) -> Any:
+        if options.get("output_logits"):
+            return SimpleNamespace(logits=[torch.zeros(len(input_ids), 3)])
         self.calls.append(len(input_ids))
         rows = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):
@@ -118,6 +120,17 @@ def test_a_model_whose_template_is_silent_may_show_that_it_reasons(thinks: bool)
         )
 
 
+def test_text_for_too_few_beginnings_is_told() -> None:
+    said: list[str] = []
+    rows = [torch.arange(97, 121)[None]] * 4
+    CollapseWatch(knowing(), Letters(), rows, said.append)
+    assert said == [
+        "There is text for 4 beginnings alone: whether the compressed model repeats itself is not told, which takes 5. "
+        "Give more test_tokens."
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:Prompts of .* lengths are written on apart")
 def test_a_model_that_cannot_is_passed_over() -> None:
     model, said = knowing(), []
 

@@ -52,6 +52,22 @@ def test_greedy_equals_forwards_without_a_cache(family: str) -> None:
     assert found == [[greedy(model, prompt, 8, ends)] for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("kind", ["recurrent_gemma", "bart", "mbart"])
+def test_prompts_of_one_length_alone_are_run_together_where_padding_is_heeded(kind: str) -> None:
+    """A recurrence takes padding into its state, and learned positions count it, whatever the mask says."""
+    model: Any = tiny(kind, vocabulary=VOCABULARY)
+    prompts, told = [[*PROMPTS[0], *range(3, 20)], *PROMPTS, [8, 4, 2 + 1]], []
+    with pytest.warns(
+        UserWarning, match=f"of 4 lengths are written on apart: behind padding, this {type(model).__name__}"
+    ):
+        found = written_on(model, None, prompts, new_tokens=8, samples=1, told=told.append)
+    assert found == [written_on(model, None, [prompt], new_tokens=8)[0] for prompt in prompts]
+    assert sorted(set(told)) == [1, 2]
+    with pytest.MonkeyPatch.context() as patch:  # the planted fault
+        patch.setattr(generation, "_heeds_padding", lambda *given: "")
+        assert written_on(model, None, prompts, new_tokens=8) != found
+
+
 def test_models_that_have_lost_blocks() -> None:
     model: Any = repaired("llama", dtype=torch.float64)
     found = written_on(model, Ends(), PROMPTS, new_tokens=6)
@@ -79,7 +95,7 @@ def test_samples_are_seeded_and_leave_the_random_state_alone() -> None:
 
 
 def _sampled(model: Any, prompts: list[list[int]] | None = None) -> tuple[list[list[list[int]]], list[Any]]:
-    """What is written, and the shapes of the tokens that the model was run on."""
+    """What is written, and the shapes of the tokens that the model was run on once it was known to ignore padding."""
     if prompts is None:
         prompts = [*PROMPTS[::2], [7, 8]]
     shapes: list[Any] = []
@@ -89,7 +105,10 @@ def _sampled(model: Any, prompts: list[list[int]] | None = None) -> tuple[list[l
     with seeded(torch.device("cpu"), 1):
         found = written_on(model, Ends(), prompts, new_tokens=10, samples=3, sampling={"temperature": 1.5})
     handle.remove()
-    return found, shapes
+    lengths = sorted(map(len, prompts))
+    tried = [(1, lengths[0]), (2, lengths[-1])] if lengths[0] < lengths[-1] else []
+    assert shapes[: len(tried)] == tried, "the shortest prompt, alone and behind padding"
+    return found, shapes[len(tried) :]
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "repaired"])

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from streamline_hooks.batch import Batch, real_tokens
 from streamline_hooks.errors import StreamlineError
 
 Ids = array
@@ -211,3 +212,36 @@ def beginnings(position_ids: Tensor) -> Tensor:
     """
     first = torch.ones_like(position_ids[:, :1], dtype=torch.bool)
     return torch.cat([first, position_ids.diff(dim=1) != 1], dim=1)
+
+
+def documents_of(batch: Batch | Tensor) -> list[list[Tensor]]:
+    """The documents in each row of a batch, without padding.
+
+    Parameters
+    ----------
+    batch : mapping or torch.Tensor
+        Token ids of shape (batch, tokens), or ``input_ids`` with what belongs to them: ``attention_mask`` where there
+        is padding, ``position_ids`` where rows are packed.
+
+    Returns
+    -------
+    list of list of torch.Tensor
+        On the CPU. A row of padding alone has no part in it.
+
+    Examples
+    --------
+    >>> ids, mask = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 0]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    >>> documents_of({"input_ids": ids, "attention_mask": mask})
+    [[tensor([5, 6])], [tensor([7, 8, 9])]]
+    >>> documents_of({"input_ids": ids[1:], "position_ids": torch.tensor([[0, 1, 0, 1]])})
+    [[tensor([7, 8]), tensor([9, 0])]]
+    """
+    given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    ids, mask, positions = given["input_ids"].cpu(), real_tokens(given), given.get("position_ids")
+    found = []
+    for row, tokens in enumerate(ids):
+        real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask[row].cpu().bool()
+        begins = torch.zeros_like(real) if positions is None else beginnings(positions[row : row + 1].cpu())[0]
+        edges = begins[real][1:].nonzero().flatten() + 1
+        found.append(list(tokens[real].tensor_split(edges)))
+    return [documents for documents in found if len(documents[0])]

@@ -64,6 +64,17 @@ def fewest_solved(sorts: int) -> int:
     return next(count for count in range(64) if sign_test(count, 0) < LEVEL / (sorts + 1))
 
 
+def fewest_texts() -> int:
+    """How many texts `collapse_of_writing` needs to be able to speak at all.
+
+    Examples
+    --------
+    >>> fewest_texts()
+    5
+    """
+    return fewest_solved(0)
+
+
 def collapse_of_probes(before: Mapping[str, Sequence[bool]], after: Mapping[str, Sequence[bool]]) -> str:
     """Say so where a changed model no longer solves what its original does.
 

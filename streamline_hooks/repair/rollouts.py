@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamline_hooks.batch import Batch, device_of, has_tokens, positions_of, real_tokens
-from streamline_hooks.calibration.packing import beginnings
+from streamline_hooks.batch import Batch, device_of, has_tokens, positions_of
+from streamline_hooks.calibration.packing import documents_of
 from streamline_hooks.distributed import is_sharded
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.generation import require_generates, seeded, written_on
@@ -161,19 +161,12 @@ def prompts_of(batch: Batch | Tensor, prompt: int, new_tokens: int) -> list[list
     >>> prompts_of({"input_ids": torch.arange(7)[None], "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1]])}, 1, 1)
     [[2], [4]]
     """
-    given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-    ids, mask, positions = given["input_ids"].cpu(), real_tokens(given), given.get("position_ids")
     found = []
-    for row, numbers in enumerate(ids):
-        real = torch.ones_like(numbers, dtype=torch.bool) if mask is None else mask[row].cpu().bool()
-        begins = beginnings(positions[row : row + 1].cpu())[0][real] if positions is not None else None
-        document = numbers[real]
-        edges = [0] if begins is None else [0, *(begins[1:].nonzero().flatten() + 1).tolist()]
-        for start, stop in zip(edges, [*edges[1:], len(document)], strict=True):
-            count = max(1, (stop - start) // (prompt + new_tokens))
-            places = [start + k * (prompt + new_tokens) for k in range(count)]
-            found += [document[place : min(place + prompt, stop)].tolist() for place in places]
-    return [row for row in found if row]
+    for document in (document for row in documents_of(batch) for document in row):
+        count = max(1, len(document) // (prompt + new_tokens))
+        places = [k * (prompt + new_tokens) for k in range(count)]
+        found += [document[place : place + prompt].tolist() for place in places]
+    return found
 
 
 def without_loop(tokens: Sequence[int]) -> list[int]:
