@@ -15,7 +15,7 @@ from streamline_hooks.batch import Batch
 from streamline_hooks.calibration import PackedText, TokenSplit, split_documents
 from streamline_hooks.checkpoint import require_free, save
 from streamline_hooks.compress import compress
-from streamline_hooks.distributed import Together, here
+from streamline_hooks.distributed import Together, failing_together, here
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.preparation import are_batches, require_parts, require_writable
 from streamline_hooks.repair import Training, kind_named
@@ -33,6 +33,7 @@ _OF_DOCUMENTS = (
 )  # fmt: skip
 
 
+@failing_together("compress_iteratively")
 def compress_iteratively(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -117,7 +118,7 @@ def compress_iteratively(
     whole, parts = _parts(texts, tokenizer, rounds, test_texts, options)
     trainings = [_training(training, output, number) for number in range(rounds)]
     files = [one.keep_in for one in trainings]
-    if resume and not (files[0] and files[0].is_file()):
+    if resume and work.of_first(lambda: not (files[0] and files[0].is_file())):
         raise StreamlineError(f"There is no training to resume at {files[0] or 'any place (keep_in)'}; leave it out.")
     if not resume:
         work.of_first(lambda: _delete(files))  # of an earlier call, which a later round would take for its own
@@ -137,7 +138,7 @@ def compress_iteratively(
             part,
             remove=count,
             keep=[k for k, old in enumerate(present) if old in protected],
-            fitting_tokens=fitting_tokens and fitting_tokens // rounds,
+            fitting_tokens=fitting_tokens and _fitted_on(fitting_tokens, part, whole),
             training=trainings[number],
             teacher=original if number else None,
             resume=goes_on,
@@ -232,6 +233,14 @@ def _parts(texts: Any, tokenizer: Any, rounds: int, test_texts: Any, options: di
     return split, [split.part_of_calibration(number, rounds) for number in range(rounds)]
 
 
+def _fitted_on(tokens: int, part: Any, whole: TokenSplit | None) -> int:
+    """A round's share of what all are fitted on, in whole sequences, of which it needs two."""
+    if whole is None:
+        return tokens  # of batches, which `compress` refuses to divide
+    share = len(part.calibration) / len(whole.calibration)
+    return max(2, round(share * tokens / whole.sequence_length)) * whole.sequence_length
+
+
 def _training(training: Training, output: str | Path | None, number: int) -> Training:
     """A round's own training: its file is named after the round."""
     beside = None if output is None else Path(output).with_name(f"{Path(output).name}.training")
@@ -263,7 +272,9 @@ def _together(done: Sequence[CompressionResult], whole: TokenSplit | None) -> Co
     data = last.data
     if whole is not None:
         of_rounds = [note for note in last.data["notes"] if note not in whole.notes]
-        data = {**last.data, **whole.figures(), "notes": [*whole.notes, *of_rounds]}
+        fitted = [one.data["fitting_tokens"] for one in done if "fitting_tokens" in one.data]
+        all_fitted = {"fitting_tokens": sum(fitted)} if fitted else {}
+        data = {**last.data, **whole.figures(), **all_fitted, "notes": [*whole.notes, *of_rounds]}
     vain = [
         f"Round {k}: {one.training.in_vain}" for k, one in enumerate(done, 1) if one.training and one.training.in_vain
     ]

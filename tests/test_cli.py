@@ -391,6 +391,7 @@ def test_how_blocks_are_found_is_said_by_the_preset_where_nothing_else_is(asked:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--preset", "best", "--kind", "linear"], "--preset best says what --kind would; leave one of them out"),
         (["--preset", "uidl", "--learning-rate", "0.1"], "--preset uidl says what --learning-rate would"),
         (["--preset", "best", "--learning-rate", "0.001"], "--preset best says what --learning-rate would"),
         (["--learning-rate", "0.001"], "--learning-rate: this is of a training, and no --train says what for"),

@@ -142,6 +142,27 @@ def test_each_round_sees_every_source_of_a_mixture() -> None:
         assert split.part_of_calibration(number, 2).calibration[:, 0].float().mean() == 0.5
 
 
+@pytest.mark.parametrize(("asked", "found"), [(144, [64, 80]), (96, [48, 48]), (80, [32, 48]), (16, [32, 32])])
+def test_rounds_are_fitted_on_their_share_in_whole_sequences(
+    asked: int, found: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 9 sequences of 16 tokens the first round has four."""
+    seen, make = [], iterative.compress
+
+    def compress(*given: Any, **options: Any) -> Any:
+        seen.append(options["fitting_tokens"])
+        return make(*given, **options)
+
+    monkeypatch.setattr(iterative, "compress", compress)
+    rows = torch.randint(3, 60, (12, 16), generator=torch.Generator().manual_seed(0))
+    split = TokenSplit(rows[:9], rows[9:10], rows[10:], "text")
+    result = compress_iteratively(
+        tiny_model("llama"), object(), split, rounds=2, remove=2, training=QUICK, fitting_tokens=asked, **OPTIONS
+    )
+    assert seen == found
+    assert result.data["fitting_tokens"] == sum(seen)
+
+
 class Killed(BaseException):
     pass
 

@@ -102,9 +102,12 @@ def self_generated(
     _check(model, tokenizer, tokens, sequence_length, temperature, top_p, keep_fraction, batch_size)
     sampling = {"temperature": temperature, "top_p": top_p}
     settings: dict[str, Any] = {"sequence_length": sequence_length, "batch_size": batch_size, "seed": seed, **sampling}
+    settings["ends"] = sorted(end_tokens(model, tokenizer))
+    if torch.is_autocast_enabled(model.device.type):
+        settings["products"] = str(torch.get_autocast_dtype(model.device.type))
     if conversation:
         _require_read_back(tokenizer)
-        settings |= {"conversation": True, "ends": sorted(end_tokens(model, tokenizer))}
+        settings["conversation"] = True
     draw = ("conversation",) if conversation else ()
     store = GeneratedCache(cache, _identity(model, tokenizer, settings) if cache is not None else {})
     queue = prompts(f"conversation {seed}" if conversation else seed)

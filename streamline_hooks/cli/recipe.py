@@ -30,7 +30,7 @@ class Recipe:
 class Asked:
     """The options, each by its own name; empty, or as they are by default, where they were left out."""
 
-    kind: str = _KIND
+    kind: str = ""
     preset: str = ""
     objective: str = ""
     heal: str = ""
@@ -61,10 +61,10 @@ class Asked:
             if self.objective:
                 rate = LEARNING_RATE if self.learning_rate is None else self.learning_rate
                 training = Training(objective=Objective.parse(self.objective), learning_rate=rate)
-            return self._found(Preset("", self.kind, "", training, healing), seed)
+            return self._found(Preset("", self.kind or _KIND, "", training, healing), seed)
         chosen = preset_named(self.preset)
         decided = {
-            "--kind": self.kind != _KIND,
+            "--kind": self.kind,
             "--train": self.objective,
             "--heal": self.heal,
             "--learning-rate": self.learning_rate is not None,

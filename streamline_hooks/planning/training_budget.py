@@ -146,7 +146,7 @@ class Given:
         looks = tokens * epochs // (_STEPS_A_LOOK * validation)
         return Sizes(
             tokens,
-            min(tokens, share(5, _FITTING)),
+            min(tokens, max(2 * length, share(5, _FITTING))),  # what is fitted needs another sequence to choose by
             validation,
             share(5, _TEST, self.test),
             epochs,

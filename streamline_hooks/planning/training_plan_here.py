@@ -101,8 +101,8 @@ def plan_training(
     Raises
     ------
     StreamlineError
-        If the budget does not suffice for the least that is worth doing, the preset trains nothing, or the text is too
-        short for anything.
+        If the budget does not suffice for the least that is worth doing, the preset trains nothing, on what the model
+        writes, or in rounds, or the text is too short for anything.
     """
     began = clock()
     chosen = preset_named(preset) if isinstance(preset, str) else preset
@@ -110,6 +110,16 @@ def plan_training(
         raise StreamlineError(
             f"The preset {chosen.name!r} trains nothing, so that a budget decides nothing. Choose 'best', or leave the "
             "budget out."
+        )
+    if chosen.rounds > 1:
+        raise StreamlineError(
+            f"The preset {chosen.name!r} goes in {chosen.rounds} rounds, and a budget plans one. Choose 'best', or "
+            "leave the budget out."
+        )
+    if chosen.training.on_policy is not None:
+        raise StreamlineError(
+            f"The preset {chosen.name!r} trains on what the model writes ({chosen.training.on_policy}), whose length a "
+            "budget does not know beforehand. Leave on_policy out, or the budget."
         )
     behind = chosen.healing is not None and chosen.healing.where == "after"
     kept = tuple(dict.fromkeys((*keep, -1))) if behind else tuple(keep)

@@ -146,11 +146,12 @@ class Forwards:
         return self.student.original_answers(taught.exit, batch)
 
     def _summed_distance(self) -> tuple[float, float, int]:
-        """The distances of this process's share of the validation, its text's own loss, and how many answers it has.
+        """The distances of this process's share of the validation, what else is minimised, and how many answers it has.
 
-        Both are sums in float64; the second is 0 where no text is learned.
+        Both are sums in float64; the second is 0 where neither a text is learned nor the divergence from the repaired
+        model's side, see `Objective.validated`.
         """
-        total, text, answers = 0.0, 0.0, 0
+        total, others, answers, objective = 0.0, 0.0, 0, self.settings.objective
         with torch.no_grad(), _evaluating(self.student):
             for number, batch in self.validation_share.batches.items():
                 for part, rows in self._parts(self.validation_taught[number], batch):
@@ -161,12 +162,14 @@ class Forwards:
                         said = self.task.answers(output, rows)
                         if self.task.gives_distributions:
                             total += float(summed_divergence(said, original))
+                            if objective.reverse_kl:
+                                others += float(summed_divergence(said, original, 0.0, objective.reverse_kl))
                         else:
                             total += summed_distance(self.task, reference_of(self.task, original), said)
                         if (following := self._following(rows, output)) is not None:
-                            text += self.settings.objective.lm * float(text_loss(said, following))
+                            others += objective.lm * float(text_loss(said, following))
                         answers += len(said)
-        return total, text, answers
+        return total, others, answers
 
     def _parts(self, taught: Taught, batch: Batch | Tensor) -> Iterator[tuple[Taught, Batch | Tensor]]:
         """A batch in parts of as many sequences as there is memory for."""

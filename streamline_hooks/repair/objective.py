@@ -110,27 +110,28 @@ class Objective:
         """Whether the states after the windows are compared."""
         return bool(self.mse or self.relative or self.cosine)
 
-    def validated(self, distance: float, text: float) -> float:
-        """The number by which weights are kept: the distance, and beside it what a text is learned by.
+    def validated(self, distance: float, others: float) -> float:
+        """The number by which weights are kept: the distance, and beside it what else is said to be minimised.
 
         Parameters
         ----------
         distance : float
             To the original, see `Task.distance`.
-        text : float
-            This objective's part that predicts the text.
+        others : float
+            This objective's parts that predict a text (``lm``), and that look from the repaired model (``reverse_kl``).
 
         Examples
         --------
-        >>> Objective(kl=1.0, lm=0.5).validated(0.25, 1.5), Objective(kl=0.0, lm=1.0).validated(0.25, 3.0)
+        >>> Objective(kl=1.0, lm=0.5).validated(0.25, 1.5), Objective(kl=0.0, reverse_kl=1.0).validated(0.25, 3.0)
         (1.75, 3.0)
         >>> Objective(kl=2.0).validated(0.25, 0.0)  # of what is compared alone the weight says nothing
         0.25
         """
-        if not self.lm:
+        if not (self.lm or self.reverse_kl):
             return distance
-        others = [weight for name, weight in self._weights().items() if name != "lm" and weight]
-        return (self.kl or bool(others)) * distance + text
+        weights = self._weights()
+        compared = [name for name in weights if weights[name] and name not in ("lm", "reverse_kl")]
+        return (self.kl or bool(compared)) * distance + others
 
     def of_states(self, repaired: Sequence[Tensor], original: Sequence[Tensor], mask: Tensor) -> Tensor:
         """The part of the loss that compares states, summed over tokens and averaged over windows.

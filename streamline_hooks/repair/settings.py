@@ -112,8 +112,8 @@ class Trained:
         That were made, and that were trained on; of a model that is given images, those.
     distance_before, distance : float
         How far what is said is from what the original says on the validation part (`Task.distance`), such as
-        KL(original ‖ repaired) in nats a token, before the first step and with the best weights. Where the text is
-        learned too (``lm``), those are the best by both together, see `Objective.validated`.
+        KL(original ‖ repaired) in nats a token, before the first step and with the best weights. Where something else
+        is minimised too (``lm``, ``reverse_kl``), those are the best by all together, see `Objective.validated`.
     best_step : int
         After which those were.
     history : list of dict
@@ -151,9 +151,10 @@ class Trained:
         if self.best_step or not later:
             return ""
         first = self.history[0]
-        text = " and the text's own loss" if first["validated"] != first["distance"] else ""
+        alone = first["validated"] == first["distance"]
+        what = self.measure.partition(" (")[0] if alone else "what it minimises, on the validation text,"
         return (
-            f"The training brought nothing: {self.measure.partition(' (')[0]}{text} was {first['validated']:.4f} "
+            f"The training brought nothing: {what} was {first['validated']:.4f} "
             f"before its first step and {min(later):.4f} at best afterwards, so that the weights from before it are "
             "kept. "
             "Give more text, or a smaller learning rate (a large one throws off what starts well)."

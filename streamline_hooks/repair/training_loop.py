@@ -265,7 +265,7 @@ class Loop(Forwards):
         return self.work.of_first(lambda: self.seconds >= 60 * cast(float, self.settings.minutes))
 
     def _validate(self, bar: Any) -> None:
-        """The distance to the original on what validates, and what its text is learned by, if that is.
+        """The distance to the original on what validates, and what else is minimised there, see `Objective.validated`.
 
         The weights are kept if both together are the lowest so far.
         """
@@ -278,9 +278,9 @@ class Loop(Forwards):
                     "changed those of one of them alone. Begin again, and let nothing but the training change them."
                 )
         answers = sum(count for _, _, count, _ in told)
-        distance, text = (math.fsum(sums) / answers for sums in zip(*((one[0], one[1]) for one in told), strict=True))
+        distance, others = (math.fsum(sums) / answers for sums in zip(*((one[0], one[1]) for one in told), strict=True))
         distance = distance if math.isfinite(distance) else math.inf
-        validated = self.settings.objective.validated(distance, text)
+        validated = self.settings.objective.validated(distance, others)
         validated = validated if math.isfinite(validated) else math.inf
         said: dict[str, Any] = {"loss": mean_of(self.losses)}
         self.losses.clear()

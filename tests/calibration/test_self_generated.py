@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -23,6 +23,7 @@ from streamline_hooks.calibration.prompts import FORMS, TOPICS, prompts
 from streamline_hooks.calibration.self_generated import _best, _usable
 from streamline_hooks.digests import weights_digest
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.generation import end_tokens
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 END = 256
@@ -73,7 +74,9 @@ def replace_generate(model: LlamaForCausalLM, answer: Callable[[int, int], list[
     """Let ``answer(call, row)`` answer in place of the model, and return the list of what it was called with."""
     calls: list[dict[str, Any]] = []
 
-    def generate(self: LlamaForCausalLM, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    def generate(self: LlamaForCausalLM, input_ids: torch.Tensor, **options: Any) -> Any:
+        if options.get("output_logits"):  # it is looked whether padding has a part in the answer
+            return SimpleNamespace(logits=[torch.zeros(len(input_ids), 3)])
         calls.append({"input_ids": input_ids, **options})
         rows = [answer(len(calls) - 1, row) for row in range(len(input_ids))]
         width = max(map(len, rows))
@@ -133,6 +136,8 @@ def test_an_interrupt_loses_no_batch_that_was_written(model: LlamaForCausalLM, t
 
     def interrupted(self: LlamaForCausalLM, **options: Any) -> Any:
         nonlocal calls
+        if options.get("output_logits"):  # it is looked whether padding has a part in the answer
+            return real(**options)
         calls += 1
         if calls == 3:
             raise KeyboardInterrupt
@@ -189,6 +194,20 @@ def test_the_file_is_named_after_the_settings(
     assert len(list(tmp_path.iterdir())) == 1
     self_generated(model, tokenizer, cache=tmp_path, **{**SHORT, **change})
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_file_is_named_after_what_ends_a_text_and_after_the_products(
+    model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path
+) -> None:
+    replace_generate(model, varied)
+    self_generated(model, tokenizer, cache=tmp_path, **SHORT)
+    with torch.autocast("cpu", torch.bfloat16):
+        self_generated(model, tokenizer, cache=tmp_path, **SHORT)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, 11]
+    self_generated(model, tokenizer, cache=tmp_path, **SHORT)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_the_file_is_named_after_the_model(model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path) -> None:
@@ -402,9 +421,9 @@ class TestConversations:
             assert text.count("<user>") == pytest.approx(text.count(f"<sys>{SYSTEM}\n\n"), abs=1) and SYSTEM in text
 
 
-def test_old_files_are_read(model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path) -> None:
-    """The name and the form of a file of answers are those of the first version."""
-    settings = {"sequence_length": 24, "batch_size": 2, "seed": 0, "temperature": 0.8, "top_p": 0.95}
+def test_files_of_this_name_and_form_are_read(model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"sequence_length": 24, "batch_size": 2, "seed": 0, "temperature": 0.8, "top_p": 0.95}
+    settings["ends"] = sorted(end_tokens(model, tokenizer))
     config = model.config.to_dict()
     for incidental in ("_name_or_path", "transformers_version", "_commit_hash"):
         config.pop(incidental, None)

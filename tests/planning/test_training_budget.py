@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from streamline_hooks import StreamlineError, compress
 from streamline_hooks.planning import plan_training, training_plan_here
 from streamline_hooks.planning.training_budget import BudgetPlan, Given, Paces, Sizes, plan_in
-from streamline_hooks.repair import Healing, preset_named
+from streamline_hooks.repair import Healing, OnPolicy, preset_named
 from streamline_hooks.repair.training_pace import TrainingPace
 
 BEST = preset_named("best")
@@ -269,6 +269,26 @@ def test_of_less_text_the_training_takes_what_the_others_leave(
 ) -> None:
     given_, available = training_plan_here._of_less_text(Given(), Given().sizes(40), found, apart=apart)
     assert available == left and (given_.validation, given_.test) == others
+
+
+def test_what_is_fitted_on_are_two_sequences_at_least() -> None:
+    """However long they are: a ridge is chosen on another one than those that are fitted on."""
+    for length in (512, 4_096, 8_192, 50_000):
+        for sequences in (2, 5, 50):
+            sizes = Given(sequence_length=length).sizes(sequences)
+            assert 2 * length <= sizes.fitting <= sizes.calibration == sequences * length
+
+
+def test_what_no_plan_is_made_for_is_refused(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
+    best = preset_named("best")
+    assert best.training is not None
+    own = replace(best, training=replace(best.training, on_policy=OnPolicy.parse("kl:share=0.5")))
+    for preset, said in (
+        ("iterative", "'iterative' goes in 2 rounds, and a budget plans one"),
+        (own, "trains on what the model writes"),
+    ):
+        with pytest.raises(StreamlineError, match=said):
+            plan_training(*story_model, story_texts, 600.0, preset=preset)
 
 
 def test_what_is_not_trained_has_no_budget(story_model: tuple[Any, Any], story_texts: list[str]) -> None:

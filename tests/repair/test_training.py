@@ -86,6 +86,23 @@ def test_weights_that_learn_a_text_are_kept_by_that_too(text: str, weight: float
         assert trained.distance > trained.distance_before and trained.in_vain == ""
 
 
+@pytest.mark.parametrize(("text", "weight"), [("reverse_kl", 0.0), ("kl + 0.5*reverse_kl", 1.0)])
+def test_weights_are_kept_by_the_divergence_that_is_minimised(text: str, weight: float) -> None:
+    model = tiny_model("llama")
+    objective = Objective.parse(text)
+    student, _ = student_of(model)
+    trained = train(student, BATCHES, VALIDATION, replace(QUICK, objective=objective, epochs=2, validations=3))
+    ids, reverse = torch.cat([batch["input_ids"] for batch in VALIDATION]), 0.0
+    with torch.no_grad():
+        p = model(ids).logits.double().log_softmax(-1)
+        with student.opened():
+            q = model(ids).logits.double().log_softmax(-1)
+    reverse = float((q.exp() * (q - p)).sum(-1).mean())
+    best = next(row for row in trained.history if row["step"] == trained.best_step)
+    assert best["validated"] == pytest.approx(weight * trained.distance + objective.reverse_kl * reverse, rel=1e-4)
+    assert best["validated"] == min(row["validated"] for row in trained.history) != trained.distance
+
+
 def test_the_best_weights_are_a_copy_that_later_steps_do_not_touch() -> None:
     student, module = student_of(tiny_model("llama"))
     trained = train(student, BATCHES, VALIDATION, replace(QUICK, learning_rate=1.0, warmup=0.0))
@@ -431,7 +448,10 @@ def test_a_training_that_brought_nothing_says_so() -> None:
     )
     assert "a smaller learning rate" in trained.in_vain
     both = [{**row, "validated": row["validated"] + 3.0} for row in history]
-    assert "KL and the text's own loss was 3.2700 before" in replace(trained, history=both).in_vain
+    assert (
+        "brought nothing: what it minimises, on the validation text, was 3.2700 before"
+        in replace(trained, history=both).in_vain
+    )
     assert replace(trained, best_step=97).in_vain == replace(trained, history=history[:1]).in_vain == ""
 
 
