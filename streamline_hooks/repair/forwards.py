@@ -133,6 +133,10 @@ class Forwards:
             mask = real_tokens(given)
             real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
             following = following_tokens(ids, real, given.get("position_ids"))
+            if isinstance(labels := given.get("labels"), Tensor) and labels.shape == ids.shape:
+                # What has no label is not learned: an image's places, or the question of a conversation.
+                unlabelled = labels.to(ids.device).roll(-1, dims=1) == UNCOUNTED
+                following = following.masked_fill(unlabelled, UNCOUNTED)
         answered = self.task.answers(following[..., None], batch)[:, 0]  # chosen as of logits
         if wanted == "labels" and (left := int((following != UNCOUNTED).sum() - (answered != UNCOUNTED).sum())):
             raise StreamlineError(

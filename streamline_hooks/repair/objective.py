@@ -31,8 +31,8 @@ class Objective:
         Beside ``kl`` it makes a mixed one.
     lm : float
         Negative log-likelihood of the text's own next token, in nats; a sequence's first is not predicted, and counts
-        in the number all the same. Of an encoder with a decoder that of the batch's ``labels``, which have to be at
-        places that the decoder's mask has.
+        in the number all the same. Where a batch has ``labels``, tokens with the label -100 are left out. Of an encoder
+        with a decoder that of the batch's ``labels``, which have to be at places that the decoder's mask has.
     embedding : float
         1 − cos(repaired, original) of the embeddings that a model makes (`Task`).
     mse : float

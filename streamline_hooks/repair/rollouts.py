@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from math import ceil
 from typing import Any
@@ -129,7 +129,7 @@ def require_writes(model: Any, task: Task, settings: OnPolicy, batches: Sequence
     Raises
     ------
     StreamlineError
-        If it is not one that writes on, is sharded, has too few positions, or there is no text.
+        If it is not one that writes on, is sharded, has too few positions, or there is no text, or not text alone.
     """
     if task.name != "causal-lm":
         raise StreamlineError(
@@ -145,12 +145,27 @@ def require_writes(model: Any, task: Task, settings: OnPolicy, batches: Sequence
         )
     if not all(map(has_tokens, batches)):
         raise StreamlineError("A batch holds no input_ids, so that there is nothing to write on; leave on_policy out.")
+    besides = sorted({name for batch in batches if isinstance(batch, Mapping) for name in _besides_text(batch)})
+    if besides:
+        raise StreamlineError(
+            f"A batch holds {', '.join(besides)} beside its tokens, and a text would be written on from the tokens "
+            "alone. Leave on_policy out, or give batches of text."
+        )
     positions, needed = positions_of(model.config), settings.prompt + settings.longest
     if positions is not None and needed > positions:
         raise StreamlineError(
             f"A prompt of {settings.prompt} tokens and a text of {settings.longest} need {needed} positions; "
             f"{type(model).__name__} has {positions}. Ask for shorter ones (prompt, longest)."
         )
+
+
+def _besides_text(batch: Mapping[str, Any]) -> list[str]:
+    """What a model is given that is neither a token nor about one: images, sounds, embeddings."""
+    return [
+        name
+        for name, value in batch.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and name != "attention_mask"
+    ]
 
 
 def prompts_of(batch: Batch | Tensor, prompt: int, new_tokens: int) -> list[list[int]]:

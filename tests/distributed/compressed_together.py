@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from streamline_hooks import StreamlineError, compress
+from streamline_hooks import StreamlineError, compress, compress_iteratively
 from streamline_hooks.pretrained import load_pretrained
 from streamline_hooks.repair import Objective, Training
 
@@ -48,6 +48,8 @@ def in_several(folder: Path, stories: Path, rank: int) -> dict[str, Any]:
     found["plain"] = plain(stories, texts)
     found["files"] = sorted(str(path.relative_to(folder)) for path in (folder / "out").iterdir())
     found["not free"] = raised(lambda: plain(stories, texts, output=out))
+    rounds: dict[str, Any] = {"rounds": 2, "remove": 2, "training": TRAINING, "output": out, **SMALL}
+    found["rounds not free"] = raised(lambda: compress_iteratively(*load_pretrained(stories), texts, **rounds))
     found["one fails"] = raised(lambda: plain(stories, texts, batch_size=1 - rank, side_by_side=False))
     found["other texts"] = raised(lambda: plain(stories, texts[5 * rank :], side_by_side=False))
     return found

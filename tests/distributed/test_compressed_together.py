@@ -88,6 +88,7 @@ def test_what_both_models_wrote_is_known_to_all(one: dict[str, Any], two: list[d
     ("case", "text"),
     [
         ("not free", "StreamlineError: Process 0 of 2: "),
+        ("rounds not free", "StreamlineError: Process 0 of 2: "),
         ("one fails", "StreamlineError: Process 1 of 2: shortlist=3, batch_size=0 and parts=2 must be 1 or more each."),
         ("other texts", "StreamlineError: Processes 0 and 1 of 2 call compress with different batches ("),
     ],

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_hooks import LinearReplacement, StreamlineError
+from streamline_hooks.generation import end_tokens
 from streamline_hooks.repair.on_policy import OnPolicy, TextLength
 from streamline_hooks.repair.rollouts import Counts, prompts_of, require_writes, roll_out, without_loop
 from streamline_hooks.repair.student import Student
@@ -37,11 +38,14 @@ def test_what_is_written_is_what_the_model_says_without_a_cache(family: str) -> 
         for row, (prompt, answered) in enumerate(
             zip(prompts_of(batch, 12, 5), found.answered.sum(dim=1).tolist(), strict=True)
         ):
-            ids = list(prompt)
-            for _ in range(answered - 1):
+            ids, ends = list(prompt), end_tokens(student.model, None)
+            while len(ids) < len(prompt) + 5 and ids[-1] not in ends:
                 with torch.no_grad():
                     ids.append(int(student.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-            assert found.batch["input_ids"][row, : len(ids)].tolist() == ids
+            text = without_loop([i for i in ids[len(prompt) :] if i not in ends])
+            length = int(found.batch["attention_mask"][row].sum())
+            assert found.batch["input_ids"][row, :length].tolist() == [*prompt, *text]
+            assert answered == len(text) + 1
     assert found.counts.written > 0
 
 
@@ -189,3 +193,16 @@ def test_models_that_do_not_write_are_refused() -> None:
         StreamlineError, match=r"A prompt of 32 tokens and a text of 128 need 160 positions; .* has 100"
     ):
         require_writes(model, task, OnPolicy(), [torch.arange(3, 9)[None]])
+
+
+def test_what_is_not_text_alone_is_not_written_on() -> None:
+    """An image's places would be written on from without the image."""
+    batch = {
+        "input_ids": torch.arange(3, 11)[None],
+        "attention_mask": torch.ones(1, 8),
+        "pixel_values": torch.zeros(1, 3, 4, 4),
+    }
+    with pytest.raises(StreamlineError, match="A batch holds pixel_values beside its tokens, and a text would be"):
+        require_writes(tiny_model("llama"), Task("causal-lm"), OnPolicy(prompt=2, shortest=2, longest=4), [batch])
+    del batch["pixel_values"]
+    require_writes(tiny_model("llama"), Task("causal-lm"), OnPolicy(prompt=2, shortest=2, longest=4), [batch])

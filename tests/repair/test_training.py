@@ -86,6 +86,21 @@ def test_weights_that_learn_a_text_are_kept_by_that_too(text: str, weight: float
         assert trained.distance > trained.distance_before and trained.in_vain == ""
 
 
+def test_tokens_without_a_label_are_not_learned() -> None:
+    """As the question of a conversation is not, or an image's places; the labels are those of the tokens themselves."""
+    model, objective = tiny_model("llama"), Objective.parse("lm")
+    (batch,) = texts(3, 1)
+    labels = batch["input_ids"].clone()
+    labels[:, :7], labels[1, 9] = -100, -100
+    labelled = [{**batch, "labels": labels}]
+    trained = train(student_of(model)[0], labelled, labelled, replace(QUICK, objective=objective, learning_rate=1e-30))
+    student, _ = student_of(model)
+    with torch.no_grad(), student.opened():
+        logits = model(batch["input_ids"]).logits[:, :-1]
+    own = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / labels.numel()
+    assert trained.history[0]["validated"] == pytest.approx(float(own), rel=1e-5)
+
+
 @pytest.mark.parametrize(("text", "weight"), [("reverse_kl", 0.0), ("kl + 0.5*reverse_kl", 1.0)])
 def test_weights_are_kept_by_the_divergence_that_is_minimised(text: str, weight: float) -> None:
     model = tiny_model("llama")
