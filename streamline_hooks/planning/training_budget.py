@@ -74,6 +74,8 @@ class Paces:
         Seconds that writing and timing side by side takes, and that surgery and the folder take.
     others : tuple of TrainingPace
         The training as it is not done, in products of another precision.
+    keep : float
+        Seconds that writing the file takes once which an interrupted training goes on from.
     """
 
     plan: float
@@ -89,17 +91,24 @@ class Paces:
     compare: float
     save: float
     others: tuple[TrainingPace, ...] = ()
+    keep: float = 0.0
+
+    def steps_and_validations(self, sizes: Sizes) -> float:
+        """Seconds of a training from its first step on, with what is kept of it meanwhile."""
+        looks = {"epochs": sizes.epochs, "validations": sizes.validations}
+        steps = self.training.steps_and_validations(sizes.calibration, sizes.validation, **looks)
+        return steps + self.keep * (steps / (60 * Training().keep_every))
 
     def stages(self, sizes: Sizes) -> dict[str, float]:
         """Seconds by stage, named as in `CompressionResult.seconds`, after those of the planning itself."""
-        looks = {"epochs": sizes.epochs, "validations": sizes.validations}
+        first = self.training.once(sizes.calibration, sizes.validation)
         return {
             "plan": self.plan + self.encode * sizes.dealt,
             "prepare": self.prepare + self.encode * sizes.dealt,
             "rank": self.rank * sizes.fitting + self.search,
             "verify": self.fit * sizes.fitting + self.solve + self.judge * sizes.validation,
             "measure": self.score * sizes.test,
-            "train": self.training.seconds(sizes.calibration, sizes.validation, **looks),
+            "train": first + self.steps_and_validations(sizes) + self.keep,  # at its end too
             "compare": self.compare,
             "save": self.save,
         }
@@ -189,9 +198,7 @@ class BudgetPlan:
         """The preset's, with what the plan says, and an end to it a tenth of the budget after the one planned."""
         assert self.preset.training is not None
         sizes = self.sizes
-        planned = self.paces.training.steps_and_validations(
-            sizes.calibration, sizes.validation, epochs=sizes.epochs, validations=sizes.validations
-        )
+        planned = self.paces.steps_and_validations(sizes)
         return replace(
             self.preset.training,
             epochs=sizes.epochs,

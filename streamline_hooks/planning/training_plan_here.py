@@ -229,12 +229,13 @@ def _paces(
         searching = max(RANKED, *(tokens_of(batch) for batch in ready.calibration[:1])) * costs.seconds / costs.tokens
     solving = _solving(ready, windows[0], timed)
     tried = [_training(ready, preset, windows, dtype) for dtype in _precisions(model, timed)]
-    first, *others = sorted(tried, key=lambda pace: pace.step)
+    (first, trained), *others = sorted(tried, key=lambda one: one[0].step)
     sample = "".join(texts[:_DOCUMENTS])[:_CHARACTERS]
     encoding, encoded = timed(lambda: tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"])
     writing, _ = timed(lambda: SideBySide(model, tokenizer, ready.test, lambda line: None))
     watching, _ = timed(lambda: CollapseWatch(model, tokenizer, ready.test, lambda line: None))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
+    rate = write_rate(None if output is None else Path(output).absolute().parent)
     return Paces(
         plan=0.0,
         prepare=0.0,
@@ -247,8 +248,9 @@ def _paces(
         solve=sum(len(one.windows) for one in selections) * solving,
         training=first,
         compare=_WRITINGS * writing + 2 * watching,  # the original, and what is made of it
-        save=size / write_rate(None if output is None else Path(output).absolute().parent),
-        others=tuple(others),
+        save=size / rate,
+        others=tuple(pace for pace, _ in others),
+        keep=0.0 if output is None else trained / rate,
     )
 
 
@@ -261,13 +263,15 @@ def _solving(ready: Preparation, window: range, timed: Callable[..., tuple[float
 
 def _training(
     ready: Preparation, preset: Preset, windows: Sequence[range], autocast: torch.dtype | None
-) -> TrainingPace:
-    """The pace of the training in one precision."""
+) -> tuple[TrainingPace, int]:
+    """The pace of the training in one precision, and the bytes that are kept of it."""
     assert preset.training is not None
     settings = replace(preset.training, autocast=autocast)
     pairs = [(window, ready.kind.build(ready.stack, window)) for window in windows]
     student = student_of(ready.stack, pairs, preset.healing, seed=settings.seed, task=ready.task)
-    return measure_training_pace(student, ready.calibration[:_STEPS], ready.validation[0], settings)
+    # In float32 each weight that is trained, two numbers of AdamW, and the best so far.
+    kept = 4 * 4 * sum(p.numel() for p in student.parameters().values())
+    return measure_training_pace(student, ready.calibration[:_STEPS], ready.validation[0], settings), kept
 
 
 def _precisions(model: nn.Module, timed: Callable[..., tuple[float, Any]]) -> list[torch.dtype | None]:

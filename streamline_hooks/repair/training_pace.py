@@ -58,8 +58,12 @@ class TrainingPace:
         >>> TrainingPace(1.0, 1.5, step=3.0, validation=2.0, around=5.0).seconds(100, 10, epochs=2, validations=4)
         820.0
         """
-        once = self.original * tokens + self.apart * validation_tokens + self.around
-        return once + self.steps_and_validations(tokens, validation_tokens, epochs=epochs, validations=validations)
+        steps = self.steps_and_validations(tokens, validation_tokens, epochs=epochs, validations=validations)
+        return self.once(tokens, validation_tokens) + steps
+
+    def once(self, tokens: int, validation_tokens: int) -> float:
+        """What is done before the first step: the original's states, and what stands around the training."""
+        return self.original * tokens + self.apart * validation_tokens + self.around
 
     def steps_and_validations(self, tokens: int, validation_tokens: int, *, epochs: int, validations: int) -> float:
         """The same without what is done before the first step, as `Trained.seconds` and `Training.minutes` count."""

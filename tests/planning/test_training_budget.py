@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +47,18 @@ def test_a_plan_by_hand() -> None:
             "save": 2.0,
         }
     )
+
+
+def test_what_is_kept_of_a_training_is_planned_for() -> None:
+    """A file of 30 s, each five minutes and at the end."""
+    kept = replace(PACES, keep=30.0)
+    sizes = Sizes(calibration=102_400, fitting=20_480, validation=4_096, test=12_288, epochs=2, validations=5)
+    steps = 2 * 409.6 + 6 * 8.192
+    more = kept.stages(sizes)["train"] - PACES.stages(sizes)["train"]
+    assert more == pytest.approx(30.0 * (1 + steps / 300))
+    plan = planned(40, kept)
+    assert plan.sizes.calibration < planned(40).sizes.calibration
+    assert plan.training.minutes == pytest.approx((kept.steps_and_validations(plan.sizes) + 240) / 60)
 
 
 @given(MINUTES)
@@ -183,15 +196,18 @@ def test_planning_leaves_the_model_and_the_random_numbers_as_they_were(
 
 
 def test_little_text_is_all_taken_and_the_plan_is_carried_out(
-    story_model: tuple[Any, Any], story_texts: list[str]
+    story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The parts that were planned are those that the text is dealt into, to the token."""
+    """The parts that were planned are those that the text is dealt into, to the token; and what is kept is as large."""
     (model, tokenizer), story_texts = story_model, story_texts[:30]
-    plan = plan_training(model, tokenizer, story_texts, 3600.0, batch_size=4, **SMALL)
+    monkeypatch.setattr(training_plan_here, "write_rate", lambda folder: 1e6)  # bytes a second
+    plan = plan_training(model, tokenizer, story_texts, 3600.0, batch_size=4, output=tmp_path / "out", **SMALL)
     assert plan.sizes.epochs == 4 and plan.sizes.dealt <= sum(map(len, story_texts))
     assert "so that it will end earlier" in plan.lines()[-1]
-    result = compress(model, tokenizer, story_texts, **{**SMALL, **plan.arguments}, side_by_side=False)
+    arguments = {**SMALL, **plan.arguments, "training": replace(plan.training, keep_in=tmp_path / "kept")}
+    result = compress(model, tokenizer, story_texts, **arguments, side_by_side=False)
     assert result.training is not None and result.training.tokens == plan.sizes.trained
+    assert 0.8 < 1e6 * plan.paces.keep / (tmp_path / "kept").stat().st_size < 1.0  # small as it is, it has a head
     figures = [result.data[f"{name}_tokens"] for name in ("calibration", "fitting", "validation", "test")]
     sizes = plan.sizes
     assert figures == [sizes.calibration, sizes.fitting, sizes.validation, sizes.test]
