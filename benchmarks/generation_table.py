@@ -34,7 +34,7 @@ def differences(
     Nothing where they have none in common, or were held against an original in another precision.
     """
     seeds = {(row["seed"], row["products"]) for row in first} & {(row["seed"], row["products"]) for row in second}
-    sides = [sorted((r for r in of if (r["seed"], r["products"]) in seeds), key=_seed) for of in (first, second)]
+    sides = [sorted((r for r in of if (r["seed"], r["products"]) in seeds), key=seed_of) for of in (first, second)]
     if not seeds:
         return {}
     own = _originals(content, sides[0])
@@ -66,7 +66,7 @@ def _originals(content: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict
     return [content["originals"][row["products"]]["generation"] for row in rows]
 
 
-def _seed(row: dict[str, Any]) -> int:
+def seed_of(row: dict[str, Any]) -> int:
     return int(row["seed"])
 
 
@@ -97,13 +97,13 @@ def table(content: dict[str, Any]) -> str:
     for removed in SIZES:
         here = [row for row in rows.values() if row["removed"] == removed]
         for title, chosen in (
-            (f"{removed} of 30 blocks, {tokens:,} training tokens for each", _same_tokens(here, tokens)),
+            (f"{removed} of 30 blocks, {tokens:,} training tokens for each", same_tokens(here, tokens)),
             (f"{removed} of 30 blocks, the minutes of `best` for each", _same_time(content, removed)),
         ):
             if chosen:
                 lines += ["", f"## {title}", "", *_rows(content, chosen), *_beside_best(content, chosen)]
     counts = sorted({row["tokens"] for row in rows.values()})
-    curve = {f"best, {n:,} tokens": [row for row in rows.values() if _of(row, Run("best", 8, n))] for n in counts}
+    curve = {f"best, {n:,} tokens": [row for row in rows.values() if of_run(row, Run("best", 8, n))] for n in counts}
     curve = _of_common_seeds({name: its for name, its in curve.items() if its})
     if any(name != f"best, {tokens:,} tokens" for name in curve):
         lines += ["", "## 8 of 30 blocks, by training tokens", "", *_rows(content, curve)]
@@ -112,19 +112,19 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Made by `{content['command']}`.", ""])
 
 
-def _same_tokens(rows: list[dict[str, Any]], tokens: int) -> dict[str, list[dict[str, Any]]]:
-    found = {name: [row for row in rows if _of(row, Run(name, row["removed"], tokens))] for name in RECIPES}
+def same_tokens(rows: list[dict[str, Any]], tokens: int) -> dict[str, list[dict[str, Any]]]:
+    found = {name: [row for row in rows if of_run(row, Run(name, row["removed"], tokens))] for name in RECIPES}
     return _of_common_seeds({name: its for name, its in found.items() if its})
 
 
 def _of_common_seeds(named: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
     """Of what is trained only the seeds that all have, lest one be better for its seeds; all where none is common."""
     trained = [its for its in named.values() if its[0]["recipe"] in TRAINED]
-    common = set.intersection(*(set(map(_seed, its)) for its in trained)) if trained else set()
+    common = set.intersection(*(set(map(seed_of, its)) for its in trained)) if trained else set()
     if not common:
         return named
     return {
-        name: [row for row in its if its[0]["recipe"] not in TRAINED or _seed(row) in common]
+        name: [row for row in its if its[0]["recipe"] not in TRAINED or seed_of(row) in common]
         for name, its in named.items()
     }
 
@@ -132,13 +132,13 @@ def _of_common_seeds(named: dict[str, list[dict[str, Any]]]) -> dict[str, list[d
 def _same_time(content: dict[str, Any], removed: int) -> dict[str, list[dict[str, Any]]]:
     """Of each recipe the rows on as many tokens as `best` has time for, where there are such of others than `best`."""
     runs = same_minutes(removed, content["tokens"], content)
-    found = {run.recipe: [row for row in content["rows"].values() if _of(row, run)] for run in runs}
+    found = {run.recipe: [row for row in content["rows"].values() if of_run(row, run)] for run in runs}
     there = {name: its for name, its in found.items() if its}
     more = any(row.get("same_minutes") for its in there.values() for row in its)
     return _of_common_seeds(there) if more else {}
 
 
-def _of(row: dict[str, Any], run: Run) -> bool:
+def of_run(row: dict[str, Any], run: Run) -> bool:
     """Whether a row is of a run, of whatever seed."""
     same = (row["recipe"], row["removed"], row["tokens"]) == (run.recipe, run.removed, run.tokens)
     return same and bool(row.get("same_minutes")) == run.same_minutes
@@ -173,7 +173,7 @@ def _of_each_seed(content: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """What is retained of generation, seed by seed."""
     each = [
         retained_greedy(_originals(content, [row]), [row["generation"]], draws=100).above_chance
-        for row in sorted(rows, key=_seed)
+        for row in sorted(rows, key=seed_of)
     ]
     return ", ".join("-" if one is None else f"{one.value:.0%}" for one in each)
 
@@ -201,12 +201,12 @@ def _beside_best(content: dict[str, Any], named: dict[str, list[dict[str, Any]]]
         "|---" * (len(MORE) + 2) + "|",
     ]
     for name, (its, more) in found.items():
-        common = len({_seed(row) for row in best} & {_seed(row) for row in its})
-        lines.append(f"| {name} | {common} | " + " | ".join(_points(more.get(kind)) for kind in MORE) + " |")
+        common = len({seed_of(row) for row in best} & {seed_of(row) for row in its})
+        lines.append(f"| {name} | {common} | " + " | ".join(points(more.get(kind)) for kind in MORE) + " |")
     return lines
 
 
-def _points(more: Estimate | None) -> str:
+def points(more: Estimate | None) -> str:
     return "-" if more is None else f"{100 * more.value:+.1f} [{100 * more.low:+.0f}, {100 * more.high:+.0f}]"
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import quality_generation
+from benchmarks.generation_in_short import short_differences, short_table
 from benchmarks.generation_recipes import CURVE, RECIPES, TRAINED, Run, plans, same_minutes
 from benchmarks.generation_table import differences, numbers, table
 from benchmarks.quality_generation import Bench
@@ -170,6 +171,26 @@ def test_the_table_has_the_best_first_and_the_texts_beside_one_another() -> None
     assert " | +13.3 [" in more and " | +5.0 [" in more and " | +46.7 [" in more
     assert "**Once \\*upon\\***" in lines and "- removed: a a \\| a" in lines
     assert lines[-1] == "Made by `the command`."
+
+
+def test_the_readme_shows_what_was_measured() -> None:
+    readme = (quality_generation.ROOT / "README.md").read_text()
+    measured = json.loads(quality_generation.FILE.read_text())
+    assert short_table(measured) in readme and short_differences(measured) in readme
+    assert quality_generation.FILE.with_suffix(".md").read_text() == table(measured)
+
+
+def test_in_short_there_is_each_recipe_and_what_best_has_more() -> None:
+    rows = [row(Run(*run), 66 + 6 * run[3], solved) for *run, solved in (
+        ("best", 8, 1000, 0, 20), ("best", 8, 1000, 1, 25), ("KL alone", 8, 1000, 1, 10), ("removed", 4, 1000, 0, 3),
+        ("best", 8, 2000, 0, 24))]  # fmt: skip
+    lines = short_table(content(rows)).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| 4 of 30, just removed, those of `best`", "| 8 of 30, `best`, by KL alone", "| 8 of 30, `best`",
+        "| 8 of 30, `best`, 2,000 tokens"]  # fmt: skip
+    assert lines[4] == "| 8 of 30, `best` | 73% | 90% | 83% | 80% | 62.5% | 1.50 |"  # of the seed that all have
+    (one,) = short_differences(content(rows)).splitlines()[2:]
+    assert one.startswith("| 8 of 30, `best`, by KL alone | 1 | +0.0 [+0, +0] | +50.0 [")
 
 
 def test_a_recipe_that_was_interrupted_has_no_minutes_and_one_of_another_precision_is_told() -> None:
