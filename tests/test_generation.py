@@ -177,7 +177,9 @@ def test_prompts_are_run_for_each_sample_where_more_than_keys_and_values_is_kept
     except StreamlineError as error:
         pytest.skip(str(error))
     found, shapes = _sampled(model)
-    assert (9, 6) in shapes
+    # Before Transformers 5 padding has a part in the answer of git, and without any its keys and values are enough.
+    apart = bool(generation._heeds_padding(model, [*PROMPTS[::2], [7, 8]], pad=2))
+    assert ((9, 6) in shapes) is not apart and (kind == "git" or not apart)
     monkeypatch.setattr(generation, "_begun", lambda *_: {})
     assert _sampled(model)[0] == found
 

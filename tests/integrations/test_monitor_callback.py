@@ -22,11 +22,14 @@ from tests.tiny_models import BLOCKS, tiny_model, tokens
 
 @pytest.fixture(autouse=True)
 def own_environment() -> Iterator[None]:
-    """A Trainer that compiles tells accelerate so in the environment, and does not take it back."""
+    """A Trainer that compiles tells accelerate so in the environment and in its state, and does not take it back."""
+    from accelerate.state import AcceleratorState
+
     before = dict(os.environ)
     yield
     os.environ.clear()
     os.environ.update(before)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def rows(count: int = 16) -> list[dict[str, torch.Tensor]]:
