@@ -90,8 +90,8 @@ def table(content: dict[str, Any]) -> str:
         "there before; perplexity the mean ratio over five held-out domains; minutes of one processor core, for text "
         "that the original wrote, the start and the training, fewer where products are in bfloat16. Tokens are those "
         "of the sequences that are trained on; blocks are chosen on others, but in rounds; on policy a quarter of the "
-        "sequences give the beginnings alone. Which recipes there are was decided on other problems, questions and "
-        "text.",
+        "sequences give the beginnings alone. Which recipes there are was decided on other problems, and on another "
+        "draw of the questions and texts, with which these share some (all of COPA, which has a hundred).",
         *_original(content),
     ]
     for removed in SIZES:

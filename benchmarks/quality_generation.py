@@ -67,7 +67,7 @@ ORIGINAL = {
     "float32": RESULTS / "quality_generation_original_float32.json",
 }
 FAST = {"bfloat16": torch.bfloat16, "float32": None}[products()]
-SCORED: dict[str, int] = {"seed": 1, "first": 6}  # other questions and text than the recipes were tried on
+SCORED: dict[str, int] = {"seed": 1, "first": 6}  # another draw than the recipes were tried on
 TIMED, TIMES = 3, 5  # batches, of which the first does not count, and how often each recipe is timed
 
 
