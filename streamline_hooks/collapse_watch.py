@@ -58,6 +58,13 @@ class CollapseWatch:
             )
         self._probes = probes(_PROBES, shots=_SHOTS)
         self._solved = self._solve(model, "original")
+        self._solves = sum(map(sum, self._solved.values()))
+        asked = sum(map(len, self._solved.values()))
+        if asked and self._solves < fewest_solved(len(self._probes)):
+            say(
+                f"The original solves {self._solves} of {asked} small problems: whether the compressed model has lost "
+                f"them is not told, which takes {fewest_solved(len(self._probes))}."
+            )
         self._written = self._write(model, "original")
         self._sign = sign_of_reasoning(tokenizer) or self._opening(model)
         self._thoughts = self._think(model, "original") if self._sign else []
@@ -75,9 +82,7 @@ class CollapseWatch:
         list of str
         """
         said = []
-        if sum(map(sum, self._solved.values())) >= fewest_solved(len(self._probes)) and (
-            now := self._solve(model, "compressed")
-        ):
+        if self._solves >= fewest_solved(len(self._probes)) and (now := self._solve(model, "compressed")):
             said.append(collapse_of_probes(self._solved, now))
         if self._written and (texts := self._write(model, "compressed")):
             said.append(collapse_of_writing(self._written, texts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from streamline_hooks.collapse_watch import CollapseWatch
 from streamline_hooks.distributed import Together, failing_together, here
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import TaskScores
+from streamline_hooks.evaluation.reasoning import reasoning_in_words, sign_of_reasoning
 from streamline_hooks.preparation import Preparation, prepare_compression
 from streamline_hooks.repair import Healing, Kind, Training, kind_named
 from streamline_hooks.repair.rollouts import require_writes
@@ -45,7 +47,13 @@ from streamline_hooks.statistics import Profile, check_profile
 from streamline_hooks.statistics import profile as measure_profile
 from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.task import Task
-from streamline_hooks.trained_selection import kept_training, train_selection, training_file
+from streamline_hooks.trained_selection import (
+    ending_in,
+    kept_training,
+    train_selection,
+    training_file,
+    with_something_to_train,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,6 +71,7 @@ def compress(
     training: Training | None = None,
     healing: Healing | str | None = None,
     teacher: PreTrainedModel | None = None,
+    train_until: float | None = None,
     resume: bool = False,
     criterion: Criterion | str | None = None,
     search: str = "window",
@@ -127,6 +136,9 @@ def compress(
         The original, where earlier surgery made the model from it: what it says is trained for, and the result is
         measured against it. By default the model itself. Candidates are judged against the model in any case. See
         `compress_iteratively`.
+    train_until : float, optional
+        Seconds after the beginning of this call at which the training is to end, wherever it is by then, with its best
+        weights; by default it makes all its steps. See `plan_training`.
     resume : bool
         Go on with a training that was interrupted: the same call as before, and everything before the training is
         done again.
@@ -192,7 +204,7 @@ def compress(
     taken from the first. It alone saves, reports, speaks and draws bars, and lets the models write and be timed, while
     the others wait.
     """
-    work = Together("compress", here())
+    work, began = Together("compress", here()), time.perf_counter()
     asked_for = Task.parse(task) if isinstance(task, str) else task or Task.of(model)
     if work.processes.rank:
         say = _nothing
@@ -200,7 +212,7 @@ def compress(
         work.of_first(lambda: require_free(output, overwrite))
     chosen = kind_named(kind)
     healed = Healing.parse(healing) if isinstance(healing, str) else healing
-    training = work.of_first(lambda: kept_training(training, healed, resume, output))
+    training = work.of_first(lambda: kept_training(training, healed, resume, output, train_until))
     named = criterion if isinstance(criterion, Criterion) else criterion_named(criterion or usual_criterion(search))
     if min(shortlist, batch_size, parts) < 1:
         raise StreamlineError(
@@ -247,7 +259,7 @@ def compress(
             test_tokens=test_tokens,
             test_documents=test_texts,
         )
-        ready = prepared_alike(work, ready)
+        ready = prepared_alike(work, ready if training is None else with_something_to_train(ready, healed, say))
     if output is not None:
         ready.require_writable()
     if training is not None and training.on_policy is not None:
@@ -282,7 +294,8 @@ def compress(
     student, trained = None, None
     if training is not None:
         with clock("train"):
-            student, trained = train_selection(ready, best, training, healed, teacher, resume, say)
+            left = None if train_until is None else train_until - (time.perf_counter() - began)
+            student, trained = train_selection(ready, best, ending_in(training, left), healed, teacher, resume, say)
     with clock("compare"):
         writes = side_by_side and work.processes.rank == 0 and asked_for.is_of_text and tokenizer is not None
         beside = SideBySide(original, tokenizer, ready.test, say) if writes else None
@@ -309,7 +322,7 @@ def compress(
             scores[label] = work.of_first(lambda: board.of(model, label))
     with clock("compare"):
         samples = work.of_first(lambda: [] if beside is None else beside.samples(model))
-        told = work.of_first(lambda: [] if watch is None else watch.warnings(model))
+        told = work.of_first(lambda: _reasons(tokenizer, asked_for) if watch is None else watch.warnings(model))
     after = sizes_of(model)
     result = CompressionResult(
         model=model,
@@ -359,6 +372,12 @@ def _save(
 
 def _nothing(line: str) -> None:
     """Say nothing: the first process does."""
+
+
+def _reasons(tokenizer: PreTrainedTokenizerBase | None, task: Task) -> list[str]:
+    """What is to be said of a reasoning model that was not asked for anything."""
+    text = reasoning_in_words(sign_of_reasoning(tokenizer)) if task.is_of_text and tokenizer is not None else ""
+    return [text] if text else []
 
 
 def _place_of(one: VerifiedSelection, judged: list[VerifiedSelection]) -> int:

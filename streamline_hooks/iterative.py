@@ -85,8 +85,9 @@ def compress_iteratively(
     Raises
     ------
     StreamlineError
-        As `compress`; if the rounds do not fit the blocks or the text; or if one was interrupted, which leaves the
-        model with the blocks of the rounds before, and its training in a file to go on from.
+        As `compress`; if the rounds do not fit the blocks or the text, or a later one might find no window between the
+        blocks that must stay. If one was interrupted or failed, the model is without the blocks of the rounds before;
+        the training of one that was interrupted is in a file to go on from.
 
     Examples
     --------
@@ -123,6 +124,9 @@ def compress_iteratively(
     if not resume:
         work.of_first(lambda: _delete(files))  # of an earlier call, which a later round would take for its own
     protected = protected_blocks(keep, len(found))
+    if options.get("search", "window") == "window":
+        slots = kind_named(options.get("kind", "linear")).slots
+        _require_room(_runs_between(protected, len(found)), counts, slots)
     present: list[int | None] = list(range(len(found)))  # by their numbers in the original
     original = copy.deepcopy(model)
     del found  # it holds blocks that go
@@ -132,20 +136,29 @@ def compress_iteratively(
             say(f"round      {number + 1} of {rounds}: {count} of {sum(counts)} blocks")
         last, file = number == rounds - 1, files[number]
         goes_on = work.of_first(lambda: resume and file is not None and file.is_file())  # noqa: B023
-        result = compress(
-            model,
-            tokenizer,
-            part,
-            remove=count,
-            keep=[k for k, old in enumerate(present) if old in protected],
-            fitting_tokens=fitting_tokens and _fitted_on(fitting_tokens, part, whole),
-            training=trainings[number],
-            teacher=original if number else None,
-            resume=goes_on,
-            side_by_side=side_by_side and last,
-            say=say,
-            **options,
-        )
+        try:
+            result = compress(
+                model,
+                tokenizer,
+                part,
+                remove=count,
+                keep=[k for k, old in enumerate(present) if old in protected],
+                fitting_tokens=fitting_tokens and _fitted_on(fitting_tokens, part, whole),
+                training=trainings[number],
+                teacher=original if number else None,
+                resume=goes_on,
+                side_by_side=side_by_side and last,
+                say=say,
+                **options,
+            )
+        except StreamlineError as error:
+            if not done:
+                raise
+            raise StreamlineError(
+                f"Round {number + 1} of {rounds} cannot be done: {error} The model has had the {sum(counts[:number])} "
+                "blocks of the rounds before taken out and is trained without them; nothing was saved. Keep it as it "
+                "is (save), or begin again with the original in fewer rounds."
+            ) from error
         done.append(result)
         present = [None if slot.source is None else present[slot.source] for slot in result.plan.slots]
         if result.training is not None and result.training.stopped.startswith("interrupted"):
@@ -203,6 +216,32 @@ def blocks_by_round(length: int, remove: Target | int | float | str, rounds: int
     if not 1 <= rounds <= total:
         raise StreamlineError(f"{total} blocks cannot go in {rounds} rounds; expected 1 to {total} rounds.")
     return [total // rounds + (number < total % rounds) for number in range(rounds)]
+
+
+def _runs_between(protected: frozenset[int], length: int) -> list[int]:
+    """How many blocks are next to one another that may go, between those that must stay."""
+    edges = [-1, *sorted(protected), length]
+    return [b - a - 1 for a, b in pairwise(edges) if b - a > 1]
+
+
+def _require_room(runs: Sequence[int], counts: Sequence[int], slots: int) -> None:
+    """Raise where a round may find no window, by what earlier rounds choose, when these have been trained."""
+    reached = {tuple(sorted(runs))}
+    for number, count in enumerate(counts):
+        size = count + slots
+        short = next((left for left in sorted(reached) if max(left, default=0) < size), None)
+        if short is not None and number:
+            raise StreamlineError(
+                f"Round {number + 1} of {len(counts)} needs {size} blocks next to one another, and those that must "
+                f"stay may leave no more than {max(short, default=0)} once {sum(counts[:number])} are gone. Keep fewer "
+                "blocks, or ask for other rounds."
+            )
+        reached = {
+            tuple(sorted((*left[:k], run - count, *left[k + 1 :])))
+            for left in reached
+            for k, run in enumerate(left)
+            if run >= size
+        }
 
 
 def _parts(texts: Any, tokenizer: Any, rounds: int, test_texts: Any, options: dict[str, Any]) -> tuple[Any, list[Any]]:

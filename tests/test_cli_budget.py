@@ -64,6 +64,8 @@ def test_what_is_planned_is_done(command: Command, tmp_path: Path) -> None:
         f"chosen and fitted on {data['fitting_tokens']:,} of them, judged on {data['validation_tokens']:,}" in lines[0]
     )
     assert data["test_tokens"] == 320
+    taken = next(line for line in lines if line.startswith("taken "))
+    assert taken.index("% of the budget") < taken.index("plan ") < taken.index("train ") < taken.index("save ")
     assert trained["tokens"] == 4 * data["calibration_tokens"] and trained["stopped"] == ""
     assert report["kind"] == "swiglu" and report["plan"]["removed"] != [4], "nothing behind it could be healed"
     assert not (tmp_path / "out.training").exists()

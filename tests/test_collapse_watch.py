@@ -96,9 +96,13 @@ def test_what_a_model_no_longer_knows_is_told() -> None:
 
 
 def test_an_original_that_knows_nothing_is_not_asked_again() -> None:
-    model = knowing()
+    model, said = knowing(), []
     model.answers = {}
-    watch = watched(model, Letters(), [])
+    watch = watched(model, Letters(), said)
+    assert said == [
+        "The original solves 0 of 32 small problems: whether the compressed model has lost them is not told, which "
+        "takes 7."
+    ]
     model.calls.clear()
     assert watch.warnings(model) == [] and sum(model.calls) == 8  # the texts alone
 
@@ -149,8 +153,9 @@ def test_a_model_that_cannot_is_passed_over() -> None:
 def test_a_head_that_repeats_is_told(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
     model, tokenizer = story_model
     rows = [tokenizer(text, return_tensors="pt").input_ids[:, :64] for text in story_texts[:8]]
-    watch = CollapseWatch(model, tokenizer, rows, lambda line: None)
-    assert watch.warnings(model) == []
+    said: list[str] = []
+    watch = CollapseWatch(model, tokenizer, rows, said.append)
+    assert watch.warnings(model) == [] and "of 32 small problems: whether" in said[0], "a model of stories"
     with torch.no_grad():
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.clone())  # not the embedding, where they are one

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from streamline_hooks import StreamlineError, UnsupportedSurgery, compress, find_stack, load
+from streamline_hooks import StreamlineError, UnsupportedSurgery, compress, find_stack, load, shared_steps
 from streamline_hooks.repair import Objective, Training, training_loop
+from streamline_hooks.repair import training as repair_training
 
 SMALL = {"sequence_length": 64, "calibration_tokens": 6400, "validation_tokens": 640, "test_tokens": 640}
 TRAINING = Training(learning_rate=3e-3, epochs=2, validations=4)
@@ -111,6 +114,8 @@ def test_what_is_asked_for_in_vain_is_refused_at_once(
     for options, message in (
         ({"healing": "lora"}, "healing is a part of a training"),
         ({"resume": True}, "resume is a part of a training"),
+        ({"train_until": 60.0}, "train_until is a part of a training"),
+        ({"training": TRAINING, "resume": True, "train_until": 60.0}, "train_until is for a training from its begin"),
         ({"training": TRAINING, "resume": True}, "There is no training to resume at any place"),
         (
             {"training": TRAINING, "resume": True, "output": tmp_path / "out"},
@@ -122,6 +127,67 @@ def test_what_is_asked_for_in_vain_is_refused_at_once(
     with pytest.raises(UnsupportedSurgery, match="of an attention or an MLP alone is not trained"):
         compress(model, tokenizer, story_texts, remove=1, search="mlp", training=TRAINING, **SMALL)
     assert find_stack(model).blocks == before
+
+
+@pytest.mark.parametrize("kind", ["none", "folded", "scale"])
+def test_a_window_behind_which_nothing_could_be_healed_is_not_chosen(
+    kind: str, story_model: tuple[Any, Any], story_texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing else is trained, for then all would have been ranked and judged in vain."""
+    model, tokenizer = story_model
+    said: list[str] = []
+    options = {**SMALL, "remove": 1, "kind": kind, "healing": "partial:where=after", "side_by_side": False}
+    with pytest.raises(StreamlineError, match=f"'{kind}' has nothing to train, and no block is behind .*4.*, the one"):
+        compress(model, tokenizer, story_texts, training=TRAINING, keep=(0, 1, 2, 3), **options)
+    result = compress(model, tokenizer, story_texts, training=TRAINING, keep=(0, 1, 2), say=said.append, **options)
+    assert result.plan.removed == (3,) and result.training is not None and result.training.steps
+    assert f"keep       the last block too: {kind} has nothing to train, and healed is what is behind it" in said
+
+
+def test_a_kind_with_parameters_may_be_trained_alone(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
+    model, tokenizer = story_model
+    said: list[str] = []
+    result = compress(
+        model, tokenizer, story_texts, training=TRAINING, healing="partial:where=after", remove=1,
+        keep=(0, 1, 2, 3), say=said.append, side_by_side=False, **SMALL,
+    )  # fmt: skip
+    assert result.plan.removed == (4,) and not any(line.startswith("keep ") for line in said)
+    assert any("so that the repair is trained alone" in line for line in said)
+
+
+@pytest.mark.parametrize("slow", ["", "verified_together", "train_selection"])
+def test_a_training_ends_by_the_clock_of_the_whole_call(
+    slow: str, story_model: tuple[Any, Any], story_texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes before it took longer than was planned: it makes as many steps fewer."""
+    now, step = [0.0], training_loop.Loop._step
+
+    def ticking(seconds: float, run: Any) -> Any:
+        def ticked(*given: Any, **options: Any) -> Any:
+            now[0] += seconds
+            return run(*given, **options)
+
+        return ticked
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(training_loop.Loop, "_step", ticking(10.0, step))
+    if slow == "verified_together":
+        monkeypatch.setattr(sys.modules[compress.__module__], slow, ticking(75.0, shared_steps.verified_together))
+    if slow == "train_selection":  # the original's pass, which is a part of it
+        monkeypatch.setattr(repair_training, "taught_to", ticking(37.5, repair_training.taught_to))
+    result = compress(
+        *story_model, story_texts, remove=1, shortlist=1, training=TRAINING, train_until=100.0, side_by_side=False,
+        **SMALL,
+    )  # fmt: skip
+    trained = result.training
+    assert trained is not None and trained.steps == (3 if slow else 10)
+    assert trained.stopped.endswith(f"were over after step {trained.steps}")
+
+
+def test_where_no_time_is_left_what_was_fitted_stays(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
+    result = compress(*story_model, story_texts, remove=1, shortlist=1, training=TRAINING, train_until=1e-6, **SMALL)
+    assert result.training is not None and result.training.steps == 0
+    assert result.perplexities["trained"] == pytest.approx(result.perplexities["repaired"], rel=1e-4)
 
 
 def test_states_alone_can_be_trained_for(story_model: tuple[Any, Any], story_texts: list[str]) -> None:

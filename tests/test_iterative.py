@@ -109,6 +109,51 @@ def test_blocks_that_must_stay_are_the_original_s() -> None:
         assert torch.equal(block.self_attn.q_proj.weight, before[old])
 
 
+@pytest.mark.parametrize(
+    ("keep", "remove", "kind", "said"),
+    [
+        ((2, 4, 6), 4, "linear", "Round 2 of 2 needs 2 blocks next to one another, .* no more than 1 once 2 are gone"),
+        ((2, 5), 4, "linear", ""),  # 2, 2 and 2: two are left in any case
+        ((4,), 4, "block", ""),  # 3 for a round, of which one stays: 2 and 3, or 4 and 1
+        ((3, 5), 4, "block", "Round 2 of 2 needs 3 blocks .* no more than 2 once 2 are gone. Keep fewer"),
+    ],
+)
+def test_a_later_round_that_may_find_no_window_is_told_before_the_first(
+    keep: tuple[int, ...], remove: int, kind: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not when that has been trained, by what it happened to choose."""
+    begun: list[int] = []
+
+    class Begun(Exception):
+        pass
+
+    def compress(*given: Any, remove: int, **options: Any) -> Any:
+        begun.append(remove)
+        raise Begun
+
+    monkeypatch.setattr(iterative, "compress", compress)
+    options = {**OPTIONS, "kind": kind, "rounds": 2, "training": QUICK, "remove": remove, "keep": keep}
+    with pytest.raises(StreamlineError if said else Begun, match=said or None):
+        compress_iteratively(tiny_model("llama"), None, PARTS, **options)
+    assert begun == ([] if said else [2])
+
+
+def test_a_round_that_fails_says_what_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, model = iterative.compress, tiny_model("llama")
+
+    def compress(*given: Any, teacher: Any, **options: Any) -> Any:
+        if teacher is not None:
+            raise StreamlineError("The disk is full.")
+        return run(*given, teacher=teacher, **options)
+
+    monkeypatch.setattr(iterative, "compress", compress)
+    with pytest.raises(
+        StreamlineError, match=r"Round 2 of 2 cannot be done: The disk is full\. The model has had the 2 "
+    ):
+        compress_iteratively(model, None, PARTS, rounds=2, remove=4, training=QUICK, **OPTIONS)
+    assert len(find_stack(model)) == 6
+
+
 def test_a_file_of_an_earlier_call_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"rounds": 2, "remove": 2, "output": tmp_path / "out", **OPTIONS}
     make, kept = training_loop.Loop._step, replace(QUICK, keep_every=0.0)

@@ -242,6 +242,10 @@ def compress_checkpoint(
                 max_shard_size=max_shard_size,
             )
     result.peak_memory = peak_memory_of_process()
+    say(
+        "collapse   was not looked for, since that takes both models in memory: let it write and solve problems where "
+        "they fit (evaluate --against, --probes)"
+    )
     work.clear()
     return result
 

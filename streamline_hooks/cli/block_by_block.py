@@ -103,7 +103,7 @@ def compress_block_by_block(
     budget = states_budget(plan, memory)
     plan = plan_blockwise(stack, asked_of(options, size, budget))
     tokens = torch.zeros(options["batch_size"], options["sequence_length"], dtype=torch.long)
-    rates = rates_here(stack, {"input_ids": tokens}, output.parent if output.parent.is_dir() else None)
+    rates = rates_here(stack, {"input_ids": tokens}, output.parent)
     say(
         f"The weights take {checkpoint_bytes(model) / 1e9:.2f} GB, and {memory / 1e9:.2f} GB of memory are allowed: "
         "block by block."

@@ -106,7 +106,7 @@ def compress(
             "10m, 1h or 8h, from the loaded model to the folder. What that comes to is measured and said first.",
         ),
     ] = "",
-    epochs: Annotated[int, typer.Option(help="How often the training sees the calibration text.", min=1)] = 1,
+    epochs: Annotated[float, typer.Option(help="How often the training sees the calibration text.", min=1)] = 1,
     validations: Annotated[
         int, typer.Option(help="How often the training looks at the validation text, to keep its best weights.", min=1)
     ] = VALIDATIONS,
@@ -199,7 +199,8 @@ def compress(
     nothing is trained; it is first said what that costs. Interrupted, the same command goes on at its block.
 
     With --budget it plans first: a few real steps, and a few tokens of each other stage, are timed here, and as much
-    text is taken as that leaves time for. A training that is late by a tenth of the budget ends with its best weights.
+    text is taken as that leaves time for. Where all is late by a tenth of the budget, the training ends with its best
+    weights.
 
     Several processes share the work and come to the same model: torchrun --nproc-per-node=2 --no-python
     streamline-hooks compress ... starts them, or accelerate launch -m streamline_hooks.cli compress ...
@@ -390,7 +391,8 @@ def compress(
             **shared,
         )
         page = work.of_first(lambda: write_page(output, result.title, compression=result.report()))
-        for line in ("", result.table(), page):
+        timed = [plan.taken(result.seconds)] if budget else []
+        for line in ("", result.table(), *timed, page):
             say(line)
 
 

@@ -36,7 +36,7 @@ class Asked:
     heal: str = ""
     on_policy: str = ""
     rounds: int | None = None
-    epochs: int = 1
+    epochs: float = 1
     validations: int = VALIDATIONS
     learning_rate: float | None = None
     autocast: bool = False

@@ -200,7 +200,7 @@ class Pace:
         validation: Sequence[Batch | Tensor],
         windows: Sequence[range],
         *,
-        epochs: int = 1,
+        epochs: float = 1,
         validations: int = 1,
         logits: bool = True,
         replacement: nn.Module | None = None,
@@ -213,7 +213,8 @@ class Pace:
         batches, validation : sequence of mapping or torch.Tensor
         windows : sequence of range
             Those of which one will be trained for; the mean of them counts.
-        epochs, validations : int
+        epochs : float
+        validations : int
             How often `batches` are trained on, and `validation` is looked at beyond the first time.
         logits : bool
             Whether what the model says is compared; else nothing is run after the window.
@@ -246,7 +247,7 @@ class Pace:
         states = 2 * self._state(tokens + apart)
         made = max(largest, widest) * self.vocabulary * (3 * self.logit_size + 4)
         passed = largest * len(self.blocks) * self.features * self.state_size  # a few states a block, for the way back
-        return Cost("train", tokens * epochs, seconds, states + made + 8 * passed + 4 * 4 * stand_in)
+        return Cost("train", round(tokens * epochs), seconds, states + made + 8 * passed + 4 * 4 * stand_in)
 
     def perplexity(self, batches: Sequence[Batch | Tensor]) -> Cost:
         """Of `perplexity`: the whole model with its head.

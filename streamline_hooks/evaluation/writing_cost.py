@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import ceil
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from streamline_hooks.batch import Batch, device_of
 from streamline_hooks.evaluation.cost import Cost, Pace
 from streamline_hooks.evaluation.speed import wait_for
 from streamline_hooks.generation import seeded, written_on
+from streamline_hooks.repair.course import Course
 from streamline_hooks.repair.on_policy import OnPolicy
 from streamline_hooks.repair.rollouts import prompts_of
 from streamline_hooks.repair.settings import Training
@@ -59,27 +59,29 @@ def writing_cost(
     write own text, at most 160
     """
     own = cast(OnPolicy, training.on_policy)
-    steps = training.epochs * ceil(len(batches) / training.accumulation)
+    steps = Course(training, len(batches)).steps
     due = sum(own.is_due(step, steps) for step in range(steps)) * training.accumulation
-    prompts = max((prompts_of(batch, own.prompt, own.longest) for batch in batches), key=len)
+    lengths = own.lengths
+    most = {length: max((prompts_of(batch, own.prompt, length) for batch in batches), key=len) for length in lengths}
+    prompts = most[own.longest]
 
     def seconds(new_tokens: int) -> float:
         wait_for(model)
         began = clock()
         with _endless(model), seeded(device_of(model), "writing cost"):
-            written_on(model, None, prompts, new_tokens=new_tokens, sampling={"temperature": own.temperature})
+            written_on(model, None, prompts, new_tokens=new_tokens, sampling=own.sampling)
         wait_for(model)
         return clock() - began
 
     seconds(1)  # whatever is set up at a first time
     first = seconds(1)
     each = max(0.0, seconds(1 + _TIMED) - first) / _TIMED
-    places = sum(map(len, prompts)) + len(prompts) * own.longest
+    places = max(sum(map(len, given)) + len(given) * length for length, given in most.items())
     taught = places * (pace.before + sum(pace.blocks))
     kept = 2 * places * len(pace.blocks) * pace.features * pace.state_size  # keys and values, at the most
     return Cost(
         "write own text, at most",
-        due * len(prompts) * own.longest,
+        due * max(len(given) * length for length, given in most.items()),
         due * (first + each * (own.longest - 1) + taught),
         kept,
     )

@@ -122,15 +122,30 @@ def rates_here(stack: BlockStack, batch: Batch, folder: str | Path | None = None
 def write_rate(folder: str | Path | None = None) -> float:
     """Bytes/s that are written to a folder, by default that of temporary files, and have arrived on its disk.
 
+    One that is not there yet is told by the nearest above it.
+
+    Raises
+    ------
+    StreamlineError
+        If nothing can be written there.
+
     Examples
     --------
     >>> write_rate() > 0
     True
     """
-    return _WRITTEN / _seconds(lambda: _write(folder))
+    wanted = Path(tempfile.gettempdir() if folder is None else folder).absolute()
+    there = next(path for path in (wanted, *wanted.parents) if path.is_dir())
+    try:
+        return _WRITTEN / _seconds(lambda: _write(there))
+    except OSError as error:
+        raise StreamlineError(
+            f"{there} cannot be written to, which the model is going to be: {error.strerror}. Choose another folder, "
+            "or make room there."
+        ) from error
 
 
-def _write(folder: str | Path | None) -> None:
+def _write(folder: Path) -> None:
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         file.write(os.urandom(2**20) * (_WRITTEN // 2**20))
         file.flush()

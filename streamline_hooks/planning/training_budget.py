@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +16,11 @@ _LEAST = 20_480  # tokens: with fewer steps a training is hardly one
 _FITTING = (8_192, 40_960)  # tokens that the window is chosen and its map fitted on: a fifth, within these
 _VALIDATION = (2_048, 4_096)  # a tenth
 _TEST = (4_096, 12_288)  # a fifth
-_EPOCHS = 4  # what is seen more often teaches little more
+_EPOCHS, _PARTS = 4, 20  # what is seen more often teaches little more; in parts of an epoch
 _VALIDATIONS = (2, 8)
 _STEPS_A_LOOK = 4  # tokens trained on, for each token that a validation looks at
 _MOST = 2**40
-_GRACE = 0.1  # share of the budget by which a training may be late before it is ended
+_GRACE = 0.1  # share of the budget by which all may be late before the training is ended
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Sizes:
     fitting : int
         Of these, what the window is chosen on, and what stands in its place is fitted on.
     validation, test : int
-    epochs, validations : int
+    epochs : float
+    validations : int
         As in `Training`.
     """
 
@@ -41,13 +43,13 @@ class Sizes:
     fitting: int
     validation: int
     test: int
-    epochs: int = 1
+    epochs: float = 1
     validations: int = 2
 
     @property
     def trained(self) -> int:
         """Tokens of all steps."""
-        return self.calibration * self.epochs
+        return round(self.calibration * self.epochs)
 
     @property
     def dealt(self) -> int:
@@ -95,8 +97,9 @@ class Paces:
 
     def steps_and_validations(self, sizes: Sizes) -> float:
         """Seconds of a training from its first step on, with what is kept of it meanwhile."""
-        looks = {"epochs": sizes.epochs, "validations": sizes.validations}
-        steps = self.training.steps_and_validations(sizes.calibration, sizes.validation, **looks)
+        steps = self.training.steps_and_validations(
+            sizes.calibration, sizes.validation, epochs=sizes.epochs, validations=sizes.validations
+        )
         return steps + self.keep * (steps / (60 * Training().keep_every))
 
     def stages(self, sizes: Sizes) -> dict[str, float]:
@@ -136,7 +139,7 @@ class Given:
     keep: tuple[int, ...] = ()
     shortlist: int = 8
 
-    def sizes(self, sequences: int, epochs: int = 1) -> Sizes:
+    def sizes(self, sequences: int, epochs: float = 1) -> Sizes:
         """What a number of sequences to train on comes to.
 
         Examples
@@ -152,7 +155,7 @@ class Given:
             return max(1, wanted // length) * length
 
         validation = share(10, _VALIDATION, self.validation)
-        looks = tokens * epochs // (_STEPS_A_LOOK * validation)
+        looks = int(tokens * epochs / (_STEPS_A_LOOK * validation))
         return Sizes(
             tokens,
             min(tokens, max(2 * length, share(5, _FITTING))),  # what is fitted needs another sequence to choose by
@@ -195,17 +198,20 @@ class BudgetPlan:
 
     @property
     def training(self) -> Training:
-        """The preset's, with what the plan says, and an end to it a tenth of the budget after the one planned."""
+        """The preset's, with what the plan says."""
         assert self.preset.training is not None
-        sizes = self.sizes
-        planned = self.paces.steps_and_validations(sizes)
         return replace(
             self.preset.training,
-            epochs=sizes.epochs,
-            validations=sizes.validations,
+            epochs=self.sizes.epochs,
+            validations=self.sizes.validations,
             autocast=self.paces.training.autocast,
-            minutes=(planned + _GRACE * self.budget) / 60,
         )
+
+    @property
+    def train_until(self) -> float:
+        """Seconds of `compress` after which the training ends, so that all is late by a tenth of the budget at most."""
+        stages = self.stages
+        return (1 + _GRACE) * self.budget - stages["plan"] - stages["compare"] - stages["save"]
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -213,6 +219,7 @@ class BudgetPlan:
         return {
             **self.preset.arguments,
             "training": self.training,
+            "train_until": self.train_until,
             "shortlist": self.given.shortlist,
             "keep": self.given.keep,
             "sequence_length": self.given.sequence_length,
@@ -226,7 +233,7 @@ class BudgetPlan:
     def lines(self) -> list[str]:
         """The plan for a terminal."""
         sizes, pace = self.sizes, self.paces.training
-        often = "once" if sizes.epochs == 1 else f"{sizes.epochs} times"
+        often = "once" if sizes.epochs == 1 else f"{sizes.epochs:g} times"
         speeds = [f"{1e3 * one.step:.2f} ms a token in {_precision(one)}" for one in (pace, *self.paces.others)]
         stages = ", ".join(f"{name} {in_words(seconds)}" for name, seconds in self.stages.items())
         said = [
@@ -237,10 +244,18 @@ class BudgetPlan:
         ]
         if self.seconds < self.budget * (1 - _GRACE):
             said.append(
-                f"text       suffices for {in_words(self.seconds)}, seen {sizes.epochs} times, so that it will end "
+                f"text       suffices for {in_words(self.seconds)}, seen {sizes.epochs:g} times, so that it will end "
                 "earlier; give more text (--calibration) for the rest"
             )
         return said
+
+    def taken(self, seconds: Mapping[str, float]) -> str:
+        """How long it took, for a terminal; from `CompressionResult.seconds`, beside which is the planning itself."""
+        planned = self.stages
+        took = {"plan": planned["plan"], **seconds}
+        each = ", ".join(f"{name} {in_words(took.get(name, 0.0))} ({in_words(planned[name])})" for name in planned)
+        share = sum(took.values()) / self.budget
+        return f"taken      {in_words(sum(took.values()))}, {share:.0%} of the budget; for each (as planned): {each}"
 
 
 def plan_in(budget: float, paces: Paces, preset: Preset, given: Given, available: int | None = None) -> BudgetPlan:
@@ -256,7 +271,7 @@ def plan_in(budget: float, paces: Paces, preset: Preset, given: Given, available
     given : Given
     available : int, optional
         Tokens there are to train on, beside those to validate and to test on; by default more than are needed. What is
-        less is seen up to four times.
+        less is all taken, and seen up to four times.
 
     Raises
     ------
@@ -277,10 +292,10 @@ def plan_in(budget: float, paces: Paces, preset: Preset, given: Given, available
     there = _MOST if available is None else max(1, available // length)
     least = min(math.ceil(_LEAST / length), there)
 
-    def planned(sequences: int, epochs: int) -> BudgetPlan:
+    def planned(sequences: int, epochs: float = 1) -> BudgetPlan:
         return BudgetPlan(budget, given.sizes(sequences, epochs), paces, preset, given)
 
-    found = needed = planned(least, 1)
+    needed = planned(least)
     if needed.seconds > budget:
         sizes = needed.sizes
         minutes = math.ceil(needed.seconds / 60)
@@ -290,17 +305,17 @@ def plan_in(budget: float, paces: Paces, preset: Preset, given: Given, available
             f"{sizes.test:,} others takes about {in_words(needed.seconds)}. Give {minutes}m or more, "
             f"{'a smaller shortlist, ' * (given.shortlist > 1)}or a machine with more cores or a GPU."
         )
-    for epochs in range(1, _EPOCHS + 1):
-        if planned(least, epochs).seconds > budget:
-            break
-        low, high = least, there + 1  # so many fit, so many do not
+
+    def most(low: int, high: int, made: Callable[[int], BudgetPlan]) -> BudgetPlan:
+        """With the highest number that fits, of those from the lowest on, which does."""
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if planned(middle, epochs).seconds <= budget else (low, middle)
-        found = planned(low, epochs)
-        if low < there:
-            break
-    return found
+            low, high = (middle, high) if made(middle).seconds <= budget else (low, middle)
+        return made(low)
+
+    if planned(there).seconds > budget:
+        return most(least, there, planned)
+    return most(_PARTS, _EPOCHS * _PARTS + 1, lambda parts: planned(there, parts / _PARTS))
 
 
 def _precision(pace: TrainingPace) -> str:

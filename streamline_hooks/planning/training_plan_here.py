@@ -198,6 +198,7 @@ def _paces(
     """What each stage takes, as far as it can be told from a few tokens of each."""
     model: Any = ready.stack.model
     stack = ready.stack.path
+    rate = write_rate(None if output is None else Path(output).absolute().parent)
 
     def timed(action: Callable[[], Any]) -> tuple[float, Any]:
         wait_for(model)
@@ -235,7 +236,6 @@ def _paces(
     writing, _ = timed(lambda: SideBySide(model, tokenizer, ready.test, lambda line: None))
     watching, _ = timed(lambda: CollapseWatch(model, tokenizer, ready.test, lambda line: None))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    rate = write_rate(None if output is None else Path(output).absolute().parent)
     return Paces(
         plan=0.0,
         prepare=0.0,

@@ -35,7 +35,7 @@ class Course:
     def __init__(self, settings: Training, batches: int) -> None:
         self.settings, self._batches = settings, batches
         self._a_epoch = math.ceil(batches / settings.accumulation)
-        self.steps = settings.epochs * self._a_epoch
+        self.steps = round(settings.epochs * self._a_epoch)
 
     def batches_of(self, step: int) -> list[int]:
         """The batches of a step: each epoch has an order of its own, which the seed tells."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import floor
+from itertools import count, takewhile
+from math import floor, inf, isinf
+from typing import Any
 
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.objective import Objective
@@ -19,8 +22,9 @@ class OnPolicy:
 
     A model that is trained on others' text alone does not see what becomes of its own errors. Here it writes, and the
     original says at each place what it would have said there. Texts are short at first, since a damaged model soon
-    writes what nobody can learn from, and are doubled as fewer of them have to be cut (ShortOPD, arXiv 2607.13124; a
-    horizon that grows: arXiv 2605.31490; distillation on a student's own text: GKD, arXiv 2306.13649).
+    writes what nobody can learn from, and are doubled as it improves: when hardly any has to be cut, and what is said
+    at their places has come closer to the original (ShortOPD, arXiv 2607.13124; a horizon that grows: arXiv
+    2605.31490; distillation on a student's own text: GKD, arXiv 2306.13649).
 
     Attributes
     ----------
@@ -35,8 +39,8 @@ class OnPolicy:
         Tokens of the calibration text that are written on, fewer where a text has fewer. A sequence gives as many
         prompts as it has room for prompts and texts.
     shortest, longest : int
-        New tokens of a text, at first and at the most. They double when at least 80 % of 32 texts or more of one
-        length were not cut.
+        New tokens of a text, at first and at the most. They double when, of 32 texts or more of one length, at least
+        80 % were not cut, and the objective is below what it was for the first 32 of this length.
     temperature, top_p : float
         Of the sampling.
 
@@ -95,6 +99,17 @@ class OnPolicy:
         given = read_options(text, numbers, "on-policy training", "reverse_kl:share=0.5,longest=128")
         return cls(objective=Objective.parse(text.partition(":")[0]), **given)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Those that texts may have one after the other."""
+        doubled = takewhile(lambda length: length < self.longest, (self.shortest * 2**k for k in count()))
+        return [*doubled, self.longest]
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """What a model is told of how to sample."""
+        return {"temperature": self.temperature, "top_p": self.top_p}
+
     def is_due(self, step: int, steps: int) -> bool:
         """Whether a step, of so many, is made on the model's own text."""
         since = step - floor(self.begin * steps)
@@ -110,16 +125,24 @@ class TextLength:
     settings : OnPolicy
     length : int
         New tokens.
-    texts, whole : int
-        Of this length: that were written, and that were not cut.
+    texts, whole, answers : int
+        Of this length, since it was last looked at: texts that were written, those that were not cut, and places that
+        were compared.
+    loss : float
+        Summed over these places.
+    first : float
+        The mean of the first of this length; infinite where that is not known yet.
 
     Examples
     --------
     >>> length = TextLength(OnPolicy(shortest=16, longest=40), 16)
-    >>> for whole in (20, 30, 32):
-    ...     length.note(32, whole)
+    >>> for whole, loss in ((32, 1.0), (32, 1.1), (20, 0.9), (30, 0.9), (32, 2.0), (32, 1.9)):
+    ...     length.note(32, whole, loss, 512)
     ...     print(length.length)
     16
+    16
+    16
+    32
     32
     40
     """
@@ -128,17 +151,30 @@ class TextLength:
     length: int
     texts: int = 0
     whole: int = 0
+    answers: int = 0
+    loss: float = 0.0
+    first: float = inf
 
     @property
-    def so_far(self) -> tuple[int, int, int]:
-        """All but the settings."""
-        return self.length, self.texts, self.whole
+    def so_far(self) -> tuple[Any, ...]:
+        """All but the settings, as JSON values."""
+        return self.length, self.texts, self.whole, self.answers, self.loss, None if isinf(self.first) else self.first
 
-    def note(self, texts: int, whole: int) -> None:
-        """Count what was written, and go on to a longer text where most of it was whole."""
+    @classmethod
+    def of(cls, settings: OnPolicy, so_far: Sequence[Any]) -> TextLength:
+        """Where it was."""
+        length, texts, whole, answers, loss, first = so_far
+        return cls(settings, length, texts, whole, answers, loss, inf if first is None else first)
+
+    def note(self, texts: int, whole: int, loss: float, answers: int) -> None:
+        """Count what was written, and go on to longer texts where these have improved and most of them were whole."""
         self.texts, self.whole = self.texts + texts, self.whole + whole
-        if self.texts < _ENOUGH:
+        self.loss, self.answers = self.loss + loss * answers, self.answers + answers
+        if self.texts < _ENOUGH or not self.answers:
             return
-        if self.whole >= _WHOLE * self.texts:
-            self.length = min(2 * self.length, self.settings.longest)
-        self.texts = self.whole = 0
+        mean = self.loss / self.answers
+        if isinf(self.first):
+            self.first = mean
+        elif mean < self.first and self.whole >= _WHOLE * self.texts:
+            self.length, self.first = min(2 * self.length, self.settings.longest), inf
+        self.texts, self.whole, self.answers, self.loss = 0, 0, 0, 0.0

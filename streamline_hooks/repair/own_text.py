@@ -31,6 +31,8 @@ class OwnText:
         The latest.
     losses : list of (float, int)
         Of the steps on it since the last validation.
+    texts, whole : int
+        Since then, in all processes: that were written, and that were not cut.
     written : int
         Tokens, in all processes.
     seconds : float
@@ -42,53 +44,64 @@ class OwnText:
         self.rollouts: list[Rollouts] = []
         self.losses: Losses = []
         self.written, self.seconds = 0, 0.0
+        self.texts = self.whole = 0
 
     def write(
         self, model: nn.Module, batches: Mapping[int, Batch], seeds: Mapping[int, tuple[int, int]], share: float
     ) -> Counts:
         """Let the model write on from batches, each with a seed of its own, so large a share of one at a time."""
         began, own = time.perf_counter(), self.settings
-        self.rollouts = [
+        length = self.length.length
+        found = (
             roll_out(
-                model,
-                batch,
-                prompt=own.prompt,
-                new_tokens=self.length.length,
-                temperature=own.temperature,
-                top_p=own.top_p,
-                seed=seeds[number],
-                share=share,
+                model, batch, prompt=own.prompt, new_tokens=length, **own.sampling, seed=seeds[number], share=share
             )
             for number, batch in batches.items()
-        ]
+        )
+        self.rollouts = [one for one in found if one.counts.texts]
         self.seconds += time.perf_counter() - began
         return sum((one.counts for one in self.rollouts), Counts())
 
-    def note(self, counts: Sequence[Counts], loss: tuple[float, int]) -> None:
-        """Count what all processes wrote for a step, and what the step came to."""
-        self.length.note(sum(its.texts for its in counts), sum(its.whole for its in counts))
-        self.written += sum(its.written for its in counts)
-        self.losses.append(loss)
+    def note(self, counts: Sequence[Counts], loss: float) -> None:
+        """Count what all processes wrote for a step, and what the step came to, a place."""
+        all_of_them = sum(counts, Counts())
+        self.length.note(all_of_them.texts, all_of_them.whole, loss, all_of_them.answers)
+        self.texts, self.whole = self.texts + all_of_them.texts, self.whole + all_of_them.whole
+        self.written += all_of_them.written
+        self.losses.append((loss * all_of_them.answers, all_of_them.answers))
+
+    def since(self) -> dict[str, Any]:
+        """What there was since the last validation, of which a new one begins."""
+        whole = self.whole / self.texts if self.texts else None
+        said = {"own_loss": mean_of(self.losses), "length": self.length.length, "whole": whole}
+        self.losses.clear()
+        self.texts = self.whole = 0
+        return said
 
     def said(self, seconds: float) -> str:
         """For the bar of a training that has taken so long; empty before the first step on it."""
-        if not self.losses or not seconds:
+        value, count = self.losses[-1] if self.losses else (0.0, 0)
+        if not count or not seconds:
             return ""
-        value, count = self.losses[-1]
         share = min(1.0, self.seconds / seconds)
-        return f"own text of {self.length.length} tokens (writing: {share:.0%} of the time) {value / count:.4f}, "
+        return (
+            f"own text of {self.length.length} tokens ({self.whole / self.texts:.0%} whole; writing: {share:.0%} of "
+            f"the time) {value / count:.4f}, "
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What a training goes on from, as JSON values."""
         return {
             "length": self.length.so_far, "losses": self.losses, "written": self.written, "seconds": self.seconds,
+            "texts": self.texts, "whole": self.whole,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
-        self.length = TextLength(self.settings, *state["length"])
+        self.length = TextLength.of(self.settings, state["length"])
         self.losses = [(value, count) for value, count in state["losses"]]
         self.written, self.seconds = state["written"], state["seconds"]
+        self.texts, self.whole = state["texts"], state["whole"]
 
 
 def mean_of(losses: Losses) -> float | None:

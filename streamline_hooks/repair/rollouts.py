@@ -33,7 +33,8 @@ class Rollouts:
         Prompts and what was written, ``input_ids`` and ``attention_mask`` of shape (texts, tokens), padded on the
         right.
     answered : torch.Tensor
-        The places whose next token the model has chosen, boolean, of the same shape: from a prompt's last token on.
+        The places at which the model is compared, boolean, of the same shape: from a prompt's last token to the last of
+        what was written, where it ended its text or would have gone on.
     counts : Counts
     """
 
@@ -94,6 +95,11 @@ def roll_out(
     share : float
         Of the prompts, how many are written on at the same time, where memory does not suffice for all.
 
+    Returns
+    -------
+    Rollouts
+        Without a text where the batch is padding alone.
+
     Examples
     --------
     >>> from streamline_hooks.testing import tiny_model
@@ -111,7 +117,7 @@ def roll_out(
             written += [text for (text,) in written_on(model, None, few, new_tokens=new_tokens, sampling=sampling)]
     cut = [without_loop(text) for text in written]
     whole = sum(len(a) == len(b) for a, b in zip(cut, written, strict=True))
-    width = max(len(a) + len(b) for a, b in zip(prompts, cut, strict=True))
+    width = max((len(a) + len(b) for a, b in zip(prompts, cut, strict=True)), default=0)
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask, answered = torch.zeros_like(ids), torch.zeros(ids.shape, dtype=torch.bool)
     for row, (given, text) in enumerate(zip(prompts, cut, strict=True)):

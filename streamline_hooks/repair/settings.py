@@ -33,8 +33,8 @@ class Training:
         Share of the steps in which the rate rises from 0, and share of the rate that it falls to.
     clip : float
         The greatest norm of the gradient; 0 for any.
-    epochs : int
-        How often each batch is seen.
+    epochs : float
+        How often each batch is seen: 1.5 lets half of them be seen a second time.
     accumulation : int
         Batches a step.
     autocast : torch.dtype or None
@@ -57,8 +57,8 @@ class Training:
     keep_every : float
         Minutes between two writings of it.
     minutes : float or None
-        That the steps and validations may take, those before an interruption among them; a training that is not at its
-        end by then validates and ends.
+        That the original's pass, the steps and validations may take, steps before an interruption among them; a
+        training that is not at its end by then validates and ends.
     """
 
     objective: Objective = field(default_factory=Objective)
@@ -69,7 +69,7 @@ class Training:
     warmup: float = 0.03
     floor: float = 0.05
     clip: float = 1.0
-    epochs: int = 1
+    epochs: float = 1
     accumulation: int = 1
     autocast: torch.dtype | None = None
     validations: int = 8
@@ -109,7 +109,8 @@ class Trained:
     Attributes
     ----------
     steps, tokens : int
-        That were made, and that were trained on; of a model that is given images, those.
+        That were made, and those of the batches they were made on; of a model that is given images, those. Steps on the
+        model's own text take prompts from their batches alone.
     distance_before, distance : float
         How far what is said is from what the original says on the validation part (`Task.distance`), such as
         KL(original ‖ repaired) in nats a token, before the first step and with the best weights. Where something else
@@ -119,7 +120,7 @@ class Trained:
     history : list of dict
         Each validation: ``step``, ``tokens``, ``distance``, by what weights are kept (``validated``), and the mean
         training ``loss`` on the calibration text since the one before; of a training on its own texts also
-        ``own_loss`` there, and their present ``length``.
+        ``own_loss`` there, the share of them that was not cut (``whole``), and their present ``length``.
     seconds : float
         Of the training itself; those before an interruption count.
     stopped : str

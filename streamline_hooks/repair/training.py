@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -101,6 +102,7 @@ def _train(
     say: Callable[[str], None],
     work: Together,
 ) -> Trained:
+    began = time.perf_counter()
     if not batches or not validation:
         raise StreamlineError(
             f"A training takes batches to train and others to validate on; got {len(batches)} and {len(validation)}."
@@ -142,6 +144,7 @@ def _train(
         own = list(shares[1].batches.values())
         apart = exits.enter_context(taught_to(student, own, settings, what="original, validation", say=told)).batches
         more: dict[str, Any] = {"shares": shares, "work": work, "sharded": sharded}
+        more["spent"] = time.perf_counter() - began
         return Loop(student, batches, validation, mine, apart, settings, told, **more).run(resume)
 
 

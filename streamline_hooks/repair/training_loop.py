@@ -61,6 +61,8 @@ class Loop(Forwards):
         What the processes exchange; by default there is one.
     sharded : bool
         Whether forwards of the processes wait for one another, so that each has to make as many.
+    spent : float
+        Seconds that were spent for it so far, by this process, and are to count where time is short.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Loop(Forwards):
         shares: tuple[Share, Share] | None = None,
         work: Together | None = None,
         sharded: bool = False,
+        spent: float = 0.0,
     ) -> None:
         self.student, self.batches, self.validation, self.settings, self.say = (
             student, batches, validation, settings, say,
@@ -85,7 +88,7 @@ class Loop(Forwards):
         self.share, self.validation_share = shares or (Share.whole(batches), Share.whole(validation))
         self.taught = dict(zip(self.share.batches, taught, strict=True))
         self.validation_taught = dict(zip(self.validation_share.batches, validation_taught, strict=True))
-        self.sharded = sharded
+        self.sharded, self.spent = sharded, spent
         self.interrupts = Interrupts()
         self.parameters = student.parameters()
         self.fingerprint = fingerprint(settings, student, self.parameters, [*batches, *validation])
@@ -127,7 +130,7 @@ class Loop(Forwards):
             self._restore()
         stopped = ""
         began, kept = time.perf_counter() - self.seconds, time.perf_counter()
-        total = sum(tokens_of(batch) for batch in self.batches) * self.settings.epochs
+        total = round(sum(tokens_of(batch) for batch in self.batches) * self.settings.epochs)
         with noted_interrupts() as self.interrupts, progress(total, self._cost(), done=self.tokens) as bar:
             self.bar = bar
             try:
@@ -223,7 +226,7 @@ class Loop(Forwards):
             if text is None:
                 self.losses.append((loss * run, run))
             else:
-                text.note(own, (loss * run, run))
+                text.note(own, loss)
             self.whole = True
         self.weights.clear()
         return loss, run
@@ -262,7 +265,7 @@ class Loop(Forwards):
         """Whether the time allowed is over by the first process's clock, which all of them go by."""
         if self.settings.minutes is None:
             return False
-        return self.work.of_first(lambda: self.seconds >= 60 * cast(float, self.settings.minutes))
+        return self.work.of_first(lambda: self.spent + self.seconds >= 60 * cast(float, self.settings.minutes))
 
     def _validate(self, bar: Any) -> None:
         """The distance to the original on what validates, and what else is minimised there, see `Objective.validated`.
@@ -285,8 +288,7 @@ class Loop(Forwards):
         said: dict[str, Any] = {"loss": mean_of(self.losses)}
         self.losses.clear()
         if self.own_text is not None:
-            said |= {"own_loss": mean_of(self.own_text.losses), "length": self.own_text.length.length}
-            self.own_text.losses.clear()
+            said |= self.own_text.since()
         if not self.history or validated < min(row["validated"] for row in self.history):
             self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
         numbers = {"step": self.step, "tokens": self.tokens, "distance": distance, "validated": validated}

@@ -43,14 +43,15 @@ class TrainingPace:
     around: float = 0.0
     autocast: torch.dtype | None = None
 
-    def seconds(self, tokens: int, validation_tokens: int, *, epochs: int = 1, validations: int = 1) -> float:
+    def seconds(self, tokens: int, validation_tokens: int, *, epochs: float = 1, validations: int = 1) -> float:
         """Of a whole training.
 
         Parameters
         ----------
         tokens, validation_tokens : int
             That are trained on in an epoch, and looked at each time.
-        epochs, validations : int
+        epochs : float
+        validations : int
             As in `Training`: looks beyond the one before the first step.
 
         Examples
@@ -65,8 +66,8 @@ class TrainingPace:
         """What is done before the first step: the original's states, and what stands around the training."""
         return self.original * tokens + self.apart * validation_tokens + self.around
 
-    def steps_and_validations(self, tokens: int, validation_tokens: int, *, epochs: int, validations: int) -> float:
-        """The same without what is done before the first step, as `Trained.seconds` and `Training.minutes` count."""
+    def steps_and_validations(self, tokens: int, validation_tokens: int, *, epochs: float, validations: int) -> float:
+        """The same without what is done before the first step, as `Trained.seconds` counts."""
         return self.step * tokens * epochs + self.validation * validation_tokens * (1 + validations)
 
 

@@ -22,7 +22,7 @@ from streamline_hooks.repair.settings import Training
 from streamline_hooks.repair.student import Student
 
 _KEY = "streamline_hooks_training"
-_FORMAT = 3  # what is said in it; another version of this library may say other things
+_FORMAT = 4  # what is said in it; another version of this library may say other things
 
 
 def write_state(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
@@ -109,7 +109,7 @@ def fingerprint(
     batches : sequence of mapping or torch.Tensor
         What is trained on, and validated on.
     """
-    said = {k: str(v) for k, v in asdict(settings).items() if k not in ("keep_in", "keep_every", "memory", "minutes")}
+    said = {k: _said(v) for k, v in asdict(settings).items() if k not in ("keep_in", "keep_every", "memory", "minutes")}
     shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
     parts = [part for modules in student.modules.values() for module in modules for part in module.modules()]
     made = [(type(p).__name__, p.extra_repr(), getattr(p, "scaling", None)) for p in parts]  # dropout, LoRA's scale
@@ -122,6 +122,11 @@ def fingerprint(
         for name, parameter in model.named_parameters():  # a sample tells one model from another
             digest.update(name.encode() + (b"" if parameter.is_meta else _bytes(_sample(parameter))))
     return digest.hexdigest()
+
+
+def _said(value: Any) -> str:
+    """A setting, in which a whole number is the same however it is written."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 _SAMPLE = 64  # values of each parameter

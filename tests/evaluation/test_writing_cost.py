@@ -36,7 +36,7 @@ def test_the_writing_takes_what_it_was_told_to(own: OnPolicy, training: dict[str
 
     assert model.generation_config.eos_token_id is ends, "it is as it was"
     model.generation_config.eos_token_id = None  # no text is shorter than it may be
-    steps = settings.epochs * -(-len(BATCHES) // settings.accumulation)
+    steps = round(settings.epochs * -(-len(BATCHES) // settings.accumulation))
     began, texts = clock(), 0
     for step in range(steps):
         if own.is_due(step, steps):
@@ -45,3 +45,13 @@ def test_the_writing_takes_what_it_was_told_to(own: OnPolicy, training: dict[str
     original = texts * (own.prompt + own.longest) * sum(range(1, 7))
     assert texts > 0 and cost.tokens == texts * own.longest
     assert cost.seconds == pytest.approx(clock() - began + original)
+
+
+def test_the_most_that_is_written_may_be_of_shorter_texts() -> None:
+    """A sequence of 30 tokens has three texts of 6 behind 4, and one of 12 or 16."""
+    model: Any = tiny_model("llama")
+    batches = [tokens(1, 30, seed=k) for k in range(2)]
+    pace = measure_pace(model, batches[0])
+    for shortest, most in ((6, 18), (16, 16)):
+        own = OnPolicy(share=1.0, prompt=4, shortest=shortest, longest=16)
+        assert writing_cost(model, batches, Training(on_policy=own), pace).tokens == 2 * most

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_hooks import StreamlineError, compress
-from streamline_hooks.planning import plan_training, training_plan_here
+from streamline_hooks.planning import plan_training, rates, training_plan_here
 from streamline_hooks.planning.training_budget import BudgetPlan, Given, Paces, Sizes, plan_in
 from streamline_hooks.repair import Healing, OnPolicy, preset_named
 from streamline_hooks.repair.training_pace import TrainingPace
@@ -58,7 +58,6 @@ def test_what_is_kept_of_a_training_is_planned_for() -> None:
     assert more == pytest.approx(30.0 * (1 + steps / 300))
     plan = planned(40, kept)
     assert plan.sizes.calibration < planned(40).sizes.calibration
-    assert plan.training.minutes == pytest.approx((kept.steps_and_validations(plan.sizes) + 240) / 60)
 
 
 @given(MINUTES)
@@ -76,6 +75,16 @@ def test_more_time_is_never_for_less_text(one: float, other: float) -> None:
     assert planned(less).sizes.calibration <= planned(more).sizes.calibration
 
 
+@given(MINUTES, MINUTES, st.integers(20_480, 2_000_000))
+def test_more_time_or_more_text_is_never_for_less(one: float, other: float, there: int) -> None:
+    """Text that does not suffice is not cut down for the rest to be seen once more."""
+    less, more = sorted((one, other))
+    short, long = (planned(minutes, available=there).sizes for minutes in (less, more))
+    assert short.calibration <= long.calibration and short.trained <= long.trained
+    assert long.epochs == 1 or long.calibration == there // 512 * 512
+    assert long.calibration <= planned(more, available=2 * there).sizes.calibration
+
+
 @given(st.integers(40, 10_000), st.integers(1, 4))
 def test_the_parts_keep_to_their_bounds(sequences: int, epochs: int) -> None:
     sizes = Given().sizes(sequences, epochs)
@@ -90,13 +99,15 @@ def test_what_was_asked_for_is_kept() -> None:
     assert (sizes.validation, sizes.test) == (960, 640)
 
 
-def test_text_that_does_not_suffice_is_seen_again_up_to_four_times() -> None:
+def test_text_that_does_not_suffice_is_all_taken_and_seen_again_up_to_four_times() -> None:
     free = planned(30)
     assert free.sizes.epochs == 1
-    for share, epochs in ((0.9, 2), (0.45, 3), (0.3, 4)):
-        plan = planned(30, available=round(share * free.sizes.calibration))
-        assert plan.sizes.epochs == epochs and plan.sizes.calibration <= share * free.sizes.calibration
-        assert 0.95 * 1800 <= plan.seconds <= 1800
+    for share, epochs in ((0.9, 1.1), (0.7, 1.5), (0.45, 2.6), (0.35, 3.45)):
+        available = round(share * free.sizes.calibration)
+        plan = planned(30, available=available)
+        assert plan.sizes.epochs == epochs
+        assert plan.sizes.calibration == available // 512 * 512
+        assert 0.93 * 1800 <= plan.seconds <= 1800
         assert not any(line.startswith("text ") for line in plan.lines())
     short = planned(30, available=30_000)
     assert short.sizes == replace(Given().sizes(58, 4)) and short.seconds < 0.9 * 1800
@@ -115,18 +126,31 @@ def test_a_machine_that_is_too_slow_is_told_the_minutes_it_would_need() -> None:
         planned(minutes - 1)
 
 
-def test_the_training_is_the_presets_with_an_end_a_tenth_of_the_budget_late() -> None:
+def test_the_training_is_the_presets_and_ends_so_that_all_is_a_tenth_of_the_budget_late() -> None:
     plan = planned(20, available=60_000)
     training, sizes = plan.training, plan.sizes
     assert BEST.training is not None
-    assert replace(training, epochs=1, validations=8, autocast=None, minutes=None) == BEST.training
+    assert replace(training, epochs=1, validations=8, autocast=None) == BEST.training
     assert (training.epochs, training.validations, training.autocast) == (
         sizes.epochs,
         sizes.validations,
         torch.bfloat16,
     )
-    steps = 4e-3 * sizes.trained + 2e-3 * sizes.validation * (1 + sizes.validations)
-    assert training.minutes == pytest.approx((steps + 120) / 60)
+    planning = 20.0 + 1e-5 * sizes.dealt
+    assert plan.arguments["train_until"] == pytest.approx(1.1 * 1200 - planning - 10.0 - 2.0)
+
+
+def test_what_it_took_is_said_beside_what_was_planned() -> None:
+    plan = planned(20)
+    stages = plan.stages
+    took = {name: seconds for name, seconds in stages.items() if name != "plan"}
+    assert took.pop("save") == 2.0
+    took["train"] += 300.0
+    line = plan.taken(took)
+    share = (plan.seconds + 298.0) / 1200
+    assert line.startswith(f"taken      {(plan.seconds + 298) / 60:.1f} min, {share:.0%} of the budget; ")
+    assert line.endswith("compare 10 s (10 s), save 0 s (2 s)")
+    assert f"train {(stages['train'] + 300) / 60:.1f} min ({stages['train'] / 60:.1f} min)" in line
 
 
 def test_the_plan_is_said() -> None:
@@ -213,6 +237,28 @@ def test_little_text_is_all_taken_and_the_plan_is_carried_out(
     assert figures == [sizes.calibration, sizes.fitting, sizes.validation, sizes.test]
     assert not any("shrunk" in note for note in result.data["notes"])
     assert len(result.model.model.layers) == 4
+
+
+def test_a_folder_that_is_not_there_yet_is_told_by_the_nearest_above_it(
+    story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+    write = rates._write
+    monkeypatch.setattr(rates, "_write", lambda folder: (asked.append(folder), write(folder)))
+    plan = plan_training(*story_model, story_texts, 3600.0, output=tmp_path / "new" / "dir" / "out", **SMALL)
+    assert asked == [tmp_path] and plan.paces.keep > 0 and not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_is_told_before_anything_is_timed(
+    story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(rates, "_write", full)
+    monkeypatch.setattr(training_plan_here, "profile", None)
+    with pytest.raises(StreamlineError, match=r"cannot be written to, .*: No space left on device\. Choose another"):
+        plan_training(*story_model, story_texts, 3600.0, output=tmp_path / "out", **SMALL)
 
 
 def test_the_whole_search_of_a_preset_is_planned_for(

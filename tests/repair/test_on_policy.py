@@ -106,10 +106,11 @@ def test_the_texts_grow_and_half_of_the_steps_are_made_on_them() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_loop.Loop, "_step", noted)
-        trained = train(student, BATCHES, VALIDATION, replace(SETTINGS, epochs=8, validations=8))
-    assert kinds == [False, True] * 16
+        trained = train(student, BATCHES, VALIDATION, replace(SETTINGS, epochs=14, validations=7))
+    assert kinds == [False, True] * 28
     assert [row["length"] for row in trained.history][:1] == [4]
     assert trained.history[-1]["length"] == 16
+    assert all(0 < row["whole"] <= 1 for row in trained.history[1:])
     assert all(row["loss"] and row["own_loss"] for row in trained.history[1:])
 
 
@@ -136,6 +137,18 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(
     found = train(fresh, BATCHES, VALIDATION, settings, resume=True)
     assert all(torch.equal(a, b) for a, b in zip(weights(fresh), weights(whole), strict=True))
     assert (found.history, found.written) == (wanted.history, wanted.written)
+
+
+def test_a_batch_of_padding_alone_changes_nothing() -> None:
+    nothing = {name: torch.zeros_like(value) for name, value in BATCHES[0].items()}
+    settings = replace(SETTINGS, on_policy=replace(OWN, share=1.0), epochs=2)
+    student = student_of()
+    before = weights(student)
+    trained = train(student, [nothing], VALIDATION, replace(settings, weight_decay=0.0))
+    assert trained.steps == 2 and trained.written == 0 and trained.history[1]["whole"] is None
+    assert all(torch.equal(a, b) for a, b in zip(weights(student), before, strict=True))
+    trained = train(student, [BATCHES[0], nothing], VALIDATION, settings)
+    assert trained.steps == 4 and trained.written > 0 and any(row["own_loss"] for row in trained.history)
 
 
 def test_other_settings_of_the_texts_are_another_training(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -75,6 +76,12 @@ def test_every_place_where_the_model_chose_is_marked_and_no_other() -> None:
     counts = found.counts
     assert (counts.texts, counts.answers) == (4, int(found.answered.sum()))
     assert counts.written == int(mask.sum()) - 4 * 4
+
+
+def test_a_batch_of_padding_alone_has_no_text() -> None:
+    batch = {"input_ids": torch.zeros(2, 8, dtype=torch.long), "attention_mask": torch.zeros(2, 8, dtype=torch.long)}
+    found = roll_out(tiny_model("llama"), batch, prompt=4, new_tokens=6)
+    assert found.counts == Counts() and len(found.answered) == 0
 
 
 def test_an_end_is_learned_from_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,11 +159,24 @@ def test_the_third_round_is_cut_and_short_rows_are_not(tokens: list[int], left: 
     assert len(without_loop(tokens)) == left
 
 
-def test_texts_grow_when_most_were_whole_and_never_beyond_the_longest() -> None:
+def test_texts_grow_when_most_are_whole_and_closer_to_the_original_and_never_beyond_the_longest() -> None:
     length = TextLength(OnPolicy(shortest=4, longest=10), 4)
-    for texts, whole, expected in ((31, 31, 4), (1, 1, 8), (40, 31, 8), (40, 32, 10), (40, 40, 10)):
-        length.note(texts, whole)
+    for texts, whole, loss, expected in (
+        (31, 31, 1.0, 4),
+        (1, 1, 33.0, 4),  # a mean of 2, weighted by places: what later ones of this length are held against
+        (40, 40, 2.0, 4),  # not improved
+        (40, 31, 1.0, 4),  # too many that were cut
+        (40, 32, 1.9, 8),
+        (40, 40, 0.1, 8),  # the first of another length
+        (31, 31, 0.09, 8),
+        (9, 9, 0.09, 10),
+        (40, 40, 1.0, 10),
+        (40, 40, 0.5, 10),
+    ):
+        length.note(texts, whole, loss, 10 * texts)
         assert length.length == expected
+        length = TextLength.of(length.settings, json.loads(json.dumps(length.so_far)))
+    assert OnPolicy(shortest=4, longest=10).lengths == [4, 8, 10] and OnPolicy(shortest=8, longest=8).lengths == [8]
 
 
 @pytest.mark.parametrize(

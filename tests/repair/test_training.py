@@ -17,6 +17,7 @@ from torch import nn
 
 from streamline_hooks import LinearReplacement, StreamlineError, repair
 from streamline_hooks.repair import Healing, training_loop
+from streamline_hooks.repair.course import Course
 from streamline_hooks.repair.objective import Objective
 from streamline_hooks.repair.settings import Trained, Training
 from streamline_hooks.repair.student import Student
@@ -425,14 +426,34 @@ def test_what_cannot_be_trained_or_resumed_is_refused(tmp_path: Path) -> None:
         file.write_bytes(damaged)
         with pytest.raises(StreamlineError, match=r"is not the file of a training, or is damaged .*begin again"):
             train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
-    file.write_bytes(whole.replace(b'format\\": 3', b'format\\": 9'))
+    file.write_bytes(whole.replace(b'format\\": 4', b'format\\": 9'))
     with pytest.raises(
-        StreamlineError, match=r"another version of this library: it has format 9, and this one reads 3"
+        StreamlineError, match=r"another version of this library: it has format 9, and this one reads 4"
     ):
         train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"learning_rate": 0.0}, {"warmup": 1.5}, {"clip": -1.0}])
+def test_a_part_of_an_epoch_is_its_beginning(tmp_path: Path) -> None:
+    """Each batch once and half of them again; and 2.0 goes on with what 2 began."""
+    course = Course(Training(epochs=1.5, seed=3), 6)
+    whole = Course(Training(epochs=2, seed=3), 6)
+    steps = [course.batches_of(step) for step in range(course.steps)]
+    assert course.steps == 9 and sorted(n for numbers in steps[:6] for n in numbers) == list(range(6))
+    assert steps == [whole.batches_of(step) for step in range(9)]
+    student, _ = student_of(tiny_model("llama"))
+    trained = train(student, BATCHES, VALIDATION, replace(QUICK, epochs=1.5, keep_in=tmp_path / "a"))
+    tokens = sum(BATCHES[n]["attention_mask"].numel() for step in range(9) for n in Course(QUICK, 6).batches_of(step))
+    assert (trained.steps, trained.tokens, trained.history[-1]["step"]) == (9, tokens, 9)
+    train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=tmp_path / "b"))
+    again = train(student, BATCHES, VALIDATION, replace(QUICK, epochs=2.0, keep_in=tmp_path / "b"), resume=True)
+    assert again.steps == 12
+    with pytest.raises(StreamlineError, match="holds another training"):
+        train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=tmp_path / "a"), resume=True)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"epochs": 0.5}, {"learning_rate": 0.0}, {"warmup": 1.5}, {"clip": -1.0}]
+)
 def test_settings_that_make_no_training_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(StreamlineError, match=f"{next(iter(wrong))}=.* makes no training"):
         Training(**wrong)
