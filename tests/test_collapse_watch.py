@@ -203,6 +203,16 @@ def test_before_the_surgery_and_after_it(
     assert lengths == [5, 4] and result.warnings == [] and "Warning" not in result.table()
 
 
+def test_a_reasoning_model_is_told_where_nothing_is_written(
+    story_model: tuple[Any, Any], story_texts: list[str]
+) -> None:
+    model, tokenizer = story_model[0], copy.deepcopy(story_model[1])
+    tokenizer.chat_template = f"{TEMPLATE}<think>"
+    result = compress(model, tokenizer, story_texts, remove=1, kind="none", shortlist=2, side_by_side=False, **SMALL)
+    (text,) = result.warnings
+    assert text.startswith("This is a reasoning model (its chat template has <think>). Long chains of thought lose")
+
+
 def test_a_card_of_warnings_alone() -> None:
     card = model_card({"model_type": "llama"}, {"warnings": ["It solves 3 of 32."]})
     assert "## What it lost\n" in card and "\n- It solves 3 of 32.\n" in card
