@@ -164,7 +164,7 @@ def test_texts_grow_when_most_are_whole_and_closer_to_the_original_and_never_bey
     for texts, whole, loss, expected in (
         (31, 31, 1.0, 4),
         (1, 1, 33.0, 4),  # a mean of 2, weighted by places: what later ones of this length are held against
-        (40, 40, 2.0, 4),  # not improved
+        (40, 40, 1.95, 4),  # not improved by more than noise
         (40, 31, 1.0, 4),  # too many that were cut
         (40, 32, 1.9, 8),
         (40, 40, 0.1, 8),  # the first of another length
