@@ -50,9 +50,11 @@ from streamline_hooks.task import Task
 from streamline_hooks.trained_selection import (
     ending_in,
     kept_training,
+    require_parameters,
     train_selection,
+    trainable,
+    trainable_windows,
     training_file,
-    with_something_to_train,
 )
 
 if TYPE_CHECKING:
@@ -259,7 +261,10 @@ def compress(
             test_tokens=test_tokens,
             test_documents=test_texts,
         )
-        ready = prepared_alike(work, ready if training is None else with_something_to_train(ready, healed, say))
+        ready = prepared_alike(work, ready)
+        if training is not None:
+            require_parameters(ready, healed)
+            ready = trainable_windows(ready, healed) if search == "window" else ready
     if output is not None:
         ready.require_writable()
     if training is not None and training.on_policy is not None:
@@ -274,6 +279,7 @@ def compress(
         asked = ready.question(criterion=named, profile=measured, best=shortlist, parts=parts, seed=seed)
         searched = find_selections(search, asked)
         found = work.of_first(lambda: searched)
+        found = found if training is None else trainable(found, ready, healed)
     with clock("verify"):
         judged = verified_together(work, model, found, ready)
     for line in findings(judged, asked_for.distance):
@@ -294,7 +300,7 @@ def compress(
     student, trained = None, None
     if training is not None:
         with clock("train"):
-            left = None if train_until is None else train_until - (time.perf_counter() - began)
+            left = work.of_first(lambda: train_until and train_until - (time.perf_counter() - began))
             student, trained = train_selection(ready, best, ending_in(training, left), healed, teacher, resume, say)
     with clock("compare"):
         writes = side_by_side and work.processes.rank == 0 and asked_for.is_of_text and tokenizer is not None

@@ -17,12 +17,12 @@ from streamline_hooks.checkpoint import require_free, save
 from streamline_hooks.compress import compress
 from streamline_hooks.distributed import Together, failing_together, here
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.preparation import are_batches, require_parts, require_writable
-from streamline_hooks.repair import Training, kind_named
+from streamline_hooks.preparation import are_batches, require_parts, require_writable, slots_of
+from streamline_hooks.repair import Healing, Training, kind_named
 from streamline_hooks.result import CompressionResult
 from streamline_hooks.run_figures import Clock
 from streamline_hooks.selection import Target, blocks_to_remove, protected_blocks
-from streamline_hooks.stack import find_stack
+from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery import SurgeryPlan
 
 if TYPE_CHECKING:
@@ -108,6 +108,11 @@ def compress_iteratively(
             f"The objective {training.objective} compares states behind windows, which the original has elsewhere "
             "after the first round. Compare what is said: kl, reverse_kl or lm."
         )
+    if options.get("train_until") is not None:
+        raise StreamlineError(
+            "train_until ends one training, and each round makes one. Leave it out, or say how many minutes each may "
+            "take (Training.minutes)."
+        )
     work = Together("compress_iteratively", here())
     found = find_stack(model, options.get("stack"))
     counts = blocks_by_round(len(found), remove, rounds)
@@ -124,9 +129,7 @@ def compress_iteratively(
     if not resume:
         work.of_first(lambda: _delete(files))  # of an earlier call, which a later round would take for its own
     protected = protected_blocks(keep, len(found))
-    if options.get("search", "window") == "window":
-        slots = kind_named(options.get("kind", "linear")).slots
-        _require_room(_runs_between(protected, len(found)), counts, slots)
+    _require_room(_runs_between(protected | _stays(found, counts[0], options), len(found)), len(found), counts, options)
     present: list[int | None] = list(range(len(found)))  # by their numbers in the original
     original = copy.deepcopy(model)
     del found  # it holds blocks that go
@@ -224,24 +227,52 @@ def _runs_between(protected: frozenset[int], length: int) -> list[int]:
     return [b - a - 1 for a, b in pairwise(edges) if b - a > 1]
 
 
-def _require_room(runs: Sequence[int], counts: Sequence[int], slots: int) -> None:
+def _stays(stack: BlockStack, count: int, options: Mapping[str, Any]) -> frozenset[int]:
+    """The last block, where those behind a window are all that is trained, so that there always has to be one."""
+    healing = options.get("healing")
+    healed = Healing.parse(healing) if isinstance(healing, str) else healing
+    behind = healed is not None and healed.where == "after" and not healed.head
+    if not behind or options.get("search", "window") != "window":
+        return frozenset()
+    kind = kind_named(options.get("kind", "linear"))
+    return frozenset() if kind.size(stack, range(count + kind.slots)).parameters else frozenset({len(stack) - 1})
+
+
+def _require_room(runs: Sequence[int], length: int, counts: Sequence[int], options: Mapping[str, Any]) -> None:
     """Raise where a round may find no window, by what earlier rounds choose, when these have been trained."""
+    search = options.get("search", "window")
+    slots, in_one = (
+        slots_of(kind_named(options.get("kind", "linear")), search, options.get("parts", 2)),
+        search == "window",
+    )
     reached = {tuple(sorted(runs))}
     for number, count in enumerate(counts):
-        size = count + slots
-        short = next((left for left in sorted(reached) if max(left, default=0) < size), None)
-        if short is not None and number:
+        size, present = count + slots, length - sum(counts[:number])  # a window is never the whole stack
+        room = min(min(max(left, default=0), present - 1) for left in reached)
+        if room < size and number:
             raise StreamlineError(
                 f"Round {number + 1} of {len(counts)} needs {size} blocks next to one another, and those that must "
-                f"stay may leave no more than {max(short, default=0)} once {sum(counts[:number])} are gone. Keep fewer "
-                "blocks, or ask for other rounds."
+                f"stay may leave no more than {room} once {sum(counts[:number])} are gone. Keep fewer blocks, or ask "
+                "for other rounds."
             )
-        reached = {
-            tuple(sorted((*left[:k], run - count, *left[k + 1 :])))
-            for left in reached
-            for k, run in enumerate(left)
-            if run >= size
-        }
+        if in_one:
+            reached = {
+                tuple(sorted((*left[:k], run - count, *left[k + 1 :])))
+                for left in reached
+                for k, run in enumerate(left)
+                if run >= size
+            } or reached  # the first round has none, which `compress` says
+        else:
+            reached = {_levelled(left, count) for left in reached}
+
+
+def _levelled(runs: Sequence[int], count: int) -> tuple[int, ...]:
+    """What single blocks that go may leave at the least: they are taken from the longest run, one after the other."""
+    left = sorted(runs)
+    for _ in range(count if sum(left) >= count else 0):
+        left[-1] -= 1
+        left.sort()
+    return tuple(left)
 
 
 def _parts(texts: Any, tokenizer: Any, rounds: int, test_texts: Any, options: dict[str, Any]) -> tuple[Any, list[Any]]:

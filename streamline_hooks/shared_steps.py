@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ def prepared_alike(work: Together, ready: Preparation) -> Preparation:
         If the processes have not the same model and text.
     """
     if work.processes.count > 1:
-        chosen_on = [tensor for batch in (*ready.calibration, *ready.judging) for tensor in batch.values()]
+        batches: list[Any] = [*ready.calibration, *ready.judging]  # tensors too, where the caller made them
+        chosen_on = [one for batch in batches for one in ([batch] if isinstance(batch, Tensor) else batch.values())]
         work.take([*ready.split.tensors, *chosen_on], **identity(ready.stack))
     return replace(ready, candidates=work.of_first(lambda: ready.candidates))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.preparation import Preparation
 from streamline_hooks.repair import Healing, Student, Trained, Training, student_of, train
-from streamline_hooks.selection import VerifiedSelection
+from streamline_hooks.selection import Selection, VerifiedSelection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_LEAST = 1e-3  # seconds: no time is no setting
+_LEAST = 1e-9  # seconds: no time is no setting
 
 
 def training_file(output: str | Path) -> Path:
@@ -42,6 +42,8 @@ def kept_training(
             "train_until is for a training from its beginning: of one that is resumed the seconds before count too. "
             "Leave it out, or say how many minutes both together may take (Training.minutes)."
         )
+    if until is not None and not until > 0:
+        raise StreamlineError(f"train_until={until} leaves no time to train in; expected seconds above 0, or None.")
     if training.keep_in is None and output is not None:
         training = replace(training, keep_in=training_file(output))
     if resume and not (training.keep_in and training.keep_in.is_file()):
@@ -52,20 +54,52 @@ def kept_training(
     return training
 
 
-def with_something_to_train(ready: Preparation, healing: Healing | None, say: Callable[[str], None]) -> Preparation:
-    """Only windows with a block behind them, where such blocks are all that is trained."""
-    last = len(ready.stack) - 1
-    behind = healing is not None and healing.where == "after" and not healing.head
-    if not behind or ready.size.parameters or last in ready.protected:
-        return ready
-    left = [window for window in ready.candidates if last not in window]
-    if not left:
+def require_parameters(ready: Preparation, healing: Healing | None) -> None:
+    """Raise where there is nothing to train, whichever blocks go."""
+    if healing is None and not ready.size.parameters:
         raise StreamlineError(
-            f"The kind {ready.kind.name!r} has nothing to train, and no block is behind {ready.candidates[0]}, the one "
-            "window there is, to be healed. Choose a kind with parameters, or heal other blocks (beside, all)."
+            f"The kind {ready.kind.name!r} has nothing to train, and no block that stays is trained either. Choose a "
+            "kind with parameters, or healing."
         )
-    say(f"keep       the last block too: {ready.kind.name} has nothing to train, and healed is what is behind it")
-    return replace(ready, candidates=left, protected=ready.protected | {last})
+
+
+def trainable_windows(ready: Preparation, healing: Healing | None) -> Preparation:
+    """Only windows without which something can be trained, of a search for single ones; all where there are none."""
+    left = [window for window in ready.candidates if _trains(ready, healing, [window])]
+    return replace(ready, candidates=left) if left else ready
+
+
+def trainable(found: Sequence[Selection], ready: Preparation, healing: Healing | None) -> list[Selection]:
+    """The selections that can be trained.
+
+    Raises
+    ------
+    StreamlineError
+        If there are none, before any is fitted.
+    """
+    whole = [one for one in found if not one.silenced]
+    if not whole:
+        raise UnsupportedSurgery(
+            "What stands in the place of an attention or an MLP alone is not trained: it is fitted in closed form. "
+            "Leave the training out, or search for windows."
+        )
+    left = [one for one in whole if _trains(ready, healing, one.windows)]
+    if not left:
+        assert healing is not None
+        raise StreamlineError(
+            f"There is nothing to train where {whole[0]} or another of {len(whole)} selections goes: the kind "
+            f"{ready.kind.name!r} has {ready.size.parameters:,} parameters, and healing of the blocks "
+            f"{healing.where!r} finds none. Choose a kind with parameters, or heal other blocks (beside, all)."
+        )
+    return left
+
+
+def _trains(ready: Preparation, healing: Healing | None, windows: Sequence[range]) -> bool:
+    """Whether there is something to train, and all that was asked for can be; behind a window may be nothing."""
+    healed = healing is not None and (healing.head or bool(healing.blocks(len(ready.stack), windows)))
+    if healing is not None and not healed and healing.where != "after":
+        return False
+    return healed or bool(ready.size.parameters)
 
 
 def ending_in(training: Training, seconds: float | None) -> Training:
@@ -86,13 +120,9 @@ def train_selection(
     say: Callable[[str], None],
 ) -> tuple[Student, Trained]:
     """Train the repairs of a selection, which are changed in place; the model is not."""
-    if best.silenced:
-        raise UnsupportedSurgery(
-            "What stands in the place of an attention or an MLP alone is not trained: it is fitted in closed form. "
-            "Leave the training out, or search for windows."
-        )
     pairs = [(repair.window, repair.stand_in) for repair in best.repairs]
-    if healing is not None and healing.where == "after" and not healing.blocks(len(ready.stack), best.windows):
+    behind = healing is not None and (healing.head or bool(healing.blocks(len(ready.stack), best.windows)))
+    if healing is not None and not behind:
         say(f"No block is behind {best}, so that the repair is trained alone.")
         healing = None
     student = student_of(ready.stack, pairs, healing, seed=training.seed, task=ready.task, teacher=teacher)

@@ -16,6 +16,7 @@ import torch
 from streamline_hooks import StreamlineError, UnsupportedSurgery, compress, find_stack, load, shared_steps
 from streamline_hooks.repair import Objective, Training, training_loop
 from streamline_hooks.repair import training as repair_training
+from streamline_hooks.testing import tiny_model
 
 SMALL = {"sequence_length": 64, "calibration_tokens": 6400, "validation_tokens": 640, "test_tokens": 640}
 TRAINING = Training(learning_rate=3e-3, epochs=2, validations=4)
@@ -116,6 +117,8 @@ def test_what_is_asked_for_in_vain_is_refused_at_once(
         ({"resume": True}, "resume is a part of a training"),
         ({"train_until": 60.0}, "train_until is a part of a training"),
         ({"training": TRAINING, "resume": True, "train_until": 60.0}, "train_until is for a training from its begin"),
+        ({"training": TRAINING, "train_until": 0.0}, "train_until=0.0 leaves no time to train in; expected seconds ab"),
+        ({"training": TRAINING, "train_until": float("nan")}, "train_until=nan leaves no time to train in"),
         ({"training": TRAINING, "resume": True}, "There is no training to resume at any place"),
         (
             {"training": TRAINING, "resume": True, "output": tmp_path / "out"},
@@ -135,13 +138,39 @@ def test_a_window_behind_which_nothing_could_be_healed_is_not_chosen(
 ) -> None:
     """Where nothing else is trained, for then all would have been ranked and judged in vain."""
     model, tokenizer = story_model
-    said: list[str] = []
-    options = {**SMALL, "remove": 1, "kind": kind, "healing": "partial:where=after", "side_by_side": False}
-    with pytest.raises(StreamlineError, match=f"'{kind}' has nothing to train, and no block is behind .*4.*, the one"):
-        compress(model, tokenizer, story_texts, training=TRAINING, keep=(0, 1, 2, 3), **options)
-    result = compress(model, tokenizer, story_texts, training=TRAINING, keep=(0, 1, 2), say=said.append, **options)
+    options = {**SMALL, "remove": 1, "kind": kind, "training": TRAINING, "side_by_side": False}
+    with pytest.raises(StreamlineError, match=f"The kind '{kind}' has nothing to train, and no block that stays is"):
+        compress(model, tokenizer, story_texts, **options)
+    options |= {"healing": "partial:where=after"}
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[compress.__module__], "verified_together", None)
+        said = (
+            "There is nothing to train where 4 or another of 1 selections goes: .* healing of the blocks 'after' finds"
+        )
+        with pytest.raises(StreamlineError, match=said):
+            compress(model, tokenizer, story_texts, keep=(0, 1, 2, 3), **options)
+        with pytest.raises(StreamlineError, match="There is nothing to train where 3-4 or another"):
+            compress(model, tokenizer, story_texts, keep=(0, 1, 2), **{**options, "search": "greedy", "remove": 2})
+    result = compress(model, tokenizer, story_texts, keep=(0, 1, 2), **options)
     assert result.plan.removed == (3,) and result.training is not None and result.training.steps
-    assert f"keep       the last block too: {kind} has nothing to train, and healed is what is behind it" in said
+
+
+def test_blocks_that_are_healed_do_not_go(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
+    result = compress(
+        *story_model, story_texts, remove=1, keep=(0, 1, 2), training=TRAINING, healing="partial:where=last,count=1",
+        side_by_side=False, **SMALL,
+    )  # fmt: skip
+    assert result.plan.removed == (3,)
+
+
+def test_of_windows_apart_the_last_block_may_go() -> None:
+    """For what is between them is behind the first."""
+    batches = [torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(k)) for k in range(8)]
+    result = compress(
+        tiny_model("llama"), None, {"calibration": batches[:5], "validation": batches[5:7], "test": batches[7:]},
+        remove=3, keep=(0, 1, 2, 3), kind="none", search="disjoint", training=TRAINING, healing="partial:where=after",
+    )  # fmt: skip
+    assert result.plan.removed in ((4, 6, 7), (4, 5, 7)) and result.training is not None and result.training.steps
 
 
 def test_a_kind_with_parameters_may_be_trained_alone(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
@@ -151,7 +180,7 @@ def test_a_kind_with_parameters_may_be_trained_alone(story_model: tuple[Any, Any
         model, tokenizer, story_texts, training=TRAINING, healing="partial:where=after", remove=1,
         keep=(0, 1, 2, 3), say=said.append, side_by_side=False, **SMALL,
     )  # fmt: skip
-    assert result.plan.removed == (4,) and not any(line.startswith("keep ") for line in said)
+    assert result.plan.removed == (4,)
     assert any("so that the repair is trained alone" in line for line in said)
 
 
@@ -187,6 +216,7 @@ def test_a_training_ends_by_the_clock_of_the_whole_call(
 def test_where_no_time_is_left_what_was_fitted_stays(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
     result = compress(*story_model, story_texts, remove=1, shortlist=1, training=TRAINING, train_until=1e-6, **SMALL)
     assert result.training is not None and result.training.steps == 0
+    assert result.warnings[0].startswith("The training made no step: no time was left for it.")
     assert result.perplexities["trained"] == pytest.approx(result.perplexities["repaired"], rel=1e-4)
 
 

@@ -115,6 +115,10 @@ def test_blocks_that_must_stay_are_the_original_s() -> None:
         ((2, 4, 6), 4, "linear", "Round 2 of 2 needs 2 blocks next to one another, .* no more than 1 once 2 are gone"),
         ((2, 5), 4, "linear", ""),  # 2, 2 and 2: two are left in any case
         ((4,), 4, "block", ""),  # 3 for a round, of which one stays: 2 and 3, or 4 and 1
+        ((), 7, "block", "Round 2 of 2 needs 4 blocks .* no more than 3 once 4 are gone"),  # four, of four
+        ((), 7, "linear", ""),
+        ((1,), 6, "folded", "Round 2 of 2 needs 3 blocks .* no more than 2 once 3 are gone"),  # the last is healed
+        ((1,), 6, "linear", ""),
         ((3, 5), 4, "block", "Round 2 of 2 needs 3 blocks .* no more than 2 once 2 are gone. Keep fewer"),
     ],
 )
@@ -135,7 +139,16 @@ def test_a_later_round_that_may_find_no_window_is_told_before_the_first(
     options = {**OPTIONS, "kind": kind, "rounds": 2, "training": QUICK, "remove": remove, "keep": keep}
     with pytest.raises(StreamlineError if said else Begun, match=said or None):
         compress_iteratively(tiny_model("llama"), None, PARTS, **options)
-    assert begun == ([] if said else [2])
+    assert begun == ([] if said else [-(-remove // 2)])
+
+
+def test_single_blocks_may_go_from_anywhere_before_a_later_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each round's shortlist wants a window too."""
+    options = {**OPTIONS, "rounds": 2, "training": QUICK, "remove": 4, "keep": (2, 5, 6, 7)}
+    with pytest.raises(StreamlineError, match="Round 2 of 2 needs 2 blocks .* no more than 1 once 2 are gone"):
+        compress_iteratively(tiny_model("llama"), None, PARTS, search="greedy", **options)
+    with pytest.raises(StreamlineError, match="train_until ends one training, and each round makes one"):
+        compress_iteratively(tiny_model("llama"), None, PARTS, train_until=10.0, **options)
 
 
 def test_a_round_that_fails_says_what_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:

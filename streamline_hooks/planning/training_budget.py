@@ -20,6 +20,7 @@ _EPOCHS, _PARTS = 4, 20  # what is seen more often teaches little more; in parts
 _VALIDATIONS = (2, 8)
 _STEPS_A_LOOK = 4  # tokens trained on, for each token that a validation looks at
 _MOST = 2**40
+_RESULT = 0.25  # share of the measuring, at most, that comes after the training: of the result, one of six
 _GRACE = 0.1  # share of the budget by which all may be late before the training is ended
 
 
@@ -210,8 +211,10 @@ class BudgetPlan:
     @property
     def train_until(self) -> float:
         """Seconds of `compress` after which the training ends, so that all is late by a tenth of the budget at most."""
-        stages = self.stages
-        return (1 + _GRACE) * self.budget - stages["plan"] - stages["compare"] - stages["save"]
+        stages, paces = self.stages, self.paces
+        last = paces.training.validation * self.sizes.validation + paces.keep
+        behind = last + stages["compare"] + _RESULT * stages["measure"] + stages["save"]
+        return (1 + _GRACE) * self.budget - stages["plan"] - behind
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def healing_copies(
         If no block is left to train, peft is missing, no layer has a name that is asked for, or the head is tied.
     """
     chosen = healing.blocks(len(stack), windows)
-    if not chosen:
+    if not chosen and not healing.head:
         raise StreamlineError(
             f"Healing of the blocks {healing.where!r} finds none: {len(stack)} blocks, of which "
             f"{', '.join(f'{w.start} to {w.stop - 1}' for w in windows)} go. Choose others."

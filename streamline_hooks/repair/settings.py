@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -83,7 +84,7 @@ class Training:
 
     def __post_init__(self) -> None:
         least = {"epochs": 1, "accumulation": 1, "validations": 1, "patience": 0, "memory": 0}
-        wrong = [name for name, bound in least.items() if getattr(self, name) < bound]
+        wrong = [name for name, bound in least.items() if not bound <= getattr(self, name) < math.inf]
         wrong += [name for name in ("learning_rate",) if not getattr(self, name) > 0]
         wrong += [n for n in ("weight_decay", "clip", "keep_every") if not getattr(self, n) >= 0]
         wrong += [name for name in ("warmup", "floor") if not 0 <= getattr(self, name) <= 1]
@@ -147,7 +148,9 @@ class Trained:
 
     @property
     def in_vain(self) -> str:
-        """That no step brought anything, in words; empty where one did, or none was made."""
+        """That no step brought anything, or none was made, in words; empty where one did."""
+        if self.stopped and not self.steps:
+            return f"The training made no step: {self.stopped}."
         later = [row["validated"] for row in self.history if row["step"]]
         if self.best_step or not later:
             return ""

@@ -140,7 +140,8 @@ class Loop(Forwards):
                     if self.step == self.steps or (stopped := self.course.out_of_patience(self.history)):
                         break
                     if self._out_of_time():
-                        stopped = f"the {self.settings.minutes:g} minutes for it were over after step {self.step}"
+                        stopped = f"the {self.settings.minutes:.4g} minutes for it were over after step {self.step}"
+                        stopped = stopped if self.step else "no time was left for it"
                         if self.history[-1]["step"] < self.step:
                             self._validate(bar)
                         break

@@ -126,6 +126,8 @@ def fingerprint(
 
 def _said(value: Any) -> str:
     """A setting, in which a whole number is the same however it is written."""
+    if isinstance(value, dict):
+        return str({name: _said(one) for name, one in value.items()})
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 

@@ -113,3 +113,18 @@ def test_four_processes_end_with_the_model_of_one(
     for found in four:
         assert_alike(found, one["plain"], 1e-6)
         assert_alike(found, four[0], 0.0)
+
+
+def test_batches_that_are_tensors_come_to_one_model(tmp_path: Path) -> None:
+    code = """
+        from streamline_hooks import compress
+        from streamline_hooks.testing import tiny_model
+        batches = [torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(k)) for k in range(6)]
+        parts = {"calibration": batches[:3], "validation": batches[3:5], "test": batches[5:]}
+        result = compress(tiny_model("llama"), None, parts, remove=2, side_by_side=False)
+        torch.save([list(result.plan.removed), list(result.model.state_dict().values())], f"{folder}/{rank}.pt")
+    """
+    in_processes(code, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first[0] == second[0] and len(first[0]) == 2
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))

@@ -137,7 +137,10 @@ def test_the_training_is_the_presets_and_ends_so_that_all_is_a_tenth_of_the_budg
         torch.bfloat16,
     )
     planning = 20.0 + 1e-5 * sizes.dealt
-    assert plan.arguments["train_until"] == pytest.approx(1.1 * 1200 - planning - 10.0 - 2.0)
+    last = 2e-3 * sizes.validation + 0.25 * 4e-3 * sizes.test
+    assert plan.arguments["train_until"] == pytest.approx(1.1 * 1200 - planning - last - 10.0 - 2.0)
+    kept = planned(20, replace(PACES, keep=30.0), available=60_000)
+    assert kept.train_until == pytest.approx(plan.train_until - 30.0)
 
 
 def test_what_it_took_is_said_beside_what_was_planned() -> None:

@@ -129,6 +129,8 @@ def test_the_head_is_trained_where_it_is_not_the_embedding() -> None:
     assert torch.equal(model.lm_head.weight, before)
     student.settle()
     assert not torch.equal(model.lm_head.weight, before)
+    alone = student_of(find_stack(model), [(range(6, 8), None)], Healing.parse("partial:where=after,head"))
+    assert list(alone.parameters()) == ["lm_head.0.weight"], "no block is behind the window, and the head is"
     tied: Any = tiny_model("gpt2")
     with pytest.raises(StreamlineError, match=r"is transformer\.wte\.weight as well: .*Train the last blocks instead"):
         healed(tied, Healing.parse("partial:where=last,count=1,head"))

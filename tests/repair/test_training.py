@@ -452,7 +452,16 @@ def test_a_part_of_an_epoch_is_its_beginning(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"epochs": 0}, {"epochs": 0.5}, {"learning_rate": 0.0}, {"warmup": 1.5}, {"clip": -1.0}]
+    "wrong",
+    [
+        {"epochs": 0},
+        {"epochs": float("nan")},
+        {"epochs": float("inf")},
+        {"epochs": 0.5},
+        {"learning_rate": 0.0},
+        {"warmup": 1.5},
+        {"clip": -1.0},
+    ],
 )
 def test_settings_that_make_no_training_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(StreamlineError, match=f"{next(iter(wrong))}=.* makes no training"):
