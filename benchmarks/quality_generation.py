@@ -19,7 +19,6 @@ import copy
 import fcntl
 import glob
 import json
-import shutil
 import statistics
 import time
 from collections.abc import Iterator
@@ -217,7 +216,6 @@ class Bench:
             self.change(lambda content: content["rows"].update({run.key: made}))
             for kept in self.work.glob(f"{glob.escape(self.file_of(run, 'training').name)}*"):
                 kept.unlink()  # of all rounds
-            shutil.rmtree(self.file_of(run, "text"), ignore_errors=True)
             print(run.key, made["text"]["mean_perplexity_ratio"], made["minutes"], flush=True)
 
     def made(self, run: Run) -> dict[str, Any]:
@@ -300,8 +298,11 @@ class Bench:
         return replace(found, train=rows[:wanted]), minutes
 
     def own_text(self, sequences: int, run: Run) -> tuple[Tensor, float]:
-        """What the original writes to the prompts of a seed, and the minutes that it took when it was written."""
-        folder, began = self.file_of(run, "text"), time.process_time()
+        """What the original writes to the prompts of a seed, and the minutes that it took when it was written.
+
+        It is kept for the rows with another number of blocks gone.
+        """
+        folder, began = self.work / f"{sequences}sequences|{run.seed}.text", time.process_time()
         with fast_products(self.original):
             texts = self_generated(
                 self.original,
