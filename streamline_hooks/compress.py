@@ -18,7 +18,7 @@ from streamline_hooks.collapse_watch import CollapseWatch
 from streamline_hooks.distributed import Together, failing_together, here
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import TaskScores
-from streamline_hooks.evaluation.reasoning import reasoning_in_words, sign_of_reasoning
+from streamline_hooks.evaluation.reasoning import unmeasured_reasoning
 from streamline_hooks.preparation import Preparation, prepare_compression
 from streamline_hooks.repair import Healing, Kind, Training, kind_named
 from streamline_hooks.repair.rollouts import require_writes
@@ -328,7 +328,7 @@ def compress(
             scores[label] = work.of_first(lambda: board.of(model, label))
     with clock("compare"):
         samples = work.of_first(lambda: [] if beside is None else beside.samples(model))
-        told = work.of_first(lambda: _reasons(tokenizer, asked_for) if watch is None else watch.warnings(model))
+        told = work.of_first(lambda: unmeasured_reasoning(tokenizer) if watch is None else watch.warnings(model))
     after = sizes_of(model)
     result = CompressionResult(
         model=model,
@@ -378,12 +378,6 @@ def _save(
 
 def _nothing(line: str) -> None:
     """Say nothing: the first process does."""
-
-
-def _reasons(tokenizer: PreTrainedTokenizerBase | None, task: Task) -> list[str]:
-    """What is to be said of a reasoning model that was not asked for anything."""
-    text = reasoning_in_words(sign_of_reasoning(tokenizer)) if task.is_of_text and tokenizer is not None else ""
-    return [text] if text else []
 
 
 def _place_of(one: VerifiedSelection, judged: list[VerifiedSelection]) -> int:

@@ -96,10 +96,15 @@ def trainable(found: Sequence[Selection], ready: Preparation, healing: Healing |
 
 def _trains(ready: Preparation, healing: Healing | None, windows: Sequence[range]) -> bool:
     """Whether there is something to train, and all that was asked for can be; behind a window may be nothing."""
-    healed = healing is not None and (healing.head or bool(healing.blocks(len(ready.stack), windows)))
+    healed = _heals(ready, healing, windows)
     if healing is not None and not healed and healing.where != "after":
         return False
     return healed or bool(ready.size.parameters)
+
+
+def _heals(ready: Preparation, healing: Healing | None, windows: Sequence[range]) -> bool:
+    """Whether anything that stays is trained."""
+    return healing is not None and (healing.head or bool(healing.blocks(len(ready.stack), windows)))
 
 
 def ending_in(training: Training, seconds: float | None) -> Training:
@@ -121,8 +126,7 @@ def train_selection(
 ) -> tuple[Student, Trained]:
     """Train the repairs of a selection, which are changed in place; the model is not."""
     pairs = [(repair.window, repair.stand_in) for repair in best.repairs]
-    behind = healing is not None and (healing.head or bool(healing.blocks(len(ready.stack), best.windows)))
-    if healing is not None and not behind:
+    if healing is not None and not _heals(ready, healing, best.windows):
         say(f"No block is behind {best}, so that the repair is trained alone.")
         healing = None
     student = student_of(ready.stack, pairs, healing, seed=training.seed, task=ready.task, teacher=teacher)

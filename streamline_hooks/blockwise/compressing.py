@@ -26,7 +26,7 @@ from streamline_hooks.digests import batches_digest
 from streamline_hooks.distributed import here
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation.candidates import Candidate
-from streamline_hooks.evaluation.reasoning import reasoning_in_words, sign_of_reasoning
+from streamline_hooks.evaluation.reasoning import unmeasured_reasoning
 from streamline_hooks.preparation import Preparation, prepare_compression
 from streamline_hooks.repair import Kind, kind_named
 from streamline_hooks.result import CompressionResult, findings
@@ -229,7 +229,7 @@ def compress_checkpoint(
             peak_memory=peak_memory_of_process(),
             data=data,
             profile=measured,
-            warnings=[text] if (text := reasoning_in_words(sign_of_reasoning(tokenizer))) else [],
+            warnings=unmeasured_reasoning(tokenizer),
         )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")  # of 50 GB

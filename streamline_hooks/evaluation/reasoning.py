@@ -123,6 +123,19 @@ def reasoning_in_words(sign: str, before: Sequence[Written] = (), after: Sequenc
     return f"{first} {told} {_KNOWN} {_ADVICE}"
 
 
+def unmeasured_reasoning(tokenizer: Any) -> list[str]:
+    """The warnings of a compression in which nothing was written, by the tokenizer alone.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> unmeasured_reasoning(SimpleNamespace(chat_template="{{ '<|assistant|>' }}"))
+    []
+    """
+    text = reasoning_in_words(sign_of_reasoning(tokenizer))
+    return [text] if text else []
+
+
 def _share(value: float) -> str:
     return f"{value:.0%}" if not math.isnan(value) else "none"
 
