@@ -51,6 +51,7 @@ from streamline_hooks.trained_selection import (
     ending_in,
     kept_training,
     require_parameters,
+    require_whole_blocks,
     train_selection,
     trainable,
     trainable_windows,
@@ -133,14 +134,17 @@ def compress(
         published.
     healing : Healing or str, optional
         What is trained of the blocks that stay, beside the repair, see `Healing.parse`. Where no block is behind the
-        window, nothing of those behind it is.
+        window, nothing of those behind it is; windows that leave nothing to be trained, or none of the blocks that are
+        to be healed, are not looked at.
     teacher : transformers.PreTrainedModel, optional
         The original, where earlier surgery made the model from it: what it says is trained for, and the result is
         measured against it. By default the model itself. Candidates are judged against the model in any case. See
         `compress_iteratively`.
     train_until : float, optional
         Seconds after the beginning of this call at which the training is to end, wherever it is by then, with its best
-        weights; by default it makes all its steps. See `plan_training`.
+        weights; by default it makes all its steps. What the original says to the text is taken to its end in any case,
+        unless no time is left before it: then nothing is trained, and `CompressionResult.warnings` says so. See
+        `plan_training`.
     resume : bool
         Go on with a training that was interrupted: the same call as before, and everything before the training is
         done again.
@@ -230,6 +234,7 @@ def compress(
         )
     if training is not None:
         training.objective.require_task(asked_for)
+        require_whole_blocks(search)
     if not asked_for.is_of_text and named.name in ("perplexity", "taylor"):
         raise StreamlineError(
             f"The criterion {named.name} is of the next token of a text, and {type(model).__name__} is for "
@@ -264,7 +269,7 @@ def compress(
         ready = prepared_alike(work, ready)
         if training is not None:
             require_parameters(ready, healed)
-            ready = trainable_windows(ready, healed) if search == "window" else ready
+            ready = trainable_windows(ready, healed, say) if search == "window" else ready
     if output is not None:
         ready.require_writable()
     if training is not None and training.on_policy is not None:
@@ -276,7 +281,10 @@ def compress(
     path = ready.stack.path
     with clock("rank"):
         measured = profile or measure_profile(model, ready.calibration, keep=ready.protected, stack=path)
-        asked = ready.question(criterion=named, profile=measured, best=shortlist, parts=parts, seed=seed)
+        branches = training is None  # what stands in the place of half a block is not trained
+        asked = ready.question(
+            criterion=named, profile=measured, best=shortlist, parts=parts, seed=seed, branches=branches
+        )
         searched = find_selections(search, asked)
         found = work.of_first(lambda: searched)
         found = found if training is None else trainable(found, ready, healed)
@@ -297,11 +305,15 @@ def compress(
         else:
             board, scores = scores_together(work, ready, wanted, teacher)
             scores, perplexities = {"original": board.original, **scores}, {}
-    student, trained = None, None
+    student, trained, late = None, None, ""
     if training is not None:
         with clock("train"):
             left = work.of_first(lambda: train_until and train_until - (time.perf_counter() - began))
-            student, trained = train_selection(ready, best, ending_in(training, left), healed, teacher, resume, say)
+            if left is None or left > 0:
+                student, trained = train_selection(ready, best, ending_in(training, left), healed, teacher, resume, say)
+            else:
+                late = f"Nothing was trained: what comes before it took all of the {train_until:.4g} seconds for both."
+                say(f"trained    {late}")
     with clock("compare"):
         writes = side_by_side and work.processes.rank == 0 and asked_for.is_of_text and tokenizer is not None
         beside = SideBySide(original, tokenizer, ready.test, say) if writes else None
@@ -351,7 +363,7 @@ def compress(
         training=trained,
         samples=samples,
         speed=speed,
-        warnings=[*([trained.in_vain] if trained is not None and trained.in_vain else []), *told],
+        warnings=[*filter(None, [late, "" if trained is None else trained.in_vain]), *told],
     )
     if output is not None:
         with clock("save"):

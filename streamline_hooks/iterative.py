@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from streamline_hooks.batch import Batch
+from streamline_hooks.batch_split import BatchSplit
 from streamline_hooks.calibration import PackedText, TokenSplit, split_documents
 from streamline_hooks.checkpoint import require_free, save
 from streamline_hooks.compress import compress
@@ -24,6 +25,7 @@ from streamline_hooks.run_figures import Clock
 from streamline_hooks.selection import Target, blocks_to_remove, protected_blocks
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery import SurgeryPlan
+from streamline_hooks.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,7 +58,7 @@ def compress_iteratively(
 
     After IteRABRe (arXiv 2503.06291). Each round is a `compress` of its own on its own part of the calibration text, so
     that all rounds together see no more tokens than one would; the original teaches in every round, and the result is
-    measured against it. A copy of the original is held in memory meanwhile.
+    measured against it. A copy of the original is held in memory meanwhile, where there is more than one round.
 
     Parameters
     ----------
@@ -86,8 +88,8 @@ def compress_iteratively(
     ------
     StreamlineError
         As `compress`; if the rounds do not fit the blocks or the text, or a later one might find no window between the
-        blocks that must stay. If one was interrupted or failed, the model is without the blocks of the rounds before;
-        the training of one that was interrupted is in a file to go on from.
+        blocks that must stay. If one failed, the model is without the blocks of the rounds before; if its training was
+        interrupted, without its own too. Then this training is in a file: load the original, and go on with `resume`.
 
     Examples
     --------
@@ -121,17 +123,19 @@ def compress_iteratively(
     if output is not None:
         work.of_first(lambda: require_free(output, overwrite))
         require_writable(found, kind_named(options.get("kind", "linear")), range(counts[0]))
-    whole, parts = _parts(texts, tokenizer, rounds, test_texts, options)
+    asked_for = options.get("task")
+    task = Task.parse(asked_for) if isinstance(asked_for, str) else asked_for or Task.of(model)
+    whole, parts = _parts(texts, tokenizer, task, rounds, test_texts, options)
     trainings = [_training(training, output, number) for number in range(rounds)]
     files = [one.keep_in for one in trainings]
     if resume and work.of_first(lambda: not (files[0] and files[0].is_file())):
         raise StreamlineError(f"There is no training to resume at {files[0] or 'any place (keep_in)'}; leave it out.")
-    if not resume:
-        work.of_first(lambda: _delete(files))  # of an earlier call, which a later round would take for its own
     protected = protected_blocks(keep, len(found))
     _require_room(_runs_between(protected | _stays(found, counts[0], options), len(found)), len(found), counts, options)
+    if not resume:
+        work.of_first(lambda: _delete(files))  # of an earlier call, which a later round would take for its own
     present: list[int | None] = list(range(len(found)))  # by their numbers in the original
-    original = copy.deepcopy(model)
+    original = copy.deepcopy(model) if rounds > 1 else None
     del found  # it holds blocks that go
     done: list[CompressionResult] = []
     for number, (count, part) in enumerate(zip(counts, parts, strict=True)):
@@ -167,7 +171,11 @@ def compress_iteratively(
         if result.training is not None and result.training.stopped.startswith("interrupted"):
             raise StreamlineError(
                 f"Interrupted in round {number + 1} of {rounds}, and nothing was saved. "
-                + (f"Its training is in {file}: go on with resume." if file else "Name a file (keep_in) to go on from.")
+                + (
+                    f"Its training is in {file}: load the original again, and go on with resume."
+                    if file
+                    else "Name a file (keep_in) to go on from."
+                )
             )
     result = _together(done, whole)
     if output is not None:
@@ -275,8 +283,10 @@ def _levelled(runs: Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(left)
 
 
-def _parts(texts: Any, tokenizer: Any, rounds: int, test_texts: Any, options: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """All of the text, where it is text, and for each round its part, which shares validation and test."""
+def _parts(
+    texts: Any, tokenizer: Any, task: Task, rounds: int, test_texts: Any, options: dict[str, Any]
+) -> tuple[TokenSplit | BatchSplit, list[Any]]:
+    """All of the text or the batches, and for each round its part, which shares validation and test."""
     if are_batches(texts):
         given = cast(Mapping[str, Sequence[Any]], texts)
         if len(given.get("calibration", ())) < 2 * rounds:
@@ -286,7 +296,7 @@ def _parts(texts: Any, tokenizer: Any, rounds: int, test_texts: Any, options: di
             )
         batches = list(given["calibration"])
         edges = [k * len(batches) // rounds for k in range(rounds + 1)]
-        return None, [{**given, "calibration": batches[a:b]} for a, b in pairwise(edges)]
+        return BatchSplit.of(given, task), [{**given, "calibration": batches[a:b]} for a, b in pairwise(edges)]
     own = {name: options.pop(name) for name in _OF_DOCUMENTS if name in options and name != "seed"}
     if isinstance(texts, Mapping):
         split = TokenSplit.of_packed(texts)
@@ -303,9 +313,9 @@ def _parts(texts: Any, tokenizer: Any, rounds: int, test_texts: Any, options: di
     return split, [split.part_of_calibration(number, rounds) for number in range(rounds)]
 
 
-def _fitted_on(tokens: int, part: Any, whole: TokenSplit | None) -> int:
+def _fitted_on(tokens: int, part: Any, whole: TokenSplit | BatchSplit) -> int:
     """A round's share of what all are fitted on, in whole sequences, of which it needs two."""
-    if whole is None:
+    if isinstance(whole, BatchSplit):
         return tokens  # of batches, which `compress` refuses to divide
     share = len(part.calibration) / len(whole.calibration)
     return max(2, round(share * tokens / whole.sequence_length)) * whole.sequence_length
@@ -320,7 +330,7 @@ def _training(training: Training, output: str | Path | None, number: int) -> Tra
     return replace(training, keep_in=file.with_name(f"{file.name}.round-{number + 1}"))
 
 
-def _together(done: Sequence[CompressionResult], whole: TokenSplit | None) -> CompressionResult:
+def _together(done: Sequence[CompressionResult], whole: TokenSplit | BatchSplit) -> CompressionResult:
     """One result of all rounds."""
     first, last = done[0], done[-1]
     profile = first.profile  # the plan's numbers are its numbers
@@ -339,12 +349,12 @@ def _together(done: Sequence[CompressionResult], whole: TokenSplit | None) -> Co
     for one in done:
         for step, spent in one.seconds.items():
             seconds[step] = seconds.get(step, 0.0) + spent
-    data = last.data
-    if whole is not None:
+    data = {**last.data, **whole.figures()}
+    if isinstance(whole, TokenSplit):
         of_rounds = [note for note in last.data["notes"] if note not in whole.notes]
         fitted = [one.data["fitting_tokens"] for one in done if "fitting_tokens" in one.data]
-        all_fitted = {"fitting_tokens": sum(fitted)} if fitted else {}
-        data = {**last.data, **whole.figures(), **all_fitted, "notes": [*whole.notes, *of_rounds]}
+        data |= {"fitting_tokens": sum(fitted)} if fitted else {}
+        data |= {"notes": [*whole.notes, *of_rounds]}
     vain = [
         f"Round {k}: {one.training.in_vain}" for k, one in enumerate(done, 1) if one.training and one.training.in_vain
     ]

@@ -79,7 +79,7 @@ class CompressionResult:
         and of the training is of the last round, and the profile of the first, which is the original's.
     warnings : list of str
         What perplexity does not show and has to be known, in words with numbers: see `CollapseWatch`; and that a
-        training brought nothing (`Trained.in_vain`).
+        training brought nothing (`Trained.in_vain`), or was not begun for want of time.
     folder : Path or None
         Where it was saved.
     """

@@ -18,6 +18,7 @@ from streamline_hooks.repair.folded import Folded
 from streamline_hooks.repair.scaled import Scaled
 from streamline_hooks.selection import Attempt, Selection, VerifiedSelection, perplexity_of_attempts, verified
 from streamline_hooks.selection.search.judge import given_up, writers_of
+from streamline_hooks.selection.search.verified import in_order
 from streamline_hooks.statistics.identity import identity
 
 
@@ -74,8 +75,7 @@ def verified_together(
         refused = next((its[k] for its in refusals if its[k]), "")
         judged[k] = replace(judged[k], distance=math.inf if refused else distance, refused=refused)
     _require_finite(judged)
-    with_first = _as_in_first(work, judged)
-    return sorted(with_first, key=lambda one: (not math.isfinite(one.distance), bool(one.refused), one.distance))
+    return in_order(_as_in_first(work, judged), ready.kind)
 
 
 def perplexities_together(

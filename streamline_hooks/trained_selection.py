@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from streamline_hooks.branches import BRANCHES
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.preparation import Preparation
 from streamline_hooks.repair import Healing, Student, Trained, Training, student_of, train
@@ -14,8 +15,6 @@ from streamline_hooks.selection import Selection, VerifiedSelection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_LEAST = 1e-9  # seconds: no time is no setting
 
 
 def training_file(output: str | Path) -> Path:
@@ -63,10 +62,23 @@ def require_parameters(ready: Preparation, healing: Healing | None) -> None:
         )
 
 
-def trainable_windows(ready: Preparation, healing: Healing | None) -> Preparation:
+def require_whole_blocks(search: str) -> None:
+    """Raise if a search gives up attentions or MLPs alone."""
+    if search in BRANCHES:
+        raise UnsupportedSurgery(
+            "What stands in the place of an attention or an MLP alone is not trained: it is fitted in closed form. "
+            "Leave the training out, or search for windows."
+        )
+
+
+def trainable_windows(ready: Preparation, healing: Healing | None, say: Callable[[str], None]) -> Preparation:
     """Only windows without which something can be trained, of a search for single ones; all where there are none."""
     left = [window for window in ready.candidates if _trains(ready, healing, [window])]
-    return replace(ready, candidates=left) if left else ready
+    if not left or len(left) == len(ready.candidates):
+        return ready
+    out = len(ready.candidates) - len(left)
+    say(f"left out   {out} of {len(ready.candidates)} windows, without which nothing is there to be trained or healed")
+    return replace(ready, candidates=left)
 
 
 def trainable(found: Sequence[Selection], ready: Preparation, healing: Healing | None) -> list[Selection]:
@@ -77,17 +89,11 @@ def trainable(found: Sequence[Selection], ready: Preparation, healing: Healing |
     StreamlineError
         If there are none, before any is fitted.
     """
-    whole = [one for one in found if not one.silenced]
-    if not whole:
-        raise UnsupportedSurgery(
-            "What stands in the place of an attention or an MLP alone is not trained: it is fitted in closed form. "
-            "Leave the training out, or search for windows."
-        )
-    left = [one for one in whole if _trains(ready, healing, one.windows)]
+    left = [one for one in found if _trains(ready, healing, one.windows)]
     if not left:
         assert healing is not None
         raise StreamlineError(
-            f"There is nothing to train where {whole[0]} or another of {len(whole)} selections goes: the kind "
+            f"There is nothing to train where {found[0]} or another of {len(found)} selections goes: the kind "
             f"{ready.kind.name!r} has {ready.size.parameters:,} parameters, and healing of the blocks "
             f"{healing.where!r} finds none. Choose a kind with parameters, or heal other blocks (beside, all)."
         )
@@ -108,10 +114,10 @@ def _heals(ready: Preparation, healing: Healing | None, windows: Sequence[range]
 
 
 def ending_in(training: Training, seconds: float | None) -> Training:
-    """The training that ends by then, if it does not before; where none are left, before its first step."""
+    """The training that ends by then, if it does not before."""
     if seconds is None:
         return training
-    minutes = max(seconds, _LEAST) / 60
+    minutes = seconds / 60
     return replace(training, minutes=minutes if training.minutes is None else min(minutes, training.minutes))
 
 

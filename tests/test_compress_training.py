@@ -128,7 +128,7 @@ def test_what_is_asked_for_in_vain_is_refused_at_once(
         with pytest.raises(StreamlineError, match=message):
             compress(model, tokenizer, story_texts, **options, **SMALL)
     with pytest.raises(UnsupportedSurgery, match="of an attention or an MLP alone is not trained"):
-        compress(model, tokenizer, story_texts, remove=1, search="mlp", training=TRAINING, **SMALL)
+        compress(model, tokenizer, story_texts, remove=1, search="mlp", training=TRAINING, profile=object(), **SMALL)
     assert find_stack(model).blocks == before
 
 
@@ -156,11 +156,13 @@ def test_a_window_behind_which_nothing_could_be_healed_is_not_chosen(
 
 
 def test_blocks_that_are_healed_do_not_go(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
+    said: list[str] = []
     result = compress(
         *story_model, story_texts, remove=1, keep=(0, 1, 2), training=TRAINING, healing="partial:where=last,count=1",
-        side_by_side=False, **SMALL,
+        side_by_side=False, say=said.append, **SMALL,
     )  # fmt: skip
     assert result.plan.removed == (3,)
+    assert "left out   1 of 2 windows, without which nothing is there to be trained or healed" in said
 
 
 def test_of_windows_apart_the_last_block_may_go() -> None:
@@ -213,11 +215,60 @@ def test_a_training_ends_by_the_clock_of_the_whole_call(
     assert trained.stopped.endswith(f"were over after step {trained.steps}")
 
 
-def test_where_no_time_is_left_what_was_fitted_stays(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
-    result = compress(*story_model, story_texts, remove=1, shortlist=1, training=TRAINING, train_until=1e-6, **SMALL)
+def test_where_no_time_is_left_what_was_fitted_stays(
+    story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the original is not run over a text that nothing is trained on."""
+    monkeypatch.setattr(repair_training, "taught_to", None)
+    result = compress(
+        *story_model, story_texts, remove=1, shortlist=1, training=TRAINING, train_until=1e-6, output=tmp_path / "out",
+        healing="partial:where=after", **SMALL,
+    )  # fmt: skip
+    assert result.training is None and list(tmp_path.iterdir()) == [tmp_path / "out"]
+    assert result.warnings[0] == "Nothing was trained: what comes before it took all of the 1e-06 seconds for both."
+    assert list(result.perplexities) == ["original", "removed", "repaired"]
+    ids = story_model[1](story_texts[0], return_tensors="pt").input_ids[:, :64]
+    torch.testing.assert_close(load(tmp_path / "out")(ids).logits, result.model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_time_that_ends_while_the_original_is_run_leaves_no_step(
+    story_model: tuple[Any, Any], story_texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, late = repair_training.taught_to, time.perf_counter
+
+    def slow(*given: Any, **options: Any) -> Any:
+        monkeypatch.setattr(time, "perf_counter", lambda: late() + 1e4)
+        return run(*given, **options)
+
+    monkeypatch.setattr(repair_training, "taught_to", slow)
+    result = compress(*story_model, story_texts, remove=1, shortlist=1, training=TRAINING, train_until=5e3, **SMALL)
     assert result.training is not None and result.training.steps == 0
     assert result.warnings[0].startswith("The training made no step: no time was left for it.")
     assert result.perplexities["trained"] == pytest.approx(result.perplexities["repaired"], rel=1e-4)
+
+
+def test_a_search_that_may_halve_blocks_leaves_them_whole_where_they_are_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it found best was left out in silence, and all of it may have been, after the whole search."""
+    batches = [torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(k)) for k in range(8)]
+    parts = {"calibration": batches[:5], "validation": batches[5:7], "test": batches[7:]}
+    found: dict[bool, list[Any]] = {}
+    module = sys.modules[compress.__module__]
+    search = module.find_selections  # type: ignore[attr-defined]
+    for training in (None, TRAINING):
+
+        def kept(*given: Any, trained: bool = training is not None) -> Any:
+            found[trained] = search(*given)
+            return found[trained]
+
+        monkeypatch.setattr(module, "find_selections", kept)
+        compress(
+            tiny_model("llama"), None, parts, remove=2, search="evolution", shortlist=4, training=training,
+            side_by_side=False,
+        )  # fmt: skip
+    assert any(one.silenced for one in found[False]), "nothing was halved, so that this shows nothing"
+    assert len(found[True]) == 4 and not any(one.silenced for one in found[True])
 
 
 def test_states_alone_can_be_trained_for(story_model: tuple[Any, Any], story_texts: list[str]) -> None:

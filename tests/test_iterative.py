@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from streamline_hooks import StreamlineError, compress_iteratively, iterative, load
+from streamline_hooks.batch_split import BatchSplit
 from streamline_hooks.calibration import TokenSplit
 from streamline_hooks.preparation import prepare_compression
 from streamline_hooks.repair import Objective, Training, training_loop
@@ -190,6 +192,39 @@ def test_a_file_of_an_earlier_call_is_not_gone_on_with(tmp_path: Path, monkeypat
     dies_at(3, other)
     result = compress_iteratively(tiny_model("llama"), None, PARTS, training=other, resume=True, **settings)
     assert len(result.rounds) == 2 and result.seconds["save"] > 0
+
+
+def test_a_call_that_is_refused_leaves_the_files_of_an_earlier_one(tmp_path: Path) -> None:
+    files = [tmp_path / f"out.training.round-{number}" for number in (1, 2)]
+    for file in files:
+        file.write_text("hours")
+    settings: dict[str, Any] = {"rounds": 2, "remove": 4, "training": QUICK, "output": tmp_path / "out", **OPTIONS}
+    with pytest.raises(StreamlineError, match="Round 2 of 2 needs 2 blocks"):
+        compress_iteratively(tiny_model("llama"), None, PARTS, keep=(1, 3, 5), **settings)
+    assert [file.read_text() for file in files] == ["hours"] * 2
+
+
+def test_of_batches_all_rounds_together_are_told(tmp_path: Path) -> None:
+    result = compress_iteratively(tiny_model("llama"), None, PARTS, rounds=3, remove=3, training=QUICK, **OPTIONS)
+    whole = BatchSplit.of(PARTS, Task("causal-lm")).figures()
+    assert result.data["calibration_tokens"] == 12 * 2 * 12
+    assert {name: result.data[name] for name in whole} == whole
+
+
+def test_one_round_copies_no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    make, copied = copy.deepcopy, []
+
+    def noted(one: Any, *more: Any) -> Any:
+        copied.append(type(one).__name__)
+        return make(one, *more)
+
+    monkeypatch.setattr(copy, "deepcopy", noted)
+    for rounds, copies in ((1, 0), (2, 1)):
+        copied.clear()
+        model = tiny_model("llama")
+        kind = type(model).__name__
+        result = compress_iteratively(model, None, PARTS, rounds=rounds, remove=2, training=QUICK, **OPTIONS)
+        assert len(result.rounds) == rounds and copied.count(kind) == copies
 
 
 def test_each_round_sees_every_source_of_a_mixture() -> None:

@@ -38,6 +38,18 @@ def test_rows_are_spread_and_packed_ones_begin_with_their_first_document() -> No
     assert text_beginnings(Numbers(), [packed], count=2, length=3) == ["1 2", "101 102 103"]
 
 
+@pytest.mark.parametrize(
+    ("positions", "wanted"),
+    [
+        (torch.tensor([[0, 1, *range(6)]]), ["1 2", "101 102"]),  # of both rows
+        (torch.arange(8).expand(3, 2, 8), ["1 2 3", "101 102 103"]),  # several axes, as of images, are not looked at
+    ],
+)
+def test_positions_may_be_those_of_all_rows_or_have_axes(positions: torch.Tensor, wanted: list[str]) -> None:
+    batch = {"input_ids": numbers(1, 101, count=8), "position_ids": positions}
+    assert text_beginnings(Numbers(), [batch], count=2, length=3) == wanted
+
+
 def test_of_few_rows_there_are_later_pieces_that_do_not_overlap() -> None:
     found = text_beginnings(Numbers(), [numbers(1, 101, count=13)], count=5, length=2)
     assert found == ["1 2", "5 6", "9 10", "101 102", "105 106"]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from streamline_hooks.batch import Batch, real_tokens
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.predicted import predicted_tokens
 
 Ids = array
 Row = list[Ids]
@@ -221,7 +222,7 @@ def documents_of(batch: Batch | Tensor) -> list[list[Tensor]]:
     ----------
     batch : mapping or torch.Tensor
         Token ids of shape (batch, tokens), or ``input_ids`` with what belongs to them: ``attention_mask`` where there
-        is padding, ``position_ids`` where rows are packed.
+        is padding, ``position_ids`` where rows are packed (see `predicted_tokens` for their shape).
 
     Returns
     -------
@@ -237,11 +238,13 @@ def documents_of(batch: Batch | Tensor) -> list[list[Tensor]]:
     [[tensor([7, 8]), tensor([9, 0])]]
     """
     given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-    ids, mask, positions = given["input_ids"].cpu(), real_tokens(given), given.get("position_ids")
+    ids, mask = given["input_ids"].cpu(), real_tokens(given)
+    every = torch.ones_like(ids, dtype=torch.bool)
+    begins = ~every  # of the first tokens of rows it says nothing
+    begins[:, 1:] = ~predicted_tokens(every, given.get("position_ids"))
     found = []
     for row, tokens in enumerate(ids):
-        real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask[row].cpu().bool()
-        begins = torch.zeros_like(real) if positions is None else beginnings(positions[row : row + 1].cpu())[0]
-        edges = begins[real][1:].nonzero().flatten() + 1
+        real = every[row] if mask is None else mask[row].cpu().bool()
+        edges = begins[row][real][1:].nonzero().flatten() + 1
         found.append(list(tokens[real].tensor_split(edges)))
     return [documents for documents in found if len(documents[0])]

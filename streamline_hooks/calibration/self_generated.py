@@ -103,8 +103,9 @@ def self_generated(
     sampling = {"temperature": temperature, "top_p": top_p}
     settings: dict[str, Any] = {"sequence_length": sequence_length, "batch_size": batch_size, "seed": seed, **sampling}
     settings["ends"] = sorted(end_tokens(model, tokenizer))
-    if torch.is_autocast_enabled(model.device.type):
-        settings["products"] = str(torch.get_autocast_dtype(model.device.type))
+    device = device_of(model)  # `model.device` is meta where weights are offloaded
+    if torch.is_autocast_enabled(device.type):
+        settings["products"] = str(torch.get_autocast_dtype(device.type))
     if conversation:
         _require_read_back(tokenizer)
         settings["conversation"] = True
@@ -120,7 +121,7 @@ def self_generated(
             asked = list(islice(queue, batch_size))
             known = number < len(store.batches)
             if not known:
-                with seeded(device_of(model), seed, number, *draw):
+                with seeded(device, seed, number, *draw):
                     store.append(_write(model, tokenizer, asked, sequence_length, sampling, conversation))
             before = len(usable)
             written += store.batches[number]

@@ -29,7 +29,9 @@ def probes(
     """Make problems of each sort.
 
     What is asked for is shown by solved ones, so that a model which has only read text knows it too. No problem is the
-    same as another of its sort, or as one that is shown.
+    same as another of its sort, or as one that is shown. All of a sort stand behind the same shown ones: an interval
+    from drawing problems anew is one for these. Of other seeds others are shown; put together, they are to be told as
+    `TaskAnswers.clusters`.
 
     Parameters
     ----------

@@ -69,6 +69,14 @@ class Kind:
     fill: Filler | None = None
     solve: bool = True
 
+    @property
+    def tells(self) -> bool:
+        """Whether what one says tells anything before it is trained: it was solved for, fitted, or once a block.
+
+        What is as it was made, with random weights, says nothing yet.
+        """
+        return self.solve or self.fit is not None or self.slots > 0
+
     def build(self, stack: BlockStack, window: range, *, seed: int = 0, probe: Batch | Tensor | None = None) -> StandIn:
         """Make one that is to be started, the same for a seed.
 

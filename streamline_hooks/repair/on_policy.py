@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count, takewhile
-from math import floor, inf, isinf
+from math import floor
 from typing import Any
 
 from streamline_hooks.errors import StreamlineError
@@ -132,7 +132,7 @@ class TextLength:
     loss : float
         Summed over these places.
     first : float
-        The mean of the first of this length; infinite where that is not known yet.
+        The mean of the first of this length; None where that is not known yet.
 
     Examples
     --------
@@ -154,18 +154,17 @@ class TextLength:
     whole: int = 0
     answers: int = 0
     loss: float = 0.0
-    first: float = inf
+    first: float | None = None
 
     @property
     def so_far(self) -> tuple[Any, ...]:
         """All but the settings, as JSON values."""
-        return self.length, self.texts, self.whole, self.answers, self.loss, None if isinf(self.first) else self.first
+        return self.length, self.texts, self.whole, self.answers, self.loss, self.first
 
     @classmethod
     def of(cls, settings: OnPolicy, so_far: Sequence[Any]) -> TextLength:
         """Where it was."""
-        length, texts, whole, answers, loss, first = so_far
-        return cls(settings, length, texts, whole, answers, loss, inf if first is None else first)
+        return cls(settings, *so_far)
 
     def note(self, texts: int, whole: int, loss: float, answers: int) -> None:
         """Count what was written, and go on to longer texts where these have improved and most of them were whole."""
@@ -174,8 +173,8 @@ class TextLength:
         if self.texts < _ENOUGH or not self.answers:
             return
         mean = self.loss / self.answers
-        if isinf(self.first):
+        if self.first is None:
             self.first = mean
         elif mean <= _CLOSER * self.first and self.whole >= _WHOLE * self.texts:
-            self.length, self.first = min(2 * self.length, self.settings.longest), inf
+            self.length, self.first = min(2 * self.length, self.settings.longest), None
         self.texts, self.whole, self.answers, self.loss = 0, 0, 0, 0.0

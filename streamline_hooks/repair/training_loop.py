@@ -162,7 +162,10 @@ class Loop(Forwards):
                     raise  # the others do not know of it
                 stopped = f"interrupted after step {self.step}"
         if self.whole and not stopped.startswith("the loss"):
-            self._keep()
+            try:
+                self._keep()
+            except StreamlineError as error:  # which is not worth the weights that are there
+                self.say(str(error))
         ends = self.work.tell((self.interrupts.asked, self.seconds))
         self.seconds = ends[0][1]
         if not stopped and any(asked for asked, _ in ends):
@@ -329,7 +332,7 @@ class Loop(Forwards):
         tensors |= random_state(self.device)
         said = {
             "fingerprint": self.fingerprint, "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
-            "history": self.history, "losses": self.losses, "rows": self.rows,
+            "spent": self.spent, "history": self.history, "losses": self.losses, "rows": self.rows,
             "own_text": self.own_text and self.own_text.state_dict(), **self.optimisation.said(),
         }  # fmt: skip
         write_state(self.settings.keep_in, tensors, said)
@@ -346,6 +349,7 @@ class Loop(Forwards):
         self.best = {name: tensors[f"best.{name}"].to(p.device) for name, p in self.parameters.items()}
         set_random_state(tensors, self.device)
         self.step, self.tokens, self.seconds = said["step"], said["tokens"], said["seconds"]
+        self.spent = max(self.spent, said["spent"])  # so that one that ended by its time has none left
         self.history, self.losses = said["history"], [(value, count) for value, count in said["losses"]]
         if self.own_text is not None:
             self.own_text.load_state_dict(said["own_text"])

@@ -421,6 +421,14 @@ class TestConversations:
             assert text.count("<user>") == pytest.approx(text.count(f"<sys>{SYSTEM}\n\n"), abs=1) and SYSTEM in text
 
 
+def test_a_model_whose_weights_are_offloaded_writes_the_same(model: LlamaForCausalLM, tokenizer: Any) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    wanted = self_generated(model, tokenizer, **SHORT)
+    offloaded = accelerate.cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    assert offloaded.device.type == "meta"
+    assert self_generated(offloaded, tokenizer, **SHORT) == wanted
+
+
 def test_files_of_this_name_and_form_are_read(model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"sequence_length": 24, "batch_size": 2, "seed": 0, "temperature": 0.8, "top_p": 0.95}
     settings["ends"] = sorted(end_tokens(model, tokenizer))

@@ -23,6 +23,13 @@ def trained(stories: Path, texts: list[str], **options: Any) -> dict[str, Any]:
     return plain(stories, texts, **options)
 
 
+def fresh(stories: Path, texts: list[str]) -> list[str]:
+    """The order of what stands there with random weights, which says nothing yet."""
+    options: dict[str, Any] = {"kind": "feed_forward:width=16", "side_by_side": False, **SMALL}
+    result = compress(*load_pretrained(stories), texts, remove=1, shortlist=4, **options)
+    return [str(one) for one in result.candidates]
+
+
 def told_of(result: Any) -> dict[str, Any]:
     return {
         "weights": {name: value.clone() for name, value in result.model.state_dict().items()},
@@ -46,6 +53,7 @@ def in_several(folder: Path, stories: Path, rank: int) -> dict[str, Any]:
     out = folder / "out" if rank == 0 else folder / "texts.json" / "nowhere"  # where nothing can be written
     found = {"trained": trained(stories, texts, output=out, say=said.append), "said": said}
     found["plain"] = plain(stories, texts)
+    found["fresh"] = fresh(stories, texts)
     found["files"] = sorted(str(path.relative_to(folder)) for path in (folder / "out").iterdir())
     found["not free"] = raised(lambda: plain(stories, texts, output=out))
     rounds: dict[str, Any] = {"rounds": 2, "remove": 2, "training": TRAINING, "output": out, **SMALL}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from streamline_hooks import load
-from tests.distributed.compressed_together import plain, trained
+from tests.distributed.compressed_together import fresh, plain, trained
 from tests.processes import in_processes
 
 pytestmark = pytest.mark.slow
@@ -60,6 +60,13 @@ def test_two_processes_end_with_the_model_of_one(one: dict[str, Any], two: list[
         assert_alike(found[what], one[what], 1e-6)
     assert_alike(two[0][what], two[1][what], 0.0)
     assert two[0][what]["seconds"] == two[1][what]["seconds"]
+
+
+def test_random_weights_choose_in_several_no_more_than_in_one(
+    two: list[dict[str, Any]], stories_folder: Path, story_texts: list[str]
+) -> None:
+    wanted = fresh(stories_folder, story_texts)
+    assert two[0]["fresh"] == two[1]["fresh"] == wanted and len(set(wanted)) == 4
 
 
 def test_what_was_compared_was_trained(one: dict[str, Any]) -> None:

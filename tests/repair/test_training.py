@@ -426,9 +426,9 @@ def test_what_cannot_be_trained_or_resumed_is_refused(tmp_path: Path) -> None:
         file.write_bytes(damaged)
         with pytest.raises(StreamlineError, match=r"is not the file of a training, or is damaged .*begin again"):
             train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
-    file.write_bytes(whole.replace(b'format\\": 4', b'format\\": 9'))
+    file.write_bytes(whole.replace(b'format\\": 5', b'format\\": 9'))
     with pytest.raises(
-        StreamlineError, match=r"another version of this library: it has format 9, and this one reads 4"
+        StreamlineError, match=r"another version of this library: it has format 9, and this one reads 5"
     ):
         train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
 
@@ -482,6 +482,21 @@ def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest
     assert torch.equal(tensors["a"], torch.ones(2))
     assert said["step"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["training"]
+
+
+def test_a_disk_that_is_full_at_the_end_costs_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    whole, other = (student_of(tiny_model("llama"))[0] for _ in range(2))
+    wanted = train(whole, BATCHES, VALIDATION, QUICK)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("streamline_hooks.repair.training_state.save_file", full)
+    trained = train(other, BATCHES, VALIDATION, replace(QUICK, keep_in=tmp_path / "training"), say=said.append)
+    assert trained.history == wanted.history and "No space left on device. Make room" in said[-1]
+    pairs = zip(whole.parameters().values(), other.parameters().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_a_training_that_brought_nothing_says_so() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from streamline_hooks import LinearReplacement, StreamlineError
-from streamline_hooks.repair import Student, Training, train, training_loop
+from streamline_hooks.repair import Student, Training, train, training, training_loop
 from streamline_hooks.repair.training_state import read_state
 from streamline_hooks.testing import tiny_model
 from tests.distributed.trained_together import BATCHES, VALIDATION
@@ -88,6 +88,26 @@ def test_seconds_before_an_interruption_count_and_more_minutes_go_on(
     rest = train(parts, BATCHES, VALIDATION, kept, resume=True)
     assert rest.stopped == "" and rest.steps == 12
     assert all(torch.equal(a, b) for a, b in zip(weights(parts), weights(whole), strict=True))
+
+
+def test_what_was_spent_before_the_first_step_counts_again_where_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An original that is run faster the second time leaves no more time: a training that had ended has ended."""
+    clock = Steps(monkeypatch)
+    kept = replace(SETTINGS, keep_in=tmp_path / "training", minutes=6)
+    teach = training.taught_to
+
+    def slow(*given: Any, **options: Any) -> Any:
+        clock.now += 60
+        return teach(*given, **options)
+
+    first, again = student(), student()
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "taught_to", slow)  # for the text, and for what validates
+        assert train(first, BATCHES, VALIDATION, kept).steps == 4
+    assert train(again, BATCHES, VALIDATION, kept, resume=True).steps == 4
+    assert all(torch.equal(a, b) for a, b in zip(weights(first), weights(again), strict=True))
 
 
 @pytest.mark.parametrize("minutes", [0, -1.0, float("nan")])

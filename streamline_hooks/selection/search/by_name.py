@@ -58,6 +58,8 @@ class SearchProblem:
         Of random numbers.
     task : Task, optional
         What the model is for, where its class does not say it.
+    branches : bool
+        Whether attentions and MLPs may go alone, where the search has to do with whole blocks too.
     """
 
     candidates: Sequence[range]
@@ -72,6 +74,7 @@ class SearchProblem:
     stack: str | None = None
     seed: int = 0
     task: Task | None = None
+    branches: bool = True
 
     @property
     def count(self) -> int:
@@ -223,8 +226,8 @@ def _evolution(asked: SearchProblem) -> list[Selection]:
     few = asked.beginning(_TOKENS) or []
     seeds = list(dict.fromkeys([*_window(asked), *_one_shot(asked)]))
     found = evolution(
-        model, few, seeds, generations=10, offspring=16, stages=((_TOKENS // 4, 4),), keep=asked.keep, seed=asked.seed,
-        stack=asked.stack, task=asked.task,
+        model, few, seeds, generations=10, offspring=16, stages=((_TOKENS // 4, 4),), keep=asked.keep,
+        branches=asked.branches, seed=asked.seed, stack=asked.stack, task=asked.task,
     )  # fmt: skip
     return found[: asked.best]
 

@@ -143,14 +143,21 @@ def verified(
         )
     if all(one.refused for one in judged):
         raise next(one for one in distances if isinstance(one, UnsupportedSurgery))
-    telling = fitting.kind.solve or fitting.kind.fit is not None or fitting.kind.slots > 0  # a block was trained once
-    judged.sort(key=lambda one: (not math.isfinite(one.distance), bool(one.refused), one.distance if telling else 0.0))
+    judged = in_order(judged, fitting.kind)
     if not math.isfinite(judged[0].distance):
         raise StreamlineError(
             f"Not one of the {len(judged)} shortlisted selections leaves a model with finite answers. Remove less, "
             "protect other blocks, or run in a wider precision (float32 or bfloat16)."
         )
     return judged
+
+
+def in_order(judged: Sequence[VerifiedSelection], kind: Kind) -> list[VerifiedSelection]:
+    """The best first, as `verified` has them."""
+    return sorted(
+        judged,
+        key=lambda one: (not math.isfinite(one.distance), bool(one.refused), one.distance if kind.tells else 0.0),
+    )
 
 
 class _Fitting:
