@@ -125,7 +125,7 @@ def in_several(folder: Path, rank: int) -> dict[str, Any]:
     apart = student()
     with in_loss(3, lambda loss: (next(iter(apart.parameters().values())).data.add_(0.1), loss)[1], rank=1):
         found["apart"] = outcome(made=apart)
-    found["no folder"] = outcome(replace(SETTINGS, keep_in=folder / "training" / "nowhere"))
+    found["no folder"] = outcome(replace(kept, keep_in=folder / "training" / "nowhere"))
     found["afterwards"] = outcome()
     found["bar"] = progress(3, "test").disable
     return found
