@@ -19,13 +19,12 @@ from streamline_hooks.distributed import Together, failing_together, here
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import TaskScores
 from streamline_hooks.evaluation.reasoning import unmeasured_reasoning
-from streamline_hooks.preparation import Preparation, prepare_compression
+from streamline_hooks.preparation import prepare_compression
 from streamline_hooks.repair import Healing, Kind, Training, kind_named
 from streamline_hooks.repair.rollouts import require_writes
-from streamline_hooks.result import LABELS, CompressionResult, findings
+from streamline_hooks.result import LABELS, CompressionResult, attempts_to_measure, findings
 from streamline_hooks.run_figures import Clock, peak_memory_of_process, sizes_of
 from streamline_hooks.selection import (
-    Attempt,
     Criterion,
     Target,
     VerifiedSelection,
@@ -294,17 +293,16 @@ def compress(
         say(line)
     best = judged[work.of_first(lambda: _place_of(first_that_can_go(model, judged, path, say), judged))]
     first = next(one for one in judged if (one.windows, one.silenced) == (found[0].windows, found[0].silenced))
-    wanted = _measured(best, first, fitted=training is not None)
+    wanted = attempts_to_measure(best, first, trained=training is not None)
     board: TaskScores | None = None
+    perplexities: dict[str, float] = {}
+    scores: dict[str, dict[str, float]] = {}
     with clock("measure"):
         if asked_for.is_of_text:
-            perplexities = _perplexities(work, ready, wanted)
-            if teacher is not None:
-                perplexities["original"] = perplexity_together(work, teacher, ready.test, "perplexity: original").value
-            scores: dict[str, dict[str, float]] = {}
+            perplexities = perplexities_together(work, ready, wanted, teacher)
         else:
             board, scores = scores_together(work, ready, wanted, teacher)
-            scores, perplexities = {"original": board.original, **scores}, {}
+            scores = {"original": board.original, **scores}
     student, trained, late = None, None, ""
     if training is not None:
         with clock("train"):
@@ -394,25 +392,3 @@ def _nothing(line: str) -> None:
 
 def _place_of(one: VerifiedSelection, judged: list[VerifiedSelection]) -> int:
     return next(k for k, other in enumerate(judged) if other is one)
-
-
-def _measured(best: VerifiedSelection, first: VerifiedSelection, fitted: bool) -> dict[str, Attempt]:
-    """What is measured before the surgery: the chosen selection without its repair, and the search's first if another.
-
-    The chosen one as it was fitted too, where it is going to be trained.
-    """
-    repaired = tuple(repair.stand_in for repair in first.repairs)
-    wanted = {"removed": Attempt(best)}
-    if fitted and any(repair.stand_in is not None for repair in best.repairs):
-        wanted["repaired"] = Attempt(best, tuple(repair.stand_in for repair in best.repairs), best.maps)
-    if first is not best and not first.refused:
-        wanted["first_removed"] = Attempt(first)
-        if first.maps or any(stand_in is not None for stand_in in repaired):
-            wanted["first_repaired"] = Attempt(first, repaired, first.maps)
-    return wanted
-
-
-def _perplexities(work: Together, ready: Preparation, wanted: dict[str, Attempt]) -> dict[str, float]:
-    what = f"perplexity of the original and {len(wanted)} others"
-    original, each = perplexities_together(work, ready, list(wanted.values()), what)
-    return {"original": original.value, **{name: p.value for name, p in zip(wanted, each, strict=True)}}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamline_hooks.evaluation import MEASURES, SpeedReport, Written
 from streamline_hooks.repair import StandInSize, Trained
-from streamline_hooks.selection import VerifiedSelection
+from streamline_hooks.selection import Attempt, VerifiedSelection
 from streamline_hooks.statistics import Profile
 from streamline_hooks.surgery import SurgeryPlan
 from streamline_hooks.task import Task
@@ -178,6 +178,28 @@ class CompressionResult:
         if not self.rounds:
             return _what(self.candidates[0])
         return "removed " + ", then ".join(" ".join(map(str, one["removed"])) for one in self.rounds)
+
+
+def attempts_to_measure(best: VerifiedSelection, first: VerifiedSelection, trained: bool) -> dict[str, Attempt]:
+    """What is measured beside the end result, by its name in `LABELS`.
+
+    The chosen selection without its repair, as it was fitted too where it is going to be trained, and the search's
+    first if that is another.
+    """
+    found = {"removed": Attempt(best)}
+    repaired = _as_fitted(best)
+    if trained and any(stand_in is not None for stand_in in repaired.stand_ins):
+        found["repaired"] = repaired
+    if first is not best and not first.refused:
+        found["first_removed"] = Attempt(first)
+        repaired = _as_fitted(first)
+        if repaired.maps or any(stand_in is not None for stand_in in repaired.stand_ins):
+            found["first_repaired"] = repaired
+    return found
+
+
+def _as_fitted(one: VerifiedSelection) -> Attempt:
+    return Attempt(one, tuple(repair.stand_in for repair in one.repairs), one.maps)
 
 
 def findings(judged: Sequence[VerifiedSelection], measure: str = "KL") -> list[str]:

@@ -79,16 +79,23 @@ def verified_together(
 
 
 def perplexities_together(
-    work: Together, ready: Preparation, attempts: Sequence[Attempt], what: str
-) -> tuple[Perplexity, list[Perplexity]]:
-    """Perplexity of the original and of attempts on test text, see `perplexity_of_attempts`."""
+    work: Together, ready: Preparation, attempts: Mapping[str, Attempt], teacher: nn.Module | None = None
+) -> dict[str, float]:
+    """Perplexity of the original and of attempts on test text, by name; see `perplexity_of_attempts`.
+
+    The original is the teacher, where there is one.
+    """
     own = _share(ready.test, work.processes)
     found = [Perplexity()] * (1 + len(attempts))
     if own:
-        original, each = perplexity_of_attempts(ready.stack, own, attempts, what)
+        what = f"perplexity of the original and {len(attempts)} others"
+        original, each = perplexity_of_attempts(ready.stack, own, list(attempts.values()), what)
         found = [original, *each]
-    original, *each = _added_up(work, found)
-    return original, each
+    names = ["original", *attempts]
+    by_name = {name: one.value for name, one in zip(names, _added_up(work, found), strict=True)}
+    if teacher is not None:
+        by_name["original"] = perplexity_together(work, teacher, ready.test, "perplexity: original").value
+    return by_name
 
 
 def perplexity_together(work: Together, model: nn.Module, batches: Batches, what: str = "perplexity") -> Perplexity:

@@ -11,11 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def in_a_new_process(code: str, *args: Any, check: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    """On as many threads as this one, which products of matrices depend on in their last digits."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
     return subprocess.run(
         command, capture_output=True, text=True, check=check, env=environment, cwd=ROOT, timeout=_LONGEST

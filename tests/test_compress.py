@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import subprocess
-import sys
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +19,7 @@ from streamline_hooks.calibration import PackedText, beginnings, packed_text, re
 from streamline_hooks.preparation import held_out_apart
 from streamline_hooks.repair import Objective, Training, fit_windows, register_kind
 from streamline_hooks.testing import tiny_model
+from tests.processes import in_a_new_process
 from tests.repair.stand_ins import KINDS, SLOTS
 
 PLAIN = ("block", "block:count=2", "silenced", "merged", "merged:channels=mlp", "folded", "scale")
@@ -281,17 +280,18 @@ def test_smollm2_loses_a_quarter_of_its_blocks(smollm2: tuple[Any, Any], tmp_pat
     )
     torch.save((dict(batch), model(**batch).logits), tmp_path / "expected.pt")
     code = """
-import sys, torch, streamline_hooks
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/out")
-batch, logits = torch.load(sys.argv[1] + "/expected.pt")
-real = batch["attention_mask"].bool()
-torch.testing.assert_close(model(**batch).logits[real], logits[real], rtol=1e-5, atol=1e-5)
-a, b = (model.generate(**batch, max_new_tokens=12, do_sample=False, use_cache=c) for c in (True, False))
-assert torch.equal(a, b)
-print("same")
-"""
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+        import sys, torch, streamline_hooks
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/out")
+        batch, logits = torch.load(sys.argv[1] + "/expected.pt")
+        real = batch["attention_mask"].bool()
+        torch.testing.assert_close(model(**batch).logits[real], logits[real], rtol=1e-5, atol=1e-5)
+        a, b = (model.generate(**batch, max_new_tokens=12, do_sample=False, use_cache=c) for c in (True, False))
+        assert torch.equal(a, b)
+        print("same")
+    """
+    run = in_a_new_process(code, tmp_path, check=False)
     assert run.stdout.strip().endswith("same"), run.stderr
 
 
