@@ -57,8 +57,9 @@ def written_on(
     """Let a model write on from each prompt, all of them at the same time.
 
     Prompts are padded on the left, where that changes nothing of what is said after the shortest of them; where it
-    does, only those of one length are run together, with a warning. Each is run once however many samples are taken, if
-    the model's cache holds keys and values alone. Neither dropout nor the settings in the model's own generation
+    does, only those of one length are run together, with a warning. A model whose state is no cache of keys and values,
+    and which goes on otherwise from two texts than from one, writes each on its own. Each prompt is run once however
+    many samples are taken, if the model's cache holds keys and values alone. Neither dropout nor the settings in the model's own generation
     configuration play a part: without `sampling` the likeliest token is taken each time.
 
     Parameters
@@ -117,15 +118,15 @@ def written_on(
     chosen |= {"do_sample": sampling is not None, "max_new_tokens": new_tokens, "pad_token_id": pad}
     found: list[list[list[int]]] = [[] for _ in prompts]
     with inference(model), _without_settings(model):
-        for together in _run_together(model, prompts, pad):
+        for together, copies in _run_together(model, prompts, samples, pad):
             given = _padded(model, [prompts[k] for k in together], pad)
             width = given["input_ids"].shape[1]
             watching: list[Any] = [_Stopped(tokenizer, width, stop)] if stop else []
             watching += [_Told(told)] if told is not None else []
             watched = {"stopping_criteria": StoppingCriteriaList(watching)} if watching else {}
             rows = model.generate(
-                **{name: value.repeat_interleave(samples, dim=0) for name, value in given.items()},
-                **_begun(model, given, samples),
+                **{name: value.repeat_interleave(copies, dim=0) for name, value in given.items()},
+                **_begun(model, given, copies),
                 **chosen,
                 **watched,
                 eos_token_id=sorted(ends) or None,
@@ -133,7 +134,7 @@ def written_on(
             )[:, width:].tolist()
             texts = [_up_to(tokenizer, _until(row, ends, keep_end), stop) for row in rows]
             for place, k in enumerate(together):
-                found[k] = texts[place * samples : (place + 1) * samples]
+                found[k] += texts[place * copies : (place + 1) * copies]
     return found
 
 
@@ -145,19 +146,45 @@ def _padded(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> dict[str,
     return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
-def _run_together(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> list[list[int]]:
-    """Which prompts are run in one batch: all, or those of one length alone where padding has a part in the answer."""
+def _run_together(model: Any, prompts: Sequence[Sequence[int]], samples: int, pad: int) -> list[tuple[list[int], int]]:
+    """Which prompts are run in one batch, and how many texts of each.
+
+    All; or those of one length alone, where padding has a part in the answer; or each text alone.
+    """
+    if len(prompts) * samples > 1 and (reason := _heeds_company(model, min(prompts, key=len), pad)):
+        warnings.warn(
+            f"{len(prompts) * samples} texts are written one at a time: beside another, this {type(model).__name__} "
+            f"{reason}.",
+            stacklevel=3,
+        )
+        return [([k], 1) for k in range(len(prompts)) for _ in range(samples)]
     by_length: dict[int, list[int]] = {}
     for k, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(k)
     if len(by_length) < 2 or not (reason := _heeds_padding(model, prompts, pad)):
-        return [list(range(len(prompts)))]
+        return [(list(range(len(prompts))), samples)]
     warnings.warn(
         f"Prompts of {len(by_length)} lengths are written on apart: behind padding, this {type(model).__name__} "
         f"{reason}.",
         stacklevel=3,
     )
-    return list(by_length.values())
+    return [(alike, samples) for alike in by_length.values()]
+
+
+def _heeds_company(model: Any, prompt: Sequence[int], pad: int) -> str:
+    """What goes wrong with a second token where a prompt stands beside itself; empty where nothing does.
+
+    Asked of those models alone that go on from something else than a cache of keys and values: RWKV's of Transformers
+    5.24 takes the states of all texts for each of them.
+    """
+    if cache_argument(model) is not None:
+        return ""
+    two = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": pad, "use_cache": True}
+    two |= {"output_logits": True, "return_dict_in_generate": True}
+    with torch.autocast(device_of(model).type, enabled=False):
+        alone, beside = (model.generate(**_padded(model, [prompt] * n, pad), **two).logits for n in (1, 2))
+    same = all(speaks_alike(model, b[:1], a) for a, b in zip(alone, beside, strict=True))
+    return "" if same else "says something else"
 
 
 def _heeds_padding(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> str:

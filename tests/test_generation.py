@@ -68,6 +68,25 @@ def test_prompts_of_one_length_alone_are_run_together_where_padding_is_heeded(ki
         assert written_on(model, None, prompts, new_tokens=8) != found
 
 
+def test_each_text_is_written_alone_where_company_is_heeded() -> None:
+    """RWKV's cached step takes the states of all texts for each, which its first token does not show."""
+    model: Any = tiny("rwkv", vocabulary=VOCABULARY).double()
+    prompts, told = [PROMPTS[0], PROMPTS[2], PROMPTS[2]], []
+    expected = [greedy(model, prompt, 8, set()) for prompt in prompts]
+    with pytest.warns(
+        UserWarning, match="3 texts are written one at a time: beside another, this RwkvForCausalLM says"
+    ):
+        assert written_on(model, None, prompts, new_tokens=8, told=told.append) == [[one] for one in expected]
+    assert set(told) == {1}
+    nearly = {"temperature": 1e-4}
+    with pytest.warns(UserWarning, match="2 texts are written one at a time"):
+        assert written_on(model, None, prompts[:1], new_tokens=8, samples=2, sampling=nearly) == [expected[:1] * 2]
+    assert written_on(model, None, prompts[:1], new_tokens=8) == [expected[:1]]  # and nothing is said
+    with pytest.MonkeyPatch.context() as patch:  # the planted fault
+        patch.setattr(generation, "_heeds_company", lambda *given: "")
+        assert written_on(model, None, prompts, new_tokens=8) != [[one] for one in expected]
+
+
 def test_models_that_have_lost_blocks() -> None:
     model: Any = repaired("llama", dtype=torch.float64)
     found = written_on(model, Ends(), PROMPTS, new_tokens=6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,6 +80,11 @@ class Solved:
         return tuple(tries[0] for tries in self.solved)
 
     @property
+    def shares(self) -> tuple[float, ...]:
+        """For each problem, the share of its tries that are right."""
+        return tuple(map(statistics.fmean, self.solved))
+
+    @property
     def accuracy(self) -> float:
         """Share of tries that are right; with one try a problem, exact match."""
         return self.pass_at(1)
@@ -86,7 +92,7 @@ class Solved:
     @property
     def standard_error(self) -> float:
         """Of the accuracy, by drawing the problems; NaN for one problem."""
-        shares = [statistics.fmean(tries) for tries in self.solved]
+        shares = self.shares
         return statistics.stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else math.nan
 
     def pass_at(self, k: int) -> float:
@@ -188,6 +194,27 @@ def read_problems(path: str | Path, *, shots: int = 0, match: Match = "number") 
         raise StreamlineError(f"shots={shots} leaves nothing to ask of the {len(found)} problems in {path}.")
     shown = "".join(f"{problem.prompt} {work}\n\n" for problem, work in found[:shots])
     return [replace(problem, prompt=shown + problem.prompt) for problem, _ in found[shots:]]
+
+
+def chance_of_guessing(problems: Sequence[Problem]) -> float:
+    """The accuracy of writing one answer always: the commonest one, as often as it is right of the others.
+
+    Of n problems of which c have that answer, (c - 1)/(n - 1): where each has its own, nothing is guessed.
+
+    Raises
+    ------
+    StreamlineError
+        If there is no problem.
+
+    Examples
+    --------
+    >>> chance_of_guessing([Problem(f"How many in {row}?", str(len(row))) for row in ("ab", "cd", "efg", "hi", "j")])
+    0.5
+    """
+    if not problems:
+        raise StreamlineError("There is no problem whose answer could be guessed; give one at least.")
+    answers = Counter(number_in(p.answer) if p.match == "number" else p.answer.strip() for p in problems)
+    return (max(answers.values()) - 1) / max(len(problems) - 1, 1)
 
 
 def number_in(text: str) -> float | None:

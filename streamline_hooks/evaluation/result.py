@@ -14,7 +14,7 @@ from streamline_hooks.evaluation.choices import ChoiceScores
 from streamline_hooks.evaluation.compared import Difference, compared
 from streamline_hooks.evaluation.last_words import LastWordScores
 from streamline_hooks.evaluation.matched import Matched
-from streamline_hooks.evaluation.problems import Solved
+from streamline_hooks.evaluation.problems import Solved, chance_of_guessing
 from streamline_hooks.evaluation.questions import chance
 from streamline_hooks.evaluation.retained import Retained, TaskAnswers, retained
 from streamline_hooks.evaluation.sliding import TextPerplexity
@@ -226,13 +226,14 @@ class Evaluation:
                 },
             )
         for name, ends in scores.last_words.items():
-            yield name, _accuracy(ends.accuracy, ends.standard_error, len(ends.right), "last word")
+            yield name, _accuracy(ends.accuracy, ends.standard_error, 0.0, len(ends.right), "last word")
         for name, solved in scores.problems.items():
-            row = _accuracy(solved.accuracy, solved.standard_error, len(solved.solved), "exact match")
+            guess = chance_of_guessing(self.suite.problems[name].problems)
+            row = _accuracy(solved.accuracy, solved.standard_error, guess, len(solved.solved), "exact match")
             tries = min(map(len, solved.solved))
             yield name, row | ({f"pass@{tries}": solved.pass_at(tries)} if tries > 1 else {})
 
-    def _answers(self, scores: Scores) -> Iterator[tuple[str, str, tuple[bool, ...], float]]:
+    def _answers(self, scores: Scores) -> Iterator[tuple[str, str, tuple[bool, ...] | tuple[float, ...], float]]:
         for name, choices in scores.choices.items():
             task = self.suite.choices[name]
             right = choices.right_normalised if task.normalised else choices.right
@@ -240,7 +241,7 @@ class Evaluation:
         for name, ends in scores.last_words.items():
             yield name, "generation", ends.right, 0.0
         for name, solved in scores.problems.items():
-            yield name, "generation", solved.right, 0.0
+            yield name, "generation", solved.shares, chance_of_guessing(self.suite.problems[name].problems)
 
     def _rows(self) -> Iterator[tuple[str, float, float | None, str]]:
         """Label, the model's number, the original's, and what sort of number it is."""
@@ -258,8 +259,8 @@ class Evaluation:
             yield "repetition", WritingScores(self.scores.written).repetition, theirs_written, "share"
 
 
-def _accuracy(value: float, error: float, items: int, metric: str) -> dict[str, Any]:
-    return {"value": value, "standard_error": _json(error), "chance": 0.0, "items": items, "metric": metric}
+def _accuracy(value: float, error: float, chance: float, items: int, metric: str) -> dict[str, Any]:
+    return {"value": value, "standard_error": _json(error), "chance": chance, "items": items, "metric": metric}
 
 
 def _text(text: TextPerplexity) -> dict[str, Any]:

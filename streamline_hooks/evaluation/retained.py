@@ -21,7 +21,8 @@ class TaskAnswers:
     original, changed : sequence of bool or float
         For each question, whether it was answered right, or a score from 0 to 1.
     chance : float
-        The accuracy of knowing nothing, see `streamline_hooks.evaluation.questions.chance`; 0 where text is written.
+        The accuracy of knowing nothing, see `streamline_hooks.evaluation.questions.chance` and
+        `streamline_hooks.evaluation.problems.chance_of_guessing`; 0 where nothing can be guessed.
     group : str
         Tasks of different groups, such as classification and generation, are reported apart.
     clusters : sequence of hashable

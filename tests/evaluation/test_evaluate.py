@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import statistics
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ import torch
 from streamline_hooks import LayerSurgeon, StreamlineError, agreement, evaluate
 from streamline_hooks.evaluation import (
     ChoiceTask,
+    Evaluation,
     LastWord,
     Problem,
     ProblemTask,
     Question,
+    Scores,
+    Solved,
     Suite,
     score_choices,
     score_last_words,
@@ -139,6 +143,40 @@ def test_what_is_retained_is_that_of_the_changed_model(pair: tuple[Any, Any, Any
     more, less = whole.more_than(found), found.more_than(whole)
     assert more["classification"].ratio.value == pytest.approx(1.0 - means[0] / means[1])
     assert (more["generation"].ratio.value, less["generation"].ratio.value) == (1.0, -1.0)
+
+
+def solved_by_tries(*tries: list[int]) -> Scores:
+    return Scores(1, 1, problems={"sums": Solved(tuple(() for _ in tries), tuple(tuple(map(bool, t)) for t in tries))})
+
+
+def test_all_tries_count_for_what_is_retained() -> None:
+    """As they do for the accuracy beside it."""
+    problems = tuple(Problem(f"{k} + 1 =", str(k + 1)) for k in range(4))
+    asked = Suite(None, problems={"sums": ProblemTask(problems, samples=2)}, timed=None)
+    theirs = solved_by_tries([1, 1], [1, 1], [1, 1], [1, 1])
+    sides = [
+        Evaluation(asked, "changed", mine, "original", theirs)
+        for mine in (solved_by_tries([1, 0], [1, 0], [1, 0], [1, 0]), solved_by_tries(*[[1, 1]] * 3, [0, 0]))
+    ]
+    assert [side.retained["generation"].ratio.value for side in sides] == [0.5, 0.75]
+    more = sides[1].more_than(sides[0])["generation"]
+    assert more.ratio.value == 0.25 and more.above_chance is not None and more.above_chance.value == 0.25
+
+
+def test_who_always_writes_one_answer_retains_nothing_above_chance() -> None:
+    problems = tuple(Problem(f"Row {k}: how many?", "1" if k < 21 else str(k)) for k in range(41))
+    asked = Suite(None, problems={"counting": ProblemTask(problems)}, timed=None)
+
+    def scores(right: Iterable[bool]) -> Scores:
+        each = [(one,) for one in right]
+        return Scores(1, 1, problems={"counting": Solved(tuple(() for _ in each), tuple(each))})
+
+    guesses = scores(p.answer == "1" for p in problems)
+    found = Evaluation(asked, "guesses", guesses, "original", scores(k < 36 for k in range(41)))
+    kept = found.retained["generation"].above_chance
+    assert kept is not None and kept.value == pytest.approx((21 / 41 - 0.5) / (36 / 41 - 0.5))
+    assert kept.low < 0 < kept.high
+    assert found.report()["accuracy"]["counting"]["chance"] == 0.5
 
 
 def test_a_model_is_held_against_another_beside_one_original(pair: tuple[Any, Any, Any], suite: Suite) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_hooks import StreamlineError
-from streamline_hooks.evaluation.problems import Problem, Solved, number_in, read_problems, solve
+from streamline_hooks.evaluation.problems import Problem, Solved, chance_of_guessing, number_in, read_problems, solve
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,21 @@ def test_pass_at_k_is_the_share_of_all_choices_of_k_tries(tries: list[bool], dat
     solved = Solved(((),), (tuple(tries),))
     assert solved.pass_at(k) == pytest.approx(statistics.fmean(chosen))
     assert solved.accuracy == pytest.approx(statistics.fmean(tries))
+
+
+@given(st.lists(st.sampled_from(["1", "2", "3.0", "3"]), min_size=2, max_size=8))
+def test_what_is_guessed_is_the_commonest_of_the_other_answers(answers: list[str]) -> None:
+    for match, alike in (("number", [float(a) for a in answers]), ("line", answers)):
+        best = max(
+            statistics.fmean(one == said for k, one in enumerate(alike) if k != its) for its, said in enumerate(alike)
+        )
+        assert chance_of_guessing([Problem("", a, match) for a in answers]) == pytest.approx(best)  # type: ignore[arg-type]
+
+
+def test_nothing_is_guessed_of_one_problem_and_none_is_refused() -> None:
+    assert chance_of_guessing([Problem("", "7")]) == 0.0
+    with pytest.raises(StreamlineError, match="There is no problem whose answer could be guessed"):
+        chance_of_guessing([])
 
 
 def test_more_tries_than_there_are() -> None:
