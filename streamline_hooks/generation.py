@@ -59,8 +59,8 @@ def written_on(
     Prompts are padded on the left, where that changes nothing of what is said after the shortest of them; where it
     does, only those of one length are run together, with a warning. A model whose state is no cache of keys and values,
     and which goes on otherwise from two texts than from one, writes each on its own. Each prompt is run once however
-    many samples are taken, if the model's cache holds keys and values alone. Neither dropout nor the settings in the model's own generation
-    configuration play a part: without `sampling` the likeliest token is taken each time.
+    many samples are taken, if the model's cache holds keys and values alone. Neither dropout nor the settings in the
+    model's own generation configuration play a part: without `sampling` the likeliest token is taken each time.
 
     Parameters
     ----------

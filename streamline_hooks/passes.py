@@ -29,6 +29,7 @@ from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.surgery.hazards import find_hazards, position_bias_owners
+from streamline_hooks.surgery.splice import BEFORE, set_splices, spliced
 from streamline_hooks.watched_mask import WatchedMask
 
 
@@ -104,10 +105,12 @@ def resume(
         raise StreamlineError(f"Cannot resume at block {k}: the stack has {length} blocks, so 0 to {length}.")
     with LayerSurgeon(model, stack, probe=False) as surgeon:  # the caller has the truth: the states
         first = min(k, length - 1)  # at the end some block has to carry the hook, and is run in vain
-        needed = _run_in_vain(surgeon.stack)
+        needed, block = _run_in_vain(surgeon.stack), surgeon.stack[first]
+        own = spliced(block, BEFORE)
         if before := [n for n in range(first) if n not in needed]:
             surgeon.remove(before)
-        block = surgeon.stack[first]
+        if before_splices and spliced(block, BEFORE) != own:  # what stood before the first block that goes stays, there
+            set_splices(block, BEFORE, own)  # the surgeon, who put it here, takes it back
         handle = (
             block.register_forward_pre_hook(_enter(states), with_kwargs=True, prepend=before_splices)
             if k < length

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -41,6 +44,26 @@ def test_resuming_in_a_model_with_splices_starts_after_them() -> None:
             whole = model(tokens(2, 9)).logits
         assert torch.equal(resume(model, 1, record.inputs[1][0], tokens(2, 9)).logits, whole)
         assert torch.equal(resume(model, 4, record.outputs[3][0], tokens(2, 9)).logits, whole)
+
+
+@pytest.mark.parametrize("gone", [range(0, 2), range(1, 3), range(4, 6)], ids=str)
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_what_is_spliced_in_before_is_not_run_on_states_that_have_passed_it(family: str, gone: range) -> None:
+    """Where the blocks in front are not run, but those whose position bias all need, as T5's first."""
+    if family == "t5" and 0 in gone:
+        pytest.skip("T5's first block makes the position bias of all, and stays")
+    config = transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=6, num_heads=4, vocab_size=64)
+    model: Any = tiny_model("llama") if family == "llama" else transformers.T5EncoderModel(config).eval()
+    with LayerSurgeon(model) as surgeon:
+        surgeon.replace(gone, Nudge())
+        surgeon.commit()
+    length, batch = len(find_stack(model)), prepare(model, tokens(2, 9))
+    with torch.no_grad(), HiddenStateRecorder(model) as record:
+        whole = model(**batch)[0]
+        for k in range(1, length):
+            found = resume(model, k, record.outputs[k - 1][0], tokens(2, 9), before_splices=True)
+            torch.testing.assert_close(found[0], whole, rtol=1e-5, atol=1e-5)
+        assert torch.equal(model(**batch)[0], whole), "and it is as it was"
 
 
 def test_what_cannot_be_resumed() -> None:

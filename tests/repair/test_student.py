@@ -191,11 +191,12 @@ def test_the_states_that_are_kept_outlive_what_works_in_place() -> None:
 
 @pytest.mark.parametrize("window", [range(2, 4), range(2, 6), range(0, 2), range(1, 3), range(3, 5)], ids=str)
 @pytest.mark.parametrize("healing", [None, "partial:where=beside,count=2"])
-def test_what_an_earlier_surgery_put_in_is_run_once(window: range, healing: str | None) -> None:
-    """The entrance has passed what stands before its block: run again, what is trained is another model."""
+@pytest.mark.parametrize("gone", [range(2, 4), range(0, 2)], ids=str)
+def test_what_an_earlier_surgery_put_in_is_run_once(window: range, healing: str | None, gone: range) -> None:
+    """The entrance has passed what stands before its block and those in front: run again, it is another model."""
     model: Any = tiny_model("llama")
     with LayerSurgeon(model) as surgeon:
-        surgeon.replace(range(2, 4), linear(4))
+        surgeon.replace(gone, linear(4))
         surgeon.commit()
     stack = find_stack(model)
     with torch.no_grad(), LayerSurgeon(model) as surgeon:
