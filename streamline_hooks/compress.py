@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from streamline_hooks.batch import Batch
+from streamline_hooks.batch import Batch, tokens_of
 from streamline_hooks.calibration import PackedText, TokenSplit
 from streamline_hooks.carrying_out import carry_out, first_that_can_go
 from streamline_hooks.checkpoint import require_free, save
@@ -321,7 +321,8 @@ def compress(
     with clock("measure"):
         before = sizes_of(original)
         test, data, size = ready.test, {**ready.split.figures(), "seed": seed}, ready.size
-        data |= {} if fitting_tokens is None else {"fitting_tokens": fitting_tokens}
+        fitted = sum(map(tokens_of, (*ready.fit, *ready.held_out)))
+        data |= {} if fitting_tokens is None else {"fitting_tokens": fitted}
         data |= {"repeated": repeated} if repeated else {}
         notes = {} if trained is None else {"training": trained.report()}
         del ready, asked  # they hold the blocks that go

@@ -128,7 +128,7 @@ def compress_iteratively(
     whole, parts = _parts(texts, tokenizer, task, rounds, test_texts, options)
     trainings = [_training(training, output, number) for number in range(rounds)]
     files = [one.keep_in for one in trainings]
-    if resume and work.of_first(lambda: not (files[0] and files[0].is_file())):
+    if resume and not work.of_first(lambda: any(file and file.is_file() for file in files)):
         raise StreamlineError(f"There is no training to resume at {files[0] or 'any place (keep_in)'}; leave it out.")
     protected = protected_blocks(keep, len(found))
     _require_room(_runs_between(protected | _stays(found, counts[0], options), len(found)), len(found), counts, options)

@@ -386,7 +386,8 @@ def test_repeated_passages_choose_the_blocks_and_change_no_other_text(
     assert one.gone == other.gone and one.distance != other.distance
     assert plain.profile is not None and repeated.profile is not None
     assert not torch.equal(plain.profile.cosine, repeated.profile.cosine)
-    few = compress(copy.deepcopy(model), tokenizer, story_texts, remove=1, repeated=0.5, fitting_tokens=640, **options)
+    few = compress(copy.deepcopy(model), tokenizer, story_texts, remove=1, repeated=0.5, fitting_tokens=650, **options)
+    assert few.data["fitting_tokens"] == 640  # whole sequences
     assert "the second half of 5 of 10 calibration sequences" in few.data["notes"][-1]
     with pytest.raises(StreamlineError, match=r"repeated=0\.5 is a share of the sequences of a text, and batches were"):
         rows = torch.arange(3, 99).view(6, 2, 8) % 60 + 3

@@ -297,6 +297,47 @@ def test_a_round_that_was_broken_off_goes_on_to_the_same_weights(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_later_round_is_gone_on_with_where_the_first_left_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it leaves none where it ended by a loss that is not finite: it is made again, and the later one is not."""
+    settings: dict[str, Any] = {"rounds": 2, "remove": 2, "output": tmp_path / "out", **OPTIONS}
+    make, steps, kept = training_loop.Loop._step, [0], replace(QUICK, keep_every=0.0)
+
+    def dies(self: Any) -> Any:
+        steps[0] += 1
+        if steps[0] == 9:
+            raise Killed
+        return make(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_loop.Loop, "_step", dies)
+        with pytest.raises(Killed):
+            compress_iteratively(tiny_model("llama"), None, PARTS, training=kept, **settings)
+    (tmp_path / "out.training.round-1").unlink()
+    made: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(training_loop.Loop, "_step", lambda self: (made.append(1), make(self))[1])
+        compress_iteratively(tiny_model("llama"), None, PARTS, training=kept, resume=True, **settings)
+    assert len(made) == 6 + 4
+
+
+def test_a_round_behind_one_that_took_the_first_blocks_is_told_as_it_is() -> None:
+    """What stands before block 0 is run once, and the distance told is that of the model which is returned."""
+    model = tiny_model("llama", seed=1)
+    original = copy.deepcopy(model).eval()
+    asked: dict[str, Any] = {"rounds": 2, "remove": 3, "keep": [2, 3, 4, 5, 7], "training": QUICK, **OPTIONS}
+    result = compress_iteratively(model, None, PARTS, **asked)
+    assert [one["removed"] for one in result.rounds] == [[0, 1], [6]]
+    answers, counted = 0.0, 0
+    with torch.no_grad():
+        for batch in PARTS["validation"]:
+            before, after = (one(**batch).logits.double().log_softmax(-1) for one in (original, model.eval()))
+            answers += float((before.exp() * (before - after)).sum())
+            counted += before[..., 0].numel()
+    assert result.training is not None and result.training.distance == pytest.approx(answers / counted, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

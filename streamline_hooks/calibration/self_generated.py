@@ -16,7 +16,7 @@ from streamline_hooks.batch import device_of, positions_of
 from streamline_hooks.calibration.generated_cache import GeneratedCache, GeneratedText
 from streamline_hooks.calibration.near_copies import NearCopies
 from streamline_hooks.calibration.prompts import FORMS, TOPICS, prompts
-from streamline_hooks.digests import weights_digest
+from streamline_hooks.digests import texts_digest, weights_digest
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.generation import end_tokens, seeded, written_on
 from streamline_hooks.passes import inference
@@ -73,7 +73,8 @@ def self_generated(
     seed : int, default 0
         Decides the order of the prompts and what is sampled.
     cache : str or Path, optional
-        A folder for what was written. After an interrupt, the batches that are in it are not written again.
+        A folder for what was written. After an interrupt, the batches that are in it are not written again; nor on
+        another day, where a chat template tells the model the date.
     sequence_length : int, default 512
         The longest answer, in tokens.
     temperature, top_p : float, default 0.8 and 0.95
@@ -181,7 +182,8 @@ def _check(
 
 
 def _identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> dict[str, Any]:
-    """Everything that decides what is written."""
+    """Everything that decides what is written, but the day, where a chat template tells that."""
+    ids = [_ids(tokenizer, text) for text in (*FORMS, *TOPICS)]
     config = model.config.to_dict()
     for incidental in ("_name_or_path", "transformers_version", "_commit_hash"):
         config.pop(incidental, None)
@@ -189,6 +191,7 @@ def _identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settin
         "config": config,
         "weights": weights_digest(model),
         "template": tokenizer.chat_template,
+        "tokenizer": texts_digest(map(str, (sorted(tokenizer.get_vocab().items()), ids))),
         "prompts": [FORMS, TOPICS],
         **settings,
     }

@@ -152,6 +152,11 @@ class Trained:
         if self.stopped and not self.steps:
             return f"The training made no step: {self.stopped}."
         later = [row["validated"] for row in self.history if row["step"]]
+        if self.stopped and not later:
+            return (
+                f"The training brought nothing: {self.stopped}, before it was looked at what it had reached, so that "
+                "the weights from before it are kept."
+            )
         if self.best_step or not later:
             return ""
         first = self.history[0]

@@ -182,9 +182,10 @@ class Student:
 
     @contextmanager
     def trained_alone(self) -> Iterator[None]:
-        """Give no parameter of the original a gradient; each is as it was in the end."""
+        """Give no parameter of the original, or of the teacher, a gradient; each is as it was in the end."""
         mine = {id(parameter) for modules in self.modules.values() for m in modules for parameter in m.parameters()}
-        others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in mine]
+        original = dict.fromkeys([*self.model.parameters(), *self.teacher.parameters()])
+        others = [p for p in original if p.requires_grad and id(p) not in mine]
         for parameter in others:
             parameter.requires_grad_(False)
         try:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +74,8 @@ class TaughtStates:
 
     Attributes
     ----------
-    start : int
-        The first block that is changed.
+    start : int or None
+        The first block that is changed; None where nothing of this model is, and an entrance is what leaves it.
     after : tuple of range
         The windows whose last states are there.
     exits : bool
@@ -84,7 +84,7 @@ class TaughtStates:
         One a batch.
     """
 
-    start: int
+    start: int | None
     after: tuple[range, ...]
     exits: bool
     batches: list[Taught]
@@ -94,7 +94,7 @@ class TaughtStates:
 def taught_states(
     model: nn.Module,
     batches: Sequence[Batch | Tensor],
-    start: int,
+    start: int | None,
     *,
     after: Sequence[range] = (),
     exits: bool = True,
@@ -112,8 +112,8 @@ def taught_states(
     ----------
     model : torch.nn.Module
     batches : sequence of mapping or torch.Tensor
-    start : int
-        The first block that is changed.
+    start : int or None
+        The first block that is changed; None where nothing of this model is, and only what leaves it is needed.
     after : sequence of range
         Windows whose last state is compared.
     exits : bool
@@ -175,7 +175,7 @@ def taught_states(
 def _run(
     model: nn.Module,
     batches: Sequence[Batch | Tensor],
-    start: int,
+    start: int | None,
     ends: list[int],
     exits: bool,
     stack: str,
@@ -187,29 +187,35 @@ def _run(
 ) -> list[Taught]:
     """What is kept of every batch, of which so many sequences are run at a time."""
     options = {"detach": True, "device": "cpu", "dtype": dtype, "stack": stack}
-    entering = HiddenStateRecorder(model, [start], outputs=False, stop=not ends, **options)  # type: ignore[arg-type]
+    entering = (
+        None if start is None else HiddenStateRecorder(model, [start], outputs=False, stop=not ends, **options)  # type: ignore[arg-type]
+    )
     leaving = HiddenStateRecorder(model, ends, inputs=False, stop=True, **options) if ends else None  # type: ignore[arg-type]
     counts = [range(0, sequences_of(batch), rows) for batch in batches]
     parts = [some_of(b, slice(k, k + rows)) for b, starts in zip(batches, counts, strict=True) for k in starts]
     with ExitStack() as opened:
-        if leaving is not None:
+        if leaving is not None and entering is not None:
             opened.enter_context(entering)
-        passed = opened.enter_context(closing(recorded(model, parts, leaving or entering, cost, bar)))
+        last = cast(HiddenStateRecorder, leaving or entering)
+        passed = opened.enter_context(closing(recorded(model, parts, last, cost, bar)))
         kept = []
         for starts in counts:
             pieces, masks = [], []
             for _ in starts:
                 _, mask, _ = next(passed)
                 masks.append(mask.cpu())
-                pieces.append([entering.inputs[start][0], *((leaving.outputs[k][0] for k in ends) if leaving else ())])
-                entering.clear()
+                pieces.append([leaving.outputs[k][0] for k in ends] if leaving is not None else [])
+                if entering is not None:
+                    pieces[-1].insert(0, *(state for (state,) in entering.inputs.values()))
+                    entering.clear()
             if pieces[0][0].ndim != 3:
                 raise UnsupportedSurgery(
                     f"The states of {stack} have the shape {tuple(pieces[0][0].shape)}, all images in one row, so "
                     "that they are not told apart in a training. Repair this stack in closed form (fit_windows).",
                     "layout",
                 )
-            entrance, *states = (room.keep(torch.cat(s) if len(s) > 1 else s[0]) for s in zip(*pieces, strict=True))
+            states = [room.keep(torch.cat(s) if len(s) > 1 else s[0]) for s in zip(*pieces, strict=True)]
+            entrance = states[-1] if start is None else states.pop(0)
             left = states.pop() if exits else None
             real = torch.cat(masks)
             kept.append(Taught(entrance, tuple(states), left, None if bool(real.all()) else real))

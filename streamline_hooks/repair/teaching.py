@@ -65,10 +65,12 @@ def taught_to(
         with taught_states(student.model, batches, student.start, exits=False, what=what, **own) as states:
             yield states
         return
-    last, path = len(student.teacher_stack) - 1, student.teacher_stack.path
+    half = {"memory": settings.memory // 2}  # of one model the entrances, of the other what leaves it
+    path = student.teacher_stack.path
+    own, other = {**own, **half, "what": f"{what}, entrance"}, {**shared, **half, "stack": path, "what": what}
     with (
-        taught_states(student.model, batches, student.start, exits=False, what=f"{what}, entrance", **own) as entrances,
-        taught_states(student.teacher, batches, last, exits=exits, what=what, stack=path, **shared) as answers,
+        taught_states(student.model, batches, student.start, exits=False, **own) as entrances,
+        taught_states(student.teacher, batches, None, **other) as answers,
     ):
         pairs = zip(entrances.batches, answers.batches, strict=True)
         yield replace(answers, start=student.start, batches=[replace(a, exit=b.exit) for a, b in pairs])

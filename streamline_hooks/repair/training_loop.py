@@ -91,14 +91,14 @@ class Loop(Forwards):
         self.sharded, self.spent = sharded, spent
         self.interrupts = Interrupts()
         self.parameters = student.parameters()
-        self.fingerprint = fingerprint(settings, student, self.parameters, [*batches, *validation])
+        self.fingerprint = fingerprint(settings, student, self.parameters, batches, validation)
         self._require_one_training()
         self.device = device_of(student.model)
         self.course = Course(settings, len(batches))
         self.steps = self.course.steps
         self.optimisation = Optimisation(self.parameters, settings, self.steps, student.rate_of)
         self.weights = self.optimisation.weights
-        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.step, self.tokens, self.seconds, self.began = 0, 0, 0.0, time.perf_counter()
         self.whole = True  # not while weights are half updated, which is not to be kept
         self.history: list[dict[str, Any]] = []
         self.losses: Losses = []
@@ -129,7 +129,7 @@ class Loop(Forwards):
         if resume:
             self._restore()
         stopped = ""
-        began, kept = time.perf_counter() - self.seconds, time.perf_counter()
+        self.began, kept = time.perf_counter() - self.seconds, time.perf_counter()
         total = round(sum(tokens_of(batch) for batch in self.batches) * self.settings.epochs)
         with noted_interrupts() as self.interrupts, progress(total, self._cost(), done=self.tokens) as bar:
             self.bar = bar
@@ -149,7 +149,7 @@ class Loop(Forwards):
                     if not math.isfinite(loss):
                         stopped = f"the loss of step {self.step + 1} is {loss}"
                         break
-                    self.seconds = time.perf_counter() - began
+                    self.seconds = time.perf_counter() - self.began
                     bar.update(tokens)
                     bar.set_postfix_str(self._state())
                     if time.perf_counter() - kept >= 60 * self.settings.keep_every:
@@ -297,6 +297,7 @@ class Loop(Forwards):
             self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
         numbers = {"step": self.step, "tokens": self.tokens, "distance": distance, "validated": validated}
         self.history.append({**numbers, **said})
+        self.seconds = time.perf_counter() - self.began
         bar.set_postfix_str(self._state())
 
     def _digest(self) -> str:

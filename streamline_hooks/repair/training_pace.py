@@ -144,13 +144,16 @@ def measure_training_pace(
         loop = Loop(student, batches, [validation], mine.batches, its.batches, settings, lambda line: None)
         around += clock() - began
         seconds(loop._step)
+        numbers = [
+            k for step in range(1, len(batches)) for k in loop.course.batches_of(step)
+        ]  # several a step, perhaps
         steps = [seconds(loop._step) for _ in batches[1:]]
         looked = seconds(loop._summed_distance)
         loop.weights.clear()
     return TrainingPace(
         original / sum(map(tokens_of, batches)),
         apart / tokens_of(validation),
-        sum(steps) / sum(map(tokens_of, batches[1:])),
+        sum(steps) / sum(tokens_of(batches[number]) for number in numbers),
         looked / tokens_of(validation),
         around,
         settings.autocast,

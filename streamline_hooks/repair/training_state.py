@@ -17,12 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from streamline_hooks.batch import Batch
+from streamline_hooks.digests import batches_digest
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.settings import Training
 from streamline_hooks.repair.student import Student
 
 _KEY = "streamline_hooks_training"
-_FORMAT = 5  # what is said in it; another version of this library may say other things
+_FORMAT = 6  # what is said in it; another version of this library may say other things
 
 
 def write_state(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
@@ -97,6 +98,7 @@ def fingerprint(
     student: Student,
     parameters: Mapping[str, Tensor],
     batches: Sequence[Batch | Tensor],
+    validation: Sequence[Batch | Tensor],
 ) -> str:
     """Of everything that a training's result depends on but the present values of what is trained.
 
@@ -106,7 +108,7 @@ def fingerprint(
     student : Student
     parameters : mapping of str to torch.Tensor
         What is trained.
-    batches : sequence of mapping or torch.Tensor
+    batches, validation : sequence of mapping or torch.Tensor
         What is trained on, and validated on.
     """
     said = {k: _said(v) for k, v in asdict(settings).items() if k not in ("keep_in", "keep_every", "memory", "minutes")}
@@ -114,10 +116,9 @@ def fingerprint(
     parts = [part for modules in student.modules.values() for module in modules for part in module.modules()]
     made = [(type(p).__name__, p.extra_repr(), getattr(p, "scaling", None)) for p in parts]  # dropout, LoRA's scale
     task = str(student.task)
-    digest = hashlib.sha256(repr((sorted(said.items()), shapes, student.windows, student.rate, made, task)).encode())
-    for batch in batches:
-        for tensor in [batch] if isinstance(batch, Tensor) else batch.values():
-            digest.update(_bytes(tensor))
+    texts = batches_digest(batches), batches_digest(validation)
+    told = sorted(said.items()), shapes, student.windows, student.rate, made, task, texts
+    digest = hashlib.sha256(repr(told).encode())
     for model in [student.model] if student.teacher is student.model else [student.model, student.teacher]:
         for name, parameter in model.named_parameters():  # a sample tells one model from another
             digest.update(name.encode() + (b"" if parameter.is_meta else _bytes(_sample(parameter))))

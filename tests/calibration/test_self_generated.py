@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from streamline_hooks.calibration import mixed_split, read_documents, self_generated
@@ -21,7 +21,7 @@ from streamline_hooks.calibration.generated_cache import GeneratedCache, Generat
 from streamline_hooks.calibration.near_copies import NearCopies
 from streamline_hooks.calibration.prompts import FORMS, TOPICS, prompts
 from streamline_hooks.calibration.self_generated import _best, _usable
-from streamline_hooks.digests import weights_digest
+from streamline_hooks.digests import texts_digest, weights_digest
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.generation import end_tokens
 
@@ -224,6 +224,26 @@ def test_the_file_is_named_after_the_model(model: LlamaForCausalLM, tokenizer: A
     other.chat_template = "A question: " + TEMPLATE
     self_generated(model, other, cache=tmp_path, **SHORT)
     assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("part", ["vocabulary", "rules"])
+def test_the_file_is_named_after_what_the_tokenizer_reads(
+    model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path, part: str
+) -> None:
+    """One that was put right may have the same template, and another vocabulary or other rules."""
+    replace_generate(model, varied)
+    self_generated(model, tokenizer, cache=tmp_path, **SHORT)
+    other = copy.deepcopy(tokenizer)
+    if part == "rules":
+        other.backend_tokenizer.normalizer = normalizers.Lowercase()
+    else:
+        letters = json.loads(other.backend_tokenizer.to_str())
+        vocabulary = letters["model"]["vocab"]
+        vocabulary["b"], vocabulary["c"] = vocabulary["c"], vocabulary["b"]
+        other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(letters)), eos_token="<end>")
+        other.chat_template = TEMPLATE
+    self_generated(model, other, cache=tmp_path, **SHORT)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -435,7 +455,10 @@ def test_files_of_this_name_and_form_are_read(model: LlamaForCausalLM, tokenizer
     config = model.config.to_dict()
     for incidental in ("_name_or_path", "transformers_version", "_commit_hash"):
         config.pop(incidental, None)
-    asked = {"template": TEMPLATE, "prompts": [FORMS, TOPICS], "weights": weights_digest(model)}
+    read = texts_digest(
+        map(str, (sorted(tokenizer.get_vocab().items()), [tokenizer.encode(t) for t in FORMS + TOPICS]))
+    )
+    asked = {"template": TEMPLATE, "prompts": [FORMS, TOPICS], "weights": weights_digest(model), "tokenizer": read}
     store = GeneratedCache(tmp_path, {"config": config, **asked, **settings})
     for call in range(3):
         texts = [str(tokenizer.decode(varied(call, row))).strip() for row in range(2)]

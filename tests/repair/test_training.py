@@ -421,14 +421,18 @@ def test_what_cannot_be_trained_or_resumed_is_refused(tmp_path: Path) -> None:
             train(student, BATCHES, VALIDATION, other, resume=True)
     with pytest.raises(StreamlineError, match="holds another training"):
         train(student, BATCHES[:-1], VALIDATION, replace(QUICK, keep_in=file), resume=True)
+    wide = [{name: part.view(2, 24) for name, part in one.items()} for one in BATCHES]
+    for parts in ((BATCHES[:-1], [BATCHES[-1], *VALIDATION]), (wide, VALIDATION)):  # the same tokens, divided otherwise
+        with pytest.raises(StreamlineError, match="holds another training"):
+            train(student, *parts, replace(QUICK, keep_in=file), resume=True)
     whole = file.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"no safetensors"):
         file.write_bytes(damaged)
         with pytest.raises(StreamlineError, match=r"is not the file of a training, or is damaged .*begin again"):
             train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
-    file.write_bytes(whole.replace(b'format\\": 5', b'format\\": 9'))
+    file.write_bytes(whole.replace(b'format\\": 6', b'format\\": 9'))
     with pytest.raises(
-        StreamlineError, match=r"another version of this library: it has format 9, and this one reads 5"
+        StreamlineError, match=r"another version of this library: it has format 9, and this one reads 6"
     ):
         train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
 
@@ -513,6 +517,12 @@ def test_a_training_that_brought_nothing_says_so() -> None:
         in replace(trained, history=both).in_vain
     )
     assert replace(trained, best_step=97).in_vain == replace(trained, history=history[:1]).in_vain == ""
+    early = replace(trained, history=history[:1], stopped="the loss of step 12 is nan")
+    assert early.in_vain == (
+        "The training brought nothing: the loss of step 12 is nan, before it was looked at what it had reached, so "
+        "that the weights from before it are kept."
+    )
+    assert replace(early, history=history, best_step=24).in_vain == ""
 
 
 def test_what_is_returned_says_how_it_went() -> None:

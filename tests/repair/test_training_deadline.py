@@ -54,6 +54,22 @@ def test_it_ends_after_the_step_it_is_at_and_is_looked_at_once_more(monkeypatch:
     assert f"ended early: {trained.stopped}" in str(trained)
 
 
+def test_the_time_of_each_look_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of the one that was made just now: of 10 minutes each, the first takes more than 5."""
+    clock = Steps(monkeypatch)
+    look = training_loop.Loop._validate
+
+    def validate(loop: Any, bar: Any) -> None:
+        clock.now += 600
+        look(loop, bar)
+
+    monkeypatch.setattr(training_loop.Loop, "_validate", validate)
+    trained = train(student(), BATCHES, VALIDATION, replace(SETTINGS, minutes=5))
+    assert (trained.steps, trained.stopped, trained.seconds) == (0, "no time was left for it", 600.0)
+    trained = train(student(), BATCHES, VALIDATION, replace(SETTINGS, minutes=11.5))
+    assert (trained.steps, trained.seconds) == (2, 600.0 + 120 + 600)
+
+
 def test_the_best_weights_stay_and_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     Steps(monkeypatch)
     one = student()

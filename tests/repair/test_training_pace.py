@@ -68,9 +68,9 @@ def test_the_steps_are_real_ones() -> None:
     assert all(not torch.equal(a, b) for a, b in zip(before, made.parameters().values(), strict=True))
 
 
-@pytest.mark.parametrize(("epochs", "validations"), [(1, 1), (3, 4)])
+@pytest.mark.parametrize(("epochs", "validations", "accumulation"), [(1, 1, 1), (3, 4, 1), (3, 1, 2)])
 def test_what_is_told_is_what_the_training_takes(
-    epochs: int, validations: int, monkeypatch: pytest.MonkeyPatch
+    epochs: int, validations: int, accumulation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock that the blocks move in a forward, and every step of the optimiser by as much again."""
     model, clock = tiny_model("llama"), FakeClock()
@@ -84,9 +84,10 @@ def test_what_is_told_is_what_the_training_takes(
         return make(self, *given)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    pace = measure_training_pace(student(model), BATCHES[:3], VALIDATION, SETTINGS, clock=clock)
+    settings = replace(SETTINGS, accumulation=accumulation)
+    pace = measure_training_pace(student(model), BATCHES[: accumulation + 2], VALIDATION, settings, clock=clock)
     began = clock.now
-    train(student(model), BATCHES, [VALIDATION], replace(SETTINGS, epochs=epochs, validations=validations))
+    train(student(model), BATCHES, [VALIDATION], replace(settings, epochs=epochs, validations=validations))
     told = pace.seconds(4 * 16, 12, epochs=epochs, validations=validations)
     assert told == pytest.approx(clock.now - began)
     looked = pace.steps_and_validations(4 * 16, 12, epochs=epochs, validations=validations)
