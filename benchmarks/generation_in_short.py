@@ -5,14 +5,14 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from benchmarks.generation_recipes import SIZES, TRAINED, Run
-from benchmarks.generation_table import differences, numbers, of_run, points, same_tokens, seed_of
+from benchmarks.generation_recipes import SIZES, TRAINED
+from benchmarks.generation_table import curve, differences, numbers, points, same_tokens, seed_of, seeds
 
 WHAT = {
     "removed, chosen on prose": "just removed, chosen on prose",
     "removed": "just removed, those of `best`",
     "removed, two windows": "just removed, those of `two-windows`",
-    "warm start alone": "the least-squares start of `best` alone",
+    "warm start alone": "the least-squares start alone, on all of the text",
     "without the warm start": "`best` without that start",
     "without healing": "`best` without healing",
     "chosen on prose": "`best`, chosen on prose",
@@ -24,7 +24,7 @@ WHAT = {
     "two windows": "`two-windows`",
     "best": "`best`",
 }
-HEAD = ("classification", "accuracy", "written", "one try", "last words", "perplexity x original")
+HEAD = ("seeds", "classification", "accuracy", "written", "one try", "last words", "perplexity x original")
 
 
 def short_table(content: dict[str, Any]) -> str:
@@ -37,9 +37,11 @@ def short_table(content: dict[str, Any]) -> str:
         lines += [
             _short(content, f"{removed} of 30, {what}", named[name]) for name, what in WHAT.items() if name in named
         ]
-        for tokens in sorted({row["tokens"] for row in here} - {usual}):
-            longer = [row for row in here if of_run(row, Run("best", removed, tokens))]
-            lines += [_short(content, f"{removed} of 30, `best`, {tokens:,} tokens", longer)] if longer else []
+        by_tokens = curve(content, removed)
+        if by_tokens.get(usual) == named.get("best"):
+            by_tokens.pop(usual, None)  # it is there already
+        for tokens, its in by_tokens.items():
+            lines.append(_short(content, f"{removed} of 30, `best`, {tokens:,} tokens", its))
     return "\n".join(lines)
 
 
@@ -52,11 +54,11 @@ def _short(content: dict[str, Any], what: str, rows: list[dict[str, Any]]) -> st
     right = [row["generation"]["last_words"]["right"] for row in rows]
     ends = statistics.fmean(bits.count("1") / len(bits) for bits in right)
     ratio = f"{its['ratio']:.0f}" if its["ratio"] > 10 else f"{its['ratio']:.2f}"
-    return f"| {what} | {' | '.join([*shares, f'{ends:.1%}', ratio])} |"
+    return f"| {what} | {' | '.join([seeds(rows), *shares, f'{ends:.1%}', ratio])} |"
 
 
 def short_differences(content: dict[str, Any]) -> str:
-    """For the README: what `best` retains more than with one part changed, in points, and of how many seeds."""
+    """For the README: what `best` retains more than with one part changed, in points, and of which seeds."""
     kinds = ("accuracy", "generation", "pass@1")
     lines = ["| `best` beside | seeds | accuracy | written | one try |", "|---|---:|---:|---:|---:|"]
     for removed in reversed(SIZES):
@@ -67,7 +69,7 @@ def short_differences(content: dict[str, Any]) -> str:
                 continue
             more = differences(content, named["best"], named[name])
             if more:
-                seeds = len({seed_of(row) for row in named["best"]} & {seed_of(row) for row in named[name]})
+                both = [row for row in named["best"] if seed_of(row) in set(map(seed_of, named[name]))]
                 said = " | ".join(points(more.get(kind)) for kind in kinds)
-                lines.append(f"| {removed} of 30, {what} | {seeds} | {said} |")
+                lines.append(f"| {removed} of 30, {what} | {seeds(both)} | {said} |")
     return "\n".join(lines)

@@ -56,7 +56,12 @@ class Recipe:
         """All of it, with how all are trained, by which a row of an earlier recipe of this name is told."""
         own = {name: str(value) for name, value in asdict(self).items()}
         common = {name: str(getattr(SETTINGS, name)) for name in COMMON}
-        return {**own, **(common if self.objective else {}), **({"starting": str(STARTING)} if self.warm else {})}
+        return {**own, **(common if self.objective else {}), **({"starting": str(self.starting)} if self.warm else {})}
+
+    @property
+    def starting(self) -> float:
+        """The share of the text that the least-squares start is fitted on: all of it where nothing is trained."""
+        return STARTING if self.objective else 1.0
 
 
 _TWO = PRESETS["two-windows"]
@@ -120,8 +125,9 @@ def plans(tokens: int, content: dict[str, Any]) -> dict[str, list[Run]]:
 def same_minutes(removed: int, tokens: int, content: dict[str, Any]) -> list[Run]:
     """The trained recipes on as many tokens as take the time that `best` took on its own, on a machine of one kind.
 
-    A recipe that took it but for a tenth is there as it is. Its time is its pace, see `Bench.measure_paces`, or what
-    its row took, where it has none.
+    A recipe that took it but for a tenth is there as it is; one whose usual row is not made yet is not there. Its time
+    is its pace, see `Bench.measure_paces`, or, where it has none, what its row took, for each minute in which it was
+    scored: that is the same work for all, and what else the machine does slows down both.
     """
     rows, found = content["rows"], []
     best = rows.get(Run("best", removed, tokens).key)
@@ -131,10 +137,13 @@ def same_minutes(removed: int, tokens: int, content: dict[str, Any]) -> list[Run
         if best is None or row is None or row["products"] != best["products"]:
             continue
         paces = content.get("paces", {}).get(row["products"], {}).get(str(removed), {})
-        times = trained_in(best), trained_in(row)
-        if name not in paces and None in times:
+        took = trained_in(best), trained_in(row)
+        if name in paces:
+            more = 1 / paces[name]
+        elif took[0] is None or took[1] is None:
             continue
-        more = 1 / paces[name] if name in paces else times[0] / times[1]
+        else:
+            more = took[0] / best["minutes"]["score"] / (took[1] / row["minutes"]["score"])
         if not NEARLY < more < 1 / NEARLY:
             run = replace(run, tokens=max(1, round(tokens * more / SEQUENCE)) * SEQUENCE, same_minutes=True)
         found.append(run)
@@ -142,6 +151,6 @@ def same_minutes(removed: int, tokens: int, content: dict[str, Any]) -> list[Run
 
 
 def trained_in(row: dict[str, Any]) -> float | None:
-    """The minutes of writing the text, if the original wrote it, and of training; None where it was interrupted."""
-    train = row["minutes"]["train"]
-    return None if train is None else float(row["minutes"].get("text", 0.0) + train)
+    """The minutes of writing the text, if the original wrote it, and of training; None where one was interrupted."""
+    text, train = row["minutes"].get("text", 0.0), row["minutes"]["train"]
+    return None if text is None or train is None else float(text + train)

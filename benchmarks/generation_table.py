@@ -83,15 +83,18 @@ def table(content: dict[str, Any]) -> str:
         "SmolLM2-135M-Instruct, 4 and 8 of its 30 blocks gone. Classification (as in quality.md) and generation "
         "(problems and last words, greedily) are the share of the accuracy above chance that is retained, with the "
         "95 % interval of drawing the questions (problems behind one set of solved ones together); chance is what "
-        "guessing as often as each answer is right would reach; accuracy is the ratio of the mean accuracies in "
+        "always giving the commonest answer would reach, and of sampled answers guessing each as often as it is right; "
+        "each row is the mean over the seeds that it names; accuracy is the ratio of the mean accuracies in "
         "classification, as papers report it; of each seed, generation seed by seed; pass@k the share retained of the "
         "chance that one of k sampled answers is right; last words the accuracy; alike how many tokens a greedy "
         "continuation of 64 goes along with the original's; repeated the share of its runs of four tokens that were "
         "there before; perplexity the mean ratio over five held-out domains; minutes of one processor core, for text "
-        "that the original wrote, the start and the training, fewer where products are in bfloat16. Tokens are those "
-        "of the sequences that are trained on; blocks are chosen on others, but in rounds; on policy a quarter of the "
-        "sequences give the beginnings alone. Which recipes there are was decided on other problems, and on another "
-        "draw of the questions and texts, with which these share some (all of COPA, which has a hundred).",
+        "that the original wrote, the start (but in rounds, where it is made in choosing) and the training: fewer "
+        "where products are in bfloat16, and up to half as many again where the machine was busy. Tokens are those of "
+        "the sequences that are trained on; blocks are chosen on others, but in rounds; on policy a quarter of the "
+        "sequences give the beginnings alone. Which recipes there are was decided on another draw of the problems, "
+        "questions and texts, with which these share some (a fourth to a third of the sums, brackets and numbers, no "
+        "row to copy; all of COPA, which has a hundred).",
         *_original(content),
     ]
     for removed in SIZES:
@@ -102,11 +105,10 @@ def table(content: dict[str, Any]) -> str:
         ):
             if chosen:
                 lines += ["", f"## {title}", "", *_rows(content, chosen), *_beside_best(content, chosen)]
-    counts = sorted({row["tokens"] for row in rows.values()})
-    curve = {f"best, {n:,} tokens": [row for row in rows.values() if of_run(row, Run("best", 8, n))] for n in counts}
-    curve = _of_common_seeds({name: its for name, its in curve.items() if its})
-    if any(name != f"best, {tokens:,} tokens" for name in curve):
-        lines += ["", "## 8 of 30 blocks, by training tokens", "", *_rows(content, curve)]
+    by_tokens = curve(content, 8)
+    if len(by_tokens) > 1:
+        named = {f"best, {count:,} tokens": its for count, its in by_tokens.items()}
+        lines += ["", "## 8 of 30 blocks, by training tokens", "", *_rows(content, named)]
     for removed in SIZES:
         lines += _texts(content, removed)
     return "\n".join([*lines, "", f"Made by `{content['command']}`.", ""])
@@ -114,19 +116,17 @@ def table(content: dict[str, Any]) -> str:
 
 def same_tokens(rows: list[dict[str, Any]], tokens: int) -> dict[str, list[dict[str, Any]]]:
     found = {name: [row for row in rows if of_run(row, Run(name, row["removed"], tokens))] for name in RECIPES}
-    return _of_common_seeds({name: its for name, its in found.items() if its})
+    return {name: its for name, its in found.items() if its}
 
 
-def _of_common_seeds(named: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """Of what is trained only the seeds that all have, lest one be better for its seeds; all where none is common."""
-    trained = [its for its in named.values() if its[0]["recipe"] in TRAINED]
-    common = set.intersection(*(set(map(seed_of, its)) for its in trained)) if trained else set()
-    if not common:
-        return named
-    return {
-        name: [row for row in its if its[0]["recipe"] not in TRAINED or seed_of(row) in common]
-        for name, its in named.items()
-    }
+def curve(content: dict[str, Any], removed: int) -> dict[int, list[dict[str, Any]]]:
+    """The rows of `best` by training tokens, of the seeds that each number of them has: one seed may be better."""
+    rows = list(content["rows"].values())
+    counts = sorted({row["tokens"] for row in rows})
+    found = {count: [row for row in rows if of_run(row, Run("best", removed, count))] for count in counts}
+    found = {count: its for count, its in found.items() if its}
+    common = set.intersection(*(set(map(seed_of, its)) for its in found.values())) if found else set()
+    return {count: [row for row in its if seed_of(row) in common] for count, its in found.items()} if common else {}
 
 
 def _same_time(content: dict[str, Any], removed: int) -> dict[str, list[dict[str, Any]]]:
@@ -135,7 +135,7 @@ def _same_time(content: dict[str, Any], removed: int) -> dict[str, list[dict[str
     found = {run.recipe: [row for row in content["rows"].values() if of_run(row, run)] for run in runs}
     there = {name: its for name, its in found.items() if its}
     more = any(row.get("same_minutes") for its in there.values() for row in its)
-    return _of_common_seeds(there) if more else {}
+    return there if more else {}
 
 
 def of_run(row: dict[str, Any], run: Run) -> bool:
@@ -159,7 +159,7 @@ def _rows(content: dict[str, Any], named: dict[str, list[dict[str, Any]]]) -> li
         repeated = statistics.fmean(kind["repetition"] for kind in match.values())
         cells = [
             name if alike else f"{name} ({', '.join(sorted({row['products'] for row in named[name]}))})",
-            str(its["seeds"]), _shown(its["classification"]), _shown(its["accuracy"]),
+            seeds(named[name]), _shown(its["classification"]), _shown(its["accuracy"]),
             _shown(written["greedy"]["above_chance"]), _of_each_seed(content, named[name]),
             *(_shown(written["pass_at"][k]["above_chance"]) for k in ("1", "5", "20")), f"{ends:.1%}",
             *(f"{kind['length']:.1f}" for kind in match.values()), f"{repeated:.1%}", f"{its['ratio']:.3f}",
@@ -201,9 +201,14 @@ def _beside_best(content: dict[str, Any], named: dict[str, list[dict[str, Any]]]
         "|---" * (len(MORE) + 2) + "|",
     ]
     for name, (its, more) in found.items():
-        common = len({seed_of(row) for row in best} & {seed_of(row) for row in its})
-        lines.append(f"| {name} | {common} | " + " | ".join(points(more.get(kind)) for kind in MORE) + " |")
+        both = [row for row in best if seed_of(row) in set(map(seed_of, its))]
+        lines.append(f"| {name} | {seeds(both)} | " + " | ".join(points(more.get(kind)) for kind in MORE) + " |")
     return lines
+
+
+def seeds(rows: list[dict[str, Any]]) -> str:
+    """Which seeds a row of the table is of."""
+    return ", ".join(map(str, sorted(map(seed_of, rows))))
 
 
 def points(more: Estimate | None) -> str:

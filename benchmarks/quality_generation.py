@@ -30,7 +30,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from benchmarks.generation_recipes import RECIPES, SETTINGS, SIZES, TRAINED, Recipe, Run, plans
+from benchmarks.generation_recipes import RECIPES, SETTINGS, SIZES, TRAINED, Recipe, Run, plans, same_minutes
 from benchmarks.generation_scores import Generation
 from benchmarks.generation_table import table
 from benchmarks.quality import CHOOSING, SHORTLIST, STARTING
@@ -80,6 +80,10 @@ def main() -> None:
     for name in options.plan.split(","):
         if name == "minutes":
             bench.measure_paces()
+            for removed in SIZES:
+                known = {run.recipe for run in same_minutes(removed, options.tokens, bench.content)}
+                for left in sorted(set(TRAINED) - known):
+                    print(f"{left}, {removed} blocks: no usual row of a known time, and so none of the same minutes")
         for run in plans(options.tokens, bench.content)[name]:
             bench.row(run)
     print(table(bench.content))
@@ -254,6 +258,7 @@ class Bench:
             fitting_tokens=round(recipe.rounds * STARTING * len(text.train)) * SEQUENCE,
             batch_size=1,
             side_by_side=False,
+            resume=resumed,
             seed=run.seed,
             say=print,
         )
@@ -285,8 +290,11 @@ class Bench:
             "generation": generation,
         }
 
-    def text(self, which: str, run: Run) -> tuple[TrainingText, float]:
-        """What is trained on, and the minutes that the original wrote it in; it is always validated on documents."""
+    def text(self, which: str, run: Run) -> tuple[TrainingText, float | None]:
+        """What is trained on, and the minutes that the original wrote it in, if they are known.
+
+        It is always validated on documents.
+        """
         tokens = max(run.tokens, 20 * SEQUENCE)
         found = training_text(self.options.data, self.tokenizer, tokens, run.seed)
         wanted = run.tokens // SEQUENCE
@@ -297,12 +305,14 @@ class Bench:
             rows = torch.stack([rows, found.train[: len(rows)]], dim=1).flatten(0, 1)
         return replace(found, train=rows[:wanted]), minutes
 
-    def own_text(self, sequences: int, run: Run) -> tuple[Tensor, float]:
+    def own_text(self, sequences: int, run: Run) -> tuple[Tensor, float | None]:
         """What the original writes to the prompts of a seed, and the minutes that it took when it was written.
 
-        It is kept for the rows with another number of blocks gone.
+        It is kept for the rows with another number of blocks gone. None where somebody began to write it before, who
+        was interrupted or is at it still.
         """
         folder, began = self.work / f"{sequences}sequences|{run.seed}.text", time.process_time()
+        alone = not folder.exists()
         with fast_products(self.original):
             texts = self_generated(
                 self.original,
@@ -314,10 +324,10 @@ class Bench:
             )
         took = folder / "minutes"
         if not took.exists():
-            took.write_text(str((time.process_time() - began) / 60))
+            took.write_text(json.dumps((time.process_time() - began) / 60 if alone else None))
         ids = [i for text in texts for i in self.tokenizer(text, add_special_tokens=False).input_ids]
         rows = torch.tensor(ids[: len(ids) // SEQUENCE * SEQUENCE]).view(-1, SEQUENCE)[:sequences]
-        return rows, float(took.read_text())
+        return rows, json.loads(took.read_text())
 
     def file_of(self, run: Run, of: str) -> Path:
         """Where something of a row is kept until it is made."""
@@ -337,8 +347,7 @@ class Bench:
         if not recipe.warm or recipe.kind == "none":
             stand_ins = [kind.make(self.stack, window) for window in windows]
         else:
-            share = 1.0 if not recipe.objective else STARTING
-            rows = text.train[: max(16, round(share * len(text.train)))]
+            rows = text.train[: max(16, round(recipe.starting * len(text.train)))]
             parts = (batches_of(part, 4) for part in (*held_out_apart(rows), text.validation))
             with fast_products(self.model):
                 (fitted,) = verified(self.model, [Selection(windows)], *parts, kind=kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 
 from benchmarks import quality_generation
 from benchmarks.generation_in_short import short_differences, short_table
-from benchmarks.generation_recipes import CURVE, RECIPES, TRAINED, Run, plans, same_minutes
+from benchmarks.generation_recipes import CURVE, RECIPES, TRAINED, Run, plans, same_minutes, trained_in
 from benchmarks.generation_table import differences, numbers, table
 from benchmarks.quality_generation import Bench
 from benchmarks.training_text import TrainingText
@@ -75,6 +76,8 @@ def test_the_same_minutes_are_as_many_tokens_as_they_allow() -> None:
     runs = {name: Run(name, 8, 100_000) for name in names}
     rows = [row(runs[name], 70, 20, took) for name, took in zip(names, (4.0, 2.0, 7.0, 3.7), strict=False)]
     rows[2]["minutes"]["text"] = 1.0  # that was written for it
+    for one, busy in zip(rows, (1.0, 2.0, 1.5, 1.0), strict=True):  # what it is scored in, too
+        one["minutes"] = {part: busy * took for part, took in one["minutes"].items()}
     whole = content(rows)
 
     def found() -> list[tuple[str, int, bool]]:
@@ -155,7 +158,7 @@ def test_the_table_has_the_best_first_and_the_texts_beside_one_another() -> None
         row(Run("KL alone", 8, 1000), 70, 12, minutes=2.7),
         row(Run("LM alone", 8, 1000), 70, 11, minutes=12.0),  # with no row on fewer tokens yet
         row(Run("on policy", 8, 2048), 72, 12),  # of another number of tokens: in no table
-        row(Run("best", 8, 1000, seed=1), 80, 30),  # a seed that others do not have: in no table
+        row(Run("best", 8, 1000, seed=1), 80, 30),  # a seed that others do not have: not held against them
     ]
     lines = table(content(rows)).splitlines()
     names = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]
@@ -165,8 +168,11 @@ def test_the_table_has_the_best_first_and_the_texts_beside_one_another() -> None
                      "best beside", "without healing", "KL alone",
                      "recipe", "best, 50,000 tokens", "best, 1,000 tokens"]  # fmt: skip
     best = next(line for line in lines if line.startswith("| best |"))
-    assert " | 83.3% [" in best and " | 93.8% [" in best and best.endswith(" | 30.0% | 1.500 | 5.0 |")
-    assert " | 80.0% [" in best and "] | 80% | " in best
+    assert best.startswith("| best | 0, 1 | 91.7% [") and best.endswith(" | 30.0% | 1.500 | 5.0 |")
+    assert " | 96.9% [" in best and " | 90.0% [" in best and "] | 80%, 100% | " in best
+    more, usual = (line for line in lines if line.startswith("| best, "))
+    assert more.startswith("| best, 50,000 tokens | 0 | 93.3%")
+    assert usual.startswith("| best, 1,000 tokens | 0 | 83.3%"), "of the curve's one seed"
     more = lines[next(k for k, line in enumerate(lines) if line.startswith("| best beside")) + 2]
     assert " | +13.3 [" in more and " | +5.0 [" in more and " | +46.7 [" in more
     assert "**Once \\*upon\\***" in lines and "- removed: a a \\| a" in lines
@@ -187,8 +193,12 @@ def test_in_short_there_is_each_recipe_and_what_best_has_more() -> None:
     lines = short_table(content(rows)).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         "| 4 of 30, just removed, those of `best`", "| 8 of 30, `best`, by KL alone", "| 8 of 30, `best`",
-        "| 8 of 30, `best`, 2,000 tokens"]  # fmt: skip
-    assert lines[4] == "| 8 of 30, `best` | 73% | 90% | 83% | 80% | 62.5% | 1.50 |"  # of the seed that all have
+        "| 8 of 30, `best`, 1,000 tokens", "| 8 of 30, `best`, 2,000 tokens"]  # fmt: skip
+    alike = short_table(content([rows[0], rows[-1]])).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in alike] == ["| 8 of 30, `best`", "| 8 of 30, `best`, 2,000 tokens"]
+    assert lines[4] == "| 8 of 30, `best` | 0, 1 | 63% | 86% | 75% | 73% | 56.2% | 1.50 |"
+    assert lines[5].startswith("| 8 of 30, `best`, 1,000 tokens | 0 | 53% | 82% | 67% |"), "of the curve's one seed"
+    assert lines[6].startswith("| 8 of 30, `best`, 2,000 tokens | 0 | 53% | 82% | 80% |")
     (one,) = short_differences(content(rows)).splitlines()[2:]
     assert one.startswith("| 8 of 30, `best`, by KL alone | 1 | +0.0 [+0, +0] | +50.0 [")
 
@@ -208,18 +218,21 @@ def test_a_recipe_that_was_interrupted_has_no_minutes_and_one_of_another_precisi
     assert names == ["| recipe", "| best (float32)", "| KL alone (bfloat16)"]  # and are not held against each other
 
 
-def test_recipes_are_compared_on_the_seeds_that_all_have() -> None:
+def test_each_row_names_its_seeds_and_two_are_compared_on_those_that_both_have() -> None:
+    """A third that has fewer costs them none."""
     rows = [
         row(Run(name, 8, 1000, seed), right, 20)
         for seed in (0, 1, 2)
-        for name, right in (("best", 70 + seed), ("KL alone", 70))
+        for name, right in (("best", 70 + seed), ("KL alone", 70), ("LM alone", 70))
     ]
-    whole = content([*rows[:-1], row(Run("removed", 8, 1000), 60, 3)])
+    there = [one for one in rows if one["recipe"] != "KL alone" or one["seed"]]
+    there = [one for one in there if one["recipe"] != "LM alone" or one["seed"] == 2]
+    whole = content([*there, row(Run("removed", 8, 1000), 60, 3)])
     lines = [line.split(" | ") for line in table(whole).splitlines() if line.startswith("| ")]
-    assert {cells[0]: cells[1] for cells in lines[1:4]} == {"| best": "2", "| KL alone": "2", "| removed": "1"}
-    whole = content([rows[0], rows[3]])  # none in common
-    lines = [line.split(" | ") for line in table(whole).splitlines() if line.startswith("| ")]
-    assert {cells[0]: cells[1] for cells in lines[1:3]} == {"| best": "1", "| KL alone": "1"}
+    named = {cells[0]: cells[1] for cells in lines[1:5]}
+    assert named == {"| best": "0, 1, 2", "| KL alone": "1, 2", "| LM alone": "2", "| removed": "0"}
+    pairs = {cells[0]: (cells[1], cells[2].split()[0]) for cells in lines[6:8]}
+    assert pairs == {"| KL alone": ("1, 2", "+5.0"), "| LM alone": ("2", "+6.7")}
 
 
 def test_rows_that_were_asked_otherwise_are_not_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,3 +279,56 @@ def test_two_processes_do_not_make_one_row_and_neither_loses_the_other_one_s(
     one.change(lambda content: content["rows"][run.key].update(what={**RECIPES["best"].what, "repeated": "0.25"}))
     with two.taken(run) as theirs:
         assert theirs, "what is there is of an earlier recipe"
+
+
+def test_minutes_of_a_text_that_another_began_to_write_are_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality_generation, "ROOT", tmp_path)
+    made: Any = Bench.__new__(Bench)
+    made.original, made.tokenizer = SimpleNamespace(), lambda text, **given: SimpleNamespace(input_ids=[1] * 512)
+    monkeypatch.setattr(quality_generation, "fast_products", lambda model: nullcontext())
+
+    def write(*given: Any, cache: Path, **more: Any) -> list[str]:
+        cache.mkdir(exist_ok=True)
+        if not (cache / "batches").exists():
+            (cache / "batches").touch()
+            raise KeyboardInterrupt
+        return ["a", "b"]
+
+    monkeypatch.setattr(quality_generation, "self_generated", write)
+    run = Run("own text and documents", 8, 1000)
+    with pytest.raises(KeyboardInterrupt):
+        made.own_text(2, run)
+    assert made.own_text(2, run)[1] is None and made.own_text(2, run)[1] is None
+    whole = tmp_path / "build/quality_generation/1sequences|0.text"
+    whole.mkdir()
+    (whole / "batches").touch()
+    (whole / "minutes").write_text("2.5")
+    assert made.own_text(1, run)[1] == 2.5
+    late = row(run, 70, 20)
+    late["minutes"]["text"] = None
+    assert trained_in(late) is None and numbers(content([]), [late])["minutes"] is None
+
+
+def test_rounds_that_were_broken_off_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality_generation, "ROOT", tmp_path)
+    made: Any = Bench.__new__(Bench)
+    made.original, made.tokenizer = torch.nn.Linear(1, 1), None
+    seen: list[bool] = []
+
+    def rounds(*given: Any, resume: bool, **more: Any) -> Any:
+        seen.append(resume)
+        return SimpleNamespace(seconds={"train": 1.0}, rounds=[], plan=SimpleNamespace(removed=(3,)))
+
+    monkeypatch.setattr(quality_generation, "compress_iteratively", rounds)
+    made.scored = lambda *given: given[-1]
+    run, text = Run("in two rounds", 8, 1000), TrainingText(torch.zeros(4, 512), torch.zeros(2, 512), {})
+    assert made.made_in_rounds(run, RECIPES[run.recipe], text)["train"] is not None
+    made.file_of(run, "training.round-1").touch()
+    assert made.made_in_rounds(run, RECIPES[run.recipe], text)["train"] is None
+    assert seen == [False, True]
+
+
+def test_a_start_without_training_is_told_by_the_text_that_it_is_fitted_on() -> None:
+    assert RECIPES["warm start alone"].what["starting"] == "1.0" != RECIPES["best"].what["starting"]
