@@ -20,6 +20,7 @@ from streamline_hooks.recorder import ForwardStopped, HiddenStateRecorder
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery.hazards import find_hazards
 from streamline_hooks.surgery.per_layer_weights import width_of_slices
+from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced
 
 _SEQUENCES, _TOKENS = 2, 16
 
@@ -39,6 +40,8 @@ def refuse_known(stack: BlockStack, stop: int) -> None:
         With the reason.
     """
     what = f"{type(stack.model).__name__} cannot be run block by block"
+    if any(spliced(block, place) for block in stack.blocks for place in (BEFORE, AFTER)):
+        raise UnsupportedSurgery(f"{what}: an earlier surgery put modules between its blocks. Load it into memory.")
     unusual = {layout_of(block) for block in stack.blocks} - {USUAL}
     if unusual:
         laid_out = ", ".join(unusual.pop().split())

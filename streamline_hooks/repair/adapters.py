@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.surgery.silence import silent_parameters
 from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices
 
 
@@ -39,6 +40,7 @@ def with_adapters(
     for place in (BEFORE, AFTER):  # what is spliced in beside a block is no part of it
         set_splices(made, place, [])
     linear = [name for name, module in made.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)]
+    linear = [name for name in linear if not silent_parameters(made.get_submodule(name))]  # what was silenced stays so
     names = [name for name in linear if not targets or name.endswith(targets)]
     if not names:
         raise StreamlineError(

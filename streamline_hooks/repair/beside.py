@@ -21,6 +21,7 @@ from streamline_hooks.precision import widen
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.repair.projection import ProjectionMoments
 from streamline_hooks.stack import BlockStack, find_stack
+from streamline_hooks.surgery.splice import BEFORE, run_splices
 
 _TOKENS_AT_ONCE = 2048
 _Calls = Mapping[int, tuple[tuple[Any, ...], dict[str, Any]]]
@@ -41,17 +42,23 @@ class Beside:
     projection : torch.nn.Module or None
         The last projection, a `torch.nn.Linear` or GPT-2's ``Conv1D`` in the last of `blocks`; None where there is
         none to be solved for, and only the error is measured.
+    places : tuple of torch.nn.Module
+        The blocks of the model in whose place those of `blocks` stand, if they take slots: what an earlier surgery put
+        before the second and the later of these stays.
     """
 
     window: range
     blocks: tuple[nn.Module, ...]
     takes_slots: bool
     projection: nn.Module | None = None
+    places: tuple[nn.Module, ...] = ()
 
     def run(self, entering: Tensor, calls: _Calls) -> Tensor:
         """What the stand-in makes of the states that enter the window, of shape (batch, tokens, features)."""
         state = entering
-        for k, block in zip(self.window, self.blocks, strict=False):
+        for number, (k, block) in enumerate(zip(self.window, self.blocks, strict=False)):
+            if 0 < number < len(self.places):
+                state = run_splices(self.places[number], BEFORE, state)
             with inference(block):
                 state = BlockCall(block, *calls[k], state).run(state, {}) if self.takes_slots else block(state.clone())
         return state

@@ -23,9 +23,11 @@ from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.repair.branch_norm import BranchNorm, norm_of, watching_norms
 from streamline_hooks.repair.closed_form import solve
 from streamline_hooks.replacements import LinearReplacement, NormedLinearReplacement
+from streamline_hooks.stack import BlockStack
 from streamline_hooks.statistics import WindowMoments
 from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.surgery.silence import branches_of, require_branch
+from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,9 @@ def fit_branch_linear(
     if len(set(named)) < len(named):
         raise StreamlineError(f"Each branch can be replaced once; got {list(branches)}.")
     found = {k: _in_series(k, b) for k, b in branches_of(record.stack, record.blocks, probe).items()}
+    for k, branch in named:
+        if found[k].first != branch:
+            _require_nothing_behind(record.stack, k, branch)
     norms: dict[tuple[int, Branch], BranchNorm] = {}
     fitted = _measure(model, fit, named, found, stack, "fit", norms if normed else None)
     apart = _measure(model, held_out, named, found, stack, "hold out", norms if normed else None)
@@ -230,6 +235,18 @@ def _in_series(k: int, found: Branches | UnsupportedSurgery) -> Branches:
             "parallel",
         )
     return found
+
+
+def _require_nothing_behind(stack: BlockStack, k: int, branch: Branch) -> None:
+    """Raise where an earlier surgery put a module behind a block: the map would run after it, and not before."""
+    behind = spliced(stack[k + 1], BEFORE) if k + 1 < len(stack) else spliced(stack[k], AFTER)
+    if behind:
+        raise UnsupportedSurgery(
+            f"The {branch} of block {k} cannot be replaced: behind the block stands a {type(behind[0]).__name__} that "
+            "an earlier surgery put there, and a map in the branch's place would run after it. Silence the branch, or "
+            "choose another one.",
+            "spliced",
+        )
 
 
 def _require_free(surgeon: LayerSurgeon, one: BranchLinear) -> None:

@@ -172,12 +172,13 @@ def _beside(stack: BlockStack, window: range, stand_in: StandIn, probe: Batch | 
     """How to run a stand-in beside its window, and which of its projections to solve for."""
     assert isinstance(stand_in, nn.Module)
     blocks = blocks_of(stack, stand_in)
+    places = tuple(stack[k] for k in window[: len(blocks)])
     if not solve:
-        return Beside(window, blocks or (stand_in,), bool(blocks))
+        return Beside(window, blocks or (stand_in,), bool(blocks), places=places)
     if blocks:
         last = window.start + len(blocks) - 1
         branches = branches_of(stack, [last], probe)[last]
-        return Beside(window, blocks, True, _inherited_projection(blocks[-1], branches))
+        return Beside(window, blocks, True, _inherited_projection(blocks[-1], branches), places)
     name = getattr(stand_in, "last_projection", None)
     if name is None:
         return Beside(window, (stand_in,), False)

@@ -18,6 +18,7 @@ from streamline_hooks.repair.closed_form import solve
 from streamline_hooks.stack import find_stack
 from streamline_hooks.statistics import WindowMoments
 from streamline_hooks.surgery.fold import foldable
+from streamline_hooks.surgery.splice import BEFORE, spliced
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,12 @@ def measure_fold_moments(
     before = sorted({window.start - 1 for window in windows})
     folding = foldable(found, before, "mlp", probe)
     for k, branches in folding.items():
+        if spliced(found[k + 1], BEFORE):
+            raise UnsupportedSurgery(
+                f"Nothing can be folded into block {k}: behind it stands what an earlier surgery put there, which "
+                "would run on what was folded. Choose another window or kind.",
+                "fold",
+            )
         if branches.first == "mlp":
             raise UnsupportedSurgery(
                 f"Nothing can be folded into block {k}: its attention works on what its MLP has added, so that the "

@@ -146,9 +146,7 @@ class Student:
         for window, stand_in in self.stand_ins:
             self.modules[f"{window.start}-{window.stop - 1}"] = place(surgeon, window, stand_in)
         for k, block in self.copies.items():
-            placed = surgeon.replace(range(k, k + 1), block)
-            assert placed is not None
-            self.modules[str(k)] = [placed]
+            self.modules[str(k)] = [surgeon.exchange(k, block)]
 
     def merge(self) -> None:
         """Let adapters be parts of the weights beside them, so that every copy is a plain block."""

@@ -16,7 +16,7 @@ from streamline_hooks.surgery.copies import find_copies, renumbered_paths
 from streamline_hooks.surgery.exchange import Exchange, move_parameter
 from streamline_hooks.surgery.layout import NewSlot, Placed, names_of
 from streamline_hooks.surgery.per_layer_weights import find_per_layer_weights
-from streamline_hooks.surgery.placement import move_beside
+from streamline_hooks.surgery.placement import bring_to, move_beside
 from streamline_hooks.surgery.renumber import (
     INDEX_NAMES,
     KEY_SHARING,
@@ -52,6 +52,7 @@ class Edits:
         self._origins: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
         self._undoing: list[Callable[[], None]] = []
         self._first_hook = next_hook_id()
+        self._earlier = {id(m) for block in stack.blocks for place in (BEFORE, AFTER) for m in spliced(block, place)}
 
     def forget(self) -> None:
         """Keep the changes for good."""
@@ -121,7 +122,10 @@ class Edits:
         if list(spliced(block, place)) == modules:
             return
         for module in modules:
-            move_beside(module, block)
+            if id(module) in self._earlier:  # its precision is its own: narrowed, its values would be lost
+                self._undoing.append(bring_to(module, block))
+            else:
+                move_beside(module, block)
         self._undoing.append(remember_splices(block, place))
         set_splices(block, place, modules)
 

@@ -31,6 +31,7 @@ class Layout:
     blocks: list[nn.Module]
     inserted: dict[int, list[nn.Module]] = field(default_factory=dict)
     given_up: dict[int, tuple[range, nn.Module | None]] = field(default_factory=dict)
+    exchanged: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         # Splices of an earlier surgery stay where they are, whatever happens to the block that carries them.
@@ -42,6 +43,7 @@ class Layout:
         other = copy.copy(self)
         other.inserted = {k: list(modules) for k, modules in self.inserted.items()}
         other.given_up = dict(self.given_up)
+        other.exchanged = set(self.exchanged)
         return other
 
     def insert(self, k: int, module: nn.Module) -> None:
@@ -70,12 +72,18 @@ class Layout:
             )
         self.given_up[window.start] = (window, module)
 
+    def exchange(self, k: int, module: nn.Module) -> None:
+        """Put a block in the place of block k that does the same: what an earlier surgery put behind it stays."""
+        self.give_up(range(k, k + 1), module)
+        self.exchanged.add(k)
+
     def unshared(self, module: nn.Module, leaving: Sequence[int] = ()) -> nn.Module:
         """The module, or a copy of it where it would stand in the model twice."""
         gone = {k for window, _ in self.given_up.values() for k in window} | set(leaving)
         present = [block for k, block in enumerate(self.blocks) if k not in gone]
         present += [m for modules in self.inserted.values() for m in modules]
         present += [m for _, m in self.given_up.values() if m is not None]
+        present += [m for modules in (*self.earlier.values(), self.earlier_at_end) for m in modules]
         if not any(m is module for m in present):
             return module
         duplicate = copy.deepcopy(module)
@@ -110,7 +118,8 @@ class Layout:
 
         Before block k run the splices of an earlier surgery, then what was inserted now. A window replaces everything
         from the state that its first block received (after the splices there) to the state that its last block
-        handed on: splices of an earlier surgery between its blocks, or after the last of the stack, go with it.
+        handed on: splices of an earlier surgery between its blocks, or after the last of the stack, go with it; but
+        not where a block is exchanged for another one.
         """
         slots: list[NewSlot] = []
         waiting: list[Placed] = []
@@ -134,7 +143,8 @@ class Layout:
             window, stand_in = self.given_up[k]
             if stand_in is not None:
                 place(stand_in, k, (window.start, window.stop))
-            k, end_is_gone = window.stop, window.stop == length
+            end_is_gone = window.stop == length and k not in self.exchanged
+            k = window.stop
         for module in [*([] if end_is_gone else self.earlier_at_end), *self.inserted.get(length, [])]:
             place(module, length)
         return slots, waiting

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,43 @@ def placement(block: nn.Module) -> Placement:
 def move_beside(module: nn.Module, block: nn.Module) -> None:
     """Give a module a block's mode, and the device and the precision that most of its parameters have."""
     module.train(block.training)
-    if any(parameter.is_meta for parameter in module.parameters()):
-        return  # a copy of an offloaded block, which accelerate brings to where it runs
+    found = None if _offloaded(module) else _most(block)
+    if found is not None:
+        module.to(device=found[0], dtype=found[1])
+
+
+def bring_to(module: nn.Module, block: nn.Module) -> Callable[[], None]:
+    """Bring a module that is in the model to a block's device, as it is; what is returned brings it back."""
+    held = next(module.parameters(), None)
+    found = None if held is None or _offloaded(module) else _most(block)
+    device = None if held is None or found is None else found[0]
+    if held is None or device is None or device == held.device:
+        return lambda: None
+    before = held.device
+    module.to(device=device)
+
+    def bring_back() -> None:
+        module.to(device=before)
+
+    return bring_back
+
+
+def _offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings it to where it runs."""
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+def _most(block: nn.Module) -> tuple[torch.device | None, torch.dtype] | None:
+    """The device and the precision of most of a block's parameters; None where it has none."""
     sizes: dict[tuple[torch.device, torch.dtype], int] = {}
     for parameter in block.parameters():
         if parameter.is_floating_point():
             key = (parameter.device, parameter.dtype)
             sizes[key] = sizes.get(key, 0) + parameter.numel()
-    if sizes:
-        device, dtype = max(sizes, key=lambda key: sizes[key])
-        module.to(device=execution_device(block) if device.type == "meta" else device, dtype=dtype)
+    if not sizes:
+        return None
+    device, dtype = max(sizes, key=lambda key: sizes[key])
+    return (execution_device(block) if device.type == "meta" else device), dtype
 
 
 def follow(blocks: Sequence[nn.Module], kept: Iterable[int], before: Sequence[Placement]) -> None:

@@ -128,6 +128,10 @@ class SurgeryPlan:
             behind = (slot.source for slot in earlier.slots[k:] if slot.source is not None)
             return next(behind, earlier.old_length)
 
+        def end(k: int) -> int:
+            ahead = (slot.source for slot in reversed(earlier.slots[:k]) if slot.source is not None)
+            return next((source + 1 for source in ahead), 0)
+
         slots = []
         for slot in self.slots:
             was = Slot(None, slot.module) if slot.source is None else earlier.slots[slot.source]
@@ -137,7 +141,7 @@ class SurgeryPlan:
             Splice(
                 one.before,
                 place(one.old_before),
-                None if one.replaces is None else (place(one.replaces[0]), place(one.replaces[1])),
+                None if one.replaces is None else (place(one.replaces[0]), end(one.replaces[1])),
                 one.module,
             )
             for one in self.splices

@@ -117,6 +117,25 @@ def branches_in(call: BlockCall | UnsupportedSurgery) -> Branches | UnsupportedS
         return error
 
 
+def silent_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """What is at zero of a module's own parameters, as `LayerSurgeon.silence` leaves output projections.
+
+    A matrix, and vectors at zero beside one. Empty where every matrix holds something; a bias alone says nothing.
+
+    Examples
+    --------
+    >>> layer = nn.Linear(2, 2)
+    >>> len(silent_parameters(layer))
+    0
+    >>> _ = nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    >>> len(silent_parameters(layer))
+    2
+    """
+    own = [p for p in module.parameters(recurse=False) if p.is_floating_point() and not p.is_meta]
+    zero = [p for p in own if not bool(p.detach().any())]
+    return zero if any(p.ndim > 1 for p in zero) else []
+
+
 def find_zeros(stack: BlockStack, k: int, branch: Branch, batch: Batch | Tensor | None) -> Zeros:
     """Make what stands in the place of a branch's output projections.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -126,9 +126,48 @@ class LayerSurgeon(BranchSurgery):
             module = layout.unshared(module, leaving=chosen)
         if self._probe and not despite_hazards and not (module is not None and layout.takes_slot(module)):
             self._hold_against_truth(chosen, what)
-        layout.give_up(chosen, module)
+        if itself:
+            layout.exchange(chosen.start, cast(nn.Module, module))
+        else:
+            layout.give_up(chosen, module)
         self._apply(layout)
         return module
+
+    def exchange(self, k: int, block: nn.Module) -> nn.Module:
+        """Put a block in the place of block k that does the same with other weights, such as a trained copy of it.
+
+        What an earlier surgery spliced in beside block k stays, where `replace` takes away what stood behind the last
+        block: a stand-in is for all of what a window did.
+
+        Parameters
+        ----------
+        k : int
+        block : torch.nn.Module
+            Of the blocks' own class, or one that derives from it.
+
+        Returns
+        -------
+        torch.nn.Module
+            The block that is now in the model, see `replace`.
+
+        Raises
+        ------
+        StreamlineError
+            If k is out of range or gone, or the module is no such block.
+        """
+        self._require_open()
+        chosen = window_of([k], len(self.stack))
+        require_module(block)
+        layout = self._layout.copy()
+        if not layout.takes_slot(block):
+            raise StreamlineError(
+                f"A {type(block).__name__} cannot be exchanged for block {k}: expected a "
+                f"{type(self.stack[k]).__name__}, as the model's own blocks are. Use replace."
+            )
+        block = layout.unshared(block, leaving=chosen)
+        layout.exchange(k, block)
+        self._apply(layout)
+        return block
 
     def insert(self, k: int, module: nn.Module, *, despite_hazards: bool = False) -> nn.Module:
         """Run a module before block k; several at one place run in the order in which they were inserted.

@@ -17,6 +17,7 @@ from streamline_hooks.passes import inference, progress
 from streamline_hooks.precision import widen
 from streamline_hooks.predicted import predicted_tokens
 from streamline_hooks.stack import BlockStack, find_stack
+from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced
 from streamline_hooks.task import logits_of
 
 
@@ -67,7 +68,7 @@ def block_saliency(
     require_text(model)
     found = find_stack(model, stack)
     chosen = sorted(set(blocks))
-    parameters = {k: list(found[k].parameters()) for k in chosen}
+    parameters = {k: _own_parameters(found[k]) for k in chosen}
     _require_differentiable(found, chosen)
     every: dict[Tensor, None] = dict.fromkeys(p for k in chosen for p in parameters[k])  # blocks may share some
     sums = {p: torch.zeros_like(p, dtype=_wide(p), requires_grad=False) for p in every}
@@ -106,6 +107,12 @@ def block_saliency(
             "graph. Choose a criterion without gradients."
         )
     return {k: _saliency(k, [(p, sums[p]) for p in parameters[k]]) for k in chosen}
+
+
+def _own_parameters(block: nn.Module) -> list[Tensor]:
+    """Those of a block without what is spliced in beside it, which stays when the block goes."""
+    beside = {id(p) for place in (BEFORE, AFTER) for module in spliced(block, place) for p in module.parameters()}
+    return [p for p in block.parameters() if id(p) not in beside]
 
 
 def _saliency(k: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> float:

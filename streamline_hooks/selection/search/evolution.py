@@ -16,6 +16,7 @@ from streamline_hooks.selection.search.levels import Levels, gone_of
 from streamline_hooks.selection.search.selected import Selection
 from streamline_hooks.selection.target import protected_blocks
 from streamline_hooks.stack import find_stack
+from streamline_hooks.surgery.silence import silent_parameters
 from streamline_hooks.task import Task
 
 STAGES = ((2_048, 8), (8_192, 2))
@@ -157,6 +158,10 @@ def evolve(
     writers = writers_of(found, sorted(free), probe) if branches and free else {}
     paths = {half: paths for half, paths in writers.items() if not isinstance(paths, UnsupportedSurgery)}
     reasons = {half: str(error) for half, error in writers.items() if half not in paths}
+    silent = [(k, b) for (k, b), its in paths.items() if all(silent_parameters(found[k].get_submodule(p)) for p in its)]
+    for k, branch in silent:  # it would be given up for nothing
+        del paths[k, branch]
+        reasons[k, branch] = f"The {branch} of block {k} is silent already."
     levels = Levels(free, frozenset(paths), reasons)
     if branches and writers and not paths:
         warnings.warn(f"Only whole blocks are searched over: {next(iter(reasons.values()))}", stacklevel=2)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
-
 from streamline_hooks.branches import BRANCHES, Branch
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.selection.search.one_shot import best_sets
@@ -22,7 +20,8 @@ def silenced_branches(
     Parameters
     ----------
     scores : BranchScores
-        As `measure_branches` gives them. A block that was not measured is left alone.
+        As `measure_branches` gives them. A block that was not measured is left alone, and so is a branch that adds
+        nothing: it was silenced before.
     branch : {"attention", "mlp"}
     count : int
         How many are silenced.
@@ -46,17 +45,19 @@ def silenced_branches(
     >>> scores = BranchScores(3)
     >>> before = torch.eye(4)[None, :2]
     >>> for k in range(3):
-    ...     scores.update(k, "attention", before, before + k * before.roll(1, 1), torch.ones(1, 2))
+    ...     scores.update(k, "attention", before, before + (k + 1) * before.roll(1, 1), torch.ones(1, 2))
     >>> str(silenced_branches(scores, "attention", 2)[0])
     'attention of 0, attention of 1'
     """
     cosine = scores.cosine[:, BRANCHES.index(branch)]
     protected = protected_blocks(keep, len(cosine))
-    values = {k: float(v) for k, v in enumerate(cosine) if k not in protected and not torch.isnan(v)}
+    adds = scores.magnitude[:, BRANCHES.index(branch)]
+    free = (k for k in range(len(cosine)) if k not in protected and adds[k] > 0)  # nor NaN
+    values = {k: float(cosine[k]) for k in free}
     if not 1 <= count <= len(values):
         raise StreamlineError(
             f"{count} {branch} branches are to be silenced, and {len(values)} can be chosen from: the others are "
-            "protected, or were not measured. Ask for one or more, and for fewer than there are."
+            "protected, silenced already, or were not measured. Ask for one or more, and for fewer than there are."
         )
     return [
         Selection((), tuple((k, branch) for k in blocks), score) for score, blocks in best_sets(values, count, best)
