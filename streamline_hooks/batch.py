@@ -67,9 +67,18 @@ def prepare(model: nn.Module, batch: Batch | Tensor) -> dict[str, Any]:
     takes_positions = "position_ids" in takes and "position_ids" not in given
     if takes_positions and isinstance(mask, Tensor) and mask.ndim == 2 and not mask.bool().all():
         given["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    if "use_cache" in takes:
+    if takes_use_cache(takes):
         given.setdefault("use_cache", False)
     return given
+
+
+def takes_use_cache(takes: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a forward with these parameters can be told to build no cache.
+
+    By name; or among others, as Granite's mixtures take it, which are given a cache by name.
+    """
+    others = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes.values())
+    return "use_cache" in takes or (others and not takes.keys().isdisjoint(("cache", "past_key_values")))
 
 
 def real_tokens(given: Mapping[str, Any]) -> Any:

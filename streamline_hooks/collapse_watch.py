@@ -47,6 +47,7 @@ class CollapseWatch:
         self, model: Any, tokenizer: Any, batches: Sequence[Batch | Tensor], say: Callable[[str], None]
     ) -> None:
         self.tokenizer, self.say = tokenizer, say
+        self._failures: list[str] = []
         self._half = (positions_of(model.config) or 10**9) // 2
         self._chat = bool(getattr(tokenizer, "chat_template", None))
         length = min(_PROMPT_TOKENS, self._half)
@@ -72,6 +73,8 @@ class CollapseWatch:
     def warnings(self, model: Any) -> list[str]:
         """What is to be said of a model that was made from it, a text each; empty where all is well.
 
+        One that fails where the original did not can write no more, which is said too.
+
         Parameters
         ----------
         model : torch.nn.Module
@@ -82,6 +85,7 @@ class CollapseWatch:
         list of str
         """
         said = []
+        self._failures.clear()
         if self._solves >= fewest_solved(len(self._probes)) and (now := self._solve(model, "compressed")):
             said.append(collapse_of_probes(self._solved, now))
         if self._written and (texts := self._write(model, "compressed")):
@@ -89,6 +93,8 @@ class CollapseWatch:
         if self._sign:
             thoughts = self._think(model, "compressed") if self._thoughts else []
             said.append(reasoning_in_words(self._sign, self._thoughts, thoughts, min(_THOUGHT_TOKENS, self._half)))
+        if self._failures:
+            said.append(f"The compressed model cannot write as the original does: {self._failures[0]}")
         return [text for text in said if text]
 
     def _solve(self, model: Any, whose: str) -> dict[str, list[bool]]:
@@ -103,7 +109,8 @@ class CollapseWatch:
                 what=f"small problems: {whose}",
             )
         except Exception as error:  # whatever a model's own generate raises: it is not worth a compressed model
-            self.say(f"No small problems were asked: {type(error).__name__}: {error}")
+            self._failures.append(f"{type(error).__name__}: {error}")
+            self.say(f"No small problems were asked: {self._failures[-1]}")
             return {}
         right = iter(found.right)
         return {name: [next(right) for _ in sort] for name, sort in self._probes.items()}
@@ -124,6 +131,7 @@ class CollapseWatch:
         try:
             found = write_on(model, self.tokenizer, prompts, new_tokens=tokens, chat=chat, what=what)
         except Exception as error:  # see above
-            self.say(f"Nothing was written ({what}): {type(error).__name__}: {error}")
+            self._failures.append(f"{type(error).__name__}: {error}")
+            self.say(f"Nothing was written ({what}): {self._failures[-1]}")
             return []
         return [text for (text,) in found]

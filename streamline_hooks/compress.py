@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -324,14 +324,17 @@ def compress(
         fitted = sum(map(tokens_of, (*ready.fit, *ready.held_out)))
         data |= {} if fitting_tokens is None else {"fitting_tokens": fitted}
         data |= {"repeated": repeated} if repeated else {}
-        notes = {} if trained is None else {"training": trained.report()}
+        notes: dict[str, Any] = {} if trained is None else {"training": trained.report()}
+        repaired = bool(best.maps) or any(repair.stand_in is not None for repair in best.repairs)
+        learnt = trained is not None and trained.best_step > 0
+        solved = "in closed form" if chosen.solve or chosen.fit is not None else "as it is"
+        notes["repaired"] = "trained" if learnt else solved if repaired else ""
         del ready, asked  # they hold the blocks that go
         with LayerSurgeon(model, path) as surgeon:
             carry_out(surgeon, best)
             plan = surgeon.commit(kind=chosen.name, calibration=data, **notes)
         if student is not None:
             student.settle()
-        repaired = best.maps or any(repair.stand_in is not None for repair in best.repairs)
         label = "trained" if trained is not None else "repaired" if repaired else "removed"
         if board is None:
             perplexities[label] = perplexity_together(work, model, test).value

@@ -306,6 +306,14 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_several_processes_share_compress_alone(
+    stories_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = run(["rank", stories_folder], monkeypatch, capsys)
+    assert code == 2 and "WORLD_SIZE=2 says that several processes were started, and rank is for one" in err
+
+
 def test_models_and_folders_that_cannot_be_used(
     stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

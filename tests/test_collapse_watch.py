@@ -95,6 +95,21 @@ def test_what_a_model_no_longer_knows_is_told() -> None:
     assert said == []
 
 
+def test_a_model_that_can_write_no_more_is_told() -> None:
+    said: list[str] = []
+    model = knowing()
+    watch = watched(model, Letters(), said)
+
+    def fails(**given: Any) -> Any:
+        raise ValueError("no attention layer is left")
+
+    vars(model)["generate"] = fails
+    (text,) = watch.warnings(model)
+    assert text == "The compressed model cannot write as the original does: ValueError: no attention layer is left"
+    del vars(model)["generate"]
+    assert watch.warnings(model) == [] and len(said) == 2
+
+
 def test_an_original_that_knows_nothing_is_not_asked_again() -> None:
     model, said = knowing(), []
     model.answers = {}

@@ -109,10 +109,9 @@ def _surgery(entry: dict[str, Any]) -> list[str]:
     new = [f"{number} ({slot.module})" for number, slot in enumerate(plan.slots) if slot.source is None]
     if new:
         lines.append(f"- Blocks that were put in: {', '.join(new)}.")
-    if "kind" in entry:
-        lines.append(
-            f"- Repaired by: `{entry['kind']}`" + (", trained." if entry.get("training") else ", in closed form.")
-        )
+    how = entry.get("repaired", "trained" if entry.get("training") else "in closed form")  # earlier ones do not say it
+    if "kind" in entry and how:
+        lines.append(f"- Repaired by: `{entry['kind']}`, {how}.")
     data = {key: value for key, value in (entry.get("calibration") or {}).items() if value not in ([], "", None)}
     if data:
         said = (

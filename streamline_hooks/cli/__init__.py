@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -25,6 +26,18 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def _refuse_several(context: typer.Context) -> None:
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1 and context.invoked_subcommand != "compress":
+        raise StreamlineError(
+            f"WORLD_SIZE={count} says that several processes were started, and {context.invoked_subcommand} is for "
+            "one: each would do all of it, and write the same files. Start it alone; compress is what several share."
+        )
+
+
 for _command in (compress, evaluate, sweep, generate, inspect, check, rank, diff, export):
     app.command()(_command)
 

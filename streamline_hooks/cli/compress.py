@@ -359,7 +359,8 @@ def compress(
             training, healing = replace(plan.training, seed=seed), plan.preset.healing
             apart_from = ("training", "healing", "criterion", "shortlist")
             shared |= {name: value for name, value in plan.arguments.items() if name not in apart_from}
-        if dry_run and speaks:
+
+        def tell_costs() -> None:
             ready = prepare_compression(loaded, tokenizer, text, test_documents=apart, **shared)
             ready.require_writable()
             for line in ready.announcement(search, criterion, shortlist):
@@ -372,7 +373,9 @@ def compress(
                 ready = prepare_compression(loaded, tokenizer, text, test_documents=apart, **first)
             by: dict[str, Any] = {"search": search, "criterion": criterion, "profiled": profile is not None}
             say_costs(ready, shortlist, **by, training=training, healing=healing, rounds=times, say=typer.echo)
+
         if dry_run:
+            work.of_first(tell_costs)  # the others wait for it, and fail where it does
             return
         carried_out: Any = run if times == 1 else partial(compress_iteratively, rounds=times)
         result = carried_out(

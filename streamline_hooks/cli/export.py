@@ -19,7 +19,9 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `compress` wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder (plain) or file (gguf, onnx) to write.")],
     to: Annotated[str, typer.Option(help="plain, gguf (llama.cpp) or onnx.")] = "plain",
-    dtype: Annotated[str, typer.Option(help="Of the matrices in a GGUF file: f32, f16 or bf16.")] = "f32",
+    dtype: Annotated[
+        str, typer.Option(help="Of the matrices in a GGUF file: f32, f16 or bf16.", show_default="f32")
+    ] = "",
     refit: Annotated[
         str,
         typer.Option(
@@ -44,8 +46,14 @@ def export(
     from streamline_hooks.export import export_gguf, export_onnx, export_plain
     from streamline_hooks.export import refit as fit_again
 
+    for name, given in (("--calibration", calibration), ("--test", test), ("--stack", stack)):
+        if given and not refit:
+            raise StreamlineError(f"{name} is for --refit, which was not asked for; leave it out.")
+    if dtype and to != "gguf":
+        raise StreamlineError(f"--dtype is for --to gguf; --to {to} writes the weights as they are.")
     if bool(refit) != bool(original):
         raise StreamlineError("--refit and --original go together: what the window is fitted as, and from what.")
+    dtype = dtype or "f32"
     _require_possible(folder, output, to, dtype, overwrite)
     model: Any
     if refit:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from streamline_hooks.batch import takes_use_cache
 from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.hidden_state import read_input, read_output, write_output
 from streamline_hooks.stack import BlockStack
@@ -42,11 +43,14 @@ class Truth:
         With the window bypassed, usually of shape (rows, tokens, vocabulary).
     cached : bool
         Whether the model's own cached decoding equals its full forward, so that it can be asked for afterwards.
+    runs : bool
+        Whether it runs as users call it, with whatever it keeps for the next token; asked where `cached` is not.
     """
 
     given: dict[str, Tensor]
     logits: Tensor
     cached: bool
+    runs: bool = False
 
 
 def observe(stack: BlockStack, window: range, going: Sequence[nn.Module] = ()) -> Truth | None:
@@ -132,9 +136,10 @@ def observe_hooked(
             warnings.warn(f"{what}: {reason}.", stacklevel=frames + 1)
             return None
         cached = cache_fits(model, whole, given)
+        as_called = not cached and not failure_as_called(model, given)
         handles = attach()
         try:
-            return Truth(given, logits_of_probe(model, given), cached)
+            return Truth(given, logits_of_probe(model, given), cached, as_called)
         finally:
             for handle in handles:
                 handle.remove()
@@ -160,7 +165,8 @@ def shortfall(truth: Truth, model: nn.Module, than: str = "with them bypassed") 
             return f"the model gives other logits than {than}"
         if truth.cached and not cache_fits(model, claim, truth.given):
             return CACHE
-        return None
+        failure = failure_as_called(model, truth.given) if truth.runs else ""
+        return f"the model fails where it keeps a state for the next token ({failure})" if failure else None
 
 
 def gives(truth: Truth, model: nn.Module) -> bool:
@@ -223,12 +229,21 @@ def logits_of_probe(model: Any, given: dict[str, Tensor] | None = None) -> Tenso
         What to call it with; by default the first of the ways that it can be called in.
     """
     asked: dict[str, Any] = dict(given_to_probe(model) if given is None else given)
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    if takes_use_cache(inspect.signature(model.forward).parameters):
         asked["use_cache"] = False
     answer = _answer(_run(model, asked))
     if not torch.isfinite(answer).all():
         raise NotRun("its answer is not finite")
     return answer
+
+
+def failure_as_called(model: Any, given: dict[str, Tensor]) -> str:
+    """What a model raises that is called as users call it, with a cache where it is usual; empty where nothing."""
+    try:
+        _run(model, dict(given))
+    except NotRun as error:
+        return str(error)
+    return ""
 
 
 def cache_fits(model: Any, whole: Tensor, given: dict[str, Tensor]) -> bool:

@@ -51,6 +51,16 @@ def test_two_processes_write_what_one_writes(stories_folder: Path, story_texts: 
     assert refused.returncode != 0 and "is not empty. Choose another folder" in refused.stderr
 
 
+@pytest.mark.slow
+def test_a_dry_run_that_fails_ends_in_both(stories_folder: Path, tmp_path: Path) -> None:
+    """The first alone says what it costs; the other would wait for it for an hour."""
+    texts = tmp_path / "few.jsonl"
+    texts.write_text(json.dumps({"text": "A short text, and no more than that. " * 3}) + "\n")
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = run(two, stories_folder, "--output", tmp_path / "out", "--calibration", texts, "--dry-run")
+    assert done.returncode != 0 and "The text holds about" in done.stderr and "Process 0 of 2: " in done.stderr
+
+
 def test_one_process_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch.distributed as dist
 

@@ -70,6 +70,9 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--to", "gguf", "-o", str(tmp_path / "none" / "m.gguf")], "There is no folder .* to write m.gguf to"),
         (["--to", "gguf", "-o", str(tmp_path / "n.gguf"), "--dtype", "q4"], "dtype='q4' is unknown"),
         (["-o", "x", "--refit", "folded"], "--refit and --original go together"),
+        (["-o", "x", "--dtype", "bf16"], "--dtype is for --to gguf; --to plain writes the weights as they are"),
+        (["-o", "x", "--calibration", "pydoc"], "--calibration is for --refit, which was not asked for"),
+        (["-o", "x", "--stack", "model.layers"], "--stack is for --refit, which was not asked for"),
     ):
         with pytest.raises(StreamlineError, match=said):
             app(["export", folder, *options], standalone_mode=False)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
-from streamline_hooks import LayerSurgeon, find_stack
+from streamline_hooks import HiddenStateRecorder, LayerSurgeon, compress, find_stack, resume
+from streamline_hooks.batch import prepare
+from streamline_hooks.errors import UnsupportedSurgery
+from streamline_hooks.passes import forward_arguments
 from streamline_hooks.surgery.probe import logits_of_probe, undisturbed
+from streamline_hooks.testing import tiny_model as tiny
 from tests.tiny_models import tiny_model
 
 
@@ -41,3 +46,37 @@ def test_what_transformers_installs_while_it_probes_stays_beside_the_users_hooks
         model(ids := torch.arange(3, 9)[None], output_hidden_states=True)
     states = model(ids, output_hidden_states=True).hidden_states
     assert len(states) == len(find_stack(model)) + 1
+
+
+@pytest.mark.parametrize(("kind", "attentions"), [("recurrent_gemma", range(2, 6)), ("nemotron_h", range(2, 7))])
+def test_a_model_that_ran_with_its_state_has_to_run_with_it_afterwards(kind: str, attentions: range) -> None:
+    """Its cached decoding is not the forward to the last digit, and is not asked for; that it fails is seen still."""
+    model: Any = tiny(kind)
+    ids = torch.arange(3, 27).view(2, 12)
+    model(input_ids=ids)
+    with (
+        pytest.raises(UnsupportedSurgery, match="the model fails where it keeps a state for the next token"),
+        LayerSurgeon(model) as surgeon,
+    ):
+        surgeon.remove(attentions)
+    model(input_ids=ids)
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([attentions.start])
+        model(input_ids=ids)
+
+
+def test_no_cache_is_built_where_that_is_not_said_by_name() -> None:
+    """Granite's mixtures take ``use_cache`` among others; the blocks behind a window may have none of their own."""
+    model: Any = tiny("granitemoehybrid")
+    ids = torch.arange(3, 27).view(2, 12)
+    assert "use_cache" not in forward_arguments(model) and model.config.use_cache
+    with torch.no_grad():
+        assert model(**prepare(model, ids)).past_key_values is None
+        with HiddenStateRecorder(model, [6]) as record:
+            whole = model(**prepare(model, ids)).logits
+        assert torch.equal(resume(model, 6, record.inputs[6][0], ids).logits, whole)
+    rows = torch.randint(3, 60, (6, 2, 12), generator=torch.Generator().manual_seed(0))
+    parts: dict[str, Any] = {"calibration": list(rows[:4]), "validation": [rows[4]], "test": [rows[5]]}
+    result = compress(model, None, parts, remove=2, kind="folded", shortlist=2, side_by_side=False)
+    assert len(result.plan.slots) == 6
+    model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
