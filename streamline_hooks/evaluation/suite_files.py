@@ -64,7 +64,7 @@ def suite_from_files(
     examples : str or Path, optional
         Rows to show before each question of a task with subjects (MMLU).
     shots : int
-        How many of these; of problems, how many of a file's own first ones.
+        How many of these; of problems, how many of a file's own first ones. Questions without `examples` have none.
     problem_tokens : int
         To be written after each problem at most.
     samples : int
@@ -87,12 +87,19 @@ def suite_from_files(
     Raises
     ------
     StreamlineError
-        If a file cannot be read, two have one name, or `normalised` names no task.
+        If a file cannot be read, two have one name, `normalised` names no task, or a setting is for what is not asked.
     """
     if samples > 1 and not temperature:
         raise StreamlineError(f"{samples} samples at temperature 0 are one text {samples} times; give a temperature.")
     if min(1 if items is None else items, 1 if text_tokens is None else text_tokens) < 1:
         raise StreamlineError(f"Got items={items}, text_tokens={text_tokens}; expected 1 or more, or None for all.")
+    for given, said, needed, for_what in (
+        (shots, f"shots={shots}", examples or problems, "examples to show, or for problems"),
+        (examples, f"examples={str(examples)!r}", questions, "questions"),
+        (samples > 1 or temperature, f"samples={samples}, temperature={temperature:g}", problems, "problems of a file"),
+    ):
+        if given and not needed:
+            raise StreamlineError(f"{said} is for {for_what}, and there are none. Give them, or leave it out.")
     domains = {name: read_documents(path) for name, path in _named(text).items()}
     domains = {name: _some(tokenizer, documents, text_tokens, f"{seed} {name}") for name, documents in domains.items()}
     choices, counted = {}, set(normalised)

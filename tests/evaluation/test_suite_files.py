@@ -100,6 +100,15 @@ def test_what_is_refused(folder: Path) -> None:
         "arithmetic"
     ]
     assert (task.samples, task.temperature, task.new_tokens) == (2, 0.7, 9) and "Question:" in task.stop
+    rivers: dict[str, Any] = {"questions": [folder / "rivers.jsonl"]}
+    for settings, said in (
+        ({**rivers, "shots": 3}, "shots=3 is for examples to show, or for problems, and there are none"),
+        ({"problems": [sums], "examples": sums}, "arithmetic.jsonl' is for questions, and there are none"),
+        ({**rivers, "samples": 5, "temperature": 0.8}, "samples=5, temperature=0.8 is for problems of a file"),
+        ({"probe_count": 2, "temperature": 0.8}, "samples=1, temperature=0.8 is for problems of a file"),
+    ):
+        with pytest.raises(StreamlineError, match=said):
+            suite_from_files(Words(), **settings)
     with pytest.raises(StreamlineError, match="Got items=0, text_tokens=None; expected 1 or more"):
         suite_from_files(Words(), problems=[sums], items=0)
     with pytest.raises(StreamlineError, match=r"would both be called rivers; rename one of them"):
