@@ -38,8 +38,9 @@ def profile(
 ) -> Profile:
     """Compare every two places of the residual stream in one pass, which ends after the last block that may go.
 
-    A place has one state, that which its block's own computation receives: where an earlier surgery put a module between
-    two blocks, that behind it, for a window that ends there too. (What is fitted and judged is what leaves the window.)
+    A place has one state, that which its block's own computation receives: where an earlier surgery put a module
+    between two blocks, that behind it, for a window that ends there too. (What is fitted and judged is what leaves the
+    window.)
 
     Parameters
     ----------

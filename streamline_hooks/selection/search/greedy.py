@@ -32,8 +32,8 @@ def greedy(
 ) -> list[Selection]:
     """Give up the best block, measure again without it, and so on (as SLEB does, arXiv 2402.09025).
 
-    Blocks that were next to one another are one window in the end, which takes along what an earlier surgery put between
-    them; in the rounds it stays.
+    Blocks that were next to one another are one window in the end, which takes along what an earlier surgery put
+    between them; in the rounds it stays.
 
     Parameters
     ----------
