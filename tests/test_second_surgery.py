@@ -99,6 +99,16 @@ def test_only_a_block_is_exchanged() -> None:
         surgeon.exchange(2, linear())
 
 
+def test_a_block_that_shares_parameters_is_not_exchanged() -> None:
+    model: Any = tiny_model("llama")
+    model.model.layers[3].mlp = model.model.layers[2].mlp
+    with (
+        LayerSurgeon(model, probe=False) as surgeon,
+        pytest.raises(UnsupportedSurgery, match="Block 3 of LlamaForCausalLM cannot be exchanged: blocks 2, 3 share"),
+    ):
+        surgeon.exchange(3, copy.deepcopy(surgeon.stack[3]))
+
+
 @pytest.mark.parametrize("healing", ["lora:rank=2", "partial:where=last,count=2", "partial:where=beside,count=1"])
 def test_what_a_healed_last_block_comes_to_is_told_of_the_model_that_is_returned(healing: str) -> None:
     model = operated(range(7, 9), blocks=9)

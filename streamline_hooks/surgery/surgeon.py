@@ -133,7 +133,7 @@ class LayerSurgeon(BranchSurgery):
         self._apply(layout)
         return module
 
-    def exchange(self, k: int, block: nn.Module) -> nn.Module:
+    def exchange(self, k: int, block: nn.Module, *, despite_hazards: bool = False) -> nn.Module:
         """Put a block in the place of block k that does the same with other weights, such as a trained copy of it.
 
         What an earlier surgery spliced in beside block k stays, where `replace` takes away what stood behind the last
@@ -144,6 +144,8 @@ class LayerSurgeon(BranchSurgery):
         k : int
         block : torch.nn.Module
             Of the blocks' own class, or one that derives from it.
+        despite_hazards : bool
+            Go on where other blocks depend on block k.
 
         Returns
         -------
@@ -152,12 +154,16 @@ class LayerSurgeon(BranchSurgery):
 
         Raises
         ------
+        UnsupportedSurgery
+            If other blocks depend on block k, for instance by sharing parameters with it.
         StreamlineError
             If k is out of range or gone, or the module is no such block.
         """
         self._require_open()
         chosen = window_of([k], len(self.stack))
         require_module(block)
+        what = f"Block {k} of {type(self.model).__name__} cannot be exchanged"
+        self._refuse(what, find_hazards(self.stack, chosen), despite_hazards)
         layout = self._layout.copy()
         if not layout.takes_slot(block):
             raise StreamlineError(
