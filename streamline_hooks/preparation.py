@@ -89,6 +89,7 @@ class Preparation:
             batches=self.calibration,
             stack=self.stack.path,
             task=self.task,
+            shortest=self.kind.slots + 1,
             **more,
         )
 
@@ -238,7 +239,7 @@ def prepare_compression(
         say=say,
     )
     if search == "disjoint":
-        require_parts(min(map(len, candidates)), parts)
+        require_parts(min(map(len, candidates)), parts, chosen.slots)
     if given:
         if repeated:
             raise StreamlineError(
@@ -272,12 +273,13 @@ def prepare_compression(
     return Preparation(found, chosen, target, candidates, protected, dealt, task, *batches)
 
 
-def require_parts(blocks: int, parts: int) -> None:
-    """Raise if so few blocks cannot be in so many windows."""
-    if blocks < parts:
+def require_parts(blocks: int, parts: int, slots: int = 0) -> None:
+    """Raise if so few blocks cannot be in so many windows, each longer than what stands in its place takes slots."""
+    if blocks < parts * (slots + 1):
+        each = f" of {slots + 1} each at least" if slots else ""
         raise StreamlineError(
-            f"{blocks} block{'s' * (blocks > 1)} cannot be in {parts} windows. Remove more, at a time if it is in "
-            "rounds, or ask for fewer windows (parts), or for one (search window)."
+            f"{blocks} block{'s' * (blocks > 1)} cannot be in {parts} windows{each}. Remove more, at a time if it is "
+            "in rounds, or ask for fewer windows (parts), or for one (search window)."
         )
 
 

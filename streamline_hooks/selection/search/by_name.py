@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -60,6 +61,8 @@ class SearchProblem:
         What the model is for, where its class does not say it.
     branches : bool
         Whether attentions and MLPs may go alone, where the search has to do with whole blocks too.
+    shortest : int
+        Blocks of each window at least, where the search makes several, see `disjoint_windows`.
     """
 
     candidates: Sequence[range]
@@ -75,6 +78,7 @@ class SearchProblem:
     seed: int = 0
     task: Task | None = None
     branches: bool = True
+    shortest: int = 1
 
     @property
     def count(self) -> int:
@@ -195,8 +199,8 @@ def _window(asked: SearchProblem) -> list[Selection]:
 
 
 def _disjoint(asked: SearchProblem) -> list[Selection]:
-    count, keep = asked.count, asked.keep
-    return disjoint_windows(asked.score, asked.length, count, asked.parts, keep=keep, best=asked.best)
+    more: dict[str, Any] = {"keep": asked.keep, "best": asked.best, "shortest": asked.shortest}
+    return disjoint_windows(asked.score, asked.length, asked.count, asked.parts, **more)
 
 
 def _one_shot(asked: SearchProblem) -> list[Selection]:

@@ -13,7 +13,7 @@ _Partial = tuple[float, tuple[range, ...]]  # minus the sum of the scores, and t
 
 
 def disjoint_windows(
-    score: Scorer, length: int, count: int, parts: int, *, keep: Iterable[int] = (), best: int = 1
+    score: Scorer, length: int, count: int, parts: int, *, keep: Iterable[int] = (), best: int = 1, shortest: int = 1
 ) -> list[Selection]:
     """Choose a number of windows with a number of blocks in total, so that the sum of their scores is greatest.
 
@@ -33,6 +33,8 @@ def disjoint_windows(
         Blocks that must stay, negative ones counted from the end.
     best : int
         How many selections to return.
+    shortest : int
+        Blocks of each window at least: more than what stands in its place takes slots.
 
     Returns
     -------
@@ -59,16 +61,17 @@ def disjoint_windows(
     ((range(1, 3), range(5, 6)), 12.0)
     """
     count, protected = blocks_to_remove(count, length), protected_blocks(keep, length)
-    if not 1 <= parts <= count or best < 1:
+    most = count // max(shortest, 1)
+    if not 1 <= parts <= most or best < 1 or shortest < 1:
         raise StreamlineError(
-            f"parts={parts} windows of {count} blocks in total, best={best} such selections: expected 1 to {count} "
-            "windows, and one selection or more."
+            f"parts={parts} windows of {count} blocks in total and {shortest} at least each, best={best} such "
+            f"selections: expected 1 to {most} windows, and one selection or more."
         )
-    longest = count - parts + 1
+    longest = count - (parts - 1) * shortest
     candidates = [
         range(start, stop)
         for stop in range(1, length + 1)
-        for start in range(max(0, stop - longest), stop)
+        for start in range(max(0, stop - longest), stop - shortest + 1)
         if not protected.intersection(range(start, stop))
     ]
     value = scores_of(score, candidates)
@@ -77,7 +80,7 @@ def disjoint_windows(
     upto = [empty]
     for stop in range(1, length + 1):
         found = {key: list(partial) for key, partial in upto[-1].items()}  # the block before `stop` stays
-        for window in (range(start, stop) for start in range(max(0, stop - longest), stop)):
+        for window in (range(start, stop) for start in range(max(0, stop - longest), stop - shortest + 1)):
             if window not in value:
                 continue
             for (blocks, windows), partial in upto[max(0, window.start - 1)].items():

@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from streamline_hooks import StreamlineError
+from streamline_hooks import StreamlineError, compress
 from streamline_hooks.selection import protected_blocks, windows
 from streamline_hooks.selection.search import Selection, best_windows, disjoint_windows, one_shot
+from streamline_hooks.testing import tiny_model
 
 Table = dict[tuple[int, int], float]
 
@@ -40,16 +43,17 @@ def test_disjoint_windows_are_the_best_of_all(drawn: tuple[int, Table, list[int]
     length, table, keep = drawn
     count = data.draw(st.integers(1, length - 1))
     parts, best = data.draw(st.integers(1, count)), data.draw(st.integers(1, 6))
+    shortest = data.draw(st.integers(1, count // parts))
     expected = [
         (-sum(table[w.start, w.stop] for w in s.windows), [(w.start, w.stop) for w in s.windows])
         for s in every_selection(length, count, keep)
-        if len(s.windows) == parts and all(table[w.start, w.stop] > -math.inf for w in s.windows)
+        if len(s.windows) == parts and all(table[w.start, w.stop] > -math.inf and len(w) >= shortest for w in s.windows)
     ]
     if not expected:
         with pytest.raises(StreamlineError, match=f"{parts} windows of {count} blocks in total, .* do not fit"):
-            disjoint_windows(by(table), length, count, parts, keep=keep)
+            disjoint_windows(by(table), length, count, parts, keep=keep, shortest=shortest)
         return
-    found = disjoint_windows(by(table), length, count, parts, keep=keep, best=best)
+    found = disjoint_windows(by(table), length, count, parts, keep=keep, best=best, shortest=shortest)
     assert [(-s.score, [(w.start, w.stop) for w in s.windows]) for s in found] == sorted(expected)[:best]
 
 
@@ -117,3 +121,15 @@ def test_a_stack_of_eighty_blocks_takes_no_time() -> None:
 
     assert len(disjoint_windows(score, 80, 24, 3, best=8)) == 8
     assert asked == [80 * 22 - 22 * 21 // 2]
+
+
+def test_windows_are_longer_than_what_stands_in_their_place() -> None:
+    """One of a single block would be taken for another block, and nothing would go there."""
+    rows = torch.randint(3, 60, (12, 2, 12), generator=torch.Generator().manual_seed(0))
+    parts: dict[str, Any] = {"calibration": list(rows[:8]), "validation": [rows[8]], "test": [rows[9]]}
+    options: dict[str, Any] = {"search": "disjoint", "kind": "merged", "remove": 3, "side_by_side": False}
+    result = compress(tiny_model("llama", blocks=10), None, parts, shortlist=8, **options)
+    assert len(result.candidates) == 8
+    assert all(len(w) > 1 and not one.refused for one in result.candidates for w in one.windows)
+    with pytest.raises(StreamlineError, match="7 blocks cannot be in 4 windows of 2 each at least"):
+        compress(tiny_model("llama", blocks=10), None, parts, **{**options, "parts": 4})
