@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from streamline_hooks.errors import UnsupportedSurgery
-from streamline_hooks.repair import place
+from streamline_hooks.repair import Kind, Trained, place
 from streamline_hooks.repair.branch_linear import replace_branches
 from streamline_hooks.selection import VerifiedSelection
 from streamline_hooks.surgery import LayerSurgeon
@@ -31,6 +31,20 @@ def first_that_can_go(
             say(f"{one} is passed over: {error}")
     assert refusal is not None
     raise refusal
+
+
+def puts_in(selection: VerifiedSelection) -> bool:
+    """Whether anything stands in the place of what goes."""
+    return bool(selection.maps) or any(repair.stand_in is not None for repair in selection.repairs)
+
+
+def how_repaired(selection: VerifiedSelection, kind: Kind, trained: Trained | None = None) -> str:
+    """How what stands in a selection's place came about, in words; empty where nothing does, and nothing was learnt."""
+    if trained is not None and trained.best_step:
+        return "trained"
+    if not puts_in(selection):
+        return ""
+    return "in closed form" if kind.solve or kind.fit is not None else "as it is"
 
 
 def carry_out(surgeon: LayerSurgeon, selection: VerifiedSelection) -> None:

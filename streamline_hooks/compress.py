@@ -12,7 +12,7 @@ from torch import Tensor
 
 from streamline_hooks.batch import Batch, tokens_of
 from streamline_hooks.calibration import PackedText, TokenSplit
-from streamline_hooks.carrying_out import carry_out, first_that_can_go
+from streamline_hooks.carrying_out import carry_out, first_that_can_go, how_repaired, puts_in
 from streamline_hooks.checkpoint import require_free, save
 from streamline_hooks.collapse_watch import CollapseWatch
 from streamline_hooks.distributed import Together, failing_together, here
@@ -325,17 +325,14 @@ def compress(
         data |= {} if fitting_tokens is None else {"fitting_tokens": fitted}
         data |= {"repeated": repeated} if repeated else {}
         notes: dict[str, Any] = {} if trained is None else {"training": trained.report()}
-        repaired = bool(best.maps) or any(repair.stand_in is not None for repair in best.repairs)
-        learnt = trained is not None and trained.best_step > 0
-        solved = "in closed form" if chosen.solve or chosen.fit is not None else "as it is"
-        notes["repaired"] = "trained" if learnt else solved if repaired else ""
+        notes["repaired"] = how_repaired(best, chosen, trained)
         del ready, asked  # they hold the blocks that go
         with LayerSurgeon(model, path) as surgeon:
             carry_out(surgeon, best)
             plan = surgeon.commit(kind=chosen.name, calibration=data, **notes)
         if student is not None:
             student.settle()
-        label = "trained" if trained is not None else "repaired" if repaired else "removed"
+        label = "trained" if trained is not None else "repaired" if puts_in(best) else "removed"
         if board is None:
             perplexities[label] = perplexity_together(work, model, test).value
         else:

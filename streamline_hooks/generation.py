@@ -151,7 +151,7 @@ def _run_together(model: Any, prompts: Sequence[Sequence[int]], samples: int, pa
 
     All; or those of one length alone, where padding has a part in the answer; or each text alone.
     """
-    if len(prompts) * samples > 1 and (reason := _heeds_company(model, min(prompts, key=len), pad)):
+    if len(prompts) * samples > 1 and (reason := _heeds_company(model, max(prompts, key=len), pad)):
         warnings.warn(
             f"{len(prompts) * samples} texts are written one at a time: beside another, this {type(model).__name__} "
             f"{reason}.",
@@ -182,7 +182,14 @@ def _heeds_company(model: Any, prompt: Sequence[int], pad: int) -> str:
     two = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": pad, "use_cache": True}
     two |= {"output_logits": True, "return_dict_in_generate": True}
     with torch.autocast(device_of(model).type, enabled=False):
-        alone, beside = (model.generate(**_padded(model, [prompt] * n, pad), **two).logits for n in (1, 2))
+        try:
+            alone = model.generate(**_padded(model, [prompt], pad), **two).logits
+        except Exception:  # whatever it raises: it will when it writes, and nothing is known of company
+            return ""
+        try:
+            beside = model.generate(**_padded(model, [prompt] * 2, pad), **two).logits
+        except Exception as error:
+            return f"fails ({error})"
     same = all(speaks_alike(model, b[:1], a) for a, b in zip(alone, beside, strict=True))
     return "" if same else "says something else"
 

@@ -126,6 +126,8 @@ def _sampled(model: Any, prompts: list[list[int]] | None = None) -> tuple[list[l
     handle.remove()
     lengths = sorted(map(len, prompts))
     tried = [(1, lengths[0]), (2, lengths[-1])] if lengths[0] < lengths[-1] else []
+    if generation.cache_argument(model) is None:  # two tokens of it, alone and beside itself
+        tried = [(1, lengths[-1]), (1, 1), (2, lengths[-1]), (2, 1), *tried]
     assert shapes[: len(tried)] == tried, "the shortest prompt, alone and behind padding"
     return found, shapes[len(tried) :]
 

@@ -20,7 +20,7 @@ from streamline_hooks.blockwise.residence import identity_of
 from streamline_hooks.blockwise.verifying import verified
 from streamline_hooks.blockwise.work_folder import WorkFolder
 from streamline_hooks.calibration import PackedText, TokenSplit
-from streamline_hooks.carrying_out import carry_out, first_that_can_go
+from streamline_hooks.carrying_out import carry_out, first_that_can_go, how_repaired
 from streamline_hooks.checkpoint import require_free, save
 from streamline_hooks.digests import batches_digest
 from streamline_hooks.distributed import here
@@ -212,7 +212,7 @@ def compress_checkpoint(
     with clock("save"):
         with LayerSurgeon(model, path, probe=False) as surgeon:  # this window has been held against the truth
             carry_out(surgeon, best)
-            plan = surgeon.commit(kind=chosen.name, calibration=data)
+            plan = surgeon.commit(kind=chosen.name, calibration=data, repaired=how_repaired(best, chosen))
         result = CompressionResult(
             model=model,
             tokenizer=tokenizer,

@@ -42,6 +42,7 @@ def silenced_branches(
 
     Examples
     --------
+    >>> import torch
     >>> scores = BranchScores(3)
     >>> before = torch.eye(4)[None, :2]
     >>> for k in range(3):
