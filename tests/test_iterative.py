@@ -36,6 +36,26 @@ def texts(seed: int, count: int) -> list[dict[str, torch.Tensor]]:
 PARTS = {"calibration": texts(0, 12), "validation": texts(1, 2), "test": texts(2, 3)}
 
 
+class Killed(BaseException):
+    pass
+
+
+def killed_at(step: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Compress in rounds of six steps each, until one of all the steps, which is not made."""
+    make, made = training_loop.Loop._step, [0]
+
+    def dies(self: Any) -> Any:
+        made[0] += 1
+        if made[0] == step:
+            raise Killed
+        return make(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_loop.Loop, "_step", dies)
+        with pytest.raises(Killed):
+            compress_iteratively(tiny_model("llama"), None, PARTS, **options)
+
+
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TQDM_DISABLE", "1")
@@ -171,25 +191,10 @@ def test_a_round_that_fails_says_what_is_gone(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_file_of_an_earlier_call_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"rounds": 2, "remove": 2, "output": tmp_path / "out", **OPTIONS}
-    make, kept = training_loop.Loop._step, replace(QUICK, keep_every=0.0)
-
-    def dies_at(step: int, training: Training) -> None:
-        made = [0]
-
-        def dies(self: Any) -> Any:
-            made[0] += 1
-            if made[0] == step:
-                raise Killed
-            return make(self)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(training_loop.Loop, "_step", dies)
-            with pytest.raises(Killed):
-                compress_iteratively(tiny_model("llama"), None, PARTS, training=training, **settings)
-
-    dies_at(9, kept)
+    kept = replace(QUICK, keep_every=0.0)
     other = replace(kept, learning_rate=1e-3)
-    dies_at(3, other)
+    for step, training in ((9, kept), (3, other)):
+        killed_at(step, monkeypatch, training=training, **settings)
     result = compress_iteratively(tiny_model("llama"), None, PARTS, training=other, resume=True, **settings)
     assert len(result.rounds) == 2 and result.seconds["save"] > 0
 
@@ -256,29 +261,14 @@ def test_rounds_are_fitted_on_their_share_in_whole_sequences(
     assert result.data["fitting_tokens"] == sum(seen)
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_a_round_that_was_broken_off_goes_on_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: dict[str, Any] = {"rounds": 2, "remove": 2, **OPTIONS}
     whole = tiny_model("llama")
     wanted = compress_iteratively(whole, None, PARTS, training=QUICK, **settings)
-    kept = replace(QUICK, keep_every=0.0)
-    with monkeypatch.context() as patch:
-        make, steps = training_loop.Loop._step, [0]
-
-        def dies(self: Any) -> Any:
-            steps[0] += 1
-            if steps[0] == 9:  # six steps are a round
-                raise Killed
-            return make(self)
-
-        patch.setattr(training_loop.Loop, "_step", dies)
-        with pytest.raises(Killed):
-            compress_iteratively(tiny_model("llama"), None, PARTS, training=kept, output=tmp_path / "out", **settings)
+    make, kept = training_loop.Loop._step, replace(QUICK, keep_every=0.0)
+    killed_at(9, monkeypatch, training=kept, output=tmp_path / "out", **settings)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.training.round-1", "out.training.round-2"]
     model, made = tiny_model("llama"), [0]
     with monkeypatch.context() as patch:
@@ -302,18 +292,8 @@ def test_a_later_round_is_gone_on_with_where_the_first_left_no_file(
 ) -> None:
     """As it leaves none where it ended by a loss that is not finite: it is made again, and the later one is not."""
     settings: dict[str, Any] = {"rounds": 2, "remove": 2, "output": tmp_path / "out", **OPTIONS}
-    make, steps, kept = training_loop.Loop._step, [0], replace(QUICK, keep_every=0.0)
-
-    def dies(self: Any) -> Any:
-        steps[0] += 1
-        if steps[0] == 9:
-            raise Killed
-        return make(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training_loop.Loop, "_step", dies)
-        with pytest.raises(Killed):
-            compress_iteratively(tiny_model("llama"), None, PARTS, training=kept, **settings)
+    make, kept = training_loop.Loop._step, replace(QUICK, keep_every=0.0)
+    killed_at(9, monkeypatch, training=kept, **settings)
     (tmp_path / "out.training.round-1").unlink()
     made: list[int] = []
     with monkeypatch.context() as patch:

@@ -365,11 +365,8 @@ def compress(
             ready.require_writable()
             for line in ready.announcement(search, criterion, shortlist):
                 typer.echo(line)
-            if not task.is_of_text:
-                typer.echo("What this costs is not known beforehand for such a model.")
-                return
             if times > 1:
-                first = {**shared, "remove": blocks_by_round(len(ready.stack), target, times)[0]}
+                first = {**shared, "remove": by_round[0]}
                 ready = prepare_compression(loaded, tokenizer, text, test_documents=apart, **first)
             by: dict[str, Any] = {"search": search, "criterion": criterion, "profiled": profile is not None}
             say_costs(ready, shortlist, **by, training=training, healing=healing, rounds=times, say=typer.echo)

@@ -30,6 +30,9 @@ def say_costs(
 
     Parameters are those of `Preparation.costs`, and by what the blocks are searched for.
     """
+    if not ready.task.is_of_text:
+        say("What this costs is not known beforehand for such a model.")
+        return
     costs = ready.costs(shortlist, profiled, training, healing, rounds)
     for line in ("", *map(str, costs)):
         say(line)
