@@ -289,9 +289,9 @@ def compress(
         found = found if training is None else trainable(found, ready, healed)
     with clock("verify"):
         judged = verified_together(work, model, found, ready)
-    for line in findings(judged, asked_for.distance):
-        say(line)
     best = judged[work.of_first(lambda: _place_of(first_that_can_go(model, judged, path, say), judged))]
+    for line in findings(judged, best, asked_for.distance):
+        say(line)
     first = next(one for one in judged if (one.windows, one.silenced) == (found[0].windows, found[0].silenced))
     wanted = attempts_to_measure(best, first, trained=training is not None)
     board: TaskScores | None = None

@@ -32,6 +32,7 @@ from streamline_hooks.repair.stand_in import is_spliced
 from streamline_hooks.replacements import replacement_config
 from streamline_hooks.selection import SearchProblem, Target, protected_blocks, windows_for
 from streamline_hooks.stack import BlockStack, find_stack
+from streamline_hooks.surgery.opened import refuse_open_surgery
 from streamline_hooks.task import Task
 
 if TYPE_CHECKING:
@@ -213,9 +214,11 @@ def prepare_compression(
     Raises
     ------
     StreamlineError
-        If the target cannot be reached, the text does not suffice, or it is none that the model can be given.
+        If the target cannot be reached, the text does not suffice, it is none that the model can be given, or a
+        surgeon is open on the model.
     """
     found = find_stack(model, stack)
+    refuse_open_surgery(found, "compress")
     chosen = kind_named(kind)
     target = Target.parse(remove) if isinstance(remove, str) else remove
     target = target if isinstance(target, Target) else Target(target)

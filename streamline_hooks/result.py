@@ -202,18 +202,18 @@ def _as_fitted(one: VerifiedSelection) -> Attempt:
     return Attempt(one, tuple(repair.stand_in for repair in one.repairs), one.maps)
 
 
-def findings(judged: Sequence[VerifiedSelection], measure: str = "KL") -> list[str]:
-    """A line a judged selection, for a terminal; `measure` is `Task.distance`."""
+def findings(judged: Sequence[VerifiedSelection], best: VerifiedSelection, measure: str = "KL") -> list[str]:
+    """A line a judged selection, for a terminal, with a mark at the best that can go; `measure` is `Task.distance`."""
     width = max(len("blocks"), *(len(str(one)) for one in judged))
     short = measure.partition(" (")[0]
     head = f"{'blocks':<{width}}     score   error removed   repaired     ridge {short:>9}"
     rows = []
-    for k, one in enumerate(judged):
+    for one in judged:
         columns = list(zip(*_errors(one), strict=True)) or [()] * 3
         worst = [max((value for value in column if value is not None), default=None) for column in columns]
         errors = ["-" if e is None else f"{e:{form}}" for e, form in zip(worst, (".4f", ".4f", ".1e"), strict=True)]
         said = f"{one.score:9.4f} {errors[0]:>15} {errors[1]:>10} {errors[2]:>9} {one.distance:9.4f}"
-        chosen = "   <- chosen" if k == 0 else ""
+        chosen = "   <- chosen" if one is best else ""
         rows.append(f"{one!s:<{width}} {said}{chosen}" if not one.refused else f"{one!s:<{width}} {one.refused}")
     return [head, *rows]
 

@@ -132,6 +132,23 @@ def test_rank_from_a_saved_profile_runs_nothing(
     assert "Give a model, or a profile" in run(["rank"], monkeypatch, capsys)[2]
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["rank", "--search", "greedy", "--remove", "1", "--parts", "3"], "the search here is greedy; leave it out"),
+        (["rank", "--calibration-examples", "9"], "--calibration-examples has no effect on a model for causal-lm"),
+        (["sweep", "--output", "out", "--parts", "2"], "the search here is window; leave it out"),
+    ],
+)
+def test_what_has_no_effect_is_refused(
+    command: list[str], message: str, stories_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run([command[0], stories_folder, *command[1:]], monkeypatch, capsys)
+    assert code == 2 and message in err and not list(tmp_path.iterdir())
+
+
 def test_rank_of_a_profile_without_resamples(
     stories: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,6 +306,8 @@ BAD = [
     (["--calibration", "self"], "chat template"),
     (["--calibration", "self", "--calibration", "pydoc"], "stands alone"),
     (["--stack", "encoder"], "No stack of blocks at 'encoder'"),
+    (["--parts", "2"], "--parts is for --search disjoint and mixed, and the search here is window; leave it out"),
+    (["--test-examples", "9"], "--test-examples has no effect on a model for causal-lm; say --test-tokens"),
     (["--sequence-length", "1024", "--validation-tokens", "2048", "--test-tokens", "2048"], "the 512 positions"),
 ]
 

@@ -211,6 +211,11 @@ def test_an_encoder_with_a_decoder(
         (["-c", "one:0.5,two:0.5"], "--calibration with shares is for models that write"),
         (["-c", "IMAGES", "--pack"], "--pack is for models that write"),
         (["-c", "IMAGES", "--memory", "1GB"], "--memory is for models that write"),
+        (
+            ["-c", "IMAGES", "--test-tokens", "99"],
+            "--test-tokens has no effect on a model for image-class",
+        ),
+        (["-c", "IMAGES", "--sequence-length", "9"], "--sequence-length has no effect on a model for images; leave it"),
         (["-c", "IMAGES", "--task", "poetry"], "There is no task 'poetry'"),
         (["-c", "IMAGES", "--remove", "latency:0.8", *map(str, COUNTS)], "is a time to write"),
     ],

@@ -169,25 +169,37 @@ def test_a_profile_that_is_there_is_used(story_model: tuple[Any, Any], story_tex
 def test_what_cannot_be_carried_out_is_passed_over(
     story_model: tuple[Any, Any], story_texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streamline_hooks import LayerSurgeon, UnsupportedSurgery
+    from streamline_hooks import UnsupportedSurgery, carrying_out
+
+    original, refused, said = carrying_out.carry_out, [], []
+
+    def refuse_the_first(surgeon: Any, selection: Any) -> None:
+        if not refused or selection.windows == refused[0]:
+            refused.append(selection.windows)
+            raise UnsupportedSurgery("not this one")
+        original(surgeon, selection)
+
+    monkeypatch.setattr(carrying_out, "carry_out", refuse_the_first)
+    result = compress(*story_model, story_texts, remove=1, say=said.append, **SMALL)
+    assert refused and result.plan.removed != tuple(refused[0][0]) and result.candidates[0].windows != refused[0]
+    (marked,) = (line for line in said if line.endswith("<- chosen"))
+    assert marked.split()[0] == str(result.plan.removed[0]), "the mark stands at what is left out"
+
+
+def test_a_surgeon_that_is_open_is_told_of_before_anything_is_run(
+    story_model: tuple[Any, Any], story_texts: list[str]
+) -> None:
+    from streamline_hooks import LayerSurgeon
 
     model, tokenizer = story_model
-    judging = []
-    replace, refused = LayerSurgeon.replace, []
-
-    def refuse_the_first(surgeon: LayerSurgeon, window: range, module: Any, **more: Any) -> Any:
-        if judging and (not refused or window == refused[0]):
-            refused.append(window)
-            raise UnsupportedSurgery("not this one")
-        return replace(surgeon, window, module, **more)
-
-    def say(line: str) -> None:
-        if line.startswith("blocks"):
-            judging.append(line)  # from here on the best is carried out
-
-    monkeypatch.setattr(LayerSurgeon, "replace", refuse_the_first)
-    result = compress(model, tokenizer, story_texts, remove=1, say=say, **SMALL)
-    assert refused and result.plan.removed != tuple(refused[0]) and result.candidates[0].windows[0] != refused[0]
+    said: list[str] = []
+    message = "A surgeon is open on model.layers, and would undo what compress does when it closes"
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove(range(1, 2))
+        with pytest.raises(StreamlineError, match=message):
+            compress(model, tokenizer, story_texts, remove=1, say=said.append, **SMALL)
+    assert not said and len(model.model.layers) == 5
+    assert len(compress(model, tokenizer, story_texts, remove=1, **SMALL).plan.removed) == 1
 
 
 def test_protected_blocks_stay(story_model: tuple[Any, Any], story_texts: list[str]) -> None:

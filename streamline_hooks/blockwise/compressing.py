@@ -195,11 +195,11 @@ def compress_checkpoint(
                 model, found, *parts, kind=chosen, folder=room, check=unseen, before_done=kept, **options
             ),
         )
-    for line in findings(judged):
-        say(line)
     with clock("choose"):
         best = first_that_can_go(model, judged, path, say)
-        first = next(one for one in judged if one.windows == found[0].windows)
+    for line in findings(judged, best):
+        say(line)
+    first = next(one for one in judged if one.windows == found[0].windows)
     with clock("measure"):
         wanted = _wanted(best, first)
         perplexities = work.perplexities(

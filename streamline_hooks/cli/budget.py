@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
+from streamline_hooks.cli.given_options import is_given
 from streamline_hooks.errors import StreamlineError
 
 if TYPE_CHECKING:
@@ -93,15 +94,5 @@ def said_again(plan: BudgetPlan) -> str:
     return f"resume     after an interruption, in the place of {replaced}: {' '.join(options)} --resume"
 
 
-def given_or_none(context: typer.Context, name: str) -> Any:
-    """The value of an option, or None where it was left out."""
-    return context.params[name] if _is_given(context, name) else None
-
-
 def _given(context: typer.Context, options: dict[str, str]) -> list[str]:
-    return [flag for name, flag in options.items() if _is_given(context, name)]
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
+    return [flag for name, flag in options.items() if is_given(context, name)]

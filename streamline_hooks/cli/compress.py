@@ -9,12 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from streamline_hooks.cli.block_by_block import (
-    compress_block_by_block,
-    only_whole,
-    takes_more_than,
-)
+from streamline_hooks.cli.block_by_block import compress_block_by_block, only_whole, takes_more_than
 from streamline_hooks.cli.calibration_text import Sources
+from streamline_hooks.cli.given_options import given_or_none, refuse_unused
 from streamline_hooks.cli.loading import block_numbers, documents_of, load_model, packed_parts, task_named
 from streamline_hooks.cli.options import (
     BatchSize,
@@ -208,7 +205,7 @@ def compress(
     Example: streamline-hooks compress smollm2 --remove 0.25 --output smollm2-small
     """
     from streamline_hooks.checkpoint import require_free
-    from streamline_hooks.cli.budget import PRESET, given_or_none, refuse_beside_budget, said_again
+    from streamline_hooks.cli.budget import PRESET, refuse_beside_budget, said_again
     from streamline_hooks.cli.dry_run import say_costs
     from streamline_hooks.cli.task_data import Amounts, batches_for
     from streamline_hooks.compress import compress as run
@@ -249,6 +246,7 @@ def compress(
             with_what = "--test" if test else sources.unusual
             raise StreamlineError(f"--pack deals one text to all parts, and does not go with {with_what}.")
         task = task_named(task_name, model)
+        refuse_unused(context, search, task)
         if not task.is_of_text and (sources.unusual or pack or memory or budget):
             given = {"--pack": pack, "--memory": memory, "--budget": budget}
             option = sources.unusual or next(name for name, wanted in given.items() if wanted)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from streamline_hooks.cli.calibration_text import Sources
+from streamline_hooks.cli.given_options import refuse_unused
 from streamline_hooks.cli.loading import block_numbers, load_model, task_named
 from streamline_hooks.cli.options import (
     BatchSize,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 
 def rank(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -97,6 +99,7 @@ def rank(
             "--remove 0.25.".replace("  ", " ")
         )
     require_search(search, chosen, remove or 1)
+    refuse_unused(context, search)
     if save is not None and not save.resolve().parent.is_dir():
         raise StreamlineError(f"--save {save}: there is no folder {save.parent}; create it first.")
     if model is None and profile_file is None:
@@ -108,6 +111,7 @@ def rank(
     batches = profile = task = None
     if model is not None:
         task = task_named(task_name, model)
+        refuse_unused(context, search, task)
         if not task.is_of_text and sources.unusual:
             raise StreamlineError(f"{sources.unusual} is for models that write, and {model} is for {task}.")
         loaded, tokenizer = load_model(model, task)

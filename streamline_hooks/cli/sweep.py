@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from streamline_hooks.cli.calibration_text import Sources
+from streamline_hooks.cli.given_options import refuse_unused
 from streamline_hooks.cli.loading import block_numbers, load_model
 from streamline_hooks.cli.options import (
     BatchSize,
@@ -25,6 +26,7 @@ from streamline_hooks.errors import StreamlineError
 
 
 def sweep(
+    context: typer.Context,
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the points, a table, and a page.")],
     remove: Annotated[
@@ -64,6 +66,7 @@ def sweep(
     from streamline_hooks.selection import Target
     from streamline_hooks.sweep import sweep as run
 
+    refuse_unused(context, search)
     amounts = [part.strip() for part in remove.split(",") if part.strip()]
     for amount in amounts:
         Target.parse(amount)

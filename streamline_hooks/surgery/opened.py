@@ -30,6 +30,22 @@ InBranches = Mapping[int, Mapping[Branch, StandIns]]
 """What stands in the place of the output projections of branches, by the block's number before the surgery."""
 
 
+def refuse_open_surgery(stack: BlockStack, what: str) -> None:
+    """Raise if a surgeon is open on a stack: what it ends with is taken back when that one closes.
+
+    Parameters
+    ----------
+    stack : BlockStack
+    what : str
+        What was about to be done, for the text: "compress".
+    """
+    if _open.get(stack.container):
+        raise StreamlineError(
+            f"A surgeon is open on {stack.path}, and would undo what {what} does when it closes. Commit or close it "
+            f"first, or {what} outside of its with statement."
+        )
+
+
 class OpenSurgery:
     """Opening and closing, and the way from a layout to a model; `LayerSurgeon` says what can be done in between."""
 
