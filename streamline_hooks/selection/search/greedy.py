@@ -32,8 +32,8 @@ def greedy(
 ) -> list[Selection]:
     """Give up the best block, measure again without it, and so on (as SLEB does, arXiv 2402.09025).
 
-    Blocks that were next to one another are one window in the end, which takes along what an earlier surgery put
-    between them; in the rounds it stays.
+    Blocks that were next to one another are one window from the round on in which the second of them goes; it takes
+    along what an earlier surgery put between them.
 
     Parameters
     ----------
@@ -80,27 +80,29 @@ def greedy(
     gone: list[int] = []
     total = 0.0
     score = partial(score_windows, criterion, model=model, batches=batches, stack=found.path, task=task)
-    with LayerSurgeon(model, found) as surgeon, progress(count, "greedy", "blocks") as bar:
+    with progress(count, "greedy", "blocks") as bar:
         while len(gone) < count:
-            kept = surgeon.plan.kept
-            size = min(step, count - len(gone))
-            free = windows(len(kept), size, frozenset(new for new, old in enumerate(kept) if old in protected))
-            best = best_windows(score, free)[0]
-            going = [kept[new] for new in best.windows[0]]
-            for run in runs(going):
-                _remove(surgeon, run)
-            gone += going
+            with LayerSurgeon(model, found) as surgeon:
+                _remove(surgeon, gone)
+                kept = surgeon.plan.kept
+                size = min(step, count - len(gone))
+                free = windows(len(kept), size, frozenset(new for new, old in enumerate(kept) if old in protected))
+                best = best_windows(score, free)[0]
+            gone += (kept[new] for new in best.windows[0])
             total += best.score
             bar.update(size)
+    with LayerSurgeon(model, found) as surgeon:
+        _remove(surgeon, gone)  # to say here what cannot go
     return [Selection.of_blocks(gone, score=total)]
 
 
-def _remove(surgeon: LayerSurgeon, run: range) -> None:
-    try:
-        surgeon.remove(run)
-    except UnsupportedSurgery as error:
-        raise UnsupportedSurgery(
-            f"The greedy search came to blocks {run.start} to {run.stop - 1}, which cannot go. {error} Protect them "
-            "(keep=...) to search among the others.",
-            error.cause,
-        ) from error
+def _remove(surgeon: LayerSurgeon, blocks: Iterable[int]) -> None:
+    for run in runs(blocks):
+        try:
+            surgeon.remove(run)
+        except UnsupportedSurgery as error:
+            raise UnsupportedSurgery(
+                f"The greedy search came to blocks {run.start} to {run.stop - 1}, which cannot go. {error} Protect "
+                "them (keep=...) to search among the others.",
+                error.cause,
+            ) from error

@@ -92,6 +92,28 @@ def test_a_model_repaired_before_keeps_its_repair() -> None:
     assert len(found.blocks) == 2 and fingerprint(model) == before and len(find_stack(model)) == length
 
 
+def test_what_stood_between_two_blocks_is_gone_in_the_round_after_them() -> None:
+    """As it is in the end, where they are one window."""
+    model: Any = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.insert(3, nn.Linear(model.config.hidden_size, model.config.hidden_size))
+        surgeon.commit()
+    with LayerSurgeon(model) as surgeon, torch.no_grad():
+        surgeon.remove(range(2, 4))
+        wanted = model(BATCHES[1]).logits
+    wanted_first = iter([2, 2, 0])  # block 2, then 3 in its place, then any
+
+    def scripted(model: Any, batches: Any, asked: Sequence[range], *, stack: str | None = None) -> list[float]:
+        number = next(wanted_first)
+        if number == 0:
+            with torch.no_grad():
+                assert torch.equal(model(BATCHES[1]).logits, wanted)
+        return [1.0 if window.start == number else 0.0 for window in asked]
+
+    (found,) = greedy(model, BATCHES, Criterion("scripted", scripted, "model"), 3)
+    assert found.blocks == {0, 2, 3} and next(wanted_first, None) is None
+
+
 def test_planted_blocks_are_found_although_they_are_apart() -> None:
     model = tiny_model("llama")
     for k in (1, 4):
