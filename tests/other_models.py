@@ -201,6 +201,12 @@ def qwen2_5_vl() -> nn.Module:
     return qwen("Qwen2_5_VL", **sizes, window_size=4, fullatt_block_indexes=[2])
 
 
+def qwen3_vl() -> nn.Module:
+    """What its tower's blocks 0 and 2 see is added behind blocks 0 and 1 of the text."""
+    sizes = {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64, "num_position_embeddings": 64}
+    return qwen("Qwen3VL", **sizes, deepstack_visual_indexes=[0, 2])
+
+
 def qwen(name: str, **tower: Any) -> nn.Module:
     """A model whose pictures come as patches, all in one row, and whose tokens have positions of three numbers."""
     positions = {"type": "mrope", "rope_type": "default", "mrope_section": [1, 1, 2]}

@@ -258,3 +258,38 @@ def test_blocks_with_modules_between_them_are_not_run_one_by_one() -> None:
         BlockwisePass(operated(range(2, 4)), [BATCH], check=False),
     ):
         pass
+
+
+@pytest.mark.parametrize("change", ["insert", "remove"])
+def test_a_second_surgery_of_the_model_without_its_head_is_saved_with_both(change: str, tmp_path: Path) -> None:
+    """Its stack has another path there, by which the first surgery's modules are not another stack's."""
+    from transformers import AutoModel
+
+    save(operated(range(3, 5)), tmp_path / "first")
+    model = AutoModel.from_pretrained(tmp_path / "first")
+    with LayerSurgeon(model) as surgeon:
+        if change == "insert":
+            surgeon.insert(3, linear(7))
+        else:
+            surgeon.remove([1])
+        surgeon.commit()
+    save(model, tmp_path / "second")
+    loaded = AutoModel.from_pretrained(tmp_path / "second")
+    with torch.no_grad():
+        assert torch.equal(loaded(BATCH).last_hidden_state, model(BATCH).last_hidden_state)
+    numbers = {(entry["block"], len(entry["modules"])) for entry in loaded.config.streamline_hooks["splices"]}
+    assert numbers == ({(3, 2)} if change == "insert" else {(2, 1)})
+
+
+def test_a_surgery_of_the_part_that_has_the_blocks_is_taken_over_by_one_of_the_whole(tmp_path: Path) -> None:
+    model: Any = tiny_model("llama", blocks=6)
+    with LayerSurgeon(model.model) as surgeon:
+        surgeon.replace(range(1, 3), linear())
+        surgeon.commit()
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([0])
+        surgeon.commit()
+    save(model, tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "saved")(BATCH).logits, model(BATCH).logits)
+    assert [entry["block"] for entry in model.config.streamline_hooks["splices"]] == [0]

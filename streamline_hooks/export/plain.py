@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamline_hooks.checkpoint.writing import whole_folder
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.stack import find_stack
+from streamline_hooks.stack import find_stacks
 from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced
 
 if TYPE_CHECKING:
@@ -22,21 +22,25 @@ def require_plain(model: PreTrainedModel) -> None:
     StreamlineError
         The text says what can be done instead, and what that costs.
     """
-    stack = find_stack(model)
-    found = [(k, place, spliced(block, place)) for k, block in enumerate(stack.blocks) for place in (BEFORE, AFTER)]
-    modules = [module for _, _, several in found for module in several]
-    if not modules:
+    found = [
+        (stack.parameters_per_block[0], several)
+        for stack in find_stacks(model)
+        for block in stack.blocks
+        for place in (BEFORE, AFTER)
+        if (several := spliced(block, place))
+    ]
+    if not found:
         return
+    modules = [module for _, several in found for module in several]
     added = sum(p.numel() for module in modules for p in module.parameters())
-    block = stack.parameters_per_block[0]
-    windows = len([several for _, _, several in found if several])
+    blocks, windows = sum(size for size, _ in found), len(found)
     names = ", ".join(sorted({type(module).__name__ for module in modules}))
     raise StreamlineError(
         f"No plain form of this {type(model).__name__} exists: its {names} runs between two blocks, for which its "
         f"architecture has no place. Its window can be fitted again from the original and the same text "
         f"(`streamline-hooks export ... --refit folded --original MODEL`), as one of two kinds that are plain: "
         f"folded, into the block before the window, {_signed(-added)} parameters and no cache slot, weaker than a "
-        f"linear map; or silenced, a block without attention in its place, {_signed(windows * block - added)} "
+        f"linear map; or silenced, a block without attention in its place, {_signed(blocks - added)} "
         f"parameters and {windows} cache slot{'s' * (windows > 1)} more. What each costs in quality is measured when "
         "it is made."
     )

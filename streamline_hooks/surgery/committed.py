@@ -12,17 +12,18 @@ from typing import Any
 from torch import nn
 
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
-from streamline_hooks.replacements import replacement_config
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery.plan import SurgeryPlan
 from streamline_hooks.surgery.rebuild import verify_rebuild
 from streamline_hooks.surgery.renumber import IndexAttribute
-from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced
+from streamline_hooks.surgery.splice import AFTER, BEFORE
 from streamline_hooks.surgery.spliced_model import (
     CODE,
     FORMAT,
     accept_guarded,
     base_class,
+    own_path,
+    splice_entries,
     streamlined_config_class,
     streamlined_model_class,
 )
@@ -70,7 +71,7 @@ def prepare_to_settle(
     entry = history_entry(model, plan, notes)
     now = find_stack(model, path)
     earlier = getattr(model.config, "streamline_hooks", None) or {}
-    elsewhere = _in_other_stacks(earlier, path)
+    elsewhere = _in_other_stacks(model, earlier, path)
     entries = [*splice_entries(now.blocks), *elsewhere]
     said = {
         "format": FORMAT if elsewhere else 1,
@@ -135,20 +136,14 @@ def history_entry(model: Any, plan: SurgeryPlan, notes: dict[str, Any], name: st
     return {"base_model": _name_of(model) or name, **notes, **plan.to_dict(), "versions": _versions(model)}
 
 
-def _in_other_stacks(said: dict[str, Any], path: str) -> list[dict[str, Any]]:
-    """What earlier surgeries spliced into other stacks than this one, where it still is."""
+def _in_other_stacks(model: Any, said: dict[str, Any], path: str) -> list[dict[str, Any]]:
+    """What earlier surgeries spliced into other stacks than this one, where it still is.
+
+    They may have been of this model without its head, or with one, by which paths are told.
+    """
     entries = [{"stack": said.get("stack"), **entry} for entry in said.get("splices", [])]
+    entries = [{**entry, "stack": own_path(model, entry["stack"])} for entry in entries]
     return [entry for entry in entries if entry["stack"] != path]
-
-
-def splice_entries(blocks: Sequence[nn.Module]) -> list[dict[str, Any]]:
-    """What a checkpoint says of the modules that are spliced beside blocks, in the order of the blocks."""
-    return [
-        _entry(number, place, spliced(block, place))
-        for number, block in enumerate(blocks)
-        for place in (BEFORE, AFTER)
-        if spliced(block, place)
-    ]
 
 
 def _name_of(model: Any) -> str:
@@ -166,14 +161,6 @@ def _versions(model: Any) -> dict[str, str]:
         return found if own in found else {**found, own: version(own)}
     except PackageNotFoundError:  # the class is the user's
         return found
-
-
-def _entry(number: int, place: str, modules: tuple[nn.Module, ...]) -> dict[str, Any]:
-    try:
-        kinds = [dict(zip(("kind", "config"), replacement_config(module), strict=True)) for module in modules]
-    except StreamlineError as error:  # in memory it works all the same; saving says what is missing
-        return {"block": number, "place": place, "error": str(error)}
-    return {"block": number, "place": place, "modules": kinds}
 
 
 def _guard(model: nn.Module, stack: BlockStack) -> str:

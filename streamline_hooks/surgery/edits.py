@@ -108,6 +108,7 @@ class Edits:
                 move_beside(slot.module, self.stack.blocks[0])
                 self._undoing += [h.remove for h in lend_capture_hooks(self.stack.blocks[0], slot.module)]
         self._shorten_config(slots)
+        self._follow_alignment_heads(slots)
         self._follow_device_map([name for name, _ in original], names, slots)
         for owner in savers(self.stack):
             self._set(owner, "save_pretrained", SavingRefused(owner))
@@ -159,6 +160,22 @@ class Edits:
             for module in slot.module.modules():
                 if vars(module).get("store_full_length_kv", mode == "store") != (mode == "store"):
                     self._set(module, "store_full_length_kv", mode == "store")
+
+    def _follow_alignment_heads(self, slots: list[NewSlot]) -> None:
+        """What a Whisper tells the time of a word by: heads of its decoder, each with its block's number.
+
+        Without any it says itself that it cannot.
+        """
+        if self.stack.count_attribute != "decoder_layers":
+            return
+        place = {id(slot.module): k for k, slot in enumerate(slots)}
+        new = [place.get(id(block)) for block in self.stack.blocks]
+        said = {id(own): own for owner in self.stack.ancestors if (own := getattr(owner, "generation_config", None))}
+        for settings in said.values():
+            heads = vars(settings).get("alignment_heads")
+            if heads:
+                kept = [[new[block], head] for block, head in heads if new[block] is not None]
+                self._set(settings, "alignment_heads", kept or _MISSING)
 
     def _follow_outside_the_config(self, new: dict[str, Any], sources: list[int]) -> None:
         """Take what modules keep by a block's number along: copies, paths of tied weights, weights cut by block."""
@@ -253,7 +270,10 @@ class Edits:
                 values[name] = held
 
         self._undoing.append(put_back)
-        values[name] = value
+        if value is _MISSING:
+            values.pop(name, None)
+        else:
+            values[name] = value
 
     def revert(self, to: int = 0) -> None:
         """Take the changes after the first few back. Each step can be done twice, so that one can be interrupted."""

@@ -48,9 +48,19 @@ def find_hazards(stack: BlockStack, window: range) -> list[Hazard]:
     list of Hazard
         Empty where nothing is known against it.
     """
+    return [*find_dependents(stack, window), *find_numbering_hazards(stack, window.start)]
+
+
+def find_dependents(stack: BlockStack, window: range) -> list[Hazard]:
+    """Find what other blocks take from those of a window, whatever number they have.
+
+    Parameters
+    ----------
+    stack : BlockStack
+    window : range
+    """
     causes = (_shared_blocks, _shared_keys, _position_bias, _per_layer_embeddings, _derived_settings)
-    found = [hazard for cause in causes for hazard in cause(stack, window)]
-    return [*found, *find_numbering_hazards(stack, window.start)]
+    return [hazard for cause in causes for hazard in cause(stack, window)]
 
 
 def find_numbering_hazards(stack: BlockStack, first: int) -> list[Hazard]:
@@ -62,7 +72,7 @@ def find_numbering_hazards(stack: BlockStack, first: int) -> list[Hazard]:
     first : int
         The first block whose number changes.
     """
-    return list(_scale_by_number(stack, first))
+    return [*_scale_by_number(stack, first), *_features_by_number(stack, first)]
 
 
 def position_bias_owners(stack: BlockStack) -> list[int]:
@@ -162,6 +172,27 @@ def _scale_by_number(stack: BlockStack, first: int) -> Iterator[Hazard]:
     ]
     if any(k >= first for k in scaled):
         yield Hazard("scale-by-number", f"blocks {first} to {len(stack) - 1} scale attention by their number")
+
+
+def _features_by_number(stack: BlockStack, first: int) -> Iterator[Hazard]:
+    """What a vision tower's inner blocks see is added to the text's states by the number of its blocks (Qwen3-VL).
+
+    Text alone does not show it.
+    """
+    takes = inspect.signature(stack.ancestors[-1].forward).parameters
+    if not {"deepstack_visual_embeds", "deepstack_features"} & {*takes}:
+        return
+    configs = [config for module in stack.ancestors if (config := getattr(module, "config", None)) is not None]
+    for config in [*configs, *(getattr(config, "vision_config", None) for config in configs)]:
+        indexes = getattr(config, "deepstack_visual_indexes", None) or ()  # of the tower; in the text the first so many
+        last = max([len(indexes) - 1, *(number for _, number in getattr(config, "deepstack_layer_map", None) or ())])
+        if first <= last:
+            yield Hazard(
+                "features-by-number",
+                f"what the vision tower sees is added at blocks up to {last} by their number, which would be others' "
+                "then",
+            )
+            return
 
 
 def _names(block: nn.Module) -> list[Any]:

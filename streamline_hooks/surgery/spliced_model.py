@@ -10,19 +10,20 @@ leading axis of 1, so that loading with the architecture's own class raises on i
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.replacements.registry import build_replacement, is_own
-from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices
+from streamline_hooks.replacements.registry import build_replacement, is_own, replacement_config
+from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices, spliced
 
 MODEL_TYPE = "streamline_hooks"
 CODE = "modeling_streamline_hooks"
@@ -127,11 +128,16 @@ class _ModelWithSplices:
                 "It is damaged, or was written by something else than save_pretrained; write it again."
             )
         _set_guard_axis(model, present=False)
+        _fill_unsaved_buffers(model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
-        guard = _own_path(self, self.config.streamline_hooks["guard"])
-        unwritable = [m for m in self.config.streamline_hooks["splices"] if "modules" not in m]
+        said = self.config.streamline_hooks
+        guard = own_path(self, said["guard"])
+        said["splices"] = [
+            {**entry, **_entry_now(self, entry)} for entry in said["splices"]
+        ]  # whatever they are by now
+        unwritable = [m for m in said["splices"] if "modules" not in m]
         if unwritable:
             raise StreamlineError(unwritable[0]["error"])
         # A quantizer reads the weights from the model in any case, and so does what brings offloaded ones.
@@ -231,7 +237,7 @@ def _share_weight_conversion(base: type[Any], made: type[Any]) -> None:
 
 def accept_guarded(module: Any, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
     """Let ``load_state_dict`` take a checkpoint as it lies on disk, as a ``Trainer`` does when it resumes."""
-    guard = _own_path(module, module.config.streamline_hooks["guard"])
+    guard = own_path(module, module.config.streamline_hooks["guard"])
     stored = state_dict.get(prefix + guard)
     if stored is not None and stored.ndim == module.get_parameter(guard).ndim + 1:
         state_dict[prefix + guard] = stored.squeeze(0)
@@ -239,7 +245,7 @@ def accept_guarded(module: Any, state_dict: dict[str, Tensor], prefix: str, *res
 
 def _set_guard_axis(model: Any, present: bool) -> None:
     """Give the guard the leading axis with which it is stored, or take it away."""
-    path, _, name = _own_path(model, model.config.streamline_hooks["guard"]).rpartition(".")
+    path, _, name = own_path(model, model.config.streamline_hooks["guard"]).rpartition(".")
     owner = model.get_submodule(path)
     held = owner._parameters[name]
     if present and getattr(held, _MARK, False):
@@ -272,7 +278,7 @@ def _reshape_offloaded(owner: Any, name: str, axes: int) -> None:
 @contextmanager
 def _guard_axis(model: Any) -> Iterator[None]:
     """Give the guard its leading axis for a while. The same parameter comes back: an optimizer may hold it."""
-    path, _, name = _own_path(model, model.config.streamline_hooks["guard"]).rpartition(".")
+    path, _, name = own_path(model, model.config.streamline_hooks["guard"]).rpartition(".")
     owner = model.get_submodule(path)
     held = owner._parameters[name]
     try:
@@ -284,9 +290,52 @@ def _guard_axis(model: Any) -> Iterator[None]:
             _reshape_offloaded(owner, name, held.ndim)
 
 
+def splice_entries(blocks: Sequence[nn.Module]) -> list[dict[str, Any]]:
+    """What a checkpoint says of the modules that are spliced beside blocks, in the order of the blocks."""
+    return [
+        _entry(number, place, spliced(block, place))
+        for number, block in enumerate(blocks)
+        for place in (BEFORE, AFTER)
+        if spliced(block, place)
+    ]
+
+
+def _entry(number: int, place: str, modules: tuple[nn.Module, ...]) -> dict[str, Any]:
+    try:
+        kinds = [dict(zip(("kind", "config"), replacement_config(module), strict=True)) for module in modules]
+    except StreamlineError as error:  # in memory it works all the same; saving says what is missing
+        return {"block": number, "place": place, "error": str(error)}
+    return {"block": number, "place": place, "modules": kinds}
+
+
 def build_splices(entry: dict[str, Any]) -> list[nn.Module]:
     """Build the modules at one place that an entry of a checkpoint describes, in the order in which they run."""
     return [build_replacement(module["kind"], module["config"]) for module in entry["modules"]]
+
+
+def _entry_now(model: Any, entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry as the modules are by now, which may have been changed since the surgery."""
+    block = _block_of(model, entry.get("stack", model.config.streamline_hooks["stack"]), entry)
+    where = {"stack": entry["stack"]} if "stack" in entry else {}
+    return {**where, **_entry(entry["block"], entry["place"], spliced(block, entry["place"]))}
+
+
+def _fill_unsaved_buffers(model: Any) -> None:
+    """Give spliced modules the buffers that no checkpoint holds: they are built without values."""
+    said = model.config.streamline_hooks
+    for entry in said["splices"]:
+        block = _block_of(model, entry.get("stack", said["stack"]), entry)
+        placed = spliced(block, entry["place"])
+        if not any(part._non_persistent_buffers_set for module in placed for part in module.modules()):
+            continue
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            built = build_splices(entry)
+        for module, other in zip(placed, built, strict=True):
+            for part, whole in zip(module.modules(), other.modules(), strict=True):
+                for name in part._non_persistent_buffers_set:
+                    held, value = part._buffers[name], whole._buffers[name]
+                    if held is not None and value is not None:
+                        part._buffers[name] = value.to(held.device, held.dtype)
 
 
 def _block_of(model: Any, stack: str, entry: dict[str, Any]) -> nn.Module:
@@ -298,7 +347,7 @@ def _block_of(model: Any, stack: str, entry: dict[str, Any]) -> nn.Module:
         If there is no such block or place: the configuration was changed since it was written.
     """
     try:
-        blocks = list(model.get_submodule(_own_path(model, stack)).children())
+        blocks = list(model.get_submodule(own_path(model, stack)).children())
     except AttributeError:
         blocks = []
     if entry["place"] not in (BEFORE, AFTER) or not 0 <= entry["block"] < len(blocks):
@@ -310,10 +359,13 @@ def _block_of(model: Any, stack: str, entry: dict[str, Any]) -> nn.Module:
     return blocks[entry["block"]]
 
 
-def _own_path(model: Any, path: str) -> str:
-    """A path that was written for the model with its head, in this model, which may be without."""
+def own_path(model: Any, path: str) -> str:
+    """A path that was written for the model with its head, or without it, in this model, which may be the other."""
     first, _, rest = path.partition(".")
-    return path if hasattr(model, first) else rest
+    inside = getattr(model, "base_model_prefix", "")
+    if hasattr(model, first):
+        return path
+    return f"{inside}.{path}" if hasattr(getattr(model, inside, None), first) else rest
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.surgery import committed
 from streamline_hooks.surgery.branch_surgery import BranchSurgery
 from streamline_hooks.surgery.edits import Edits
-from streamline_hooks.surgery.hazards import Hazard, find_hazards, find_numbering_hazards
+from streamline_hooks.surgery.hazards import Hazard, find_dependents, find_hazards, find_numbering_hazards
 from streamline_hooks.surgery.held_to_truth import against_truth
 from streamline_hooks.surgery.layout import require_module, window_of
 from streamline_hooks.surgery.plain_module import record_surgery
@@ -163,7 +163,7 @@ class LayerSurgeon(BranchSurgery):
         chosen = window_of([k], len(self.stack))
         require_module(block)
         what = f"Block {k} of {type(self.model).__name__} cannot be exchanged"
-        self._refuse(what, find_hazards(self.stack, chosen), despite_hazards)
+        self._refuse(what, find_dependents(self.stack, chosen), despite_hazards)
         layout = self._layout.copy()
         if not layout.takes_slot(block):
             raise StreamlineError(
@@ -227,12 +227,12 @@ class LayerSurgeon(BranchSurgery):
         -------
         list of Hazard
             What is known from looking at the model: ``"tied-blocks"``, ``"shared-keys"``, ``"position-bias"``,
-            ``"per-layer-embeddings"``, ``"derived-settings"``, ``"scale-by-number"``. Else, where the shorter model
-            gives something else than the bypassed one, what explains it: ``"number-computes"``,
-            ``"looped-blocks"``, ``"split-blocks"``, ``"side-state"``, ``"attributes-read"``,
-            ``"absolute-numbers"``, ``"cache"``, ``"not-run"``, or ``"probe"`` where nothing does. Else, where it is
-            right in memory but would come back from a checkpoint as another model, ``"built-from-number"`` or
-            ``"configuration"``.
+            ``"per-layer-embeddings"``, ``"derived-settings"``, ``"scale-by-number"``, ``"features-by-number"``. Else,
+            where the shorter model gives something else than the bypassed one, what explains it:
+            ``"number-computes"``, ``"looped-blocks"``, ``"split-blocks"``, ``"side-state"``,
+            ``"attributes-read"``, ``"absolute-numbers"``, ``"cache"``, ``"not-run"``, or ``"probe"`` where nothing
+            does. Else, where it is right in memory but would come back from a checkpoint as another model,
+            ``"built-from-number"`` or ``"configuration"``.
         """
         self._require_open()
         chosen = window_of(window, len(self.stack))

@@ -215,6 +215,38 @@ def test_a_users_own_module_is_saved_when_it_is_registered(tmp_path: Path) -> No
     assert not (tmp_path / "other").exists()
 
 
+@register_replacement("test-factor")
+class Factor(nn.Module):
+    """With a buffer that no checkpoint holds, and a setting that is no parameter."""
+
+    def __init__(self, features: int, gate: float = 1.0) -> None:
+        super().__init__()
+        self.features, self.gate = features, gate
+        self.register_buffer("factor", torch.linspace(0.5, 1.5, features), persistent=False)
+
+    def to_config(self) -> dict[str, Any]:
+        return {"features": self.features, "gate": self.gate}
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        return self.gate * self.factor * state
+
+
+def test_what_a_checkpoint_holds_no_values_of_is_as_it_was(tmp_path: Path) -> None:
+    model: Any = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        factor: Any = surgeon.replace([2], Factor(model.config.hidden_size))
+        surgeon.insert(1, LinearReplacement(model.config.hidden_size))
+        surgeon.commit()
+    factor.gate = 0.25  # changed after the surgery
+    save(model, tmp_path / "first")
+    loaded = load(tmp_path / "first")
+    save(loaded, tmp_path / "second")
+    with torch.no_grad():
+        expected = model(tokens(2, 9)).logits
+        assert torch.equal(loaded(tokens(2, 9)).logits, expected)
+        assert torch.equal(load(tmp_path / "second")(tokens(2, 9)).logits, expected)
+
+
 @pytest.mark.parametrize("name", ["LlamaModel", "LlamaForSequenceClassification"])
 @pytest.mark.parametrize("spliced", [False, True])
 def test_models_of_other_heads_come_back_as_what_they_are(name: str, spliced: bool, tmp_path: Path) -> None:

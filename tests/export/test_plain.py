@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from streamline_hooks import LayerSurgeon, StreamlineError, load, save
+from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, load, save
 from streamline_hooks.cli import app
 from streamline_hooks.export import export_plain, require_plain
+from tests.other_models import made
 from tests.processes import in_a_new_process
 from tests.tiny_models import repaired, tiny_model, tokens
 
@@ -49,6 +50,16 @@ def test_a_spliced_one_is_told_what_to_do_and_what_it_costs() -> None:
     assert "its LinearReplacement runs between two blocks" in said and "--refit folded --original MODEL" in said
     assert f"{-added / 1e6:+.2f} M parameters and no cache slot" in said
     assert f"{(block - added) / 1e6:+.2f} M parameters and 1 cache slot more" in said
+
+
+def test_a_splice_in_the_other_stack_is_one_too(tmp_path: Path) -> None:
+    model = made("t5 encoder")
+    with LayerSurgeon(model, "encoder.block") as surgeon:
+        surgeon.replace([2], LinearReplacement(32))
+        surgeon.commit()
+    with pytest.raises(StreamlineError, match="No plain form of this StreamlinedT5.* exists: its LinearReplacement"):
+        export_plain(model, tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

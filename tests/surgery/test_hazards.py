@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
+import transformers
 from transformers import T5Config, T5ForConditionalGeneration
 
 from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack
@@ -11,6 +15,7 @@ from streamline_hooks.surgery.diagnosis import watch
 from streamline_hooks.testing import causal_model_types
 from streamline_hooks.testing import tiny_model as tiny_of_type
 from streamline_hooks.testing.assertions.model_state import ModelState
+from tests.other_models import PATCHED, qwen3_vl
 
 
 def test_producers_of_shared_keys_stay_and_their_readers_may_go() -> None:
@@ -53,6 +58,37 @@ def test_each_block_keeps_its_own_slice_of_the_per_layer_embeddings(window: rang
         assert owner.embed_tokens_per_layer.embedding_dim == width * len(kept)
     assert owner.embed_tokens_per_layer.weight is embedding and owner.per_layer_model_projection.weight is projection
     assert owner.embed_tokens_per_layer.embedding_dim == width * 8
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Qwen3VLConfig"), reason="this Transformers has no Qwen3-VL")
+def test_what_is_seen_and_added_behind_the_first_blocks_of_a_text_keeps_them_in_their_places() -> None:
+    """Text alone does not tell: the probe calls the text's blocks without an image."""
+    torch.manual_seed(0)
+    model: Any = qwen3_vl().eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    path = "model.language_model.layers"
+    stack = find_stack(model, path)
+
+    def said() -> torch.Tensor:
+        with torch.no_grad():
+            return model(**PATCHED).logits
+
+    for k in range(4):
+        hook = stack[k].register_forward_hook(lambda block, args, output: args[0])
+        bypassed = said()
+        hook.remove()
+        with LayerSurgeon(model, path) as surgeon:
+            causes = [hazard.cause for hazard in surgeon.check([k])]
+            surgeon.remove([k], despite_hazards=True)
+            right = torch.allclose(said(), bypassed, atol=1e-4)
+        assert (causes == []) == right == (k >= 2) and set(causes) <= {"features-by-number"}
+    with LayerSurgeon(model, path) as surgeon:
+        with pytest.raises(UnsupportedSurgery, match="is added at blocks up to 1 by their number"):
+            surgeon.insert(1, copy.deepcopy(stack[3]))
+        surgeon.insert(1, torch.nn.Identity())  # which takes no number
+        surgeon.exchange(0, copy.deepcopy(stack[0]))
 
 
 def test_per_layer_embeddings_that_cannot_be_picked_are_named() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from torch import nn
 
-from streamline_hooks import find_stack
+from streamline_hooks import LayerSurgeon, find_stack
 from streamline_hooks.surgery.renumber import IndexAttribute, find_index_attributes, shortened_config
+from tests.other_models import made
 from tests.tiny_models import FAMILIES, tiny_model
 
 INSIDE = {
@@ -112,3 +114,19 @@ def test_two_attentions_a_block_and_what_grows_evenly() -> None:
         ("b", "layer_idx"): (1, 2),
     }
     assert IndexAttribute("b", "layer_idx", 1, 2).of(3) == 7
+
+
+def test_the_heads_that_whisper_tells_the_time_of_a_word_by_follow_their_blocks() -> None:
+    model: Any = made("whisper decoder")
+    model.generation_config.alignment_heads = [[1, 0], [3, 0], [3, 1]]
+    with LayerSurgeon(model, "model.decoder.layers") as surgeon:
+        surgeon.remove([1])
+        assert model.generation_config.alignment_heads == [[2, 0], [2, 1]]
+        surgeon.insert(0, copy.deepcopy(model.model.decoder.layers[0]))
+        assert model.generation_config.alignment_heads == [[3, 0], [3, 1]]
+        surgeon.remove([3])
+        assert not hasattr(model.generation_config, "alignment_heads")  # and Whisper says that it cannot tell
+    assert model.generation_config.alignment_heads == [[1, 0], [3, 0], [3, 1]]
+    with LayerSurgeon(model, "model.encoder.layers") as surgeon:
+        surgeon.remove([1])
+        assert model.generation_config.alignment_heads == [[1, 0], [3, 0], [3, 1]]
