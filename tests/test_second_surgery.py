@@ -293,3 +293,15 @@ def test_a_surgery_of_the_part_that_has_the_blocks_is_taken_over_by_one_of_the_w
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "saved")(BATCH).logits, model(BATCH).logits)
     assert [entry["block"] for entry in model.config.streamline_hooks["splices"]] == [0]
+
+
+def test_a_plan_says_what_of_an_earlier_surgery_went_with_a_window() -> None:
+    model = operated(range(6, 8))
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([0])
+        assert surgeon.plan.dropped == ()
+        surgeon.remove([5])
+        assert surgeon.plan.dropped == ("LinearReplacement",)
+        assert str(surgeon.plan).endswith("removed: 0, 5\nand of an earlier surgery: LinearReplacement")
+        plan = surgeon.commit()
+    assert read_plans(model)[-1] == plan and plan.after(read_plans(model)[0]).dropped == plan.dropped

@@ -38,6 +38,11 @@ class Layout:
         self.earlier = {k: list(spliced(b, BEFORE)) for k, b in enumerate(self.blocks) if spliced(b, BEFORE)}
         self.earlier_at_end = list(spliced(self.blocks[-1], AFTER))
 
+    @property
+    def earlier_modules(self) -> list[nn.Module]:
+        """All splices of an earlier surgery, in their order."""
+        return [module for modules in (*self.earlier.values(), self.earlier_at_end) for module in modules]
+
     def copy(self) -> Layout:
         """A layout to try an operation on."""
         other = copy.copy(self)
@@ -83,7 +88,7 @@ class Layout:
         present = [block for k, block in enumerate(self.blocks) if k not in gone]
         present += [m for modules in self.inserted.values() for m in modules]
         present += [m for _, m in self.given_up.values() if m is not None]
-        present += [m for modules in (*self.earlier.values(), self.earlier_at_end) for m in modules]
+        present += self.earlier_modules
         if not any(m is module for m in present):
             return module
         duplicate = copy.deepcopy(module)

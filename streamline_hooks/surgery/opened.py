@@ -179,12 +179,14 @@ class OpenSurgery:
         for new, spliced_here in enumerate([*(s.before for s in slots), at_end]):
             for module, boundary, window in spliced_here:
                 splices.append(Splice(new, boundary, window, type(module).__name__))
+        there = {id(module) for placed in (*(s.before for s in slots), at_end) for module, _, _ in placed}
         return SurgeryPlan(
             self.stack.path,
             len(self.stack),
             tuple(self._slot(number.get(id(s.module)), s.module) for s in slots),
             tuple(splices),
             described=self.stack.config is not None,
+            dropped=tuple(type(module).__name__ for module in self._layout.earlier_modules if id(module) not in there),
         )
 
     def _slot(self, source: int | None, module: nn.Module) -> Slot:

@@ -68,6 +68,9 @@ class SurgeryPlan:
         The modules that run between them, in order.
     described : bool
         Whether a configuration counts the blocks, and so changes with them.
+    dropped : tuple of str
+        The classes of what an earlier surgery had put between the blocks of a window, or behind the last block, and
+        that went with them.
     """
 
     stack: str
@@ -75,6 +78,7 @@ class SurgeryPlan:
     slots: tuple[Slot, ...]
     splices: tuple[Splice, ...] = ()
     described: bool = True
+    dropped: tuple[str, ...] = ()
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -146,7 +150,8 @@ class SurgeryPlan:
             )
             for one in self.splices
         )
-        return SurgeryPlan(self.stack, earlier.old_length, tuple(slots), splices, self.described and earlier.described)
+        described, dropped = self.described and earlier.described, (*earlier.dropped, *self.dropped)
+        return SurgeryPlan(self.stack, earlier.old_length, tuple(slots), splices, described, dropped)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -180,8 +185,8 @@ class SurgeryPlan:
                 Splice(s["before"], s["old_before"], s["replaces"] and tuple(s["replaces"]), s["module"])
                 for s in said["splices"]
             ]
-            described = said.get("described", True)
-            return cls(said["stack"], said["old_length"], tuple(slots), tuple(splices), described)
+            described, dropped = said.get("described", True), tuple(said.get("dropped", ()))
+            return cls(said["stack"], said["old_length"], tuple(slots), tuple(splices), described, dropped)
         except (KeyError, TypeError) as error:
             raise StreamlineError(
                 f"This is no plan of a surgery: {type(error).__name__}: {error}. Expected what SurgeryPlan.to_dict "
@@ -203,6 +208,8 @@ class SurgeryPlan:
                 lines.append(f"{old}  -> {new}{without}{folded}")
         if self.removed:
             lines.append("removed: " + ", ".join(map(str, self.removed)))
+        if self.dropped:
+            lines.append(f"and of an earlier surgery: {', '.join(self.dropped)}")
         if not self.described:
             lines.append("no configuration counts these blocks: only their container and their own numbers change")
         return "\n".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -905,3 +906,26 @@ def test_a_bare_tensor_goes_where_the_model_takes_it() -> None:
             return kwargs
 
     assert names(Wrapper(), ids) == ["input_ids"]
+
+
+class Reaching(nn.Module):
+    """A block that holds how far it looks back, which grows with its number."""
+
+    def __init__(self, reach: int) -> None:
+        super().__init__()
+        self.reach, self.inner = reach, nn.Linear(8, 8)
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        return state + torch.tanh(self.inner(torch.roll(state, self.reach, 1)))
+
+
+def test_what_may_be_a_number_or_something_else_is_told() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ModuleList(Reaching(k + 1) for k in range(6)))
+    with LayerSurgeon(model, "1") as surgeon:
+        with pytest.warns(
+            UserWarning, match=r"The blocks of 1 hold 'reach' \(1, 2, 3, ...\), which is taken for their"
+        ):
+            surgeon.remove([2])
+    with LayerSurgeon(model, "1") as surgeon, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        surgeon.remove([5])  # behind it nothing is counted anew
