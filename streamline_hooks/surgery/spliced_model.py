@@ -10,6 +10,7 @@ leading axis of 1, so that loading with the architecture's own class raises on i
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -134,12 +135,11 @@ class _ModelWithSplices:
     def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
         said = self.config.streamline_hooks
         guard = own_path(self, said["guard"])
-        said["splices"] = [
-            {**entry, **_entry_now(self, entry)} for entry in said["splices"]
-        ]  # whatever they are by now
+        said["splices"] = [_entry_now(self, entry) for entry in said["splices"]]
         unwritable = [m for m in said["splices"] if "modules" not in m]
         if unwritable:
             raise StreamlineError(unwritable[0]["error"])
+        _tell_of_wider_ones(self)
         # A quantizer reads the weights from the model in any case, and so does what brings offloaded ones.
         offloaded = any(parameter.is_meta for parameter in self.parameters())  # type: ignore[attr-defined]
         if getattr(self, "hf_quantizer", None) is not None or (offloaded and state_dict is None):
@@ -318,6 +318,18 @@ def _entry_now(model: Any, entry: dict[str, Any]) -> dict[str, Any]:
     block = _block_of(model, entry.get("stack", model.config.streamline_hooks["stack"]), entry)
     where = {"stack": entry["stack"]} if "stack" in entry else {}
     return {**where, **_entry(entry["block"], entry["place"], spliced(block, entry["place"]))}
+
+
+def _tell_of_wider_ones(model: Any) -> None:
+    """Warn where loading, which gives all weights one precision, would round what is spliced in."""
+    spliced_in = (p for name, p in model.named_parameters() if {BEFORE, AFTER} & set(name.split(".")))
+    wider = {p.dtype for p in spliced_in if p.is_floating_point() and p.dtype.itemsize > model.dtype.itemsize}
+    if wider:
+        warnings.warn(
+            f"What is spliced in holds {', '.join(map(str, wider))} beside the model's {model.dtype}, as which all "
+            f"comes back. Load it with dtype={next(iter(wider))} to have its values.",
+            stacklevel=3,
+        )
 
 
 def _fill_unsaved_buffers(model: Any) -> None:

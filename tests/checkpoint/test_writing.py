@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,21 @@ def test_precision_and_tied_weights(tmp_path: Path) -> None:
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_splice_in_a_wider_precision_than_the_model_is_told(tmp_path: Path) -> None:
+    model: Any = tiny_model("llama").to(torch.bfloat16)
+    with LayerSurgeon(model) as surgeon:
+        module: Any = surgeon.replace([2], LinearReplacement(model.config.hidden_size))
+        surgeon.commit()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save(model, tmp_path / "alike")
+    module.float().projection.weight.data.fill_(1 / 3)
+    with pytest.warns(UserWarning, match=r"What is spliced in holds torch.float32 beside the model's torch.bfloat16"):
+        save(model, tmp_path / "wider")
+    loaded: Any = load(tmp_path / "wider", dtype=torch.float32)
+    assert float(loaded.state_dict()["model.layers.2.spliced_before.0.projection.weight"][0, 0]) == pytest.approx(1 / 3)
 
 
 def test_sharded_weights(tmp_path: Path) -> None:
