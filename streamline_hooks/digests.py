@@ -1,4 +1,4 @@
-"""Tell whether two models, two texts, or two lists of batches are the same."""
+"""Tell whether two models, two tokenizers, two texts, or two lists of batches are the same."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from streamline_hooks.batch import device_of
 from streamline_hooks.errors import StreamlineError
+
+_OF_CONFIG = ("torch", "transformers", "transformers_modules", "bitsandbytes")  # what such a module is, this says
+_ADAPTERS = ("active_adapters", "disable_adapters", "_adapters_disabled", "scaling")  # what PEFT's modules do by
+_INCIDENTAL = ("training", "name_or_path")
 
 
 def weights_digest(model: nn.Module) -> str:
     """Return BLAKE2b, in hexadecimal, of every parameter and buffer: its name, shape, dtype and all of its values.
 
-    Forward hooks, and what a module keeps in plain attributes, are not seen.
+    Forward hooks, and what a module keeps in plain attributes (`modules_digest`), are not seen.
 
     Raises
     ------
@@ -35,16 +40,71 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def model_digest(model: nn.Module) -> str:
-    """Return a digest, in hexadecimal, of a model's weights, see `weights_digest`, and of its configuration.
+def modules_digest(model: nn.Module) -> str:
+    """Return a digest, in hexadecimal, of what modules do by besides weights; empty where a configuration says it.
 
-    Where it was loaded from, and by which version of Transformers, makes no difference.
+    It is of each module's path and class, and of the numbers, texts, booleans and None in its public attributes; of
+    PEFT's also of which adapters are on, and how strong. The attributes of Transformers' modules, which the
+    configuration says or which change as a model runs, are left out, as are those of bitsandbytes and of what a
+    checkpoint brings with it; a model of such modules and torch's alone has no digest. A module of one's own that
+    counts its calls in such an attribute is another one after each of them. Hooks, and other attributes, are not seen.
+
+    Examples
+    --------
+    >>> from streamline_hooks.testing import tiny_model
+    >>> modules_digest(tiny_model("llama"))
+    ''
+    """
+    modules = list(model.named_modules())
+    if all(_package(module) in _OF_CONFIG for _, module in modules):
+        return ""
+    return texts_digest(f"{path} {_class(module)} {_attributes(module)}" for path, module in modules)
+
+
+def model_digest(model: nn.Module) -> str:
+    """Return a digest, in hexadecimal, of a model's weights, its modules and its configuration.
+
+    See `weights_digest` and `modules_digest`. Where it was loaded from, and by which version of Transformers, makes no
+    difference.
     """
     config: Any = getattr(model, "config", None)
     said: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
     for incidental in ("_name_or_path", "transformers_version", "_commit_hash", "dtype", "torch_dtype"):
         said.pop(incidental, None)
-    return texts_digest([weights_digest(model), json.dumps(said, sort_keys=True, default=str)])
+    parts = [weights_digest(model), modules_digest(model), json.dumps(said, sort_keys=True, default=str)]
+    return texts_digest([*parts, *(_class(module) for module in model.modules())])
+
+
+def autocast_dtype(model: nn.Module) -> str:
+    """The precision of a model's matrix products under autocast; empty where that is off."""
+    device = device_of(model).type
+    return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
+
+
+def tokenizer_digest(tokenizer: Any, texts: Iterable[str] = ()) -> str:
+    """Return a digest, in hexadecimal, of a tokenizer: its rules, vocabulary, chat template, and first and last token.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+    texts : iterable of str
+        What it is to read; `tokens_digest` of them stands for the rules of one that cannot write them out (that has no
+        ``backend_tokenizer``).
+    """
+    named = [getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "chat_template")]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and hasattr(backend, "to_str"):
+        rules = json.loads(backend.to_str())
+        for incidental in ("padding", "truncation"):  # of the last call
+            rules.pop(incidental, None)
+        return texts_digest([repr(named), json.dumps(rules, sort_keys=True)])
+    vocabulary = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else []
+    return texts_digest([repr(named), repr(vocabulary), tokens_digest(tokenizer, texts)])
+
+
+def tokens_digest(tokenizer: Any, texts: Iterable[str]) -> str:
+    """Return a digest, in hexadecimal, of the tokens of texts, without special ones."""
+    return texts_digest(repr(list(tokenizer(text, add_special_tokens=False)["input_ids"])) for text in texts)
 
 
 def texts_digest(texts: Iterable[str]) -> str:
@@ -92,6 +152,31 @@ def batches_digest(items: Sequence[Any]) -> str:
 
     add("", list(items))
     return digest.hexdigest()
+
+
+def _package(module: nn.Module) -> str:
+    return type(module).__module__.partition(".")[0]
+
+
+def _class(module: nn.Module) -> str:
+    """Its name; what a checkpoint brings with it is in a module that is called after where it lies."""
+    kind = type(module)
+    return kind.__qualname__ if _package(module) == "transformers_modules" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _attributes(module: nn.Module) -> list[tuple[str, str]]:
+    """What a module does by, besides its weights."""
+    package = _package(module)
+    if package in _OF_CONFIG and package != "torch":
+        return []
+    plain = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, (int, float, complex, str, type(None))) and name not in _INCIDENTAL and name[0] != "_"
+    }
+    if package == "peft":
+        plain |= {name: getattr(module, name) for name in _ADAPTERS if hasattr(module, name)}
+    return sorted((name, repr(value)) for name, value in plain.items() if not callable(value))
 
 
 def _bytes(tensor: torch.Tensor) -> Any:

@@ -12,20 +12,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from streamline_hooks.calibration import TokenSplit
 from streamline_hooks.compress import compress
-from streamline_hooks.digests import batches_digest, model_digest, texts_digest
+from streamline_hooks.digests import autocast_dtype, batches_digest, model_digest, texts_digest, tokenizer_digest
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation import measure_speed
 from streamline_hooks.evaluation.kept import Kept
 from streamline_hooks.evaluation.speed import PHASES, Timed, room_for_prompt
+from streamline_hooks.selection.criteria import CRITERIA, Combination, Criterion
 from streamline_hooks.statistics import Profile
+from streamline_hooks.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _TIMED_NEW = 16
-_ANY_TEXT = "The quick brown fox, 12 lazy dogs."
 _PLACES = {"size": "parameters_ratio", "prefill": "prefill_ratio", "decode": "decode_ratio"}
 
 
@@ -169,7 +172,7 @@ def sweep(
     speed_tokens, repeats : int
         Tokens of the prompt (fewer where the model has not the positions), and rounds.
     keep_in : str or Path, optional
-        A JSON file of what has been measured, by the model, the text and all settings.
+        A JSON file of what has been measured, by the model, the tokenizer, the text and all settings.
     profile : Profile, optional
         Of this model, instead of a pass.
     say : callable
@@ -185,7 +188,8 @@ def sweep(
     Raises
     ------
     StreamlineError
-        If nothing is asked for, or `settings` holds what is swept over or where one model would be written.
+        If nothing is asked for, `settings` holds what is swept over or where one model would be written, or a criterion
+        cannot be told from others of its name in what is kept.
     """
     wrong = sorted({"output", "resume", "overwrite", "side_by_side"} & settings.keys())
     if not remove or not kinds or wrong:
@@ -195,11 +199,7 @@ def sweep(
         )
     kept = Kept(Path(keep_in) if keep_in is not None else None)
     timed = (room_for_prompt(model, _TIMED_NEW, speed_tokens), repeats) if speed else None
-    said = {name: getattr(value, "name", None) or repr(value) for name, value in sorted(settings.items())}
-    given = [] if profile is None else [texts_digest([repr(profile.cosine.tolist())])]
-    ids = tokenizer(_ANY_TEXT)["input_ids"]
-    text = batches_digest(texts.tensors) if isinstance(texts, TokenSplit) else texts_digest(texts)
-    known = [model_digest(model) if keep_in is not None else "", text, said, timed, given, ids]
+    known = [] if keep_in is None else [*_known(model, tokenizer, texts, settings, profile), timed]
     compressor = _Compressor(model, tokenizer, texts, settings, timed, say, profile)
     points = []
     for amount in map(str, remove):
@@ -244,6 +244,44 @@ class _Compressor:
         report = measure_speed(models, tokens=self.timed[0], new_tokens=_TIMED_NEW, repeats=self.timed[1])
         prefill, decode = (report.ratio("compressed", phase).median for phase in PHASES)
         return replace(made, prefill_ratio=prefill, decode_ratio=decode)
+
+
+def _known(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str] | TokenSplit,
+    settings: dict[str, Any],
+    profile: Profile | None,
+) -> list[Any]:
+    """What points are known by, besides what was swept over."""
+    return [
+        model_digest(model),
+        autocast_dtype(model),
+        tokenizer_digest(tokenizer, () if isinstance(texts, TokenSplit) else texts),
+        batches_digest(texts.tensors) if isinstance(texts, TokenSplit) else texts_digest(texts),
+        {name: _said(value) for name, value in settings.items()},
+        [] if profile is None else [texts_digest([repr(profile.cosine.tolist())])],
+    ]
+
+
+def _said(value: Any) -> Any:
+    """A setting, as a JSON value that no other has."""
+    if isinstance(value, nn.Module):
+        return model_digest(value)
+    if isinstance(value, Task):
+        return repr(str(value))
+    if not isinstance(value, Criterion):
+        return repr(value)
+    if CRITERIA.get(value.name) is value:
+        return repr(value.name)
+    if isinstance(value, Combination):
+        return [value.by, [[_said(part), weight] for part, weight in value.parts]]
+    if value.made_of is None:
+        raise StreamlineError(
+            f"The criterion {value.name!r} is not registered, so that what is kept of it could not be told from what "
+            "another of its name chose. Give it a name of its own (register_criterion), or keep nothing (keep_in=None)."
+        )
+    return [value.name, value.made_of()]
 
 
 def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:

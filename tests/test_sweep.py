@@ -8,6 +8,7 @@ import io
 import json
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_hooks import StreamlineError, UnsupportedSurgery, compress, sweep
+from streamline_hooks.calibration import TokenSplit
+from streamline_hooks.selection.criteria import CRITERIA, Criterion, accuracy_drop, combined
 from streamline_hooks.sweep import Point, Sweep
+from streamline_hooks.task import Task
+from tests.evaluation.test_choices import Numbers, questions_of
+from tests.tiny_models import tiny_model
 
 SETTINGS: dict[str, Any] = {
     "calibration_tokens": 1024,
@@ -25,6 +31,13 @@ SETTINGS: dict[str, Any] = {
     "sequence_length": 64,
     "shortlist": 2,
 }
+
+
+class Sevens(Numbers):
+    """Reads an 8 where there is a 7."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return super().__call__(text.replace("7", "8"), add_special_tokens)
 
 
 def point(loss: float | None, size: float | None, kind: str = "none") -> Point:
@@ -103,6 +116,119 @@ def test_what_is_known_is_not_made_again(swept: Any, story_texts: list[str], mon
             sweep(model, tokenizer, story_texts, remove=[1], kinds=["linear"], **(options | other))
     with pytest.raises(AssertionError, match="compressed again"):
         sweep(model, tokenizer, story_texts[1:], remove=[1], kinds=["linear"], **options)
+
+
+class Counted:
+    """Stands for `compress`: each time it is another model that comes out."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        self.times += 1
+        raise UnsupportedSurgery(f"time {self.times}")
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    stand_in = Counted()
+    monkeypatch.setattr(sys.modules["streamline_hooks.sweep"], "compress", stand_in)
+    return stand_in
+
+
+def random_split() -> TokenSplit:
+    generator = torch.Generator().manual_seed(0)
+    return TokenSplit(*(torch.randint(3, 60, (n, 16), generator=generator) for n in (8, 4, 4)), fingerprint="x")
+
+
+def larger(model: Any) -> Any:
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2.0)
+    return model
+
+
+def doubled(profile: Any, window: range) -> float:
+    return 2.0 * profile.cosine[window.start, window.stop]
+
+
+MODEL = tiny_model("llama")
+ONE_POINT: dict[str, Any] = {"remove": [1], "kinds": ["none"], "speed": False}
+ASKED = questions_of(MODEL, count=3, choices=2, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"teacher": MODEL}, {"teacher": larger(copy.deepcopy(MODEL))}),
+        ({"task": Task("embedding", "mean")}, {"task": Task("embedding", "last")}),
+        ({"criterion": accuracy_drop(ASKED, Numbers())}, {"criterion": accuracy_drop(ASKED[1:], Numbers())}),
+        ({"criterion": accuracy_drop(ASKED, Numbers())}, {"criterion": accuracy_drop(ASKED, Numbers(), add_bos=True)}),
+        ({"criterion": accuracy_drop(ASKED, Numbers())}, {"criterion": accuracy_drop(ASKED, Sevens())}),
+        (
+            {"criterion": combined({"cosine": 1.0, accuracy_drop(ASKED, Numbers()): 1.0})},
+            {"criterion": combined({"cosine": 1.0, accuracy_drop(ASKED[1:], Numbers()): 1.0})},
+        ),
+        ({"criterion": combined({"cosine": 2.0})}, {"criterion": combined({"cosine": 2.0000001})}),
+        ({"criterion": CRITERIA["cosine"]}, {"criterion": CRITERIA["kl"]}),
+    ],
+)
+def test_what_was_set_otherwise_is_made_anew(
+    one: dict[str, Any], other: dict[str, Any], counted: Counted, tmp_path: Path
+) -> None:
+    def made(settings: dict[str, Any]) -> str:
+        found = sweep(
+            MODEL,
+            Numbers(),
+            random_split(),
+            remove=[1],
+            kinds=["none"],
+            speed=False,
+            keep_in=tmp_path / "x",
+            **settings,
+        )
+        return found.points[0].refused
+
+    assert [made(one), made(other), made(copy.copy(one)), made(other)] == ["time 1", "time 2", "time 1", "time 2"]
+
+
+def test_a_setting_by_its_name_is_the_same(counted: Counted, tmp_path: Path) -> None:
+    for settings in (
+        {"criterion": "cosine", "task": "causal-lm"},
+        {"task": Task("causal-lm"), "criterion": CRITERIA["cosine"]},
+    ):
+        sweep(
+            MODEL,
+            Numbers(),
+            random_split(),
+            remove=[1],
+            kinds=["none"],
+            speed=False,
+            keep_in=tmp_path / "x",
+            **settings,
+        )
+    assert counted.times == 1
+
+
+def test_a_criterion_that_cannot_be_told_from_others_is_not_kept(counted: Counted, tmp_path: Path) -> None:
+    for mine in (Criterion("cosine", doubled, "profile"), combined({Criterion("mine", doubled, "profile"): 1.0})):
+        with pytest.raises(StreamlineError, match=r"is not registered, .*a name of its own \(register_criterion\)"):
+            sweep(MODEL, Numbers(), random_split(), keep_in=tmp_path / "x", criterion=mine, **ONE_POINT)
+        assert not counted.times and not (tmp_path / "x").exists()
+    sweep(MODEL, Numbers(), random_split(), criterion=mine, **ONE_POINT)
+    assert counted.times == 1
+
+
+def test_another_tokenizer_or_autocast_makes_it_anew(counted: Counted, tmp_path: Path) -> None:
+    options: dict[str, Any] = {**ONE_POINT, "keep_in": tmp_path / "x"}
+    for texts in (["1 4", "7 2"], ["1 4", "3 2"]):
+        before = counted.times
+        for tokenizer in (Numbers(), Sevens()):
+            sweep(MODEL, tokenizer, texts, **options)
+        assert counted.times - before == (2 if "7 2" in texts else 1), "what reads these texts alike is as good"
+    before = counted.times
+    with torch.autocast("cpu", torch.bfloat16):
+        sweep(MODEL, Numbers(), texts, **options)
+    assert counted.times == before + 1
 
 
 def test_a_refusal_is_a_point_too(swept: Any, story_texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from streamline_hooks.batch import device_of, positions_of
 from streamline_hooks.calibration.generated_cache import GeneratedCache, GeneratedText
 from streamline_hooks.calibration.near_copies import NearCopies
 from streamline_hooks.calibration.prompts import FORMS, TOPICS, prompts
-from streamline_hooks.digests import texts_digest, weights_digest
+from streamline_hooks.digests import autocast_dtype, modules_digest, texts_digest, weights_digest
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.generation import end_tokens, seeded, written_on
 from streamline_hooks.passes import inference
@@ -105,8 +105,8 @@ def self_generated(
     settings: dict[str, Any] = {"sequence_length": sequence_length, "batch_size": batch_size, "seed": seed, **sampling}
     settings["ends"] = sorted(end_tokens(model, tokenizer))
     device = device_of(model)  # `model.device` is meta where weights are offloaded
-    if torch.is_autocast_enabled(device.type):
-        settings["products"] = str(torch.get_autocast_dtype(device.type))
+    if products := autocast_dtype(model):
+        settings["products"] = products
     if conversation:
         _require_read_back(tokenizer)
         settings["conversation"] = True
@@ -187,9 +187,11 @@ def _identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settin
     config = model.config.to_dict()
     for incidental in ("_name_or_path", "transformers_version", "_commit_hash"):
         config.pop(incidental, None)
+    modules = modules_digest(model)
     return {
         "config": config,
         "weights": weights_digest(model),
+        **({"modules": modules} if modules else {}),
         "template": tokenizer.chat_template,
         "tokenizer": texts_digest(map(str, (sorted(tokenizer.get_vocab().items()), ids))),
         "prompts": [FORMS, TOPICS],

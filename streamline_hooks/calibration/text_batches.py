@@ -56,7 +56,8 @@ def text_parts(
         Another seed deals the documents differently.
     masked : float
         The share of the text's tokens that is replaced by the tokenizer's mask, one at least in each window, for a
-        model that fills such places in.
+        model that fills such places in. Special ones, such as that of an unknown word, are not, but in a window that
+        has no others.
 
     Returns
     -------
@@ -111,12 +112,12 @@ def text_parts(
         windows = [window for ids in dealt[name] for window in in_runs(ids, room)]
         parts[name] = [_batch(frame, rows, padding, tokenizer) for rows in in_runs(windows, batch_size)]
         if masked:
-            parts[name] = _masked(parts[name], tokenizer, masked, f"{seed} {name}")
+            parts[name] = _masked(parts[name], frame, tokenizer, masked, f"{seed} {name}")
     return parts
 
 
 def _masked(
-    batches: list[dict[str, Tensor]], tokenizer: PreTrainedTokenizerBase, share: float, seed: str
+    batches: list[dict[str, Tensor]], frame: _Frame, tokenizer: PreTrainedTokenizerBase, share: float, seed: str
 ) -> list[dict[str, Tensor]]:
     """The same batches with places to fill in, which are drawn by the seed."""
     mask = tokenizer.mask_token_id
@@ -131,7 +132,11 @@ def _masked(
     found = []
     for batch in batches:
         ids = batch["input_ids"]
-        text = batch["attention_mask"].bool() & ~torch.isin(ids, special)
+        lengths = batch["attention_mask"].sum(dim=1, keepdim=True)
+        place = torch.arange(ids.shape[1])
+        inside = (place >= len(frame.before)) & (place < lengths - len(frame.behind))
+        text = inside & ~torch.isin(ids, special)
+        text |= inside & ~text.any(dim=1, keepdim=True)  # a window of unknown words alone
         luck = torch.rand(ids.shape, generator=drawn).masked_fill(~text, 2.0)
         chosen = text & ((luck < share) | (luck == luck.amin(dim=1, keepdim=True)))
         found.append({**batch, "input_ids": ids.where(~chosen, mask), "labels": ids.where(chosen, -100)})

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from streamline_hooks.batch import positions_of
-from streamline_hooks.digests import model_digest, texts_digest
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.agreement import Agreement, require_two
+from streamline_hooks.evaluation.beforehand import require_askable
 from streamline_hooks.evaluation.choices import ChoiceScores, score_choices
 from streamline_hooks.evaluation.kept import Kept
+from streamline_hooks.evaluation.keys import Keys
 from streamline_hooks.evaluation.last_words import LastWordScores, score_last_words
 from streamline_hooks.evaluation.problems import Solved, solve
 from streamline_hooks.evaluation.result import Evaluation, Scores
@@ -23,11 +23,9 @@ from streamline_hooks.evaluation.sliding import TextPerplexity, sliding_perplexi
 from streamline_hooks.evaluation.sliding_agreement import TextComparison, sliding_agreement
 from streamline_hooks.evaluation.speed import SpeedReport, measure_speed, room_for_prompt
 from streamline_hooks.evaluation.suite import PROMPTS, Suite
-from streamline_hooks.evaluation.writing import Written, prompt_tokens, write_on
-from streamline_hooks.generation import end_tokens
+from streamline_hooks.evaluation.writing import Written, write_on
 
 T = TypeVar("T")
-_ANY_TEXT = "The quick brown fox, 12 lazy dogs: naïve?"
 
 
 def evaluate(
@@ -53,9 +51,9 @@ def evaluate(
     batch_size : int
         Texts at a time.
     keep_in : str or Path, optional
-        A JSON file for what has been measured, by the weights and everything else that it depends on: an evaluation
-        that was interrupted goes on from there, and an original is asked once for many models, but for the text, on
-        which the two are run side by side. Speed is not kept.
+        A JSON file for what has been measured, by the weights and everything else that it depends on (but for hooks,
+        see `model_digest`): an evaluation that was interrupted goes on from there, and an original is asked once for
+        many models, but for the text, on which the two are run side by side. Speed is not kept.
     seed : int
         Of what is sampled.
     name, reference_name : str
@@ -68,7 +66,8 @@ def evaluate(
     Raises
     ------
     StreamlineError
-        If something in the suite cannot be asked of the model, both models are one module, or have one name.
+        If something in the suite cannot be asked of the models, both are one module, or have one name. What can be told
+        beforehand is told before anything is run.
 
     Examples
     --------
@@ -90,17 +89,16 @@ def evaluate(
         require_two(model, reference)
     if name == reference_name:
         raise StreamlineError(f"The model and its original are both called {name!r}; give them names that differ.")
-    for one in filter(None, (model, reference)):
-        _require_room(one, suite)
+    models = {name: model} if reference is None else {reference_name: reference, name: model}
+    require_askable(suite, models, batch_size)
     asker = _Asker(suite, batch_size, seed, Kept(None if keep_in is None else Path(keep_in)))
     if reference is None:
         scores = asker.scores(model, name)
         asker.text(model, scores, name)
-        return Evaluation(suite, name, scores, speed=_speed(suite, {name: model}))
+        return Evaluation(suite, name, scores, speed=_speed(suite, models))
     scores, original = asker.scores(model, name), asker.scores(reference, reference_name)
     agreement = asker.compared_text(model, scores, reference, original, name)
-    speed = _speed(suite, {reference_name: reference, name: model})
-    return Evaluation(suite, name, scores, reference_name, original, agreement, speed)
+    return Evaluation(suite, name, scores, reference_name, original, agreement, _speed(suite, models))
 
 
 class _Asker:
@@ -108,7 +106,7 @@ class _Asker:
 
     def __init__(self, suite: Suite, batch_size: int, seed: int, kept: Kept) -> None:
         self.suite, self.batch_size, self.seed, self.kept = suite, batch_size, seed, kept
-        self._digests: dict[int, str] = {}
+        self.keys = None if kept.file is None else Keys(suite.tokenizer)
 
     def scores(self, model: nn.Module, name: str) -> Scores:
         """Everything but text."""
@@ -144,7 +142,7 @@ class _Asker:
         self, model: nn.Module, scores: Scores, reference: nn.Module, original: Scores, name: str
     ) -> dict[str, Agreement]:
         """The perplexity of both models, and their agreement, from one pass of each."""
-        digests, agreement = [self._digest(model), self._digest(reference)], {}
+        agreement: dict[str, Agreement] = {}
         for domain, documents in self.suite.text.items():
             ask = partial(
                 sliding_agreement,
@@ -156,7 +154,9 @@ class _Asker:
                 what=f"{name} and original: {domain}",
                 **self._window(),
             )
-            parts = [*digests, texts_digest(documents), self._window()]
+            parts: list[Any] = [self._window()]
+            if self.keys is not None:
+                parts += [self.keys.read(documents), self.keys.model(model), self.keys.model(reference)]
             found, seconds = self.kept.get(TextComparison, parts, ask)
             scores.text[domain], original.text[domain], agreement[domain] = (
                 found.changed,
@@ -181,23 +181,15 @@ class _Asker:
         call = partial(
             how, model, self.suite.tokenizer, asked, batch_size=self.batch_size, what=f"{name}: {task}", **settings
         )
-        parts: list[Any] = [self._digest(model), how.__name__, texts_digest(map(repr, asked)), settings]
+        parts: list[Any] = [how.__name__, settings]
+        if self.keys is not None:
+            written = "new_tokens" in settings
+            key = self.keys.written_on(asked, settings.get("chat", False)) if written else self.keys.read(asked)
+            parts += [key, self.keys.model(model)]
         if settings.get("temperature"):
             parts.append(self.batch_size)  # what is sampled depends on it
         found, scores.seconds[task] = self.kept.get(kind, parts, call)
         return found
-
-    def _digest(self, model: nn.Module) -> str:
-        """Of a model with its tokenizer and of where its texts end; nothing where nothing is kept."""
-        if self.kept.file is None:
-            return ""
-        if id(model) not in self._digests:
-            tokenizer: Any = self.suite.tokenizer
-            ends = sorted(end_tokens(model, tokenizer)) if hasattr(model, "generation_config") else []
-            said = [tokenizer(_ANY_TEXT)["input_ids"], tokenizer.bos_token_id, tokenizer.eos_token_id, ends]
-            said.append(getattr(tokenizer, "chat_template", None))
-            self._digests[id(model)] = texts_digest([model_digest(model), repr(said)])
-        return self._digests[id(model)]
 
     def _window(self) -> dict[str, Any]:
         return {"window": self.suite.window, "stride": self.suite.stride, "first": self.suite.first}
@@ -210,22 +202,6 @@ class _Texts:
 
 def _written(*args: Any, **settings: Any) -> _Texts:
     return _Texts(tuple(text for (text,) in write_on(*args, **settings)))
-
-
-def _require_room(model: Any, suite: Suite) -> None:
-    """Raise where a model has too few positions for what it is to write, before anything long is done."""
-    positions = positions_of(getattr(model, "config", None))
-    if positions is None:
-        return
-    asked = [(f"prompt {k}", prompt, False, suite.new_tokens) for k, prompt in enumerate(suite.prompts)]
-    asked += [(p.where, p.prompt, t.chat, t.new_tokens) for t in suite.problems.values() for p in t.problems]
-    for where, prompt, chat, new_tokens in asked:
-        length = len(prompt_tokens(suite.tokenizer, prompt, chat))
-        if length + new_tokens > positions:
-            raise StreamlineError(
-                f"The {length} tokens of {where} and {new_tokens} more need {length + new_tokens} positions; this "
-                f"{type(model).__name__} has {positions}. Shorten it, show fewer examples, or ask for fewer new tokens."
-            )
 
 
 def _speed(suite: Suite, models: dict[str, Any]) -> SpeedReport | None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.continuations import score_continuations
+from streamline_hooks.evaluation.perplexity import Perplexity
 from streamline_hooks.evaluation.questions import Question
 from streamline_hooks.evaluation.rows import read_rows
 
@@ -63,7 +64,7 @@ class LastWordScores:
     @property
     def perplexity(self) -> float:
         """Exp of the mean negative log-likelihood of an end, all its tokens together."""
-        return math.exp(-math.fsum(self.loglikelihoods) / len(self.loglikelihoods))
+        return Perplexity(-math.fsum(self.loglikelihoods), len(self.loglikelihoods)).value
 
     def __str__(self) -> str:
         return f"{self.accuracy:.1%} ± {self.standard_error:.1%} of {len(self.right)} ends predicted"
@@ -115,7 +116,7 @@ def score_last_words(
 def read_last_words(path: str | Path) -> list[LastWord]:
     """Read texts from a file of rows, see `read_rows`: each with a ``context`` and a ``continuation``.
 
-    A row with a ``text`` alone is divided before its last word.
+    A row with a ``text`` alone is divided at its last space; white space of another kind before a word does not count.
 
     Raises
     ------

@@ -158,6 +158,11 @@ def recall_at(queries: Tensor, documents: Tensor, k: int = 1) -> float:
     float
         A document that is exactly as similar as the right one counts as found before it.
 
+    Raises
+    ------
+    StreamlineError
+        If there are not as many of both, fewer than `k`, or one is not finite.
+
     Examples
     --------
     >>> recall_at(torch.eye(3), torch.eye(3)[[0, 2, 1]])
@@ -168,6 +173,13 @@ def recall_at(queries: Tensor, documents: Tensor, k: int = 1) -> float:
             f"There are {len(queries)} queries and {len(documents)} documents, of which {k} are looked at; expected as "
             "many of both, and 1 or more to look at."
         )
+    for name, rows in (("queries", queries), ("documents", documents)):
+        if broken := (~rows.isfinite().all(dim=-1)).nonzero().flatten().tolist():
+            raise StreamlineError(
+                f"{len(broken)} of the {len(rows)} {name} hold NaN or infinite values (the first is {broken[0]}), "
+                "which are similar to nothing; expected numbers. Look at the model's weights, or run in a wider "
+                "precision (float32 or bfloat16)."
+            )
     similar = normalize(queries.double(), dim=-1) @ normalize(documents.double(), dim=-1).T
     own = similar.diagonal()[:, None]
     better = (similar >= own).sum(dim=-1) - 1  # its own is as similar as itself

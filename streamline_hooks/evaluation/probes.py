@@ -207,6 +207,7 @@ LEVELS: dict[str, dict[int, Make]] = {
         6: _counting(9, others=6),
     },
 }
-"""By sort, from easy to hard: sums below 16, 20 and 50, then sums and differences of two, three and four digits; up to
-5 brackets of two kinds and of three, then up to 7, 10, 14 and 20; 2 words, up to 3, 5, 7, 8 and 12; the next number in
-steps of one and of 1, 2, 5 or 10, then words that stand up to 2, 5, 7 and 9 times between others."""
+"""By sort, from easy to hard: sums of two numbers below 16, 20 and 50, then sums and differences of numbers of up to
+two digits, and of three and four; up to 5 brackets of two kinds and of three, then up to 7, 10, 14 and 20; 2 words, up
+to 3, 5, 7, 8 and 12; the next number in steps of one and of 1, 2, 5 or 10, then words that stand up to 2, 5, 7 and 9
+times between others."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,11 +15,13 @@ from streamline_hooks.batch import positions_of, prepare
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.continuations import NotFiniteLikelihood
 from streamline_hooks.evaluation.perplexity import Perplexity, negative_log_likelihoods
+from streamline_hooks.evaluation.texts import require_texts
 from streamline_hooks.passes import head_on_last, inference, progress
 from streamline_hooks.predicted import UNCOUNTED
 from streamline_hooks.task import logits_of
 
 _USUAL_WINDOW = 1024
+_BEGINNINGS = {"bos": ("bos_token_id", "eos_token_id"), "eos": ("eos_token_id",)}
 _WHITE_SPACE = re.compile(r"\s+")
 
 
@@ -190,12 +192,23 @@ class WindowSettings:
     first: Literal["bos", "eos"] | None = "bos"
     add_special_tokens: bool = False
 
+    def __post_init__(self) -> None:
+        window, stride = self.window, self.stride
+        far = window is not None and stride is not None and stride > window
+        if far or min(one for one in (window, stride, self.batch_size) if one is not None) < 1:
+            raise StreamlineError(
+                f"Got window={window}, stride={stride}, batch_size={self.batch_size}; expected all to be 1 or more, "
+                "and the stride no more than the window, so that no token is left out."
+            )
+        if self.first is not None and self.first not in _BEGINNINGS:
+            raise StreamlineError(f'first={self.first!r} is not known; expected "bos", "eos" or None.')
+
 
 class Documents:
     """Documents as rows of tokens, and the windows over them, in which each token is scored once."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, texts: Sequence[str], settings: WindowSettings) -> None:
-        window, stride = _checked(model, texts, settings.window, settings.stride, settings.batch_size)
+        window, stride = _checked(model, texts, settings)
         begin = _first_token(tokenizer, settings.first)
         self.texts, self.size = texts, settings.batch_size
         special = settings.add_special_tokens
@@ -286,23 +299,16 @@ def _windows(document: int, predicted: int, window: int, stride: int) -> Iterato
         done, step = end, stride
 
 
-def _checked(
-    model: nn.Module, texts: Sequence[str], window: int | None, stride: int | None, batch_size: int
-) -> tuple[int, int]:
+def _checked(model: nn.Module, texts: Sequence[str], settings: WindowSettings) -> tuple[int, int]:
     """The window and the stride, once it is sure that they can be used."""
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        kinds = sorted({type(text).__name__ for text in texts}) if not isinstance(texts, str) else ["one str"]
-        raise StreamlineError(f"The documents are {', '.join(kinds)}; expected a list of str, one a document.")
+    window, stride = settings.window, settings.stride
+    require_texts(texts)
     positions = positions_of(getattr(model, "config", None))
     if window is None:
         window = usual_window(model)
     if stride is None:
         stride = max(1, window // 2)
-    if window < 1 or not 1 <= stride <= window or batch_size < 1:
-        raise StreamlineError(
-            f"Got window={window}, stride={stride}, batch_size={batch_size}; expected all to be 1 or more, and the "
-            "stride no more than the window, so that no token is left out."
-        )
+    replace(settings, window=window, stride=stride)  # it refuses what cannot be used
     if positions is not None and window > positions:
         raise StreamlineError(
             f"window={window} is more than the {positions} positions that this {type(model).__name__} has. Give "
@@ -312,16 +318,13 @@ def _checked(
 
 
 def _first_token(tokenizer: Any, first: str | None) -> tuple[int, ...]:
-    known: dict[str | None, tuple[str, ...]] = {"bos": ("bos_token_id", "eos_token_id"), "eos": ("eos_token_id",)}
     if first is None:
         return ()
-    if first not in known:
-        raise StreamlineError(f'first={first!r} is not known; expected "bos", "eos" or None.')
-    for name in known[first]:
+    for name in _BEGINNINGS[first]:
         token = getattr(tokenizer, name, None)
         if token is not None:
             return (int(token),)
     raise StreamlineError(
-        f"The tokenizer has no {' and no '.join(known[first])} to begin a document with; give first=None, with which a "
-        "document's own first token is not predicted."
+        f"The tokenizer has no {' and no '.join(_BEGINNINGS[first])} to begin a document with; give first=None, with "
+        "which a document's own first token is not predicted."
     )

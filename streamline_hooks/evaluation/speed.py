@@ -304,7 +304,7 @@ def _take_turn(
 ) -> _Turn:
     from transformers import StoppingCriteriaList
 
-    generator = _require_generates(name, model, tokens + new_tokens)
+    generator = require_timed(name, model, tokens + new_tokens)
     prompt = _prompt(model, batch, tokens).to(device_of(model))
     stamps = _Stamps(model, new_tokens + 1, clock)
     memory = _Memory(model)
@@ -343,7 +343,8 @@ def _take_turn(
     )
 
 
-def _require_generates(name: str, model: Any, positions: int) -> Any:
+def require_timed(name: str, model: Any, positions: int) -> Any:
+    """A model, once it is sure that its ``generate`` can be timed over so many positions; see `measure_speed`."""
     if "_orig_mod" in model._modules:
         raise StreamlineError(
             f"{name} is what torch.compile returned; its generate runs the model that is not compiled. Compile in "

@@ -10,6 +10,9 @@ from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.last_words import LastWord
 from streamline_hooks.evaluation.problems import Problem
 from streamline_hooks.evaluation.questions import Question
+from streamline_hooks.evaluation.sliding import WindowSettings
+from streamline_hooks.evaluation.texts import require_texts
+from streamline_hooks.evaluation.writing import require_writable
 
 PROMPTS = "prompts"
 """What the prompts are called where each part of a suite has a name."""
@@ -42,6 +45,11 @@ class ProblemTask:
     temperature : float
     stop : tuple of str
     chat : bool
+
+    Raises
+    ------
+    StreamlineError
+        If a setting is out of range.
     """
 
     problems: tuple[Problem, ...]
@@ -50,6 +58,9 @@ class ProblemTask:
     temperature: float = 0.0
     stop: tuple[str, ...] = ()
     chat: bool = False
+
+    def __post_init__(self) -> None:
+        require_writable(self.new_tokens, self.samples, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,8 @@ class Suite:
     Raises
     ------
     StreamlineError
-        If there is nothing in it or in a part of it, or two parts have one name.
+        If there is nothing in it or in a part of it, two parts have one name, a setting is out of range, or one text is
+        given where a list of them is expected.
 
     Examples
     --------
@@ -105,6 +117,18 @@ class Suite:
     timed: tuple[int, int, int] | None = (256, 16, 5)
 
     def __post_init__(self) -> None:
+        for documents in self.text.values():
+            require_texts(documents)
+        require_texts(self.prompts, "prompt")
+        require_writable(self.new_tokens)
+        WindowSettings(self.window, self.stride, first=self.first)  # it refuses what cannot be used
+        if self.timed is not None and (
+            len(self.timed) != 3 or min(self.timed[0], self.timed[1] + 1, self.timed[2]) < 1
+        ):
+            raise StreamlineError(
+                f"Got timed={self.timed}; expected tokens of a prompt, tokens after it, and rounds: 1 or more, 0 or "
+                "more, and 1 or more. Give timed=None where speed is not to be measured."
+            )
         asked = {name: task.questions for name, task in self.choices.items()}
         solved = {name: task.problems for name, task in self.problems.items()}
         every = [*self.text.items(), *asked.items(), *self.last_words.items(), *solved.items()]

@@ -10,6 +10,7 @@ from typing import Any
 
 from streamline_hooks.batch import device_of
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.evaluation.texts import require_texts
 from streamline_hooks.generation import seeded, written_on
 from streamline_hooks.passes import progress
 
@@ -137,9 +138,10 @@ def write_on(
     StreamlineError
         If a setting is out of range, the model cannot write, or has too few positions.
     """
-    _check(prompts, new_tokens, samples, temperature, top_p, batch_size)
-    if chat and not getattr(tokenizer, "chat_template", None):
-        raise StreamlineError("The tokenizer has no chat template; give the prompts as they are (chat=False).")
+    require_texts(prompts, "prompt")
+    if not prompts:
+        raise StreamlineError("There is no prompt; give one at least.")
+    require_writable(new_tokens, samples, temperature, top_p, batch_size)
     rows = [prompt_tokens(tokenizer, prompt, chat) for prompt in prompts]
     order = sorted(range(len(rows)), key=lambda k: -len(rows[k]))
     sampling = {"temperature": temperature, "top_p": top_p} if temperature else None
@@ -167,11 +169,15 @@ def write_on(
     return found
 
 
-def _check(
-    prompts: Sequence[str], new_tokens: int, samples: int, temperature: float, top_p: float, batch_size: int
+def require_writable(
+    new_tokens: int, samples: int = 1, temperature: float = 0.0, top_p: float = 1.0, batch_size: int = 1
 ) -> None:
-    if not prompts:
-        raise StreamlineError("There is no prompt; give one at least.")
+    """Raise where a setting of `write_on` is out of range.
+
+    Raises
+    ------
+    StreamlineError
+    """
     if min(new_tokens, samples, batch_size) < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise StreamlineError(
             f"Got new_tokens={new_tokens}, samples={samples}, batch_size={batch_size}, temperature={temperature}, "
@@ -187,8 +193,10 @@ def prompt_tokens(tokenizer: Any, prompt: str, chat: bool = False) -> list[int]:
     Raises
     ------
     StreamlineError
-        If there is none, and none that begins a text.
+        If there is none, and none that begins a text; or if there is to be a chat, and no template of one.
     """
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise StreamlineError("The tokenizer has no chat template; give the prompts as they are (chat=False).")
     if chat:
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)

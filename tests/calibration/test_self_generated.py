@@ -226,6 +226,21 @@ def test_the_file_is_named_after_the_model(model: LlamaForCausalLM, tokenizer: A
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_the_file_is_named_after_the_adapters_that_are_on(
+    model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    replace_generate(adapted, varied)
+    self_generated(adapted, tokenizer, cache=tmp_path, **SHORT)
+    with adapted.disable_adapter():
+        self_generated(adapted, tokenizer, cache=tmp_path, **SHORT)
+    assert len(list(tmp_path.iterdir())) == 2
+    self_generated(adapted, tokenizer, cache=tmp_path, **SHORT)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("part", ["vocabulary", "rules"])
 def test_the_file_is_named_after_what_the_tokenizer_reads(
     model: LlamaForCausalLM, tokenizer: Any, tmp_path: Path, part: str

@@ -170,6 +170,26 @@ def test_a_model_takes_them() -> None:
         assert model(**batch).logits.shape == (*batch["input_ids"].shape, 64)
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_each_window_has_a_place_to_fill_in(batch_size: int) -> None:
+    """Even one of unknown words alone, or of a special token that a text spells out; others have none of these."""
+    documents = documents_of([3] * 30) + [f"x{k} y{k} z{k}" for k in range(30)] + ["[SEP] [SEP]"]
+    tokenizer = tokenizer_of(3_000, mask_token="2999", cls_token="[CLS]", sep_token="[SEP]")
+    parts = text_parts(documents, tokenizer, {"calibration": 150}, sequence_length=6, batch_size=batch_size, masked=0.3)
+    unknown = 0
+    for batch in parts["calibration"]:
+        labels, mask = batch["labels"], batch["input_ids"] == 2999 + 4
+        assert bool((labels != -100).any(dim=1).all())
+        assert torch.equal(mask, labels != -100) and not labels[:, 0].eq(FIRST).any()
+        whole = labels.where(mask, batch["input_ids"])
+        for row, (ids, told) in enumerate(zip(whole.tolist(), labels.tolist(), strict=True)):
+            inside = ids[1 : int(batch["attention_mask"][row].sum()) - 1]
+            assert told[len(inside) + 1] == -100, "the last token is no text"
+            unknown += UNKNOWN in told
+            assert UNKNOWN not in told or set(inside) == {UNKNOWN}
+    assert unknown > 5
+
+
 def test_real_text(stories: tuple[Any, Any]) -> None:
     tokenizer = copy.deepcopy(stories[1])
     tokenizer.pad_token = tokenizer.eos_token

@@ -152,7 +152,7 @@ def solved_by_tries(*tries: list[int]) -> Scores:
 def test_all_tries_count_for_what_is_retained() -> None:
     """As they do for the accuracy beside it."""
     problems = tuple(Problem(f"{k} + 1 =", str(k + 1)) for k in range(4))
-    asked = Suite(None, problems={"sums": ProblemTask(problems, samples=2)}, timed=None)
+    asked = Suite(None, problems={"sums": ProblemTask(problems, samples=2, temperature=1.0)}, timed=None)
     theirs = solved_by_tries([1, 1], [1, 1], [1, 1], [1, 1])
     sides = [
         Evaluation(asked, "changed", mine, "original", theirs)
@@ -266,6 +266,86 @@ def test_what_is_known_of_another_tokenizer_is_asked_again(
     assert evaluate(original, suite, keep_in=file).scores == first.scores
 
 
+class Scale(torch.nn.Module):
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        return state * self.by
+
+
+def test_a_splice_without_weights_is_not_taken_for_another(
+    pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path
+) -> None:
+    model, file = copy.deepcopy(pair[0]), tmp_path / "measured.json"
+    found = []
+    for by in (1.0, 0.5, 1.0):
+        with LayerSurgeon(model) as surgeon:
+            surgeon.replace(range(2, 3), Scale(by))
+            found.append(evaluate(model, suite, keep_in=file).scores)
+            assert evaluate(model, suite).scores.text == found[-1].text
+    assert found[0] == found[2] and found[0].text != found[1].text
+
+
+def test_an_adapter_that_is_off_is_not_taken_for_one_that_is_on(
+    pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model, file = peft.get_peft_model(copy.deepcopy(pair[0]), config), tmp_path / "measured.json"
+    asked = replace(suite, problems={}, prompts=[])
+    on = evaluate(model, asked, keep_in=file).scores
+    with model.disable_adapter():
+        off = evaluate(model, asked, keep_in=file).scores
+        assert evaluate(model, asked).scores.text == off.text
+    assert evaluate(model, asked, keep_in=file).scores == on
+    assert on.text != off.text
+
+
+def test_what_is_known_of_full_precision_is_asked_again_under_autocast(
+    pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path
+) -> None:
+    original, changed, _ = pair
+    file = tmp_path / "measured.json"
+    asked = replace(suite, problems={}, prompts=[])
+    full = evaluate(changed, asked, original, keep_in=file)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = evaluate(changed, asked, original, keep_in=file)
+    assert evaluate(changed, asked, original, keep_in=file).report() == full.report()
+    assert half.scores.text != full.scores.text and half.scores.last_words != full.scores.last_words
+    assert half.agreement != full.agreement
+
+
+class Halves:
+    """A tokenizer of one's own, which reads what it was not shown before as another does."""
+
+    def __init__(self, tokenizer: Any, unlike: str = "") -> None:
+        self.tokenizer, self.unlike = tokenizer, unlike
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("backend_tokenizer", "get_vocab"):
+            raise AttributeError(name)
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        return self.tokenizer(text.replace(self.unlike, "X") if self.unlike else text, **options)
+
+
+@pytest.mark.parametrize(
+    ("unlike", "part"), [("girl", "text"), ("park", "choices"), ("xylophone", "last_words"), ("big dog", "written")]
+)
+def test_what_another_tokenizer_reads_otherwise_is_asked_again(
+    pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path, unlike: str, part: str
+) -> None:
+    original, _, tokenizer = pair
+    file = tmp_path / "measured.json"
+    first = evaluate(original, replace(suite, tokenizer=Halves(tokenizer)), keep_in=file).scores
+    asked = replace(suite, tokenizer=Halves(tokenizer, unlike))
+    again = evaluate(original, asked, keep_in=file).scores
+    assert getattr(again, part) == getattr(evaluate(original, asked).scores, part) != getattr(first, part)
+
+
 def test_questions_begin_with_bos_where_that_is_asked_for(pair: tuple[Any, Any, Any], suite: Suite) -> None:
     original, _, tokenizer = pair
     plain, begun = (evaluate(original, replace(suite, add_bos=add)).scores.choices["girls"] for add in (False, True))
@@ -356,6 +436,53 @@ def test_what_cannot_be_evaluated(pair: tuple[Any, Any, Any], suite: Suite, tmp_
         Suite(tokenizer, timed=None)
     with pytest.raises(StreamlineError, match="Two domains or tasks are named a; give each its own name"):
         Suite(tokenizer, choices={"a": ChoiceTask(QUESTIONS)}, last_words={"a": ENDS})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"window": 4096, "stride": None}, "window=4096 is more than the 512 positions"),
+        ({"window": None, "stride": 4096}, "stride=4096.*the stride no more than the window"),
+        ({"timed": (16, 600, 2)}, "has 512 positions; 601 were asked for"),
+        (
+            {"problems": {"told": ProblemTask((Problem("One", "two"),), chat=True)}},
+            "The tokenizer has no chat template",
+        ),
+    ],
+)
+def test_what_can_be_told_beforehand_is_told_before_anything_is_run(
+    pair: tuple[Any, Any, Any], suite: Suite, change: dict[str, Any], says: str
+) -> None:
+    original, changed, _ = pair
+    runs: list[int] = []
+    handle = changed.register_forward_pre_hook(lambda *_: runs.append(1))
+    for reference in (None, original):
+        with pytest.raises(StreamlineError, match=says):
+            evaluate(changed, replace(suite, **change), reference)
+    handle.remove()
+    assert not runs
+
+
+def test_another_vocabulary_is_told_before_anything_is_run(pair: tuple[Any, Any, Any], suite: Suite) -> None:
+    original, changed, _ = pair
+    larger, runs = copy.deepcopy(original), list[int]()
+    larger.resize_token_embeddings(520)
+    handle = changed.register_forward_pre_hook(lambda *_: runs.append(1))
+    with pytest.raises(StreamlineError, match="original for 520 and model for 512 tokens.*without a reference"):
+        evaluate(changed, suite, larger)
+    assert not runs
+    questions = evaluate(changed, replace(suite, text={}), larger)
+    handle.remove()
+    assert questions.scores.choices and runs, "of questions there is nothing to compare token by token"
+
+
+def test_a_compiled_model(pair: tuple[Any, Any, Any], suite: Suite) -> None:
+    original, changed, _ = pair
+    compiled = torch.compile(changed, backend="eager")
+    asked = replace(suite, problems={}, prompts=[], last_words={}, choices={})
+    assert evaluate(compiled, asked, original).scores.text == evaluate(changed, asked, original).scores.text
+    with pytest.raises(StreamlineError, match="Compile in place"):
+        evaluate(compiled, replace(asked, timed=(8, 2, 1)))
 
 
 def test_a_model_that_says_nan_is_not_scored(pair: tuple[Any, Any, Any], suite: Suite) -> None:

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from streamline_hooks import StreamlineError
-from streamline_hooks.evaluation import LastWord, read_last_words, score_choices, score_last_words, write_on
+from streamline_hooks.evaluation import (
+    LastWord,
+    LastWordScores,
+    read_last_words,
+    score_choices,
+    score_last_words,
+    write_on,
+)
 from streamline_hooks.evaluation.questions import Question
 
 CONTEXT = "Once upon a time, there was a little girl named Lily. She loved to"
@@ -42,12 +49,20 @@ def test_reading(tmp_path: Path) -> None:
     first, second = read_last_words(path)
     assert (first.context, first.continuation) == ("A cat", "sat")
     assert (second.context, second.continuation) == ("The dog ran", "away")
+    path.write_text(json.dumps({"text": "The dog\nran  away"}))
+    (divided,) = read_last_words(path)
+    assert (divided.context, divided.continuation) == ("The dog\nran ", "away")
     path.write_text(json.dumps({"context": "A cat"}))
     with pytest.raises(StreamlineError, match=r'line 1 holds the keys context; expected \{"context", "continuation"\}'):
         read_last_words(path)
     path.write_text("")
     with pytest.raises(StreamlineError, match=r"ends.jsonl is empty; expected"):
         read_last_words(path)
+
+
+def test_an_end_that_is_all_but_impossible_has_no_finite_perplexity() -> None:
+    assert LastWordScores((False,), (-800.0,)).perplexity == math.inf
+    assert LastWordScores((False,), (-700.0,)).perplexity == pytest.approx(math.exp(700))
 
 
 def test_nothing_to_score(stories: tuple[Any, Any]) -> None:

@@ -52,6 +52,17 @@ def test_few_things_have_no_rank_correlation() -> None:
         likeness_of(rows(3, 4, 0), rows(3, 5, 0))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nothing_is_found_by_what_is_no_number(value: float) -> None:
+    good = torch.eye(5)
+    broken = good.clone()
+    broken[2, 1] = value
+    with pytest.raises(StreamlineError, match=r"1 of the 5 queries hold NaN or infinite values \(the first is 2\)"):
+        recall_at(broken, good)
+    with pytest.raises(StreamlineError, match="1 of the 5 documents hold"):
+        recall_at(good, broken)
+
+
 def test_recall() -> None:
     documents = torch.eye(5)
     assert recall_at(documents, documents) == 1.0

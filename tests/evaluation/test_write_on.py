@@ -85,6 +85,9 @@ def test_what_cannot_be_asked_for(stories: tuple[Any, Any]) -> None:
         write_on(model, tokenizer, PROMPTS, new_tokens=0)
     with pytest.raises(StreamlineError, match="no chat template; give the prompts as they are"):
         write_on(model, tokenizer, PROMPTS, chat=True)
+    for prompts, said in (("once", "one str"), ([1, 2], "int")):
+        with pytest.raises(StreamlineError, match=f"The prompts are {said}; expected a list of str, one a prompt"):
+            write_on(model, tokenizer, prompts)
 
 
 def test_the_bar_moves_with_each_token(story_model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from streamline_hooks.digests import texts_digest, tokenizer_digest
 from streamline_hooks.evaluation.choices import score_choices
 from streamline_hooks.evaluation.continuations import NotFiniteLikelihood
+from streamline_hooks.evaluation.keys import texts_of
 from streamline_hooks.evaluation.questions import Question, read_questions
 from streamline_hooks.selection.criteria.criterion import Criterion
 from streamline_hooks.surgery import LayerSurgeon
@@ -69,4 +71,8 @@ def accuracy_drop(
                     scores.append(-math.inf)
         return scores
 
-    return Criterion("accuracy", score, "model")
+    def made_of() -> str:
+        read = [text for question in asked for text in texts_of(question)]
+        return texts_digest([*map(repr, (asked, normalised, add_bos)), tokenizer_digest(tokenizer, read)])
+
+    return Criterion("accuracy", score, "model", made_of=made_of)

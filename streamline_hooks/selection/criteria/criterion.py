@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Needs = Literal["profile", "model"]
@@ -23,12 +23,15 @@ class Criterion:
     needs : {"profile", "model"}
     paper : str
         Where it comes from.
+    made_of : callable, optional
+        Returns a digest of what it was made of, where there may be another of its name (`accuracy_drop`).
     """
 
     name: str
     score: Callable[..., Any]
     needs: Needs
     paper: str = ""
+    made_of: Callable[[], str] | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
