@@ -246,11 +246,11 @@ def compress(
             with_what = "--test" if test else sources.unusual
             raise StreamlineError(f"--pack deals one text to all parts, and does not go with {with_what}.")
         task = task_named(task_name, model)
-        refuse_unused(context, search, task)
         if not task.is_of_text and (sources.unusual or pack or memory or budget):
             given = {"--pack": pack, "--memory": memory, "--budget": budget}
             option = sources.unusual or next(name for name, wanted in given.items() if wanted)
             raise StreamlineError(f"{option} is for models that write, and {model} is for {task}.")
+        refuse_unused(context, search, task)
         if training is not None:
             training.objective.require_task(task)
         if repeated is None and recipe.repeated and (pack or not task.is_of_text):

@@ -111,9 +111,9 @@ def rank(
     batches = profile = task = None
     if model is not None:
         task = task_named(task_name, model)
-        refuse_unused(context, search, task)
         if not task.is_of_text and sources.unusual:
             raise StreamlineError(f"{sources.unusual} is for models that write, and {model} is for {task}.")
+        refuse_unused(context, search, task)
         loaded, tokenizer = load_model(model, task)
         stack = find_stack(loaded, stack).path
         if profile_file is None or chosen.needs == "model" or search not in ("window", "disjoint", "one-shot", "mixed"):
