@@ -176,16 +176,7 @@ def test_what_was_set_otherwise_is_made_anew(
     one: dict[str, Any], other: dict[str, Any], counted: Counted, tmp_path: Path
 ) -> None:
     def made(settings: dict[str, Any]) -> str:
-        found = sweep(
-            MODEL,
-            Numbers(),
-            random_split(),
-            remove=[1],
-            kinds=["none"],
-            speed=False,
-            keep_in=tmp_path / "x",
-            **settings,
-        )
+        found = sweep(MODEL, Numbers(), random_split(), keep_in=tmp_path / "x", **ONE_POINT, **settings)
         return found.points[0].refused
 
     assert [made(one), made(other), made(copy.copy(one)), made(other)] == ["time 1", "time 2", "time 1", "time 2"]
@@ -196,16 +187,7 @@ def test_a_setting_by_its_name_is_the_same(counted: Counted, tmp_path: Path) -> 
         {"criterion": "cosine", "task": "causal-lm"},
         {"task": Task("causal-lm"), "criterion": CRITERIA["cosine"]},
     ):
-        sweep(
-            MODEL,
-            Numbers(),
-            random_split(),
-            remove=[1],
-            kinds=["none"],
-            speed=False,
-            keep_in=tmp_path / "x",
-            **settings,
-        )
+        sweep(MODEL, Numbers(), random_split(), keep_in=tmp_path / "x", **ONE_POINT, **settings)
     assert counted.times == 1
 
 
