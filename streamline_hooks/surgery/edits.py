@@ -17,6 +17,7 @@ from streamline_hooks.surgery.exchange import Exchange, move_parameter
 from streamline_hooks.surgery.layout import NewSlot, Placed, names_of
 from streamline_hooks.surgery.per_layer_weights import find_per_layer_weights
 from streamline_hooks.surgery.placement import bring_to, move_beside
+from streamline_hooks.surgery.quantizer_names import SETTINGS, QuantizerNames
 from streamline_hooks.surgery.renumber import (
     INDEX_NAMES,
     KEY_SHARING,
@@ -109,6 +110,8 @@ class Edits:
                 self._undoing += [h.remove for h in lend_capture_hooks(self.stack.blocks[0], slot.module)]
         self._shorten_config(slots)
         self._follow_alignment_heads(slots)
+        for config, settings in QuantizerNames(self.stack).renumbered([self.source(slot.module) for slot in slots]):
+            self._set(config, SETTINGS, settings)
         self._follow_device_map([name for name, _ in original], names, slots)
         for owner in savers(self.stack):
             self._set(owner, "save_pretrained", SavingRefused(owner))

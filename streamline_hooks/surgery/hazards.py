@@ -12,6 +12,7 @@ from torch import nn
 
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery.per_layer_weights import obstacle
+from streamline_hooks.surgery.quantizer_names import QuantizerNames
 from streamline_hooks.surgery.renumber import KEY_SHARING, shortened_config
 
 
@@ -72,7 +73,11 @@ def find_numbering_hazards(stack: BlockStack, first: int) -> list[Hazard]:
     first : int
         The first block whose number changes.
     """
-    return [*_scale_by_number(stack, first), *_features_by_number(stack, first)]
+    return [
+        *_scale_by_number(stack, first),
+        *_features_by_number(stack, first),
+        *_quantized_by_number(stack, first),
+    ]
 
 
 def position_bias_owners(stack: BlockStack) -> list[int]:
@@ -193,6 +198,17 @@ def _features_by_number(stack: BlockStack, first: int) -> Iterator[Hazard]:
                 "then",
             )
             return
+
+
+def _quantized_by_number(stack: BlockStack, first: int) -> Iterator[Hazard]:
+    """Settings of a quantizer that mean blocks by a pattern of numbers, which cannot be written anew."""
+    pattern = QuantizerNames(stack).pattern(first)
+    if pattern is not None:
+        yield Hazard(
+            "quantized-by-number",
+            f"the quantizer's settings mean some blocks by a pattern ({pattern}), which would mean others then: write "
+            "the modules' names out instead",
+        )
 
 
 def _names(block: nn.Module) -> list[Any]:

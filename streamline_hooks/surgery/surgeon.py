@@ -227,9 +227,9 @@ class LayerSurgeon(BranchSurgery):
         -------
         list of Hazard
             What is known from looking at the model: ``"tied-blocks"``, ``"shared-keys"``, ``"position-bias"``,
-            ``"per-layer-embeddings"``, ``"derived-settings"``, ``"scale-by-number"``, ``"features-by-number"``. Else,
-            where the shorter model gives something else than the bypassed one, what explains it:
-            ``"number-computes"``, ``"looped-blocks"``, ``"split-blocks"``, ``"side-state"``,
+            ``"per-layer-embeddings"``, ``"derived-settings"``, ``"scale-by-number"``, ``"features-by-number"``,
+            ``"quantized-by-number"``. Else, where the shorter model gives something else than the bypassed one, what
+            explains it: ``"number-computes"``, ``"looped-blocks"``, ``"split-blocks"``, ``"side-state"``,
             ``"attributes-read"``, ``"absolute-numbers"``, ``"cache"``, ``"not-run"``, or ``"probe"`` where nothing
             does. Else, where it is right in memory but would come back from a checkpoint as another model,
             ``"built-from-number"`` or ``"configuration"``.
