@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from streamline_hooks.offload import execution_device
 
 Batch = Mapping[str, Tensor]
-_MASKS = frozenset({"attention_mask", "src_key_padding_mask"})
 _NO_TOKENS = frozenset({"pixel_values", "input_features", "input_values"})
 _BEGINS = frozenset({"input_ids", "inputs_embeds", "query_embeds"})
+_INPUTS = _NO_TOKENS | _BEGINS | {"attention_mask", "src_key_padding_mask"}
 
 
 def batches_of(sequences: Tensor, batch_size: int) -> list[dict[str, Tensor]]:
@@ -37,8 +37,9 @@ def batches_of(sequences: Tensor, batch_size: int) -> list[dict[str, Tensor]]:
 def prepare(model: nn.Module, batch: Batch | Tensor) -> dict[str, Any]:
     """Complete a batch with what the model's forward takes and a bare call would get wrong.
 
-    Tokens are moved to the model's device. Padded batches are given ``position_ids`` from the mask (without them
-    some models, GPT-2 among them, count the padding), and no cache is built.
+    Tokens are moved to the model's device, and no cache is built. Where padding stands before a text, or in it, it is
+    given ``position_ids`` from the mask, without which many models count the padding; not a model that counts several
+    positions a token (Qwen2-VL), which does so by the mask itself.
 
     Parameters
     ----------
@@ -59,14 +60,17 @@ def prepare(model: nn.Module, batch: Batch | Tensor) -> dict[str, Any]:
     >>> list(prepare(nn.Linear(4, 4), torch.zeros(2, 4)))
     ['input']
     """
-    takes = inspect.signature(_unadapted(model).forward).parameters
-    given: dict[str, Any] = {_name_of_bare(model, takes, batch): batch} if isinstance(batch, Tensor) else dict(batch)
+    inside = _that_names(model)
+    takes = inspect.signature(inside.forward).parameters
+    given: dict[str, Any] = {_name_of_bare(inside, takes, batch): batch} if isinstance(batch, Tensor) else dict(batch)
     device = device_of(model)
     given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
     mask = given.get("attention_mask")
     takes_positions = "position_ids" in takes and "position_ids" not in given
-    if takes_positions and isinstance(mask, Tensor) and mask.ndim == 2 and not mask.bool().all():
-        given["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    if takes_positions and isinstance(mask, Tensor) and mask.ndim == 2 and (mask[:, 1:] > mask[:, :-1]).any():
+        first = _first_position(inside)
+        if first is not None:
+            given["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0) + first
     if takes_use_cache(takes):
         given.setdefault("use_cache", False)
     return given
@@ -84,8 +88,8 @@ def takes_use_cache(takes: Mapping[str, inspect.Parameter]) -> bool:
 def real_tokens(given: Mapping[str, Any]) -> Any:
     """The mask of real tokens that a model is called with, whose ``True`` (or 1) is a real token.
 
-    Transformers' models take such an ``attention_mask``; PyTorch's own encoders a ``src_key_padding_mask``, which
-    says the opposite.
+    Transformers' models take such an ``attention_mask``; PyTorch's own encoders a ``src_key_padding_mask``, and its
+    decoders a ``tgt_key_padding_mask``, which say the opposite.
 
     Parameters
     ----------
@@ -97,7 +101,7 @@ def real_tokens(given: Mapping[str, Any]) -> Any:
     torch.Tensor or None
         Usually of shape (batch, tokens).
     """
-    padding = given.get("src_key_padding_mask")
+    padding = given.get("tgt_key_padding_mask" if "tgt" in given and "src" not in given else "src_key_padding_mask")
     return padding == 0 if isinstance(padding, Tensor) else given.get("attention_mask")
 
 
@@ -124,8 +128,11 @@ def mask_of_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     """
     signature = inspect.signature(model.forward)
     given = signature.bind_partial(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:  # a wrapper's, which hands them on
+            given |= given.pop(name, {})
     tensors = {name for name, value in given.items() if isinstance(value, Tensor)}
-    decodes = "encoder_hidden_states" in tensors and bool(tensors & _BEGINS)
+    decodes = ("encoder_hidden_states" in tensors and bool(tensors & _BEGINS)) or {"tgt", "memory"} <= tensors
     another, own = decodes or bool(tensors & _NO_TOKENS), real_tokens(given)
     if own is None:
         return None if another else outer
@@ -164,10 +171,28 @@ def positions_of(config: Any) -> int | None:
     return positions if isinstance(positions, int) and positions > 0 else None
 
 
+def _first_position(model: nn.Module) -> int | None:
+    """The position that a model itself gives a text's first token; None where it counts several a token.
+
+    Not 0 in RoBERTa and its kin, which count from behind the padding's, and in Nystromformer's.
+    """
+    first = 0
+    for name, module in model.named_modules():
+        if hasattr(module, "get_rope_index"):
+            return None
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and isinstance(padding, int):
+            first = padding + 1
+        held = module._buffers.get("position_ids")
+        if held is not None and not held.is_meta and held.numel():
+            first = max(first, int(held.flatten()[0]))
+    return first
+
+
 def _name_of_bare(model: nn.Module, takes: Mapping[str, inspect.Parameter], batch: Tensor) -> str:
     """Under which name a model takes a tensor that came without one."""
     if batch.is_floating_point():
-        main = getattr(_unadapted(model), "main_input_name", None)
+        main = getattr(model, "main_input_name", None)
         for name in (main, "pixel_values"):
             if isinstance(name, str) and name in takes and name != "input_ids":
                 return name
@@ -178,7 +203,14 @@ def _name_of_bare(model: nn.Module, takes: Mapping[str, inspect.Parameter], batc
     return first.name if first is not None and named else "input_ids"  # a wrapper that names nothing hands it on
 
 
-def _unadapted(model: nn.Module) -> nn.Module:
-    """The model inside PEFT's wrapper, whose forward hands on arguments that it does not name."""
-    inside = getattr(model, "get_base_model", None)
-    return inside() if callable(inside) else model
+def _that_names(model: nn.Module) -> nn.Module:
+    """The model whose forward names what it takes: inside PEFT's wrapper, and those that hand on whatever comes."""
+    unadapted = getattr(model, "get_base_model", None)
+    if callable(unadapted):
+        return _that_names(unadapted())
+    takes = inspect.signature(model.forward).parameters.values()
+    if any(parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in takes):
+        return model
+    inside = [_that_names(child) for child in model.children()]
+    taking = [child for child in inside if not _INPUTS.isdisjoint(inspect.signature(child.forward).parameters)]
+    return taking[0] if len(taking) == 1 else model

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from streamline_hooks.batch import mask_of_call, prepare
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.hidden_state import nested_mask, padded, read_input, read_output, require_batch_first
+from streamline_hooks.outermost_call import OutermostCall
 from streamline_hooks.read_hook import ReadHook
 from streamline_hooks.stack import find_stack
 from streamline_hooks.wrapping import refuse_compiled
@@ -109,6 +110,7 @@ class HiddenStateRecorder:
         self._detach, self._retain_grad = detach, retain_grad
         self._stop = stop
         self._attention_mask: Any = None
+        self._call = OutermostCall()
         self._handles: list[RemovableHandle] = []
         self._latest: tuple[Tensor, int | None, Tensor] | None = None
         self._with_graph = False
@@ -120,6 +122,7 @@ class HiddenStateRecorder:
         if not isinstance(self._tokens, str) or self._tokens != "all":
             require_batch_first(self.stack[0])
         try:
+            self._handles += self._call.hooks(self.stack.ancestors)
             for module in self.stack.ancestors:
                 read = ReadHook(module, partial(self._read_mask, module))
                 self._handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
@@ -162,7 +165,7 @@ class HiddenStateRecorder:
         self._attention_mask = None
 
     def _read_mask(self, watched: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if watched is self.model:
+        if self._call.begins(watched):
             self._attention_mask = self._latest = None
         self._with_graph = torch.is_grad_enabled()  # of any of them: some losses call an inner one
         self._attention_mask = mask_of_call(watched, args, kwargs, self._attention_mask)

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from streamline_hooks.batch import mask_of_call
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.hidden_state import read_input
+from streamline_hooks.outermost_call import OutermostCall
 from streamline_hooks.stack import BlockStack
 
 
@@ -44,12 +45,14 @@ class WatchedMask:
     def __init__(self, stack: BlockStack) -> None:
         self.mask: Any = None
         self._stack = stack
+        self._call = OutermostCall()
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
-        for module in self._stack.ancestors:
-            if type(module).forward is not nn.Module.forward:  # a container is not called
-                self._handles.append(module.register_forward_pre_hook(self._called, with_kwargs=True))
+        called = [m for m in self._stack.ancestors if type(m).forward is not nn.Module.forward]  # a container is not
+        self._handles += self._call.hooks(called)
+        for module in called:
+            self._handles.append(module.register_forward_pre_hook(self._called, with_kwargs=True))
         return self
 
     def __exit__(
@@ -59,7 +62,7 @@ class WatchedMask:
             self._handles.pop().remove()
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        outer = None if module is self._stack.ancestors[0] else self.mask
+        outer = None if self._call.begins(module) else self.mask
         self.mask = mask_of_call(module, args, kwargs, None if _in_one_row(args, kwargs) else outer)
 
 

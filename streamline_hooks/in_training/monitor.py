@@ -22,6 +22,7 @@ from streamline_hooks.in_training.measurement_file import MeasurementFile
 from streamline_hooks.in_training.state_sums import ChangeSums, NormSums, norms_of
 from streamline_hooks.in_training.summed import summed
 from streamline_hooks.layouts import by_token
+from streamline_hooks.outermost_call import OutermostCall
 from streamline_hooks.read_hook import ChangeHook, ReadHook, in_backward
 from streamline_hooks.stack import find_stack
 from streamline_hooks.wrapping import refuse_compiled, refuse_tensor_parallel
@@ -122,6 +123,7 @@ class HiddenStateMonitor:
         self._due = False  # whether the step that runs is measured
         self._counting = False  # whether its forward that runs is
         self._mask: Any = None
+        self._call = OutermostCall()
         self._entered: list[Tensor | None] = []
 
     def __enter__(self) -> Self:
@@ -164,6 +166,7 @@ class HiddenStateMonitor:
         self._probes = [GradientProbe(device) for device in (devices[0], *devices)]
         self._entered = [None] * len(self.stack)
         try:
+            self._handles += self._call.hooks(self.stack.ancestors)
             for module in self.stack.ancestors:
                 begin = ReadHook(module, partial(self._begin, module))
                 self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
@@ -243,11 +246,12 @@ class HiddenStateMonitor:
         return found
 
     def _begin(self, watched: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        outermost = self._call.begins(watched)
         if not self._due:
             return
         # Asked here and not at the blocks, which one kind of gradient checkpointing runs without a graph at first.
         self._counting = torch.is_grad_enabled()
-        if watched is self.stack.ancestors[0]:
+        if outermost:
             self._mask = None
         if self._heed_padding:
             self._mask = mask_of_call(watched, args, kwargs, self._mask)
