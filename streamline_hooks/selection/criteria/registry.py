@@ -111,7 +111,8 @@ def combined(parts: Mapping[str | Criterion, float], by: Literal["rank", "weight
         Their weights, above 0.
     by : {"rank", "weight"}
         Add up the ranks among the windows that are scored together, as the share of the others that a window comes
-        before, which needs no common unit; or the scores as they are, each in its own unit times its weight.
+        before, which needs no common unit; or the scores as they are, each in its own unit times its weight. What
+        must not go by one of the parts (−inf) must not go by their combination.
 
     Returns
     -------

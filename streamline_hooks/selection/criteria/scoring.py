@@ -7,7 +7,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -112,7 +112,7 @@ class _Evidence:
     def scores(self, criterion: Criterion, windows: list[range]) -> list[float]:
         if isinstance(criterion, Combination):
             parts = [(self.scores(part, windows), weight) for part, weight in criterion.parts]
-            return _combine([_ranks(s) if criterion.by == "rank" else s for s, _ in parts], [w for _, w in parts])
+            return _combine([s for s, _ in parts], [w for _, w in parts], criterion.by)
         if criterion.needs == "model":
             more = {"task": self.task} if "task" in inspect.signature(criterion.score).parameters else {}
             values = list(criterion.score(self.model, self.batches, windows, stack=self.stack, **more))
@@ -157,5 +157,9 @@ def _ranks(scores: Sequence[float]) -> list[float]:
     return [(bisect_left(order, s) + bisect_right(order, s) - 1) / 2 / others for s in scores]
 
 
-def _combine(parts: Sequence[Sequence[float]], weights: Sequence[float]) -> list[float]:
-    return [math.fsum(w * s for w, s in zip(weights, each, strict=True)) for each in zip(*parts, strict=True)]
+def _combine(parts: Sequence[Sequence[float]], weights: Sequence[float], by: Literal["rank", "weight"]) -> list[float]:
+    """The weighted sums; −inf, whatever the ranks add up to, where a part says that a window must not go."""
+    added = [_ranks(scores) for scores in parts] if by == "rank" else parts
+    sums = [math.fsum(w * s for w, s in zip(weights, each, strict=True)) for each in zip(*added, strict=True)]
+    refused = [-math.inf in each for each in zip(*parts, strict=True)]
+    return [-math.inf if no else total for no, total in zip(refused, sums, strict=True)]

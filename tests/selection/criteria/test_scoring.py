@@ -21,6 +21,7 @@ from streamline_hooks.selection.criteria import (
     register_criterion,
     score_windows,
 )
+from streamline_hooks.selection.search.windows import best_windows
 from streamline_hooks.statistics import Profile, profile
 from tests.tiny_models import BLOCKS, tiny_model, tokens
 
@@ -133,7 +134,8 @@ def test_a_combination_needs_what_its_parts_need() -> None:
     assert (both.name, both.needs) == ("2 cheap + dear by rank", "model")
     assert combined({cheap: 1.0}).needs == "profile"
     model = tiny_model("llama")
-    assert score_windows(both, WINDOWS, model=model, batches=BATCHES) == pytest.approx([1, 2 / 3, 5 / 3, 8 / 3])
+    expected = pytest.approx([1, -math.inf, 5 / 3, 8 / 3])
+    assert score_windows(both, WINDOWS, model=model, batches=BATCHES) == expected
     by_weight = score_windows(combined({both: 1.0, dear: 0.1}, by="weight"), WINDOWS, model=model, batches=BATCHES)
     assert by_weight[1] == -math.inf and all(map(math.isfinite, by_weight[2:]))
     assert combined({"cosine": 1.0, "taylor": 0.5}).paper == (
@@ -144,6 +146,18 @@ def test_a_combination_needs_what_its_parts_need() -> None:
     with pytest.raises(StreamlineError, match="A combination is scored with score_windows"):
         both.score(Profile(BLOCKS + 1), range(0, 1))
     assert score_windows(combined({cheap: 1.0}), WINDOWS[:1], profile=Profile(BLOCKS + 1)) == [0.0]
+
+
+@pytest.mark.parametrize("by", ["rank", "weight"])
+def test_what_must_not_go_by_one_of_the_parts_does_not_go_by_their_combination(by: Any) -> None:
+    """However much the others speak for it, and in a combination of combinations too; the others' ranks stay."""
+    liked, refused = fixed("liked", [9.0, 3, 2, 1]), fixed("refused", [-math.inf, 2, 1, 0])
+    both = combined({liked: 9.0, refused: 0.1}, by=by)
+    for one in (both, combined({both: 1.0, liked: 5.0}, by=by)):
+        scores = score_windows(one, WINDOWS, profile=Profile(BLOCKS + 1))
+        assert scores[0] == -math.inf and scores[1] > scores[2] > scores[3] > -math.inf
+        best = best_windows(lambda w, one=one: score_windows(one, w, profile=Profile(BLOCKS + 1)), WINDOWS)
+        assert [s.windows[0] for s in best] == WINDOWS[1:]
 
 
 @pytest.mark.parametrize(
