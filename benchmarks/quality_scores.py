@@ -134,9 +134,10 @@ class Quality:
         value, agreed, seconds = {}, {}, {}
         for name, batches in self.text.items():
             sums, alike = Perplexity(), Agreement()
-            for given, output, *pair in paired_answers(model, self.original, batches, name, Task("causal-lm")):
-                sums += score(output.logits, given["input_ids"], given["attention_mask"])
-                alike += agreement_of(*pair)
+            with paired_answers(model, self.original, batches, name, Task("causal-lm")) as answers:
+                for given, output, *pair in answers:
+                    sums += score(output.logits, given["input_ids"], given["attention_mask"])
+                    alike += agreement_of(*pair)
             value[name], agreed[name] = sums.value, alike
         seconds["text"] = round(time.perf_counter() - started, 1)
         scores, whole = Scores(value, self._right(model, seconds, tasks)), sum(agreed.values(), Agreement())

@@ -26,6 +26,7 @@ from streamline_hooks.hidden_state import (
 )
 from streamline_hooks.layouts import by_token
 from streamline_hooks.recorder import HiddenStateRecorder
+from streamline_hooks.scoped import scoped
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.surgery.hazards import find_hazards, position_bias_owners
@@ -163,14 +164,17 @@ def progress(total: int, what: str, unit: str = "tok", done: int = 0) -> tqdm[An
     )
 
 
+@scoped
 def recorded(
     model: nn.Module,
     batches: Iterable[Batch | Tensor],
     record: HiddenStateRecorder,
     what: str,
     bar: tqdm[Any] | None = None,
-) -> Generator[tuple[Any, Tensor, Any], None, None]:
+) -> Generator[tuple[HiddenStateRecorder, Tensor, Any], None, None]:
     """Run each batch under a recorder and give what was recorded, its real tokens, and the model's output.
+
+    In a with statement, see `scoped`.
 
     Parameters
     ----------

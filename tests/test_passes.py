@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, find_stack, resume
+from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, find_stack, profile, resume
 from streamline_hooks.batch import batches_of, prepare
 from streamline_hooks.passes import inference, recorded
 from tests.tiny_models import BLOCKS, FAMILIES, Nudge, left_padded, tiny_model, tokens
@@ -105,12 +107,27 @@ def test_inference_gives_the_mode_back_module_by_module() -> None:
     assert [m.training for m in model.modules()] == before
 
 
+def exhaust(passed: AbstractContextManager[Iterator[Any]]) -> int:
+    with passed as several:
+        return len(list(several))
+
+
+def test_an_error_that_is_kept_keeps_nothing_of_the_model() -> None:
+    """As a notebook keeps the last one: the model stayed in evaluation, with hooks, and all gradients off."""
+    model = tiny_model("llama").train()
+    with pytest.raises(StreamlineError) as kept:
+        profile(model, [tokens(2, 8)], tokens=[torch.ones(2, 7)], replicates=0)
+    assert kept.value.__traceback__ is not None
+    assert model.training and torch.is_grad_enabled()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 def test_states_that_are_not_finite_are_named() -> None:
     model = tiny_model("llama")
     model.model.layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")
     batches = batches_of(tokens(4, 9), 2)
     with pytest.raises(StreamlineError, match=r"leaves block 2 holds NaN or infinite values \(batch 0\)"):
-        list(recorded(model, batches, HiddenStateRecorder(model, [2, 3]), "test"))
+        exhaust(recorded(model, batches, HiddenStateRecorder(model, [2, 3]), "test"))
 
 
 def test_a_batch_number_is_that_of_the_batch() -> None:
@@ -118,14 +135,14 @@ def test_a_batch_number_is_that_of_the_batch() -> None:
     model.model.embed_tokens.weight.data[7] = float("inf")
     clean, dirty = torch.full((1, 4), 5), torch.tensor([[5, 7, 5, 5]])
     with pytest.raises(StreamlineError, match=r"enters block 0 holds NaN or infinite values \(batch 1\)"):
-        list(recorded(model, [clean, dirty], HiddenStateRecorder(model, [0]), "test"))
+        exhaust(recorded(model, [clean, dirty], HiddenStateRecorder(model, [0]), "test"))
 
 
 def test_padding_may_hold_anything() -> None:
     model, batch = tiny_model("llama"), left_padded(2, 6)
     model.model.embed_tokens.weight.data[0] = 1e30  # the padding token
     record = HiddenStateRecorder(model, [0], outputs=False, stop=True)
-    assert len(list(recorded(model, [batch], record, "test"))) == 1
+    assert exhaust(recorded(model, [batch], record, "test")) == 1
 
 
 def test_a_block_that_is_called_twice_is_refused() -> None:
@@ -149,4 +166,4 @@ def test_a_block_that_is_called_twice_is_refused() -> None:
 
     model = Looped()
     with pytest.raises(StreamlineError, match="A forward called block 0 2 times; expected once"):
-        list(recorded(model, [{"x": torch.zeros(1, 2, 4)}], HiddenStateRecorder(model), "test"))
+        exhaust(recorded(model, [{"x": torch.zeros(1, 2, 4)}], HiddenStateRecorder(model), "test"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from streamline_hooks.distance import kl_by_token
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.nats_histogram import NatsHistogram
 from streamline_hooks.passes import inference, progress
+from streamline_hooks.scoped import scoped
 from streamline_hooks.task import Task
 
 _TOKENS_AT_ONCE = 32  # few enough for the processor's cache, at any vocabulary
@@ -136,16 +137,18 @@ def agreement(
     if not task.gives_distributions:
         raise StreamlineError(f"{type(original).__name__} makes embeddings, which have no KL; call likeness.")
     total = Agreement(unit=task.unit)
-    for _, _, reference, answers in paired_answers(model, original, batches, what, task):
-        total += agreement_of(reference, answers, total.unit)
+    with paired_answers(model, original, batches, what, task) as pairs:
+        for _, _, reference, answers in pairs:
+            total += agreement_of(reference, answers, total.unit)
     total._tokens()  # nothing to compare is an error here, not where the result is read
     return total
 
 
+@scoped
 def paired_answers(
     model: nn.Module, original: nn.Module, batches: Sequence[Batch | Tensor], what: str, task: Task
-) -> Iterator[tuple[dict[str, Any], Any, Tensor, Tensor]]:
-    """Run two models on each batch.
+) -> Generator[tuple[dict[str, Any], Any, Tensor, Tensor], None, None]:
+    """Run two models on each batch, in a with statement, see `scoped`.
 
     Yields
     ------

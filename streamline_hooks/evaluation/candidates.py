@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from streamline_hooks.distance import reference_of, summed_distance
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.passes import inference, progress, recorded, resume
 from streamline_hooks.recorder import HiddenStateRecorder
+from streamline_hooks.scoped import scoped
 from streamline_hooks.surgery.splice import BEFORE, run_splices
 from streamline_hooks.task import Task
 
@@ -32,14 +33,17 @@ class Candidate:
     module: nn.Module | None = None
 
 
+@scoped
 def candidate_outputs(
     model: nn.Module,
     batches: Sequence[Batch | Tensor],
     candidates: Sequence[Candidate],
     what: str,
     stack: str | None = None,
-) -> Iterator[tuple[Batch | Tensor, Any, Iterator[Any]]]:
+) -> Generator[tuple[Batch | Tensor, Any, Iterator[Any]], None, None]:
     """Run the original once a batch, and of each candidate only the blocks after its window.
+
+    In a with statement, see `scoped`.
 
     Parameters
     ----------
@@ -63,8 +67,8 @@ def candidate_outputs(
     starts = sorted({c.window.start for c in candidates}) or [0]
     record = HiddenStateRecorder(model, starts, outputs=False, stack=stack)
     total = (1 + len(candidates)) * sum(tokens_of(batch) for batch in batches)
-    with progress(total, what) as bar:
-        for batch, (_, _, output) in zip(batches, recorded(model, batches, record, what, bar), strict=True):
+    with progress(total, what) as bar, recorded(model, batches, record, what, bar) as passed:
+        for batch, (_, _, output) in zip(batches, passed, strict=True):
             bar.update(tokens := tokens_of(batch))
 
             def each(batch: Batch | Tensor = batch, tokens: int = tokens) -> Iterator[Any]:
@@ -106,11 +110,12 @@ def distances_of_candidates(
     task = task or Task.of(model)
     sums, count = [0.0] * len(candidates), 0
     what = f"judge: {len(candidates)} windows"
-    for batch, original, each in candidate_outputs(model, batches, candidates, what, stack):
-        reference = reference_of(task, task.answers(original, batch))  # once for all candidates
-        count += len(reference)
-        for k, output in enumerate(each):
-            sums[k] += summed_distance(task, reference, task.answers(output, batch))
+    with candidate_outputs(model, batches, candidates, what, stack) as outputs:
+        for batch, original, each in outputs:
+            reference = reference_of(task, task.answers(original, batch))  # once for all candidates
+            count += len(reference)
+            for k, output in enumerate(each):
+                sums[k] += summed_distance(task, reference, task.answers(output, batch))
     if not count:
         raise StreamlineError("The batches hold no real token; give some to judge on.")
     return [total / count for total in sums]

@@ -100,11 +100,12 @@ def perplexity_of_candidates(
     """
     total, each = Perplexity(), [Perplexity()] * len(candidates)
     require_text(model)
-    for batch, output, others in candidate_outputs(model, batches, candidates, what, stack):
-        ids, given = input_ids(batch), {} if isinstance(batch, Tensor) else batch
-        told = ids, given.get("attention_mask"), given.get("position_ids")
-        total += score(logits_of(output), *told)
-        each = [sum_ + score(logits_of(other), *told) for sum_, other in zip(each, others, strict=True)]
+    with candidate_outputs(model, batches, candidates, what, stack) as outputs:
+        for batch, output, others in outputs:
+            ids, given = input_ids(batch), {} if isinstance(batch, Tensor) else batch
+            told = ids, given.get("attention_mask"), given.get("position_ids")
+            total += score(logits_of(output), *told)
+            each = [sum_ + score(logits_of(other), *told) for sum_, other in zip(each, others, strict=True)]
     return total, each
 
 

@@ -119,8 +119,8 @@ def measure_beside(
     for part, batches in (("fit", fit), ("hold out", held_out)):
         record = HiddenStateRecorder(model, sorted(needed), stop=True, stack=found.path)
         sums: list[ProjectionMoments] = []
-        with _calls_of(found, asked) as calls:
-            for _, mask, _ in recorded(model, batches, record, part + cost):
+        with _calls_of(found, asked) as calls, recorded(model, batches, record, part + cost) as passed:
+            for _, mask, _ in passed:
                 entering = [record.inputs[one.window.start][0] for one in asked]
                 factors = factors or [_factor(one, x, calls, mask) for one, x in zip(asked, entering, strict=True)]
                 for number, (one, x) in enumerate(zip(asked, entering, strict=True)):

@@ -207,8 +207,12 @@ def _measure(
     cost = f"{what}: {len(named)} branches, {max(found) + 1} of {len(record.stack)} blocks"
     blocks = {k: record.stack[k] for k in found}
     watched = {k: blocks[k] for k, branch in named if norms is not None and (k, branch) not in norms}
-    with reading_branches(blocks, found, receive), watching_norms(watched) as seen:
-        for _, mask, _ in recorded(model, batches, record, cost):
+    with (
+        reading_branches(blocks, found, receive),
+        watching_norms(watched) as seen,
+        recorded(model, batches, record, cost) as runs,
+    ):
+        for _, mask, _ in runs:
             for (k, branch), (before, after) in passed.items():
                 sums = moments.setdefault((k, branch), WindowMoments(before.shape[-1]))
                 if norms is None:

@@ -199,8 +199,11 @@ def measure_fold_moments(
 
     moments: list[WindowMoments] = []
     cost = f"{what}: {len(windows)} windows, {max(w.stop for w in windows)} of {len(found)} blocks"
-    with reading_branches({k: found[k] for k in before}, folding, receive):
-        for _, mask, _ in recorded(model, batches, record, cost):
+    with (
+        reading_branches({k: found[k] for k in before}, folding, receive),
+        recorded(model, batches, record, cost) as runs,
+    ):
+        for _, mask, _ in runs:
             moments = moments or [WindowMoments(passed[before[0]][0].shape[-1], weighted) for _ in windows]
             for window, sums in zip(windows, moments, strict=True):
                 a, m = passed[window.start - 1]

@@ -128,11 +128,12 @@ def measure_needs(
         for (k, branch), one in channels.items()
     ]
     try:
-        for _, mask, _ in recorded(stack.model, batches, record, f"channels{what}: {last + 1} of {len(stack)} blocks"):
-            for key, given in received.items():
-                real = widen(given.reshape(*mask.shape, -1)[mask])
-                sums[key] = sums[key].to(real.device) + real.square().sum(dim=0)
-            received.clear()
+        with recorded(stack.model, batches, record, f"channels{what}: {last + 1} of {len(stack)} blocks") as passed:
+            for _, mask, _ in passed:
+                for key, given in received.items():
+                    real = widen(given.reshape(*mask.shape, -1)[mask])
+                    sums[key] = sums[key].to(real.device) + real.square().sum(dim=0)
+                received.clear()
     finally:
         for handle in handles:
             handle.remove()

@@ -160,10 +160,11 @@ def fit_scale(
     first, last = record.stack[window.start], record.stack[window.stop - 1]
     gap: MagnitudeGap | None = None
     cost = f"magnitude: {window.stop} of {len(record.stack)} blocks"
-    for _, mask, _ in recorded(model, batches, record, cost):
-        entering = by_token(record.inputs[window.start][0], first)
-        gap = gap or MagnitudeGap(entering.shape[-1])
-        gap.update(entering, by_token(record.outputs[window.stop - 1][0], last), mask)
+    with recorded(model, batches, record, cost) as passed:
+        for _, mask, _ in passed:
+            entering = by_token(record.inputs[window.start][0], first)
+            gap = gap or MagnitudeGap(entering.shape[-1])
+            gap.update(entering, by_token(record.outputs[window.stop - 1][0], last), mask)
     if gap is None:
         raise StreamlineError("There is no batch to measure the magnitude on; give one at least.")
     return Scaled(window, gap.factor, gap.error(gap.factor), gap.error(1.0))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -197,7 +197,7 @@ def _run(
         if leaving is not None and entering is not None:
             opened.enter_context(entering)
         last = cast(HiddenStateRecorder, leaving or entering)
-        passed = opened.enter_context(closing(recorded(model, parts, last, cost, bar)))
+        passed = opened.enter_context(recorded(model, parts, last, cost, bar))
         kept = []
         for starts in counts:
             pieces, masks = [], []

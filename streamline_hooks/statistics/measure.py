@@ -102,14 +102,14 @@ def profile(
         else:  # what enters the first block that is not run
             record = HiddenStateRecorder(model, range(reach + 1), outputs=False, stop=True, stack=found.path)
         cost = f"profile: {reach} of {len(found)} blocks, no head{_shared(work)}"
-        passed = recorded(model, [batch for batch, _ in mine], record, cost)
-        for (batch, mask), (_, real, _) in zip(mine, passed, strict=True):
-            states = [by_token(record.inputs[k][0], found[k]) for k in record.blocks]
-            if record.outputs:
-                states.append(by_token(record.outputs[reach - 1][0], found[reach - 1]))
-            counted = counted_tokens(real, chosen, skip, mask)
-            weights = poisson_weights(sequence_contents(found, batch, real), replicates) if replicates else None
-            result.update(states, counted, real=real, weights=weights)
+        with recorded(model, [batch for batch, _ in mine], record, cost) as passed:
+            for (batch, mask), (_, real, _) in zip(mine, passed, strict=True):
+                states = [by_token(record.inputs[k][0], found[k]) for k in record.blocks]
+                if record.outputs:
+                    states.append(by_token(record.outputs[reach - 1][0], found[reach - 1]))
+                counted = counted_tokens(real, chosen, skip, mask)
+                weights = poisson_weights(sequence_contents(found, batch, real), replicates) if replicates else None
+                result.update(states, counted, real=real, weights=weights)
         _add_up_profile(work, result)
         return result
 
@@ -165,11 +165,12 @@ def measure_moments(
         mine = _part(work, record.stack, batches, share, windows=list(windows), weighted=weighted)
         moments: list[WindowMoments] = []
         cost = f"{what}: {len(windows)} windows, {max(needed) + 1} of {len(record.stack)} blocks{_shared(work)}"
-        for _, mask, _ in recorded(model, mine, record, cost):
-            features = record.inputs[windows[0].start][0].shape[-1]
-            moments = moments or [WindowMoments(features, weighted) for _ in windows]
-            for window, sums in zip(windows, moments, strict=True):
-                sums.update(record.inputs[window.start][0], record.outputs[window.stop - 1][0], mask)
+        with recorded(model, mine, record, cost) as passed:
+            for _, mask, _ in passed:
+                features = record.inputs[windows[0].start][0].shape[-1]
+                moments = moments or [WindowMoments(features, weighted) for _ in windows]
+                for window, sums in zip(windows, moments, strict=True):
+                    sums.update(record.inputs[window.start][0], record.outputs[window.stop - 1][0], mask)
         widths = work.tell(len(moments[0].xx) if moments else 0)
         if not moments and max(widths):  # this process's share is empty
             home = widen(torch.zeros(0, device=device_of(model))).device

@@ -298,7 +298,8 @@ def test_an_inserted_identity_changes_nothing_of_nested_states(padded_batch: Any
 def test_statistics_and_resuming_leave_the_padding_out(padded_batch: Any) -> None:
     model, batch, lengths = padded_batch
     batch["src"] = batch["src"].masked_fill(batch["src_key_padding_mask"][..., None], 100.0)
-    for record, mask, output in recorded(model, [batch], HiddenStateRecorder(model), "test"):
+    with recorded(model, [batch], HiddenStateRecorder(model), "test") as passed:
+        record, mask, output = next(passed)
         assert mask.sum().item() == sum(lengths)
         with torch.no_grad():
             again = resume(model, 2, record.inputs[2][0], batch)
@@ -323,7 +324,8 @@ def test_tokens_are_not_guessed_where_they_come_first() -> None:
         HiddenStateRecorder(model, tokens="last").__enter__()
     batch = {"src": torch.randn(4, 4, WIDTH), "src_key_padding_mask": torch.zeros(4, 4).bool()}
     with pytest.raises(StreamlineError, match=r"Build it with batch_first=True, or record all tokens"):
-        next(recorded(model, [batch], HiddenStateRecorder(model), "test"))
+        with recorded(model, [batch], HiddenStateRecorder(model), "test") as passed:
+            next(passed)
     with HiddenStateRecorder(model) as record:
         model(batch["src"])
     assert torch.equal(record.inputs[0][0], batch["src"])

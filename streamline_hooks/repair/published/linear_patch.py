@@ -76,13 +76,14 @@ def fit_linear_patch(
     record = HiddenStateRecorder(stack.model, needed, stop=True, stack=stack.path)
     batches, scales = [*fit, *held_out], dict[range, RotatedScale]()
     cost = f"scale{what}: {len(windows)} windows, {needed[-1] + 1} of {len(stack)} blocks"
-    for _, mask, _ in recorded(stack.model, batches, record, cost):
-        for window in windows:
-            states = record.inputs[window.start][0], record.outputs[window.stop - 1][0]
-            x, y = (by_token(state, stack[window.start]) for state in states)
-            if window not in scales:
-                scales[window] = RotatedScale(hadamard(x.shape[-1]))
-            scales[window].update(x, y, mask)
+    with recorded(stack.model, batches, record, cost) as passed:
+        for _, mask, _ in passed:
+            for window in windows:
+                states = record.inputs[window.start][0], record.outputs[window.stop - 1][0]
+                x, y = (by_token(state, stack[window.start]) for state in states)
+                if window not in scales:
+                    scales[window] = RotatedScale(hadamard(x.shape[-1]))
+                scales[window].update(x, y, mask)
     identity = torch.eye(len(next(iter(scales.values())).rotation), dtype=torch.float64)
     maps = {window: scale.patch - identity for window, scale in scales.items()}
     made = [(window, LinearReplacement.from_map(maps[window]), maps[window]) for window in windows]

@@ -120,15 +120,16 @@ def cca_bounds(
     record = HiddenStateRecorder(model, needed, stop=True, stack=stack)
     covariances = StateCovariances((("enters", w.start), ("leaves", w.stop - 1)) for w in windows)
     what = f"covariances: {len(windows)} windows, {needed[-1] + 1} of {len(record.stack)} blocks"
-    for _, mask, _ in recorded(model, batches, record, what):
-        visits = {"enters": record.inputs, "leaves": record.outputs}
-        states = {
-            (side, k): by_token(kept[k][0], record.stack[k])
-            for side, kept in visits.items()
-            for k in needed
-            if (side, k) in covariances.places
-        }
-        covariances.update(states, mask)
+    with recorded(model, batches, record, what) as passed:
+        for _, mask, _ in passed:
+            visits = {"enters": record.inputs, "leaves": record.outputs}
+            states = {
+                (side, k): by_token(kept[k][0], record.stack[k])
+                for side, kept in visits.items()
+                for k in needed
+                if (side, k) in covariances.places
+            }
+            covariances.update(states, mask)
     return [CanonicalBound(covariances, ("enters", w.start), ("leaves", w.stop - 1)) for w in windows]
 
 

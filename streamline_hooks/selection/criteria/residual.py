@@ -77,17 +77,18 @@ def _moments(
     fitted: list[WindowMoments] = []
     held_out: list[WindowMoments] = []
     what = f"repaired residual: {len(windows)} windows, {needed[-1] + 1} of {len(record.stack)} blocks"
-    for _, mask, _ in recorded(model, batches, record, what):
-        if not fitted:
-            features = record.inputs[windows[0].start][0].shape[-1]
-            fitted, held_out = ([WindowMoments(features) for _ in windows] for _ in range(2))
-        to_fit = max(0, min(len(mask), first_held_out - seen))  # rows of this batch
-        seen += len(mask)
-        for k, window in enumerate(windows):
-            states = record.inputs[window.start][0], record.outputs[window.stop - 1][0]
-            entering, leaving = (by_token(state, record.stack[window.start]) for state in states)
-            for sums, rows in ((fitted[k], slice(0, to_fit)), (held_out[k], slice(to_fit, None))):
-                sums.update(entering[rows], leaving[rows], mask[rows])
+    with recorded(model, batches, record, what) as passed:
+        for _, mask, _ in passed:
+            if not fitted:
+                features = record.inputs[windows[0].start][0].shape[-1]
+                fitted, held_out = ([WindowMoments(features) for _ in windows] for _ in range(2))
+            to_fit = max(0, min(len(mask), first_held_out - seen))  # rows of this batch
+            seen += len(mask)
+            for k, window in enumerate(windows):
+                states = record.inputs[window.start][0], record.outputs[window.stop - 1][0]
+                entering, leaving = (by_token(state, record.stack[window.start]) for state in states)
+                for sums, rows in ((fitted[k], slice(0, to_fit)), (held_out[k], slice(to_fit, None))):
+                    sums.update(entering[rows], leaving[rows], mask[rows])
     return fitted, held_out
 
 
