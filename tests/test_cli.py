@@ -161,6 +161,43 @@ def test_rank_of_a_profile_without_resamples(
     assert code == 0 and "interval" not in out and "first_in_resamples" not in out
 
 
+def test_an_interval_is_of_the_number_beside_it_and_a_sum_is_called_one(
+    stories: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Blocks 1 to 3 are one window and also three single blocks, whose cosines add up to more than any cosine."""
+    import torch
+
+    from streamline_hooks import profile
+
+    file = profile(stories[0], [torch.arange(3, 163).view(8, 20)]).save(tmp_path / "p")
+    given = ["rank", "--profile", file, "--keep", "0,4", "--search"]
+
+    def row(*options: Any) -> tuple[dict[str, Any], list[str]]:
+        found = json.loads(run([*given, *options, "--json"], monkeypatch, capsys)[1])
+        lines = run([*given, *options], monkeypatch, capsys)[1].splitlines()
+        heading = next(line for line in lines if line.startswith("length"))
+        assert f" {found['scores']}  95 % interval" in heading
+        first = lines[lines.index(heading) + 1]
+        score = f"{found['windows'][0]['score']:.4f}"
+        assert first[: first.index(score) + len(score)].endswith(score)
+        assert first.index(score) + len(score) == heading.index(found["scores"]) + len(found["scores"])
+        assert (" to " in first) == ("interval" in found["windows"][0])
+        return found["windows"][0], heading.split("blocks")[1].split("95")[0].split()
+
+    window, heading = row("window", "--remove", 3)
+    assert heading == ["cosine"] and window["interval"][0] <= window["score"] <= window["interval"][1]
+    several, heading = row("one-shot", "--remove", 3)
+    assert several["windows"] == window["windows"] == [[1, 4]] and several["score"] > 1 > window["score"]
+    assert heading == ["sum", "of", "cosine"] and "interval" not in several and several["cosine"] == window["cosine"]
+    alone, heading = row("one-shot", "--remove", 1)
+    assert heading == ["sum", "of", "cosine"] and alone["score"] == alone["cosine"] and "interval" in alone
+    mixed, heading = row("mixed", "--remove", 3)
+    assert heading == ["sum", "of", "cosine"] and mixed["interval"] == window["interval"]
+    apart, heading = row("disjoint", "--remove", 2)
+    assert heading == ["sum", "of", "cosine"] and "interval" not in apart and apart["windows"] == [[1, 2], [3, 4]]
+    assert row("one-shot", "--remove", 1, "--criterion", "relative_magnitude")[1][-1] == "relative_magnitude"
+
+
 def test_rank_of_more_tokens_than_positions(
     stories_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -165,12 +166,12 @@ def rank(
             rows.append({**row, **(_row(profile, one, found.score, criterion) if one else {"score": found.score})})
         if search == "window" and chosen.needs == "profile" and profile.resampled:
             rows[0]["first_in_resamples"] = _how_sure(profile, chosen, candidates)
+    said = _SCORES.get(search, "score").format(criterion)
     if as_json:
-        about = {"stack": profile.about.get("stack"), "blocks": profile.length, "criterion": criterion}
+        about = {"stack": profile.about.get("stack"), "blocks": profile.length, "criterion": criterion, "scores": said}
         typer.echo(json.dumps({**about, "tokens": profile.tokens, "windows": rows}, indent=2))
     else:
-        by = criterion if search in ("window", "disjoint", "one-shot", "mixed", "greedy") else "score"
-        _print(profile, rows, by)
+        _print(profile, rows, said)
 
 
 def _batches(
@@ -243,6 +244,9 @@ def _candidates(model: Any, remove: str, profile: Profile, protected: frozenset[
     return windows_for(model, target, stack=stack, protected=protected, say=partial(typer.echo, err=True))
 
 
+# What a search's scores are; the others' are of their own making.
+_SCORES = {"window": "{}", **dict.fromkeys(("disjoint", "one-shot", "mixed", "greedy"), "sum of {}")}
+
 # A criterion that is a statistic of the profile, or one minus it.
 _INTERVALS = {"cosine": (0.0, 1.0), "angular": (1.0, -1.0), "last_angular": (1.0, -1.0)}
 
@@ -253,8 +257,9 @@ def _row(profile: Profile, window: range, score: float, criterion: str) -> dict[
         row["cosine"] = profile.value("cosine", window)
         row["angular_distance"] = profile.value("angular", window)
         if criterion in _INTERVALS and profile.resampled:
-            offset, sign = _INTERVALS[criterion]
-            row["interval"] = sorted(offset + sign * end for end in profile.interval(cast(Any, criterion), window))
+            (offset, sign), statistic = _INTERVALS[criterion], cast(Any, criterion)
+            if math.isclose(score, offset + sign * profile.value(statistic, window), rel_tol=1e-9):  # and no sum
+                row["interval"] = sorted(offset + sign * end for end in profile.interval(statistic, window))
     return row
 
 
@@ -271,10 +276,11 @@ def _how_sure(profile: Profile, criterion: Any, candidates: list[range]) -> floa
     return sum(k == chosen for k in firsts) / max(1, len(firsts))
 
 
-def _print(profile: Profile, rows: list[dict[str, Any]], criterion: str) -> None:
+def _print(profile: Profile, rows: list[dict[str, Any]], heading: str) -> None:
+    wide = max(12, len(heading))
     typer.echo(
         f"{profile.about.get('stack')}: {profile.length} blocks; {profile.tokens:,} tokens of {profile.sequences} "
-        f"sequences\n\nlength  blocks        {criterion:>12}  95 % interval        cosine  angular distance"
+        f"sequences\n\nlength  blocks        {heading:>{wide}}  95 % interval        cosine  angular distance"
     )
     for row in rows:
         blocks = row.get("blocks") or (f"{row['start']}-{row['stop'] - 1}" if row["length"] > 1 else str(row["start"]))
@@ -282,6 +288,6 @@ def _print(profile: Profile, rows: list[dict[str, Any]], criterion: str) -> None
         low, high = row.get("interval", (None, None))
         interval = f"{low:.4f} to {high:.4f}" if low is not None else ""
         numbers = f"{row['cosine']:.4f}  {row['angular_distance']:16.4f}" if "cosine" in row else ""
-        typer.echo(f"{length:>6}  {blocks:<12}  {row['score']:12.4f}  {interval:<18}  {numbers}".rstrip())
+        typer.echo(f"{length:>6}  {blocks:<12}  {row['score']:{wide}.4f}  {interval:<18}  {numbers}".rstrip())
     if rows and "first_in_resamples" in rows[0]:
         typer.echo(f"\nThe first comes first in {rows[0]['first_in_resamples']:.0%} of the resamples of the sequences.")
