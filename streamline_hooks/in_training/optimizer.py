@@ -34,7 +34,8 @@ def require_own_parameters(optimizer: Optimizer, model: nn.Module) -> None:
 def drop_parameters(optimizer: Optimizer, gone: Collection[nn.Parameter]) -> None:
     """Take parameters and what was kept for them out of an optimiser.
 
-    A group that is left without parameters stays, since a learning-rate schedule counts the groups.
+    A group that is left without parameters stays, since a learning-rate schedule counts the groups. An optimiser that
+    was made from ``model.named_parameters()`` keeps the names beside the parameters, and loses those of the ones gone.
 
     Parameters
     ----------
@@ -54,7 +55,9 @@ def drop_parameters(optimizer: Optimizer, gone: Collection[nn.Parameter]) -> Non
     numbers = {id(parameter) for parameter in gone}
     for one in _chain(optimizer):
         for group in one.param_groups:
-            group["params"][:] = [p for p in group["params"] if id(p) not in numbers]
+            left = [k for k, parameter in enumerate(group["params"]) if id(parameter) not in numbers]
+            for kept in {"params", "param_names"} & set(group):
+                group[kept][:] = [group[kept][k] for k in left]
         for parameter in gone:
             one.state.pop(parameter, None)
 
