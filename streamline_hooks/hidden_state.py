@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.layouts import tokens_first
 
 _KEYWORDS = ("hidden_states", "hidden_state", "x", "input", "src", "inputs")
 
@@ -150,8 +151,7 @@ def require_batch_first(block: nn.Module) -> None:
     ------
     StreamlineError
     """
-    own = isinstance(block, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
-    if own and not getattr(block.self_attn, "batch_first", True):
+    if tokens_first(block):
         raise StreamlineError(
             f"A {type(block).__name__} without batch_first works on (tokens, batch, features), where real tokens and "
             "padding are not told apart. Build it with batch_first=True, or record all tokens."

@@ -28,9 +28,16 @@ def layout_of(block: nn.Module) -> str:
     >>> layout_of(nn.TransformerEncoderLayer(8, 2, batch_first=True))
     'batch tokens features'
     """
-    if isinstance(block, nn.TransformerEncoderLayer):
-        return USUAL if block.self_attn.batch_first else "tokens batch features"
-    return LAYOUTS.get(type(block).__name__, USUAL)
+    return "tokens batch features" if tokens_first(block) else LAYOUTS.get(type(block).__name__, USUAL)
+
+
+def tokens_first(block: nn.Module) -> bool:
+    """Whether a block is one of PyTorch's own that works on (tokens, batch, features), as they do by default.
+
+    What is given to the model around such blocks has the tokens in front as well.
+    """
+    own = isinstance(block, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+    return own and not getattr(block.self_attn, "batch_first", True)
 
 
 def by_token(state: Tensor, block: nn.Module) -> Tensor:

@@ -50,12 +50,13 @@ def test_a_repair_of_such_states_is_refused(model_type: str) -> None:
         measure_moments(model, [tiny_inputs(model)], [range(1, 3)])
 
 
-def test_torchs_own_layers_say_which_axis_is_first() -> None:
-    second = nn.TransformerEncoderLayer(8, 2, 8)
+@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
+def test_torchs_own_layers_say_which_axis_is_first(kind: type[nn.Module]) -> None:
+    second = kind(8, 2, 8)
     assert layout_of(second) == "tokens batch features"
     state = torch.randn(5, 2, 8)
     assert torch.equal(by_token(state, second), state.transpose(0, 1))
-    first = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+    first = kind(8, 2, 8, batch_first=True)
     assert by_token(state, first) is state
 
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamline_hooks.batch import Batch
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.layouts import tokens_first
 from streamline_hooks.stack import BlockStack
 
 _BESIDE = ("mask", "position_ids", "token_type_ids")  # how the names of inputs end that are not the content
@@ -45,7 +46,7 @@ def sequence_contents(stack: BlockStack, batch: Batch | Tensor, real: Tensor) ->
     wanted = ("input_ids", getattr(stack.model, "main_input_name", ""), *inputs)
     name = next((name for name in wanted if name in inputs), "")
     values = inputs[name].detach().cpu() if name else torch.empty(0)
-    if isinstance(stack[0], nn.TransformerEncoderLayer) and not stack[0].self_attn.batch_first:
+    if tokens_first(stack[0]):
         values = values.transpose(0, 1)
     if len(values) != len(real):
         raise StreamlineError(

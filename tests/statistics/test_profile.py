@@ -298,6 +298,21 @@ def test_torchs_own_encoder(batch_first: bool) -> None:
     assert_equal(profile(model, [*parts[0], *parts[1]]), profile(model, whole), 1e-3)
 
 
+def decoder(batch_first: bool) -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerDecoderLayer(8, 2, 16, batch_first=batch_first)
+    return nn.TransformerDecoder(layer, 3).eval()
+
+
+def test_torchs_own_decoder_in_both_layouts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    target, memory = torch.randn(4, 5, 8, generator=generator), torch.randn(4, 6, 8, generator=generator)
+    batch, turned = (
+        {"tgt": turn(target), "memory": turn(memory)} for turn in (lambda t: t, lambda t: t.transpose(0, 1))
+    )
+    assert_equal(profile(decoder(False), [turned]), profile(decoder(True), [batch]), 1e-3)
+
+
 def test_a_nested_state_is_read_without_its_padding() -> None:
     model, source = encoder(True), torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
     padding = torch.arange(5) >= torch.tensor([[5], [3], [4]])
