@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch, prepare, tokens_of
 from streamline_hooks.branch_states import reading_branches
 from streamline_hooks.branches import Branch, Branches
-from streamline_hooks.errors import UnsupportedSurgery
+from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.hidden_state import token_mask
 from streamline_hooks.passes import inference, progress
 from streamline_hooks.recorder import HiddenStateRecorder
@@ -20,7 +20,7 @@ from streamline_hooks.watched_mask import WatchedMask
 
 def measure_branches(
     model: nn.Module,
-    batches: Sequence[Batch | Tensor],
+    batches: Iterable[Batch | Tensor],
     blocks: Iterable[int] | None = None,
     *,
     stack: str | None = None,
@@ -34,7 +34,7 @@ def measure_branches(
     Parameters
     ----------
     model : torch.nn.Module
-    batches : sequence of mapping or torch.Tensor
+    batches : iterable of mapping or torch.Tensor
         What the model's forward takes.
     blocks : iterable of int, optional
         Which to measure; by default all that have the usual two residual branches, and the others' rows stay NaN.
@@ -52,7 +52,7 @@ def measure_branches(
     UnsupportedSurgery
         If a block that was asked for, or each of them all, has not two branches that can be read; the text says why.
     StreamlineError
-        If a state is not finite.
+        If no token was counted, or a state is not finite.
 
     Examples
     --------
@@ -64,6 +64,7 @@ def measure_branches(
     >>> measure_branches(model, [torch.arange(6)[None]]).magnitude.shape
     torch.Size([3, 2])
     """
+    batches = list(batches)
     stacked = HiddenStateRecorder(model, blocks, stack=stack)  # which also says what is wrong with `blocks`
     found = _readable(branches_of(stacked.stack, stacked.blocks, probe), all_of_them=blocks is not None)
     record = HiddenStateRecorder(model, [max(found)], inputs=False, stop=True, stack=stack)
@@ -86,6 +87,11 @@ def measure_branches(
             record.clear()
             record(**prepare(model, batch))
             bar.update(tokens_of(batch))
+    if not scores.tokens.any():
+        raise StreamlineError(
+            f"No token was counted in {len(batches)} batches, and no branch has a score; expected one batch at least "
+            "with a real token. Give batches of what the model takes, and a mask that leaves some of it."
+        )
     return scores
 
 

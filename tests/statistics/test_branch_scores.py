@@ -174,6 +174,20 @@ def test_only_what_was_asked_for_is_run_and_measured() -> None:
     assert max(ran) == 2
 
 
+def test_batches_that_can_be_read_once_only() -> None:
+    batches = [padded([6, 4], "left"), padded([3], "left")]
+    once = measure_branches(tiny_model("llama"), (batch for batch in batches))
+    assert torch.equal(once.cosine, measure_branches(tiny_model("llama"), batches).cosine)
+    assert once.tokens.unique().tolist() == [13]
+
+
+@pytest.mark.parametrize("batches", [[], [{**padded([4], "left"), "attention_mask": torch.zeros(1, 4).long()}]])
+def test_no_token_at_all_is_said(batches: list[dict[str, torch.Tensor]]) -> None:
+    words = f"No token was counted in {len(batches)} batches, and no branch has a score; expected one batch at least"
+    with pytest.raises(StreamlineError, match=words):
+        measure_branches(tiny_model("llama"), batches)
+
+
 def test_a_splice_before_the_block_belongs_to_the_state_that_enters() -> None:
     model, batch = tiny_model("llama"), padded([6], "left")
     with LayerSurgeon(model) as surgeon:
