@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from streamline_hooks import StreamlineError, load
+from streamline_hooks import StreamlineError, find_stacks, load
 from streamline_hooks.evaluation import TaskScores
 from streamline_hooks.pretrained import task_of_pretrained
 from streamline_hooks.task import Task
@@ -253,6 +253,43 @@ def test_a_class_that_is_for_nothing_known_is_not_guessed(
     assert code == 2 and "holds a BertForTokenClassification, and it is not clear what that is for" in err
     code, _, err = run(["rank", tmp_path, "--task", "masked-lm"], monkeypatch, capsys)
     assert code == 2 and "has no weights for cls.predictions" in err and "which would be random" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "marks"), [("vit", ["->"]), ("t5 encoder", ["  ", "->"]), ("clip text", ["->", "  "])]
+)
+def test_the_stacks_of_a_model_for_anything_are_shown(
+    name: str, marks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is neither a tokenizer in its folder nor an image processor."""
+    model = made(name)
+    model.save_pretrained(tmp_path)
+    stacks = [f"{mark} {stack.path}" for mark, stack in zip(marks, find_stacks(model), strict=True)]
+    code, said, err = run(["inspect", tmp_path], monkeypatch, capsys)
+    assert code == 0, err
+    first, *others = said.splitlines()
+    assert first == f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"
+    assert [line.partition(":")[0] for line in others] == stacks
+    rows = json.loads(run(["inspect", tmp_path, "--json"], monkeypatch, capsys)[1])
+    assert [("-> " if row["chosen"] else "   ") + row["path"] for row in rows] == stacks
+
+
+def test_weights_that_are_no_safetensors_and_names_of_the_hub_are_inspected_as_they_are_compressed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from streamline_hooks import pretrained
+
+    folder, loading = saved("bert", tmp_path / "model"), pretrained.load_pretrained
+    torch.save(load(folder).state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    code, said, err = run(["inspect", folder], monkeypatch, capsys)
+    assert code == 0 and said.startswith("BertModel, "), err
+    monkeypatch.setattr(pretrained, "task_of_pretrained", lambda name: Task("embedding"))
+    monkeypatch.setattr(pretrained, "load_pretrained", lambda name, task: loading(folder, task=task))
+    code, again, err = run(["inspect", "somebody/bert"], monkeypatch, capsys)
+    assert code == 0 and again == said, err
+    code, again, err = run(["diff", "somebody/bert", "somebody/bert"], monkeypatch, capsys)
+    assert code == 0 and again.startswith("   0 <- 0"), err
 
 
 def test_a_command_for_text_takes_no_other_model(

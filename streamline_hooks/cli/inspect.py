@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import typer
 
-from streamline_hooks.cli.loading import load_model
+from streamline_hooks.cli.loading import load_model, load_without_tokenizer, task_named
 from streamline_hooks.cli.options import Json, Model
 
 
 def inspect(model: Model, as_json: Json = False) -> None:
-    """Print the stacks of blocks that a model has, and which one would be worked on."""
+    """Print the stacks of blocks that a model has, and which one would be worked on.
+
+    A model for anything: language, images, an encoder with a decoder; a folder of safetensors needs no tokenizer.
+    """
     from streamline_hooks.stack import find_stack, find_stacks
 
-    loaded, _ = load_model(model)
+    if any(Path(model).glob("*.safetensors")):
+        loaded = load_without_tokenizer(model)
+    else:
+        loaded, _ = load_model(model, task_named("", model))
     chosen = find_stack(loaded)
     stacks = find_stacks(loaded)
     if as_json:

@@ -46,10 +46,10 @@ def load_model(name: str, task: Task | None = None) -> tuple[PreTrainedModel, Pr
 
 
 def load_without_tokenizer(name: str) -> PreTrainedModel:
-    """A model by folder or name; a folder needs no tokenizer."""
+    """A model for anything, by folder or name; a folder needs no tokenizer."""
     from streamline_hooks.checkpoint import load
 
-    return load(name).eval() if Path(name).is_dir() else load_model(name)[0]
+    return load(name).eval() if Path(name).is_dir() else load_model(name, task_named("", name))[0]
 
 
 def documents_of(sources: list[str]) -> list[str]:
