@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from streamline_hooks import StreamlineError, find_stacks, load
+from streamline_hooks.cli import task_data
 from streamline_hooks.evaluation import TaskScores
 from streamline_hooks.pretrained import task_of_pretrained
 from streamline_hooks.task import Task
@@ -253,6 +254,29 @@ def test_a_class_that_is_for_nothing_known_is_not_guessed(
     assert code == 2 and "holds a BertForTokenClassification, and it is not clear what that is for" in err
     code, _, err = run(["rank", tmp_path, "--task", "masked-lm"], monkeypatch, capsys)
     assert code == 2 and "has no weights for cls.predictions" in err and "which would be random" in err
+
+
+@pytest.mark.parametrize("command", ["rank", "compress"])
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("bert", "--calibration-examples", "a model for embedding of text; say --calibration-tokens"),
+        ("deit", "--calibration-tokens", "a model for embedding of images; say --calibration-examples"),
+        ("deit", "--sequence-length", "a model for images; leave it out"),
+    ],
+)
+def test_what_has_no_effect_on_embeddings_is_refused_once_it_is_known_of_what_they_are(
+    name: str, option: str, message: str, command: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from transformers import ViTImageProcessor
+
+    folder = saved(name, tmp_path / "model")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    monkeypatch.setattr(task_data, "batches_for", lambda *_, **__: pytest.fail("something was read"))
+    output = ["-o", tmp_path / "out"] if command == "compress" else []
+    code, _, err = run([command, folder, "-c", tmp_path, "--remove", 1, option, 64, *output], monkeypatch, capsys)
+    assert code == 2 and f"{option} has no effect on {message}" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(

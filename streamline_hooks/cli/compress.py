@@ -297,6 +297,7 @@ def compress(
                     say(line)
             return
         loaded, tokenizer = load_model(model, task)
+        refuse_unused(context, search, task, loaded)
         if times > 1:
             by_round = blocks_by_round(len(find_stack(loaded, stack)), target, times)
             say(f"rounds     {times}, of {', '.join(map(str, by_round))} blocks")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from streamline_hooks.cli.task_data import takes
 from streamline_hooks.errors import StreamlineError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def given_or_none(context: typer.Context, name: str) -> Any:
     return context.params[name] if is_given(context, name) else None
 
 
-def refuse_unused(context: typer.Context, search: str, task: Task | None = None) -> None:
+def refuse_unused(context: typer.Context, search: str, task: Task | None = None, model: Any = None) -> None:
     """Raise if an option was given that nothing takes where these are what is searched for and what the model is for.
 
     Parameters
@@ -36,6 +37,8 @@ def refuse_unused(context: typer.Context, search: str, task: Task | None = None)
     search : str
     task : Task, optional
         Where the command is for models that are not for text, too.
+    model : transformers.PreTrainedModel, optional
+        Once it is loaded: whether embeddings are of text or of images, it alone says.
 
     Raises
     ------
@@ -48,16 +51,18 @@ def refuse_unused(context: typer.Context, search: str, task: Task | None = None)
         )
     if task is None:
         return
-    if task.name in ("image-classification", "seq2seq"):
-        unused = dict(zip(_TOKENS, _EXAMPLES, strict=True))
-    elif task.is_of_text or task.name in ("masked-lm", "text-classification"):
-        unused = dict(zip(_EXAMPLES, _TOKENS, strict=True))
-    else:  # of embeddings the model says it
+    images = task.name == "image-classification"
+    text = task.is_of_text or task.name in ("masked-lm", "text-classification")
+    if model is not None and task.name == "embedding":
+        text, images = takes(model)
+    if text == images and task.name != "seq2seq":  # of embeddings not known yet, or refused with both
         return
-    for name, instead in unused.items():
+    unused, used = (_EXAMPLES, _TOKENS) if text else (_TOKENS, _EXAMPLES)
+    of = f"a model for {task}" + f" of {'images' if images else 'text'}" * (task.name == "embedding")
+    for name, instead in zip(unused, used, strict=True):
         if is_given(context, name):
-            raise StreamlineError(f"{_flag(name)} has no effect on a model for {task}; say {_flag(instead)}.")
-    if task.name == "image-classification" and is_given(context, "sequence_length"):
+            raise StreamlineError(f"{_flag(name)} has no effect on {of}; say {_flag(instead)}.")
+    if images and is_given(context, "sequence_length"):
         raise StreamlineError("--sequence-length has no effect on a model for images; leave it out.")
 
 

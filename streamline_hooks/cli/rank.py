@@ -116,6 +116,7 @@ def rank(
             raise StreamlineError(f"{sources.unusual} is for models that write, and {model} is for {task}.")
         refuse_unused(context, search, task)
         loaded, tokenizer = load_model(model, task)
+        refuse_unused(context, search, task, loaded)
         stack = find_stack(loaded, stack).path
         if profile_file is None or chosen.needs == "model" or search not in ("window", "disjoint", "one-shot", "mixed"):
             given = calibration_tokens, sequence_length, batch_size, seed

@@ -65,7 +65,7 @@ def batches_for(
     StreamlineError
         If the model takes images and text together, or nothing was given that has a usual place.
     """
-    takes_text, takes_images = _takes(model)
+    takes_text, takes_images = takes(model)
     if takes_text and takes_images:
         raise StreamlineError(
             f"{type(model).__name__} takes images and texts together, which no file of one kind gives. Call "
@@ -93,7 +93,7 @@ def batches_for(
     return text_parts(documents_of(sources or ["pydoc"]), processor, amounts.tokens, **given)
 
 
-def _takes(model: Any) -> tuple[bool, bool]:
+def takes(model: Any) -> tuple[bool, bool]:
     """Whether a model is given text, and images."""
     from streamline_hooks.passes import forward_arguments
 
