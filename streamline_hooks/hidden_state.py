@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.layouts import tokens_first
 
 _KEYWORDS = ("hidden_states", "hidden_state", "x", "input", "src", "inputs")
 
@@ -142,6 +141,15 @@ def nested_like(state: Tensor, other: Tensor) -> Tensor:
         return state
     rows = [row[: len(own)] for row, own in zip(state.unbind(), other.unbind(), strict=True)]
     return torch.nested.as_nested_tensor(rows, layout=other.layout)
+
+
+def tokens_first(block: nn.Module) -> bool:
+    """Whether a block is one of PyTorch's own that works on (tokens, batch, features), as they do by default.
+
+    What is given to the model around such blocks has the tokens in front as well.
+    """
+    own = isinstance(block, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+    return own and not getattr(block.self_attn, "batch_first", True)
 
 
 def require_batch_first(block: nn.Module) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from streamline_hooks.hidden_state import tokens_first
+
 USUAL = "batch tokens features"
 
 # Several streams beside one another are one state: whatever compares states compares all of them.
@@ -29,15 +31,6 @@ def layout_of(block: nn.Module) -> str:
     'batch tokens features'
     """
     return "tokens batch features" if tokens_first(block) else LAYOUTS.get(type(block).__name__, USUAL)
-
-
-def tokens_first(block: nn.Module) -> bool:
-    """Whether a block is one of PyTorch's own that works on (tokens, batch, features), as they do by default.
-
-    What is given to the model around such blocks has the tokens in front as well.
-    """
-    own = isinstance(block, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
-    return own and not getattr(block.self_attn, "batch_first", True)
 
 
 def by_token(state: Tensor, block: nn.Module) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from streamline_hooks.batch import Batch
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.layouts import tokens_first
+from streamline_hooks.hidden_state import tokens_first
 from streamline_hooks.stack import BlockStack
 
 _BESIDE = ("mask", "position_ids", "token_type_ids")  # how the names of inputs end that are not the content
