@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,11 +67,23 @@ def model_digest(model: nn.Module) -> str:
     See `weights_digest` and `modules_digest`. Where it was loaded from, and by which version of Transformers, makes no
     difference.
     """
+    return texts_digest([weights_digest(model), structure_digest(model)])
+
+
+def structure_digest(model: nn.Module, but: Collection[str] = ()) -> str:
+    """Return a digest, in hexadecimal, of what a model does by besides its weights: its modules and its configuration.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    but : collection of str
+        Settings that make no difference.
+    """
     config: Any = getattr(model, "config", None)
     said: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
-    for incidental in ("_name_or_path", "transformers_version", "_commit_hash", "dtype", "torch_dtype"):
+    for incidental in ("_name_or_path", "transformers_version", "_commit_hash", "dtype", "torch_dtype", *but):
         said.pop(incidental, None)
-    parts = [weights_digest(model), modules_digest(model), json.dumps(said, sort_keys=True, default=str)]
+    parts = [modules_digest(model), json.dumps(said, sort_keys=True, default=str)]
     return texts_digest([*parts, *(_class(module) for module in model.modules())])
 
 

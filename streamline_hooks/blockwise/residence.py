@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from streamline_hooks.stack import BlockStack
-from streamline_hooks.statistics.identity import fingerprint_of, identity
+from streamline_hooks.statistics.identity import held_weights, identity
 
 
 @contextmanager
@@ -52,23 +52,16 @@ def identity_of(stack: BlockStack) -> dict[str, Any]:
     Of each parameter on disk up to 16 values are looked at; its file is mapped, so that no more is read, unless the
     parameter is run in another dtype than it is stored in.
     """
-    return {**identity(stack), "fingerprint": fingerprint_of(_Mapped(stack.model))}
+    return identity(stack, _mapped(stack.model))
 
 
-class _Mapped(nn.Module):
-    """A model's parameters, one after the other, with the values that are on disk."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._of = [model]  # no submodule
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
-        (model,) = self._of
-        hooks = {id(module): hook for module, hook in _offloading(model)}
-        for name, parameter in model.named_parameters():
-            path, _, own = name.rpartition(".")
-            hook = hooks.get(id(model.get_submodule(path)))
-            yield name, parameter if hook is None or not parameter.is_meta else hook.weights_map[own]
+def _mapped(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """A model's weights, one after the other, with the values that are on disk."""
+    hooks = {id(module): hook for module, hook in _offloading(model)}
+    for name, tensor in held_weights(model):
+        path, _, own = name.rpartition(".")
+        hook = hooks.get(id(model.get_submodule(path)))
+        yield name, tensor if hook is None or not tensor.is_meta else hook.weights_map[own]
 
 
 def _offloading(module: nn.Module) -> Iterator[tuple[nn.Module, Any]]:

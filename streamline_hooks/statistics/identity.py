@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from streamline_hooks.digests import structure_digest
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.statistics.profile import Profile
 
 _VALUES_A_PARAMETER = 16
+_NO_STATES = ("use_cache", "return_dict", "output_hidden_states", "output_attentions")  # settings that change none
 
 
-def identity(stack: BlockStack) -> dict[str, Any]:
+def identity(stack: BlockStack, tensors: Iterable[tuple[str, Any]] | None = None) -> dict[str, Any]:
     """What tells the model of a stack from another, as JSON values.
 
     Parameters
     ----------
     stack : BlockStack
+    tensors : iterable of tuple, optional
+        The weights by name, for those of a model that are elsewhere; by default `held_weights`.
 
     Returns
     -------
     dict
-        The model's class, the stack's path and number of blocks, and a fingerprint of the parameters: of their names,
-        shapes and dtypes, and of up to 16 values of each. It tells a finetuned model, or one in another precision,
-        from the original, without reading all weights. Of parameters that are not in memory as plain tensors
-        (offloaded, sharded or quantized ones) no value is looked at.
+        The model's class, the stack's path and number of blocks, and a fingerprint: of the weights' names, shapes and
+        dtypes, and of up to 16 values of each; of the modules and the configuration, see `structure_digest`. It tells
+        a finetuned model, one in another precision, or one with a splice, from the original, without reading all
+        weights. Of those that are not in memory as plain tensors (offloaded, sharded or quantized ones) no value is
+        looked at.
 
     Examples
     --------
@@ -45,7 +51,7 @@ def identity(stack: BlockStack) -> dict[str, Any]:
         "model": type(stack.model).__name__,
         "stack": stack.path,
         "blocks": len(stack),
-        "fingerprint": fingerprint_of(stack.model),
+        "fingerprint": _fingerprint(stack.model, held_weights(stack.model) if tensors is None else tensors),
     }
 
 
@@ -74,12 +80,20 @@ def check_profile(profile: Profile, model: nn.Module, stack: str | None = None) 
         raise StreamlineError(f"The profile is of another model: {'; '.join(differ)}. Profile this one.")
 
 
-def fingerprint_of(model: nn.Module) -> str:
-    """The fingerprint in `identity`."""
-    found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype};".encode())
-        plain = parameter.detach()
+def held_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A model's parameters, and the buffers that a checkpoint holds, by name."""
+    yield from model.named_parameters()
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}", buffer
+
+
+def _fingerprint(model: nn.Module, tensors: Iterable[tuple[str, Any]]) -> str:
+    found = hashlib.sha256(structure_digest(model, but=_NO_STATES).encode())
+    for name, tensor in tensors:
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        plain = tensor.detach()
         if type(plain) is Tensor and not plain.is_meta and plain.layout == torch.strided:
             flat = plain.reshape(-1)
             some = flat[:: max(1, len(flat) // _VALUES_A_PARAMETER)][:_VALUES_A_PARAMETER]

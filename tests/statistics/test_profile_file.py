@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from streamline_hooks import Profile, StreamlineError, profile
+from streamline_hooks import LayerSurgeon, Profile, StreamlineError, profile
 from streamline_hooks.statistics import check_profile
 from tests.tiny_models import tiny_model, tokens
 
@@ -118,3 +120,36 @@ def test_a_profile_is_held_against_a_model(found: Profile) -> None:
         check_profile(found, tiny_model("gpt2"))
     with pytest.raises(StreamlineError, match="model is LlamaForCausalLM of the model and unknown of the profile"):
         check_profile(Profile(7), tiny_model("llama"))
+
+
+class Turned(nn.Module):
+    """Has no weight."""
+
+    def forward(self, state: Tensor) -> Tensor:
+        return 3 * state.roll(1, -1)
+
+
+def _spliced(model: Any) -> None:
+    surgeon = LayerSurgeon(model)
+    surgeon.__enter__()
+    surgeon.insert(2, Turned())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _spliced,
+        lambda model: setattr(model.config, "rms_norm_eps", 0.5),
+        lambda model: setattr(model.model.layers[1].mlp, "act_fn", nn.ReLU()),
+        lambda model: model.model.layers[1].register_buffer("shift", torch.zeros(1)),
+    ],
+)
+def test_a_profile_is_of_a_model_with_all_that_it_computes_by(change: Any) -> None:
+    model = tiny_model("llama")
+    found = profile(model, [tokens(2, 8)], replicates=0)
+    check_profile(found, model)
+    model.config.use_cache = False  # as a training sets it
+    check_profile(found, model)
+    change(model)
+    with pytest.raises(StreamlineError, match=r"another model: fingerprint is"):
+        check_profile(found, model)
