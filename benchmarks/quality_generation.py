@@ -5,12 +5,13 @@
 One thing is changed at a time: how the blocks are chosen, where the repair starts, by which loss it is trained, on
 which text, in how many rounds, and what is healed besides; all on the same number of training tokens, seen once, and
 (the plan ``minutes``) on as many as take the processor time that `best` takes, if those are not nearly as many. The
-blocks are chosen once for all seeds, on training text; the seed decides the text, the order of the batches and what a
-network starts from. Classification is scored on the tasks of `benchmarks.quality`, generation as in
-`benchmarks.generation_scores`. Products are in bfloat16 where the machine is fast in it and else in float32, and each
-row is held against the original in its own precision. Minutes are the processor's own. A row goes to
-``benchmarks/results/quality_generation.json`` as soon as it is done, a training that was interrupted goes on where it
-was, and the tables go to ``benchmarks/results/quality_generation.md``. Two such commands share the rows between them.
+blocks are chosen once for all seeds, on training text; the seed decides the text, what the start is fitted on, and the
+order of the batches, and not the random weights of a stand-in, but where it starts as plain removal. Classification is
+scored on the tasks of `benchmarks.quality`, generation as in `benchmarks.generation_scores`. Products are in bfloat16
+where the machine is fast in it and else in float32, and each row is held against the original in its own precision.
+Minutes are the processor's own. A row goes to ``benchmarks/results/quality_generation.json`` as soon as it is done, a
+training that was interrupted goes on where it was, and the tables go to ``benchmarks/results/quality_generation.md``.
+Two such commands share the rows between them.
 """
 
 from __future__ import annotations
@@ -250,7 +251,7 @@ class Bench:
             rounds=recipe.rounds,
             training=self.settings(run, recipe),
             remove=run.removed,
-            kind=recipe.kind,
+            kind=kind_named(recipe.kind),  # with the random weights of all seeds
             search=recipe.search,
             criterion=recipe.criterion or None,
             repeated=recipe.repeated,

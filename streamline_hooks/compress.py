@@ -178,7 +178,7 @@ def compress(
     shortlist : int
         How many selections are fitted and judged.
     seed : int
-        Of the split.
+        Of the split, and of what is random in a named kind at first.
     stack : str, optional
         Path of the stack, see `find_stack`.
     output : str or Path, optional
@@ -215,7 +215,7 @@ def compress(
         say = _nothing
     if output is not None:
         work.of_first(lambda: require_free(output, overwrite))
-    chosen = kind_named(kind)
+    chosen = kind_named(kind, seed)
     healed = Healing.parse(healing) if isinstance(healing, str) else healing
     training = work.of_first(lambda: kept_training(training, healed, resume, output, train_until))
     named = criterion if isinstance(criterion, Criterion) else criterion_named(criterion or usual_criterion(search))

@@ -122,6 +122,20 @@ def test_the_same_seed_gives_the_same_model(stories: tuple[Any, Any], story_text
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+def test_the_seed_reaches_what_a_network_starts_from(stories: tuple[Any, Any], story_texts: list[str]) -> None:
+    """All seeds had the same random weights, and differed by the text alone."""
+    models = [copy.deepcopy(stories[0]) for _ in range(3)]
+    for model, seed in zip(models, (0, 1, 1), strict=True):
+        compress(model, stories[1], story_texts, remove=1, kind="swiglu:width=8", seed=seed, **SMALL)
+    random = [
+        {name: p for name, p in model.named_parameters() if "gate_proj" in name and ".mlp." not in name}
+        for model in models
+    ]
+    assert all(len(found) == 1 for found in random)
+    (first,), (second,), (third,) = (found.values() for found in random)
+    assert not torch.equal(first, second) and torch.equal(second, third)
+
+
 @pytest.mark.parametrize("search", ["disjoint", "one-shot", "mixed", "greedy", "evolution", "attention"])
 def test_every_search_ends_in_a_model(
     search: str, story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path

@@ -144,7 +144,7 @@ def compress_checkpoint(
             f"compress_checkpoint is one process's work, and this is one of {here().count}. Call it in one alone."
         )
     require_free(output, overwrite)
-    chosen, named = kind_named(kind), _criterion(criterion)
+    chosen, named = kind_named(kind, seed), _criterion(criterion)
     _refuse_latency(remove)
     if min(shortlist, batch_size) < 1:
         raise StreamlineError(f"shortlist={shortlist} and batch_size={batch_size} must be 1 or more each.")

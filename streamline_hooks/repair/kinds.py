@@ -58,6 +58,8 @@ class Kind:
         Finishes from text what was made for windows, before least squares: see `fill_concatenated`.
     solve : bool
         Whether least squares starts it. Else it starts as it is made, be that worse than plain removal.
+    seed : int
+        Of the weights that are random at first.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Kind:
     fit: Fitter | None = None
     fill: Filler | None = None
     solve: bool = True
+    seed: int = 0
 
     @property
     def tells(self) -> bool:
@@ -77,16 +80,14 @@ class Kind:
         """
         return self.solve or self.fit is not None or self.slots > 0
 
-    def build(self, stack: BlockStack, window: range, *, seed: int = 0, probe: Batch | Tensor | None = None) -> StandIn:
-        """Make one that is to be started, the same for a seed.
+    def build(self, stack: BlockStack, window: range, *, probe: Batch | Tensor | None = None) -> StandIn:
+        """Make one that is to be started, the same for a seed; the caller's random numbers are left as they were.
 
         Parameters
         ----------
         stack : BlockStack
             Of a model that no surgeon has changed.
         window : range
-        seed : int
-            Of the weights that are random at first. The caller's random numbers are left as they were.
         probe : mapping or torch.Tensor, optional
             What to run a model on that cannot be probed otherwise, without padding.
 
@@ -96,7 +97,7 @@ class Kind:
             If the options do not fit the model or the window.
         """
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(self.seed)
             made = self.make(stack, window) if self.prepare is None else self.prepare(stack, window, probe)
         if len(blocks_of(stack, made)) != self.slots:
             raise StreamlineError(
@@ -153,7 +154,7 @@ def register_kind(name: str, factory: Callable[..., nn.Module]) -> None:
     _KINDS[name] = of
 
 
-def kind_named(name: str | Kind) -> Kind:
+def kind_named(name: str | Kind, seed: int = 0) -> Kind:
     """The kind of a name, with its options.
 
     Parameters
@@ -161,6 +162,8 @@ def kind_named(name: str | Kind) -> Kind:
     name : str or Kind
         A name, and after a colon ``option=value``, with a comma between two; an option alone is true. A `Kind` is
         given back as it is.
+    seed : int
+        Of the weights that are random at first, of one that is named.
 
     Raises
     ------
@@ -186,7 +189,7 @@ def kind_named(name: str | Kind) -> Kind:
             what = "is given an option twice" if option in options else "has no such option"
             raise StreamlineError(f"{name!r}: the kind {plain!r} {what}, {option!r}. Its options: {listed}.")
         options[option] = _read(name, known[option], value if given else "true")
-    return replace(_KINDS[plain](**options), name=name.strip())
+    return replace(_KINDS[plain](**options), name=name.strip(), seed=seed)
 
 
 def known_kinds() -> list[str]:

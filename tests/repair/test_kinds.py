@@ -165,8 +165,8 @@ def test_widths_of_a_model_without_a_configuration() -> None:
 
 
 def test_random_weights_are_the_same_for_a_seed_and_others_for_another() -> None:
-    stack, kind = find_stack(tiny_model("llama")), kind_named("swiglu")
-    weights = [kind.build(stack, WINDOW, seed=seed).up_proj.weight for seed in (0, 0, 1)]  # type: ignore[union-attr]
+    stack = find_stack(tiny_model("llama"))
+    weights = [kind_named("swiglu", seed).build(stack, WINDOW).up_proj.weight for seed in (0, 0, 1)]  # type: ignore[union-attr]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
