@@ -11,8 +11,16 @@ from torch.optim import Optimizer
 
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.in_training.optimizer import drop_parameters, require_own_parameters
-from streamline_hooks.in_training.removal_record import NOTE, Removal, history_of, numbers_at_start, removals_in
-from streamline_hooks.stack import find_stack
+from streamline_hooks.in_training.removal_record import (
+    NOTE,
+    Removal,
+    history_of,
+    numbers_at_start,
+    remember_start,
+    removals_in,
+    start_of,
+)
+from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.surgery.layout import window_of
 from streamline_hooks.surgery.saving import saver_depth
@@ -35,14 +43,15 @@ class ProgressiveRemoval:
         wrapping it again; a wrapper that is left around it goes on with the parameters that are gone.
     schedule : mapping of int to range or callable
         By the optimiser step, counted from 1, after which it is due: a window in the model's numbering as it was when
-        the training started, whatever was removed since; or a function that is given the model and gives a window in
-        its present numbering.
+        the training started (when this object was made, unless it is resumed), whatever was committed since, whoever
+        did; or a function that is given the model and gives a window in its present numbering.
     optimizer : torch.optim.Optimizer, optional
         From which the parameters that are gone are taken; also one of accelerate. Without it nothing is done about
         optimisers.
     run : str
-        A name for the training, which is kept with each removal in the model's configuration: by it a training that
-        is resumed knows its own removals from those of an earlier one.
+        A name for the training, which is kept in the model's configuration with each removal, and with the first
+        surgery by another hand since the start, at the next `step`: by it a training that is resumed knows its own
+        start and removals from those of an earlier one.
     stack : str, optional
         Path of the stack, see `find_stack`.
 
@@ -90,13 +99,15 @@ class ProgressiveRemoval:
                 f"{error} In the middle of a training: unwrap it, call step, wrap it again."
             ) from None
         self.model, self.optimizer, self.run = model, optimizer, run
-        self._stack_path = find_stack(model, stack).path
-        self._history: list[dict[str, Any]] = []
+        found = find_stack(model, stack)
+        self._stack_path, history = found.path, history_of(found)
+        self._start = start_of(history, run)  # how many surgeries were committed before
+        self._goes_on = self._start < len(history)
+        self._length: int = history[self._start]["old_length"] if self._goes_on else len(found)
         self._follow()
-        self._done = removals_in(self._history, run)
+        self._done = removals_in(history, run)
         self._at: int | None = None
-        length = self._done[0].plan.old_length if self._done else len(self._numbers)
-        self.schedule = _checked(schedule, length)
+        self.schedule = _checked(schedule, self._length)
         if optimizer is not None:
             require_own_parameters(optimizer, model)
         self._require_possible()
@@ -118,7 +129,7 @@ class ProgressiveRemoval:
         ------
         StreamlineError
             If the model is not the one of that step: a removal that is past was not done to it, or one that is to
-            come was.
+            come was, or no step is done and it was changed since the training's start.
         """
         steps = operator.index(steps)
         past = {step: window for step, window in self.schedule.items() if step <= steps}
@@ -129,16 +140,16 @@ class ProgressiveRemoval:
             if isinstance(window, range) and made[step].blocks != tuple(window):
                 raise StreamlineError(
                     f"After step {step} of {self.run!r} the blocks {_listed(made[step].blocks)} were removed from this "
-                    f"model, by its configuration; the schedule says {_listed(window)}. Give the schedule that the "
+                    f"model, by its own record; the schedule says {_listed(window)}. Give the schedule that the "
                     "training was started with."
                 )
         early = sorted(set(made) - set(past))
-        if early:
+        if early or (self._goes_on and not steps):
+            lost = f"lost what was removed after step {early[0]}" if early else "was changed since the start"
             raise StreamlineError(
-                f"{steps} steps are done, but by its configuration this model already lost what was removed after step "
-                f"{early[0]} of {self.run!r}. Load the model of the same checkpoint as the step count, with the "
-                "schedule that the training was started with. Where that was an earlier training, give this one "
-                "another name: run=..."
+                f"{steps} steps are done, but by its own record this model already {lost} of {self.run!r}. Load the "
+                "model of the same checkpoint as the step count, with the schedule that the training was started with. "
+                "Where that was an earlier training, give this one another name: run=..."
             )
         self._at = steps
 
@@ -166,6 +177,7 @@ class ProgressiveRemoval:
         n = operator.index(n)
         if self._at is None:
             self.resume(n - 1)
+        self._said(find_stack(self.model, self._stack_path))
         assert self._at is not None
         if n <= self._at:
             raise StreamlineError(
@@ -185,9 +197,13 @@ class ProgressiveRemoval:
     def _follow(self) -> None:
         """Read what the blocks that are there now were called at the start, whoever removed others meanwhile."""
         stack = find_stack(self.model, self._stack_path)
-        if saver_depth(stack) is not None:
-            self._history = history_of(stack)
-        self._numbers = numbers_at_start(self._history, self.run, len(stack))
+        self._numbers = numbers_at_start(self._said(stack)[self._start :], self._length, len(stack))
+
+    def _said(self, stack: BlockStack) -> list[dict[str, Any]]:
+        """What was committed so far, in which the start is marked from now on."""
+        history = history_of(stack)
+        remember_start(history, self._start, self.run)
+        return history
 
     def _carry_out(self, n: int, window: Window) -> Removal:
         self._follow()
@@ -200,8 +216,6 @@ class ProgressiveRemoval:
             note: dict[str, Any] = {"run": self.run, "step": n, "blocks": [self._numbers[k] for k in chosen]}
             removal = Removal(n, tuple(note["blocks"]), surgeon.commit(**{NOTE: note}))
         self._done.append(removal)
-        if saver_depth(surgeon.stack) is None:  # nothing but this remembers it
-            self._history.append({**removal.plan.to_dict(), NOTE: note})
         left = {id(parameter) for parameter in self.model.parameters()}
         if self.optimizer is not None:
             drop_parameters(self.optimizer, [parameter for parameter in before if id(parameter) not in left])
@@ -246,16 +260,16 @@ class ProgressiveRemoval:
             )
 
     def _not_done(self, step: int, steps: int) -> str:
-        what = f"{steps} steps are done, and after step {step} blocks were to go, but"
+        what = f"{steps} steps are done, and after step {step} blocks were to go, but this"
         if saver_depth(find_stack(self.model, self._stack_path)) is None:
             return (
-                f"{what} a {type(self.model).__name__} has no configuration that says whether they did. A training of "
-                "such a model cannot be resumed behind a removal: give a schedule of what is still to come, in the "
-                "present numbering, and count the steps from here."
+                f"{what} {type(self.model).__name__} of {len(self._numbers)} blocks does not carry that they did. Save "
+                "it with streamline_hooks.save and load it with load(folder, into=...), which keep what was done; or "
+                "give a schedule of what is still to come, in the present numbering, and count the steps from here."
             )
         return (
-            f"{what} this model of {len(self._numbers)} blocks does not say in its configuration that they did. "
-            "Weights of a shortened model that are loaded into one with all blocks end up in the wrong ones: load the "
+            f"{what} model of {len(self._numbers)} blocks does not say in its configuration that they did. Weights of "
+            "a shortened model that are loaded into one with all blocks end up in the wrong ones: load the "
             "checkpoint's own model, with from_pretrained(checkpoint). Call step after each optimiser step."
         )
 

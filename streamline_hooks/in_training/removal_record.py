@@ -1,4 +1,4 @@
-"""What a training has removed so far, as the model's own configuration tells it."""
+"""What a training has removed so far, and where it started, as the model itself tells it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.stack import BlockStack
+from streamline_hooks.surgery.plain_module import history_of as carried_by
 from streamline_hooks.surgery.plan import SurgeryPlan
 from streamline_hooks.surgery.saving import saver_depth
 
 NOTE = "progressive_removal"
+_FIRST = "first_since_the_start_of"  # trainings: where blocks were changed by hand before one's own first removal
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,14 @@ class Removal:
 
 
 def history_of(stack: BlockStack) -> list[dict[str, Any]]:
-    """What was committed on a stack, by the configuration of the model that is saved; nothing without one."""
+    """What was committed on a stack, as the configuration of the model that is saved, or a plain module, carries it."""
     depth = saver_depth(stack)
-    model: Any = None if depth is None else stack.ancestors[depth]
-    said = getattr(getattr(model, "config", None), "streamline_hooks", None) or {}
-    return [entry for entry in said.get("history", ()) if _one_path(entry["stack"], stack.path)]
+    if depth is None:
+        history = carried_by(stack.model)
+    else:
+        model: Any = stack.ancestors[depth]
+        history = (getattr(getattr(model, "config", None), "streamline_hooks", None) or {}).get("history", [])
+    return [entry for entry in history if _one_path(entry["stack"], stack.path)]
 
 
 def removals_in(history: Sequence[dict[str, Any]], run: str) -> list[Removal]:
@@ -50,14 +55,39 @@ def removals_in(history: Sequence[dict[str, Any]], run: str) -> list[Removal]:
     ]
 
 
-def numbers_at_start(history: Sequence[dict[str, Any]], run: str, length: int) -> list[int | None]:
-    """The number of each block that is there now when a training started, whatever was committed since.
+def start_of(history: Sequence[dict[str, Any]], run: str) -> int:
+    """How many surgeries were committed before a training started; all of them where nothing says that it did."""
+    return next(
+        (k for k, entry in enumerate(history) if _is_of(entry, run) or run in entry.get(_FIRST, ())), len(history)
+    )
+
+
+def remember_start(history: Sequence[dict[str, Any]], start: int, run: str) -> None:
+    """Let the first surgery since a training's start say so, for when the training is resumed.
 
     Parameters
     ----------
     history : sequence of dict
+        The model's own entries, of which that one may be changed.
+    start : int
+        How many of them were there when the training started.
     run : str
-        The training. It started just before its first removal; without one, now.
+        The training.
+    """
+    if start < start_of(history, run):
+        first = history[start]
+        first[_FIRST] = [*first.get(_FIRST, ()), run]
+
+
+def numbers_at_start(since: Sequence[dict[str, Any]], began: int, length: int) -> list[int | None]:
+    """The number of each block that is there now when a training started, whatever was committed since.
+
+    Parameters
+    ----------
+    since : sequence of dict
+        The surgeries since then, whoever committed them.
+    began : int
+        Blocks that were there then.
     length : int
         Blocks that are there now.
 
@@ -69,20 +99,30 @@ def numbers_at_start(history: Sequence[dict[str, Any]], run: str, length: int) -
     Raises
     ------
     StreamlineError
-        If the configuration speaks of another number of blocks than there are.
+        If the surgeries speak of other numbers of blocks than there were or are.
+
+    Examples
+    --------
+    >>> from streamline_hooks.surgery.plan import Slot
+    >>> plan = SurgeryPlan("layers", 3, (Slot(1, "Block"), Slot(None, "Block")))
+    >>> numbers_at_start([plan.to_dict()], 3, 2)
+    [1, None]
     """
-    first = next((k for k, entry in enumerate(history) if _is_of(entry, run)), len(history))
-    numbers: list[int | None] | None = None
-    for entry in history[first:]:
-        plan = SurgeryPlan.from_dict(entry)
-        before = list(range(plan.old_length)) if numbers is None else numbers
-        numbers = [None if slot.source is None else before[slot.source] for slot in plan.slots]
-    if numbers is not None and len(numbers) != length:
+    numbers: list[int | None] = list(range(began))
+    for plan in (SurgeryPlan.from_dict(entry) for entry in since):
+        _require(len(numbers), plan.old_length)
+        numbers = [None if slot.source is None else numbers[slot.source] for slot in plan.slots]
+    _require(len(numbers), length)
+    return numbers
+
+
+def _require(said: int, there: int) -> None:
+    if said != there:
         raise StreamlineError(
-            f"The model has {length} blocks, and by what its configuration says was removed it has {len(numbers)}. "
-            "Load the model from the checkpoint as it is: from_pretrained(checkpoint)."
+            f"By the surgeries committed since the training started this model has {said} blocks, where {there} were "
+            "found. Change blocks only by a LayerSurgeon with commit() on the model that ProgressiveRemoval was given, "
+            "and load a shortened model as its checkpoint has it: from_pretrained(checkpoint)."
         )
-    return list(range(length)) if numbers is None else numbers
 
 
 def _is_of(entry: dict[str, Any], run: str) -> bool:

@@ -190,15 +190,19 @@ def test_together_with_stochastic_depth() -> None:
 
 
 def test_a_module_without_a_configuration() -> None:
-    """What plain PyTorch trains; nothing but the object itself remembers the removals."""
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 5, enable_nested_tensor=False)
+    """What plain PyTorch trains; the model itself carries what was removed."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model, other = (nn.TransformerEncoder(layer, 5, enable_nested_tensor=False) for _ in range(2))
     blocks, optimizer = list(model.layers), torch.optim.SGD(model.parameters(), 0.1)
     removal = ProgressiveRemoval(model, {1: range(1, 2), 2: range(3, 4)}, optimizer)
     removal.step(1), removal.step(2)
     assert list(model.layers) == [blocks[0], blocks[2], blocks[4]]
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
-    with pytest.raises(StreamlineError, match="no configuration that says whether they did.* cannot be resumed behind"):
-        ProgressiveRemoval(model, {1: range(1, 2), 4: range(0, 1)}).step(3)
+    again = ProgressiveRemoval(model, {1: range(1, 2), 2: range(3, 4), 4: range(0, 1)})
+    again.resume(3)
+    assert again.step(4).plan.removed == (0,)  # type: ignore[union-attr]
+    with pytest.raises(StreamlineError, match="does not carry that they did. Save it with streamline_hooks.save"):
+        ProgressiveRemoval(other, {1: range(1, 2), 4: range(0, 1)}).step(3)
 
 
 # Resuming
@@ -248,7 +252,7 @@ def test_a_model_that_is_ahead_of_the_steps_is_refused() -> None:
     model = tiny_model("llama").train()
     removal = ProgressiveRemoval(model, {1: range(1, 3), 4: range(4, 5)})
     removal.step(1)
-    words = "0 steps are done, but by its configuration this model already lost what was removed after step 1"
+    words = "0 steps are done, but by its own record this model already lost what was removed after step 1"
     with pytest.raises(StreamlineError, match=f"{words}.*another name: run="):
         ProgressiveRemoval(model, {1: range(1, 3), 4: range(4, 5)}).step(1)
     with pytest.raises(StreamlineError, match=words.replace("0 steps", "2 steps")):
