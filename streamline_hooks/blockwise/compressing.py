@@ -181,7 +181,9 @@ def compress_checkpoint(
     options: dict[str, Any] = {"stack": path, "memory": memory}
     with clock("rank"):
         measured = work.profile(
-            lambda room: profile(model, ready.calibration, keep=ready.protected, disk=disk, folder=room, **options)
+            lambda room, kept: profile(
+                model, ready.calibration, keep=ready.protected, disk=disk, folder=room, before_done=kept, **options
+            )
         )
         asked = ready.question(criterion=named, profile=measured, best=shortlist, seed=seed)
         found = find_selections("window", replace(asked, model=None, batches=None))  # nothing is read but the profile
@@ -204,8 +206,8 @@ def compress_checkpoint(
         wanted = _wanted(best, first)
         perplexities = work.perplexities(
             list(wanted),
-            lambda room: perplexity_of_candidates(
-                model, ready.test, list(wanted.values()), folder=room, check=False, **options
+            lambda room, kept: perplexity_of_candidates(
+                model, ready.test, list(wanted.values()), folder=room, check=False, before_done=kept, **options
             ),
         )
     before, data, size = sizes_of(model), {**ready.split.figures(), "seed": seed}, ready.size

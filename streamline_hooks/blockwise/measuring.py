@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ def perplexity_of_candidates(
     memory: int = 2**31,
     folder: str | Path | None = None,
     check: bool = True,
+    before_done: Callable[[tuple[Perplexity, list[Perplexity]]], None] = lambda measured: None,
 ) -> tuple[Perplexity, list[Perplexity]]:
     """Perplexity of a model and of each candidate, as in memory; every block is read once, the last one twice.
 
@@ -40,6 +41,8 @@ def perplexity_of_candidates(
     stack, memory, folder, check
         As for `profile`. An interrupted pass is gone on with by the same candidates only, whose weights are not
         looked at.
+    before_done : callable
+        Is given what is returned while the states are still there, so that it can be kept before they go.
 
     Returns
     -------
@@ -90,6 +93,7 @@ def perplexity_of_candidates(
             for earlier in set(range(place)) - waiting:
                 states.drop(earlier)
         result = perplexities(states, own, others)
+        before_done(result)
         states.done()
     return result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +33,7 @@ def profile(
     disk: int | None = None,
     folder: str | Path | None = None,
     check: bool = True,
+    before_done: Callable[[Profile], None] = lambda made: None,
 ) -> Profile:
     """Compare every two places of the residual stream, as `streamline_hooks.profile` does in memory.
 
@@ -55,6 +56,8 @@ def profile(
         the same arguments. What the pass wrote is taken away in the end.
     check : bool
         See `BlockwisePass`.
+    before_done : callable
+        Is given what is returned while the files of its parts are still there, so that it can be kept before they go.
 
     Returns
     -------
@@ -121,6 +124,7 @@ def profile(
             one = Profile.load(file)
         result.merge(one)
         written += [] if file is None else [file]
+    before_done(result)
     for file in written:
         file.unlink()
     if room is not None and not any(room.iterdir()):

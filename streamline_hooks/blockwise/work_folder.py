@@ -21,11 +21,17 @@ from streamline_hooks.statistics.storage import read_file, write_file
 
 _PROFILE, _JUDGED, _MEASURED = "profile.safetensors", "judged.safetensors", "perplexity.safetensors"
 
+Profiler = Callable[[Path | None, Callable[[Profile], None]], Profile]
 Verifier = Callable[[Path | None, Callable[[list[VerifiedSelection]], None]], list[VerifiedSelection]]
+Measured = tuple[Perplexity, list[Perplexity]]
+Measurer = Callable[[Path | None, Callable[[Measured], None]], Measured]
 
 
 class WorkFolder:
     """What a compression has found so far. A file is there when its step is done, and then the step is not run.
+
+    What makes something is given a folder of its own, and what is to be called with the finding before that folder
+    goes: a process that is killed in between has one of the two.
 
     Parameters
     ----------
@@ -44,15 +50,17 @@ class WorkFolder:
         self._folder = folder
         self._journal = None if folder is None else Journal(folder, run)
 
-    def profile(self, make: Callable[[Path | None], Profile]) -> Profile:
-        """The profile, which `make` makes in a folder of its own."""
+    def profile(self, make: Profiler) -> Profile:
+        """The profile, which `make` makes."""
         file = self._at(_PROFILE)
         if file is not None and file.is_file():
             return Profile.load(file)
-        made = make(self._at("profile"))
-        if file is not None:
-            made.save(file)
-        return made
+
+        def kept(made: Profile) -> None:
+            if file is not None:
+                made.save(file)
+
+        return make(self._at("profile"), kept)
 
     def judged(self, stack: BlockStack, kind: Kind, make: Verifier) -> list[VerifiedSelection]:
         """The windows that were repaired and judged, the best first.
@@ -63,7 +71,7 @@ class WorkFolder:
         kind : Kind
             What stands in their places.
         make : callable
-            Is given a folder of its own, and what is to be called with the windows before that folder goes.
+            Makes them.
         """
         file = self._at(_JUDGED)
         if file is not None and file.is_file():
@@ -75,21 +83,22 @@ class WorkFolder:
 
         return make(self._at("verify"), kept)
 
-    def perplexities(
-        self, names: list[str], make: Callable[[Path | None], tuple[Perplexity, list[Perplexity]]]
-    ) -> dict[str, float]:
-        """Perplexities by name, ``original`` and these, which `make` measures in a folder of its own."""
+    def perplexities(self, names: list[str], make: Measurer) -> dict[str, float]:
+        """Perplexities by name, ``original`` and these, which `make` measures."""
         file, names = self._at(_MEASURED), ["original", *names]
         if file is not None and file.is_file():
             _, said = read_file(file, "perplexities")
             if list(said) != names:
                 raise StreamlineError(f"{file} holds {', '.join(said)}; expected {', '.join(names)}. Delete it.")
             return {name: Perplexity(*pair).value for name, pair in said.items()}
-        original, each = make(self._at("measure"))
-        found = dict(zip(names, [original, *each], strict=True))
-        if file is not None:
-            write_file(file, {}, {name: [one.nll, one.tokens] for name, one in found.items()})
-        return {name: one.value for name, one in found.items()}
+
+        def kept(measured: Measured) -> None:
+            if file is not None:
+                each = zip(names, [measured[0], *measured[1]], strict=True)
+                write_file(file, {}, {name: [one.nll, one.tokens] for name, one in each})
+
+        original, each = make(self._at("measure"), kept)
+        return {name: one.value for name, one in zip(names, [original, *each], strict=True)}
 
     def clear(self) -> None:
         """Take away what was kept, and the folder if nothing else is in it."""

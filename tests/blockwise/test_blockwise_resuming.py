@@ -11,11 +11,27 @@ import torch
 
 import streamline_hooks
 from streamline_hooks import StreamlineError, find_stack
-from streamline_hooks.blockwise import BlockwisePass, measure_moments, open_checkpoint, profile
+from streamline_hooks.blockwise import (
+    BlockwisePass,
+    compress_checkpoint,
+    measure_moments,
+    open_checkpoint,
+    profile,
+    work_folder,
+)
 from streamline_hooks.blockwise.journal import Journal
 from streamline_hooks.json_file import write_json
+from streamline_hooks.statistics import Profile
 from streamline_hooks.statistics import measure_moments as in_memory
-from tests.blockwise.checkpoints import calibration, places, reads, written  # noqa: F401
+from tests.blockwise.checkpoints import (  # noqa: F401
+    AMOUNTS,
+    calibration,
+    compressible,
+    places,
+    reader,
+    reads,
+    written,
+)
 from tests.processes import in_a_new_process
 
 WINDOWS = [range(0, 2), range(1, 4), range(3, 6), range(0, 6)]
@@ -117,6 +133,36 @@ def test_parts_that_are_done_are_not_run_again(tmp_path: Path, reads: Counter[st
         found.cosine, streamline_hooks.profile(whole, calibration()).cosine, rtol=1e-9, atol=1e-9
     )
     assert not states.exists()
+
+
+@pytest.mark.parametrize("finding", ["profile.safetensors", "judged.safetensors", "perplexity.safetensors"])
+def test_states_are_there_until_the_finding_is(finding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed where a stage of a compression is over and about to be kept, it runs no block of that stage again."""
+    folder, out, work = compressible(tmp_path), tmp_path / "out", tmp_path / "work"
+    run: list[int] = []
+    advance, write, save = BlockwisePass._advance, work_folder.write_file, Profile.save
+    monkeypatch.setattr(BlockwisePass, "_advance", lambda self, place: (run.append(place), advance(self, place))[1])
+
+    def writing(file: Path, *args: Any) -> Any:
+        return write(file, *args) if file.name != finding else breaking_off()
+
+    def saving(self: Profile, file: Path) -> Any:
+        return save(self, file) if file.name != finding else breaking_off()
+
+    def breaking_off() -> Any:
+        raise Interrupted
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(work_folder, "write_file", writing)
+        patched.setattr(Profile, "save", saving)
+        compress_checkpoint(folder, *reader(), out, work_folder=work, **AMOUNTS)
+    before = list(run)
+    compress_checkpoint(folder, *reader(), out, work_folder=work, **AMOUNTS)
+    assert not work.exists()
+    again = run[len(before) :]
+    run.clear()
+    compress_checkpoint(folder, *reader(), tmp_path / "at once", work_folder=work, **AMOUNTS)
+    assert before + again == run, "nothing was run twice"
 
 
 KILLED = """
