@@ -15,7 +15,7 @@ from streamline_hooks.blockwise.passing import BlockwisePass
 from streamline_hooks.blockwise.residence import resident
 from streamline_hooks.branches import tolerance
 from streamline_hooks.distance import summed_kl
-from streamline_hooks.errors import UnsupportedSurgery
+from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation.perplexity import Perplexity, input_ids, negative_log_likelihoods
 from streamline_hooks.hidden_state import read_output, write_output
 from streamline_hooks.passes import inference, progress
@@ -53,6 +53,8 @@ def judge(states: BlockwisePass, batches: Sequence[int], others: Sequence[Sequen
     ------
     UnsupportedSurgery
         If what follows the blocks looks at several tokens at once.
+    StreamlineError
+        If no token is real.
     """
     sums, tokens = [0.0] * len(others), 0
     for _, original, each in _said(states, batches, others, f"judge: {len(others)} windows"):
@@ -60,6 +62,8 @@ def judge(states: BlockwisePass, batches: Sequence[int], others: Sequence[Sequen
         tokens += len(reference)
         for k, logits in enumerate(each):
             sums[k] += summed_kl(reference, logits)
+    if not tokens:
+        raise StreamlineError("The batches hold no real token; give some to judge on.")
     return [total / tokens for total in sums]
 
 
@@ -68,7 +72,7 @@ def perplexities(
 ) -> tuple[Perplexity, list[Perplexity]]:
     """Perplexity of what is said to the batches' own states, and to others in their place.
 
-    Parameters and errors are those of `judge`.
+    Parameters and errors are those of `judge`, but that without a real token nothing is counted.
     """
     total, sums = Perplexity(), [Perplexity()] * len(others)
     what = f"perplexity of the original and {len(others)} others"
@@ -87,6 +91,8 @@ def _said(
     states: BlockwisePass, batches: Sequence[int], others: Sequence[Sequence[int]], what: str
 ) -> Iterator[tuple[Tensor, Tensor, Iterator[Tensor]]]:
     """Logits of a few real tokens of a sequence at a time, and of the same tokens in each of the others.
+
+    A sequence of nothing but padding is passed over.
 
     Yields
     ------
@@ -107,6 +113,8 @@ def _said(
             following = following_tokens(ids, masks, positions)
             for row, real in enumerate(masks):
                 where = real.nonzero()[:, 0]
+                if not len(where):
+                    continue
                 if not at_once:
                     _require_token_by_token(states.stack, head, own[row, where[:_LOOKED_AT]])
                     at_once = max(1, LOGITS // (4 * head(own[row, :1]).shape[-1]))

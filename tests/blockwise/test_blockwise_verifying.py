@@ -151,6 +151,28 @@ def test_perplexity_of_packed_rows_is_that_in_memory(tmp_path: Path) -> None:
         assert mine.nll == pytest.approx(theirs.nll, rel=1e-5)
 
 
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_row_of_nothing_but_padding_is_passed_over(row: int) -> None:
+    """As in memory: in the first row, where it is looked whether a token is judged by itself, or in another."""
+    model, batch = tiny_model("llama"), left_padded(3, 10)
+    batch["attention_mask"][row] = 0
+    candidates = [Candidate(range(1, 3))]
+    original, others = perplexity_of_candidates(model, [batch], candidates)
+    wanted, theirs = perplexity_in_memory(model, [batch], candidates)
+    for one, other in zip([original, *others], [wanted, *theirs], strict=True):
+        assert one.tokens == other.tokens > 0 and one.nll == pytest.approx(other.nll, rel=1e-5)
+    texts = ([tokens(3, 9)], [tokens(3, 9, seed=1)], [batch])
+    require_same(
+        verified(model, SELECTIONS[:2], *texts), streamline_hooks.selection.verified(model, SELECTIONS[:2], *texts)
+    )
+
+
+def test_text_of_nothing_but_padding_is_nothing_to_judge_on() -> None:
+    batch = {"input_ids": tokens(2, 8), "attention_mask": torch.zeros(2, 8, dtype=torch.long)}
+    with pytest.raises(StreamlineError, match="The batches hold no real token; give some to judge on"):
+        verified(tiny_model("llama"), SELECTIONS[:1], FIT, HELD_OUT, [batch], check=False)
+
+
 class Interrupted(Exception):
     pass
 
