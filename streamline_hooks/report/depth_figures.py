@@ -43,31 +43,32 @@ def similarity(compression: Mapping[str, Any]) -> Drawing | None:
     maps = {name: found for name in _MAPS if (found := _matrix(compression, name)) is not None}
     if not maps:
         return None
-    windows = gone(compression)
+    windows, places = gone(compression), len(next(iter(maps.values())))
+    left_out = _left_out(compression, places)
 
     def draw(style: Style) -> Figure:
         count = len(maps)
         figure = style.figure(326 * count + 40 if style.narrow else 500)
         grid = figure.subplots(*((count, 1) if style.narrow else (1, count)), squeeze=False)
         for axes, (name, matrix) in zip(grid.flat, maps.items(), strict=True):
-            _heat_map(axes, name, matrix, windows, style)
+            _heat_map(axes, name, matrix, windows, f" ({places - 1}: the end)" if left_out == 0 else "", style)
         if windows:
             figure.legend(
                 handles=_keys_of_the_map(windows, style), loc="outside upper left", ncols=1 + (not style.narrow)
             )
         return figure
 
-    places = len(next(iter(maps.values())))
     inside = [f"{in_words([w])}: {number(_at(maps, w), 3)}" for w in windows if _at(maps, w) is not None]
     outlined = f" Outlined: the blocks that went ({in_words(windows)})." if windows else ""
     compared = f" The dot is the comparison of what enters with what leaves them; cosine {', '.join(inside)}."
     return Drawing(
         "similarity",
         "Similarity of the hidden states",
-        f"Heat map of how alike the hidden states are at {places} places of the stack.{outlined}",
+        f"Heat map of how alike the hidden states are at {places} places of the stack.{outlined}{_told(left_out)}",
         "Each cell compares the states at two places of the stack, averaged over tokens. Bright is alike, in both."
         + outlined
-        + (compared if inside else ""),
+        + (compared if inside else "")
+        + _told(left_out),
         draw,
     )
 
@@ -122,11 +123,15 @@ def influence(compression: Mapping[str, Any]) -> Drawing | None:
 
     largest = int(np.nanargmax(values)) if known.size else None
     said = "" if largest is None else f" Block {largest} changes it most ({number(values[largest], 3)})."
+    given_up = in_words(gone(compression), silenced)
+    told = _told(_left_out(compression, len(cosine)))
     return None if largest is None else Drawing(
         "influence",
         "Block influence by depth",
-        f"Bars of the influence of {len(values)} blocks.{said} Given up: {in_words(gone(compression), silenced)}.",
-        "How much each block turns the state: 1 − the mean cosine of what enters and what leaves it (no unit)." + said,
+        f"Bars of the influence of {len(values)} blocks.{said} Given up: {given_up}.{told}",
+        "How much each block turns the state: 1 − the mean cosine of what enters and what leaves it (no unit)."
+        + said
+        + told,
         draw,
     )  # fmt: skip
 
@@ -140,12 +145,27 @@ def _matrix(compression: Mapping[str, Any], name: str) -> Matrix | None:
     return np.where(np.isfinite(matrix), matrix, np.nan) if np.isfinite(matrix).any() else None
 
 
+def _left_out(compression: Mapping[str, Any], places: int) -> int | None:
+    """How many of the last blocks the pass did not run, since they were to stay; None where the plan is missing."""
+    length = (compression.get("plan") or {}).get("old_length")
+    return None if length is None else int(length) + 1 - places
+
+
+def _told(left_out: int | None) -> str:
+    if not left_out:
+        return ""
+    which, were = ("block", "was") if left_out == 1 else (f"{left_out} blocks", "were")
+    return f" The last {which} {were} to stay and {were} not measured."
+
+
 def _at(maps: Mapping[str, Matrix], window: Sequence[int]) -> float | None:
     """The cosine over a window."""
     return float(maps["cosine"][window[0], window[1]]) if "cosine" in maps else None
 
 
-def _heat_map(axes: Axes, name: str, matrix: Matrix, windows: Sequence[tuple[int, int]], style: Style) -> None:
+def _heat_map(
+    axes: Axes, name: str, matrix: Matrix, windows: Sequence[tuple[int, int]], end: str, style: Style
+) -> None:
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
@@ -164,7 +184,7 @@ def _heat_map(axes: Axes, name: str, matrix: Matrix, windows: Sequence[tuple[int
         axes.add_patch(outline)
         axes.plot(stop, start, "o", color="#ffffff", ms=4, mec="#000000", mew=0.8)
     axes.set_title(title)
-    axes.set_xlabel(f"state entering block ({len(matrix) - 1}: the end)")
+    axes.set_xlabel(f"state entering block{end}")
     axes.set_ylabel("state entering block")
     _whole_numbers(axes, ("x", "y"))
     axes.spines[:].set_visible(False)

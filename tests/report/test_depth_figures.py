@@ -50,6 +50,32 @@ def test_windows_are_outlined_where_they_are(windows: tuple[tuple[int, int], ...
             assert axes.yaxis_inverted() and not axes.xaxis_inverted()
 
 
+@pytest.mark.parametrize("name", ["cosine", "angular_distance"])
+@pytest.mark.parametrize(
+    ("kept", "label", "told"),
+    [
+        (0, "state entering block (30: the end)", ""),
+        (1, "state entering block", "The last block was to stay and was not measured."),
+        (4, "state entering block", "The last 4 blocks were to stay and were not measured."),
+        (None, "state entering block", ""),  # nothing says how many there are
+    ],
+)
+def test_last_blocks_that_were_not_measured_are_told(kept: int | None, label: str, told: str, name: str) -> None:
+    said = example.compression()
+    places = 31 - (kept or 0)
+    said["similarity"] = {name: [row[:places] for row in said["similarity"][name][:places]]}
+    if kept is None:
+        del said["plan"]
+    drawings = [similarity(said), influence(said)] if name == "cosine" else [similarity(said)]
+    for drawing in drawings:
+        assert drawing is not None
+        assert told in drawing.alt and told in drawing.caption
+        assert told or "not measured" not in drawing.alt + drawing.caption
+    assert drawings[0] is not None
+    with drawn(drawings[0], Style()) as figure:
+        assert figure.axes[0].get_xlabel() == label
+
+
 def test_the_caption_tells_the_cosine_of_the_window() -> None:
     said = example.compression()
     said["similarity"]["cosine"][2][10] = 0.4321
