@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -22,12 +21,7 @@ from streamline_hooks.calibration import (
 )
 from streamline_hooks.calibration.split import PARTS
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.cost import Cost
-from streamline_hooks.evaluation.pace import measure_pace
-from streamline_hooks.evaluation.writing_cost import writing_cost
-from streamline_hooks.repair import Healing, Kind, StandInSize, Training, kind_named
-from streamline_hooks.repair.fitting import holds_map
-from streamline_hooks.repair.rollouts import require_writes
+from streamline_hooks.repair import Kind, StandInSize, kind_named
 from streamline_hooks.repair.stand_in import is_spliced
 from streamline_hooks.replacements import replacement_config
 from streamline_hooks.selection import SearchProblem, Target, protected_blocks, windows_for
@@ -120,71 +114,6 @@ class Preparation:
             *([] if self.task.is_of_text else [f"task       {self.task}"]),
             f"{'text' if isinstance(self.split, TokenSplit) else 'data'}       {self.split.describe()}",
         ]
-
-    def costs(
-        self,
-        shortlist: int,
-        profiled: bool = False,
-        training: Training | None = None,
-        healing: Healing | None = None,
-        rounds: int = 1,
-    ) -> list[Cost]:
-        """What finding one window will cost on this machine, measured on a few tokens; the sums beside the passes.
-
-        Parameters
-        ----------
-        shortlist : int
-        profiled : bool
-            Whether there is a profile already.
-        training : Training, optional
-            Of what is chosen.
-        healing : Healing, optional
-            Beside it.
-        rounds : int
-            That share the text to calibrate on, where this is the first of them; the others are taken to cost as much.
-
-        Raises
-        ------
-        StreamlineError
-            If the model is not one for text, whose costs are not known.
-        """
-        if not self.task.is_of_text:
-            raise StreamlineError(
-                f"What a compression of a model for {self.task} costs is not known beforehand; leave out --dry-run."
-            )
-        pace = measure_pace(self.stack.model, self.calibration[0], stack=self.stack.path)
-        with torch.device("meta"):
-            made = self.kind.make(self.stack, self.candidates[0])
-        module, beside = made if isinstance(made, nn.Module) else None, not holds_map(made)
-        judged: dict[str, Any] = {"shortlist": min(shortlist, len(self.candidates)), "replacement": module}
-        trained = []
-        if training is not None:
-            cost = pace.train(
-                self.training[: math.ceil(len(self.training) / rounds)],
-                self.validation,
-                self.candidates,
-                epochs=training.epochs,
-                validations=training.validations,
-                logits=training.objective.needs_logits,
-                replacement=module,
-                healed=healing is not None,
-            )
-            trained.append(cost * rounds)
-            if training.on_policy is not None:
-                require_writes(self.stack.model, self.task, training.on_policy, self.training)
-                trained.append(writing_cost(self.stack.model, self.training, training, pace))
-        found = [
-            *([] if profiled else [pace.rank(self.calibration)]),
-            *([pace.channels([*self.fit, *self.held_out], self.candidates)] if self.kind.fill else []),
-            pace.fit(self.fit, self.candidates, **judged, beside=beside),
-            pace.fit(self.held_out, self.candidates, **judged, beside=beside, sums=2),
-            pace.judge(self.judging, self.candidates, **judged, whole=bool(self.kind.slots or self.kind.fit)) * rounds,
-            *trained,
-            pace.perplexity(self.test) * rounds,
-        ]
-        parameters = self.stack.model.parameters() if rounds > 1 else ()
-        original = sum(p.numel() * p.element_size() for p in parameters)  # a copy, which teaches in later rounds
-        return [replace(cost, bytes=cost.bytes + original) for cost in found]
 
 
 def prepare_compression(

@@ -198,6 +198,11 @@ def attempts_to_measure(best: VerifiedSelection, first: VerifiedSelection, train
     return found
 
 
+def most_attempts(trained: bool) -> int:
+    """How many `attempts_to_measure` gives at most."""
+    return 4 if trained else 3
+
+
 def _as_fitted(one: VerifiedSelection) -> Attempt:
     return Attempt(one, tuple(repair.stand_in for repair in one.repairs), one.maps)
 

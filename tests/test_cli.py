@@ -228,11 +228,12 @@ def test_a_dry_run_says_the_cost_and_does_nothing(
         "merged:channels=mlp",
     ]
     code, out, _ = run([*options, "--dry-run"], monkeypatch, capsys)
-    assert code == 0 and "measure channels: " in out and out.count("tokens, about") == 6
+    assert code == 0 and "measure channels: " in out and out.count("tokens, about") == 7
     options = ["compress", stories_folder, "-o", tmp_path / "out", *SMALL, "--remove", 1, "--dry-run"]
     code, out, err = run(options, monkeypatch, capsys)
     assert code == 0 and "remove     1 comes to 1 of 5 blocks" in out
-    for part in ("rank: ", "fit ", "judge ", "perplexity: ", "in all about ", "GB above the model"):
+    of_text = ("rank: ", "fit ", "judge ", "perplexity, 2 times: ", "measure up to 3 candidates: ")
+    for part in (*of_text, "in all up to about ", "GB above the model"):
         assert part in out, part
     assert list(tmp_path.iterdir()) == [] and "judge" not in err
     code, out, _ = run([*options, "--kind", "block:count=2"], monkeypatch, capsys)
@@ -247,10 +248,10 @@ def test_a_dry_run_says_what_rounds_and_writing_cost(
 ) -> None:
     options = ["compress", stories_folder, "-o", tmp_path / "out", *SMALL, "--remove", 3, "--dry-run", "--train", "kl"]
     code, once, err = run(options, monkeypatch, capsys)
-    assert code == 0 and "write own text" not in once and "times: " not in once, err
+    assert code == 0 and "write own text" not in once and "perplexity, 2 times: " in once, err
     code, out, err = run([*options, "--rounds", 2], monkeypatch, capsys)
     assert code == 0 and "rounds     2, of 2, 1 blocks" in out and "remove     3 comes to 3 of 5 blocks" in out, err
-    assert "judge 4 windows, 2 times: " in out and "perplexity, 2 times: " in out and "train, 2 times: " in out
+    assert "judge 4 windows, 2 times: " in out and "perplexity, 4 times: " in out and "train, 2 times: " in out
     apart = ["--rounds", 2, "--search", "disjoint"]
     code, out, err = run([*options, *apart], monkeypatch, capsys)
     assert code == 2 and "1 block cannot be in 2 windows. Remove more, at a time if it is in rounds" in err, out

@@ -44,6 +44,12 @@ def command(
     return call
 
 
+def table_in(out: str) -> dict[str, dict[str, str]]:
+    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in out.splitlines() if line[:2] == "| "]
+    head, *rows = cells
+    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+
 def test_a_dry_run_says_what_it_takes_and_writes_nothing(command: Command, too_large: None, tmp_path: Path) -> None:
     code, out, err = command("-o", tmp_path / "out", *SMALL, "--dry-run")
     assert code == 0, err
@@ -51,6 +57,11 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(command: Command, too_l
     assert "| rank |" in out
     assert "| **all** |" in out
     assert not list(tmp_path.iterdir())
+    whole = table_in(out)
+    assert all(whole[stage]["writes"] != "0 kB" for stage in ("rank", "verify", "measure"))  # all states are in files
+    code, out, err = command("-o", tmp_path / "out", *SMALL, "--dry-run", "--keep", "-1")
+    assert code == 0, err
+    assert table_in(out)["check"]["reads"] != whole["check"]["reads"]  # once more, of what is kept at the end
 
 
 def test_it_writes_what_the_model_in_memory_would_be(

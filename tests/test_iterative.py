@@ -14,6 +14,7 @@ import torch
 from streamline_hooks import StreamlineError, compress_iteratively, iterative, load
 from streamline_hooks.batch_split import BatchSplit
 from streamline_hooks.calibration import TokenSplit
+from streamline_hooks.compression_costs import compression_costs
 from streamline_hooks.preparation import prepare_compression
 from streamline_hooks.repair import Objective, Training, training_loop
 from streamline_hooks.report import write_report
@@ -346,7 +347,7 @@ def test_what_rounds_cost_has_the_copy_that_teaches_and_each_round_s_looks() -> 
             tiny_model("llama"), None, PARTS, task=Task("causal-lm"), remove=1, kind="linear", search="window", parts=2,
             keep=(), batch_size=2, stack=None, say=print,
         )  # fmt: skip
-        found = ready.costs(2, training=QUICK, rounds=rounds)
+        found = compression_costs(ready, 2, training=QUICK, rounds=rounds)
         return {cost.what.partition(",")[0].split()[0]: cost for cost in found}
 
     once, twice = costs(1), costs(2)
@@ -355,7 +356,7 @@ def test_what_rounds_cost_has_the_copy_that_teaches_and_each_round_s_looks() -> 
         name: size for name in once if name != "train"
     }
     assert {name: cost.tokens / once[name].tokens for name, cost in twice.items()} == {
-        "rank": 1.0, "fit": 1.0, "judge": 2.0, "train": 1.0, "perplexity": 2.0,
+        "rank": 1.0, "fit": 1.0, "judge": 2.0, "train": 1.0, "perplexity": 2.0, "measure": 2.0,
     }  # fmt: skip
     assert twice["train"].what == "train, 2 times"
 

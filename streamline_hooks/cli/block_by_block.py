@@ -76,32 +76,46 @@ def compress_block_by_block(
     output: Path,
     memory: int,
     *,
+    packed: bool,
     dry_run: bool,
     say: Callable[[str], None],
     **options: Any,
 ) -> Any:
     """Say what it will cost, and do it unless that was all that was asked for; the result, or None.
 
-    `text` gives what is calibrated on, and documents to test on or None, for a tokenizer.
+    `text` gives what is calibrated on, and documents to test on or None, for a tokenizer; `packed` says whether it is
+    without padding, with several documents in a row.
     """
     import torch
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     from streamline_hooks.blockwise import compress_checkpoint, open_checkpoint
-    from streamline_hooks.planning import plan_blockwise, rates_here
+    from streamline_hooks.planning import Asked, plan_blockwise, rates_here
     from streamline_hooks.planning.budget import checkpoint_bytes, states_budget
-    from streamline_hooks.selection import windows_for
+    from streamline_hooks.selection import protected_blocks, windows_for
     from streamline_hooks.stack import find_stack
+    from streamline_hooks.statistics.chosen_tokens import blocks_run
 
     logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(model)
     opened = open_checkpoint(model)
     stack = find_stack(opened, options["stack"])
     size = len(windows_for(opened, options["remove"], stack=stack.path, protected=frozenset())[0])
-    plan = plan_blockwise(stack, asked_of(options, size, 0))
+    kept = blocks_run(protected_blocks(options["keep"], len(stack)), len(stack))  # what is kept at the end is not run
+    checks = 1 + packed + (kept < len(stack))
+    asked = Asked(
+        calibration=options["calibration_tokens"],
+        validation=options["validation_tokens"],
+        test=options["test_tokens"],
+        sequence_length=options["sequence_length"],
+        window=size,
+        shortlist=options["shortlist"],
+        memory=0,  # states are kept in the work folder
+        checks=checks,
+    )
+    plan = plan_blockwise(stack, asked)
     budget = states_budget(plan, memory)
-    plan = plan_blockwise(stack, asked_of(options, size, budget))
     tokens = torch.zeros(options["batch_size"], options["sequence_length"], dtype=torch.long)
     rates = rates_here(stack, {"input_ids": tokens}, output.parent)
     say(
@@ -118,18 +132,3 @@ def compress_block_by_block(
     texts, test_texts = text(tokenizer)
     options |= {"memory": budget, "work_folder": work, "say": say, "test_texts": test_texts}
     return compress_checkpoint(model, tokenizer, texts, output, **options)
-
-
-def asked_of(options: dict[str, Any], window: int, memory: int) -> Any:
-    """What is asked for, as a plan takes it."""
-    from streamline_hooks.planning import Asked
-
-    return Asked(
-        options["calibration_tokens"],
-        options["validation_tokens"],
-        options["test_tokens"],
-        options["sequence_length"],
-        window,
-        options["shortlist"],
-        memory,
-    )

@@ -291,7 +291,8 @@ def compress(
         if most is not None and not only_whole(bool(memory), say, **whole):
             asked: dict[str, Any] = {"remove": target, "kind": kind, "criterion": criterion, "keep": blocks, **split}
             asked |= {"batch_size": batch_size, "shortlist": shortlist, "stack": stack, "overwrite": overwrite}
-            made = compress_block_by_block(model, text_for, output, most, dry_run=dry_run, say=say, **asked)
+            asked |= {"packed": pack, "dry_run": dry_run, "say": say}
+            made = compress_block_by_block(model, text_for, output, most, **asked)
             if made is not None:
                 for line in ("", made.table(), write_page(output, made.title, compression=made.report())):
                     say(line)
@@ -367,7 +368,8 @@ def compress(
             if times > 1:
                 first = {**shared, "remove": by_round[0]}
                 ready = prepare_compression(loaded, tokenizer, text, test_documents=apart, **first)
-            by: dict[str, Any] = {"search": search, "criterion": criterion, "profiled": profile is not None}
+            by: dict[str, Any] = {"search": search, "parts": parts, "criterion": criterion}
+            by["profiled"] = profile is not None
             say_costs(ready, shortlist, **by, training=training, healing=healing, rounds=times, say=typer.echo)
 
         if dry_run:

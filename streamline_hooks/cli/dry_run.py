@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from streamline_hooks.compression_costs import compression_costs
 from streamline_hooks.preparation import Preparation
 from streamline_hooks.selection import criterion_named
 
@@ -19,6 +20,7 @@ def say_costs(
     shortlist: int,
     *,
     search: str,
+    parts: int,
     criterion: str,
     profiled: bool,
     training: Training | None,
@@ -28,15 +30,16 @@ def say_costs(
 ) -> None:
     """Say what each pass of a compression, or of as many rounds like this one, costs, and all of them.
 
-    Parameters are those of `Preparation.costs`, and by what the blocks are searched for.
+    Parameters are those of `compression_costs`, and by what the blocks are searched for.
     """
     if not ready.task.is_of_text:
         say("What this costs is not known beforehand for such a model.")
         return
-    costs = ready.costs(shortlist, profiled, training, healing, rounds)
+    costs = compression_costs(ready, shortlist, profiled, training, healing, rounds, search=search, parts=parts)
     for line in ("", *map(str, costs)):
         say(line)
     seconds, most = sum(cost.seconds for cost in costs), max(cost.bytes for cost in costs)
-    say(f"in all about {seconds:.0f} s, at most {most / 1e9:.2f} GB above the model")
+    above = f"at most {most / 1e9:.2f} GB above the model"
+    say(f"in all up to about {seconds:.0f} s, and what is written, timed and saved at the end; {above}")
     if search not in _BY_PROFILE or criterion_named(criterion).needs == "model":
         say(f"The {search} search by {criterion} runs the model besides; its own bars say what that costs.")

@@ -179,20 +179,37 @@ class Pace:
         self._require_head()
         tokens, largest = _tokens(batches)
         count = _count(windows, shortlist)
-        # The last block carries the states that have passed the stack, and is run in vain.
-        rest = sum(sum(self.blocks[w.stop :]) or self.blocks[-1] for w in windows) / len(windows)
-        if whole:
-            rest = sum(self.blocks) - sum(sum(self.blocks[w.start : w.stop]) for w in windows) / len(windows)
-        stand_in = sum(p.numel() for p in replacement.parameters()) if replacement is not None else 0
-        repaired = stand_in * self._seconds_a_parameter()
         original = self.before + sum(self.blocks) + self.after + self.reference
-        each = self.before + rest + self.after + self.divergence + repaired
+        each = self._with_one_gone(windows, replacement, whole) + self.divergence
         starts = min(len({w.start for w in windows}), count)
         # The original's logits and their log-probabilities in float32, two candidates' logits.
         logits = largest * self.vocabulary * (3 * self.logit_size + 4)
         kept = starts * self._state(largest) + max(logits, self._working(largest))
         seconds = tokens * (original + count * each) + len(batches) * count * self.surgery
         return Cost(f"judge {count} windows", tokens, seconds, kept)
+
+    def attempts(
+        self,
+        batches: Sequence[Batch | Tensor],
+        windows: Sequence[range],
+        count: int,
+        *,
+        replacement: nn.Module | None = None,
+        whole: bool = False,
+    ) -> Cost:
+        """So many perplexities with one of the windows gone, whichever it is, repaired or not, as `judge` runs them.
+
+        Raises
+        ------
+        StreamlineError
+            If the model has no head.
+        """
+        self._require_head()
+        tokens, largest = _tokens(batches)
+        each = self._with_one_gone(windows, replacement, whole) + self.likelihood
+        kept = self._state(largest) + max(2 * largest * self.vocabulary * self.logit_size, self._working(largest))
+        seconds = count * (tokens * each + len(batches) * self.surgery)
+        return Cost(f"measure up to {count} candidates", tokens, seconds, kept)
 
     def train(
         self,
@@ -268,6 +285,15 @@ class Pace:
 
     def _working(self, tokens: int) -> int:
         return _WORKING * tokens * self.widest * self.state_size
+
+    def _with_one_gone(self, windows: Sequence[range], replacement: nn.Module | None, whole: bool) -> float:
+        """Seconds a token of a forward without one of the windows, on average, and with what stands in its place."""
+        # The last block carries the states that have passed the stack, and is run in vain.
+        rest = sum(sum(self.blocks[w.stop :]) or self.blocks[-1] for w in windows) / len(windows)
+        if whole:
+            rest = sum(self.blocks) - sum(sum(self.blocks[w.start : w.stop]) for w in windows) / len(windows)
+        stand_in = sum(p.numel() for p in replacement.parameters()) if replacement is not None else 0
+        return self.before + rest + self.after + stand_in * self._seconds_a_parameter()
 
     def _seconds_a_parameter(self) -> float:
         """Of a dense matrix: as the head's, which is one."""

@@ -62,7 +62,10 @@ class Asked:
     shortlist : int
         Windows that are fitted and judged.
     memory : int
-        Bytes of states in memory; what is more is in files.
+        Bytes of states in memory; what is more is in files, as all are that a run which can go on later leaves there.
+    checks : int
+        Times that the blocks are run on a few tokens to be held against the whole model, or to see what they keep
+        apart.
     """
 
     calibration: int = 41_000
@@ -72,6 +75,7 @@ class Asked:
     window: int = 1
     shortlist: int = 8
     memory: int = 2**30
+    checks: int = 1
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ def plan_blockwise(stack: BlockStack, asked: Asked, *, bytes_a_weight: float | N
     measured = 6 * test * state
     gone = sum(blocks) * asked.window / length
     stages = (
-        Stage("check", sum(blocks), 0.0, 0.0, 32 * sum(each), 0.0),
+        Stage("check", asked.checks * sum(blocks), 0.0, 0.0, asked.checks * 32 * sum(each), 0.0),
         Stage(
             "rank", sum(blocks) + spilled(ranked), spilled(ranked), ranked,
             calibration * sum(each), 2.0 * calibration * (length + 1) ** 2 * width,

@@ -23,6 +23,7 @@ from streamline_hooks.planning.training_budget import BudgetPlan, Given, Paces, 
 from streamline_hooks.preparation import Preparation, prepare_compression
 from streamline_hooks.repair import Preset, preset_named, solve, student_of
 from streamline_hooks.repair.training_pace import TrainingPace, measure_training_pace
+from streamline_hooks.result import most_attempts
 from streamline_hooks.selection import Target, find_selections, usual_criterion
 from streamline_hooks.selection.criteria import RUN_FOR_EACH
 from streamline_hooks.selection.search.by_name import RANKED
@@ -39,7 +40,6 @@ _PRODUCT = (512, 1024)  # tokens and features of a product that is timed in two 
 _DOCUMENTS, _CHARACTERS = 100, 200_000  # that are tokenised to time it
 _WRITINGS = 4  # what writing and timing side by side takes, in the time that the original takes to write
 _PARTS = 2  # windows of a selection, of a search for disjoint ones
-_ATTEMPTS = 4  # perplexities beside the original's: removed and repaired, of the chosen window and the search's first
 
 
 def plan_training(
@@ -221,7 +221,9 @@ def _paces(
     fit = pace.fit(ready.calibration, firsts)  # all in one pass, and each later window of a selection in one of its own
     filled = pace.channels(ready.calibration, firsts).seconds if ready.kind.fill else 0.0
     later = [pace.fit(ready.calibration, [window]) for one in selections for window in one.windows[1:]]
-    judge = pace.judge(ready.judging, firsts, replacement=module if isinstance(module, nn.Module) else None)
+    whole = len(windows) > 1 or bool(ready.kind.slots or ready.kind.fit)
+    stand_in = module if isinstance(module, nn.Module) else None
+    judge = pace.judge(ready.judging, firsts, replacement=stand_in, whole=whole)
     searching = 0.0
     if preset.criterion in RUN_FOR_EACH:
         alone = [range(k, k + 1) for k in range(len(ready.stack)) if k not in ready.protected]
@@ -243,7 +245,7 @@ def _paces(
         rank=ranking / sum(map(tokens_of, ready.calibration)),
         fit=(fit.seconds + filled + sum(cost.seconds for cost in later)) / fit.tokens,
         judge=judge.seconds / judge.tokens,
-        score=_scoring(pace, windows),
+        score=_scoring(pace, windows, whole),
         search=searching,
         solve=sum(len(one.windows) for one in selections) * solving,
         training=first,
@@ -286,10 +288,14 @@ def _precisions(model: nn.Module, timed: Callable[..., tuple[float, Any]]) -> li
     return [torch.bfloat16, None] if faster else [None]
 
 
-def _scoring(pace: Pace, windows: Sequence[range]) -> float:
-    """Seconds a token of all perplexities: of the original, of what is compared with it, and of the result."""
+def _scoring(pace: Pace, windows: Sequence[range], whole: bool) -> float:
+    """Seconds a token of all perplexities: of the original, of what is compared with it, and of the result.
+
+    What is compared with it is run behind the window alone, or whole.
+    """
     gone = {block for window in windows for block in window}
     start, ends = windows[0].start, pace.after + pace.likelihood
     behind = sum(seconds for k, seconds in enumerate(pace.blocks) if k >= start and k not in gone)
     result = pace.before + sum(pace.blocks[:start]) + behind + ends
-    return pace.before + sum(pace.blocks) + ends + _ATTEMPTS * (pace.before + behind + ends) + result
+    compared = result if whole else pace.before + behind + ends
+    return pace.before + sum(pace.blocks) + ends + most_attempts(trained=True) * compared + result
