@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from streamline_hooks.evaluation.perplexity import Perplexity, input_ids, negati
 from streamline_hooks.hidden_state import read_output, write_output
 from streamline_hooks.passes import inference, progress
 from streamline_hooks.predicted import UNCOUNTED, following_tokens
+from streamline_hooks.scoped import scoped
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.task import logits_of
@@ -57,11 +58,12 @@ def judge(states: BlockwisePass, batches: Sequence[int], others: Sequence[Sequen
         If no token is real.
     """
     sums, tokens = [0.0] * len(others), 0
-    for _, original, each in _said(states, batches, others, f"judge: {len(others)} windows"):
-        reference = original.float().log_softmax(dim=-1)
-        tokens += len(reference)
-        for k, logits in enumerate(each):
-            sums[k] += summed_kl(reference, logits)
+    with _said(states, batches, others, f"judge: {len(others)} windows") as said:
+        for _, original, each in said:
+            reference = original.float().log_softmax(dim=-1)
+            tokens += len(reference)
+            for k, logits in enumerate(each):
+                sums[k] += summed_kl(reference, logits)
     if not tokens:
         raise StreamlineError("The batches hold no real token; give some to judge on.")
     return [total / tokens for total in sums]
@@ -76,20 +78,22 @@ def perplexities(
     """
     total, sums = Perplexity(), [Perplexity()] * len(others)
     what = f"perplexity of the original and {len(others)} others"
-    for targets, original, each in _said(states, batches, others, what):
-        count = int((targets != UNCOUNTED).sum())
+    with _said(states, batches, others, what) as said:
+        for targets, original, each in said:
+            count = int((targets != UNCOUNTED).sum())
 
-        def of(logits: Tensor, targets: Tensor = targets, count: int = count) -> Perplexity:
-            return Perplexity(sum(negative_log_likelihoods(logits[None], targets[None])), count)
+            def of(logits: Tensor, targets: Tensor = targets, count: int = count) -> Perplexity:
+                return Perplexity(sum(negative_log_likelihoods(logits[None], targets[None])), count)
 
-        total += of(original)
-        sums = [sum_ + of(logits) for sum_, logits in zip(sums, each, strict=True)]
+            total += of(original)
+            sums = [sum_ + of(logits) for sum_, logits in zip(sums, each, strict=True)]
     return total, sums
 
 
+@scoped
 def _said(
     states: BlockwisePass, batches: Sequence[int], others: Sequence[Sequence[int]], what: str
-) -> Iterator[tuple[Tensor, Tensor, Iterator[Tensor]]]:
+) -> Generator[tuple[Tensor, Tensor, Iterator[Tensor]], None, None]:
     """Logits of a few real tokens of a sequence at a time, and of the same tokens in each of the others.
 
     A sequence of nothing but padding is passed over.

@@ -307,3 +307,16 @@ def test_other_selections_are_refused() -> None:
         verified(tiny_model("llama"), [SELECTIONS[0]] * 2, *TEXTS)
     with pytest.raises(StreamlineError, match="Got 0 windows"):
         verified(tiny_model("llama"), [], *TEXTS)
+
+
+def test_an_error_in_judging_that_is_kept_leaves_no_surgery_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head is a model of one block, which must not stay one for as long as the error is kept."""
+    folder, _ = written(tmp_path, "llama", torch.float32)
+    model = open_checkpoint(folder)
+    monkeypatch.setattr(judging, "summed_kl", lambda *logits: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as kept:
+        verified(model, SELECTIONS[:2], *TEXTS)
+    assert kept.value.__traceback__ is not None and torch.is_grad_enabled()
+    assert len(find_stack(model)) == 6
