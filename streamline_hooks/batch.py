@@ -67,10 +67,11 @@ def prepare(model: nn.Module, batch: Batch | Tensor) -> dict[str, Any]:
     given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
     mask = given.get("attention_mask")
     takes_positions = "position_ids" in takes and "position_ids" not in given
-    if takes_positions and isinstance(mask, Tensor) and mask.ndim == 2 and (mask[:, 1:] > mask[:, :-1]).any():
+    real = mask.bool() if takes_positions and isinstance(mask, Tensor) and mask.ndim == 2 else None
+    if real is not None and (real[:, 1:] & ~real[:, :-1]).any():
         first = _first_position(inside)
         if first is not None:
-            given["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0) + first
+            given["position_ids"] = (real.long().cumsum(dim=1) - 1).clamp(min=0) + first
     if takes_use_cache(takes):
         given.setdefault("use_cache", False)
     return given
@@ -146,7 +147,7 @@ def tokens_of(batch: Batch | Tensor) -> int:
     """The number of real tokens of a batch; of images and sounds, which have none, that of these."""
     mask = None if isinstance(batch, Tensor) else real_tokens(batch)
     if isinstance(mask, Tensor):
-        return int(mask.sum())
+        return int(mask.bool().sum())
     first = batch if isinstance(batch, Tensor) else next(iter(batch.values()))
     return len(first) if first.is_floating_point() and first.ndim else first.numel()
 

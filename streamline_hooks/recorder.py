@@ -19,7 +19,7 @@ from streamline_hooks.hidden_state import nested_mask, padded, read_input, read_
 from streamline_hooks.outermost_call import OutermostCall
 from streamline_hooks.read_hook import ReadHook
 from streamline_hooks.stack import find_stack
-from streamline_hooks.wrapping import refuse_compiled
+from streamline_hooks.wrapping import refuse_compiled, refuse_replicated
 
 
 class ForwardStopped(Exception):
@@ -119,6 +119,7 @@ class HiddenStateRecorder:
         if self._handles:
             raise StreamlineError("This recorder is open already; make a second one to record twice.")
         refuse_compiled(self.model, "record the hidden states of")
+        refuse_replicated(self.model, "record the hidden states of")
         if not isinstance(self._tokens, str) or self._tokens != "all":
             require_batch_first(self.stack[0])
         try:

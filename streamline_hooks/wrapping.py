@@ -10,6 +10,7 @@ from streamline_hooks.distributed import shards_may_be_operated_on
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 
 _WRAPPERS = {
+    "DataParallel": "wrapped in DataParallel",
     "DistributedDataParallel": "wrapped in DistributedDataParallel",
     "FullyShardedDataParallel": "sharded by FullyShardedDataParallel",
     "FSDPModule": "sharded by fully_shard",
@@ -45,6 +46,27 @@ def refuse_compiled(model: nn.Module, action: str) -> None:
             raise StreamlineError(
                 f"Cannot {action} a compiled {type(model).__name__}: {where} went through torch.compile, and hooks "
                 "added afterwards silently never fire. Do this on the model as it was before, then compile."
+            )
+
+
+def refuse_replicated(model: nn.Module, action: str) -> None:
+    """Raise if a model runs as copies on several GPUs, whose hooks write nowhere, without any message.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    action : str
+        What was about to happen, for the text of the error.
+
+    Raises
+    ------
+    StreamlineError
+    """
+    for module in model.modules():
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise StreamlineError(
+                f"Cannot {action} a model in DataParallel: it runs as copies on {len(module.device_ids)} GPUs. Do this "
+                "on the model inside it, its .module, or use DistributedDataParallel."
             )
 
 

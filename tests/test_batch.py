@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from streamline_hooks.batch import mask_of_call, prepare
+from streamline_hooks.batch import mask_of_call, prepare, tokens_of
 from tests.other_models import PATCHED, bert, mpnet, qwen2_vl, xlm_roberta
 from tests.tiny_models import left_padded, tiny_model
 
@@ -76,6 +76,17 @@ def test_each_text_is_to_the_model_what_it_is_alone(name: str, padding: slice) -
 def test_what_stands_before_its_padding_is_left_as_the_model_counts_it() -> None:
     given = {"input_ids": torch.tensor([[5, 6, 7], [5, 1, 1]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}
     assert "position_ids" not in prepare(tiny_model("gpt2"), given)
+
+
+def test_a_mask_may_number_the_texts_in_a_row() -> None:
+    """As packed rows have it, 0 for padding: it was added up."""
+    given = {
+        "input_ids": torch.tensor([[5, 6, 7, 8], [1, 1, 5, 6]]),
+        "attention_mask": torch.tensor([[1, 1, 2, 2]] * 2),
+    }
+    given["attention_mask"][1, :2] = 0
+    assert tokens_of(given) == 6
+    assert prepare(tiny_model("gpt2"), given)["position_ids"].tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
 
 
 def test_places_in_an_image_are_the_models_own() -> None:

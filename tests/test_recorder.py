@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, find_stack
+from streamline_hooks import HiddenStateMonitor, HiddenStateRecorder, LayerSurgeon, StreamlineError, find_stack
 from streamline_hooks.hidden_state import read_output
 from streamline_hooks.recorder import ForwardStopped
 from tests.tiny_models import BLOCKS, FAMILIES, Nudge, left_padded, tiny_model, tokens
@@ -275,3 +275,15 @@ def test_running_the_recorder_completes_the_batch() -> None:
         record(**batch)
         model(**batch, position_ids=positions, use_cache=False)
     assert torch.equal(*record.inputs[2])
+
+
+def test_copies_on_several_gpus_are_refused() -> None:
+    """Their hooks write into copies: nothing was recorded."""
+    model = nn.DataParallel(tiny_model("llama"))
+    model.device_ids = [0, 1]
+    with pytest.raises(StreamlineError, match="a model in DataParallel: it runs as copies on 2 GPUs. Do this on the"):
+        HiddenStateRecorder(model).__enter__()
+    with pytest.raises(StreamlineError, match="Cannot monitor the hidden states of a model in DataParallel"):
+        HiddenStateMonitor(model).open()
+    with pytest.raises(StreamlineError, match="DataParallel is wrapped in DataParallel already. Surgery comes before"):
+        LayerSurgeon(model).__enter__()
