@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from streamline_hooks.batch import Batch, tokens_of
+from streamline_hooks.batch import Batch, prepare, tokens_of
 from streamline_hooks.distance import reference_of, summed_distance
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.passes import inference, progress, recorded, resume
@@ -86,13 +86,14 @@ def distances_of_candidates(
     *,
     stack: str | None = None,
     task: Task | None = None,
+    original: nn.Module | None = None,
 ) -> list[float]:
     """How far each candidate's answers are from the original's.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The original.
+        What the candidates would be parts of.
     batches : sequence of mapping or torch.Tensor
         What no candidate was fitted on.
     candidates : sequence of Candidate
@@ -100,6 +101,8 @@ def distances_of_candidates(
         Path of the stack, see `find_stack`.
     task : Task, optional
         What the model is for, see `Task.of`.
+    original : torch.nn.Module, optional
+        Whose answers they are held against, run once a batch; by default the model's own.
 
     Returns
     -------
@@ -110,9 +113,13 @@ def distances_of_candidates(
     task = task or Task.of(model)
     sums, count = [0.0] * len(candidates), 0
     what = f"judge: {len(candidates)} windows"
-    with candidate_outputs(model, batches, candidates, what, stack) as outputs:
-        for batch, original, each in outputs:
-            reference = reference_of(task, task.answers(original, batch))  # once for all candidates
+    with (
+        inference(model if original is None else original),
+        candidate_outputs(model, batches, candidates, what, stack) as outputs,
+    ):
+        for batch, own, each in outputs:
+            said = own if original is None else original(**prepare(original, batch))
+            reference = reference_of(task, task.answers(said, batch))  # once for all candidates
             count += len(reference)
             for k, output in enumerate(each):
                 sums[k] += summed_distance(task, reference, task.answers(output, batch))

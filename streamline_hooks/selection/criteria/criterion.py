@@ -19,7 +19,8 @@ class Criterion:
     score : callable
         Of a criterion that needs a profile alone, ``score(profile, window)`` gives a window's score; of one that runs
         the model, ``score(model, batches, windows, *, stack=None)`` gives those of all windows; if it takes ``task``
-        too, it is told what the model is for. The higher, the sooner a window goes; −inf is last, and NaN is an error.
+        too, it is told what the model is for, and if it takes ``original``, what the model was before it lost blocks,
+        or None where it has lost none. The higher, the sooner a window goes; −inf is last, and NaN is an error.
     needs : {"profile", "model"}
     paper : str
         Where it comes from.

@@ -57,6 +57,7 @@ def kl_when_removed(
     *,
     stack: str | None = None,
     task: Task | None = None,
+    original: nn.Module | None = None,
 ) -> list[float]:
     """Minus the KL divergence of the model without the window from the original, a token, in nats.
 
@@ -75,6 +76,8 @@ def kl_when_removed(
         Path of the stack, see `find_stack`.
     task : Task, optional
         What the model is for, see `Task.of`.
+    original : torch.nn.Module, optional
+        Where the model has lost blocks already, the one that it is held against; by default the model itself.
 
     Returns
     -------
@@ -88,5 +91,6 @@ def kl_when_removed(
     """
     if not batches:
         raise StreamlineError("There is no text to compare the models on; give one batch at least.")
-    each = distances_of_candidates(model, batches, [Candidate(window) for window in windows], stack=stack, task=task)
+    candidates = [Candidate(window) for window in windows]
+    each = distances_of_candidates(model, batches, candidates, stack=stack, task=task, original=original)
     return [-kl if math.isfinite(kl) else -math.inf for kl in each]

@@ -30,6 +30,7 @@ def score_windows(
     batches: Sequence[Batch | Tensor] | None = None,
     stack: str | None = None,
     task: Task | None = None,
+    original: nn.Module | None = None,
 ) -> list[float]:
     """Score windows by a criterion.
 
@@ -50,6 +51,8 @@ def score_windows(
         Path of the stack, see `find_stack`.
     task : Task, optional
         What the model is for, for a criterion that compares what it says, see `Task.of`.
+    original : torch.nn.Module, optional
+        Where the model has lost blocks already, what it was, for a criterion that compares with that.
 
     Returns
     -------
@@ -71,9 +74,16 @@ def score_windows(
     2
     """
     chosen = criterion_named(criterion) if isinstance(criterion, str) else criterion
-    evidence = _Evidence(profile, model, None if batches is None else list(batches), stack, task)
+    evidence = _Evidence(profile, model, None if batches is None else list(batches), stack, task, original)
     evidence.require(chosen, windows)
     return evidence.scores(chosen, list(windows)) if windows else []
+
+
+def compares_with_the_original(criterion: Criterion) -> bool:
+    """Whether a criterion, or a part of it, has a use for what the model was before it lost blocks."""
+    if isinstance(criterion, Combination):
+        return any(compares_with_the_original(part) for part, _ in criterion.parts)
+    return criterion.needs == "model" and "original" in inspect.signature(criterion.score).parameters
 
 
 class _Evidence:
@@ -86,8 +96,10 @@ class _Evidence:
         batches: Sequence[Batch | Tensor] | None,
         stack: str | None,
         task: Task | None,
+        original: nn.Module | None,
     ) -> None:
-        self.given, self.model, self.batches, self.stack, self.task = given, model, batches, stack, task
+        self.given, self.model, self.batches, self.stack = given, model, batches, stack
+        self.told = {"task": task, "original": original}
 
     def require(self, criterion: Criterion, windows: Sequence[range]) -> None:
         if criterion.needs == "model" and (self.model is None or self.batches is None):
@@ -114,7 +126,8 @@ class _Evidence:
             parts = [(self.scores(part, windows), weight) for part, weight in criterion.parts]
             return _combine([s for s, _ in parts], [w for _, w in parts], criterion.by)
         if criterion.needs == "model":
-            more = {"task": self.task} if "task" in inspect.signature(criterion.score).parameters else {}
+            taken = inspect.signature(criterion.score).parameters
+            more = {name: value for name, value in self.told.items() if name in taken}
             values = list(criterion.score(self.model, self.batches, windows, stack=self.stack, **more))
         else:
             values = [criterion.score(self.profile, window) for window in windows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from functools import partial
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from streamline_hooks.batch import Batch
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.passes import progress
-from streamline_hooks.selection.criteria import Criterion, score_windows
+from streamline_hooks.selection.criteria import Criterion, criterion_named, score_windows
+from streamline_hooks.selection.criteria.scoring import compares_with_the_original
 from streamline_hooks.selection.search.selected import Selection, runs
 from streamline_hooks.selection.search.windows import best_windows
 from streamline_hooks.selection.target import blocks_to_remove, protected_blocks, windows
@@ -41,7 +43,9 @@ def greedy(
     batches : sequence of mapping or torch.Tensor
         What the criterion is measured on, once a round: `count` over `step` rounds.
     criterion : Criterion or str
-        What speaks for giving a window up; of a profile, which is then taken anew each round, or of the model.
+        What speaks for giving a window up; of a profile, which is then taken anew each round, or of the model. One
+        that compares with the original (`kl_when_removed`) does so with the model as it was before the first round,
+        of which a copy without weights of its own is run once in every further round.
     count : int
         Blocks that go.
     keep : iterable of int
@@ -77,9 +81,11 @@ def greedy(
     count, protected = blocks_to_remove(count, len(found)), protected_blocks(keep, len(found))
     if step < 1:
         raise StreamlineError(f"step={step} blocks a round; expected one or more.")
+    chosen = criterion_named(criterion) if isinstance(criterion, str) else criterion
+    original = _with_the_same_weights(model) if step < count and compares_with_the_original(chosen) else None
     gone: list[int] = []
     total = 0.0
-    score = partial(score_windows, criterion, model=model, batches=batches, stack=found.path, task=task)
+    score = partial(score_windows, chosen, model=model, batches=batches, stack=found.path, task=task)
     with progress(count, "greedy", "blocks") as bar:
         while len(gone) < count:
             with LayerSurgeon(model, found) as surgeon:
@@ -87,13 +93,19 @@ def greedy(
                 kept = surgeon.plan.kept
                 size = min(step, count - len(gone))
                 free = windows(len(kept), size, frozenset(new for new, old in enumerate(kept) if old in protected))
-                best = best_windows(score, free)[0]
+                best = best_windows(partial(score, original=original if gone else None), free)[0]
             gone += (kept[new] for new in best.windows[0])
             total += best.score
             bar.update(size)
     with LayerSurgeon(model, found) as surgeon:
         _remove(surgeon, gone)  # to say here what cannot go
     return [Selection.of_blocks(gone, score=total)]
+
+
+def _with_the_same_weights(model: nn.Module) -> nn.Module:
+    """A copy of a model that a surgery on the model does not change."""
+    weights = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(weight): weight for weight in weights})
 
 
 def _remove(surgeon: LayerSurgeon, blocks: Iterable[int]) -> None:

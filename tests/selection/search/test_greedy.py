@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack
+from streamline_hooks.evaluation import agreement
 from streamline_hooks.selection import windows
-from streamline_hooks.selection.criteria import Criterion, score_windows
+from streamline_hooks.selection.criteria import Criterion, combined, score_windows
 from streamline_hooks.selection.search import Selection, best_windows, greedy
 from streamline_hooks.statistics import Profile
 from tests.surgery.test_surgeon import fingerprint
@@ -25,11 +26,12 @@ BATCHES = [left_padded(2, 8), tokens(2, 6, seed=1)]
 
 def by_hand(model: nn.Module, criterion: str, count: int, keep: set[int], step: int) -> tuple[set[int], float]:
     """Each round cuts a copy for good, and keeps the names that the blocks had."""
-    model, names, gone, total = copy.deepcopy(model), list(range(BLOCKS)), set(), 0.0
+    original, model, names, gone, total = model, copy.deepcopy(model), list(range(BLOCKS)), set(), 0.0
+    given: dict[str, Any] = {"model": model, "batches": BATCHES}
     while len(gone) < count:
         size = min(step, count - len(gone))
         free = windows(len(names), size, frozenset(k for k, name in enumerate(names) if name in keep))
-        scores = score_windows(criterion, free, model=model, batches=BATCHES)
+        scores = kls(original, model, free) if criterion == "kl" else score_windows(criterion, free, **given)
         best = max(range(len(free)), key=lambda k: (scores[k], -k))
         with LayerSurgeon(model, probe=False) as surgeon:
             surgeon.remove(free[best])
@@ -38,6 +40,16 @@ def by_hand(model: nn.Module, criterion: str, count: int, keep: set[int], step: 
         names = [name for k, name in enumerate(names) if k not in free[best]]
         total += scores[best]
     return gone, total
+
+
+def kls(original: nn.Module, model: nn.Module, free: Sequence[range]) -> list[float]:
+    """Minus the KL of what a model says without each window from what the original says, a token."""
+    found = []
+    for window in free:
+        with LayerSurgeon(model, probe=False) as surgeon:
+            surgeon.remove(window)
+            found.append(-agreement(model, original, BATCHES).kl)
+    return found
 
 
 @settings(max_examples=6)
@@ -56,6 +68,54 @@ def test_greedy_is_the_loop_written_out(family: str, criterion: str, count: int,
     gone, total = by_hand(model, criterion, count, keep, step)
     assert found.blocks == gone and not found.blocks & keep
     assert found.score == pytest.approx(total, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("criterion", ["kl", combined({"kl": 1.0}, by="weight")], ids=["alone", "in a combination"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_divergence_is_that_from_the_original_in_every_round(family: str, criterion: Any) -> None:
+    """Which takes no second set of weights."""
+    model = repaired(family) if family == "llama" else tiny_model(family)
+    model.train()
+    before = fingerprint(model)
+    asked: list[Any] = []
+
+    def no_copy(tensor: Any, memo: Any) -> None:
+        asked.append(tensor)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(nn.Parameter, "__deepcopy__", no_copy)
+        (found,) = greedy(model, BATCHES, criterion, 3)
+    assert not asked and fingerprint(model) == before and model.training
+    gone: set[int] = set()
+    total, left = 0.0, list(range(len(find_stack(model))))
+    for _ in range(3):
+        without = {}
+        for block in set(left) - gone:
+            with LayerSurgeon(changed := copy.deepcopy(model)) as surgeon:
+                for run in Selection.of_blocks([*gone, block]).windows:
+                    surgeon.remove(run)
+                without[block] = -agreement(changed, model, BATCHES).kl
+        best = max(without, key=lambda block: without[block])
+        gone.add(best)
+        total += without[best]
+    assert found.blocks == gone and found.score == pytest.approx(total, rel=1e-4)
+
+
+def test_the_original_is_no_more_run_than_it_is_asked_for() -> None:
+    """Neither in the first round, where it is the model itself, nor by a criterion that compares with nothing."""
+    model, runs = tiny_model("llama"), 0
+
+    def counted(module: nn.Module, args: Any) -> None:
+        nonlocal runs
+        runs += len(module.model.layers) == BLOCKS  # type: ignore[union-attr, arg-type]
+
+    model.register_forward_pre_hook(counted)
+    for criterion, count, more in (("kl", 1, 0), ("perplexity", 3, 0), ("kl", 3, 2)):
+        greedy(model, BATCHES, criterion, 1)
+        once, runs = runs, 0
+        greedy(model, BATCHES, criterion, count)
+        assert runs - once == more * len(BATCHES), criterion
+        runs = 0
 
 
 def test_a_run_that_spans_a_gap_goes_as_one_window() -> None:
