@@ -314,9 +314,8 @@ def compress(
                 documents[name] = work.of_first(write)
         text, apart = text_for(tokenizer) if task.is_of_text else ({}, None)
         if not task.is_of_text:
-            names = ("calibration", "validation", "test")
-            tokens = {name: split[f"{name}_tokens"] for name in names}
-            of = dict(zip(names, (calibration_examples, validation_examples, test_examples), strict=True))
+            tokens = {name: split[f"{name}_tokens"] for name in ("calibration", "validation", "test")}
+            of = dict(zip(tokens, (calibration_examples, validation_examples, test_examples), strict=True))
             amounts = Amounts(tokens, of, sequence_length, batch_size, seed)
             text = batches_for(loaded, tokenizer, task, calibration, amounts, say, test)
         shared: dict[str, Any] = {
