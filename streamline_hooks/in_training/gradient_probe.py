@@ -15,6 +15,10 @@ class GradientProbe:
     squared norm to the gradient of a number beside it. So it is summed over micro-batches as any parameter's gradient
     is, is right under both kinds of gradient checkpointing, and is compiled with the rest: no hook is called.
 
+    Two backwards through one state (``retain_graph=True``, of losses that are differentiated one by one) each hand on a
+    part of its gradient, and the squares of parts do not add up to that of the whole: the sum is NaN then. In a
+    compiled model this is not noticed, and the sum is that of the parts' squares.
+
     Parameters
     ----------
     device : torch.device
@@ -36,7 +40,7 @@ class GradientProbe:
         return _Passing.apply(state, self._beside)
 
     def take(self) -> float | None:
-        """The sum since it was last taken; None where no gradient has passed."""
+        """The sum since it was last taken; None where no gradient has passed, NaN where one has in parts."""
         found, self._beside.grad = self._beside.grad, None
         return None if found is None else float(found)
 
@@ -49,4 +53,8 @@ class _Passing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         (gradient,) = gradients
-        return gradient, torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+        square = torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+        if not torch.compiler.is_compiling() and torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
+            square = torch.full_like(square, torch.nan) if getattr(ctx, "was_summed", False) else square
+            ctx.was_summed = True  # where it is: autograd.grad of something else sums nothing
+        return gradient, square
