@@ -33,7 +33,9 @@ class Measurement:
         right to 2.2 %.
     gradient_norm : tuple of float
         The norm of the loss's gradient with regard to all states at a place together, at each of the L + 1 places. In
-        the padding it is 0, but where a padded place predicts the first real token behind it.
+        the padding it is 0, but where a padded place predicts the first real token behind it. A block that a forward
+        goes without (`StochasticDepth`) hands on the state that entered it. None where two backwards went through one
+        forward, and where it is not known that a block was passed over, see `PlaceProbes`.
     massive : tuple of int
         The blocks in which massive activations are born: at their exit, but not at their entrance, the greatest norm
         is above 20 times the median norm; see `Profile.massive_births`.

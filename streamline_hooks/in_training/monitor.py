@@ -16,16 +16,16 @@ from streamline_hooks.batch import mask_of_call
 from streamline_hooks.distributed import here
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.hidden_state import read_input, read_output, token_mask, write_input, write_output
-from streamline_hooks.in_training.gradient_probe import GradientProbe
 from streamline_hooks.in_training.measurement import Measurement
 from streamline_hooks.in_training.measurement_file import MeasurementFile
+from streamline_hooks.in_training.place_probes import PlaceProbes, device_of_block
 from streamline_hooks.in_training.state_sums import ChangeSums, NormSums, norms_of
 from streamline_hooks.in_training.summed import summed
 from streamline_hooks.layouts import by_token
 from streamline_hooks.outermost_call import OutermostCall
 from streamline_hooks.read_hook import ChangeHook, ReadHook, in_backward
 from streamline_hooks.stack import find_stack
-from streamline_hooks.wrapping import refuse_compiled, refuse_tensor_parallel
+from streamline_hooks.wrapping import refuse_compiled, refuse_replicated, refuse_tensor_parallel
 
 
 class Log(Protocol):
@@ -156,14 +156,15 @@ class HiddenStateMonitor:
         if self._handles:
             raise StreamlineError("This monitor is open already; close it first, or make a second one.")
         refuse_compiled(self.model, "monitor the hidden states of")
+        refuse_replicated(self.model, "monitor the hidden states of")
         if self.group is None:
             refuse_tensor_parallel(self.model)
         self.stack = find_stack(self.model, self.stack.path)
         self._done, self._due = done, done % self.every == 0
-        devices = [_device(block) for block in self.stack.blocks]
+        devices = [device_of_block(block) for block in self.stack.blocks]
         self._norms = [NormSums(device) for device in (devices[0], *devices)]
         self._changes = [ChangeSums(device) for device in devices]
-        self._probes = [GradientProbe(device) for device in (devices[0], *devices)]
+        self._probes = PlaceProbes(self.stack)
         self._entered = [None] * len(self.stack)
         try:
             self._handles += self._call.hooks(self.stack.ancestors)
@@ -174,11 +175,11 @@ class HiddenStateMonitor:
                 enter, leave = ReadHook(block, partial(self._enter, k)), ReadHook(block, partial(self._leave, k))
                 self._handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
                 self._handles.append(block.register_forward_hook(leave))
-                if self._with_gradients and k == 0:
-                    probe = ChangeHook(block, self._probe_input)
-                    self._handles.append(block.register_forward_pre_hook(probe, with_kwargs=True))
                 if self._with_gradients:
-                    self._handles.append(block.register_forward_hook(ChangeHook(block, partial(self._probe_output, k))))
+                    before = ChangeHook(block, partial(self._probe_input, k))
+                    after = ChangeHook(block, partial(self._probe_output, k))
+                    self._handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+                    self._handles.append(block.register_forward_hook(after))
         except BaseException:
             self.close()
             raise
@@ -236,7 +237,7 @@ class HiddenStateMonitor:
         return new or any(not self._changes[k].added[0] for k in gone)
 
     def _measured(self, grad_scale: float) -> Measurement:
-        squares = [probe.take() for probe in self._probes]
+        squares = self._probes.take()
         about = {"step": self._done, "grad_scale": grad_scale, "dead": self.dead, "group": self.group}
         found = summed(self._norms, self._changes, squares, **about)
         for norms in self._norms:
@@ -251,6 +252,7 @@ class HiddenStateMonitor:
             return
         # Asked here and not at the blocks, which one kind of gradient checkpointing runs without a graph at first.
         self._counting = torch.is_grad_enabled()
+        self._probes.begin()
         if outermost:
             self._mask = None
         if self._heed_padding:
@@ -275,15 +277,19 @@ class HiddenStateMonitor:
             self._norms[k + 1].update(norms_of(leaving), real)
             self._changes[k].update(entering, leaving, real)
 
-    def _probe_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._probing() and (state := read_input(args, kwargs)).requires_grad:
-            return write_input(args, kwargs, self._probes[0](state))
-        return None
+    def _probe_input(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._probing():
+            return None
+        state = read_input(args, kwargs)
+        probed = self._probes.enter(k, state)
+        return None if probed is state else write_input(args, kwargs, probed)
 
     def _probe_output(self, k: int, args: tuple[Any, ...], output: Any) -> Any:
-        if self._probing() and (state := read_output(output)).requires_grad:
-            return write_output(output, self._probes[k + 1](state))
-        return None
+        if not self._probing():
+            return None
+        state = read_output(output)
+        probed = self._probes.leave(k, state)
+        return None if probed is state else write_output(output, probed)
 
     def _probing(self) -> bool:
         # A block that is run again in a backward is of a forward that counted, whatever was called since.
@@ -301,7 +307,3 @@ class HiddenStateMonitor:
             f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}. Give tokens='all' to count "
             "every token."
         )
-
-
-def _device(block: nn.Module) -> torch.device:
-    return next((p.device for p in block.parameters()), torch.device("cpu"))
