@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
 from torch.optim import Optimizer
@@ -60,6 +60,27 @@ def drop_parameters(optimizer: Optimizer, gone: Collection[nn.Parameter]) -> Non
                 group[kept][:] = [group[kept][k] for k in left]
         for parameter in gone:
             one.state.pop(parameter, None)
+
+
+def rename_parameters(
+    optimizer: Optimizer, before: Mapping[nn.Parameter, str], now: Mapping[nn.Parameter, str]
+) -> None:
+    """Let the names that an optimiser keeps follow those of its parameters; nothing where it keeps none.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        As for `drop_parameters`.
+    before, now : mapping of torch.nn.Parameter to str
+        The names in the model. What an optimiser has in front of one, as of a wrapper around the model, stays.
+    """
+    for one in _chain(optimizer):
+        for group in one.param_groups:
+            names: list[str] = group.get("param_names", [])
+            for k, (parameter, name) in enumerate(zip(group["params"], names, strict=False)):
+                old = before.get(parameter)
+                if old is not None and parameter in now and name.endswith(old):
+                    names[k] = name.removesuffix(old) + now[parameter]
 
 
 def _chain(optimizer: Optimizer) -> Iterator[Optimizer]:

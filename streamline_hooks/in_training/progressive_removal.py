@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
-from streamline_hooks.in_training.optimizer import drop_parameters, require_own_parameters
+from streamline_hooks.in_training.optimizer import drop_parameters, rename_parameters, require_own_parameters
 from streamline_hooks.in_training.removal_record import (
     NOTE,
     Removal,
@@ -209,16 +209,17 @@ class ProgressiveRemoval:
         self._follow()
         present = self._present(window) if isinstance(window, range) else window(self.model)
         chosen = window_of(present, len(self._numbers))
-        before = list(self.model.parameters())
+        before = _names(self.model)
         with LayerSurgeon(self.model, self._stack_path) as surgeon:
             surgeon.remove(chosen)
             self._refuse_new_parameters(before)
             note: dict[str, Any] = {"run": self.run, "step": n, "blocks": [self._numbers[k] for k in chosen]}
             removal = Removal(n, tuple(note["blocks"]), surgeon.commit(**{NOTE: note}))
         self._done.append(removal)
-        left = {id(parameter) for parameter in self.model.parameters()}
         if self.optimizer is not None:
-            drop_parameters(self.optimizer, [parameter for parameter in before if id(parameter) not in left])
+            left = _names(self.model)
+            drop_parameters(self.optimizer, [parameter for parameter in before if parameter not in left])
+            rename_parameters(self.optimizer, before, left)
         return removal
 
     def _present(self, window: range) -> list[int]:
@@ -272,6 +273,10 @@ class ProgressiveRemoval:
             "a shortened model that are loaded into one with all blocks end up in the wrong ones: load the "
             "checkpoint's own model, with from_pretrained(checkpoint). Call step after each optimiser step."
         )
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, str]:
+    return {parameter: name for name, parameter in model.named_parameters()}
 
 
 def _checked(schedule: Mapping[int, Window], length: int) -> dict[int, Window]:

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from streamline_hooks.in_training.optimizer import drop_parameters
+from streamline_hooks.in_training.progressive_removal import ProgressiveRemoval
+from tests.tiny_models import tiny_model
 
 
 def test_the_names_beside_the_parameters_are_those_of_what_is_left() -> None:
@@ -25,6 +27,21 @@ def test_the_names_beside_the_parameters_are_those_of_what_is_left() -> None:
         ["0.weight", "0.bias"],
         ["3.weight", "3.bias"],
     ]
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_names_are_those_of_the_shortened_model(prefix: str) -> None:
+    """By which a state that is saved is read again."""
+    model = tiny_model("llama").train()
+    optimizer = torch.optim.AdamW([(f"{prefix}{name}", parameter) for name, parameter in model.named_parameters()])
+    if "param_names" not in optimizer.param_groups[0]:
+        pytest.skip("this version of torch keeps no names")
+    removal = ProgressiveRemoval(model, {1: range(1, 2), 2: range(3, 5)}, optimizer)
+    removal.step(1), removal.step(2)
+    names = {parameter: f"{prefix}{name}" for name, parameter in model.named_parameters()}
+    group = optimizer.param_groups[0]
+    assert group["param_names"] == [names[parameter] for parameter in group["params"]]
+    assert set(group["params"]) == set(names)
 
 
 def pairs(group: dict[str, list]) -> zip:
