@@ -44,7 +44,8 @@ OLDEST_NEEDS := accelerate hypothesis pytest pytest-randomly pytest-xdist
 OLDEST_TESTS := tests/surgery tests/evaluation tests/checkpoint tests/in_training \
 	$(addprefix tests/architectures/test_,other_models.py properties.py) \
 	$(addprefix tests/testing/test_,assertions.py model_state.py planted_faults.py) \
-	$(addprefix tests/test_,recorder.py passes.py stack.py hidden_state.py generation.py watched_mask.py)
+	$(addprefix tests/test_,batch.py generation.py hidden_state.py outermost_call.py passes.py) \
+	$(addprefix tests/test_,recorder.py stack.py watched_mask.py)
 
 oldest: export OMP_NUM_THREADS ?= 1
 oldest: $(VENV)-oldest/.stamp ## Run the core of the tests with the oldest supported Transformers

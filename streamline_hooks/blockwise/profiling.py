@@ -112,10 +112,11 @@ def profile(
                 for local, k in enumerate(part):
                     real = states.masks[local]
                     counted = counted_tokens(real, chosen, skip, None if masks is None else masks[k])
-                    weights = poisson_weights(sequence_contents(found, batches[k], real), replicates)
+                    contents = sequence_contents(found, batches[k], real) if replicates else []
+                    weights = poisson_weights(contents, replicates) if replicates else None
                     for rows in rows_of(len(real), sizes[k], memory):
                         at = [states.read(place, local)[rows] for place in range(reach + 1)]
-                        drawn = weights[rows] if replicates else None
+                        drawn = None if weights is None else weights[rows]
                         one.update(at, counted[rows], real=real[rows], weights=drawn)
                 if file is not None:
                     one.save(file)
