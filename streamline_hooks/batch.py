@@ -66,15 +66,32 @@ def prepare(model: nn.Module, batch: Batch | Tensor) -> dict[str, Any]:
     device = device_of(model)
     given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
     mask = given.get("attention_mask")
-    takes_positions = "position_ids" in takes and "position_ids" not in given
-    real = mask.bool() if takes_positions and isinstance(mask, Tensor) and mask.ndim == 2 else None
-    if real is not None and (real[:, 1:] & ~real[:, :-1]).any():
-        first = _first_position(inside)
-        if first is not None:
-            given["position_ids"] = (real.long().cumsum(dim=1) - 1).clamp(min=0) + first
+    real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    if "position_ids" not in given and real is not None and (real[:, 1:] & ~real[:, :-1]).any():
+        positions = positions_by_mask(inside, real)
+        given |= {} if positions is None else {"position_ids": positions}
     if takes_use_cache(takes):
         given.setdefault("use_cache", False)
     return given
+
+
+def positions_by_mask(model: nn.Module, mask: Tensor) -> Tensor | None:
+    """The position of each token among the real ones of its row, as the model counts them.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    mask : torch.Tensor
+        The real tokens, of shape (batch, tokens).
+
+    Returns
+    -------
+    torch.Tensor or None
+        Of the mask's shape; None where the model takes none, or counts several a token.
+    """
+    inside = _that_names(model)
+    first = _first_position(inside) if "position_ids" in inspect.signature(inside.forward).parameters else None
+    return None if first is None else (mask.bool().long().cumsum(dim=1) - 1).clamp(min=0) + first
 
 
 def takes_use_cache(takes: Mapping[str, inspect.Parameter]) -> bool:

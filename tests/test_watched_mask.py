@@ -73,14 +73,16 @@ def test_patches_as_many_as_tokens_are_not_masked_by_the_text() -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen2-vl pictures", "qwen2.5-vl pictures"])
-def test_patches_in_one_row_are_all_real_and_no_sequences(name: str) -> None:
+def test_patches_in_one_row_are_all_real_and_one_sequence(name: str) -> None:
     model, case = made(name), OTHERS[name]
     stack = find_stack(model, case.path(model))
     with torch.no_grad(), WatchedMask(stack) as watched:
         model(**case.batch)
     assert watched.mask is None
-    with pytest.raises(StreamlineError, match="Profile with replicates=0, without confidence intervals"):
-        profile(model, [case.batch], stack=stack.path)
+    found = profile(model, [case.batch], stack=stack.path)
+    assert found.tokens == len(case.batch["pixel_values"]) and found.sequences == 1  # the batch, of all its pictures
+    with pytest.raises(StreamlineError, match="takes two different sequences at least.* this profile has 1"):
+        found.interval("cosine", range(0, 1))
 
 
 def test_a_mask_is_of_one_call_and_the_hooks_go() -> None:

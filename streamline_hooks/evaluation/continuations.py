@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.batch import device_of, positions_of, prepare
+from streamline_hooks.batch import device_of, positions_by_mask, positions_of, prepare
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.questions import Question, joined
 from streamline_hooks.generation import cache_argument
@@ -189,6 +189,8 @@ def _with_shared_prefix(model: nn.Module, questions: Sequence[Sequence[_Sequence
     width = cut + max(len(text.tokens) - text.start + 1 for text in texts)
     rows = [row for row, question in enumerate(questions) for _ in question]
     whole = prepare(model, _padded([(text.tokens, cut - (text.start - 1)) for text in texts], cut, width))
+    positions = positions_by_mask(model, whole["attention_mask"])  # behind a cache not every model counts on by itself
+    whole |= {} if positions is None else {"position_ids": positions}
     first_of = [rows.index(row) for row in range(len(questions))]
     prefix = {name: whole[name][first_of, :cut] for name in _BY_TOKEN if name in whole}
     name = cache_argument(model)

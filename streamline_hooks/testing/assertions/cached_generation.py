@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.batch import Batch, prepare
+from streamline_hooks.batch import Batch, positions_by_mask, prepare
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.testing.assertions.cache_faults import failing_with_a_cache, likely_cause
 from streamline_hooks.testing.assertions.difference import OTHER_SUMS, require_same
@@ -116,7 +116,7 @@ def hold_decoding(
         whole = answer(model, batch)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     length = ids.shape[1]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    positions = positions_by_mask(model, mask) if padded else None
     takes = inspect.signature(model.forward).parameters
     argument = next((name for name in _CACHES if name in takes), "past_key_values")
     cache: Any = None
@@ -125,7 +125,7 @@ def hold_decoding(
         given = {**batch, "input_ids": ids[:, piece], "attention_mask": mask[:, :end], "use_cache": True}
         given = prepare(model, given)
         given.pop("position_ids", None)
-        if padded and "position_ids" in takes:
+        if positions is not None:
             given["position_ids"] = positions[:, piece].to(given["input_ids"].device)
         if cache is not None:
             given[argument] = cache
