@@ -44,7 +44,7 @@ OLDEST_NEEDS := accelerate hypothesis pytest pytest-randomly pytest-xdist
 OLDEST_TESTS := tests/surgery tests/evaluation tests/checkpoint tests/in_training \
 	$(addprefix tests/architectures/test_,other_models.py properties.py) \
 	$(addprefix tests/testing/test_,assertions.py model_state.py planted_faults.py) \
-	$(addprefix tests/test_,batch.py generation.py hidden_state.py outermost_call.py passes.py) \
+	$(addprefix tests/test_,batch.py generation.py hidden_state.py outermost_call.py passes.py pooling_layer.py) \
 	$(addprefix tests/test_,recorder.py stack.py watched_mask.py)
 
 oldest: export OMP_NUM_THREADS ?= 1

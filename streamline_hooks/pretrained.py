@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.pooling_layer import load_as_pooled
 from streamline_hooks.task import TASKS, Task, task_of_classes
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def _load_automatic(
     try:
         if task.name == "causal-lm":
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model = _whole_model(getattr(transformers, _AUTO_CLASSES[task.name]), name, dtype, task)
+        model = _whole_model(getattr(transformers, _AUTO_CLASSES[task.name]), name, dtype)
         if task.name != "causal-lm":
             images = model.main_input_name == "pixel_values"
             beside = "image processor" if images else beside
@@ -191,7 +192,7 @@ def _load_automatic(
     return model.eval(), tokenizer
 
 
-def _whole_model(automatic: Any, name: str, dtype: torch.dtype | None, task: Task) -> Any:
+def _whole_model(automatic: Any, name: str, dtype: torch.dtype | None) -> Any:
     """A model of which the checkpoint has every weight: what it lacks would be random.
 
     Raises
@@ -200,11 +201,8 @@ def _whole_model(automatic: Any, name: str, dtype: torch.dtype | None, task: Tas
         If it lacks one.
     """
     options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
-    model, info = automatic.from_pretrained(name, output_loading_info=True, **options)
+    model, info = load_as_pooled(automatic, name, **options)
     missing = sorted(info["missing_keys"])
-    if missing and task.name == "embedding" and all("pooler" in key for key in missing):
-        model, info = automatic.from_pretrained(name, output_loading_info=True, add_pooling_layer=False, **options)
-        missing = sorted(info["missing_keys"])
     if missing:
         raise StreamlineError(
             f"{name!r} has no weights for {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} of a "

@@ -10,6 +10,7 @@ from torch import nn
 from streamline_hooks.checkpoint.plain_reading import load_into
 from streamline_hooks.checkpoint.safety import CONFIG, INDEX, PLAIN, WEIGHTS, check_folder, read_json
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.pooling_layer import load_as_pooled
 from streamline_hooks.surgery import SurgeryPlan
 from streamline_hooks.surgery.plain_module import history_of
 from streamline_hooks.surgery.spliced_model import MODEL_TYPE
@@ -175,11 +176,8 @@ def _load_plain(folder: Path, into: nn.Module | None, others: list[str]) -> nn.M
 
 def _from_pretrained(folder: Path, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """The model, from safetensors in this folder alone, and which weights it lacks or has too many."""
-    found: Any = _auto_class(folder, bool(kwargs.get("trust_remote_code"))).from_pretrained(
-        folder, output_loading_info=True, use_safetensors=True, local_files_only=True, **kwargs
-    )
-    model, info = found
-    return model, info
+    automatic = _auto_class(folder, bool(kwargs.get("trust_remote_code")))
+    return load_as_pooled(automatic, folder, use_safetensors=True, local_files_only=True, **kwargs)
 
 
 def _auto_class(folder: Path, code: bool) -> Any:

@@ -47,8 +47,11 @@ def load_model(name: str, task: Task | None = None) -> tuple[PreTrainedModel, Pr
 
 def load_without_tokenizer(name: str) -> PreTrainedModel:
     """A model for anything, by folder or name; a folder needs no tokenizer."""
+    from transformers.utils import logging
+
     from streamline_hooks.checkpoint import load
 
+    logging.set_verbosity_error()
     return load(name).eval() if Path(name).is_dir() else load_model(name, task_named("", name))[0]
 
 

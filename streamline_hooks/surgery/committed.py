@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
+from streamline_hooks.pooling_layer import is_of_pooler
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery.plan import SurgeryPlan
 from streamline_hooks.surgery.rebuild import verify_rebuild
@@ -166,7 +167,8 @@ def _versions(model: Any) -> dict[str, str]:
 def _guard(model: nn.Module, stack: BlockStack) -> str:
     """The weight whose stored shape keeps other classes away: the final norm's, or another one that is not tied.
 
-    Vectors come before matrices, those behind the blocks before those in front of them, and these before the blocks.
+    Vectors come before matrices, those behind the blocks before those in front of them, and these before the blocks; a
+    pooler, which the class may be built without, is the last choice.
     """
     owners: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
@@ -175,9 +177,10 @@ def _guard(model: nn.Module, stack: BlockStack) -> str:
     children = list(stack.ancestors[-1]._modules)
     behind = tuple(f"{owner}.{name}.".lstrip(".") for name in children[children.index(container) + 1 :])
 
-    def rank(entry: tuple[str, nn.Parameter]) -> tuple[bool, bool, bool]:
+    def rank(entry: tuple[str, nn.Parameter]) -> tuple[bool, bool, bool, bool]:
         name, parameter = entry
-        return (parameter.ndim != 1, name.startswith(f"{stack.path}."), not name.startswith(behind))
+        inside, after = name.startswith(f"{stack.path}."), name.startswith(behind)
+        return (is_of_pooler(name), parameter.ndim != 1, inside, not after)
 
     # Loading pads and ties what belongs to the embeddings by its shape, biases of the head included.
     shaped = {id(parameter) for module in _embeddings(model) for parameter in module.parameters()}

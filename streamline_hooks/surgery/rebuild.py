@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from streamline_hooks.errors import UnsupportedSurgery
+from streamline_hooks.pooling_layer import pooling_argument
 from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery.renumber import IndexAttribute
 from streamline_hooks.surgery.splice import AFTER, BEFORE
@@ -62,7 +63,7 @@ def verify_rebuild(
         described = type(config).from_dict(saved)
         _compare_lists(config, described)
         with _no_memory_for_parameters(blocks):
-            rebuilt = model_class(described)
+            rebuilt = model_class(described, **pooling_argument(model))
     except UnsupportedSurgery:
         raise
     except Exception as error:

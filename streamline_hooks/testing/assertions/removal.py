@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
+from streamline_hooks.pooling_layer import pooling_argument
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.surgery.layout import window_of
@@ -176,7 +177,7 @@ def _committed_anew(model: nn.Module, stack: BlockStack, window: range, weights:
 
 def _built(model_class: type[Any], config: Any, weights: Mapping[str, Tensor], like: nn.Module, what: str) -> nn.Module:
     try:
-        shorter = model_class(config).to(next(like.parameters()).device).eval()
+        shorter = model_class(config, **pooling_argument(like)).to(next(like.parameters()).device).eval()
         _as_precise(shorter, like, weights)
         shorter.load_state_dict(dict(weights), strict=True)
     except (RuntimeError, ValueError, IndexError, KeyError, AttributeError) as error:

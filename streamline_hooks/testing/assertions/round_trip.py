@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from streamline_hooks.batch import Batch, device_of
 from streamline_hooks.checkpoint import load
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.pooling_layer import pooling_argument
 from streamline_hooks.surgery.splice import AFTER, BEFORE
 from streamline_hooks.testing.assertions.difference import SAME_SUMS, difference, require_same, same_bits
 from streamline_hooks.testing.assertions.frozen import changed_places, frozen
@@ -181,7 +182,8 @@ def _ways(model: Any) -> dict[str, Callable[[Path], nn.Module]]:
         return {"AutoModelForCausalLM": _auto, "streamline_hooks.load": _own}
 
     def with_its_class(folder: Path) -> nn.Module:
-        read: nn.Module = type(model).from_pretrained(folder, dtype="auto").eval()
+        pooling = pooling_argument(model)
+        read: nn.Module = type(model).from_pretrained(folder, dtype="auto", **pooling).eval()
         return read
 
     return {f"{type(model).__name__}.from_pretrained": with_its_class}
