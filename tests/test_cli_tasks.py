@@ -323,14 +323,22 @@ def test_a_command_for_text_takes_no_other_model(
     assert code == 2 and "is for image-classification; this command is for causal language models" in err
 
 
-def test_a_pooler_that_was_not_saved_is_not_made_up(tmp_path: Path) -> None:
+def test_a_pooler_that_was_not_saved_is_not_made_up(
+    vision: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import transformers
 
     from streamline_hooks.pretrained import load_pretrained
 
-    transformers.ViTModel(made("vit").config, add_pooling_layer=False).save_pretrained(tmp_path)
-    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
-    assert load_pretrained(tmp_path, task="embedding")[0].pooler is None
+    model, out = tmp_path / "model", tmp_path / "out"
+    transformers.ViTModel(made("vit").config, add_pooling_layer=False).save_pretrained(model)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(model)
+    assert load_pretrained(model, task="embedding")[0].pooler is None
+    code, _, err = run(
+        ["compress", model, "-c", vision[1], "--remove", 1, *COUNTS, "--kind", "linear", "-o", out], monkeypatch, capsys
+    )
+    assert code == 0, err
+    assert len(find_stacks(load(out))[0]) == 3 and load(out).pooler is None
 
 
 @pytest.mark.parametrize(("mode", "pooling"), [("cls_token", "first"), ("lasttoken", "last"), ("mean_tokens", "mean")])

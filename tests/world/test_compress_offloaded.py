@@ -18,6 +18,7 @@ from tests.tiny_models import tiny_model, tokens
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 CPU = torch.device("cpu")
+GREEDY = {"kind": "linear", "search": "greedy", "criterion": "kl"}
 TRAINED: dict[str, Any] = {"kind": "swiglu:width=8", "training": Training(objective=Objective(kl=1.0), validations=1)}
 
 
@@ -35,7 +36,7 @@ def on_disk(folder: Path, weights: Path) -> nn.Module:
     return accelerate.disk_offload(load(folder), str(weights), execution_device=CPU)
 
 
-@pytest.mark.parametrize("options", [{"kind": "linear"}, TRAINED], ids=["closed form", "trained"])
+@pytest.mark.parametrize("options", [{"kind": "linear"}, TRAINED, GREEDY], ids=["closed form", "trained", "greedy"])
 @pytest.mark.parametrize("placed", [automatic, on_cpu, on_disk])
 def test_it_comes_to_what_the_plain_model_comes_to(
     placed: Callable[[Path, Path], Any], options: dict[str, Any], tmp_path: Path
