@@ -165,7 +165,13 @@ def tokens_of(batch: Batch | Tensor) -> int:
     mask = None if isinstance(batch, Tensor) else real_tokens(batch)
     if isinstance(mask, Tensor):
         return int(mask.bool().sum())
-    first = batch if isinstance(batch, Tensor) else next(iter(batch.values()))
+    if not isinstance(batch, Tensor):
+        found = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        named = next((name for name in ("input_ids", "inputs_embeds") if name in found), next(iter(found)))
+        if named == "inputs_embeds":
+            return found[named].shape[:-1].numel()
+        batch = found[named]
+    first = batch
     return len(first) if first.is_floating_point() and first.ndim else first.numel()
 
 

@@ -32,7 +32,7 @@ class BatchSplit:
     counts : dict of str to int
         Answers by part.
     fingerprint : str
-        SHA-256, in hexadecimal, of the calibration batches.
+        A digest, in hexadecimal, of the calibration batches, see `batches_digest`.
 
     Examples
     --------

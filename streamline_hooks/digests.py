@@ -13,8 +13,9 @@ from torch import nn
 from streamline_hooks.batch import device_of
 from streamline_hooks.errors import StreamlineError
 
-_OF_CONFIG = ("torch", "transformers", "transformers_modules", "bitsandbytes")  # what such a module is, this says
+_OF_CONFIG = ("transformers", "transformers_modules", "bitsandbytes")  # what such a module is, this says
 _ADAPTERS = ("active_adapters", "disable_adapters", "_adapters_disabled", "scaling")  # what PEFT's modules do by
+_PLAIN = (int, float, complex, str, type(None))
 _INCIDENTAL = ("training", "name_or_path")
 
 
@@ -41,24 +42,20 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def modules_digest(model: nn.Module) -> str:
-    """Return a digest, in hexadecimal, of what modules do by besides weights; empty where a configuration says it.
+    """Return a digest, in hexadecimal, of what modules do by besides weights.
 
-    It is of each module's path and class, and of the numbers, texts, booleans and None in its public attributes; of
-    PEFT's also of which adapters are on, and how strong. The attributes of Transformers' modules, which the
-    configuration says or which change as a model runs, are left out, as are those of bitsandbytes and of what a
-    checkpoint brings with it; a model of such modules and torch's alone has no digest. A module of one's own that
-    counts its calls in such an attribute is another one after each of them. Hooks, and other attributes, are not seen.
+    It is of each module's path and class, and of the numbers, texts, booleans and None in its public attributes, alone
+    or in tuples; of PEFT's also of which adapters are on, and how strong. The attributes of Transformers' modules,
+    which the configuration says or which change as a model runs, are left out, as are those of bitsandbytes and of what
+    a checkpoint brings with it. A module of one's own that counts its calls in such an attribute is another one after
+    each of them. Hooks, and other attributes, are not seen.
 
     Examples
     --------
-    >>> from streamline_hooks.testing import tiny_model
-    >>> modules_digest(tiny_model("llama"))
-    ''
+    >>> modules_digest(nn.LeakyReLU(0.1)) == modules_digest(nn.LeakyReLU(0.9))
+    False
     """
-    modules = list(model.named_modules())
-    if all(_package(module) in _OF_CONFIG for _, module in modules):
-        return ""
-    return texts_digest(f"{path} {_class(module)} {_attributes(module)}" for path, module in modules)
+    return texts_digest(f"{path} {_class(module)} {_attributes(module)}" for path, module in model.named_modules())
 
 
 def model_digest(model: nn.Module) -> str:
@@ -179,12 +176,14 @@ def _class(module: nn.Module) -> str:
 def _attributes(module: nn.Module) -> list[tuple[str, str]]:
     """What a module does by, besides its weights."""
     package = _package(module)
-    if package in _OF_CONFIG and package != "torch":
+    if package in _OF_CONFIG:
         return []
     plain = {
         name: value
         for name, value in vars(module).items()
-        if isinstance(value, (int, float, complex, str, type(None))) and name not in _INCIDENTAL and name[0] != "_"
+        if all(isinstance(one, _PLAIN) for one in (value if isinstance(value, tuple) else (value,)))
+        and name not in _INCIDENTAL
+        and name[0] != "_"
     }
     if package == "peft":
         plain |= {name: getattr(module, name) for name in _ADAPTERS if hasattr(module, name)}

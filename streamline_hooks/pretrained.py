@@ -66,20 +66,22 @@ def task_of_pretrained(name: str | Path) -> Task:
         return Task("causal-lm")
     from transformers import AutoConfig
 
+    folder = Path(name).expanduser()
+    name = str(folder if folder.is_dir() else name)
     from streamline_hooks.surgery.spliced_model import MODEL_TYPE  # makes the type known  # noqa: F401
 
     try:
-        config = AutoConfig.from_pretrained(str(name))
+        config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError):  # whoever loads it says what is wrong
         return Task("causal-lm")
     classes = [one.removeprefix("Streamlined") for one in getattr(config, "architectures", None) or []]
     found = task_of_classes(classes, getattr(config, "is_encoder_decoder", None))
     if classes and not found:
         raise StreamlineError(
-            f"{str(name)!r} holds a {classes[0]}, and it is not clear what that is for. Say it with --task, one of "
+            f"{name!r} holds a {classes[0]}, and it is not clear what that is for. Say it with --task, one of "
             f"{', '.join(TASKS)}; or load it in Python."
         )
-    pooling = _sentence_pooling(Path(name)) if found == "embedding" else ""
+    pooling = _sentence_pooling(folder) if found == "embedding" else ""
     return Task(found or "causal-lm", pooling)
 
 

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from streamline_hooks.batch import mask_of_call, prepare
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.hidden_state import nested_mask, padded, read_input, read_output, require_batch_first
+from streamline_hooks.layouts import by_token
 from streamline_hooks.outermost_call import OutermostCall
 from streamline_hooks.read_hook import ReadHook
 from streamline_hooks.stack import find_stack
@@ -44,9 +45,11 @@ class HiddenStateRecorder:
     inputs, outputs : bool
         What to record.
     tokens : {"all", "last", "real"} or torch.Tensor
-        "all" keeps (batch, tokens, features); "last" keeps each sequence's last real token, (batch, features);
-        "real" keeps all real tokens, (tokens, features); a boolean mask of shape (batch, tokens) keeps those
-        chosen. "last" and "real" read the model's own ``attention_mask``, or ``src_key_padding_mask``.
+        "all" keeps states as the block has them, usually (batch, tokens, features); "last" keeps each sequence's last
+        real token, (batch, features); "real" keeps all real tokens, (tokens, features); a boolean mask of shape (batch,
+        tokens) keeps those chosen. "last" and "real" read the model's own ``attention_mask``, or
+        ``src_key_padding_mask``. Several streams of a state are one after the other among its features, see
+        `streamline_hooks.layouts`.
     device, dtype : optional
         Where and as what to keep the states; as they are by default.
     detach : bool
@@ -172,16 +175,16 @@ class HiddenStateRecorder:
         self._attention_mask = mask_of_call(watched, args, kwargs, self._attention_mask)
 
     def _read_input(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.inputs[k].append(self._keep(read_input(args, kwargs)))
+        self.inputs[k].append(self._keep(read_input(args, kwargs), self.stack[k]))
         if self._stop and k == self.blocks[-1] and not self.outputs:
             raise ForwardStopped(_STOPPED)
 
     def _read_output(self, k: int, args: tuple[Any, ...], output: Any) -> None:
-        self.outputs[k].append(self._keep(read_output(output)))
+        self.outputs[k].append(self._keep(read_output(output), self.stack[k]))
         if self._stop and k == self.blocks[-1]:
             raise ForwardStopped(_STOPPED)
 
-    def _keep(self, state: Tensor) -> Tensor:
+    def _keep(self, state: Tensor, block: nn.Module) -> Tensor:
         # A block's output is usually the next one's input: the same tensor is copied once. A compiler sees neither
         # versions nor addresses.
         compiling = torch.compiler.is_compiling()
@@ -189,7 +192,7 @@ class HiddenStateRecorder:
         if self._latest is not None and self._latest[0] is state and self._latest[1] == version is not None:
             return self._latest[2]
         if self._detach:
-            kept = self._choose(state.detach()).to(device=self._device, dtype=self._dtype)
+            kept = self._choose(state.detach(), block).to(device=self._device, dtype=self._dtype)
             if compiling or kept.data_ptr() == state.data_ptr():
                 kept = kept.clone()  # a block may work on its input in place
         elif self._with_graph and not torch.is_grad_enabled():
@@ -201,13 +204,15 @@ class HiddenStateRecorder:
         else:
             # Checkpointing counts what a block keeps for its backward; this is no part of it.
             with nullcontext() if compiling else saved_tensors_hooks(_itself, _itself):
-                kept = self._choose(state).to(device=self._device, dtype=self._dtype)
+                kept = self._choose(state, block).to(device=self._device, dtype=self._dtype)
             if self._retain_grad and kept.requires_grad:
                 kept.retain_grad()
         self._latest = (state, version, kept)
         return kept
 
-    def _choose(self, state: Tensor) -> Tensor:
+    def _choose(self, state: Tensor, block: nn.Module) -> Tensor:
+        if isinstance(self._tokens, Tensor) or self._tokens != "all":
+            state = state if state.is_nested else by_token(state, block)
         if isinstance(self._tokens, Tensor):
             state = padded(state, self._tokens.shape[1])
             mask = self._tokens.to(state.device).bool()
@@ -233,6 +238,12 @@ class HiddenStateRecorder:
             mask = torch.ones(state.shape[:2], dtype=torch.bool, device=state.device)
         else:  # while decoding, the mask covers the past as well
             mask = given[:, -state.shape[1] :].to(state.device).bool()
+            if mask.shape != state.shape[:2]:
+                raise StreamlineError(
+                    f"tokens={self._tokens!r} needs a mask for states of {tuple(state.shape[:2])} (batch, tokens); "
+                    f"that of the model's call is {tuple(given.shape)}, of something else. Record all tokens, or give "
+                    "a mask of those to keep."
+                )
         if self._tokens == "real":
             return state[mask]
         places = torch.arange(state.shape[1], device=state.device)

@@ -6,7 +6,7 @@ import copy
 import csv
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from streamline_hooks.calibration import TokenSplit
+from streamline_hooks.calibration import PackedText, TokenSplit
 from streamline_hooks.compress import compress
 from streamline_hooks.digests import autocast_dtype, batches_digest, model_digest, texts_digest, tokenizer_digest
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation import measure_speed
 from streamline_hooks.evaluation.kept import Kept
 from streamline_hooks.evaluation.speed import PHASES, Timed, room_for_prompt
+from streamline_hooks.preparation import are_batches
 from streamline_hooks.selection.criteria import CRITERIA, Combination, Criterion
 from streamline_hooks.statistics import Profile
 from streamline_hooks.task import Task
@@ -139,7 +140,7 @@ class Sweep:
 def sweep(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str] | TokenSplit,
+    texts: Sequence[str] | TokenSplit | Mapping[str, PackedText],
     *,
     remove: Sequence[str | int | float],
     kinds: Sequence[str],
@@ -161,8 +162,8 @@ def sweep(
     model : transformers.PreTrainedModel
         It is not changed; memory holds it twice.
     tokenizer : transformers.PreTrainedTokenizerBase
-    texts : sequence of str or TokenSplit
-        Documents, or text that is dealt out already, see `compress`.
+    texts : sequence of str, TokenSplit or mapping
+        Documents, or text that is dealt out or packed already, see `compress`.
     remove : sequence of str, int or float
         How much is to go, each as `compress` takes it.
     kinds : sequence of str
@@ -188,8 +189,8 @@ def sweep(
     Raises
     ------
     StreamlineError
-        If nothing is asked for, `settings` holds what is swept over or where one model would be written, or a criterion
-        cannot be told from others of its name in what is kept.
+        If nothing is asked for, `texts` are batches, `settings` holds what is swept over or where one model would be
+        written, or a criterion cannot be told from others of its name in what is kept.
     """
     wrong = sorted({"output", "resume", "overwrite", "side_by_side"} & settings.keys())
     if not remove or not kinds or wrong:
@@ -197,6 +198,15 @@ def sweep(
             f"Got {len(remove)} amounts, {len(kinds)} kinds" + (f" and {', '.join(wrong)}" if wrong else "") + "; "
             "expected one amount and one kind at least, and no place to write one model to: all of them are given up."
         )
+    if are_batches(texts):
+        raise StreamlineError(
+            "A sweep compares perplexities of text and was given batches, which have none. Give documents, a "
+            "TokenSplit or the parts of packed_text; call compress for each of another model's compressions."
+        )
+    if isinstance(texts, Mapping):
+        texts = TokenSplit.of_packed(texts)
+    if "keep" in settings:
+        settings["keep"] = tuple(settings["keep"])  # which may be one that can be read once
     kept = Kept(Path(keep_in) if keep_in is not None else None)
     timed = (room_for_prompt(model, _TIMED_NEW, speed_tokens), repeats) if speed else None
     known = [] if keep_in is None else [*_known(model, tokenizer, texts, settings, profile), timed]

@@ -14,7 +14,7 @@ from streamline_hooks.batch import Batch, tokens_of
 from streamline_hooks.batch import real_tokens as mask_of
 from streamline_hooks.distributed import sequences_of
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.hidden_state import token_mask
+from streamline_hooks.hidden_state import require_batch_first, token_mask
 
 TASKS = ("causal-lm", "masked-lm", "seq2seq", "image-classification", "text-classification", "embedding")
 POOLINGS = ("mean", "first", "last", "pooler")
@@ -118,13 +118,17 @@ class Task:
         return task
 
     def require_fits(self, model: nn.Module) -> None:
-        """Raise if a model's head gives no distribution over classes.
+        """Raise if a model does not give what is compared.
 
         Raises
         ------
         StreamlineError
-            If it is for several labels at once, or for numbers.
+            If its head is for several labels at once, or for numbers; or if its states have the tokens in front, which
+            a mean of each sequence would mix up.
         """
+        if self.name == "embedding":
+            for module in model.modules():
+                require_batch_first(module)
         said = getattr(getattr(_inside(model), "config", None), "problem_type", None)
         if self.name in _UNITS and self.gives_distributions and said not in (None, "single_label_classification"):
             raise StreamlineError(

@@ -89,6 +89,14 @@ def test_a_mask_may_number_the_texts_in_a_row() -> None:
     assert prepare(tiny_model("gpt2"), given)["position_ids"].tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
 
 
+def test_tokens_are_counted_wherever_they_stand_in_a_batch() -> None:
+    ids, positions = torch.zeros(2, 5).long(), torch.arange(5)[None]
+    for batch in ({"position_ids": positions, "input_ids": ids}, {"use_cache": False, "input_ids": ids}):
+        assert tokens_of(batch) == 10
+    assert tokens_of({"position_ids": positions, "inputs_embeds": torch.zeros(2, 5, 8)}) == 10
+    assert tokens_of({"pixel_values": torch.zeros(2, 3, 8, 8)}) == 2
+
+
 def test_places_in_an_image_are_the_models_own() -> None:
     model = made("qwen2-vl")
     assert not PATCHED["attention_mask"].bool().all()

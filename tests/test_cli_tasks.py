@@ -342,12 +342,16 @@ def test_a_pooler_that_was_not_saved_is_not_made_up(
 
 
 @pytest.mark.parametrize(("mode", "pooling"), [("cls_token", "first"), ("lasttoken", "last"), ("mean_tokens", "mean")])
-def test_the_pooling_of_sentence_transformers_is_read(mode: str, pooling: str, tmp_path: Path) -> None:
+def test_the_pooling_of_sentence_transformers_is_read(
+    mode: str, pooling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = saved("bert", tmp_path / "model")
     (folder / "1_Pooling").mkdir()
     said = {f"pooling_mode_{name}": name == mode for name in ("cls_token", "mean_tokens", "lasttoken", "max_tokens")}
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **said}))
     assert task_of_pretrained(folder) == Task("embedding", pooling)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert task_of_pretrained("~/model") == Task("embedding", pooling)
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
     with pytest.raises(StreamlineError, match="pools by pooling_mode_max_tokens, which is not known here"):
         task_of_pretrained(folder)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from streamline_hooks import HiddenStateMonitor, HiddenStateRecorder, LayerSurgeon, StreamlineError, find_stack
 from streamline_hooks.hidden_state import read_output
+from streamline_hooks.layouts import by_token
 from streamline_hooks.recorder import ForwardStopped
+from streamline_hooks.testing import causal_model_types, tiny_inputs
+from streamline_hooks.testing import tiny_model as tiny_of_type
 from tests.tiny_models import BLOCKS, FAMILIES, Nudge, left_padded, tiny_model, tokens
 
 
@@ -287,3 +291,48 @@ def test_copies_on_several_gpus_are_refused() -> None:
         HiddenStateMonitor(model).open()
     with pytest.raises(StreamlineError, match="DataParallel is wrapped in DataParallel already. Surgery comes before"):
         LayerSurgeon(model).__enter__()
+
+
+@pytest.mark.parametrize("kind", ["llama", "xlnet", "gemma3n_text", "deepseek_v4"])
+@pytest.mark.parametrize("length", [3, 5])
+def test_tokens_are_chosen_by_the_layout_of_the_block(kind: str, length: int) -> None:
+    """Where there are as many sequences as tokens, an axis taken for the other is not seen by its size."""
+    if kind not in causal_model_types():
+        pytest.skip(f"this Transformers has no {kind}")
+    model = tiny_of_type(kind, blocks=3)
+    batch = tiny_inputs(model, batch=3, tokens=length)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    with HiddenStateRecorder(model) as record, torch.no_grad():
+        record(**batch)
+    block = record.stack[1]
+    whole = by_token(record.outputs[1][0], block)
+    assert whole.shape[:2] == (3, length)
+    mask = torch.arange(3 * length).reshape(3, length) % 2 == 0
+    choices: list[tuple[Any, Tensor]] = [
+        ("last", whole[:, -1]), ("real", whole.flatten(0, 1)), (mask, whole[mask])
+    ]  # fmt: skip
+    for choice, wanted in choices:
+        with HiddenStateRecorder(model, tokens=choice) as chosen, torch.no_grad():
+            chosen(**batch)
+        assert torch.equal(chosen.outputs[1][0], wanted)
+
+
+def test_a_mask_of_something_else_is_refused() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+
+    class Patched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = encoder.layers
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            state = torch.zeros(1, 7, 8)
+            for layer in self.layers:
+                state = layer(state)
+            return state
+
+    with (
+        HiddenStateRecorder(Patched(), tokens="real") as record,
+        pytest.raises(StreamlineError, match=r"for states of \(1, 7\).*call is \(2, 4\), of something else"),
+    ):
+        record(input_ids=torch.ones(2, 4).long(), attention_mask=torch.ones(2, 4))

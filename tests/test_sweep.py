@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_hooks import StreamlineError, UnsupportedSurgery, compress, sweep
-from streamline_hooks.calibration import TokenSplit
+from streamline_hooks.calibration import PackedText, TokenSplit
+from streamline_hooks.calibration.split import PARTS
 from streamline_hooks.selection.criteria import CRITERIA, Criterion, accuracy_drop, combined
 from streamline_hooks.sweep import Point, Sweep
 from streamline_hooks.task import Task
@@ -232,9 +233,41 @@ def test_a_refusal_is_a_point_too(swept: Any, story_texts: list[str], monkeypatc
         sweep(model, tokenizer, story_texts, remove=[7], kinds=["none"], speed=False, **SETTINGS)
 
 
+def packed(seed: int) -> dict[str, PackedText]:
+    positions = torch.arange(16).expand(8, 16)
+    return {
+        name: PackedText(torch.randint(3, 60, (8, 16), generator=torch.Generator().manual_seed(seed)), positions, 8, 0)
+        for name in PARTS
+    }
+
+
+def test_packed_text_is_told_by_what_it_holds(counted: Counted, tmp_path: Path) -> None:
+    """A mapping of parts has the same keys whatever is in them."""
+    for seed, times in ((0, 1), (1, 2), (0, 2)):
+        sweep(MODEL, Numbers(), packed(seed), keep_in=tmp_path / "x", **ONE_POINT)
+        assert counted.times == times
+    other = {name: PackedText(part.input_ids, part.position_ids % 8, 16, 0) for name, part in packed(0).items()}
+    sweep(MODEL, Numbers(), other, keep_in=tmp_path / "x", **ONE_POINT)
+    assert counted.times == 3, "the same tokens are other documents"
+
+
+def test_blocks_to_keep_that_can_be_read_once_are_kept_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def noted(*args: Any, keep: Any, **settings: Any) -> Any:
+        found.append(list(keep))
+        raise UnsupportedSurgery("noted")
+
+    monkeypatch.setattr(sys.modules["streamline_hooks.sweep"], "compress", noted)
+    sweep(MODEL, Numbers(), random_split(), remove=[1], kinds=["none", "linear"], speed=False, keep=iter([0, 2]))
+    assert found == [[0, 2], [0, 2]]
+
+
 def test_what_cannot_be_swept(swept: Any, story_texts: list[str]) -> None:
     model, tokenizer, *_ = swept
     with pytest.raises(StreamlineError, match="Got 0 amounts, 1 kinds; expected one amount and one kind at least"):
         sweep(model, tokenizer, story_texts, remove=[], kinds=["none"])
+    with pytest.raises(StreamlineError, match="was given batches, which have none. Give documents, a TokenSplit"):
+        sweep(model, None, {name: [torch.ones(2, 3)] for name in PARTS}, remove=[1], kinds=["none"])  # type: ignore
     with pytest.raises(StreamlineError, match="and output; expected"):
         sweep(model, tokenizer, story_texts, remove=[1], kinds=["none"], output="x")

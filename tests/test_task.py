@@ -225,3 +225,14 @@ def test_a_sequence_of_padding_has_no_embedding() -> None:
     given = {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])}
     with pytest.raises(StreamlineError, match="A sequence has no real token"):
         Task("embedding").answers(SimpleNamespace(last_hidden_state=STATES), given)
+
+
+def test_embeddings_of_states_with_the_tokens_in_front_are_refused() -> None:
+    """Their mean over what is taken for a sequence's tokens would be one over sequences."""
+    for batch_first in (True, False):
+        encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first), 2)
+        if batch_first:
+            Task("embedding").require_fits(encoder)
+            continue
+        with pytest.raises(StreamlineError, match="Build it with batch_first=True"):
+            Task("embedding").require_fits(encoder)

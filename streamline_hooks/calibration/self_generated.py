@@ -187,11 +187,10 @@ def _identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settin
     config = model.config.to_dict()
     for incidental in ("_name_or_path", "transformers_version", "_commit_hash"):
         config.pop(incidental, None)
-    modules = modules_digest(model)
     return {
         "config": config,
         "weights": weights_digest(model),
-        **({"modules": modules} if modules else {}),
+        "modules": modules_digest(model),
         "template": tokenizer.chat_template,
         "tokenizer": texts_digest(map(str, (sorted(tokenizer.get_vocab().items()), ids))),
         "prompts": [FORMS, TOPICS],

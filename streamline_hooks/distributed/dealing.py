@@ -49,8 +49,17 @@ def sequences_of(batch: Tensor | Mapping[str, Any]) -> int:
 
 
 def some_of(batch: Any, rows: slice) -> Any:
-    """Some of the sequences of a batch; what is not as long as it has sequences stays as it is."""
+    """Some of the sequences of a batch; what is not as long as it has sequences stays as it is.
+
+    Positions that count several a token have their sequences on the second axis (Qwen2-VL and its kin).
+    """
     if isinstance(batch, Tensor):
         return batch[rows]
     whole = sequences_of(batch)
-    return {n: v[rows] if isinstance(v, Tensor) and v.ndim and len(v) == whole else v for n, v in batch.items()}
+
+    def cut(name: str, value: Any) -> Any:
+        if name == "position_ids" and isinstance(value, Tensor) and value.ndim == 3:
+            return value[:, rows] if value.shape[1] == whole else value
+        return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == whole else value
+
+    return {name: cut(name, value) for name, value in batch.items()}

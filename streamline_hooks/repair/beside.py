@@ -111,7 +111,8 @@ def measure_beside(
     if unusual:
         raise UnsupportedSurgery(
             f"The states of {type(model).__name__} are laid out as ({', '.join(unusual.pop().split())}); what stands "
-            "in a window's place is fitted on (batch, tokens, features). Remove without a repair (kind none)."
+            "in a window's place is fitted on (batch, tokens, features). Take blocks out with LayerSurgeon, which "
+            "needs none of it."
         )
     cost = f"{what}: {len(asked)} windows, {max(needed) + 1} of {len(found)} blocks"
     both: list[list[ProjectionMoments]] = []

@@ -160,7 +160,8 @@ def measure_moments(
         if unusual:
             raise UnsupportedSurgery(
                 f"The states of {type(model).__name__} are laid out as ({', '.join(unusual.pop().split())}); a map of "
-                "(batch, tokens, features) has no moments there. Remove without a repair (kind none)."
+                "(batch, tokens, features) has no moments there. Take blocks out with LayerSurgeon, which needs "
+                "none of it."
             )
         mine = _part(work, record.stack, batches, share, windows=list(windows), weighted=weighted)
         moments: list[WindowMoments] = []

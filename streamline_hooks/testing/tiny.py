@@ -216,7 +216,7 @@ def _own_random_state(seed: int) -> Iterator[None]:
     before = random.getstate()
     with torch.random.fork_rng(devices=[]):
         try:
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # alone: torch.manual_seed would seed accelerators too
             random.seed(seed)
             yield
         finally:

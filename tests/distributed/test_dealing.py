@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,3 +34,13 @@ def test_what_is_not_as_long_as_there_are_sequences_stays() -> None:
     assert part["input_ids"].tolist() == [[2, 3]]
     assert part["other"] is other and part["scale"] is scalar and part["name"] == "text"
     assert some_of(torch.arange(4), slice(1, 4, 2)).tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("sequences", [2, 3])
+def test_positions_that_count_three_a_token_are_dealt_by_their_sequences(sequences: int) -> None:
+    """As many sequences as kinds of positions are no sign of anything."""
+    positions = torch.arange(3 * sequences * 5).reshape(3, sequences, 5)
+    batch = {"input_ids": torch.zeros(sequences, 5), "position_ids": positions}
+    assert torch.equal(some_of(batch, slice(1, 2))["position_ids"], positions[:, 1:2])
+    flat = {"input_ids": torch.zeros(sequences, 5), "position_ids": positions[0]}
+    assert torch.equal(some_of(flat, slice(1, 2))["position_ids"], positions[0, 1:2])

@@ -27,6 +27,7 @@ from tests.testing.planting import (
     BLOCKS,
     Patch,
     Subject,
+    a_table_in_memory,
     changed,
     changes_by,
     count_not_put_back,
@@ -314,6 +315,12 @@ FAULTS = (
         changed(other_frequencies),
         "round trip",
         "has another buffer model.rotary_emb.inv_freq, which is not saved",
+    ),
+    Fault(
+        "a table of whole numbers is in memory only",
+        changed(a_table_in_memory),
+        "round trip",
+        "has another buffer model.table, which is not saved: missing",
     ),
     Fault("loading loses the repair", loses_the_repair, "round trip", "a repair was lost"),
     Fault(

@@ -239,6 +239,10 @@ def other_frequencies(model: Any) -> None:
     model.model.rotary_emb.inv_freq.mul_(1.5)
 
 
+def a_table_in_memory(model: Any) -> None:
+    model.model.register_buffer("table", torch.tensor([1, 2]), persistent=False)
+
+
 # Checkpoints that are wrong
 
 

@@ -72,6 +72,39 @@ def test_a_module_may_leak_only_as_much_as_its_own_noise(dtype: torch.dtype) -> 
         assert_causal(Noisy(2.0), features=WIDTH)
 
 
+@pytest.mark.parametrize("leak", [0.0, 0.1])
+def test_random_numbers_hide_no_leak(leak: float) -> None:
+    """Dropout that is always on draws the same each time: its noise is not allowed for."""
+
+    class Dropping(nn.Module):
+        def forward(self, state: Tensor) -> Tensor:
+            return nn.functional.dropout(state, 0.5, training=True) + leak * state.mean(dim=1, keepdim=True)
+
+    model = tiny_model("llama")
+    before = torch.get_rng_state()
+    with LayerSurgeon(model, probe=False) as surgeon:
+        surgeon.insert(2, Dropping())
+        for check in (lambda: assert_causal(Dropping(), features=WIDTH), lambda: assert_causal(model)):
+            if not leak:
+                check()
+                continue
+            with pytest.raises(AssertionError, match="looks at later tokens"):
+                check()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_noise_without_bounds_is_told() -> None:
+    class Sometimes(nn.Module):
+        calls = 0
+
+        def forward(self, state: Tensor) -> Tensor:
+            self.calls += 1
+            return state * (self.calls % 2 - 1)
+
+    with pytest.raises(AssertionError, match="two runs on the same input differ without bounds"):
+        assert_causal(Sometimes(), features=WIDTH)
+
+
 def test_a_module_that_works_in_place_is_not_blamed_for_looking_ahead() -> None:
     class InPlace(nn.Module):
         def forward(self, state: Tensor) -> Tensor:

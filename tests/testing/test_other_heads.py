@@ -11,10 +11,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from streamline_hooks import LayerSurgeon, StreamlineError
-from streamline_hooks.testing import assert_causal, assert_checkpoint_round_trip, assert_restores, assert_shapes
+from streamline_hooks import LayerSurgeon, StreamlineError, find_stacks
+from streamline_hooks.testing import (
+    assert_cached_generation_matches,
+    assert_causal,
+    assert_checkpoint_round_trip,
+    assert_restores,
+    assert_shapes,
+)
 from streamline_hooks.testing import tiny_model as tiny_of_type
 from streamline_hooks.testing.assertions.round_trip import hold_reading
+from tests.other_models import made
 from tests.tiny_models import tiny_model
 
 
@@ -115,3 +122,37 @@ def test_a_classifier_is_told_why_it_cannot_be_causal() -> None:
     for subject, given in ((of_class("LlamaForSequenceClassification", num_labels=3), None), (model, batch)):
         with pytest.raises(StreamlineError, match="no result for each token.*A classifier gives one answer a sequence"):
             assert_causal(subject, given)
+
+
+def read_and_written(model: Any, padding: int) -> dict[str, Tensor]:
+    """Texts of different lengths, the one that is read padded."""
+    ids = torch.arange(3, 25).reshape(2, 11)
+    mask = torch.ones(2, 9).long()
+    mask[1, 9 - padding :] = 0
+    return {"input_ids": ids[:, :9], "attention_mask": mask, "decoder_input_ids": ids[:, 11 - 9 + padding :]}
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_encoder_with_a_decoder_passes(name: str, padding: int) -> None:
+    model = made(f"{name} decoder")
+    batch = read_and_written(model, padding)
+    for stack in (stack.path for stack in find_stacks(model)):
+        assert_shapes(model, batch, stack=stack)
+    assert_causal(model, batch)
+    with pytest.raises(StreamlineError, match="reads a text and writes another one; decoding is compared here for"):
+        assert_cached_generation_matches(model, batch)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_decoder_that_looks_ahead_is_seen(name: str) -> None:
+    class Leak(nn.Module):
+        def forward(self, state: Tensor) -> Tensor:
+            return state + 0.1 * state.mean(dim=1, keepdim=True)
+
+    model = made(f"{name} decoder")
+    decoder = next(stack.path for stack in find_stacks(model) if "decoder" in stack.path)
+    with LayerSurgeon(model, decoder, probe=False) as surgeon:
+        surgeon.insert(2, Leak())
+        with pytest.raises(AssertionError, match="looks at later tokens"):
+            assert_causal(model, read_and_written(model, 0), stack=decoder)

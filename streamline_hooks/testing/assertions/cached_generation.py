@@ -64,7 +64,7 @@ def assert_cached_generation_matches(
     AssertionError
         With the token, the largest difference and where it is.
     StreamlineError
-        If the model does not generate, or the batch does not fit.
+        If the model does not generate, is an encoder with a decoder, or the batch does not fit.
 
     Examples
     --------
@@ -74,6 +74,11 @@ def assert_cached_generation_matches(
     if not (is_transformers_model(model) and callable(getattr(model, "generate", None))):
         raise StreamlineError(
             f"A {type(model).__name__} has no cache to compare with: give a Transformers model that generates."
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise StreamlineError(
+            f"{type(model).__name__} reads a text and writes another one; decoding is compared here for models that "
+            "write on. Hold its blocks with assert_shapes, assert_causal and assert_removal_equals_shorter_model."
         )
     with quietly(model):
         for given in batches_for(model, batch, left_padded=left_padding):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch, prepare
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.generation import seeded
 from streamline_hooks.hidden_state import padded, require_batch_first
 from streamline_hooks.layouts import by_token
 from streamline_hooks.recorder import HiddenStateRecorder
@@ -72,9 +73,10 @@ def assert_causal(
     Tokens are changed, one at a time, and what comes out before them must stay; then one row at a time, and the other
     rows must stay. In a padded batch what lies in the padding is changed too, and no real token may see it.
 
-    The shapes stay the same, so that a healthy model gives the same bits again. By how much it does not is found out by
-    running it twice on the unchanged input; by more no token may move, measured by its own norm. That holds in half
-    precision too. A module may work on its input in place: it is given a copy.
+    The shapes stay the same, and so do the random numbers that are drawn, so that a healthy model gives the same bits
+    again. By how much it does not is found out by running it twice on the unchanged input; by more no token may move,
+    measured by its own norm. That holds in half precision too. A module may work on its input in place: it is given a
+    copy. Of an encoder with a decoder the decoder's tokens are changed.
 
     Parameters
     ----------
@@ -159,7 +161,8 @@ def _hold_model(
     other = _other_input(before)
 
     def answer(values: Tensor) -> Tensor:
-        return answer_of(model(**{**given, name: values.clone()}))
+        with seeded(values.device, "assertion"):  # what one run draws, the next draws too
+            return answer_of(model(**{**given, name: values.clone()}))
 
     with quietly(model):
         expected = answer(before)
@@ -216,8 +219,8 @@ _PADDING = "takes padding for tokens: hand the attention mask on, 1 (or True) fo
 
 
 def _input_name(model: nn.Module, given: Mapping[str, Any]) -> str:
-    """The argument that holds the tokens, or the states that stand for them."""
-    for name in ("inputs_embeds", "input_ids"):
+    """The argument that holds the tokens, or the states that stand for them; of two texts, those of what is written."""
+    for name in ("decoder_inputs_embeds", "decoder_input_ids", "inputs_embeds", "input_ids"):
         if isinstance(given.get(name), Tensor):
             return name
     for name, value in given.items():
@@ -253,7 +256,7 @@ def _first_guilty(
     """Which block is the first to let the change through."""
 
     def recorded(values: Tensor) -> HiddenStateRecorder:
-        with HiddenStateRecorder(model, stack=stack) as record:
+        with HiddenStateRecorder(model, stack=stack) as record, seeded(values.device, "assertion"):
             model(**{**given, name: values.clone()})
         return record
 

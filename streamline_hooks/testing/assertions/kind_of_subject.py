@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.generation import seeded
 from streamline_hooks.testing.assertions.running import is_transformers_model
 
 
@@ -49,7 +50,7 @@ def precision_of(module: nn.Module) -> torch.dtype:
 
 
 def called_on(module: nn.Module, states: Tensor) -> Any:
-    """What a module returns for states.
+    """What a module returns for states, with the same random numbers each time.
 
     Raises
     ------
@@ -58,7 +59,8 @@ def called_on(module: nn.Module, states: Tensor) -> Any:
     """
     call: Callable[[Tensor], Any] = module
     try:
-        return call(states)
+        with seeded(states.device, "assertion"):
+            return call(states)
     except Exception as error:
         raise AssertionError(
             f"{type(module).__name__} fails on states of shape {tuple(states.shape)} (batch, tokens, features) in "

@@ -269,18 +269,14 @@ def _hold_buffers(model: nn.Module, loaded: nn.Module, back: str, tolerance: flo
     theirs = dict(loaded.named_buffers())
     saved = model.state_dict().keys()
     for name, buffer in model.named_buffers():
-        if name in saved or not buffer.is_floating_point():
+        if name in saved:
             continue
         made = theirs.get(name)
         allowed = max(SAME_SUMS.get(b.dtype, 0.0) for b in (buffer, buffer if made is None else made))
         found: object = "missing"
         if made is not None:
-            found = difference(
-                made.to(torch.float64),
-                buffer.to(torch.float64),
-                tolerance=allowed if tolerance is None else tolerance,
-                axes=(),
-            )
+            allowed = allowed if tolerance is None or not buffer.is_floating_point() else tolerance
+            found = difference(made.to(torch.float64), buffer.to(torch.float64), tolerance=allowed, axes=())
         if found is not None:
             raise AssertionError(
                 f"{back} has another buffer {name}, which is not saved: {found}. Expected: what the class computes "

@@ -105,8 +105,12 @@ def logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 def real_places(batch: Mapping[str, Any], like: Tensor) -> Tensor | None:
-    """Which tokens of a batch are real, boolean, of shape (batch, tokens); None where all are, or none can tell."""
-    mask = real_tokens(batch)
+    """Which tokens of a batch are real, boolean, of shape (batch, tokens); None where all are, or none can tell.
+
+    Of an encoder with a decoder, those of what is decoded.
+    """
+    decodes = isinstance(batch.get("decoder_input_ids"), Tensor)
+    mask = batch.get("decoder_attention_mask") if decodes else real_tokens(batch)
     if like.ndim < 3 or not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != like.shape[:2]:
         return None
     return mask.bool()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -167,7 +167,9 @@ def _hold_model(model: nn.Module, batch: Mapping[str, Any], stack: str | None) -
                         f"{where} is in {held.dtype}; expected {dtype}, as the state that enters block 0. Likely "
                         "cause: what runs there does not cast back to the dtype of its input."
                     )
-                _require_finite(held, where, real)
+                _require_finite(held, where, real if real is not None and real.shape == held.shape[:2] else None)
+    decoded = given.get("decoder_input_ids")  # what an encoder's states are not of
+    rows, tokens = decoded.shape if isinstance(decoded, Tensor) else (rows, tokens)
     _hold_answer(model, answer, rows, tokens, real)
 
 
@@ -228,14 +230,19 @@ def _require_finite(values: Tensor, what: str, real: Tensor | None) -> None:
 
 
 def _hold_generation(model: nn.Module, batch: Mapping[str, Any], new_tokens: int) -> None:
-    generate: Any = model.generate
-    ids = batch["input_ids"]
+    generate, ids = cast(Any, model.generate), batch["input_ids"]
+    given = {name: value for name, value in batch.items() if not name.startswith("decoder_")}
+    if getattr(model.config, "is_encoder_decoder", False):  # what it writes does not go on from what it reads
+        said: Any = model.generation_config
+        starts = (said.decoder_start_token_id, said.bos_token_id, int(batch.get("decoder_input_ids", ids)[0, 0]))
+        given["decoder_start_token_id"] = next(start for start in starts if start is not None)
+        ids = torch.full((len(ids), 1), given["decoder_start_token_id"])
     with quietly(model):
         made = generate(
-            **batch, **GREEDILY, max_new_tokens=new_tokens, min_new_tokens=new_tokens, return_dict_in_generate=False
+            **given, **GREEDILY, max_new_tokens=new_tokens, min_new_tokens=new_tokens, return_dict_in_generate=False
         )
     expected = (ids.shape[0], ids.shape[1] + new_tokens)
-    if tuple(made.shape) != expected or not torch.equal(made[:, : ids.shape[1]].to(ids.device), ids):
+    if tuple(made.shape) != expected or not torch.equal(made[:, : ids.shape[1]].to(ids), ids):
         raise AssertionError(
             f"{type(model).__name__}.generate gives the shape {tuple(made.shape)} for tokens of {tuple(ids.shape)} and "
             f"{new_tokens} new ones; expected {expected}, beginning with the tokens that were given. Likely cause: a "
