@@ -288,6 +288,8 @@ def _parts(
 ) -> tuple[TokenSplit | BatchSplit, list[Any]]:
     """All of the text or the batches, and for each round its part, which shares validation and test."""
     if are_batches(texts):
+        if test_texts is not None:
+            raise StreamlineError("Batches have a test part of their own; leave test_texts out.")
         given = cast(Mapping[str, Sequence[Any]], texts)
         if len(given.get("calibration", ())) < 2 * rounds:
             raise StreamlineError(

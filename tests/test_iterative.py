@@ -331,6 +331,10 @@ def test_a_round_behind_one_that_took_the_first_blocks_is_told_as_it_is() -> Non
             r"The objective mse compares states behind windows, which the original has elsewhere",
         ),
         ({"rounds": 2, "remove": 3, "search": "disjoint"}, r"1 block cannot be in 2 windows. Remove more, at a time"),
+        (
+            {"rounds": 2, "remove": 2, "test_texts": ["a"]},
+            r"Batches have a test part of their own; leave test_texts out",
+        ),
         ({"rounds": 7, "remove": 7}, r"12 calibration batches were given for 7 rounds, which need two each at least"),
     ],
 )

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.stack import find_stacks
+from streamline_hooks.surgery.silence import silent_parameters
 
 
 def freeze_all_but(model: nn.Module, modules: nn.Module | Iterable[nn.Module]) -> list[nn.Parameter]:
@@ -16,8 +18,8 @@ def freeze_all_but(model: nn.Module, modules: nn.Module | Iterable[nn.Module]) -
     ----------
     model : torch.nn.Module
     modules : torch.nn.Module or iterable of them
-        Parts of the model, such as what `LayerSurgeon.replace` returned. Where some parameters of one are frozen, such
-        as the projection of a silenced attention, these stay so.
+        Parts of the model, such as what `LayerSurgeon.replace` returned. Where some parameters of one are frozen, these
+        stay so; where all are, all are trained, but for the projection of a block's silenced attention or MLP.
 
     Returns
     -------
@@ -48,7 +50,8 @@ def freeze_all_but(model: nn.Module, modules: nn.Module | Iterable[nn.Module]) -
             f"A {type(missing[0]).__name__} that is to be trained is not in the model. Give what the surgeon returned, "
             "which may be a copy, while it is in the model."
         )
-    trained = list(dict.fromkeys(p for module in chosen for p in _trainable(module)))
+    blocks = [set(stack.blocks) for stack in find_stacks(model)]
+    trained = list(dict.fromkeys(p for module in chosen for p in _trainable(module, blocks)))
     if not trained:
         raise StreamlineError(
             f"There is nothing to train in {', '.join(type(module).__name__ for module in chosen) or 'no module'}; "
@@ -60,6 +63,9 @@ def freeze_all_but(model: nn.Module, modules: nn.Module | Iterable[nn.Module]) -
     return trained
 
 
-def _trainable(module: nn.Module) -> list[nn.Parameter]:
+def _trainable(module: nn.Module, stacks: Iterable[set[nn.Module]]) -> list[nn.Parameter]:
     floating = [p for p in module.parameters() if p.is_floating_point()]
-    return [p for p in floating if p.requires_grad] or floating
+    # A block beside others of its class that has zeros was silenced; other modules begin at zero.
+    own = any(module in blocks and sum(type(b) is type(module) for b in blocks) > 1 for blocks in stacks)
+    silent = {id(p) for part in module.modules() for p in silent_parameters(part)} if own else set[int]()
+    return [p for p in floating if p.requires_grad] or [p for p in floating if id(p) not in silent]

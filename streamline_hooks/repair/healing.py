@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,7 @@ from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices
 from streamline_hooks.task import Task
 
 Where = Literal["all", "after", "beside", "last"]
+_OF_ADAPTERS = ("rank", "alpha", "dropout", "targets")
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,10 @@ class Healing:
     head : bool
         Whether the LM head is trained too, whole; where it is the input embedding as well, it cannot be.
     rank, alpha, dropout
-        Of the adapters: alpha/rank is their scale.
+        Of the adapters, and of them alone: alpha/rank is their scale.
     targets : tuple of str
-        How the names of the layers end that get an adapter; by default every linear layer of a block does.
+        How the names of the layers end that get an adapter; by default every linear layer of a block does. Blocks are
+        trained whole, or not.
 
     Examples
     --------
@@ -91,6 +93,14 @@ class Healing:
                 "of 1 or more, alpha above 0, dropout in 0 to 1."
             )
 
+        default = {field.name: field.default for field in fields(self)}
+        given = [name for name in _OF_ADAPTERS if getattr(self, name) != default[name]]
+        if self.how == "partial" and given:
+            raise StreamlineError(
+                f"Healing 'partial' trains blocks whole and was given {', '.join(given)}, of adapters. Leave that out, "
+                "or heal with 'lora'."
+            )
+
     @classmethod
     def parse(cls, text: str) -> Healing:
         """Read ``"lora"``, ``"lora:rank=64,where=after"`` or ``"partial:where=beside,count=2"``.
@@ -102,7 +112,8 @@ class Healing:
         """
         read: dict[str, Any] = {
             "where": str, "count": int, "rate": float, "rank": int, "alpha": float, "dropout": float,
-            "targets": lambda value: tuple(value.split("+")), "head": lambda value: value in ("", "true"),
+            "targets": lambda value: tuple(value.split("+")),
+            "head": lambda value: {"": True, "true": True, "false": False}[value.lower()],
         }  # fmt: skip
         given = read_options(text, read, "healing", "lora:rank=16,where=after")
         return cls(how=text.partition(":")[0].strip(), **given)  # type: ignore[arg-type]

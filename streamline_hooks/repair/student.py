@@ -119,6 +119,15 @@ class Student:
                         found[f"{place_}.{number}.{name}"] = parameter
         return found
 
+    def buffers(self) -> dict[str, Tensor]:
+        """What else a forward may change and a checkpoint holds of what is put in, such as running means, by name."""
+        return {
+            f"{place_}.{number}.{name}": buffer
+            for place_, modules in self.modules.items()
+            for number, module in enumerate(modules)
+            for name, buffer in _kept_buffers(module).items()
+        }
+
     def rate_of(self, name: str) -> float:
         """The share of the learning rate at which a parameter, named as by `parameters`, is trained."""
         stays = {*map(str, self.copies), *self.outside}
@@ -162,8 +171,9 @@ class Student:
         pairs += [(self.model.get_submodule(path), copy) for path, copy in self.outside.items()]
         with torch.no_grad():
             for module, copy in pairs:
-                held = dict(module.named_parameters())  # with what is spliced in beside it, which is no copy
-                for name, trained in copy.named_parameters():
+                # With what is spliced in beside it, which is no copy.
+                held: dict[str, Tensor] = {**dict(module.named_parameters()), **_kept_buffers(module)}
+                for name, trained in [*copy.named_parameters(), *_kept_buffers(copy).items()]:
                     held[name].copy_(trained)
 
     @contextmanager
@@ -211,6 +221,10 @@ class Student:
         states : list of torch.Tensor
             After each window, of shape (batch, tokens, features).
         """
+        checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        if checkpointed and torch.is_grad_enabled():
+            # A reentrant checkpoint has no graph where its input has none, and would train nothing inside.
+            entrance = entrance.detach().requires_grad_()
         given = entrance.clone()  # what is put in may work on its input in place
         with self.opened(), self._without_earlier_splices(), ExitStack() as exits:
             entering = [k for k, at_end in self._ends if not at_end]
@@ -322,6 +336,16 @@ class Student:
             block = copied[0] if copied else self.stack[window.stop]
             ends.append((next(k for k, module in enumerate(present) if module is block), False))
         return ends
+
+
+def _kept_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a checkpoint holds, by their path."""
+    return {
+        f"{path}.{name}".lstrip("."): buffer
+        for path, owner in module.named_modules()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None and name not in owner._non_persistent_buffers_set
+    }
 
 
 def _first_change(window: range, stand_in: StandIn) -> int:

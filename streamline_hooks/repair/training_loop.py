@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -103,7 +103,7 @@ class Loop(Forwards):
         self.history: list[dict[str, Any]] = []
         self.losses: Losses = []
         self.own_text = None if settings.on_policy is None else OwnText(settings.on_policy)
-        self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.best = self._copied()
         self.tokens_of_states = self._count_tokens()
         self.longest = max(self.work.tell(max(self.share.longest, self.validation_share.longest)))
         self.rows = self.longest  # sequences at a time, until there is no memory for as many
@@ -124,8 +124,15 @@ class Loop(Forwards):
         return {number: sum(its.get(number, 0) for its in told) for number in range(len(self.batches))}
 
     def run(self, resume: bool) -> Trained:
-        """Make all steps that are left, from the beginning or from where an earlier run was kept."""
-        torch.manual_seed(self.settings.seed)
+        """Make all steps that are left, from the beginning or from where an earlier run was kept.
+
+        The caller's random numbers are left as they were.
+        """
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            return self._run(resume)
+
+    def _run(self, resume: bool) -> Trained:
+        _seed(self.settings.seed, self.device)
         if resume:
             self._restore()
         stopped = ""
@@ -172,9 +179,7 @@ class Loop(Forwards):
             stopped = f"interrupted after step {self.step}"
         none: dict[str, Any] = {"distance": math.nan, "step": 0}  # interrupted before anything was measured
         best = min(self.history, key=lambda row: row["validated"], default=none)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(self.best[name])
+        self._put_back(self.best)
         if stopped:
             self.say(
                 f"Training ended early: {stopped}. The best weights so far are kept, those of step {best['step']}."
@@ -199,6 +204,7 @@ class Loop(Forwards):
         numbers = self.course.batches_of(self.step)
         run = sum(tokens_of(self.batches[number]) for number in numbers)
         random = random_state(self.device)
+        buffers = {name: buffer.clone() for name, buffer in self.student.buffers().items()}
         try:
             text = self._own_text_of_this_step()
             own = [] if text is None else self._with_room(lambda: self._write(text, numbers))
@@ -209,6 +215,7 @@ class Loop(Forwards):
             def gradients() -> tuple[float, list[bool]]:
                 self.weights.clear()  # of a step that was broken off, in an earlier training too
                 set_random_state(random, self.device)
+                self._put_back(buffers)
                 self._seed()
                 if text is not None:
                     loss = self._backward_on_own(text.rollouts, chosen, self.bar)
@@ -219,6 +226,7 @@ class Loop(Forwards):
             made = self._with_room(gradients)
         except (KeyboardInterrupt, AllInterrupted):
             set_random_state(random, self.device)  # whoever goes on makes this step anew
+            self._put_back(buffers)
             raise
         loss = math.fsum(value for value, _ in made)
         if math.isfinite(loss):
@@ -294,11 +302,24 @@ class Loop(Forwards):
         if self.own_text is not None:
             said |= self.own_text.since()
         if not self.history or validated < min(row["validated"] for row in self.history):
-            self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+            self.best = self._copied()
         numbers = {"step": self.step, "tokens": self.tokens, "distance": distance, "validated": validated}
         self.history.append({**numbers, **said})
         self.seconds = time.perf_counter() - self.began
         bar.set_postfix_str(self._state())
+
+    def _all(self) -> dict[str, Tensor]:
+        """What is trained, and the buffers beside it that a forward may change."""
+        return {**self.parameters, **self.student.buffers()}
+
+    def _copied(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self._all().items()}
+
+    def _put_back(self, values: Mapping[str, Tensor]) -> None:
+        held = self._all()
+        with torch.no_grad():
+            for name, value in values.items():
+                held[name].copy_(value)
 
     def _digest(self) -> str:
         """Of all that is trained, and of the buffers beside it; with one process there is nothing to compare."""
@@ -330,6 +351,7 @@ class Loop(Forwards):
         if self.settings.keep_in is None or self.work.processes.rank:
             return
         tensors = self.optimisation.tensors() | {f"best.{name}": value for name, value in self.best.items()}
+        tensors |= {f"buffer.{name}": buffer.clone() for name, buffer in self.student.buffers().items()}
         tensors |= random_state(self.device)
         said = {
             "fingerprint": self.fingerprint, "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
@@ -347,7 +369,8 @@ class Loop(Forwards):
                 "begun with, or begin again without --resume."
             )
         self.optimisation.load(tensors, said)
-        self.best = {name: tensors[f"best.{name}"].to(p.device) for name, p in self.parameters.items()}
+        self.best = {name: tensors[f"best.{name}"].to(p.device) for name, p in self._all().items()}
+        self._put_back({name: tensors[f"buffer.{name}"] for name in self.student.buffers()})
         set_random_state(tensors, self.device)
         self.step, self.tokens, self.seconds = said["step"], said["tokens"], said["seconds"]
         self.spent = max(self.spent, said["spent"])  # so that one that ended by its time has none left
@@ -363,4 +386,11 @@ class Loop(Forwards):
         from step to step.
         """
         if self.work.processes.count > 1:
-            torch.manual_seed(self.course.seed_of(self.step, self.work.processes.rank))
+            _seed(self.course.seed_of(self.step, self.work.processes.rank), self.device)
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    torch.default_generator.manual_seed(seed)  # alone: torch.manual_seed would seed every accelerator
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)

@@ -23,7 +23,7 @@ from streamline_hooks.repair.settings import Training
 from streamline_hooks.repair.student import Student
 
 _KEY = "streamline_hooks_training"
-_FORMAT = 6  # what is said in it; another version of this library may say other things
+_FORMAT = 7  # what is said in it; another version of this library may say other things
 
 
 def write_state(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from streamline_hooks.batch import Batch
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.stack import BlockStack
-from streamline_hooks.surgery.silence import find_zeros
+from streamline_hooks.surgery.silence import find_zeros, silent_parameters
 from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices
 
 
@@ -41,8 +41,8 @@ def inherit(stack: BlockStack, window: range, count: int = 1) -> nn.Module:
     Returns
     -------
     torch.nn.Module
-        One block, or `InheritedBlocks`, all parameters of which are trained; without what is spliced beside them, and
-        under ``torch.device("meta")`` without memory for the weights.
+        One block, or `InheritedBlocks`, all parameters of which are trained, but for what was silenced before; without
+        what is spliced beside them, and under ``torch.device("meta")`` without memory for the weights.
 
     Raises
     ------
@@ -101,7 +101,9 @@ def _copied(block: nn.Module) -> nn.Module:
     duplicate = copy.deepcopy(block, memo)
     for place in (BEFORE, AFTER):
         set_splices(duplicate, place, [])
-    for parameter in duplicate.parameters():
+    silent = {id(p) for part in block.modules() for p in silent_parameters(part)}
+    held = dict(block.named_parameters())
+    for name, parameter in duplicate.named_parameters():
         if parameter.is_floating_point():
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(id(held[name]) not in silent)
     return duplicate

@@ -18,11 +18,16 @@ def placement(block: nn.Module) -> Placement:
 
 
 def move_beside(module: nn.Module, block: nn.Module) -> None:
-    """Give a module a block's mode, and the device and the precision that most of its parameters have."""
+    """Give a module a block's mode, and the device and the precision that most of its parameters have.
+
+    A module most of which has that precision keeps what it holds in another one: a copy of a block whose router is in
+    float32 would be another block with that rounded.
+    """
     module.train(block.training)
     found = None if _offloaded(module) else _most(block)
     if found is not None:
-        module.to(device=found[0], dtype=found[1])
+        mine = _most(module)
+        module.to(device=found[0], dtype=None if mine is not None and mine[1] == found[1] else found[1])
 
 
 def bring_to(module: nn.Module, block: nn.Module) -> Callable[[], None]:

@@ -84,7 +84,8 @@ def set_splices(block: nn.Module, place: Place, modules: Sequence[nn.Module]) ->
     """
     hook_id = _hook_id(block, place)
     if modules:
-        block._modules[place] = nn.ModuleList(modules)
+        held = block._modules[place] = nn.ModuleList(modules)
+        held.training = block.training  # of the list alone: what is in it has a mode already
         if hook_id is None and place == BEFORE:
             block.register_forward_pre_hook(run_before, prepend=True, with_kwargs=True)
         elif hook_id is None:

@@ -105,3 +105,14 @@ def test_what_is_frozen_in_it_stays_frozen() -> None:
     assert not model.model.layers[2].self_attn.o_proj.weight.any()
     model.requires_grad_(False)
     assert len(freeze_all_but(model, model.model.layers[0].mlp)) == 3, "what is frozen whole is meant to be trained"
+    found = freeze_all_but(model, module)
+    silent = model.model.layers[2].self_attn.o_proj.weight
+    assert len(found) == len(list(module.parameters())) - 1 and not silent.requires_grad
+
+
+def test_what_begins_at_zero_is_trained_though_all_was_frozen() -> None:
+    model, module = shortened()
+    with torch.no_grad():
+        module.projection.weight.zero_()  # type: ignore[union-attr, operator]
+    model.requires_grad_(False)
+    assert len(freeze_all_but(model, module)) == 1

@@ -141,6 +141,8 @@ def test_the_head_is_trained_where_it_is_not_the_embedding() -> None:
     [
         ("full", "Healing 'full' of 'all' blocks is unknown"),
         ("lora:rank=x", "cannot be read at 'rank=x'"),
+        ("lora:head=ture", "cannot be read at 'head=ture'"),
+        ("partial:targets=down_proj,rank=4", "'partial' trains blocks whole and was given rank, targets, of adapters"),
         ("lora:size=2", "cannot be read at 'size=2'.*known are where, count, rate, rank"),
         ("partial:rate=0", "rate=0.0 of the learning rate trains nothing"),
         ("partial:where=beside", "was given count=0; expected 1 or more"),
@@ -212,3 +214,41 @@ def test_blocks_that_no_gradient_would_reach_are_refused(windows: list[range]) -
 def test_layers_that_peft_refuses_are_named() -> None:
     with pytest.raises(StreamlineError, match=r"peft puts no adapters on .*out_proj of a MambaBlock: .*Name others"):
         healing_copies(find_stack(tiny_model("mamba")), [WINDOW], Healing(rank=2))
+
+
+@pytest.mark.parametrize(
+    ("text", "head"), [("lora:head", True), ("lora:head=True", True), ("lora:head=false", False), ("lora", False)]
+)
+def test_whether_the_head_is_trained_is_read_either_way(text: str, head: bool) -> None:
+    assert Healing.parse(text).head is head
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("text", ["lora:rank=4", "partial:where=all", "partial:where=beside,count=1"])
+def test_checkpointed_blocks_are_trained_like_others(text: str, reentrant: bool) -> None:
+    """A reentrant checkpoint gives no gradient where its input needs none."""
+    found = []
+    for checkpointed in (False, True):
+        model: Any = tiny_model("llama")
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        student = healed(model, Healing.parse(text))
+        before = {name: p.detach().clone() for name, p in student.parameters().items()}
+        train(student, BATCHES, VALIDATION, replace(SETTINGS, epochs=1))
+        found.append(student.parameters())
+        still = {name for name, p in student.parameters().items() if torch.equal(p, before[name])}
+        assert not still, "some were not trained"
+    for name, parameter in found[0].items():
+        torch.testing.assert_close(found[1][name], parameter, rtol=1e-4, atol=1e-6)
+
+
+def test_a_silenced_attention_stays_silent_in_an_inherited_block() -> None:
+    model: Any = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.silence(3, "attention")
+        surgeon.commit()
+    (repair,) = fit_windows(model, [range(3, 6)], "block:solve=false", BATCHES, VALIDATION)
+    student = student_of(find_stack(model), [(range(3, 6), repair.stand_in)])
+    train(student, BATCHES, VALIDATION, SETTINGS)
+    assert not repair.stand_in.self_attn.o_proj.weight.any()
+    assert repair.stand_in.mlp.down_proj.weight.requires_grad

@@ -430,9 +430,9 @@ def test_what_cannot_be_trained_or_resumed_is_refused(tmp_path: Path) -> None:
         file.write_bytes(damaged)
         with pytest.raises(StreamlineError, match=r"is not the file of a training, or is damaged .*begin again"):
             train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
-    file.write_bytes(whole.replace(b'format\\": 6', b'format\\": 9'))
+    file.write_bytes(whole.replace(b'format\\": 7', b'format\\": 9'))
     with pytest.raises(
-        StreamlineError, match=r"another version of this library: it has format 9, and this one reads 6"
+        StreamlineError, match=r"another version of this library: it has format 9, and this one reads 7"
     ):
         train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
 
@@ -648,3 +648,64 @@ def test_adapters_of_another_scale_are_another_training(tmp_path: Path) -> None:
         with pytest.raises(StreamlineError, match="holds another training"):
             train(healed(text), BATCHES, VALIDATION, settings, resume=True)
     train(healed("lora:rank=2,alpha=4"), BATCHES, VALIDATION, settings, resume=True)
+
+
+class Normed(nn.Module):
+    """What runs may change of it is more than what is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.projection = nn.BatchNorm1d(32, momentum=0.5), nn.Linear(32, 32)
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        return state + self.projection(self.norm(state.flatten(0, 1)).view_as(state))
+
+
+def normed(model: nn.Module) -> tuple[Student, Normed]:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        module = Normed()
+    return Student(model, [(range(2, 4), module)]), module
+
+
+def test_running_means_are_kept_with_the_weights_that_they_belong_to() -> None:
+    student, module = normed(tiny_model("llama"))
+    settings = replace(QUICK, learning_rate=0.3, validations=6)
+    trained = train(student, BATCHES, VALIDATION, settings)
+    assert trained.best_step < trained.steps, "the last weights are no test of this"
+    assert int(module.norm.num_batches_tracked) == trained.best_step  # type: ignore[arg-type]
+    again = train(student, BATCHES, VALIDATION, replace(settings, learning_rate=1e-30))
+    assert again.distance_before == pytest.approx(trained.distance, rel=1e-6)
+
+
+def test_a_training_goes_on_from_its_running_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = replace(QUICK, keep_in=tmp_path / "file", validations=1)
+    whole, _ = normed(tiny_model("llama"))
+    wanted = train(whole, BATCHES, VALIDATION, replace(settings, keep_in=None))
+    step, calls = training_loop.Loop._step, 0
+
+    def interrupted(self: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            backward = self._backward
+            monkeypatch.setattr(self, "_backward", lambda *args: (backward(*args), os.kill(os.getpid(), signal.SIGINT)))
+        return step(self)
+
+    monkeypatch.setattr(training_loop.Loop, "_step", interrupted)
+    broken, _ = normed(tiny_model("llama"))
+    assert "interrupted after step 4" in train(broken, BATCHES, VALIDATION, settings).stopped
+    monkeypatch.undo()
+    fresh, _ = normed(tiny_model("llama"))
+    found = train(fresh, BATCHES, VALIDATION, settings, resume=True)
+    assert found.distance == wanted.distance
+    assert all(torch.equal(a, b) for a, b in zip(weights(fresh), weights(whole), strict=True))
+    for name, buffer in fresh.buffers().items():
+        assert torch.equal(buffer, whole.buffers()[name])
+
+
+def test_the_callers_random_numbers_are_left_as_they_were() -> None:
+    student, _ = student_of(tiny_model("llama"), dropout=0.5)
+    before = torch.get_rng_state()
+    train(student, BATCHES, VALIDATION, QUICK)
+    assert torch.equal(torch.get_rng_state(), before)

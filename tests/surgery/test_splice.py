@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, find_stack
+from streamline_hooks import HiddenStateRecorder, LayerSurgeon, LinearReplacement, StreamlineError, find_stack
 from streamline_hooks.evaluation import Candidate, distances_of_candidates
 from streamline_hooks.surgery.opened import _open
 from streamline_hooks.task import Task
@@ -268,3 +268,12 @@ def test_a_window_over_the_splice_gives_the_class_back() -> None:
         assert surgeon.plan.splices == ()
         surgeon.commit()
     assert type(model).__name__ == "LlamaForCausalLM" and type(model.config).__name__ == "LlamaConfig"
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_list_of_what_is_spliced_in_has_the_mode_of_the_block(training: bool) -> None:
+    model = tiny_model("llama").train(training)
+    with LayerSurgeon(model) as surgeon:
+        surgeon.replace(range(2, 4), LinearReplacement(32))
+        surgeon.commit()
+    assert {module.training for module in model.modules()} == {training}

@@ -31,11 +31,16 @@ def fit_ghosted(
     probe: Batch | Tensor | None,
     what: str,
 ) -> list[Repair | UnsupportedSurgery]:
-    """Fit the maps of windows, in one pass over all sequences that ends after the last of them."""
-    every = [*fit, *held_out]
-    sums = measure_moments(stack.model, every, windows, stack=stack.path, weighted=False, what=f"fit{what}")
-    maps = [ghosted_map(moments) for moments in sums]
-    made = [(w, LinearReplacement.from_map(map_), map_) for w, map_ in zip(windows, maps, strict=True)]
+    """Fit the maps of windows to all sequences, in passes that end after the last of them."""
+    parts = [
+        measure_moments(stack.model, batches, windows, stack=stack.path, weighted=False, what=f"fit{what}")
+        for batches in (fit, held_out)
+    ]
+    made = []
+    for window, moments, others in zip(windows, *parts, strict=True):
+        without = ghosted_map(moments)
+        moments.merge(others)
+        made.append((window, LinearReplacement.from_map(ghosted_map(moments)), without))
     return measured(stack, made, held_out, what)
 
 

@@ -75,16 +75,18 @@ def fit_linear_patch(
     needed = sorted({w.start for w in windows} | {w.stop - 1 for w in windows})
     record = HiddenStateRecorder(stack.model, needed, stop=True, stack=stack.path)
     batches, scales = [*fit, *held_out], dict[range, RotatedScale]()
+    without: dict[range, Tensor] = {}
     cost = f"scale{what}: {len(windows)} windows, {needed[-1] + 1} of {len(stack)} blocks"
     with recorded(stack.model, batches, record, cost) as passed:
-        for _, mask, _ in passed:
+        for number, (_, mask, _) in enumerate(passed, start=1):
             for window in windows:
                 states = record.inputs[window.start][0], record.outputs[window.stop - 1][0]
                 x, y = (by_token(state, stack[window.start]) for state in states)
                 if window not in scales:
                     scales[window] = RotatedScale(hadamard(x.shape[-1]))
                 scales[window].update(x, y, mask)
+                if number == len(fit):
+                    without[window] = scales[window].patch
     identity = torch.eye(len(next(iter(scales.values())).rotation), dtype=torch.float64)
-    maps = {window: scale.patch - identity for window, scale in scales.items()}
-    made = [(window, LinearReplacement.from_map(maps[window]), maps[window]) for window in windows]
+    made = [(w, LinearReplacement.from_map(scales[w].patch - identity), without[w] - identity) for w in windows]
     return measured(stack, made, held_out, what)

@@ -23,7 +23,7 @@ def measured(
     ----------
     stack : BlockStack
     made : sequence of (range, torch.nn.Module, torch.Tensor)
-        Windows, what stands in their place, and the W that it holds.
+        Windows, what stands in their place, and the W that it would hold if it had been fitted without those sequences.
     held_out : sequence of mapping or torch.Tensor
     what : str
         What the bar says, after "hold out".

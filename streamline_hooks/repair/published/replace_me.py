@@ -29,7 +29,7 @@ def fit_replace_me(
     probe: Batch | Tensor | None,
     what: str,
 ) -> list[Repair | UnsupportedSurgery]:
-    """Fit the maps of windows, each in a pass over all sequences; why not, where nothing can be folded."""
+    """Fit the maps of windows to all sequences, each in passes of its own; why not, where nothing can be folded."""
     return [_fit(stack, window, fit, held_out, probe, what) for window in windows]
 
 
@@ -38,12 +38,14 @@ def _fit(
 ) -> Repair | UnsupportedSurgery:
     measure = partial(measure_fold_moments, stack.model, windows=[window], stack=stack.path, probe=probe)
     try:
-        (plain,) = measure([*fit, *held_out], weighted=False, what=f"fit{what}")
+        (plain,), (others,) = (measure(batches, weighted=False, what=f"fit{what}") for batches in (fit, held_out))
         (relative,) = measure(held_out, what=f"hold out{what}")
     except UnsupportedSurgery as error:
         return error
+    without = replace_me_map(plain)
+    plain.merge(others)
     change = replace_me_map(plain)
-    errors = relative.error(torch.zeros_like(change)), relative.error(change)
+    errors = relative.error(torch.zeros_like(without)), relative.error(without)
     identity = torch.eye(len(change), dtype=torch.float64, device=change.device)
     return Repair(window, Folded(window, identity + change, 0.0, errors[1], errors[0]), *errors, 0.0)
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, UnsupportedSurgery
+from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, UnsupportedSurgery, measure_moments
 from streamline_hooks.repair import fit_windows, place
+from streamline_hooks.repair.folded import measure_fold_moments
 from streamline_hooks.repair.published.hadamard import hadamard
 from streamline_hooks.testing import tiny_model
 
@@ -89,6 +90,25 @@ def test_replace_me_is_least_squares_of_the_mlp_and_folded(texts: list[dict[str,
         torch.testing.assert_close(folded, (repair.stand_in.map.float().T @ down), rtol=1e-3, atol=1e-3)
     with pytest.raises(UnsupportedSurgery, match="no block stands before them"):
         fit_windows(model, [range(0, 2)], "replaceme", texts[:2], texts[2:])
+
+
+@pytest.mark.parametrize("kind", ["ghosted", "replaceme", "linearpatch"])
+def test_the_error_on_held_out_text_is_of_a_map_that_has_not_seen_it(
+    texts: list[dict[str, torch.Tensor]], kind: str
+) -> None:
+    model = tiny_model("llama")
+    (repair,) = fit_windows(model, [WINDOW], kind, texts[:2], texts[2:])
+    (without,) = fit_windows(model, [WINDOW], kind, texts[:1], texts[1:2])  # what is placed is fitted on both
+    if kind == "replaceme":
+        (sums,) = measure_fold_moments(model, texts[2:], [WINDOW])
+        map_ = without.stand_in.map - torch.eye(32)
+        seen = repair.stand_in.map - torch.eye(32)
+        assert repair.stand_in.held_out_error == repair.repaired_error
+    else:
+        (sums,) = measure_moments(model, texts[2:], [WINDOW])
+        map_, seen = (one.stand_in.projection.weight.detach().double().T for one in (without, repair))
+    assert repair.repaired_error == pytest.approx(sums.error(map_), rel=1e-3)
+    assert repair.repaired_error != pytest.approx(sums.error(seen), rel=0.01), "the two are told apart"
 
 
 def test_the_feed_forward_network_starts_as_the_repository_has_it(texts: list[dict[str, torch.Tensor]]) -> None:
