@@ -21,7 +21,7 @@ from streamline_hooks.calibration.generated_cache import GeneratedCache, Generat
 from streamline_hooks.calibration.near_copies import NearCopies
 from streamline_hooks.calibration.prompts import FORMS, TOPICS, prompts
 from streamline_hooks.calibration.self_generated import _best, _usable
-from streamline_hooks.digests import texts_digest, weights_digest
+from streamline_hooks.digests import modules_digest, texts_digest, weights_digest
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.generation import end_tokens
 
@@ -474,6 +474,7 @@ def test_files_of_this_name_and_form_are_read(model: LlamaForCausalLM, tokenizer
         map(str, (sorted(tokenizer.get_vocab().items()), [tokenizer.encode(t) for t in FORMS + TOPICS]))
     )
     asked = {"template": TEMPLATE, "prompts": [FORMS, TOPICS], "weights": weights_digest(model), "tokenizer": read}
+    asked["modules"] = modules_digest(model)
     store = GeneratedCache(tmp_path, {"config": config, **asked, **settings})
     for call in range(3):
         texts = [str(tokenizer.decode(varied(call, row))).strip() for row in range(2)]
