@@ -268,6 +268,6 @@ def test_what_cannot_be_swept(swept: Any, story_texts: list[str]) -> None:
     with pytest.raises(StreamlineError, match="Got 0 amounts, 1 kinds; expected one amount and one kind at least"):
         sweep(model, tokenizer, story_texts, remove=[], kinds=["none"])
     with pytest.raises(StreamlineError, match="was given batches, which have none. Give documents, a TokenSplit"):
-        sweep(model, None, {name: [torch.ones(2, 3)] for name in PARTS}, remove=[1], kinds=["none"])  # type: ignore
+        sweep(model, None, {name: [torch.ones(2, 3)] for name in PARTS}, remove=[1], kinds=["none"])  # type: ignore[arg-type]
     with pytest.raises(StreamlineError, match="and output; expected"):
         sweep(model, tokenizer, story_texts, remove=[1], kinds=["none"], output="x")
