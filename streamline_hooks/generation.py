@@ -286,12 +286,16 @@ def seeded(device: torch.device, *parts: object) -> Iterator[None]:
     seed = int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:7])
     cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if cuda else []):
-        # Not torch.manual_seed, which seeds every accelerator, also those that are not put back.
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
+        seed_generators(device, seed)
         yield
+
+
+def seed_generators(device: torch.device, seed: int) -> None:
+    """Seed torch's generators of the CPU and of one device; ``torch.manual_seed`` would seed every accelerator."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def _until(ids: Sequence[int], ends: set[int], keep_end: bool) -> list[int]:

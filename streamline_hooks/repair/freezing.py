@@ -8,7 +8,7 @@ from torch import nn
 
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.stack import find_stacks
-from streamline_hooks.surgery.silence import silent_parameters
+from streamline_hooks.surgery.silence import silent_inside
 
 
 def freeze_all_but(model: nn.Module, modules: nn.Module | Iterable[nn.Module]) -> list[nn.Parameter]:
@@ -67,5 +67,5 @@ def _trainable(module: nn.Module, stacks: Iterable[set[nn.Module]]) -> list[nn.P
     floating = [p for p in module.parameters() if p.is_floating_point()]
     # A block beside others of its class that has zeros was silenced; other modules begin at zero.
     own = any(module in blocks and sum(type(b) is type(module) for b in blocks) > 1 for blocks in stacks)
-    silent = {id(p) for part in module.modules() for p in silent_parameters(part)} if own else set[int]()
+    silent = silent_inside(module) if own else set[int]()
     return [p for p in floating if p.requires_grad] or [p for p in floating if id(p) not in silent]

@@ -23,7 +23,7 @@ from streamline_hooks.repair.stand_in import StandIn
 from streamline_hooks.repair.student import Student
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery import LayerSurgeon
-from streamline_hooks.surgery.silence import silent_parameters
+from streamline_hooks.surgery.silence import silent_inside
 from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices
 from streamline_hooks.task import Task
 
@@ -228,7 +228,7 @@ def _whole(module: nn.Module) -> nn.Module:
     made = copy.deepcopy(module)
     for place in (BEFORE, AFTER):  # what is spliced in beside a block is no part of it
         set_splices(made, place, [])
-    silent = {id(p) for part in made.modules() for p in silent_parameters(part)}  # what was silenced stays so
+    silent = silent_inside(made)  # what was silenced stays so
     for parameter in made.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(id(parameter) not in silent)

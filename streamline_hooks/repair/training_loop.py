@@ -22,6 +22,7 @@ from streamline_hooks.distributed import (
     noted_interrupts,
 )
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.generation import seed_generators
 from streamline_hooks.passes import progress
 from streamline_hooks.repair.course import Course
 from streamline_hooks.repair.forwards import Forwards
@@ -132,7 +133,7 @@ class Loop(Forwards):
             return self._run(resume)
 
     def _run(self, resume: bool) -> Trained:
-        _seed(self.settings.seed, self.device)
+        seed_generators(self.device, self.settings.seed)
         if resume:
             self._restore()
         stopped = ""
@@ -386,11 +387,4 @@ class Loop(Forwards):
         from step to step.
         """
         if self.work.processes.count > 1:
-            _seed(self.course.seed_of(self.step, self.work.processes.rank), self.device)
-
-
-def _seed(seed: int, device: torch.device) -> None:
-    torch.default_generator.manual_seed(seed)  # alone: torch.manual_seed would seed every accelerator
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
+            seed_generators(self.device, self.course.seed_of(self.step, self.work.processes.rank))

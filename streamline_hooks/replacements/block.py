@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from streamline_hooks.batch import Batch
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.stack import BlockStack
-from streamline_hooks.surgery.silence import find_zeros, silent_parameters
+from streamline_hooks.surgery.silence import find_zeros, silent_inside
 from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices
 
 
@@ -101,7 +101,7 @@ def _copied(block: nn.Module) -> nn.Module:
     duplicate = copy.deepcopy(block, memo)
     for place in (BEFORE, AFTER):
         set_splices(duplicate, place, [])
-    silent = {id(p) for part in block.modules() for p in silent_parameters(part)}
+    silent = silent_inside(block)
     held = dict(block.named_parameters())
     for name, parameter in duplicate.named_parameters():
         if parameter.is_floating_point():

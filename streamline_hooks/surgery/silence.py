@@ -136,6 +136,11 @@ def silent_parameters(module: nn.Module) -> list[nn.Parameter]:
     return zero if any(p.ndim > 1 for p in zero) else []
 
 
+def silent_inside(module: nn.Module) -> set[int]:
+    """The ``id`` of each parameter that `silent_parameters` finds in a module and those inside it."""
+    return {id(parameter) for part in module.modules() for parameter in silent_parameters(part)}
+
+
 def find_zeros(stack: BlockStack, k: int, branch: Branch, batch: Batch | Tensor | None) -> Zeros:
     """Make what stands in the place of a branch's output projections.
 
