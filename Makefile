@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
-.PHONY: help demo test coverage oldest engines lint architectures bench bench-scale bench-tasks quality quality-generation setup clean distclean FORCE
+.PHONY: help demo test coverage oldest engines lint architectures mutation bench bench-scale bench-tasks quality quality-generation setup clean distclean FORCE
 
 help: ## Show this list
 	@echo "make TARGET, where TARGET is one of"
@@ -77,6 +77,13 @@ lint: $(VENV)/.stamp-test ## Check style, format and types
 	for check in "ruff check ." "ruff format --check ." "mypy streamline_hooks"; do \
 		echo "$$check"; $(BIN)/python -m $$check || status=1; \
 	done; exit $$status
+
+# Handed to tests.mutation.run: MUTATION_ARGS="--again" tests the survivors once more after tests were added.
+MUTATION_ARGS ?=
+
+mutation: export OMP_NUM_THREADS ?= 1
+mutation: $(VENV)/.stamp-mutation ## Change the code in 300 places and count what the tests detect (two hours; resumes)
+	$(BIN)/python -m tests.mutation.run $(MUTATION_ARGS)
 
 # Causal-LM types by name, or "others" for the second table alone; nothing for all of both.
 ROWS ?=
@@ -181,6 +188,9 @@ $(VENV)/.stamp-demo: setup.cfg pyproject.toml $(VENV)/.stamp-venv
 
 $(VENV)/.stamp-test: setup.cfg pyproject.toml $(VENV)/.stamp-venv
 	$(call install,test$(,)demo)
+
+$(VENV)/.stamp-mutation: setup.cfg pyproject.toml $(VENV)/.stamp-venv
+	$(call install,test$(,)demo$(,)mutation)
 
 $(VENV)/.stamp-bench: setup.cfg pyproject.toml $(VENV)/.stamp-venv
 	$(call install,bench$(,)demo)
