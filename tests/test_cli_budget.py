@@ -12,8 +12,8 @@ import pytest
 
 from streamline_hooks.cli.budget import said_again
 from streamline_hooks.planning import training_plan_here
-from streamline_hooks.repair import training_loop
 from tests.commands import run
+from tests.training_callbacks import RaiseAt
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -80,25 +80,23 @@ def test_what_was_planned_is_gone_on_with_as_it_was_said(
         pass
 
     made: list[Any] = []
-    step, make = training_loop.Loop._step, training_plan_here.plan_training
-
-    def dies(loop: Any) -> Any:
-        loop._keep()
-        if loop.step == 5:
-            raise Killed
-        return step(loop)
+    make = training_plan_here.plan_training
 
     def planned(*given: Any, **options: Any) -> Any:
-        made.append(replace(make(*given, **options), budget=600.0))
-        made[-1] = replace(made[-1], sizes=replace(made[-1].sizes, epochs=1, validations=3))
+        plan = make(*given, **options)
+        killed = replace(plan.preset.training, keep_every=0.0, callbacks=[RaiseAt(5, Killed)])
+        made.append(
+            replace(
+                plan, budget=600.0, preset=replace(plan.preset, training=killed),
+                sizes=replace(plan.sizes, epochs=1, validations=3),
+            )
+        )  # fmt: skip
         return made[-1]
 
     monkeypatch.setattr("streamline_hooks.planning.plan_training", planned)
     few = ("--shortlist", 2, "--keep", 0)
-    with monkeypatch.context() as patch:
-        patch.setattr(training_loop.Loop, "_step", dies)
-        with pytest.raises(Killed):
-            command("--budget", "1h", *few)
+    with pytest.raises(Killed):
+        command("--budget", "1h", *few)
     options = said_again(made[0]).partition("--budget and --keep: ")[2].split()
     assert "--keep=0,-1" in options
     code, _, err = command(*few[:2], *options)

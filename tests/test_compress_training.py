@@ -6,6 +6,7 @@ import copy
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import pytest
 import torch
 
 from streamline_hooks import StreamlineError, UnsupportedSurgery, compress, find_stack, load, shared_steps
-from streamline_hooks.repair import Objective, Training, training_loop
+from streamline_hooks.repair import Objective, Training, TrainingCallback
 from streamline_hooks.repair import training as repair_training
 from streamline_hooks.testing import tiny_model
+from tests.training_callbacks import BeforeSteps, RaiseAt
 
 SMALL = {"sequence_length": 64, "calibration_tokens": 6400, "validation_tokens": 640, "test_tokens": 640}
 TRAINING = Training(learning_rate=3e-3, epochs=2, validations=4)
@@ -79,10 +81,9 @@ def test_what_was_compressed_can_be_compressed_and_healed_again(
 def test_a_killed_training_is_resumed_where_it_was(
     stories: tuple[Any, Any], story_texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = replace(TRAINING, keep_every=0.0)
-
-    def run(folder: str, resume: bool = False) -> Any:
+    def run(folder: str, resume: bool = False, callbacks: Sequence[TrainingCallback] = ()) -> Any:
         model, tokenizer = copy.deepcopy(stories[0]), stories[1]
+        settings = replace(TRAINING, keep_every=0.0, callbacks=callbacks)
         options = {"remove": 1, "shortlist": 2, "training": settings, "resume": resume, **SMALL}
         return compress(model, tokenizer, story_texts, output=tmp_path / folder, **options).model
 
@@ -90,17 +91,8 @@ def test_a_killed_training_is_resumed_where_it_was(
         pass
 
     whole = run("whole")
-    step = training_loop.Loop._step
-    with monkeypatch.context() as patch:
-
-        def dies(self: Any) -> Any:
-            if self.step == 20:
-                raise Killed
-            return step(self)
-
-        patch.setattr(training_loop.Loop, "_step", dies)
-        with pytest.raises(Killed):
-            run("out")
+    with pytest.raises(Killed):
+        run("out", callbacks=[RaiseAt(20, Killed)])
     assert (tmp_path / "out.training").is_file() and not (tmp_path / "out").exists()
     resumed = run("out", resume=True)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
@@ -191,7 +183,7 @@ def test_a_training_ends_by_the_clock_of_the_whole_call(
     slow: str, story_model: tuple[Any, Any], story_texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What comes before it took longer than was planned: it makes as many steps fewer."""
-    now, step = [0.0], training_loop.Loop._step
+    now = [0.0]
 
     def ticking(seconds: float, run: Any) -> Any:
         def ticked(*given: Any, **options: Any) -> Any:
@@ -201,13 +193,14 @@ def test_a_training_ends_by_the_clock_of_the_whole_call(
         return ticked
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(training_loop.Loop, "_step", ticking(10.0, step))
+    clock = BeforeSteps(ticking(10.0, lambda progress: None))
     if slow == "verified_together":
         monkeypatch.setattr(sys.modules[compress.__module__], slow, ticking(75.0, shared_steps.verified_together))
     if slow == "train_selection":  # the original's pass, which is a part of it
         monkeypatch.setattr(repair_training, "taught_to", ticking(37.5, repair_training.taught_to))
     result = compress(
-        *story_model, story_texts, remove=1, shortlist=1, training=TRAINING, train_until=100.0, side_by_side=False,
+        *story_model, story_texts, remove=1, shortlist=1, training=replace(TRAINING, callbacks=[clock]),
+        train_until=100.0, side_by_side=False,
         **SMALL,
     )  # fmt: skip
     trained = result.training
@@ -291,16 +284,7 @@ def test_ctrl_c_saves_the_best_and_leaves_what_can_be_gone_on_from(
         return compress(model, tokenizer, story_texts, output=tmp_path / folder, **options)
 
     whole = run("whole").model
-    step = training_loop.Loop._step
-    with monkeypatch.context() as patch:
-
-        def interrupted(self: Any) -> Any:
-            if self.step == 20:
-                raise KeyboardInterrupt
-            return step(self)
-
-        patch.setattr(training_loop.Loop, "_step", interrupted)
-        result = run("out")
+    result = run("out", training=replace(TRAINING, callbacks=[RaiseAt(20, KeyboardInterrupt)]))
     assert result.training.stopped == "interrupted after step 20"
     assert (tmp_path / "out/report.json").is_file()
     assert f"{tmp_path / 'out.training'} is left to go on from, with resume and overwrite." in said

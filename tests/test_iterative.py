@@ -16,13 +16,14 @@ from streamline_hooks.batch_split import BatchSplit
 from streamline_hooks.calibration import TokenSplit
 from streamline_hooks.compression_costs import compression_costs
 from streamline_hooks.preparation import prepare_compression
-from streamline_hooks.repair import Objective, Training, training_loop
+from streamline_hooks.repair import Objective, Training, TrainingProgress
 from streamline_hooks.report import write_report
 from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery import SurgeryPlan
 from streamline_hooks.surgery.plan import Slot, Splice
 from streamline_hooks.task import Task
 from streamline_hooks.testing import tiny_model
+from tests.training_callbacks import BeforeSteps
 
 QUICK = Training(Objective.parse("kl + lm"), learning_rate=3e-3, validations=2)
 OPTIONS: dict[str, Any] = {"kind": "linear", "healing": "partial:where=after,rate=0.2", "side_by_side": False}
@@ -41,20 +42,18 @@ class Killed(BaseException):
     pass
 
 
-def killed_at(step: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+def killed_at(step: int, training: Training, **options: Any) -> None:
     """Compress in rounds of six steps each, until one of all the steps, which is not made."""
-    make, made = training_loop.Loop._step, [0]
+    made = [0]
 
-    def dies(self: Any) -> Any:
+    def dies(progress: TrainingProgress) -> None:
         made[0] += 1
         if made[0] == step:
             raise Killed
-        return make(self)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(training_loop.Loop, "_step", dies)
-        with pytest.raises(Killed):
-            compress_iteratively(tiny_model("llama"), None, PARTS, **options)
+    settings = replace(training, callbacks=[BeforeSteps(dies)])
+    with pytest.raises(Killed):
+        compress_iteratively(tiny_model("llama"), None, PARTS, training=settings, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -195,7 +194,7 @@ def test_a_file_of_an_earlier_call_is_not_gone_on_with(tmp_path: Path, monkeypat
     kept = replace(QUICK, keep_every=0.0)
     other = replace(kept, learning_rate=1e-3)
     for step, training in ((9, kept), (3, other)):
-        killed_at(step, monkeypatch, training=training, **settings)
+        killed_at(step, training, **settings)
     result = compress_iteratively(tiny_model("llama"), None, PARTS, training=other, resume=True, **settings)
     assert len(result.rounds) == 2 and result.seconds["save"] > 0
 
@@ -268,21 +267,14 @@ def test_a_round_that_was_broken_off_goes_on_to_the_same_weights(
     settings: dict[str, Any] = {"rounds": 2, "remove": 2, **OPTIONS}
     whole = tiny_model("llama")
     wanted = compress_iteratively(whole, None, PARTS, training=QUICK, **settings)
-    make, kept = training_loop.Loop._step, replace(QUICK, keep_every=0.0)
-    killed_at(9, monkeypatch, training=kept, output=tmp_path / "out", **settings)
+    kept = replace(QUICK, keep_every=0.0)
+    killed_at(9, kept, output=tmp_path / "out", **settings)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.training.round-1", "out.training.round-2"]
-    model, made = tiny_model("llama"), [0]
-    with monkeypatch.context() as patch:
-
-        def counted(self: Any) -> Any:
-            made[0] += 1
-            return make(self)
-
-        patch.setattr(training_loop.Loop, "_step", counted)
-        found = compress_iteratively(
-            model, None, PARTS, training=kept, output=tmp_path / "out", resume=True, **settings
-        )
-    assert made == [4], "steps that were made already were made again"
+    model = tiny_model("llama")
+    made: list[TrainingProgress] = []
+    counted = replace(kept, callbacks=[BeforeSteps(made.append)])
+    found = compress_iteratively(model, None, PARTS, training=counted, output=tmp_path / "out", resume=True, **settings)
+    assert len(made) == 4, "steps that were made already were made again"
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
     assert found.plan == wanted.plan
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -293,13 +285,12 @@ def test_a_later_round_is_gone_on_with_where_the_first_left_no_file(
 ) -> None:
     """As it leaves none where it ended by a loss that is not finite: it is made again, and the later one is not."""
     settings: dict[str, Any] = {"rounds": 2, "remove": 2, "output": tmp_path / "out", **OPTIONS}
-    make, kept = training_loop.Loop._step, replace(QUICK, keep_every=0.0)
-    killed_at(9, monkeypatch, training=kept, **settings)
+    kept = replace(QUICK, keep_every=0.0)
+    killed_at(9, kept, **settings)
     (tmp_path / "out.training.round-1").unlink()
-    made: list[int] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(training_loop.Loop, "_step", lambda self: (made.append(1), make(self))[1])
-        compress_iteratively(tiny_model("llama"), None, PARTS, training=kept, resume=True, **settings)
+    made: list[TrainingProgress] = []
+    counted = replace(kept, callbacks=[BeforeSteps(made.append)])
+    compress_iteratively(tiny_model("llama"), None, PARTS, training=counted, resume=True, **settings)
     assert len(made) == 6 + 4
 
 

@@ -1,5 +1,6 @@
 """Fitting, training and healing what stands in the place of removed blocks."""
 
+from streamline_hooks.repair.callbacks import TrainingCallback, TrainingProgress
 from streamline_hooks.repair.closed_form import ClosedForm, solve
 from streamline_hooks.repair.fitting import fit_windows
 from streamline_hooks.repair.freezing import freeze_all_but
@@ -29,6 +30,8 @@ __all__ = [
     "Student",
     "Trained",
     "Training",
+    "TrainingCallback",
+    "TrainingProgress",
     "fit_windows",
     "freeze_all_but",
     "kind_named",

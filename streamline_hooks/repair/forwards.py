@@ -149,7 +149,7 @@ class Forwards:
         assert taught.exit is not None
         return self.student.original_answers(taught.exit, batch)
 
-    def _summed_distance(self) -> tuple[float, float, int]:
+    def validation_sums(self) -> tuple[float, float, int]:
         """The distances of this process's share of the validation, what else is minimised, and how many answers it has.
 
         Both are sums in float64; the second is 0 where neither a text is learned nor the divergence from the repaired

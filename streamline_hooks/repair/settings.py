@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.repair.callbacks import TrainingCallback
 from streamline_hooks.repair.objective import Objective
 from streamline_hooks.repair.on_policy import OnPolicy
 
@@ -57,6 +59,8 @@ class Training:
         A file to go on from after an interruption.
     keep_every : float
         Minutes between two writings of it.
+    callbacks : sequence of TrainingCallback
+        Called before and after each step and each validation.
     minutes : float or None
         That the original's pass, the steps and validations may take, steps before an interruption among them; a
         training that is not at its end by then validates and ends.
@@ -81,8 +85,15 @@ class Training:
     keep_in: Path | None = None
     keep_every: float = 5.0
     minutes: float | None = None
+    callbacks: Sequence[TrainingCallback] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        wrong_types = [type(one).__name__ for one in self.callbacks if not isinstance(one, TrainingCallback)]
+        if wrong_types:
+            raise StreamlineError(
+                f"callbacks holds a {wrong_types[0]}; expected instances of subclasses of TrainingCallback. Derive the "
+                "class from streamline_hooks.repair.TrainingCallback and pass an instance."
+            )
         least = {"epochs": 1, "accumulation": 1, "validations": 1, "patience": 0, "memory": 0}
         wrong = [name for name, bound in least.items() if not bound <= getattr(self, name) < math.inf]
         wrong += [name for name in ("learning_rate",) if not getattr(self, name) > 0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,6 +25,7 @@ from streamline_hooks.distributed import (
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.generation import seed_generators
 from streamline_hooks.passes import progress
+from streamline_hooks.repair.callbacks import TrainingProgress
 from streamline_hooks.repair.course import Course
 from streamline_hooks.repair.forwards import Forwards
 from streamline_hooks.repair.optimisation import Optimisation
@@ -153,7 +155,7 @@ class Loop(Forwards):
                         if self.history[-1]["step"] < self.step:
                             self._validate(bar)
                         break
-                    loss, tokens = self._step()
+                    loss, tokens = self.make_step()
                     if not math.isfinite(loss):
                         stopped = f"the loss of step {self.step + 1} is {loss}"
                         break
@@ -200,8 +202,23 @@ class Loop(Forwards):
             written=0 if self.own_text is None else self.own_text.written,
         )
 
+    def _progress(self, loss: float | None = None) -> TrainingProgress:
+        batches = tuple(self.course.batches_of(self.step)) if self.step < self.steps else ()
+        on_policy = self._own_text_of_this_step() is not None
+        return TrainingProgress(self.step, self.steps, self.tokens, batches, on_policy, loss, self.history)
+
+    def make_step(self) -> tuple[float, int]:
+        """Make one step of the optimizer; return the mean loss per token, and the number of tokens."""
+        before = self._progress()
+        for callback in self.settings.callbacks:
+            callback.on_step_begin(before)
+        loss, tokens = self._step()
+        ended = replace(before, step=self.step, tokens=self.tokens, loss=loss)
+        for callback in self.settings.callbacks:
+            callback.on_step_end(ended)
+        return loss, tokens
+
     def _step(self) -> tuple[float, int]:
-        """One step of the optimiser; the mean loss a token, and the tokens."""
         numbers = self.course.batches_of(self.step)
         run = sum(tokens_of(self.batches[number]) for number in numbers)
         random = random_state(self.device)
@@ -285,8 +302,11 @@ class Loop(Forwards):
 
         The weights are kept if both together are the lowest so far.
         """
+        progress = self._progress()
+        for callback in self.settings.callbacks:
+            callback.on_validation_begin(progress)
         bar.set_postfix_str("validation")
-        told = self._with_room(lambda: (*self._summed_distance(), self._digest()))
+        told = self._with_room(lambda: (*self.validation_sums(), self._digest()))
         for rank, (*_, digest) in enumerate(told):
             if digest != told[0][-1]:
                 raise StreamlineError(
@@ -306,6 +326,8 @@ class Loop(Forwards):
             self.best = self._copied()
         numbers = {"step": self.step, "tokens": self.tokens, "distance": distance, "validated": validated}
         self.history.append({**numbers, **said})
+        for callback in self.settings.callbacks:
+            callback.on_validation_end(progress)
         self.seconds = time.perf_counter() - self.began
         bar.set_postfix_str(self._state())
 

@@ -143,12 +143,12 @@ def measure_training_pace(
         began = clock()
         loop = Loop(student, batches, [validation], mine.batches, its.batches, settings, lambda line: None)
         around += clock() - began
-        seconds(loop._step)
+        seconds(loop.make_step)
         numbers = [
             k for step in range(1, len(batches)) for k in loop.course.batches_of(step)
         ]  # several a step, perhaps
-        steps = [seconds(loop._step) for _ in batches[1:]]
-        looked = seconds(loop._summed_distance)
+        steps = [seconds(loop.make_step) for _ in batches[1:]]
+        looked = seconds(loop.validation_sums)
         loop.weights.clear()
     return TrainingPace(
         original / sum(map(tokens_of, batches)),

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,8 @@ def fingerprint(
     batches, validation : sequence of mapping or torch.Tensor
         What is trained on, and validated on.
     """
-    said = {k: _said(v) for k, v in asdict(settings).items() if k not in ("keep_in", "keep_every", "memory", "minutes")}
+    without = ("keep_in", "keep_every", "memory", "minutes", "callbacks")
+    said = {k: _said(v) for k, v in asdict(replace(settings, callbacks=())).items() if k not in without}
     shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
     parts = [part for modules in student.modules.values() for module in modules for part in module.modules()]
     made = [(type(p).__name__, p.extra_repr(), getattr(p, "scaling", None)) for p in parts]  # dropout, LoRA's scale

@@ -16,7 +16,7 @@ from torch import nn
 from streamline_hooks import LinearReplacement
 from streamline_hooks.distributed import here
 from streamline_hooks.passes import progress
-from streamline_hooks.repair import Objective, OnPolicy, training_loop
+from streamline_hooks.repair import Objective, OnPolicy
 from streamline_hooks.repair.settings import Training
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import taught_states
@@ -61,18 +61,18 @@ def outcome(settings: Training = SETTINGS, made: Student | None = None, **option
 @contextmanager
 def in_loss(call: int, does: Callable[[torch.Tensor], torch.Tensor], rank: int | None = None) -> Iterator[None]:
     """Let something happen at a call of the loss, in one process or in all."""
-    make, calls = training_loop.Loop._loss, [0]
+    make, calls = Objective.of_answers, [0]
 
     def changed(self: Any, *given: Any) -> torch.Tensor:
         calls[0] += 1
         loss = make(self, *given)
         return does(loss) if calls[0] == call and rank in (None, here().rank) else loss
 
-    training_loop.Loop._loss = changed  # type: ignore[method-assign]
+    Objective.of_answers = changed  # type: ignore[method-assign]
     try:
         yield
     finally:
-        training_loop.Loop._loss = make  # type: ignore[method-assign]
+        Objective.of_answers = make  # type: ignore[method-assign]
 
 
 def interrupted(loss: torch.Tensor) -> torch.Tensor:

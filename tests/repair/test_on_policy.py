@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from streamline_hooks import LinearReplacement, StreamlineError
-from streamline_hooks.repair import training_loop
 from streamline_hooks.repair.objective import Objective
 from streamline_hooks.repair.on_policy import OnPolicy
+from streamline_hooks.repair.own_text import OwnText
 from streamline_hooks.repair.rollouts import Rollouts
 from streamline_hooks.repair.settings import Training
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.training import train
 from streamline_hooks.testing import tiny_model
+from tests.training_callbacks import BeforeSteps, RaiseAt
 
 OWN = OnPolicy(prompt=4, shortest=4, longest=16)
 SETTINGS = Training(Objective.parse("kl + lm"), OWN, learning_rate=1e-2, epochs=2, validations=3)
@@ -59,16 +60,17 @@ def test_the_gradient_is_that_of_the_divergence_on_the_texts(
         if "gradient" not in seen:
             seen["gradient"] = self.param_groups[0]["params"][0].grad.clone()
 
-    make = training_loop.Loop._write
+    write = OwnText.write
 
-    def writes(self: Any, text: Any, numbers: Any) -> Any:
-        self.rows = rows
-        made = make(self, text, numbers)
-        seen.setdefault("texts", list(text.rollouts))
+    def writes(self: Any, model: Any, batches: Any, seeds: Any, share: float) -> Any:
+        if share > rows / 3:
+            raise torch.cuda.OutOfMemoryError("planted")
+        made = write(self, model, batches, seeds, share)
+        seen.setdefault("texts", list(self.rollouts))
         return made
 
     monkeypatch.setattr(torch.optim.AdamW, "step", steps)
-    monkeypatch.setattr(training_loop.Loop, "_write", writes)
+    monkeypatch.setattr(OwnText, "write", writes)
     train(student, BATCHES[:1], VALIDATION, settings)
 
     (written,) = seen["texts"]
@@ -97,16 +99,8 @@ def test_it_comes_closer_to_the_original_on_what_it_writes() -> None:
 
 def test_the_texts_grow_and_half_of_the_steps_are_made_on_them() -> None:
     kinds: list[bool] = []
-    student = student_of()
-    make = training_loop.Loop._step
-
-    def noted(self: Any) -> Any:
-        kinds.append(self._own_text_of_this_step() is not None)
-        return make(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_loop.Loop, "_step", noted)
-        trained = train(student, BATCHES, VALIDATION, replace(SETTINGS, epochs=14, validations=7))
+    student, recorder = student_of(), BeforeSteps(lambda progress: kinds.append(progress.on_policy))
+    trained = train(student, BATCHES, VALIDATION, replace(SETTINGS, epochs=14, validations=7, callbacks=[recorder]))
     assert kinds == [False, True] * 28
     assert [row["length"] for row in trained.history][:1] == [4]
     assert trained.history[-1]["length"] == 16
@@ -115,23 +109,12 @@ def test_the_texts_grow_and_half_of_the_steps_are_made_on_them() -> None:
 
 
 @pytest.mark.parametrize("step", [1, 2, 5])
-def test_a_training_that_was_killed_goes_on_to_the_same_weights(
-    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_training_that_was_killed_goes_on_to_the_same_weights(step: int, tmp_path: Path) -> None:
     settings = replace(SETTINGS, keep_in=tmp_path / "training", keep_every=0.0)
     whole = student_of(dropout=0.2)
     wanted = train(whole, BATCHES, VALIDATION, replace(settings, keep_in=None))
-    with monkeypatch.context() as patch:
-        make = training_loop.Loop._step
-
-        def dies(self: Any) -> Any:
-            if self.step == step:
-                raise MemoryError
-            return make(self)
-
-        patch.setattr(training_loop.Loop, "_step", dies)
-        with pytest.raises(MemoryError):
-            train(student_of(dropout=0.2), BATCHES, VALIDATION, settings)
+    with pytest.raises(MemoryError):
+        train(student_of(dropout=0.2), BATCHES, VALIDATION, replace(settings, callbacks=[RaiseAt(step, MemoryError)]))
     fresh = student_of(dropout=0.2)
     torch.rand(7)
     found = train(fresh, BATCHES, VALIDATION, settings, resume=True)

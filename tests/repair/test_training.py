@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from streamline_hooks import LinearReplacement, StreamlineError, repair
-from streamline_hooks.repair import Healing, training_loop
+from streamline_hooks.repair import Healing, TrainingCallback, training_loop
 from streamline_hooks.repair.course import Course
 from streamline_hooks.repair.objective import Objective
 from streamline_hooks.repair.settings import Trained, Training
@@ -27,6 +27,7 @@ from streamline_hooks.repair.training_state import read_state, write_state
 from streamline_hooks.replacements import SwiGLUReplacement
 from streamline_hooks.stack import find_stack
 from streamline_hooks.testing import tiny_model
+from tests.training_callbacks import BeforeSteps, RaiseAt
 
 
 def texts(seed: int, count: int, rows: int = 4, width: int = 12) -> list[dict[str, torch.Tensor]]:
@@ -155,13 +156,11 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(found[0], found[2], strict=True))
 
 
-def test_each_epoch_sees_every_batch_once_in_an_order_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_epoch_sees_every_batch_once_in_an_order_of_its_own() -> None:
     seen: list[int] = []
-    backward = training_loop.Loop._backward
-    monkeypatch.setattr(
-        training_loop.Loop, "_backward", lambda self, n, *counts: (seen.append(n), backward(self, n, *counts))[1]
-    )
-    train(student_of(tiny_model("llama"))[0], BATCHES, VALIDATION, replace(QUICK, accumulation=4))
+    recorder = BeforeSteps(lambda progress: seen.extend(progress.batches))
+    settings = replace(QUICK, accumulation=4, callbacks=[recorder])
+    train(student_of(tiny_model("llama"))[0], BATCHES, VALIDATION, settings)
     assert [sorted(seen[:6]), sorted(seen[6:])] == [list(range(6))] * 2
     assert seen[:6] != seen[6:]
 
@@ -193,25 +192,14 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("step", [1, 5, 9])
-def test_a_training_that_was_killed_goes_on_to_the_same_weights(
-    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_training_that_was_killed_goes_on_to_the_same_weights(step: int, tmp_path: Path) -> None:
     settings = replace(QUICK, keep_in=tmp_path / "training", keep_every=0.0, accumulation=1)
     whole, _ = student_of(tiny_model("llama"), dropout=0.2)
     wanted = train(whole, BATCHES, VALIDATION, replace(settings, keep_in=None))
 
     student, _ = student_of(tiny_model("llama"), dropout=0.2)
-    with monkeypatch.context() as patch:
-        make = training_loop.Loop._step
-
-        def dies(self: Any) -> Any:
-            if self.step == step:
-                raise Killed
-            return make(self)
-
-        patch.setattr(training_loop.Loop, "_step", dies)
-        with pytest.raises(Killed):
-            train(student, BATCHES, VALIDATION, settings)
+    with pytest.raises(Killed):
+        train(student, BATCHES, VALIDATION, replace(settings, callbacks=[RaiseAt(step, Killed)]))
     fresh, _ = student_of(tiny_model("llama"), dropout=0.2)
     torch.rand(7)  # another process is elsewhere in its random numbers
     found = train(fresh, BATCHES, VALIDATION, settings, resume=True)
@@ -225,16 +213,13 @@ import os, signal, sys, torch
 sys.path.insert(0, {tests!r})
 from dataclasses import replace
 from pathlib import Path
-from tests.repair.test_training import BATCHES, QUICK, VALIDATION, student_of, tiny_model, train, training_loop, weights
+from tests.repair.test_training import BATCHES, QUICK, VALIDATION, BeforeSteps, student_of, tiny_model, train, weights
 torch.set_num_threads(1)
 student, _ = student_of(tiny_model("llama"), dropout=0.2)
-make = training_loop.Loop._step
-def dies(self):
-    if self.step == {dies}:
+def dies(progress):
+    if progress.step == {dies}:
         os.kill(os.getpid(), signal.SIGKILL)
-    return make(self)
-training_loop.Loop._step = dies
-settings = replace(QUICK, keep_in=Path({file!r}), keep_every=0.0)
+settings = replace(QUICK, keep_in=Path({file!r}), keep_every=0.0, callbacks=[BeforeSteps(dies)])
 train(student, BATCHES, VALIDATION, settings, resume={resume})
 torch.save(weights(student), {out!r})
 """
@@ -258,22 +243,14 @@ def test_kill_minus_nine_and_another_process(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
 
 
-def test_ctrl_c_keeps_the_best_and_can_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_keeps_the_best_and_can_go_on(tmp_path: Path) -> None:
     settings = replace(QUICK, keep_in=tmp_path / "training", keep_every=60.0)
     whole, _ = student_of(tiny_model("llama"))
     train(whole, BATCHES, VALIDATION, replace(settings, keep_in=None))
     student, _ = student_of(tiny_model("llama"))
     said: list[str] = []
-    with monkeypatch.context() as patch:
-        make = training_loop.Loop._step
-
-        def interrupted(self: Any) -> Any:
-            if self.step == 6:
-                raise KeyboardInterrupt
-            return make(self)
-
-        patch.setattr(training_loop.Loop, "_step", interrupted)
-        trained = train(student, BATCHES, VALIDATION, settings, say=said.append)
+    interrupted = replace(settings, callbacks=[RaiseAt(6, KeyboardInterrupt)])
+    trained = train(student, BATCHES, VALIDATION, interrupted, say=said.append)
     assert trained.stopped == "interrupted after step 6"
     assert said == [
         f"Training ended early: interrupted after step 6. The best weights so far are kept, those of step "
@@ -287,14 +264,14 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, module = student_of(tiny_model("llama"))
-    make = training_loop.Loop._loss
+    make = Objective.of_answers
     calls: list[int] = []
 
     def spoilt(self: Any, *given: Any) -> torch.Tensor:
         calls.append(1)
         return make(self, *given) * (float("nan") if len(calls) == 6 else 1.0)
 
-    monkeypatch.setattr(training_loop.Loop, "_loss", spoilt)
+    monkeypatch.setattr(Objective, "of_answers", spoilt)
     settings = replace(QUICK, keep_in=tmp_path / "training", validations=12)
     trained = train(student, BATCHES, VALIDATION, settings)
     assert trained.stopped == "the loss of step 6 is nan"
@@ -306,15 +283,15 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_weights(
 def test_out_of_memory_halves_the_batch_and_leaves_the_steps_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = student_of(tiny_model("llama"))
     train(whole, BATCHES, VALIDATION, QUICK)
-    make = training_loop.Loop._loss
+    run = Student.run
 
-    def short_of_memory(self: Any, taught: Any, *given: Any) -> torch.Tensor:
-        loss = make(self, taught, *given)
-        if len(taught.entrance) > 1:
+    def short_of_memory(self: Any, entrance: torch.Tensor, *given: Any, **options: Any) -> Any:
+        output = run(self, entrance, *given, **options)
+        if len(entrance) > 1 and torch.is_grad_enabled():
             raise torch.cuda.OutOfMemoryError("planted")
-        return loss
+        return output
 
-    monkeypatch.setattr(training_loop.Loop, "_loss", short_of_memory)
+    monkeypatch.setattr(Student, "run", short_of_memory)
     student, _ = student_of(tiny_model("llama"))
     said: list[str] = []
     trained = train(student, BATCHES, VALIDATION, QUICK, say=said.append)
@@ -534,7 +511,11 @@ def test_what_is_returned_says_how_it_went() -> None:
     assert trained.seconds > 0
 
 
-@pytest.mark.parametrize("where", ["_loss", "_validate", "optimiser"])
+class InterruptedValidation(TrainingCallback):
+    """Its methods are patched."""
+
+
+@pytest.mark.parametrize("where", ["loss", "validation", "optimizer"])
 def test_ctrl_c_in_the_middle_of_something_leaves_nothing_half_done(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -542,21 +523,24 @@ def test_ctrl_c_in_the_middle_of_something_leaves_nothing_half_done(
     whole, _ = student_of(tiny_model("llama"), dropout=0.2)
     wanted = train(whole, BATCHES, VALIDATION, replace(settings, keep_in=None))
     student, _ = student_of(tiny_model("llama"), dropout=0.2)
-    owner: Any = torch.optim.AdamW if where == "optimiser" else training_loop.Loop
-    name, when = {"_loss": ("_loss", 7), "_validate": ("_validate", 4), "optimiser": ("step", 7)}[where]
+    owner, name, when = {
+        "loss": (Objective, "of_answers", 7),
+        "validation": (InterruptedValidation, "on_validation_begin", 4),
+        "optimizer": (torch.optim.AdamW, "step", 7),
+    }[where]
     make, calls = getattr(owner, name), []
 
     def interrupted(self: Any, *given: Any) -> Any:
         calls.append(1)
-        made = None if where == "_validate" and len(calls) == when else make(self, *given)
+        made = make(self, *given)
         if len(calls) == when:
             raise KeyboardInterrupt
         return made
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, interrupted)
-        trained = train(student, BATCHES, VALIDATION, settings)
-    assert trained.stopped == f"interrupted after step {12 if where == '_validate' else 6}"
+        trained = train(student, BATCHES, VALIDATION, replace(settings, callbacks=[InterruptedValidation()]))
+    assert trained.stopped == f"interrupted after step {12 if where == 'validation' else 6}"
     found = train(student, BATCHES, VALIDATION, settings, resume=True)
     assert all(torch.equal(a, b) for a, b in zip(weights(student), weights(whole), strict=True))
     assert found.history == wanted.history
@@ -682,17 +666,16 @@ def test_a_training_goes_on_from_its_running_means(tmp_path: Path, monkeypatch: 
     settings = replace(QUICK, keep_in=tmp_path / "file", validations=1)
     whole, _ = normed(tiny_model("llama"))
     wanted = train(whole, BATCHES, VALIDATION, replace(settings, keep_in=None))
-    step, calls = training_loop.Loop._step, 0
+    of_answers, calls = Objective.of_answers, 0
 
-    def interrupted(self: Any) -> Any:
+    def interrupted(self: Any, *given: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 5:
-            backward = self._backward
-            monkeypatch.setattr(self, "_backward", lambda *args: (backward(*args), os.kill(os.getpid(), signal.SIGINT)))
-        return step(self)
+            os.kill(os.getpid(), signal.SIGINT)
+        return of_answers(self, *given)
 
-    monkeypatch.setattr(training_loop.Loop, "_step", interrupted)
+    monkeypatch.setattr(Objective, "of_answers", interrupted)
     broken, _ = normed(tiny_model("llama"))
     assert "interrupted after step 4" in train(broken, BATCHES, VALIDATION, settings).stopped
     monkeypatch.undo()

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from streamline_hooks import LinearReplacement, StreamlineError
-from streamline_hooks.repair import Student, Training, train, training, training_loop
+from streamline_hooks.repair import (
+    Student,
+    Training,
+    TrainingCallback,
+    TrainingProgress,
+    train,
+    training,
+    training_loop,
+)
 from streamline_hooks.repair.training_state import read_state
 from streamline_hooks.testing import tiny_model
 from tests.distributed.trained_together import BATCHES, VALIDATION
@@ -19,19 +27,18 @@ from tests.processes import in_processes
 SETTINGS = Training(learning_rate=1e-2, epochs=3, validations=2)  # 12 steps, looked at after 6 and 12
 
 
-class Steps:
-    """A clock that says how many steps were made, in minutes."""
+class Steps(TrainingCallback):
+    """A clock that counts steps as minutes; validations may take time too."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, a_step: float = 1.0) -> None:
-        self.now = 1000.0
-        make = training_loop.Loop._step
-
-        def step(loop: Any) -> Any:
-            self.now += 60 * a_step
-            return make(loop)
-
-        monkeypatch.setattr(training_loop.Loop, "_step", step)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, a_step: float = 1.0, a_validation: float = 0.0) -> None:
+        self.now, self.a_step, self.a_validation = 1000.0, a_step, a_validation
         monkeypatch.setattr(training_loop.time, "perf_counter", lambda: self.now)
+
+    def on_step_begin(self, progress: TrainingProgress) -> None:
+        self.now += 60 * self.a_step
+
+    def on_validation_begin(self, progress: TrainingProgress) -> None:
+        self.now += 60 * self.a_validation
 
 
 def student() -> Student:
@@ -43,9 +50,9 @@ def weights(one: Student) -> list[torch.Tensor]:
 
 
 def test_it_ends_after_the_step_it_is_at_and_is_looked_at_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    Steps(monkeypatch)
+    clock = Steps(monkeypatch)
     said: list[str] = []
-    trained = train(student(), BATCHES, VALIDATION, replace(SETTINGS, minutes=3.5), say=said.append)
+    trained = train(student(), BATCHES, VALIDATION, replace(SETTINGS, callbacks=[clock], minutes=3.5), say=said.append)
     assert (trained.steps, trained.seconds) == (4, 240.0)
     assert trained.stopped == "the 3.5 minutes for it were over after step 4"
     assert [row["step"] for row in trained.history] == [0, 4]
@@ -56,34 +63,29 @@ def test_it_ends_after_the_step_it_is_at_and_is_looked_at_once_more(monkeypatch:
 
 def test_the_time_of_each_look_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of the one that was made just now: of 10 minutes each, the first takes more than 5."""
-    clock = Steps(monkeypatch)
-    look = training_loop.Loop._validate
-
-    def validate(loop: Any, bar: Any) -> None:
-        clock.now += 600
-        look(loop, bar)
-
-    monkeypatch.setattr(training_loop.Loop, "_validate", validate)
-    trained = train(student(), BATCHES, VALIDATION, replace(SETTINGS, minutes=5))
+    clock = Steps(monkeypatch, a_validation=10.0)
+    trained = train(student(), BATCHES, VALIDATION, replace(SETTINGS, callbacks=[clock], minutes=5))
     assert (trained.steps, trained.stopped, trained.seconds) == (0, "no time was left for it", 600.0)
-    trained = train(student(), BATCHES, VALIDATION, replace(SETTINGS, minutes=11.5))
+    trained = train(student(), BATCHES, VALIDATION, replace(SETTINGS, callbacks=[clock], minutes=11.5))
     assert (trained.steps, trained.seconds) == (2, 600.0 + 120 + 600)
 
 
 def test_the_best_weights_stay_and_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    Steps(monkeypatch)
+    clock = Steps(monkeypatch)
     one = student()
     before = weights(one)
-    trained = train(one, BATCHES, VALIDATION, replace(SETTINGS, minutes=3, learning_rate=1.0, warmup=0.0))
+    trained = train(
+        one, BATCHES, VALIDATION, replace(SETTINGS, callbacks=[clock], minutes=3, learning_rate=1.0, warmup=0.0)
+    )
     assert trained.steps == 3 and trained.best_step == 0
     assert all(torch.equal(a, b) for a, b in zip(weights(one), before, strict=True))
 
 
 def test_enough_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    Steps(monkeypatch)
+    clock = Steps(monkeypatch)
     one, other = student(), student()
-    without = train(one, BATCHES, VALIDATION, SETTINGS)
-    trained = train(other, BATCHES, VALIDATION, replace(SETTINGS, minutes=12))
+    without = train(one, BATCHES, VALIDATION, replace(SETTINGS, callbacks=[clock]))
+    trained = train(other, BATCHES, VALIDATION, replace(SETTINGS, callbacks=[clock], minutes=12))
     assert trained.stopped == "" and trained.steps == 12 and trained.history == without.history
     assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
 
@@ -91,10 +93,10 @@ def test_enough_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_seconds_before_an_interruption_count_and_more_minutes_go_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    Steps(monkeypatch)
-    kept = replace(SETTINGS, keep_in=tmp_path / "training")
+    clock = Steps(monkeypatch)
+    kept = replace(SETTINGS, callbacks=[clock], keep_in=tmp_path / "training")
     whole, parts = student(), student()
-    train(whole, BATCHES, VALIDATION, SETTINGS)
+    train(whole, BATCHES, VALIDATION, replace(SETTINGS, callbacks=[clock]))
     train(parts, BATCHES, VALIDATION, replace(kept, minutes=6))
     assert read_state(tmp_path / "training")[1]["seconds"] == 360.0
     again = train(parts, BATCHES, VALIDATION, replace(kept, minutes=6), resume=True)
@@ -111,7 +113,7 @@ def test_what_was_spent_before_the_first_step_counts_again_where_it_goes_on(
 ) -> None:
     """An original that is run faster the second time leaves no more time: a training that had ended has ended."""
     clock = Steps(monkeypatch)
-    kept = replace(SETTINGS, keep_in=tmp_path / "training", minutes=6)
+    kept = replace(SETTINGS, callbacks=[clock], keep_in=tmp_path / "training", minutes=6)
     teach = training.taught_to
 
     def slow(*given: Any, **options: Any) -> Any:
@@ -138,16 +140,15 @@ def test_several_processes_go_by_the_clock_of_the_first(tmp_path: Path) -> None:
     code = """
         from dataclasses import replace
         from streamline_hooks.repair import train, training_loop
+        from tests.training_callbacks import BeforeSteps
         from tests.distributed.trained_together import BATCHES, VALIDATION
         from tests.repair.test_training_deadline import SETTINGS, student, weights
-        now, make = [0.0], training_loop.Loop._step
-        def step(loop):
+        now = [0.0]
+        def tick(progress):
             now[0] += 60.0 if rank == 0 else 0.0
-            return make(loop)
-        training_loop.Loop._step = step
         training_loop.time.perf_counter = lambda: now[0]
         one = student()
-        trained = train(one, BATCHES, VALIDATION, replace(SETTINGS, minutes=3))
+        trained = train(one, BATCHES, VALIDATION, replace(SETTINGS, minutes=3, callbacks=[BeforeSteps(tick)]))
         torch.save([trained.steps, trained.stopped, weights(one)], f"{folder}/{rank}.pt")
     """
     in_processes(code, tmp_path)

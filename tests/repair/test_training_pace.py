@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from streamline_hooks import StreamlineError, find_stack
-from streamline_hooks.repair import Healing, Student, kind_named, preset_named, student_of, train, training_loop
+from streamline_hooks.repair import Healing, Student, TrainingProgress, kind_named, preset_named, student_of, train
 from streamline_hooks.repair.training_pace import TrainingPace, measure_training_pace
 from tests.evaluation.fake_clock import FakeClock
 from tests.tiny_models import BLOCKS, tiny_model, tokens
+from tests.training_callbacks import BeforeSteps
 
 BATCHES = [tokens(1, 16, seed=seed) for seed in range(4)]
 VALIDATION = tokens(1, 12, seed=9)
@@ -94,17 +95,15 @@ def test_what_is_told_is_what_the_training_takes(
     assert told - looked == pytest.approx((4 * 16 + 12) * sum(range(1, BLOCKS + 1)))
 
 
-def test_the_first_step_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_step_does_not_count() -> None:
     """It takes a hundred times as long, and the pace is that of the others."""
-    clock, make, steps = FakeClock(), training_loop.Loop._step, []
+    clock = FakeClock()
 
-    def step(loop: Any) -> Any:
-        clock.now += 16.0 if steps else 1600.0
-        steps.append(1)
-        return make(loop)
+    def tick(progress: TrainingProgress) -> None:
+        clock.now += 16.0 if progress.step else 1600.0
 
-    monkeypatch.setattr(training_loop.Loop, "_step", step)
-    pace = measure_training_pace(student(tiny_model("llama")), BATCHES[:3], VALIDATION, SETTINGS, clock=clock)
+    settings = replace(SETTINGS, callbacks=[BeforeSteps(tick)])
+    pace = measure_training_pace(student(tiny_model("llama")), BATCHES[:3], VALIDATION, settings, clock=clock)
     assert pace == TrainingPace(original=0.0, apart=0.0, step=1.0, validation=0.0, around=0.0)
 
 
