@@ -89,7 +89,8 @@ def find_stack(model: nn.Module, path: str | None = None) -> BlockStack:
     ------
     StreamlineError
         If there is no block list, if several are equally good, or if `path` is not one; the text lists the
-        candidates.
+        candidates. If one module stands at several positions of the stack, or a position is empty; the text lists
+        the positions.
 
     Examples
     --------
@@ -98,6 +99,10 @@ def find_stack(model: nn.Module, path: str | None = None) -> BlockStack:
     >>> print(find_stack(nn.TransformerEncoder(layer, 3)).path)
     layers
     """
+    return _without_repeats(_chosen_stack(model, path))
+
+
+def _chosen_stack(model: nn.Module, path: str | None) -> BlockStack:
     if path is not None:
         return _stack_at(model, path)
     candidates = find_stacks(model)
@@ -114,7 +119,7 @@ def find_stack(model: nn.Module, path: str | None = None) -> BlockStack:
         candidates = own or below or candidates
     described = [s for s in candidates if s.config is not None]
     candidates = described or candidates
-    sizes = [sum(s.parameters_per_block) for s in candidates]
+    sizes = [sum(p.numel() for block in dict.fromkeys(s.blocks) for p in block.parameters()) for s in candidates]
     best = [s for s, size in zip(candidates, sizes, strict=True) if size == max(sizes)]
     if len(best) > 1:
         raise StreamlineError(
@@ -135,11 +140,51 @@ def find_stacks(model: nn.Module) -> list[BlockStack]:
     Returns
     -------
     list of BlockStack
-        The outermost stacks, in the order of the model's modules.
+        The outermost stacks, in the order of the model's modules. A module that stands at several positions of its
+        list is counted at each of them.
     """
     found: list[BlockStack] = []
     _walk(model, "", (), found)
     return found
+
+
+def members(container: nn.Module) -> tuple[nn.Module, ...]:
+    """Return the module at each position of a block list.
+
+    ``children()`` yields a module that stands at several positions only once, which shifts all later positions.
+
+    Parameters
+    ----------
+    container : torch.nn.Module
+
+    Returns
+    -------
+    tuple of torch.nn.Module
+        Without the positions that hold None.
+    """
+    return tuple(module for module in container._modules.values() if module is not None)
+
+
+def _without_repeats(stack: BlockStack) -> BlockStack:
+    """Return the stack, or raise if its positions do not hold one module each."""
+    held = list(stack.container._modules.values())
+    if None in held:
+        raise StreamlineError(
+            f"{stack.path} of {type(stack.model).__name__} holds None at position {held.index(None)}. Expected a "
+            "block at each position. Remove the empty positions from the list."
+        )
+    positions: dict[int, list[int]] = {}
+    for position, block in enumerate(stack.blocks):
+        positions.setdefault(id(block), []).append(position)
+    repeated = [found for found in positions.values() if len(found) > 1]
+    if repeated:
+        listed = "; ".join(", ".join(map(str, found)) for found in repeated)
+        raise StreamlineError(
+            f"{stack.path} of {type(stack.model).__name__} holds the same {type(stack[repeated[0][0]]).__name__} at "
+            f"several positions ({listed}). Expected a module of its own at each position, because hooks, indices and "
+            "splices belong to the module. Put copies there: layers[k] = copy.deepcopy(layers[k])."
+        )
+    return stack
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -158,7 +203,7 @@ def _stack_at(model: nn.Module, path: str) -> BlockStack:
     for name in path.split("."):
         ancestors.append(module)
         module = module._modules.get(name) or nn.Identity()
-    blocks = tuple(module.children())
+    blocks = members(module)
     if not isinstance(module, _CONTAINERS) or not blocks:
         stacks = find_stacks(model)
         answering = _answering(path, stacks)
@@ -195,7 +240,7 @@ def _answering(name: str, stacks: list[BlockStack]) -> list[BlockStack]:
 
 def _walk(module: nn.Module, path: str, ancestors: tuple[nn.Module, ...], found: list[BlockStack]) -> None:
     if ancestors and isinstance(module, _CONTAINERS):
-        blocks = tuple(module.children())
+        blocks = members(module)
         config, count, stage = _describing_config(path, ancestors, len(blocks))
         whole = _are_blocks(blocks) and not _are_stages(blocks, ancestors)
         if whole and (len(blocks) > 1 or config is not None):

@@ -124,3 +124,35 @@ def test_a_word_that_several_stacks_answer_to_is_not_guessed() -> None:
         find_stack(made("clip text"), "encoder")
     with pytest.raises(StreamlineError, match="No stack of blocks at 'audio' in CLIPModel"):
         find_stack(made("clip text"), "audio")
+
+
+def repeated(how: str) -> nn.ModuleList:
+    a, b, c, d = (Block() for _ in range(4))
+    return nn.ModuleList({"two": [a, b, c, b], "twice two": [b, c, b, c, d], "one": [b] * 4, "None": [a, None, b]}[how])
+
+
+@pytest.mark.parametrize(
+    ("how", "positions"),
+    [("two", r"Block .*\(1, 3\)"), ("twice two", r"\(0, 2; 1, 3\)"), ("one", r"\(0, 1, 2, 3\)")],
+)
+@pytest.mark.parametrize("path", [None, "layers"])
+def test_a_module_at_several_positions_is_counted_at_each_and_refused(
+    how: str, positions: str, path: str | None
+) -> None:
+    model = Plain(layers=repeated(how))
+    (stack,) = find_stacks(model)
+    assert len(stack) == len(model.layers) and all(a is b for a, b in zip(stack.blocks, model.layers, strict=True))
+    with pytest.raises(StreamlineError, match=rf"layers of Plain .*{positions}.*deepcopy"):
+        find_stack(model, path)
+
+
+def test_an_empty_position_is_refused() -> None:
+    with pytest.raises(StreamlineError, match=r"None at position 1.*Remove"):
+        find_stack(Plain(layers=repeated("None")))
+
+
+def test_a_shared_head_in_a_list_does_not_hide_the_stack() -> None:
+    head = Plain(project=nn.Linear(40, 40))
+    model = Plain(layers=nn.ModuleList(Block(24) for _ in range(6)), heads=nn.ModuleList([head] * 6))
+    assert find_stack(model).path == "layers"
+    assert [len(stack) for stack in find_stacks(model)] == [6, 6]

@@ -24,7 +24,7 @@ from streamline_hooks.in_training.summed import summed
 from streamline_hooks.layouts import by_token
 from streamline_hooks.outermost_call import OutermostCall
 from streamline_hooks.read_hook import ChangeHook, ReadHook, in_backward
-from streamline_hooks.stack import find_stack
+from streamline_hooks.stack import find_stack, members
 from streamline_hooks.wrapping import refuse_compiled, refuse_replicated, refuse_tensor_parallel
 
 
@@ -215,7 +215,7 @@ class HiddenStateMonitor:
         if not self._handles:
             raise StreamlineError("The monitor is not open; use it in a with statement, or call open() first.")
         self._done = self._done + 1 if done is None else done
-        now = tuple(self.stack.container.children())
+        now = members(self.stack.container)
         others = now != self.stack.blocks  # a surgery: what was block 7 may be 5 now
         postponed = self._due and others and self._ran_others(now)
         found = self._measured(grad_scale) if self._due and not postponed else None

@@ -10,7 +10,7 @@ from torch import nn
 
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.read_hook import ChangeHook
-from streamline_hooks.stack import BlockStack, find_stack
+from streamline_hooks.stack import BlockStack, find_stack, members
 from streamline_hooks.surgery.copies import find_copies
 from streamline_hooks.surgery.edits import Edits
 from streamline_hooks.surgery.layout import Layout
@@ -72,7 +72,7 @@ class Skipping:
 
     def follow(self) -> bool:
         """Look at the blocks anew where others stand in the model by now; whether that was so."""
-        now = tuple(self.stack.container.children())
+        now = members(self.stack.container)
         if len(now) == len(self.stack) and all(a is b for a, b in zip(now, self.stack.blocks, strict=True)):
             return False
         self.stack = find_stack(self.model, self.stack.path)

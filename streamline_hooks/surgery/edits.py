@@ -83,7 +83,7 @@ class Edits:
         """
         container = self.stack.container
         forget_capture_hooks(self.stack.model, self._first_hook)
-        original = list(container.named_children())
+        original = [(name, module) for name, module in container._modules.items() if module is not None]
 
         def put_back() -> None:
             container._modules.clear()

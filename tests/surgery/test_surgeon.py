@@ -14,7 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack
+from streamline_hooks import (
+    HiddenStateRecorder,
+    LayerSurgeon,
+    StreamlineError,
+    UnsupportedSurgery,
+    find_stack,
+    profile,
+)
 from streamline_hooks.hidden_state import read_output, write_output
 from tests.tiny_models import BLOCKS, FAMILIES, Nudge, left_padded, repaired, tiny_config, tiny_model, tokens
 
@@ -509,6 +516,32 @@ def test_shared_blocks_are_named() -> None:
         assert [h.cause for h in surgeon.check([3])] == ["tied-blocks"]
         assert surgeon.check([0]) == []
         surgeon.remove([1], despite_hazards=True)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 1, 4, 5], [1, 2, 1, 2, 3, 4], [1] * 6], ids=["one", "two", "all"])
+def test_a_stack_with_a_repeated_block_is_refused_and_left_as_it_is(order: list[int]) -> None:
+    model = tiny_model("llama")
+    blocks = list(model.model.layers)
+    model.model.layers = nn.ModuleList([blocks[k] for k in order])
+    before, expected = fingerprint(model), logits(model)
+    refusals = [
+        lambda: LayerSurgeon(model).__enter__(),
+        lambda: HiddenStateRecorder(model),
+        lambda: profile(model, [{"input_ids": tokens(2, 9)}]),
+    ]
+    for refused in refusals:
+        with pytest.raises(StreamlineError, match=r"model.layers of LlamaForCausalLM .*LlamaDecoderLayer.*deepcopy"):
+            refused()
+    assert [id(block) for block in model.model.layers] == [id(blocks[k]) for k in order]
+    assert fingerprint(model) == before and torch.equal(logits(model), expected)
+
+
+def test_a_block_repeated_inside_the_context_deletes_no_position() -> None:
+    model = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        model.model.layers[3] = model.model.layers[1]
+        surgeon.insert(6, nn.Identity())
+    assert len(model.model.layers) == BLOCKS and model.model.layers[3] is model.model.layers[1]
 
 
 def test_no_surgeon_keeps_a_model_alive() -> None:
