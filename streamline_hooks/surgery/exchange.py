@@ -49,9 +49,11 @@ class Exchange:
 
 
 def move_parameter(parameter: nn.Parameter, beside: nn.Parameter) -> None:
-    """Bring one of the two to where a ``model.to(...)`` has brought the other meanwhile."""
+    """Bring one of the two to where a ``model.to(...)`` has brought the other meanwhile, with its ``requires_grad``."""
     if (parameter.device, parameter.dtype) != (beside.device, beside.dtype):
         parameter.data = parameter.data.to(device=beside.device, dtype=beside.dtype)
+    if parameter.requires_grad != beside.requires_grad:
+        parameter.requires_grad = beside.requires_grad
 
 
 def stand_in_for(held: nn.Parameter, values: Tensor) -> nn.Parameter:

@@ -20,7 +20,7 @@ from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery.edits import ORIGIN, Edits
 from streamline_hooks.surgery.exchange import StandIns
 from streamline_hooks.surgery.layout import Layout
-from streamline_hooks.surgery.placement import follow, placement
+from streamline_hooks.surgery.placement import BlockStates
 from streamline_hooks.surgery.plan import Slot, Splice, SurgeryPlan
 from streamline_hooks.wrapping import refuse_compiled, refuse_wrapped
 
@@ -63,7 +63,7 @@ class OpenSurgery:
         self._layout = Layout(list(self.stack.blocks))
         self._in_branches: InBranches = {}
         self._plan: SurgeryPlan | None = None
-        self._placement = [placement(block) for block in self.stack.blocks]
+        self._states = BlockStates(self.stack)
         self._token = uuid.uuid4().hex  # a pickled block carries it into other processes
         self._edits = Edits(self.stack, self._token)
         surgeons = _open.setdefault(self.stack.container, [])
@@ -115,7 +115,7 @@ class OpenSurgery:
     def _close(self) -> None:
         kept = self._current_plan().kept
         self._edits.close()
-        follow(self.stack.blocks, kept, self._placement)
+        self._states.follow(self.stack, kept)
 
     def _sign_off(self) -> None:
         """Take this surgeon off the list of open ones, and its marks off the blocks."""

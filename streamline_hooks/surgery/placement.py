@@ -1,4 +1,4 @@
-"""Device and precision: of what is put in, and of what was out while the model was moved."""
+"""Device, precision and flags: of what is put in, and of what was out while the model was changed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.offload import execution_device
+from streamline_hooks.stack import BlockStack
 
 Placement = dict[str, tuple[torch.device, torch.dtype]]
 
@@ -64,19 +65,90 @@ def _most(block: nn.Module) -> tuple[torch.device | None, torch.dtype] | None:
     return (execution_device(block) if device.type == "meta" else device), dtype
 
 
-def follow(blocks: Sequence[nn.Module], kept: Iterable[int], before: Sequence[Placement]) -> None:
-    """Bring the blocks that were out to where a ``model.to(...)`` has brought the others meanwhile.
+class BlockStates:
+    """Remember device, precision, mode and ``requires_grad`` of a stack, so that removed blocks can follow the model.
 
     Parameters
     ----------
-    blocks : sequence of torch.nn.Module
-        All blocks of the stack.
-    kept : iterable of int
-        Those that were in the model.
-    before : sequence of Placement
-        Of all blocks, before.
+    stack : BlockStack
+        As it is when the surgeon opens.
     """
-    present = set(kept)
+
+    def __init__(self, stack: BlockStack) -> None:
+        self._placements = [placement(block) for block in stack.blocks]
+        self._modes = [_modes(block) for block in stack.blocks]
+        self._grads = [_grads(block) for block in stack.blocks]
+        self._container_mode = stack.container.training
+        self._outside = _grads_outside(stack)
+
+    def follow(self, stack: BlockStack, kept: Iterable[int]) -> None:
+        """Apply to the removed blocks what was done to the model while they were out of it.
+
+        A removed block is moved where ``model.to(...)`` moved the others. Its modules and parameters follow those at
+        the same path in the kept blocks that had the same mode, or ``requires_grad``, before, where all of these
+        agree; what has no such counterpart follows a change of the whole stack, or model.
+
+        Parameters
+        ----------
+        stack : BlockStack
+            All blocks are in the model again.
+        kept : iterable of int
+            The blocks that were in the model throughout.
+        """
+        present = set(kept)
+        removed = [k for k in range(len(stack)) if k not in present]
+        if not removed:
+            return
+        _follow_placement(stack.blocks, present, self._placements)
+        modes = [_modes(block) for block in stack.blocks]
+        stack_modes = [(self._container_mode, stack.container.training)]
+        changes = _Changes(self._modes, modes, present, stack_modes)
+        for k in removed:
+            for path, module in stack[k].named_modules():
+                module.training = changes.value(path, self._modes[k].get(path, module.training))
+        grads, outside = [_grads(block) for block in stack.blocks], _grads_outside(stack)
+        changes = _Changes(
+            self._grads, grads, present, [(self._outside[n], now) for n, now in outside.items() if n in self._outside]
+        )
+        for k in removed:
+            for name, parameter in stack[k].named_parameters():
+                value = changes.value(name, self._grads[k].get(name, parameter.requires_grad))
+                if value != parameter.requires_grad:
+                    parameter.requires_grad = value
+
+
+class _Changes:
+    """What became of a flag in the kept blocks, by path, and in all of the model that was there throughout."""
+
+    def __init__(
+        self,
+        before: Sequence[dict[str, bool]],
+        now: Sequence[dict[str, bool]],
+        present: Iterable[int],
+        outside: Sequence[tuple[bool, bool]],
+    ) -> None:
+        self._by_path: dict[tuple[str, bool], list[bool]] = {}
+        pairs = list(outside)
+        for k in present:
+            for path, value in now[k].items():
+                if path in before[k]:
+                    self._by_path.setdefault((path, before[k][path]), []).append(value)
+                    pairs.append((before[k][path], value))
+        values = {value for _, value in pairs}
+        changed = len(values) == 1 and any(old != new for old, new in pairs)
+        self._everywhere = values.pop() if changed else None
+
+    def value(self, path: str, before: bool) -> bool:
+        """The value that a removed block's flag must have."""
+        counterparts = self._by_path.get((path, before), [])
+        if not counterparts:
+            return before if self._everywhere is None else self._everywhere
+        # One block that changed alone may have been meant alone.
+        agree = len(set(counterparts)) == 1 and (len(counterparts) > 1 or counterparts[0] == self._everywhere)
+        return counterparts[0] if agree else before
+
+
+def _follow_placement(blocks: Sequence[nn.Module], present: set[int], before: Sequence[Placement]) -> None:
     moved = {
         before[k][name]: (tensor.device, tensor.dtype)
         for k in present
@@ -90,6 +162,23 @@ def follow(blocks: Sequence[nn.Module], kept: Iterable[int], before: Sequence[Pl
                 continue  # accelerate has the values
             if target != (tensor.device, tensor.dtype):
                 tensor.data = tensor.data.to(device=target[0], dtype=target[1])
+
+
+def _modes(block: nn.Module) -> dict[str, bool]:
+    return {path: module.training for path, module in block.named_modules()}
+
+
+def _grads(block: nn.Module) -> dict[str, bool]:
+    return {name: p.requires_grad for name, p in block.named_parameters() if p.is_floating_point()}
+
+
+def _grads_outside(stack: BlockStack) -> dict[str, bool]:
+    """``requires_grad`` of the floating-point parameters outside the stack, by name."""
+    return {
+        name: parameter.requires_grad
+        for name, parameter in stack.model.named_parameters()
+        if not name.startswith(f"{stack.path}.") and parameter.is_floating_point()
+    }
 
 
 def _tensors(block: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,121 @@
+"""Modes and ``requires_grad`` of removed blocks follow the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from streamline_hooks import LayerSurgeon
+from streamline_hooks.passes import inference
+from tests.tiny_models import tiny_model, tokens
+
+
+def modes(model: nn.Module) -> dict[str, bool]:
+    return {name: module.training for name, module in model.named_modules()}
+
+
+def trainable(model: nn.Module) -> dict[str, bool]:
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+SURGERIES: dict[str, Callable[[LayerSurgeon], Any]] = {
+    "removed": lambda surgeon: surgeon.remove(range(1, 3)),
+    "replaced": lambda surgeon: surgeon.replace(range(1, 3), nn.Identity()),
+    "one kept": lambda surgeon: surgeon.remove(range(0, 5)),
+    "none kept": lambda surgeon: surgeon.replace(range(0, 6), copy.deepcopy(surgeon.stack[2])),
+    "exchanged": lambda surgeon: surgeon.exchange(2, copy.deepcopy(surgeon.stack[2])),
+    "silenced": lambda surgeon: surgeon.silence(1, "mlp"),
+}
+
+
+@pytest.mark.parametrize("surgery", SURGERIES.values(), ids=SURGERIES)
+@pytest.mark.parametrize("to", [False, True])
+def test_a_mode_that_is_set_inside_reaches_the_blocks_that_are_out(
+    surgery: Callable[[LayerSurgeon], Any], to: bool
+) -> None:
+    model = tiny_model("llama").train(not to)
+    with LayerSurgeon(model, probe=False) as surgeon:
+        surgery(surgeon)
+        model.train(to)
+    assert set(modes(model).values()) == {to}
+
+
+@pytest.mark.parametrize("surgery", SURGERIES.values(), ids=SURGERIES)
+@pytest.mark.parametrize("to", [False, True])
+def test_requires_grad_that_is_set_inside_reaches_the_blocks_that_are_out(
+    surgery: Callable[[LayerSurgeon], Any], to: bool
+) -> None:
+    model = tiny_model("llama").requires_grad_(not to)
+    with LayerSurgeon(model, probe=False) as surgeon:
+        surgery(surgeon)
+        for parameter in model.parameters():
+            parameter.requires_grad = to
+    assert set(trainable(model).values()) == {to}
+
+
+@pytest.mark.parametrize("surgery", SURGERIES.values(), ids=SURGERIES)
+def test_flags_that_nobody_sets_come_back_as_they_were(surgery: Callable[[LayerSurgeon], Any]) -> None:
+    model = tiny_model("llama").eval()
+    layers = model.model.layers
+    layers[1].train()
+    layers[4].mlp.train()
+    layers[2].requires_grad_(False)
+    layers[5].self_attn.q_proj.requires_grad_(False)
+    before = modes(model), trainable(model)
+    with LayerSurgeon(model) as surgeon:
+        surgery(surgeon)
+        with inference(model), torch.no_grad():
+            model(tokens(1, 5))
+    assert (modes(model), trainable(model)) == before
+
+
+def test_flags_of_some_submodules_follow_those_of_the_other_blocks() -> None:
+    model = tiny_model("llama").eval()
+    model.model.layers[1].mlp.train()
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove(range(1, 3))
+        for layer in model.model.layers:
+            layer.self_attn.train()
+            layer.mlp.requires_grad_(False)
+        model.model.layers[0].input_layernorm.train()  # one block alone
+        model.lm_head.requires_grad_(False)
+    out = [model.model.layers[k] for k in (1, 2)]
+    assert all(set(modes(block.self_attn).values()) == {True} for block in out)
+    assert [set(modes(block.mlp).values()) for block in out] == [{True}, {False}]
+    assert not any(block.input_layernorm.training or block.training for block in out)
+    for block in out:
+        assert set(trainable(block.mlp).values()) == {False}
+        assert set(trainable(block.self_attn).values()) == {True}
+
+
+def test_a_mode_that_is_set_for_the_only_kept_block_stays_its_own() -> None:
+    model = tiny_model("llama").eval()
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove(range(0, 5))
+        model.model.layers[0].train().requires_grad_(False)
+    assert [layer.training for layer in model.model.layers] == [False] * 5 + [True]
+    assert [layer.mlp.up_proj.weight.requires_grad for layer in model.model.layers] == [True] * 5 + [False]
+
+
+def test_a_commit_keeps_the_mode_that_was_set_inside() -> None:
+    model = tiny_model("llama").train()
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([1])
+        model.eval()
+        surgeon.commit()
+    assert set(modes(model).values()) == {False}
+
+
+def test_a_nested_surgeon_hands_a_mode_on() -> None:
+    model = tiny_model("llama").train()
+    with LayerSurgeon(model) as outer:
+        outer.remove([0])
+        with LayerSurgeon(model) as inner:
+            inner.remove([0])
+            model.eval().requires_grad_(False)
+    assert set(modes(model).values()) == {False} and set(trainable(model).values()) == {False}
