@@ -58,6 +58,10 @@ class BlockStack:
         """Number of parameters of each block."""
         return tuple(sum(p.numel() for p in block.parameters()) for block in self.blocks)
 
+    def has_its_config(self) -> bool:
+        """Whether `config` is still the configuration that describes this stack."""
+        return _describing_config(self.path, self.ancestors, len(self))[0] is self.config
+
     def __str__(self) -> str:
         kinds = sorted({type(block).__name__ for block in self.blocks})
         total = sum(self.parameters_per_block)

@@ -14,6 +14,7 @@ from streamline_hooks.stack import BlockStack, find_stack, members
 from streamline_hooks.surgery.copies import find_copies
 from streamline_hooks.surgery.edits import Edits
 from streamline_hooks.surgery.layout import Layout
+from streamline_hooks.surgery.own_config import OwnConfigs
 from streamline_hooks.surgery.renumber import shortened_config
 
 
@@ -23,9 +24,9 @@ class OwnBlocks(Edits):
     Each block is known, and needs no mark; what repeats the configuration is looked for once.
     """
 
-    def __init__(self, stack: BlockStack) -> None:
-        super().__init__(stack, uuid.uuid4().hex)
-        self._numbers = {id(block): k for k, block in enumerate(stack.blocks)}
+    def __init__(self, configs: OwnConfigs) -> None:
+        super().__init__(configs, uuid.uuid4().hex)
+        self._numbers = {id(block): k for k, block in enumerate(self.stack.blocks)}
         self._described: list[Any] | None = None
         self._copying: list[nn.Module] = []
 
@@ -67,17 +68,20 @@ class Skipping:
     """
 
     def __init__(self, model: nn.Module, stack: BlockStack) -> None:
-        self.model, self.stack = model, stack
-        self._edits = OwnBlocks(stack)
+        self.model = model
+        self._follow(stack)
+
+    def _follow(self, stack: BlockStack) -> None:
+        self.stack = stack
+        self._configs = OwnConfigs(stack)
+        self._edits = OwnBlocks(self._configs)
 
     def follow(self) -> bool:
-        """Look at the blocks anew where others stand in the model by now; whether that was so."""
-        now = members(self.stack.container)
-        if len(now) == len(self.stack) and all(a is b for a, b in zip(now, self.stack.blocks, strict=True)):
-            return False
-        self.stack = find_stack(self.model, self.stack.path)
-        self._edits = OwnBlocks(self.stack)
-        return True
+        """Look at the stack anew where it has other blocks or another configuration by now; whether it has others."""
+        same = members(self.stack.container) == self.stack.blocks
+        if not same or not self.stack.has_its_config():
+            self._follow(find_stack(self.model, self.stack.path))
+        return not same
 
     def leave_out(self, blocks: Collection[int]) -> None:
         """Take blocks out; the model has all of them."""
@@ -85,6 +89,7 @@ class Skipping:
         for k in blocks:
             layout.give_up(range(k, k + 1), None)
         try:
+            self._configs.put_in()
             self._edits.lay_out(*layout.arrange())
         except BaseException:
             self.put_back()
@@ -93,10 +98,14 @@ class Skipping:
     def put_back(self) -> None:
         """Give the model all its blocks, to the bit as they were; does no harm the second time."""
         try:
-            self._edits.close()
+            self._close()
         except BaseException:  # Ctrl-C in the middle of it: every step can be done twice
-            self._edits.close()
+            self._close()
             raise
+
+    def _close(self) -> None:
+        self._edits.close()
+        self._configs.put_back(search=False)
 
 
 class BeginHook(ChangeHook):

@@ -79,7 +79,7 @@ def prepare_to_settle(
         "stack": path,
         "splices": entries,
         "guard": _guard(model, now),
-        "history": [*earlier.get("history", []), entry],
+        "history": [*copy.deepcopy(earlier.get("history", [])), entry],
     }
     model_class, config_class = base_class(type(model)), base_class(type(model.config))
     plain = copy.copy(model.config)

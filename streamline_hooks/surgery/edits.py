@@ -10,11 +10,11 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from streamline_hooks.offload import followed_device_map
-from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery.capture import forget_capture_hooks, lend_capture_hooks, next_hook_id
 from streamline_hooks.surgery.copies import find_copies, renumbered_paths
 from streamline_hooks.surgery.exchange import Exchange, move_parameter
 from streamline_hooks.surgery.layout import NewSlot, Placed, names_of
+from streamline_hooks.surgery.own_config import OwnConfigs
 from streamline_hooks.surgery.per_layer_weights import find_per_layer_weights
 from streamline_hooks.surgery.placement import bring_to, move_beside
 from streamline_hooks.surgery.quantizer_names import SETTINGS, QuantizerNames
@@ -40,13 +40,14 @@ class Edits:
 
     Parameters
     ----------
-    stack : BlockStack
-        As it is before any change.
+    configs : OwnConfigs
+        Of the stack as it is before any change. They are put in before a layout, and put back after `close`.
     token : str
         Under which the blocks carry their number, so that a copy made meanwhile says what it is a copy of.
     """
 
-    def __init__(self, stack: BlockStack, token: str) -> None:
+    def __init__(self, configs: OwnConfigs, token: str) -> None:
+        self.configs, stack = configs, configs.inside
         self.stack = stack
         self.indices = find_index_attributes(stack.blocks)
         self._token = token
@@ -106,12 +107,14 @@ class Edits:
                 for path, stand_in in stand_ins.get(self.stack.blocks.index(slot.module), {}).items():
                     self._stand_in(slot.module, path, stand_in)
             else:
+                self._own_configs(slot.module)
                 move_beside(slot.module, self.stack.blocks[0])
                 self._undoing += [h.remove for h in lend_capture_hooks(self.stack.blocks[0], slot.module)]
         self._shorten_config(slots)
         self._follow_alignment_heads(slots)
         for config, settings in QuantizerNames(self.stack).renumbered([self.source(slot.module) for slot in slots]):
-            self._set(config, SETTINGS, settings)
+            if not self.configs.is_original(config):
+                self._set(config, SETTINGS, settings)
         self._follow_device_map([name for name, _ in original], names, slots)
         for owner in savers(self.stack):
             self._set(owner, "save_pretrained", SavingRefused(owner))
@@ -130,8 +133,14 @@ class Edits:
                 self._undoing.append(bring_to(module, block))
             else:
                 move_beside(module, block)
+            self._own_configs(module)
         self._undoing.append(remember_splices(block, place))
         set_splices(block, place, modules)
+
+    def _own_configs(self, module: nn.Module) -> None:
+        """Let a module that is put in refer to no configuration that another model may have too."""
+        for part, name, config in list(self.configs.of_new_module(module)):
+            self._set(part, name, config)
 
     def _shorten_config(self, slots: list[NewSlot]) -> None:
         config, count = self.stack.config, self.stack.count_attribute
@@ -149,7 +158,7 @@ class Edits:
         self._follow_key_sharing(slots)
 
     def _descriptions(self) -> list[Any]:
-        return same_descriptions(self.stack)
+        return [config for config in same_descriptions(self.stack) if not self.configs.is_original(config)]
 
     def _copies(
         self, old: Mapping[str, Any], new: Mapping[str, Any], sources: Sequence[int]

@@ -20,6 +20,7 @@ from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery.edits import ORIGIN, Edits
 from streamline_hooks.surgery.exchange import StandIns
 from streamline_hooks.surgery.layout import Layout
+from streamline_hooks.surgery.own_config import OwnConfigs
 from streamline_hooks.surgery.placement import BlockStates
 from streamline_hooks.surgery.plan import Slot, Splice, SurgeryPlan
 from streamline_hooks.wrapping import refuse_compiled, refuse_wrapped
@@ -65,15 +66,18 @@ class OpenSurgery:
         self._plan: SurgeryPlan | None = None
         self._states = BlockStates(self.stack)
         self._token = uuid.uuid4().hex  # a pickled block carries it into other processes
-        self._edits = Edits(self.stack, self._token)
+        self._configs = OwnConfigs(self.stack)
+        self._edits = Edits(self._configs, self._token)
         surgeons = _open.setdefault(self.stack.container, [])
         try:
             surgeons.append(self)
+            self.stack = self._configs.put_in()
             known = {surgeon._token for surgeon in surgeons}
             for k, block in enumerate(self.stack.blocks):  # a copy made inside the context says what it is a copy of
                 marks = {token: old for token, old in vars(block).get(ORIGIN, {}).items() if token in known}
                 vars(block)[ORIGIN] = {**marks, self._token: k}
         except BaseException:
+            self.stack = self._configs.put_back()
             self._sign_off()
             raise
         self._entered = True
@@ -115,6 +119,7 @@ class OpenSurgery:
     def _close(self) -> None:
         kept = self._current_plan().kept
         self._edits.close()
+        self.stack = self._configs.put_back()
         self._states.follow(self.stack, kept)
 
     def _sign_off(self) -> None:
@@ -133,6 +138,7 @@ class OpenSurgery:
     def _settled(self, plan: SurgeryPlan) -> None:
         """What there is now stays."""
         self._plan = plan
+        self._configs.keep()
         self._sign_off()
         self._edits.forget()
         self.stack = find_stack(self.model, self.stack.path)  # let go of the blocks that are gone
