@@ -29,6 +29,7 @@ from streamline_hooks.surgery.saving import SavingRefused, savers
 from streamline_hooks.surgery.splice import AFTER, BEFORE, Place, remember_splices, set_splices, spliced
 
 ORIGIN = "_streamline_hooks_origin"
+RECORD = "_streamline_hooks"
 _MISSING = object()
 _NONE: Mapping[int, Mapping[str, nn.Parameter]] = MappingProxyType({})
 
@@ -59,6 +60,33 @@ class Edits:
     def forget(self) -> None:
         """Keep the changes for good."""
         self._undoing.clear()
+
+    def remember_class(self, model: nn.Module) -> int:
+        """Remember what a commit changes besides the layout: classes, configuration values, hooks and the record.
+
+        Returns
+        -------
+        int
+            What `revert` takes to undo the commit alone.
+        """
+        state, config = vars(model), vars(model).get("config")
+        kind, config_kind, hooks = type(model), type(config), dict(model._load_state_dict_pre_hooks)
+        values, record = dict(getattr(config, "__dict__", {})), {k: v for k, v in state.items() if k == RECORD}
+
+        def put_back() -> None:
+            model.__class__ = kind
+            if type(config) is not config_kind:
+                config.__class__ = config_kind
+            if hasattr(config, "__dict__"):
+                vars(config).clear()
+                vars(config).update(values)
+            model._load_state_dict_pre_hooks.clear()
+            model._load_state_dict_pre_hooks.update(hooks)
+            state.pop(RECORD, None)
+            state.update(record)
+
+        self._undoing.append(put_back)
+        return len(self._undoing) - 1
 
     def close(self) -> None:
         """Take every change back, and the capture hooks that were installed meanwhile."""

@@ -53,7 +53,7 @@ class OpenSurgery:
     def __init__(self, model: nn.Module, stack: str | BlockStack | None = None) -> None:
         self.model = model
         self._named_stack = stack
-        self._entered = False
+        self._entered = self._is_closed = False
 
     def __enter__(self) -> Self:
         if self._entered:
@@ -68,38 +68,31 @@ class OpenSurgery:
         self._token = uuid.uuid4().hex  # a pickled block carries it into other processes
         self._configs = OwnConfigs(self.stack)
         self._edits = Edits(self._configs, self._token)
-        surgeons = _open.setdefault(self.stack.container, [])
         try:
+            surgeons = _open.setdefault(self.stack.container, [])
             surgeons.append(self)
             self.stack = self._configs.put_in()
             known = {surgeon._token for surgeon in surgeons}
             for k, block in enumerate(self.stack.blocks):  # a copy made inside the context says what it is a copy of
                 marks = {token: old for token, old in vars(block).get(ORIGIN, {}).items() if token in known}
                 vars(block)[ORIGIN] = {**marks, self._token: k}
+            self._entered = True
+            return self
         except BaseException:
             self.stack = self._configs.put_back()
             self._sign_off()
             raise
-        self._entered = True
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._plan is not None:
-            return
-        if _open.get(self.stack.container, [])[-1:] != [self]:
-            raise StreamlineError(
-                "A surgeon closes while a later one on the same model is still open. Close them in the opposite order "
-                "of opening; the model is left as the later one has it."
-            )
         try:
-            self._close()
-        except BaseException:  # Ctrl-C in the middle of it: every step can be done twice
-            self._close()
+            self._leave()
+        except StreamlineError:
             raise
-        finally:
-            self._sign_off()
+        except BaseException:  # Ctrl-C at any point: every step can be done twice
+            self._leave()
+            raise
 
     @property
     def plan(self) -> SurgeryPlan:
@@ -115,6 +108,23 @@ class OpenSurgery:
                 f"The stack {self._named_stack.path!r} is of another model. Find it in this one, or give its path."
             )
         return found
+
+    def _leave(self) -> None:
+        """Close the surgeon, or finish a commit that was interrupted; each step can be repeated."""
+        if self._is_closed:
+            return
+        if self._plan is not None:
+            self._finish_commit()
+            return
+        surgeons = _open.get(self.stack.container, [])
+        if self in surgeons and surgeons[-1] is not self:
+            raise StreamlineError(
+                "A surgeon closes while a later one on the same model is still open. Close them in the opposite order "
+                "of opening; the model is left as the later one has it."
+            )
+        self._close()
+        self._sign_off()
+        self._is_closed = True
 
     def _close(self) -> None:
         kept = self._current_plan().kept
@@ -135,14 +145,14 @@ class OpenSurgery:
             if not marks or not surgeons:  # those of surgeons that are closed, on a block that was copied inside them
                 vars(block).pop(ORIGIN, None)
 
-    def _settled(self, plan: SurgeryPlan) -> None:
-        """What there is now stays."""
-        self._plan = plan
+    def _finish_commit(self) -> None:
+        """Keep what there is now, once the plan is set; each step can be repeated."""
         self._configs.keep()
         self._sign_off()
         self._edits.forget()
         self.stack = find_stack(self.model, self.stack.path)  # let go of the blocks that are gone
         self._layout, self._in_branches = Layout(list(self.stack.blocks)), {}
+        self._is_closed = True
 
     def _require_open(self) -> None:
         surgeons = _open.get(self.stack.container, []) if self._entered else []

@@ -114,7 +114,7 @@ class OwnConfigs:
         """
         copies = {id(entry.original): entry.copy for entry in self._copies}
         for entry in self._copies:
-            if id(entry.copy) not in _live:
+            if id(entry.copy) not in _live and not entry.is_kept:
                 entry.load(copies)
             entry.users.add(self)
             _live[id(entry.copy)] = entry

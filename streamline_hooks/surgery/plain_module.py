@@ -15,12 +15,11 @@ from torch import nn
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery.committed import history_entry
-from streamline_hooks.surgery.edits import ORIGIN
+from streamline_hooks.surgery.edits import ORIGIN, RECORD
 from streamline_hooks.surgery.plan import SurgeryPlan
 from streamline_hooks.surgery.splice import BEFORE, spliced
 from streamline_hooks.surgery.spliced_model import splice_entries
 
-RECORD = "_streamline_hooks"
 PLAIN_FORMAT = 1  # of what is written of such a model
 
 

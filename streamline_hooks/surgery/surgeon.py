@@ -281,15 +281,20 @@ class LayerSurgeon(BranchSurgery):
         self._require_alone()
         plan = self.plan
         depth = saver_depth(self.stack)
-        if depth is not None:
-            committed.settle(self.stack, depth, plan, self._edits.indices, notes)
-        else:
-            record_surgery(self.stack.model, plan, notes)
+        done = self._edits.remember_class(self.stack.ancestors[depth or 0])
         try:
+            if depth is not None:
+                committed.settle(self.stack, depth, plan, self._edits.indices, notes)
+            else:
+                record_surgery(self.stack.model, plan, notes)
             for owner in savers(self.stack):
                 vars(owner).pop("save_pretrained", None)
-        finally:
-            self._settled(plan)
+            self._plan = plan
+        except BaseException:
+            self._plan = None
+            self._edits.revert(done)
+            raise
+        self._finish_commit()
         return plan
 
     def _hold_against_truth(self, window: range, what: str) -> None:

@@ -1,0 +1,139 @@
+"""Ctrl-C at any point of closing or committing leaves the model restored or committed, and open to further surgery."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from streamline_hooks import LayerSurgeon, LinearReplacement, find_stack
+from tests.tiny_models import WIDTH, Nudge, tiny_model, tokens
+
+
+class PlainBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(x)
+
+
+def interrupted_at(line: int, work: Callable[[], object]) -> bool:
+    """Raise KeyboardInterrupt at the n-th line of the package that runs; False where fewer lines run."""
+    count = 0
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal count
+        if "streamline_hooks" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            count += 1
+            if count == line:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()  # a measurement of coverage
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return count >= line
+
+
+def state(model: nn.Module) -> list[Any]:
+    config = getattr(model, "config", None)
+    rows: list[Any] = [type(model), type(config), id(config), {} if config is None else dict(vars(config))]
+    for name, module in model.named_modules():
+        rows.append((name, id(module), module.training, list(vars(module)), list(module._modules)))
+        rows += [list(hooks.items()) for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        rows += [(key, value) for key, value in vars(module).items() if type(value) is int]
+        rows += [id(value) for key, value in vars(module).items() if key == "config"]
+    rows += [(name, id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()]
+    return rows
+
+
+def models() -> dict[str, Callable[[], tuple[nn.Module, int]]]:
+    """A model, and at every how many lines it is interrupted; with 1 all are tried, which takes minutes."""
+    return {
+        "plain": lambda: (nn.Sequential(*(PlainBlock() for _ in range(5))).eval(), 3),
+        "llama": lambda: (tiny_model("llama"), 997),
+    }
+
+
+def whole(model: nn.Module) -> nn.Module:
+    """A stack has to be inside of something."""
+    if not isinstance(model, nn.Sequential):
+        return model
+    outer = nn.Module()
+    outer.blocks = model
+    return outer
+
+
+@pytest.mark.parametrize("make", models().values(), ids=models())
+def test_closing(make: Callable[[], tuple[nn.Module, int]]) -> None:
+    inner, stride = make()
+    model, line, reached = whole(inner), 2, True  # the first line is the `try` that guards the others
+    while reached:
+        before = state(model)
+        surgeon = LayerSurgeon(model, probe=False)
+        surgeon.__enter__()
+        surgeon.remove([1])
+        surgeon.insert(3, Nudge())
+        surgeon.insert(4, surgeon.stack[0])
+        reached = interrupted_at(line, lambda surgeon=surgeon: surgeon.__exit__(None, None, None))
+        assert state(model) == before, line
+        with LayerSurgeon(model, probe=False) as surgeon:
+            surgeon.commit()
+        line += stride
+    assert line > 100
+
+
+@pytest.mark.parametrize("make", models().values(), ids=models())
+def test_committing(make: Callable[[], tuple[nn.Module, int]]) -> None:
+    line, reached, outcomes = 1, True, set()
+    while reached:
+        inner, stride = make()
+        model = whole(inner)
+        before, length = state(model), len(find_stack(model))
+
+        with LayerSurgeon(model, probe=False) as surgeon:
+            surgeon.replace([1], LinearReplacement(WIDTH))
+            reached = interrupted_at(line, surgeon.commit)
+        outcomes.add(len(find_stack(model)))
+        assert len(find_stack(model)) in (length, length - 1)
+        if len(find_stack(model)) == length:
+            assert state(model) == before, line
+        with LayerSurgeon(model, probe=False) as surgeon:
+            surgeon.remove([2])
+            surgeon.commit()
+        if hasattr(model, "config"):
+            says = model.config.streamline_hooks
+            spliced = len(find_stack(model)) == length - 2
+            assert len(says["history"]) == 1 + spliced and len(says["splices"]) == int(spliced), line
+            assert model.config.num_hidden_layers == len(find_stack(model))
+            assert type(model).__name__.startswith("Streamlined") is spliced
+            model(tokens(1, 4))
+        line += 4 * stride
+    assert outcomes == {length, length - 1}
+
+
+def test_closing_twice_does_nothing() -> None:
+    model = tiny_model("llama")
+    surgeon = LayerSurgeon(model)
+    with surgeon:
+        surgeon.remove([1])
+    before = state(model)
+    with LayerSurgeon(model) as other:
+        other.remove([2])
+        inside = state(model)
+        surgeon.__exit__(None, None, None)
+        assert state(model) == inside
+    assert state(model) == before
