@@ -64,7 +64,9 @@ class StateStore:
             file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StreamlineError(f"{file.parent} cannot be made: {error}. Name a folder with room.") from error
-        write_file(file, {"states": state.detach().cpu()}, {"place": place, "batch": batch})
+        write_file(
+            file, {"states": state.detach().cpu()}, {"place": place, "batch": batch}, sync=self._folder is not None
+        )
 
     def read(self, place: int, batch: int) -> Tensor:
         """A state that was kept, which is not to be changed.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from streamline_hooks.core.files import atomic_file
 from streamline_hooks.errors import StreamlineError
 
 
@@ -71,17 +70,10 @@ class GeneratedCache:
         self.batches.append(batch)
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.stem, suffix=".part")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                for number, texts in enumerate(self.batches):
-                    for text in texts:
-                        file.write(json.dumps({"batch": number, **_row(text)}, ensure_ascii=False) + "\n")
-            os.replace(temporary, self.path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with atomic_file(self.path) as new, new.open("w", encoding="utf-8") as file:
+            for number, texts in enumerate(self.batches):
+                for text in texts:
+                    file.write(json.dumps({"batch": number, **_row(text)}, ensure_ascii=False) + "\n")
 
 
 def _row(text: GeneratedText) -> dict[str, Any]:

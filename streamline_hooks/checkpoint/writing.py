@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
 from torch import nn
 
 from streamline_hooks.checkpoint.card import FILE as CARD
@@ -19,6 +15,7 @@ from streamline_hooks.checkpoint.card import model_card
 from streamline_hooks.checkpoint.checksums import write_checksums
 from streamline_hooks.checkpoint.plain_writing import write_plain
 from streamline_hooks.checkpoint.safety import CONFIG, read_json
+from streamline_hooks.core.files import atomic_folder, check_writable
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.offload import brought, held_elsewhere
 
@@ -113,13 +110,8 @@ def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         If the place is not free, see `require_free`, or writing fails.
     """
     require_free(target, overwrite)
-    try:
-        with _replacing(target) as beside:
-            yield beside
-    except (OSError, SafetensorError) as error:
-        raise StreamlineError(
-            f"Writing {target} failed: {error}. What was there before is untouched. Make room or choose another folder."
-        ) from error
+    with atomic_folder(target, overwrite=overwrite, is_disposable=lambda folder: True) as new:
+        yield new
 
 
 def require_free(folder: str | Path, overwrite: bool = False) -> None:
@@ -137,25 +129,4 @@ def require_free(folder: str | Path, overwrite: bool = False) -> None:
         raise StreamlineError(f"{target} is not empty. Choose another folder, or pass --overwrite (overwrite=True).")
     if target.is_mount():
         raise StreamlineError(f"{target} is where a disk is mounted and cannot be replaced; give a folder below it.")
-    existing = next(parent for parent in target.parents if parent.exists())
-    if not os.access(existing, os.W_OK):
-        raise StreamlineError(f"{target} cannot be written: {existing} does not allow it. Choose another folder.")
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A new folder beside the target, which takes its place if all goes well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".writing", dir=target.parent))
-    old = beside.with_suffix(".old")
-    try:
-        yield beside
-        beside.chmod(0o755)
-        if target.exists():
-            target.rename(old)
-        beside.rename(target)
-    finally:
-        if old.exists() and not target.exists():  # interrupted between the two
-            old.rename(target)
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    check_writable(target, folder=True)

@@ -61,6 +61,7 @@ def sweep(
 
     Example: streamline-hooks sweep smollm2 --remove 0.1,0.2,0.3 --kind linear,swiglu --output sweep
     """
+    from streamline_hooks.core.files import atomic_file
     from streamline_hooks.json_file import write_json
     from streamline_hooks.repair import Objective, Training, kind_named
     from streamline_hooks.selection import Target
@@ -108,7 +109,8 @@ def sweep(
         **split,
         **settings,
     )
-    (output / "sweep.csv").write_text(found.csv(), encoding="utf-8")
+    with atomic_file(output / "sweep.csv") as new:
+        new.write_text(found.csv(), encoding="utf-8")
     write_json(output / "sweep.json", found.report())
     typer.echo(f"\n{found.table()}")
     typer.echo(write_page(output, f"{Path(model).resolve().name}, swept", sweep=found.report()))

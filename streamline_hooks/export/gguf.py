@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from streamline_hooks.core.files import atomic_file
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.export.plain import require_plain
 from streamline_hooks.export.vocabulary import write_vocabulary
@@ -81,10 +82,8 @@ def export_gguf(
     silent = [without_silent and k > 0 and is_silent(block.self_attn.o_proj) for k, block in enumerate(blocks)]
     own = [k not in linear and not gone for k, gone in enumerate(silent)]
     architecture: Architecture = "llama" if all(own) else "deci"
-    target = Path(file)
-    half = target.with_name(f".{target.name}.half")
-    writer = gguf.GGUFWriter(half, architecture)
-    try:
+    with atomic_file(file) as new:
+        writer = gguf.GGUFWriter(new, architecture)
         _write_settings(writer, config, own, linear, architecture)
         write_vocabulary(writer, None if tokenizer is None else Path(tokenizer), config.vocab_size)
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, len(blocks))
@@ -96,9 +95,6 @@ def export_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file(progress=True)
         writer.close()
-        half.replace(target)
-    finally:
-        half.unlink(missing_ok=True)
     return architecture
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from streamline_hooks.core.files import atomic_file
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.passes import inference
 
@@ -56,10 +56,8 @@ def export_onnx(model: PreTrainedModel, file: str | Path) -> Path:
             verbose=False,
         )
     assert program is not None
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # whole or not at all: weights may lie beside it
-        program.save(Path(folder) / target.name)
-        for part in sorted(Path(folder).iterdir(), key=lambda path: path.name == target.name):
-            part.replace(target.parent / part.name)
+    with atomic_file(target) as new:
+        program.save(new)
     return target
 
 

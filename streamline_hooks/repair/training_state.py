@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from streamline_hooks.batch import Batch
+from streamline_hooks.core.files import atomic_file
 from streamline_hooks.digests import batches_digest
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.settings import Training
@@ -34,21 +33,9 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, An
     StreamlineError
         If the file cannot be written; an earlier one is as it was.
     """
-    beside = path.with_name(f".{path.name}.writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, beside, metadata={_KEY: json.dumps({**said, "format": _FORMAT})})
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise StreamlineError(
-            f"The training cannot be kept in {path}: {error}. Make room, or name another file; what was there before "
-            "is untouched."
-        ) from error
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_file(path) as new:
+        save_file(whole, new, metadata={_KEY: json.dumps({**said, "format": _FORMAT})})
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from streamline_hooks.core.files import atomic_file
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.report.drawing import Drawing
 from streamline_hooks.report.sections import Section, key_numbers, sections
@@ -133,29 +133,10 @@ def _html(title: str, subtitle: str, numbers: str, found: Sequence[Section]) -> 
 
 
 def _write(folder: Path, files: Mapping[Path, bytes]) -> None:
-    """Write all files beside their places, then put each in it, the page last; figures of an earlier page go."""
-    halves: dict[Path, Path] = {}
-    try:
-        (folder / FIGURES).mkdir(parents=True, exist_ok=True)
-        try:
-            for name, content in files.items():
-                target = folder / name
-                handle, beside = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".writing", dir=target.parent)
-                halves[target] = Path(beside)
-                with os.fdopen(handle, "wb") as file:
-                    file.write(content)
-                os.chmod(beside, 0o644)
-            for target, half in halves.items():
-                os.replace(half, target)
-            for stale in {Path(FIGURES, f"{name}.{ending}") for name in NAMES for ending in ("svg", "png")} - set(
-                files
-            ):
-                (folder / stale).unlink(missing_ok=True)
-        finally:
-            for half in halves.values():
-                half.unlink(missing_ok=True)
-    except OSError as error:
-        raise StreamlineError(
-            f"Writing the report to {folder} failed: {error}. What was there before is untouched. Make room or choose "
-            "another place."
-        ) from error
+    """Write all files before moving any, the page last; then remove figures that only an earlier page had."""
+    stale = {Path(FIGURES, f"{name}.{ending}") for name in NAMES for ending in ("svg", "png")} - set(files)
+    with ExitStack() as moves:  # in reverse order
+        for name, content in sorted(files.items(), key=lambda file: file[0] != Path(PAGE)):
+            moves.enter_context(atomic_file(folder / name)).write_bytes(content)
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,34 +11,36 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from streamline_hooks.core.files import atomic_file
 from streamline_hooks.errors import StreamlineError
 
 _KEY = "streamline_hooks"
 
 
-def write_file(path: str | Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Path:
+def write_file(
+    path: str | Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], *, sync: bool = True
+) -> Path:
     """Write a file, which takes the place of one that is there only when it is complete.
+
+    Parameters
+    ----------
+    path : str or Path
+    tensors : mapping of str to torch.Tensor
+    values : mapping
+        JSON values.
+    sync : bool
+        See `atomic_file`.
 
     Raises
     ------
     StreamlineError
         If it cannot be written; what was there before is untouched.
     """
-    target = Path(path)
-    try:
-        handle, beside = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".writing", dir=target.parent)
-        os.close(handle)
-        try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, beside, {_KEY: json.dumps(values)})
-            os.chmod(beside, 0o644)
-            os.replace(beside, target)
-        finally:
-            Path(beside).unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise StreamlineError(
-            f"Writing {target} failed: {error}. What was there before is untouched. Make room or choose another place."
-        ) from error
-    return target
+    if not Path(path).absolute().parent.is_dir():
+        raise StreamlineError(f"Writing {path} failed: there is no such folder. Create it or choose another place.")
+    with atomic_file(path, sync=sync) as new:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, new, {_KEY: json.dumps(values)})
+    return Path(path)
 
 
 def read_file(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -168,7 +168,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         raise OSError("no space left")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(StreamlineError, match="no space left.*Make room"):
         store.append([GeneratedText("lost", 20, 2.0, 1.0)])
     assert list(tmp_path.iterdir()) == [store.path]
     assert store.path.read_text() == before

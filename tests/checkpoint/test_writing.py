@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -408,18 +409,20 @@ def test_an_interruption_between_the_renames_brings_the_old_folder_back(
     model, target = repaired("llama"), tmp_path / "model"
     save(model, target)
     before = {p.name: p.read_bytes() for p in target.iterdir()}
-    rename = Path.rename
+    rename = os.rename
+    for last in (1, 2):
+        calls = iter(range(1, 10))
 
-    def interrupt(self: Path, to: Path) -> Path:
-        if self.name.endswith(".writing"):
-            raise KeyboardInterrupt
-        return rename(self, to)
+        def interrupt(old: Path, new: Path, last: int = last, calls: Iterator[int] = calls) -> None:
+            if next(calls) == last:
+                raise KeyboardInterrupt
+            rename(old, new)
 
-    monkeypatch.setattr(Path, "rename", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        save(model, target, overwrite=True)
-    assert {p.name: p.read_bytes() for p in target.iterdir()} == before
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(os, "rename", interrupt)
+            save(model, target, overwrite=True)
+        assert {p.name: p.read_bytes() for p in target.iterdir()} == before
+        assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,9 +433,13 @@ def test_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_place_that_cannot_be_written_is_known_beforehand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(StreamlineError, match="cannot be written: .* does not allow it. Choose another folder"):
-        require_free(tmp_path / "a" / "b")
+    def forbid(path: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "mkdir", forbid)
+        with pytest.raises(StreamlineError, match="Permission denied.* choose another place"):
+            require_free(tmp_path / "a" / "b")
     monkeypatch.setattr(Path, "is_mount", lambda self: True)
     with pytest.raises(StreamlineError, match="is where a disk is mounted"):
         require_free(tmp_path)

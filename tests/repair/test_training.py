@@ -457,7 +457,7 @@ def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest
         raise OSError("No space left on device")
 
     monkeypatch.setattr("streamline_hooks.repair.training_state.save_file", full)
-    with pytest.raises(StreamlineError, match=r"No space left on device\. Make room"):
+    with pytest.raises(StreamlineError, match="No space left on device.* Make room"):
         write_state(file, {"a": torch.zeros(2)}, {"step": 2})
     tensors, said = read_state(file)
     assert torch.equal(tensors["a"], torch.ones(2))
@@ -475,7 +475,7 @@ def test_a_disk_that_is_full_at_the_end_costs_no_training(tmp_path: Path, monkey
 
     monkeypatch.setattr("streamline_hooks.repair.training_state.save_file", full)
     trained = train(other, BATCHES, VALIDATION, replace(QUICK, keep_in=tmp_path / "training"), say=said.append)
-    assert trained.history == wanted.history and "No space left on device. Make room" in said[-1]
+    assert trained.history == wanted.history and "No space left on device" in said[-1] and "Make room" in said[-1]
     pairs = zip(whole.parameters().values(), other.parameters().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 
 from streamline_hooks import StreamlineError
-from streamline_hooks.report import page as page_module
 from streamline_hooks.report import write_report
 from streamline_hooks.report.drawing import Drawing
 from streamline_hooks.report.page import NAMES
@@ -343,7 +341,7 @@ def test_a_failure_leaves_the_page_that_was_there(
         StreamlineError, match="failed: .*No space left.* Make room or choose another"
     )
     if fails == "write":
-        monkeypatch.setattr(page_module.os, "fdopen", _after(3, os.fdopen, full_disk))
+        monkeypatch.setattr(Path, "write_bytes", _after(3, Path.write_bytes, full_disk))
     else:
         monkeypatch.setattr(Drawing, "_saved", broken)
         error = pytest.raises(RuntimeError, match="broken")
