@@ -184,7 +184,7 @@ def compress(
     output : str or Path, optional
         A folder to save to, with ``report.json``, of which `streamline_hooks.report.write_report` makes a page.
     overwrite : bool
-        Take the place of a folder that is not empty.
+        Replace a folder that `save` wrote, see there; any other one that is not empty is refused.
     side_by_side : bool
         Let the original and the compressed model write from the same beginnings, time both in turn, and let both
         solve small generated problems, so that a collapse is told in `CompressionResult.warnings`.

@@ -385,6 +385,28 @@ def test_models_and_folders_that_cannot_be_used(
     assert [p.name for p in tmp_path.iterdir()] == ["short.txt"]
 
 
+def test_overwrite_deletes_nothing_that_compress_did_not_write(
+    stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(stories_folder, tmp_path / "models" / "m"))
+    (tmp_path / "models" / "notes.txt").write_text("mine")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    monkeypatch.chdir(tmp_path / "models")
+    for output, why in [
+        (tmp_path / "models", "is the working directory or contains it"),
+        (".", "is the working directory or contains it"),
+        ("m", "contains what `save` did not write: "),
+        ("notes.txt/out", "Writing "),
+        ("x" * 256, "Writing "),
+    ]:
+        code, _, err = run(["compress", model, "-o", output, "--overwrite"], monkeypatch, capsys)
+        assert code == 2 and why in err, err
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(["compress", model, "-o", "models", "--overwrite"], monkeypatch, capsys)
+    assert code == 2 and "contains what `save` did not write: " in err and "notes.txt" in err, err
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
 def test_an_instruct_model_writes_its_own_calibration_text(
     stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,7 +96,7 @@ def compress_checkpoint(
     tokenizer, texts
         As for `streamline_hooks.compress`.
     output : str or Path
-        A folder to save to, as `streamline_hooks.save` does.
+        A folder to save to, as `streamline_hooks.save` does; not the model's own.
     remove : Target, int, float or str
         As for `streamline_hooks.compress`, but for latencies.
     kind : Kind or str
@@ -144,6 +144,10 @@ def compress_checkpoint(
             f"compress_checkpoint is one process's work, and this is one of {here().count}. Call it in one alone."
         )
     require_free(output, overwrite)
+    if Path(output).exists() and Path(output).samefile(folder):
+        raise StreamlineError(
+            f"{output} is the model's own folder, from which its blocks are read meanwhile. Choose another folder."
+        )
     chosen, named = kind_named(kind, seed), _criterion(criterion)
     _refuse_latency(remove)
     if min(shortlist, batch_size) < 1:

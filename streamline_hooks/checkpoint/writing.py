@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from streamline_hooks.checkpoint.card import FILE as CARD
 from streamline_hooks.checkpoint.card import model_card
 from streamline_hooks.checkpoint.checksums import write_checksums
+from streamline_hooks.checkpoint.ownership import foreign_files
 from streamline_hooks.checkpoint.plain_writing import write_plain
 from streamline_hooks.checkpoint.safety import CONFIG, read_json
 from streamline_hooks.core.files import atomic_folder, check_writable
@@ -56,7 +58,8 @@ def save(
         What the card names as the original: its name on the hub, by default the one that it was loaded by, or the
         name of its class.
     overwrite : bool
-        Take the place of a folder that is not empty.
+        Replace a folder that `save` wrote, which may be the one that the model was loaded from. A folder with any file
+        that `save` did not write is refused, and so is the working directory.
     max_shard_size : int or str, optional
         Of a file of weights, such as ``"2GB"``, of a Transformers model; by default Transformers' own. Of one whose
         ``device_map`` has weights on disk no more than one file's are in memory at a time; of one that accelerate
@@ -70,10 +73,10 @@ def save(
     Raises
     ------
     StreamlineError
-        If the folder is not empty, if it cannot be written, or if a surgeon is still open on the model. Of a model that
-        is no Transformers model also if no surgery was committed to it, or one to a part of it alone; if something
-        else has changed its blocks since; or if something of it has no place in safetensors (extra state that is no
-        tensor, quantised weights, weights that overlap).
+        If the folder is not empty and may not be replaced, if it cannot be written, or if a surgeon is still open on
+        the model. Of a model that is no Transformers model also if no surgery was committed to it, or one to a part of
+        it alone; if something else has changed its blocks since; or if something of it has no place in safetensors
+        (extra state that is no tensor, quantised weights, weights that overlap).
     """
     target = Path(folder).resolve()
     own: Any = getattr(model, "save_pretrained", None)
@@ -82,6 +85,7 @@ def save(
             f"max_shard_size={max_shard_size!r} is for Transformers models; the weights of a {type(model).__name__} "
             "are written to one file. Leave it out."
         )
+    _require_not_read(model, target)
     with whole_folder(target, overwrite) as beside:
         if callable(own):
             options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
@@ -110,23 +114,61 @@ def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         If the place is not free, see `require_free`, or writing fails.
     """
     require_free(target, overwrite)
-    with atomic_folder(target, overwrite=overwrite, is_disposable=lambda folder: True) as new:
+    with atomic_folder(target, overwrite=overwrite, is_disposable=lambda old: not foreign_files(old)) as new:
         yield new
 
 
 def require_free(folder: str | Path, overwrite: bool = False) -> None:
     """Raise unless a model may be written to a folder; to be asked before hours of work.
 
+    Parameters
+    ----------
+    folder : str or Path
+    overwrite : bool
+        Whether a folder that `save` wrote, and to which nothing was added since, is replaced.
+
     Raises
     ------
     StreamlineError
-        If it is a file, or not empty and not to be overwritten.
+        If it is a file, a mount point, or not empty and not to be replaced; or if nothing can be written there.
     """
     target = Path(folder).resolve()
-    if target.exists() and not target.is_dir():
+    if os.path.exists(target) and not os.path.isdir(target):
         raise StreamlineError(f"{target} is a file; give a folder to write the model to.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise StreamlineError(f"{target} is not empty. Choose another folder, or pass --overwrite (overwrite=True).")
-    if target.is_mount():
+    if os.path.isdir(target) and target.is_mount():
         raise StreamlineError(f"{target} is where a disk is mounted and cannot be replaced; give a folder below it.")
+    if os.path.isdir(target) and any(target.iterdir()):
+        if _contains_working_directory(target):
+            raise StreamlineError(
+                f"{target} is the working directory or contains it, and is not replaced. Choose another folder."
+            )
+        if not overwrite:
+            raise StreamlineError(
+                f"{target} is not empty. Choose another folder, or pass --overwrite (overwrite=True)."
+            )
+        if foreign := foreign_files(target):
+            raise StreamlineError(
+                f"{target} contains what `save` did not write: {', '.join(foreign[:3])}{', ...' * (len(foreign) > 3)}. "
+                "Only a folder that `save` wrote is replaced. Move these files elsewhere, or choose another folder."
+            )
     check_writable(target, folder=True)
+
+
+def _contains_working_directory(folder: Path) -> bool:
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # it was deleted
+        return False
+    return any(os.path.samefile(folder, parent) for parent in (here, *here.parents))
+
+
+def _require_not_read(model: nn.Module, target: Path) -> None:
+    """Raise if the weights of a model are still read from the folder that would be replaced."""
+    source = str(getattr(model, "name_or_path", ""))
+    if not source or not os.path.isdir(source) or not os.path.isdir(target) or not os.path.samefile(source, target):
+        return
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise StreamlineError(
+            f"{target} holds the weights of this {type(model).__name__}, some of which are not in memory and are read "
+            "from there. Choose another folder, or load the model into memory."
+        )

@@ -182,7 +182,12 @@ def compress(
     ] = "",
     dry_run: DryRun = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Take the place of a folder that is not empty.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace a folder that compress or save wrote, which may be the model's own. The working directory, "
+            "and folders with any other file in them, are refused.",
+        ),
     ] = False,
 ) -> None:
     """Remove the blocks whose loss is repaired best, repair them, measure the result, and save the model.

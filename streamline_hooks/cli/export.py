@@ -36,7 +36,13 @@ def export(
         list[str] | None, typer.Option("--test", metavar="TEXT", help="The text it was tested on, for --refit.")
     ] = None,
     stack: Stack = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Take the place of what is there.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace a file of the same format, or a folder that compress or save wrote with no other file in it.",
+        ),
+    ] = False,
 ) -> None:
     """Write a compressed model as a plain checkpoint, as GGUF or as ONNX.
 
@@ -107,12 +113,20 @@ def _require_possible(folder: Path, output: Path, to: str, dtype: str, overwrite
         require_free(output, overwrite)
     elif output.exists() and not overwrite:
         raise StreamlineError(f"{output} is there already. Choose another file, or pass --overwrite.")
+    elif output.is_file() and not _is_of_form(output, to):
+        raise StreamlineError(f"{output} is no {to} file, and only such a file is replaced. Choose another file.")
     elif not output.absolute().parent.is_dir():
         raise StreamlineError(f"There is no folder {output.parent} to write {output.name} to; make it first.")
     if to == "gguf":
         require_gguf(AutoConfig.from_pretrained(folder), dtype)
     if to == "onnx":
         require_onnx()
+
+
+def _is_of_form(file: Path, to: str) -> bool:
+    """Whether a file is one that an earlier export may have written."""
+    with file.open("rb") as stream:
+        return stream.read(4) == b"GGUF" if to == "gguf" else file.suffix == ".onnx"
 
 
 def _tokenizer(folder: Path) -> Any:

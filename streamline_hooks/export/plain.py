@@ -66,7 +66,7 @@ def export_plain(
     folder : str or Path
     tokenizer : transformers.PreTrainedTokenizerBase, optional
     overwrite : bool
-        Take the place of a folder that is not empty.
+        Replace a folder that `save` wrote, see there; any other one that is not empty is refused.
 
     Returns
     -------

@@ -324,8 +324,9 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(StreamlineError, match="is a file; give a folder"):
         save(model, tmp_path / "precious")
     assert [p.name for p in tmp_path.iterdir()] == ["precious"]
-    save(model, tmp_path, overwrite=True)
-    assert not (tmp_path / "precious").exists() and (tmp_path / "model.safetensors").exists()
+    with pytest.raises(StreamlineError, match="contains what `save` did not write: precious. .*Move these files"):
+        save(model, tmp_path, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["precious"] and (tmp_path / "precious").read_text() == "keep me"
 
 
 DISK_FULL = """

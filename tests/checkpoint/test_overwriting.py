@@ -1,0 +1,182 @@
+"""With overwrite, a folder that `save` wrote is replaced, and no file of anybody else is deleted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from streamline_hooks import LayerSurgeon, StreamlineError, compress, load, save
+from streamline_hooks.checkpoint import require_free
+from streamline_hooks.export import export_plain
+from streamline_hooks.iterative import compress_iteratively
+from streamline_hooks.repair import Training
+from streamline_hooks.testing import tiny_model
+from tests.tiny_models import repaired
+
+
+def content(folder: Path) -> dict[str, Any]:
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("written") / "model"
+    save(repaired("llama"), folder, report={"perplexity": {"original": 2.0}})
+    return folder
+
+
+@pytest.fixture
+def saved(written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "models" / "saved"))
+
+
+def refused(target: str | Path, why: str, base: Path) -> None:
+    before = content(base)
+    with pytest.raises(StreamlineError, match=f"{why}.*[Cc]hoose another folder"):
+        require_free(target, True)
+    with pytest.raises(StreamlineError, match=why):
+        save(repaired("llama"), target, overwrite=True)
+    assert content(base) == before
+
+
+def plain_model() -> nn.Module:
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.GELU()) for _ in range(4)))
+    )
+    with LayerSurgeon(model, "1") as surgeon:
+        surgeon.remove([1])
+        surgeon.commit()
+    return model
+
+
+@pytest.mark.parametrize("build", [lambda: repaired("llama"), lambda: tiny_model("llama"), plain_model])
+def test_what_save_wrote_is_replaced_again_and_again(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    for _ in range(3):
+        save(build(), tmp_path / "out", overwrite=True, report={})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_so_are_the_pages_and_measurements_beside_the_model(saved: Path, tmp_path: Path) -> None:
+    (saved / "figures").mkdir()
+    for name in ("report.html", "figures/similarity.svg", "figures/perplexity_by_step.png", "evaluation.json"):
+        (saved / name).touch()
+    save(repaired("llama"), saved, overwrite=True)
+    assert not (saved / "figures").exists() and [path.name for path in saved.parent.iterdir()] == ["saved"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["notes.txt", "model.bin", "figures/photo.jpg", "checkpoint-1/config.json", ".git/HEAD", "model.safetensors.bak"],
+)
+def test_files_that_save_did_not_write_are_kept(name: str, saved: Path, tmp_path: Path) -> None:
+    (saved / name).parent.mkdir(exist_ok=True)
+    (saved / name).write_text("mine")
+    refused(saved, f"did not write: {name}", tmp_path)
+
+
+def test_links_and_empty_folders_are_kept(saved: Path, tmp_path: Path) -> None:
+    weights = saved / "model.safetensors"
+    weights.rename(tmp_path / "blob")
+    weights.symlink_to(tmp_path / "blob")
+    refused(saved, "did not write: model.safetensors", tmp_path)
+    weights.unlink()
+    (saved / "mine").mkdir()
+    refused(saved, "did not write: mine/", tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["SHA256SUMS", "config.json and README.md"])
+def test_without_its_marks_a_folder_is_kept(lost: str, saved: Path, tmp_path: Path) -> None:
+    for name in lost.split(" and "):
+        (saved / name).write_text("{}") if name == "config.json" else (saved / name).unlink()
+    refused(saved, "did not write: ", tmp_path)
+
+
+def test_a_model_of_others_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "m"
+    tiny_model("llama").save_pretrained(folder)
+    for target in (folder, f"{folder}/", folder / ".." / "m", tmp_path / "models", tmp_path):
+        refused(target, "did not write: ", tmp_path)
+    (tmp_path / "link").symlink_to(folder)
+    refused(tmp_path / "link", "did not write: config.json", tmp_path)
+
+
+def test_the_working_directory_and_what_contains_it_are_kept(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (saved / "sub").mkdir()
+    for here, targets in ((saved, [".", "..", saved, tmp_path]), (saved / "sub", ["..", "../..", saved])):
+        monkeypatch.chdir(here)
+        for target in targets:
+            refused(target, "is the working directory or contains it", tmp_path)
+    (saved / "sub").rmdir()
+    monkeypatch.chdir(saved)
+    (tmp_path / "link").symlink_to(saved)
+    refused(tmp_path / "link", "is the working directory or contains it", tmp_path)
+
+
+def test_the_folder_it_was_loaded_from_is_replaced_if_save_wrote_it(saved: Path) -> None:
+    model = load(saved)
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([0])
+        surgeon.commit()
+    ids = torch.tensor([[5, 6, 7]])
+    expected = model(ids).logits
+    save(model, saved, overwrite=True)
+    assert torch.equal(model(ids).logits, expected) and torch.equal(load(saved)(ids).logits, expected)
+
+
+def test_weights_that_are_still_read_from_a_folder_are_kept(saved: Path, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = load(saved)
+    accelerate.disk_offload(model, tmp_path / "offload", execution_device="cpu")
+    before = content(saved)
+    with pytest.raises(StreamlineError, match="are read from there. Choose another folder, or load"):
+        save(model, saved, overwrite=True)
+    assert content(saved) == before
+
+
+def test_everything_that_writes_a_model_asks_first(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    model, batches = tiny_model("llama"), [torch.randint(3, 60, (2, 8)) for _ in range(6)]
+    parts = {"calibration": batches[:4], "validation": batches[4:5], "test": batches[5:]}
+    shared: dict[str, Any] = {"remove": 2, "output": tmp_path, "overwrite": True}
+    for call in (
+        lambda: compress(model, None, parts, **shared),
+        lambda: compress_iteratively(model, None, parts, rounds=2, training=Training(), **shared),
+        lambda: export_plain(model, tmp_path, overwrite=True),
+    ):
+        with pytest.raises(StreamlineError, match="did not write: notes.txt"):
+            call()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"] and len(model.model.layers) > 2
+
+
+def test_files_that_appear_while_it_is_written_are_kept(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = repaired("llama")
+    write = model.save_pretrained
+
+    def add(*args: Any, **kwargs: Any) -> None:
+        (saved / "notes.txt").write_text("mine")
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(model, "save_pretrained", add)
+    save(model, saved, overwrite=True)
+    assert (saved.parent / "saved.kept" / "notes.txt").read_text() == "mine"
+    assert not (saved / "notes.txt").exists() and load(saved)
+
+
+@pytest.mark.parametrize("name", ["file/out", "x" * 256])
+def test_an_unwritable_place_is_known_beforehand(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StreamlineError, match=r"failed: .*choose another place"):
+        require_free(tmp_path / name)
+    save(repaired("llama"), tmp_path / ("x" * 240))
