@@ -55,8 +55,8 @@ class Training:
         text, before files take it.
     state_dtype : torch.dtype or None
         As what they are kept.
-    keep_in : Path or None
-        A file to go on from after an interruption.
+    keep_in : str, Path or None
+        A file to go on from after an interruption, kept as a `Path`.
     keep_every : float
         Minutes between two writings of it.
     callbacks : sequence of TrainingCallback
@@ -94,6 +94,13 @@ class Training:
                 f"callbacks holds a {wrong_types[0]}; expected instances of subclasses of TrainingCallback. Derive the "
                 "class from streamline_hooks.repair.TrainingCallback and pass an instance."
             )
+        if self.keep_in is not None:
+            try:
+                object.__setattr__(self, "keep_in", Path(self.keep_in))
+            except TypeError as error:
+                raise StreamlineError(
+                    f"keep_in={self.keep_in!r} is a {type(self.keep_in).__name__}; expected a file's path, or None."
+                ) from error
         least = {"epochs": 1, "accumulation": 1, "validations": 1, "patience": 0, "memory": 0}
         wrong = [name for name, bound in least.items() if not bound <= getattr(self, name) < math.inf]
         wrong += [name for name in ("learning_rate",) if not getattr(self, name) > 0]

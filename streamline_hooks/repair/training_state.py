@@ -22,7 +22,9 @@ from streamline_hooks.repair.settings import Training
 from streamline_hooks.repair.student import Student
 
 _KEY = "streamline_hooks_training"
-_FORMAT = 7  # what is said in it; another version of this library may say other things
+_DIGEST = "blake2b"
+_FORMAT = 8  # what is said in it; another version of this library may say other things
+_WITHOUT_DIGEST = 7  # says the same
 
 
 def write_state(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
@@ -35,7 +37,8 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, An
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_file(path) as new:
-        save_file(whole, new, metadata={_KEY: json.dumps({**said, "format": _FORMAT})})
+        text = json.dumps({**said, "format": _FORMAT})
+        save_file(whole, new, metadata={_KEY: text, _DIGEST: _digest(text, whole)})
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -44,25 +47,42 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises
     ------
     StreamlineError
-        If there is no such file, it is not one of a training, or another version wrote it.
+        If there is no such file, it is not one of a training, it is damaged, or another version wrote it. Files of
+        format 7 have no digest, so that damage to their values is not found.
     """
     if not path.is_file():
         raise StreamlineError(f"There is no training to resume at {path}; leave --resume out to begin one.")
     try:
         with safe_open(path, framework="pt") as file:
-            said = json.loads((file.metadata() or {})[_KEY])
+            metadata = file.metadata() or {}
+            text = metadata[_KEY]
+            said = dict(json.loads(text))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise StreamlineError(
             f"{path} is not the file of a training, or is damaged ({error or type(error).__name__}). Name the right "
             "one, or delete it and begin again."
         ) from error
-    if (found := said.get("format", 1)) != _FORMAT:
+    if (found := said.get("format", 1)) not in (_WITHOUT_DIGEST, _FORMAT):
         raise StreamlineError(
-            f"{path} was kept by another version of this library: it has format {found}, and this one reads {_FORMAT}. "
-            "Go on with the version that kept it, or delete it and begin again."
+            f"{path} was kept by another version of this library: it has format {found}, and this one reads "
+            f"{_WITHOUT_DIGEST} and {_FORMAT}. Go on with the version that kept it, or delete it and begin again."
+        )
+    if found == _FORMAT and metadata.get(_DIGEST) != _digest(text, tensors):
+        raise StreamlineError(
+            f"{path} is damaged: its content does not match its digest. Delete it and begin again, or copy it again."
         )
     return tensors, said
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the digest of everything that is kept."""
+    digest = hashlib.blake2b(text.encode(), digest_size=32)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

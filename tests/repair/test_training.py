@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from streamline_hooks import LinearReplacement, StreamlineError, repair
@@ -407,10 +409,8 @@ def test_what_cannot_be_trained_or_resumed_is_refused(tmp_path: Path) -> None:
         file.write_bytes(damaged)
         with pytest.raises(StreamlineError, match=r"is not the file of a training, or is damaged .*begin again"):
             train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
-    file.write_bytes(whole.replace(b'format\\": 7', b'format\\": 9'))
-    with pytest.raises(
-        StreamlineError, match=r"another version of this library: it has format 9, and this one reads 7"
-    ):
+    file.write_bytes(whole.replace(b'format\\": 8', b'format\\": 9'))
+    with pytest.raises(StreamlineError, match=r"has format 9, and this one reads 7 and 8.*delete it and begin again"):
         train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
 
 
@@ -447,6 +447,37 @@ def test_a_part_of_an_epoch_is_its_beginning(tmp_path: Path) -> None:
 def test_settings_that_make_no_training_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(StreamlineError, match=f"{next(iter(wrong))}=.* makes no training"):
         Training(**wrong)
+
+
+def test_every_flipped_bit_of_a_kept_training_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "training"
+    tensors = {"a": torch.randn(3, 5), "b": torch.arange(7), "c": torch.tensor(2.0), "d": torch.randn(4).bfloat16()}
+    write_state(file, tensors, {"step": 3, "history": [{"distance": 0.25}]})
+    whole = bytearray(file.read_bytes())
+    read, _ = read_state(file)
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    for position in range(len(whole)):
+        bit = 1 << position % 8
+        whole[position] ^= bit
+        file.write_bytes(whole)
+        with pytest.raises(StreamlineError, match=f"{file} .*(delete it and begin again|Delete it and begin again)"):
+            read_state(file)
+        whole[position] ^= bit
+
+
+def test_a_training_kept_without_a_digest_is_still_read(tmp_path: Path) -> None:
+    metadata = {"streamline_hooks_training": json.dumps({"step": 3, "format": 7})}
+    save_file({"a": torch.ones(2)}, tmp_path / "training", metadata=metadata)
+    tensors, said = read_state(tmp_path / "training")
+    assert torch.equal(tensors["a"], torch.ones(2)) and said["step"] == 3
+
+
+def test_a_training_is_kept_in_a_file_that_is_named_by_a_string(tmp_path: Path) -> None:
+    student, _ = student_of(tiny_model("llama"))
+    train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=str(tmp_path / "training")))
+    assert read_state(tmp_path / "training")[1]["step"]
+    with pytest.raises(StreamlineError, match="keep_in=3 is a int; expected a file's path"):
+        replace(QUICK, keep_in=3)
 
 
 def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
