@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +17,7 @@ from streamline_hooks.batch_split import BatchSplit
 from streamline_hooks.calibration import PackedText, TokenSplit, split_documents
 from streamline_hooks.checkpoint import require_free, save
 from streamline_hooks.compress import compress
+from streamline_hooks.core import check_writable
 from streamline_hooks.distributed import Together, failing_together, here
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.preparation import are_batches, require_parts, require_writable, slots_of
@@ -130,6 +132,9 @@ def compress_iteratively(
     files = [one.keep_in for one in trainings]
     if resume and not work.of_first(lambda: any(file and file.is_file() for file in files)):
         raise StreamlineError(f"There is no training to resume at {files[0] or 'any place (keep_in)'}; leave it out.")
+    for one in trainings:
+        if one.keep_in is not None:
+            work.of_first(partial(check_writable, one.keep_in))
     protected = protected_blocks(keep, len(found))
     _require_room(_runs_between(protected | _stays(found, counts[0], options), len(found)), len(found), counts, options)
     if not resume:

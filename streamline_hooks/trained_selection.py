@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamline_hooks.branches import BRANCHES
+from streamline_hooks.core import check_writable
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.preparation import Preparation
 from streamline_hooks.repair import Healing, Student, Trained, Training, student_of, train
@@ -50,6 +51,8 @@ def kept_training(
             f"There is no training to resume at {training.keep_in or 'any place (keep_in)'}; leave resume out to begin "
             "one."
         )
+    if training.keep_in is not None:
+        check_writable(training.keep_in)
     return training
 
 

@@ -407,6 +407,23 @@ def test_overwrite_deletes_nothing_that_compress_did_not_write(
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
+@pytest.mark.parametrize("command", ["compress", "evaluate", "rank", "sweep", "export"])
+def test_an_output_that_cannot_be_written_is_refused_at_once(
+    command: str,
+    stories_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("streamline_hooks.pretrained.load_pretrained", None)
+    (tmp_path / "file").touch()
+    given = [*(["--to", "onnx"] if command == "export" else []), "--save" if command == "rank" else "-o"]
+    for name in ["x" * 256, *([] if command in ("rank", "export") else ["file/out"])]:
+        code, _, err = run([command, stories_folder, *given, tmp_path / name], monkeypatch, capsys)
+        assert code == 2 and str(tmp_path / "file" if "/" in name else "File name too long") in err, err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_an_instruct_model_writes_its_own_calibration_text(
     stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,6 +96,7 @@ def evaluate(
     Example: streamline-hooks evaluate smollm2-small --against smollm2 --probes 50 --output evaluation
     """
     from streamline_hooks.checkpoint.writing import REPORT
+    from streamline_hooks.core import check_writable
     from streamline_hooks.evaluation import evaluate as run
     from streamline_hooks.evaluation import suite_from_files
     from streamline_hooks.json_file import write_json
@@ -103,6 +104,8 @@ def evaluate(
     tasks = [*(questions or ()), *(last_words or ()), *(problems or ()), *(["probes"] if probes else ()), harness]
     if harness_folder is not None and not harness:
         raise StreamlineError("--harness-folder holds task files; name those to run with --harness.")
+    if output is not None:
+        check_writable(output / "evaluation.json")
     domains = text or ([] if any(tasks) else ["pydoc"])
     loaded, tokenizer = load_model(model)
     original, theirs = load_model(against) if against else (None, tokenizer)

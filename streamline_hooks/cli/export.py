@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -103,6 +104,7 @@ def _require_possible(folder: Path, output: Path, to: str, dtype: str, overwrite
 
     from streamline_hooks.checkpoint import require_free
     from streamline_hooks.checkpoint.safety import CONFIG, read_json
+    from streamline_hooks.core import check_writable
     from streamline_hooks.export.gguf import require_gguf
     from streamline_hooks.export.onnx import require_onnx
 
@@ -111,12 +113,14 @@ def _require_possible(folder: Path, output: Path, to: str, dtype: str, overwrite
     read_json(folder / CONFIG)
     if to == "plain":
         require_free(output, overwrite)
-    elif output.exists() and not overwrite:
+    elif os.path.exists(output) and not overwrite:
         raise StreamlineError(f"{output} is there already. Choose another file, or pass --overwrite.")
-    elif output.is_file() and not _is_of_form(output, to):
+    elif os.path.isfile(output) and not _is_of_form(output, to):
         raise StreamlineError(f"{output} is no {to} file, and only such a file is replaced. Choose another file.")
     elif not output.absolute().parent.is_dir():
         raise StreamlineError(f"There is no folder {output.parent} to write {output.name} to; make it first.")
+    else:
+        check_writable(output)
     if to == "gguf":
         require_gguf(AutoConfig.from_pretrained(folder), dtype)
     if to == "onnx":

@@ -80,6 +80,7 @@ def rank(
 
     Example: streamline-hooks rank smollm2 --save smollm2.profile
     """
+    from streamline_hooks.core import check_writable
     from streamline_hooks.selection import (
         SearchProblem,
         criterion_named,
@@ -103,6 +104,8 @@ def rank(
     refuse_unused(context, search)
     if save is not None and not save.resolve().parent.is_dir():
         raise StreamlineError(f"--save {save}: there is no folder {save.parent}; create it first.")
+    if save is not None:
+        check_writable(save)
     if model is None and profile_file is None:
         raise StreamlineError("Give a model, or a profile that was saved with --save (--profile FILE).")
     sources = Sources.parse(calibration, temperature)

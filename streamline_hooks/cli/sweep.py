@@ -61,13 +61,14 @@ def sweep(
 
     Example: streamline-hooks sweep smollm2 --remove 0.1,0.2,0.3 --kind linear,swiglu --output sweep
     """
-    from streamline_hooks.core.files import atomic_file
+    from streamline_hooks.core import atomic_file, check_writable
     from streamline_hooks.json_file import write_json
     from streamline_hooks.repair import Objective, Training, kind_named
     from streamline_hooks.selection import Target
     from streamline_hooks.sweep import sweep as run
 
     refuse_unused(context, search)
+    check_writable(output / "sweep.json")
     amounts = [part.strip() for part in remove.split(",") if part.strip()]
     for amount in amounts:
         Target.parse(amount)

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from streamline_hooks.core import check_writable
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.json_file import write_json
 
@@ -30,7 +31,7 @@ class Kept:
     Raises
     ------
     StreamlineError
-        If the file holds something else.
+        If the file holds something else, or cannot be written.
 
     Examples
     --------
@@ -41,6 +42,8 @@ class Kept:
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
+        if file is not None:
+            check_writable(file)
         self._known = self._read_file()
 
     def get(self, kind: type[T], parts: Sequence[Any], make: Callable[[], T]) -> tuple[T, float]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
+from streamline_hooks.core import check_writable
 from streamline_hooks.distributed import Together, is_sharded, surgery_on_shards, together
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.repair.frozen_products import narrowed_once
@@ -113,6 +114,9 @@ def _train(
     student.task.require_fits(student.model)
     if resume and settings.keep_in is None:
         raise StreamlineError("Nothing says where the training to resume was kept; name the file (keep_in).")
+    if settings.keep_in is not None:
+        file = settings.keep_in
+        work.of_first(lambda: check_writable(file))
     sharded = is_sharded(student.model)
     with ExitStack() as exits:
         if sharded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,7 @@ from streamline_hooks.repair.training_state import (
 )
 
 _T = TypeVar("_T")
+logger = logging.getLogger(__name__)
 
 
 class Loop(Forwards):
@@ -163,7 +165,7 @@ class Loop(Forwards):
                     bar.update(tokens)
                     bar.set_postfix_str(self._state())
                     if time.perf_counter() - kept >= 60 * self.settings.keep_every:
-                        self._keep()
+                        self._keep_or_warn()
                         kept = time.perf_counter()
             except AllInterrupted:
                 stopped = f"interrupted after step {self.step}"
@@ -172,10 +174,7 @@ class Loop(Forwards):
                     raise  # the others do not know of it
                 stopped = f"interrupted after step {self.step}"
         if self.whole and not stopped.startswith("the loss"):
-            try:
-                self._keep()
-            except StreamlineError as error:  # which is not worth the weights that are there
-                self.say(str(error))
+            self._keep_or_warn()
         ends = self.work.tell((self.interrupts.asked, self.seconds))
         self.seconds = ends[0][1]
         if not stopped and any(asked for asked, _ in ends):
@@ -369,6 +368,14 @@ class Loop(Forwards):
         return f"{loss}{measure} {self.history[-1]['distance']:.4f}, best {best['distance']:.4f}"
 
     # What is kept for going on later.
+
+    def _keep_or_warn(self) -> None:
+        """Keep the state, and go on where it cannot be written: it is not worth the weights that are there."""
+        try:
+            self._keep()
+        except StreamlineError as error:
+            self.say(str(error))
+            logger.warning("The training goes on, but its state was not kept: %s", error)
 
     def _keep(self) -> None:
         if self.settings.keep_in is None or self.work.processes.rank:

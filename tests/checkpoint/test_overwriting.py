@@ -174,6 +174,22 @@ def test_files_that_appear_while_it_is_written_are_kept(saved: Path, monkeypatch
     assert not (saved / "notes.txt").exists() and load(saved)
 
 
+def test_training_files_beside_an_output_are_checked_too(tmp_path: Path) -> None:
+    output = tmp_path / ("x" * 248)  # which takes no ending
+    require_free(output)
+    batches = [torch.randint(3, 60, (2, 8)) for _ in range(6)]
+    parts = {"calibration": batches[:4], "validation": batches[4:5], "test": batches[5:]}
+    lines: list[str] = []
+    shared: dict[str, Any] = {"remove": 2, "training": Training(), "output": output, "say": lines.append}
+    for call in (
+        lambda: compress(tiny_model("llama"), None, parts, **shared),
+        lambda: compress_iteratively(tiny_model("llama"), None, parts, rounds=2, **shared),
+    ):
+        with pytest.raises(StreamlineError, match=r"training.* failed: .*too long.*choose another"):
+            call()
+    assert not lines and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["file/out", "x" * 256])
 def test_an_unwritable_place_is_known_beforehand(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()

@@ -496,6 +496,40 @@ def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest
     assert [path.name for path in tmp_path.iterdir()] == ["training"]
 
 
+def test_a_disk_that_is_full_meanwhile_costs_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    said: list[str] = []
+    whole, other = (student_of(tiny_model("llama"))[0] for _ in range(2))
+    wanted = train(whole, BATCHES, VALIDATION, QUICK)
+    settings = replace(QUICK, keep_in=tmp_path / "training", keep_every=0.0)
+    replaced = iter([os.replace])
+
+    def full(*paths: Any) -> None:
+        if (real := next(replaced, None)) is None:
+            raise OSError(28, "No space left on device")
+        real(*paths)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        trained = train(other, BATCHES, VALIDATION, settings, say=said.append)
+    assert trained.history == wanted.history and not trained.stopped
+    pairs = zip(whole.parameters().values(), other.parameters().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert sum("No space left" in line for line in said) > 1 and "its state was not kept" in caplog.text
+    assert read_state(tmp_path / "training")[1]["step"] == 1  # the only one that could be kept
+
+
+@pytest.mark.parametrize("name", ["file/training", "x" * 256, "."])
+def test_a_file_that_cannot_be_written_is_refused_before_training(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    student, _ = student_of(tiny_model("llama"))
+    said: list[str] = []
+    with pytest.raises(StreamlineError, match="[Cc]hoose another"):
+        train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=tmp_path / name), say=said.append)
+    assert not said and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_disk_that_is_full_at_the_end_costs_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     whole, other = (student_of(tiny_model("llama"))[0] for _ in range(2))
