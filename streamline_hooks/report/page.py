@@ -22,6 +22,7 @@ NAMES = (
     "similarity", "influence", "candidates", "training", "perplexity_by_step", "perplexity", "accuracy", "speed",
     "front",
 )  # fmt: skip
+_FOOTER = "<footer>Made by streamline_hooks.</footer>"
 # Nothing is loaded and nothing is run, even if something from outside got through.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
@@ -64,7 +65,7 @@ def write_report(
     ------
     StreamlineError
         If there is nothing to tell, matplotlib is not installed, or the files cannot be written; a page that was there
-        before is untouched then.
+        before is untouched then. If there are files of these names that this library did not write.
 
     Examples
     --------
@@ -128,15 +129,43 @@ def _html(title: str, subtitle: str, numbers: str, found: Sequence[Section]) -> 
         lines += [f'<section id="{section.anchor}">', f"<h2>{escape(section.title)}</h2>"]
         lines += [part.html() for part in section.parts]
         lines.append("</section>")
-    lines += ["</main>", "<footer>Made by streamline_hooks.</footer>", "</body>", "</html>", ""]
+    lines += ["</main>", _FOOTER, "</body>", "</html>", ""]
     return _UNWRITABLE.sub("\ufffd", "\n".join(lines))
 
 
 def _write(folder: Path, files: Mapping[Path, bytes]) -> None:
-    """Write all files before moving any, the page last; then remove figures that only an earlier page had."""
-    stale = {Path(FIGURES, f"{name}.{ending}") for name in NAMES for ending in ("svg", "png")} - set(files)
+    """Write all files before moving any, the page first, which shows its figures without the others.
+
+    Figures that only an earlier page had are removed. The names of its figures tell which files are this library's.
+    """
+    earlier = _earlier_figures(folder)
+    for name in files:
+        if name != Path(PAGE) and name.stem not in earlier and (folder / name).exists():
+            raise StreamlineError(
+                f"{folder / name} belongs to no report of this library and is not replaced. Move it elsewhere, or "
+                "choose another folder."
+            )
     with ExitStack() as moves:  # in reverse order
-        for name, content in sorted(files.items(), key=lambda file: file[0] != Path(PAGE)):
+        for name, content in files.items():
             moves.enter_context(atomic_file(folder / name)).write_bytes(content)
-    for name in stale:
+    for name in {Path(FIGURES, f"{figure}.{ending}") for figure in earlier for ending in ("svg", "png")} - set(files):
         (folder / name).unlink(missing_ok=True)
+
+
+def _earlier_figures(folder: Path) -> set[str]:
+    """Return the names of the figures of the page that is in a folder.
+
+    Raises
+    ------
+    StreamlineError
+        If the page is not one that this library wrote.
+    """
+    page = folder / PAGE
+    if not page.is_file():
+        return set()
+    text = page.read_text(encoding="utf-8", errors="replace")
+    if _FOOTER not in text:
+        raise StreamlineError(
+            f"{page} was not written by this library and is not replaced. Move it elsewhere, or choose another folder."
+        )
+    return {name for name in NAMES if f'id="figure-{name}"' in text}

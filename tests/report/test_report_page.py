@@ -350,6 +350,20 @@ def test_a_failure_leaves_the_page_that_was_there(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before and page in before
 
 
+@pytest.mark.parametrize("name", ["report.html", "figures/similarity.png", "figures/influence.svg"])
+def test_files_of_the_users_are_not_replaced(name: str, tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(StreamlineError, match=f"{name} .*not replaced. Move it elsewhere, or choose another folder"):
+        write_report(tmp_path, compression=example.compression(), command="c", title="t")
+    assert (tmp_path / name).read_text() == "mine"
+    (tmp_path / name).unlink()
+    (tmp_path / "figures" / "front.png").write_text("mine")  # a name of ours, which no page of ours had
+    for _ in range(2):
+        write_report(tmp_path, compression=example.compression(), command="c", title="t")
+    assert (tmp_path / "figures" / "front.png").read_text() == "mine"
+
+
 def _after(count: int, works: Callable[..., Any], fails: Callable[..., Any]) -> Callable[..., Any]:
     calls = [works] * count
 
