@@ -43,4 +43,13 @@ def test_it_says_what_is_said_in_memory(family: str) -> None:
 
 
 def test_rows_of_one_document_are_not_run() -> None:
-    refuse_crossing(tiny_model("bloom"), packed_batches([[range(3, 9)], [range(9, 15)]], batch_size=2))
+    """Counted by hooks, which see a run of divided rows up to the block that is refused."""
+    calls: list[str] = []
+    model = tiny_model("bloom")
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    refuse_crossing(model, packed_batches([[range(3, 9)], [range(9, 15)]], batch_size=2))
+    assert calls == []
+    with pytest.raises(StreamlineError, match="block 0"):
+        refuse_crossing(model, PACKED)
+    assert "transformer.h.0" in calls

@@ -36,6 +36,12 @@ def test_the_page_has_every_fault_and_no_other() -> None:
     assert re.search(r"python -m tests\.testing\.planted_faults", TEXT)
 
 
+def test_the_readme_has_the_same_number_of_faults() -> None:
+    readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"\[(\S+)\s+faults,\s+planted for real\]\(docs/planted_faults\.md\)", readme)
+    assert found == [str(len(FAULTS))]
+
+
 @pytest.mark.parametrize("check", CHECKS)
 def test_no_check_is_for_nothing(check: str) -> None:
     column = 2 + list(CHECKS).index(check)
