@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _TIMED_NEW = 16
+_ORIGINAL = (1.0, 1.0)  # its size or time, and its perplexity, as ratios
 _PLACES = {"size": "parameters_ratio", "prefill": "prefill_ratio", "decode": "decode_ratio"}
 
 
@@ -85,7 +86,9 @@ class Sweep:
     points: tuple[Point, ...]
 
     def front(self, by: str = "size") -> list[Point]:
-        """The points that no other one beats in perplexity without losing by size, or by time: the Pareto front.
+        """Return the points on the Pareto front of perplexity and size, or of perplexity and time.
+
+        A point is on it if neither the original nor another point is at least as good in both and better in one.
 
         Parameters
         ----------
@@ -100,7 +103,8 @@ class Sweep:
             raise StreamlineError(f"by={by!r} is not known; expected one of {', '.join(_PLACES)}.")
         have = [(p, cost, p.perplexity_ratio) for p in self.points if (cost := getattr(p, _PLACES[by])) is not None]
         known = [(p, cost, loss) for p, cost, loss in have if loss is not None and math.isfinite(loss)]
-        return [p for p, cost, loss in known if not any(_beats((c, x), (cost, loss)) for _, c, x in known)]
+        rivals = [_ORIGINAL, *((cost, loss) for _, cost, loss in known)]
+        return [p for p, cost, loss in known if not any(_beats(rival, (cost, loss)) for rival in rivals)]
 
     def report(self) -> dict[str, Any]:
         """Everything, as JSON values."""

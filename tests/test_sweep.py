@@ -47,13 +47,22 @@ def point(loss: float | None, size: float | None, kind: str = "none") -> Point:
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=12))
 def test_nobody_on_the_front_is_beaten_and_all_others_are(pairs: list[tuple[int, int]]) -> None:
+    """Neither by another point nor by the original, which keeps all of its parameters and its perplexity."""
     points = tuple(point(loss / 4, size / 8, str(k)) for k, (loss, size) in enumerate(pairs))
     front = Sweep(points).front()
 
     def beaten(mine: tuple[int, int]) -> bool:
-        return any(a <= mine[0] and b <= mine[1] and (a, b) != mine for a, b in pairs)
+        return any(a <= mine[0] and b <= mine[1] and (a, b) != mine for a, b in [*pairs, (4, 8)])
 
     assert [p.kind for p in front] == [str(k) for k, pair in enumerate(pairs) if not beaten(pair)]
+
+
+def test_a_point_worse_than_the_original_is_on_no_front() -> None:
+    worse = Point("1", "block", perplexity_ratio=1.2, parameters_ratio=1.1, prefill_ratio=1.05, decode_ratio=1.3)
+    found = Sweep((worse, point(1.1, 0.9)))
+    assert found.front() == [found.points[1]] and found.front("prefill") == found.front("decode") == []
+    assert [row["front"] for row in found.report()["points"]] == [[], ["size"]]
+    assert [line for line in found.table().splitlines() if " *" in line] == [found.table().splitlines()[2]]
 
 
 def test_points_without_a_number_are_on_no_front() -> None:

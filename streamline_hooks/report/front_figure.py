@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
 
 _QUALITY = "perplexity_ratio"
+_ORIGINAL = (1.0, 1.0)  # size or time, and perplexity
 _PANELS = {  # what the front is by, what it is set against, title, and unit
     "size": ("parameters_ratio", "Size", "parameters kept (factor)"),
     "prefill": ("prefill_ratio", "First token", "time to it (factor)"),
@@ -86,6 +87,16 @@ def _front(points: Sequence[Point], by: str) -> list[Point]:
     return sorted((p for p in points if by in (p.get("front") or ())), key=lambda p: (p[against], p[_QUALITY]))
 
 
+def _corners(best: Sequence[Point], known: Sequence[Point], against: str) -> list[tuple[float, float]]:
+    """Return what the line joins: the points on the front, if any, and the original unless a known point beats it."""
+    if not best:
+        return []
+    values = [(p[against], p[_QUALITY]) for p in known]
+    beaten = any(value != _ORIGINAL and value[0] <= 1 and value[1] <= 1 for value in values)
+    corners = [(p[against], p[_QUALITY]) for p in best]
+    return sorted([*corners, *([] if beaten else [_ORIGINAL])])
+
+
 def _panel(axes: Axes, points: Sequence[Point], by: str, style: Style) -> dict[str, Any]:
     """Draw one panel; give back its keys."""
     from matplotlib.lines import Line2D
@@ -94,8 +105,9 @@ def _panel(axes: Axes, points: Sequence[Point], by: str, style: Style) -> dict[s
     against, title, unit = _PANELS[by]
     colours, known = style.palette, _known(points, against)
     best = _front(known, by)
-    axes.plot([p[against] for p in best], [p[_QUALITY] for p in best], color=colours.after, lw=1.2, zorder=1.5)
-    axes.plot(1, 1, "+", color=colours.ink, ms=9, mew=1.6)
+    corners = _corners(best, known, against)
+    axes.plot([x for x, _ in corners], [y for _, y in corners], color=colours.after, lw=1.2, zorder=1.5)
+    axes.plot(*_ORIGINAL, "+", color=colours.ink, ms=9, mew=1.6)
     keys = {"original": Line2D([], [], linestyle="", marker="+", color=colours.ink, ms=8, mew=1.6)}
     shapes = _shapes(points)
     for kind, shape in shapes.items():
@@ -129,8 +141,8 @@ def _shapes(points: Sequence[Point]) -> dict[str, str]:
 def _name(axes: Axes, known: Sequence[Point], best: Sequence[Point], against: str, mark: float) -> None:
     """Write the names of the front's points where they cover no point, line or name; else leave them out."""
     inside = axes.get_window_extent()
-    dots = axes.transData.transform([(1.0, 1.0), *((p[against], p[_QUALITY]) for p in known)])
-    corners = axes.transData.transform([(p[against], p[_QUALITY]) for p in best])
+    dots = axes.transData.transform([_ORIGINAL, *((p[against], p[_QUALITY]) for p in known)])
+    corners = axes.transData.transform(_corners(best, known, against) or [_ORIGINAL])
     line = [here + (there - here) * k / 60 for here, there in pairwise(corners) for k in range(60)]
     placed: list[Any] = []
     for point in best:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from streamline_hooks.report.drawing import Style
 from streamline_hooks.report.front_figure import sweep_front
+from streamline_hooks.sweep import Point, Sweep
 from tests.report import example
 from tests.report.overlaps import drawn
 
@@ -20,7 +23,7 @@ def test_every_point_is_drawn_in_each_panel_that_it_has_a_value_for() -> None:
         for axes, (by, key) in zip(figure.axes, PANELS.items(), strict=True):
             best = sorted((p[key], p["perplexity_ratio"]) for p in points if by in p["front"])
             line, original, *marks = axes.lines
-            assert [tuple(xy) for xy in line.get_xydata()] == best and len(best) >= 4
+            assert [tuple(xy) for xy in line.get_xydata()] == [*best, (1.0, 1.0)] and len(best) >= 4
             assert original.get_xydata().tolist() == [[1.0, 1.0]]
             assert {tuple(mark.get_xydata()[0]) for mark in marks} == {
                 (p[key], p["perplexity_ratio"]) for p in points if p[key] is not None
@@ -30,6 +33,14 @@ def test_every_point_is_drawn_in_each_panel_that_it_has_a_value_for() -> None:
             names = {p["name"]: (p[key], p["perplexity_ratio"]) for p in points}
             assert len(axes.texts) >= 3
             assert all(names[text.get_text()] == tuple(text.xy) and tuple(text.xy) in full for text in axes.texts)
+
+
+@pytest.mark.parametrize(("size", "joined"), [(0.9, [(0.9, 0.8)]), (1.1, [(1.0, 1.0), (1.1, 0.8)])])
+def test_the_line_ends_at_the_original_unless_a_point_beats_it(size: float, joined: list[tuple[float, float]]) -> None:
+    drawing = sweep_front(Sweep((Point("1", "linear", perplexity_ratio=0.8, parameters_ratio=size),)).report())
+    assert drawing is not None
+    with drawn(drawing, Style()) as figure:
+        assert [tuple(xy) for xy in figure.axes[0].lines[0].get_xydata()] == joined
 
 
 def test_points_on_no_front_are_joined_by_nothing() -> None:
