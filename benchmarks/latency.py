@@ -26,6 +26,7 @@ from torch import nn
 from benchmarks.real_text import RESULTS
 from benchmarks.timing import machine
 from streamline_hooks.evaluation import measure_speed
+from streamline_hooks.evaluation.speed import PHASES
 from streamline_hooks.pretrained import load_pretrained
 from streamline_hooks.repair import kind_named, place
 from streamline_hooks.stack import find_stack
@@ -50,7 +51,7 @@ def main() -> None:
         name: opened(model, name) for name in (ORIGINAL, *KINDS)
     }
     speed = measure_speed(ways, **sizes, repeats=options.rounds)
-    whole = len(find_stack(model))
+    whole, first = len(find_stack(model)), {phase: speed.seconds(ORIGINAL, phase).median for phase in PHASES}
     rows: dict[str, Any] = {}
     for name, way in ways.items():
         with way() as shorter:
@@ -61,8 +62,7 @@ def main() -> None:
                 "seconds_to_first_token": speed.seconds(name, "prefill").median,
                 "prefill_tokens_per_second": speed.tokens_per_second(name, "prefill"),
                 "decode_tokens_per_second": speed.tokens_per_second(name, "decode"),
-                "prefill_ratio": speed.ratio(name, "prefill").median,
-                "decode_ratio": speed.ratio(name, "decode").median,
+                **{f"{phase}_ratio": speed.seconds(name, phase).median / first[phase] for phase in PHASES},
             }
         rows[name]["peak_memory"] = peak_of(name, **sizes)
     asked = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in sizes.items())

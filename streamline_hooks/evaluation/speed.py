@@ -105,14 +105,13 @@ class SpeedReport:
         return count / self._positive(self.seconds(name, phase).median)
 
     def ratio(self, name: str, phase: Phase = "prefill") -> Spread:
-        """A model's time as a fraction of the first model's: the ratio of medians.
+        """Return the median and the quartiles of a model's time as a fraction of the first model's.
 
-        Its quartiles are those of the ratios within each round, where both ran under the same load.
+        The ratio is taken within each round, where both ran under the same load.
         """
         first = self._times(next(iter(self.timings)), phase)
         own = self._times(name, phase)
-        rounds = Spread.of(tuple(a / self._positive(b) for a, b in zip(own, first, strict=True)))
-        return Spread(float(np.median(own)) / self._positive(float(np.median(first))), rounds.low, rounds.high)
+        return Spread.of(tuple(a / self._positive(b) for a, b in zip(own, first, strict=True)))
 
     def table(self) -> str:
         """A line a model and phase, under a line that says what was run and where."""

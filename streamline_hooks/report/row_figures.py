@@ -172,8 +172,8 @@ def speed(evaluation: Mapping[str, Any]) -> Drawing | None:
         "speed",
         f"Time compared with {first}",
         f"Time as a factor of that of {first}: {told}.",
-        "The ratio of medians; whiskers are the quartiles of the ratio within a round, which a load that comes and "
-        "goes moves apart. Left of 1 is faster.",
+        "The median of the ratios within a round; whiskers are their quartiles, which a load that comes and goes moves "
+        "apart. Left of 1 is faster.",
         lambda style: marks_figure(
             style,
             rows,
