@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
+
+import yaml
 
 from streamline_hooks.evaluation import MEASURES
 from streamline_hooks.result import LABELS
@@ -43,17 +46,20 @@ def model_card(config: dict[str, Any], report: dict[str, Any] | None = None, bas
     history = said.get("history") or []
     base_model = base_model or (history[0].get("base_model", "") if history else "")
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) is not None
-    name = base_model.rpartition("/")[2] or "a model"
+    plain = _on_one_line(base_model.rpartition("/")[2]) or "a model"
+    name = _escaped(plain)
     built = config.get("class")  # by whom loads it
     library = "streamline_hooks" if built else "transformers"
-    header = ["---", *([f"base_model: {base_model}"] if on_hub else []), f"library_name: {library}"]
+    header: dict[str, Any] = {"base_model": base_model} if on_hub else {}
+    header["library_name"] = library
     architecture = built or (config.get("architectures") or [""])[0]
     known = task_of_classes([architecture.removeprefix("Streamlined")], config.get("is_encoder_decoder"))
     causal = not architecture or ((known or "causal-lm") == "causal-lm" and not built)
-    header += ["pipeline_tag: text-generation"] if causal else []
-    header += ["tags:", "- streamline_hooks", "- layer-pruning", *_metrics(name, report)]
+    header |= {"pipeline_tag": "text-generation"} if causal else {}
+    header |= {"tags": ["streamline_hooks", "layer-pruning"], **_metrics(plain, report)}
     fewer = any(SurgeryPlan.from_dict(entry).removed for entry in history)
-    lines = [*header, "---", "", f"# {name}, with fewer blocks" if fewer else f"# {name}", ""]
+    written = yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=math.inf)
+    lines = ["---", *written.splitlines(), "---", "", f"# {name}, with fewer blocks" if fewer else f"# {name}", ""]
     lines.append(
         f"This is {name} without some of its blocks, by the method of [LLM-Streamline]({_PAPER})."
         if fewer
@@ -68,24 +74,27 @@ def model_card(config: dict[str, Any], report: dict[str, Any] | None = None, bas
     return "\n".join([*lines, ""])
 
 
-def _metrics(name: str, report: dict[str, Any] | None) -> list[str]:
+def _on_one_line(name: str) -> str:
+    """Replace line breaks and control characters of a name, and repeated spaces, by one space."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in name).split())
+
+
+def _escaped(name: str) -> str:
+    """Escape what Markdown or HTML would read as markup in a name."""
+    return re.sub(r"([\\`*\[\]<>&|~]|(?<!\w)_|_(?!\w))", r"\\\1", name)
+
+
+def _metrics(name: str, report: dict[str, Any] | None) -> dict[str, Any]:
     """The perplexity for the hub's table of results."""
     value = _final(report or {})
     if value is None:
-        return []
-    return [
-        "model-index:",
-        f"- name: {name}, with fewer blocks",
-        "  results:",
-        "  - task:",
-        "      type: text-generation",
-        "    dataset:",
-        "      name: text that nothing was chosen or fitted on",
-        "      type: text",
-        "    metrics:",
-        "    - type: perplexity",
-        f"      value: {value:.4f}",
-    ]
+        return {}
+    result = {
+        "task": {"type": "text-generation"},
+        "dataset": {"name": "text that nothing was chosen or fitted on", "type": "text"},
+        "metrics": [{"type": "perplexity", "value": round(value, 4)}],
+    }
+    return {"model-index": [{"name": f"{name}, with fewer blocks", "results": [result]}]}
 
 
 def _final(report: dict[str, Any]) -> float | None:

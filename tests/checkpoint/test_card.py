@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, compress, register_replacement, save
 from streamline_hooks.checkpoint import model_card
@@ -34,6 +37,45 @@ def blocks_of_code(card: str) -> list[str]:
 def card_of(model: Any, folder: Path, **options: Any) -> str:
     save(model, folder / "model", **options)
     return (folder / "model" / "README.md").read_text()
+
+
+NASTY = [
+    'a "quoted" name',
+    "it's: a name",
+    "key: value # comment",
+    "name\n---\n\n# heading\nlicense: mit",
+    "name\nlicense: mit",
+    "- item",
+    "{a: b}",
+    "[x](https://example.com)",
+    "*bold* `code` <b>html</b> | cell",
+    "null",
+    "\u2028\x07 \x85",
+    "!!python/object:os.system",
+]
+
+
+@pytest.mark.parametrize("name", NASTY)
+@pytest.mark.parametrize("prefix", ["", "somebody/"])
+def test_a_name_neither_breaks_nor_extends_the_card(name: str, prefix: str) -> None:
+    usual = ModelCard(model_card({"model_type": "llama"}, REPORT, f"{prefix}usual"))
+    text = model_card({"model_type": "llama"}, REPORT, prefix + name)
+    card = ModelCard(text)
+    said, expected = card.data.to_dict(), usual.data.to_dict()
+    assert said.pop("model-index")[0]["results"] == expected.pop("model-index")[0]["results"]
+    assert said | {"base_model": None} == expected | {"base_model": None}
+    assert len(card.text.splitlines()) == len(usual.text.splitlines())
+    assert len(re.findall("^#", card.text, re.MULTILINE)) == len(re.findall("^#", usual.text, re.MULTILINE))
+    assert not re.search(r"(?<!\\)[*`<|\[]", card.text.splitlines()[1])
+
+
+@given(st.text(), st.booleans())
+def test_any_name_comes_back_on_one_line(name: str, on_hub: bool) -> None:
+    text = model_card({"model_type": "llama"}, REPORT, "somebody/" * on_hub + name)
+    card = ModelCard(text)
+    last = "".join(letter if letter.isprintable() else " " for letter in name.rpartition("/")[2])
+    assert card.data.model_name == f"{' '.join(last.split()) or 'a model'}, with fewer blocks"
+    assert len(text.splitlines()) - len(model_card({"model_type": "llama"}, REPORT).splitlines()) in (0, on_hub)
 
 
 def test_the_header_and_the_table(tmp_path: Path) -> None:
