@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from streamline_hooks import evaluate
+from streamline_hooks import evaluate, load, report
 from tests.commands import run
 
 FEW = "--sequence-length 64 --calibration-tokens 1024 --validation-tokens 128 --test-tokens 128"
@@ -85,6 +85,42 @@ def test_a_sweep(
     assert "streamline-hooks sweep" in page and (output / "figures" / "front.svg").is_file()
     assert all(f"{float(row['perplexity_ratio']):.3f}" in page for row in rows)
     assert out.count("linear") >= 2
+
+
+def test_a_page_that_cannot_be_written_costs_no_result(
+    files: Path, stories_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = files / "out"
+    output.mkdir()
+    (output / "figures").write_text("a file in the place of the folder")
+    asked = f"evaluate {stories_folder} --text {files}/tales.txt --text-tokens 300 --no-speed --prompts 1 -o {output}"
+    code, out, err = run(asked.split(), monkeypatch, capsys)
+    assert code == 0 and "perplexity, tales" in out and "figures" in err, err
+    assert json.loads((output / "evaluation.json").read_text())["perplexity"]
+    code, out, err = run([*asked.split(), "--json"], monkeypatch, capsys)
+    assert code == 0 and json.loads(out)["perplexity"] and "figures" in err
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise ImportError("libfreetype is missing")
+
+    monkeypatch.setattr(report, "write_report", broken)
+    made = f"compress {stories_folder} -o {files}/small --remove 1 -c {files}/tales.txt --shortlist 1 {FEW}"
+    code, out, err = run(made.split(), monkeypatch, capsys)
+    assert code == 0 and "perplexity" in out and "libfreetype is missing" in err, err
+    assert load(files / "small")
+    swept = f"sweep {stories_folder} -o {files}/swept --remove 1 --kind none -c {files}/tales.txt --no-speed {FEW}"
+    code, out, err = run(swept.split(), monkeypatch, capsys)
+    assert code == 0 and "perplexity x" in out and "libfreetype is missing" in err, err
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe"])
+def test_a_damaged_report_is_seen_before_anything_is_measured(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "report.json").write_bytes(content)
+    code, _, err = run(["evaluate", tmp_path, "-o", tmp_path / "out"], monkeypatch, capsys)
+    assert code == 2 and f"{tmp_path / 'report.json'}" in err and "delete" in err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

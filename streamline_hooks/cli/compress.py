@@ -299,8 +299,8 @@ def compress(
             asked |= {"packed": pack, "dry_run": dry_run, "say": say}
             made = compress_block_by_block(model, text_for, output, most, **asked)
             if made is not None:
-                for line in ("", made.table(), write_page(output, made.title, compression=made.report())):
-                    say(line)
+                say(f"\n{made.table()}")
+                say(write_page(output, made.title, compression=made.report()))
             return
         loaded, tokenizer = load_model(model, task)
         refuse_unused(context, search, task, loaded)
@@ -395,10 +395,9 @@ def compress(
             overwrite=overwrite,
             **shared,
         )
-        page = work.of_first(lambda: write_page(output, result.title, compression=result.report()))
-        timed = [plan.taken(result.seconds)] if budget else []
-        for line in ("", result.table(), *timed, page):
+        for line in ("", result.table(), *([plan.taken(result.seconds)] if budget else [])):
             say(line)
+        say(work.of_first(lambda: write_page(output, result.title, compression=result.report())))
 
 
 def _nothing(line: str = "") -> None:

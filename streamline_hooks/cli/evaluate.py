@@ -106,6 +106,8 @@ def evaluate(
         raise StreamlineError("--harness-folder holds task files; name those to run with --harness.")
     if output is not None:
         check_writable(output / "evaluation.json")
+    made = Path(model) / REPORT
+    compression = _report_of(made) if output is not None and made.is_file() else None
     domains = text or ([] if any(tasks) else ["pydoc"])
     loaded, tokenizer = load_model(model)
     original, theirs = load_model(against) if against else (None, tokenizer)
@@ -165,11 +167,19 @@ def evaluate(
     typer.echo(json.dumps(measured, indent=1) if as_json else "\n\n".join(lines))
     if output is not None:
         write_json(output / "evaluation.json", measured)
-        made = Path(model) / REPORT
-        compression = json.loads(made.read_text(encoding="utf-8")) if made.is_file() else None
         title = f"{names[0]}, evaluated"
         told = write_page(output, title, compression=compression, evaluation=measured)
         typer.echo(told, err=as_json)
+
+
+def _report_of(file: Path) -> dict[str, Any]:
+    """Read how the model was compressed, which the page tells too."""
+    from streamline_hooks.checkpoint.safety import read_json
+
+    try:
+        return read_json(file)
+    except StreamlineError as error:
+        raise StreamlineError(f"{error} Or delete {file}: the page is then of the evaluation alone.") from error
 
 
 def _reads(tokenizer: Any) -> list[Any]:

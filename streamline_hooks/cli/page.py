@@ -6,13 +6,25 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from streamline_hooks.cli.command_line import command_line
 
 
 def write_page(folder: Path, title: str, **said: Any) -> str:
-    """Write a page of what was measured, and say where it is, or that there is none and why."""
+    """Write the page of a command, and return a line that names it.
+
+    Call it after the results were printed. A page that cannot be written is a warning on stderr with its reason.
+    """
     if find_spec("matplotlib") is None:
         return 'There is no page, which matplotlib draws: pip install "streamline_hooks[report]".'
-    from streamline_hooks.report import write_report
+    try:
+        from streamline_hooks.report import write_report
 
-    return f"a page of it: {write_report(folder, command=command_line(), title=title, **said)}"
+        return f"a page of it: {write_report(folder, command=command_line(), title=title, **said)}"
+    except Exception as error:  # whatever a broken matplotlib raises: no page is worth a result
+        typer.echo(
+            f"warning: the page in {folder} was not written: {type(error).__name__}: {error} The results are complete.",
+            err=True,
+        )
+        return "There is no page."

@@ -110,10 +110,10 @@ def sweep(
         **split,
         **settings,
     )
+    typer.echo(f"\n{found.table()}")
     with atomic_file(output / "sweep.csv") as new:
         new.write_text(found.csv(), encoding="utf-8")
     write_json(output / "sweep.json", found.report())
-    typer.echo(f"\n{found.table()}")
     typer.echo(write_page(output, f"{Path(model).resolve().name}, swept", sweep=found.report()))
 
 
