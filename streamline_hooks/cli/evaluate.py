@@ -95,6 +95,7 @@ def evaluate(
 
     Example: streamline-hooks evaluate smollm2-small --against smollm2 --probes 50 --output evaluation
     """
+    from streamline_hooks.checkpoint.checksums import update_checksums
     from streamline_hooks.checkpoint.writing import REPORT
     from streamline_hooks.core import check_writable
     from streamline_hooks.evaluation import evaluate as run
@@ -167,6 +168,7 @@ def evaluate(
     typer.echo(json.dumps(measured, indent=1) if as_json else "\n\n".join(lines))
     if output is not None:
         write_json(output / "evaluation.json", measured)
+        update_checksums(output)
         title = f"{names[0]}, evaluated"
         told = write_page(output, title, compression=compression, evaluation=measured)
         typer.echo(told, err=as_json)

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from streamline_hooks.checkpoint.checksums import update_checksums
 from streamline_hooks.core.files import atomic_file
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.report.drawing import Drawing
@@ -92,6 +93,7 @@ def write_report(
         files[Path(FIGURES, f"{drawing.name}.png")] = drawing.png
     files[Path(PAGE)] = page.encode()
     _write(Path(folder), files)
+    update_checksums(Path(folder))  # of a model's folder, which lists all of its files
     return Path(folder) / PAGE
 
 

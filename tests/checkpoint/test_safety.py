@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from streamline_hooks import LayerSurgeon, StreamlineError, load, save
+from streamline_hooks.report import write_report
 from tests.tiny_models import repaired, tiny_model, tokens
 
 
@@ -222,13 +224,74 @@ def test_checksums_of_something_else(line: str, match: str, copied: Callable[[st
         load(folder)
 
 
-def test_checksums_are_those_of_the_usual_tool(saved: dict[str, Path]) -> None:
-    import hashlib
+def sums_of(folder: Path) -> dict[str, str]:
+    """What a folder's checksums have to be, by the name of the file."""
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != "SHA256SUMS"]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
-    lines = (saved["spliced"] / "SHA256SUMS").read_text().splitlines()
-    names = ["config.json", "model.safetensors", "modeling_streamline_hooks.py"]
-    digests = [hashlib.sha256((saved["spliced"] / name).read_bytes()).hexdigest() for name in names]
-    assert lines == [f"{digest}  {name}" for digest, name in zip(digests, names, strict=True)]
+
+def listed(folder: Path) -> dict[str, str]:
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    return {line[66:]: line[:64] for line in lines if line[64:66] == "  "}
+
+
+@pytest.fixture(scope="module")
+def whole(stories: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with all that `save` writes beside it."""
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    return save(tiny_model("llama"), folder, tokenizer=stories[1], report={"perplexity": {"original": 2.0}})
+
+
+def test_every_file_has_a_checksum(whole: Path, saved: dict[str, Path]) -> None:
+    assert {"config.json", "generation_config.json", "tokenizer_config.json", "report.json"} <= listed(whole).keys()
+    for folder in (whole, saved["spliced"]):
+        assert listed(folder) == sums_of(folder) and "README.md" in listed(folder)
+
+
+def test_a_page_written_later_has_checksums_too(whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    for loss in (3.0, 4.0):  # written, and written again
+        said = {"perplexity": {"original": 2.0, "removed": loss}}
+        write_report(folder, compression=said, command="a command", title="A model")
+        assert listed(folder) == sums_of(folder) and {"report.html", "figures/perplexity_by_step.svg"} <= {
+            *listed(folder)
+        }
+        load(folder)
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+    write_report(folder, compression=said, command="a command", title="A model")
+    with pytest.raises(StreamlineError, match=r"config\.json is not the file that was written"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_a_tokenizer_or_generation_config_that_was_changed_or_is_gone(name: str, whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    (folder / name).write_text((folder / name).read_text() + "\n")
+    with pytest.raises(StreamlineError, match=rf"{name} is not the file that was written: SHA256SUMS"):
+        load(folder)
+    (folder / name).unlink()
+    with pytest.raises(StreamlineError, match=rf"{name} is missing: SHA256SUMS"):
+        load(folder)
+
+
+def test_an_edited_card_and_a_folder_of_an_earlier_version_are_read(whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    (folder / "README.md").write_text("edited")
+    (folder / "report.json").unlink()
+    load(folder)
+    earlier = {"config.json", "model.safetensors"}  # nothing else was listed
+    lines = [f"{digest}  {name}\n" for name, digest in listed(folder).items() if name in earlier]
+    (folder / "SHA256SUMS").write_text("".join(lines))
+    load(folder)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/dev/zero", "a/../../b"])
+def test_checksums_name_nothing_outside_the_folder(name: str, copied: Callable[[str], Path]) -> None:
+    folder = copied("plain")
+    with (folder / "SHA256SUMS").open("a") as file:
+        file.write(f"{'0' * 64}  {name}\n")
+    with pytest.raises(StreamlineError, match="SHA256SUMS holds no checksums; expected .* in the folder"):
+        load(folder)
 
 
 def test_as_the_original(saved: dict[str, Path]) -> None:
