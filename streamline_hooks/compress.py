@@ -33,6 +33,7 @@ from streamline_hooks.selection import (
     require_search,
     usual_criterion,
 )
+from streamline_hooks.sentence_folder import sentence_folder_of
 from streamline_hooks.shared_steps import (
     perplexities_together,
     perplexity_together,
@@ -215,6 +216,7 @@ def compress(
         say = _nothing
     if output is not None:
         work.of_first(lambda: require_free(output, overwrite))
+        sentence_folder_of(model)  # raises if it cannot be kept
     chosen = kind_named(kind, seed)
     healed = Healing.parse(healing) if isinstance(healing, str) else healing
     training = work.of_first(lambda: kept_training(training, healed, resume, output, train_until))

@@ -25,6 +25,7 @@ from streamline_hooks.repair import Healing, Training, kind_named
 from streamline_hooks.result import CompressionResult
 from streamline_hooks.run_figures import Clock
 from streamline_hooks.selection import Target, blocks_to_remove, protected_blocks
+from streamline_hooks.sentence_folder import sentence_folder_of
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery import SurgeryPlan
 from streamline_hooks.task import Task
@@ -124,6 +125,7 @@ def compress_iteratively(
         require_parts(min(counts), options.get("parts", 2))
     if output is not None:
         work.of_first(lambda: require_free(output, overwrite))
+        sentence_folder_of(model)  # raises if it cannot be kept
         require_writable(found, kind_named(options.get("kind", "linear")), range(counts[0]))
     asked_for = options.get("task")
     task = Task.parse(asked_for) if isinstance(asked_for, str) else asked_for or Task.of(model)

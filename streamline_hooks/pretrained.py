@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,12 @@ import torch
 
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.pooling_layer import load_as_pooled
+from streamline_hooks.sentence_folder import (
+    SentenceFolder,
+    download_sentence_files,
+    find_sentence_folder,
+    pooling_of,
+)
 from streamline_hooks.task import TASKS, Task, task_of_classes
 
 if TYPE_CHECKING:
@@ -22,11 +27,6 @@ _SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # whose weights are in the pac
 _CONFIG_LEFTOVERS = ("quantization_config", "_is_quantized")
 
 
-_SENTENCE_POOLINGS = {
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "first",
-    "pooling_mode_lasttoken": "last",
-}
 # By task, what gives the class of a model.
 _AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -49,13 +49,14 @@ def task_of_pretrained(name: str | Path) -> Task:
     Returns
     -------
     Task
-        That of the class that the checkpoint was saved from; a causal language model where it says none. Of a folder of
-        sentence-transformers the pooling is what that says.
+        That of the class that the checkpoint was saved from; a causal language model where it says none. A folder of
+        sentence-transformers (``modules.json``) is for embeddings, with its pooling, whatever the class is.
 
     Raises
     ------
     StreamlineError
-        If the class is not one that is known to be for a task.
+        If the class is not one that is known to be for a task, or a folder of sentence-transformers is damaged or
+        pools in another way, see `streamline_hooks.sentence_folder.find_sentence_folder`.
 
     Examples
     --------
@@ -70,6 +71,9 @@ def task_of_pretrained(name: str | Path) -> Task:
     name = str(folder if folder.is_dir() else name)
     from streamline_hooks.surgery.spliced_model import MODEL_TYPE  # makes the type known  # noqa: F401
 
+    sentence = _sentence_folder(name)
+    if sentence is not None and sentence.is_embedding:
+        return Task("embedding", sentence.pooling)
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError):  # whoever loads it says what is wrong
@@ -81,23 +85,16 @@ def task_of_pretrained(name: str | Path) -> Task:
             f"{name!r} holds a {classes[0]}, and it is not clear what that is for. Say it with --task, one of "
             f"{', '.join(TASKS)}; or load it in Python."
         )
-    pooling = _sentence_pooling(folder) if found == "embedding" else ""
+    file = folder / "1_Pooling" / "config.json"  # of a folder without modules.json
+    pooling = pooling_of(file) if found == "embedding" and file.is_file() else ""
     return Task(found or "causal-lm", pooling)
 
 
-def _sentence_pooling(folder: Path) -> str:
-    """How sentence-transformers would pool, where its file says; empty where there is none."""
-    file = folder / "1_Pooling" / "config.json"
-    if not file.is_file():
-        return ""
-    said = json.loads(file.read_text())
-    modes = [name for name, value in said.items() if name.startswith("pooling_mode_") and value is True]
-    if len(modes) != 1 or modes[0] not in _SENTENCE_POOLINGS:
-        raise StreamlineError(
-            f"{file} pools by {', '.join(modes) or 'nothing'}, which is not known here; say --task "
-            "embedding:pooling=mean, first, last or pooler."
-        )
-    return _SENTENCE_POOLINGS[modes[0]]
+def _sentence_folder(name: str) -> SentenceFolder | None:
+    """Return what sentence-transformers keeps of a folder or a model on the hub, which is asked."""
+    if not Path(name).is_dir() and _may_be_hub_name(name):
+        download_sentence_files(name)
+    return find_sentence_folder(name)
 
 
 def load_pretrained(
@@ -145,6 +142,7 @@ def load_pretrained(
         return _load_smollm2(dtype or torch.float32)
     folder = Path(name).expanduser()
     if folder.is_dir():
+        find_sentence_folder(folder)  # raises if the model is in a sub-folder
         if not (folder / "config.json").is_file():
             found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
             raise StreamlineError(
@@ -159,6 +157,8 @@ def load_pretrained(
             f"There is no model at {str(name)!r}: {what}. Expected a folder that holds config.json, the word "
             "'smollm2', or a name on the hub such as 'organisation/model'. Check the spelling of the path."
         )
+    if task.name == "embedding":
+        _sentence_folder(name)  # so that `save` finds it in the cache
     return _load_automatic(name, dtype, task)
 
 

@@ -15,6 +15,7 @@ from streamline_hooks.batch import real_tokens as mask_of
 from streamline_hooks.distributed import sequences_of
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.hidden_state import require_batch_first, token_mask
+from streamline_hooks.sentence_folder import sentence_folder_of
 
 TASKS = ("causal-lm", "masked-lm", "seq2seq", "image-classification", "text-classification", "embedding")
 POOLINGS = ("mean", "first", "last", "pooler")
@@ -90,7 +91,7 @@ class Task:
 
     @classmethod
     def of(cls, model: nn.Module) -> Task:
-        """The task of a model, where it is clear from its class.
+        """The task of a model, where it is clear from its class; the pooling of sentence-transformers, if it is theirs.
 
         Parameters
         ----------
@@ -101,7 +102,7 @@ class Task:
         Raises
         ------
         StreamlineError
-            If it is not clear.
+            If it is not clear, or the folder of sentence-transformers that it was loaded from pools in another way.
         """
         plain = _inside(model)
         config = getattr(plain, "config", None)
@@ -113,7 +114,9 @@ class Task:
             )
         # CLIP's text is what its end token says, which its model pools itself.
         pools = name == "embedding" and str(getattr(config, "model_type", "")).endswith("_text_model")
-        task = cls(name, "pooler" if pools else "")
+        sentence = sentence_folder_of(plain) if name == "embedding" else None
+        pooling = sentence.pooling if sentence is not None and sentence.is_embedding else "pooler" if pools else ""
+        task = cls(name, pooling)
         task.require_fits(plain)
         return task
 

@@ -39,6 +39,7 @@ from streamline_hooks.selection import (
     find_selections,
     usual_criterion,
 )
+from streamline_hooks.sentence_folder import find_sentence_folder
 from streamline_hooks.statistics.chosen_tokens import blocks_run
 from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.task import Task
@@ -148,6 +149,7 @@ def compress_checkpoint(
         raise StreamlineError(
             f"{output} is the model's own folder, from which its blocks are read meanwhile. Choose another folder."
         )
+    find_sentence_folder(folder)  # raises if it cannot be kept
     chosen, named = kind_named(kind, seed), _criterion(criterion)
     _refuse_latency(remove)
     if min(shortlist, batch_size) < 1:

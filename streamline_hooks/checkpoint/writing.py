@@ -20,6 +20,7 @@ from streamline_hooks.checkpoint.safety import CONFIG, read_json
 from streamline_hooks.core.files import atomic_folder, check_writable
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.offload import brought, held_elsewhere
+from streamline_hooks.sentence_folder import sentence_folder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +41,8 @@ def save(
     """Write a model, its tokenizer, a model card, checksums and a report.
 
     Everything is written to a new folder beside `folder` and renamed at the end, so that an interruption or a full
-    disk leaves what was there before.
+    disk leaves what was there before. Of a model that was loaded from a folder of sentence-transformers, its modules
+    (``modules.json``, ``1_Pooling`` and all others that it names) are copied, so that the result pools as before.
 
     Parameters
     ----------
@@ -73,10 +75,11 @@ def save(
     Raises
     ------
     StreamlineError
-        If the folder is not empty and may not be replaced, if it cannot be written, or if a surgeon is still open on
-        the model. Of a model that is no Transformers model also if no surgery was committed to it, or one to a part of
-        it alone; if something else has changed its blocks since; or if something of it has no place in safetensors
-        (extra state that is no tensor, quantised weights, weights that overlap).
+        If the folder is not empty and may not be replaced, if it cannot be written, if a surgeon is still open on the
+        model, or if the folder of sentence-transformers that it was loaded from is damaged or has it in a sub-folder.
+        Of a model that is no Transformers model also if no surgery was committed to it, or one to a part of it alone;
+        if something else has changed its blocks since; or if something of it has no place in safetensors (extra state
+        that is no tensor, quantised weights, weights that overlap).
     """
     target = Path(folder).resolve()
     own: Any = getattr(model, "save_pretrained", None)
@@ -86,6 +89,7 @@ def save(
             "are written to one file. Leave it out."
         )
     _require_not_read(model, target)
+    sentence = sentence_folder_of(model)
     with whole_folder(target, overwrite) as beside:
         if callable(own):
             options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
@@ -97,6 +101,8 @@ def save(
             said = write_plain(model, beside)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
+        if sentence is not None:
+            sentence.copy_to(beside)
         if report is not None:
             (beside / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         (beside / CARD).write_text(model_card(said, report, base_model), encoding="utf-8")

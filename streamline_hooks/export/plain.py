@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamline_hooks.checkpoint.writing import whole_folder
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.sentence_folder import sentence_folder_of
 from streamline_hooks.stack import find_stacks
 from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced
 
@@ -79,13 +80,15 @@ def export_plain(
         If the model has splices, see `require_plain`, or the folder is not free.
     """
     require_plain(model)
-    target = Path(folder).resolve()
+    target, sentence = Path(folder).resolve(), sentence_folder_of(model)
     said: Any = vars(model.config).pop("streamline_hooks", None)
     try:
         with whole_folder(target, overwrite) as beside:
             model.save_pretrained(beside)
             if tokenizer is not None:
                 tokenizer.save_pretrained(beside)
+            if sentence is not None:
+                sentence.copy_to(beside)
     finally:
         if said is not None:
             model.config.streamline_hooks = said
