@@ -142,7 +142,7 @@ def load_pretrained(
         return _load_smollm2(dtype or torch.float32)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        find_sentence_folder(folder)  # raises if the model is in a sub-folder
+        sentence = find_sentence_folder(folder)  # raises if the model is in a sub-folder
         if not (folder / "config.json").is_file():
             found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
             raise StreamlineError(
@@ -150,7 +150,10 @@ def load_pretrained(
                 "as model.save_pretrained(folder) and tokenizer.save_pretrained(folder) write it. Name the folder "
                 "that holds config.json, or save the model there."
             )
-        return _load_automatic(str(folder), dtype, task)
+        model, tokenizer = _load_automatic(str(folder), dtype, task)
+        if sentence is not None:
+            model.name_or_path = str(folder.absolute())  # where `save` finds it after a change of directory too
+        return model, tokenizer
     if isinstance(name, Path) or folder.exists() or not _may_be_hub_name(name):
         what = "it is a file" if folder.exists() else "there is no such folder"
         raise StreamlineError(

@@ -195,6 +195,39 @@ def test_every_way_to_write_a_folder_keeps_its_files(
         load(tmp_path / "command")
 
 
+@pytest.mark.parametrize("read", [lambda name: load_pretrained(name, task="embedding")[0], load])
+def test_a_relative_path_is_found_after_a_change_of_directory(
+    read: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = sentence_folder(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    model = read("model")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert kept(save(model, tmp_path / "out")) == kept(folder)
+
+
+def test_a_model_of_the_hub_keeps_what_is_in_the_cache(tmp_path: Path) -> None:
+    cache = tmp_path / "cache" / "models--somebody--some-model"
+    snapshot = cache / "snapshots" / ("a" * 40)
+    snapshot.parent.mkdir(parents=True)
+    sentence_folder(snapshot, head=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("a" * 40)
+    code = """
+        import os, sys
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": sys.argv[1] + "/cache"}
+        from streamline_hooks import save
+        from streamline_hooks.pretrained import load_pretrained, task_of_pretrained
+        task = task_of_pretrained("somebody/some-model")
+        model, tokenizer = load_pretrained("somebody/some-model", task=task)
+        save(model, sys.argv[1] + "/out", tokenizer=tokenizer)
+        print(task)
+    """
+    assert in_a_new_process(code, tmp_path).stdout.strip().endswith("embedding:pooling=first")
+    assert kept(tmp_path / "out") == kept(snapshot)
+
+
 def inside_a_sub_folder(folder: Path) -> str:
     entries = json.loads((folder / "modules.json").read_text())
     entries[0]["path"] = "0_Transformer"

@@ -11,6 +11,7 @@ from streamline_hooks.checkpoint.plain_reading import load_into
 from streamline_hooks.checkpoint.safety import CONFIG, INDEX, PLAIN, WEIGHTS, check_folder, read_json
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.pooling_layer import load_as_pooled
+from streamline_hooks.sentence_folder import find_sentence_folder
 from streamline_hooks.surgery import SurgeryPlan
 from streamline_hooks.surgery.plain_module import history_of
 from streamline_hooks.surgery.spliced_model import MODEL_TYPE
@@ -124,6 +125,8 @@ def load(folder: str | Path, *, into: nn.Module | None = None, as_original: bool
                 f"{where / _file_of(where, key)}, {key}: the weight {said}. The two are of different models; save the "
                 "model again."
             )
+    if find_sentence_folder(where) is not None:
+        model.name_or_path = str(where.absolute())  # where `save` finds it after a change of directory too
     return model.eval()  # type: ignore[no-any-return]
 
 
