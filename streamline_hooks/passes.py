@@ -29,6 +29,7 @@ from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.scoped import scoped
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery import LayerSurgeon
+from streamline_hooks.surgery.forward_state import preserve_forward_state
 from streamline_hooks.surgery.hazards import find_hazards, position_bias_owners
 from streamline_hooks.surgery.splice import BEFORE, set_splices, spliced
 from streamline_hooks.watched_mask import WatchedMask
@@ -36,11 +37,14 @@ from streamline_hooks.watched_mask import WatchedMask
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Run a model without gradients and without dropout, and give it back in the mode that it was in."""
+    """Run a model without gradients and without dropout, and give it back in the mode that it was in.
+
+    What the forwards change in the model is undone, see `preserve_forward_state`.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        with preserve_forward_state(model), torch.no_grad():
             yield
     finally:
         for module in training:

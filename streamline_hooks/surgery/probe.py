@@ -23,6 +23,7 @@ from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.hidden_state import read_input, read_output, write_output
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery.capture import captures
+from streamline_hooks.surgery.forward_state import preserve_forward_state
 from streamline_hooks.surgery.probe_inputs import TOKENS, probe_inputs
 from streamline_hooks.surgery.splice import AFTER, run_after, run_before, spliced
 
@@ -297,7 +298,8 @@ def same_logits(a: Tensor, b: Tensor) -> bool:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run without gradients, without dropout, unseen by hooks, and leave the random numbers as they were.
 
-    So are the attributes that a forward sets: Qwen2-VL keeps by how much an image shifts the positions behind it.
+    So is what a forward changes in the model, see `preserve_forward_state`: BigBird replaces its attention modules for
+    a short text.
 
     Hooks by which Transformers collects states stay: LLaVA's own forward works with what they collect.
 
@@ -307,10 +309,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     original: Any = model.__dict__.get("_original_forward")
     wrapped = None if original is None else model.__dict__.get("forward")
     training = [module for module in model.modules() if module.training]
-    kept = [(vars(module), _attributes(module)) for module in model.modules()]
     stashed: list[tuple[dict[int, Any], dict[int, Any]]] = []
     ours: tuple[Callable[..., Any], ...] = (run_before, run_after)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with preserve_forward_state(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             model.eval()
             if wrapped is not None:
@@ -325,18 +326,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             for hooks, content in stashed:
-                new = {key: hook for key, hook in hooks.items() if key not in content and captures(hook)}
                 hooks.clear()
-                hooks.update({**content, **new})
-            for now, before in kept:
-                now.update({name: value for name, value in before.items() if now.get(name) is not value})
+                hooks.update(content)
             if wrapped is not None:
                 model.forward = wrapped
             for module in training:
                 module.training = True
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module holds beside what torch keeps."""
-    ours = ("training", "forward")
-    return {name: value for name, value in vars(module).items() if not name.startswith("_") and name not in ours}
