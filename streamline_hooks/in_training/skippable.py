@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
-from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
-from streamline_hooks.hidden_state import read_input, read_output, write_output
 from streamline_hooks.in_training.skipping import Skipping
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery import LayerSurgeon
+from streamline_hooks.surgery.bypass import bypass
 from streamline_hooks.surgery.hazards import find_hazards
 from streamline_hooks.surgery.probe import observe_hooked, shortfall
 from streamline_hooks.surgery.saving import saver_depth
@@ -60,23 +58,17 @@ def require_skippable(skipping: Skipping, blocks: Sequence[int]) -> None:
 def _wrong_without(skipping: Skipping, blocks: Sequence[int]) -> str | None:
     """What the model does otherwise than with these blocks bypassed; None where it is right, or nothing can tell."""
     stack, model = skipping.stack, skipping.model
-    states: dict[int, Tensor] = {}
+    called: set[int] = set()
 
     def attach() -> list[RemovableHandle]:
-        states.clear()
-        return [
-            handle
-            for k in blocks
-            for handle in (
-                stack[k].register_forward_pre_hook(partial(_enter, states, k), with_kwargs=True),
-                stack[k].register_forward_hook(partial(_leave, states, k)),
-            )
-        ]
+        called.clear()
+        watching = [stack[k].register_forward_pre_hook(partial(_note, called, k)) for k in blocks]
+        return [*watching, *(handle for k in blocks for handle in bypass(stack[k], stack[k]))]
 
     what = f"Skipping blocks of this {type(model).__name__} is not held against the same blocks bypassed"
     holds = saver_depth(stack) == 0
     truth = observe_hooked(model, attach, what, frames=5, runs=stack[blocks[0]]) if holds else None
-    if truth is not None and len(states) < len(blocks):
+    if truth is not None and len(called) < len(blocks):
         given = " and ".join(truth.given)
         return f"nothing shows whether the model is right, as a forward of {given} alone does not run them all"
     own = {id(parameter) for parameter in model.parameters()}
@@ -95,12 +87,8 @@ def _wrong_without(skipping: Skipping, blocks: Sequence[int]) -> str | None:
         skipping.put_back()
 
 
-def _enter(states: dict[int, Tensor], k: int, block: nn.Module, args: Any, kwargs: Any) -> None:
-    states[k] = read_input(args, kwargs).clone()
-
-
-def _leave(states: dict[int, Tensor], k: int, block: nn.Module, args: Any, output: Any) -> Any:
-    return write_output(output, states.get(k, read_output(output)))
+def _note(called: set[int], k: int, *given: object) -> None:
+    called.add(k)
 
 
 def _try_alone(stack: BlockStack, k: int) -> None:

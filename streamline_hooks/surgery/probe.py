@@ -20,8 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from streamline_hooks.batch import takes_use_cache
 from streamline_hooks.errors import UnsupportedSurgery
-from streamline_hooks.hidden_state import read_input, read_output, write_output
 from streamline_hooks.stack import BlockStack
+from streamline_hooks.surgery.bypass import bypass
 from streamline_hooks.surgery.capture import captures
 from streamline_hooks.surgery.forward_state import preserve_forward_state
 from streamline_hooks.surgery.probe_inputs import TOKENS, probe_inputs
@@ -71,27 +71,24 @@ def observe(stack: BlockStack, window: range, going: Sequence[nn.Module] = ()) -
         None where the model cannot be run without a batch, or does not give the same twice; a warning says so.
     """
     model = stack.model
-    kept: dict[str, Tensor] = {}
+    first, last = stack[window.start], stack[window.stop - 1]
+    called: list[nn.Module] = []
 
-    def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
-        kept["state"] = read_input(args, kwargs).clone()
-
-    def leave(block: nn.Module, args: Any, output: Any) -> Any:
-        state = kept.get("state", read_output(output))
-        for stays in spliced(block, AFTER):
+    def replacement(state: Tensor) -> Tensor:
+        for stays in spliced(last, AFTER):
             state = state if any(stays is module for module in going) else stays(state)
-        return write_output(output, state)
+        return state
 
     def attach() -> list[RemovableHandle]:
-        kept.clear()
+        called.clear()
         return [
-            stack[window.start].register_forward_pre_hook(enter, with_kwargs=True),
-            stack[window.stop - 1].register_forward_hook(leave),
+            first.register_forward_pre_hook(lambda block, _: called.append(block)),
+            *bypass(first, last, replacement),
         ]
 
     what = f"Removals in this {type(model).__name__} are not held against the same blocks bypassed"
-    truth = observe_hooked(model, attach, what, frames=5, runs=stack[window.start])
-    if truth is not None and "state" not in kept:
+    truth = observe_hooked(model, attach, what, frames=5, runs=first)
+    if truth is not None and not called:
         raise UnsupportedSurgery(
             f"Block {window.start} cannot go: a forward of {' and '.join(truth.given)} alone does not run it, so that "
             "nothing shows whether the model is right without it. Choose others.",

@@ -1,0 +1,74 @@
+"""Removals in a vision tower of which the model around it works with inner hidden states."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from streamline_hooks import LayerSurgeon, UnsupportedSurgery, find_stack
+from streamline_hooks.testing.assertions.bypassing import bypassing
+from streamline_hooks.testing.assertions.model_state import ModelState
+from tests.other_models import OTHERS, PICTURE, TEXT
+
+BLOCKS = 5
+
+
+def llava(feature_layer: int | list[int]) -> Any:
+    torch.manual_seed(0)
+    vision = transformers.CLIPVisionConfig(**{**PICTURE, "num_hidden_layers": BLOCKS})
+    text = transformers.LlamaConfig(**{**TEXT, "num_hidden_layers": 2}, num_key_value_heads=4)
+    given = {"image_token_index": 63, "vision_feature_layer": feature_layer}
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, **given)
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+@torch.no_grad()
+def answer(model: Any) -> torch.Tensor:
+    logits: torch.Tensor = model(**OTHERS["llava pictures"].batch).logits
+    return logits
+
+
+def deleted(model: Any, k: int) -> torch.Tensor:
+    """What the model gives with the block deleted by hand."""
+    model = copy.deepcopy(model)
+    stack = find_stack(model, "vision")
+    del stack.container[k]
+    stack.config.num_hidden_layers -= 1
+    return answer(model)
+
+
+EXACT: list[tuple[int | list[int], int]] = [
+    (-2, BLOCKS - 2), (-2, 0), (-2, 2), (-1, BLOCKS - 1), ([-2], BLOCKS - 2), ([-1, -2], 0), ([-2, -3], 1),
+    (2, 3), (2, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("feature_layer", "k"), EXACT)
+def test_a_removal_equals_the_deleted_and_the_bypassed_block(feature_layer: int | list[int], k: int) -> None:
+    model = llava(feature_layer)
+    answer(model)  # Transformers installs its capture hooks now, before any other hook
+    with bypassing(model, range(k, k + 1), stack="vision"):
+        expected = answer(model)
+    torch.testing.assert_close(deleted(model, k), expected)
+    with LayerSurgeon(model, "vision") as surgeon:
+        surgeon.remove([k])
+        torch.testing.assert_close(answer(model), expected)
+
+
+REFUSED: list[tuple[int | list[int], int]] = [
+    (2, 0), (2, 1), (BLOCKS, 0), (-2, BLOCKS - 1), ([-1, -3], BLOCKS - 1), ([1, 3], 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("feature_layer", "k"), REFUSED)
+def test_a_feature_layer_that_would_be_another_is_refused(feature_layer: int | list[int], k: int) -> None:
+    """By an absolute number behind the block, or because the block is not among those whose states are used."""
+    model = llava(feature_layer)
+    before = ModelState(model)
+    with LayerSurgeon(model, "vision") as surgeon, pytest.raises(UnsupportedSurgery, match=f"Blocks {k} to {k}"):
+        surgeon.remove([k])
+    assert before.changes() == []
