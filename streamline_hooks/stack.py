@@ -295,7 +295,7 @@ def _describing_config(path: str, ancestors: tuple[nn.Module, ...], length: int)
     Of a model with both, the decoder's count describes the decoder, whatever ``num_hidden_layers`` stands for.
     """
     side = "decoder" if "decoder" in path.split(".") else "encoder" if "encoder" in path.split(".") else ""
-    own = (f"{side}_layers", f"num_{side}_layers") if side else ()
+    own = (f"num_{side}_layers", f"{side}_layers") if side else ()
     for module in reversed(ancestors):
         config = getattr(module, "config", None)
         if config is None or isinstance(config, dict):

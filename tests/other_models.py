@@ -51,6 +51,8 @@ class Other:
         Blocks that can go and be saved.
     decodes : bool
         Whether it writes with a cache.
+    encodes : bool
+        Whether it is the encoder of a model that generates.
     """
 
     make: Callable[[], nn.Module]
@@ -60,6 +62,7 @@ class Other:
     real: Tensor | None = None
     removed: tuple[int, ...] = (1,)
     decodes: bool = False
+    encodes: bool = False
 
     def path(self, model: nn.Module) -> str:
         """Where the stack is in a model."""
@@ -280,15 +283,17 @@ OTHERS: dict[str, Other] = {
     "xlm-roberta": Other(xlm_roberta, "encoder.layer", ("input_ids",), LONG, LONG["attention_mask"]),
     "modernbert": Other(modernbert, "layers", ("input_ids",), LONG, LONG["attention_mask"], removed=(1, 2, 3)),
     "mpnet": Other(mpnet, "encoder.layer", ("input_ids",), LONG, LONG["attention_mask"]),
-    "t5 encoder": Other(t5, "encoder.block", BOTH, LONG | DECODED, LONG["attention_mask"]),
+    "t5 encoder": Other(t5, "encoder.block", BOTH, LONG | DECODED, LONG["attention_mask"], encodes=True),
     "t5 decoder": Other(t5, "decoder.block", BOTH, LONG | DECODED, DECODED["decoder_attention_mask"], decodes=True),
     "t5 decoder without a mask": Other(t5, "decoder.block", BOTH, SHORT | WHOLE),
-    "bart encoder": Other(bart, "model.encoder.layers", BOTH, LONG | DECODED, LONG["attention_mask"]),
+    "bart encoder": Other(bart, "model.encoder.layers", BOTH, LONG | DECODED, LONG["attention_mask"], encodes=True),
     "bart decoder": Other(
         bart, "model.decoder.layers", BOTH, LONG | DECODED, DECODED["decoder_attention_mask"], decodes=True
     ),
     "bart decoder without a mask": Other(bart, "model.decoder.layers", BOTH, SHORT | WHOLE),
-    "whisper encoder": Other(whisper, "model.encoder.layers", ("input_features", "decoder_input_ids"), SOUND | WHOLE),
+    "whisper encoder": Other(
+        whisper, "model.encoder.layers", ("input_features", "decoder_input_ids"), SOUND | WHOLE, encodes=True
+    ),
     "whisper decoder": Other(
         whisper, "model.decoder.layers", ("input_features", "decoder_input_ids"), SOUND | WHOLE, decodes=True
     ),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -42,7 +43,7 @@ def bypass(
     entered: list[Tensor] = []
 
     def enter(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        entered[:] = [read_input(args, kwargs).clone()]  # some blocks work on it in place
+        entered[:] = [read_input(args, kwargs, block).clone()]  # some blocks work on it in place
 
     def leave(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not entered:
@@ -50,7 +51,7 @@ def bypass(
         return write_output(output, entered[0] if replacement is None else replacement(entered[0]))
 
     handles = [first.register_forward_pre_hook(enter, with_kwargs=True), last.register_forward_hook(leave)]
-    hooks = last._forward_hooks
+    hooks = cast("OrderedDict[int, Any]", last._forward_hooks)
     keys = list(hooks)
     behind = next((place for place, key in enumerate(keys) if captures(hooks[key])), len(keys))
     for key in keys[behind:-1]:

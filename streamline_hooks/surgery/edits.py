@@ -219,7 +219,7 @@ class Edits:
 
     def _follow_outside_the_config(self, new: dict[str, Any], sources: list[int]) -> None:
         """Take what modules keep by a block's number along: copies, paths of tied weights, weights cut by block."""
-        old = {name: vars(self.stack.config)[name] for name in new}
+        old = {name: value for name, value in vars(self.stack.config).items() if name in new}
         for module, name, value in [
             *self._copies(old, new, sources),
             *renumbered_paths(self.stack, sources),

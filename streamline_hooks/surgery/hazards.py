@@ -13,7 +13,7 @@ from torch import nn
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery.per_layer_weights import obstacle
 from streamline_hooks.surgery.quantizer_names import QuantizerNames
-from streamline_hooks.surgery.renumber import KEY_SHARING, shortened_config
+from streamline_hooks.surgery.renumber import KEY_SHARING, same_descriptions, shortened_config
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,11 @@ def find_hazards(stack: BlockStack, window: range) -> list[Hazard]:
     list of Hazard
         Empty where nothing is known against it.
     """
-    return [*find_dependents(stack, window), *find_numbering_hazards(stack, window.start)]
+    return [
+        *find_dependents(stack, window),
+        *find_numbering_hazards(stack, window.start),
+        *_decoder_cache(stack, window),
+    ]
 
 
 def find_dependents(stack: BlockStack, window: range) -> list[Hazard]:
@@ -155,6 +159,28 @@ def _derived_settings(stack: BlockStack, window: range) -> Iterator[Hazard]:
                 f"{wrong} would be {then[wrong]!r} and not {wanted[wrong]!r}",
             )
             return
+
+
+def _decoder_cache(stack: BlockStack, window: range) -> Iterator[Hazard]:
+    """``generate`` sizes the decoder's cache by a count that is the encoder's (ProphetNet)."""
+    owner, count = stack.ancestors[0], stack.count_attribute
+    config: Any = getattr(owner, "config", None)
+    decoder_count = getattr(config, "num_decoder_layers", None)
+    if not getattr(config, "is_encoder_decoder", False) or not callable(getattr(owner, "generate", None)):
+        return
+    if count in (None, "num_decoder_layers") or not isinstance(decoder_count, int):
+        return
+    kept = [k for k in range(len(stack)) if k not in window]
+    shorter = copy.copy(config)
+    if any(config is described for described in same_descriptions(stack)):
+        vars(shorter).update(shortened_config(config, str(count), len(stack), kept, stack.stage))
+    before, after = (c.get_text_config(decoder=True).num_hidden_layers for c in (config, shorter))
+    if after < decoder_count <= before:
+        yield Hazard(
+            "decoder-cache",
+            f"generate() of Transformers sizes the cache of the {decoder_count} decoder blocks by the number of "
+            f"encoder blocks, which would be {after}",
+        )
 
 
 def _value(member: Any, config: Any) -> Any:

@@ -44,6 +44,8 @@ _BLOCK_NUMBERS = (
 _DEPTH_SCALES = ("scale_depth",)
 _PATTERNS = ("block_types",)
 _ALIASES = ("num_blocks",)
+# How T5 counts its decoder's blocks, and by what Transformers sizes the cache of a model with an encoder.
+_DECODER_COUNT, _CACHE_COUNT = "num_decoder_layers", "decoder_layers"
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,9 @@ def shortened_config(
             new[name] = type(value)(slot for slot, source in enumerate(origins) if source in value)
         elif isinstance(value, (list, tuple)) and len(value) == length and is_per_block(name):
             new[name] = type(value)(value[source] for source in origins)
+    decoder_count = new.get(_DECODER_COUNT, vars(config).get(_DECODER_COUNT))
+    if isinstance(decoder_count, int) and _needs_decoder_count(config, new, decoder_count):
+        new[_CACHE_COUNT] = decoder_count
     names = vars(config).get("stage_names")
     if isinstance(names, (list, tuple)) and len(names) == length + 1:
         new |= _outputs_of_a_backbone(config, list(names), origins)
@@ -214,6 +219,20 @@ def shortened_config(
         }
         new["_heterogeneity_spec"] = heterogeneity
     return new
+
+
+def _needs_decoder_count(config: Any, new: dict[str, Any], decoder_count: int) -> bool:
+    """Whether the decoder's count must be repeated where ``generate`` reads the size of its cache.
+
+    T5 and its relatives count the encoder's blocks by ``num_layers`` and the decoder's by ``num_decoder_layers``.
+    Transformers sizes the cache by ``num_layers``, unless the configuration has ``decoder_layers``.
+    """
+    if _CACHE_COUNT in vars(config):
+        return True
+    encoder_count = str(getattr(type(config), "attribute_map", {}).get("num_hidden_layers"))
+    if not getattr(config, "is_encoder_decoder", False) or encoder_count not in vars(config):
+        return False
+    return bool(new.get(encoder_count, vars(config)[encoder_count]) < decoder_count)
 
 
 def _outputs_of_a_backbone(config: Any, names: list[str], origins: Sequence[int]) -> dict[str, Any]:

@@ -96,6 +96,18 @@ def decodes_with_a_cache(name: str) -> None:
         require_same_with_a_cache(model, name)
 
 
+def generates_beside_a_decoder(name: str) -> None:
+    """An encoder that became shorter: inside the context, committed, and loaded."""
+    model, case = made(name), OTHERS[name]
+    require_same_with_a_cache(model, name)
+    with LayerSurgeon(model, case.path(model)) as surgeon:
+        surgeon.remove(case.removed)
+        require_same_with_a_cache(model, name)
+        surgeon.commit()
+    require_same_with_a_cache(model, name)
+    require_same_with_a_cache(saved_and_loaded(model, name), name)
+
+
 def silent_is_without_what_the_branch_adds(name: str) -> None:
     model = made(name)
     stack = find_stack(model, OTHERS[name].path(model))
@@ -139,6 +151,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "closed form": closed_form_repairs,
     "saved": committed_is_loaded,
     "cache": decodes_with_a_cache,
+    "generate": generates_beside_a_decoder,
     "silence": silent_is_without_what_the_branch_adds,
     "fold": folded_is_with_a_map_of_what_the_branch_adds,
 }
@@ -165,7 +178,8 @@ REFUSED: dict[str, dict[str, str]] = {
 
 def checks_of(name: str) -> list[str]:
     """The checks that say something of a case."""
-    return [check for check in CHECKS if check != "cache" or OTHERS[name].decodes]
+    asked = {"cache": OTHERS[name].decodes, "generate": OTHERS[name].encodes}
+    return [check for check in CHECKS if asked.get(check, True)]
 
 
 def require_restored(model: Any, name: str, before: Tensor, weights: dict[str, Tensor]) -> None:

@@ -11,8 +11,8 @@ from tests.architectures.examine import quiet
 from tests.architectures.other_checks import CHECKS, checks_of
 from tests.other_models import OTHERS, made
 
-COLUMNS = ("case", "class", "blocks at", "identity", "removal", "closed form", "save and load", "cache", "silence",
-           "fold", "why refused")  # fmt: skip
+COLUMNS = ("case", "class", "blocks at", "identity", "removal", "closed form", "save and load", "cache", "generate",
+           "silence", "fold", "why refused")  # fmt: skip
 
 
 @dataclass
@@ -67,7 +67,8 @@ def section(rows: Iterable[dict[str, Any]], version: str) -> list[str]:
         "vision transformers, encoders, encoders with decoders, towers and the text beside them, with tiny random "
         "weights. An identity put in changes nothing to the bit. A removal equals the same block bypassed, a splice "
         "the module in the block's place. The map that is fitted in closed form repairs what was removed. What is "
-        "committed comes back from a checkpoint. Decoding with a cache equals decoding without one. A branch that is "
+        "committed comes back from a checkpoint. Decoding with a cache equals decoding without one, also beside an "
+        "encoder that became shorter, is committed, and comes back (generate). A branch that is "
         "silenced equals one whose output is thrown away, a branch with a map folded in one whose output is "
         "multiplied by it. Everything is restored to the bit. "
         f"{len(faults)} are wrong anywhere; what is refused is refused with the reason given.",

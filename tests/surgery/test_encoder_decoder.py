@@ -1,0 +1,107 @@
+"""Encoders and decoders of different lengths generate as before: inside the context, committed, and loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from streamline_hooks import LayerSurgeon, UnsupportedSurgery, find_stack
+from streamline_hooks.testing.assertions.model_state import ModelState
+
+_T5 = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 4, "num_layers": 4, "num_decoder_layers": 4}
+_BART = {
+    "d_model": 16, "encoder_layers": 4, "decoder_layers": 4, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 32,
+}  # fmt: skip
+_SWITCH = {"num_sparse_encoder_layers": 4, "num_sparse_decoder_layers": 4, "num_experts": 2, "expert_capacity": 64}
+CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": ("T5", _T5), "mt5": ("MT5", _T5), "umt5": ("UMT5", _T5), "longt5": ("LongT5", _T5),
+    "switch": ("SwitchTransformers", {**_T5, **_SWITCH}), "bart": ("Bart", _BART), "pegasus": ("Pegasus", _BART),
+    "marian": ("Marian", {**_BART, "decoder_vocab_size": 48}),
+}  # fmt: skip
+_HEADS = {"bart": "ForConditionalGeneration", "marian": "MTModel"}
+IDS = torch.randint(3, 48, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def tiny(name: str, **changes: Any) -> Any:
+    prefix, settings = CLASSES[name]
+    special = {"vocab_size": 48, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    config = getattr(transformers, f"{prefix}Config")(**special, **{**settings, **changes})
+    torch.manual_seed(0)
+    return getattr(transformers, prefix + _HEADS.get(name, "ForConditionalGeneration"))(config).eval()
+
+
+def require_generation(model: Any, **given: Any) -> None:
+    """Raise unless greedy generation with a cache gives the logits of generation without one."""
+    asked = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": 1, "output_logits": True}
+    runs = [{"use_cache": True, **given}, {"use_cache": False}]
+    logits = [
+        torch.stack(model.generate(IDS, **asked, **run, return_dict_in_generate=True).logits) for run in runs
+    ]  # fmt: skip
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_one_side_becomes_shorter(name: str, side: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    require_generation(model)  # Switch keeps the precision of its last input
+    before = ModelState(model)
+    with LayerSurgeon(model, side) as surgeon:
+        surgeon.remove([1, 2])
+        require_generation(model)
+    assert before.changes() == []
+    with LayerSurgeon(model, side) as surgeon:
+        surgeon.remove([1, 2])
+        surgeon.commit()
+    require_generation(model)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    lengths = {each: len(find_stack(loaded, each)) for each in ("encoder", "decoder")}
+    assert lengths == {**dict.fromkeys(lengths, 4), side: 2}
+    require_generation(loaded)
+
+
+def test_both_sides_become_shorter_in_turn(tmp_path: Path) -> None:
+    """What sizes the cache follows the decoder, also in a model that was loaded in between."""
+    model = tiny("t5")
+    with LayerSurgeon(model, "encoder") as surgeon:
+        surgeon.remove([1, 2])
+        surgeon.commit()
+    model.save_pretrained(tmp_path / "first")
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "first").eval()
+    with LayerSurgeon(model, "decoder") as surgeon:
+        surgeon.remove([1])
+        surgeon.commit()
+    assert (model.config.num_layers, model.config.num_decoder_layers) == (2, 3)
+    assert model.config.get_text_config(decoder=True).num_hidden_layers == 3
+    model.save_pretrained(tmp_path / "second")
+    loaded = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "second").eval()
+    assert len(find_stack(loaded, "decoder")) == 3
+    require_generation(loaded)
+
+
+def test_a_static_cache_is_sized_by_the_decoder() -> None:
+    model = tiny("t5")
+    with LayerSurgeon(model, "encoder") as surgeon:
+        surgeon.remove([2])
+        require_generation(model, cache_implementation="static")
+
+
+def test_an_encoder_whose_count_cannot_be_told_from_the_decoders_is_refused() -> None:
+    """ProphetNet derives the size of the cache from the encoder and lets nobody set it."""
+    sizes = {f"num_{side}_layers": 4 for side in ("encoder", "decoder")}
+    sizes |= {f"num_{side}_attention_heads": 4 for side in ("encoder", "decoder")}
+    sizes |= {f"{side}_ffn_dim": 24 for side in ("encoder", "decoder")}
+    config = transformers.ProphetNetConfig(vocab_size=48, hidden_size=16, max_position_embeddings=32, **sizes)
+    model = transformers.ProphetNetForConditionalGeneration(config).eval()
+    before = ModelState(model)
+    with LayerSurgeon(model, "encoder") as surgeon:
+        assert [hazard.cause for hazard in surgeon.check([1])] == ["decoder-cache"]
+        with pytest.raises(UnsupportedSurgery, match="sizes the cache of the 4 decoder blocks"):
+            surgeon.remove([1])
+    assert before.changes() == []
