@@ -27,12 +27,12 @@ class BlockCall:
     @property
     def state(self) -> Tensor:
         """The state that entered."""
-        return read_input(self.args, self.kwargs)
+        return read_input(self.args, self.kwargs, self.block)
 
     def run(self, state: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         """Run the block's own forward, without its hooks, on another state and with other values of parameters."""
         # Some blocks work on the state in place, and some fill a cache that they were not to use.
-        args, kwargs = write_input(*copy.deepcopy((self.args, self.kwargs)), state.clone())
+        args, kwargs = write_input(*copy.deepcopy((self.args, self.kwargs)), state.clone(), self.block)
         named = {f"block.{name}": value for name, value in values.items()}
         return read_output(functional_call(_Bare(self.block), named, args, kwargs))
 

@@ -85,7 +85,7 @@ class _Reading:
 
     def enter(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         self.passed.clear()
-        self.before = read_input(args, kwargs).detach().clone()  # some blocks work on it in place
+        self.before = read_input(args, kwargs, block).detach().clone()  # some blocks work on it in place
         self.given = None if self.checked else copy.deepcopy((args, kwargs))
 
     def tap(self, tap: Tap, state: Tensor) -> None:

@@ -6,7 +6,9 @@ return a tensor. Whatever travels beside the state stays exactly where it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -16,16 +18,25 @@ from torch import Tensor, nn
 
 from streamline_hooks.errors import StreamlineError
 
+DECLARATION = "hidden_state_argument"
 _KEYWORDS = ("hidden_states", "hidden_state", "x", "input", "src", "inputs")
+# What first parameters are called that take the hidden state beside other tensors: torch's decoder, XLNet.
+_FIRST_PARAMETERS = frozenset({*_KEYWORDS, "tgt", "output_h"})
 
 
-def read_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def read_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], block: nn.Module | None = None) -> Tensor:
     """Read the hidden state from a block's call.
+
+    It is the first positional argument if that is a floating-point tensor, else one of the usual keywords. A block
+    that takes it elsewhere names the parameter, or its position, in an attribute ``hidden_state_argument`` of its
+    class or of the block itself.
 
     Parameters
     ----------
     args, kwargs
         What the block was called with.
+    block : torch.nn.Module, optional
+        The block. With it, a call that leaves open which argument is the hidden state is refused.
 
     Returns
     -------
@@ -35,21 +46,26 @@ def read_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     Raises
     ------
     StreamlineError
-        If no argument holds a state.
+        If no argument holds a state, or several may.
 
     Examples
     --------
     >>> import torch
     >>> read_input((torch.zeros(1, 2, 3), None), {}).shape
     torch.Size([1, 2, 3])
+    >>> class Conditioned(nn.Module):
+    ...     hidden_state_argument = "x"
+    ...
+    ...     def forward(self, cond, x): ...
+    >>> read_input((torch.zeros(1, 2, 3), torch.zeros(1, 5, 4)), {}, Conditioned()).shape
+    torch.Size([1, 5, 4])
     """
-    if args and _is_state(args[0]):
-        return args[0]
-    return kwargs[_keyword(args, kwargs)]
+    place = _place(args, kwargs, block)
+    return args[place] if isinstance(place, int) else kwargs[place]  # type: ignore[no-any-return]
 
 
 def write_input(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], state: Tensor
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], state: Tensor, block: nn.Module | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Put a hidden state in the place that `read_input` reads.
 
@@ -58,9 +74,29 @@ def write_input(
     args, kwargs
         New containers; everything else in them is the same object as before.
     """
-    if args and _is_state(args[0]):
-        return (state, *args[1:]), dict(kwargs)
-    return args, {**kwargs, _keyword(args, kwargs): state}
+    place = _place(args, kwargs, block)
+    if isinstance(place, int):
+        return (*args[:place], state, *args[place + 1 :]), dict(kwargs)
+    return args, {**kwargs, place: state}
+
+
+def possible_states(args: Sequence[Any], kwargs: Mapping[str, Any], like: Tensor) -> list[tuple[int | str, Tensor]]:
+    """The arguments of a block that may be its hidden state, by position or keyword.
+
+    Parameters
+    ----------
+    args, kwargs
+        What the block was called with.
+    like : torch.Tensor
+        The argument that is read as the state. Tensors of its shape count, and those of three dimensions:
+        (batch, tokens, features).
+    """
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    return [
+        (place, value)
+        for place, value in given
+        if _is_state(value) and (value.ndim == 3 or value.shape == like.shape)
+    ]
 
 
 def read_output(output: Any) -> Tensor:
@@ -193,15 +229,82 @@ def _is_state(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
 
 
+def _place(args: Sequence[Any], kwargs: Mapping[str, Any], block: nn.Module | None) -> int | str:
+    """The position or the keyword of the hidden state in a block's call."""
+    declared = getattr(block, DECLARATION, None)
+    if declared is not None:
+        return _declared_place(args, kwargs, block, declared)
+    if not (args and _is_state(args[0])):
+        return _keyword(args, kwargs)
+    if block is not None:
+        others = [place for place, _ in possible_states(args, kwargs, args[0]) if place != 0]
+        name = parameter_name(block, 0) if others else None
+        if name is not None and name not in _FIRST_PARAMETERS:
+            listed = ", ".join(repr(parameter_name(block, place)) for place in others)
+            raise StreamlineError(
+                f"{type(block).__name__} was called with several tensors that may be its hidden state: {name!r}, "
+                f"{listed}. {naming_remedy(block)}"
+            )
+    return 0
+
+
+def _declared_place(args: Sequence[Any], kwargs: Mapping[str, Any], block: Any, declared: Any) -> int | str:
+    names = _parameters(type(block).forward)
+    name = names[declared] if type(declared) is int and 0 <= declared < len(names) else declared
+    place = name if name in kwargs else names.index(name) if name in names else None
+    value = args[place] if isinstance(place, int) and place < len(args) else kwargs.get(str(name))
+    if place is None or not _is_state(value):
+        raise StreamlineError(
+            f"{type(block).__name__}.{DECLARATION} is {declared!r}, and the block was called with "
+            f"({_call(args, kwargs)}). Expected the name or the position of a parameter of its forward that is given a "
+            f"floating-point tensor with at least two dimensions, one of: {', '.join(names)}."
+        )
+    return place
+
+
+def parameter_name(block: nn.Module, place: int | str) -> str | None:
+    """The name of an argument of a block's forward; None if the forward does not name it (``*args``)."""
+    if isinstance(place, str):
+        return place
+    names = _parameters(type(block).forward)
+    return names[place] if place < len(names) else None
+
+
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of the parameters of a forward that take positional arguments, without ``self``."""
+    return _read_parameters(forward) if torch.compiler.is_compiling() else _cached_parameters(forward)
+
+
+def _read_parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = [*inspect.signature(forward).parameters.values()][1:]
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+
+
+_cached_parameters = functools.cache(_read_parameters)
+
+
+def naming_remedy(block: nn.Module, argument: int | str = "...") -> str:
+    """How to name the argument of a block that is its hidden state, for an error."""
+    kind = type(block).__name__
+    return (
+        f"Name the parameter that takes the hidden state: {kind}.{DECLARATION} = {argument!r} (on the class, or on "
+        "each block)."
+    )
+
+
 def _keyword(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     for name in _KEYWORDS:
         if _is_state(kwargs.get(name)):
             return name
-    given = ", ".join([*(_describe(a) for a in args), *(f"{k}={_describe(v)}" for k, v in kwargs.items())])
     raise StreamlineError(
-        f"A block was called with ({given}); expected its hidden state as the first positional argument or under "
-        f"one of the keywords {', '.join(_KEYWORDS)}."
+        f"A block was called with ({_call(args, kwargs)}); expected its hidden state as the first positional argument "
+        f"or under one of the keywords {', '.join(_KEYWORDS)}. Else name the parameter in an attribute "
+        f"{DECLARATION} of the block's class."
     )
+
+
+def _call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    return ", ".join([*(_describe(a) for a in args), *(f"{k}={_describe(v)}" for k, v in kwargs.items())])
 
 
 def _describe(value: Any) -> str:

@@ -230,7 +230,7 @@ def _run_in_vain(stack: BlockStack) -> set[int]:
 
 def _enter(states: Tensor) -> Callable[..., Any]:
     def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return write_input(args, kwargs, _fitting(states, read_input(args, kwargs)))
+        return write_input(args, kwargs, _fitting(states, read_input(args, kwargs, block)), block)
 
     return hook
 

@@ -20,6 +20,7 @@ from streamline_hooks.layouts import by_token
 from streamline_hooks.outermost_call import OutermostCall
 from streamline_hooks.read_hook import ReadHook
 from streamline_hooks.stack import find_stack
+from streamline_hooks.state_flow import StateFlow
 from streamline_hooks.wrapping import refuse_compiled, refuse_replicated
 
 
@@ -116,6 +117,7 @@ class HiddenStateRecorder:
         self._call = OutermostCall()
         self._handles: list[RemovableHandle] = []
         self._latest: tuple[Tensor, int | None, Tensor] | None = None
+        self._flow = StateFlow(self.stack)
         self._with_graph = False
 
     def __enter__(self) -> Self:
@@ -130,6 +132,7 @@ class HiddenStateRecorder:
             for module in self.stack.ancestors:
                 read = ReadHook(module, partial(self._read_mask, module))
                 self._handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
+            self._handles += self._flow.hooks(self.blocks)
             for k in self.blocks:
                 block = self.stack[k]
                 if self.inputs:
@@ -161,11 +164,13 @@ class HiddenStateRecorder:
         for kept in (*self.inputs.values(), *self.outputs.values()):
             kept.clear()
         self._latest = None
+        self._flow.forget()
 
     def _remove_hooks(self) -> None:
         while self._handles:
             self._handles.pop().remove()
         self._latest = None
+        self._flow.forget()
         self._attention_mask = None
 
     def _read_mask(self, watched: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -175,7 +180,7 @@ class HiddenStateRecorder:
         self._attention_mask = mask_of_call(watched, args, kwargs, self._attention_mask)
 
     def _read_input(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.inputs[k].append(self._keep(read_input(args, kwargs), self.stack[k]))
+        self.inputs[k].append(self._keep(read_input(args, kwargs, self.stack[k]), self.stack[k]))
         if self._stop and k == self.blocks[-1] and not self.outputs:
             raise ForwardStopped(_STOPPED)
 

@@ -227,9 +227,10 @@ class BlockwisePass:
         block = self.stack[k]
         entering: list[Tensor] = []
 
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            made = read_input(args, kwargs)
-            return write_input(args, kwargs, entering[0].to(device=made.device, dtype=made.dtype, copy=True))
+        def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            made = read_input(args, kwargs, block)
+            given = entering[0].to(device=made.device, dtype=made.dtype, copy=True)
+            return write_input(args, kwargs, given, block)
 
         with resident(block), LayerSurgeon(self.model, self.stack.path, probe=False) as surgeon:
             if k:

@@ -136,7 +136,7 @@ class _Watch:
 
         def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
             nonlocal visits
-            state = read_input(args, kwargs)
+            state = read_input(args, kwargs, block)
             self.state = padded(state).flatten(0, -2)
             self._entered = now()
             if not visits:

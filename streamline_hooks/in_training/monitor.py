@@ -262,7 +262,8 @@ class HiddenStateMonitor:
         if self._due and self._counting:
             with torch.no_grad():
                 # A copy: some blocks work on their input in place.
-                self._entered[k] = self._tokens_of(k, read_input(args, kwargs)).to(torch.float32, copy=True)
+                state = read_input(args, kwargs, self.stack[k])
+                self._entered[k] = self._tokens_of(k, state).to(torch.float32, copy=True)
 
     def _leave(self, k: int, args: tuple[Any, ...], output: Any) -> None:
         entering = self._entered[k] if self._due and self._counting else None
@@ -280,9 +281,9 @@ class HiddenStateMonitor:
     def _probe_input(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._probing():
             return None
-        state = read_input(args, kwargs)
+        state = read_input(args, kwargs, self.stack[k])
         probed = self._probes.enter(k, state)
-        return None if probed is state else write_input(args, kwargs, probed)
+        return None if probed is state else write_input(args, kwargs, probed, self.stack[k])
 
     def _probe_output(self, k: int, args: tuple[Any, ...], output: Any) -> Any:
         if not self._probing():

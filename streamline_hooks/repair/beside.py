@@ -144,7 +144,7 @@ def _calls_of(stack: BlockStack, asked: Sequence[Beside]) -> Iterator[_Calls]:
     def keep(k: int) -> Callable[..., None]:
         def hook(block: nn.Module, args: Any, kwargs: Any) -> None:
             # The state is recorded apart: a block may work on this one in place.
-            calls[k] = write_input(args, kwargs, torch.zeros(1, 1))
+            calls[k] = write_input(args, kwargs, torch.zeros(1, 1), block)
 
         return hook
 

@@ -75,7 +75,7 @@ def watch(stack: BlockStack, run: Callable[[], object]) -> Traffic:
     def enter(k: int) -> Callable[..., None]:
         def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.visits[k] = seen.visits.get(k, 0) + 1
-            state = read_input(args, kwargs)
+            state = read_input(args, kwargs, block)
             for tensor in _tensors([args, kwargs]):
                 if tensor is not state and left.get(id(tensor), k) != k:
                     seen.handed_on[left[id(tensor)]] = f"a tensor of shape {tuple(tensor.shape)}"

@@ -109,7 +109,7 @@ def answer(
     model: Any = stack.model
 
     def enter(block: nn.Module, args: Any, kwargs: Any) -> Any:
-        return write_input(args, kwargs, read_input(args, kwargs) * factor)
+        return write_input(args, kwargs, read_input(args, kwargs, block) * factor, block)
 
     def leave(block: nn.Module, args: Any, output: Any) -> Any:
         return write_output(output, read_output(output) * factor)

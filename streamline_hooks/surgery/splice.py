@@ -26,7 +26,8 @@ def run_before(
     block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook: the block's own computation receives the spliced modules' output."""
-    return write_input(args, kwargs, run_splices(block, BEFORE, read_input(args, kwargs)))
+    state = run_splices(block, BEFORE, read_input(args, kwargs, block))
+    return write_input(args, kwargs, state, block)
 
 
 def run_after(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
