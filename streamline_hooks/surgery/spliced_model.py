@@ -70,7 +70,7 @@ class StreamlinedConfig(PretrainedConfig):
             )
         config_base = CONFIG_MAPPING[base_type]
         config_class = streamlined_config_class(config_base)
-        _register_models(config_base, config_class, config_dict.get("architectures") or [])
+        _register_models(config_base, config_class)
         settings = {k: v for k, v in config_dict.items() if k not in ("model_type", "base_model_type")}
         return config_class.from_dict(settings, **kwargs)
 
@@ -94,7 +94,7 @@ class _ConfigWithSplices:
                 "LayerSurgeon on it."
             )
         if _can_stand_alone(self):
-            classes = _classes_for(base_class(type(self)), architectures)
+            classes = _classes_for(base_class(type(self)))
             self.auto_map = {"AutoConfig": f"{CODE}.StreamlinedConfig"} | {
                 auto.__name__: f"{CODE}.{_PREFIX}{base.__name__}" for auto, base in classes
             }
@@ -125,8 +125,9 @@ class _ModelWithSplices:
         lost = [key for key in info["missing_keys"] if {BEFORE, AFTER} & set(key.split("."))]
         if lost:
             raise StreamlineError(
-                f"The checkpoint lacks the weights of spliced modules that its configuration lists: {', '.join(lost)}. "
-                "It is damaged, or was written by something else than save_pretrained; write it again."
+                f"The checkpoint lacks the weights of spliced modules that its configuration lists, under the names "
+                f"that {base_class(cls).__name__} has for them: {', '.join(lost)}. It is damaged, or was saved from a "
+                "class that names its blocks otherwise. Save it again, or load it as the class that was saved."
             )
         _set_guard_axis(model, present=False)
         _fill_unsaved_buffers(model)
@@ -189,14 +190,14 @@ def base_class(cls: type[Any]) -> type[Any]:
     return cls
 
 
-def _register_models(config_base: type[Any], config_class: type[Any], architectures: list[str]) -> None:
-    """Let those Auto classes that know the architecture know its class with splices."""
-    for auto, base in _classes_for(config_base, architectures):
+def _register_models(config_base: type[Any], config_class: type[Any]) -> None:
+    """Register the classes with splices with every Auto class that knows the architecture."""
+    for auto, base in _classes_for(config_base):
         auto.register(config_class, streamlined_model_class(base, config_base), exist_ok=True)
 
 
-def _classes_for(config_base: type[Any], architectures: list[str]) -> Iterator[tuple[Any, type[Any]]]:
-    """The Auto classes that may load a model with splices, and the class without them that each would give."""
+def _classes_for(config_base: type[Any]) -> Iterator[tuple[Any, type[Any]]]:
+    """Yield the Auto classes that know an architecture, each with the class that it gives for the plain model."""
     from transformers.models.auto import modeling_auto  # every table of classes: a quarter of a second
 
     for auto in vars(modeling_auto).values():
@@ -204,8 +205,7 @@ def _classes_for(config_base: type[Any], architectures: list[str]) -> Iterator[t
         if mapping is None or config_base not in mapping:
             continue
         base = mapping[config_base]
-        usual = auto in (modeling_auto.AutoModel, modeling_auto.AutoModelForCausalLM)
-        if isinstance(base, type) and (usual or f"{_PREFIX}{base.__name__}" in architectures):
+        if isinstance(base, type):
             yield auto, base
 
 
@@ -365,8 +365,8 @@ def _block_of(model: Any, stack: str, entry: dict[str, Any]) -> nn.Module:
     if entry["place"] not in (BEFORE, AFTER) or not 0 <= entry["block"] < len(blocks):
         raise StreamlineError(
             f"config.json, streamline_hooks.splices: a module {entry['place']} block {entry['block']} of {stack!r}, "
-            f"which has {len(blocks)} blocks in this {type(model).__name__}. The file was changed since it was "
-            "written; save the model again."
+            f"which has {len(blocks)} blocks in this {type(model).__name__}. Either this class lacks that stack, or "
+            "the file was changed since it was written. Load the class that was saved, or save the model again."
         )
     return blocks[entry["block"]]
 
