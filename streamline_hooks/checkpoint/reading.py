@@ -107,8 +107,15 @@ def load(folder: str | Path, *, into: nn.Module | None = None, as_original: bool
             "as the original it would lose its repair. Load it without as_original, or compress the original again "
             "with a kind that leaves a plain model (none, block, silenced, merged, folded, scale)."
         )
+    if config.get("model_type") != MODEL_TYPE and _has_splices(config):
+        raise StreamlineError(
+            f"{where / CONFIG}: model_type is {config.get('model_type')!r} beside streamline_hooks.splices, which asks "
+            f"for {MODEL_TYPE!r}. The file was changed since it was written; restore it, or save the model again."
+        )
     try:
         model, info = _from_pretrained(where, **kwargs)
+    except StreamlineError:
+        raise
     except (RuntimeError, ValueError) as error:
         key = _mismatched(where, kwargs)
         if key is None:
@@ -198,10 +205,17 @@ def _auto_class(folder: Path, code: bool) -> Any:
     return usual
 
 
+def _has_splices(config: dict[str, Any]) -> bool:
+    said = config.get("streamline_hooks")
+    return "base_model_type" in config or bool(isinstance(said, dict) and said.get("splices"))
+
+
 def _mismatched(folder: Path, kwargs: dict[str, Any]) -> str | None:
     """A weight whose shape is not the model's, if that is what keeps it from being loaded."""
     try:
         _, info = _from_pretrained(folder, ignore_mismatched_sizes=True, **kwargs)
+    except StreamlineError:
+        raise
     except (RuntimeError, ValueError):
         return None
     found = sorted(entry[0] if isinstance(entry, tuple) else entry for entry in info.get("mismatched_keys") or ())

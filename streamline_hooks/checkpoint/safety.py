@@ -45,6 +45,12 @@ def check_folder(folder: Path, *, code: bool = False, described_by: str = CONFIG
     if not (folder / described_by).is_file():
         raise StreamlineError(f"{folder} holds no model: {described_by} is missing. Give a folder that `save` wrote.")
     config = read_json(folder / described_by)
+    auto_map = config.get("auto_map", {})
+    if not isinstance(auto_map, dict) or None in auto_map.values():
+        raise StreamlineError(
+            f"{folder / described_by}, auto_map: {auto_map!r} does not name a class for each entry. Delete the entry, "
+            "or save the model again."
+        )
     if code:
         _check_code(folder, config)
     if described_by == CONFIG:

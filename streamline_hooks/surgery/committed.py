@@ -75,7 +75,7 @@ def prepare_to_settle(
     elsewhere = _in_other_stacks(model, earlier, path)
     entries = [*splice_entries(now.blocks), *elsewhere]
     said = {
-        "format": FORMAT if elsewhere else 1,
+        "format": FORMAT if entries else 1,
         "stack": path,
         "splices": entries,
         "guard": _guard(model, now),

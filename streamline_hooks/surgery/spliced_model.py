@@ -2,14 +2,20 @@
 
 A model with splices gets a class of its own, derived from its architecture's, and so does its configuration: then
 ``model.save_pretrained`` itself, and with it a ``Trainer``, writes a checkpoint that loads through
-``AutoModelForCausalLM`` where this library is imported and fails loudly where it is not. Two things make it fail:
-the ``model_type`` is unknown without this library, and one weight (the guard, the final norm's) is stored with a
-leading axis of 1, so that loading with the architecture's own class raises on its size.
+``AutoModelForCausalLM`` where this library is imported and fails loudly where it is not. Three things make it fail:
+
+- the ``model_type`` is unknown without this library;
+- ``quantization_config`` in ``config.json`` has no ``quant_method``, which makes ``from_pretrained`` of every plain
+  class raise; the model's own settings, if any, are stored inside it;
+- one weight (the guard, the final norm's) is stored with a leading axis of 1, so that loading with the architecture's
+  own class raises on its size, unless ``ignore_mismatched_sizes=True``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,9 +34,11 @@ from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices, spliced
 
 MODEL_TYPE = "streamline_hooks"
 CODE = "modeling_streamline_hooks"
-FORMAT = 2  # that there are splices in several stacks; 1 where there are none
+FORMAT = 3  # 2 has no digest and no guard in quantization_config; 1 has splices in one stack only
 _PREFIX = "Streamlined"
+_WITH_DIGEST = 3
 _MARK = "has_guard_axis"
+_QUANTIZATION, _REQUIRES = "quantization_config", "requires"
 _guarded: ContextVar[bool] = ContextVar("guarded", default=False)
 
 
@@ -50,18 +58,8 @@ class StreamlinedConfig(PretrainedConfig):
         """
         from transformers import CONFIG_MAPPING
 
-        said = config_dict.get("streamline_hooks")
-        base_type = config_dict.get("base_model_type")
-        if not isinstance(said, dict) or base_type is None:
-            raise StreamlineError(
-                "This configuration has the model type 'streamline_hooks' but neither a plan nor a base_model_type; "
-                "it was not written by streamline_hooks. Load a folder that streamline_hooks saved."
-            )
-        if said.get("format", 0) > FORMAT:
-            raise StreamlineError(
-                f"This checkpoint has the format {said['format']}; this version of streamline_hooks reads up to "
-                f"{FORMAT}. Upgrade streamline_hooks."
-            )
+        base_type: Any = config_dict.get("base_model_type")
+        _check_description(config_dict.get("streamline_hooks"), base_type)
         if base_type not in CONFIG_MAPPING:
             raise StreamlineError(
                 f"This checkpoint is a compressed {base_type!r}, which the installed Transformers "
@@ -71,14 +69,42 @@ class StreamlinedConfig(PretrainedConfig):
         config_base = CONFIG_MAPPING[base_type]
         config_class = streamlined_config_class(config_base)
         _register_models(config_base, config_class)
-        settings = {k: v for k, v in config_dict.items() if k not in ("model_type", "base_model_type")}
-        return config_class.from_dict(settings, **kwargs)
+        return config_class.from_dict(config_dict, **kwargs)
 
 
 class _ConfigWithSplices:
     """What a configuration of a model with splices does differently: it is written under another type."""
 
     model_type: str
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a configuration from the content of ``config.json``.
+
+        Raises
+        ------
+        StreamlineError
+            If the content does not describe the splices as this library writes them.
+        """
+        said = config_dict.get("streamline_hooks")
+        _check_description(said, config_dict.get("base_model_type", cls.model_type))
+        settings = {k: v for k, v in config_dict.items() if k not in ("model_type", "base_model_type")}
+        settings["streamline_hooks"] = {**said, "format": FORMAT}  # type: ignore[dict-item]
+        if said["format"] >= _WITH_DIGEST:  # type: ignore[index]
+            guarded = settings.pop(_QUANTIZATION, None)
+            if not isinstance(guarded, dict) or guarded.get(_REQUIRES) != MODEL_TYPE:
+                raise _changed(f"{_QUANTIZATION} beside it is {guarded!r}, without {_REQUIRES}={MODEL_TYPE!r}")
+            settings |= {key: value for key, value in guarded.items() if key == _QUANTIZATION}
+        return super().from_dict(settings, **kwargs)  # type: ignore[misc]
+
+    def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
+        """Write ``config.json`` with what makes the plain classes refuse it, and with a digest of the splices."""
+        content = json.loads(self.to_json_string(use_diff=use_diff))  # type: ignore[attr-defined]
+        said = {**self.streamline_hooks, "format": FORMAT}  # type: ignore[attr-defined]
+        content["streamline_hooks"] = {**said, "digest": _digest(said, type(self).model_type)}
+        original = {_QUANTIZATION: content[_QUANTIZATION]} if content.get(_QUANTIZATION) else {}
+        content[_QUANTIZATION] = {_REQUIRES: MODEL_TYPE, **original}
+        Path(json_file_path).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         written: dict[str, Any] = super().to_dict()  # type: ignore[misc]
@@ -111,9 +137,18 @@ class _ModelWithSplices:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         said = config.streamline_hooks
+        changed = said.get("digest") not in (None, _digest(said, type(config).model_type))
         for entry in said["splices"]:
-            stack = entry.get("stack", said["stack"])
-            set_splices(_block_of(self, stack, entry), entry["place"], build_splices(entry))
+            block = _block_of(self, entry.get("stack", said["stack"]), entry)
+            try:
+                modules = build_splices(entry)
+            except (TypeError, RuntimeError) as error:
+                if changed:
+                    raise _changed(f"a replacement cannot be built from {entry['modules']} ({error})") from error
+                raise
+            set_splices(block, entry["place"], modules)
+        if changed:
+            raise _changed("the digest of its splices is not the stored one")
         self.register_load_state_dict_pre_hook(accept_guarded)  # type: ignore[attr-defined]
         if _guarded.get():
             _set_guard_axis(self, present=True)
@@ -123,12 +158,14 @@ class _ModelWithSplices:
         with _reading_a_guarded_checkpoint():
             model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         lost = [key for key in info["missing_keys"] if {BEFORE, AFTER} & set(key.split("."))]
+        _check_loading(model, info)
         if lost:
             raise StreamlineError(
                 f"The checkpoint lacks the weights of spliced modules that its configuration lists, under the names "
                 f"that {base_class(cls).__name__} has for them: {', '.join(lost)}. It is damaged, or was saved from a "
                 "class that names its blocks otherwise. Save it again, or load it as the class that was saved."
             )
+        model.config.streamline_hooks.pop("digest", None)  # it is of the file, and the modules may be changed
         _set_guard_axis(model, present=False)
         _fill_unsaved_buffers(model)
         return (model, info) if output_loading_info else model
@@ -150,6 +187,72 @@ class _ModelWithSplices:
         if guard in weights and weights[guard].ndim == self.get_parameter(guard).ndim:  # type: ignore[attr-defined]
             weights[guard] = weights[guard].unsqueeze(0)
         return super().save_pretrained(save_directory, *args, state_dict=weights, **kwargs)  # type: ignore[misc]
+
+
+_FIELDS: dict[str, type] = {"format": int, "stack": str, "guard": str, "splices": list}
+_FIELDS_OF_ENTRY: dict[str, type] = {"block": int, "place": str, "modules": list}
+_FIELDS_OF_MODULE: dict[str, type] = {"kind": str, "config": dict}
+
+
+def _check_description(said: Any, base_type: Any) -> None:
+    """Raise unless a configuration describes at least one splice, in a format that this version reads."""
+    if not isinstance(said, dict) or base_type is None:
+        raise StreamlineError(
+            "This configuration has the model type 'streamline_hooks' but neither a plan nor a base_model_type; "
+            "it was not written by streamline_hooks. Load a folder that streamline_hooks saved."
+        )
+    _check_fields(said, _FIELDS, "the entry")
+    if said["format"] > FORMAT:
+        raise StreamlineError(
+            f"This checkpoint has the format {said['format']}; this version of streamline_hooks reads up to "
+            f"{FORMAT}. Upgrade streamline_hooks."
+        )
+    if said["format"] >= _WITH_DIGEST:
+        _check_fields(said, {"digest": str}, "the entry")
+    elif said["format"] < 1 or "digest" in said:
+        raise _changed(f"'format' is {said['format']}")
+    if not said["splices"]:
+        raise _changed("'splices' is empty")
+    for number, entry in enumerate(said["splices"]):
+        where = f"splices[{number}]"
+        _check_fields(entry, _FIELDS_OF_ENTRY, where)
+        if not entry["modules"]:
+            raise _changed(f"'modules' of {where} is empty")
+        for position, module in enumerate(entry["modules"]):
+            _check_fields(module, _FIELDS_OF_MODULE, f"{where}.modules[{position}]")
+
+
+def _check_fields(held: Any, fields: dict[str, type], where: str) -> None:
+    for name, kind in fields.items():
+        value = held.get(name) if isinstance(held, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise _changed(f"{name!r} of {where} is {value!r}, not of the type {kind.__name__}")
+
+
+def _changed(what: str) -> StreamlineError:
+    return StreamlineError(
+        f"config.json, streamline_hooks: {what}. The file was changed since it was written, and the model would lose "
+        "its repair or be another one. Restore the file, or save the model again."
+    )
+
+
+def _digest(said: dict[str, Any], base_type: str) -> str:
+    """The digest of everything from which the splices are built."""
+    described = {name: said[name] for name in ("stack", "guard", "splices")}
+    text = json.dumps([base_type, described], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_loading(model: Any, info: dict[str, Any]) -> None:
+    """Raise if the configuration has no module for a stored splice, or a splice or the guard was not loaded."""
+    guard = own_path(model, model.config.streamline_hooks["guard"])
+    mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info.get("mismatched_keys") or ()]
+    wrong = [
+        *(key for key in info.get("unexpected_keys") or () if {BEFORE, AFTER} & set(key.split("."))),
+        *(key for key in mismatched if key == guard or {BEFORE, AFTER} & set(key.split("."))),
+    ]
+    if wrong:
+        raise _changed(f"the stored weight {min(wrong)} does not fit the model that it describes")
 
 
 _made: dict[Any, Any] = {}

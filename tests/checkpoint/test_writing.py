@@ -23,6 +23,13 @@ from tests.processes import in_a_new_process
 from tests.tiny_models import BLOCKS, FAMILIES, WIDTH, Nudge, left_padded, repaired, tiny_model, tokens
 
 
+def leave_the_guard_alone(folder: Path) -> None:
+    """Delete the entry of ``config.json`` by which plain classes refuse it before they look at any weight."""
+    content = json.loads((folder / "config.json").read_text())
+    del content["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(content))
+
+
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(tokens(2, 9)).logits
@@ -97,6 +104,11 @@ def test_an_explicit_class_refuses_a_spliced_checkpoint(family: str, tmp_path: P
     plain = type(model).__mro__[2]
     assert plain.__module__.startswith("transformers.")
     save(model, tmp_path / "model")
+    for cls in (plain, type(tiny_model(family).base_model)):
+        for ignore in (False, True):
+            with pytest.raises(ValueError, match="quant_method"):
+                cls.from_pretrained(tmp_path / "model", ignore_mismatched_sizes=ignore)
+    leave_the_guard_alone(tmp_path / "model")
     for cls in (plain, type(tiny_model(family).base_model)):
         with pytest.raises((RuntimeError, ValueError), match="mismatch|size"):
             cls.from_pretrained(tmp_path / "model")
@@ -295,7 +307,7 @@ def test_an_unknown_kind_a_later_format_and_a_foreign_config(tmp_path: Path) -> 
     with pytest.raises(StreamlineError, match="'cubic' is unknown. Known here: .*linear"):
         load(tmp_path / "model")
     changed(format=99)
-    with pytest.raises(StreamlineError, match="has the format 99; this version of streamline_hooks reads up to 2"):
+    with pytest.raises(StreamlineError, match="has the format 99; this version of streamline_hooks reads up to 3"):
         load(tmp_path / "model")
     path.write_text(json.dumps({"model_type": "streamline_hooks"}))
     with pytest.raises(StreamlineError, match="was not written by streamline_hooks"):
@@ -386,6 +398,7 @@ def test_the_guard_is_no_tied_weight(family: str, tmp_path: Path) -> None:
     save(model, tmp_path / "model")
     loaded = load(tmp_path / "model")
     assert torch.equal(logits(loaded), logits(model))
+    leave_the_guard_alone(tmp_path / "model")
     with pytest.raises((RuntimeError, ValueError), match="mismatch|size"):
         type(model).__mro__[2].from_pretrained(tmp_path / "model")
 

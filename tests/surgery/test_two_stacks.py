@@ -93,7 +93,7 @@ def test_the_first_stack_is_operated_on_again(tmp_path: Path) -> None:
     loaded = load(tmp_path / "saved")
     assert torch.equal(answer(loaded, "clip text"), expected)
     said = loaded.config.streamline_hooks
-    assert said["format"] == 2 and [(e.get("stack", said["stack"]), e["block"]) for e in said["splices"]] == [
+    assert said["format"] == 3 and [(e.get("stack", said["stack"]), e["block"]) for e in said["splices"]] == [
         (vision, 1),
         (vision, 1),  # behind it: the last block went
         (text, 2),
