@@ -160,6 +160,38 @@ def mask_of_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     return outer if laid_out else own
 
 
+def mask_beside_cache(mask: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Reduce the mask that ``generate`` lays out for a static cache to the tokens of one call.
+
+    A token is real if it attends to itself. Its own column is found by the number of tokens in the cache; a sliding
+    layer's cache holds the current tokens last once it is full.
+
+    Parameters
+    ----------
+    mask : torch.Tensor, dict or None
+        As `mask_of_call` returns it: (batch, 1, tokens, cache) or a dict with one such mask per kind of attention.
+    kwargs : mapping
+        The keyword arguments of the call, among them its cache.
+
+    Returns
+    -------
+    torch.Tensor, dict or None
+        Of shape (batch, tokens); the mask as it is if it has another layout, or the call has no cache.
+    """
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    masks = list(mask.values()) if isinstance(mask, dict) else [mask]
+    if not callable(getattr(cache, "get_seq_length", None)):
+        return mask
+    laid_out = next((each for each in masks if isinstance(each, Tensor) and each.ndim == 4), None)
+    if laid_out is None or laid_out.shape[-1] < laid_out.shape[-2]:
+        return mask
+    tokens, columns = laid_out.shape[-2:]
+    position = kwargs.get("cache_position")
+    seen = int(cache.get_seq_length() if position is None else position[0])  # type: ignore[union-attr]
+    allowed = laid_out == 0 if laid_out.is_floating_point() else laid_out.bool()
+    return allowed[:, 0].diagonal(min(seen, columns - tokens), dim1=-2, dim2=-1)
+
+
 def tokens_of(batch: Batch | Tensor) -> int:
     """The number of real tokens of a batch; of images and sounds, which have none, that of these."""
     mask = None if isinstance(batch, Tensor) else real_tokens(batch)

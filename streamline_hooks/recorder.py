@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
-from streamline_hooks.batch import mask_of_call, prepare
+from streamline_hooks.batch import mask_beside_cache, mask_of_call, prepare
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.hidden_state import nested_mask, padded, read_input, read_output, require_batch_first
 from streamline_hooks.layouts import by_token
@@ -177,7 +177,7 @@ class HiddenStateRecorder:
         if self._call.begins(watched):
             self._attention_mask = self._latest = None
         self._with_graph = torch.is_grad_enabled()  # of any of them: some losses call an inner one
-        self._attention_mask = mask_of_call(watched, args, kwargs, self._attention_mask)
+        self._attention_mask = mask_beside_cache(mask_of_call(watched, args, kwargs, self._attention_mask), kwargs)
 
     def _read_input(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.inputs[k].append(self._keep(read_input(args, kwargs, self.stack[k]), self.stack[k]))

@@ -336,3 +336,51 @@ def test_a_mask_of_something_else_is_refused() -> None:
         pytest.raises(StreamlineError, match=r"for states of \(1, 7\).*call is \(2, 4\), of something else"),
     ):
         record(input_ids=torch.ones(2, 4).long(), attention_mask=torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_generation_with_a_static_cache_records_what_a_dynamic_one_does(family: str, attention: str) -> None:
+    model: Any = tiny_model(family)
+    model.set_attn_implementation(attention)
+    batch = left_padded(2, 7)
+    for tokens_ in ("last", "real", "all"):
+        recorded = []
+        for options in ({}, {"cache_implementation": "static"}):
+            with HiddenStateRecorder(model, [0, -1], tokens=tokens_) as record:
+                model.generate(**batch, **options, max_new_tokens=6, do_sample=False, eos_token_id=None)
+            recorded.append(record)
+        dynamic, static = recorded
+        assert [len(static.outputs[k]) for k in static.blocks] == [6, 6]  # the prefill and five decoding steps
+        for k in static.blocks:
+            for ours, theirs in zip(static.outputs[k], dynamic.outputs[k], strict=True):
+                if tokens_ == "all" and ours.shape[1] > 1:
+                    ours, theirs = (state[batch["attention_mask"].bool()] for state in (ours, theirs))
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        if tokens_ == "real":
+            assert len(static.outputs[0][0]) == int(batch["attention_mask"].sum()) == 12
+
+
+def test_a_static_cache_in_use_and_a_second_prompt() -> None:
+    """A call of several tokens on a cache that holds some: the mask's columns begin before them."""
+    from transformers import StaticCache
+
+    model: Any = tiny_model("llama")
+    batch, recorded = left_padded(2, 7), []
+    for static in (False, True):
+        cache = StaticCache(config=model.config, max_cache_len=16) if static else None
+        out = model.generate(
+            **batch, past_key_values=cache, max_new_tokens=2, do_sample=False, eos_token_id=None,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        held = out.past_key_values  # of 8 tokens: the last one generated was not run
+        ids = torch.cat([out.sequences, tokens(2, 5, seed=4)], dim=1)
+        mask = torch.cat([batch["attention_mask"], torch.ones(2, 7, dtype=torch.long)], dim=1)
+        with HiddenStateRecorder(model, [-1], tokens="real") as record:
+            model.generate(
+                input_ids=ids, attention_mask=mask, past_key_values=held, max_new_tokens=1, do_sample=False,
+                eos_token_id=None,
+            )  # fmt: skip
+        recorded.append(record.outputs[BLOCKS - 1])
+    assert len(recorded[1][0]) == 2 * 6
+    torch.testing.assert_close(recorded[1], recorded[0], rtol=1e-4, atol=1e-4)
