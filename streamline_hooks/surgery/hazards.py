@@ -84,6 +84,18 @@ def find_numbering_hazards(stack: BlockStack, first: int) -> list[Hazard]:
     ]
 
 
+def find_insertion_hazards(stack: BlockStack, k: int) -> list[Hazard]:
+    """Find what changes when another block takes a slot before block k.
+
+    Parameters
+    ----------
+    stack : BlockStack
+    k : int
+        0 to the number of blocks.
+    """
+    return [*_displaced_position_bias(stack, k), *find_numbering_hazards(stack, k)]
+
+
 def position_bias_owners(stack: BlockStack) -> list[int]:
     """The blocks that hold the relative position bias of all; empty where each has its own, or none has any."""
     owners = [k for k, block in enumerate(stack.blocks) if any("relative_attention_bias" in n for n in _names(block))]
@@ -124,6 +136,17 @@ def _position_bias(stack: BlockStack, window: range) -> Iterator[Hazard]:
     if set(owners) & set(window):
         listed = ", ".join(map(str, owners))
         yield Hazard("position-bias", f"block {listed} owns the relative position bias that the other blocks use")
+
+
+def _displaced_position_bias(stack: BlockStack, k: int) -> Iterator[Hazard]:
+    """The first block computes the bias that the model hands to the others (T5): one before it would do so instead."""
+    owners = position_bias_owners(stack)
+    if owners and k <= owners[0]:
+        yield Hazard(
+            "position-bias",
+            f"block {owners[0]} computes the relative position bias that the other blocks use, and only the first "
+            "block of the stack can",
+        )
 
 
 def _per_layer_embeddings(stack: BlockStack, window: range) -> Iterator[Hazard]:

@@ -13,7 +13,7 @@ from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.surgery import committed
 from streamline_hooks.surgery.branch_surgery import BranchSurgery
 from streamline_hooks.surgery.edits import Edits
-from streamline_hooks.surgery.hazards import Hazard, find_dependents, find_hazards, find_numbering_hazards
+from streamline_hooks.surgery.hazards import Hazard, find_dependents, find_hazards, find_insertion_hazards
 from streamline_hooks.surgery.held_to_truth import against_truth
 from streamline_hooks.surgery.layout import require_module, window_of
 from streamline_hooks.surgery.plain_module import record_surgery
@@ -195,7 +195,7 @@ class LayerSurgeon(BranchSurgery):
         Raises
         ------
         UnsupportedSurgery
-            If a block that takes a slot would change blocks that depend on their number.
+            If a block that takes a slot would change blocks that depend on their number or on the first block.
         StreamlineError
             If k is out of range, or inside a window that is gone.
         """
@@ -207,7 +207,7 @@ class LayerSurgeon(BranchSurgery):
             )
         require_module(module)
         if self._layout.takes_slot(module):
-            hazards = find_numbering_hazards(self.stack, k)
+            hazards = find_insertion_hazards(self.stack, k)
             self._refuse(f"Nothing can take a slot before block {k}", hazards, despite_hazards)
         layout = self._layout.copy()
         module = layout.unshared(module)

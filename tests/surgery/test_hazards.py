@@ -153,9 +153,13 @@ def test_watching_a_forward_leaves_no_trace() -> None:
     assert not before.changes()
 
 
-def test_the_owner_of_the_position_bias() -> None:
+def _tiny_t5() -> T5ForConditionalGeneration:
     config = T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=4, num_decoder_layers=4, num_heads=4)
-    model = T5ForConditionalGeneration(config)
+    return T5ForConditionalGeneration(config)
+
+
+def test_the_owner_of_the_position_bias() -> None:
+    model = _tiny_t5()
     with LayerSurgeon(model, stack="encoder.block") as surgeon:
         with pytest.raises(
             UnsupportedSurgery, match="block 0 owns the relative position bias that the other blocks use"
@@ -197,3 +201,18 @@ def test_a_model_that_cannot_be_probed_says_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(model, "forward", refuse)
     with LayerSurgeon(model) as surgeon, pytest.warns(UserWarning, match=r"not held against .*ValueError: pixels are"):
         surgeon.remove([1])
+
+
+@pytest.mark.parametrize("path", ["encoder.block", "decoder.block"])
+def test_no_block_takes_the_slot_before_the_one_that_computes_the_position_bias(path: str) -> None:
+    """Even one that adds nothing would change the logits: the other blocks would get its bias, which is zero."""
+    model = _tiny_t5()
+    before = ModelState(model)
+    with LayerSurgeon(model, stack=path) as surgeon:
+        block = copy.deepcopy(surgeon.stack[1])
+        with pytest.raises(UnsupportedSurgery, match=r"before block 0.*relative position bias.*despite_hazards=True"):
+            surgeon.insert(0, block)
+        surgeon.insert(0, torch.nn.Identity())  # takes no slot
+        surgeon.insert(1, block)
+        assert [slot.source for slot in surgeon.plan.slots][:2] == [0, None]
+    assert before.changes() == []
