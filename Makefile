@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
-.PHONY: help demo test coverage oldest engines lint architectures mutation bench bench-scale bench-tasks quality quality-generation setup clean distclean FORCE
+.PHONY: help demo test coverage oldest engines lint architectures mutation state-machine bench bench-scale bench-tasks quality quality-generation setup clean distclean FORCE
 
 help: ## Show this list
 	@echo "make TARGET, where TARGET is one of"
@@ -90,6 +90,14 @@ ROWS ?=
 
 architectures: $(VENV)/.stamp-test ## Examine every model and write docs/architectures.md (ROWS=others: its second table)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.architectures.matrix $(ROWS)
+
+# Goes on where it stopped. A second process at the same time: PART=1/2 in a file of its own.
+STEPS ?= 100000
+PART ?= 0/1
+
+state-machine: $(VENV)/.stamp-test ## Operate on small models at random and compare everything after each step
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.state_machine.run --steps $(STEPS) --part $(PART) \
+		--file build/state_machine_$(subst /,_of_,$(PART)).json
 
 # In the order in which they build on each other; choice and certainty go on where they stopped.
 BENCHMARKS := ranking_cost ranking_memory ranking_growth choice_exhaustive choice certainty compress_smollm2 latency evaluate_smollm2
