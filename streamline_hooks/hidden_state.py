@@ -93,9 +93,7 @@ def possible_states(args: Sequence[Any], kwargs: Mapping[str, Any], like: Tensor
     """
     given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     return [
-        (place, value)
-        for place, value in given
-        if _is_state(value) and (value.ndim == 3 or value.shape == like.shape)
+        (place, value) for place, value in given if _is_state(value) and (value.ndim == 3 or value.shape == like.shape)
     ]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
+from streamline_hooks.core.files import atomic_file
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.passes import progress
 
@@ -92,10 +93,9 @@ def _is_description(name: str) -> bool:
 
 
 def _write(folder: Path, digests: Mapping[str, str]) -> None:
-    """Write the file of checksums, which takes the place of an earlier one at the end."""
-    beside = folder / f".{FILE}.writing"
-    beside.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())), encoding="utf-8")
-    beside.replace(folder / FILE)
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    with atomic_file(folder / FILE) as new:
+        new.write_text(lines, encoding="utf-8")
 
 
 def _digests(folder: Path, names: Iterable[str]) -> dict[str, str]:

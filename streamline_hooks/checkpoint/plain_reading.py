@@ -22,7 +22,8 @@ from streamline_hooks.checkpoint.settings import Settings, below, difference, fr
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery import LayerSurgeon, SurgeryPlan
-from streamline_hooks.surgery.plain_module import PLAIN_FORMAT, RECORD, Composed, composed
+from streamline_hooks.surgery.edits import RECORD
+from streamline_hooks.surgery.plain_module import PLAIN_FORMAT, Composed, composed
 from streamline_hooks.surgery.renumber import find_index_attributes
 from streamline_hooks.surgery.replay import replay
 from streamline_hooks.surgery.splice import AFTER, BEFORE
