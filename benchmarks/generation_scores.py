@@ -129,9 +129,9 @@ class Generation:
             JSON values. ``key`` names what was asked: only rows of one key are comparable, see
             `benchmarks.generation_numbers`.
         """
-        return self._row(model, self._original["key"], self._reference)[0]
+        return self.measure_row(model, self._original["key"], self._reference)[0]
 
-    def _row(
+    def measure_row(
         self, model: nn.Module, key: str, reference: Mapping[str, list[Written]] | None
     ) -> tuple[dict[str, Any], dict[str, list[Written]]]:
         seconds: dict[str, float] = {}
@@ -254,7 +254,7 @@ class Generation:
         known = json.loads(cache.read_text()) if cache.exists() else {}
         key = digest(json.dumps(settings))
         if key not in known:
-            row, written = self._row(original, key, None)
+            row, written = self.measure_row(original, key, None)
             known[key] = {
                 "settings": settings,
                 "row": row,

@@ -92,7 +92,7 @@ def load_dinov2() -> Any:
             image_size=side,
         )
         model = Dinov2Model(config)
-        model.load_state_dict(_named_for(model, weights), strict=True)
+        model.load_state_dict(named_for(model, weights), strict=True)
     except (KeyError, RuntimeError) as error:
         raise StreamlineError(
             f"{path} does not hold the DINOv2 that was expected: {str(error).splitlines()[0]} Install the version "
@@ -159,7 +159,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _named_for(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def named_for(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights by the names that the installed Transformers has, and the mask's, which is not in the file."""
     wanted = model.state_dict()
     named = {"embeddings.mask_token": torch.zeros_like(wanted["embeddings.mask_token"])}

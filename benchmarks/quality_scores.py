@@ -151,7 +151,7 @@ class Quality:
             "kl_by_domain": {name: alike.kl for name, alike in agreed.items()},
             "tokens": whole.tokens,
             **self._answers(scores),
-            **self._retained(scores),
+            **self.retained_scores(scores),
             "seconds": seconds,
         }
 
@@ -168,7 +168,7 @@ class Quality:
             "right": scores.right,
         }
 
-    def _retained(self, scores: Scores) -> dict[str, Any]:
+    def retained_scores(self, scores: Scores) -> dict[str, Any]:
         """What is retained above chance; the error by linearisation, each question's x − r·x₀ being its part."""
         found: dict[str, float] = {}
         variance = 0.0

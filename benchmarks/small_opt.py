@@ -161,7 +161,7 @@ class Training:
             bar.update(self.step * tokens)
             while self.step < until:
                 started = time.monotonic()
-                self.losses.append(self._learn(self._batch(self.step)))
+                self.losses.append(self._learn(self.batch_of_step(self.step)))
                 if not math.isfinite(self.losses[-1]):
                     raise SystemExit(f"The loss of step {self.step} is {self.losses[-1]}; try a lower rate.")
                 self.step += 1
@@ -197,7 +197,7 @@ class Training:
         self.optimizer.load_state_dict(content["optimizer"])
         self.step, self.seconds, self.losses = content["step"], content["seconds"], content["losses"]
 
-    def _batch(self, step: int) -> Tensor:
+    def batch_of_step(self, step: int) -> Tensor:
         """The sequences of a step: all of them in a seeded order, then in another one."""
         places = range(step * self.recipe.batch, (step + 1) * self.recipe.batch)
         return torch.stack(

@@ -161,7 +161,7 @@ class Training:
             bar.update(self.step * self.recipe.batch)
             while self.step < until:
                 started = time.monotonic()
-                self.losses.append(self._learn(*self._batch(self.step)))
+                self.losses.append(self._learn(*self.batch_of_step(self.step)))
                 if not math.isfinite(self.losses[-1]):
                     raise SystemExit(f"The loss of step {self.step} is {self.losses[-1]}; try a lower rate.")
                 self.step += 1
@@ -198,7 +198,7 @@ class Training:
             optimizer.load_state_dict(state)
         self.step, self.seconds, self.losses = content["step"], content["seconds"], content["losses"]
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+    def batch_of_step(self, step: int) -> tuple[Tensor, Tensor]:
         """The images of a step, changed, and their labels: each image once an epoch, but for what fills no batch."""
         epoch, place = divmod(step, self.steps // self.recipe.epochs)
         order = torch.randperm(len(self.images), generator=self._generator(0, epoch))

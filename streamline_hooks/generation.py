@@ -126,7 +126,7 @@ def written_on(
             watched = {"stopping_criteria": StoppingCriteriaList(watching)} if watching else {}
             rows = model.generate(
                 **{name: value.repeat_interleave(copies, dim=0) for name, value in given.items()},
-                **_begun(model, given, copies),
+                **shared_prefill(model, given, copies),
                 **chosen,
                 **watched,
                 eos_token_id=sorted(ends) or None,
@@ -151,7 +151,7 @@ def _run_together(model: Any, prompts: Sequence[Sequence[int]], samples: int, pa
 
     All; or those of one length alone, where padding has a part in the answer; or each text alone.
     """
-    if len(prompts) * samples > 1 and (reason := _heeds_company(model, max(prompts, key=len), pad)):
+    if len(prompts) * samples > 1 and (reason := batch_dependence(model, max(prompts, key=len), pad)):
         warnings.warn(
             f"{len(prompts) * samples} texts are written one at a time: beside another, this {type(model).__name__} "
             f"{reason}.",
@@ -161,7 +161,7 @@ def _run_together(model: Any, prompts: Sequence[Sequence[int]], samples: int, pa
     by_length: dict[int, list[int]] = {}
     for k, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(k)
-    if len(by_length) < 2 or not (reason := _heeds_padding(model, prompts, pad)):
+    if len(by_length) < 2 or not (reason := padding_dependence(model, prompts, pad)):
         return [(list(range(len(prompts))), samples)]
     warnings.warn(
         f"Prompts of {len(by_length)} lengths are written on apart: behind padding, this {type(model).__name__} "
@@ -171,7 +171,7 @@ def _run_together(model: Any, prompts: Sequence[Sequence[int]], samples: int, pa
     return [(alike, samples) for alike in by_length.values()]
 
 
-def _heeds_company(model: Any, prompt: Sequence[int], pad: int) -> str:
+def batch_dependence(model: Any, prompt: Sequence[int], pad: int) -> str:
     """What goes wrong with a second token where a prompt stands beside itself; empty where nothing does.
 
     Asked of those models alone that go on from something else than a cache of keys and values: RWKV's of Transformers
@@ -194,7 +194,7 @@ def _heeds_company(model: Any, prompt: Sequence[int], pad: int) -> str:
     return "" if same else "says something else"
 
 
-def _heeds_padding(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> str:
+def padding_dependence(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> str:
     """What goes wrong with the shortest prompt when it is padded to the longest; empty where nothing does.
 
     Tried in the precision of the weights, whatever autocast is on, so that as little as may be is rounding.
@@ -218,7 +218,7 @@ def cache_argument(model: nn.Module) -> str | None:
     return next((name for name in ("cache", "past_key_values") if name in taken), None)
 
 
-def _begun(model: Any, prompts: Mapping[str, Tensor], samples: int) -> dict[str, Any]:
+def shared_prefill(model: Any, prompts: Mapping[str, Tensor], samples: int) -> dict[str, Any]:
     """The keys and values of all of a prompt but its last token, run once and there for each of its samples.
 
     Empty where there is one sample, where something else is kept than keys and values, such as a state of a

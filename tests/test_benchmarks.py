@@ -183,7 +183,7 @@ def test_what_is_retained(data: Path, tokenizer: Any, original: nn.Module) -> No
     quality.scores = Scores({}, {"a": "1" * 60 + "0" * 40, "b": "1" * 70 + "0" * 30, "c": "1" * 59 + "0" * 41})
     assert quality.counted == ["a", "b"]  # c is 0.09 above chance, and two standard errors are 0.099
     mine = Scores({}, {"a": "1" * 50 + "0" * 50, "b": "0" * 45 + "1" * 55, "c": "1" * 100})
-    got = quality._retained(mine)
+    got = quality.retained_scores(mine)
     assert got["retained"] == {"a": pytest.approx(0.25 / 0.35), "b": pytest.approx(0.05 / 0.2)}
     assert got["mean_retained"] == pytest.approx((0.25 / 0.35 + 0.05 / 0.2) / 2)
     random = np.random.default_rng(0)
@@ -292,7 +292,7 @@ def test_training_goes_on_where_it_was_stopped(documents: list[str], tokenizer: 
 def test_an_epoch_has_each_sequence_once(documents: list[str], tokenizer: Any, tmp_path: Path) -> None:
     training = Training(TINY, stream_of(documents, tokenizer, 0), tmp_path / "x.pt")
     count = len(training.sequences) // TINY.batch * TINY.batch
-    seen = torch.cat([training._batch(step) for step in range(count // TINY.batch)])
+    seen = torch.cat([training.batch_of_step(step) for step in range(count // TINY.batch)])
     assert len(seen.unique(dim=0)) == count > 10
 
 

@@ -64,5 +64,7 @@ def test_as_many_tokens_are_run_as_are_told(
 
 def test_a_selection_of_several_windows_is_measured_whole() -> None:
     windows = (range(4, 6), range(8, 10))
-    assert training_plan_here._scoring(A_BLOCK, windows, whole=True) == 12 + 4 * 8 + 8
-    assert training_plan_here._scoring(A_BLOCK, windows, whole=False) == 12 + 4 * 4 + 8  # from the first window on
+    assert training_plan_here.scoring_passes(A_BLOCK, windows, whole=True) == 12 + 4 * 8 + 8
+    assert (
+        training_plan_here.scoring_passes(A_BLOCK, windows, whole=False) == 12 + 4 * 4 + 8
+    )  # from the first window on

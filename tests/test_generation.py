@@ -64,7 +64,7 @@ def test_prompts_of_one_length_alone_are_run_together_where_padding_is_heeded(ki
     assert found == [written_on(model, None, [prompt], new_tokens=8)[0] for prompt in prompts]
     assert sorted(set(told)) == [1, 2]
     with pytest.MonkeyPatch.context() as patch:  # the planted fault
-        patch.setattr(generation, "_heeds_padding", lambda *given: "")
+        patch.setattr(generation, "padding_dependence", lambda *given: "")
         assert written_on(model, None, prompts, new_tokens=8) != found
 
 
@@ -83,7 +83,7 @@ def test_each_text_is_written_alone_where_company_is_heeded() -> None:
         assert written_on(model, None, prompts[:1], new_tokens=8, samples=2, sampling=nearly) == [expected[:1] * 2]
     assert written_on(model, None, prompts[:1], new_tokens=8) == [expected[:1]]  # and nothing is said
     with pytest.MonkeyPatch.context() as patch:  # the planted fault
-        patch.setattr(generation, "_heeds_company", lambda *given: "")
+        patch.setattr(generation, "batch_dependence", lambda *given: "")
         assert written_on(model, None, prompts, new_tokens=8) != [[one] for one in expected]
 
 
@@ -138,7 +138,7 @@ def test_a_prompt_is_run_once_for_all_of_its_samples(family: str, monkeypatch: p
     model: Any = repaired("llama", dtype=torch.float64) if family == "repaired" else tiny_model(family, torch.float64)
     found, shapes = _sampled(model)
     assert shapes[:4] == [(2, 5), (2, 1), (2, 6), (3, 5)] and set(shapes[4:]) == {(9, 1)}
-    monkeypatch.setattr(generation, "_begun", lambda *_: {})
+    monkeypatch.setattr(generation, "shared_prefill", lambda *_: {})
     assert _sampled(model)[0] == found
 
 
@@ -177,7 +177,7 @@ def test_positions_are_those_that_it_would_write_on_at(
     """A model that is not told them may number them otherwise, as RoBERTa does where nothing is padded."""
     model = tiny(kind, vocabulary=VOCABULARY)
     found, _ = _sampled(model, prompts)
-    monkeypatch.setattr(generation, "_begun", lambda *_: {})
+    monkeypatch.setattr(generation, "shared_prefill", lambda *_: {})
     assert _sampled(model, prompts)[0] == found
 
 
@@ -199,9 +199,9 @@ def test_prompts_are_run_for_each_sample_where_more_than_keys_and_values_is_kept
         pytest.skip(str(error))
     found, shapes = _sampled(model)
     # Before Transformers 5 padding has a part in the answer of git, and without any its keys and values are enough.
-    apart = bool(generation._heeds_padding(model, [*PROMPTS[::2], [7, 8]], pad=2))
+    apart = bool(generation.padding_dependence(model, [*PROMPTS[::2], [7, 8]], pad=2))
     assert ((9, 6) in shapes) is not apart and (kind == "git" or not apart)
-    monkeypatch.setattr(generation, "_begun", lambda *_: {})
+    monkeypatch.setattr(generation, "shared_prefill", lambda *_: {})
     assert _sampled(model)[0] == found
 
 

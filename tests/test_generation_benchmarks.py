@@ -79,8 +79,8 @@ def shorter(original: nn.Module) -> nn.Module:
 
 def test_a_row(data: Path, tokenizer: Any, original: nn.Module, monkeypatch: Any) -> None:
     cache, made = data / "cache.json", []
-    row_of = Generation._row
-    monkeypatch.setattr(Generation, "_row", lambda self, *given: made.append(given) or row_of(self, *given))
+    row_of = Generation.measure_row
+    monkeypatch.setattr(Generation, "measure_row", lambda self, *given: made.append(given) or row_of(self, *given))
 
     def generation(model: nn.Module = original, **options: Any) -> Generation:
         return Generation(model, tokenizer, data, **{"counts": FEW, "difficulty": EASY, "cache": cache, **options})

@@ -133,7 +133,7 @@ def test_training_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
 @muon
 def test_an_epoch_has_each_image_once(tmp_path: Path) -> None:
     training = Training(TINY, drawn(32), torch.arange(32), tmp_path / "x.pt")
-    epochs = [torch.cat([training._batch(4 * epoch + k)[1] for k in range(4)]) for epoch in range(2)]
+    epochs = [torch.cat([training.batch_of_step(4 * epoch + k)[1] for k in range(4)]) for epoch in range(2)]
     assert [sorted(epoch.tolist()) for epoch in epochs] == [list(range(32))] * 2
     assert not torch.equal(*epochs)
 
@@ -217,7 +217,7 @@ def test_names_of_both_versions_of_transformers(monkeypatch: pytest.MonkeyPatch)
         old[name] = weight
     assert any("attention.attention.query" in name for name in old)
     del old["embeddings.mask_token"]
-    named = pretrained_encoders._named_for(model, old)
+    named = pretrained_encoders.named_for(model, old)
     assert set(named) == set(model.state_dict())
     assert all(torch.equal(named[n], w) for n, w in model.state_dict().items() if n != "embeddings.mask_token")
 

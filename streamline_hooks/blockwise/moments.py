@@ -89,7 +89,7 @@ def measure_moments(
                     one.update(states.read(window.start, number), states.read(place, number), mask)
                 sums[window] = one
                 if file is not None:
-                    _save(one, file)
+                    save_sums(one, file)
             waiting = {w.start for w in windows if w.stop > place}
             for earlier in set(range(place)) - waiting:
                 states.drop(earlier)
@@ -97,7 +97,8 @@ def measure_moments(
     return [sums[window] for window in windows]
 
 
-def _save(sums: WindowMoments, file: Path) -> None:
+def save_sums(sums: WindowMoments, file: Path) -> None:
+    """Write the sums of a window to a file."""
     kept = sums.state_dict()
     write_file(file, {name: kept.pop(name).cpu() for name in ("xx", "xd")}, kept)
 

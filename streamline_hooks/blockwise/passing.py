@@ -140,7 +140,7 @@ class BlockwisePass:
         self._enter(write=reached is None)
         outside.restore()
         if reached is None:
-            reached = self._advance(0)
+            reached = self.advance(0)
         made = truth[reached] if truth else None
         real = token_mask(truth[0], real_tokens(probe)).cpu() if truth else torch.empty(0)
         costs = [stored_bytes(block) for block in self.stack.blocks[: self.stop]]
@@ -161,7 +161,7 @@ class BlockwisePass:
                         self._store.keep(k + 1, number, state)
                         bar.update(costs[k] * (done + 1) // len(going) - costs[k] * done // len(going))
                 outside.restore()
-                yield self._advance(k + 1)
+                yield self.advance(k + 1)
 
     def read(self, place: int, batch: int) -> Tensor:
         """The states of a batch at a place, of shape (batch, tokens, features), not to be changed."""
@@ -261,7 +261,8 @@ class BlockwisePass:
                 "not-run",
             ) from error
 
-    def _advance(self, place: int) -> int:
+    def advance(self, place: int) -> int:
+        """Note that a boundary was reached, and return it."""
         if self._journal is not None:
             self._journal.advance(place)
         return place

@@ -26,7 +26,7 @@ JSONL_SUFFIXES = tuple(_JSONL + packed for packed in ("", *_COMPRESSED))
 SUFFIXES = (PARQUET, *JSONL_SUFFIXES, *(_TEXT + packed for packed in ("", *_COMPRESSED)))
 """How the names of files end that are read in a folder."""
 
-_AT_ONCE = 1 << 18  # bytes
+CHARACTERS_AT_ONCE = 1 << 18  # bytes
 _ROWS_AT_ONCE = 64
 
 
@@ -197,7 +197,7 @@ def opened_parquet(path: Path) -> Iterator[Any]:
     """
     pyarrow, parquet = imported("pyarrow", path), imported("pyarrow.parquet", path)
     try:
-        with parquet.ParquetFile(path, buffer_size=_AT_ONCE, pre_buffer=False) as file:  # it would hold all
+        with parquet.ParquetFile(path, buffer_size=CHARACTERS_AT_ONCE, pre_buffer=False) as file:  # it would hold all
             yield file
     except (pyarrow.ArrowException, OSError) as error:
         raise StreamlineError(
@@ -246,7 +246,7 @@ def _bytes(path: Path) -> Iterator[bytes]:
         with _opened(path, suffix) as file:
             chunk = b"."
             while chunk:
-                chunk = file.read(_AT_ONCE)
+                chunk = file.read(CHARACTERS_AT_ONCE)
                 yield chunk
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         if not suffix:

@@ -117,7 +117,7 @@ def read_images(
             f"{count:,} images were asked for, and there are {total:,}. Expected 1 to {total:,}. Give more images, or "
             "ask for fewer."
         )
-    drawn = range(total) if count is None else _spread(total, count, seed)
+    drawn = range(total) if count is None else spread_indices(total, count, seed)
     taken: list[tuple[Picture, int | None]] = []
     for shelf, (start, end) in zip(shelves, pairwise(accumulate((s.size for s in shelves), initial=0)), strict=True):
         numbers = [number - start for number in drawn if start <= number < end]
@@ -137,7 +137,7 @@ def read_images(
     return Images(pictures, tuple(label for _, label in taken if label is not None), names)
 
 
-def _spread(total: int, count: int, seed: int) -> list[int]:
+def spread_indices(total: int, count: int, seed: int) -> list[int]:
     """One number of each of so many stretches."""
     draw = random.Random(seed)
     return [draw.randrange(part * total // count, (part + 1) * total // count) for part in range(count)]

@@ -79,7 +79,7 @@ class Packer:
     def _row(self) -> Row:
         first, *others = self._pieces
         gap = self.length - len(first)
-        chosen = _filling([len(piece) for piece in others], gap)
+        chosen = fill_sequence([len(piece) for piece in others], gap)
         row = [first, *(others[i] for i in chosen)]
         taken = set(chosen)
         self._pieces = [piece for i, piece in enumerate(others) if i not in taken]
@@ -95,7 +95,7 @@ class Packer:
         return row
 
 
-def _filling(lengths: Sequence[int], gap: int) -> list[int]:
+def fill_sequence(lengths: Sequence[int], gap: int) -> list[int]:
     """Say which pieces fill a gap best, the first ones where several would do; none of the others fits in the rest."""
     within = (1 << gap + 1) - 1
     reached = [1]  # by the pieces from some one on: bit n says whether some of them have n tokens together

@@ -126,8 +126,8 @@ def self_generated(
                     store.append(_write(model, tokenizer, asked, sequence_length, sampling, conversation))
             before = len(usable)
             written += store.batches[number]
-            usable += _usable(store.batches[number], tokenizer, copies, conversation)
-            kept = _best(usable, keep_fraction)
+            usable += usable_texts(store.batches[number], tokenizer, copies, conversation)
+            kept = best_texts(usable, keep_fraction)
             total = sum(text.conversation_tokens if conversation else text.tokens for text in kept)
             bar.update(min(total, tokens) - bar.n)
             if known:
@@ -291,7 +291,7 @@ def _judged(
     )
 
 
-def _usable(
+def usable_texts(
     texts: Sequence[GeneratedText], tokenizer: PreTrainedTokenizerBase, copies: NearCopies, conversation: bool
 ) -> list[GeneratedText]:
     """Leave out what is short, repeats itself, is a near-copy of an earlier text, or has no conversation to it."""
@@ -305,7 +305,7 @@ def _usable(
     ]
 
 
-def _best(texts: Sequence[GeneratedText], fraction: float) -> list[GeneratedText]:
+def best_texts(texts: Sequence[GeneratedText], fraction: float) -> list[GeneratedText]:
     """Keep a fraction of lowest perplexity, in the order given."""
     ranked = sorted(range(len(texts)), key=lambda i: texts[i].perplexity)
     return [texts[i] for i in sorted(ranked[: math.ceil(fraction * len(texts))])]

@@ -11,7 +11,7 @@ from typing import Any
 
 from streamline_hooks.distributed.processes import here
 
-_ONE_PRESS = 5.0  # seconds: a terminal and a launcher may both pass the same Ctrl-C on
+SECONDS_OF_ONE_PRESS = 5.0  # seconds: a terminal and a launcher may both pass the same Ctrl-C on
 
 
 class Interrupts:
@@ -23,7 +23,7 @@ class Interrupts:
 
     def __call__(self, number: int, frame: Any) -> None:
         """Handle the signal: note it, and raise where it comes again later."""
-        if self.asked and time.monotonic() - self._first > _ONE_PRESS:
+        if self.asked and time.monotonic() - self._first > SECONDS_OF_ONE_PRESS:
             raise KeyboardInterrupt
         if not self.asked:
             self.asked, self._first = True, time.monotonic()

@@ -175,13 +175,13 @@ class Together:
     def _reduced(self, values: Tensor, operation: str) -> Tensor:
         if self.processes.count == 1:
             return values
-        sent = values.detach().to(_device_for(values.device), copy=True).contiguous()
+        sent = values.detach().to(collective_device(values.device), copy=True).contiguous()
         self._guarded(lambda: _to_first_and_back(sent, operation))
         return sent.to(values.device)
 
     def _in_place(self, values: Tensor, collective: Callable[[Tensor], Any]) -> None:
         home = values.detach()
-        sent = home.to(_device_for(home.device, stay=True)).contiguous()
+        sent = home.to(collective_device(home.device, stay=True)).contiguous()
         self._guarded(lambda: collective(sent))
         if sent is not home:
             home.copy_(sent)
@@ -331,7 +331,7 @@ def _to_first_and_back(values: Tensor, operation: str) -> None:
     distributed.broadcast(values, src=0)
 
 
-def _device_for(home: torch.device, stay: bool = False) -> torch.device:
+def collective_device(home: torch.device, stay: bool = False) -> torch.device:
     """Where the process group works: on the CPU where it can, else where the values are, or on its own device.
 
     With `stay` it is where the values are, if it works there.

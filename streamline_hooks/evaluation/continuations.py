@@ -96,7 +96,7 @@ def score_continuations(
     """
     if batch_size < 1:
         raise StreamlineError(f"batch_size={batch_size} must be 1 or more.")
-    encode = _Encoder(tokenizer, add_bos, positions_of(getattr(model, "config", None)))
+    encode = Encoder(tokenizer, add_bos, positions_of(getattr(model, "config", None)))
     encoded = [encode(question) for question in questions]
     order = sorted(range(len(encoded)), key=lambda k: -max(len(s.tokens) for s in encoded[k]))
     found: list[tuple[Continuation, ...]] = [()] * len(encoded)
@@ -118,20 +118,21 @@ def score_continuations(
 
 
 @dataclass(frozen=True)
-class _Sequence:
+class EncodedChoice:
     """The tokens of a context and a continuation, of which those from `start` on are scored."""
 
     tokens: tuple[int, ...]
     start: int
 
 
-class _Encoder:
+class Encoder:
     """Turns questions into tokens."""
 
     def __init__(self, tokenizer: Any, add_bos: bool, positions: int | None) -> None:
         self.tokenizer, self.add_bos, self.positions = tokenizer, add_bos, positions
 
-    def __call__(self, question: Question) -> list[_Sequence]:
+    def __call__(self, question: Question) -> list[EncodedChoice]:
+        """Return the token sequence of each choice."""
         pairs = zip(question.contexts, question.continuations, strict=True)
         contexts = {context: self.ids(context) for context in question.contexts}
         texts = [self.ids(joined(*pair)) for pair in pairs]
@@ -141,7 +142,8 @@ class _Encoder:
         first = self.first() if self.add_bos or 0 in starts else ()
         return [self.sequence(question, first, *pair) for pair in zip(texts, starts, strict=True)]
 
-    def sequence(self, question: Question, first: tuple[int, ...], ids: list[int], start: int) -> _Sequence:
+    def sequence(self, question: Question, first: tuple[int, ...], ids: list[int], start: int) -> EncodedChoice:
+        """Return the tokens of one choice, of which those from `start` on are scored."""
         if start == len(ids):
             raise StreamlineError(f"In {question.where} a continuation adds no token to its context.")
         tokens = (*first, *ids)
@@ -150,12 +152,14 @@ class _Encoder:
                 f"{question.where} has {len(tokens)} tokens, more than the {self.positions} positions that the model "
                 "has. Shorten it or leave it out."
             )
-        return _Sequence(tokens, len(first) + start)
+        return EncodedChoice(tokens, len(first) + start)
 
     def ids(self, text: str) -> list[int]:
+        """Return the token ids of a text without special tokens."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
     def first(self) -> tuple[int, ...]:
+        """Return the special token that precedes every context."""
         names = ("bos_token_id",) if self.add_bos else ("bos_token_id", "eos_token_id")
         for name in names:
             token = getattr(self.tokenizer, name, None)
@@ -167,7 +171,7 @@ class _Encoder:
         )
 
 
-def _alone(model: nn.Module, questions: Sequence[Sequence[_Sequence]]) -> list[Continuation]:
+def _alone(model: nn.Module, questions: Sequence[Sequence[EncodedChoice]]) -> list[Continuation]:
     """Log-likelihoods, each text run whole; padded on the right, which no token of a causal model sees."""
     texts = [text for question in questions for text in question]
     width = max(len(text.tokens) for text in texts)
@@ -178,7 +182,7 @@ def _alone(model: nn.Module, questions: Sequence[Sequence[_Sequence]]) -> list[C
     return [_scored(logits[row], text.tokens[text.start :], text.start - 1 - left) for row, text in enumerate(texts)]
 
 
-def _with_shared_prefix(model: nn.Module, questions: Sequence[Sequence[_Sequence]]) -> list[Continuation]:
+def _with_shared_prefix(model: nn.Module, questions: Sequence[Sequence[EncodedChoice]]) -> list[Continuation]:
     """Log-likelihoods, each question's context run once but for its last token, whose logits each choice needs.
 
     Contexts are padded on the left and continuations on the right, so that a text has no gap in it: positions,
@@ -206,7 +210,7 @@ def _with_shared_prefix(model: nn.Module, questions: Sequence[Sequence[_Sequence
 _BY_TOKEN = ("input_ids", "attention_mask", "position_ids")
 
 
-def _sharing_holds(model: nn.Module, encoded: Sequence[Sequence[_Sequence]]) -> bool:
+def _sharing_holds(model: nn.Module, encoded: Sequence[Sequence[EncodedChoice]]) -> bool:
     """Whether a shared context gives what each choice alone does, on the two questions that are padded most."""
     sharing = sorted((question for question in encoded if _shares(question)), key=lambda question: question[0].start)
     if not sharing:
@@ -229,14 +233,14 @@ def _nats(scored: Sequence[Continuation]) -> Tensor:
     return torch.tensor([one.loglikelihood for one in scored], dtype=torch.float64)
 
 
-def _shares(question: Sequence[_Sequence]) -> bool:
+def _shares(question: Sequence[EncodedChoice]) -> bool:
     """Whether the choices of a question share more of a context than its last token."""
     first = question[0]
     prefix = first.tokens[: first.start]
     return len(question) > 1 and first.start > 1 and all(t.tokens[: t.start] == prefix for t in question)
 
 
-def _batches(order: Sequence[int], encoded: Sequence[Sequence[_Sequence]], size: int) -> Iterator[list[int]]:
+def _batches(order: Sequence[int], encoded: Sequence[Sequence[EncodedChoice]], size: int) -> Iterator[list[int]]:
     """Questions of about the same length, whose contexts are all shared or all not, with up to `size` choices."""
     for sharing in (True, False):
         batch: list[int] = []

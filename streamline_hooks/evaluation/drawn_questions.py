@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_AT_ONCE = 1 << 22  # numbers drawn at a time
+DRAWS_AT_ONCE = 1 << 22  # numbers drawn at a time
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def accuracies(name: str, answers: np.ndarray, draws: int, seed: int, clusters: 
     total = int(counts.sum())
     random = np.random.default_rng([seed, *name.encode()])
     found = [_shares(counts[None], kinds)]
-    for start in range(0, draws, step := max(1, _AT_ONCE // len(kinds))):
+    for start in range(0, draws, step := max(1, DRAWS_AT_ONCE // len(kinds))):
         found.append(_shares(random.multinomial(total, counts / total, size=min(step, draws - start)), kinds))
     return np.concatenate(found, axis=1)
 

@@ -214,7 +214,9 @@ class Documents:
         special = settings.add_special_tokens
         self.rows = [(*begin, *tokenizer(text, add_special_tokens=special)["input_ids"]) for text in texts]
         self.windows = [
-            part for number, row in enumerate(self.rows) for part in _windows(number, len(row) - 1, window, stride)
+            part
+            for number, row in enumerate(self.rows)
+            for part in sliding_windows(number, len(row) - 1, window, stride)
         ]
         self.unpredicted = 0 if begin else sum(1 for row in self.rows if row)
         self.scored = sum(part.scored for part in self.windows)
@@ -290,7 +292,7 @@ def usual_window(model: nn.Module) -> int:
     return min(_USUAL_WINDOW, positions_of(getattr(model, "config", None)) or _USUAL_WINDOW)
 
 
-def _windows(document: int, predicted: int, window: int, stride: int) -> Iterator[_Window]:
+def sliding_windows(document: int, predicted: int, window: int, stride: int) -> Iterator[_Window]:
     """Windows over a row of so many tokens and a first one."""
     done, step = 0, window
     while done < predicted:

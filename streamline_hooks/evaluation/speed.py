@@ -253,7 +253,7 @@ def room_for_prompt(model: Any, new_tokens: int, tokens: int) -> int:
 
 def wait_for(model: nn.Module) -> None:
     """Wait until every accelerator that holds a part of a model has done what it was given."""
-    for device in _accelerators(model):
+    for device in accelerators_of(model):
         torch.get_device_module(device).synchronize(*([] if device.type == "mps" else [device]))
 
 
@@ -378,7 +378,7 @@ class _Memory:
     """Peak of what is allocated on a model's accelerators, above what was there before; of CUDA alone."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._devices = [device for device in _accelerators(model) if device.type == "cuda"]
+        self._devices = [device for device in accelerators_of(model) if device.type == "cuda"]
         for device in self._devices:
             torch.cuda.reset_peak_memory_stats(device)
         self._before = sum(torch.cuda.memory_allocated(device) for device in self._devices)
@@ -388,7 +388,8 @@ class _Memory:
         return peak - self._before if self._devices else None
 
 
-def _accelerators(model: nn.Module) -> list[torch.device]:
+def accelerators_of(model: nn.Module) -> list[torch.device]:
+    """Return the devices of a model other than the CPU and meta."""
     devices = {parameter.device for parameter in model.parameters()} | {device_of(model)}
     return sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str)
 

@@ -100,10 +100,10 @@ def suite_from_files(
     ):
         if given and not needed:
             raise StreamlineError(f"{said} is for {for_what}, and there are none. Give them, or leave it out.")
-    domains = {name: read_documents(path) for name, path in _named(text).items()}
+    domains = {name: read_documents(path) for name, path in by_name(text).items()}
     domains = {name: _some(tokenizer, documents, text_tokens, f"{seed} {name}") for name, documents in domains.items()}
     choices, counted = {}, set(normalised)
-    for name, path in _named(questions).items():
+    for name, path in by_name(questions).items():
         rows = sample(read_rows(path), items, f"{seed} {name}")
         shown = questions_from(rows, examples=examples, shots=0 if examples is None else shots)
         choices[name] = ChoiceTask(tuple(shown), name in counted)
@@ -120,7 +120,7 @@ def suite_from_files(
             temperature,
             _AFTER_PROBLEM,
         )
-        for name, path in _named(problems).items()
+        for name, path in by_name(problems).items()
     }
     if probe_count:
         made = probes(probe_count, seed=seed)
@@ -132,7 +132,7 @@ def suite_from_files(
         text=domains,
         choices=choices,
         last_words={
-            name: sample(read_last_words(path), items, f"{seed} {name}") for name, path in _named(last_words).items()
+            name: sample(read_last_words(path), items, f"{seed} {name}") for name, path in by_name(last_words).items()
         },
         problems=asked,
         prompts=_beginnings(domains, prompts) if isinstance(prompts, int) else list(prompts),
@@ -147,7 +147,7 @@ def sample(given: Sequence[T], items: int | None, seed: str) -> list[T]:
     return [given[k] for k in sorted(Random(seed).sample(range(len(given)), items))]
 
 
-def _named(sources: Sequence[str | Path]) -> dict[str, str | Path]:
+def by_name(sources: Sequence[str | Path]) -> dict[str, str | Path]:
     """Each source by the name of its file, or of its data set."""
     found: dict[str, str | Path] = {}
     for source in sources:

@@ -169,7 +169,7 @@ def run_harness(
                 "tasks in task_folder may name data_files that are here."
             ) from error
     return HarnessResult(
-        {task: _metrics(values) for task, values in found["results"].items()},
+        {task: metrics_of(values) for task, values in found["results"].items()},
         {task: int(count["effective"]) for task, count in found["n-samples"].items()},
         {task: int(count) for task, count in found["n-shot"].items()},
         {task: str(known) for task, known in found["versions"].items() if known is not None},
@@ -249,7 +249,7 @@ def _own_tasks(task_manager: Any) -> Any:
     return task_manager()
 
 
-def _metrics(values: dict[str, Any]) -> dict[str, Measured]:
+def metrics_of(values: dict[str, Any]) -> dict[str, Measured]:
     """The metrics among what lm-eval says of a task; it calls them "metric,filter" and "metric_stderr,filter"."""
     found = {}
     for key, value in values.items():

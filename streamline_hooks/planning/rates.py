@@ -137,7 +137,7 @@ def write_rate(folder: str | Path | None = None) -> float:
     wanted = Path(tempfile.gettempdir() if folder is None else folder).absolute()
     there = next(path for path in (wanted, *wanted.parents) if path.is_dir())
     try:
-        return _WRITTEN / _seconds(lambda: _write(there))
+        return _WRITTEN / _seconds(lambda: write_test_file(there))
     except OSError as error:
         raise StreamlineError(
             f"{there} cannot be written to, which the model is going to be: {error.strerror}. Choose another folder, "
@@ -145,7 +145,8 @@ def write_rate(folder: str | Path | None = None) -> float:
         ) from error
 
 
-def _write(folder: Path) -> None:
+def write_test_file(folder: Path) -> None:
+    """Write and sync a temporary file, to time the disk."""
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         file.write(os.urandom(2**20) * (_WRITTEN // 2**20))
         file.flush()

@@ -163,10 +163,10 @@ def plan_training(
         found = (there.calibration.numel(), there.validation.numel(), there.test.numel())
         if found == (asked.calibration, asked.validation, asked.test):
             return plan
-        given, available = _of_less_text(given, asked, found, apart=test_texts is not None)
+        given, available = shrink_to_text(given, asked, found, apart=test_texts is not None)
 
 
-def _of_less_text(given: Given, asked: Sizes, found: tuple[int, int, int], *, apart: bool) -> tuple[Given, int]:
+def shrink_to_text(given: Given, asked: Sizes, found: tuple[int, int, int], *, apart: bool) -> tuple[Given, int]:
     """What is left to train on where a text is less than was asked for, and all parts have shrunk by one ratio.
 
     The others are to be as large as they were meant to be, where that leaves the training half of the text; else a
@@ -231,7 +231,7 @@ def _paces(
         costs = pace.judge(ready.calibration, each)
         searching = max(RANKED, *(tokens_of(batch) for batch in ready.calibration[:1])) * costs.seconds / costs.tokens
     solving = _solving(ready, windows[0], timed)
-    tried = [_training(ready, preset, windows, dtype) for dtype in _precisions(model, timed)]
+    tried = [_training(ready, preset, windows, dtype) for dtype in precisions_to_time(model, timed)]
     (first, trained), *others = sorted(tried, key=lambda one: one[0].step)
     sample = "".join(texts[:_DOCUMENTS])[:_CHARACTERS]
     encoding, encoded = timed(lambda: tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"])
@@ -245,7 +245,7 @@ def _paces(
         rank=ranking / sum(map(tokens_of, ready.calibration)),
         fit=(fit.seconds + filled + sum(cost.seconds for cost in later)) / fit.tokens,
         judge=judge.seconds / judge.tokens,
-        score=_scoring(pace, windows, whole),
+        score=scoring_passes(pace, windows, whole),
         search=searching,
         solve=sum(len(one.windows) for one in selections) * solving,
         training=first,
@@ -276,7 +276,7 @@ def _training(
     return measure_training_pace(student, ready.calibration[:_STEPS], ready.validation[0], settings), kept
 
 
-def _precisions(model: nn.Module, timed: Callable[..., tuple[float, Any]]) -> list[torch.dtype | None]:
+def precisions_to_time(model: nn.Module, timed: Callable[..., tuple[float, Any]]) -> list[torch.dtype | None]:
     """What the training is timed in; not in bfloat16 where a processor computes in it by emulation, 20 times slower."""
     weight = next(p for p in model.parameters() if p.is_floating_point())
     tokens, features = _PRODUCT
@@ -288,7 +288,7 @@ def _precisions(model: nn.Module, timed: Callable[..., tuple[float, Any]]) -> li
     return [torch.bfloat16, None] if faster else [None]
 
 
-def _scoring(pace: Pace, windows: Sequence[range], whole: bool) -> float:
+def scoring_passes(pace: Pace, windows: Sequence[range], whole: bool) -> float:
     """Seconds a token of all perplexities: of the original, of what is compared with it, and of the result.
 
     What is compared with it is run behind the window alone, or whole.

@@ -90,7 +90,7 @@ def solve(
         raise StreamlineError(
             f"No map has rank={rank}, diagonal={diagonal}; give a rank of 1 or more, or diagonal=True."
         )
-    shaped = _diagonal_maps if diagonal else partial(_maps, rank=rank)
+    shaped = _diagonal_maps if diagonal else partial(ridge_maps, rank=rank)
     plain = rank is None and not diagonal
     errors = _errors(fit, held_out, ridges) if plain else [held_out.error(w) for w in shaped(fit, ridges)]
     best = min(range(len(errors)), key=errors.__getitem__)
@@ -118,7 +118,8 @@ def _errors(fit: WindowMoments, held_out: WindowMoments, ridges: Sequence[float]
     return [float(total) / held_out.tokens for total in totals]
 
 
-def _maps(moments: WindowMoments, ridges: Sequence[float], rank: int | None = None) -> Iterator[Tensor]:
+def ridge_maps(moments: WindowMoments, ridges: Sequence[float], rank: int | None = None) -> Iterator[Tensor]:
+    """Yield the least-squares map for each ridge, optionally of low rank."""
     values, vectors, mean, rotated = _rotated(moments)
     for ridge in ridges:
         full = vectors @ (rotated / (values + ridge * mean)[:, None])

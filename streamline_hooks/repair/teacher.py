@@ -157,7 +157,7 @@ def taught_states(
         kept: list[Taught] | None = None
         while kept is None:
             with ExitStack() as attempt:
-                room = attempt.enter_context(_Room(memory, folder))
+                room = attempt.enter_context(StateMemory(memory, folder))
                 try:
                     kept = _run(model, batches, start, ends, exits, found.path, dtype, cost, room, rows, bar)
                     opened.enter_context(attempt.pop_all())
@@ -181,7 +181,7 @@ def _run(
     stack: str,
     dtype: torch.dtype | None,
     cost: str,
-    room: _Room,
+    room: StateMemory,
     rows: int,
     bar: tqdm[Any] | None,
 ) -> list[Taught]:
@@ -223,14 +223,14 @@ def _run(
     return kept
 
 
-class _Room:
+class StateMemory:
     """Tensors in memory as long as they fit, and then in files."""
 
     def __init__(self, memory: int, folder: str | Path | None) -> None:
         self._left, self._folder = memory, folder
         self._files: list[tempfile._TemporaryFileWrapper[bytes]] = []
 
-    def __enter__(self) -> _Room:
+    def __enter__(self) -> StateMemory:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -238,6 +238,7 @@ class _Room:
             file.close()
 
     def keep(self, state: Tensor) -> Tensor:
+        """Keep a tensor in memory, or in a file once memory is used up."""
         size = state.numel() * state.element_size()
         if size <= self._left:
             self._left -= size

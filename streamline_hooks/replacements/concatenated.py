@@ -20,7 +20,7 @@ from streamline_hooks.surgery.renumber import INDEX_NAMES
 from streamline_hooks.surgery.splice import AFTER, BEFORE
 
 _TOLERANCE = tolerance(torch.float32)  # some norms and positions are computed in it, whatever the state is
-_HALVES = (1, 2, 3)  # of a layer's rows: as they are, gate and up in one layer, query, key and value in one
+HALVES = (1, 2, 3)  # of a layer's rows: as they are, gate and up in one layer, query, key and value in one
 
 
 def concatenate(
@@ -55,10 +55,10 @@ def concatenate(
         If the blocks are not built alike, or the merged one does not add what its parts do.
     """
     for branch, need in needs.items():
-        _Merge(made, calls, found, channels[branch]).carry_out(need)
+        ChannelMerge(made, calls, found, channels[branch]).carry_out(need)
 
 
-class _Merge:
+class ChannelMerge:
     """The merge of one branch of several blocks into one of them; all but the weights that come out is in float64."""
 
     def __init__(
@@ -80,14 +80,16 @@ class _Merge:
         self.states = (state, noise.to(state) * state.square().mean().sqrt())
 
     def refuse(self, reason: str) -> NoReturn:
+        """Raise UnsupportedSurgery with a reason."""
         refuse(self.calls[0].block, self.branch, reason)
 
     def carry_out(self, need: Tensor) -> None:
+        """Merge the most needed channels into the new block."""
         count = self.channels.count
         chosen = sorted(need.flatten().topk(count).indices.tolist())
         units = [(index // count, index % count) for index in chosen]
         norms = [self.norm_of(k) for k in range(len(self.calls))]
-        for parts in _HALVES:
+        for parts in HALVES:
             if all(
                 len(matrix_of(linear_layer(self.made, path))) % (parts * count) == 0 for path in self.channels.readers
             ):
@@ -114,6 +116,7 @@ class _Merge:
         return BlockCall(copy.deepcopy(call.block).to(self.device, torch.float64), args, kwargs, output)
 
     def run(self, call: BlockCall, state: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """Run a block in float64 with other values of its branch."""
         try:
             return call.run(state, values)
         except RuntimeError as error:

@@ -26,7 +26,7 @@ class Replacement(Protocol):
 
 
 _Class = TypeVar("_Class", bound=type)
-_KINDS: dict[str, type[nn.Module]] = {}
+REGISTERED: dict[str, type[nn.Module]] = {}
 
 
 def register_replacement(kind: str) -> Callable[[_Class], _Class]:
@@ -67,7 +67,7 @@ def register_replacement(kind: str) -> Callable[[_Class], _Class]:
     """
 
     def register(cls: _Class) -> _Class:
-        known = _KINDS.get(kind)
+        known = REGISTERED.get(kind)
         if known is not None and f"{known.__module__}.{known.__qualname__}" != f"{cls.__module__}.{cls.__qualname__}":
             raise StreamlineError(f"The kind {kind!r} is {known.__qualname__} already; choose another name.")
         if not (issubclass(cls, nn.Module) and callable(getattr(cls, "to_config", None))):
@@ -76,7 +76,7 @@ def register_replacement(kind: str) -> Callable[[_Class], _Class]:
                 "that returns its constructor's keyword arguments."
             )
         cls.kind = kind  # type: ignore[attr-defined]
-        _KINDS[kind] = cls
+        REGISTERED[kind] = cls
         return cls
 
     return register
@@ -84,7 +84,7 @@ def register_replacement(kind: str) -> Callable[[_Class], _Class]:
 
 def is_own(kind: str) -> bool:
     """Whether a registered class of replacements comes from where this function does, and not from a user."""
-    return kind in _KINDS and _KINDS[kind].__module__.partition(".")[0] == __name__.partition(".")[0]
+    return kind in REGISTERED and REGISTERED[kind].__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def build_replacement(kind: str, config: dict[str, Any]) -> nn.Module:
@@ -95,12 +95,12 @@ def build_replacement(kind: str, config: dict[str, Any]) -> nn.Module:
     StreamlineError
         If the kind is unknown; the text lists the known ones.
     """
-    if kind not in _KINDS:
+    if kind not in REGISTERED:
         raise StreamlineError(
-            f"The kind of replacement {kind!r} is unknown. Known here: {', '.join(sorted(_KINDS))}. If it is your own, "
-            "import the module that registers it (register_replacement) before loading."
+            f"The kind of replacement {kind!r} is unknown. Known here: {', '.join(sorted(REGISTERED))}. If it is your "
+            "own, import the module that registers it (register_replacement) before loading."
         )
-    return _KINDS[kind](**config)
+    return REGISTERED[kind](**config)
 
 
 def replacement_config(module: nn.Module) -> tuple[str, dict[str, Any]]:
@@ -112,7 +112,7 @@ def replacement_config(module: nn.Module) -> tuple[str, dict[str, Any]]:
         If the module's class is not registered.
     """
     kind = getattr(type(module), "kind", None)
-    if kind is None or _KINDS.get(kind) is not type(module):
+    if kind is None or REGISTERED.get(kind) is not type(module):
         raise StreamlineError(
             f"A {type(module).__name__} cannot be written to a checkpoint: nothing says how to build it again. "
             "Decorate its class with @register_replacement('a-name') and give it to_config()."

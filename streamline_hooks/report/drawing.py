@@ -147,7 +147,7 @@ class Drawing:
     def svgs(self) -> dict[str, bytes]:
         """As SVG, by the name of the style: the same bytes every time."""
         none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        return {name: self._saved(style, "svg", metadata=none) for name, style in STYLES.items()}
+        return {name: self.render(style, "svg", metadata=none) for name, style in STYLES.items()}
 
     @property
     def svg(self) -> bytes:
@@ -157,7 +157,7 @@ class Drawing:
     @property
     def png(self) -> bytes:
         """For a file: light and wide, two of its pixels a CSS pixel."""
-        return self._saved(STYLES[FILE], "png", metadata={"Software": None}, dpi=2 * 72 / _POINTS)
+        return self.render(STYLES[FILE], "png", metadata={"Software": None}, dpi=2 * 72 / _POINTS)
 
     def html(self) -> str:
         """Draw it in every style, as a ``<figure>`` that holds its pictures and shows the one that fits."""
@@ -181,7 +181,8 @@ class Drawing:
             ]
         )
 
-    def _saved(self, style: Style, kind: str, **options: Any) -> bytes:
+    def render(self, style: Style, kind: str, **options: Any) -> bytes:
+        """Return the figure in a style as the bytes of a file."""
         file = io.BytesIO()
         with style.active():
             self.draw(style).savefig(file, format=kind, **options)

@@ -10,7 +10,7 @@ from torch import Tensor
 from streamline_hooks.errors import StreamlineError
 
 # What one product works on: on a CPU it should stay in the cache, and be large enough to share among threads.
-_BYTES_AT_ONCE = {"cpu": 2**24}
+BYTES_AT_ONCE = {"cpu": 2**24}
 _ON_AN_ACCELERATOR = 2**28
 
 
@@ -52,7 +52,7 @@ def token_grams(states: Sequence[Tensor], chosen: Tensor) -> Tensor:
             f"{tuple(first.shape)} (tokens, features); states of different shapes cannot be compared."
         )
     device = torch.device("cpu") if first.device.type == "mps" else first.device
-    limit = _BYTES_AT_ONCE.get(device.type, _ON_AN_ACCELERATOR)
+    limit = BYTES_AT_ONCE.get(device.type, _ON_AN_ACCELERATOR)
     size = max(1, min(len(chosen), limit // (8 * places * first.shape[1])))
     grams = torch.empty(len(chosen), places, places, dtype=torch.float64, device=device)
     gathered = torch.empty(size, places, first.shape[1], dtype=torch.float64, device=device)

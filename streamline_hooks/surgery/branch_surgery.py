@@ -27,7 +27,7 @@ class BranchSurgery(OpenSurgery):
 
     def __init__(self, model: nn.Module, stack: str | BlockStack | None = None, *, probe: bool = True) -> None:
         super().__init__(model, stack)
-        self._probe = probe
+        self.probe = probe
 
     def silence(self, k: int, branch: str, *, batch: Batch | Tensor | None = None) -> None:
         """Let one residual branch of a block add nothing any more.
@@ -57,7 +57,7 @@ class BranchSurgery(OpenSurgery):
             return
         zeros = find_zeros(self.stack, k, name, batch)
         block = self.stack[k]
-        holds = self._probe and saver_depth(self.stack) == 0
+        holds = self.probe and saver_depth(self.stack) == 0
         truth = observe_silenced(self.model, block, zeros) if holds else None
         with self._changed({k: {name: StandIns(zeros, silent=True)}}):
             wrong = shortfall(truth, self.model, "it must") if truth is not None else None

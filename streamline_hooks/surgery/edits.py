@@ -138,7 +138,7 @@ class Edits:
                 self._own_configs(slot.module)
                 move_beside(slot.module, self.stack.blocks[0])
                 self._undoing += [h.remove for h in lend_capture_hooks(self.stack.blocks[0], slot.module)]
-        self._shorten_config(slots)
+        self.shorten_config(slots)
         self._follow_alignment_heads(slots)
         for config, settings in QuantizerNames(self.stack).renumbered([self.source(slot.module) for slot in slots]):
             if not self.configs.is_original(config):
@@ -170,7 +170,8 @@ class Edits:
         for part, name, config in list(self.configs.of_new_module(module)):
             self._set(part, name, config)
 
-    def _shorten_config(self, slots: list[NewSlot]) -> None:
+    def shorten_config(self, slots: list[NewSlot]) -> None:
+        """Set the block count and the per-block lists of the configurations to those of the kept blocks."""
         config, count = self.stack.config, self.stack.count_attribute
         if config is None or count is None:
             return

@@ -152,7 +152,7 @@ def _foldable(
     probe = BranchAlone(call, found, branch)
     axes: dict[str, int] = {}
     for paths in probe.groups():
-        axes |= dict.fromkeys(paths, _output_axis(probe, paths, _what(branch, k)))
+        axes |= dict.fromkeys(paths, output_axis(probe, paths, _what(branch, k)))
     return found, axes
 
 
@@ -208,7 +208,7 @@ def multiplied(held: Tensor, axis: int, map_: Tensor) -> Tensor:
     return torch.cat(rows).reshape(moved.shape).movedim(-1, axis).contiguous()
 
 
-def _output_axis(probe: BranchAlone, paths: list[str], what: str) -> int:
+def output_axis(probe: BranchAlone, paths: list[str], what: str) -> int:
     """The axis of some projections that do the same onto which a map of what the branch adds is multiplied."""
     sizes, features = probe.call.block.get_parameter(paths[0]).shape, probe.state.shape[-1]
     map_, values = _probe_map(features), probe.random(paths)

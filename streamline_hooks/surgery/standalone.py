@@ -53,8 +53,8 @@ def standalone_code() -> str:
         kept = [node for node in statements if not isinstance(node, (ast.Import, ast.ImportFrom))]
         for node in statements:
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                imports.update(dict.fromkeys(_foreign(node, module)))
-            for name in _names(node):
+                imports.update(dict.fromkeys(foreign_names(node, module)))
+            for name in names_of(node):
                 if defined.setdefault(name, module) != module:
                     raise StreamlineError(f"{name} is defined in {defined[name]} and in {module}; rename one of them.")
         first = kept[0]
@@ -69,7 +69,7 @@ def standalone_code() -> str:
     return "\n".join([head, *imports, "", "", "\n\n\n".join(bodies), ""])
 
 
-def _foreign(node: ast.Import | ast.ImportFrom, module: str) -> Iterator[str]:
+def foreign_names(node: ast.Import | ast.ImportFrom, module: str) -> Iterator[str]:
     """What a statement imports from elsewhere, as a statement; nothing where it imports from the modules here."""
     if isinstance(node, ast.ImportFrom) and node.module == "__future__":
         return
@@ -83,7 +83,7 @@ def _foreign(node: ast.Import | ast.ImportFrom, module: str) -> Iterator[str]:
     yield ast.unparse(node)
 
 
-def _names(node: ast.stmt) -> Iterator[str]:
+def names_of(node: ast.stmt) -> Iterator[str]:
     """What a top-level statement defines."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         yield node.name

@@ -124,7 +124,7 @@ class LayerSurgeon(BranchSurgery):
         layout = self._layout.copy()
         if module is not None:
             module = layout.unshared(module, leaving=chosen)
-        if self._probe and not despite_hazards and not (module is not None and layout.takes_slot(module)):
+        if self.probe and not despite_hazards and not (module is not None and layout.takes_slot(module)):
             self._hold_against_truth(chosen, what)
         if itself:
             layout.exchange(chosen.start, cast(nn.Module, module))

@@ -100,7 +100,7 @@ def test_moments_go_on_between_a_place_and_its_windows(tmp_path: Path, monkeypat
     from streamline_hooks.blockwise import moments
 
     folder, whole = written(tmp_path)
-    original, saved = moments._save, 0
+    original, saved = moments.save_sums, 0
 
     def breaking_off(sums: Any, file: Path) -> None:
         nonlocal saved
@@ -109,7 +109,7 @@ def test_moments_go_on_between_a_place_and_its_windows(tmp_path: Path, monkeypat
             raise Interrupted
         original(sums, file)
 
-    monkeypatch.setattr(moments, "_save", breaking_off)
+    monkeypatch.setattr(moments, "save_sums", breaking_off)
     with pytest.raises(Interrupted):
         measure_moments(open_checkpoint(folder), calibration(), WINDOWS, folder=tmp_path / "states")
     found = measure_moments(open_checkpoint(folder), calibration(), WINDOWS, folder=tmp_path / "states")
@@ -140,8 +140,8 @@ def test_states_are_there_until_the_finding_is(finding: str, tmp_path: Path, mon
     """Killed where a stage of a compression is over and about to be kept, it runs no block of that stage again."""
     folder, out, work = compressible(tmp_path), tmp_path / "out", tmp_path / "work"
     run: list[int] = []
-    advance, write, save = BlockwisePass._advance, work_folder.write_file, Profile.save
-    monkeypatch.setattr(BlockwisePass, "_advance", lambda self, place: (run.append(place), advance(self, place))[1])
+    advance, write, save = BlockwisePass.advance, work_folder.write_file, Profile.save
+    monkeypatch.setattr(BlockwisePass, "advance", lambda self, place: (run.append(place), advance(self, place))[1])
 
     def writing(file: Path, *args: Any) -> Any:
         return write(file, *args) if file.name != finding else breaking_off()

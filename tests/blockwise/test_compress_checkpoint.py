@@ -146,14 +146,14 @@ KILLED = """
     from pathlib import Path
     from streamline_hooks.blockwise import compress_checkpoint, passing
     from tests.blockwise.checkpoints import AMOUNTS, reader
-    original, seen = passing.BlockwisePass._advance, []
+    original, seen = passing.BlockwisePass.advance, []
     def kill(self, place):
         found = original(self, place)
         seen.append(place)
         if len(seen) == int(sys.argv[4]):
             os.kill(os.getpid(), 9)
         return found
-    passing.BlockwisePass._advance = kill
+    passing.BlockwisePass.advance = kill
     compress_checkpoint(Path(sys.argv[1]), *reader(), Path(sys.argv[2]), work_folder=Path(sys.argv[3]), **AMOUNTS)
 """
 

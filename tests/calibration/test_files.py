@@ -78,7 +78,7 @@ def test_texts_are_split_as_a_whole_one_would_be(
     lines = text.replace("\r\n", "\n").replace("\r", "\n")
     expected = [part.strip() for part in re.split(r"\n{3,}", lines) if part.strip()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "_AT_ONCE", at_once)
+        patch.setattr(files, "CHARACTERS_AT_ONCE", at_once)
         assert [part.strip() for part in documents_of_file(path) if part.strip()] == expected
 
 
@@ -90,7 +90,7 @@ def test_texts_are_split_as_a_whole_one_would_be(
 def test_the_place_of_what_is_not_utf8(
     tmp_path: Path, data: bytes, place: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_AT_ONCE", at_once)
+    monkeypatch.setattr(files, "CHARACTERS_AT_ONCE", at_once)
     (tmp_path / "a.txt").write_bytes(data)
     with pytest.raises(StreamlineError, match=place):
         list(documents_of_file(tmp_path / "a.txt"))

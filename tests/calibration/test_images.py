@@ -119,11 +119,11 @@ class TestRead:
 
     @given(st.integers(1, 60), st.data())
     def test_what_is_drawn_is_spread(self, total: int, data: st.DataObject) -> None:
-        from streamline_hooks.calibration.image_files import _spread
+        from streamline_hooks.calibration.image_files import spread_indices
 
         count = data.draw(st.integers(1, total))
-        drawn = _spread(total, count, seed=3)
-        assert drawn == sorted(set(drawn)) == _spread(total, count, seed=3)
+        drawn = spread_indices(total, count, seed=3)
+        assert drawn == sorted(set(drawn)) == spread_indices(total, count, seed=3)
         assert all(part * total // count <= n < (part + 1) * total // count for part, n in enumerate(drawn))
 
     def test_only_what_is_drawn_is_opened(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from streamline_hooks import profile
 from streamline_hooks.calibration import beginnings, pack, packed_batches
-from streamline_hooks.calibration.packing import Packer, _filling
+from streamline_hooks.calibration.packing import Packer, fill_sequence
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.perplexity import negative_log_likelihoods, perplexity
 from streamline_hooks.predicted import UNCOUNTED
@@ -75,7 +75,7 @@ def test_fewer_are_cut_than_by_joining_them() -> None:
 def test_the_best_filling_is_found(lengths: list[int], gap: int) -> None:
     subsets = chain.from_iterable(combinations(range(len(lengths)), size) for size in range(len(lengths) + 1))
     sums = [sum(lengths[i] for i in subset) for subset in subsets]
-    chosen = _filling(lengths, gap)
+    chosen = fill_sequence(lengths, gap)
     filled = sum(lengths[i] for i in chosen)
     assert filled == max(total for total in sums if total <= gap)
     assert all(length > gap - filled for i, length in enumerate(lengths) if i not in chosen)

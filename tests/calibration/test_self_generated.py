@@ -20,7 +20,7 @@ from streamline_hooks.calibration import mixed_split, read_documents, self_gener
 from streamline_hooks.calibration.generated_cache import GeneratedCache, GeneratedText
 from streamline_hooks.calibration.near_copies import NearCopies
 from streamline_hooks.calibration.prompts import FORMS, TOPICS, prompts
-from streamline_hooks.calibration.self_generated import _best, _usable
+from streamline_hooks.calibration.self_generated import best_texts, usable_texts
 from streamline_hooks.digests import modules_digest, texts_digest, weights_digest
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.generation import end_tokens
@@ -535,10 +535,10 @@ def bytewise(text: str, **options: Any) -> Any:
 @given(st.lists(generated, max_size=30), st.floats(0.01, 1))
 def test_what_is_kept(texts: list[GeneratedText], fraction: float) -> None:
     tokenizer: Any = bytewise
-    usable = _usable(texts, tokenizer, NearCopies(), conversation=False)
+    usable = usable_texts(texts, tokenizer, NearCopies(), conversation=False)
     assert len({text.text for text in usable}) == len(usable)
     assert all(text.tokens >= 16 and text.distinct >= 0.6 for text in usable)
-    kept = _best(usable, fraction)
+    kept = best_texts(usable, fraction)
     assert len(kept) == math.ceil(fraction * len(usable))
     assert kept == [text for text in usable if text in kept]
     worst = max((text.perplexity for text in kept), default=0)

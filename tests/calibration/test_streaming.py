@@ -150,7 +150,7 @@ def test_a_real_data_set_is_streamed_from_its_files(tmp_path: Path, monkeypatch:
 
 
 def test_repetitions_are_told_apart_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_AT_ONCE", 1_000)
+    monkeypatch.setattr(files, "CHARACTERS_AT_ONCE", 1_000)
     path = tmp_path / "a.jsonl"
     peaks = []
     for count in (4_000, 16_000):

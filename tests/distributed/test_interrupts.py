@@ -33,7 +33,7 @@ def test_with_several_it_is_noted_and_a_later_second_one_raises(of_two: None, mo
         press()
         press()  # the launcher passes the same one on
         assert noted.asked
-        monkeypatch.setattr(interrupts, "_ONE_PRESS", -1.0)
+        monkeypatch.setattr(interrupts, "SECONDS_OF_ONE_PRESS", -1.0)
         with pytest.raises(KeyboardInterrupt):
             press()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -8,7 +8,7 @@ import torch
 from streamline_hooks import StreamlineError, UnsupportedSurgery
 from streamline_hooks.digests import batches_digest
 from streamline_hooks.distributed import together
-from streamline_hooks.distributed.together import Failure, _device_for, failure_of_all
+from streamline_hooks.distributed.together import Failure, collective_device, failure_of_all
 
 
 def test_one_process_raises_what_was_raised() -> None:
@@ -76,4 +76,4 @@ def test_sums_travel_where_the_backend_works(
     config: str, home: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: config)
-    assert _device_for(torch.device(home)) == torch.device(expected)
+    assert collective_device(torch.device(home)) == torch.device(expected)

@@ -205,23 +205,23 @@ class Pairs:
 
 def encoded(*continuations: str, context: str = "x a", add_bos: bool = False) -> list[Any]:
     question = Question((context,) * len(continuations), continuations, 0)
-    return module._Encoder(Pairs(), add_bos, None)(question)
+    return module.Encoder(Pairs(), add_bos, None)(question)
 
 
 def test_a_token_across_the_boundary_is_scored_for_every_choice() -> None:
     """ "x a" and "b" with nothing between are the tokens x, space, ab: the a belongs to what is scored."""
     question = Question(("xa", "xa"), ("b", "c"), 0)
     # A space goes between, unless one of the two brings it.
-    apart = module._Encoder(Pairs(), False, None)(question)
+    apart = module.Encoder(Pairs(), False, None)(question)
     assert [s.start for s in apart] == [2, 2] and [len(s.tokens) for s in apart] == [4, 4]
-    joined = module._Encoder(Pairs(), False, None)(Question(("x a\n", "x a\n"), ("b", "c"), 0))
+    joined = module.Encoder(Pairs(), False, None)(Question(("x a\n", "x a\n"), ("b", "c"), 0))
     assert [s.start for s in joined] == [4, 4]
 
     class Greedy(Pairs):
         def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
             return super().__call__(text.replace("a b", "ab"), add_special_tokens)
 
-    merged = module._Encoder(Greedy(), False, None)(Question(("xa", "xa"), ("b", "c"), 0))
+    merged = module.Encoder(Greedy(), False, None)(Question(("xa", "xa"), ("b", "c"), 0))
     assert [s.tokens[s.start :] for s in merged] == [(50,), (3 + ord("a") % 40, 3 + 32, 3 + ord("c") % 40)]
     assert merged[0].tokens[: merged[0].start] == merged[1].tokens[: merged[1].start]
 
@@ -231,14 +231,14 @@ def test_white_space_and_bos() -> None:
     for context, continuation in (("x", "y"), ("x ", "y"), ("x", " y")):
         assert encoded(continuation, context=context)[0].tokens == (3 + ord("x") % 40, space, 3 + ord("y") % 40)
     assert encoded("y", context="x", add_bos=True)[0].tokens[0] == 1
-    assert encoded("y", context="")[0] == module._Sequence((1, 3 + ord("y") % 40), 1)  # nothing to predict it from
+    assert encoded("y", context="")[0] == module.EncodedChoice((1, 3 + ord("y") % 40), 1)  # nothing to predict it from
 
     class Bare(Pairs):
         bos_token_id = None
 
-    assert module._Encoder(Bare(), False, None)(Question(("",), ("y",), 0))[0].tokens[0] == 2
+    assert module.Encoder(Bare(), False, None)(Question(("",), ("y",), 0))[0].tokens[0] == 2
     with pytest.raises(StreamlineError, match="The tokenizer has no bos_token_id to begin a text with"):
-        module._Encoder(Bare(), True, None)(Question(("x",), ("y",), 0))
+        module.Encoder(Bare(), True, None)(Question(("x",), ("y",), 0))
 
 
 def test_what_cannot_be_scored() -> None:

@@ -136,7 +136,7 @@ def test_the_error_is_that_of_the_benchmark() -> None:
     quality.questions, quality.chance = {t.name: [] for t in tasks}, {t.name: t.chance for t in tasks}
     told = [{t.name: "".join("01"[int(a)] for a in side(t)) for t in tasks} for side in (_original, _changed)]
     quality.scores = Scores({}, told[0])
-    expected = quality._retained(Scores({}, told[1]))
+    expected = quality.retained_scores(Scores({}, told[1]))
     found = only(tasks, draws=4000)
     assert found.above_chance is not None and list(found.tasks) == quality.counted == ["0", "1", "2", "3", "4"]
     assert found.above_chance.value == pytest.approx(expected["mean_retained"])
@@ -229,7 +229,7 @@ def test_scores_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(1)
     task = TaskAnswers("f1", random.random(50).tolist(), random.random(50).tolist(), group="generation")
     whole = only([task])
-    monkeypatch.setattr(sys.modules[accuracies.__module__], "_AT_ONCE", 333)
+    monkeypatch.setattr(sys.modules[accuracies.__module__], "DRAWS_AT_ONCE", 333)
     assert only([task]) == whole
 
 

@@ -89,7 +89,7 @@ def test_it_equals_a_forward_for_every_token(
 @given(st.integers(0, 300), st.integers(1, 40).flatmap(lambda w: st.tuples(st.just(w), st.integers(1, w))))
 def test_no_token_is_left_out_or_scored_twice(predicted: int, sizes: tuple[int, int]) -> None:
     window, stride = sizes
-    found = list(module._windows(0, predicted, window, stride))
+    found = list(module.sliding_windows(0, predicted, window, stride))
     targets = [place for part in found for place in range(part.end - part.scored + 1, part.end + 1)]
     assert targets == list(range(1, predicted + 1))
     assert all(part.length == min(window, predicted) for part in found)  # as much context as there is room for
@@ -105,9 +105,9 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_window_would_be_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, text, real = tiny_model("llama", torch.float64), document(Random(0), 20), module._windows
+    model, text, real = tiny_model("llama", torch.float64), document(Random(0), 20), module.sliding_windows
     expected = math.fsum(by_token(model, [1, *map(int, text.split())], 8, 4))
-    monkeypatch.setattr(module, "_windows", lambda *given: map(FAULTS[fault], real(*given)))
+    monkeypatch.setattr(module, "sliding_windows", lambda *given: map(FAULTS[fault], real(*given)))
     got = sliding_perplexity(model, Numbers(), [text], window=8, stride=4)
     assert got.nll != pytest.approx(expected, rel=1e-6)
 
@@ -204,8 +204,8 @@ def test_bytes_are_not_divided_by_where_a_token_went_unpredicted() -> None:
 
 def test_the_usual_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
-    real = module._windows
-    monkeypatch.setattr(module, "_windows", lambda d, n, w, s: seen.append((w, s)) or real(d, n, w, s))
+    real = module.sliding_windows
+    monkeypatch.setattr(module, "sliding_windows", lambda d, n, w, s: seen.append((w, s)) or real(d, n, w, s))
     model = tiny_model("gpt2")
     sliding_perplexity(model, Numbers(), ["5 6"])
     sliding_perplexity(model, Numbers(), ["5 6"], window=9)

@@ -165,7 +165,7 @@ def test_an_accelerator_is_waited_for_and_asked_for_its_memory(monkeypatch: pyte
         return float(len(happened))
 
     allocated = iter([1000, 2000, 3000])
-    monkeypatch.setattr(speed, "_accelerators", lambda model: [device])
+    monkeypatch.setattr(speed, "accelerators_of", lambda model: [device])
     monkeypatch.setattr(torch, "get_device_module", lambda which: Device)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda which: happened.append("reset"))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda which: next(allocated))

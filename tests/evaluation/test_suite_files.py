@@ -60,12 +60,12 @@ def test_everything_has_the_name_of_its_file(folder: Path) -> None:
 
 
 def test_names_of_files_and_of_data_sets() -> None:
-    from streamline_hooks.evaluation.suite_files import _named
+    from streamline_hooks.evaluation.suite_files import by_name
 
     sources = ["a/wiki.test.txt", "wiki.valid.txt.gz", "b.jsonl.gz", "pairs.zip", "hub:allenai/ai2_arc:ARC-Easy:test"]
     sources += ["hub:allenai/ai2_arc:ARC-Challenge:test", "hub:ybisk/piqa:validation", "folder"]
     expected = ["wiki.test", "wiki.valid", "b", "pairs", "ai2_arc-ARC-Easy", "ai2_arc-ARC-Challenge", "piqa", "folder"]
-    assert list(_named(sources)) == expected
+    assert list(by_name(sources)) == expected
 
 
 def test_subsets_are_seeded_and_in_order(folder: Path) -> None:

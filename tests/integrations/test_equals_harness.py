@@ -77,7 +77,7 @@ def test_the_windows_are_the_same_for_every_stride(tokens: int, sizes: tuple[int
     row = [0, *text]
     ours = [
         (row[part.start : part.end], row[part.end - part.scored + 1 : part.end + 1])
-        for part in sliding._windows(0, tokens, window, stride)
+        for part in sliding.sliding_windows(0, tokens, window, stride)
     ]
     assert ours == theirs
 

@@ -223,9 +223,9 @@ def test_without_lm_eval_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch
 
 
 def test_metrics_behind_filters_are_told_apart() -> None:
-    from streamline_hooks.integrations.harness import _metrics
+    from streamline_hooks.integrations.harness import metrics_of
 
-    found = _metrics(
+    found = metrics_of(
         {
             "alias": "sums", "name": "sums", "sample_len": 8,
             "exact_match,strict": 0.25, "exact_match_stderr,strict": 0.1,

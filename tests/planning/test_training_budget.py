@@ -184,7 +184,7 @@ def test_of_two_precisions_the_faster_is_taken(
             return replace(FAST if settings.autocast is fast else SLOW, autocast=settings.autocast)
 
         monkeypatch.setattr(training_plan_here, "measure_training_pace", pace)
-        monkeypatch.setattr(training_plan_here, "_precisions", lambda *given: [torch.bfloat16, None])
+        monkeypatch.setattr(training_plan_here, "precisions_to_time", lambda *given: [torch.bfloat16, None])
         plan = plan_training(model, tokenizer, story_texts, 3600.0, **SMALL)
         assert plan.training.autocast is fast
         assert [one.autocast for one in plan.paces.others] == [slow]
@@ -207,7 +207,7 @@ def test_a_precision_that_is_emulated_is_not_timed(
         made = action()
         return products[made.dtype], made
 
-    assert training_plan_here._precisions(torch.nn.Linear(2, 2, dtype=weights), timed) == found
+    assert training_plan_here.precisions_to_time(torch.nn.Linear(2, 2, dtype=weights), timed) == found
 
 
 def test_planning_leaves_the_model_and_the_random_numbers_as_they_were(
@@ -246,8 +246,8 @@ def test_a_folder_that_is_not_there_yet_is_told_by_the_nearest_above_it(
     story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Path] = []
-    write = rates._write
-    monkeypatch.setattr(rates, "_write", lambda folder: (asked.append(folder), write(folder)))
+    write = rates.write_test_file
+    monkeypatch.setattr(rates, "write_test_file", lambda folder: (asked.append(folder), write(folder)))
     plan = plan_training(*story_model, story_texts, 3600.0, output=tmp_path / "new" / "dir" / "out", **SMALL)
     assert asked == [tmp_path] and plan.paces.keep > 0 and not list(tmp_path.iterdir())
 
@@ -258,7 +258,7 @@ def test_a_disk_that_is_full_is_told_before_anything_is_timed(
     def full(folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(rates, "_write", full)
+    monkeypatch.setattr(rates, "write_test_file", full)
     monkeypatch.setattr(training_plan_here, "profile", None)
     with pytest.raises(StreamlineError, match=r"cannot be written to, .*: No space left on device\. Choose another"):
         plan_training(*story_model, story_texts, 3600.0, output=tmp_path / "out", **SMALL)
@@ -332,7 +332,7 @@ def test_the_last_block_stays_where_blocks_behind_the_window_are_healed(
 def test_of_less_text_the_training_takes_what_the_others_leave(
     found: tuple[int, int, int], apart: bool, left: int, others: tuple[int, int]
 ) -> None:
-    given_, available = training_plan_here._of_less_text(Given(), Given().sizes(40), found, apart=apart)
+    given_, available = training_plan_here.shrink_to_text(Given(), Given().sizes(40), found, apart=apart)
     assert available == left and (given_.validation, given_.test) == others
 
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from streamline_hooks import find_stack
 from streamline_hooks.repair.beside import Beside, measure_beside
-from streamline_hooks.repair.closed_form import _maps, solve
+from streamline_hooks.repair.closed_form import ridge_maps, solve
 from streamline_hooks.repair.projection import ProjectionMoments, change, merged, solvable, solve_projection
 from streamline_hooks.replacements import MLPReplacement, inherit
 from streamline_hooks.testing import tiny_model as any_model
@@ -96,7 +96,7 @@ def test_the_error_that_is_told_is_the_error_that_is_there(model_type: str) -> N
     assert held_out.removal == pytest.approx(error(model, WINDOW, None, parts[1]), rel=1e-4)
     solution = solve_projection(fit, held_out)
     on_fit = copy.deepcopy(block)
-    change(on_fit.get_submodule(path), next(_maps(fit, [solution.ridge])))
+    change(on_fit.get_submodule(path), next(ridge_maps(fit, [solution.ridge])))
     assert solution.held_out_error == pytest.approx(error(model, WINDOW, on_fit, parts[1]), rel=1e-3)
     change(block.get_submodule(path), solution.map)
     step_0 = error(model, WINDOW, block, [*parts[0], *parts[1]])

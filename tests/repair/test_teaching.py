@@ -40,14 +40,14 @@ def test_there_are_the_own_entrance_and_the_other_s_end() -> None:
 def test_both_take_the_memory_for_one_text(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing is kept that is not looked at, such as what enters the teacher's last block."""
     kept: list[int] = []
-    make: Any = teacher._Room.keep
+    make: Any = teacher.StateMemory.keep
 
     def keep(room: Any, state: Tensor) -> Tensor:
         found: Tensor = make(room, state)
         kept.append(state.nbytes if found is state else 0)
         return found
 
-    monkeypatch.setattr(teacher._Room, "keep", keep)
+    monkeypatch.setattr(teacher.StateMemory, "keep", keep)
     with taught_to(student(), BATCHES, Training(memory=memory)):
         assert len(kept) == 6 and sum(kept) == memory
 

@@ -137,14 +137,14 @@ def test_a_norm_that_is_not_multiplied_in_is_seen(monkeypatch: pytest.MonkeyPatc
     model = tiny_model("llama")
     need = some(model, "mlp")
     plain = (torch.ones(32, dtype=torch.float64), torch.zeros(32, dtype=torch.float64))
-    monkeypatch.setattr(concatenated._Merge, "norm_of", lambda self, k: plain)
+    monkeypatch.setattr(concatenated.ChannelMerge, "norm_of", lambda self, k: plain)
     with pytest.raises(UnsupportedSurgery, match="does not add what its parts add"):
         merged(model, {"mlp": need})
 
 
 def test_rows_that_are_laid_out_otherwise_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Query, key and value of GPT-2 are three layers on each other."""
-    monkeypatch.setattr(concatenated, "_HALVES", (1,))
+    monkeypatch.setattr(concatenated, "HALVES", (1,))
     model = tiny_model("gpt2")
     with pytest.raises(UnsupportedSurgery, match="layers that are laid out otherwise"):
         merged(model, {"attention": some(model, "attention")})

@@ -32,7 +32,7 @@ def shape(value: Any) -> Any:
 def test_a_compression_is_told_as_it_was(
     story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Drawing, "_saved", lambda self, style, kind, **_: b"drawn elsewhere")
+    monkeypatch.setattr(Drawing, "render", lambda self, style, kind, **_: b"drawn elsewhere")
     training = Training(learning_rate=3e-3, validations=2)
     model, tokenizer = story_model
     result = compress(model, tokenizer, story_texts, remove=1, shortlist=2, training=training, **SMALL)
@@ -65,7 +65,7 @@ def test_an_evaluation_is_told_as_it_was(
     stories: tuple[Any, Any], story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(Drawing, "_saved", lambda self, style, kind, **_: b"drawn elsewhere")
+    monkeypatch.setattr(Drawing, "render", lambda self, style, kind, **_: b"drawn elsewhere")
     original, (changed, tokenizer) = stories[0], story_model
     with LayerSurgeon(changed) as surgeon:
         surgeon.remove(range(2, 3))
@@ -103,7 +103,7 @@ def test_an_evaluation_is_told_as_it_was(
 
 
 def test_speeds_are_told_as_they_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Drawing, "_saved", lambda self, style, kind, **_: b"drawn elsewhere")
+    monkeypatch.setattr(Drawing, "render", lambda self, style, kind, **_: b"drawn elsewhere")
     timings = {
         name: Timing((s, 2 * s, 3 * s), (s / 10, s / 5, s / 2), 1, "float32", "cpu", 2_500_000)
         for name, s in (("a", 0.2), ("b", 0.1))

@@ -31,7 +31,7 @@ SECTIONS = [
 @pytest.fixture(autouse=True)
 def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of the time, and is looked at elsewhere."""
-    monkeypatch.setattr(Drawing, "_saved", lambda self, style, kind, **_: f"{self.name} {kind}".encode())
+    monkeypatch.setattr(Drawing, "render", lambda self, style, kind, **_: f"{self.name} {kind}".encode())
 
 
 def read(folder: Path, **said: Any) -> Reader:
@@ -343,7 +343,7 @@ def test_a_failure_leaves_the_page_that_was_there(
     if fails == "write":
         monkeypatch.setattr(Path, "write_bytes", _after(3, Path.write_bytes, full_disk))
     else:
-        monkeypatch.setattr(Drawing, "_saved", broken)
+        monkeypatch.setattr(Drawing, "render", broken)
         error = pytest.raises(RuntimeError, match="broken")
     with error:
         write_report(tmp_path, compression=example.compression(), command="other", title="other")

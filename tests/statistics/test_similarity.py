@@ -65,7 +65,7 @@ def test_tokens_are_chosen_and_cut_up_without_a_trace(chosen: list[int], at_once
     states = states_of(4, 31)
     expected = torch.einsum("atd,btd->tab", states.double(), states.double())[chosen]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("streamline_hooks.statistics.gram._BYTES_AT_ONCE", {"cpu": at_once * 8 * 4 * 8})
+        patch.setattr("streamline_hooks.statistics.gram.BYTES_AT_ONCE", {"cpu": at_once * 8 * 4 * 8})
         torch.testing.assert_close(token_grams(list(states), torch.tensor(chosen)), expected, rtol=1e-12, atol=1e-12)
     part = run_or_index(torch.tensor(chosen))
     assert torch.arange(31)[part].tolist() == chosen

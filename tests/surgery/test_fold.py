@@ -278,7 +278,7 @@ def test_a_refusal_leaves_what_was_done_before() -> None:
 def test_a_map_on_the_wrong_axis_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     before = fingerprint(model)
-    monkeypatch.setattr(fold, "_output_axis", lambda *given: 1)  # of a square matrix, which either axis fits
+    monkeypatch.setattr(fold, "output_axis", lambda *given: 1)  # of a square matrix, which either axis fits
     with LayerSurgeon(model) as surgeon:
         with pytest.raises(UnsupportedSurgery, match=r"attention branch of block 2 cannot be folded: .* rounds off"):
             surgeon.fold(2, a_map(), "attention")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, find_stack
+from tests.surgery.interruptions import interrupted_at
 from tests.tiny_models import WIDTH, Nudge, tiny_model, tokens
 
 
@@ -21,31 +21,6 @@ class PlainBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.inner(x)
-
-
-def interrupted_at(line: int, work: Callable[[], object]) -> bool:
-    """Raise KeyboardInterrupt at the n-th line of the package that runs; False where fewer lines run."""
-    count = 0
-
-    def trace(frame: Any, event: str, argument: Any) -> Any:
-        nonlocal count
-        if "streamline_hooks" not in frame.f_code.co_filename:
-            return None
-        if event == "line":
-            count += 1
-            if count == line:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()  # a measurement of coverage
-    sys.settrace(trace)
-    try:
-        work()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return count >= line
 
 
 def state(model: nn.Module) -> list[Any]:

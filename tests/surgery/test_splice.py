@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from typing import Any
 
 import pytest
@@ -12,8 +11,9 @@ from torch import nn
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, LinearReplacement, StreamlineError, find_stack
 from streamline_hooks.evaluation import Candidate, distances_of_candidates
-from streamline_hooks.surgery.opened import _open
+from streamline_hooks.surgery.opened import refuse_open_surgery
 from streamline_hooks.task import Task
+from tests.surgery.interruptions import interrupted_at
 from tests.tiny_models import BLOCKS, Nudge, repaired, tiny_model, tokens
 
 
@@ -195,32 +195,6 @@ def test_a_copy_made_inside_is_saved_after_a_commit_of_its_own(tmp_path: Any) ->
     assert not any("_streamline_hooks_origin" in vars(b) for b in find_stack(duplicate).blocks)
 
 
-def interrupted_at(line: int, work: Any) -> bool:
-    """Raise KeyboardInterrupt at the n-th line that runs inside the surgery's files; whether it came to that."""
-    count, hit = 0, False
-
-    def trace(frame: Any, event: str, argument: Any) -> Any:
-        nonlocal count, hit
-        if "streamline_hooks" not in frame.f_code.co_filename:
-            return None
-        if event == "line" and not hit:
-            count += 1
-            if count == line:
-                hit = True
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()  # a measurement of coverage
-    sys.settrace(trace)
-    try:
-        work()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return hit
-
-
 def test_ctrl_c_at_any_moment_of_closing_gives_everything_back() -> None:
     model, line = with_splices(2), 0
     keys, expected = list(model.state_dict()), logits(model)
@@ -232,32 +206,13 @@ def test_ctrl_c_at_any_moment_of_closing_gives_everything_back() -> None:
         surgeon.__enter__()
         surgeon.replace(range(1, 4), Nudge())
         surgeon.insert(5, surgeon.stack[0])
-        inside = surgeon._close
-        reached = interrupted_at(line, lambda inside=inside, surgeon=surgeon: _exit_like(surgeon, inside))
+        reached = interrupted_at(line, lambda surgeon=surgeon: surgeon.__exit__(None, None, None))
         assert list(model.state_dict()) == keys and torch.equal(logits(model), expected), line
         assert hooks == [
             (list(b._forward_pre_hooks), dict(b._forward_pre_hooks_with_kwargs)) for b in find_stack(model).blocks
         ], line
-        assert find_stack(model).container not in _open, line
+        refuse_open_surgery(find_stack(model), "test")
     assert line > 50
-
-
-def _exit_like(surgeon: LayerSurgeon, close: Any) -> None:
-    """Leave; an interruption is waited for inside the closing, as the few lines around it cannot be guarded."""
-    traced, sys_trace = close, sys.gettrace()
-    sys.settrace(None)
-
-    def closing() -> None:
-        surgeon._close = close  # the second try runs undisturbed
-        sys.settrace(sys_trace)
-        traced()
-        sys.settrace(None)
-
-    surgeon._close = closing
-    try:
-        surgeon.__exit__(None, None, None)
-    finally:
-        sys.settrace(None)
 
 
 def test_a_window_over_the_splice_gives_the_class_back() -> None:

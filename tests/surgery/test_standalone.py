@@ -158,7 +158,7 @@ def test_a_splice_that_goes_takes_its_code_with_it(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_the_library_is_in_it() -> None:
-    own = {cls.__module__ for kind, cls in registry._KINDS.items() if registry.is_own(kind)}
+    own = {cls.__module__ for kind, cls in registry.REGISTERED.items() if registry.is_own(kind)}
     assert own <= {f"streamline_hooks.{module}" for module in standalone.MODULES}
 
 
@@ -167,8 +167,10 @@ def test_a_module_that_is_missing_and_a_name_that_is_there_twice(monkeypatch: py
     with pytest.raises(StreamlineError, match=r"hidden_state needs streamline_hooks\.errors, which is not a part"):
         standalone.standalone_code()
     monkeypatch.setattr(standalone, "MODULES", ("errors", "replacements.registry", "repair.objective", "precision"))
-    monkeypatch.setattr(standalone, "_foreign", lambda node, module: iter(()))
-    names = standalone._names
-    monkeypatch.setattr(standalone, "_names", lambda node: (name.replace("widen", "Objective") for name in names(node)))
+    monkeypatch.setattr(standalone, "foreign_names", lambda node, module: iter(()))
+    names = standalone.names_of
+    monkeypatch.setattr(
+        standalone, "names_of", lambda node: (name.replace("widen", "Objective") for name in names(node))
+    )
     with pytest.raises(StreamlineError, match="Objective is defined in repair.objective and in precision"):
         standalone.standalone_code()

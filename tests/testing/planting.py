@@ -45,7 +45,7 @@ def plain(model_type: str = "llama") -> Subject:
 
 def with_replacement(patch: Patch, module: nn.Module) -> Subject:
     """A model in which a module stands in the place of block 1, committed, so that it can be saved."""
-    patch.setitem(registry._KINDS, type(module).kind, type(module))  # type: ignore[attr-defined]
+    patch.setitem(registry.REGISTERED, type(module).kind, type(module))  # type: ignore[attr-defined]
     subject = plain()
     with LayerSurgeon(subject.model, probe=False) as surgeon:
         surgeon.replace([1], module)
@@ -167,7 +167,7 @@ def never_renumbers(patch: Patch) -> Subject:
 
 
 def never_shortens_the_config(patch: Patch) -> Subject:
-    patch.setattr(edits.Edits, "_shorten_config", lambda self, slots: None)
+    patch.setattr(edits.Edits, "shorten_config", lambda self, slots: None)
     return plain()
 
 

@@ -197,7 +197,7 @@ def test_surgeries_are_tried_though_the_surgeon_refuses_without_a_known_cause(mo
     remove = LayerSurgeon.remove
 
     def counting(self: LayerSurgeon, window: list[int]) -> None:
-        if not self._probe:
+        if not self.probe:
             tried.append(list(window))
         remove(self, window)
 

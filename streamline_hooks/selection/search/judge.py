@@ -160,7 +160,7 @@ class Judge:
         self.stack, self.batches = stack, list(batches)
         self._writers, self._probe, self.task = writers or {}, probe, task or Task.of(stack.model)
         self._left = reuse
-        self._kept: dict[int, Tensor] = {}
+        self.reused: dict[int, Tensor] = {}
 
     @property
     def tokens(self) -> list[int]:
@@ -215,8 +215,8 @@ class Judge:
 
     def _reference(self, number: int, given: dict[str, Any]) -> Tensor:
         """The original's answers to a batch, as log-probabilities or vectors of length one."""
-        if number in self._kept:
-            return self._kept[number]
+        if number in self.reused:
+            return self.reused[number]
         said = self.task.answers(self.stack.model(**given), self.batches[number])
         reference = reference_of(self.task, said)
         if not torch.isfinite(reference.sum(dtype=torch.float64)):
@@ -227,7 +227,7 @@ class Judge:
         size = reference.numel() * reference.element_size()
         if size <= self._left:
             self._left -= size
-            self._kept[number] = reference
+            self.reused[number] = reference
         return reference
 
 

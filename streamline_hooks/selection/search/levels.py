@@ -63,18 +63,18 @@ class Levels:
         How many is the lesser of two numbers drawn from one to three, as in the paper's own search.
         """
         for _ in range(min(random.randint(1, 3), random.randint(1, 3))):
-            units = [unit for unit in UNITS if all(self._movable(gone, unit))]
+            units = [unit for unit in UNITS if all(self.movable(gone, unit))]
             if units:
                 gone = self.switched(gone, random.choice(units), random)
         return gone
 
     def switched(self, gone: Gone, unit: Unit, random: Random) -> Gone:
         """Take one unit that is gone back, and give another of its kind up."""
-        back, up = self._movable(gone, unit)
+        back, up = self.movable(gone, unit)
         returning, going = (self._halves(random.choice(choice), unit) for choice in (back, up))
         return (gone - returning) | going
 
-    def _movable(self, gone: Gone, unit: Unit) -> tuple[list[int], list[int]]:
+    def movable(self, gone: Gone, unit: Unit) -> tuple[list[int], list[int]]:
         """The blocks whose unit can come back, and those whose can go."""
         everywhere = sorted(self.blocks | {k for k, _ in self.singles})
         back = [k for k in everywhere if self._halves(k, unit) <= gone and self._fits(gone - self._halves(k, unit), k)]

@@ -77,7 +77,7 @@ def test_what_is_kept_of_the_original_is_bounded() -> None:
         judge = Judge(find_stack(model), batches, reuse=reuse)
         assert judge.distances([attempt, attempt], "judge") == judge.distances([attempt, attempt], "judge")
         assert len(runs) == expected
-        assert sum(kept.numel() * 4 for kept in judge._kept.values()) <= reuse
+        assert sum(kept.numel() * 4 for kept in judge.reused.values()) <= reuse
 
 
 def test_what_cannot_go_is_named_and_the_others_are_judged() -> None:

@@ -42,7 +42,7 @@ def test_a_mutation_keeps_the_budget_and_takes_only_what_may_go(drawn: tuple[Lev
 @given(situations(), st.sampled_from(UNITS), st.integers())
 def test_a_switch_is_of_one_unit(drawn: tuple[Levels, Gone], unit: str, seed: int) -> None:
     levels, gone = drawn
-    assume(all(levels._movable(gone, unit)))  # type: ignore[arg-type]
+    assume(all(levels.movable(gone, unit)))  # type: ignore[arg-type]
     child = levels.switched(gone, unit, Random(seed))  # type: ignore[arg-type]
     kinds = BRANCHES if unit == "block" else (unit,)
     back, up = gone - child, child - gone
