@@ -98,7 +98,7 @@ def test_held_out_text_starts_where_it_is_told(data: Path, tokenizer: Any) -> No
     for name, batches in whole.items():
         rows = torch.cat([batch["input_ids"] for batch in batches])
         assert torch.equal(rows[1:], torch.cat([batch["input_ids"] for batch in later[name]]))
-    with pytest.raises(SystemExit, match="blog.txt has, from the sequence 900 on, 0 tokens, less than one sequence"):
+    with pytest.raises(SystemExit, match=r"blog.txt.*900 on.*0 tokens"):
         heldout(data, tokenizer, 2, first=900)
 
 
@@ -344,5 +344,5 @@ def test_the_bigram_is_a_distribution_and_equals_its_formula(seed: int) -> None:
 
 
 def test_a_model_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="train it with `python -m benchmarks.small_opt`"):
+    with pytest.raises(SystemExit, match=r"train.*`python.*benchmarks.small_opt`"):
         small_opt.load_small_opt(tmp_path)

@@ -129,7 +129,7 @@ def test_memory_is_for_a_folder(command: Command, tmp_path: Path) -> None:
 def test_sizes_are_read_and_nonsense_is_refused() -> None:
     assert [parse_bytes(t) for t in ("1", "2k", "2 KiB", "0.5GB")] == [1, 2000, 2048, 500_000_000]
     for text in ("", "GB", "0", "-1GB", "2GB please"):
-        with pytest.raises(StreamlineError, match="is no size; expected one above zero such as 2GB"):
+        with pytest.raises(StreamlineError, match=r"expected.*2GB"):
             parse_bytes(text)
 
 
@@ -143,6 +143,6 @@ def test_a_model_fits_by_the_size_of_its_files(tmp_path: Path) -> None:
 
 def test_memory_that_does_not_hold_one_block_is_refused_with_what_would() -> None:
     plan = plan_blockwise(find_stack(tiny_model("llama")), Asked(memory=0))
-    with pytest.raises(StreamlineError, match=r"--memory 0.00GB does not suffice: .* Allow at least \d+\.\d\dGB\."):
+    with pytest.raises(StreamlineError, match=r"--memory 0.00GB.*Allow.*\d+\.\d\dGB"):
         states_budget(plan, 1000)
     assert states_budget(plan, 2**40) > states_budget(plan, 2**39)

@@ -91,7 +91,7 @@ def test_an_error_of_the_model_itself_is_told_and_the_rest_goes_on() -> None:
 
 @pytest.mark.parametrize("window", [range(0, 6), range(4, 9), range(3, 3)])
 def test_a_window_that_is_not_there(window: range) -> None:
-    with pytest.raises(StreamlineError, match=r"cannot be taken out of 6 blocks; give START:STOP with 0 <= START"):
+    with pytest.raises(StreamlineError, match=r"of 6.*give START:STOP.*0 <= START"):
         list(run_checks(tiny_model("llama"), [window]))
 
 

@@ -57,9 +57,7 @@ def test_prompts_of_one_length_alone_are_run_together_where_padding_is_heeded(ki
     """A recurrence takes padding into its state, and learned positions count it, whatever the mask says."""
     model: Any = tiny(kind, vocabulary=VOCABULARY)
     prompts, told = [[*PROMPTS[0], *range(3, 20)], *PROMPTS, [8, 4, 2 + 1]], []
-    with pytest.warns(
-        UserWarning, match=f"of 4 lengths are written on apart: behind padding, this {type(model).__name__}"
-    ):
+    with pytest.warns(UserWarning, match=rf"of 4.*{type(model).__name__}"):
         found = written_on(model, None, prompts, new_tokens=8, samples=1, told=told.append)
     assert found == [written_on(model, None, [prompt], new_tokens=8)[0] for prompt in prompts]
     assert sorted(set(told)) == [1, 2]
@@ -73,9 +71,7 @@ def test_each_text_is_written_alone_where_company_is_heeded() -> None:
     model: Any = tiny("rwkv", vocabulary=VOCABULARY).double()
     prompts, told = [PROMPTS[0], PROMPTS[2], PROMPTS[2]], []
     expected = [greedy(model, prompt, 8, set()) for prompt in prompts]
-    with pytest.warns(
-        UserWarning, match="3 texts are written one at a time: beside another, this RwkvForCausalLM says"
-    ):
+    with pytest.warns(UserWarning, match=r"3 texts.*RwkvForCausalLM"):
         assert written_on(model, None, prompts, new_tokens=8, told=told.append) == [[one] for one in expected]
     assert set(told) == {1}
     nearly = {"temperature": 1e-4}
@@ -229,12 +225,12 @@ def test_what_cannot_be_written_on() -> None:
     with pytest.raises(StreamlineError, match="A prompt has no token; expected one at least"):
         written_on(model, Ends(), [[3], []], new_tokens=2)
     positions = model.config.max_position_embeddings
-    with pytest.raises(StreamlineError, match=f"6 tokens and {positions} more need .* positions; the model has"):
+    with pytest.raises(StreamlineError, match=rf"6 tokens.*{positions} more"):
         written_on(model, Ends(), PROMPTS, new_tokens=positions)
     from transformers import T5Config, T5ForConditionalGeneration
 
     sizes = {"vocab_size": 32, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
-    with pytest.raises(StreamlineError, match="T5ForConditionalGeneration reads a text and writes another one"):
+    with pytest.raises(StreamlineError, match="T5ForConditionalGeneration"):
         written_on(T5ForConditionalGeneration(T5Config(**sizes)), Ends(), PROMPTS, new_tokens=2)
     with pytest.raises(StreamlineError, match="It, a Linear, cannot generate; give a causal language model"):
         require_generates(nn.Linear(1, 1), "It")

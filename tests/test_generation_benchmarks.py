@@ -223,7 +223,7 @@ def test_the_level_nearest_the_middle_is_chosen() -> None:
         "c": {"1": row(0.65, same=0.6), "2": row(0.41)},  # 1 is no better than the same answer always
     }
     assert choose(table) == {"a": 3, "b": 1, "c": 2}
-    with pytest.raises(SystemExit, match=r"On no level of a does the model solve 0.4 to 0.9; add one to `LEVELS`"):
+    with pytest.raises(SystemExit, match=r"0.4 to 0.9.*`LEVELS`"):
         choose({"a": {"1": row(0.91), "2": row(0.39)}})
 
 
@@ -334,7 +334,7 @@ def test_rows_that_were_not_asked_the_same_are_refused() -> None:
         summary(ORIGINAL, [ROWS[0], other])
     with pytest.raises(StreamlineError, match="There is no row of a changed model; give one at least"):
         retained_greedy(ORIGINAL, [])
-    with pytest.raises(StreamlineError, match="pass@5 needs 5 tries a problem; there are 4"):
+    with pytest.raises(StreamlineError, match=r"pass@5.*5 tries.*4"):
         retained_pass(ORIGINAL, ROWS, 5)
-    with pytest.raises(StreamlineError, match="scored for pass@1, 2, 4, and not for 3"):
+    with pytest.raises(StreamlineError, match=r"pass@1.*2.*4.*3"):
         retained_pass(ORIGINAL, ROWS, 3)

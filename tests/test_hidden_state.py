@@ -61,9 +61,7 @@ def test_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 def test_what_holds_no_state_is_described() -> None:
-    with pytest.raises(
-        StreamlineError, match=r"A block was called with \(int, mask=torch.int64 tensor of shape \(2,\)\)"
-    ):
+    with pytest.raises(StreamlineError, match=r"mask=torch.int64.*\(2,\)\)"):
         read_input((3,), {"mask": torch.zeros(2, dtype=torch.long)})
     for output in (None, (), [], torch.zeros(3), (None, STATE)):
         with pytest.raises(StreamlineError, match="A block returned .*; expected a floating-point tensor"):
@@ -73,7 +71,7 @@ def test_what_holds_no_state_is_described() -> None:
 def test_masks() -> None:
     assert token_mask(STATE, None).all() and token_mask(STATE, None).shape == (1, 2)
     assert token_mask(STATE, torch.tensor([[0, 1]])).tolist() == [[False, True]]
-    with pytest.raises(StreamlineError, match=r"shape \(3, 4\); expected \(batch, tokens, features\)"):
+    with pytest.raises(StreamlineError, match=r"\(3.*4\).*expected"):
         token_mask(torch.zeros(3, 4), None)
-    with pytest.raises(StreamlineError, match=r"the shape \(1, 5\); the hidden states have \(1, 2\)"):
+    with pytest.raises(StreamlineError, match=r"\(1.*5\).*\(1.*2\)"):
         token_mask(STATE, torch.ones(1, 5))

@@ -70,9 +70,9 @@ def test_what_is_spliced_in_before_is_not_run_on_states_that_have_passed_it(fami
 
 def test_what_cannot_be_resumed() -> None:
     model = tiny_model("llama")
-    with pytest.raises(StreamlineError, match="Cannot resume at block 7: the stack has 6 blocks, so 0 to 6"):
+    with pytest.raises(StreamlineError, match=r"block 7.*6 blocks.*0 to 6"):
         resume(model, 7, torch.zeros(2, 9, 32), tokens(2, 9))
-    with pytest.raises(StreamlineError, match=r"states have the shape \(2, 8, 32\); this batch has \(2, 9, 32\)"):
+    with pytest.raises(StreamlineError, match=r"\(2.*8.*32\).*\(2.*9.*32\)"):
         resume(model, 3, torch.zeros(2, 8, 32), tokens(2, 9))
     assert not find_stack(model)[3]._forward_pre_hooks and len(find_stack(model)) == BLOCKS
 
@@ -126,7 +126,7 @@ def test_states_that_are_not_finite_are_named() -> None:
     model = tiny_model("llama")
     model.model.layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")
     batches = batches_of(tokens(4, 9), 2)
-    with pytest.raises(StreamlineError, match=r"leaves block 2 holds NaN or infinite values \(batch 0\)"):
+    with pytest.raises(StreamlineError, match=r"block 2.*NaN.*0\)"):
         exhaust(recorded(model, batches, HiddenStateRecorder(model, [2, 3]), "test"))
 
 
@@ -134,7 +134,7 @@ def test_a_batch_number_is_that_of_the_batch() -> None:
     model = tiny_model("llama")
     model.model.embed_tokens.weight.data[7] = float("inf")
     clean, dirty = torch.full((1, 4), 5), torch.tensor([[5, 7, 5, 5]])
-    with pytest.raises(StreamlineError, match=r"enters block 0 holds NaN or infinite values \(batch 1\)"):
+    with pytest.raises(StreamlineError, match=r"block 0.*NaN.*1\)"):
         exhaust(recorded(model, [clean, dirty], HiddenStateRecorder(model, [0]), "test"))
 
 
@@ -165,5 +165,5 @@ def test_a_block_that_is_called_twice_is_refused() -> None:
             return x
 
     model = Looped()
-    with pytest.raises(StreamlineError, match="A forward called block 0 2 times; expected once"):
+    with pytest.raises(StreamlineError, match=r"block 0 2 times.*expected"):
         exhaust(recorded(model, [{"x": torch.zeros(1, 2, 4)}], HiddenStateRecorder(model), "test"))

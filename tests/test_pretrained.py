@@ -48,22 +48,22 @@ def test_no_such_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_path_is_never_looked_for_on_the_hub() -> None:
-    with pytest.raises(StreamlineError, match="no model at 'organisation/model': there is no such folder"):
+    with pytest.raises(StreamlineError, match="'organisation/model'"):
         load_pretrained(Path("organisation/model"))
 
 
 def test_a_file(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"")
-    with pytest.raises(StreamlineError, match=r"it is a file. Expected a folder that holds config.json"):
+    with pytest.raises(StreamlineError, match=r"Expected.*config.json"):
         load_pretrained(file)
 
 
 def test_a_folder_without_a_config(tmp_path: Path) -> None:
-    with pytest.raises(StreamlineError, match=r"has no config\.json; it holds nothing. Expected .*save_pretrained"):
+    with pytest.raises(StreamlineError, match=r"config\.json.*Expected.*save_pretrained"):
         load_pretrained(tmp_path)
     (tmp_path / "weights.bin").touch()
-    with pytest.raises(StreamlineError, match=r"it holds weights\.bin\. .* Name the folder that holds config.json"):
+    with pytest.raises(StreamlineError, match=r"weights\.bin.*Name.*config.json"):
         load_pretrained(str(tmp_path))
 
 
@@ -72,7 +72,7 @@ def test_a_folder_without_a_config(tmp_path: Path) -> None:
 )
 def test_a_folder_that_is_no_checkpoint(tmp_path: Path, config: str) -> None:
     (tmp_path / "config.json").write_text(config)
-    with pytest.raises(StreamlineError, match=r"Transformers cannot load '.*': \w+Error: .* Expected a folder"):
+    with pytest.raises(StreamlineError, match=r"'.*'.*Expected"):
         load_pretrained(tmp_path)
 
 

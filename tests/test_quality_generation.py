@@ -247,9 +247,7 @@ def test_rows_that_were_asked_otherwise_are_not_gone_on_with(monkeypatch: pytest
     made.content["originals"][quality_generation.products()]["classification"]["key"] = "questions"
     made.check()
     made.options.tokens = 2000
-    with pytest.raises(
-        SystemExit, match=r"rows.json has rows of 1,000 training tokens; name another file \(--results\)"
-    ):
+    with pytest.raises(SystemExit, match=r"rows.json.*of 1,000.*name.*\(--results\)"):
         made.check()
     made.options.tokens, made.quality.key = 1000, "others"
     with pytest.raises(SystemExit, match="asked other questions, or by another version of torch"):

@@ -76,9 +76,7 @@ def test_gradients_are_kept_under_gradient_checkpointing() -> None:
     ],
 )
 def test_gradients_of_something_else_are_refused(options: dict[str, object]) -> None:
-    with pytest.raises(
-        StreamlineError, match="retain_grad=True keeps the gradient of the model's own states, .* Give detach=False"
-    ):
+    with pytest.raises(StreamlineError, match=r"retain_grad=True.*Give detach=False"):
         HiddenStateRecorder(tiny_model("llama"), retain_grad=True, **options)  # type: ignore[arg-type]
 
 

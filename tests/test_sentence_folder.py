@@ -149,7 +149,7 @@ def test_another_pooling_is_not_guessed(said: dict[str, Any], tmp_path: Path) ->
     write_json(folder / "1_Pooling" / "config.json", said)
     model, _ = load_pretrained(folder, task="embedding")
     for read in (lambda: task_of_pretrained(folder), lambda: Task.of(model)):
-        with pytest.raises(StreamlineError, match=r"1_Pooling/config\.json pools by .* embedding:pooling=mean"):
+        with pytest.raises(StreamlineError, match=r"1_Pooling/config\.json.*embedding:pooling=mean"):
             read()
 
 
@@ -191,7 +191,7 @@ def test_every_way_to_write_a_folder_keeps_its_files(
     model, tokenizer = load_pretrained(folder, task="embedding")
     assert kept(export_plain(model, tmp_path / "plain", tokenizer=tokenizer)) == expected
     (tmp_path / "command" / "2_Dense" / "model.safetensors").write_bytes(b"other")
-    with pytest.raises(StreamlineError, match=r"2_Dense/model\.safetensors is not the file that was written"):
+    with pytest.raises(StreamlineError, match=r"2_Dense/model\.safetensors"):
         load(tmp_path / "command")
 
 

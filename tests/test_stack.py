@@ -120,9 +120,9 @@ def test_a_stack_answers_to_what_it_is_for(name: str, asked: str) -> None:
 
 
 def test_a_word_that_several_stacks_answer_to_is_not_guessed() -> None:
-    with pytest.raises(StreamlineError, match=r"2 stacks answer to 'encoder' in CLIPModel. Expected one of: 'text_"):
+    with pytest.raises(StreamlineError, match=r"2 stacks.*'encoder'.*CLIPModel.*Expected.*'text_"):
         find_stack(made("clip text"), "encoder")
-    with pytest.raises(StreamlineError, match="No stack of blocks at 'audio' in CLIPModel"):
+    with pytest.raises(StreamlineError, match=r"'audio'.*CLIPModel"):
         find_stack(made("clip text"), "audio")
 
 
@@ -147,7 +147,7 @@ def test_a_module_at_several_positions_is_counted_at_each_and_refused(
 
 
 def test_an_empty_position_is_refused() -> None:
-    with pytest.raises(StreamlineError, match=r"None at position 1.*Remove"):
+    with pytest.raises(StreamlineError, match=r"position 1"):
         find_stack(Plain(layers=repeated("None")))
 
 

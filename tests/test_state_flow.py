@@ -184,7 +184,7 @@ def test_a_name_of_no_parameter_is_refused(declared: Any) -> None:
     model = Model(ConditionFirst)
     for layer in model.layers:
         layer.hidden_state_argument = declared
-    with HiddenStateRecorder(model), pytest.raises(StreamlineError, match=f"{declared!r}.*one of: cond, x"):
+    with HiddenStateRecorder(model), pytest.raises(StreamlineError, match=f"{declared!r}"):
         model(X, CONDITIONS["same shape"])
 
 

@@ -69,7 +69,7 @@ def test_points_without_a_number_are_on_no_front() -> None:
     points = (point(None, None), point(1.5, 0.8), point(math.inf, 0.1), point(1.2, None))
     assert Sweep(points).front() == [points[1]]
     assert Sweep(points).front("decode") == []
-    with pytest.raises(StreamlineError, match=r"by='weight' is not known; expected one of size, prefill, decode"):
+    with pytest.raises(StreamlineError, match=r"by='weight'.*expected"):
         Sweep(points).front("weight")
 
 
@@ -203,7 +203,7 @@ def test_a_setting_by_its_name_is_the_same(counted: Counted, tmp_path: Path) -> 
 
 def test_a_criterion_that_cannot_be_told_from_others_is_not_kept(counted: Counted, tmp_path: Path) -> None:
     for mine in (Criterion("cosine", doubled, "profile"), combined({Criterion("mine", doubled, "profile"): 1.0})):
-        with pytest.raises(StreamlineError, match=r"is not registered, .*a name of its own \(register_criterion\)"):
+        with pytest.raises(StreamlineError, match=r"\(register_criterion\)"):
             sweep(MODEL, Numbers(), random_split(), keep_in=tmp_path / "x", criterion=mine, **ONE_POINT)
         assert not counted.times and not (tmp_path / "x").exists()
     sweep(MODEL, Numbers(), random_split(), criterion=mine, **ONE_POINT)
@@ -274,9 +274,9 @@ def test_blocks_to_keep_that_can_be_read_once_are_kept_each_time(monkeypatch: py
 
 def test_what_cannot_be_swept(swept: Any, story_texts: list[str]) -> None:
     model, tokenizer, *_ = swept
-    with pytest.raises(StreamlineError, match="Got 0 amounts, 1 kinds; expected one amount and one kind at least"):
+    with pytest.raises(StreamlineError, match=r"0 amounts.*1 kinds.*expected"):
         sweep(model, tokenizer, story_texts, remove=[], kinds=["none"])
-    with pytest.raises(StreamlineError, match="was given batches, which have none. Give documents, a TokenSplit"):
+    with pytest.raises(StreamlineError, match=r"Give.*TokenSplit"):
         sweep(model, None, {name: [torch.ones(2, 3)] for name in PARTS}, remove=[1], kinds=["none"])  # type: ignore[arg-type]
     with pytest.raises(StreamlineError, match="and output; expected"):
         sweep(model, tokenizer, story_texts, remove=[1], kinds=["none"], output="x")

@@ -81,7 +81,7 @@ class Plain(nn.Module):
 
 def test_a_plain_module_says_its_classes_or_is_asked_for() -> None:
     assert [Task.of(Plain(num_classes=n)).name for n in (10, 0)] == ["image-classification", "embedding"]
-    with pytest.raises(StreamlineError, match=r"not clear what Plain is for. Say it: task= \(--task\) causal-lm, "):
+    with pytest.raises(StreamlineError, match=r"task= \(--task\)"):
         Task.of(Plain())
 
 
@@ -139,7 +139,7 @@ def test_pairs_are_compared_on_both_sides() -> None:
         for name in ("image_embeds", "text_embeds")
     ]
     torch.testing.assert_close(torch.cosine_similarity(a, b, dim=-1), sum(each) / 2)
-    with pytest.raises(StreamlineError, match="was given 3 and 2 things to be paired"):
+    with pytest.raises(StreamlineError, match="3 and 2 things"):
         Task("embedding").answers(SimpleNamespace(image_embeds=torch.ones(3, 5), text_embeds=torch.ones(2, 5)), {})
 
 
@@ -148,7 +148,7 @@ def test_what_is_no_answer_is_refused() -> None:
     for shape in ((2, 4, 6), (2, 1)):
         with pytest.raises(StreamlineError, match=r"expected \(batch, classes\) with two classes or more"):
             classes.answers(SimpleNamespace(logits=torch.zeros(shape)), images)
-    with pytest.raises(StreamlineError, match="returned a SimpleNamespace without logits"):
+    with pytest.raises(StreamlineError, match="SimpleNamespace"):
         classes.answers(SimpleNamespace(), images)
     assert torch.equal(classes.answers(torch.eye(3), images), torch.eye(3))  # as timm's and torchvision's return it
     with pytest.raises(StreamlineError, match=r"The attention mask has the shape \(2, 3\)"):

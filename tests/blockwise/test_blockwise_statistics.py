@@ -66,7 +66,7 @@ def test_parts_give_the_same(tmp_path: Path) -> None:
     sizes = [7 * 2 * 32 * n for n in (33, 18, 14, 20)]
     found = profile(open_checkpoint(folder), calibration(), disk=max(sizes))
     require_equal(found.sums, streamline_hooks.profile(load(folder, dtype="auto"), calibration()).sums)
-    with pytest.raises(StreamlineError, match=rf"disk={max(sizes) - 1:,} bytes are too few.*take {max(sizes):,}"):
+    with pytest.raises(StreamlineError, match=rf"disk={max(sizes) - 1:,}.*{max(sizes):,}"):
         profile(open_checkpoint(folder), calibration(), disk=max(sizes) - 1)
     assert found.sequences == whole_sequences()
 
@@ -115,13 +115,13 @@ def test_what_is_not_needed_is_not_kept(tmp_path: Path, monkeypatch: pytest.Monk
 def test_arguments_that_do_not_fit() -> None:
     model = tiny_model("llama")
     for windows in ([], [range(3, 8)], [range(2, 2)], [range(4, 0, -1)]):
-        with pytest.raises(StreamlineError, match=r"expected runs of consecutive blocks.*a stack of 6 blocks"):
+        with pytest.raises(StreamlineError, match=r"expected.*of 6"):
             measure_moments(model, calibration(), windows)
     with pytest.raises(StreamlineError, match=r"tokens='some' is unknown"):
         profile(model, calibration(), tokens="some")  # type: ignore[arg-type]
-    with pytest.raises(StreamlineError, match=r"tokens holds 1 masks for 4 batches"):
+    with pytest.raises(StreamlineError, match=r"1 masks.*4 batches"):
         profile(model, calibration(), tokens=masks()[:1])
-    with pytest.raises(StreamlineError, match=r"skip=-1 and replicates=100 must be 0 or more"):
+    with pytest.raises(StreamlineError, match=r"skip=-1.*replicates=100.*0 or"):
         profile(model, calibration(), skip=-1)
     with pytest.raises(StreamlineError, match=r"There is no batch to profile"):
         profile(model, [])
@@ -133,8 +133,8 @@ def test_a_disk_without_room_is_told_before_anything_is_read(tmp_path: Path, mon
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(room.shutil, "disk_usage", lambda _: usage)
     size = 7 * 4 * 32 * (33 + 18 + 14 + 20)
-    with pytest.raises(StreamlineError, match=rf"The states take {size:,} bytes, of which {size:,} are written.*1,000"):
+    with pytest.raises(StreamlineError, match=rf"{size:,} bytes.*{size:,} are.*1,000"):
         profile(tiny_model("llama"), calibration(), folder=tmp_path / "states")
-    with pytest.raises(StreamlineError, match=rf"The states take {size:,} bytes, of which {size - 50:,} are written"):
+    with pytest.raises(StreamlineError, match=rf"{size:,} bytes.*{size - 50:,} are"):
         profile(tiny_model("llama"), calibration(), memory=50)
     assert profile(tiny_model("llama"), calibration(), memory=size).tokens > 0

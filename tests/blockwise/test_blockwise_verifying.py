@@ -262,7 +262,7 @@ def test_another_kind_or_shortlist_is_not_gone_on_with(tmp_path: Path) -> None:
         verified(open_checkpoint(folder), SELECTIONS[:2], *TEXTS, before_done=break_off, **options)
     with pytest.raises(StreamlineError, match="another pass: kind was linear and is none"):
         verified(open_checkpoint(folder), SELECTIONS[:2], *TEXTS, kind="none", **options)
-    with pytest.raises(StreamlineError, match=r"another pass: ways was .* windows was \[\[0, 2\], \[2, 4\]\] and is"):
+    with pytest.raises(StreamlineError, match=r"\[\[0.*2\].*\[2.*4\]\]"):
         verified(open_checkpoint(folder), SELECTIONS[1:3], *TEXTS, **options)
 
 
@@ -303,7 +303,7 @@ def test_other_selections_are_refused() -> None:
     for selection in (Selection((range(0, 1), range(2, 3))), Selection((), ((0, "mlp"),))):
         with pytest.raises(StreamlineError, match="is not a single window, and nothing else is repaired"):
             verified(tiny_model("llama"), [selection], *TEXTS)
-    with pytest.raises(StreamlineError, match="Got 2 windows, 1 of them different; give each once"):
+    with pytest.raises(StreamlineError, match=r"2 windows.*1 of.*give"):
         verified(tiny_model("llama"), [SELECTIONS[0]] * 2, *TEXTS)
     with pytest.raises(StreamlineError, match="Got 0 windows"):
         verified(tiny_model("llama"), [], *TEXTS)

@@ -298,7 +298,7 @@ def test_what_is_refused(options: dict[str, Any], said: str, tmp_path: Path) -> 
 
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compressing, "here", lambda: Processes(1, 2))
-    with pytest.raises(StreamlineError, match="is one process's work, and this is one of 2. Call it in one alone"):
+    with pytest.raises(StreamlineError, match=r"of 2.*Call"):
         run(tmp_path, tmp_path / "out")
 
 

@@ -41,9 +41,9 @@ def test_others_go_through_the_blocks_from_where_they_were_put_in(tmp_path: Path
 def test_a_way_that_leads_nowhere_is_named() -> None:
     assert journeys_of(2, 5, None, [Journey(1, 2, 5)]) == [(0, 0, 5), (1, 0, 5), (1, 2, 5)]
     for way in (Journey(2, 0, 1), Journey(0, 3, 2), Journey(0, 0, 6), Journey(0, -1, 2)):
-        with pytest.raises(StreamlineError, match=r"Journey\(.*\) leads nowhere: there are 2 batches, and 5 blocks"):
+        with pytest.raises(StreamlineError, match=r"2 batches.*5 blocks"):
             journeys_of(2, 5, None, [way])
-    with pytest.raises(StreamlineError, match=r"ends=\[5\] is not one end for each batch: there are 2 batches"):
+    with pytest.raises(StreamlineError, match=r"ends=\[5\].*2 batches"):
         journeys_of(2, 5, [5], [])
 
 
@@ -53,10 +53,8 @@ def test_states_are_put_in_under_their_own_number() -> None:
         for _ in states:
             state = torch.zeros(2, 9, 32)
             states.put(4, state)
-            with pytest.raises(
-                StreamlineError, match=r"put\(1, ...\) got states of shape \(2, 9, 32\); expected a num"
-            ):
+            with pytest.raises(StreamlineError, match=r"put\(1.*\(2.*9.*32\).*expected"):
                 states.put(1, state)
-            with pytest.raises(StreamlineError, match=r"put\(4, .*\(3, 9, 32\); expected .* of batch 1, \(2, 9\) tok"):
+            with pytest.raises(StreamlineError, match=r"put\(4.*\(3.*9.*32\).*expected.*batch 1.*\(2.*9\)"):
                 states.put(4, torch.zeros(3, 9, 32))
             break

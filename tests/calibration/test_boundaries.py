@@ -44,21 +44,21 @@ def test_an_attention_mask_makes_the_same_rows_cross_and_is_found_out_in_any_dty
     model = tiny_model(family, dtype)
     refuse_crossing(model, PACKED)
     crossing = [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])} for batch in PACKED]
-    with pytest.raises(StreamlineError, match=r"block \d for tokens \d+ to \d+ differs by .* where rounding explains"):
+    with pytest.raises(StreamlineError, match=r"block \d.*\d+ to \d+ differs"):
         refuse_crossing(model, crossing)
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "mpt", "mamba", "mamba2", "rwkv", "jamba", "xlnet"])
 def test_models_that_mix_documents_are_refused_by_name(model_type: str) -> None:
     model = tiny_model_of(model_type, blocks=4)
-    with pytest.raises(StreamlineError, match=rf"^{type(model).__name__} .* Give it documents in rows of their own"):
+    with pytest.raises(StreamlineError, match=rf"^{type(model).__name__}.*Give"):
         refuse_crossing(model, PACKED)
 
 
 def test_positions_that_go_on_are_refused() -> None:
     """GPT-2 looks its positions up, so a document in the middle of a row is another one there."""
     batch = {**PACKED[0], "position_ids": PACKED[0]["position_ids"] + 1}
-    with pytest.raises(StreamlineError, match=r"GPT2LMHeadModel .* block 0 for tokens 0 to 8 differs"):
+    with pytest.raises(StreamlineError, match=r"GPT2LMHeadModel.*block 0.*0 to 8 differs"):
         refuse_crossing(tiny_model("gpt2"), [batch])
 
 
@@ -135,9 +135,7 @@ def test_only_batches_of_one_row_are_respected() -> None:
 
 def test_batches_that_are_not_packed() -> None:
     batch = {"input_ids": PACKED[0]["input_ids"], "attention_mask": torch.ones_like(PACKED[0]["input_ids"])}
-    with pytest.raises(
-        StreamlineError, match=r"\['attention_mask', 'input_ids'\] and no position_ids; expected packed"
-    ):
+    with pytest.raises(StreamlineError, match=r"\['attention_mask'.*'input_ids'\].*position_ids.*expected"):
         refuse_crossing(tiny_model("llama"), [batch])
 
 

@@ -284,6 +284,6 @@ class TestCompress:
     def test_and_no_other_test_text(self) -> None:
         tokenizer: Any = WordTokenizer()
         model = tiny_model("llama")
-        with pytest.raises(StreamlineError, match="A TokenSplit has a test part of its own; leave test_texts out"):
+        with pytest.raises(StreamlineError, match=r"TokenSplit.*leave test_texts"):
             compress(model, tokenizer, self.split(tokenizer), remove=1, test_texts=["text"])
         assert len(model.model.layers) == 6

@@ -158,15 +158,15 @@ def test_what_cannot_be_had(folder: Path) -> None:
     def ask(tokens: dict[str, int], length: int, **options: Any) -> None:
         packed_text(folder, tokenizer, tokens, sequence_length=length, **options)  # type: ignore[arg-type]
 
-    with pytest.raises(StreamlineError, match=r"does not fill one row of 99,999 tokens for the part 'a', of which"):
+    with pytest.raises(StreamlineError, match=r"of 99,999.*'a'"):
         ask({"a": 99_999}, 99_999)
-    with pytest.raises(StreamlineError, match=r"10 tokens for the part 'b' with sequence_length=64.*64 tokens or more"):
+    with pytest.raises(StreamlineError, match=r"10 tokens.*'b'.*sequence_length=64.*64 tokens"):
         ask({"a": 64, "b": 10}, 64)
-    with pytest.raises(StreamlineError, match="with sequence_length=0: expected a positive"):
+    with pytest.raises(StreamlineError, match="sequence_length=0"):
         ask({"a": 64}, 0)
     with pytest.raises(StreamlineError, match="No part was asked for; expected sizes by name"):
         ask({}, 64)
-    with pytest.raises(StreamlineError, match="buffer=0: expected 1 or more"):
+    with pytest.raises(StreamlineError, match=r"buffer=0.*1 or"):
         ask({"a": 64}, 64, buffer=0)
 
 

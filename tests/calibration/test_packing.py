@@ -103,7 +103,7 @@ def test_documents_are_read_no_further_than_the_buffer_reaches() -> None:
 
 @pytest.mark.parametrize(("length", "buffer", "name"), [(0, 1, "sequence_length=0"), (4, 0, "buffer=0")])
 def test_sizes_below_one(length: int, buffer: int, name: str) -> None:
-    with pytest.raises(StreamlineError, match=f"{name}: expected 1 or more"):
+    with pytest.raises(StreamlineError, match=rf"{name}.*1 or"):
         pack([[1]], length, buffer=buffer)
 
 
@@ -115,7 +115,7 @@ def test_batches() -> None:
     assert positions == [[[0, 1, 2, 3], [0, 1, 2, 3]], [[0, 0, 0, 1]], [[0]]]
     assert all(value.dtype == torch.long for batch in batches for value in batch.values())
     assert packed_batches([], 2) == []
-    with pytest.raises(StreamlineError, match="batch_size=0: expected 1 row or more"):
+    with pytest.raises(StreamlineError, match=r"batch_size=0.*1 row"):
         packed_batches([], 0)
 
 

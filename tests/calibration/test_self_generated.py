@@ -561,11 +561,11 @@ class TestErrors:
     def test_no_chat_template(self, model: LlamaForCausalLM, tokenizer: Any) -> None:
         plain = copy.deepcopy(tokenizer)
         plain.chat_template = None
-        with pytest.raises(StreamlineError, match=r"has no chat template.*Expected.*instruct.*--calibration FILE"):
+        with pytest.raises(StreamlineError, match=r"Expected.*--calibration FILE"):
             self_generated(model, plain, tokens=100)
 
     def test_cannot_generate(self, model: LlamaForCausalLM, tokenizer: Any) -> None:
-        with pytest.raises(StreamlineError, match=r"LlamaModel cannot generate.*Expected a causal.*--calibration"):
+        with pytest.raises(StreamlineError, match=r"LlamaModel.*Expected.*--calibration"):
             self_generated(model.model, tokenizer, tokens=100)
 
     @pytest.mark.parametrize(
@@ -585,12 +585,12 @@ class TestErrors:
 
     def test_no_room_for_an_answer(self, model: LlamaForCausalLM, tokenizer: Any) -> None:
         model.config.max_position_embeddings = 40
-        with pytest.raises(StreamlineError, match=r"has room for 40 tokens, and a prompt .* an answer of 16 tokens"):
+        with pytest.raises(StreamlineError, match=r"40 tokens.*of 16"):
             self_generated(model, tokenizer, tokens=100)
 
     def test_a_model_that_says_nothing(self, model: LlamaForCausalLM, tokenizer: Any) -> None:
         calls = replace_generate(model, lambda call, row: [END, END])
-        with pytest.raises(StreamlineError, match=r"wrote 16 texts, of which 0 with 0 tokens can be used; 150 tokens"):
+        with pytest.raises(StreamlineError, match=r"16 texts.*0 with 0 tokens.*150 tokens"):
             self_generated(model, tokenizer, **SHORT)
         assert len(calls) == 8
 
@@ -600,7 +600,7 @@ class TestErrors:
         self_generated(model, tokenizer, cache=tmp_path, **SHORT)
         (file,) = tmp_path.iterdir()
         file.write_text(damage + "\n")
-        with pytest.raises(StreamlineError, match=r"jsonl, line 1 is not what .* Expected .* Delete the file"):
+        with pytest.raises(StreamlineError, match=r"line 1.*Expected.*Delete"):
             self_generated(model, tokenizer, cache=tmp_path, **SHORT)
 
 

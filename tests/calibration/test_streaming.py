@@ -91,7 +91,7 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text("damaged")
     documents = stream_documents(tmp_path)
     assert [next(documents), next(documents)] == ["one", "two"]
-    with pytest.raises(StreamlineError, match=r"b\.jsonl, line 1 is not JSON"):
+    with pytest.raises(StreamlineError, match=r"b\.jsonl.*line 1.*JSON"):
         next(documents)
 
 
@@ -115,7 +115,7 @@ def test_a_process_without_a_document_is_no_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["shuffle", "remember"])
 def test_negative_numbers(name: str) -> None:
-    with pytest.raises(StreamlineError, match=rf"{name}=-1: expected a number of documents, 0 or more. Use 0"):
+    with pytest.raises(StreamlineError, match=rf"{name}=-1.*0 or.*Use 0"):
         stream_documents("pydoc", **{name: -1})
 
 

@@ -127,18 +127,16 @@ class TestRead:
         with pytest.raises(StreamlineError, match=r"'nowhere': there is no such file or folder"):
             read_pairs("nowhere")
         (tmp_path / "a.csv").write_text("a,b")
-        with pytest.raises(StreamlineError, match=r"a\.csv': its name ends in '\.csv'.*Write a JSONL file with lines"):
+        with pytest.raises(StreamlineError, match=r"a\.csv'.*'\.csv'.*Write.*JSONL"):
             read_pairs(tmp_path / "a.csv")
         pa = pytest.importorskip("pyarrow")
         import pyarrow.parquet as pq
 
         pq.write_table(pa.table({"source": ["a"], "target": [1]}), tmp_path / "a.parquet")
-        with pytest.raises(
-            StreamlineError, match=r"The column `target` of .*a\.parquet holds int64\. Expected strings"
-        ):
+        with pytest.raises(StreamlineError, match=r"`target`.*a\.parquet.*int64.*Expected"):
             read_pairs(tmp_path / "a.parquet")
         pq.write_table(pa.table({"de": ["a"], "en": ["b"]}), tmp_path / "a.parquet")
-        with pytest.raises(StreamlineError, match=r"a\.parquet has the columns \['de', 'en'\]\. Expected `source` and"):
+        with pytest.raises(StreamlineError, match=r"a\.parquet.*\['de'.*'en'\].*Expected `source`"):
             read_pairs(tmp_path / "a.parquet")
         monkeypatch.setitem(sys.modules, "pyarrow", None)
         with pytest.raises(StreamlineError, match=r"`pyarrow` is not installed.*pip install pyarrow"):
@@ -200,7 +198,7 @@ class TestParts:
                 for each in parts.values()
             ]
             assert sum(holding) <= 1
-        with pytest.raises(StreamlineError, match=r"and there are 80 different sources, \d+ of which repeat what anot"):
+        with pytest.raises(StreamlineError, match=r"80 different.*\d+ of"):
             pair_parts(pairs, TOKENIZER, {"calibration": 40, "test": 39}, CONFIG)
 
     def test_what_is_in_a_batch(self) -> None:
@@ -335,5 +333,5 @@ def test_numbers_that_are_refused(counts: dict[str, int], options: dict[str, int
 
 
 def test_a_tokenizer_that_cannot_pad() -> None:
-    with pytest.raises(StreamlineError, match=r"has no padding token.*tokenizer\.pad_token = "):
+    with pytest.raises(StreamlineError, match=r"tokenizer\.pad_token ="):
         pair_parts(pairs_of(10), tokenizer_of(pad_token=None), {"a": 4}, CONFIG)

@@ -34,7 +34,7 @@ def test_a_fresh_head_on_the_spliced_body(family: str, head: str, tmp_path: Path
     plain = automatic._model_mapping[type(tiny_model(family).config)]
     if plain.base_model_prefix != type(model).base_model_prefix:
         # Transformers itself loads a causal model into this class with random blocks.
-        with pytest.raises(StreamlineError, match=f"0 blocks in this Streamlined{plain.__name__}.*Load the class"):
+        with pytest.raises(StreamlineError, match=rf"0 blocks.*Streamlined{plain.__name__}.*Load"):
             automatic.from_pretrained(tmp_path / "model")
         return
     loaded, info = automatic.from_pretrained(tmp_path / "model", output_loading_info=True)
@@ -94,7 +94,7 @@ def test_a_class_without_the_spliced_stack_is_refused(tmp_path: Path) -> None:
         surgeon.replace([2], LinearReplacement(WIDTH))
         surgeon.commit()
     save(model, tmp_path / "model")
-    with pytest.raises(StreamlineError, match=r"'decoder\.block'.*0 blocks in this StreamlinedT5ForTokenClassific"):
+    with pytest.raises(StreamlineError, match=r"'decoder\.block'.*0 blocks.*StreamlinedT5ForTokenClassific"):
         AutoModelForTokenClassification.from_pretrained(tmp_path / "model")
 
 

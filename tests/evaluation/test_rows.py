@@ -34,7 +34,7 @@ def test_a_zip_is_read_in_the_order_of_its_names_without_hidden_files(tmp_path: 
     assert rows[4].where == f"{path}: b.jsonl, line 2"
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("d.jsonl", TEXT + b"\n{")
-    with pytest.raises(StreamlineError, match="all.zip: d.jsonl, line 4 is not JSON"):
+    with pytest.raises(StreamlineError, match=r"all.zip.*d.jsonl.*line 4.*JSON"):
         read_rows(path)
     with zipfile.ZipFile(tmp_path / "none.zip", "w") as archive:
         archive.writestr("readme.txt", b"nothing")
@@ -54,10 +54,10 @@ def test_a_data_set_in_memory_and_on_disk(tmp_path: Path) -> None:
     ]
     assert found[2].where == f"{tmp_path / 'one'}, row 2"
     both = datasets.DatasetDict(validation=split, test=split)
-    with pytest.raises(StreamlineError, match="row 0 is a str; expected a mapping"):
+    with pytest.raises(StreamlineError, match=r"row 0.*expected"):
         questions_from(both)
     both.save_to_disk(tmp_path / "both")
-    with pytest.raises(StreamlineError, match="holds the splits validation, test; give one of them: '.*/both/SPLIT'"):
+    with pytest.raises(StreamlineError, match=r"give.*'.*/both/SPLIT'"):
         read_questions(tmp_path / "both")
     assert len(read_questions(tmp_path / "both" / "test")) == 3
     (tmp_path / "other").mkdir()
@@ -78,9 +78,9 @@ def test_a_data_set_of_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_rows("hub:allenai/ai2_arc:ARC-Easy:validation") == ROWS
     assert read_rows("hub:baber/piqa:test")[1].where == "hub:baber/piqa:test, row 1"
     assert calls == [("allenai/ai2_arc", "ARC-Easy", "validation"), ("baber/piqa", "test")]
-    with pytest.raises(StreamlineError, match=r"'hub:absent:test' cannot be loaded \(ConnectionError: no network\)"):
+    with pytest.raises(StreamlineError, match=r"'hub:absent:test'.*\(ConnectionError"):
         read_rows("hub:absent:test")
-    with pytest.raises(StreamlineError, match="holds the splits a, b; give one of them: 'hub:x:SPLIT'"):
+    with pytest.raises(StreamlineError, match=r"give.*'hub:x:SPLIT'"):
         read_rows("hub:x:all")
     for wrong in ("hub:", "hub:x", "hub:x:", "hub:x::test", "hub:a:b:c:d"):
         with pytest.raises(StreamlineError, match="names no split of a data set; expected .*hub:NAME:SPLIT"):

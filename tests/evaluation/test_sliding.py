@@ -198,7 +198,7 @@ def test_bytes_are_not_divided_by_where_a_token_went_unpredicted() -> None:
     assert (got.tokens, got.unpredicted) == (2, 2)
     assert got.value > 1
     for unit, name in (("byte", "bits_per_byte"), ("word", "word_perplexity")):
-        with pytest.raises(StreamlineError, match=f"2 tokens at the beginnings .* no sum a {unit} can be given"):
+        with pytest.raises(StreamlineError, match=rf"2 tokens.*{unit} can"):
             getattr(got, name)
 
 
@@ -224,20 +224,20 @@ def test_what_cannot_be_scored() -> None:
     assert with_eos == sliding_perplexity(model, Numbers(), texts, first="eos")
     assert with_eos != sliding_perplexity(model, Numbers(), texts)
     Bare.eos_token_id = None
-    with pytest.raises(StreamlineError, match="no bos_token_id and no eos_token_id to begin a document .* first=None"):
+    with pytest.raises(StreamlineError, match=r"bos_token_id.*eos_token_id.*first=None"):
         sliding_perplexity(model, Bare(), texts)
     with pytest.raises(StreamlineError, match=r"The tokenizer has no eos_token_id to begin"):
         sliding_perplexity(model, Bare(), texts, first="eos")
-    with pytest.raises(StreamlineError, match=r"first='BOS' is not known; expected \"bos\", \"eos\" or None"):
+    with pytest.raises(StreamlineError, match=r"first='BOS'.*expected \"bos\".*\"eos\""):
         sliding_perplexity(model, Numbers(), texts, first="BOS")  # type: ignore[arg-type]
-    with pytest.raises(StreamlineError, match="window=129 is more than the 128 positions that this LlamaForCausalLM"):
+    with pytest.raises(StreamlineError, match=r"window=129.*128 positions.*LlamaForCausalLM"):
         sliding_perplexity(model, Numbers(), texts, window=129)
     for wrong in ({"window": 0}, {"window": 4, "stride": 5}, {"stride": 0}, {"batch_size": 0}):
-        with pytest.raises(StreamlineError, match="expected all to be 1 or more, and the stride no more than"):
+        with pytest.raises(StreamlineError, match=r"expected.*1 or"):
             sliding_perplexity(model, Numbers(), texts, **wrong)
     with pytest.raises(StreamlineError, match="The documents are one str; expected a list of str"):
         sliding_perplexity(model, Numbers(), "5 6 7")
-    with pytest.raises(StreamlineError, match="The documents are NoneType, str; expected a list of str"):
+    with pytest.raises(StreamlineError, match=r"NoneType.*expected"):
         sliding_perplexity(model, Numbers(), ["5", None])  # type: ignore[list-item]
     nothing = sliding_perplexity(model, Numbers(), [""])
     assert nothing == TextPerplexity(words=1) and sliding_perplexity(model, Numbers(), []) == TextPerplexity()

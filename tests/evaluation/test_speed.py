@@ -52,7 +52,7 @@ def test_prefill_alone() -> None:
     got = measure_speed({"a": charged(clock)}, tokens=10, new_tokens=0, repeats=1, clock=clock)
     assert got.timings["a"].prefill == (BLOCKS * 10.0,) and got.timings["a"].decode == ()
     assert "decode" not in got.table() and set(got.to_dict()["ratios"]["a"]) == {"prefill"}
-    with pytest.raises(StreamlineError, match="No decode was timed: new_tokens was 0"):
+    with pytest.raises(StreamlineError, match=r"new_tokens.*0"):
         got.ratio("a", "decode")
 
 
@@ -136,7 +136,7 @@ def test_a_model_that_would_stop_goes_on() -> None:
     assert model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0).shape[1] < 11  # it would
     assert len(measure_speed({"a": model}, tokens=3, new_tokens=7, repeats=1).timings["a"].decode) == 1
     model.generate = lambda **given: None
-    with pytest.raises(StreamlineError, match="a generated 0 of 8 tokens and stopped"):
+    with pytest.raises(StreamlineError, match="0 of 8 tokens"):
         measure_speed({"a": model}, tokens=3, new_tokens=7, repeats=1)
 
 
@@ -212,7 +212,7 @@ def test_what_cannot_be_timed() -> None:
     model = tiny_model("llama")
     with pytest.raises(StreamlineError, match="a, a Linear, cannot generate; give a causal language model"):
         measure_speed({"a": nn.Linear(2, 2)})
-    with pytest.raises(StreamlineError, match="a has 128 positions; 528 were asked for"):
+    with pytest.raises(StreamlineError, match=r"128 positions.*528 were"):
         measure_speed({"a": model})
     with pytest.raises(StreamlineError, match="its generate runs the model that is not compiled"):
         measure_speed({"a": torch.compile(model)}, tokens=4)

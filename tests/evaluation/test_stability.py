@@ -108,13 +108,11 @@ def test_what_is_right_may_be_normalised() -> None:
 
 
 def test_what_cannot_be_compared() -> None:
-    with pytest.raises(StreamlineError, match="changed model answered 1 questions, the original 2. Score the same"):
+    with pytest.raises(StreamlineError, match=r"1 questions.*2"):
         stability(scores([(-1.0, -2.0)], [0]), scores([(-1.0, -2.0)] * 2, [0, 0]))
-    with pytest.raises(
-        StreamlineError, match=r"Question 1 \(counted from 0\) .* \(1, \(4, 4\)\) for the changed .* \(0,"
-    ):
+    with pytest.raises(StreamlineError, match=r"1.*0\).*\(1.*\(4.*4\)\).*\(0"):
         stability(scores([(-1.0, -2.0)] * 2, [0, 1]), scores([(-1.0, -2.0)] * 2, [0, 0]))
-    with pytest.raises(StreamlineError, match="spread='bits' is neither 'nats' nor 'perplexity'"):
+    with pytest.raises(StreamlineError, match=r"spread='bits'.*'nats'.*'perplexity'"):
         stability(ORIGINAL, ORIGINAL, spread="bits")  # type: ignore[arg-type]
 
 

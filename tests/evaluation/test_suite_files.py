@@ -94,7 +94,7 @@ def test_what_is_refused(folder: Path) -> None:
     sums = lines(folder / "arithmetic.jsonl", [{"question": "1 + 1?", "answer": "2"}])
     with pytest.raises(StreamlineError, match="A file of problems is called arithmetic, as probes are; rename it"):
         suite_from_files(Words(), problems=[sums], probe_count=2)
-    with pytest.raises(StreamlineError, match="2 samples at temperature 0 are one text 2 times; give a temperature"):
+    with pytest.raises(StreamlineError, match=r"2 samples.*0 are.*2 times.*give"):
         suite_from_files(Words(), problems=[sums], samples=2)
     task = suite_from_files(Words(), problems=[sums], samples=2, temperature=0.7, problem_tokens=9).problems[
         "arithmetic"
@@ -109,7 +109,7 @@ def test_what_is_refused(folder: Path) -> None:
     ):
         with pytest.raises(StreamlineError, match=said):
             suite_from_files(Words(), **settings)
-    with pytest.raises(StreamlineError, match="Got items=0, text_tokens=None; expected 1 or more"):
+    with pytest.raises(StreamlineError, match=r"items=0.*text_tokens=None.*expected 1 or"):
         suite_from_files(Words(), problems=[sums], items=0)
     with pytest.raises(StreamlineError, match=r"would both be called rivers; rename one of them"):
         suite_from_files(Words(), questions=[folder / "rivers.jsonl", other])

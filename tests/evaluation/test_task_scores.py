@@ -89,6 +89,6 @@ WRONG = [torch.zeros(4, 1, dtype=torch.long), torch.eye(4, 5), torch.zeros(3, dt
 def test_labels_are_one_class_each(labels: torch.Tensor) -> None:
     """Others would be compared with every answer, and the accuracy be above one."""
     model, batch = made("vit"), {**pictures(4), "labels": labels}
-    with pytest.raises(StreamlineError, match="expected the number of one class for each of 4"):
+    with pytest.raises(StreamlineError, match=r"expected.*of 4"):
         TaskScores(model, [batch], Task("image-classification"))
     assert model.config.problem_type is None

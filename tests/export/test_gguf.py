@@ -94,7 +94,7 @@ def test_half_precision_that_overflows(tmp_path: Path) -> None:
     model = llama()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e5
-    with pytest.raises(StreamlineError, match=r"blk\.0\.ffn_up\.weight holds values that half precision cannot"):
+    with pytest.raises(StreamlineError, match=r"blk\.0\.ffn_up\.weight"):
         export_gguf(model, tmp_path / "model.gguf", dtype="f16")
 
 
@@ -181,9 +181,9 @@ def test_linear_maps_that_no_file_can_hold(tmp_path: Path) -> None:
         with LayerSurgeon(model) as surgeon:
             replace_branches(surgeon, fit_branch_linear(model, [half], text, others, normed=normed))
             surgeon.commit()
-    with pytest.raises(StreamlineError, match="of block 0 cannot be written: llama.cpp takes the size of a head"):
+    with pytest.raises(StreamlineError, match=r"block 0.*llama.cpp"):
         export_gguf(first, tmp_path / "model.gguf")
-    with pytest.raises(StreamlineError, match="No plain form of this StreamlinedLlamaForCausalLM exists"):
+    with pytest.raises(StreamlineError, match="StreamlinedLlamaForCausalLM"):
         export_gguf(plain, tmp_path / "model.gguf")
 
 
@@ -203,7 +203,7 @@ def test_a_vocabulary_of_another_size(size: int, stories: tuple[nn.Module, Any],
     stories[1].save_pretrained(tmp_path)
     model = llama(vocab_size=size)
     if size < 512:
-        with pytest.raises(StreamlineError, match="The tokenizer has 512 tokens and the model 505"):
+        with pytest.raises(StreamlineError, match=r"512 tokens.*505"):
             export_gguf(model, tmp_path / "model.gguf", tokenizer=tmp_path)
         return
     export_gguf(model, tmp_path / "model.gguf", tokenizer=tmp_path)
@@ -310,5 +310,5 @@ def test_a_tokenizer_that_is_not_known(content: str | None, said: str, tmp_path:
 
 
 def test_an_unknown_precision(tmp_path: Path) -> None:
-    with pytest.raises(StreamlineError, match="dtype='q4' is unknown; expected one of f32, f16, bf16"):
+    with pytest.raises(StreamlineError, match=r"dtype='q4'.*expected.*f32.*f16.*bf16"):
         export_gguf(llama(), tmp_path / "model.gguf", dtype="q4")

@@ -57,7 +57,7 @@ def test_a_splice_in_the_other_stack_is_one_too(tmp_path: Path) -> None:
     with LayerSurgeon(model, "encoder.block") as surgeon:
         surgeon.replace([2], LinearReplacement(32))
         surgeon.commit()
-    with pytest.raises(StreamlineError, match="No plain form of this StreamlinedT5.* exists: its LinearReplacement"):
+    with pytest.raises(StreamlineError, match=r"StreamlinedT5.*LinearReplacement"):
         export_plain(model, tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
 

@@ -51,7 +51,7 @@ def test_other_text_another_original_and_another_plan_are_refused(
     original, tokenizer = story_model
     with pytest.raises(StreamlineError, match=r"This is other text than .* was calibrated on \(fingerprint"):
         refit(folder, original, tokenizer, story_texts[48:], kind="folded")
-    with pytest.raises(StreamlineError, match=r"'linear' leaves no plain model, or none that is repaired; expected"):
+    with pytest.raises(StreamlineError, match=r"'linear'.*expected"):
         refit(folder, original, tokenizer, story_texts, kind="linear")
     other = copy.deepcopy(original)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_other_text_another_original_and_another_plan_are_refused(
         surgeon.remove([0])
         surgeon.commit()
     save(by_hand, tmp_path / "twice")
-    with pytest.raises(StreamlineError, match="was made by 2 surgeries"):
+    with pytest.raises(StreamlineError, match="2 surgeries"):
         refit(tmp_path / "twice", original, tokenizer, story_texts, kind="folded")
 
 

@@ -242,7 +242,7 @@ def test_a_mask_that_is_not_by_token_is_refused() -> None:
     square = torch.zeros(2, 1, 6, 6)
     with (
         HiddenStateMonitor(model),
-        pytest.raises(StreamlineError, match=r"called with \(2, 1, 6, 6\). Give tokens='all'"),
+        pytest.raises(StreamlineError, match=r"\(2.*1.*6.*6\).*Give tokens='all'"),
     ):
         loss_of(model, {**batch, "attention_mask": square})
     with HiddenStateMonitor(model, tokens="all") as monitor:
@@ -305,9 +305,9 @@ def test_refuses_what_would_measure_nothing() -> None:
             monitor.open()
     with pytest.raises(StreamlineError, match="not open; use it in a with statement"):
         monitor.step()
-    with pytest.raises(StreamlineError, match="every=0 is no number of steps"):
+    with pytest.raises(StreamlineError, match="every=0"):
         HiddenStateMonitor(model, every=0)
-    with pytest.raises(StreamlineError, match="tokens='some' is unknown; expected 'real' or 'all'"):
+    with pytest.raises(StreamlineError, match=r"tokens='some'.*expected 'real'.*'all'"):
         HiddenStateMonitor(model, tokens="some")  # type: ignore[arg-type]
     model.model.layers[1].compile(backend="eager")
     with pytest.raises(StreamlineError, match="Cannot monitor the hidden states of a compiled .* then compile."):
@@ -510,12 +510,12 @@ def test_the_file_and_the_log(tmp_path: Path) -> None:
     notes.write_text("first line\nnot of a monitor")
     with HiddenStateMonitor(model, file=notes) as monitor:
         loss_of(model, batch_of([5])).backward()
-        with pytest.raises(StreamlineError, match="notes.txt does not end with a line of .*, but with b'not of"):
+        with pytest.raises(StreamlineError, match=r"notes.txt.*b'not"):
             monitor.step()
     assert notes.read_text() == "first line\nnot of a monitor"
     blocked = HiddenStateMonitor(model, file=tmp_path / "deep" / "states.jsonl" / "no.jsonl").open()
     loss_of(model, batch_of([5])).backward()
-    with pytest.raises(StreamlineError, match=r"no.jsonl cannot be written: .* Name another file."):
+    with pytest.raises(StreamlineError, match=r"no.jsonl.*Name"):
         blocked.step()
     blocked.close()
 

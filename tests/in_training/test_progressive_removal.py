@@ -87,7 +87,7 @@ def test_it_follows_what_somebody_else_did_in_between() -> None:
     with LayerSurgeon(model) as surgeon:
         surgeon.remove([1])
         surgeon.commit()
-    with pytest.raises(StreamlineError, match="Blocks 2, 3 of the start cannot go: 3 went already"):
+    with pytest.raises(StreamlineError, match=r"Blocks 2.*3 of.*3 went"):
         ProgressiveRemoval(model, {1: range(0, 1), 3: range(4, 5), 5: range(2, 4)})
     again = ProgressiveRemoval(model, {1: range(0, 1), 3: range(4, 5), 5: range(2, 3)})
     again.resume(4)
@@ -201,7 +201,7 @@ def test_a_module_without_a_configuration() -> None:
     again = ProgressiveRemoval(model, {1: range(1, 2), 2: range(3, 4), 4: range(0, 1)})
     again.resume(3)
     assert again.step(4).plan.removed == (0,)  # type: ignore[union-attr]
-    with pytest.raises(StreamlineError, match="does not carry that they did. Save it with streamline_hooks.save"):
+    with pytest.raises(StreamlineError, match=r"Save.*streamline_hooks.save"):
         ProgressiveRemoval(other, {1: range(1, 2), 4: range(0, 1)}).step(3)
 
 
@@ -241,7 +241,7 @@ def test_shortened_weights_in_a_full_model_are_refused(tmp_path: Path) -> None:
     full = tiny_model("llama").train()
     full.load_state_dict(model.state_dict(), strict=False)  # silently: block 3 of the start is block 1 here
     words = "2 steps are done, and after step 2 blocks were to go, but this model of 6 blocks does not say"
-    with pytest.raises(StreamlineError, match=f"{words}.*load the checkpoint's own model, with from_pretrained"):
+    with pytest.raises(StreamlineError, match=rf"{words}.*from_pretrained"):
         ProgressiveRemoval(full, schedule).step(3)
     with pytest.raises(StreamlineError, match=words):
         ProgressiveRemoval(full, schedule).resume(2)
@@ -253,11 +253,11 @@ def test_a_model_that_is_ahead_of_the_steps_is_refused() -> None:
     removal = ProgressiveRemoval(model, {1: range(1, 3), 4: range(4, 5)})
     removal.step(1)
     words = "0 steps are done, but by its own record this model already lost what was removed after step 1"
-    with pytest.raises(StreamlineError, match=f"{words}.*another name: run="):
+    with pytest.raises(StreamlineError, match=rf"{words}.*run="):
         ProgressiveRemoval(model, {1: range(1, 3), 4: range(4, 5)}).step(1)
     with pytest.raises(StreamlineError, match=words.replace("0 steps", "2 steps")):
         ProgressiveRemoval(model, {4: range(4, 5)}).resume(2)
-    with pytest.raises(StreamlineError, match="the blocks 1, 2 were removed from this model.*the schedule says 2, 3"):
+    with pytest.raises(StreamlineError, match=r"blocks 1.*2 were.*2.*3"):
         ProgressiveRemoval(model, {1: range(2, 4)}).step(2)
     second = ProgressiveRemoval(model, {1: range(2, 3)}, run="second")  # in the numbering of its own start
     assert second.step(1).blocks == (2,) and len(model.model.layers) == 3  # type: ignore[union-attr]
@@ -285,9 +285,9 @@ def test_a_schedule_that_cannot_be(schedule: dict[int, range], words: str) -> No
 def test_steps_grow_and_pass_over_nothing() -> None:
     removal = ProgressiveRemoval(tiny_model("llama"), {3: range(1, 2)})
     removal.step(1)
-    with pytest.raises(StreamlineError, match=r"step\(1\) after step\(1\): expected the number of optimiser steps"):
+    with pytest.raises(StreamlineError, match=r"step\(1\).*step\(1\)"):
         removal.step(1)
-    with pytest.raises(StreamlineError, match=r"step\(4\) after step\(1\) passes over step 3"):
+    with pytest.raises(StreamlineError, match=r"step\(4\).*step\(1\).*step 3"):
         removal.step(4)
     assert removal.step(2) is None and removal.step(3) is not None
 
@@ -295,13 +295,13 @@ def test_steps_grow_and_pass_over_nothing() -> None:
 def test_hazards_are_named_at_once_and_leave_no_trace() -> None:
     model = tiny_of_type("gemma3n_text").train()
     before = fingerprint(model)
-    with pytest.raises(UnsupportedSurgery, match="Blocks 5 cannot go: block 5 produces the keys"):
+    with pytest.raises(UnsupportedSurgery, match=r"Blocks 5.*block 5"):
         ProgressiveRemoval(model, {100: range(5, 6)})
-    with pytest.raises(UnsupportedSurgery, match="embed_tokens_per_layer.weight .* unknown to the optimiser. Remove"):
+    with pytest.raises(UnsupportedSurgery, match=r"embed_tokens_per_layer.weight"):
         ProgressiveRemoval(model, {100: range(1, 2)}, torch.optim.SGD(model.parameters(), 0.1))
     assert fingerprint(model) == before
     model = tiny_of_type("diffllama")
-    with pytest.raises(UnsupportedSurgery, match="Blocks 0 cannot go: .*lambda_init"):  # shows on commit only
+    with pytest.raises(UnsupportedSurgery, match=r"Blocks 0.*lambda_init"):  # shows on commit only
         ProgressiveRemoval(model, {100: range(0, 1)})
 
 
@@ -318,9 +318,7 @@ def test_a_function_that_chooses_what_cannot_go_changes_nothing() -> None:
 
 def test_an_optimiser_of_something_else_is_refused() -> None:
     other = torch.optim.SGD(tiny_model("llama").parameters(), 0.1)
-    with pytest.raises(
-        StreamlineError, match="SGD holds no parameter of this LlamaForCausalLM: it was made for another"
-    ):
+    with pytest.raises(StreamlineError, match=r"SGD.*LlamaForCausalLM"):
         ProgressiveRemoval(tiny_model("llama"), {1: range(1, 2)}, other)
 
 

@@ -65,7 +65,7 @@ def test_blocks_that_went_without_a_surgeon_are_noticed() -> None:
     model = llama()
     removal = ProgressiveRemoval(model, {1: range(1, 2)})
     del model.model.layers[0]
-    with pytest.raises(StreamlineError, match="has 6 blocks, where 5 were found. Change blocks only by a LayerSurgeon"):
+    with pytest.raises(StreamlineError, match=r"6 blocks.*5 were.*LayerSurgeon"):
         removal.step(1)
 
 
@@ -82,7 +82,7 @@ def test_a_training_that_is_resumed_before_its_first_removal_knows_its_start(
     for n in (2, 3, 4):
         removal.step(n)
     resumed = load(tmp_path, into=None if make is llama else make()).train()
-    with pytest.raises(StreamlineError, match="0 steps are done, but .* already was changed since the start of 'train"):
+    with pytest.raises(StreamlineError, match=r"0 steps.*'train"):
         ProgressiveRemoval(resumed, schedule).step(1)
     removal = ProgressiveRemoval(resumed, schedule)
     for n in (2, 3, 4):

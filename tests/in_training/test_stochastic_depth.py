@@ -192,11 +192,11 @@ def test_what_does_not_fit_is_refused(arguments: dict[str, object], words: str) 
 def test_a_state_of_something_else_is_refused() -> None:
     depth = StochasticDepth(tiny_model("llama"))
     state = depth.state_dict()
-    with pytest.raises(StreamlineError, match="rates for 4 blocks; the model has 6. Load the model of the same step"):
+    with pytest.raises(StreamlineError, match=r"4 blocks.*6.*Load"):
         depth.load_state_dict({**state, "rates": [0.1] * 4})
-    with pytest.raises(StreamlineError, match="no state of a StochasticDepth: KeyError: 'rates'"):
+    with pytest.raises(StreamlineError, match=r"StochasticDepth.*KeyError.*'rates'"):
         depth.load_state_dict({"random": state["random"]})
-    with pytest.raises(StreamlineError, match="no state of a StochasticDepth: "):
+    with pytest.raises(StreamlineError, match="StochasticDepth"):
         depth.load_state_dict({**state, "random": [3, [1, 2]]})
     assert depth.state_dict() == state
 
@@ -354,7 +354,7 @@ def test_blocks_with_parts_of_one_weight_are_refused() -> None:
     """Gradients would go to a copy of the weight without the parts of the skipped blocks."""
     model = tiny_of_type("gemma3n_text")
     before = state_of(model)
-    with pytest.raises(UnsupportedSurgery, match="embed_tokens_per_layer.weight .* would be copies .* would be lost"):
+    with pytest.raises(UnsupportedSurgery, match=r"embed_tokens_per_layer.weight"):
         StochasticDepth(model, [0, 0.1, 0.1, 0, 0, 0, 0, 0]).__enter__()
     assert state_of(model) == before
 
@@ -392,7 +392,7 @@ def test_a_replica_is_refused() -> None:
     model = tiny_model("llama").train()
     with StochasticDepth(model):
         replica = model._replicate_for_data_parallel()
-        with pytest.raises(StreamlineError, match="A replica of LlamaForCausalLM is running .*DistributedDataParallel"):
+        with pytest.raises(StreamlineError, match=r"LlamaForCausalLM.*DistributedDataParallel"):
             replica(tokens(1, 3))
 
 

@@ -174,16 +174,16 @@ def test_a_saved_model_under_its_own_command_line(
 
 @pytest.mark.slow
 def test_unknown_tasks_and_data_that_is_missing(stories: tuple[Any, Any], tasks: Path) -> None:
-    with pytest.raises(StreamlineError, match=r"no task 'liklyest' in lm-eval \S+ or '.*tasks'. Nearby are likeliest"):
+    with pytest.raises(StreamlineError, match=r"'liklyest'.*'"):
         run_harness(*stories, ["texts", "liklyest"], task_folder=tasks)
-    with pytest.raises(StreamlineError, match=r"no task 'arc_eassy' in lm-eval \S+. Nearby are arc_easy"):
+    with pytest.raises(StreamlineError, match=r"'arc_eassy'.*arc_easy"):
         run_harness(*stories, ["arc_eassy"])
-    with pytest.raises(StreamlineError, match=r"no task '0000' in lm-eval \S+. `lm-eval ls tasks` lists all"):
+    with pytest.raises(StreamlineError, match=r"'0000'.*`lm-eval.*tasks`"):
         run_harness(*stories, ["0000"])
     (tasks / "texts.jsonl").unlink()
     with pytest.raises(StreamlineError, match=r"lm-eval cannot read the data of texts: .*texts.jsonl"):
         run_harness(*stories, ["texts"], task_folder=tasks)
-    with pytest.raises(StreamlineError, match="There is no folder '/no/such'; give one with task files"):
+    with pytest.raises(StreamlineError, match=r"'/no/such'.*give"):
         run_harness(*stories, ["texts"], task_folder="/no/such")
 
 
@@ -210,15 +210,13 @@ def test_what_cannot_be_run(stories: tuple[Any, Any], tasks: Path) -> None:
         with pytest.raises(StreamlineError, match="expected a list with the name of one at least"):
             run_harness(model, tokenizer, wrong)
     for given in ({"limit": 0}, {"few_shot": -1}, {"batch_size": 0}):
-        with pytest.raises(StreamlineError, match="expected 1 or more, 1 or more, and 0 or more"):
+        with pytest.raises(StreamlineError, match=r"expected 1 or.*1 or.*0 or"):
             run_harness(model, tokenizer, ["texts"], **given)
 
 
 def test_without_lm_eval_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(
-        StreamlineError, match=r'not installed: .*Install it: pip install "streamline_hooks\[harness\]"'
-    ):
+    with pytest.raises(StreamlineError, match=r'Install.*"streamline_hooks\[harness\]"'):
         run_harness(nn.Linear(2, 2), None, ["texts"])
 
 

@@ -114,7 +114,7 @@ def test_a_full_model_is_not_resumed_from_a_shortened_checkpoint(whole: tuple[An
         if file.name not in ("optimizer.pt", "scheduler.pt"):
             (alone / file.name).write_bytes(file.read_bytes())
     wrong = trainer(tiny_model("llama"), arguments(tmp_path), ProgressiveRemovalCallback(SCHEDULE))
-    with pytest.raises(StreamlineError, match="3 steps are done, and after step 2 blocks were to go, but this model"):
+    with pytest.raises(StreamlineError, match=r"3 steps.*step 2"):
         wrong.train(resume_from_checkpoint=str(alone))
 
 
@@ -122,7 +122,7 @@ def test_a_second_training_of_what_came_out_needs_a_name_of_its_own(tmp_path: Pa
     model = tiny_model("llama")
     once = arguments(tmp_path, max_steps=1, save_strategy="no")
     trainer(model, once, ProgressiveRemovalCallback({1: range(1, 2)})).train()
-    with pytest.raises(StreamlineError, match="0 steps are done, but .*already lost .* another name: run="):
+    with pytest.raises(StreamlineError, match=r"0 steps.*run="):
         trainer(model, once, ProgressiveRemovalCallback({1: range(1, 2)})).train()
     trainer(model, once, ProgressiveRemovalCallback({1: range(1, 2)}, run="second")).train()
     assert len(model.model.layers) == BLOCKS - 2
@@ -155,7 +155,7 @@ def test_other_ways_to_be_parallel(
     """Several processes are tried for real in the tests of `ProgressiveRemoval`."""
     given = trainer(tiny_model("llama"), arguments(tmp_path), ProgressiveRemovalCallback(SCHEDULE))
     monkeypatch.setattr(TrainingArguments, "parallel_mode", mode)
-    with pytest.raises(StreamlineError, match=f"cannot work in this Trainer: .*{words}.*Train on one device"):
+    with pytest.raises(StreamlineError, match=rf"{words}.*Train"):
         given.callback_handler.on_train_begin(given.args, given.state, given.control)
 
 

@@ -18,7 +18,7 @@ def test_a_span_of_time_is_read(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["10", "m", "-5m", "1d", "10m1h", "", "0m", "1:30", "ten minutes", "1e3s", "5mm"])
 def test_anything_else_is_refused(text: str) -> None:
-    with pytest.raises(StreamlineError, match="is no span of time; expected one above zero, with its units: 10m, 1h"):
+    with pytest.raises(StreamlineError, match=r"expected.*10m.*1h"):
         parse_duration(text)
 
 

@@ -313,7 +313,7 @@ def test_the_last_block_stays_where_blocks_behind_the_window_are_healed(
     """Else the best window may be the last, and that is told when the time for finding it is spent."""
     plan = plan_training(*story_model, story_texts, 3600.0, keep=(0, 1), **SMALL)
     assert plan.arguments["keep"] == (0, 1, -1)
-    with pytest.raises(StreamlineError, match=r"free of the protected ones \(0, 1, 2, 3, 4\)"):
+    with pytest.raises(StreamlineError, match=r"\(0.*1.*2.*3.*4\)"):
         plan_training(*story_model, story_texts, 3600.0, keep=(0, 1, 2, 3), **SMALL)
     elsewhere = replace(BEST, healing=Healing.parse("partial:where=beside,count=1"))
     alone = plan_training(*story_model, story_texts, 3600.0, preset=elsewhere, keep=(0, 1, 2, 3), **SMALL)

@@ -130,7 +130,7 @@ def test_a_map_of_the_normalised_state_runs_with_the_branchs_own_norm(family: st
 
 @pytest.mark.parametrize("family", sorted(set(NAMES) - RMS))
 def test_a_norm_of_another_kind_is_refused(family: str) -> None:
-    with pytest.raises(UnsupportedSurgery, match="reads the state through a LayerNorm, which is no RMS norm"):
+    with pytest.raises(UnsupportedSurgery, match=r"LayerNorm.*RMS"):
         fit_branch_linear(tiny_model(family), [(2, "mlp")], [tokens(8, 12)], [tokens(4, 12)], normed=True)
 
 
@@ -177,7 +177,7 @@ def test_a_cache_and_a_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["gpt_neox", "phi", "falcon"])
 def test_parallel_branches_are_refused(model_type: str) -> None:
     model = tiny(model_type, blocks=3)
-    with pytest.raises(UnsupportedSurgery, match=r"block 1 can be replaced alone: its attention and its MLP work on"):
+    with pytest.raises(UnsupportedSurgery, match=r"block 1.*MLP"):
         fit_branch_linear(model, [(1, "attention")], [tokens(2, 6)], [tokens(2, 6)])
 
 

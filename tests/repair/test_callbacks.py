@@ -96,5 +96,5 @@ def test_an_exception_of_a_callback_ends_the_run() -> None:
 
 @pytest.mark.parametrize("wrong", [print, TrainingCallback])
 def test_what_is_not_a_callback_is_refused(wrong: Any) -> None:
-    with pytest.raises(StreamlineError, match=rf"{type(wrong).__name__}.*pass an instance"):
+    with pytest.raises(StreamlineError, match=rf"{type(wrong).__name__}"):
         Training(callbacks=[wrong])

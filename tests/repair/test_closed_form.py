@@ -176,5 +176,5 @@ def test_the_ridge_of_a_shape_is_its_own() -> None:
 @pytest.mark.parametrize("shape", [{"rank": 0}, {"rank": 2, "diagonal": True}])
 def test_a_shape_that_is_none(shape: dict[str, int]) -> None:
     pair = moments_of(*draw(20, 0)), moments_of(*draw(20, 1))
-    with pytest.raises(StreamlineError, match="No map has rank=.*give a rank of 1 or more, or diagonal=True"):
+    with pytest.raises(StreamlineError, match=r"rank=.*of 1.*diagonal=True"):
         solve(*pair, **shape)  # type: ignore[arg-type]

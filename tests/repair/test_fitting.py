@@ -180,9 +180,7 @@ def test_a_module_of_ones_own_starts_as_what_it_says_of_itself() -> None:
     assert plain.repaired_error == pytest.approx(error(model, WINDOW, plain.stand_in, HELD_OUT), rel=1e-5)
     assert error(model, WINDOW, own.stand_in) < error(model, WINDOW, plain.stand_in)
     assert own.stand_in.first.out_features == 64  # type: ignore[union-attr]
-    with pytest.raises(
-        StreamlineError, match="Wrong names 'third' as its last projection, which is NoneType; expected"
-    ):
+    with pytest.raises(StreamlineError, match=r"'third'.*NoneType.*expected"):
         fit_windows(model, [WINDOW], "own-wrong", FIT, HELD_OUT)
     with pytest.raises(StreamlineError, match="NormAtTheEnd names makes is not added to its output as it is"):
         fit_windows(model, [WINDOW], "own-normattheend", FIT, HELD_OUT)
@@ -208,9 +206,7 @@ def test_an_inherited_block_that_is_worse_than_nothing_is_refused(kind: str, how
         (repair,) = fit_windows(model, [WINDOW], kind, FIT, HELD_OUT)
         assert repair.repaired_error < 1e-6
         return
-    with pytest.raises(
-        UnsupportedSurgery, match=f"An inherited LlamaDecoderLayer cannot stand .*{how} it leaves a rel"
-    ):
+    with pytest.raises(UnsupportedSurgery, match=rf"LlamaDecoderLayer.*{how} it"):
         fit_windows(model, [WINDOW], kind, FIT, HELD_OUT)
 
 

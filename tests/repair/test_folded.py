@@ -162,7 +162,7 @@ def test_narrow_states_are_summed_wide(dtype: torch.dtype) -> None:
 
 
 def test_a_window_at_the_beginning_is_refused() -> None:
-    with pytest.raises(UnsupportedSurgery, match=r"Nothing can be folded for blocks 0 to 1: no block stands before"):
+    with pytest.raises(UnsupportedSurgery, match=r"blocks 0.*1"):
         fit_fold(tiny_model("llama"), range(0, 2), [tokens(2, 6)], [tokens(2, 6)])
 
 
@@ -194,5 +194,5 @@ class MlpFirst(nn.Module):
 def test_attention_behind_the_mlp_is_refused() -> None:
     model = nn.Sequential(nn.Identity(), nn.Sequential(*(MlpFirst() for _ in range(3)))).eval()
     batch = {"input": torch.randn(2, 6, 16)}
-    with pytest.raises(UnsupportedSurgery, match=r"into block 0: its attention works on what its MLP has added"):
+    with pytest.raises(UnsupportedSurgery, match=r"block 0.*MLP"):
         fit_fold(model, range(1, 2), [batch], [batch], probe=batch)

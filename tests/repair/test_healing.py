@@ -132,7 +132,7 @@ def test_the_head_is_trained_where_it_is_not_the_embedding() -> None:
     alone = student_of(find_stack(model), [(range(6, 8), None)], Healing.parse("partial:where=after,head"))
     assert list(alone.parameters()) == ["lm_head.0.weight"], "no block is behind the window, and the head is"
     tied: Any = tiny_model("gpt2")
-    with pytest.raises(StreamlineError, match=r"is transformer\.wte\.weight as well: .*Train the last blocks instead"):
+    with pytest.raises(StreamlineError, match=r"transformer\.wte\.weight.*Train"):
         healed(tied, Healing.parse("partial:where=last,count=1,head"))
 
 
@@ -157,9 +157,9 @@ def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:
 
 def test_no_block_and_no_layer_are_refused() -> None:
     stack = find_stack(tiny_model("llama"))
-    with pytest.raises(StreamlineError, match=r"finds none: 8 blocks, of which 6 to 7 go"):
+    with pytest.raises(StreamlineError, match=r"8 blocks.*6 to 7 go"):
         healing_copies(stack, [range(6, 8)], Healing.parse("partial:where=last,count=2"))
-    with pytest.raises(StreamlineError, match=r"No layer of a LlamaDecoderLayer ends in fc1; its linear layers are"):
+    with pytest.raises(StreamlineError, match=r"LlamaDecoderLayer.*fc1"):
         healing_copies(stack, [WINDOW], Healing.parse("lora:targets=fc1"))
 
 
@@ -212,7 +212,7 @@ def test_blocks_that_no_gradient_would_reach_are_refused(windows: list[range]) -
 
 
 def test_layers_that_peft_refuses_are_named() -> None:
-    with pytest.raises(StreamlineError, match=r"peft puts no adapters on .*out_proj of a MambaBlock: .*Name others"):
+    with pytest.raises(StreamlineError, match=r"out_proj.*MambaBlock.*Name"):
         healing_copies(find_stack(tiny_model("mamba")), [WINDOW], Healing(rank=2))
 
 

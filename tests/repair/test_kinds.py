@@ -90,7 +90,7 @@ def test_a_kind_of_ones_own() -> None:
     assert kind_named("test-untyped:depth=2,name=what").name == "test-untyped:depth=2,name=what"
     with pytest.raises(StreamlineError, match="Its options: depth .int., wide .bool., scale .float."):
         kind_named("test-own:deep=3")
-    with pytest.raises(StreamlineError, match="depth='1.5' is not understood; expected int"):
+    with pytest.raises(StreamlineError, match=r"depth='1.5'.*expected"):
         kind_named("test-untyped:depth=1.5")
 
     def strange(features: int, shape: list[int] | None = None, depth: Unknown = 2, **more: int) -> nn.Module:  # noqa: F821
@@ -100,7 +100,7 @@ def test_a_kind_of_ones_own() -> None:
     assert built("test-strange:depth=3").out_features == 3 * WIDTH
     with pytest.raises(StreamlineError, match="no such option, 'more'. Its options: shape .*, depth .int.[.]"):
         kind_named("test-strange:more=3")
-    with pytest.raises(StreamlineError, match="The kind 'linear' is _linear already; choose another name"):
+    with pytest.raises(StreamlineError, match=r"'linear'.*_linear.*choose"):
         register_kind("linear", Own)
     for name in ("", "a:b", "a,b", "a b", "a=b"):
         with pytest.raises(StreamlineError, match="cannot name a kind: expected a name without colon"):
@@ -110,9 +110,7 @@ def test_a_kind_of_ones_own() -> None:
 def test_a_kind_that_makes_what_takes_a_slot_says_so() -> None:
     stack = find_stack(tiny_model("llama"))
     kind = Kind("mine", lambda stack, window: stack[window.start])
-    with pytest.raises(
-        StreamlineError, match="The kind 'mine' takes 0 slots by its own account, and made a LlamaDecod"
-    ):
+    with pytest.raises(StreamlineError, match=r"'mine'.*0 slots.*LlamaDecod"):
         kind.build(stack, WINDOW)
 
 

@@ -209,9 +209,7 @@ def test_models_that_do_not_write_are_refused() -> None:
     with pytest.raises(StreamlineError, match=r"A batch holds no input_ids, so that there is nothing to write on"):
         require_writes(model, task, OnPolicy(), [{"inputs_embeds": torch.zeros(1, 4, 32)}])
     model.config.max_position_embeddings = 100
-    with pytest.raises(
-        StreamlineError, match=r"A prompt of 32 tokens and a text of 128 need 160 positions; .* has 100"
-    ):
+    with pytest.raises(StreamlineError, match=r"of 32.*of 128.*160 positions.*100"):
         require_writes(model, task, OnPolicy(), [torch.arange(3, 9)[None]])
 
 

@@ -149,7 +149,7 @@ def test_the_model_is_as_it_was_to_the_bit() -> None:
 
 def test_windows_that_touch_and_nothing_to_train_are_refused() -> None:
     model = tiny_model("llama")
-    with pytest.raises(StreamlineError, match="1 to 2 and 3 to 4 touch; expected a block between two"):
+    with pytest.raises(StreamlineError, match=r"1 to 2 and 3 to 4 touch.*expected"):
         Student(model, [(range(3, 5), linear()), (range(1, 3), linear())])
     with pytest.raises(StreamlineError, match="There is nothing to train"):
         Student(model, [])
@@ -225,5 +225,5 @@ def test_states_that_have_passed_an_earlier_module_are_not_compared() -> None:
 
 def test_a_teacher_of_another_vocabulary_is_refused() -> None:
     teacher = tiny_model("llama", vocabulary=80)
-    with pytest.raises(StreamlineError, match=r"The teacher speaks of 80 tokens, and LlamaForCausalLM of 64"):
+    with pytest.raises(StreamlineError, match=r"of 80.*LlamaForCausalLM.*of 64"):
         Student(tiny_model("llama"), [(range(2, 4), linear())], teacher=teacher)

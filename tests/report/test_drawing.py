@@ -158,7 +158,5 @@ def test_text_from_outside_is_one_plain_line_that_fits(text: str) -> None:
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(
-        StreamlineError, match=r'not installed. Install it with pip install "streamline_hooks\[report\]"'
-    ):
+    with pytest.raises(StreamlineError, match=r'Install.*"streamline_hooks\[report\]"'):
         small().svg  # noqa: B018

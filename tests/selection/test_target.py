@@ -44,7 +44,7 @@ def test_targets(target: float, length: int, slots: int, count: int) -> None:
 
 @pytest.mark.parametrize("target", [0, 0.0, -1, -0.25, 2.5, True, 1.0, float("nan"), float("inf")])
 def test_nothing_that_can_be_removed(target: float) -> None:
-    with pytest.raises(StreamlineError, match=r"is nothing that can be removed; give a number of blocks \(1 to 29\)"):
+    with pytest.raises(StreamlineError, match=r"give.*\(1.*29\)"):
         blocks_to_remove(target, 30)
 
 
@@ -67,13 +67,13 @@ def test_windows_are_all_those_without_a_protected_block(length: int, data: st.D
     if expected:
         assert windows(length, size, protected) == expected
     else:
-        with pytest.raises(StreamlineError, match=f"No run of {size} consecutive blocks among {length} is free"):
+        with pytest.raises(StreamlineError, match=rf"of {size}.*{length} is"):
             windows(length, size, protected)
 
 
 def test_protected_blocks_out_of_range() -> None:
     assert protected_blocks([0, -1], 5) == {0, 4}
-    with pytest.raises(StreamlineError, match="keep=5 is out of range: the stack has 5 blocks, 0 to 4"):
+    with pytest.raises(StreamlineError, match=r"keep=5.*5 blocks.*0 to 4"):
         protected_blocks([5], 5)
 
 
@@ -98,15 +98,15 @@ def test_targets_in_words(text: str, target: Target, written: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "eight", "parameters", "parameters:", ":0.5", "speed:0.5", "latency:0.5:1", "%"])
 def test_words_that_are_no_target(text: str) -> None:
-    with pytest.raises(StreamlineError, match="is not understood; expected a number of blocks .8., a fraction of them"):
+    with pytest.raises(StreamlineError, match=r"expected.*blocks .8"):
         Target.parse(text)
 
 
 @pytest.mark.parametrize("text", ["parameters:0", "parameters:1", "latency:1.2", "latency:-0.5", "latency:nan"])
 def test_fractions_out_of_range(text: str) -> None:
-    with pytest.raises(StreamlineError, match=f"{text[:5]}.* is out of range: expected a fraction above 0 and below 1"):
+    with pytest.raises(StreamlineError, match=rf"{text[:5]}.*0 and.*1"):
         Target.parse(text)
-    with pytest.raises(StreamlineError, match="A target of 'speed' is unknown; expected one of blocks, parameters"):
+    with pytest.raises(StreamlineError, match=r"'speed'.*expected"):
         Target(0.5, "speed")  # type: ignore[arg-type]
 
 
@@ -115,7 +115,7 @@ def test_a_number_of_blocks() -> None:
     assert windows_for(model, 2) == windows_for(model, "2") == windows_for(model, Target(2)) == windows(BLOCKS, 2)
     assert windows_for(model, 0.5, protected=frozenset({0})) == windows(BLOCKS, 3, frozenset({0}))
     assert windows_for(model, 2, slots=1) == windows(BLOCKS, 3)
-    with pytest.raises(StreamlineError, match="remove=6 comes to 6 of 6 blocks"):
+    with pytest.raises(StreamlineError, match=r"remove=6.*6 of 6 blocks"):
         windows_for(model, "6")
     with pytest.raises(StreamlineError, match="layers has one block, and at least one must stay"):
         windows_for(nn.ModuleDict({"layers": nn.Sequential(nn.Linear(2, 2))}), 1, stack="layers")
@@ -208,7 +208,7 @@ def test_parameters_that_cannot_be_saved() -> None:
         rf"parameters \({most / total:.1%}\)",
     ):
         windows_for(model, "parameters:0.95")
-    with pytest.raises(StreamlineError, match="No run of 1 consecutive blocks among 6 is free"):
+    with pytest.raises(StreamlineError, match=r"of 1.*6 is"):
         windows_for(model, "parameters:0.1", protected=frozenset(range(BLOCKS)))
 
 
@@ -222,11 +222,9 @@ def test_inherited_blocks_are_counted_and_leave_a_shorter_stack(count: int) -> N
     for fewer in (1, 2):
         found = windows_for(model, Target(fewer * size / total, "parameters"), **options)
         assert found == windows(BLOCKS, fewer + count)
-    with pytest.raises(StreamlineError, match=f"saves {(5 - count) * size:,} of the model's"):
+    with pytest.raises(StreamlineError, match=rf"{(5 - count) * size:,} of"):
         windows_for(model, Target(0.9, "parameters"), **options)
-    with pytest.raises(
-        StreamlineError, match="5 blocks that stand in the place of others leave nothing to remove of 6"
-    ):
+    with pytest.raises(StreamlineError, match=r"5 blocks.*of 6"):
         windows_for(model, 1, slots=5)
 
 
@@ -312,7 +310,7 @@ def test_latency_that_cannot_be_reached() -> None:
         windows_for(model, "latency:0.2", timer=timer)
     with pytest.raises(StreamlineError, match="without 2 of 6 blocks, the most in a row"):
         windows_for(model, "latency:0.5", timer=timer, protected=frozenset({2, 5}))
-    with pytest.raises(StreamlineError, match="No run of 1 consecutive blocks among 6 is free"):
+    with pytest.raises(StreamlineError, match=r"of 1.*6 is"):
         windows_for(model, "latency:0.5", timer=timer, protected=frozenset(range(BLOCKS)))
 
 

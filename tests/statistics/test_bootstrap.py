@@ -45,7 +45,7 @@ def test_sums_equal_numpy_and_merge(sizes: list[int], random: Random) -> None:
 
 @pytest.mark.parametrize("weights", [None, torch.ones(2, 3)])
 def test_weights_that_do_not_fit(weights: torch.Tensor | None) -> None:
-    with pytest.raises(StreamlineError, match=r"weights of shape .*; expected \(2, 4\) \(sequences, replicates\)"):
+    with pytest.raises(StreamlineError, match=r"expected \(2.*4\)"):
         ResampledSums(1, 4).add(torch.ones(2, 1), weights)
 
 

@@ -69,7 +69,7 @@ def test_merged_parts_are_the_whole() -> None:
     torch.testing.assert_close(other.cosine, whole.cosine, rtol=1e-12, atol=0, equal_nan=True)
     torch.testing.assert_close(other.magnitude, whole.magnitude, rtol=1e-12, atol=0, equal_nan=True)
     assert part.tokens.sum() == 6  # a loaded copy shares nothing
-    with pytest.raises(StreamlineError, match=r"branches of 3 blocks into those of 2"):
+    with pytest.raises(StreamlineError, match=r"of 3.*of 2"):
         whole.merge(BranchScores(3))
 
 
@@ -77,9 +77,9 @@ def test_what_cannot_be_scored_raises() -> None:
     scores, mask = BranchScores(2), torch.ones(1, 2)
     good = states(0, 1, 2, 3)
     for bad in (torch.zeros_like(good), torch.full_like(good, float("inf"))):
-        with pytest.raises(StreamlineError, match=r"around the mlp branch of block 1 holds NaN .* or is zero before"):
+        with pytest.raises(StreamlineError, match=r"block 1.*NaN"):
             scores.update(1, "mlp", bad, good, mask)
-    with pytest.raises(StreamlineError, match=r"\(1, 2, 3\) and \(1, 1, 3\) with a mask of shape \(1, 2\)"):
+    with pytest.raises(StreamlineError, match=r"\(1.*2.*3\).*\(1.*1.*3\).*\(1.*2\)"):
         scores.update(1, "mlp", good, good[:, :1], mask)
     assert scores.tokens.sum() == 0
 
@@ -219,7 +219,7 @@ def test_a_block_that_text_alone_does_not_run_is_left_out() -> None:
     scores = measure_branches(model, [tiny_inputs(model)])
     assert scores.tokens[:, 0].tolist() == [24, 24, 24, 0, 24]
     assert scores.cosine[3].isnan().all()
-    with pytest.raises(UnsupportedSurgery, match=r"branches of block 3 cannot be measured\. .* called block 3 0 times"):
+    with pytest.raises(UnsupportedSurgery, match=r"block 3.*block 3 0 times"):
         measure_branches(model, [tiny_inputs(model)], blocks=[3])
 
 
@@ -253,6 +253,6 @@ def test_a_wrong_tap_is_noticed_while_reading(model_type: str, wrong: dict[str, 
 def test_a_block_that_no_module_shows_the_inside_of_cannot_be_read() -> None:
     stack = find_stack(tiny_model("llama"))
     blind = Branches("attention", {branch: () for branch in BRANCHES}, {})
-    with pytest.raises(UnsupportedSurgery, match=r"block 1 cannot be read: no submodule of LlamaDecoderLayer"):
+    with pytest.raises(UnsupportedSurgery, match=r"block 1.*LlamaDecoderLayer"):
         with reading_branches({1: stack[1]}, {1: blind}, lambda *given: None):
             pass

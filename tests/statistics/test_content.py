@@ -118,5 +118,5 @@ def test_sound_is_told_apart_without_its_padding() -> None:
 
 
 def test_nothing_that_tells_them_apart() -> None:
-    with pytest.raises(StreamlineError, match=r"Nothing among \['attention_mask'\] tells the 2 sequences apart"):
+    with pytest.raises(StreamlineError, match=r"\['attention_mask'\].*2 sequences"):
         sequence_contents(find_stack(tiny_model("llama")), {"attention_mask": torch.ones(2, 3)}, torch.ones(2, 3) > 0)

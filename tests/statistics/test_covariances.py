@@ -122,9 +122,7 @@ def test_what_does_not_fit() -> None:
     covariances = StateCovariances([("x", "y")])
     with pytest.raises(StreamlineError, match="No token has been counted yet"):
         covariances.covariance("x", "y")
-    with pytest.raises(
-        StreamlineError, match=r"\(1, 2, 3\), \(1, 2, 4\) with a mask of shape \(1, 2\); expected all of"
-    ):
+    with pytest.raises(StreamlineError, match=r"\(1.*2.*3\).*\(1.*2.*4\).*\(1.*2\).*expected"):
         covariances.update({"x": torch.zeros(1, 2, 3), "y": torch.zeros(1, 2, 4)}, torch.ones(1, 2))
     covariances.update({"x": torch.zeros(1, 2, 3), "y": torch.zeros(1, 2, 3)}, torch.ones(1, 2))
     with pytest.raises(StreamlineError, match="of 4 features; those before had 3"):

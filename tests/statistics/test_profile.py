@@ -178,11 +178,9 @@ def test_no_norm_no_head_and_no_block_that_must_stay_is_run() -> None:
     torch.testing.assert_close(kept.cosine, whole.cosine[:5, :5])
     torch.testing.assert_close(kept.replicates("entropy"), whole.replicates("entropy")[:, :5, :5])
     assert kept.value("cosine", range(1, 4)) == pytest.approx(whole.value("cosine", range(1, 4)))
-    with pytest.raises(
-        StreamlineError, match=r"blocks 2 to 4 is not in this profile, which covers blocks 0 to 3: those"
-    ):
+    with pytest.raises(StreamlineError, match=r"blocks 2.*4 is.*blocks 0.*3"):
         kept.value("cosine", range(2, 5))
-    with pytest.raises(StreamlineError, match="which covers blocks 0 to 3"):
+    with pytest.raises(StreamlineError, match=r"blocks 0.*3"):
         kept.interval("angular", range(4, 5))
 
 
@@ -277,9 +275,7 @@ def test_sequences_are_told_apart_by_whatever_the_model_is_given() -> None:
     left["attention_mask"][:, :2] = 0
     assert_equal(profile(llama, [left]), profile(llama, [{"inputs_embeds": e} for e in embeds.split(1)]), 1e-3)
     model.twice = True
-    with pytest.raises(
-        StreamlineError, match=r"The input pixels has the shape \(6, 16\); expected one row for each of the 12"
-    ):
+    with pytest.raises(StreamlineError, match=r"\(6.*16\).*expected.*12"):
         profile(model, [{"pixels": pixels}])
     assert profile(model, [{"pixels": pixels}], replicates=0).sequences == 12
 
@@ -339,12 +335,12 @@ def test_what_cannot_be_profiled() -> None:
     ]:
         with pytest.raises(StreamlineError, match=text):
             profile(model, [batch], **wrong)
-    with pytest.raises(StreamlineError, match="Got 2 states; expected 3, one more than blocks"):
+    with pytest.raises(StreamlineError, match=r"2 states.*expected 3"):
         Profile(3).update([torch.zeros(1, 1, 2)] * 2, torch.ones(1, 1))
     with pytest.raises(StreamlineError, match="A state holds NaN, infinite or huge values"):
         Profile(2).update([torch.tensor([[[1.0, float("nan")]]])] * 2, torch.ones(1, 1))
     model.model.layers[3].mlp.down_proj.weight.data.fill_(float("nan"))
-    with pytest.raises(StreamlineError, match="The state that leaves block 3 holds NaN"):
+    with pytest.raises(StreamlineError, match=r"block 3.*NaN"):
         profile(model, [batch])
 
 
@@ -354,13 +350,13 @@ def test_what_cannot_be_read() -> None:
     for window in (range(2, 2), range(-1, 3), range(0, 4, 2)):
         with pytest.raises(StreamlineError, match="is no window; expected a run of consecutive blocks"):
             found.value("cosine", window)
-    with pytest.raises(StreamlineError, match="blocks 3 to 6 is out of range: the stack has 6 blocks, 0 to 5"):
+    with pytest.raises(StreamlineError, match=r"blocks 3.*6 is.*6 blocks.*0 to 5"):
         found.value("cosine", range(3, 7))
-    with pytest.raises(StreamlineError, match="There is no statistic 'sine'; expected one of cosine, angular"):
+    with pytest.raises(StreamlineError, match=r"'sine'.*expected"):
         found.matrix("sine")  # type: ignore[arg-type]
-    with pytest.raises(StreamlineError, match="level=95 is no confidence level; give one between 0 and 1"):
+    with pytest.raises(StreamlineError, match=r"level=95.*give.*0 and 1"):
         found.interval("cosine", range(1, 2), 95)
-    with pytest.raises(StreamlineError, match="takes 20 replicates at least; this profile has 0"):
+    with pytest.raises(StreamlineError, match=r"20 replicates.*0"):
         profile(model, [tokens(3, 5)], replicates=0).interval("cosine", range(1, 2))
     with pytest.raises(StreamlineError, match="Entropy takes sequences of which two tokens count"):
         _ = profile(model, [tokens(3, 5)], tokens="last").entropy

@@ -73,5 +73,5 @@ def test_tokens_are_chosen_and_cut_up_without_a_trace(chosen: list[int], at_once
 
 
 def test_states_of_different_shapes() -> None:
-    with pytest.raises(StreamlineError, match=r"at place 1 have the shape \(2, 4\), those at place 0 \(2, 3\)"):
+    with pytest.raises(StreamlineError, match=r"1 have.*\(2.*4\).*0 \(2.*3\)"):
         token_grams([torch.zeros(2, 3), torch.zeros(2, 4)], torch.arange(2))

@@ -299,7 +299,7 @@ def test_a_bias_that_is_left_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_overflow_is_refused() -> None:
     model = tiny_model("llama", torch.float16)
     with LayerSurgeon(model) as surgeon:
-        with pytest.raises(UnsupportedSurgery, match=r"mlp.down_proj.weight does not fit into torch.float16"):
+        with pytest.raises(UnsupportedSurgery, match=r"mlp.down_proj.weight.*torch.float16"):
             surgeon.fold(2, 1e6 * torch.eye(WIDTH))
         assert surgeon.plan.folded == {}
 

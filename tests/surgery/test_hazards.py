@@ -25,7 +25,7 @@ def test_producers_of_shared_keys_stay_and_their_readers_may_go() -> None:
     with LayerSurgeon(model) as surgeon:
         for k in range(8):
             assert (k in producers) == ("shared-keys" in [h.cause for h in surgeon.check([k])])
-        with pytest.raises(UnsupportedSurgery, match="block 5 produces the keys that 6 to 7 share"):
+        with pytest.raises(UnsupportedSurgery, match=r"block 5.*6 to 7 share"):
             surgeon.remove([5])
         assert surgeon.check(range(6, 8)) == []  # nobody is left who reads what 4 and 5 keep
         surgeon.remove(range(6, 8))
@@ -210,7 +210,7 @@ def test_no_block_takes_the_slot_before_the_one_that_computes_the_position_bias(
     before = ModelState(model)
     with LayerSurgeon(model, stack=path) as surgeon:
         block = copy.deepcopy(surgeon.stack[1])
-        with pytest.raises(UnsupportedSurgery, match=r"before block 0.*relative position bias.*despite_hazards=True"):
+        with pytest.raises(UnsupportedSurgery, match=r"block 0.*despite_hazards=True"):
             surgeon.insert(0, block)
         surgeon.insert(0, torch.nn.Identity())  # takes no slot
         surgeon.insert(1, block)

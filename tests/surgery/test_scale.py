@@ -228,7 +228,7 @@ def test_a_norm_behind_a_branch_is_refused(model_type: str, monkeypatch: pytest.
 
 def test_a_norm_on_the_residual_stream_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(tiny_config("opt", do_layer_norm_before=False)).eval()
-    with LayerSurgeon(model) as surgeon, pytest.raises(UnsupportedSurgery, match=r"block 2 cannot be divided: OPTDec"):
+    with LayerSurgeon(model) as surgeon, pytest.raises(UnsupportedSurgery, match=r"block 2.*OPTDec"):
         surgeon.scale(2, 1.5)
 
 
@@ -258,10 +258,10 @@ def test_what_cannot_be_meant() -> None:
         for factor in (0.0, -1.0, float("inf"), float("nan")):
             with pytest.raises(StreamlineError, match=r"give a factor above 0"):
                 surgeon.scale(2, factor)
-        with pytest.raises(StreamlineError, match=r"scale\(7, ...\) is out of range: the stack had 6 blocks"):
+        with pytest.raises(StreamlineError, match=r"scale\(7.*6 blocks"):
             surgeon.scale(7, 1.5)
         surgeon.replace(range(1, 4), Nudge())
-        with pytest.raises(StreamlineError, match=r"no place before block 2: blocks 1 to 3 are gone. Say 1 or 4"):
+        with pytest.raises(StreamlineError, match=r"block 2.*blocks 1.*3 are.*1 or 4"):
             surgeon.scale(2, 1.5)
 
 

@@ -279,7 +279,7 @@ def test_a_block_without_two_branches_is_refused() -> None:
     model = tiny("bert", blocks=3)
     before = fingerprint(model)
     with LayerSurgeon(model) as surgeon:
-        with pytest.raises(UnsupportedSurgery, match=r"mlp branch of block 1 cannot be silenced: BertLayer") as error:
+        with pytest.raises(UnsupportedSurgery, match=r"block 1.*BertLayer") as error:
             surgeon.silence(1, "mlp")
         assert error.value.cause == "branches"
     assert fingerprint(model) == before
@@ -304,9 +304,7 @@ def test_a_quantised_projection_is_refused() -> None:
     projection = find_stack(model)[1].mlp.down_proj
     projection.weight = Packed(projection.weight.data)
     with LayerSurgeon(model) as surgeon:
-        with pytest.raises(
-            UnsupportedSurgery, match=r"mlp.down_proj.weight of block 1, which is a Packed .* quantising"
-        ):
+        with pytest.raises(UnsupportedSurgery, match=r"mlp.down_proj.weight.*block 1"):
             surgeon.silence(1, "mlp")
 
 

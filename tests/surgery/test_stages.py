@@ -108,5 +108,5 @@ def test_an_odd_number_would_shift_windows_otherwise_when_it_is_loaded(swin: Any
     """Every second block of Swin shifts its windows, which the class decides by the block's number."""
     with LayerSurgeon(swin, STAGE) as surgeon:
         surgeon.remove([2])
-        with pytest.raises(UnsupportedSurgery, match=r"Block 2 of the shortened .*shift_size is 2 and would be 0"):
+        with pytest.raises(UnsupportedSurgery, match=r"Block 2.*shift_size.*2 and.*0"):
             surgeon.commit()

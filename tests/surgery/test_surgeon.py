@@ -396,9 +396,7 @@ def test_a_named_stack() -> None:
     with LayerSurgeon(model, stack="model.decoder.layers") as surgeon:
         surgeon.remove([0])
         assert len(model.model.decoder.layers) == 5
-    with pytest.raises(
-        StreamlineError, match=r"No stack of blocks at 'model.layers'.*'model.decoder.layers' \(6 blocks\)"
-    ):
+    with pytest.raises(StreamlineError, match=r"'model.layers'.*'model.decoder.layers' \(6"):
         LayerSurgeon(model, stack="model.layers").__enter__()
 
 
@@ -455,14 +453,14 @@ def test_windows_that_cannot_go(window: range, text: str) -> None:
 def test_the_same_block_cannot_go_twice() -> None:
     with LayerSurgeon(tiny_model("llama")) as surgeon:
         surgeon.remove(range(1, 3))
-        with pytest.raises(StreamlineError, match=r"Blocks 2 to 3 overlap 1 to 2, which are gone already"):
+        with pytest.raises(StreamlineError, match=r"Blocks 2.*3 overlap 1 to 2"):
             surgeon.remove(range(2, 4))
-        with pytest.raises(StreamlineError, match=r"Nothing can be inserted before block 2: .* Insert at 1 or 3"):
+        with pytest.raises(StreamlineError, match=r"block 2.*1 or 3"):
             surgeon.insert(2, Nudge())
         surgeon.insert(4, Nudge())
         with pytest.raises(StreamlineError, match=r"have a module inserted before block 4 between them"):
             surgeon.remove(range(3, 5))
-        with pytest.raises(StreamlineError, match=r"insert.7, .*out of range: the stack had 6 blocks, so 0 to 6"):
+        with pytest.raises(StreamlineError, match=r"insert.7.*6 blocks.*0 to 6"):
             surgeon.insert(7, Nudge())
 
 
@@ -474,7 +472,7 @@ def test_a_module_of_another_width_says_so() -> None:
     model = tiny_model("llama")
     with LayerSurgeon(model) as surgeon:
         surgeon.replace(range(1, 3), Narrow())
-        with pytest.raises(StreamlineError, match=r"A spliced Narrow returned the shape \(2, 9, 31\)"):
+        with pytest.raises(StreamlineError, match=r"\(2.*9.*31\)"):
             logits(model)
 
 
@@ -495,7 +493,7 @@ def test_saving_inside_raises() -> None:
     with LayerSurgeon(model) as surgeon:
         surgeon.remove([1])
         for part in (model, model.model):
-            with pytest.raises(StreamlineError, match=r"inside an open LayerSurgeon.*commit\(\) first"):
+            with pytest.raises(StreamlineError, match=r"LayerSurgeon.*commit\(\)"):
                 part.save_pretrained("nowhere")
 
 
@@ -504,7 +502,7 @@ def test_a_compiled_model_is_refused() -> None:
     with pytest.raises(StreamlineError, match=r"went through torch.compile"):
         LayerSurgeon(torch.compile(model)).__enter__()
     model.model.layers[1].compile()
-    with pytest.raises(StreamlineError, match=r"its part 'model.layers.1' went through torch.compile"):
+    with pytest.raises(StreamlineError, match=r"'model.layers.1'.*torch.compile"):
         LayerSurgeon(model).__enter__()
 
 
@@ -512,7 +510,7 @@ def test_shared_blocks_are_named() -> None:
     model = tiny_model("llama")
     model.model.layers[3].mlp = model.model.layers[1].mlp
     with LayerSurgeon(model) as surgeon:
-        with pytest.raises(UnsupportedSurgery, match=r"blocks 1, 3 share parameters.*despite_hazards=True"):
+        with pytest.raises(UnsupportedSurgery, match=r"blocks 1.*3 share.*despite_hazards=True"):
             surgeon.remove([1])
         assert [h.cause for h in surgeon.check([3])] == ["tied-blocks"]
         assert surgeon.check([0]) == []
@@ -531,7 +529,7 @@ def test_a_stack_with_a_repeated_block_is_refused_and_left_as_it_is(order: list[
         lambda: profile(model, [{"input_ids": tokens(2, 9)}]),
     ]
     for refused in refusals:
-        with pytest.raises(StreamlineError, match=r"model.layers of LlamaForCausalLM .*LlamaDecoderLayer.*deepcopy"):
+        with pytest.raises(StreamlineError, match=r"model.layers.*LlamaForCausalLM.*LlamaDecoderLayer"):
             refused()
     assert [id(block) for block in model.model.layers] == [id(blocks[k]) for k in order]
     assert fingerprint(model) == before and torch.equal(logits(model), expected)
@@ -582,13 +580,13 @@ def test_a_model_that_its_class_would_build_otherwise_is_not_committed() -> None
     before = fingerprint(model)
     with LayerSurgeon(model) as surgeon:
         if [h.cause for h in surgeon.check([0])] == ["scale-by-number"]:
-            with pytest.raises(UnsupportedSurgery, match="blocks 0 to 5 scale attention by their number"):
+            with pytest.raises(UnsupportedSurgery, match=r"blocks 0.*5 scale"):
                 surgeon.remove([0])
         else:
             assert [h.cause for h in surgeon.check([0])] == ["built-from-number"]
             surgeon.remove([0])
             assert torch.equal(logits(model), expected)  # in memory it is right
-            with pytest.raises(UnsupportedSurgery, match="Block 0 of the shortened model would .* attn.scaling is"):
+            with pytest.raises(UnsupportedSurgery, match=r"Block 0.*attn.scaling"):
                 surgeon.commit()
     assert fingerprint(model) == before
 

@@ -117,7 +117,7 @@ def test_a_module_that_works_in_place_is_not_blamed_for_looking_ahead() -> None:
             return state
 
     assert_causal(InPlace(), features=WIDTH)
-    with pytest.raises(AssertionError, match="LeaksInPlace looks at later tokens"):
+    with pytest.raises(AssertionError, match="LeaksInPlace"):
         assert_causal(LeaksInPlace(), features=WIDTH)
 
 
@@ -132,5 +132,5 @@ def test_a_token_that_becomes_nan_has_moved() -> None:
 
     with pytest.raises(AssertionError, match="of what was expected"):
         assert_causal(AlwaysNan(), features=WIDTH)
-    with pytest.raises(AssertionError, match="NaN at batch 0, token 0, feature 1 of what was got.*looks at later"):
+    with pytest.raises(AssertionError, match=r"NaN.*batch 0.*0.*1 of"):
         assert_causal(Nan(), features=WIDTH)

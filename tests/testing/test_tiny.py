@@ -207,7 +207,7 @@ def test_an_unknown_type_names_its_neighbours() -> None:
     assert str(caught.value).startswith(
         f"'lama' is none of the {len(KNOWN)} model types that AutoModelForCausalLM knows here: did you mean 'llama' or "
     )
-    with pytest.raises(StreamlineError, match=r"knows here: causal_model_types\(\) lists them$"):
+    with pytest.raises(StreamlineError, match=r"causal_model_types\(\)"):
         tiny_model("0123456789")
 
 
@@ -245,7 +245,7 @@ def test_a_model_that_cannot_be_built_gives_its_reason(monkeypatch: pytest.Monke
         raise ImportError("you need the package `ears`")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", refuse)
-    with pytest.raises(StreamlineError, match="a tiny 'llama' cannot be built here .*: ImportError: you need the pack"):
+    with pytest.raises(StreamlineError, match=r"'llama'.*ImportError"):
         tiny_model("llama")
 
 

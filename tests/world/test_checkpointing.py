@@ -111,7 +111,7 @@ def test_the_reentrant_kind_needs_an_input_with_gradients() -> None:
     model, nudge = Checkpointed(True).requires_grad_(False), Nudge(8)
     with LayerSurgeon(model) as surgeon:
         surgeon.replace([2], nudge)
-        with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
+        with pytest.warns(UserWarning, match="requires_grad=True"):
             loss = model(states()).square().mean()
         with pytest.raises(RuntimeError, match="does not require grad"):
             loss.backward()

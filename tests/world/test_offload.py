@@ -230,7 +230,7 @@ def test_weights_that_nobody_has_are_not_saved(tmp_path: Path) -> None:
     plain = tiny_model("llama")
     with torch.device("meta"):
         model = type(plain)(plain.config)
-    with pytest.raises(StreamlineError, match=r"embed_tokens.weight is on the device meta, as \d+ weights are"):
+    with pytest.raises(StreamlineError, match=r"embed_tokens.weight.*\d+ weights"):
         save(model, tmp_path / "saved")
     assert not list(tmp_path.iterdir())
 

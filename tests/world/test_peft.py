@@ -89,9 +89,9 @@ def test_saving_and_committing_under_the_wrapper_are_refused(tmp_path: Path) -> 
     model = adapted(tiny_model("llama"))
     with LayerSurgeon(model) as surgeon:
         surgeon.remove(range(1, 3))
-        with pytest.raises(StreamlineError, match="save_pretrained inside an open LayerSurgeon"):
+        with pytest.raises(StreamlineError, match=r"save_pretrained.*LayerSurgeon"):
             model.save_pretrained(tmp_path)
-        with pytest.raises(UnsupportedSurgery, match=r"PeftModel\w* cannot be committed: it carries PEFT adapters"):
+        with pytest.raises(UnsupportedSurgery, match=r"PeftModel\w*.*PEFT"):
             surgeon.commit()
     with LayerSurgeon(model.get_base_model()) as surgeon:
         surgeon.remove(range(1, 3))

@@ -318,12 +318,10 @@ def test_a_nested_tensor_that_the_user_gives() -> None:
 
 def test_tokens_are_not_guessed_where_they_come_first() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 2, 32), 3).eval()
-    with pytest.raises(
-        StreamlineError, match=r"TransformerEncoderLayer without batch_first works on \(tokens, batch, "
-    ):
+    with pytest.raises(StreamlineError, match=r"TransformerEncoderLayer.*batch_first"):
         HiddenStateRecorder(model, tokens="last").__enter__()
     batch = {"src": torch.randn(4, 4, WIDTH), "src_key_padding_mask": torch.zeros(4, 4).bool()}
-    with pytest.raises(StreamlineError, match=r"Build it with batch_first=True, or record all tokens"):
+    with pytest.raises(StreamlineError, match=r"Build.*batch_first=True"):
         with recorded(model, [batch], HiddenStateRecorder(model), "test") as passed:
             next(passed)
     with HiddenStateRecorder(model) as record:

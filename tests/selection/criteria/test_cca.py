@@ -83,14 +83,14 @@ def test_the_rank_of_no_change_is_zero() -> None:
     x = normal(50, 4)
     assert bound_of(x, x).rank() == 0 and bound_of(x, x).value < 1e-9
     for share in (0.0, 1.5):
-        with pytest.raises(StreamlineError, match="is no share; expected one above 0, and 1 at the most"):
+        with pytest.raises(StreamlineError, match=r"expected.*0.*1 at"):
             bound_of(x, x).rank(share)
 
 
 def test_so_few_tokens_that_all_is_correlated_by_chance_are_refused() -> None:
     """The bound would be 0, and every window as good as linear."""
     model = tiny_model("llama")
-    with pytest.raises(StreamlineError, match="64 tokens were counted for states of 32 features.*fewer than twice"):
+    with pytest.raises(StreamlineError, match=r"64 tokens.*of 32"):
         score_windows("cca", WINDOWS, model=model, batches=[tokens(2, 32)])
     assert min(score_windows("cca", [range(0, 6)], model=model, batches=[tokens(2, 33)])) < 0
     with pytest.raises(StreamlineError, match="No token has been counted yet"):

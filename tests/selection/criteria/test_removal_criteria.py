@@ -66,7 +66,7 @@ def test_a_window_without_which_the_model_breaks_comes_last() -> None:
     for name in ("perplexity", "kl"):
         scores = score_windows(name, windows, model=model, batches=[tokens(2, 6)])
         assert scores[0] == -math.inf and math.isfinite(scores[1])
-        with pytest.raises(StreamlineError, match=f"'{name}' finds none of the 1 windows that could go"):
+        with pytest.raises(StreamlineError, match=rf"'{name}'.*1 windows"):
             score_windows(name, windows[:1], model=model, batches=[tokens(2, 6)])
 
 
@@ -76,7 +76,7 @@ def test_a_model_that_is_broken_itself() -> None:
     windows = [range(1, 2), range(4, 5)]  # without the second the model would be whole again
     with pytest.raises(StreamlineError, match="The perplexity of the original LlamaForCausalLM is inf"):
         perplexity_when_removed(model, [tokens(2, 6)], windows)
-    with pytest.raises(StreamlineError, match="'kl' finds none of the 2 windows"):
+    with pytest.raises(StreamlineError, match=r"'kl'.*2 windows"):
         score_windows("kl", windows, model=model, batches=[tokens(2, 6)])
 
 

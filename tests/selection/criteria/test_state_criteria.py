@@ -114,5 +114,5 @@ def test_a_saved_profile_is_enough(tmp_path: Path) -> None:
 def test_a_window_that_the_profile_does_not_cover() -> None:
     some = profile(tiny_model("llama"), [padded([6, 4], "left")], keep=[-1])
     for name in NAMES:
-        with pytest.raises(StreamlineError, match="to 5 is not in this profile, which covers blocks 0 to 4"):
+        with pytest.raises(StreamlineError, match=r"5 is.*blocks 0.*4"):
             criterion_named(name).score(some, range(2, 6))

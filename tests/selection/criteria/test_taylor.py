@@ -124,13 +124,13 @@ def test_a_long_text_of_half_precision_is_summed_wide() -> None:
 def test_what_has_no_gradient_says_so() -> None:
     model = tiny_model("llama")
     model.model.layers[3].register_forward_pre_hook(lambda m, a: (a[0].detach(), *a[1:]))
-    with pytest.raises(StreamlineError, match="No gradient reaches block 1: LlamaForCausalLM runs it"):
+    with pytest.raises(StreamlineError, match=r"block 1.*LlamaForCausalLM"):
         block_saliency(model, [tokens(1, 5)], [1, 4])
     model = tiny_model("llama")
     model.model.layers[2].mlp.up_proj.weight = nn.Parameter(torch.ones(48, 32, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(StreamlineError, match=r"mlp.up_proj.weight of block 2 is torch.int8 and has no gradient"):
+    with pytest.raises(StreamlineError, match=r"mlp.up_proj.weight.*block 2.*torch.int8"):
         block_saliency(model, [tokens(1, 5)], [2])
-    with pytest.raises(StreamlineError, match=r"of block 3 is kept elsewhere \(offloaded\) and has no gradient"):
+    with pytest.raises(StreamlineError, match=r"block 3.*\(offloaded\)"):
         block_saliency(tiny_model("llama").to("meta"), [tokens(1, 5)], [3])
     with pytest.raises(StreamlineError, match="No token is predicted; give sequences of at least two real tokens"):
         block_saliency(tiny_model("llama"), [padded([1, 1], "left")], [3])

@@ -50,7 +50,7 @@ def test_disjoint_windows_are_the_best_of_all(drawn: tuple[int, Table, list[int]
         if len(s.windows) == parts and all(table[w.start, w.stop] > -math.inf and len(w) >= shortest for w in s.windows)
     ]
     if not expected:
-        with pytest.raises(StreamlineError, match=f"{parts} windows of {count} blocks in total, .* do not fit"):
+        with pytest.raises(StreamlineError, match=rf"{parts} windows.*of {count}"):
             disjoint_windows(by(table), length, count, parts, keep=keep, shortest=shortest)
         return
     found = disjoint_windows(by(table), length, count, parts, keep=keep, best=best, shortest=shortest)
@@ -76,7 +76,7 @@ def test_one_shot_takes_the_best_blocks(drawn: tuple[int, Table, list[int]], dat
         if all(table[k, k + 1] > -math.inf for k in s.blocks)
     ]
     if not expected:
-        with pytest.raises(StreamlineError, match=f"{count} of {length} blocks are to go, and only"):
+        with pytest.raises(StreamlineError, match=f"{count} of {length} blocks"):
             one_shot(by(table), length, count, keep=keep)
         return
     found = one_shot(by(table), length, count, keep=keep, best=best)
@@ -131,5 +131,5 @@ def test_windows_are_longer_than_what_stands_in_their_place() -> None:
     result = compress(tiny_model("llama", blocks=10), None, parts, shortlist=8, **options)
     assert len(result.candidates) == 8
     assert all(len(w) > 1 and not one.refused for one in result.candidates for w in one.windows)
-    with pytest.raises(StreamlineError, match="7 blocks cannot be in 4 windows of 2 each at least"):
+    with pytest.raises(StreamlineError, match=r"7 blocks.*4 windows.*of 2"):
         compress(tiny_model("llama", blocks=10), None, parts, **{**options, "parts": 4})

@@ -85,9 +85,9 @@ def test_nothing_else_to_switch_to() -> None:
 def test_what_may_not_go_is_named() -> None:
     levels = Levels(frozenset({1, 2}), frozenset({(1, "mlp")}), {(2, "mlp"): "no MLP there"})
     levels.require(Selection((range(2, 3),), ((1, "mlp"),)))
-    with pytest.raises(StreamlineError, match="The selection 3 gives up block 3, which must stay"):
+    with pytest.raises(StreamlineError, match=r"3 gives.*block 3"):
         levels.require(Selection.of_blocks([3]))
-    with pytest.raises(StreamlineError, match="gives up the mlp of block 2 alone: no MLP there"):
+    with pytest.raises(StreamlineError, match=r"block 2.*MLP"):
         levels.require(Selection((), ((2, "mlp"),)))
     with pytest.raises(StreamlineError, match="gives up the attention of block 1 alone: the block must stay, or only"):
         levels.require(Selection((), ((1, "attention"),)))

@@ -44,5 +44,5 @@ def test_protected_and_too_many() -> None:
     scores = measure_branches(planted(), [TOKENS])
     first, second = silenced_branches(scores, "mlp", 2, keep=[1], best=2)
     assert (5, "mlp") in first.silenced and (1, "mlp") not in first.silenced and first.score >= second.score
-    with pytest.raises(StreamlineError, match="9 mlp branches are to be silenced, and 8 can be chosen from"):
+    with pytest.raises(StreamlineError, match=r"9 mlp.*8 can"):
         silenced_branches(scores, "mlp", 9)
