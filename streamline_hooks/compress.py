@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch, tokens_of
 from streamline_hooks.calibration import PackedText, TokenSplit
 from streamline_hooks.carrying_out import carry_out, first_that_can_go, how_repaired, puts_in
@@ -63,6 +64,17 @@ if TYPE_CHECKING:
 
 
 @failing_together("compress")
+@checked(
+    parts=1,
+    batch_size=1,
+    shortlist=1,
+    repeated=0,
+    sequence_length=1,
+    calibration_tokens=1,
+    fitting_tokens=1,
+    validation_tokens=1,
+    test_tokens=1,
+)
 def compress(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -204,6 +216,10 @@ def compress(
 
     Notes
     -----
+    Ctrl-C during a training run ends the run: the best weights so far are kept and saved, and
+    ``CompressionResult.training.interrupted`` is True. The command line then exits with code 130. At any other time
+    KeyboardInterrupt is raised.
+
     Several processes (an initialised `torch.distributed` group) each hold the whole model, are given the same, and
     end with the same model, to the bit. They share the profile, the moments, the judging, the training and the
     perplexities, each sequence of which one of them runs. What is searched for, and what least squares comes to, is
@@ -382,9 +398,9 @@ def _save(
     """Write the model, and take away what a training was to be gone on from."""
     folder = save(result.model, output, tokenizer=result.tokenizer, report=result.report(), overwrite=overwrite)
     if training is not None and result.training is not None and training.keep_in == training_file(output):
-        if result.training.stopped.startswith("interrupted"):
+        if result.training.interrupted and training.keep_in.is_file():
             say(f"{training.keep_in} is left to go on from, with resume and overwrite.")
-        else:
+        elif not result.training.interrupted:
             training.keep_in.unlink(missing_ok=True)  # the weights are in the folder now
     return folder
 

@@ -6,7 +6,16 @@ from __future__ import annotations
 class StreamlineError(ValueError):
     """Something was asked for that cannot be done.
 
-    The text says what was given, what was expected, and what to do.
+    Public functions raise it for arguments and files that they cannot use: wrong types and values, models without
+    weights, batches that a model does not take, damaged files. Python raises its own TypeError for a call that does not
+    match a function's signature. The text says what was given, what was expected, and what to do.
+    """
+
+
+class TrainingInterrupted(StreamlineError):
+    """A training run was interrupted (Ctrl-C), and what it was a part of was not finished.
+
+    The text says where what was trained so far is kept. A command ends with exit code 130.
     """
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch
 from streamline_hooks.batch_split import BatchSplit
 from streamline_hooks.calibration import PackedText, TokenSplit, split_documents
@@ -19,7 +20,7 @@ from streamline_hooks.checkpoint import require_free, save
 from streamline_hooks.compress import compress
 from streamline_hooks.core import check_writable
 from streamline_hooks.distributed import Together, failing_together, here
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks.errors import StreamlineError, TrainingInterrupted
 from streamline_hooks.preparation import are_batches, require_parts, require_writable, slots_of
 from streamline_hooks.repair import Healing, Training, kind_named
 from streamline_hooks.result import CompressionResult
@@ -39,6 +40,7 @@ _OF_DOCUMENTS = (
 
 
 @failing_together("compress_iteratively")
+@checked(rounds=1, fitting_tokens=1)
 def compress_iteratively(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -89,6 +91,8 @@ def compress_iteratively(
 
     Raises
     ------
+    TrainingInterrupted
+        If Ctrl-C ended the training run of a round.
     StreamlineError
         As `compress`; if the rounds do not fit the blocks or the text, or a later one might find no window between the
         blocks that must stay. If one failed, the model is without the blocks of the rounds before; if its training was
@@ -175,11 +179,13 @@ def compress_iteratively(
             ) from error
         done.append(result)
         present = [None if slot.source is None else present[slot.source] for slot in result.plan.slots]
-        if result.training is not None and result.training.stopped.startswith("interrupted"):
-            raise StreamlineError(
+        if result.training is not None and result.training.interrupted:
+            raise TrainingInterrupted(
                 f"Interrupted in round {number + 1} of {rounds}, and nothing was saved. "
                 + (
                     f"Its training is in {file}: load the original again, and go on with resume."
+                    if file and file.is_file()
+                    else "It was kept nowhere. Begin again with the original."
                     if file
                     else "Name a file (keep_in) to go on from."
                 )

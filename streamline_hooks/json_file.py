@@ -1,4 +1,4 @@
-"""Write a JSON file that is always whole."""
+"""Parse JSON of any origin, and write a JSON file that is always whole."""
 
 from __future__ import annotations
 
@@ -7,6 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from streamline_hooks.core.files import atomic_file
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON as `json.loads` does, and refuse what is nested too deeply in the same way as what is no JSON.
+
+    Raises
+    ------
+    json.JSONDecodeError
+
+    Examples
+    --------
+    >>> try:
+    ...     parse_json("[" * 100_000)
+    ... except json.JSONDecodeError as error:
+    ...     print(error.msg)
+    nested too deeply
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", "", 0) from None
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch, prepare, tokens_of
 from streamline_hooks.distributed import here
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
@@ -51,6 +52,7 @@ def inference(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@checked()
 def resume(
     model: nn.Module,
     k: int,
@@ -108,6 +110,10 @@ def resume(
     length = len(find_stack(model, stack))
     if not 0 <= k <= length:
         raise StreamlineError(f"Cannot resume at block {k}: the stack has {length} blocks, so 0 to {length}.")
+    if not states.is_floating_point():
+        raise StreamlineError(
+            f"states are {states.dtype}. Expected floating-point hidden states. Pass a block's input."
+        )
     with LayerSurgeon(model, stack, probe=False) as surgeon:  # the caller has the truth: the states
         first = min(k, length - 1)  # at the end some block has to carry the hook, and is run in vain
         needed, block = _run_in_vain(surgeon.stack), surgeon.stack[first]

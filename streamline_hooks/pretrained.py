@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # What a loader of quantized files leaves on a model, and what then keeps it from being saved.
 _QUANTIZER_LEFTOVERS = ("hf_quantizer", "is_quantized", "quantization_method")
 _SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # whose weights are in the package
+_LONGEST_REASON = 600  # characters
 _CONFIG_LEFTOVERS = ("quantization_config", "_is_quantized")
 
 
@@ -76,7 +77,7 @@ def task_of_pretrained(name: str | Path) -> Task:
         return Task("embedding", sentence.pooling)
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError):  # whoever loads it says what is wrong
+    except Exception:  # whoever loads it says what is wrong
         return Task("causal-lm")
     classes = [one.removeprefix("Streamlined") for one in getattr(config, "architectures", None) or []]
     found = task_of_classes(classes, getattr(config, "is_encoder_decoder", None))
@@ -187,9 +188,11 @@ def _load_automatic(
             beside = "image processor" if images else beside
             automatic: Any = transformers.AutoImageProcessor if images else transformers.AutoTokenizer
             tokenizer = automatic.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except StreamlineError:
+        raise
+    except Exception as error:  # Transformers, tokenizers and safetensors raise whatever a damaged file leads to
         raise StreamlineError(
-            f"Transformers cannot load {name!r}: {_first_line(error)} Expected a folder that holds a {kind} and its "
+            f"Transformers cannot load {name!r}: {reason_of(error)} Expected a folder that holds a {kind} and its "
             f"{beside}, a name on the hub such as 'organisation/model', or the word 'smollm2'. Check "
             "the spelling; a name on the hub needs the network once (and HF_HUB_OFFLINE unset), and a gated model "
             "needs `hf auth login`."
@@ -261,6 +264,8 @@ def _smollm2_file() -> Path:
     return files[0]
 
 
-def _first_line(error: Exception) -> str:
-    line = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
-    return f"{type(error).__name__}: {line.strip().rstrip('.')}."
+def reason_of(error: Exception) -> str:
+    """Return the type and the text of an exception of another library on one line, shortened where it is very long."""
+    text = " ".join(str(error).split()) or "no reason given"
+    text = text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} ..."
+    return f"{type(error).__name__}: {text.rstrip('.')}."

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import mask_beside_cache, mask_of_call, prepare
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.hidden_state import nested_mask, padded, read_input, read_output, require_batch_first
@@ -80,6 +81,7 @@ class HiddenStateRecorder:
     ([0, 2], torch.Size([1, 4, 8]))
     """
 
+    @checked()
     def __init__(
         self,
         model: nn.Module,

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.errors import StreamlineError
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
@@ -70,6 +71,7 @@ class BlockStack:
         return f"{self.path}: {len(self)} x {' | '.join(kinds)}, {total:,} parameters, described by {config}"
 
 
+@checked()
 def find_stack(model: nn.Module, path: str | None = None) -> BlockStack:
     """Find the stack of blocks of a model.
 
@@ -133,6 +135,7 @@ def _chosen_stack(model: nn.Module, path: str | None) -> BlockStack:
     return best[0]
 
 
+@checked()
 def find_stacks(model: nn.Module) -> list[BlockStack]:
     """Find every stack of blocks of a model: encoder, decoder, vision tower, a hierarchical model's stages.
 

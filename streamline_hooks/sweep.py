@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.calibration import PackedText, TokenSplit
 from streamline_hooks.compress import compress
 from streamline_hooks.digests import autocast_dtype, batches_digest, model_digest, texts_digest, tokenizer_digest
-from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
+from streamline_hooks.errors import StreamlineError, TrainingInterrupted, UnsupportedSurgery
 from streamline_hooks.evaluation import measure_speed
 from streamline_hooks.evaluation.kept import Kept
 from streamline_hooks.evaluation.speed import PHASES, Timed, room_for_prompt
@@ -141,6 +142,7 @@ class Sweep:
         )
 
 
+@checked(speed_tokens=1, repeats=1)
 def sweep(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -240,6 +242,10 @@ class _Compressor:
         options = {"profile": self.profile, "say": self.say, "side_by_side": False, **self.settings}
         try:
             result = compress(changed, self.tokenizer, self.texts, remove=amount, kind=kind, **options)
+            if result.training is not None and result.training.interrupted:
+                raise TrainingInterrupted(
+                    f"Interrupted at {kind}, {amount}, which is not kept; points before it are. Sweep again to go on."
+                )
         except UnsupportedSurgery as refusal:
             return replace(asked, refused=str(refusal))
         self.profile = result.profile

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from streamline_hooks.arguments import check_fields, checked
 from streamline_hooks.batch import Batch, tokens_of
 from streamline_hooks.batch import real_tokens as mask_of
 from streamline_hooks.distributed import sequences_of
@@ -69,6 +70,7 @@ class Task:
     pooling: str = ""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.name not in TASKS:
             raise StreamlineError(f"There is no task {self.name!r}; expected one of {', '.join(TASKS)}.")
         if self.pooling and (self.pooling not in POOLINGS or self.name != "embedding"):
@@ -81,6 +83,7 @@ class Task:
         return f"{self.name}:pooling={self.pooling}" if self.pooling else self.name
 
     @classmethod
+    @checked()
     def parse(cls, text: str) -> Task:
         """Read ``"embedding"`` or, with its pooling, ``"embedding:pooling=first"``."""
         name, _, options = text.partition(":")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.json_file import parse_json
 
 _TEXT, _JSONL, PARQUET = ".txt", ".jsonl", ".parquet"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -117,7 +118,7 @@ def json_rows(path: Path, like: str, longest: float = math.inf) -> Iterator[tupl
         if not line.strip():
             continue
         try:
-            row: Any = json.loads(line)
+            row: Any = parse_json(line)
         except json.JSONDecodeError as error:
             raise StreamlineError(
                 f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}). Expected an object "

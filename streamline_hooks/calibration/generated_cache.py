@@ -10,6 +10,7 @@ from typing import Any
 
 from streamline_hooks.core.files import atomic_file
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.json_file import parse_json
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _load(path: Path) -> list[list[GeneratedText]]:
         if not line:
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if row.pop("batch") == len(batches):
                 batches.append([])
             batches[-1].append(GeneratedText(**row))

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from torch import nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.checkpoint.plain_reading import load_into
 from streamline_hooks.checkpoint.safety import CONFIG, INDEX, PLAIN, WEIGHTS, check_folder, read_json
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.pooling_layer import load_as_pooled
+from streamline_hooks.pretrained import reason_of
 from streamline_hooks.sentence_folder import find_sentence_folder
 from streamline_hooks.surgery import SurgeryPlan
 from streamline_hooks.surgery.plain_module import history_of
@@ -31,6 +33,7 @@ def load(folder: str | Path, *, into: None = None, as_original: bool = False, **
 def load(folder: str | Path, *, into: _Model, as_original: bool = False, **kwargs: Any) -> _Model: ...
 
 
+@checked()
 def load(folder: str | Path, *, into: nn.Module | None = None, as_original: bool = False, **kwargs: Any) -> nn.Module:
     """Read a compressed model.
 
@@ -116,10 +119,13 @@ def load(folder: str | Path, *, into: nn.Module | None = None, as_original: bool
         model, info = _from_pretrained(where, **kwargs)
     except StreamlineError:
         raise
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:
         key = _mismatched(where, kwargs)
         if key is None:
-            raise
+            raise StreamlineError(
+                f"{where} cannot be loaded: {reason_of(error)} Expected what `save` wrote. Copy the folder again, or "
+                "save the model again."
+            ) from error
         raise StreamlineError(
             f"{where / _file_of(where, key)}, {key}: its shape is not the one that {CONFIG} asks for. The two are of "
             "different models; save the model again."
@@ -137,7 +143,8 @@ def load(folder: str | Path, *, into: nn.Module | None = None, as_original: bool
     return model.eval()  # type: ignore[no-any-return]
 
 
-def read_plans(model: Any) -> list[SurgeryPlan]:
+@checked()
+def read_plans(model: nn.Module | str | Path) -> list[SurgeryPlan]:
     """What was done to a model, surgery by surgery, each in the numbering that the one before left.
 
     Parameters
@@ -216,7 +223,7 @@ def _mismatched(folder: Path, kwargs: dict[str, Any]) -> str | None:
         _, info = _from_pretrained(folder, ignore_mismatched_sizes=True, **kwargs)
     except StreamlineError:
         raise
-    except (RuntimeError, ValueError):
+    except Exception:
         return None
     found = sorted(entry[0] if isinstance(entry, tuple) else entry for entry in info.get("mismatched_keys") or ())
     return str(found[0]) if found else None

@@ -5,7 +5,6 @@ Loading reads JSON and safetensors, which run nothing, from this folder and from
 
 from __future__ import annotations
 
-import json
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from streamline_hooks.checkpoint.checksums import check_checksums
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.json_file import parse_json
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 PLAIN = "streamline.json"  # describes a model that is no Transformers model, which has no configuration
@@ -82,8 +82,8 @@ def read_json(file: Path) -> dict[str, Any]:
         If it is none.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise StreamlineError(f"{file} cannot be read as JSON: {error}. Copy the folder again.") from error
     if not isinstance(content, dict):
         raise StreamlineError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.checkpoint.card import FILE as CARD
 from streamline_hooks.checkpoint.card import model_card
 from streamline_hooks.checkpoint.checksums import write_checksums
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 REPORT = "report.json"
 
 
+@checked()
 def save(
     model: nn.Module,
     folder: str | Path,

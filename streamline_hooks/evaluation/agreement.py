@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch, prepare, tokens_of
 from streamline_hooks.distance import kl_by_token
 from streamline_hooks.errors import StreamlineError
@@ -81,6 +82,7 @@ class Agreement:
         )
 
 
+@checked()
 def agreement(
     model: nn.Module,
     original: nn.Module,

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.agreement import Agreement, require_two
 from streamline_hooks.evaluation.beforehand import require_askable
@@ -28,6 +29,7 @@ from streamline_hooks.evaluation.writing import Written, write_on
 T = TypeVar("T")
 
 
+@checked(batch_size=1)
 def evaluate(
     model: nn.Module,
     suite: Suite,

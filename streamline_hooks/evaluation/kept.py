@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from streamline_hooks.core import check_writable
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.json_file import write_json
+from streamline_hooks.json_file import parse_json, write_json
 
 T = TypeVar("T")
 _WHAT = "streamline_hooks_measured"
@@ -73,7 +73,7 @@ class Kept:
         if self.file is None or not self.file.exists():
             return {}
         try:
-            found: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8"))[_WHAT]
+            found: dict[str, Any] = parse_json(self.file.read_text(encoding="utf-8"))[_WHAT]
             return dict(found)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise StreamlineError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch, prepare, tokens_of
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.agreement import require_finite, require_two
@@ -41,6 +42,7 @@ class Likeness:
         return f"cosine {self.cosine:.4f}, Spearman of similarities {self.spearman:.4f}, of {self.count:,} embeddings"
 
 
+@checked()
 def embeddings(
     model: nn.Module, batches: Sequence[Batch | Tensor], *, task: Task | None = None, what: str = "embed"
 ) -> Tensor:
@@ -79,6 +81,7 @@ def embeddings(
     return torch.cat(rows)
 
 
+@checked()
 def likeness(
     model: nn.Module,
     original: nn.Module,
@@ -144,6 +147,7 @@ def likeness_of(reference: Tensor, changed: Tensor) -> Likeness:
     return Likeness(float((a * b).sum(dim=-1).mean()), _spearman(_pairs(a), _pairs(b)), len(a))
 
 
+@checked()
 def recall_at(queries: Tensor, documents: Tensor, k: int = 1) -> float:
     """The share of queries that find their own document among the k most similar.
 

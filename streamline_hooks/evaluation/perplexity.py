@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch, prepare
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.candidates import Candidate, candidate_outputs
@@ -50,6 +51,7 @@ class Perplexity:
         return Perplexity(self.nll + other.nll, self.tokens + other.tokens)
 
 
+@checked()
 def perplexity(model: nn.Module, batches: Sequence[Batch | Tensor], what: str = "perplexity") -> Perplexity:
     """Perplexity of a model.
 

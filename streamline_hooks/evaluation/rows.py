@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.json_file import parse_json
 
 _HUB = "hub:"
 _EXPECTED = (
@@ -85,7 +85,7 @@ def _lines(raw: bytes, file: str, place: str) -> Iterator[Row]:
             continue
         where = f"{place}, line {number}"
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except ValueError as error:
             raise StreamlineError(f"{where} is not JSON: {error}. Expected one object a line.") from error
         if not isinstance(values, dict):

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import positions_of, prepare
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.continuations import NotFiniteLikelihood
@@ -94,6 +95,7 @@ class TextPerplexity:
         return f"{said} ({self.tokens} tokens)"
 
 
+@checked(batch_size=1)
 def sliding_perplexity(
     model: nn.Module,
     tokenizer: Any,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from streamline_hooks.arguments import checked, require_weights
 from streamline_hooks.batch import device_of, positions_of
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.generation import require_generates
@@ -165,6 +166,7 @@ class SpeedReport:
         return seconds
 
 
+@checked()
 def measure_speed(
     models: Mapping[str, Timed],
     *,
@@ -344,6 +346,7 @@ def _take_turn(
 
 def require_timed(name: str, model: Any, positions: int) -> Any:
     """A model, once it is sure that its ``generate`` can be timed over so many positions; see `measure_speed`."""
+    require_weights(model, f"measure_speed: {name}")
     if "_orig_mod" in model._modules:
         raise StreamlineError(
             f"{name} is what torch.compile returned; its generate runs the model that is not compiled. Compile in "

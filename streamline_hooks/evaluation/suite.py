@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from streamline_hooks.arguments import check_fields
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.last_words import LastWord
 from streamline_hooks.evaluation.problems import Problem
@@ -117,6 +118,7 @@ class Suite:
     timed: tuple[int, int, int] | None = (256, 16, 5)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for documents in self.text.values():
             require_texts(documents)
         require_texts(self.prompts, "prompt")

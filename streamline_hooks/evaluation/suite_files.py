@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.calibration import read_documents
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.last_words import read_last_words
@@ -24,6 +25,7 @@ _PROBE_TOKENS = 32
 _AFTER_PROBLEM = ("Question:", "\n\n\n")
 
 
+@checked(probe_count=0, prompts=0, shots=0, samples=1, temperature=0, items=1, text_tokens=1)
 def suite_from_files(
     tokenizer: Any,
     *,

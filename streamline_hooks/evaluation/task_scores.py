@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch, prepare, tokens_of
 from streamline_hooks.distance import reference_of, summed_distance
 from streamline_hooks.errors import StreamlineError
@@ -67,6 +68,7 @@ class TaskScores:
     (['cosine', 'spearman'], True)
     """
 
+    @checked()
     def __init__(
         self, original: nn.Module, batches: Sequence[Batch | Tensor], task: Task, what: str = "original"
     ) -> None:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import mask_of_call
 from streamline_hooks.distributed import here
 from streamline_hooks.errors import StreamlineError
@@ -28,6 +29,7 @@ from streamline_hooks.stack import find_stack, members
 from streamline_hooks.wrapping import refuse_compiled, refuse_replicated, refuse_tensor_parallel
 
 
+@runtime_checkable
 class Log(Protocol):
     """What a monitor hands its values to: the ``log`` of accelerate and wandb, the ``log_metrics`` of Lightning."""
 
@@ -96,6 +98,7 @@ class HiddenStateMonitor:
     None
     """
 
+    @checked(every=1, dead=0)
     def __init__(
         self,
         model: nn.Module,

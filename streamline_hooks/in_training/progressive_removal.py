@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.in_training.optimizer import drop_parameters, rename_parameters, require_own_parameters
 from streamline_hooks.in_training.removal_record import (
@@ -82,6 +83,7 @@ class ProgressiveRemoval:
     3
     """
 
+    @checked()
     def __init__(
         self,
         model: nn.Module,

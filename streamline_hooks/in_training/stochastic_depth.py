@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.in_training.skippable import require_skippable
 from streamline_hooks.in_training.skipping import BeginHook, Skipping
@@ -97,6 +98,7 @@ class StochasticDepth:
     (1, 3)
     """
 
+    @checked()
     def __init__(
         self,
         model: nn.Module,

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch
 from streamline_hooks.branches import Branch, Branches
 from streamline_hooks.distributed import together
@@ -28,6 +29,7 @@ from streamline_hooks.surgery.silence import branches_of
 _ROUNDING = 1e-9  # of an error that is relative
 
 
+@checked()
 def fit_windows(
     model: nn.Module,
     windows: Sequence[range],

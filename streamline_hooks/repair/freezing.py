@@ -6,11 +6,13 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.stack import find_stacks
 from streamline_hooks.surgery.silence import silent_inside
 
 
+@checked()
 def freeze_all_but(model: nn.Module, modules: nn.Module | Iterable[nn.Module]) -> list[nn.Parameter]:
     """Let a model's only parameters that take gradients be those of some of its modules.
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from math import inf
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from streamline_hooks.arguments import check_fields, checked
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.adapters import with_adapters
 from streamline_hooks.repair.folded import Folded
@@ -74,6 +76,7 @@ class Healing:
     targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         counted = self.where in ("beside", "last")
         if self.how not in ("lora", "partial") or self.where not in ("all", "after", "beside", "last"):
             raise StreamlineError(
@@ -85,9 +88,9 @@ class Healing:
                 f"Healing of the blocks {self.where!r} was given count={self.count}; expected 1 or more for 'beside' "
                 "and 'last', and none otherwise."
             )
-        if not self.rate > 0:
+        if not 0 < self.rate < inf:
             raise StreamlineError(f"Healing at rate={self.rate} of the learning rate trains nothing; expected above 0.")
-        if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
+        if self.rank < 1 or not 0 < self.alpha < inf or not 0 <= self.dropout < 1:
             raise StreamlineError(
                 f"Adapters of rank={self.rank}, alpha={self.alpha}, dropout={self.dropout} cannot be; expected a rank "
                 "of 1 or more, alpha above 0, dropout in 0 to 1."
@@ -102,6 +105,7 @@ class Healing:
             )
 
     @classmethod
+    @checked()
     def parse(cls, text: str) -> Healing:
         """Read ``"lora"``, ``"lora:rank=64,where=after"`` or ``"partial:where=beside,count=2"``.
 
@@ -180,6 +184,7 @@ def healing_copies(
     return copies, _head(stack.model) if healing.head else {}
 
 
+@checked()
 def student_of(
     stack: BlockStack,
     stand_ins: Sequence[tuple[range, StandIn]],

@@ -12,6 +12,7 @@ from typing import Any, Union, get_args, get_origin
 import torch
 from torch import Tensor, nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch
 from streamline_hooks.branches import BRANCHES
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
@@ -113,6 +114,7 @@ class Kind:
             return size_of(stack, self.make(stack, window))
 
 
+@checked()
 def register_kind(name: str, factory: Callable[..., nn.Module]) -> None:
     """Name a kind of your own, for ``compress(kind=...)`` and all else that takes one.
 
@@ -154,6 +156,7 @@ def register_kind(name: str, factory: Callable[..., nn.Module]) -> None:
     _KINDS[name] = of
 
 
+@checked()
 def kind_named(name: str | Kind, seed: int = 0) -> Kind:
     """The kind of a name, with its options.
 
@@ -238,6 +241,7 @@ def _none() -> Kind:
     return Kind("none", lambda stack, window: None)
 
 
+@checked(rank=1)
 def _linear(rank: int | None = None, diagonal: bool = False) -> Kind:
     def make(stack: BlockStack, window: range) -> StandIn:
         return LinearReplacement(features_of(stack), rank, diagonal)
@@ -287,6 +291,7 @@ def _silenced() -> Kind:
     return Kind("silenced", inherit, slots=1, prepare=inherit_silenced)
 
 
+@checked()
 def _merged(weight: float | None = None, channels: str | None = None, solve: bool = False) -> Kind:
     if channels is None:
         sum_of = 1.0 if weight is None else weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from streamline_hooks.arguments import check_fields, checked
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.divergence import summed_divergence, text_loss
 from streamline_hooks.task import Task
@@ -64,15 +66,19 @@ class Objective:
     reverse_kl: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         weights = self._weights()
-        if min(weights.values()) < 0 or not any(weights.values()):
-            raise StreamlineError(f"{self!r} has a negative weight or none; expected one above zero, and none below.")
+        if min(weights.values()) < 0 or not any(weights.values()) or not all(map(math.isfinite, weights.values())):
+            raise StreamlineError(
+                f"{self!r} has a negative, infinite or no weight; expected one above zero, and none below."
+            )
 
     def __str__(self) -> str:
         said = {name: weight for name, weight in self._weights().items() if weight}
         return " + ".join(name if weight == 1 else f"{weight:g}*{name}" for name, weight in said.items())
 
     @classmethod
+    @checked()
     def parse(cls, text: str) -> Objective:
         """Read ``"kl"``, ``"mse"`` or a sum such as ``"kl + 0.5*lm"``.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count, takewhile
-from math import floor
+from math import floor, inf
 from typing import Any
 
+from streamline_hooks.arguments import check_fields, checked
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.objective import Objective
 from streamline_hooks.repair.options import read_options
@@ -69,13 +70,14 @@ class OnPolicy:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         said = {name.rpartition("*")[2] for name in str(self.objective).split(" + ")}
         if not said <= {"kl", "reverse_kl"}:
             raise StreamlineError(
                 f"On the model's own text the objective {self.objective} cannot be; expected kl, reverse_kl or a sum "
                 "of both, such as '0.5*kl + 0.5*reverse_kl'."
             )
-        if not (0 < self.share <= 1 and 0 <= self.begin < 1 and self.temperature > 0 and 0 < self.top_p <= 1):
+        if not (0 < self.share <= 1 and 0 <= self.begin < 1 and 0 < self.temperature < inf and 0 < self.top_p <= 1):
             raise StreamlineError(
                 f"Got share={self.share}, begin={self.begin}, temperature={self.temperature}, top_p={self.top_p}; "
                 "expected 0 < share <= 1, 0 <= begin < 1, a temperature above 0, and 0 < top_p <= 1."
@@ -87,6 +89,7 @@ class OnPolicy:
             )
 
     @classmethod
+    @checked()
     def parse(cls, text: str) -> OnPolicy:
         """Read ``"kl"``, ``"reverse_kl:share=0.5"`` or ``"0.5*kl + 0.5*reverse_kl:begin=0.5,longest=256"``.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.healing import Healing
 from streamline_hooks.repair.objective import Objective
@@ -192,6 +193,7 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+@checked()
 def preset_named(name: str) -> Preset:
     """The preset of a name.
 

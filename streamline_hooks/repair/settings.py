@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from streamline_hooks.arguments import check_fields
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.callbacks import TrainingCallback
 from streamline_hooks.repair.objective import Objective
@@ -88,22 +89,14 @@ class Training:
     callbacks: Sequence[TrainingCallback] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        wrong_types = [type(one).__name__ for one in self.callbacks if not isinstance(one, TrainingCallback)]
-        if wrong_types:
-            raise StreamlineError(
-                f"callbacks holds a {wrong_types[0]}; expected instances of subclasses of TrainingCallback. Derive the "
-                "class from streamline_hooks.repair.TrainingCallback and pass an instance."
-            )
-        if self.keep_in is not None:
-            try:
-                object.__setattr__(self, "keep_in", Path(self.keep_in))
-            except TypeError as error:
-                raise StreamlineError(
-                    f"keep_in={self.keep_in!r} is a {type(self.keep_in).__name__}; expected a file's path, or None."
-                ) from error
+        if isinstance(self.keep_in, str):
+            object.__setattr__(self, "keep_in", Path(self.keep_in))
+        check_fields(self)
         least = {"epochs": 1, "accumulation": 1, "validations": 1, "patience": 0, "memory": 0}
         wrong = [name for name, bound in least.items() if not bound <= getattr(self, name) < math.inf]
-        wrong += [name for name in ("learning_rate",) if not getattr(self, name) > 0]
+        wrong += [name for name in ("learning_rate",) if not 0 < getattr(self, name) < math.inf]
+        wrong += [] if self.weight_decay < math.inf else ["weight_decay"]
+        wrong += [] if all(0 <= beta < 1 for beta in self.betas) else ["betas"]
         wrong += [n for n in ("weight_decay", "clip", "keep_every") if not getattr(self, n) >= 0]
         wrong += [name for name in ("warmup", "floor") if not 0 <= getattr(self, name) <= 1]
         if self.minutes is not None and not self.minutes > 0:
@@ -113,7 +106,8 @@ class Training:
         if wrong:
             raise StreamlineError(
                 f"{wrong[0]}={getattr(self, wrong[0])!r} makes no training. Expected epochs, accumulation and "
-                "validations of 1 or more, a learning rate above 0, warmup and floor in 0 to 1, and nothing negative."
+                "validations of 1 or more, a learning rate above 0, warmup and floor in 0 to 1, betas from "
+                "0 to below 1, and nothing negative."
             )
 
     def products(self, device: torch.device) -> AbstractContextManager[Any]:
@@ -163,6 +157,11 @@ class Trained:
     measure: str = "KL (nats a token)"
     unit: str = "token"
     written: int = 0
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended the training run."""
+        return self.stopped.startswith("interrupted")
 
     @property
     def in_vain(self) -> str:

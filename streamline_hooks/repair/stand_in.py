@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch
 from streamline_hooks.repair.folded import Folded
 from streamline_hooks.repair.scaled import Scaled, scale_after
@@ -19,6 +20,7 @@ StandIn = nn.Module | Folded | Scaled | None
 into the block before the window, or a factor that is folded into the weights before it."""
 
 
+@checked()
 def place(
     surgeon: LayerSurgeon, window: range, stand_in: StandIn, *, batch: Batch | Tensor | None = None
 ) -> list[nn.Module]:

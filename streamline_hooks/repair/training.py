@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch
 from streamline_hooks.core import check_writable
 from streamline_hooks.distributed import Together, is_sharded, surgery_on_shards, together
@@ -74,7 +75,7 @@ def train(
     Notes
     -----
     Ctrl-C ends the training and keeps the best weights so far, and so does a loss that is not finite; `Trained.stopped`
-    says so. Where a GPU runs out of memory, batches are run in halves from then on, with the same steps.
+    says so, and `Trained.interrupted` that it was Ctrl-C. KeyboardInterrupt is not raised. Where a GPU runs out of memory, batches are run in halves from then on, with the same steps.
 
     Several processes (an initialised `torch.distributed` group) are each given everything and make the same steps as
     one, each on its sequences of every batch: the loss is the mean over the real tokens of all, gradients are added up
@@ -89,10 +90,12 @@ def train(
     its own, which every process holds whole. Where a process has no sequence of a batch, it runs one along that
     counts for nothing, since the forwards wait for one another. Batches are not run in halves then.
     """
+    settings = Training() if settings is None else settings
     with together("train") as work:
-        return _train(student, batches, validation, settings or Training(), taught, resume, say, work)
+        return _train(student, batches, validation, settings, taught, resume, say, work)
 
 
+@checked()
 def _train(
     student: Student,
     batches: Sequence[Batch | Tensor],

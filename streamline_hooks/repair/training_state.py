@@ -18,6 +18,7 @@ from streamline_hooks.batch import Batch
 from streamline_hooks.core.files import atomic_file
 from streamline_hooks.digests import batches_digest
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.json_file import parse_json
 from streamline_hooks.repair.settings import Training
 from streamline_hooks.repair.student import Student
 
@@ -56,7 +57,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             text = metadata[_KEY]
-            said = dict(json.loads(text))
+            said = dict(parse_json(text))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise StreamlineError(

@@ -45,6 +45,12 @@ class LinearReplacement(nn.Module):
 
     def __init__(self, features: int, rank: int | None = None, diagonal: bool = False) -> None:
         super().__init__()
+        sizes = [features] if rank is None else [features, rank]
+        if any(type(size) is not int or size < 1 for size in sizes) or not isinstance(diagonal, bool):
+            raise StreamlineError(
+                f"features={features!r}, rank={rank!r}, diagonal={diagonal!r} make no linear map. Expected whole "
+                "numbers above 0, and True or False. Pass the width of the model's states as features."
+            )
         if rank is not None and (diagonal or not 1 <= rank <= features):
             raise StreamlineError(
                 f"A linear map of {features} features cannot have rank={rank!r}, diagonal={diagonal!r}; expected a "
@@ -65,6 +71,9 @@ class LinearReplacement(nn.Module):
     @classmethod
     def from_map(cls, map_: Tensor, rank: int | None = None, diagonal: bool = False) -> LinearReplacement:
         """Start at a given W of shape (features, features), in h + hW; see `start_at`."""
+        if not isinstance(map_, Tensor) or map_.ndim != 2 or map_.shape[0] != map_.shape[1]:
+            shape = tuple(map_.shape) if isinstance(map_, Tensor) else type(map_).__name__
+            raise StreamlineError(f"map_={shape} is no map. Expected a tensor of shape (features, features). Pass W.")
         module = cls(map_.shape[0], rank, diagonal)
         module.start_at(map_)
         return module

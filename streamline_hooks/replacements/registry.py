@@ -65,6 +65,8 @@ def register_replacement(kind: str) -> Callable[[_Class], _Class]:
     >>> build_replacement("doctest-shift", {"features": 4}).bias.shape
     torch.Size([4])
     """
+    if not isinstance(kind, str) or not kind:
+        raise StreamlineError(f"kind={kind!r} is no name. Expected a string. Pass the name for checkpoints.")
 
     def register(cls: _Class) -> _Class:
         known = REGISTERED.get(kind)

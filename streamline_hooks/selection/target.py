@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 
 from torch import nn
 
+from streamline_hooks.arguments import check_fields, checked, whole_numbers
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.speed import Phase, measure_speed, room_for_prompt
 from streamline_hooks.selection.latency import Timer, fewest_blocks
@@ -54,6 +55,7 @@ class Target:
     of: Kind = "blocks"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.of not in get_args(Kind):
             raise StreamlineError(f"A target of {self.of!r} is unknown; expected one of {', '.join(get_args(Kind))}.")
         if self.of != "blocks" and (isinstance(self.amount, bool) or not 0 < self.amount < 1):
@@ -63,6 +65,7 @@ class Target:
         return str(self.amount) if self.of == "blocks" else f"{self.of}:{self.amount}"
 
     @classmethod
+    @checked()
     def parse(cls, text: str) -> Target:
         """Read a target as it is written on a command line.
 
@@ -182,7 +185,7 @@ def blocks_to_remove(target: int | float, length: int, slots: int = 0) -> int:
     Parameters
     ----------
     target : int or float
-        A number of blocks, or a fraction of the blocks below 1; a fraction is rounded half up, to one at least.
+        A number of blocks, or a fraction of the blocks below 1; a fraction is rounded half up.
     length : int
         The number of blocks of the stack.
     slots : int
@@ -204,7 +207,12 @@ def blocks_to_remove(target: int | float, length: int, slots: int = 0) -> int:
     (8, 9)
     """
     fraction = isinstance(target, float) and 0 < target < 1
-    wanted = max(1, math.floor(target * length + 0.5)) if fraction else target
+    wanted = math.floor(target * length + 0.5) if fraction else target
+    if fraction and not wanted:
+        raise StreamlineError(
+            f"remove={target!r} comes to 0 of {length} blocks. Expected a fraction of at least {0.5 / length:.3g}, or "
+            "a number of blocks. Give remove=1 to remove one block."
+        )
     everything_or_one = isinstance(target, float) and target == 1.0
     if (
         isinstance(wanted, bool)
@@ -239,7 +247,7 @@ def protected_blocks(keep: Iterable[int], length: int) -> frozenset[int]:
     StreamlineError
         If a number is out of range.
     """
-    chosen = list(keep)
+    chosen = whole_numbers(keep, "keep")
     for k in chosen:
         if not -length <= k < length:
             raise StreamlineError(f"keep={k} is out of range: the stack has {length} blocks, 0 to {length - 1}.")

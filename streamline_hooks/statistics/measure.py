@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch, device_of
-from streamline_hooks.distributed import Together, together
+from streamline_hooks.distributed import Together, failing_together, together
 from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.layouts import USUAL, by_token, layout_of
 from streamline_hooks.passes import recorded
@@ -25,6 +26,8 @@ from streamline_hooks.statistics.profile import Profile
 from streamline_hooks.wrapping import refuse_wrapped
 
 
+@failing_together("profile")
+@checked(skip=0, replicates=0)
 def profile(
     model: nn.Module,
     batches: Sequence[Batch | Tensor],
@@ -114,6 +117,8 @@ def profile(
         return result
 
 
+@failing_together("measure_moments")
+@checked()
 def measure_moments(
     model: nn.Module,
     batches: Sequence[Batch | Tensor],

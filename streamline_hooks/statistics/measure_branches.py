@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch, prepare, tokens_of
 from streamline_hooks.branch_states import reading_branches
 from streamline_hooks.branches import Branch, Branches
@@ -18,6 +19,7 @@ from streamline_hooks.surgery.silence import branches_of
 from streamline_hooks.watched_mask import WatchedMask
 
 
+@checked()
 def measure_branches(
     model: nn.Module,
     batches: Iterable[Batch | Tensor],

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.precision import widen
 
@@ -43,6 +44,7 @@ class WindowMoments:
     (0.25, 0.0)
     """
 
+    @checked(features=0)
     def __init__(self, features: int, weighted: bool = True) -> None:
         self.weighted = weighted
         self.tokens = 0

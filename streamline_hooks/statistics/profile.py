@@ -10,6 +10,7 @@ from typing import Any, Self, get_args
 import torch
 from torch import Tensor
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.statistics.state_sums import StateSums
 from streamline_hooks.statistics.storage import read_file, write_file
@@ -44,6 +45,7 @@ class Profile:
     (0.5, 1.0, 1)
     """
 
+    @checked(places=1, replicates=0)
     def __init__(self, places: int, *, replicates: int = 0, about: Mapping[str, Any] | None = None) -> None:
         self.about = dict(about or {})
         self.sums = StateSums(places, replicates)

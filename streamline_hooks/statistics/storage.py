@@ -13,6 +13,7 @@ from torch import Tensor
 
 from streamline_hooks.core.files import atomic_file
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.json_file import parse_json
 
 _KEY = "streamline_hooks"
 
@@ -68,7 +69,7 @@ def read_file(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str,
             f"{path} is no whole safetensors file ({error}). It may be truncated; give a file that holds {what}."
         ) from error
     try:
-        values = json.loads(text or "")
+        values = parse_json(text or "")
     except ValueError:
         values = None
     if not isinstance(values, dict):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from streamline_hooks.arguments import checked, whole_numbers
 from streamline_hooks.batch import Batch
 from streamline_hooks.branches import Branch
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
@@ -25,6 +25,7 @@ from streamline_hooks.surgery.silence import find_zeros, observe_silenced, requi
 class BranchSurgery(OpenSurgery):
     """The operations on branches, of which `LayerSurgeon` has all."""
 
+    @checked()
     def __init__(self, model: nn.Module, stack: str | BlockStack | None = None, *, probe: bool = True) -> None:
         super().__init__(model, stack)
         self.probe = probe
@@ -122,6 +123,7 @@ class BranchSurgery(OpenSurgery):
         with self._changed({k: {name: StandIns(folding.parameters, silent=False)}}):
             require_folded(self.stack, k, name, folding, batch)
 
+    @checked()
     def scale(self, k: int, factor: float, *, batch: Batch | Tensor | None = None) -> None:
         """Multiply the state that block k receives by a factor, without a new parameter.
 
@@ -148,7 +150,7 @@ class BranchSurgery(OpenSurgery):
             If k is out of range or inside a window that is gone, or the factor is not above 0.
         """
         self._require_open()
-        k, factor, length = operator.index(k), float(factor), len(self.stack)
+        factor, length = float(factor), len(self.stack)
         if not 0 <= k <= length:
             raise StreamlineError(
                 f"scale({k!r}, ...) is out of range: the stack had {length} blocks, so 0 to {length}."
@@ -186,7 +188,7 @@ class BranchSurgery(OpenSurgery):
     def _branch(self, k: int, branch: str, do: str, done: str) -> tuple[int, Branch]:
         """The number of a block that is there, and the name of its branch."""
         self._require_open()
-        k, name = operator.index(k), require_branch(branch)
+        (k,), name = whole_numbers([k], "k"), require_branch(branch)
         if not 0 <= k < len(self.stack):
             raise StreamlineError(
                 f"{do}({k!r}, ...) is out of range: the stack had {len(self.stack)} blocks, 0 to "

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from streamline_hooks.arguments import whole_numbers
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices, spliced
 
@@ -165,7 +165,7 @@ def window_of(window: Iterable[int], length: int) -> range:
     """
     if not isinstance(window, Iterable):
         raise StreamlineError(f"A window is a range of blocks, such as range(3, 5); got {window!r}.")
-    numbers = [operator.index(k) for k in window]
+    numbers = whole_numbers(window, "window")
     if not numbers:
         raise StreamlineError(
             "There is nothing to do for an empty window; give a range of blocks, such as range(3, 5)."

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.surgery import committed
 from streamline_hooks.surgery.branch_surgery import BranchSurgery
@@ -175,6 +175,7 @@ class LayerSurgeon(BranchSurgery):
         self._apply(layout)
         return block
 
+    @checked()
     def insert(self, k: int, module: nn.Module, *, despite_hazards: bool = False) -> nn.Module:
         """Run a module before block k; several at one place run in the order in which they were inserted.
 
@@ -200,7 +201,7 @@ class LayerSurgeon(BranchSurgery):
             If k is out of range, or inside a window that is gone.
         """
         self._require_open()
-        k, length = operator.index(k), len(self.stack)
+        length = len(self.stack)
         if not 0 <= k <= length:
             raise StreamlineError(
                 f"insert({k!r}, ...) is out of range: the stack had {length} blocks, so 0 to {length}."

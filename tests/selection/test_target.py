@@ -31,7 +31,7 @@ from tests.tiny_models import BLOCKS, WIDTH, Nudge, repaired, tiny_model
         (0.25, 30, 0, 8),  # 7.5 is rounded half up
         (0.25, 30, 1, 9),  # a replacement with a slot of its own
         (0.25, 32, 0, 8),
-        (0.01, 30, 0, 1),
+        (0.02, 30, 0, 1),
         (0.5, 3, 0, 2),
         (8, 30, 0, 8),
         (8.0, 30, 0, 8),
@@ -45,6 +45,12 @@ def test_targets(target: float, length: int, slots: int, count: int) -> None:
 @pytest.mark.parametrize("target", [0, 0.0, -1, -0.25, 2.5, True, 1.0, float("nan"), float("inf")])
 def test_nothing_that_can_be_removed(target: float) -> None:
     with pytest.raises(StreamlineError, match=r"give.*\(1.*29\)"):
+        blocks_to_remove(target, 30)
+
+
+@pytest.mark.parametrize("target", [1e-9, 0.01])
+def test_fractions_that_come_to_no_block(target: float) -> None:
+    with pytest.raises(StreamlineError, match=f"remove={target}.*remove=1 "):
         blocks_to_remove(target, 30)
 
 

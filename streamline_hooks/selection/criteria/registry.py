@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, NoReturn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.selection.criteria.baselines import at_random, last_n, last_n_but_final
 from streamline_hooks.selection.criteria.cca import cca_bound
@@ -65,6 +66,7 @@ def criterion_named(name: str) -> Criterion:
     return CRITERIA[name]
 
 
+@checked()
 def register_criterion(name: str, function: Callable[..., Any], *, needs: Needs, paper: str = "") -> Criterion:
     """Add a criterion of one's own.
 
@@ -102,6 +104,7 @@ def register_criterion(name: str, function: Callable[..., Any], *, needs: Needs,
     return CRITERIA[name]
 
 
+@checked()
 def combined(parts: Mapping[str | Criterion, float], by: Literal["rank", "weight"] = "rank") -> Criterion:
     """Several criteria in one.
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.selection.criteria.criterion import Combination, Criterion
@@ -21,6 +22,7 @@ from streamline_hooks.statistics import profile as make_profile
 from streamline_hooks.task import Task
 
 
+@checked()
 def score_windows(
     criterion: Criterion | str,
     windows: Sequence[range],

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from streamline_hooks.arguments import check_fields, checked
 from streamline_hooks.batch import Batch, tokens_of
 from streamline_hooks.branches import Branch
 from streamline_hooks.errors import StreamlineError
@@ -80,6 +81,14 @@ class SearchProblem:
     branches: bool = True
     shortest: int = 1
 
+    def __post_init__(self) -> None:
+        check_fields(self, length=1, best=1, parts=1, shortest=1)
+        if not self.candidates:
+            raise StreamlineError(
+                "SearchProblem: candidates=[] holds no window. Expected the windows that reach the target. Make them "
+                "with windows_for."
+            )
+
     @property
     def count(self) -> int:
         """Blocks that go, for a search that does not take one window.
@@ -127,6 +136,7 @@ class SearchProblem:
         return self.model, self.batches
 
 
+@checked()
 def find_selections(name: str, question: SearchProblem) -> list[Selection]:
     """Run a search.
 

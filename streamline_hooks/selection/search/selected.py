@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from streamline_hooks.arguments import check_fields
 from streamline_hooks.branches import Branch
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.surgery.silence import require_branch
@@ -63,6 +64,7 @@ class Selection:
     score: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.windows and not self.silenced:
             raise StreamlineError("A selection of no block and no branch gives nothing up; name one at least.")
         if any(not isinstance(w, range) or w.step != 1 or not w or w.start < 0 for w in self.windows):

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch
 from streamline_hooks.branches import Branch
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
@@ -50,6 +51,7 @@ class VerifiedSelection(Selection):
     refused: str = ""
 
 
+@checked()
 def verified(
     model: nn.Module,
     selections: Sequence[Selection],

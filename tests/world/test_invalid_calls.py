@@ -1,0 +1,292 @@
+"""Calls that cannot work: each raises StreamlineError with what was given, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import streamline_hooks as s
+from streamline_hooks import StreamlineError
+from tests.tiny_models import WIDTH, padded, tiny_config, tiny_model, tokens
+
+MODEL, OTHER = tiny_model("llama"), tiny_model("llama")
+META = copy.deepcopy(MODEL).to("meta")
+EMPTY = transformers.AutoModelForCausalLM.from_config(tiny_config("llama", num_hidden_layers=0))
+SINGLE = transformers.AutoModelForCausalLM.from_config(tiny_config("llama", num_hidden_layers=1))
+PARTS = {name: [tokens(2, 8, seed)] for seed, name in enumerate(("calibration", "validation", "test"))}
+GOOD = [padded([8, 6], "right")]
+IDS = GOOD[0]["input_ids"]
+PROFILE = s.profile(MODEL, GOOD)
+WINDOWS = [range(1, 3)]
+MAP = s.LinearReplacement(WIDTH)
+
+# Values that no argument of a sort takes. `None` and what a function takes besides are left out where it is called.
+NO_MODEL = [None, "model", 3, transformers.LlamaForCausalLM]
+NO_INT = [None, "2", 1.5, True, math.nan, math.inf, [1], {}]
+NO_FLOAT = [None, "0.5", True, math.nan, [1.0], {}]
+NO_TEXT = [None, 3, [], {}]
+NO_STACK = [3, 1.5, ["model.layers"], "nonsense", "", True]
+NO_BLOCKS = [1, "1", [1.5], [True], [99], [-99], ["1"], [math.nan], [{}], [[1]], {"a": 1}, [None]]
+NO_WINDOWS = [None, 1, [{}], ["1"], [[1.5]], [[True]], [range(90, 99)], [range(0)], [1, 2], [[1, 3]], [range(-2, 0)]]
+NO_BATCHES = [
+    None, 3, "text", [], [{}], {}, [None], [[1, 2]], ["text"], iter(()), [IDS[0]], [IDS[:, :0]], [IDS[:0]],
+    [IDS.float()], [IDS.bool()], [IDS + 1_000], [IDS - 1_000], [{"input_ids": IDS.tolist()}], [{"input_ids": IDS[0]}],
+    [{"nonsense": IDS}], [{"input_ids": IDS, "attention_mask": torch.ones(2, 3)}],
+    [{"input_ids": IDS, "attention_mask": torch.zeros_like(IDS)}],
+]  # fmt: skip
+NO_TEXTS = [None, 3, "one text", [], [{}], [None], [1, 2], {}, {"a": 1}, [["a"]], [b"a"]]
+NO_STATES = [None, "x", [[1.0]], torch.zeros(WIDTH), torch.zeros(2, 8, 7), torch.zeros(3, 8, WIDTH), IDS]
+
+
+class NoTokenizer:
+    """A tokenizer that is never called, since something else is wrong."""
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
+        raise AssertionError
+
+
+def surgery(method: str) -> Callable[..., Any]:
+    def call(**arguments: Any) -> None:
+        with s.LayerSurgeon(MODEL) as surgeon:
+            getattr(surgeon, method)(**arguments)
+
+    call.__name__ = method
+    return call
+
+
+def opened(kind: Any) -> Callable[..., Any]:
+    def call(**arguments: Any) -> None:
+        with kind(**arguments):
+            pass
+
+    call.__name__ = kind.__name__
+    return call
+
+
+def placed(**arguments: Any) -> None:
+    with s.LayerSurgeon(MODEL) as surgeon:
+        s.place(surgeon, **arguments)
+
+
+def searched(**arguments: Any) -> None:
+    s.find_selections("window", s.SearchProblem(**arguments))
+
+
+def settings(kind: Any, wrong: list[Any], *names: str) -> tuple[Any, dict[str, Any], dict[str, list[Any]]]:
+    return kind, {}, dict.fromkeys(names, wrong)
+
+
+Row = tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
+
+
+def rows() -> Iterator[Row]:
+    """A function, arguments that it takes, and by argument what it does not take."""
+    run: dict[str, list[Any]] = {"model": [*NO_MODEL, META], "batches": NO_BATCHES}
+    given: dict[str, Any] = {"model": MODEL, "batches": GOOD}
+    yield (
+        s.profile,
+        given,
+        run | {"keep": NO_BLOCKS, "skip": [*NO_INT, -1], "replicates": [*NO_INT, -1], "stack": NO_STACK},
+    )
+    yield s.measure_moments, given | {"windows": WINDOWS}, run | {"windows": NO_WINDOWS, "stack": NO_STACK}
+    yield s.measure_branches, given, run | {"blocks": NO_BLOCKS}
+    yield s.perplexity, given, run
+    both = run | {"original": [*NO_MODEL, META], "task": [3, "nonsense", []]}
+    yield s.agreement, given | {"original": OTHER}, both
+    yield s.likeness, given | {"original": OTHER}, both
+    yield s.embeddings, given, run
+    yield (
+        s.score_windows,
+        given | {"windows": WINDOWS, "criterion": "kl"},
+        run | {"windows": NO_WINDOWS, "criterion": NO_TEXT},
+    )
+    resumed = {"model": MODEL, "k": 2, "states": torch.zeros(2, 8, WIDTH), "batch": GOOD[0]}
+    yield (
+        s.resume,
+        resumed,
+        {"model": [*NO_MODEL, META], "k": [*NO_INT, -1, 7], "states": NO_STATES, "batch": [None, {}, 3]},
+    )
+    yield s.find_stack, {"model": MODEL}, {"model": [*NO_MODEL, EMPTY], "path": NO_STACK}
+    yield s.find_stacks, {"model": MODEL}, {"model": NO_MODEL}
+    fitted = {"model": MODEL, "windows": WINDOWS, "kind": "linear", "fit": GOOD, "held_out": GOOD}
+    yield s.fit_windows, fitted, {
+        "model": [*NO_MODEL, META], "windows": NO_WINDOWS, "kind": [*NO_TEXT, "linaer"], "fit": NO_BATCHES,
+        "held_out": NO_BATCHES,
+    }  # fmt: skip
+    selections = [s.Selection((range(1, 3),))]
+    yield s.verified, {**fitted, "validation": GOOD, "selections": selections} | {"windows": None}, {
+        "selections": [None, "x", [{}], [range(1, 3)], [s.Selection((range(90, 99),))]], "validation": NO_BATCHES,
+    }  # fmt: skip
+    yield searched, {"candidates": WINDOWS, "length": 6, "profile": PROFILE}, {
+        "candidates": [*NO_WINDOWS, []], "length": [*NO_INT, 0], "best": [*NO_INT, 0], "profile": ["x", {}],
+    }  # fmt: skip
+    yield s.combined, {"parts": {"cosine": 1.0, "kl": 1.0}}, {
+        "parts": [None, {}, ["cosine"], {"cosine": "1"}, {"cosine": math.nan}, {"cosine": math.inf}, {"cosine": True},
+                  {"nonsense": 1.0}, {3: 1.0}],
+        "by": [*NO_TEXT, "vote"],
+    }  # fmt: skip
+    yield s.Target, {"amount": 2}, {"amount": [None, "2", True, [1], {}], "of": [*NO_TEXT, "nonsense"]}
+    yield s.Target.parse, {"text": "8"}, {"text": [*NO_TEXT, "", "parameters:nan", "nonsense"]}
+    yield s.Task, {"name": "causal-lm"}, {"name": [*NO_TEXT, "nonsense"], "pooling": [3, "nonsense"]}
+    yield s.Selection, {"windows": (range(1, 3),)}, {"windows": [None, 1, (), ({},), ("1",), ([1.5],), (range(0),)]}
+    yield settings(s.Objective, [*NO_FLOAT, math.inf, -1.0], "kl", "lm", "mse", "relative", "cosine", "embedding")
+    yield s.Objective.parse, {"text": "kl"}, {"text": [*NO_TEXT, "", "nan*kl", "inf*kl", "-1*kl", "0*kl", "1e999*kl"]}
+    yield settings(s.Training, [*NO_FLOAT, -1.0], "learning_rate", "weight_decay", "warmup", "floor", "clip", "epochs")
+    yield settings(s.Training, [*NO_INT, -1], "accumulation", "validations", "patience", "memory")
+    yield s.Training, {}, {
+        "objective": [None, "kl", {}], "on_policy": ["kl"], "betas": [None, (0.9,), ("a", "b"), (2.0, 3.0), 0.9],
+        "autocast": ["bf16", 1], "keep_in": [3, []], "seed": NO_INT, "minutes": ["1", math.nan, -1.0],
+    }  # fmt: skip
+    yield settings(s.OnPolicy, [*NO_FLOAT, math.inf, -1.0], "share", "begin", "temperature", "top_p")
+    yield settings(s.OnPolicy, [*NO_INT, -1], "prompt", "shortest", "longest")
+    yield settings(s.Healing, [*NO_FLOAT, math.inf, -1.0], "rate", "alpha", "dropout")
+    yield s.Healing, {}, {"rank": [*NO_INT, 0], "how": NO_TEXT, "head": [None, "yes"], "targets": [None, "q", (1,)]}
+    yield s.kind_named, {"name": "linear"}, {
+        "name": [*NO_TEXT, "linaer", "linear:rank=0", "linear:rank=1.5", "merged:weight=nan"], "seed": NO_INT,
+    }  # fmt: skip
+    yield s.preset_named, {"name": "best"}, {"name": [*NO_TEXT, "bets"]}
+    yield s.register_kind, {"factory": nn.Linear}, {"name": [*NO_TEXT, "linear"]}
+    yield s.register_replacement, {}, {"kind": NO_TEXT}
+    yield (
+        s.LinearReplacement,
+        {"features": 4},
+        {"features": [*NO_INT, -1, 0], "rank": [1.5, True, 0, 5, "1"], "diagonal": ["x"]},
+    )
+    yield s.freeze_all_but, {"model": OTHER}, {"modules": [None, "x", [{}], 3, nn.Linear(2, 2)]}
+    yield s.compare_blocks, {"first": MODEL, "second": OTHER}, {"first": [*NO_MODEL, META], "second": [*NO_MODEL, META]}
+    yield s.recall_at, {"queries": torch.eye(4), "documents": torch.eye(4)}, {"queries": [None, "x"], "k": [*NO_INT, 0]}
+    yield s.read_plans, {}, {"model": [None, 3, {}, MODEL, "no-such-folder"]}
+    yield s.measure_speed, {"models": {"m": MODEL}, "repeats": 1}, {
+        "models": [None, {}, {"m": "x"}, {"m": META}, MODEL, [MODEL]], "tokens": [*NO_INT, 0],
+    }  # fmt: skip
+    yield opened(s.HiddenStateRecorder), {"model": MODEL}, {
+        "model": NO_MODEL, "blocks": NO_BLOCKS, "tokens": [3, "x"], "device": ["nonsense", [1]], "dtype": ["half", 3],
+    }  # fmt: skip
+    yield opened(s.HiddenStateMonitor), {"model": MODEL}, {"model": NO_MODEL, "every": [*NO_INT, 0], "log": [3, "x"]}
+    yield opened(s.StochasticDepth), {"model": MODEL}, {
+        "model": NO_MODEL, "rate": [*NO_FLOAT, 2.0, [math.nan] * 6, [True] * 6], "keep": NO_BLOCKS, "seed": NO_INT,
+    }  # fmt: skip
+    yield s.ProgressiveRemoval, {"model": OTHER}, {
+        "schedule": [None, {}, [1], {"5": [1]}, {5.5: [1]}, {True: [1]}, {5: [1.5]}, {5: [True]}, {5: 1}, {5: [{}]}],
+    }  # fmt: skip
+    yield opened(s.LayerSurgeon), {}, {"model": [*NO_MODEL, EMPTY]}
+    yield opened(s.LayerSurgeon), {"model": MODEL}, {"stack": NO_STACK}
+    for method in ("remove", "check"):
+        yield surgery(method), {}, {"window": [*NO_BLOCKS, None, []]}
+    yield surgery("replace"), {"window": [1]}, {"module": ["x", nn.Identity, len, [{}]]}
+    yield surgery("insert"), {"module": nn.Identity()}, {"k": [*NO_INT, -1, 7]}
+    yield surgery("silence"), {"branch": "mlp"}, {"k": [*NO_INT, -1, 6]}
+    yield placed, {"window": range(1, 3), "stand_in": MAP}, {"window": NO_BLOCKS, "stand_in": ["linear", 3, {}]}
+    folder = str(Path(tempfile.gettempdir()) / "never-written")
+    yield (
+        s.save,
+        {"model": MODEL, "folder": folder},
+        {"model": [*NO_MODEL, META], "folder": [None, 3], "tokenizer": ["x", 3]},
+    )
+    yield s.load, {}, {"folder": [None, 3, ["x"], "no-such-folder", __file__]}
+    stack = s.find_stack(MODEL)
+    yield s.student_of, {"stack": stack, "stand_ins": [(range(1, 3), MAP)]}, {
+        "stack": [None, MODEL, "x"], "stand_ins": [None, [{}], [range(1, 3)], [([1.5], MAP)], [(range(90, 99), MAP)]],
+        "healing": ["lora", 3], "teacher": ["x", 3],
+    }  # fmt: skip
+    student = s.student_of(stack, [(range(1, 3), MAP)])
+    yield s.train, {"student": student, "batches": GOOD, "validation": GOOD}, {
+        "student": [None, "x", MODEL], "batches": NO_BATCHES, "validation": NO_BATCHES, "settings": ["x", {}],
+    }  # fmt: skip
+    whole: dict[str, Any] = {"model": MODEL, "tokenizer": None, "texts": PARTS, "remove": 1, "shortlist": 1}
+    no_parts = [{**PARTS, "test": []}, {**PARTS, "test": [{}]}, {"calibration": GOOD}]
+    yield s.compress, whole, {
+        "model": [*NO_MODEL, META, EMPTY, SINGLE], "texts": [*NO_TEXTS, *no_parts], "tokenizer": ["x", 3],
+        "remove": [None, True, math.nan, math.inf, -1, 0, [1], 1e-9, "1e-9", "nonsense", 1.5], "keep": NO_BLOCKS,
+        "kind": NO_TEXT, "search": NO_TEXT, "batch_size": [*NO_INT, 0], "shortlist": [*NO_INT, 0], "seed": NO_INT,
+        "training": ["kl", {}, True], "healing": [3], "teacher": ["x", META], "profile": ["x"], "output": [3, []],
+        "repeated": NO_FLOAT, "stack": NO_STACK, "sequence_length": [*NO_INT, 0],
+    }  # fmt: skip
+    yield s.compress_iteratively, {**whole, "rounds": 2, "remove": 2, "training": s.Training()}, {
+        "model": [*NO_MODEL, META], "rounds": [*NO_INT, 0, 9], "training": [None, "kl"], "remove": [True, 1e-9, -1],
+    }  # fmt: skip
+    tokenizer = NoTokenizer()
+    yield s.sweep, {"model": MODEL, "tokenizer": tokenizer, "texts": ["a"], "remove": [1], "kinds": ["none"]}, {
+        "model": [*NO_MODEL, META], "tokenizer": [None], "texts": [None, 3, "a"], "kinds": [None, [], "none", [{}]],
+        "remove": [None, [], 1, "1", [{}]], "repeats": [*NO_INT, 0],
+    }  # fmt: skip
+    yield s.sliding_perplexity, {"model": MODEL, "tokenizer": tokenizer, "texts": ["a"]}, {
+        "model": [*NO_MODEL, META], "texts": NO_TEXTS, "batch_size": [*NO_INT, 0],
+    }  # fmt: skip
+    yield s.evaluate, {"model": MODEL, "suite": s.Suite(tokenizer, text={"a": ["b"]})}, {
+        "model": [*NO_MODEL, META], "suite": [None, {}], "reference": ["x", META], "batch_size": [*NO_INT, 0],
+    }  # fmt: skip
+    yield (
+        s.Suite,
+        {"tokenizer": tokenizer},
+        {"text": [None, ["a"], {"a": "b"}, {"a": [1]}], "timed": [3, (1,), ("a",) * 3]},
+    )
+    yield s.suite_from_files, {"tokenizer": tokenizer}, {
+        "text": [None, 3, [{}], ["no-such-file"]], "probe_count": [*NO_INT, -1], "temperature": [*NO_FLOAT, -1.0],
+    }  # fmt: skip
+
+
+TABLE = list(rows())
+
+
+@pytest.mark.parametrize("row", TABLE, ids=[f"{k}-{row[0].__name__}" for k, row in enumerate(TABLE)])
+def test_what_cannot_work_raises_and_leaves_the_model_as_it_was(row: Row) -> None:
+    function, given, wrong = row
+    given = {name: value for name, value in given.items() if value is not None or name == "tokenizer"}
+    before = {name: value.clone() for name, value in MODEL.state_dict().items()}
+    unexpected = []
+    for name, values in wrong.items():
+        for value in values:
+            try:
+                function(**given | {name: value})
+            except StreamlineError as error:
+                assert str(error)
+            except Exception as error:
+                unexpected.append(f"{name}={value!r:.60}: {type(error).__name__}: {error}")
+            else:
+                unexpected.append(f"{name}={value!r:.60} was accepted")
+    assert not unexpected, "\n".join(unexpected)
+    after = MODEL.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert len(s.find_stack(MODEL)) == MODEL.config.num_hidden_layers == 6
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in MODEL.modules())
+
+
+@pytest.mark.parametrize(
+    ("call", "value", "remedy"),
+    [
+        (lambda: s.profile(META, GOOD), "meta device", "from_pretrained"),
+        (lambda: s.profile(MODEL, GOOD, keep=[1.5]), r"keep=\[1.5\]", "block numbers"),
+        (lambda: surgery("remove")(window=[True]), r"\[True\]", "range"),
+        (lambda: s.profile(MODEL, [IDS[0]]), r"\(8,\)", r"ids\[None\]"),
+        (lambda: s.profile(MODEL, [IDS + 1_000]), "10", "tokenizer of this model"),
+        (lambda: s.profile(MODEL, iter(())), "batches", "pass a list"),
+        (lambda: s.compress(MODEL, None, PARTS, remove=1e-9), "1e-09", "remove=1 "),
+        (lambda: s.Objective.parse("nan*kl"), "kl=nan", "expected one above zero"),
+        (lambda: s.perplexity("model", GOOD), "model='model'", "from_pretrained"),  # type: ignore[arg-type]
+    ],
+)
+def test_the_text_names_the_value_and_the_remedy(call: Callable[[], Any], value: str, remedy: str) -> None:
+    with pytest.raises(StreamlineError, match=f"(?s){value}.*{remedy}"):
+        call()
+
+
+def test_what_can_be_gone_through_once_is_taken() -> None:
+    again = s.profile(MODEL, iter(GOOD), keep=iter([0]))  # type: ignore[arg-type]
+    assert again.tokens == PROFILE.tokens
+    assert s.find_stack(model=MODEL).path == "model.layers"
+
+
+def test_a_call_that_does_not_match_the_signature_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="nonsense"):
+        s.profile(MODEL, GOOD, nonsense=1)  # type: ignore[call-arg]
