@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -16,7 +19,9 @@ from streamline_hooks.cli.generate import generate
 from streamline_hooks.cli.inspect import inspect
 from streamline_hooks.cli.rank import rank
 from streamline_hooks.cli.sweep import sweep
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks.errors import StreamlineError, TrainingInterrupted
+
+INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended, as shells have it
 
 app = typer.Typer(
     name="streamline-hooks",
@@ -38,14 +43,31 @@ def _refuse_several(context: typer.Context) -> None:
         )
 
 
+def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """End a command with exit code 130 on Ctrl-C, whichever version of typer runs it."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            typer.echo("streamline-hooks: interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run
+
+
 for _command in (compress, evaluate, sweep, generate, inspect, check, rank, diff, export):
-    app.command()(_command)
+    app.command()(_interruptible(_command))
 
 
 def main() -> None:
-    """Run the command line; what cannot work is said in one line, with exit code 2."""
+    """Run the command line; exit with code 2 and one line if a command cannot work, with 130 if it was interrupted."""
     try:
         app()
+    except TrainingInterrupted as error:
+        typer.echo(f"streamline-hooks: {error}", err=True)
+        sys.exit(INTERRUPTED)
     except StreamlineError as error:
         typer.echo(f"streamline-hooks: {error}", err=True)
         sys.exit(2)

@@ -222,6 +222,7 @@ def compress(
     from streamline_hooks.selection import Target, criterion_named, require_search
     from streamline_hooks.stack import find_stack
     from streamline_hooks.statistics import Profile
+    from streamline_hooks.trained_selection import training_file
 
     with launched() as speaks, together("the command compress") as work:
         say = typer.echo if speaks else _nothing
@@ -398,6 +399,19 @@ def compress(
         for line in ("", result.table(), *([plan.taken(result.seconds)] if budget else [])):
             say(line)
         say(work.of_first(lambda: write_page(output, result.title, compression=result.report())))
+        interrupted = result.training is not None and result.training.interrupted
+        if interrupted:
+            kept = training_file(output).is_file()
+            say(
+                f"Interrupted: {output} holds the best weights up to then, those of step {result.training.best_step}. "
+                + (
+                    "Go on with the same command and --resume --overwrite."
+                    if kept
+                    else "Nothing is kept to go on from."
+                )
+            )
+    if interrupted:  # not inside, where an exit would be a failure of this process
+        raise typer.Exit(130)
 
 
 def _nothing(line: str = "") -> None:

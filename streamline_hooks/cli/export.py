@@ -122,7 +122,7 @@ def _require_possible(folder: Path, output: Path, to: str, dtype: str, overwrite
     else:
         check_writable(output)
     if to == "gguf":
-        require_gguf(AutoConfig.from_pretrained(folder), dtype)
+        require_gguf(_loaded(AutoConfig, folder), dtype)
     if to == "onnx":
         require_onnx()
 
@@ -139,4 +139,22 @@ def _tokenizer(folder: Path) -> Any:
 
     if not any(folder.glob("tokenizer*")) and not any((folder / n).exists() for n in ("vocab.json", "vocab.txt")):
         return None
-    return AutoTokenizer.from_pretrained(folder)
+    return _loaded(AutoTokenizer, folder)
+
+
+def _loaded(automatic: Any, folder: Path) -> Any:
+    """A tokenizer or configuration of a folder.
+
+    Raises
+    ------
+    StreamlineError
+        If a file of it is damaged.
+    """
+    from streamline_hooks.pretrained import reason_of
+
+    try:
+        return automatic.from_pretrained(folder)
+    except Exception as error:  # whatever a damaged file leads to
+        raise StreamlineError(
+            f"{automatic.__name__} cannot load {folder}: {reason_of(error)} Expected what `save` wrote. Copy it again."
+        ) from error

@@ -9,6 +9,7 @@ of which none is for keys has a linear map of the normalised state in the place 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -105,6 +106,11 @@ def require_gguf(config: Any, dtype: str = "f32") -> None:
     ------
     StreamlineError
     """
+    if find_spec("gguf") is None:
+        raise StreamlineError(
+            "Writing GGUF needs the package gguf, which is not installed. Install the extra gguf: "
+            "pip install 'streamline-hooks[gguf]'"
+        )
     architecture = (getattr(config, "architectures", None) or [""])[0].removeprefix("Streamlined")
     said = {config.model_type, getattr(config, "base_model_type", "")}
     if "llama" not in said or architecture not in ("", "LlamaForCausalLM"):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.json_file import parse_json
 
 if TYPE_CHECKING:
     import gguf
@@ -43,7 +43,7 @@ def write_vocabulary(writer: gguf.GGUFWriter, folder: Path | None, size: int) ->
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise StreamlineError(f"{file} is missing; save the tokenizer there with tokenizer.save_pretrained.")
-    said: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    said: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
     if said["model"].get("type") != "BPE":
         raise StreamlineError(f"{file} holds a {said['model'].get('type')}; expected BPE, as Llamas have it.")
     if said["model"].get("byte_fallback"):
