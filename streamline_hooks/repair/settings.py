@@ -89,8 +89,9 @@ class Training:
     callbacks: Sequence[TrainingCallback] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep_in, str):
-            object.__setattr__(self, "keep_in", Path(self.keep_in))
+        keep_in: Any = self.keep_in
+        if isinstance(keep_in, str):
+            object.__setattr__(self, "keep_in", Path(keep_in))
         check_fields(self)
         least = {"epochs": 1, "accumulation": 1, "validations": 1, "patience": 0, "memory": 0}
         wrong = [name for name, bound in least.items() if not bound <= getattr(self, name) < math.inf]

@@ -75,7 +75,8 @@ def train(
     Notes
     -----
     Ctrl-C ends the training and keeps the best weights so far, and so does a loss that is not finite; `Trained.stopped`
-    says so, and `Trained.interrupted` that it was Ctrl-C. KeyboardInterrupt is not raised. Where a GPU runs out of memory, batches are run in halves from then on, with the same steps.
+    says so, and `Trained.interrupted` that it was Ctrl-C. KeyboardInterrupt is not raised. Where a GPU runs out of
+    memory, batches are run in halves from then on, with the same steps.
 
     Several processes (an initialised `torch.distributed` group) are each given everything and make the same steps as
     one, each on its sequences of every batch: the loss is the mean over the real tokens of all, gradients are added up
