@@ -134,7 +134,8 @@ class HiddenStateRecorder:
             for module in self.stack.ancestors:
                 read = ReadHook(module, partial(self._read_mask, module))
                 self._handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
-            self._handles += self._flow.hooks(self.blocks)
+            for handle in self._flow.hooks(self.blocks):
+                self._handles.append(handle)
             for k in self.blocks:
                 block = self.stack[k]
                 if self.inputs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -32,15 +32,13 @@ class StateFlow:
         self._left: Tensor | None = None
         self._verified: set[int] = set()
 
-    def hooks(self, blocks: Iterable[int]) -> list[RemovableHandle]:
-        """Register the hooks that verify these blocks; for block 0, whose input no block made, block 1."""
-        handles: list[RemovableHandle] = []
+    def hooks(self, blocks: Iterable[int]) -> Iterator[RemovableHandle]:
+        """Register, one by one, the hooks that verify these blocks; for block 0, whose input no block made, block 1."""
         for k in sorted({max(k, 1) for k in blocks} & set(range(len(self._stack)))):
             before, block = self._stack[k - 1], self._stack[k]
-            handles.append(before.register_forward_hook(ReadHook(before, self._leave)))
+            yield before.register_forward_hook(ReadHook(before, self._leave))
             enter = ReadHook(block, partial(self._enter, k))
-            handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
-        return handles
+            yield block.register_forward_pre_hook(enter, with_kwargs=True)
 
     def forget(self) -> None:
         """Let go of the tensor that is kept for the next block."""
