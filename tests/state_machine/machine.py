@@ -39,7 +39,7 @@ from streamline_hooks import (
     save,
 )
 from tests.state_machine.models import FAMILIES, NEW_TOKENS, PROMPT, WIDTH, tiny_model
-from tests.state_machine.reference import Entry, Level, Reference
+from tests.state_machine.reference import Entry, Level, Reference, owns_bias
 from tests.state_machine.snapshot import MARK, Snapshot
 
 STEPS_PER_EXAMPLE = 30
@@ -644,10 +644,6 @@ class Machine(RuleBasedStateMachine):
             for step, cached in enumerate(out.logits):  # compared with the forward of the whole text without a cache
                 torch.testing.assert_close(cached.to(self.dtype), logits[:, first + step], rtol=1e-4, atol=1e-4)
         self.changed = False
-
-
-def owns_bias(module: nn.Module) -> bool:
-    return any(name.endswith("relative_attention_bias") for name, _ in module.named_modules())
 
 
 @cache

@@ -144,6 +144,11 @@ class Level:
         yield from (p.entry for p in self.placed())
 
 
+def owns_bias(block: nn.Module) -> bool:
+    """Whether a block makes the relative position bias that a T5 hands to all others."""
+    return any(name.endswith("relative_attention_bias") for name, _ in block.named_modules())
+
+
 def with_zeros(block: nn.Module, projections: Sequence[str]) -> nn.Module:
     """Return a block that shares all parameters with another one but those of these projections, which are zero."""
     other = deepcopy(block, {id(parameter): parameter for parameter in block.parameters()})
@@ -182,6 +187,14 @@ class Reference:
         entries = [*self.base, *(entry for level in self.levels for entry in level.every_entry())]
         return [self.model, *{id(e): e.module for e in entries}.values()]
 
+    def caller(self, entry: Entry) -> int:
+        """Return the original block whose arguments a block gets.
+
+        In a T5 only the first block makes the position bias; a copy of it elsewhere is handed that one.
+        """
+        first = next(e for e in self.entries if e.source is not None)
+        return 1 if owns_bias(entry.module) and entry is not first else int(entry.source or 0)
+
     def run(self, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return the logits, and the hidden states before the first entry and after each one."""
         calls: dict[int, tuple[Any, Any]] = {}
@@ -198,9 +211,7 @@ class Reference:
                 if entry.source is None:
                     state = entry.module(state)
                 else:
-                    first = not any(e.source is not None for e in entries[: entries.index(entry)])
-                    # What T5 hands to every block but the first one: the position bias that the first one has made.
-                    args, kwargs = calls[entry.source if first or entry.source else 1]
+                    args, kwargs = calls[self.caller(entry)]
                     got = entry.module.forward(state, *args[1:], **kwargs)
                     state = got if isinstance(got, Tensor) else got[0]
                 states.append(state)
