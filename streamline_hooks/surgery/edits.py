@@ -54,6 +54,7 @@ class Edits:
         self._token = token
         self._origins: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
         self._undoing: list[Callable[[], None]] = []
+        self._present: tuple[nn.Module, ...] = tuple(stack.blocks)
         self._first_hook = next_hook_id()
         self._earlier = {id(m) for block in stack.blocks for place in (BEFORE, AFTER) for m in spliced(block, place)}
 
@@ -124,6 +125,9 @@ class Edits:
         container._modules.clear()
         names = names_of(original, [slot.module for slot in slots])
         container._modules.update({name: slot.module for name, slot in zip(names, slots, strict=True)})
+        for slot in slots:  # beside one that was in the model until now: removed blocks do not follow model.to()
+            if slot.module not in self.stack.blocks and slot.module not in self._present:
+                move_beside(slot.module, self._present[0])
         for k, slot in enumerate(slots):
             for index in self.indices:
                 holder = index.holder(slot.module)
@@ -136,7 +140,6 @@ class Edits:
                     self._stand_in(slot.module, path, stand_in)
             else:
                 self._own_configs(slot.module)
-                move_beside(slot.module, self.stack.blocks[0])
                 self._undoing += [h.remove for h in lend_capture_hooks(self.stack.blocks[0], slot.module)]
         self.shorten_config(slots)
         self._follow_alignment_heads(slots)
@@ -146,6 +149,7 @@ class Edits:
         self._follow_device_map([name for name, _ in original], names, slots)
         for owner in savers(self.stack):
             self._set(owner, "save_pretrained", SavingRefused(owner))
+        self._present = tuple(slot.module for slot in slots)
 
     def _stand_in(self, block: nn.Module, path: str, stand_in: nn.Parameter) -> None:
         exchange = Exchange(block, path, stand_in)

@@ -171,6 +171,9 @@ class OpenSurgery:
                 f"This would take away all {len(self.stack)} blocks of {self.stack.path}; leave at least one."
             )
         before = self._layout, self._in_branches
+        present = self._kept(self._layout)
+        if not {*self._kept(layout)} <= {*present}:  # a removed block comes back, as the others are by now
+            self._states.follow(self.stack, present)
         try:
             self._edits.revert()
             self._layout, self._in_branches = layout, before[1] if in_branches is None else in_branches
@@ -180,6 +183,10 @@ class OpenSurgery:
             self._layout, self._in_branches = before
             self._lay_out()
             raise
+
+    def _kept(self, layout: Layout) -> list[int]:
+        number = {id(block): k for k, block in enumerate(self.stack.blocks)}
+        return [number[id(slot.module)] for slot in layout.arrange()[0] if id(slot.module) in number]
 
     def _lay_out(self) -> None:
         stand_ins = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,9 @@ from streamline_hooks.stack import BlockStack
 Placement = dict[str, tuple[torch.device, torch.dtype]]
 
 
-def placement(block: nn.Module) -> Placement:
-    """The device and precision of each parameter and buffer of a block."""
-    return {name: (tensor.device, tensor.dtype) for name, tensor in _tensors(block).items()}
+def placement(module: nn.Module) -> Placement:
+    """The device and precision of each parameter and buffer of a module."""
+    return {name: (tensor.device, tensor.dtype) for name, tensor in _tensors(module).items()}
 
 
 def move_beside(module: nn.Module, block: nn.Module) -> None:
@@ -80,6 +80,7 @@ class BlockStates:
         self._grads = [_grads(block) for block in stack.blocks]
         self._container_mode = stack.container.training
         self._outside = _grads_outside(stack)
+        self._placement_outside = _placement_outside(stack)
 
     def follow(self, stack: BlockStack, kept: Iterable[int]) -> None:
         """Apply to the removed blocks what was done to the model while they were out of it.
@@ -99,7 +100,9 @@ class BlockStates:
         removed = [k for k in range(len(stack)) if k not in present]
         if not removed:
             return
-        _follow_placement(stack.blocks, present, self._placements)
+        now = _placement_outside(stack)
+        moved = {before: now[name] for name, before in self._placement_outside.items() if name in now}
+        _follow_placement(stack.blocks, present, self._placements, moved)
         modes = [_modes(block) for block in stack.blocks]
         stack_modes = [(self._container_mode, stack.container.training)]
         changes = _Changes(self._modes, modes, present, stack_modes)
@@ -148,8 +151,15 @@ class _Changes:
         return counterparts[0] if agree else before
 
 
-def _follow_placement(blocks: Sequence[nn.Module], present: set[int], before: Sequence[Placement]) -> None:
-    moved = {
+def _follow_placement(
+    blocks: Sequence[nn.Module],
+    present: set[int],
+    before: Sequence[Placement],
+    moved_outside: Mapping[tuple[torch.device, torch.dtype], tuple[torch.device, torch.dtype]],
+) -> None:
+    """Move the removed blocks as the kept ones were moved; where none was kept, as the model around the stack was."""
+    moved = {} if present else dict(moved_outside)
+    moved |= {
         before[k][name]: (tensor.device, tensor.dtype)
         for k in present
         for name, tensor in _tensors(blocks[k]).items()
@@ -170,6 +180,11 @@ def _modes(block: nn.Module) -> dict[str, bool]:
 
 def _grads(block: nn.Module) -> dict[str, bool]:
     return {name: p.requires_grad for name, p in block.named_parameters() if p.is_floating_point()}
+
+
+def _placement_outside(stack: BlockStack) -> Placement:
+    """Device and precision of what is outside the stack, by name."""
+    return {name: at for name, at in placement(stack.model).items() if not name.startswith(f"{stack.path}.")}
 
 
 def _grads_outside(stack: BlockStack) -> dict[str, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import json
@@ -366,6 +367,33 @@ def test_moving_the_model_inside_takes_the_removed_blocks_along() -> None:
         assert logits(model).dtype == torch.bfloat16
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert torch.equal(logits(model), logits(tiny_model("llama", torch.bfloat16)))
+
+
+INSIDE: dict[str, Callable[[LayerSurgeon], object]] = {
+    "nothing else": lambda surgeon: None,
+    "one removed": lambda surgeon: surgeon.remove([3]),
+    "one inserted": lambda surgeon: surgeon.insert(4, copy.deepcopy(surgeon.stack.container[0])),
+    "a removed one moved": lambda surgeon: surgeon.insert(BLOCKS, surgeon.stack[0]),
+}
+
+
+@pytest.mark.parametrize("then", INSIDE.values(), ids=INSIDE)
+@pytest.mark.parametrize("replaced", [[0], range(BLOCKS)], ids=["first", "all"])
+def test_what_is_done_after_the_model_was_moved_keeps_its_precision_and_mode(
+    replaced: range, then: Callable[[LayerSurgeon], object]
+) -> None:
+    """Block 0, which is out of the model, is neither moved nor set to training with it."""
+    model = tiny_model("llama")
+    with LayerSurgeon(model, probe=False) as surgeon:
+        surgeon.replace(replaced, copy.deepcopy(surgeon.stack[1]))
+        model.to(torch.float64).train()
+        with contextlib.suppress(StreamlineError):  # not all of these are possible without any block
+            then(surgeon)
+        assert {p.dtype for p in model.parameters()} == {torch.float64}
+        assert {m.training for m in model.modules()} == {True}
+        assert logits(model).dtype == torch.float64
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert {m.training for m in model.modules()} == {True}
 
 
 @given(families, dtypes)
