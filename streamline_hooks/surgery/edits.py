@@ -62,6 +62,11 @@ class Edits:
         """Keep the changes for good."""
         self._undoing.clear()
 
+    def refuse_saving(self) -> None:
+        """Let ``save_pretrained`` raise until the changes are taken back."""
+        for owner in savers(self.stack):
+            self._set(owner, "save_pretrained", SavingRefused(owner))
+
     def remember_class(self, model: nn.Module) -> int:
         """Remember what a commit changes besides the layout: classes, configuration values, hooks and the record.
 
@@ -147,8 +152,7 @@ class Edits:
             if not self.configs.is_original(config):
                 self._set(config, SETTINGS, settings)
         self._follow_device_map([name for name, _ in original], names, slots)
-        for owner in savers(self.stack):
-            self._set(owner, "save_pretrained", SavingRefused(owner))
+        self.refuse_saving()
         self._present = tuple(slot.module for slot in slots)
 
     def _stand_in(self, block: nn.Module, path: str, stand_in: nn.Parameter) -> None:

@@ -76,9 +76,11 @@ class OpenSurgery:
             for k, block in enumerate(self.stack.blocks):  # a copy made inside the context says what it is a copy of
                 marks = {token: old for token, old in vars(block).get(ORIGIN, {}).items() if token in known}
                 vars(block)[ORIGIN] = {**marks, self._token: k}
+            self._edits.refuse_saving()
             self._entered = True
             return self
         except BaseException:
+            self._edits.revert()
             self.stack = self._configs.put_back()
             self._sign_off()
             raise

@@ -8,6 +8,7 @@ import gc
 import json
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from streamline_hooks import (
     UnsupportedSurgery,
     find_stack,
     profile,
+    save,
 )
 from streamline_hooks.hidden_state import read_output, write_output
 from tests.tiny_models import BLOCKS, FAMILIES, Nudge, left_padded, repaired, tiny_config, tiny_model, tokens
@@ -514,6 +516,18 @@ def test_a_closed_surgeon_refuses() -> None:
         surgeon.remove([1])
     with pytest.raises(StreamlineError, match=r"opened before"):
         surgeon.__enter__()
+
+
+def test_saving_is_refused_from_the_opening_on(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    before = fingerprint(model)
+    with LayerSurgeon(model):
+        duplicate = copy.deepcopy(model)
+        for refused in (model, duplicate):
+            with pytest.raises(StreamlineError, match=r"inside an open LayerSurgeon"):
+                save(refused, tmp_path)
+    assert fingerprint(model) == before
+    save(model, tmp_path)
 
 
 def test_saving_inside_raises() -> None:
