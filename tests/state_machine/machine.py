@@ -355,6 +355,8 @@ class Machine(RuleBasedStateMachine):
         after = None
         if itself or not self.depended_on(start, stop):
             after = self.level().replace(start, stop, (entry, number), itself)
+        if itself:
+            line = 0  # the plan would not say whether it was done
         self.operate(lambda: self.open[-1].surgeon.replace(range(start, stop), module), after, line)
 
     @precondition(lambda self: self.open)
