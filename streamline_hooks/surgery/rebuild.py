@@ -58,6 +58,7 @@ def verify_rebuild(
     UnsupportedSurgery
         With the first difference in keys, shapes, classes, attributes or computed buffers.
     """
+    _refuse_unsaved_quantization(model, config, path, blocks)
     try:
         saved = json.loads(json.dumps(config.to_dict(), default=str))
         described = type(config).from_dict(saved)
@@ -82,6 +83,79 @@ def verify_rebuild(
                 "choose other blocks, or keep the surgery in memory (leave the context open, without commit).",
                 "built-from-number",
             )
+
+
+def _refuse_unsaved_quantization(model: Any, config: Any, path: str, blocks: Sequence[nn.Module]) -> None:
+    """Raise if the weights are quantised in a way that no checkpoint keeps, or that would not come back.
+
+    bitsandbytes' modules are compared by their features, and torchao leaves the modules as they are.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    for name, value in model.state_dict().items() if quantizer is None else ():
+        if not isinstance(value, torch.Tensor):
+            owner = name.split("._packed_params")[0]
+            kind = type(model.get_submodule(owner)) if owner in dict(model.named_modules()) else type(value)
+            raise UnsupportedSurgery(
+                f"{owner} is a {kind.__module__}.{kind.__qualname__}, whose packed weights ({name}) are no tensors, so "
+                "that safetensors cannot hold them. Commit the surgery before quantising the model, or keep it in "
+                "memory (leave the context open, without commit).",
+                "quantized",
+            )
+    if quantizer is None:
+        return
+    method = str(
+        getattr(quantizer.quantization_config.quant_method, "value", quantizer.quantization_config.quant_method)
+    )
+    if not quantizer.is_serializable():
+        raise UnsupportedSurgery(
+            f"{type(model).__name__} is quantised with {method}, which Transformers cannot save, so that there is no "
+            "checkpoint to commit to. Commit the surgery to the model in full precision and quantise what is loaded "
+            "from its checkpoint, or keep the surgery in memory (leave the context open, without commit).",
+            "quantized",
+        )
+    full = _in_full_precision(blocks, path, _skipped(config)) if method == "bitsandbytes" else None
+    if full is not None:
+        raise UnsupportedSurgery(
+            f"{full} is in full precision, in a {type(model).__name__} quantised with bitsandbytes, which would "
+            "quantise it when the checkpoint is loaded: the model would come back as another one. Replace and commit "
+            "in the model in full precision, and load its checkpoint with quantization_config; a removal without "
+            "replacement can be committed here.",
+            "quantized",
+        )
+
+
+def _skipped(config: Any) -> list[str]:
+    """The names that bitsandbytes' settings keep in full precision, as they are after the surgery."""
+    settings = getattr(config, "quantization_config", None)
+    held = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
+    return list(held.get("llm_int8_skip_modules") or ())
+
+
+def _in_full_precision(blocks: Sequence[nn.Module], path: str, skipped: Sequence[str]) -> str | None:
+    """Find a linear map in full precision that loading would quantise: a spliced one, or one beside quantised ones."""
+    inside = [dict(block.named_modules()) for block in blocks]
+    quantized = {name for parts in inside for name, part in parts.items() if _is_bitsandbytes(part)}
+    for number, parts in enumerate(inside):
+        for name, part in parts.items():
+            whole = f"{path}.{number}.{name}"
+            named = any(f".{entry}." in f".{whole}." or whole.endswith(entry) for entry in skipped)
+            spliced = name.split(".")[0] in (BEFORE, AFTER)
+            if type(part) is nn.Linear and (spliced or name in quantized) and not named:
+                return whole
+    return None
+
+
+def _is_bitsandbytes(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] == "bitsandbytes"
+
+
+def _is_quantized(ours: nn.Module, theirs: nn.Module | None) -> bool:
+    """Whether a module is bitsandbytes' form of the one that the class builds: the same map, stored otherwise."""
+    if theirs is None or not _is_bitsandbytes(ours):
+        return False
+    features = [(getattr(m, "in_features", None), getattr(m, "out_features", None)) for m in (ours, theirs)]
+    biased = [getattr(m, "bias", None) is not None for m in (ours, theirs)]
+    return isinstance(theirs, nn.Linear) and features[0] == features[1] and biased[0] == biased[1]
 
 
 def _no_memory_for_parameters(blocks: Sequence[nn.Module]) -> AbstractContextManager[Any]:
@@ -123,9 +197,17 @@ def _follow_attention_type(model: nn.Module, rebuilt: nn.Module) -> None:
 
 
 def _compare_keys(model: nn.Module, rebuilt: nn.Module) -> None:
+    inside = dict(rebuilt.named_modules())
+    quantized = tuple(f"{path}." for path, part in model.named_modules() if _is_quantized(part, inside.get(path)))
+
     def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-        entries = module.state_dict().items()
-        return {key: tuple(value.shape) for key, value in entries if not {BEFORE, AFTER} & set(key.split("."))}
+        # On some CPUs bitsandbytes' state_dict() rounds the weights of the model that it reads.
+        entries = module.state_dict().items() if not quantized else _persistent(module)
+        return {
+            key: tuple(value.shape)
+            for key, value in entries
+            if not {BEFORE, AFTER} & set(key.split(".")) and not key.startswith(quantized)
+        }
 
     ours, theirs = shapes(model), shapes(rebuilt)
     for key in [*ours, *theirs]:
@@ -138,6 +220,14 @@ def _compare_keys(model: nn.Module, rebuilt: nn.Module) -> None:
             )
 
 
+def _persistent(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for path, part in module.named_modules():
+        held = {**part._parameters, **part._buffers}
+        for name, value in held.items():
+            if value is not None and name not in part._non_persistent_buffers_set:
+                yield f"{path}.{name}".lstrip("."), value
+
+
 def _differences(
     ours: nn.Module, theirs: nn.Module, indices: Sequence[IndexAttribute], config: Any
 ) -> Iterator[tuple[str, str]]:
@@ -147,6 +237,8 @@ def _differences(
         if path.split(".")[0] in (BEFORE, AFTER):
             continue
         other = inside.get(path)
+        if _is_quantized(module, other):
+            continue
         if other is not None and type(module) is not type(other) and _are_one_in_evaluation(module, other):
             continue
         if other is None or type(module) is not type(other):
