@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
-.PHONY: help demo test coverage oldest engines lint architectures mutation state-machine bench bench-scale bench-tasks quality quality-generation setup clean distclean FORCE
+.PHONY: help demo test golden golden-check golden-slow coverage oldest engines lint architectures mutation state-machine bench bench-scale bench-tasks quality quality-generation setup clean distclean FORCE
 
 help: ## Show this list
 	@echo "make TARGET, where TARGET is one of"
@@ -37,6 +37,21 @@ coverage: export OMP_NUM_THREADS ?= 1
 coverage: $(VENV)/.stamp-test ## Measure what the tests reach: at least 95 % (25 minutes on two cores)
 	$(BIN)/python -m pytest $(PYTEST_PARALLEL) --cov=streamline_hooks --cov-branch --cov-fail-under=95 \
 		--cov-report=term-missing:skip-covered $(PYTEST_ARGS)
+
+# Names or patterns of golden runs, as in make golden RUNS="kind/linear 'search/*'".
+RUNS ?=
+
+golden: export OMP_NUM_THREADS ?= 1
+golden: $(VENV)/.stamp-test ## Record golden runs anew after a change that is meant (RUNS="NAME ...")
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.golden.record $(RUNS)
+
+golden-check: export OMP_NUM_THREADS ?= 1
+golden-check: $(VENV)/.stamp-test ## Compare the golden runs of CI with what is stored (two minutes on two cores)
+	$(BIN)/python -m pytest $(PYTEST_PARALLEL) -m "golden and not golden_long" tests/golden $(PYTEST_ARGS)
+
+golden-slow: export OMP_NUM_THREADS ?= 1
+golden-slow: $(VENV)/.stamp-test ## Compare those on real weights (ten minutes on two cores)
+	$(BIN)/python -m pytest $(PYTEST_PARALLEL) -m "golden and slow" tests/golden $(PYTEST_ARGS)
 
 # The part of the suite that touches Transformers' insides, with the oldest version that setup.cfg admits.
 OLDEST := transformers==4.56.*
