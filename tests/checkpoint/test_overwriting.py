@@ -196,3 +196,14 @@ def test_an_unwritable_place_is_known_beforehand(name: str, tmp_path: Path) -> N
     with pytest.raises(StreamlineError, match=r"failed: .*choose another place"):
         require_free(tmp_path / name)
     save(repaired("llama"), tmp_path / ("x" * 240))
+
+
+def test_blocks_are_not_read_from_the_folder_that_is_replaced(saved: Path, tmp_path: Path) -> None:
+    from streamline_hooks.blockwise import compress_checkpoint
+
+    before = content(saved)
+    (tmp_path / "link").symlink_to(saved)
+    for output in (saved, tmp_path / "link", saved / ".." / "saved"):
+        with pytest.raises(StreamlineError, match="is the model's own folder.* Choose another folder"):
+            compress_checkpoint(saved, None, {}, output, overwrite=True)
+    assert content(saved) == before
