@@ -185,7 +185,7 @@ def _derived_settings(stack: BlockStack, window: range) -> Iterator[Hazard]:
 
 
 def _decoder_cache(stack: BlockStack, window: range) -> Iterator[Hazard]:
-    """``generate`` sizes the decoder's cache by a count that is the encoder's (ProphetNet)."""
+    """``generate`` sizes the decoder's cache by a count that is the encoder's (ProphetNet; T5 in Transformers 4)."""
     owner, count = stack.ancestors[0], stack.count_attribute
     config: Any = getattr(owner, "config", None)
     decoder_count = getattr(config, "num_decoder_layers", None)
@@ -197,13 +197,20 @@ def _decoder_cache(stack: BlockStack, window: range) -> Iterator[Hazard]:
     shorter = copy.copy(config)
     if any(config is described for described in same_descriptions(stack)):
         vars(shorter).update(shortened_config(config, str(count), len(stack), kept, stack.stage))
-    before, after = (c.get_text_config(decoder=True).num_hidden_layers for c in (config, shorter))
-    if after < decoder_count <= before:
+    before, after = _cache_length(config), _cache_length(shorter)
+    if before is not None and after is not None and after < decoder_count <= before:
         yield Hazard(
             "decoder-cache",
             f"generate() of Transformers sizes the cache of the {decoder_count} decoder blocks by the number of "
             f"encoder blocks, which would be {after}",
         )
+
+
+def _cache_length(config: Any) -> int | None:
+    """For how many blocks Transformers makes a cache; None if the cache grows."""
+    from transformers import DynamicCache
+
+    return len(DynamicCache(config=config).layers) or None
 
 
 def _value(member: Any, config: Any) -> Any:

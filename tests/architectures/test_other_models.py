@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, UnsupportedSurgery, find_stack, perplexity
 from streamline_hooks.branches import BRANCHES
@@ -16,7 +17,10 @@ from streamline_hooks.repair import student_of, train
 from tests.architectures.other_checks import CHECKS, REFUSED, checks_of, require_restored
 from tests.other_models import OTHERS, answer, made
 
-CASES = [(name, check) for name in OTHERS for check in checks_of(name)]
+# Transformers 4 sizes the cache of T5's decoder by the encoder, whose blocks cannot be removed then.
+_SIZED_BY_ENCODER = {("t5 encoder", check) for check in ("removal", "closed form", "saved", "generate")}
+_REFUSED_BEFORE_5 = _SIZED_BY_ENCODER if transformers.__version__ < "5" else set()
+CASES = [case for name in OTHERS for check in checks_of(name) if (case := (name, check)) not in _REFUSED_BEFORE_5]
 
 
 @pytest.mark.parametrize(("name", "check"), CASES, ids=[f"{name}, {check}" for name, check in CASES])

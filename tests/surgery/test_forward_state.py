@@ -41,8 +41,11 @@ def dynamic_rope() -> Any:
 
 
 def long_rope() -> Any:
-    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 12, **factors}
+    rope: dict[str, Any] = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    if transformers.__version__ >= "5":
+        rope |= {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 12}
+    else:
+        rope["type"] = "longrope"
     return tiny_model(
         "phi3", blocks=4, max_position_embeddings=96, original_max_position_embeddings=12, **rope_argument(rope)
     )
@@ -92,8 +95,8 @@ def test_a_removal_equals_the_bypassed_block_on_a_long_text(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_measuring_on_a_short_text_leaves_the_model_as_it_was(name: str) -> None:
     model = MODELS[name]()
-    before = ModelState(model)
-    profile(model, [SHORT])
+    before, batch = ModelState(model), {"input_ids": SHORT, "attention_mask": torch.ones_like(SHORT)}
+    profile(model, [batch])
     assert before.changes() == []
 
 

@@ -165,7 +165,8 @@ def test_the_owner_of_the_position_bias() -> None:
             UnsupportedSurgery, match="block 0 owns the relative position bias that the other blocks use"
         ):
             surgeon.remove([0])
-        assert surgeon.check([1, 2]) == []
+        by_encoder = ["decoder-cache"] if transformers.__version__ < "5" else []  # by what the cache is sized
+        assert [hazard.cause for hazard in surgeon.check([1, 2])] == by_encoder
 
 
 def test_wrapped_models_are_refused(tmp_path: object) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, find_stack, fit_windows, load, read_plans, save
 from tests.other_models import OTHERS, answer, made
@@ -16,8 +17,9 @@ PAIRS = {
     "gemma3": ("gemma3 pictures", "gemma3 text"),
     "clip": ("clip pictures", "clip text"),
     "bart": ("bart encoder", "bart decoder"),
-    "t5": ("t5 encoder", "t5 decoder"),
 }
+if transformers.__version__ >= "5":  # before, the cache of T5's decoder is sized by the encoder, which is refused
+    PAIRS["t5"] = ("t5 encoder", "t5 decoder")
 
 
 def paths(model: Any, names: tuple[str, str]) -> list[str]:
