@@ -35,14 +35,14 @@ _NAMES: dict[str, Any] = {
 
 
 @runtime_checkable
-class _Saves(Protocol):
-    """A tokenizer or image processor."""
+class _Tokenizer(Protocol):
+    """A tokenizer or image processor, as far as functions need one whatever they do with it."""
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
-        """Write it to a folder."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Make what a model takes."""
 
 
-_NAMES |= {"PreTrainedTokenizerBase": _Saves}
+_NAMES |= {"PreTrainedTokenizerBase": _Tokenizer | None}
 _CHECKED = 64  # elements of a sequence of texts that are looked at
 
 
@@ -97,7 +97,7 @@ def checked(**least: float) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
                     raise StreamlineError(f"{name}: {parameter}=nan is not a number. {_remedy(hint)}")
                 if converted is not value:
                     bound.arguments[parameter] = converted
-            _check_batches(name, bound.arguments)
+            _check_batches(name, bound.arguments, takes_none=bool(signature.parameters.keys() & _MAY_BE_NONE))
             _check_windows(name, bound.arguments)
             return function(*bound.args, **bound.kwargs)
 
@@ -301,7 +301,7 @@ _REMEDIES: dict[Any, str] = {
     _BATCH: _TENSORS,
     Tensor: "Pass a tensor.",
     nn.Module: "Pass a model or module, such as AutoModelForCausalLM.from_pretrained(...) returns it.",
-    _Saves: "Pass the tokenizer, such as AutoTokenizer.from_pretrained(...) returns it.",
+    _Tokenizer: "Pass the tokenizer, such as AutoTokenizer.from_pretrained(...) returns it.",
     range: "Pass a window of consecutive blocks, such as range(3, 5).",
     bool: "Pass True or False.",
     int: "Pass a whole number.",
@@ -314,7 +314,7 @@ _REMEDIES: dict[Any, str] = {
 }
 
 
-def _check_batches(function: str, given: Mapping[str, Any]) -> None:
+def _check_batches(function: str, given: Mapping[str, Any], takes_none: bool) -> None:
     """Raise for batches that a model cannot take, before it is run."""
     models = {n: m for n, m in given.items() if isinstance(m, nn.Module) and n in _MODELS}
     models |= {"student": given["student"].model} if "student" in given else {}
@@ -328,7 +328,7 @@ def _check_batches(function: str, given: Mapping[str, Any]) -> None:
     for name, value in parts.items():
         batches = [value] if isinstance(value, (Tensor, Mapping)) else value
         tokens = [_checked_batch(model, batch, f"{function}: {name}") for batch in batches]
-        if not any(tokens) and not ("criterion" in given and not batches):  # not every criterion runs the model
+        if not any(tokens) and not takes_none:
             raise StreamlineError(
                 f"{function}: {name}={_shown(value)} holds no token. Expected at least one batch with a token that is "
                 "not padding. An iterator that was used before is empty: pass a list."
@@ -354,6 +354,7 @@ def _check_windows(function: str, given: Mapping[str, Any]) -> None:
 
 _MODELS = ("model", "original", "reference", "teacher")
 _RUN_ON = {"texts", "suite"}
+_MAY_BE_NONE = {"task"}  # what is for any task looks itself whether there is something to compare
 _BATCHES = ("batches", "batch", "fit", "held_out", "validation")
 
 

@@ -146,7 +146,7 @@ class Sweep:
 def sweep(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str] | TokenSplit | Mapping[str, PackedText],
+    texts: Sequence[str] | TokenSplit | Mapping[str, PackedText] | Mapping[str, Any],
     *,
     remove: Sequence[str | int | float],
     kinds: Sequence[str],
