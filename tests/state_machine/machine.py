@@ -48,6 +48,7 @@ SETTINGS = settings(
     deadline=None,
     database=None,
     print_blob=True,
+    report_multiple_bugs=False,
     max_examples=5,
     stateful_step_count=STEPS_PER_EXAMPLE,
     suppress_health_check=list(HealthCheck),
