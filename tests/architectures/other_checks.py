@@ -156,9 +156,9 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "fold": folded_is_with_a_map_of_what_the_branch_adds,
 }
 
-_BEHIND = "with every output projection at zero, the state that leaves it is not the one that entered"
-_TWICE = "it adds more than twice: another projection works on what"
-_SCALED = "comes more than a sum, so that a map on an axis of it is no map of what the branch adds"
+_BEHIND = "every output projection at zero"
+_TWICE = "adds more than twice"
+_SCALED = "more than a sum"
 REFUSED: dict[str, dict[str, str]] = {
     **{
         name: {"silence": _BEHIND, "fold": _BEHIND}

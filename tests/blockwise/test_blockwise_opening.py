@@ -118,7 +118,7 @@ def test_a_missing_weight_is_named(key: str, tmp_path: Path) -> None:
     values = load_file(shard)
     del values[key]
     save_file(values, shard, {"format": "pt"})
-    with pytest.raises(StreamlineError, match=rf"{key}: the weight is missing"):
+    with pytest.raises(StreamlineError, match=rf"{key}.*missing"):
         open_checkpoint(folder)
 
 
@@ -133,10 +133,10 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
     transformers.T5Config(d_model=8, num_layers=2).save_pretrained(tmp_path / "t5")
     save_file({"a": torch.zeros(1)}, tmp_path / "t5" / "model.safetensors")
-    with pytest.raises(UnsupportedSurgery, match=r"holds a t5, an encoder and a decoder.*load this one into memory"):
+    with pytest.raises(UnsupportedSurgery, match=r"holds a t5.*encoder and a decoder.*load"):
         open_checkpoint(tmp_path / "t5")
     repaired("llama").save_pretrained(tmp_path / "spliced")
-    with pytest.raises(UnsupportedSurgery, match=r"spliced modules, which is not run block by block"):
+    with pytest.raises(UnsupportedSurgery, match="spliced modules"):
         open_checkpoint(tmp_path / "spliced")
     folder, _ = written(tmp_path)
     said = json.loads((folder / "config.json").read_text())
@@ -148,7 +148,7 @@ def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "nowhere")
     transformers.ViTConfig().save_pretrained(tmp_path / "vit")
     save_file({"a": torch.zeros(1)}, tmp_path / "vit" / "model.safetensors")
-    with pytest.raises(StreamlineError, match=r"a vit, which Transformers knows no causal language model of"):
+    with pytest.raises(StreamlineError, match=r"a vit.*no causal language model"):
         open_checkpoint(tmp_path / "vit")
 
 

@@ -218,9 +218,9 @@ class Looped(nn.Module):
 @pytest.mark.parametrize(
     ("model", "text"),
     [
-        (WithSide, r"WithSide cannot be run block by block: block 1 leaves another state than in the whole model"),
-        (Between, r"Between cannot be run block by block: block 0 leaves another state.*changes the state between two"),
-        (Looped, r"Looped cannot be run block by block: a forward called block 0 2 times; expected once"),
+        (WithSide, r"WithSide.*block 1 leaves another state"),
+        (Between, r"Between.*block 0 leaves another state.*between two"),
+        (Looped, r"Looped.*block 0 2 times.*once"),
     ],
 )
 def test_a_block_that_needs_more_than_the_state_is_found_out(model: type[nn.Module], text: str) -> None:
@@ -231,11 +231,11 @@ def test_a_block_that_needs_more_than_the_state_is_found_out(model: type[nn.Modu
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        ("gemma3n_text", r"its states are laid out as \(streams, batch, tokens, features\)"),
-        ("gemma4_text", r"each block has an input of its own beside the state"),
-        ("xlnet", r"its states are laid out as \(tokens, batch, features\)"),
+        ("gemma3n_text", r"\(streams, batch, tokens, features\)"),
+        ("gemma4_text", r"each block.*input of its own"),
+        ("xlnet", r"\(tokens, batch, features\)"),
         ("jamba", r"JambaConfig derives \w+ from other settings"),
-        ("rwkv", r"without the blocks before it, block 1 fails \(AttributeError: .*pre_ln"),
+        ("rwkv", r"block 1 fails.*AttributeError.*pre_ln"),
     ],
 )
 def test_architectures_that_are_refused(kind: str, text: str) -> None:
@@ -251,13 +251,13 @@ def test_blocks_that_share_keys_are_refused() -> None:
     with pytest.raises(UnsupportedSurgery, match=r"run.*block 3.*4 to 5 share"):
         BlockwisePass(model, calibration())
     model.config.num_kv_shared_layers, model.config.is_encoder_decoder = 0, True
-    with pytest.raises(UnsupportedSurgery, match=r"it is an encoder and a decoder"):
+    with pytest.raises(UnsupportedSurgery, match="encoder and a decoder"):
         BlockwisePass(model, calibration())
 
 
 def test_arguments_that_do_not_fit() -> None:
     model = tiny_model("llama")
-    with pytest.raises(StreamlineError, match=r"There is no batch"):
+    with pytest.raises(StreamlineError, match="no batch"):
         BlockwisePass(model, [])
     with pytest.raises(StreamlineError, match=r"stop=7.*6 blocks"):
         BlockwisePass(model, calibration(), stop=7)

@@ -211,11 +211,11 @@ def test_another_pass_is_not_gone_on_with(tmp_path: Path) -> None:
     folder, _ = written(tmp_path)
     begun(folder, tmp_path / "states")
     model, states = open_checkpoint(folder), tmp_path / "states"
-    with pytest.raises(StreamlineError, match=r"holds the states of another pass: batches was \w+ and is \w+\. Name"):
+    with pytest.raises(StreamlineError, match=r"batches was \w+ and is \w+.*Name"):
         BlockwisePass(model, calibration()[:2], folder=states)
-    with pytest.raises(StreamlineError, match=r"another pass: stop was 6 and is 4"):
+    with pytest.raises(StreamlineError, match="stop was 6 and is 4"):
         BlockwisePass(model, calibration(), stop=4, folder=states)
-    with pytest.raises(StreamlineError, match=r"another pass: check was True and is False"):
+    with pytest.raises(StreamlineError, match="check was True and is False"):
         BlockwisePass(model, calibration(), check=False, folder=states)
     other, _ = written(tmp_path, "qwen3")
     with pytest.raises(StreamlineError, match=r"LlamaForCausalLM.*Qwen3ForCausalLM"):
@@ -234,7 +234,7 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(StreamlineError, match=r"is not empty and holds no pass.json"):
+    with pytest.raises(StreamlineError, match=r"not empty.*pass.json"):
         Journal(tmp_path, {})
     assert (tmp_path / "notes.txt").read_text() == "mine"
     write_json(tmp_path / "pass.json", {"run": 3})

@@ -110,7 +110,7 @@ def test_what_looks_at_several_tokens_behind_the_blocks_is_refused(tmp_path: Pat
     folder, _ = written(tmp_path)
     model: Any = open_checkpoint(folder)
     model.model.norm.register_forward_hook(lambda _, __, output: output - output.mean(dim=1, keepdim=True))
-    with pytest.raises(UnsupportedSurgery, match="what follows its blocks gives a token other logits where others are"):
+    with pytest.raises(UnsupportedSurgery, match=r"what follows.*other logits"):
         verified(model, SELECTIONS[:1], *TEXTS, check=False)
 
 
@@ -169,7 +169,7 @@ def test_a_row_of_nothing_but_padding_is_passed_over(row: int) -> None:
 
 def test_text_of_nothing_but_padding_is_nothing_to_judge_on() -> None:
     batch = {"input_ids": tokens(2, 8), "attention_mask": torch.zeros(2, 8, dtype=torch.long)}
-    with pytest.raises(StreamlineError, match="The batches hold no real token; give some to judge on"):
+    with pytest.raises(StreamlineError, match=r"no real token.*give"):
         verified(tiny_model("llama"), SELECTIONS[:1], FIT, HELD_OUT, [batch], check=False)
 
 
@@ -260,7 +260,7 @@ def test_another_kind_or_shortlist_is_not_gone_on_with(tmp_path: Path) -> None:
 
     with pytest.raises(Interrupted):
         verified(open_checkpoint(folder), SELECTIONS[:2], *TEXTS, before_done=break_off, **options)
-    with pytest.raises(StreamlineError, match="another pass: kind was linear and is none"):
+    with pytest.raises(StreamlineError, match="kind was linear and is none"):
         verified(open_checkpoint(folder), SELECTIONS[:2], *TEXTS, kind="none", **options)
     with pytest.raises(StreamlineError, match=r"\[\[0.*2\].*\[2.*4\]\]"):
         verified(open_checkpoint(folder), SELECTIONS[1:3], *TEXTS, **options)
@@ -276,7 +276,7 @@ def test_a_candidate_without_finite_logits_comes_last(tmp_path: Path) -> None:
 
     folder, _ = written(tmp_path)
     register_kind("test-exploding", lambda features: Exploding())
-    with pytest.raises(StreamlineError, match="Not one of the 6 shortlisted windows leaves a model with finite logits"):
+    with pytest.raises(StreamlineError, match=r"6 shortlisted.*finite logits"):
         verified(open_checkpoint(folder), SELECTIONS, *TEXTS, kind="test-exploding")
     build = module.solve_window
 
@@ -295,13 +295,13 @@ def test_a_candidate_without_finite_logits_comes_last(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["block", "silenced", "folded", "scale", "feed_forward", "mlp:linear=false"])
 def test_other_kinds_are_refused(kind: str) -> None:
-    with pytest.raises(UnsupportedSurgery, match=f"The kind '{kind}' does not start at the least-squares map"):
+    with pytest.raises(UnsupportedSurgery, match=rf"'{kind}'.*least-squares map"):
         verified(tiny_model("llama"), SELECTIONS, *TEXTS, kind=kind)
 
 
 def test_other_selections_are_refused() -> None:
     for selection in (Selection((range(0, 1), range(2, 3))), Selection((), ((0, "mlp"),))):
-        with pytest.raises(StreamlineError, match="is not a single window, and nothing else is repaired"):
+        with pytest.raises(StreamlineError, match="not a single window"):
             verified(tiny_model("llama"), [selection], *TEXTS)
     with pytest.raises(StreamlineError, match=r"2 windows.*1 of.*give"):
         verified(tiny_model("llama"), [SELECTIONS[0]] * 2, *TEXTS)

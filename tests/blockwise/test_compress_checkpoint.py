@@ -262,7 +262,7 @@ def test_packed_text_is_for_models_that_keep_documents_apart(tmp_path: Path) -> 
     part = PackedText(ids.int(), torch.arange(8).repeat(4, 2).int(), documents=8, cuts=0)
     text = {"calibration": part, "validation": part, "test": part}
     tiny_model("bloom", vocabulary=300).save_pretrained(tmp_path / "bloom")
-    with pytest.raises(StreamlineError, match="does not keep the documents of a packed row apart: the state that"):
+    with pytest.raises(StreamlineError, match="packed row apart"):
         compress_checkpoint(tmp_path / "bloom", tokenizer, text, tmp_path / "out", **AMOUNTS)
     assert not (tmp_path / "out").exists()
 
@@ -280,13 +280,13 @@ def test_nothing_is_changed_in_the_original(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"kind": "block"}, "The kind 'block' does not start at the least-squares map"),
-        ({"kind": "folded"}, "The kind 'folded' does not start"),
-        ({"remove": "latency:0.8"}, "The target latency:0.8 is timed, and a model that is read from disk says nothing"),
-        ({"remove": Target(0.8, "decode-latency")}, "The target decode-latency:0.8 is timed"),
-        ({"criterion": "perplexity"}, "The criterion 'perplexity' runs the model for each window, which is not done"),
-        ({"shortlist": 0}, "shortlist=0 and batch_size=8 must be 1 or more each"),
-        ({"remove": 6}, "comes to 6 of 6 blocks; at least one block must stay"),
+        ({"kind": "block"}, r"'block'.*least-squares map"),
+        ({"kind": "folded"}, "'folded' does not start"),
+        ({"remove": "latency:0.8"}, r"latency:0.8.*timed.*from disk"),
+        ({"remove": Target(0.8, "decode-latency")}, r"decode-latency:0.8.*timed"),
+        ({"criterion": "perplexity"}, r"'perplexity'.*each window"),
+        ({"shortlist": 0}, r"shortlist=0.*batch_size=8.*1 or more"),
+        ({"remove": 6}, r"6 of 6 blocks.*one block must stay"),
     ],
 )
 def test_what_is_refused(options: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -306,14 +306,14 @@ def test_a_place_that_is_not_free_and_a_model_that_is_not_run(tmp_path: Path) ->
     folder = compressible(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(StreamlineError, match="is not empty. Choose another folder"):
+    with pytest.raises(StreamlineError, match=r"not empty.*Choose"):
         run(folder, tmp_path / "out")
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "notes.txt").write_text("mine")
-    with pytest.raises(StreamlineError, match=r"is not empty and holds no pass.json"):
+    with pytest.raises(StreamlineError, match=r"not empty.*pass.json"):
         run(folder, tmp_path / "new", work_folder=tmp_path / "work")
     plain = run(folder, tmp_path / "new")
-    with pytest.raises(UnsupportedSurgery, match="holds a model with spliced modules, which is not run block by block"):
+    with pytest.raises(UnsupportedSurgery, match="spliced modules"):
         run(plain.folder, tmp_path / "again")
 
 
