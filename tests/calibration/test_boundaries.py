@@ -30,7 +30,7 @@ def test_families(family: str, attention: str) -> None:
     model = tiny_model(family)
     model.set_attn_implementation(attention)
     if family == "opt":
-        with pytest.raises(StreamlineError, match="OPTForCausalLM does not keep the documents of a packed row apart"):
+        with pytest.raises(StreamlineError, match=r"OPTForCausalLM.*packed row apart"):
             refuse_crossing(model, PACKED)
     elif TRANSFORMERS_5 or family in ("llama", "qwen3"):
         refuse_crossing(model, PACKED)
@@ -97,13 +97,13 @@ class Summed(nn.Module):
 
 def test_a_forward_without_positions_is_refused_without_being_run() -> None:
     model = Plain()
-    with pytest.raises(StreamlineError, match="Plain cannot be given packed rows: its forward takes no position_ids"):
+    with pytest.raises(StreamlineError, match=r"Plain.*packed rows.*position_ids"):
         refuse_crossing(model, PACKED)
     assert model.calls == 0
 
 
 def test_a_forward_that_fails_on_packed_rows_is_refused() -> None:
-    message = r"Plain cannot be run on packed rows \(ValueError: positions must grow\). Give it documents in rows"
+    message = r"Plain.*packed rows.*ValueError: positions must grow.*Give"
     with pytest.raises(StreamlineError, match=message):
         refuse_crossing(Plain(takes_positions=True), PACKED)
 

@@ -86,22 +86,22 @@ def test_jsonl_keeps_every_text_once(tmp_path_factory: pytest.TempPathFactory, t
 
 
 BAD_FILES = {
-    "empty": ("a.txt", b" \n\n\n ", r"No text was found in '.*a\.txt'. Expected a text file .* Check that"),
+    "empty": ("a.txt", b" \n\n\n ", r"No text.*a\.txt'.*Expected.*Check"),
     "not JSON": (
         "a.jsonl",
         b'{"text": "fine"}\n\n{"text": oops}\n',
-        r"a\.jsonl, line 3 is not JSON \(Expecting value at column 10\). Expected an object .* Mend the line",
+        r"a\.jsonl, line 3.*not JSON.*column 10.*Expected.*Mend",
     ),
     "no text": (
         "a.jsonl",
         b'{"text": "fine"}\n{"content": "x", "b": 2}\n',
-        r"a\.jsonl, line 2 holds the fields \['b', 'content'\] and no `text` .* Rename the field",
+        r"a\.jsonl, line 2.*\['b', 'content'\].*`text`.*Rename",
     ),
-    "text is a number": ("a.jsonl", b'{"text": 3}\n', r"line 1 holds the fields \['text'\] and no `text` that is a"),
-    "a list": ("a.jsonl", b"[1]\n", r"line 1 holds a list and no `text` that is a string"),
-    "not UTF-8": ("a.txt", b"abc\xff", r"a\.txt is not UTF-8: byte 3 is 0xff. Expected .* Convert it"),
-    "not gzip": ("a.txt.gz", b"plain", r"a\.txt\.gz ends in \.gz and cannot be decompressed .* drop the \.gz"),
-    "cut gzip": ("a.txt.gz", gzip.compress(b"x" * 99)[:-9], r"cannot be decompressed .* Write it again"),
+    "text is a number": ("a.jsonl", b'{"text": 3}\n', r"line 1.*\['text'\].*`text` that is a"),
+    "a list": ("a.jsonl", b"[1]\n", r"line 1.*a list.*`text`.*a string"),
+    "not UTF-8": ("a.txt", b"abc\xff", r"a\.txt.*UTF-8.*byte 3 is 0xff.*Expected.*Convert"),
+    "not gzip": ("a.txt.gz", b"plain", r"a\.txt\.gz.*cannot be decompressed.*drop the \.gz"),
+    "cut gzip": ("a.txt.gz", gzip.compress(b"x" * 99)[:-9], r"cannot be decompressed.*Write"),
 }
 
 
@@ -115,9 +115,9 @@ def test_bad_files(tmp_path: Path, name: str) -> None:
 
 def test_folder_without_texts(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"\xff")
-    with pytest.raises(StreamlineError, match=r"No text was found in .* a folder of \.txt, \.txt\.gz"):
+    with pytest.raises(StreamlineError, match=r"No text.*\.txt, \.txt\.gz"):
         read_documents(tmp_path)
-    with pytest.raises(StreamlineError, match="No text was found in an empty list of sources"):
+    with pytest.raises(StreamlineError, match=r"No text.*empty list"):
         read_documents([])
 
 
@@ -128,7 +128,7 @@ def test_what_looks_like_a_path_is_never_taken_for_a_data_set(
     source: str | Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", fake_datasets([{"text": "no"}], []))
-    with pytest.raises(StreamlineError, match=r"there is no such file or folder. Expected a text file .* spelling"):
+    with pytest.raises(StreamlineError, match=r"no such file or folder.*Expected.*spelling"):
         read_documents(source)
 
 
@@ -163,8 +163,8 @@ def test_a_data_set_is_streamed_up_to_the_limit(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("missing", r"'missing': .* cannot be loaded \(FileNotFoundError: no data set of that name\).*give a file"),
-        ("wiki", r"The data set 'wiki' has the columns \['content'\]. Expected a column `text`.*JSONL"),
+        ("missing", r"'missing'.*FileNotFoundError: no data set.*give"),
+        ("wiki", r"'wiki'.*\['content'\].*Expected.*`text`.*JSONL"),
     ],
 )
 def test_data_sets_that_cannot_be_read(source: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

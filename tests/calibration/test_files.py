@@ -59,7 +59,7 @@ def test_compressed_files_of_several_parts(tmp_path: Path, suffix: str) -> None:
 def test_damaged_compressed_files(tmp_path: Path, suffix: str, named: str, damage: Callable[[bytes], bytes]) -> None:
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(damage(COMPRESS[suffix](b"one\n\n\ntwo" * 99)))
-    message = rf"a\.txt\{suffix} ends in \{suffix} and cannot be decompressed .* Expected a whole {named} file\."
+    message = rf"a\.txt\{suffix}.*cannot be decompressed.*Expected.*{named}"
     with pytest.raises(StreamlineError, match=message):
         read_documents(path)
 
@@ -124,7 +124,7 @@ def test_parquet_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(StreamlineError, match=r"a\.parquet.*Expected"):
         read_documents(path)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(StreamlineError, match=r"`pyarrow` is not installed.*pip install pyarrow"):
+    with pytest.raises(StreamlineError, match=r"`pyarrow`.*pip install pyarrow"):
         read_documents(path)
 
 

@@ -229,9 +229,7 @@ class TestRead:
 
     def test_sources_whose_classes_differ(self, tmp_path: Path, folder: Path) -> None:
         save(tmp_path / "other" / "bee" / "0.png", picture(50))
-        with pytest.raises(
-            StreamlineError, match=r"classes of .*data are ant, bee, cat, and .*other are bee\. .*model"
-        ):
+        with pytest.raises(StreamlineError, match=r"data.*ant, bee, cat.*other.*bee.*model"):
             read_images([folder, tmp_path / "other"])
         assert len(read_images([folder, folder])) == 24
         with pytest.raises(StreamlineError, match=r"12 images.*1 have.*0\.png"):
@@ -240,10 +238,10 @@ class TestRead:
     @pytest.mark.parametrize(
         ("files", "message"),
         [
-            ((), r"No image was found in .*Expected an image, a folder of images, .*Parquet files\. Check that"),
-            (("a.png", "b/c.png"), r"holds 1 images beside sub-folders of images.*name the sub-folders one by one"),
-            (("a.png", "b.parquet"), r"holds 1 Parquet files and 1 images\. Expected one kind"),
-            (("a/0.png", "b/x.txt", "c/0.png"), r"has sub-folders without an image: b\. Expected"),
+            ((), r"No image.*Expected.*Parquet.*Check"),
+            (("a.png", "b/c.png"), r"1 images.*sub-folders of images.*name"),
+            (("a.png", "b.parquet"), r"1 Parquet files.*1 images.*Expected one"),
+            (("a/0.png", "b/x.txt", "c/0.png"), r"without an image: b.*Expected"),
         ],
     )
     def test_folders_that_are_refused(self, tmp_path: Path, files: tuple[str, ...], message: str) -> None:
@@ -263,24 +261,24 @@ class TestRead:
         for count in (0, 2):
             with pytest.raises(StreamlineError, match=rf"{count} images.*1"):
                 read_images(tmp_path / "a.png", count=count)
-        with pytest.raises(StreamlineError, match="No image was found in an empty list of sources"):
+        with pytest.raises(StreamlineError, match=r"No image.*empty list"):
             read_images([])
 
     @pytest.mark.parametrize(
         ("columns", "options", "message"),
         [
-            ({"photo": [b"x"], "id": [1]}, {}, r"has the columns \['id', 'photo'\]\. Expected .*`image` or `img`"),
-            ({"image": [3]}, {}, r"The column `image` of .* holds int64\. Expected encoded images"),
-            ({"image": [{"path": "x"}]}, {}, r"`image` of .* holds struct<.*\. Expected encoded images"),
-            ({"image": ["x"]}, {}, r"The column `image` of .* holds string\. Expected encoded images"),
-            ({"image": [b"x"], "label": ["cat"]}, {}, r"`label` of .* holds string\. Expected the numbers of classes"),
-            ({"image": [b"x"]}, {"image_column": "photo"}, r"columns \['image'\], and none that is called `photo`"),
-            ({"image": [b"x"]}, {"label_column": "fine"}, r"columns \['image'\], and none that is called `fine`"),
-            ({"image": [b"x", None]}, {}, r"a\.parquet, row 1: the image is empty\. Expected the bytes"),
+            ({"photo": [b"x"], "id": [1]}, {}, r"\['id', 'photo'\].*Expected.*`image` or `img`"),
+            ({"image": [3]}, {}, r"`image`.*int64.*Expected"),
+            ({"image": [{"path": "x"}]}, {}, r"`image`.*struct<.*Expected"),
+            ({"image": ["x"]}, {}, r"`image`.*string.*Expected"),
+            ({"image": [b"x"], "label": ["cat"]}, {}, r"`label`.*string.*Expected"),
+            ({"image": [b"x"]}, {"image_column": "photo"}, r"\['image'\].*`photo`"),
+            ({"image": [b"x"]}, {"label_column": "fine"}, r"\['image'\].*`fine`"),
+            ({"image": [b"x", None]}, {}, r"a\.parquet, row 1.*empty.*Expected"),
             (
                 {"image": [{"bytes": None, "path": "gone.png"}, {"bytes": b"x", "path": None}]},
                 {},
-                r"a\.parquet, row 0: the image names the file 'gone\.png', which does not exist",
+                r"a\.parquet, row 0.*'gone\.png'.*not exist",
             ),
         ],
     )
@@ -302,7 +300,7 @@ class TestRead:
         with monkeypatch.context() as without:
             without.setitem(sys.modules, "pyarrow", None)
             assert len(read_images(folder)) == 12
-            with pytest.raises(StreamlineError, match=r"a\.parquet cannot be read.*pip install pyarrow"):
+            with pytest.raises(StreamlineError, match=r"a\.parquet.*pip install pyarrow"):
                 read_images(tmp_path / "a.parquet")
         monkeypatch.setitem(sys.modules, "PIL.Image", None)
         with pytest.raises(StreamlineError, match=r"`pillow`.*Install"):
@@ -337,7 +335,7 @@ class TestDecoding:
         save(tmp_path / "good.png", picture(1))
         images = read_images(tmp_path)
         for work in (lambda: image_batches(images, corner), lambda: image_parts(images, corner, {"test": 2})):
-            with pytest.raises(StreamlineError, match=r"broken\.jpg cannot be read as an image \(\w+: .*Pillow reads"):
+            with pytest.raises(StreamlineError, match=r"broken\.jpg.*\(\w+: .*Pillow reads"):
                 work()
 
     def test_a_broken_row_and_a_file_that_has_gone(self, tmp_path: Path) -> None:
@@ -407,15 +405,15 @@ class TestBatches:
     @pytest.mark.parametrize(
         ("processor", "message"),
         [
-            (None, r"image processor, and none was given\. Expected one of Transformers \(AutoImageProcessor.*timm"),
-            ("vit", r"image processor, and a str was given"),
-            (lambda image: 1 / 0, r"<lambda> cannot take the image 0 \(ZeroDivisionError: division by zero\)"),
-            (lambda image: image, r"<lambda> made a Image of the image 0\. Expected a tensor.*End it with ToTensor"),
-            (lambda image: torch.zeros(4, 4), r"made torch\.float32 of shape \(4, 4\) of the image 0"),
-            (lambda image: torch.zeros(3, 4, 4).byte(), r"made torch\.uint8 of shape \(3, 4, 4\)"),
+            (None, r"none was given.*Expected.*AutoImageProcessor.*timm"),
+            ("vit", "a str was given"),
+            (lambda image: 1 / 0, r"<lambda>.*the image 0.*ZeroDivisionError: division by zero"),
+            (lambda image: image, r"<lambda>.*a Image.*the image 0.*Expected a tensor.*ToTensor"),
+            (lambda image: torch.zeros(4, 4), r"torch\.float32.*\(4, 4\).*the image 0"),
+            (lambda image: torch.zeros(3, 4, 4).byte(), r"torch\.uint8.*\(3, 4, 4\)"),
             (
                 lambda image: torch.zeros(3, 1, 1 + number_of(image)),
-                r"shapes \[\(3, 1, 2\), \(3, 1, 3\)\], which do not",
+                r"\[\(3, 1, 2\), \(3, 1, 3\)\]",
             ),
         ],
     )
@@ -523,9 +521,9 @@ class TestParts:
     @pytest.mark.parametrize(
         ("counts", "batch_size", "message"),
         [
-            ({}, 8, r"No part was asked for\. Expected a number of images by name"),
-            ({"test": 0}, 8, r"0 images were asked for in the part 'test'\. Expected 1 or more"),
-            ({"test": 1}, 0, r"batch_size=0: expected the number of images"),
+            ({}, 8, r"No part.*Expected.*by name"),
+            ({"test": 0}, 8, r"0 images.*'test'.*1 or more"),
+            ({"test": 1}, 0, "batch_size=0"),
         ],
     )
     def test_sizes_that_are_refused(self, counts: dict[str, int], batch_size: int, message: str) -> None:

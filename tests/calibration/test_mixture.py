@@ -87,14 +87,14 @@ class TestParse:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("self:0.5,folder", r"has shares for 'self:0\.5' and none for 'folder'\. Expected a share for each"),
-            ("self:0.5,folder:0.4", r"'self:0\.5,folder:0\.4' sum to 0\.9\. Expected a sum of 1"),
+            ("self:0.5,folder", r"'self:0\.5'.*'folder'.*Expected"),
+            ("self:0.5,folder:0.4", r"'self:0\.5,folder:0\.4'.*0\.9.*Expected"),
             ("a:2020,b:2021", r"sum to 4041"),
             ("self:0.5", r"sum to 0\.5"),
-            ("self:1.5,folder:-0.5", r"has the share -0\.5 of 'folder'\. Expected shares above 0"),
+            ("self:1.5,folder:-0.5", r"-0\.5.*'folder'.*above 0"),
             ("self:1,folder:0", r"has the share 0 of 'folder'"),
-            ("self:0.5,self:0.5", r"has 'self' twice\. Give each source once"),
-            (":0.5,a:0.5", r"has a share without a source, ':0\.5'"),
+            ("self:0.5,self:0.5", r"'self' twice.*once"),
+            (":0.5,a:0.5", r"without a source.*':0\.5'"),
         ],
     )
     def test_what_is_refused(self, text: str, message: str) -> None:
@@ -228,23 +228,22 @@ def test_conversations_are_not_cut_up_where_they_are_few() -> None:
 @pytest.mark.parametrize(
     ("documents", "shares", "options", "message"),
     [
-        ({"a": ["x"]}, {"b": 1.0}, {}, r"documents of \['a'\], shares of \['b'\].*Expected documents and a share"),
-        ({"a": ["x"]}, {"a": 0.7}, {}, r"sum to 0\.7\. Expected shares above 0 that sum to 1"),
+        ({"a": ["x"]}, {"b": 1.0}, {}, r"\['a'\].*\['b'\].*Expected"),
+        ({"a": ["x"]}, {"a": 0.7}, {}, r"0\.7.*Expected.*sum to 1"),
         ({"a": ["x"]}, {"a": 1.0}, {"conversations": ["b"]}, r"conversations of \['b'\]"),
-        ({"a": ["x"], "b": ["x"]}, {"a": 0.5, "b": 0.5}, {}, r"The source 'a': The text holds about"),
+        ({"a": ["x"], "b": ["x"]}, {"a": 0.5, "b": 0.5}, {}, r"'a'.*text holds"),
         (
             {"a": source_of("a", 99), "b": source_of("a", 99)}, {"a": 0.5, "b": 0.5}, {},
-            r"The source 'b' without what the sources before it, or the test, have: The text holds about 0 tokens",
+            r"'b' without.*about 0 tokens",
         ),
         (
             {"a": source_of("a", 99), "b": source_of("b", 99)}, {"a": 0.96, "b": 0.04}, {},
-            r"validation_tokens=160 with sequence_length=16 is 10 sequences, of which the share 0\.04 of 'b' is none\. "
-            r"Expected a sequence of each source\. Ask for validation_tokens=400 or more",
+            r"validation_tokens=160.*sequence_length=16.*10 sequences.*0\.04.*'b'.*Ask for validation_tokens=400",
         ),
         ({"a": ["x"]}, {"a": 1.0}, {"test_tokens": 15}, r"test_tokens=15 with sequence_length=16"),
         (
             {"a": [paragraphs("a", 0, 12)], "b": source_of("b", 99)}, {"a": 0.9, "b": 0.1}, {},
-            r"fill so few sequences of .* \(a 1, b .*as the shares.*Give more text of 'a'",
+            r"so few sequences.*\(a 1, b .*Give more text of 'a'",
         ),
     ],
 )  # fmt: skip

@@ -164,7 +164,7 @@ def test_what_cannot_be_had(folder: Path) -> None:
         ask({"a": 64, "b": 10}, 64)
     with pytest.raises(StreamlineError, match="sequence_length=0"):
         ask({"a": 64}, 0)
-    with pytest.raises(StreamlineError, match="No part was asked for; expected sizes by name"):
+    with pytest.raises(StreamlineError, match=r"No part.*expected.*by name"):
         ask({}, 64)
     with pytest.raises(StreamlineError, match=r"buffer=0.*1 or"):
         ask({"a": 64}, 64, buffer=0)

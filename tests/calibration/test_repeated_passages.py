@@ -50,9 +50,9 @@ def test_any_stretch_of_the_text_has_its_share() -> None:
 @pytest.mark.parametrize(
     ("split", "share", "said"),
     [
-        (split_of(8, 8), 0.0, r"A share of 0 of the sequences cannot .*expected 0 < share <= 1"),
-        (split_of(8, 8), 1.5, r"A share of 1\.5 of the sequences"),
-        (split_of(8, 3), 0.5, r"Sequences of 3 tokens have no passage to repeat; expected four tokens or more"),
+        (split_of(8, 8), 0.0, r"share of 0 of.*0 < share <= 1"),
+        (split_of(8, 8), 1.5, r"share of 1\.5"),
+        (split_of(8, 3), 0.5, r"3 tokens.*no passage.*expected four"),
     ],
 )
 def test_what_has_no_passages_is_refused(split: TokenSplit, share: float, said: str) -> None:
@@ -63,5 +63,5 @@ def test_what_has_no_passages_is_refused(split: TokenSplit, share: float, said: 
 def test_packed_rows_are_refused() -> None:
     rows = torch.arange(16).view(2, 8)
     packed = TokenSplit(rows, rows, rows, "", positions={"calibration": rows})
-    with pytest.raises(StreamlineError, match=r"Packed rows hold several documents, of which half a row is no passage"):
+    with pytest.raises(StreamlineError, match=r"Packed rows.*no passage"):
         with_repeated_passages(packed, 0.5)

@@ -416,7 +416,7 @@ class TestConversations:
 
     def test_a_tokenizer_that_reads_none_back(self, model: LlamaForCausalLM, chat: Any) -> None:
         replace_generate(model, lambda call, row: [*varied(call, row), half(chat)])
-        with pytest.raises(StreamlineError, match=r"not read the same tokens back from 24 of 24 conversations.*self"):
+        with pytest.raises(StreamlineError, match=r"same tokens.*24 of 24.*self"):
             self_generated(model, chat, **self.SHORT)
 
     def test_a_template_that_is_not_read_back(self, model: LlamaForCausalLM, chat: Any) -> None:
@@ -428,9 +428,7 @@ class TestConversations:
             return [0, *real(messages, **options)] if options["tokenize"] else real(messages, **options)
 
         chat.apply_chat_template = with_more
-        expected = (
-            r"from a prompt in its chat template, written out as text.*Take the answers alone: --calibration self"
-        )
+        expected = r"its chat template.*Take.*--calibration self"
         with pytest.raises(StreamlineError, match=expected):
             self_generated(model, chat, **self.SHORT)
         assert not calls
@@ -571,12 +569,12 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("setting", "message"),
         [
-            ({"tokens": 0}, "tokens=0: expected at least 1"),
-            ({"sequence_length": 15}, "sequence_length=15: expected at least 16"),
-            ({"temperature": 0.0}, "temperature=0.0: expected a number above 0"),
-            ({"top_p": 1.5}, "top_p=1.5: expected a number above 0 and at most 1"),
-            ({"keep_fraction": 0.0}, "keep_fraction=0.0: expected a number above 0 and at most 1. Change it"),
-            ({"batch_size": 0}, "batch_size=0: expected at least 1"),
+            ({"tokens": 0}, r"tokens=0.*at least 1"),
+            ({"sequence_length": 15}, r"sequence_length=15.*at least 16"),
+            ({"temperature": 0.0}, r"temperature=0.0.*above 0"),
+            ({"top_p": 1.5}, r"top_p=1.5.*above 0 and at most 1"),
+            ({"keep_fraction": 0.0}, r"keep_fraction=0.0.*above 0 and at most 1.*Change"),
+            ({"batch_size": 0}, r"batch_size=0.*at least 1"),
         ],
     )
     def test_settings(self, model: LlamaForCausalLM, tokenizer: Any, setting: dict[str, Any], message: str) -> None:

@@ -69,7 +69,7 @@ def test_no_long_paragraph_is_in_two_parts(
     except StreamlineError as error:
         # Three sequences, a quarter of one lost at the end of each part, and a word at each cut.
         assert sum(len(paragraph(*one)) for one in unique) < 3 * (1.25 * length + 20)
-        assert "Expected at the very least one sequence" in str(error)
+        assert f"one sequence of {length:,} tokens" in str(error)
         return
 
     counted = [set(words_of(getattr(split, part))) for part in PARTS]
@@ -224,16 +224,16 @@ def test_describe() -> None:
 @pytest.mark.parametrize(
     ("documents", "options", "message"),
     [
-        ([], {}, r"about 0 tokens .* \(in 0 documents\). Expected at the very least one sequence of 16 tokens for"),
+        ([], {}, r"about 0 tokens.*in 0 documents.*Expected.*sequence of 16 tokens"),
         (
             ["Too short."],
             {},
-            r"about 10 tokens .*in 1 document\)\. .* for each of test and validation and calibration, which is 48 and",
+            r"10 tokens.*in 1 document\).*test and validation and calibration.*48",
         ),
-        (["Too short."], {}, r"Give more text, or a smaller --sequence-length."),
-        (["x"], {"test_tokens": 15}, r"test_tokens=15 with sequence_length=16: .* Ask for test_tokens=16 or more"),
-        (["x"], {"sequence_length": 0}, r"with sequence_length=0: expected a positive sequence length"),
-        (documents_of([[(n, 15)] for n in range(99)]), {"test_documents": []}, r"each of test, which is 16"),
+        (["Too short."], {}, r"Give more text.*--sequence-length"),
+        (["x"], {"test_tokens": 15}, r"test_tokens=15.*sequence_length=16.*Ask for test_tokens=16"),
+        (["x"], {"sequence_length": 0}, r"sequence_length=0.*positive"),
+        (documents_of([[(n, 15)] for n in range(99)]), {"test_documents": []}, r"each of test.*16"),
     ],
 )
 def test_errors(documents: list[str], options: dict[str, Any], message: str) -> None:
@@ -264,8 +264,8 @@ class TestCheckTokenizer:
     @pytest.mark.parametrize(
         ("rows", "split", "message"),
         [
-            (7, None, r"'some/tokenizer' does not belong .* vocabulary holds the id 7, .* 7 rows. .* from 0 to 6."),
-            (11, split, r"this text was given the id 11, and the model's embedding has 11 rows"),
+            (7, None, r"'some/tokenizer'.*id 7.*7 rows.*0 to 6"),
+            (11, split, r"id 11.*11 rows"),
         ],
     )
     def test_raises(self, rows: int, split: TokenSplit | None, message: str) -> None:

@@ -97,14 +97,14 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
 
 def test_a_missing_source_is_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
-    with pytest.raises(StreamlineError, match=r"'/no/such/file': there is no such file or folder"):
+    with pytest.raises(StreamlineError, match=r"'/no/such/file'.*no such file or folder"):
         stream_documents([tmp_path / "a.txt", "/no/such/file"])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_sources_without_text(tmp_path: Path, rank: int) -> None:
     (tmp_path / "a.txt").write_text(" \n\n\n ")
-    with pytest.raises(StreamlineError, match="No text was found in .*Check that the source"):
+    with pytest.raises(StreamlineError, match=r"No text.*Check"):
         next(stream_documents(tmp_path, processes=Processes(rank, 2)))
 
 

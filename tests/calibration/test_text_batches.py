@@ -66,7 +66,7 @@ def test_no_document_is_in_two_parts(
     try:
         parts = text_parts(documents, TOKENIZER, tokens, **options)
     except StreamlineError as error:
-        assert "so that no document is in two parts. Give more documents" in str(error)
+        assert "Give more documents" in str(error)
         return
     owner = {int(word): number for number, document in enumerate(documents) for word in document.split()}
     of_part = [{owner[word] for word in words(parts[name])} for name in PARTS]
@@ -205,24 +205,24 @@ def test_real_text(stories: tuple[Any, Any]) -> None:
 @pytest.mark.parametrize(
     ("documents", "tokens", "options", "message"),
     [
-        (["1"], {}, {}, "No part was asked for. Expected a number of tokens by name"),
-        (["1"], {"a": 0}, {}, "0 tokens were asked for in the part 'a'"),
+        (["1"], {}, {}, r"No part.*Expected.*by name"),
+        (["1"], {"a": 0}, {}, r"0 tokens.*'a'"),
         (["1"], {"a": 99}, {"batch_size": 0}, "batch_size=0: expected"),
-        ([], {"a": 99}, {}, "No text was given. Expected documents, as read_documents"),
+        ([], {"a": 99}, {}, r"No text.*Expected.*read_documents"),
         (
             ["1"],
             {"a": 13},
             {"sequence_length": 16},
-            r"13 tokens for the part 'a' with sequence_length=16, of which 2 are",
+            r"13 tokens.*'a'.*sequence_length=16.*2 are",
         ),
-        (["1"], {"a": 99}, {"sequence_length": 2}, r"Expected at least one token of text.*Ask for 1 tokens or more"),
+        (["1"], {"a": 99}, {"sequence_length": 2}, r"Expected at least one token.*Ask for 1 tokens"),
         (
             documents_of([5] * 10),
             {"a": 99},
             {"sequence_length": 12},
-            r"holds about \d+ tokens in 10 documents, and a 99 were asked for\. .* at most 10 or a quarter of its part",
+            r"\d+ tokens in 10 documents.*a 99.*at most 10",
         ),
-        (documents_of([2_000]), {"a": 99}, {}, r"in 1 documents, .*Give more documents, cut long ones"),
+        (documents_of([2_000]), {"a": 99}, {}, r"1 documents.*Give more documents"),
     ],
 )
 def test_errors(documents: list[str], tokens: dict[str, int], options: dict[str, Any], message: str) -> None:

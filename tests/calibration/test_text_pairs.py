@@ -86,9 +86,7 @@ class TestRead:
     def test_named_columns(self, tmp_path: Path) -> None:
         path = write(tmp_path / "a.jsonl", [{"article": "long", "highlights": "short", "source": "x", "target": "y"}])
         assert read_pairs(path, columns=("article", "highlights")) == [("long", "short")]
-        message = (
-            r"line 1 has the fields \['article', .*\]\. Expected `a` and `b`\. Rename them, or name them: columns="
-        )
+        message = r"line 1.*\['article'.*Expected `a` and `b`.*columns="
         with pytest.raises(StreamlineError, match=message):
             read_pairs(path, columns=("a", "b"))
 
@@ -99,22 +97,22 @@ class TestRead:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("", r"No pair was found in .*a\.jsonl'\. Expected a JSONL file.*both sides"),
+            ("", r"No pair.*a\.jsonl'.*Expected.*JSONL.*both"),
             (
                 '{"source": "a"}',
-                r"line 1 has the fields \['source'\]\. Expected `source` and `target` or `text` and `sum",
+                r"line 1.*\['source'\].*Expected `source` and `target` or `text` and `sum",
             ),
             (
                 '\n{"source": 1, "target": null}',
-                r"line 2 holds a int as `source` and a NoneType as `target`\. Expected a",
+                r"line 2.*a int.*`source`.*a NoneType.*`target`.*Expected",
             ),
             (
                 "[1]",
-                r"line 1 holds a list and no `source` that is a string and `target` that is a string\. Expected an obj",
+                r"line 1.*a list.*`source`.*`target`.*Expected",
             ),
             (
                 "{",
-                r'line 1 is not JSON .* a `source` field and a `target` field in each line, like \{"source": "\.\.\."',
+                r'line 1.*not JSON.*`source`.*`target`.*\{"source": "\.\.\."',
             ),
         ],
     )
@@ -124,7 +122,7 @@ class TestRead:
             read_pairs(tmp_path / "a.jsonl")
 
     def test_other_errors(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        with pytest.raises(StreamlineError, match=r"'nowhere': there is no such file or folder"):
+        with pytest.raises(StreamlineError, match=r"'nowhere'.*no such file or folder"):
             read_pairs("nowhere")
         (tmp_path / "a.csv").write_text("a,b")
         with pytest.raises(StreamlineError, match=r"a\.csv'.*'\.csv'.*Write.*JSONL"):
@@ -139,7 +137,7 @@ class TestRead:
         with pytest.raises(StreamlineError, match=r"a\.parquet.*\['de'.*'en'\].*Expected `source`"):
             read_pairs(tmp_path / "a.parquet")
         monkeypatch.setitem(sys.modules, "pyarrow", None)
-        with pytest.raises(StreamlineError, match=r"`pyarrow` is not installed.*pip install pyarrow"):
+        with pytest.raises(StreamlineError, match=r"`pyarrow`.*pip install pyarrow"):
             read_pairs(tmp_path / "a.parquet")
 
 
@@ -162,7 +160,7 @@ class TestParts:
         try:
             parts = pair_parts(pairs, TOKENIZER, counts, CONFIG, **options)
         except StreamlineError as error:
-            assert "Give more pairs, or ask for fewer" in str(error)
+            assert "Give more pairs" in str(error)
             if length == 5:  # where nothing is cut
                 assert len({source for source, _ in pairs}) < sum(sizes)
             return
@@ -301,13 +299,13 @@ class TestShift:
     @pytest.mark.parametrize(
         ("model", "message"),
         [
-            (transformers.BertConfig(), r"A BertConfig says nothing of a decoder that writes text\. Expected an enc"),
-            (None, r"A NoneType says nothing of a decoder that writes text"),
-            (nn.Linear(1, 1), r"Linear cannot shift targets to the right \(.*config\.decoder_start_token_id"),
-            (T5Config(vocab_size=204, **SMALL), r"T5ForConditionalGeneration cannot shift .*Set config\.decoder_start"),
+            (transformers.BertConfig(), r"BertConfig.*decoder.*Expected"),
+            (None, r"NoneType.*decoder"),
+            (nn.Linear(1, 1), r"Linear.*shift targets.*config\.decoder_start_token_id"),
+            (T5Config(vocab_size=204, **SMALL), r"T5ForConditionalGeneration cannot shift.*Set config\.decoder_start"),
             (
                 transformers.M2M100Config(**{**BART, "decoder_start_token_id": None}),
-                r"M2M100ForConditionalGeneration cannot shift targets to the right \(.*decoder_start_token_id",
+                r"M2M100ForConditionalGeneration.*shift.*decoder_start_token_id",
             ),
         ],
     )
@@ -319,12 +317,12 @@ class TestShift:
 @pytest.mark.parametrize(
     ("counts", "options", "message"),
     [
-        ({}, {}, "No part was asked for. Expected a number of pairs by name"),
-        ({"a": 0}, {}, "0 pairs were asked for in the part 'a'"),
-        ({"a": 1}, {"batch_size": 0}, "batch_size=0: expected the number of pairs"),
-        ({"a": 1}, {"source_length": 0}, "source_length=0: expected the most tokens"),
-        ({"a": 1}, {"target_length": -1}, "target_length=-1: expected the most tokens"),
-        ({"a": 6, "b": 5}, {}, r"a 6, b 5 pairs were asked for, and there are 10 different sources, 0 of which"),
+        ({}, {}, r"No part.*Expected.*by name"),
+        ({"a": 0}, {}, r"0 pairs.*'a'"),
+        ({"a": 1}, {"batch_size": 0}, "batch_size=0"),
+        ({"a": 1}, {"source_length": 0}, "source_length=0"),
+        ({"a": 1}, {"target_length": -1}, "target_length=-1"),
+        ({"a": 6, "b": 5}, {}, r"a 6, b 5.*10 different.*0 of"),
     ],
 )
 def test_numbers_that_are_refused(counts: dict[str, int], options: dict[str, int], message: str) -> None:
