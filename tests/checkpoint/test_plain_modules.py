@@ -316,9 +316,7 @@ def test_stages_whose_blocks_are_not_alike(tmp_path: Path) -> None:
         assert torch.equal(model(image), loaded(image))
     assert [plan.stack for plan in read_plans(loaded)] == ["layers.1.blocks", "layers.0.blocks", "layers.1.blocks"]
     altered(tmp_path / "model", lambda c: [e["set"].update(shift_size=[1, 1]) for e in c["settings"] if _shifts(e)])
-    with refused(
-        r"block 0 of layers\.1\.blocks, a SwinTransformerBlock, was put in and is built as no", into := swin()
-    ):
+    with refused(r"block 0 of layers\.1\.blocks.*SwinTransformerBlock.*put in", into := swin()):
         load(tmp_path / "model", into=into)
 
 
@@ -446,7 +444,7 @@ def test_notes_and_the_card(tmp_path: Path) -> None:
         "timm.models.vision_transformer.VisionTransformer`, built as it was before, with 5 blocks in `blocks`" in card
     )
     assert "streamline_hooks.load(folder, into=model)" in card
-    with pytest.raises(StreamlineError, match=r"commit\(\) takes JSON values"):
+    with pytest.raises(StreamlineError, match=r"commit\(\).*JSON"):
         with LayerSurgeon(model) as surgeon:
             surgeon.commit(what=object())
     assert len(read_plans(model)) == 1
@@ -473,7 +471,7 @@ def test_a_users_own_kind(tmp_path: Path) -> None:
     require_same(model, loaded)
     assert torch.equal(run(model), run(loaded))
     altered(tmp_path / "model", lambda c: _entries(c)[0]["modules"][0].update(kind="never-registered"))
-    with refused(r"The kind of replacement 'never-registered' is unknown", into := anew("encoder")):
+    with refused(r"'never-registered'.*unknown", into := anew("encoder")):
         load(tmp_path / "model", into=into)
 
 
@@ -499,43 +497,43 @@ def test_a_changed_byte(name: str, folder: Path) -> None:
     at = len(content) - 1 if name == WEIGHTS else content.index(b"layer-norm" if b"layer-norm" in content else b"1e-06")
     content[at] ^= 1
     (folder / name).write_bytes(content)
-    with refused(rf"{name} is not the file that was written: SHA256SUMS beside it", into := anew("timm")):
+    with refused(rf"{name}.*SHA256SUMS", into := anew("timm")):
         load(folder, into=into)
 
 
 def test_a_file_that_is_cut_off_or_gone(folder: Path) -> None:
     into, whole = anew("timm"), (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[:-1])
-    with refused(r"model\.safetensors is damaged or cut off", into):
+    with refused(r"model\.safetensors.*damaged", into):
         load(folder, into=into)
     (folder / WEIGHTS).unlink()
-    with refused(r"model\.safetensors is missing\. Copy the folder again", into):
+    with refused(r"model\.safetensors.*missing.*Copy", into):
         load(folder, into=into)
     (folder / "pytorch_model.bin").write_bytes(whole)
-    with refused(r"pytorch_model\.bin, a format that can run code", into):
+    with refused(r"pytorch_model\.bin.*can run code", into):
         load(folder, into=into)
     (folder / FILE).write_text("{")
-    with refused(r"streamline\.json cannot be read as JSON", into):
+    with refused(r"streamline\.json.*JSON", into):
         load(folder, into=into)
 
 
 WRONG_WEIGHTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
-    "missing": (lambda w: w.pop("blocks.0.mlp.fc1.weight"), r"blocks\.0\.mlp\.fc1\.weight: the weight is missing"),
+    "missing": (lambda w: w.pop("blocks.0.mlp.fc1.weight"), r"blocks\.0\.mlp\.fc1\.weight.*missing"),
     "too many": (
         lambda w: w.update({"blocks.9.w": torch.zeros(2)}),
-        r"blocks\.9\.w: the weight has no place in this V",
+        r"blocks\.9\.w.*no place",
     ),
     "shape": (
         lambda w: w.update({"norm.bias": torch.zeros(3)}),
-        r"norm\.bias: its shape is \(3,\), and \(16,\) in this VisionTransformer",
+        r"norm\.bias.*\(3,\).*\(16,\).*VisionTransformer",
     ),
     "integers": (
         lambda w: w.update({"norm.bias": torch.zeros(WIDTH).long()}),
-        r"norm\.bias: it holds torch\.int64, and torch\.float32 in this",
+        r"norm\.bias.*torch\.int64.*torch\.float32",
     ),
     "of a splice": (
         lambda w: w.pop("blocks.1.spliced_before.0.projection.weight"),
-        r"blocks\.1\.spliced_before\.0\.projection\.weight: the weight of a spliced module is missing",
+        r"blocks\.1\.spliced_before\.0\.projection\.weight.*spliced module is missing",
     ),
 }
 
@@ -544,14 +542,14 @@ WRONG_WEIGHTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
 def test_a_weight_that_is_not_as_it_must_be(wrong: str, folder: Path) -> None:
     change, said = WRONG_WEIGHTS[wrong]
     with_weights(folder, change)
-    with refused(rf"model\.safetensors, {said}", into := anew("timm")):
+    with refused(rf"model\.safetensors.*{said}", into := anew("timm")):
         load(folder, into=into)
 
 
 def test_a_lost_splice(folder: Path) -> None:
     with_weights(folder, lambda weights: weights.pop("blocks.1.spliced_before.0.projection.weight"))
     altered(folder, lambda content: _entries(content).clear())
-    with refused(r"1 modules are spliced beside the blocks of blocks by its plans, and 0 are", into := anew("timm")):
+    with refused(r"1 modules are spliced.*0 are", into := anew("timm")):
         load(folder, into=into)
     altered(folder, lambda content: content["streamline_hooks"]["history"][0].update(splices=[]))
     loaded = load(folder, into=into)  # told nowhere any more: a plain removal, which is what the history says
@@ -561,29 +559,29 @@ def test_a_lost_splice(folder: Path) -> None:
 def test_splices_at_places_that_are_not_there(folder: Path) -> None:
     into = anew("timm")
     altered(folder, lambda content: _entries(content)[0].update(block=4))
-    with refused(r"a module spliced_before block 4, and there is no such place in its 2 blocks", into):
+    with refused(r"spliced_before block 4.*2 blocks", into):
         load(folder, into=into)
     altered(folder, lambda content: _entries(content)[0].update(block=0, place="spliced_after"))
-    with refused(r"a module spliced_after block 0, and there is no such place", into):
+    with refused(r"spliced_after block 0.*no such place", into):
         load(folder, into=into)
     altered(folder, lambda content: _entries(content)[0].update(block=0, place="spliced_before"))
-    with refused(r"1 modules are spliced .* 1 are described, or they are at other places", into):
+    with refused(r"1 modules are spliced.*1 are described.*other places", into):
         load(folder, into=into)
 
 
 def test_a_description_that_is_none(folder: Path) -> None:
     into = anew("timm")
     altered(folder, lambda content: content["streamline_hooks"].update(format=99))
-    with refused(r"has the format 99; this version of streamline_hooks reads up to 1\. Upgrade", into):
+    with refused(r"format 99.*up to 1\. .*Upgrade", into):
         load(folder, into=into)
     altered(folder, lambda content: content["streamline_hooks"].update(format=1, stacks=[]))
-    with refused(r"streamline_hooks\.stacks: it speaks of other blocks than the history", into):
+    with refused(r"streamline_hooks\.stacks.*other blocks", into):
         load(folder, into=into)
     altered(folder, lambda content: content.pop("settings"))
-    with refused(r"streamline\.json is not what streamline_hooks\.save writes: KeyError: 'settings'", into):
+    with refused(r"streamline\.json.*KeyError: 'settings'", into):
         load(folder, into=into)
     (folder / "model.safetensors.index.json").write_text("{}")
-    with refused(r"holds model\.safetensors and model\.safetensors\.index\.json both", into):
+    with refused(r"model\.safetensors.*model\.safetensors\.index\.json", into):
         load(folder, into=into)
 
 
@@ -592,17 +590,17 @@ def test_buffers_and_ties_that_do_not_fit(tmp_path: Path) -> None:
     window(model)
     saved, into = save(model, tmp_path / "model"), anew("own")
     untied = OwnModel(tied=False)
-    with refused(r"embed\.weight and head\.weight are one tensor in the file and two in this OwnModel", untied):
+    with refused(r"embed\.weight and head\.weight are one.*two in.*OwnModel", untied):
         load(saved, into=untied)
     two = OwnModel(tied=False)
     window(two)
-    with refused(r"embed\.weight and head\.weight are two tensors in the file and one in this OwnModel", into):
+    with refused(r"embed\.weight and head\.weight are two.*one in.*OwnModel", into):
         load(save(two, tmp_path / "two"), into=into)
     into.blocks[0].empty = torch.zeros(2)
-    with refused(r"model\.safetensors, blocks\.0\.empty: the buffer is missing", into):
+    with refused(r"model\.safetensors, blocks\.0\.empty.*missing", into):
         load(saved, into=into)
     altered(saved, lambda content: content["buffers"].append("blocks.0.nowhere"))
-    with refused(r"blocks\.0\.nowhere: the buffer is missing", into := anew("own")):
+    with refused(r"blocks\.0\.nowhere.*missing", into := anew("own")):
         load(saved, into=into)
 
 
@@ -616,17 +614,13 @@ def encoder(**options: Any) -> nn.TransformerEncoder:
 
 def test_another_class(folder: Path) -> None:
     into = anew("encoder")
-    said = (
-        r"holds a timm\.models\.vision_transformer\.VisionTransformer; into= is a torch\.nn\..*TransformerEncoder\. B"
-    )
+    said = r"timm\.models\.vision_transformer\.VisionTransformer.*into=.*torch\.nn\..*TransformerEncoder\. B"
     with refused(said, into):
         load(folder, into=into)
     with pytest.raises(StreamlineError, match=r"into=.*torch\.nn\.Module"):
         load(folder, into="vit")  # type: ignore[call-overload]
     pytest.importorskip("torchvision")
-    with refused(
-        r"with blocks in blocks; into= is a torchvision.*VisionTransformer that has none", into := anew("torchvision")
-    ):
+    with refused(r"in blocks;.*into=.*torchvision.*VisionTransformer.*none", into := anew("torchvision")):
         load(folder, into=into)
 
 
@@ -639,16 +633,14 @@ def test_a_class_that_has_moved(tmp_path: Path) -> None:
 def test_another_number_of_blocks(tmp_path: Path) -> None:
     model = OwnModel()
     window(model)
-    with refused(
-        r"blocks of this OwnModel has 2 blocks; the one that was operated on had 5", into := OwnModel(blocks=2)
-    ):
+    with refused(r"blocks of this OwnModel.*2 blocks.*had 5", into := OwnModel(blocks=2)):
         load(save(model, tmp_path / "model"), into=into)
 
 
 def test_one_that_was_operated_on_already(folder: Path, tmp_path: Path) -> None:
     into = anew("timm")
     removal(into)
-    with refused(r"into= is a VisionTransformer that was operated on already", into):
+    with refused(r"VisionTransformer.*operated on already", into):
         load(folder, into=into)
     with LayerSurgeon(other := anew("timm")) as surgeon:
         surgeon.insert(0, linear(0))
@@ -657,10 +649,10 @@ def test_one_that_was_operated_on_already(folder: Path, tmp_path: Path) -> None:
 
 
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
-    "heads": ({"nhead": 4}, r"layers\.0\.self_attn\.num_heads is 4, and 2 in the one that was saved"),
-    "norm": ({"norm_first": True}, r"layers\.0\.norm_first is True, and False in the one that was saved"),
-    "activation": ({"activation": "gelu"}, r"layers\.0\.activation.* in the one that was saved"),
-    "eps": ({"layer_norm_eps": 1e-3}, r"layers\.0\.norm1\.eps is 0\.001, and 1e-05 in the one that was saved"),
+    "heads": ({"nhead": 4}, r"layers\.0\.self_attn\.num_heads is 4.*2"),
+    "norm": ({"norm_first": True}, r"layers\.0\.norm_first is True.*False"),
+    "activation": ({"activation": "gelu"}, r"layers\.0\.activation"),
+    "eps": ({"layer_norm_eps": 1e-3}, r"layers\.0\.norm1\.eps is 0\.001.*1e-05"),
 }
 
 
@@ -669,7 +661,7 @@ def test_other_settings_of_the_same_shapes(name: str, tmp_path: Path) -> None:
     model = encoder()
     window(model)
     changed, said = SETTINGS[name]
-    with refused(rf"TransformerEncoder is not built as the one that was saved: {said}", into := encoder(**changed)):
+    with refused(rf"TransformerEncoder.*{said}", into := encoder(**changed)):
         load(save(model, tmp_path / "model"), into=into)
 
 
@@ -682,7 +674,7 @@ def test_settings_that_change_nothing(tmp_path: Path) -> None:
     own.blocks[0].drop = nn.Identity()
     loaded = load(save(own, tmp_path / "own"), into=OwnModel())
     require_same(own, loaded)
-    with refused(r"blocks\.0\.act is 'relu\(\)', and 'gelu\(\)' in the one", into := OwnModel(act=functional.relu)):
+    with refused(r"blocks\.0\.act is 'relu\(\)'.*'gelu\(\)'", into := OwnModel(act=functional.relu)):
         load(tmp_path / "own", into=into)
 
 
@@ -692,7 +684,7 @@ def test_a_setting_that_counts_can_be_set_first(tmp_path: Path) -> None:
     removal(model)
     into = OwnModel()
     into.steps = 0
-    with refused(r"steps is 0, and 12 .*where this one changes nothing of what is computed, set it first", into):
+    with refused(r"steps is 0.*12.*set it first", into):
         load(save(model, tmp_path / "model"), into=into)
     into.steps = 12
     require_same(model, load(tmp_path / "model", into=into))
@@ -701,7 +693,7 @@ def test_a_setting_that_counts_can_be_set_first(tmp_path: Path) -> None:
 def test_one_without_memory_for_its_weights(folder: Path) -> None:
     with torch.device("meta"):
         into = anew("timm")
-    with pytest.raises(StreamlineError, match=r"is on the device meta, so that nothing can be put into it"):
+    with pytest.raises(StreamlineError, match="device meta"):
         load(folder, into=into)
 
 
@@ -720,7 +712,7 @@ def test_a_block_put_in_that_is_no_copy(tmp_path: Path) -> None:
     model = encoder()
     with committing(model) as surgeon:
         surgeon.replace([1, 2], nn.TransformerEncoderLayer(WIDTH, 4, 32, batch_first=True))
-    said = r"block 1 of layers, a TransformerEncoderLayer, was put in .* in block 1, self_attn\.num_heads is 2, and 4"
+    said = r"block 1 of layers.*TransformerEncoderLayer.*put in.*self_attn\.num_heads is 2.*4"
     with refused(said, into := encoder()):
         load(save(model, tmp_path / "model"), into=into)
 
@@ -732,7 +724,7 @@ def test_without_into_and_with_what_is_for_transformers(folder: Path) -> None:
     with pytest.raises(StreamlineError, match=r"VisionTransformer.*into=model\)"):
         load(folder)
     for options in ({"as_original": True}, {"dtype": "auto"}):
-        with refused(rf"{next(iter(options))} is for Transformers models, and .* holds another", into := anew("timm")):
+        with refused(f"{next(iter(options))} is for Transformers models", into := anew("timm")):
             load(folder, into=into, **options)  # type: ignore[call-overload]
     (folder / "config.json").write_text("{}")
     with pytest.raises(StreamlineError, match=r"config\.json.*streamline\.json"):
@@ -747,7 +739,7 @@ def test_into_for_a_transformers_model(tmp_path: Path) -> None:
 
 
 def test_no_plans() -> None:
-    with pytest.raises(StreamlineError, match=r"OwnModel says of no surgery"):
+    with pytest.raises(StreamlineError, match=r"OwnModel.*no surgery"):
         read_plans(OwnModel())
 
 
@@ -756,7 +748,7 @@ def test_no_plans() -> None:
 
 def test_no_surgery_or_one_that_is_open(tmp_path: Path) -> None:
     model, where = OwnModel(), tmp_path / "model"
-    with pytest.raises(StreamlineError, match=r"OwnModel is no Transformers model, and no surgery was committed to it"):
+    with pytest.raises(StreamlineError, match=r"OwnModel.*no Transformers model.*no surgery"):
         save(model, where)
     window(model)
     with LayerSurgeon(model) as surgeon:
@@ -785,9 +777,7 @@ def test_a_block_that_was_copied_inside_another_surgeon(tmp_path: Path) -> None:
 def test_a_part_that_was_operated_on(tmp_path: Path) -> None:
     model = OwnModel()
     window(model)
-    with pytest.raises(
-        StreamlineError, match=r"committed to a part of this Sequential, 0, .*Save that part: save\(model"
-    ):
+    with pytest.raises(StreamlineError, match=r"part of this Sequential, 0.*Save that part.*save\(model"):
         save(nn.Sequential(model), tmp_path / "model")
 
 
@@ -809,7 +799,7 @@ def test_stacks_inside_one_another(tmp_path: Path) -> None:
         surgeon.remove([1])
     with committing(model, "layers") as surgeon:
         surgeon.remove([2])
-    with pytest.raises(StreamlineError, match=r"The stacks layers and layers\.1\.blocks were both operated on"):
+    with pytest.raises(StreamlineError, match=r"layers and layers\.1\.blocks.*both"):
         save(model, tmp_path / "model")
 
 
@@ -822,7 +812,7 @@ def test_what_safetensors_have_no_place_for(tmp_path: Path) -> None:
 
     model = Extra()
     removal(model)
-    with pytest.raises(StreamlineError, match=r"_extra_state of this Extra is a dict, for which safetensors have no"):
+    with pytest.raises(StreamlineError, match=r"_extra_state.*Extra.*dict"):
         save(model, tmp_path / "model")
     views = OwnModel(tied=False)
     removal(views)
@@ -832,14 +822,14 @@ def test_what_safetensors_have_no_place_for(tmp_path: Path) -> None:
     spliced = OwnModel()
     with committing(spliced) as surgeon:
         surgeon.insert(1, Nudge(WIDTH))
-    with pytest.raises(StreamlineError, match=r"A Nudge cannot be written to a checkpoint"):
+    with pytest.raises(StreamlineError, match=r"Nudge.*checkpoint"):
         save(spliced, tmp_path / "model")
     with pytest.raises(StreamlineError, match=r"max_shard_size='1GB'"):
         save(views, tmp_path / "model", max_shard_size="1GB")
     sparse = OwnModel()
     removal(sparse)
     sparse.register_buffer("graph", torch.eye(3).to_sparse())
-    with pytest.raises(StreamlineError, match=r"graph of this OwnModel is .* no plain tensor"):
+    with pytest.raises(StreamlineError, match=r"graph.*OwnModel.*no plain tensor"):
         save(sparse, tmp_path / "model")
     assert not list(tmp_path.iterdir())
 

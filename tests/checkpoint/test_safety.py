@@ -56,7 +56,7 @@ def test_what_was_written_is_read(name: str, saved: dict[str, Path]) -> None:
 def test_a_truncated_file(name: str, size: int, copied: Callable[[str], Path]) -> None:
     file = copied(name) / "model.safetensors"
     file.write_bytes(file.read_bytes()[: size if size >= 0 else file.stat().st_size + size])
-    with pytest.raises(StreamlineError, match=r"model\.safetensors is damaged or cut off: .*Copy it again"):
+    with pytest.raises(StreamlineError, match=r"model\.safetensors.*damaged.*Copy"):
         load(file.parent)
 
 
@@ -76,9 +76,9 @@ def test_a_weight_that_is_gone_of_another_shape_or_too_many(name: str, copied: C
     weights = load_file(folder / "model.safetensors")
     key = "model.layers.0.mlp.down_proj.weight"
     cases = {
-        "the weight is missing": {k: v for k, v in weights.items() if k != key},
-        "its shape is not the one": {**weights, key: weights[key][:-1].clone()},
-        "has no place in the model": {**weights, "model.layers.9.extra.weight": torch.zeros(2)},
+        "missing": {k: v for k, v in weights.items() if k != key},
+        "shape": {**weights, key: weights[key][:-1].clone()},
+        "no place": {**weights, "model.layers.9.extra.weight": torch.zeros(2)},
     }
     for said, changed in cases.items():
         save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
@@ -111,7 +111,7 @@ def test_weights_outside_the_folder(path: str, copied: Callable[[str], Path]) ->
     shutil.copy(next(folder.glob("*.safetensors")), folder.parent / "weights.safetensors")
     key = "model.norm.weight"
     config_with(folder, lambda c: c["weight_map"].update({key: path}), "model.safetensors.index.json")
-    with pytest.raises(StreamlineError, match=rf"weight_map\.{key}: .* is outside this folder; it is not read"):
+    with pytest.raises(StreamlineError, match=rf"weight_map\.{key}.*outside this folder"):
         load(folder)
 
 
@@ -144,7 +144,7 @@ def test_what_is_looked_at_is_what_is_loaded(copied: Callable[[str], Path]) -> N
     with pytest.raises(StreamlineError, match=r"model\.safetensors.*model\.safetensors\.index\.json"):
         load(folder)
     for name in ("variant", "subfolder", "gguf_file"):
-        with pytest.raises(StreamlineError, match=f"{name} would load other files than those that are looked at"):
+        with pytest.raises(StreamlineError, match=f"{name} would load other files"):
             load(folder, **{name: "other"})
 
 
@@ -168,7 +168,7 @@ def test_a_pickle_is_not_read(tmp_path: Path) -> None:
         load(tmp_path)
     config = json.dumps({"weight_map": {"model.norm.weight": "pytorch_model.bin"}})
     (tmp_path / "model.safetensors.index.json").write_text(config)
-    with pytest.raises(StreamlineError, match=r"names pytorch_model\.bin, which is no safetensors file"):
+    with pytest.raises(StreamlineError, match=r"pytorch_model\.bin.*no safetensors file"):
         load(tmp_path)
     assert not (tmp_path / "ran").exists()
     pickle.loads((tmp_path / "pytorch_model.bin").read_bytes()).close()
@@ -179,18 +179,18 @@ def test_an_adapter_does_not_bring_its_base_along(copied: Callable[[str], Path],
     folder = copied("plain")
     adapter = {"peft_type": "LORA", "base_model_name_or_path": str(saved["spliced"])}
     (folder / "adapter_config.json").write_text(json.dumps(adapter))
-    with pytest.raises(StreamlineError, match=r"adapter_config\.json makes this folder an adapter of a model"):
+    with pytest.raises(StreamlineError, match=r"adapter_config\.json.*adapter of a model"):
         load(folder)
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("{", "cannot be read as JSON"), ("[1]", "holds a list; expected"), ("\xff", "cannot be read as JSON")],
+    [("{", "JSON"), ("[1]", "a list; expected"), ("\xff", "JSON")],
 )
 def test_a_configuration_that_is_none(content: str, said: str, copied: Callable[[str], Path]) -> None:
     folder = copied("plain")
     (folder / "config.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(StreamlineError, match=rf"config\.json {said}"):
+    with pytest.raises(StreamlineError, match=rf"config\.json.*{said}"):
         load(folder)
 
 
@@ -198,23 +198,23 @@ def test_a_plan_that_was_changed(copied: Callable[[str], Path]) -> None:
     folder = copied("spliced")
     said = json.loads((folder / "config.json").read_text())["streamline_hooks"]
     changes: list[tuple[dict[str, Any], str]] = [
-        ({"block": 99}, "a module spliced_before block 99 of 'model.layers', which has"),
-        ({"block": -1}, "a module spliced_before block -1"),
-        ({"place": "forward"}, "a module forward block"),
+        ({"block": 99}, r"spliced_before block 99.*'model.layers'"),
+        ({"block": -1}, "spliced_before block -1"),
+        ({"place": "forward"}, "forward block"),
     ]
     for change, match in changes:
         splices = [{**said["splices"][0], **change}]
         config_with(folder, lambda c, splices=splices: c["streamline_hooks"].update({"splices": splices}))
-        with pytest.raises(StreamlineError, match=rf"config\.json, streamline_hooks\.splices: {match}"):
+        with pytest.raises(StreamlineError, match=rf"config\.json, streamline_hooks\.splices.*{match}"):
             load(folder)
 
 
 @pytest.mark.parametrize(
     ("line", "match"),
     [
-        ("", r"config\.json is not the file that was written"),
+        ("", r"config\.json.*not the file"),
         ("00  model.safetensors", "holds no checksums"),
-        ("0" * 64 + "  other.safetensors", r"config\.json is not the file that was written"),
+        ("0" * 64 + "  other.safetensors", r"config\.json.*not the file"),
     ],
 )
 def test_checksums_of_something_else(line: str, match: str, copied: Callable[[str], Path]) -> None:
@@ -259,7 +259,7 @@ def test_a_page_written_later_has_checksums_too(whole: Path, tmp_path: Path) -> 
         load(folder)
     (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
     write_report(folder, compression=said, command="a command", title="A model")
-    with pytest.raises(StreamlineError, match=r"config\.json is not the file that was written"):
+    with pytest.raises(StreamlineError, match=r"config\.json.*not the file"):
         load(folder)
 
 
@@ -270,7 +270,7 @@ def test_a_tokenizer_or_generation_config_that_was_changed_or_is_gone(name: str,
     with pytest.raises(StreamlineError, match=rf"{name} is.*SHA256SUMS"):
         load(folder)
     (folder / name).unlink()
-    with pytest.raises(StreamlineError, match=rf"{name} is missing: SHA256SUMS"):
+    with pytest.raises(StreamlineError, match=rf"{name}.*missing.*SHA256SUMS"):
         load(folder)
 
 
@@ -297,7 +297,7 @@ def test_checksums_name_nothing_outside_the_folder(name: str, copied: Callable[[
 def test_as_the_original(saved: dict[str, Path]) -> None:
     plain = load(saved["plain"], as_original=True)
     assert type(plain).__module__.startswith("transformers.")
-    with pytest.raises(StreamlineError, match=r"a llama with spliced modules, .* it would lose its repair"):
+    with pytest.raises(StreamlineError, match=r"llama.*spliced modules.*lose its repair"):
         load(saved["spliced"], as_original=True)
 
 

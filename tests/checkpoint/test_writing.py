@@ -239,7 +239,7 @@ def test_a_users_own_module_is_saved_when_it_is_registered(tmp_path: Path) -> No
     with LayerSurgeon(model) as surgeon:
         surgeon.replace([1], Nudge())
         surgeon.commit()
-    with pytest.raises(StreamlineError, match="A Nudge cannot be written to a checkpoint"):
+    with pytest.raises(StreamlineError, match=r"Nudge.*checkpoint"):
         save(model, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -304,7 +304,7 @@ def test_an_unknown_kind_a_later_format_and_a_foreign_config(tmp_path: Path) -> 
 
     splices = json.loads(json.dumps(config["streamline_hooks"]["splices"]).replace("linear", "cubic"))
     changed(splices=splices)
-    with pytest.raises(StreamlineError, match="'cubic' is unknown. Known here: .*linear"):
+    with pytest.raises(StreamlineError, match=r"'cubic'.*Known.*linear"):
         load(tmp_path / "model")
     changed(format=99)
     with pytest.raises(StreamlineError, match=r"format 99.*streamline_hooks.*3"):
@@ -313,9 +313,9 @@ def test_an_unknown_kind_a_later_format_and_a_foreign_config(tmp_path: Path) -> 
     with pytest.raises(StreamlineError, match="streamline_hooks"):
         load(tmp_path / "model")
     path.write_text(json.dumps({**config, "base_model_type": "made-up"}))
-    with pytest.raises(StreamlineError, match="a compressed 'made-up', which the installed Transformers"):
+    with pytest.raises(StreamlineError, match=r"'made-up'.*Transformers"):
         load(tmp_path / "model")
-    with pytest.raises(StreamlineError, match="holds no model: config.json is missing"):
+    with pytest.raises(StreamlineError, match=r"config.json is missing"):
         load(tmp_path)
 
 
@@ -333,10 +333,10 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
     model = repaired("llama")
     with pytest.raises(StreamlineError, match=r"Choose.*--overwrite"):
         save(model, tmp_path)
-    with pytest.raises(StreamlineError, match="is a file; give a folder"):
+    with pytest.raises(StreamlineError, match=r"is a file.*folder"):
         save(model, tmp_path / "precious")
     assert [p.name for p in tmp_path.iterdir()] == ["precious"]
-    with pytest.raises(StreamlineError, match="contains what `save` did not write: precious. .*Move these files"):
+    with pytest.raises(StreamlineError, match=r"precious.*Move"):
         save(model, tmp_path, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["precious"] and (tmp_path / "precious").read_text() == "keep me"
 
@@ -362,7 +362,7 @@ def test_a_full_disk_leaves_the_old_folder_as_it_was(limit: int, tmp_path: Path)
     save(repaired("opt"), target)
     before = {p.name: p.read_bytes() for p in target.iterdir()}
     printed = in_a_new_process(DISK_FULL, target, limit).stdout
-    assert "failed:" in printed and "What was there before is untouched" in printed
+    assert "failed:" in printed and "untouched" in printed
     assert {p.name: p.read_bytes() for p in target.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
@@ -450,7 +450,7 @@ def test_a_place_that_cannot_be_written_is_known_beforehand(monkeypatch: pytest.
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "mkdir", forbid)
-        with pytest.raises(StreamlineError, match="Permission denied.* choose another place"):
+        with pytest.raises(StreamlineError, match=r"Permission denied.*choose"):
             require_free(tmp_path / "a" / "b")
     monkeypatch.setattr(Path, "is_mount", lambda self: True)
     with pytest.raises(StreamlineError, match="is where a disk is mounted"):

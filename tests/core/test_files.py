@@ -76,7 +76,7 @@ def test_an_exception_leaves_the_previous_version(kind: str, error: Any, tmp_pat
     (write if kind == "file" else write_folder)(target, "first")
     full = isinstance(error, OSError)
     expected: Any = StreamlineError if full else error
-    with pytest.raises(expected, match=f"{target}.*No space left.*choose another" if full else None):
+    with pytest.raises(expected, match=rf"{target}.*No space left.*choose" if full else None):
         with atomic_file(target) if kind == "file" else atomic_folder(target, overwrite=True) as new:
             (new if kind == "file" else new / "half").write_text("half")
             raise error
@@ -146,7 +146,7 @@ def test_a_process_in_an_empty_folder_stays_in_it(tmp_path: Path, monkeypatch: p
 
 def test_a_folder_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     target = tmp_path / "target"
-    with pytest.raises(StreamlineError, match=f"{target}.*not empty.*choose another place"):
+    with pytest.raises(StreamlineError, match=rf"{target}.*not empty.*choose"):
         with atomic_folder(target) as new:
             (new / "a").touch()
             target.mkdir()
@@ -336,7 +336,7 @@ def test_the_check_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["file/out", "file/deep/out", "x" * 256, "ü" * 128, "x" * 300 + "/out"])
 def test_what_cannot_be_written_is_known_beforehand(name: str, folder: bool, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file")
-    with pytest.raises(StreamlineError, match="(?s)failed: .*(Not a directory|File exists|name too long)"):
+    with pytest.raises(StreamlineError, match=r"(?s)failed.*(Not a directory|File exists|name too long)"):
         check_writable(tmp_path / name, folder=folder)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -351,9 +351,9 @@ def test_long_names_that_the_system_takes_are_written(name: str, tmp_path: Path)
 
 def test_a_file_is_no_folder_and_a_folder_no_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StreamlineError, match="file is a file; a folder is written there. Choose another"):
+    with pytest.raises(StreamlineError, match=r"file is a file.*Choose"):
         check_writable(tmp_path / "file", folder=True)
-    with pytest.raises(StreamlineError, match="is a folder; a file is written there. Choose another"):
+    with pytest.raises(StreamlineError, match=r"is a folder.*Choose"):
         check_writable(tmp_path)
     with pytest.raises(StreamlineError, match="Writing / failed"):
         check_writable("/", folder=True)
