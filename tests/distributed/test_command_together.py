@@ -48,7 +48,7 @@ def test_two_processes_write_what_one_writes(stories_folder: Path, story_texts: 
     assert spoken[0] == spoken[1] == spoken[2] and "trained" in spoken[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["launched", "one", "texts.jsonl", "two"]
     refused = run(two, stories_folder, "--output", tmp_path / "one", "--calibration", texts)
-    assert refused.returncode != 0 and "is not empty. Choose another folder" in refused.stderr
+    assert refused.returncode != 0 and "not empty. Choose" in refused.stderr
 
 
 @pytest.mark.slow
@@ -58,7 +58,7 @@ def test_a_dry_run_that_fails_ends_in_both(stories_folder: Path, tmp_path: Path)
     texts.write_text(json.dumps({"text": "A short text, and no more than that. " * 3}) + "\n")
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = run(two, stories_folder, "--output", tmp_path / "out", "--calibration", texts, "--dry-run")
-    assert done.returncode != 0 and "The text holds about" in done.stderr and "Process 0 of 2: " in done.stderr
+    assert done.returncode != 0 and "text holds about" in done.stderr and "Process 0 of 2: " in done.stderr
 
 
 def test_one_process_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +73,7 @@ def test_several_that_cannot_find_one_another_are_told(monkeypatch: pytest.Monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    text = "says that several processes were started, but RANK and MASTER_ADDR and MASTER_PORT not how they find"
+    text = r"several processes.*RANK and MASTER_ADDR and MASTER_PORT"
     with pytest.raises(StreamlineError, match=text), launched():
         pass
 

@@ -57,8 +57,8 @@ def test_a_killed_process_ends_the_job_and_it_goes_on(tmp_path: Path) -> None:
     killed = launch(tmp_path, "killed", dies=2)
     assert killed.returncode != 0
     assert "Signal 9 (SIGKILL) received by PID" in killed.stderr and "rank      : 1 (local_rank: 1)" in killed.stderr
-    assert "Process 0 of 2 has lost the others in train: " in killed.stderr
-    assert "See what the others wrote, and start all of them again." in killed.stderr
+    assert "Process 0 of 2 has lost the others in train" in killed.stderr
+    assert "start all of them again" in killed.stderr
     assert not list(tmp_path.glob("killed-*.pt"))
     gone_on = launch(tmp_path, "killed", dies=99, resume="resume")
     assert gone_on.returncode == 0, gone_on.stderr

@@ -142,5 +142,5 @@ def test_after_failures_the_processes_are_in_step(one: dict[str, Any], two: list
 
 def test_a_process_that_is_gone_is_noticed(folder: Path) -> None:
     said = (folder / "lost.txt").read_text()
-    assert said.startswith("StreamlineError: Process 0 of 2 has lost the others in profile: ")
+    assert said.startswith("StreamlineError: Process 0 of 2 has lost the others in profile")
     assert "start all of them again" in said

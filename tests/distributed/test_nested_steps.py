@@ -52,6 +52,6 @@ def test_whoever_fails_all_hear_of_it_and_go_on_in_step(tmp_path: Path) -> None:
     assert said[0]["inside"] == "StreamlineError: Process 1 of 3: KeyError: 'inside'"
     assert said[0]["both"] == "StreamlineError: Process 0 of 3: KeyError: 'before' Process 1 of 3: KeyError: 'inside'"
     assert said[0]["all"] == "StreamlineError: KeyError: 'before'"
-    assert "The processes are not at the same step: 0 at step 0, 1 at step 1, 2 at step 1." in said[0]["apart"]
+    assert "0 at step 0, 1 at step 1, 2 at step 1" in said[0]["apart"]
     assert said[0]["whole"] == said[0]["afterwards"] == "made by the first"
     assert said[0]["sum"] == [3.0, 3.0, 3.0]

@@ -60,9 +60,8 @@ def test_what_was_compared_had_something_to_learn(one: dict[str, Any]) -> None:
     assert one["whole"]["kl"][-1] < one["whole"]["kl"][0] - 0.01
     start = next(iter(student().parameters().values()))
     assert (one["whole"]["weights"][0] - start).abs().max() > 1e-2
-    assert one["patience"]["steps"][3] == (
-        "the distance to the original and the text's own loss on the validation part was no lower 1 times"
-    )
+    stopped = one["patience"]["steps"][3]
+    assert "text's own loss" in stopped and "no lower 1 times" in stopped
 
 
 @pytest.mark.parametrize(
@@ -106,7 +105,7 @@ def test_with_dropout_the_same_processes_go_on_to_the_same_weights(two: list[dic
 
 def test_a_loss_that_is_no_number_in_one_stops_both(two: list[dict[str, Any]]) -> None:
     for found in two:
-        assert found["nan"]["steps"][3] == "the loss of step 2 is nan"
+        assert "loss of step 2 is nan" in found["nan"]["steps"][3]
         assert all(weight.isfinite().all() for weight in found["nan"]["weights"])
 
 
@@ -114,9 +113,8 @@ def test_memory_that_does_not_suffice_in_one_halves_what_both_run(
     one: dict[str, Any], two: list[dict[str, Any]]
 ) -> None:
     assert_alike(two[0]["memory"], one["whole"], 1e-6)
-    assert two[0]["memory"]["said"] == [
-        "Out of memory: 1 sequences are run at a time from here on, and the steps stay."
-    ]
+    (warning,) = two[0]["memory"]["said"]
+    assert "Out of memory" in warning and "1 sequences" in warning
     assert two[1]["memory"]["said"] == []
 
 
