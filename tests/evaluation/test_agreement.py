@@ -124,14 +124,14 @@ def test_another_precision() -> None:
 
 def test_what_cannot_be_compared() -> None:
     model = tiny_model("llama")
-    with pytest.raises(StreamlineError, match="are one module, which agrees with itself.*Keep a copy of the original"):
+    with pytest.raises(StreamlineError, match=r"agrees with itself.*Keep"):
         agreement(model, model, [tokens(1, 4)])
     other = copy.deepcopy(model)
     other.resize_token_embeddings(VOCABULARY + 3, mean_resizing=False)
     with pytest.raises(StreamlineError, match=rf"\(4.*{VOCABULARY + 3}\).*\(4.*{VOCABULARY}\)"):
         agreement(other, model, [tokens(1, 4)])
     for empty in ([], [{"input_ids": tokens(1, 4), "attention_mask": torch.zeros(1, 4).long()}]):
-        with pytest.raises(StreamlineError, match="No token was compared"):
+        with pytest.raises(StreamlineError, match="No token"):
             agreement(repaired("llama"), model, empty)
     broken = tiny_model("llama")
     broken.lm_head.weight.data[3] = torch.inf

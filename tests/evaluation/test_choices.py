@@ -161,7 +161,7 @@ def test_a_cache_that_gives_something_else_is_not_used() -> None:
                 layer.keys = layer.keys * 1.5
 
     model.register_forward_pre_hook(forget, with_kwargs=True)
-    with pytest.warns(UserWarning, match=r"Each choice is run alone: .* LlamaForCausalLM fails \(it gives something"):
+    with pytest.warns(UserWarning, match=r"alone.*LlamaForCausalLM fails"):
         got = score_choices(model, Numbers(), questions).loglikelihoods
     for mine, question in zip(got, questions, strict=True):
         assert mine == pytest.approx(reference(tiny_model("llama", torch.float64), question), rel=1e-9)
@@ -237,7 +237,7 @@ def test_white_space_and_bos() -> None:
         bos_token_id = None
 
     assert module.Encoder(Bare(), False, None)(Question(("",), ("y",), 0))[0].tokens[0] == 2
-    with pytest.raises(StreamlineError, match="The tokenizer has no bos_token_id to begin a text with"):
+    with pytest.raises(StreamlineError, match="bos_token_id to begin"):
         module.Encoder(Bare(), True, None)(Question(("x",), ("y",), 0))
 
 
@@ -249,7 +249,7 @@ def test_what_cannot_be_scored() -> None:
     blank = Question(("5 6",) * 2, ("7", " "), 0, "q.jsonl, line 8")
     with pytest.raises(StreamlineError, match=r"q.jsonl.*line 8"):
         score_choices(model, Numbers(), [blank])
-    with pytest.raises(StreamlineError, match="There is no question to score"):
+    with pytest.raises(StreamlineError, match="no question"):
         score_choices(model, Numbers(), [])
     with pytest.raises(StreamlineError, match=r"batch_size=0.*1 or"):
         score_choices(model, Numbers(), [blank], batch_size=0)

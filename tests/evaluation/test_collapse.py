@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from random import Random
 
 import pytest
@@ -40,12 +41,11 @@ def test_the_sign_test_counts_all_ways_that_a_coin_can_fall(lost: int, won: int)
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
-        ((5, 0, 8, 4), (1, 0, 2, 0), "It solves 3 of 32 small generated problems, of which the original solves 17 "
-         "(arithmetic 5 -> 1, brackets 0 -> 0, copying 8 -> 2, counting 4 -> 0). Perplexity does not show this"),
-        ((8, 8, 8, 8), (0, 0, 0, 0), "It solves 0 of 32 small generated problems, of which the original solves 32 ("),
-        ((8, 8, 8, 8), (8, 0, 8, 8), "It solves 24 of 32 small generated problems, of which the original solves 32, "
-         "but one sort is lost: brackets 8 -> 0. Perplexity"),
-        ((0, 0, 7, 0), (0, 0, 0, 0), "It solves 0 of 32 small generated problems, of which the original solves 7 ("),
+        ((5, 0, 8, 4), (1, 0, 2, 0), r"solves 3 of 32.*original solves 17.*"
+         r"arithmetic 5 -> 1, brackets 0 -> 0, copying 8 -> 2, counting 4 -> 0"),
+        ((8, 8, 8, 8), (0, 0, 0, 0), r"solves 0 of 32.*original solves 32 \("),
+        ((8, 8, 8, 8), (8, 0, 8, 8), r"solves 24 of 32.*original solves 32.*one sort is lost: brackets 8 -> 0"),
+        ((0, 0, 7, 0), (0, 0, 0, 0), r"solves 0 of 32.*original solves 7 \("),
         ((0, 0, 6, 0), (0, 0, 0, 0), ""),  # an original that solves next to nothing
         ((0, 0, 0, 0), (0, 0, 0, 0), ""),
         ((2, 1, 2, 0), (0, 0, 0, 0), ""),
@@ -57,7 +57,7 @@ def test_the_sign_test_counts_all_ways_that_a_coin_can_fall(lost: int, won: int)
 )  # fmt: skip
 def test_problems_that_are_no_longer_solved(before: tuple[int, ...], after: tuple[int, ...], words: str) -> None:
     said = collapse_of_probes(solved(*before), solved(*after))
-    assert said.startswith(words) and bool(said) == bool(words)
+    assert re.search(words, said) and bool(said) == bool(words)
 
 
 def test_other_problems_solved_instead_are_no_collapse() -> None:
@@ -88,9 +88,8 @@ def test_fewer_than_the_fewest_never_say_anything() -> None:
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
-        ((0.0,) * 8, (0.9,) * 8, "It repeats itself: 90% of the runs of four tokens were there before, of the "
-         "original's 0% (8 texts). Remove fewer blocks, or train the repair."),
-        ((0.3,) * 8, (0.9,) * 7 + (0.1,), "It repeats itself: 80% of the runs"),
+        ((0.0,) * 8, (0.9,) * 8, r"repeats itself: 90%.*original's 0% \(8 texts\).*Remove fewer blocks.*train"),
+        ((0.3,) * 8, (0.9,) * 7 + (0.1,), "repeats itself: 80%"),
         ((0.3,) * 8, (0.45,) * 8, ""),  # higher in each, but by little
         ((0.0,) * 8, (0.9,) * 3 + (0.0,) * 5, ""),  # much higher on average, but in three texts alone
         ((0.3,) * 8, (0.9,) * 6 + (0.1,) * 2, ""),
@@ -101,16 +100,14 @@ def test_fewer_than_the_fewest_never_say_anything() -> None:
 )  # fmt: skip
 def test_texts_that_go_round(before: tuple[float, ...], after: tuple[float, ...], words: str) -> None:
     said = collapse_of_writing(texts(*before), texts(*after))
-    assert said.startswith(words) and bool(said) == bool(words)
+    assert re.search(words, said) and bool(said) == bool(words)
 
 
 def test_texts_that_end_at_once() -> None:
     """They have no repetition at all, which must not pass for a good sign."""
     before = texts(*(0.1,) * 8)
     after = [Written(text.prompt, "", (), ended=True) for text in before]
-    assert collapse_of_writing(before, after).startswith(
-        "It writes next to nothing: 8 of 8 texts end before the fourth token, of the original's 0."
-    )
+    assert re.search(r"next to nothing.*8 of 8 texts.*original's 0", collapse_of_writing(before, after))
     assert math.isnan(after[0].repetition) and not collapse_of_writing(after, after)
     assert not collapse_of_writing(after, before)
 

@@ -129,11 +129,11 @@ def test_what_cannot_be_compared() -> None:
     moved = [TaskAnswers(task.name, task.original, task.changed, 0.5) for task in second]
     together = [TaskAnswers(task.name, task.original, task.changed, 0.25, clusters=[1, 2] * 10) for task in second]
     for several, text in (
-        (second[:1], "not both asked, in one group, the task 'task 1'; expected the same tasks"),
-        (others, "original of the one model answers the task 'task 0' otherwise"),
-        (together, "or its chance or clusters are others"),
-        (moved, "the task 'task 0' otherwise than that of the other, or its chance or clusters are others"),
-        ([], "There is no task to compare"),
+        (second[:1], r"'task 1'.*expected"),
+        (others, r"one model.*'task 0' otherwise"),
+        (together, "chance or clusters are others"),
+        (moved, r"'task 0' otherwise.*chance or clusters are others"),
+        ([], "no task"),
     ):
         with pytest.raises(StreamlineError, match=text):
             compared(first, several)

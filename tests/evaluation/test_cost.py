@@ -193,14 +193,14 @@ def test_what_cannot_be_told() -> None:
     pace = measure_pace(model.model, tokens(1, 5))
     assert pace.rank(BATCHES).tokens == 45
     for cost in (pace.perplexity, lambda batches: pace.judge(batches, WINDOWS)):
-        with pytest.raises(StreamlineError, match="no logits when it was timed; give one with its LM head"):
+        with pytest.raises(StreamlineError, match=r"no logits.*give.*LM head"):
             cost(BATCHES)
-    with pytest.raises(StreamlineError, match="There is no batch"):
+    with pytest.raises(StreamlineError, match="no batch"):
         pace.rank([])
     with pytest.raises(StreamlineError, match="Got 0 windows"):
         pace.fit(BATCHES, [])
     with pytest.raises(StreamlineError, match=r"input_ids of shape \(batch, tokens\)"):
         measure_pace(model, {"pixel_values": torch.zeros(1, 3, 4, 4)})
     model.compile()
-    with pytest.raises(StreamlineError, match="Cannot time the blocks of a compiled"):
+    with pytest.raises(StreamlineError, match=r"Cannot time.*compiled"):
         measure_pace(model, tokens(1, 5))

@@ -186,9 +186,9 @@ def test_a_model_is_held_against_another_beside_one_original(pair: tuple[Any, An
     with pytest.raises(StreamlineError, match=r"give.*`reference`"):
         found.more_than(evaluate(changed, suite))
     few = Suite(tokenizer, choices={"girls": suite.choices["girls"]}, timed=None)
-    with pytest.raises(StreamlineError, match="were not both asked, in one group, the task 'dogs'"):
+    with pytest.raises(StreamlineError, match=r"were not both asked.*'dogs'"):
         found.more_than(evaluate(changed, few, original))
-    with pytest.raises(StreamlineError, match="both must be held against one original"):
+    with pytest.raises(StreamlineError, match="one original"):
         found.more_than(evaluate(original, suite, changed))
     nothing = evaluate(changed, Suite(tokenizer, text=suite.text, timed=None), original)
     assert nothing.more_than(nothing) == {}
@@ -415,36 +415,36 @@ def test_a_group_without_a_right_answer_is_left_out(pair: tuple[Any, Any, Any]) 
 
 def test_what_cannot_be_evaluated(pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path) -> None:
     original, changed, tokenizer = pair
-    with pytest.raises(StreamlineError, match=r"are one module, which agrees with itself .*Keep a copy"):
+    with pytest.raises(StreamlineError, match=r"agrees with itself.*Keep"):
         evaluate(original, suite, original)
     (tmp_path / "bad.json").write_text("[1, 2")
     (tmp_path / "other.json").write_text('{"model": "x"}')
     for name in ("bad.json", "other.json"):
         before = (tmp_path / name).read_text()
-        with pytest.raises(StreamlineError, match=f"{name} is not a file of results that were kept.*or delete it"):
+        with pytest.raises(StreamlineError, match=rf"{name}.*not a file of results.*delete"):
             evaluate(original, suite, keep_in=tmp_path / name)
         assert (tmp_path / name).read_text() == before
     with pytest.raises(StreamlineError, match=r"'model'.*give"):
         evaluate(changed, suite, original, reference_name="model")
     with pytest.raises(StreamlineError, match=r"0 and 4096 more.*512"):
         evaluate(changed, replace(suite, new_tokens=4096), original)
-    with pytest.raises(StreamlineError, match="There is nothing in tales; give a document or an item, or leave it out"):
+    with pytest.raises(StreamlineError, match=r"nothing in tales.*give"):
         Suite(tokenizer, text={"tales": []})
-    with pytest.raises(StreamlineError, match="The suite is empty; give text, choices"):
+    with pytest.raises(StreamlineError, match=r"suite is empty.*give text"):
         Suite(tokenizer, timed=None)
-    with pytest.raises(StreamlineError, match="Two domains or tasks are named a; give each its own name"):
+    with pytest.raises(StreamlineError, match=r"named a;.*give"):
         Suite(tokenizer, choices={"a": ChoiceTask(QUESTIONS)}, last_words={"a": ENDS})
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"window": 4096, "stride": None}, "window=4096 is more than the 512 positions"),
-        ({"window": None, "stride": 4096}, "stride=4096.*the stride no more than the window"),
-        ({"timed": (16, 600, 2)}, "has 512 positions; 601 were asked for"),
+        ({"window": 4096, "stride": None}, r"window=4096.*512 positions"),
+        ({"window": None, "stride": 4096}, r"stride=4096.*no more than the window"),
+        ({"timed": (16, 600, 2)}, r"512 positions.*601"),
         (
             {"problems": {"told": ProblemTask((Problem("One", "two"),), chat=True)}},
-            "The tokenizer has no chat template",
+            "no chat template",
         ),
     ],
 )

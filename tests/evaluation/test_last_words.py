@@ -56,7 +56,7 @@ def test_reading(tmp_path: Path) -> None:
     with pytest.raises(StreamlineError, match=r'line 1.*expected \{"context".*"continuation"\}'):
         read_last_words(path)
     path.write_text("")
-    with pytest.raises(StreamlineError, match=r"ends.jsonl is empty; expected"):
+    with pytest.raises(StreamlineError, match=r"ends.jsonl.*empty"):
         read_last_words(path)
 
 
@@ -66,5 +66,5 @@ def test_an_end_that_is_all_but_impossible_has_no_finite_perplexity() -> None:
 
 
 def test_nothing_to_score(stories: tuple[Any, Any]) -> None:
-    with pytest.raises(StreamlineError, match="There is no text whose end could be predicted"):
+    with pytest.raises(StreamlineError, match="no text whose end"):
         score_last_words(*stories, [])

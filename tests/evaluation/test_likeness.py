@@ -100,8 +100,8 @@ def test_padding_and_batches_make_no_difference() -> None:
 
 def test_what_cannot_be_embedded() -> None:
     model = tiny_model("llama").model
-    with pytest.raises(StreamlineError, match="There is no batch to embed"):
+    with pytest.raises(StreamlineError, match="no batch"):
         embeddings(model, [])
     model.norm.weight.data[0] = float("nan")
-    with pytest.raises(StreamlineError, match=r"hold NaN or infinite values \(batch 0\)"):
+    with pytest.raises(StreamlineError, match=r"NaN.*batch 0"):
         embeddings(model, [torch.arange(8).view(2, 4)], task=Task("embedding", "last"))

@@ -71,9 +71,9 @@ def test_kl_of_the_same_is_zero_and_of_others_is_not() -> None:
 
 
 def test_a_model_without_a_head_says_so() -> None:
-    with pytest.raises(StreamlineError, match="LlamaModel is for embedding: it does not predict the next token"):
+    with pytest.raises(StreamlineError, match=r"LlamaModel.*embedding.*next token"):
         perplexity(tiny_model("llama").model, [tokens(1, 4)])
-    with pytest.raises(StreamlineError, match="without logits; give one with its LM head"):
+    with pytest.raises(StreamlineError, match=r"without logits.*LM head"):
         logits_of(tiny_model("llama").model(tokens(1, 4)))
     with pytest.raises(StreamlineError, match="No token was predicted"):
         _ = perplexity(tiny_model("llama"), [tokens(1, 1)]).value

@@ -65,7 +65,7 @@ def test_a_smaller_count_is_a_part_of_a_larger() -> None:
 def test_what_cannot_be_made() -> None:
     with pytest.raises(StreamlineError, match=r"count=0.*shots=4.*expected.*of 1"):
         probes(0)
-    with pytest.raises(StreamlineError, match="There are not 1000004 different problems of the sort"):
+    with pytest.raises(StreamlineError, match="1000004 different"):
         probes(1_000_000)
 
 
@@ -117,17 +117,16 @@ def test_each_level_is_what_it_says(level: int) -> None:
 @pytest.mark.parametrize(
     ("difficulty", "text"),
     [
-        (7, "The sort arithmetic has no level 7 of difficulty; expected one of 1, 2, 3, 4, 5, 6."),
-        ({"copying": 0}, "The sort copying has no level 0 of difficulty"),
-        ({"counting": True}, "The sort counting has no level True of difficulty"),
-        ({"copying": 2.0}, "The sort copying has no level 2.0 of difficulty"),
-        ({"copy": 2}, "No sort of problems is called copy; there is arithmetic, brackets, copying, counting."),
+        (7, r"arithmetic.*level 7.*1, 2, 3, 4, 5, 6"),
+        ({"copying": 0}, r"copying.*level 0 "),
+        ({"counting": True}, r"counting.*level True"),
+        ({"copying": 2.0}, r"copying.*level 2\.0"),
+        ({"copy": 2}, r"called copy;.*arithmetic, brackets, copying, counting"),
     ],
 )  # fmt: skip
 def test_a_level_that_is_not_there_is_named(difficulty: object, text: str) -> None:
-    with pytest.raises(StreamlineError) as caught:
+    with pytest.raises(StreamlineError, match=text):
         probes(2, difficulty=difficulty)  # type: ignore[arg-type]
-    assert text in str(caught.value)
 
 
 def test_every_sort_has_the_same_levels() -> None:

@@ -81,7 +81,7 @@ def test_what_is_guessed_is_the_commonest_of_the_other_answers(answers: list[str
 
 def test_nothing_is_guessed_of_one_problem_and_none_is_refused() -> None:
     assert chance_of_guessing([Problem("", "7")]) == 0.0
-    with pytest.raises(StreamlineError, match="There is no problem whose answer could be guessed"):
+    with pytest.raises(StreamlineError, match="no problem whose answer"):
         chance_of_guessing([])
 
 
@@ -119,8 +119,8 @@ def test_reading_and_shots(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"question": "?"}, 'line 1 holds the keys question; expected {"context" or "question", "answer"}'),
-        ({"question": "?", "answer": "many"}, "line 1 has the answer 'many', in which there is no number"),
+        ({"question": "?"}, r'line 1.*keys question.*expected {"context" or "question", "answer"}'),
+        ({"question": "?", "answer": "many"}, r"line 1.*'many'.*no number"),
     ],
 )
 def test_what_is_no_problem(tmp_path: Path, row: dict[str, Any], says: str) -> None:
@@ -153,5 +153,5 @@ def test_a_model_is_right_where_it_writes_the_answer(stories: tuple[Any, Any]) -
     found = solve(model, tokenizer, known, new_tokens=12, stop=["\n"])
     assert found.right == (True, False)
     assert str(found).startswith("50.0% ± 50.0% of 2 problems solved")
-    with pytest.raises(StreamlineError, match="There is no problem to solve"):
+    with pytest.raises(StreamlineError, match="no problem to solve"):
         solve(model, tokenizer, [])

@@ -48,23 +48,23 @@ def test_a_line_separator_inside_a_text_is_no_new_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("{", "line 2 is not JSON: Expecting property name.*Expected one object a line"),
-        ([1, 2], "line 2 holds a list; expected an object"),
-        ({"question": "?", "gold": 0}, r'line 2 holds the keys question, gold; expected one of query \{"query"'),
-        ({"query": "?", "choices": ["a", "b"]}, "line 2 holds the keys query, choices; expected one of"),
-        ({**QUERY, "choices": ["one"]}, "line 2 has no list of two texts or more"),
-        ({**QUERY, "choices": "ab"}, "line 2 has no list of two texts or more"),
-        ({**QUERY, "choices": ["a", 2]}, "line 2 has no list of two texts or more"),
-        ({**QUERY, "choices": ["a", " "]}, "line 2 has no list of two texts or more"),
-        ({**QUERY, "query": None}, "line 2 has a query that is no text; expected query"),
-        ({**CONTEXTS, "continuation": 3}, "line 2 has no list of two texts or more"),
-        ({**CONTEXTS, "context_options": None}, "line 2 has context_options None, which is no list of texts"),
-        ({**QUERY, "gold": 2}, "line 2 has gold 2 for 2 choices; expected the number of the right one, from 0"),
-        ({**QUERY, "gold": -2}, "line 2 has gold -2 for 2 choices;"),
-        ({**QUERY, "gold": -1}, r"line 2 has no answer \(gold -1\), as in a test split"),
-        ({**QUERY, "gold": True}, "line 2 has gold True for 2 choices;"),
-        ({**QUERY, "gold": 0.0}, "line 2 has gold 0.0 for 2 choices;"),
-        ({**QUERY, "gold": "first"}, "line 2 has gold 'first' for 2 choices;"),
+        ("{", r"line 2.*not JSON.*Expecting property name.*Expected"),
+        ([1, 2], r"line 2.*a list.*expected"),
+        ({"question": "?", "gold": 0}, r'line 2.*question, gold.*expected.*query \{"query"'),
+        ({"query": "?", "choices": ["a", "b"]}, r"line 2.*query, choices.*expected"),
+        ({**QUERY, "choices": ["one"]}, r"line 2.*two texts or more"),
+        ({**QUERY, "choices": "ab"}, r"line 2.*two texts or more"),
+        ({**QUERY, "choices": ["a", 2]}, r"line 2.*two texts or more"),
+        ({**QUERY, "choices": ["a", " "]}, r"line 2.*two texts or more"),
+        ({**QUERY, "query": None}, r"line 2.*query that is no text"),
+        ({**CONTEXTS, "continuation": 3}, r"line 2.*two texts or more"),
+        ({**CONTEXTS, "context_options": None}, r"line 2.*context_options None.*list of texts"),
+        ({**QUERY, "gold": 2}, r"line 2.*gold 2.*2 choices.*expected.*from 0"),
+        ({**QUERY, "gold": -2}, r"line 2.*gold -2 .*2 choices"),
+        ({**QUERY, "gold": -1}, r"line 2.*no answer.*gold -1"),
+        ({**QUERY, "gold": True}, r"line 2.*gold True.*2 choices"),
+        ({**QUERY, "gold": 0.0}, r"line 2.*gold 0.0.*2 choices"),
+        ({**QUERY, "gold": "first"}, r"line 2.*gold 'first'.*2 choices"),
     ],
 )
 def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: object, text: str) -> None:
@@ -73,7 +73,7 @@ def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: object, text:
 
 
 def test_a_file_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(StreamlineError, match="holds no question; expected at least one row"):
+    with pytest.raises(StreamlineError, match=r"no question.*expected"):
         read_questions(written(tmp_path, "", " "))
     with pytest.raises(StreamlineError, match=r"Give.*JSONL.*UTF-8"):
         read_questions(tmp_path / "absent.jsonl")
@@ -128,9 +128,9 @@ def test_a_query_stands_in_the_prompt_whatever_braces_the_two_have() -> None:
     (question,) = questions_from([{**QUERY, "query": "The set {} {x} has"}], prompt="{y}: {}\nA:")
     assert question.contexts == ("{y}: The set {} {x} has\nA:",) * 2
     for prompt in ("A:", "{} {}"):
-        with pytest.raises(StreamlineError, match="must have one place {} for the query"):
+        with pytest.raises(StreamlineError, match=r"one place {}"):
             questions_from([QUERY], prompt=prompt)
-    with pytest.raises(StreamlineError, match="'minimal_pairs' have no query to stand in the prompt"):
+    with pytest.raises(StreamlineError, match=r"'minimal_pairs'.*query"):
         questions_from([PAIR], prompt="Sentence: {}")
 
 
@@ -174,7 +174,7 @@ def test_examples_of_other_layouts() -> None:
 def test_examples_that_cannot_be_shown() -> None:
     shown = [mmlu("Which?"), mmlu("When?")]
     for row in (mmlu("Which?"), mmlu("When?")):
-        with pytest.raises(StreamlineError, match="row 0 is one of its own examples, which give the answer away"):
+        with pytest.raises(StreamlineError, match=r"row 0.*own examples"):
             questions_from([row], examples=shown, shots=2)
     assert questions_from([mmlu("When?")], examples=shown, shots=1)  # of which it is none
     with pytest.raises(StreamlineError, match=r"3 examples.*2.*Give"):
@@ -182,7 +182,7 @@ def test_examples_that_cannot_be_shown() -> None:
     with pytest.raises(StreamlineError, match=r"1 examples.*0"):
         questions_from([mmlu("Who?", subject="sums")], examples=shown, shots=1)
     for options in ({"shots": 1}, {"examples": shown}, {"examples": shown, "shots": -1}):
-        with pytest.raises(StreamlineError, match="give both examples and how many to show"):
+        with pytest.raises(StreamlineError, match="give both examples"):
             questions_from([mmlu("Who?")], **options)  # type: ignore[arg-type]
     with pytest.raises(StreamlineError, match=r"0 has.*-1\)"):
         questions_from([mmlu("Who?")], examples=[mmlu("Which?", -1)], shots=1)
@@ -199,7 +199,7 @@ def test_five_examples_of_each_subject(data_folder: Path) -> None:
         assert context.count("Answer:") == 5 and context.endswith("\nAnswer:")
         assert context.index(f"about {row['subject'].replace('_', ' ')}.\n\n") < 80
         assert question.continuations == ("A", "B", "C", "D") and question.gold == row["gold"]
-    with pytest.raises(StreamlineError, match="line 1 is one of its own examples"):
+    with pytest.raises(StreamlineError, match=r"line 1.*own examples"):
         read_questions(path, examples=path, shots=5)
 
 
@@ -221,5 +221,5 @@ def test_chance_of_the_same_choices_is_that_of_one_word() -> None:
 
 
 def test_no_chance_without_a_question() -> None:
-    with pytest.raises(StreamlineError, match="There is no question"):
+    with pytest.raises(StreamlineError, match="no question"):
         chance([])

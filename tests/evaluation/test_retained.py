@@ -245,18 +245,18 @@ def test_an_interval_is_open_where_the_original_may_know_nothing() -> None:
 def test_what_cannot_be_compared() -> None:
     right = answers(3, 4)
     for tasks, text in (
-        ([], "There is no task to compare"),
-        ([TaskAnswers("a", right, right[:3])], "task 'a' has 4 answers of the original and 3 of the changed model"),
-        ([TaskAnswers("a", [], [])], "task 'a' has 0 answers .* and a question at least"),
-        ([TaskAnswers("a", [0.5, 2.0], [0.0, 1.0])], "task 'a' are not all between 0 .wrong. and 1 .right."),
-        ([TaskAnswers("a", [0.5, float("nan")], [0.0, 1.0])], "task 'a' are not all between"),
-        ([TaskAnswers("a", right, right, 1.5)], "task 'a' has the chance 1.5; expected 0 to 1"),
+        ([], "no task"),
+        ([TaskAnswers("a", right, right[:3])], r"'a'.*4 answers.*3 of"),
+        ([TaskAnswers("a", [], [])], r"'a'.*0 answers.*a question at least"),
+        ([TaskAnswers("a", [0.5, 2.0], [0.0, 1.0])], r"'a'.*between 0 .*1"),
+        ([TaskAnswers("a", [0.5, float("nan")], [0.0, 1.0])], r"'a'.*between"),
+        ([TaskAnswers("a", right, right, 1.5)], r"'a'.*1.5.*expected 0 to 1"),
         (
             [TaskAnswers("a", right, right, clusters="ab")],
-            "task 'a' has 4 questions and the clusters of 2; expected one",
+            r"'a'.*4 questions.*2; expected",
         ),
-        ([TaskAnswers("a", right, right), TaskAnswers("a", right, right, group="b")], "Two tasks are named 'a'"),
-        ([TaskAnswers("a", answers(0, 4), right)], "In the group 'classification' the original answers no question"),
+        ([TaskAnswers("a", right, right), TaskAnswers("a", right, right, group="b")], r"Two tasks.*'a'"),
+        ([TaskAnswers("a", answers(0, 4), right)], r"'classification'.*original answers no question"),
     ):
         with pytest.raises(StreamlineError, match=text):
             retained(tasks)  # type: ignore[arg-type]

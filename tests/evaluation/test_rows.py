@@ -38,7 +38,7 @@ def test_a_zip_is_read_in_the_order_of_its_names_without_hidden_files(tmp_path: 
         read_rows(path)
     with zipfile.ZipFile(tmp_path / "none.zip", "w") as archive:
         archive.writestr("readme.txt", b"nothing")
-    with pytest.raises(StreamlineError, match="none.zip holds no question"):
+    with pytest.raises(StreamlineError, match=r"none.zip.*no question"):
         read_questions(tmp_path / "none.zip")
 
 
@@ -61,7 +61,7 @@ def test_a_data_set_in_memory_and_on_disk(tmp_path: Path) -> None:
         read_questions(tmp_path / "both")
     assert len(read_questions(tmp_path / "both" / "test")) == 3
     (tmp_path / "other").mkdir()
-    with pytest.raises(StreamlineError, match="folder .*other cannot be read as a data set"):
+    with pytest.raises(StreamlineError, match=r"other.*read as a data set"):
         read_questions(tmp_path / "other")
 
 
@@ -83,12 +83,12 @@ def test_a_data_set_of_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StreamlineError, match=r"give.*'hub:x:SPLIT'"):
         read_rows("hub:x:all")
     for wrong in ("hub:", "hub:x", "hub:x:", "hub:x::test", "hub:a:b:c:d"):
-        with pytest.raises(StreamlineError, match="names no split of a data set; expected .*hub:NAME:SPLIT"):
+        with pytest.raises(StreamlineError, match=r"split of a data set.*expected.*hub:NAME:SPLIT"):
             read_rows(wrong)
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     for source in ("hub:x:test", tmp_path):
-        with pytest.raises(StreamlineError, match="`datasets`, which is not installed: pip install datasets"):
+        with pytest.raises(StreamlineError, match=r"`datasets`.*pip install datasets"):
             read_rows(source)

@@ -226,7 +226,7 @@ def test_what_cannot_be_scored() -> None:
     Bare.eos_token_id = None
     with pytest.raises(StreamlineError, match=r"bos_token_id.*eos_token_id.*first=None"):
         sliding_perplexity(model, Bare(), texts)
-    with pytest.raises(StreamlineError, match=r"The tokenizer has no eos_token_id to begin"):
+    with pytest.raises(StreamlineError, match="eos_token_id to begin"):
         sliding_perplexity(model, Bare(), texts, first="eos")
     with pytest.raises(StreamlineError, match=r"first='BOS'.*expected \"bos\".*\"eos\""):
         sliding_perplexity(model, Numbers(), texts, first="BOS")  # type: ignore[arg-type]
@@ -235,20 +235,20 @@ def test_what_cannot_be_scored() -> None:
     for wrong in ({"window": 0}, {"window": 4, "stride": 5}, {"stride": 0}, {"batch_size": 0}):
         with pytest.raises(StreamlineError, match=r"expected.*1 or"):
             sliding_perplexity(model, Numbers(), texts, **wrong)
-    with pytest.raises(StreamlineError, match="The documents are one str; expected a list of str"):
+    with pytest.raises(StreamlineError, match=r"one str.*expected a list"):
         sliding_perplexity(model, Numbers(), "5 6 7")
     with pytest.raises(StreamlineError, match=r"NoneType.*expected"):
         sliding_perplexity(model, Numbers(), ["5", None])  # type: ignore[list-item]
     nothing = sliding_perplexity(model, Numbers(), [""])
     assert nothing == TextPerplexity(words=1) and sliding_perplexity(model, Numbers(), []) == TextPerplexity()
-    with pytest.raises(StreamlineError, match="No token was predicted"):
+    with pytest.raises(StreamlineError, match="No token"):
         _ = nothing.value
-    with pytest.raises(StreamlineError, match="The documents have no byte; give some that are not empty"):
+    with pytest.raises(StreamlineError, match=r"no byte.*give"):
         _ = nothing.bits_per_byte
-    with pytest.raises(StreamlineError, match="without logits; give one with its LM head"):
+    with pytest.raises(StreamlineError, match=r"without logits.*LM head"):
         sliding_perplexity(model.model, Numbers(), texts)
     model.model.layers[2].mlp.down_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(NotFiniteLikelihood, match="The negative log-likelihood of document 1 is nan"):
+    with pytest.raises(NotFiniteLikelihood, match=r"document 1.*nan"):
         sliding_perplexity(model, Numbers(), ["", "5 6"])
 
 

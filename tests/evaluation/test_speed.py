@@ -210,18 +210,18 @@ def test_what_is_written() -> None:
 
 def test_what_cannot_be_timed() -> None:
     model = tiny_model("llama")
-    with pytest.raises(StreamlineError, match="a, a Linear, cannot generate; give a causal language model"):
+    with pytest.raises(StreamlineError, match=r"a Linear.*cannot generate.*give"):
         measure_speed({"a": nn.Linear(2, 2)})
     with pytest.raises(StreamlineError, match=r"128 positions.*528 were"):
         measure_speed({"a": model})
-    with pytest.raises(StreamlineError, match="its generate runs the model that is not compiled"):
+    with pytest.raises(StreamlineError, match=r"generate.*not compiled"):
         measure_speed({"a": torch.compile(model)}, tokens=4)
     with pytest.raises(StreamlineError, match="Got 0 models"):
         measure_speed({})
     with pytest.raises(StreamlineError, match="repeats=0"):
         measure_speed({"a": model}, repeats=0)
-    with pytest.raises(StreamlineError, match="No model 'b' was timed; there are a"):
+    with pytest.raises(StreamlineError, match=r"'b'.*there are a"):
         report(a=(1.0,)).seconds("b")
     still = measure_speed({"a": model}, tokens=4, new_tokens=1, repeats=1, clock=lambda: 5.0)
-    with pytest.raises(StreamlineError, match="The clock saw no time pass"):
+    with pytest.raises(StreamlineError, match="no time pass"):
         still.ratio("a")

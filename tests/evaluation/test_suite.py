@@ -13,16 +13,16 @@ from streamline_hooks.evaluation import Problem, ProblemTask, Suite
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"window": 16, "stride": 32}, "window=16, stride=32.*the stride no more than the window"),
-        ({"stride": 0}, "stride=0.*expected all to be 1 or more"),
-        ({"first": "BOS"}, 'first=\'BOS\' is not known; expected "bos", "eos" or None'),
-        ({"timed": (0, 16, 5)}, r"timed=\(0, 16, 5\); expected tokens of a prompt"),
+        ({"window": 16, "stride": 32}, r"window=16, stride=32.*no more than the window"),
+        ({"stride": 0}, r"stride=0.*1 or more"),
+        ({"first": "BOS"}, r"first='BOS'.*expected.*bos.*eos"),
+        ({"timed": (0, 16, 5)}, r"timed=\(0, 16, 5\).*expected tokens"),
         ({"timed": (16, -1, 5)}, r"timed=\(16, -1, 5\)"),
         ({"timed": (16, 16, 0)}, r"timed=\(16, 16, 0\)"),
         ({"timed": (16, 16)}, r"timed=\(16, 16\)"),
         ({"new_tokens": 0}, "new_tokens=0"),
-        ({"prompts": "once"}, "The prompts are one str; expected a list of str, one a prompt"),
-        ({"text": {"tales": "once"}}, "The documents are one str; expected a list of str, one a document"),
+        ({"prompts": "once"}, r"prompts are one str.*expected a list"),
+        ({"text": {"tales": "once"}}, r"documents are one str.*expected a list"),
     ],
 )
 def test_what_no_suite_can_hold(settings: dict[str, Any], says: str) -> None:

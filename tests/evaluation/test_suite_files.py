@@ -87,12 +87,12 @@ def test_text_is_cut_to_about_so_many_tokens(folder: Path) -> None:
 
 
 def test_what_is_refused(folder: Path) -> None:
-    with pytest.raises(StreamlineError, match="No task of questions is called seas; there is rivers"):
+    with pytest.raises(StreamlineError, match=r"seas;.*rivers"):
         suite_from_files(Words(), questions=[folder / "rivers.jsonl"], normalised=["seas"])
     (folder / "more").mkdir()
     other = lines(folder / "more" / "rivers.jsonl", [{"query": "?", "choices": ["a", "b"], "gold": 0}])
     sums = lines(folder / "arithmetic.jsonl", [{"question": "1 + 1?", "answer": "2"}])
-    with pytest.raises(StreamlineError, match="A file of problems is called arithmetic, as probes are; rename it"):
+    with pytest.raises(StreamlineError, match=r"arithmetic.*probes.*rename"):
         suite_from_files(Words(), problems=[sums], probe_count=2)
     with pytest.raises(StreamlineError, match=r"2 samples.*0 are.*2 times.*give"):
         suite_from_files(Words(), problems=[sums], samples=2)
@@ -102,14 +102,14 @@ def test_what_is_refused(folder: Path) -> None:
     assert (task.samples, task.temperature, task.new_tokens) == (2, 0.7, 9) and "Question:" in task.stop
     rivers: dict[str, Any] = {"questions": [folder / "rivers.jsonl"]}
     for settings, said in (
-        ({**rivers, "shots": 3}, "shots=3 is for examples to show, or for problems, and there are none"),
-        ({"problems": [sums], "examples": sums}, "arithmetic.jsonl' is for questions, and there are none"),
-        ({**rivers, "samples": 5, "temperature": 0.8}, "samples=5, temperature=0.8 is for problems of a file"),
-        ({"probe_count": 2, "temperature": 0.8}, "samples=1, temperature=0.8 is for problems of a file"),
+        ({**rivers, "shots": 3}, r"shots=3.*examples.*none"),
+        ({"problems": [sums], "examples": sums}, r"arithmetic.jsonl'.*questions.*none"),
+        ({**rivers, "samples": 5, "temperature": 0.8}, r"samples=5, temperature=0.8.*problems"),
+        ({"probe_count": 2, "temperature": 0.8}, r"samples=1, temperature=0.8.*problems"),
     ):
         with pytest.raises(StreamlineError, match=said):
             suite_from_files(Words(), **settings)
     with pytest.raises(StreamlineError, match=r"items=0.*text_tokens=None.*expected 1 or"):
         suite_from_files(Words(), problems=[sums], items=0)
-    with pytest.raises(StreamlineError, match=r"would both be called rivers; rename one of them"):
+    with pytest.raises(StreamlineError, match=r"rivers.*rename"):
         suite_from_files(Words(), questions=[folder / "rivers.jsonl", other])

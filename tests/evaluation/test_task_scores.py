@@ -71,14 +71,14 @@ def test_an_encoder_with_a_decoder(name: str) -> None:
 
 def test_what_cannot_be_scored() -> None:
     model = made("vit")
-    with pytest.raises(StreamlineError, match="There is no batch to score on"):
+    with pytest.raises(StreamlineError, match="no batch"):
         TaskScores(model, [], Task.of(model))
-    with pytest.raises(StreamlineError, match="makes embeddings, which have no KL; call likeness"):
+    with pytest.raises(StreamlineError, match=r"embeddings.*KL.*likeness"):
         agreement(made("bert"), made("bert"), [OTHERS["bert"].batch])
     empty = {name: torch.zeros(1, 4, dtype=torch.long) for name in ("input_ids", "attention_mask")}
     from streamline_hooks.testing import tiny_model
 
-    with pytest.raises(StreamlineError, match="hold no real token; give some to score on"):
+    with pytest.raises(StreamlineError, match=r"no real token.*give"):
         TaskScores(tiny_model("gpt2"), [empty], Task("causal-lm"))
 
 

@@ -77,13 +77,13 @@ def test_scores_of_several_texts() -> None:
 
 def test_what_cannot_be_asked_for(stories: tuple[Any, Any]) -> None:
     model, tokenizer = stories
-    with pytest.raises(StreamlineError, match="There is no prompt; give one at least"):
+    with pytest.raises(StreamlineError, match=r"no prompt.*give"):
         write_on(model, tokenizer, [])
     with pytest.raises(StreamlineError, match=r"3 samples.*0 are.*3 times.*give"):
         write_on(model, tokenizer, PROMPTS, samples=3)
     with pytest.raises(StreamlineError, match=r"new_tokens=0.*1 or"):
         write_on(model, tokenizer, PROMPTS, new_tokens=0)
-    with pytest.raises(StreamlineError, match="no chat template; give the prompts as they are"):
+    with pytest.raises(StreamlineError, match=r"no chat template.*give"):
         write_on(model, tokenizer, PROMPTS, chat=True)
     for prompts, said in (("once", "one str"), ([1, 2], "int")):
         with pytest.raises(StreamlineError, match=rf"{said}.*expected"):
