@@ -248,7 +248,7 @@ def test_how_text_is_cut(steps: dict[str, Any], ignore_merges: bool, name: str |
     content = {"model": model, "pre_tokenizer": steps, "added_tokens": []}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     if name is None:
-        with pytest.raises(StreamlineError, match="cuts text in a way whose name in llama.cpp is not known here"):
+        with pytest.raises(StreamlineError, match=r"llama.cpp is not known"):
             export_gguf(llama(), tmp_path / "model.gguf", tokenizer=tmp_path)
         return
     export_gguf(llama(), tmp_path / "model.gguf", tokenizer=tmp_path)
@@ -270,20 +270,20 @@ def test_smollm2_keeps_its_tokens_and_its_template(smollm2: tuple[nn.Module, Any
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: repaired("llama"), "No plain form of this StreamlinedLlamaForCausalLM exists: its LinearReplacement"),
+        (lambda: repaired("llama"), r"StreamlinedLlamaForCausalLM.*LinearReplacement"),
         (
             lambda: tiny_model("gpt2"),
-            "A GPT2LMHeadModel has no LM head; a GGUF file is written of",
+            r"GPT2LMHeadModel.*no LM head",
         ),
-        (lambda: tiny_model("qwen3"), "A qwen3 is not written as GGUF here, only a LlamaForCausalLM"),
-        (lambda: llama().model, "A LlamaModel has no LM head"),
+        (lambda: tiny_model("qwen3"), r"qwen3.*LlamaForCausalLM"),
+        (lambda: llama().model, r"LlamaModel.*no LM head"),
         (
             lambda: transformers.LlamaForSequenceClassification(llama().config),
-            "A LlamaForSequenceClassification has no LM head",
+            r"LlamaForSequenceClassification.*no LM head",
         ),
-        (lambda: llama(attention_bias=True), "attention_bias=True cannot be written here; expected False"),
-        (lambda: llama(mlp_bias=True), "mlp_bias=True cannot be written here"),
-        (lambda: llama(hidden_act="gelu"), "hidden_act='gelu' cannot be written here; expected 'silu'"),
+        (lambda: llama(attention_bias=True), r"attention_bias=True.*expected False"),
+        (lambda: llama(mlp_bias=True), "mlp_bias=True"),
+        (lambda: llama(hidden_act="gelu"), r"hidden_act='gelu'.*expected 'silu'"),
     ],
 )
 def test_what_it_cannot_hold_is_refused_and_nothing_is_left(make: Any, said: str, tmp_path: Path) -> None:
@@ -295,9 +295,9 @@ def test_what_it_cannot_hold_is_refused_and_nothing_is_left(make: Any, said: str
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, r"tokenizer\.json is missing"),
-        ('{"model": {"type": "WordPiece"}}', "holds a WordPiece; expected BPE"),
-        ('{"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Whitespace"}}', r"not known here \(Whitespace\)"),
+        (None, r"tokenizer\.json.*missing"),
+        ('{"model": {"type": "WordPiece"}}', r"WordPiece.*expected BPE"),
+        ('{"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Whitespace"}}', r"not known.*Whitespace"),
     ],
 )
 def test_a_tokenizer_that_is_not_known(content: str | None, said: str, tmp_path: Path) -> None:

@@ -38,5 +38,5 @@ def test_the_same_logits(kind: str, tmp_path: Path) -> None:
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_export, "find_spec", lambda name: None if name == "onnxscript" else object())
-    with pytest.raises(StreamlineError, match="needs what is not installed: onnxscript. Install it: pip install onnx"):
+    with pytest.raises(StreamlineError, match=r"onnxscript.*pip install onnx"):
         export_onnx(shortened(), tmp_path / "model.onnx")

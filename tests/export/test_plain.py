@@ -47,7 +47,7 @@ def test_a_spliced_one_is_told_what_to_do_and_what_it_costs() -> None:
     with pytest.raises(StreamlineError) as raised:
         require_plain(model)
     said = str(raised.value)
-    assert "its LinearReplacement runs between two blocks" in said and "--refit folded --original MODEL" in said
+    assert "its LinearReplacement" in said and "--refit folded --original MODEL" in said
     assert f"{-added / 1e6:+.2f} M parameters and no cache slot" in said
     assert f"{(block - added) / 1e6:+.2f} M parameters and 1 cache slot more" in said
 
@@ -75,15 +75,15 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     app(["export", folder, "--to", "gguf", "-o", str(tmp_path / "m.gguf")], standalone_mode=False)
     assert "architecture llama" in capsys.readouterr().out and (tmp_path / "m.gguf").stat().st_size > 1000
     for options, said in (
-        (["--to", "pdf", "-o", "x"], "--to pdf is unknown; expected one of plain, gguf, onnx"),
+        (["--to", "pdf", "-o", "x"], r"--to pdf.*expected.*plain, gguf, onnx"),
         (["--to", "gguf", "-o", str(tmp_path / "m.gguf")], "is there already"),
         (["-o", str(tmp_path / "plain")], "is not empty"),
-        (["--to", "gguf", "-o", str(tmp_path / "none" / "m.gguf")], "There is no folder .* to write m.gguf to"),
-        (["--to", "gguf", "-o", str(tmp_path / "n.gguf"), "--dtype", "q4"], "dtype='q4' is unknown"),
-        (["-o", "x", "--refit", "folded"], "--refit and --original go together"),
-        (["-o", "x", "--dtype", "bf16"], "--dtype is for --to gguf; --to plain writes the weights as they are"),
-        (["-o", "x", "--calibration", "pydoc"], "--calibration is for --refit, which was not asked for"),
-        (["-o", "x", "--stack", "model.layers"], "--stack is for --refit, which was not asked for"),
+        (["--to", "gguf", "-o", str(tmp_path / "none" / "m.gguf")], r"no folder.*m.gguf"),
+        (["--to", "gguf", "-o", str(tmp_path / "n.gguf"), "--dtype", "q4"], "dtype='q4'"),
+        (["-o", "x", "--refit", "folded"], "--refit and --original"),
+        (["-o", "x", "--dtype", "bf16"], r"--dtype.*--to gguf.*--to plain"),
+        (["-o", "x", "--calibration", "pydoc"], r"--calibration.*--refit"),
+        (["-o", "x", "--stack", "model.layers"], r"--stack.*--refit"),
     ):
         with pytest.raises(StreamlineError, match=said):
             app(["export", folder, *options], standalone_mode=False)

@@ -49,21 +49,21 @@ def test_other_text_another_original_and_another_plan_are_refused(
     folder: Path, story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path
 ) -> None:
     original, tokenizer = story_model
-    with pytest.raises(StreamlineError, match=r"This is other text than .* was calibrated on \(fingerprint"):
+    with pytest.raises(StreamlineError, match=r"other text.*fingerprint"):
         refit(folder, original, tokenizer, story_texts[48:], kind="folded")
     with pytest.raises(StreamlineError, match=r"'linear'.*expected"):
         refit(folder, original, tokenizer, story_texts, kind="linear")
     other = copy.deepcopy(original)
     with torch.no_grad():
         other.model.layers[0].mlp.down_proj.weight.mul_(1.01)
-    with pytest.raises(StreamlineError, match="are not those of this original"):
+    with pytest.raises(StreamlineError, match="not those of this original"):
         refit(folder, other, tokenizer, story_texts, kind="folded")
     by_hand = copy.deepcopy(original)
     with LayerSurgeon(by_hand) as surgeon:
         surgeon.replace(range(1, 3), LinearReplacement(original.config.hidden_size))
         surgeon.commit()
     save(by_hand, tmp_path / "by hand")
-    with pytest.raises(StreamlineError, match=r"does not say on what it was calibrated \(calibration_tokens"):
+    with pytest.raises(StreamlineError, match=r"not say.*calibration_tokens"):
         refit(tmp_path / "by hand", original, tokenizer, story_texts, kind="folded")
     touching = copy.deepcopy(original)
     with LayerSurgeon(touching) as surgeon:
@@ -71,7 +71,7 @@ def test_other_text_another_original_and_another_plan_are_refused(
             surgeon.replace(window, LinearReplacement(original.config.hidden_size))
         surgeon.commit()
     save(touching, tmp_path / "touching")
-    with pytest.raises(StreamlineError, match="touch, and would be fitted again as one"):
+    with pytest.raises(StreamlineError, match="fitted again as one"):
         refit(tmp_path / "touching", original, tokenizer, story_texts, kind="folded")
     with LayerSurgeon(by_hand) as surgeon:
         surgeon.remove([0])
@@ -91,7 +91,7 @@ def test_on_the_command_line(
     app(["export", str(folder), "-o", str(tmp_path / "plain"), *options], standalone_mode=False)
     assert "folded: perplexity" in capsys.readouterr().out
     require_plain(load(tmp_path / "plain"))
-    for sources, reason in ((f"{text}:0.5,pydoc:0.5", "no mixture with shares"), ("chat", "What a model wrote itself")):
+    for sources, reason in ((f"{text}:0.5,pydoc:0.5", "no mixture"), ("chat", "model wrote itself")):
         options[-1] = sources
         with pytest.raises(StreamlineError, match=reason):
             app(["export", str(folder), "-o", str(tmp_path / "other"), *options], standalone_mode=False)
