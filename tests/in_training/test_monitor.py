@@ -297,20 +297,18 @@ def test_refuses_what_would_measure_nothing() -> None:
     model, batch = training(), batch_of([5])
     with HiddenStateMonitor(model) as monitor:
         loss_of(copy.deepcopy(model), batch).backward()
-        with pytest.raises(
-            StreamlineError, match="Step 1 was to be measured, but no forward with a graph called .* never"
-        ):
+        with pytest.raises(StreamlineError, match=r"Step 1.*no forward"):
             monitor.step()
-        with pytest.raises(StreamlineError, match="open already; close it first"):
+        with pytest.raises(StreamlineError, match=r"open already.*close"):
             monitor.open()
-    with pytest.raises(StreamlineError, match="not open; use it in a with statement"):
+    with pytest.raises(StreamlineError, match=r"not open.*use"):
         monitor.step()
     with pytest.raises(StreamlineError, match="every=0"):
         HiddenStateMonitor(model, every=0)
     with pytest.raises(StreamlineError, match=r"tokens='some'.*expected 'real'.*'all'"):
         HiddenStateMonitor(model, tokens="some")  # type: ignore[arg-type]
     model.model.layers[1].compile(backend="eager")
-    with pytest.raises(StreamlineError, match="Cannot monitor the hidden states of a compiled .* then compile."):
+    with pytest.raises(StreamlineError, match=r"hidden states of a compiled.*then compile"):
         HiddenStateMonitor(model).open()
 
 

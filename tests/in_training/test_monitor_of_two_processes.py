@@ -25,6 +25,6 @@ def test_two_processes_measure_what_one_does_and_refuse_surgery(tmp_path: Path) 
                 assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
     for rank in range(2):
         told = (tmp_path / f"refused-{rank}.txt").read_text()
-        assert "is sharded by fully_shard already. Surgery comes before wrapping" in told
+        assert "fully_shard already. Surgery comes before wrapping" in told
         told = (tmp_path / f"parallel-{rank}.txt").read_text()
-        assert "divided among processes that have the same batches. Say which processes have" in told
+        assert "divided among processes" in told and "Say which processes" in told

@@ -240,7 +240,7 @@ def test_shortened_weights_in_a_full_model_are_refused(tmp_path: Path) -> None:
     removal.step(1), removal.step(2)
     full = tiny_model("llama").train()
     full.load_state_dict(model.state_dict(), strict=False)  # silently: block 3 of the start is block 1 here
-    words = "2 steps are done, and after step 2 blocks were to go, but this model of 6 blocks does not say"
+    words = r"2 steps.*after step 2.*6 blocks"
     with pytest.raises(StreamlineError, match=rf"{words}.*from_pretrained"):
         ProgressiveRemoval(full, schedule).step(3)
     with pytest.raises(StreamlineError, match=words):
@@ -252,7 +252,7 @@ def test_a_model_that_is_ahead_of_the_steps_is_refused() -> None:
     model = tiny_model("llama").train()
     removal = ProgressiveRemoval(model, {1: range(1, 3), 4: range(4, 5)})
     removal.step(1)
-    words = "0 steps are done, but by its own record this model already lost what was removed after step 1"
+    words = r"0 steps.*own record.*after step 1"
     with pytest.raises(StreamlineError, match=rf"{words}.*run="):
         ProgressiveRemoval(model, {1: range(1, 3), 4: range(4, 5)}).step(1)
     with pytest.raises(StreamlineError, match=words.replace("0 steps", "2 steps")):
@@ -270,11 +270,11 @@ def test_a_model_that_is_ahead_of_the_steps_is_refused() -> None:
 @pytest.mark.parametrize(
     ("schedule", "words"),
     [
-        ({}, "The schedule is empty"),
-        ({0: range(1, 2)}, "has step 0; optimiser steps are counted from 1"),
-        ({1: range(5, 8)}, "out of range: the stack had 6 blocks"),
-        ({1: range(1, 3), 2: range(2, 4)}, "Step 2 of the schedule removes blocks 2, which went before"),
-        ({1: range(0, 3), 2: range(3, 6)}, "takes away all 6 blocks; leave at least one"),
+        ({}, "schedule is empty"),
+        ({0: range(1, 2)}, r"step 0;.*from 1"),
+        ({1: range(5, 8)}, r"out of range.*6 blocks"),
+        ({1: range(1, 3), 2: range(2, 4)}, r"Step 2.*blocks 2.*before"),
+        ({1: range(0, 3), 2: range(3, 6)}, r"all 6 blocks.*leave"),
     ],
 )
 def test_a_schedule_that_cannot_be(schedule: dict[int, range], words: str) -> None:
@@ -325,7 +325,7 @@ def test_an_optimiser_of_something_else_is_refused() -> None:
 def test_a_compiled_model_is_refused() -> None:
     model = tiny_model("llama")
     model.compile(backend="eager")
-    with pytest.raises(StreamlineError, match="Cannot remove blocks of a compiled LlamaForCausalLM"):
+    with pytest.raises(StreamlineError, match="remove blocks of a compiled LlamaForCausalLM"):
         ProgressiveRemoval(model, {1: range(1, 2)})
     torch.compiler.reset()
 
@@ -384,6 +384,6 @@ TWO_PROCESSES = """
 def test_two_processes_unwrap_step_and_wrap_again(tmp_path: Path) -> None:
     for said in in_two_processes(TWO_PROCESSES, tmp_path):
         assert said["blocks"] == BLOCKS - 2 and said["equal"] and said["steps"] == [4]
-        assert "wrapped in DistributedDataParallel already" in said["refused"]
-        assert "In the middle of a training: unwrap it, call step, wrap it again." in said["refused"]
-        assert "several processes train one model" in said["trainer"] and "Train on one device" in said["trainer"]
+        assert "DistributedDataParallel already" in said["refused"]
+        assert "unwrap it, call step, wrap it again" in said["refused"]
+        assert "several processes" in said["trainer"] and "Train on one device" in said["trainer"]

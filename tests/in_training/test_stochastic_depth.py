@@ -144,7 +144,7 @@ def test_a_block_is_left_whatever_is_drawn() -> None:
         for _ in range(20):
             model(tokens(1, 2))
             assert len(depth.skipped) < 2
-    with pytest.raises(StreamlineError, match="has one block, which cannot be skipped; expected two at least"):
+    with pytest.raises(StreamlineError, match=r"one block.*expected two"):
         StochasticDepth(tiny_of_type("llama", blocks=1), stack="model.layers").__enter__()
 
 
@@ -176,12 +176,12 @@ def test_the_draws_are_its_own_and_go_on_where_they_were_saved() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"rate": 1.0}, "cannot be skipped with the probability 1.0: expected 0 or more and below 1"),
-        ({"rate": [0.1, 0.2, -0.1, 0, 0, 0]}, "with the probability -0.1"),
-        ({"rate": [0.1, 0.2]}, "rate has 2 values; the stack has 6 blocks"),
-        ({"rate": [0.1] * 6, "rule": "linear"}, "rule='linear' says how one rate is given to the blocks"),
-        ({"rate": 0.1, "rule": "cubic"}, "rule='cubic' is unknown. Expected one of: linear, constant"),
-        ({"keep": [6]}, "keep names block 6; the stack has 6 blocks, 0 to 5"),
+        ({"rate": 1.0}, r"1.0: expected 0 or more and below 1"),
+        ({"rate": [0.1, 0.2, -0.1, 0, 0, 0]}, r"probability -0.1"),
+        ({"rate": [0.1, 0.2]}, r"2 values.*6 blocks"),
+        ({"rate": [0.1] * 6, "rule": "linear"}, r"rule='linear'.*one rate"),
+        ({"rate": 0.1, "rule": "cubic"}, r"rule='cubic'.*Expected.*linear, constant"),
+        ({"keep": [6]}, r"keep.*block 6.*6 blocks, 0 to 5"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments: dict[str, object], words: str) -> None:
@@ -326,7 +326,7 @@ def test_a_forward_that_fails_leaves_all_blocks(kind: type[BaseException]) -> No
 def test_only_one_at_a_time() -> None:
     model = tiny_model("llama")
     with StochasticDepth(model):
-        with pytest.raises(StreamlineError, match="are skipped at random already. Leave that context first"):
+        with pytest.raises(StreamlineError, match=r"skipped at random already.*Leave"):
             StochasticDepth(model).__enter__()
         copied = copy.deepcopy(model)
     with StochasticDepth(copied):  # whose inherited hooks do nothing
@@ -343,7 +343,7 @@ def test_only_one_at_a_time() -> None:
 def test_a_block_that_may_not_go_is_named() -> None:
     model = tiny_of_type("gemma3n_text")
     before = state_of(model)
-    words = r"Block 5 cannot be skipped: block 5 produces the keys that .*\. Name it in keep=, so that it is never"
+    words = r"Block 5.*the keys.*keep="
     with pytest.raises(UnsupportedSurgery, match=words) as refused:
         StochasticDepth(model, keep=[4]).__enter__()
     assert refused.value.cause == "shared-keys"
@@ -361,7 +361,7 @@ def test_blocks_with_parts_of_one_weight_are_refused() -> None:
 
 def test_what_only_a_trial_shows_is_named_too() -> None:
     model = tiny_of_type("xlm")
-    words = "Block . cannot be skipped: without them .*lists side by side.*Name it in keep="
+    words = r"Block . cannot.*lists side by side.*keep="
     with pytest.raises(UnsupportedSurgery, match=words):
         StochasticDepth(model).__enter__()
 
@@ -369,7 +369,7 @@ def test_what_only_a_trial_shows_is_named_too() -> None:
 def test_a_cache_in_training_mode_is_refused() -> None:
     model = tiny_model("llama").train()
     with StochasticDepth(model):
-        with pytest.raises(StreamlineError, match=r"was given a cache \(.*\) in training mode.*Call model.eval\(\)"):
+        with pytest.raises(StreamlineError, match=r"a cache.*model.eval\(\)"):
             model.generate(tokens(1, 4), max_new_tokens=3)
         assert len(model.eval().generate(tokens(1, 4), max_new_tokens=3, min_new_tokens=3)[0]) == 7
 
@@ -384,7 +384,7 @@ def test_a_checkpoint_around_the_whole_model_is_refused(use_reentrant: bool) -> 
             return model(inputs_embeds=given, use_cache=False).logits
 
         loss = checkpoint(run, states, use_reentrant=use_reentrant).square().mean()
-        with pytest.raises(StreamlineError, match="runs inside a backward: a checkpoint around the whole model"):
+        with pytest.raises(StreamlineError, match="inside a backward"):
             loss.backward()
 
 
@@ -399,7 +399,7 @@ def test_a_replica_is_refused() -> None:
 def test_compiled_models() -> None:
     torch.compiler.reset()
     model = tiny_model("llama").train()
-    with pytest.raises(StreamlineError, match="Cannot skip blocks of a compiled .* then compile"):
+    with pytest.raises(StreamlineError, match=r"skip blocks of a compiled.*then compile"):
         StochasticDepth(torch.compile(model, backend="eager")).__enter__()  # type: ignore[arg-type]
     with StochasticDepth(model, **HALF) as depth:
         compiled = torch.compile(model, backend="eager")  # costs a compilation a draw, and is right
@@ -409,7 +409,7 @@ def test_compiled_models() -> None:
                 torch.testing.assert_close(got, model(tokens(2, 5), use_cache=False).logits)
             model.train()
         model.compile(backend="eager")
-        with pytest.raises(StreamlineError, match="was compiled while its blocks are skipped at random"):
+        with pytest.raises(StreamlineError, match=r"compiled while.*skipped"):
             model(tokens(2, 5))
     torch.compiler.reset()
 
@@ -450,7 +450,7 @@ TWO_PROCESSES = """
 
 def test_two_processes_draw_the_same_with_one_seed_and_stay_equal_with_two(tmp_path: Path) -> None:
     one, other = in_two_processes(TWO_PROCESSES, tmp_path)
-    assert "is wrapped in DistributedDataParallel already" in one["refused"]
+    assert "DistributedDataParallel already" in one["refused"]
     assert one["same"]["equal"] and one["own"]["equal"]
     assert one["same"]["drawn"] == other["same"]["drawn"] == one["same"]["missing"] == other["same"]["missing"]
     assert any(one["same"]["drawn"]) and one["own"]["drawn"] != other["own"]["drawn"]
