@@ -181,7 +181,7 @@ def test_unknown_tasks_and_data_that_is_missing(stories: tuple[Any, Any], tasks:
     with pytest.raises(StreamlineError, match=r"'0000'.*`lm-eval.*tasks`"):
         run_harness(*stories, ["0000"])
     (tasks / "texts.jsonl").unlink()
-    with pytest.raises(StreamlineError, match=r"lm-eval cannot read the data of texts: .*texts.jsonl"):
+    with pytest.raises(StreamlineError, match=r"texts: .*texts.jsonl"):
         run_harness(*stories, ["texts"], task_folder=tasks)
     with pytest.raises(StreamlineError, match=r"'/no/such'.*give"):
         run_harness(*stories, ["texts"], task_folder="/no/such")
@@ -190,7 +190,7 @@ def test_unknown_tasks_and_data_that_is_missing(stories: tuple[Any, Any], tasks:
 @pytest.mark.slow
 def test_a_task_of_lm_evals_own_that_needs_the_network_says_so(stories: tuple[Any, Any]) -> None:
     pytest.importorskip("lm_eval", reason="the package lm_eval is not installed")
-    with pytest.raises(StreamlineError, match="cannot read the data of piqa: .* Its own tasks take it from the hub"):
+    with pytest.raises(StreamlineError, match=r"piqa.*hub"):
         run_harness(*stories, ["piqa"])
 
 
@@ -202,12 +202,12 @@ def test_your_task_goes_before_lm_evals(stories: tuple[Any, Any], tasks: Path) -
 
 def test_what_cannot_be_run(stories: tuple[Any, Any], tasks: Path) -> None:
     model, tokenizer = stories
-    with pytest.raises(StreamlineError, match="Got a Linear and a .*; lm-eval runs a model and a tokenizer of Trans"):
+    with pytest.raises(StreamlineError, match=r"a Linear and a .*lm-eval"):
         run_harness(nn.Linear(2, 2), tokenizer, ["texts"])
-    with pytest.raises(StreamlineError, match="Got a LlamaForCausalLM and a str; lm-eval runs"):
+    with pytest.raises(StreamlineError, match=r"LlamaForCausalLM and a str.*lm-eval"):
         run_harness(model, "tokenizer", ["texts"])
     for wrong in ("texts", []):
-        with pytest.raises(StreamlineError, match="expected a list with the name of one at least"):
+        with pytest.raises(StreamlineError, match="expected a list"):
             run_harness(model, tokenizer, wrong)
     for given in ({"limit": 0}, {"few_shot": -1}, {"batch_size": 0}):
         with pytest.raises(StreamlineError, match=r"expected 1 or.*1 or.*0 or"):
