@@ -119,7 +119,7 @@ def test_a_machine_that_is_too_slow_is_told_the_minutes_it_would_need() -> None:
     with pytest.raises(StreamlineError) as raised:
         planned(2)
     said = str(raised.value)
-    assert "A budget of 2.0 min does not suffice on this machine: training on 20,480 tokens" in said
+    assert "2.0 min does not suffice" in said and "20,480 tokens" in said
     minutes = int(said.split("Give ")[1].split("m or more")[0])
     assert planned(minutes).sizes.calibration >= 20_480
     with pytest.raises(StreamlineError, match="does not suffice"):
@@ -260,7 +260,7 @@ def test_a_disk_that_is_full_is_told_before_anything_is_timed(
 
     monkeypatch.setattr(rates, "write_test_file", full)
     monkeypatch.setattr(training_plan_here, "profile", None)
-    with pytest.raises(StreamlineError, match=r"cannot be written to, .*: No space left on device\. Choose another"):
+    with pytest.raises(StreamlineError, match=r"No space left.*Choose"):
         plan_training(*story_model, story_texts, 3600.0, output=tmp_path / "out", **SMALL)
 
 
@@ -349,15 +349,15 @@ def test_what_no_plan_is_made_for_is_refused(story_model: tuple[Any, Any], story
     assert best.training is not None
     own = replace(best, training=replace(best.training, on_policy=OnPolicy.parse("kl:share=0.5")))
     for preset, said in (
-        ("iterative", "'iterative' goes in 2 rounds, and a budget plans one"),
-        (own, "trains on what the model writes"),
+        ("iterative", r"'iterative'.*2 rounds.*one"),
+        (own, "model writes"),
     ):
         with pytest.raises(StreamlineError, match=said):
             plan_training(*story_model, story_texts, 600.0, preset=preset)
 
 
 def test_what_is_not_trained_has_no_budget(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
-    with pytest.raises(StreamlineError, match="The preset 'uidl-less' is unknown"):
+    with pytest.raises(StreamlineError, match=r"'uidl-less'.*unknown"):
         plan_training(*story_model, story_texts, 60.0, preset="uidl-less")
-    with pytest.raises(StreamlineError, match="The preset 'ghosted' trains nothing, so that a budget decides nothing"):
+    with pytest.raises(StreamlineError, match=r"'ghosted'.*trains nothing"):
         plan_training(*story_model, story_texts, 60.0, preset="ghosted")

@@ -50,7 +50,7 @@ def test_of_a_mixture_only_the_chosen_experts_are_run(type_: str) -> None:
 def test_experts_of_which_nobody_says_how_many_are_chosen_are_refused() -> None:
     model = tiny_model("mixtral")
     object.__setattr__(model.config, "num_experts_per_tok", None)
-    with pytest.raises(StreamlineError, match="hold 4 experts, and its configuration does not say how many a token"):
+    with pytest.raises(StreamlineError, match=r"4 experts.*how many"):
         work_of(find_stack(model))
 
 
