@@ -195,7 +195,7 @@ def test_a_map_that_would_not_be_the_first_behind_its_block_is_refused(before: s
         else:
             replace_branches(surgeon, fitted_of({(3, "attention"): a_map(0)}))
         plan = surgeon.plan
-        with pytest.raises(StreamlineError, match=r"stands behind block 2 already, .* in the place of its mlp"):
+        with pytest.raises(StreamlineError, match=r"block 2 already.*mlp"):
             replace_branches(surgeon, fitted_of({(2, "mlp"): a_map(1)}))
         assert surgeon.plan == plan
         replace_branches(surgeon, fitted_of({(2, "attention"): a_map(1)}))  # before the block
@@ -214,10 +214,10 @@ def test_a_stand_in_of_a_later_window_is_no_hindrance() -> None:
 def test_what_cannot_be_meant() -> None:
     model, batches = tiny_model("llama"), [tokens(2, 6)]
     for wanted, text in [
-        ([], r"An empty list of blocks cannot be recorded"),
-        ([(9, "mlp")], r"Block 9 cannot be recorded: the stack has 6 blocks"),
-        ([(1, "both")], r"no branch 'both'; expected 'attention' or 'mlp'"),
-        ([(5, "mlp"), (-1, "mlp")], r"Each branch can be replaced once"),
+        ([], "empty list of blocks"),
+        ([(9, "mlp")], r"Block 9.*6 blocks"),
+        ([(1, "both")], r"'both'.*expected 'attention' or 'mlp'"),
+        ([(5, "mlp"), (-1, "mlp")], "replaced once"),
     ]:
         with pytest.raises(StreamlineError, match=text):
             fit_branch_linear(model, wanted, batches, batches)

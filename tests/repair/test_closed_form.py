@@ -88,16 +88,16 @@ def test_few_noisy_tokens_ask_for_a_ridge() -> None:
 
 def test_what_cannot_be_solved() -> None:
     good = moments_of(*draw(20, 0))
-    with pytest.raises(StreamlineError, match="The held-out moments hold no token"):
+    with pytest.raises(StreamlineError, match=r"held-out.*no token"):
         solve(good, WindowMoments(6))
-    with pytest.raises(StreamlineError, match="The fitted moments hold no token"):
+    with pytest.raises(StreamlineError, match=r"fitted.*no token"):
         solve(WindowMoments(6), good)
     bad = moments_of(*draw(20, 0))
     bad.xx[0, 0] = float("nan")
-    with pytest.raises(StreamlineError, match="The fitted moments are not finite"):
+    with pytest.raises(StreamlineError, match=r"fitted.*not finite"):
         solve(bad, good)
     zero = moments_of(torch.zeros(5, 6), torch.ones(5, 6))
-    with pytest.raises(StreamlineError, match="Every state that enters the window is zero"):
+    with pytest.raises(StreamlineError, match=r"Every state.*zero"):
         solve(zero, zero)
 
 

@@ -57,21 +57,21 @@ def test_a_gradient_that_is_used_up_is_not_given_twice() -> None:
     mine = torch.randn(7, 9, requires_grad=True)
     found = summed_divergence(mine, torch.randn(7, 9))
     (3.0 * found).backward(retain_graph=True)
-    with pytest.raises(StreamlineError, match=r"has been used up; compute the KL anew"):
+    with pytest.raises(StreamlineError, match=r"used up.*anew"):
         found.backward()
 
 
 @pytest.mark.parametrize(
     ("rows", "text", "following", "said"),
     [
-        (8, 0.0, None, r"\(7, 9\) and \(8, 9\), and no text at a weight of 0"),
+        (8, 0.0, None, r"\(7, 9\) and \(8, 9\).*weight of 0"),
         (
             7,
             1.0,
             None,
-            "no text at a weight of 1; expected one shape, and where a text is weighed a token of it for each",
+            r"weight of 1;.*expected one shape",
         ),
-        (7, 0.5, torch.tensor([1, 2]), "and 2 tokens of a text at a weight of 0.5"),
+        (7, 0.5, torch.tensor([1, 2]), r"2 tokens.*weight of 0.5"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(rows: int, text: float, following: torch.Tensor | None, said: str) -> None:

@@ -60,7 +60,7 @@ def test_step_0_is_not_above_plain_removal_nor_what_holds_the_map_above_the_clos
 def test_the_first_and_the_last_window(kind: str, window: range) -> None:
     model = tiny_model("llama")
     if kind == "folded" and window.start == 0:
-        with pytest.raises(UnsupportedSurgery, match="no block stands before them"):
+        with pytest.raises(UnsupportedSurgery, match="no block stands before"):
             fit_windows(model, [window], kind, FIT, HELD_OUT)
         return
     (repair,) = fit_windows(model, [window], kind, FIT, HELD_OUT)
@@ -182,7 +182,7 @@ def test_a_module_of_ones_own_starts_as_what_it_says_of_itself() -> None:
     assert own.stand_in.first.out_features == 64  # type: ignore[union-attr]
     with pytest.raises(StreamlineError, match=r"'third'.*NoneType.*expected"):
         fit_windows(model, [WINDOW], "own-wrong", FIT, HELD_OUT)
-    with pytest.raises(StreamlineError, match="NormAtTheEnd names makes is not added to its output as it is"):
+    with pytest.raises(StreamlineError, match=r"NormAtTheEnd.*not added"):
         fit_windows(model, [WINDOW], "own-normattheend", FIT, HELD_OUT)
 
 
@@ -231,7 +231,7 @@ def test_what_has_no_last_projection_starts_as_it_was_unless_that_is_worse_than_
     changed = {name for name, p in block.named_parameters() if not torch.equal(p, original[name])}
     assert changed == ({"self_attn.o_proj.weight"} if kind == "silenced" else set())
     undone(model, WINDOW)
-    with pytest.raises(UnsupportedSurgery, match="cannot stand in this window's place: as it is it leaves a relative"):
+    with pytest.raises(UnsupportedSurgery, match=r"this window's place.*relative"):
         fit_windows(model, [WINDOW], kind, part[:3], part[3:])
 
 
@@ -242,7 +242,7 @@ def test_what_is_not_finite_is_named() -> None:
         return module
 
     register_kind("own-broken", broken)
-    with pytest.raises(StreamlineError, match="What Linear makes in the place of the window is not finite"):
+    with pytest.raises(StreamlineError, match=r"Linear.*not finite"):
         fit_windows(tiny_model("llama"), [WINDOW], "own-broken", FIT, HELD_OUT)
 
 

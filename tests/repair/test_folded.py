@@ -171,7 +171,7 @@ def test_what_cannot_be_folded_is_refused_before_the_pass(model_type: str) -> No
     model = tiny(model_type, blocks=3)
     forwards: list[int] = []
     handle = model.register_forward_hook(lambda *given: forwards.append(1))
-    with pytest.raises(UnsupportedSurgery, match=r"The mlp branch of block 0 cannot be folded: "):
+    with pytest.raises(UnsupportedSurgery, match=r"mlp branch of block 0.*folded"):
         fit_fold(model, range(1, 2), [tokens(2, 6)], [tokens(2, 6)])
     handle.remove()
     assert not forwards

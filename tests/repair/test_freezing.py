@@ -83,9 +83,9 @@ def test_a_trainer_takes_it_and_what_it_saves_loads(tmp_path: Path) -> None:
 
 def test_what_is_not_there_or_has_nothing_to_train_is_refused() -> None:
     model, _ = shortened()
-    with pytest.raises(StreamlineError, match="A LinearReplacement that is to be trained is not in the model"):
+    with pytest.raises(StreamlineError, match=r"LinearReplacement.*not in the model"):
         freeze_all_but(model, LinearReplacement(32))
-    with pytest.raises(StreamlineError, match="There is nothing to train in SiLUActivation|SiLU"):
+    with pytest.raises(StreamlineError, match="nothing to train in SiLU"):
         freeze_all_but(model, model.model.layers[0].mlp.act_fn)
     assert all(p.requires_grad for p in model.parameters()), "a refusal has frozen something"
 

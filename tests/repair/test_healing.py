@@ -139,15 +139,15 @@ def test_the_head_is_trained_where_it_is_not_the_embedding() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("full", "Healing 'full' of 'all' blocks is unknown"),
-        ("lora:rank=x", "cannot be read at 'rank=x'"),
-        ("lora:head=ture", "cannot be read at 'head=ture'"),
-        ("partial:targets=down_proj,rank=4", "'partial' trains blocks whole and was given rank, targets, of adapters"),
-        ("lora:size=2", "cannot be read at 'size=2'.*known are where, count, rate, rank"),
-        ("partial:rate=0", "rate=0.0 of the learning rate trains nothing"),
-        ("partial:where=beside", "was given count=0; expected 1 or more"),
-        ("partial:count=2", "was given count=2; expected"),
-        ("lora:dropout=1.0", "expected a rank of 1 or more, alpha above 0"),
+        ("full", r"'full' of 'all'.*unknown"),
+        ("lora:rank=x", "read at 'rank=x'"),
+        ("lora:head=ture", "read at 'head=ture'"),
+        ("partial:targets=down_proj,rank=4", r"'partial'.*rank, targets.*adapters"),
+        ("lora:size=2", r"'size=2'.*known are where, count, rate, rank"),
+        ("partial:rate=0", r"rate=0.0.*trains nothing"),
+        ("partial:where=beside", r"count=0.*expected 1 or more"),
+        ("partial:count=2", r"count=2.*expected"),
+        ("lora:dropout=1.0", r"expected a rank.*alpha"),
     ],
 )
 def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:
@@ -207,7 +207,7 @@ def test_blocks_that_no_gradient_would_reach_are_refused(windows: list[range]) -
     copies, _ = healing_copies(find_stack(model), [WINDOW], Healing.parse("partial:where=last,count=1"))
     student = Student(model, [(window, None) for window in windows], copies=copies)
     settings = replace(SETTINGS, objective=Objective.parse("mse + cosine"))
-    with pytest.raises(StreamlineError, match=r"The objective mse \+ cosine looks at .*block 7.* Add kl or lm to it"):
+    with pytest.raises(StreamlineError, match=r"mse \+ cosine.*block 7.*Add kl or lm"):
         train(student, BATCHES, VALIDATION, settings)
 
 

@@ -49,22 +49,22 @@ def test_options_are_read() -> None:
     [
         (
             "cubic",
-            "The kind of replacement 'cubic' is unknown. Known: none, linear, mlp, swiglu, block, silenced, merged",
+            r"'cubic'.*Known: none, linear, mlp",
         ),
         (
             "linear:width=3",
-            "'linear:width=3': the kind 'linear' has no such option, 'width'. Its options: rank .int., d",
+            r"'linear:width=3'.*'width'.*options: rank .int.",
         ),
-        ("none:width=3", "the kind 'none' has no such option, 'width'. Its options: none."),
+        ("none:width=3", r"'none'.*'width'.*options: none"),
         (
             "mlp:width=3,width=4",
-            "the kind 'mlp' is given an option twice, 'width'. Its options: width .int., activation",
+            r"'mlp'.*twice, 'width'.*options: width .int.",
         ),
-        ("mlp:width=wide", "'mlp:width=wide': width='wide' is not understood; expected int."),
-        ("mlp:width", "width='true' is not understood; expected int"),
-        ("swiglu:norm=perhaps", "norm='perhaps' is not understood; expected bool"),
-        ("block:count=0", "count=0 inherited blocks cannot stand anywhere; expected 1 or more"),
-        ("block:count=1.5", "count='1.5' is not understood; expected int"),
+        ("mlp:width=wide", r"'mlp:width=wide'.*width='wide'.*expected int"),
+        ("mlp:width", r"width='true'.*expected int"),
+        ("swiglu:norm=perhaps", r"norm='perhaps'.*expected bool"),
+        ("block:count=0", r"count=0.*1 or more"),
+        ("block:count=1.5", r"count='1.5'.*expected int"),
     ],
 )
 def test_what_is_not_understood(text: str, message: str) -> None:
@@ -88,7 +88,7 @@ def test_a_kind_of_ones_own() -> None:
     assert built("test-own:depth=3,wide,scale=0.5").given == (3, True, 0.5)
     register_kind("test-untyped", lambda features, depth=1, name=None: nn.Linear(features, features))
     assert kind_named("test-untyped:depth=2,name=what").name == "test-untyped:depth=2,name=what"
-    with pytest.raises(StreamlineError, match="Its options: depth .int., wide .bool., scale .float."):
+    with pytest.raises(StreamlineError, match=r"depth .int., wide .bool., scale .float."):
         kind_named("test-own:deep=3")
     with pytest.raises(StreamlineError, match=r"depth='1.5'.*expected"):
         kind_named("test-untyped:depth=1.5")
@@ -98,12 +98,12 @@ def test_a_kind_of_ones_own() -> None:
 
     register_kind("test-strange", strange)
     assert built("test-strange:depth=3").out_features == 3 * WIDTH
-    with pytest.raises(StreamlineError, match="no such option, 'more'. Its options: shape .*, depth .int.[.]"):
+    with pytest.raises(StreamlineError, match=r"'more'.*shape .*, depth .int.[.]"):
         kind_named("test-strange:more=3")
     with pytest.raises(StreamlineError, match=r"'linear'.*_linear.*choose"):
         register_kind("linear", Own)
     for name in ("", "a:b", "a,b", "a b", "a=b"):
-        with pytest.raises(StreamlineError, match="cannot name a kind: expected a name without colon"):
+        with pytest.raises(StreamlineError, match=r"cannot name a kind.*expected"):
             register_kind(name, Own)
 
 
@@ -158,7 +158,7 @@ def test_widths_of_a_model_without_a_configuration() -> None:
                 block.norm1 = block.norm2 = nn.Identity()
 
     assert all(features_of(find_stack(Bare(*how), "blocks")) == 8 for how in ((True, False), (False, True)))
-    with pytest.raises(StreamlineError, match="Nothing says how wide the states of Bare are: no hidden_size"):
+    with pytest.raises(StreamlineError, match=r"Bare.*no hidden_size"):
         features_of(find_stack(Bare(False, False), "blocks"))
 
 

@@ -93,14 +93,14 @@ def test_a_window_that_cannot_be_merged_leaves_the_others() -> None:
     parts = (batches_of(tokens(4, 12, seed=seed), 2) for seed in range(3))
     first, second = verified(model, selections, *parts, kind="merged:channels=mlp")
     assert not first.refused and first.windows == (range(0, 2),)
-    assert "has not the usual two residual branches" in second.refused
+    assert "usual two residual branches" in second.refused
 
 
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("merged:channels=all", "merged by channels=all: expected attention, mlp or both, and no weight"),
-        ("merged:channels=mlp,weight=0.5", r"merged by channels=mlp with weight=0\.5: expected .* which is of a sum"),
+        ("merged:channels=all", r"channels=all.*expected attention, mlp or both"),
+        ("merged:channels=mlp,weight=0.5", r"channels=mlp.*weight=0\.5.*expected"),
     ],
 )
 def test_options_that_say_nothing_together(kind: str, said: str) -> None:
@@ -113,7 +113,7 @@ def test_the_error_names_what_can_be_done_before_any_text_is_run(monkeypatch: py
     monkeypatch.setattr(needed_channels, "measure_needs", None)
     model: Any = tiny_model("llama")
     model.model.layers[5].self_attn.scaling = 2.0
-    with pytest.raises(UnsupportedSurgery, match=r"they differ in self_attn\.scaling"):
+    with pytest.raises(UnsupportedSurgery, match=r"differ in self_attn\.scaling"):
         fit_windows(model, [range(2, 6)], "merged:channels=attention", FIT, HELD_OUT)
     with pytest.raises(UnsupportedSurgery, match=r"Choose.*merged:channels=mlp"):
         fit_windows(tiny_model("qwen3"), [WINDOW], "merged:channels=both", FIT, HELD_OUT)

@@ -56,26 +56,26 @@ def test_an_objective_is_written_as_it_is_read(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "mse + ", "kld", "x*kl", "kl*2"])
 def test_what_is_no_objective_is_refused(text: str) -> None:
-    with pytest.raises(StreamlineError, match=r"cannot be read at .*Expected a sum of kl, lm, mse, relative, cosine"):
+    with pytest.raises(StreamlineError, match=r"read at .*Expected.*kl, lm, mse, relative, cosine"):
         Objective.parse(text)
 
 
 def test_weights_are_not_negative_and_not_all_zero() -> None:
     for weights in ({"kl": 0.0}, {"kl": -1.0, "lm": 2.0}):
-        with pytest.raises(StreamlineError, match="expected one above zero, and none below"):
+        with pytest.raises(StreamlineError, match=r"above zero.*none below"):
             Objective(**weights)
 
 
 @pytest.mark.parametrize(
     ("objective", "lacking"),
     [
-        (Objective(lm=1.0), "kl . lm cannot be computed without what the original says"),
-        (Objective(kl=0.0, reverse_kl=1.0), "without what the original says"),
-        (Objective(kl=0.0, lm=1.0), "The objective lm cannot be computed without the tokens that follow"),
+        (Objective(lm=1.0), r"kl . lm.*what the original says"),
+        (Objective(kl=0.0, reverse_kl=1.0), "what the original says"),
+        (Objective(kl=0.0, lm=1.0), r"objective lm.*tokens that follow"),
     ],
 )
 def test_a_part_of_the_loss_is_not_left_out_in_silence(objective: Objective, lacking: str) -> None:
     with pytest.raises(StreamlineError, match=lacking):
         objective.of_answers(torch.randn(3, 5))
-    with pytest.raises(StreamlineError, match="without the tokens that follow"):
+    with pytest.raises(StreamlineError, match="tokens that follow"):
         Objective(kl=1.0, lm=1.0).of_answers(torch.randn(3, 5), torch.randn(3, 5))

@@ -86,5 +86,5 @@ def test_uidl_puts_adapters_of_rank_64_on_the_mlps_alone(type_: str, layers: int
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(StreamlineError, match="The preset 'worst' is unknown. Known: best, two-windows, iterative, "):
+    with pytest.raises(StreamlineError, match=r"'worst'.*Known: best, two-windows, iterative"):
         preset_named("worst")

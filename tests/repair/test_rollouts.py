@@ -182,13 +182,13 @@ def test_texts_grow_when_most_are_whole_and_closer_to_the_original_and_never_bey
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("lm", r"On the model's own text the objective lm cannot be; expected kl, reverse_kl or a sum"),
-        ("kl + mse", r"cannot be; expected kl, reverse_kl"),
-        ("kl:share=2", r"Got share=2.0, .* expected 0 < share <= 1"),
-        ("kl:begin=1", r"begin=1.0, .* 0 <= begin < 1"),
+        ("lm", r"objective lm.*expected kl, reverse_kl"),
+        ("kl + mse", "expected kl, reverse_kl"),
+        ("kl:share=2", r"share=2.0.*0 < share <= 1"),
+        ("kl:begin=1", r"begin=1.0.*0 <= begin < 1"),
         ("kl:temperature=0", r"a temperature above 0"),
-        ("kl:shortest=64,longest=32", r"expected a prompt of 1 or more, and 1 <= shortest <= longest"),
-        ("kl:length=3", r"cannot be read at 'length=3'\. Expected options such as .* known are share, begin"),
+        ("kl:shortest=64,longest=32", r"a prompt of 1 or more.*1 <= shortest <= longest"),
+        ("kl:length=3", r"'length=3'.*Expected.*share, begin"),
     ],
 )
 def test_what_is_no_such_training_is_refused(text: str, said: str) -> None:
@@ -203,10 +203,10 @@ def test_steps_are_spread_evenly_after_the_beginning() -> None:
 
 
 def test_models_that_do_not_write_are_refused() -> None:
-    with pytest.raises(StreamlineError, match=r"is for embedding, and a model is trained on its own text where it"):
+    with pytest.raises(StreamlineError, match=r"for embedding.*own text"):
         require_writes(tiny_model("bert"), Task("embedding"), OnPolicy(), [torch.arange(3, 9)[None]])
     model, task = tiny_model("llama"), Task("causal-lm")
-    with pytest.raises(StreamlineError, match=r"A batch holds no input_ids, so that there is nothing to write on"):
+    with pytest.raises(StreamlineError, match="no input_ids"):
         require_writes(model, task, OnPolicy(), [{"inputs_embeds": torch.zeros(1, 4, 32)}])
     model.config.max_position_embeddings = 100
     with pytest.raises(StreamlineError, match=r"of 32.*of 128.*160 positions.*100"):
@@ -220,7 +220,7 @@ def test_what_is_not_text_alone_is_not_written_on() -> None:
         "attention_mask": torch.ones(1, 8),
         "pixel_values": torch.zeros(1, 3, 4, 4),
     }
-    with pytest.raises(StreamlineError, match="A batch holds pixel_values beside its tokens, and a text would be"):
+    with pytest.raises(StreamlineError, match=r"pixel_values.*tokens"):
         require_writes(tiny_model("llama"), Task("causal-lm"), OnPolicy(prompt=2, shortest=2, longest=4), [batch])
     del batch["pixel_values"]
     require_writes(tiny_model("llama"), Task("causal-lm"), OnPolicy(prompt=2, shortest=2, longest=4), [batch])

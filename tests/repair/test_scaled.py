@@ -120,18 +120,18 @@ def test_a_norm_behind_a_branch_is_refused(model_type: str) -> None:
     scaled = fit_scale(model, range(1, 2), [tokens(2, 6)])
     with LayerSurgeon(model) as surgeon:
         surgeon.remove([1])
-        with pytest.raises(UnsupportedSurgery, match=r"a norm follows it, as in Gemma 2 and 3"):
+        with pytest.raises(UnsupportedSurgery, match=r"a norm follows.*Gemma 2 and 3"):
             scale_after(surgeon, range(1, 2), scaled)
 
 
 def test_a_feature_that_is_always_zero_is_named() -> None:
     x = torch.ones(1, 3, 4)
     x[..., 2] = 0
-    with pytest.raises(StreamlineError, match=r"Feature 2 is zero in every token of a sequence that enters"):
+    with pytest.raises(StreamlineError, match=r"Feature 2.*zero"):
         MagnitudeGap(4).update(x, x, torch.ones(1, 3))
     with pytest.raises(StreamlineError, match=r"expected.*4 features"):
         MagnitudeGap(4).update(x, x[..., :3], torch.ones(1, 3))
-    with pytest.raises(StreamlineError, match=r"No token has been counted"):
+    with pytest.raises(StreamlineError, match="No token"):
         _ = MagnitudeGap(4).factor
-    with pytest.raises(StreamlineError, match=r"no batch to measure the magnitude on"):
+    with pytest.raises(StreamlineError, match=r"no batch.*magnitude"):
         fit_scale(tiny_model("llama"), range(1, 2), [])

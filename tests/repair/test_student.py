@@ -151,7 +151,7 @@ def test_windows_that_touch_and_nothing_to_train_are_refused() -> None:
     model = tiny_model("llama")
     with pytest.raises(StreamlineError, match=r"1 to 2 and 3 to 4 touch.*expected"):
         Student(model, [(range(3, 5), linear()), (range(1, 3), linear())])
-    with pytest.raises(StreamlineError, match="There is nothing to train"):
+    with pytest.raises(StreamlineError, match="nothing to train"):
         Student(model, [])
 
 
@@ -163,10 +163,10 @@ def test_what_is_trained_is_no_part_of_the_original_and_stands_in_one_place() ->
         ([(range(2, 4), model.model.layers[5])], {}),
         ([], {5: model.model.layers[5]}),
     ):
-        with pytest.raises(StreamlineError, match=r"has weights of the original; .*Give a copy"):
+        with pytest.raises(StreamlineError, match=r"weights of the original.*Give a copy"):
             Student(model, stand_ins, copies=copies)
     module = linear()
-    with pytest.raises(StreamlineError, match=r"LinearReplacement that is to be trained is in two places"):
+    with pytest.raises(StreamlineError, match=r"LinearReplacement.*two places"):
         Student(model, [(range(1, 2), module), (range(4, 6), module)])
 
 
@@ -219,7 +219,7 @@ def test_states_that_have_passed_an_earlier_module_are_not_compared() -> None:
         surgeon.commit()
     student = Student(model, [(range(2, 4), linear(5))])
     settings = Training(Objective(kl=0.0, mse=1.0))
-    with pytest.raises(UnsupportedSurgery, match="right behind a window, where earlier surgery has put a module"):
+    with pytest.raises(UnsupportedSurgery, match="right behind a window"):
         train(student, [BATCH], [BATCH], settings)
 
 

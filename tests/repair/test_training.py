@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -254,10 +255,8 @@ def test_ctrl_c_keeps_the_best_and_can_go_on(tmp_path: Path) -> None:
     interrupted = replace(settings, callbacks=[RaiseAt(6, KeyboardInterrupt)])
     trained = train(student, BATCHES, VALIDATION, interrupted, say=said.append)
     assert trained.stopped == "interrupted after step 6"
-    assert said == [
-        f"Training ended early: interrupted after step 6. The best weights so far are kept, those of step "
-        f"{trained.best_step}."
-    ]
+    (warning,) = said
+    assert re.search(rf"interrupted after step 6.*of step {trained.best_step}\.", warning)
     train(student, BATCHES, VALIDATION, settings, resume=True)
     assert all(torch.equal(a, b) for a, b in zip(weights(student), weights(whole), strict=True))
 
@@ -276,7 +275,7 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_weights(
     monkeypatch.setattr(Objective, "of_answers", spoilt)
     settings = replace(QUICK, keep_in=tmp_path / "training", validations=12)
     trained = train(student, BATCHES, VALIDATION, settings)
-    assert trained.stopped == "the loss of step 6 is nan"
+    assert "loss of step 6 is nan" in trained.stopped
     assert (trained.steps, trained.history[-1]["step"]) == (5, 5)
     assert module.projection.weight.isfinite().all()
     assert not (tmp_path / "training").exists(), "what ended badly is not to be gone on from"
@@ -314,7 +313,8 @@ def test_out_of_memory_in_a_validation_halves_it_too() -> None:
     module.register_forward_pre_hook(short_of_memory)
     said: list[str] = []
     trained = train(student, BATCHES, VALIDATION, QUICK, say=said.append)
-    assert said == ["Out of memory: 2 sequences are run at a time from here on, and the steps stay."]
+    (warning,) = said
+    assert "Out of memory" in warning and "2 sequences" in warning
     assert [row["distance"] for row in trained.history] == pytest.approx(
         [r["distance"] for r in expected.history], rel=1e-4
     )
@@ -324,7 +324,7 @@ def test_patience_ends_what_gets_no_better() -> None:
     student, _ = student_of(tiny_model("llama"))
     settings = replace(QUICK, learning_rate=1.0, warmup=0.0, patience=2, validations=12)
     trained = train(student, BATCHES, VALIDATION, settings)
-    assert trained.stopped == "the distance to the original on the validation part was no lower 2 times"
+    assert "no lower 2 times" in trained.stopped
     assert trained.steps == 2
 
 
@@ -388,11 +388,11 @@ def test_what_cannot_be_trained_or_resumed_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "training"
     with pytest.raises(StreamlineError, match="got 0 and 2"):
         train(student, [], VALIDATION)
-    with pytest.raises(StreamlineError, match="There is no parameter to train"):
+    with pytest.raises(StreamlineError, match="no parameter"):
         train(Student(tiny_model("llama"), [(range(2, 4), None)]), BATCHES, VALIDATION)
     with pytest.raises(StreamlineError, match="name the file"):
         train(student, BATCHES, VALIDATION, QUICK, resume=True)
-    with pytest.raises(StreamlineError, match="There is no training to resume at"):
+    with pytest.raises(StreamlineError, match="no training to resume"):
         train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
     train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file))
     for other in (replace(QUICK, keep_in=file, seed=1), replace(QUICK, keep_in=file, learning_rate=1e-3)):
@@ -407,7 +407,7 @@ def test_what_cannot_be_trained_or_resumed_is_refused(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"no safetensors"):
         file.write_bytes(damaged)
-        with pytest.raises(StreamlineError, match=r"is not the file of a training, or is damaged .*begin again"):
+        with pytest.raises(StreamlineError, match=r"not the file of a training.*begin again"):
             train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
     file.write_bytes(whole.replace(b'format\\": 8', b'format\\": 9'))
     with pytest.raises(StreamlineError, match=r"format 9.*7 and 8"):
@@ -460,7 +460,7 @@ def test_every_flipped_bit_of_a_kept_training_is_found(tmp_path: Path) -> None:
         bit = 1 << position % 8
         whole[position] ^= bit
         file.write_bytes(whole)
-        with pytest.raises(StreamlineError, match=f"{file} .*(delete it and begin again|Delete it and begin again)"):
+        with pytest.raises(StreamlineError, match=rf"{file} .*[Dd]elete"):
             read_state(file)
         whole[position] ^= bit
 
@@ -488,7 +488,7 @@ def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest
         raise OSError("No space left on device")
 
     monkeypatch.setattr("streamline_hooks.repair.training_state.save_file", full)
-    with pytest.raises(StreamlineError, match="No space left on device.* Make room"):
+    with pytest.raises(StreamlineError, match=r"No space left.*Make room"):
         write_state(file, {"a": torch.zeros(2)}, {"step": 2})
     tensors, said = read_state(file)
     assert torch.equal(tensors["a"], torch.ones(2))
@@ -516,7 +516,7 @@ def test_a_disk_that_is_full_meanwhile_costs_no_training(
     assert trained.history == wanted.history and not trained.stopped
     pairs = zip(whole.parameters().values(), other.parameters().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert sum("No space left" in line for line in said) > 1 and "its state was not kept" in caplog.text
+    assert sum("No space left" in line for line in said) > 1 and "not kept" in caplog.text
     assert read_state(tmp_path / "training")[1]["step"] == 1  # the only one that could be kept
 
 
@@ -549,21 +549,13 @@ def test_a_training_that_brought_nothing_says_so() -> None:
     found = {0: 0.27, 24: 0.33, 97: 0.28}
     history = [{"step": step, "distance": kl, "validated": kl} for step, kl in found.items()]
     trained = Trained(97, 50_000, 0.27, 0.27, 0, history, 1.0)
-    assert trained.in_vain.startswith(
-        "The training brought nothing: KL was 0.2700 before its first step and 0.2800 at best"
-    )
+    assert re.search(r"brought nothing: KL.*0\.2700 before.*0\.2800 at best", trained.in_vain)
     assert "a smaller learning rate" in trained.in_vain
     both = [{**row, "validated": row["validated"] + 3.0} for row in history]
-    assert (
-        "brought nothing: what it minimises, on the validation text, was 3.2700 before"
-        in replace(trained, history=both).in_vain
-    )
+    assert re.search(r"brought nothing: what it minimises.*3\.2700 before", replace(trained, history=both).in_vain)
     assert replace(trained, best_step=97).in_vain == replace(trained, history=history[:1]).in_vain == ""
     early = replace(trained, history=history[:1], stopped="the loss of step 12 is nan")
-    assert early.in_vain == (
-        "The training brought nothing: the loss of step 12 is nan, before it was looked at what it had reached, so "
-        "that the weights from before it are kept."
-    )
+    assert re.search(r"brought nothing: the loss of step 12 is nan.*weights from before", early.in_vain)
     assert replace(early, history=history, best_step=24).in_vain == ""
 
 

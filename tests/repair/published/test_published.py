@@ -48,7 +48,7 @@ def test_hadamard_matrices_are_of_signs_and_orthogonal(order: int) -> None:
 
 @pytest.mark.parametrize("order", [3, 6, 92, 50])
 def test_an_order_without_a_construction_is_refused(order: int) -> None:
-    with pytest.raises(StreamlineError, match=f"No Hadamard matrix of order {order} is known here"):
+    with pytest.raises(StreamlineError, match=rf"Hadamard.*order {order} is"):
         hadamard(order)
 
 
@@ -88,7 +88,7 @@ def test_replace_me_is_least_squares_of_the_mlp_and_folded(texts: list[dict[str,
         place(surgeon, WINDOW, repair.stand_in)
         folded = model.model.layers[WINDOW.start - 1].mlp.down_proj.weight
         torch.testing.assert_close(folded, (repair.stand_in.map.float().T @ down), rtol=1e-3, atol=1e-3)
-    with pytest.raises(UnsupportedSurgery, match="no block stands before them"):
+    with pytest.raises(UnsupportedSurgery, match="no block stands before"):
         fit_windows(model, [range(0, 2)], "replaceme", texts[:2], texts[2:])
 
 
