@@ -138,7 +138,7 @@ def test_a_norm_that_is_not_multiplied_in_is_seen(monkeypatch: pytest.MonkeyPatc
     need = some(model, "mlp")
     plain = (torch.ones(32, dtype=torch.float64), torch.zeros(32, dtype=torch.float64))
     monkeypatch.setattr(concatenated.ChannelMerge, "norm_of", lambda self, k: plain)
-    with pytest.raises(UnsupportedSurgery, match="does not add what its parts add"):
+    with pytest.raises(UnsupportedSurgery, match="does not add"):
         merged(model, {"mlp": need})
 
 
@@ -146,14 +146,14 @@ def test_rows_that_are_laid_out_otherwise_are_seen(monkeypatch: pytest.MonkeyPat
     """Query, key and value of GPT-2 are three layers on each other."""
     monkeypatch.setattr(concatenated, "HALVES", (1,))
     model = tiny_model("gpt2")
-    with pytest.raises(UnsupportedSurgery, match="layers that are laid out otherwise"):
+    with pytest.raises(UnsupportedSurgery, match="laid out otherwise"):
         merged(model, {"attention": some(model, "attention")})
 
 
 REFUSED = [
-    ("qwen3", "attention", "does not add what its parts add .*norm on what it adds or on heads"),
-    ("gemma3", "attention", r"not of one kind: they differ in self_attn\.\w+.*merged:channels=mlp"),
-    ("gemma3", "mlp", r"does not add what its parts add .*merged:channels=attention"),
+    ("qwen3", "attention", r"does not add.*norm on what it adds"),
+    ("gemma3", "attention", r"self_attn\.\w+.*merged:channels=mlp"),
+    ("gemma3", "mlp", r"does not add.*merged:channels=attention"),
 ]
 
 
@@ -171,7 +171,7 @@ def test_experts_are_refused() -> None:
         **{**tiny_config("llama").to_diff_dict(), "num_local_experts": 4, "model_type": "mixtral"}
     )
     model = transformers.MixtralForCausalLM(config).eval()
-    with pytest.raises(UnsupportedSurgery, match=r"mlp of several MixtralDecoderLayer .*(experts|no linear layer)"):
+    with pytest.raises(UnsupportedSurgery, match=r"MixtralDecoderLayer .*(experts|no linear layer)"):
         units(model, "mlp")
 
 
@@ -180,7 +180,7 @@ def test_blocks_that_are_not_built_alike_are_refused() -> None:
     need = some(model, "mlp")
     mlp = model.model.layers[3].mlp
     mlp.gate_proj, mlp.up_proj, mlp.down_proj = nn.Linear(32, 40), nn.Linear(32, 40), nn.Linear(40, 32)
-    with pytest.raises(UnsupportedSurgery, match="the window's blocks are not built alike"):
+    with pytest.raises(UnsupportedSurgery, match="not built alike"):
         merged(model, {"mlp": need})
 
 
@@ -189,7 +189,7 @@ def test_norms_that_shift_need_a_bias() -> None:
     need = some(model, "mlp")
     for layer in model.gpt_neox.layers:
         layer.mlp.dense_h_to_4h.bias = None
-    with pytest.raises(UnsupportedSurgery, match=r"norms shift what they make, and mlp\.dense_h_to_4h has no bias"):
+    with pytest.raises(UnsupportedSurgery, match=r"norms shift.*mlp\.dense_h_to_4h.*no bias"):
         merged(model, {"mlp": need})
 
 
@@ -274,7 +274,7 @@ def test_a_bias_in_one_block_alone_is_refused(path: str) -> None:
     need = some(model, "mlp")
     layer = getattr(model.model.layers[2].mlp, path)
     layer.bias = nn.Parameter(torch.ones(layer.out_features))
-    with pytest.raises(UnsupportedSurgery, match="the window's blocks are not built alike"):
+    with pytest.raises(UnsupportedSurgery, match="not built alike"):
         merged(model, {"mlp": need})
 
 

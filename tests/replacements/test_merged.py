@@ -87,5 +87,5 @@ def test_blocks_that_are_not_built_alike_are_refused() -> None:
     model.model.layers[3].mlp = nn.Linear(32, 32)
     with pytest.raises(UnsupportedSurgery, match=r"Block 3.*model.layers.*mlp.gate_proj.weight"):
         merge(find_stack(model), WINDOW)
-    with pytest.raises(UnsupportedSurgery, match="cannot stand in the place of the 1 from 2 on"):
+    with pytest.raises(UnsupportedSurgery, match=r"cannot stand.*1 from 2 on"):
         merge(find_stack(model), range(2, 3))

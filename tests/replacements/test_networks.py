@@ -180,13 +180,13 @@ def test_the_norm_keeps_large_states_from_ruling() -> None:
     [
         (
             lambda: LinearReplacement(4, rank=5),
-            "A linear map of 4 features cannot have rank=5, diagonal=False; expected ",
+            r"4 features.*rank=5, diagonal=False.*expected",
         ),
-        (lambda: LinearReplacement(4, rank=0), "expected a rank from 1 to 4"),
-        (lambda: LinearReplacement(4, rank=2, diagonal=True), "or a diagonal map without one"),
-        (lambda: MLPReplacement(4, 0), "width=0 of an MLP must be 1 or more"),
-        (lambda: MLPReplacement(4, activation="gelo"), "activation='gelo' is unknown; expected one of .*gelu, "),
-        (lambda: SwiGLUReplacement(4, -1), "width=-1 of a SwiGLU must be 1 or more"),
+        (lambda: LinearReplacement(4, rank=0), "a rank from 1 to 4"),
+        (lambda: LinearReplacement(4, rank=2, diagonal=True), "diagonal map without"),
+        (lambda: MLPReplacement(4, 0), r"width=0 of an MLP.*1 or more"),
+        (lambda: MLPReplacement(4, activation="gelo"), r"activation='gelo'.*expected.*gelu,"),
+        (lambda: SwiGLUReplacement(4, -1), r"width=-1 of a SwiGLU.*1 or more"),
     ],
 )
 def test_what_cannot_be_built(make: Callable[[], nn.Module], text: str) -> None:

@@ -24,18 +24,18 @@ def test_an_unknown_kind_lists_the_known_ones() -> None:
 
 
 def test_a_class_that_is_not_registered_says_how_to() -> None:
-    with pytest.raises(StreamlineError, match="A Identity cannot be written to a checkpoint.*@register_replacement"):
+    with pytest.raises(StreamlineError, match=r"Identity.*@register_replacement"):
         replacement_config(nn.Identity())
 
     class Derived(LinearReplacement):
         pass
 
-    with pytest.raises(StreamlineError, match="A Derived cannot be written"):
+    with pytest.raises(StreamlineError, match="Derived cannot"):
         replacement_config(Derived(3))
 
 
 def test_what_cannot_be_registered() -> None:
-    with pytest.raises(StreamlineError, match="'linear' is LinearReplacement already"):
+    with pytest.raises(StreamlineError, match=r"'linear'.*already"):
 
         @register_replacement("linear")
         class Other(nn.Module):
