@@ -337,9 +337,7 @@ def test_a_failure_leaves_the_page_that_was_there(
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("broken")
 
-    error: Callable[..., Any] = pytest.raises(
-        StreamlineError, match="failed: .*No space left.* Make room or choose another"
-    )
+    error: Callable[..., Any] = pytest.raises(StreamlineError, match=r"No space left.*Make room")
     if fails == "write":
         monkeypatch.setattr(Path, "write_bytes", _after(3, Path.write_bytes, full_disk))
     else:
@@ -354,7 +352,7 @@ def test_a_failure_leaves_the_page_that_was_there(
 def test_files_of_the_users_are_not_replaced(name: str, tmp_path: Path) -> None:
     (tmp_path / "figures").mkdir()
     (tmp_path / name).write_text("mine")
-    with pytest.raises(StreamlineError, match=f"{name} .*not replaced. Move it elsewhere, or choose another folder"):
+    with pytest.raises(StreamlineError, match=rf"{name} .*not replaced.*Move"):
         write_report(tmp_path, compression=example.compression(), command="c", title="t")
     assert (tmp_path / name).read_text() == "mine"
     (tmp_path / name).unlink()
@@ -374,6 +372,6 @@ def _after(count: int, works: Callable[..., Any], fails: Callable[..., Any]) -> 
 
 
 def test_nothing_to_tell_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(StreamlineError, match="nothing to report: compression, evaluation and sweep are all empty"):
+    with pytest.raises(StreamlineError, match=r"nothing to report.*empty"):
         write_report(tmp_path, compression={}, command="c", title="t")
     assert not list(tmp_path.iterdir())
