@@ -56,7 +56,7 @@ def test_fractions_that_come_to_no_block(target: float) -> None:
 
 @pytest.mark.parametrize("target", [30, 31, 0.99])
 def test_everything(target: float) -> None:
-    with pytest.raises(StreamlineError, match="of 30 blocks; at least one block must stay"):
+    with pytest.raises(StreamlineError, match=r"of 30 blocks.*one block must stay"):
         blocks_to_remove(target, 30)
 
 
@@ -123,7 +123,7 @@ def test_a_number_of_blocks() -> None:
     assert windows_for(model, 2, slots=1) == windows(BLOCKS, 3)
     with pytest.raises(StreamlineError, match=r"remove=6.*6 of 6 blocks"):
         windows_for(model, "6")
-    with pytest.raises(StreamlineError, match="layers has one block, and at least one must stay"):
+    with pytest.raises(StreamlineError, match=r"layers.*one block.*one must stay"):
         windows_for(nn.ModuleDict({"layers": nn.Sequential(nn.Linear(2, 2))}), 1, stack="layers")
 
 
@@ -194,7 +194,7 @@ def test_the_shortest_windows_that_save_the_parameters(name: str, data: st.DataO
     if expected:
         assert windows_for(model, target, protected=protected, stand_in=stand_in) == expected
     else:
-        with pytest.raises(StreamlineError, match="cannot be reached: giving up blocks|is free of the protected ones"):
+        with pytest.raises(StreamlineError, match="cannot be reached: giving up|free of the protected"):
             windows_for(model, target, protected=protected, stand_in=stand_in)
 
 
@@ -210,8 +210,7 @@ def test_parameters_that_cannot_be_saved() -> None:
     most = total - left[range(1, BLOCKS)]
     with pytest.raises(
         StreamlineError,
-        match=f"parameters:0.95 cannot be reached: giving up blocks 0 to 4 saves {most:,} of the model's {total:,} "
-        rf"parameters \({most / total:.1%}\)",
+        match=rf"parameters:0.95.*0 to 4.*{most:,} of.*{total:,} parameters.*{most / total:.1%}",
     ):
         windows_for(model, "parameters:0.95")
     with pytest.raises(StreamlineError, match=r"of 1.*6 is"):
@@ -300,7 +299,7 @@ def test_what_stands_in_is_timed_with_the_rest() -> None:
     slow = Slow()
     for stand_in in (slow, lambda window: Slow()):
         assert windows_for(model, Target(ratio, "latency"), timer=timer, stand_in=stand_in) == windows(BLOCKS, 4)
-    with pytest.raises(StreamlineError, match="cannot be reached: without 5 of 6 blocks, the most in a row"):
+    with pytest.raises(StreamlineError, match=r"cannot be reached.*5 of 6 blocks"):
         windows_for(model, Target(0.3, "latency"), timer=timer, stand_in=slow)
     copied = copy.deepcopy(model.model.layers[0])  # takes a slot, and a second a token
     assert windows_for(model, Target(ratio, "latency"), timer=timer, stand_in=lambda w: copied) == windows(BLOCKS, 3)
@@ -310,11 +309,10 @@ def test_latency_that_cannot_be_reached() -> None:
     model, (_, timer) = charged()
     with pytest.raises(
         StreamlineError,
-        match="0.2 of the original's time cannot be reached: without 5 of 6 blocks, the most in a row that may go, the "
-        f"model takes {(4 + HEAD) / (24 + HEAD):.3f} of it",
+        match=rf"0.2 of.*5 of 6 blocks.*{(4 + HEAD) / (24 + HEAD):.3f}",
     ):
         windows_for(model, "latency:0.2", timer=timer)
-    with pytest.raises(StreamlineError, match="without 2 of 6 blocks, the most in a row"):
+    with pytest.raises(StreamlineError, match="2 of 6 blocks"):
         windows_for(model, "latency:0.5", timer=timer, protected=frozenset({2, 5}))
     with pytest.raises(StreamlineError, match=r"of 1.*6 is"):
         windows_for(model, "latency:0.5", timer=timer, protected=frozenset(range(BLOCKS)))
@@ -358,5 +356,5 @@ def test_of_windows_that_differ_the_one_that_saves_least_is_timed() -> None:
 
 
 def test_blocks_that_cannot_go_cannot_be_timed() -> None:
-    with pytest.raises(UnsupportedSurgery, match="The time without 3 blocks cannot be measured: no such window can go"):
+    with pytest.raises(UnsupportedSurgery, match=r"3 blocks.*no such window"):
         windows_for(tiny_of_type("zamba2", blocks=6), "latency:0.5")

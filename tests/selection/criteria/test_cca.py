@@ -93,7 +93,7 @@ def test_so_few_tokens_that_all_is_correlated_by_chance_are_refused() -> None:
     with pytest.raises(StreamlineError, match=r"64 tokens.*of 32"):
         score_windows("cca", WINDOWS, model=model, batches=[tokens(2, 32)])
     assert min(score_windows("cca", [range(0, 6)], model=model, batches=[tokens(2, 33)])) < 0
-    with pytest.raises(StreamlineError, match="No token has been counted yet"):
+    with pytest.raises(StreamlineError, match="No token"):
         score_windows("cca", WINDOWS, model=model, batches=[])
 
 
@@ -135,7 +135,7 @@ def test_attention_that_cannot_be_read_or_is_not_finite() -> None:
     opt = tiny_model("opt")
     for layer in opt.model.decoder.layers:
         layer.do_layer_norm_before = False  # a norm on the residual stream
-    with pytest.raises(UnsupportedSurgery, match="The branches of block 0 cannot be measured"):
+    with pytest.raises(UnsupportedSurgery, match="branches of block 0"):
         branch_cca_bounds(opt, [tokens(4, 20)])
     model = tiny_model("llama")
 

@@ -74,14 +74,14 @@ def test_a_model_that_is_broken_itself() -> None:
     model = tiny_model("llama")
     model.model.layers[4].mlp.down_proj.weight.data[3, 3] = torch.nan
     windows = [range(1, 2), range(4, 5)]  # without the second the model would be whole again
-    with pytest.raises(StreamlineError, match="The perplexity of the original LlamaForCausalLM is inf"):
+    with pytest.raises(StreamlineError, match="original LlamaForCausalLM is inf"):
         perplexity_when_removed(model, [tokens(2, 6)], windows)
     with pytest.raises(StreamlineError, match=r"'kl'.*2 windows"):
         score_windows("kl", windows, model=model, batches=[tokens(2, 6)])
 
 
 def test_no_text() -> None:
-    with pytest.raises(StreamlineError, match="There is no text to compare the models on"):
+    with pytest.raises(StreamlineError, match="no text"):
         kl_when_removed(tiny_model("llama"), [], WINDOWS)
-    with pytest.raises(StreamlineError, match="No token was predicted"):
+    with pytest.raises(StreamlineError, match="No token"):
         perplexity_when_removed(tiny_model("llama"), [], WINDOWS)

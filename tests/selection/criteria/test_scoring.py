@@ -50,7 +50,7 @@ def test_every_criterion_is_named_after_itself_and_says_where_it_comes_from() ->
         assert criterion_named(name) is criterion and criterion.name == name
         assert criterion.needs in ("profile", "model")
         assert (criterion.score.__doc__ or "").strip()
-    with pytest.raises(StreamlineError, match="'cosinus' is unknown. Known: cosine, angular, .*, cca"):
+    with pytest.raises(StreamlineError, match=r"'cosinus'.*Known: cosine, angular, .*, cca"):
         score_windows("cosinus", WINDOWS, profile=Profile(BLOCKS + 1))
 
 
@@ -143,7 +143,7 @@ def test_a_combination_needs_what_its_parts_need() -> None:
     )
     with pytest.raises(StreamlineError, match=r"'2.*rank'"):
         score_windows(both, WINDOWS, profile=Profile(BLOCKS + 1))
-    with pytest.raises(StreamlineError, match="A combination is scored with score_windows"):
+    with pytest.raises(StreamlineError, match=r"combination.*score_windows"):
         both.score(Profile(BLOCKS + 1), range(0, 1))
     assert score_windows(combined({cheap: 1.0}), WINDOWS[:1], profile=Profile(BLOCKS + 1)) == [0.0]
 
@@ -163,11 +163,11 @@ def test_what_must_not_go_by_one_of_the_parts_does_not_go_by_their_combination(b
 @pytest.mark.parametrize(
     ("parts", "by", "text"),
     [
-        ({}, "rank", "was given no criteria; expected criteria with weights above 0"),
-        ({"cosine": -1.0}, "rank", "was given a weight of -1.0"),
-        ({"cosine": math.nan}, "weight", "was given a weight of nan"),
-        ({"cosine": 1.0}, "vote", "by='vote' is unknown; expected 'rank' or 'weight'"),
-        ({"cosinus": 1.0}, "rank", "'cosinus' is unknown"),
+        ({}, "rank", r"no criteria.*weights above 0"),
+        ({"cosine": -1.0}, "rank", r"weight of -1.0"),
+        ({"cosine": math.nan}, "weight", "weight of nan"),
+        ({"cosine": 1.0}, "vote", r"by='vote'.*expected 'rank' or 'weight'"),
+        ({"cosinus": 1.0}, "rank", "'cosinus'"),
     ],
 )
 def test_combinations_that_mean_nothing(parts: Any, by: Any, text: str) -> None:
@@ -184,7 +184,7 @@ def test_what_is_missing_is_said() -> None:
         score_windows("cosine", WINDOWS)
     with pytest.raises(StreamlineError, match=r"'cosine'.*give"):
         score_windows("cosine", WINDOWS, model=model)
-    with pytest.raises(StreamlineError, match="The profile is of another model: .*Profile this one"):
+    with pytest.raises(StreamlineError, match=r"another model.*Profile this one"):
         score_windows("cosine", WINDOWS, profile=profile(tiny_model("qwen3"), BATCHES), model=model)
 
 
@@ -192,7 +192,7 @@ def test_what_is_missing_is_said() -> None:
 def test_what_is_no_window(window: range) -> None:
     model = tiny_model("llama")
     for source in ({"model": model, "batches": BATCHES}, {"profile": profile(model, BATCHES)}):
-        with pytest.raises(StreamlineError, match="is no window of this stack; expected a run of consecutive blocks"):
+        with pytest.raises(StreamlineError, match=r"no window of this stack.*consecutive"):
             score_windows("cosine", [range(0, 1), window], **source)
 
 

@@ -132,16 +132,16 @@ def test_what_has_no_gradient_says_so() -> None:
         block_saliency(model, [tokens(1, 5)], [2])
     with pytest.raises(StreamlineError, match=r"block 3.*\(offloaded\)"):
         block_saliency(tiny_model("llama").to("meta"), [tokens(1, 5)], [3])
-    with pytest.raises(StreamlineError, match="No token is predicted; give sequences of at least two real tokens"):
+    with pytest.raises(StreamlineError, match=r"No token.*two real tokens"):
         block_saliency(tiny_model("llama"), [padded([1, 1], "left")], [3])
 
 
 def test_nan_is_named() -> None:
     model = tiny_model("llama")
     model.model.layers[2].mlp.down_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(StreamlineError, match=r"The loss is nan \(batch 0\)"):
+    with pytest.raises(StreamlineError, match=r"loss is nan.*batch 0"):
         block_saliency(model, [tokens(1, 5)], [1])
     model = tiny_model("llama")
     model.model.layers[2].register_full_backward_hook(lambda m, a, o: tuple(g * torch.nan for g in a if g is not None))
-    with pytest.raises(StreamlineError, match="A gradient or a weight of block 1 is not finite"):
+    with pytest.raises(StreamlineError, match=r"block 1.*not finite"):
         block_saliency(model, [tokens(1, 5)], [1, 2, 3])

@@ -99,12 +99,12 @@ def test_a_score_is_asked_for_once_and_for_no_protected_block() -> None:
 @pytest.mark.parametrize(
     ("count", "parts", "best", "text"),
     [
-        (4, 5, 1, "parts=5 windows of 4 blocks in total"),
-        (4, 0, 1, "parts=0 windows of 4 blocks in total"),
-        (4, 2, 0, "best=0 such selections"),
-        (8, 2, 1, "at least one block must stay"),
-        (0, 1, 1, "is nothing that can be removed"),
-        (6, 4, 1, r"4 windows of 6 blocks in total, with a block between two, do not fit among 8 .*\(none\)"),
+        (4, 5, 1, r"parts=5.*4 blocks"),
+        (4, 0, 1, r"parts=0.*4 blocks"),
+        (4, 2, 0, "best=0"),
+        (8, 2, 1, "one block must stay"),
+        (0, 1, 1, "nothing that can be removed"),
+        (6, 4, 1, r"4 windows of 6 blocks.*8 .*\(none\)"),
     ],
 )
 def test_choices_that_do_not_exist(count: int, parts: int, best: int, text: str) -> None:

@@ -121,7 +121,7 @@ def test_where_no_branch_can_be_silenced_blocks_are_searched_over() -> None:
     for layer in model.model.layers:  # multiplied twice: no longer what the two branches add
         layer.register_forward_hook(lambda block, args, out: out * 1.01)
         layer.forward = scaled(layer.forward)  # type: ignore[method-assign]
-    with pytest.warns(UserWarning, match="Only whole blocks are searched over: .* has not the usual two residual"):
+    with pytest.warns(UserWarning, match=r"Only whole blocks.*two residual"):
         found = evolution(model, BATCHES, [Selection((range(4, 5),))], generations=4, **SMALL)
     assert not any(s.silenced for s in found) and len(found) > 1
 
@@ -145,7 +145,7 @@ def test_what_the_surgeon_refuses_is_never_the_best(monkeypatch: pytest.MonkeyPa
     found = evolution(model, BATCHES, [Selection((range(4, 5),))], generations=6, branches=False, **SMALL)
     assert any(1 in window for window in probed)
     assert found and not any(1 in s.blocks for s in found)
-    with pytest.raises(StreamlineError, match="Not one of the selections to start from can be carried out: Block 1"):
+    with pytest.raises(StreamlineError, match=r"Not one.*Block 1"):
         next(evolve(model, BATCHES, [Selection((range(1, 2),))], **SMALL))
 
 
@@ -162,16 +162,16 @@ def test_it_ends_where_nothing_is_new() -> None:
 @pytest.mark.parametrize(
     ("seeds", "options", "text"),
     [
-        ([], {}, "has nothing to start from"),
+        ([], {}, "nothing to start from"),
         ([Selection((range(1, 3),)), Selection((range(1, 2),))], {},
-         r"different amounts: 2 attentions and 2 MLPs \(1-2\); 1 attentions and 1 MLPs \(1\)"),
-        ([Selection((range(1, 3),))], {"keep": [2]}, "gives up block 2, which must stay"),
-        ([Selection((range(1, 9),))], {}, "gives up block 6, which must stay"),
-        ([Selection((), ((2, "mlp"),))], {"keep": [2]}, "gives up the mlp of block 2 alone: the block must stay"),
-        ([Selection((), ((2, "mlp"),))], {"branches": False}, "gives up the mlp of block 2 alone"),
-        ([Selection((range(1, 3),))], {"offspring": 0}, "offspring=0 .* must be numbers of 1 or more"),
-        ([Selection((range(1, 3),))], {"stages": ((8, 0),)}, r"stages=\(\(8, 0\),\) must be numbers of 1 or more"),
-        ([Selection((range(1, 3),))], {"keep": [6]}, "keep=6 is out of range"),
+         r"2 attentions and 2 MLPs \(1-2\); 1 attentions and 1 MLPs \(1\)"),
+        ([Selection((range(1, 3),))], {"keep": [2]}, "block 2, which must stay"),
+        ([Selection((range(1, 9),))], {}, "block 6, which must stay"),
+        ([Selection((), ((2, "mlp"),))], {"keep": [2]}, r"mlp of block 2 alone.*must stay"),
+        ([Selection((), ((2, "mlp"),))], {"branches": False}, "mlp of block 2 alone"),
+        ([Selection((range(1, 3),))], {"offspring": 0}, r"offspring=0 .*1 or more"),
+        ([Selection((range(1, 3),))], {"stages": ((8, 0),)}, r"stages=\(\(8, 0\),\).*1 or more"),
+        ([Selection((range(1, 3),))], {"keep": [6]}, r"keep=6.*out of range"),
     ],
 )  # fmt: skip
 def test_what_it_cannot_start_from(seeds: list[Selection], options: dict[str, Any], text: str) -> None:

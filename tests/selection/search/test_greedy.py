@@ -211,10 +211,10 @@ def test_blocks_that_cannot_go_are_named() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"count": 6}, "at least one block must stay"),
-        ({"count": 2, "step": 0}, "step=0 blocks a round; expected one or more"),
-        ({"count": 2, "keep": range(BLOCKS)}, "No run of 1 consecutive blocks among 6 is free"),
-        ({"count": 1, "criterion": "taste"}, "The criterion 'taste' is unknown"),
+        ({"count": 6}, "one block must stay"),
+        ({"count": 2, "step": 0}, r"step=0.*one or more"),
+        ({"count": 2, "keep": range(BLOCKS)}, r"1 consecutive blocks.*6"),
+        ({"count": 1, "criterion": "taste"}, r"'taste'.*unknown"),
     ],
 )
 def test_what_cannot_be_searched(options: dict[str, Any], text: str) -> None:

@@ -117,9 +117,9 @@ def test_an_original_without_finite_logits_judges_nothing() -> None:
     model = tiny_model("llama")
     model.lm_head.weight.data[0] = float("nan")
     judge = Judge(find_stack(model), [tokens(1, 4)])
-    with pytest.raises(StreamlineError, match=r"The original's logits hold NaN or infinite values \(batch 0\)"):
+    with pytest.raises(StreamlineError, match=r"original's logits.*NaN.*batch 0"):
         judge.distances([Attempt(Selection((range(1, 3),)))], "judge")
-    with pytest.raises(StreamlineError, match="There is no batch to judge on"):
+    with pytest.raises(StreamlineError, match="no batch"):
         Judge(find_stack(model), [])
     empty = {"input_ids": tokens(1, 4), "attention_mask": torch.zeros(1, 4, dtype=torch.long)}
     with pytest.raises(StreamlineError, match="hold no real token"):

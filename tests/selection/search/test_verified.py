@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -66,9 +67,7 @@ def test_several_windows_are_fitted_in_order_on_the_repaired_model(family: str) 
     windows, silenced = (range(1, 2), range(3, 4), range(5, 6)), ((0, "mlp"), (2, "attention"), (4, "mlp"))
     selection = Selection(windows, silenced)  # type: ignore[arg-type]
     if family == "gpt_neox":
-        with pytest.raises(
-            UnsupportedSurgery, match="No branch of block 0 can be replaced alone: its attention and its"
-        ):
+        with pytest.raises(UnsupportedSurgery, match=r"branch of block 0.*alone"):
             verified(model, [selection], FIT, HELD_OUT, VALIDATION)
         return
     (found,) = verified(model, [selection], FIT, HELD_OUT, VALIDATION)
@@ -186,9 +185,9 @@ def test_what_cannot_go_comes_last_with_its_reason() -> None:
     good, bad = Selection((range(1, 2),)), Selection((range(1, 2),), ((3, "mlp"),))
     found = verified(model, [bad, good], FIT, HELD_OUT, VALIDATION)
     assert [s.silenced for s in found] == [(), ((3, "mlp"),)]
-    assert found[1].distance == math.inf and "has not the usual two residual branches" in found[1].refused
+    assert found[1].distance == math.inf and "usual two residual branches" in found[1].refused
     assert found[1].repairs == ()
-    with pytest.raises(UnsupportedSurgery, match="has not the usual two residual branches"):
+    with pytest.raises(UnsupportedSurgery, match="usual two residual branches"):
         verified(model, [bad], FIT, HELD_OUT, VALIDATION)
 
 
@@ -196,9 +195,9 @@ def test_no_finite_model_is_an_error() -> None:
     model = tiny_model("llama")
     model.model.layers[4].register_forward_hook(lambda block, args, out: out * 1e-6)
     model.model.layers[5].register_forward_hook(lambda block, args, out: out / (args[0].norm() < 1e-2))
-    with pytest.raises(StreamlineError, match="Not one of the 1 shortlisted selections leaves a model with finite"):
+    with pytest.raises(StreamlineError, match=r"1 shortlisted.*finite"):
         verified(model, [Selection((range(4, 5),))], FIT, HELD_OUT, VALIDATION, kind="none")
-    with pytest.raises(StreamlineError, match="There is no selection to verify"):
+    with pytest.raises(StreamlineError, match="no selection"):
         verified(model, [], FIT, HELD_OUT, VALIDATION)
     with pytest.raises(StreamlineError, match="'cubic' is unknown"):
         verified(model, [Selection((range(4, 5),))], FIT, HELD_OUT, VALIDATION, kind="cubic")
@@ -227,10 +226,10 @@ def test_every_kind_is_judged_by_what_the_model_says_with_it(family: str, kind: 
 @pytest.mark.parametrize(
     ("kind", "bad", "silenced", "reason"),
     [
-        ("block", (range(1, 2), range(3, 5)), (), "1 inherited block cannot stand in the place of the 1 from 1 on"),
-        ("block:count=2", (range(3, 5),), (), "2 inherited blocks cannot stand in the place of the 2 from 3 on"),
-        ("folded", (range(0, 2),), (), "no block stands before them"),
-        ("folded", (range(2, 4),), ((1, "mlp"),), "the block before this window: its MLP adds nothing"),
+        ("block", (range(1, 2), range(3, 5)), (), r"1 inherited block.*the 1 from 1 on"),
+        ("block:count=2", (range(3, 5),), (), r"2 inherited blocks.*the 2 from 3 on"),
+        ("folded", (range(0, 2),), (), "no block stands before"),
+        ("folded", (range(2, 4),), ((1, "mlp"),), r"the block before this window.*adds nothing"),
     ],
 )
 def test_a_window_in_which_a_kind_cannot_stand_is_refused_and_the_others_are_judged(
@@ -238,7 +237,7 @@ def test_a_window_in_which_a_kind_cannot_stand_is_refused_and_the_others_are_jud
 ) -> None:
     shortlist = [Selection(bad, silenced), Selection((range(2, 5),)), Selection((range(1, 4),))]
     found = verified(tiny_model("llama"), shortlist, FIT, HELD_OUT, VALIDATION, kind=kind)
-    assert [one.windows for one in found if one.refused] == [bad] and reason in found[-1].refused
+    assert [one.windows for one in found if one.refused] == [bad] and re.search(reason, found[-1].refused)
     assert all(math.isfinite(one.distance) and one.repairs for one in found[:-1])
     with pytest.raises(UnsupportedSurgery, match=reason):
         verified(tiny_model("llama"), shortlist[:1], FIT, HELD_OUT, VALIDATION, kind=kind)

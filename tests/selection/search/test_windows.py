@@ -52,11 +52,11 @@ def test_what_cannot_be_ranked_is_refused(bad: float) -> None:
         best_windows(lambda ws: [bad if w.start == 1 else 0.0 for w in ws], windows(4, 2))
     with pytest.raises(StreamlineError, match=r"1 scores.*3 windows.*expected"):
         best_windows(lambda ws: [0.0], windows(4, 2))
-    with pytest.raises(StreamlineError, match="Of 0 windows there is none to choose"):
+    with pytest.raises(StreamlineError, match="Of 0 windows"):
         best_windows(lambda ws: [], [])
     found = best_windows(lambda ws: [-math.inf, 0.0], [range(0, 1), range(1, 2)])
     assert [s.windows for s in found] == [(range(1, 2),)]
-    with pytest.raises(StreamlineError, match="Of 1 windows there is none to choose"):
+    with pytest.raises(StreamlineError, match="Of 1 windows"):
         best_windows(lambda ws: [-math.inf], [range(0, 1)])
 
 
