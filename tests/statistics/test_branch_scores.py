@@ -183,7 +183,7 @@ def test_batches_that_can_be_read_once_only() -> None:
 
 @pytest.mark.parametrize("batches", [[], [{**padded([4], "left"), "attention_mask": torch.zeros(1, 4).long()}]])
 def test_no_token_at_all_is_said(batches: list[dict[str, torch.Tensor]]) -> None:
-    words = f"No token was counted in {len(batches)} batches, and no branch has a score; expected one batch at least"
+    words = rf"No token.*{len(batches)} batches.*expected"
     with pytest.raises(StreamlineError, match=words):
         measure_branches(tiny_model("llama"), batches)
 
@@ -208,9 +208,9 @@ def test_a_splice_before_the_block_belongs_to_the_state_that_enters() -> None:
 def test_blocks_without_two_branches_are_left_out_or_refused() -> None:
     model = tiny("zamba", blocks=4)
     batch = tiny_inputs(model)
-    with pytest.raises(UnsupportedSurgery, match=r"branches of block 1 cannot be measured\. Zamba.* no mlp branch"):
+    with pytest.raises(UnsupportedSurgery, match=r"block 1.*Zamba.* no mlp branch"):
         measure_branches(model, [batch], blocks=[1])
-    with pytest.raises(UnsupportedSurgery, match=r"branches of block 0 cannot be measured"):
+    with pytest.raises(UnsupportedSurgery, match="branches of block 0"):
         measure_branches(model, [batch])
 
 
@@ -229,7 +229,7 @@ def test_a_block_that_text_alone_does_not_run_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("model_type", "wrong", "text"),
     [
-        ("llama", {"attention": Tap("input_layernorm", "input")}, "what passes between its branches is not"),
+        ("llama", {"attention": Tap("input_layernorm", "input")}, "passes between its branches"),
         ("llama", {"attention": Tap("mlp", "output", 3)}, "did not pass mlp"),
         (
             "gpt_neox",

@@ -120,12 +120,12 @@ def test_directions_without_variance_are_left_out() -> None:
 
 def test_what_does_not_fit() -> None:
     covariances = StateCovariances([("x", "y")])
-    with pytest.raises(StreamlineError, match="No token has been counted yet"):
+    with pytest.raises(StreamlineError, match="No token"):
         covariances.covariance("x", "y")
     with pytest.raises(StreamlineError, match=r"\(1.*2.*3\).*\(1.*2.*4\).*\(1.*2\).*expected"):
         covariances.update({"x": torch.zeros(1, 2, 3), "y": torch.zeros(1, 2, 4)}, torch.ones(1, 2))
     covariances.update({"x": torch.zeros(1, 2, 3), "y": torch.zeros(1, 2, 3)}, torch.ones(1, 2))
-    with pytest.raises(StreamlineError, match="of 4 features; those before had 3"):
+    with pytest.raises(StreamlineError, match=r"4 features.*had 3"):
         covariances.update({"x": torch.zeros(1, 2, 4), "y": torch.zeros(1, 2, 4)}, torch.ones(1, 2))
     with pytest.raises(StreamlineError, match="of other places"):
         covariances.merge(StateCovariances([("x", "z")]))

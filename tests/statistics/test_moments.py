@@ -114,7 +114,7 @@ def test_what_does_not_fit() -> None:
     ):
         with pytest.raises(StreamlineError, match=rf"of {said}.*5.*weighted=True"):
             WindowMoments(5).merge(other)
-    with pytest.raises(StreamlineError, match="No token has been counted yet"):
+    with pytest.raises(StreamlineError, match="No token"):
         WindowMoments(5).error(torch.zeros(5, 5))
 
 

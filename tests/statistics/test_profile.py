@@ -153,7 +153,7 @@ def test_which_tokens_count() -> None:
 
 
 def test_skipping_more_than_there_is() -> None:
-    with pytest.raises(StreamlineError, match="No token has been counted yet"):
+    with pytest.raises(StreamlineError, match="No token"):
         _ = profile(tiny_model("llama"), [tokens(2, 4)], skip=4).cosine
 
 
@@ -326,18 +326,18 @@ def test_a_sequence_of_padding_alone_is_left_out() -> None:
 def test_what_cannot_be_profiled() -> None:
     model, batch = tiny_model("llama"), tokens(2, 5)
     for wrong, text in [
-        ({"tokens": "first"}, "tokens='first' is unknown; expected 'all', 'last' or one mask for each batch"),
-        ({"tokens": [batch > 3, batch > 3]}, "tokens holds 2 masks for 1 batches; give one for each"),
-        ({"tokens": [batch[:, :3] > 3]}, r"A mask in tokens has the shape \(2, 3\); its batch has \(2, 5\)"),
-        ({"skip": -1}, "skip=-1 and replicates=100 must be 0 or more"),
-        ({"keep": [0, 6]}, "keep=6 is out of range: the stack has 6 blocks, 0 to 5"),
-        ({"keep": range(6)}, "All 6 blocks must stay; keep fewer, or there is nothing to profile"),
+        ({"tokens": "first"}, r"tokens='first'.*expected 'all', 'last'"),
+        ({"tokens": [batch > 3, batch > 3]}, r"2 masks.*1 batches.*give"),
+        ({"tokens": [batch[:, :3] > 3]}, r"\(2, 3\).*\(2, 5\)"),
+        ({"skip": -1}, r"skip=-1 and replicates=100.*0 or more"),
+        ({"keep": [0, 6]}, r"keep=6.*6 blocks, 0 to 5"),
+        ({"keep": range(6)}, r"All 6 blocks.*keep fewer"),
     ]:
         with pytest.raises(StreamlineError, match=text):
             profile(model, [batch], **wrong)
     with pytest.raises(StreamlineError, match=r"2 states.*expected 3"):
         Profile(3).update([torch.zeros(1, 1, 2)] * 2, torch.ones(1, 1))
-    with pytest.raises(StreamlineError, match="A state holds NaN, infinite or huge values"):
+    with pytest.raises(StreamlineError, match="NaN, infinite"):
         Profile(2).update([torch.tensor([[[1.0, float("nan")]]])] * 2, torch.ones(1, 1))
     model.model.layers[3].mlp.down_proj.weight.data.fill_(float("nan"))
     with pytest.raises(StreamlineError, match=r"block 3.*NaN"):
@@ -348,7 +348,7 @@ def test_what_cannot_be_read() -> None:
     model = tiny_model("llama")
     found = profile(model, [tokens(3, 5)])
     for window in (range(2, 2), range(-1, 3), range(0, 4, 2)):
-        with pytest.raises(StreamlineError, match="is no window; expected a run of consecutive blocks"):
+        with pytest.raises(StreamlineError, match=r"is no window.*consecutive"):
             found.value("cosine", window)
     with pytest.raises(StreamlineError, match=r"blocks 3.*6 is.*6 blocks.*0 to 5"):
         found.value("cosine", range(3, 7))
@@ -358,9 +358,9 @@ def test_what_cannot_be_read() -> None:
         found.interval("cosine", range(1, 2), 95)
     with pytest.raises(StreamlineError, match=r"20 replicates.*0"):
         profile(model, [tokens(3, 5)], replicates=0).interval("cosine", range(1, 2))
-    with pytest.raises(StreamlineError, match="Entropy takes sequences of which two tokens count"):
+    with pytest.raises(StreamlineError, match=r"Entropy.*two tokens"):
         _ = profile(model, [tokens(3, 5)], tokens="last").entropy
-    with pytest.raises(StreamlineError, match="No token has been counted yet"):
+    with pytest.raises(StreamlineError, match="No token"):
         list(Profile(3, replicates=20).resamples())
 
 
@@ -368,11 +368,9 @@ def test_what_cannot_be_read() -> None:
 def test_one_text_again_and_again_makes_nobody_sure(copies: int) -> None:
     """All copies are drawn together, so that the replicates do not differ: an interval of no width would be a lie."""
     found = profile(tiny_model("llama"), [tokens(1, 5).repeat(copies, 1)])
-    with pytest.raises(
-        StreamlineError, match=f"two different sequences at least, .* has {copies}, all of the same content"
-    ):
+    with pytest.raises(StreamlineError, match=rf"two different sequences.*has {copies}, all"):
         found.interval("cosine", range(1, 3))
-    with pytest.raises(StreamlineError, match="two different sequences at least"):
+    with pytest.raises(StreamlineError, match="two different sequences"):
         next(found.resamples())
 
 

@@ -48,7 +48,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(
 
     with monkeypatch.context() as patch:
         patch.setattr("streamline_hooks.statistics.storage.save_file", full)
-        with pytest.raises(StreamlineError, match="Writing .*found.safetensors failed: no space left. What was there"):
+        with pytest.raises(StreamlineError, match=r"found.safetensors.*no space left"):
             found.save(path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["found.safetensors"]
     with pytest.raises(StreamlineError, match="Writing .*nowhere/found failed"):
@@ -60,14 +60,14 @@ def test_files_that_hold_no_profile(found: Profile, tmp_path: Path) -> None:
     whole = path.read_bytes()
     for size in (0, 5, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(StreamlineError, match="found.safetensors is no whole safetensors file .* may be truncated"):
+        with pytest.raises(StreamlineError, match=r"found.safetensors.*truncated"):
             Profile.load(path)
     with pytest.raises(StreamlineError, match=r"absent.safetensors.*Give"):
         Profile.load(tmp_path / "absent.safetensors")
     with pytest.raises(StreamlineError, match="cannot be read|no whole safetensors file"):
         Profile.load(tmp_path)
     save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(StreamlineError, match="found.safetensors is a safetensors file of another kind"):
+    with pytest.raises(StreamlineError, match=r"found.safetensors.*another kind"):
         Profile.load(path)
     save_file({"weight": torch.zeros(2)}, path, {"streamline_hooks": json.dumps({"moments": 1})})
     with pytest.raises(StreamlineError, match=r"found.safetensors.*expected"):
@@ -86,7 +86,7 @@ def test_files_of_another_format_or_damaged(found: Profile, tmp_path: Path) -> N
         Profile.load(path)
     del tensors["norms"]
     save_file(tensors, path, {"streamline_hooks": json.dumps({"profile": values})})
-    with pytest.raises(StreamlineError, match="is damaged: The sums named norms are absent"):
+    with pytest.raises(StreamlineError, match=r"damaged.*norms"):
         Profile.load(path)
     save_file(tensors, path, {"streamline_hooks": json.dumps({"profile": {"format": 1, "version": "9.9"}})})
     with pytest.raises(StreamlineError, match=r"found.safetensors"):
@@ -114,11 +114,11 @@ def test_profiles_that_do_not_merge(found: Profile) -> None:
 
 def test_a_profile_is_held_against_a_model(found: Profile) -> None:
     check_profile(found, tiny_model("llama"))
-    with pytest.raises(StreamlineError, match="of another model: fingerprint is .* of the model and .* of the profile"):
+    with pytest.raises(StreamlineError, match=r"fingerprint.*of the model.*of the profile"):
         check_profile(found, tiny_model("llama", torch.bfloat16))
     with pytest.raises(StreamlineError, match=r"GPT2LMHeadModel.*LlamaForCausalLM"):
         check_profile(found, tiny_model("gpt2"))
-    with pytest.raises(StreamlineError, match="model is LlamaForCausalLM of the model and unknown of the profile"):
+    with pytest.raises(StreamlineError, match=r"LlamaForCausalLM of the model.*unknown"):
         check_profile(Profile(7), tiny_model("llama"))
 
 
