@@ -280,7 +280,7 @@ def test_a_map_on_the_wrong_axis_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     before = fingerprint(model)
     monkeypatch.setattr(fold, "output_axis", lambda *given: 1)  # of a square matrix, which either axis fits
     with LayerSurgeon(model) as surgeon:
-        with pytest.raises(UnsupportedSurgery, match=r"attention branch of block 2 cannot be folded: .* rounds off"):
+        with pytest.raises(UnsupportedSurgery, match=r"attention branch of block 2.*rounds off"):
             surgeon.fold(2, a_map(), "attention")
         assert surgeon.plan.folded == {}
         surgeon.fold(2, torch.eye(WIDTH), "attention")  # to which axes are the same
@@ -340,7 +340,7 @@ def test_what_comes_behind_the_projections_decides(ending: str, dtype: torch.dty
         if linear:
             surgeon.fold(1, a_map(16), batch=batch)
         else:
-            with pytest.raises(UnsupportedSurgery, match=r"mlp branch of block 1 .* comes more than a sum"):
+            with pytest.raises(UnsupportedSurgery, match=r"mlp branch of block 1 .*more than a sum"):
                 surgeon.fold(1, a_map(16), batch=batch)
 
 
@@ -353,9 +353,7 @@ def test_a_norm_behind_the_branch_is_refused(model_type: str, branch: str) -> No
     model = tiny(model_type, blocks=3)
     before = fingerprint(model)
     with LayerSurgeon(model) as surgeon:
-        text = (
-            rf"The {branch} branch of block 1 cannot be folded: behind .* comes more than a sum.* \(a norm, as in Gemma"
-        )
+        text = rf"{branch} branch of block 1.*behind.*more than a sum.*a norm, as in Gemma"
         with pytest.raises(UnsupportedSurgery, match=text) as error:
             surgeon.fold(1, a_map(width(model)), branch)
         assert error.value.cause == "fold"
@@ -367,7 +365,7 @@ def test_a_norm_on_the_residual_stream_is_refused() -> None:
 
     model = AutoModelForCausalLM.from_config(tiny_config("opt", do_layer_norm_before=False)).eval()
     with LayerSurgeon(model) as surgeon:
-        with pytest.raises(UnsupportedSurgery, match=r"OPTDecoderLayer .* \(a norm on the residual stream") as error:
+        with pytest.raises(UnsupportedSurgery, match=r"OPTDecoderLayer .*a norm on the residual stream") as error:
             surgeon.fold(1, a_map())
         assert error.value.cause == "branches"
 
@@ -375,12 +373,12 @@ def test_a_norm_on_the_residual_stream_is_refused() -> None:
 @pytest.mark.parametrize(
     ("k", "map_", "branch", "text"),
     [
-        (6, a_map(), "mlp", r"fold\(6, ...\) is out of range: the stack had 6 blocks, 0 to 5"),
-        (1, a_map(), "ffn", r"no branch 'ffn'; expected 'attention' or 'mlp'"),
-        (1, a_map(WIDTH + 1), "mlp", r"map has the shape \(33, 33\); the state of block 1 has 32 features"),
-        (1, a_map()[:3], "mlp", r"has the shape \(features, features\); got \(3, 32\)"),
-        (1, a_map() * float("nan"), "mlp", r"holds NaN or infinite values"),
-        (3, a_map(), "mlp", r"Block 3 cannot be folded: it is gone already"),
+        (6, a_map(), "mlp", r"fold\(6, ...\).*6 blocks, 0 to 5"),
+        (1, a_map(), "ffn", r"'ffn'.*expected 'attention' or 'mlp'"),
+        (1, a_map(WIDTH + 1), "mlp", r"\(33, 33\).*block 1.*32 features"),
+        (1, a_map()[:3], "mlp", r"\(features, features\).*\(3, 32\)"),
+        (1, a_map() * float("nan"), "mlp", "NaN or infinite"),
+        (3, a_map(), "mlp", r"Block 3.*gone already"),
     ],
 )
 def test_what_is_not_there_cannot_be_folded(k: int, map_: torch.Tensor, branch: str, text: str) -> None:
@@ -395,7 +393,7 @@ def test_a_tied_projection_is_refused() -> None:
     layers = find_stack(model)
     layers[3].mlp.down_proj.weight = layers[1].mlp.down_proj.weight
     with LayerSurgeon(model) as surgeon:
-        with pytest.raises(UnsupportedSurgery, match=r"No branch of block 1 can be folded alone: .* are one parameter"):
+        with pytest.raises(UnsupportedSurgery, match=r"branch of block 1.*alone.*one parameter"):
             surgeon.fold(1, a_map())
 
 
@@ -407,7 +405,7 @@ def test_a_quantised_projection_is_refused() -> None:
     projection = find_stack(model)[1].mlp.down_proj
     projection.weight = Packed(projection.weight.data)
     with LayerSurgeon(model) as surgeon:
-        with pytest.raises(UnsupportedSurgery, match=r"A product cannot stand in for mlp.down_proj.weight.* a Packed"):
+        with pytest.raises(UnsupportedSurgery, match=r"mlp.down_proj.weight.*a Packed"):
             surgeon.fold(1, a_map())
 
 
@@ -416,7 +414,7 @@ def test_a_model_that_does_not_say_its_input_needs_a_batch() -> None:
     model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
     batch, map_ = {"src": torch.randn(2, 5, 16)}, a_map(16).float()
     with LayerSurgeon(model) as surgeon, torch.no_grad():
-        with pytest.raises(StreamlineError, match=r"does not say on what; give a batch of its input"):
+        with pytest.raises(StreamlineError, match=r"on what.*give a batch"):
             surgeon.fold(1, map_)
         handle = model.layers[1].linear2.register_forward_hook(times(map_))
         expected = model.layers[1](batch["src"])
@@ -434,7 +432,7 @@ def test_the_checkpoint_is_a_plain_one(model_type: str, tmp_path: Path) -> None:
     plain = type(model)
     with LayerSurgeon(model) as surgeon:
         surgeon.fold(1, a_map(width(model)))
-        with pytest.raises(StreamlineError, match=r"inside an open LayerSurgeon"):
+        with pytest.raises(StreamlineError, match="open LayerSurgeon"):
             model.save_pretrained(tmp_path)
         surgeon.remove([2])
         plan = surgeon.commit()

@@ -85,7 +85,7 @@ def test_what_is_seen_and_added_behind_the_first_blocks_of_a_text_keeps_them_in_
             right = torch.allclose(said(), bypassed, atol=1e-4)
         assert (causes == []) == right == (k >= 2) and set(causes) <= {"features-by-number"}
     with LayerSurgeon(model, path) as surgeon:
-        with pytest.raises(UnsupportedSurgery, match="is added at blocks up to 1 by their number"):
+        with pytest.raises(UnsupportedSurgery, match="blocks up to 1 by their number"):
             surgeon.insert(1, copy.deepcopy(stack[3]))
         surgeon.insert(1, torch.nn.Identity())  # which takes no number
         surgeon.exchange(0, copy.deepcopy(stack[0]))
@@ -97,22 +97,22 @@ def test_per_layer_embeddings_that_cannot_be_picked_are_named() -> None:
     model.model.embed_tokens_per_layer.weight = torch.nn.Parameter(weight.to("meta"))
     with LayerSurgeon(model) as surgeon:
         assert [h.cause for h in surgeon.check([0])] == ["per-layer-embeddings"]
-        with pytest.raises(UnsupportedSurgery, match="has a part for each of its 8 blocks and is not in"):
+        with pytest.raises(UnsupportedSurgery, match="each of its 8 blocks"):
             surgeon.remove([0])
 
 
 CAUSES = [
     # type, block, cause, words
-    ("beam", 4, "number-computes", "compute with their own number (attn_residual_add_idx, mlp_residual_add_idx)"),
-    ("dory", 4, "looped-blocks", "a forward calls blocks 2 to 5 up to 2 times"),
-    ("xlm", 4, "split-blocks", "in lists side by side (attentions, layer_norm1, layer_norm2 and ffns)"),
-    ("zaya", 4, "side-state", "block 4 hands the next one more than the hidden state"),
-    ("reformer", 7, "side-state", "hands the next one more than the hidden state"),
-    ("inkling2_text", 4, "attributes-read", "the model itself reads is_block_boundary (True on block 4)"),
-    ("rwkv", 4, "absolute-numbers", "by number or period (rescale_every)"),
-    ("jamba", 4, "derived-settings", "from other settings, by which block 6 as number 5 would be"),
-    ("minimax", 0, "cache", "decoding with a cache no longer equals the full forward"),
-    ("mllama", 3, "not-run", "a forward of input_ids alone does not run it"),
+    ("beam", 4, "number-computes", "(attn_residual_add_idx, mlp_residual_add_idx)"),
+    ("dory", 4, "looped-blocks", "blocks 2 to 5 up to 2 times"),
+    ("xlm", 4, "split-blocks", "(attentions, layer_norm1, layer_norm2 and ffns)"),
+    ("zaya", 4, "side-state", "block 4 hands the next one more"),
+    ("reformer", 7, "side-state", "hands the next one more"),
+    ("inkling2_text", 4, "attributes-read", "is_block_boundary (True on block 4)"),
+    ("rwkv", 4, "absolute-numbers", "(rescale_every)"),
+    ("jamba", 4, "derived-settings", "block 6 as number 5"),
+    ("minimax", 0, "cache", "decoding with a cache"),
+    ("mllama", 3, "not-run", "input_ids alone"),
     ("zamba2", 2, "tied-blocks", "blocks 2, 5 share parameters"),
     ("diffllama", 0, "built-from-number", "self_attn.lambda_init is"),
     ("modernbert-decoder", 0, "built-from-number", "model.layers.0.attn_norm.weight has the shape"),
@@ -161,9 +161,7 @@ def _tiny_t5() -> T5ForConditionalGeneration:
 def test_the_owner_of_the_position_bias() -> None:
     model = _tiny_t5()
     with LayerSurgeon(model, stack="encoder.block") as surgeon:
-        with pytest.raises(
-            UnsupportedSurgery, match="block 0 owns the relative position bias that the other blocks use"
-        ):
+        with pytest.raises(UnsupportedSurgery, match="block 0 owns the relative position bias"):
             surgeon.remove([0])
         by_encoder = ["decoder-cache"] if transformers.__version__ < "5" else []  # by what the cache is sized
         assert [hazard.cause for hazard in surgeon.check([1, 2])] == by_encoder
@@ -176,9 +174,7 @@ def test_wrapped_models_are_refused(tmp_path: object) -> None:
     init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        with pytest.raises(
-            StreamlineError, match="is wrapped in DistributedDataParallel already. Surgery comes before"
-        ):
+        with pytest.raises(StreamlineError, match=r"DistributedDataParallel already.*before"):
             LayerSurgeon(wrapped).__enter__()
     finally:
         destroy_process_group()
@@ -200,7 +196,7 @@ def test_a_model_that_cannot_be_probed_says_so(monkeypatch: pytest.MonkeyPatch) 
         raise ValueError("pixels are missing")
 
     monkeypatch.setattr(model, "forward", refuse)
-    with LayerSurgeon(model) as surgeon, pytest.warns(UserWarning, match=r"not held against .*ValueError: pixels are"):
+    with LayerSurgeon(model) as surgeon, pytest.warns(UserWarning, match=r"not held against.*ValueError: pixels are"):
         surgeon.remove([1])
 
 

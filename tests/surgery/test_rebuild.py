@@ -78,11 +78,11 @@ class ClockModel(PreTrainedModel):
 
 
 PLANTED = {
-    "buffer": "phase is a buffer that would have other values",
-    "attribute": r"phase is 0.1 and would be 0.0",
-    "shape": r"layers.0.phase has the shape \(9,\) in the model and \(8,\)",
-    "class": "inner is a Linear and would be a _Linear",
-    "function": "last is a Hardtanh and would be a Identity",
+    "buffer": "phase is a buffer",
+    "attribute": r"phase is 0.1.*0.0",
+    "shape": r"layers.0.phase.*\(9,\).*\(8,\)",
+    "class": r"inner is a Linear.*a _Linear",
+    "function": r"last is a Hardtanh.*a Identity",
 }
 
 
@@ -145,7 +145,7 @@ def test_a_model_whose_configuration_counts_no_blocks() -> None:
     model.config.num_hidden_layers = 99
     with LayerSurgeon(model) as surgeon:
         surgeon.remove([1])
-        with pytest.raises(UnsupportedSurgery, match="nothing in its configuration counts the 5 blocks of layers"):
+        with pytest.raises(UnsupportedSurgery, match="configuration counts the 5 blocks of layers"):
             surgeon.commit()
 
 
@@ -187,13 +187,13 @@ def test_one_block_that_is_left_can_be_committed(tmp_path: Path) -> None:
 
 
 def test_a_part_of_a_committed_model_is_not_saved_alone(tmp_path: Path) -> None:
-    with pytest.raises(StreamlineError, match="LlamaModel shares the configuration of a model with spliced modules"):
+    with pytest.raises(StreamlineError, match=r"LlamaModel.*configuration.*spliced modules"):
         repaired("llama").model.save_pretrained(tmp_path / "part")
     whole = tiny_model("llama")
     with LayerSurgeon(whole.model) as surgeon:
         surgeon.replace([2], Nudge())
         surgeon.commit()
-    with pytest.raises(StreamlineError, match="LlamaForCausalLM shares the configuration"):
+    with pytest.raises(StreamlineError, match=r"LlamaForCausalLM.*configuration"):
         whole.save_pretrained(tmp_path / "whole")
     assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -202,7 +202,7 @@ def test_notes_are_json_and_do_not_hide_the_plan() -> None:
     model = tiny_model("llama")
     with LayerSurgeon(model) as surgeon:
         surgeon.remove([1])
-        with pytest.raises(StreamlineError, match="takes JSON values to keep with the plan"):
+        with pytest.raises(StreamlineError, match="JSON values"):
             surgeon.commit(data=object())
         surgeon.commit(removed="nothing", data="mine")
     said = model.config.streamline_hooks["history"][0]

@@ -169,7 +169,7 @@ def test_a_plain_pytorch_model_needs_a_batch() -> None:
         model = nn.TransformerEncoder(layer, 3, norm=norm, enable_nested_tensor=False).eval()
         with LayerSurgeon(model) as surgeon:
             if norm is None:
-                with pytest.raises(UnsupportedSurgery, match=r"reads the state without a norm"):
+                with pytest.raises(UnsupportedSurgery, match="without a norm"):
                     surgeon.scale(1, 1.5, batch=batch)
             else:
                 surgeon.scale(1, 1.5, batch=batch)
@@ -187,7 +187,7 @@ def test_a_head_that_reads_the_state_without_a_norm_is_refused(dtype: torch.dtyp
     before = fingerprint(model)
     with LayerSurgeon(model) as surgeon:
         for k in (2, BLOCKS):
-            with pytest.raises(UnsupportedSurgery, match=r"reads the state without a norm, or with one whose eps is"):
+            with pytest.raises(UnsupportedSurgery, match=r"without a norm.*eps"):
                 surgeon.scale(k, factor)
         assert surgeon.plan.folded == {}
     assert fingerprint(model) == before
@@ -196,7 +196,7 @@ def test_a_head_that_reads_the_state_without_a_norm_is_refused(dtype: torch.dtyp
 def test_an_eps_that_is_felt_is_refused() -> None:
     model = tiny_model("llama")
     model.model.norm.variance_epsilon = 1.0
-    with LayerSurgeon(model) as surgeon, pytest.raises(UnsupportedSurgery, match=r"one whose eps is felt"):
+    with LayerSurgeon(model) as surgeon, pytest.raises(UnsupportedSurgery, match="eps is felt"):
         surgeon.scale(2, 1.5)
 
 
@@ -209,7 +209,7 @@ def test_a_block_that_is_left_out_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     )
     model = tiny_model("llama")
     before = fingerprint(model)
-    with LayerSurgeon(model) as surgeon, pytest.raises(UnsupportedSurgery, match=r"the logits are others"):
+    with LayerSurgeon(model) as surgeon, pytest.raises(UnsupportedSurgery, match="logits are others"):
         surgeon.scale(2, 1.5)
     assert fingerprint(model) == before
 
@@ -218,11 +218,11 @@ def test_a_block_that_is_left_out_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_norm_behind_a_branch_is_refused(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(model_type, blocks=3)
     with LayerSurgeon(model) as surgeon:
-        text = r"state before block 1 .* half the weights .* of the attention of block 1 do not .* \(a norm follows it"
+        text = r"before block 1 .*half the weights.*attention of block 1.*a norm follows"
         with pytest.raises(UnsupportedSurgery, match=text):
             surgeon.scale(1, 1.5)
         monkeypatch.setattr(alone.BranchAlone, "equal", lambda *given: True)  # the logits show it too
-        with pytest.raises(UnsupportedSurgery, match=r"the logits are others"):
+        with pytest.raises(UnsupportedSurgery, match="logits are others"):
             surgeon.scale(1, 1.5)
 
 
@@ -236,7 +236,7 @@ def test_a_splice_that_is_not_linear_is_refused() -> None:
     model = tiny_model("llama")
     with LayerSurgeon(model) as surgeon:
         surgeon.insert(4, nn.Tanh())
-        with pytest.raises(UnsupportedSurgery, match=r"the logits are others"):
+        with pytest.raises(UnsupportedSurgery, match="logits are others"):
             surgeon.scale(2, 1.5)
         surgeon.scale(4, 1.5)  # behind it
 
@@ -245,7 +245,7 @@ def test_a_block_put_in_behind_is_refused() -> None:
     model = tiny_model("llama")
     with LayerSurgeon(model) as surgeon:
         surgeon.insert(4, surgeon.stack[0])
-        with pytest.raises(UnsupportedSurgery, match=r"a block was put in behind it. Scale first"):
+        with pytest.raises(UnsupportedSurgery, match=r"block was put in.*Scale first"):
             surgeon.scale(3, 1.5)
         expected = multiplied(model, 5, 1.5)  # block 4 by its present number
         surgeon.scale(4, 1.5)
@@ -256,7 +256,7 @@ def test_what_cannot_be_meant() -> None:
     model = tiny_model("llama")
     with LayerSurgeon(model) as surgeon:
         for factor in (0.0, -1.0, float("inf"), float("nan")):
-            with pytest.raises(StreamlineError, match=r"give a factor above 0"):
+            with pytest.raises(StreamlineError, match="factor above 0"):
                 surgeon.scale(2, factor)
         with pytest.raises(StreamlineError, match=r"scale\(7.*6 blocks"):
             surgeon.scale(7, 1.5)

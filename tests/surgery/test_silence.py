@@ -130,7 +130,7 @@ def test_a_silenced_block_that_goes_is_gone() -> None:
         surgeon.remove([2])
         assert torch.equal(logits(model), expected)
         assert surgeon.plan.silenced == {}
-        with pytest.raises(StreamlineError, match=r"Block 2 cannot be silenced: it is gone already"):
+        with pytest.raises(StreamlineError, match=r"Block 2.*gone already"):
             surgeon.silence(2, "attention")
     assert fingerprint(model) == before
 
@@ -253,7 +253,7 @@ def test_a_projection_that_does_not_silence_its_branch_is_refused(wrong: str, mo
         if wrong == "self_attn.v_proj.weight":  # which without a bias silences attention too
             surgeon.silence(2, "attention")
         else:
-            with pytest.raises(UnsupportedSurgery, match=r"attention branch of block 2 .* gives other logits"):
+            with pytest.raises(UnsupportedSurgery, match=r"attention branch of block 2 .*other logits"):
                 surgeon.silence(2, "attention")
             assert surgeon.plan.silenced == {}
     assert fingerprint(model) == before
@@ -265,9 +265,9 @@ def test_a_projection_that_does_not_silence_its_branch_is_refused(wrong: str, mo
 @pytest.mark.parametrize(
     ("k", "branch", "text"),
     [
-        (6, "mlp", r"silence\(6, ...\) is out of range: the stack had 6 blocks, 0 to 5"),
-        (-1, "mlp", r"silence\(-1, ...\) is out of range"),
-        (1, "ffn", r"no branch 'ffn'; expected 'attention' or 'mlp'"),
+        (6, "mlp", r"silence\(6, ...\).*6 blocks, 0 to 5"),
+        (-1, "mlp", r"silence\(-1, ...\).*out of range"),
+        (1, "ffn", r"'ffn'.*expected 'attention' or 'mlp'"),
     ],
 )
 def test_what_is_not_there_cannot_be_silenced(k: int, branch: str, text: str) -> None:
@@ -290,7 +290,7 @@ def test_a_tied_projection_is_refused() -> None:
     layers = find_stack(model)
     layers[3].mlp.down_proj.weight = layers[1].mlp.down_proj.weight
     with LayerSurgeon(model) as surgeon:
-        text = r"No branch of block 1 .* model.layers.1.mlp.down_proj.weight and model.layers.3.* are one parameter"
+        text = r"branch of block 1.*model.layers.1.mlp.down_proj.weight and model.layers.3.*one parameter"
         with pytest.raises(UnsupportedSurgery, match=text):
             surgeon.silence(1, "mlp")
         surgeon.silence(1, "attention")
@@ -314,7 +314,7 @@ def test_a_model_that_does_not_say_its_input_needs_a_batch() -> None:
     batch = {"src": torch.randn(2, 5, 16)}
     before = [(n, id(p)) for n, p in model.named_parameters()]
     with LayerSurgeon(model) as surgeon:
-        with pytest.raises(StreamlineError, match=r"does not say on what; give a batch of its input"):
+        with pytest.raises(StreamlineError, match=r"on what.*give a batch"):
             surgeon.silence(1, "mlp")
         expected = model.layers[1](batch["src"])
         surgeon.silence(1, "mlp", batch=batch)

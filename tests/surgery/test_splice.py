@@ -186,7 +186,7 @@ def test_a_copy_made_inside_is_saved_after_a_commit_of_its_own(tmp_path: Any) ->
     with LayerSurgeon(model) as surgeon:
         surgeon.replace([1, 2], LinearReplacement.from_map(0.1 * torch.randn(32, 32)))
         duplicate = copy.deepcopy(model)
-    with pytest.raises(StreamlineError, match="was copied inside an open LayerSurgeon"):
+    with pytest.raises(StreamlineError, match="copied inside an open LayerSurgeon"):
         duplicate.save_pretrained(tmp_path / "copy")
     with LayerSurgeon(duplicate) as surgeon:
         surgeon.commit()

@@ -266,7 +266,7 @@ def test_a_block_of_unknown_settings_is_refused() -> None:
     model = tiny_model("gemma3")
     stranger = copy.deepcopy(find_stack(model)[0])
     stranger.layer_idx = stranger.self_attn.layer_idx = 99
-    with LayerSurgeon(model) as surgeon, pytest.raises(StreamlineError, match=r"does not say which block's per-layer"):
+    with LayerSurgeon(model) as surgeon, pytest.raises(StreamlineError, match="which block's per-layer"):
         surgeon.insert(2, stranger)
 
 
@@ -341,7 +341,7 @@ def test_nested_surgeons_close_in_order() -> None:
         with LayerSurgeon(model) as inner:
             inner.remove([0])
             assert inner.plan.old_length == 5
-            with pytest.raises(StreamlineError, match=r"A later surgeon is open"):
+            with pytest.raises(StreamlineError, match="later surgeon is open"):
                 outer.remove([3])
             with pytest.raises(StreamlineError, match=r"inside another open surgeon"):
                 inner.commit()
@@ -465,11 +465,11 @@ def test_hidden_states_of_a_block_that_is_new() -> None:
 @pytest.mark.parametrize(
     ("window", "text"),
     [
-        ([], "nothing to do for an empty window; give a range of blocks"),
-        (range(4, 9), r"range\(4, 9\) is out of range: the stack had 6 blocks, 0 to 5"),
+        ([], r"empty window.*give"),
+        (range(4, 9), r"range\(4, 9\).*6 blocks, 0 to 5"),
         ([-1], "out of range"),
-        ([1, 3], r"consecutive blocks, for instance range\(3, 5\); got \[1, 3\]"),
-        (range(6), "all 6 blocks of model.layers; leave at least one"),
+        ([1, 3], r"consecutive blocks.*range\(3, 5\).*\[1, 3\]"),
+        (range(6), r"all 6 blocks of model.layers.*leave"),
     ],
 )
 def test_windows_that_cannot_go(window: range, text: str) -> None:
@@ -488,7 +488,7 @@ def test_the_same_block_cannot_go_twice() -> None:
         with pytest.raises(StreamlineError, match=r"block 2.*1 or 3"):
             surgeon.insert(2, Nudge())
         surgeon.insert(4, Nudge())
-        with pytest.raises(StreamlineError, match=r"have a module inserted before block 4 between them"):
+        with pytest.raises(StreamlineError, match="before block 4 between them"):
             surgeon.remove(range(3, 5))
         with pytest.raises(StreamlineError, match=r"insert.7.*6 blocks.*0 to 6"):
             surgeon.insert(7, Nudge())
