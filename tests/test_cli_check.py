@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_broken_surgery_is_a_failure_though_the_surgeon_sees_it_first(
 ) -> None:
     found = {check.name: check for check in run_checks(fault.plant(monkeypatch).model, [range(1, 2)])}
     removed = found["without block 1 it equals the shorter model"]
-    assert removed.verdict == "FAILED" and fault.says in removed.text
+    assert removed.verdict == "FAILED" and re.search(fault.says, removed.text)
 
 
 def test_what_a_healthy_model_cannot_do_is_refused_though_no_cause_is_known() -> None:
@@ -99,9 +100,7 @@ def test_a_window_that_is_no_range(
     stories_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, err = run(["check", stories_folder, "--window", "3"], monkeypatch, capsys)
-    assert (code, err.strip()) == (
-        2, "streamline-hooks: --window '3' is no range of blocks; expected START:STOP such as 12:20."
-    )  # fmt: skip
+    assert code == 2 and re.fullmatch(r"streamline-hooks: --window '3'.*expected START:STOP.*", err.strip())
 
 
 def test_leaves_the_random_state_as_it_was() -> None:

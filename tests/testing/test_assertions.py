@@ -99,7 +99,7 @@ def test_the_padding_of_a_plain_encoder() -> None:
     assert_causal(encoder(), batch, changed_tokens=[])
     assert_identity_preserves_output(encoder(), batch)
     assert_shapes(encoder(), batch)
-    with pytest.raises(AssertionError, match=r"The padding was changed.*takes padding for tokens: hand the attention"):
+    with pytest.raises(AssertionError, match=r"padding was changed.*hand the attention"):
         assert_causal(Ignoring(encoder().layers[0], 3), batch, changed_tokens=[])
 
 
@@ -214,10 +214,8 @@ def test_the_first_guilty_block_is_named() -> None:
     with pytest.raises(AssertionError) as failed:
         assert_causal(encoder(), {"src": states()})
     text = str(failed.value)
-    assert "Token 1 of 6 was changed, and what TransformerEncoder gives before it changed" in text
-    assert "the largest absolute difference is" in text and ", token 0, feature " in text
-    assert "The first state to change is the one that leaves block 0 (layers.0)" in text
-    assert "Likely cause: what runs there looks at later tokens: pass a causal mask." in text
+    assert "Token 1 of 6" in text and ", token 0, feature " in text
+    assert "leaves block 0 (layers.0)" in text and "pass a causal mask" in text
 
 
 def test_a_fault_after_the_stack_blames_no_block() -> None:
@@ -230,20 +228,20 @@ def test_a_fault_after_the_stack_blames_no_block() -> None:
             out: Tensor = self.encoder(src, mask=mask)
             return out + out.mean(dim=1, keepdim=True)
 
-    with pytest.raises(AssertionError, match="No block's state changed; it happens after the stack"):
+    with pytest.raises(AssertionError, match=r"No block's state changed.*after the stack"):
         assert_causal(Head(), causal_batch())
 
 
 def test_a_class_that_builds_blocks_from_their_number_is_no_shorter_model() -> None:
     """In memory the removal is right; only the class built from the configuration shows that it is another model."""
-    with pytest.raises(AssertionError, match="other logits than the class built from the shortened configuration"):
+    with pytest.raises(AssertionError, match="shortened configuration"):
         assert_removal_equals_shorter_model(tiny_of_type("diffllama", blocks=4), [1])
 
 
 def test_a_setting_that_is_only_in_the_configuration() -> None:
     model = tiny_model("llama")
     model.config.rms_norm_eps = 1e-2
-    with pytest.raises(AssertionError, match="gives other logits: the largest absolute difference"):
+    with pytest.raises(AssertionError, match=r"other logits.*absolute difference"):
         # The norms go on with what they were built with; the checkpoint comes back with what the configuration says.
         assert_checkpoint_round_trip(model)
 
@@ -267,7 +265,7 @@ def test_a_change_that_alters_the_model_outside_itself_shows_in_the_logits(monke
         monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, *rest, **more: (q, k))
         yield
 
-    with pytest.raises(AssertionError, match="gives other logits than before.*a function of its module"):
+    with pytest.raises(AssertionError, match=r"other logits than before.*function of its module"):
         assert_restores(tiny_model("llama"), unrotated)
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", original)
 
@@ -283,7 +281,7 @@ def test_what_the_first_forward_inside_a_change_sets_up_is_seen_only_when_it_is_
         handle.remove()
 
     assert_restores(tiny_model("llama"), lambda model: _closing(lazy(model)), run_inside=False)
-    with pytest.raises(AssertionError, match="seen of the model says True; it was missing"):
+    with pytest.raises(AssertionError, match=r"seen of the model says True;.*missing"):
         assert_restores(tiny_model("llama"), lazy)
 
 
@@ -312,7 +310,7 @@ def test_a_model_that_keeps_the_state_of_its_last_forward_is_left_no_trace_in() 
         yield
 
     assert_restores(Keeping(), batch={"src": states()})
-    with pytest.raises(AssertionError, match="marked of encoder says True; it was missing"):
+    with pytest.raises(AssertionError, match=r"marked of encoder.*True;.*missing"):
         assert_restores(Keeping(), marking, {"src": states()})
 
 
@@ -329,7 +327,7 @@ def test_states_that_equal_what_would_be_drawn_are_changed_all_the_same() -> Non
 
     for seed in range(3):
         drawn = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(seed))
-        with pytest.raises(AssertionError, match="looks at later tokens"):
+        with pytest.raises(AssertionError, match="later tokens"):
             assert_causal(Bidirectional(), {"x": drawn})
 
 
@@ -339,26 +337,26 @@ def test_states_that_equal_what_would_be_drawn_are_changed_all_the_same() -> Non
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: assert_identity_preserves_output(encoder()), "No batch can be made up for a TransformerEncoder.*src"),
-        (lambda: assert_restores(encoder()), "No batch can be made up.*batch="),
-        (lambda: assert_shapes(nn.Linear(4, 4)), "How wide the states of this Linear are is not known.*features="),
+        (lambda: assert_identity_preserves_output(encoder()), r"No batch.*TransformerEncoder.*src"),
+        (lambda: assert_restores(encoder()), r"No batch.*batch="),
+        (lambda: assert_shapes(nn.Linear(4, 4)), r"this Linear.*features="),
         (lambda: assert_causal(nn.Linear(4, 4)), "give features=.*give batch="),
         (lambda: assert_causal(encoder(tokens_first=True), {"src": states()}), "batch_first=True"),
-        (lambda: assert_cached_generation_matches(encoder()), "has no cache to compare with"),
+        (lambda: assert_cached_generation_matches(encoder()), "no cache"),
         (lambda: assert_checkpoint_round_trip(encoder()), "has no save_pretrained"),
         (
             lambda: assert_identity_preserves_output(tiny_model("llama"), places=[7]),
-            "There is no place 7: the stack has 6 blocks, so places 0 to 6",
+            r"place 7.*6 blocks.*0 to 6",
         ),
-        (lambda: assert_causal(tiny_model("llama"), changed_tokens=[12]), "Token 12 cannot be changed.*0 to 11"),
+        (lambda: assert_causal(tiny_model("llama"), changed_tokens=[12]), r"Token 12.*0 to 11"),
         (
             lambda: assert_causal(tiny_model("llama"), {"input_ids": torch.full((2, 5), 7)}),
-            "All tokens of the batch are the same one",
+            r"All tokens.*same one",
         ),
         (lambda: assert_cached_generation_matches(tiny_model("llama"), steps=12), "more of them than steps"),
         (
             lambda: assert_cached_generation_matches(tiny_model("llama"), padded([6, 3], "right"), steps=2),
-            "padded on its right; generating needs the padding on the left",
+            r"padded on its right.*on the left",
         ),
         (lambda: assert_removal_equals_shorter_model(tiny_model("llama"), range(4, 9)), "out of range"),
     ],
@@ -369,7 +367,7 @@ def test_a_wrong_question_is_told_from_a_wrong_model(call: Callable[[], None], w
 
 
 def test_a_block_alone_is_no_replacement() -> None:
-    with pytest.raises(AssertionError, match="test the model that it is in"):
+    with pytest.raises(AssertionError, match="test the model"):
         assert_shapes(tiny_model("llama").model.layers[0], features=WIDTH)
 
 
@@ -379,7 +377,7 @@ def test_tolerance_is_heeded() -> None:
             return state * 1.0001
 
     model, batch = tiny_model("llama"), {"input_ids": tokens(2, 5)}
-    with pytest.raises(AssertionError, match="A Nearly inserted before block 0 changes the logits"):
+    with pytest.raises(AssertionError, match=r"Nearly.*block 0.*logits"):
         assert_identity_preserves_output(model, batch, identity=Nearly)
     assert_identity_preserves_output(model, batch, identity=Nearly, tolerance=1e-2)
 

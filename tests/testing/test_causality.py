@@ -29,7 +29,7 @@ def test_a_small_leak_is_seen_and_blamed_where_it_is(place: int, family: str, dt
     with LayerSurgeon(model, probe=False) as surgeon:
         surgeon.insert(place, Leak())
         blamed = f"{where} {place} " if place < 6 else where
-        with pytest.raises(AssertionError, match=f"The first state to change is the one that {blamed}"):
+        with pytest.raises(AssertionError, match=rf"first state to change.*{blamed}"):
             assert_causal(model)
     assert_causal(model)
 
@@ -48,7 +48,7 @@ def test_a_token_of_a_very_large_norm_hides_no_guilty_block() -> None:
     with LayerSurgeon(model, probe=False) as surgeon:
         surgeon.insert(1, Sink())
         surgeon.insert(3, Leak())
-        with pytest.raises(AssertionError, match="The first state to change is the one that enters block 3 "):
+        with pytest.raises(AssertionError, match=r"first state to change.*enters block 3 "):
             assert_causal(model, changed_tokens=[1])
 
 
@@ -68,7 +68,7 @@ def test_a_module_may_leak_only_as_much_as_its_own_noise(dtype: torch.dtype) -> 
             return (state * size + self.leak * state.mean(dim=1, keepdim=True)).to(state.dtype)
 
     assert_causal(Noisy(0.0), features=WIDTH)
-    with pytest.raises(AssertionError, match="looks at later tokens"):
+    with pytest.raises(AssertionError, match="later tokens"):
         assert_causal(Noisy(2.0), features=WIDTH)
 
 
@@ -88,7 +88,7 @@ def test_random_numbers_hide_no_leak(leak: float) -> None:
             if not leak:
                 check()
                 continue
-            with pytest.raises(AssertionError, match="looks at later tokens"):
+            with pytest.raises(AssertionError, match="later tokens"):
                 check()
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -101,7 +101,7 @@ def test_noise_without_bounds_is_told() -> None:
             self.calls += 1
             return state * (self.calls % 2 - 1)
 
-    with pytest.raises(AssertionError, match="two runs on the same input differ without bounds"):
+    with pytest.raises(AssertionError, match=r"two runs.*without bounds"):
         assert_causal(Sometimes(), features=WIDTH)
 
 

@@ -48,7 +48,7 @@ def test_nan_never_agrees(where: str) -> None:
         if where in (name, "both"):
             values[0, 1, 0] = torch.nan
     said = difference(got, expected, tolerance=10.0)
-    assert isinstance(said, str) and said.startswith("NaN at batch 0, token 1, vocabulary entry 0")
+    assert isinstance(said, str) and "NaN at batch 0, token 1, vocabulary entry 0" in said
 
 
 def test_infinity_agrees_with_itself_alone() -> None:
@@ -62,7 +62,7 @@ def test_infinity_agrees_with_itself_alone() -> None:
 
 @pytest.mark.parametrize("got", [torch.zeros(1, 2), torch.zeros(1, 3, dtype=torch.float64)], ids=["shape", "dtype"])
 def test_what_cannot_be_compared_is_said(got: torch.Tensor) -> None:
-    with pytest.raises(AssertionError, match=r"It is wrong: got a .* of shape .*expected .*Likely cause: none\."):
+    with pytest.raises(AssertionError, match=r"a .* of shape .*expected .*cause: none"):
         require_same(got, torch.zeros(1, 3), "It is wrong", "none")
 
 

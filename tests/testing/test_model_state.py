@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -91,7 +92,8 @@ def test_a_change_is_named(model: Any, said: str) -> None:
 def test_a_configuration_that_many_modules_hold_is_named_once(model: Any) -> None:
     before = ModelState(model)
     model.config.num_hidden_layers = 5
-    assert before.changes() == ["config.num_hidden_layers of the model says 5; it was 6"]
+    (said,) = before.changes()
+    assert re.search(r"config\.num_hidden_layers.*5.*6", said)
 
 
 def test_nan_that_stays_is_no_change(model: Any) -> None:
@@ -117,7 +119,7 @@ def test_sparse_gradients_are_compared() -> None:
     assert before.changes() == []
     model.weight.grad.mul_(2)
     (said,) = before.changes()
-    assert said.startswith("the gradient of weight has other values")
+    assert "gradient of weight" in said
 
 
 def test_the_sign_of_a_zero_is_a_change(model: Any) -> None:
@@ -125,7 +127,7 @@ def test_the_sign_of_a_zero_is_a_change(model: Any) -> None:
     before = ModelState(model)
     model.model.norm.weight.data[0] = -0.0
     (said,) = before.changes()
-    assert said.startswith("model.norm.weight has other values: only in the sign of a zero")
+    assert re.search(r"model\.norm\.weight.*sign of a zero", said)
 
 
 def test_tied_weights_are_looked_at_under_both_names() -> None:

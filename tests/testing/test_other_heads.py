@@ -120,7 +120,7 @@ class Poisoned(nn.Module):
 def test_a_classifier_is_told_why_it_cannot_be_causal() -> None:
     model, batch = image_classifier()
     for subject, given in ((of_class("LlamaForSequenceClassification", num_labels=3), None), (model, batch)):
-        with pytest.raises(StreamlineError, match="no result for each token.*A classifier gives one answer a sequence"):
+        with pytest.raises(StreamlineError, match=r"no result for each token.*one answer a sequence"):
             assert_causal(subject, given)
 
 
@@ -140,7 +140,7 @@ def test_an_encoder_with_a_decoder_passes(name: str, padding: int) -> None:
     for stack in (stack.path for stack in find_stacks(model)):
         assert_shapes(model, batch, stack=stack)
     assert_causal(model, batch)
-    with pytest.raises(StreamlineError, match="reads a text and writes another one; decoding is compared here for"):
+    with pytest.raises(StreamlineError, match="writes another one"):
         assert_cached_generation_matches(model, batch)
 
 
@@ -154,5 +154,5 @@ def test_a_decoder_that_looks_ahead_is_seen(name: str) -> None:
     decoder = next(stack.path for stack in find_stacks(model) if "decoder" in stack.path)
     with LayerSurgeon(model, decoder, probe=False) as surgeon:
         surgeon.insert(2, Leak())
-        with pytest.raises(AssertionError, match="looks at later tokens"):
+        with pytest.raises(AssertionError, match="later tokens"):
             assert_causal(model, read_and_written(model, 0), stack=decoder)

@@ -49,10 +49,8 @@ def test_a_model_that_is_not_there_is_a_reason_to_skip(tmp_path: Path) -> None:
     (tmp_path / "pytest.ini").write_text("[pytest]\nstreamline_model = ./nowhere\n")
     told = run_pytest(tmp_path, CODE)
     assert "3 passed, 1 skipped" in told, told
-    assert (
-        "the model './nowhere' of the fixture real_model cannot be read: There is no model at './nowhere'"
-        in " ".join(told.split())
-    )
+    words = " ".join(told.split())
+    assert "fixture real_model" in words and "no model at './nowhere'" in words
 
 
 def test_its_fixtures_are_listed_with_what_they_give(tmp_path: Path) -> None:

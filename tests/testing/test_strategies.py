@@ -62,14 +62,14 @@ def test_model_types(name: str) -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: windows(1), "There is no window of 1 to 0 of 1 blocks"),
-        (lambda: windows(3, min_length=3, max_length=3), "no window of 3 to 2 of 3 blocks"),
-        (lambda: windows(5, min_length=4, max_length=3), "no window of 4 to 3 of 5 blocks"),
-        (lambda: padded_batches(3), "from 0 ordinary tokens"),
-        (lambda: padded_batches(9, sides=["middle"]), "sides out of 'left' and 'right'"),
-        (lambda: padded_batches(9, sides=[]), "sides out of 'left' and 'right'"),
-        (lambda: padded_batches(9, min_tokens=4, max_tokens=3), "rows of 4 to 3 tokens"),
-        (lambda: model_types(among=["no-such-type"]), "No model type is left"),
+        (lambda: windows(1), "1 to 0 of 1 blocks"),
+        (lambda: windows(3, min_length=3, max_length=3), "3 to 2 of 3 blocks"),
+        (lambda: windows(5, min_length=4, max_length=3), "4 to 3 of 5 blocks"),
+        (lambda: padded_batches(3), "0 ordinary tokens"),
+        (lambda: padded_batches(9, sides=["middle"]), "'left' and 'right'"),
+        (lambda: padded_batches(9, sides=[]), "'left' and 'right'"),
+        (lambda: padded_batches(9, min_tokens=4, max_tokens=3), "4 to 3 tokens"),
+        (lambda: model_types(among=["no-such-type"]), "No model type"),
     ],
 )
 def test_what_cannot_be_drawn_is_said_at_once(call: object, words: str) -> None:
@@ -91,4 +91,4 @@ def test_hypothesis_is_needed_for_the_strategies_alone() -> None:
         """
     )
     assert done.stdout.splitlines()[0] == "True False"
-    assert "needs hypothesis, which is not installed: pip install hypothesis" in done.stdout
+    assert "pip install hypothesis" in done.stdout

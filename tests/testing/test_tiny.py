@@ -202,42 +202,34 @@ def test_left_padding() -> None:
 
 
 def test_an_unknown_type_names_its_neighbours() -> None:
-    with pytest.raises(StreamlineError) as caught:
+    with pytest.raises(StreamlineError, match=rf"'lama'.*of the {len(KNOWN)} model types.*mean 'llama'"):
         tiny_config("lama")
-    assert str(caught.value).startswith(
-        f"'lama' is none of the {len(KNOWN)} model types that AutoModelForCausalLM knows here: did you mean 'llama' or "
-    )
     with pytest.raises(StreamlineError, match=r"causal_model_types\(\)"):
         tiny_model("0123456789")
 
 
 def test_an_unknown_override_names_its_neighbours() -> None:
-    with pytest.raises(StreamlineError) as caught:
+    with pytest.raises(StreamlineError, match=r"num_atention_heads=2.*LlamaConfig.*mean 'num_attention_heads'"):
         tiny_config("llama", num_atention_heads=2)
-    assert str(caught.value).startswith(
-        "num_atention_heads=2 is no argument of LlamaConfig: did you mean 'num_attention_heads' or "
-    )
 
 
 @pytest.mark.parametrize("size", [{"blocks": 0}, {"width": 40}, {"vocabulary": 8}])
 def test_a_size_that_cannot_be_had(size: dict[str, int]) -> None:
-    with pytest.raises(StreamlineError) as caught:
+    ((name, value),) = size.items()
+    with pytest.raises(
+        StreamlineError, match=rf"{name}={value}.*at least 1, width a multiple of 32, vocabulary at least 32"
+    ):
         tiny_config("llama", **size)
-    assert str(caught.value).endswith(
-        "is no size for a tiny model: blocks must be at least 1, width a multiple of 32, vocabulary at least 32"
-    )
 
 
 def test_a_class_that_refuses_gives_its_reason() -> None:
     with pytest.raises(StreamlineError) as caught:
         tiny_config("gpt_neo", attention_types=[[["global"], 3]])
     text = str(caught.value)
-    assert text.startswith(
-        "a tiny 'gpt_neo' cannot be configured here with blocks=8, attention_types=[[['global'], 3]]"
-    )
+    assert "'gpt_neo'" in text and "blocks=8, attention_types=[[['global'], 3]]" in text
     assert f"Transformers {transformers.__version__}: " in text
     assert "config.num_layers = 8" in text
-    assert text.endswith("(install what it asks for, or choose other sizes or overrides)")
+    assert "choose other sizes or overrides" in text
 
 
 def test_a_model_that_cannot_be_built_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
