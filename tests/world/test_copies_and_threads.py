@@ -117,10 +117,10 @@ def test_a_copy_made_inside_a_surgeon_is_saved_after_its_own_commit(
         surgeon.replace([1, 2], LinearReplacement.from_map(0.1 * torch.randn(WIDTH, WIDTH, generator=generator)))
         duplicate = duplicated(model)
         again = duplicated(duplicate)
-        with pytest.raises(StreamlineError, match="would write a model that its exit takes back"):
+        with pytest.raises(StreamlineError, match="its exit takes back"):
             model.save_pretrained(tmp_path)
     for one in (duplicate, again):
-        with pytest.raises(StreamlineError, match="was copied inside an open LayerSurgeon"):
+        with pytest.raises(StreamlineError, match="copied inside an open LayerSurgeon"):
             one.save_pretrained(tmp_path)
     with LayerSurgeon(duplicate) as surgeon:
         surgeon.commit()
