@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def test_generate_continues_a_text(
     sampled = [run([*command, "--temperature", 1.5, "--seed", seed], monkeypatch, capsys)[1] for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
     code, _, err = run([*command, "--chat"], monkeypatch, capsys)
-    assert code == 2 and "has no chat template; leave --chat away" in err
+    assert code == 2 and "leave --chat away" in err
 
 
 def test_inspect(stories_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,28 +117,28 @@ def test_rank_from_a_saved_profile_runs_nothing(
     code, out, _ = run(["rank", "--profile", file, "--remove", 2, "--criterion", "angular"], monkeypatch, capsys)
     assert code == 0 and "of the resamples of the sequences" in out
     for options, text in [
-        (["--search", "greedy", "--remove", 2], "This search runs the model"),
-        (["--criterion", "kl", "--remove", 2], "runs the model: a profile is not enough"),
-        (["--criterion", "kl"], "takes a target; add --remove"),
-        (["--remove", "parameters:0.2"], "is measured on the model; give it"),
-        (["--criterion", "guess"], "The criterion 'guess' is unknown. Known: cosine"),
-        (["--search", "luck", "--remove", 2], "The search 'luck' is unknown. Known: window"),
-        (["--search", "attention", "--criterion", "last_n", "--remove", 2], "goes by the cosine across each branch"),
-        (["--search", "disjoint", "--remove", "parameters:0.2"], "is reached by single windows only"),
+        (["--search", "greedy", "--remove", 2], r"search runs the model"),
+        (["--criterion", "kl", "--remove", 2], r"runs the model.*profile is not enough"),
+        (["--criterion", "kl"], "add --remove"),
+        (["--remove", "parameters:0.2"], r"on the model.*give it"),
+        (["--criterion", "guess"], r"'guess'.*Known: cosine"),
+        (["--search", "luck", "--remove", 2], r"'luck'.*Known: window"),
+        (["--search", "attention", "--criterion", "last_n", "--remove", 2], "the cosine across each branch"),
+        (["--search", "disjoint", "--remove", "parameters:0.2"], "single windows only"),
         (["--save", tmp_path / "nowhere" / "x"], "create it first"),
         (["--stack", "model.other"], "--stack model.other: "),
     ]:
         code, _, err = run(["rank", "--profile", file, *options], monkeypatch, capsys)
-        assert code == 2 and text in err, (options, err)
+        assert code == 2 and re.search(text, err), (options, err)
     assert "Give a model, or a profile" in run(["rank"], monkeypatch, capsys)[2]
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["rank", "--search", "greedy", "--remove", "1", "--parts", "3"], "the search here is greedy; leave it out"),
-        (["rank", "--calibration-examples", "9"], "--calibration-examples has no effect on a model for causal-lm"),
-        (["sweep", "--output", "out", "--parts", "2"], "the search here is window; leave it out"),
+        (["rank", "--search", "greedy", "--remove", "1", "--parts", "3"], "search here is greedy; leave it out"),
+        (["rank", "--calibration-examples", "9"], r"--calibration-examples.*causal-lm"),
+        (["sweep", "--output", "out", "--parts", "2"], "search here is window; leave it out"),
     ],
 )
 def test_what_has_no_effect_is_refused(
@@ -146,7 +147,7 @@ def test_what_has_no_effect_is_refused(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     code, _, err = run([command[0], stories_folder, *command[1:]], monkeypatch, capsys)
-    assert code == 2 and message in err and not list(tmp_path.iterdir())
+    assert code == 2 and re.search(message, err) and not list(tmp_path.iterdir())
 
 
 def test_rank_of_a_profile_without_resamples(
@@ -254,12 +255,12 @@ def test_a_dry_run_says_what_rounds_and_writing_cost(
     assert "judge 4 windows, 2 times: " in out and "perplexity, 4 times: " in out and "train, 2 times: " in out
     apart = ["--rounds", 2, "--search", "disjoint"]
     code, out, err = run([*options, *apart], monkeypatch, capsys)
-    assert code == 2 and "1 block cannot be in 2 windows. Remove more, at a time if it is in rounds" in err, out
+    assert code == 2 and re.search(r"1 block .*2 windows.*Remove more, at a time", err), out
     own = "kl:prompt=8,shortest=4,longest="
     code, out, err = run([*options, "--on-policy", own + "8"], monkeypatch, capsys)
     assert code == 0 and "write own text, at most: " in out, err
     code, out, err = run([*options, "--on-policy", own + "512"], monkeypatch, capsys)
-    assert code == 2 and "A prompt of 8 tokens and a text of 512 need 520 positions" in " ".join(err.split())
+    assert code == 2 and re.search(r"8 tokens.*512.*520 positions", " ".join(err.split()))
 
 
 def test_compress_by_another_search_and_a_saved_profile(
@@ -304,20 +305,18 @@ def test_compress_on_packed_text(
     assert code == 0 and "repeated   nothing, in packed rows, of what --preset best would say twice" in out, err
     apart = [*options, "--preset", "two-windows", "--overwrite"]
     code, _, err = run(["compress", stories_folder, "-c", file, *apart], monkeypatch, capsys)
-    assert code == 2 and "1 block cannot be in 2 windows. Remove more, " in " ".join(err.split())
+    assert code == 2 and re.search(r"1 block .*2 windows.*Remove more", " ".join(err.split()))
     assert "profile" not in err, "it was told after a pass"
     again = [*options, *preset, "--repeated", "0.25"]
     code, _, err = run(["compress", stories_folder, "-c", file, *again], monkeypatch, capsys)
-    assert code == 2 and "Leave the repeated passages out (repeated=0), or give documents" in " ".join(err.split())
+    assert code == 2 and "repeated passages out (repeated=0)" in " ".join(err.split())
     for more, with_what in (
         (["-c", file, "--test", file], "--test"),
         (["-c", "self"], "--calibration self"),
         (["-c", f"{file}:0.5,pydoc:0.5"], "--calibration with shares"),
     ):
         code, _, err = run(["compress", stories_folder, *options, *more, "--overwrite"], monkeypatch, capsys)
-        assert code == 2 and f"--pack deals one text to all parts, and does not go with {with_what}" in " ".join(
-            err.split()
-        )
+        assert code == 2 and re.search(f"--pack .*not go with {with_what}", " ".join(err.split()))
 
 
 @pytest.mark.parametrize("command", ["compress", "generate", "inspect", "rank"])
@@ -333,19 +332,19 @@ def test_help_is_worth_reading(
 
 
 BAD = [
-    (["--remove", "none"], "The target 'none' is not understood; expected a number of blocks (8)"),
-    (["--remove", "0"], "remove=0 is nothing that can be removed"),
+    (["--remove", "none"], r"'none'.*expected a number of blocks"),
+    (["--remove", "0"], r"remove=0.*nothing"),
     (["--remove", "5"], "at least one block must stay"),
-    (["--keep", "0,x"], "--keep 'x' is not a block number"),
-    (["--keep", "12"], "keep=12 is out of range: the stack has 5 blocks"),
-    (["--kind", "cubic"], "'cubic' is unknown. Known: none, linear"),
-    (["--kind", "mlp:wide=3"], "the kind 'mlp' has no such option, 'wide'. Its options: width (int), activation (str)"),
+    (["--keep", "0,x"], r"--keep 'x'.*number"),
+    (["--keep", "12"], r"keep=12.*5 blocks"),
+    (["--kind", "cubic"], r"'cubic'.*Known: none, linear"),
+    (["--kind", "mlp:wide=3"], r"'mlp'.*'wide'.*options: width .int., activation .str."),
     (["--calibration", "nowhere.txt"], "nowhere.txt"),
     (["--calibration", "self"], "chat template"),
     (["--calibration", "self", "--calibration", "pydoc"], "stands alone"),
-    (["--stack", "encoder"], "No stack of blocks at 'encoder'"),
-    (["--parts", "2"], "--parts is for --search disjoint and mixed, and the search here is window; leave it out"),
-    (["--test-examples", "9"], "--test-examples has no effect on a model for causal-lm; say --test-tokens"),
+    (["--stack", "encoder"], r"No stack.*'encoder'"),
+    (["--parts", "2"], r"--parts.*disjoint and mixed.*window; leave it out"),
+    (["--test-examples", "9"], r"--test-examples.*causal-lm; say --test-tokens"),
     (["--sequence-length", "1024", "--validation-tokens", "2048", "--test-tokens", "2048"], "the 512 positions"),
 ]
 
@@ -358,7 +357,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     code, _, err = run(["compress", stories_folder, "-o", tmp_path / "out", *SMALL, *options], monkeypatch, capsys)
     assert code == 2
     message = [line for line in err.splitlines() if line.startswith("streamline-hooks: ")]
-    assert len(message) == 1 and text in message[0]
+    assert len(message) == 1 and re.search(text, message[0])
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
@@ -368,7 +367,7 @@ def test_several_processes_share_compress_alone(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = run(["rank", stories_folder], monkeypatch, capsys)
-    assert code == 2 and "WORLD_SIZE=2 says that several processes were started, and rank is for one" in err
+    assert code == 2 and re.search(r"WORLD_SIZE=2.*rank is for one", err)
 
 
 def test_models_and_folders_that_cannot_be_used(
@@ -377,11 +376,11 @@ def test_models_and_folders_that_cannot_be_used(
     (tmp_path / "short.txt").write_text("Too short.")
     for arguments, text in [
         (["compress", tmp_path, "-o", tmp_path / "out"], "config.json"),
-        (["compress", stories_folder, "-o", tmp_path], "is not empty. Choose another folder, or pass --overwrite"),
+        (["compress", stories_folder, "-o", tmp_path], r"not empty.*Choose.*--overwrite"),
         (["compress", stories_folder, "-o", tmp_path / "out", "-c", tmp_path / "short.txt"], "token"),
     ]:
         code, _, err = run(arguments, monkeypatch, capsys)
-        assert code == 2 and text in err, err
+        assert code == 2 and re.search(text, err), err
     assert [p.name for p in tmp_path.iterdir()] == ["short.txt"]
 
 
@@ -393,9 +392,9 @@ def test_overwrite_deletes_nothing_that_compress_did_not_write(
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     monkeypatch.chdir(tmp_path / "models")
     for output, why in [
-        (tmp_path / "models", "is the working directory or contains it"),
-        (".", "is the working directory or contains it"),
-        ("m", "contains what `save` did not write: "),
+        (tmp_path / "models", "is the working directory"),
+        (".", "is the working directory"),
+        ("m", "`save` did not write"),
         ("notes.txt/out", "Writing "),
         ("x" * 256, "Writing "),
     ]:
@@ -403,7 +402,7 @@ def test_overwrite_deletes_nothing_that_compress_did_not_write(
         assert code == 2 and why in err, err
     monkeypatch.chdir(tmp_path)
     code, _, err = run(["compress", model, "-o", "models", "--overwrite"], monkeypatch, capsys)
-    assert code == 2 and "contains what `save` did not write: " in err and "notes.txt" in err, err
+    assert code == 2 and "`save` did not write" in err and "notes.txt" in err, err
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
@@ -495,20 +494,20 @@ def test_how_blocks_are_found_is_said_by_the_preset_where_nothing_else_is(asked:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--preset", "best", "--kind", "linear"], "--preset best says what --kind would; leave one of them out"),
-        (["--preset", "uidl", "--learning-rate", "0.1"], "--preset uidl says what --learning-rate would"),
-        (["--preset", "best", "--learning-rate", "0.001"], "--preset best says what --learning-rate would"),
-        (["--learning-rate", "0.001"], "--learning-rate: this is of a training, and no --train says what for"),
-        (["--preset", "uidl", "--train", "kl", "--heal", "lora"], "says what --train and --heal would"),
-        (["--preset", "worst"], "The preset 'worst' is unknown"),
-        (["--heal", "lora"], "--heal lora: this is of a training, and no --train says what for (such as kl)"),
-        (["--epochs", "2"], "--epochs: this is of a training, and no --train says what for"),
+        (["--preset", "best", "--kind", "linear"], r"--preset best .*--kind would; leave one"),
+        (["--preset", "uidl", "--learning-rate", "0.1"], r"--preset uidl .*--learning-rate would"),
+        (["--preset", "best", "--learning-rate", "0.001"], r"--preset best .*--learning-rate would"),
+        (["--learning-rate", "0.001"], r"--learning-rate: .*no --train"),
+        (["--preset", "uidl", "--train", "kl", "--heal", "lora"], "--train and --heal would"),
+        (["--preset", "worst"], r"'worst'.*unknown"),
+        (["--heal", "lora"], r"--heal lora: .*no --train.*such as kl"),
+        (["--epochs", "2"], r"--epochs: .*no --train"),
         (["--validations", "2"], "--validations: this is of a training"),
         (["--on-policy", "kl", "--rounds", "2"], "--on-policy kl and --rounds 2: this is of a training"),
-        (["--on-policy", "kl", "--preset", "none"], "--on-policy kl: this is of a training, and --preset none trains"),
-        (["--rounds", "3", "--preset", "iterative"], "--preset iterative says what --rounds would"),
-        (["--rounds", "1", "--preset", "iterative"], "--preset iterative says what --rounds would"),
-        (["--train", "kld"], "The objective 'kld' cannot be read"),
+        (["--on-policy", "kl", "--preset", "none"], r"--on-policy kl: .*--preset none trains"),
+        (["--rounds", "3", "--preset", "iterative"], r"--preset iterative .*--rounds would"),
+        (["--rounds", "1", "--preset", "iterative"], r"--preset iterative .*--rounds would"),
+        (["--train", "kld"], "'kld' cannot be read"),
     ],
 )
 def test_options_of_a_training_that_contradict_or_do_nothing_are_refused(
@@ -521,4 +520,4 @@ def test_options_of_a_training_that_contradict_or_do_nothing_are_refused(
 ) -> None:
     code, _, error = run(["compress", stories_folder, "-o", tmp_path / "out", *options], monkeypatch, capsys)
     assert code == 2
-    assert message in " ".join(error.split())
+    assert re.search(message, " ".join(error.split()))

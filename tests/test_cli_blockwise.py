@@ -111,19 +111,19 @@ def test_what_is_not_done_block_by_block_is_refused_by_its_name(
 ) -> None:
     code, _, err = command("-o", tmp_path / "out", *SMALL, *options)
     assert code == 2
-    assert f"does not fit into the memory that is allowed, and {named} is not done block by block" in err
+    assert f"and {named} is not done block by block" in err
 
 
 def test_what_is_free_may_do_where_nothing_was_allowed(command: Command, too_large: None, tmp_path: Path) -> None:
     code, out, err = command("-o", tmp_path / "out", *SMALL[:-2], "--train", "kl", "--dry-run")
     assert code == 0, err
-    assert "may not fit into what is free; --train is not done block by block, so that it is loaded all the same" in out
+    assert "--train is not done block by block, so that it is loaded" in out
 
 
 def test_memory_is_for_a_folder(command: Command, tmp_path: Path) -> None:
     code, _, err = command("-o", tmp_path / "out", "--memory", "1GB", model="smollm2")
     assert code == 2
-    assert "--memory is for a folder with safetensors files" in err
+    assert "--memory is for a folder" in err
 
 
 def test_sizes_are_read_and_nonsense_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -108,31 +109,31 @@ def test_what_was_planned_is_gone_on_with_as_it_was_said(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--budget", "10"], "'10' is no span of time; expected one above zero, with its units: 10m, 1h, 90s or 1h30m"),
-        (["--budget", "1s"], "A budget of 1 s does not suffice on this machine: training on "),
-        (["--kind", "linear"], "--budget does the recipe 'best', and plans what --kind would say"),
-        (["--train", "kl", "--heal", "lora"], "plans what --train and --heal would say; leave one of them out"),
-        (["--preset", "iterative"], "does not go with --preset iterative, which goes in 2 rounds"),
-        (["--preset", "ghosted"], "The preset 'ghosted' trains nothing, so that a budget decides nothing"),
-        (["--preset", "uidl", "--heal", "lora"], "--budget does the recipe 'uidl', and plans what --heal would say"),
+        (["--budget", "10"], r"'10'.*expected.*units: 10m, 1h, 90s or 1h30m"),
+        (["--budget", "1s"], r"1 s does not suffice.*training on"),
+        (["--kind", "linear"], r"'best'.*--kind would say"),
+        (["--train", "kl", "--heal", "lora"], r"--train and --heal would say; leave one"),
+        (["--preset", "iterative"], r"--preset iterative.*2 rounds"),
+        (["--preset", "ghosted"], r"'ghosted' trains nothing"),
+        (["--preset", "uidl", "--heal", "lora"], r"'uidl'.*--heal would say"),
         (
             ["--preset", "two-windows", "--remove", "parameters:0.2"],
-            "Search for a window otherwise, as the preset best",
+            r"Search for a window.*preset best",
         ),
-        (["--epochs", "1"], "plans what --epochs would say"),
-        (["--calibration-tokens", "41000"], "plans what --calibration-tokens would say"),
-        (["--fitting-tokens", "640", "--autocast"], "plans what --autocast and --fitting-tokens would say"),
-        (["--learning-rate", "0.1"], "plans what --learning-rate would say"),
-        (["--memory", "4GB"], "does not go with --memory. Leave it out, and say --calibration-tokens instead"),
-        (["--resume"], "one training, from its beginning, in one process, on text that is there"),
-        (["--search", "mixed"], "plans what --search would say"),
-        (["--repeated", "0.5"], "plans what --repeated would say"),
+        (["--epochs", "1"], "--epochs would say"),
+        (["--calibration-tokens", "41000"], "--calibration-tokens would say"),
+        (["--fitting-tokens", "640", "--autocast"], "--autocast and --fitting-tokens would say"),
+        (["--learning-rate", "0.1"], "--learning-rate would say"),
+        (["--memory", "4GB"], r"--memory.*Leave it out.*--calibration-tokens"),
+        (["--resume"], r"one training, from its beginning"),
+        (["--search", "mixed"], "--search would say"),
+        (["--repeated", "0.5"], "--repeated would say"),
         (["--pack"], "does not go with --pack"),
         (["--profile", "p"], "does not go with --profile"),
         (["-c", "self"], "does not go with --calibration self"),
         (["-c", "pydoc:0.5,chat:0.5"], "does not go with --calibration chat"),
-        (["--criterion", "kl"], "plans what --criterion would say"),
-        (["--task", "image-classification"], "--budget is for models that write"),
+        (["--criterion", "kl"], "--criterion would say"),
+        (["--task", "image-classification"], r"--budget.*models that write"),
     ],
 )
 def test_what_does_not_go_with_a_budget_is_refused(
@@ -140,7 +141,7 @@ def test_what_does_not_go_with_a_budget_is_refused(
 ) -> None:
     """Also where it is what would be the case without it: nothing that was said does nothing."""
     code, _, err = command(*([] if "--budget" in options else ["--budget", "1h"]), *options)
-    assert code == 2 and message in err, err
+    assert code == 2 and re.search(message, err), err
     assert not (tmp_path / "out").exists()
 
 
@@ -153,9 +154,9 @@ def test_the_recipe_may_be_named(name: str, command: Command) -> None:
 def test_a_part_to_fit_on_is_for_a_training(command: Command, tmp_path: Path) -> None:
     few = ["--calibration-tokens", 1280, "--validation-tokens", 128, "--test-tokens", 128, "--shortlist", 2]
     code, _, err = command(*few, "--fitting-tokens", 640)
-    assert code == 2 and "--fitting-tokens leaves the rest of the text to a training; say what for (--train)" in err
+    assert code == 2 and re.search(r"--fitting-tokens.*--train", err)
     code, _, err = command(*few, "--fitting-tokens", 1344, "--train", "kl")
-    assert code == 2 and "fitting_tokens=1344 of 1,280 tokens of calibration text in sequences of 64" in err
+    assert code == 2 and re.search(r"fitting_tokens=1344.*1,280 tokens.*of 64", err)
     code, _, err = command(*few, "--fitting-tokens", 640, "--train", "kl", "--kind", "linear")
     assert code == 0, err
     report = json.loads((tmp_path / "out" / "report.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -97,20 +98,20 @@ def test_a_sweep_and_a_dry_run_take_a_mixture_of_what_is_there(
 
 
 REFUSED = [
-    (["compress", "M", "-c", "self:0.5,pydoc:0.4"], "'self:0.5,pydoc:0.4' sum to 0.9. Expected a sum of 1"),
+    (["compress", "M", "-c", "self:0.5,pydoc:0.4"], r"'self:0.5,pydoc:0.4'.*0.9.*Expected a sum of 1"),
     (["compress", "M", "-c", "self:0.5,pydoc"], "none for 'pydoc'"),
-    (["compress", "M", "-c", "self:0.5,pydoc:0.5", "-c", "x"], "name all of them in one mixture"),
-    (["compress", "M", "-c", "chat", "-c", "pydoc"], "chat stands alone; leave the other sources away, or say how"),
-    (["compress", "M", "-c", "chat", "--dry-run"], "A dry run writes no text, so that --calibration chat has none"),
-    (["compress", "M", "-c", "self:0.5,pydoc:0.5", "--dry-run"], "A dry run writes no text"),
+    (["compress", "M", "-c", "self:0.5,pydoc:0.5", "-c", "x"], "all of them in one mixture"),
+    (["compress", "M", "-c", "chat", "-c", "pydoc"], r"chat stands alone.*leave the other sources"),
+    (["compress", "M", "-c", "chat", "--dry-run"], r"dry run writes no text.*--calibration chat"),
+    (["compress", "M", "-c", "self:0.5,pydoc:0.5", "--dry-run"], "dry run writes no text"),
     (["compress", "M", "-c", "chat", "--pack"], "does not go with --calibration chat"),
-    (["compress", "M", "--temperature", "0.5"], "--temperature 0.5 is that of text which the model writes itself"),
-    (["compress", "M", "-c", "self:0.98,pydoc:0.02"], "Ask for validation_tokens=25600 or more"),
+    (["compress", "M", "--temperature", "0.5"], r"--temperature 0.5.*model writes itself"),
+    (["compress", "M", "-c", "self:0.98,pydoc:0.02"], "Ask for validation_tokens=25600"),
     (["compress", "M", "-c", "chat"], "has no chat template"),
     (["rank", "M", "--temperature", "0.5"], "--temperature 0.5 is that of text"),
-    (["rank", "M", "-c", "self", "--dry-run"], "A dry run writes no text"),
+    (["rank", "M", "-c", "self", "--dry-run"], "dry run writes no text"),
     (["rank", "M", "-c", "chat"], "has no chat template"),
-    (["sweep", "M", "-c", "self:0.5,pydoc:0.5"], "A sweep takes text that is there"),
+    (["sweep", "M", "-c", "self:0.5,pydoc:0.5"], r"sweep takes text"),
 ]
 
 
@@ -119,7 +120,7 @@ def test_what_is_refused(command: Command, stories_folder: Path, tmp_path: Path,
     given = [str(stories_folder) if option == "M" else option for option in options]
     given += [] if options[0] == "rank" else ["-o", str(tmp_path / "out")]
     code, _, err = command(*given)
-    assert code == 2 and text in err, err
+    assert code == 2 and re.search(text, err), err
     assert not list(tmp_path.iterdir())
 
 
@@ -129,6 +130,6 @@ def test_a_folder_called_chat_is_no_conversation(
     monkeypatch.chdir(tmp_path)
     Path("chat").mkdir()
     code, _, err = command("rank", stories_folder, "-c", "chat")
-    assert code == 2 and "there is a file or folder 'chat' here. Write ./chat for that one" in err
+    assert code == 2 and re.search(r"'chat'.*Write \./chat", err)
     code, _, err = command("rank", stories_folder, "-c", "./chat")
-    assert code == 2 and "No text was found in './chat'" in err
+    assert code == 2 and re.search(r"No text.*'\./chat'", err)

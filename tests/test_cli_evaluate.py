@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -126,12 +127,12 @@ def test_a_damaged_report_is_seen_before_anything_is_measured(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["evaluate", "MODEL", "--harness-folder", "x"], "--harness-folder holds task files; name those to run"),
-        (["evaluate", "MODEL", "--questions", "no-such.jsonl"], "no-such.jsonl cannot be read"),
-        (["evaluate", "MODEL", "--text", "pydoc", "--window", "100000"], "more than the 512 positions"),
+        (["evaluate", "MODEL", "--harness-folder", "x"], r"--harness-folder.*name those to run"),
+        (["evaluate", "MODEL", "--questions", "no-such.jsonl"], r"no-such.jsonl.*read"),
+        (["evaluate", "MODEL", "--text", "pydoc", "--window", "100000"], "the 512 positions"),
         (["sweep", "MODEL", "-o", "x", "--remove", "lots"], "lots"),
-        (["sweep", "MODEL", "-o", "x", "--kind", "magic"], "The kind of replacement 'magic' is unknown"),
-        (["sweep", "MODEL", "-o", "x", "-c", "self"], "A sweep takes text that is there"),
+        (["sweep", "MODEL", "-o", "x", "--kind", "magic"], r"'magic'.*unknown"),
+        (["sweep", "MODEL", "-o", "x", "-c", "self"], "sweep takes text"),
     ],
 )
 def test_what_is_refused(
@@ -145,5 +146,5 @@ def test_what_is_refused(
     monkeypatch.chdir(tmp_path)
     given = [str(stories_folder) if part == "MODEL" else part for part in arguments]
     code, _, err = run(given, monkeypatch, capsys)
-    assert code == 2 and says in err
+    assert code == 2 and re.search(says, err)
     assert not list(tmp_path.iterdir())

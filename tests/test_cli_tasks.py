@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def test_ranking_and_a_dry_run(
     assert code == 0 and "What this costs is not known beforehand" in said and not (tmp_path / "out").exists()
     best = ["compress", model, "-c", images, *COUNTS, "--dry-run", "-o", tmp_path / "out", "--preset", "best"]
     code, _, err = run(best, monkeypatch, capsys)
-    assert code == 2 and "kl + lm has lm, which a model for image-classification does not give" in err
+    assert code == 2 and re.search(r"kl \+ lm has lm.*image-classification", err)
     assert "of images" not in err, "it was told after they were read"
 
 
@@ -148,7 +149,7 @@ def test_parquet_and_a_test_set_of_its_own(
     assert "test 12 images" in said and "accuracy, repaired" in said
     again = ["--test", vision[1], "--calibration-examples", 40, "--overwrite"]
     code, said, err = run([*asked, *again], monkeypatch, capsys)
-    assert code == 2 and "of the test part are in the calibration part too" in err
+    assert code == 2 and re.search(r"of the test.*calibration part", err)
 
 
 def words(count: int, seed: int) -> list[str]:
@@ -175,7 +176,7 @@ def test_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     code, said, err = run([*asked, "--overwrite", "--task", "embedding:pooling=first"], monkeypatch, capsys)
     assert code == 0 and json.loads((out / "report.json").read_text())["task"] == "embedding:pooling=first", err
     code, said, err = run([*asked, "--overwrite", "--train", "kl"], monkeypatch, capsys)
-    assert code == 2 and "has kl, which a model for embedding does not give. Train on embedding" in err
+    assert code == 2 and re.search(r"has kl.*for embedding.*Train on embedding", err)
 
 
 def test_an_encoder_with_a_decoder(
@@ -201,23 +202,23 @@ def test_an_encoder_with_a_decoder(
     report = json.loads((out / "report.json").read_text())
     assert report["training"]["history"][0]["validated"] > report["training"]["history"][0]["distance"] + 1
     code, _, err = run([*best, "--repeated", 1], monkeypatch, capsys)
-    assert code == 2 and "is a share of the sequences of a text, and batches were given" in " ".join(err.split())
+    assert code == 2 and re.search(r"share of the sequences.*batches were given", " ".join(err.split()))
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "is calibrated on images (a folder or Parquet); name them with --calibration"),
-        (["-c", "self"], "--calibration self is for models that write"),
-        (["-c", "one:0.5,two:0.5"], "--calibration with shares is for models that write"),
-        (["-c", "IMAGES", "--pack"], "--pack is for models that write"),
-        (["-c", "IMAGES", "--memory", "1GB"], "--memory is for models that write"),
+        ([], r"calibrated on images.*--calibration"),
+        (["-c", "self"], r"--calibration self.*models that write"),
+        (["-c", "one:0.5,two:0.5"], r"--calibration with shares.*models that write"),
+        (["-c", "IMAGES", "--pack"], r"--pack.*models that write"),
+        (["-c", "IMAGES", "--memory", "1GB"], r"--memory.*models that write"),
         (
             ["-c", "IMAGES", "--test-tokens", "99"],
-            "--test-tokens has no effect on a model for image-class",
+            r"--test-tokens has no effect.*image-class",
         ),
-        (["-c", "IMAGES", "--sequence-length", "9"], "--sequence-length has no effect on a model for images; leave it"),
-        (["-c", "IMAGES", "--task", "poetry"], "There is no task 'poetry'"),
+        (["-c", "IMAGES", "--sequence-length", "9"], r"--sequence-length has no effect.*images; leave it"),
+        (["-c", "IMAGES", "--task", "poetry"], "no task 'poetry'"),
         (["-c", "IMAGES", "--remove", "latency:0.8", *map(str, COUNTS)], "is a time to write"),
     ],
 )
@@ -232,14 +233,14 @@ def test_what_is_refused(
     model, images = vision
     given = [str(images) if one == "IMAGES" else one for one in more]
     code, _, err = run(["compress", model, *given, "-o", tmp_path / "out"], monkeypatch, capsys)
-    assert code == 2 and message in err
+    assert code == 2 and re.search(message, err)
 
 
 def test_pairs_of_images_and_texts_are_given_in_python(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, err = run(["rank", saved("clip text", tmp_path / "model"), "-c", "pydoc"], monkeypatch, capsys)
-    assert code == 2 and "takes images and texts together" in err and "Call streamline_hooks.compress in Python" in err
+    assert code == 2 and "images and texts together" in err and "Call streamline_hooks.compress" in err
 
 
 def test_a_class_that_is_for_nothing_known_is_not_guessed(
@@ -251,18 +252,18 @@ def test_a_class_that_is_for_nothing_known_is_not_guessed(
     transformers.BertForTokenClassification(made("bert").config).save_pretrained(tmp_path)
     tokenizer_of(50).save_pretrained(tmp_path)
     code, _, err = run(["rank", tmp_path], monkeypatch, capsys)
-    assert code == 2 and "holds a BertForTokenClassification, and it is not clear what that is for" in err
+    assert code == 2 and "BertForTokenClassification" in err and "not clear" in err
     code, _, err = run(["rank", tmp_path, "--task", "masked-lm"], monkeypatch, capsys)
-    assert code == 2 and "has no weights for cls.predictions" in err and "which would be random" in err
+    assert code == 2 and "no weights for cls.predictions" in err and "random" in err
 
 
 @pytest.mark.parametrize("command", ["rank", "compress"])
 @pytest.mark.parametrize(
     ("name", "option", "message"),
     [
-        ("bert", "--calibration-examples", "a model for embedding of text; say --calibration-tokens"),
-        ("deit", "--calibration-tokens", "a model for embedding of images; say --calibration-examples"),
-        ("deit", "--sequence-length", "a model for images; leave it out"),
+        ("bert", "--calibration-examples", r"embedding of text; say --calibration-tokens"),
+        ("deit", "--calibration-tokens", r"embedding of images; say --calibration-examples"),
+        ("deit", "--sequence-length", "model for images; leave it out"),
     ],
 )
 def test_what_has_no_effect_on_embeddings_is_refused_once_it_is_known_of_what_they_are(
@@ -276,7 +277,7 @@ def test_what_has_no_effect_on_embeddings_is_refused_once_it_is_known_of_what_th
     monkeypatch.setattr(task_data, "batches_for", lambda *_, **__: pytest.fail("something was read"))
     output = ["-o", tmp_path / "out"] if command == "compress" else []
     code, _, err = run([command, folder, "-c", tmp_path, "--remove", 1, option, 64, *output], monkeypatch, capsys)
-    assert code == 2 and f"{option} has no effect on {message}" in " ".join(err.split())
+    assert code == 2 and re.search(f"{option} has no effect.*{message}", " ".join(err.split()))
 
 
 @pytest.mark.parametrize(
@@ -320,7 +321,7 @@ def test_a_command_for_text_takes_no_other_model(
     vision: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, err = run(["evaluate", vision[0], "--text", "pydoc", "-o", tmp_path / "page"], monkeypatch, capsys)
-    assert code == 2 and "is for image-classification; this command is for causal language models" in err
+    assert code == 2 and re.search(r"is for image-classification;.*causal language models", err)
 
 
 def test_a_pooler_that_was_not_saved_is_not_made_up(
