@@ -36,12 +36,12 @@ PARALLEL = {
     "phi": ("self_attn.dense.weight", "mlp.fc2.weight"),
 }
 REFUSED = {
-    "bert": "with every output projection at zero, the state that leaves it is not the one that entered",
-    "deepseek_v4": "laid out as (batch, tokens, streams, features)",
-    "gemma4_text": "it adds more than twice: another projection works on what mlp.down_proj.weight has added",
-    "mamba": "everything that it adds to a token mixes tokens, so that it has no mlp branch",
-    "nemotron_h": "so that it has no mlp branch",
-    "whisper": "encoder_attn.k_proj.weight takes no part in what the model was run on",
+    "bert": "every output projection at zero",
+    "deepseek_v4": "(batch, tokens, streams, features)",
+    "gemma4_text": "what mlp.down_proj.weight has added",
+    "mamba": "mixes tokens, so that it has no mlp branch",
+    "nemotron_h": "no mlp branch",
+    "whisper": "encoder_attn.k_proj.weight takes no part",
 }
 
 
@@ -74,7 +74,7 @@ def test_a_block_that_does_something_else_is_refused_with_what(model_type: str) 
 
 
 def test_opt_with_its_norms_behind_is_refused() -> None:
-    with pytest.raises(UnsupportedSurgery, match=r"OPTDecoderLayer has not .* \(a norm on the residual stream"):
+    with pytest.raises(UnsupportedSurgery, match=r"OPTDecoderLayer.*a norm on the residual stream"):
         found_in("opt", do_layer_norm_before=False)
 
 
@@ -211,23 +211,23 @@ def test_an_expert_that_no_token_chose_is_silenced_too() -> None:
 def test_a_part_that_was_not_run_is_named() -> None:
     block = Block()
     block.sometimes = nn.Linear(WIDTH, WIDTH)
-    with pytest.raises(UnsupportedSurgery, match=r"sometimes.weight takes no part in what the model was run on"):
+    with pytest.raises(UnsupportedSurgery, match=r"sometimes.weight takes no part"):
         find_branches(call_of(block))
 
 
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: Block("norm of the branch"), "with every output projection at zero"),  # its bias is added all the same
-        (lambda: Block("scaled stream"), "with every output projection at zero"),
-        (lambda: Block("reads both"), "what it adds is not the sum of what its attention and its MLP add alone"),
-        (lambda: Block("remembers"), "run again on the same state it gives something else"),
-        (lambda: Block(mlp=Mixing()), "so that it has no mlp branch"),
-        (lambda: Block(mlp=nn.Identity()), "with every output projection at zero"),
+        (lambda: Block("norm of the branch"), "every output projection at zero"),  # its bias is added all the same
+        (lambda: Block("scaled stream"), "every output projection at zero"),
+        (lambda: Block("reads both"), "not the sum"),
+        (lambda: Block("remembers"), "run again on the same state"),
+        (lambda: Block(mlp=Mixing()), "no mlp branch"),
+        (lambda: Block(mlp=nn.Identity()), "every output projection at zero"),
     ],
 )
 def test_what_is_not_two_branches_is_refused(make: Callable[[], nn.Module], text: str) -> None:
-    with pytest.raises(UnsupportedSurgery, match=f"Block has not the usual two residual branches: .*{text}"):
+    with pytest.raises(UnsupportedSurgery, match=rf"two residual branches.*{text}"):
         find_branches(call_of(make()))
 
 
@@ -251,21 +251,21 @@ def test_frozen_parameters_are_no_obstacle() -> None:
 def test_a_single_token_shows_nothing() -> None:
     block = Block().eval()
     state = torch.randn(2, 1, WIDTH)
-    with pytest.raises(UnsupportedSurgery, match="give sequences of two at least"):
+    with pytest.raises(UnsupportedSurgery, match="sequences of two"):
         find_branches(BlockCall(block, (state,), {}, block(state).detach()))
 
 
 def test_an_offloaded_block_is_refused() -> None:
     call = call_of(Block())
     call.block.to("meta")
-    with pytest.raises(UnsupportedSurgery, match=r"its parameters are kept elsewhere \(offloaded\)"):
+    with pytest.raises(UnsupportedSurgery, match=r"parameters.*offloaded"):
         find_branches(call)
 
 
 def test_a_block_that_is_called_twice_is_refused() -> None:
     block = Block().eval()
     error = observe_calls({7: block}, lambda: block(block(torch.randn(1, 4, WIDTH))))[7]
-    assert isinstance(error, UnsupportedSurgery) and "called block 7 2 times; expected once" in str(error)
+    assert isinstance(error, UnsupportedSurgery) and "block 7 2 times; expected once" in str(error)
     assert not block._forward_hooks and not block._forward_pre_hooks
 
 

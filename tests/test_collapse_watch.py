@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,13 +86,11 @@ def test_what_a_model_no_longer_knows_is_told() -> None:
     known = dict(model.answers)
     model.answers = {prompt: answer for prompt, answer in known.items() if "Say:" in prompt}
     (text,) = watch.warnings(model)
-    assert text.startswith(
-        "It solves 3 of 32 small generated problems, of which the original solves 27 (arithmetic 8 -> 0"
-    )
+    assert re.search(r"solves 3 of 32.*original solves 27.*arithmetic 8 -> 0", text)
     assert "copying 3 -> 3, counting 8 -> 0" in text  # of 24 letters, what is longer is cut
     model.answers, model.otherwise = known, "a" * 500
     (text,) = watch.warnings(model)
-    assert text.startswith("It repeats itself: 98% of the runs of four tokens were there before, of the original's 42%")
+    assert re.search(r"repeats itself: 98%.*original's 42%", text)
     assert said == []
 
 
@@ -105,7 +104,7 @@ def test_a_model_that_can_write_no_more_is_told() -> None:
 
     vars(model)["generate"] = fails
     (text,) = watch.warnings(model)
-    assert text == "The compressed model cannot write as the original does: ValueError: no attention layer is left"
+    assert text.endswith("ValueError: no attention layer is left") and "cannot write" in text
     del vars(model)["generate"]
     assert watch.warnings(model) == [] and len(said) == 2
 
@@ -114,10 +113,7 @@ def test_an_original_that_knows_nothing_is_not_asked_again() -> None:
     model, said = knowing(), []
     model.answers = {}
     watch = watched(model, Letters(), said)
-    assert said == [
-        "The original solves 0 of 32 small problems: whether the compressed model has lost them is not told, which "
-        "takes 7."
-    ]
+    assert len(said) == 1 and re.search(r"original solves 0 of 32.*takes 7\.", said[0])
     model.calls.clear()
     assert watch.warnings(model) == [] and sum(model.calls) == 8  # the texts alone
 
@@ -132,21 +128,15 @@ def test_a_model_whose_template_is_silent_may_show_that_it_reasons(thinks: bool)
     told = [text for text in watch.warnings(model) if "reasoning" in text]
     assert len(told) == thinks
     if thinks:
-        assert told[0].startswith(
-            "This is a reasoning model (it answers with <think>). Of 3 problems, with at most 256 tokens, the original "
-            "brings 0 to an end and writes 256 tokens each, with 87% of the runs of four tokens repeated; the "
-            "compressed model 0, 256 tokens and 96%."
-        )
+        assert re.search(r"it answers with <think>.*3 problems, with at most 256 tokens", told[0])
+        assert re.search(r"original brings 0 .*256 tokens each.*87%.*compressed model 0, 256 tokens and 96%", told[0])
 
 
 def test_text_for_too_few_beginnings_is_told() -> None:
     said: list[str] = []
     rows = [torch.arange(97, 121)[None]] * 4
     CollapseWatch(knowing(), Letters(), rows, said.append)
-    assert said == [
-        "There is text for 4 beginnings alone: whether the compressed model repeats itself is not told, which takes 5. "
-        "Give more test_tokens."
-    ]
+    assert len(said) == 1 and re.search(r"4 beginnings.*takes 5\..*Give more test_tokens", said[0])
 
 
 @pytest.mark.filterwarnings("ignore:Prompts of .* lengths are written on apart")
@@ -160,9 +150,9 @@ def test_a_model_that_cannot_is_passed_over() -> None:
     tokenizer = Letters()
     tokenizer.chat_template = f"{TEMPLATE}<think>"
     (text,) = watched(model, tokenizer, said).warnings(model)
-    assert "How long its answers are was not measured" in text
-    assert said[0] == "No small problems were asked: RuntimeError: no cache"
-    assert said[1] == "Nothing was written (repetition: original): RuntimeError: no cache"
+    assert "not measured" in text
+    assert re.search(r"No small problems.*RuntimeError: no cache", said[0])
+    assert re.search(r"Nothing was written.*repetition: original.*RuntimeError: no cache", said[1])
 
 
 def test_a_head_that_repeats_is_told(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
@@ -170,13 +160,13 @@ def test_a_head_that_repeats_is_told(story_model: tuple[Any, Any], story_texts: 
     rows = [tokenizer(text, return_tensors="pt").input_ids[:, :64] for text in story_texts[:8]]
     said: list[str] = []
     watch = CollapseWatch(model, tokenizer, rows, said.append)
-    assert watch.warnings(model) == [] and "of 32 small problems: whether" in said[0], "a model of stories"
+    assert watch.warnings(model) == [] and "of 32 small problems" in said[0], "a model of stories"
     with torch.no_grad():
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.clone())  # not the embedding, where they are one
         head.weight[:] = head.weight[:1]
     (text,) = watch.warnings(model)
-    assert text.startswith("It repeats itself: 98% of the runs of four tokens were there before, of the original's ")
+    assert "repeats itself: 98%" in text
 
 
 def test_a_reasoning_model_is_told_everywhere(
@@ -185,8 +175,8 @@ def test_a_reasoning_model_is_told_everywhere(
     model, tokenizer = story_model[0], copy.deepcopy(story_model[1])
     tokenizer.chat_template = f"{TEMPLATE}<think>"
     result = compress(model, tokenizer, story_texts, remove=1, shortlist=2, output=tmp_path / "out", **SMALL)
-    told = [text for text in result.warnings if text.startswith("This is a reasoning model (its chat template has")]
-    assert len(told) == 1 and "Of 3 problems, with at most 256 tokens" in told[0]
+    told = [text for text in result.warnings if "reasoning model (its chat template has" in text]
+    assert len(told) == 1 and "3 problems, with at most 256 tokens" in told[0]
     assert result.table().endswith(f"\nWarning: {result.warnings[-1]}")
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["warnings"] == result.warnings
@@ -225,7 +215,7 @@ def test_a_reasoning_model_is_told_where_nothing_is_written(
     tokenizer.chat_template = f"{TEMPLATE}<think>"
     result = compress(model, tokenizer, story_texts, remove=1, kind="none", shortlist=2, side_by_side=False, **SMALL)
     (text,) = result.warnings
-    assert text.startswith("This is a reasoning model (its chat template has <think>). Long chains of thought lose")
+    assert "reasoning model (its chat template has <think>)" in text
 
 
 def test_a_card_of_warnings_alone() -> None:

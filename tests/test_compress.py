@@ -99,7 +99,7 @@ def test_a_kind_that_a_checkpoint_cannot_hold_is_refused_at_once(
     from torch import nn
 
     register_kind("test-unregistered", lambda features: nn.Linear(features, features))
-    with pytest.raises(StreamlineError, match="A Linear cannot be written to a checkpoint: nothing says how to build"):
+    with pytest.raises(StreamlineError, match="A Linear cannot be written"):
         compress(*story_model, story_texts, kind="test-unregistered", output=tmp_path / "out", **SMALL)
     assert not (tmp_path / "out").exists()
 
@@ -176,7 +176,7 @@ def test_a_profile_that_is_there_is_used(story_model: tuple[Any, Any], story_tex
     result = compress(model, tokenizer, story_texts, remove=1, profile=other, **SMALL)
     assert result.profile is other
     model.model.layers[0].mlp.down_proj.weight.data += 1
-    with pytest.raises(StreamlineError, match="The profile is of another model"):
+    with pytest.raises(StreamlineError, match="profile is of another model"):
         compress(model, tokenizer, story_texts, remove=1, profile=other, **SMALL)
 
 
@@ -207,7 +207,7 @@ def test_a_surgeon_that_is_open_is_told_of_before_anything_is_run(
 
     model, tokenizer = story_model
     said: list[str] = []
-    message = "A surgeon is open on model.layers, and would undo what compress does when it closes"
+    message = r"open on model.layers"
     with LayerSurgeon(model) as surgeon:
         surgeon.remove(range(1, 2))
         with pytest.raises(StreamlineError, match=message):
@@ -250,25 +250,25 @@ def test_an_error_leaves_model_and_folder_as_they_were(
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"remove": 0}, "remove=0 is nothing that can be removed"),
-        ({"remove": 5}, "comes to 5 of 5 blocks; at least one block must stay"),
-        ({"kind": "cubic"}, "'cubic' is unknown. Known: none, linear"),
-        ({"kind": "linear:rank=65"}, "A linear map of 64 features cannot have rank=65"),
-        ({"kind": "block", "search": "greedy"}, "'greedy' makes any number of windows, and the kind 'block'"),
-        ({"kind": "block:count=4"}, "4 blocks that stand in the place of others leave nothing to remove of 5"),
-        ({"keep": (9,)}, "keep=9 is out of range"),
-        ({"keep": (1, 3), "remove": 3}, "No run of 3 consecutive blocks among 5 is free"),
-        ({"stack": "nowhere"}, r"No stack of blocks at 'nowhere'.*'model.layers' \(5 blocks\)"),
+        ({"remove": 0}, r"remove=0.*nothing"),
+        ({"remove": 5}, r"5 of 5 blocks.*one block must stay"),
+        ({"kind": "cubic"}, r"'cubic'.*Known: none, linear"),
+        ({"kind": "linear:rank=65"}, r"64 features.*rank=65"),
+        ({"kind": "block", "search": "greedy"}, r"'greedy'.*'block'"),
+        ({"kind": "block:count=4"}, r"4 blocks.*nothing to remove of 5"),
+        ({"keep": (9,)}, r"keep=9.*out of range"),
+        ({"keep": (1, 3), "remove": 3}, r"3 consecutive blocks.*5"),
+        ({"stack": "nowhere"}, r"'nowhere'.*'model.layers' \(5 blocks\)"),
         ({"sequence_length": 4096, "calibration_tokens": 9000, "validation_tokens": 5000, "test_tokens": 5000},
-         "sequence_length=4096 is more than the 512 positions"),
-        ({"calibration_tokens": 64}, "fills 1 sequence of 64 tokens; expected two"),
+         r"sequence_length=4096.*512 positions"),
+        ({"calibration_tokens": 64}, r"1 sequence of 64 tokens.*expected two"),
         ({"texts": []}, "tokens"),
         ({"texts": ["too short"]}, "tokens"),
         ({"shortlist": 0}, "must be 1 or more"),
-        ({"criterion": "cosin"}, "The criterion 'cosin' is unknown"),
-        ({"search": "windw"}, "The search 'windw' is unknown"),
-        ({"search": "one-shot", "remove": "parameters:0.2"}, "is reached by single windows only"),
-        ({"search": "mlp", "criterion": "kl"}, "goes by the cosine across each branch, and not by kl"),
+        ({"criterion": "cosin"}, r"'cosin'.*unknown"),
+        ({"search": "windw"}, r"'windw'.*unknown"),
+        ({"search": "one-shot", "remove": "parameters:0.2"}, "single windows only"),
+        ({"search": "mlp", "criterion": "kl"}, r"the cosine.*kl"),
     ],
 )  # fmt: skip
 def test_bad_input(story_model: tuple[Any, Any], story_texts: list[str], changes: dict[str, Any], text: str) -> None:
@@ -286,7 +286,7 @@ def test_a_tokenizer_of_another_model(story_model: tuple[Any, Any], story_texts:
         def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
             return {"input_ids": [i + 1000 for i in self.inner(text, **options)["input_ids"]]}
 
-    with pytest.raises(StreamlineError, match="'another' does not belong to this model"):
+    with pytest.raises(StreamlineError, match=r"'another'.*this model"):
         compress(story_model[0], Shifted(story_model[1]), story_texts, remove=1, **SMALL)
 
 
@@ -375,17 +375,15 @@ def test_packed_text_is_its_documents_alone(
 def test_packed_text_that_cannot_be_used(story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path) -> None:
     model, tokenizer = story_model
     texts = packed_stories(tmp_path, tokenizer, story_texts)
-    with pytest.raises(
-        StreamlineError, match="the parts \\['calibration', 'test'\\]; expected calibration, validation"
-    ):
+    with pytest.raises(StreamlineError, match=r"\['calibration', 'test'\].*expected calibration, validation"):
         compress(model, tokenizer, {name: texts[name] for name in ("calibration", "test")}, remove=1)
     empty = PackedText(torch.empty(0, 64, dtype=torch.int32), torch.empty(0, 64, dtype=torch.int32), 0, 0)
-    with pytest.raises(StreamlineError, match="expected a row at least in each part"):
+    with pytest.raises(StreamlineError, match="a row at least"):
         compress(model, tokenizer, texts | {"test": empty}, remove=1)
-    with pytest.raises(StreamlineError, match="has a test part of its own; leave test_texts out"):
+    with pytest.raises(StreamlineError, match=r"test part of its own.*leave test_texts"):
         compress(model, tokenizer, texts, remove=1, test_texts=story_texts)
     other = tiny_model("bloom", vocab_size=len(tokenizer))
-    with pytest.raises(StreamlineError, match="does not keep the documents of a packed row apart"):
+    with pytest.raises(StreamlineError, match="packed row apart"):
         compress(other, tokenizer, texts, remove=1)
 
 
@@ -427,5 +425,5 @@ def test_a_training_in_vain_is_told_at_the_end(story_model: tuple[Any, Any], sto
     settings = Training(learning_rate=10.0, warmup=0.0, validations=2)
     result = compress(model, tokenizer, story_texts, remove=1, training=settings, side_by_side=False, **SMALL)
     assert result.training is not None and result.training.best_step == 0
-    assert result.warnings == [result.training.in_vain] and "Warning: The training brought nothing" in result.table()
+    assert result.warnings == [result.training.in_vain] and "brought nothing" in result.table()
     assert result.perplexities["trained"] == pytest.approx(result.perplexities["repaired"], rel=1e-5)

@@ -144,12 +144,12 @@ def test_an_objective_that_a_model_cannot_be_compared_by() -> None:
     for name, objective in (("bert", "kl"), ("vit", "embedding"), ("vit", "kl + lm"), ("bert", "embedding + lm")):
         model = made(name)
         training = replace(QUICK, objective=Objective.parse(objective))
-        with pytest.raises(StreamlineError, match="which a model for .* does not give. Train on"):
+        with pytest.raises(StreamlineError, match=r"not give.*Train"):
             compress(model, None, parts(name), remove=1, training=training)
         assert len(find_stack(model)) == 4
     model = made("bart decoder")
     student = student_of(find_stack(model), [(range(1, 2), LinearReplacement(32))])
-    with pytest.raises(StreamlineError, match="predicts a text, and a batch has none .*Give labels"):
+    with pytest.raises(StreamlineError, match=r"a batch has none .*Give labels"):
         of_text = replace(QUICK, objective=Objective.parse("lm"))
         train(student, drawn("bart decoder", 0), drawn("bart decoder", 1), of_text)
     hidden = parts("bart decoder")
@@ -161,16 +161,16 @@ def test_an_objective_that_a_model_cannot_be_compared_by() -> None:
 
 def test_parts_that_are_none() -> None:
     model, given = made("vit"), parts("vit")
-    with pytest.raises(StreamlineError, match="is for image-classification, and is not given text alone. Give batches"):
+    with pytest.raises(StreamlineError, match=r"image-classification.*text alone.*Give"):
         compress(model, None, ["a text"], remove=1)
     with pytest.raises(StreamlineError, match=r"\(2\).*expected"):
         compress(model, None, {"calibration": given["calibration"]}, remove=1)
-    with pytest.raises(StreamlineError, match="2 of the test part are in the calibration part too"):
+    with pytest.raises(StreamlineError, match=r"2 of the test.*calibration part"):
         compress(model, None, given | {"calibration": [*given["calibration"], given["test"][0]]}, remove=1)
     with pytest.raises(StreamlineError, match="ViTForImageClassification"):
         compress(model, None, given, remove="latency:0.8")
     one = [{"pixel_values": given["calibration"][0]["pixel_values"][:1]}]
-    with pytest.raises(StreamlineError, match="has one sequence or image; expected two at least"):
+    with pytest.raises(StreamlineError, match=r"one sequence or image.*expected two"):
         compress(model, None, given | {"calibration": one}, remove=1)
     assert len(find_stack(model)) == 4
 
@@ -181,7 +181,7 @@ def test_the_same_text_under_other_padding_is_the_same() -> None:
     wide = {"input_ids": torch.tensor([[5, 6, 7, 1, 1]]), "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}
     other = {"input_ids": ids + 1, "attention_mask": mask}
     narrow = {"input_ids": ids, "attention_mask": mask}
-    with pytest.raises(StreamlineError, match="1 of the test part are in the validation part too"):
+    with pytest.raises(StreamlineError, match=r"1 of the test.*validation part"):
         BatchSplit.of({"calibration": [other], "validation": [wide], "test": [narrow]}, Task("embedding"))
 
 
@@ -256,7 +256,7 @@ def test_the_search_is_told_the_task() -> None:
             compress(made("bert"), None, parts("bert"), remove=1, task="embedding:pooling=first", **options)
     assert set(asked) == {"embedding:pooling=first"}
     for criterion in ("perplexity", "taylor"):
-        with pytest.raises(StreamlineError, match=f"The criterion {criterion} is of the next token of a text"):
+        with pytest.raises(StreamlineError, match=rf"{criterion} is.*next token"):
             compress(model, None, parts("bert"), remove=1, criterion=criterion)
 
 
@@ -269,7 +269,7 @@ def test_equal_content_is_found_whatever_is_beside_it() -> None:
         {"input_ids": ids, "decoder_input_ids": torch.tensor([[1, 2, 0]])},
     ]
     for one in same:
-        with pytest.raises(StreamlineError, match="1 of the test part are in the calibration part too"):
+        with pytest.raises(StreamlineError, match=r"1 of the test.*calibration part"):
             BatchSplit.of(
                 {"calibration": [{"input_ids": ids}], "validation": [ids + 9], "test": [one]}, Task("embedding")
             )
@@ -299,7 +299,7 @@ def test_a_masked_model_is_judged_where_it_fills_in() -> None:
     assert result.data["test_tokens"] == sum(int((b["labels"] != -100).sum()) for b in given["test"])
     from streamline_hooks import perplexity
 
-    with pytest.raises(StreamlineError, match="is for masked-lm: it does not predict the next token"):
+    with pytest.raises(StreamlineError, match=r"masked-lm.*next token"):
         perplexity(model, given["test"])
     with pytest.raises(StreamlineError, match=r"masked=0.1"):
         text_parts(documents, tokenizer_of(50), {"test": 40}, sequence_length=14, masked=0.1)

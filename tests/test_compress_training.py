@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -105,13 +106,13 @@ def test_what_is_asked_for_in_vain_is_refused_at_once(
     model, tokenizer = story_model
     before = find_stack(model).blocks
     for options, message in (
-        ({"healing": "lora"}, "healing is a part of a training"),
-        ({"resume": True}, "resume is a part of a training"),
-        ({"train_until": 60.0}, "train_until is a part of a training"),
-        ({"training": TRAINING, "resume": True, "train_until": 60.0}, "train_until is for a training from its begin"),
-        ({"training": TRAINING, "train_until": 0.0}, "train_until=0.0 leaves no time to train in; expected seconds ab"),
-        ({"training": TRAINING, "train_until": float("nan")}, "train_until=nan leaves no time to train in"),
-        ({"training": TRAINING, "resume": True}, "There is no training to resume at any place"),
+        ({"healing": "lora"}, r"healing.*part of a training"),
+        ({"resume": True}, r"resume.*part of a training"),
+        ({"train_until": 60.0}, r"train_until.*part of a training"),
+        ({"training": TRAINING, "resume": True, "train_until": 60.0}, r"train_until.*its begin"),
+        ({"training": TRAINING, "train_until": 0.0}, r"train_until=0.0.*seconds ab"),
+        ({"training": TRAINING, "train_until": float("nan")}, r"train_until=nan.*no time"),
+        ({"training": TRAINING, "resume": True}, "no training to resume at any place"),
         (
             {"training": TRAINING, "resume": True, "output": tmp_path / "out"},
             r"no training to resume at .*out\.training",
@@ -119,7 +120,7 @@ def test_what_is_asked_for_in_vain_is_refused_at_once(
     ):
         with pytest.raises(StreamlineError, match=message):
             compress(model, tokenizer, story_texts, **options, **SMALL)
-    with pytest.raises(UnsupportedSurgery, match="of an attention or an MLP alone is not trained"):
+    with pytest.raises(UnsupportedSurgery, match="attention or an MLP alone"):
         compress(model, tokenizer, story_texts, remove=1, search="mlp", training=TRAINING, profile=object(), **SMALL)
     assert find_stack(model).blocks == before
 
@@ -131,17 +132,15 @@ def test_a_window_behind_which_nothing_could_be_healed_is_not_chosen(
     """Where nothing else is trained, for then all would have been ranked and judged in vain."""
     model, tokenizer = story_model
     options = {**SMALL, "remove": 1, "kind": kind, "training": TRAINING, "side_by_side": False}
-    with pytest.raises(StreamlineError, match=f"The kind '{kind}' has nothing to train, and no block that stays is"):
+    with pytest.raises(StreamlineError, match=rf"'{kind}'.*nothing to train"):
         compress(model, tokenizer, story_texts, **options)
     options |= {"healing": "partial:where=after"}
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules[compress.__module__], "verified_together", None)
-        said = (
-            "There is nothing to train where 4 or another of 1 selections goes: .* healing of the blocks 'after' finds"
-        )
+        said = r"nothing to train where 4.*1 selections.*'after'"
         with pytest.raises(StreamlineError, match=said):
             compress(model, tokenizer, story_texts, keep=(0, 1, 2, 3), **options)
-        with pytest.raises(StreamlineError, match="There is nothing to train where 3-4 or another"):
+        with pytest.raises(StreamlineError, match="nothing to train where 3-4"):
             compress(model, tokenizer, story_texts, keep=(0, 1, 2), **{**options, "search": "greedy", "remove": 2})
     result = compress(model, tokenizer, story_texts, keep=(0, 1, 2), **options)
     assert result.plan.removed == (3,) and result.training is not None and result.training.steps
@@ -205,7 +204,7 @@ def test_a_training_ends_by_the_clock_of_the_whole_call(
     )  # fmt: skip
     trained = result.training
     assert trained is not None and trained.steps == (3 if slow else 10)
-    assert trained.stopped.endswith(f"were over after step {trained.steps}")
+    assert f"after step {trained.steps}" in trained.stopped
 
 
 def test_where_no_time_is_left_what_was_fitted_stays(
@@ -218,7 +217,7 @@ def test_where_no_time_is_left_what_was_fitted_stays(
         healing="partial:where=after", **SMALL,
     )  # fmt: skip
     assert result.training is None and list(tmp_path.iterdir()) == [tmp_path / "out"]
-    assert result.warnings[0] == "Nothing was trained: what comes before it took all of the 1e-06 seconds for both."
+    assert re.search(r"Nothing was trained.*1e-06 seconds", result.warnings[0])
     assert list(result.perplexities) == ["original", "removed", "repaired"]
     ids = story_model[1](story_texts[0], return_tensors="pt").input_ids[:, :64]
     torch.testing.assert_close(load(tmp_path / "out")(ids).logits, result.model(ids).logits, rtol=1e-5, atol=1e-5)
@@ -236,7 +235,7 @@ def test_a_time_that_ends_while_the_original_is_run_leaves_no_step(
     monkeypatch.setattr(repair_training, "taught_to", slow)
     result = compress(*story_model, story_texts, remove=1, shortlist=1, training=TRAINING, train_until=5e3, **SMALL)
     assert result.training is not None and result.training.steps == 0
-    assert result.warnings[0].startswith("The training made no step: no time was left for it.")
+    assert "training made no step" in result.warnings[0]
     assert result.perplexities["trained"] == pytest.approx(result.perplexities["repaired"], rel=1e-4)
 
 

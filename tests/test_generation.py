@@ -75,7 +75,7 @@ def test_each_text_is_written_alone_where_company_is_heeded() -> None:
         assert written_on(model, None, prompts, new_tokens=8, told=told.append) == [[one] for one in expected]
     assert set(told) == {1}
     nearly = {"temperature": 1e-4}
-    with pytest.warns(UserWarning, match="2 texts are written one at a time"):
+    with pytest.warns(UserWarning, match=r"2 texts are.*one at a time"):
         assert written_on(model, None, prompts[:1], new_tokens=8, samples=2, sampling=nearly) == [expected[:1] * 2]
     assert written_on(model, None, prompts[:1], new_tokens=8) == [expected[:1]]  # and nothing is said
     with pytest.MonkeyPatch.context() as patch:  # the planted fault
@@ -222,7 +222,7 @@ def test_keys_and_values_that_give_something_else_are_not_gone_on_from(
 
 def test_what_cannot_be_written_on() -> None:
     model: Any = tiny_model("llama")
-    with pytest.raises(StreamlineError, match="A prompt has no token; expected one at least"):
+    with pytest.raises(StreamlineError, match=r"prompt has no token.*expected one"):
         written_on(model, Ends(), [[3], []], new_tokens=2)
     positions = model.config.max_position_embeddings
     with pytest.raises(StreamlineError, match=rf"6 tokens.*{positions} more"):
@@ -232,5 +232,5 @@ def test_what_cannot_be_written_on() -> None:
     sizes = {"vocab_size": 32, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
     with pytest.raises(StreamlineError, match="T5ForConditionalGeneration"):
         written_on(T5ForConditionalGeneration(T5Config(**sizes)), Ends(), PROMPTS, new_tokens=2)
-    with pytest.raises(StreamlineError, match="It, a Linear, cannot generate; give a causal language model"):
+    with pytest.raises(StreamlineError, match=r"a Linear.*cannot generate.*give"):
         require_generates(nn.Linear(1, 1), "It")

@@ -194,7 +194,7 @@ def test_pieces_end_with_the_last_word_of_a_sentence(data: Path, tokenizer: Any)
         tokens = len(tokenizer(f"{one.context} {one.continuation}.", add_special_tokens=False)["input_ids"])
         assert heldout_pieces.LEAST <= tokens <= heldout_pieces.MOST
         assert "Heading" not in one.context
-    with pytest.raises(SystemExit, match="pieces of the length that is asked for; 9000 needed"):
+    with pytest.raises(SystemExit, match="9000 needed"):
         last_words(data, tokenizer, 9_000, seed=0)
 
 
@@ -330,9 +330,9 @@ def test_a_summary_is_json_and_a_mean_over_the_seeds() -> None:
 
 def test_rows_that_were_not_asked_the_same_are_refused() -> None:
     other = {**ROWS[0], "key": "other"}
-    with pytest.raises(StreamlineError, match="made with the key k, another with other: they were not asked the same"):
+    with pytest.raises(StreamlineError, match=r"key k.*other:"):
         summary(ORIGINAL, [ROWS[0], other])
-    with pytest.raises(StreamlineError, match="There is no row of a changed model; give one at least"):
+    with pytest.raises(StreamlineError, match=r"no row.*give one"):
         retained_greedy(ORIGINAL, [])
     with pytest.raises(StreamlineError, match=r"pass@5.*5 tries.*4"):
         retained_pass(ORIGINAL, ROWS, 5)

@@ -64,7 +64,7 @@ def test_what_holds_no_state_is_described() -> None:
     with pytest.raises(StreamlineError, match=r"mask=torch.int64.*\(2,\)\)"):
         read_input((3,), {"mask": torch.zeros(2, dtype=torch.long)})
     for output in (None, (), [], torch.zeros(3), (None, STATE)):
-        with pytest.raises(StreamlineError, match="A block returned .*; expected a floating-point tensor"):
+        with pytest.raises(StreamlineError, match=r"returned .*; expected a floating-point tensor"):
             read_output(output)
 
 

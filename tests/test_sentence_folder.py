@@ -236,43 +236,43 @@ def inside_a_sub_folder(folder: Path) -> str:
     for file in folder.glob("*"):
         if file.is_file() and file.name not in ("modules.json", "config_sentence_transformers.json"):
             file.rename(folder / "0_Transformer" / file.name)
-    return r"the model in the sub-folder '0_Transformer'.*SentenceTransformer\(folder\)\.save"
+    return r"sub-folder '0_Transformer'.*SentenceTransformer\(folder\)\.save"
 
 
 def a_module_elsewhere(folder: Path) -> str:
     entries = json.loads((folder / "modules.json").read_text())
     entries[1]["path"] = "../1_Pooling"
     write_json(folder / "modules.json", entries)
-    return r"names '\.\./1_Pooling', which is not a folder in it"
+    return r"'\.\./1_Pooling'.*not a folder"
 
 
 def a_module_of_another_library(folder: Path) -> str:
     entries = json.loads((folder / "modules.json").read_text())
     entries[1]["type"] = "custom_code.Pooling"
     write_json(folder / "modules.json", entries)
-    return r"names custom_code\.Pooling, which may need code that is elsewhere"
+    return r"custom_code\.Pooling.*code"
 
 
 def a_model_of_another_kind(folder: Path) -> str:
     entries = json.loads((folder / "modules.json").read_text())
     entries[0]["type"] = f"{TYPES}.Router"
     write_json(folder / "modules.json", entries)
-    return "has a Router in the folder itself; expected a Transformer"
+    return r"a Router.*expected a Transformer"
 
 
 def a_missing_module(folder: Path) -> str:
     shutil.rmtree(folder / "2_Dense")
-    return "2_Dense is missing or empty"
+    return r"2_Dense.*missing"
 
 
 def a_damaged_list(folder: Path) -> str:
     (folder / "modules.json").write_text("[{}]")
-    return r"modules\.json holds {}; expected a list of objects"
+    return r"modules\.json.*{}.*expected a list"
 
 
 def no_json(folder: Path) -> str:
     (folder / "modules.json").write_text("[")
-    return r"modules\.json cannot be read as JSON"
+    return r"modules\.json.*JSON"
 
 
 @pytest.mark.parametrize(

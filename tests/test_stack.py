@@ -64,13 +64,13 @@ def test_experts_inside_blocks_are_no_stack() -> None:
 
 def test_lists_of_bare_layers_are_no_stack() -> None:
     model = Plain(mlp=nn.Sequential(nn.Linear(2, 2), nn.ReLU()), norms=nn.ModuleList(nn.LayerNorm(2) for _ in range(9)))
-    with pytest.raises(StreamlineError, match=r"No stack of blocks was found in Plain: expected an nn.ModuleList"):
+    with pytest.raises(StreamlineError, match=r"No stack.*Plain.*expected an nn.ModuleList"):
         find_stack(model)
 
 
 def test_equally_good_stacks_are_listed() -> None:
     model = Plain(left=nn.ModuleList(Block() for _ in range(3)), right=nn.ModuleList(Block() for _ in range(3)))
-    text = r"Plain has 2 equally good stacks .*'left' \(3 blocks\), 'right' \(3 blocks\).*stack='left'"
+    text = r"2 equally good.*'left' \(3 blocks\), 'right' \(3 blocks\).*stack='left'"
     with pytest.raises(StreamlineError, match=text):
         find_stack(model)
 
@@ -142,7 +142,7 @@ def test_a_module_at_several_positions_is_counted_at_each_and_refused(
     model = Plain(layers=repeated(how))
     (stack,) = find_stacks(model)
     assert len(stack) == len(model.layers) and all(a is b for a, b in zip(stack.blocks, model.layers, strict=True))
-    with pytest.raises(StreamlineError, match=rf"layers of Plain .*{positions}.*deepcopy"):
+    with pytest.raises(StreamlineError, match=rf"layers of Plain.*{positions}.*deepcopy"):
         find_stack(model, path)
 
 

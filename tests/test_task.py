@@ -93,9 +93,9 @@ def test_a_task_is_written_as_it_is_read(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("poetry", "There is no task 'poetry'; expected one of causal-lm, masked-lm, seq2seq"),
-        ("embedding:pooling=max", "The pooling 'max' of the task 'embedding' is not known"),
-        ("causal-lm:pooling=mean", "of the task embedding alone"),
+        ("poetry", r"'poetry'.*causal-lm, masked-lm, seq2seq"),
+        ("embedding:pooling=max", r"'max'.*'embedding'"),
+        ("causal-lm:pooling=mean", "task embedding alone"),
         ("embedding:mean", "cannot be read; expected one like embedding:pooling=first"),
     ],
 )
@@ -126,7 +126,7 @@ def test_what_a_model_pools_itself_is_taken_for_images_and_where_it_is_asked_for
     assert torch.equal(Task("embedding").answers(output, images["pixel_values"]), own)
     torch.testing.assert_close(Task("embedding").answers(output, texts), STATES.mean(dim=1))
     assert torch.equal(Task("embedding", "pooler").answers(output, texts), own)
-    with pytest.raises(StreamlineError, match="without a pooler; give one that returns"):
+    with pytest.raises(StreamlineError, match=r"pooler.*give one"):
         Task("embedding", "pooler").answers(SimpleNamespace(last_hidden_state=STATES), texts)
 
 
@@ -146,12 +146,12 @@ def test_pairs_are_compared_on_both_sides() -> None:
 def test_what_is_no_answer_is_refused() -> None:
     classes, images = Task("image-classification"), {"pixel_values": torch.zeros(2, 3, 4, 4)}
     for shape in ((2, 4, 6), (2, 1)):
-        with pytest.raises(StreamlineError, match=r"expected \(batch, classes\) with two classes or more"):
+        with pytest.raises(StreamlineError, match=r"expected \(batch, classes\).*two classes"):
             classes.answers(SimpleNamespace(logits=torch.zeros(shape)), images)
     with pytest.raises(StreamlineError, match="SimpleNamespace"):
         classes.answers(SimpleNamespace(), images)
     assert torch.equal(classes.answers(torch.eye(3), images), torch.eye(3))  # as timm's and torchvision's return it
-    with pytest.raises(StreamlineError, match=r"The attention mask has the shape \(2, 3\)"):
+    with pytest.raises(StreamlineError, match=r"attention mask.*\(2, 3\)"):
         Task("causal-lm").answers(SimpleNamespace(logits=STATES), {"attention_mask": MASK[:, :3]})
 
 
@@ -176,7 +176,7 @@ def test_a_head_that_gives_no_distribution_is_refused(problem: str) -> None:
     """A softmax of several labels at once hides what all of them have in common."""
     model = made("vit")
     model.config.problem_type = problem
-    with pytest.raises(StreamlineError, match=f"is for {problem}: what it says is no distribution"):
+    with pytest.raises(StreamlineError, match=rf"{problem}.*no distribution"):
         Task.of(model)
     with pytest.raises(StreamlineError, match=f"is for {problem}"):
         Task("image-classification").require_fits(model)
@@ -223,7 +223,7 @@ def test_places_to_fill_in_are_what_is_compared() -> None:
 
 def test_a_sequence_of_padding_has_no_embedding() -> None:
     given = {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])}
-    with pytest.raises(StreamlineError, match="A sequence has no real token"):
+    with pytest.raises(StreamlineError, match="no real token"):
         Task("embedding").answers(SimpleNamespace(last_hidden_state=STATES), given)
 
 

