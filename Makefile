@@ -93,12 +93,12 @@ lint: $(VENV)/.stamp-test ## Check style, format and types
 		echo "$$check"; $(BIN)/python -m $$check || status=1; \
 	done; exit $$status
 
-# Handed to tests.mutation.run: MUTATION_ARGS="--again" tests the survivors once more after tests were added.
+# Handed to tests.mutation.measure: MUTATION_ARGS="--again" tests the survivors once more after tests were added.
 MUTATION_ARGS ?=
 
 mutation: export OMP_NUM_THREADS ?= 1
 mutation: $(VENV)/.stamp-mutation ## Change the code in 300 places and count what the tests detect (two hours; resumes)
-	$(BIN)/python -m tests.mutation.run $(MUTATION_ARGS)
+	$(BIN)/python -m tests.mutation.measure $(MUTATION_ARGS)
 
 # Causal-LM types by name, or "others" for the second table alone; nothing for all of both.
 ROWS ?=
@@ -111,7 +111,7 @@ STEPS ?= 100000
 PART ?= 0/1
 
 state-machine: $(VENV)/.stamp-test ## Operate on small models at random and compare everything after each step
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.state_machine.run --steps $(STEPS) --part $(PART) \
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.state_machine.long_run --steps $(STEPS) --part $(PART) \
 		--file build/state_machine_$(subst /,_of_,$(PART)).json
 
 # In the order in which they build on each other; choice and certainty go on where they stopped.

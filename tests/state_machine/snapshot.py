@@ -35,7 +35,7 @@ class Snapshot:
                 continue
             old, new = self.facts.get(key, "absent"), now.get(key, "absent")
             if not _same(old, new):
-                found.append(f"{key}: {old!r:.200} -> {new!r:.200}")
+                found.append(f"{key}: {_shown(old)} -> {_shown(new)}")
         return found
 
     def require_unchanged(self, *, buffers: bool = True) -> None:
@@ -43,6 +43,13 @@ class Snapshot:
         changes = self.changes(buffers=buffers)
         if changes:
             raise AssertionError("\n".join(["The model is not as it was:", *changes]))
+
+
+def _shown(value: Any) -> str:
+    """Return a short text; printing the values of a tensor takes longer than a step."""
+    if isinstance(value, (nn.Module, Tensor)):
+        return f"{type(value).__name__} at {id(value):#x}"
+    return f"{value!r:.200}"
 
 
 def _same(old: Any, new: Any) -> bool:

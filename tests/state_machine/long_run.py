@@ -1,4 +1,4 @@
-"""The long campaign: ``python -m tests.state_machine.run --steps 100000 --seed 0 --file PROGRESS.json``.
+"""The long campaign: ``python -m tests.state_machine.long_run --steps 100000 --seed 0 --file PROGRESS.json``.
 
 A chunk is a family and a seed. Each finished chunk is appended to the file with its number of steps, so that an
 interrupted campaign continues where it stopped. With ``--part 0/2`` and ``--part 1/2``, each with its own file, two

@@ -1,4 +1,4 @@
-"""Measure which mutants of the core code the tests detect: python -m tests.mutation.run (`make mutation`).
+"""Measure which mutants of the core code the tests detect: python -m tests.mutation.measure (`make mutation`).
 
 1. The tests run once under coverage, which records the tests that execute each line.
 2. A seeded random sample of positions in the code of `TARGETS` is drawn, and one mutation for each position.
