@@ -354,7 +354,7 @@ def _check_windows(function: str, given: Mapping[str, Any]) -> None:
 
 _MODELS = ("model", "original", "reference", "teacher")
 _RUN_ON = {"texts", "suite"}
-_MAY_BE_NONE = {"task"}  # what is for any task looks itself whether there is something to compare
+_MAY_BE_NONE = {"task", "student"}  # such functions look themselves whether there is anything to run on
 _BATCHES = ("batches", "batch", "fit", "held_out", "validation")
 
 
