@@ -231,7 +231,7 @@ FORKS = """
 import json, os, signal, sys
 from pathlib import Path
 from streamline_hooks.core import check_writable
-from tests.core.test_files import content_of, write, write_folder
+from tests.core.test_atomic_files import content_of, write, write_folder
 
 base = Path(sys.argv[1])
 real = sys.platform

@@ -38,8 +38,8 @@ from streamline_hooks import (
     read_plans,
     save,
 )
-from tests.state_machine.models import FAMILIES, NEW_TOKENS, PROMPT, WIDTH, tiny_model
 from tests.state_machine.expected_model import Entry, Level, Reference, owns_bias
+from tests.state_machine.models import FAMILIES, NEW_TOKENS, PROMPT, WIDTH, tiny_model
 from tests.state_machine.snapshot import MARK, Snapshot
 
 STEPS_PER_EXAMPLE = 30

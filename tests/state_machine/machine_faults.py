@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ def splice_runs_one_block_later(patch: Patch) -> None:
     lay_out = Edits.lay_out
 
     def later(self: Edits, slots: list[Any], at_end: Any, *more: Any) -> None:
-        for slot, following in zip(slots, slots[1:], strict=False):
+        for slot, following in itertools.pairwise(slots):
             if slot.before and not following.before:
                 slot.before, following.before = [], slot.before
                 break

@@ -8,8 +8,8 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.state_machine.campaign import run_chunk
 from tests.state_machine.machine import SETTINGS, machine_of
-from tests.state_machine.models import FAMILIES
 from tests.state_machine.machine_faults import FAULTS
+from tests.state_machine.models import FAMILIES
 
 STEPS = 2_100
 
