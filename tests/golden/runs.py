@@ -19,15 +19,14 @@ class Run:
         The keywords of that function.
     trained : bool
         Whether weights come from training, which differs more between CPUs than closed forms do.
-    slow, long : bool
-        Whether it takes more than a few seconds, and more than two minutes, so that it is run on its own.
+    slow : bool
+        Whether it takes more than a few seconds.
     """
 
     how: str
     settings: dict[str, Any] = field(default_factory=dict)
     trained: bool = False
     slow: bool = False
-    long: bool = False
 
     def named(self, setting: str) -> Iterator[str]:
         """Yield each value of a setting that names something registered, without its options."""
@@ -166,6 +165,15 @@ RUNS: dict[str, Run] = {
             "text": "text/heldout/peps.txt", "kind": "linear", "remove": 0.25, "shortlist": 4, "sequence_length": 256,
             "calibration_tokens": 4096, "validation_tokens": 1024, "test_tokens": 1024,
         },
+        slow=True,
+    ),
+    "real/best": Run(
+        "real",
+        {
+            "text": "text/heldout/peps.txt", "preset": "best", "remove": 0.25, "shortlist": 2, "sequence_length": 256,
+            "calibration_tokens": 10000, "fitting_tokens": 2048, "validation_tokens": 512, "test_tokens": 512,
+        },
+        trained=True,
         slow=True,
     ),
 }  # fmt: skip
