@@ -75,7 +75,7 @@ def checked(**least: float) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     ...     halve(True)
     ... except StreamlineError as error:
     ...     print(error)
-    halve: size=True is of type bool. Expected int. Pass a whole number.
+    halve: size=True is of type bool. Expected int of at least 1. Pass a whole number.
     """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:

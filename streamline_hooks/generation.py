@@ -16,6 +16,7 @@ from streamline_hooks.batch import device_of, positions_of
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.passes import forward_arguments, head_on_last, inference
 from streamline_hooks.precision import speaks_alike
+from streamline_hooks.surgery.forward_state import preserve_forward_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,20 +119,24 @@ def written_on(
     chosen |= {"do_sample": sampling is not None, "max_new_tokens": new_tokens, "pad_token_id": pad}
     found: list[list[list[int]]] = [[] for _ in prompts]
     with inference(model), _without_settings(model):
-        for together, copies in _run_together(model, prompts, samples, pad):
+        with preserve_forward_state(model):
+            groups = _run_together(model, prompts, samples, pad)
+        for together, copies in groups:
             given = _padded(model, [prompts[k] for k in together], pad)
             width = given["input_ids"].shape[1]
             watching: list[Any] = [_Stopped(tokenizer, width, stop)] if stop else []
             watching += [_Told(told)] if told is not None else []
             watched = {"stopping_criteria": StoppingCriteriaList(watching)} if watching else {}
-            rows = model.generate(
-                **{name: value.repeat_interleave(copies, dim=0) for name, value in given.items()},
-                **shared_prefill(model, given, copies),
-                **chosen,
-                **watched,
-                eos_token_id=sorted(ends) or None,
-                use_cache=True,
-            )[:, width:].tolist()
+            # RecurrentGemma goes on from the state of an earlier call when a prompt has a single token.
+            with preserve_forward_state(model):
+                rows = model.generate(
+                    **{name: value.repeat_interleave(copies, dim=0) for name, value in given.items()},
+                    **shared_prefill(model, given, copies),
+                    **chosen,
+                    **watched,
+                    eos_token_id=sorted(ends) or None,
+                    use_cache=True,
+                )[:, width:].tolist()
             texts = [_up_to(tokenizer, _until(row, ends, keep_end), stop) for row in rows]
             for place, k in enumerate(together):
                 found[k] += texts[place * copies : (place + 1) * copies]

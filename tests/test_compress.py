@@ -264,7 +264,7 @@ def test_an_error_leaves_model_and_folder_as_they_were(
         ({"calibration_tokens": 64}, r"1 sequence of 64 tokens.*expected two"),
         ({"texts": []}, "tokens"),
         ({"texts": ["too short"]}, "tokens"),
-        ({"shortlist": 0}, "must be 1 or more"),
+        ({"shortlist": 0}, "at least 1"),
         ({"criterion": "cosin"}, r"'cosin'.*unknown"),
         ({"search": "windw"}, r"'windw'.*unknown"),
         ({"search": "one-shot", "remove": "parameters:0.2"}, "single windows only"),

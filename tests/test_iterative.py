@@ -254,7 +254,7 @@ def test_rounds_are_fitted_on_their_share_in_whole_sequences(
     rows = torch.randint(3, 60, (12, 16), generator=torch.Generator().manual_seed(0))
     split = TokenSplit(rows[:9], rows[9:10], rows[10:], "text")
     result = compress_iteratively(
-        tiny_model("llama"), object(), split, rounds=2, remove=2, training=QUICK, fitting_tokens=asked, **OPTIONS
+        tiny_model("llama"), lambda text: {}, split, rounds=2, remove=2, training=QUICK, fitting_tokens=asked, **OPTIONS
     )
     assert seen == found
     assert result.data["fitting_tokens"] == sum(seen)

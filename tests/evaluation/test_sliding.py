@@ -233,11 +233,11 @@ def test_what_cannot_be_scored() -> None:
     with pytest.raises(StreamlineError, match=r"window=129.*128 positions.*LlamaForCausalLM"):
         sliding_perplexity(model, Numbers(), texts, window=129)
     for wrong in ({"window": 0}, {"window": 4, "stride": 5}, {"stride": 0}, {"batch_size": 0}):
-        with pytest.raises(StreamlineError, match=r"expected.*1 or"):
+        with pytest.raises(StreamlineError, match=r"expected.*1 or|at least 1"):
             sliding_perplexity(model, Numbers(), texts, **wrong)
-    with pytest.raises(StreamlineError, match=r"one str.*expected a list"):
+    with pytest.raises(StreamlineError, match="5 6 7.*list of strings"):
         sliding_perplexity(model, Numbers(), "5 6 7")
-    with pytest.raises(StreamlineError, match=r"NoneType.*expected"):
+    with pytest.raises(StreamlineError, match="None"):
         sliding_perplexity(model, Numbers(), ["5", None])  # type: ignore[list-item]
     nothing = sliding_perplexity(model, Numbers(), [""])
     assert nothing == TextPerplexity(words=1) and sliding_perplexity(model, Numbers(), []) == TextPerplexity()

@@ -21,8 +21,8 @@ from streamline_hooks.evaluation import Problem, ProblemTask, Suite
         ({"timed": (16, 16, 0)}, r"timed=\(16, 16, 0\)"),
         ({"timed": (16, 16)}, r"timed=\(16, 16\)"),
         ({"new_tokens": 0}, "new_tokens=0"),
-        ({"prompts": "once"}, r"prompts are one str.*expected a list"),
-        ({"text": {"tales": "once"}}, r"documents are one str.*expected a list"),
+        ({"prompts": "once"}, r"prompts='once'.*list of strings"),
+        ({"text": {"tales": "once"}}, r"'tales'.*str"),
     ],
 )
 def test_what_no_suite_can_hold(settings: dict[str, Any], says: str) -> None:

@@ -476,7 +476,7 @@ def test_a_training_is_kept_in_a_file_that_is_named_by_a_string(tmp_path: Path) 
     student, _ = student_of(tiny_model("llama"))
     train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=str(tmp_path / "training")))
     assert read_state(tmp_path / "training")[1]["step"]
-    with pytest.raises(StreamlineError, match=r"keep_in=3.*expected"):
+    with pytest.raises(StreamlineError, match=r"keep_in=3.*Expected Path"):
         replace(QUICK, keep_in=3)
 
 

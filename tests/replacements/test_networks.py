@@ -182,7 +182,7 @@ def test_the_norm_keeps_large_states_from_ruling() -> None:
             lambda: LinearReplacement(4, rank=5),
             r"4 features.*rank=5, diagonal=False.*expected",
         ),
-        (lambda: LinearReplacement(4, rank=0), "a rank from 1 to 4"),
+        (lambda: LinearReplacement(4, rank=0), "rank=0"),
         (lambda: LinearReplacement(4, rank=2, diagonal=True), "diagonal map without"),
         (lambda: MLPReplacement(4, 0), r"width=0 of an MLP.*1 or more"),
         (lambda: MLPReplacement(4, activation="gelo"), r"activation='gelo'.*expected.*gelu,"),
