@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).with_name("golden.json")
-TOLERANCE = {"metric": 1e-6, "weight": 1e-5}
-TRAINED = 1e-3  # of both, where something was trained
+METRIC, WEIGHT = 1e-6, 1e-5  # relative tolerances
 ZERO = 5e-7  # metrics closer than this are equal: a KL is a difference of float32 numbers around 1
 COUNTED = 1e-3  # the same for a metric of counts, which one value at a limit between two of them changes
 MARGIN = 1e-4  # the least relative distance of a selection to its runner-up
@@ -41,14 +40,14 @@ def plain(value: Any) -> Any:
     return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def differences(run: str, stored: Facts, new: Facts, trained: bool) -> Iterator[str]:
-    """Yield a line for each fact that is missing, unknown, or differs by more than its tolerance."""
+def differences(run: str, stored: Facts, new: Facts, metric: float = METRIC, weight: float = WEIGHT) -> Iterator[str]:
+    """Yield a line for each fact that is missing, unknown, or differs by more than its relative tolerance."""
     for name in sorted(stored.keys() | new.keys()):
         if name not in new:
             yield f"{run}: {name}: stored {stored[name]!r}, new: missing"
         elif name not in stored:
             yield f"{run}: {name}: stored: missing, new {new[name]!r}"
-        elif apart := _apart(name, stored[name], new[name], trained):
+        elif apart := _apart(name, stored[name], new[name], metric, weight):
             yield f"{run}: {name}: stored {stored[name]!r}, new {new[name]!r} ({apart})"
 
 
@@ -61,20 +60,19 @@ def _is_wide(margin: float | str) -> bool:
     return float(margin) >= MARGIN
 
 
-def _apart(name: str, stored: Any, new: Any, trained: bool) -> str:
+def _apart(name: str, stored: Any, new: Any, metric: float, weight: float) -> str:
     """Say how two values differ; empty where they are equal within the tolerance."""
     if isinstance(stored, list) and isinstance(new, list):
-        return _weights_apart(stored, new, TRAINED if trained else TOLERANCE["weight"])
+        return _weights_apart(stored, new, weight)
     if isinstance(stored, float) and isinstance(new, float):
-        tolerance = TRAINED if trained else TOLERANCE["metric"]
         if name.startswith("counted"):
             is_near = name.endswith("margin") or abs(stored - new) <= COUNTED
             return "" if is_near else f"they may differ by {COUNTED:.0e}"
         if name.endswith("margin"):  # a difference of two metrics, relative to one of them
-            return "" if abs(stored - new) <= 4 * tolerance else f"they may differ by {4 * tolerance:.0e}"
+            return "" if abs(stored - new) <= 4 * metric else f"they may differ by {4 * metric:.0e}"
         relative = abs(stored - new) / max(abs(stored), abs(new), ZERO)
-        is_near = relative <= tolerance or abs(stored - new) <= ZERO
-        return "" if is_near else f"relative difference {relative:.1e}, tolerance {tolerance:.0e}"
+        is_near = relative <= metric or abs(stored - new) <= ZERO
+        return "" if is_near else f"relative difference {relative:.1e}, tolerance {metric:.0e}"
     return "" if type(stored) is type(new) and stored == new else "compared exactly"
 
 

