@@ -63,6 +63,11 @@ class Level:
     def __len__(self) -> int:
         return len(self.slots)
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether the surgeon has done anything."""
+        return bool(self.windows or self.silent or any(self.inserted.values()))
+
     def copy(self) -> Level:
         other = copy(self)
         other.inserted = {k: list(entries) for k, entries in self.inserted.items()}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -28,7 +28,7 @@ def splice_runs_one_block_later(patch: Patch) -> None:
     lay_out = Edits.lay_out
 
     def later(self: Edits, slots: list[Any], at_end: Any, *more: Any) -> None:
-        for slot, following in itertools.pairwise(slots):
+        for slot, following in pairwise(slots):
             if slot.before and not following.before:
                 slot.before, following.before = [], slot.before
                 break

@@ -31,6 +31,6 @@ def test_a_planted_fault_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -
     seed(0)(machine)
     before = machine.steps
     budget = settings(SETTINGS, max_examples=STEPS // 30, phases=[Phase.generate])
-    with pytest.raises((AssertionError, IndexError, RuntimeError)):  # what a wrong model raises by itself, too
+    with pytest.raises(AssertionError):
         run_state_machine_as_test(machine, settings=budget)
     assert machine.steps - before < STEPS
