@@ -170,6 +170,7 @@ class Machine(RuleBasedStateMachine):
         self.history: tuple[SurgeryPlan, ...] = ()
         self.settled = True  # not copied inside an open surgeon
         self.mixed_modes = False
+        self.rounded = False  # buffers too, by a cast
         self.batch = self.kind.batch()
         self.others = [self.other(deepcopy(self.model))]
         if hasattr(self.model, "config"):
@@ -500,6 +501,7 @@ class Machine(RuleBasedStateMachine):
         self.model.to(dtype)
         for module in self.reference.modules():
             module.to(dtype)
+        self.rounded = self.rounded or dtype == torch.bfloat16
         for opened in self.open:
             opened.cast = True
         self.changed = True
@@ -536,6 +538,12 @@ class Machine(RuleBasedStateMachine):
             self.forward(self.model)
             save(self.model, folder)
             loaded = load(folder, into=tiny_model(self.family) if plain else None)
+        assert all(parameter.dtype == self.dtype for parameter in loaded.parameters())
+        loaded.to(self.dtype)  # what is not saved but computed anew, such as rotary frequencies
+        if self.rounded:
+            buffers = dict(self.model.named_buffers())
+            for name, buffer in loaded.named_buffers():
+                buffer.copy_(buffers[name])
         self.same(self.forward(loaded), self.forward(self.model), "logits after loading")
         if self.history:
             assert tuple(read_plans(loaded)) == self.history
