@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     for number in count():
         if steps >= wanted:
             break
-        chunk = (list(FAMILIES)[number % len(FAMILIES)], options.seed + number // len(FAMILIES))
+        chunk = (list(FAMILIES)[number % len(FAMILIES)], options.seed + number)
         if number % parts != part or chunk in finished:
             continue
         began = time.monotonic()

@@ -16,7 +16,8 @@ STEPS = 2_100
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_step_keeps_the_contracts(family: str) -> None:
-    share, steps, number = STEPS // len(FAMILIES), 0, 0
+    share, steps = STEPS // len(FAMILIES), 0
+    number = 100 * list(FAMILIES).index(family)  # a seed gives all families the same steps
     while steps < share:
         steps += run_chunk(family, number)
         number += 1
