@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers.cache_utils import DynamicLayer
 
@@ -57,6 +58,8 @@ def test_prompts_of_one_length_alone_are_run_together_where_padding_is_heeded(ki
     """A recurrence takes padding into its state, and learned positions count it, whatever the mask says."""
     model: Any = tiny(kind, vocabulary=VOCABULARY)
     prompts, told = [[*PROMPTS[0], *range(3, 20)], *PROMPTS, [8, 4, 2 + 1]], []
+    if kind == "recurrent_gemma" and int(transformers.__version__.split(".")[0]) < 5:
+        prompts[2] = [7, 9]  # before Transformers 5 its first call fails for a single token
     with pytest.warns(UserWarning, match=rf"of 4.*{type(model).__name__}"):
         found = written_on(model, None, prompts, new_tokens=8, samples=1, told=told.append)
     assert found == [written_on(model, None, [prompt], new_tokens=8)[0] for prompt in prompts]

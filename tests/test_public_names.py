@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def uses(tree: ast.AST, private: set[str]) -> Iterator[str]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in in_f_strings:
             last = node.value.rsplit(".", 1)[-1]
             names = [last] if last in private else []
+            if "import " in node.value and "\n" in node.value:  # a script for another process
+                names += [name for name in re.findall(r"[\w)\]]\.(_[a-z]\w*)", node.value) if name in private]
         else:
             continue
         for name in names:
@@ -70,6 +73,7 @@ def test_no_test_uses_a_private_name(private: set[str]) -> None:
         "from streamline_hooks import stack\nstack._private",
         "patch.setattr(stack, '_private', None)",
         "patch.setattr('streamline_hooks.stack._private', None)",
+        "script = 'import streamline_hooks\\nstreamline_hooks.stack._private()'",
     ],
 )
 def test_each_way_of_using_one_is_found(code: str) -> None:

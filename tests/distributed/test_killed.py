@@ -20,19 +20,17 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from tests.distributed.trained_together import SETTINGS, student, training_loop, train, BATCHES, VALIDATION
+from tests.distributed.trained_together import SETTINGS, student, train, BATCHES, VALIDATION
+from tests.training_callbacks import BeforeSteps
 file, out, dies, resume = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "resume"
 torch.set_num_threads(1)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which the launcher ends the others, mostly before they can speak
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-make = training_loop.Loop._step
-def step(self):
-    if self.step == dies and dist.get_rank() == 1:
+def kill(progress):
+    if progress.step == dies and dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    return make(self)
-training_loop.Loop._step = step
 made = student(0.2)
-trained = train(made, BATCHES, VALIDATION, replace(SETTINGS, keep_in=file, keep_every=0.0), resume=resume)
+trained = train(made, BATCHES, VALIDATION, replace(SETTINGS, keep_in=file, keep_every=0.0, callbacks=[BeforeSteps(kill)]), resume=resume)
 torch.save([*made.parameters().values(), torch.tensor([row["distance"] for row in trained.history])], f"{out}-{dist.get_rank()}.pt")
 dist.barrier()
 os._exit(0)
