@@ -25,7 +25,8 @@ def preserve_forward_state(model: nn.Module) -> Iterator[None]:
 
     Submodules, buffers (objects and values), plain attributes and the attributes of configurations are restored.
     Parameters, the mode, and hooks other than those by which Transformers captures states are not, nor is what
-    torch's own modules (DDP and FSDP among them) keep about themselves.
+    torch's own modules (DDP and FSDP among them) keep about themselves. A model that changes its parameters in place
+    (RWKV scales them for evaluation, and notes in an attribute that it did) keeps its attributes too.
 
     Parameters
     ----------
@@ -53,6 +54,7 @@ def preserve_forward_state(model: nn.Module) -> Iterator[None]:
     contents += [_Contents(value) for value in _values_of(holders) if type(value) in (dict, list, set)]
     tensors = [*_buffers_of(modules), *(v for v in _values_of(holders) if type(v) is Tensor)]
     values = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors if not tensor.is_inference()]
+    versions = [(p, p._version) for p in model.parameters() if not p.is_inference()]
     first_hook = next_hook_id()
     try:
         yield
@@ -60,7 +62,7 @@ def preserve_forward_state(model: nn.Module) -> Iterator[None]:
         for module in {id(module): module for module in [*modules, *model.modules()]}.values():
             for key in [k for k, hook in module._forward_hooks.items() if k >= first_hook and captures(hook)]:
                 del module._forward_hooks[key]  # they are installed anew when states are requested
-        for held in contents:
+        for held in contents if all(parameter._version == version for parameter, version in versions) else ():
             held.restore()
         with torch.no_grad():
             for tensor, version, copied in values:

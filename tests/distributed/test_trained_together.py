@@ -124,7 +124,7 @@ def test_memory_that_does_not_suffice_in_one_halves_what_both_run(
         ("failed", "StreamlineError: Process 1 of 2: KeyError: 'no such thing'"),
         ("other settings", "StreamlineError: The 2 processes are not at the same training: their text, windows"),
         ("apart", "StreamlineError: The weights of processes 0 and 1 have come apart by step 2: something trained"),
-        ("no folder", "StreamlineError: Process 0 of 2: The training cannot be kept in"),
+        ("no folder", "StreamlineError: Process 0 of 2: Writing"),
     ],
 )
 def test_what_goes_wrong_in_one_is_raised_in_both(two: list[dict[str, Any]], case: str, text: str) -> None:

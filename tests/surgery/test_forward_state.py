@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import transformers
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, find_stack, load, profile, save
+from streamline_hooks.passes import inference
 from streamline_hooks.surgery.forward_state import preserve_forward_state
 from streamline_hooks.testing import tiny_model
 from streamline_hooks.testing.assertions.bypassing import bypassing
@@ -182,3 +184,15 @@ def test_hidden_states_are_complete_after_they_were_first_requested_inside() -> 
     output = model(LONG, output_hidden_states=True)
     assert len(output.hidden_states) == len(find_stack(model)) + 1
     assert len(model(LONG, output_attentions=True).attentions) == len(find_stack(model))
+
+
+def test_a_model_that_scales_its_weights_for_evaluation_does_so_once() -> None:
+    """RWKV divides weights in place and remembers it in an attribute; restoring that alone would divide them twice."""
+    model: Any = tiny_model("rwkv", blocks=8, rescale_every=2)
+    model.train().eval()
+    ids = torch.arange(3, 15)[None]
+    expected = copy.deepcopy(model)(ids, use_cache=False).logits
+    for _ in range(2):
+        with inference(model):
+            torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
