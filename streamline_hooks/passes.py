@@ -37,15 +37,15 @@ from streamline_hooks.watched_mask import WatchedMask
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
+def inference(model: nn.Module, *, restore: bool = True) -> Iterator[None]:
     """Run a model without gradients and without dropout, and give it back in the mode that it was in.
 
-    What the forwards change in the model is undone, see `preserve_forward_state`.
+    What the forwards change in the model is undone if `restore` is true, see `preserve_forward_state`.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with preserve_forward_state(model), torch.no_grad():
+        with preserve_forward_state(model) if restore else nullcontext(), torch.no_grad():
             yield
     finally:
         for module in training:

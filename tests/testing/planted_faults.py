@@ -322,7 +322,7 @@ FAULTS = (
         "round trip",
         r"buffer model\.table.*not saved: missing",
     ),
-    Fault("loading loses the repair", loses_the_repair, "round trip", "a repair was lost"),
+    Fault("loading loses the repair", loses_the_repair, "round trip", "spliced_before.*lose its repair"),
     Fault(
         "the checkpoint says one block less",
         writes(one_block_less),

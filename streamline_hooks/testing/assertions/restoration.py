@@ -120,7 +120,7 @@ def _left_by_exception(model: nn.Module, change: Change, given: dict[str, Any] |
 
 def _run_inside(model: nn.Module, given: dict[str, Any] | None) -> None:
     if given is not None:
-        with quietly(model):
+        with quietly(model, restore=False):  # a trace that a forward leaves must be seen
             run(model, given)
 
 

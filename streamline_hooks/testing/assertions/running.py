@@ -19,14 +19,16 @@ from streamline_hooks.testing.inputs import tiny_inputs
 
 
 @contextmanager
-def quietly(model: nn.Module) -> Iterator[None]:
+def quietly(model: nn.Module, *, restore: bool = True) -> Iterator[None]:
     """Without gradients and dropout, with the random numbers left as they were.
+
+    What forwards change in the model is undone if `restore` is true.
 
     PyTorch's own encoders have a fused way that they leave as soon as a block has a hook; it is switched off, so that
     a forward with hooks and one without take the same sums.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
-    with inference(model), torch.random.fork_rng(devices=[]):
+    with inference(model, restore=restore), torch.random.fork_rng(devices=[]):
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             yield
