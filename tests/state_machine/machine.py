@@ -170,7 +170,7 @@ class Machine(RuleBasedStateMachine):
         self.history: tuple[SurgeryPlan, ...] = ()
         self.settled = True  # not copied inside an open surgeon
         self.mixed_modes = False
-        self.rounded = False  # buffers too, by a cast
+        self.rounded = self.narrowed = False  # by a cast: at any time; inside an open surgeon
         self.batch = self.kind.batch()
         self.others = [self.other(deepcopy(self.model))]
         if hasattr(self.model, "config"):
@@ -498,6 +498,9 @@ class Machine(RuleBasedStateMachine):
     @rule(dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
     def cast(self, dtype: torch.dtype) -> None:
         self.idle += 1
+        self.narrowed = bool(self.open) and (self.narrowed or dtype.itemsize < self.dtype.itemsize)
+        if self.narrowed and dtype.itemsize > self.dtype.itemsize:
+            return  # what is out of the model goes from the first precision to the last one, and is not rounded
         self.model.to(dtype)
         for module in self.reference.modules():
             module.to(dtype)
