@@ -38,9 +38,11 @@ from streamline_hooks import (
     read_plans,
     save,
 )
+from streamline_hooks.surgery.edits import ORIGIN
+from streamline_hooks.surgery.splice import AFTER, BEFORE
 from tests.state_machine.expected_model import Entry, Level, Reference, owns_bias
 from tests.state_machine.models import FAMILIES, NEW_TOKENS, PROMPT, WIDTH, tiny_model
-from tests.state_machine.snapshot import MARK, Snapshot
+from tests.state_machine.snapshot import Snapshot
 
 STEPS_PER_EXAMPLE = 30
 MOST_SLOTS, MOST_COPIES = 6, 1
@@ -55,7 +57,7 @@ SETTINGS = settings(
 )
 _PACKAGE = str(Path(streamline_hooks.__file__).parent)
 _MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-_SPLICED = ("spliced_before", "spliced_after")
+_SPLICED = (BEFORE, AFTER)
 
 numbers = st.integers(0, MOST_SLOTS)
 lines = st.one_of(*[st.just(0)] * 7, st.integers(1, 60), st.integers(1, 900))  # 0: no interrupt
@@ -515,6 +517,9 @@ class Machine(RuleBasedStateMachine):
         self.idle += 1
         copied = self.other(deepcopy(self.model), self.reference.committed())
         copied.settled = self.settled and not self.open
+        own = {id(thing) for thing in (*self.model.modules(), *self.model.parameters())}
+        shared = [thing for thing in (*copied.model.modules(), *copied.model.parameters()) if id(thing) in own]
+        assert not shared, f"the copy shares {[type(thing).__name__ for thing in shared]} with the model"
         self.others.append(copied)
 
     @meanwhile(lambda self: not self.open and self.others[-1].reference is not None)
@@ -622,7 +627,7 @@ class Machine(RuleBasedStateMachine):
 
     def structure_holds(self) -> None:
         if self.settled and not self.open:
-            assert not any(MARK in vars(module) for module in self.model.modules())
+            assert not any(ORIGIN in vars(module) for module in self.model.modules())
         slots = self.slots()
         blocks = list(self.model.get_submodule(self.path).children())
         assert len(blocks) == len(slots)

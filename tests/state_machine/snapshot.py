@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from streamline_hooks.surgery.edits import ORIGIN
+
 _PLAIN = (int, float, str, bool, type(None), tuple, list, dict, set)
-MARK = "_streamline_hooks_origin"  # on each block while a surgeon is open, and on a copy that was made meanwhile
-# Compared in ways of their own: tensors and modes with the reference, children as modules, marks by the machine.
-_ELSEWHERE = {"_parameters", "_buffers", "_modules", "training", MARK}
+# Compared in ways of their own: tensors and modes with the reference, children as modules, and by
+# the machine the mark that each block carries while a surgeon is open.
+_ELSEWHERE = {"_parameters", "_buffers", "_modules", "training", ORIGIN}
 
 
 class Snapshot:
@@ -80,7 +82,7 @@ def _facts(model: nn.Module) -> dict[str, Any]:
         facts[f"module {name}"] = module
         facts[f"class {name}"] = type(module).__name__
         facts[f"children {name}"] = list(module._modules)
-        facts[f"attributes {name}"] = sorted({*vars(module)} - {MARK})
+        facts[f"attributes {name}"] = sorted({*vars(module)} - {ORIGIN})
         for key, value in module._parameters.items():
             facts[f"parameter {name}.{key}"] = value
         for key, value in module._buffers.items():
