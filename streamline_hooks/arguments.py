@@ -97,7 +97,9 @@ def checked(**least: float) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
                     raise StreamlineError(f"{name}: {parameter}=nan is not a number. {_remedy(hint)}")
                 if converted is not value:
                     bound.arguments[parameter] = converted
-            _check_batches(name, bound.arguments, takes_none=bool(signature.parameters.keys() & _MAY_BE_NONE))
+            # With share=False every rank has batches of its own, and some may have none.
+            takes_none = bool(signature.parameters.keys() & _MAY_BE_NONE) or bound.arguments.get("share") is False
+            _check_batches(name, bound.arguments, takes_none)
             _check_windows(name, bound.arguments)
             return function(*bound.args, **bound.kwargs)
 

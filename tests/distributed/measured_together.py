@@ -35,7 +35,7 @@ def results(model: nn.Module) -> dict[str, Any]:
         "profile": told_of(profile(model, BATCHES, replicates=20)),
         "one batch": told_of(profile(model, BATCHES[:1], replicates=20)),
         "masked": told_of(profile(model, BATCHES, tokens=MASKS, skip=1, keep=[-1], replicates=0)),
-        "none": profile(model, []).sums.state_dict(),
+        "none": profile(model, [], share=False).sums.state_dict(),
         "moments": [one.state_dict() for one in measure_moments(model, BATCHES, WINDOWS)],
         "plain moments": [one.state_dict() for one in measure_moments(model, HELD_OUT, WINDOWS, weighted=False)],
         "no moments": measure_moments(model, [], WINDOWS),

@@ -68,6 +68,8 @@ CHANGES: dict[str, Callable[[LayerSurgeon], Any]] = {
 def require_one(student: Any, shared: Any, change: Callable[[LayerSurgeon], Any]) -> None:
     """One configuration in the whole model, but for that of a block that is a deep copy; and not the shared one."""
     held = {id(config) for config in configs(student)}
+    if student.config.model_type == "gemma3_text" and transformers.__version__ < "5":
+        held -= {id(student.model.rotary_emb_local.config)}  # which has a copy of its own from the start
     assert len(held) == (2 if change is CHANGES["slot"] else 1) and id(shared) not in held
     assert student.config is student.base_model.config
     assert all(config.num_hidden_layers == len(find_stack(student)) for config in configs(student))
@@ -170,6 +172,8 @@ def test_surgeons_on_two_stacks_close_in_any_order(last: int) -> None:
 
 @pytest.mark.parametrize("name", ["llava text", "llava pictures", "clip text", "t5 encoder", "whisper decoder"])
 def test_a_part_of_a_composite_configuration(name: str) -> None:
+    if name == "t5 encoder" and transformers.__version__ < "5":
+        pytest.skip("a T5 encoder cannot become shorter than its decoder before Transformers 5")
     model = made(name)
     other = type(model)(model.config).eval()
     for module, twin in zip(model.modules(), other.modules(), strict=True):

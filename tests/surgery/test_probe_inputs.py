@@ -17,6 +17,8 @@ from streamline_hooks.surgery.probe_inputs import probe_inputs
 from tests.other_models import OTHERS, made
 
 # Transformers 4 gives Qwen2-VL's tokens their positions anew at each step, unless it is told where they are.
+# A T5 encoder cannot become shorter than its decoder before Transformers 5.
+REMOVABLE = [name for name in OTHERS if name != "t5 encoder" or transformers.__version__ >= "5"]
 DECODERS = ("llava text", "gemma3 text", *(["qwen2-vl text"] if transformers.__version__ >= "5" else []))
 
 
@@ -28,7 +30,7 @@ def every_warning_is_an_error() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", REMOVABLE)
 def test_a_removal_is_held_against_the_bypassed_blocks(name: str) -> None:
     model, case = made(name), OTHERS[name]
     stack = find_stack(model, case.path(model))
@@ -41,7 +43,7 @@ def test_a_removal_is_held_against_the_bypassed_blocks(name: str) -> None:
         surgeon.remove([1])
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", REMOVABLE)
 def test_a_block_that_does_more_without_another_is_seen(name: str) -> None:
     """A planted fault: the last block adds something once it has another number of blocks before it."""
     model, case = made(name), OTHERS[name]
