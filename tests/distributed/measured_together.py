@@ -38,7 +38,7 @@ def results(model: nn.Module) -> dict[str, Any]:
         "none": profile(model, [], share=False).sums.state_dict(),
         "moments": [one.state_dict() for one in measure_moments(model, BATCHES, WINDOWS)],
         "plain moments": [one.state_dict() for one in measure_moments(model, HELD_OUT, WINDOWS, weighted=False)],
-        "no moments": measure_moments(model, [], WINDOWS),
+        "no moments": measure_moments(model, [], WINDOWS, share=False),
     }
     repairs = fit_windows(model, WINDOWS, "linear", BATCHES, HELD_OUT)
     found["repairs"] = [(one.stand_in.state_dict(), one.ridge, one.repaired_error) for one in repairs]  # type: ignore[union-attr]
