@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+import torch
 from torch import nn
 
 from streamline_hooks.arguments import checked
@@ -117,7 +118,7 @@ def load(folder: str | Path, *, into: nn.Module | None = None, as_original: bool
         )
     try:
         model, info = _from_pretrained(where, **kwargs)
-    except StreamlineError:
+    except (StreamlineError, MemoryError, torch.OutOfMemoryError):  # says nothing about the folder
         raise
     except Exception as error:
         key = _mismatched(where, kwargs)
@@ -221,9 +222,9 @@ def _mismatched(folder: Path, kwargs: dict[str, Any]) -> str | None:
     """A weight whose shape is not the model's, if that is what keeps it from being loaded."""
     try:
         _, info = _from_pretrained(folder, ignore_mismatched_sizes=True, **kwargs)
-    except StreamlineError:
+    except (StreamlineError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception:
+    except Exception:  # not a matter of sizes: the caller reports its own error, which is the first
         return None
     found = sorted(entry[0] if isinstance(entry, tuple) else entry for entry in info.get("mismatched_keys") or ())
     return str(found[0]) if found else None

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from streamline_hooks import LayerSurgeon, StreamlineError, load, save
@@ -304,3 +305,17 @@ def test_as_the_original(saved: dict[str, Path]) -> None:
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(StreamlineError, match="is no folder"):
         load(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_too_little_memory_is_not_taken_for_a_damaged_folder(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tiny_model("llama"), tmp_path / "model")
+
+    def fails(*given: Any, **options: Any) -> None:
+        raise error("planted")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", fails)
+    with pytest.raises(error, match="planted"):
+        load(folder)
