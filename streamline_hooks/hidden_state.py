@@ -22,6 +22,8 @@ DECLARATION = "hidden_state_argument"
 _KEYWORDS = ("hidden_states", "hidden_state", "x", "input", "src", "inputs")
 # What first parameters are called that take the hidden state beside other tensors: torch's decoder, XLNet.
 _FIRST_PARAMETERS = frozenset({*_KEYWORDS, "tgt", "output_h"})
+# Names that fit any tensor. What is read from them can be verified; what is written to them changes the result.
+_GENERIC_PARAMETERS = frozenset({"x", "input", "inputs"})
 
 
 def read_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], block: nn.Module | None = None) -> Tensor:
@@ -73,8 +75,16 @@ def write_input(
     -------
     args, kwargs
         New containers; everything else in them is the same object as before.
+
+    Raises
+    ------
+    StreamlineError
+        As `read_input`, and if the parameter has a generic name (``x``, ``input``, ``inputs``) while another argument
+        may be the state too: a change of the wrong one would go unnoticed.
     """
     place = _place(args, kwargs, block)
+    if block is not None and getattr(block, DECLARATION, None) is None:
+        _require_certain(args, kwargs, block, place)
     if isinstance(place, int):
         return (*args[:place], state, *args[place + 1 :]), dict(kwargs)
     return args, {**kwargs, place: state}
@@ -235,15 +245,30 @@ def _place(args: Sequence[Any], kwargs: Mapping[str, Any], block: nn.Module | No
     if not (args and _is_state(args[0])):
         return _keyword(args, kwargs)
     if block is not None:
-        others = [place for place, _ in possible_states(args, kwargs, args[0]) if place != 0]
+        others = _other_places(args, kwargs, 0)
         name = parameter_name(block, 0) if others else None
         if name is not None and name not in _FIRST_PARAMETERS:
-            listed = ", ".join(repr(parameter_name(block, place)) for place in others)
-            raise StreamlineError(
-                f"{type(block).__name__} was called with several tensors that may be its hidden state: {name!r}, "
-                f"{listed}. {naming_remedy(block)}"
-            )
+            raise _several_states(block, [0, *others])
     return 0
+
+
+def _require_certain(args: Sequence[Any], kwargs: Mapping[str, Any], block: nn.Module, place: int | str) -> None:
+    others = _other_places(args, kwargs, place)
+    if others and parameter_name(block, place) in _GENERIC_PARAMETERS:
+        raise _several_states(block, [place, *others])
+
+
+def _other_places(args: Sequence[Any], kwargs: Mapping[str, Any], place: int | str) -> list[int | str]:
+    state = args[place] if isinstance(place, int) else kwargs[place]
+    return [other for other, _ in possible_states(args, kwargs, state) if other != place]
+
+
+def _several_states(block: nn.Module, places: Sequence[int | str]) -> StreamlineError:
+    listed = ", ".join(repr(parameter_name(block, place)) for place in places)
+    return StreamlineError(
+        f"{type(block).__name__} was called with several tensors that may be its hidden state: {listed}. "
+        f"{naming_remedy(block)}"
+    )
 
 
 def _declared_place(args: Sequence[Any], kwargs: Mapping[str, Any], block: Any, declared: Any) -> int | str:

@@ -64,6 +64,10 @@ class ByKeyword(_Block):
         return self.mixed(h, cond)
 
 
+class NamedStateFirst(StateFirst):
+    hidden_state_argument = "x"
+
+
 class NamedConditionFirst(ConditionFirst):
     hidden_state_argument = "x"
 
@@ -100,7 +104,7 @@ class Model(nn.Module):
         return x
 
 
-NAMED = [NamedConditionFirst, NumberedConditionFirst, NamedMisleading, NamedByKeyword, StateFirst]
+NAMED = [NamedConditionFirst, NumberedConditionFirst, NamedMisleading, NamedByKeyword, NamedStateFirst]
 UNNAMED = [ConditionFirst, Misleading, ByKeyword]
 
 
@@ -122,9 +126,10 @@ def test_what_is_not_the_output_of_the_block_before_is_not_recorded(
 
 
 @pytest.mark.parametrize("condition", CONDITIONS.values(), ids=CONDITIONS)
-@pytest.mark.parametrize("block", [ConditionFirst, ByKeyword])
-def test_a_splice_does_not_change_the_condition(block: type[_Block], condition: Tensor) -> None:
-    model = Model(block)
+@pytest.mark.parametrize("keywords", [False, True], ids=["positional", "keyword"])
+@pytest.mark.parametrize("block", UNNAMED)
+def test_a_splice_does_not_change_the_condition(block: type[_Block], keywords: bool, condition: Tensor) -> None:
+    model = Model(block, keywords=keywords)
     with LayerSurgeon(model) as surgeon:
         surgeon.replace([1], nn.Linear(WIDTH, WIDTH))
         with pytest.raises(StreamlineError, match="hidden_state_argument"):
@@ -132,10 +137,21 @@ def test_a_splice_does_not_change_the_condition(block: type[_Block], condition: 
     model(X, condition)
 
 
+@pytest.mark.parametrize("keywords", [False, True], ids=["positional", "keyword"])
+def test_a_generic_name_says_too_little_to_change_its_argument(keywords: bool) -> None:
+    """``forward(x, cond)`` looks like ``forward(x, h)``; a vector a row cannot be meant."""
+    model = Model(StateFirst, keywords=keywords)
+    with LayerSurgeon(model) as surgeon:
+        surgeon.replace([1], nn.Linear(WIDTH, WIDTH))
+        with pytest.raises(StreamlineError, match="'x', 'cond'.*StateFirst.hidden_state_argument"):
+            model(X, CONDITIONS["other tokens"])
+        model(X, CONDITIONS["a vector a row"])
+
+
 @pytest.mark.parametrize("shift", [0.0, 1.0], ids=["handed on", "changed in between"])
 @pytest.mark.parametrize("condition", CONDITIONS.values(), ids=CONDITIONS)
 @pytest.mark.parametrize("keywords", [False, True], ids=["positional", "keyword"])
-@pytest.mark.parametrize("block", NAMED)
+@pytest.mark.parametrize("block", [*NAMED, StateFirst])
 @torch.no_grad()
 def test_a_named_argument_is_read_and_written(
     block: type[_Block], keywords: bool, condition: Tensor, shift: float
@@ -217,7 +233,7 @@ def test_compiled_without_a_graph_break() -> None:
     """A block with several possible states, spliced."""
     torch.compiler.reset()
     condition = CONDITIONS["same shape"]
-    for block in (StateFirst, NamedConditionFirst):
+    for block in (NamedStateFirst, NamedConditionFirst):
         model = Model(block)
         with torch.no_grad(), LayerSurgeon(model) as surgeon:
             surgeon.replace([1], nn.Linear(WIDTH, WIDTH))
