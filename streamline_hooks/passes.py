@@ -30,7 +30,7 @@ from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.scoped import scoped
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery import LayerSurgeon
-from streamline_hooks.surgery.forward_state import preserve_forward_state
+from streamline_hooks.surgery.forward_state import evaluation_mode, preserve_forward_state
 from streamline_hooks.surgery.hazards import find_hazards, position_bias_owners
 from streamline_hooks.surgery.splice import BEFORE, set_splices, spliced
 from streamline_hooks.watched_mask import WatchedMask
@@ -42,14 +42,8 @@ def inference(model: nn.Module, *, restore: bool = True) -> Iterator[None]:
 
     What the forwards change in the model is undone if `restore` is true, see `preserve_forward_state`.
     """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with preserve_forward_state(model) if restore else nullcontext(), torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with evaluation_mode(model), preserve_forward_state(model) if restore else nullcontext(), torch.no_grad():
+        yield
 
 
 @checked()

@@ -19,6 +19,7 @@ from streamline_hooks.repair.folded import Folded
 from streamline_hooks.repair.stand_in import StandIn, place
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery import LayerSurgeon
+from streamline_hooks.surgery.forward_state import evaluation_mode
 from streamline_hooks.surgery.splice import AFTER, BEFORE, remember_splices, set_splices, spliced
 from streamline_hooks.task import Task
 
@@ -179,14 +180,8 @@ class Student:
     @contextmanager
     def without_dropout(self) -> Iterator[None]:
         """Let the original be in evaluation mode, and what is trained in the mode that `training` says."""
-        modes = [(module, module.training) for one in {self.model, self.teacher} for module in one.modules()]
-        self.model.eval()
-        self.teacher.eval()
-        try:
+        with evaluation_mode(*{self.model, self.teacher}):
             yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
     @contextmanager
     def trained_alone(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from streamline_hooks.surgery.exchange import Exchange, move_parameter
 from streamline_hooks.surgery.layout import NewSlot, Placed, names_of
 from streamline_hooks.surgery.own_config import OwnConfigs
 from streamline_hooks.surgery.per_layer_weights import find_per_layer_weights
-from streamline_hooks.surgery.placement import bring_to, move_beside
+from streamline_hooks.surgery.placement import TrainWithRemoved, bring_to, move_beside
 from streamline_hooks.surgery.quantizer_names import SETTINGS, QuantizerNames
 from streamline_hooks.surgery.renumber import (
     INDEX_NAMES,
@@ -59,7 +59,13 @@ class Edits:
         self._earlier = {id(m) for block in stack.blocks for place in (BEFORE, AFTER) for m in spliced(block, place)}
 
     def forget(self) -> None:
-        """Keep the changes for good."""
+        """Keep the changes for good, and let go of what was removed."""
+        state = vars(self.stack.container)
+        train = state.get("train")
+        if isinstance(train, TrainWithRemoved):
+            state.pop("train")
+            if train.earlier is not None:
+                state["train"] = train.earlier
         self._undoing.clear()
 
     def refuse_saving(self) -> None:
@@ -154,6 +160,9 @@ class Edits:
         self._follow_device_map([name for name, _ in original], names, slots)
         self.refuse_saving()
         self._present = tuple(slot.module for slot in slots)
+        removed = [block for block in self.stack.blocks if block not in self._present]
+        if removed:
+            self._set(container, "train", TrainWithRemoved(container, removed))
 
     def _stand_in(self, block: nn.Module, path: str, stand_in: nn.Parameter) -> None:
         exchange = Exchange(block, path, stand_in)

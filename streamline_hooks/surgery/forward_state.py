@@ -20,6 +20,22 @@ _NOT_RESTORED = frozenset(vars(nn.Module())) | {"forward"}
 
 
 @contextmanager
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Put models in evaluation mode for a while, each module by itself, and each back in the mode that it had.
+
+    ``model.eval()`` would also reach blocks that a surgeon has taken out of the model, which nothing would put back.
+    """
+    training = [module for model in models for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def preserve_forward_state(model: nn.Module) -> Iterator[None]:
     """Leave a model as it was, whatever the forwards inside the context change.
 

@@ -65,6 +65,33 @@ def _most(block: nn.Module) -> tuple[torch.device | None, torch.dtype] | None:
     return (execution_device(block) if device.type == "meta" else device), dtype
 
 
+class TrainWithRemoved:
+    """Stands in the place of ``train`` of a stack's container, so that ``model.eval()`` reaches the removed blocks too.
+
+    A copy of the model has the container's method alone.
+
+    Parameters
+    ----------
+    container : torch.nn.Module
+    removed : sequence of torch.nn.Module
+        The blocks that are out of it.
+    """
+
+    def __init__(self, container: nn.Module, removed: Sequence[nn.Module] = ()) -> None:
+        self._container, self._removed, self.earlier = container, removed, vars(container).get("train")
+
+    def __reduce__(self) -> tuple[type[TrainWithRemoved], tuple[nn.Module]]:
+        return TrainWithRemoved, (self._container,)
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        """Set the mode of the removed blocks and of the container."""
+        for block in self._removed:
+            block.train(mode)
+        if self.earlier is not None:
+            return self.earlier(mode)  # type: ignore[no-any-return]
+        return type(self._container).train(self._container, mode)
+
+
 class BlockStates:
     """Remember device, precision, mode and ``requires_grad`` of a stack, so that removed blocks can follow the model.
 
@@ -108,15 +135,16 @@ class BlockStates:
         changes = _Changes(self._modes, modes, present, stack_modes)
         for k in removed:
             for path, module in stack[k].named_modules():
-                module.training = changes.value(path, self._modes[k].get(path, module.training))
+                module.training = changes.value(path, self._modes[k].get(path, module.training), module.training)
         grads, outside = [_grads(block) for block in stack.blocks], _grads_outside(stack)
         changes = _Changes(
             self._grads, grads, present, [(self._outside[n], now) for n, now in outside.items() if n in self._outside]
         )
         for k in removed:
             for name, parameter in stack[k].named_parameters():
-                value = changes.value(name, self._grads[k].get(name, parameter.requires_grad))
-                if value != parameter.requires_grad:
+                held = parameter.requires_grad
+                value = changes.value(name, self._grads[k].get(name, held), held)
+                if value != held:
                     parameter.requires_grad = value
 
 
@@ -141,14 +169,14 @@ class _Changes:
         changed = len(values) == 1 and any(old != new for old, new in pairs)
         self._everywhere = values.pop() if changed else None
 
-    def value(self, path: str, before: bool) -> bool:
-        """The value that a removed block's flag must have."""
+    def value(self, path: str, before: bool, now: bool) -> bool:
+        """The value that a removed block's flag must have: what it is now, if the kept blocks show no change."""
         counterparts = self._by_path.get((path, before), [])
         if not counterparts:
-            return before if self._everywhere is None else self._everywhere
+            return now if self._everywhere is None else self._everywhere
         # One block that changed alone may have been meant alone.
         agree = len(set(counterparts)) == 1 and (len(counterparts) > 1 or counterparts[0] == self._everywhere)
-        return counterparts[0] if agree else before
+        return counterparts[0] if agree else now
 
 
 def _follow_placement(

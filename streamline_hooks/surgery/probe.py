@@ -23,7 +23,7 @@ from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery.bypass import bypass
 from streamline_hooks.surgery.capture import captures
-from streamline_hooks.surgery.forward_state import preserve_forward_state
+from streamline_hooks.surgery.forward_state import evaluation_mode, preserve_forward_state
 from streamline_hooks.surgery.probe_inputs import TOKENS, probe_inputs
 from streamline_hooks.surgery.splice import AFTER, run_after, run_before, spliced
 
@@ -305,12 +305,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     original: Any = model.__dict__.get("_original_forward")
     wrapped = None if original is None else model.__dict__.get("forward")
-    training = [module for module in model.modules() if module.training]
     stashed: list[tuple[dict[int, Any], dict[int, Any]]] = []
     ours: tuple[Callable[..., Any], ...] = (run_before, run_after)
-    with preserve_forward_state(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with (
+        evaluation_mode(model),
+        preserve_forward_state(model),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+    ):
         try:
-            model.eval()
             if wrapped is not None:
                 model.forward = original
             for module in model.modules():
@@ -327,5 +330,3 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 hooks.update(content)
             if wrapped is not None:
                 model.forward = wrapped
-            for module in training:
-                module.training = True

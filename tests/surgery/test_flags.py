@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +103,53 @@ def test_a_mode_that_is_set_for_the_only_kept_block_stays_its_own() -> None:
         model.model.layers[0].train().requires_grad_(False)
     assert [layer.training for layer in model.model.layers] == [False] * 5 + [True]
     assert [layer.mlp.up_proj.weight.requires_grad for layer in model.model.layers] == [True] * 5 + [False]
+
+
+def test_a_mode_of_the_model_reaches_a_removed_block_that_alone_has_another() -> None:
+    """What the kept blocks show is no change at all."""
+    model = tiny_model("llama").eval()
+    model.model.layers[1].train()
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([1])
+        model.eval()
+    assert set(modes(model).values()) == {False}
+    model.model.layers[1].eval()
+    model.model.layers[4].train()
+    with LayerSurgeon(model) as surgeon:
+        model.train()
+        surgeon.remove([1])
+        model.eval()
+        surgeon.remove([4])
+        with LayerSurgeon(model) as inner:
+            inner.remove([0])
+            model.train()
+            model.eval()
+    assert set(modes(model).values()) == {False}
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_that_is_made_inside_holds_nothing_of_the_removed_blocks(make: Callable[[Any], Any]) -> None:
+    model = tiny_model("llama").eval()
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([1])
+        removed, copied = surgeon.stack[1], make(model)
+        copied.train()
+        assert set(modes(copied).values()) == {True} and not removed.training
+    assert set(modes(model).values()) == {False}
+    copied.eval()
+    assert set(modes(copied).values()) == {False}
+
+
+def test_a_commit_lets_go_of_the_removed_blocks() -> None:
+    model = tiny_model("llama").eval()
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([1])
+        removed = weakref.ref(surgeon.stack[1])
+        surgeon.commit()
+    del surgeon
+    gc.collect()
+    assert removed() is None
+    assert set(modes(model.train()).values()) == {True} and "train" not in vars(model.model.layers)
 
 
 def test_a_commit_keeps_the_mode_that_was_set_inside() -> None:
