@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ def find_hazards(stack: BlockStack, window: range) -> list[Hazard]:
     return [
         *find_dependents(stack, window),
         *find_numbering_hazards(stack, window.start),
-        *_decoder_cache(stack, window),
+        *_decoder_cache(stack, [k for k in range(len(stack)) if k not in window]),
     ]
 
 
@@ -84,7 +84,7 @@ def find_numbering_hazards(stack: BlockStack, first: int) -> list[Hazard]:
     ]
 
 
-def find_insertion_hazards(stack: BlockStack, k: int) -> list[Hazard]:
+def find_insertion_hazards(stack: BlockStack, k: int, slots: int) -> list[Hazard]:
     """Find what changes when another block takes a slot before block k.
 
     Parameters
@@ -92,8 +92,11 @@ def find_insertion_hazards(stack: BlockStack, k: int) -> list[Hazard]:
     stack : BlockStack
     k : int
         0 to the number of blocks.
+    slots : int
+        How many blocks the stack has then.
     """
-    return [*_displaced_position_bias(stack, k), *find_numbering_hazards(stack, k)]
+    sources = [min(slot, len(stack) - 1) for slot in range(slots)]
+    return [*_displaced_position_bias(stack, k), *find_numbering_hazards(stack, k), *_decoder_cache(stack, sources)]
 
 
 def position_bias_owners(stack: BlockStack) -> list[int]:
@@ -184,26 +187,30 @@ def _derived_settings(stack: BlockStack, window: range) -> Iterator[Hazard]:
             return
 
 
-def _decoder_cache(stack: BlockStack, window: range) -> Iterator[Hazard]:
-    """``generate`` sizes the decoder's cache by a count that is the encoder's (ProphetNet; T5 in Transformers 4)."""
+def _decoder_cache(stack: BlockStack, sources: Sequence[int]) -> Iterator[Hazard]:
+    """The decoder's cache is sized by a count that is the encoder's (ProphetNet; T5 in Transformers 4)."""
     owner, count = stack.ancestors[0], stack.count_attribute
     config: Any = getattr(owner, "config", None)
-    decoder_count = getattr(config, "num_decoder_layers", None)
+    is_decoder = count in ("num_decoder_layers", "decoder_layers")
+    before = getattr(config, str(count) if is_decoder else "num_decoder_layers", None)
     if not getattr(config, "is_encoder_decoder", False) or not callable(getattr(owner, "generate", None)):
         return
-    if count in (None, "num_decoder_layers") or not isinstance(decoder_count, int):
+    if count is None or not isinstance(before, int):
         return
-    kept = [k for k in range(len(stack)) if k not in window]
-    shorter = copy.copy(config)
-    if any(config is described for described in same_descriptions(stack)):
-        vars(shorter).update(shortened_config(config, str(count), len(stack), kept, stack.stage))
-    before, after = _cache_length(config), _cache_length(shorter)
-    if before is not None and after is not None and after < decoder_count <= before:
-        yield Hazard(
-            "decoder-cache",
-            f"generate() of Transformers sizes the cache of the {decoder_count} decoder blocks by the number of "
-            f"encoder blocks, which would be {after}",
-        )
+    after = len(sources) if is_decoder else before
+    described = same_descriptions(stack)
+    for one in {id(c): c for c in (config, *(described if is_decoder else ()))}.values():
+        changed = copy.copy(one)
+        if any(one is each for each in described):
+            vars(changed).update(shortened_config(one, count, len(stack), sources, stack.stage))
+        cache_before, cache_after = _cache_length(one), _cache_length(changed)
+        if cache_before is not None and cache_after is not None and before <= cache_before and cache_after < after:
+            yield Hazard(
+                "decoder-cache",
+                f"Transformers sizes the cache of the {after} decoder blocks by another count, which would be "
+                f"{cache_after}",
+            )
+            return
 
 
 def _cache_length(config: Any) -> int | None:

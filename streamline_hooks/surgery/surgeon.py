@@ -208,7 +208,7 @@ class LayerSurgeon(BranchSurgery):
             )
         require_module(module)
         if self._layout.takes_slot(module):
-            hazards = find_insertion_hazards(self.stack, k)
+            hazards = find_insertion_hazards(self.stack, k, len(self._layout.arrange()[0]) + 1)
             self._refuse(f"Nothing can take a slot before block {k}", hazards, despite_hazards)
         layout = self._layout.copy()
         module = layout.unshared(module)

@@ -168,6 +168,7 @@ class Machine(RuleBasedStateMachine):
         self.model: Any = tiny_model(self.family)
         self.path = find_stack(self.model, self.kind.stack or None).path
         self.reference = Reference(deepcopy(self.model), self.path)
+        self.layer_types = {*(getattr(getattr(self.model, "config", None), "layer_types", None) or ())}
         self.open: list[OpenSurgeon] = []
         self.history: tuple[SurgeryPlan, ...] = ()
         self.settled = True  # not copied inside an open surgeon
@@ -593,7 +594,14 @@ class Machine(RuleBasedStateMachine):
         yield self.outside(self.model), self.outside(self.reference.model)
 
     def outside(self, model: nn.Module) -> dict[str, Tensor]:
-        return {n: t for n, t in own_tensors(model).items() if not n.startswith(f"{self.path}.")}
+        """Return what is outside the stack, but the rotary buffers of a type that no block has: loaded, there are none.
+
+        Gemma 3 has such buffers for each of its ``layer_types``.
+        """
+        used = getattr(getattr(self.model, "config", None), "layer_types", None)
+        gone = tuple(f".{kind}_" for kind in self.layer_types - {*used}) if used is not None else ()
+        tensors = own_tensors(model).items()
+        return {n: t for n, t in tensors if not (n.startswith(f"{self.path}.") or any(kind in n for kind in gone))}
 
     def told(self, plan: SurgeryPlan) -> tuple[Any, ...]:
         splices = [(s.before, s.old_before, s.replaces, s.module) for s in plan.splices]

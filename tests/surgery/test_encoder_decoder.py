@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,29 @@ def test_one_side_becomes_shorter(name: str, side: str, tmp_path: Path) -> None:
     lengths = {each: len(find_stack(loaded, each)) for each in ("encoder", "decoder")}
     assert lengths == {**dict.fromkeys(lengths, 4), side: 2}
     require_generation(loaded)
+
+
+@pytest.mark.parametrize("encoder", [2, 4, 5])
+@pytest.mark.parametrize("name", ["t5", "mt5", "longt5", "bart"])
+def test_the_decoder_becomes_longer(name: str, encoder: int, tmp_path: Path) -> None:
+    """Also than the encoder: each forward of a decoder that was given no cache makes one, as ``generate`` does."""
+    old = transformers.__version__ < "5"  # BART's cache has the encoder's length, T5's what the decoder had at first
+    if old and encoder < 4:
+        pytest.skip("Transformers 4 makes no such model generate")
+    count = "encoder_layers" if name == "bart" else "num_layers"
+    model = tiny(name, **{count: encoder})
+    with LayerSurgeon(model, "decoder") as surgeon:
+        if old and (name != "bart" or encoder == 4):
+            with pytest.raises(UnsupportedSurgery, match="cache of the 5 decoder blocks"):
+                surgeon.insert(4, copy.deepcopy(surgeon.stack[1]))
+            surgeon.remove([2])
+        surgeon.insert(4, copy.deepcopy(surgeon.stack[1]))
+        model(IDS, decoder_input_ids=IDS[:, :3])
+        surgeon.commit()
+    model(IDS, decoder_input_ids=IDS[:, :3])
+    require_generation(model)
+    model.save_pretrained(tmp_path)
+    require_generation(transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval())
 
 
 @T5_FOLLOWS
