@@ -21,7 +21,6 @@ import json
 import multiprocessing
 import os
 import py_compile
-import random
 import re
 import shutil
 import signal
@@ -249,11 +248,24 @@ def choose_tests(mutant: Mutant, covering: set[str], seconds: dict[str, float]) 
 
 
 def draw(count: int, seed: int) -> list[Mutant]:
-    """Draw positions uniformly, and one mutation of each, so that no kind of mutation outnumbers the others."""
-    positions = sorted(possible_mutants().items())
-    generator = random.Random(seed)
-    chosen = generator.sample(positions, min(count, len(positions)))
-    return [generator.choice(mutants) for _, mutants in chosen]
+    """Draw positions uniformly, and one mutation of each, so that no kind of mutation outnumbers the others.
+
+    Positions and mutations are ordered by a digest of the seed and the text of their line, so that a change elsewhere
+    in the code leaves nearly all of the sample as it was.
+    """
+    lines = {path.relative_to(ROOT).as_posix(): path.read_text().splitlines() for path in target_files()}
+    numbers: dict[tuple[str, ...], int] = defaultdict(int)
+    found: list[tuple[str, Mutant]] = []
+    for (file, line, column), mutants in sorted(possible_mutants().items()):
+        place = (file, lines[file][line - 1], str(column))
+        numbers[place] += 1
+        place = (str(seed), *place, str(numbers[place]))
+        found.append((_rank(*place), min(mutants, key=lambda m: _rank(*place, m.operator))))
+    return [mutant for _, mutant in sorted(found, key=lambda pair: pair[0])[:count]]
+
+
+def _rank(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def possible_mutants() -> dict[tuple[str, int, int], list[Mutant]]:
