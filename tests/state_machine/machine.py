@@ -258,7 +258,8 @@ class Machine(RuleBasedStateMachine):
                     raise error("left by an error")
         except (ValueError, KeyboardInterrupt) as left:
             assert error is not None or isinstance(left, KeyboardInterrupt)
-        if line and opened.before.changes(buffers=not opened.cast):  # interrupted before it had begun: close it again
+        marked = not self.open and any(ORIGIN in vars(module) for module in self.model.modules())
+        if line and (marked or opened.before.changes(buffers=not opened.cast)):  # interrupted before it had begun
             opened.surgeon.__exit__(None, None, None)
         opened.before.require_unchanged(buffers=not opened.cast)
         if opened.cast and self.open:
