@@ -101,8 +101,12 @@ def find_insertion_hazards(stack: BlockStack, k: int, slots: int) -> list[Hazard
 
 def position_bias_owners(stack: BlockStack) -> list[int]:
     """The blocks that hold the relative position bias of all; empty where each has its own, or none has any."""
-    owners = [k for k, block in enumerate(stack.blocks) if any("relative_attention_bias" in n for n in _names(block))]
+    owners = _with_position_bias(stack)
     return owners if len(owners) < len(stack) else []
+
+
+def _with_position_bias(stack: BlockStack) -> list[int]:
+    return [k for k, block in enumerate(stack.blocks) if any("relative_attention_bias" in n for n in _names(block))]
 
 
 def _shared_blocks(stack: BlockStack, window: range) -> Iterator[Hazard]:
@@ -143,7 +147,7 @@ def _position_bias(stack: BlockStack, window: range) -> Iterator[Hazard]:
 
 def _displaced_position_bias(stack: BlockStack, k: int) -> Iterator[Hazard]:
     """The first block computes the bias that the model hands to the others (T5): one before it would do so instead."""
-    owners = position_bias_owners(stack)
+    owners = position_bias_owners(stack) if len(stack) > 1 else _with_position_bias(stack)
     if owners and k <= owners[0]:
         yield Hazard(
             "position-bias",

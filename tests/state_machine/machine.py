@@ -430,6 +430,8 @@ class Machine(RuleBasedStateMachine):
         self.idle += 1
         if len(self.open) == 1 and what in ("outer", "committed inside"):
             what = "saved"
+        if what == "everything" and len(self.slots()) > len(self.level().numbers()):
+            what = "negative"  # blocks that were inserted stay
         with refusal():
             self.REFUSED[what](self)
 

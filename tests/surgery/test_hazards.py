@@ -213,3 +213,15 @@ def test_no_block_takes_the_slot_before_the_one_that_computes_the_position_bias(
         surgeon.insert(1, block)
         assert [slot.source for slot in surgeon.plan.slots][:2] == [0, None]
     assert before.changes() == []
+
+
+def test_no_block_takes_the_slot_before_the_only_one_that_computes_the_position_bias() -> None:
+    """Not even a copy of it: trained apart, its bias would be that of both."""
+    model = _tiny_t5()
+    with LayerSurgeon(model, stack="encoder.block", probe=False) as surgeon:
+        other = copy.deepcopy(surgeon.stack[1])
+        surgeon.remove(range(1, 4), despite_hazards=True)
+        with LayerSurgeon(model, stack="encoder.block") as inner:
+            for block in (other, copy.deepcopy(inner.stack[0])):
+                with pytest.raises(UnsupportedSurgery, match=r"block 0.*despite_hazards=True"):
+                    inner.insert(0, block)
