@@ -157,6 +157,8 @@ class OpenSurgery:
         self._is_closed = True
 
     def _require_open(self) -> None:
+        if self._entered and self._plan is not None and not self._is_closed:  # a commit was interrupted
+            self._finish_commit()
         surgeons = _open.get(self.stack.container, []) if self._entered else []
         if self not in surgeons:
             raise StreamlineError("The surgeon is not open; use it in a with statement, before commit().")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from streamline_hooks import LayerSurgeon, LinearReplacement, find_stack
+from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, find_stack
 from tests.surgery.interruptions import interrupted_at
 from tests.tiny_models import WIDTH, Nudge, tiny_model, tokens
 
@@ -82,6 +83,9 @@ def test_committing(make: Callable[[], tuple[nn.Module, int]]) -> None:
         with LayerSurgeon(model, probe=False) as surgeon:
             surgeon.replace([1], LinearReplacement(WIDTH))
             reached = interrupted_at(line, surgeon.commit)
+            with suppress(StreamlineError):  # it is committed, and closed
+                surgeon.remove([2])
+                assert 2 in surgeon.plan.removed, line
         outcomes.add(len(find_stack(model)))
         assert len(find_stack(model)) in (length, length - 1)
         if len(find_stack(model)) == length:
