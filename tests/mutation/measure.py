@@ -196,15 +196,21 @@ def run_under_coverage(file: Path, workers: int) -> None:
         sys.exit("The tests fail without any mutation. Correct that first.")
     data = coverage.CoverageData(str(data_file))
     data.read()
-    names = sorted({context.partition("|")[0] for context in data.measured_contexts()} - {""})
+    names = sorted({test_of(context) for context in data.measured_contexts()} - {""})
     number = {name: k for k, name in enumerate(names)}
     lines: dict[str, dict[int, list[int]]] = {}
     for path in target_files():
         by_line = data.contexts_by_lineno(str(path))
         lines[path.relative_to(ROOT).as_posix()] = {
-            line: sorted({number[c.partition("|")[0]] for c in contexts if c}) for line, contexts in by_line.items()
+            line: sorted({number[test_of(context)] for context in contexts if context})
+            for line, contexts in by_line.items()
         }
     file.write_text(json.dumps({"tests": names, "lines": lines, "seconds": durations.seconds}))
+
+
+def test_of(context: str) -> str:
+    """Return the id of a test, in which a bar may stand, without the phase behind the last bar."""
+    return context.rpartition("|")[0]
 
 
 class Durations:
