@@ -176,7 +176,9 @@ class OpenSurgery:
             )
         before = self._layout, self._in_branches
         present = self._kept(self._layout)
-        if not {*self._kept(layout)} <= {*present}:  # a removed block comes back, as the others are by now
+        if {*self._kept(layout)} <= {*present}:
+            self._states.follow_flags(self.stack, present)
+        else:  # a removed block comes back, as the others are by now
             self._states.follow(self.stack, present)
         try:
             self._edits.revert()

@@ -103,49 +103,62 @@ class BlockStates:
 
     def __init__(self, stack: BlockStack) -> None:
         self._placements = [placement(block) for block in stack.blocks]
-        self._modes = [_modes(block) for block in stack.blocks]
-        self._grads = [_grads(block) for block in stack.blocks]
-        self._container_mode = stack.container.training
-        self._outside = _grads_outside(stack)
         self._placement_outside = _placement_outside(stack)
+        self._flags = _Flags(stack)
 
     def follow(self, stack: BlockStack, kept: Iterable[int]) -> None:
         """Apply to the removed blocks what was done to the model while they were out of it.
 
-        A removed block is moved where ``model.to(...)`` moved the others. Its modules and parameters follow those at
-        the same path in the kept blocks that had the same mode, or ``requires_grad``, before, where all of these
-        agree; what has no such counterpart follows a change of the whole stack, or model.
+        A removed block is moved where ``model.to(...)`` moved the others; see `follow_flags` for the rest.
 
         Parameters
         ----------
         stack : BlockStack
-            All blocks are in the model again.
+            Of all blocks, whether they are in the model or not.
         kept : iterable of int
-            The blocks that were in the model throughout.
+            The blocks that are in the model.
         """
         present = set(kept)
+        if len(present) < len(stack):
+            now = _placement_outside(stack)
+            moved = {before: now[name] for name, before in self._placement_outside.items() if name in now}
+            _follow_placement(stack.blocks, present, self._placements, moved)
+        self.follow_flags(stack, present)
+
+    def follow_flags(self, stack: BlockStack, kept: Iterable[int]) -> None:
+        """Apply to the removed blocks what was done to modes and ``requires_grad`` since this was last called.
+
+        Modules and parameters of a removed block follow those at the same path in the kept blocks that had the same
+        mode, or ``requires_grad``, then, where all of these agree; what has no such counterpart follows a change of the
+        whole stack, or model.
+        """
+        present, before, now = set(kept), self._flags, _Flags(stack)
         removed = [k for k in range(len(stack)) if k not in present]
-        if not removed:
-            return
-        now = _placement_outside(stack)
-        moved = {before: now[name] for name, before in self._placement_outside.items() if name in now}
-        _follow_placement(stack.blocks, present, self._placements, moved)
-        modes = [_modes(block) for block in stack.blocks]
-        stack_modes = [(self._container_mode, stack.container.training)]
-        changes = _Changes(self._modes, modes, present, stack_modes)
-        for k in removed:
-            for path, module in stack[k].named_modules():
-                module.training = changes.value(path, self._modes[k].get(path, module.training), module.training)
-        grads, outside = [_grads(block) for block in stack.blocks], _grads_outside(stack)
-        changes = _Changes(
-            self._grads, grads, present, [(self._outside[n], now) for n, now in outside.items() if n in self._outside]
-        )
-        for k in removed:
-            for name, parameter in stack[k].named_parameters():
-                held = parameter.requires_grad
-                value = changes.value(name, self._grads[k].get(name, held), held)
-                if value != held:
-                    parameter.requires_grad = value
+        if removed:
+            changes = _Changes(before.modes, now.modes, present, [(before.container_mode, now.container_mode)])
+            for k in removed:
+                for path, module in stack[k].named_modules():
+                    held = module.training
+                    module.training = changes.value(path, before.modes[k].get(path, held), held)
+            outside = [(before.outside[name], value) for name, value in now.outside.items() if name in before.outside]
+            changes = _Changes(before.grads, now.grads, present, outside)
+            for k in removed:
+                for name, parameter in stack[k].named_parameters():
+                    held = parameter.requires_grad
+                    value = changes.value(name, before.grads[k].get(name, held), held)
+                    if value != held:
+                        parameter.requires_grad = value
+        self._flags = _Flags(stack)
+
+
+class _Flags:
+    """Modes and ``requires_grad`` of a stack's blocks, and of what is around them."""
+
+    def __init__(self, stack: BlockStack) -> None:
+        self.modes = [_modes(block) for block in stack.blocks]
+        self.grads = [_grads(block) for block in stack.blocks]
+        self.container_mode = stack.container.training
+        self.outside = _grads_outside(stack)
 
 
 class _Changes:

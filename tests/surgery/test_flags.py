@@ -127,6 +127,18 @@ def test_a_mode_of_the_model_reaches_a_removed_block_that_alone_has_another() ->
     assert set(modes(model).values()) == {False}
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_flags_that_are_set_before_and_after_a_removal(wanted: bool) -> None:
+    """None of the blocks stays, and around them all is in the end as it was at first."""
+    model = tiny_model("llama").train(wanted).requires_grad_(wanted)
+    with LayerSurgeon(model, probe=False) as surgeon:
+        surgeon.exchange(0, copy.deepcopy(surgeon.stack[0]))
+        model.train(not wanted).requires_grad_(not wanted)
+        surgeon.remove(range(1, 6))
+        model.train(wanted).requires_grad_(wanted)
+    assert set(modes(model).values()) == {wanted} and set(trainable(model).values()) == {wanted}
+
+
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_that_is_made_inside_holds_nothing_of_the_removed_blocks(make: Callable[[Any], Any]) -> None:
     model = tiny_model("llama").eval()
