@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from streamline_hooks import StreamlineError, WindowMoments
 from streamline_hooks.repair import solve
+from streamline_hooks.repair.closed_form import RIDGES
 
 
 def moments_of(x: torch.Tensor, y: torch.Tensor) -> WindowMoments:
@@ -80,6 +83,12 @@ def test_the_held_out_error_is_that_of_the_map_that_was_fitted_without_them(seed
         assert found == pytest.approx(held_out.error(map_), rel=1e-6)
 
 
+def test_the_ridges_that_are_tried_leave_no_gap() -> None:
+    assert (RIDGES[0], RIDGES[-1]) == pytest.approx((1e-8, 10.0))
+    for one, other in pairwise(RIDGES):
+        assert one < other < 10.001 * one
+
+
 def test_few_noisy_tokens_ask_for_a_ridge() -> None:
     noisy = solve(moments_of(*draw(8, 0, noise=20.0)), moments_of(*draw(500, 1, noise=20.0)))
     plenty = solve(moments_of(*draw(5000, 0, noise=0.01)), moments_of(*draw(500, 1, noise=0.01)))
@@ -92,10 +101,13 @@ def test_what_cannot_be_solved() -> None:
         solve(good, WindowMoments(6))
     with pytest.raises(StreamlineError, match=r"fitted.*no token"):
         solve(WindowMoments(6), good)
-    bad = moments_of(*draw(20, 0))
-    bad.xx[0, 0] = float("nan")
-    with pytest.raises(StreamlineError, match=r"fitted.*not finite"):
-        solve(bad, good)
+    for sums in ("xx", "xd"):
+        bad = moments_of(*draw(20, 0))
+        getattr(bad, sums)[0, 0] = float("nan")
+        with pytest.raises(StreamlineError, match=r"fitted.*not finite"):
+            solve(bad, good)
+        with pytest.raises(StreamlineError, match=r"held-out.*not finite"):
+            solve(good, bad)
     zero = moments_of(torch.zeros(5, 6), torch.ones(5, 6))
     with pytest.raises(StreamlineError, match=r"Every state.*zero"):
         solve(zero, zero)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from streamline_hooks import find_stack
 from streamline_hooks.repair.beside import Beside, measure_beside
-from streamline_hooks.repair.closed_form import ridge_maps, solve
+from streamline_hooks.repair.closed_form import RIDGES, ridge_maps, solve
 from streamline_hooks.repair.projection import ProjectionMoments, change, merged, solvable, solve_projection
 from streamline_hooks.replacements import MLPReplacement, inherit
 from streamline_hooks.testing import tiny_model as any_model
@@ -116,11 +116,11 @@ def test_a_norm_behind_the_projection_is_seen() -> None:
     assert fit.unchanged == pytest.approx(error(model, WINDOW, block, [tokens(2, 9)]), rel=1e-5)
 
 
-def moments(seed: int, count: int, noise: float) -> ProjectionMoments:
+def moments(seed: int, count: int, noise: float, moved: float = 0.1) -> ProjectionMoments:
     """Features that explain what is lacking exactly, but for noise."""
     generator = torch.Generator().manual_seed(seed)
     f, x = (torch.randn(count, 6, generator=generator) for _ in range(2))
-    y = x + 0.1 * torch.randn(count, 6, generator=generator)
+    y = x + moved * torch.randn(count, 6, generator=generator)
     made = y - f @ torch.linspace(-1, 1, 36).view(6, 6) - noise * torch.randn(count, 6, generator=generator)
     sums = ProjectionMoments(6, 6)
     sums.add(f, made, x, y)
@@ -135,6 +135,36 @@ def test_a_smaller_ridge_is_taken_where_the_best_held_out_one_leaves_more_than_p
     assert chosen.ridge < best.ridge and everything.error(chosen.map) <= everything.removal
     easy = moments(0, 400, 0.01), moments(1, 400, 0.01)
     assert solve_projection(*easy).ridge == solve(*easy).ridge
+
+
+def test_the_best_held_out_ridge_is_kept_where_it_is_not_above_plain_removal() -> None:
+    few = moments(1, 8, 1.0, moved=5.0), moments(2, 8, 1.0, moved=5.0)
+    best = solve(*few)
+    assert best.ridge > min(RIDGES) and merged(*few).error(best.map) <= merged(*few).removal
+    assert solve_projection(*few).ridge == best.ridge
+
+
+def test_no_ridge_may_be_below_plain_removal() -> None:
+    """The window changes hardly anything, and the features say nothing of what the stand-in lacks."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 6, generator=generator)
+    parts = []
+    for _ in range(2):
+        sums = ProjectionMoments(6, 6)
+        sums.add(torch.randn(200, 6, generator=generator), x + torch.randn(200, 6, generator=generator), x, x + 1e-3)
+        parts.append(sums)
+    chosen = solve_projection(*parts)
+    assert merged(*parts).removal < merged(*parts).error(chosen.map) <= merged(*parts).unchanged
+
+
+def test_the_errors_are_relative_however_small_the_states_are() -> None:
+    one, small = ProjectionMoments(6, 6), ProjectionMoments(6, 6)
+    f, made, x, y = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    one.add(f, made, x, y)
+    small.add(1e-6 * f, 1e-6 * made, 1e-6 * x, 1e-6 * y)
+    assert (small.unchanged, small.removal) == pytest.approx((one.unchanged, one.removal))
+    torch.testing.assert_close(small.xx, one.xx)
+    torch.testing.assert_close(small.xd, one.xd)
 
 
 def test_sums_merge_and_are_kept() -> None:
