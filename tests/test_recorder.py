@@ -157,12 +157,12 @@ def test_stop_runs_no_further_block(outputs: bool, ran: int) -> None:
     for k, block in enumerate(find_stack(model).blocks):
         block.mlp.register_forward_hook(lambda m, a, o, k=k: called.append(k))
     model.lm_head.register_forward_hook(lambda m, a, o: called.append("head"))
-    with HiddenStateRecorder(model, [0, 2], outputs=outputs, stop=True) as record:
+    with HiddenStateRecorder(model, [0, 1, 2], outputs=outputs, stop=True) as record:
         assert record(input_ids=tokens(1, 4)) is None
         with pytest.raises(ForwardStopped, match=r"record\(\*\*batch\)"):
             model(tokens(1, 4))
     assert called == list(range(ran)) * 2
-    assert len(record.inputs[2]) == 2
+    assert len(record.inputs[0]) == len(record.inputs[2]) == 2
 
 
 @pytest.mark.parametrize("fault", ["return", "exception", "bad index", "bad stack", "failing block"])
