@@ -103,6 +103,21 @@ def test_the_header_and_the_table(tmp_path: Path) -> None:
     assert "4.0 M parameters before, 3.0 M now" in card and "(12,288 tokens)" in card
 
 
+def test_what_it_was_made_with() -> None:
+    slots = [{"source": 0, "module": "Block", "silenced": [], "folded": []}]
+    entry = {"stack": "layers", "old_length": 2, "slots": slots, "splices": [], "versions": {"torch": "2.9", "x": "1"}}
+    assert "- Made with torch 2.9, x 1.\n" in model_card({"streamline_hooks": {"history": [entry]}})
+    entry["versions"] = {}
+    assert "Made with" not in model_card({"streamline_hooks": {"history": [entry]}})
+
+
+def test_scores_of_a_task_are_a_table_of_what_was_measured() -> None:
+    scores = {"original": {"accuracy": 0.5, "kl": 0.0}, "repaired": {"accuracy": 0.25}}
+    card = model_card({"model_type": "bert"}, {"scores": scores})
+    table = "| | accuracy | KL |\n|---|---|---|\n| original | 0.5000 | 0.0000 |\n| repaired | 0.2500 |  |\n\n"
+    assert table in card and "On data that nothing was chosen or fitted on." in card
+
+
 def test_a_path_is_not_told(tmp_path: Path) -> None:
     """Neither in the card nor in the configuration: they are shared, and a path tells of its author's machine."""
     model = tiny_model("llama")
