@@ -678,6 +678,22 @@ def test_settings_that_change_nothing(tmp_path: Path) -> None:
         load(tmp_path / "own", into=into)
 
 
+def test_words_are_settings_and_paths_and_long_texts_are_not(tmp_path: Path) -> None:
+    """A path tells of its author's machine, and is another one on every other; neither is written or compared."""
+    texts = {"mode": "causal", "cache": "/home/author/cache", "windows": "C:\\author", "about": "author " * 10}
+    model, into = OwnModel(), OwnModel()
+    for name, text in texts.items():
+        setattr(model, name, text)
+        setattr(into, name, text.replace("author", "reader"))
+    removal(model)
+    require_same(model, load(save(model, tmp_path / "model"), into=into))
+    assert "author" not in (tmp_path / "model" / FILE).read_text()
+    other = OwnModel()
+    other.mode = "full"
+    with refused(r"mode is 'full'.*'causal'", other):
+        load(tmp_path / "model", into=other)
+
+
 def test_a_setting_that_counts_can_be_set_first(tmp_path: Path) -> None:
     model = OwnModel()
     model.steps = 12
@@ -826,12 +842,29 @@ def test_what_safetensors_have_no_place_for(tmp_path: Path) -> None:
         save(spliced, tmp_path / "model")
     with pytest.raises(StreamlineError, match=r"max_shard_size='1GB'"):
         save(views, tmp_path / "model", max_shard_size="1GB")
-    sparse = OwnModel()
-    removal(sparse)
-    sparse.register_buffer("graph", torch.eye(3).to_sparse())
-    with pytest.raises(StreamlineError, match=r"graph.*OwnModel.*no plain tensor"):
-        save(sparse, tmp_path / "model")
+    sparse, quantised = torch.eye(3).to_sparse(), torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8)
+    for tensor in (sparse, quantised, torch.eye(3).as_subclass(OfAnotherClass)):
+        other = OwnModel()
+        removal(other)
+        other.register_buffer("graph", tensor)
+        with pytest.raises(StreamlineError, match=r"graph.*OwnModel.*no plain tensor"):
+            save(other, tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+class OfAnotherClass(Tensor):
+    """As tensors that hold more than their values are, a scale or a part of a mesh."""
+
+
+def test_tensors_that_partly_overlap_are_refused_wherever_they_begin(tmp_path: Path) -> None:
+    flat = torch.zeros(64)
+    for first, second in ((flat[8:20], flat[16:24]), (flat[:16], flat[15:40]), (flat[:8], flat[4:6])):
+        model = OwnModel()
+        removal(model)
+        model.register_buffer("first", first)
+        model.register_buffer("second", second)
+        with pytest.raises(StreamlineError, match=r"first and second overlap"):
+            save(model, tmp_path / "model")
 
 
 def test_a_tensor_that_is_a_part_of_a_larger_one(tmp_path: Path) -> None:
