@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from streamline_hooks import LayerSurgeon, StreamlineError, compress, load, save
 from streamline_hooks.checkpoint import require_free
@@ -74,6 +77,18 @@ def test_so_are_the_pages_and_measurements_beside_the_model(saved: Path, tmp_pat
     assert not (saved / "figures").exists() and [path.name for path in saved.parent.iterdir()] == ["saved"]
 
 
+def test_so_are_a_tokenizers_files_of_any_name(tmp_path: Path) -> None:
+    class OwnTokenizer(PreTrainedTokenizerFast):
+        def save_pretrained(self, folder: Any, *args: Any, **kwargs: Any) -> Any:
+            (Path(folder) / "words of our own.txt").write_text("one")
+
+    tokenizer = OwnTokenizer(tokenizer_object=Tokenizer(WordLevel({"one": 0})))
+    for _ in range(2):
+        save(repaired("llama"), tmp_path / "out", tokenizer=tokenizer, overwrite=True)
+    assert (tmp_path / "out" / "words of our own.txt").exists()
+    load(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     "name",
     ["notes.txt", "model.bin", "figures/photo.jpg", "checkpoint-1/config.json", ".git/HEAD", "model.safetensors.bak"],
@@ -82,6 +97,14 @@ def test_files_that_save_did_not_write_are_kept(name: str, saved: Path, tmp_path
     (saved / name).parent.mkdir(exist_ok=True)
     (saved / name).write_text("mine")
     refused(saved, f"did not write: {name}", tmp_path)
+
+
+def test_of_many_files_the_first_are_named(saved: Path, tmp_path: Path) -> None:
+    for name in "abc":
+        (saved / name).touch()
+    refused(saved, r"did not write: a, b, c\. ", tmp_path)
+    (saved / "d").touch()
+    refused(saved, r"did not write: a, b, c, \.\.\.\. ", tmp_path)
 
 
 def test_links_and_empty_folders_are_kept(saved: Path, tmp_path: Path) -> None:
