@@ -69,6 +69,16 @@ def test_what_save_wrote_is_replaced_again_and_again(build: Callable[[], nn.Modu
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_without_being_asked_to_replace_it_a_folder_is_kept(saved: Path, tmp_path: Path) -> None:
+    before = content(tmp_path)
+    with pytest.raises(StreamlineError, match=r"saved is not empty.*overwrite=True"):
+        require_free(saved)
+    with pytest.raises(StreamlineError, match=r"saved is not empty.*overwrite=True"):
+        save(repaired("llama"), saved)
+    assert content(tmp_path) == before
+    require_free(tmp_path / "models" / "new")
+
+
 def test_so_are_the_pages_and_measurements_beside_the_model(saved: Path, tmp_path: Path) -> None:
     (saved / "figures").mkdir()
     for name in ("report.html", "figures/similarity.svg", "figures/perplexity_by_step.png", "evaluation.json"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -225,6 +226,49 @@ def test_what_another_writer_still_writes_is_not_removed(tmp_path: Path) -> None
     assert target.read_text() == "slow" and list(tmp_path.iterdir()) == [target]
 
 
+def test_what_a_killed_process_left_is_removed_before_the_next_write(tmp_path: Path) -> None:
+    """And only that of the same target, and nothing whose name is no work folder's."""
+    target, aside = tmp_path / "target", tmp_path / "aside"
+    others = [tmp_path / name for name in (".target", ".target.writing", "target.writing")]
+    for other in others:
+        other.mkdir()
+    for with_lock in (True, False):
+        with atomic_file(target) as new:
+            new.write_text("killed")
+            work = new.parent.parent
+            shutil.copytree(work, aside)
+        if not with_lock:
+            shutil.rmtree(aside)
+            aside.mkdir()
+        aside.rename(work)
+        write(tmp_path / "targe", "another")
+        assert work.exists()
+        write(target, "next")
+        assert target.read_text() == "next"
+        assert {path.name for path in tmp_path.iterdir()} == {"target", "targe", *(other.name for other in others)}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files are not locked there")
+def test_nothing_is_taken_for_a_leftover_where_files_cannot_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on some network disks: whether its writer lives cannot be known."""
+    import fcntl
+
+    def flock(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    target = tmp_path / "target"
+    with atomic_file(target) as locked:
+        locked.write_text("locked")
+        monkeypatch.setattr(fcntl, "flock", flock)
+        with atomic_file(target) as slow:
+            slow.write_text("slow")
+            write(target, "quick")
+        assert target.read_text() == "slow"
+    assert target.read_text() == "locked" and list(tmp_path.iterdir()) == [target]
+
+
 # Processes that are killed, or write the same: forked by one process of its own, which imports once
 
 FORKS = """
@@ -330,6 +374,14 @@ def test_the_check_changes_nothing(tmp_path: Path) -> None:
     write_folder(tmp_path / "folder", "first")
     check_writable(tmp_path / "folder", folder=True)
     assert content_of(tmp_path / "folder") == "first" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_without_saying_so_a_file_is_checked(tmp_path: Path) -> None:
+    write(tmp_path / "file", "first")
+    check_writable(tmp_path / "file")
+    write_folder(tmp_path / "folder", "first")
+    with pytest.raises(StreamlineError, match=r"folder is a folder.*another name"):
+        check_writable(tmp_path / "folder")
 
 
 @pytest.mark.parametrize("folder", [True, False])
