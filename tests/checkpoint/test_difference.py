@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, compare_blocks, load, save
+from streamline_hooks.checkpoint import BlockMatch
 from streamline_hooks.cli import app
 from streamline_hooks.stack import find_stack
 from tests.tiny_models import FAMILIES, WIDTH, tiny_model
@@ -47,6 +48,13 @@ def test_changed_new_and_equal_ones() -> None:
     assert len(found[1].changed) == len(list(blocks[1].parameters()))
     assert (found[2].source, str(found[2])) == (None, "   2 <- none, it is new")
     assert (found[3].source, found[3].changed, found[3].distance) == (3, (), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "listed"), [("abc", ": a, b, c"), ("abcd", ": a, b, c and 1 more"), ("abcdefg", ": a, b, c and 4 more")]
+)
+def test_of_many_changed_weights_three_are_named_and_the_others_counted(changed: str, listed: str) -> None:
+    assert str(BlockMatch(2, 5, tuple(changed), 0.125)) == f"   2 <- 5, changed by 12.50%{listed}"
 
 
 def test_another_precision_is_no_change() -> None:
