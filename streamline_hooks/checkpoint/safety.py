@@ -5,7 +5,7 @@ Loading reads JSON and safetensors, which run nothing, from this folder and from
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -134,7 +134,7 @@ def _shards(index: Path) -> dict[str, list[str] | None]:
 
 def _is_plain(name: str) -> bool:
     """Whether a name is one in a folder, and no path to somewhere else."""
-    return PurePosixPath(name).name == name == PureWindowsPath(name).name and name not in ("", ".", "..")
+    return PureWindowsPath(name).name == name and name not in ("", "..")  # Windows separates by / too
 
 
 def _check_weights(folder: Path, name: str, keys: list[str] | None) -> None:
