@@ -105,7 +105,8 @@ def test_an_index_that_lies(copied: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["../weights.safetensors", "/etc/passwd", "a/b.safetensors", "..\\w.safetensors", ".."]
+    "path",
+    ["../weights.safetensors", "/etc/passwd", "a/b.safetensors", "..\\w.safetensors", "c:w.safetensors", "..", ".", ""],
 )
 def test_weights_outside_the_folder(path: str, copied: Callable[[str], Path]) -> None:
     folder = copied("plain_sharded")
