@@ -50,6 +50,11 @@ class ClockBlock(nn.Module):
             self.last = nn.Hardtanh(-100, 100) if number else nn.Identity()
         elif config.baked == "dropout":
             self.last = nn.Dropout(0.1) if number else nn.Identity()
+        elif config.baked == "behind dropout":
+            self.last = nn.Dropout(0.1) if number else nn.Identity()
+            self.behind = nn.Linear(8, 8) if number else _Linear(8, 8)
+        elif config.baked == "rounding":
+            self.phase = 0.1 * (number + 1) / (number + 1)
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
         return state + getattr(self, "last", nn.Identity())(self.inner(state))
@@ -83,6 +88,7 @@ PLANTED = {
     "shape": r"layers.0.phase.*\(9,\).*\(8,\)",
     "class": r"inner is a Linear.*a _Linear",
     "function": r"last is a Hardtanh.*a Identity",
+    "behind dropout": r"behind is a Linear.*a _Linear",
 }
 
 
@@ -104,6 +110,15 @@ def test_what_is_random_in_training_alone_is_no_part_of_a_checkpoint() -> None:
         surgeon.commit()
     assert [type(block.last).__name__ for block in model.layers] == ["Dropout"] * 4
     assert all(module.training for module in model.modules())
+
+
+def test_a_number_that_differs_by_rounding_alone_is_the_same() -> None:
+    model = ClockModel(ClockConfig(baked="rounding")).eval()
+    assert model.layers[2].phase != model.layers[1].phase
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([0])
+        surgeon.commit()
+    assert len(model.layers) == 4
 
 
 @pytest.mark.parametrize("name", ["beit", "data2vec"])
