@@ -34,6 +34,15 @@ def test_producers_of_shared_keys_stay_and_their_readers_may_go() -> None:
     assert _keeping(model) == keeping
 
 
+def test_the_producer_of_keys_that_one_block_reads_stays() -> None:
+    model = tiny_of_type("gemma3n_text", num_kv_shared_layers=1)
+    with LayerSurgeon(model) as surgeon:
+        (producer,) = {max(k for k in range(7) if model.config.layer_types[k] == model.config.layer_types[7])}
+        (hazard,) = surgeon.check([producer])
+        assert hazard.cause == "shared-keys" and f"block {producer} produces the keys that 7 reads" in hazard.text
+        assert surgeon.check([7]) == []
+
+
 def _keeping(model: torch.nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if getattr(module, "store_full_length_kv", False)]
 
@@ -140,6 +149,28 @@ def test_hazards_are_known_by_their_cause(model_type: str, block: int, cause: st
             with pytest.raises(UnsupportedSurgery, match="cannot go: "):
                 surgeon.remove([block])
     assert not before.changes()
+
+
+class _ScaledByNumber(torch.nn.Module):
+    """Divides by its number while it runs, as GPT-2's attention does in Transformers 4."""
+
+    scale_attn_by_inverse_layer_idx = True
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.inner, self.layer_idx = torch.nn.Linear(8, 8), number
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        return state + self.inner(state) / (self.layer_idx + 1)
+
+
+def test_blocks_that_scale_by_their_number_while_they_run_are_named() -> None:
+    model = torch.nn.Sequential(torch.nn.Sequential(*(_ScaledByNumber(k) for k in range(5))))
+    with LayerSurgeon(model) as surgeon:
+        (hazard,) = surgeon.check([2])
+        assert hazard.cause == "scale-by-number" and "blocks 2 to 4 scale" in hazard.text
+        with pytest.raises(UnsupportedSurgery, match="blocks 1 to 4 scale"):
+            surgeon.insert(1, copy.deepcopy(model[0][3]))
 
 
 def test_watching_a_forward_leaves_no_trace() -> None:
