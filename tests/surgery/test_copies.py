@@ -61,16 +61,17 @@ def test_hooks_whose_ids_look_like_block_numbers_are_no_map_of_blocks() -> None:
     assert [name for _, name, _ in found] == ["by_number"]
 
 
-def test_a_tower_inside_the_decoder_keeps_its_own_count() -> None:
-    model = tiny_model("llama")
+@pytest.mark.parametrize("blocks", [2, 8])
+def test_a_tower_inside_the_decoder_keeps_its_own_count(blocks: int) -> None:
+    model = tiny_model("llama", blocks=blocks)
     tower = torch.nn.Module()
-    tower.layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(2, 2)) for _ in range(8))
-    tower.num_hidden_layers = 8
+    tower.layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(2, 2)) for _ in range(blocks))
+    tower.num_hidden_layers = blocks
     model.model.tower = tower
-    model.model.layers[4].tower = tower
+    model.model.layers[1].tower = tower
     with LayerSurgeon(model, "model.layers", probe=False) as surgeon:
-        surgeon.remove([2])
-        assert tower.num_hidden_layers == 8
+        surgeon.remove([0])
+        assert tower.num_hidden_layers == blocks
 
 
 @pytest.mark.parametrize("change", [{"dtype": torch.float64}])

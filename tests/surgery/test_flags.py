@@ -96,6 +96,18 @@ def test_flags_of_some_submodules_follow_those_of_the_other_blocks() -> None:
         assert set(trainable(block.self_attn).values()) == {True}
 
 
+def test_two_kept_blocks_that_change_together_are_followed() -> None:
+    """One alone may have been meant alone; see the next test."""
+    model = tiny_model("llama").eval()
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove(range(1, 5))
+        for layer in model.model.layers:
+            layer.mlp.train().requires_grad_(False)
+    for layer in model.model.layers:
+        assert layer.mlp.training and not layer.mlp.up_proj.weight.requires_grad
+        assert not layer.training and layer.self_attn.q_proj.weight.requires_grad
+
+
 def test_a_mode_that_is_set_for_the_only_kept_block_stays_its_own() -> None:
     model = tiny_model("llama").eval()
     with LayerSurgeon(model) as surgeon:

@@ -145,6 +145,8 @@ class SelfModifying(nn.Module):
         super().__init__()
         self.inner: nn.Module = nn.Linear(4, 4)
         self.register_buffer("table", torch.zeros(2), persistent=False)
+        self.register_buffer("means", torch.zeros(2, 2))
+        self.register_buffer("order", torch.zeros(2, 2, dtype=torch.long), persistent=False)
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
         self.state = torch.zeros(3)
         self.seen: list[int] = []
@@ -156,7 +158,8 @@ class SelfModifying(nn.Module):
         self.inner = nn.Identity()
         self.table = torch.ones(5)
         self.register_buffer("new_table", torch.ones(1), persistent=False)
-        self.calls += 1
+        for buffer in (self.means, self.order, self.calls):
+            buffer += 1
         self.state += 1
         self.seen.append(state.shape[1])
         self.by_length[state.shape[1]] = "many"
