@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -48,6 +49,38 @@ def test_a_repaired_model_comes_back(family: str, window: range, tmp_path: Path)
     batch, options = left_padded(2, 7), {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     with_cache, without = (loaded.generate(**batch, **options, use_cache=c) for c in (True, False))
     assert torch.equal(with_cache, without)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_have_the_names_that_the_architecture_stores_them_by(family: str, tmp_path: Path) -> None:
+    """GPT-NeoX's head has another name in a checkpoint than in the model."""
+    tiny_model(family).save_pretrained(tmp_path / "plain")
+    repaired(family).save_pretrained(tmp_path / "spliced")
+    plain, spliced = (stored_names(tmp_path / folder) for folder in ("plain", "spliced"))
+    beside = {name for name in spliced if "spliced_before" in name}
+    assert beside and spliced - beside < plain
+    outside = {name for name in plain if not any(part.isdigit() for part in name.split("."))}
+    assert outside < spliced
+
+
+def stored_names(folder: Path) -> set[str]:
+    with safe_open(folder / "model.safetensors", "pt") as stored:
+        return set(stored.keys())
+
+
+def test_a_guard_that_is_on_disk_has_the_models_shape_where_it_runs(tmp_path: Path) -> None:
+    """GPT-2's norm, unlike an RMS norm, fails on a weight with a leading axis."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = repaired("gpt2")
+    model.save_pretrained(tmp_path / "model")
+    names = [*(f"transformer.{name}" for name, _ in model.transformer.named_children()), "lm_head"]
+    where = {name: "disk" if name.endswith("ln_f") else "cpu" for name in names}
+    loaded = load(tmp_path / "model", device_map=where, offload_folder=str(tmp_path / "weights"))
+    assert loaded.transformer.ln_f.weight.is_meta, "it is not on disk"
+    for folder in ("again", "once more"):
+        assert torch.equal(logits(loaded), logits(model))
+        loaded.save_pretrained(tmp_path / folder)
+        assert torch.equal(logits(load(tmp_path / folder)), logits(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
