@@ -91,6 +91,19 @@ def test_a_block_that_is_exchanged_keeps_what_stands_beside_it(which: str, k: in
     assert torch.equal(logits(model), expected)
 
 
+def test_a_window_before_it_leaves_what_stands_at_the_end() -> None:
+    """Also after a window at the start, and one that ends where the last block begins."""
+    model = operated(range(7, 8))
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([0])
+        surgeon.remove(range(3, 6))
+        last = find_stack(model)[-1]
+        assert last is surgeon.stack[6] and [type(m) for m in spliced(last, AFTER)] == [LinearReplacement]
+        assert surgeon.plan.dropped == ()
+        surgeon.commit()
+    assert len(spliced(find_stack(model)[-1], AFTER)) == 1
+
+
 def test_only_a_block_is_exchanged() -> None:
     with (
         LayerSurgeon(tiny_model("llama")) as surgeon,

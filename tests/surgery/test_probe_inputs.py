@@ -75,6 +75,18 @@ def test_patches_come_with_their_grid_and_their_places() -> None:
     assert given["mm_token_type_ids"].sum(dim=1).tolist() == [6, 6]
 
 
+def test_images_have_three_channels_where_a_configuration_does_not_say() -> None:
+    """BLIP-2's names none, and its patches are made of three."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = transformers.Blip2VisionConfig(**sizes, image_size=16, patch_size=8)
+    model = transformers.Blip2VisionModel(config).eval()
+    assert not hasattr(config, "num_channels")
+    (given,) = probe_inputs(model, {"pixel_values"})
+    assert given["pixel_values"].shape == (2, 3, 16, 16)
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([1])  # else it warns that it is not held against anything
+
+
 def test_what_a_forward_keeps_on_the_model_is_as_it_was() -> None:
     """Qwen2-VL keeps by how much the images of its last call shift positions, and uses that when it decodes."""
     model, case = made("qwen2-vl pictures"), OTHERS["qwen2-vl pictures"]

@@ -262,6 +262,17 @@ def test_a_copy_made_inside_the_context_keeps_its_own_settings() -> None:
     assert "_streamline_hooks_origin" not in vars(find_stack(model)[1])
 
 
+def test_a_copy_made_after_an_inner_surgeon_closed_keeps_its_own_settings() -> None:
+    model = tiny_model("gemma3")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([0])
+        with LayerSurgeon(model) as inner:
+            inner.remove([2])
+        copied = copy.deepcopy(surgeon.stack.container[0])  # the old block 1, which attends fully
+        surgeon.insert(BLOCKS, copied)
+        assert model.config.layer_types[-1] == "full_attention"
+
+
 def test_a_block_of_unknown_settings_is_refused() -> None:
     model = tiny_model("gemma3")
     stranger = copy.deepcopy(find_stack(model)[0])
