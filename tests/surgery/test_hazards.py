@@ -146,8 +146,9 @@ def test_hazards_are_known_by_their_cause(model_type: str, block: int, cause: st
                 surgeon.commit()
             assert refused.value.cause == cause
         else:
-            with pytest.raises(UnsupportedSurgery, match="cannot go: "):
-                surgeon.remove([block])
+            for module in (None, torch.nn.Identity()):
+                with pytest.raises(UnsupportedSurgery, match="cannot go: "):
+                    surgeon.replace([block], module)
     assert not before.changes()
 
 

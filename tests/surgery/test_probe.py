@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, compress, find_stack, resume
 from streamline_hooks.batch import prepare
 from streamline_hooks.errors import UnsupportedSurgery
-from streamline_hooks.surgery.probe import logits_of_probe, undisturbed
+from streamline_hooks.surgery.probe import logits_of_probe, observe, undisturbed
 from streamline_hooks.testing import causal_model_types
 from streamline_hooks.testing import tiny_model as tiny
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_config, tiny_model
 
 
 def test_what_is_wrapped_for_mixed_precision_is_probed_in_its_own() -> None:
@@ -36,6 +38,22 @@ def test_what_is_wrapped_for_mixed_precision_is_probed_in_its_own() -> None:
     with LayerSurgeon(model) as surgeon:
         surgeon.remove(range(1, 3))
     assert model.forward is wrapped
+
+
+class TwoCodebooks(LlamaForCausalLM):
+    """Answers with logits of two codebooks for each token."""
+
+    @functools.wraps(LlamaForCausalLM.forward)  # what it takes is read
+    def forward(self, *args: Any, **given: Any) -> Any:
+        output = super().forward(*args, **given)
+        output.logits = torch.stack([output.logits, -output.logits], dim=2)
+        return output
+
+
+def test_cached_decoding_is_compared_where_a_token_has_more_than_one_row_of_logits() -> None:
+    model: Any = TwoCodebooks(tiny_config("llama")).eval()
+    truth = observe(find_stack(model), range(1, 2))
+    assert truth is not None and truth.logits.ndim == 4 and truth.cached
 
 
 def test_what_transformers_installs_while_it_probes_stays_beside_the_users_hooks() -> None:
