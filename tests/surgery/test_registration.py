@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 
 from streamline_hooks import save
+from streamline_hooks.surgery.registration import register_with_transformers
 from tests.processes import in_a_new_process
 from tests.tiny_models import repaired
 
@@ -23,6 +26,22 @@ def test_any_order_of_imports_loads(order: str, tmp_path: Path) -> None:
     save(repaired("llama"), tmp_path / "model")
     code = ORDERS[order] + "\nimport sys\nprint(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
     assert in_a_new_process(code, tmp_path / "model").stdout.strip().endswith("StreamlinedLlamaForCausalLM")
+
+
+def test_what_waits_for_the_auto_classes_is_gone_once_they_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers.models.auto as package
+
+    name = f"{package.__name__}.configuration_auto"
+    monkeypatch.setattr(package, "configuration_auto", sys.modules[name])
+    monkeypatch.delitem(sys.modules, name)
+    finders = list(sys.meta_path)
+    for _ in range(2):
+        register_with_transformers()
+        assert len(sys.meta_path) == len(finders) + 1 and name not in sys.modules
+    assert importlib.util.find_spec(name), "somebody asks whether it is there, and does not import it"
+    auto = importlib.import_module(name)
+    assert sys.meta_path == finders
+    assert auto.CONFIG_MAPPING["streamline_hooks"].__name__ == "StreamlinedConfig"
 
 
 def test_importing_brings_in_no_table_of_classes() -> None:
