@@ -67,11 +67,12 @@ def test_a_tower_inside_the_decoder_keeps_its_own_count(blocks: int) -> None:
     tower = torch.nn.Module()
     tower.layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(2, 2)) for _ in range(blocks))
     tower.num_hidden_layers = blocks
-    model.model.tower = tower
+    model.model.tower, model.model.num_hidden_layers = tower, blocks
     model.model.layers[1].tower = tower
     with LayerSurgeon(model, "model.layers", probe=False) as surgeon:
         surgeon.remove([0])
-        assert tower.num_hidden_layers == blocks
+        assert (tower.num_hidden_layers, model.model.num_hidden_layers) == (blocks, blocks - 1)
+    assert model.model.num_hidden_layers == blocks
 
 
 @pytest.mark.parametrize("change", [{"dtype": torch.float64}])

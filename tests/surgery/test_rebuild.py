@@ -64,6 +64,9 @@ class _Linear(nn.Linear):
     pass
 
 
+built: list[str] = []  # where the weights of each ClockModel are, in the order in which they were made
+
+
 class ClockModel(PreTrainedModel):
     config_class = ClockConfig
     base_model_prefix = ""
@@ -72,6 +75,7 @@ class ClockModel(PreTrainedModel):
         super().__init__(config)
         self.embed = nn.Embedding(16, 8)
         self.layers = nn.ModuleList(ClockBlock(config, k) for k in range(config.num_hidden_layers))
+        built.append(self.layers[0].inner.weight.device.type)
         self.head = nn.Linear(8, 16)
         self.post_init()
 
@@ -110,6 +114,18 @@ def test_what_is_random_in_training_alone_is_no_part_of_a_checkpoint() -> None:
         surgeon.commit()
     assert [type(block.last).__name__ for block in model.layers] == ["Dropout"] * 4
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("baked", ["", "buffer"])
+def test_what_is_built_to_compare_takes_no_memory_for_weights(baked: str) -> None:
+    """Also where buffers are compared, which need values."""
+    if baked:
+        pytest.importorskip("accelerate", reason="accelerate is not installed")
+    with LayerSurgeon(ClockModel(ClockConfig(baked=baked)).eval()) as surgeon:
+        surgeon.remove([4])
+        built.clear()
+        surgeon.commit()
+    assert built == ["meta"]
 
 
 def test_a_number_that_differs_by_rounding_alone_is_the_same() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, LinearReplacement, StreamlineError, find_stack
 from streamline_hooks.evaluation import Candidate, distances_of_candidates
 from streamline_hooks.surgery.opened import refuse_open_surgery
+from streamline_hooks.surgery.splice import BEFORE, spliced
 from streamline_hooks.task import Task
 from tests.surgery.interruptions import interrupted_at
 from tests.tiny_models import BLOCKS, Nudge, repaired, tiny_model, tokens
@@ -128,6 +129,20 @@ def test_a_block_that_is_copied_leaves_the_splices_beside_it() -> None:
     with LayerSurgeon(model) as surgeon:
         added = surgeon.insert(BLOCKS, surgeon.stack[2])
         assert "spliced_before" not in added._modules and not added._forward_pre_hooks
+
+
+def test_an_offloaded_splice_goes_to_another_block() -> None:
+    """Accelerate brings it to where it runs."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    expected = with_splices(2)
+    with LayerSurgeon(expected) as surgeon:
+        surgeon.remove([2])
+        surgeon.commit()
+    model = accelerate.cpu_offload(with_splices(2), execution_device=torch.device("cpu"))
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([2])
+        assert [len(spliced(block, BEFORE)) for block in surgeon.stack.container] == [0, 0, 1, 0, 0]
+        assert torch.equal(logits(model), logits(expected))
 
 
 def test_hooks_come_back_in_their_order() -> None:

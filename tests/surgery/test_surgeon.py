@@ -499,6 +499,9 @@ def test_the_same_block_cannot_go_twice() -> None:
         with pytest.raises(StreamlineError, match=r"block 2.*1 or 3"):
             surgeon.insert(2, Nudge())
         surgeon.insert(4, Nudge())
+        with pytest.raises(StreamlineError, match=r"Blocks 3 to 5.*before block 4.*apart"):
+            surgeon.remove(range(3, 6))
+        surgeon.insert(4, Nudge())
         with pytest.raises(StreamlineError, match="before block 4 between them"):
             surgeon.remove(range(3, 5))
         with pytest.raises(StreamlineError, match=r"insert.7.*6 blocks.*0 to 6"):
