@@ -64,7 +64,7 @@ def _ids(model: Any, first: int = 3) -> Tensor:
 
 
 def _pictures(model: Any) -> dict[str, Tensor]:
-    configs = (model.config, getattr(model.config, "vision_config", None))
+    configs = (model.config, *(getattr(model.config, name, None) for name in ("vision_config", "encoder")))
     described = next((c for c in configs if getattr(c, "image_size", None)), None)
     if described is None:
         return {}

@@ -10,11 +10,11 @@ import pytest
 import torch
 import transformers
 
-from streamline_hooks import LayerSurgeon, UnsupportedSurgery, find_stack
+from streamline_hooks import LayerSurgeon, UnsupportedSurgery, find_stack, find_stacks
 from streamline_hooks.hidden_state import read_output, write_output
 from streamline_hooks.surgery.probe import given_to_probe, observe
 from streamline_hooks.surgery.probe_inputs import probe_inputs
-from tests.other_models import OTHERS, made
+from tests.other_models import OTHERS, PICTURE, made
 
 # Transformers 4 gives Qwen2-VL's tokens their positions anew at each step, unless it is told where they are.
 # A T5 encoder cannot become shorter than its decoder before Transformers 5.
@@ -85,6 +85,21 @@ def test_images_have_three_channels_where_a_configuration_does_not_say() -> None
     assert given["pixel_values"].shape == (2, 3, 16, 16)
     with LayerSurgeon(model) as surgeon:
         surgeon.remove([1])  # else it warns that it is not held against anything
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_a_text_that_is_written_of_an_image(side: str) -> None:
+    """TrOCR and Donut: the tower's configuration is that of an encoder."""
+    text = {"n_layer": 4, "n_embd": 32, "n_head": 4, "n_positions": 64, "vocab_size": 64, "eos_token_id": 2}
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.ViTConfig(**PICTURE), transformers.GPT2Config(**text, add_cross_attention=True)
+    )
+    model: Any = transformers.VisionEncoderDecoderModel(config=config).eval()
+    stack = find_stack(model, next(s.path for s in find_stacks(model) if s.path.startswith(side)))
+    truth = observe(stack, range(1, 2))
+    assert truth is not None and set(truth.given) == {"pixel_values", "decoder_input_ids"} and truth.cached
+    with LayerSurgeon(model, stack.path) as surgeon:
+        surgeon.remove([1])
 
 
 def test_what_a_forward_keeps_on_the_model_is_as_it_was() -> None:
