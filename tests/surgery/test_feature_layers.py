@@ -12,7 +12,7 @@ import transformers
 from streamline_hooks import LayerSurgeon, UnsupportedSurgery, find_stack
 from streamline_hooks.testing.assertions.bypassing import bypassing
 from streamline_hooks.testing.assertions.model_state import ModelState
-from tests.other_models import OTHERS, PICTURE, TEXT
+from tests.other_models import OTHERS, PICTURE, TEXT, pictures
 
 BLOCKS = 5
 
@@ -72,3 +72,24 @@ def test_a_feature_layer_that_would_be_another_is_refused(feature_layer: int | l
     with LayerSurgeon(model, "vision") as surgeon, pytest.raises(UnsupportedSurgery, match=f"Blocks {k} to {k}"):
         surgeon.remove([k])
     assert before.changes() == []
+
+
+@pytest.mark.parametrize(("k", "left"), [(0, [1, 4]), (1, [1, 4]), (3, [2, 4]), (4, [2, 4])])
+def test_a_backbone_gives_the_states_behind_the_same_blocks(k: int, left: list[int]) -> None:
+    """Or behind the last one that is left before them."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "image_size": 16}
+    config = transformers.Dinov2Config(**sizes, patch_size=8, out_indices=[2, BLOCKS])
+    model: Any = transformers.Dinov2Backbone(config).eval()
+
+    @torch.no_grad()
+    def states() -> tuple[torch.Tensor, ...]:
+        found: tuple[torch.Tensor, ...] = model(pictures()["pixel_values"]).feature_maps
+        return found
+
+    with bypassing(model, range(k, k + 1)):
+        expected = states()
+    with LayerSurgeon(model, probe=False) as surgeon:
+        surgeon.remove([k])
+        assert model.config.out_indices == left
+        torch.testing.assert_close(states(), expected)

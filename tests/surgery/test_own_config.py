@@ -170,6 +170,21 @@ def test_surgeons_on_two_stacks_close_in_any_order(last: int) -> None:
     assert torch.equal(answer(other, "bart encoder"), state)
 
 
+@pytest.mark.parametrize("last", [0, 1])
+def test_each_tower_has_its_configuration_back_whichever_surgeon_closes_last(last: int) -> None:
+    """The one around both is still needed when the first surgeon closes."""
+    model = made("clip text")
+    held, values = configs(model), copy.deepcopy(model.config.to_dict())
+    surgeons = [LayerSurgeon(model, OTHERS[name].path(model)) for name in ("clip text", "clip pictures")]
+    for surgeon in surgeons:
+        surgeon.__enter__()
+        surgeon.remove([1])
+    surgeons[1 - last].__exit__(None, None, None)
+    surgeons[last].__exit__(None, None, None)
+    assert all(now is before for now, before in zip(configs(model), held, strict=True))
+    assert model.config.to_dict() == values
+
+
 @pytest.mark.parametrize("name", ["llava text", "llava pictures", "clip text", "t5 encoder", "whisper decoder"])
 def test_a_part_of_a_composite_configuration(name: str) -> None:
     if name == "t5 encoder" and transformers.__version__ < "5":

@@ -40,6 +40,24 @@ def test_what_is_wrapped_for_mixed_precision_is_probed_in_its_own() -> None:
     assert model.forward is wrapped
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_fault_is_seen_in_half_precision(dtype: torch.dtype) -> None:
+    """A planted one: a block adds something once it has another number of blocks before it."""
+    model: Any = tiny_model("llama", dtype)
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([1])
+    stack = find_stack(model)
+    forward, length = stack[2].forward, len(stack)
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        return output if len(stack.container) == length else output + 0.3 * torch.arange(32).sin().to(dtype)
+
+    stack[2].forward = faulty
+    with LayerSurgeon(model) as surgeon, pytest.raises(UnsupportedSurgery, match="other logits"):
+        surgeon.remove([1])
+
+
 class TwoCodebooks(LlamaForCausalLM):
     """Answers with logits of two codebooks for each token."""
 
