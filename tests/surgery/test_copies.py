@@ -75,6 +75,17 @@ def test_a_tower_inside_the_decoder_keeps_its_own_count(blocks: int) -> None:
     assert model.model.num_hidden_layers == blocks
 
 
+def test_a_tower_of_as_many_blocks_follows_in_what_it_holds_of_the_decoder() -> None:
+    """Its own count, which comes first, stays."""
+    model = tiny_model("llama")
+    model.model.tower = tower = torch.nn.Module()
+    tower.num_hidden_layers, tower.attends_with = 8, (sparse := [2, 5])
+    sources = [0, 2, 3, 4, 5, 6, 7]
+    old, new = ({"num_hidden_layers": n, "mlp_only_layers": kinds} for n, kinds in ((8, sparse), (7, [1, 4])))
+    found = [(name, value) for module, name, value in find_copies(find_stack(model), old, new, sources)]
+    assert found == [("attends_with", [1, 4])]
+
+
 @pytest.mark.parametrize("change", [{"dtype": torch.float64}])
 def test_slices_come_back_to_where_the_model_is_then(change: dict[str, torch.dtype]) -> None:
     model = tiny_model("gemma3n_text")

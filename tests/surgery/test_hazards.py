@@ -98,6 +98,10 @@ def test_what_is_seen_and_added_behind_the_first_blocks_of_a_text_keeps_them_in_
             surgeon.insert(1, copy.deepcopy(stack[3]))
         surgeon.insert(1, torch.nn.Identity())  # which takes no number
         surgeon.exchange(0, copy.deepcopy(stack[0]))
+    model.config.vision_config.deepstack_visual_indexes = [0, 1, 2]
+    with LayerSurgeon(model, path) as surgeon:
+        (hazard,) = surgeon.check([2])
+        assert hazard.cause == "features-by-number" and "blocks up to 2" in hazard.text
 
 
 def test_per_layer_embeddings_that_cannot_be_picked_are_named() -> None:

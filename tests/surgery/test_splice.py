@@ -184,7 +184,9 @@ def test_names_of_the_blocks_keep_their_form() -> None:
 
     numbered = nn.Sequential(OrderedDict((f"layer_{k}", _Residual()) for k in range(4)))
     spoken = nn.Sequential(OrderedDict((name, _Residual()) for name in ("a", "b", "c")))
-    for stack, gone, names in ((numbered, 1, ["layer_0", "layer_1", "layer_2"]), (spoken, 0, ["b", "c"])):
+    both = nn.Sequential(OrderedDict((name, _Residual()) for name in ("0", "1", "2", "last")))
+    cases = ((numbered, 1, ["layer_0", "layer_1", "layer_2"]), (spoken, 0, ["b", "c"]), (both, 1, ["0", "2", "last"]))
+    for stack, gone, names in cases:
         holder = nn.Module()
         holder.stack = stack
         before = list(holder.state_dict())
