@@ -258,6 +258,9 @@ def test_what_cannot_be_meant() -> None:
         for factor in (0.0, -1.0, float("inf"), float("nan")):
             with pytest.raises(StreamlineError, match=f"{factor}"):
                 surgeon.scale(2, factor)
+        for k, factor in ((True, 1.5), ("2", 1.5), (2.5, 1.5), (2, "1.5"), (2, True)):
+            with pytest.raises(StreamlineError, match=rf"scale.*({k!r}|{factor!r}).*Expected.*Pass"):
+                surgeon.scale(k, factor)  # type: ignore[arg-type]
         with pytest.raises(StreamlineError, match=r"scale\(7.*6 blocks"):
             surgeon.scale(7, 1.5)
         surgeon.replace(range(1, 4), Nudge())
