@@ -234,12 +234,15 @@ def output_axis(probe: BranchAlone, paths: list[str], what: str) -> int:
 
 
 def _probe_map(features: int) -> Tensor:
-    """Q: one entry of ±½, ±1 or ±2 in each row and each column."""
+    """Q: one entry of ±½, ±1 or ±2 in each row and each column.
+
+    It moves all features round in one cycle, so that no scale for each feature commutes with it.
+    """
     generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(features, generator=generator)
+    cycle = torch.randperm(features, generator=generator)
     powers, signs = (torch.randint(low, 2, (features,), generator=generator) for low in (-1, 0))
     q = torch.zeros(features, features, dtype=torch.float64)
-    q[torch.arange(features), order] = (2 * signs - 1) * torch.pow(2.0, powers.double())
+    q[cycle, cycle.roll(1)] = (2 * signs - 1) * torch.pow(2.0, powers.double())
     return q
 
 

@@ -307,11 +307,11 @@ def test_an_overflow_is_refused() -> None:
 class Ending(nn.Module):
     """A plain pre-norm block, with something between its MLP and the residual stream."""
 
-    def __init__(self, ending: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, ending: Callable[[torch.Tensor], torch.Tensor], width: int = 16) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
-        self.mlp = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16))
-        self.norm, self.ending = nn.LayerNorm(16), ending
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 24), nn.GELU(), nn.Linear(24, width))
+        self.norm, self.ending = nn.LayerNorm(width), ending
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
         normed = self.norm(state)
@@ -342,6 +342,15 @@ def test_what_comes_behind_the_projections_decides(ending: str, dtype: torch.dty
         else:
             with pytest.raises(UnsupportedSurgery, match=r"mlp branch of block 1 .*more than a sum"):
                 surgeon.fold(1, a_map(16), batch=batch)
+
+
+@pytest.mark.parametrize("feature", range(8))
+def test_a_factor_on_one_feature_comes_behind_the_projections_whichever_it_is(feature: int) -> None:
+    scales = torch.ones(8)
+    scales[feature] = 2.0
+    model = nn.Sequential(nn.Identity(), nn.Sequential(*(Ending(lambda added: added * scales, 8) for _ in range(3))))
+    with LayerSurgeon(model.eval()) as surgeon, pytest.raises(UnsupportedSurgery, match="more than a sum"):
+        surgeon.fold(1, a_map(8), batch={"input": torch.randn(2, 6, 8)})
 
 
 # Saying no
