@@ -171,6 +171,23 @@ def test_a_kind_of_model_that_is_registered_by_its_user(tmp_path: Path) -> None:
     assert torch.equal(load(tmp_path / "model")(ids).logits, model(ids).logits)
 
 
+class SaysItsHead(ClockModel):
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def test_the_head_of_a_model_that_does_not_say_its_embedding_is_no_guard() -> None:
+    """Loading may pad a head and tie it by its shape, which must be what the class expects."""
+    guards = []
+    for model_class in (ClockModel, SaysItsHead):
+        model = model_class(ClockConfig(tie_word_embeddings=False)).eval()
+        with LayerSurgeon(model) as surgeon:
+            surgeon.replace([1, 2], LinearReplacement(8))
+            surgeon.commit()
+        guards.append(model.config.streamline_hooks["guard"])
+    assert guards == ["head.bias", "layers.0.inner.bias"]
+
+
 def test_a_model_whose_configuration_counts_no_blocks() -> None:
     model = ClockModel(ClockConfig())
     model.config.num_hidden_layers = 99

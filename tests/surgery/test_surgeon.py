@@ -612,6 +612,18 @@ def test_no_surgeon_keeps_a_model_alive() -> None:
 # Committing
 
 
+def test_a_committed_surgeon_closes_without_a_look_at_what_was_opened_after_it() -> None:
+    model = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([1])
+        surgeon.commit()
+        later = LayerSurgeon(model).__enter__()
+        later.remove([0])
+    assert len(surgeon.stack) == BLOCKS - 1 and len(find_stack(model)) == BLOCKS - 2
+    later.__exit__(None, None, None)
+    assert len(find_stack(model)) == BLOCKS - 1
+
+
 def test_commit_is_permanent_and_says_what_was_done() -> None:
     model = tiny_model("llama")
     with LayerSurgeon(model) as surgeon:
