@@ -41,6 +41,7 @@ def test_the_producer_of_keys_that_one_block_reads_stays() -> None:
         (hazard,) = surgeon.check([producer])
         assert hazard.cause == "shared-keys" and f"block {producer} produces the keys that 7 reads" in hazard.text
         assert surgeon.check([7]) == []
+        assert {hazard, *surgeon.check([producer])} == {hazard}, "the same one, which is in a set once"
 
 
 def _keeping(model: torch.nn.Module) -> list[str]:
