@@ -46,7 +46,7 @@ def find_copies(
     ours: set[int] = set()
     for module in modules_that_may_copy(stack) if among is None else among:
         for name, held in vars(module).items():
-            if name.startswith("_"):  # what torch keeps: hooks by their number, parameters by their name
+            if name.startswith("_") and name not in new:  # what torch keeps: hooks by number, parameters by name
                 continue
             if isinstance(held, (list, tuple)) and any(held is value for value in old.values()):
                 yield module, name, next(new[key] for key, value in old.items() if held is value)
