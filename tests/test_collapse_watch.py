@@ -206,7 +206,7 @@ def test_before_the_surgery_and_after_it(
             lengths.append(len(find_stack(self.model)))
             return ["It is lost."]
 
-    monkeypatch.setattr(importlib.import_module("streamline_hooks.compress"), "CollapseWatch", Watch)
+    monkeypatch.setattr(importlib.import_module("streamline_hooks.pipeline.compress"), "CollapseWatch", Watch)
     result = compress(copy.deepcopy(model), tokenizer, story_texts, remove=1, kind="none", shortlist=2, **SMALL)
     assert lengths == [5, 4] and result.warnings == ["It is lost."]
     result = compress(model, tokenizer, story_texts, remove=1, kind="none", shortlist=2, side_by_side=False, **SMALL)

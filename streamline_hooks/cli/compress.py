@@ -213,9 +213,9 @@ def compress(
     from streamline_hooks.cli.budget import PRESET, refuse_beside_budget, said_again
     from streamline_hooks.cli.dry_run import say_costs
     from streamline_hooks.cli.task_data import Amounts, batches_for
-    from streamline_hooks.compress import compress as run
     from streamline_hooks.distributed import together
-    from streamline_hooks.iterative import blocks_by_round, compress_iteratively
+    from streamline_hooks.pipeline.compress import compress as run
+    from streamline_hooks.pipeline.iterative import blocks_by_round, compress_iteratively
     from streamline_hooks.planning.duration import parse_duration
     from streamline_hooks.preparation import prepare_compression, require_parts
     from streamline_hooks.repair import kind_named

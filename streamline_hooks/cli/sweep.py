@@ -63,9 +63,9 @@ def sweep(
     """
     from streamline_hooks.core import atomic_file, check_writable
     from streamline_hooks.json_file import write_json
+    from streamline_hooks.pipeline.sweep import sweep as run
     from streamline_hooks.repair import Objective, Training, kind_named
     from streamline_hooks.selection import Target
-    from streamline_hooks.sweep import sweep as run
 
     refuse_unused(context, search)
     check_writable(output / "sweep.json")

@@ -12,9 +12,9 @@ from streamline_hooks.batch import batches_of
 from streamline_hooks.calibration import split_documents
 from streamline_hooks.checkpoint import compare_blocks, load, read_plans
 from streamline_hooks.checkpoint.safety import CONFIG, read_json
-from streamline_hooks.compress import compress
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import perplexity
+from streamline_hooks.pipeline.compress import compress
 from streamline_hooks.repair import kind_named
 from streamline_hooks.result import CompressionResult
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from streamline_hooks import LayerSurgeon, StreamlineError, compress, load, save
 from streamline_hooks.checkpoint import require_free
 from streamline_hooks.export import export_plain
-from streamline_hooks.iterative import compress_iteratively
+from streamline_hooks.pipeline.iterative import compress_iteratively
 from streamline_hooks.repair import Training
 from streamline_hooks.testing import tiny_model
 from tests.tiny_models import repaired

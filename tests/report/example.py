@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from streamline_hooks.sweep import Point, Sweep
+from streamline_hooks.pipeline.sweep import Point, Sweep
 
 COMMAND = "streamline-hooks compress smollm2 --remove 0.25 --output build/smollm2 --kind swiglu --train kl --report"
 DOMAINS = ("blog_18f", "fiction_austen_doyle", "news_digitalgov", "peps", "wikitext2_raw_test")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from streamline_hooks.pipeline.sweep import Point, Sweep
 from streamline_hooks.report.drawing import Style
 from streamline_hooks.report.front_figure import sweep_front
-from streamline_hooks.sweep import Point, Sweep
 from tests.report import example
 from tests.report.overlaps import drawn
 

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from streamline_hooks import StreamlineError, compress_iteratively, iterative, load
+from streamline_hooks import StreamlineError, compress_iteratively, load
 from streamline_hooks.batch_split import BatchSplit
 from streamline_hooks.calibration import TokenSplit
 from streamline_hooks.compression_costs import compression_costs
+from streamline_hooks.pipeline import iterative
 from streamline_hooks.preparation import prepare_compression
 from streamline_hooks.repair import Objective, Training, TrainingProgress
 from streamline_hooks.report import write_report

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from streamline_hooks import StreamlineError, UnsupportedSurgery, compress, sweep
 from streamline_hooks.calibration import PackedText, TokenSplit
 from streamline_hooks.calibration.split import PARTS
+from streamline_hooks.pipeline.sweep import Point, Sweep
 from streamline_hooks.selection.criteria import CRITERIA, Criterion, accuracy_drop, combined
-from streamline_hooks.sweep import Point, Sweep
 from streamline_hooks.task import Task
 from tests.evaluation.test_choices import Numbers, questions_of
 from tests.tiny_models import tiny_model
@@ -117,7 +117,7 @@ def test_what_is_known_is_not_made_again(swept: Any, story_texts: list[str], mon
     def fails(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("compressed again")
 
-    monkeypatch.setattr(sys.modules["streamline_hooks.sweep"], "compress", fails)
+    monkeypatch.setattr(sys.modules["streamline_hooks.pipeline.sweep"], "compress", fails)
     options: dict[str, Any] = {"keep_in": file, "speed_tokens": 16, "repeats": 2, **SETTINGS}
     again = sweep(model, tokenizer, story_texts, remove=[0.4, 1], kinds=["linear"], **options)
     assert again.points == (found.points[3], found.points[1])
@@ -142,7 +142,7 @@ class Counted:
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     stand_in = Counted()
-    monkeypatch.setattr(sys.modules["streamline_hooks.sweep"], "compress", stand_in)
+    monkeypatch.setattr(sys.modules["streamline_hooks.pipeline.sweep"], "compress", stand_in)
     return stand_in
 
 
@@ -232,7 +232,7 @@ def test_a_refusal_is_a_point_too(swept: Any, story_texts: list[str], monkeypatc
             raise UnsupportedSurgery("block 0 owns the position bias")
         return compress(*args, kind=kind, **settings)
 
-    monkeypatch.setattr(sys.modules["streamline_hooks.sweep"], "compress", refuses)
+    monkeypatch.setattr(sys.modules["streamline_hooks.pipeline.sweep"], "compress", refuses)
     found = sweep(model, tokenizer, story_texts, remove=[1], kinds=["linear", "none"], speed=False, **SETTINGS)
     refused, made = found.points
     assert refused.refused == "block 0 owns the position bias" and refused.perplexity_ratio is None
@@ -267,7 +267,7 @@ def test_blocks_to_keep_that_can_be_read_once_are_kept_each_time(monkeypatch: py
         found.append(list(keep))
         raise UnsupportedSurgery("noted")
 
-    monkeypatch.setattr(sys.modules["streamline_hooks.sweep"], "compress", noted)
+    monkeypatch.setattr(sys.modules["streamline_hooks.pipeline.sweep"], "compress", noted)
     sweep(MODEL, Numbers(), random_split(), remove=[1], kinds=["none", "linear"], speed=False, keep=iter([0, 2]))
     assert found == [[0, 2], [0, 2]]
 

@@ -17,10 +17,10 @@ from streamline_hooks.batch import Batch
 from streamline_hooks.batch_split import BatchSplit
 from streamline_hooks.calibration import PackedText, TokenSplit, split_documents
 from streamline_hooks.checkpoint import require_free, save
-from streamline_hooks.compress import compress
 from streamline_hooks.core import check_writable
 from streamline_hooks.distributed import Together, failing_together, here
 from streamline_hooks.errors import StreamlineError, TrainingInterrupted
+from streamline_hooks.pipeline.compress import compress
 from streamline_hooks.preparation import are_batches, require_parts, require_writable, slots_of
 from streamline_hooks.repair import Healing, Training, kind_named
 from streamline_hooks.result import CompressionResult

@@ -16,12 +16,12 @@ from torch import nn
 
 from streamline_hooks.arguments import checked
 from streamline_hooks.calibration import PackedText, TokenSplit
-from streamline_hooks.compress import compress
 from streamline_hooks.digests import autocast_dtype, batches_digest, model_digest, texts_digest, tokenizer_digest
 from streamline_hooks.errors import StreamlineError, TrainingInterrupted, UnsupportedSurgery
 from streamline_hooks.evaluation import measure_speed
 from streamline_hooks.evaluation.kept import Kept
 from streamline_hooks.evaluation.speed import PHASES, Timed, room_for_prompt
+from streamline_hooks.pipeline.compress import compress
 from streamline_hooks.preparation import are_batches
 from streamline_hooks.selection.criteria import CRITERIA, Combination, Criterion
 from streamline_hooks.statistics import Profile

@@ -1,0 +1,57 @@
+"""Run a function once a module has been imported, without importing it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+
+def after_import(name: str, function: Callable[[ModuleType], None]) -> None:
+    """Call a function with a module: now if the module is imported, else right after its import.
+
+    Parameters
+    ----------
+    name : str
+        The module's full name. Of several functions for one module, only the first is called.
+    function : callable
+        Takes the module.
+    """
+    if name in sys.modules:
+        function(sys.modules[name])
+    elif not any(isinstance(finder, _Waiting) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Waiting(name, function))
+
+
+class _Waiting(MetaPathFinder):
+    """Finds no module; wraps the loader of one that others find."""
+
+    def __init__(self, name: str, function: Callable[[ModuleType], None]) -> None:
+        self.name, self._function, self._searching = name, function, False
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self.name or self._searching:
+            return None
+        self._searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._searching = False
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader
+            execute = loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                self._function(module)
+
+            loader.exec_module = exec_module
+        return spec
