@@ -122,7 +122,7 @@ def prepare_compression(
     texts: Sequence[str] | TokenSplit | Mapping[str, PackedText] | Mapping[str, Sequence[Batch | Tensor]],
     *,
     task: Task,
-    remove: Target | int | float | str,
+    remove: Target | int | float,
     kind: Kind | str,
     search: str,
     parts: int,
@@ -149,8 +149,7 @@ def prepare_compression(
     found = find_stack(model, stack)
     refuse_open_surgery(found, "compress")
     chosen = kind_named(kind)
-    target = Target.parse(remove) if isinstance(remove, str) else remove
-    target = target if isinstance(target, Target) else Target(target)
+    target = Target.of(remove)
     protected = protected_blocks(keep, len(found))
     given = BatchSplit.of(cast(Any, texts), task) if are_batches(texts) else None
     there = texts if isinstance(texts, TokenSplit) else None
@@ -243,7 +242,7 @@ def require_text(model: PreTrainedModel, tokenizer: Any, task: Task) -> None:
 def _require_fitting(model: Any, given: BatchSplit, target: Target, task: Task, split: Mapping[str, Any]) -> None:
     if split.get("test_documents"):
         raise StreamlineError("Batches have a test part of their own; leave test_texts out.")
-    if target.of not in ("blocks", "parameters") and not task.is_of_text:
+    if "latency" in target.unit and not task.is_of_text:
         raise StreamlineError(
             f"The target {target} is a time to write, and {type(model).__name__} is for {task}. Give a number or a "
             "fraction of the blocks, or of the parameters."

@@ -17,38 +17,46 @@ FILE = Path(__file__).with_suffix(".txt")
 
 
 def describe() -> Iterator[str]:
-    """Yield one line for each public name, of the package and of its sub-packages, and for each public member."""
-    packages = [
-        info.name for info in pkgutil.walk_packages(streamline_hooks.__path__, "streamline_hooks.") if info.ispkg
-    ]
-    for package in ["streamline_hooks", *sorted(packages)]:
+    """Yield the lines of the public names of the package and its sub-packages, with one line for each parameter."""
+    modules = pkgutil.walk_packages(streamline_hooks.__path__, "streamline_hooks.")
+    first: dict[int, str] = {}
+    for package in ["streamline_hooks", *sorted(module.name for module in modules if module.ispkg)]:
         module = importlib.import_module(package)
         for name in sorted(getattr(module, "__all__", ())):
-            yield from describe_object(f"{package}.{name}", getattr(module, name))
+            path, thing = f"{package}.{name}", getattr(module, name)
+            if callable(thing) and first.setdefault(id(thing), path) != path:
+                yield f"{path} = {first[id(thing)]}"
+            else:
+                yield from describe_object(path, thing)
 
 
 def describe_object(name: str, thing: Any) -> Iterator[str]:
     if not callable(thing):
         yield f"{name}: {type(thing).__name__}"
         return
-    yield f"{name}{signature(thing)}"
+    yield from describe_call(name, thing)
     if inspect.isclass(thing) and thing.__module__.startswith("streamline_hooks"):
         for member, value in sorted(vars(thing).items()):
-            if member.startswith("_"):
-                continue
-            value = getattr(value, "__func__", value)
-            if inspect.isfunction(value):
-                yield f"{name}.{member}{signature(value)}"
-            elif isinstance(value, property):
-                yield f"{name}.{member}: property"
+            function = getattr(value, "__func__", value)
+            if not member.startswith("_") and inspect.isfunction(function):
+                yield from describe_call(f"{name}.{member}", function)
+            elif not member.startswith("_") and isinstance(value, property):
+                yield f"{name}.{member}"
 
 
-def signature(thing: Any) -> str:
+def describe_call(name: str, thing: Any) -> Iterator[str]:
     try:
-        text = str(inspect.signature(thing))
+        signature = inspect.signature(thing)
     except ValueError:  # as of torch.autograd.Function
-        return "(...)"
-    return re.sub(r" at 0x[0-9a-f]+", "", text)
+        signature = inspect.Signature()
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    returned = signature.return_annotation
+    yield f"{name}()" + ("" if returned in (inspect.Signature.empty, None) else f" -> {returned}")
+    for number, parameter in enumerate(signature.parameters.values()):
+        if parameter.kind is keyword_only and kinds.index(keyword_only) == number:
+            yield "    *"
+        yield "    " + re.sub(r" at 0x[0-9a-f]+", "", str(parameter)).replace("'", "")
 
 
 if __name__ == "__main__":

@@ -332,9 +332,9 @@ def test_help_is_worth_reading(
 
 
 BAD = [
-    (["--remove", "none"], r"'none'.*expected a number of blocks"),
-    (["--remove", "0"], r"remove=0.*nothing"),
-    (["--remove", "5"], "at least one block must stay"),
+    (["--remove", "none"], r"'none'.*number of blocks"),
+    (["--remove", "0"], r"remove=0.*remove=8"),
+    (["--remove", "5"], "blocks=5.*block must stay"),
     (["--keep", "0,x"], r"--keep 'x'.*number"),
     (["--keep", "12"], r"keep=12.*5 blocks"),
     (["--kind", "cubic"], r"'cubic'.*Known: none, linear"),

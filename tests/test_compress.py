@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from streamline_hooks import StreamlineError, compress, find_stack, load, perplexity, profile
+from streamline_hooks import StreamlineError, Target, compress, find_stack, load, perplexity, profile
 from streamline_hooks.batch import batches_of
 from streamline_hooks.calibration import PackedText, beginnings, packed_text, read_documents
 from streamline_hooks.preparation import held_out_apart
@@ -162,12 +162,12 @@ def test_every_search_ends_in_a_model(
     assert all(what in result.table() for what in str(chosen).split(", "))
 
 
-@pytest.mark.parametrize("target", ["parameters:0.1", "20%"])
-def test_other_targets(target: str, story_model: tuple[Any, Any], story_texts: list[str]) -> None:
+@pytest.mark.parametrize("target", [Target(parameters=0.1), Target(fraction=0.2)])
+def test_other_targets(target: Target, story_model: tuple[Any, Any], story_texts: list[str]) -> None:
     model, tokenizer = story_model
     result = compress(model, tokenizer, story_texts, remove=target, **SMALL)
     before, after = result.parameters
-    assert after <= 0.9 * before if "parameters" in target else len(result.plan.removed) == 1
+    assert after <= 0.9 * before if target.unit == "parameters" else len(result.plan.removed) == 1
 
 
 def test_a_profile_that_is_there_is_used(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
@@ -267,7 +267,7 @@ def test_an_error_leaves_model_and_folder_as_they_were(
         ({"shortlist": 0}, "at least 1"),
         ({"criterion": "cosin"}, r"'cosin'.*unknown"),
         ({"search": "windw"}, r"'windw'.*unknown"),
-        ({"search": "one-shot", "remove": "parameters:0.2"}, "single windows only"),
+        ({"search": "one-shot", "remove": Target(parameters=0.2)}, "single windows only"),
         ({"search": "mlp", "criterion": "kl"}, r"the cosine.*kl"),
     ],
 )  # fmt: skip

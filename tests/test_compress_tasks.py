@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, compress, find_stack, load
+from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, Target, compress, find_stack, load
 from streamline_hooks.batch import prepare
 from streamline_hooks.batch_split import BatchSplit
 from streamline_hooks.evaluation import TaskScores, distances_of_candidates
@@ -168,7 +168,7 @@ def test_parts_that_are_none() -> None:
     with pytest.raises(StreamlineError, match=r"2 of the test.*calibration part"):
         compress(model, None, given | {"calibration": [*given["calibration"], given["test"][0]]}, remove=1)
     with pytest.raises(StreamlineError, match="ViTForImageClassification"):
-        compress(model, None, given, remove="latency:0.8")
+        compress(model, None, given, remove=Target(latency=0.8))
     one = [{"pixel_values": given["calibration"][0]["pixel_values"][:1]}]
     with pytest.raises(StreamlineError, match=r"one sequence or image.*expected two"):
         compress(model, None, given | {"calibration": one}, remove=1)

@@ -54,7 +54,7 @@ def compress_checkpoint(
     texts: Sequence[str] | TokenSplit | Mapping[str, PackedText],
     output: str | Path,
     *,
-    remove: Target | int | float | str = 0.25,
+    remove: Target | int | float = 0.25,
     kind: Kind | str = "linear",
     criterion: Criterion | str | None = None,
     keep: Iterable[int] = (),
@@ -98,7 +98,7 @@ def compress_checkpoint(
         As for `streamline_hooks.compress`.
     output : str or Path
         A folder to save to, as `streamline_hooks.save` does; not the model's own.
-    remove : Target, int, float or str
+    remove : Target, int or float
         As for `streamline_hooks.compress`, but for latencies.
     kind : Kind or str
         What starts at the least-squares map: ``"none"``, ``"linear"``, ``"mlp"`` or ``"swiglu"``, with options.
@@ -268,12 +268,12 @@ def _criterion(criterion: Criterion | str | None) -> Criterion:
     return named
 
 
-def _refuse_latency(remove: Target | int | float | str) -> None:
-    target = Target.parse(remove) if isinstance(remove, str) else remove
-    if isinstance(target, Target) and target.of not in ("blocks", "parameters"):
+def _refuse_latency(remove: Target | int | float) -> None:
+    target = Target.of(remove)
+    if "latency" in target.unit:
         raise UnsupportedSurgery(
             f"The target {target} is timed, and a model that is read from disk says nothing of its time in memory. "
-            "Give a number or a fraction of the blocks, or parameters:0.25."
+            "Give a number or a fraction of the blocks, or Target(parameters=0.25)."
         )
 
 

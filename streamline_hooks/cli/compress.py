@@ -212,6 +212,7 @@ def compress(
     from streamline_hooks.checkpoint import require_free
     from streamline_hooks.cli.budget import PRESET, refuse_beside_budget, said_again
     from streamline_hooks.cli.dry_run import say_costs
+    from streamline_hooks.cli.short_forms import parse_target
     from streamline_hooks.cli.task_data import Amounts, batches_for
     from streamline_hooks.distributed import together
     from streamline_hooks.pipeline.compress import compress as run
@@ -219,7 +220,7 @@ def compress(
     from streamline_hooks.planning.duration import parse_duration
     from streamline_hooks.preparation import prepare_compression, require_parts
     from streamline_hooks.repair import kind_named
-    from streamline_hooks.selection import Target, criterion_named, require_search
+    from streamline_hooks.selection import criterion_named, require_search
     from streamline_hooks.stack import find_stack
     from streamline_hooks.statistics import Profile
     from streamline_hooks.trained_selection import training_file
@@ -240,7 +241,7 @@ def compress(
         kind, training, healing, times = recipe.kind, recipe.training, recipe.healing, recipe.rounds
         search, criterion = recipe.search, recipe.criterion
         chosen = kind_named(kind)
-        target = Target.parse(remove)
+        target = parse_target(remove)
         require_search(search, criterion_named(criterion), target)
         blocks = block_numbers(keep)
         profile = Profile.load(profile_file) if profile_file is not None else None
@@ -287,7 +288,7 @@ def compress(
             "kind": bool(chosen.slots or chosen.fit or not chosen.solve),
             "search": search != "window",
             "criterion": criterion_named(criterion).needs != "profile",
-            "remove": target.of not in ("blocks", "parameters"),
+            "remove": "latency" in target.unit,
             "train": training is not None,
             "resume": resume,
             "profile": profile is not None,

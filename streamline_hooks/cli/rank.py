@@ -80,6 +80,7 @@ def rank(
 
     Example: streamline-hooks rank smollm2 --save smollm2.profile
     """
+    from streamline_hooks.cli.short_forms import parse_target
     from streamline_hooks.core import check_writable
     from streamline_hooks.selection import (
         SearchProblem,
@@ -100,7 +101,7 @@ def rank(
             f"To rank {search if search != 'window' else ''} by {criterion} takes a target; add --remove, such as "
             "--remove 0.25.".replace("  ", " ")
         )
-    require_search(search, chosen, remove or 1)
+    require_search(search, chosen, parse_target(remove or "1"))
     refuse_unused(context, search)
     if save is not None and not save.resolve().parent.is_dir():
         raise StreamlineError(f"--save {save}: there is no folder {save.parent}; create it first.")
@@ -238,11 +239,12 @@ def _windows(windows_of: Any, length: int, size: int, protected: frozenset[int])
 
 def _candidates(model: Any, remove: str, profile: Profile, protected: frozenset[int], stack: str | None) -> list[range]:
     """The windows that reach a target; of a number of blocks without the model."""
-    from streamline_hooks.selection import Target, blocks_to_remove, windows, windows_for
+    from streamline_hooks.cli.short_forms import parse_target
+    from streamline_hooks.selection import blocks_to_remove, windows, windows_for
 
-    target = Target.parse(remove)
-    if target.of == "blocks":
-        return windows(profile.length, blocks_to_remove(target.amount, profile.length), protected)
+    target = parse_target(remove)
+    if target.counts_blocks:
+        return windows(profile.length, blocks_to_remove(target, profile.length), protected)
     if model is None:
         raise StreamlineError(f"The target {target} is measured on the model; give it, or a number of blocks.")
     return windows_for(model, target, stack=stack, protected=protected, say=partial(typer.echo, err=True))

@@ -61,17 +61,15 @@ def sweep(
 
     Example: streamline-hooks sweep smollm2 --remove 0.1,0.2,0.3 --kind linear,swiglu --output sweep
     """
+    from streamline_hooks.cli.short_forms import parse_target
     from streamline_hooks.core import atomic_file, check_writable
     from streamline_hooks.json_file import write_json
     from streamline_hooks.pipeline.sweep import sweep as run
     from streamline_hooks.repair import Objective, Training, kind_named
-    from streamline_hooks.selection import Target
 
     refuse_unused(context, search)
     check_writable(output / "sweep.json")
-    amounts = [part.strip() for part in remove.split(",") if part.strip()]
-    for amount in amounts:
-        Target.parse(amount)
+    targets = [parse_target(part) for part in remove.split(",") if part.strip()]
     kinds = [part.strip() for part in _kinds(kind)]
     for one in kinds:
         kind_named(one)
@@ -95,7 +93,7 @@ def sweep(
         loaded,
         tokenizer,
         next(iter(documents.values())) if dealt is None else dealt,
-        remove=amounts,
+        remove=targets,
         kinds=kinds,
         speed=speed,
         speed_tokens=speed_tokens,

@@ -81,7 +81,7 @@ def compress(
     texts: Sequence[str] | TokenSplit | Mapping[str, PackedText] | Mapping[str, Sequence[Batch | Tensor]],
     *,
     task: Task | str | None = None,
-    remove: Target | int | float | str = 0.25,
+    remove: Target | int | float = 0.25,
     kind: Kind | str = "linear",
     training: Training | None = None,
     healing: Healing | str | None = None,
@@ -133,9 +133,8 @@ def compress(
         `text_parts` and `pair_parts` make them; a classifier's accuracy is told where the test part has ``labels``.
     task : Task or str, optional
         What the model is for, and so what is compared of what it says; by default what its class says, see `Task`.
-    remove : Target, int, float or str
-        Number of blocks, or a fraction below 1 of them (rounded half up); a string is read by `Target.parse`, which
-        knows fractions of the parameters and latencies too.
+    remove : Target, int or float
+        Number of blocks, or a fraction below 1 of them (rounded half up), or a `Target` of parameters or latency.
     kind : Kind or str
         What stands in a window's place, with its options, see `kind_named`: ``"linear"``, ``"linear:rank=64"``,
         ``"mlp"``, ``"swiglu:width=1536"``, ``"block"``, ``"silenced"``, ``"folded"``, ``"scale"``, ``"none"``, or one

@@ -48,7 +48,7 @@ def compress_iteratively(
     *,
     rounds: int,
     training: Training,
-    remove: Target | int | float | str = 0.25,
+    remove: Target | int | float = 0.25,
     keep: Iterable[int] = (),
     fitting_tokens: int | None = None,
     test_texts: Sequence[str] | None = None,
@@ -73,7 +73,7 @@ def compress_iteratively(
         At most as many as blocks are to go; the first ones take one more where they do not come out even.
     training : Training
         Of each round, each of which has a file of its own to go on from.
-    remove : Target, int, float or str
+    remove : Target, int or float
         A number or a fraction of the blocks, of all rounds together.
     keep : iterable of int
         Blocks that must stay, numbered as in the original; negative numbers count from its end.
@@ -209,7 +209,7 @@ def _delete(files: Sequence[Path | None]) -> None:
             file.unlink(missing_ok=True)
 
 
-def blocks_by_round(length: int, remove: Target | int | float | str, rounds: int) -> list[int]:
+def blocks_by_round(length: int, remove: Target | int | float, rounds: int) -> list[int]:
     """How many blocks go in each round.
 
     Parameters
@@ -229,14 +229,13 @@ def blocks_by_round(length: int, remove: Target | int | float | str, rounds: int
     >>> blocks_by_round(30, 0.25, 3)
     [3, 3, 2]
     """
-    target = Target.parse(remove) if isinstance(remove, str) else remove
-    target = target if isinstance(target, Target) else Target(target)
-    if target.of != "blocks":
+    target = Target.of(remove)
+    if not target.counts_blocks:
         raise StreamlineError(
             f"The target {target} is not one of blocks, which rounds can share. Give a number or a fraction of the "
             "blocks, or remove in one round (compress)."
         )
-    total = blocks_to_remove(target.amount, length)
+    total = blocks_to_remove(target, length)
     if not 1 <= rounds <= total:
         raise StreamlineError(f"{total} blocks cannot go in {rounds} rounds; expected 1 to {total} rounds.")
     return [total // rounds + (number < total % rounds) for number in range(rounds)]

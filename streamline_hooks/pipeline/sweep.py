@@ -23,6 +23,7 @@ from streamline_hooks.evaluation.kept import Kept
 from streamline_hooks.evaluation.speed import PHASES, Timed, room_for_prompt
 from streamline_hooks.pipeline.compress import compress
 from streamline_hooks.preparation import are_batches
+from streamline_hooks.selection import Target
 from streamline_hooks.selection.criteria import CRITERIA, Combination, Criterion
 from streamline_hooks.statistics import Profile
 from streamline_hooks.task import Task
@@ -148,7 +149,7 @@ def sweep(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str] | TokenSplit | Mapping[str, PackedText] | Mapping[str, Any],
     *,
-    remove: Sequence[str | int | float],
+    remove: Sequence[Target | int | float],
     kinds: Sequence[str],
     speed: bool = True,
     speed_tokens: int = 512,
@@ -170,7 +171,7 @@ def sweep(
     tokenizer : transformers.PreTrainedTokenizerBase
     texts : sequence of str, TokenSplit or mapping
         Documents, or text that is dealt out or packed already, see `compress`.
-    remove : sequence of str, int or float
+    remove : sequence of Target, int or float
         How much is to go, each as `compress` takes it.
     kinds : sequence of str
         What stands in the blocks' place; each is combined with each of `remove`.
@@ -218,10 +219,10 @@ def sweep(
     known = [] if keep_in is None else [*_known(model, tokenizer, texts, settings, profile), timed]
     compressor = _Compressor(model, tokenizer, texts, settings, timed, say, profile)
     points = []
-    for amount in map(str, remove):
+    for target in map(Target.of, remove):
         for kind in kinds:
-            say(f"{kind}, {amount}")
-            points.append(kept.get(Point, [*known, amount, kind], partial(compressor.point, amount, kind))[0])
+            say(f"{kind}, {target}")
+            points.append(kept.get(Point, [*known, str(target), kind], partial(compressor.point, target, kind))[0])
     return Sweep(tuple(points))
 
 
@@ -237,14 +238,14 @@ class _Compressor:
     say: Callable[[str], None]
     profile: Profile | None
 
-    def point(self, amount: str, kind: str) -> Point:
-        asked, changed = Point(amount, kind), copy.deepcopy(self.model)
+    def point(self, target: Target, kind: str) -> Point:
+        asked, changed = Point(str(target), kind), copy.deepcopy(self.model)
         options = {"profile": self.profile, "say": self.say, "side_by_side": False, **self.settings}
         try:
-            result = compress(changed, self.tokenizer, self.texts, remove=amount, kind=kind, **options)
+            result = compress(changed, self.tokenizer, self.texts, remove=target, kind=kind, **options)
             if result.training is not None and result.training.interrupted:
                 raise TrainingInterrupted(
-                    f"Interrupted at {kind}, {amount}, which is not kept; points before it are. Sweep again to go on."
+                    f"Interrupted at {kind}, {target}, which is not kept; points before it are. Sweep again to go on."
                 )
         except UnsupportedSurgery as refusal:
             return replace(asked, refused=str(refusal))

@@ -49,7 +49,7 @@ def plan_training(
     budget: float,
     *,
     preset: Preset | str = "best",
-    remove: Target | int | float | str = 0.25,
+    remove: Target | int | float = 0.25,
     keep: Iterable[int] = (),
     test_texts: Sequence[str] | None = None,
     sequence_length: int = 512,

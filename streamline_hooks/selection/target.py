@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Literal, cast, get_args
+from typing import Any
 
 from torch import nn
 
-from streamline_hooks.arguments import check_fields, checked, whole_numbers
+from streamline_hooks.arguments import check_fields, whole_numbers
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.speed import Phase, measure_speed, room_for_prompt
 from streamline_hooks.selection.latency import Timer, fewest_blocks
@@ -18,85 +18,111 @@ from streamline_hooks.selection.parameters import StandInFor, parameters_by_wind
 from streamline_hooks.stack import BlockStack, find_stack
 
 _PROMPT, _NEW = 512, 16
-Kind = Literal["blocks", "parameters", "latency", "decode-latency"]
-_EXPECTED = (
-    "a number of blocks (8), a fraction of them (0.25 or 25%), parameters:0.25 to remove that fraction of the model's "
-    "parameters, or latency:0.8 or decode-latency:0.8 for at most that fraction of its time to the first, or to each "
-    "further, token"
-)
 
 
 @dataclass(frozen=True)
 class Target:
-    """How much is to be given up.
+    """How much to remove. Exactly one field is set.
 
     Attributes
     ----------
-    amount : int or float
-        Of blocks: a number, or a fraction below 1. Of parameters: the fraction that goes. Of latency: the fraction of
-        the original's time that is left.
-    of : {"blocks", "parameters", "latency", "decode-latency"}
-        Latency is the time to the first token of a prompt, decode-latency that of each further one, both measured on
-        this machine.
+    blocks : int, optional
+        Number of blocks, at least 1.
+    fraction : float, optional
+        Fraction of the blocks, rounded half up.
+    parameters : float, optional
+        Fraction of the model's parameters to remove.
+    latency : float, optional
+        Time to the first token of a prompt, as a fraction of the original's, measured on this machine.
+    decode_latency : float, optional
+        Time for each further token, as a fraction of the original's, measured on this machine.
 
     Raises
     ------
     StreamlineError
-        If the amount of anything but blocks is not between 0 and 1. A number of blocks is held against the model's
-        by `blocks_to_remove`.
+        If not exactly one field is set, a number of blocks is below 1, or a fraction is not between 0 and 1. Whether
+        the model has as many blocks is checked by `blocks_to_remove`.
 
     Examples
     --------
-    >>> Target.parse("8"), str(Target.parse("latency:80%"))
-    (Target(amount=8, of='blocks'), 'latency:0.8')
+    >>> Target(blocks=8), Target.of(0.25)
+    (Target(blocks=8), Target(fraction=0.25))
     """
 
-    amount: int | float
-    of: Kind = "blocks"
+    blocks: int | None = None
+    fraction: float | None = None
+    parameters: float | None = None
+    latency: float | None = None
+    decode_latency: float | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.of not in get_args(Kind):
-            raise StreamlineError(f"A target of {self.of!r} is unknown; expected one of {', '.join(get_args(Kind))}.")
-        if self.of != "blocks" and (isinstance(self.amount, bool) or not 0 < self.amount < 1):
-            raise StreamlineError(f"The target {self} is out of range: expected a fraction above 0 and below 1.")
+        if len(self._given) != 1:
+            listed = ", ".join(f"{name}={value!r}" for name, value in self._given.items()) or "nothing"
+            raise StreamlineError(
+                f"A target was given {listed}. Expected exactly one of {', '.join(f.name for f in fields(self))}. Set "
+                "one, as in Target(fraction=0.25)."
+            )
+        if self.unit == "blocks" and self.amount < 1:
+            raise StreamlineError(f"blocks={self.amount} removes nothing. Expected 1 or more. Give a whole number.")
+        if self.unit != "blocks" and not 0 < self.amount < 1:
+            raise StreamlineError(
+                f"{self.unit}={self.amount} is out of range. Expected a fraction above 0 and below 1. Give 0.25 for a "
+                "quarter."
+            )
+
+    @property
+    def _given(self) -> dict[str, int | float]:
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+
+    @property
+    def unit(self) -> str:
+        """The name of the field that is set."""
+        return next(iter(self._given))
+
+    @property
+    def amount(self) -> int | float:
+        """The value of the field that is set."""
+        return next(iter(self._given.values()))
+
+    @property
+    def counts_blocks(self) -> bool:
+        """Whether this is a number or a fraction of the blocks."""
+        return self.unit in ("blocks", "fraction")
 
     def __str__(self) -> str:
-        return str(self.amount) if self.of == "blocks" else f"{self.of}:{self.amount}"
+        """Return the short form of the command line."""
+        return str(self.amount) if self.counts_blocks else f"{self.unit.replace('_', '-')}:{self.amount}"
+
+    def __repr__(self) -> str:
+        return f"Target({self.unit}={self.amount!r})"
 
     @classmethod
-    @checked()
-    def parse(cls, text: str) -> Target:
-        """Read a target as it is written on a command line.
-
-        Parameters
-        ----------
-        text : str
-            ``8``, ``0.25``, ``25%``, ``parameters:0.25``, ``latency:0.8`` or ``decode-latency:0.8``.
+    def of(cls, remove: Target | int | float) -> Target:
+        """Return the target that a plain number stands for: 8 for blocks=8, 0.25 for fraction=0.25.
 
         Raises
         ------
         StreamlineError
-            If it is none of these; the text says what is.
+            If the number is neither a number of blocks nor a fraction of them.
         """
-        before, colon, after = text.strip().rpartition(":")
-        kind, number = (before.strip() if colon else "blocks"), after.strip()
-        try:
-            if kind not in get_args(Kind):
-                raise ValueError
-            amount: int | float
-            if number.endswith("%"):
-                amount = float(number[:-1]) / 100
-            else:
-                amount = int(number) if number.lstrip("+-").isdigit() else float(number)
-        except ValueError:
-            raise StreamlineError(f"The target {text!r} is not understood; expected {_EXPECTED}.") from None
-        return cls(amount, cast(Kind, kind))
+        if isinstance(remove, Target):
+            return remove
+        if isinstance(remove, float) and 0 < remove < 1:
+            return cls(fraction=remove)
+        number = not isinstance(remove, bool) and isinstance(remove, (int, float)) and math.isfinite(remove)
+        if not number or remove != int(remove) or remove < 1 or (isinstance(remove, float) and remove == 1):
+            raise StreamlineError(
+                f"remove={remove!r} removes no blocks. Expected a number of blocks (1 or more), a fraction of them "
+                "(above 0, below 1), or a Target. Give for example remove=8, remove=0.25 or "
+                "remove=Target(parameters=0.25)."
+            )
+        return cls(blocks=int(remove))
 
 
 def windows_for(
     model: nn.Module,
-    target: Target | int | float | str,
+    target: Target | int | float,
     *,
     stack: str | None = None,
     protected: frozenset[int] = frozenset(),
@@ -114,8 +140,8 @@ def windows_for(
     Parameters
     ----------
     model : torch.nn.Module
-    target : Target, int, float or str
-        A number or a fraction means blocks; a string is read by `Target.parse`.
+    target : Target, int or float
+        A plain number means a number or a fraction of the blocks.
     stack : str, optional
         Path of the stack, see `find_stack`.
     protected : frozenset of int
@@ -149,11 +175,10 @@ def windows_for(
     >>> from streamline_hooks.testing import tiny_model
     >>> windows_for(tiny_model("llama"), 7, protected=frozenset({0}))
     [range(1, 8)]
-    >>> len(windows_for(tiny_model("llama"), "parameters:0.25"))
+    >>> len(windows_for(tiny_model("llama"), Target(parameters=0.25)))
     6
     """
-    wanted = Target.parse(target) if isinstance(target, str) else target
-    wanted = wanted if isinstance(wanted, Target) else Target(wanted)
+    wanted = Target.of(target)
     found = find_stack(model, stack)
     if len(found) < 2:
         raise StreamlineError(f"{found.path} has one block, and at least one must stay; nothing can be removed.")
@@ -161,11 +186,11 @@ def windows_for(
         raise StreamlineError(
             f"{slots} blocks that stand in the place of others leave nothing to remove of {len(found)}; take fewer."
         )
-    if wanted.of == "blocks":
-        return windows(len(found), blocks_to_remove(wanted.amount, len(found), slots), protected)
-    if wanted.of == "parameters":
+    if wanted.counts_blocks:
+        return windows(len(found), blocks_to_remove(wanted, len(found), slots), protected)
+    if wanted.unit == "parameters":
         return _by_parameters(found, wanted, protected, stand_in, slots)
-    phase: Phase = "prefill" if wanted.of == "latency" else "decode"
+    phase: Phase = "prefill" if wanted.unit == "latency" else "decode"
     free = {size: _free(len(found), size, protected) for size in range(1 + slots, len(found))}
     candidates = {size: chosen for size, chosen in free.items() if chosen}
     if not candidates:
@@ -179,12 +204,12 @@ def _prompt(model: Any) -> int:
     return room_for_prompt(model, _NEW, _PROMPT)
 
 
-def blocks_to_remove(target: int | float, length: int, slots: int = 0) -> int:
-    """The number of blocks that a target comes to.
+def blocks_to_remove(target: Target | int | float, length: int, slots: int = 0) -> int:
+    """Return the number of blocks that a target removes.
 
     Parameters
     ----------
-    target : int or float
+    target : Target, int or float
         A number of blocks, or a fraction of the blocks below 1; a fraction is rounded half up.
     length : int
         The number of blocks of the stack.
@@ -206,29 +231,17 @@ def blocks_to_remove(target: int | float, length: int, slots: int = 0) -> int:
     >>> blocks_to_remove(0.25, 30), blocks_to_remove(8, 30, slots=1)
     (8, 9)
     """
-    fraction = isinstance(target, float) and 0 < target < 1
-    wanted = math.floor(target * length + 0.5) if fraction else target
-    if fraction and not wanted:
+    target = Target.of(target)
+    wanted = target.blocks if target.fraction is None else math.floor(target.fraction * length + 0.5)
+    if not wanted:
         raise StreamlineError(
-            f"remove={target!r} comes to 0 of {length} blocks. Expected a fraction of at least {0.5 / length:.3g}, or "
-            "a number of blocks. Give remove=1 to remove one block."
+            f"{target!r} removes 0 of {length} blocks. Expected a fraction of at least {0.5 / length:.3g}, or a number "
+            "of blocks. Give remove=1 to remove one block."
         )
-    everything_or_one = isinstance(target, float) and target == 1.0
-    if (
-        isinstance(wanted, bool)
-        or everything_or_one
-        or not math.isfinite(wanted)
-        or wanted != int(wanted)
-        or wanted < 1
-    ):
-        raise StreamlineError(
-            f"remove={target!r} is nothing that can be removed; give a number of blocks (1 to {length - 1}) or a "
-            "fraction of them (above 0, below 1)."
-        )
-    count = int(wanted) + slots
+    count = wanted + slots
     if count >= length:
         raise StreamlineError(
-            f"remove={target!r} comes to {count} of {length} blocks; at least one block must stay. Remove less."
+            f"{target!r} removes {count} of {length} blocks. At least one block must stay. Remove less."
         )
     return count
 

@@ -284,8 +284,8 @@ def test_nothing_is_changed_in_the_original(tmp_path: Path) -> None:
     [
         ({"kind": "block"}, r"'block'.*least-squares map"),
         ({"kind": "folded"}, "'folded' does not start"),
-        ({"remove": "latency:0.8"}, r"latency:0.8.*timed.*from disk"),
-        ({"remove": Target(0.8, "decode-latency")}, r"decode-latency:0.8.*timed"),
+        ({"remove": Target(latency=0.8)}, r"latency:0.8.*timed.*from disk"),
+        ({"remove": Target(decode_latency=0.8)}, r"decode-latency:0.8.*timed"),
         ({"criterion": "perplexity"}, r"'perplexity'.*each window"),
         ({"shortlist": 0}, r"shortlist=0.*batch_size=8.*1 or more"),
         ({"remove": 6}, r"6 of 6 blocks.*one block must stay"),

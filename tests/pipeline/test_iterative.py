@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from streamline_hooks import StreamlineError, compress_iteratively, load
+from streamline_hooks import StreamlineError, Target, compress_iteratively, load
 from streamline_hooks.batch_split import BatchSplit
 from streamline_hooks.calibration import TokenSplit
 from streamline_hooks.compression_costs import compression_costs
@@ -314,7 +314,7 @@ def test_a_round_behind_one_that_took_the_first_blocks_is_told_as_it_is() -> Non
     ("options", "said"),
     [
         ({"rounds": 3, "remove": 2}, r"2 blocks.*3 rounds.*expected 1 to 2"),
-        ({"rounds": 2, "remove": "parameters:0.2"}, r"parameters:0.2.*rounds"),
+        ({"rounds": 2, "remove": Target(parameters=0.2)}, r"parameters:0.2.*rounds"),
         ({"rounds": 2, "remove": 2, "profile": object()}, "profile of its own"),
         ({"rounds": 2, "remove": 2, "resume": True}, "no training to resume at any place"),
         (

@@ -134,8 +134,8 @@ def rows() -> Iterator[Row]:
                   {"nonsense": 1.0}, {3: 1.0}],
         "by": [*NO_TEXT, "vote"],
     }  # fmt: skip
-    yield s.Target, {"amount": 2}, {"amount": [None, "2", True, [1], {}], "of": [*NO_TEXT, "nonsense"]}
-    yield s.Target.parse, {"text": "8"}, {"text": [*NO_TEXT, "", "parameters:nan", "nonsense"]}
+    yield s.Target, {"blocks": 2}, {"blocks": [None, "2", True, [1], {}, 0], "fraction": [0.5, "x", math.nan]}
+    yield s.Target.of, {"remove": 2}, {"remove": [None, "2", True, [1], {}, 0, math.nan, 2.5]}
     yield s.Task, {"name": "causal-lm"}, {"name": [*NO_TEXT, "nonsense"], "pooling": [3, "nonsense"]}
     yield s.Selection, {"windows": (range(1, 3),)}, {"windows": [None, 1, (), ({},), ("1",), ([1.5],), (range(0),)]}
     yield settings(s.Objective, [*NO_FLOAT, math.inf, -1.0], "kl", "lm", "mse", "relative", "cosine", "embedding")

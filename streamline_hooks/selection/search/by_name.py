@@ -176,14 +176,14 @@ def usual_criterion(search: str) -> str:
     return SHORTLIST if search in ("window", "mixed") else "cosine"
 
 
-def require_search(name: str, criterion: Criterion | str, target: Target | int | float | str = 1) -> None:
+def require_search(name: str, criterion: Criterion | str, target: Target | int | float = 1) -> None:
     """Raise unless a search can go by a criterion, and to a target.
 
     Parameters
     ----------
     name : str
     criterion : Criterion or str
-    target : Target, int, float or str
+    target : Target, int or float
         What is asked for, see `windows_for`.
 
     Raises
@@ -196,8 +196,8 @@ def require_search(name: str, criterion: Criterion | str, target: Target | int |
     by = criterion if isinstance(criterion, str) else criterion.name
     if name in _OF_BRANCHES and by != "cosine":
         raise StreamlineError(f"The search {name!r} goes by the cosine across each branch, and not by {by}.")
-    wanted = Target.parse(target) if isinstance(target, str) else target
-    if isinstance(wanted, Target) and wanted.of != "blocks" and name != "window":
+    wanted = Target.of(target)
+    if not wanted.counts_blocks and name != "window":
         raise StreamlineError(
             f"The target {wanted} is reached by single windows only; for the search {name!r} give a number or a "
             "fraction of the blocks. Search for a window otherwise, as the preset best does."
