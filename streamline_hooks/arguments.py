@@ -112,9 +112,9 @@ def check_fields(instance: Any, **least: float) -> None:
     """Validate the fields of a dataclass by their annotations, in its ``__post_init__``; see `checked`."""
     namespace = vars(__import__("sys").modules[type(instance).__module__])
     for field in fields(instance):
-        annotation = str(field.type)
-        value = getattr(instance, field.name)
-        _converted(type(instance).__name__, field.name, value, _hint(annotation, namespace), annotation, least)
+        value, hint = getattr(instance, field.name), _hint(field.type, namespace)
+        shown = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", field.type)
+        _converted(type(instance).__name__, field.name, value, hint, shown, least)
 
 
 def whole_numbers(values: Any, name: str) -> list[int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from streamline_hooks.errors import UnsupportedSurgery
-from streamline_hooks.repair import Kind, Trained, place
+from streamline_hooks.repair import ReplacementConfig, Trained, place
 from streamline_hooks.repair.branch_linear import replace_branches
 from streamline_hooks.selection import VerifiedSelection
 from streamline_hooks.surgery import LayerSurgeon
@@ -38,13 +38,13 @@ def puts_in(selection: VerifiedSelection) -> bool:
     return bool(selection.maps) or any(repair.stand_in is not None for repair in selection.repairs)
 
 
-def how_repaired(selection: VerifiedSelection, kind: Kind, trained: Trained | None = None) -> str:
+def how_repaired(selection: VerifiedSelection, kind: ReplacementConfig, trained: Trained | None = None) -> str:
     """How what stands in a selection's place came about, in words; empty where nothing does, and nothing was learnt."""
     if trained is not None and trained.best_step:
         return "trained"
     if not puts_in(selection):
         return ""
-    return "in closed form" if kind.solve or kind.fit is not None else "as it is"
+    return "in closed form" if kind.is_solved or kind.fit is not None else "as it is"
 
 
 def carry_out(surgeon: LayerSurgeon, selection: VerifiedSelection) -> None:

@@ -21,7 +21,7 @@ from streamline_hooks.calibration import (
 )
 from streamline_hooks.calibration.split import PARTS
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.repair import Kind, StandInSize, kind_named
+from streamline_hooks.repair import ReplacementConfig, StandInSize, kind_named
 from streamline_hooks.repair.stand_in import is_spliced
 from streamline_hooks.replacements import replacement_config
 from streamline_hooks.selection import SearchProblem, Target, protected_blocks, windows_for
@@ -42,7 +42,7 @@ class Preparation:
     Attributes
     ----------
     stack : BlockStack
-    kind : Kind
+    kind : ReplacementConfig
     target : Target
     candidates : list of range
         The windows that reach the target alone.
@@ -60,7 +60,7 @@ class Preparation:
     """
 
     stack: BlockStack
-    kind: Kind
+    kind: ReplacementConfig
     target: Target
     candidates: list[range]
     protected: frozenset[int]
@@ -108,7 +108,7 @@ class Preparation:
             f"place ({self.size})"
             if search not in ("attention", "mlp")
             else f"silence    {self.target} comes to the {search} of {blocks} of {len(self.stack)} blocks{share}, "
-            f"{self.kind.name if self.kind.in_branches else 'nothing'} in their place",
+            f"{self.kind.name if self.kind.replaces_branches else 'nothing'} in their place",
             f"search     {search} by {criterion}; {len(self.candidates)} windows reach the target, and up to "
             f"{shortlist} selections are fitted and judged",
             *([] if self.task.is_of_text else [f"task       {self.task}"]),
@@ -123,7 +123,7 @@ def prepare_compression(
     *,
     task: Task,
     remove: Target | int | float,
-    kind: Kind | str,
+    kind: ReplacementConfig | str,
     search: str,
     parts: int,
     keep: Iterable[int],
@@ -214,7 +214,7 @@ def require_parts(blocks: int, parts: int, slots: int = 0) -> None:
         )
 
 
-def require_writable(stack: BlockStack, kind: Kind, window: range) -> None:
+def require_writable(stack: BlockStack, kind: ReplacementConfig, window: range) -> None:
     """Raise if a checkpoint could not hold what a kind puts in a window's place."""
     with torch.device("meta"):
         made = kind.make(stack, window)
@@ -272,7 +272,7 @@ def _rows_to_fit_on(tokens: int | None, calibration: Tensor) -> int:
     return tokens // length
 
 
-def slots_of(kind: Kind, search: str, parts: int) -> int:
+def slots_of(kind: ReplacementConfig, search: str, parts: int) -> int:
     """The slots that all stand-ins of a selection take together: so many more blocks are to go.
 
     Raises

@@ -17,9 +17,10 @@ from streamline_hooks import StreamlineError, Target, compress, find_stack, load
 from streamline_hooks.batch import batches_of
 from streamline_hooks.calibration import PackedText, beginnings, packed_text, read_documents
 from streamline_hooks.preparation import held_out_apart
-from streamline_hooks.repair import Objective, Training, fit_windows, register_kind
+from streamline_hooks.repair import Objective, Training, fit_windows
 from streamline_hooks.testing import tiny_model
 from tests.processes import in_a_new_process
+from tests.repair.own_kinds import register_kind
 from tests.repair.stand_ins import KINDS, SLOTS
 
 PLAIN = ("block", "block:count=2", "silenced", "merged", "merged:channels=mlp", "folded", "scale")

@@ -28,7 +28,7 @@ from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation.candidates import Candidate
 from streamline_hooks.evaluation.reasoning import unmeasured_reasoning
 from streamline_hooks.preparation import Preparation, prepare_compression
-from streamline_hooks.repair import Kind, kind_named
+from streamline_hooks.repair import ReplacementConfig, kind_named
 from streamline_hooks.result import CompressionResult, findings
 from streamline_hooks.run_figures import Clock, peak_memory_of_process, sizes_of
 from streamline_hooks.selection import (
@@ -55,7 +55,7 @@ def compress_checkpoint(
     output: str | Path,
     *,
     remove: Target | int | float = 0.25,
-    kind: Kind | str = "linear",
+    kind: ReplacementConfig | str = "linear",
     criterion: Criterion | str | None = None,
     keep: Iterable[int] = (),
     test_texts: Sequence[str] | None = None,
@@ -100,7 +100,7 @@ def compress_checkpoint(
         A folder to save to, as `streamline_hooks.save` does; not the model's own.
     remove : Target, int or float
         As for `streamline_hooks.compress`, but for latencies.
-    kind : Kind or str
+    kind : ReplacementConfig or str
         What starts at the least-squares map: ``"none"``, ``"linear"``, ``"mlp"`` or ``"swiglu"``, with options.
     criterion : Criterion or str, optional
         One that is read off a profile; by default that of `streamline_hooks.compress`.

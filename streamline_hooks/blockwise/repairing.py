@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.errors import UnsupportedSurgery
-from streamline_hooks.repair import Kind, Repair, StandIn, solve
+from streamline_hooks.repair import Repair, ReplacementConfig, StandIn, solve
 from streamline_hooks.repair.fitting import holds_map
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.statistics import WindowMoments
@@ -17,7 +17,7 @@ from streamline_hooks.statistics.storage import read_file, write_file
 from streamline_hooks.surgery.placement import move_beside
 
 
-def require_map_kind(stack: BlockStack, kind: Kind, window: range) -> None:
+def require_map_kind(stack: BlockStack, kind: ReplacementConfig, window: range) -> None:
     """Raise unless a kind starts at the least-squares map of a window's moments, or is nothing at all.
 
     Raises
@@ -26,7 +26,7 @@ def require_map_kind(stack: BlockStack, kind: Kind, window: range) -> None:
         The text names the kind.
     """
     with torch.device("meta"):
-        simple = not kind.slots and kind.fit is None and kind.solve and holds_map(kind.make(stack, window))
+        simple = not kind.slots and kind.fit is None and kind.is_solved and holds_map(kind.make(stack, window))
     if not simple:
         raise UnsupportedSurgery(
             f"The kind {kind.name!r} does not start at the least-squares map of the states before and after a window, "
@@ -35,13 +35,15 @@ def require_map_kind(stack: BlockStack, kind: Kind, window: range) -> None:
         )
 
 
-def solve_window(stack: BlockStack, kind: Kind, window: range, fit: WindowMoments, held_out: WindowMoments) -> Repair:
+def solve_window(
+    stack: BlockStack, kind: ReplacementConfig, window: range, fit: WindowMoments, held_out: WindowMoments
+) -> Repair:
     """Make what stands in a window's place and start it, as `fit_windows` does.
 
     Parameters
     ----------
     stack : BlockStack
-    kind : Kind
+    kind : ReplacementConfig
         One that `require_map_kind` lets pass.
     window : range
     fit, held_out : WindowMoments
@@ -64,7 +66,12 @@ def packed(repair: Repair, prefix: str = "") -> tuple[dict[str, Tensor], dict[st
 
 
 def unpacked(
-    stack: BlockStack, kind: Kind, window: range, tensors: dict[str, Tensor], numbers: dict[str, Any], prefix: str = ""
+    stack: BlockStack,
+    kind: ReplacementConfig,
+    window: range,
+    tensors: dict[str, Tensor],
+    numbers: dict[str, Any],
+    prefix: str = "",
 ) -> Repair:
     """What `packed` took apart."""
     stand_in = _built(stack, kind, window)
@@ -80,7 +87,7 @@ def save_repair(repair: Repair, file: Path) -> None:
     write_file(file, *packed(repair))
 
 
-def load_repair(stack: BlockStack, kind: Kind, window: range, file: Path) -> Repair:
+def load_repair(stack: BlockStack, kind: ReplacementConfig, window: range, file: Path) -> Repair:
     """Read what `save_repair` wrote.
 
     Raises
@@ -91,7 +98,7 @@ def load_repair(stack: BlockStack, kind: Kind, window: range, file: Path) -> Rep
     return unpacked(stack, kind, window, *read_file(file, "what stands in a window's place"))
 
 
-def _built(stack: BlockStack, kind: Kind, window: range) -> StandIn:
+def _built(stack: BlockStack, kind: ReplacementConfig, window: range) -> StandIn:
     stand_in = kind.build(stack, window)
     if isinstance(stand_in, nn.Module):
         move_beside(stand_in, stack[window.start])

@@ -16,7 +16,7 @@ from streamline_hooks.blockwise.passing import BlockwisePass
 from streamline_hooks.blockwise.repairing import load_repair, require_map_kind, save_repair, solve_window
 from streamline_hooks.blockwise.room import require_room, state_bytes
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.repair import Kind, Repair, kind_named
+from streamline_hooks.repair import Repair, ReplacementConfig, kind_named
 from streamline_hooks.selection import Selection, VerifiedSelection
 from streamline_hooks.stack import find_stack
 from streamline_hooks.statistics import WindowMoments
@@ -31,7 +31,7 @@ def verified(
     held_out: Batches,
     validation: Batches,
     *,
-    kind: Kind | str = "linear",
+    kind: ReplacementConfig | str = "linear",
     stack: str | None = None,
     memory: int = 2**31,
     folder: str | Path | None = None,
@@ -54,7 +54,7 @@ def verified(
         Of a single window each, such as a search for windows finds.
     fit, held_out, validation, stack
         As for `streamline_hooks.selection.verified`.
-    kind : Kind or str
+    kind : ReplacementConfig or str
         What starts at the least-squares map: none, linear, mlp, swiglu.
     memory, folder, check
         As for `profile`.

@@ -13,7 +13,7 @@ from streamline_hooks.blockwise.journal import Journal
 from streamline_hooks.blockwise.repairing import packed, unpacked
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import Perplexity
-from streamline_hooks.repair import Kind
+from streamline_hooks.repair import ReplacementConfig
 from streamline_hooks.selection import VerifiedSelection
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.statistics import Profile
@@ -62,13 +62,13 @@ class WorkFolder:
 
         return make(self._at("profile"), kept)
 
-    def judged(self, stack: BlockStack, kind: Kind, make: Verifier) -> list[VerifiedSelection]:
+    def judged(self, stack: BlockStack, kind: ReplacementConfig, make: Verifier) -> list[VerifiedSelection]:
         """The windows that were repaired and judged, the best first.
 
         Parameters
         ----------
         stack : BlockStack
-        kind : Kind
+        kind : ReplacementConfig
             What stands in their places.
         make : callable
             Makes them.
@@ -133,7 +133,7 @@ def _write(judged: list[VerifiedSelection], file: Path) -> None:
     write_file(file, tensors, {"judged": rows})
 
 
-def _read(stack: BlockStack, kind: Kind, file: Path) -> list[VerifiedSelection]:
+def _read(stack: BlockStack, kind: ReplacementConfig, file: Path) -> list[VerifiedSelection]:
     tensors, said = read_file(file, "windows that were judged")
     found = []
     for k, row in enumerate(said["judged"]):

@@ -170,5 +170,5 @@ class _Blocks:
             f"{self.file}: block {number} of {self.state.stack}, a {wanted}, was put in and is built as no block of "
             f"this model is: {reason}. Only copies of the model's own blocks can be put in again. Build the model with "
             "the same settings; or keep the surgery in memory, or register the module as a kind of replacement "
-            "(register_replacement) and splice it in."
+            "(register_module) and splice it in."
         )

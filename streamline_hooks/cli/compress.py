@@ -285,7 +285,7 @@ def compress(
         most = takes_more_than(model, memory) if task.is_of_text else None
         whole = {
             "calibration": bool(sources.written),
-            "kind": bool(chosen.slots or chosen.fit or not chosen.solve),
+            "kind": bool(chosen.slots or chosen.fit or not chosen.is_solved),
             "search": search != "window",
             "criterion": criterion_named(criterion).needs != "profile",
             "remove": "latency" in target.unit,

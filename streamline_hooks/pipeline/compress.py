@@ -21,7 +21,7 @@ from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import TaskScores
 from streamline_hooks.evaluation.reasoning import unmeasured_reasoning
 from streamline_hooks.preparation import prepare_compression
-from streamline_hooks.repair import Healing, Kind, Training, kind_named
+from streamline_hooks.repair import Healing, ReplacementConfig, Training, kind_named
 from streamline_hooks.repair.rollouts import require_writes
 from streamline_hooks.result import LABELS, CompressionResult, attempts_to_measure, findings
 from streamline_hooks.run_figures import Clock, peak_memory_of_process, sizes_of
@@ -82,7 +82,7 @@ def compress(
     *,
     task: Task | str | None = None,
     remove: Target | int | float = 0.25,
-    kind: Kind | str = "linear",
+    kind: ReplacementConfig | str = "linear",
     training: Training | None = None,
     healing: Healing | str | None = None,
     teacher: PreTrainedModel | None = None,
@@ -135,7 +135,7 @@ def compress(
         What the model is for, and so what is compared of what it says; by default what its class says, see `Task`.
     remove : Target, int or float
         Number of blocks, or a fraction below 1 of them (rounded half up), or a `Target` of parameters or latency.
-    kind : Kind or str
+    kind : ReplacementConfig or str
         What stands in a window's place, with its options, see `kind_named`: ``"linear"``, ``"linear:rank=64"``,
         ``"mlp"``, ``"swiglu:width=1536"``, ``"block"``, ``"silenced"``, ``"folded"``, ``"scale"``, ``"none"``, or one
         of your own (`register_kind`). Each starts where least squares brings it.

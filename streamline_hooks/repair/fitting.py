@@ -17,7 +17,7 @@ from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.passes import progress
 from streamline_hooks.repair.beside import Beside, measure_beside
 from streamline_hooks.repair.closed_form import solve
-from streamline_hooks.repair.kinds import Kind, kind_named
+from streamline_hooks.repair.configs import ReplacementConfig, kind_named
 from streamline_hooks.repair.projection import ProjectionMoments, change, merged, solvable, solve_projection
 from streamline_hooks.repair.repaired import Batches, Repair
 from streamline_hooks.repair.stand_in import StandIn, blocks_of
@@ -33,7 +33,7 @@ _ROUNDING = 1e-9  # of an error that is relative
 def fit_windows(
     model: nn.Module,
     windows: Sequence[range],
-    kind: Kind | str,
+    kind: ReplacementConfig | str,
     fit: Batches,
     held_out: Batches,
     *,
@@ -50,7 +50,7 @@ def fit_windows(
     ----------
     model : torch.nn.Module
     windows : sequence of range
-    kind : Kind or str
+    kind : ReplacementConfig or str
         See `kind_named`.
     fit, held_out : sequence of mapping or torch.Tensor
         To fit on, and to choose the ridge by; of different documents.
@@ -92,7 +92,7 @@ def fit_windows(
 
 def start(
     stack: BlockStack,
-    kind: Kind,
+    kind: ReplacementConfig,
     stand_ins: Sequence[tuple[range, StandIn]],
     fit: Batches,
     held_out: Batches,
@@ -106,7 +106,7 @@ def start(
     ----------
     stack : BlockStack
         Of the model as it is now.
-    kind : Kind
+    kind : ReplacementConfig
     stand_ins : sequence of (range, StandIn)
         Windows in the present numbering, and what the kind built for them; they are changed.
     fit, held_out, probe
@@ -128,15 +128,17 @@ def start(
     if kind.fill is not None:
         windows, copies = zip(*stand_ins, strict=True) if stand_ins else ((), ())
         found.update(kind.fill(stack, windows, copies, [*fit, *held_out], probe, what))
-    mapped = [k for k, (_, stand_in) in enumerate(stand_ins) if k not in found and kind.solve and holds_map(stand_in)]
+    mapped = [
+        k for k, (_, stand_in) in enumerate(stand_ins) if k not in found and kind.is_solved and holds_map(stand_in)
+    ]
     beside = [k for k in range(len(stand_ins)) if k not in found and k not in mapped]
     if mapped:
         found.update(zip(mapped, _at_map(stack, [stand_ins[k] for k in mapped], fit, held_out, what), strict=True))
     if beside:
-        asked = [_beside(stack, *stand_ins[k], probe, kind.solve) for k in beside]
+        asked = [_beside(stack, *stand_ins[k], probe, kind.is_solved) for k in beside]
         sums = measure_beside(stack.model, fit, held_out, asked, stack=stack.path, what=what)
         for k, one, pair in zip(beside, asked, sums, strict=True):
-            found[k] = _by_projection(one, stand_ins[k][1], *pair, as_it_is=not kind.solve)
+            found[k] = _by_projection(one, stand_ins[k][1], *pair, as_it_is=not kind.is_solved)
     return [found[k] for k in range(len(stand_ins))]
 
 

@@ -9,7 +9,7 @@ from streamline_hooks.replacements.normed_linear import NormedLinearReplacement
 from streamline_hooks.replacements.registry import (
     Replacement,
     build_replacement,
-    register_replacement,
+    register_module,
     replacement_config,
 )
 from streamline_hooks.replacements.swiglu import SwiGLUReplacement
@@ -26,6 +26,6 @@ __all__ = [
     "inherit",
     "inherit_silenced",
     "merge",
-    "register_replacement",
+    "register_module",
     "replacement_config",
 ]

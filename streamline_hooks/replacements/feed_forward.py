@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.replacements.registry import register_replacement
+from streamline_hooks.replacements.registry import register_module
 
 
-@register_replacement("feed_forward")
+@register_module("feed_forward")
 class FeedForwardReplacement(nn.Module):
     """h ↦ down(relu(up(h))), from width d to 4·d and back, with biases.
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.replacements.registry import register_replacement
+from streamline_hooks.replacements.registry import register_module
 
 
-@register_replacement("linear")
+@register_module("linear")
 class LinearReplacement(nn.Module):
     """The residual path and a linear map beside it, h ↦ h + hW.
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.replacements.registry import register_replacement
+from streamline_hooks.replacements.registry import register_module
 
 
-@register_replacement("mlp")
+@register_module("mlp")
 class MLPReplacement(nn.Module):
     """h ↦ h + hW + down(act(up(h))), the feed-forward network of LLM-Streamline (arXiv 2403.19135) on a residual path.
 

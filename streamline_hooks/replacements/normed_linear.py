@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.replacements.registry import register_replacement
+from streamline_hooks.replacements.registry import register_module
 
 
-@register_replacement("normed_linear")
+@register_module("normed_linear")
 class NormedLinearReplacement(nn.Module):
     """The residual path and a linear map of the normalised state beside it, h ↦ h + RMSNorm(h)W.
 

@@ -15,7 +15,7 @@ class Replacement(Protocol):
     """What a module needs so that a checkpoint can hold it and build it again.
 
     A replacement is any ``torch.nn.Module`` that maps (batch, tokens, features) to the same shape; this protocol is
-    what `register_replacement` asks of it beyond that.
+    what `register_module` asks of it beyond that.
     """
 
     kind: ClassVar[str]
@@ -29,7 +29,7 @@ _Class = TypeVar("_Class", bound=type)
 REGISTERED: dict[str, type[nn.Module]] = {}
 
 
-def register_replacement(kind: str) -> Callable[[_Class], _Class]:
+def register_module(kind: str) -> Callable[[_Class], _Class]:
     """Name a class of replacements, so that checkpoints can hold it.
 
     Parameters
@@ -51,7 +51,7 @@ def register_replacement(kind: str) -> Callable[[_Class], _Class]:
     Examples
     --------
     >>> import torch
-    >>> @register_replacement("doctest-shift")
+    >>> @register_module("doctest-shift")
     ... class Shift(torch.nn.Module):
     ...     def __init__(self, features: int) -> None:
     ...         super().__init__()
@@ -100,7 +100,7 @@ def build_replacement(kind: str, config: dict[str, Any]) -> nn.Module:
     if kind not in REGISTERED:
         raise StreamlineError(
             f"The kind of replacement {kind!r} is unknown. Known here: {', '.join(sorted(REGISTERED))}. If it is your "
-            "own, import the module that registers it (register_replacement) before loading."
+            "own, import the module that registers it (register_module) before loading."
         )
     return REGISTERED[kind](**config)
 
@@ -117,6 +117,6 @@ def replacement_config(module: nn.Module) -> tuple[str, dict[str, Any]]:
     if kind is None or REGISTERED.get(kind) is not type(module):
         raise StreamlineError(
             f"A {type(module).__name__} cannot be written to a checkpoint: nothing says how to build it again. "
-            "Decorate its class with @register_replacement('a-name') and give it to_config()."
+            "Decorate its class with @register_module('a-name') and give it to_config()."
         )
     return kind, cast(Replacement, module).to_config()

@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.replacements.mlp import start_beside
-from streamline_hooks.replacements.registry import register_replacement
+from streamline_hooks.replacements.registry import register_module
 
 _MULTIPLE = 64
 
 
-@register_replacement("swiglu")
+@register_module("swiglu")
 class SwiGLUReplacement(nn.Module):
     """h ↦ h + hW + down(silu(gate(n)) · up(n)) with n = norm(h), the gated MLP of arXiv 2002.05202.
 

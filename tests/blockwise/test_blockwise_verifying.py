@@ -18,9 +18,9 @@ from streamline_hooks.blockwise.judging import head_of
 from streamline_hooks.calibration import packed_batches
 from streamline_hooks.evaluation.candidates import Candidate
 from streamline_hooks.evaluation.perplexity import perplexity_of_candidates as perplexity_in_memory
-from streamline_hooks.repair import register_kind
 from streamline_hooks.selection import Selection, VerifiedSelection
 from tests.blockwise.checkpoints import calibration, on_disk, reads, written  # noqa: F401
+from tests.repair.own_kinds import register_kind
 from tests.tiny_models import left_padded, padded, tiny_model, tokens
 
 WINDOWS = [range(0, 2), range(2, 4), range(1, 4), range(4, 6), range(3, 4), range(2, 5)]

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_hooks import LayerSurgeon, LinearReplacement, compress, register_replacement, save
+from streamline_hooks import LayerSurgeon, LinearReplacement, compress, register_module, save
 from streamline_hooks.checkpoint import model_card
 from streamline_hooks.repair import Training
 from tests.processes import in_a_new_process
@@ -205,7 +205,7 @@ def test_an_untouched_model_and_a_report_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_somebody_elses_module(tmp_path: Path) -> None:
-    @register_replacement("card-nudge")
+    @register_module("card-nudge")
     class Own(Nudge):
         def to_config(self) -> dict[str, Any]:
             return {}

@@ -26,7 +26,7 @@ from streamline_hooks import (
     place,
     profile,
     read_plans,
-    register_replacement,
+    register_module,
     save,
 )
 from streamline_hooks.batch import prepare
@@ -451,7 +451,7 @@ def test_notes_and_the_card(tmp_path: Path) -> None:
 
 
 def test_a_users_own_kind(tmp_path: Path) -> None:
-    @register_replacement("test-plain-shift")
+    @register_module("test-plain-shift")
     class Shift(nn.Module):
         def __init__(self, features: int) -> None:
             super().__init__()

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, load, register_replacement, save
+from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, load, register_module, save
 from streamline_hooks.checkpoint import require_free
 from tests.processes import in_a_new_process
 from tests.tiny_models import BLOCKS, FAMILIES, WIDTH, Nudge, left_padded, repaired, tiny_model, tokens
@@ -248,7 +248,7 @@ def test_a_compressed_model_is_compressed_again(tmp_path: Path) -> None:
     assert [len(e["modules"]) for e in again.config.streamline_hooks["splices"]] == [2]
 
 
-@register_replacement("test-bias")
+@register_module("test-bias")
 class Bias(nn.Module):
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ def test_a_users_own_module_is_saved_when_it_is_registered(tmp_path: Path) -> No
     assert not (tmp_path / "other").exists()
 
 
-@register_replacement("test-factor")
+@register_module("test-factor")
 class Factor(nn.Module):
     """With a buffer that no checkpoint holds, and a setting that is no parameter."""
 

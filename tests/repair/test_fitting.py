@@ -15,9 +15,10 @@ from streamline_hooks import (
     measure_moments,
     verified,
 )
-from streamline_hooks.repair import fit_windows, kind_named, place, register_kind, solve
+from streamline_hooks.repair import fit_windows, kind_named, place, solve
 from streamline_hooks.repair.stand_in import blocks_of
 from streamline_hooks.testing import tiny_model as any_model
+from tests.repair.own_kinds import register_kind
 from tests.repair.stand_ins import FIT, FITTED, HELD_OUT, HOLD_MAP, KINDS, SHAPED, error, leaving
 from tests.surgery.test_surgeon import fingerprint
 from tests.tiny_models import BLOCKS, FAMILIES, tiny_model, tokens
@@ -167,12 +168,13 @@ class NormAtTheEnd(Own):
 
 
 def test_a_module_of_ones_own_starts_as_what_it_says_of_itself() -> None:
-    for factory in (Own, AsMade, Mapped, Wrong, NormAtTheEnd):
+    for factory in (AsMade, Mapped, Wrong, NormAtTheEnd):
         register_kind(f"own-{factory.__name__.lower()}", factory)
+    register_kind("own-own", lambda features: Own(features, width=64))
     model = tiny_model("llama")
     linear, own, mapped, plain = (
         fit_windows(model, [WINDOW], kind, FIT, HELD_OUT)[0]
-        for kind in ("linear", "own-own:width=64", "own-mapped", "own-asmade")
+        for kind in ("linear", "own-own", "own-mapped", "own-asmade")
     )
     assert mapped.repaired_error == linear.repaired_error
     assert error(model, WINDOW, mapped.stand_in) == pytest.approx(error(model, WINDOW, linear.stand_in))

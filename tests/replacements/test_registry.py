@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from streamline_hooks import LinearReplacement, StreamlineError, register_replacement
+from streamline_hooks import LinearReplacement, StreamlineError, register_module
 from streamline_hooks.replacements import build_replacement, replacement_config
 
 
@@ -19,12 +19,12 @@ def test_a_kind_is_built_again_from_its_config() -> None:
 
 
 def test_an_unknown_kind_lists_the_known_ones() -> None:
-    with pytest.raises(StreamlineError, match=r"'cubic'.*register_replacement"):
+    with pytest.raises(StreamlineError, match=r"'cubic'.*register_module"):
         build_replacement("cubic", {})
 
 
 def test_a_class_that_is_not_registered_says_how_to() -> None:
-    with pytest.raises(StreamlineError, match=r"Identity.*@register_replacement"):
+    with pytest.raises(StreamlineError, match=r"Identity.*@register_module"):
         replacement_config(nn.Identity())
 
     class Derived(LinearReplacement):
@@ -37,13 +37,13 @@ def test_a_class_that_is_not_registered_says_how_to() -> None:
 def test_what_cannot_be_registered() -> None:
     with pytest.raises(StreamlineError, match=r"'linear'.*already"):
 
-        @register_replacement("linear")
+        @register_module("linear")
         class Other(nn.Module):
             def to_config(self) -> dict[str, Any]:
                 return {}
 
     with pytest.raises(StreamlineError, match=r"expected.*nn.Module.*to_config\(\)"):
-        register_replacement("bare")(nn.Identity)
+        register_module("bare")(nn.Identity)
 
 
 def test_linear_starts_at_the_map_that_is_given() -> None:

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from streamline_hooks import LayerSurgeon, StreamlineError, kind_named, register_replacement, save
+from streamline_hooks import LayerSurgeon, StreamlineError, kind_named, register_module, save
 from streamline_hooks.replacements import NormedLinearReplacement, registry
 from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery import standalone
@@ -123,7 +123,7 @@ def test_where_the_library_is_there_its_own_code_runs(tmp_path: Path) -> None:
 
 
 def test_what_is_somebody_elses_or_plain_has_no_such_file(tmp_path: Path) -> None:
-    @register_replacement("standalone-nudge")
+    @register_module("standalone-nudge")
     class Own(Nudge):
         def to_config(self) -> dict[str, int]:
             return {}

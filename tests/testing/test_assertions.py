@@ -251,7 +251,7 @@ def test_a_model_that_cannot_be_built_again_is_told_how() -> None:
     with LayerSurgeon(model) as surgeon:
         surgeon.replace([1], Nudge())
         surgeon.commit()
-    with pytest.raises(StreamlineError, match="@register_replacement"):
+    with pytest.raises(StreamlineError, match="@register_module"):
         assert_checkpoint_round_trip(model)
 
 

@@ -154,8 +154,9 @@ def rows() -> Iterator[Row]:
         "name": [*NO_TEXT, "linaer", "linear:rank=0", "linear:rank=1.5", "merged:weight=nan"], "seed": NO_INT,
     }  # fmt: skip
     yield s.preset_named, {"name": "best"}, {"name": [*NO_TEXT, "bets"]}
-    yield s.register_kind, {"factory": nn.Linear}, {"name": [*NO_TEXT, "linear"]}
-    yield s.register_replacement, {}, {"kind": NO_TEXT}
+    yield s.register_replacement, {}, {"config": [None, "linear", nn.Linear, s.LinearConfig()]}
+    yield s.replacement_from_dict, {}, {"values": [None, "linear", {"kind": 3}, {"kind": "linear", "rank": "4"}]}
+    yield s.register_module, {}, {"kind": NO_TEXT}
     yield (
         s.LinearReplacement,
         {"features": 4},

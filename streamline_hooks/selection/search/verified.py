@@ -15,7 +15,7 @@ from streamline_hooks.batch import Batch
 from streamline_hooks.branches import Branch
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation import distances_of_candidates
-from streamline_hooks.repair import Kind, Repair, StandIn, kind_named
+from streamline_hooks.repair import Repair, ReplacementConfig, StandIn, kind_named
 from streamline_hooks.repair.branch_linear import BranchLinear
 from streamline_hooks.repair.fitting import start
 from streamline_hooks.repair.repaired import fit_branches
@@ -59,7 +59,7 @@ def verified(
     held_out: Batches,
     validation: Batches,
     *,
-    kind: Kind | str = "linear",
+    kind: ReplacementConfig | str = "linear",
     stack: str | None = None,
     probe: Batch | Tensor | None = None,
     task: Task | None = None,
@@ -78,7 +78,7 @@ def verified(
         A shortlist of any searches. Its scores are kept, and not looked at.
     fit, held_out, validation : sequence of mapping or torch.Tensor
         To fit on, to choose the ridge by, and to judge on; of different documents.
-    kind : Kind or str
+    kind : ReplacementConfig or str
         What stands in a window's place, see `kind_named`.
     stack : str, optional
         Path of the stack, see `find_stack`.
@@ -124,7 +124,7 @@ def verified(
         raise StreamlineError("There is no selection to verify; give the best of a search.")
     fitting = _Fitting(find_stack(model, stack), kind_named(kind), probe, selections, task)
     depth = max(len(selection.windows) for selection in selections)
-    if fitting.kind.in_branches:
+    if fitting.kind.replaces_branches:
         fitting.fit_branches(fit, held_out)
     for level in range(depth):
         fitting.fit_level(level, (fit, held_out))
@@ -154,11 +154,15 @@ def verified(
     return judged
 
 
-def in_order(judged: Sequence[VerifiedSelection], kind: Kind) -> list[VerifiedSelection]:
+def in_order(judged: Sequence[VerifiedSelection], kind: ReplacementConfig) -> list[VerifiedSelection]:
     """The best first, as `verified` has them."""
     return sorted(
         judged,
-        key=lambda one: (not math.isfinite(one.distance), bool(one.refused), one.distance if kind.tells else 0.0),
+        key=lambda one: (
+            not math.isfinite(one.distance),
+            bool(one.refused),
+            one.distance if kind.is_meaningful_untrained else 0.0,
+        ),
     )
 
 
@@ -168,7 +172,7 @@ class _Fitting:
     def __init__(
         self,
         stack: BlockStack,
-        kind: Kind,
+        kind: ReplacementConfig,
         probe: Batch | Tensor | None,
         selections: Sequence[Selection],
         task: Task | None,

@@ -1,0 +1,26 @@
+"""Register a kind of replacement that makes a module of a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from streamline_hooks import BlockStack
+from streamline_hooks.repair import ReplacementConfig, register_replacement
+from streamline_hooks.repair.size import features_of
+
+
+def register_kind(name: str, make_module: Callable[[int], nn.Module]) -> ReplacementConfig:
+    """Register a kind whose module is made from the width of the residual stream."""
+
+    @register_replacement
+    @dataclass(frozen=True)
+    class OwnConfig(ReplacementConfig):
+        kind = name
+
+        def make(self, stack: BlockStack, window: range) -> nn.Module:
+            return make_module(features_of(stack))
+
+    return OwnConfig()
