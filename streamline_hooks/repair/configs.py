@@ -248,6 +248,7 @@ def replacement_class(kind: str) -> type[ReplacementConfig]:
     return _KINDS[kind]
 
 
+@checked()
 def replacement_from_dict(values: Mapping[str, Any]) -> ReplacementConfig:
     """Build a config from what `ReplacementConfig.to_dict` returned.
 
