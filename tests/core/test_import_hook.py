@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from streamline_hooks import save
-from streamline_hooks.surgery.registration import register_with_transformers
+from streamline_hooks.core.import_hook import after_import
 from tests.processes import in_a_new_process
 from tests.tiny_models import repaired
 
@@ -28,20 +28,20 @@ def test_any_order_of_imports_loads(order: str, tmp_path: Path) -> None:
     assert in_a_new_process(code, tmp_path / "model").stdout.strip().endswith("StreamlinedLlamaForCausalLM")
 
 
-def test_what_waits_for_the_auto_classes_is_gone_once_they_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    import transformers.models.auto as package
-
-    name = f"{package.__name__}.configuration_auto"
-    monkeypatch.setattr(package, "configuration_auto", sys.modules[name])
-    monkeypatch.delitem(sys.modules, name)
-    finders = list(sys.meta_path)
+def test_a_function_runs_once_and_leaves_no_finder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "imported_later.py").write_text("value = 3")
+    monkeypatch.syspath_prepend(tmp_path)
+    finders, values = list(sys.meta_path), []
     for _ in range(2):
-        register_with_transformers()
-        assert len(sys.meta_path) == len(finders) + 1 and name not in sys.modules
-    assert importlib.util.find_spec(name), "somebody asks whether it is there, and does not import it"
-    auto = importlib.import_module(name)
-    assert sys.meta_path == finders
-    assert auto.CONFIG_MAPPING["streamline_hooks"].__name__ == "StreamlinedConfig"
+        after_import("imported_later", lambda module: values.append(module.value))
+        assert len(sys.meta_path) == len(finders) + 1 and "imported_later" not in sys.modules
+    assert importlib.util.find_spec("imported_later"), "somebody asks whether it is there, and does not import it"
+    assert values == []
+    importlib.import_module("imported_later")
+    assert values == [3] and sys.meta_path == finders
+    after_import("imported_later", lambda module: values.append(module.value + 1))
+    assert values == [3, 4] and sys.meta_path == finders
+    monkeypatch.delitem(sys.modules, "imported_later")
 
 
 def test_importing_brings_in_no_table_of_classes() -> None:
