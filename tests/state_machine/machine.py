@@ -139,6 +139,7 @@ class Other:
     reference: Reference | None = None
     history: tuple[SurgeryPlan, ...] = ()
     settled: bool = True
+    mixed_modes: bool = False
 
 
 @dataclass
@@ -217,7 +218,8 @@ class Machine(RuleBasedStateMachine):
     def other(self, model: Any, reference: Reference | None = None) -> Other:
         config = described(model)
         blocks = len(list(model.get_submodule(self.path).children()))
-        return Other(model, self.forward(model), blocks, config, reference, self.history, self.settled)
+        logits = self.forward(model)
+        return Other(model, logits, blocks, config, reference, self.history, self.settled, self.mixed_modes)
 
     # Opening and closing
 
@@ -534,7 +536,7 @@ class Machine(RuleBasedStateMachine):
         assert copied.reference is not None
         self.others.append(self.other(self.model, self.reference))
         self.model, self.reference, self.settled = copied.model, copied.reference, copied.settled
-        self.history = copied.history
+        self.history, self.mixed_modes = copied.history, copied.mixed_modes
         self.changed = True
 
     @meanwhile(lambda self: not self.open and self.dtype != torch.bfloat16)
