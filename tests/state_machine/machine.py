@@ -545,6 +545,8 @@ class Machine(RuleBasedStateMachine):
         self.idle += 1
         plain = not hasattr(self.model, "config")
         with tempfile.TemporaryDirectory(dir=_MEMORY) as folder, redirect_stderr(io.StringIO()):  # progress bars
+            if plain and not self.settled:  # a commit settles it, for a model of the length that it was copied with
+                return
             if not self.settled or (plain and not self.history) or not self.storable():
                 with refusal():
                     save(self.model, folder)
