@@ -402,7 +402,8 @@ class Machine(RuleBasedStateMachine):
     def silence(self, k: int, branch: str, line: int) -> None:
         self.require_surgeon()
         k, level, after = k % len(self.level()), self.level(), None
-        if branch in self.kind.branches and k in level.numbers():
+        unused_bias = k > 0 and owns_bias(level.slots[k].module)  # a copy of T5's first block, behind it
+        if branch in self.kind.branches and k in level.numbers() and not unused_bias:
             block = dict(level.slots[k].module.named_modules())
             after = level.silence(k, branch, [path for path in self.kind.branches[branch] if path in block])
         batch = {} if hasattr(self.model, "config") else {"batch": self.inputs(self.batch, self.dtype)}
