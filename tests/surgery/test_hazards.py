@@ -247,7 +247,8 @@ def test_no_block_takes_the_slot_before_the_one_that_computes_the_position_bias(
         with pytest.raises(UnsupportedSurgery, match=r"block 0.*despite_hazards=True"):
             surgeon.insert(0, block)
         surgeon.insert(0, torch.nn.Identity())  # takes no slot
-        surgeon.insert(1, block)
+        longer = path == "decoder.block" and transformers.__version__ < "5"  # than its cache would be
+        surgeon.insert(1, block, despite_hazards=longer)
         assert [slot.source for slot in surgeon.plan.slots][:2] == [0, None]
     assert before.changes() == []
 
