@@ -337,7 +337,7 @@ BAD = [
     (["--remove", "5"], "blocks=5.*block must stay"),
     (["--keep", "0,x"], r"--keep 'x'.*number"),
     (["--keep", "12"], r"keep=12.*5 blocks"),
-    (["--kind", "cubic"], r"'cubic'.*Known: none, linear"),
+    (["--kind", "cubic"], r"'cubic'.*Expected one of none, linear"),
     (["--kind", "mlp:wide=3"], r"'mlp'.*'wide'.*options: width .int., activation .str."),
     (["--calibration", "nowhere.txt"], "nowhere.txt"),
     (["--calibration", "self"], "chat template"),

@@ -251,9 +251,9 @@ def test_an_error_leaves_model_and_folder_as_they_were(
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"remove": 0}, r"remove=0.*nothing"),
+        ({"remove": 0}, r"remove=0.*remove=8"),
         ({"remove": 5}, r"5 of 5 blocks.*one block must stay"),
-        ({"kind": "cubic"}, r"'cubic'.*Known: none, linear"),
+        ({"kind": "cubic"}, r"'cubic'.*Expected one of none, linear"),
         ({"kind": "linear:rank=65"}, r"64 features.*rank=65"),
         ({"kind": "block", "search": "greedy"}, r"'greedy'.*'block'"),
         ({"kind": "block:count=4"}, r"4 blocks.*nothing to remove of 5"),
