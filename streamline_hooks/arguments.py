@@ -93,7 +93,8 @@ def checked(**least: float) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
                     continue
                 hint = _hint(known.annotation, function.__globals__)
                 converted = _converted(name, parameter, value, hint, known.annotation, least)
-                _refuse_nan(name, parameter, value, hint)
+                if isinstance(value, float) and math.isnan(value):
+                    raise StreamlineError(f"{name}: {parameter}=nan is not a number. {_remedy(hint)}")
                 if converted is not value:
                     bound.arguments[parameter] = converted
             # With share=False every rank has batches of its own, and some may have none.
@@ -112,7 +113,6 @@ def check_fields(instance: Any, **least: float) -> None:
     namespace = vars(__import__("sys").modules[type(instance).__module__])
     for field in fields(instance):
         value, hint = getattr(instance, field.name), _hint(field.type, namespace)
-        _refuse_nan(type(instance).__name__, field.name, value, hint)
         shown = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", field.type)
         _converted(type(instance).__name__, field.name, value, hint, shown, least)
 
@@ -126,11 +126,6 @@ def whole_numbers(values: Any, name: str) -> list[int]:
         If they are not an iterable of whole numbers; bool is none.
     """
     return list(_converted("blocks", name, values, Iterable[int], "Iterable[int]", {}))
-
-
-def _refuse_nan(function: str, parameter: str, value: Any, hint: Any) -> None:
-    if isinstance(value, float) and math.isnan(value):
-        raise StreamlineError(f"{function}: {parameter}=nan is not a number. {_remedy(hint)}")
 
 
 class _Wrong(Exception):

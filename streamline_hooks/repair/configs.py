@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, partial
@@ -69,6 +70,10 @@ class ReplacementConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, **self.least)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise StreamlineError(f"{self.kind}: {f.name}={value} is not finite. Expected a number. Change it.")
 
     def make(self, stack: BlockStack, window: range) -> StandIn:
         """Return a new replacement for a window, of its final size and not yet initialised from data.

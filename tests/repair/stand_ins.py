@@ -16,7 +16,7 @@ FIT = [tokens(8, 24, seed=1), left_padded(4, 16)]
 HELD_OUT = [left_padded(4, 14, seed=2), tokens(4, 20, seed=3)]
 VALIDATION = [left_padded(3, 9, seed=4), tokens(2, 12, seed=5)]
 
-HOLD_MAP = ("linear", "mlp:width=40", "mlp:bias=true,activation=relu", "swiglu", "swiglu:norm=false")
+HOLD_MAP = ("linear", "mlp:width=40", "mlp:activation=relu,bias", "swiglu", "swiglu:norm=false")
 SHAPED = ("linear:rank=4", "linear:diagonal")
 PROJECTED = ("mlp:linear=false", "swiglu:width=40,linear=false", "block", "block:count=2", "silenced")
 SLOTS = {"block": 1, "block:count=2": 2, "silenced": 1, "merged": 1, "merged:channels=mlp": 1}

@@ -99,8 +99,8 @@ def test_a_window_that_cannot_be_merged_leaves_the_others() -> None:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("merged:channels=all", r"channels=all.*expected attention, mlp or both"),
-        ("merged:channels=mlp,weight=0.5", r"channels=mlp.*weight=0\.5.*expected"),
+        ("merged:channels=all", r"channels='all'.*attention, mlp or both"),
+        ("merged:channels=mlp,weight=0.5", r"channels='mlp'.*weight=0\.5.*Change"),
     ],
 )
 def test_options_that_say_nothing_together(kind: str, said: str) -> None:

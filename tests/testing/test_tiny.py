@@ -243,7 +243,8 @@ def test_a_model_that_cannot_be_built_gives_its_reason(monkeypatch: pytest.Monke
 
 def test_listing_types_imports_no_model() -> None:
     code = """
-        import sys, streamline_hooks
+        import sys
+        from streamline_hooks import compress  # and all that it needs
         before = set(sys.modules)
         from streamline_hooks.testing import causal_model_types
         new = {m for m in set(sys.modules) - before if not m.startswith("streamline_hooks.testing")}
