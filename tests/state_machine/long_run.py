@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import time
-import traceback
 import warnings
 from itertools import count
 from pathlib import Path
@@ -62,28 +61,25 @@ def main(arguments: list[str] | None = None) -> int:
     steps, wanted = sum(chunk["steps"] for chunk in progress["chunks"]), -(-options.steps // parts)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    bar = tqdm(total=wanted, initial=min(steps, wanted), unit="step")
-    for number in count():
-        if steps >= wanted:
-            break
-        chunk = (list(FAMILIES)[number % len(FAMILIES)], options.seed + number)
-        if number % parts != part or chunk in finished:
-            continue
-        began = time.monotonic()
-        try:
-            done = run_chunk(*chunk)
-        except Exception:
-            bar.close()
-            traceback.print_exc()
-            print(f"Found by family={chunk[0]!r}, seed={chunk[1]}; the steps that reproduce it are above.")
-            return 1
-        seconds = round(time.monotonic() - began, 1)
-        progress["chunks"].append({"family": chunk[0], "seed": chunk[1], "steps": done, "seconds": seconds})
-        write_progress(options.file, progress)
-        steps += done
-        bar.set_postfix_str(chunk[0])
-        bar.update(done)
-    bar.close()
+    with tqdm(total=wanted, initial=min(steps, wanted), unit="step") as bar:
+        for number in count():
+            if steps >= wanted:
+                break
+            chunk = (list(FAMILIES)[number % len(FAMILIES)], options.seed + number)
+            if number % parts != part or chunk in finished:
+                continue
+            began = time.monotonic()
+            try:
+                done = run_chunk(*chunk)
+            except BaseException as error:
+                error.add_note(f"In the chunk family={chunk[0]!r}, seed={chunk[1]}.")
+                raise
+            seconds = round(time.monotonic() - began, 1)
+            progress["chunks"].append({"family": chunk[0], "seed": chunk[1], "steps": done, "seconds": seconds})
+            write_progress(options.file, progress)
+            steps += done
+            bar.set_postfix_str(chunk[0])
+            bar.update(done)
     print(f"{steps} steps in {len(progress['chunks'])} chunks, no failure: {options.file}")
     return 0
 
