@@ -10,14 +10,9 @@ from streamline_hooks.repair.configs import (
     MergedConfig,
     MLPConfig,
     NoneConfig,
-    ReplacementConfig,
     ScaleConfig,
     SilencedConfig,
     SwiGLUConfig,
-    available_kinds,
-    kind_named,
-    register_replacement,
-    replacement_from_dict,
 )
 from streamline_hooks.repair.fitting import fit_windows
 from streamline_hooks.repair.freezing import freeze_all_but
@@ -26,6 +21,13 @@ from streamline_hooks.repair.objective import Objective
 from streamline_hooks.repair.on_policy import OnPolicy
 from streamline_hooks.repair.presets import PRESETS, Preset, preset_named
 from streamline_hooks.repair.repaired import Repair
+from streamline_hooks.repair.replacement_config import (
+    ReplacementConfig,
+    available_kinds,
+    kind_named,
+    register_replacement,
+    replacement_from_dict,
+)
 from streamline_hooks.repair.settings import Trained, Training
 from streamline_hooks.repair.size import StandInSize, features_of, size_of
 from streamline_hooks.repair.stand_in import StandIn, place

@@ -17,9 +17,9 @@ from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.passes import progress
 from streamline_hooks.repair.beside import Beside, measure_beside
 from streamline_hooks.repair.closed_form import solve
-from streamline_hooks.repair.configs import ReplacementConfig, kind_named
 from streamline_hooks.repair.projection import ProjectionMoments, change, merged, solvable, solve_projection
 from streamline_hooks.repair.repaired import Batches, Repair
+from streamline_hooks.repair.replacement_config import ReplacementConfig, kind_named
 from streamline_hooks.repair.stand_in import StandIn, blocks_of
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.statistics import measure_moments

@@ -20,7 +20,7 @@ from streamline_hooks.repair import (
     replacement_from_dict,
     size_of,
 )
-from streamline_hooks.repair.configs import replacement_class
+from streamline_hooks.repair.replacement_config import replacement_class
 from streamline_hooks.repair.size import features_of, inner_width_of
 from streamline_hooks.replacements import InheritedBlocks, MLPReplacement, SwiGLUReplacement
 from streamline_hooks.testing import tiny_model as any_model
