@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import configparser
 import difflib
+from pathlib import Path
 
 import streamline_hooks
 from tests.processes import in_a_new_process
@@ -24,6 +26,13 @@ def test_a_changed_signature_is_seen() -> None:
 def test_all_public_names_are_there() -> None:
     assert all(getattr(streamline_hooks, name) is not None for name in streamline_hooks.__all__)
     assert {*streamline_hooks.__all__} <= {*dir(streamline_hooks)}
+
+
+def test_the_list_of_public_names_is_installed() -> None:
+    """An editable installation has it in any case."""
+    settings = configparser.ConfigParser()
+    settings.read(Path(__file__).resolve().parents[1] / "setup.cfg")
+    assert "*.pyi" in settings["options.package_data"]["streamline_hooks"].split()
 
 
 def test_the_version_needs_neither_torch_nor_transformers() -> None:
