@@ -26,10 +26,11 @@ from benchmarks.quality_scores import Quality, write
 from benchmarks.real_text import BATCH, RESULTS, ROOT, arguments
 from benchmarks.training_text import training_text
 from streamline_hooks.batch import batches_of
+from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.evaluation import perplexity
 from streamline_hooks.preparation import held_out_apart
 from streamline_hooks.pretrained import load_pretrained
-from streamline_hooks.repair import kind_named, student_of, train
+from streamline_hooks.repair import student_of, train
 from streamline_hooks.selection import SearchProblem, find_selections, usual_criterion, verified, windows
 from streamline_hooks.stack import find_stack
 from streamline_hooks.statistics import profile
@@ -114,7 +115,7 @@ class Bench:
         self.content["points"][point.name] = {
             **asdict(point),
             "gone": chosen.gone,
-            "added": sum(kind_named(point.kind).size(self.stack, w).parameters for w, _ in pairs),
+            "added": sum(parse_replacement(point.kind).size(self.stack, w).parameters for w, _ in pairs),
             "parameters_gone": sum(self.stack.parameters_per_block[k] for w, _ in pairs for k in w),
             "started": before,
             "trained": after,
@@ -129,7 +130,7 @@ class Bench:
 
     def chosen(self, point: Point, rows: torch.Tensor) -> Any:
         """What is removed, and what stands in its place to begin with."""
-        length, slots = len(self.stack), kind_named(point.kind).slots
+        length, slots = len(self.stack), parse_replacement(point.kind).slots
         size = point.removed + slots * point.networks
         search = "window" if point.networks == 1 else "disjoint"
         asked = SearchProblem(
@@ -142,7 +143,9 @@ class Bench:
         )
         parts = [*(batches_of(part, BATCH) for part in held_out_apart(rows)), self.validation]
         with torch.autocast("cpu", torch.bfloat16):
-            return verified(self.model, find_selections(search, asked), *parts, kind=point.kind)[0]
+            return verified(
+                self.model, find_selections(search, asked), *parts, replacement=parse_replacement(point.kind)
+            )[0]
 
     def score(self) -> float:
         """The mean perplexity ratio of the model as it is now."""

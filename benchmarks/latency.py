@@ -25,10 +25,11 @@ from torch import nn
 
 from benchmarks.real_text import RESULTS
 from benchmarks.timing import machine
+from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.evaluation import measure_speed
 from streamline_hooks.evaluation.speed import PHASES
 from streamline_hooks.pretrained import load_pretrained
-from streamline_hooks.repair import kind_named, place
+from streamline_hooks.repair import place
 from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery import LayerSurgeon
 
@@ -81,7 +82,7 @@ def opened(model: nn.Module, kind: str) -> Callable[[], AbstractContextManager[n
     """What opens a context in which the model has a kind in its window's place."""
     if kind == ORIGINAL:
         return lambda: nullcontext(model)
-    chosen, stack = kind_named(kind), find_stack(model)
+    chosen, stack = parse_replacement(kind), find_stack(model)
     window = range(START, START + REMOVED + chosen.slots)
     stand_in = chosen.build(stack, window)
 
@@ -107,7 +108,7 @@ def peak_of(kind: str, batch: int, tokens: int, new_tokens: int) -> int:
     """The most memory, in bytes, of a process that loads the compressed model and generates."""
     model: Any = load_pretrained("smollm2")[0]
     if kind != ORIGINAL:
-        chosen, stack = kind_named(kind), find_stack(model)
+        chosen, stack = parse_replacement(kind), find_stack(model)
         window = range(START, START + REMOVED + chosen.slots)
         stand_in = chosen.build(stack, window)
         with LayerSurgeon(model) as surgeon:

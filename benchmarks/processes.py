@@ -30,7 +30,7 @@ from benchmarks.training_text import training_text
 from streamline_hooks.batch import batches_of
 from streamline_hooks.cli.processes import launched
 from streamline_hooks.pretrained import load_pretrained
-from streamline_hooks.repair import Training, fit_windows, student_of, train
+from streamline_hooks.repair import SwiGLUConfig, Training, fit_windows, student_of, train
 from streamline_hooks.stack import find_stack
 from streamline_hooks.statistics import measure_moments, profile
 
@@ -81,7 +81,9 @@ def measure(options: Any) -> None:
     model, tokenizer = load_pretrained("smollm2")
     text = training_text(options.data, tokenizer, 2 * options.sequences * 512).train
     with launched() as speaks:
-        (repair,) = fit_windows(model, [WINDOW], "swiglu", batches_of(text[:BATCH], 2), batches_of(text[BATCH:8], 2))
+        (repair,) = fit_windows(
+            model, [WINDOW], SwiGLUConfig(), batches_of(text[:BATCH], 2), batches_of(text[BATCH:8], 2)
+        )
         student = student_of(find_stack(model), [(repair.window, repair.stand_in)])
         passes: dict[str, Callable[[list[Any]], Any]] = {
             "profile": lambda batches: profile(model, batches),

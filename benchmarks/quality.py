@@ -27,6 +27,7 @@ from benchmarks.quality_scores import SEQUENCES, Quality, write
 from benchmarks.real_text import RESULTS, ROOT, arguments
 from benchmarks.training_text import TrainingText, training_text
 from streamline_hooks.batch import batches_of
+from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.preparation import held_out_apart
 from streamline_hooks.pretrained import load_pretrained
 from streamline_hooks.repair import (
@@ -37,7 +38,6 @@ from streamline_hooks.repair import (
     Trained,
     Training,
     fit_windows,
-    kind_named,
     student_of,
     train,
 )
@@ -129,13 +129,13 @@ class Bench:
         if name in self.content["rows"]:
             return
         recipe, started = RECIPES[name], time.time()
-        kind = kind_named(recipe.kind)
+        kind = parse_replacement(recipe.kind)
         window = self.window(kind.slots)
         share = 1.0 if recipe.training is None and recipe.kind != "none" else STARTING
         rows = self.text.train[: round(share * len(self.text.train))]
         fit, held_out = (batches_of(part, 4) for part in held_out_apart(rows))
         with torch.autocast("cpu", torch.bfloat16):
-            (repair,) = fit_windows(self.model, [window], kind, fit, held_out)
+            (repair,) = fit_windows(self.model, [window], parse_replacement(kind), fit, held_out)
         fitted = time.time()
         student = student_of(self.stack, [(window, repair.stand_in)], recipe.healing)
         trained = None if recipe.training is None else self.trained(name, student, recipe.training)

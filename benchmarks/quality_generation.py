@@ -42,6 +42,7 @@ from benchmarks.training_text import TrainingText, training_text
 from streamline_hooks import compress_iteratively
 from streamline_hooks.batch import batches_of
 from streamline_hooks.calibration import TokenSplit, self_generated, with_repeated_passages
+from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.preparation import held_out_apart
 from streamline_hooks.pretrained import load_pretrained
 from streamline_hooks.repair import (
@@ -50,7 +51,6 @@ from streamline_hooks.repair import (
     Student,
     Trained,
     Training,
-    kind_named,
     student_of,
     train,
 )
@@ -251,7 +251,7 @@ class Bench:
             rounds=recipe.rounds,
             training=self.settings(run, recipe),
             remove=run.removed,
-            kind=kind_named(recipe.kind),  # with the random weights of all seeds
+            kind=parse_replacement(recipe.kind),  # with the random weights of all seeds
             search=recipe.search,
             criterion=recipe.criterion or None,
             repeated=recipe.repeated,
@@ -343,7 +343,7 @@ class Bench:
 
     def started(self, recipe: Recipe, run: Run, windows: tuple[range, ...], text: TrainingText) -> Student:
         """The student before it is trained."""
-        kind = kind_named(recipe.kind)
+        kind = parse_replacement(recipe.kind)
         torch.manual_seed(run.seed)
         if not recipe.warm or recipe.kind == "none":
             stand_ins = [kind.make(self.stack, window) for window in windows]
@@ -351,7 +351,7 @@ class Bench:
             rows = text.train[: max(16, round(recipe.starting * len(text.train)))]
             parts = (batches_of(part, 4) for part in (*held_out_apart(rows), text.validation))
             with fast_products(self.model):
-                (fitted,) = verified(self.model, [Selection(windows)], *parts, kind=kind)
+                (fitted,) = verified(self.model, [Selection(windows)], *parts, replacement=parse_replacement(kind))
             stand_ins = [repair.stand_in for repair in fitted.repairs]
         return student_of(self.stack, list(zip(windows, stand_ins, strict=True)), recipe.healing, seed=run.seed)
 

@@ -28,7 +28,7 @@ from streamline_hooks.checkpoint import load
 from streamline_hooks.digests import weights_digest
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import Perplexity, agreement, perplexity
-from streamline_hooks.repair import Training, available_kinds
+from streamline_hooks.repair import REPLACEMENTS, Training
 
 FILE = RESULTS / "small_opt_repaired.json"
 REMOVED = 2
@@ -39,7 +39,7 @@ TRAINED = ("linear", "linear:rank=48", "mlp", "swiglu", "block", "silenced", "fe
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, default=200_000)
-    parser.add_argument("--kinds", default=";".join([*available_kinds(), "linear:rank=48"]), help="with ; between two")
+    parser.add_argument("--kinds", default=";".join([*REPLACEMENTS, "linear:rank=48"]), help="with ; between two")
     options = parser.parse_args()
     content = json.loads(FILE.read_text()) if FILE.exists() else {"rows": {}}
     bench = Bench(options.data, options.tokens, content)

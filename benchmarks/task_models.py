@@ -32,8 +32,9 @@ from benchmarks.real_text import RESULTS, ROOT, arguments
 from streamline_hooks import Task, find_stack
 from streamline_hooks.batch_split import BatchSplit
 from streamline_hooks.calibration import read_documents, text_parts
+from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.evaluation import TaskScores, embeddings, likeness_of, recall_at
-from streamline_hooks.repair import Objective, Training, kind_named, student_of, train
+from streamline_hooks.repair import Objective, Training, student_of, train
 from streamline_hooks.selection import SearchProblem, find_selections, usual_criterion, verified, windows
 from streamline_hooks.statistics import profile
 
@@ -124,7 +125,9 @@ def row(subject: Subject, measured: Any, count: int, kind: str, trained: bool) -
     )
     fit, held_out = subject.parts.held_out_apart
     parts = fit, held_out, subject.parts.validation
-    best = verified(subject.model, find_selections("window", asked), *parts, kind=kind, task=subject.task)[0]
+    best = verified(
+        subject.model, find_selections("window", asked), *parts, replacement=parse_replacement(kind), task=subject.task
+    )[0]
     pairs = [(repair.window, repair.stand_in) for repair in best.repairs] or [(best.windows[0], None)]
     student = student_of(stack, pairs, task=subject.task)
     found: dict[str, Any] = {"removed": best.gone, "kind": kind, "distance": best.distance}
@@ -139,7 +142,7 @@ def row(subject: Subject, measured: Any, count: int, kind: str, trained: bool) -
         student.merge()
     found["minutes"] = (time.perf_counter() - started) / 60
     gone = sum(stack.parameters_per_block[k] for k in best.windows[0])
-    found["parameters"] = gone - kind_named(kind).size(stack, best.windows[0]).parameters
+    found["parameters"] = gone - parse_replacement(kind).size(stack, best.windows[0]).parameters
     student.training = False
     with student.opened():
         return found | subject.scores()

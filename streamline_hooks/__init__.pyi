@@ -24,6 +24,7 @@ from .pipeline.sweep import Sweep, sweep
 from .recorder import HiddenStateRecorder
 from .repair import (
     PRESETS,
+    REPLACEMENTS,
     BlockConfig,
     FeedForwardConfig,
     FoldedConfig,
@@ -40,14 +41,11 @@ from .repair import (
     SwiGLUConfig,
     Trained,
     Training,
-    available_kinds,
     fit_windows,
     freeze_all_but,
-    kind_named,
     place,
     preset_named,
     register_replacement,
-    replacement_from_dict,
     student_of,
     train,
 )
@@ -72,6 +70,7 @@ __version__: str
 
 __all__ = [
     "PRESETS",
+    "REPLACEMENTS",
     "Agreement",
     "BlockConfig",
     "BlockStack",
@@ -112,7 +111,6 @@ __all__ = [
     "UnsupportedSurgery",
     "WindowMoments",
     "agreement",
-    "available_kinds",
     "combined",
     "compare_blocks",
     "compress",
@@ -124,7 +122,6 @@ __all__ = [
     "find_stacks",
     "fit_windows",
     "freeze_all_but",
-    "kind_named",
     "likeness",
     "load",
     "measure_branches",
@@ -139,7 +136,6 @@ __all__ = [
     "register_criterion",
     "register_module",
     "register_replacement",
-    "replacement_from_dict",
     "resume",
     "save",
     "score_windows",

@@ -20,8 +20,9 @@ from streamline_hooks.calibration import (
     with_repeated_passages,
 )
 from streamline_hooks.calibration.split import PARTS
+from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.repair import ReplacementConfig, StandInSize, kind_named
+from streamline_hooks.repair import ReplacementConfig, StandInSize
 from streamline_hooks.repair.stand_in import is_spliced
 from streamline_hooks.replacements import replacement_config
 from streamline_hooks.selection import SearchProblem, Target, protected_blocks, windows_for
@@ -148,7 +149,7 @@ def prepare_compression(
     """
     found = find_stack(model, stack)
     refuse_open_surgery(found, "compress")
-    chosen = kind_named(kind)
+    chosen = parse_replacement(kind) if isinstance(kind, str) else kind
     target = Target.of(remove)
     protected = protected_blocks(keep, len(found))
     given = BatchSplit.of(cast(Any, texts), task) if are_batches(texts) else None

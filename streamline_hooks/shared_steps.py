@@ -60,7 +60,7 @@ def verified_together(
     StreamlineError, UnsupportedSurgery
         As `verified`.
     """
-    options = {"kind": ready.kind, "stack": ready.stack.path, "task": ready.task}
+    options = {"replacement": ready.kind, "stack": ready.stack.path, "task": ready.task}
     if work.processes.count == 1:
         return verified(model, found, ready.fit, ready.held_out, ready.judging, **options)  # type: ignore[arg-type]
     own = _share(ready.judging, work.processes)

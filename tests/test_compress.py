@@ -17,7 +17,7 @@ from streamline_hooks import StreamlineError, Target, compress, find_stack, load
 from streamline_hooks.batch import batches_of
 from streamline_hooks.calibration import PackedText, beginnings, packed_text, read_documents
 from streamline_hooks.preparation import held_out_apart
-from streamline_hooks.repair import Objective, Training, fit_windows
+from streamline_hooks.repair import LinearConfig, Objective, Training, fit_windows
 from streamline_hooks.testing import tiny_model
 from tests.processes import in_a_new_process
 from tests.repair.own_kinds import register_kind
@@ -365,7 +365,7 @@ def test_packed_text_is_its_documents_alone(
     both = [held_out_apart(t) for t in (texts["calibration"].input_ids, texts["calibration"].position_ids)]
     parts = [PackedText(*pair, 0, 0) for pair in zip(*both, strict=True)]
     for judged in result.candidates:
-        (repair,) = fit_windows(original, judged.windows, "linear", *(pieces(part) for part in parts))
+        (repair,) = fit_windows(original, judged.windows, LinearConfig(), *(pieces(part) for part in parts))
         assert judged.repairs[0].repaired_error == pytest.approx(repair.repaired_error, rel=1e-5)
     assert result.training is not None and result.training.distance < result.training.distance_before
     first = [tokenizer.decode(piece[0, :8]) for piece in alone["test"]]

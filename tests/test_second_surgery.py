@@ -24,7 +24,7 @@ from streamline_hooks import (
 )
 from streamline_hooks.blockwise import BlockwisePass
 from streamline_hooks.errors import UnsupportedSurgery
-from streamline_hooks.repair import Training, fit_windows, place
+from streamline_hooks.repair import BlockConfig, FoldedConfig, Training, fit_windows, place
 from streamline_hooks.repair.branch_linear import fit_branch_linear
 from streamline_hooks.selection import Selection
 from streamline_hooks.selection.criteria.taylor import block_saliency
@@ -192,8 +192,8 @@ def test_branches_that_are_silent_already_are_not_given_up_again() -> None:
 def test_nothing_is_folded_in_front_of_a_splice() -> None:
     model = operated(range(2, 4))
     with pytest.raises(UnsupportedSurgery, match=r"block 1.*earlier surgery"):
-        fit_windows(model, [range(2, 4)], "folded", [BATCH], texts(3, 1))
-    (repair,) = fit_windows(model, [range(3, 5)], "folded", [BATCH], texts(3, 1))
+        fit_windows(model, [range(2, 4)], FoldedConfig(), [BATCH], texts(3, 1))
+    (repair,) = fit_windows(model, [range(3, 5)], FoldedConfig(), [BATCH], texts(3, 1))
     assert repair.repaired_error < repair.removal_error
 
 
@@ -201,7 +201,7 @@ def test_nothing_is_folded_in_front_of_a_splice() -> None:
 def test_inherited_blocks_are_fitted_with_what_stays_between_them(gone: range) -> None:
     """The error that is told, of blocks as they are, is that of the model in which they stand."""
     model, held_out = operated(gone, blocks=9), texts(5, 1, rows=16)
-    (repair,) = fit_windows(model, [range(1, 5)], "block:count=2,solve=false", texts(4, 1, rows=16), held_out)
+    (repair,) = fit_windows(model, [range(1, 5)], BlockConfig(count=2, solve=False), texts(4, 1, rows=16), held_out)
     with torch.no_grad(), HiddenStateRecorder(model, [4]) as record:
         model(held_out[0])
     with torch.no_grad(), LayerSurgeon(model, probe=False) as surgeon:

@@ -22,13 +22,14 @@ from streamline_hooks.blockwise.work_folder import WorkFolder
 from streamline_hooks.calibration import PackedText, TokenSplit
 from streamline_hooks.carrying_out import carry_out, first_that_can_go, how_repaired
 from streamline_hooks.checkpoint import require_free, save
+from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.digests import batches_digest
 from streamline_hooks.distributed import here
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation.candidates import Candidate
 from streamline_hooks.evaluation.reasoning import unmeasured_reasoning
 from streamline_hooks.preparation import Preparation, prepare_compression
-from streamline_hooks.repair import ReplacementConfig, kind_named
+from streamline_hooks.repair import ReplacementConfig
 from streamline_hooks.result import CompressionResult, findings
 from streamline_hooks.run_figures import Clock, peak_memory_of_process, sizes_of
 from streamline_hooks.selection import (
@@ -150,7 +151,7 @@ def compress_checkpoint(
             f"{output} is the model's own folder, from which its blocks are read meanwhile. Choose another folder."
         )
     find_sentence_folder(folder)  # raises if it cannot be kept
-    chosen, named = kind_named(kind, seed), _criterion(criterion)
+    chosen, named = (parse_replacement(kind) if isinstance(kind, str) else kind).seeded(seed), _criterion(criterion)
     _refuse_latency(remove)
     if min(shortlist, batch_size) < 1:
         raise StreamlineError(f"shortlist={shortlist} and batch_size={batch_size} must be 1 or more each.")
@@ -200,7 +201,7 @@ def compress_checkpoint(
             ready.stack,
             chosen,
             lambda room, kept: verified(
-                model, found, *parts, kind=chosen, folder=room, check=unseen, before_done=kept, **options
+                model, found, *parts, replacement=chosen, folder=room, check=unseen, before_done=kept, **options
             ),
         )
     with clock("choose"):

@@ -16,7 +16,7 @@ from streamline_hooks.blockwise.passing import BlockwisePass
 from streamline_hooks.blockwise.repairing import load_repair, require_map_kind, save_repair, solve_window
 from streamline_hooks.blockwise.room import require_room, state_bytes
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.repair import Repair, ReplacementConfig, kind_named
+from streamline_hooks.repair import LinearConfig, Repair, ReplacementConfig
 from streamline_hooks.selection import Selection, VerifiedSelection
 from streamline_hooks.stack import find_stack
 from streamline_hooks.statistics import WindowMoments
@@ -31,7 +31,7 @@ def verified(
     held_out: Batches,
     validation: Batches,
     *,
-    kind: ReplacementConfig | str = "linear",
+    replacement: ReplacementConfig = LinearConfig(),
     stack: str | None = None,
     memory: int = 2**31,
     folder: str | Path | None = None,
@@ -54,7 +54,7 @@ def verified(
         Of a single window each, such as a search for windows finds.
     fit, held_out, validation, stack
         As for `streamline_hooks.selection.verified`.
-    kind : ReplacementConfig or str
+    replacement : ReplacementConfig
         What starts at the least-squares map: none, linear, mlp, swiglu.
     memory, folder, check
         As for `profile`.
@@ -83,7 +83,7 @@ def verified(
     >>> best.distance <= other.distance
     True
     """
-    found, chosen = find_stack(model, stack), kind_named(kind)
+    found, chosen = find_stack(model, stack), replacement
     windows = [_single(selection) for selection in selections]
     if len(set(windows)) < len(windows) or not windows:
         raise StreamlineError(f"Got {len(windows)} windows, {len(set(windows))} of them different; give each once.")

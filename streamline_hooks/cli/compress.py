@@ -212,14 +212,13 @@ def compress(
     from streamline_hooks.checkpoint import require_free
     from streamline_hooks.cli.budget import PRESET, refuse_beside_budget, said_again
     from streamline_hooks.cli.dry_run import say_costs
-    from streamline_hooks.cli.short_forms import parse_target
+    from streamline_hooks.cli.short_forms import parse_replacement, parse_target
     from streamline_hooks.cli.task_data import Amounts, batches_for
     from streamline_hooks.distributed import together
     from streamline_hooks.pipeline.compress import compress as run
     from streamline_hooks.pipeline.iterative import blocks_by_round, compress_iteratively
     from streamline_hooks.planning.duration import parse_duration
     from streamline_hooks.preparation import prepare_compression, require_parts
-    from streamline_hooks.repair import kind_named
     from streamline_hooks.selection import criterion_named, require_search
     from streamline_hooks.stack import find_stack
     from streamline_hooks.statistics import Profile
@@ -240,7 +239,7 @@ def compress(
         recipe = asked_for.recipe(seed)
         kind, training, healing, times = recipe.kind, recipe.training, recipe.healing, recipe.rounds
         search, criterion = recipe.search, recipe.criterion
-        chosen = kind_named(kind)
+        chosen = parse_replacement(kind)
         target = parse_target(remove)
         require_search(search, criterion_named(criterion), target)
         blocks = block_numbers(keep)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import fields
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from streamline_hooks.core.config import Config
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.repair.replacement_config import REPLACEMENTS, ReplacementConfig
 from streamline_hooks.selection.target import Target
 
 _TARGETS = {name.replace("_", "-"): name for name in ("blocks", "parameters", "latency", "decode_latency")}
@@ -40,3 +44,83 @@ def parse_target(text: str) -> Target:
         ) from None
     given: dict[str, Any] = {name: amount}
     return Target.of(amount) if name == "blocks" else Target(**given)
+
+
+def parse_replacement(text: str) -> ReplacementConfig:
+    """Read a replacement: its kind, and options of its config after a colon.
+
+    Raises
+    ------
+    StreamlineError
+        If there is no such kind or option, or an option's value is invalid.
+
+    Examples
+    --------
+    >>> parse_replacement("block:count=2").slots, parse_replacement("linear:diagonal").name
+    (2, 'linear:diagonal')
+    """
+    config = REPLACEMENTS[text.partition(":")[0].strip()]
+    return config(**read_options(text, config, without=("seed",)))
+
+
+def read_options(text: str, config: type[Config], without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the fields of a config that are written behind the colon of a short form: ``lora:rank=8,head``.
+
+    Parameters
+    ----------
+    text : str
+        All of the short form. A comma is between two options; an option without a value is true; values of a tuple
+        have ``+`` between them.
+    config : type
+        A config class, whose annotations say how each option's value is read.
+    without : tuple of str
+        Fields that are no options.
+
+    Raises
+    ------
+    StreamlineError
+        If an option is unknown or given twice, or its value cannot be read.
+    """
+    name, _, rest = text.partition(":")
+    known = {option: types for option, types in _option_types(config).items() if types and option not in without}
+    found: dict[str, Any] = {}
+    for part in filter(None, map(str.strip, rest.split(","))):
+        option, given, value = (piece.strip() for piece in part.partition("="))
+        if option not in known or option in found:
+            listed = ", ".join(f"{o} ({_expected(types)})" for o, types in known.items()) or "none"
+            what = "is given an option twice" if option in found else "has no such option"
+            raise StreamlineError(f"{text!r}: {name.strip()!r} {what}, {option!r}. Its options: {listed}.")
+        found[option] = _read(text, option, known[option], value if given else "true")
+    return found
+
+
+def _option_types(config: type[Config]) -> dict[str, tuple[Any, ...]]:
+    """Return, for each option, the types that can be written in a short form."""
+    try:
+        hints = get_type_hints(config)
+    except NameError:  # an annotation that is imported for type checkers only
+        hints = {}
+    return {f.name: _plain_types(hints.get(f.name, type(f.default))) for f in fields(config)}
+
+
+def _plain_types(annotation: Any) -> tuple[Any, ...]:
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    plain = [t for t in (bool, int, float, str) if t in members]
+    plain += [str for t in members if get_origin(t) is Literal]
+    return (*plain, *(tuple for t in members if get_origin(t) is tuple))
+
+
+def _expected(types: tuple[Any, ...]) -> str:
+    return " or ".join(t.__name__ for t in types)
+
+
+def _read(text: str, option: str, types: tuple[Any, ...], value: str) -> Any:
+    """Return an option's value, of the first of its types that the text can be."""
+    for kind in types:
+        try:
+            if kind is bool:
+                return {"true": True, "false": False}[value.lower()]
+            return tuple(value.split("+")) if kind is tuple else kind(value)
+        except (KeyError, ValueError):
+            continue
+    raise StreamlineError(f"{text!r}: {option}={value!r} is invalid. Expected {_expected(types)}. Change it.")

@@ -61,18 +61,18 @@ def sweep(
 
     Example: streamline-hooks sweep smollm2 --remove 0.1,0.2,0.3 --kind linear,swiglu --output sweep
     """
-    from streamline_hooks.cli.short_forms import parse_target
+    from streamline_hooks.cli.short_forms import parse_replacement, parse_target
     from streamline_hooks.core import atomic_file, check_writable
     from streamline_hooks.json_file import write_json
     from streamline_hooks.pipeline.sweep import sweep as run
-    from streamline_hooks.repair import Objective, Training, kind_named
+    from streamline_hooks.repair import Objective, Training
 
     refuse_unused(context, search)
     check_writable(output / "sweep.json")
     targets = [parse_target(part) for part in remove.split(",") if part.strip()]
     kinds = [part.strip() for part in _kinds(kind)]
     for one in kinds:
-        kind_named(one)
+        parse_replacement(one)
     settings: dict[str, Any] = (
         {"training": Training(objective=Objective.parse(objective), seed=seed)} if objective else {}
     )

@@ -12,10 +12,10 @@ from streamline_hooks.batch import batches_of
 from streamline_hooks.calibration import split_documents
 from streamline_hooks.checkpoint import compare_blocks, load, read_plans
 from streamline_hooks.checkpoint.safety import CONFIG, read_json
+from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import perplexity
 from streamline_hooks.pipeline.compress import compress
-from streamline_hooks.repair import kind_named
 from streamline_hooks.result import CompressionResult
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def refit(
         If the folder's plan is not of one surgery with windows, if the original or the text is another one, or as
         `compress`.
     """
-    if kind_named(kind).name.partition(":")[0] not in PLAIN:
+    if kind not in PLAIN:
         raise StreamlineError(f"{kind!r} leaves no plain model, or none that is repaired; expected one of {PLAIN}.")
     plans = read_plans(folder)
     windows = [range(*splice.replaces) for splice in plans[0].splices if splice.replaces]
@@ -131,7 +131,7 @@ def refit(
     value = perplexity(model, batches_of(dealt.test, 4), "with splices").value
     before, blocks = model.num_parameters(), len(plans[0].slots)
     del model
-    slots, gone = kind_named(kind).slots, {k for window in windows for k in window}
+    slots, gone = parse_replacement(kind).slots, {k for window in windows for k in window}
     result = compress(
         original,
         tokenizer,

@@ -15,13 +15,14 @@ from streamline_hooks.batch import Batch, tokens_of
 from streamline_hooks.calibration import PackedText, TokenSplit
 from streamline_hooks.carrying_out import carry_out, first_that_can_go, how_repaired, puts_in
 from streamline_hooks.checkpoint import require_free, save
+from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.collapse_watch import CollapseWatch
 from streamline_hooks.distributed import Together, failing_together, here
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import TaskScores
 from streamline_hooks.evaluation.reasoning import unmeasured_reasoning
 from streamline_hooks.preparation import prepare_compression
-from streamline_hooks.repair import Healing, ReplacementConfig, Training, kind_named
+from streamline_hooks.repair import Healing, ReplacementConfig, Training
 from streamline_hooks.repair.rollouts import require_writes
 from streamline_hooks.result import LABELS, CompressionResult, attempts_to_measure, findings
 from streamline_hooks.run_figures import Clock, peak_memory_of_process, sizes_of
@@ -136,7 +137,7 @@ def compress(
     remove : Target, int or float
         Number of blocks, or a fraction below 1 of them (rounded half up), or a `Target` of parameters or latency.
     kind : ReplacementConfig or str
-        What stands in a window's place, with its options, see `kind_named`: ``"linear"``, ``"linear:rank=64"``,
+        What stands in a window's place, with its options, see `ReplacementConfig`: ``"linear"``, ``"linear:rank=64"``,
         ``"mlp"``, ``"swiglu:width=1536"``, ``"block"``, ``"silenced"``, ``"folded"``, ``"scale"``, ``"none"``, or one
         of your own (`register_kind`). Each starts where least squares brings it.
     training : Training, optional
@@ -232,7 +233,7 @@ def compress(
     if output is not None:
         work.of_first(lambda: require_free(output, overwrite))
         sentence_folder_of(model)  # raises if it cannot be kept
-    chosen = kind_named(kind, seed)
+    chosen = (parse_replacement(kind) if isinstance(kind, str) else kind).seeded(seed)
     healed = Healing.parse(healing) if isinstance(healing, str) else healing
     training = work.of_first(lambda: kept_training(training, healed, resume, output, train_until))
     named = criterion if isinstance(criterion, Criterion) else criterion_named(criterion or usual_criterion(search))

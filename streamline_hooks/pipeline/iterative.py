@@ -17,12 +17,13 @@ from streamline_hooks.batch import Batch
 from streamline_hooks.batch_split import BatchSplit
 from streamline_hooks.calibration import PackedText, TokenSplit, split_documents
 from streamline_hooks.checkpoint import require_free, save
+from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.core import check_writable
 from streamline_hooks.distributed import Together, failing_together, here
 from streamline_hooks.errors import StreamlineError, TrainingInterrupted
 from streamline_hooks.pipeline.compress import compress
 from streamline_hooks.preparation import are_batches, require_parts, require_writable, slots_of
-from streamline_hooks.repair import Healing, Training, kind_named
+from streamline_hooks.repair import Healing, ReplacementConfig, Training
 from streamline_hooks.result import CompressionResult
 from streamline_hooks.run_figures import Clock
 from streamline_hooks.selection import Target, blocks_to_remove, protected_blocks
@@ -130,7 +131,7 @@ def compress_iteratively(
     if output is not None:
         work.of_first(lambda: require_free(output, overwrite))
         sentence_folder_of(model)  # raises if it cannot be kept
-        require_writable(found, kind_named(options.get("kind", "linear")), range(counts[0]))
+        require_writable(found, _replacement(options.get("kind", "linear")), range(counts[0]))
     asked_for = options.get("task")
     task = Task.parse(asked_for) if isinstance(asked_for, str) else asked_for or Task.of(model)
     whole, parts = _parts(texts, tokenizer, task, rounds, test_texts, options)
@@ -203,6 +204,10 @@ def compress_iteratively(
     return result
 
 
+def _replacement(kind: ReplacementConfig | str) -> ReplacementConfig:
+    return parse_replacement(kind) if isinstance(kind, str) else kind
+
+
 def _delete(files: Sequence[Path | None]) -> None:
     for file in files:
         if file is not None:
@@ -254,7 +259,7 @@ def _stays(stack: BlockStack, count: int, options: Mapping[str, Any]) -> frozens
     behind = healed is not None and healed.where == "after" and not healed.head
     if not behind or options.get("search", "window") != "window":
         return frozenset()
-    kind = kind_named(options.get("kind", "linear"))
+    kind = _replacement(options.get("kind", "linear"))
     return frozenset() if kind.size(stack, range(count + kind.slots)).parameters else frozenset({len(stack) - 1})
 
 
@@ -262,7 +267,7 @@ def _require_room(runs: Sequence[int], length: int, counts: Sequence[int], optio
     """Raise where a round may find no window, by what earlier rounds choose, when these have been trained."""
     search = options.get("search", "window")
     slots, in_one = (
-        slots_of(kind_named(options.get("kind", "linear")), search, options.get("parts", 2)),
+        slots_of(_replacement(options.get("kind", "linear")), search, options.get("parts", 2)),
         search == "window",
     )
     reached = {tuple(sorted(runs))}

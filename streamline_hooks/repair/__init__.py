@@ -22,11 +22,9 @@ from streamline_hooks.repair.on_policy import OnPolicy
 from streamline_hooks.repair.presets import PRESETS, Preset, preset_named
 from streamline_hooks.repair.repaired import Repair
 from streamline_hooks.repair.replacement_config import (
+    REPLACEMENTS,
     ReplacementConfig,
-    available_kinds,
-    kind_named,
     register_replacement,
-    replacement_from_dict,
 )
 from streamline_hooks.repair.settings import Trained, Training
 from streamline_hooks.repair.size import StandInSize, features_of, size_of
@@ -36,6 +34,7 @@ from streamline_hooks.repair.training import train
 
 __all__ = [
     "PRESETS",
+    "REPLACEMENTS",
     "BlockConfig",
     "ClosedForm",
     "FeedForwardConfig",
@@ -60,15 +59,12 @@ __all__ = [
     "Training",
     "TrainingCallback",
     "TrainingProgress",
-    "available_kinds",
     "features_of",
     "fit_windows",
     "freeze_all_but",
-    "kind_named",
     "place",
     "preset_named",
     "register_replacement",
-    "replacement_from_dict",
     "size_of",
     "solve",
     "student_of",

@@ -19,7 +19,7 @@ from streamline_hooks.repair.beside import Beside, measure_beside
 from streamline_hooks.repair.closed_form import solve
 from streamline_hooks.repair.projection import ProjectionMoments, change, merged, solvable, solve_projection
 from streamline_hooks.repair.repaired import Batches, Repair
-from streamline_hooks.repair.replacement_config import ReplacementConfig, kind_named
+from streamline_hooks.repair.replacement_config import ReplacementConfig
 from streamline_hooks.repair.stand_in import StandIn, blocks_of
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.statistics import measure_moments
@@ -33,7 +33,7 @@ _ROUNDING = 1e-9  # of an error that is relative
 def fit_windows(
     model: nn.Module,
     windows: Sequence[range],
-    kind: ReplacementConfig | str,
+    replacement: ReplacementConfig,
     fit: Batches,
     held_out: Batches,
     *,
@@ -50,8 +50,8 @@ def fit_windows(
     ----------
     model : torch.nn.Module
     windows : sequence of range
-    kind : ReplacementConfig or str
-        See `kind_named`.
+    replacement : ReplacementConfig
+        The config of what replaces each window.
     fit, held_out : sequence of mapping or torch.Tensor
         To fit on, and to choose the ridge by; of different documents.
     stack : str, optional
@@ -75,15 +75,16 @@ def fit_windows(
     Examples
     --------
     >>> import torch
+    >>> from streamline_hooks.repair import LinearConfig
     >>> from streamline_hooks.testing import tiny_model
     >>> model, batches = tiny_model("llama"), [torch.arange(3, 63).view(6, 10)]
-    >>> (repair,) = fit_windows(model, [range(2, 5)], "linear:rank=8", batches, batches)
+    >>> (repair,) = fit_windows(model, [range(2, 5)], LinearConfig(rank=8), batches, batches)
     >>> repair.repaired_error < repair.removal_error
     True
     """
-    found, chosen = find_stack(model, stack), kind_named(kind)
-    stand_ins = [(window, chosen.build(found, window, probe=probe)) for window in windows]
-    repairs = start(found, chosen, stand_ins, fit, held_out, probe=probe)
+    found = find_stack(model, stack)
+    stand_ins = [(window, replacement.build(found, window, probe=probe)) for window in windows]
+    repairs = start(found, replacement, stand_ins, fit, held_out, probe=probe)
     for repair in repairs:
         if isinstance(repair, UnsupportedSurgery):
             raise repair

@@ -20,7 +20,7 @@ class Preset:
     ----------
     name : str
     kind : str
-        What stands in the window's place, see `kind_named`.
+        What stands in the window's place, as `parse_replacement` reads it.
     source : str
         The paper or the repository that it is taken from, and what is different here.
     training : Training or None

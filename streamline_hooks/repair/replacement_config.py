@@ -1,20 +1,17 @@
-"""What describes a replacement: its config, read from and written to names and files, and the registry of kinds."""
+"""The base of the configs of replacements, and the registry of their kinds."""
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
-from types import UnionType
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from streamline_hooks.arguments import check_fields, checked
 from streamline_hooks.batch import Batch
+from streamline_hooks.core.config import Config, Registry
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.repair.repaired import Repair
 from streamline_hooks.repair.size import StandInSize, size_of
@@ -25,8 +22,14 @@ Fitter = Callable[..., list[Repair | UnsupportedSurgery]]
 Filler = Callable[..., dict[int, UnsupportedSurgery]]
 
 
+_Same = TypeVar("_Same", bound="ReplacementConfig")
+
+REPLACEMENTS: Registry[type[ReplacementConfig]] = Registry("replacement", "register_replacement")
+"""The config classes of all kinds of replacement, by kind."""
+
+
 @dataclass(frozen=True)
-class ReplacementConfig:
+class ReplacementConfig(Config):
     """Describe what replaces a window of blocks.
 
     Each kind is a subclass: a frozen dataclass with a class attribute `kind`, its options as fields with defaults, and
@@ -41,26 +44,17 @@ class ReplacementConfig:
     --------
     >>> from streamline_hooks import LinearConfig, SwiGLUConfig
     >>> LinearConfig(rank=64).to_dict()
-    {'kind': 'linear', 'rank': 64, 'diagonal': False, 'seed': None}
+    {'kind': 'linear', 'seed': None, 'rank': 64, 'diagonal': False}
     >>> str(SwiGLUConfig(width=1536, norm=False))
     'swiglu:width=1536,norm=false'
     """
 
-    kind: ClassVar[str] = ""
-    least: ClassVar[Mapping[str, float]] = {}
-    """The smallest value of fields that have one."""
+    family = REPLACEMENTS
     fit: ClassVar[Fitter | None] = None
     """Fits a kind that is no module. Takes a stack, windows, the two parts of the calibration text, a probe batch and
     the text of the progress bar; returns for each window a `Repair`, or the reason why there is none."""
 
     seed: int | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        check_fields(self, **self.least)
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise StreamlineError(f"{self.kind}: {f.name}={value} is not finite. Expected a number. Change it.")
 
     def make(self, stack: BlockStack, window: range) -> StandIn:
         """Return a new replacement for a window, of its final size and not yet initialised from data.
@@ -110,7 +104,11 @@ class ReplacementConfig:
     @cached_property
     def name(self) -> str:
         """The short form of the command line: the kind, and the options that differ from their defaults."""
-        options = [(f.name, getattr(self, f.name)) for f in _options(type(self)) if getattr(self, f.name) != f.default]
+        options = [
+            (f.name, getattr(self, f.name))
+            for f in (f for f in fields(self) if f.name != "seed")
+            if getattr(self, f.name) != f.default
+        ]
         written = [name if value is True else f"{name}={str(value).lower()}" for name, value in options]
         return self.kind + (":" if written else "") + ",".join(written)
 
@@ -151,17 +149,15 @@ class ReplacementConfig:
         with torch.device("meta"):
             return size_of(stack, self.make(stack, window))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the kind and all fields as JSON values; `replacement_from_dict` reads them."""
-        return {"kind": self.kind} | {f.name: getattr(self, f.name) for f in [*_options(type(self)), _SEED]}
+    def seeded(self: _Same, seed: int) -> _Same:
+        """Return this config with a seed, if it has none of its own."""
+        return replace(self, seed=seed) if self.seed is None else self
 
 
-_SEED = fields(ReplacementConfig)[0]
-_Config = TypeVar("_Config", bound=type[ReplacementConfig])
-_KINDS: dict[str, type[ReplacementConfig]] = {}
+_Replacement = TypeVar("_Replacement", bound=type[ReplacementConfig])
 
 
-def register_replacement(config: _Config) -> _Config:
+def register_replacement(config: _Replacement) -> _Replacement:
     """Make a kind of replacement known by its name, for `compress`, config files and the command line.
 
     Parameters
@@ -194,7 +190,7 @@ def register_replacement(config: _Config) -> _Config:
     ...
     ...     def make(self, stack, window):
     ...         return nn.Linear(features_of(stack), features_of(stack), self.bias)
-    >>> replacement_from_dict({"kind": "doctest-plain", "bias": True})
+    >>> ReplacementConfig.from_dict({"kind": "doctest-plain", "bias": True})
     DoctestConfig(seed=None, bias=True)
     """
     is_config = isinstance(config, type) and issubclass(config, ReplacementConfig) and is_dataclass(config)
@@ -203,135 +199,7 @@ def register_replacement(config: _Config) -> _Config:
             f"{config!r} is no config of a replacement. Expected a subclass of ReplacementConfig, decorated with "
             "@dataclass(frozen=True). Define one."
         )
-    kind = config.kind
-    if not isinstance(kind, str) or not kind or set(kind) & set(":,= "):
-        raise StreamlineError(
-            f"{config.__name__}.kind={kind!r} is no name. Expected text without colon, comma, = and space. Change it."
-        )
-    known = _KINDS.get(kind)
-    if known is not None and (known.__module__, known.__qualname__) != (config.__module__, config.__qualname__):
-        raise StreamlineError(
-            f"kind={kind!r} is the kind of {known.__qualname__}. Expected a new name. Choose another."
-        )
-    without = [f.name for f in _options(config) if f.default is f.default_factory]
+    without = [f.name for f in fields(config) if f.default is f.default_factory]
     if without:
         raise StreamlineError(f"{config.__name__} has fields without defaults: {', '.join(without)}. Give each one.")
-    _KINDS[kind] = config
-    return config
-
-
-def available_kinds() -> list[str]:
-    """Return the names of all kinds of replacement."""
-    return list(_KINDS)
-
-
-def replacement_class(kind: str) -> type[ReplacementConfig]:
-    """Return the config class of a kind.
-
-    Raises
-    ------
-    StreamlineError
-        If the kind is unknown.
-    """
-    if kind not in _KINDS:
-        near = difflib.get_close_matches(str(kind), _KINDS, n=1)
-        raise StreamlineError(
-            f"kind={kind!r} is unknown. Expected one of {', '.join(_KINDS)}. "
-            + (f"Did you mean {near[0]!r}?" if near else "Register a kind of your own with register_replacement.")
-        )
-    return _KINDS[kind]
-
-
-@checked()
-def replacement_from_dict(values: Mapping[str, Any]) -> ReplacementConfig:
-    """Build a config from what `ReplacementConfig.to_dict` returned.
-
-    Raises
-    ------
-    StreamlineError
-        If the kind or a key is unknown, or a value is invalid.
-    """
-    options = dict(values)
-    config = replacement_class(options.pop("kind", ""))
-    known = [f.name for f in fields(config)]
-    for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            raise StreamlineError(
-                f"{config.kind}: {key!r} is unknown. Expected one of {', '.join(known)}."
-                + (f" Did you mean {near[0]!r}?" if near else " Leave it out.")
-            )
-    return config(**options)
-
-
-@checked()
-def kind_named(name: str | ReplacementConfig, seed: int = 0) -> ReplacementConfig:
-    """Return the config that a short form describes, such as ``linear:rank=64``.
-
-    Parameters
-    ----------
-    name : str or ReplacementConfig
-        A kind, and after a colon ``option=value``, with a comma between two; an option alone is true. A config is
-        returned with the seed, if it has none.
-    seed : int
-        Seed of the weights that are random at first.
-
-    Raises
-    ------
-    StreamlineError
-        If there is no such kind or option.
-
-    Examples
-    --------
-    >>> kind_named("block:count=2").slots, kind_named("linear:diagonal").name
-    (2, 'linear:diagonal')
-    """
-    if isinstance(name, ReplacementConfig):
-        return replace(name, seed=seed) if name.seed is None else name
-    plain, _, rest = name.strip().partition(":")
-    config = replacement_class(plain)
-    known = {option: types for option, types in _option_types(config).items() if types}
-    options: dict[str, Any] = {"seed": seed}
-    for part in filter(None, map(str.strip, rest.split(","))):
-        option, given, value = part.partition("=")
-        if option not in known or option in options:
-            listed = ", ".join(f"{o} ({_expected(types)})" for o, types in known.items()) or "none"
-            what = "is given an option twice" if option in options else "has no such option"
-            raise StreamlineError(f"{name!r}: the kind {plain!r} {what}, {option!r}. Its options: {listed}.")
-        options[option] = _read(name, option, known[option], value if given else "true")
-    return config(**options)
-
-
-def _options(config: type[ReplacementConfig]) -> list[Any]:
-    """Return the fields of a config but the seed."""
-    return [f for f in fields(config) if f.name != "seed"]
-
-
-def _option_types(config: type[ReplacementConfig]) -> dict[str, tuple[type, ...]]:
-    """Return, for each option, the types that can be written in a short form."""
-    try:
-        hints = get_type_hints(config)
-    except NameError:  # an annotation that is imported for type checkers only
-        hints = {}
-    return {f.name: _plain_types(hints.get(f.name, type(f.default))) for f in _options(config)}
-
-
-def _plain_types(annotation: Any) -> tuple[type, ...]:
-    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    return tuple(t for t in (bool, int, float, str) if t in members)
-
-
-def _expected(types: tuple[type, ...]) -> str:
-    return " or ".join(t.__name__ for t in types)
-
-
-def _read(name: str, option: str, types: tuple[type, ...], text: str) -> Any:
-    """Return an option's value, of the first of its types that the text can be."""
-    for kind in types:
-        try:
-            if kind is not bool:
-                return kind(text)
-            return {"true": True, "false": False}[text.lower()]
-        except (KeyError, ValueError):
-            continue
-    raise StreamlineError(f"{name!r}: {option}={text!r} is invalid. Expected {_expected(types)}. Change it.")
+    return REPLACEMENTS.add(config.kind, config)  # type: ignore[return-value]

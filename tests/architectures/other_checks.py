@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, find_stack, fit_windows, load, read_plans, save
 from streamline_hooks.hidden_state import read_input, read_output, write_output
+from streamline_hooks.repair import FoldedConfig, LinearConfig
 from tests.other_models import OTHERS, answer, made
 
 WIDTH = 32
@@ -76,7 +77,7 @@ def closed_form_repairs(name: str) -> None:
     """More tokens than features are not there, so that the map that was fitted is exact, and it is put in its place."""
     model, case = made(name), OTHERS[name]
     window = range(case.removed[0], case.removed[-1] + 1)
-    (repair,) = fit_windows(model, [window], "linear", [case.batch], [case.batch], stack=case.path(model))
+    (repair,) = fit_windows(model, [window], LinearConfig(), [case.batch], [case.batch], stack=case.path(model))
     assert repair.repaired_error < 0.2 * repair.removal_error
     before = answer(model, name)
     with LayerSurgeon(model, case.path(model)) as surgeon:
@@ -137,7 +138,7 @@ def folded_is_with_a_map_of_what_the_branch_adds(name: str) -> None:
         assert not torch.allclose(got, before, atol=1e-3)
     require_restored(model, name, before, weights)
     batch = [OTHERS[name].batch]
-    (repair,) = fit_windows(model, [range(2, 3)], "folded", batch, batch, stack=stack.path)
+    (repair,) = fit_windows(model, [range(2, 3)], FoldedConfig(), batch, batch, stack=stack.path)
     assert repair.repaired_error <= repair.removal_error
     with LayerSurgeon(model, stack.path) as surgeon:
         surgeon.fold(1, map_)

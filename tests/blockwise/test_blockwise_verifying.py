@@ -16,8 +16,10 @@ from streamline_hooks.blockwise import BlockwisePass, judging, open_checkpoint, 
 from streamline_hooks.blockwise import verifying as module
 from streamline_hooks.blockwise.judging import head_of
 from streamline_hooks.calibration import packed_batches
+from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.evaluation.candidates import Candidate
 from streamline_hooks.evaluation.perplexity import perplexity_of_candidates as perplexity_in_memory
+from streamline_hooks.repair import NoneConfig
 from streamline_hooks.selection import Selection, VerifiedSelection
 from tests.blockwise.checkpoints import calibration, on_disk, reads, written  # noqa: F401
 from tests.repair.own_kinds import register_kind
@@ -65,9 +67,9 @@ def require_same(found: list[VerifiedSelection], wanted: list[VerifiedSelection]
 def test_it_is_what_is_found_in_memory(family: str, kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     folder, _ = written(tmp_path, family, dtype)
     whole = load(folder, dtype="auto")
-    wanted = streamline_hooks.selection.verified(whole, SELECTIONS, *TEXTS, kind=kind)
+    wanted = streamline_hooks.selection.verified(whole, SELECTIONS, *TEXTS, replacement=parse_replacement(kind))
     model = open_checkpoint(folder)
-    require_same(verified(model, SELECTIONS, *TEXTS, kind=kind, memory=4000), wanted)
+    require_same(verified(model, SELECTIONS, *TEXTS, replacement=parse_replacement(kind), memory=4000), wanted)
     assert all(on_disk(model)) and len({one.distance for one in wanted}) == len(WINDOWS)
 
 
@@ -216,7 +218,7 @@ def test_it_goes_on_between_a_place_and_its_windows(
 ) -> None:
     """Before the file of a window is there, which says that its states are, and after it."""
     folder, _ = written(tmp_path)
-    wanted = verified(open_checkpoint(folder), SELECTIONS, *TEXTS, kind=kind, check=False)
+    wanted = verified(open_checkpoint(folder), SELECTIONS, *TEXTS, replacement=parse_replacement(kind), check=False)
     original, saved = module.save_repair, Counter[str]()
 
     def breaking_off(*args: Any) -> None:
@@ -230,8 +232,22 @@ def test_it_goes_on_between_a_place_and_its_windows(
 
     monkeypatch.setattr(module, "save_repair", breaking_off)
     with pytest.raises(Interrupted):
-        verified(open_checkpoint(folder), SELECTIONS, *TEXTS, kind=kind, check=False, folder=tmp_path / "states")
-    found = verified(open_checkpoint(folder), SELECTIONS, *TEXTS, kind=kind, check=False, folder=tmp_path / "states")
+        verified(
+            open_checkpoint(folder),
+            SELECTIONS,
+            *TEXTS,
+            replacement=parse_replacement(kind),
+            check=False,
+            folder=tmp_path / "states",
+        )
+    found = verified(
+        open_checkpoint(folder),
+        SELECTIONS,
+        *TEXTS,
+        replacement=parse_replacement(kind),
+        check=False,
+        folder=tmp_path / "states",
+    )
     require_bits(found, wanted)
 
 
@@ -261,7 +277,7 @@ def test_another_kind_or_shortlist_is_not_gone_on_with(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         verified(open_checkpoint(folder), SELECTIONS[:2], *TEXTS, before_done=break_off, **options)
     with pytest.raises(StreamlineError, match="kind was linear and is none"):
-        verified(open_checkpoint(folder), SELECTIONS[:2], *TEXTS, kind="none", **options)
+        verified(open_checkpoint(folder), SELECTIONS[:2], *TEXTS, replacement=NoneConfig(), **options)
     with pytest.raises(StreamlineError, match=r"\[\[0.*2\].*\[2.*4\]\]"):
         verified(open_checkpoint(folder), SELECTIONS[1:3], *TEXTS, **options)
 
@@ -277,7 +293,7 @@ def test_a_candidate_without_finite_logits_comes_last(tmp_path: Path) -> None:
     folder, _ = written(tmp_path)
     register_kind("test-exploding", lambda features: Exploding())
     with pytest.raises(StreamlineError, match=r"6 shortlisted.*finite logits"):
-        verified(open_checkpoint(folder), SELECTIONS, *TEXTS, kind="test-exploding")
+        verified(open_checkpoint(folder), SELECTIONS, *TEXTS, replacement=parse_replacement("test-exploding"))
     build = module.solve_window
 
     def solved(stack: Any, kind: Any, window: range, *parts: Any) -> Any:
@@ -296,7 +312,7 @@ def test_a_candidate_without_finite_logits_comes_last(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["block", "silenced", "folded", "scale", "feed_forward", "mlp:linear=false"])
 def test_other_kinds_are_refused(kind: str) -> None:
     with pytest.raises(UnsupportedSurgery, match=rf"'{kind}'.*least-squares map"):
-        verified(tiny_model("llama"), SELECTIONS, *TEXTS, kind=kind)
+        verified(tiny_model("llama"), SELECTIONS, *TEXTS, replacement=parse_replacement(kind))
 
 
 def test_other_selections_are_refused() -> None:

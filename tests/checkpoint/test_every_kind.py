@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from streamline_hooks import LayerSurgeon, UnsupportedSurgery, fit_windows, place, save
+from streamline_hooks.cli.short_forms import parse_replacement
 from tests.processes import in_a_new_process
 from tests.tiny_models import FAMILIES, left_padded, tiny_model, tokens
 
@@ -71,7 +72,7 @@ def original(family: str) -> nn.Module:
 def made(family: str, kind: str) -> nn.Module:
     """A model with a window given up for a kind that was fitted."""
     model = original(family)
-    (repair,) = fit_windows(model, [WINDOW], kind, [tokens(8, 12, seed=1)], [tokens(4, 12, seed=2)])
+    (repair,) = fit_windows(model, [WINDOW], parse_replacement(kind), [tokens(8, 12, seed=1)], [tokens(4, 12, seed=2)])
     with LayerSurgeon(model) as surgeon:
         place(surgeon, WINDOW, repair.stand_in)
         surgeon.commit(kind=kind)

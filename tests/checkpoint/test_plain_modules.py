@@ -31,6 +31,7 @@ from streamline_hooks import (
 )
 from streamline_hooks.batch import prepare
 from streamline_hooks.checkpoint.held_tensors import own_tensors, same_bits, unsaved_buffers
+from streamline_hooks.repair import LinearConfig
 from streamline_hooks.replacements import MLPReplacement, inherit
 from tests.tiny_models import Nudge, repaired, tokens
 from tests.world.test_plain_pytorch import BLOCKS, KINDS, WIDTH, NanoGPT, TuneDecoder, make
@@ -889,8 +890,8 @@ def test_images_alone_are_batches(kind: str, tmp_path: Path) -> None:
     alone, by_name = (profile(model, batches, replicates=20) for batches in (images, named))
     assert (alone.places, alone.tokens, alone.sequences) == (BLOCKS + 1, 12 * 5, 12)
     assert torch.equal(alone.cosine, by_name.cosine) and alone.interval("cosine", range(1, 3))[0] < 1
-    (repair,) = fit_windows(model, [range(1, 3)], "linear", images[:2], images[2:])
-    (again,) = fit_windows(model, [range(1, 3)], "linear", named[:2], named[2:])
+    (repair,) = fit_windows(model, [range(1, 3)], LinearConfig(), images[:2], images[2:])
+    (again,) = fit_windows(model, [range(1, 3)], LinearConfig(), named[:2], named[2:])
     assert repair.repaired_error == again.repaired_error < repair.removal_error
     with LayerSurgeon(model) as surgeon, torch.no_grad():
         surgeon.remove(range(1, 3))

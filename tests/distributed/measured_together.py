@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from streamline_hooks import Selection, fit_windows, measure_moments, profile, verified
 from streamline_hooks.distributed import alone, here, together
 from streamline_hooks.passes import progress
+from streamline_hooks.repair import LinearConfig
 from tests.tiny_models import left_padded, tiny_model, tokens
 
 BATCHES = [left_padded(3, 11), *(left_padded(rows, 9 + rows, seed=rows) for rows in (2, 1, 4, 3))]
@@ -40,7 +41,7 @@ def results(model: nn.Module) -> dict[str, Any]:
         "plain moments": [one.state_dict() for one in measure_moments(model, HELD_OUT, WINDOWS, weighted=False)],
         "no moments": measure_moments(model, [], WINDOWS, share=False),
     }
-    repairs = fit_windows(model, WINDOWS, "linear", BATCHES, HELD_OUT)
+    repairs = fit_windows(model, WINDOWS, LinearConfig(), BATCHES, HELD_OUT)
     found["repairs"] = [(one.stand_in.state_dict(), one.ridge, one.repaired_error) for one in repairs]  # type: ignore[union-attr]
     judged = verified(model, SHORTLIST, BATCHES, HELD_OUT, VALIDATION)
     found["judged"] = [str(one.windows) for one in judged]
@@ -97,7 +98,7 @@ def process(rank: int, folder: Path) -> None:
     found["said"] = {
         "nan": said(lambda: profile(broken, nan)),
         "nan in moments": said(lambda: measure_moments(broken, nan, WINDOWS)),
-        "nan in fit": said(lambda: fit_windows(broken, WINDOWS, "linear", clean, nan)),
+        "nan in fit": said(lambda: fit_windows(broken, WINDOWS, LinearConfig(), clean, nan)),
         "argument": said(lambda: profile(model, BATCHES, keep=[99])),
         "argument of one": said(lambda: profile(model, BATCHES, keep=[99 * rank])),
         "batches": said(lambda: profile(model, BATCHES[rank:], replicates=0)),

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, fit_windows, place
+from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.export import export_gguf, export_onnx
 from streamline_hooks.repair.branch_linear import fit_branch_linear, replace_branches
 from tests.export.test_gguf import llama
@@ -39,7 +40,7 @@ def compressed(smollm2: tuple[Any, Any]) -> dict[str, Any]:
         model = copy.deepcopy(smollm2[0])
         ids = smollm2[1](TEXT, return_tensors="pt").input_ids
         text = [ids[:, : ids.shape[1] // 2], ids[:, ids.shape[1] // 2 :]]
-        (repair,) = fit_windows(model, [WINDOW], kind, text[:1], text[1:])
+        (repair,) = fit_windows(model, [WINDOW], parse_replacement(kind), text[:1], text[1:])
         with LayerSurgeon(model) as surgeon:
             place(surgeon, WINDOW, repair.stand_in)
             surgeon.commit(kind=kind)

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from streamline_hooks import (
     PRESETS,
+    REPLACEMENTS,
     Training,
-    available_kinds,
     compress,
     compress_iteratively,
     find_stacks,
@@ -54,7 +54,7 @@ def registered() -> dict[str, list[str]]:
     """Return the names that must each occur in a run, by the setting that names them."""
     commands = [command.name or command.callback.__name__ for command in app.registered_commands]  # type: ignore[union-attr]
     return {
-        "kind": available_kinds(),
+        "kind": list(REPLACEMENTS),
         "search": list(SEARCHES),
         "criterion": list(CRITERIA),
         "preset": list(PRESETS),

@@ -11,16 +11,18 @@ import torch
 from torch import nn
 
 from streamline_hooks import BlockStack, LinearReplacement, StreamlineError, find_stack
+from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.repair import (
+    REPLACEMENTS,
+    BlockConfig,
     LinearConfig,
+    MLPConfig,
+    NoneConfig,
     ReplacementConfig,
-    available_kinds,
-    kind_named,
+    SwiGLUConfig,
     register_replacement,
-    replacement_from_dict,
     size_of,
 )
-from streamline_hooks.repair.replacement_config import replacement_class
 from streamline_hooks.repair.size import features_of, inner_width_of
 from streamline_hooks.replacements import InheritedBlocks, MLPReplacement, SwiGLUReplacement
 from streamline_hooks.testing import tiny_model as any_model
@@ -32,7 +34,7 @@ WINDOW = range(2, 5)
 
 
 def built(text: str, family: str = "llama") -> nn.Module:
-    made = kind_named(text).build(find_stack(tiny_model(family)), WINDOW)
+    made = parse_replacement(text).build(find_stack(tiny_model(family)), WINDOW)
     assert isinstance(made, nn.Module)
     return made
 
@@ -52,7 +54,7 @@ def test_options_are_read() -> None:
     assert isinstance(mlp, MLPReplacement)
     assert mlp.to_config() == {"features": WIDTH, "width": 24, "activation": "relu", "bias": True, "linear": False}
     assert isinstance(swiglu, SwiGLUReplacement) and (swiglu.width, swiglu.norm) == (24, None)
-    assert kind_named(" mlp:width=24 ").name == "mlp:width=24"
+    assert MLPConfig(width=24).name == "mlp:width=24"
     two = built("block:count=2")
     assert isinstance(two, InheritedBlocks) and len(two) == 2
 
@@ -82,7 +84,7 @@ def test_options_are_read() -> None:
 )
 def test_what_is_not_understood(text: str, message: str) -> None:
     with pytest.raises(StreamlineError, match=message):
-        kind_named(text)
+        parse_replacement(text)
 
 
 class Own(nn.Module):
@@ -108,14 +110,14 @@ class OwnConfig(ReplacementConfig):
 
 def test_a_kind_of_a_user() -> None:
     assert register_replacement(register_replacement(OwnConfig)) is OwnConfig  # as when a notebook's cell runs again
-    assert "test-own" in available_kinds()
-    config = kind_named("test-own:depth=3,wide,scale=0.5", seed=7)
+    assert "test-own" in REPLACEMENTS
+    config = parse_replacement("test-own:depth=3,wide,scale=0.5").seeded(7)
     assert config == OwnConfig(depth=3, wide=True, scale=0.5, seed=7)
     assert built(config.name).given == (3, True, 0.5)
     with pytest.raises(StreamlineError, match=r"depth .int., wide .bool., scale .float."):
-        kind_named("test-own:deep=3")
+        parse_replacement("test-own:deep=3")
     with pytest.raises(StreamlineError, match=r"depth='1.5'.*Expected int"):
-        kind_named("test-own:depth=1.5")
+        parse_replacement("test-own:depth=1.5")
     with pytest.raises(StreamlineError, match=r"OwnConfig.*depth='3'.*Expected int"):
         OwnConfig(depth="3")  # type: ignore[arg-type]
 
@@ -124,7 +126,7 @@ def test_annotations_that_cannot_be_read() -> None:
     config = make_dataclass("Strange", [("depth", "Unknown", 2)], bases=(ReplacementConfig,), frozen=True)
     config.kind = "test-strange"  # type: ignore[attr-defined]
     register_replacement(config)
-    assert kind_named("test-strange:depth=3").depth == 3  # type: ignore[attr-defined]
+    assert parse_replacement("test-strange:depth=3").depth == 3  # type: ignore[attr-defined]
 
 
 class NoDataclass(ReplacementConfig):
@@ -141,7 +143,7 @@ class Required(ReplacementConfig):
 def test_kinds_that_cannot_be_registered(kind: Any) -> None:
     config = make_dataclass("Named", [], bases=(ReplacementConfig,), frozen=True)
     config.kind = kind  # type: ignore[attr-defined]
-    with pytest.raises(StreamlineError, match=rf"kind={kind!r}.*(Change|Choose)"):
+    with pytest.raises(StreamlineError, match=rf"{kind!r}.*(Change|Choose)"):
         register_replacement(config)
 
 
@@ -173,17 +175,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", available_kinds())
+@pytest.mark.parametrize("kind", list(REPLACEMENTS))
 def test_configs_are_read_as_they_were_written(kind: str) -> None:
-    plain = replacement_class(kind)()
-    assert replacement_from_dict(json.loads(json.dumps(plain.to_dict()))) == plain
-    assert kind_named(plain.name) == replace(plain, seed=0) and plain.name == kind == str(plain)
+    plain = REPLACEMENTS[kind]()
+    assert ReplacementConfig.from_dict(json.loads(json.dumps(plain.to_dict()))) == plain
+    assert parse_replacement(plain.name) == plain and plain.name == kind == str(plain)
     assert {f.name for f in fields(plain)} == {"seed", *OPTIONS.get(kind, {})}, "describe the option in OPTIONS"
     for option, value in OPTIONS.get(kind, {}).items():
         config = replace(plain, **{option: value}, seed=3)
         assert getattr(config, option) != getattr(plain, option)
-        assert replacement_from_dict(json.loads(json.dumps(config.to_dict()))) == config
-        assert kind_named(config.name, seed=3) == config
+        assert ReplacementConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        assert parse_replacement(config.name).seeded(3) == config
 
 
 @pytest.mark.parametrize(
@@ -191,7 +193,7 @@ def test_configs_are_read_as_they_were_written(kind: str) -> None:
 )
 def test_each_option_has_an_effect(kind: str, option: str) -> None:
     """In what is made, or in how it is fitted."""
-    stack, plain = find_stack(tiny_model("llama")), replacement_class(kind)()
+    stack, plain = find_stack(tiny_model("llama")), REPLACEMENTS[kind]()
     config = replace(plain, **{option: OPTIONS[kind][option]})
 
     def effect(config: ReplacementConfig) -> tuple[Any, ...]:
@@ -209,7 +211,7 @@ def test_each_option_has_an_effect(kind: str, option: str) -> None:
     ("values", "named"),
     [
         ({"kind": "linaer"}, "'linaer'.*Did you mean 'linear'"),
-        ({}, "kind=''.*Expected one of none, linear"),
+        ({}, "replacement ''.*Expected one of none, linear"),
         ({"kind": "linear", "rnak": 3}, "'rnak'.*Did you mean 'rank'"),
         ({"kind": "linear", "rank": 0}, "rank=0.*at least 1"),
         ({"kind": "mlp", "width": 0}, "width=0.*at least 1"),
@@ -222,18 +224,18 @@ def test_each_option_has_an_effect(kind: str, option: str) -> None:
 )
 def test_values_that_are_refused(values: dict[str, Any], named: str) -> None:
     with pytest.raises(StreamlineError, match=named):
-        replacement_from_dict(values)
+        ReplacementConfig.from_dict(values)
 
 
 def test_the_seed_of_the_call_is_for_configs_without_one() -> None:
-    assert kind_named(LinearConfig(), 5).seed == 5 and kind_named(LinearConfig(seed=3), 5).seed == 3
+    assert LinearConfig().seeded(5).seed == 5 and LinearConfig(seed=3).seeded(5).seed == 3
 
 
 @pytest.mark.parametrize("text", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_kind_states_what_it_costs(family: str, text: str) -> None:
     """Told without building it, and as counted on what is built."""
-    stack, kind = find_stack(tiny_model(family)), kind_named(text)
+    stack, kind = find_stack(tiny_model(family)), parse_replacement(text)
     size, made = kind.size(stack, WINDOW), kind.build(stack, WINDOW)
     assert size == size_of(stack, made)
     parameters = list(made.parameters()) if isinstance(made, nn.Module) else []
@@ -245,11 +247,11 @@ def test_each_kind_states_what_it_costs(family: str, text: str) -> None:
 
 def test_what_a_mixture_or_a_strange_module_costs_is_not_guessed() -> None:
     mixture = find_stack(any_model("mixtral"))
-    size = kind_named("block").size(mixture, WINDOW)
+    size = BlockConfig().size(mixture, WINDOW)
     assert size.flops_per_token is None
     assert str(size) == f"{size.parameters:,} parameters, FLOPs not stated, 1 slot"
     assert size_of(mixture, nn.Linear(3, 3)).flops_per_token is None
-    assert str(kind_named("none").size(mixture, WINDOW)) == "0 parameters, 0 FLOPs a token, no slot"
+    assert str(NoneConfig().size(mixture, WINDOW)) == "0 parameters, 0 FLOPs a token, no slot"
 
 
 @pytest.mark.parametrize(
@@ -259,7 +261,7 @@ def test_what_a_mixture_or_a_strange_module_costs_is_not_guessed() -> None:
 def test_widths_come_from_the_configuration(family: str, inner: int | None) -> None:
     stack = find_stack(tiny_model(family))
     assert features_of(stack) == WIDTH and inner_width_of(stack, 2) == inner
-    swiglu = kind_named("swiglu").build(stack, WINDOW)
+    swiglu = SwiGLUConfig().build(stack, WINDOW)
     assert isinstance(swiglu, SwiGLUReplacement) and swiglu.width == (inner or 128)
 
 
@@ -279,7 +281,7 @@ def test_widths_of_a_model_without_a_configuration() -> None:
 
 def test_random_weights_are_the_same_for_a_seed_and_others_for_another() -> None:
     stack = find_stack(tiny_model("llama"))
-    weights = [kind_named("swiglu", seed).build(stack, WINDOW).up_proj.weight for seed in (0, 0, 1)]  # type: ignore[union-attr]
+    weights = [SwiGLUConfig().seeded(seed).build(stack, WINDOW).up_proj.weight for seed in (0, 0, 1)]  # type: ignore[union-attr]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
@@ -288,4 +290,4 @@ def test_each_stage_has_a_width_of_its_own(stage: int, width: int) -> None:
     """The configuration speaks of the last stage alone."""
     stack = find_stack(made("swin"), f"encoder.layers.{stage}.blocks")
     assert features_of(stack) == width
-    assert kind_named("linear").make(stack, range(1)).projection.weight.shape == (width, width)
+    assert LinearConfig().make(stack, range(1)).projection.weight.shape == (width, width)

@@ -15,7 +15,8 @@ from streamline_hooks import (
     measure_moments,
     verified,
 )
-from streamline_hooks.repair import fit_windows, kind_named, place, solve
+from streamline_hooks.cli.short_forms import parse_replacement
+from streamline_hooks.repair import LinearConfig, fit_windows, place, solve
 from streamline_hooks.repair.stand_in import blocks_of
 from streamline_hooks.testing import tiny_model as any_model
 from tests.repair.own_kinds import register_kind
@@ -39,15 +40,15 @@ def test_step_0_is_not_above_plain_removal_nor_what_holds_the_map_above_the_clos
     before = fingerprint(model)
     if refused(family, kind):
         with pytest.raises(UnsupportedSurgery, match="folded"):
-            fit_windows(model, [WINDOW], kind, FIT, HELD_OUT)
+            fit_windows(model, [WINDOW], parse_replacement(kind), FIT, HELD_OUT)
         return
-    (repair,) = fit_windows(model, [WINDOW], kind, FIT, HELD_OUT)
+    (repair,) = fit_windows(model, [WINDOW], parse_replacement(kind), FIT, HELD_OUT)
     step_0, removal = error(model, WINDOW, repair.stand_in), error(model, WINDOW, None)
     assert fingerprint(model) == before
     assert step_0 < removal and repair.repaired_error <= repair.removal_error
     assert repair.removal_error == pytest.approx(error(model, WINDOW, None, HELD_OUT), rel=1e-5)
     solution = solve(*(measure_moments(model, part, [WINDOW])[0] for part in (FIT, HELD_OUT)))
-    (linear,) = fit_windows(model, [WINDOW], "linear", FIT, HELD_OUT)
+    (linear,) = fit_windows(model, [WINDOW], LinearConfig(), FIT, HELD_OUT)
     closed_form = error(model, WINDOW, linear.stand_in)
     if kind in HOLD_MAP:
         assert step_0 == pytest.approx(closed_form, rel=1e-5) and repair.ridge == solution.ridge
@@ -62,9 +63,9 @@ def test_the_first_and_the_last_window(kind: str, window: range) -> None:
     model = tiny_model("llama")
     if kind == "folded" and window.start == 0:
         with pytest.raises(UnsupportedSurgery, match="no block stands before"):
-            fit_windows(model, [window], kind, FIT, HELD_OUT)
+            fit_windows(model, [window], parse_replacement(kind), FIT, HELD_OUT)
         return
-    (repair,) = fit_windows(model, [window], kind, FIT, HELD_OUT)
+    (repair,) = fit_windows(model, [window], parse_replacement(kind), FIT, HELD_OUT)
     assert error(model, window, repair.stand_in) < error(model, window, None)
 
 
@@ -74,7 +75,7 @@ def test_every_kind_is_the_same_twice_and_leaves_the_random_numbers_alone() -> N
         for seed in (3, 4):
             model = tiny_model("llama")
             torch.manual_seed(seed)
-            (repair,) = fit_windows(model, [WINDOW], kind, FIT, HELD_OUT)
+            (repair,) = fit_windows(model, [WINDOW], parse_replacement(kind), FIT, HELD_OUT)
             drawn = torch.rand(1)
             torch.manual_seed(seed)
             assert torch.equal(drawn, torch.rand(1))
@@ -85,9 +86,9 @@ def test_every_kind_is_the_same_twice_and_leaves_the_random_numbers_alone() -> N
 @pytest.mark.parametrize("kind", FITTED)
 def test_several_windows_in_one_call_are_each_fitted_on_the_model_as_it_is(kind: str) -> None:
     model, windows = tiny_model("opt"), [range(1, 4), range(3, 6)]
-    together = fit_windows(model, windows, kind, FIT, HELD_OUT)
+    together = fit_windows(model, windows, parse_replacement(kind), FIT, HELD_OUT)
     for window, repair in zip(windows, together, strict=True):
-        (alone,) = fit_windows(model, [window], kind, FIT, HELD_OUT)
+        (alone,) = fit_windows(model, [window], parse_replacement(kind), FIT, HELD_OUT)
         assert (repair.window, repair.ridge) == (window, alone.ridge)
         states = [leaving(model, window, FIT[1], one.stand_in) for one in (repair, alone)]
         torch.testing.assert_close(*states)
@@ -98,8 +99,8 @@ def test_batch_size_and_padding_do_not_matter(kind: str) -> None:
     model = tiny_model("llama")
     rows = [{name: value[k : k + 1] for name, value in FIT[1].items()} for k in range(4)]  # type: ignore[union-attr]
     short = [{name: value[:, int(2 * k) :] for name, value in row.items()} for k, row in enumerate(rows)]
-    together = fit_windows(model, [WINDOW], kind, FIT, HELD_OUT)[0]
-    apart = fit_windows(model, [WINDOW], kind, [*FIT[0].split(3), *short], HELD_OUT)[0]  # type: ignore[union-attr]
+    together = fit_windows(model, [WINDOW], parse_replacement(kind), FIT, HELD_OUT)[0]
+    apart = fit_windows(model, [WINDOW], parse_replacement(kind), [*FIT[0].split(3), *short], HELD_OUT)[0]  # type: ignore[union-attr]
     assert together.ridge == apart.ridge
     for name in ("removal_error", "repaired_error"):
         assert getattr(together, name) == pytest.approx(getattr(apart, name), rel=1e-5)
@@ -117,7 +118,7 @@ def test_narrow_precisions_and_dropout(kind: str) -> None:
         block.dropout = 0.5
     errors = []
     for model in (wide, narrow):
-        (repair,) = fit_windows(model, [WINDOW], kind, FIT, HELD_OUT)
+        (repair,) = fit_windows(model, [WINDOW], parse_replacement(kind), FIT, HELD_OUT)
         model.eval()
         parameters = list(repair.stand_in.parameters())  # type: ignore[union-attr]
         assert {p.dtype for p in parameters} == {model.dtype}
@@ -173,7 +174,7 @@ def test_a_module_of_ones_own_starts_as_what_it_says_of_itself() -> None:
     register_kind("own-own", lambda features: Own(features, width=64))
     model = tiny_model("llama")
     linear, own, mapped, plain = (
-        fit_windows(model, [WINDOW], kind, FIT, HELD_OUT)[0]
+        fit_windows(model, [WINDOW], parse_replacement(kind), FIT, HELD_OUT)[0]
         for kind in ("linear", "own-own", "own-mapped", "own-asmade")
     )
     assert mapped.repaired_error == linear.repaired_error
@@ -183,9 +184,9 @@ def test_a_module_of_ones_own_starts_as_what_it_says_of_itself() -> None:
     assert error(model, WINDOW, own.stand_in) < error(model, WINDOW, plain.stand_in)
     assert own.stand_in.first.out_features == 64  # type: ignore[union-attr]
     with pytest.raises(StreamlineError, match=r"'third'.*NoneType.*expected"):
-        fit_windows(model, [WINDOW], "own-wrong", FIT, HELD_OUT)
+        fit_windows(model, [WINDOW], parse_replacement("own-wrong"), FIT, HELD_OUT)
     with pytest.raises(StreamlineError, match=r"NormAtTheEnd.*not added"):
-        fit_windows(model, [WINDOW], "own-normattheend", FIT, HELD_OUT)
+        fit_windows(model, [WINDOW], parse_replacement("own-normattheend"), FIT, HELD_OUT)
 
 
 def undone(model: nn.Module, window: range) -> None:
@@ -205,11 +206,11 @@ def test_an_inherited_block_that_is_worse_than_nothing_is_refused(kind: str, how
     model = tiny_model("llama")
     undone(model, WINDOW)
     if kind == "silenced":  # it can be nothing
-        (repair,) = fit_windows(model, [WINDOW], kind, FIT, HELD_OUT)
+        (repair,) = fit_windows(model, [WINDOW], parse_replacement(kind), FIT, HELD_OUT)
         assert repair.repaired_error < 1e-6
         return
     with pytest.raises(UnsupportedSurgery, match=rf"LlamaDecoderLayer.*{how} it"):
-        fit_windows(model, [WINDOW], kind, FIT, HELD_OUT)
+        fit_windows(model, [WINDOW], parse_replacement(kind), FIT, HELD_OUT)
 
 
 @pytest.mark.parametrize("kind", ["block", "silenced"])
@@ -225,7 +226,7 @@ def test_what_has_no_last_projection_starts_as_it_was_unless_that_is_worse_than_
                 if k in WINDOW and parameter.ndim > 1 and (k > WINDOW.start or "o_proj" in name):
                     parameter.mul_(0.1)
     part = [torch.randint(3, 60, (4, 20), generator=torch.Generator().manual_seed(k)) for k in range(4)]
-    (repair,) = fit_windows(model, [WINDOW], kind, part[:3], part[3:])
+    (repair,) = fit_windows(model, [WINDOW], parse_replacement(kind), part[:3], part[3:])
     assert repair.ridge is None and repair.repaired_error < repair.removal_error
     assert repair.repaired_error == pytest.approx(error(model, WINDOW, repair.stand_in, part[3:]), rel=1e-4)
     (block,) = blocks_of(find_stack(model), repair.stand_in)
@@ -234,7 +235,7 @@ def test_what_has_no_last_projection_starts_as_it_was_unless_that_is_worse_than_
     assert changed == ({"self_attn.o_proj.weight"} if kind == "silenced" else set())
     undone(model, WINDOW)
     with pytest.raises(UnsupportedSurgery, match=r"this window's place.*relative"):
-        fit_windows(model, [WINDOW], kind, part[:3], part[3:])
+        fit_windows(model, [WINDOW], parse_replacement(kind), part[:3], part[3:])
 
 
 def test_what_is_not_finite_is_named() -> None:
@@ -245,23 +246,27 @@ def test_what_is_not_finite_is_named() -> None:
 
     register_kind("own-broken", broken)
     with pytest.raises(StreamlineError, match=r"Linear.*not finite"):
-        fit_windows(tiny_model("llama"), [WINDOW], "own-broken", FIT, HELD_OUT)
+        fit_windows(tiny_model("llama"), [WINDOW], parse_replacement("own-broken"), FIT, HELD_OUT)
 
 
 @pytest.mark.parametrize("kind", ["linear:rank=4", "swiglu", "block", "silenced"])
 def test_two_windows_at_once_are_fitted_in_order_on_the_repaired_model(kind: str) -> None:
     model = tiny_model("llama")
     windows = [range(0, 2), range(3, 6)]
-    (first,) = fit_windows(model, windows[:1], kind, FIT, HELD_OUT)
+    (first,) = fit_windows(model, windows[:1], parse_replacement(kind), FIT, HELD_OUT)
     with LayerSurgeon(model, probe=False) as surgeon:
         place(surgeon, windows[0], first.stand_in)
         now = surgeon.plan.old_to_new[3]
         window = range(now, now + 3)
-        (second,) = fit_windows(model, [window], kind, FIT, HELD_OUT)
-        (found,) = verified(model, [Selection((window,))], FIT, HELD_OUT, [tokens(2, 9)], kind=kind)
+        (second,) = fit_windows(model, [window], parse_replacement(kind), FIT, HELD_OUT)
+        (found,) = verified(
+            model, [Selection((window,))], FIT, HELD_OUT, [tokens(2, 9)], replacement=parse_replacement(kind)
+        )
         states = [leaving(model, window, FIT[0], one.stand_in) for one in (second, found.repairs[0])]
     torch.testing.assert_close(*states)
-    (found,) = verified(model, [Selection(tuple(windows))], FIT, HELD_OUT, [tokens(2, 9)], kind=kind)
+    (found,) = verified(
+        model, [Selection(tuple(windows))], FIT, HELD_OUT, [tokens(2, 9)], replacement=parse_replacement(kind)
+    )
     assert [repair.window for repair in found.repairs] == windows
     assert [r.repaired_error for r in found.repairs] == pytest.approx([r.repaired_error for r in (first, second)])
     torch.testing.assert_close(
@@ -270,10 +275,10 @@ def test_two_windows_at_once_are_fitted_in_order_on_the_repaired_model(kind: str
         rtol=1e-3,
         atol=1e-4,
     )
-    (alone,) = fit_windows(model, windows[1:], kind, FIT, HELD_OUT)
+    (alone,) = fit_windows(model, windows[1:], parse_replacement(kind), FIT, HELD_OUT)
     assert alone.repaired_error != pytest.approx(second.repaired_error, rel=1e-3)
 
 
 def test_no_kind_needs_a_name() -> None:
-    (repair,) = fit_windows(tiny_model("llama"), [WINDOW], kind_named("linear"), FIT, HELD_OUT)
+    (repair,) = fit_windows(tiny_model("llama"), [WINDOW], LinearConfig(), FIT, HELD_OUT)
     assert repair.stand_in is not None

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError
-from streamline_hooks.repair import kind_named
+from streamline_hooks.repair import SilencedConfig
 from streamline_hooks.repair.freezing import freeze_all_but
 from streamline_hooks.stack import find_stack
 from streamline_hooks.testing import tiny_model
@@ -93,7 +93,7 @@ def test_what_is_not_there_or_has_nothing_to_train_is_refused() -> None:
 def test_what_is_frozen_in_it_stays_frozen() -> None:
     """The attention of a silenced block would speak again else."""
     model: Any = tiny_model("llama").train()
-    silenced = kind_named("silenced").build(find_stack(model), range(2, 4))
+    silenced = SilencedConfig().build(find_stack(model), range(2, 4))
     assert isinstance(silenced, nn.Module)
     with LayerSurgeon(model) as surgeon:
         module = surgeon.replace(range(2, 4), silenced)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from streamline_hooks.repair import Healing, Objective, Training, fit_windows, student_of, train
+from streamline_hooks.repair import Healing, Objective, SwiGLUConfig, Training, fit_windows, student_of, train
 from streamline_hooks.repair import training as training_module
 from streamline_hooks.repair.frozen_products import narrowed_once
 from streamline_hooks.stack import find_stack
@@ -77,7 +77,7 @@ def test_a_training_comes_to_the_same_weights_to_the_bit(monkeypatch: pytest.Mon
     def trained() -> list[torch.Tensor]:
         model = tiny_model("llama")
         texts = [torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(k)) for k in range(4)]
-        (repair,) = fit_windows(model, [range(2, 4)], "swiglu", texts[:2], texts[2:])
+        (repair,) = fit_windows(model, [range(2, 4)], SwiGLUConfig(), texts[:2], texts[2:])
         healing = None if heal is None else Healing.parse(heal)
         student = student_of(find_stack(model), [(repair.window, repair.stand_in)], healing, seed=3)
         settings = Training(objective=Objective.parse("kl + lm"), autocast=NARROW, validations=1)

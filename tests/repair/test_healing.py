@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError
-from streamline_hooks.repair import fit_windows, place
+from streamline_hooks.cli.short_forms import parse_replacement
+from streamline_hooks.repair import BlockConfig, fit_windows, place
 from streamline_hooks.repair.adapters import merge_adapters
 from streamline_hooks.repair.healing import Healing, healing_copies, student_of
 from streamline_hooks.repair.objective import Objective
@@ -168,7 +169,7 @@ def test_no_block_and_no_layer_are_refused() -> None:
 def test_what_is_folded_into_a_block_is_in_its_copy_too(kind: str, text: str) -> None:
     model: Any = tiny_model("llama")
     ids = BATCHES[0]["input_ids"]
-    (repair,) = fit_windows(model, [WINDOW], kind, BATCHES, VALIDATION)
+    (repair,) = fit_windows(model, [WINDOW], parse_replacement(kind), BATCHES, VALIDATION)
     student = student_of(find_stack(model), [(WINDOW, repair.stand_in)], Healing.parse(text))
     student.training = False
     with torch.no_grad():
@@ -247,7 +248,7 @@ def test_a_silenced_attention_stays_silent_in_an_inherited_block() -> None:
     with LayerSurgeon(model) as surgeon:
         surgeon.silence(3, "attention")
         surgeon.commit()
-    (repair,) = fit_windows(model, [range(3, 6)], "block:solve=false", BATCHES, VALIDATION)
+    (repair,) = fit_windows(model, [range(3, 6)], BlockConfig(solve=False), BATCHES, VALIDATION)
     student = student_of(find_stack(model), [(range(3, 6), repair.stand_in)])
     train(student, BATCHES, VALIDATION, SETTINGS)
     assert not repair.stand_in.self_attn.o_proj.weight.any()

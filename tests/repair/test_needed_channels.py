@@ -17,7 +17,8 @@ from streamline_hooks import (
     place,
     save,
 )
-from streamline_hooks.repair import needed_channels
+from streamline_hooks.cli.short_forms import parse_replacement
+from streamline_hooks.repair import MergedConfig, needed_channels
 from streamline_hooks.repair.needed_channels import measure_needs
 from streamline_hooks.replacements.concatenated import Channels
 from tests.repair.stand_ins import FIT, HELD_OUT, error
@@ -58,7 +59,7 @@ def test_a_channel_that_does_nothing_is_left_out(tmp_path: Any) -> None:
     """Of a window whose first MLP adds nothing all channels are the others'; the checkpoint is a plain one."""
     model: Any = tiny_model("llama")
     model.model.layers[2].mlp.down_proj.weight.data.zero_()
-    (repair,) = fit_windows(model, [WINDOW], "merged:channels=mlp", FIT, HELD_OUT)
+    (repair,) = fit_windows(model, [WINDOW], MergedConfig(channels="mlp"), FIT, HELD_OUT)
     stand_in: Any = repair.stand_in
     assert bool((stand_in.mlp.down_proj.weight != 0).any(dim=0).all())
     assert repair.repaired_error == pytest.approx(error(model, WINDOW, stand_in, HELD_OUT), rel=1e-4)
@@ -73,7 +74,9 @@ def test_a_channel_that_does_nothing_is_left_out(tmp_path: Any) -> None:
 def test_least_squares_comes_after_the_merge(channels: str) -> None:
     model = tiny_model("gpt2")
     plain, solved = (
-        fit_windows(model, [range(0, 2), WINDOW], f"merged:channels={channels}{solve}", FIT, HELD_OUT)
+        fit_windows(
+            model, [range(0, 2), WINDOW], parse_replacement(f"merged:channels={channels}{solve}"), FIT, HELD_OUT
+        )
         for solve in ("", ",solve")
     )
     for before, after in zip(plain, solved, strict=True):
@@ -91,7 +94,7 @@ def test_a_window_that_cannot_be_merged_leaves_the_others() -> None:
     model.model.layers[5].mlp = torch.nn.Identity()
     selections = [Selection((window,)) for window in (range(0, 2), range(4, 6))]
     parts = (batches_of(tokens(4, 12, seed=seed), 2) for seed in range(3))
-    first, second = verified(model, selections, *parts, kind="merged:channels=mlp")
+    first, second = verified(model, selections, *parts, replacement=MergedConfig(channels="mlp"))
     assert not first.refused and first.windows == (range(0, 2),)
     assert "usual two residual branches" in second.refused
 
@@ -105,7 +108,7 @@ def test_a_window_that_cannot_be_merged_leaves_the_others() -> None:
 )
 def test_options_that_say_nothing_together(kind: str, said: str) -> None:
     with pytest.raises(StreamlineError, match=said):
-        fit_windows(tiny_model("llama"), [WINDOW], kind, FIT, HELD_OUT)
+        fit_windows(tiny_model("llama"), [WINDOW], parse_replacement(kind), FIT, HELD_OUT)
 
 
 def test_the_error_names_what_can_be_done_before_any_text_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +117,6 @@ def test_the_error_names_what_can_be_done_before_any_text_is_run(monkeypatch: py
     model: Any = tiny_model("llama")
     model.model.layers[5].self_attn.scaling = 2.0
     with pytest.raises(UnsupportedSurgery, match=r"differ in self_attn\.scaling"):
-        fit_windows(model, [range(2, 6)], "merged:channels=attention", FIT, HELD_OUT)
+        fit_windows(model, [range(2, 6)], MergedConfig(channels="attention"), FIT, HELD_OUT)
     with pytest.raises(UnsupportedSurgery, match=r"Choose.*merged:channels=mlp"):
-        fit_windows(tiny_model("qwen3"), [WINDOW], "merged:channels=both", FIT, HELD_OUT)
+        fit_windows(tiny_model("qwen3"), [WINDOW], MergedConfig(channels="both"), FIT, HELD_OUT)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from streamline_hooks import LayerSurgeon, Objective, Training, UnsupportedSurgery, fit_windows, place, profile, train
-from streamline_hooks.repair import student_of
+from streamline_hooks.cli.short_forms import parse_replacement
+from streamline_hooks.repair import LinearConfig, student_of
 from streamline_hooks.stack import find_stack
 from tests.other_models import OTHERS, answer, made
 
@@ -18,7 +19,7 @@ def test_every_kind_is_fitted_and_put_in(kind: str) -> None:
     """With fewer patches than features the map is exact, so that the model says again what it said."""
     model, case = made(NAME), OTHERS[NAME]
     before = answer(model, NAME)
-    (repair,) = fit_windows(model, [range(1, 3)], kind, [case.batch], [case.batch], stack="vision")
+    (repair,) = fit_windows(model, [range(1, 3)], parse_replacement(kind), [case.batch], [case.batch], stack="vision")
     assert (repair.repaired_error < 1e-8) == (kind in EXACT)
     with LayerSurgeon(model, "vision") as surgeon:
         surgeon.remove(range(1, 3))
@@ -35,7 +36,7 @@ def test_the_states_are_compared_and_a_training_is_refused() -> None:
     measured = profile(model, [case.batch], stack="vision", replicates=0)
     assert measured.tokens == len(case.batch["pixel_values"]) and measured.value("cosine", range(1, 3)) < 0.99
     stack = find_stack(model, "vision")
-    (repair,) = fit_windows(model, [range(1, 3)], "linear", [case.batch], [case.batch], stack="vision")
+    (repair,) = fit_windows(model, [range(1, 3)], LinearConfig(), [case.batch], [case.batch], stack="vision")
     student = student_of(stack, [(repair.window, repair.stand_in)])
     with pytest.raises(UnsupportedSurgery, match="images in one row"):
         train(student, [case.batch], [case.batch], Training(Objective.parse("kl")))

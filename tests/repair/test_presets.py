@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from streamline_hooks import StreamlineError
-from streamline_hooks.repair import kind_named
+from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.repair.healing import healing_copies
 from streamline_hooks.repair.presets import PRESETS, preset_named
 from streamline_hooks.selection import require_search, usual_criterion
@@ -70,7 +70,7 @@ def test_the_others_train_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_has_a_kind_and_a_source(name: str) -> None:
     preset = PRESETS[name]
-    assert kind_named(preset.kind).name == preset.kind
+    assert parse_replacement(preset.kind).name == preset.kind
     assert "arXiv" in preset.source or name in ("none", "best", "two-windows")
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, UnsupportedSurgery, find_stack
 from streamline_hooks.block_call import BlockCall
+from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.repair import StandIn, fit_windows, place
 from streamline_hooks.replacements import InheritedBlocks, inherit, inherit_silenced
 from tests.repair.stand_ins import FIT, HELD_OUT, KINDS, SLOTS
@@ -24,7 +25,7 @@ WINDOW = range(2, 5)
 
 
 def fitted(model: nn.Module, kind: str) -> StandIn:
-    (repair,) = fit_windows(model, [WINDOW], kind, FIT, HELD_OUT)
+    (repair,) = fit_windows(model, [WINDOW], parse_replacement(kind), FIT, HELD_OUT)
     return repair.stand_in
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from streamline_hooks import StreamlineError, find_stack
-from streamline_hooks.repair import Healing, Student, TrainingProgress, kind_named, preset_named, student_of, train
+from streamline_hooks.cli.short_forms import parse_replacement
+from streamline_hooks.repair import Healing, Student, TrainingProgress, preset_named, student_of, train
 from streamline_hooks.repair.training_pace import TrainingPace, measure_training_pace
 from tests.evaluation.fake_clock import FakeClock
 from tests.tiny_models import BLOCKS, tiny_model, tokens
@@ -26,7 +27,7 @@ SETTINGS = BEST.training
 def student(model: nn.Module, healing: Healing | None = BEST.healing) -> Student:
     stack = find_stack(model)
     window = range(2, 4)
-    return student_of(stack, [(window, kind_named(BEST.kind).build(stack, window))], healing)
+    return student_of(stack, [(window, parse_replacement(BEST.kind).build(stack, window))], healing)
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])

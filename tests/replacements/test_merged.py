@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, UnsupportedSurgery, find_stack, fit_windows, load, place, save
+from streamline_hooks.repair import MergedConfig
 from streamline_hooks.replacements import merge
 from tests.repair.stand_ins import FIT, HELD_OUT
 from tests.tiny_models import FAMILIES, tiny_model, tokens
@@ -62,7 +63,7 @@ def test_equal_blocks_are_merged_to_themselves(tmp_path: Any) -> None:
     with LayerSurgeon(model) as surgeon:
         surgeon.remove([3, 4])
         wanted = model(tokens(2, 6)).logits
-    (repair,) = fit_windows(model, [WINDOW], "merged:weight=0.7", FIT, HELD_OUT)
+    (repair,) = fit_windows(model, [WINDOW], MergedConfig(weight=0.7), FIT, HELD_OUT)
     with LayerSurgeon(model) as surgeon:
         place(surgeon, repair.window, repair.stand_in)
         surgeon.commit()

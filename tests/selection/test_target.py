@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, find_stack
+from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.evaluation import SpeedReport, Timing, measure_speed
-from streamline_hooks.repair import kind_named
+from streamline_hooks.repair import BlockConfig
 from streamline_hooks.repair.folded import Folded
 from streamline_hooks.selection import blocks_to_remove, protected_blocks, windows
 from streamline_hooks.selection.target import Target, windows_for
@@ -234,7 +235,7 @@ def test_parameters_that_cannot_be_saved() -> None:
 @pytest.mark.parametrize("count", [1, 2])
 def test_inherited_blocks_are_counted_and_leave_a_shorter_stack(count: int) -> None:
     model = tiny_model("llama")
-    stack, kind = find_stack(model), kind_named(f"block:count={count}")
+    stack, kind = find_stack(model), parse_replacement(f"block:count={count}")
     assert windows_for(model, 2, slots=count) == windows(BLOCKS, 2 + count)
     size, total = stack.parameters_per_block[0], sum(p.numel() for p in model.parameters())
     options: dict[str, Any] = {"stand_in": lambda window: kind.make(stack, window), "slots": count}
@@ -249,7 +250,7 @@ def test_inherited_blocks_are_counted_and_leave_a_shorter_stack(count: int) -> N
 
 def test_inherited_blocks_are_timed_with_the_rest() -> None:
     model, (_, timer) = charged()
-    stack, kind = find_stack(model), kind_named("block:count=2")
+    stack, kind = find_stack(model), BlockConfig(count=2)
     options: dict[str, Any] = {"stand_in": lambda window: kind.make(stack, window), "slots": 2, "timer": timer}
     for fewer in (1, 2, 3):
         ratio = ((BLOCKS - fewer) * 4 + HEAD) / (BLOCKS * 4 + HEAD) + 0.01

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, find_stack
-from streamline_hooks.repair import Healing, fit_windows, place, train
+from streamline_hooks.repair import BlockConfig, Healing, fit_windows, place, train
 from streamline_hooks.repair.healing import student_of
 from streamline_hooks.repair.settings import Training
 from streamline_hooks.surgery.placement import move_beside
@@ -56,7 +56,7 @@ def test_healing_rounds_no_router(routed: Any, healing: str) -> None:
 def test_an_inherited_block_rounds_no_router(routed: Any) -> None:
     window = range(2, 4)
     wanted = routed.get_parameter(f"model.layers.2.{GATE}").detach().clone()
-    (repair,) = fit_windows(routed, [window], "block:solve=false", text(), text())
+    (repair,) = fit_windows(routed, [window], BlockConfig(solve=False), text(), text())
     with LayerSurgeon(routed) as surgeon:
         place(surgeon, window, repair.stand_in)
         surgeon.commit()

@@ -11,7 +11,8 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from streamline_hooks import LayerSurgeon, StreamlineError, kind_named, register_module, save
+from streamline_hooks import LayerSurgeon, StreamlineError, register_module, save
+from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.replacements import NormedLinearReplacement, registry
 from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery import standalone
@@ -40,7 +41,7 @@ def spliced(family: str, kind: str) -> nn.Module:
         if kind == "normed_linear":
             module: nn.Module = NormedLinearReplacement(WIDTH)
         else:
-            module = kind_named(kind).build(find_stack(model), range(1, 3))
+            module = parse_replacement(kind).build(find_stack(model), range(1, 3))
         for seed, parameter in enumerate(module.parameters()):
             nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(seed))
         surgeon.replace(range(1, 3), module)

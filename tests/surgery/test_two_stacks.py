@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, find_stack, fit_windows, load, read_plans, save
+from streamline_hooks.repair import LinearConfig
 from tests.other_models import OTHERS, answer, made
 
 PAIRS = {
@@ -71,7 +72,7 @@ def test_the_second_is_fitted_on_what_the_first_left(names: tuple[str, str]) -> 
     with LayerSurgeon(model, first) as one:
         one.remove([1])
         changed = answer(model, names[0])
-        (repair,) = fit_windows(model, [range(2, 3)], "linear", [batch], [batch], stack=second)
+        (repair,) = fit_windows(model, [range(2, 3)], LinearConfig(), [batch], [batch], stack=second)
         with LayerSurgeon(model, second) as other:
             other.replace(range(2, 3), repair.stand_in)
             repaired = (answer(model, names[0]) - changed).norm()

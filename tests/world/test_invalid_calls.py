@@ -16,6 +16,7 @@ from torch import nn
 
 import streamline_hooks as s
 from streamline_hooks import StreamlineError
+from streamline_hooks.cli.short_forms import parse_replacement
 from tests.tiny_models import WIDTH, padded, tiny_config, tiny_model, tokens
 
 MODEL, OTHER = tiny_model("llama"), tiny_model("llama")
@@ -150,12 +151,12 @@ def rows() -> Iterator[Row]:
     yield settings(s.OnPolicy, [*NO_INT, -1], "prompt", "shortest", "longest")
     yield settings(s.Healing, [*NO_FLOAT, math.inf, -1.0], "rate", "alpha", "dropout")
     yield s.Healing, {}, {"rank": [*NO_INT, 0], "how": NO_TEXT, "head": [None, "yes"], "targets": [None, "q", (1,)]}
-    yield s.kind_named, {"name": "linear"}, {
-        "name": [*NO_TEXT, "linaer", "linear:rank=0", "linear:rank=1.5", "merged:weight=nan"], "seed": NO_INT,
+    yield parse_replacement, {"text": "linear"}, {
+        "text": ["linaer", "linear:rank=0", "linear:rank=1.5", "merged:weight=nan"],
     }  # fmt: skip
     yield s.preset_named, {"name": "best"}, {"name": [*NO_TEXT, "bets"]}
     yield s.register_replacement, {}, {"config": [None, "linear", nn.Linear, s.LinearConfig()]}
-    yield s.replacement_from_dict, {}, {"values": [None, "linear", {"kind": 3}, {"kind": "linear", "rank": "4"}]}
+    yield s.ReplacementConfig.from_dict, {}, {"values": [None, "linear", {"kind": 3}, {"kind": "linear", "rank": "4"}]}
     yield s.register_module, {}, {"kind": NO_TEXT}
     yield (
         s.LinearReplacement,

@@ -15,7 +15,7 @@ from streamline_hooks.batch import Batch
 from streamline_hooks.branches import Branch
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation import distances_of_candidates
-from streamline_hooks.repair import Repair, ReplacementConfig, StandIn, kind_named
+from streamline_hooks.repair import LinearConfig, Repair, ReplacementConfig, StandIn
 from streamline_hooks.repair.branch_linear import BranchLinear
 from streamline_hooks.repair.fitting import start
 from streamline_hooks.repair.repaired import fit_branches
@@ -59,7 +59,7 @@ def verified(
     held_out: Batches,
     validation: Batches,
     *,
-    kind: ReplacementConfig | str = "linear",
+    replacement: ReplacementConfig = LinearConfig(),
     stack: str | None = None,
     probe: Batch | Tensor | None = None,
     task: Task | None = None,
@@ -78,8 +78,8 @@ def verified(
         A shortlist of any searches. Its scores are kept, and not looked at.
     fit, held_out, validation : sequence of mapping or torch.Tensor
         To fit on, to choose the ridge by, and to judge on; of different documents.
-    kind : ReplacementConfig or str
-        What stands in a window's place, see `kind_named`.
+    replacement : ReplacementConfig
+        The config of what replaces each window.
     stack : str, optional
         Path of the stack, see `find_stack`.
     probe : mapping or torch.Tensor, optional
@@ -122,7 +122,7 @@ def verified(
     """
     if not selections:
         raise StreamlineError("There is no selection to verify; give the best of a search.")
-    fitting = _Fitting(find_stack(model, stack), kind_named(kind), probe, selections, task)
+    fitting = _Fitting(find_stack(model, stack), replacement, probe, selections, task)
     depth = max(len(selection.windows) for selection in selections)
     if fitting.kind.replaces_branches:
         fitting.fit_branches(fit, held_out)

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, UnsupportedSurgery, measure_moments
-from streamline_hooks.repair import fit_windows, place
+from streamline_hooks.cli.short_forms import parse_replacement
+from streamline_hooks.repair import BlockConfig, FeedForwardConfig, fit_windows, place
+from streamline_hooks.repair.configs import GhostedConfig, LinearPatchConfig, ReplaceMeConfig
 from streamline_hooks.repair.folded import measure_fold_moments
 from streamline_hooks.repair.published.hadamard import hadamard
 from streamline_hooks.testing import tiny_model
@@ -54,7 +56,7 @@ def test_an_order_without_a_construction_is_refused(order: int) -> None:
 
 def test_linear_patch_scales_the_rotated_channels(texts: list[dict[str, torch.Tensor]]) -> None:
     model = tiny_model("llama")
-    (repair,) = fit_windows(model, [WINDOW], "linearpatch", texts[:2], texts[2:])
+    (repair,) = fit_windows(model, [WINDOW], LinearPatchConfig(), texts[:2], texts[2:])
     before, after = states(model, texts, (WINDOW.start, WINDOW.stop))
     h = hadamard(32).numpy()
     ratios = [np.abs(y @ h).mean(0) / np.abs(x @ h).mean(0) for x, y in zip(before, after, strict=True)]
@@ -66,7 +68,7 @@ def test_linear_patch_scales_the_rotated_channels(texts: list[dict[str, torch.Te
 
 def test_ghosted_is_least_squares_onto_the_gap_without_weights(texts: list[dict[str, torch.Tensor]]) -> None:
     model = tiny_model("llama")
-    (repair,) = fit_windows(model, [WINDOW], "ghosted", texts[:2], texts[2:])
+    (repair,) = fit_windows(model, [WINDOW], GhostedConfig(), texts[:2], texts[2:])
     x, y = (np.concatenate(rows) for rows in states(model, texts, (WINDOW.start, WINDOW.stop)))
     wanted = np.linalg.solve(x.T @ x + 1e-6 * np.eye(32), x.T @ (y - x))
     np.testing.assert_allclose(repair.stand_in.projection.weight.detach().double().numpy().T, wanted, atol=1e-5)
@@ -74,7 +76,7 @@ def test_ghosted_is_least_squares_onto_the_gap_without_weights(texts: list[dict[
 
 def test_replace_me_is_least_squares_of_the_mlp_and_folded(texts: list[dict[str, torch.Tensor]]) -> None:
     model: Any = tiny_model("llama")
-    (repair,) = fit_windows(model, [WINDOW], "replaceme", texts[:2], texts[2:])
+    (repair,) = fit_windows(model, [WINDOW], ReplaceMeConfig(), texts[:2], texts[2:])
     added: list[torch.Tensor] = []
     handle = model.model.layers[WINDOW.start - 1].mlp.register_forward_hook(lambda _m, _a, out: added.append(out))
     leaving, y = (np.concatenate(rows) for rows in states(model, texts, (WINDOW.start, WINDOW.stop)))
@@ -89,7 +91,7 @@ def test_replace_me_is_least_squares_of_the_mlp_and_folded(texts: list[dict[str,
         folded = model.model.layers[WINDOW.start - 1].mlp.down_proj.weight
         torch.testing.assert_close(folded, (repair.stand_in.map.float().T @ down), rtol=1e-3, atol=1e-3)
     with pytest.raises(UnsupportedSurgery, match="no block stands before"):
-        fit_windows(model, [range(0, 2)], "replaceme", texts[:2], texts[2:])
+        fit_windows(model, [range(0, 2)], ReplaceMeConfig(), texts[:2], texts[2:])
 
 
 @pytest.mark.parametrize("kind", ["ghosted", "replaceme", "linearpatch"])
@@ -97,8 +99,10 @@ def test_the_error_on_held_out_text_is_of_a_map_that_has_not_seen_it(
     texts: list[dict[str, torch.Tensor]], kind: str
 ) -> None:
     model = tiny_model("llama")
-    (repair,) = fit_windows(model, [WINDOW], kind, texts[:2], texts[2:])
-    (without,) = fit_windows(model, [WINDOW], kind, texts[:1], texts[1:2])  # what is placed is fitted on both
+    (repair,) = fit_windows(model, [WINDOW], parse_replacement(kind), texts[:2], texts[2:])
+    (without,) = fit_windows(
+        model, [WINDOW], parse_replacement(kind), texts[:1], texts[1:2]
+    )  # what is placed is fitted on both
     if kind == "replaceme":
         (sums,) = measure_fold_moments(model, texts[2:], [WINDOW])
         map_ = without.stand_in.map - torch.eye(32)
@@ -114,7 +118,7 @@ def test_the_error_on_held_out_text_is_of_a_map_that_has_not_seen_it(
 def test_the_feed_forward_network_starts_as_the_repository_has_it(texts: list[dict[str, torch.Tensor]]) -> None:
     model: Any = tiny_model("llama")
     model.config.initializer_range = 0.5
-    (repair,) = fit_windows(model, [WINDOW], "feed_forward", texts[:2], texts[2:])
+    (repair,) = fit_windows(model, [WINDOW], FeedForwardConfig(), texts[:2], texts[2:])
     module = repair.stand_in
     assert [tuple(p.shape) for p in module.parameters()] == [(128, 32), (128,), (32, 128), (32,)]
     assert sum(p.numel() for p in module.parameters()) == 8 * 32**2 + 5 * 32
@@ -128,7 +132,7 @@ def test_the_feed_forward_network_starts_as_the_repository_has_it(texts: list[di
 
 def test_an_inherited_block_can_be_left_as_it_is(texts: list[dict[str, torch.Tensor]]) -> None:
     model: Any = tiny_model("llama")
-    (repair,) = fit_windows(model, [WINDOW], "block:solve=false", texts[:2], texts[2:])
+    (repair,) = fit_windows(model, [WINDOW], BlockConfig(solve=False), texts[:2], texts[2:])
     first = model.model.layers[WINDOW.start]
     assert repair.stand_in is not first
     assert all(torch.equal(a, b) for a, b in zip(repair.stand_in.parameters(), first.parameters(), strict=True))

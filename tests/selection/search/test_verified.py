@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, UnsupportedSurgery
+from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.evaluation import Candidate, distances_of_candidates
-from streamline_hooks.repair import solve
+from streamline_hooks.repair import BlockConfig, FeedForwardConfig, NoneConfig, solve
 from streamline_hooks.repair.branch_linear import fit_branch_linear, replace_branches
 from streamline_hooks.selection.search import Selection, verified
 from streamline_hooks.selection.search.judge import Attempt
@@ -44,7 +45,7 @@ def test_single_windows_are_fitted_and_judged_in_shared_passes(kind: str) -> Non
     shortlist = [Selection((w,), score=float(w.start)) for w in windows]
     runs: list[int] = []
     model.model.layers[0].register_forward_hook(lambda *given: runs.append(1))
-    found = verified(model, shortlist, FIT, HELD_OUT, VALIDATION, kind=kind)
+    found = verified(model, shortlist, FIT, HELD_OUT, VALIDATION, replacement=parse_replacement(kind))
     # Fitting and holding out run each batch once, judging the original once and the window at 0 not at all.
     assert len(runs) == len(FIT) + len(HELD_OUT) + len(VALIDATION)
     assert [s.distance for s in found] == [kls[k] for k in order]
@@ -99,7 +100,7 @@ def test_branches_alone_have_a_linear_map_in_their_place_if_that_is_the_kind(bra
     model = tiny_model("llama")
     before = fingerprint(model)
     shortlist = [Selection((), ((k, branch), (k + 2, branch))) for k in range(3)]
-    found = verified(model, shortlist, FIT, HELD_OUT, VALIDATION, kind=kind)
+    found = verified(model, shortlist, FIT, HELD_OUT, VALIDATION, replacement=parse_replacement(kind))
     assert fingerprint(model) == before
     for one in found:
         assert len(one.maps) == (2 if kind == "linear" else 0)
@@ -168,10 +169,10 @@ def test_planted_redundancy_is_found_whatever_its_shape() -> None:
 
 def test_a_network_with_random_weights_does_not_choose_the_window() -> None:
     model, shortlist = tiny_model("llama"), [Selection((range(k, k + 2),)) for k in (2, 0, 3, 1)]
-    found = verified(model, shortlist, FIT, HELD_OUT, VALIDATION, kind="feed_forward")
+    found = verified(model, shortlist, FIT, HELD_OUT, VALIDATION, replacement=FeedForwardConfig())
     assert [one.windows for one in found] == [one.windows for one in shortlist]
     assert [one.distance for one in found] != sorted(one.distance for one in found)
-    judged = verified(model, shortlist, FIT, HELD_OUT, VALIDATION, kind="block:solve=false")
+    judged = verified(model, shortlist, FIT, HELD_OUT, VALIDATION, replacement=BlockConfig(solve=False))
     assert [one.distance for one in judged] == sorted(one.distance for one in judged)
 
 
@@ -196,11 +197,11 @@ def test_no_finite_model_is_an_error() -> None:
     model.model.layers[4].register_forward_hook(lambda block, args, out: out * 1e-6)
     model.model.layers[5].register_forward_hook(lambda block, args, out: out / (args[0].norm() < 1e-2))
     with pytest.raises(StreamlineError, match=r"1 shortlisted.*finite"):
-        verified(model, [Selection((range(4, 5),))], FIT, HELD_OUT, VALIDATION, kind="none")
+        verified(model, [Selection((range(4, 5),))], FIT, HELD_OUT, VALIDATION, replacement=NoneConfig())
     with pytest.raises(StreamlineError, match="no selection"):
         verified(model, [], FIT, HELD_OUT, VALIDATION)
     with pytest.raises(StreamlineError, match="'cubic' is unknown"):
-        verified(model, [Selection((range(4, 5),))], FIT, HELD_OUT, VALIDATION, kind="cubic")
+        verified(model, [Selection((range(4, 5),))], FIT, HELD_OUT, VALIDATION, replacement=parse_replacement("cubic"))
 
 
 @pytest.mark.parametrize("kind", FITTED)
@@ -213,7 +214,7 @@ def test_every_kind_is_judged_by_what_the_model_says_with_it(family: str, kind: 
     several = Selection((range(1, 3), range(4, 6)), ((3, "attention"),))
     if kind == "block:count=2":
         several = Selection((range(0, 3),), ((3, "mlp"),))
-    found = verified(model, [alone, several], FIT, HELD_OUT, VALIDATION, kind=kind)
+    found = verified(model, [alone, several], FIT, HELD_OUT, VALIDATION, replacement=parse_replacement(kind))
     assert fingerprint(model) == before and not any(one.refused for one in found)
     for one in found:
         assert [repair.window for repair in one.repairs] == list(one.windows)
@@ -236,11 +237,11 @@ def test_a_window_in_which_a_kind_cannot_stand_is_refused_and_the_others_are_jud
     kind: str, bad: tuple[range, ...], silenced: Any, reason: str
 ) -> None:
     shortlist = [Selection(bad, silenced), Selection((range(2, 5),)), Selection((range(1, 4),))]
-    found = verified(tiny_model("llama"), shortlist, FIT, HELD_OUT, VALIDATION, kind=kind)
+    found = verified(tiny_model("llama"), shortlist, FIT, HELD_OUT, VALIDATION, replacement=parse_replacement(kind))
     assert [one.windows for one in found if one.refused] == [bad] and re.search(reason, found[-1].refused)
     assert all(math.isfinite(one.distance) and one.repairs for one in found[:-1])
     with pytest.raises(UnsupportedSurgery, match=reason):
-        verified(tiny_model("llama"), shortlist[:1], FIT, HELD_OUT, VALIDATION, kind=kind)
+        verified(tiny_model("llama"), shortlist[:1], FIT, HELD_OUT, VALIDATION, replacement=parse_replacement(kind))
 
 
 @pytest.mark.parametrize("kind", ["linear", "block", "swiglu:linear=false"])
@@ -258,5 +259,5 @@ def test_an_error_inside_leaves_nothing_behind(fail_at: int, kind: str) -> None:
     before = fingerprint(model)
     shortlist = [Selection((range(0, 2), range(3, 5))), Selection((range(1, 3),), ((0, "mlp"),))]
     with pytest.raises(KeyboardInterrupt):
-        verified(model, shortlist, FIT, HELD_OUT, VALIDATION, kind=kind)
+        verified(model, shortlist, FIT, HELD_OUT, VALIDATION, replacement=parse_replacement(kind))
     assert fingerprint(model) == before

@@ -1,0 +1,174 @@
+"""The base of all configs: frozen dataclasses that validate themselves and are written to plain values and back."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from types import UnionType
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from streamline_hooks.arguments import check_fields
+from streamline_hooks.errors import StreamlineError
+
+T = TypeVar("T")
+C = TypeVar("C", bound="Config")
+
+
+class Registry(dict[str, T]):
+    """What has been registered, by name. Looking up an unknown name raises, and suggests the nearest known one.
+
+    Parameters
+    ----------
+    what : str
+        What is registered, for error messages: ``"criterion"``.
+    how : str
+        The function that registers one.
+
+    Examples
+    --------
+    >>> numbers = Registry[int]("number", "register_number")
+    >>> numbers.add("seven", 7)
+    7
+    >>> try:
+    ...     numbers["sevn"]
+    ... except StreamlineError as error:
+    ...     print(error)
+    The number 'sevn' is unknown. Expected one of seven. Did you mean 'seven'?
+    """
+
+    def __init__(self, what: str, how: str) -> None:
+        super().__init__()
+        self.what, self.how = what, how
+
+    def __missing__(self, name: Any) -> T:
+        raise StreamlineError(
+            f"The {self.what} {name!r} is unknown. Expected one of {', '.join(self)}. "
+            + nearest(name, self, f"Register your own with {self.how}.")
+        )
+
+    def add(self, name: str, entry: T) -> T:
+        """Register an entry under its name, and return it.
+
+        A definition that is run again, as in a notebook, takes the place of the earlier one.
+
+        Raises
+        ------
+        StreamlineError
+            If the name is empty, has a character that short forms use, or is another entry's.
+        """
+        if not isinstance(name, str) or not name or set(name) & set(":,=+* "):
+            raise StreamlineError(
+                f"{name!r} is no name of a {self.what}. Expected text without spaces and any of :,=+*. Change it."
+            )
+        if name in self and _source(self[name]) != _source(entry):
+            raise StreamlineError(f"There is another {self.what} {name!r}. Expected a new name. Choose another.")
+        self[name] = entry
+        return entry
+
+
+def nearest(name: Any, known: Iterable[str], otherwise: str) -> str:
+    """Return the last sentence of an error about an unknown name: the nearest known one, or what else to do."""
+    found = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"Did you mean {found[0]!r}?" if found else otherwise
+
+
+@dataclass(frozen=True)
+class Config:
+    """A frozen dataclass whose fields are validated by their annotations and can be written to JSON and YAML.
+
+    A family of configs, such as those of replacements, has a registry; the classes in it differ by `kind`, which
+    `to_dict` writes and `from_dict` reads.
+
+    Examples
+    --------
+    >>> @dataclass(frozen=True)
+    ... class WindowConfig(Config):
+    ...     least = {"size": 1}
+    ...     size: int = 2
+    >>> WindowConfig.from_dict({"size": 3})
+    WindowConfig(size=3)
+    """
+
+    kind: ClassVar[str] = ""
+    """The name of a class within its family; empty for a class that belongs to none."""
+    family: ClassVar[Registry[Any] | None] = None
+    """The classes of the family, by kind."""
+    least: ClassVar[Mapping[str, float]] = {}
+    """The smallest value of each field that has one."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, **self.least)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise StreamlineError(
+                    f"{type(self).__name__}: {field.name}={value} is not finite. Expected a number. Change it."
+                )
+            if isinstance(value, list):  # as JSON and YAML have it
+                object.__setattr__(self, field.name, tuple(value))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the kind and all fields as values of JSON and YAML, which `from_dict` reads."""
+        values = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        return {"kind": self.kind, **values} if self.kind else values
+
+    @classmethod
+    def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
+        """Build a config from what `to_dict` returned; fields that are left out have their defaults.
+
+        Raises
+        ------
+        StreamlineError
+            If a key or the kind is unknown, with the nearest known one, or a value is invalid.
+        """
+        if not isinstance(values, Mapping):
+            raise StreamlineError(f"{cls.__name__}: got {values!r}. Expected a mapping of its fields. Write one.")
+        given = dict(values)
+        config = cls if cls.family is None else cls.family[given.pop("kind", cls.kind)]
+        if not issubclass(config, cls):
+            raise StreamlineError(f"{cls.__name__}: kind={config.kind!r} is another config. Expected {cls.kind!r}.")
+        known = [field.name for field in fields(config) if field.init]
+        for key in given:
+            if key not in known:
+                raise StreamlineError(
+                    f"{config.__name__}: the key {key!r} is unknown. Expected one of {', '.join(known)}. "
+                    + nearest(key, known, "Leave it out.")
+                )
+        hints = _hints(config)
+        return config(**{key: _read(value, hints.get(key, Any)) for key, value in given.items()})  # type: ignore[return-value]
+
+
+def _hints(config: type) -> dict[str, Any]:
+    try:
+        return get_type_hints(config)
+    except NameError:  # an annotation that is imported for type checkers only
+        return {}
+
+
+def _plain(value: Any) -> Any:
+    """Return a field's value as a value of JSON and YAML."""
+    if isinstance(value, Config):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(one) for one in value]
+    return value
+
+
+def _read(value: Any, hint: Any) -> Any:
+    """Return a value of JSON or YAML as a field with this annotation has it."""
+    accepted = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    for one in accepted:
+        if isinstance(value, Mapping) and isinstance(one, type) and issubclass(one, Config):
+            return one.from_dict(value)
+    return value
+
+
+def _source(entry: Any) -> Any:
+    """Return where an entry was defined; entries without a name of their own are equal to themselves alone."""
+    if hasattr(entry, "__qualname__"):
+        return entry.__module__, entry.__qualname__
+    return entry
