@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.choice import FILE as CHOICE
 from benchmarks.choice_exhaustive import SEQUENCES_A_DOMAIN
 from benchmarks.real_text import BATCH, RESULTS, SEQUENCE, arguments, scored_text
-from streamline_hooks import SearchProblem, find_selections, profile, verified
+from streamline_hooks import WindowSearch, profile, verified
 from streamline_hooks.batch import batches_of
 from streamline_hooks.calibration import read_documents, split_documents
 from streamline_hooks.preparation import held_out_apart
@@ -69,8 +69,8 @@ def run(model: Any, tokenizer: Any, text: list[str], seed: int, size: int, test:
     )
     stack = find_stack(model)
     measured = profile(model, batches_of(split.calibration, BATCH))
-    asked = SearchProblem(windows(len(stack), size), len(stack), CRITERION, best=SHORTLIST, profile=measured)
-    shortlist = find_selections("window", asked)
+    search = WindowSearch(CRITERION, shortlist=SHORTLIST)
+    shortlist = search.find(search.problem(windows(len(stack), size), len(stack), profile=measured))
     fit, held_out = held_out_apart(split.calibration)
     judged = verified(model, shortlist, *(batches_of(part, BATCH) for part in (fit, held_out, split.validation)))
     best = judged[0]

@@ -18,7 +18,16 @@ from typing import Any
 from benchmarks.choice_exhaustive import FILE as EXHAUSTIVE
 from benchmarks.choice_exhaustive import SEQUENCES_A_DOMAIN
 from benchmarks.real_text import BATCH, RESULTS, SEQUENCE, arguments, scored_text, split_of
-from streamline_hooks import SearchProblem, Selection, find_selections, profile, score_windows, verified
+from streamline_hooks import (
+    SEARCHES,
+    MixedSearch,
+    OneShotSearch,
+    Selection,
+    WindowSearch,
+    profile,
+    score_windows,
+    verified,
+)
 from streamline_hooks.batch import batches_of
 from streamline_hooks.preparation import held_out_apart
 from streamline_hooks.pretrained import load_pretrained
@@ -126,10 +135,9 @@ class Bench:
     def mixed(self, size: int) -> dict[str, Any]:
         """The best window of the shortlist, and what takes as many blocks from several places, by KL once repaired."""
         chosen = self.shortlisted(size)
-        asked = SearchProblem(
-            windows(len(self.stack), size), len(self.stack), SHORTLIST_CRITERION, parts=3, profile=self.profile
-        )
-        several = [found for found in find_selections("mixed", asked) if len(found.windows) > 1]
+        search = MixedSearch(SHORTLIST_CRITERION, shortlist=1, windows=3)
+        problem = search.problem(windows(len(self.stack), size), len(self.stack), profile=self.profile)
+        several = [found for found in search.find(problem) if len(found.windows) > 1]
         start = range(chosen["start"], chosen["start"] + size)
         best = self.judged([Selection((start,)), *several])
         if best.windows == (start,):
@@ -140,16 +148,16 @@ class Bench:
         """What a search makes of several windows, repaired in order, and scored."""
         few = batches_of(self.split.calibration[:FEW], BATCH)
         criterion = "block_influence" if search == "one-shot" else "cosine"
-        candidates = windows(len(self.stack), size)
-        asked = SearchProblem(
-            candidates, len(self.stack), criterion, profile=self.profile, model=self.model, batches=few
+        config = SEARCHES[search](criterion, shortlist=1)
+        problem = config.problem(
+            windows(len(self.stack), size), len(self.stack), profile=self.profile, model=self.model, batches=few
         )
         if search == "evolution":
             one_by_one = batches_of(self.split.calibration[:FEW], 1)
-            seeds = [*find_selections("window", asked), *find_selections("one-shot", asked)]
+            seeds = [*WindowSearch().find(problem), *OneShotSearch().find(problem)]
             found = evolution(self.model, one_by_one, seeds, generations=3, offspring=6, stages=((SEQUENCE, 2),))[0]
         else:
-            found = find_selections(search, asked)[0]
+            found = config.find(problem)[0]
         return self.outcome(found)
 
     def outcome(self, found: Selection) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from streamline_hooks.evaluation import perplexity
 from streamline_hooks.preparation import held_out_apart
 from streamline_hooks.pretrained import load_pretrained
 from streamline_hooks.repair import student_of, train
-from streamline_hooks.selection import SearchProblem, find_selections, usual_criterion, verified, windows
+from streamline_hooks.selection import DisjointSearch, SearchConfig, WindowSearch, verified, windows
 from streamline_hooks.stack import find_stack
 from streamline_hooks.statistics import profile
 
@@ -132,20 +132,13 @@ class Bench:
         """What is removed, and what stands in its place to begin with."""
         length, slots = len(self.stack), parse_replacement(point.kind).slots
         size = point.removed + slots * point.networks
-        search = "window" if point.networks == 1 else "disjoint"
-        asked = SearchProblem(
-            windows(length, size),
-            length,
-            usual_criterion(search),
-            best=SHORTLIST,
-            parts=point.networks,
-            profile=self.profile,
-        )
+        search: SearchConfig = WindowSearch(shortlist=SHORTLIST)
+        if point.networks > 1:
+            search = DisjointSearch(shortlist=SHORTLIST, windows=point.networks)
+        shortlist = search.find(search.problem(windows(length, size), length, profile=self.profile))
         parts = [*(batches_of(part, BATCH) for part in held_out_apart(rows)), self.validation]
         with torch.autocast("cpu", torch.bfloat16):
-            return verified(
-                self.model, find_selections(search, asked), *parts, replacement=parse_replacement(point.kind)
-            )[0]
+            return verified(self.model, shortlist, *parts, replacement=parse_replacement(point.kind))[0]
 
     def score(self) -> float:
         """The mean perplexity ratio of the model as it is now."""

@@ -42,7 +42,7 @@ from streamline_hooks.repair import (
     train,
 )
 from streamline_hooks.repair.teacher import Taught, TaughtStates, taught_states
-from streamline_hooks.selection import SearchProblem, find_selections, usual_criterion, verified, windows
+from streamline_hooks.selection import WindowSearch, verified, windows
 from streamline_hooks.stack import find_stack
 from streamline_hooks.statistics import profile
 
@@ -201,10 +201,11 @@ def choose(model: Any, text: TrainingText, size: int) -> range:
     few = text.train[: CHOOSING // text.train.shape[1]]
     length = len(find_stack(model))
     measured = profile(model, batches_of(few, 4))
-    problem = SearchProblem(windows(length, size), length, usual_criterion("window"), best=SHORTLIST, profile=measured)
+    search = WindowSearch(shortlist=SHORTLIST)
+    shortlist = search.find(search.problem(windows(length, size), length, profile=measured))
     fit, held_out = held_out_apart(few)
     parts = (batches_of(part, 4) for part in (fit, held_out, text.validation))
-    return verified(model, find_selections("window", problem), *parts)[0].windows[0]
+    return verified(model, shortlist, *parts)[0].windows[0]
 
 
 def table(content: dict[str, Any]) -> str:

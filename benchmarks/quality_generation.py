@@ -55,7 +55,7 @@ from streamline_hooks.repair import (
     train,
 )
 from streamline_hooks.repair.training_pace import measure_training_pace
-from streamline_hooks.selection import SearchProblem, find_selections, usual_criterion, windows
+from streamline_hooks.selection import SEARCHES, windows
 from streamline_hooks.selection.search import Selection, verified
 from streamline_hooks.selection.search.selected import runs
 from streamline_hooks.stack import find_stack
@@ -174,13 +174,13 @@ class Bench:
         asked, length = with_repeats(text, recipe.repeated), len(self.stack)
         ranked = batches_of(asked.train[:few], 4)
         parts = (*held_out_apart(text.train[:few]), asked.validation)
-        criterion = recipe.criterion or usual_criterion(recipe.search)
+        search = SEARCHES[recipe.search](recipe.criterion or None, shortlist=SHORTLIST)
         judged = [batches_of(part, 4) for part in parts]
         with fast_products(self.model):
             measured = profile(self.model, ranked)
             for count in SIZES:
-                problem = SearchProblem(windows(length, count), length, criterion, best=SHORTLIST, profile=measured)
-                yield count, sorted(verified(self.model, find_selections(recipe.search, problem), *judged)[0].blocks)
+                shortlist = search.find(search.problem(windows(length, count), length, profile=measured))
+                yield count, sorted(verified(self.model, shortlist, *judged)[0].blocks)
 
     def measure_paces(self) -> None:
         """How long a recipe trains for each second of `best`: medians of steps, of all recipes in turn, measured once.

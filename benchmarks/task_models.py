@@ -35,7 +35,7 @@ from streamline_hooks.calibration import read_documents, text_parts
 from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.evaluation import TaskScores, embeddings, likeness_of, recall_at
 from streamline_hooks.repair import Objective, Training, student_of, train
-from streamline_hooks.selection import SearchProblem, find_selections, usual_criterion, verified, windows
+from streamline_hooks.selection import WindowSearch, verified, windows
 from streamline_hooks.statistics import profile
 
 FILE, PICTURE = RESULTS / "task_models.json", ROOT / "docs" / "influence.svg"
@@ -120,14 +120,11 @@ def measure(subject: Subject, content: dict[str, Any], file: Path = FILE, pictur
 def row(subject: Subject, measured: Any, count: int, kind: str, trained: bool) -> dict[str, Any]:
     """Choose, fit and train, and score what comes of it."""
     started, stack = time.perf_counter(), find_stack(subject.model)
-    asked = SearchProblem(
-        windows(len(stack), count), len(stack), usual_criterion("window"), best=SHORTLIST, profile=measured
-    )
+    search = WindowSearch(shortlist=SHORTLIST)
+    shortlist = search.find(search.problem(windows(len(stack), count), len(stack), profile=measured))
     fit, held_out = subject.parts.held_out_apart
     parts = fit, held_out, subject.parts.validation
-    best = verified(
-        subject.model, find_selections("window", asked), *parts, replacement=parse_replacement(kind), task=subject.task
-    )[0]
+    best = verified(subject.model, shortlist, *parts, replacement=parse_replacement(kind), task=subject.task)[0]
     pairs = [(repair.window, repair.stand_in) for repair in best.repairs] or [(best.windows[0], None)]
     student = student_of(stack, pairs, task=subject.task)
     found: dict[str, Any] = {"removed": best.gone, "kind": kind, "distance": best.distance}

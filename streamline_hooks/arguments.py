@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import operator
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -110,8 +111,9 @@ def checked(**least: float) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
 
 def check_fields(instance: Any, **least: float) -> None:
     """Validate the fields of a dataclass by their annotations, in its ``__post_init__``; see `checked`."""
-    namespace = vars(__import__("sys").modules[type(instance).__module__])
     for field in fields(instance):
+        declaring = (c for c in type(instance).__mro__ if field.name in vars(c).get("__annotations__", {}))
+        namespace = vars(sys.modules[next(declaring, type(instance)).__module__])
         value, hint = getattr(instance, field.name), _hint(field.type, namespace)
         shown = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", field.type)
         _converted(type(instance).__name__, field.name, value, hint, shown, least)

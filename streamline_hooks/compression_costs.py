@@ -13,7 +13,7 @@ from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.cost import Cost
 from streamline_hooks.evaluation.pace import measure_pace
 from streamline_hooks.evaluation.writing_cost import writing_cost
-from streamline_hooks.preparation import Preparation
+from streamline_hooks.preparation import Preparation, search_from_keywords
 from streamline_hooks.repair.fitting import holds_map
 from streamline_hooks.repair.rollouts import require_writes
 from streamline_hooks.result import most_attempts
@@ -70,9 +70,10 @@ def compression_costs(
     module, beside = made if isinstance(made, nn.Module) else None, not holds_map(made)
     most = min(shortlist, len(ready.candidates))
     judged: dict[str, Any] = {"shortlist": most, "replacement": module}
-    later = most * (_windows_of(ready, search, parts) - 1)
+    searching = search_from_keywords(search, parts=parts)
+    later = most * (searching.most_windows(max(map(len, ready.candidates))) - 1)
     one_by_one: dict[str, Any] = {**judged, "shortlist": 1, "beside": beside, "sums": 2}
-    whole = search != "window" or bool(ready.kind.slots or ready.kind.fit)
+    whole = searching.number_of_windows != 1 or bool(ready.kind.slots or ready.kind.fit)
     trained = []
     if training is not None:
         cost = pace.train(
@@ -105,10 +106,3 @@ def compression_costs(
     parameters = ready.stack.model.parameters() if rounds > 1 else ()
     original = sum(p.numel() * p.element_size() for p in parameters)  # a copy, which teaches in later rounds
     return [replace(cost, bytes=cost.bytes + original) for cost in found]
-
-
-def _windows_of(ready: Preparation, search: str, parts: int) -> int:
-    """The windows of a selection at most."""
-    if search in ("window", "attention", "mlp"):
-        return 1
-    return parts if search in ("disjoint", "mixed") else max(map(len, ready.candidates))

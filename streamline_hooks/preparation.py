@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,7 +25,15 @@ from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair import ReplacementConfig, StandInSize
 from streamline_hooks.repair.stand_in import is_spliced
 from streamline_hooks.replacements import replacement_config
-from streamline_hooks.selection import SearchProblem, Target, protected_blocks, windows_for
+from streamline_hooks.selection import (
+    SEARCHES,
+    Criterion,
+    SearchConfig,
+    SearchProblem,
+    Target,
+    protected_blocks,
+    windows_for,
+)
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery.opened import refuse_open_surgery
 from streamline_hooks.task import Task
@@ -75,9 +83,9 @@ class Preparation:
     test: Batches
     training: Batches
 
-    def question(self, **more: Any) -> SearchProblem:
-        """What a search is asked on the calibration text."""
-        return SearchProblem(
+    def question(self, search: SearchConfig, **more: Any) -> SearchProblem:
+        """Return the problem of a search on the calibration text."""
+        return search.problem(
             self.candidates,
             len(self.stack),
             keep=self.protected,
@@ -107,7 +115,7 @@ class Preparation:
             f"stack      {self.stack}",
             f"remove     {self.target} comes to {blocks} of {len(self.stack)} blocks{share}, {self.kind.name} in their "
             f"place ({self.size})"
-            if search not in ("attention", "mlp")
+            if not SEARCHES[search].silences_branches
             else f"silence    {self.target} comes to the {search} of {blocks} of {len(self.stack)} blocks{share}, "
             f"{self.kind.name if self.kind.replaces_branches else 'nothing'} in their place",
             f"search     {search} by {criterion}; {len(self.candidates)} windows reach the target, and up to "
@@ -147,7 +155,7 @@ def prepare_compression(
         If the target cannot be reached, the text does not suffice, it is none that the model can be given, or a
         surgeon is open on the model.
     """
-    found = find_stack(model, stack)
+    found, searching = find_stack(model, stack), search_from_keywords(search, parts=parts)
     refuse_open_surgery(found, "compress")
     chosen = parse_replacement(kind) if isinstance(kind, str) else kind
     target = Target.of(remove)
@@ -167,11 +175,10 @@ def prepare_compression(
         stack=found.path,
         protected=protected,
         stand_in=lambda window: chosen.make(found, window),
-        slots=slots_of(chosen, search, parts),
+        slots=searching.slots(chosen),
         say=say,
     )
-    if search == "disjoint":
-        require_parts(min(map(len, candidates)), parts, chosen.slots)
+    searching.check(target, min(map(len, candidates)), chosen)
     if given:
         if repeated:
             raise StreamlineError(
@@ -205,14 +212,32 @@ def prepare_compression(
     return Preparation(found, chosen, target, candidates, protected, dealt, task, *batches)
 
 
-def require_parts(blocks: int, parts: int, slots: int = 0) -> None:
-    """Raise if so few blocks cannot be in so many windows, each longer than what stands in its place takes slots."""
-    if blocks < parts * (slots + 1):
-        each = f" of {slots + 1} each at least" if slots else ""
-        raise StreamlineError(
-            f"{blocks} block{'s' * (blocks > 1)} cannot be in {parts} windows{each}. Remove more, at a time if it is "
-            "in rounds, or ask for fewer windows (parts), or for one (search window)."
-        )
+def search_from_keywords(
+    search: str,
+    criterion: Criterion | str | None = None,
+    *,
+    parts: int = 2,
+    keep: Iterable[int] = (),
+    shortlist: int = 8,
+) -> SearchConfig:
+    """Return the config of a search that the keywords of `compress` describe.
+
+    Raises
+    ------
+    StreamlineError
+        If there is no such search, or it cannot use the criterion.
+    """
+    config = SEARCHES[search]
+    if config.most_selections is not None:
+        shortlist = min(shortlist, config.most_selections)
+    common: dict[str, Any] = {"keep": tuple(keep), "shortlist": shortlist}
+    if "windows" in {field.name for field in fields(config)}:
+        common["windows"] = max(parts, int(config.least.get("windows", 1)))
+    if isinstance(criterion, Criterion):  # one that may have no name in a config
+        if config.only_criterion not in (None, criterion.name):
+            config(criterion=criterion.name)  # raises
+        return config(**common)
+    return config(criterion=criterion or None, **common)
 
 
 def require_writable(stack: BlockStack, kind: ReplacementConfig, window: range) -> None:
@@ -271,25 +296,6 @@ def _rows_to_fit_on(tokens: int | None, calibration: Tensor) -> int:
             "expected two sequences at least, and no more than there are."
         )
     return tokens // length
-
-
-def slots_of(kind: ReplacementConfig, search: str, parts: int) -> int:
-    """The slots that all stand-ins of a selection take together: so many more blocks are to go.
-
-    Raises
-    ------
-    StreamlineError
-        If that is not known, since the search makes as many windows as it likes.
-    """
-    if not kind.slots or search in ("attention", "mlp"):
-        return 0
-    if search not in ("window", "disjoint"):
-        raise StreamlineError(
-            f"The search {search!r} makes any number of windows, and the kind {kind.name!r} takes {kind.slots} "
-            f"slot{'s' * (kind.slots > 1)} for each, so that it is not known how many blocks would be left. Search for "
-            "a window or for disjoint ones, or take a kind without a slot."
-        )
-    return kind.slots * (parts if search == "disjoint" else 1)
 
 
 def held_out_apart(sequences: Tensor) -> tuple[Tensor, Tensor]:

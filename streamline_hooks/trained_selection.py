@@ -7,12 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streamline_hooks.branches import BRANCHES
 from streamline_hooks.core import check_writable
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.preparation import Preparation
 from streamline_hooks.repair import Healing, Student, Trained, Training, student_of, train
-from streamline_hooks.selection import Selection, VerifiedSelection
+from streamline_hooks.selection import SearchConfig, Selection, VerifiedSelection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,9 +64,9 @@ def require_parameters(ready: Preparation, healing: Healing | None) -> None:
         )
 
 
-def require_whole_blocks(search: str) -> None:
+def require_whole_blocks(search: SearchConfig) -> None:
     """Raise if a search gives up attentions or MLPs alone."""
-    if search in BRANCHES:
+    if search.silences_branches:
         raise UnsupportedSurgery(
             "What stands in the place of an attention or an MLP alone is not trained: it is fitted in closed form. "
             "Leave the training out, or search for windows."

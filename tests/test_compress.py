@@ -142,17 +142,7 @@ def test_every_search_ends_in_a_model(
     search: str, story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path
 ) -> None:
     model, tokenizer = story_model
-    if search == "evolution":
-        from functools import partial
-
-        from streamline_hooks.selection.search import by_name
-
-        short = partial(by_name.evolution, generations=2, offspring=4)
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(by_name, "evolution", short)
-            result = compress(model, tokenizer, story_texts, remove=2, search=search, output=tmp_path / "out", **SMALL)
-    else:
-        result = compress(model, tokenizer, story_texts, remove=2, search=search, output=tmp_path / "out", **SMALL)
+    result = compress(model, tokenizer, story_texts, remove=2, search=search, output=tmp_path / "out", **SMALL)
     chosen = result.candidates[0]
     assert result.plan.removed == tuple(sorted(chosen.blocks))
     p = result.perplexities

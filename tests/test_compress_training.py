@@ -18,6 +18,7 @@ import torch
 from streamline_hooks import StreamlineError, UnsupportedSurgery, compress, find_stack, load, profile, shared_steps
 from streamline_hooks.repair import Objective, Training, TrainingCallback
 from streamline_hooks.repair import training as repair_training
+from streamline_hooks.selection import EvolutionSearch
 from streamline_hooks.testing import tiny_model
 from tests.training_callbacks import BeforeSteps, RaiseAt
 
@@ -247,15 +248,14 @@ def test_a_search_that_may_halve_blocks_leaves_them_whole_where_they_are_trained
     batches = [torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(k)) for k in range(8)]
     parts = {"calibration": batches[:5], "validation": batches[5:7], "test": batches[7:]}
     found: dict[bool, list[Any]] = {}
-    module = sys.modules[compress.__module__]
-    search = module.find_selections  # type: ignore[attr-defined]
+    search = EvolutionSearch.find
     for training in (None, TRAINING):
 
         def kept(*given: Any, trained: bool = training is not None) -> Any:
             found[trained] = search(*given)
             return found[trained]
 
-        monkeypatch.setattr(module, "find_selections", kept)
+        monkeypatch.setattr(EvolutionSearch, "find", kept)
         compress(
             tiny_model("llama"), None, parts, remove=2, search="evolution", shortlist=4, training=training,
             side_by_side=False,

@@ -32,14 +32,7 @@ from streamline_hooks.preparation import Preparation, prepare_compression
 from streamline_hooks.repair import ReplacementConfig
 from streamline_hooks.result import CompressionResult, findings
 from streamline_hooks.run_figures import Clock, peak_memory_of_process, sizes_of
-from streamline_hooks.selection import (
-    Criterion,
-    Target,
-    VerifiedSelection,
-    criterion_named,
-    find_selections,
-    usual_criterion,
-)
+from streamline_hooks.selection import Criterion, Target, VerifiedSelection, WindowSearch, criterion_of
 from streamline_hooks.sentence_folder import find_sentence_folder
 from streamline_hooks.statistics.chosen_tokens import blocks_run
 from streamline_hooks.surgery import LayerSurgeon
@@ -192,8 +185,9 @@ def compress_checkpoint(
                 model, ready.calibration, keep=ready.protected, disk=disk, folder=room, before_done=kept, **options
             )
         )
-        asked = ready.question(criterion=named, profile=measured, best=shortlist, seed=seed)
-        found = find_selections("window", replace(asked, model=None, batches=None))  # nothing is read but the profile
+        search = WindowSearch(shortlist=shortlist)
+        asked = ready.question(search, criterion=named, profile=measured, seed=seed)
+        found = search.find(replace(asked, model=None, batches=None))  # nothing is read but the profile
     with clock("verify"):
         parts = (ready.fit, ready.held_out, ready.judging)
         unseen = blocks_run(ready.protected, len(ready.stack)) < len(ready.stack)  # by the check of the profile's pass
@@ -260,7 +254,7 @@ def compress_checkpoint(
 
 
 def _criterion(criterion: Criterion | str | None) -> Criterion:
-    named = criterion if isinstance(criterion, Criterion) else criterion_named(criterion or usual_criterion("window"))
+    named = criterion_of(criterion, WindowSearch.default_criterion)
     if named.needs != "profile":
         raise UnsupportedSurgery(
             f"The criterion {named.name!r} runs the model for each window, which is not done block by block. Take one "

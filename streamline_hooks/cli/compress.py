@@ -218,8 +218,8 @@ def compress(
     from streamline_hooks.pipeline.compress import compress as run
     from streamline_hooks.pipeline.iterative import blocks_by_round, compress_iteratively
     from streamline_hooks.planning.duration import parse_duration
-    from streamline_hooks.preparation import prepare_compression, require_parts
-    from streamline_hooks.selection import criterion_named, require_search
+    from streamline_hooks.preparation import prepare_compression, search_from_keywords
+    from streamline_hooks.selection import CRITERIA
     from streamline_hooks.stack import find_stack
     from streamline_hooks.statistics import Profile
     from streamline_hooks.trained_selection import training_file
@@ -241,8 +241,9 @@ def compress(
         search, criterion = recipe.search, recipe.criterion
         chosen = parse_replacement(kind)
         target = parse_target(remove)
-        require_search(search, criterion_named(criterion), target)
         blocks = block_numbers(keep)
+        searching = search_from_keywords(search, criterion, parts=parts)
+        searching.check(target)
         profile = Profile.load(profile_file) if profile_file is not None else None
         if fitting_tokens is not None and training is None:
             raise StreamlineError("--fitting-tokens leaves the rest of the text to a training; say what for (--train).")
@@ -286,7 +287,7 @@ def compress(
             "calibration": bool(sources.written),
             "kind": bool(chosen.slots or chosen.fit or not chosen.is_solved),
             "search": search != "window",
-            "criterion": criterion_named(criterion).needs != "profile",
+            "criterion": CRITERIA[criterion].needs != "profile",
             "remove": "latency" in target.unit,
             "train": training is not None,
             "resume": resume,
@@ -308,8 +309,7 @@ def compress(
         if times > 1:
             by_round = blocks_by_round(len(find_stack(loaded, stack)), target, times)
             say(f"rounds     {times}, of {', '.join(map(str, by_round))} blocks")
-            if search == "disjoint":
-                require_parts(min(by_round), parts)
+            searching.check(target, min(by_round))
             if profile is not None:
                 raise StreamlineError(f"--profile goes with one round; each of {times} makes a profile of its own.")
         if sources.written:

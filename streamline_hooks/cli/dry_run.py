@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 
 from streamline_hooks.compression_costs import compression_costs
 from streamline_hooks.preparation import Preparation
-from streamline_hooks.selection import criterion_named
+from streamline_hooks.selection import CRITERIA, SEARCHES
 
 if TYPE_CHECKING:
     from streamline_hooks.repair import Healing, Training
-
-_BY_PROFILE = ("window", "disjoint", "one-shot", "mixed")
 
 
 def say_costs(
@@ -41,5 +39,5 @@ def say_costs(
     seconds, most = sum(cost.seconds for cost in costs), max(cost.bytes for cost in costs)
     above = f"at most {most / 1e9:.2f} GB above the model"
     say(f"in all up to about {seconds:.0f} s, and what is written, timed and saved at the end; {above}")
-    if search not in _BY_PROFILE or criterion_named(criterion).needs == "model":
+    if SEARCHES[search].runs_model or CRITERIA[criterion].needs == "model":
         say(f"The {search} search by {criterion} runs the model besides; its own bars say what that costs.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -45,10 +46,14 @@ def refuse_unused(context: typer.Context, search: str, task: Task | None = None,
     StreamlineError
         Naming the option, and what takes it.
     """
-    if search not in ("disjoint", "mixed") and is_given(context, "parts"):
-        raise StreamlineError(
-            f"--parts is for --search disjoint and mixed, and the search here is {search}; leave it out."
-        )
+    if is_given(context, "parts"):
+        from streamline_hooks.selection import SEARCHES
+
+        several = [name for name, config in SEARCHES.items() if "windows" in {f.name for f in fields(config)}]
+        if search not in several:
+            raise StreamlineError(
+                f"--parts is for --search {' and '.join(several)}, and the search here is {search}; leave it out."
+            )
     if task is None:
         return
     images = task.name == "image-classification"

@@ -82,26 +82,21 @@ def rank(
     """
     from streamline_hooks.cli.short_forms import parse_target
     from streamline_hooks.core import check_writable
-    from streamline_hooks.selection import (
-        SearchProblem,
-        criterion_named,
-        find_selections,
-        protected_blocks,
-        require_search,
-        score_windows,
-    )
+    from streamline_hooks.preparation import search_from_keywords
+    from streamline_hooks.selection import protected_blocks, score_windows
     from streamline_hooks.selection import windows as windows_of
     from streamline_hooks.stack import find_stack
     from streamline_hooks.statistics import Profile, check_profile
     from streamline_hooks.statistics import profile as measure
 
-    chosen = criterion_named(criterion)
+    searching = search_from_keywords(search, criterion, parts=parts, shortlist=top)
+    chosen = searching.resolved_criterion
     if remove is None and (search != "window" or chosen.needs == "model"):
         raise StreamlineError(
             f"To rank {search if search != 'window' else ''} by {criterion} takes a target; add --remove, such as "
             "--remove 0.25.".replace("  ", " ")
         )
-    require_search(search, chosen, parse_target(remove or "1"))
+    searching.check(parse_target(remove or "1"))
     refuse_unused(context, search)
     if save is not None and not save.resolve().parent.is_dir():
         raise StreamlineError(f"--save {save}: there is no folder {save.parent}; create it first.")
@@ -122,7 +117,7 @@ def rank(
         loaded, tokenizer = load_model(model, task)
         refuse_unused(context, search, task, loaded)
         stack = find_stack(loaded, stack).path
-        if profile_file is None or chosen.needs == "model" or search not in ("window", "disjoint", "one-shot", "mixed"):
+        if profile_file is None or chosen.needs == "model" or searching.runs_model:
             given = calibration_tokens, sequence_length, batch_size, seed
             if task.is_of_text:
                 cache = None if save is None else save.resolve().parent
@@ -145,7 +140,7 @@ def rank(
             typer.echo("What a pass of such a model costs is not known beforehand.")
         else:
             typer.echo(str(measure_pace(loaded, cast(Any, batches)[0], stack=stack).rank(cast(Any, batches))))
-        if chosen.needs == "model" or search not in ("window", "disjoint", "one-shot", "mixed"):
+        if chosen.needs == "model" or searching.runs_model:
             typer.echo(f"The search {search} by {criterion} runs the model besides; its bars say what that costs.")
         return
     if profile is None:
@@ -161,10 +156,9 @@ def rank(
             rows += [_row(profile, window, score, criterion) for window, score in best]
     else:
         candidates = _candidates(loaded, remove, profile, protected, stack)
-        asked = SearchProblem(
-            candidates, profile.length, chosen, protected, top, parts, profile, loaded, batches, stack, seed, task
-        )
-        for found in find_selections(search, asked):
+        given_to: dict[str, Any] = {"profile": profile, "model": loaded, "batches": batches, "stack": stack}
+        asked = searching.problem(candidates, profile.length, keep=protected, seed=seed, task=task, **given_to)
+        for found in searching.find(asked):
             one = found.windows[0] if len(found.windows) == 1 and not found.silenced else None
             row = {"blocks": str(found), "windows": [[w.start, w.stop] for w in found.windows]}
             row["silenced"] = [list(half) for half in found.silenced]

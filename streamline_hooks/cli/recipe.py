@@ -78,7 +78,7 @@ class Asked:
         return self._found(chosen, seed)
 
     def _found(self, chosen: Preset, seed: int) -> Recipe:
-        from streamline_hooks.selection import usual_criterion
+        from streamline_hooks.selection import SEARCHES
 
         search = self.search or chosen.search
         own = chosen.criterion if search == chosen.search else ""
@@ -88,7 +88,7 @@ class Asked:
             chosen.healing,
             self.rounds or chosen.rounds,
             search,
-            self.criterion or own or usual_criterion(search),
+            self.criterion or own or SEARCHES[search].default_criterion,
             chosen.repeated if self.repeated is None else self.repeated,
         )
 

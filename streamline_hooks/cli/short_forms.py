@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import fields
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -9,6 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from streamline_hooks.core.config import Config
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.replacement_config import REPLACEMENTS, ReplacementConfig
+from streamline_hooks.selection.criteria import criterion_of
+from streamline_hooks.selection.search.configs import SEARCHES, SearchConfig
 from streamline_hooks.selection.target import Target
 
 _TARGETS = {name.replace("_", "-"): name for name in ("blocks", "parameters", "latency", "decode_latency")}
@@ -61,6 +65,63 @@ def parse_replacement(text: str) -> ReplacementConfig:
     """
     config = REPLACEMENTS[text.partition(":")[0].strip()]
     return config(**read_options(text, config, without=("seed",)))
+
+
+def parse_search(text: str) -> SearchConfig:
+    """Read a search: its kind, and options of its config after a colon; its criterion and `keep` have none.
+
+    Raises
+    ------
+    StreamlineError
+        If there is no such search or option, or an option's value is invalid.
+
+    Examples
+    --------
+    >>> parse_search("disjoint:windows=3,shortlist=4")
+    DisjointSearch(criterion=None, keep=(), shortlist=4, windows=3)
+    """
+    config = SEARCHES[text.partition(":")[0].strip()]
+    return config(**read_options(text, config, without=("criterion", "keep")))
+
+
+def parse_criterion(text: str) -> str | Mapping[str, float]:
+    """Read a criterion, or several with weights, as a config's `criterion` has them.
+
+    Parameters
+    ----------
+    text : str
+        The name of a criterion, or several with ``+`` between them, each with its weight and ``*`` before it unless
+        that is 1.
+
+    Raises
+    ------
+    StreamlineError
+        If a criterion is unknown or occurs twice, or a weight is not a number above 0.
+
+    Examples
+    --------
+    >>> parse_criterion("kl"), parse_criterion("cosine + 0.5*relative_magnitude")
+    ('kl', {'cosine': 1.0, 'relative_magnitude': 0.5})
+    """
+    weights: dict[str, float] = {}
+    for part in text.split("+"):
+        before, star, name = (piece.strip() for piece in part.rpartition("*"))
+        criterion_of(name)  # raises if it is unknown
+        try:
+            weight = float(before) if star else 1.0
+        except ValueError:
+            weight = math.nan
+        if not 0 < weight < math.inf:
+            raise StreamlineError(
+                f"{text!r}: the weight {before!r} of {name!r} is invalid. Expected a number above 0. Write 0.5*{name}."
+            )
+        if name in weights:
+            raise StreamlineError(
+                f"{text!r}: the criterion {name!r} occurs twice. Expected each once. Add up its weights."
+            )
+        weights[name] = weight
+    name, weight = next(iter(weights.items()))
+    return name if len(weights) == 1 and weight == 1.0 else weights
 
 
 def read_options(text: str, config: type[Config], without: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -25,6 +25,9 @@ class Registry(dict[str, T]):
         What is registered, for error messages: ``"criterion"``.
     how : str
         The function that registers one.
+    source : callable, optional
+        Returns where an entry was defined; by default the module and the name of a class or function. An entry takes
+        the place of another of its name and source.
 
     Examples
     --------
@@ -38,9 +41,9 @@ class Registry(dict[str, T]):
     The number 'sevn' is unknown. Expected one of seven. Did you mean 'seven'?
     """
 
-    def __init__(self, what: str, how: str) -> None:
+    def __init__(self, what: str, how: str, source: Callable[[T], Any] | None = None) -> None:
         super().__init__()
-        self.what, self.how = what, how
+        self.what, self.how, self.source = what, how, source or source_of
 
     def __missing__(self, name: Any) -> T:
         raise StreamlineError(
@@ -62,7 +65,7 @@ class Registry(dict[str, T]):
             raise StreamlineError(
                 f"{name!r} is no name of a {self.what}. Expected text without spaces and any of :,=+*. Change it."
             )
-        if name in self and _source(self[name]) != _source(entry):
+        if name in self and self.source(self[name]) != self.source(entry):
             raise StreamlineError(f"There is another {self.what} {name!r}. Expected a new name. Choose another.")
         self[name] = entry
         return entry
@@ -140,6 +143,39 @@ class Config:
         return config(**{key: _read(value, hints.get(key, Any)) for key, value in given.items()})  # type: ignore[return-value]
 
 
+def register_config(base: type[Config], config: Any) -> Any:
+    """Add a config class to the registry of its family, under its kind.
+
+    Parameters
+    ----------
+    base : type
+        The base class of the family.
+    config : type
+        A frozen dataclass that derives from it.
+
+    Returns
+    -------
+    type
+        The same class.
+
+    Raises
+    ------
+    StreamlineError
+        If the class is no such dataclass, its fields have no defaults, or its kind is no name or another class's.
+    """
+    assert base.family is not None
+    is_config = isinstance(config, type) and issubclass(config, base) and is_dataclass(config)
+    if not is_config or "__dataclass_fields__" not in vars(config):
+        raise StreamlineError(
+            f"{config!r} is no config of a {base.family.what}. Expected a subclass of {base.__name__}, decorated with "
+            "@dataclass(frozen=True). Define one."
+        )
+    without = [f.name for f in fields(config) if f.default is f.default_factory]
+    if without:
+        raise StreamlineError(f"{config.__name__} has fields without defaults: {', '.join(without)}. Give each one.")
+    return base.family.add(config.kind, config)
+
+
 def _hints(config: type) -> dict[str, Any]:
     try:
         return get_type_hints(config)
@@ -167,7 +203,7 @@ def _read(value: Any, hint: Any) -> Any:
     return value
 
 
-def _source(entry: Any) -> Any:
+def source_of(entry: Any) -> Any:
     """Return where an entry was defined; entries without a name of their own are equal to themselves alone."""
     if hasattr(entry, "__qualname__"):
         return entry.__module__, entry.__qualname__

@@ -21,20 +21,12 @@ from streamline_hooks.distributed import Together, failing_together, here
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import TaskScores
 from streamline_hooks.evaluation.reasoning import unmeasured_reasoning
-from streamline_hooks.preparation import prepare_compression
+from streamline_hooks.preparation import prepare_compression, search_from_keywords
 from streamline_hooks.repair import Healing, ReplacementConfig, Training
 from streamline_hooks.repair.rollouts import require_writes
 from streamline_hooks.result import LABELS, CompressionResult, attempts_to_measure, findings
 from streamline_hooks.run_figures import Clock, peak_memory_of_process, sizes_of
-from streamline_hooks.selection import (
-    Criterion,
-    Target,
-    VerifiedSelection,
-    criterion_named,
-    find_selections,
-    require_search,
-    usual_criterion,
-)
+from streamline_hooks.selection import Criterion, Target, VerifiedSelection
 from streamline_hooks.sentence_folder import sentence_folder_of
 from streamline_hooks.shared_steps import (
     perplexities_together,
@@ -236,12 +228,13 @@ def compress(
     chosen = (parse_replacement(kind) if isinstance(kind, str) else kind).seeded(seed)
     healed = Healing.parse(healing) if isinstance(healing, str) else healing
     training = work.of_first(lambda: kept_training(training, healed, resume, output, train_until))
-    named = criterion if isinstance(criterion, Criterion) else criterion_named(criterion or usual_criterion(search))
     if min(shortlist, batch_size, parts) < 1:
         raise StreamlineError(
             f"shortlist={shortlist}, batch_size={batch_size} and parts={parts} must be 1 or more each."
         )
-    require_search(search, named, remove)
+    searching = search_from_keywords(search, criterion, parts=parts, keep=keep, shortlist=shortlist)
+    searching.check(remove)
+    named = criterion if isinstance(criterion, Criterion) else searching.resolved_criterion
     asked_for.require_fits(model)
     original = model if teacher is None else teacher
     if fitting_tokens is not None and training is None:
@@ -251,7 +244,7 @@ def compress(
         )
     if training is not None:
         training.objective.require_task(asked_for)
-        require_whole_blocks(search)
+        require_whole_blocks(searching)
     if not asked_for.is_of_text and named.name in ("perplexity", "taylor"):
         raise StreamlineError(
             f"The criterion {named.name} is of the next token of a text, and {type(model).__name__} is for "
@@ -286,7 +279,7 @@ def compress(
         ready = prepared_alike(work, ready)
         if training is not None:
             require_parameters(ready, healed)
-            ready = trainable_windows(ready, healed, say) if search == "window" else ready
+            ready = trainable_windows(ready, healed, say) if searching.number_of_windows == 1 else ready
     if output is not None:
         ready.require_writable()
     if training is not None and training.on_policy is not None:
@@ -299,10 +292,8 @@ def compress(
     with clock("rank"):
         measured = profile or measure_profile(model, ready.calibration, keep=ready.protected, stack=path)
         branches = training is None  # what stands in the place of half a block is not trained
-        asked = ready.question(
-            criterion=named, profile=measured, best=shortlist, parts=parts, seed=seed, branches=branches
-        )
-        searched = find_selections(search, asked)
+        asked = ready.question(searching, criterion=named, profile=measured, seed=seed, branches=branches)
+        searched = searching.find(asked)
         found = work.of_first(lambda: searched)
         found = found if training is None else trainable(found, ready, healed)
     with clock("verify"):

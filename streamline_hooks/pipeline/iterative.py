@@ -22,7 +22,7 @@ from streamline_hooks.core import check_writable
 from streamline_hooks.distributed import Together, failing_together, here
 from streamline_hooks.errors import StreamlineError, TrainingInterrupted
 from streamline_hooks.pipeline.compress import compress
-from streamline_hooks.preparation import are_batches, require_parts, require_writable, slots_of
+from streamline_hooks.preparation import are_batches, require_writable, search_from_keywords
 from streamline_hooks.repair import Healing, ReplacementConfig, Training
 from streamline_hooks.result import CompressionResult
 from streamline_hooks.run_figures import Clock
@@ -126,8 +126,7 @@ def compress_iteratively(
     work = Together("compress_iteratively", here())
     found = find_stack(model, options.get("stack"))
     counts = blocks_by_round(len(found), remove, rounds)
-    if options.get("search") == "disjoint":
-        require_parts(min(counts), options.get("parts", 2))
+    search_from_keywords(options.get("search", "window"), parts=options.get("parts", 2)).check(remove, min(counts))
     if output is not None:
         work.of_first(lambda: require_free(output, overwrite))
         sentence_folder_of(model)  # raises if it cannot be kept
@@ -265,11 +264,8 @@ def _stays(stack: BlockStack, count: int, options: Mapping[str, Any]) -> frozens
 
 def _require_room(runs: Sequence[int], length: int, counts: Sequence[int], options: Mapping[str, Any]) -> None:
     """Raise where a round may find no window, by what earlier rounds choose, when these have been trained."""
-    search = options.get("search", "window")
-    slots, in_one = (
-        slots_of(_replacement(options.get("kind", "linear")), search, options.get("parts", 2)),
-        search == "window",
-    )
+    search = search_from_keywords(options.get("search", "window"), parts=options.get("parts", 2))
+    slots, in_one = search.slots(_replacement(options.get("kind", "linear"))), search.number_of_windows == 1
     reached = {tuple(sorted(runs))}
     for number, count in enumerate(counts):
         size, present = count + slots, length - sum(counts[:number])  # a window is never the whole stack

@@ -20,13 +20,12 @@ from streamline_hooks.evaluation import Pace, measure_pace
 from streamline_hooks.evaluation.speed import wait_for
 from streamline_hooks.planning.rates import write_rate
 from streamline_hooks.planning.training_budget import BudgetPlan, Given, Paces, Sizes, plan_in
-from streamline_hooks.preparation import Preparation, prepare_compression
+from streamline_hooks.preparation import Preparation, prepare_compression, search_from_keywords
 from streamline_hooks.repair import Preset, preset_named, solve, student_of
 from streamline_hooks.repair.training_pace import TrainingPace, measure_training_pace
 from streamline_hooks.result import most_attempts
-from streamline_hooks.selection import Target, find_selections, usual_criterion
-from streamline_hooks.selection.criteria import RUN_FOR_EACH
-from streamline_hooks.selection.search.by_name import RANKED
+from streamline_hooks.selection import CRITERIA, Target
+from streamline_hooks.selection.search.problem import RANKED
 from streamline_hooks.side_by_side import SideBySide
 from streamline_hooks.statistics import measure_moments, profile
 from streamline_hooks.task import Task
@@ -209,10 +208,10 @@ def _paces(
 
     ranking, measured = timed(lambda: profile(model, ready.calibration, keep=ready.protected, stack=stack))
     # Which are likely, a criterion of the profile tells for nothing, and how many windows they have.
-    known = "" if preset.criterion in RUN_FOR_EACH else preset.criterion
-    criterion = known or usual_criterion(preset.search)
-    asked = ready.question(criterion=criterion, profile=measured, best=shortlist, parts=_PARTS)
-    selections = find_selections(preset.search, asked)
+    runs_each = bool(preset.criterion) and CRITERIA[preset.criterion].runs_per_window
+    criterion = "" if runs_each else preset.criterion
+    search = search_from_keywords(preset.search, criterion, parts=_PARTS, shortlist=shortlist)
+    selections = search.find(ready.question(search, profile=measured))
     windows = selections[0].windows
     firsts = [selection.windows[0] for selection in selections]
     pace = measure_pace(model, ready.calibration[0], stack=stack)
@@ -225,7 +224,7 @@ def _paces(
     stand_in = module if isinstance(module, nn.Module) else None
     judge = pace.judge(ready.judging, firsts, replacement=stand_in, whole=whole)
     searching = 0.0
-    if preset.criterion in RUN_FOR_EACH:
+    if runs_each:
         alone = [range(k, k + 1) for k in range(len(ready.stack)) if k not in ready.protected]
         each = alone if preset.search == "one-shot" else ready.candidates
         costs = pace.judge(ready.calibration, each)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import ClassVar, TypeVar
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from streamline_hooks.batch import Batch
-from streamline_hooks.core.config import Config, Registry
+from streamline_hooks.core.config import Config, Registry, register_config
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.repair.repaired import Repair
 from streamline_hooks.repair.size import StandInSize, size_of
@@ -193,13 +193,4 @@ def register_replacement(config: _Replacement) -> _Replacement:
     >>> ReplacementConfig.from_dict({"kind": "doctest-plain", "bias": True})
     DoctestConfig(seed=None, bias=True)
     """
-    is_config = isinstance(config, type) and issubclass(config, ReplacementConfig) and is_dataclass(config)
-    if not is_config or "__dataclass_fields__" not in vars(config):
-        raise StreamlineError(
-            f"{config!r} is no config of a replacement. Expected a subclass of ReplacementConfig, decorated with "
-            "@dataclass(frozen=True). Define one."
-        )
-    without = [f.name for f in fields(config) if f.default is f.default_factory]
-    if without:
-        raise StreamlineError(f"{config.__name__} has fields without defaults: {', '.join(without)}. Give each one.")
-    return REPLACEMENTS.add(config.kind, config)  # type: ignore[return-value]
+    return register_config(ReplacementConfig, config)  # type: ignore[no-any-return]

@@ -102,7 +102,7 @@ class Interrupted(Exception):
 
 
 STAGES = {
-    "rank": "find_selections",
+    "rank": "WindowSearch",
     "choose": "first_that_can_go",
     "measure": "perplexity_of_candidates",
     "carried out": "LayerSurgeon",
@@ -179,7 +179,7 @@ def test_a_killed_process_is_gone_on_with(places: int, step: str, tmp_path: Path
 def test_other_arguments_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, work = compressible(tmp_path), tmp_path / "work"
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        patched.setattr(compressing, "find_selections", _breaking_off)
+        patched.setattr(compressing, "WindowSearch", _breaking_off)
         run(folder, tmp_path / "out", work_folder=work)
     for changes, differs in (
         ({"kind": "none"}, "kind was linear and is none"),

@@ -38,8 +38,7 @@ from streamline_hooks.calibration import read_documents
 from streamline_hooks.cli import app, main
 from streamline_hooks.pretrained import load_pretrained
 from streamline_hooks.repair import Objective
-from streamline_hooks.selection import CRITERIA
-from streamline_hooks.selection.search.by_name import SEARCHES
+from streamline_hooks.selection import CRITERIA, SEARCHES
 from tests.golden import inputs
 from tests.golden.store import Facts, plain
 from tests.processes import ROOT, in_processes

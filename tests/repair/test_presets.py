@@ -11,7 +11,7 @@ from streamline_hooks import StreamlineError
 from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.repair.healing import healing_copies
 from streamline_hooks.repair.presets import PRESETS, preset_named
-from streamline_hooks.selection import require_search, usual_criterion
+from streamline_hooks.selection import SEARCHES
 from streamline_hooks.stack import find_stack
 from streamline_hooks.testing import tiny_model
 
@@ -52,7 +52,7 @@ def test_iterative_is_the_best_in_two_rounds() -> None:
 def test_what_a_preset_searches_for_can_be_searched(name: str) -> None:
     """And those that were published, or stand in one table with them, search for one window."""
     preset = preset_named(name)
-    require_search(preset.search, preset.criterion or usual_criterion(preset.search), 0.25)
+    SEARCHES[preset.search](preset.criterion or None).check(0.25)
     found = (preset.search, preset.criterion, preset.repeated)
     ours = {
         "two-windows": ("disjoint", "cosine_and_magnitude", 1.0),

@@ -79,7 +79,7 @@ def placed(**arguments: Any) -> None:
 
 
 def searched(**arguments: Any) -> None:
-    s.find_selections("window", s.SearchProblem(**arguments))
+    s.WindowSearch().find(s.SearchProblem(**arguments))
 
 
 def settings(kind: Any, wrong: list[Any], *names: str) -> tuple[Any, dict[str, Any], dict[str, list[Any]]]:

@@ -6,10 +6,9 @@ from streamline_hooks.selection.criteria.cca import CanonicalBound, branch_cca_b
 from streamline_hooks.selection.criteria.criterion import Combination, Criterion
 from streamline_hooks.selection.criteria.registry import (
     CRITERIA,
-    RUN_FOR_EACH,
     SHORTLIST,
     combined,
-    criterion_named,
+    criterion_of,
     register_criterion,
 )
 from streamline_hooks.selection.criteria.removal import kl_when_removed, perplexity_when_removed
@@ -27,7 +26,6 @@ from streamline_hooks.selection.criteria.taylor import block_saliency, taylor
 
 __all__ = [
     "CRITERIA",
-    "RUN_FOR_EACH",
     "SHORTLIST",
     "CanonicalBound",
     "Combination",
@@ -42,7 +40,7 @@ __all__ = [
     "closeness",
     "combined",
     "cosine",
-    "criterion_named",
+    "criterion_of",
     "entropy_increase",
     "kl_when_removed",
     "last_closeness",

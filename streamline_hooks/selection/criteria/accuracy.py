@@ -47,7 +47,7 @@ def accuracy_drop(
     -------
     Criterion
         With −inf for a window without which the likelihoods are not finite. To have it by name:
-        ``register_criterion("mine", accuracy_drop(...).score, needs="model")``.
+        ``register_criterion(replace(accuracy_drop(...), name="mine"))``.
 
     Raises
     ------

@@ -1,31 +1,46 @@
-"""What a criterion is."""
+"""Criteria as objects."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from streamline_hooks.arguments import check_fields
+from streamline_hooks.errors import StreamlineError
 
 Needs = Literal["profile", "model"]
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """What speaks for giving up a window.
+    """Score windows: those with higher scores are removed first. `register_criterion` makes one known by its name.
 
     Attributes
     ----------
     name : str
     score : callable
-        Of a criterion that needs a profile alone, ``score(profile, window)`` gives a window's score; of one that runs
-        the model, ``score(model, batches, windows, *, stack=None)`` gives those of all windows; if it takes ``task``
-        too, it is told what the model is for, and if it takes ``original``, what the model was before it lost blocks,
-        or None where it has lost none. The higher, the sooner a window goes; −inf is last, and NaN is an error.
+        If `needs` is ``"profile"``, ``score(profile, window)`` returns the score of one window. If it is ``"model"``,
+        ``score(model, batches, windows, *, stack=None)`` returns those of all windows; a function that takes ``task``
+        also gets the model's task, and one that takes ``original`` the model before blocks were removed, or None if
+        none were. A window with −inf is never removed; NaN and +inf are errors.
     needs : {"profile", "model"}
     paper : str
-        Where it comes from.
+        Where it was published.
     made_of : callable, optional
-        Returns a digest of what it was made of, where there may be another of its name (`accuracy_drop`).
+        Returns a digest of the data that the criterion holds, to tell it from others of its name (`accuracy_drop`).
+    runs_per_window : bool
+        Whether it runs the model once for each window. Searches then measure it on 4,096 tokens. By default False.
+
+    Raises
+    ------
+    StreamlineError
+        If a value is invalid.
+
+    Examples
+    --------
+    >>> Criterion("norm", lambda profile, window: -profile.norms[window.stop], "profile").needs
+    'profile'
     """
 
     name: str
@@ -33,6 +48,17 @@ class Criterion:
     needs: Needs
     paper: str = ""
     made_of: Callable[[], str] | None = field(default=None, kw_only=True)
+    runs_per_window: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.name:
+            raise StreamlineError("Criterion: name='' is empty. Expected text. Give a name.")
+        if self.needs not in get_args(Needs):
+            raise StreamlineError(
+                f"Criterion {self.name!r}: needs={self.needs!r} is unknown. Expected 'profile' or 'model'. Give the "
+                "one that `score` takes first."
+            )
 
 
 @dataclass(frozen=True)

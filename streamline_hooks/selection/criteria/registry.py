@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, NoReturn
 
 from streamline_hooks.arguments import checked
+from streamline_hooks.core.config import Registry, source_of
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.selection.criteria.baselines import at_random, last_n, last_n_but_final
 from streamline_hooks.selection.criteria.cca import cca_bound
@@ -24,28 +25,34 @@ from streamline_hooks.selection.criteria.states import (
 )
 from streamline_hooks.selection.criteria.taylor import taylor
 
-CRITERIA: dict[str, Criterion] = {
-    criterion.name: criterion
-    for criterion in (
-        Criterion("cosine", cosine, "profile", "LLM-Streamline, arXiv 2403.19135"),
-        Criterion("angular", closeness, "profile", "Gromov et al., arXiv 2403.17887, over all tokens"),
-        Criterion("last_angular", last_closeness, "profile", "Gromov et al., arXiv 2403.17887"),
-        Criterion("block_influence", block_influence, "profile", "ShortGPT, arXiv 2403.03853"),
-        Criterion("relative_magnitude", relative_magnitude, "profile", "Samragh et al., arXiv 2312.09299"),
-        Criterion("entropy", entropy_increase, "profile", "EntroDrop, arXiv 2504.03794"),
-        Criterion("last_n", last_n, "profile", "Lu et al., arXiv 2411.15558"),
-        Criterion("last_n_but_final", last_n_but_final, "profile", "Gromov et al., arXiv 2403.17887"),
-        Criterion("random", at_random, "profile"),
-        Criterion("perplexity", perplexity_when_removed, "model", "SLEB, arXiv 2402.09025"),
-        Criterion("kl", kl_when_removed, "model"),
-        Criterion("repaired_residual", repaired_residual, "model"),
-        Criterion("taylor", taylor, "model", "Shortened LLaMA, arXiv 2402.02834"),
-        Criterion("cca", cca_bound, "model", "NBL, arXiv 2505.21077"),
-    )
-}
 
-RUN_FOR_EACH = ("perplexity", "kl")
-"""Those that run the model once for each window."""
+def _definition(criterion: Criterion) -> Any:
+    """Return where a criterion was defined: its function, or the parts of a combination."""
+    if isinstance(criterion, Combination):
+        return criterion.parts, criterion.by
+    return source_of(criterion.score)
+
+
+CRITERIA: Registry[Criterion] = Registry("criterion", "register_criterion", _definition)
+"""The criteria by name."""
+
+for _criterion in (
+    Criterion("cosine", cosine, "profile", "LLM-Streamline, arXiv 2403.19135"),
+    Criterion("angular", closeness, "profile", "Gromov et al., arXiv 2403.17887, over all tokens"),
+    Criterion("last_angular", last_closeness, "profile", "Gromov et al., arXiv 2403.17887"),
+    Criterion("block_influence", block_influence, "profile", "ShortGPT, arXiv 2403.03853"),
+    Criterion("relative_magnitude", relative_magnitude, "profile", "Samragh et al., arXiv 2312.09299"),
+    Criterion("entropy", entropy_increase, "profile", "EntroDrop, arXiv 2504.03794"),
+    Criterion("last_n", last_n, "profile", "Lu et al., arXiv 2411.15558"),
+    Criterion("last_n_but_final", last_n_but_final, "profile", "Gromov et al., arXiv 2403.17887"),
+    Criterion("random", at_random, "profile"),
+    Criterion("perplexity", perplexity_when_removed, "model", "SLEB, arXiv 2402.09025", runs_per_window=True),
+    Criterion("kl", kl_when_removed, "model", runs_per_window=True),
+    Criterion("repaired_residual", repaired_residual, "model"),
+    Criterion("taylor", taylor, "model", "Shortened LLaMA, arXiv 2402.02834"),
+    Criterion("cca", cca_bound, "model", "NBL, arXiv 2505.21077"),
+):
+    CRITERIA.add(_criterion.name, _criterion)
 
 SHORTLIST = "cosine_and_magnitude"
 """By what a shortlist of single windows is made. Cosine looks at the state's direction alone, relative magnitude at how
@@ -53,55 +60,62 @@ far it moves; either misses windows that repair well (for 10 of SmolLM2-135M's 3
 least KL eleventh), and their ranks together do not."""
 
 
-def criterion_named(name: str) -> Criterion:
-    """The criterion of a name.
-
-    Raises
-    ------
-    StreamlineError
-        If there is none; the text lists the known ones.
-    """
-    if name not in CRITERIA:
-        raise StreamlineError(f"The criterion {name!r} is unknown. Known: {', '.join(CRITERIA)}.")
-    return CRITERIA[name]
-
-
-@checked()
-def register_criterion(name: str, function: Callable[..., Any], *, needs: Needs, paper: str = "") -> Criterion:
-    """Add a criterion of one's own.
+def register_criterion(criterion: Criterion) -> Criterion:
+    """Make a criterion known by its name, for searches, `compress`, config files and the command line.
 
     Parameters
     ----------
-    name : str
-        Not taken yet.
-    function : callable
-        ``function(profile, window)`` or ``function(model, batches, windows, *, stack=None)``, see `Criterion`.
-    needs : {"profile", "model"}
-        Which of the two it is.
-    paper : str
+    criterion : Criterion
 
     Returns
     -------
     Criterion
+        The same.
 
     Raises
     ------
     StreamlineError
-        If the name is taken, or `needs` is neither.
+        If it is no `Criterion`, or its name cannot be used or is another criterion's.
 
     Examples
     --------
-    >>> mine = register_criterion("norm", lambda profile, window: -profile.norms[window.stop], needs="profile")
-    >>> criterion_named("norm") is mine
+    >>> mine = register_criterion(Criterion("norm", lambda profile, window: -profile.norms[window.stop], "profile"))
+    >>> CRITERIA["norm"] is mine
     True
     >>> del CRITERIA["norm"]
     """
-    if name in CRITERIA:
-        raise StreamlineError(f"There is a criterion {name!r} already; choose another name.")
-    if needs not in ("profile", "model"):
-        raise StreamlineError(f"needs={needs!r} is unknown; expected 'profile' or 'model'.")
-    CRITERIA[name] = Criterion(name, function, needs, paper)
-    return CRITERIA[name]
+    if not isinstance(criterion, Criterion):
+        raise StreamlineError(
+            f"{criterion!r} is no criterion. Expected a Criterion. Make one, as in Criterion('mine', score, 'profile')."
+        )
+    return CRITERIA.add(criterion.name, criterion)
+
+
+def criterion_of(value: str | Mapping[str, float] | Criterion | None, default: str = "cosine") -> Criterion:
+    """Return the criterion that a config's value stands for.
+
+    Parameters
+    ----------
+    value : str, mapping of str to float, Criterion or None
+        A registered name, several with weights that are combined by rank, or a criterion, which is returned.
+    default : str
+        The name that None stands for.
+
+    Raises
+    ------
+    StreamlineError
+        If a name is unknown, with the nearest known one, or a weight is not above 0.
+
+    Examples
+    --------
+    >>> criterion_of({"cosine": 1.0, "relative_magnitude": 0.5}).name
+    'cosine + 0.5 relative_magnitude by rank'
+    """
+    if isinstance(value, Criterion):
+        return value
+    if isinstance(value, Mapping):
+        return combined({part: weight for part, weight in value.items()})
+    return CRITERIA[default if value is None else value]
 
 
 @checked()
@@ -138,11 +152,12 @@ def combined(parts: Mapping[str | Criterion, float], by: Literal["rank", "weight
     if wrong or not parts:
         what = f"a weight of {wrong[0]}" if wrong else "no criteria"
         raise StreamlineError(f"A combination was given {what}; expected criteria with weights above 0.")
-    each = [(criterion_named(c) if isinstance(c, str) else c, float(weight)) for c, weight in parts.items()]
+    each = [(criterion_of(part), float(weight)) for part, weight in parts.items()]
     name = " + ".join(f"{'' if weight == 1.0 else f'{weight:g} '}{part.name}" for part, weight in each) + f" by {by}"
     needs: Needs = "model" if any(part.needs == "model" for part, _ in each) else "profile"
     papers = "; ".join(dict.fromkeys(part.paper for part, _ in each if part.paper))
-    return Combination(name, _score_together, needs, papers, tuple(each), by)
+    per_window = any(part.runs_per_window for part, _ in each)
+    return Combination(name, _score_together, needs, papers, tuple(each), by, runs_per_window=per_window)
 
 
 def _score_together(*given: Any, **named: Any) -> NoReturn:
@@ -150,4 +165,4 @@ def _score_together(*given: Any, **named: Any) -> NoReturn:
     raise StreamlineError("A combination is scored with score_windows, which scores all windows together.")
 
 
-CRITERIA[SHORTLIST] = replace(combined({"cosine": 1.0, "relative_magnitude": 1.0}), name=SHORTLIST)
+CRITERIA.add(SHORTLIST, replace(combined({"cosine": 1.0, "relative_magnitude": 1.0}), name=SHORTLIST))

@@ -15,7 +15,7 @@ from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.selection.criteria.criterion import Combination, Criterion
-from streamline_hooks.selection.criteria.registry import criterion_named
+from streamline_hooks.selection.criteria.registry import criterion_of
 from streamline_hooks.stack import find_stack
 from streamline_hooks.statistics import Profile, check_profile
 from streamline_hooks.statistics import profile as make_profile
@@ -42,7 +42,7 @@ def score_windows(
     Parameters
     ----------
     criterion : Criterion or str
-        One, or the name of one, see `criterion_named`.
+        A criterion, or the name of a registered one, see `CRITERIA`.
     windows : sequence of range
     profile : Profile, optional
         Of this model.
@@ -75,7 +75,7 @@ def score_windows(
     >>> len(score_windows("cosine", windows, model=tiny_model("llama"), batches=[torch.arange(3, 9)[None]]))
     2
     """
-    chosen = criterion_named(criterion) if isinstance(criterion, str) else criterion
+    chosen = criterion_of(criterion)
     evidence = _Evidence(profile, model, None if batches is None else list(batches), stack, task, original)
     evidence.require(chosen, windows)
     return evidence.scores(chosen, list(windows)) if windows else []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from streamline_hooks.batch import Batch
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.passes import progress
-from streamline_hooks.selection.criteria import Criterion, criterion_named, score_windows
+from streamline_hooks.selection.criteria import Criterion, criterion_of, score_windows
 from streamline_hooks.selection.criteria.scoring import compares_with_the_original
 from streamline_hooks.selection.search.selected import Selection, runs
 from streamline_hooks.selection.search.windows import best_windows
@@ -81,7 +81,7 @@ def greedy(
     count, protected = blocks_to_remove(count, len(found)), protected_blocks(keep, len(found))
     if step < 1:
         raise StreamlineError(f"step={step} blocks a round; expected one or more.")
-    chosen = criterion_named(criterion) if isinstance(criterion, str) else criterion
+    chosen = criterion_of(criterion)
     original = _with_the_same_weights(model) if step < count and compares_with_the_original(chosen) else None
     gone: list[int] = []
     total = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def test_from_a_file_and_by_name(tmp_path: Path) -> None:
     )
     expected = score_windows(accuracy_drop(questions, Numbers()), WINDOWS, model=model, batches=[])
     try:
-        register_criterion("mine", accuracy_drop(path, Numbers()).score, needs="model")
+        register_criterion(replace(accuracy_drop(path, Numbers()), name="mine"))
         assert score_windows("mine", WINDOWS, model=model, batches=[]) == expected
         both = combined({"mine": 1.0, "cosine": 1.0})
         assert len(score_windows(both, WINDOWS, model=model, batches=[tokens(2, 8)])) == 3

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from streamline_hooks.selection.criteria import CRITERIA, at_random, register_criterion, score_windows
+from streamline_hooks.selection.criteria import CRITERIA, Criterion, at_random, register_criterion, score_windows
 from streamline_hooks.statistics import Profile
 
 PROFILE = Profile(9)  # of 8 blocks; nothing has been counted, and nothing has to be
@@ -32,7 +32,7 @@ def test_random_is_the_same_each_time_and_another_for_each_seed() -> None:
     assert 0.35 < sum(scores) / len(scores) < 0.65
     assert scores[:2] == pytest.approx([at_random(PROFILE, range(0, 1)), at_random(PROFILE, range(0, 2))], abs=0)
     try:
-        register_criterion("random 1", partial(at_random, seed=1), needs="profile")
-        assert set(scores).isdisjoint(score_windows("random 1", windows, profile=PROFILE))
+        register_criterion(Criterion("random-1", partial(at_random, seed=1), "profile"))
+        assert set(scores).isdisjoint(score_windows("random-1", windows, profile=PROFILE))
     finally:
-        CRITERIA.pop("random 1", None)
+        CRITERIA.pop("random-1", None)

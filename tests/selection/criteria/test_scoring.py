@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from streamline_hooks.selection.criteria import (
     CRITERIA,
     Criterion,
     combined,
-    criterion_named,
+    criterion_of,
     register_criterion,
     score_windows,
 )
@@ -47,10 +48,12 @@ def fixed(name: str, scores: Sequence[float], needs: Any = "profile") -> Criteri
 
 def test_every_criterion_is_named_after_itself_and_says_where_it_comes_from() -> None:
     for name, criterion in CRITERIA.items():
-        assert criterion_named(name) is criterion and criterion.name == name
+        assert criterion.name == name
         assert criterion.needs in ("profile", "model")
         assert (criterion.score.__doc__ or "").strip()
-    with pytest.raises(StreamlineError, match=r"'cosinus'.*Known: cosine, angular, .*, cca"):
+    with pytest.raises(
+        StreamlineError, match=r"'cosinus'.*Expected one of cosine, angular, .*, cca.*Did you mean 'cosine'"
+    ):
         score_windows("cosinus", WINDOWS, profile=Profile(BLOCKS + 1))
 
 
@@ -86,9 +89,8 @@ def test_batches_that_can_be_read_but_once() -> None:
 
 
 def test_a_users_criterion_of_a_profile_and_of_a_model(names: None) -> None:
-    register_criterion(
-        "small", lambda profile, window: -float(profile.norms[window.stop]), needs="profile", paper="mine"
-    )
+    small = Criterion("small", lambda profile, window: -float(profile.norms[window.stop]), "profile", "mine")
+    assert register_criterion(register_criterion(small)) is small  # as when a notebook's cell runs again
     model = tiny_model("llama")
     found = profile(model, BATCHES)
     assert score_windows("small", WINDOWS, profile=found) == [-float(found.norms[w.stop]) for w in WINDOWS]
@@ -98,15 +100,51 @@ def test_a_users_criterion_of_a_profile_and_of_a_model(names: None) -> None:
         seen.append((model, batches, stack))
         return torch.tensor([float(w.start) for w in windows])
 
-    register_criterion("heavy", heavy, needs="model")
+    register_criterion(Criterion("heavy", heavy, "model"))
     got = score_windows("heavy", WINDOWS, model=model, batches=BATCHES, stack="model.layers")
     assert got == [0.0, 1.0, 2.0, 3.0] and all(type(score) is float for score in got)
     assert seen == [(model, BATCHES, "model.layers")]
-    with pytest.raises(StreamlineError, match=r"'heavy'.*choose"):
-        register_criterion("heavy", heavy, needs="model")
-    with pytest.raises(StreamlineError, match=r"needs='text'.*expected 'profile'.*'model'"):
-        register_criterion("other", heavy, needs="text")  # type: ignore[arg-type]
-    assert "other" not in CRITERIA
+    for taken in ("heavy", "cosine"):
+        with pytest.raises(StreamlineError, match=rf"{taken!r}.*Choose"):
+            register_criterion(Criterion(taken, lambda profile, window: 0.0, "profile"))
+    for name in ("a b", "a+b", "a*b", "a:b"):
+        with pytest.raises(StreamlineError, match=r"no name of a criterion.*Change"):
+            register_criterion(Criterion(name, heavy, "model"))
+    with pytest.raises(StreamlineError, match=r"heavy.*no criterion.*Make one"):
+        register_criterion(heavy)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"needs": "text"}, r"needs='text'.*Expected 'profile' or 'model'"),
+        ({"name": ""}, r"name=''.*Give"),
+        ({"name": 3}, r"name=3.*Expected str"),
+        ({"score": 3}, r"score=3.*Expected Callable"),
+        ({"runs_per_window": 1}, r"runs_per_window=1.*Expected bool"),
+    ],
+)
+def test_criteria_that_are_refused(changes: dict[str, Any], named: str) -> None:
+    values: dict[str, Any] = {"name": "other", "score": lambda profile, window: 0.0, "needs": "profile", **changes}
+    with pytest.raises(StreamlineError, match=named):
+        Criterion(**values)
+
+
+def test_combinations_of_one_name_are_told_apart(names: None) -> None:
+    both = replace(combined({"cosine": 1.0, "entropy": 1.0}), name="both")
+    assert register_criterion(register_criterion(both)) is both
+    with pytest.raises(StreamlineError, match=r"'both'.*Choose"):
+        register_criterion(replace(combined({"cosine": 1.0, "entropy": 2.0}), name="both"))
+
+
+def test_what_a_config_names_as_its_criterion() -> None:
+    assert criterion_of(None, "kl") is criterion_of("kl") is criterion_of(CRITERIA["kl"]) is CRITERIA["kl"]
+    both = criterion_of({"cosine": 2.0, "kl": 1.0})
+    assert both == combined({"cosine": 2.0, "kl": 1.0}) and both.runs_per_window and both.needs == "model"
+    assert not combined({"cosine": 2.0, "taylor": 1.0}).runs_per_window
+    for wrong, named in (({"cosin": 1.0}, "'cosin'.*Did you mean 'cosine'"), ({"cosine": 0.0}, "weight of 0.0")):
+        with pytest.raises(StreamlineError, match=named):
+            criterion_of(wrong)
 
 
 SCORES = st.lists(st.floats(-9, 9), min_size=4, max_size=4)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_hooks import StreamlineError, find_stack
-from streamline_hooks.selection.criteria import criterion_named, score_windows
+from streamline_hooks.selection.criteria import CRITERIA, score_windows
 from streamline_hooks.statistics import profile
 from tests.tiny_models import BLOCKS, FAMILIES, padded, shuffled_batches, tiny_model
 
@@ -115,4 +115,4 @@ def test_a_window_that_the_profile_does_not_cover() -> None:
     some = profile(tiny_model("llama"), [padded([6, 4], "left")], keep=[-1])
     for name in NAMES:
         with pytest.raises(StreamlineError, match=r"5 is.*blocks 0.*4"):
-            criterion_named(name).score(some, range(2, 6))
+            CRITERIA[name].score(some, range(2, 6))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from streamline_hooks import LayerSurgeon, SearchProblem, StreamlineError, find_selections, measure_branches
+from streamline_hooks import SEARCHES, LayerSurgeon, SearchProblem, StreamlineError, measure_branches
 from streamline_hooks.selection.search import silenced_branches
 from streamline_hooks.testing import tiny_model
 
@@ -25,7 +25,7 @@ def planted() -> torch.nn.Module:
 @pytest.mark.parametrize(("branch", "blocks"), [("attention", [2, 3, 6]), ("mlp", [1, 5])])
 def test_what_does_nothing_is_found(branch: str, blocks: list[int]) -> None:
     asked = SearchProblem([range(0, len(blocks))], 8, model=planted(), batches=[TOKENS])
-    found = find_selections(branch, asked)[0]
+    found = SEARCHES[branch]().find(asked)[0]
     assert found.windows == () and found.silenced == tuple((k, branch) for k in blocks)
 
 

@@ -1,20 +1,20 @@
-"""What each search is asked, and on how much text."""
+"""On how much text a criterion is measured."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from streamline_hooks import SearchProblem, find_selections
+from streamline_hooks import CRITERIA, SEARCHES, Criterion
 from streamline_hooks.batch import tokens_of
 from streamline_hooks.selection import windows
-from streamline_hooks.selection.criteria import CRITERIA, RUN_FOR_EACH, Criterion
 from streamline_hooks.testing import tiny_model
 
 
-@pytest.mark.parametrize("name", RUN_FOR_EACH)
+@pytest.mark.parametrize("name", [name for name, criterion in CRITERIA.items() if criterion.runs_per_window])
 @pytest.mark.parametrize("search", ["window", "one-shot", "disjoint"])
 def test_a_model_is_run_without_each_window_on_the_beginning_of_the_text(
     name: str, search: str, monkeypatch: pytest.MonkeyPatch
@@ -27,13 +27,16 @@ def test_a_model_is_run_without_each_window_on_the_beginning_of_the_text(
         seen.append(sum(map(tokens_of, batches)))
         return [-float(window.start) for window in windows]
 
-    monkeypatch.setitem(CRITERIA, name, Criterion(name, scored, "model"))
-    asked = {"model": model, "batches": batches}
-    found = find_selections(search, SearchProblem(windows(8, 2), 8, name, **asked))
-    assert found and set(seen) == {4_096}
-    find_selections(search, SearchProblem(windows(8, 2), 8, name, model=model, batches=[torch.ones(400, 32).long()]))
+    monkeypatch.setitem(CRITERIA, name, replace(CRITERIA[name], score=scored))
+    config = SEARCHES[search](name)
+
+    def find(batches: list[torch.Tensor], **more: Any) -> Any:
+        return config.find(config.problem(windows(8, 2), 8, model=model, batches=batches, **more))
+
+    assert find(batches) and set(seen) == {4_096}
+    find([torch.ones(400, 32).long()])
     assert seen[-1] == 12_800, "one batch at least"
-    seen.clear()
-    other = Criterion("other", scored, "model")
-    find_selections(search, SearchProblem(windows(8, 2), 8, other, **asked))
-    assert set(seen) == {5_120}
+    for each, tokens in ((False, 5_120), (True, 4_096)):
+        seen.clear()
+        find(batches, criterion=Criterion("other", scored, "model", runs_per_window=each))
+        assert set(seen) == {tokens}
