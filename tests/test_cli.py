@@ -123,7 +123,7 @@ def test_rank_from_a_saved_profile_runs_nothing(
         (["--remove", "parameters:0.2"], r"on the model.*give it"),
         (["--criterion", "guess"], r"'guess'.*Expected one of cosine"),
         (["--search", "luck", "--remove", 2], r"'luck'.*Expected one of window"),
-        (["--search", "attention", "--criterion", "last_n", "--remove", 2], "the cosine across each branch"),
+        (["--search", "attention", "--criterion", "last_n", "--remove", 2], "criterion='last_n'.*Expected 'cosine'"),
         (["--search", "disjoint", "--remove", "parameters:0.2"], "single windows only"),
         (["--save", tmp_path / "nowhere" / "x"], "create it first"),
         (["--stack", "model.other"], "--stack model.other: "),

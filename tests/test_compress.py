@@ -259,7 +259,7 @@ def test_an_error_leaves_model_and_folder_as_they_were(
         ({"criterion": "cosin"}, r"'cosin'.*unknown"),
         ({"search": "windw"}, r"'windw'.*unknown"),
         ({"search": "one-shot", "remove": Target(parameters=0.2)}, "single windows only"),
-        ({"search": "mlp", "criterion": "kl"}, r"the cosine.*kl"),
+        ({"search": "mlp", "criterion": "kl"}, r"criterion='kl'.*Expected 'cosine'"),
     ],
 )  # fmt: skip
 def test_bad_input(story_model: tuple[Any, Any], story_texts: list[str], changes: dict[str, Any], text: str) -> None:

@@ -102,7 +102,7 @@ class Interrupted(Exception):
 
 
 STAGES = {
-    "rank": "WindowSearch",
+    "rank": "WindowSearch.find",
     "choose": "first_that_can_go",
     "measure": "perplexity_of_candidates",
     "carried out": "LayerSurgeon",
@@ -116,7 +116,7 @@ def test_it_goes_on_wherever_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     run(folder, tmp_path / "at once")
     for stage, name in STAGES.items():
         with monkeypatch.context() as patched, pytest.raises(Interrupted):
-            patched.setattr(compressing, name, _breaking_off)
+            patched.setattr(f"{compressing.__name__}.{name}", _breaking_off)
             run(folder, tmp_path / "in parts", work_folder=work)
         assert not (tmp_path / "in parts").exists(), stage
     kept = sorted(path.name for path in work.iterdir())
@@ -179,7 +179,7 @@ def test_a_killed_process_is_gone_on_with(places: int, step: str, tmp_path: Path
 def test_other_arguments_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, work = compressible(tmp_path), tmp_path / "work"
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        patched.setattr(compressing, "WindowSearch", _breaking_off)
+        patched.setattr(compressing.WindowSearch, "find", _breaking_off)
         run(folder, tmp_path / "out", work_folder=work)
     for changes, differs in (
         ({"kind": "none"}, "kind was linear and is none"),
