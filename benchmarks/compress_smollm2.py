@@ -20,11 +20,10 @@ from typing import Any
 import torch
 import transformers
 
-from streamline_hooks import LinearReplacement, compress, perplexity
+from streamline_hooks import CompressionConfig, CompressionResult, DataConfig, LinearReplacement, compress, perplexity
 from streamline_hooks.batch import batches_of
 from streamline_hooks.calibration import read_documents
 from streamline_hooks.pretrained import load_pretrained
-from streamline_hooks.result import CompressionResult
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -49,10 +48,8 @@ def main() -> None:
         model,
         tokenizer,
         read_documents(texts / "train"),
+        CompressionConfig(remove=options.remove, data=DataConfig(calibration_tokens=options.tokens), seed=options.seed),
         test_texts=read_documents(texts / "heldout"),
-        remove=options.remove,
-        calibration_tokens=options.tokens,
-        seed=options.seed,
         say=print,
     )
     print(result.table())
@@ -134,12 +131,13 @@ def draw(result: CompressionResult, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 5.2), layout="constrained")
     image = axes.imshow(result.profile.cosine.numpy(), origin="lower", cmap="viridis", vmin=0.0, vmax=1.0)
     figure.colorbar(image, label="mean cosine of the states")
-    best = result.candidates[0]
-    axes.plot([best.start, best.stop, best.stop], [best.start, best.start, best.stop], color="white", lw=1.5)
-    axes.plot(best.stop, best.start, "o", color="white", ms=6)
+    (window,) = result.candidates[0].windows
+    start, stop = window.start, window.stop
+    axes.plot([start, stop, stop], [start, start, stop], color="white", lw=1.5)
+    axes.plot(stop, start, "o", color="white", ms=6)
     axes.annotate(
-        f"blocks {best.start} to {best.stop - 1} go\ncosine {best.cosine:.2f}",
-        (best.stop, best.start),
+        f"blocks {start} to {stop - 1} go\ncosine {result.profile.value('cosine', window):.2f}",
+        (stop, start),
         xytext=(12, 6),
         textcoords="offset points",
         color="white",

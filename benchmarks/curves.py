@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,28 @@ from benchmarks.quality import OURS
 from benchmarks.quality_scores import Quality, write
 from benchmarks.real_text import BATCH, RESULTS, ROOT, arguments
 from benchmarks.training_text import training_text
+from streamline_hooks import (
+    BlockConfig,
+    DisjointSearch,
+    HardwareConfig,
+    LinearConfig,
+    MLPConfig,
+    ReplacementConfig,
+    SearchConfig,
+    SilencedConfig,
+    SwiGLUConfig,
+    WindowSearch,
+    perplexity,
+    profile,
+    student_of,
+    train,
+    verified,
+)
 from streamline_hooks.batch import batches_of
-from streamline_hooks.cli.short_forms import parse_replacement
-from streamline_hooks.evaluation import perplexity
 from streamline_hooks.preparation import held_out_apart
 from streamline_hooks.pretrained import load_pretrained
-from streamline_hooks.repair import student_of, train
-from streamline_hooks.selection import DisjointSearch, SearchConfig, WindowSearch, verified, windows
+from streamline_hooks.selection import windows
 from streamline_hooks.stack import find_stack
-from streamline_hooks.statistics import profile
 
 FILE = RESULTS / "curves.json"
 MOST, CHOOSING, SHORTLIST = 1_000_000, 40_960, 4  # tokens at most, tokens to choose on, selections that are repaired
@@ -43,18 +56,28 @@ MOST, CHOOSING, SHORTLIST = 1_000_000, 40_960, 4  # tokens at most, tokens to ch
 class Point:
     """What is compressed how."""
 
-    kind: str = "swiglu"
+    repair: ReplacementConfig = field(default_factory=SwiGLUConfig)
     networks: int = 1
     tokens: int = 100_000
     removed: int = 8
 
     @property
     def name(self) -> str:
-        return f"{self.kind}/{self.networks}/{self.tokens}/{self.removed}"
+        return f"{self.repair}/{self.networks}/{self.tokens}/{self.removed}"
 
 
 CURVES: dict[str, list[Point]] = {
-    "kind": [Point(k) for k in ("linear", "linear:rank=64", "mlp", "swiglu", "block", "silenced")],
+    "kind": [
+        Point(repair)
+        for repair in (
+            LinearConfig(),
+            LinearConfig(rank=64),
+            MLPConfig(),
+            SwiGLUConfig(),
+            BlockConfig(),
+            SilencedConfig(),
+        )
+    ],
     "networks": [Point(networks=n) for n in (1, 2, 3)],
     "tokens": [Point(tokens=n) for n in (10_000, 30_000, 100_000, 300_000, 1_000_000)],
     "fraction": [Point(removed=n) for n in (3, 6, 9, 12, 15)],
@@ -101,11 +124,19 @@ class Bench:
         chosen = self.chosen(point, rows[: CHOOSING // rows.shape[1]])
         pairs = [(repair.window, repair.stand_in) for repair in chosen.repairs]
         file = ROOT / "build" / "curves" / f"{point.name.replace('/', '-')}.training"
-        settings = replace(OURS, autocast=torch.bfloat16, keep_in=file, memory=2**34)
         student = student_of(self.stack, pairs)
         with student.opened():
             before = self.score()
-        trained = train(student, batches_of(rows, 1), self.validation, settings, resume=file.exists(), say=print)
+        trained = train(
+            student,
+            batches_of(rows, 1),
+            self.validation,
+            OURS,
+            resume=file.exists(),
+            say=print,
+            checkpoint=file,
+            hardware=HardwareConfig(autocast="bfloat16", state_memory=2**34),
+        )
         if trained.stopped:
             raise SystemExit(f"{point.name} was not trained to its end: {trained.stopped}. Run it again to go on.")
         student.merge()
@@ -113,9 +144,12 @@ class Bench:
         with student.opened():
             after = self.score()
         self.content["points"][point.name] = {
-            **asdict(point),
+            "kind": str(point.repair),
+            "networks": point.networks,
+            "tokens": point.tokens,
+            "removed": point.removed,
             "gone": chosen.gone,
-            "added": sum(parse_replacement(point.kind).size(self.stack, w).parameters for w, _ in pairs),
+            "added": sum(point.repair.size(self.stack, w).parameters for w, _ in pairs),
             "parameters_gone": sum(self.stack.parameters_per_block[k] for w, _ in pairs for k in w),
             "started": before,
             "trained": after,
@@ -130,7 +164,7 @@ class Bench:
 
     def chosen(self, point: Point, rows: torch.Tensor) -> Any:
         """What is removed, and what stands in its place to begin with."""
-        length, slots = len(self.stack), parse_replacement(point.kind).slots
+        length, slots = len(self.stack), point.repair.slots
         size = point.removed + slots * point.networks
         search: SearchConfig = WindowSearch(shortlist=SHORTLIST)
         if point.networks > 1:
@@ -138,7 +172,7 @@ class Bench:
         shortlist = search.find(search.problem(windows(length, size), length, profile=self.profile))
         parts = [*(batches_of(part, BATCH) for part in held_out_apart(rows)), self.validation]
         with torch.autocast("cpu", torch.bfloat16):
-            return verified(self.model, shortlist, *parts, replacement=parse_replacement(point.kind))[0]
+            return verified(self.model, shortlist, *parts, replacement=point.repair)[0]
 
     def score(self) -> float:
         """The mean perplexity ratio of the model as it is now."""
@@ -168,7 +202,7 @@ def table(content: dict[str, Any]) -> str:
 
 def place_of(curve: str, point: Point) -> str:
     """Where a point stands on a curve's axis, in words."""
-    named = {"kind": point.kind, "networks": point.networks, "tokens": f"{point.tokens:,}"}
+    named = {"kind": str(point.repair), "networks": point.networks, "tokens": f"{point.tokens:,}"}
     return str(named.get(curve, f"{point.removed / 30:.1f}"))
 
 

@@ -18,7 +18,15 @@ import torch
 from benchmarks.quality_scores import write
 from benchmarks.real_text import RESULTS, ROOT, arguments
 from benchmarks.timing import machine
-from streamline_hooks import Evaluation, Suite, compress, evaluate, suite_from_files
+from streamline_hooks import (
+    CompressionConfig,
+    DataConfig,
+    Evaluation,
+    Suite,
+    compress,
+    evaluate,
+    suite_from_files,
+)
 from streamline_hooks.calibration import read_documents
 from streamline_hooks.pretrained import load_pretrained
 from streamline_hooks.report import write_report
@@ -55,7 +63,8 @@ def main() -> None:
         timed=(256, 16, 5),
     )
     texts = read_documents(options.data / "text" / "train")
-    result = compress(copy.deepcopy(original), tokenizer, texts, calibration_tokens=CALIBRATION, say=print)
+    config = CompressionConfig(data=DataConfig(calibration_tokens=CALIBRATION))
+    result = compress(copy.deepcopy(original), tokenizer, texts, config, say=print)
     found = evaluate(
         result.model,
         suite,

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from benchmarks.quality import STARTING
 from benchmarks.real_text import SEQUENCE
-from streamline_hooks.repair import PRESETS, Healing, Training
+from streamline_hooks import CompressionConfig, DistillationConfig, NoneConfig, OnPolicyConfig
 
-BEST = PRESETS["best"]
-SETTINGS = replace(BEST.training or Training(), validations=4)
-COMMON = ("learning_rate", "weight_decay", "betas", "warmup", "floor", "clip", "epochs", "accumulation", "validations")
+SETTINGS = replace(CompressionConfig.preset("best").distillation or DistillationConfig(), validations=4)
+BEST = CompressionConfig.preset("best", distillation=SETTINGS)
+TWO_WINDOWS = CompressionConfig.preset("two-windows", distillation=SETTINGS)
+COMMON = {  # the settings that all have, by the names of the first rows
+    "learning_rate": "learning_rate",
+    "weight_decay": "weight_decay",
+    "betas": "betas",
+    "warmup": "warmup_ratio",
+    "floor": "min_lr_ratio",
+    "clip": "max_grad_norm",
+    "epochs": "epochs",
+    "accumulation": "gradient_accumulation_steps",
+    "validations": "validations",
+}
+_OF_HEALING = {"method": "how", "learning_rate_ratio": "rate"}  # likewise
 SIZES = (8, 4)
 
 
@@ -21,74 +34,83 @@ class Recipe:
 
     Attributes
     ----------
-    kind : str
+    config : CompressionConfig
+        The replacement, the search, `DataConfig.repeated`, the distillation, the healing and the rounds; the run sets
+        the rest. With several rounds, `compress` chooses each round's blocks itself, in the weights' precision.
     warm : bool
-        Whether the stand-in starts where least squares brings it, or as plain removal.
-    objective : str
-        Empty where nothing is trained.
-    healing : Healing or None
-    on_policy : str
-        See `OnPolicy.parse`; empty for none.
+        Whether the replacement starts where least squares brings it, or as plain removal.
     text : {"documents", "own", "both"}
         Of others, conversations with the original itself, or one half of each.
-    rounds : int
-        See `compress_iteratively`, which chooses each round's blocks itself, in the weights' precision.
-    search, criterion : str
-        How the blocks that go are found, as in `compress`; an empty criterion for what is usual there.
-    repeated : float
-        The share of the sequences, of the text that the blocks are chosen on, whose second half repeats the first, see
-        `with_repeated_passages`.
     """
 
-    kind: str = BEST.kind
+    config: CompressionConfig = BEST
     warm: bool = True
-    objective: str = str(SETTINGS.objective)
-    healing: Healing | None = BEST.healing
-    on_policy: str = ""
     text: str = "documents"
-    rounds: int = 1
-    search: str = BEST.search
-    criterion: str = BEST.criterion
-    repeated: float = BEST.repeated
 
     @property
     def what(self) -> dict[str, str]:
-        """All of it, with how all are trained, by which a row of an earlier recipe of this name is told."""
-        own = {name: str(value) for name, value in asdict(self).items()}
-        common = {name: str(getattr(SETTINGS, name)) for name in COMMON}
-        return {**own, **(common if self.objective else {}), **({"starting": str(self.starting)} if self.warm else {})}
+        """All of it as strings, by the names of the first rows; a row with other values is of an earlier recipe."""
+        config, trained = self.config, self.config.distillation
+        healing = config.healing and {_OF_HEALING.get(name, name): v for name, v in asdict(config.healing).items()}
+        criterion = config.search.criterion
+        what = {
+            "kind": str(config.repair),
+            "warm": str(self.warm),
+            "objective": "" if trained is None else str(trained.objective),
+            "healing": str(healing),
+            "on_policy": "" if trained is None or trained.on_policy is None else _short(trained.on_policy),
+            "text": self.text,
+            "rounds": str(config.rounds),
+            "search": config.search.kind,
+            "criterion": "" if criterion is None else str(criterion),
+            "repeated": str(config.data.repeated),
+        }
+        if trained is not None:
+            what |= {name: str(getattr(trained, field)) for name, field in COMMON.items()}
+        return what | ({"starting": str(self.starting)} if self.warm else {})
 
     @property
     def starting(self) -> float:
         """The share of the text that the least-squares start is fitted on: all of it where nothing is trained."""
-        return STARTING if self.objective else 1.0
+        return 1.0 if self.config.distillation is None else STARTING
 
 
-_TWO = PRESETS["two-windows"]
-_TWO_WINDOWS = Recipe(
-    _TWO.kind,
-    search=_TWO.search,
-    criterion=_TWO.criterion,
-    repeated=_TWO.repeated,
-)
-_PLAIN: dict[str, Any] = {"kind": "none", "objective": "", "healing": None}
+def _short(on_policy: OnPolicyConfig) -> str:
+    """Return the short form of the command line, with the two options that the first rows have written out."""
+    values = {field.name: getattr(on_policy, field.name) for field in fields(on_policy) if field.name != "loss"}
+    given = {name: value for name, value in values.items() if value != getattr(OnPolicyConfig(), name)}
+    given |= {name: values[name] for name in ("begin", "share")}
+    options = ",".join(f"{name}={value}" for name, value in sorted(given.items()))
+    return f"{on_policy.objective}:{options}"
+
+
+def _plain(config: CompressionConfig) -> CompressionConfig:
+    return replace(config, repair=NoneConfig(), distillation=None, healing=None)
+
+
+def _by(loss: Mapping[str, float]) -> CompressionConfig:
+    return replace(BEST, distillation=replace(SETTINGS, loss=loss))
+
+
+_ON_PROSE = replace(BEST, data=replace(BEST.data, repeated=0.0))
+_ON_POLICY = replace(SETTINGS, on_policy=OnPolicyConfig(begin=0.5, share=0.5))
 RECIPES: dict[str, Recipe] = {
-    "removed": Recipe(**_PLAIN),
-    "removed, chosen on prose": Recipe(**_PLAIN, repeated=0.0),
-    "removed, two windows": replace(_TWO_WINDOWS, **_PLAIN),
-    "warm start alone": Recipe(objective="", healing=None),
+    "removed": Recipe(_plain(BEST)),
+    "removed, chosen on prose": Recipe(_plain(_ON_PROSE)),
+    "removed, two windows": Recipe(_plain(TWO_WINDOWS)),
+    "warm start alone": Recipe(replace(BEST, distillation=None, healing=None)),
     "best": Recipe(),
-    "chosen on prose": Recipe(repeated=0.0),
-    "two windows": _TWO_WINDOWS,
-    "without healing": Recipe(healing=None),
+    "chosen on prose": Recipe(_ON_PROSE),
+    "two windows": Recipe(TWO_WINDOWS),
+    "without healing": Recipe(replace(BEST, healing=None)),
     "without the warm start": Recipe(warm=False),
-    "KL alone": Recipe(objective="kl"),
-    "on policy": Recipe(on_policy="kl:begin=0.5,share=0.5"),
+    "KL alone": Recipe(_by({"kl": 1.0})),
+    "on policy": Recipe(replace(BEST, distillation=_ON_POLICY)),
     "own text and documents": Recipe(text="both"),
-    "in two rounds": Recipe(rounds=2),
-    "LM alone": Recipe(objective="lm"),
+    "in two rounds": Recipe(replace(BEST, rounds=2)),
+    "LM alone": Recipe(_by({"lm": 1.0})),
 }
-TRAINED = [name for name, recipe in RECIPES.items() if recipe.objective]
+TRAINED = [name for name, recipe in RECIPES.items() if recipe.config.distillation is not None]
 NEARLY = 0.9  # the same time
 CURVE = (50_000, 200_000, 1_000_000)
 

@@ -25,16 +25,23 @@ from torch import nn
 
 from benchmarks.real_text import RESULTS
 from benchmarks.timing import machine
-from streamline_hooks.cli.short_forms import parse_replacement
-from streamline_hooks.evaluation import measure_speed
+from streamline_hooks import (
+    BlockConfig,
+    LayerSurgeon,
+    LinearConfig,
+    NoneConfig,
+    ReplacementConfig,
+    SilencedConfig,
+    SwiGLUConfig,
+    find_stack,
+    measure_speed,
+    place,
+)
 from streamline_hooks.evaluation.speed import PHASES
 from streamline_hooks.pretrained import load_pretrained
-from streamline_hooks.repair import place
-from streamline_hooks.stack import find_stack
-from streamline_hooks.surgery import LayerSurgeon
 
 START, REMOVED = 12, 8
-KINDS = ("none", "linear", "swiglu", "block", "silenced")
+REPAIRS = (NoneConfig(), LinearConfig(), SwiGLUConfig(), BlockConfig(), SilencedConfig())
 ORIGINAL = "original"
 
 
@@ -48,8 +55,9 @@ def main() -> None:
     os.environ["TQDM_DISABLE"] = "1"
     sizes = {"batch": options.batch, "tokens": options.tokens, "new_tokens": options.new_tokens}
     model = load_pretrained("smollm2")[0]
+    repairs: dict[str, ReplacementConfig | None] = {ORIGINAL: None, **{str(repair): repair for repair in REPAIRS}}
     ways: dict[str, Callable[[], AbstractContextManager[nn.Module]]] = {
-        name: opened(model, name) for name in (ORIGINAL, *KINDS)
+        name: opened(model, repair) for name, repair in repairs.items()
     }
     speed = measure_speed(ways, **sizes, repeats=options.rounds)
     whole, first = len(find_stack(model)), {phase: speed.seconds(ORIGINAL, phase).median for phase in PHASES}
@@ -65,7 +73,7 @@ def main() -> None:
                 "decode_tokens_per_second": speed.tokens_per_second(name, "decode"),
                 **{f"{phase}_ratio": speed.seconds(name, phase).median / first[phase] for phase in PHASES},
             }
-        rows[name]["peak_memory"] = peak_of(name, **sizes)
+        rows[name]["peak_memory"] = peak_of(repairs[name], **sizes)
     asked = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in sizes.items())
     content = {
         "command": f"python -m benchmarks.latency {asked} --rounds {options.rounds}",
@@ -78,13 +86,12 @@ def main() -> None:
     print(table(content, options))
 
 
-def opened(model: nn.Module, kind: str) -> Callable[[], AbstractContextManager[nn.Module]]:
-    """What opens a context in which the model has a kind in its window's place."""
-    if kind == ORIGINAL:
+def opened(model: nn.Module, repair: ReplacementConfig | None) -> Callable[[], AbstractContextManager[nn.Module]]:
+    """Return a function that opens a context in which the window is replaced; without a repair, the original's."""
+    if repair is None:
         return lambda: nullcontext(model)
-    chosen, stack = parse_replacement(kind), find_stack(model)
-    window = range(START, START + REMOVED + chosen.slots)
-    stand_in = chosen.build(stack, window)
+    window = range(START, START + REMOVED + repair.slots)
+    stand_in = repair.build(find_stack(model), window)
 
     @contextmanager
     def way() -> Iterator[nn.Module]:
@@ -104,13 +111,12 @@ def cache_bytes(model: Any) -> float:
     return sum(tensor.numel() * tensor.element_size() for tensor in held) / tokens
 
 
-def peak_of(kind: str, batch: int, tokens: int, new_tokens: int) -> int:
+def peak_of(repair: ReplacementConfig | None, batch: int, tokens: int, new_tokens: int) -> int:
     """The most memory, in bytes, of a process that loads the compressed model and generates."""
     model: Any = load_pretrained("smollm2")[0]
-    if kind != ORIGINAL:
-        chosen, stack = parse_replacement(kind), find_stack(model)
-        window = range(START, START + REMOVED + chosen.slots)
-        stand_in = chosen.build(stack, window)
+    if repair is not None:
+        window = range(START, START + REMOVED + repair.slots)
+        stand_in = repair.build(find_stack(model), window)
         with LayerSurgeon(model) as surgeon:
             place(surgeon, window, stand_in)
             surgeon.commit()

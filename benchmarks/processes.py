@@ -30,7 +30,7 @@ from benchmarks.training_text import training_text
 from streamline_hooks.batch import batches_of
 from streamline_hooks.cli.processes import launched
 from streamline_hooks.pretrained import load_pretrained
-from streamline_hooks.repair import SwiGLUConfig, Training, fit_windows, student_of, train
+from streamline_hooks.repair import DistillationConfig, SwiGLUConfig, fit_windows, student_of, train
 from streamline_hooks.stack import find_stack
 from streamline_hooks.statistics import measure_moments, profile
 
@@ -88,7 +88,7 @@ def measure(options: Any) -> None:
         passes: dict[str, Callable[[list[Any]], Any]] = {
             "profile": lambda batches: profile(model, batches),
             "moments of four windows": lambda batches: measure_moments(model, batches, WINDOWS),
-            "training by KL": lambda batches: train(student, batches, batches[:1], Training(validations=1)),
+            "training by KL": lambda batches: train(student, batches, batches[:1], DistillationConfig(validations=1)),
         }
         seconds = {}
         for name, run in passes.items():

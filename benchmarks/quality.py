@@ -26,25 +26,34 @@ import torch
 from benchmarks.quality_scores import SEQUENCES, Quality, write
 from benchmarks.real_text import RESULTS, ROOT, arguments
 from benchmarks.training_text import TrainingText, training_text
-from streamline_hooks.batch import batches_of
-from streamline_hooks.cli.short_forms import parse_replacement
-from streamline_hooks.preparation import held_out_apart
-from streamline_hooks.pretrained import load_pretrained
-from streamline_hooks.repair import (
+from streamline_hooks import (
     PRESETS,
-    Healing,
-    Objective,
-    Student,
+    BlockConfig,
+    CompressionConfig,
+    DistillationConfig,
+    FoldedConfig,
+    HardwareConfig,
+    HealingConfig,
+    LinearConfig,
+    MergedConfig,
+    NoneConfig,
+    ReplacementConfig,
+    SwiGLUConfig,
     Trained,
-    Training,
+    WindowSearch,
     fit_windows,
+    profile,
     student_of,
     train,
+    verified,
 )
+from streamline_hooks.batch import batches_of
+from streamline_hooks.preparation import held_out_apart
+from streamline_hooks.pretrained import load_pretrained
+from streamline_hooks.repair import Student
 from streamline_hooks.repair.teacher import Taught, TaughtStates, taught_states
-from streamline_hooks.selection import WindowSearch, verified, windows
+from streamline_hooks.selection import windows
 from streamline_hooks.stack import find_stack
-from streamline_hooks.statistics import profile
 
 FILE = RESULTS / "quality.json"
 REMOVED, BATCH, SHORTLIST = 8, 1, 8
@@ -56,26 +65,26 @@ STARTING = 0.2  # share of the text that what is trained afterwards is started o
 class Recipe:
     """What stands in the window's place, how it is trained, and what is healed besides."""
 
-    kind: str
-    training: Training | None = None
-    healing: Healing | None = None
+    repair: ReplacementConfig
+    distillation: DistillationConfig | None = None
+    healing: HealingConfig | None = None
 
 
-OURS = replace(PRESETS["best"].training or Training(), objective=Objective())
+OURS = replace(CompressionConfig.preset("best").distillation or DistillationConfig(), loss={"kl": 1.0})
 RECIPES: dict[str, Recipe] = {
     **{
-        name: Recipe(preset.kind, preset.training, preset.healing)
+        name: Recipe(preset.config.repair, preset.config.distillation, preset.config.healing)
         for name, preset in PRESETS.items()
-        if (preset.search, preset.rounds) == ("window", 1)
+        if isinstance(preset.config.search, WindowSearch) and preset.config.rounds == 1
     },
-    "linear": Recipe("linear"),
-    "folded": Recipe("folded"),
-    "merged, mean": Recipe("merged:weight=0.1111"),
-    "swiglu, started": Recipe("swiglu"),
-    "swiglu, KL": Recipe("swiglu", OURS),
-    "block, KL": Recipe("block", OURS),
-    "swiglu, KL + LM": Recipe("swiglu", replace(OURS, objective=Objective(kl=1.0, lm=1.0))),
-}  # fmt: skip
+    "linear": Recipe(LinearConfig()),
+    "folded": Recipe(FoldedConfig()),
+    "merged, mean": Recipe(MergedConfig(weight=0.1111)),
+    "swiglu, started": Recipe(SwiGLUConfig()),
+    "swiglu, KL": Recipe(SwiGLUConfig(), OURS),
+    "block, KL": Recipe(BlockConfig(), OURS),
+    "swiglu, KL + LM": Recipe(SwiGLUConfig(), replace(OURS, loss={"kl": 1.0, "lm": 1.0})),
+}
 
 
 def main() -> None:
@@ -129,16 +138,15 @@ class Bench:
         if name in self.content["rows"]:
             return
         recipe, started = RECIPES[name], time.time()
-        kind = parse_replacement(recipe.kind)
-        window = self.window(kind.slots)
-        share = 1.0 if recipe.training is None and recipe.kind != "none" else STARTING
+        window = self.window(recipe.repair.slots)
+        share = 1.0 if recipe.distillation is None and recipe.repair != NoneConfig() else STARTING
         rows = self.text.train[: round(share * len(self.text.train))]
         fit, held_out = (batches_of(part, 4) for part in held_out_apart(rows))
         with torch.autocast("cpu", torch.bfloat16):
-            (repair,) = fit_windows(self.model, [window], parse_replacement(kind), fit, held_out)
+            (repair,) = fit_windows(self.model, [window], recipe.repair, fit, held_out)
         fitted = time.time()
         student = student_of(self.stack, [(window, repair.stand_in)], recipe.healing)
-        trained = None if recipe.training is None else self.trained(name, student, recipe.training)
+        trained = None if recipe.distillation is None else self.trained(name, student, recipe.distillation)
         student.merge()
         student.training = False
         done = time.time()
@@ -146,10 +154,10 @@ class Bench:
             scores = self.quality.row(self.model)
         parameters = {id(p): p.numel() for p in self.model.parameters()}
         gone = sum(self.stack.parameters_per_block[k] for k in window)
-        added = kind.size(self.stack, window).parameters
+        added = recipe.repair.size(self.stack, window).parameters
         self.content["rows"][name] = {
-            "kind": recipe.kind,
-            "objective": None if recipe.training is None else str(recipe.training.objective),
+            "kind": str(recipe.repair),
+            "objective": None if recipe.distillation is None else str(recipe.distillation.objective),
             "healing": None if recipe.healing is None else repr(recipe.healing),
             "window": [window.start, window.stop],
             "parameters": sum(parameters.values()) - gone + added,
@@ -164,13 +172,20 @@ class Bench:
         self.file.with_suffix(".md").write_text(table(self.content))
         print(name, self.content["rows"][name]["mean_perplexity_ratio"], flush=True)
 
-    def trained(self, name: str, student: Student, settings: Training) -> Trained:
+    def trained(self, name: str, student: Student, settings: DistillationConfig) -> Trained:
         """Train on the whole text once, in products of bfloat16, and go on where an earlier run was interrupted."""
         file = ROOT / "build" / "quality" / f"{name.replace(' ', '-')}.training"
-        settings = replace(settings, autocast=torch.bfloat16, keep_in=file, memory=2**34)
         with self.taught(student, settings) as taught:
             trained = train(
-                student, self.batches, self.validation, settings, taught=taught, resume=file.exists(), say=print
+                student,
+                self.batches,
+                self.validation,
+                settings,
+                taught=taught,
+                resume=file.exists(),
+                say=print,
+                checkpoint=file,
+                hardware=HardwareConfig(autocast="bfloat16", state_memory=2**34),
             )
         if trained.stopped:
             raise SystemExit(f"{name} was not trained to its end: {trained.stopped}. Run it again to go on.")
@@ -178,7 +193,7 @@ class Bench:
         return trained
 
     @contextmanager
-    def taught(self, student: Student, settings: Training) -> Iterator[TaughtStates | None]:
+    def taught(self, student: Student, settings: DistillationConfig) -> Iterator[TaughtStates | None]:
         """The original's states on the text, which recipes for windows of one start share."""
         starts = {self.window(slots).start for slots in (0, 1)}
         if len(starts) > 1 or student.start not in starts:
@@ -186,9 +201,10 @@ class Bench:
             return
         every = tuple(self.window(slots) for slots in (0, 1))
         if self._taught is None:
-            options = {"after": every, "memory": 2**34}
             with torch.autocast("cpu", torch.bfloat16):
-                states = self._exits.enter_context(taught_states(self.model, self.batches, student.start, **options))
+                states = self._exits.enter_context(
+                    taught_states(self.model, self.batches, student.start, after=every, memory=2**34)
+                )
             self._taught = every, states.batches
         compared = tuple(student.windows) if settings.objective.needs_states else ()
         places = [every.index(window) for window in compared]

@@ -26,12 +26,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.generation_recipes import RECIPES, SETTINGS, SIZES, TRAINED, Recipe, Run, plans, same_minutes
+from benchmarks.generation_recipes import RECIPES, SIZES, TRAINED, Recipe, Run, plans, same_minutes
 from benchmarks.generation_scores import Generation
 from benchmarks.generation_table import table
 from benchmarks.quality import CHOOSING, SHORTLIST, STARTING
@@ -39,34 +39,35 @@ from benchmarks.quality_scores import Quality, write
 from benchmarks.real_text import RESULTS, ROOT, SEQUENCE, arguments
 from benchmarks.short_answers import fast_products, products
 from benchmarks.training_text import TrainingText, training_text
-from streamline_hooks import compress_iteratively
-from streamline_hooks.batch import batches_of
-from streamline_hooks.calibration import TokenSplit, self_generated, with_repeated_passages
-from streamline_hooks.cli.short_forms import parse_replacement
-from streamline_hooks.preparation import held_out_apart
-from streamline_hooks.pretrained import load_pretrained
-from streamline_hooks.repair import (
-    Objective,
-    OnPolicy,
-    Student,
+from streamline_hooks import (
+    DistillationConfig,
+    EvaluationConfig,
+    HardwareConfig,
+    NoneConfig,
+    Selection,
     Trained,
-    Training,
+    compress,
+    profile,
     student_of,
     train,
+    verified,
 )
+from streamline_hooks.batch import batches_of
+from streamline_hooks.calibration import TokenSplit, self_generated, with_repeated_passages
+from streamline_hooks.preparation import held_out_apart
+from streamline_hooks.pretrained import load_pretrained
+from streamline_hooks.repair import Student
 from streamline_hooks.repair.training_pace import measure_training_pace
-from streamline_hooks.selection import SEARCHES, windows
-from streamline_hooks.selection.search import Selection, verified
+from streamline_hooks.selection import windows
 from streamline_hooks.selection.search.selected import runs
 from streamline_hooks.stack import find_stack
-from streamline_hooks.statistics import profile
 
 FILE = RESULTS / "quality_generation.json"
 ORIGINAL = {
     "bfloat16": RESULTS / "quality_generation_original.json",
     "float32": RESULTS / "quality_generation_original_float32.json",
 }
-FAST = {"bfloat16": torch.bfloat16, "float32": None}[products()]
+HARDWARE = HardwareConfig(autocast="bfloat16" if products() == "bfloat16" else None, state_memory=2**33)
 SCORED: dict[str, int] = {"seed": 1, "first": 6}  # another draw than the recipes were tried on
 TIMED, TIMES = 3, 5  # batches, of which the first does not count, and how often each recipe is timed
 
@@ -160,8 +161,9 @@ class Bench:
 
     def windows(self, removed: int, recipe: Recipe) -> tuple[range, ...]:
         """The blocks that go, chosen once for a number of them, a search and a kind of text."""
-        by = f" by {recipe.criterion}" if recipe.criterion else ""
-        name = f"{recipe.search}{by}" + (f", {recipe.repeated:.0%} repeated" if recipe.repeated else "")
+        search, repeated = recipe.config.search, recipe.config.data.repeated
+        by = f" by {search.criterion}" if search.criterion else ""
+        name = f"{search.kind}{by}" + (f", {repeated:.0%} repeated" if repeated else "")
         if f"{removed}, {name}" not in self.content["blocks"]:
             chosen = {f"{count}, {name}": blocks for count, blocks in self.searched(recipe)}
             self.change(lambda content: content["blocks"].update(chosen))
@@ -171,10 +173,10 @@ class Bench:
         """Each number of blocks, with those that go: the best of a shortlist, each repaired in closed form."""
         text = training_text(self.options.data, self.tokenizer, 100_000)
         few = len(text.train) * CHOOSING // text.train.numel()
-        asked, length = with_repeats(text, recipe.repeated), len(self.stack)
+        asked, length = with_repeats(text, recipe.config.data.repeated), len(self.stack)
         ranked = batches_of(asked.train[:few], 4)
         parts = (*held_out_apart(text.train[:few]), asked.validation)
-        search = SEARCHES[recipe.search](recipe.criterion or None, shortlist=SHORTLIST)
+        search = replace(recipe.config.search, shortlist=SHORTLIST)
         judged = [batches_of(part, 4) for part in parts]
         with fast_products(self.model):
             measured = profile(self.model, ranked)
@@ -196,18 +198,20 @@ class Bench:
                 self.change(lambda content: content.update(paces={**known, products(): found}))
 
     def paces(self, removed: int) -> dict[str, float]:
-        alike = [name for name in TRAINED if not RECIPES[name].on_policy and RECIPES[name].rounds == 1]
-        alike = [name for name in alike if RECIPES[name].text == "documents"]
         run = Run("best", removed, TIMED * SEQUENCE)
         text, _ = self.text("documents", run)
         batches, apart = batches_of(text.train, 1), batches_of(text.validation, 2)[0]
+        settings = {name: self.settings(run, RECIPES[name]) for name in TRAINED}
+        alike = [name for name in TRAINED if settings[name].on_policy is None and RECIPES[name].config.rounds == 1]
+        alike = [name for name in alike if RECIPES[name].text == "documents"]
         took: dict[str, list[float]] = {name: [] for name in alike}
         for _ in range(TIMES):
             for name in alike:
                 recipe = replace(RECIPES[name], warm=False)  # which is as fast, and there at once
                 student = self.started(recipe, run, self.windows(removed, recipe), text)
-                settings = self.settings(run, recipe)
-                pace = measure_training_pace(student, batches, apart, settings, clock=time.process_time)
+                pace = measure_training_pace(
+                    student, batches, apart, settings[name], hardware=HARDWARE, clock=time.process_time
+                )
                 took[name].append(pace.original + pace.step)
         middle = {name: statistics.median(seconds) for name, seconds in took.items()}
         return {name: seconds / middle["best"] for name, seconds in middle.items()}
@@ -226,13 +230,13 @@ class Bench:
     def made(self, run: Run) -> dict[str, Any]:
         recipe = RECIPES[run.recipe]
         text, written = self.text(recipe.text, run)
-        if recipe.rounds > 1:
+        if recipe.config.rounds > 1:
             return self.made_in_rounds(run, recipe, text)
         windows, began = self.windows(run.removed, recipe), time.process_time()
         student = self.started(recipe, run, windows, text)
         started = time.process_time()
         resumed = self.file_of(run, "training").exists()
-        trained = None if not recipe.objective else self.trained(run, recipe, student, text)
+        trained = None if recipe.config.distillation is None else self.trained(run, recipe, student, text)
         student.merge()
         student.training = False
         took = (time.process_time() - started) / 60
@@ -244,23 +248,24 @@ class Bench:
     def made_in_rounds(self, run: Run, recipe: Recipe, text: TrainingText) -> dict[str, Any]:
         model, began = copy.deepcopy(self.original), time.process_time()
         resumed = any(self.work.glob(f"{glob.escape(self.file_of(run, 'training').name)}*"))
-        result = compress_iteratively(
+        config = recipe.config
+        fitting_tokens = round(config.rounds * STARTING * len(text.train)) * SEQUENCE
+        result = compress(
             model,
             self.tokenizer,
             TokenSplit(text.train, text.validation, text.validation, fingerprint=run.key),
-            rounds=recipe.rounds,
-            training=self.settings(run, recipe),
-            remove=run.removed,
-            kind=parse_replacement(recipe.kind),  # with the random weights of all seeds
-            search=recipe.search,
-            criterion=recipe.criterion or None,
-            repeated=recipe.repeated,
-            healing=recipe.healing,
-            fitting_tokens=round(recipe.rounds * STARTING * len(text.train)) * SEQUENCE,
-            batch_size=1,
-            side_by_side=False,
+            replace(
+                config,
+                remove=run.removed,
+                repair=config.repair.seeded(0),  # the random weights are the same for all seeds
+                data=replace(config.data, fitting_tokens=fitting_tokens),
+                distillation=self.settings(run, recipe),
+                evaluation=EvaluationConfig(speed=False, generation=False),
+                hardware=replace(HARDWARE, batch_size=1),
+                seed=run.seed,
+            ),
+            checkpoint=self.file_of(run, "training"),
             resume=resumed,
-            seed=run.seed,
             say=print,
         )
         spent, seconds = (time.process_time() - began) / 60, result.seconds
@@ -343,32 +348,38 @@ class Bench:
 
     def started(self, recipe: Recipe, run: Run, windows: tuple[range, ...], text: TrainingText) -> Student:
         """The student before it is trained."""
-        kind = parse_replacement(recipe.kind)
+        repair = recipe.config.repair
         torch.manual_seed(run.seed)
-        if not recipe.warm or recipe.kind == "none":
-            stand_ins = [kind.make(self.stack, window) for window in windows]
+        if not recipe.warm or repair == NoneConfig():
+            stand_ins = [repair.make(self.stack, window) for window in windows]
         else:
             rows = text.train[: max(16, round(recipe.starting * len(text.train)))]
             parts = (batches_of(part, 4) for part in (*held_out_apart(rows), text.validation))
             with fast_products(self.model):
-                (fitted,) = verified(self.model, [Selection(windows)], *parts, replacement=parse_replacement(kind))
-            stand_ins = [repair.stand_in for repair in fitted.repairs]
-        return student_of(self.stack, list(zip(windows, stand_ins, strict=True)), recipe.healing, seed=run.seed)
+                (fitted,) = verified(self.model, [Selection(windows)], *parts, replacement=repair)
+            stand_ins = [found.stand_in for found in fitted.repairs]
+        return student_of(self.stack, list(zip(windows, stand_ins, strict=True)), recipe.config.healing, seed=run.seed)
 
-    def settings(self, run: Run, recipe: Recipe) -> Training:
+    def settings(self, run: Run, recipe: Recipe) -> DistillationConfig:
         """How a recipe is trained."""
-        file = self.file_of(run, "training")
-        own = OnPolicy.parse(recipe.on_policy) if recipe.on_policy else None
-        objective = Objective.parse(recipe.objective)
-        own_part: dict[str, Any] = {"objective": objective, "on_policy": own, "seed": run.seed}
-        return replace(SETTINGS, **own_part, keep_in=file, memory=2**33, autocast=FAST)
+        assert recipe.config.distillation is not None
+        return replace(recipe.config.distillation, seed=run.seed)
 
     def trained(self, run: Run, recipe: Recipe, student: Student, text: TrainingText) -> Trained:
         """Train on the text once, and go on where an earlier run was interrupted."""
         settings = self.settings(run, recipe)
-        file = cast(Path, settings.keep_in)
+        file = self.file_of(run, "training")
         batches, validation = batches_of(text.train, 1), batches_of(text.validation, 2)
-        trained = train(student, batches, validation, settings, resume=file.exists(), say=print)
+        trained = train(
+            student,
+            batches,
+            validation,
+            settings,
+            hardware=HARDWARE,
+            checkpoint=file,
+            resume=file.exists(),
+            say=print,
+        )
         if trained.stopped:
             raise SystemExit(f"{run.key} was not trained to its end: {trained.stopped}. Run it again to go on.")
         return trained

@@ -21,8 +21,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -33,6 +34,9 @@ from benchmarks.quality_scores import write
 from benchmarks.real_text import RESULTS
 from benchmarks.small_opt import train_tokenizer
 from benchmarks.timing import machine
+
+if TYPE_CHECKING:
+    from streamline_hooks import CompressionConfig
 
 # Width, inner width, blocks, heads, heads of keys, vocabulary, and whether the LM head is the embedding.
 SHAPES = {
@@ -169,18 +173,21 @@ def plan_step(options: argparse.Namespace) -> dict[str, float]:
     """Seconds of each step by `streamline_hooks.planning`, from one block of the checkpoint that is read and run."""
     from streamline_hooks.blockwise import open_checkpoint
     from streamline_hooks.planning import Asked, plan_blockwise, rates_here
+    from streamline_hooks.selection import blocks_to_remove
     from streamline_hooks.stack import find_stack
 
-    amounts = _amounts(options.tokens)
-    stack, length = find_stack(open_checkpoint(options.folder / options.shape)), amounts["sequence_length"]
+    config = compression_of(options.tokens)
+    data, stack = config.data, find_stack(open_checkpoint(options.folder / options.shape))
     asked = Asked(
-        *(amounts[f"{name}_tokens"] for name in ("calibration", "validation", "test")),
-        length,
-        round(amounts["remove"] * len(stack)),
-        amounts["shortlist"],
-        STATES,
+        calibration=data.calibration_tokens,
+        validation=data.validation_tokens,
+        test=data.test_tokens,
+        sequence_length=data.sequence_length,
+        window=blocks_to_remove(config.target, len(stack)),
+        shortlist=config.search.shortlist,
+        memory=STATES,
     )
-    rates = rates_here(stack, {"input_ids": torch.zeros(4, length, dtype=torch.long)}, options.folder)
+    rates = rates_here(stack, {"input_ids": torch.zeros(4, data.sequence_length, dtype=torch.long)}, options.folder)
     seconds = {stage.name: stage.seconds(rates) for stage in plan_blockwise(stack, asked).stages}
     seconds["rank"] += seconds.pop("check")  # it is the profile that checks
     return seconds | {f"rate of {name}": getattr(rates, name) for name in ("products", "sums", "read", "write")}
@@ -188,6 +195,7 @@ def plan_step(options: argparse.Namespace) -> dict[str, float]:
 
 def compress_step(options: argparse.Namespace) -> dict[str, Any]:
     """The whole way, with one block in memory at a time."""
+    from streamline_hooks import HardwareConfig
     from streamline_hooks.blockwise import compress_checkpoint
 
     tokenizer, documents = text()
@@ -197,11 +205,10 @@ def compress_step(options: argparse.Namespace) -> dict[str, Any]:
         tokenizer,
         documents,
         options.folder / f"{options.shape}_short",
+        replace(compression_of(options.tokens), hardware=HardwareConfig(state_memory=STATES)),
         overwrite=True,
-        memory=STATES,
         work_folder=options.folder / f"{options.shape}_work",
         say=lambda line: print(line, file=sys.stderr, flush=True),
-        **_amounts(options.tokens),
     )
     return {
         "seconds": time.perf_counter() - started,
@@ -242,10 +249,10 @@ def small_step(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         original = write_llama(folder / "original", config_of("small"))
-        amounts = _amounts(2048)
-        apart = compress_checkpoint(original, tokenizer, documents, folder / "apart", **amounts)
+        config = compression_of(2048)
+        apart = compress_checkpoint(original, tokenizer, documents, folder / "apart", config)
         model = load(original, dtype="auto")
-        whole = compress(model, tokenizer, documents, output=folder / "whole", side_by_side=False, **amounts)
+        whole = compress(model, tokenizer, documents, config, output=folder / "whole")
         weights = [weights_in(folder / name) for name in ("apart", "whole")]
         return {
             "removed": [list(result.plan.removed) for result in (apart, whole)],
@@ -266,16 +273,21 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     return dict(sorted(found.items()))
 
 
-def _amounts(tokens: int) -> dict[str, Any]:
-    return {
-        "remove": 0.25,
-        "keep": (0, 1, -1),
-        "shortlist": 3,
-        "sequence_length": 256,
-        "calibration_tokens": tokens,
-        "validation_tokens": tokens // 8,
-        "test_tokens": tokens // 8,
-    }
+def compression_of(tokens: int) -> CompressionConfig:
+    """Return the config of all compressions, with a number of calibration tokens."""
+    from streamline_hooks import CompressionConfig, DataConfig, EvaluationConfig, WindowSearch  # after the first peak
+
+    return CompressionConfig(
+        remove=0.25,
+        search=WindowSearch(keep=(0, 1, -1), shortlist=3),
+        data=DataConfig(
+            sequence_length=256,
+            calibration_tokens=tokens,
+            validation_tokens=tokens // 8,
+            test_tokens=tokens // 8,
+        ),
+        evaluation=EvaluationConfig(speed=False, generation=False),
+    )
 
 
 STEPS = {"write": write_step, "plan": plan_step, "compress": compress_step, "load": load_step, "small": small_step}

@@ -22,13 +22,21 @@ from benchmarks.quality_scores import write
 from benchmarks.real_text import BATCH, RESULTS, arguments, heldout
 from benchmarks.small_opt import SCORED, load_small_opt
 from benchmarks.timing import machine
-from streamline_hooks import compress
+from streamline_hooks import (
+    REPLACEMENTS,
+    CompressionConfig,
+    DataConfig,
+    DistillationConfig,
+    HardwareConfig,
+    ReplacementConfig,
+    compress,
+)
 from streamline_hooks.calibration import read_documents
 from streamline_hooks.checkpoint import load
+from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.digests import weights_digest
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import Perplexity, agreement, perplexity
-from streamline_hooks.repair import REPLACEMENTS, Training
 
 FILE = RESULTS / "small_opt_repaired.json"
 REMOVED = 2
@@ -43,10 +51,10 @@ def main() -> None:
     options = parser.parse_args()
     content = json.loads(FILE.read_text()) if FILE.exists() else {"rows": {}}
     bench = Bench(options.data, options.tokens, content)
-    for kind in options.kinds.split(";"):
-        bench.row(kind, None)
-        if kind in TRAINED:
-            bench.row(kind, Training(learning_rate=2e-3, warmup=0.05))
+    for repair in map(parse_replacement, options.kinds.split(";")):
+        bench.row(repair, None)
+        if str(repair) in TRAINED:
+            bench.row(repair, DistillationConfig(learning_rate=2e-3, warmup_ratio=0.05))
     print(table(content))
 
 
@@ -71,9 +79,9 @@ class Bench:
             "scored": sum(batch["input_ids"].numel() for batch in self.scored),
         }
 
-    def row(self, kind: str, training: Training | None) -> None:
+    def row(self, repair: ReplacementConfig, distillation: DistillationConfig | None) -> None:
         """Compress a fresh copy with one kind, read it back, and score that."""
-        name = kind if training is None else f"{kind}, trained"
+        name = str(repair) if distillation is None else f"{repair}, trained"
         if name in self.content["rows"]:
             return
         model, tokenizer = load_small_opt()
@@ -83,11 +91,13 @@ class Bench:
                     model,
                     tokenizer,
                     self.documents,
-                    remove=REMOVED,
-                    kind=kind,
-                    training=training,
-                    calibration_tokens=self.tokens,
-                    batch_size=BATCH,
+                    CompressionConfig(
+                        remove=REMOVED,
+                        repair=repair,
+                        distillation=distillation,
+                        data=DataConfig(calibration_tokens=self.tokens),
+                        hardware=HardwareConfig(batch_size=BATCH),
+                    ),
                     output=Path(folder) / "model",
                 )
             except StreamlineError as refused:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,29 @@ from benchmarks.images import dinov2_pixels, fashion_mnist, image_batches, small
 from benchmarks.pretrained_encoders import load_dinov2, load_minilm
 from benchmarks.quality_scores import write
 from benchmarks.real_text import RESULTS, ROOT, arguments
-from streamline_hooks import Task, find_stack
+from streamline_hooks import (
+    DistillationConfig,
+    HardwareConfig,
+    LinearConfig,
+    NoneConfig,
+    Objective,
+    ReplacementConfig,
+    SwiGLUConfig,
+    Task,
+    TaskScores,
+    WindowSearch,
+    embeddings,
+    find_stack,
+    profile,
+    recall_at,
+    student_of,
+    train,
+    verified,
+)
 from streamline_hooks.batch_split import BatchSplit
 from streamline_hooks.calibration import read_documents, text_parts
-from streamline_hooks.cli.short_forms import parse_replacement
-from streamline_hooks.evaluation import TaskScores, embeddings, likeness_of, recall_at
-from streamline_hooks.repair import Objective, Training, student_of, train
-from streamline_hooks.selection import WindowSearch, verified, windows
-from streamline_hooks.statistics import profile
+from streamline_hooks.evaluation import likeness_of
+from streamline_hooks.selection import windows
 
 FILE, PICTURE = RESULTS / "task_models.json", ROOT / "docs" / "influence.svg"
 SMALL_VIT = ROOT / "build" / "small_vit"
@@ -44,12 +59,13 @@ SHORTLIST, BATCH, LONGEST = 6, 16, 256
 TOKENS = {"calibration": 120_000, "validation": 8_192, "test": 128}  # nothing is scored on the last part
 IMAGES = {"calibration": 1_500, "validation": 300}
 PROBED = 2_000  # training images that a linear probe is fitted on
-RECIPES = {
-    "removed": ("none", False),
-    "linear": ("linear", False),
-    "linear, trained": ("linear", True),
-    "SwiGLU, trained": ("swiglu:width={}", True),  # of four thirds of the model's width: less than half of a block
+RECIPES: dict[str, tuple[ReplacementConfig, bool]] = {
+    "removed": (NoneConfig(), False),
+    "linear": (LinearConfig(), False),
+    "linear, trained": (LinearConfig(), True),
+    "SwiGLU, trained": (SwiGLUConfig(), True),
 }
+"""The replacement, and whether it is trained. A SwiGLU is made four thirds as wide as the model, see `sized`."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +119,11 @@ def measure(subject: Subject, content: dict[str, Any], file: Path = FILE, pictur
     if "original" not in rows:
         rows["original"] = {"removed": "", **subject.scores()}
     for count in subject.removed:
-        for name, (kind, trained) in RECIPES.items():
+        for name, (repair, trained) in RECIPES.items():
             label = f"{count} {name}"
             if label in rows:
                 continue
-            kind = kind.format(4 * subject.model.config.hidden_size // 3)
-            rows[label] = row(subject, measured, count, kind, trained)
+            rows[label] = row(subject, measured, count, sized(repair, subject.model), trained)
             print(subject.name, label, rows[label], flush=True)
             write(file, content)
             file.with_suffix(".md").write_text(table(content))
@@ -117,29 +132,41 @@ def measure(subject: Subject, content: dict[str, Any], file: Path = FILE, pictur
         plot(content, picture)
 
 
-def row(subject: Subject, measured: Any, count: int, kind: str, trained: bool) -> dict[str, Any]:
-    """Choose, fit and train, and score what comes of it."""
+def sized(repair: ReplacementConfig, model: Any) -> ReplacementConfig:
+    """Return the config; a SwiGLU is given a width at which it has less than half of the parameters of a block."""
+    return replace(repair, width=4 * model.config.hidden_size // 3) if isinstance(repair, SwiGLUConfig) else repair
+
+
+def row(subject: Subject, measured: Any, count: int, repair: ReplacementConfig, trained: bool) -> dict[str, Any]:
+    """Choose, fit and train, and score the result."""
     started, stack = time.perf_counter(), find_stack(subject.model)
     search = WindowSearch(shortlist=SHORTLIST)
     shortlist = search.find(search.problem(windows(len(stack), count), len(stack), profile=measured))
     fit, held_out = subject.parts.held_out_apart
     parts = fit, held_out, subject.parts.validation
-    best = verified(subject.model, shortlist, *parts, replacement=parse_replacement(kind), task=subject.task)[0]
-    pairs = [(repair.window, repair.stand_in) for repair in best.repairs] or [(best.windows[0], None)]
+    best = verified(subject.model, shortlist, *parts, replacement=repair, task=subject.task)[0]
+    pairs = [(fitted.window, fitted.stand_in) for fitted in best.repairs] or [(best.windows[0], None)]
     student = student_of(stack, pairs, task=subject.task)
-    found: dict[str, Any] = {"removed": best.gone, "kind": kind, "distance": best.distance}
+    found: dict[str, Any] = {"removed": best.gone, "kind": str(repair), "distance": best.distance}
     if trained:
-        settings = Training(
-            subject.objective, epochs=subject.epochs, learning_rate=1e-3, autocast=torch.bfloat16, validations=6
+        settings = DistillationConfig(
+            subject.objective.weights, epochs=subject.epochs, learning_rate=1e-3, validations=6
         )
-        course = train(student, subject.parts.calibration, subject.parts.validation, settings, say=print)
+        course = train(
+            student,
+            subject.parts.calibration,
+            subject.parts.validation,
+            settings,
+            say=print,
+            hardware=HardwareConfig(autocast="bfloat16"),
+        )
         if course.stopped:
             raise SystemExit(f"{subject.name} was not trained to its end: {course.stopped}. Run it again.")
         found["distance"] = course.distance
         student.merge()
     found["minutes"] = (time.perf_counter() - started) / 60
     gone = sum(stack.parameters_per_block[k] for k in best.windows[0])
-    found["parameters"] = gone - parse_replacement(kind).size(stack, best.windows[0]).parameters
+    found["parameters"] = gone - repair.size(stack, best.windows[0]).parameters
     student.training = False
     with student.opened():
         return found | subject.scores()
@@ -166,7 +193,7 @@ def minilm(data: Path) -> Subject:
         return {"spearman": alike.spearman, "cosine": alike.cosine, "recall@1": found, "documents": len(rows) / 2}
 
     parts = BatchSplit.of(texts, task)
-    return Subject("minilm", model, task, parts, scores, (1, 2), Objective(kl=0.0, relative=1.0, embedding=1.0), 3)
+    return Subject("minilm", model, task, parts, scores, (1, 2), Objective({"relative": 1.0, "embedding": 1.0}), 3)
 
 
 def split_in_two(text: str) -> tuple[str, str]:
@@ -196,7 +223,7 @@ def dinov2(data: Path) -> Subject:
         }
 
     parts = parts_of(images, dinov2_pixels, task)
-    return Subject("dinov2", model, task, parts, scores, (2, 3), Objective(kl=0.0, relative=1.0, embedding=1.0), 4)
+    return Subject("dinov2", model, task, parts, scores, (2, 3), Objective({"relative": 1.0, "embedding": 1.0}), 4)
 
 
 def small_vit(data: Path) -> Subject:
@@ -210,7 +237,14 @@ def small_vit(data: Path) -> Subject:
     task = Task("image-classification")
     board = TaskScores(model, batches_of_images(test_images, small_pixels, test_labels), task)
     return Subject(
-        "small_vit", model, task, parts_of(images, small_pixels, task), partial(board.of, model), (2, 3), Objective(), 8
+        "small_vit",
+        model,
+        task,
+        parts_of(images, small_pixels, task),
+        partial(board.of, model),
+        (2, 3),
+        Objective({"kl": 1.0}),
+        8,
     )
 
 

@@ -111,12 +111,20 @@ def checked(**least: float) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
 
 def check_fields(instance: Any, **least: float) -> None:
     """Validate the fields of a dataclass by their annotations, in its ``__post_init__``; see `checked`."""
+    hints = field_hints(type(instance))
     for field in fields(instance):
-        declaring = (c for c in type(instance).__mro__ if field.name in vars(c).get("__annotations__", {}))
-        namespace = vars(sys.modules[next(declaring, type(instance)).__module__])
-        value, hint = getattr(instance, field.name), _hint(field.type, namespace)
+        value, hint = getattr(instance, field.name), hints[field.name]
         shown = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", field.type)
         _converted(type(instance).__name__, field.name, value, hint, shown, least)
+
+
+def field_hints(config: type) -> dict[str, Any]:
+    """Return the evaluated annotations of a dataclass's fields; `Any` for what only type checkers import."""
+    hints = {}
+    for field in fields(config):
+        declaring = (c for c in config.__mro__ if field.name in vars(c).get("__annotations__", {}))
+        hints[field.name] = _hint(field.type, vars(sys.modules[next(declaring, config).__module__]))
+    return hints
 
 
 def whole_numbers(values: Any, name: str) -> list[int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,26 +20,19 @@ from streamline_hooks.calibration import (
     with_repeated_passages,
 )
 from streamline_hooks.calibration.split import PARTS
-from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair import ReplacementConfig, StandInSize
 from streamline_hooks.repair.stand_in import is_spliced
 from streamline_hooks.replacements import replacement_config
-from streamline_hooks.selection import (
-    SEARCHES,
-    Criterion,
-    SearchConfig,
-    SearchProblem,
-    Target,
-    protected_blocks,
-    windows_for,
-)
+from streamline_hooks.selection import SearchProblem, Target, protected_blocks, windows_for
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery.opened import refuse_open_surgery
 from streamline_hooks.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from streamline_hooks.pipeline.config import CompressionConfig
 
 Batches = list[dict[str, Tensor]]
 
@@ -51,8 +44,7 @@ class Preparation:
     Attributes
     ----------
     stack : BlockStack
-    kind : ReplacementConfig
-    target : Target
+    config : CompressionConfig
     candidates : list of range
         The windows that reach the target alone.
     protected : frozenset of int
@@ -69,8 +61,7 @@ class Preparation:
     """
 
     stack: BlockStack
-    kind: ReplacementConfig
-    target: Target
+    config: CompressionConfig
     candidates: list[range]
     protected: frozenset[int]
     split: TokenSplit | BatchSplit
@@ -83,9 +74,9 @@ class Preparation:
     test: Batches
     training: Batches
 
-    def question(self, search: SearchConfig, **more: Any) -> SearchProblem:
-        """Return the problem of a search on the calibration text."""
-        return search.problem(
+    def problem(self, **more: Any) -> SearchProblem:
+        """Return the problem of the config's search on the calibration text."""
+        return self.config.search.problem(
             self.candidates,
             len(self.stack),
             keep=self.protected,
@@ -93,9 +84,15 @@ class Preparation:
             batches=self.calibration,
             stack=self.stack.path,
             task=self.task,
+            seed=self.config.seed,
             shortest=self.kind.slots + 1,
             **more,
         )
+
+    @property
+    def kind(self) -> ReplacementConfig:
+        """What replaces each window."""
+        return self.config.repair
 
     @property
     def size(self) -> StandInSize:
@@ -106,20 +103,22 @@ class Preparation:
         """Raise if a checkpoint could not hold what stands in a window's place."""
         require_writable(self.stack, self.kind, self.candidates[0])
 
-    def announcement(self, search: str, criterion: str, shortlist: int) -> list[str]:
+    def announcement(self) -> list[str]:
         """What is going to be done, in lines for a terminal."""
+        search, target = self.config.search, self.config.target
+        criterion = search.resolved_criterion.name
         lengths = sorted({len(window) for window in self.candidates})
         blocks = str(lengths[0]) if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
         share = "" if len(lengths) > 1 else f" ({lengths[0] / len(self.stack):.1%})"
         return [
             f"stack      {self.stack}",
-            f"remove     {self.target} comes to {blocks} of {len(self.stack)} blocks{share}, {self.kind.name} in their "
+            f"remove     {target} comes to {blocks} of {len(self.stack)} blocks{share}, {self.kind.name} in their "
             f"place ({self.size})"
-            if not SEARCHES[search].silences_branches
-            else f"silence    {self.target} comes to the {search} of {blocks} of {len(self.stack)} blocks{share}, "
+            if not search.silences_branches
+            else f"silence    {target} comes to the {search.kind} of {blocks} of {len(self.stack)} blocks{share}, "
             f"{self.kind.name if self.kind.replaces_branches else 'nothing'} in their place",
-            f"search     {search} by {criterion}; {len(self.candidates)} windows reach the target, and up to "
-            f"{shortlist} selections are fitted and judged",
+            f"search     {search.kind} by {criterion}; {len(self.candidates)} windows reach the target, and up to "
+            f"{search.shortlist} selections are fitted and judged",
             *([] if self.task.is_of_text else [f"task       {self.task}"]),
             f"{'text' if isinstance(self.split, TokenSplit) else 'data'}       {self.split.describe()}",
         ]
@@ -129,115 +128,86 @@ def prepare_compression(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     texts: Sequence[str] | TokenSplit | Mapping[str, PackedText] | Mapping[str, Sequence[Batch | Tensor]],
+    config: CompressionConfig,
     *,
     task: Task,
-    remove: Target | int | float,
-    kind: ReplacementConfig | str,
-    search: str,
-    parts: int,
-    keep: Iterable[int],
-    batch_size: int,
-    stack: str | None,
-    say: Callable[[str], None],
-    fitting_tokens: int | None = None,
-    repeated: float = 0.0,
+    test_texts: Sequence[str] | None = None,
+    say: Callable[[str], None] = lambda line: None,
     refuse_crossing: Callable[..., None] = refuse_crossing,
-    **split: Any,
 ) -> Preparation:
-    """Find the windows that reach a target, and deal the text out.
+    """Find the windows that reach the target, and divide the data.
 
-    Parameters are those of `compress`; `refuse_crossing` tells whether the model keeps the documents of packed rows
-    apart; the others go to `split_documents`.
+    Parameters are those of `compress`; `refuse_crossing` raises if the model does not keep the documents of packed rows
+    apart.
 
     Raises
     ------
     StreamlineError
-        If the target cannot be reached, the text does not suffice, it is none that the model can be given, or a
-        surgeon is open on the model.
+        If the target cannot be reached, the text does not suffice, the model cannot be given such data, or a surgeon is
+        open on the model.
     """
-    found, searching = find_stack(model, stack), search_from_keywords(search, parts=parts)
+    found = find_stack(model, config.stack)
     refuse_open_surgery(found, "compress")
-    chosen = parse_replacement(kind) if isinstance(kind, str) else kind
-    target = Target.of(remove)
-    protected = protected_blocks(keep, len(found))
+    search, target, split = config.search, config.target, document_sizes(config)
+    protected = protected_blocks(search.keep, len(found))
     given = BatchSplit.of(cast(Any, texts), task) if are_batches(texts) else None
     there = texts if isinstance(texts, TokenSplit) else None
     if isinstance(texts, Mapping) and not given:
         there = TokenSplit.of_packed(cast(Any, texts))
     if given:
-        _require_fitting(model, given, target, task, split)
+        _require_fitting(model, given, target, task, test_texts)
     else:
         require_text(model, tokenizer, task)
-        require_positions(model, there.sequence_length if there else split["sequence_length"])
+        require_positions(model, there.sequence_length if there else config.data.sequence_length)
     candidates = windows_for(
         model,
         target,
         stack=found.path,
         protected=protected,
-        stand_in=lambda window: chosen.make(found, window),
-        slots=searching.slots(chosen),
+        stand_in=lambda window: config.repair.make(found, window),
+        slots=search.slots(config.repair),
         say=say,
     )
-    searching.check(target, min(map(len, candidates)), chosen)
+    search.check(target, min(map(len, candidates)), config.repair)
     if given:
-        if repeated:
+        if config.data.repeated:
             raise StreamlineError(
-                f"repeated={repeated:g} is a share of the sequences of a text, and batches were given. Leave it out "
-                "(repeated=0; of a preset, {**preset.arguments, 'repeated': 0.0})."
+                f"DataConfig: repeated={config.data.repeated:g} is a fraction of the sequences of a text, and batches "
+                "were given. Expected repeated=0 with batches. Set data=DataConfig(), also of a preset."
             )
-        if fitting_tokens is not None:
+        if config.data.fitting_tokens is not None:
             raise StreamlineError(
-                f"fitting_tokens={fitting_tokens} divides a text, and batches were given. Leave it out, or give text."
+                f"DataConfig: fitting_tokens={config.data.fitting_tokens} divides a text, and batches were given. "
+                "Leave it out, or give text."
             )
         six = (given.calibration, given.validation, *given.held_out_apart, given.validation, given.test)
-        return Preparation(found, chosen, target, candidates, protected, given, task, *six, given.calibration)
-    if there and split.get("test_documents"):
+        return Preparation(found, config, candidates, protected, given, task, *six, given.calibration)
+    if there and test_texts:
         what = "A TokenSplit" if isinstance(texts, TokenSplit) else "Packed text"
         raise StreamlineError(f"{what} has a test part of its own; leave test_texts out.")
     tokenizer = cast("PreTrainedTokenizerBase", tokenizer)
-    dealt = there or split_documents(cast(Sequence[str], texts), tokenizer, **split)
+    dealt = there or split_documents(cast(Sequence[str], texts), tokenizer, test_documents=test_texts, **split)
     check_tokenizer(tokenizer, cast(nn.Embedding, model.get_input_embeddings()).num_embeddings, dealt)
-    rows = _rows_to_fit_on(fitting_tokens, dealt.calibration)
+    rows = _rows_to_fit_on(config.data.fitting_tokens, dealt.calibration)
     ids = _seven_parts({name: getattr(dealt, name) for name in PARTS}, rows)
-    if repeated:
-        asked = with_repeated_passages(replace(dealt, calibration=dealt.calibration[:rows]), repeated)
+    if config.data.repeated:
+        asked = with_repeated_passages(replace(dealt, calibration=dealt.calibration[:rows]), config.data.repeated)
         ids = (asked.calibration, asked.validation, *ids[2:])
         dealt = replace(dealt, notes=(*dealt.notes, f"for the choice of blocks, {asked.notes[-1]}"))
     if dealt.positions:
         positions = _seven_parts(dealt.positions, rows)
-        batches = [PackedText(*pair, 0, 0).batches(batch_size) for pair in zip(ids, positions, strict=True)]
+        size = config.hardware.batch_size
+        batches = [PackedText(*pair, 0, 0).batches(size) for pair in zip(ids, positions, strict=True)]
         refuse_crossing(model, [batch for part in batches for batch in part], stack=found.path)
     else:
-        batches = [batches_of(part, batch_size) for part in ids]
-    return Preparation(found, chosen, target, candidates, protected, dealt, task, *batches)
+        batches = [batches_of(part, config.hardware.batch_size) for part in ids]
+    return Preparation(found, config, candidates, protected, dealt, task, *batches)
 
 
-def search_from_keywords(
-    search: str,
-    criterion: Criterion | str | None = None,
-    *,
-    parts: int = 2,
-    keep: Iterable[int] = (),
-    shortlist: int = 8,
-) -> SearchConfig:
-    """Return the config of a search that the keywords of `compress` describe.
-
-    Raises
-    ------
-    StreamlineError
-        If there is no such search, or it cannot use the criterion.
-    """
-    config = SEARCHES[search]
-    if config.most_selections is not None:
-        shortlist = min(shortlist, config.most_selections)
-    common: dict[str, Any] = {"keep": tuple(keep), "shortlist": shortlist}
-    if "windows" in {field.name for field in fields(config)}:
-        common["windows"] = max(parts, int(config.least.get("windows", 1)))
-    if isinstance(criterion, Criterion):  # one that may have no name in a config
-        if config.only_criterion not in (None, criterion.name):
-            config(criterion=criterion.name)  # raises
-        return config(**common)
-    return config(criterion=criterion or None, **common)
+def document_sizes(config: CompressionConfig) -> dict[str, int]:
+    """Return how `split_documents` is to divide documents."""
+    names = ("sequence_length", "calibration_tokens", "validation_tokens", "test_tokens")
+    return {"seed": config.seed, **{name: getattr(config.data, name) for name in names}}
 
 
 def require_writable(stack: BlockStack, kind: ReplacementConfig, window: range) -> None:
@@ -265,8 +235,8 @@ def require_text(model: PreTrainedModel, tokenizer: Any, task: Task) -> None:
         )
 
 
-def _require_fitting(model: Any, given: BatchSplit, target: Target, task: Task, split: Mapping[str, Any]) -> None:
-    if split.get("test_documents"):
+def _require_fitting(model: Any, given: BatchSplit, target: Target, task: Task, test_texts: Any) -> None:
+    if test_texts:
         raise StreamlineError("Batches have a test part of their own; leave test_texts out.")
     if "latency" in target.unit and not task.is_of_text:
         raise StreamlineError(

@@ -99,7 +99,7 @@ def _sentence_folder(name: str) -> SentenceFolder | None:
 
 
 def load_pretrained(
-    name: str | Path, dtype: torch.dtype | None = None, *, task: Task | str = "causal-lm"
+    name: str | Path, dtype: torch.dtype | None = None, *, task: Task | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and the tokenizer beside it; of a model that is given images, its image processor.
 
@@ -114,8 +114,8 @@ def load_pretrained(
         - the name of a model on the Hugging Face hub, ``"organisation/model"``. Only then is the network used.
     dtype : torch.dtype, optional
         Of the weights. Left out, a folder or hub model has the dtype it was saved in, and ``"smollm2"`` float32.
-    task : Task or str
-        What the model is for, see `task_of_pretrained`.
+    task : Task, optional
+        What the model is for, see `task_of_pretrained`; by default a causal language model.
 
     Returns
     -------
@@ -136,7 +136,7 @@ def load_pretrained(
     ...     print(error)
     There is no model at './no-such-folder': there is no such folder. Expected ...
     """
-    task = Task.parse(task) if isinstance(task, str) else task
+    task = task or Task("causal-lm")
     if name == "smollm2":
         if task.name != "causal-lm":
             raise StreamlineError(f"smollm2 is a causal language model, and not one for {task}.")

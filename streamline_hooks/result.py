@@ -19,6 +19,8 @@ from streamline_hooks.task import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from streamline_hooks.pipeline.config import CompressionConfig
+
 LABELS = {
     "original": "original",
     "removed": "plain removal",
@@ -40,8 +42,10 @@ class CompressionResult:
     tokenizer : transformers.PreTrainedTokenizerBase or None
     plan : SurgeryPlan
         Old blocks to new blocks.
+    config : CompressionConfig
+        What was asked for; the same in the checkpoint.
     kind : str
-        What stands in the window's place.
+        The short form of the replacement's config.
     size : StandInSize
         What one of it costs.
     criterion, search : str
@@ -87,6 +91,7 @@ class CompressionResult:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     plan: SurgeryPlan
+    config: CompressionConfig
     kind: str
     size: StandInSize
     criterion: str
@@ -112,6 +117,7 @@ class CompressionResult:
         """Everything but the model, as JSON values."""
         return {
             "plan": self.plan.to_dict(),
+            "config": self.config.to_dict(),
             "kind": self.kind,
             "stand_in": asdict(self.size),
             "criterion": self.criterion,

@@ -28,12 +28,13 @@ def prepared_alike(work: Together, ready: Preparation) -> Preparation:
     Raises
     ------
     StreamlineError
-        If the processes have not the same model and text.
+        If the processes have not the same model, text and config; only their hardware may differ.
     """
     if work.processes.count > 1:
         batches: list[Any] = [*ready.calibration, *ready.judging]  # tensors too, where the caller made them
         chosen_on = [one for batch in batches for one in ([batch] if isinstance(batch, Tensor) else batch.values())]
-        work.take([*ready.split.tensors, *chosen_on], **identity(ready.stack))
+        asked = {f"config.{name}": value for name, value in ready.config.to_dict().items() if name != "hardware"}
+        work.take([*ready.split.tensors, *chosen_on], **identity(ready.stack), **asked)
     return replace(ready, candidates=work.of_first(lambda: ready.candidates))
 
 

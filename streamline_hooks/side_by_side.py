@@ -32,16 +32,24 @@ class SideBySide:
         Text that nothing was chosen or fitted on; its beginnings are written on.
     say : callable
         Receives a line.
+    write : bool
+        Whether to let the original write; otherwise only speed is compared.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, batches: Sequence[Batch | Tensor], say: Callable[[str], None]
+        self,
+        model: Any,
+        tokenizer: Any,
+        batches: Sequence[Batch | Tensor],
+        say: Callable[[str], None],
+        *,
+        write: bool = True,
     ) -> None:
         self.model, self.tokenizer, self.say = model, tokenizer, say
         self._new = min(_NEW_TOKENS, (positions_of(model.config) or 10**9) // 2)
         length = min(_PROMPT_TOKENS, self._new)
         self._prompts = text_beginnings(tokenizer, batches, count=_PROMPTS, length=length)
-        self._before = self._write(model, "original")
+        self._before = self._write(model, "original") if write else []
 
     @property
     def writes(self) -> bool:

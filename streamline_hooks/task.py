@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from streamline_hooks.arguments import check_fields, checked
 from streamline_hooks.batch import Batch, tokens_of
 from streamline_hooks.batch import real_tokens as mask_of
+from streamline_hooks.core.config import Config
 from streamline_hooks.distributed import sequences_of
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.hidden_state import require_batch_first, token_mask
@@ -38,7 +38,7 @@ _LISTS = {
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Config):
     """What a model is for.
 
     Attributes
@@ -62,7 +62,7 @@ class Task:
     >>> from streamline_hooks.testing import tiny_model
     >>> Task.of(tiny_model("llama"))
     Task(name='causal-lm', pooling='')
-    >>> print(Task.parse("embedding:pooling=mean"))
+    >>> print(Task("embedding", pooling="mean"))
     embedding:pooling=mean
     """
 
@@ -70,7 +70,7 @@ class Task:
     pooling: str = ""
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if self.name not in TASKS:
             raise StreamlineError(f"There is no task {self.name!r}; expected one of {', '.join(TASKS)}.")
         if self.pooling and (self.pooling not in POOLINGS or self.name != "embedding"):
@@ -81,16 +81,6 @@ class Task:
 
     def __str__(self) -> str:
         return f"{self.name}:pooling={self.pooling}" if self.pooling else self.name
-
-    @classmethod
-    @checked()
-    def parse(cls, text: str) -> Task:
-        """Read ``"embedding"`` or, with its pooling, ``"embedding:pooling=first"``."""
-        name, _, options = text.partition(":")
-        key, _, value = options.partition("=")
-        if options and key.strip() != "pooling":
-            raise StreamlineError(f"The task {text!r} cannot be read; expected one like embedding:pooling=first.")
-        return cls(name.strip(), value.strip())
 
     @classmethod
     def of(cls, model: nn.Module) -> Task:
@@ -113,7 +103,8 @@ class Task:
         name = task_of_classes(names, getattr(config, "is_encoder_decoder", None)) or _task_of_parts(plain)
         if not name:
             raise StreamlineError(
-                f"It is not clear what {type(plain).__name__} is for. Say it: task= (--task) {', '.join(TASKS)}."
+                f"It is not clear what {type(plain).__name__} is for. Say it: Task(name), or --task, with one of "
+                f"{', '.join(TASKS)}."
             )
         # CLIP's text is what its end token says, which its model pools itself.
         pools = name == "embedding" and str(getattr(config, "model_type", "")).endswith("_text_model")
@@ -139,8 +130,8 @@ class Task:
         if self.name in _UNITS and self.gives_distributions and said not in (None, "single_label_classification"):
             raise StreamlineError(
                 f"{type(model).__name__} is for {said}: what it says is no distribution over its classes, so that KL "
-                "does not compare it. Repair it by its states (fit_windows, or an objective of mse, relative or "
-                "cosine with task='embedding' on the model without its head)."
+                "does not compare it. Repair it by its states (fit_windows, or a loss of mse, relative or "
+                "cosine with Task('embedding') on the model without its head)."
             )
 
     @property

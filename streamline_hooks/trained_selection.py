@@ -8,13 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamline_hooks.core import check_writable
-from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
+from streamline_hooks.errors import StreamlineError
 from streamline_hooks.preparation import Preparation
-from streamline_hooks.repair import Healing, Student, Trained, Training, student_of, train
-from streamline_hooks.selection import SearchConfig, Selection, VerifiedSelection
+from streamline_hooks.repair import (
+    DistillationConfig,
+    HealingConfig,
+    Student,
+    Trained,
+    TrainingCallback,
+    student_of,
+    train,
+)
+from streamline_hooks.selection import Selection, VerifiedSelection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from streamline_hooks.pipeline.config import CompressionConfig
 
 
 def training_file(output: str | Path) -> Path:
@@ -23,39 +33,43 @@ def training_file(output: str | Path) -> Path:
     return folder.with_name(f"{folder.name}.training")
 
 
-def kept_training(
-    training: Training | None,
-    healing: Healing | None,
-    resume: bool,
-    output: str | Path | None,
-    until: float | None = None,
-) -> Training | None:
-    """The training with a file to go on from, where there is a folder to keep it beside."""
-    if training is None:
-        asked = {"healing": healing is not None, "resume": resume, "train_until": until is not None}
-        if what := next((name for name, there in asked.items() if there), ""):
-            raise StreamlineError(f"{what} is a part of a training, and none was asked for; give training=Training().")
+def training_checkpoint(
+    config: CompressionConfig, resume: bool, output: str | Path | None, given: str | Path | None
+) -> Path | None:
+    """Return the file that an interrupted training is resumed from: the one given, or the one beside the output.
+
+    Raises
+    ------
+    StreamlineError
+        If nothing is trained although `resume` or a file is given, there is nothing to resume, or the file cannot be
+        written.
+    """
+    if config.distillation is None:
+        if resume or given is not None:
+            what = "resume" if resume else f"checkpoint={str(given)!r}"
+            raise StreamlineError(
+                f"compress: {what} is for a training, and the config has none. Expected a DistillationConfig. Set "
+                "distillation, or leave it out."
+            )
         return None
-    if resume and until is not None:
+    if resume and config.train_until is not None:
         raise StreamlineError(
-            "train_until is for a training from its beginning: of one that is resumed the seconds before count too. "
-            "Leave it out, or say how many minutes both together may take (Training.minutes)."
+            f"compress: resume was given with train_until={config.train_until}, which limits a training from its "
+            "start. Expected one of them. Leave it out, or limit the training as a whole with "
+            "DistillationConfig(max_minutes=...)."
         )
-    if until is not None and not until > 0:
-        raise StreamlineError(f"train_until={until} leaves no time to train in; expected seconds above 0, or None.")
-    if training.keep_in is None and output is not None:
-        training = replace(training, keep_in=training_file(output))
-    if resume and not (training.keep_in and training.keep_in.is_file()):
+    file = training_file(output) if given is None and output is not None else given and Path(given)
+    if resume and not (file and file.is_file()):
         raise StreamlineError(
-            f"There is no training to resume at {training.keep_in or 'any place (keep_in)'}; leave resume out to begin "
-            "one."
+            f"There is no training to resume at {file or 'any place'}. Leave resume out to begin one, or name its "
+            "checkpoint."
         )
-    if training.keep_in is not None:
-        check_writable(training.keep_in)
-    return training
+    if file:
+        check_writable(file)
+    return file or None
 
 
-def require_parameters(ready: Preparation, healing: Healing | None) -> None:
+def require_parameters(ready: Preparation, healing: HealingConfig | None) -> None:
     """Raise where there is nothing to train, whichever blocks go."""
     if healing is None and not ready.size.parameters:
         raise StreamlineError(
@@ -64,16 +78,7 @@ def require_parameters(ready: Preparation, healing: Healing | None) -> None:
         )
 
 
-def require_whole_blocks(search: SearchConfig) -> None:
-    """Raise if a search gives up attentions or MLPs alone."""
-    if search.silences_branches:
-        raise UnsupportedSurgery(
-            "What stands in the place of an attention or an MLP alone is not trained: it is fitted in closed form. "
-            "Leave the training out, or search for windows."
-        )
-
-
-def trainable_windows(ready: Preparation, healing: Healing | None, say: Callable[[str], None]) -> Preparation:
+def trainable_windows(ready: Preparation, healing: HealingConfig | None, say: Callable[[str], None]) -> Preparation:
     """Only windows without which something can be trained, of a search for single ones; all where there are none."""
     left = [window for window in ready.candidates if _trains(ready, healing, [window])]
     if not left or len(left) == len(ready.candidates):
@@ -83,7 +88,7 @@ def trainable_windows(ready: Preparation, healing: Healing | None, say: Callable
     return replace(ready, candidates=left)
 
 
-def trainable(found: Sequence[Selection], ready: Preparation, healing: Healing | None) -> list[Selection]:
+def trainable(found: Sequence[Selection], ready: Preparation, healing: HealingConfig | None) -> list[Selection]:
     """The selections that can be trained.
 
     Raises
@@ -102,7 +107,7 @@ def trainable(found: Sequence[Selection], ready: Preparation, healing: Healing |
     return left
 
 
-def _trains(ready: Preparation, healing: Healing | None, windows: Sequence[range]) -> bool:
+def _trains(ready: Preparation, healing: HealingConfig | None, windows: Sequence[range]) -> bool:
     """Whether there is something to train, and all that was asked for can be; behind a window may be nothing."""
     healed = _heals(ready, healing, windows)
     if healing is not None and not healed and healing.where != "after":
@@ -110,35 +115,50 @@ def _trains(ready: Preparation, healing: Healing | None, windows: Sequence[range
     return healed or bool(ready.size.parameters)
 
 
-def _heals(ready: Preparation, healing: Healing | None, windows: Sequence[range]) -> bool:
+def _heals(ready: Preparation, healing: HealingConfig | None, windows: Sequence[range]) -> bool:
     """Whether anything that stays is trained."""
     return healing is not None and (healing.head or bool(healing.blocks(len(ready.stack), windows)))
 
 
-def ending_in(training: Training, seconds: float | None) -> Training:
-    """The training that ends by then, if it does not before."""
+def ending_in(distillation: DistillationConfig, seconds: float | None) -> DistillationConfig:
+    """Return the config of a training that ends by then, if it does not end before."""
     if seconds is None:
-        return training
-    minutes = seconds / 60
-    return replace(training, minutes=minutes if training.minutes is None else min(minutes, training.minutes))
+        return distillation
+    minutes, most = seconds / 60, distillation.max_minutes
+    return replace(distillation, max_minutes=minutes if most is None else min(minutes, most))
 
 
 def train_selection(
     ready: Preparation,
     best: VerifiedSelection,
-    training: Training,
-    healing: Healing | None,
+    config: CompressionConfig,
     teacher: PreTrainedModel | None,
+    checkpoint: Path | None,
+    *,
     resume: bool,
+    callbacks: Sequence[TrainingCallback],
     say: Callable[[str], None],
 ) -> tuple[Student, Trained]:
-    """Train the repairs of a selection, which are changed in place; the model is not."""
+    """Train the replacements of a selection, which are changed in place; the model is not."""
+    assert config.distillation is not None
     pairs = [(repair.window, repair.stand_in) for repair in best.repairs]
+    healing = config.healing
     if healing is not None and not _heals(ready, healing, best.windows):
         say(f"No block is behind {best}, so that the repair is trained alone.")
         healing = None
-    student = student_of(ready.stack, pairs, healing, seed=training.seed, task=ready.task, teacher=teacher)
-    trained = train(student, ready.training, ready.validation, training, resume=resume, say=say)
+    seed = config.distillation.seed or 0
+    student = student_of(ready.stack, pairs, healing, seed=seed, task=ready.task, teacher=teacher)
+    trained = train(
+        student,
+        ready.training,
+        ready.validation,
+        config.distillation,
+        hardware=config.hardware,
+        checkpoint=checkpoint,
+        callbacks=callbacks,
+        resume=resume,
+        say=say,
+    )
     say(f"trained    {trained}")
     student.merge()
     return student, trained

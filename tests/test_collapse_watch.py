@@ -18,6 +18,7 @@ from streamline_hooks import compress, find_stack
 from streamline_hooks.checkpoint import model_card
 from streamline_hooks.collapse_watch import CollapseWatch
 from streamline_hooks.report import write_report
+from tests.configured import configured
 from tests.report.reading import Reader
 
 SMALL = {"sequence_length": 64, "calibration_tokens": 3200, "validation_tokens": 320, "test_tokens": 640}
@@ -179,7 +180,9 @@ def test_a_reasoning_model_is_told_everywhere(
 ) -> None:
     model, tokenizer = story_model[0], copy.deepcopy(story_model[1])
     tokenizer.chat_template = f"{TEMPLATE}<think>"
-    result = compress(model, tokenizer, story_texts, remove=1, shortlist=2, output=tmp_path / "out", **SMALL)
+    result = compress(
+        model, tokenizer, story_texts, configured(remove=1, shortlist=2, **SMALL), output=tmp_path / "out"
+    )
     told = [text for text in result.warnings if "reasoning model (its chat template has" in text]
     assert len(told) == 1 and "3 problems, with at most 256 tokens" in told[0]
     assert result.table().endswith(f"\nWarning: {result.warnings[-1]}")
@@ -206,10 +209,17 @@ def test_before_the_surgery_and_after_it(
             lengths.append(len(find_stack(self.model)))
             return ["It is lost."]
 
-    monkeypatch.setattr(importlib.import_module("streamline_hooks.pipeline.compress"), "CollapseWatch", Watch)
-    result = compress(copy.deepcopy(model), tokenizer, story_texts, remove=1, kind="none", shortlist=2, **SMALL)
+    monkeypatch.setattr(importlib.import_module("streamline_hooks.pipeline.one_round"), "CollapseWatch", Watch)
+    result = compress(
+        copy.deepcopy(model), tokenizer, story_texts, configured(remove=1, repair="none", shortlist=2, **SMALL)
+    )
     assert lengths == [5, 4] and result.warnings == ["It is lost."]
-    result = compress(model, tokenizer, story_texts, remove=1, kind="none", shortlist=2, side_by_side=False, **SMALL)
+    result = compress(
+        model,
+        tokenizer,
+        story_texts,
+        configured(remove=1, repair="none", shortlist=2, speed=False, generation=False, **SMALL),
+    )
     assert lengths == [5, 4] and result.warnings == [] and "Warning" not in result.table()
 
 
@@ -218,7 +228,12 @@ def test_a_reasoning_model_is_told_where_nothing_is_written(
 ) -> None:
     model, tokenizer = story_model[0], copy.deepcopy(story_model[1])
     tokenizer.chat_template = f"{TEMPLATE}<think>"
-    result = compress(model, tokenizer, story_texts, remove=1, kind="none", shortlist=2, side_by_side=False, **SMALL)
+    result = compress(
+        model,
+        tokenizer,
+        story_texts,
+        configured(remove=1, repair="none", shortlist=2, speed=False, generation=False, **SMALL),
+    )
     (text,) = result.warnings
     assert "reasoning model (its chat template has <think>)" in text
 

@@ -17,8 +17,9 @@ from streamline_hooks import StreamlineError, Target, compress, find_stack, load
 from streamline_hooks.batch import batches_of
 from streamline_hooks.calibration import PackedText, beginnings, packed_text, read_documents
 from streamline_hooks.preparation import held_out_apart
-from streamline_hooks.repair import LinearConfig, Objective, Training, fit_windows
+from streamline_hooks.repair import DistillationConfig, LinearConfig, fit_windows
 from streamline_hooks.testing import tiny_model
+from tests.configured import arguments, configured
 from tests.processes import in_a_new_process
 from tests.repair.own_kinds import register_kind
 from tests.repair.stand_ins import KINDS, SLOTS
@@ -31,7 +32,12 @@ def test_the_whole_way(story_model: tuple[Any, Any], story_texts: list[str], tmp
     model, tokenizer = story_model
     original, said = copy.deepcopy(model), []
     result = compress(
-        model, tokenizer, story_texts, remove=1, shortlist=3, output=tmp_path / "out", say=said.append, **SMALL
+        model,
+        tokenizer,
+        story_texts,
+        configured(remove=1, shortlist=3, **SMALL),
+        output=tmp_path / "out",
+        say=said.append,
     )
     assert result.model is model and len(find_stack(model)) == 4
     size = "4,096 parameters, 8,192 FLOPs a token, no slot"
@@ -61,7 +67,11 @@ def test_every_kind_ends_in_a_model(
     model, tokenizer = story_model
     size, keep = find_stack(model).parameters_per_block[0], (0,) if kind == "folded" else ()
     result = compress(
-        model, tokenizer, story_texts, remove=1, kind=kind, keep=keep, shortlist=3, output=tmp_path / "out", **SMALL
+        model,
+        tokenizer,
+        story_texts,
+        configured(remove=1, repair=kind, keep=keep, shortlist=3, **SMALL),
+        output=tmp_path / "out",
     )
     slots = SLOTS.get(kind, 0)
     assert len(find_stack(model)) == 4 and len(result.plan.removed) == 1 + slots
@@ -87,7 +97,7 @@ def test_inherited_blocks_leave_as_many_blocks_as_were_asked_for(
     """Each of two windows takes a slot; silenced branches none."""
     model, tokenizer = story_model
     kept = list(find_stack(model).blocks)
-    result = compress(model, tokenizer, story_texts, remove=2, kind="block", search=search, **SMALL)
+    result = compress(model, tokenizer, story_texts, configured(remove=2, repair="block", search=search, **SMALL))
     if search == "mlp":
         assert len(result.candidates[0].silenced) == 2 and list(find_stack(model).blocks) == kept
     else:
@@ -101,13 +111,13 @@ def test_a_kind_that_a_checkpoint_cannot_hold_is_refused_at_once(
 
     register_kind("test-unregistered", lambda features: nn.Linear(features, features))
     with pytest.raises(StreamlineError, match="A Linear cannot be written"):
-        compress(*story_model, story_texts, kind="test-unregistered", output=tmp_path / "out", **SMALL)
+        compress(*story_model, story_texts, configured(repair="test-unregistered", **SMALL), output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_plain_removal(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
     model, tokenizer = story_model
-    result = compress(model, tokenizer, story_texts, remove=0.2, kind="none", shortlist=5, **SMALL)
+    result = compress(model, tokenizer, story_texts, configured(remove=0.2, repair="none", shortlist=5, **SMALL))
     assert set(result.perplexities) <= {"original", "removed", "first_removed"}
     assert type(model).__name__ == "LlamaForCausalLM"
     assert result.parameters[1] < result.parameters[0] and result.size_in_bytes[1] < result.size_in_bytes[0]
@@ -117,7 +127,7 @@ def test_the_same_seed_gives_the_same_model(stories: tuple[Any, Any], story_text
     results = []
     for texts in (story_texts, story_texts[::-1]):
         model = copy.deepcopy(stories[0])
-        results.append(compress(model, stories[1], texts, remove=1, seed=3, **SMALL))
+        results.append(compress(model, stories[1], texts, configured(remove=1, seed=3, **SMALL)))
     assert results[0].data == results[1].data and results[0].plan == results[1].plan
     first, second = (r.model.state_dict() for r in results)
     assert all(torch.equal(first[k], second[k]) for k in first)
@@ -127,7 +137,7 @@ def test_the_seed_reaches_what_a_network_starts_from(stories: tuple[Any, Any], s
     """All seeds had the same random weights, and differed by the text alone."""
     models = [copy.deepcopy(stories[0]) for _ in range(3)]
     for model, seed in zip(models, (0, 1, 1), strict=True):
-        compress(model, stories[1], story_texts, remove=1, kind="swiglu:width=8", seed=seed, **SMALL)
+        compress(model, stories[1], story_texts, configured(remove=1, repair="swiglu:width=8", seed=seed, **SMALL))
     random = [
         {name: p for name, p in model.named_parameters() if "gate_proj" in name and ".mlp." not in name}
         for model in models
@@ -142,7 +152,9 @@ def test_every_search_ends_in_a_model(
     search: str, story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path
 ) -> None:
     model, tokenizer = story_model
-    result = compress(model, tokenizer, story_texts, remove=2, search=search, output=tmp_path / "out", **SMALL)
+    result = compress(
+        model, tokenizer, story_texts, configured(remove=2, search=search, **SMALL), output=tmp_path / "out"
+    )
     chosen = result.candidates[0]
     assert result.plan.removed == tuple(sorted(chosen.blocks))
     p = result.perplexities
@@ -156,7 +168,7 @@ def test_every_search_ends_in_a_model(
 @pytest.mark.parametrize("target", [Target(parameters=0.1), Target(fraction=0.2)])
 def test_other_targets(target: Target, story_model: tuple[Any, Any], story_texts: list[str]) -> None:
     model, tokenizer = story_model
-    result = compress(model, tokenizer, story_texts, remove=target, **SMALL)
+    result = compress(model, tokenizer, story_texts, configured(remove=target, **SMALL))
     before, after = result.parameters
     assert after <= 0.9 * before if target.unit == "parameters" else len(result.plan.removed) == 1
 
@@ -164,11 +176,11 @@ def test_other_targets(target: Target, story_model: tuple[Any, Any], story_texts
 def test_a_profile_that_is_there_is_used(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
     model, tokenizer = story_model
     other = profile(copy.deepcopy(model), [torch.arange(3, 67).view(2, 32)])
-    result = compress(model, tokenizer, story_texts, remove=1, profile=other, **SMALL)
+    result = compress(model, tokenizer, story_texts, configured(remove=1, **SMALL), profile=other)
     assert result.profile is other
     model.model.layers[0].mlp.down_proj.weight.data += 1
     with pytest.raises(StreamlineError, match="profile is of another model"):
-        compress(model, tokenizer, story_texts, remove=1, profile=other, **SMALL)
+        compress(model, tokenizer, story_texts, configured(remove=1, **SMALL), profile=other)
 
 
 def test_what_cannot_be_carried_out_is_passed_over(
@@ -185,7 +197,7 @@ def test_what_cannot_be_carried_out_is_passed_over(
         original(surgeon, selection)
 
     monkeypatch.setattr(carrying_out, "carry_out", refuse_the_first)
-    result = compress(*story_model, story_texts, remove=1, say=said.append, **SMALL)
+    result = compress(*story_model, story_texts, configured(remove=1, **SMALL), say=said.append)
     assert refused and result.plan.removed != tuple(refused[0][0]) and result.candidates[0].windows != refused[0]
     (marked,) = (line for line in said if line.endswith("<- chosen"))
     assert marked.split()[0] == str(result.plan.removed[0]), "the mark stands at what is left out"
@@ -202,13 +214,13 @@ def test_a_surgeon_that_is_open_is_told_of_before_anything_is_run(
     with LayerSurgeon(model) as surgeon:
         surgeon.remove(range(1, 2))
         with pytest.raises(StreamlineError, match=message):
-            compress(model, tokenizer, story_texts, remove=1, say=said.append, **SMALL)
+            compress(model, tokenizer, story_texts, configured(remove=1, **SMALL), say=said.append)
     assert not said and len(model.model.layers) == 5
-    assert len(compress(model, tokenizer, story_texts, remove=1, **SMALL).plan.removed) == 1
+    assert len(compress(model, tokenizer, story_texts, configured(remove=1, **SMALL)).plan.removed) == 1
 
 
 def test_protected_blocks_stay(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
-    result = compress(*story_model, story_texts, remove=2, keep=(0, 1, -1), **SMALL)
+    result = compress(*story_model, story_texts, configured(remove=2, keep=(0, 1, -1), **SMALL))
     assert result.plan.removed == (2, 3)
 
 
@@ -218,7 +230,9 @@ def test_the_reported_perplexity_is_the_saved_models(
     """Scored on other text, with the folder read again and no help from compress."""
     model, tokenizer = story_model
     scored = story_texts[:24]
-    result = compress(model, tokenizer, story_texts[24:], test_texts=scored, remove=1, output=tmp_path / "out", **SMALL)
+    result = compress(
+        model, tokenizer, story_texts[24:], configured(remove=1, **SMALL), test_texts=scored, output=tmp_path / "out"
+    )
     from streamline_hooks.calibration import split_documents
 
     split = split_documents(story_texts[24:], tokenizer, test_documents=scored, **SMALL)
@@ -233,7 +247,7 @@ def test_an_error_leaves_model_and_folder_as_they_were(
     before = copy.deepcopy(model.state_dict())
     model.model.layers[3].mlp.down_proj.weight.data[0, 0] = math.inf
     with pytest.raises(StreamlineError, match=r"leaves block 3|enters block 4"):
-        compress(model, tokenizer, story_texts, remove=1, output=tmp_path / "out", **SMALL)
+        compress(model, tokenizer, story_texts, configured(remove=1, **SMALL), output=tmp_path / "out")
     assert list(model.state_dict()) == list(before) and type(model).__name__ == "LlamaForCausalLM"
     assert list(tmp_path.iterdir()) == []
 
@@ -243,10 +257,10 @@ def test_an_error_leaves_model_and_folder_as_they_were(
     [
         ({"remove": 0}, r"remove=0.*remove=8"),
         ({"remove": 5}, r"5 of 5 blocks.*one block must stay"),
-        ({"kind": "cubic"}, r"'cubic'.*Expected one of none, linear"),
-        ({"kind": "linear:rank=65"}, r"64 features.*rank=65"),
-        ({"kind": "block", "search": "greedy"}, r"'greedy'.*'block'"),
-        ({"kind": "block:count=4"}, r"4 blocks.*nothing to remove of 5"),
+        ({"repair": "cubic"}, r"'cubic'.*Expected one of none, linear"),
+        ({"repair": "linear:rank=65"}, r"64 features.*rank=65"),
+        ({"repair": "block", "search": "greedy"}, r"'greedy'.*'block'"),
+        ({"repair": "block:count=4"}, r"4 blocks.*nothing to remove of 5"),
         ({"keep": (9,)}, r"keep=9.*out of range"),
         ({"keep": (1, 3), "remove": 3}, r"3 consecutive blocks.*5"),
         ({"stack": "nowhere"}, r"'nowhere'.*'model.layers' \(5 blocks\)"),
@@ -266,7 +280,7 @@ def test_bad_input(story_model: tuple[Any, Any], story_texts: list[str], changes
     model, tokenizer = story_model
     options = {"remove": 1, "texts": story_texts, **SMALL, **changes}
     with pytest.raises(StreamlineError, match=text):
-        compress(model, tokenizer, options.pop("texts"), **options)
+        compress(model, tokenizer, options.pop("texts"), **arguments(**options))
 
 
 def test_a_tokenizer_of_another_model(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
@@ -278,7 +292,7 @@ def test_a_tokenizer_of_another_model(story_model: tuple[Any, Any], story_texts:
             return {"input_ids": [i + 1000 for i in self.inner(text, **options)["input_ids"]]}
 
     with pytest.raises(StreamlineError, match=r"'another'.*this model"):
-        compress(story_model[0], Shifted(story_model[1]), story_texts, remove=1, **SMALL)
+        compress(story_model[0], Shifted(story_model[1]), story_texts, configured(remove=1, **SMALL))
 
 
 @pytest.mark.slow
@@ -286,9 +300,22 @@ def test_smollm2_loses_a_quarter_of_its_blocks(smollm2: tuple[Any, Any], tmp_pat
     """A real model, a fraction of the demo's tokens, and a new process that reads the result."""
     model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
     result = compress(
-        model, tokenizer, read_documents("pydoc"), remove=0.25, keep=(0, 1, -1), shortlist=2, sequence_length=128,
-        calibration_tokens=6_144, validation_tokens=512, test_tokens=512, output=tmp_path / "out", side_by_side=False,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        read_documents("pydoc"),
+        configured(
+            remove=0.25,
+            keep=(0, 1, -1),
+            shortlist=2,
+            sequence_length=128,
+            calibration_tokens=6_144,
+            validation_tokens=512,
+            test_tokens=512,
+            speed=False,
+            generation=False,
+        ),
+        output=tmp_path / "out",
+    )
     assert len(result.plan.removed) == 8 and len(find_stack(model)) == 22
     p = result.perplexities
     assert p["repaired"] < 4 * p["original"] and p["repaired"] < p["removed"]
@@ -342,9 +369,7 @@ def test_packed_text_is_its_documents_alone(
         model,
         tokenizer,
         texts,
-        remove=1,
-        shortlist=2,
-        training=Training(objective=Objective(kl=1.0, lm=0.5), validations=1),
+        configured(remove=1, shortlist=2, distillation=DistillationConfig(loss={"kl": 1.0, "lm": 0.5}, validations=1)),
         say=prompts.append,
     )
     assert "packed rows of 64" in next(line for line in prompts if line.startswith("text"))
@@ -367,15 +392,15 @@ def test_packed_text_that_cannot_be_used(story_model: tuple[Any, Any], story_tex
     model, tokenizer = story_model
     texts = packed_stories(tmp_path, tokenizer, story_texts)
     with pytest.raises(StreamlineError, match=r"\['calibration', 'test'\].*expected calibration, validation"):
-        compress(model, tokenizer, {name: texts[name] for name in ("calibration", "test")}, remove=1)
+        compress(model, tokenizer, {name: texts[name] for name in ("calibration", "test")}, configured(remove=1))
     empty = PackedText(torch.empty(0, 64, dtype=torch.int32), torch.empty(0, 64, dtype=torch.int32), 0, 0)
     with pytest.raises(StreamlineError, match="a row at least"):
-        compress(model, tokenizer, texts | {"test": empty}, remove=1)
+        compress(model, tokenizer, texts | {"test": empty}, configured(remove=1))
     with pytest.raises(StreamlineError, match=r"test part of its own.*leave test_texts"):
-        compress(model, tokenizer, texts, remove=1, test_texts=story_texts)
+        compress(model, tokenizer, texts, configured(remove=1), test_texts=story_texts)
     other = tiny_model("bloom", vocab_size=len(tokenizer))
     with pytest.raises(StreamlineError, match="packed row apart"):
-        compress(other, tokenizer, texts, remove=1)
+        compress(other, tokenizer, texts, configured(remove=1))
 
 
 def test_repeated_passages_choose_the_blocks_and_change_no_other_text(
@@ -383,10 +408,16 @@ def test_repeated_passages_choose_the_blocks_and_change_no_other_text(
 ) -> None:
     """Where only one block can go, the fitted and trained repair is the same to the bit; it is judged otherwise."""
     model, tokenizer = story_model
-    settings = Training(validations=1)
-    options: dict[str, Any] = {"keep": (0, 1, 3, 4), "training": settings, "side_by_side": False, **SMALL}
+    settings = DistillationConfig(validations=1)
+    options: dict[str, Any] = {
+        "keep": (0, 1, 3, 4),
+        "distillation": settings,
+        "speed": False,
+        "generation": False,
+        **SMALL,
+    }
     plain, repeated = (
-        compress(copy.deepcopy(model), tokenizer, story_texts, remove=1, repeated=share, **options)
+        compress(copy.deepcopy(model), tokenizer, story_texts, **arguments(remove=1, repeated=share, **options))
         for share in (0.0, 0.5)
     )
     assert repeated.perplexities == plain.perplexities
@@ -401,20 +432,27 @@ def test_repeated_passages_choose_the_blocks_and_change_no_other_text(
     assert one.gone == other.gone and one.distance != other.distance
     assert plain.profile is not None and repeated.profile is not None
     assert not torch.equal(plain.profile.cosine, repeated.profile.cosine)
-    few = compress(copy.deepcopy(model), tokenizer, story_texts, remove=1, repeated=0.5, fitting_tokens=650, **options)
+    few = compress(
+        copy.deepcopy(model), tokenizer, story_texts, **arguments(remove=1, repeated=0.5, fitting_tokens=650, **options)
+    )
     assert few.data["fitting_tokens"] == 640  # whole sequences
     assert "the second half of 5 of 10 calibration sequences" in few.data["notes"][-1]
     with pytest.raises(StreamlineError, match=r"repeated=0\.5"):
         rows = torch.arange(3, 99).view(6, 2, 8) % 60 + 3
         parts = {name: list(rows[2 * k : 2 * k + 2]) for k, name in enumerate(("calibration", "validation", "test"))}
-        compress(model, None, parts, repeated=0.5, **{"remove": 1, "side_by_side": False})
+        compress(model, None, parts, **arguments(repeated=0.5, **{"remove": 1, "speed": False, "generation": False}))
 
 
 def test_a_training_in_vain_is_told_at_the_end(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
     """One whose rate throws the repair off, so that the start is kept."""
     model, tokenizer = copy.deepcopy(story_model[0]), story_model[1]
-    settings = Training(learning_rate=10.0, warmup=0.0, validations=2)
-    result = compress(model, tokenizer, story_texts, remove=1, training=settings, side_by_side=False, **SMALL)
+    settings = DistillationConfig(learning_rate=10.0, warmup_ratio=0.0, validations=2)
+    result = compress(
+        model,
+        tokenizer,
+        story_texts,
+        configured(remove=1, distillation=settings, speed=False, generation=False, **SMALL),
+    )
     assert result.training is not None and result.training.best_step == 0
     assert result.warnings == [result.training.in_vain] and "brought nothing" in result.table()
     assert result.perplexities["trained"] == pytest.approx(result.perplexities["repaired"], rel=1e-5)

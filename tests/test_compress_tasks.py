@@ -15,11 +15,13 @@ from torch import Tensor
 from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, Target, compress, find_stack, load
 from streamline_hooks.batch import prepare
 from streamline_hooks.batch_split import BatchSplit
+from streamline_hooks.cli.short_forms import parse_loss
 from streamline_hooks.evaluation import TaskScores, distances_of_candidates
 from streamline_hooks.evaluation.candidates import Candidate
-from streamline_hooks.repair import Objective, Training, student_of, train
+from streamline_hooks.repair import DistillationConfig, student_of, train
 from streamline_hooks.report import write_report
 from streamline_hooks.task import Task
+from tests.configured import arguments, configured
 from tests.other_models import OTHERS, TEXT, made, padded
 
 CASES = {
@@ -65,9 +67,9 @@ def test_the_whole_way(name: str, tmp_path: Path) -> None:
     model, case, given = made(name), OTHERS[name], parts(name)
     original, task, length = copy.deepcopy(model), Task.of(model), len(find_stack(model, case.path(model)))
     said: list[str] = []
-    training = Training(Objective.parse(CASES[name]), learning_rate=1e-3, validations=2)
-    options: dict[str, Any] = {"stack": case.path(model), "remove": len(case.removed), "training": training}
-    result = compress(model, None, given, **options, keep=(0,), say=said.append, output=tmp_path / "out")
+    training = DistillationConfig(parse_loss(CASES[name]), learning_rate=1e-3, validations=2)
+    options: dict[str, Any] = {"stack": case.path(model), "remove": len(case.removed), "distillation": training}
+    result = compress(model, None, given, **arguments(**options, keep=(0,)), say=said.append, output=tmp_path / "out")
     assert any(line.startswith("data       calibration ") and f" {task.unit}s in 6 batches" in line for line in said)
     assert len(find_stack(model, case.path(model))) == length - len(case.removed) and not result.perplexities
     measure = "kl" if task.gives_distributions else "cosine"
@@ -115,7 +117,7 @@ def test_candidates_are_judged_by_what_the_model_says_without_them(name: str) ->
         assert distance == pytest.approx(float(torch.cat(sums).mean()), rel=1e-3, abs=1e-6)
 
 
-QUICK = Training(Objective.parse("relative"), learning_rate=1e-2, validations=2)
+QUICK = DistillationConfig({"relative": 1.0}, learning_rate=1e-2, validations=2)
 
 
 @pytest.mark.parametrize("name", ["bart encoder", "bart decoder", "t5 encoder", "t5 decoder"])
@@ -133,7 +135,7 @@ def test_padding_of_either_side_is_not_trained_on(name: str, objective: str) -> 
                 batch[f"{side}input_ids"] = ids.where(mask, noise)
         stack = find_stack(model, case.path(model))
         student = student_of(stack, [(range(1, 3), LinearReplacement(32))])
-        settings = replace(QUICK, objective=Objective.parse(objective), epochs=3)
+        settings = replace(QUICK, loss=parse_loss(objective), epochs=3)
         trained = train(student, batches[:3], batches[3:], settings)
         assert trained.distance < trained.distance_before
         found.append(torch.cat([p.detach().flatten() for p in student.parameters().values()]))
@@ -143,14 +145,14 @@ def test_padding_of_either_side_is_not_trained_on(name: str, objective: str) -> 
 def test_an_objective_that_a_model_cannot_be_compared_by() -> None:
     for name, objective in (("bert", "kl"), ("vit", "embedding"), ("vit", "kl + lm"), ("bert", "embedding + lm")):
         model = made(name)
-        training = replace(QUICK, objective=Objective.parse(objective))
-        with pytest.raises(StreamlineError, match=r"not give.*Train"):
-            compress(model, None, parts(name), remove=1, training=training)
+        training = replace(QUICK, loss=parse_loss(objective))
+        with pytest.raises(StreamlineError, match=r"compares logits.*has none.*Train|lm.*Train|embedding.*Train"):
+            compress(model, None, parts(name), configured(remove=1, distillation=training))
         assert len(find_stack(model)) == 4
     model = made("bart decoder")
     student = student_of(find_stack(model), [(range(1, 2), LinearReplacement(32))])
     with pytest.raises(StreamlineError, match=r"a batch has none .*Give labels"):
-        of_text = replace(QUICK, objective=Objective.parse("lm"))
+        of_text = replace(QUICK, loss={"lm": 1.0})
         train(student, drawn("bart decoder", 0), drawn("bart decoder", 1), of_text)
     hidden = parts("bart decoder")
     hidden["calibration"][1]["decoder_attention_mask"] = torch.ones_like(hidden["calibration"][1]["labels"])
@@ -162,16 +164,16 @@ def test_an_objective_that_a_model_cannot_be_compared_by() -> None:
 def test_parts_that_are_none() -> None:
     model, given = made("vit"), parts("vit")
     with pytest.raises(StreamlineError, match=r"image-classification.*text alone.*Give"):
-        compress(model, None, ["a text"], remove=1)
+        compress(model, None, ["a text"], configured(remove=1))
     with pytest.raises(StreamlineError, match=r"\(2\).*expected"):
-        compress(model, None, {"calibration": given["calibration"]}, remove=1)
+        compress(model, None, {"calibration": given["calibration"]}, configured(remove=1))
     with pytest.raises(StreamlineError, match=r"2 of the test.*calibration part"):
-        compress(model, None, given | {"calibration": [*given["calibration"], given["test"][0]]}, remove=1)
+        compress(model, None, given | {"calibration": [*given["calibration"], given["test"][0]]}, configured(remove=1))
     with pytest.raises(StreamlineError, match="ViTForImageClassification"):
-        compress(model, None, given, remove=Target(latency=0.8))
+        compress(model, None, given, configured(remove=Target(latency=0.8)))
     one = [{"pixel_values": given["calibration"][0]["pixel_values"][:1]}]
     with pytest.raises(StreamlineError, match=r"one sequence or image.*expected two"):
-        compress(model, None, given | {"calibration": one}, remove=1)
+        compress(model, None, given | {"calibration": one}, configured(remove=1))
     assert len(find_stack(model)) == 4
 
 
@@ -201,7 +203,7 @@ def test_a_causal_model_takes_batches_too(story_model: tuple[Any, Any], story_te
     model, tokenizer = story_model
     ids = [tokenizer(text, return_tensors="pt").input_ids[:, :48] for text in story_texts[:18]]
     given = {"calibration": ids[:10], "validation": ids[10:14], "test": ids[14:]}
-    result = compress(model, None, given, remove=1, shortlist=2)
+    result = compress(model, None, given, configured(remove=1, shortlist=2))
     assert result.perplexities["original"] < result.perplexities["repaired"] and not result.scores
 
 
@@ -227,9 +229,9 @@ def test_a_model_of_another_library(library: str, kind: str, tmp_path: Path) -> 
         return list(torch.randn(count, 4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)))
 
     model, given = built(), {"calibration": images(6, 0), "validation": images(2, 1), "test": images(3, 2)}
-    training = Training(Objective.parse("kl + relative"), learning_rate=1e-3, validations=2)
-    options: dict[str, Any] = {"remove": 1, "kind": kind, "training": training, "output": tmp_path / "out"}
-    result = compress(model, None, given, **options)
+    training = DistillationConfig({"kl": 1.0, "relative": 1.0}, learning_rate=1e-3, validations=2)
+    options: dict[str, Any] = {"remove": 1, "repair": kind, "distillation": training, "output": tmp_path / "out"}
+    result = compress(model, None, given, **arguments(**options))
     assert (
         result.task == Task("image-classification") and result.scores["trained"]["kl"] < result.scores["removed"]["kl"]
     )
@@ -253,11 +255,16 @@ def test_the_search_is_told_the_task() -> None:
     for options in ({"criterion": "kl"}, {"search": "evolution"}, {"search": "greedy", "criterion": "kl"}):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Task, "answers", watched)
-            compress(made("bert"), None, parts("bert"), remove=1, task="embedding:pooling=first", **options)
+            compress(
+                made("bert"),
+                None,
+                parts("bert"),
+                **arguments(remove=1, task=Task("embedding", pooling="first"), **options),
+            )
     assert set(asked) == {"embedding:pooling=first"}
     for criterion in ("perplexity", "taylor"):
         with pytest.raises(StreamlineError, match=rf"{criterion} is.*next token"):
-            compress(model, None, parts("bert"), remove=1, criterion=criterion)
+            compress(model, None, parts("bert"), configured(remove=1, criterion=criterion))
 
 
 def test_equal_content_is_found_whatever_is_beside_it() -> None:
@@ -294,7 +301,7 @@ def test_a_masked_model_is_judged_where_it_fills_in() -> None:
             places = batch["labels"] != -100
             assert bool(places.any(dim=1).all()) and bool((batch["input_ids"][places] == 3).all())
             assert not bool((places & ~batch["attention_mask"].bool()).any())
-    result = compress(model, tokenizer, given, remove=1)
+    result = compress(model, tokenizer, given, configured(remove=1))
     assert result.task == Task("masked-lm") and not result.perplexities
     assert result.data["test_tokens"] == sum(int((b["labels"] != -100).sum()) for b in given["test"])
     from streamline_hooks import perplexity
@@ -315,7 +322,7 @@ def test_the_loss_is_a_mean_over_answers(name: str, objective: str, accumulation
     student = student_of(find_stack(model, case.path(model)), [(range(1, 2), LinearReplacement(32))])
     batches = drawn(name, 3)
     settings = replace(
-        QUICK, objective=Objective.parse(objective), learning_rate=1e-30, validations=1, accumulation=accumulation
+        QUICK, loss=parse_loss(objective), learning_rate=1e-30, validations=1, gradient_accumulation_steps=accumulation
     )
     trained = train(student, batches, batches, settings)
     assert trained.history[-1]["loss"] == pytest.approx(trained.distance, rel=1e-3) and trained.distance > 1e-3

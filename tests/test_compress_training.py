@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,14 +15,17 @@ import pytest
 import torch
 
 from streamline_hooks import StreamlineError, UnsupportedSurgery, compress, find_stack, load, profile, shared_steps
-from streamline_hooks.repair import Objective, Training, TrainingCallback
+from streamline_hooks.cli.short_forms import parse_healing
+from streamline_hooks.pipeline import one_round
+from streamline_hooks.repair import DistillationConfig, HealingConfig, TrainingCallback
 from streamline_hooks.repair import training as repair_training
 from streamline_hooks.selection import EvolutionSearch
 from streamline_hooks.testing import tiny_model
+from tests.configured import arguments, configured
 from tests.training_callbacks import BeforeSteps, RaiseAt
 
 SMALL = {"sequence_length": 64, "calibration_tokens": 6400, "validation_tokens": 640, "test_tokens": 640}
-TRAINING = Training(learning_rate=3e-3, epochs=2, validations=4)
+TRAINING = DistillationConfig(learning_rate=3e-3, epochs=2, validations=4)
 
 
 @pytest.mark.parametrize(
@@ -43,9 +45,21 @@ def test_training_ends_in_a_better_model_that_loads(
     keep = (0,) if kind == "folded" else ()
     said: list[str] = []
     result = compress(
-        model, tokenizer, story_texts, remove=1, kind=kind, keep=keep, shortlist=2, output=tmp_path / "out",
-        training=TRAINING, healing=healing, say=said.append, **SMALL,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        story_texts,
+        configured(
+            remove=1,
+            repair=kind,
+            keep=keep,
+            shortlist=2,
+            distillation=TRAINING,
+            healing=None if healing is None else parse_healing(healing),
+            **SMALL,
+        ),
+        output=tmp_path / "out",
+        say=said.append,
+    )
     p, trained = result.perplexities, result.training
     assert trained is not None
     before = p["removed"] if kind == "none" else p["repaired"]
@@ -69,10 +83,10 @@ def test_what_was_compressed_can_be_compressed_and_healed_again(
 ) -> None:
     """The splice of the first time is beside a block that is healed the second time."""
     model, tokenizer = story_model
-    compress(model, tokenizer, story_texts, remove=1, shortlist=2, **SMALL)
+    compress(model, tokenizer, story_texts, configured(remove=1, shortlist=2, **SMALL))
     before = {name: p.clone() for name, p in model.named_parameters() if "spliced" in name}
-    options = {"training": TRAINING, "healing": "partial", "output": tmp_path / "o", **SMALL}
-    result = compress(model, tokenizer, story_texts, remove=1, shortlist=2, **options)
+    options = {"distillation": TRAINING, "healing": HealingConfig("partial"), "output": tmp_path / "o", **SMALL}
+    result = compress(model, tokenizer, story_texts, **arguments(remove=1, shortlist=2, **options))
     assert result.perplexities["trained"] < result.perplexities["repaired"]
     splices = {name for name, _ in model.named_parameters() if "spliced" in name}
     assert len(splices) in (1, 2) and before
@@ -85,9 +99,16 @@ def test_a_killed_training_is_resumed_where_it_was(
 ) -> None:
     def run(folder: str, resume: bool = False, callbacks: Sequence[TrainingCallback] = ()) -> Any:
         model, tokenizer = copy.deepcopy(stories[0]), stories[1]
-        settings = replace(TRAINING, keep_every=0.0, callbacks=callbacks)
-        options = {"remove": 1, "shortlist": 2, "training": settings, "resume": resume, **SMALL}
-        return compress(model, tokenizer, story_texts, output=tmp_path / folder, **options).model
+        settings = replace(TRAINING, checkpoint_minutes=0.0)
+        options = {
+            "remove": 1,
+            "shortlist": 2,
+            "distillation": settings,
+            "resume": resume,
+            "callbacks": callbacks,
+            **SMALL,
+        }
+        return compress(model, tokenizer, story_texts, **arguments(**options), output=tmp_path / folder).model
 
     class Killed(BaseException):
         pass
@@ -107,23 +128,29 @@ def test_what_is_asked_for_in_vain_is_refused_at_once(
     model, tokenizer = story_model
     before = find_stack(model).blocks
     for options, message in (
-        ({"healing": "lora"}, r"healing.*part of a training"),
-        ({"resume": True}, r"resume.*part of a training"),
-        ({"train_until": 60.0}, r"train_until.*part of a training"),
-        ({"training": TRAINING, "resume": True, "train_until": 60.0}, r"train_until.*its begin"),
-        ({"training": TRAINING, "train_until": 0.0}, r"train_until=0.0.*seconds ab"),
-        ({"training": TRAINING, "train_until": float("nan")}, r"train_until=nan.*number"),
-        ({"training": TRAINING, "resume": True}, "no training to resume at any place"),
+        ({"healing": HealingConfig()}, r"healing.*without a training"),
+        ({"resume": True}, r"resume.*for a training"),
+        ({"train_until": 60.0}, r"train_until.*without a training"),
+        ({"distillation": TRAINING, "resume": True, "train_until": 60.0}, r"resume.*train_until=60.0.*its start"),
+        ({"distillation": TRAINING, "train_until": 0.0}, r"train_until=0.0.*seconds above"),
+        ({"distillation": TRAINING, "train_until": float("nan")}, r"train_until=nan.*number"),
+        ({"distillation": TRAINING, "resume": True}, "no training to resume at any place"),
         (
-            {"training": TRAINING, "resume": True, "output": tmp_path / "out"},
+            {"distillation": TRAINING, "resume": True, "output": tmp_path / "out"},
             r"no training to resume at .*out\.training",
         ),
     ):
         with pytest.raises(StreamlineError, match=message):
-            compress(model, tokenizer, story_texts, **options, **SMALL)
+            compress(model, tokenizer, story_texts, **arguments(**options, **SMALL))
     measured = profile(model, [torch.arange(3, 11)[None]])
-    with pytest.raises(UnsupportedSurgery, match="attention or an MLP alone"):
-        compress(model, tokenizer, story_texts, remove=1, search="mlp", training=TRAINING, profile=measured, **SMALL)
+    with pytest.raises(UnsupportedSurgery, match="silences attentions or MLPs"):
+        compress(
+            model,
+            tokenizer,
+            story_texts,
+            configured(remove=1, search="mlp", distillation=TRAINING, **SMALL),
+            profile=measured,
+        )
     assert find_stack(model).blocks == before
 
 
@@ -133,27 +160,42 @@ def test_a_window_behind_which_nothing_could_be_healed_is_not_chosen(
 ) -> None:
     """Where nothing else is trained, for then all would have been ranked and judged in vain."""
     model, tokenizer = story_model
-    options = {**SMALL, "remove": 1, "kind": kind, "training": TRAINING, "side_by_side": False}
+    options = {**SMALL, "remove": 1, "repair": kind, "distillation": TRAINING, "speed": False, "generation": False}
     with pytest.raises(StreamlineError, match=rf"'{kind}'.*nothing to train"):
-        compress(model, tokenizer, story_texts, **options)
-    options |= {"healing": "partial:where=after"}
+        compress(model, tokenizer, story_texts, **arguments(**options))
+    options |= {"healing": HealingConfig("partial", "after")}
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules[compress.__module__], "verified_together", None)
+        patch.setattr(one_round, "verified_together", None)
         said = r"nothing to train where 4.*1 selections.*'after'"
         with pytest.raises(StreamlineError, match=said):
-            compress(model, tokenizer, story_texts, keep=(0, 1, 2, 3), **options)
+            compress(model, tokenizer, story_texts, **arguments(keep=(0, 1, 2, 3), **options))
         with pytest.raises(StreamlineError, match="nothing to train where 3-4"):
-            compress(model, tokenizer, story_texts, keep=(0, 1, 2), **{**options, "search": "greedy", "remove": 2})
-    result = compress(model, tokenizer, story_texts, keep=(0, 1, 2), **options)
+            compress(
+                model,
+                tokenizer,
+                story_texts,
+                **arguments(keep=(0, 1, 2), **{**options, "search": "greedy", "remove": 2}),
+            )
+    result = compress(model, tokenizer, story_texts, **arguments(keep=(0, 1, 2), **options))
     assert result.plan.removed == (3,) and result.training is not None and result.training.steps
 
 
 def test_blocks_that_are_healed_do_not_go(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
     said: list[str] = []
     result = compress(
-        *story_model, story_texts, remove=1, keep=(0, 1, 2), training=TRAINING, healing="partial:where=last,count=1",
-        side_by_side=False, say=said.append, **SMALL,
-    )  # fmt: skip
+        *story_model,
+        story_texts,
+        configured(
+            remove=1,
+            keep=(0, 1, 2),
+            distillation=TRAINING,
+            healing=HealingConfig(method="partial", where="last", count=1),
+            speed=False,
+            generation=False,
+            **SMALL,
+        ),
+        say=said.append,
+    )
     assert result.plan.removed == (3,)
     assert "left out   1 of 2 windows, without which nothing is there to be trained or healed" in said
 
@@ -162,9 +204,18 @@ def test_of_windows_apart_the_last_block_may_go() -> None:
     """For what is between them is behind the first."""
     batches = [torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(k)) for k in range(8)]
     result = compress(
-        tiny_model("llama"), None, {"calibration": batches[:5], "validation": batches[5:7], "test": batches[7:]},
-        remove=3, keep=(0, 1, 2, 3), kind="none", search="disjoint", training=TRAINING, healing="partial:where=after",
-    )  # fmt: skip
+        tiny_model("llama"),
+        None,
+        {"calibration": batches[:5], "validation": batches[5:7], "test": batches[7:]},
+        configured(
+            remove=3,
+            keep=(0, 1, 2, 3),
+            repair="none",
+            search="disjoint",
+            distillation=TRAINING,
+            healing=HealingConfig(method="partial", where="after"),
+        ),
+    )
     assert result.plan.removed in ((4, 6, 7), (4, 5, 7)) and result.training is not None and result.training.steps
 
 
@@ -172,9 +223,20 @@ def test_a_kind_with_parameters_may_be_trained_alone(story_model: tuple[Any, Any
     model, tokenizer = story_model
     said: list[str] = []
     result = compress(
-        model, tokenizer, story_texts, training=TRAINING, healing="partial:where=after", remove=1,
-        keep=(0, 1, 2, 3), say=said.append, side_by_side=False, **SMALL,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        story_texts,
+        configured(
+            distillation=TRAINING,
+            remove=1,
+            healing=HealingConfig(method="partial", where="after"),
+            keep=(0, 1, 2, 3),
+            speed=False,
+            generation=False,
+            **SMALL,
+        ),
+        say=said.append,
+    )
     assert result.plan.removed == (4,)
     assert any("so that the repair is trained alone" in line for line in said)
 
@@ -196,14 +258,17 @@ def test_a_training_ends_by_the_clock_of_the_whole_call(
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     clock = BeforeSteps(ticking(10.0, lambda progress: None))
     if slow == "verified_together":
-        monkeypatch.setattr(sys.modules[compress.__module__], slow, ticking(75.0, shared_steps.verified_together))
+        monkeypatch.setattr(one_round, slow, ticking(75.0, shared_steps.verified_together))
     if slow == "train_selection":  # the original's pass, which is a part of it
         monkeypatch.setattr(repair_training, "taught_to", ticking(37.5, repair_training.taught_to))
     result = compress(
-        *story_model, story_texts, remove=1, shortlist=1, training=replace(TRAINING, callbacks=[clock]),
-        train_until=100.0, side_by_side=False,
-        **SMALL,
-    )  # fmt: skip
+        *story_model,
+        story_texts,
+        configured(
+            remove=1, shortlist=1, distillation=TRAINING, train_until=100.0, speed=False, generation=False, **SMALL
+        ),
+        callbacks=[clock],
+    )
     trained = result.training
     assert trained is not None and trained.steps == (3 if slow else 10)
     assert f"after step {trained.steps}" in trained.stopped
@@ -215,9 +280,18 @@ def test_where_no_time_is_left_what_was_fitted_stays(
     """And the original is not run over a text that nothing is trained on."""
     monkeypatch.setattr(repair_training, "taught_to", None)
     result = compress(
-        *story_model, story_texts, remove=1, shortlist=1, training=TRAINING, train_until=1e-6, output=tmp_path / "out",
-        healing="partial:where=after", **SMALL,
-    )  # fmt: skip
+        *story_model,
+        story_texts,
+        configured(
+            remove=1,
+            shortlist=1,
+            distillation=TRAINING,
+            train_until=1e-6,
+            healing=HealingConfig(method="partial", where="after"),
+            **SMALL,
+        ),
+        output=tmp_path / "out",
+    )
     assert result.training is None and list(tmp_path.iterdir()) == [tmp_path / "out"]
     assert re.search(r"Nothing was trained.*1e-06 seconds", result.warnings[0])
     assert list(result.perplexities) == ["original", "removed", "repaired"]
@@ -235,7 +309,9 @@ def test_a_time_that_ends_while_the_original_is_run_leaves_no_step(
         return run(*given, **options)
 
     monkeypatch.setattr(repair_training, "taught_to", slow)
-    result = compress(*story_model, story_texts, remove=1, shortlist=1, training=TRAINING, train_until=5e3, **SMALL)
+    result = compress(
+        *story_model, story_texts, configured(remove=1, shortlist=1, distillation=TRAINING, train_until=5e3, **SMALL)
+    )
     assert result.training is not None and result.training.steps == 0
     assert "training made no step" in result.warnings[0]
     assert result.perplexities["trained"] == pytest.approx(result.perplexities["repaired"], rel=1e-4)
@@ -257,17 +333,21 @@ def test_a_search_that_may_halve_blocks_leaves_them_whole_where_they_are_trained
 
         monkeypatch.setattr(EvolutionSearch, "find", kept)
         compress(
-            tiny_model("llama"), None, parts, remove=2, search="evolution", shortlist=4, training=training,
-            side_by_side=False,
-        )  # fmt: skip
+            tiny_model("llama"),
+            None,
+            parts,
+            configured(remove=2, search="evolution", shortlist=4, distillation=training, speed=False, generation=False),
+        )
     assert any(one.silenced for one in found[False]), "nothing was halved, so that this shows nothing"
     assert len(found[True]) == 4 and not any(one.silenced for one in found[True])
 
 
 def test_states_alone_can_be_trained_for(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
     model, tokenizer = story_model
-    settings = replace(TRAINING, objective=Objective.parse("relative"))
-    result = compress(model, tokenizer, story_texts, remove=1, shortlist=1, kind="mlp", training=settings, **SMALL)
+    settings = replace(TRAINING, loss={"relative": 1.0})
+    result = compress(
+        model, tokenizer, story_texts, configured(remove=1, shortlist=1, repair="mlp", distillation=settings, **SMALL)
+    )
     assert result.perplexities["trained"] <= result.perplexities["repaired"]
     losses = [row["loss"] for row in result.training.history[1:]]  # type: ignore[union-attr]
     assert losses[-1] < losses[0]
@@ -280,11 +360,11 @@ def test_ctrl_c_saves_the_best_and_leaves_what_can_be_gone_on_from(
 
     def run(folder: str, **more: Any) -> Any:
         model, tokenizer = copy.deepcopy(stories[0]), stories[1]
-        options = {"remove": 1, "shortlist": 2, "training": TRAINING, "say": said.append, **SMALL, **more}
-        return compress(model, tokenizer, story_texts, output=tmp_path / folder, **options)
+        options = {"remove": 1, "shortlist": 2, "distillation": TRAINING, "say": said.append, **SMALL, **more}
+        return compress(model, tokenizer, story_texts, **arguments(**options), output=tmp_path / folder)
 
     whole = run("whole").model
-    result = run("out", training=replace(TRAINING, callbacks=[RaiseAt(20, KeyboardInterrupt)]))
+    result = run("out", callbacks=[RaiseAt(20, KeyboardInterrupt)])
     assert result.training.stopped == "interrupted after step 20"
     assert (tmp_path / "out/report.json").is_file()
     assert f"{tmp_path / 'out.training'} is left to go on from, with resume and overwrite." in said
@@ -298,8 +378,13 @@ def test_what_is_folded_survives_the_healing_of_its_own_block(
     kind: str, story_model: tuple[Any, Any], story_texts: list[str]
 ) -> None:
     model, tokenizer = story_model
-    options = {"kind": kind, "keep": (0,), "remove": 1, "shortlist": 1, **SMALL}
-    settings = replace(TRAINING, learning_rate=1e-30, warmup=0.0)
-    result = compress(model, tokenizer, story_texts, training=settings, healing="lora:rank=2", **options)
+    options = {"repair": kind, "keep": (0,), "remove": 1, "shortlist": 1, **SMALL}
+    settings = replace(TRAINING, learning_rate=1e-30, warmup_ratio=0.0)
+    result = compress(
+        model,
+        tokenizer,
+        story_texts,
+        **arguments(distillation=settings, healing=HealingConfig(method="lora", rank=2), **options),
+    )
     assert result.perplexities["repaired"] != pytest.approx(result.perplexities["removed"], rel=1e-3)
     assert result.perplexities["trained"] == pytest.approx(result.perplexities["repaired"], rel=1e-5)

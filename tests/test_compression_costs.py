@@ -16,11 +16,12 @@ from streamline_hooks.planning import training_plan_here
 from streamline_hooks.preparation import prepare_compression
 from streamline_hooks.task import Task
 from tests.blockwise.checkpoints import reader
+from tests.configured import configured
 from tests.tiny_models import tiny_config
 
 DEPTH = 12
 AMOUNTS = {"seed": 0, "sequence_length": 16, "calibration_tokens": 512, "validation_tokens": 128, "test_tokens": 128}
-OPTIONS: dict[str, Any] = {"remove": 4, "parts": 2, "keep": (), "batch_size": 4, "stack": None}
+OPTIONS: dict[str, Any] = {"remove": 4, "keep": (), "batch_size": 4, "stack": None}
 # A second a token and block, and nothing else, so that what is told is how many tokens are run through blocks.
 NOTHING = dict.fromkeys(("before", "after", "similarity", "moments", "reference", "divergence", "likelihood"), 0.0)
 A_BLOCK = Pace(
@@ -50,15 +51,14 @@ def test_as_many_tokens_are_run_as_are_told(
     for parameter in model.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.1)
-    options = {**OPTIONS, "kind": kind, "search": search}
-    ready = prepare_compression(
-        model, *reader(), task=Task("causal-lm"), say=str, test_documents=None, **options, **AMOUNTS
-    )
-    told = sum(cost.seconds for cost in compression_costs(ready, 8, search=search))
+    options = {**OPTIONS, "repair": kind, "search": search}
+    config = configured(speed=False, generation=False, **options, **AMOUNTS)
+    ready = prepare_compression(model, *reader(), config, task=Task("causal-lm"))
+    told = sum(cost.seconds for cost in compression_costs(ready))
     run = []
     for block in find_stack(model).blocks:
         block.register_forward_pre_hook(lambda block, args: run.append(args[0].shape[0] * args[0].shape[1]))
-    compress(model, *reader(), side_by_side=False, say=str, **options, **AMOUNTS)
+    compress(model, *reader(), config)
     assert sum(run) <= 1.02 * told <= at_most * sum(run)
 
 

@@ -11,11 +11,12 @@ import torch
 from streamline_hooks import LinearReplacement
 from streamline_hooks.batch import batches_of
 from streamline_hooks.calibration import pack, packed_batches
+from streamline_hooks.cli.short_forms import parse_loss
 from streamline_hooks.evaluation import perplexity
 from streamline_hooks.evaluation.candidates import Candidate
 from streamline_hooks.evaluation.perplexity import Perplexity, perplexity_of_candidates
 from streamline_hooks.predicted import following_tokens, predicted_tokens
-from streamline_hooks.repair import Objective, Student, Trained, Training, train
+from streamline_hooks.repair import DistillationConfig, Objective, Student, Trained, train
 from streamline_hooks.repair.teacher import taught_states
 from streamline_hooks.testing import tiny_model
 from tests.tiny_models import left_padded
@@ -46,7 +47,7 @@ def test_perplexity_of_packed_rows_is_that_of_their_documents() -> None:
 
 
 def test_the_text_s_own_loss_leaves_the_same_tokens_out() -> None:
-    model, objective = tiny_model("llama"), Objective(kl=0.0, lm=1.0)
+    model, objective = tiny_model("llama"), Objective({"lm": 1.0})
 
     def loss(batches: list[dict[str, torch.Tensor]]) -> float:
         total = 0.0
@@ -65,10 +66,10 @@ def test_the_text_s_own_loss_leaves_the_same_tokens_out() -> None:
 
 @pytest.mark.parametrize("objective", ["lm", "kl + lm"])
 def test_a_training_learns_the_same_tokens_of_packed_rows(objective: str) -> None:
-    settings = Training(Objective.parse(objective), learning_rate=1e-3, warmup=0.0)
+    settings = DistillationConfig(parse_loss(objective), learning_rate=1e-3, warmup_ratio=0.0)
 
     def trained(batches: list[dict[str, torch.Tensor]]) -> Trained:
-        steps = replace(settings, accumulation=len(batches))  # one step on all of them
+        steps = replace(settings, gradient_accumulation_steps=len(batches))  # one step on all of them
         return train(Student(tiny_model("llama"), [(range(2, 4), LinearReplacement(32))]), batches, batches, steps)
 
     rows, documents = trained(packed()), trained(apart())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +14,22 @@ import torch
 
 from benchmarks import quality_generation
 from benchmarks.generation_in_short import short_differences, short_table
-from benchmarks.generation_recipes import CURVE, RECIPES, TRAINED, Run, plans, same_minutes, trained_in
+from benchmarks.generation_recipes import (
+    BEST,
+    CURVE,
+    RECIPES,
+    SETTINGS,
+    TRAINED,
+    Recipe,
+    Run,
+    plans,
+    same_minutes,
+    trained_in,
+)
 from benchmarks.generation_table import differences, numbers, table
 from benchmarks.quality_generation import Bench
 from benchmarks.training_text import TrainingText
+from streamline_hooks import CompressionConfig, DisjointSearch, LinearConfig, OnPolicyConfig, Target
 
 
 def generation(solved: int, text: str = "and so on") -> dict[str, Any]:
@@ -314,18 +326,49 @@ def test_rounds_that_were_broken_off_are_gone_on_with(tmp_path: Path, monkeypatc
     made: Any = Bench.__new__(Bench)
     made.original, made.tokenizer = torch.nn.Linear(1, 1), None
     seen: list[bool] = []
+    configs: list[CompressionConfig] = []
 
-    def rounds(*given: Any, resume: bool, **more: Any) -> Any:
+    def rounds(model: Any, tokenizer: Any, texts: Any, config: CompressionConfig, *, resume: bool, **more: Any) -> Any:
         seen.append(resume)
+        configs.append(config)
         return SimpleNamespace(seconds={"train": 1.0}, rounds=[], plan=SimpleNamespace(removed=(3,)))
 
-    monkeypatch.setattr(quality_generation, "compress_iteratively", rounds)
+    monkeypatch.setattr(quality_generation, "compress", rounds)
     made.scored = lambda *given: given[-1]
     run, text = Run("in two rounds", 8, 1000), TrainingText(torch.zeros(4, 512), torch.zeros(2, 512), {})
     assert made.made_in_rounds(run, RECIPES[run.recipe], text)["train"] is not None
     made.file_of(run, "training.round-1").touch()
     assert made.made_in_rounds(run, RECIPES[run.recipe], text)["train"] is None
     assert seen == [False, True]
+    config, kept = configs[0], RECIPES[run.recipe].config
+    assert configs[1] == config and config.target == Target(blocks=8)
+    assert (config.rounds, config.search, config.healing) == (2, kept.search, kept.healing)
+    assert config.data == replace(kept.data, fitting_tokens=2 * 512)  # a fifth of the text for each of two rounds
+    assert config.hardware.batch_size == 1 and not (config.evaluation.speed or config.evaluation.generation)
+    assert config.distillation is not None and (config.distillation.seed, config.distillation.validations) == (0, 4)
+
+
+def test_the_recipes_are_those_of_the_rows_that_were_measured() -> None:
+    """In the strings of the first rows; a row whose strings differ would be made again."""
+    rows = json.loads(quality_generation.FILE.read_text())["rows"].values()
+    assert {one["recipe"] for one in rows} == set(RECIPES)
+    assert all(one["what"] == RECIPES[one["recipe"]].what for one in rows)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"repair": LinearConfig()}, {"healing": None}, {"rounds": 2}, {"search": DisjointSearch()},
+     {"distillation": replace(SETTINGS, learning_rate=2e-3)},
+     {"distillation": replace(SETTINGS, on_policy=OnPolicyConfig())},
+     {"distillation": replace(SETTINGS, on_policy=OnPolicyConfig(longest=64))},
+     {"data": replace(BEST.data, repeated=0.5)}],
+)  # fmt: skip
+def test_a_recipe_with_another_config_is_told_apart(change: dict[str, Any]) -> None:
+    known = [
+        RECIPES["best"].what,
+        Recipe(replace(BEST, distillation=replace(SETTINGS, on_policy=OnPolicyConfig(longest=32)))).what,
+    ]
+    assert Recipe(replace(BEST, **change)).what not in known
 
 
 def test_a_start_without_training_is_told_by_the_text_that_it_is_fitted_on() -> None:

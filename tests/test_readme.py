@@ -12,13 +12,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from streamline_hooks import LayerSurgeon, LinearReplacement, save
+from streamline_hooks import CompressionConfig, LayerSurgeon, LinearReplacement, Target, save
 from streamline_hooks.calibration import read_documents
 from tests.other_models import made
 from tests.tiny_models import Nudge
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+FIRST, CONFIGS = BLOCKS[0], next(block for block in BLOCKS if "recipe.yaml" in block)
+PIECES = [block for block in BLOCKS if block not in (FIRST, CONFIGS)]
 
 
 class Letters:
@@ -41,12 +43,16 @@ def test_compressing_a_folder(
     (tmp_path / "my-texts" / "a.txt").write_text("\n\n\n".join(read_documents("pydoc")[:30]))
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    exec(BLOCKS[0], names)
+    exec(FIRST, names)
     assert "perplexity, repaired" in capsys.readouterr().out
     assert type(names["small"]).__name__ == "StreamlinedLlamaForCausalLM"
+    exec(CONFIGS, names)
+    assert names["made_with"] == CompressionConfig(remove=0.25)
+    assert names["best"].target == Target(blocks=8)
+    assert CompressionConfig.load("recipe.yaml") == names["config"] != names["made_with"]
 
 
-@pytest.mark.parametrize("block", BLOCKS[1:], ids=lambda text: text.split()[3].rstrip(","))
+@pytest.mark.parametrize("block", PIECES, ids=lambda text: text.split()[3].rstrip(","))
 def test_the_pieces(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

@@ -23,16 +23,18 @@ from streamline_hooks import (
     score_windows,
 )
 from streamline_hooks.blockwise import BlockwisePass
+from streamline_hooks.cli.short_forms import parse_healing
 from streamline_hooks.errors import UnsupportedSurgery
-from streamline_hooks.repair import BlockConfig, FoldedConfig, Training, fit_windows, place
+from streamline_hooks.repair import BlockConfig, DistillationConfig, FoldedConfig, fit_windows, place
 from streamline_hooks.repair.branch_linear import fit_branch_linear
 from streamline_hooks.selection import Selection
 from streamline_hooks.selection.criteria.taylor import block_saliency
 from streamline_hooks.selection.search import evolution
 from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced
 from streamline_hooks.testing import tiny_model
+from tests.configured import arguments, configured
 
-QUICK = Training(epochs=2, learning_rate=3e-3, validations=2)
+QUICK = DistillationConfig(epochs=2, learning_rate=3e-3, validations=2)
 
 
 def texts(seed: int, count: int, rows: int = 4) -> list[Tensor]:
@@ -127,7 +129,17 @@ def test_what_a_healed_last_block_comes_to_is_told_of_the_model_that_is_returned
     model = operated(range(7, 9), blocks=9)
     original = logits(model)
     result = compress(
-        model, None, PARTS, remove=2, keep=[0, 1, 4, 5, 6], training=QUICK, healing=healing, side_by_side=False
+        model,
+        None,
+        PARTS,
+        configured(
+            remove=2,
+            keep=[0, 1, 4, 5, 6],
+            distillation=QUICK,
+            healing=parse_healing(healing),
+            speed=False,
+            generation=False,
+        ),
     )
     assert result.training is not None
     assert result.training.distance == pytest.approx(kl(model, original), rel=1e-3)
@@ -160,14 +172,21 @@ def test_what_was_spliced_in_keeps_its_precision(what: str) -> None:
         assert value.dtype == before[name].dtype and torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize("healing", ["lora:rank=4", "partial:where=all,rate=0.1"])
+@pytest.mark.parametrize("healing", ["lora:rank=4", "partial:where=all,learning_rate_ratio=0.1"])
 def test_a_silenced_branch_stays_silent_where_its_block_is_healed(healing: str) -> None:
     model: Any = tiny_model("llama", blocks=9)
     with LayerSurgeon(model) as surgeon:
         surgeon.silence(1, "attention")
         surgeon.commit()
-    parts, slow = {**PARTS, "calibration": texts(0, 64)}, Training(learning_rate=1e-3, validations=8)
-    result = compress(model, None, parts, remove=2, keep=[0, 1], training=slow, healing=healing, side_by_side=False)
+    parts, slow = {**PARTS, "calibration": texts(0, 64)}, DistillationConfig(learning_rate=1e-3, validations=8)
+    result = compress(
+        model,
+        None,
+        parts,
+        configured(
+            remove=2, keep=[0, 1], distillation=slow, healing=parse_healing(healing), speed=False, generation=False
+        ),
+    )
     assert result.training is not None and result.training.best_step
     block, before = find_stack(model)[1], find_stack(tiny_model("llama", blocks=9))[1]
     assert not block.self_attn.o_proj.weight.any()
@@ -176,11 +195,19 @@ def test_a_silenced_branch_stays_silent_where_its_block_is_healed(healing: str) 
 
 def test_branches_that_are_silent_already_are_not_given_up_again() -> None:
     model: Any = tiny_model("llama")
-    options: dict[str, Any] = {"search": "attention", "remove": 2, "kind": "none", "side_by_side": False}
-    first, second = ({k for k, _ in compress(model, None, PARTS, **options).candidates[0].silenced} for _ in range(2))
+    options: dict[str, Any] = {
+        "search": "attention",
+        "remove": 2,
+        "repair": "none",
+        "speed": False,
+        "generation": False,
+    }
+    first, second = (
+        {k for k, _ in compress(model, None, PARTS, **arguments(**options)).candidates[0].silenced} for _ in range(2)
+    )
     assert len(first | second) == 4
     with pytest.raises(StreamlineError, match=r"5 attention.*4 can"):
-        compress(model, None, PARTS, **{**options, "remove": 5})
+        compress(model, None, PARTS, **arguments(**{**options, "remove": 5}))
     silent = {(k, "attention") for k in first | second}
     seeds = [Selection((), ((k, "mlp"),)) for k in (2, 3)]
     for one in evolution(model, [BATCH], seeds, generations=3, offspring=6, stages=()):
@@ -221,7 +248,10 @@ def test_a_branch_before_a_splice_has_no_map_and_another_one_is_chosen() -> None
         fit_branch_linear(operated(range(6, 8)), [(5, "mlp")], [BATCH], texts(3, 1))
     original = logits(model)
     result = compress(
-        model, None, PARTS, search="mlp", remove=1, kind="linear", shortlist=6, side_by_side=False, keep=[4]
+        model,
+        None,
+        PARTS,
+        configured(search="mlp", remove=1, repair="linear", shortlist=6, speed=False, generation=False, keep=[4]),
     )
     best, *others = result.candidates
     assert best.silenced[0][0] != 2 and any(one.silenced[0][0] == 2 and one.refused for one in others)

@@ -20,6 +20,7 @@ from streamline_hooks.sentence_folder import find_sentence_folder
 from streamline_hooks.task import Task
 from tests.calibration.test_text_batches import tokenizer_of
 from tests.commands import run
+from tests.configured import configured
 from tests.other_models import made
 from tests.processes import in_a_new_process
 
@@ -114,7 +115,7 @@ def test_a_saved_folder_encodes_as_the_original_with_its_blocks_bypassed(
 def test_a_spliced_folder_fails_loudly_without_this_library(tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers", exc_type=ImportError)
     folder = sentence_folder(tmp_path / "model")
-    model, tokenizer = load_pretrained(folder, task="embedding")
+    model, tokenizer = load_pretrained(folder, task=Task("embedding"))
     with LayerSurgeon(model) as surgeon:
         surgeon.replace(range(1, 3), replacement())
         surgeon.commit()
@@ -137,7 +138,7 @@ def test_a_spliced_folder_fails_loudly_without_this_library(tmp_path: Path) -> N
 def test_the_pooling_is_read_in_both_layouts(mode: str, pooling: str, before_6: bool, tmp_path: Path) -> None:
     folder = sentence_folder(tmp_path / "model", mode, before_6=before_6)
     assert task_of_pretrained(folder) == Task("embedding", pooling)
-    model, tokenizer = load_pretrained(folder, task="embedding")
+    model, tokenizer = load_pretrained(folder, task=Task("embedding"))
     assert Task.of(model) == Task("embedding", pooling)
     out = save(model, tmp_path / "out", tokenizer=tokenizer)
     assert Task.of(load(out)) == task_of_pretrained(out) == Task("embedding", pooling)
@@ -147,7 +148,7 @@ def test_the_pooling_is_read_in_both_layouts(mode: str, pooling: str, before_6: 
 def test_another_pooling_is_not_guessed(said: dict[str, Any], tmp_path: Path) -> None:
     folder = sentence_folder(tmp_path / "model")
     write_json(folder / "1_Pooling" / "config.json", said)
-    model, _ = load_pretrained(folder, task="embedding")
+    model, _ = load_pretrained(folder, task=Task("embedding"))
     for read in (lambda: task_of_pretrained(folder), lambda: Task.of(model)):
         with pytest.raises(StreamlineError, match=r"1_Pooling/config\.json.*embedding:pooling=mean"):
             read()
@@ -188,14 +189,14 @@ def test_every_way_to_write_a_folder_keeps_its_files(
     assert json.loads((tmp_path / "command" / "report.json").read_text())["task"] == "embedding:pooling=first"
     listed = (tmp_path / "command" / "SHA256SUMS").read_text()
     assert all(f"  {name}\n" in listed for name in expected)
-    model, tokenizer = load_pretrained(folder, task="embedding")
+    model, tokenizer = load_pretrained(folder, task=Task("embedding"))
     assert kept(export_plain(model, tmp_path / "plain", tokenizer=tokenizer)) == expected
     (tmp_path / "command" / "2_Dense" / "model.safetensors").write_bytes(b"other")
     with pytest.raises(StreamlineError, match=r"2_Dense/model\.safetensors"):
         load(tmp_path / "command")
 
 
-@pytest.mark.parametrize("read", [lambda name: load_pretrained(name, task="embedding")[0], load])
+@pytest.mark.parametrize("read", [lambda name: load_pretrained(name, task=Task("embedding"))[0], load])
 def test_a_relative_path_is_found_after_a_change_of_directory(
     read: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,16 +286,16 @@ def no_json(folder: Path) -> str:
 def test_what_cannot_be_kept_is_refused_before_anything_is_done(damage: Callable[[Path], str], tmp_path: Path) -> None:
     folder = sentence_folder(tmp_path / "model")
     model: Any = AutoModel.from_pretrained(folder)
-    tokenizer = load_pretrained(folder, task="embedding")[1]
+    tokenizer = load_pretrained(folder, task=Task("embedding"))[1]
     match = damage(folder)
     inside = folder / "0_Transformer"
     for name in (folder, *([inside] if inside.exists() else [])):
         model.name_or_path = str(name)
         refused: list[Callable[[], Any]] = [
-            lambda name=name: load_pretrained(name, task="embedding"),
+            lambda name=name: load_pretrained(name, task=Task("embedding")),
             lambda name=name: task_of_pretrained(name),
             lambda: save(model, tmp_path / "out", tokenizer=tokenizer),
-            lambda: compress(model, tokenizer, [], task="embedding", output=tmp_path / "out"),
+            lambda: compress(model, tokenizer, [], configured(task=Task("embedding")), output=tmp_path / "out"),
         ]
         for call in refused:
             with pytest.raises(StreamlineError, match=match):

@@ -24,7 +24,7 @@ def subject(name: str) -> Subject:
     model, given = made("vit"), parts("vit")
     board = TaskScores(model, given["test"], Task("image-classification"))
     split = BatchSplit.of(given, board.task)
-    return Subject(name, model, board.task, split, partial(board.of, model), (1, 2), Objective(), 2)
+    return Subject(name, model, board.task, split, partial(board.of, model), (1, 2), Objective({"kl": 1.0}), 2)
 
 
 def test_rows_are_made_once_and_the_model_stays_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

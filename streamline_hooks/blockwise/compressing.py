@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,17 +22,16 @@ from streamline_hooks.blockwise.work_folder import WorkFolder
 from streamline_hooks.calibration import PackedText, TokenSplit
 from streamline_hooks.carrying_out import carry_out, first_that_can_go, how_repaired
 from streamline_hooks.checkpoint import require_free, save
-from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.digests import batches_digest
 from streamline_hooks.distributed import here
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation.candidates import Candidate
 from streamline_hooks.evaluation.reasoning import unmeasured_reasoning
+from streamline_hooks.pipeline.config import CompressionConfig
 from streamline_hooks.preparation import Preparation, prepare_compression
-from streamline_hooks.repair import ReplacementConfig
 from streamline_hooks.result import CompressionResult, findings
 from streamline_hooks.run_figures import Clock, peak_memory_of_process, sizes_of
-from streamline_hooks.selection import Criterion, Target, VerifiedSelection, WindowSearch, criterion_of
+from streamline_hooks.selection import Criterion, VerifiedSelection
 from streamline_hooks.sentence_folder import find_sentence_folder
 from streamline_hooks.statistics.chosen_tokens import blocks_run
 from streamline_hooks.surgery import LayerSurgeon
@@ -47,23 +46,11 @@ def compress_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str] | TokenSplit | Mapping[str, PackedText],
     output: str | Path,
+    config: CompressionConfig | None = None,
     *,
-    remove: Target | int | float = 0.25,
-    kind: ReplacementConfig | str = "linear",
-    criterion: Criterion | str | None = None,
-    keep: Iterable[int] = (),
     test_texts: Sequence[str] | None = None,
-    sequence_length: int = 512,
-    calibration_tokens: int = 41_000,
-    validation_tokens: int = 4_096,
-    test_tokens: int = 12_288,
-    batch_size: int = 4,
-    shortlist: int = 8,
-    seed: int = 0,
-    stack: str | None = None,
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
-    memory: int = 2**30,
     disk: int | None = None,
     work_folder: str | Path | None = None,
     offload_folder: str | Path | None = None,
@@ -72,10 +59,10 @@ def compress_checkpoint(
 ) -> CompressionResult:
     """Give up the window of blocks whose loss is repaired best, as `streamline_hooks.compress` does in memory.
 
-    It chooses the same window and writes the same weights as ``compress(search="window")`` without a training.
+    It chooses the same window and writes the same weights.
 
-    In memory are what is no block of the model, one block, `memory` bytes of states, about ten d×d matrices in float64
-    while a window is solved for, and the weights of one file while it is written.
+    In memory are what is no block of the model, one block, ``config.hardware.state_memory`` bytes of states, about ten
+    d×d matrices in float64 while a window is solved for, and the weights of one file while it is written.
 
     A block is read once for each of: the check of a pass against a forward of the whole model (twice where the last
     block must stay, which the profile leaves out), the profile (each part of it, with `disk`), the fits and their
@@ -92,21 +79,14 @@ def compress_checkpoint(
         As for `streamline_hooks.compress`.
     output : str or Path
         A folder to save to, as `streamline_hooks.save` does; not the model's own.
-    remove : Target, int or float
-        As for `streamline_hooks.compress`, but for latencies.
-    kind : ReplacementConfig or str
-        What starts at the least-squares map: ``"none"``, ``"linear"``, ``"mlp"`` or ``"swiglu"``, with options.
-    criterion : Criterion or str, optional
-        One that is read off a profile; by default that of `streamline_hooks.compress`.
-    keep, test_texts, sequence_length, calibration_tokens, validation_tokens, test_tokens, batch_size, shortlist, seed
-        As for `streamline_hooks.compress`.
-    stack, overwrite
+    config : CompressionConfig, optional
+        By default ``CompressionConfig()``. Block by block there is no training, the search is for single windows by a
+        criterion that is read off a profile, the replacement starts at the least-squares map (``none``, ``linear``,
+        ``mlp`` or ``swiglu``), and the target is no latency; anything else raises. Nothing is generated or timed.
+    test_texts, overwrite
         As for `streamline_hooks.compress`.
     dtype : torch.dtype, optional
         Of the weights; by default that of the checkpoint.
-    memory : int
-        Bytes of states that may be in memory. What is more goes to files: of the calibration tokens at all places of
-        the residual stream, for the profile.
     disk : int, optional
         Bytes that these may take, see `profile`.
     work_folder : str or Path, optional
@@ -144,10 +124,10 @@ def compress_checkpoint(
             f"{output} is the model's own folder, from which its blocks are read meanwhile. Choose another folder."
         )
     find_sentence_folder(folder)  # raises if it cannot be kept
-    chosen, named = (parse_replacement(kind) if isinstance(kind, str) else kind).seeded(seed), _criterion(criterion)
-    _refuse_latency(remove)
-    if min(shortlist, batch_size) < 1:
-        raise StreamlineError(f"shortlist={shortlist} and batch_size={batch_size} must be 1 or more each.")
+    config = recorded = config or CompressionConfig()
+    config = replace(config, repair=config.repair.seeded(config.seed))
+    criterion = _require_streamable(config)
+    chosen = config.repair
     clock = Clock()
     with clock("prepare"):
         model = open_checkpoint(folder, dtype=dtype, offload_folder=offload_folder)
@@ -155,39 +135,29 @@ def compress_checkpoint(
             model,
             tokenizer,
             texts,
+            config,
             task=Task("causal-lm"),
-            remove=remove,
-            kind=chosen,
-            search="window",
-            parts=1,
-            keep=keep,
-            batch_size=batch_size,
-            stack=stack,
+            test_texts=test_texts,
             say=say,
             refuse_crossing=refuse_crossing,
-            seed=seed,
-            sequence_length=sequence_length,
-            calibration_tokens=calibration_tokens,
-            validation_tokens=validation_tokens,
-            test_tokens=test_tokens,
-            test_documents=test_texts,
         )
         require_map_kind(ready.stack, chosen, ready.candidates[0])
         ready.require_writable()
-        work = _work_folder(work_folder, ready, criterion=named.name, shortlist=shortlist)
-    for line in ready.announcement("window", named.name, shortlist):
+        seed = {"seed": chosen.seed} if chosen.seed else {}
+        shortlist = config.search.shortlist
+        work = _work_folder(work_folder, ready, criterion=criterion.name, shortlist=shortlist, **seed)
+    for line in ready.announcement():
         say(line)
     path = ready.stack.path
-    options: dict[str, Any] = {"stack": path, "memory": memory}
+    options: dict[str, Any] = {"stack": path, "memory": config.hardware.state_memory}
     with clock("rank"):
         measured = work.profile(
             lambda room, kept: profile(
                 model, ready.calibration, keep=ready.protected, disk=disk, folder=room, before_done=kept, **options
             )
         )
-        search = WindowSearch(shortlist=shortlist)
-        asked = ready.question(search, criterion=named, profile=measured, seed=seed)
-        found = search.find(replace(asked, model=None, batches=None))  # nothing is read but the profile
+        problem = ready.problem(profile=measured)
+        found = config.search.find(replace(problem, model=None, batches=None))  # nothing is read but the profile
     with clock("verify"):
         parts = (ready.fit, ready.held_out, ready.judging)
         unseen = blocks_run(ready.protected, len(ready.stack)) < len(ready.stack)  # by the check of the profile's pass
@@ -211,19 +181,22 @@ def compress_checkpoint(
                 model, ready.test, list(wanted.values()), folder=room, check=False, before_done=kept, **options
             ),
         )
-    before, data, size = sizes_of(model), {**ready.split.figures(), "seed": seed}, ready.size
+    before, data, size = sizes_of(model), {**ready.split.figures(), "seed": config.seed}, ready.size
     with clock("save"):
         with LayerSurgeon(model, path, probe=False) as surgeon:  # this window has been held against the truth
             carry_out(surgeon, best)
-            plan = surgeon.commit(kind=chosen.name, calibration=data, repaired=how_repaired(best, chosen))
+            plan = surgeon.commit(
+                kind=chosen.name, calibration=data, config=recorded.to_dict(), repaired=how_repaired(best, chosen)
+            )
         result = CompressionResult(
             model=model,
             tokenizer=tokenizer,
             plan=plan,
+            config=recorded,
             kind=chosen.name,
             size=size,
-            criterion=named.name,
-            search="window",
+            criterion=criterion.name,
+            search=config.search.kind,
             candidates=[best, *(one for one in judged if one is not best)],
             perplexities=perplexities,
             parameters=(before[0], sizes_of(model)[0]),
@@ -253,23 +226,25 @@ def compress_checkpoint(
     return result
 
 
-def _criterion(criterion: Criterion | str | None) -> Criterion:
-    named = criterion_of(criterion, WindowSearch.default_criterion)
-    if named.needs != "profile":
+def _require_streamable(config: CompressionConfig) -> Criterion:
+    """Return the criterion of a config that can be carried out block by block; raise for another config."""
+    search, target = config.search, config.target
+    criterion = search.resolved_criterion
+    reasons = {
+        f"search={search.kind}": search.kind != "window",
+        f"the criterion {criterion.name}, which runs the model for each window": criterion.needs != "profile",
+        f"the target {target}, which is timed": "latency" in target.unit,
+        "distillation": config.distillation is not None,
+        f"repeated={config.data.repeated:g}": bool(config.data.repeated),
+        f"task={config.task}": config.task not in (None, Task("causal-lm")),
+    }
+    if found := [reason for reason, there in reasons.items() if there]:
         raise UnsupportedSurgery(
-            f"The criterion {named.name!r} runs the model for each window, which is not done block by block. Take one "
-            "that is read off a profile, such as cosine, or load the model into memory."
+            f"compress_checkpoint: the config has {' and '.join(found)}. Expected a search for single windows by a "
+            "criterion of the profile, such as cosine, towards a number or fraction of the blocks or parameters, "
+            "without a training. Change it, or load the model into memory and use compress."
         )
-    return named
-
-
-def _refuse_latency(remove: Target | int | float) -> None:
-    target = Target.of(remove)
-    if "latency" in target.unit:
-        raise UnsupportedSurgery(
-            f"The target {target} is timed, and a model that is read from disk says nothing of its time in memory. "
-            "Give a number or a fraction of the blocks, or Target(parameters=0.25)."
-        )
+    return criterion
 
 
 def _work_folder(folder: str | Path | None, ready: Preparation, **run: Any) -> WorkFolder:
@@ -278,7 +253,7 @@ def _work_folder(folder: str | Path | None, ready: Preparation, **run: Any) -> W
     about = {
         **identity_of(ready.stack),
         "batches": batches_digest([ready.fit, ready.held_out, ready.judging, ready.test]),
-        "target": str(ready.target),
+        "target": str(ready.config.target),
         "kind": ready.kind.name,
         "keep": sorted(ready.protected),
         **run,

@@ -5,7 +5,7 @@ from streamline_hooks.calibration.documents import read_documents
 from streamline_hooks.calibration.image_files import read_images
 from streamline_hooks.calibration.image_parts import image_batches, image_parts
 from streamline_hooks.calibration.images import Images, Picture
-from streamline_hooks.calibration.mixture import mixed_split, parse_mixture
+from streamline_hooks.calibration.mixture import mixed_split
 from streamline_hooks.calibration.packed_text import PackedText, packed_text
 from streamline_hooks.calibration.packing import beginnings, pack, packed_batches
 from streamline_hooks.calibration.repeated_passages import with_repeated_passages
@@ -30,7 +30,6 @@ __all__ = [
     "packed_batches",
     "packed_text",
     "pair_parts",
-    "parse_mixture",
     "read_documents",
     "read_images",
     "read_pairs",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,73 +17,8 @@ from streamline_hooks.errors import StreamlineError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SHARE = re.compile(r"(?P<name>.*):(?P<share>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)", re.IGNORECASE | re.DOTALL)
-# Three times 0.333 is a whole.
-_ROUNDING = 0.002
-
-
-def parse_mixture(source: str) -> dict[str, float] | None:
-    """Read a mixture, such as ``"self:0.5,texts:0.3,pydoc:0.2"``.
-
-    Parameters
-    ----------
-    source : str
-        Sources between commas, each with a colon and its share.
-
-    Returns
-    -------
-    dict of str to float, or None
-        The share of each source, which together are 1. None where this is an ordinary source: a path that is there,
-        what has no shares, or one name with a number above 1, which is a data set and its configuration.
-
-    Raises
-    ------
-    StreamlineError
-        If only some of several sources have a share, a share is not above 0, they do not sum to 1 within 0.002, or a
-        source has no name or is given twice.
-
-    Examples
-    --------
-    >>> parse_mixture("self:0.5, pydoc:0.5")
-    {'self': 0.5, 'pydoc': 0.5}
-    >>> parse_mixture("pydoc") is None
-    True
-    """
-    if _is_there(source):
-        return None
-    parts = [part.strip() for part in source.split(",")]
-    read = {part: match for part in parts if (match := _SHARE.fullmatch(part))}
-    if not read or (len(parts) == 1 and float(read[parts[0]]["share"]) > 1):
-        return None
-    example = "Expected a share for each, such as self:0.5,texts:0.5."
-    if bare := [part for part in parts if part not in read]:
-        with_share = ", ".join(map(repr, read))
-        raise StreamlineError(
-            f"The mixture {source!r} has shares for {with_share} and none for {', '.join(map(repr, bare))}. {example}"
-        )
-    shares: dict[str, float] = {}
-    places: set[str] = set()
-    for part in parts:
-        name, share = read[part]["name"].strip(), float(read[part]["share"])
-        if not name:
-            raise StreamlineError(f"The mixture {source!r} has a share without a source, {part!r}. {example}")
-        if not 0 < share < math.inf:
-            raise StreamlineError(
-                f"The mixture {source!r} has the share {read[part]['share']} of {name!r}. Expected shares above 0; "
-                "leave a source out that is not wanted."
-            )
-        place = str(Path(name).expanduser().resolve()) if _is_there(name) else name
-        if place in places:
-            raise StreamlineError(f"The mixture {source!r} has {name!r} twice. Give each source once, with one share.")
-        places.add(place)
-        shares[name] = share
-    total = sum(shares.values())
-    if abs(total - 1) > _ROUNDING:
-        raise StreamlineError(
-            f"The shares of the mixture {source!r} sum to {total:.6g}. Expected a sum of 1. Change them so that they "
-            "are parts of a whole."
-        )
-    return {name: share / total for name, share in shares.items()}
+ROUNDING = 0.002
+"""How far from 1 shares may sum: three times 0.333 is a whole."""
 
 
 def smallest_part(shares: Mapping[str, float], sequence_length: int) -> int:
@@ -171,7 +105,7 @@ def mixed_split(
     documents : mapping of str to sequence of str
         The text of each source.
     shares : mapping of str to float
-        The share of each source, above 0; together 1, see `parse_mixture`.
+        The share of each source, above 0; together 1, up to rounding.
     tokenizer, seed, sequence_length, calibration_tokens, validation_tokens, test_tokens
         As for `split_documents`; the sizes are those of all sources together.
     test_documents : sequence of str, optional
@@ -263,13 +197,6 @@ def mixed_split(
     return TokenSplit(calibration, validation, test_rows, fingerprint_of(calibration), tuple(notes))
 
 
-def _is_there(source: str) -> bool:
-    try:
-        return Path(source).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long for a name, or no such user
-        return False
-
-
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
     added = getattr(tokenizer, "added_tokens_encoder", {})
     return re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True)))) if added else None
@@ -292,7 +219,7 @@ def _check_shares(documents: Mapping[str, object], shares: Mapping[str, float], 
             f"{sorted(conversations)}. Expected documents and a share of each source, one at least."
         )
     total = sum(shares.values())
-    if not all(share > 0 for share in shares.values()) or not abs(total - 1) <= _ROUNDING:
+    if not all(share > 0 for share in shares.values()) or not abs(total - 1) <= ROUNDING:
         raise StreamlineError(
             f"The shares are {dict(shares)}, which sum to {total:.6g}. Expected shares above 0 that sum to 1."
         )

@@ -146,12 +146,28 @@ def load(folder: str | Path, *, into: nn.Module | None = None, as_original: bool
 
 @checked()
 def read_plans(model: nn.Module | str | Path) -> list[SurgeryPlan]:
-    """What was done to a model, surgery by surgery, each in the numbering that the one before left.
+    """Return the plans of the surgeries that a model had, each in the numbering that the one before left.
 
     Parameters
     ----------
     model : torch.nn.Module, str or Path
-        A model in memory, or the folder of one, of which only its ``config.json`` or ``streamline.json`` is read.
+        A model in memory, or its folder, of which only ``config.json`` or ``streamline.json`` is read.
+
+    Raises
+    ------
+    StreamlineError
+        If no surgery was committed to it.
+    """
+    return [SurgeryPlan.from_dict(entry) for entry in read_history(model)]
+
+
+def read_history(model: nn.Module | str | Path) -> list[dict[str, Any]]:
+    """Return what was recorded of each surgery that a model had: its plan, and what `LayerSurgeon.commit` was given.
+
+    Parameters
+    ----------
+    model : torch.nn.Module, str or Path
+        As for `read_plans`.
 
     Raises
     ------
@@ -167,7 +183,7 @@ def read_plans(model: nn.Module | str | Path) -> list[SurgeryPlan]:
     history = (said or {}).get("history") or []
     if not history:
         raise StreamlineError(f"{name} says of no surgery; only what LayerSurgeon.commit changed has a plan.")
-    return [SurgeryPlan.from_dict(entry) for entry in history]
+    return [dict(entry) for entry in history]
 
 
 def _load_plain(folder: Path, into: nn.Module | None, others: list[str]) -> nn.Module:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamline_hooks.errors import StreamlineError
+
+if TYPE_CHECKING:
+    from streamline_hooks.pipeline.config import CompressionConfig
 
 
 def takes_more_than(model: str, memory: str) -> int | None:
@@ -24,7 +28,8 @@ def takes_more_than(model: str, memory: str) -> int | None:
     StreamlineError
         If the memory is no size, or was given for what is no folder.
     """
-    from streamline_hooks.planning.budget import checkpoint_bytes, fits, free_memory, parse_bytes
+    from streamline_hooks.cli.short_forms import parse_bytes
+    from streamline_hooks.planning.budget import checkpoint_bytes, fits, free_memory
 
     folder = Path(model)
     allowed = parse_bytes(memory) if memory else None
@@ -75,11 +80,12 @@ def compress_block_by_block(
     text: Callable[[Any], tuple[Any, list[str] | None]],
     output: Path,
     memory: int,
+    config: CompressionConfig,
     *,
+    overwrite: bool,
     packed: bool,
     dry_run: bool,
     say: Callable[[str], None],
-    **options: Any,
 ) -> Any:
     """Say what it will cost, and do it unless that was all that was asked for; the result, or None.
 
@@ -100,23 +106,25 @@ def compress_block_by_block(
     logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(model)
     opened = open_checkpoint(model)
-    stack = find_stack(opened, options["stack"])
-    size = len(windows_for(opened, options["remove"], stack=stack.path, protected=frozenset())[0])
-    kept = blocks_run(protected_blocks(options["keep"], len(stack)), len(stack))  # what is kept at the end is not run
+    stack = find_stack(opened, config.stack)
+    size = len(windows_for(opened, config.target, stack=stack.path, protected=frozenset())[0])
+    kept = blocks_run(
+        protected_blocks(config.search.keep, len(stack)), len(stack)
+    )  # what is kept at the end is not run
     checks = 1 + packed + (kept < len(stack))
     asked = Asked(
-        calibration=options["calibration_tokens"],
-        validation=options["validation_tokens"],
-        test=options["test_tokens"],
-        sequence_length=options["sequence_length"],
+        calibration=config.data.calibration_tokens,
+        validation=config.data.validation_tokens,
+        test=config.data.test_tokens,
+        sequence_length=config.data.sequence_length,
         window=size,
-        shortlist=options["shortlist"],
+        shortlist=config.search.shortlist,
         memory=0,  # states are kept in the work folder
         checks=checks,
     )
     plan = plan_blockwise(stack, asked)
     budget = states_budget(plan, memory)
-    tokens = torch.zeros(options["batch_size"], options["sequence_length"], dtype=torch.long)
+    tokens = torch.zeros(config.hardware.batch_size, config.data.sequence_length, dtype=torch.long)
     rates = rates_here(stack, {"input_ids": tokens}, output.parent)
     say(
         f"The weights take {checkpoint_bytes(model) / 1e9:.2f} GB, and {memory / 1e9:.2f} GB of memory are allowed: "
@@ -130,5 +138,15 @@ def compress_block_by_block(
     work = output.with_name(f".{output.name}.blocks")
     say(f"What is done is kept in {work} until the end; the same command goes on from there.")
     texts, test_texts = text(tokenizer)
-    options |= {"memory": budget, "work_folder": work, "say": say, "test_texts": test_texts}
-    return compress_checkpoint(model, tokenizer, texts, output, **options)
+    config = replace(config, hardware=replace(config.hardware, state_memory=budget))
+    return compress_checkpoint(
+        model,
+        tokenizer,
+        texts,
+        output,
+        config,
+        test_texts=test_texts,
+        overwrite=overwrite,
+        work_folder=work,
+        say=say,
+    )

@@ -54,12 +54,12 @@ def refuse_beside_budget(context: typer.Context, *, text: str, processes: int) -
     StreamlineError
         Naming the options.
     """
-    from streamline_hooks.repair import preset_named
+    from streamline_hooks.pipeline.presets import PRESETS
 
     decided, elsewhere = (_given(context, options) for options in (_DECIDED, _ELSEWHERE))
-    preset = preset_named(context.params["preset"] or PRESET)
-    if preset.rounds > 1:
-        elsewhere.insert(0, f"--preset {preset.name}, which goes in {preset.rounds} rounds")
+    preset = PRESETS[context.params["preset"] or PRESET]
+    if (rounds := preset.config.rounds) > 1:
+        elsewhere.insert(0, f"--preset {preset.name}, which goes in {rounds} rounds")
     if decided:
         raise StreamlineError(
             f"--budget does the recipe {preset.name!r}, and plans what {' and '.join(decided)} would say; leave one of "
@@ -75,12 +75,12 @@ def refuse_beside_budget(context: typer.Context, *, text: str, processes: int) -
         )
 
 
-def said_again(plan: BudgetPlan) -> str:
+def said_again(plan: BudgetPlan, preset: str) -> str:
     """What to say in the place of ``--budget`` to go on with a training that was interrupted, for a terminal."""
     sizes, given = plan.sizes, plan.given
     options = [
-        f"--preset {plan.preset.name}",
-        *(["--autocast"] if plan.training.autocast is not None else []),
+        f"--preset {preset}",
+        *(["--autocast"] if plan.config.hardware.autocast is not None else []),
         f"--epochs {sizes.epochs}",
         f"--validations {sizes.validations}",
         f"--calibration-tokens {sizes.calibration}",

@@ -48,7 +48,7 @@ class Sources:
         StreamlineError
             If it cannot be understood, or a temperature was given and the model writes nothing.
         """
-        from streamline_hooks.calibration import parse_mixture
+        from streamline_hooks.cli.short_forms import parse_mixture
 
         values = list(given or ["pydoc"])
         mixtures = [mixture for value in values if (mixture := parse_mixture(value)) is not None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +32,7 @@ from streamline_hooks.cli.options import (
 )
 from streamline_hooks.cli.page import write_page
 from streamline_hooks.cli.processes import launched
-from streamline_hooks.cli.recipe import LEARNING_RATE, VALIDATIONS, Asked
+from streamline_hooks.cli.recipe import LEARNING_RATE, VALIDATIONS, Recipe
 from streamline_hooks.errors import StreamlineError
 
 
@@ -212,14 +211,14 @@ def compress(
     from streamline_hooks.checkpoint import require_free
     from streamline_hooks.cli.budget import PRESET, refuse_beside_budget, said_again
     from streamline_hooks.cli.dry_run import say_costs
-    from streamline_hooks.cli.short_forms import parse_replacement, parse_target
+    from streamline_hooks.cli.short_forms import parse_duration, parse_target
     from streamline_hooks.cli.task_data import Amounts, batches_for
     from streamline_hooks.distributed import together
     from streamline_hooks.pipeline.compress import compress as run
-    from streamline_hooks.pipeline.iterative import blocks_by_round, compress_iteratively
-    from streamline_hooks.planning.duration import parse_duration
-    from streamline_hooks.preparation import prepare_compression, search_from_keywords
-    from streamline_hooks.selection import CRITERIA
+    from streamline_hooks.pipeline.config import DataConfig
+    from streamline_hooks.pipeline.iterative import blocks_by_round
+    from streamline_hooks.preparation import document_sizes, prepare_compression
+    from streamline_hooks.selection import Target
     from streamline_hooks.stack import find_stack
     from streamline_hooks.statistics import Profile
     from streamline_hooks.trained_selection import training_file
@@ -232,47 +231,45 @@ def compress(
         if budget:
             refuse_beside_budget(context, text=sources.unusual, processes=work.processes.count)
             preset = preset or PRESET
-        asked_for = Asked(
+        if fitting_tokens is not None and not (objective or preset):
+            raise StreamlineError("--fitting-tokens leaves the rest of the text to a training; say what for (--train).")
+        recipe = Recipe(
             kind, preset, objective, heal, on_policy, rounds, epochs, validations, learning_rate, autocast, search,
             criterion, repeated,
         )  # fmt: skip
-        recipe = asked_for.recipe(seed)
-        kind, training, healing, times = recipe.kind, recipe.training, recipe.healing, recipe.rounds
-        search, criterion = recipe.search, recipe.criterion
-        chosen = parse_replacement(kind)
-        target = parse_target(remove)
-        blocks = block_numbers(keep)
-        searching = search_from_keywords(search, criterion, parts=parts)
-        searching.check(target)
+        task = task_named(task_name, model)
+        config = recipe.config(
+            remove=parse_target(remove),
+            data=DataConfig(sequence_length, calibration_tokens, fitting_tokens, validation_tokens, test_tokens),
+            keep=tuple(block_numbers(keep)),
+            windows=parts,
+            shortlist=shortlist,
+            batch_size=batch_size,
+            seed=seed,
+            task=task,
+            stack=stack,
+        )
+        by = config.search.resolved_criterion
         profile = Profile.load(profile_file) if profile_file is not None else None
-        if fitting_tokens is not None and training is None:
-            raise StreamlineError("--fitting-tokens leaves the rest of the text to a training; say what for (--train).")
         if dry_run and sources.written:
             raise StreamlineError(f"A dry run writes no text, so that {sources.unusual} has none; give what is there.")
         if pack and (test or sources.unusual):
             with_what = "--test" if test else sources.unusual
             raise StreamlineError(f"--pack deals one text to all parts, and does not go with {with_what}.")
-        task = task_named(task_name, model)
         if not task.is_of_text and (sources.unusual or pack or memory or budget):
             given = {"--pack": pack, "--memory": memory, "--budget": budget}
             option = sources.unusual or next(name for name, wanted in given.items() if wanted)
             raise StreamlineError(f"{option} is for models that write, and {model} is for {task}.")
-        refuse_unused(context, search, task)
-        if training is not None:
-            training.objective.require_task(task)
-        if repeated is None and recipe.repeated and (pack or not task.is_of_text):
+        refuse_unused(context, config.search, task)
+        if config.distillation is not None:
+            config.distillation.objective.require_task(task)
+        if repeated is None and config.data.repeated and (pack or not task.is_of_text):
             where = "packed rows" if pack else f"what a model for {task} is given"
             say(f"repeated   nothing, in {where}, of what --preset {preset} would say twice")
-            recipe = replace(recipe, repeated=0.0)
+            config = replace(config, data=replace(config.data, repeated=0.0))
         documents = sources.read() if task.is_of_text and not pack else {}
         test_documents = documents_of(test) if test and task.is_of_text else None
-        split: dict[str, Any] = {
-            "seed": seed,
-            "sequence_length": sequence_length,
-            "calibration_tokens": calibration_tokens,
-            "validation_tokens": validation_tokens,
-            "test_tokens": test_tokens,
-        }
+        split = document_sizes(config)
 
         def text_for(tokenizer: Any) -> tuple[Any, list[str] | None]:
             """What is calibrated on, and the documents for the test where that does not hold them."""
@@ -285,33 +282,34 @@ def compress(
         most = takes_more_than(model, memory) if task.is_of_text else None
         whole = {
             "calibration": bool(sources.written),
-            "kind": bool(chosen.slots or chosen.fit or not chosen.is_solved),
-            "search": search != "window",
-            "criterion": CRITERIA[criterion].needs != "profile",
-            "remove": "latency" in target.unit,
-            "train": training is not None,
+            "kind": bool(config.repair.slots or config.repair.fit or not config.repair.is_solved),
+            "search": config.search.kind != "window",
+            "criterion": by.needs != "profile",
+            "remove": "latency" in config.target.unit,
+            "train": config.distillation is not None,
             "resume": resume,
             "profile": profile is not None,
             "several-processes": work.processes.count > 1,
-            "repeated": bool(recipe.repeated),
+            "repeated": bool(config.data.repeated),
         }
         if most is not None and not only_whole(bool(memory), say, **whole):
-            asked: dict[str, Any] = {"remove": target, "kind": kind, "criterion": criterion, "keep": blocks, **split}
-            asked |= {"batch_size": batch_size, "shortlist": shortlist, "stack": stack, "overwrite": overwrite}
-            asked |= {"packed": pack, "dry_run": dry_run, "say": say}
-            made = compress_block_by_block(model, text_for, output, most, **asked)
+            made = compress_block_by_block(
+                model, text_for, output, most, config, overwrite=overwrite, packed=pack, dry_run=dry_run, say=say
+            )
             if made is not None:
                 say(f"\n{made.table()}")
                 say(write_page(output, made.title, compression=made.report()))
             return
         loaded, tokenizer = load_model(model, task)
-        refuse_unused(context, search, task, loaded)
-        if times > 1:
-            by_round = blocks_by_round(len(find_stack(loaded, stack)), target, times)
-            say(f"rounds     {times}, of {', '.join(map(str, by_round))} blocks")
-            searching.check(target, min(by_round))
+        refuse_unused(context, config.search, task, loaded)
+        if config.rounds > 1:
+            by_round = blocks_by_round(len(find_stack(loaded, stack)), config.target, config.rounds)
+            say(f"rounds     {config.rounds}, of {', '.join(map(str, by_round))} blocks")
+            config.search.check(config.target, min(by_round))
             if profile is not None:
-                raise StreamlineError(f"--profile goes with one round; each of {times} makes a profile of its own.")
+                raise StreamlineError(
+                    f"--profile goes with one round; each of {config.rounds} makes a profile of its own."
+                )
         if sources.written:
             parts_dealt = ("calibration", "validation", *([] if test else ["test"]))
             tokens = {name: split[f"{name}_tokens"] for name in parts_dealt}
@@ -324,86 +322,62 @@ def compress(
             of = dict(zip(tokens, (calibration_examples, validation_examples, test_examples), strict=True))
             amounts = Amounts(tokens, of, sequence_length, batch_size, seed)
             text = batches_for(loaded, tokenizer, task, calibration, amounts, say, test)
-        shared: dict[str, Any] = {
-            "task": task,
-            "remove": target,
-            "kind": kind,
-            "search": search,
-            "parts": parts,
-            "keep": blocks,
-            "batch_size": batch_size,
-            "stack": stack,
-            "say": say,
-            "fitting_tokens": fitting_tokens,
-            "repeated": recipe.repeated,
-            **split,
-        }
         if budget:
             from streamline_hooks.planning import plan_training
 
+            size = given_or_none(context, "batch_size") or 1
             plan = plan_training(
                 loaded,
                 tokenizer,
                 documents["text"],
                 seconds,
-                **{name: shared[name] for name in ("remove", "keep", "stack", "say")},
-                preset=preset,
-                test_texts=test_documents,
-                sequence_length=sequence_length,
+                replace(config, hardware=replace(config.hardware, batch_size=size)),
                 validation_tokens=given_or_none(context, "validation_tokens"),
                 test_tokens=given_or_none(context, "test_tokens"),
-                batch_size=given_or_none(context, "batch_size") or 1,
-                shortlist=shortlist,
-                seed=seed,
+                test_texts=test_documents,
                 output=output,
+                say=say,
             )
-            for line in (*plan.lines(), said_again(plan)):
+            for line in (*plan.lines(), said_again(plan, preset)):
                 say(line)
             if dry_run:
                 return
-            training, healing = replace(plan.training, seed=seed), plan.preset.healing
-            apart_from = ("training", "healing", "criterion", "shortlist")
-            shared |= {name: value for name, value in plan.arguments.items() if name not in apart_from}
+            config = plan.config
 
         def tell_costs() -> None:
-            ready = prepare_compression(loaded, tokenizer, text, test_documents=apart, **shared)
+            ready = prepare_compression(loaded, tokenizer, text, config, task=task, test_texts=apart, say=say)
             ready.require_writable()
-            for line in ready.announcement(search, criterion, shortlist):
+            for line in ready.announcement():
                 typer.echo(line)
-            if times > 1:
-                first = {**shared, "remove": by_round[0]}
-                ready = prepare_compression(loaded, tokenizer, text, test_documents=apart, **first)
-            by: dict[str, Any] = {"search": search, "parts": parts, "criterion": criterion}
-            by["profiled"] = profile is not None
-            say_costs(ready, shortlist, **by, training=training, healing=healing, rounds=times, say=typer.echo)
+            if config.rounds > 1:
+                first = replace(config, remove=Target(blocks=by_round[0]))
+                ready = prepare_compression(loaded, tokenizer, text, first, task=task, test_texts=apart, say=say)
+            say_costs(ready, profiled=profile is not None, say=typer.echo)
 
         if dry_run:
             work.of_first(tell_costs)  # the others wait for it, and fail where it does
             return
-        carried_out: Any = run if times == 1 else partial(compress_iteratively, rounds=times)
-        result = carried_out(
+        result = run(
             loaded,
             tokenizer,
             text,
-            training=training,
-            healing=healing,
-            resume=resume,
-            criterion=criterion,
+            config,
             profile=profile,
             test_texts=apart,
-            shortlist=shortlist,
             output=output,
             overwrite=overwrite,
-            **shared,
+            resume=resume,
+            say=say,
         )
         for line in ("", result.table(), *([plan.taken(result.seconds)] if budget else [])):
             say(line)
         say(work.of_first(lambda: write_page(output, result.title, compression=result.report())))
-        interrupted = result.training is not None and result.training.interrupted
-        if interrupted:
+        training = result.training
+        interrupted = training is not None and training.interrupted
+        if training is not None and interrupted:
             kept = training_file(output).is_file()
             say(
-                f"Interrupted: {output} holds the best weights up to then, those of step {result.training.best_step}. "
+                f"Interrupted: {output} holds the best weights up to then, those of step {training.best_step}. "
                 + (
                     "Go on with the same command and --resume --overwrite."
                     if kept

@@ -50,6 +50,7 @@ def export(
     Example: streamline-hooks export smollm2-small --to gguf --output smollm2-small.gguf
     """
     from streamline_hooks.checkpoint import load
+    from streamline_hooks.cli.short_forms import parse_replacement
     from streamline_hooks.export import export_gguf, export_onnx, export_plain
     from streamline_hooks.export import refit as fit_again
 
@@ -75,7 +76,14 @@ def export(
         loaded, _ = load_model(original)
         text, apart = documents_of(calibration or ["pydoc"]), documents_of(test) if test else None
         again = fit_again(
-            folder, loaded, _tokenizer(folder), text, kind=refit, test_texts=apart, stack=stack, say=typer.echo
+            folder,
+            loaded,
+            _tokenizer(folder),
+            text,
+            replacement=parse_replacement(refit),
+            test_texts=apart,
+            stack=stack,
+            say=typer.echo,
         )
         model = again.result.model
         typer.echo(str(again))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -11,6 +10,7 @@ from streamline_hooks.cli.task_data import takes
 from streamline_hooks.errors import StreamlineError
 
 if TYPE_CHECKING:
+    from streamline_hooks.selection import SearchConfig
     from streamline_hooks.task import Task
 
 _EXAMPLES = ("calibration_examples", "validation_examples", "test_examples")
@@ -28,14 +28,14 @@ def given_or_none(context: typer.Context, name: str) -> Any:
     return context.params[name] if is_given(context, name) else None
 
 
-def refuse_unused(context: typer.Context, search: str, task: Task | None = None, model: Any = None) -> None:
+def refuse_unused(context: typer.Context, search: SearchConfig, task: Task | None = None, model: Any = None) -> None:
     """Raise if an option was given that nothing takes where these are what is searched for and what the model is for.
 
     Parameters
     ----------
     context : typer.Context
         Of the command, which knows what was given.
-    search : str
+    search : SearchConfig
     task : Task, optional
         Where the command is for models that are not for text, too.
     model : transformers.PreTrainedModel, optional
@@ -46,14 +46,10 @@ def refuse_unused(context: typer.Context, search: str, task: Task | None = None,
     StreamlineError
         Naming the option, and what takes it.
     """
-    if is_given(context, "parts"):
-        from streamline_hooks.selection import SEARCHES
-
-        several = [name for name, config in SEARCHES.items() if "windows" in {f.name for f in fields(config)}]
-        if search not in several:
-            raise StreamlineError(
-                f"--parts is for --search {' and '.join(several)}, and the search here is {search}; leave it out."
-            )
+    if not hasattr(search, "windows") and is_given(context, "parts"):
+        raise StreamlineError(
+            f"--parts is for --search disjoint and mixed, and the search here is {search.kind}; leave it out."
+        )
     if task is None:
         return
     images = task.name == "image-classification"

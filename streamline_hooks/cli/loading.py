@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 def task_named(name: str, model: str | None) -> Task:
     """The task that was asked for, or the one that a model's configuration says."""
+    from streamline_hooks.cli.short_forms import parse_task
     from streamline_hooks.pretrained import task_of_pretrained
     from streamline_hooks.task import Task
 
     if name:
-        return Task.parse(name)
+        return parse_task(name)
     return Task("causal-lm") if model is None else task_of_pretrained(model)
 
 

@@ -80,16 +80,17 @@ def rank(
 
     Example: streamline-hooks rank smollm2 --save smollm2.profile
     """
+    from streamline_hooks.cli.recipe import search_config
     from streamline_hooks.cli.short_forms import parse_target
     from streamline_hooks.core import check_writable
-    from streamline_hooks.preparation import search_from_keywords
     from streamline_hooks.selection import protected_blocks, score_windows
     from streamline_hooks.selection import windows as windows_of
     from streamline_hooks.stack import find_stack
     from streamline_hooks.statistics import Profile, check_profile
     from streamline_hooks.statistics import profile as measure
 
-    searching = search_from_keywords(search, criterion, parts=parts, shortlist=top)
+    searching = search_config(search, criterion, windows=parts, shortlist=top)
+    search = searching.kind
     chosen = searching.resolved_criterion
     if remove is None and (search != "window" or chosen.needs == "model"):
         raise StreamlineError(
@@ -97,7 +98,7 @@ def rank(
             "--remove 0.25.".replace("  ", " ")
         )
     searching.check(parse_target(remove or "1"))
-    refuse_unused(context, search)
+    refuse_unused(context, searching)
     if save is not None and not save.resolve().parent.is_dir():
         raise StreamlineError(f"--save {save}: there is no folder {save.parent}; create it first.")
     if save is not None:
@@ -113,9 +114,9 @@ def rank(
         task = task_named(task_name, model)
         if not task.is_of_text and sources.unusual:
             raise StreamlineError(f"{sources.unusual} is for models that write, and {model} is for {task}.")
-        refuse_unused(context, search, task)
+        refuse_unused(context, searching, task)
         loaded, tokenizer = load_model(model, task)
-        refuse_unused(context, search, task, loaded)
+        refuse_unused(context, searching, task, loaded)
         stack = find_stack(loaded, stack).path
         if profile_file is None or chosen.needs == "model" or searching.runs_model:
             given = calibration_tokens, sequence_length, batch_size, seed

@@ -1,42 +1,32 @@
-"""What the options of a compression come to: how blocks are found, what replaces them, and how that is trained."""
+"""The config that the options of ``compress`` describe."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streamline_hooks.errors import StreamlineError
 
 if TYPE_CHECKING:
-    from streamline_hooks.repair import Healing, Preset, Training
+    from streamline_hooks.pipeline.config import CompressionConfig, DataConfig
+    from streamline_hooks.repair import DistillationConfig
+    from streamline_hooks.selection import SearchConfig, Target
+    from streamline_hooks.task import Task
 
-LEARNING_RATE, VALIDATIONS, _KIND = 1e-3, 8, "linear"
+LEARNING_RATE, EPOCHS, VALIDATIONS = 1e-3, 1, 8  # those of DistillationConfig, which is slow to import
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is to be done; each by the name that `compress` has for it."""
-
-    kind: str
-    training: Training | None
-    healing: Healing | None
-    rounds: int
-    search: str
-    criterion: str
-    repeated: float
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The options, each by its own name; empty, or as they are by default, where they were left out."""
+    """The options that say how blocks are found, replaced and trained, as they were written; empty if left out."""
 
     kind: str = ""
     preset: str = ""
-    objective: str = ""
+    loss: str = ""
     heal: str = ""
     on_policy: str = ""
     rounds: int | None = None
-    epochs: float = 1
+    epochs: float = EPOCHS
     validations: int = VALIDATIONS
     learning_rate: float | None = None
     autocast: bool = False
@@ -44,78 +34,120 @@ class Asked:
     criterion: str = ""
     repeated: float | None = None
 
-    def recipe(self, seed: int) -> Recipe:
-        """What they come to; how blocks are found is the preset's where nothing else was said.
+    def config(
+        self,
+        *,
+        remove: Target,
+        data: DataConfig,
+        keep: tuple[int, ...] = (),
+        windows: int = 2,
+        shortlist: int = 8,
+        batch_size: int = 4,
+        seed: int = 0,
+        task: Task | None = None,
+        stack: str | None = None,
+    ) -> CompressionConfig:
+        """Return the config that the options describe; what they leave out is the preset's, or the default.
 
         Raises
         ------
         StreamlineError
-            If an option contradicts the preset, or does nothing, since nothing is trained.
+            If an option contradicts the preset, or has no effect because nothing is trained.
         """
-        from streamline_hooks.repair import Healing, Objective, Preset, Training, preset_named
+        base = self._base()
+        hardware = replace(base.hardware, batch_size=batch_size)
+        return replace(
+            base,
+            remove=remove,
+            search=search_config(self.search, self.criterion, base.search, windows, shortlist, keep),
+            data=replace(data, repeated=base.data.repeated if self.repeated is None else self.repeated),
+            distillation=base.distillation and self._distillation(base.distillation),
+            hardware=replace(hardware, autocast="bfloat16") if self.autocast else hardware,
+            rounds=base.rounds if self.rounds is None else self.rounds,
+            seed=seed,
+            task=task,
+            stack=stack,
+        )
+
+    def _base(self) -> CompressionConfig:
+        from streamline_hooks.cli.short_forms import parse_healing, parse_loss, parse_replacement
+        from streamline_hooks.pipeline.config import CompressionConfig
+        from streamline_hooks.pipeline.presets import PRESETS
+        from streamline_hooks.repair import DistillationConfig
 
         if not self.preset:
-            self._require_used("" if self.objective else "no --train says what for (such as kl)")
-            healing = Healing.parse(self.heal) if self.heal else None
-            training = None
-            if self.objective:
-                rate = LEARNING_RATE if self.learning_rate is None else self.learning_rate
-                training = Training(objective=Objective.parse(self.objective), learning_rate=rate)
-            return self._found(Preset("", self.kind or _KIND, "", training, healing), seed)
-        chosen = preset_named(self.preset)
+            self._require_used("" if self.loss else "no --train says what for (such as kl)")
+            rate = LEARNING_RATE if self.learning_rate is None else self.learning_rate
+            return CompressionConfig(
+                repair=parse_replacement(self.kind or "linear"),
+                distillation=DistillationConfig(loss=parse_loss(self.loss), learning_rate=rate) if self.loss else None,
+                healing=parse_healing(self.heal) if self.heal else None,
+            )
+        base = PRESETS[self.preset].config
         decided = {
             "--kind": self.kind,
-            "--train": self.objective,
+            "--train": self.loss,
             "--heal": self.heal,
             "--learning-rate": self.learning_rate is not None,
-            "--rounds": self.rounds is not None and chosen.rounds != 1,
+            "--rounds": self.rounds is not None and base.rounds != 1,
         }
-        if said := [name for name, there in decided.items() if there]:
+        if given := [name for name, there in decided.items() if there]:
             raise StreamlineError(
-                f"--preset {self.preset} says what {' and '.join(said)} would; leave one of them out."
+                f"--preset {self.preset} says what {' and '.join(given)} would; leave one of them out."
             )
-        self._require_used("" if chosen.training else f"--preset {self.preset} trains nothing")
-        return self._found(chosen, seed)
+        self._require_used("" if base.distillation else f"--preset {self.preset} trains nothing")
+        return base
 
-    def _found(self, chosen: Preset, seed: int) -> Recipe:
-        from streamline_hooks.selection import SEARCHES
+    def _distillation(self, base: DistillationConfig) -> DistillationConfig:
+        from streamline_hooks.cli.short_forms import parse_on_policy
 
-        search = self.search or chosen.search
-        own = chosen.criterion if search == chosen.search else ""
-        return Recipe(
-            chosen.kind,
-            chosen.training and self._of(chosen.training, seed),
-            chosen.healing,
-            self.rounds or chosen.rounds,
-            search,
-            self.criterion or own or SEARCHES[search].default_criterion,
-            chosen.repeated if self.repeated is None else self.repeated,
-        )
-
-    def _of(self, training: Training, seed: int) -> Training:
-        import torch
-
-        from streamline_hooks.repair import OnPolicy
-
-        return replace(
-            training,
-            on_policy=OnPolicy.parse(self.on_policy) if self.on_policy else None,
-            epochs=self.epochs,
-            validations=self.validations,
-            autocast=torch.bfloat16 if self.autocast else None,
-            seed=seed,
-        )
+        if self.on_policy:
+            base = replace(base, on_policy=parse_on_policy(self.on_policy))
+        if self.epochs != EPOCHS:
+            base = replace(base, epochs=self.epochs)
+        return replace(base, validations=self.validations) if self.validations != VALIDATIONS else base
 
     def _require_used(self, missing: str) -> None:
-        """Raise if there are options of a training, and none is made."""
+        """Raise if there are options of a training, and nothing is trained."""
         of_training = {
             f"--heal {self.heal}": self.heal,
             f"--on-policy {self.on_policy}": self.on_policy,
             f"--rounds {self.rounds}": self.rounds not in (None, 1),
-            "--epochs": self.epochs != 1,
+            "--epochs": self.epochs != EPOCHS,
             "--validations": self.validations != VALIDATIONS,
             "--learning-rate": self.learning_rate is not None,
             "--autocast": self.autocast,
         }
-        if missing and (said := [name for name, there in of_training.items() if there]):
-            raise StreamlineError(f"{' and '.join(said)}: this is of a training, and {missing}.")
+        if missing and (given := [name for name, there in of_training.items() if there]):
+            raise StreamlineError(f"{' and '.join(given)}: this is of a training, and {missing}.")
+
+
+def search_config(
+    text: str,
+    criterion: str,
+    base: SearchConfig | None = None,
+    windows: int = 2,
+    shortlist: int = 8,
+    keep: tuple[int, ...] = (),
+) -> SearchConfig:
+    """Return the search that the options describe; what is empty is that of `base`.
+
+    Raises
+    ------
+    StreamlineError
+        If there is no such search or criterion, or they do not go together.
+    """
+    from streamline_hooks.cli.short_forms import parse_criterion, parse_search
+    from streamline_hooks.selection import WindowSearch
+
+    base = base or WindowSearch()
+    search = parse_search(text) if text else base
+    options: dict[str, Any] = {"keep": keep, "shortlist": min(shortlist, search.most_selections or shortlist)}
+    if search.kind == base.kind:
+        options["criterion"] = base.criterion
+    if criterion:
+        options["criterion"] = parse_criterion(criterion)
+    if hasattr(search, "windows"):
+        options["windows"] = max(windows, int(search.least.get("windows", 1)))
+    written = [part.partition("=")[0].strip() for part in text.partition(":")[2].split(",")]
+    return replace(search, **{name: value for name, value in options.items() if name not in written})

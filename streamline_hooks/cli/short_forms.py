@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from streamline_hooks.core.config import Config
+from streamline_hooks.calibration.mixture import ROUNDING
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.repair.healing import HealingConfig
+from streamline_hooks.repair.losses import LOSSES
+from streamline_hooks.repair.objective import Objective
+from streamline_hooks.repair.on_policy import OnPolicyConfig
 from streamline_hooks.repair.replacement_config import REPLACEMENTS, ReplacementConfig
 from streamline_hooks.selection.criteria import criterion_of
 from streamline_hooks.selection.search.configs import SEARCHES, SearchConfig
 from streamline_hooks.selection.target import Target
+from streamline_hooks.task import Task
 
 _TARGETS = {name.replace("_", "-"): name for name in ("blocks", "parameters", "latency", "decode_latency")}
+_SHARE = re.compile(r"(?P<name>.*):(?P<share>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)", re.IGNORECASE | re.DOTALL)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
+_NUMBER = r"(\d+(?:\.\d+)?)"
+_DURATION = re.compile(rf"(?:{_NUMBER}\s*h)?\s*(?:{_NUMBER}\s*m)?\s*(?:{_NUMBER}\s*s)?", re.IGNORECASE)
 
 
 def parse_target(text: str) -> Target:
@@ -124,7 +136,201 @@ def parse_criterion(text: str) -> str | Mapping[str, float]:
     return name if len(weights) == 1 and weight == 1.0 else weights
 
 
-def read_options(text: str, config: type[Config], without: tuple[str, ...] = ()) -> dict[str, Any]:
+def parse_loss(text: str) -> dict[str, float]:
+    """Read the weights of losses.
+
+    Raises
+    ------
+    StreamlineError
+        If a loss is unknown or given twice, or a weight is no number above 0.
+
+    Examples
+    --------
+    >>> parse_loss("kl + 0.5*lm")
+    {'kl': 1.0, 'lm': 0.5}
+    """
+    weights: dict[str, float] = {}
+    for part in text.split("+"):
+        number, _, name = (piece.strip() for piece in part.rpartition("*"))
+        if not name:
+            raise StreamlineError(
+                f"{text!r} is no loss: a part of the sum is empty. Expected a loss or a sum such as 'kl + 0.5*lm', of "
+                f"{', '.join(LOSSES)}. Change it."
+            )
+        LOSSES[name]
+        if name in weights:
+            raise StreamlineError(f"{text!r} has {name!r} twice. Expected each loss once. Add the weights up.")
+        try:
+            weights[name] = float(number) if number else 1.0
+        except ValueError:
+            raise StreamlineError(
+                f"{text!r}: {number!r} is no weight of {name!r}. Expected a number above 0. Change it."
+            ) from None
+    return dict(Objective(weights).weights)
+
+
+def parse_on_policy(text: str) -> OnPolicyConfig:
+    """Read on-policy training: its loss, and options after a colon.
+
+    Raises
+    ------
+    StreamlineError
+        If the loss or an option is unknown, or a value is invalid.
+
+    Examples
+    --------
+    >>> parse_on_policy("reverse_kl:share=0.25,longest=64").loss
+    {'reverse_kl': 1.0}
+    """
+    loss = parse_loss(text.partition(":")[0])
+    return OnPolicyConfig(loss=loss, **read_options(text, OnPolicyConfig, without=("loss",)))
+
+
+def parse_healing(text: str) -> HealingConfig:
+    """Read healing: its method, and options after a colon.
+
+    Raises
+    ------
+    StreamlineError
+        If the method or an option is unknown, or a value is invalid.
+
+    Examples
+    --------
+    >>> parse_healing("partial:where=after,learning_rate_ratio=0.2").where
+    'after'
+    """
+    method: Any = text.partition(":")[0].strip()
+    return HealingConfig(method=method, **read_options(text, HealingConfig, without=("method",)))
+
+
+def parse_task(text: str) -> Task:
+    """Read a task: its name, and for embeddings the pooling.
+
+    Raises
+    ------
+    StreamlineError
+        If the task, the pooling or an option is unknown.
+
+    Examples
+    --------
+    >>> parse_task("embedding:pooling=first")
+    Task(name='embedding', pooling='first')
+    """
+    return Task(text.partition(":")[0].strip(), **read_options(text, Task, without=("name",)))
+
+
+def parse_mixture(source: str) -> dict[str, float] | None:
+    """Read a mixture, such as ``"self:0.5,texts:0.3,pydoc:0.2"``.
+
+    Parameters
+    ----------
+    source : str
+        Sources between commas, each with a colon and its share.
+
+    Returns
+    -------
+    dict of str to float, or None
+        The share of each source, which together are 1. None where this is an ordinary source: a path that is there,
+        what has no shares, or one name with a number above 1, which is a data set and its configuration.
+
+    Raises
+    ------
+    StreamlineError
+        If only some of several sources have a share, a share is not above 0, they do not sum to 1 within 0.002, or a
+        source has no name or is given twice.
+
+    Examples
+    --------
+    >>> parse_mixture("self:0.5, pydoc:0.5")
+    {'self': 0.5, 'pydoc': 0.5}
+    >>> parse_mixture("pydoc") is None
+    True
+    """
+    if _is_there(source):
+        return None
+    parts = [part.strip() for part in source.split(",")]
+    read = {part: match for part in parts if (match := _SHARE.fullmatch(part))}
+    if not read or (len(parts) == 1 and float(read[parts[0]]["share"]) > 1):
+        return None
+    example = "Expected a share for each, such as self:0.5,texts:0.5."
+    if bare := [part for part in parts if part not in read]:
+        with_share = ", ".join(map(repr, read))
+        raise StreamlineError(
+            f"The mixture {source!r} has shares for {with_share} and none for {', '.join(map(repr, bare))}. {example}"
+        )
+    shares: dict[str, float] = {}
+    places: set[str] = set()
+    for part in parts:
+        name, share = read[part]["name"].strip(), float(read[part]["share"])
+        if not name:
+            raise StreamlineError(f"The mixture {source!r} has a share without a source, {part!r}. {example}")
+        if not 0 < share < math.inf:
+            raise StreamlineError(
+                f"The mixture {source!r} has the share {read[part]['share']} of {name!r}. Expected shares above 0; "
+                "leave a source out that is not wanted."
+            )
+        place = str(Path(name).expanduser().resolve()) if _is_there(name) else name
+        if place in places:
+            raise StreamlineError(f"The mixture {source!r} has {name!r} twice. Give each source once, with one share.")
+        places.add(place)
+        shares[name] = share
+    total = sum(shares.values())
+    if abs(total - 1) > ROUNDING:
+        raise StreamlineError(
+            f"The shares of the mixture {source!r} sum to {total:.6g}. Expected a sum of 1. Change them so that they "
+            "are parts of a whole."
+        )
+    return {name: share / total for name, share in shares.items()}
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as ``2GB``, ``512 MiB`` or ``2e9`` without its exponent.
+
+    Raises
+    ------
+    StreamlineError
+        If it is none.
+
+    Examples
+    --------
+    >>> parse_bytes("2GB"), parse_bytes("1.5 GiB"), parse_bytes("4096")
+    (2000000000, 1610612736, 4096)
+    """
+    found = _SIZE.fullmatch(text)
+    if found is None or not float(found[1]):
+        raise StreamlineError(f"{text!r} is no size; expected one above zero such as 2GB, 512MiB or 4096.")
+    return int(float(found[1]) * _UNITS[(found[2] or "").lower()])
+
+
+def parse_duration(text: str) -> float:
+    """Read a span of time such as ``10m``, ``8h``, ``90s`` or ``1h30m``.
+
+    Returns
+    -------
+    float
+        Seconds.
+
+    Raises
+    ------
+    StreamlineError
+        If it is none.
+
+    Examples
+    --------
+    >>> parse_duration("10m"), parse_duration("1h30m"), parse_duration("90s")
+    (600.0, 5400.0, 90.0)
+    """
+    found = _DURATION.fullmatch(text.strip())
+    hours, minutes, seconds = (float(part or 0) for part in (found.groups() if found else (0, 0, 0)))
+    total = 3600 * hours + 60 * minutes + seconds
+    if not total:
+        raise StreamlineError(
+            f"{text!r} is no duration. Expected one above zero with its units. Write 10m, 1h, 90s or 1h30m."
+        )
+    return total
+
+
+def read_options(text: str, config: type[Any], without: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the fields of a config that are written behind the colon of a short form: ``lora:rank=8,head``.
 
     Parameters
@@ -133,7 +339,7 @@ def read_options(text: str, config: type[Config], without: tuple[str, ...] = ())
         All of the short form. A comma is between two options; an option without a value is true; values of a tuple
         have ``+`` between them.
     config : type
-        A config class, whose annotations say how each option's value is read.
+        A config class or another dataclass, whose annotations say how each option's value is read.
     without : tuple of str
         Fields that are no options.
 
@@ -155,7 +361,7 @@ def read_options(text: str, config: type[Config], without: tuple[str, ...] = ())
     return found
 
 
-def _option_types(config: type[Config]) -> dict[str, tuple[Any, ...]]:
+def _option_types(config: type[Any]) -> dict[str, tuple[Any, ...]]:
     """Return, for each option, the types that can be written in a short form."""
     try:
         hints = get_type_hints(config)
@@ -185,3 +391,10 @@ def _read(text: str, option: str, types: tuple[Any, ...], value: str) -> Any:
         except (KeyError, ValueError):
             continue
     raise StreamlineError(f"{text!r}: {option}={value!r} is invalid. Expected {_expected(types)}. Change it.")
+
+
+def _is_there(source: str) -> bool:
+    try:
+        return Path(source).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long for a name, or no such user
+        return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -22,6 +22,7 @@ from streamline_hooks.cli.options import (
     Tokens,
 )
 from streamline_hooks.cli.page import write_page
+from streamline_hooks.cli.recipe import Recipe
 from streamline_hooks.errors import StreamlineError
 
 
@@ -64,49 +65,43 @@ def sweep(
     from streamline_hooks.cli.short_forms import parse_replacement, parse_target
     from streamline_hooks.core import atomic_file, check_writable
     from streamline_hooks.json_file import write_json
+    from streamline_hooks.pipeline.config import DataConfig
     from streamline_hooks.pipeline.sweep import sweep as run
-    from streamline_hooks.repair import Objective, Training
+    from streamline_hooks.preparation import document_sizes
 
-    refuse_unused(context, search)
     check_writable(output / "sweep.json")
     targets = [parse_target(part) for part in remove.split(",") if part.strip()]
-    kinds = [part.strip() for part in _kinds(kind)]
-    for one in kinds:
-        parse_replacement(one)
-    settings: dict[str, Any] = (
-        {"training": Training(objective=Objective.parse(objective), seed=seed)} if objective else {}
+    kinds = [parse_replacement(part) for part in _kinds(kind)]
+    config = Recipe(loss=objective, search=search).config(
+        remove=targets[0] if targets else parse_target("0.25"),
+        data=DataConfig(
+            sequence_length, calibration_tokens, validation_tokens=validation_tokens, test_tokens=test_tokens
+        ),
+        keep=tuple(block_numbers(keep)),
+        windows=parts,
+        shortlist=shortlist,
+        batch_size=batch_size,
+        seed=seed,
     )
+    refuse_unused(context, config.search)
     sources = Sources.parse(calibration)
     if sources.written:
         raise StreamlineError("A sweep takes text that is there: have the model write some once, by compress.")
     documents = sources.read()
     loaded, tokenizer = load_model(model)
-    split: dict[str, Any] = {
-        "seed": seed,
-        "sequence_length": sequence_length,
-        "calibration_tokens": calibration_tokens,
-        "validation_tokens": validation_tokens,
-        "test_tokens": test_tokens,
-    }
-    dealt = sources.dealt(documents, tokenizer, split, None)
+    dealt = sources.dealt(documents, tokenizer, document_sizes(config), None)
     found = run(
         loaded,
         tokenizer,
         next(iter(documents.values())) if dealt is None else dealt,
+        config,
         remove=targets,
-        kinds=kinds,
+        repair=kinds,
         speed=speed,
         speed_tokens=speed_tokens,
         repeats=repeats,
         keep_in=output / "measured.json",
         say=typer.echo,
-        search=search,
-        parts=parts,
-        keep=tuple(block_numbers(keep)),
-        batch_size=batch_size,
-        shortlist=shortlist,
-        **split,
-        **settings,
     )
     typer.echo(f"\n{found.table()}")
     with atomic_file(output / "sweep.csv") as new:

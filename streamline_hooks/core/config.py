@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from numbers import Integral, Real
 from types import UnionType
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
-from streamline_hooks.arguments import check_fields
+from streamline_hooks.arguments import check_fields, field_hints
 from streamline_hooks.errors import StreamlineError
 
 T = TypeVar("T")
@@ -45,7 +47,9 @@ class Registry(dict[str, T]):
         super().__init__()
         self.what, self.how, self.source = what, how, source or source_of
 
-    def __missing__(self, name: Any) -> T:
+    def __getitem__(self, name: Any) -> T:
+        if isinstance(name, str) and name in self:
+            return super().__getitem__(name)
         raise StreamlineError(
             f"The {self.what} {name!r} is unknown. Expected one of {', '.join(self)}. "
             + nearest(name, self, f"Register your own with {self.how}.")
@@ -69,6 +73,27 @@ class Registry(dict[str, T]):
             raise StreamlineError(f"There is another {self.what} {name!r}. Expected a new name. Choose another.")
         self[name] = entry
         return entry
+
+
+class FrozenDict(dict[str, Any]):
+    """A dict that cannot be changed, so that a config which holds it can be hashed and shared."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __copy__(self) -> FrozenDict:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> FrozenDict:
+        return self
+
+    def __reduce__(self) -> Any:
+        return FrozenDict, (dict(self),)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("A config cannot be changed. Make another one with dataclasses.replace.")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
 
 
 def nearest(name: Any, known: Iterable[str], otherwise: str) -> str:
@@ -99,18 +124,22 @@ class Config:
     family: ClassVar[Registry[Any] | None] = None
     """The classes of the family, by kind."""
     least: ClassVar[Mapping[str, float]] = {}
-    """The smallest value of each field that has one."""
+    """The smallest value of each field that has one, beside those of its bases."""
 
     def __post_init__(self) -> None:
-        check_fields(self, **self.least)
+        least: dict[str, float] = {}
+        for base in reversed(type(self).__mro__):
+            least |= vars(base).get("least", {})
+        check_fields(self, **least)
+        hints = field_hints(type(self))
         for field in fields(self):
-            value = getattr(self, field.name)
+            value = _builtin(getattr(self, field.name))
+            check_choice(type(self).__name__, field.name, value, hints[field.name])
             if isinstance(value, float) and not math.isfinite(value):
                 raise StreamlineError(
-                    f"{type(self).__name__}: {field.name}={value} is not finite. Expected a number. Change it."
+                    f"{type(self).__name__}: {field.name}={value} is no finite number. Expected a number. Give one."
                 )
-            if isinstance(value, list):  # as JSON and YAML have it
-                object.__setattr__(self, field.name, tuple(value))
+            object.__setattr__(self, field.name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the kind and all fields as values of JSON and YAML, which `from_dict` reads."""
@@ -129,7 +158,13 @@ class Config:
         if not isinstance(values, Mapping):
             raise StreamlineError(f"{cls.__name__}: got {values!r}. Expected a mapping of its fields. Write one.")
         given = dict(values)
-        config = cls if cls.family is None else cls.family[given.pop("kind", cls.kind)]
+        config = cls
+        if cls.family is not None:
+            if "kind" not in given and not cls.kind:
+                raise StreamlineError(
+                    f"{cls.__name__}: got no kind. Expected one of {', '.join(cls.family)}. Add kind to its fields."
+                )
+            config = cls.family[given.pop("kind", cls.kind)]
         if not issubclass(config, cls):
             raise StreamlineError(f"{cls.__name__}: kind={config.kind!r} is another config. Expected {cls.kind!r}.")
         known = [field.name for field in fields(config) if field.init]
@@ -139,8 +174,8 @@ class Config:
                     f"{config.__name__}: the key {key!r} is unknown. Expected one of {', '.join(known)}. "
                     + nearest(key, known, "Leave it out.")
                 )
-        hints = _hints(config)
-        return config(**{key: _read(value, hints.get(key, Any)) for key, value in given.items()})  # type: ignore[return-value]
+        hints = field_hints(config)
+        return config(**{key: _read(value, hints[key]) for key, value in given.items()})  # type: ignore[return-value]
 
 
 def register_config(base: type[Config], config: Any) -> Any:
@@ -173,14 +208,48 @@ def register_config(base: type[Config], config: Any) -> Any:
     without = [f.name for f in fields(config) if f.default is f.default_factory]
     if without:
         raise StreamlineError(f"{config.__name__} has fields without defaults: {', '.join(without)}. Give each one.")
+    require_plain(config())
     return base.family.add(config.kind, config)
 
 
-def _hints(config: type) -> dict[str, Any]:
-    try:
-        return get_type_hints(config)
-    except NameError:  # an annotation that is imported for type checkers only
-        return {}
+def require_plain(config: Config) -> None:
+    """Raise if a field of a config holds what JSON and YAML cannot."""
+    for name, value in config.to_dict().items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            raise StreamlineError(
+                f"{type(config).__name__}: {name}={value!r} cannot be written to JSON. Expected numbers, text, None, "
+                "and sequences and mappings of these. Keep a name instead, and make the object from it."
+            ) from None
+
+
+def check_choice(owner: str, name: str, value: Any, hint: Any) -> None:
+    """Raise if the annotation of a field lists its values by `Literal` and a text is none of them."""
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    choices = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
+    if choices and isinstance(value, str) and value not in choices and str not in members:
+        raise StreamlineError(
+            f"{owner}: {name}={value!r} is unknown. Expected one of {', '.join(choices)}. "
+            + nearest(value, choices, "Change it.")
+        )
+
+
+def _builtin(value: Any) -> Any:
+    """Return a value as Python's own type that JSON has: NumPy's numbers, and sequences and mappings of them."""
+    if isinstance(value, (bool, str)) or value is None or isinstance(value, Config):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if type(value).__module__ == "numpy" and type(value).__name__.startswith("bool"):
+        return bool(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_builtin, value))
+    if isinstance(value, Mapping):
+        return FrozenDict({key: _builtin(one) for key, one in value.items()})
+    return value
 
 
 def _plain(value: Any) -> Any:
@@ -204,7 +273,8 @@ def _read(value: Any, hint: Any) -> Any:
 
 
 def source_of(entry: Any) -> Any:
-    """Return where an entry was defined; entries without a name of their own are equal to themselves alone."""
-    if hasattr(entry, "__qualname__"):
-        return entry.__module__, entry.__qualname__
+    """Return where an entry, or the function in it, was defined; one without a name is equal to itself alone."""
+    defined = getattr(entry, "function", entry)
+    if "<lambda>" not in getattr(defined, "__qualname__", "<lambda>"):
+        return defined.__module__, defined.__qualname__
     return entry

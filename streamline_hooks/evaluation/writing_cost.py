@@ -14,9 +14,9 @@ from streamline_hooks.evaluation.cost import Cost, Pace
 from streamline_hooks.evaluation.speed import wait_for
 from streamline_hooks.generation import seeded, written_on
 from streamline_hooks.repair.course import Course
-from streamline_hooks.repair.on_policy import OnPolicy
+from streamline_hooks.repair.distillation_config import DistillationConfig
+from streamline_hooks.repair.on_policy import OnPolicyConfig
 from streamline_hooks.repair.rollouts import prompts_of
-from streamline_hooks.repair.settings import Training
 
 _TIMED = 4  # tokens written, beyond the first, which runs the prompt
 
@@ -24,7 +24,7 @@ _TIMED = 4  # tokens written, beyond the first, which runs the prompt
 def writing_cost(
     model: nn.Module,
     batches: Sequence[Batch | Tensor],
-    training: Training,
+    distillation: DistillationConfig,
     pace: Pace,
     *,
     clock: Callable[[], float] = time.perf_counter,
@@ -39,8 +39,8 @@ def writing_cost(
     model : transformers.PreTrainedModel
     batches : sequence of mapping or torch.Tensor
         Those that will be trained on.
-    training : Training
-        With `Training.on_policy`.
+    distillation : DistillationConfig
+        With `DistillationConfig.on_policy`.
     pace : Pace
         Of the model.
     clock : callable
@@ -50,17 +50,17 @@ def writing_cost(
     --------
     >>> import torch
     >>> from streamline_hooks.evaluation import measure_pace
-    >>> from streamline_hooks.repair import OnPolicy
+    >>> from streamline_hooks.repair import OnPolicyConfig
     >>> from streamline_hooks.testing import tiny_model
     >>> model, text = tiny_model("llama"), [torch.arange(3, 51).view(1, 48)] * 8
-    >>> own = Training(on_policy=OnPolicy(share=0.5, prompt=4, shortest=4, longest=20))
+    >>> own = DistillationConfig(on_policy=OnPolicyConfig(share=0.5, prompt=4, shortest=4, longest=20))
     >>> cost = writing_cost(model, text, own, measure_pace(model, text[0]))
     >>> print(cost.what, cost.tokens)  # 4 steps, of 2 texts of 20 tokens
     write own text, at most 160
     """
-    own = cast(OnPolicy, training.on_policy)
-    steps = Course(training, len(batches)).steps
-    due = sum(own.is_due(step, steps) for step in range(steps)) * training.accumulation
+    own = cast(OnPolicyConfig, distillation.on_policy)
+    steps = Course(distillation, len(batches)).steps
+    due = sum(own.is_due(step, steps) for step in range(steps)) * distillation.gradient_accumulation_steps
     lengths = own.lengths
     most = {length: max((prompts_of(batch, own.prompt, length) for batch in batches), key=len) for length in lengths}
     prompts = most[own.longest]

@@ -12,11 +12,13 @@ from streamline_hooks.batch import batches_of
 from streamline_hooks.calibration import split_documents
 from streamline_hooks.checkpoint import compare_blocks, load, read_plans
 from streamline_hooks.checkpoint.safety import CONFIG, read_json
-from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import perplexity
 from streamline_hooks.pipeline.compress import compress
+from streamline_hooks.pipeline.config import CompressionConfig, DataConfig
+from streamline_hooks.repair import FoldedConfig, ReplacementConfig
 from streamline_hooks.result import CompressionResult
+from streamline_hooks.selection import DisjointSearch, WindowSearch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,7 +63,7 @@ def refit(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     *,
-    kind: str = "folded",
+    replacement: ReplacementConfig = FoldedConfig(),
     test_texts: Sequence[str] | None = None,
     stack: str | None = None,
     output: str | Path | None = None,
@@ -79,7 +81,7 @@ def refit(
     tokenizer : transformers.PreTrainedTokenizerBase
     texts, test_texts : sequence of str
         The same as then.
-    kind : {"folded", "silenced"}
+    replacement : FoldedConfig or SilencedConfig
     stack : str, optional
         Path of the stack, see `find_stack`.
     output, overwrite, say
@@ -95,8 +97,11 @@ def refit(
         If the folder's plan is not of one surgery with windows, if the original or the text is another one, or as
         `compress`.
     """
-    if kind not in PLAIN:
-        raise StreamlineError(f"{kind!r} leaves no plain model, or none that is repaired; expected one of {PLAIN}.")
+    if replacement.kind not in PLAIN:
+        raise StreamlineError(
+            f"refit: replacement={replacement} leaves no plain model, or none that is repaired. Expected one of "
+            f"{PLAIN}. Pass FoldedConfig()."
+        )
     plans = read_plans(folder)
     windows = [range(*splice.replaces) for splice in plans[0].splices if splice.replaces]
     if len(plans) != 1 or not windows or len(windows) != len(plans[0].splices):
@@ -131,21 +136,17 @@ def refit(
     value = perplexity(model, batches_of(dealt.test, 4), "with splices").value
     before, blocks = model.num_parameters(), len(plans[0].slots)
     del model
-    slots, gone = parse_replacement(kind).slots, {k for window in windows for k in window}
-    result = compress(
-        original,
-        tokenizer,
-        texts,
-        remove=len(gone) - slots * len(windows),
-        kind=kind,
-        search="window" if len(windows) == 1 else "disjoint",
-        parts=len(windows),
-        keep=[k for k in range(plans[0].old_length) if k not in gone],
-        test_texts=test_texts,
+    gone = {k for window in windows for k in window}
+    keep = tuple(k for k in range(plans[0].old_length) if k not in gone)
+    config = CompressionConfig(
+        remove=len(gone) - replacement.slots * len(windows),
+        repair=replacement,
+        search=WindowSearch(keep=keep) if len(windows) == 1 else DisjointSearch(windows=len(windows), keep=keep),
+        data=DataConfig(**{name: value for name, value in asked.items() if name != "seed"}),
+        seed=asked["seed"],
         stack=stack,
-        output=output,
-        overwrite=overwrite,
-        say=say,
-        **asked,
+    )
+    result = compress(
+        original, tokenizer, texts, config, test_texts=test_texts, output=output, overwrite=overwrite, say=say
     )
     return Refitted(result, value, before, len(result.plan.slots) - blocks)

@@ -1,7 +1,17 @@
 """Compress a model from end to end: once, repeatedly, or at several sparsities."""
 
 from streamline_hooks.pipeline.compress import compress
-from streamline_hooks.pipeline.iterative import compress_iteratively
+from streamline_hooks.pipeline.config import CompressionConfig, DataConfig, EvaluationConfig
+from streamline_hooks.pipeline.presets import PRESETS, Preset
 from streamline_hooks.pipeline.sweep import Sweep, sweep
 
-__all__ = ["Sweep", "compress", "compress_iteratively", "sweep"]
+__all__ = [
+    "PRESETS",
+    "CompressionConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "Preset",
+    "Sweep",
+    "compress",
+    "sweep",
+]

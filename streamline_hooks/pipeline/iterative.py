@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor
-
-from streamline_hooks.arguments import checked
-from streamline_hooks.batch import Batch
 from streamline_hooks.batch_split import BatchSplit
-from streamline_hooks.calibration import PackedText, TokenSplit, split_documents
+from streamline_hooks.calibration import TokenSplit, split_documents
 from streamline_hooks.checkpoint import require_free, save
-from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.core import check_writable
-from streamline_hooks.distributed import Together, failing_together, here
+from streamline_hooks.distributed import Together, here
 from streamline_hooks.errors import StreamlineError, TrainingInterrupted
-from streamline_hooks.pipeline.compress import compress
-from streamline_hooks.preparation import are_batches, require_writable, search_from_keywords
-from streamline_hooks.repair import Healing, ReplacementConfig, Training
+from streamline_hooks.pipeline.config import CompressionConfig, EvaluationConfig
+from streamline_hooks.pipeline.one_round import compress_once
+from streamline_hooks.preparation import are_batches, document_sizes, require_writable
+from streamline_hooks.repair import TrainingCallback
 from streamline_hooks.result import CompressionResult
 from streamline_hooks.run_figures import Clock
 from streamline_hooks.selection import Target, blocks_to_remove, protected_blocks
@@ -31,122 +27,72 @@ from streamline_hooks.sentence_folder import sentence_folder_of
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery import SurgeryPlan
 from streamline_hooks.task import Task
+from streamline_hooks.trained_selection import training_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_OF_DOCUMENTS = (
-    "seed", "sequence_length", "calibration_tokens", "validation_tokens", "test_tokens",
-)  # fmt: skip
 
-
-@failing_together("compress_iteratively")
-@checked(rounds=1, fitting_tokens=1)
-def compress_iteratively(
+def compress_in_rounds(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    texts: Sequence[str] | TokenSplit | Mapping[str, PackedText] | Mapping[str, Sequence[Batch | Tensor]],
+    texts: Any,
+    config: CompressionConfig,
     *,
-    rounds: int,
-    training: Training,
-    remove: Target | int | float = 0.25,
-    keep: Iterable[int] = (),
-    fitting_tokens: int | None = None,
     test_texts: Sequence[str] | None = None,
-    resume: bool = False,
     output: str | Path | None = None,
     overwrite: bool = False,
-    side_by_side: bool = True,
+    resume: bool = False,
+    checkpoint: str | Path | None = None,
+    callbacks: Sequence[TrainingCallback] = (),
     say: Callable[[str], None] = lambda line: None,
-    **options: Any,
 ) -> CompressionResult:
-    """Give up a part of the blocks, train the repair, and look again which blocks do least in the repaired model.
+    """Compress in ``config.rounds`` rounds, after IteRABRe (arXiv 2503.06291).
 
-    After IteRABRe (arXiv 2503.06291). Each round is a `compress` of its own on its own part of the calibration text, so
-    that all rounds together see no more tokens than one would; the original teaches in every round, and the result is
-    measured against it. A copy of the original is held in memory meanwhile, where there is more than one round.
-
-    Parameters
-    ----------
-    model, tokenizer, texts
-        See `compress`.
-    rounds : int
-        At most as many as blocks are to go; the first ones take one more where they do not come out even.
-    training : Training
-        Of each round, each of which has a file of its own to go on from.
-    remove : Target, int or float
-        A number or a fraction of the blocks, of all rounds together.
-    keep : iterable of int
-        Blocks that must stay, numbered as in the original; negative numbers count from its end.
-    fitting_tokens : int, optional
-        See `compress`; of all rounds together.
-    test_texts, resume, output, overwrite, side_by_side, say
-        See `compress`.
-    **options
-        All else of `compress`, the same in every round; no profile, since each round makes its own.
+    Each round removes some of the blocks, trains on its own part of the calibration data, and ranks the repaired model
+    again, so that all rounds together use as many tokens as one would. The original is the teacher of every round, and
+    the result is measured against it; a copy of it is in memory meanwhile. Other parameters are those of `compress`.
 
     Returns
     -------
     CompressionResult
-        Of all rounds together: see `CompressionResult.rounds`.
+        Of all rounds together, see `CompressionResult.rounds`.
 
     Raises
     ------
     TrainingInterrupted
-        If Ctrl-C ended the training run of a round.
+        If Ctrl-C ended the training of a round. The model is then without the blocks of this round and those before.
+        The training is in a file: load the original, and call again with `resume`.
     StreamlineError
-        As `compress`; if the rounds do not fit the blocks or the text, or a later one might find no window between the
-        blocks that must stay. If one failed, the model is without the blocks of the rounds before; if its training was
-        interrupted, without its own too. Then this training is in a file: load the original, and go on with `resume`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from streamline_hooks.testing import tiny_model
-    >>> batches = [torch.randint(3, 60, (2, 8)) for _ in range(12)]
-    >>> parts = {"calibration": batches[:8], "validation": batches[8:10], "test": batches[10:]}
-    >>> result = compress_iteratively(
-    ...     tiny_model("llama"), None, parts, rounds=2, remove=4, training=Training(), side_by_side=False
-    ... )
-    >>> [len(one["removed"]) for one in result.rounds], len(result.plan.slots)
-    ([2, 2], 4)
+        As `compress`, or if the rounds do not fit the blocks or the data, or a later one might find no window between
+        the blocks that must stay. If a later round fails, the model is without the blocks of the rounds before.
     """
-    if options.get("profile") is not None or options.get("teacher") is not None:
-        raise StreamlineError("Each round makes a profile of its own, and the original teaches; leave them out.")
-    if training.objective.needs_states:
-        raise StreamlineError(
-            f"The objective {training.objective} compares states behind windows, which the original has elsewhere "
-            "after the first round. Compare what is said: kl, reverse_kl or lm."
-        )
-    if options.get("train_until") is not None:
-        raise StreamlineError(
-            "train_until ends one training, and each round makes one. Leave it out, or say how many minutes each may "
-            "take (Training.minutes)."
-        )
-    work = Together("compress_iteratively", here())
-    found = find_stack(model, options.get("stack"))
-    counts = blocks_by_round(len(found), remove, rounds)
-    search_from_keywords(options.get("search", "window"), parts=options.get("parts", 2)).check(remove, min(counts))
+    work = Together("compress", here())
+    search, rounds = config.search, config.rounds
+    found = find_stack(model, config.stack)
+    counts = blocks_by_round(len(found), config.target, rounds)
+    search.check(config.target, min(counts))
     if output is not None:
         work.of_first(lambda: require_free(output, overwrite))
         sentence_folder_of(model)  # raises if it cannot be kept
-        require_writable(found, _replacement(options.get("kind", "linear")), range(counts[0]))
-    asked_for = options.get("task")
-    task = Task.parse(asked_for) if isinstance(asked_for, str) else asked_for or Task.of(model)
-    whole, parts = _parts(texts, tokenizer, task, rounds, test_texts, options)
-    trainings = [_training(training, output, number) for number in range(rounds)]
-    files = [one.keep_in for one in trainings]
+        require_writable(found, config.repair, range(counts[0]))
+    task = config.task or Task.of(model)
+    whole, parts = _parts(texts, tokenizer, task, config, test_texts)
+    files = [_checkpoint(checkpoint, output, number) for number in range(rounds)]
     if resume and not work.of_first(lambda: any(file and file.is_file() for file in files)):
-        raise StreamlineError(f"There is no training to resume at {files[0] or 'any place (keep_in)'}; leave it out.")
-    for one in trainings:
-        if one.keep_in is not None:
-            work.of_first(partial(check_writable, one.keep_in))
-    protected = protected_blocks(keep, len(found))
-    _require_room(_runs_between(protected | _stays(found, counts[0], options), len(found)), len(found), counts, options)
+        raise StreamlineError(
+            f"There is no training to resume at {files[0] or 'any place'}. Leave resume out to begin one, or name its "
+            "checkpoint."
+        )
+    for file in files:
+        if file is not None:
+            work.of_first(partial(check_writable, file))
+    protected = protected_blocks(search.keep, len(found))
+    _require_room(_runs_between(protected | _stays(found, counts[0], config), len(found)), len(found), counts, config)
     if not resume:
         work.of_first(lambda: _delete(files))  # of an earlier call, which a later round would take for its own
     present: list[int | None] = list(range(len(found)))  # by their numbers in the original
-    original = copy.deepcopy(model) if rounds > 1 else None
+    original = copy.deepcopy(model)
     del found  # it holds blocks that go
     done: list[CompressionResult] = []
     for number, (count, part) in enumerate(zip(counts, parts, strict=True)):
@@ -154,20 +100,19 @@ def compress_iteratively(
             say(f"round      {number + 1} of {rounds}: {count} of {sum(counts)} blocks")
         last, file = number == rounds - 1, files[number]
         goes_on = work.of_first(lambda: resume and file is not None and file.is_file())  # noqa: B023
+        keep = [k for k, old in enumerate(present) if old in protected]
         try:
-            result = compress(
+            result = compress_once(
                 model,
                 tokenizer,
                 part,
-                remove=count,
-                keep=[k for k, old in enumerate(present) if old in protected],
-                fitting_tokens=fitting_tokens and _fitted_on(fitting_tokens, part, whole),
-                training=trainings[number],
+                _round_config(config, count, keep, part, whole, last),
+                recorded=config,
                 teacher=original if number else None,
                 resume=goes_on,
-                side_by_side=side_by_side and last,
+                checkpoint=file,
+                callbacks=callbacks,
                 say=say,
-                **options,
             )
         except StreamlineError as error:
             if not done:
@@ -187,10 +132,10 @@ def compress_iteratively(
                     if file and file.is_file()
                     else "It was kept nowhere. Begin again with the original."
                     if file
-                    else "Name a file (keep_in) to go on from."
+                    else "Name a file (checkpoint) to go on from."
                 )
             )
-    result = _together(done, whole)
+    result = replace(_together(done, whole), config=config)
     if output is not None:
         clock = Clock()
         with clock("save"):
@@ -198,13 +143,24 @@ def compress_iteratively(
                 lambda: save(model, output, tokenizer=tokenizer, report=result.report(), overwrite=overwrite)
             )
         result.seconds |= work.of_first(lambda: clock.seconds)
-        if training.keep_in is None:
+        if checkpoint is None:
             work.of_first(lambda: _delete(files))  # the weights are in the folder now
     return result
 
 
-def _replacement(kind: ReplacementConfig | str) -> ReplacementConfig:
-    return parse_replacement(kind) if isinstance(kind, str) else kind
+def _round_config(
+    config: CompressionConfig, count: int, keep: Sequence[int], part: Any, whole: TokenSplit | BatchSplit, last: bool
+) -> CompressionConfig:
+    """Return the config of one round; only the last is compared with the original."""
+    fitted = config.data.fitting_tokens
+    return replace(
+        config,
+        remove=Target(blocks=count),
+        rounds=1,
+        search=replace(config.search, keep=tuple(keep)),
+        data=replace(config.data, fitting_tokens=fitted and _fitted_on(fitted, part, whole)),
+        evaluation=config.evaluation if last else EvaluationConfig(speed=False, generation=False),
+    )
 
 
 def _delete(files: Sequence[Path | None]) -> None:
@@ -221,7 +177,7 @@ def blocks_by_round(length: int, remove: Target | int | float, rounds: int) -> l
     length : int
         Of the stack.
     remove, rounds
-        See `compress_iteratively`.
+        See `CompressionConfig`.
 
     Raises
     ------
@@ -251,21 +207,19 @@ def _runs_between(protected: frozenset[int], length: int) -> list[int]:
     return [b - a - 1 for a, b in pairwise(edges) if b - a > 1]
 
 
-def _stays(stack: BlockStack, count: int, options: Mapping[str, Any]) -> frozenset[int]:
-    """The last block, where those behind a window are all that is trained, so that there always has to be one."""
-    healing = options.get("healing")
-    healed = Healing.parse(healing) if isinstance(healing, str) else healing
-    behind = healed is not None and healed.where == "after" and not healed.head
-    if not behind or options.get("search", "window") != "window":
+def _stays(stack: BlockStack, count: int, config: CompressionConfig) -> frozenset[int]:
+    """Return the last block, if only blocks behind the window are trained, so that there always is one."""
+    healing, repair = config.healing, config.repair
+    behind = healing is not None and healing.where == "after" and not healing.head
+    if not behind or config.search.number_of_windows != 1:
         return frozenset()
-    kind = _replacement(options.get("kind", "linear"))
-    return frozenset() if kind.size(stack, range(count + kind.slots)).parameters else frozenset({len(stack) - 1})
+    return frozenset() if repair.size(stack, range(count + repair.slots)).parameters else frozenset({len(stack) - 1})
 
 
-def _require_room(runs: Sequence[int], length: int, counts: Sequence[int], options: Mapping[str, Any]) -> None:
+def _require_room(runs: Sequence[int], length: int, counts: Sequence[int], config: CompressionConfig) -> None:
     """Raise where a round may find no window, by what earlier rounds choose, when these have been trained."""
-    search = search_from_keywords(options.get("search", "window"), parts=options.get("parts", 2))
-    slots, in_one = search.slots(_replacement(options.get("kind", "linear"))), search.number_of_windows == 1
+    in_one = config.search.number_of_windows == 1
+    slots = config.search.slots(config.repair)
     reached = {tuple(sorted(runs))}
     for number, count in enumerate(counts):
         size, present = count + slots, length - sum(counts[:number])  # a window is never the whole stack
@@ -297,9 +251,10 @@ def _levelled(runs: Sequence[int], count: int) -> tuple[int, ...]:
 
 
 def _parts(
-    texts: Any, tokenizer: Any, task: Task, rounds: int, test_texts: Any, options: dict[str, Any]
+    texts: Any, tokenizer: Any, task: Task, config: CompressionConfig, test_texts: Any
 ) -> tuple[TokenSplit | BatchSplit, list[Any]]:
-    """All of the text or the batches, and for each round its part, which shares validation and test."""
+    """Return all of the text or the batches, and for each round its part, which shares validation and test."""
+    rounds = config.rounds
     if are_batches(texts):
         if test_texts is not None:
             raise StreamlineError("Batches have a test part of their own; leave test_texts out.")
@@ -312,7 +267,6 @@ def _parts(
         batches = list(given["calibration"])
         edges = [k * len(batches) // rounds for k in range(rounds + 1)]
         return BatchSplit.of(given, task), [{**given, "calibration": batches[a:b]} for a, b in pairwise(edges)]
-    own = {name: options.pop(name) for name in _OF_DOCUMENTS if name in options and name != "seed"}
     if isinstance(texts, Mapping):
         split = TokenSplit.of_packed(texts)
     elif isinstance(texts, TokenSplit):
@@ -320,8 +274,7 @@ def _parts(
     else:
         if tokenizer is None:
             raise StreamlineError("Documents need a tokenizer; give one, or text that is dealt out already.")
-        own = {"calibration_tokens": 41_000, "validation_tokens": 4_096, "test_tokens": 12_288, **own}
-        split = split_documents(texts, tokenizer, test_documents=test_texts, seed=options.get("seed", 0), **own)
+        split = split_documents(texts, tokenizer, test_documents=test_texts, **document_sizes(config))
         test_texts = None
     if test_texts:
         raise StreamlineError("Text that is dealt out already has a test part of its own; leave test_texts out.")
@@ -336,13 +289,10 @@ def _fitted_on(tokens: int, part: Any, whole: TokenSplit | BatchSplit) -> int:
     return max(2, round(share * tokens / whole.sequence_length)) * whole.sequence_length
 
 
-def _training(training: Training, output: str | Path | None, number: int) -> Training:
-    """A round's own training: its file is named after the round."""
-    beside = None if output is None else Path(output).with_name(f"{Path(output).name}.training")
-    file = training.keep_in or beside
-    if file is None:
-        return training
-    return replace(training, keep_in=file.with_name(f"{file.name}.round-{number + 1}"))
+def _checkpoint(given: str | Path | None, output: str | Path | None, number: int) -> Path | None:
+    """Return the file that a round's training is resumed from."""
+    file = training_file(output) if given is None and output is not None else given and Path(given)
+    return file.with_name(f"{file.name}.round-{number + 1}") if file else None
 
 
 def _together(done: Sequence[CompressionResult], whole: TokenSplit | BatchSplit) -> CompressionResult:

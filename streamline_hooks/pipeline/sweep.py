@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from streamline_hooks.arguments import checked
 from streamline_hooks.calibration import PackedText, TokenSplit
 from streamline_hooks.digests import autocast_dtype, batches_digest, model_digest, texts_digest, tokenizer_digest
@@ -22,11 +20,12 @@ from streamline_hooks.evaluation import measure_speed
 from streamline_hooks.evaluation.kept import Kept
 from streamline_hooks.evaluation.speed import PHASES, Timed, room_for_prompt
 from streamline_hooks.pipeline.compress import compress
+from streamline_hooks.pipeline.config import CompressionConfig, EvaluationConfig
 from streamline_hooks.preparation import are_batches
+from streamline_hooks.repair import ReplacementConfig
 from streamline_hooks.selection import Target
-from streamline_hooks.selection.criteria import CRITERIA, Combination, Criterion
+from streamline_hooks.selection.criteria import Combination
 from streamline_hooks.statistics import Profile
-from streamline_hooks.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -148,20 +147,20 @@ def sweep(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str] | TokenSplit | Mapping[str, PackedText] | Mapping[str, Any],
+    config: CompressionConfig | None = None,
     *,
     remove: Sequence[Target | int | float],
-    kinds: Sequence[str],
+    repair: Sequence[ReplacementConfig],
     speed: bool = True,
     speed_tokens: int = 512,
     repeats: int = 7,
     keep_in: str | Path | None = None,
     profile: Profile | None = None,
     say: Callable[[str], None] = lambda line: None,
-    **settings: Any,
 ) -> Sweep:
     """Compress a model in many ways, each time a copy.
 
-    One profile serves all of it. What has been measured is kept in a file, so that a sweep goes on where it was
+    One profile serves all of it. What has been measured is kept in a file, so that a sweep continues where it was
     interrupted, and one with more points makes only those.
 
     Parameters
@@ -170,41 +169,41 @@ def sweep(
         It is not changed; memory holds it twice.
     tokenizer : transformers.PreTrainedTokenizerBase
     texts : sequence of str, TokenSplit or mapping
-        Documents, or text that is dealt out or packed already, see `compress`.
+        Documents, or text that is divided or packed already, see `compress`.
+    config : CompressionConfig, optional
+        What all compressions have in common. Its `remove`, `repair` and `evaluation` are replaced.
     remove : sequence of Target, int or float
-        How much is to go, each as `compress` takes it.
-    kinds : sequence of str
-        What stands in the blocks' place; each is combined with each of `remove`.
+        How much to remove.
+    repair : sequence of ReplacementConfig
+        What replaces the blocks. Each is combined with each of `remove`.
     speed : bool
         Measure speed, beside the original and in turn.
     speed_tokens, repeats : int
-        Tokens of the prompt (fewer where the model has not the positions), and rounds.
+        Tokens of the prompt (fewer if the model has fewer positions), and repetitions.
     keep_in : str or Path, optional
-        A JSON file of what has been measured, by the model, the tokenizer, the text and all settings.
+        A JSON file of what has been measured, by the model, the tokenizer, the text and the config.
     profile : Profile, optional
         Of this model, instead of a pass.
     say : callable
         Receives lines about what is done.
-    **settings
-        For `compress`: `training`, `healing`, `search`, `calibration_tokens`, ...
 
     Returns
     -------
     Sweep
-        Where a surgery is refused there is a point too, which says why.
+        A refused surgery is a point too, which says why.
 
     Raises
     ------
     StreamlineError
-        If nothing is asked for, `texts` are batches, `settings` holds what is swept over or where one model would be
-        written, or a criterion cannot be told from others of its name in what is kept.
+        If there is nothing to sweep over, or `texts` are batches.
     """
-    wrong = sorted({"output", "resume", "overwrite", "side_by_side"} & settings.keys())
-    if not remove or not kinds or wrong:
+    if not remove or not repair:
         raise StreamlineError(
-            f"Got {len(remove)} amounts, {len(kinds)} kinds" + (f" and {', '.join(wrong)}" if wrong else "") + "; "
-            "expected one amount and one kind at least, and no place to write one model to: all of them are given up."
+            f"sweep: got {len(remove)} amounts and {len(repair)} replacements. Expected at least one of each. Give "
+            "remove=[0.25] and repair=[LinearConfig()], for example."
         )
+    common = replace(config or CompressionConfig(), evaluation=EvaluationConfig(speed=False, generation=False))
+    configs = [replace(common, remove=amount, repair=one) for amount in remove for one in repair]  # raises here
     if are_batches(texts):
         raise StreamlineError(
             "A sweep compares perplexities of text and was given batches, which have none. Give documents, a "
@@ -212,17 +211,14 @@ def sweep(
         )
     if isinstance(texts, Mapping):
         texts = TokenSplit.of_packed(texts)
-    if "keep" in settings:
-        settings["keep"] = tuple(settings["keep"])  # which may be one that can be read once
     kept = Kept(Path(keep_in) if keep_in is not None else None)
     timed = (room_for_prompt(model, _TIMED_NEW, speed_tokens), repeats) if speed else None
-    known = [] if keep_in is None else [*_known(model, tokenizer, texts, settings, profile), timed]
-    compressor = _Compressor(model, tokenizer, texts, settings, timed, say, profile)
+    known = [] if keep_in is None else [*_known(model, tokenizer, texts, profile), timed]
+    compressor = _Compressor(model, tokenizer, texts, timed, say, profile)
     points = []
-    for target in map(Target.of, remove):
-        for kind in kinds:
-            say(f"{kind}, {target}")
-            points.append(kept.get(Point, [*known, str(target), kind], partial(compressor.point, target, kind))[0])
+    for one in configs:
+        say(f"{one.repair}, {one.target}")
+        points.append(kept.get(Point, [*known, one.to_dict(), *_data_of(one)], partial(compressor.point, one))[0])
     return Sweep(tuple(points))
 
 
@@ -233,19 +229,19 @@ class _Compressor:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     texts: Sequence[str] | TokenSplit
-    settings: dict[str, Any]
     timed: tuple[int, int] | None
     say: Callable[[str], None]
     profile: Profile | None
 
-    def point(self, target: Target, kind: str) -> Point:
-        asked, changed = Point(str(target), kind), copy.deepcopy(self.model)
-        options = {"profile": self.profile, "say": self.say, "side_by_side": False, **self.settings}
+    def point(self, config: CompressionConfig) -> Point:
+        asked, changed = Point(str(config.target), str(config.repair)), copy.deepcopy(self.model)
+        profile = None if config.rounds > 1 else self.profile
         try:
-            result = compress(changed, self.tokenizer, self.texts, remove=target, kind=kind, **options)
+            result = compress(changed, self.tokenizer, self.texts, config, profile=profile, say=self.say)
             if result.training is not None and result.training.interrupted:
                 raise TrainingInterrupted(
-                    f"Interrupted at {kind}, {target}, which is not kept; points before it are. Sweep again to go on."
+                    f"Interrupted at {config.repair}, {config.target}, which is not kept; points before it are. Sweep "
+                    "again to continue."
                 )
         except UnsupportedSurgery as refusal:
             return replace(asked, refused=str(refusal))
@@ -271,7 +267,6 @@ def _known(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str] | TokenSplit,
-    settings: dict[str, Any],
     profile: Profile | None,
 ) -> list[Any]:
     """What points are known by, besides what was swept over."""
@@ -280,29 +275,15 @@ def _known(
         autocast_dtype(model),
         tokenizer_digest(tokenizer, () if isinstance(texts, TokenSplit) else texts),
         batches_digest(texts.tensors) if isinstance(texts, TokenSplit) else texts_digest(texts),
-        {name: _said(value) for name, value in settings.items()},
         [] if profile is None else [texts_digest([repr(profile.cosine.tolist())])],
     ]
 
 
-def _said(value: Any) -> Any:
-    """A setting, as a JSON value that no other has."""
-    if isinstance(value, nn.Module):
-        return model_digest(value)
-    if isinstance(value, Task):
-        return repr(str(value))
-    if not isinstance(value, Criterion):
-        return repr(value)
-    if CRITERIA.get(value.name) is value:
-        return repr(value.name)
-    if isinstance(value, Combination):
-        return [value.by, [[_said(part), weight] for part, weight in value.parts]]
-    if value.made_of is None:
-        raise StreamlineError(
-            f"The criterion {value.name!r} is not registered, so that what is kept of it could not be told from what "
-            "another of its name chose. Give it a name of its own (register_criterion), or keep nothing (keep_in=None)."
-        )
-    return [value.name, value.made_of()]
+def _data_of(config: CompressionConfig) -> list[str]:
+    """Return digests of the data that the config's criteria hold, which their names do not tell."""
+    criterion = config.search.resolved_criterion
+    parts = [part for part, _ in criterion.parts] if isinstance(criterion, Combination) else [criterion]
+    return [part.made_of() for part in parts if part.made_of is not None]
 
 
 def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:

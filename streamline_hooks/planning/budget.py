@@ -2,35 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.planning.plan import Plan
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
 _BESIDE = 1.25  # of the weights: what a pass takes beside them
 _LEAST = 2**25  # bytes of states that are always allowed
-
-
-def parse_bytes(text: str) -> int:
-    """Read a size such as ``2GB``, ``512 MiB`` or ``2e9`` without its exponent.
-
-    Raises
-    ------
-    StreamlineError
-        If it is none.
-
-    Examples
-    --------
-    >>> parse_bytes("2GB"), parse_bytes("1.5 GiB"), parse_bytes("4096")
-    (2000000000, 1610612736, 4096)
-    """
-    found = _SIZE.fullmatch(text)
-    if found is None or not float(found[1]):
-        raise StreamlineError(f"{text!r} is no size; expected one above zero such as 2GB, 512MiB or 4096.")
-    return int(float(found[1]) * _UNITS[(found[2] or "").lower()])
 
 
 def checkpoint_bytes(folder: str | Path) -> int:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.pipeline.config import CompressionConfig
 from streamline_hooks.planning.duration import in_words
-from streamline_hooks.repair import Preset, Training
+from streamline_hooks.repair import DistillationConfig
 from streamline_hooks.repair.training_pace import TrainingPace
 
 _LEAST = 20_480  # tokens: with fewer steps a training is hardly one
@@ -37,7 +37,7 @@ class Sizes:
     validation, test : int
     epochs : float
     validations : int
-        As in `Training`.
+        As in `DistillationConfig`.
     """
 
     calibration: int
@@ -101,7 +101,7 @@ class Paces:
         steps = self.training.steps_and_validations(
             sizes.calibration, sizes.validation, epochs=sizes.epochs, validations=sizes.validations
         )
-        return steps + self.keep * (steps / (60 * Training().keep_every))
+        return steps + self.keep * (steps / (60 * DistillationConfig().checkpoint_minutes))
 
     def stages(self, sizes: Sizes) -> dict[str, float]:
         """Seconds by stage, named as in `CompressionResult.seconds`, after those of the planning itself."""
@@ -177,14 +177,15 @@ class BudgetPlan:
         Seconds that were allowed.
     sizes : Sizes
     paces : Paces
-    preset : Preset
+    asked : CompressionConfig
+        What was to be planned for.
     given : Given
     """
 
     budget: float
     sizes: Sizes
     paces: Paces
-    preset: Preset
+    asked: CompressionConfig
     given: Given
 
     @property
@@ -198,17 +199,6 @@ class BudgetPlan:
         return sum(self.stages.values())
 
     @property
-    def training(self) -> Training:
-        """The preset's, with what the plan says."""
-        assert self.preset.training is not None
-        return replace(
-            self.preset.training,
-            epochs=self.sizes.epochs,
-            validations=self.sizes.validations,
-            autocast=self.paces.training.autocast,
-        )
-
-    @property
     def train_until(self) -> float:
         """Seconds of `compress` after which the training ends, so that all is late by a tenth of the budget at most."""
         stages, paces = self.stages, self.paces
@@ -217,21 +207,25 @@ class BudgetPlan:
         return (1 + _GRACE) * self.budget - stages["plan"] - behind
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """What `compress` is to be given besides the model, its text and what is to go."""
-        return {
-            **self.preset.arguments,
-            "training": self.training,
-            "train_until": self.train_until,
-            "shortlist": self.given.shortlist,
-            "keep": self.given.keep,
-            "sequence_length": self.given.sequence_length,
-            "batch_size": self.given.batch_size,
-            "calibration_tokens": self.sizes.calibration,
-            "fitting_tokens": self.sizes.fitting,
-            "validation_tokens": self.sizes.validation,
-            "test_tokens": self.sizes.test,
-        }
+    def config(self) -> CompressionConfig:
+        """What `compress` is to be given."""
+        asked, sizes = self.asked, self.sizes
+        assert asked.distillation is not None
+        data = replace(
+            asked.data,
+            calibration_tokens=sizes.calibration,
+            fitting_tokens=sizes.fitting,
+            validation_tokens=sizes.validation,
+            test_tokens=sizes.test,
+        )
+        return replace(
+            asked,
+            search=replace(asked.search, keep=self.given.keep),
+            data=data,
+            distillation=replace(asked.distillation, epochs=sizes.epochs, validations=sizes.validations),
+            hardware=replace(asked.hardware, autocast=self.paces.training.autocast),
+            train_until=self.train_until,
+        )
 
     def lines(self) -> list[str]:
         """The plan for a terminal."""
@@ -240,8 +234,9 @@ class BudgetPlan:
         speeds = [f"{1e3 * one.step:.2f} ms a token in {_precision(one)}" for one in (pace, *self.paces.others)]
         stages = ", ".join(f"{name} {in_words(seconds)}" for name, seconds in self.stages.items())
         said = [
-            f"budget     {in_words(self.budget)}: {self.preset.name}, trained on {sizes.calibration:,} tokens {often}; "
-            f"chosen and fitted on {sizes.fitting:,} of them, judged on {sizes.validation:,}, scored on {sizes.test:,}",
+            f"budget     {in_words(self.budget)}: {self.asked.repair}, trained on {sizes.calibration:,} tokens "
+            f"{often}; chosen and fitted on {sizes.fitting:,} of them, judged on {sizes.validation:,}, scored on "
+            f"{sizes.test:,}",
             f"products   of the training in {_precision(pace)} (a step takes {', '.join(speeds)})",
             f"planned    {stages}; in all {in_words(self.seconds)}",
         ]
@@ -261,16 +256,18 @@ class BudgetPlan:
         return f"taken      {in_words(sum(took.values()))}, {share:.0%} of the budget; for each (as planned): {each}"
 
 
-def plan_in(budget: float, paces: Paces, preset: Preset, given: Given, available: int | None = None) -> BudgetPlan:
-    """Find the most text that a preset can be trained on in a given time.
+def plan_in(
+    budget: float, paces: Paces, asked: CompressionConfig, given: Given, available: int | None = None
+) -> BudgetPlan:
+    """Find the most text that can be trained on in a given time.
 
     Parameters
     ----------
     budget : float
         Seconds.
     paces : Paces
-    preset : Preset
-        With a training.
+    asked : CompressionConfig
+        With a distillation.
     given : Given
     available : int, optional
         Tokens there are to train on, beside those to validate and to test on; by default more than are needed. What is
@@ -283,11 +280,11 @@ def plan_in(budget: float, paces: Paces, preset: Preset, given: Given, available
 
     Examples
     --------
-    >>> from streamline_hooks.repair import preset_named
+    >>> from streamline_hooks import CompressionConfig
     >>> paces = Paces(
     ...     10.0, 1.0, 1e-6, 1e-3, 1e-3, 5e-3, 5e-3, 0.0, 2.0, TrainingPace(1e-3, 2e-3, 4e-3, 2e-3), 10.0, 3.0
     ... )
-    >>> plan = plan_in(600.0, paces, preset_named("best"), Given())
+    >>> plan = plan_in(600.0, paces, CompressionConfig.preset("best"), Given())
     >>> plan.sizes.calibration, round(plan.seconds)
     (81408, 596)
     """
@@ -296,7 +293,7 @@ def plan_in(budget: float, paces: Paces, preset: Preset, given: Given, available
     least = min(math.ceil(_LEAST / length), there)
 
     def planned(sequences: int, epochs: float = 1) -> BudgetPlan:
-        return BudgetPlan(budget, given.sizes(sequences, epochs), paces, preset, given)
+        return BudgetPlan(budget, given.sizes(sequences, epochs), paces, asked, given)
 
     needed = planned(least)
     if needed.seconds > budget:
@@ -322,4 +319,4 @@ def plan_in(budget: float, paces: Paces, preset: Preset, given: Given, available
 
 
 def _precision(pace: TrainingPace) -> str:
-    return "the weights' precision" if pace.autocast is None else str(pace.autocast).removeprefix("torch.")
+    return pace.autocast or "the weights' precision"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +15,17 @@ from streamline_hooks.batch import device_of, tokens_of
 from streamline_hooks.calibration import split_documents
 from streamline_hooks.calibration.split import PARTS
 from streamline_hooks.collapse_watch import CollapseWatch
+from streamline_hooks.core.hardware_config import HardwareConfig, Precision
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import Pace, measure_pace
 from streamline_hooks.evaluation.speed import wait_for
+from streamline_hooks.pipeline.config import CompressionConfig
 from streamline_hooks.planning.rates import write_rate
 from streamline_hooks.planning.training_budget import BudgetPlan, Given, Paces, Sizes, plan_in
-from streamline_hooks.preparation import Preparation, prepare_compression, search_from_keywords
-from streamline_hooks.repair import Preset, preset_named, solve, student_of
+from streamline_hooks.preparation import Preparation, prepare_compression
+from streamline_hooks.repair import solve, student_of
 from streamline_hooks.repair.training_pace import TrainingPace, measure_training_pace
 from streamline_hooks.result import most_attempts
-from streamline_hooks.selection import CRITERIA, Target
 from streamline_hooks.selection.search.problem import RANKED
 from streamline_hooks.side_by_side import SideBySide
 from streamline_hooks.statistics import measure_moments, profile
@@ -38,7 +39,6 @@ _STEPS = 3  # of a training that are timed, the first of which sets it up
 _PRODUCT = (512, 1024)  # tokens and features of a product that is timed in two precisions
 _DOCUMENTS, _CHARACTERS = 100, 200_000  # that are tokenised to time it
 _WRITINGS = 4  # what writing and timing side by side takes, in the time that the original takes to write
-_PARTS = 2  # windows of a selection, of a search for disjoint ones
 
 
 def plan_training(
@@ -46,45 +46,34 @@ def plan_training(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     budget: float,
+    config: CompressionConfig | None = None,
     *,
-    preset: Preset | str = "best",
-    remove: Target | int | float = 0.25,
-    keep: Iterable[int] = (),
-    test_texts: Sequence[str] | None = None,
-    sequence_length: int = 512,
     validation_tokens: int | None = None,
     test_tokens: int | None = None,
-    batch_size: int = 1,
-    shortlist: int = 8,
-    seed: int = 0,
-    stack: str | None = None,
+    test_texts: Sequence[str] | None = None,
     output: str | Path | None = None,
     say: Callable[[str], None] = lambda line: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> BudgetPlan:
-    """Find how much text `compress` can be given for it to take about as long as allowed, from here to the folder.
+    """Find how much text `compress` can be given to take about as long as allowed, from here to the folder.
 
-    A profile of a few tokens says which windows are likely; the pace of the blocks, one solution, a few real steps of
-    the training (of a student that is thrown away, in the weights' precision and, where a product of matrices is not
-    slower in it, in bfloat16, of which the faster is taken) and a text that is written say what each stage takes. The
-    model is afterwards what it was.
+    A profile of a few tokens shows which windows are likely; the pace of the blocks, one solution, a few real training
+    steps (of a student that is discarded, in the weights' precision and, if a matrix product is not slower in it, in
+    bfloat16, of which the faster is taken) and a generated text show what each stage takes. The model is afterwards
+    what it was.
 
     Parameters
     ----------
-    model, tokenizer, texts, remove, test_texts, sequence_length, seed, stack
+    model, tokenizer, texts, test_texts
         As in `compress`, which is to be given the same.
-    keep : iterable of int
-        Blocks that must stay. Where blocks behind the window are healed, the last one must too.
     budget : float
-        Seconds, those of the planning among them.
-    preset : Preset or str
-        With a training.
+        Seconds, those of the planning included.
+    config : CompressionConfig, optional
+        With a distillation, in one round; by default ``CompressionConfig.preset("best")`` with a batch size of 1. The
+        plan decides its token numbers, epochs, validations and autocast. If blocks behind the window are healed, the
+        last block is kept.
     validation_tokens, test_tokens : int, optional
         By default they follow from the budget.
-    batch_size : int
-        Sequences a step.
-    shortlist : int
-        Selections that are fitted and judged.
     output : str or Path, optional
         Where the model is going to be saved.
     say : callable
@@ -95,64 +84,65 @@ def plan_training(
     Returns
     -------
     BudgetPlan
-        ``compress(model, tokenizer, texts, **plan.arguments)`` carries it out.
+        ``compress(model, tokenizer, texts, plan.config)`` carries it out.
 
     Raises
     ------
     StreamlineError
-        If the budget does not suffice for the least that is worth doing, the preset trains nothing, on what the model
-        writes, or in rounds, or the text is too short for anything.
+        If the budget does not suffice for the least that is worth doing, the config trains nothing, on what the model
+        generates, or in rounds, or the text is too short for anything.
     """
     began = clock()
-    chosen = preset_named(preset) if isinstance(preset, str) else preset
-    if chosen.training is None:
+    chosen = config or CompressionConfig.preset("best", hardware=HardwareConfig(batch_size=1))
+    if chosen.distillation is None:
         raise StreamlineError(
-            f"The preset {chosen.name!r} trains nothing, so that a budget decides nothing. Choose 'best', or leave the "
-            "budget out."
+            "plan_training: the config trains nothing, so that a budget decides nothing. Expected a distillation. Give "
+            "CompressionConfig.preset('best'), or leave the budget out."
         )
     if chosen.rounds > 1:
         raise StreamlineError(
-            f"The preset {chosen.name!r} goes in {chosen.rounds} rounds, and a budget plans one. Choose 'best', or "
-            "leave the budget out."
+            f"plan_training: the config has {chosen.rounds} rounds, and a budget plans one. Set rounds=1, or leave the "
+            "budget out."
         )
-    if chosen.training.on_policy is not None:
+    if chosen.distillation.on_policy is not None:
         raise StreamlineError(
-            f"The preset {chosen.name!r} trains on what the model writes ({chosen.training.on_policy}), whose length a "
-            "budget does not know beforehand. Leave on_policy out, or the budget."
+            f"plan_training: the config trains on what the model generates ({chosen.distillation.on_policy}), whose "
+            "length a budget does not know beforehand. Leave on_policy out, or the budget."
+        )
+    limits = {"train_until": chosen.train_until, "distillation.max_minutes": chosen.distillation.max_minutes}
+    if given_limits := [name for name, limit in limits.items() if limit is not None]:
+        raise StreamlineError(
+            f"plan_training: the config sets {' and '.join(given_limits)}, which the plan decides. Expected None. "
+            "Leave it out, or the budget."
+        )
+    if chosen.task not in (None, Task("causal-lm")):
+        raise StreamlineError(
+            f"plan_training: the config has task={chosen.task}, and a budget is planned for causal language models. "
+            "Leave the task out, or the budget."
         )
     behind = chosen.healing is not None and chosen.healing.where == "after"
+    keep = chosen.search.keep
     kept = tuple(dict.fromkeys((*keep, -1))) if behind else tuple(keep)
+    chosen = replace(chosen, search=replace(chosen.search, keep=kept))
+    sequence_length, batch_size = chosen.data.sequence_length, chosen.hardware.batch_size
     given = Given(
         sequence_length,
         batch_size,
         validation_tokens,
         test_tokens,
         kept,
-        shortlist=shortlist,
+        shortlist=chosen.search.shortlist,
     )
     least = given.sizes(max(4, -(-_SAMPLE // sequence_length), _STEPS * batch_size))
-    split: dict[str, Any] = {"seed": seed, "sequence_length": sequence_length, "test_documents": test_texts}
-    ready = prepare_compression(
-        model,
-        tokenizer,
-        texts,
-        task=Task("causal-lm"),
-        remove=remove,
-        kind=chosen.kind,
-        search=chosen.search,
-        parts=_PARTS,
-        keep=kept,
-        batch_size=batch_size,
-        stack=stack,
-        say=say,
-        repeated=chosen.repeated,
-        **split,
-        **_tokens(least),
-    )
+    split: dict[str, Any] = {
+        "seed": chosen.seed, "sequence_length": sequence_length, "test_documents": test_texts,
+    }  # fmt: skip
+    few = replace(chosen, data=replace(chosen.data, fitting_tokens=None, **_tokens(least)))
+    ready = prepare_compression(model, tokenizer, texts, few, task=Task("causal-lm"), test_texts=test_texts, say=say)
     preparing = clock() - began
     device = device_of(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        paces = _paces(ready, tokenizer, texts, chosen, given.shortlist, output, clock)
+        paces = _paces(ready, tokenizer, texts, output, clock)
     paces = replace(paces, plan=clock() - began, prepare=preparing)
     available: int | None = None
     while True:
@@ -189,8 +179,6 @@ def _paces(
     ready: Preparation,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
-    preset: Preset,
-    shortlist: int,
     output: str | Path | None,
     clock: Callable[[], float],
 ) -> Paces:
@@ -208,10 +196,9 @@ def _paces(
 
     ranking, measured = timed(lambda: profile(model, ready.calibration, keep=ready.protected, stack=stack))
     # Which are likely, a criterion of the profile tells for nothing, and how many windows they have.
-    runs_each = bool(preset.criterion) and CRITERIA[preset.criterion].runs_per_window
-    criterion = "" if runs_each else preset.criterion
-    search = search_from_keywords(preset.search, criterion, parts=_PARTS, shortlist=shortlist)
-    selections = search.find(ready.question(search, profile=measured))
+    runs_each = ready.config.search.resolved_criterion.runs_per_window
+    search = replace(ready.config.search, criterion=None) if runs_each else ready.config.search
+    selections = search.find(ready.problem(profile=measured, criterion=search.resolved_criterion))
     windows = selections[0].windows
     firsts = [selection.windows[0] for selection in selections]
     pace = measure_pace(model, ready.calibration[0], stack=stack)
@@ -226,16 +213,20 @@ def _paces(
     searching = 0.0
     if runs_each:
         alone = [range(k, k + 1) for k in range(len(ready.stack)) if k not in ready.protected]
-        each = alone if preset.search == "one-shot" else ready.candidates
+        each = alone if search.kind == "one-shot" else ready.candidates
         costs = pace.judge(ready.calibration, each)
         searching = max(RANKED, *(tokens_of(batch) for batch in ready.calibration[:1])) * costs.seconds / costs.tokens
     solving = _solving(ready, windows[0], timed)
-    tried = [_training(ready, preset, windows, dtype) for dtype in precisions_to_time(model, timed)]
+    tried = [_training(ready, windows, dtype) for dtype in precisions_to_time(model, timed)]
     (first, trained), *others = sorted(tried, key=lambda one: one[0].step)
     sample = "".join(texts[:_DOCUMENTS])[:_CHARACTERS]
     encoding, encoded = timed(lambda: tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"])
-    writing, _ = timed(lambda: SideBySide(model, tokenizer, ready.test, lambda line: None))
-    watching, _ = timed(lambda: CollapseWatch(model, tokenizer, ready.test, lambda line: None))
+    writing = watching = 0.0
+    evaluation = ready.config.evaluation
+    if evaluation.speed or evaluation.generation:
+        writing, _ = timed(lambda: SideBySide(model, tokenizer, ready.test, lambda line: None))
+    if evaluation.generation:
+        watching, _ = timed(lambda: CollapseWatch(model, tokenizer, ready.test, lambda line: None))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     return Paces(
         plan=0.0,
@@ -262,20 +253,20 @@ def _solving(ready: Preparation, window: range, timed: Callable[..., tuple[float
     return timed(lambda: solve(moments, moments))[0]
 
 
-def _training(
-    ready: Preparation, preset: Preset, windows: Sequence[range], autocast: torch.dtype | None
-) -> tuple[TrainingPace, int]:
+def _training(ready: Preparation, windows: Sequence[range], autocast: Precision | None) -> tuple[TrainingPace, int]:
     """The pace of the training in one precision, and the bytes that are kept of it."""
-    assert preset.training is not None
-    settings = replace(preset.training, autocast=autocast)
+    config, healing = ready.config.distillation, ready.config.healing
+    assert config is not None
+    hardware = replace(ready.config.hardware, autocast=autocast)
     pairs = [(window, ready.kind.build(ready.stack, window)) for window in windows]
-    student = student_of(ready.stack, pairs, preset.healing, seed=settings.seed, task=ready.task)
+    student = student_of(ready.stack, pairs, healing, seed=ready.config.seed, task=ready.task)
     # In float32 each weight that is trained, two numbers of AdamW, and the best so far.
     kept = 4 * 4 * sum(p.numel() for p in student.parameters().values())
-    return measure_training_pace(student, ready.calibration[:_STEPS], ready.validation[0], settings), kept
+    pace = measure_training_pace(student, ready.calibration[:_STEPS], ready.validation[0], config, hardware=hardware)
+    return pace, kept
 
 
-def precisions_to_time(model: nn.Module, timed: Callable[..., tuple[float, Any]]) -> list[torch.dtype | None]:
+def precisions_to_time(model: nn.Module, timed: Callable[..., tuple[float, Any]]) -> list[Precision | None]:
     """What the training is timed in; not in bfloat16 where a processor computes in it by emulation, 20 times slower."""
     weight = next(p for p in model.parameters() if p.is_floating_point())
     tokens, features = _PRODUCT
@@ -284,7 +275,7 @@ def precisions_to_time(model: nn.Module, timed: Callable[..., tuple[float, Any]]
         a, b = (torch.ones(rows, features, dtype=dtype, device=weight.device) for rows in (tokens, features))
         seconds[dtype] = min(timed(lambda a=a, b=b: a @ b)[0] for _ in range(3))
     faster = seconds[torch.bfloat16] <= seconds[weight.dtype] and weight.dtype != torch.bfloat16
-    return [torch.bfloat16, None] if faster else [None]
+    return ["bfloat16", None] if faster else [None]
 
 
 def scoring_passes(pace: Pace, windows: Sequence[range], whole: bool) -> float:

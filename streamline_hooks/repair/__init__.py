@@ -14,39 +14,41 @@ from streamline_hooks.repair.configs import (
     SilencedConfig,
     SwiGLUConfig,
 )
+from streamline_hooks.repair.distillation_config import DistillationConfig
 from streamline_hooks.repair.fitting import fit_windows
 from streamline_hooks.repair.freezing import freeze_all_but
-from streamline_hooks.repair.healing import Healing, student_of
+from streamline_hooks.repair.healing import HealingConfig, student_of
+from streamline_hooks.repair.losses import LOSSES, Loss, register_loss
 from streamline_hooks.repair.objective import Objective
-from streamline_hooks.repair.on_policy import OnPolicy
-from streamline_hooks.repair.presets import PRESETS, Preset, preset_named
+from streamline_hooks.repair.on_policy import OnPolicyConfig
 from streamline_hooks.repair.repaired import Repair
 from streamline_hooks.repair.replacement_config import (
     REPLACEMENTS,
     ReplacementConfig,
     register_replacement,
 )
-from streamline_hooks.repair.settings import Trained, Training
 from streamline_hooks.repair.size import StandInSize, features_of, size_of
 from streamline_hooks.repair.stand_in import StandIn, place
 from streamline_hooks.repair.student import Student
+from streamline_hooks.repair.trained import Trained
 from streamline_hooks.repair.training import train
 
 __all__ = [
-    "PRESETS",
+    "LOSSES",
     "REPLACEMENTS",
     "BlockConfig",
     "ClosedForm",
+    "DistillationConfig",
     "FeedForwardConfig",
     "FoldedConfig",
-    "Healing",
+    "HealingConfig",
     "LinearConfig",
+    "Loss",
     "MLPConfig",
     "MergedConfig",
     "NoneConfig",
     "Objective",
-    "OnPolicy",
-    "Preset",
+    "OnPolicyConfig",
     "Repair",
     "ReplacementConfig",
     "ScaleConfig",
@@ -56,14 +58,13 @@ __all__ = [
     "Student",
     "SwiGLUConfig",
     "Trained",
-    "Training",
     "TrainingCallback",
     "TrainingProgress",
     "features_of",
     "fit_windows",
     "freeze_all_but",
     "place",
-    "preset_named",
+    "register_loss",
     "register_replacement",
     "size_of",
     "solve",

@@ -39,7 +39,7 @@ class TrainingProgress:
 class TrainingCallback:
     """Base class of the callbacks of a training run; override the methods you need.
 
-    Pass instances as ``Training(callbacks=[...])``. In a distributed run every rank calls its own callbacks. An
+    Pass instances as ``train(..., callbacks=[...])``. In a distributed run every rank calls its own callbacks. An
     exception ends the run like an exception of the step itself; KeyboardInterrupt stops it and keeps the best weights.
     Callbacks are not part of the run's identity: a run can be resumed with other ones.
 
@@ -48,8 +48,7 @@ class TrainingCallback:
     >>> class PrintLoss(TrainingCallback):
     ...     def on_step_end(self, progress):
     ...         print(progress.step, progress.loss)
-    >>> from streamline_hooks import Training
-    >>> settings = Training(callbacks=[PrintLoss()])
+    >>> callbacks = [PrintLoss()]
     """
 
     def on_step_begin(self, progress: TrainingProgress) -> None:

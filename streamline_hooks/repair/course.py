@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from streamline_hooks.repair.settings import Training
+from streamline_hooks.repair.distillation_config import DistillationConfig
 
 
 class Course:
@@ -17,7 +17,7 @@ class Course:
 
     Parameters
     ----------
-    settings : Training
+    config : DistillationConfig
     batches : int
         How many there are.
 
@@ -27,27 +27,27 @@ class Course:
 
     Examples
     --------
-    >>> course = Course(Training(epochs=2, accumulation=4), 6)
+    >>> course = Course(DistillationConfig(epochs=2, gradient_accumulation_steps=4), 6)
     >>> course.steps, sorted(course.batches_of(2) + course.batches_of(3))
     (4, [0, 1, 2, 3, 4, 5])
     """
 
-    def __init__(self, settings: Training, batches: int) -> None:
-        self.settings, self._batches = settings, batches
-        self._a_epoch = math.ceil(batches / settings.accumulation)
-        self.steps = round(settings.epochs * self._a_epoch)
+    def __init__(self, config: DistillationConfig, batches: int) -> None:
+        self.config, self._batches = config.seeded(0), batches
+        self._a_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+        self.steps = round(config.epochs * self._a_epoch)
 
     def batches_of(self, step: int) -> list[int]:
         """The batches of a step: each epoch has an order of its own, which the seed tells."""
-        size = self.settings.accumulation
+        size = self.config.gradient_accumulation_steps
         epoch, place = divmod(step, self._a_epoch)
-        generator = torch.Generator().manual_seed(self.settings.seed + epoch)
+        generator = torch.Generator().manual_seed((self.config.seed or 0) + epoch)
         order = torch.randperm(self._batches, generator=generator).tolist()
         return order[place * size : (place + 1) * size]
 
     def seed_of(self, step: int, rank: int) -> int:
         """Of the random numbers of one of several processes in a step; torch's generator looks at 32 bits."""
-        said = f"{self.settings.seed} {step} {rank}"
+        said = f"{self.config.seed} {step} {rank}"
         return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=4).digest())
 
     def is_due(self, step: int, history: Sequence[Mapping[str, Any]]) -> bool:
@@ -57,11 +57,11 @@ class Course:
     def out_of_patience(self, history: Sequence[Mapping[str, Any]]) -> str:
         """Why a training is to end early; empty where it is not."""
         since = len(history) - 1 - min(range(len(history)), key=lambda k: history[k]["validated"])
-        if self.settings.patience and since >= self.settings.patience:
-            text = " and the text's own loss" if self.settings.objective.lm else ""
+        if self.config.patience and since >= self.config.patience:
+            text = " and the text's own loss" if self.config.objective.needs_labels else ""
             return f"the distance to the original{text} on the validation part was no lower {since} times"
         return ""
 
     def _validations(self) -> set[int]:
-        count = min(self.settings.validations, self.steps)
+        count = min(self.config.validations, self.steps)
         return {round(self.steps * k / count) for k in range(1, count + 1)}

@@ -12,15 +12,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from streamline_hooks.batch import Batch, real_tokens
+from streamline_hooks.core.hardware_config import HardwareConfig
 from streamline_hooks.distance import reference_of, summed_distance
 from streamline_hooks.distributed import some_of
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.predicted import UNCOUNTED, following_tokens
-from streamline_hooks.repair.divergence import summed_divergence, text_loss
+from streamline_hooks.repair.distillation_config import DistillationConfig
+from streamline_hooks.repair.divergence import summed_divergence
 from streamline_hooks.repair.master_weights import MasterWeights
-from streamline_hooks.repair.on_policy import OnPolicy
+from streamline_hooks.repair.on_policy import OnPolicyConfig
 from streamline_hooks.repair.rollouts import Rollouts
-from streamline_hooks.repair.settings import Training
 from streamline_hooks.repair.share import Share
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import Taught
@@ -36,7 +37,8 @@ class Forwards:
     student : Student
     task : Task
         Of its model.
-    settings : Training
+    config : DistillationConfig
+    hardware : HardwareConfig
     weights : MasterWeights
         Where gradients are collected.
     device : torch.device
@@ -53,7 +55,8 @@ class Forwards:
 
     student: Student
     task: Task
-    settings: Training
+    config: DistillationConfig
+    hardware: HardwareConfig
     weights: MasterWeights
     device: torch.device
     share: Share
@@ -77,8 +80,8 @@ class Forwards:
 
     def _loss(self, taught: Taught, batch: Batch | Tensor, answers: int, tokens: int) -> Tensor:
         """The loss: its part of what is said a number of answers, its part of states a number of tokens."""
-        objective = self.settings.objective
-        with self.settings.products(self.device):
+        objective = self.config.objective
+        with self.hardware.autocast_on(self.device):
             output, states = self.student.run(
                 taught.entrance, batch, logits=objective.needs_logits, states=objective.needs_states
             )
@@ -94,9 +97,9 @@ class Forwards:
         """As `_backward`, on what the student wrote: every place at which it chose the next token."""
         batches, total = [one.batch for one in rollouts], 0.0
         with ExitStack() as exits:
-            with self.settings.products(self.device):
+            with self.hardware.autocast_on(self.device):
                 told = (
-                    exits.enter_context(taught_to(self.student, batches, self.settings, bar=bar)) if batches else None
+                    exits.enter_context(taught_to(self.student, batches, self.hardware, bar=bar)) if batches else None
                 )
             for one, taught in zip(rollouts, told.batches if told else (), strict=True):
                 for rows in _slices(len(one.answered), self.rows / max(1, self.longest)):
@@ -107,9 +110,9 @@ class Forwards:
         return total
 
     def _loss_on_own(self, taught: Taught, batch: Batch, answered: Tensor, answers: int) -> Tensor:
-        objective = cast(OnPolicy, self.settings.on_policy).objective
+        objective = cast(OnPolicyConfig, self.config.on_policy).objective
         compared = {**batch, "attention_mask": answered}
-        with self.settings.products(self.device):
+        with self.hardware.autocast_on(self.device):
             output, _ = self.student.run(taught.entrance, batch, logits=True, states=False)
             assert taught.exit is not None
             original = self.student.original_answers(taught.exit, batch, compared)
@@ -117,13 +120,13 @@ class Forwards:
 
     def _following(self, batch: Batch | Tensor, output: Any) -> Tensor | None:
         """The token that is to follow on each answer in an output; None where no text is learned."""
-        if not self.settings.objective.lm:
+        if not self.config.objective.needs_labels:
             return None
         given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
         wanted = "labels" if self.task.name == "seq2seq" else "input_ids"
         if wanted not in given:
             raise StreamlineError(
-                f"The objective {self.settings.objective} predicts a text, and a batch has none ({', '.join(given)}). "
+                f"The loss {self.config.objective} predicts a text, and a batch has none ({', '.join(given)}). "
                 f"Give {wanted}, or train on what the original says (kl)."
             )
         ids = given[wanted].to(logits_of(output).device)
@@ -152,26 +155,22 @@ class Forwards:
     def validation_sums(self) -> tuple[float, float, int]:
         """The distances of this process's share of the validation, what else is minimised, and how many answers it has.
 
-        Both are sums in float64; the second is 0 where neither a text is learned nor the divergence from the repaired
-        model's side, see `Objective.validated`.
+        Both are sums in float64; for the second see `Objective.besides_distance`.
         """
-        total, others, answers, objective = 0.0, 0.0, 0, self.settings.objective
+        total, others, answers, objective = 0.0, 0.0, 0, self.config.objective
         with torch.no_grad(), _evaluating(self.student):
             for number, batch in self.validation_share.batches.items():
                 for part, rows in self._parts(self.validation_taught[number], batch):
-                    with self.settings.products(self.device):
+                    with self.hardware.autocast_on(self.device):
                         output, _ = self.student.run(part.entrance, rows, logits=True, states=False)
                         original = self._original(part, rows)
                     if number not in self.validation_share.idle:
                         said = self.task.answers(output, rows)
                         if self.task.gives_distributions:
                             total += float(summed_divergence(said, original))
-                            if objective.reverse_kl:
-                                others += float(summed_divergence(said, original, 0.0, objective.reverse_kl))
                         else:
                             total += summed_distance(self.task, reference_of(self.task, original), said)
-                        if (following := self._following(rows, output)) is not None:
-                            others += objective.lm * float(text_loss(said, following))
+                        others += objective.besides_distance(said, original, self._following(rows, output))
                         answers += len(said)
         return total, others, answers
 

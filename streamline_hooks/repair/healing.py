@@ -7,19 +7,18 @@ model until `Student.settle`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from math import inf
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from streamline_hooks.arguments import check_fields, checked
+from streamline_hooks.arguments import checked
+from streamline_hooks.core.config import Config
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.adapters import with_adapters
 from streamline_hooks.repair.folded import Folded
-from streamline_hooks.repair.options import read_options
 from streamline_hooks.repair.scaled import Scaled
 from streamline_hooks.repair.stand_in import StandIn
 from streamline_hooks.repair.student import Student
@@ -34,41 +33,50 @@ _OF_ADAPTERS = ("rank", "alpha", "dropout", "targets")
 
 
 @dataclass(frozen=True)
-class Healing:
-    """What is trained of the blocks that stay.
+class HealingConfig(Config):
+    """Describe which of the remaining blocks are trained beside the replacement, and how.
 
     Attributes
     ----------
-    how : {"lora", "partial"}
-        Low-rank adapters beside their linear layers (LoRA, arXiv 2106.09685), which are merged in the end, or the
-        blocks whole.
+    method : {"lora", "partial"}
+        Low-rank adapters of the linear layers, merged afterwards (LoRA, arXiv 2106.09685), or the blocks whole.
+        The default is ``"lora"``, which takes less memory.
     where : {"all", "after", "beside", "last"}
-        All blocks, those after the first cut, `count` on either side of each cut, or the last `count` of the stack.
+        All blocks (the default), those after the first removed one, `count` on each side of each removed window, or
+        the last `count` of the stack.
     count : int
-        See there.
-    rate : float
-        Share of the training's learning rate at which all this is trained: what stays knows most already, and what is
-        new has all to learn.
+        Number of blocks for `where` ``"beside"`` and ``"last"``, and 0, the default, otherwise.
+    learning_rate_ratio : float
+        Learning rate of the healed weights as a fraction of `DistillationConfig.learning_rate`, above 0; default 1.0.
+        A lower one suits blocks trained whole, which change less than a new module.
     head : bool
-        Whether the LM head is trained too, whole; where it is the input embedding as well, it cannot be.
-    rank, alpha, dropout
-        Of the adapters, and of them alone: alpha/rank is their scale.
+        Whether the LM head is trained too, whole; default False. A head that is tied to the input embedding is refused.
+    rank : int
+        Rank of the adapters; default 16.
+    alpha : float
+        Scale of the adapters: their output is multiplied by alpha/rank; above 0, default 16.
+    dropout : float
+        Dropout probability of the adapters' input, at least 0 and below 1; default 0.
     targets : tuple of str
-        How the names of the layers end that get an adapter; by default every linear layer of a block does. Blocks are
-        trained whole, or not.
+        Suffixes of the names of the linear layers that get an adapter; empty, the default, for all of a block.
+
+    Raises
+    ------
+    StreamlineError
+        If a value is invalid.
 
     Examples
     --------
-    >>> Healing.parse("partial:where=beside,count=2").blocks(8, [range(3, 5)])
+    >>> HealingConfig("partial", where="beside", count=2).blocks(8, [range(3, 5)])
     [1, 2, 5, 6]
-    >>> Healing.parse("lora:rank=8,targets=up_proj+down_proj").targets
-    ('up_proj', 'down_proj')
     """
 
-    how: Literal["lora", "partial"] = "lora"
+    least: ClassVar[Mapping[str, float]] = {"count": 0, "rank": 1, "dropout": 0}
+
+    method: Literal["lora", "partial"] = "lora"
     where: Where = "all"
     count: int = 0
-    rate: float = 1.0
+    learning_rate_ratio: float = 1.0
     head: bool = False
     rank: int = 16
     alpha: float = 16.0
@@ -76,51 +84,29 @@ class Healing:
     targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        counted = self.where in ("beside", "last")
-        if self.how not in ("lora", "partial") or self.where not in ("all", "after", "beside", "last"):
+        super().__post_init__()
+        if (self.where in ("beside", "last")) != (self.count > 0):
             raise StreamlineError(
-                f"Healing {self.how!r} of {self.where!r} blocks is unknown; expected 'lora' or 'partial', of 'all', "
-                "'after', 'beside' or 'last'."
+                f"HealingConfig: count={self.count} with where={self.where!r} is invalid. Expected at least 1 for "
+                "'beside' and 'last', and 0 otherwise. Change one."
             )
-        if counted != (self.count > 0):
+        for name in ("learning_rate_ratio", "alpha"):
+            if not getattr(self, name) > 0:
+                raise StreamlineError(
+                    f"HealingConfig: {name}={getattr(self, name)} is invalid. Expected a number above 0. Change it."
+                )
+        if not self.dropout < 1:
             raise StreamlineError(
-                f"Healing of the blocks {self.where!r} was given count={self.count}; expected 1 or more for 'beside' "
-                "and 'last', and none otherwise."
+                f"HealingConfig: dropout={self.dropout} is invalid. Expected a number of at least 0 and below 1. "
+                "Change it."
             )
-        if not 0 < self.rate < inf:
-            raise StreamlineError(f"Healing at rate={self.rate} of the learning rate trains nothing; expected above 0.")
-        if self.rank < 1 or not 0 < self.alpha < inf or not 0 <= self.dropout < 1:
-            raise StreamlineError(
-                f"Adapters of rank={self.rank}, alpha={self.alpha}, dropout={self.dropout} cannot be; expected a rank "
-                "of 1 or more, alpha above 0, dropout in 0 to 1."
-            )
-
         default = {field.name: field.default for field in fields(self)}
         given = [name for name in _OF_ADAPTERS if getattr(self, name) != default[name]]
-        if self.how == "partial" and given:
+        if self.method == "partial" and given:
             raise StreamlineError(
-                f"Healing 'partial' trains blocks whole and was given {', '.join(given)}, of adapters. Leave that out, "
-                "or heal with 'lora'."
+                f"HealingConfig: method='partial' trains blocks whole, and {', '.join(given)} is of adapters. Expected "
+                "none of these. Leave it out, or choose method='lora'."
             )
-
-    @classmethod
-    @checked()
-    def parse(cls, text: str) -> Healing:
-        """Read ``"lora"``, ``"lora:rank=64,where=after"`` or ``"partial:where=beside,count=2"``.
-
-        Raises
-        ------
-        StreamlineError
-            If it cannot be read.
-        """
-        read: dict[str, Any] = {
-            "where": str, "count": int, "rate": float, "rank": int, "alpha": float, "dropout": float,
-            "targets": lambda value: tuple(value.split("+")),
-            "head": lambda value: {"": True, "true": True, "false": False}[value.lower()],
-        }  # fmt: skip
-        given = read_options(text, read, "healing", "lora:rank=16,where=after")
-        return cls(how=text.partition(":")[0].strip(), **given)  # type: ignore[arg-type]
 
     def blocks(self, length: int, windows: Sequence[range]) -> list[int]:
         """The blocks that are trained, of those that stay."""
@@ -141,7 +127,7 @@ class Healing:
 
 
 def healing_copies(
-    stack: BlockStack, windows: Sequence[range], healing: Healing, *, seed: int = 0
+    stack: BlockStack, windows: Sequence[range], healing: HealingConfig, *, seed: int = 0
 ) -> tuple[dict[int, nn.Module], dict[str, nn.Module]]:
     """Make the copies that a `Student` trains.
 
@@ -151,7 +137,7 @@ def healing_copies(
         Of the original.
     windows : sequence of range
         What is given up.
-    healing : Healing
+    healing : HealingConfig
     seed : int
         Of the adapters' weights. The caller's random numbers are left as they were.
 
@@ -177,7 +163,7 @@ def healing_copies(
         torch.default_generator.manual_seed(seed)
         copies = {
             k: with_adapters(stack[k], healing.rank, healing.alpha, healing.dropout, healing.targets)
-            if healing.how == "lora"
+            if healing.method == "lora"
             else _whole(stack[k])
             for k in chosen
         }
@@ -188,7 +174,7 @@ def healing_copies(
 def student_of(
     stack: BlockStack,
     stand_ins: Sequence[tuple[range, StandIn]],
-    healing: Healing | None = None,
+    healing: HealingConfig | None = None,
     *,
     seed: int = 0,
     task: Task | None = None,
@@ -202,7 +188,7 @@ def student_of(
         Of the original.
     stand_ins : sequence of (range, StandIn)
         See `Student`.
-    healing : Healing, optional
+    healing : HealingConfig, optional
         By default the stand-ins alone are trained.
     seed : int
         See `healing_copies`.
@@ -225,7 +211,12 @@ def student_of(
             elif isinstance(stand_in, Scaled):
                 surgeon.scale(window.stop, stand_in.factor)
         copies, outside = healing_copies(stack, [window for window, _ in stand_ins], healing, seed=seed)
-    options: dict[str, Any] = {"rate": healing.rate, "stack": stack.path, "task": task, "teacher": teacher}
+    options: dict[str, Any] = {
+        "rate": healing.learning_rate_ratio,
+        "stack": stack.path,
+        "task": task,
+        "teacher": teacher,
+    }
     return Student(stack.model, stand_ins, copies=copies, outside=outside, **options)
 
 

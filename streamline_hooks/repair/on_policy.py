@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count, takewhile
-from math import floor, inf
-from typing import Any
+from math import floor
+from typing import Any, ClassVar
 
-from streamline_hooks.arguments import check_fields, checked
+from streamline_hooks.core.config import Config, FrozenDict
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.repair.losses import LOSSES
 from streamline_hooks.repair.objective import Objective
-from streamline_hooks.repair.options import read_options
 
 _ENOUGH = 32  # texts of one length, before a longer one is thought of
 _WHOLE = 0.8  # the share of them that must not have been cut
@@ -19,48 +20,52 @@ _CLOSER = 0.95  # of the first divergence at a length: what is no more than nois
 
 
 @dataclass(frozen=True)
-class OnPolicy:
-    """Some steps are made on the repaired model's own continuations of the calibration text.
+class OnPolicyConfig(Config):
+    """Describe which steps train on text that the student generates, and on how long texts.
 
-    A model that is trained on others' text alone does not see what becomes of its own errors. Here it writes, and the
-    original says at each place what it would have said there. Texts are short at first, since a damaged model soon
-    writes what nobody can learn from, and are doubled as it improves: when hardly any has to be cut, and what is said
-    at their places has come closer to the original (ShortOPD, arXiv 2607.13124; a horizon that grows: arXiv
-    2605.31490; distillation on a student's own text: GKD, arXiv 2306.13649).
+    A model that is trained on other text alone never sees the result of its own errors. In these steps the student
+    continues prompts from the calibration text, and the teacher's logits at each generated position are the target.
+    Texts are short at first, since a damaged model soon generates text that nothing can be learned from, and become
+    longer as it improves (ShortOPD, arXiv 2607.13124; a growing horizon: arXiv 2605.31490; distillation on a student's
+    own text: GKD, arXiv 2306.13649).
 
     Attributes
     ----------
-    objective : Objective
-        ``kl``, ``reverse_kl`` or both: what is compared at the places that the model has written. Its own text is not
-        learned as a text (``lm``).
+    loss : mapping of str to float
+        Weights of the losses at the generated positions; losses on logits, such as ``kl`` and ``reverse_kl``. The
+        default is ``{"kl": 1.0}``. Generated text is no target itself, so ``lm`` is refused.
     share : float
-        Of the steps that are made so, evenly; the others are made on the calibration text.
+        Fraction of the steps that are on-policy, evenly spaced, above 0 and at most 1; default 0.5. The other steps
+        keep the student close to the teacher on the calibration text.
     begin : float
-        The share of all steps before the first of these.
+        Fraction of all steps before the first on-policy one, below 1; default 0. A student that starts badly damaged
+        is better trained on the calibration text first.
     prompt : int
-        Tokens of the calibration text that are written on, fewer where a text has fewer. A sequence gives as many
-        prompts as it has room for prompts and texts.
+        Tokens of calibration text in a prompt, at most; default 32. A sequence yields as many prompts as it has room
+        for prompts with their texts.
     shortest, longest : int
-        New tokens of a text, at first and at the most. They double when, of 32 texts or more of one length, at least
-        80 % were not cut, and the objective is 5 % below what it was for the first 32 of this length.
-    temperature, top_p : float
-        Of the sampling.
+        Generated tokens of a text, at first and at most; defaults 16 and 128. The length doubles when, of at least 32
+        texts of one length, 80 % were not cut, and the loss is 5 % below that of the first 32 of this length.
+    temperature : float
+        Temperature of the sampling, above 0; default 1.0, the student's own distribution.
+    top_p : float
+        Probability mass that is sampled from, above 0 and at most 1; default 1.0, all tokens.
 
     Raises
     ------
     StreamlineError
-        If a number is out of range, or the objective compares something else.
+        If a value is invalid.
 
     Examples
     --------
-    >>> settings = OnPolicy.parse("reverse_kl:share=0.25,longest=64")
-    >>> settings.longest, [step for step in range(12) if settings.is_due(step, 12)]
-    (64, [3, 7, 11])
-    >>> print(settings.objective)
-    reverse_kl
+    >>> config = OnPolicyConfig({"reverse_kl": 1.0}, share=0.25, longest=64)
+    >>> [step for step in range(12) if config.is_due(step, 12)]
+    [3, 7, 11]
     """
 
-    objective: Objective = field(default_factory=Objective)
+    least: ClassVar[Mapping[str, float]] = {"prompt": 1, "shortest": 1}
+
+    loss: Mapping[str, float] = field(default_factory=lambda: {"kl": 1.0})
     share: float = 0.5
     begin: float = 0.0
     prompt: int = 32
@@ -70,38 +75,37 @@ class OnPolicy:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        said = {name.rpartition("*")[2] for name in str(self.objective).split(" + ")}
-        if not said <= {"kl", "reverse_kl"}:
+        super().__post_init__()
+        object.__setattr__(self, "loss", FrozenDict(Objective(self.loss).weights))
+        for name in self.loss:
+            if LOSSES[name].compares != "logits":
+                raise StreamlineError(
+                    f"OnPolicyConfig: the loss {name!r} compares {LOSSES[name].compares}. Expected losses on logits, "
+                    "such as kl and reverse_kl. Leave it out."
+                )
+        bounds = {"share": self.share <= 1, "top_p": self.top_p <= 1, "temperature": True}
+        for name, fits in bounds.items():
+            if not (fits and getattr(self, name) > 0):
+                upper = "" if name == "temperature" else " and at most 1"
+                raise StreamlineError(
+                    f"OnPolicyConfig: {name}={getattr(self, name)} is invalid. Expected a number above 0{upper}. "
+                    "Change it."
+                )
+        if not 0 <= self.begin < 1:
             raise StreamlineError(
-                f"On the model's own text the objective {self.objective} cannot be; expected kl, reverse_kl or a sum "
-                "of both, such as '0.5*kl + 0.5*reverse_kl'."
+                f"OnPolicyConfig: begin={self.begin} is invalid. Expected a number of at least 0 and below 1. Change "
+                "it."
             )
-        if not (0 < self.share <= 1 and 0 <= self.begin < 1 and 0 < self.temperature < inf and 0 < self.top_p <= 1):
+        if self.longest < self.shortest:
             raise StreamlineError(
-                f"Got share={self.share}, begin={self.begin}, temperature={self.temperature}, top_p={self.top_p}; "
-                "expected 0 < share <= 1, 0 <= begin < 1, a temperature above 0, and 0 < top_p <= 1."
-            )
-        if not (self.prompt >= 1 and 1 <= self.shortest <= self.longest):
-            raise StreamlineError(
-                f"Got prompt={self.prompt}, shortest={self.shortest}, longest={self.longest} tokens; expected a prompt "
-                "of 1 or more, and 1 <= shortest <= longest."
+                f"OnPolicyConfig: longest={self.longest} is less than shortest={self.shortest}. Expected 1 <= shortest "
+                "<= longest. Change one."
             )
 
-    @classmethod
-    @checked()
-    def parse(cls, text: str) -> OnPolicy:
-        """Read ``"kl"``, ``"reverse_kl:share=0.5"`` or ``"0.5*kl + 0.5*reverse_kl:begin=0.5,longest=256"``.
-
-        Raises
-        ------
-        StreamlineError
-            If it cannot be read.
-        """
-        numbers: dict[str, type] = {"share": float, "begin": float, "temperature": float, "top_p": float}
-        numbers |= {"prompt": int, "shortest": int, "longest": int}
-        given = read_options(text, numbers, "on-policy training", "reverse_kl:share=0.5,longest=128")
-        return cls(objective=Objective.parse(text.partition(":")[0]), **given)
+    @cached_property
+    def objective(self) -> Objective:
+        """The losses as one function."""
+        return Objective(self.loss)
 
     @property
     def lengths(self) -> list[int]:
@@ -126,7 +130,7 @@ class TextLength:
 
     Attributes
     ----------
-    settings : OnPolicy
+    settings : OnPolicyConfig
     length : int
         New tokens.
     texts, whole, answers : int
@@ -139,7 +143,7 @@ class TextLength:
 
     Examples
     --------
-    >>> length = TextLength(OnPolicy(shortest=16, longest=40), 16)
+    >>> length = TextLength(OnPolicyConfig(shortest=16, longest=40), 16)
     >>> for whole, loss in ((32, 1.0), (32, 0.97), (20, 0.9), (30, 0.9), (32, 2.0), (32, 1.9)):
     ...     length.note(32, whole, loss, 512)
     ...     print(length.length)
@@ -151,7 +155,7 @@ class TextLength:
     40
     """
 
-    settings: OnPolicy
+    settings: OnPolicyConfig
     length: int
     texts: int = 0
     whole: int = 0
@@ -165,7 +169,7 @@ class TextLength:
         return self.length, self.texts, self.whole, self.answers, self.loss, self.first
 
     @classmethod
-    def of(cls, settings: OnPolicy, so_far: Sequence[Any]) -> TextLength:
+    def of(cls, settings: OnPolicyConfig, so_far: Sequence[Any]) -> TextLength:
         """Where it was."""
         return cls(settings, *so_far)
 

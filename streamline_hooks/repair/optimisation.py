@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamline_hooks.repair.distillation_config import DistillationConfig
 from streamline_hooks.repair.master_weights import MasterWeights
-from streamline_hooks.repair.settings import Training
 
 
 class Optimisation:
@@ -20,7 +20,7 @@ class Optimisation:
     ----------
     parameters : mapping of str to torch.nn.Parameter
         What is trained.
-    settings : Training
+    config : DistillationConfig
     steps : int
         In all.
     rate_of : callable
@@ -33,32 +33,36 @@ class Optimisation:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], settings: Training, steps: int, rate_of: Callable[[str], float]
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: DistillationConfig,
+        steps: int,
+        rate_of: Callable[[str], float],
     ) -> None:
         from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup  # late: it brings in much
 
-        self.weights, self.clip = MasterWeights(parameters), settings.clip
-        groups = self._groups(settings, rate_of)
-        self.optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
+        self.weights, self.max_grad_norm = MasterWeights(parameters), config.max_grad_norm
+        groups = self._groups(config, rate_of)
+        self.optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
         self.schedule: Any = get_cosine_with_min_lr_schedule_with_warmup(
             self.optimiser,
-            num_warmup_steps=min(math.ceil(settings.warmup * steps), steps - 1),  # the first has rate 0
+            num_warmup_steps=min(math.ceil(config.warmup_ratio * steps), steps - 1),  # the first has rate 0
             num_training_steps=steps,
-            min_lr_rate=settings.floor,
+            min_lr_rate=config.min_lr_ratio,
         )
 
-    def _groups(self, settings: Training, rate_of: Callable[[str], float]) -> list[dict[str, Any]]:
+    def _groups(self, config: DistillationConfig, rate_of: Callable[[str], float]) -> list[dict[str, Any]]:
         """What is trained at the same rate, and with the same decay: matrices have some, vectors none."""
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for name, master in self.weights.masters.items():
-            decay = settings.weight_decay if master.ndim > 1 else 0.0
-            groups.setdefault((settings.learning_rate * rate_of(name), decay), []).append(master)
+            decay = config.weight_decay if master.ndim > 1 else 0.0
+            groups.setdefault((config.learning_rate * rate_of(name), decay), []).append(master)
         return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
 
     def step(self) -> None:
         """Change the weights by the gradients that they have."""
-        if self.clip:
-            nn.utils.clip_grad_norm_(self.weights.masters.values(), self.clip)
+        if self.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.weights.masters.values(), self.max_grad_norm)
         self.optimiser.step()
         self.weights.hand_on()
         self.schedule.step()

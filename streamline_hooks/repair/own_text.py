@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from streamline_hooks.batch import Batch
-from streamline_hooks.repair.on_policy import OnPolicy, TextLength
+from streamline_hooks.repair.on_policy import OnPolicyConfig, TextLength
 from streamline_hooks.repair.rollouts import Counts, Rollouts, roll_out
 
 Losses = list[tuple[float, int]]  # each summed over so many tokens
@@ -21,11 +21,11 @@ class OwnText:
 
     Parameters
     ----------
-    settings : OnPolicy
+    settings : OnPolicyConfig
 
     Attributes
     ----------
-    settings : OnPolicy
+    settings : OnPolicyConfig
     length : TextLength
     rollouts : list of Rollouts
         The latest.
@@ -39,7 +39,7 @@ class OwnText:
         That the writing took, in this process.
     """
 
-    def __init__(self, settings: OnPolicy) -> None:
+    def __init__(self, settings: OnPolicyConfig) -> None:
         self.settings, self.length = settings, TextLength(settings, settings.shortest)
         self.rollouts: list[Rollouts] = []
         self.losses: Losses = []

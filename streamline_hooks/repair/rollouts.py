@@ -15,7 +15,7 @@ from streamline_hooks.calibration.packing import documents_of
 from streamline_hooks.distributed import is_sharded
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.generation import require_generates, seeded, written_on
-from streamline_hooks.repair.on_policy import OnPolicy
+from streamline_hooks.repair.on_policy import OnPolicyConfig
 from streamline_hooks.task import Task
 
 _LONGEST_PERIOD = 32  # tokens
@@ -129,7 +129,7 @@ def roll_out(
     return Rollouts({"input_ids": ids, "attention_mask": mask}, answered, counts)
 
 
-def require_writes(model: Any, task: Task, settings: OnPolicy, batches: Sequence[Batch | Tensor]) -> None:
+def require_writes(model: Any, task: Task, settings: OnPolicyConfig, batches: Sequence[Batch | Tensor]) -> None:
     """Raise if a model cannot be trained on what it writes.
 
     Raises

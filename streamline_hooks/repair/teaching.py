@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from streamline_hooks.batch import Batch
+from streamline_hooks.core.hardware_config import HardwareConfig
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.repair.settings import Training
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import TaughtStates, taught_states
 
@@ -21,7 +21,7 @@ from streamline_hooks.repair.teacher import TaughtStates, taught_states
 def taught_to(
     student: Student,
     batches: Sequence[Batch | Tensor],
-    settings: Training,
+    hardware: HardwareConfig,
     *,
     after: tuple[range, ...] = (),
     exits: bool = True,
@@ -35,8 +35,8 @@ def taught_to(
     ----------
     student : Student
     batches : sequence of mapping or torch.Tensor
-    settings : Training
-        Its memory, and what states are kept as.
+    hardware : HardwareConfig
+        Memory and data type of the states.
     after, exits, what, say, bar
         See `taught_states`.
 
@@ -49,7 +49,7 @@ def taught_to(
     StreamlineError
         If states are to be compared with those of another model.
     """
-    shared: dict[str, Any] = {"dtype": settings.state_dtype, "memory": settings.memory, "say": say, "bar": bar}
+    shared: dict[str, Any] = {"dtype": hardware.kept_dtype, "memory": hardware.state_memory, "say": say, "bar": bar}
     own: dict[str, Any] = {**shared, "stack": student.stack.path}
     if student.teacher is student.model:
         with taught_states(student.model, batches, student.start, after=after, exits=exits, what=what, **own) as states:
@@ -57,7 +57,7 @@ def taught_to(
         return
     if after:
         raise StreamlineError(
-            f"The objective {settings.objective} compares states after windows, and the teacher is another model "
+            f"The loss compares states after windows, and the teacher is another model "
             f"({len(student.teacher_stack)} blocks against {len(student.stack)}), which has no such windows. Compare "
             "what is said: kl, reverse_kl or lm."
         )
@@ -65,7 +65,7 @@ def taught_to(
         with taught_states(student.model, batches, student.start, exits=False, what=what, **own) as states:
             yield states
         return
-    half = {"memory": settings.memory // 2}  # of one model the entrances, of the other what leaves it
+    half = {"memory": hardware.state_memory // 2}  # of one model the entrances, of the other what leaves it
     path = student.teacher_stack.path
     own, other = {**own, **half, "what": f"{what}, entrance"}, {**shared, **half, "stack": path, "what": what}
     with (

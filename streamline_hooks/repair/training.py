@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,17 +14,20 @@ from torch import Tensor, nn
 from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch
 from streamline_hooks.core import check_writable
+from streamline_hooks.core.hardware_config import HardwareConfig
 from streamline_hooks.distributed import Together, is_sharded, surgery_on_shards, together
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
+from streamline_hooks.repair.callbacks import TrainingCallback
+from streamline_hooks.repair.distillation_config import DistillationConfig
 from streamline_hooks.repair.frozen_products import narrowed_once
 from streamline_hooks.repair.objective import Objective
 from streamline_hooks.repair.rollouts import require_writes
-from streamline_hooks.repair.settings import Trained, Training
 from streamline_hooks.repair.share import Share
 from streamline_hooks.repair.stand_in import blocks_of
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import TaughtStates
 from streamline_hooks.repair.teaching import taught_to
+from streamline_hooks.repair.trained import Trained
 from streamline_hooks.repair.training_loop import Loop
 from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced
 
@@ -31,9 +36,12 @@ def train(
     student: Student,
     batches: Sequence[Batch | Tensor],
     validation: Sequence[Batch | Tensor],
-    settings: Training | None = None,
+    config: DistillationConfig | None = None,
     *,
+    hardware: HardwareConfig | None = None,
     taught: TaughtStates | None = None,
+    checkpoint: str | Path | None = None,
+    callbacks: Sequence[TrainingCallback] = (),
     resume: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Trained:
@@ -41,8 +49,8 @@ def train(
 
     The original is run once, and no further than it is needed: what comes to the first block that is changed, and
     what the student is compared with, are kept. The student runs on from there, to the end of the last window where
-    only states are compared, and else to the head. Where `Training.on_policy` asks for it, some steps are made on what
-    the student writes itself, which the original is run on anew.
+    only states are compared, and else to the head. With `DistillationConfig.on_policy`, some steps
+    are made on what the student writes itself, which the original is run on anew.
 
     Parameters
     ----------
@@ -52,12 +60,18 @@ def train(
         Calibration text, in the batches that are run at a time.
     validation : sequence of mapping or torch.Tensor
         Other text, to choose the best weights by.
-    settings : Training, optional
+    config : DistillationConfig, optional
+    hardware : HardwareConfig, optional
     taught : TaughtStates, optional
         What the original does on these batches, where it is known already, see `taught_states`; on all of them, also
         where several processes train.
+    checkpoint : str or Path, optional
+        A file to resume from after an interruption, which is written every `DistillationConfig.checkpoint_minutes`
+        minutes and at the end.
+    callbacks : sequence of TrainingCallback
+        Called before and after each step and each validation.
     resume : bool
-        Go on from `settings.keep_in`. On a CPU the weights come out as they would have without the interruption, to
+        Go on from `checkpoint`. On a CPU the weights come out as they would have without the interruption, to
         the bit, if there are as many processes as before.
     say : callable
         Receives lines about what happens.
@@ -84,16 +98,16 @@ def train(
     Against one process that is another order of summing. The first process alone writes the file, draws the bar and
     says anything; the file can be gone on from with any number of processes. The random numbers of dropout follow from
     the seed, the step and the process's number, so that a training that uses any is another one with another number
-    of processes; so do those of the texts that a student writes itself (`OnPolicy`). Ctrl-C in one process stops all
-    after the same step.
+    of processes; so do those of the texts that a student writes itself (`OnPolicyConfig`). Ctrl-C in one process
+    stops all after the same step.
 
     The model may be sharded by ``fully_shard`` (FSDP2), its blocks and the whole: what is trained is then a module of
     its own, which every process holds whole. Where a process has no sequence of a batch, it runs one along that
     counts for nothing, since the forwards wait for one another. Batches are not run in halves then.
     """
-    settings = Training() if settings is None else settings
+    given: dict[str, Any] = {"hardware": hardware, "checkpoint": checkpoint, "callbacks": callbacks, "taught": taught}
     with together("train") as work:
-        return _train(student, batches, validation, settings, taught, resume, say, work)
+        return _train(student, batches, validation, config, resume, say, work, **given)
 
 
 @checked()
@@ -101,26 +115,31 @@ def _train(
     student: Student,
     batches: Sequence[Batch | Tensor],
     validation: Sequence[Batch | Tensor],
-    settings: Training,
-    taught: TaughtStates | None,
+    config: DistillationConfig | None,
     resume: bool,
     say: Callable[[str], None],
     work: Together,
+    *,
+    hardware: HardwareConfig | None,
+    checkpoint: str | Path | None,
+    callbacks: Sequence[TrainingCallback],
+    taught: TaughtStates | None,
 ) -> Trained:
     began = time.perf_counter()
+    config, hardware = config or DistillationConfig(), hardware or HardwareConfig()
     if not batches or not validation:
         raise StreamlineError(
             f"A training takes batches to train and others to validate on; got {len(batches)} and {len(validation)}."
         )
-    settings.objective.require_task(student.task)
-    if settings.on_policy is not None:
-        require_writes(student.model, student.task, settings.on_policy, batches)
+    config.objective.require_task(student.task)
+    if config.on_policy is not None:
+        require_writes(student.model, student.task, config.on_policy, batches)
     student.task.require_fits(student.model)
-    if resume and settings.keep_in is None:
-        raise StreamlineError("Nothing says where the training to resume was kept; name the file (keep_in).")
-    if settings.keep_in is not None:
-        file = settings.keep_in
-        work.of_first(lambda: check_writable(file))
+    if resume and checkpoint is None:
+        raise StreamlineError("resume=True without a checkpoint. Expected the file of the run. Pass checkpoint=.")
+    file = None if checkpoint is None else Path(checkpoint)
+    if file is not None:
+        work.of_first(partial(check_writable, file))
     sharded = is_sharded(student.model)
     with ExitStack() as exits:
         if sharded:
@@ -133,27 +152,28 @@ def _train(
                 "There is no parameter to train: nothing that stands in a window's place has any, and no block that "
                 "stays is trained either. Choose a kind with parameters, or healing."
             )
-        _require_reached(student, settings.objective)
-        _require_comparable(student, settings.objective)
+        _require_reached(student, config.objective)
+        _require_comparable(student, config.objective)
         placed = [module for modules in student.modules.values() for module in modules]
-        exits.enter_context(narrowed_once([student.model, student.teacher, *placed], settings.autocast))
-        compared = tuple(student.windows) if settings.objective.needs_states else ()
-        logits = settings.objective.needs_original_logits
+        exits.enter_context(narrowed_once([student.model, student.teacher, *placed], hardware.autocast_dtype))
+        compared = tuple(student.windows) if config.objective.needs_states else ()
+        logits = config.objective.needs_original_logits
         told = say if work.processes.rank == 0 else _nothing
         shares = Share.of(batches, work.processes, sharded), Share.of(validation, work.processes, sharded)
         if taught is None:
-            with settings.products(next(student.model.parameters()).device):
+            with hardware.autocast_on(next(student.model.parameters()).device):
                 own = list(shares[0].batches.values())
                 known: dict[str, Any] = {"after": compared, "exits": logits, "say": told}
-                mine = exits.enter_context(taught_to(student, own, settings, **known)).batches
+                mine = exits.enter_context(taught_to(student, own, hardware, **known)).batches
         else:
             _require_fitting(taught, student, batches, compared, logits)
             mine = shares[0].of_taught(taught.batches)
         own = list(shares[1].batches.values())
-        apart = exits.enter_context(taught_to(student, own, settings, what="original, validation", say=told)).batches
-        more: dict[str, Any] = {"shares": shares, "work": work, "sharded": sharded}
+        apart = exits.enter_context(taught_to(student, own, hardware, what="original, validation", say=told)).batches
+        more: dict[str, Any] = {"hardware": hardware, "checkpoint": file, "callbacks": callbacks}
+        more |= {"shares": shares, "work": work, "sharded": sharded}
         more["spent"] = time.perf_counter() - began
-        return Loop(student, batches, validation, mine, apart, settings, told, **more).run(resume)
+        return Loop(student, batches, validation, mine, apart, config, told, **more).run(resume)
 
 
 def _nothing(line: str) -> None:
@@ -184,7 +204,7 @@ def _require_reached(student: Student, objective: Objective) -> None:
     behind = [f"block {k}" for k in student.copies if k >= end] + list(student.outside)
     if behind and not objective.needs_logits:
         raise StreamlineError(
-            f"The objective {objective} looks at the states after the windows; {', '.join(behind)}, trained too, would "
+            f"The loss {objective} looks at the states after the windows; {', '.join(behind)}, trained too, would "
             "get no gradient from there. Add kl or lm to it, or heal no blocks behind the last window."
         )
 
@@ -195,7 +215,7 @@ def _require_comparable(student: Student, objective: Objective) -> None:
     ends = [(stack[w.stop], BEFORE) if w.stop < len(stack) else (stack[-1], AFTER) for w in student.windows]
     if objective.needs_states and any(spliced(block, where) for block, where in ends):
         raise UnsupportedSurgery(
-            f"The objective {objective} compares the states right behind a window, where earlier surgery has put a "
+            f"The loss {objective} compares the states right behind a window, where earlier surgery has put a "
             "module of its own. Compare what is said (kl, reverse_kl or lm), or choose another window.",
             "spliced",
         )

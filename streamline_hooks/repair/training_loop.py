@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from streamline_hooks.batch import Batch, device_of, has_tokens, tokens_of
+from streamline_hooks.core.hardware_config import HardwareConfig
 from streamline_hooks.digests import batches_digest
 from streamline_hooks.distributed import (
     AllInterrupted,
@@ -26,16 +27,17 @@ from streamline_hooks.distributed import (
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.generation import seed_generators
 from streamline_hooks.passes import progress
-from streamline_hooks.repair.callbacks import TrainingProgress
+from streamline_hooks.repair.callbacks import TrainingCallback, TrainingProgress
 from streamline_hooks.repair.course import Course
+from streamline_hooks.repair.distillation_config import DistillationConfig
 from streamline_hooks.repair.forwards import Forwards
 from streamline_hooks.repair.optimisation import Optimisation
 from streamline_hooks.repair.own_text import Losses, OwnText, mean_of
 from streamline_hooks.repair.rollouts import Counts
-from streamline_hooks.repair.settings import Trained, Training
 from streamline_hooks.repair.share import Share, add_gradients_up
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import Taught
+from streamline_hooks.repair.trained import Trained
 from streamline_hooks.repair.training_state import (
     fingerprint,
     random_state,
@@ -58,8 +60,12 @@ class Loop(Forwards):
         All of them, in every process.
     taught, validation_taught : list of Taught
         What the original does on this process's share of each, a batch of the share each.
-    settings : Training
+    config : DistillationConfig
     say : callable
+    hardware : HardwareConfig, optional
+    checkpoint : Path, optional
+        The file to resume from.
+    callbacks : sequence of TrainingCallback
     shares : pair of Share, optional
         This process's part of the batches and of the validation; by default all.
     work : Together, optional
@@ -77,17 +83,20 @@ class Loop(Forwards):
         validation: Sequence[Batch | Tensor],
         taught: list[Taught],
         validation_taught: list[Taught],
-        settings: Training,
+        config: DistillationConfig,
         say: Callable[[str], None],
         *,
+        hardware: HardwareConfig | None = None,
+        checkpoint: Path | None = None,
+        callbacks: Sequence[TrainingCallback] = (),
         shares: tuple[Share, Share] | None = None,
         work: Together | None = None,
         sharded: bool = False,
         spent: float = 0.0,
     ) -> None:
-        self.student, self.batches, self.validation, self.settings, self.say = (
-            student, batches, validation, settings, say,
-        )  # fmt: skip
+        self.student, self.batches, self.validation, self.say = student, batches, validation, say
+        self.config, self.hardware = config.seeded(0), hardware or HardwareConfig()
+        self.checkpoint, self.callbacks = checkpoint, callbacks
         self.task = student.task
         self.work = work or Together("train", Processes())
         self.share, self.validation_share = shares or (Share.whole(batches), Share.whole(validation))
@@ -96,18 +105,18 @@ class Loop(Forwards):
         self.sharded, self.spent = sharded, spent
         self.interrupts = Interrupts()
         self.parameters = student.parameters()
-        self.fingerprint = fingerprint(settings, student, self.parameters, batches, validation)
+        self.fingerprint = fingerprint(self.config, self.hardware, student, self.parameters, batches, validation)
         self._require_one_training()
         self.device = device_of(student.model)
-        self.course = Course(settings, len(batches))
+        self.course = Course(self.config, len(batches))
         self.steps = self.course.steps
-        self.optimisation = Optimisation(self.parameters, settings, self.steps, student.rate_of)
+        self.optimisation = Optimisation(self.parameters, self.config, self.steps, student.rate_of)
         self.weights = self.optimisation.weights
         self.step, self.tokens, self.seconds, self.began = 0, 0, 0.0, time.perf_counter()
         self.whole = True  # not while weights are half updated, which is not to be kept
         self.history: list[dict[str, Any]] = []
         self.losses: Losses = []
-        self.own_text = None if settings.on_policy is None else OwnText(settings.on_policy)
+        self.own_text = None if config.on_policy is None else OwnText(config.on_policy)
         self.best = self._copied()
         self.tokens_of_states = self._count_tokens()
         self.longest = max(self.work.tell(max(self.share.longest, self.validation_share.longest)))
@@ -137,12 +146,12 @@ class Loop(Forwards):
             return self._run(resume)
 
     def _run(self, resume: bool) -> Trained:
-        seed_generators(self.device, self.settings.seed)
+        seed_generators(self.device, cast(int, self.config.seed))
         if resume:
             self._restore()
         stopped = ""
         self.began, kept = time.perf_counter() - self.seconds, time.perf_counter()
-        total = round(sum(tokens_of(batch) for batch in self.batches) * self.settings.epochs)
+        total = round(sum(tokens_of(batch) for batch in self.batches) * self.config.epochs)
         with noted_interrupts() as self.interrupts, progress(total, self._cost(), done=self.tokens) as bar:
             self.bar = bar
             try:
@@ -152,7 +161,7 @@ class Loop(Forwards):
                     if self.step == self.steps or (stopped := self.course.out_of_patience(self.history)):
                         break
                     if self._out_of_time():
-                        stopped = f"the {self.settings.minutes:.4g} minutes for it were over after step {self.step}"
+                        stopped = f"the {self.config.max_minutes:.4g} minutes for it were over after step {self.step}"
                         stopped = stopped if self.step else "no time was left for it"
                         if self.history[-1]["step"] < self.step:
                             self._validate(bar)
@@ -164,7 +173,7 @@ class Loop(Forwards):
                     self.seconds = time.perf_counter() - self.began
                     bar.update(tokens)
                     bar.set_postfix_str(self._state())
-                    if time.perf_counter() - kept >= 60 * self.settings.keep_every:
+                    if time.perf_counter() - kept >= 60 * self.config.checkpoint_minutes:
                         self._keep_or_warn()
                         kept = time.perf_counter()
             except AllInterrupted:
@@ -209,11 +218,11 @@ class Loop(Forwards):
     def make_step(self) -> tuple[float, int]:
         """Make one step of the optimizer; return the mean loss per token, and the number of tokens."""
         before = self._progress()
-        for callback in self.settings.callbacks:
+        for callback in self.callbacks:
             callback.on_step_begin(before)
         loss, tokens = self._step()
         ended = replace(before, step=self.step, tokens=self.tokens, loss=loss)
-        for callback in self.settings.callbacks:
+        for callback in self.callbacks:
             callback.on_step_end(ended)
         return loss, tokens
 
@@ -269,7 +278,7 @@ class Loop(Forwards):
         """Let the student write on from this process's sequences of some batches; what it came to."""
         given = {number: self.share.batches[number] for number in numbers if number in self.share.batches}
         seeds = {number: (self.course.seed_of(self.step, self.work.processes.rank), number) for number in given}
-        with self.student.opened(), self.settings.products(self.device):
+        with self.student.opened(), self.hardware.autocast_on(self.device):
             return text.write(self.student.model, given, seeds, min(1.0, self.rows / max(1, self.longest)))
 
     def _with_room(self, make: Callable[[], _T]) -> list[_T]:
@@ -292,9 +301,9 @@ class Loop(Forwards):
 
     def _out_of_time(self) -> bool:
         """Whether the time allowed is over by the first process's clock, which all of them go by."""
-        if self.settings.minutes is None:
+        if self.config.max_minutes is None:
             return False
-        return self.work.of_first(lambda: self.spent + self.seconds >= 60 * cast(float, self.settings.minutes))
+        return self.work.of_first(lambda: self.spent + self.seconds >= 60 * cast(float, self.config.max_minutes))
 
     def _validate(self, bar: Any) -> None:
         """The distance to the original on what validates, and what else is minimised there, see `Objective.validated`.
@@ -302,7 +311,7 @@ class Loop(Forwards):
         The weights are kept if both together are the lowest so far.
         """
         progress = self._progress()
-        for callback in self.settings.callbacks:
+        for callback in self.callbacks:
             callback.on_validation_begin(progress)
         bar.set_postfix_str("validation")
         told = self._with_room(lambda: (*self.validation_sums(), self._digest()))
@@ -315,7 +324,7 @@ class Loop(Forwards):
         answers = sum(count for _, _, count, _ in told)
         distance, others = (math.fsum(sums) / answers for sums in zip(*((one[0], one[1]) for one in told), strict=True))
         distance = distance if math.isfinite(distance) else math.inf
-        validated = self.settings.objective.validated(distance, others)
+        validated = self.config.objective.validated(distance, others)
         validated = validated if math.isfinite(validated) else math.inf
         said: dict[str, Any] = {"loss": mean_of(self.losses)}
         self.losses.clear()
@@ -325,7 +334,7 @@ class Loop(Forwards):
             self.best = self._copied()
         numbers = {"step": self.step, "tokens": self.tokens, "distance": distance, "validated": validated}
         self.history.append({**numbers, **said})
-        for callback in self.settings.callbacks:
+        for callback in self.callbacks:
             callback.on_validation_end(progress)
         self.seconds = time.perf_counter() - self.began
         bar.set_postfix_str(self._state())
@@ -353,11 +362,11 @@ class Loop(Forwards):
 
     def _cost(self) -> str:
         length, start, count = len(self.student.stack), self.student.start, self.work.processes.count
-        end = length if self.settings.objective.needs_logits else max(w.stop for w in self.student.windows)
+        end = length if self.config.objective.needs_logits else max(w.stop for w in self.student.windows)
         shared = f", in {count} processes" if count > 1 else ""
-        own = self.settings.on_policy
+        own = self.config.on_policy
         more = "" if own is None else f", {own.share:.0%} of the steps after {own.begin:.0%} on its own text"
-        return f"train on {self.settings.objective}: blocks {start} to {end - 1} of {length}{more}{shared}"
+        return f"train on {self.config.objective}: blocks {start} to {end - 1} of {length}{more}{shared}"
 
     def _state(self) -> str:
         loss = f"loss {self.losses[-1][0] / self.losses[-1][1]:.4f}, " if self.losses else ""
@@ -378,7 +387,7 @@ class Loop(Forwards):
             logger.warning("The training goes on, but its state was not kept: %s", error)
 
     def _keep(self) -> None:
-        if self.settings.keep_in is None or self.work.processes.rank:
+        if self.checkpoint is None or self.work.processes.rank:
             return
         tensors = self.optimisation.tensors() | {f"best.{name}": value for name, value in self.best.items()}
         tensors |= {f"buffer.{name}": buffer.clone() for name, buffer in self.student.buffers().items()}
@@ -388,10 +397,10 @@ class Loop(Forwards):
             "spent": self.spent, "history": self.history, "losses": self.losses, "rows": self.rows,
             "own_text": self.own_text and self.own_text.state_dict(), **self.optimisation.said(),
         }  # fmt: skip
-        write_state(self.settings.keep_in, tensors, said)
+        write_state(self.checkpoint, tensors, said)
 
     def _restore(self) -> None:
-        path = cast(Path, self.settings.keep_in)
+        path = cast(Path, self.checkpoint)
         tensors, said = self.work.of_first(lambda: read_state(path))
         if said["fingerprint"] != self.fingerprint:
             raise StreamlineError(

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from streamline_hooks.batch import Batch, device_of, tokens_of
+from streamline_hooks.core.hardware_config import HardwareConfig, Precision
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.repair.distillation_config import DistillationConfig
 from streamline_hooks.repair.frozen_products import narrowed_once
-from streamline_hooks.repair.settings import Training
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import taught_states
 from streamline_hooks.repair.training_loop import Loop
@@ -32,8 +33,8 @@ class TrainingPace:
         Seconds a token of a step (forward, backward and optimiser), and of a look at the distance to the original.
     around : float
         Seconds that it takes to begin, however much is trained on.
-    autocast : torch.dtype or None
-        What the products were made in.
+    autocast : {"bfloat16", "float16"}, optional
+        See `HardwareConfig`.
     """
 
     original: float
@@ -41,7 +42,7 @@ class TrainingPace:
     step: float
     validation: float
     around: float = 0.0
-    autocast: torch.dtype | None = None
+    autocast: Precision | None = None
 
     def seconds(self, tokens: int, validation_tokens: int, *, epochs: float = 1, validations: int = 1) -> float:
         """Of a whole training.
@@ -52,7 +53,7 @@ class TrainingPace:
             That are trained on in an epoch, and looked at each time.
         epochs : float
         validations : int
-            As in `Training`: looks beyond the one before the first step.
+            As in `DistillationConfig`: looks beyond the one before the first step.
 
         Examples
         --------
@@ -75,8 +76,9 @@ def measure_training_pace(
     student: Student,
     batches: Sequence[Batch | Tensor],
     validation: Batch | Tensor,
-    settings: Training,
+    config: DistillationConfig | None = None,
     *,
+    hardware: HardwareConfig | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> TrainingPace:
     """Make a few real steps of a training, and time them.
@@ -92,7 +94,8 @@ def measure_training_pace(
         Two at least, of the size that will be trained on. The first step sets up what the others use, and does not
         count.
     validation : mapping or torch.Tensor
-    settings : Training
+    config : DistillationConfig, optional
+    hardware : HardwareConfig, optional
     clock : callable
         Returns seconds.
 
@@ -107,11 +110,12 @@ def measure_training_pace(
     >>> from streamline_hooks.testing import tiny_model
     >>> student = Student(tiny_model("llama"), [(range(2, 4), LinearReplacement(32))])
     >>> text = [torch.arange(k, k + 24).view(2, 12) for k in (3, 13, 23)]
-    >>> measure_training_pace(student, text[:2], text[2], Training()).step > 0
+    >>> measure_training_pace(student, text[:2], text[2]).step > 0
     True
     """
     if len(batches) < 2:
         raise StreamlineError(f"Got {len(batches)} batches to time a training on; expected 2, of which 1 sets it up.")
+    config, hardware = config or DistillationConfig(), hardware or HardwareConfig()
     device = device_of(student.model)
 
     def seconds(action: Callable[[], object]) -> float:
@@ -127,12 +131,12 @@ def measure_training_pace(
         exits.enter_context(student.without_dropout())
         exits.enter_context(student.trained_alone())
         placed = [module for modules in student.modules.values() for module in modules]
-        exits.enter_context(narrowed_once([student.model, *placed], settings.autocast))
+        exits.enter_context(narrowed_once([student.model, *placed], hardware.autocast_dtype))
         around = clock() - began
-        objective, room = settings.objective, {"stack": student.stack.path, "memory": settings.memory}
+        objective, room = config.objective, {"stack": student.stack.path, "memory": hardware.state_memory}
         compared = tuple(student.windows) if objective.needs_states else ()
         began = clock()
-        with settings.products(device):
+        with hardware.autocast_on(device):
             mine = exits.enter_context(
                 taught_states(student.model, batches, student.start, after=compared, what="time", **room)  # type: ignore[arg-type]
             )
@@ -141,7 +145,7 @@ def measure_training_pace(
         its = exits.enter_context(looked_at)
         apart = clock() - began
         began = clock()
-        loop = Loop(student, batches, [validation], mine.batches, its.batches, settings, lambda line: None)
+        loop = Loop(student, batches, [validation], mine.batches, its.batches, config, _nothing, hardware=hardware)
         around += clock() - began
         seconds(loop.make_step)
         numbers = [
@@ -156,5 +160,9 @@ def measure_training_pace(
         sum(steps) / sum(tokens_of(batches[number]) for number in numbers),
         looked / tokens_of(validation),
         around,
-        settings.autocast,
+        hardware.autocast,
     )
+
+
+def _nothing(line: str) -> None:
+    """Say nothing."""

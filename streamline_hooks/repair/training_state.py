@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from torch import Tensor
 
 from streamline_hooks.batch import Batch
 from streamline_hooks.core.files import atomic_file
+from streamline_hooks.core.hardware_config import HardwareConfig
 from streamline_hooks.digests import batches_digest
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.json_file import parse_json
-from streamline_hooks.repair.settings import Training
+from streamline_hooks.repair.distillation_config import DistillationConfig
 from streamline_hooks.repair.student import Student
 
 _KEY = "streamline_hooks_training"
@@ -102,7 +102,8 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
 
 
 def fingerprint(
-    settings: Training,
+    config: DistillationConfig,
+    hardware: HardwareConfig,
     student: Student,
     parameters: Mapping[str, Tensor],
     batches: Sequence[Batch | Tensor],
@@ -112,15 +113,15 @@ def fingerprint(
 
     Parameters
     ----------
-    settings : Training
+    config : DistillationConfig
+    hardware : HardwareConfig
     student : Student
     parameters : mapping of str to torch.Tensor
         What is trained.
     batches, validation : sequence of mapping or torch.Tensor
         What is trained on, and validated on.
     """
-    without = ("keep_in", "keep_every", "memory", "minutes", "callbacks")
-    said = {k: _said(v) for k, v in asdict(replace(settings, callbacks=())).items() if k not in without}
+    said = {name: _said(value) for name, value in _settings(config, hardware).items()}
     shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
     parts = [part for modules in student.modules.values() for module in modules for part in module.modules()]
     made = [(type(p).__name__, p.extra_repr(), getattr(p, "scaling", None)) for p in parts]  # dropout, LoRA's scale
@@ -132,6 +133,41 @@ def fingerprint(
         for name, parameter in model.named_parameters():  # a sample tells one model from another
             digest.update(name.encode() + (b"" if parameter.is_meta else _bytes(_sample(parameter))))
     return digest.hexdigest()
+
+
+_FIRST_LOSSES = ("kl", "lm", "mse", "relative", "cosine", "embedding", "reverse_kl")
+
+
+def _settings(config: DistillationConfig, hardware: HardwareConfig) -> dict[str, Any]:
+    """Return the settings that a run depends on, by the names they had in the first training files of this format.
+
+    The names are part of the fingerprint: changing one here makes existing files useless. Time limits, memory and
+    callbacks are left out, since a run may be resumed with other ones.
+    """
+    own = config.on_policy
+    others = () if own is None else ("share", "begin", "prompt", "shortest", "longest", "temperature", "top_p")
+    return {
+        "objective": _weights(config.loss),
+        "on_policy": own and {"objective": _weights(own.loss), **{name: getattr(own, name) for name in others}},
+        "learning_rate": config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "betas": config.betas,
+        "warmup": config.warmup_ratio,
+        "floor": config.min_lr_ratio,
+        "clip": config.max_grad_norm,
+        "epochs": config.epochs,
+        "accumulation": config.gradient_accumulation_steps,
+        "autocast": hardware.autocast_dtype,
+        "validations": config.validations,
+        "patience": config.patience,
+        "seed": config.seed or 0,
+        "state_dtype": hardware.kept_dtype,
+    }
+
+
+def _weights(loss: Mapping[str, float]) -> dict[str, float]:
+    """Return the weights of the losses that were there from the first, and of all others in use."""
+    return {name: loss.get(name, 0.0) for name in _FIRST_LOSSES} | dict(loss)
 
 
 def _said(value: Any) -> str:

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 from torch import nn
 
-from streamline_hooks.arguments import check_fields, whole_numbers
+from streamline_hooks.arguments import whole_numbers
+from streamline_hooks.core.config import Config
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.speed import Phase, measure_speed, room_for_prompt
 from streamline_hooks.selection.latency import Timer, fewest_blocks
@@ -21,7 +23,7 @@ _PROMPT, _NEW = 512, 16
 
 
 @dataclass(frozen=True)
-class Target:
+class Target(Config):
     """How much to remove. Exactly one field is set.
 
     Attributes
@@ -56,7 +58,7 @@ class Target:
     decode_latency: float | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if len(self._given) != 1:
             listed = ", ".join(f"{name}={value!r}" for name, value in self._given.items()) or "nothing"
             raise StreamlineError(
@@ -90,6 +92,10 @@ class Target:
         """Whether this is a number or a fraction of the blocks."""
         return self.unit in ("blocks", "fraction")
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the field that is set."""
+        return self._given
+
     def __str__(self) -> str:
         """Return the short form of the command line."""
         return str(self.amount) if self.counts_blocks else f"{self.unit.replace('_', '-')}:{self.amount}"
@@ -110,7 +116,7 @@ class Target:
             return remove
         if isinstance(remove, float) and 0 < remove < 1:
             return cls(fraction=remove)
-        number = not isinstance(remove, bool) and isinstance(remove, (int, float)) and math.isfinite(remove)
+        number = not isinstance(remove, bool) and isinstance(remove, (int, float, Integral)) and math.isfinite(remove)
         if not number or remove != int(remove) or remove < 1 or (isinstance(remove, float) and remove == 1):
             raise StreamlineError(
                 f"remove={remove!r} removes no blocks. Expected a number of blocks (1 or more), a fraction of them "

@@ -32,6 +32,7 @@ from tests.blockwise.checkpoints import (  # noqa: F401
     reads,
     written,
 )
+from tests.configured import configured
 from tests.processes import in_a_new_process
 
 WINDOWS = [range(0, 2), range(1, 4), range(3, 6), range(0, 6)]
@@ -155,13 +156,13 @@ def test_states_are_there_until_the_finding_is(finding: str, tmp_path: Path, mon
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
         patched.setattr(work_folder, "write_file", writing)
         patched.setattr(Profile, "save", saving)
-        compress_checkpoint(folder, *reader(), out, work_folder=work, **AMOUNTS)
+        compress_checkpoint(folder, *reader(), out, configured(**AMOUNTS), work_folder=work)
     before = list(run)
-    compress_checkpoint(folder, *reader(), out, work_folder=work, **AMOUNTS)
+    compress_checkpoint(folder, *reader(), out, configured(**AMOUNTS), work_folder=work)
     assert not work.exists()
     again = run[len(before) :]
     run.clear()
-    compress_checkpoint(folder, *reader(), tmp_path / "at once", work_folder=work, **AMOUNTS)
+    compress_checkpoint(folder, *reader(), tmp_path / "at once", configured(**AMOUNTS), work_folder=work)
     assert before + again == run, "nothing was run twice"
 
 

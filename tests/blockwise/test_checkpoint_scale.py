@@ -21,11 +21,13 @@ MEASURED = """
     from streamline_hooks import load
     from streamline_hooks.blockwise import compress_checkpoint
     from tests.blockwise.checkpoints import AMOUNTS, reader
+    from tests.configured import configured
 
     folder = Path(sys.argv[1])
     def run(name):
-        options = {**AMOUNTS, "shortlist": 2, "memory": 2**20, "max_shard_size": "60MB", "keep": (0, 1, -1)}
-        return compress_checkpoint(folder / name, *reader(), folder / f"{name}_short", **options)
+        config = configured(**{**AMOUNTS, "shortlist": 2, "state_memory": 2**20, "keep": (0, 1, -1)})
+        output = folder / f"{name}_short"
+        return compress_checkpoint(folder / name, *reader(), output, config, max_shard_size="60MB")
     def most():  # and not ru_maxrss, which begins at what the process had that started this one
         return peaks()["VmHWM"]
     write_llama(folder / "small", config_of("small"))

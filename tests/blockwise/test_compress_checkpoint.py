@@ -18,14 +18,15 @@ from streamline_hooks.calibration import PackedText, packed_text
 from streamline_hooks.checkpoint import save
 from streamline_hooks.checkpoint.checksums import FILE as CHECKSUMS
 from streamline_hooks.distributed import Processes
-from streamline_hooks.selection import Target
+from streamline_hooks.selection import Target, WindowSearch
 from streamline_hooks.testing import tiny_model
 from tests.blockwise.checkpoints import AMOUNTS, compressible, reader, reads  # noqa: F401
+from tests.configured import arguments, configured
 from tests.processes import in_a_new_process
 
 
 def run(folder: Path, output: Path, **options: Any) -> Any:
-    return compress_checkpoint(folder, *reader(), output, **{**AMOUNTS, **options})
+    return compress_checkpoint(folder, *reader(), output, **arguments(compress_checkpoint, **{**AMOUNTS, **options}))
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -49,10 +50,10 @@ def test_it_is_what_is_compressed_in_memory(
 ) -> None:
     folder = compressible(tmp_path, family, dtype, **changes)
     said: list[str] = []
-    options = {**AMOUNTS, "kind": kind, "seed": 3}
+    options = {**AMOUNTS, "repair": kind, "seed": 3, "speed": False, "generation": False}
     found = run(folder, tmp_path / "apart", say=said.append, max_shard_size="40KB", **options)
     whole = load(folder, dtype="auto")
-    wanted = compress(whole, *reader(), output=tmp_path / "whole", side_by_side=False, **options)
+    wanted = compress(whole, *reader(), **arguments(**options), output=tmp_path / "whole")
     assert found.plan == wanted.plan and found.data == wanted.data and found.size == wanted.size
     assert [one.windows for one in found.candidates] == [one.windows for one in wanted.candidates]
     for one, other in zip(found.candidates, wanted.candidates, strict=True):
@@ -87,7 +88,7 @@ def test_a_mixture_of_experts_takes_an_offload_folder(tmp_path: Path) -> None:
         transformers.MixtralForCausalLM(config).save_pretrained(folder, max_shard_size="40KB")
     found = run(folder, tmp_path / "apart", offload_folder=offload, max_shard_size="40KB")
     whole = load(folder, dtype="auto")
-    wanted = compress(whole, *reader(), output=tmp_path / "whole", side_by_side=False, **AMOUNTS)
+    wanted = compress(whole, *reader(), configured(speed=False, generation=False, **AMOUNTS), output=tmp_path / "whole")
     assert found.plan == wanted.plan
     mine, theirs = weights_in(tmp_path / "apart"), weights_in(tmp_path / "whole")
     assert sorted(mine) == sorted(theirs)
@@ -102,11 +103,11 @@ class Interrupted(Exception):
 
 
 STAGES = {
-    "rank": "WindowSearch.find",
-    "choose": "first_that_can_go",
-    "measure": "perplexity_of_candidates",
-    "carried out": "LayerSurgeon",
-    "save": "save",
+    "rank": f"{WindowSearch.__module__}.WindowSearch.find",
+    "choose": f"{compressing.__name__}.first_that_can_go",
+    "measure": f"{compressing.__name__}.perplexity_of_candidates",
+    "carried out": f"{compressing.__name__}.LayerSurgeon",
+    "save": f"{compressing.__name__}.save",
 }
 
 
@@ -116,7 +117,7 @@ def test_it_goes_on_wherever_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     run(folder, tmp_path / "at once")
     for stage, name in STAGES.items():
         with monkeypatch.context() as patched, pytest.raises(Interrupted):
-            patched.setattr(f"{compressing.__name__}.{name}", _breaking_off)
+            patched.setattr(name, _breaking_off)
             run(folder, tmp_path / "in parts", work_folder=work)
         assert not (tmp_path / "in parts").exists(), stage
     kept = sorted(path.name for path in work.iterdir())
@@ -148,6 +149,7 @@ KILLED = """
     from pathlib import Path
     from streamline_hooks.blockwise import compress_checkpoint, passing
     from tests.blockwise.checkpoints import AMOUNTS, reader
+    from tests.configured import configured
     original, seen = passing.BlockwisePass.advance, []
     def kill(self, place):
         found = original(self, place)
@@ -156,7 +158,8 @@ KILLED = """
             os.kill(os.getpid(), 9)
         return found
     passing.BlockwisePass.advance = kill
-    compress_checkpoint(Path(sys.argv[1]), *reader(), Path(sys.argv[2]), work_folder=Path(sys.argv[3]), **AMOUNTS)
+    compress_checkpoint(Path(sys.argv[1]), *reader(), Path(sys.argv[2]), configured(**AMOUNTS),
+                        work_folder=Path(sys.argv[3]))
 """
 
 
@@ -179,10 +182,10 @@ def test_a_killed_process_is_gone_on_with(places: int, step: str, tmp_path: Path
 def test_other_arguments_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, work = compressible(tmp_path), tmp_path / "work"
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        patched.setattr(compressing.WindowSearch, "find", _breaking_off)
+        patched.setattr(WindowSearch, "find", _breaking_off)
         run(folder, tmp_path / "out", work_folder=work)
     for changes, differs in (
-        ({"kind": "none"}, "kind was linear and is none"),
+        ({"repair": "none"}, "kind was linear and is none"),
         ({"remove": 1}, "target was 2 and is 1"),
         ({"seed": 1}, "batches was"),
         ({"keep": ()}, r"keep was \[5\] and is \[\]"),
@@ -248,9 +251,11 @@ def test_packed_text_is_what_it_is_in_memory(tmp_path: Path) -> None:
     sizes = {"calibration": 256, "validation": 64, "test": 64}
     text = packed_text(tmp_path / "text.txt", tokenizer, sizes, sequence_length=16)
     folder = compressible(tmp_path)
-    found = compress_checkpoint(folder, tokenizer, text, tmp_path / "apart", **AMOUNTS)
+    found = compress_checkpoint(folder, tokenizer, text, tmp_path / "apart", configured(**AMOUNTS))
     whole = load(folder, dtype="auto")
-    wanted = compress(whole, tokenizer, text, output=tmp_path / "whole", side_by_side=False, **AMOUNTS)
+    wanted = compress(
+        whole, tokenizer, text, configured(speed=False, generation=False, **AMOUNTS), output=tmp_path / "whole"
+    )
     assert found.plan == wanted.plan and found.data == wanted.data
     assert found.perplexities == pytest.approx(wanted.perplexities, rel=1e-5)
     mine, theirs = weights_in(tmp_path / "apart"), weights_in(tmp_path / "whole")
@@ -265,7 +270,7 @@ def test_packed_text_is_for_models_that_keep_documents_apart(tmp_path: Path) -> 
     text = {"calibration": part, "validation": part, "test": part}
     tiny_model("bloom", vocabulary=300).save_pretrained(tmp_path / "bloom")
     with pytest.raises(StreamlineError, match="packed row apart"):
-        compress_checkpoint(tmp_path / "bloom", tokenizer, text, tmp_path / "out", **AMOUNTS)
+        compress_checkpoint(tmp_path / "bloom", tokenizer, text, tmp_path / "out", configured(**AMOUNTS))
     assert not (tmp_path / "out").exists()
 
 
@@ -282,12 +287,12 @@ def test_nothing_is_changed_in_the_original(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"kind": "block"}, r"'block'.*least-squares map"),
-        ({"kind": "folded"}, "'folded' does not start"),
-        ({"remove": Target(latency=0.8)}, r"latency:0.8.*timed.*from disk"),
+        ({"repair": "block"}, r"'block'.*least-squares map"),
+        ({"repair": "folded"}, "'folded' does not start"),
+        ({"remove": Target(latency=0.8)}, r"latency:0.8, which is timed.*into memory"),
         ({"remove": Target(decode_latency=0.8)}, r"decode-latency:0.8.*timed"),
-        ({"criterion": "perplexity"}, r"'perplexity'.*each window"),
-        ({"shortlist": 0}, r"shortlist=0.*batch_size=8.*1 or more"),
+        ({"criterion": "perplexity"}, r"criterion perplexity, which runs.*each window"),
+        ({"repeated": 0.5}, r"repeated=0.5.*Expected a search for single windows.*into memory"),
         ({"remove": 6}, r"6 of 6 blocks.*one block must stay"),
     ],
 )

@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamline_hooks import compress
-from streamline_hooks.calibration import TokenSplit, mixed_split, parse_mixture
+from streamline_hooks.calibration import TokenSplit, mixed_split
 from streamline_hooks.calibration.dealing import long_paragraphs
 from streamline_hooks.calibration.mixture import sequences_by_source, smallest_part
+from streamline_hooks.cli.short_forms import parse_mixture
 from streamline_hooks.errors import StreamlineError
+from tests.configured import configured
 from tests.tiny_models import tiny_model
 
 PARTS = ("calibration", "validation", "test")
@@ -275,7 +277,9 @@ class TestCompress:
     def test_takes_text_that_is_dealt_out(self) -> None:
         tokenizer: Any = WordTokenizer()
         split = self.split(tokenizer)
-        result = compress(tiny_model("llama"), tokenizer, split, remove=1, side_by_side=False, shortlist=2)
+        result = compress(
+            tiny_model("llama"), tokenizer, split, configured(remove=1, speed=False, generation=False, shortlist=2)
+        )
         assert result.data["fingerprint"] == split.fingerprint
         assert result.data["sequence_length"] == 16 and result.data["calibration_tokens"] == 640
         assert result.data["notes"] == list(split.notes)
@@ -284,5 +288,5 @@ class TestCompress:
         tokenizer: Any = WordTokenizer()
         model = tiny_model("llama")
         with pytest.raises(StreamlineError, match=r"TokenSplit.*leave test_texts"):
-            compress(model, tokenizer, self.split(tokenizer), remove=1, test_texts=["text"])
+            compress(model, tokenizer, self.split(tokenizer), configured(remove=1), test_texts=["text"])
         assert len(model.model.layers) == 6

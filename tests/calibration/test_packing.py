@@ -17,7 +17,7 @@ from streamline_hooks.calibration.packing import Packer, fill_sequence
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.perplexity import negative_log_likelihoods, perplexity
 from streamline_hooks.predicted import UNCOUNTED
-from streamline_hooks.repair import LinearConfig, Training, fit_windows
+from streamline_hooks.repair import DistillationConfig, LinearConfig, fit_windows
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.training import train
 from streamline_hooks.statistics import measure_moments
@@ -164,7 +164,7 @@ def test_a_repair_is_fitted_and_judged_on_packed_rows_as_on_documents_alone() ->
         (repair,) = fit_windows(model, [range(2, 4)], LinearConfig(), batches, held_out)
         errors.append(repair.repaired_error)
         student = Student(model, [(repair.window, cast(nn.Module, repair.stand_in))])
-        trained = train(student, batches, held_out, Training(epochs=1, validations=1))
+        trained = train(student, batches, held_out, DistillationConfig(epochs=1, validations=1))
         divergences.append(trained.distance_before)
         assert trained.distance <= trained.distance_before
         assert errors[-1] < repair.removal_error

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, compress, register_module, save
 from streamline_hooks.checkpoint import model_card
-from streamline_hooks.repair import Training
+from streamline_hooks.repair import DistillationConfig
+from tests.configured import arguments
 from tests.processes import in_a_new_process
 from tests.tiny_models import WIDTH, Nudge, repaired, tiny_model
 
@@ -163,20 +164,32 @@ def test_silenced_folded_and_put_in() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"kind": "none"}, None),
-        ({"kind": "swiglu", "search": "attention"}, None),
-        ({"kind": "linear", "search": "attention"}, "- Repaired by: `linear`, in closed form."),
-        ({"kind": "linear"}, "- Repaired by: `linear`, in closed form."),
-        ({"kind": "merged"}, "- Repaired by: `merged`, as it is."),
-        ({"kind": "block:solve=false"}, "- Repaired by: `block:solve=false`, as it is."),
-        ({"kind": "linear", "training": Training(learning_rate=1e3, warmup=0.0)}, "in closed form."),
-        ({"kind": "linear", "training": Training(learning_rate=1e-4)}, "- Repaired by: `linear`, trained."),
+        ({"repair": "none"}, None),
+        ({"repair": "swiglu", "search": "attention"}, None),
+        ({"repair": "linear", "search": "attention"}, "- Repaired by: `linear`, in closed form."),
+        ({"repair": "linear"}, "- Repaired by: `linear`, in closed form."),
+        ({"repair": "merged"}, "- Repaired by: `merged`, as it is."),
+        ({"repair": "block:solve=false"}, "- Repaired by: `block:solve=false`, as it is."),
+        (
+            {"repair": "linear", "distillation": DistillationConfig(learning_rate=1e3, warmup_ratio=0.0)},
+            "in closed form.",
+        ),
+        (
+            {"repair": "linear", "distillation": DistillationConfig(learning_rate=1e-4)},
+            "- Repaired by: `linear`, trained.",
+        ),
     ],
 )
 def test_how_it_was_repaired_is_what_was_done(options: dict[str, Any], said: str | None, tmp_path: Path) -> None:
     rows = torch.randint(3, 60, (48, 12), generator=torch.Generator().manual_seed(0))
     parts: dict[str, Any] = {"calibration": list(rows[:40, None]), "validation": [rows[40:44]], "test": [rows[44:]]}
-    compress(tiny_model("llama"), None, parts, remove=2, side_by_side=False, output=tmp_path / "out", **options)
+    compress(
+        tiny_model("llama"),
+        None,
+        parts,
+        **arguments(remove=2, speed=False, generation=False, **options),
+        output=tmp_path / "out",
+    )
     told = [line for line in (tmp_path / "out/README.md").read_text().splitlines() if "Repaired by" in line]
     assert told == [] if said is None else told[0].endswith(said)
 

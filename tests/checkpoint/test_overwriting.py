@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from streamline_hooks import LayerSurgeon, StreamlineError, compress, load, save
 from streamline_hooks.checkpoint import require_free
 from streamline_hooks.export import export_plain
-from streamline_hooks.pipeline.iterative import compress_iteratively
-from streamline_hooks.repair import Training
+from streamline_hooks.repair import DistillationConfig
 from streamline_hooks.testing import tiny_model
+from tests.configured import arguments
 from tests.tiny_models import repaired
 
 
@@ -184,8 +184,8 @@ def test_everything_that_writes_a_model_asks_first(tmp_path: Path) -> None:
     parts = {"calibration": batches[:4], "validation": batches[4:5], "test": batches[5:]}
     shared: dict[str, Any] = {"remove": 2, "output": tmp_path, "overwrite": True}
     for call in (
-        lambda: compress(model, None, parts, **shared),
-        lambda: compress_iteratively(model, None, parts, rounds=2, training=Training(), **shared),
+        lambda: compress(model, None, parts, **arguments(**shared)),
+        lambda: compress(model, None, parts, **arguments(rounds=2, distillation=DistillationConfig(), **shared)),
         lambda: export_plain(model, tmp_path, overwrite=True),
     ):
         with pytest.raises(StreamlineError, match="did not write: notes.txt"):
@@ -213,10 +213,10 @@ def test_training_files_beside_an_output_are_checked_too(tmp_path: Path) -> None
     batches = [torch.randint(3, 60, (2, 8)) for _ in range(6)]
     parts = {"calibration": batches[:4], "validation": batches[4:5], "test": batches[5:]}
     lines: list[str] = []
-    shared: dict[str, Any] = {"remove": 2, "training": Training(), "output": output, "say": lines.append}
+    shared: dict[str, Any] = {"remove": 2, "distillation": DistillationConfig(), "output": output, "say": lines.append}
     for call in (
-        lambda: compress(tiny_model("llama"), None, parts, **shared),
-        lambda: compress_iteratively(tiny_model("llama"), None, parts, rounds=2, **shared),
+        lambda: compress(tiny_model("llama"), None, parts, **arguments(**shared)),
+        lambda: compress(tiny_model("llama"), None, parts, **arguments(rounds=2, **shared)),
     ):
         with pytest.raises(StreamlineError, match=r"training.* failed.*too long.*choose"):
             call()

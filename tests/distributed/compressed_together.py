@@ -6,27 +6,30 @@ import json
 from pathlib import Path
 from typing import Any
 
-from streamline_hooks import StreamlineError, compress, compress_iteratively
+from streamline_hooks import StreamlineError, compress
 from streamline_hooks.pretrained import load_pretrained
-from streamline_hooks.repair import Objective, Training
+from streamline_hooks.repair import DistillationConfig
+from tests.configured import arguments
 
 SMALL = {"sequence_length": 64, "calibration_tokens": 3200, "validation_tokens": 320, "test_tokens": 320}
-TRAINING = Training(Objective.parse("kl"), learning_rate=1e-3, validations=2, accumulation=2)
+TRAINING = DistillationConfig({"kl": 1.0}, learning_rate=1e-3, validations=2, gradient_accumulation_steps=2)
 
 
 def plain(stories: Path, texts: list[str], **options: Any) -> dict[str, Any]:
-    return told_of(compress(*load_pretrained(stories), texts, remove=1, shortlist=3, **{**SMALL, **options}))
+    return told_of(
+        compress(*load_pretrained(stories), texts, **arguments(remove=1, shortlist=3, **{**SMALL, **options}))
+    )
 
 
 def trained(stories: Path, texts: list[str], **options: Any) -> dict[str, Any]:
-    options = {"kind": "swiglu:width=16", "training": TRAINING, "side_by_side": False, **options}
+    options = {"repair": "swiglu:width=16", "distillation": TRAINING, "speed": False, "generation": False, **options}
     return plain(stories, texts, **options)
 
 
 def fresh(stories: Path, texts: list[str]) -> list[str]:
     """The order of what stands there with random weights, which says nothing yet."""
-    options: dict[str, Any] = {"kind": "feed_forward:width=16", "side_by_side": False, **SMALL}
-    result = compress(*load_pretrained(stories), texts, remove=1, shortlist=4, **options)
+    options: dict[str, Any] = {"repair": "feed_forward:width=16", "speed": False, "generation": False, **SMALL}
+    result = compress(*load_pretrained(stories), texts, **arguments(remove=1, shortlist=4, **options))
     return [str(one) for one in result.candidates]
 
 
@@ -56,10 +59,13 @@ def in_several(folder: Path, stories: Path, rank: int) -> dict[str, Any]:
     found["fresh"] = fresh(stories, texts)
     found["files"] = sorted(str(path.relative_to(folder)) for path in (folder / "out").iterdir())
     found["not free"] = raised(lambda: plain(stories, texts, output=out))
-    rounds: dict[str, Any] = {"rounds": 2, "remove": 2, "training": TRAINING, "output": out, **SMALL}
-    found["rounds not free"] = raised(lambda: compress_iteratively(*load_pretrained(stories), texts, **rounds))
-    found["one fails"] = raised(lambda: plain(stories, texts, batch_size=1 - rank, side_by_side=False))
-    found["other texts"] = raised(lambda: plain(stories, texts[5 * rank :], side_by_side=False))
+    rounds: dict[str, Any] = {"rounds": 2, "remove": 2, "distillation": TRAINING, "output": out, **SMALL}
+    found["rounds not free"] = raised(lambda: compress(*load_pretrained(stories), texts, **arguments(**rounds)))
+    found["one fails"] = raised(lambda: plain(stories, texts, keep=(9,) * rank, speed=False, generation=False))
+    found["other config"] = raised(
+        lambda: plain(stories, texts, criterion=("cosine", "angular")[rank], speed=False, generation=False)
+    )
+    found["other texts"] = raised(lambda: plain(stories, texts[5 * rank :], speed=False, generation=False))
     return found
 
 

@@ -97,7 +97,8 @@ def test_what_both_models_wrote_is_known_to_all(one: dict[str, Any], two: list[d
     [
         ("not free", "StreamlineError: Process 0 of 2: "),
         ("rounds not free", "StreamlineError: Process 0 of 2: "),
-        ("one fails", "StreamlineError: Process 1 of 2: .*batch_size=0.*whole number"),
+        ("one fails", "StreamlineError: Process 1 of 2: .*9"),
+        ("other config", "StreamlineError: Processes 0 and 1 of 2 .*different config.search ..*'cosine'.*'angular'"),
         ("other texts", "StreamlineError: Processes 0 and 1 of 2 .*batches"),
     ],
 )
@@ -114,7 +115,7 @@ def test_four_processes_end_with_the_model_of_one(
         from pathlib import Path
         from tests.distributed.compressed_together import plain
         texts = json.loads(Path(args[1]).read_text())
-        torch.save(plain(Path(args[0]), texts, side_by_side=False), f"{folder}/{rank}.pt")
+        torch.save(plain(Path(args[0]), texts, speed=False, generation=False), f"{folder}/{rank}.pt")
     """
     in_processes(code, tmp_path, 4, stories_folder, folder / "texts.json")
     four = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(4)]
@@ -125,11 +126,11 @@ def test_four_processes_end_with_the_model_of_one(
 
 def test_batches_that_are_tensors_come_to_one_model(tmp_path: Path) -> None:
     code = """
-        from streamline_hooks import compress
+        from streamline_hooks import CompressionConfig, compress
         from streamline_hooks.testing import tiny_model
         batches = [torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(k)) for k in range(6)]
         parts = {"calibration": batches[:3], "validation": batches[3:5], "test": batches[5:]}
-        result = compress(tiny_model("llama"), None, parts, remove=2, side_by_side=False)
+        result = compress(tiny_model("llama"), None, parts, CompressionConfig(remove=2))
         torch.save([list(result.plan.removed), list(result.model.state_dict().values())], f"{folder}/{rank}.pt")
     """
     in_processes(code, tmp_path)

@@ -30,7 +30,7 @@ def kill(progress):
     if progress.step == dies and dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 made = student(0.2)
-trained = train(made, BATCHES, VALIDATION, replace(SETTINGS, keep_in=file, keep_every=0.0, callbacks=[BeforeSteps(kill)]), resume=resume)
+trained = train(made, BATCHES, VALIDATION, replace(SETTINGS, checkpoint_minutes=0.0), checkpoint=file, callbacks=[BeforeSteps(kill)], resume=resume)
 torch.save([*made.parameters().values(), torch.tensor([row["distance"] for row in trained.history])], f"{out}-{dist.get_rank()}.pt")
 dist.barrier()
 os._exit(0)

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from streamline_hooks.repair import Objective
 from tests.distributed.trained_together import SETTINGS, outcome, replace
 from tests.processes import in_processes
 
 pytestmark = pytest.mark.slow
 
-STATES = replace(SETTINGS, objective=Objective.parse("relative"))
+STATES = replace(SETTINGS, loss={"relative": 1.0})
 _SHARDED = """
     from pathlib import Path
     from torch.distributed.fsdp import fully_shard
@@ -40,8 +39,8 @@ _SHARDED = """
             return f"{type(error).__name__}: {error}"
 
     made = sharded(student())
-    before, kept = whole(made.model), replace(SETTINGS, keep_in=Path(folder) / "training", keep_every=0.0)
-    found = {"whole": outcome(kept, made)}
+    before, kept = whole(made.model), replace(SETTINGS, checkpoint_minutes=0.0)
+    found = {"whole": outcome(kept, made, checkpoint=Path(folder) / "training")}
     after = whole(made.model)
     said["as it was"] = list(before) == list(after) and all(torch.equal(before[n], after[n]) for n in before)
     said["gradients"] = [n for n, p in made.model.named_parameters() if p.grad is not None]
@@ -89,7 +88,7 @@ def test_the_shards_are_as_they_were(said: list[dict[str, Any]]) -> None:
 
 
 def test_what_is_kept_goes_on_in_one_process_that_has_all_weights(folder: Path, said: list[dict[str, Any]]) -> None:
-    gone_on = outcome(replace(SETTINGS, keep_in=folder / "training"), resume=True)
+    gone_on = outcome(SETTINGS, resume=True, checkpoint=folder / "training")
     assert "raised" not in gone_on, gone_on
     torch.testing.assert_close(gone_on["weights"], outcome()["weights"], rtol=0.0, atol=1e-6)
 

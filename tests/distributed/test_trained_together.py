@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> dict[str, Any]:
-    kept = replace(SETTINGS, keep_in=folder / "one")
+    kept = SETTINGS
     with in_loss(5, interrupted):
-        stopped = outcome(kept)
+        stopped = outcome(kept, checkpoint=folder / "one")
     return {**trainings(folder), "interrupted": stopped}
 
 
@@ -88,14 +87,14 @@ def test_a_training_goes_on_with_as_many_processes_or_with_others(
     code = """
         from pathlib import Path
         from tests.distributed.trained_together import SETTINGS, in_loss, interrupted, outcome, replace
-        kept = replace(SETTINGS, keep_in=Path(folder) / "several", keep_every=0.0)
+        kept = replace(SETTINGS, checkpoint_minutes=0.0)
         with in_loss(3, interrupted, rank=0):
-            said["stopped"] = outcome(kept)["steps"][3]
+            said["stopped"] = outcome(kept, checkpoint=Path(folder) / "several")["steps"][3]
     """
     (inside := folder / "apart").mkdir()
     stopped = in_processes(code, inside)
     assert stopped[0]["stopped"] == stopped[1]["stopped"] == "interrupted after step 1"
-    assert_alike(outcome(replace(SETTINGS, keep_in=inside / "several"), resume=True), one["whole"], 1e-6)
+    assert_alike(outcome(SETTINGS, resume=True, checkpoint=inside / "several"), one["whole"], 1e-6)
 
 
 def test_with_dropout_the_same_processes_go_on_to_the_same_weights(two: list[dict[str, Any]]) -> None:

@@ -16,8 +16,8 @@ from torch import nn
 from streamline_hooks import LinearReplacement
 from streamline_hooks.distributed import here
 from streamline_hooks.passes import progress
-from streamline_hooks.repair import Objective, OnPolicy
-from streamline_hooks.repair.settings import Training
+from streamline_hooks.repair import Objective, OnPolicyConfig
+from streamline_hooks.repair.distillation_config import DistillationConfig
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import taught_states
 from streamline_hooks.repair.training import train
@@ -25,8 +25,13 @@ from tests.tiny_models import left_padded, tiny_model
 
 BATCHES = [left_padded(rows, 9 + rows, seed=rows) for rows in (3, 1, 4, 2)]
 VALIDATION = [left_padded(3, 9, seed=9), left_padded(1, 8, seed=10)]
-SETTINGS = Training(
-    Objective.parse("kl + 0.01*lm + relative"), learning_rate=1e-2, accumulation=2, epochs=2, validations=2, warmup=0.0
+SETTINGS = DistillationConfig(
+    {"kl": 1.0, "lm": 0.01, "relative": 1.0},
+    learning_rate=1e-2,
+    gradient_accumulation_steps=2,
+    epochs=2,
+    validations=2,
+    warmup_ratio=0.0,
 )
 BEST = range(1, 3)
 
@@ -40,7 +45,7 @@ def student(dropout: float = 0.0, seed: int = 0) -> Student:
     return Student(tiny_model("llama"), [(BEST, module)])
 
 
-def outcome(settings: Training = SETTINGS, made: Student | None = None, **options: Any) -> dict[str, Any]:
+def outcome(settings: DistillationConfig = SETTINGS, made: Student | None = None, **options: Any) -> dict[str, Any]:
     """How a training went, or what it raised."""
     said: list[str] = []
     made = made or student()
@@ -93,7 +98,9 @@ def trainings(folder: Path) -> dict[str, Any]:
     found = {"whole": outcome()}
     with taught_states(tiny_model("llama"), BATCHES, 1, after=[BEST]) as taught:
         found["taught"] = outcome(taught=taught)
-    greedy = OnPolicy(share=0.5, prompt=3, shortest=3, longest=6, temperature=1e-4)  # what is sampled, a rank decides
+    greedy = OnPolicyConfig(
+        share=0.5, prompt=3, shortest=3, longest=6, temperature=1e-4
+    )  # what is sampled, a rank decides
     found["own text"] = outcome(replace(SETTINGS, on_policy=greedy))
     found["patience"] = outcome(replace(SETTINGS, learning_rate=3.0, patience=1, validations=4))
     return found
@@ -102,18 +109,18 @@ def trainings(folder: Path) -> dict[str, Any]:
 def in_several(folder: Path, rank: int) -> dict[str, Any]:
     """What is looked at where there are several processes, one of which is not like the others."""
     mine = folder / "training" if rank == 0 else folder / "training" / "nowhere"  # a file is no folder
-    kept = replace(SETTINGS, keep_in=mine, keep_every=0.0)
+    kept = replace(SETTINGS, checkpoint_minutes=0.0)
     found = trainings(folder)
     with in_loss(3, interrupted, rank=1):
-        found["interrupted"] = outcome(kept)
+        found["interrupted"] = outcome(kept, checkpoint=mine)
     found["its file"] = sorted(path.name for path in folder.iterdir() if path.name.startswith("training"))
-    found["gone on"] = outcome(kept, resume=True)
-    found["of one, gone on"] = outcome(replace(kept, keep_in=folder / "one"), resume=True)
-    dropped = replace(kept, keep_in=folder / "dropped")
-    found["dropout"] = outcome(replace(dropped, keep_in=None), student(0.2))
+    found["gone on"] = outcome(kept, resume=True, checkpoint=mine)
+    found["of one, gone on"] = outcome(kept, resume=True, checkpoint=folder / "one")
+    dropped = kept
+    found["dropout"] = outcome(dropped, student(0.2))
     with in_loss(3, interrupted, rank=0):
-        outcome(dropped, student(0.2))
-    found["dropout, gone on"] = outcome(dropped, student(0.2), resume=True)
+        outcome(dropped, student(0.2), checkpoint=folder / "dropped")
+    found["dropout, gone on"] = outcome(dropped, student(0.2), resume=True, checkpoint=folder / "dropped")
     with in_loss(3, lambda loss: loss * float("nan"), rank=1):
         found["nan"] = outcome()
     with in_loss(2, out_of_memory, rank=1):
@@ -125,7 +132,7 @@ def in_several(folder: Path, rank: int) -> dict[str, Any]:
     apart = student()
     with in_loss(3, lambda loss: (next(iter(apart.parameters().values())).data.add_(0.1), loss)[1], rank=1):
         found["apart"] = outcome(made=apart)
-    found["no folder"] = outcome(replace(kept, keep_in=folder / "training" / "nowhere"))
+    found["no folder"] = outcome(kept, checkpoint=folder / "training" / "nowhere")
     found["afterwards"] = outcome()
     found["bar"] = progress(3, "test").disable
     return found

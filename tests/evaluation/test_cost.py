@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from streamline_hooks import HiddenStateRecorder, Selection, StreamlineError, find_stack, perplexity
+from streamline_hooks.cli.short_forms import parse_loss
 from streamline_hooks.evaluation import Candidate, Cost, distances_of_candidates, measure_pace
-from streamline_hooks.repair import Objective, Student, Training, train
+from streamline_hooks.repair import DistillationConfig, Student, train
 from streamline_hooks.replacements import LinearReplacement, MLPReplacement
 from streamline_hooks.selection.search.judge import Attempt, Judge
 from streamline_hooks.statistics import measure_moments, profile
@@ -81,7 +82,7 @@ def test_a_training_takes_its_forwards_and_as_much_again_on_the_way_back(
         BATCHES, BATCHES[:1], [window], epochs=epochs, validations=2, logits=objective == "kl"
     )
     student = Student(model, [(window, LinearReplacement(WIDTH))])
-    settings = Training(objective=Objective.parse(objective), epochs=epochs, validations=2)
+    settings = DistillationConfig(loss=parse_loss(objective), epochs=epochs, validations=2)
     before = clock.now
     train(student, BATCHES, BATCHES[:1], settings)
     ran = clock.now - before

@@ -10,9 +10,21 @@ from typing import Any
 import pytest
 import torch
 
-from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, compress, load, read_plans, save
+from streamline_hooks import (
+    FoldedConfig,
+    LayerSurgeon,
+    LinearConfig,
+    LinearReplacement,
+    StreamlineError,
+    compress,
+    load,
+    read_plans,
+    save,
+)
 from streamline_hooks.cli import app
+from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.export import refit, require_plain
+from tests.configured import configured
 
 SPLIT = {"sequence_length": 64, "calibration_tokens": 4096, "validation_tokens": 512, "test_tokens": 1024}
 
@@ -22,7 +34,7 @@ def folder(stories: tuple[Any, Any], story_texts: list[str], tmp_path_factory: p
     """A compressed model with a splice in the place of two blocks."""
     model, tokenizer = copy.deepcopy(stories[0]), stories[1]
     target = tmp_path_factory.mktemp("refit") / "spliced"
-    compress(model, tokenizer, story_texts, remove=2, keep=[0], kind="linear", output=target, **SPLIT)
+    compress(model, tokenizer, story_texts, configured(remove=2, keep=[0], repair="linear", **SPLIT), output=target)
     return target
 
 
@@ -31,7 +43,9 @@ def test_it_comes_out_plain(
     kind: str, slots: int, folder: Path, story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path
 ) -> None:
     original, tokenizer = story_model
-    again = refit(folder, original, tokenizer, story_texts, kind=kind, output=tmp_path / "plain")
+    again = refit(
+        folder, original, tokenizer, story_texts, replacement=parse_replacement(kind), output=tmp_path / "plain"
+    )
     require_plain(again.result.model)
     spliced = load(folder)
     assert again.slots == slots and len(original.model.layers) == len(spliced.model.layers) + slots
@@ -50,21 +64,21 @@ def test_other_text_another_original_and_another_plan_are_refused(
 ) -> None:
     original, tokenizer = story_model
     with pytest.raises(StreamlineError, match=r"other text.*fingerprint"):
-        refit(folder, original, tokenizer, story_texts[48:], kind="folded")
-    with pytest.raises(StreamlineError, match=r"'linear'.*expected"):
-        refit(folder, original, tokenizer, story_texts, kind="linear")
+        refit(folder, original, tokenizer, story_texts[48:], replacement=FoldedConfig())
+    with pytest.raises(StreamlineError, match=r"replacement=linear.*Expected"):
+        refit(folder, original, tokenizer, story_texts, replacement=LinearConfig())
     other = copy.deepcopy(original)
     with torch.no_grad():
         other.model.layers[0].mlp.down_proj.weight.mul_(1.01)
     with pytest.raises(StreamlineError, match="not those of this original"):
-        refit(folder, other, tokenizer, story_texts, kind="folded")
+        refit(folder, other, tokenizer, story_texts, replacement=FoldedConfig())
     by_hand = copy.deepcopy(original)
     with LayerSurgeon(by_hand) as surgeon:
         surgeon.replace(range(1, 3), LinearReplacement(original.config.hidden_size))
         surgeon.commit()
     save(by_hand, tmp_path / "by hand")
     with pytest.raises(StreamlineError, match=r"not say.*calibration_tokens"):
-        refit(tmp_path / "by hand", original, tokenizer, story_texts, kind="folded")
+        refit(tmp_path / "by hand", original, tokenizer, story_texts, replacement=FoldedConfig())
     touching = copy.deepcopy(original)
     with LayerSurgeon(touching) as surgeon:
         for window in (range(1, 2), range(2, 4)):
@@ -72,13 +86,13 @@ def test_other_text_another_original_and_another_plan_are_refused(
         surgeon.commit()
     save(touching, tmp_path / "touching")
     with pytest.raises(StreamlineError, match="fitted again as one"):
-        refit(tmp_path / "touching", original, tokenizer, story_texts, kind="folded")
+        refit(tmp_path / "touching", original, tokenizer, story_texts, replacement=FoldedConfig())
     with LayerSurgeon(by_hand) as surgeon:
         surgeon.remove([0])
         surgeon.commit()
     save(by_hand, tmp_path / "twice")
     with pytest.raises(StreamlineError, match="2 surgeries"):
-        refit(tmp_path / "twice", original, tokenizer, story_texts, kind="folded")
+        refit(tmp_path / "twice", original, tokenizer, story_texts, replacement=FoldedConfig())
 
 
 def test_on_the_command_line(

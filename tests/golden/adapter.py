@@ -25,20 +25,20 @@ from torch import Tensor, nn
 from streamline_hooks import (
     PRESETS,
     REPLACEMENTS,
-    Training,
+    CompressionConfig,
+    DistillationConfig,
     compress,
-    compress_iteratively,
     find_stacks,
     load,
-    preset_named,
 )
 from streamline_hooks import sweep as run_sweep
 from streamline_hooks.blockwise import compress_checkpoint
 from streamline_hooks.calibration import read_documents
 from streamline_hooks.cli import app, main
+from streamline_hooks.cli.short_forms import parse_healing, parse_loss, parse_replacement
 from streamline_hooks.pretrained import load_pretrained
-from streamline_hooks.repair import Objective
 from streamline_hooks.selection import CRITERIA, SEARCHES
+from tests.configured import configured
 from tests.golden import inputs
 from tests.golden.store import Facts, plain
 from tests.processes import ROOT, in_processes
@@ -103,13 +103,8 @@ def _compress(
         return _in_processes(folder, processes, {"model": model, "data": data, **settings})
     original = inputs.model_named(model)
     tokenizer = inputs.tokenizer() if data == "documents" else None
-    options = _options(settings, data)
-    rounds = options.pop("rounds", 1)
-    run = compress_iteratively if rounds > 1 else compress
-    if rounds > 1:
-        options["rounds"] = rounds
     changed: Any = copy.deepcopy(original)
-    result = run(changed, tokenizer, _data(data), side_by_side=False, **options)
+    result = compress(changed, tokenizer, _data(data), _config(settings, data))
     return facts_of(result.report(), result.model, original)
 
 
@@ -126,9 +121,17 @@ def _in_processes(folder: Path, count: int, settings: dict[str, Any]) -> Facts:
 
 
 def _sweep(folder: Path, *, model: str = "llama", **settings: Any) -> Facts:
-    options = {**SIZES, **settings}
+    remove, kinds = settings.pop("remove"), settings.pop("kinds")
     changed: Any = inputs.model_named(model)
-    found = run_sweep(changed, inputs.tokenizer(), inputs.documents(), speed=False, **options)
+    found = run_sweep(
+        changed,
+        inputs.tokenizer(),
+        inputs.documents(),
+        _config(settings, "documents"),
+        remove=remove,
+        repair=[parse_replacement(kind) for kind in kinds],
+        speed=False,
+    )
     return _points(found.report())
 
 
@@ -140,7 +143,11 @@ def _blockwise(folder: Path, *, model: str = "llama", **settings: Any) -> Facts:
     """Compress a checkpoint with one block in memory at a time."""
     source = inputs.write_model(model, folder / "model")
     result = compress_checkpoint(
-        source, inputs.tokenizer(), inputs.documents(), folder / "out", memory=2**16, **{**SIZES, **settings}
+        source,
+        inputs.tokenizer(),
+        inputs.documents(),
+        folder / "out",
+        _config({**settings, "state_memory": 2**16}, "documents"),
     )
     return facts_of(result.report(), load(folder / "out"), inputs.model_named(model))
 
@@ -151,7 +158,7 @@ def _real(folder: Path, *, text: str, **settings: Any) -> Facts:
     changed, tokenizer = load_pretrained("smollm2")
     texts = read_documents([str(data / text)])
     original = {name: value.clone() for name, value in changed.state_dict().items()}
-    result = compress(changed, tokenizer, texts, side_by_side=False, **_options(settings, "batches"))
+    result = compress(changed, tokenizer, texts, _config(settings, "batches"))
     return facts_of(result.report(), result.model, original)
 
 
@@ -176,18 +183,19 @@ def _data(name: str) -> Any:
     return makers[name]()
 
 
-def _options(settings: dict[str, Any], data: str) -> dict[str, Any]:
-    """Return the keywords of `compress` for settings in plain data."""
-    options: dict[str, Any] = dict(SIZES) if data == "documents" else {}
-    if "preset" in settings:
-        preset = preset_named(settings.pop("preset"))
-        options |= preset.arguments
-        if preset.rounds > 1:
-            options["rounds"] = preset.rounds
+def _config(settings: dict[str, Any], data: str) -> CompressionConfig:
+    """Return the config of settings in plain data."""
+    options: dict[str, Any] = {"speed": False, "generation": False, **(SIZES if data == "documents" else {})}
+    base = PRESETS[settings.pop("preset")].config if "preset" in settings else None
+    if base is not None and data != "documents" and "repeated" in settings:
+        options["repeated"] = settings.pop("repeated")
     if "training" in settings:
         training = settings.pop("training")
-        options["training"] = Training(Objective.parse(training.pop("objective")), **training)
-    return {**options, **settings}
+        options["distillation"] = DistillationConfig(parse_loss(training.pop("objective")), **training)
+    if "healing" in settings:
+        options["healing"] = parse_healing(settings.pop("healing").replace("rate=", "learning_rate_ratio="))
+    names = {"kind": "repair", "parts": "windows"}
+    return configured(base, **options, **{names.get(name, name): value for name, value in settings.items()})
 
 
 # The command line

@@ -12,23 +12,29 @@ from typing import Any
 import pytest
 import torch
 
-from streamline_hooks import StreamlineError, Target, compress_iteratively, load
+from streamline_hooks import StreamlineError, Target, compress, load
 from streamline_hooks.batch_split import BatchSplit
 from streamline_hooks.calibration import TokenSplit
 from streamline_hooks.compression_costs import compression_costs
 from streamline_hooks.pipeline import iterative
 from streamline_hooks.preparation import prepare_compression
-from streamline_hooks.repair import Objective, Training, TrainingProgress
+from streamline_hooks.repair import DistillationConfig, HealingConfig, TrainingProgress
 from streamline_hooks.report import write_report
 from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery import SurgeryPlan
 from streamline_hooks.surgery.plan import Slot, Splice
 from streamline_hooks.task import Task
 from streamline_hooks.testing import tiny_model
+from tests.configured import arguments, configured
 from tests.training_callbacks import BeforeSteps
 
-QUICK = Training(Objective.parse("kl + lm"), learning_rate=3e-3, validations=2)
-OPTIONS: dict[str, Any] = {"kind": "linear", "healing": "partial:where=after,rate=0.2", "side_by_side": False}
+QUICK = DistillationConfig({"kl": 1.0, "lm": 1.0}, learning_rate=3e-3, validations=2)
+OPTIONS: dict[str, Any] = {
+    "repair": "linear",
+    "healing": HealingConfig("partial", "after", learning_rate_ratio=0.2),
+    "speed": False,
+    "generation": False,
+}
 
 
 def texts(seed: int, count: int) -> list[dict[str, torch.Tensor]]:
@@ -44,7 +50,7 @@ class Killed(BaseException):
     pass
 
 
-def killed_at(step: int, training: Training, **options: Any) -> None:
+def killed_at(step: int, training: DistillationConfig, **options: Any) -> None:
     """Compress in rounds of six steps each, until one of all the steps, which is not made."""
     made = [0]
 
@@ -53,9 +59,15 @@ def killed_at(step: int, training: Training, **options: Any) -> None:
         if made[0] == step:
             raise Killed
 
-    settings = replace(training, callbacks=[BeforeSteps(dies)])
+    settings = training
     with pytest.raises(Killed):
-        compress_iteratively(tiny_model("llama"), None, PARTS, training=settings, **options)
+        compress(
+            tiny_model("llama"),
+            None,
+            PARTS,
+            **arguments(distillation=settings, **options),
+            callbacks=[BeforeSteps(dies)],
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -69,20 +81,20 @@ def test_each_round_sees_its_part_and_is_taught_by_the_original(
     model = tiny_model("llama")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rounds: list[dict[str, Any]] = []
-    run = iterative.compress
+    run = iterative.compress_once
 
-    def watched(given: Any, tokenizer: Any, part: Any, **options: Any) -> Any:
+    def watched(given: Any, tokenizer: Any, part: Any, config: Any, **options: Any) -> Any:
         teacher = options["teacher"] or given  # the model is the original, at first
         assert (teacher is given) == (not rounds) and len(find_stack(teacher)) == 8
         assert all(torch.equal(before[name], p) for name, p in teacher.named_parameters()), "the teacher was changed"
         rounds.append(
             {"blocks": len(find_stack(given)), "seen": [int(b["input_ids"].sum()) for b in part["calibration"]]}
         )
-        return run(given, tokenizer, part, **options)
+        return run(given, tokenizer, part, config, **options)
 
-    monkeypatch.setattr(iterative, "compress", watched)
-    result = compress_iteratively(
-        model, None, PARTS, rounds=3, remove=4, training=QUICK, output=tmp_path / "out", **OPTIONS
+    monkeypatch.setattr(iterative, "compress_once", watched)
+    result = compress(
+        model, None, PARTS, configured(rounds=3, remove=4, distillation=QUICK, **OPTIONS), output=tmp_path / "out"
     )
     assert [one["blocks"] for one in rounds] == [8, 6, 5]
     seen = [number for one in rounds for number in one["seen"]]
@@ -114,7 +126,7 @@ def test_what_is_measured_is_measured_against_the_original() -> None:
         logits = model(ids).logits[:, :-1].double()
     wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).exp()
     size = sum(p.numel() for p in model.parameters())
-    result = compress_iteratively(model, None, PARTS, rounds=2, remove=2, training=QUICK, **OPTIONS)
+    result = compress(model, None, PARTS, configured(rounds=2, remove=2, distillation=QUICK, **OPTIONS))
     assert set(result.perplexities) == {"original", "trained"}
     assert result.perplexities["original"] == pytest.approx(float(wanted), rel=1e-5)
     assert result.parameters[0] == size
@@ -125,7 +137,9 @@ def test_blocks_that_must_stay_are_the_original_s() -> None:
     model = tiny_model("llama")
     before = {k: find_stack(model)[k].self_attn.q_proj.weight.detach().clone() for k in (3, 4, 7)}
     options = {**OPTIONS, "healing": None}
-    result = compress_iteratively(model, None, PARTS, rounds=3, remove=5, keep=(3, 4, -1), training=QUICK, **options)
+    result = compress(
+        model, None, PARTS, **arguments(rounds=3, remove=5, keep=(3, 4, -1), distillation=QUICK, **options)
+    )
     assert set(result.plan.removed) == {0, 1, 2, 5, 6}
     stays = [slot.source for slot in result.plan.slots]
     assert stays == [3, 4, 7]
@@ -155,47 +169,47 @@ def test_a_later_round_that_may_find_no_window_is_told_before_the_first(
     class Begun(Exception):
         pass
 
-    def compress(*given: Any, remove: int, **options: Any) -> Any:
-        begun.append(remove)
+    def begins(model: Any, tokenizer: Any, part: Any, config: Any, **options: Any) -> Any:
+        begun.append(config.target.amount)
         raise Begun
 
-    monkeypatch.setattr(iterative, "compress", compress)
-    options = {**OPTIONS, "kind": kind, "rounds": 2, "training": QUICK, "remove": remove, "keep": keep}
+    monkeypatch.setattr(iterative, "compress_once", begins)
+    options = {**OPTIONS, "repair": kind, "rounds": 2, "distillation": QUICK, "remove": remove, "keep": keep}
     with pytest.raises(StreamlineError if said else Begun, match=said or None):
-        compress_iteratively(tiny_model("llama"), None, PARTS, **options)
+        compress(tiny_model("llama"), None, PARTS, **arguments(**options))
     assert begun == ([] if said else [-(-remove // 2)])
 
 
 def test_single_blocks_may_go_from_anywhere_before_a_later_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """And each round's shortlist wants a window too."""
-    options = {**OPTIONS, "rounds": 2, "training": QUICK, "remove": 4, "keep": (2, 5, 6, 7)}
+    options = {**OPTIONS, "rounds": 2, "distillation": QUICK, "remove": 4, "keep": (2, 5, 6, 7)}
     with pytest.raises(StreamlineError, match=r"2 of 2 needs 2 blocks.*than 1.*2 are"):
-        compress_iteratively(tiny_model("llama"), None, PARTS, search="greedy", **options)
+        compress(tiny_model("llama"), None, PARTS, **arguments(search="greedy", **options))
     with pytest.raises(StreamlineError, match=r"train_until.*one training"):
-        compress_iteratively(tiny_model("llama"), None, PARTS, train_until=10.0, **options)
+        compress(tiny_model("llama"), None, PARTS, **arguments(train_until=10.0, **options))
 
 
 def test_a_round_that_fails_says_what_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, model = iterative.compress, tiny_model("llama")
+    run, model = iterative.compress_once, tiny_model("llama")
 
-    def compress(*given: Any, teacher: Any, **options: Any) -> Any:
+    def fails(*given: Any, teacher: Any, **options: Any) -> Any:
         if teacher is not None:
             raise StreamlineError("The disk is full.")
         return run(*given, teacher=teacher, **options)
 
-    monkeypatch.setattr(iterative, "compress", compress)
+    monkeypatch.setattr(iterative, "compress_once", fails)
     with pytest.raises(StreamlineError, match=r"2 of 2 cannot.*2"):
-        compress_iteratively(model, None, PARTS, rounds=2, remove=4, training=QUICK, **OPTIONS)
+        compress(model, None, PARTS, configured(rounds=2, remove=4, distillation=QUICK, **OPTIONS))
     assert len(find_stack(model)) == 6
 
 
 def test_a_file_of_an_earlier_call_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"rounds": 2, "remove": 2, "output": tmp_path / "out", **OPTIONS}
-    kept = replace(QUICK, keep_every=0.0)
+    kept = replace(QUICK, checkpoint_minutes=0.0)
     other = replace(kept, learning_rate=1e-3)
     for step, training in ((9, kept), (3, other)):
         killed_at(step, training, **settings)
-    result = compress_iteratively(tiny_model("llama"), None, PARTS, training=other, resume=True, **settings)
+    result = compress(tiny_model("llama"), None, PARTS, **arguments(distillation=other, **settings), resume=True)
     assert len(result.rounds) == 2 and result.seconds["save"] > 0
 
 
@@ -203,14 +217,14 @@ def test_a_call_that_is_refused_leaves_the_files_of_an_earlier_one(tmp_path: Pat
     files = [tmp_path / f"out.training.round-{number}" for number in (1, 2)]
     for file in files:
         file.write_text("hours")
-    settings: dict[str, Any] = {"rounds": 2, "remove": 4, "training": QUICK, "output": tmp_path / "out", **OPTIONS}
+    settings: dict[str, Any] = {"rounds": 2, "remove": 4, "distillation": QUICK, "output": tmp_path / "out", **OPTIONS}
     with pytest.raises(StreamlineError, match="2 of 2 needs 2 blocks"):
-        compress_iteratively(tiny_model("llama"), None, PARTS, keep=(1, 3, 5), **settings)
+        compress(tiny_model("llama"), None, PARTS, **arguments(keep=(1, 3, 5), **settings))
     assert [file.read_text() for file in files] == ["hours"] * 2
 
 
 def test_of_batches_all_rounds_together_are_told(tmp_path: Path) -> None:
-    result = compress_iteratively(tiny_model("llama"), None, PARTS, rounds=3, remove=3, training=QUICK, **OPTIONS)
+    result = compress(tiny_model("llama"), None, PARTS, configured(rounds=3, remove=3, distillation=QUICK, **OPTIONS))
     whole = BatchSplit.of(PARTS, Task("causal-lm")).figures()
     assert result.data["calibration_tokens"] == 12 * 2 * 12
     assert {name: result.data[name] for name in whole} == whole
@@ -228,8 +242,8 @@ def test_one_round_copies_no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
         copied.clear()
         model = tiny_model("llama")
         kind = type(model).__name__
-        result = compress_iteratively(model, None, PARTS, rounds=rounds, remove=2, training=QUICK, **OPTIONS)
-        assert len(result.rounds) == rounds and copied.count(kind) == copies
+        result = compress(model, None, PARTS, configured(rounds=rounds, remove=2, distillation=QUICK, **OPTIONS))
+        assert len(result.rounds) == (rounds if rounds > 1 else 0) and copied.count(kind) == copies
 
 
 def test_each_round_sees_every_source_of_a_mixture() -> None:
@@ -245,17 +259,20 @@ def test_rounds_are_fitted_on_their_share_in_whole_sequences(
     asked: int, found: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 9 sequences of 16 tokens the first round has four."""
-    seen, make = [], iterative.compress
+    seen, make = [], iterative.compress_once
 
-    def compress(*given: Any, **options: Any) -> Any:
-        seen.append(options["fitting_tokens"])
+    def noted(*given: Any, **options: Any) -> Any:
+        seen.append(given[3].data.fitting_tokens)
         return make(*given, **options)
 
-    monkeypatch.setattr(iterative, "compress", compress)
+    monkeypatch.setattr(iterative, "compress_once", noted)
     rows = torch.randint(3, 60, (12, 16), generator=torch.Generator().manual_seed(0))
     split = TokenSplit(rows[:9], rows[9:10], rows[10:], "text")
-    result = compress_iteratively(
-        tiny_model("llama"), lambda text: {}, split, rounds=2, remove=2, training=QUICK, fitting_tokens=asked, **OPTIONS
+    result = compress(
+        tiny_model("llama"),
+        lambda text: {},
+        split,
+        configured(rounds=2, remove=2, distillation=QUICK, fitting_tokens=asked, **OPTIONS),
     )
     assert seen == found
     assert result.data["fitting_tokens"] == sum(seen)
@@ -266,14 +283,22 @@ def test_a_round_that_was_broken_off_goes_on_to_the_same_weights(
 ) -> None:
     settings: dict[str, Any] = {"rounds": 2, "remove": 2, **OPTIONS}
     whole = tiny_model("llama")
-    wanted = compress_iteratively(whole, None, PARTS, training=QUICK, **settings)
-    kept = replace(QUICK, keep_every=0.0)
+    wanted = compress(whole, None, PARTS, **arguments(distillation=QUICK, **settings))
+    kept = replace(QUICK, checkpoint_minutes=0.0)
     killed_at(9, kept, output=tmp_path / "out", **settings)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.training.round-1", "out.training.round-2"]
     model = tiny_model("llama")
     made: list[TrainingProgress] = []
-    counted = replace(kept, callbacks=[BeforeSteps(made.append)])
-    found = compress_iteratively(model, None, PARTS, training=counted, output=tmp_path / "out", resume=True, **settings)
+    counted = kept
+    found = compress(
+        model,
+        None,
+        PARTS,
+        **arguments(distillation=counted, **settings),
+        output=tmp_path / "out",
+        resume=True,
+        callbacks=[BeforeSteps(made.append)],
+    )
     assert len(made) == 4, "steps that were made already were made again"
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
     assert found.plan == wanted.plan
@@ -285,12 +310,19 @@ def test_a_later_round_is_gone_on_with_where_the_first_left_no_file(
 ) -> None:
     """As it leaves none where it ended by a loss that is not finite: it is made again, and the later one is not."""
     settings: dict[str, Any] = {"rounds": 2, "remove": 2, "output": tmp_path / "out", **OPTIONS}
-    kept = replace(QUICK, keep_every=0.0)
+    kept = replace(QUICK, checkpoint_minutes=0.0)
     killed_at(9, kept, **settings)
     (tmp_path / "out.training.round-1").unlink()
     made: list[TrainingProgress] = []
-    counted = replace(kept, callbacks=[BeforeSteps(made.append)])
-    compress_iteratively(tiny_model("llama"), None, PARTS, training=counted, resume=True, **settings)
+    counted = kept
+    compress(
+        tiny_model("llama"),
+        None,
+        PARTS,
+        **arguments(distillation=counted, **settings),
+        resume=True,
+        callbacks=[BeforeSteps(made.append)],
+    )
     assert len(made) == 6 + 4
 
 
@@ -298,8 +330,8 @@ def test_a_round_behind_one_that_took_the_first_blocks_is_told_as_it_is() -> Non
     """What stands before block 0 is run once, and the distance told is that of the model which is returned."""
     model = tiny_model("llama", seed=1)
     original = copy.deepcopy(model).eval()
-    asked: dict[str, Any] = {"rounds": 2, "remove": 3, "keep": [2, 3, 4, 5, 7], "training": QUICK, **OPTIONS}
-    result = compress_iteratively(model, None, PARTS, **asked)
+    asked: dict[str, Any] = {"rounds": 2, "remove": 3, "keep": [2, 3, 4, 5, 7], "distillation": QUICK, **OPTIONS}
+    result = compress(model, None, PARTS, **arguments(**asked))
     assert [one["removed"] for one in result.rounds] == [[0, 1], [6]]
     answers, counted = 0.0, 0
     with torch.no_grad():
@@ -314,11 +346,11 @@ def test_a_round_behind_one_that_took_the_first_blocks_is_told_as_it_is() -> Non
     ("options", "said"),
     [
         ({"rounds": 3, "remove": 2}, r"2 blocks.*3 rounds.*expected 1 to 2"),
-        ({"rounds": 2, "remove": Target(parameters=0.2)}, r"parameters:0.2.*rounds"),
-        ({"rounds": 2, "remove": 2, "profile": object()}, "profile of its own"),
+        ({"rounds": 2, "remove": Target(parameters=0.2)}, r"rounds=2 cannot share the target parameters:0.2"),
+        ({"rounds": 2, "remove": 2, "teacher": tiny_model("llama")}, "a profile or a teacher was given for 2 rounds"),
         ({"rounds": 2, "remove": 2, "resume": True}, "no training to resume at any place"),
         (
-            {"rounds": 2, "remove": 2, "training": replace(QUICK, objective=Objective(kl=0.0, mse=1.0))},
+            {"rounds": 2, "remove": 2, "distillation": replace(QUICK, loss={"mse": 1.0})},
             r"mse.*states behind windows",
         ),
         ({"rounds": 2, "remove": 3, "search": "disjoint"}, r"1 block.*2 windows.*Remove more"),
@@ -332,17 +364,16 @@ def test_a_round_behind_one_that_took_the_first_blocks_is_told_as_it_is() -> Non
 def test_what_does_not_fit_is_refused_before_anything_is_removed(options: dict[str, Any], said: str) -> None:
     model = tiny_model("llama")
     with pytest.raises(StreamlineError, match=said):
-        compress_iteratively(model, None, PARTS, **{"training": QUICK, **OPTIONS, **options})
+        compress(model, None, PARTS, **arguments(**{"distillation": QUICK, **OPTIONS, **options}))
     assert len(find_stack(model)) == 8
 
 
 def test_what_rounds_cost_has_the_copy_that_teaches_and_each_round_s_looks() -> None:
     def costs(rounds: int) -> dict[str, Any]:
-        ready = prepare_compression(
-            tiny_model("llama"), None, PARTS, task=Task("causal-lm"), remove=1, kind="linear", search="window", parts=2,
-            keep=(), batch_size=2, stack=None, say=print,
-        )  # fmt: skip
-        found = compression_costs(ready, 2, training=QUICK, rounds=rounds)
+        config = configured(remove=rounds, repair="linear", distillation=QUICK, rounds=rounds, shortlist=2)
+        first = replace(config, remove=Target(blocks=1))
+        ready = prepare_compression(tiny_model("llama"), None, PARTS, first, task=Task("causal-lm"))
+        found = compression_costs(ready)
         return {cost.what.partition(",")[0].split()[0]: cost for cost in found}
 
     once, twice = costs(1), costs(2)
@@ -391,8 +422,10 @@ def test_two_plans_are_one_in_the_first_numbering() -> None:
 
 
 def test_a_round_whose_training_was_in_vain_is_told_once() -> None:
-    settings = Training(Objective.parse("kl"), learning_rate=10.0, warmup=0.0, validations=1)
-    result = compress_iteratively(tiny_model("llama"), None, PARTS, rounds=2, remove=2, training=settings, **OPTIONS)
+    settings = DistillationConfig({"kl": 1.0}, learning_rate=10.0, warmup_ratio=0.0, validations=1)
+    result = compress(
+        tiny_model("llama"), None, PARTS, configured(rounds=2, remove=2, distillation=settings, **OPTIONS)
+    )
     first, second = result.warnings
     for number, text in ((1, first), (2, second)):
         assert re.search(rf"^Round {number}: .*brought nothing: KL", text)

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_hooks import StreamlineError, UnsupportedSurgery, compress, sweep
+from streamline_hooks import LinearConfig, NoneConfig, StreamlineError, UnsupportedSurgery, compress, sweep
 from streamline_hooks.calibration import PackedText, TokenSplit
 from streamline_hooks.calibration.split import PARTS
 from streamline_hooks.pipeline.sweep import Point, Sweep
-from streamline_hooks.selection.criteria import CRITERIA, Criterion, accuracy_drop, combined
+from streamline_hooks.selection.criteria import CRITERIA, Criterion, accuracy_drop
 from streamline_hooks.task import Task
+from tests.configured import configured
 from tests.evaluation.test_choices import Numbers, questions_of
 from tests.tiny_models import tiny_model
 
@@ -80,8 +82,8 @@ def swept(stories: tuple[Any, Any], story_texts: list[str], tmp_path_factory: py
     file = tmp_path_factory.mktemp("sweep") / "sweep.json"
     said: list[str] = []
     found = sweep(
-        model, tokenizer, story_texts, remove=[1, 0.4], kinds=["none", "linear"], keep_in=file, say=said.append,
-        speed_tokens=16, repeats=2, **SETTINGS,
+        model, tokenizer, story_texts, configured(**SETTINGS), remove=[1, 0.4], repair=KINDS, keep_in=file,
+        say=said.append, speed_tokens=16, repeats=2,
     )  # fmt: skip
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
     return model, tokenizer, found, file, said
@@ -92,7 +94,7 @@ def test_a_point_is_what_compress_gives(swept: Any, story_texts: list[str]) -> N
     assert [(p.remove, p.kind) for p in found.points] == [
         ("1", "none"), ("1", "linear"), ("0.4", "none"), ("0.4", "linear"),
     ]  # fmt: skip
-    alone = compress(copy.deepcopy(model), tokenizer, story_texts, remove=0.4, kind="linear", **SETTINGS)
+    alone = compress(copy.deepcopy(model), tokenizer, story_texts, configured(remove=0.4, repair="linear", **SETTINGS))
     last = found.points[3]
     assert last.perplexity_ratio == pytest.approx(alone.perplexities["repaired"] / alone.perplexities["original"])
     assert last.parameters_ratio == alone.parameters[1] / alone.parameters[0]
@@ -118,14 +120,16 @@ def test_what_is_known_is_not_made_again(swept: Any, story_texts: list[str], mon
         raise AssertionError("compressed again")
 
     monkeypatch.setattr(sys.modules["streamline_hooks.pipeline.sweep"], "compress", fails)
-    options: dict[str, Any] = {"keep_in": file, "speed_tokens": 16, "repeats": 2, **SETTINGS}
-    again = sweep(model, tokenizer, story_texts, remove=[0.4, 1], kinds=["linear"], **options)
+    options: dict[str, Any] = {"keep_in": file, "speed_tokens": 16, "repeats": 2}
+    config = configured(**SETTINGS)
+    again = sweep(model, tokenizer, story_texts, config, remove=[0.4, 1], repair=[LinearConfig()], **options)
     assert again.points == (found.points[3], found.points[1])
-    for other in ({"shortlist": 1}, {"repeats": 3}):
+    one: dict[str, Any] = {"remove": [1], "repair": [LinearConfig()], **options}
+    for other, changed in ((configured(config, shortlist=1), one), (config, one | {"repeats": 3})):
         with pytest.raises(AssertionError, match="compressed again"):
-            sweep(model, tokenizer, story_texts, remove=[1], kinds=["linear"], **(options | other))
+            sweep(model, tokenizer, story_texts, other, **changed)
     with pytest.raises(AssertionError, match="compressed again"):
-        sweep(model, tokenizer, story_texts[1:], remove=[1], kinds=["linear"], **options)
+        sweep(model, tokenizer, story_texts[1:], config, **one)
 
 
 class Counted:
@@ -146,68 +150,61 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     return stand_in
 
 
+KINDS = [NoneConfig(), LinearConfig()]
+
+
 def random_split() -> TokenSplit:
     generator = torch.Generator().manual_seed(0)
     return TokenSplit(*(torch.randint(3, 60, (n, 16), generator=generator) for n in (8, 4, 4)), fingerprint="x")
 
 
-def larger(model: Any) -> Any:
-    with torch.no_grad():
-        model.lm_head.weight.mul_(2.0)
-    return model
-
-
-def doubled(profile: Any, window: range) -> float:
-    return 2.0 * profile.cosine[window.start, window.stop]
-
-
 MODEL = tiny_model("llama")
-ONE_POINT: dict[str, Any] = {"remove": [1], "kinds": ["none"], "speed": False}
+ONE_POINT: dict[str, Any] = {"remove": [1], "repair": [NoneConfig()], "speed": False}
 ASKED = questions_of(MODEL, count=3, choices=2, seed=1)
 
 
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ({"teacher": MODEL}, {"teacher": larger(copy.deepcopy(MODEL))}),
         ({"task": Task("embedding", "mean")}, {"task": Task("embedding", "last")}),
-        ({"criterion": accuracy_drop(ASKED, Numbers())}, {"criterion": accuracy_drop(ASKED[1:], Numbers())}),
-        ({"criterion": accuracy_drop(ASKED, Numbers())}, {"criterion": accuracy_drop(ASKED, Numbers(), add_bos=True)}),
-        ({"criterion": accuracy_drop(ASKED, Numbers())}, {"criterion": accuracy_drop(ASKED, Sevens())}),
-        (
-            {"criterion": combined({"cosine": 1.0, accuracy_drop(ASKED, Numbers()): 1.0})},
-            {"criterion": combined({"cosine": 1.0, accuracy_drop(ASKED[1:], Numbers()): 1.0})},
-        ),
-        ({"criterion": combined({"cosine": 2.0})}, {"criterion": combined({"cosine": 2.0000001})}),
-        ({"criterion": CRITERIA["cosine"]}, {"criterion": CRITERIA["kl"]}),
+        ({"criterion": {"cosine": 2.0}}, {"criterion": {"cosine": 2.0000001}}),
+        ({"criterion": "cosine"}, {"criterion": "kl"}),
+        ({"seed": 0}, {"seed": 1}),
+        ({"batch_size": 2}, {"batch_size": 3}),
     ],
 )
 def test_what_was_set_otherwise_is_made_anew(
     one: dict[str, Any], other: dict[str, Any], counted: Counted, tmp_path: Path
 ) -> None:
     def made(settings: dict[str, Any]) -> str:
-        found = sweep(MODEL, Numbers(), random_split(), keep_in=tmp_path / "x", **ONE_POINT, **settings)
-        return found.points[0].refused
+        config = configured(**settings)
+        return sweep(MODEL, Numbers(), random_split(), config, keep_in=tmp_path / "x", **ONE_POINT).points[0].refused
 
     assert [made(one), made(other), made(copy.copy(one)), made(other)] == ["time 1", "time 2", "time 1", "time 2"]
 
 
-def test_a_setting_by_its_name_is_the_same(counted: Counted, tmp_path: Path) -> None:
-    for settings in (
-        {"criterion": "cosine", "task": "causal-lm"},
-        {"task": Task("causal-lm"), "criterion": CRITERIA["cosine"]},
-    ):
-        sweep(MODEL, Numbers(), random_split(), keep_in=tmp_path / "x", **ONE_POINT, **settings)
-    assert counted.times == 1
+@pytest.mark.parametrize("criterion", ["mine", {"cosine": 1.0, "mine": 1.0}], ids=["alone", "combined"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        accuracy_drop(ASKED[1:], Numbers()),
+        accuracy_drop(ASKED, Numbers(), add_bos=True),
+        accuracy_drop(ASKED, Sevens()),
+    ],
+    ids=["other questions", "another token", "another tokenizer"],
+)
+def test_a_criterion_is_known_by_the_data_that_it_holds(
+    criterion: Any, other: Criterion, counted: Counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by its name alone, under which another session may have registered one with other questions."""
 
+    def made(one: Criterion) -> str:
+        monkeypatch.setitem(CRITERIA, "mine", replace(one, name="mine"))
+        config = configured(criterion=criterion)
+        return sweep(MODEL, Numbers(), random_split(), config, keep_in=tmp_path / "x", **ONE_POINT).points[0].refused
 
-def test_a_criterion_that_cannot_be_told_from_others_is_not_kept(counted: Counted, tmp_path: Path) -> None:
-    for mine in (Criterion("cosine", doubled, "profile"), combined({Criterion("mine", doubled, "profile"): 1.0})):
-        with pytest.raises(StreamlineError, match=r"\(register_criterion\)"):
-            sweep(MODEL, Numbers(), random_split(), keep_in=tmp_path / "x", criterion=mine, **ONE_POINT)
-        assert not counted.times and not (tmp_path / "x").exists()
-    sweep(MODEL, Numbers(), random_split(), criterion=mine, **ONE_POINT)
-    assert counted.times == 1
+    first = accuracy_drop(ASKED, Numbers())
+    assert [made(first), made(other), made(first), made(other)] == ["time 1", "time 2", "time 1", "time 2"]
 
 
 def test_another_tokenizer_or_autocast_makes_it_anew(counted: Counted, tmp_path: Path) -> None:
@@ -227,19 +224,20 @@ def test_a_refusal_is_a_point_too(swept: Any, story_texts: list[str], monkeypatc
     """Of a surgery; what was asked for wrongly is an error."""
     model, tokenizer, *_ = swept
 
-    def refuses(*args: Any, kind: str, **settings: Any) -> Any:
-        if kind == "linear":
+    def refuses(model: Any, tokenizer: Any, texts: Any, config: Any, **more: Any) -> Any:
+        if config.repair.kind == "linear":
             raise UnsupportedSurgery("block 0 owns the position bias")
-        return compress(*args, kind=kind, **settings)
+        return compress(model, tokenizer, texts, config, **more)
 
     monkeypatch.setattr(sys.modules["streamline_hooks.pipeline.sweep"], "compress", refuses)
-    found = sweep(model, tokenizer, story_texts, remove=[1], kinds=["linear", "none"], speed=False, **SETTINGS)
+    config = configured(**SETTINGS)
+    found = sweep(model, tokenizer, story_texts, config, remove=[1], repair=KINDS[::-1], speed=False)
     refused, made = found.points
     assert refused.refused == "block 0 owns the position bias" and refused.perplexity_ratio is None
     assert made.perplexity_ratio is not None and made.prefill_ratio is None
     assert refused.refused in found.table() and found.front() == [made]
     with pytest.raises(StreamlineError, match="7"):
-        sweep(model, tokenizer, story_texts, remove=[7], kinds=["none"], speed=False, **SETTINGS)
+        sweep(model, tokenizer, story_texts, config, remove=[7], repair=[NoneConfig()], speed=False)
 
 
 def packed(seed: int) -> dict[str, PackedText]:
@@ -260,23 +258,11 @@ def test_packed_text_is_told_by_what_it_holds(counted: Counted, tmp_path: Path) 
     assert counted.times == 3, "the same tokens are other documents"
 
 
-def test_blocks_to_keep_that_can_be_read_once_are_kept_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
-
-    def noted(*args: Any, keep: Any, **settings: Any) -> Any:
-        found.append(list(keep))
-        raise UnsupportedSurgery("noted")
-
-    monkeypatch.setattr(sys.modules["streamline_hooks.pipeline.sweep"], "compress", noted)
-    sweep(MODEL, Numbers(), random_split(), remove=[1], kinds=["none", "linear"], speed=False, keep=iter([0, 2]))
-    assert found == [[0, 2], [0, 2]]
-
-
 def test_what_cannot_be_swept(swept: Any, story_texts: list[str]) -> None:
     model, tokenizer, *_ = swept
-    with pytest.raises(StreamlineError, match=r"0 amounts.*1 kinds.*expected"):
-        sweep(model, tokenizer, story_texts, remove=[], kinds=["none"])
+    with pytest.raises(StreamlineError, match=r"0 amounts.*1 replacements.*Expected"):
+        sweep(model, tokenizer, story_texts, remove=[], repair=[NoneConfig()])
     with pytest.raises(StreamlineError, match=r"Give.*TokenSplit"):
-        sweep(model, None, {name: [torch.ones(2, 3)] for name in PARTS}, remove=[1], kinds=["none"])  # type: ignore[arg-type]
-    with pytest.raises(StreamlineError, match="and output; expected"):
-        sweep(model, tokenizer, story_texts, remove=[1], kinds=["none"], output="x")
+        sweep(model, None, {name: [torch.ones(2, 3)] for name in PARTS}, remove=[1], repair=[NoneConfig()])  # type: ignore[arg-type]
+    with pytest.raises(StreamlineError, match="remove=0 "):
+        sweep(model, tokenizer, story_texts, remove=[1, 0], repair=[NoneConfig()])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from streamline_hooks import StreamlineError
-from streamline_hooks.planning.duration import in_words, parse_duration
+from streamline_hooks.cli.short_forms import parse_duration
+from streamline_hooks.planning.duration import in_words
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,7 @@ def test_a_span_of_time_is_read(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["10", "m", "-5m", "1d", "10m1h", "", "0m", "1:30", "ten minutes", "1e3s", "5mm"])
 def test_anything_else_is_refused(text: str) -> None:
-    with pytest.raises(StreamlineError, match=r"expected.*10m.*1h"):
+    with pytest.raises(StreamlineError, match=r"Expected.*10m.*1h"):
         parse_duration(text)
 
 

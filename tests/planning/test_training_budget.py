@@ -11,14 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_hooks import StreamlineError, compress
+from streamline_hooks import CompressionConfig, StreamlineError, compress
 from streamline_hooks.planning import plan_training, rates, training_plan_here
 from streamline_hooks.planning.training_budget import BudgetPlan, Given, Paces, Sizes, plan_in
-from streamline_hooks.repair import Healing, OnPolicy, preset_named
+from streamline_hooks.repair import HealingConfig, OnPolicyConfig
 from streamline_hooks.repair.training_pace import TrainingPace
+from tests.configured import configured
 
-BEST = preset_named("best")
-FAST = TrainingPace(original=1e-3, apart=2e-3, step=4e-3, validation=2e-3, around=1.0, autocast=torch.bfloat16)
+BEST = CompressionConfig.preset("best")
+FAST = TrainingPace(original=1e-3, apart=2e-3, step=4e-3, validation=2e-3, around=1.0, autocast="bfloat16")
 SLOW = TrainingPace(original=2e-3, apart=2e-3, step=8e-3, validation=4e-3)
 PACES = Paces(
     plan=20.0, prepare=1.0, encode=1e-5, rank=1e-3, fit=1.5e-3, judge=8e-3, score=4e-3, search=3.0, solve=4.0,
@@ -128,17 +129,17 @@ def test_a_machine_that_is_too_slow_is_told_the_minutes_it_would_need() -> None:
 
 def test_the_training_is_the_presets_and_ends_so_that_all_is_a_tenth_of_the_budget_late() -> None:
     plan = planned(20, available=60_000)
-    training, sizes = plan.training, plan.sizes
-    assert BEST.training is not None
-    assert replace(training, epochs=1, validations=8, autocast=None) == BEST.training
-    assert (training.epochs, training.validations, training.autocast) == (
+    training, sizes = plan.config.distillation, plan.sizes
+    assert training is not None
+    assert replace(training, epochs=1, validations=8) == BEST.distillation
+    assert (training.epochs, training.validations, plan.config.hardware.autocast) == (
         sizes.epochs,
         sizes.validations,
-        torch.bfloat16,
+        "bfloat16",
     )
     planning = 20.0 + 1e-5 * sizes.dealt
     last = 2e-3 * sizes.validation + 0.25 * 4e-3 * sizes.test
-    assert plan.arguments["train_until"] == pytest.approx(1.1 * 1200 - planning - last - 10.0 - 2.0)
+    assert plan.config.train_until == pytest.approx(1.1 * 1200 - planning - last - 10.0 - 2.0)
     kept = planned(20, replace(PACES, keep=30.0), available=60_000)
     assert kept.train_until == pytest.approx(plan.train_until - 30.0)
 
@@ -170,7 +171,10 @@ def test_the_plan_is_said() -> None:
 
 # On a model.
 
-SMALL: dict[str, Any] = {"remove": 1, "sequence_length": 64, "shortlist": 2}
+
+def small(base: CompressionConfig = BEST, **more: Any) -> CompressionConfig:
+    """A config for a small model, in batches of one sequence."""
+    return configured(base, **{"remove": 1, "sequence_length": 64, "shortlist": 2, "batch_size": 1, **more})
 
 
 def test_of_two_precisions_the_faster_is_taken(
@@ -178,28 +182,30 @@ def test_of_two_precisions_the_faster_is_taken(
 ) -> None:
     model, tokenizer = story_model
 
-    for fast, slow in ((torch.bfloat16, None), (None, torch.bfloat16)):
+    for fast, slow in (("bfloat16", None), (None, "bfloat16")):
 
-        def pace(student: Any, batches: Any, validation: Any, settings: Any, fast: Any = fast) -> TrainingPace:
-            return replace(FAST if settings.autocast is fast else SLOW, autocast=settings.autocast)
+        def pace(
+            student: Any, batches: Any, validation: Any, config: Any, hardware: Any, fast: Any = fast
+        ) -> TrainingPace:
+            return replace(FAST if hardware.autocast == fast else SLOW, autocast=hardware.autocast)
 
         monkeypatch.setattr(training_plan_here, "measure_training_pace", pace)
-        monkeypatch.setattr(training_plan_here, "precisions_to_time", lambda *given: [torch.bfloat16, None])
-        plan = plan_training(model, tokenizer, story_texts, 3600.0, **SMALL)
-        assert plan.training.autocast is fast
+        monkeypatch.setattr(training_plan_here, "precisions_to_time", lambda *given: ["bfloat16", None])
+        plan = plan_training(model, tokenizer, story_texts, 3600.0, small())
+        assert plan.config.hardware.autocast == fast
         assert [one.autocast for one in plan.paces.others] == [slow]
 
 
 @pytest.mark.parametrize(
     ("weights", "products", "found"),
     [
-        (torch.float32, {torch.float32: 2.0, torch.bfloat16: 1.0}, [torch.bfloat16, None]),
+        (torch.float32, {torch.float32: 2.0, torch.bfloat16: 1.0}, ["bfloat16", None]),
         (torch.float32, {torch.float32: 1.0, torch.bfloat16: 8.0}, [None]),
         (torch.bfloat16, {torch.bfloat16: 1.0}, [None]),
     ],
 )
 def test_a_precision_that_is_emulated_is_not_timed(
-    weights: torch.dtype, products: dict[torch.dtype, float], found: list[torch.dtype | None]
+    weights: torch.dtype, products: dict[torch.dtype, float], found: list[str | None]
 ) -> None:
     """Three steps of it would take a third of ten minutes."""
 
@@ -215,7 +221,7 @@ def test_planning_leaves_the_model_and_the_random_numbers_as_they_were(
 ) -> None:
     model, tokenizer = story_model
     before, random = {name: t.clone() for name, t in model.state_dict().items()}, torch.get_rng_state()
-    plan_training(model, tokenizer, story_texts, 3600.0, **SMALL)
+    plan_training(model, tokenizer, story_texts, 3600.0, small())
     after = model.state_dict()
     assert list(before) == list(after) and all(torch.equal(t, after[name]) for name, t in before.items())
     assert torch.equal(torch.get_rng_state(), random)
@@ -228,11 +234,11 @@ def test_little_text_is_all_taken_and_the_plan_is_carried_out(
     """The parts that were planned are those that the text is dealt into, to the token; and what is kept is as large."""
     (model, tokenizer), story_texts = story_model, story_texts[:30]
     monkeypatch.setattr(training_plan_here, "write_rate", lambda folder: 1e6)  # bytes a second
-    plan = plan_training(model, tokenizer, story_texts, 3600.0, batch_size=4, output=tmp_path / "out", **SMALL)
+    plan = plan_training(model, tokenizer, story_texts, 3600.0, small(batch_size=4), output=tmp_path / "out")
     assert plan.sizes.epochs == 4 and plan.sizes.dealt <= sum(map(len, story_texts))
     assert "so that it will end earlier" in plan.lines()[-1]
-    arguments = {**SMALL, **plan.arguments, "training": replace(plan.training, keep_in=tmp_path / "kept")}
-    result = compress(model, tokenizer, story_texts, **arguments, side_by_side=False)
+    config = configured(plan.config, speed=False, generation=False)
+    result = compress(model, tokenizer, story_texts, config, checkpoint=tmp_path / "kept")
     assert result.training is not None and result.training.tokens == plan.sizes.trained
     assert 0.8 < 1e6 * plan.paces.keep / (tmp_path / "kept").stat().st_size < 1.0  # small as it is, it has a head
     figures = [result.data[f"{name}_tokens"] for name in ("calibration", "fitting", "validation", "test")]
@@ -248,7 +254,7 @@ def test_a_folder_that_is_not_there_yet_is_told_by_the_nearest_above_it(
     asked: list[Path] = []
     write = rates.write_test_file
     monkeypatch.setattr(rates, "write_test_file", lambda folder: (asked.append(folder), write(folder)))
-    plan = plan_training(*story_model, story_texts, 3600.0, output=tmp_path / "new" / "dir" / "out", **SMALL)
+    plan = plan_training(*story_model, story_texts, 3600.0, small(), output=tmp_path / "new" / "dir" / "out")
     assert asked == [tmp_path] and plan.paces.keep > 0 and not list(tmp_path.iterdir())
 
 
@@ -261,7 +267,7 @@ def test_a_disk_that_is_full_is_told_before_anything_is_timed(
     monkeypatch.setattr(rates, "write_test_file", full)
     monkeypatch.setattr(training_plan_here, "profile", None)
     with pytest.raises(StreamlineError, match=r"No space left.*Choose"):
-        plan_training(*story_model, story_texts, 3600.0, output=tmp_path / "out", **SMALL)
+        plan_training(*story_model, story_texts, 3600.0, small(), output=tmp_path / "out")
 
 
 def test_the_whole_search_of_a_preset_is_planned_for(
@@ -276,17 +282,17 @@ def test_the_whole_search_of_a_preset_is_planned_for(
         return made(stack, pairs, *given, **options)
 
     monkeypatch.setattr(training_plan_here, "student_of", student_of)
-    small = {**SMALL, "remove": 2}
-    apart = preset_named("two-windows")  # of which only blocks 1 and 3 can go
+    apart = CompressionConfig.preset("two-windows")  # of which only blocks 1 and 3 can go
     plans = {
-        preset.name: plan_training(*story_model, story_texts, 3600.0, preset=preset, keep=(0,), **small)
-        for preset in (replace(apart, name="kl", criterion="kl"), replace(apart, name="cosine", criterion="cosine"))
+        by: plan_training(*story_model, story_texts, 3600.0, small(apart, criterion=by, keep=(0,), remove=2))
+        for by in ("kl", "cosine")
     }
     assert set(trained) == {(range(1, 2), range(3, 4))}
     paces = {name: plan.paces for name, plan in plans.items()}
     assert paces["cosine"].search == 0.0 < paces["kl"].search
-    assert plans["kl"].arguments["search"] == "disjoint" and plans["kl"].arguments["criterion"] == "kl"
-    assert (plans["kl"].arguments["repeated"], plans["kl"].arguments["shortlist"]) == (1.0, 2)
+    found = plans["kl"].config
+    assert (found.search.kind, found.search.criterion, found.search.shortlist) == ("disjoint", "kl", 2)
+    assert found.data.repeated == 1.0
 
 
 @pytest.mark.parametrize("repeated", [0.0, 1.0])
@@ -302,22 +308,22 @@ def test_the_window_whose_training_is_timed_is_chosen_on_the_text_of_the_preset(
         return made(model, batches, **options)
 
     monkeypatch.setattr(training_plan_here, "profile", profile)
-    plan = plan_training(*story_model, story_texts, 3600.0, preset=replace(BEST, repeated=repeated), **SMALL)
+    plan = plan_training(*story_model, story_texts, 3600.0, small(repeated=repeated))
     alike = [bool(torch.equal(ids[:, :32], ids[:, 32:])) for ids in ranked]
-    assert ranked and set(alike) == {repeated == 1.0} and plan.arguments["repeated"] == repeated
+    assert ranked and set(alike) == {repeated == 1.0} and plan.config.data.repeated == repeated
 
 
 def test_the_last_block_stays_where_blocks_behind_the_window_are_healed(
     story_model: tuple[Any, Any], story_texts: list[str]
 ) -> None:
     """Else the best window may be the last, and that is told when the time for finding it is spent."""
-    plan = plan_training(*story_model, story_texts, 3600.0, keep=(0, 1), **SMALL)
-    assert plan.arguments["keep"] == (0, 1, -1)
+    plan = plan_training(*story_model, story_texts, 3600.0, small(keep=(0, 1)))
+    assert plan.config.search.keep == (0, 1, -1)
     with pytest.raises(StreamlineError, match=r"\(0.*1.*2.*3.*4\)"):
-        plan_training(*story_model, story_texts, 3600.0, keep=(0, 1, 2, 3), **SMALL)
-    elsewhere = replace(BEST, healing=Healing.parse("partial:where=beside,count=1"))
-    alone = plan_training(*story_model, story_texts, 3600.0, preset=elsewhere, keep=(0, 1, 2, 3), **SMALL)
-    assert alone.arguments["keep"] == (0, 1, 2, 3)
+        plan_training(*story_model, story_texts, 3600.0, small(keep=(0, 1, 2, 3)))
+    elsewhere = replace(BEST, healing=HealingConfig(method="partial", where="beside", count=1))
+    alone = plan_training(*story_model, story_texts, 3600.0, small(elsewhere, keep=(0, 1, 2, 3)))
+    assert alone.config.search.keep == (0, 1, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -345,19 +351,16 @@ def test_what_is_fitted_on_are_two_sequences_at_least() -> None:
 
 
 def test_what_no_plan_is_made_for_is_refused(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
-    best = preset_named("best")
-    assert best.training is not None
-    own = replace(best, training=replace(best.training, on_policy=OnPolicy.parse("kl:share=0.5")))
-    for preset, said in (
-        ("iterative", r"'iterative'.*2 rounds.*one"),
-        (own, "model writes"),
+    assert BEST.distillation is not None
+    own = replace(BEST, distillation=replace(BEST.distillation, on_policy=OnPolicyConfig({"kl": 1.0}, share=0.5)))
+    for config, said in (
+        (CompressionConfig.preset("iterative"), r"2 rounds.*one"),
+        (own, "model generates"),
     ):
         with pytest.raises(StreamlineError, match=said):
-            plan_training(*story_model, story_texts, 600.0, preset=preset)
+            plan_training(*story_model, story_texts, 600.0, config)
 
 
 def test_what_is_not_trained_has_no_budget(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
-    with pytest.raises(StreamlineError, match=r"'uidl-less'.*unknown"):
-        plan_training(*story_model, story_texts, 60.0, preset="uidl-less")
-    with pytest.raises(StreamlineError, match=r"'ghosted'.*trains nothing"):
-        plan_training(*story_model, story_texts, 60.0, preset="ghosted")
+    with pytest.raises(StreamlineError, match="trains nothing"):
+        plan_training(*story_model, story_texts, 60.0, CompressionConfig.preset("ghosted"))

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from streamline_hooks import LinearReplacement, StreamlineError
-from streamline_hooks.repair import Objective, Student, Training, TrainingCallback, TrainingProgress, train
+from streamline_hooks.repair import DistillationConfig, Objective, Student, TrainingCallback, TrainingProgress, train
 from streamline_hooks.testing import tiny_model
 from tests.tiny_models import tokens
 
 BATCHES, VALIDATION = [tokens(2, 8, seed) for seed in range(3)], [tokens(2, 8, 7)]
-SETTINGS = Training(learning_rate=1e-2, epochs=2, validations=2)
+SETTINGS = DistillationConfig(learning_rate=1e-2, epochs=2, validations=2)
 
 
 class Recorder(TrainingCallback):
@@ -41,7 +41,7 @@ def student() -> Student:
 
 def test_callbacks_run_around_steps_and_validations() -> None:
     recorder = Recorder()
-    trained = train(student(), BATCHES, VALIDATION, replace(SETTINGS, callbacks=[recorder]))
+    trained = train(student(), BATCHES, VALIDATION, SETTINGS, callbacks=[recorder])
     step, validation = ["step_begin", "step_end"], ["validation_begin", "validation_end"]
     assert [name for name, _ in recorder.calls] == validation + 3 * step + validation + 3 * step + validation
     begun = [progress for name, progress in recorder.calls if name == "step_begin"]
@@ -61,7 +61,7 @@ def test_callbacks_run_around_steps_and_validations() -> None:
 def test_a_step_whose_loss_is_not_finite_is_reported_but_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder, make = Recorder(), Objective.of_answers
     monkeypatch.setattr(Objective, "of_answers", lambda self, *given: make(self, *given) * float("nan"))
-    train(student(), BATCHES, VALIDATION, replace(SETTINGS, callbacks=[recorder]))
+    train(student(), BATCHES, VALIDATION, SETTINGS, callbacks=[recorder])
     name, progress = recorder.calls[-1]
     assert name == "step_end" and progress.step == 0 and progress.loss != progress.loss
 
@@ -76,13 +76,16 @@ def test_callbacks_change_neither_the_weights_nor_what_can_be_resumed(tmp_path: 
             if progress.step == 4:
                 raise KeyboardInterrupt
 
-    settings = replace(SETTINGS, keep_in=tmp_path / "training")
-    assert train(stopped, BATCHES, VALIDATION, replace(settings, callbacks=[Stop()])).steps == 4
-    trained = train(stopped, BATCHES, VALIDATION, replace(settings, callbacks=[Recorder()]), resume=True)
+    settings = SETTINGS
+    assert (
+        train(stopped, BATCHES, VALIDATION, settings, checkpoint=tmp_path / "training", callbacks=[Stop()]).steps == 4
+    )
+    trained = train(
+        stopped, BATCHES, VALIDATION, settings, resume=True, checkpoint=tmp_path / "training", callbacks=[Recorder()]
+    )
     assert trained.steps == 6
     pairs = zip(plain.parameters().values(), stopped.parameters().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert replace(SETTINGS, callbacks=[Recorder()]) == SETTINGS and "callbacks" not in repr(SETTINGS)
 
 
 def test_an_exception_of_a_callback_ends_the_run() -> None:
@@ -91,10 +94,10 @@ def test_an_exception_of_a_callback_ends_the_run() -> None:
             raise ValueError("mine")
 
     with pytest.raises(ValueError, match="mine"):
-        train(student(), BATCHES, VALIDATION, replace(SETTINGS, callbacks=[Fails()]))
+        train(student(), BATCHES, VALIDATION, SETTINGS, callbacks=[Fails()])
 
 
 @pytest.mark.parametrize("wrong", [print, TrainingCallback])
 def test_what_is_not_a_callback_is_refused(wrong: Any) -> None:
     with pytest.raises(StreamlineError, match=rf"{type(wrong).__name__}"):
-        Training(callbacks=[wrong])
+        train(student(), BATCHES, VALIDATION, SETTINGS, callbacks=[wrong])

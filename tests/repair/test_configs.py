@@ -211,7 +211,7 @@ def test_each_option_has_an_effect(kind: str, option: str) -> None:
     ("values", "named"),
     [
         ({"kind": "linaer"}, "'linaer'.*Did you mean 'linear'"),
-        ({}, "replacement ''.*Expected one of none, linear"),
+        ({}, "no kind.*Expected one of none, linear.*Add kind"),
         ({"kind": "linear", "rnak": 3}, "'rnak'.*Did you mean 'rank'"),
         ({"kind": "linear", "rank": 0}, "rank=0.*at least 1"),
         ({"kind": "mlp", "width": 0}, "width=0.*at least 1"),

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from streamline_hooks.repair import Healing, Objective, SwiGLUConfig, Training, fit_windows, student_of, train
+from streamline_hooks import HardwareConfig
+from streamline_hooks.cli.short_forms import parse_healing
+from streamline_hooks.repair import (
+    DistillationConfig,
+    SwiGLUConfig,
+    fit_windows,
+    student_of,
+    train,
+)
 from streamline_hooks.repair import training as training_module
 from streamline_hooks.repair.frozen_products import narrowed_once
 from streamline_hooks.stack import find_stack
@@ -78,10 +86,10 @@ def test_a_training_comes_to_the_same_weights_to_the_bit(monkeypatch: pytest.Mon
         model = tiny_model("llama")
         texts = [torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(k)) for k in range(4)]
         (repair,) = fit_windows(model, [range(2, 4)], SwiGLUConfig(), texts[:2], texts[2:])
-        healing = None if heal is None else Healing.parse(heal)
+        healing = None if heal is None else parse_healing(heal)
         student = student_of(find_stack(model), [(repair.window, repair.stand_in)], healing, seed=3)
-        settings = Training(objective=Objective.parse("kl + lm"), autocast=NARROW, validations=1)
-        train(student, texts[:3], texts[3:], settings)
+        settings = DistillationConfig(loss={"kl": 1.0, "lm": 1.0}, validations=1)
+        train(student, texts[:3], texts[3:], settings, hardware=HardwareConfig(autocast="bfloat16"))
         assert not any("forward" in module.__dict__ for module in model.modules())
         return [parameter.detach().clone() for parameter in student.parameters().values()]
 

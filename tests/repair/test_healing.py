@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError
-from streamline_hooks.cli.short_forms import parse_replacement
+from streamline_hooks.cli.short_forms import parse_healing, parse_replacement
 from streamline_hooks.repair import BlockConfig, fit_windows, place
 from streamline_hooks.repair.adapters import merge_adapters
-from streamline_hooks.repair.healing import Healing, healing_copies, student_of
-from streamline_hooks.repair.objective import Objective
-from streamline_hooks.repair.settings import Training
+from streamline_hooks.repair.distillation_config import DistillationConfig
+from streamline_hooks.repair.healing import HealingConfig, healing_copies, student_of
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.training import train
 from streamline_hooks.stack import find_stack
@@ -23,10 +22,10 @@ from streamline_hooks.testing import tiny_model
 from tests.repair.test_training import BATCHES, VALIDATION
 
 WINDOW = range(2, 4)
-SETTINGS = Training(epochs=3, learning_rate=1e-2, validations=3)
+SETTINGS = DistillationConfig(epochs=3, learning_rate=1e-2, validations=3)
 
 
-def healed(model: nn.Module, healing: Healing) -> Student:
+def healed(model: nn.Module, healing: HealingConfig) -> Student:
     stack = find_stack(model)
     copies, outside = healing_copies(stack, [WINDOW], healing)
     features = model.get_input_embeddings().weight.shape[1]
@@ -39,7 +38,7 @@ def test_healing_helps_and_the_original_is_untouched(type_: str, text: str) -> N
     model: Any = tiny_model(type_)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     flags = [p.requires_grad for p in model.parameters()]
-    student = healed(model, Healing.parse(text))
+    student = healed(model, parse_healing(text))
     trained = train(student, BATCHES, VALIDATION, SETTINGS)
     assert trained.distance < trained.distance_before
     assert list(model.state_dict()) == list(before)
@@ -51,7 +50,7 @@ def test_healing_helps_and_the_original_is_untouched(type_: str, text: str) -> N
 def test_what_is_settled_says_what_the_student_said_and_is_plain(text: str) -> None:
     model: Any = tiny_model("llama")
     names = list(model.state_dict())
-    student = healed(model, Healing.parse(text))
+    student = healed(model, parse_healing(text))
     train(student, BATCHES, VALIDATION, SETTINGS)
     model.eval()
     ids = BATCHES[0]["input_ids"]
@@ -73,10 +72,12 @@ def test_what_is_settled_says_what_the_student_said_and_is_plain(text: str) -> N
 def test_what_stays_learns_at_its_own_rate(rate: float) -> None:
     """A step of Adam is about as long as its rate."""
     model = tiny_model("llama")
-    healing = Healing("partial", "after", rate=rate)
+    healing = HealingConfig("partial", "after", learning_rate_ratio=rate)
     student = student_of(find_stack(model), [(range(2, 4), LinearReplacement(32))], healing)
     before = {name: p.detach().clone() for name, p in student.parameters().items()}
-    settings = Training(learning_rate=1e-3, weight_decay=0.0, warmup=0.0, floor=1.0, clip=0.0, validations=1)
+    settings = DistillationConfig(
+        learning_rate=1e-3, weight_decay=0.0, warmup_ratio=0.0, min_lr_ratio=1.0, max_grad_norm=0.0, validations=1
+    )
     trained = train(student, BATCHES, BATCHES, settings)
     assert trained.best_step == trained.steps, "the weights that are back are not the last ones"
     moved = {name: float((p - before[name]).abs().max()) for name, p in student.parameters().items()}
@@ -88,7 +89,7 @@ def test_what_stays_learns_at_its_own_rate(rate: float) -> None:
 
 def test_adapters_share_the_weights_that_they_do_not_train() -> None:
     model: Any = tiny_model("llama")
-    copies, _ = healing_copies(find_stack(model), [WINDOW], Healing(rank=2))
+    copies, _ = healing_copies(find_stack(model), [WINDOW], HealingConfig(rank=2))
     assert sorted(copies) == [0, 1, 4, 5, 6, 7]
     held = {p.data_ptr() for p in model.parameters()}
     for block in copies.values():
@@ -101,7 +102,9 @@ def test_adapters_share_the_weights_that_they_do_not_train() -> None:
 
 def test_only_the_layers_that_are_named_get_adapters() -> None:
     copies, _ = healing_copies(
-        find_stack(tiny_model("llama")), [WINDOW], Healing.parse("lora:rank=2,targets=up_proj+down_proj")
+        find_stack(tiny_model("llama")),
+        [WINDOW],
+        HealingConfig(method="lora", rank=2, targets=("up_proj", "down_proj")),
     )
     trained = {name.split(".lora")[0] for name, p in copies[0].named_parameters() if p.requires_grad}
     assert trained == {"mlp.up_proj", "mlp.down_proj"}
@@ -117,51 +120,53 @@ def test_only_the_layers_that_are_named_get_adapters() -> None:
     ],
 )
 def test_which_blocks_are_trained(text: str, wanted: list[int]) -> None:
-    assert Healing.parse(text).blocks(10, [range(3, 5), range(7, 9)]) == wanted
+    assert parse_healing(text).blocks(10, [range(3, 5), range(7, 9)]) == wanted
 
 
 def test_the_head_is_trained_where_it_is_not_the_embedding() -> None:
     model: Any = tiny_model("llama")
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     before = model.lm_head.weight.detach().clone()
-    student = healed(model, Healing.parse("partial:where=last,count=1,head"))
+    student = healed(model, HealingConfig(method="partial", where="last", count=1, head=True))
     assert {name.partition(".")[0] for name in student.parameters()} == {"2-3", "7", "lm_head"}
     train(student, BATCHES, VALIDATION, SETTINGS)
     assert torch.equal(model.lm_head.weight, before)
     student.settle()
     assert not torch.equal(model.lm_head.weight, before)
-    alone = student_of(find_stack(model), [(range(6, 8), None)], Healing.parse("partial:where=after,head"))
+    alone = student_of(
+        find_stack(model), [(range(6, 8), None)], HealingConfig(method="partial", where="after", head=True)
+    )
     assert list(alone.parameters()) == ["lm_head.0.weight"], "no block is behind the window, and the head is"
     tied: Any = tiny_model("gpt2")
     with pytest.raises(StreamlineError, match=r"transformer\.wte\.weight.*Train"):
-        healed(tied, Healing.parse("partial:where=last,count=1,head"))
+        healed(tied, HealingConfig(method="partial", where="last", count=1, head=True))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("full", r"'full' of 'all'.*unknown"),
-        ("lora:rank=x", "read at 'rank=x'"),
-        ("lora:head=ture", "read at 'head=ture'"),
+        ("full", r"method='full'.*lora, partial"),
+        ("lora:rank=x", "rank='x'.*Expected int"),
+        ("lora:head=ture", "head='ture'.*Expected bool"),
         ("partial:targets=down_proj,rank=4", r"'partial'.*rank, targets.*adapters"),
-        ("lora:size=2", r"'size=2'.*known are where, count, rate, rank"),
-        ("partial:rate=0", r"rate=0.0.*trains nothing"),
-        ("partial:where=beside", r"count=0.*expected 1 or more"),
-        ("partial:count=2", r"count=2.*expected"),
-        ("lora:dropout=1.0", r"expected a rank.*alpha"),
+        ("lora:size=2", r"'size'.*options: where .str., count .int., learning_rate_ratio"),
+        ("partial:learning_rate_ratio=0", r"learning_rate_ratio=0.0.*above 0"),
+        ("partial:where=beside", r"count=0.*at least 1"),
+        ("partial:count=2", r"count=2.*Expected"),
+        ("lora:dropout=1.0", r"dropout=1.0.*below 1"),
     ],
 )
 def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:
     with pytest.raises(StreamlineError, match=message):
-        Healing.parse(text)
+        parse_healing(text)
 
 
 def test_no_block_and_no_layer_are_refused() -> None:
     stack = find_stack(tiny_model("llama"))
     with pytest.raises(StreamlineError, match=r"8 blocks.*6 to 7 go"):
-        healing_copies(stack, [range(6, 8)], Healing.parse("partial:where=last,count=2"))
+        healing_copies(stack, [range(6, 8)], HealingConfig(method="partial", where="last", count=2))
     with pytest.raises(StreamlineError, match=r"LlamaDecoderLayer.*fc1"):
-        healing_copies(stack, [WINDOW], Healing.parse("lora:targets=fc1"))
+        healing_copies(stack, [WINDOW], HealingConfig(method="lora", targets=("fc1",)))
 
 
 @pytest.mark.parametrize("kind", ["folded", "scale"])
@@ -170,7 +175,7 @@ def test_what_is_folded_into_a_block_is_in_its_copy_too(kind: str, text: str) ->
     model: Any = tiny_model("llama")
     ids = BATCHES[0]["input_ids"]
     (repair,) = fit_windows(model, [WINDOW], parse_replacement(kind), BATCHES, VALIDATION)
-    student = student_of(find_stack(model), [(WINDOW, repair.stand_in)], Healing.parse(text))
+    student = student_of(find_stack(model), [(WINDOW, repair.stand_in)], parse_healing(text))
     student.training = False
     with torch.no_grad():
         with LayerSurgeon(model) as surgeon:
@@ -195,7 +200,7 @@ def test_adapters_start_the_same_for_a_seed_and_leave_the_callers_numbers_alone(
     stack = find_stack(tiny_model("llama"))
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    made = [healing_copies(stack, [WINDOW], Healing(rank=2), seed=seed)[0] for seed in (1, 1, 2)]
+    made = [healing_copies(stack, [WINDOW], HealingConfig(rank=2), seed=seed)[0] for seed in (1, 1, 2)]
     assert torch.equal(torch.get_rng_state(), before)
     first, same, other = (dict(copies[0].named_parameters()) for copies in made)
     assert all(torch.equal(first[name], same[name]) for name in first)
@@ -205,23 +210,23 @@ def test_adapters_start_the_same_for_a_seed_and_leave_the_callers_numbers_alone(
 @pytest.mark.parametrize("windows", [[WINDOW], []])
 def test_blocks_that_no_gradient_would_reach_are_refused(windows: list[range]) -> None:
     model: Any = tiny_model("llama")
-    copies, _ = healing_copies(find_stack(model), [WINDOW], Healing.parse("partial:where=last,count=1"))
+    copies, _ = healing_copies(find_stack(model), [WINDOW], HealingConfig(method="partial", where="last", count=1))
     student = Student(model, [(window, None) for window in windows], copies=copies)
-    settings = replace(SETTINGS, objective=Objective.parse("mse + cosine"))
+    settings = replace(SETTINGS, loss={"mse": 1.0, "cosine": 1.0})
     with pytest.raises(StreamlineError, match=r"mse \+ cosine.*block 7.*Add kl or lm"):
         train(student, BATCHES, VALIDATION, settings)
 
 
 def test_layers_that_peft_refuses_are_named() -> None:
     with pytest.raises(StreamlineError, match=r"out_proj.*MambaBlock.*Name"):
-        healing_copies(find_stack(tiny_model("mamba")), [WINDOW], Healing(rank=2))
+        healing_copies(find_stack(tiny_model("mamba")), [WINDOW], HealingConfig(rank=2))
 
 
 @pytest.mark.parametrize(
     ("text", "head"), [("lora:head", True), ("lora:head=True", True), ("lora:head=false", False), ("lora", False)]
 )
 def test_whether_the_head_is_trained_is_read_either_way(text: str, head: bool) -> None:
-    assert Healing.parse(text).head is head
+    assert parse_healing(text).head is head
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -233,7 +238,7 @@ def test_checkpointed_blocks_are_trained_like_others(text: str, reentrant: bool)
         model: Any = tiny_model("llama")
         if checkpointed:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        student = healed(model, Healing.parse(text))
+        student = healed(model, parse_healing(text))
         before = {name: p.detach().clone() for name, p in student.parameters().items()}
         train(student, BATCHES, VALIDATION, replace(SETTINGS, epochs=1))
         found.append(student.parameters())

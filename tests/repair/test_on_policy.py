@@ -10,18 +10,19 @@ import pytest
 import torch
 
 from streamline_hooks import LinearReplacement, StreamlineError
+from streamline_hooks.cli.short_forms import parse_loss
+from streamline_hooks.repair.distillation_config import DistillationConfig
 from streamline_hooks.repair.objective import Objective
-from streamline_hooks.repair.on_policy import OnPolicy
+from streamline_hooks.repair.on_policy import OnPolicyConfig
 from streamline_hooks.repair.own_text import OwnText
 from streamline_hooks.repair.rollouts import Rollouts
-from streamline_hooks.repair.settings import Training
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.training import train
 from streamline_hooks.testing import tiny_model
 from tests.training_callbacks import BeforeSteps, RaiseAt
 
-OWN = OnPolicy(prompt=4, shortest=4, longest=16)
-SETTINGS = Training(Objective.parse("kl + lm"), OWN, learning_rate=1e-2, epochs=2, validations=3)
+OWN = OnPolicyConfig(prompt=4, shortest=4, longest=16)
+SETTINGS = DistillationConfig({"kl": 1.0, "lm": 1.0}, OWN, learning_rate=1e-2, epochs=2, validations=3)
 
 
 def texts(seed: int, count: int, rows: int = 3, width: int = 24) -> list[dict[str, torch.Tensor]]:
@@ -53,8 +54,8 @@ def test_the_gradient_is_that_of_the_divergence_on_the_texts(
 ) -> None:
     """Against autograd through the whole model, on the texts that were written; the likelihood has no part in it."""
     student, seen = student_of(), {}
-    objective = Objective.parse(text)
-    settings = replace(SETTINGS, on_policy=replace(OWN, share=1.0, objective=objective), epochs=1, clip=0.0)
+    objective = Objective(parse_loss(text))
+    settings = replace(SETTINGS, on_policy=replace(OWN, share=1.0, loss=objective.weights), epochs=1, max_grad_norm=0.0)
 
     def steps(self: Any, *given: Any) -> None:
         if "gradient" not in seen:
@@ -80,7 +81,10 @@ def test_the_gradient_is_that_of_the_divergence_on_the_texts(
         p = model(**given, use_cache=False).logits[written.answered].double().log_softmax(-1)
     with student.opened():
         q = model(**given, use_cache=False).logits[written.answered].double().log_softmax(-1)
-    wanted = objective.kl * (p.exp() * (p - q)).sum() + objective.reverse_kl * (q.exp() * (q - p)).sum()
+    wanted = (
+        objective.weights.get("kl", 0.0) * (p.exp() * (p - q)).sum()
+        + objective.weights.get("reverse_kl", 0.0) * (q.exp() * (q - p)).sum()
+    )
     (wanted / int(written.answered.sum())).backward()
     (parameter,) = student.parameters().values()
     torch.testing.assert_close(seen["gradient"], parameter.grad, rtol=1e-4, atol=1e-7)
@@ -100,7 +104,7 @@ def test_it_comes_closer_to_the_original_on_what_it_writes() -> None:
 def test_the_texts_grow_and_half_of_the_steps_are_made_on_them() -> None:
     kinds: list[bool] = []
     student, recorder = student_of(), BeforeSteps(lambda progress: kinds.append(progress.on_policy))
-    trained = train(student, BATCHES, VALIDATION, replace(SETTINGS, epochs=14, validations=7, callbacks=[recorder]))
+    trained = train(student, BATCHES, VALIDATION, replace(SETTINGS, epochs=14, validations=7), callbacks=[recorder])
     assert kinds == [False, True] * 28
     assert [row["length"] for row in trained.history][:1] == [4]
     assert trained.history[-1]["length"] == 16
@@ -110,14 +114,21 @@ def test_the_texts_grow_and_half_of_the_steps_are_made_on_them() -> None:
 
 @pytest.mark.parametrize("step", [1, 2, 5])
 def test_a_training_that_was_killed_goes_on_to_the_same_weights(step: int, tmp_path: Path) -> None:
-    settings = replace(SETTINGS, keep_in=tmp_path / "training", keep_every=0.0)
+    settings = replace(SETTINGS, checkpoint_minutes=0.0)
     whole = student_of(dropout=0.2)
-    wanted = train(whole, BATCHES, VALIDATION, replace(settings, keep_in=None))
+    wanted = train(whole, BATCHES, VALIDATION, settings)
     with pytest.raises(MemoryError):
-        train(student_of(dropout=0.2), BATCHES, VALIDATION, replace(settings, callbacks=[RaiseAt(step, MemoryError)]))
+        train(
+            student_of(dropout=0.2),
+            BATCHES,
+            VALIDATION,
+            settings,
+            checkpoint=tmp_path / "training",
+            callbacks=[RaiseAt(step, MemoryError)],
+        )
     fresh = student_of(dropout=0.2)
     torch.rand(7)
-    found = train(fresh, BATCHES, VALIDATION, settings, resume=True)
+    found = train(fresh, BATCHES, VALIDATION, settings, resume=True, checkpoint=tmp_path / "training")
     assert all(torch.equal(a, b) for a, b in zip(weights(fresh), weights(whole), strict=True))
     assert (found.history, found.written) == (wanted.history, wanted.written)
 
@@ -135,10 +146,17 @@ def test_a_batch_of_padding_alone_changes_nothing() -> None:
 
 
 def test_other_settings_of_the_texts_are_another_training(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, keep_in=tmp_path / "training", epochs=1)
-    train(student_of(), BATCHES, VALIDATION, settings)
+    settings = replace(SETTINGS, epochs=1)
+    train(student_of(), BATCHES, VALIDATION, settings, checkpoint=tmp_path / "training")
     with pytest.raises(StreamlineError, match="holds another training"):
-        train(student_of(), BATCHES, VALIDATION, replace(settings, on_policy=replace(OWN, prompt=5)), resume=True)
+        train(
+            student_of(),
+            BATCHES,
+            VALIDATION,
+            replace(settings, on_policy=replace(OWN, prompt=5)),
+            resume=True,
+            checkpoint=tmp_path / "training",
+        )
 
 
 def test_another_teacher_is_what_the_student_comes_to_say() -> None:
@@ -146,7 +164,7 @@ def test_another_teacher_is_what_the_student_comes_to_say() -> None:
     teacher = tiny_model("llama", seed=7)
     student = student_of(teacher)
     before = {name: p.detach().clone() for name, p in teacher.named_parameters()}
-    trained = train(student, BATCHES, VALIDATION, replace(SETTINGS, objective=Objective(), epochs=6))
+    trained = train(student, BATCHES, VALIDATION, replace(SETTINGS, loss={"kl": 1.0}, epochs=6))
     ids = torch.cat([batch["input_ids"] for batch in VALIDATION])
     with torch.no_grad():
         p = teacher(ids).logits.double().log_softmax(-1)
@@ -155,10 +173,10 @@ def test_another_teacher_is_what_the_student_comes_to_say() -> None:
     assert trained.distance == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
     assert trained.distance < 0.98 * trained.distance_before
     assert all(torch.equal(before[name], p) for name, p in teacher.named_parameters())
-    own = train(student_of(), BATCHES, VALIDATION, replace(SETTINGS, objective=Objective(), epochs=6))
+    own = train(student_of(), BATCHES, VALIDATION, replace(SETTINGS, loss={"kl": 1.0}, epochs=6))
     assert own.distance_before != pytest.approx(trained.distance_before, rel=1e-3)
     with pytest.raises(StreamlineError, match=r"after windows.*another model"):
-        train(student_of(teacher), BATCHES, VALIDATION, replace(SETTINGS, objective=Objective(kl=0, mse=1)))
+        train(student_of(teacher), BATCHES, VALIDATION, replace(SETTINGS, loss={"mse": 1.0}))
 
 
 def test_how_the_validation_text_is_batched_changes_nothing_of_the_training() -> None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from streamline_hooks import LayerSurgeon, Objective, Training, UnsupportedSurgery, fit_windows, place, profile, train
+from streamline_hooks import (
+    DistillationConfig,
+    LayerSurgeon,
+    UnsupportedSurgery,
+    fit_windows,
+    place,
+    profile,
+    train,
+)
 from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.repair import LinearConfig, student_of
 from streamline_hooks.stack import find_stack
@@ -39,4 +47,4 @@ def test_the_states_are_compared_and_a_training_is_refused() -> None:
     (repair,) = fit_windows(model, [range(1, 3)], LinearConfig(), [case.batch], [case.batch], stack="vision")
     student = student_of(stack, [(repair.window, repair.stand_in)])
     with pytest.raises(UnsupportedSurgery, match="images in one row"):
-        train(student, [case.batch], [case.batch], Training(Objective.parse("kl")))
+        train(student, [case.batch], [case.batch], DistillationConfig({"kl": 1.0}))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from streamline_hooks.repair import Training
+from streamline_hooks.repair import DistillationConfig
 from streamline_hooks.repair.optimisation import Optimisation
 
-SETTINGS = Training(learning_rate=0.1, warmup=0.3, weight_decay=0.5, clip=1.0)
+SETTINGS = DistillationConfig(learning_rate=0.1, warmup_ratio=0.3, weight_decay=0.5, max_grad_norm=1.0)
 STEPS = 8
 
 

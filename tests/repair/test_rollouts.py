@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_hooks import LinearReplacement, StreamlineError
+from streamline_hooks.cli.short_forms import parse_on_policy
 from streamline_hooks.generation import end_tokens
-from streamline_hooks.repair.on_policy import OnPolicy, TextLength
+from streamline_hooks.repair.on_policy import OnPolicyConfig, TextLength
 from streamline_hooks.repair.rollouts import Counts, prompts_of, require_writes, roll_out, without_loop
 from streamline_hooks.repair.student import Student
 from streamline_hooks.task import Task
@@ -160,7 +161,7 @@ def test_the_third_round_is_cut_and_short_rows_are_not(tokens: list[int], left: 
 
 
 def test_texts_grow_when_most_are_whole_and_closer_to_the_original_and_never_beyond_the_longest() -> None:
-    length = TextLength(OnPolicy(shortest=4, longest=10), 4)
+    length = TextLength(OnPolicyConfig(shortest=4, longest=10), 4)
     for texts, whole, loss, expected in (
         (31, 31, 1.0, 4),
         (1, 1, 33.0, 4),  # a mean of 2, weighted by places: what later ones of this length are held against
@@ -176,41 +177,43 @@ def test_texts_grow_when_most_are_whole_and_closer_to_the_original_and_never_bey
         length.note(texts, whole, loss, 10 * texts)
         assert length.length == expected
         length = TextLength.of(length.settings, json.loads(json.dumps(length.so_far)))
-    assert OnPolicy(shortest=4, longest=10).lengths == [4, 8, 10] and OnPolicy(shortest=8, longest=8).lengths == [8]
+    assert OnPolicyConfig(shortest=4, longest=10).lengths == [4, 8, 10] and OnPolicyConfig(
+        shortest=8, longest=8
+    ).lengths == [8]
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("lm", r"objective lm.*expected kl, reverse_kl"),
-        ("kl + mse", "expected kl, reverse_kl"),
-        ("kl:share=2", r"share=2.0.*0 < share <= 1"),
-        ("kl:begin=1", r"begin=1.0.*0 <= begin < 1"),
-        ("kl:temperature=0", r"a temperature above 0"),
-        ("kl:shortest=64,longest=32", r"a prompt of 1 or more.*1 <= shortest <= longest"),
-        ("kl:length=3", r"'length=3'.*Expected.*share, begin"),
+        ("lm", r"'lm' compares labels.*kl and reverse_kl"),
+        ("kl + mse", "'mse' compares states.*kl and reverse_kl"),
+        ("kl:share=2", r"share=2.0.*above 0 and at most 1"),
+        ("kl:begin=1", r"begin=1.0.*below 1"),
+        ("kl:temperature=0", r"temperature=0.0.*above 0"),
+        ("kl:shortest=64,longest=32", r"longest=32.*1 <= shortest <= longest"),
+        ("kl:length=3", r"'length'.*options: share"),
     ],
 )
 def test_what_is_no_such_training_is_refused(text: str, said: str) -> None:
     with pytest.raises(StreamlineError, match=said):
-        OnPolicy.parse(text)
+        parse_on_policy(text)
 
 
 def test_steps_are_spread_evenly_after_the_beginning() -> None:
-    settings = OnPolicy(share=0.25, begin=0.5)
+    settings = OnPolicyConfig(share=0.25, begin=0.5)
     assert [step for step in range(16) if settings.is_due(step, 16)] == [11, 15]
-    assert all(OnPolicy(share=1.0).is_due(step, 9) for step in range(9))
+    assert all(OnPolicyConfig(share=1.0).is_due(step, 9) for step in range(9))
 
 
 def test_models_that_do_not_write_are_refused() -> None:
     with pytest.raises(StreamlineError, match=r"for embedding.*own text"):
-        require_writes(tiny_model("bert"), Task("embedding"), OnPolicy(), [torch.arange(3, 9)[None]])
+        require_writes(tiny_model("bert"), Task("embedding"), OnPolicyConfig(), [torch.arange(3, 9)[None]])
     model, task = tiny_model("llama"), Task("causal-lm")
     with pytest.raises(StreamlineError, match="no input_ids"):
-        require_writes(model, task, OnPolicy(), [{"inputs_embeds": torch.zeros(1, 4, 32)}])
+        require_writes(model, task, OnPolicyConfig(), [{"inputs_embeds": torch.zeros(1, 4, 32)}])
     model.config.max_position_embeddings = 100
     with pytest.raises(StreamlineError, match=r"of 32.*of 128.*160 positions.*100"):
-        require_writes(model, task, OnPolicy(), [torch.arange(3, 9)[None]])
+        require_writes(model, task, OnPolicyConfig(), [torch.arange(3, 9)[None]])
 
 
 def test_what_is_not_text_alone_is_not_written_on() -> None:
@@ -221,6 +224,6 @@ def test_what_is_not_text_alone_is_not_written_on() -> None:
         "pixel_values": torch.zeros(1, 3, 4, 4),
     }
     with pytest.raises(StreamlineError, match=r"pixel_values.*tokens"):
-        require_writes(tiny_model("llama"), Task("causal-lm"), OnPolicy(prompt=2, shortest=2, longest=4), [batch])
+        require_writes(tiny_model("llama"), Task("causal-lm"), OnPolicyConfig(prompt=2, shortest=2, longest=4), [batch])
     del batch["pixel_values"]
-    require_writes(tiny_model("llama"), Task("causal-lm"), OnPolicy(prompt=2, shortest=2, longest=4), [batch])
+    require_writes(tiny_model("llama"), Task("causal-lm"), OnPolicyConfig(prompt=2, shortest=2, longest=4), [batch])

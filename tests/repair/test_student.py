@@ -13,7 +13,8 @@ from torch import nn
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, LinearReplacement, StreamlineError, UnsupportedSurgery
 from streamline_hooks.batch import prepare
-from streamline_hooks.repair import Healing, Objective, Training, student_of, train
+from streamline_hooks.cli.short_forms import parse_healing
+from streamline_hooks.repair import DistillationConfig, student_of, train
 from streamline_hooks.repair.student import Student
 from streamline_hooks.stack import find_stack
 from streamline_hooks.testing import tiny_model
@@ -202,7 +203,7 @@ def test_what_an_earlier_surgery_put_in_is_run_once(window: range, healing: str 
     with torch.no_grad(), LayerSurgeon(model) as surgeon:
         surgeon.replace(window, linear(5))
         wanted = model(**prepare(model, BATCH)).logits[REAL]
-    student = student_of(stack, [(window, linear(5))], Healing.parse(healing) if healing else None)
+    student = student_of(stack, [(window, linear(5))], parse_healing(healing) if healing else None)
     student.training = False
     entrance = entering(model, student.start)
     with torch.no_grad():
@@ -218,7 +219,7 @@ def test_states_that_have_passed_an_earlier_module_are_not_compared() -> None:
         surgeon.replace(range(4, 6), linear(4))
         surgeon.commit()
     student = Student(model, [(range(2, 4), linear(5))])
-    settings = Training(Objective(kl=0.0, mse=1.0))
+    settings = DistillationConfig({"mse": 1.0})
     with pytest.raises(UnsupportedSurgery, match="right behind a window"):
         train(student, [BATCH], [BATCH], settings)
 

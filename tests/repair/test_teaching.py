@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamline_hooks import HiddenStateRecorder, LinearReplacement
-from streamline_hooks.repair import Student, Training, teacher
+from streamline_hooks import HardwareConfig, HiddenStateRecorder, LinearReplacement
+from streamline_hooks.repair import Student, teacher
 from streamline_hooks.repair.frozen_products import narrowed_once
 from streamline_hooks.repair.teaching import taught_to
 from streamline_hooks.testing import tiny_model
@@ -24,7 +24,7 @@ def student() -> Student:
 
 def test_there_are_the_own_entrance_and_the_other_s_end() -> None:
     one = student()
-    with taught_to(one, BATCHES, Training()) as states:
+    with taught_to(one, BATCHES, HardwareConfig()) as states:
         found = states.batches
         assert (states.start, len(found)) == (2, 3)
     for batch, taught in zip(BATCHES, found or [], strict=False):
@@ -48,7 +48,7 @@ def test_both_take_the_memory_for_one_text(memory: int, monkeypatch: pytest.Monk
         return found
 
     monkeypatch.setattr(teacher.StateMemory, "keep", keep)
-    with taught_to(student(), BATCHES, Training(memory=memory)):
+    with taught_to(student(), BATCHES, HardwareConfig(state_memory=memory)):
         assert len(kept) == 6 and sum(kept) == memory
 
 

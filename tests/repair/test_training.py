@@ -18,13 +18,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from streamline_hooks import LinearReplacement, StreamlineError, repair
-from streamline_hooks.repair import Healing, TrainingCallback, training_loop
+from streamline_hooks import HardwareConfig, LinearReplacement, StreamlineError, repair
+from streamline_hooks.cli.short_forms import parse_healing, parse_loss
+from streamline_hooks.repair import TrainingCallback, training_loop
 from streamline_hooks.repair.course import Course
+from streamline_hooks.repair.distillation_config import DistillationConfig
 from streamline_hooks.repair.objective import Objective
-from streamline_hooks.repair.settings import Trained, Training
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import taught_states
+from streamline_hooks.repair.trained import Trained
 from streamline_hooks.repair.training import train
 from streamline_hooks.repair.training_state import read_state, write_state
 from streamline_hooks.replacements import SwiGLUReplacement
@@ -40,7 +42,7 @@ def texts(seed: int, count: int, rows: int = 4, width: int = 12) -> list[dict[st
 
 
 BATCHES, VALIDATION = texts(0, 6), texts(1, 2)
-QUICK = Training(epochs=2, learning_rate=1e-2, validations=3)
+QUICK = DistillationConfig(epochs=2, learning_rate=1e-2, validations=3)
 
 
 def student_of(model: nn.Module, dropout: float = 0.0) -> tuple[Student, LinearReplacement]:
@@ -57,7 +59,7 @@ def weights(student: Student) -> list[torch.Tensor]:
 @pytest.mark.parametrize("text", ["kl", "mse", "relative", "kl + 0.5*lm", "cosine + relative", "lm"])
 def test_every_objective_falls_and_the_best_weights_stay(text: str) -> None:
     student, _ = student_of(tiny_model("llama"))
-    settings = replace(QUICK, objective=Objective.parse(text), epochs=4, validations=6)
+    settings = replace(QUICK, loss=parse_loss(text), epochs=4, validations=6)
     trained = train(student, BATCHES, VALIDATION, settings)
     losses = [row["loss"] for row in trained.history[1:]]
     assert losses[-1] < losses[0]
@@ -76,11 +78,11 @@ def test_every_objective_falls_and_the_best_weights_stay(text: str) -> None:
 def test_weights_that_learn_a_text_are_kept_by_that_too(text: str, weight: float) -> None:
     """Else a text that the original did not know would be learned in vain: each step goes away from the original."""
     model = tiny_model("llama")
-    objective = Objective.parse(text)
+    objective = Objective(parse_loss(text))
     student, _ = student_of(model)
     rows = torch.full((4, 12), 7)
     same = [{"input_ids": rows, "attention_mask": torch.ones_like(rows)}]
-    trained = train(student, same, same, replace(QUICK, objective=objective, epochs=8, validations=4))
+    trained = train(student, same, same, replace(QUICK, loss=objective.weights, epochs=8, validations=4))
     with student.opened():
         logits = model(rows).logits[:, :-1].flatten(0, 1)
     own = nn.functional.cross_entropy(logits, rows[:, 1:].flatten(), reduction="sum").item() / rows.numel()
@@ -93,12 +95,14 @@ def test_weights_that_learn_a_text_are_kept_by_that_too(text: str, weight: float
 
 def test_tokens_without_a_label_are_not_learned() -> None:
     """As the question of a conversation is not, or an image's places; the labels are those of the tokens themselves."""
-    model, objective = tiny_model("llama"), Objective.parse("lm")
+    model, objective = tiny_model("llama"), Objective({"lm": 1.0})
     (batch,) = texts(3, 1)
     labels = batch["input_ids"].clone()
     labels[:, :7], labels[1, 9] = -100, -100
     labelled = [{**batch, "labels": labels}]
-    trained = train(student_of(model)[0], labelled, labelled, replace(QUICK, objective=objective, learning_rate=1e-30))
+    trained = train(
+        student_of(model)[0], labelled, labelled, replace(QUICK, loss=objective.weights, learning_rate=1e-30)
+    )
     student, _ = student_of(model)
     with torch.no_grad(), student.opened():
         logits = model(batch["input_ids"]).logits[:, :-1]
@@ -109,9 +113,9 @@ def test_tokens_without_a_label_are_not_learned() -> None:
 @pytest.mark.parametrize(("text", "weight"), [("reverse_kl", 0.0), ("kl + 0.5*reverse_kl", 1.0)])
 def test_weights_are_kept_by_the_divergence_that_is_minimised(text: str, weight: float) -> None:
     model = tiny_model("llama")
-    objective = Objective.parse(text)
+    objective = Objective(parse_loss(text))
     student, _ = student_of(model)
-    trained = train(student, BATCHES, VALIDATION, replace(QUICK, objective=objective, epochs=2, validations=3))
+    trained = train(student, BATCHES, VALIDATION, replace(QUICK, loss=objective.weights, epochs=2, validations=3))
     ids, reverse = torch.cat([batch["input_ids"] for batch in VALIDATION]), 0.0
     with torch.no_grad():
         p = model(ids).logits.double().log_softmax(-1)
@@ -119,13 +123,15 @@ def test_weights_are_kept_by_the_divergence_that_is_minimised(text: str, weight:
             q = model(ids).logits.double().log_softmax(-1)
     reverse = float((q.exp() * (q - p)).sum(-1).mean())
     best = next(row for row in trained.history if row["step"] == trained.best_step)
-    assert best["validated"] == pytest.approx(weight * trained.distance + objective.reverse_kl * reverse, rel=1e-4)
+    assert best["validated"] == pytest.approx(
+        weight * trained.distance + objective.weights["reverse_kl"] * reverse, rel=1e-4
+    )
     assert best["validated"] == min(row["validated"] for row in trained.history) != trained.distance
 
 
 def test_the_best_weights_are_a_copy_that_later_steps_do_not_touch() -> None:
     student, module = student_of(tiny_model("llama"))
-    trained = train(student, BATCHES, VALIDATION, replace(QUICK, learning_rate=1.0, warmup=0.0))
+    trained = train(student, BATCHES, VALIDATION, replace(QUICK, learning_rate=1.0, warmup_ratio=0.0))
     assert trained.best_step == 0, "a rate that spoils everything was meant to"
     assert not module.projection.weight.any(), "the weights before the first step are not back"
     assert trained.history[-1]["distance"] > trained.distance
@@ -138,13 +144,13 @@ def test_autocast_is_for_the_products_of_both_and_no_weight_changes_its_precisio
     seen: dict[str, set[torch.dtype]] = {"before the change": set(), "after it": set()}
     for where, k in (("before the change", 0), ("after it", 5)):
         model.model.layers[k].mlp.down_proj.register_forward_hook(lambda m, a, out, w=where: seen[w].add(out.dtype))
-    settings = replace(QUICK, epochs=4, autocast=torch.bfloat16)
-    trained = train(student, BATCHES, VALIDATION, settings)
+    settings = replace(QUICK, epochs=4)
+    trained = train(student, BATCHES, VALIDATION, settings, hardware=HardwareConfig(autocast="bfloat16"))
     assert trained.distance < trained.distance_before
     assert seen["before the change"] == {torch.bfloat16, torch.float32} <= seen["after it"]
     assert all(p.dtype == torch.float32 for p in [*model.parameters(), *student.parameters().values()])
     plain, _ = student_of(tiny_model("llama"))
-    train(plain, BATCHES, VALIDATION, replace(settings, autocast=None))
+    train(plain, BATCHES, VALIDATION, settings)
     assert not torch.equal(weights(student)[0], weights(plain)[0])
     assert torch.allclose(weights(student)[0], weights(plain)[0], atol=0.05)
 
@@ -162,8 +168,8 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others() -> None:
 def test_each_epoch_sees_every_batch_once_in_an_order_of_its_own() -> None:
     seen: list[int] = []
     recorder = BeforeSteps(lambda progress: seen.extend(progress.batches))
-    settings = replace(QUICK, accumulation=4, callbacks=[recorder])
-    train(student_of(tiny_model("llama"))[0], BATCHES, VALIDATION, settings)
+    settings = replace(QUICK, gradient_accumulation_steps=4)
+    train(student_of(tiny_model("llama"))[0], BATCHES, VALIDATION, settings, callbacks=[recorder])
     assert [sorted(seen[:6]), sorted(seen[6:])] == [list(range(6))] * 2
     assert seen[:6] != seen[6:]
 
@@ -173,7 +179,9 @@ def test_accumulated_batches_are_one_larger_batch() -> None:
     found = []
     for batches, accumulation in ((BATCHES, 6), ([whole], 1)):
         student, _ = student_of(tiny_model("llama"))
-        train(student, batches, VALIDATION, replace(QUICK, accumulation=accumulation, learning_rate=1e-3))
+        train(
+            student, batches, VALIDATION, replace(QUICK, gradient_accumulation_steps=accumulation, learning_rate=1e-3)
+        )
         found.append(weights(student))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
     assert any(bool(a.any()) for a in found[0])
@@ -184,7 +192,7 @@ def test_padding_is_not_trained_on() -> None:
     for pad in (0, 3):
         student, _ = student_of(tiny_model("llama"))
         padded = [{name: nn.functional.pad(value, (pad, 0)) for name, value in batch.items()} for batch in BATCHES]
-        trained = train(student, padded, VALIDATION, replace(QUICK, objective=Objective.parse("kl + lm + mse")))
+        trained = train(student, padded, VALIDATION, replace(QUICK, loss={"kl": 1.0, "lm": 1.0, "mse": 1.0}))
         found.append((trained.tokens, weights(student)))
     assert found[0][0] == found[1][0]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found[0][1], found[1][1], strict=True))
@@ -196,16 +204,18 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("step", [1, 5, 9])
 def test_a_training_that_was_killed_goes_on_to_the_same_weights(step: int, tmp_path: Path) -> None:
-    settings = replace(QUICK, keep_in=tmp_path / "training", keep_every=0.0, accumulation=1)
+    settings = replace(QUICK, checkpoint_minutes=0.0, gradient_accumulation_steps=1)
     whole, _ = student_of(tiny_model("llama"), dropout=0.2)
-    wanted = train(whole, BATCHES, VALIDATION, replace(settings, keep_in=None))
+    wanted = train(whole, BATCHES, VALIDATION, settings)
 
     student, _ = student_of(tiny_model("llama"), dropout=0.2)
     with pytest.raises(Killed):
-        train(student, BATCHES, VALIDATION, replace(settings, callbacks=[RaiseAt(step, Killed)]))
+        train(
+            student, BATCHES, VALIDATION, settings, checkpoint=tmp_path / "training", callbacks=[RaiseAt(step, Killed)]
+        )
     fresh, _ = student_of(tiny_model("llama"), dropout=0.2)
     torch.rand(7)  # another process is elsewhere in its random numbers
-    found = train(fresh, BATCHES, VALIDATION, settings, resume=True)
+    found = train(fresh, BATCHES, VALIDATION, settings, resume=True, checkpoint=tmp_path / "training")
     assert all(torch.equal(a, b) for a, b in zip(weights(fresh), weights(whole), strict=True))
     assert [row["distance"] for row in found.history] == [row["distance"] for row in wanted.history]
     assert [row["loss"] for row in found.history] == [row["loss"] for row in wanted.history]
@@ -215,15 +225,15 @@ _SCRIPT = """
 import os, signal, sys, torch
 sys.path.insert(0, {tests!r})
 from dataclasses import replace
-from pathlib import Path
 from tests.repair.test_training import BATCHES, QUICK, VALIDATION, BeforeSteps, student_of, tiny_model, train, weights
 torch.set_num_threads(1)
 student, _ = student_of(tiny_model("llama"), dropout=0.2)
 def dies(progress):
     if progress.step == {dies}:
         os.kill(os.getpid(), signal.SIGKILL)
-settings = replace(QUICK, keep_in=Path({file!r}), keep_every=0.0, callbacks=[BeforeSteps(dies)])
-train(student, BATCHES, VALIDATION, settings, resume={resume})
+settings = replace(QUICK, checkpoint_minutes=0.0)
+callbacks = [BeforeSteps(dies)]
+train(student, BATCHES, VALIDATION, settings, checkpoint={file!r}, callbacks=callbacks, resume={resume})
 torch.save(weights(student), {out!r})
 """
 
@@ -247,17 +257,25 @@ def test_kill_minus_nine_and_another_process(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_keeps_the_best_and_can_go_on(tmp_path: Path) -> None:
-    settings = replace(QUICK, keep_in=tmp_path / "training", keep_every=60.0)
+    settings = replace(QUICK, checkpoint_minutes=60.0)
     whole, _ = student_of(tiny_model("llama"))
-    train(whole, BATCHES, VALIDATION, replace(settings, keep_in=None))
+    train(whole, BATCHES, VALIDATION, settings)
     student, _ = student_of(tiny_model("llama"))
     said: list[str] = []
-    interrupted = replace(settings, callbacks=[RaiseAt(6, KeyboardInterrupt)])
-    trained = train(student, BATCHES, VALIDATION, interrupted, say=said.append)
+    interrupted = settings
+    trained = train(
+        student,
+        BATCHES,
+        VALIDATION,
+        interrupted,
+        say=said.append,
+        checkpoint=tmp_path / "training",
+        callbacks=[RaiseAt(6, KeyboardInterrupt)],
+    )
     assert trained.stopped == "interrupted after step 6"
     (warning,) = said
     assert re.search(rf"interrupted after step 6.*of step {trained.best_step}\.", warning)
-    train(student, BATCHES, VALIDATION, settings, resume=True)
+    train(student, BATCHES, VALIDATION, settings, resume=True, checkpoint=tmp_path / "training")
     assert all(torch.equal(a, b) for a, b in zip(weights(student), weights(whole), strict=True))
 
 
@@ -273,8 +291,8 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_weights(
         return make(self, *given) * (float("nan") if len(calls) == 6 else 1.0)
 
     monkeypatch.setattr(Objective, "of_answers", spoilt)
-    settings = replace(QUICK, keep_in=tmp_path / "training", validations=12)
-    trained = train(student, BATCHES, VALIDATION, settings)
+    settings = replace(QUICK, validations=12)
+    trained = train(student, BATCHES, VALIDATION, settings, checkpoint=tmp_path / "training")
     assert "loss of step 6 is nan" in trained.stopped
     assert (trained.steps, trained.history[-1]["step"]) == (5, 5)
     assert module.projection.weight.isfinite().all()
@@ -322,7 +340,7 @@ def test_out_of_memory_in_a_validation_halves_it_too() -> None:
 
 def test_patience_ends_what_gets_no_better() -> None:
     student, _ = student_of(tiny_model("llama"))
-    settings = replace(QUICK, learning_rate=1.0, warmup=0.0, patience=2, validations=12)
+    settings = replace(QUICK, learning_rate=1.0, warmup_ratio=0.0, patience=2, validations=12)
     trained = train(student, BATCHES, VALIDATION, settings)
     assert "no lower 2 times" in trained.stopped
     assert trained.steps == 2
@@ -330,7 +348,9 @@ def test_patience_ends_what_gets_no_better() -> None:
 
 def test_bfloat16_products_train_too() -> None:
     student, module = student_of(tiny_model("llama"))
-    trained = train(student, BATCHES, VALIDATION, replace(QUICK, epochs=4, autocast=torch.bfloat16))
+    trained = train(
+        student, BATCHES, VALIDATION, replace(QUICK, epochs=4), hardware=HardwareConfig(autocast="bfloat16")
+    )
     assert trained.distance < trained.distance_before
     assert module.projection.weight.dtype == torch.float32
 
@@ -341,10 +361,10 @@ def test_weights_in_half_precision_are_trained_by_steps_that_they_cannot_hold(tm
     module = SwiGLUReplacement(32, 32).to(torch.bfloat16)
     nn.init.normal_(module.down_proj.weight, std=0.1)
     norm, before = module.norm, module.norm.weight.detach().clone()
-    settings = replace(QUICK, epochs=50, learning_rate=1e-4, validations=1, floor=1.0, weight_decay=0.0)
+    settings = replace(QUICK, epochs=50, learning_rate=1e-4, validations=1, min_lr_ratio=1.0, weight_decay=0.0)
     student = Student(model, [(range(2, 4), module)])
     file = tmp_path / "training"
-    trained = train(student, BATCHES, VALIDATION, replace(settings, keep_in=file))
+    trained = train(student, BATCHES, VALIDATION, settings, checkpoint=file)
     assert norm.weight.dtype == torch.bfloat16
     tensors, _ = read_state(file)
     master = next(value for name, value in tensors.items() if name.endswith("norm.weight") and "parameter" in name)
@@ -378,7 +398,7 @@ def test_states_that_are_known_already_give_the_same_and_others_are_refused() ->
         with pytest.raises(StreamlineError, match=r"block 2.*of 6.*expected.*block 2.*\[\].*5 batches"):
             train(other, BATCHES[:5], VALIDATION, QUICK, taught=taught)
         with pytest.raises(StreamlineError, match=r"expected.*block 2.*\[range\(2.*4\)\].*6 batches"):
-            train(other, BATCHES, VALIDATION, replace(QUICK, objective=Objective.parse("mse")), taught=taught)
+            train(other, BATCHES, VALIDATION, replace(QUICK, loss={"mse": 1.0}), taught=taught)
         with pytest.raises(StreamlineError, match="expected block 3"):
             train(Student(model, [(range(3, 4), LinearReplacement(32))]), BATCHES, VALIDATION, QUICK, taught=taught)
 
@@ -390,46 +410,46 @@ def test_what_cannot_be_trained_or_resumed_is_refused(tmp_path: Path) -> None:
         train(student, [], VALIDATION)
     with pytest.raises(StreamlineError, match="no parameter"):
         train(Student(tiny_model("llama"), [(range(2, 4), None)]), BATCHES, VALIDATION)
-    with pytest.raises(StreamlineError, match="name the file"):
+    with pytest.raises(StreamlineError, match="resume=True.*Pass checkpoint="):
         train(student, BATCHES, VALIDATION, QUICK, resume=True)
     with pytest.raises(StreamlineError, match="no training to resume"):
-        train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
-    train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file))
-    for other in (replace(QUICK, keep_in=file, seed=1), replace(QUICK, keep_in=file, learning_rate=1e-3)):
+        train(student, BATCHES, VALIDATION, QUICK, resume=True, checkpoint=file)
+    train(student, BATCHES, VALIDATION, QUICK, checkpoint=file)
+    for other in (replace(QUICK, seed=1), replace(QUICK, learning_rate=1e-3)):
         with pytest.raises(StreamlineError, match="holds another training"):
-            train(student, BATCHES, VALIDATION, other, resume=True)
+            train(student, BATCHES, VALIDATION, other, resume=True, checkpoint=file)
     with pytest.raises(StreamlineError, match="holds another training"):
-        train(student, BATCHES[:-1], VALIDATION, replace(QUICK, keep_in=file), resume=True)
+        train(student, BATCHES[:-1], VALIDATION, QUICK, resume=True, checkpoint=file)
     wide = [{name: part.view(2, 24) for name, part in one.items()} for one in BATCHES]
     for parts in ((BATCHES[:-1], [BATCHES[-1], *VALIDATION]), (wide, VALIDATION)):  # the same tokens, divided otherwise
         with pytest.raises(StreamlineError, match="holds another training"):
-            train(student, *parts, replace(QUICK, keep_in=file), resume=True)
+            train(student, *parts, QUICK, resume=True, checkpoint=file)
     whole = file.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"no safetensors"):
         file.write_bytes(damaged)
         with pytest.raises(StreamlineError, match=r"not the file of a training.*begin again"):
-            train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
+            train(student, BATCHES, VALIDATION, QUICK, resume=True, checkpoint=file)
     file.write_bytes(whole.replace(b'format\\": 8', b'format\\": 9'))
     with pytest.raises(StreamlineError, match=r"format 9.*7 and 8"):
-        train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=file), resume=True)
+        train(student, BATCHES, VALIDATION, QUICK, resume=True, checkpoint=file)
 
 
 def test_a_part_of_an_epoch_is_its_beginning(tmp_path: Path) -> None:
     """Each batch once and half of them again; and 2.0 goes on with what 2 began."""
-    course = Course(Training(epochs=1.5, seed=3), 6)
-    whole = Course(Training(epochs=2, seed=3), 6)
+    course = Course(DistillationConfig(epochs=1.5, seed=3), 6)
+    whole = Course(DistillationConfig(epochs=2, seed=3), 6)
     steps = [course.batches_of(step) for step in range(course.steps)]
     assert course.steps == 9 and sorted(n for numbers in steps[:6] for n in numbers) == list(range(6))
     assert steps == [whole.batches_of(step) for step in range(9)]
     student, _ = student_of(tiny_model("llama"))
-    trained = train(student, BATCHES, VALIDATION, replace(QUICK, epochs=1.5, keep_in=tmp_path / "a"))
+    trained = train(student, BATCHES, VALIDATION, replace(QUICK, epochs=1.5), checkpoint=tmp_path / "a")
     tokens = sum(BATCHES[n]["attention_mask"].numel() for step in range(9) for n in Course(QUICK, 6).batches_of(step))
     assert (trained.steps, trained.tokens, trained.history[-1]["step"]) == (9, tokens, 9)
-    train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=tmp_path / "b"))
-    again = train(student, BATCHES, VALIDATION, replace(QUICK, epochs=2.0, keep_in=tmp_path / "b"), resume=True)
+    train(student, BATCHES, VALIDATION, QUICK, checkpoint=tmp_path / "b")
+    again = train(student, BATCHES, VALIDATION, replace(QUICK, epochs=2.0), resume=True, checkpoint=tmp_path / "b")
     assert again.steps == 12
     with pytest.raises(StreamlineError, match="holds another training"):
-        train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=tmp_path / "a"), resume=True)
+        train(student, BATCHES, VALIDATION, QUICK, resume=True, checkpoint=tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -440,13 +460,13 @@ def test_a_part_of_an_epoch_is_its_beginning(tmp_path: Path) -> None:
         {"epochs": float("inf")},
         {"epochs": 0.5},
         {"learning_rate": 0.0},
-        {"warmup": 1.5},
-        {"clip": -1.0},
+        {"warmup_ratio": 1.5},
+        {"max_grad_norm": -1.0},
     ],
 )
 def test_settings_that_make_no_training_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(StreamlineError, match=rf"{next(iter(wrong))}="):
-        Training(**wrong)
+        DistillationConfig(**wrong)
 
 
 def test_every_flipped_bit_of_a_kept_training_is_found(tmp_path: Path) -> None:
@@ -474,10 +494,10 @@ def test_a_training_kept_without_a_digest_is_still_read(tmp_path: Path) -> None:
 
 def test_a_training_is_kept_in_a_file_that_is_named_by_a_string(tmp_path: Path) -> None:
     student, _ = student_of(tiny_model("llama"))
-    train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=str(tmp_path / "training")))
+    train(student, BATCHES, VALIDATION, QUICK, checkpoint=str(tmp_path / "training"))
     assert read_state(tmp_path / "training")[1]["step"]
-    with pytest.raises(StreamlineError, match=r"keep_in=3.*Expected Path"):
-        replace(QUICK, keep_in=3)
+    with pytest.raises(StreamlineError, match=r"checkpoint=3.*Expected str . Path"):
+        train(student, BATCHES, VALIDATION, QUICK, checkpoint=3)  # type: ignore[arg-type]
 
 
 def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -502,7 +522,7 @@ def test_a_disk_that_is_full_meanwhile_costs_no_training(
     said: list[str] = []
     whole, other = (student_of(tiny_model("llama"))[0] for _ in range(2))
     wanted = train(whole, BATCHES, VALIDATION, QUICK)
-    settings = replace(QUICK, keep_in=tmp_path / "training", keep_every=0.0)
+    settings = replace(QUICK, checkpoint_minutes=0.0)
     replaced = iter([os.replace])
 
     def full(*paths: Any) -> None:
@@ -512,7 +532,7 @@ def test_a_disk_that_is_full_meanwhile_costs_no_training(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", full)
-        trained = train(other, BATCHES, VALIDATION, settings, say=said.append)
+        trained = train(other, BATCHES, VALIDATION, settings, say=said.append, checkpoint=tmp_path / "training")
     assert trained.history == wanted.history and not trained.stopped
     pairs = zip(whole.parameters().values(), other.parameters().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -526,7 +546,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_training(name: str, tmp
     student, _ = student_of(tiny_model("llama"))
     said: list[str] = []
     with pytest.raises(StreamlineError, match="[Cc]hoose another"):
-        train(student, BATCHES, VALIDATION, replace(QUICK, keep_in=tmp_path / name), say=said.append)
+        train(student, BATCHES, VALIDATION, QUICK, say=said.append, checkpoint=tmp_path / name)
     assert not said and [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -539,7 +559,7 @@ def test_a_disk_that_is_full_at_the_end_costs_no_training(tmp_path: Path, monkey
         raise OSError("No space left on device")
 
     monkeypatch.setattr("streamline_hooks.repair.training_state.save_file", full)
-    trained = train(other, BATCHES, VALIDATION, replace(QUICK, keep_in=tmp_path / "training"), say=said.append)
+    trained = train(other, BATCHES, VALIDATION, QUICK, say=said.append, checkpoint=tmp_path / "training")
     assert trained.history == wanted.history and "No space left on device" in said[-1] and "Make room" in said[-1]
     pairs = zip(whole.parameters().values(), other.parameters().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -576,9 +596,9 @@ class InterruptedValidation(TrainingCallback):
 def test_ctrl_c_in_the_middle_of_something_leaves_nothing_half_done(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = replace(QUICK, keep_in=tmp_path / "training", keep_every=0.0)
+    settings = replace(QUICK, checkpoint_minutes=0.0)
     whole, _ = student_of(tiny_model("llama"), dropout=0.2)
-    wanted = train(whole, BATCHES, VALIDATION, replace(settings, keep_in=None))
+    wanted = train(whole, BATCHES, VALIDATION, settings)
     student, _ = student_of(tiny_model("llama"), dropout=0.2)
     owner, name, when = {
         "loss": (Objective, "of_answers", 7),
@@ -596,14 +616,23 @@ def test_ctrl_c_in_the_middle_of_something_leaves_nothing_half_done(
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, interrupted)
-        trained = train(student, BATCHES, VALIDATION, replace(settings, callbacks=[InterruptedValidation()]))
+        trained = train(
+            student,
+            BATCHES,
+            VALIDATION,
+            settings,
+            checkpoint=tmp_path / "training",
+            callbacks=[InterruptedValidation()],
+        )
     assert trained.stopped == f"interrupted after step {12 if where == 'validation' else 6}"
-    found = train(student, BATCHES, VALIDATION, settings, resume=True)
+    found = train(student, BATCHES, VALIDATION, settings, resume=True, checkpoint=tmp_path / "training")
     assert all(torch.equal(a, b) for a, b in zip(weights(student), weights(whole), strict=True))
     assert found.history == wanted.history
 
 
-def steps_of(monkeypatch: pytest.MonkeyPatch, settings: Training, student: Student) -> list[tuple[list[float], float]]:
+def steps_of(
+    monkeypatch: pytest.MonkeyPatch, settings: DistillationConfig, student: Student
+) -> list[tuple[list[float], float]]:
     """The rates and the norm of the gradient with which the optimiser was called."""
     made: list[tuple[list[float], float]] = []
     step = torch.optim.AdamW.step
@@ -620,14 +649,14 @@ def steps_of(monkeypatch: pytest.MonkeyPatch, settings: Training, student: Stude
 
 
 def test_the_rate_rises_and_falls_as_the_settings_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = replace(QUICK, warmup=0.25, floor=0.1)
+    settings = replace(QUICK, warmup_ratio=0.25, min_lr_ratio=0.1)
     rates = [rate[0] for rate, _ in steps_of(monkeypatch, settings, student_of(tiny_model("llama"))[0])]
     wanted = [k / 3 for k in range(3)] + [0.1 + 0.9 * (1 + math.cos(math.pi * k / 9)) / 2 for k in range(9)]
     assert rates == pytest.approx([1e-2 * w for w in wanted])
 
 
 def test_a_single_step_is_not_lost_to_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = replace(QUICK, epochs=1, accumulation=6)
+    settings = replace(QUICK, epochs=1, gradient_accumulation_steps=6)
     (made,) = steps_of(monkeypatch, settings, student_of(tiny_model("llama"))[0])
     assert made[0] == [1e-2]
 
@@ -635,7 +664,7 @@ def test_a_single_step_is_not_lost_to_the_warm_up(monkeypatch: pytest.MonkeyPatc
 def test_gradients_are_clipped_to_the_norm_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     norms = {}
     for clip in (0.0, 1e-3):
-        made = steps_of(monkeypatch, replace(QUICK, clip=clip), student_of(tiny_model("llama"))[0])
+        made = steps_of(monkeypatch, replace(QUICK, max_grad_norm=clip), student_of(tiny_model("llama"))[0])
         norms[clip] = [norm for _, norm in made]
     assert max(norms[1e-3]) <= 1.001e-3 < min(norms[0.0])
 
@@ -678,17 +707,17 @@ def test_a_gradient_from_before_is_not_trained_on() -> None:
 
 
 def test_adapters_of_another_scale_are_another_training(tmp_path: Path) -> None:
-    settings = replace(QUICK, keep_in=tmp_path / "training")
+    settings = QUICK
 
     def healed(text: str) -> Student:
         model = tiny_model("llama")
-        return repair.student_of(find_stack(model), [(range(2, 4), LinearReplacement(32))], Healing.parse(text))
+        return repair.student_of(find_stack(model), [(range(2, 4), LinearReplacement(32))], parse_healing(text))
 
-    train(healed("lora:rank=2,alpha=4"), BATCHES, VALIDATION, settings)
+    train(healed("lora:rank=2,alpha=4"), BATCHES, VALIDATION, settings, checkpoint=tmp_path / "training")
     for text in ("lora:rank=2,alpha=8", "lora:rank=2,alpha=4,dropout=0.1"):
         with pytest.raises(StreamlineError, match="holds another training"):
-            train(healed(text), BATCHES, VALIDATION, settings, resume=True)
-    train(healed("lora:rank=2,alpha=4"), BATCHES, VALIDATION, settings, resume=True)
+            train(healed(text), BATCHES, VALIDATION, settings, resume=True, checkpoint=tmp_path / "training")
+    train(healed("lora:rank=2,alpha=4"), BATCHES, VALIDATION, settings, resume=True, checkpoint=tmp_path / "training")
 
 
 class Normed(nn.Module):
@@ -720,9 +749,9 @@ def test_running_means_are_kept_with_the_weights_that_they_belong_to() -> None:
 
 
 def test_a_training_goes_on_from_its_running_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = replace(QUICK, keep_in=tmp_path / "file", validations=1)
+    settings = replace(QUICK, validations=1)
     whole, _ = normed(tiny_model("llama"))
-    wanted = train(whole, BATCHES, VALIDATION, replace(settings, keep_in=None))
+    wanted = train(whole, BATCHES, VALIDATION, settings)
     of_answers, calls = Objective.of_answers, 0
 
     def interrupted(self: Any, *given: Any) -> Any:
@@ -734,10 +763,12 @@ def test_a_training_goes_on_from_its_running_means(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(Objective, "of_answers", interrupted)
     broken, _ = normed(tiny_model("llama"))
-    assert "interrupted after step 4" in train(broken, BATCHES, VALIDATION, settings).stopped
+    assert (
+        "interrupted after step 4" in train(broken, BATCHES, VALIDATION, settings, checkpoint=tmp_path / "file").stopped
+    )
     monkeypatch.undo()
     fresh, _ = normed(tiny_model("llama"))
-    found = train(fresh, BATCHES, VALIDATION, settings, resume=True)
+    found = train(fresh, BATCHES, VALIDATION, settings, resume=True, checkpoint=tmp_path / "file")
     assert found.distance == wanted.distance
     assert all(torch.equal(a, b) for a, b in zip(weights(fresh), weights(whole), strict=True))
     for name, buffer in fresh.buffers().items():

@@ -11,8 +11,8 @@ import torch
 
 from streamline_hooks import LinearReplacement, StreamlineError
 from streamline_hooks.repair import (
+    DistillationConfig,
     Student,
-    Training,
     TrainingCallback,
     TrainingProgress,
     train,
@@ -24,7 +24,7 @@ from streamline_hooks.testing import tiny_model
 from tests.distributed.trained_together import BATCHES, VALIDATION
 from tests.processes import in_processes
 
-SETTINGS = Training(learning_rate=1e-2, epochs=3, validations=2)  # 12 steps, looked at after 6 and 12
+SETTINGS = DistillationConfig(learning_rate=1e-2, epochs=3, validations=2)  # 12 steps, looked at after 6 and 12
 
 
 class Steps(TrainingCallback):
@@ -52,7 +52,9 @@ def weights(one: Student) -> list[torch.Tensor]:
 def test_it_ends_after_the_step_it_is_at_and_is_looked_at_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Steps(monkeypatch)
     said: list[str] = []
-    trained = train(student(), BATCHES, VALIDATION, replace(SETTINGS, callbacks=[clock], minutes=3.5), say=said.append)
+    trained = train(
+        student(), BATCHES, VALIDATION, replace(SETTINGS, max_minutes=3.5), say=said.append, callbacks=[clock]
+    )
     assert (trained.steps, trained.seconds) == (4, 240.0)
     assert "3.5 minutes" in trained.stopped and "after step 4" in trained.stopped
     assert [row["step"] for row in trained.history] == [0, 4]
@@ -65,9 +67,9 @@ def test_it_ends_after_the_step_it_is_at_and_is_looked_at_once_more(monkeypatch:
 def test_the_time_of_each_look_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of the one that was made just now: of 10 minutes each, the first takes more than 5."""
     clock = Steps(monkeypatch, a_validation=10.0)
-    trained = train(student(), BATCHES, VALIDATION, replace(SETTINGS, callbacks=[clock], minutes=5))
+    trained = train(student(), BATCHES, VALIDATION, replace(SETTINGS, max_minutes=5), callbacks=[clock])
     assert (trained.steps, trained.stopped, trained.seconds) == (0, "no time was left for it", 600.0)
-    trained = train(student(), BATCHES, VALIDATION, replace(SETTINGS, callbacks=[clock], minutes=11.5))
+    trained = train(student(), BATCHES, VALIDATION, replace(SETTINGS, max_minutes=11.5), callbacks=[clock])
     assert (trained.steps, trained.seconds) == (2, 600.0 + 120 + 600)
 
 
@@ -76,7 +78,11 @@ def test_the_best_weights_stay_and_not_the_last(monkeypatch: pytest.MonkeyPatch)
     one = student()
     before = weights(one)
     trained = train(
-        one, BATCHES, VALIDATION, replace(SETTINGS, callbacks=[clock], minutes=3, learning_rate=1.0, warmup=0.0)
+        one,
+        BATCHES,
+        VALIDATION,
+        replace(SETTINGS, max_minutes=3, learning_rate=1.0, warmup_ratio=0.0),
+        callbacks=[clock],
     )
     assert trained.steps == 3 and trained.best_step == 0
     assert all(torch.equal(a, b) for a, b in zip(weights(one), before, strict=True))
@@ -85,8 +91,8 @@ def test_the_best_weights_stay_and_not_the_last(monkeypatch: pytest.MonkeyPatch)
 def test_enough_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Steps(monkeypatch)
     one, other = student(), student()
-    without = train(one, BATCHES, VALIDATION, replace(SETTINGS, callbacks=[clock]))
-    trained = train(other, BATCHES, VALIDATION, replace(SETTINGS, callbacks=[clock], minutes=12))
+    without = train(one, BATCHES, VALIDATION, SETTINGS, callbacks=[clock])
+    trained = train(other, BATCHES, VALIDATION, replace(SETTINGS, max_minutes=12), callbacks=[clock])
     assert trained.stopped == "" and trained.steps == 12 and trained.history == without.history
     assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
 
@@ -95,16 +101,32 @@ def test_seconds_before_an_interruption_count_and_more_minutes_go_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     clock = Steps(monkeypatch)
-    kept = replace(SETTINGS, callbacks=[clock], keep_in=tmp_path / "training")
+    kept = SETTINGS
     whole, parts = student(), student()
-    train(whole, BATCHES, VALIDATION, replace(SETTINGS, callbacks=[clock]))
-    train(parts, BATCHES, VALIDATION, replace(kept, minutes=6))
+    train(whole, BATCHES, VALIDATION, SETTINGS, callbacks=[clock])
+    train(parts, BATCHES, VALIDATION, replace(kept, max_minutes=6), checkpoint=tmp_path / "training", callbacks=[clock])
     assert read_state(tmp_path / "training")[1]["seconds"] == 360.0
-    again = train(parts, BATCHES, VALIDATION, replace(kept, minutes=6), resume=True)
+    again = train(
+        parts,
+        BATCHES,
+        VALIDATION,
+        replace(kept, max_minutes=6),
+        resume=True,
+        checkpoint=tmp_path / "training",
+        callbacks=[clock],
+    )
     assert again.steps == 6, "a time that is over was given anew"
-    more = train(parts, BATCHES, VALIDATION, replace(kept, minutes=8), resume=True)
+    more = train(
+        parts,
+        BATCHES,
+        VALIDATION,
+        replace(kept, max_minutes=8),
+        resume=True,
+        checkpoint=tmp_path / "training",
+        callbacks=[clock],
+    )
     assert (more.steps, more.seconds) == (8, 480.0)
-    rest = train(parts, BATCHES, VALIDATION, kept, resume=True)
+    rest = train(parts, BATCHES, VALIDATION, kept, resume=True, checkpoint=tmp_path / "training", callbacks=[clock])
     assert rest.stopped == "" and rest.steps == 12
     assert all(torch.equal(a, b) for a, b in zip(weights(parts), weights(whole), strict=True))
 
@@ -114,7 +136,7 @@ def test_what_was_spent_before_the_first_step_counts_again_where_it_goes_on(
 ) -> None:
     """An original that is run faster the second time leaves no more time: a training that had ended has ended."""
     clock = Steps(monkeypatch)
-    kept = replace(SETTINGS, callbacks=[clock], keep_in=tmp_path / "training", minutes=6)
+    kept = replace(SETTINGS, max_minutes=6)
     teach = training.taught_to
 
     def slow(*given: Any, **options: Any) -> Any:
@@ -124,15 +146,18 @@ def test_what_was_spent_before_the_first_step_counts_again_where_it_goes_on(
     first, again = student(), student()
     with monkeypatch.context() as patch:
         patch.setattr(training, "taught_to", slow)  # for the text, and for what validates
-        assert train(first, BATCHES, VALIDATION, kept).steps == 4
-    assert train(again, BATCHES, VALIDATION, kept, resume=True).steps == 4
+        assert train(first, BATCHES, VALIDATION, kept, checkpoint=tmp_path / "training", callbacks=[clock]).steps == 4
+    assert (
+        train(again, BATCHES, VALIDATION, kept, resume=True, checkpoint=tmp_path / "training", callbacks=[clock]).steps
+        == 4
+    )
     assert all(torch.equal(a, b) for a, b in zip(weights(first), weights(again), strict=True))
 
 
 @pytest.mark.parametrize("minutes", [0, -1.0, float("nan")])
 def test_no_time_is_refused(minutes: float) -> None:
-    with pytest.raises(StreamlineError, match=r"minutes=.*expected.*than 0"):
-        Training(minutes=minutes)
+    with pytest.raises(StreamlineError, match=r"max_minutes=.*above 0|max_minutes=nan is no finite"):
+        DistillationConfig(max_minutes=minutes)
 
 
 @pytest.mark.slow
@@ -149,7 +174,7 @@ def test_several_processes_go_by_the_clock_of_the_first(tmp_path: Path) -> None:
             now[0] += 60.0 if rank == 0 else 0.0
         training_loop.time.perf_counter = lambda: now[0]
         one = student()
-        trained = train(one, BATCHES, VALIDATION, replace(SETTINGS, minutes=3, callbacks=[BeforeSteps(tick)]))
+        trained = train(one, BATCHES, VALIDATION, replace(SETTINGS, max_minutes=3), callbacks=[BeforeSteps(tick)])
         torch.save([trained.steps, trained.stopped, weights(one)], f"{folder}/{rank}.pt")
     """
     in_processes(code, tmp_path)

@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import nn
 
-from streamline_hooks import StreamlineError, find_stack
-from streamline_hooks.cli.short_forms import parse_replacement
-from streamline_hooks.repair import Healing, Student, TrainingProgress, preset_named, student_of, train
+from streamline_hooks import CompressionConfig, HardwareConfig, StreamlineError, find_stack
+from streamline_hooks.repair import HealingConfig, Student, student_of, train
 from streamline_hooks.repair.training_pace import TrainingPace, measure_training_pace
 from tests.evaluation.fake_clock import FakeClock
 from tests.tiny_models import BLOCKS, tiny_model, tokens
-from tests.training_callbacks import BeforeSteps
 
 BATCHES = [tokens(1, 16, seed=seed) for seed in range(4)]
 VALIDATION = tokens(1, 12, seed=9)
-BEST = preset_named("best")
-assert BEST.training is not None
-SETTINGS = BEST.training
+BEST = CompressionConfig.preset("best")
+assert BEST.distillation is not None
+SETTINGS = BEST.distillation
 
 
-def student(model: nn.Module, healing: Healing | None = BEST.healing) -> Student:
+def student(model: nn.Module, healing: HealingConfig | None = BEST.healing) -> Student:
     stack = find_stack(model)
     window = range(2, 4)
-    return student_of(stack, [(window, parse_replacement(BEST.kind).build(stack, window))], healing)
+    return student_of(stack, [(window, BEST.repair.build(stack, window))], healing)
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-@pytest.mark.parametrize("healing", [BEST.healing, Healing.parse("lora:rank=2,dropout=0.5")])
-def test_the_original_is_left_to_the_bit(autocast: torch.dtype | None, healing: Healing) -> None:
+@pytest.mark.parametrize("autocast", [None, "bfloat16"])
+@pytest.mark.parametrize("healing", [BEST.healing, HealingConfig(method="lora", rank=2, dropout=0.5)])
+def test_the_original_is_left_to_the_bit(autocast: Literal["bfloat16"] | None, healing: HealingConfig) -> None:
     """Weights, gradients, which of them are wanted, modes, hooks, and the state of the random numbers."""
     model = tiny_model("llama").train()
     model.model.layers[1].eval()
@@ -52,7 +50,7 @@ def test_the_original_is_left_to_the_bit(autocast: torch.dtype | None, healing: 
 
     made = student(model, healing)
     before, random = everything(), torch.get_rng_state()
-    pace = measure_training_pace(made, BATCHES[:3], VALIDATION, replace(SETTINGS, autocast=autocast))
+    pace = measure_training_pace(made, BATCHES[:3], VALIDATION, SETTINGS, hardware=HardwareConfig(autocast=autocast))
     after = everything()
     assert pace.autocast is autocast
     assert torch.equal(torch.get_rng_state(), random)
@@ -66,7 +64,7 @@ def test_the_steps_are_real_ones() -> None:
     """The student that is spent has learnt something: gradients reached it, and the optimiser moved it."""
     made = student(tiny_model("llama"))
     before = [p.detach().clone() for p in made.parameters().values()]
-    measure_training_pace(made, BATCHES[:3], VALIDATION, replace(SETTINGS, warmup=0.0))
+    measure_training_pace(made, BATCHES[:3], VALIDATION, replace(SETTINGS, warmup_ratio=0.0))
     assert all(not torch.equal(a, b) for a, b in zip(before, made.parameters().values(), strict=True))
 
 
@@ -86,7 +84,7 @@ def test_what_is_told_is_what_the_training_takes(
         return make(self, *given)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    settings = replace(SETTINGS, accumulation=accumulation)
+    settings = replace(SETTINGS, gradient_accumulation_steps=accumulation)
     pace = measure_training_pace(student(model), BATCHES[: accumulation + 2], VALIDATION, settings, clock=clock)
     began = clock.now
     train(student(model), BATCHES, [VALIDATION], replace(settings, epochs=epochs, validations=validations))
@@ -96,15 +94,17 @@ def test_what_is_told_is_what_the_training_takes(
     assert told - looked == pytest.approx((4 * 16 + 12) * sum(range(1, BLOCKS + 1)))
 
 
-def test_the_first_step_does_not_count() -> None:
+def test_the_first_step_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes a hundred times as long, and the pace is that of the others."""
-    clock = FakeClock()
+    clock, made = FakeClock(), torch.optim.AdamW.step
+    seconds = iter([1600.0, 16.0, 16.0])
 
-    def tick(progress: TrainingProgress) -> None:
-        clock.now += 16.0 if progress.step else 1600.0
+    def step(self: Any, *given: Any) -> Any:
+        clock.now += next(seconds)
+        return made(self, *given)
 
-    settings = replace(SETTINGS, callbacks=[BeforeSteps(tick)])
-    pace = measure_training_pace(student(tiny_model("llama")), BATCHES[:3], VALIDATION, settings, clock=clock)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    pace = measure_training_pace(student(tiny_model("llama")), BATCHES[:3], VALIDATION, SETTINGS, clock=clock)
     assert pace == TrainingPace(original=0.0, apart=0.0, step=1.0, validation=0.0, around=0.0)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from streamline_hooks import CompressionConfig
 from streamline_hooks.pipeline.sweep import Point, Sweep
 
 COMMAND = "streamline-hooks compress smollm2 --remove 0.25 --output build/smollm2 --kind swiglu --train kl --report"
@@ -33,6 +34,7 @@ def compression(length: int = 30, removed: tuple[tuple[int, int], ...] = ((2, 10
     starts = [2, 12, 13, 5, 11][: max(1, length // 6)]
     windows = [list(map(list, removed))] + [[[s, s + len(gone)]] for s in starts[1:]]
     return {
+        "config": CompressionConfig().to_dict(),
         "plan": {"stack": "model.layers", "old_length": length, "slots": slots, "splices": [], "removed": gone,
                  "silenced": silenced, "folded": []},
         "task": "causal-lm", "measure": "KL (nats a token)", "scores": {},

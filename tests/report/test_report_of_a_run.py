@@ -11,10 +11,11 @@ import pytest
 
 from streamline_hooks import LayerSurgeon, compress, evaluate
 from streamline_hooks.evaluation import ChoiceTask, LastWord, Question, SpeedReport, Suite, Timing
-from streamline_hooks.repair import Training
+from streamline_hooks.repair import DistillationConfig
 from streamline_hooks.report import write_report
 from streamline_hooks.report.depth_figures import influence
 from streamline_hooks.report.drawing import Drawing, Style
+from tests.configured import configured
 from tests.report import example
 from tests.report.overlaps import drawn
 from tests.report.reading import Reader
@@ -33,9 +34,9 @@ def test_a_compression_is_told_as_it_was(
     story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Drawing, "render", lambda self, style, kind, **_: b"drawn elsewhere")
-    training = Training(learning_rate=3e-3, validations=2)
+    training = DistillationConfig(learning_rate=3e-3, validations=2)
     model, tokenizer = story_model
-    result = compress(model, tokenizer, story_texts, remove=1, shortlist=2, training=training, **SMALL)
+    result = compress(model, tokenizer, story_texts, configured(remove=1, shortlist=2, distillation=training, **SMALL))
     said = json.loads(json.dumps(result.report()))
     made_up = example.compression(4, ((1, 2),))
     said.pop("data"), made_up.pop("data"), said["perplexity"].clear(), made_up["perplexity"].clear()

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, find_stack
-from streamline_hooks.repair import BlockConfig, Healing, fit_windows, place, train
+from streamline_hooks.cli.short_forms import parse_healing
+from streamline_hooks.repair import BlockConfig, fit_windows, place, train
+from streamline_hooks.repair.distillation_config import DistillationConfig
 from streamline_hooks.repair.healing import student_of
-from streamline_hooks.repair.settings import Training
 from streamline_hooks.surgery.placement import move_beside
 from streamline_hooks.testing import tiny_model
 
@@ -45,8 +46,8 @@ def test_healing_rounds_no_router(routed: Any, healing: str) -> None:
     before = gates(routed)
     assert before and all(value.dtype == torch.float32 for value in before.values())
     asked = [(range(2, 4), LinearReplacement(routed.config.hidden_size))]
-    student = student_of(find_stack(routed), asked, Healing.parse(healing))
-    train(student, text(), text(), Training(learning_rate=1e-30, epochs=1, validations=1))
+    student = student_of(find_stack(routed), asked, parse_healing(healing))
+    train(student, text(), text(), DistillationConfig(learning_rate=1e-30, epochs=1, validations=1))
     student.merge()
     student.settle()
     after = gates(routed)

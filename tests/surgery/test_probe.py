@@ -15,6 +15,7 @@ from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.surgery.probe import logits_of_probe, observe, undisturbed
 from streamline_hooks.testing import causal_model_types
 from streamline_hooks.testing import tiny_model as tiny
+from tests.configured import configured
 from tests.tiny_models import tiny_config, tiny_model
 
 
@@ -117,6 +118,8 @@ def test_no_cache_is_built_where_that_is_not_said_by_name() -> None:
         assert torch.equal(resume(model, 6, record.inputs[6][0], ids).logits, whole)
     rows = torch.randint(3, 60, (6, 2, 12), generator=torch.Generator().manual_seed(0))
     parts: dict[str, Any] = {"calibration": list(rows[:4]), "validation": [rows[4]], "test": [rows[5]]}
-    result = compress(model, None, parts, remove=2, kind="folded", shortlist=2, side_by_side=False)
+    result = compress(
+        model, None, parts, configured(remove=2, repair="folded", shortlist=2, speed=False, generation=False)
+    )
     assert len(result.plan.slots) == 6
     model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)

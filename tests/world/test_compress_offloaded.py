@@ -12,14 +12,18 @@ from torch import nn
 
 from streamline_hooks import HiddenStateRecorder, WindowMoments, compress, find_stack, load, measure_moments
 from streamline_hooks.batch import batches_of, prepare
-from streamline_hooks.repair import Objective, Training
+from streamline_hooks.repair import DistillationConfig
 from tests.blockwise.checkpoints import AMOUNTS, compressible, reader
+from tests.configured import arguments
 from tests.tiny_models import tiny_model, tokens
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 CPU = torch.device("cpu")
-GREEDY = {"kind": "linear", "search": "greedy", "criterion": "kl"}
-TRAINED: dict[str, Any] = {"kind": "swiglu:width=8", "training": Training(objective=Objective(kl=1.0), validations=1)}
+GREEDY = {"repair": "linear", "search": "greedy", "criterion": "kl"}
+TRAINED: dict[str, Any] = {
+    "repair": "swiglu:width=8",
+    "distillation": DistillationConfig(loss={"kl": 1.0}, validations=1),
+}
 
 
 def automatic(folder: Path, weights: Path) -> nn.Module:
@@ -36,7 +40,7 @@ def on_disk(folder: Path, weights: Path) -> nn.Module:
     return accelerate.disk_offload(load(folder), str(weights), execution_device=CPU)
 
 
-@pytest.mark.parametrize("options", [{"kind": "linear"}, TRAINED, GREEDY], ids=["closed form", "trained", "greedy"])
+@pytest.mark.parametrize("options", [{"repair": "linear"}, TRAINED, GREEDY], ids=["closed form", "trained", "greedy"])
 @pytest.mark.parametrize("placed", [automatic, on_cpu, on_disk])
 def test_it_comes_to_what_the_plain_model_comes_to(
     placed: Callable[[Path, Path], Any], options: dict[str, Any], tmp_path: Path
@@ -44,8 +48,15 @@ def test_it_comes_to_what_the_plain_model_comes_to(
     folder = compressible(tmp_path)
     model = placed(folder, tmp_path / "weights")
     assert sum(p.is_meta for block in find_stack(model).blocks for p in block.parameters()) > 5
-    found = compress(model, *reader(), output=tmp_path / "found", side_by_side=False, **AMOUNTS, **options)
-    wanted = compress(load(folder), *reader(), output=tmp_path / "wanted", side_by_side=False, **AMOUNTS, **options)
+    found = compress(
+        model, *reader(), **arguments(speed=False, generation=False, **AMOUNTS, **options), output=tmp_path / "found"
+    )
+    wanted = compress(
+        load(folder),
+        *reader(),
+        **arguments(speed=False, generation=False, **AMOUNTS, **options),
+        output=tmp_path / "wanted",
+    )
     assert found.plan == wanted.plan and found.perplexities == pytest.approx(wanted.perplexities, rel=1e-6)
     distances = [[one.distance for one in result.candidates] for result in (found, wanted)]
     assert distances[0] == pytest.approx(distances[1], rel=1e-6)

@@ -6,6 +6,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import nn
 
 import streamline_hooks as s
 from streamline_hooks import StreamlineError
-from streamline_hooks.cli.short_forms import parse_replacement
+from streamline_hooks.cli.short_forms import parse_loss, parse_replacement
+from tests.configured import configured
 from tests.tiny_models import WIDTH, padded, tiny_config, tiny_model, tokens
 
 MODEL, OTHER = tiny_model("llama"), tiny_model("llama")
@@ -118,9 +120,9 @@ def rows() -> Iterator[Row]:
     )
     yield s.find_stack, {"model": MODEL}, {"model": [*NO_MODEL, EMPTY], "path": NO_STACK}
     yield s.find_stacks, {"model": MODEL}, {"model": NO_MODEL}
-    fitted = {"model": MODEL, "windows": WINDOWS, "kind": "linear", "fit": GOOD, "held_out": GOOD}
+    fitted = {"model": MODEL, "windows": WINDOWS, "replacement": s.LinearConfig(), "fit": GOOD, "held_out": GOOD}
     yield s.fit_windows, fitted, {
-        "model": [*NO_MODEL, META], "windows": NO_WINDOWS, "kind": [*NO_TEXT, "linaer"], "fit": NO_BATCHES,
+        "model": [*NO_MODEL, META], "windows": NO_WINDOWS, "replacement": [None, 3, "linear", {}], "fit": NO_BATCHES,
         "held_out": NO_BATCHES,
     }  # fmt: skip
     selections = [s.Selection((range(1, 3),))]
@@ -139,22 +141,38 @@ def rows() -> Iterator[Row]:
     yield s.Target.of, {"remove": 2}, {"remove": [None, "2", True, [1], {}, 0, math.nan, 2.5]}
     yield s.Task, {"name": "causal-lm"}, {"name": [*NO_TEXT, "nonsense"], "pooling": [3, "nonsense"]}
     yield s.Selection, {"windows": (range(1, 3),)}, {"windows": [None, 1, (), ({},), ("1",), ([1.5],), (range(0),)]}
-    yield settings(s.Objective, [*NO_FLOAT, math.inf, -1.0], "kl", "lm", "mse", "relative", "cosine", "embedding")
-    yield s.Objective.parse, {"text": "kl"}, {"text": [*NO_TEXT, "", "nan*kl", "inf*kl", "-1*kl", "0*kl", "1e999*kl"]}
-    yield settings(s.Training, [*NO_FLOAT, -1.0], "learning_rate", "weight_decay", "warmup", "floor", "clip", "epochs")
-    yield settings(s.Training, [*NO_INT, -1], "accumulation", "validations", "patience", "memory")
-    yield s.Training, {}, {
-        "objective": [None, "kl", {}], "on_policy": ["kl"], "betas": [None, (0.9,), ("a", "b"), (2.0, 3.0), 0.9],
-        "autocast": ["bf16", 1], "keep_in": [3, []], "seed": NO_INT, "minutes": ["1", math.nan, -1.0],
+    no_loss = [None, "kl", {}, {"kld": 1.0}, *({"kl": weight} for weight in [*NO_FLOAT, math.inf, -1.0, 0.0])]
+    yield s.Objective, {}, {"weights": no_loss}
+    yield parse_loss, {"text": "kl"}, {"text": ["", "nan*kl", "inf*kl", "-1*kl", "0*kl", "1e999*kl"]}
+    rates = ("weight_decay", "warmup_ratio", "min_lr_ratio", "max_grad_norm", "epochs", "checkpoint_minutes")
+    yield settings(s.DistillationConfig, [*NO_FLOAT, math.inf, -1.0], "learning_rate", *rates)
+    counts = ("gradient_accumulation_steps", "validations", "patience")
+    yield settings(s.DistillationConfig, [*NO_INT, -1], *counts)
+    yield s.DistillationConfig, {}, {
+        "loss": no_loss, "on_policy": ["kl", {}], "betas": [None, (0.9,), ("a", "b"), (2.0, 3.0), 0.9],
+        "seed": ["2", 1.5, True, [1]], "max_minutes": ["1", math.nan, math.inf, 0.0, -1.0],
     }  # fmt: skip
-    yield settings(s.OnPolicy, [*NO_FLOAT, math.inf, -1.0], "share", "begin", "temperature", "top_p")
-    yield settings(s.OnPolicy, [*NO_INT, -1], "prompt", "shortest", "longest")
-    yield settings(s.Healing, [*NO_FLOAT, math.inf, -1.0], "rate", "alpha", "dropout")
-    yield s.Healing, {}, {"rank": [*NO_INT, 0], "how": NO_TEXT, "head": [None, "yes"], "targets": [None, "q", (1,)]}
+    yield s.HardwareConfig, {}, {
+        "autocast": ["bf16", 1, torch.bfloat16], "state_memory": [*NO_INT, -1], "state_dtype": ["half", 1],
+    }  # fmt: skip
+    yield settings(s.OnPolicyConfig, [*NO_FLOAT, math.inf, -1.0], "share", "begin", "temperature", "top_p")
+    yield settings(s.OnPolicyConfig, [*NO_INT, -1], "prompt", "shortest", "longest")
+    yield s.OnPolicyConfig, {}, {"loss": [*no_loss, {"lm": 1.0}, {"mse": 1.0}]}
+    yield settings(s.HealingConfig, [*NO_FLOAT, math.inf, -1.0], "learning_rate_ratio", "alpha", "dropout")
+    yield s.HealingConfig, {}, {
+        "rank": [*NO_INT, 0], "method": [*NO_TEXT, "full"], "where": [*NO_TEXT, "before"], "count": [*NO_INT, 1, -1],
+        "head": [None, "yes"], "targets": [None, "q", (1,)],
+    }  # fmt: skip
+    yield s.Loss, {"name": "mine", "function": torch.sub, "compares": "states"}, {
+        "name": NO_TEXT, "function": [None, 3, "kl"], "compares": [*NO_TEXT, "weights"], "paper": NO_TEXT,
+    }  # fmt: skip
+    yield s.register_loss, {}, {
+        "loss": [None, "kl", torch.sub, s.Loss("kl", torch.sub, "states"), s.Loss("a b", torch.sub, "states")],
+    }  # fmt: skip
     yield parse_replacement, {"text": "linear"}, {
         "text": ["linaer", "linear:rank=0", "linear:rank=1.5", "merged:weight=nan"],
     }  # fmt: skip
-    yield s.preset_named, {"name": "best"}, {"name": [*NO_TEXT, "bets"]}
+    yield s.CompressionConfig.preset, {"name": "best"}, {"name": [*NO_TEXT, "bets"]}
     yield s.register_replacement, {}, {"config": [None, "linear", nn.Linear, s.LinearConfig()]}
     yield s.ReplacementConfig.from_dict, {}, {"values": [None, "linear", {"kind": 3}, {"kind": "linear", "rank": "4"}]}
     yield s.register_module, {}, {"kind": NO_TEXT}
@@ -202,24 +220,40 @@ def rows() -> Iterator[Row]:
     }  # fmt: skip
     student = s.student_of(stack, [(range(1, 3), MAP)])
     yield s.train, {"student": student, "batches": GOOD, "validation": GOOD}, {
-        "student": [None, "x", MODEL], "batches": NO_BATCHES, "validation": NO_BATCHES, "settings": ["x", {}],
+        "student": [None, "x", MODEL], "batches": NO_BATCHES, "validation": NO_BATCHES, "config": ["x", {}],
+        "hardware": ["x", {}], "checkpoint": [3, []], "callbacks": [None, 3, [print]],
     }  # fmt: skip
-    whole: dict[str, Any] = {"model": MODEL, "tokenizer": None, "texts": PARTS, "remove": 1, "shortlist": 1}
+    yield s.CompressionConfig, {}, {
+        "remove": [None, True, math.nan, math.inf, -1, 0, [1], "1e-9", "nonsense", 1.5], "repair": [None, "linear", {}],
+        "search": [None, "window", {}], "data": [None, {}], "distillation": ["kl", {}, True], "healing": [3, "lora"],
+        "evaluation": [None, {}, True], "hardware": [None, "bfloat16"], "rounds": [*NO_INT, 0, 2],
+        "train_until": ["1", True, math.nan, 1.0], "seed": NO_INT, "task": ["causal-lm"], "stack": [3, ["x"]],
+    }  # fmt: skip
+    yield s.DataConfig, {}, {
+        "sequence_length": [*NO_INT, 0], "calibration_tokens": [*NO_INT, 1], "fitting_tokens": [1, True, "2"],
+        "validation_tokens": [*NO_INT, 1], "test_tokens": [*NO_INT, 1], "repeated": [*NO_FLOAT, -0.1, 1.1],
+    }  # fmt: skip
+    yield s.EvaluationConfig, {}, {"speed": [None, "yes", 1], "generation": [None, "yes", 1]}
+    yield s.CompressionConfig.from_dict, {}, {"values": [None, 3, "remove", {"remvoe": 1}, {"schema": 99}]}
+    yield s.CompressionConfig.load, {}, {"path": ["no-such-file", __file__]}
+    config = s.CompressionConfig(remove=1, search=s.WindowSearch(shortlist=1))
+    whole: dict[str, Any] = {"model": MODEL, "tokenizer": None, "texts": PARTS, "config": config}
     no_parts = [{**PARTS, "test": []}, {**PARTS, "test": [{}]}, {"calibration": GOOD}]
+    wrong = [
+        replace(config, remove=1e-9),
+        replace(config, stack="nowhere"),
+        replace(config, search=s.WindowSearch(keep=(9,))),
+    ]
     yield s.compress, whole, {
         "model": [*NO_MODEL, META, EMPTY, SINGLE], "texts": [*NO_TEXTS, *no_parts], "tokenizer": ["x", 3],
-        "remove": [None, True, math.nan, math.inf, -1, 0, [1], 1e-9, "1e-9", "nonsense", 1.5], "keep": NO_BLOCKS,
-        "kind": NO_TEXT, "search": NO_TEXT, "batch_size": [*NO_INT, 0], "shortlist": [*NO_INT, 0], "seed": NO_INT,
-        "training": ["kl", {}, True], "healing": [3], "teacher": ["x", META], "profile": ["x"], "output": [3, []],
-        "repeated": NO_FLOAT, "stack": NO_STACK, "sequence_length": [*NO_INT, 0],
-    }  # fmt: skip
-    yield s.compress_iteratively, {**whole, "rounds": 2, "remove": 2, "training": s.Training()}, {
-        "model": [*NO_MODEL, META], "rounds": [*NO_INT, 0, 9], "training": [None, "kl"], "remove": [True, 1e-9, -1],
+        "config": [3, "best", {}, {"remove": 1}, *wrong], "teacher": ["x", META], "profile": ["x"], "output": [3, []],
+        "checkpoint": [3, [], "kept"], "callbacks": [None, 3, [print]], "resume": [None, "x", True],
     }  # fmt: skip
     tokenizer = NoTokenizer()
-    yield s.sweep, {"model": MODEL, "tokenizer": tokenizer, "texts": ["a"], "remove": [1], "kinds": ["none"]}, {
-        "model": [*NO_MODEL, META], "tokenizer": [None], "texts": [None, 3, "a"], "kinds": [None, [], "none", [{}]],
-        "remove": [None, [], 1, "1", [{}]], "repeats": [*NO_INT, 0],
+    plain = s.NoneConfig()
+    yield s.sweep, {"model": MODEL, "tokenizer": tokenizer, "texts": ["a"], "remove": [1], "repair": [plain]}, {
+        "model": [*NO_MODEL, META], "tokenizer": [None], "texts": [None, 3, "a"], "config": [3, {}],
+        "repair": [None, [], plain, ["none"], [{}]], "remove": [None, [], 1, "1", [{}]], "repeats": [*NO_INT, 0],
     }  # fmt: skip
     yield s.sliding_perplexity, {"model": MODEL, "tokenizer": tokenizer, "texts": ["a"]}, {
         "model": [*NO_MODEL, META], "texts": NO_TEXTS, "batch_size": [*NO_INT, 0],
@@ -273,8 +307,8 @@ def test_what_cannot_work_raises_and_leaves_the_model_as_it_was(row: Row) -> Non
         (lambda: s.profile(MODEL, [IDS[0]]), r"\(8,\)", r"ids\[None\]"),
         (lambda: s.profile(MODEL, [IDS + 1_000]), "10", "tokenizer of this model"),
         (lambda: s.profile(MODEL, iter(())), "batches", "pass a list"),
-        (lambda: s.compress(MODEL, None, PARTS, remove=1e-9), "1e-09", "remove=1 "),
-        (lambda: s.Objective.parse("nan*kl"), "kl=nan", "expected one above zero"),
+        (lambda: s.compress(MODEL, None, PARTS, configured(remove=1e-9)), "1e-09", "remove=1 "),
+        (lambda: parse_loss("nan*kl"), "'kl'.*nan", "a number above 0"),
         (lambda: s.perplexity("model", GOOD), "model='model'", "from_pretrained"),  # type: ignore[arg-type]
     ],
 )

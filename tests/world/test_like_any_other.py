@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStr
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, compress, save
 from streamline_hooks.replacements import SwiGLUReplacement
+from tests.configured import configured
 from tests.tiny_models import FAMILIES, left_padded, repaired, tiny_model, tokens
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -31,9 +32,19 @@ def short_stories(stories: tuple[Any, Any], story_texts: list[str]) -> tuple[Any
     """A compressed model that still writes, and its tokenizer."""
     model, tokenizer = copy.deepcopy(stories[0]), stories[1]
     compress(
-        model, tokenizer, story_texts, remove=1, keep=[0], kind="linear", sequence_length=64,
-        calibration_tokens=4096, validation_tokens=512, test_tokens=512,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        story_texts,
+        configured(
+            remove=1,
+            keep=[0],
+            repair="linear",
+            sequence_length=64,
+            calibration_tokens=4096,
+            validation_tokens=512,
+            test_tokens=512,
+        ),
+    )
     return model, tokenizer
 
 

@@ -28,7 +28,7 @@ def last_n_but_final(profile: Profile, window: range) -> float:
 def at_random(profile: Profile, window: range, seed: int = 0) -> float:
     """A number in [0, 1) that depends on the window and the seed alone.
 
-    For another seed, ``register_criterion("random 1", partial(at_random, seed=1), needs="profile")``.
+    For another seed, ``register_criterion(Criterion("random-1", partial(at_random, seed=1), "profile"))``.
     """
     digest = hashlib.blake2b(f"{seed} {window.start} {window.stop}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2.0**53

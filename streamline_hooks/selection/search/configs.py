@@ -87,8 +87,6 @@ class SearchConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.criterion, Mapping):
-            object.__setattr__(self, "criterion", dict(self.criterion))
         resolved, name = self.resolved_criterion, type(self).__name__
         if self.only_criterion is not None and resolved.name != self.only_criterion:
             raise StreamlineError(
@@ -209,7 +207,7 @@ class SearchConfig(Config):
             each = f" of {least} each at least" if least > 1 else ""
             raise StreamlineError(
                 f"{blocks} block{'s' * (blocks > 1)} cannot be in {windows} windows{each}. Remove more, at a time if "
-                "it is in rounds, or ask for fewer windows (parts), or for one (search window)."
+                "it is in rounds, or ask for fewer windows, or for one (WindowSearch; --search window)."
             )
 
 
@@ -286,7 +284,7 @@ class DisjointSearch(SearchConfig):
     """
 
     kind = "disjoint"
-    least: ClassVar[Mapping[str, float]] = {"shortlist": 1, "windows": 1}
+    least: ClassVar[Mapping[str, float]] = {"windows": 1}
     windows: int = 2
 
     @property
@@ -328,7 +326,7 @@ class MixedSearch(SearchConfig):
     """
 
     kind = "mixed"
-    least: ClassVar[Mapping[str, float]] = {"shortlist": 1, "windows": 2}
+    least: ClassVar[Mapping[str, float]] = {"windows": 2}
     default_criterion = SHORTLIST
     windows: int = 2
 

@@ -16,6 +16,7 @@ from streamline_hooks import StreamlineError, compress
 from streamline_hooks.selection import protected_blocks, windows
 from streamline_hooks.selection.search import Selection, best_windows, disjoint_windows, one_shot
 from streamline_hooks.testing import tiny_model
+from tests.configured import arguments
 
 Table = dict[tuple[int, int], float]
 
@@ -127,9 +128,15 @@ def test_windows_are_longer_than_what_stands_in_their_place() -> None:
     """One of a single block would be taken for another block, and nothing would go there."""
     rows = torch.randint(3, 60, (12, 2, 12), generator=torch.Generator().manual_seed(0))
     parts: dict[str, Any] = {"calibration": list(rows[:8]), "validation": [rows[8]], "test": [rows[9]]}
-    options: dict[str, Any] = {"search": "disjoint", "kind": "merged", "remove": 3, "side_by_side": False}
-    result = compress(tiny_model("llama", blocks=10), None, parts, shortlist=8, **options)
+    options: dict[str, Any] = {
+        "search": "disjoint",
+        "repair": "merged",
+        "remove": 3,
+        "speed": False,
+        "generation": False,
+    }
+    result = compress(tiny_model("llama", blocks=10), None, parts, **arguments(shortlist=8, **options))
     assert len(result.candidates) == 8
     assert all(len(w) > 1 and not one.refused for one in result.candidates for w in one.windows)
     with pytest.raises(StreamlineError, match=r"7 blocks.*4 windows.*of 2"):
-        compress(tiny_model("llama", blocks=10), None, parts, **{**options, "parts": 4})
+        compress(tiny_model("llama", blocks=10), None, parts, **arguments(**{**options, "windows": 4}))

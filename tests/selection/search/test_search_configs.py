@@ -40,6 +40,7 @@ from streamline_hooks import (
 from streamline_hooks.repair import BlockConfig
 from streamline_hooks.selection import windows
 from streamline_hooks.testing import tiny_model
+from tests.configured import arguments
 
 BLOCKS, REMOVED = 8, 3
 Value = Any
@@ -257,7 +258,9 @@ def test_a_users_search_and_criterion_compress(own: None) -> None:
     batches = [torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(k)) for k in range(8)]
     parts = {"calibration": batches[:5], "validation": batches[5:7], "test": batches[7:]}
     given: dict[str, Any] = {"search": "test-second", "criterion": "test-start", "keep": [-1], "shortlist": 1}
-    result = compress(tiny_model("llama"), None, parts, remove=2, kind="block", side_by_side=False, **given)
+    result = compress(
+        tiny_model("llama"), None, parts, **arguments(remove=2, repair="block", speed=False, generation=False, **given)
+    )
     assert (result.search, result.criterion) == ("test-second", "test-start")
     assert [one.windows for one in result.candidates] == [(range(3, 6),)]  # a slot is for the block in their place
 

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 
-from streamline_hooks import StreamlineError
-from streamline_hooks.cli.short_forms import parse_replacement
+from streamline_hooks import CompressionConfig, StreamlineError
+from streamline_hooks.pipeline.presets import PRESETS
 from streamline_hooks.repair.healing import healing_copies
-from streamline_hooks.repair.presets import PRESETS, preset_named
-from streamline_hooks.selection import SEARCHES
 from streamline_hooks.stack import find_stack
 from streamline_hooks.testing import tiny_model
 
@@ -28,55 +26,54 @@ PUBLISHED: dict[str, tuple[Any, ...]] = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_what_is_trained_is_trained_as_published(name: str) -> None:
-    training = preset_named(name).training
-    assert training is not None
+    distillation = PRESETS[name].config.distillation
+    assert distillation is not None
     found = (
-        str(training.objective),
-        training.learning_rate,
-        training.weight_decay,
-        training.betas,
-        training.warmup,
-        pytest.approx(training.floor * training.learning_rate),
-        training.clip,
+        str(distillation.objective),
+        distillation.learning_rate,
+        distillation.weight_decay,
+        distillation.betas,
+        distillation.warmup_ratio,
+        pytest.approx(distillation.min_lr_ratio * distillation.learning_rate),
+        distillation.max_grad_norm,
     )
     assert PUBLISHED[name] == found
 
 
 def test_iterative_is_the_best_in_two_rounds() -> None:
-    best, found = preset_named("best"), preset_named("iterative")
+    best, found = CompressionConfig.preset("best"), CompressionConfig.preset("iterative")
     assert (best.rounds, found.rounds) == (1, 2)
-    assert replace(best, name=found.name, source=found.source, rounds=2) == found
+    assert replace(best, rounds=2) == found
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_what_a_preset_searches_for_can_be_searched(name: str) -> None:
-    """And those that were published, or stand in one table with them, search for one window."""
-    preset = preset_named(name)
-    SEARCHES[preset.search](preset.criterion or None).check(0.25)
-    found = (preset.search, preset.criterion, preset.repeated)
+def test_published_methods_search_for_one_window(name: str) -> None:
+    """And what stands in one table with them."""
+    config = PRESETS[name].config
+    found = (config.search.kind, config.search.resolved_criterion.name, config.data.repeated)
     ours = {
         "two-windows": ("disjoint", "cosine_and_magnitude", 1.0),
-        **dict.fromkeys(("best", "iterative"), ("window", "", 1.0)),
+        **dict.fromkeys(("best", "iterative"), ("window", "cosine_and_magnitude", 1.0)),
     }
-    assert found == ours.get(name, ("window", "", 0.0))
+    assert found == ours.get(name, ("window", "cosine_and_magnitude", 0.0))
 
 
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - set(PUBLISHED) - {"iterative"}))
 def test_the_others_train_nothing(name: str) -> None:
-    assert preset_named(name).training is None
-    assert preset_named(name).healing is None
+    assert PRESETS[name].config.distillation is None
+    assert PRESETS[name].config.healing is None
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_has_a_kind_and_a_source(name: str) -> None:
+def test_every_preset_has_its_name_and_a_source(name: str) -> None:
     preset = PRESETS[name]
-    assert parse_replacement(preset.kind).name == preset.kind
+    assert preset.name == name
     assert "arXiv" in preset.source or name in ("none", "best", "two-windows")
 
 
 @pytest.mark.parametrize(("type_", "layers"), [("llama", 3), ("gpt2", 2), ("opt", 2), ("gpt_neox", 2)])
 def test_uidl_puts_adapters_of_rank_64_on_the_mlps_alone(type_: str, layers: int) -> None:
-    healing = preset_named("uidl").healing
+    healing = PRESETS["uidl"].config.healing
     assert healing is not None
     copies, _ = healing_copies(find_stack(tiny_model(type_)), [range(2, 4)], healing)
     adapters = {n.split(".lora_")[0]: p for n, p in copies[0].named_parameters() if p.requires_grad and ".lora_A" in n}
@@ -86,5 +83,5 @@ def test_uidl_puts_adapters_of_rank_64_on_the_mlps_alone(type_: str, layers: int
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(StreamlineError, match=r"'worst'.*Known: best, two-windows, iterative"):
-        preset_named("worst")
+    with pytest.raises(StreamlineError, match=r"'bets'.*Expected one of best, two-windows.*Did you mean 'best'"):
+        CompressionConfig.preset("bets")

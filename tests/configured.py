@@ -1,0 +1,68 @@
+"""Configs of compressions from one flat list of settings, for tests that vary a few of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from inspect import signature
+from typing import Any
+
+from streamline_hooks import (
+    SEARCHES,
+    CompressionConfig,
+    DataConfig,
+    EvaluationConfig,
+    HardwareConfig,
+    compress,
+)
+from streamline_hooks.cli.short_forms import parse_replacement
+
+_SECTIONS = {"data": DataConfig, "evaluation": EvaluationConfig, "hardware": HardwareConfig}
+
+
+def configured(base: CompressionConfig | None = None, **settings: Any) -> CompressionConfig:
+    """Return a config with fields of all its sections set.
+
+    Parameters
+    ----------
+    base : CompressionConfig, optional
+    **settings
+        Fields of `CompressionConfig`, of its data, evaluation and hardware, and of the search, each by its own name.
+        `repair` may be a short form of the command line, and `search` a kind.
+
+    Examples
+    --------
+    >>> configured(remove=2, repair="mlp:width=8", search="disjoint", windows=3, batch_size=2).search.windows
+    3
+    """
+    config = base or CompressionConfig()
+    if isinstance(settings.get("repair"), str):
+        settings["repair"] = parse_replacement(settings["repair"])
+    search = settings.pop("search", config.search)
+    search = SEARCHES[search]() if isinstance(search, str) else search
+    given = {name: settings.pop(name) for name in [f.name for f in fields(search)] if name in settings}
+    if "keep" in given:
+        given["keep"] = tuple(given["keep"])
+    if search.most_selections is not None and "shortlist" in given:
+        given["shortlist"] = min(given["shortlist"], search.most_selections)
+    values: dict[str, Any] = {"search": replace(search, **given)}
+    for section, kind in _SECTIONS.items():
+        inside = {f.name: settings.pop(f.name) for f in fields(kind) if f.name in settings}
+        values[section] = replace(settings.pop(section, getattr(config, section)), **inside)
+    return replace(config, **values, **settings)
+
+
+def arguments(function: Callable[..., Any] = compress, **settings: Any) -> dict[str, Any]:
+    """Return the keywords of `compress`: its own, such as `output`, as they are, and the config of all others.
+
+    Parameters
+    ----------
+    function : callable
+        Another function with a config and keywords of its own.
+    **settings
+        See `configured`.
+    """
+    parameters = signature(function).parameters
+    own = [name for name, one in parameters.items() if one.kind is one.KEYWORD_ONLY and name in settings]
+    given = {name: settings.pop(name) for name in own}
+    return {"config": configured(**settings), **given}
