@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
+from streamline_hooks.arguments import field_hints
 from streamline_hooks.calibration.mixture import ROUNDING
+from streamline_hooks.core.config import nearest
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.healing import HealingConfig
 from streamline_hooks.repair.losses import LOSSES
@@ -356,18 +358,19 @@ def read_options(text: str, config: type[Any], without: tuple[str, ...] = ()) ->
         if option not in known or option in found:
             listed = ", ".join(f"{o} ({_expected(types)})" for o, types in known.items()) or "none"
             what = "is given an option twice" if option in found else "has no such option"
-            raise StreamlineError(f"{text!r}: {name.strip()!r} {what}, {option!r}. Its options: {listed}.")
+            hint = nearest(option, set(known) - set(found), "Leave it out.")
+            raise StreamlineError(f"{text!r}: {name.strip()!r} {what}, {option!r}. Its options: {listed}. {hint}")
         found[option] = _read(text, option, known[option], value if given else "true")
     return found
 
 
 def _option_types(config: type[Any]) -> dict[str, tuple[Any, ...]]:
     """Return, for each option, the types that can be written in a short form."""
-    try:
-        hints = get_type_hints(config)
-    except NameError:  # an annotation that is imported for type checkers only
-        hints = {}
-    return {f.name: _plain_types(hints.get(f.name, type(f.default))) for f in fields(config)}
+    hints = field_hints(config)
+    return {
+        field.name: _plain_types(type(field.default) if hints[field.name] is Any else hints[field.name])
+        for field in fields(config)
+    }
 
 
 def _plain_types(annotation: Any) -> tuple[Any, ...]:

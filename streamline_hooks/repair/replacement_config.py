@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -104,12 +104,12 @@ class ReplacementConfig(Config):
     @cached_property
     def name(self) -> str:
         """The short form of the command line: the kind, and the options that differ from their defaults."""
-        options = [
-            (f.name, getattr(self, f.name))
-            for f in (f for f in fields(self) if f.name != "seed")
-            if getattr(self, f.name) != f.default
+        default = type(self)()
+        written = [
+            f.name if value is True else f"{f.name}={_short(value)}"
+            for f in fields(self)
+            if f.name != "seed" and (value := getattr(self, f.name)) != getattr(default, f.name)
         ]
-        written = [name if value is True else f"{name}={str(value).lower()}" for name, value in options]
         return self.kind + (":" if written else "") + ",".join(written)
 
     def __str__(self) -> str:
@@ -194,3 +194,10 @@ def register_replacement(config: _Replacement) -> _Replacement:
     DoctestConfig(seed=None, bias=True)
     """
     return register_config(ReplacementConfig, config)  # type: ignore[no-any-return]
+
+
+def _short(value: Any) -> str:
+    """Return an option's value as `parse_replacement` reads it."""
+    if isinstance(value, tuple):
+        return "+".join(map(str, value))
+    return "false" if value is False else str(value)

@@ -129,6 +129,23 @@ def test_annotations_that_cannot_be_read() -> None:
     assert parse_replacement("test-strange:depth=3").depth == 3  # type: ignore[attr-defined]
 
 
+@dataclass(frozen=True)
+class Named(ReplacementConfig):
+    kind = "test-named"
+    mode: str = "plain"
+    layers: tuple[str, ...] = field(default_factory=lambda: ("q", "k"))
+    wide: bool = True
+
+
+@pytest.mark.parametrize(
+    "config", [Named(), Named(mode="Bc"), Named(layers=("v",)), Named(layers=("v", "o"), wide=False)]
+)
+def test_every_option_is_in_the_short_form(config: Named, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REPLACEMENTS, "test-named", Named)
+    assert parse_replacement(config.name) == config
+    assert Named().name == "test-named"
+
+
 class NoDataclass(ReplacementConfig):
     kind = "test-no-dataclass"
 
