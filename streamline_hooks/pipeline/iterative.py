@@ -135,7 +135,7 @@ def compress_in_rounds(
                     else "Name a file (checkpoint) to go on from."
                 )
             )
-    result = replace(_together(done, whole), config=config)
+    result = _together(done, whole)
     if output is not None:
         clock = Clock()
         with clock("save"):
@@ -189,13 +189,7 @@ def blocks_by_round(length: int, remove: Target | int | float, rounds: int) -> l
     >>> blocks_by_round(30, 0.25, 3)
     [3, 3, 2]
     """
-    target = Target.of(remove)
-    if not target.counts_blocks:
-        raise StreamlineError(
-            f"The target {target} is not one of blocks, which rounds can share. Give a number or a fraction of the "
-            "blocks, or remove in one round (compress)."
-        )
-    total = blocks_to_remove(target, length)
+    total = blocks_to_remove(Target.of(remove), length)
     if not 1 <= rounds <= total:
         raise StreamlineError(f"{total} blocks cannot go in {rounds} rounds; expected 1 to {total} rounds.")
     return [total // rounds + (number < total % rounds) for number in range(rounds)]

@@ -11,7 +11,7 @@ import torch
 from streamline_hooks import CompressionConfig, StreamlineError, load
 
 EARLIER = Path(__file__).parent / "earlier"
-"""Written before checkpoints held a config; beside each, logits that the model had then."""
+"""Written before checkpoints held a config, without the code and checksums in them; beside each, its logits then."""
 
 
 @pytest.mark.parametrize("name", ["mlp", "silenced"])
