@@ -51,6 +51,7 @@ QUIET = EvaluationConfig(speed=False, generation=False)
 TRAINED = DistillationConfig(epochs=1, validations=1, warmup_ratio=0.0)
 BASE = CompressionConfig(remove=1, search=WindowSearch(shortlist=2), data=SMALL, evaluation=QUIET)
 TRAINING = replace(BASE, repair=MLPConfig(width=8), distillation=TRAINED)
+COMPARED = replace(BASE, evaluation=EvaluationConfig())  # by one without the other
 
 
 # Writing and reading
@@ -379,8 +380,8 @@ EFFECTS: dict[str, Effect] = {
     "data.repeated": Effect(1.0, distances),
     "distillation": Effect(TRAINED, lambda result: result.training is None, replace(BASE, repair=MLPConfig(width=8))),
     "healing": Effect(HealingConfig(method="partial", where="all"), weights, TRAINING),
-    "evaluation.speed": Effect(True, lambda result: result.speed is None),
-    "evaluation.generation": Effect(True, lambda result: len(result.samples)),
+    "evaluation.speed": Effect(False, lambda result: result.speed is None, COMPARED),
+    "evaluation.generation": Effect(False, lambda result: len(result.samples), COMPARED),
     "hardware.batch_size": Effect(2, steps, TRAINING),
     "hardware.autocast": Effect("bfloat16", weights, TRAINING),
     "hardware.state_dtype": Effect("bfloat16", weights, TRAINING),
