@@ -167,15 +167,20 @@ class Config:
             config = cls.family[given.pop("kind", cls.kind)]
         if not issubclass(config, cls):
             raise StreamlineError(f"{cls.__name__}: kind={config.kind!r} is another config. Expected {cls.kind!r}.")
-        known = [field.name for field in fields(config) if field.init]
-        for key in given:
-            if key not in known:
-                raise StreamlineError(
-                    f"{config.__name__}: the key {key!r} is unknown. Expected one of {', '.join(known)}. "
-                    + nearest(key, known, "Leave it out.")
-                )
+        require_fields(config, given)
         hints = field_hints(config)
         return config(**{key: _read(value, hints[key]) for key, value in given.items()})  # type: ignore[return-value]
+
+
+def require_fields(config: type[Config], given: Iterable[Any]) -> None:
+    """Raise if a key is no field of a config, and suggest the nearest one."""
+    known = [field.name for field in fields(config) if field.init]
+    for key in given:
+        if key not in known:
+            raise StreamlineError(
+                f"{config.__name__}: the key {key!r} is unknown. Expected one of {', '.join(known)}. "
+                + nearest(key, known, "Leave it out.")
+            )
 
 
 def register_config(base: type[Config], config: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -117,38 +117,22 @@ def compress(
     6
     """
     config = config or CompressionConfig()
+    common: dict[str, Any] = {
+        "test_texts": test_texts,
+        "output": output,
+        "overwrite": overwrite,
+        "resume": resume,
+        "checkpoint": checkpoint,
+        "callbacks": callbacks,
+        "say": say,
+    }
     if config.rounds == 1:
         return compress_once(
-            model,
-            tokenizer,
-            texts,
-            config,
-            recorded=config,
-            teacher=teacher,
-            profile=profile,
-            test_texts=test_texts,
-            output=output,
-            overwrite=overwrite,
-            resume=resume,
-            checkpoint=checkpoint,
-            callbacks=callbacks,
-            say=say,
+            model, tokenizer, texts, config, recorded=config, teacher=teacher, profile=profile, **common
         )
     if profile is not None or teacher is not None:
         raise StreamlineError(
             f"compress: a profile or a teacher was given for {config.rounds} rounds. Expected neither: each round "
             "ranks the repaired model again, and the original is the teacher. Leave it out, or use one round."
         )
-    return compress_in_rounds(
-        model,
-        tokenizer,
-        texts,
-        config,
-        test_texts=test_texts,
-        output=output,
-        overwrite=overwrite,
-        resume=resume,
-        checkpoint=checkpoint,
-        callbacks=callbacks,
-        say=say,
-    )
+    return compress_in_rounds(model, tokenizer, texts, config, **common)

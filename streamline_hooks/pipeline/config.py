@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -12,7 +11,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from streamline_hooks.core.config import Config, nearest, require_plain
+from streamline_hooks.core.config import Config, require_fields, require_plain
 from streamline_hooks.core.files import atomic_file
 from streamline_hooks.core.hardware_config import HardwareConfig
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
@@ -253,13 +252,7 @@ class CompressionConfig(Config):
         """
         from streamline_hooks.pipeline.presets import PRESETS
 
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in fields:
-            if key not in known:
-                raise StreamlineError(
-                    f"CompressionConfig.preset: the field {key!r} is unknown. Expected one of {', '.join(known)}. "
-                    + nearest(key, known, "Leave it out.")
-                )
+        require_fields(cls, fields)
         return replace(PRESETS[name].config, **fields)
 
     def to_dict(self) -> dict[str, Any]:
