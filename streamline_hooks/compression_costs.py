@@ -70,7 +70,6 @@ def compression_costs(ready: Preparation, profiled: bool = False) -> list[Cost]:
     tried = most_attempts(distillation is not None)
     found = [
         *([] if profiled else [pace.rank(ready.calibration)]),
-        *([pace.channels([*ready.fit, *ready.held_out], ready.candidates)] if ready.kind.fill else []),
         pace.fit(ready.fit, ready.candidates, **judged, beside=beside),
         pace.fit(ready.held_out, ready.candidates, **judged, beside=beside, sums=2),
         *([pace.fit(ready.fit, ready.candidates, **one_by_one) * later] if later else []),

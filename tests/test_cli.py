@@ -218,19 +218,6 @@ def test_rank_by_a_criterion_that_runs_the_model(
 def test_a_dry_run_says_the_cost_and_does_nothing(
     stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [
-        "compress",
-        stories_folder,
-        "-o",
-        tmp_path / "out",
-        *SMALL,
-        "--remove",
-        2,
-        "--kind",
-        "merged:channels=mlp",
-    ]
-    code, out, _ = run([*options, "--dry-run"], monkeypatch, capsys)
-    assert code == 0 and "measure channels: " in out and out.count("tokens, about") == 7
     options = ["compress", stories_folder, "-o", tmp_path / "out", *SMALL, "--remove", 1, "--dry-run"]
     code, out, err = run(options, monkeypatch, capsys)
     assert code == 0 and "remove     1 comes to 1 of 5 blocks" in out

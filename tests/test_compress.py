@@ -24,7 +24,7 @@ from tests.processes import in_a_new_process
 from tests.repair.own_kinds import register_kind
 from tests.repair.stand_ins import KINDS, SLOTS
 
-PLAIN = ("block", "block:count=2", "silenced", "merged", "merged:channels=mlp", "folded", "scale")
+PLAIN = ("block", "block:count=2", "silenced", "merged", "folded", "scale")
 SMALL = {"sequence_length": 64, "calibration_tokens": 6400, "validation_tokens": 640, "test_tokens": 640}
 
 

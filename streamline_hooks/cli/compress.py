@@ -45,7 +45,7 @@ def compress(
         str,
         typer.Option(
             help="What stands in the blocks' place: none, linear (rank=64, diagonal), mlp, swiglu (width=1536, "
-            "linear=false), block (count=2), silenced, merged (weight=0.5, or channels=both), folded, scale; options "
+            "linear=false), block (count=2), silenced, merged (weight=0.5), folded, scale; options "
             "after a colon, as in linear:rank=64. By default linear.",
             show_default=False,
         ),

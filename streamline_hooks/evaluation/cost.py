@@ -141,13 +141,6 @@ class Pace:
         what = f"fit {count} windows"
         return Cost(what, tokens, tokens * seconds, held + max(chunk, self._working(largest)))
 
-    def channels(self, batches: Sequence[Batch | Tensor], windows: Sequence[range]) -> Cost:
-        """Of `measure_needs`: the blocks up to the last that a window needs, and no head."""
-        tokens, largest = _tokens(batches)
-        seconds = self.before + sum(self.blocks[: max(window.stop for window in windows)])
-        kept = 2 * self._state(largest) + largest * self.widest * (self.state_size + _FLOAT64)
-        return Cost("measure channels", tokens, tokens * seconds, kept + self._working(largest))
-
     def judge(
         self,
         batches: Sequence[Batch | Tensor],

@@ -205,7 +205,6 @@ def _paces(
     with torch.device("meta"):
         module = ready.kind.make(ready.stack, windows[0])
     fit = pace.fit(ready.calibration, firsts)  # all in one pass, and each later window of a selection in one of its own
-    filled = pace.channels(ready.calibration, firsts).seconds if ready.kind.fill else 0.0
     later = [pace.fit(ready.calibration, [window]) for one in selections for window in one.windows[1:]]
     whole = len(windows) > 1 or bool(ready.kind.slots or ready.kind.fit)
     stand_in = module if isinstance(module, nn.Module) else None
@@ -233,7 +232,7 @@ def _paces(
         prepare=0.0,
         encode=encoding / max(1, len(encoded)),
         rank=ranking / sum(map(tokens_of, ready.calibration)),
-        fit=(fit.seconds + filled + sum(cost.seconds for cost in later)) / fit.tokens,
+        fit=(fit.seconds + sum(cost.seconds for cost in later)) / fit.tokens,
         judge=judge.seconds / judge.tokens,
         score=scoring_passes(pace, windows, whole),
         search=searching,

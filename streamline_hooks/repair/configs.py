@@ -6,18 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
 
 from streamline_hooks.batch import Batch
-from streamline_hooks.branches import BRANCHES, Branch
-from streamline_hooks.errors import StreamlineError
-from streamline_hooks.repair.needed_channels import fill_concatenated
 from streamline_hooks.repair.published import fit_ghosted, fit_linear_patch, fit_replace_me
 from streamline_hooks.repair.repaired import fit_folded, fit_scaled
-from streamline_hooks.repair.replacement_config import Filler, ReplacementConfig, register_replacement
+from streamline_hooks.repair.replacement_config import ReplacementConfig, register_replacement
 from streamline_hooks.repair.size import features_of, inner_width_of
 from streamline_hooks.repair.stand_in import StandIn
 from streamline_hooks.replacements import (
@@ -178,30 +174,15 @@ class MergedConfig(ReplacementConfig):
 
     Attributes
     ----------
-    weight : float, optional
+    weight : float
         Weight of the sum of the differences between the later blocks and the first; 1 by default.
-    channels : {"attention", "mlp", "both"}, optional
-        Instead of a sum, keep the channels of these branches that contribute most.
     solve : bool
         Whether the last projection is solved by least squares.
     """
 
     kind = "merged"
-    weight: float | None = None
-    channels: str | None = None
+    weight: float = 1.0
     solve: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.channels is not None and (self.weight is not None or not self._branches):
-            raise StreamlineError(
-                f"merged: channels={self.channels!r} with weight={self.weight} is invalid. Expected channels of "
-                f"{', '.join(BRANCHES)} or both, without a weight, which belongs to a sum. Change one of them."
-            )
-
-    @property
-    def _branches(self) -> list[Branch]:
-        return [branch for branch in BRANCHES if self.channels in (branch, "both")]
 
     @property
     def slots(self) -> int:
@@ -211,14 +192,8 @@ class MergedConfig(ReplacementConfig):
     def is_solved(self) -> bool:
         return self.solve
 
-    @property
-    def fill(self) -> Filler | None:
-        return None if self.channels is None else partial(fill_concatenated, self._branches)
-
     def make(self, stack: BlockStack, window: range) -> StandIn:
-        if self.channels is not None:
-            return inherit(stack, window)
-        return merge(stack, window, 1.0 if self.weight is None else self.weight)
+        return merge(stack, window, self.weight)
 
 
 @register_replacement

@@ -126,13 +126,8 @@ def start(
     if kind.fit is not None:
         return kind.fit(stack, [window for window, _ in stand_ins], fit, held_out, probe, what)
     found: dict[int, Repair | UnsupportedSurgery] = {}
-    if kind.fill is not None:
-        windows, copies = zip(*stand_ins, strict=True) if stand_ins else ((), ())
-        found.update(kind.fill(stack, windows, copies, [*fit, *held_out], probe, what))
-    mapped = [
-        k for k, (_, stand_in) in enumerate(stand_ins) if k not in found and kind.is_solved and holds_map(stand_in)
-    ]
-    beside = [k for k in range(len(stand_ins)) if k not in found and k not in mapped]
+    mapped = [k for k, (_, stand_in) in enumerate(stand_ins) if kind.is_solved and holds_map(stand_in)]
+    beside = [k for k in range(len(stand_ins)) if k not in mapped]
     if mapped:
         found.update(zip(mapped, _at_map(stack, [stand_ins[k] for k in mapped], fit, held_out, what), strict=True))
     if beside:

@@ -19,7 +19,6 @@ from streamline_hooks.repair.stand_in import StandIn, blocks_of
 from streamline_hooks.stack import BlockStack
 
 Fitter = Callable[..., list[Repair | UnsupportedSurgery]]
-Filler = Callable[..., dict[int, UnsupportedSurgery]]
 
 
 _Same = TypeVar("_Same", bound="ReplacementConfig")
@@ -80,11 +79,6 @@ class ReplacementConfig(Config):
     def slots(self) -> int:
         """Number of slots in the stack, and so in the KV cache, that the replacement takes."""
         return 0
-
-    @property
-    def fill(self) -> Filler | None:
-        """Completes new replacements from the calibration text, before least squares; see `fill_concatenated`."""
-        return None
 
     @property
     def is_solved(self) -> bool:

@@ -88,7 +88,6 @@ RUNS: dict[str, Run] = {
     "kind/silenced": _kind("silenced", "llama", "last_n_but_final"),
     "kind/merged": _kind("merged", "qwen3", "random"),
     "kind/merged:weight": _kind("merged:weight=0.5", "gpt2", "perplexity"),
-    "kind/merged:channels": _kind("merged:channels=both", "llama", "kl"),
     "kind/folded": _kind("folded", "llama", "repaired_residual", keep=[0]),
     "kind/scale": _kind("scale", "llama", "taylor"),
     "kind/feed_forward": _kind("feed_forward:width=24", "llama", "cca"),

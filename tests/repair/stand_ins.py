@@ -19,9 +19,9 @@ VALIDATION = [left_padded(3, 9, seed=4), tokens(2, 12, seed=5)]
 HOLD_MAP = ("linear", "mlp:width=40", "mlp:activation=relu,bias", "swiglu", "swiglu:norm=false")
 SHAPED = ("linear:rank=4", "linear:diagonal")
 PROJECTED = ("mlp:linear=false", "swiglu:width=40,linear=false", "block", "block:count=2", "silenced")
-SLOTS = {"block": 1, "block:count=2": 2, "silenced": 1, "merged": 1, "merged:channels=mlp": 1}
+SLOTS = {"block": 1, "block:count=2": 2, "silenced": 1, "merged": 1}
 FITTED = (*HOLD_MAP, *SHAPED, *PROJECTED, "folded")
-KINDS = ("none", *FITTED, "merged", "merged:channels=mlp", "scale")
+KINDS = ("none", *FITTED, "merged", "scale")
 
 
 def leaving(model: nn.Module, window: range, batch: Batch | torch.Tensor, stand_in: Any = "original") -> torch.Tensor:
