@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+import benchmarks.baselines  # noqa: F401 - adds the presets of other methods
 from benchmarks.quality_scores import SEQUENCES, Quality, write
 from benchmarks.real_text import RESULTS, ROOT, arguments
 from benchmarks.training_text import TrainingText, training_text

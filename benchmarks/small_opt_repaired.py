@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 
+import benchmarks.baselines  # noqa: F401 - registers the replacements of other methods
 from benchmarks.quality_scores import write
 from benchmarks.real_text import BATCH, RESULTS, arguments, heldout
 from benchmarks.small_opt import SCORED, load_small_opt

@@ -464,7 +464,7 @@ def test_a_preset_is_taken_as_it_is_where_nothing_else_is_said() -> None:
     assert config_of(Recipe(loss="kl")).distillation == DistillationConfig()
 
 
-@pytest.mark.parametrize("recipe", [("", "kl", "lora"), ("uidl", "", "")])
+@pytest.mark.parametrize("recipe", [("", "kl", "lora"), ("llm-streamline-ffn", "", "")])
 def test_the_seed_is_that_of_the_training_too(recipe: tuple[str, str, str]) -> None:
     preset, loss, heal = recipe
     config = config_of(Recipe(preset=preset, loss=loss, heal=heal), seed=7)
@@ -477,7 +477,7 @@ def test_the_seed_is_that_of_the_training_too(recipe: tuple[str, str, str]) -> N
     [
         ({}, ("window", "cosine_and_magnitude", 0.0)),
         ({"search": "greedy"}, ("greedy", "cosine", 0.0)),
-        ({"preset": "uidl", "repeated": 0.5}, ("window", "cosine_and_magnitude", 0.5)),
+        ({"preset": "llm-streamline-ffn", "repeated": 0.5}, ("window", "cosine_and_magnitude", 0.5)),
         ({"preset": "two-windows"}, ("disjoint", "cosine_and_magnitude", 1.0)),
         ({"preset": "two-windows", "criterion": "cosine", "repeated": 0.0}, ("disjoint", "cosine", 0.0)),
         ({"preset": "two-windows", "search": "greedy"}, ("greedy", "cosine", 1.0)),
@@ -494,10 +494,13 @@ def test_how_blocks_are_found_is_said_by_the_preset_where_nothing_else_is(asked:
     ("options", "message"),
     [
         (["--preset", "best", "--kind", "linear"], r"--preset best .*--kind would; leave one"),
-        (["--preset", "uidl", "--learning-rate", "0.1"], r"--preset uidl .*--learning-rate would"),
+        (
+            ["--preset", "llm-streamline-ffn", "--learning-rate", "0.1"],
+            r"--preset llm-streamline-ffn .*--learning-rate would",
+        ),
         (["--preset", "best", "--learning-rate", "0.001"], r"--preset best .*--learning-rate would"),
         (["--learning-rate", "0.001"], r"--learning-rate: .*no --train"),
-        (["--preset", "uidl", "--train", "kl", "--heal", "lora"], "--train and --heal would"),
+        (["--preset", "llm-streamline-ffn", "--train", "kl", "--heal", "lora"], "--train and --heal would"),
         (["--preset", "worst"], r"'worst'.*unknown"),
         (["--heal", "lora"], r"--heal lora: .*no --train.*such as kl"),
         (["--epochs", "2"], r"--epochs: .*no --train"),

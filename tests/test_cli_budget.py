@@ -119,8 +119,8 @@ def test_what_was_planned_is_gone_on_with_as_it_was_said(
         (["--kind", "linear"], r"'best'.*--kind would say"),
         (["--train", "kl", "--heal", "lora"], r"--train and --heal would say; leave one"),
         (["--preset", "iterative"], r"--preset iterative.*2 rounds"),
-        (["--preset", "ghosted"], r"the config trains nothing"),
-        (["--preset", "uidl", "--heal", "lora"], r"'uidl'.*--heal would say"),
+        (["--preset", "none"], r"the config trains nothing"),
+        (["--preset", "llm-streamline-ffn", "--heal", "lora"], r"'llm-streamline-ffn'.*--heal would say"),
         (
             ["--preset", "two-windows", "--remove", "parameters:0.2"],
             r"Search for a window.*preset best",

@@ -56,8 +56,7 @@ def compress(
             metavar="NAME",
             help="A whole recipe instead of --kind, --train and --heal, which says --search, --criterion and "
             "--repeated too where they are left out: best, iterative (the same in two rounds), two-windows, or as it "
-            "was published, llm-streamline-ffn, llm-streamline-layer, replaceme, linearpatch, ghosted, "
-            "prune-and-comp, uidl.",
+            "was published, llm-streamline-ffn, llm-streamline-layer.",
         ),
     ] = "",
     objective: Annotated[

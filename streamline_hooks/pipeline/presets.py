@@ -13,10 +13,8 @@ from streamline_hooks.repair import (
     HealingConfig,
     LinearConfig,
     NoneConfig,
-    ScaleConfig,
     SwiGLUConfig,
 )
-from streamline_hooks.repair.configs import GhostedConfig, LinearPatchConfig, ReplaceMeConfig
 from streamline_hooks.selection import DisjointSearch
 
 
@@ -38,11 +36,6 @@ class Preset:
     config: CompressionConfig
     source: str
 
-
-_MLP_LAYERS = (
-    "gate_proj", "up_proj", "down_proj", "fc1", "fc2", "w1", "w2", "mlp.c_fc", "mlp.c_proj",
-    "dense_h_to_4h", "dense_4h_to_h",
-)  # fmt: skip
 
 _DISTILLATION = DistillationConfig(
     loss={"kl": 1.0, "lm": 1.0}, learning_rate=1e-3, weight_decay=0.01, warmup_ratio=0.05, min_lr_ratio=0.05
@@ -125,47 +118,6 @@ for _preset in (
         "LLM-Streamline, arXiv 2403.19135; RUCKBReasoning/LLM-Streamline, LLM_Streamline/train_lightweightnetwork.py: "
         "an unchanged copy of the window's first block, trained by the MSE of the hidden states. Its batches hold 128 "
         "sequences of 2,048 tokens. Its script runs the block without a causal mask during training; here it has one.",
-    ),
-    Preset(
-        "replaceme",
-        CompressionConfig(repair=ReplaceMeConfig()),
-        "ReplaceMe, arXiv 2505.02819, eq. 1 to 6; mts-ai/ReplaceMe, lstsq.py, which includes padding in its sums.",
-    ),
-    Preset(
-        "linearpatch",
-        CompressionConfig(repair=LinearPatchConfig()),
-        "LinearPatch, arXiv 2505.24680; chenxinrui-tsinghua/LinearPatch, layer_select.py and block_scaling.py, without "
-        "its fine-tuning. For orders with several Hadamard matrices, ours may be a different one.",
-    ),
-    Preset(
-        "ghosted",
-        CompressionConfig(repair=GhostedConfig()),
-        "Ghosted Layers, arXiv 2605.15491; daniel-eai/ghosted_layers_official_repository, lib/recovery.py.",
-    ),
-    Preset(
-        "prune-and-comp",
-        CompressionConfig(repair=ScaleConfig()),
-        "Prune&Comp, arXiv 2507.18212; chenxinrui-tsinghua/PruneAndComp, magcomp.py, for one window. Folded into the "
-        "blocks behind the window instead of the embedding and the blocks before it, which is equivalent.",
-    ),
-    Preset(
-        "uidl",
-        CompressionConfig(
-            repair=NoneConfig(),
-            distillation=DistillationConfig(
-                loss={"lm": 1.0},
-                learning_rate=3e-4,
-                weight_decay=0.0,
-                betas=(0.9, 0.999),
-                warmup_ratio=0.02,
-                min_lr_ratio=0.0,
-                max_grad_norm=1.0,
-            ),
-            healing=HealingConfig(method="lora", where="all", rank=64, alpha=64.0, dropout=0.05, targets=_MLP_LAYERS),
-        ),
-        "Gromov et al., arXiv 2403.17887, A.1 and B.3: plain removal, then adapters on the MLPs of all blocks, trained "
-        "by the LM loss. Its batches hold 16 sequences, 100 of its 5,000 steps warm up, and its blocks are in 4 bits, "
-        "which they are not here.",
     ),
 ):
     PRESETS.add(_preset.name, _preset)

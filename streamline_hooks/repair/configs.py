@@ -11,7 +11,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from streamline_hooks.batch import Batch
-from streamline_hooks.repair.published import fit_ghosted, fit_linear_patch, fit_replace_me
 from streamline_hooks.repair.repaired import fit_folded, fit_scaled
 from streamline_hooks.repair.replacement_config import ReplacementConfig, register_replacement
 from streamline_hooks.repair.size import features_of, inner_width_of
@@ -242,39 +241,3 @@ class FeedForwardConfig(ReplacementConfig):
     def make(self, stack: BlockStack, window: range) -> StandIn:
         spread = getattr(stack.config, "initializer_range", None)
         return FeedForwardReplacement(features_of(stack), self.width, 0.02 if spread is None else spread)
-
-
-@register_replacement
-@dataclass(frozen=True)
-class GhostedConfig(ReplacementConfig):
-    """Fit a linear map as `fit_ghosted` does."""
-
-    kind = "ghosted"
-    fit = staticmethod(fit_ghosted)
-
-    def make(self, stack: BlockStack, window: range) -> StandIn:
-        return LinearReplacement(features_of(stack))
-
-
-@register_replacement
-@dataclass(frozen=True)
-class LinearPatchConfig(ReplacementConfig):
-    """Fit a linear map as LinearPatch does, see `fit_linear_patch`."""
-
-    kind = "linearpatch"
-    fit = staticmethod(fit_linear_patch)
-
-    def make(self, stack: BlockStack, window: range) -> StandIn:
-        return LinearReplacement(features_of(stack))
-
-
-@register_replacement
-@dataclass(frozen=True)
-class ReplaceMeConfig(ReplacementConfig):
-    """Fold a linear map as ReplaceMe does, see `fit_replace_me`."""
-
-    kind = "replaceme"
-    fit = staticmethod(fit_replace_me)
-
-    def make(self, stack: BlockStack, window: range) -> StandIn:
-        return None

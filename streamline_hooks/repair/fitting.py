@@ -124,7 +124,11 @@ def start(
         if isinstance(stand_in, nn.Module):
             move_beside(stand_in, stack[window.start])
     if kind.fit is not None:
-        return kind.fit(stack, [window for window, _ in stand_ins], fit, held_out, probe, what)
+        fitted = kind.fit(stack, [window for window, _ in stand_ins], fit, held_out, probe, what)
+        for repair in fitted:
+            if isinstance(repair, Repair) and isinstance(repair.stand_in, nn.Module):
+                move_beside(repair.stand_in, stack[repair.window.start])
+        return fitted
     found: dict[int, Repair | UnsupportedSurgery] = {}
     mapped = [k for k, (_, stand_in) in enumerate(stand_ins) if kind.is_solved and holds_map(stand_in)]
     beside = [k for k in range(len(stand_ins)) if k not in mapped]

@@ -50,8 +50,9 @@ class ReplacementConfig(Config):
 
     family = REPLACEMENTS
     fit: ClassVar[Fitter | None] = None
-    """Fits a kind that is no module. Takes a stack, windows, the two parts of the calibration text, a probe batch and
-    the text of the progress bar; returns for each window a `Repair`, or the reason why there is none."""
+    """Fits the replacement instead of least squares. Takes a stack, windows, the two parts of the calibration text, a
+    probe batch and the text of the progress bar; returns for each window a `Repair`, or the reason why there is none. A
+    module in it is moved to the device and the precision of the window."""
 
     seed: int | None = field(default=None, kw_only=True)
 

@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+import benchmarks.baselines  # noqa: F401 - some runs are of its kinds and presets
 from streamline_hooks import (
     PRESETS,
     REPLACEMENTS,

@@ -9,9 +9,7 @@ import pytest
 
 from streamline_hooks import CompressionConfig, StreamlineError
 from streamline_hooks.pipeline.presets import PRESETS
-from streamline_hooks.repair.healing import healing_copies
-from streamline_hooks.stack import find_stack
-from streamline_hooks.testing import tiny_model
+from tests.processes import in_a_new_process
 
 # From benchmarks/results/quality_generation.md, and from the papers and repositories that the presets name: loss, rate,
 # decay, betas, warm-up, last rate, clip.
@@ -20,8 +18,14 @@ PUBLISHED: dict[str, tuple[Any, ...]] = {
     "two-windows": ("kl + lm", 1e-3, 0.01, (0.9, 0.95), 0.05, 5e-5, 1.0),
     "llm-streamline-ffn": ("mse", 2e-4, 1e-3, (0.9, 0.95), 0.03, 5e-6, 1.0),
     "llm-streamline-layer": ("mse", 2e-4, 1e-3, (0.9, 0.999), 0.01, 5e-5, 5.0),
-    "uidl": ("lm", 3e-4, 0.0, (0.9, 0.999), 100 / 5000, 0.0, 1.0),
 }
+NAMES = (*PUBLISHED, "iterative", "none")
+"""The library's own presets: other tests may add more."""
+
+
+def test_the_library_has_these_presets() -> None:
+    code = "from streamline_hooks import PRESETS; print(*PRESETS)"
+    assert sorted(in_a_new_process(code).stdout.split()) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -46,7 +50,7 @@ def test_iterative_is_the_best_in_two_rounds() -> None:
     assert replace(best, rounds=2) == found
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", NAMES)
 def test_published_methods_search_for_one_window(name: str) -> None:
     """And what stands in one table with them."""
     config = PRESETS[name].config
@@ -58,28 +62,16 @@ def test_published_methods_search_for_one_window(name: str) -> None:
     assert found == ours.get(name, ("window", "cosine_and_magnitude", 0.0))
 
 
-@pytest.mark.parametrize("name", sorted(set(PRESETS) - set(PUBLISHED) - {"iterative"}))
-def test_the_others_train_nothing(name: str) -> None:
-    assert PRESETS[name].config.distillation is None
-    assert PRESETS[name].config.healing is None
+def test_plain_removal_trains_nothing() -> None:
+    assert PRESETS["none"].config.distillation is None
+    assert PRESETS["none"].config.healing is None
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_preset_has_its_name_and_a_source(name: str) -> None:
     preset = PRESETS[name]
     assert preset.name == name
     assert "arXiv" in preset.source or name in ("none", "best", "two-windows")
-
-
-@pytest.mark.parametrize(("type_", "layers"), [("llama", 3), ("gpt2", 2), ("opt", 2), ("gpt_neox", 2)])
-def test_uidl_puts_adapters_of_rank_64_on_the_mlps_alone(type_: str, layers: int) -> None:
-    healing = PRESETS["uidl"].config.healing
-    assert healing is not None
-    copies, _ = healing_copies(find_stack(tiny_model(type_)), [range(2, 4)], healing)
-    adapters = {n.split(".lora_")[0]: p for n, p in copies[0].named_parameters() if p.requires_grad and ".lora_A" in n}
-    assert len(adapters) == layers
-    assert not any("attn" in name or "attention" in name for name in adapters)
-    assert {p.shape[0] for p in adapters.values()} == {64}
 
 
 def test_an_unknown_preset_is_refused() -> None:

@@ -363,4 +363,4 @@ def test_what_no_plan_is_made_for_is_refused(story_model: tuple[Any, Any], story
 
 def test_what_is_not_trained_has_no_budget(story_model: tuple[Any, Any], story_texts: list[str]) -> None:
     with pytest.raises(StreamlineError, match="trains nothing"):
-        plan_training(*story_model, story_texts, 60.0, CompressionConfig.preset("ghosted"))
+        plan_training(*story_model, story_texts, 60.0, CompressionConfig.preset("none"))

@@ -18,8 +18,10 @@ from streamline_hooks.repair import (
     LinearConfig,
     MLPConfig,
     NoneConfig,
+    Repair,
     ReplacementConfig,
     SwiGLUConfig,
+    fit_windows,
     register_replacement,
     size_of,
 )
@@ -190,9 +192,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "merged": {"weight": 0.5, "solve": True},
     "feed_forward": {"width": 24},
 }
+OWN = [kind for kind, config in REPLACEMENTS.items() if config.__module__.startswith("streamline_hooks.")]
+"""The library's own kinds: other tests register more."""
 
 
-@pytest.mark.parametrize("kind", list(REPLACEMENTS))
+@pytest.mark.parametrize("kind", OWN)
 def test_configs_are_read_as_they_were_written(kind: str) -> None:
     plain = REPLACEMENTS[kind]()
     assert ReplacementConfig.from_dict(json.loads(json.dumps(plain.to_dict()))) == plain
@@ -306,3 +310,23 @@ def test_each_stage_has_a_width_of_its_own(stage: int, width: int) -> None:
     stack = find_stack(made("swin"), f"encoder.layers.{stage}.blocks")
     assert features_of(stack) == width
     assert LinearConfig().make(stack, range(1)).projection.weight.shape == (width, width)
+
+
+def test_a_module_that_a_fit_made_gets_the_precision_and_mode_of_the_window() -> None:
+    def fit_identity(stack: BlockStack, windows: list[range], *rest: Any) -> list[Repair]:
+        width = features_of(stack)
+        return [Repair(w, LinearReplacement.from_map(torch.eye(width).double()), 0.5, 0.5, None) for w in windows]
+
+    @dataclass(frozen=True)
+    class FittedConfig(ReplacementConfig):
+        kind = "test-fitted"
+        fit = staticmethod(fit_identity)
+
+        def make(self, stack: BlockStack, window: range) -> None:
+            return None
+
+    model = tiny_model("llama").to(torch.bfloat16).eval()
+    text = [torch.arange(3, 15).view(2, 6)]
+    (repair,) = fit_windows(model, [WINDOW], FittedConfig(), text, text)
+    assert {p.dtype for p in repair.stand_in.parameters()} == {torch.bfloat16}
+    assert not repair.stand_in.training

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import benchmarks.baselines  # noqa: F401 - two of the kinds are registered there
 from streamline_hooks import (
     DistillationConfig,
     LayerSurgeon,

@@ -8,17 +8,26 @@ the sums as they are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from benchmarks.baselines.measured import measured
+from streamline_hooks import (
+    BlockStack,
+    CompressionConfig,
+    LinearReplacement,
+    Preset,
+    ReplacementConfig,
+    UnsupportedSurgery,
+    WindowMoments,
+    measure_moments,
+    register_replacement,
+)
 from streamline_hooks.batch import Batch
-from streamline_hooks.errors import UnsupportedSurgery
-from streamline_hooks.repair.published.measured import measured
-from streamline_hooks.repair.repaired import Batches, Repair
-from streamline_hooks.replacements import LinearReplacement
-from streamline_hooks.stack import BlockStack
-from streamline_hooks.statistics import WindowMoments, measure_moments
+from streamline_hooks.repair import Repair, StandIn, features_of
+from streamline_hooks.repair.repaired import Batches
 
 RIDGE = 1e-6
 
@@ -48,3 +57,22 @@ def ghosted_map(moments: WindowMoments) -> Tensor:
     """M of shape (features, features) in x + xM: (Σ xxᵀ + 1e-6·I)⁻¹ Σ x(y − x)ᵀ, of sums without weights."""
     identity = torch.eye(len(moments.xx), dtype=torch.float64, device=moments.xx.device)
     return torch.linalg.solve(moments.xx + RIDGE * identity, moments.xd)
+
+
+@register_replacement
+@dataclass(frozen=True)
+class GhostedConfig(ReplacementConfig):
+    """Fit a linear map as `fit_ghosted` does."""
+
+    kind = "ghosted"
+    fit = staticmethod(fit_ghosted)
+
+    def make(self, stack: BlockStack, window: range) -> StandIn:
+        return LinearReplacement(features_of(stack))
+
+
+PRESET = Preset(
+    "ghosted",
+    CompressionConfig(repair=GhostedConfig()),
+    "Ghosted Layers, arXiv 2605.15491; daniel-eai/ghosted_layers_official_repository, lib/recovery.py.",
+)

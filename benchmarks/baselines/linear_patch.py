@@ -9,21 +9,29 @@ the window's place is the one matrix H·diag(scale)·Hᵀ, which is trained no f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from benchmarks.baselines.hadamard import hadamard
+from benchmarks.baselines.measured import measured
+from streamline_hooks import (
+    BlockStack,
+    CompressionConfig,
+    HiddenStateRecorder,
+    LinearReplacement,
+    Preset,
+    ReplacementConfig,
+    UnsupportedSurgery,
+    register_replacement,
+)
 from streamline_hooks.batch import Batch
-from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.layouts import by_token
 from streamline_hooks.passes import recorded
 from streamline_hooks.precision import widen
-from streamline_hooks.recorder import HiddenStateRecorder
-from streamline_hooks.repair.published.hadamard import hadamard
-from streamline_hooks.repair.published.measured import measured
-from streamline_hooks.repair.repaired import Batches, Repair
-from streamline_hooks.replacements import LinearReplacement
-from streamline_hooks.stack import BlockStack
+from streamline_hooks.repair import Repair, StandIn, features_of
+from streamline_hooks.repair.repaired import Batches
 
 
 class RotatedScale:
@@ -90,3 +98,23 @@ def fit_linear_patch(
     identity = torch.eye(len(next(iter(scales.values())).rotation), dtype=torch.float64)
     made = [(w, LinearReplacement.from_map(scales[w].patch - identity), without[w] - identity) for w in windows]
     return measured(stack, made, held_out, what)
+
+
+@register_replacement
+@dataclass(frozen=True)
+class LinearPatchConfig(ReplacementConfig):
+    """Fit a linear map as LinearPatch does, see `fit_linear_patch`."""
+
+    kind = "linearpatch"
+    fit = staticmethod(fit_linear_patch)
+
+    def make(self, stack: BlockStack, window: range) -> StandIn:
+        return LinearReplacement(features_of(stack))
+
+
+PRESET = Preset(
+    "linearpatch",
+    CompressionConfig(repair=LinearPatchConfig()),
+    "LinearPatch, arXiv 2505.24680; chenxinrui-tsinghua/LinearPatch, layer_select.py and block_scaling.py, without "
+    "its fine-tuning. For orders with several Hadamard matrices, ours may be a different one.",
+)

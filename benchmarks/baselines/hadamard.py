@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks import StreamlineError
 
 
 def hadamard(order: int) -> Tensor:

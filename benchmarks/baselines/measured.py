@@ -7,11 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.errors import UnsupportedSurgery
-from streamline_hooks.repair.repaired import Batches, Repair
-from streamline_hooks.stack import BlockStack
-from streamline_hooks.statistics import measure_moments
-from streamline_hooks.surgery.placement import move_beside
+from streamline_hooks import BlockStack, UnsupportedSurgery, measure_moments
+from streamline_hooks.repair import Repair
+from streamline_hooks.repair.repaired import Batches
 
 
 def measured(
@@ -32,6 +30,5 @@ def measured(
     moments = measure_moments(stack.model, held_out, windows, stack=stack.path, what=f"hold out{what}")
     repairs: list[Repair | UnsupportedSurgery] = []
     for (window, module, map_), sums in zip(made, moments, strict=True):
-        move_beside(module, stack[window.start])
         repairs.append(Repair(window, module, sums.error(torch.zeros_like(map_)), sums.error(map_), None))
     return repairs

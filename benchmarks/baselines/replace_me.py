@@ -8,17 +8,25 @@ weighs the same, and there is no ridge. Its code sums over padding too; here pad
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from streamline_hooks import (
+    BlockStack,
+    CompressionConfig,
+    Preset,
+    ReplacementConfig,
+    UnsupportedSurgery,
+    WindowMoments,
+    register_replacement,
+)
 from streamline_hooks.batch import Batch
-from streamline_hooks.errors import UnsupportedSurgery
+from streamline_hooks.repair import Repair, StandIn
 from streamline_hooks.repair.folded import Folded, measure_fold_moments
-from streamline_hooks.repair.repaired import Batches, Repair
-from streamline_hooks.stack import BlockStack
-from streamline_hooks.statistics import WindowMoments
+from streamline_hooks.repair.repaired import Batches
 
 
 def fit_replace_me(
@@ -55,3 +63,22 @@ def replace_me_map(moments: WindowMoments) -> Tensor:
     sums = moments.xx.cpu(), moments.xd.cpu()  # this driver is for processors alone
     solution: Tensor = torch.linalg.lstsq(*sums, driver="gelsd").solution
     return solution.to(moments.xx.device)
+
+
+@register_replacement
+@dataclass(frozen=True)
+class ReplaceMeConfig(ReplacementConfig):
+    """Fold a linear map as ReplaceMe does, see `fit_replace_me`."""
+
+    kind = "replaceme"
+    fit = staticmethod(fit_replace_me)
+
+    def make(self, stack: BlockStack, window: range) -> StandIn:
+        return None
+
+
+PRESET = Preset(
+    "replaceme",
+    CompressionConfig(repair=ReplaceMeConfig()),
+    "ReplaceMe, arXiv 2505.02819, eq. 1 to 6; mts-ai/ReplaceMe, lstsq.py, which includes padding in its sums.",
+)

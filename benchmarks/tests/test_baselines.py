@@ -1,20 +1,38 @@
-"""The published recipes against their formulas, written out anew with NumPy."""
+"""The baselines: their presets, and their fits against the papers' formulas, written out anew with NumPy."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, UnsupportedSurgery, measure_moments
-from streamline_hooks.cli.short_forms import parse_replacement
-from streamline_hooks.repair import BlockConfig, FeedForwardConfig, fit_windows, place
-from streamline_hooks.repair.configs import GhostedConfig, LinearPatchConfig, ReplaceMeConfig
+from benchmarks.baselines import BASELINES
+from benchmarks.baselines.ghosted import GhostedConfig
+from benchmarks.baselines.hadamard import hadamard
+from benchmarks.baselines.linear_patch import LinearPatchConfig
+from benchmarks.baselines.replace_me import ReplaceMeConfig
+from streamline_hooks import (
+    PRESETS,
+    CompressionConfig,
+    DistillationConfig,
+    HiddenStateRecorder,
+    LayerSurgeon,
+    ReplacementConfig,
+    StreamlineError,
+    UnsupportedSurgery,
+    compress,
+    find_stack,
+    fit_windows,
+    measure_moments,
+    place,
+)
 from streamline_hooks.repair.folded import measure_fold_moments
-from streamline_hooks.repair.published.hadamard import hadamard
+from streamline_hooks.repair.healing import healing_copies
 from streamline_hooks.testing import tiny_model
+from tests.processes import in_a_new_process
 
 WINDOW = range(3, 6)
 
@@ -99,10 +117,9 @@ def test_the_error_on_held_out_text_is_of_a_map_that_has_not_seen_it(
     texts: list[dict[str, torch.Tensor]], kind: str
 ) -> None:
     model = tiny_model("llama")
-    (repair,) = fit_windows(model, [WINDOW], parse_replacement(kind), texts[:2], texts[2:])
-    (without,) = fit_windows(
-        model, [WINDOW], parse_replacement(kind), texts[:1], texts[1:2]
-    )  # what is placed is fitted on both
+    config = ReplacementConfig.from_dict({"kind": kind})
+    (repair,) = fit_windows(model, [WINDOW], config, texts[:2], texts[2:])
+    (without,) = fit_windows(model, [WINDOW], config, texts[:1], texts[1:2])  # what is placed is fitted on both
     if kind == "replaceme":
         (sums,) = measure_fold_moments(model, texts[2:], [WINDOW])
         map_ = without.stand_in.map - torch.eye(32)
@@ -115,24 +132,65 @@ def test_the_error_on_held_out_text_is_of_a_map_that_has_not_seen_it(
     assert repair.repaired_error != pytest.approx(sums.error(seen), rel=0.01), "the two are told apart"
 
 
-def test_the_feed_forward_network_starts_as_the_repository_has_it(texts: list[dict[str, torch.Tensor]]) -> None:
-    model: Any = tiny_model("llama")
-    model.config.initializer_range = 0.5
-    (repair,) = fit_windows(model, [WINDOW], FeedForwardConfig(), texts[:2], texts[2:])
-    module = repair.stand_in
-    assert [tuple(p.shape) for p in module.parameters()] == [(128, 32), (128,), (32, 128), (32,)]
-    assert sum(p.numel() for p in module.parameters()) == 8 * 32**2 + 5 * 32
-    for layer in (module.up_proj, module.down_proj):
-        assert layer.weight.std().item() == pytest.approx(0.5, rel=0.05)
-        assert not layer.bias.any()
-    state = torch.randn(2, 3, 32)
-    u, d = module.up_proj, module.down_proj
-    torch.testing.assert_close(module(state), (state @ u.weight.T + u.bias).clamp_min(0) @ d.weight.T + d.bias)
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_preset_is_added_with_its_source(name: str) -> None:
+    """All search for one window, so that they stand in one table; all but UIDL are closed forms."""
+    preset = PRESETS[name]
+    assert preset.name == name and "arXiv" in preset.source
+    config = CompressionConfig.preset(name)
+    assert CompressionConfig.from_dict(config.to_dict()) == config
+    found = (config.search.kind, config.search.resolved_criterion.name, config.data.repeated, config.rounds)
+    assert found == ("window", "cosine_and_magnitude", 0.0, 1)
+    assert (config.distillation is None) == (config.healing is None) == (name != "uidl")
 
 
-def test_an_inherited_block_can_be_left_as_it_is(texts: list[dict[str, torch.Tensor]]) -> None:
-    model: Any = tiny_model("llama")
-    (repair,) = fit_windows(model, [WINDOW], BlockConfig(solve=False), texts[:2], texts[2:])
-    first = model.model.layers[WINDOW.start]
-    assert repair.stand_in is not first
-    assert all(torch.equal(a, b) for a, b in zip(repair.stand_in.parameters(), first.parameters(), strict=True))
+def test_uidl_is_trained_as_published() -> None:
+    """A.1 and B.3: 100 of 5,000 steps warm up."""
+    assert PRESETS["uidl"].config.distillation == DistillationConfig(
+        {"lm": 1.0}, learning_rate=3e-4, weight_decay=0.0, betas=(0.9, 0.999), warmup_ratio=100 / 5000,
+        min_lr_ratio=0.0, max_grad_norm=1.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("type_", "layers"), [("llama", 3), ("gpt2", 2), ("opt", 2), ("gpt_neox", 2)])
+def test_uidl_puts_adapters_of_rank_64_on_the_mlps_alone(type_: str, layers: int) -> None:
+    healing = PRESETS["uidl"].config.healing
+    assert healing is not None
+    copies, _ = healing_copies(find_stack(tiny_model(type_)), [range(2, 4)], healing)
+    adapters = {n.split(".lora_")[0]: p for n, p in copies[0].named_parameters() if p.requires_grad and ".lora_A" in n}
+    assert len(adapters) == layers
+    assert not any("attn" in name or "attention" in name for name in adapters)
+    assert {p.shape[0] for p in adapters.values()} == {64}
+
+
+def test_checkpoints_are_loaded_without_the_baselines_and_their_configs_name_the_kind(
+    texts: list[dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """What is placed are the library's own modules; the config that is saved beside them needs the import."""
+    kinds = ("ghosted", "linearpatch", "replaceme")
+    parts = {"calibration": texts[:1], "validation": texts[1:2], "test": texts[2:]}
+    for kind in kinds:
+        config = CompressionConfig(remove=2, repair=ReplacementConfig.from_dict({"kind": kind}))
+        result = compress(tiny_model("llama"), None, parts, config, output=tmp_path / kind)
+        torch.save({"batch": texts[0], "logits": result.model(**texts[0]).logits}, tmp_path / f"{kind}.pt")
+    code = """
+        import sys
+        from pathlib import Path
+        import torch
+        from streamline_hooks import CompressionConfig, StreamlineError, load
+        folder, *kinds = map(Path, sys.argv[1:])
+        for kind in kinds:
+            saved = torch.load(folder / f"{kind}.pt")
+            with torch.no_grad():
+                torch.testing.assert_close(load(folder / kind)(**saved["batch"]).logits, saved["logits"])
+            try:
+                CompressionConfig.load(folder / kind)
+            except StreamlineError as error:
+                print(error)
+        import benchmarks.baselines
+        print(*(CompressionConfig.load(folder / kind).repair.kind for kind in kinds))
+    """
+    *refused, read = in_a_new_process(code, tmp_path, *kinds).stdout.strip().splitlines()[-4:]
+    for kind, error in zip(kinds, refused, strict=True):
+        assert f"The replacement '{kind}' is unknown. Expected one of none, linear" in error
+    assert read == " ".join(kinds)
