@@ -61,7 +61,8 @@ def private() -> set[str]:
 def test_no_test_uses_a_private_name(private: set[str]) -> None:
     found = {
         path.relative_to(ROOT).as_posix(): list(uses(ast.parse(path.read_text()), private))
-        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for folder in ("tests", "benchmarks/tests")
+        for path in sorted((ROOT / folder).rglob("*.py"))
     }
     assert {path: names for path, names in found.items() if names} == {}
 

@@ -1,4 +1,4 @@
-"""What every test shares: no network, one thread a worker, and the real weights."""
+"""Settings and fixtures of all tests: no network, one thread per worker, and the real weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ os.environ.pop("TQDM_DISABLE", None)  # bars are looked at, in processes of thei
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """The folder of real weights and texts: STREAMLINE_DATA, else shared/data beside the repository."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    default = Path(__file__).resolve().parents[1] / "shared" / "data"
     folder = Path(os.environ.get("STREAMLINE_DATA") or default)
     if not folder.is_dir():
         reason = f"no data folder at {folder}: set STREAMLINE_DATA to one"
