@@ -30,6 +30,7 @@ from benchmarks.bigram import Bigram
 from benchmarks.real_text import RESULTS, ROOT, SEQUENCE, arguments, heldout
 from benchmarks.timing import machine
 from streamline_hooks.calibration import read_documents
+from streamline_hooks.core.tables import table as format_table
 from streamline_hooks.evaluation import Perplexity, perplexity
 from streamline_hooks.passes import progress
 from streamline_hooks.pretrained import load_pretrained
@@ -277,9 +278,8 @@ def main() -> None:
 
 
 def table(perplexities: dict[str, Any]) -> str:
-    width = max(map(len, perplexities))
-    lines = [f"{'perplexity':{width}}  small OPT  bigram"]
-    return "\n".join([*lines, *(f"{n:{width}}  {p['opt']:9.1f}  {p['bigram']:6.1f}" for n, p in perplexities.items())])
+    rows = [[name, f"{p['opt']:.1f}", f"{p['bigram']:.1f}"] for name, p in perplexities.items()]
+    return format_table(rows, ["perplexity", "small OPT", "bigram"])
 
 
 def _groups(model: Any, decay: float) -> list[dict[str, Any]]:

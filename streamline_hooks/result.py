@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamline_hooks.core.tables import table
 from streamline_hooks.evaluation import MEASURES, SpeedReport, Written
 from streamline_hooks.repair import StandInSize, Trained
 from streamline_hooks.selection import Attempt, VerifiedSelection
@@ -165,19 +166,17 @@ class CompressionResult:
             if name in self.perplexities:
                 value = self.perplexities[name]
                 times = value / self.perplexities["original"]
-                rows.append((f"perplexity, {label}", f"{value:10.2f}   x {times:.2f}"))
+                rows.append((f"perplexity, {label}", f"{value:.2f} (x {times:.2f})"))
         for measure, words in MEASURES.items():
             for name, label in LABELS.items():
                 if measure in self.scores.get(name, {}):
-                    rows.append((f"{words}, {label}", f"{self.scores[name][measure]:10.4f}"))
-        rows += [(f"seconds, {step}", f"{seconds:10.1f}") for step, seconds in self.seconds.items()]
+                    rows.append((f"{words}, {label}", f"{self.scores[name][measure]:.4f}"))
+        rows += [(f"seconds, {step}", f"{seconds:.1f}") for step, seconds in self.seconds.items()]
         if self.peak_memory is not None:
-            rows.append(("peak memory", f"{self.peak_memory / 1e9:10.2f} GB"))
+            rows.append(("peak memory", f"{self.peak_memory / 1e9:.2f} GB"))
         if self.folder is not None:
             rows.append(("written to", str(self.folder)))
-        width = max(len(label) for label, _ in rows)
-        lines = [f"{label:<{width}}  {value}" for label, value in rows]
-        return "\n".join([*lines, *(f"\nWarning: {text}" for text in self.warnings)])
+        return "\n".join([table(rows), *(f"\nWarning: {text}" for text in self.warnings)])
 
     def _what(self) -> str:
         """What went, and what is silent; in several rounds, of each what went."""
@@ -215,18 +214,18 @@ def _as_fitted(one: VerifiedSelection) -> Attempt:
 
 def findings(judged: Sequence[VerifiedSelection], best: VerifiedSelection, measure: str = "KL") -> list[str]:
     """A line a judged selection, for a terminal, with a mark at the best that can go; `measure` is `Task.distance`."""
-    width = max(len("blocks"), *(len(str(one)) for one in judged))
-    short = measure.partition(" (")[0]
-    head = f"{'blocks':<{width}}     score   error removed   repaired     ridge {short:>9}"
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for one in judged:
         columns = list(zip(*_errors(one), strict=True)) or [()] * 3
         worst = [max((value for value in column if value is not None), default=None) for column in columns]
         errors = ["-" if e is None else f"{e:{form}}" for e, form in zip(worst, (".4f", ".4f", ".1e"), strict=True)]
-        said = f"{one.score:9.4f} {errors[0]:>15} {errors[1]:>10} {errors[2]:>9} {one.distance:9.4f}"
-        chosen = "   <- chosen" if one is best else ""
-        rows.append(f"{one!s:<{width}} {said}{chosen}" if not one.refused else f"{one!s:<{width}} {one.refused}")
-    return [head, *rows]
+        if one.refused:
+            rows.append((one, "", "", "", "", "", one.refused))
+        else:
+            numbers = f"{one.score:.4f}", *errors, f"{one.distance:.4f}"
+            rows.append((one, *numbers, "<- chosen" if one is best else ""))
+    head = ["blocks", "score", "error removed", "repaired", "ridge", measure.partition(" (")[0], ""]
+    return table(rows, head).split("\n")
 
 
 def _what(chosen: VerifiedSelection) -> str:
@@ -266,4 +265,4 @@ def _row(judged: VerifiedSelection) -> dict[str, Any]:
 
 def _before_after(pair: tuple[int, int], unit: str) -> str:
     before, after = pair
-    return f"{before / 1e6:10.1f} M{unit} -> {after / 1e6:.1f} M{unit} ({after / before - 1:+.1%})"
+    return f"{before / 1e6:.1f} M{unit} -> {after / 1e6:.1f} M{unit} ({after / before - 1:+.1%})"

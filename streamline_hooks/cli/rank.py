@@ -31,6 +31,7 @@ from streamline_hooks.cli.options import (
     Temperature,
     Tokens,
 )
+from streamline_hooks.core.tables import table
 from streamline_hooks.errors import StreamlineError
 
 if TYPE_CHECKING:
@@ -278,17 +279,18 @@ def _how_sure(profile: Profile, criterion: Any, candidates: list[range]) -> floa
 
 
 def _print(profile: Profile, rows: list[dict[str, Any]], heading: str) -> None:
-    wide = max(12, len(heading))
     typer.echo(
         f"{profile.about.get('stack')}: {profile.length} blocks; {profile.tokens:,} tokens of {profile.sequences} "
-        f"sequences\n\nlength  blocks        {heading:>{wide}}  95 % interval        cosine  angular distance"
+        "sequences\n"
     )
+    cells = []
     for row in rows:
         blocks = row.get("blocks") or (f"{row['start']}-{row['stop'] - 1}" if row["length"] > 1 else str(row["start"]))
         length = row.get("length") or sum(stop - start for start, stop in row["windows"]) or "-"
         low, high = row.get("interval", (None, None))
         interval = f"{low:.4f} to {high:.4f}" if low is not None else ""
-        numbers = f"{row['cosine']:.4f}  {row['angular_distance']:16.4f}" if "cosine" in row else ""
-        typer.echo(f"{length:>6}  {blocks:<12}  {row['score']:{wide}.4f}  {interval:<18}  {numbers}".rstrip())
+        numbers = [f"{row[name]:.4f}" if name in row else "" for name in ("cosine", "angular_distance")]
+        cells.append([length, blocks, f"{row['score']:.4f}", interval, *numbers])
+    typer.echo(table(cells, ["length", "blocks", heading, "95 % interval", "cosine", "angular distance"]))
     if rows and "first_in_resamples" in rows[0]:
         typer.echo(f"\nThe first comes first in {rows[0]['first_in_resamples']:.0%} of the resamples of the sequences.")

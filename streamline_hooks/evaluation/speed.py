@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from streamline_hooks.arguments import checked, require_weights
 from streamline_hooks.batch import device_of, positions_of
+from streamline_hooks.core.tables import table
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.generation import require_generates
 from streamline_hooks.passes import inference, progress
@@ -119,10 +120,10 @@ class SpeedReport:
         first = next(iter(self.timings.values()))
         rounds = len(first.prefill)
         head = (
-            f"{self.batch} x {self.tokens} tokens, {self.new_tokens} more; median of {rounds} rounds in turn "
-            f"(quartiles); {first.dtype}, {first.device}, {self.threads} threads, {self.machine}"
+            f"{self.batch} x {self.tokens} tokens, {self.new_tokens} more; median of {rounds} rounds in turn; "
+            f"{first.dtype}, {first.device}, {self.threads} threads, {self.machine}"
         )
-        rows = [("model", "phase", "ms", "", "tokens/s", "ratio", "", "peak memory")]
+        rows = []
         phases = PHASES if self.new_tokens else PHASES[:1]
         for name, timing in self.timings.items():
             for phase in phases:
@@ -132,16 +133,15 @@ class SpeedReport:
                         name,
                         phase,
                         f"{1e3 * ms.median:.1f}",
-                        f"({1e3 * ms.low:.1f} to {1e3 * ms.high:.1f})",
+                        f"{1e3 * ms.low:.1f} to {1e3 * ms.high:.1f}",
                         f"{self.tokens_per_second(name, phase):.1f}",
                         f"{ratio.median:.3f}",
-                        f"({ratio.low:.3f} to {ratio.high:.3f})",
+                        f"{ratio.low:.3f} to {ratio.high:.3f}",
                         "not told" if timing.peak_memory is None else f"{timing.peak_memory / 1e6:.0f} MB",
                     )
                 )
-        widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([head, *lines])
+        columns = ["model", "phase", "ms", "quartiles", "tokens/s", "ratio", "quartiles", "peak memory"]
+        return f"{head}\n{table(rows, columns)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that was measured, and the ratios, as JSON values."""

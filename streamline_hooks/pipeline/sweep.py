@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamline_hooks.arguments import checked
 from streamline_hooks.calibration import PackedText, TokenSplit
+from streamline_hooks.core.tables import table
 from streamline_hooks.digests import autocast_dtype, batches_digest, model_digest, texts_digest, tokenizer_digest
 from streamline_hooks.errors import StreamlineError, TrainingInterrupted, UnsupportedSurgery
 from streamline_hooks.evaluation import measure_speed
@@ -128,17 +129,13 @@ class Sweep:
 
     def table(self) -> str:
         """For a terminal; a star marks the front by size."""
-        head = ("kind", "remove", "perplexity x", "parameters x", "prompt x", "token x", "blocks gone")
-        on = self.front()
-        rows: list[tuple[str, ...]] = [head]
+        front, rows = self.front(), []
         for p in self.points:
             numbers = [p.perplexity_ratio, p.parameters_ratio, p.prefill_ratio, p.decode_ratio]
-            said = ["-" if number is None else f"{number:.3f}" for number in numbers]
-            rows.append((p.kind + (" *" if p in on else ""), p.remove, *said, p.refused or p.gone))
-        widths = [max(len(row[k]) for row in rows) for k in range(len(head) - 1)]
-        return "\n".join(
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]])
-            for row in rows
+            cells = ["-" if number is None else f"{number:.3f}" for number in numbers]
+            rows.append((p.kind + (" *" if p in front else ""), p.remove, *cells, p.refused or p.gone))
+        return table(
+            rows, ["kind", "remove", "perplexity x", "parameters x", "prompt x", "token x", "removed, or why not"]
         )
 
 

@@ -14,7 +14,7 @@ from streamline_hooks.arguments import checked
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.statistics.state_sums import StateSums
 from streamline_hooks.statistics.storage import read_file, write_file
-from streamline_hooks.statistics.table import table
+from streamline_hooks.statistics.table import profile_table
 from streamline_hooks.statistics.window_matrices import Statistic, window_matrices
 
 _FORMAT = 1
@@ -300,7 +300,7 @@ class Profile:
         return one
 
     def __str__(self) -> str:
-        return table(self)
+        return profile_table(self)
 
     def _options(self) -> dict[str, Any]:
         return {**self.about, **dict(zip(_SHAPE, (self.places, self.sums.replicates), strict=True))}

@@ -195,12 +195,12 @@ def test_medians_and_quartiles(pairs: list[tuple[float, float]]) -> None:
 def test_what_is_written() -> None:
     got = report(original=(2.0, 1.0, 3.0), shorter=(1.0, 1.0, 1.5))
     assert got.table().splitlines() == [
-        "2 x 50 tokens, 4 more; median of 3 rounds in turn (quartiles); float32, cpu, 1 threads, here",
-        "model     phase    ms                          tokens/s  ratio                    peak memory",
-        "original  prefill  2000.0  (1500.0 to 2500.0)  50.0      1.000  (1.000 to 1.000)  not told",
-        "original  decode   200.0   (150.0 to 250.0)    10.0      1.000  (1.000 to 1.000)  not told",
-        "shorter   prefill  1000.0  (1000.0 to 1250.0)  100.0     0.500  (0.500 to 0.750)  not told",
-        "shorter   decode   100.0   (100.0 to 125.0)    20.0      0.500  (0.500 to 0.750)  not told",
+        "2 x 50 tokens, 4 more; median of 3 rounds in turn; float32, cpu, 1 threads, here",
+        "model     phase        ms  quartiles         tokens/s  ratio  quartiles       peak memory",
+        "original  prefill  2000.0  1500.0 to 2500.0      50.0  1.000  1.000 to 1.000  not told",
+        "original  decode    200.0  150.0 to 250.0        10.0  1.000  1.000 to 1.000  not told",
+        "shorter   prefill  1000.0  1000.0 to 1250.0     100.0  0.500  0.500 to 0.750  not told",
+        "shorter   decode    100.0  100.0 to 125.0        20.0  0.500  0.500 to 0.750  not told",
     ]
     written = json.loads(json.dumps(got.to_dict()))
     assert written["timings"]["shorter"]["prefill"] == [1.0, 1.0, 1.5]
