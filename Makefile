@@ -55,7 +55,7 @@ golden-slow: $(VENV)/.stamp-test ## Compare only those on real weights
 
 # The part of the suite that touches Transformers' insides, with the oldest version that setup.cfg admits.
 OLDEST := transformers==4.56.*
-OLDEST_NEEDS := accelerate hypothesis pytest pytest-randomly pytest-xdist
+OLDEST_NEEDS := hypothesis pytest pytest-randomly pytest-xdist
 OLDEST_TESTS := tests/surgery tests/evaluation tests/checkpoint tests/in_training \
 	$(addprefix tests/architectures/test_,other_models.py properties.py) \
 	$(addprefix tests/testing/test_,assertions.py model_state.py planted_faults.py) \

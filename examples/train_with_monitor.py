@@ -4,7 +4,7 @@
 
 Without --model a small Llama is trained from scratch on the technical English that comes with Python. The states of
 every N-th step go to DIR/states.jsonl and to TensorBoard (tensorboard --logdir DIR); the shortened model is saved to
-DIR/model. It needs accelerate and tensorboard besides this library.
+DIR/model. It needs tensorboard besides this library.
 """
 
 from __future__ import annotations

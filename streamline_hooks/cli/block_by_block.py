@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +40,6 @@ def takes_more_than(model: str, memory: str) -> int | None:
             )
         return None
     if allowed is None:
-        if find_spec("accelerate") is None:  # without it no block is read from disk
-            return None
         allowed = free_memory()
     return None if fits(folder, allowed) else allowed
 

@@ -1,11 +1,16 @@
-"""Several processes that work together. Nothing here knows of models or of what is summed."""
+"""Ranks of a distributed run that share work and fail together. Nothing here knows of models."""
 
-from streamline_hooks.distributed.agreed import AllInterrupted, agreed
-from streamline_hooks.distributed.dealing import dealt, sequences_of, some_of
-from streamline_hooks.distributed.interrupts import Interrupts, noted_interrupts
-from streamline_hooks.distributed.processes import Processes, alone, here
-from streamline_hooks.distributed.shards import is_sharded, shards_may_be_operated_on, surgery_on_shards
-from streamline_hooks.distributed.together import Together, failing_together, together
+from streamline_hooks.distributed.interrupts import AllInterrupted, Interrupts, agreed, noted_interrupts
+from streamline_hooks.distributed.processes import (
+    Processes,
+    Together,
+    alone,
+    dealt,
+    here,
+    sequences_of,
+    some_of,
+    together,
+)
 
 __all__ = [
     "AllInterrupted",
@@ -15,13 +20,9 @@ __all__ = [
     "agreed",
     "alone",
     "dealt",
-    "failing_together",
     "here",
-    "is_sharded",
     "noted_interrupts",
     "sequences_of",
-    "shards_may_be_operated_on",
     "some_of",
-    "surgery_on_shards",
     "together",
 ]

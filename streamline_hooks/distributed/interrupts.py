@@ -1,28 +1,33 @@
-"""Ctrl-C where several processes work together: noted, so that they can stop at the same place."""
+"""Ctrl-C in a distributed run: noted on the rank that receives it, so that all ranks stop at the same place."""
 
 from __future__ import annotations
 
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
-from streamline_hooks.distributed.processes import here
+from streamline_hooks.distributed.processes import Together, here
 
+_T = TypeVar("_T")
 SECONDS_OF_ONE_PRESS = 5.0  # seconds: a terminal and a launcher may both pass the same Ctrl-C on
 
 
+class AllInterrupted(BaseException):
+    """All ranks have agreed to stop, since one of them was interrupted."""
+
+
 class Interrupts:
-    """Whether this process was asked to stop."""
+    """Whether this process was interrupted."""
 
     def __init__(self) -> None:
         self.asked = False
         self._first = 0.0
 
     def __call__(self, number: int, frame: Any) -> None:
-        """Handle the signal: note it, and raise where it comes again later."""
+        """Handle the signal: note it, and raise if it comes again later."""
         if self.asked and time.monotonic() - self._first > SECONDS_OF_ONE_PRESS:
             raise KeyboardInterrupt
         if not self.asked:
@@ -31,11 +36,11 @@ class Interrupts:
 
 @contextmanager
 def noted_interrupts() -> Iterator[Interrupts]:
-    """Note Ctrl-C instead of raising, where there are several processes.
+    """Note Ctrl-C instead of raising, in a distributed run.
 
-    One that raised anywhere would leave the others waiting in whatever they do together. A second Ctrl-C, more than
-    five seconds after the first, raises all the same. With one process, outside the main thread, or where another
-    handler is in place already, nothing is changed.
+    A rank that raised anywhere would leave the others waiting in a collective. A second Ctrl-C, more than five seconds
+    after the first, raises all the same. With one process, outside the main thread, or where another handler is in
+    place already, nothing is changed.
 
     Yields
     ------
@@ -57,3 +62,34 @@ def noted_interrupts() -> Iterator[Interrupts]:
         yield found
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def agreed(work: Together, interrupts: Interrupts, make: Callable[[], _T]) -> list[_T]:
+    """Call a function on every rank and gather what it returns, by rank.
+
+    Raises
+    ------
+    AllInterrupted
+        On every rank, if one was interrupted before or meanwhile.
+    KeyboardInterrupt
+        With one process.
+
+    Examples
+    --------
+    >>> from streamline_hooks.distributed import Processes
+    >>> agreed(Together("count", Processes()), Interrupts(), lambda: 5)
+    [5]
+    """
+    made: list[_T] = []
+    try:
+        asked = interrupts.asked
+        if not asked:
+            made.append(make())
+    except KeyboardInterrupt:
+        if work.processes.count == 1:
+            raise
+        asked = True
+    told = work.tell((asked or interrupts.asked, made))
+    if any(stop for stop, _ in told):
+        raise AllInterrupted
+    return [one for _, its in told for one in its]

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from streamline_hooks.batch import Batch, device_of, has_tokens, positions_of
 from streamline_hooks.calibration.packing import documents_of
-from streamline_hooks.distributed import is_sharded
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.generation import require_generates, seeded, written_on
 from streamline_hooks.repair.on_policy import OnPolicyConfig
 from streamline_hooks.task import Task
+from streamline_hooks.wrapping import is_sharded
 
 _LONGEST_PERIOD = 32  # tokens
 _LEAST_LOOP = 8  # tokens: what is shorter, like a row of full stops, may be meant

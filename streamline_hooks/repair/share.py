@@ -92,6 +92,6 @@ def add_gradients_up(work: Together, parameters: Mapping[str, nn.Parameter], rea
     for kind in kinds:
         alike = [p for p in wanted if (p.dtype, p.device) == kind]
         together = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in alike])
-        work.add_up(together)
-        for parameter, part in zip(alike, together.split([p.numel() for p in alike]), strict=True):
+        added = work.summed(together)
+        for parameter, part in zip(alike, added.split([p.numel() for p in alike]), strict=True):
             parameter.grad = part.view_as(parameter)

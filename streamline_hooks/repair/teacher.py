@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from streamline_hooks.batch import Batch
-from streamline_hooks.distributed import is_sharded, sequences_of, some_of
+from streamline_hooks.distributed import sequences_of, some_of
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.passes import recorded
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.stack import find_stack
+from streamline_hooks.wrapping import is_sharded
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch
 from streamline_hooks.core import check_writable
 from streamline_hooks.core.hardware_config import HardwareConfig
-from streamline_hooks.distributed import Together, is_sharded, surgery_on_shards, together
+from streamline_hooks.distributed import Together, together
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.repair.callbacks import TrainingCallback
 from streamline_hooks.repair.distillation_config import DistillationConfig
@@ -30,6 +30,7 @@ from streamline_hooks.repair.teaching import taught_to
 from streamline_hooks.repair.trained import Trained
 from streamline_hooks.repair.training_loop import Loop
 from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced
+from streamline_hooks.wrapping import is_sharded, surgery_on_shards
 
 
 def train(

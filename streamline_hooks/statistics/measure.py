@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch, device_of
-from streamline_hooks.distributed import Together, failing_together, together
+from streamline_hooks.distributed import Together, together
 from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.layouts import USUAL, by_token, layout_of
 from streamline_hooks.passes import recorded
@@ -26,7 +26,7 @@ from streamline_hooks.statistics.profile import Profile
 from streamline_hooks.wrapping import refuse_wrapped
 
 
-@failing_together("profile")
+@together("profile")
 @checked(skip=0, replicates=0)
 def profile(
     model: nn.Module,
@@ -117,7 +117,7 @@ def profile(
         return result
 
 
-@failing_together("measure_moments")
+@together("measure_moments")
 @checked()
 def measure_moments(
     model: nn.Module,
@@ -205,7 +205,7 @@ def _add_up_profile(work: Together, result: Profile) -> None:
     if work.processes.count > 1:
         work.tell(result.sequences)  # from here on nothing fails in one process alone
         sums = result.sums.state_dict()
-        merged = {name: work.largest(v) if name == "largest" else work.summed(v) for name, v in sums.items()}
+        merged = {name: work.summed(v, "MAX" if name == "largest" else "SUM") for name, v in sums.items()}
         result.sums.load_state_dict(merged)
 
 

@@ -7,11 +7,10 @@ would come back as another one.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -162,11 +161,9 @@ def _no_memory_for_parameters(blocks: Sequence[nn.Module]) -> AbstractContextMan
     computed = any(module._non_persistent_buffers_set for block in blocks for module in block.modules())
     if not computed:
         return torch.device("meta")
-    if importlib.util.find_spec("accelerate") is not None:
-        from accelerate import init_empty_weights
+    from accelerate import init_empty_weights
 
-        return init_empty_weights(include_buffers=False)  # type: ignore[no-any-return]
-    return nullcontext()
+    return init_empty_weights(include_buffers=False)  # type: ignore[no-any-return]
 
 
 def _compare_lists(ours: Any, theirs: Any) -> None:

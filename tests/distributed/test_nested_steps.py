@@ -11,21 +11,24 @@ from tests.processes import in_processes
 pytestmark = pytest.mark.slow
 
 _CODE = """
-    from streamline_hooks.distributed import Together, failing_together, here, together
+    from streamline_hooks.distributed import Together, here, together
 
-    @failing_together("outer")
-    def outer(fails_before, fails_inside, at="inner"):
+    @together("outer")
+    def outer(fails_before, fails_inside, fails_late=(), at="inner"):
         if rank in fails_before:
             raise KeyError("before")
         with together(at) as work:
             if rank in fails_inside:
                 raise KeyError("inside")
             work.tell(rank)
+        with together("late"):  # nothing is exchanged after the failure
+            if rank in fails_late:
+                raise KeyError("late")
         return Together("outer", here()).of_first(lambda: [torch.ones(2), "made by the first"])
 
-    def raised(*given):
+    def raised(*given, **more):
         try:
-            return outer(*given)[1]
+            return outer(*given, **more)[1]
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
@@ -33,12 +36,36 @@ _CODE = """
     said["inside"] = raised([], [1])
     said["both"] = raised([0], [1])
     said["all"] = raised([0, 1, 2], [])
-    said["apart"] = raised([], [], f"step {min(rank, 1)}")
+    said["late"] = raised([], [], [1])
+    with together("around") as work:  # whose own exchange hears of a step that is over
+        try:
+            with together("inside"):
+                if rank == 2:
+                    raise KeyError("late")
+            work.tell(rank)
+        except Exception as error:
+            said["around"] = f"{type(error).__name__}: {error}"
+    @together("third")
+    def third():
+        with together("second"), together("first") as work:
+            work.tell(rank)
+
+    @together("deep")
+    def deep():
+        if rank == 0:
+            raise KeyError("deep")
+        third()
+
+    try:
+        deep()
+    except Exception as error:
+        said["deep"] = f"{type(error).__name__}: {error}"
+    said["apart"] = raised([], [], at=f"step {min(rank, 1)}")
     said["whole"] = raised([], [])
     tensor = torch.full((3,), float(rank), requires_grad=True)
     with together("sums") as work:
         work.tell("ready")
-        work.add_up(tensor)
+        work.summed(tensor)
         said["sum"] = tensor.tolist()
         work.take_over([tensor.mul(rank + 1.0).detach().requires_grad_(True), tensor])
     said["afterwards"] = raised([], [])
@@ -52,6 +79,9 @@ def test_whoever_fails_all_hear_of_it_and_go_on_in_step(tmp_path: Path) -> None:
     assert said[0]["inside"] == "StreamlineError: Process 1 of 3: KeyError: 'inside'"
     assert said[0]["both"] == "StreamlineError: Process 0 of 3: KeyError: 'before' Process 1 of 3: KeyError: 'inside'"
     assert said[0]["all"] == "StreamlineError: KeyError: 'before'"
+    assert said[0]["late"] == "StreamlineError: Process 1 of 3: KeyError: 'late'"
+    assert said[0]["around"] == "StreamlineError: Process 2 of 3: KeyError: 'late'"
+    assert said[0]["deep"] == "StreamlineError: Process 0 of 3: KeyError: 'deep'"
     assert "0 at step 0, 1 at step 1, 2 at step 1" in said[0]["apart"]
     assert said[0]["whole"] == said[0]["afterwards"] == "made by the first"
     assert said[0]["sum"] == [3.0, 3.0, 3.0]

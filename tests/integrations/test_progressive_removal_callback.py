@@ -10,18 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.training_args import ParallelMode
 
 from streamline_hooks import LayerSurgeon, StreamlineError, load, read_plans
 from streamline_hooks.in_training.stochastic_depth import StochasticDepth
 from streamline_hooks.integrations.progressive_removal_callback import ProgressiveRemovalCallback
 from tests.tiny_models import BLOCKS, tiny_model, tokens
-
-pytest.importorskip("accelerate")
-
-from accelerate.state import AcceleratorState
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.training_args import ParallelMode
 
 SCHEDULE = {2: range(1, 3), 4: range(4, 5)}
 

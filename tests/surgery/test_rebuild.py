@@ -119,8 +119,6 @@ def test_what_is_random_in_training_alone_is_no_part_of_a_checkpoint() -> None:
 @pytest.mark.parametrize("baked", ["", "buffer"])
 def test_what_is_built_to_compare_takes_no_memory_for_weights(baked: str) -> None:
     """Also where buffers are compared, which need values."""
-    if baked:
-        pytest.importorskip("accelerate", reason="accelerate is not installed")
     with LayerSurgeon(ClockModel(ClockConfig(baked=baked)).eval()) as surgeon:
         surgeon.remove([4])
         built.clear()

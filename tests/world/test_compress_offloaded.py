@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -17,7 +18,6 @@ from tests.blockwise.checkpoints import AMOUNTS, compressible, reader
 from tests.configured import arguments
 from tests.tiny_models import tiny_model, tokens
 
-accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 CPU = torch.device("cpu")
 GREEDY = {"repair": "linear", "search": "greedy", "criterion": "kl"}
 TRAINED: dict[str, Any] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -24,7 +25,6 @@ from streamline_hooks.passes import resume
 from tests.other_models import made
 from tests.tiny_models import BLOCKS, WIDTH, Nudge, left_padded, repaired, tiny_model, tokens
 
-accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 CPU = torch.device("cpu")
 
 
