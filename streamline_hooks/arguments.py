@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import math
@@ -24,6 +25,7 @@ from streamline_hooks.errors import StreamlineError
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _BATCH: Any = Batch
+_UNIONS = (typing.Union, types.UnionType)
 # Names that modules import for annotations only.
 _NAMES: dict[str, Any] = {
     "PreTrainedModel": nn.Module,
@@ -47,7 +49,11 @@ _NAMES |= {"PreTrainedTokenizerBase": _Tokenizer | None}
 _CHECKED = 64  # elements of a sequence of texts that are looked at
 
 
-def checked(**least: float) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+Bound = float | str
+"""The range of a number: the smallest one, or an interval such as ``"(0, 1]"``."""
+
+
+def checked(**bounds: Bound) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Validate the arguments of a public function by its annotations, before anything of it is run.
 
     Integers and floats refuse bool and NaN; a sequence refuses a single string; an iterable of int is converted to a
@@ -57,8 +63,8 @@ def checked(**least: float) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
 
     Parameters
     ----------
-    **least
-        By parameter, the smallest number that is accepted.
+    **bounds
+        By parameter, the numbers that are accepted, of a tuple each: the smallest one, or an interval as text.
 
     Raises
     ------
@@ -77,6 +83,14 @@ def checked(**least: float) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     ... except StreamlineError as error:
     ...     print(error)
     halve: size=True is of type bool. Expected int of at least 1. Pass a whole number.
+    >>> @checked(share="[0, 1)")
+    ... def keep(share: float) -> float:
+    ...     return 1 - share
+    >>> try:
+    ...     keep(1)
+    ... except StreamlineError as error:
+    ...     print(error)
+    keep: share=1 is out of range. Expected float in [0, 1). Pass a number.
     """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -93,11 +107,9 @@ def checked(**least: float) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
                 if known.kind in (known.VAR_KEYWORD, known.VAR_POSITIONAL) or value is known.default:
                     continue
                 hint = _hint(known.annotation, function.__globals__)
-                converted = _converted(name, parameter, value, hint, known.annotation, least)
                 if isinstance(value, float) and math.isnan(value):
                     raise StreamlineError(f"{name}: {parameter}=nan is not a number. {_remedy(hint)}")
-                if converted is not value:
-                    bound.arguments[parameter] = converted
+                bound.arguments[parameter] = _converted(name, parameter, value, hint, known.annotation, bounds)
             # With share=False every rank has batches of its own, and some may have none.
             takes_none = bool(signature.parameters.keys() & _MAY_BE_NONE) or bound.arguments.get("share") is False
             _check_batches(name, bound.arguments, takes_none)
@@ -109,13 +121,13 @@ def checked(**least: float) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     return decorate
 
 
-def check_fields(instance: Any, **least: float) -> None:
+def check_fields(instance: Any, **bounds: Bound) -> None:
     """Validate the fields of a dataclass by their annotations, in its ``__post_init__``; see `checked`."""
     hints = field_hints(type(instance))
     for field in fields(instance):
         value, hint = getattr(instance, field.name), hints[field.name]
         shown = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", field.type)
-        _converted(type(instance).__name__, field.name, value, hint, shown, least)
+        _converted(type(instance).__name__, field.name, value, hint, shown, bounds)
 
 
 def field_hints(config: type) -> dict[str, Any]:
@@ -125,6 +137,12 @@ def field_hints(config: type) -> dict[str, Any]:
         declaring = (c for c in config.__mro__ if field.name in vars(c).get("__annotations__", {}))
         hints[field.name] = _hint(field.type, vars(sys.modules[next(declaring, config).__module__]))
     return hints
+
+
+def nearest(name: Any, known: Iterable[str], otherwise: str) -> str:
+    """Return the last sentence of an error about an unknown name: the nearest known one, or what else to do."""
+    found = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"Did you mean {found[0]!r}?" if found else otherwise
 
 
 def whole_numbers(values: Any, name: str) -> list[int]:
@@ -143,19 +161,29 @@ class _Wrong(Exception):
 
 
 def _converted(
-    function: str, parameter: str, value: Any, hint: Any, annotation: Any, least: Mapping[str, float]
+    function: str, parameter: str, value: Any, hint: Any, annotation: Any, bounds: Mapping[str, Bound]
 ) -> Any:
-    bound = least.get(parameter)
+    bound = bounds.get(parameter)
     try:
         value = _convert(value, hint)
-        if bound is not None and isinstance(value, Real) and not bound <= float(value):
-            raise _Wrong(f"is less than {bound}")
+        if bound is not None:
+            numbers = [one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, Real)]
+            _need(value, all(_is_within(float(number), bound) for number in numbers), "is out of range")
     except _Wrong as error:
-        accepted = str(annotation) + ("" if bound is None else f" of at least {bound}")
+        range_ = "" if bound is None else f" in {bound}" if isinstance(bound, str) else f" of at least {bound}"
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        accepted = f"one of {', '.join(choices)}" if choices else f"{annotation}{range_}"
         raise StreamlineError(
-            f"{function}: {parameter}={_shown(value)} {error}. Expected {accepted}. {_remedy(hint)}"
+            f"{function}: {parameter}={_shown(value)} {error}. Expected {accepted}. {_remedy(hint, value)}"
         ) from None
     return value
+
+
+def _is_within(number: float, bound: Bound) -> bool:
+    if not isinstance(bound, str):
+        return bound <= number
+    low, high = map(float, bound[1:-1].split(","))
+    return low < number < high or (number == low and bound[0] == "[") or (number == high and bound[-1] == "]")
 
 
 def _shown(value: Any) -> str:
@@ -178,7 +206,7 @@ def _convert(value: Any, hint: Any) -> Any:
     origin, inside = get_origin(hint), get_args(hint)
     if hint is Any or isinstance(hint, TypeVar):
         return value
-    if origin in (typing.Union, types.UnionType):
+    if origin in _UNIONS:
         return _convert_union(value, inside)
     if hint is None or hint is type(None):
         return _need(value, value is None)
@@ -189,11 +217,14 @@ def _convert(value: Any, hint: Any) -> Any:
     if hint is float:
         return _need(value, isinstance(value, Real) and not isinstance(value, bool))
     if origin is Literal:
-        return _need(value, isinstance(value, str))  # which one of them, the function says itself
+        _need(value, isinstance(value, str))
+        return _need(value, value in inside, "is unknown")
     if hint is range:
         return _window(value)
     if hint == _BATCH:
-        return _batch(value)
+        _need(value, isinstance(value, Mapping))
+        _need(value, any(isinstance(one, Tensor) for one in value.values()), "holds no tensor")
+        return _need(value, isinstance(value.get("input_ids", torch.empty(0)), Tensor), "holds no tensor input_ids")
     if origin is tuple:
         return _tuple(value, inside)
     if origin in (Mapping, dict):
@@ -204,9 +235,7 @@ def _convert(value: Any, hint: Any) -> Any:
         return value
     if origin in (Sequence, Iterable, list, frozenset):
         return _elements(value, inside[0], lazy=origin is Iterable)
-    if origin is Callable:  # type: ignore[comparison-overlap]
-        return _need(value, callable(value))
-    if hint is Callable:
+    if Callable in (origin, hint):
         return _need(value, callable(value))
     return _need(value, isinstance(value, hint)) if isinstance(hint, type) else value
 
@@ -285,24 +314,15 @@ def _elements(value: Any, hint: Any, lazy: bool) -> Any:
     return many
 
 
-def _batch(value: Any) -> Any:
-    _need(value, isinstance(value, Mapping))
-    tensors = {name: one for name, one in value.items() if isinstance(one, Tensor)}
-    if not tensors:
-        raise _Wrong("holds no tensor")
-    if "input_ids" in value and "input_ids" not in tensors:
-        raise _Wrong(f"holds input_ids as a {type(value['input_ids']).__name__}, not as a tensor")
-    return value
-
-
-def _remedy(hint: Any) -> str:
-    """What to do, by the first alternative that is accepted."""
-    for accepted in get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,):
+def _remedy(hint: Any, value: Any = None) -> str:
+    """Return what to do, by the first alternative that is accepted."""
+    for accepted in get_args(hint) if get_origin(hint) in _UNIONS else (hint,):
         element = (get_args(accepted) or (None,))[0]
         if accepted in _REMEDIES or (get_origin(accepted), element) in _REMEDIES:
             return _REMEDIES.get(accepted) or _REMEDIES[get_origin(accepted), element]
         if get_origin(accepted) is Literal:
-            return f"Pass {' or '.join(map(repr, get_args(accepted)))}."
+            choices = get_args(accepted)
+            return nearest(value, choices, f"Pass {' or '.join(map(repr, choices))}.")
         if get_origin(accepted) is Sequence and _BATCH in get_args(element):
             return f"Pass a list of batches. {_TENSORS}"
     return "See the documentation of this argument."
@@ -364,8 +384,8 @@ def _check_windows(function: str, given: Mapping[str, Any]) -> None:
             )
 
 
-_MODELS = ("model", "original", "reference", "teacher")
-_RUN_ON = {"texts", "suite"}
+_MODELS = ("model", "original", "reference", "teacher", "first", "second")
+_RUN_ON = {"texts", "suite", "second"}
 _MAY_BE_NONE = {"task", "student"}  # such functions look themselves whether there is anything to run on
 _BATCHES = ("batches", "batch", "fit", "held_out", "validation")
 

@@ -102,8 +102,6 @@ class HiddenStateRecorder:
         self.blocks = _chosen(blocks, len(self.stack))
         if not (inputs or outputs):
             raise StreamlineError("A recorder was asked for neither inputs nor outputs; ask for one of them.")
-        if not isinstance(tokens, Tensor) and tokens not in ("all", "last", "real"):
-            raise StreamlineError(f"tokens={tokens!r} is unknown; expected 'all', 'last', 'real' or a boolean mask.")
         if retain_grad and (detach or not isinstance(tokens, str) or tokens != "all" or device or dtype):
             raise StreamlineError(
                 "retain_grad=True keeps the gradient of the model's own states, and a copy, a choice of tokens or "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from streamline_hooks.arguments import checked, require_weights
+from streamline_hooks.arguments import checked
 from streamline_hooks.passes import progress
 from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery.splice import AFTER, BEFORE
@@ -83,8 +83,6 @@ def compare_blocks(first: nn.Module, second: nn.Module, *, stack: str | None = N
     >>> [match.source for match in compare_blocks(original, shorter)]
     [0, 1, 7]
     """
-    for name, model in (("first", first), ("second", second)):
-        require_weights(model, f"compare_blocks: {name}")
     sources = [_weights(block) for block in find_stack(first, stack).blocks]
     found: list[BlockMatch] = []
     blocks = find_stack(second, stack).blocks

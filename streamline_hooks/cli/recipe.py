@@ -148,6 +148,6 @@ def search_config(
     if criterion:
         options["criterion"] = parse_criterion(criterion)
     if hasattr(search, "windows"):
-        options["windows"] = max(windows, int(search.least.get("windows", 1)))
+        options["windows"] = max(windows, int(search.bounds.get("windows", 1)))
     written = [part.partition("=")[0].strip() for part in text.partition(":")[2].split(",")]
     return replace(search, **{name: value for name, value in options.items() if name not in written})

@@ -10,9 +10,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from streamline_hooks.arguments import field_hints
+from streamline_hooks.arguments import field_hints, nearest
 from streamline_hooks.calibration.mixture import ROUNDING
-from streamline_hooks.core.config import nearest
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.healing import HealingConfig
 from streamline_hooks.repair.losses import LOSSES

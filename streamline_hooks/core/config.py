@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
 
-from streamline_hooks.arguments import check_fields, field_hints
+from streamline_hooks.arguments import Bound as Bound
+from streamline_hooks.arguments import check_fields, field_hints, nearest
 from streamline_hooks.errors import StreamlineError
 
 T = TypeVar("T")
@@ -96,12 +96,6 @@ class FrozenDict(dict[str, Any]):
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
 
 
-def nearest(name: Any, known: Iterable[str], otherwise: str) -> str:
-    """Return the last sentence of an error about an unknown name: the nearest known one, or what else to do."""
-    found = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"Did you mean {found[0]!r}?" if found else otherwise
-
-
 @dataclass(frozen=True)
 class Config:
     """A frozen dataclass whose fields are validated by their annotations and can be written to JSON and YAML.
@@ -113,7 +107,7 @@ class Config:
     --------
     >>> @dataclass(frozen=True)
     ... class WindowConfig(Config):
-    ...     least = {"size": 1}
+    ...     bounds = {"size": 1}
     ...     size: int = 2
     >>> WindowConfig.from_dict({"size": 3})
     WindowConfig(size=3)
@@ -123,18 +117,16 @@ class Config:
     """The name of a class within its family; empty for a class that belongs to none."""
     family: ClassVar[Registry[Any] | None] = None
     """The classes of the family, by kind."""
-    least: ClassVar[Mapping[str, float]] = {}
-    """The smallest value of each field that has one, beside those of its bases."""
+    bounds: ClassVar[Mapping[str, Bound]] = {}
+    """The range of each number that has one, beside those of the bases; see `checked`."""
 
     def __post_init__(self) -> None:
-        least: dict[str, float] = {}
+        bounds: dict[str, Bound] = {}
         for base in reversed(type(self).__mro__):
-            least |= vars(base).get("least", {})
-        check_fields(self, **least)
-        hints = field_hints(type(self))
+            bounds |= vars(base).get("bounds", {})
+        check_fields(self, **bounds)
         for field in fields(self):
             value = _builtin(getattr(self, field.name))
-            check_choice(type(self).__name__, field.name, value, hints[field.name])
             if isinstance(value, float) and not math.isfinite(value):
                 raise StreamlineError(
                     f"{type(self).__name__}: {field.name}={value} is no finite number. Expected a number. Give one."
@@ -227,17 +219,6 @@ def require_plain(config: Config) -> None:
                 f"{type(config).__name__}: {name}={value!r} cannot be written to JSON. Expected numbers, text, None, "
                 "and sequences and mappings of these. Keep a name instead, and make the object from it."
             ) from None
-
-
-def check_choice(owner: str, name: str, value: Any, hint: Any) -> None:
-    """Raise if the annotation of a field lists its values by `Literal` and a text is none of them."""
-    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    choices = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
-    if choices and isinstance(value, str) and value not in choices and str not in members:
-        raise StreamlineError(
-            f"{owner}: {name}={value!r} is unknown. Expected one of {', '.join(choices)}. "
-            + nearest(value, choices, "Change it.")
-        )
 
 
 def _builtin(value: Any) -> Any:

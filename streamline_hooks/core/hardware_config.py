@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from streamline_hooks.core.config import Config
+from streamline_hooks.core.config import Bound, Config
 
 Precision = Literal["bfloat16", "float16"]
 StateDtype = Literal["float32", "bfloat16", "float16"]
@@ -48,7 +48,7 @@ class HardwareConfig(Config):
     torch.bfloat16
     """
 
-    least: ClassVar[Mapping[str, float]] = {"batch_size": 1, "state_memory": 0}
+    bounds: ClassVar[Mapping[str, Bound]] = {"batch_size": 1, "state_memory": 0}
 
     batch_size: int = 4
     autocast: Precision | None = None

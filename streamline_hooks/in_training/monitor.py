@@ -112,10 +112,6 @@ class HiddenStateMonitor:
         group: Any = None,
         stack: str | None = None,
     ) -> None:
-        if every < 1:
-            raise StreamlineError(f"every={every} is no number of steps; give 1 or more, such as 50.")
-        if tokens not in ("real", "all"):
-            raise StreamlineError(f"tokens={tokens!r} is unknown; expected 'real' or 'all'.")
         self.model, self.every, self.dead, self.group = model, every, dead, group
         self.stack = find_stack(model, stack)
         self.log = log

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -259,13 +259,10 @@ def _refuse_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def _rates(rate: float | Sequence[float], rule: str | None, keep: Iterable[int], length: int) -> list[float]:
+def _rates(rate: float | Sequence[float], rule: Rule | None, keep: Iterable[int], length: int) -> list[float]:
     """The probability with which each block is skipped."""
     if isinstance(rate, (int, float)):
-        rule = "linear" if rule is None else rule
-        if rule not in get_args(Rule):
-            raise StreamlineError(f"rule={rule!r} is unknown. Expected one of: {', '.join(get_args(Rule))}.")
-        rates = [rate * (k + 1) / length if rule == "linear" else float(rate) for k in range(length)]
+        rates = [float(rate) if rule == "constant" else rate * (k + 1) / length for k in range(length)]
     else:
         rates = [float(value) for value in rate]
         if rule is not None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from streamline_hooks.core.config import Config, require_fields, require_plain
+from streamline_hooks.core.config import Bound, Config, require_fields, require_plain
 from streamline_hooks.core.files import atomic_file
 from streamline_hooks.core.hardware_config import HardwareConfig
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
@@ -53,12 +53,13 @@ class DataConfig(Config):
         that copy from the context are kept. 0 by default: prose as it is.
     """
 
-    least: ClassVar[Mapping[str, float]] = {
+    bounds: ClassVar[Mapping[str, Bound]] = {
         "sequence_length": 2,
         "calibration_tokens": 2,
         "fitting_tokens": 2,
         "validation_tokens": 2,
         "test_tokens": 2,
+        "repeated": "[0, 1]",
     }
 
     sequence_length: int = 512
@@ -67,14 +68,6 @@ class DataConfig(Config):
     validation_tokens: int = 4_096
     test_tokens: int = 12_288
     repeated: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.repeated <= 1:
-            raise StreamlineError(
-                f"DataConfig: repeated={self.repeated} is no fraction. Expected 0 to 1. Give 1.0 to repeat in every "
-                "sequence."
-            )
 
 
 @dataclass(frozen=True)
@@ -153,7 +146,7 @@ class CompressionConfig(Config):
     SwiGLUConfig(seed=None, width=None, norm=True, linear=True)
     """
 
-    least: ClassVar[Mapping[str, float]] = {"rounds": 1}
+    bounds: ClassVar[Mapping[str, Bound]] = {"rounds": 1}
 
     remove: Target | int | float = Target(fraction=0.25)
     repair: ReplacementConfig = LinearConfig()

@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from streamline_hooks.batch import Batch
+from streamline_hooks.core.config import Bound
 from streamline_hooks.repair.repaired import fit_folded, fit_scaled
 from streamline_hooks.repair.replacement_config import ReplacementConfig, register_replacement
 from streamline_hooks.repair.size import features_of, inner_width_of
@@ -52,7 +53,7 @@ class LinearConfig(ReplacementConfig):
     """
 
     kind = "linear"
-    least: ClassVar[Mapping[str, float]] = {"rank": 1}
+    bounds: ClassVar[Mapping[str, Bound]] = {"rank": 1}
     rank: int | None = None
     diagonal: bool = False
 
@@ -82,7 +83,7 @@ class MLPConfig(ReplacementConfig):
     """
 
     kind = "mlp"
-    least: ClassVar[Mapping[str, float]] = {"width": 1}
+    bounds: ClassVar[Mapping[str, Bound]] = {"width": 1}
     width: int | None = None
     activation: str = "gelu"
     bias: bool = False
@@ -108,7 +109,7 @@ class SwiGLUConfig(ReplacementConfig):
     """
 
     kind = "swiglu"
-    least: ClassVar[Mapping[str, float]] = {"width": 1}
+    bounds: ClassVar[Mapping[str, Bound]] = {"width": 1}
     width: int | None = None
     norm: bool = True
     linear: bool = True
@@ -132,7 +133,7 @@ class BlockConfig(ReplacementConfig):
     """
 
     kind = "block"
-    least: ClassVar[Mapping[str, float]] = {"count": 1}
+    bounds: ClassVar[Mapping[str, Bound]] = {"count": 1}
     count: int = 1
     solve: bool = True
 
@@ -231,7 +232,7 @@ class FeedForwardConfig(ReplacementConfig):
     """
 
     kind = "feed_forward"
-    least: ClassVar[Mapping[str, float]] = {"width": 1}
+    bounds: ClassVar[Mapping[str, Bound]] = {"width": 1}
     width: int | None = None
 
     @property

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
 
-from streamline_hooks.core.config import Config, FrozenDict
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks.core.config import Bound, Config, FrozenDict
 from streamline_hooks.repair.objective import Objective
 from streamline_hooks.repair.on_policy import OnPolicyConfig
 
@@ -69,15 +68,18 @@ class DistillationConfig(Config):
     True
     """
 
-    least: ClassVar[Mapping[str, float]] = {
+    bounds: ClassVar[Mapping[str, Bound]] = {
+        "learning_rate": "(0, inf)",
         "weight_decay": 0,
-        "warmup_ratio": 0,
-        "min_lr_ratio": 0,
+        "betas": "[0, 1)",
+        "warmup_ratio": "[0, 1]",
+        "min_lr_ratio": "[0, 1]",
         "max_grad_norm": 0,
         "epochs": 1,
         "gradient_accumulation_steps": 1,
         "validations": 1,
         "patience": 0,
+        "max_minutes": "(0, inf)",
         "checkpoint_minutes": 0,
     }
 
@@ -100,22 +102,6 @@ class DistillationConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "loss", FrozenDict(Objective(self.loss).weights))
-        for name in ("learning_rate", "max_minutes"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise StreamlineError(
-                    f"DistillationConfig: {name}={value} is too small. Expected a number above 0. Change it."
-                )
-        for name in ("warmup_ratio", "min_lr_ratio"):
-            if getattr(self, name) > 1:
-                raise StreamlineError(
-                    f"DistillationConfig: {name}={getattr(self, name)} is too large. Expected 0 to 1. Change it."
-                )
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise StreamlineError(
-                f"DistillationConfig: betas={self.betas} is invalid. Expected two numbers, at least 0 and below 1. "
-                "Change them."
-            )
 
     @cached_property
     def objective(self) -> Objective:

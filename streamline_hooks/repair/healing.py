@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from streamline_hooks.arguments import checked
-from streamline_hooks.core.config import Config
+from streamline_hooks.core.config import Bound, Config
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.adapters import with_adapters
 from streamline_hooks.repair.folded import Folded
@@ -71,7 +71,13 @@ class HealingConfig(Config):
     [1, 2, 5, 6]
     """
 
-    least: ClassVar[Mapping[str, float]] = {"count": 0, "rank": 1, "dropout": 0}
+    bounds: ClassVar[Mapping[str, Bound]] = {
+        "count": 0,
+        "learning_rate_ratio": "(0, inf)",
+        "rank": 1,
+        "alpha": "(0, inf)",
+        "dropout": "[0, 1)",
+    }
 
     method: Literal["lora", "partial"] = "lora"
     where: Where = "all"
@@ -89,16 +95,6 @@ class HealingConfig(Config):
             raise StreamlineError(
                 f"HealingConfig: count={self.count} with where={self.where!r} is invalid. Expected at least 1 for "
                 "'beside' and 'last', and 0 otherwise. Change one."
-            )
-        for name in ("learning_rate_ratio", "alpha"):
-            if not getattr(self, name) > 0:
-                raise StreamlineError(
-                    f"HealingConfig: {name}={getattr(self, name)} is invalid. Expected a number above 0. Change it."
-                )
-        if not self.dropout < 1:
-            raise StreamlineError(
-                f"HealingConfig: dropout={self.dropout} is invalid. Expected a number of at least 0 and below 1. "
-                "Change it."
             )
         default = {field.name: field.default for field in fields(self)}
         given = [name for name in _OF_ADAPTERS if getattr(self, name) != default[name]]

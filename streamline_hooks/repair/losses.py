@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 from streamline_hooks.arguments import check_fields, checked
-from streamline_hooks.core.config import Registry, check_choice
+from streamline_hooks.core.config import Registry
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.predicted import UNCOUNTED
 
@@ -59,7 +59,6 @@ class Loss:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_choice("Loss", "compares", self.compares, Compares)
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the sum over positions.

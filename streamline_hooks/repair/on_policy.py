@@ -9,7 +9,7 @@ from itertools import count, takewhile
 from math import floor
 from typing import Any, ClassVar
 
-from streamline_hooks.core.config import Config, FrozenDict
+from streamline_hooks.core.config import Bound, Config, FrozenDict
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.losses import LOSSES
 from streamline_hooks.repair.objective import Objective
@@ -63,7 +63,14 @@ class OnPolicyConfig(Config):
     [3, 7, 11]
     """
 
-    least: ClassVar[Mapping[str, float]] = {"prompt": 1, "shortest": 1}
+    bounds: ClassVar[Mapping[str, Bound]] = {
+        "share": "(0, 1]",
+        "begin": "[0, 1)",
+        "prompt": 1,
+        "shortest": 1,
+        "temperature": "(0, inf)",
+        "top_p": "(0, 1]",
+    }
 
     loss: Mapping[str, float] = field(default_factory=lambda: {"kl": 1.0})
     share: float = 0.5
@@ -83,19 +90,6 @@ class OnPolicyConfig(Config):
                     f"OnPolicyConfig: the loss {name!r} compares {LOSSES[name].compares}. Expected losses on logits, "
                     "such as kl and reverse_kl. Leave it out."
                 )
-        bounds = {"share": self.share <= 1, "top_p": self.top_p <= 1, "temperature": True}
-        for name, fits in bounds.items():
-            if not (fits and getattr(self, name) > 0):
-                upper = "" if name == "temperature" else " and at most 1"
-                raise StreamlineError(
-                    f"OnPolicyConfig: {name}={getattr(self, name)} is invalid. Expected a number above 0{upper}. "
-                    "Change it."
-                )
-        if not 0 <= self.begin < 1:
-            raise StreamlineError(
-                f"OnPolicyConfig: begin={self.begin} is invalid. Expected a number of at least 0 and below 1. Change "
-                "it."
-            )
         if self.longest < self.shortest:
             raise StreamlineError(
                 f"OnPolicyConfig: longest={self.longest} is less than shortest={self.shortest}. Expected 1 <= shortest "

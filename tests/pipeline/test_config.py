@@ -255,8 +255,8 @@ def test_values_that_contradict_each_other(values: dict[str, Any], named: str) -
     [
         ({"sequence_length": 1}, "sequence_length=1.*at least 2"),
         ({"calibration_tokens": 0}, "calibration_tokens=0.*at least 2"),
-        ({"repeated": 1.5}, "repeated=1.5.*0 to 1"),
-        ({"repeated": -0.5}, "repeated=-0.5.*0 to 1"),
+        ({"repeated": 1.5}, r"repeated=1.5.*in \[0, 1\]"),
+        ({"repeated": -0.5}, r"repeated=-0.5.*in \[0, 1\]"),
         ({"fitting_tokens": True}, "fitting_tokens=True.*Expected int"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from streamline_hooks.arguments import check_fields
 from streamline_hooks.errors import StreamlineError
@@ -54,11 +54,6 @@ class Criterion:
         check_fields(self)
         if not self.name:
             raise StreamlineError("Criterion: name='' is empty. Expected text. Give a name.")
-        if self.needs not in get_args(Needs):
-            raise StreamlineError(
-                f"Criterion {self.name!r}: needs={self.needs!r} is unknown. Expected 'profile' or 'model'. Give the "
-                "one that `score` takes first."
-            )
 
 
 @dataclass(frozen=True)

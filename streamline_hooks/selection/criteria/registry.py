@@ -146,8 +146,6 @@ def combined(parts: Mapping[str | Criterion, float], by: Literal["rank", "weight
     >>> combined({"cosine": 1.0, "relative_magnitude": 0.5}).name
     'cosine + 0.5 relative_magnitude by rank'
     """
-    if by not in ("rank", "weight"):
-        raise StreamlineError(f"by={by!r} is unknown; expected 'rank' or 'weight'.")
     wrong = [weight for weight in parts.values() if not (math.isfinite(weight) and weight > 0)]
     if wrong or not parts:
         what = f"a weight of {wrong[0]}" if wrong else "no criteria"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 from streamline_hooks.branches import Branch
-from streamline_hooks.core.config import Config, Registry, register_config
+from streamline_hooks.core.config import Bound, Config, Registry, register_config
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair import ReplacementConfig
 from streamline_hooks.selection.criteria import SHORTLIST, Criterion, criterion_of
@@ -67,7 +67,7 @@ class SearchConfig(Config):
     """
 
     family = SEARCHES
-    least: ClassVar[Mapping[str, float]] = {"shortlist": 1}
+    bounds: ClassVar[Mapping[str, Bound]] = {"shortlist": 1}
     default_criterion: ClassVar[str] = "cosine"
     """The criterion where none is given."""
     only_criterion: ClassVar[str | None] = None
@@ -284,7 +284,7 @@ class DisjointSearch(SearchConfig):
     """
 
     kind = "disjoint"
-    least: ClassVar[Mapping[str, float]] = {"windows": 1}
+    bounds: ClassVar[Mapping[str, Bound]] = {"windows": 1}
     windows: int = 2
 
     @property
@@ -326,7 +326,7 @@ class MixedSearch(SearchConfig):
     """
 
     kind = "mixed"
-    least: ClassVar[Mapping[str, float]] = {"windows": 2}
+    bounds: ClassVar[Mapping[str, Bound]] = {"windows": 2}
     default_criterion = SHORTLIST
     windows: int = 2
 
@@ -388,7 +388,7 @@ class EvolutionSearch(SearchConfig):
     """
 
     kind = "evolution"
-    least: ClassVar[Mapping[str, float]] = {"shortlist": 1, "generations": 1, "offspring": 1, "tokens": 4}
+    bounds: ClassVar[Mapping[str, Bound]] = {"shortlist": 1, "generations": 1, "offspring": 1, "tokens": 4}
     runs_model = True
     generations: int = 10
     offspring: int = 16

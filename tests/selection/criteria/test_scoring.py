@@ -117,7 +117,7 @@ def test_a_users_criterion_of_a_profile_and_of_a_model(names: None) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"needs": "text"}, r"needs='text'.*Expected 'profile' or 'model'"),
+        ({"needs": "text"}, "needs='text'.*Expected one of profile, model"),
         ({"name": ""}, r"name=''.*Give"),
         ({"name": 3}, r"name=3.*Expected str"),
         ({"score": 3}, r"score=3.*Expected Callable"),
