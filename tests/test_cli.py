@@ -121,7 +121,7 @@ def test_rank_from_a_saved_profile_runs_nothing(
         (["--search", "greedy", "--remove", 2], r"search runs the model"),
         (["--criterion", "kl", "--remove", 2], r"runs the model.*profile is not enough"),
         (["--criterion", "kl"], "add --remove"),
-        (["--remove", "parameters:0.2"], r"on the model.*give it"),
+        (["--remove", "parameters:0.2"], r"on the model.*Give the model"),
         (["--criterion", "guess"], r"'guess'.*Expected one of cosine"),
         (["--search", "luck", "--remove", 2], r"'luck'.*Expected one of window"),
         (["--search", "attention", "--criterion", "last_n", "--remove", 2], "criterion='last_n'.*Expected 'cosine'"),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -31,11 +30,7 @@ from streamline_hooks.cli.options import (
     Temperature,
     Tokens,
 )
-from streamline_hooks.core.tables import table
 from streamline_hooks.errors import StreamlineError
-
-if TYPE_CHECKING:
-    from streamline_hooks.statistics import Profile
 
 
 def rank(
@@ -84,21 +79,21 @@ def rank(
     from streamline_hooks.cli.recipe import search_config
     from streamline_hooks.cli.short_forms import parse_target
     from streamline_hooks.core import check_writable
-    from streamline_hooks.selection import protected_blocks, score_windows
-    from streamline_hooks.selection import windows as windows_of
+    from streamline_hooks.selection import protected_blocks
+    from streamline_hooks.selection import rank as rank_windows
+    from streamline_hooks.selection.ranking import require_target_free
     from streamline_hooks.stack import find_stack
     from streamline_hooks.statistics import Profile, check_profile
     from streamline_hooks.statistics import profile as measure
 
-    searching = search_config(search, criterion, windows=parts, shortlist=top)
+    searching = search_config(search, criterion, windows=parts, shortlist=top, keep=tuple(block_numbers(keep)))
     search = searching.kind
     chosen = searching.resolved_criterion
-    if remove is None and (search != "window" or chosen.needs == "model"):
-        raise StreamlineError(
-            f"To rank {search if search != 'window' else ''} by {criterion} takes a target; add --remove, such as "
-            "--remove 0.25.".replace("  ", " ")
-        )
-    searching.check(parse_target(remove or "1"))
+    target = parse_target(remove) if remove else None
+    if target is None:
+        require_target_free(searching)
+    else:
+        searching.check(target)
     refuse_unused(context, searching)
     if save is not None and not save.resolve().parent.is_dir():
         raise StreamlineError(f"--save {save}: there is no folder {save.parent}; create it first.")
@@ -132,7 +127,7 @@ def rank(
             check_profile(profile, loaded, stack)
         elif stack is not None and stack != profile.about.get("stack"):
             raise StreamlineError(f"--stack {stack}: {profile_file} is of {profile.about.get('stack')}.")
-    protected = protected_blocks(block_numbers(keep), profile.length if profile else len(find_stack(loaded, stack)))
+    protected = protected_blocks(searching.keep, profile.length if profile else len(find_stack(loaded, stack)))
     if dry_run:
         from streamline_hooks.evaluation.pace import measure_pace
 
@@ -149,30 +144,9 @@ def rank(
         profile = measure(loaded, cast(Any, batches), keep=protected, stack=stack)
     if save is not None:
         profile.save(save)
-    rows: list[dict[str, Any]] = []
-    if remove is None:
-        for length in range(1, profile.places - 1 + (profile.places - 1 < profile.length)):
-            free = [w for w in _windows(windows_of, profile.length, length, protected) if w.stop < profile.places]
-            scores = score_windows(chosen, free, profile=profile)
-            best = sorted(zip(free, scores, strict=True), key=lambda pair: (-pair[1], pair[0].start))[:top]
-            rows += [_row(profile, window, score, criterion) for window, score in best]
-    else:
-        candidates = _candidates(loaded, remove, profile, protected, stack)
-        given_to: dict[str, Any] = {"profile": profile, "model": loaded, "batches": batches, "stack": stack}
-        asked = searching.problem(candidates, profile.length, keep=protected, seed=seed, task=task, **given_to)
-        for found in searching.find(asked):
-            one = found.windows[0] if len(found.windows) == 1 and not found.silenced else None
-            row = {"blocks": str(found), "windows": [[w.start, w.stop] for w in found.windows]}
-            row["silenced"] = [list(half) for half in found.silenced]
-            rows.append({**row, **(_row(profile, one, found.score, criterion) if one else {"score": found.score})})
-        if search == "window" and chosen.needs == "profile" and profile.resampled:
-            rows[0]["first_in_resamples"] = _how_sure(profile, chosen, candidates)
-    said = _SCORES.get(search, "score").format(criterion)
-    if as_json:
-        about = {"stack": profile.about.get("stack"), "blocks": profile.length, "criterion": criterion, "scores": said}
-        typer.echo(json.dumps({**about, "tokens": profile.tokens, "windows": rows}, indent=2))
-    else:
-        _print(profile, rows, said)
+    given_model: dict[str, Any] = {"model": loaded, "batches": batches, "task": task, "seed": seed}
+    found = rank_windows(profile, searching, target, say=partial(typer.echo, err=True), **given_model)
+    typer.echo(json.dumps(found.report(), indent=2) if as_json else found.table())
 
 
 def _batches(
@@ -224,73 +198,3 @@ def _of_task(
     of = {"calibration": tokens}, {"calibration": examples}
     amounts = Amounts(*of, sequence_length, batch_size, seed)
     return batches_for(model, processor, task, calibration, amounts, partial(typer.echo, err=True))["calibration"]
-
-
-def _windows(windows_of: Any, length: int, size: int, protected: frozenset[int]) -> list[range]:
-    try:
-        return list(windows_of(length, size, protected))
-    except StreamlineError:  # no run of this length is free; shorter ones were
-        return []
-
-
-def _candidates(model: Any, remove: str, profile: Profile, protected: frozenset[int], stack: str | None) -> list[range]:
-    """The windows that reach a target; of a number of blocks without the model."""
-    from streamline_hooks.cli.short_forms import parse_target
-    from streamline_hooks.selection import blocks_to_remove, windows, windows_for
-
-    target = parse_target(remove)
-    if target.counts_blocks:
-        return windows(profile.length, blocks_to_remove(target, profile.length), protected)
-    if model is None:
-        raise StreamlineError(f"The target {target} is measured on the model; give it, or a number of blocks.")
-    return windows_for(model, target, stack=stack, protected=protected, say=partial(typer.echo, err=True))
-
-
-# What a search's scores are; the others' are of their own making.
-_SCORES = {"window": "{}", **dict.fromkeys(("disjoint", "one-shot", "mixed", "greedy"), "sum of {}")}
-
-# A criterion that is a statistic of the profile, or one minus it.
-_INTERVALS = {"cosine": (0.0, 1.0), "angular": (1.0, -1.0), "last_angular": (1.0, -1.0)}
-
-
-def _row(profile: Profile, window: range, score: float, criterion: str) -> dict[str, Any]:
-    row: dict[str, Any] = {"length": len(window), "start": window.start, "stop": window.stop, "score": score}
-    if window.stop < profile.places:
-        row["cosine"] = profile.value("cosine", window)
-        row["angular_distance"] = profile.value("angular", window)
-        if criterion in _INTERVALS and profile.resampled:
-            (offset, sign), statistic = _INTERVALS[criterion], cast(Any, criterion)
-            if math.isclose(score, offset + sign * profile.value(statistic, window), rel_tol=1e-9):  # and no sum
-                row["interval"] = sorted(offset + sign * end for end in profile.interval(statistic, window))
-    return row
-
-
-def _how_sure(profile: Profile, criterion: Any, candidates: list[range]) -> float:
-    """In what share of the resamples of the sequences the first window is first."""
-    from streamline_hooks.selection import score_windows
-
-    def first(of: Profile) -> int:
-        scores = score_windows(criterion, candidates, profile=of)
-        return max(range(len(scores)), key=lambda k: (scores[k], -k))
-
-    chosen = first(profile)
-    firsts = [first(one) for one in profile.resamples()]
-    return sum(k == chosen for k in firsts) / max(1, len(firsts))
-
-
-def _print(profile: Profile, rows: list[dict[str, Any]], heading: str) -> None:
-    typer.echo(
-        f"{profile.about.get('stack')}: {profile.length} blocks; {profile.tokens:,} tokens of {profile.sequences} "
-        "sequences\n"
-    )
-    cells = []
-    for row in rows:
-        blocks = row.get("blocks") or (f"{row['start']}-{row['stop'] - 1}" if row["length"] > 1 else str(row["start"]))
-        length = row.get("length") or sum(stop - start for start, stop in row["windows"]) or "-"
-        low, high = row.get("interval", (None, None))
-        interval = f"{low:.4f} to {high:.4f}" if low is not None else ""
-        numbers = [f"{row[name]:.4f}" if name in row else "" for name in ("cosine", "angular_distance")]
-        cells.append([length, blocks, f"{row['score']:.4f}", interval, *numbers])
-    typer.echo(table(cells, ["length", "blocks", heading, "95 % interval", "cosine", "angular distance"]))
-    if rows and "first_in_resamples" in rows[0]:
-        typer.echo(f"\nThe first comes first in {rows[0]['first_in_resamples']:.0%} of the resamples of the sequences.")

@@ -8,6 +8,7 @@ from streamline_hooks.selection.criteria import (
     register_criterion,
     score_windows,
 )
+from streamline_hooks.selection.ranking import Ranking, rank
 from streamline_hooks.selection.search.configs import (
     SEARCHES,
     AttentionSearch,
@@ -41,6 +42,7 @@ __all__ = [
     "MLPSearch",
     "MixedSearch",
     "OneShotSearch",
+    "Ranking",
     "ScoredWindow",
     "SearchConfig",
     "SearchProblem",
@@ -53,6 +55,7 @@ __all__ = [
     "criterion_of",
     "perplexity_of_attempts",
     "protected_blocks",
+    "rank",
     "ranked",
     "register_criterion",
     "register_search",

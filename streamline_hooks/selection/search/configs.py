@@ -80,6 +80,8 @@ class SearchConfig(Config):
     """Whether the search silences attentions or MLPs only, and removes no block."""
     runs_model: ClassVar[bool] = False
     """Whether the search runs the model, whatever the criterion does."""
+    score_name: ClassVar[str] = "score"
+    """Heading of the scores in a table; ``{}`` stands for the criterion's name."""
 
     criterion: str | Mapping[str, float] | None = None
     keep: tuple[int, ...] = ()
@@ -259,6 +261,7 @@ class WindowSearch(SearchConfig):
     """
 
     kind = "window"
+    score_name: ClassVar[str] = "{}"
     default_criterion = SHORTLIST
     counts_blocks_only = False
 
@@ -284,6 +287,7 @@ class DisjointSearch(SearchConfig):
     """
 
     kind = "disjoint"
+    score_name: ClassVar[str] = "sum of {}"
     bounds: ClassVar[Mapping[str, Bound]] = {"windows": 1}
     windows: int = 2
 
@@ -304,6 +308,7 @@ class OneShotSearch(SearchConfig):
     """
 
     kind = "one-shot"
+    score_name: ClassVar[str] = "sum of {}"
 
     def find(self, problem: SearchProblem) -> list[Selection]:
         return _one_shot(problem)
@@ -326,6 +331,7 @@ class MixedSearch(SearchConfig):
     """
 
     kind = "mixed"
+    score_name: ClassVar[str] = "sum of {}"
     bounds: ClassVar[Mapping[str, Bound]] = {"windows": 2}
     default_criterion = SHORTLIST
     windows: int = 2
@@ -355,6 +361,7 @@ class GreedySearch(SearchConfig):
     """
 
     kind = "greedy"
+    score_name: ClassVar[str] = "sum of {}"
     most_selections = 1
     runs_model = True
     shortlist: int = 1
