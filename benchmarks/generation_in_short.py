@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from benchmarks.generation_recipes import SIZES, TRAINED
+from benchmarks.generation_recipes import EARLIER, SIZES, TRAINED
 from benchmarks.generation_table import curve, differences, numbers, points, same_tokens, seed_of, seeds
 
 WHAT = {
@@ -65,7 +65,7 @@ def short_differences(content: dict[str, Any]) -> str:
         here = [row for row in content["rows"].values() if row["removed"] == removed]
         named = same_tokens(here, content["tokens"])
         for name, what in WHAT.items():
-            if name == "best" or not {name, "best"} <= named.keys() or name not in TRAINED:
+            if name == "best" or not {name, "best"} <= named.keys() or name not in [*TRAINED, *EARLIER]:
                 continue
             more = differences(content, named["best"], named[name])
             if more:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.generation_numbers import greedy_answers, mean_of, pass_answers, retained_greedy, summary
-from benchmarks.generation_recipes import RECIPES, SIZES, TRAINED, Run, same_minutes, trained_in
+from benchmarks.generation_recipes import EARLIER, RECIPES, SIZES, TRAINED, Run, same_minutes, trained_in
 from streamline_hooks.evaluation import Estimate, TaskAnswers, compared, retained
 
 
@@ -115,7 +115,9 @@ def table(content: dict[str, Any]) -> str:
 
 
 def same_tokens(rows: list[dict[str, Any]], tokens: int) -> dict[str, list[dict[str, Any]]]:
-    found = {name: [row for row in rows if of_run(row, Run(name, row["removed"], tokens))] for name in RECIPES}
+    found = {
+        name: [row for row in rows if of_run(row, Run(name, row["removed"], tokens))] for name in [*RECIPES, *EARLIER]
+    }
     return {name: its for name, its in found.items() if its}
 
 
@@ -187,7 +189,7 @@ def _beside_best(content: dict[str, Any], named: dict[str, list[dict[str, Any]]]
     found = {
         name: (its, differences(content, best, its))
         for name, its in named.items()
-        if name in TRAINED and name != "best"
+        if name in [*TRAINED, *EARLIER] and name != "best"
     }
     found = {name: (its, more) for name, (its, more) in found.items() if more}
     if not found:

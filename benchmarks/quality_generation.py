@@ -202,7 +202,7 @@ class Bench:
         text, _ = self.text("documents", run)
         batches, apart = batches_of(text.train, 1), batches_of(text.validation, 2)[0]
         settings = {name: self.settings(run, RECIPES[name]) for name in TRAINED}
-        alike = [name for name in TRAINED if settings[name].on_policy is None and RECIPES[name].config.rounds == 1]
+        alike = [name for name in TRAINED if RECIPES[name].config.rounds == 1]
         alike = [name for name in alike if RECIPES[name].text == "documents"]
         took: dict[str, list[float]] = {name: [] for name in alike}
         for _ in range(TIMES):

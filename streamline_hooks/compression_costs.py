@@ -12,10 +12,8 @@ from torch import nn
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.cost import Cost
 from streamline_hooks.evaluation.pace import measure_pace
-from streamline_hooks.evaluation.writing_cost import writing_cost
 from streamline_hooks.preparation import Preparation
 from streamline_hooks.repair.fitting import holds_map
-from streamline_hooks.repair.rollouts import require_writes
 from streamline_hooks.result import most_attempts
 
 
@@ -64,9 +62,6 @@ def compression_costs(ready: Preparation, profiled: bool = False) -> list[Cost]:
             healed=config.healing is not None,
         )
         trained.append(cost * rounds)
-        if distillation.on_policy is not None:
-            require_writes(ready.stack.model, ready.task, distillation.on_policy, ready.training)
-            trained.append(writing_cost(ready.stack.model, ready.training, distillation, pace))
     tried = most_attempts(distillation is not None)
     found = [
         *([] if profiled else [pace.rank(ready.calibration)]),

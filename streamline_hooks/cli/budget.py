@@ -17,7 +17,6 @@ _DECIDED = {
     "kind": "--kind",
     "objective": "--train",
     "heal": "--heal",
-    "on_policy": "--on-policy",
     "rounds": "--rounds",
     "epochs": "--epochs",
     "validations": "--validations",

@@ -68,15 +68,6 @@ def compress(
             "its embeddings), lm (the text), mse, relative or cosine (of the states), or a sum such as 'kl + 0.5*lm'.",
         ),
     ] = "",
-    on_policy: Annotated[
-        str,
-        typer.Option(
-            metavar="LOSS",
-            help="Make some steps of the training on what the repaired model writes itself: kl, reverse_kl or a sum; "
-            "options after a colon (share=0.5 of the steps, begin=0.5 of them later, prompt=32, shortest=16 and "
-            "longest=128 tokens, temperature=1).",
-        ),
-    ] = "",
     heal: Annotated[
         str,
         typer.Option(
@@ -233,7 +224,7 @@ def compress(
         if fitting_tokens is not None and not (objective or preset):
             raise StreamlineError("--fitting-tokens leaves the rest of the text to a training; say what for (--train).")
         recipe = Recipe(
-            kind, preset, objective, heal, on_policy, rounds, epochs, validations, learning_rate, autocast, search,
+            kind, preset, objective, heal, rounds, epochs, validations, learning_rate, autocast, search,
             criterion, repeated,
         )  # fmt: skip
         task = task_named(task_name, model)

@@ -24,7 +24,6 @@ class Recipe:
     preset: str = ""
     loss: str = ""
     heal: str = ""
-    on_policy: str = ""
     rounds: int | None = None
     epochs: float = EPOCHS
     validations: int = VALIDATIONS
@@ -99,10 +98,6 @@ class Recipe:
         return base
 
     def _distillation(self, base: DistillationConfig) -> DistillationConfig:
-        from streamline_hooks.cli.short_forms import parse_on_policy
-
-        if self.on_policy:
-            base = replace(base, on_policy=parse_on_policy(self.on_policy))
         if self.epochs != EPOCHS:
             base = replace(base, epochs=self.epochs)
         return replace(base, validations=self.validations) if self.validations != VALIDATIONS else base
@@ -111,7 +106,6 @@ class Recipe:
         """Raise if there are options of a training, and nothing is trained."""
         of_training = {
             f"--heal {self.heal}": self.heal,
-            f"--on-policy {self.on_policy}": self.on_policy,
             f"--rounds {self.rounds}": self.rounds not in (None, 1),
             "--epochs": self.epochs != EPOCHS,
             "--validations": self.validations != VALIDATIONS,

@@ -16,7 +16,6 @@ from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.healing import HealingConfig
 from streamline_hooks.repair.losses import LOSSES
 from streamline_hooks.repair.objective import Objective
-from streamline_hooks.repair.on_policy import OnPolicyConfig
 from streamline_hooks.repair.replacement_config import REPLACEMENTS, ReplacementConfig
 from streamline_hooks.selection.criteria import criterion_of
 from streamline_hooks.selection.search.configs import SEARCHES, SearchConfig
@@ -168,23 +167,6 @@ def parse_loss(text: str) -> dict[str, float]:
                 f"{text!r}: {number!r} is no weight of {name!r}. Expected a number above 0. Change it."
             ) from None
     return dict(Objective(weights).weights)
-
-
-def parse_on_policy(text: str) -> OnPolicyConfig:
-    """Read on-policy training: its loss, and options after a colon.
-
-    Raises
-    ------
-    StreamlineError
-        If the loss or an option is unknown, or a value is invalid.
-
-    Examples
-    --------
-    >>> parse_on_policy("reverse_kl:share=0.25,longest=64").loss
-    {'reverse_kl': 1.0}
-    """
-    loss = parse_loss(text.partition(":")[0])
-    return OnPolicyConfig(loss=loss, **read_options(text, OnPolicyConfig, without=("loss",)))
 
 
 def parse_healing(text: str) -> HealingConfig:

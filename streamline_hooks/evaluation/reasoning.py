@@ -21,7 +21,7 @@ _KNOWN = (
     "show it, and fine-tuning on text did not bring them back (arXiv 2510.22228)."
 )
 _ADVICE = (
-    "Remove fewer blocks, train the repair on what the compressed model writes itself (on-policy), and let it solve "
+    "Remove fewer blocks, train it on what it generates itself (examples/on_policy_distillation.py), and let it solve "
     "long problems of your own (evaluate --suite) before you use it."
 )
 

@@ -19,10 +19,24 @@ from streamline_hooks.repair import DistillationConfig, HealingConfig, LinearCon
 from streamline_hooks.selection import SearchConfig, Target, WindowSearch
 from streamline_hooks.task import Task
 
-SCHEMA = 1
+SCHEMA = 2
 """The version of the form in which configs are written."""
 
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+def _without_on_policy(values: dict[str, Any]) -> dict[str, Any]:
+    """Drop the empty `distillation.on_policy` of schema 1; refuse one that is set."""
+    distillation = values.get("distillation")
+    if not isinstance(distillation, Mapping) or "on_policy" not in distillation:
+        return values
+    if distillation["on_policy"] is not None:
+        raise StreamlineError(
+            f"CompressionConfig: distillation.on_policy={distillation['on_policy']!r} is no longer supported. Expected "
+            "null. Leave it out, and train the result with TRL as in examples/on_policy_distillation.py."
+        )
+    return {**values, "distillation": {name: v for name, v in distillation.items() if name != "on_policy"}}
+
+
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _without_on_policy}
 """For each older version that can be read, a function that returns the values as the next version has them."""
 
 
@@ -269,7 +283,7 @@ class CompressionConfig(Config):
         version = given.pop("schema", SCHEMA)
         while type(version) is not int or version != SCHEMA:
             if type(version) is not int or version not in UPGRADES:
-                known = ", ".join(map(str, [*UPGRADES, SCHEMA]))
+                known = ", ".join(map(str, [*sorted(UPGRADES), SCHEMA]))
                 raise StreamlineError(
                     f"schema={version!r} is unknown. Expected {known}. Read the config with the version of "
                     "streamline_hooks that wrote it, or a newer one."

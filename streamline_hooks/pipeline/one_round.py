@@ -20,7 +20,6 @@ from streamline_hooks.evaluation.reasoning import unmeasured_reasoning
 from streamline_hooks.pipeline.config import CompressionConfig
 from streamline_hooks.preparation import prepare_compression
 from streamline_hooks.repair import TrainingCallback
-from streamline_hooks.repair.rollouts import require_writes
 from streamline_hooks.result import LABELS, CompressionResult, attempts_to_measure, findings
 from streamline_hooks.run_figures import Clock, peak_memory_of_process, sizes_of
 from streamline_hooks.selection import VerifiedSelection
@@ -103,8 +102,6 @@ def compress_once(
             ready = trainable_windows(ready, config.healing, say) if search.number_of_windows == 1 else ready
     if output is not None:
         ready.require_writable()
-    if distillation is not None and distillation.on_policy is not None:
-        require_writes(model, task, distillation.on_policy, ready.training)
     for line in ready.announcement():
         say(line)
     if config.data.repeated and profile is not None:

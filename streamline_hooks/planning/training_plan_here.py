@@ -104,11 +104,6 @@ def plan_training(
             f"plan_training: the config has {chosen.rounds} rounds, and a budget plans one. Set rounds=1, or leave the "
             "budget out."
         )
-    if chosen.distillation.on_policy is not None:
-        raise StreamlineError(
-            f"plan_training: the config trains on what the model generates ({chosen.distillation.on_policy}), whose "
-            "length a budget does not know beforehand. Leave on_policy out, or the budget."
-        )
     limits = {"train_until": chosen.train_until, "distillation.max_minutes": chosen.distillation.max_minutes}
     if given_limits := [name for name, limit in limits.items() if limit is not None]:
         raise StreamlineError(

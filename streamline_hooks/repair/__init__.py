@@ -20,7 +20,6 @@ from streamline_hooks.repair.freezing import freeze_all_but
 from streamline_hooks.repair.healing import HealingConfig, student_of
 from streamline_hooks.repair.losses import LOSSES, Loss, register_loss
 from streamline_hooks.repair.objective import Objective
-from streamline_hooks.repair.on_policy import OnPolicyConfig
 from streamline_hooks.repair.repaired import Repair
 from streamline_hooks.repair.replacement_config import (
     REPLACEMENTS,
@@ -48,7 +47,6 @@ __all__ = [
     "MergedConfig",
     "NoneConfig",
     "Objective",
-    "OnPolicyConfig",
     "Repair",
     "ReplacementConfig",
     "ScaleConfig",

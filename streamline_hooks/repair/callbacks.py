@@ -19,8 +19,6 @@ class TrainingProgress:
         Tokens trained on so far.
     batches : tuple of int
         Indices of the calibration batches of the current step.
-    on_policy : bool
-        Whether the current step trains on text that the student generates.
     loss : float or None
         Loss of the step that ended; None in the other callbacks.
     history : sequence of mapping
@@ -31,7 +29,6 @@ class TrainingProgress:
     steps: int
     tokens: int
     batches: tuple[int, ...]
-    on_policy: bool
     loss: float | None
     history: Sequence[Mapping[str, Any]]
 

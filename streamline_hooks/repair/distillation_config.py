@@ -9,7 +9,6 @@ from typing import ClassVar
 
 from streamline_hooks.core.config import Bound, Config, FrozenDict
 from streamline_hooks.repair.objective import Objective
-from streamline_hooks.repair.on_policy import OnPolicyConfig
 
 
 @dataclass(frozen=True)
@@ -21,9 +20,6 @@ class DistillationConfig(Config):
     loss : mapping of str to float
         Weights of the losses by name, see `LOSSES`; above 0. The default is the KL divergence from the original,
         ``{"kl": 1.0}``, which asks for everything that the original might generate.
-    on_policy : OnPolicyConfig, optional
-        Which steps train on text that the student generates. None, the default, trains on the calibration text alone:
-        generation takes most of the time of a step.
     learning_rate : float
         The highest learning rate; default 1e-3, for new modules that start from the closed form. A trained block
         needs less, see `HealingConfig.learning_rate_ratio`.
@@ -84,7 +80,6 @@ class DistillationConfig(Config):
     }
 
     loss: Mapping[str, float] = field(default_factory=lambda: {"kl": 1.0})
-    on_policy: OnPolicyConfig | None = None
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)

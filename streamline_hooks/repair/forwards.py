@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from streamline_hooks.batch import Batch, real_tokens
 from streamline_hooks.core.hardware_config import HardwareConfig
@@ -20,12 +18,9 @@ from streamline_hooks.predicted import UNCOUNTED, following_tokens
 from streamline_hooks.repair.distillation_config import DistillationConfig
 from streamline_hooks.repair.divergence import summed_divergence
 from streamline_hooks.repair.master_weights import MasterWeights
-from streamline_hooks.repair.on_policy import OnPolicyConfig
-from streamline_hooks.repair.rollouts import Rollouts
 from streamline_hooks.repair.share import Share
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import Taught
-from streamline_hooks.repair.teaching import taught_to
 from streamline_hooks.task import Task, logits_of
 
 
@@ -92,31 +87,6 @@ class Forwards:
             said, following = self.task.answers(output, batch), self._following(batch, output)
             loss = loss + objective.of_answers(said, original, following) / answers
         return loss
-
-    def _backward_on_own(self, rollouts: Sequence[Rollouts], answers: int, bar: tqdm[Any]) -> float:
-        """As `_backward`, on what the student wrote: every place at which it chose the next token."""
-        batches, total = [one.batch for one in rollouts], 0.0
-        with ExitStack() as exits:
-            with self.hardware.autocast_on(self.device):
-                told = (
-                    exits.enter_context(taught_to(self.student, batches, self.hardware, bar=bar)) if batches else None
-                )
-            for one, taught in zip(rollouts, told.batches if told else (), strict=True):
-                for rows in _slices(len(one.answered), self.rows / max(1, self.longest)):
-                    loss = self._loss_on_own(taught.rows(rows), some_of(one.batch, rows), one.answered[rows], answers)
-                    loss.backward()
-                    self.weights.collect()
-                    total += float(loss.detach())
-        return total
-
-    def _loss_on_own(self, taught: Taught, batch: Batch, answered: Tensor, answers: int) -> Tensor:
-        objective = cast(OnPolicyConfig, self.config.on_policy).objective
-        compared = {**batch, "attention_mask": answered}
-        with self.hardware.autocast_on(self.device):
-            output, _ = self.student.run(taught.entrance, batch, logits=True, states=False)
-            assert taught.exit is not None
-            original = self.student.original_answers(taught.exit, batch, compared)
-        return objective.of_answers(self.task.answers(output, compared), original) / answers
 
     def _following(self, batch: Batch | Tensor, output: Any) -> Tensor | None:
         """The token that is to follow on each answer in an output; None where no text is learned."""
@@ -192,9 +162,3 @@ def _evaluating(student: Student) -> Iterator[None]:
         yield
     finally:
         student.training = True
-
-
-def _slices(count: int, share: float) -> Iterator[slice]:
-    """All of so many texts, a share of them at a time."""
-    size = max(1, math.ceil(count * min(1.0, share)))
-    return (slice(start, start + size) for start in range(0, count, size))

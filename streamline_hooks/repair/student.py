@@ -241,7 +241,7 @@ class Student:
             ]
         return (output if logits else None), found
 
-    def original_answers(self, exit_: Tensor, batch: Batch | Tensor, answered: Batch | Tensor | None = None) -> Tensor:
+    def original_answers(self, exit_: Tensor, batch: Batch | Tensor) -> Tensor:
         """The original's answers, from the state that leaves its last block, without a graph.
 
         Parameters
@@ -250,8 +250,6 @@ class Student:
             Of shape (batch, tokens, features).
         batch : mapping or torch.Tensor
             The batch that it is of.
-        answered : mapping or torch.Tensor, optional
-            The same with another mask, where not every real token's answer is wanted.
 
         Returns
         -------
@@ -261,7 +259,7 @@ class Student:
         with torch.no_grad():
             stack = self.teacher_stack
             output = resume(self.teacher, len(stack), exit_.clone(), batch, stack=stack.path)
-        return self.task.answers(output, batch if answered is None else answered)
+        return self.task.answers(output, batch)
 
     @contextmanager
     def _without_earlier_splices(self) -> Iterator[None]:

@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from streamline_hooks.batch import Batch
 from streamline_hooks.distributed import sequences_of, some_of
@@ -105,7 +104,6 @@ def taught_states(
     folder: str | Path | None = None,
     what: str = "original",
     say: Callable[[str], None] = lambda line: None,
-    bar: tqdm[Any] | None = None,
 ) -> Iterator[TaughtStates]:
     """Run every batch through the original once, as far as anything is needed.
 
@@ -131,8 +129,6 @@ def taught_states(
         What the bar says.
     say : callable
         Is told where memory did not suffice, and fewer sequences are run at a time.
-    bar : tqdm, optional
-        The caller's own, see `recorded`.
 
     Yields
     ------
@@ -160,7 +156,7 @@ def taught_states(
             with ExitStack() as attempt:
                 room = attempt.enter_context(StateMemory(memory, folder))
                 try:
-                    kept = _run(model, batches, start, ends, exits, found.path, dtype, cost, room, rows, bar)
+                    kept = _run(model, batches, start, ends, exits, found.path, dtype, cost, room, rows)
                     opened.enter_context(attempt.pop_all())
                 except torch.cuda.OutOfMemoryError:
                     if rows == 1 or is_sharded(model):
@@ -184,7 +180,6 @@ def _run(
     cost: str,
     room: StateMemory,
     rows: int,
-    bar: tqdm[Any] | None,
 ) -> list[Taught]:
     """What is kept of every batch, of which so many sequences are run at a time."""
     options = {"detach": True, "device": "cpu", "dtype": dtype, "stack": stack}
@@ -198,7 +193,7 @@ def _run(
         if leaving is not None and entering is not None:
             opened.enter_context(entering)
         last = cast(HiddenStateRecorder, leaving or entering)
-        passed = opened.enter_context(recorded(model, parts, last, cost, bar))
+        passed = opened.enter_context(recorded(model, parts, last, cost))
         kept = []
         for starts in counts:
             pieces, masks = [], []

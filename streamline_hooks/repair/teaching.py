@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from streamline_hooks.batch import Batch
 from streamline_hooks.core.hardware_config import HardwareConfig
@@ -27,7 +26,6 @@ def taught_to(
     exits: bool = True,
     what: str = "original",
     say: Callable[[str], None] = lambda line: None,
-    bar: tqdm[Any] | None = None,
 ) -> Iterator[TaughtStates]:
     """Run every batch through the original once, and through the teacher where that is another model.
 
@@ -37,7 +35,7 @@ def taught_to(
     batches : sequence of mapping or torch.Tensor
     hardware : HardwareConfig
         Memory and data type of the states.
-    after, exits, what, say, bar
+    after, exits, what, say
         See `taught_states`.
 
     Yields
@@ -49,7 +47,7 @@ def taught_to(
     StreamlineError
         If states are to be compared with those of another model.
     """
-    shared: dict[str, Any] = {"dtype": hardware.kept_dtype, "memory": hardware.state_memory, "say": say, "bar": bar}
+    shared: dict[str, Any] = {"dtype": hardware.kept_dtype, "memory": hardware.state_memory, "say": say}
     own: dict[str, Any] = {**shared, "stack": student.stack.path}
     if student.teacher is student.model:
         with taught_states(student.model, batches, student.start, after=after, exits=exits, what=what, **own) as states:

@@ -13,8 +13,7 @@ class Trained:
     Attributes
     ----------
     steps, tokens : int
-        That were made, and those of the batches they were made on; of a model that is given images, those. Steps on the
-        model's own text take prompts from their batches alone.
+        That were made, and those of the batches they were made on; of a model that is given images, those.
     distance_before, distance : float
         How far what is said is from what the original says on the validation part (`Task.distance`), such as
         KL(original ‖ repaired) in nats a token, before the first step and with the best weights. Where something else
@@ -23,8 +22,7 @@ class Trained:
         After which those were.
     history : list of dict
         Each validation: ``step``, ``tokens``, ``distance``, by what weights are kept (``validated``), and the mean
-        training ``loss`` on the calibration text since the one before; of a training on its own texts also
-        ``own_loss`` there, the share of them that was not cut (``whole``), and their present ``length``.
+        training ``loss`` since the one before.
     seconds : float
         Of the training itself; those before an interruption count.
     stopped : str
@@ -33,8 +31,6 @@ class Trained:
         What the distances are, in words.
     unit : str
         What was counted as tokens.
-    written : int
-        New tokens that the repaired model wrote itself, in the steps whose calibration text gave the prompts alone.
     """
 
     steps: int
@@ -47,7 +43,6 @@ class Trained:
     stopped: str = ""
     measure: str = "KL (nats a token)"
     unit: str = "token"
-    written: int = 0
 
     @property
     def interrupted(self) -> bool:
@@ -83,9 +78,8 @@ class Trained:
 
     def __str__(self) -> str:
         early = f", ended early: {self.stopped}" if self.stopped else ""
-        own = f" and {self.written:,} of its own" if self.written else ""
         return (
-            f"{self.steps} steps on {self.tokens:,} {self.unit}s{own} in {self.seconds:.0f} s: "
+            f"{self.steps} steps on {self.tokens:,} {self.unit}s in {self.seconds:.0f} s: "
             f"{self.measure.partition(' (')[0]} {self.distance_before:.4f} -> {self.distance:.4f}, of step "
             f"{self.best_step}{early}"
         )

@@ -21,7 +21,6 @@ from streamline_hooks.repair.callbacks import TrainingCallback
 from streamline_hooks.repair.distillation_config import DistillationConfig
 from streamline_hooks.repair.frozen_products import narrowed_once
 from streamline_hooks.repair.objective import Objective
-from streamline_hooks.repair.rollouts import require_writes
 from streamline_hooks.repair.share import Share
 from streamline_hooks.repair.stand_in import blocks_of
 from streamline_hooks.repair.student import Student
@@ -50,8 +49,7 @@ def train(
 
     The original is run once, and no further than it is needed: what comes to the first block that is changed, and
     what the student is compared with, are kept. The student runs on from there, to the end of the last window where
-    only states are compared, and else to the head. With `DistillationConfig.on_policy`, some steps
-    are made on what the student writes itself, which the original is run on anew.
+    only states are compared, and else to the head.
 
     Parameters
     ----------
@@ -99,8 +97,7 @@ def train(
     Against one process that is another order of summing. The first process alone writes the file, draws the bar and
     says anything; the file can be gone on from with any number of processes. The random numbers of dropout follow from
     the seed, the step and the process's number, so that a training that uses any is another one with another number
-    of processes; so do those of the texts that a student writes itself (`OnPolicyConfig`). Ctrl-C in one process
-    stops all after the same step.
+    of processes. Ctrl-C in one process stops all after the same step.
 
     The model may be sharded by ``fully_shard`` (FSDP2), its blocks and the whole: what is trained is then a module of
     its own, which every process holds whole. Where a process has no sequence of a batch, it runs one along that
@@ -133,8 +130,6 @@ def _train(
             f"A training takes batches to train and others to validate on; got {len(batches)} and {len(validation)}."
         )
     config.objective.require_task(student.task)
-    if config.on_policy is not None:
-        require_writes(student.model, student.task, config.on_policy, batches)
     student.task.require_fits(student.model)
     if resume and checkpoint is None:
         raise StreamlineError("resume=True without a checkpoint. Expected the file of the run. Pass checkpoint=.")

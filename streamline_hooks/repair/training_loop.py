@@ -32,8 +32,6 @@ from streamline_hooks.repair.course import Course
 from streamline_hooks.repair.distillation_config import DistillationConfig
 from streamline_hooks.repair.forwards import Forwards
 from streamline_hooks.repair.optimisation import Optimisation
-from streamline_hooks.repair.own_text import Losses, OwnText, mean_of
-from streamline_hooks.repair.rollouts import Counts
 from streamline_hooks.repair.share import Share, add_gradients_up
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import Taught
@@ -47,6 +45,7 @@ from streamline_hooks.repair.training_state import (
 )
 
 _T = TypeVar("_T")
+_Losses = list[tuple[float, int]]  # each summed over so many tokens
 logger = logging.getLogger(__name__)
 
 
@@ -115,8 +114,7 @@ class Loop(Forwards):
         self.step, self.tokens, self.seconds, self.began = 0, 0, 0.0, time.perf_counter()
         self.whole = True  # not while weights are half updated, which is not to be kept
         self.history: list[dict[str, Any]] = []
-        self.losses: Losses = []
-        self.own_text = None if config.on_policy is None else OwnText(config.on_policy)
+        self.losses: _Losses = []
         self.best = self._copied()
         self.tokens_of_states = self._count_tokens()
         self.longest = max(self.work.tell(max(self.share.longest, self.validation_share.longest)))
@@ -153,7 +151,6 @@ class Loop(Forwards):
         self.began, kept = time.perf_counter() - self.seconds, time.perf_counter()
         total = round(sum(tokens_of(batch) for batch in self.batches) * self.config.epochs)
         with noted_interrupts() as self.interrupts, progress(total, self._cost(), done=self.tokens) as bar:
-            self.bar = bar
             try:
                 while True:
                     if self.course.is_due(self.step, self.history):
@@ -207,13 +204,11 @@ class Loop(Forwards):
             stopped=stopped,
             measure=self.task.distance,
             unit="token" if any(map(has_tokens, self.batches)) else self.task.unit,
-            written=0 if self.own_text is None else self.own_text.written,
         )
 
     def _progress(self, loss: float | None = None) -> TrainingProgress:
         batches = tuple(self.course.batches_of(self.step)) if self.step < self.steps else ()
-        on_policy = self._own_text_of_this_step() is not None
-        return TrainingProgress(self.step, self.steps, self.tokens, batches, on_policy, loss, self.history)
+        return TrainingProgress(self.step, self.steps, self.tokens, batches, loss, self.history)
 
     def make_step(self) -> tuple[float, int]:
         """Make one step of the optimizer; return the mean loss per token, and the number of tokens."""
@@ -232,21 +227,15 @@ class Loop(Forwards):
         random = random_state(self.device)
         buffers = {name: buffer.clone() for name, buffer in self.student.buffers().items()}
         try:
-            text = self._own_text_of_this_step()
-            own = [] if text is None else self._with_room(lambda: self._write(text, numbers))
             answers = sum(self.task.count(self.batches[number]) for number in numbers)
             tokens = sum(self.tokens_of_states[number] for number in numbers)
-            chosen = sum(its.answers for its in own)
 
             def gradients() -> tuple[float, list[bool]]:
                 self.weights.clear()  # of a step that was broken off, in an earlier training too
                 set_random_state(random, self.device)
                 self._put_back(buffers)
                 self._seed()
-                if text is not None:
-                    loss = self._backward_on_own(text.rollouts, chosen, self.bar)
-                else:
-                    loss = sum(self._backward(number, answers, tokens) for number in numbers if number in self.taught)
+                loss = sum(self._backward(number, answers, tokens) for number in numbers if number in self.taught)
                 return loss, [master.grad is not None for master in self.weights.masters.values()]
 
             made = self._with_room(gradients)
@@ -261,25 +250,10 @@ class Loop(Forwards):
             self.optimisation.step()
             self.step += 1
             self.tokens += run
-            if text is None:
-                self.losses.append((loss * run, run))
-            else:
-                text.note(own, loss)
+            self.losses.append((loss * run, run))
             self.whole = True
         self.weights.clear()
         return loss, run
-
-    def _own_text_of_this_step(self) -> OwnText | None:
-        """What the student writes, where the present step is made on that."""
-        text = self.own_text
-        return text if text is not None and text.settings.is_due(self.step, self.steps) else None
-
-    def _write(self, text: OwnText, numbers: Sequence[int]) -> Counts:
-        """Let the student write on from this process's sequences of some batches; what it came to."""
-        given = {number: self.share.batches[number] for number in numbers if number in self.share.batches}
-        seeds = {number: (self.course.seed_of(self.step, self.work.processes.rank), number) for number in given}
-        with self.student.opened(), self.hardware.autocast_on(self.device):
-            return text.write(self.student.model, given, seeds, min(1.0, self.rows / max(1, self.longest)))
 
     def _with_room(self, make: Callable[[], _T]) -> list[_T]:
         """What every process makes, of fewer sequences at a time until there is memory for it in all of them."""
@@ -326,14 +300,13 @@ class Loop(Forwards):
         distance = distance if math.isfinite(distance) else math.inf
         validated = self.config.objective.validated(distance, others)
         validated = validated if math.isfinite(validated) else math.inf
-        said: dict[str, Any] = {"loss": mean_of(self.losses)}
+        loss = _mean(self.losses)
         self.losses.clear()
-        if self.own_text is not None:
-            said |= self.own_text.since()
         if not self.history or validated < min(row["validated"] for row in self.history):
             self.best = self._copied()
-        numbers = {"step": self.step, "tokens": self.tokens, "distance": distance, "validated": validated}
-        self.history.append({**numbers, **said})
+        self.history.append(
+            {"step": self.step, "tokens": self.tokens, "distance": distance, "validated": validated, "loss": loss}
+        )
         for callback in self.callbacks:
             callback.on_validation_end(progress)
         self.seconds = time.perf_counter() - self.began
@@ -364,14 +337,10 @@ class Loop(Forwards):
         length, start, count = len(self.student.stack), self.student.start, self.work.processes.count
         end = length if self.config.objective.needs_logits else max(w.stop for w in self.student.windows)
         shared = f", in {count} processes" if count > 1 else ""
-        own = self.config.on_policy
-        more = "" if own is None else f", {own.share:.0%} of the steps after {own.begin:.0%} on its own text"
-        return f"train on {self.config.objective}: blocks {start} to {end - 1} of {length}{more}{shared}"
+        return f"train on {self.config.objective}: blocks {start} to {end - 1} of {length}{shared}"
 
     def _state(self) -> str:
         loss = f"loss {self.losses[-1][0] / self.losses[-1][1]:.4f}, " if self.losses else ""
-        if self.own_text is not None:
-            loss += self.own_text.said(self.seconds)
         measure = self.task.distance.partition(" (")[0]
         best = min(self.history, key=lambda row: row["validated"])
         return f"{loss}{measure} {self.history[-1]['distance']:.4f}, best {best['distance']:.4f}"
@@ -395,13 +364,19 @@ class Loop(Forwards):
         said = {
             "fingerprint": self.fingerprint, "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
             "spent": self.spent, "history": self.history, "losses": self.losses, "rows": self.rows,
-            "own_text": self.own_text and self.own_text.state_dict(), **self.optimisation.said(),
+            **self.optimisation.said(),
         }  # fmt: skip
         write_state(self.checkpoint, tensors, said)
 
     def _restore(self) -> None:
         path = cast(Path, self.checkpoint)
         tensors, said = self.work.of_first(lambda: read_state(path))
+        if said.get("own_text"):
+            raise StreamlineError(
+                f"{path} is of a training on the model's own text, which this version has no steps for. Expected one "
+                "on calibration text alone. Begin again without --resume, and see examples/on_policy_distillation.py "
+                "for training on generated text with TRL."
+            )
         if said["fingerprint"] != self.fingerprint:
             raise StreamlineError(
                 f"{path} holds another training: of other windows, text, settings or an other model. Give what it was "
@@ -414,8 +389,6 @@ class Loop(Forwards):
         self.step, self.tokens, self.seconds = said["step"], said["tokens"], said["seconds"]
         self.spent = max(self.spent, said["spent"])  # so that one that ended by its time has none left
         self.history, self.losses = said["history"], [(value, count) for value, count in said["losses"]]
-        if self.own_text is not None:
-            self.own_text.load_state_dict(said["own_text"])
         self.rows = said["rows"]
 
     def _seed(self) -> None:
@@ -426,3 +399,9 @@ class Loop(Forwards):
         """
         if self.work.processes.count > 1:
             seed_generators(self.device, self.course.seed_of(self.step, self.work.processes.rank))
+
+
+def _mean(losses: _Losses) -> float | None:
+    """Return the mean loss per token."""
+    tokens = sum(count for _, count in losses)
+    return math.fsum(value for value, _ in losses) / tokens if tokens else None

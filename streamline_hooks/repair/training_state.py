@@ -144,11 +144,9 @@ def _settings(config: DistillationConfig, hardware: HardwareConfig) -> dict[str,
     The names are part of the fingerprint: changing one here makes existing files useless. Time limits, memory and
     callbacks are left out, since a run may be resumed with other ones.
     """
-    own = config.on_policy
-    others = () if own is None else ("share", "begin", "prompt", "shortest", "longest", "temperature", "top_p")
     return {
         "objective": _weights(config.loss),
-        "on_policy": own and {"objective": _weights(own.loss), **{name: getattr(own, name) for name in others}},
+        "on_policy": None,
         "learning_rate": config.learning_rate,
         "weight_decay": config.weight_decay,
         "betas": config.betas,

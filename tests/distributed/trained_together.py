@@ -16,7 +16,7 @@ from torch import nn
 from streamline_hooks import LinearReplacement
 from streamline_hooks.distributed import here
 from streamline_hooks.passes import progress
-from streamline_hooks.repair import Objective, OnPolicyConfig
+from streamline_hooks.repair import Objective
 from streamline_hooks.repair.distillation_config import DistillationConfig
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import taught_states
@@ -98,10 +98,6 @@ def trainings(folder: Path) -> dict[str, Any]:
     found = {"whole": outcome()}
     with taught_states(tiny_model("llama"), BATCHES, 1, after=[BEST]) as taught:
         found["taught"] = outcome(taught=taught)
-    greedy = OnPolicyConfig(
-        share=0.5, prompt=3, shortest=3, longest=6, temperature=1e-4
-    )  # what is sampled, a rank decides
-    found["own text"] = outcome(replace(SETTINGS, on_policy=greedy))
     found["patience"] = outcome(replace(SETTINGS, learning_rate=3.0, patience=1, validations=4))
     return found
 

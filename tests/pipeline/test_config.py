@@ -152,6 +152,14 @@ def test_an_older_schema_is_upgraded_step_by_step(monkeypatch: pytest.MonkeyPatc
         CompressionConfig.from_dict({"schema": now - 3, "drop": 3})
 
 
+def test_a_config_with_an_empty_on_policy_is_read_and_another_refused() -> None:
+    values = {"schema": 1, "distillation": {"loss": {"kl": 1.0}, "on_policy": None}}
+    assert CompressionConfig.from_dict(values) == CompressionConfig(distillation=DistillationConfig())
+    values = {"schema": 1, "distillation": {"on_policy": {"share": 0.5}}}
+    with pytest.raises(StreamlineError, match=r"on_policy=.*0.5.*Expected null.*examples/on_policy_distillation.py"):
+        CompressionConfig.from_dict(values)
+
+
 def test_an_unknown_field_of_a_preset_is_named() -> None:
     with pytest.raises(StreamlineError, match="'remvoe'.*Did you mean 'remove'"):
         CompressionConfig.preset("best", remvoe=3)

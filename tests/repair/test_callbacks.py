@@ -47,7 +47,7 @@ def test_callbacks_run_around_steps_and_validations() -> None:
     begun = [progress for name, progress in recorder.calls if name == "step_begin"]
     ended = [progress for name, progress in recorder.calls if name == "step_end"]
     assert [progress.step for progress in begun] == list(range(6)) and [p.step for p in ended] == list(range(1, 7))
-    assert all(p.steps == 6 and p.loss is None and not p.on_policy for p in begun)
+    assert all(p.steps == 6 and p.loss is None for p in begun)
     assert [p.tokens for p in ended] == [16 * k for k in range(1, 7)]
     assert (
         sorted(n for p in begun[:3] for n in p.batches) == sorted(n for p in begun[3:] for n in p.batches) == [0, 1, 2]

@@ -19,7 +19,6 @@ from streamline_hooks import (
     HardwareConfig,
     HealingConfig,
     LinearReplacement,
-    OnPolicyConfig,
     StreamlineError,
     find_stack,
     student_of,
@@ -33,20 +32,17 @@ WINDOW = range(1, 3)
 MODEL = tiny_model("llama", blocks=5)
 BATCHES = [torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(k)) for k in range(8)]
 BASE = DistillationConfig(learning_rate=1e-2, epochs=2, validations=2, warmup_ratio=0.25)
-OWN = OnPolicyConfig(prompt=2, shortest=2, longest=4)
 HEALING = HealingConfig(rank=2)
 
 
 class Watch(TrainingCallback):
-    """Note which steps were on-policy, and before which the file to resume from was there."""
+    """Note before which steps the file to resume from was there."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.on_policy: list[bool] = []
         self.kept: list[bool] = []
 
     def on_step_begin(self, progress: TrainingProgress) -> None:
-        self.on_policy.append(progress.on_policy)
         self.kept.append(self.file.is_file())
 
 
@@ -76,9 +72,6 @@ def observed(
         "validations": [row["step"] for row in trained.history],
         "steps": trained.steps,
         "stopped": trained.stopped,
-        "written": trained.written,
-        "on policy": watch.on_policy,
-        "lengths": [row.get("length") for row in trained.history],
         "kept": watch.kept,
         "files": len(files),
     }
@@ -89,8 +82,6 @@ def run(config: Config) -> dict[str, Any]:
     match config:
         case DistillationConfig():
             return observed(config)
-        case OnPolicyConfig():
-            return observed(replace(BASE, on_policy=config, epochs=8))
         case HealingConfig():
             return observed(healing=config)
         case HardwareConfig():
@@ -104,7 +95,6 @@ Row = tuple[Config, Any, str]
 EFFECTS: dict[type[Config], dict[str, Row]] = {
     DistillationConfig: {
         "loss": (BASE, {"mse": 1.0}, "losses"),
-        "on_policy": (BASE, OWN, "on policy"),
         "learning_rate": (BASE, 1e-3, "weights"),
         "weight_decay": (BASE, 0.5, "weights"),
         "betas": (BASE, (0.5, 0.95), "weights"),
@@ -118,16 +108,6 @@ EFFECTS: dict[type[Config], dict[str, Row]] = {
         "max_minutes": (BASE, 1e-9, "stopped"),
         "checkpoint_minutes": (BASE, 0.0, "kept"),
         "seed": (BASE, 1, "weights"),
-    },
-    OnPolicyConfig: {
-        "loss": (OWN, {"reverse_kl": 1.0}, "weights"),
-        "share": (OWN, 0.25, "on policy"),
-        "begin": (OWN, 0.5, "on policy"),
-        "prompt": (OWN, 4, "written"),
-        "shortest": (OWN, 3, "written"),
-        "longest": (OWN, 2, "lengths"),
-        "temperature": (OWN, 0.1, "weights"),
-        "top_p": (OWN, 0.1, "weights"),
     },
     HealingConfig: {
         "method": (HealingConfig(), "partial", "parameters"),
@@ -182,7 +162,7 @@ class Planted(DistillationConfig):
 def test_a_planted_field_without_effect_is_found() -> None:
     assert undescribed(Planted, EFFECTS[DistillationConfig]) == {"useless"}
     planted = Planted(**{field.name: getattr(BASE, field.name) for field in fields(BASE)})
-    for what in ("weights", "losses", "steps", "on policy", "validations"):
+    for what in ("weights", "losses", "steps", "validations"):
         assert not has_effect("useless", (planted, 1, what))
     assert has_effect("seed", (planted, 1, "weights"))
 
@@ -198,9 +178,9 @@ def test_a_config_is_read_as_it_was_written(config: type[Config], name: str) -> 
 
 def test_weights_of_losses_are_copied() -> None:
     loss = {"kl": 1.0}
-    configs = DistillationConfig(loss), OnPolicyConfig(loss)
+    config = DistillationConfig(loss)
     loss["kl"] = 2.0
-    assert all(config.loss == {"kl": 1.0} for config in configs)
+    assert config.loss == {"kl": 1.0}
 
 
 def test_the_seed_of_the_compression_is_for_configs_without_one() -> None:
@@ -224,10 +204,6 @@ def test_the_seed_of_the_compression_is_for_configs_without_one() -> None:
         (DistillationConfig, {"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0.*at least 1"),
         (DistillationConfig, {"max_minutes": 0.0}, r"max_minutes=0.0.*in \(0, inf\)"),
         (DistillationConfig, {"epoch": 2}, "'epoch'.*Did you mean 'epochs'"),
-        (DistillationConfig, {"on_policy": {"sharee": 0.5}}, "'sharee'.*Did you mean 'share'"),
-        (OnPolicyConfig, {"loss": {"lm": 1.0}}, "'lm' compares labels.*kl and reverse_kl.*Leave it out"),
-        (OnPolicyConfig, {"share": 0.0}, r"share=0.0.*in \(0, 1\]"),
-        (OnPolicyConfig, {"shortest": 8, "longest": 4}, "longest=4.*shortest=8.*Change one"),
         (HealingConfig, {"method": "full"}, "method='full'.*one of lora, partial.*Pass"),
         (HealingConfig, {"where": "lasst", "count": 1}, "where='lasst'.*Did you mean 'last'"),
         (HealingConfig, {"where": "last"}, "count=0 with where='last'.*at least 1.*Change one"),

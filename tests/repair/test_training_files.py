@@ -17,7 +17,6 @@ from streamline_hooks import (
     HardwareConfig,
     LinearReplacement,
     Loss,
-    OnPolicyConfig,
     StreamlineError,
     register_loss,
     train,
@@ -32,24 +31,6 @@ RUNS: dict[str, tuple[str, DistillationConfig, HardwareConfig]] = {
         "380b40b3599900c26126d6b243d3173267731c82131bcd560102343ff6cc1125",
         DistillationConfig(epochs=2, learning_rate=1e-2, validations=2, patience=7, seed=3),
         HardwareConfig(),
-    ),
-    "own_text": (
-        "28181c92ccb67a422f7bd6ec6df6440a0346d52cf9638df8cf85e6860a0f0090",
-        DistillationConfig(
-            {"kl": 1.0, "lm": 0.5, "cosine": 0.25},
-            OnPolicyConfig({"reverse_kl": 2.0}, share=0.5, prompt=4, shortest=2, longest=4),
-            learning_rate=1e-3,
-            weight_decay=0.0,
-            betas=(0.9, 0.999),
-            warmup_ratio=0.1,
-            min_lr_ratio=0.2,
-            max_grad_norm=0.0,
-            epochs=3.5,
-            gradient_accumulation_steps=2,
-            validations=3,
-            max_minutes=7.0,
-        ),
-        HardwareConfig(autocast="bfloat16", state_dtype="bfloat16"),
     ),
 }
 
@@ -94,6 +75,12 @@ def test_a_file_of_an_earlier_version_is_resumed(name: str, tmp_path: Path) -> N
     assert found.distance == pytest.approx(wanted.distance, rel=1e-2)
     with pytest.raises(StreamlineError, match="holds another training"):
         train(student(), text(0), text(9)[:2], replace(config, seed=8), hardware=hardware, checkpoint=file, resume=True)
+
+
+def test_a_file_of_a_run_on_generated_text_is_refused(tmp_path: Path) -> None:
+    file = Path(shutil.copy(FILES / "own_text.training", tmp_path))
+    with pytest.raises(StreamlineError, match=r"own_text.training.*own text.*examples/on_policy_distillation.py"):
+        train(student(), text(0), text(9)[:2], RUNS["plain"][1], checkpoint=file, resume=True)
 
 
 def l1(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -149,15 +149,12 @@ def rows() -> Iterator[Row]:
     counts = ("gradient_accumulation_steps", "validations", "patience")
     yield settings(s.DistillationConfig, [*NO_INT, -1], *counts)
     yield s.DistillationConfig, {}, {
-        "loss": no_loss, "on_policy": ["kl", {}], "betas": [None, (0.9,), ("a", "b"), (2.0, 3.0), 0.9],
+        "loss": no_loss, "betas": [None, (0.9,), ("a", "b"), (2.0, 3.0), 0.9],
         "seed": ["2", 1.5, True, [1]], "max_minutes": ["1", math.nan, math.inf, 0.0, -1.0],
     }  # fmt: skip
     yield s.HardwareConfig, {}, {
         "autocast": ["bf16", 1, torch.bfloat16], "state_memory": [*NO_INT, -1], "state_dtype": ["half", 1],
     }  # fmt: skip
-    yield settings(s.OnPolicyConfig, [*NO_FLOAT, math.inf, -1.0], "share", "begin", "temperature", "top_p")
-    yield settings(s.OnPolicyConfig, [*NO_INT, -1], "prompt", "shortest", "longest")
-    yield s.OnPolicyConfig, {}, {"loss": [*no_loss, {"lm": 1.0}, {"mse": 1.0}]}
     yield settings(s.HealingConfig, [*NO_FLOAT, math.inf, -1.0], "learning_rate_ratio", "alpha", "dropout")
     yield s.HealingConfig, {}, {
         "rank": [*NO_INT, 0], "method": [*NO_TEXT, "full"], "where": [*NO_TEXT, "before"], "count": [*NO_INT, 1, -1],
