@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -202,6 +203,36 @@ def prepare_compression(
     else:
         batches = [batches_of(part, config.hardware.batch_size) for part in ids]
     return Preparation(found, config, candidates, protected, dealt, task, *batches)
+
+
+def divide_for_rounds(
+    model: Any, tokenizer: Any, texts: Any, config: CompressionConfig, test_texts: Sequence[str] | None
+) -> tuple[TokenSplit | BatchSplit, list[Any]]:
+    """Return all of the data, and for each round its part of the calibration data with validation and test.
+
+    Raises
+    ------
+    StreamlineError
+        If there are not two sequences or batches for each round, or the test part is given twice.
+    """
+    rounds, task = config.rounds, config.task or Task.of(model)
+    if test_texts and isinstance(texts, (Mapping, TokenSplit)):
+        raise StreamlineError("Batches and divided text have a test part of their own; leave test_texts out.")
+    if are_batches(texts):
+        batches = BatchSplit.of(texts, task)
+        count = len(batches.calibration)
+        if count < 2 * rounds:
+            raise StreamlineError(
+                f"{count} calibration batches were given for {rounds} rounds. Expected two each at least. Give more, "
+                "or use fewer rounds."
+            )
+        edges = [k * count // rounds for k in range(rounds + 1)]
+        return batches, [{**texts, "calibration": batches.calibration[a:b]} for a, b in pairwise(edges)]
+    split = TokenSplit.of_packed(texts) if isinstance(texts, Mapping) else texts
+    if not isinstance(split, TokenSplit):
+        require_text(model, tokenizer, task)
+        split = split_documents(split, tokenizer, test_documents=test_texts, **document_sizes(config))
+    return split, [split.part_of_calibration(number, rounds) for number in range(rounds)]
 
 
 def document_sizes(config: CompressionConfig) -> dict[str, int]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,42 @@ class CompressionResult:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     folder: Path | None = field(default=None)
+
+    @classmethod
+    def of_rounds(cls, done: Sequence[CompressionResult], data: dict[str, Any]) -> CompressionResult:
+        """Return one result of all rounds, in the original's numbers, with the figures of all of the data."""
+        first, last = done[0], done[-1]
+        plans = list(accumulate((one.plan for one in done), lambda so_far, plan: plan.after(so_far)))
+        removed = [set(plan.removed) for plan in plans]
+        rows = [
+            {
+                "removed": sorted(now - before),
+                "perplexity": one.perplexities,
+                "scores": one.scores,
+                "training": one.training and one.training.report(),
+            }
+            for one, before, now in zip(done, [set(), *removed], removed, strict=False)
+        ]
+        data = {**last.data, **data, **({"notes": last.data["notes"]} if "notes" in last.data else {})}
+        if "fitting_tokens" in data:
+            data["fitting_tokens"] = sum(one.data["fitting_tokens"] for one in done)
+        vain = [one.training.in_vain if one.training else "" for one in done]
+        return replace(
+            last,
+            plan=plans[-1],
+            profile=first.profile,
+            perplexities={name: last.perplexities[name] for name in ("original", "trained") if last.perplexities},
+            scores={name: last.scores[name] for name in ("original", "trained") if last.scores},
+            parameters=(first.parameters[0], last.parameters[1]),
+            size_in_bytes=(first.size_in_bytes[0], last.size_in_bytes[1]),
+            seconds={step: sum(one.seconds.get(step, 0.0) for one in done) for one in done for step in one.seconds},
+            data=data,
+            rounds=rows,
+            warnings=[
+                *(f"Round {k}: {text}" for k, text in enumerate(vain, 1) if text),
+                *(text for text in last.warnings if text != vain[-1]),
+            ],
+        )
 
     def report(self) -> dict[str, Any]:
         """Everything but the model, as JSON values."""

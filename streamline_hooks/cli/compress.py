@@ -293,9 +293,8 @@ def compress(
         loaded, tokenizer = load_model(model, task)
         refuse_unused(context, config.search, task, loaded)
         if config.rounds > 1:
-            by_round = blocks_by_round(len(find_stack(loaded, stack)), config.target, config.rounds)
+            by_round = blocks_by_round(len(find_stack(loaded, stack)), config)
             say(f"rounds     {config.rounds}, of {', '.join(map(str, by_round))} blocks")
-            config.search.check(config.target, min(by_round))
             if profile is not None:
                 raise StreamlineError(
                     f"--profile goes with one round; each of {config.rounds} makes a profile of its own."
