@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
+from streamline_hooks.core.out_of_memory import halve_rows
 from streamline_hooks.distributed import sequences_of, some_of
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.passes import recorded
@@ -151,20 +152,15 @@ def taught_states(
     cost = f"{what}: {max(ends) + 1 if ends else start} of {len(found)} blocks"
     rows = max(map(sequences_of, batches), default=1)
     with ExitStack() as opened:
-        kept: list[Taught] | None = None
-        while kept is None:
+
+        def run(rows: int) -> list[Taught]:
             with ExitStack() as attempt:
                 room = attempt.enter_context(StateMemory(memory, folder))
-                try:
-                    kept = _run(model, batches, start, ends, exits, found.path, dtype, cost, room, rows)
-                    opened.enter_context(attempt.pop_all())
-                except torch.cuda.OutOfMemoryError:
-                    if rows == 1 or is_sharded(model):
-                        raise
-            if kept is None:
-                rows = (rows + 1) // 2
-                torch.cuda.empty_cache()
-                say(f"Out of memory: the original is run on {rows} sequences at a time.")
+                states = _run(model, batches, start, ends, exits, found.path, dtype, cost, room, rows)
+                opened.enter_context(attempt.pop_all())
+            return states
+
+        (kept,) = halve_rows(run, rows, say, splits=not is_sharded(model))
         yield TaughtStates(start, tuple(after), exits, kept)
         kept.clear()
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from streamline_hooks.batch import Batch, device_of, has_tokens, tokens_of
 from streamline_hooks.core.hardware_config import HardwareConfig
+from streamline_hooks.core.out_of_memory import halve_rows
 from streamline_hooks.digests import batches_digest
 from streamline_hooks.distributed import (
     AllInterrupted,
@@ -258,20 +260,15 @@ class Loop(Forwards):
     def _with_room(self, make: Callable[[], _T]) -> list[_T]:
         """What every process makes, of fewer sequences at a time until there is memory for it in all of them."""
 
-        def tried() -> tuple[_T] | None:
-            try:
-                return (make(),)
-            except torch.cuda.OutOfMemoryError:
-                if min(self.rows, self.longest) == 1 or self.sharded:
-                    raise
+        def run(rows: int) -> _T:
+            if rows < min(self.rows, self.longest):
+                self.rows = rows
                 self.weights.clear()
-                return None
+            return make()
 
-        while None in (told := agreed(self.work, self.interrupts, tried)):
-            self.rows = (min(self.rows, self.longest) + 1) // 2
-            torch.cuda.empty_cache()
-            self.say(f"Out of memory: {self.rows} sequences are run at a time from here on, and the steps stay.")
-        return [one[0] for one in told if one is not None]
+        gather = partial(agreed, self.work, self.interrupts)
+        rows = min(self.rows, self.longest)
+        return halve_rows(run, rows, self.say, splits=not self.sharded, gather=gather)
 
     def _out_of_time(self) -> bool:
         """Whether the time allowed is over by the first process's clock, which all of them go by."""
