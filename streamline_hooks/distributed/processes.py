@@ -210,6 +210,7 @@ class Together:
     def take_over(self, tensors: Iterable[Tensor]) -> None:
         """Broadcast tensors from rank 0, in place; shapes and dtypes are the same on every rank."""
         if self.processes.count > 1:
+            self.tell(None)
             for tensor in tensors:
                 self._in_place(tensor, lambda sent: torch.distributed.broadcast(sent, src=0))
 
@@ -225,6 +226,7 @@ class Together:
             torch.distributed.broadcast(sent, src=0)
 
         if self.processes.count > 1:
+            self.tell(None)
             self._in_place(values, reduce)
         return values
 
@@ -301,7 +303,6 @@ def together(what: str) -> Iterator[Together]:
     >>> with together("count") as work:
     ...     mine = work.take([[1.0, 2.0], [3.0]])
     ...     total = torch.tensor(sum(map(sum, mine)))
-    ...     _ = work.tell("done")  # from here on nothing fails
     ...     work.summed(total).item()
     6.0
     """

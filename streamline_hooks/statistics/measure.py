@@ -203,7 +203,6 @@ def _shared(work: Together) -> str:
 
 def _add_up_profile(work: Together, result: Profile) -> None:
     if work.processes.count > 1:
-        work.tell(result.sequences)  # from here on nothing fails in one process alone
         sums = result.sums.state_dict()
         merged = {name: work.summed(v, "MAX" if name == "largest" else "SUM") for name, v in sums.items()}
         result.sums.load_state_dict(merged)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from streamline_hooks import Selection, fit_windows, measure_moments, profile, verified
-from streamline_hooks.distributed import alone, here, together
+from streamline_hooks.distributed import alone, here
 from streamline_hooks.passes import progress
 from streamline_hooks.repair import LinearConfig
 from tests.tiny_models import left_padded, tiny_model, tokens
@@ -70,13 +70,6 @@ def said(call: Callable[[], Any]) -> str:
     return "nothing was raised"
 
 
-def only_one_raises(rank: int) -> None:
-    with together("test") as work:
-        if rank == 1:
-            raise KeyError("no such thing")
-        work.tell(None)
-
-
 def process(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -97,7 +90,6 @@ def process(rank: int, folder: Path) -> None:
     other.model.layers[3].mlp.up_proj.weight.data.add_(0.1 * rank)
     found["said"] = {
         "nan": said(lambda: profile(broken, nan)),
-        "nan in moments": said(lambda: measure_moments(broken, nan, WINDOWS)),
         "nan in fit": said(lambda: fit_windows(broken, WINDOWS, LinearConfig(), clean, nan)),
         "argument": said(lambda: profile(model, BATCHES, keep=[99])),
         "argument of one": said(lambda: profile(model, BATCHES, keep=[99 * rank])),
@@ -105,8 +97,6 @@ def process(rank: int, folder: Path) -> None:
         "option": said(lambda: profile(model, BATCHES, skip=rank)),
         "model": said(lambda: measure_moments(other, BATCHES, WINDOWS)),
         "share": said(lambda: measure_moments(model, BATCHES, WINDOWS, share=rank == 0)),
-        "steps": said(lambda: profile(model, BATCHES) if rank == 0 else measure_moments(model, BATCHES, WINDOWS)),
-        "foreign": said(lambda: only_one_raises(rank)),
         "wrapped": said(lambda: profile(DistributedDataParallel(model), BATCHES)),
     }
     found["afterwards"] = told_of(profile(model, BATCHES, replicates=20))  # nobody is left waiting for an old exchange

@@ -113,7 +113,6 @@ NAN = "Process 1 of 2 (its batch n is batch 2n + 1 of all): The state that enter
     ("case", "text"),
     [
         ("nan", NAN),
-        ("nan in moments", NAN),
         ("nan in fit", NAN),
         ("argument", "StreamlineError: keep=99 is out of range"),
         ("argument of one", "StreamlineError: Process 1 of 2: keep=99 is out of range"),
@@ -121,8 +120,6 @@ NAN = "Process 1 of 2 (its batch n is batch 2n + 1 of all): The state that enter
         ("option", "Processes 0 and 1 of 2 call profile with different skip (0 and 1). Give every process the same"),
         ("model", "call measure_moments with different fingerprint ("),
         ("share", "share=False in all of them, where each has batches of its own"),
-        ("steps", "The processes are not at the same step: 0 at profile, 1 at measure_moments. Every process"),
-        ("foreign", "StreamlineError: Process 1 of 2: KeyError: 'no such thing'"),
         ("wrapped", "is wrapped in DistributedDataParallel already"),
     ],
 )

@@ -64,10 +64,23 @@ _CODE = """
     said["whole"] = raised([], [])
     tensor = torch.full((3,), float(rank), requires_grad=True)
     with together("sums") as work:
-        work.tell("ready")
         work.summed(tensor)
         said["sum"] = tensor.tolist()
         work.take_over([tensor.mul(rank + 1.0).detach().requires_grad_(True), tensor])
+    for name, collective in {
+        "take": lambda work: work.take([tensor]),
+        "tell": lambda work: work.tell(rank),
+        "of_first": lambda work: work.of_first(lambda: rank),
+        "take_over": lambda work: work.take_over([tensor]),
+        "summed": lambda work: work.summed(tensor),
+    }.items():
+        try:
+            with together(name) as work:
+                if rank == 1:
+                    raise KeyError(name)
+                collective(work)
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
     said["afterwards"] = raised([], [])
 """
 
@@ -85,3 +98,5 @@ def test_whoever_fails_all_hear_of_it_and_go_on_in_step(tmp_path: Path) -> None:
     assert "0 at step 0, 1 at step 1, 2 at step 1" in said[0]["apart"]
     assert said[0]["whole"] == said[0]["afterwards"] == "made by the first"
     assert said[0]["sum"] == [3.0, 3.0, 3.0]
+    for name in ("take", "tell", "of_first", "take_over", "summed"):
+        assert said[0][name] == f"StreamlineError: Process 1 of 3: KeyError: '{name}'"
