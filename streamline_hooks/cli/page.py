@@ -16,8 +16,8 @@ def write_page(folder: Path, title: str, **said: Any) -> str:
 
     Call it after the results were printed. A page that cannot be written is a warning on stderr with its reason.
     """
-    if find_spec("matplotlib") is None:
-        return 'There is no page, which matplotlib draws: pip install "streamline_hooks[report]".'
+    if find_spec("jinja2") is None or find_spec("matplotlib") is None:
+        return 'No page was written; it needs an extra: pip install "streamline_hooks[report]".'
     try:
         from streamline_hooks.report import write_report
 

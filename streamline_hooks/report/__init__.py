@@ -1,5 +1,5 @@
-"""One page that tells what was removed, how it was repaired, and what was lost."""
+"""One HTML page about a compression, an evaluation or a sweep."""
 
-from streamline_hooks.report.page import write_report
+from streamline_hooks.report.report import write_report
 
 __all__ = ["write_report"]

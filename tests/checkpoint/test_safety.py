@@ -255,9 +255,7 @@ def test_a_page_written_later_has_checksums_too(whole: Path, tmp_path: Path) -> 
     for loss in (3.0, 4.0):  # written, and written again
         said = {"perplexity": {"original": 2.0, "removed": loss}}
         write_report(folder, compression=said, command="a command", title="A model")
-        assert listed(folder) == sums_of(folder) and {"report.html", "figures/perplexity_by_step.svg"} <= {
-            *listed(folder)
-        }
+        assert listed(folder) == sums_of(folder) and "report.html" in listed(folder)
         load(folder)
     (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
     write_report(folder, compression=said, command="a command", title="A model")

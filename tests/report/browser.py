@@ -24,12 +24,7 @@ HARNESS = """<!doctype html><html><head><meta charset="utf-8"><meta name="color-
 <script>
 addEventListener("load", () => {{
   const page = document.getElementById("page").contentDocument, view = page.defaultView;
-  const hash = text => {{
-    let found = 0;
-    for (const character of text) found = (Math.imul(found, 31) + character.charCodeAt(0)) >>> 0;
-    return found;
-  }};
-  const inside = element => element.closest(".scroll") !== null;
+  const inside = element => element.closest(".scroll, svg") !== null;
   const right = element => element.getBoundingClientRect().right;
   const wide = [...page.body.querySelectorAll("*")].filter(e => !inside(e) && right(e) > view.innerWidth + 0.5);
   const boxes = [...page.querySelectorAll("th, td, p, h1, h2, h3, dt, dd, figcaption, pre, article, figure")];
@@ -40,8 +35,9 @@ addEventListener("load", () => {{
     dark: view.matchMedia("(prefers-color-scheme: dark)").matches,
     background: view.getComputedStyle(page.body).backgroundColor,
     tooWide: wide.map(e => e.tagName + "." + e.className),
-    pictures: [...page.images].map(i => ({{shown: hash(i.currentSrc), natural: i.naturalWidth,
-      width: i.getBoundingClientRect().width, complete: i.complete}})),
+    figures: [...page.querySelectorAll("figure > svg")].map(e => ({{shown: e.getClientRects().length > 0,
+      kind: e.getAttribute("class"), width: e.getBoundingClientRect().width,
+      ink: view.getComputedStyle(e).getPropertyValue("--ink").trim()}})),
     scripts: page.scripts.length,
     overfull: boxes.filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent),
     tallest: Math.max(0, ...boxes.filter(e => e.matches("th, td")).map(e => e.getBoundingClientRect().height)),
@@ -49,14 +45,6 @@ addEventListener("load", () => {{
   }});
 }});
 </script></body></html>"""
-
-
-def hash_of(text: str) -> int:
-    """The harness's, of a picture's address."""
-    found = 0
-    for character in text:
-        found = (found * 31 + ord(character)) % 2**32
-    return found
 
 
 def browser() -> str:

@@ -27,12 +27,12 @@ class Reader(HTMLParser):
         if tag in VOID:
             return
         self._open.append(tag)
-        if tag == "h3":
+        if tag == "caption":
             self._title = ""
-        elif tag == "table":
-            self.tables[self._title] = []
+        elif tag == "tbody":
+            self.tables.setdefault(self._title, [])
         elif tag == "tr":
-            self.tables[self._title].append([])
+            self.tables.setdefault(self._title, []).append([])
         elif tag in ("th", "td"):
             self.tables[self._title][-1].append("")
 
@@ -42,7 +42,7 @@ class Reader(HTMLParser):
     def handle_data(self, data: str) -> None:
         inside = self._open[-1] if self._open else ""
         self.texts.append((inside, data))
-        if inside == "h3":
+        if inside == "caption":
             self._title += data
         elif inside in ("th", "td"):
             self.tables[self._title][-1][-1] += data
@@ -50,7 +50,7 @@ class Reader(HTMLParser):
     @property
     def text(self) -> str:
         """What a reader sees."""
-        return " ".join(data for tag, data in self.texts if tag not in ("style", "title"))
+        return " ".join(data for tag, data in self.texts if tag not in ("style", "title", "desc"))
 
     def headings(self) -> list[str]:
         return [data for tag, data in self.texts if tag == "h2"]

@@ -12,12 +12,9 @@ import pytest
 from streamline_hooks import LayerSurgeon, compress, evaluate
 from streamline_hooks.evaluation import ChoiceTask, LastWord, Question, SpeedReport, Suite, Timing
 from streamline_hooks.repair import DistillationConfig
-from streamline_hooks.report import write_report
-from streamline_hooks.report.depth_figures import influence
-from streamline_hooks.report.drawing import Drawing, Style
+from streamline_hooks.report import figures, write_report
 from tests.configured import configured
 from tests.report import example
-from tests.report.overlaps import drawn
 from tests.report.reading import Reader
 
 SMALL = {"sequence_length": 64, "calibration_tokens": 3200, "validation_tokens": 320, "test_tokens": 320}
@@ -33,7 +30,7 @@ def shape(value: Any) -> Any:
 def test_a_compression_is_told_as_it_was(
     story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Drawing, "render", lambda self, style, kind, **_: b"drawn elsewhere")
+    monkeypatch.setattr(figures.Plot, "svg", lambda self, width: "")
     training = DistillationConfig(learning_rate=3e-3, validations=2)
     model, tokenizer = story_model
     result = compress(model, tokenizer, story_texts, configured(remove=1, shortlist=2, distillation=training, **SMALL))
@@ -53,20 +50,19 @@ def test_a_compression_is_told_as_it_was(
     assert [row[-1] for row in reader.tables["Candidates"][1:]] == [f"{one.distance:.4f}" for one in result.candidates]
     told = {row[0]: row[1] for row in reader.tables["Perplexity by step"][1:]}
     assert told["repaired and trained"] == f"{result.perplexities['trained']:.2f}"
-    drawing = influence(said)
-    assert drawing is not None
-    with drawn(drawing, Style()) as figure:
-        bars = {round(bar.get_x() + 0.4): bar for bar in figure.axes[0].patches}
-        influences = [1 - result.profile.value("cosine", range(k, k + 1)) for k in range(5)]
-        assert np.allclose([bars[k].get_height() for k in range(5)], influences)
-        assert [k for k in range(5) if bars[k].get_hatch()] == list(window)
+    plot = figures.influence(said)
+    assert plot is not None
+    bars = {round(bar.get_x() + 0.4): bar for bar in plot.figure().axes[0].patches}
+    influences = [1 - result.profile.value("cosine", range(k, k + 1)) for k in range(5)]
+    assert np.allclose([bars[k].get_height() for k in range(5)], influences)
+    assert [k for k in range(5) if bars[k].get_hatch()] == list(window)
 
 
 def test_an_evaluation_is_told_as_it_was(
     stories: tuple[Any, Any], story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(Drawing, "render", lambda self, style, kind, **_: b"drawn elsewhere")
+    monkeypatch.setattr(figures.Plot, "svg", lambda self, width: "")
     original, (changed, tokenizer) = stories[0], story_model
     with LayerSurgeon(changed) as surgeon:
         surgeon.remove(range(2, 3))
@@ -93,8 +89,8 @@ def test_an_evaluation_is_told_as_it_was(
         assert set(first) <= set(own), name
     reader = Reader(write_report(tmp_path, evaluation=said, command="c", title="t").read_text())
     mine, theirs = found.scores.text["tales"].value, found.original.text["tales"].value
-    assert reader.tables["Perplexity by domain"][1][2:5] == [f"{theirs:.2f}", f"{mine:.2f}", f"{mine / theirs:.2f}"]
-    assert [row[0] for row in reader.tables["Accuracy by task, ± one standard error"][1:]] == ["girls", "ends"]
+    assert reader.tables["Perplexity by domain"][1][3:] == [f"{mine:.2f}", f"{theirs:.2f}", f"{mine / theirs:.2f}"]
+    assert [row[0] for row in reader.tables["Tasks, ± one standard error"][1:]] == ["girls", "ends"]
     assert "KL, tales (nats a token)" in [row[0] for row in reader.tables["Agreement with the original"]]
     assert found.scores.written[0].text in [data for _, data in reader.texts]
     assert [row[0] for row in reader.tables["Speed"][1:]] == [
@@ -104,7 +100,7 @@ def test_an_evaluation_is_told_as_it_was(
 
 
 def test_speeds_are_told_as_they_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Drawing, "render", lambda self, style, kind, **_: b"drawn elsewhere")
+    monkeypatch.setattr(figures.Plot, "svg", lambda self, width: "")
     timings = {
         name: Timing((s, 2 * s, 3 * s), (s / 10, s / 5, s / 2), 1, "float32", "cpu", 2_500_000)
         for name, s in (("a", 0.2), ("b", 0.1))

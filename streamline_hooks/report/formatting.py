@@ -1,0 +1,149 @@
+"""Numbers, shares and blocks from JSON values as text. What is missing, NaN or infinite becomes a dash."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from streamline_hooks.selection import Selection
+
+DASH, MINUS = "–", "−"
+SPACE = "\u00a0"  # no line breaks between a number and its unit
+
+
+def finite(value: Any) -> float | None:
+    """Return a number as float, and None for anything else.
+
+    Examples
+    --------
+    >>> finite(2), finite(float("nan")), finite(None), finite("2")
+    (2.0, None, None, None)
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def ratio(value: Any, to: Any) -> float | None:
+    """Return the quotient; None if a number is missing or the divisor is 0."""
+    above, below = finite(value), finite(to)
+    return finite(above / below) if above is not None and below else None
+
+
+def number(value: Any, digits: int = 2) -> str:
+    """Format a number with as many digits as a reader needs.
+
+    Parameters
+    ----------
+    value : object
+    digits : int, default 2
+        Decimals of numbers below 100.
+
+    Examples
+    --------
+    >>> number(11.554), number(2029), number(5e8), number(0.00031), number(-0.5), number(float("inf"))
+    ('11.55', '2,029', '5.0e+08', '3.1e−04', '−0.50', '–')
+    """
+    known = finite(value)
+    if known is None:
+        return DASH
+    size = abs(known)
+    if size >= 1e6 or 0 < size < 0.5 * 10**-digits:
+        text = f"{known:.1e}"
+    elif size >= 999.95:
+        text = f"{known:,.0f}"
+    else:
+        text = f"{known:.{min(digits, 1) if size >= 99.995 else digits}f}"
+    return text.replace("-", MINUS)
+
+
+def count(value: Any) -> str:
+    """Format an integer: ``41,000``."""
+    known = finite(value)
+    return DASH if known is None else f"{known:,.0f}".replace("-", MINUS)
+
+
+def percent(value: Any, digits: int = 1) -> str:
+    """Format a share in percent, without the sign: 0.7313 is ``73.1``."""
+    known = finite(value)
+    return DASH if known is None else f"{100 * known:.{digits}f}".replace("-", MINUS)
+
+
+def times(factor: Any) -> str:
+    """Format a factor: ``× 1.52``."""
+    return DASH if finite(factor) is None else f"×{SPACE}{number(factor)}"
+
+
+def change(before: Any, after: Any) -> str:
+    """Format a relative change: from 134.5 to 106.5 is ``−20.8 %``."""
+    share = ratio(after, before)
+    return DASH if share is None else f"{100 * (share - 1):+.1f}{SPACE}%".replace("-", MINUS)
+
+
+def interval(estimate: Mapping[str, Any] | None, digits: int = 1) -> str:
+    """Format a share with its interval in percent.
+
+    Examples
+    --------
+    >>> interval({"value": 0.89, "low": 0.86, "high": 0.92}), interval({"value": 1}), interval(None)
+    ('89.0 (86.0 to 92.0)', '100.0', '–')
+    """
+    low, value, high = ((estimate or {}).get(name) for name in ("low", "value", "high"))
+    ends = (
+        "" if finite(low) is None or finite(high) is None else f" ({percent(low, digits)} to {percent(high, digits)})"
+    )
+    return percent(value, digits) + ends
+
+
+def scale(*values: Any) -> tuple[float, str]:
+    """Return the divisor and the SI prefix that suit the largest value.
+
+    Examples
+    --------
+    >>> scale(134_515_008, None), scale()
+    ((1000000.0, 'M'), (1.0, ''))
+    """
+    largest = max((abs(known) for known in map(finite, values) if known is not None), default=0.0)
+    return next(((d, prefix) for d, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if largest >= d), (1.0, ""))
+
+
+def scaled(value: Any, divisor: float) -> str:
+    """Format a value in units of a divisor."""
+    known = finite(value)
+    return DASH if known is None else f"{known / divisor:,.{0 if divisor == 1.0 else 1}f}"
+
+
+def blocks_text(windows: Sequence[Sequence[int]], silenced: Sequence[Sequence[Any]] = ()) -> str:
+    """Format half-open windows and (block, branch) pairs.
+
+    Examples
+    --------
+    >>> blocks_text([[2, 10], [14, 15]], [[20, "attention"]])
+    '2–9, 14, attention of 20'
+    """
+    if not windows and not silenced:
+        return "none"
+    selection = Selection(tuple(range(*window) for window in windows), tuple((k, branch) for k, branch in silenced))
+    return str(selection).replace("-", DASH)
+
+
+def removed_windows(compression: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return the removed half-open windows, in the original's numbering."""
+    chosen = _chosen(compression)
+    if "windows" in chosen and not compression.get("rounds"):
+        return [(int(start), int(stop)) for start, stop in chosen["windows"]]
+    removed = (compression.get("plan") or {}).get("removed") or ()
+    return [(w.start, w.stop) for w in Selection.of_blocks(removed).windows] if removed else []
+
+
+def silenced_branches(compression: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """Return the silenced (block, branch) pairs, in the original's numbering."""
+    chosen = _chosen(compression)
+    pairs = chosen["silenced"] if "silenced" in chosen else (compression.get("plan") or {}).get("silenced") or ()
+    return [(int(block), str(branch)) for block, branch in pairs]
+
+
+def _chosen(compression: Mapping[str, Any]) -> Mapping[str, Any]:
+    first: Mapping[str, Any] = next(iter(compression.get("candidates") or ()), {})
+    return first
