@@ -38,16 +38,7 @@ _OF_THE_PROCESS = ("backend", "backend_fallback", "interactive", "timezone", "to
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure, its title, its alternative text and its caption.
-
-    Attributes
-    ----------
-    name, title, alt, caption : str
-    draw : callable
-        Draws on an empty figure; the second argument says whether it is the narrow one.
-    height : int or (int, int)
-        CSS pixels, wide and narrow.
-    """
+    """A figure; ``draw(figure, narrow)`` draws it, and ``height`` is in CSS pixels, wide and narrow."""
 
     name: str
     title: str
@@ -114,10 +105,12 @@ def label(text: object, length: int = 40) -> str:
     Examples
     --------
     >>> label("a\n $x$"), label("a long name", 8)
-    ('a \\$x\\$', 'a long …')
+    ('a \\$x\\$', 'a lo…ame')
     """
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-    return (line if len(line) <= length else line[: length - 1] + "…").replace("$", r"\$")
+    if len(line) > length:
+        line = f"{line[: length // 2]}…{line[length // 2 + 1 - length :]}"
+    return line.replace("$", r"\$")
 
 
 def similarity(compression: Mapping[str, Any]) -> Plot | None:

@@ -32,13 +32,7 @@ def ratio(value: Any, to: Any) -> float | None:
 
 
 def number(value: Any, digits: int = 2) -> str:
-    """Format a number with as many digits as a reader needs.
-
-    Parameters
-    ----------
-    value : object
-    digits : int, default 2
-        Decimals of numbers below 100.
+    """Format a number with as many digits as a reader needs; ``digits`` are the decimals of numbers below 100.
 
     Examples
     --------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,8 +51,9 @@ def sections(compression: Report, evaluation: Report, sweep: Report, command: st
         ``table``, ``sample`` and ``command``.
     """
     evaluation = _with_measured(compression, evaluation)
+    depth = [*_parts(figures.similarity(compression)), *_parts(figures.influence(compression))]
     found = {
-        "choice": ("What was removed", _choice(compression)),
+        "choice": ("What was removed", [*_what_was_done(compression), *depth, *_candidates(compression)]),
         "warnings": ("Warnings", [{"text": str(text)} for text in compression.get("warnings") or ()]),
         "training": ("Training", _training(compression)),
         "scores": ("Scores", _scores(compression)),
@@ -77,8 +78,10 @@ def key_numbers(compression: Report, evaluation: Report) -> list[tuple[str, str,
     before, after = _sizes(compression, evaluation).get("parameters", (None, None))
     if finite(after) is not None:
         divisor, prefix = scale(before, after)
-        sizes = f"{scaled(before, divisor)} → {scaled(after, divisor)} {prefix}"
-        found.append(("Parameters", change(before, after), sizes))
+        size = f"{scaled(after, divisor)} {prefix}".strip()
+        known = finite(before) is not None
+        value, detail = (change(before, after), f"{scaled(before, divisor)} → {size}") if known else (size, "")
+        found.append(("Parameters", value, detail))
     if (perplexity := _key_perplexity(compression, evaluation)) is not None:
         found.append(perplexity)
     for name, one in (evaluation.get("retained") or {}).items():
@@ -115,9 +118,7 @@ def _key_perplexity(compression: Report, evaluation: Report) -> tuple[str, str, 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], **options: Any) -> Part:
     """Return a table; the options are ``text`` (columns aligned left), ``note`` and ``strong`` (number of a row)."""
     aligned = [(name, k == 0 or name in options.get("text", ())) for k, name in enumerate(columns)]
-    return {
-        "table": title, "columns": aligned, "rows": rows, "note": options.get("note"), "strong": options.get("strong"),
-    }  # fmt: skip
+    return {"table": title, "note": None, "strong": None, **options, "columns": aligned, "rows": rows}
 
 
 def _parts(plot: Plot | None, *tables: Part) -> list[Part]:
@@ -130,11 +131,6 @@ def _both(evaluation: Report, name: str) -> tuple[Report, Report]:
 
 def _measure(compression: Report) -> str:
     return str(compression.get("measure") or "KL (nats a token)")
-
-
-def _choice(compression: Report) -> list[Part]:
-    plots = [figures.similarity(compression), figures.influence(compression)]
-    return [*_what_was_done(compression), *(p for plot in plots for p in _parts(plot)), *_candidates(compression)]
 
 
 def _what_was_done(compression: Report) -> list[Part]:
@@ -237,21 +233,19 @@ def _mark(value: Report | None) -> tuple[float, float | None, float | None] | No
 
 
 def _tasks(evaluation: Report) -> list[Part]:
-    rows, marks = [], []
-    found = list(_task_values(evaluation))
-    compared = any(before for *_, before, _ in found)
-    related = any(relative for *_, relative in found)
-    for task, metric, own, before, relative in found:
-        rows.append(
-            [
-                task, metric, count(own.get("items")), number(own.get("chance"), 4),
-                *([_with_error(before)] if compared else []), _with_error(own),
-                *([interval(relative)] if related else []),
-            ]
-        )  # fmt: skip
+    found, rows, marks = _task_values(evaluation), [], []
+    compared = any(before for _, before in found.values())
+    related = any(own.get("relative") for own, _ in found.values())
+    for (task, metric), (own, before) in found.items():
+        about = [f"{own['few_shot']}-shot"] if own.get("few_shot") is not None else []
+        about += [f"version {own['version']}"] if own.get("version") is not None else []
+        scores = [*([_with_error(before)] if compared else []), _with_error(own)]
+        relative = [interval(own.get("relative"))] if related else []
+        words = ", ".join([metric, *about])
+        rows.append([task, words, count(own.get("items")), number(own.get("chance"), 4), *scores, *relative])
         mark = _mark(own)
         if mark is not None and 0 <= mark[0] <= 1:  # no perplexity and no length
-            name = task if sum(t == task for t, *_ in found) == 1 else f"{task}, {metric}"
+            name = task if sum(t == task for t, _ in found) == 1 else f"{task}, {metric}"
             marks.append(Row(name, _mark(before), mark, finite(own.get("chance"))))
     columns = ["task", "metric", "items", "chance", *["original"] * compared, "this model"]
     columns += ["relative accuracy (%)"] * related
@@ -260,24 +254,27 @@ def _tasks(evaluation: Report) -> list[Part]:
     return [*_parts(plot, _table(title, columns, rows, text=["metric"])), *_relative(evaluation)]
 
 
-def _task_values(evaluation: Report) -> Iterator[tuple[str, str, Report, Report, Report | None]]:
-    """Yield task, metric, value of the model, value of the original, and relative accuracy.
+def _task_values(evaluation: Report) -> dict[tuple[str, str], tuple[Report, Report]]:
+    """Return the values of the model and of the original by task and metric.
 
-    ``tasks`` holds a value per task and metric. Earlier reports have ``accuracy``, a value per task, and ``harness``.
+    ``accuracy`` holds a value per task, ``tasks`` and, in earlier reports, ``harness`` one per task and metric.
     """
     own, other = _both(evaluation, "accuracy")
-    for task, value in own.items():
-        yield task, str(value.get("metric") or "accuracy"), value, other.get(task) or {}, None
-    harness = evaluation.get("harness") or {}, evaluation.get("harness_original") or {}
-    for run, reference in (_both(evaluation, "tasks"), tuple(one.get("tasks") or {} for one in harness)):
-        for task, metrics in run.items():
-            if "value" in metrics:  # a single metric
-                metrics = {str(metrics.get("metric") or "accuracy"): metrics}
-            for metric, value in metrics.items():
-                before = reference.get(task) or {}
-                before = before if "value" in before else before.get(metric) or {}
-                items = (harness[0].get("items") or {}).get(task)
-                yield task, metric, {"items": items, **value}, value.get("original") or before, value.get("relative")
+    found = {(task, str(one.get("metric") or "accuracy")): (one, other.get(task) or {}) for task, one in own.items()}
+    run, original = evaluation.get("harness") or {}, evaluation.get("harness_original") or {}
+    for tasks, reference in (_both(evaluation, "tasks"), (run.get("tasks") or {}, original.get("tasks") or {})):
+        for task, entry in tasks.items():
+            names = {"items": "items", "few_shot": "few_shot", "task_versions": "version"}
+            about = {name: entry.get(name, (run.get(key) or {}).get(task)) for key, name in names.items()}
+            for metric, value in _metrics(entry).items():
+                before = _metrics(reference.get(task) or {}).get(metric) or {}
+                known, known_before = found.get((task, metric), ({}, {}))
+                found[task, metric] = ({**about, **value, **known}, known_before or before)
+    return found
+
+
+def _metrics(entry: Report) -> Report:
+    return entry.get("metrics") or {name: one for name, one in entry.items() if isinstance(one, Mapping)}
 
 
 def _with_error(value: Report) -> str:
@@ -310,8 +307,8 @@ def _agreement(evaluation: Report) -> list[Part]:
     if finite(found.get("match_length")) is not None:
         rows.append(["generated tokens before the first difference", number(found["match_length"], 1)])
     for name, one in (evaluation.get("stability") or {}).items():
+        rows.append([f"both right or both wrong, weighted by confidence, {name} (%)", percent(one.get("value"))])
         rows.append([f"both right or both wrong, {name} (%)", percent(one.get("share"))])
-        rows.append([f"the same, weighted by the original's confidence, {name} (%)", percent(one.get("value"))])
     return _parts(None, _table("Agreement with the original", ["", ""], rows))
 
 

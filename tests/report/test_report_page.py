@@ -173,7 +173,7 @@ def test_tables_hold_the_numbers_under_their_heads(tmp_path: Path) -> None:
     assert ["9", "linear, 8", "3-10", "8", "1.453", "79.2", "0.768", "0.792", "size", ""] in points
     assert ["16", "linear, 29", "", "–", "–", "–", "–", "–", "", "one block must stay"] in points
     assert ["both right or both wrong, piqa (%)", "87.1"] in reader.tables["Agreement with the original"]
-    copa = ["copa", "acc", "100", "–", "0.7500", "0.7100 ± 0.0456"]
+    copa = ["copa", "acc, 0-shot, version 1.0", "100", "–", "0.7500", "0.7100 ± 0.0456"]
     assert copa in reader.tables["Tasks, ± one standard error"]
     assert ["KL, peps (nats a token)", "0.3500"] in reader.tables["Agreement with the original"]
     assert ["fingerprint", "5d8c1c2a0e6f4b7a"] in reader.tables["Settings and data"]
@@ -250,17 +250,19 @@ def test_a_model_alone_has_no_columns_for_an_original(tmp_path: Path) -> None:
     assert not any(name.startswith("Time") for name in key_numbers(reader))
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_tasks_have_a_row_a_metric_with_relative_accuracy(nested: bool, tmp_path: Path) -> None:
+def test_tasks_have_a_row_a_metric_with_relative_accuracy(tmp_path: Path) -> None:
     relative = {"value": 0.9, "low": 0.8, "high": 1.0}
-    own, other = {"value": 0.45, "standard_error": 0.01, "relative": relative}, {"value": 0.5, "standard_error": None}
-    if nested:
-        report = {"tasks": {"sums": {"acc": own}}, "original": {"tasks": {"sums": {"acc": other}}}}
-    else:
-        report = {"tasks": {"sums": {"metric": "acc", "original": other, "items": 50, **own}}}
+    own = {"acc": {"value": 0.45, "standard_error": 0.01, "relative": relative}, "word_perplexity": {"value": 20.0}}
+    other = {"acc": {"value": 0.5, "standard_error": None}}
+    report = {
+        "accuracy": {"sums": {"metric": "acc", "value": 0.45, "standard_error": 0.01, "chance": 0.25}},
+        "tasks": {"sums": {"metrics": own, "items": 50, "few_shot": 0, "version": 1.0}},
+        "original": {"tasks": {"sums": {"metrics": other, "items": 50, "few_shot": 0, "version": 1.0}}},
+    }
     assert read(tmp_path, evaluation=report).tables["Tasks, ± one standard error"] == [
         ["task", "metric", "items", "chance", "original", "this model", "relative accuracy (%)"],
-        ["sums", "acc", "–" if nested else "50", "–", "0.5000", "0.4500 ± 0.0100", "90.0 (80.0 to 100.0)"],
+        ["sums", "acc, 0-shot, version 1.0", "50", "0.2500", "0.5000", "0.4500 ± 0.0100", "90.0 (80.0 to 100.0)"],
+        ["sums", "word_perplexity, 0-shot, version 1.0", "50", "–", "–", "20.0000", "–"],
     ]
 
 
