@@ -17,7 +17,6 @@ from streamline_hooks.report.formatting import (
     finite,
     number,
     removed_windows,
-    scale,
     silenced_branches,
 )
 
@@ -201,22 +200,23 @@ def training(compression: Mapping[str, Any], measure: str) -> Plot | None:
     if "distance" not in curves:
         return None
     best: Mapping[str, Any] = next((row for row in history if row["step"] == run.get("best_step")), {})
-    divisor, prefix = scale(*(row["tokens"] for row in history))
     titles = {"distance": ("Distance to the original, validation", measure), "loss": ("Training loss", "loss")}
 
     def draw(figure: Figure, narrow: bool) -> None:
+        from matplotlib.ticker import EngFormatter
+
         for axes, (name, points) in zip(_panels(figure, len(curves), narrow), curves.items(), strict=True):
             tokens, values = np.array(points, dtype=float).T
             colour = COLOURS["after" if name == "distance" else "before"]
-            axes.plot(tokens / divisor, values, "o-", color=colour, ms=3.5, lw=1.4, gid=f"training-{name}")
+            axes.plot(tokens, values, "o-", color=colour, ms=3.5, lw=1.4, gid=f"training-{name}")
             if name == "distance" and finite(best.get("distance")) is not None:
                 axes.plot(
-                    best["tokens"] / divisor, best["distance"], "o", mfc="none", color=COLOURS["removed"], ms=10,
+                    best["tokens"], best["distance"], "o", mfc="none", color=COLOURS["removed"], ms=10,
                     label=f"best: {number(best['distance'], 4)} at step {best['step']:,}",
                 )  # fmt: skip
                 axes.legend(loc="upper right")
-            axes.set(title=titles[name][0], ylabel=titles[name][1])
-            axes.set_xlabel(f"{run.get('unit', 'token')}s{f' ({prefix})' if prefix else ''}")
+            axes.set(title=titles[name][0], ylabel=titles[name][1], xlabel=f"{run.get('unit', 'token')}s")
+            axes.xaxis.set_major_formatter(EngFormatter())
             axes.grid(axis="y")
 
     ends = f"from {number(run.get('distance_before'), 4)} to {number(run.get('distance'), 4)}"

@@ -90,22 +90,9 @@ def interval(estimate: Mapping[str, Any] | None, digits: int = 1) -> str:
     return percent(value, digits) + ends
 
 
-def scale(*values: Any) -> tuple[float, str]:
-    """Return the divisor and the SI prefix that suit the largest value.
-
-    Examples
-    --------
-    >>> scale(134_515_008, None), scale()
-    ((1000000.0, 'M'), (1.0, ''))
-    """
-    largest = max((abs(known) for known in map(finite, values) if known is not None), default=0.0)
-    return next(((d, prefix) for d, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if largest >= d), (1.0, ""))
-
-
-def scaled(value: Any, divisor: float) -> str:
-    """Format a value in units of a divisor."""
-    known = finite(value)
-    return DASH if known is None else f"{known / divisor:,.{0 if divisor == 1.0 else 1}f}"
+def millions(value: Any) -> str:
+    """Format a number in millions: 134,515,008 is ``134.5``."""
+    return number(ratio(value, 1e6), 1)
 
 
 def blocks_text(windows: Sequence[Sequence[int]], silenced: Sequence[Sequence[Any]] = ()) -> str:

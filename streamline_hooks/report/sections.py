@@ -19,12 +19,11 @@ from streamline_hooks.report.formatting import (
     count,
     finite,
     interval,
+    millions,
     number,
     percent,
     ratio,
     removed_windows,
-    scale,
-    scaled,
     silenced_branches,
     times,
 )
@@ -77,11 +76,9 @@ def key_numbers(compression: Report, evaluation: Report) -> list[tuple[str, str,
         found.append(("Blocks", f"{plan['old_length']} → {len(plan['slots'])}", detail))
     before, after = _sizes(compression, evaluation).get("parameters", (None, None))
     if finite(after) is not None:
-        divisor, prefix = scale(before, after)
-        size = f"{scaled(after, divisor)} {prefix}".strip()
         known = finite(before) is not None
-        value, detail = (change(before, after), f"{scaled(before, divisor)} → {size}") if known else (size, "")
-        found.append(("Parameters", value, detail))
+        detail = f"{change(before, after)}, from {millions(before)} M" if known else ""
+        found.append(("Parameters", f"{millions(after)} M", detail))
     if (perplexity := _key_perplexity(compression, evaluation)) is not None:
         found.append(perplexity)
     for name, one in (evaluation.get("retained") or {}).items():
@@ -340,11 +337,9 @@ def _sizes(compression: Report, evaluation: Report) -> dict[str, tuple[Any, Any]
 
 
 def _size(compression: Report, evaluation: Report) -> list[Part]:
-    rows = []
-    for name, (before, after) in _sizes(compression, evaluation).items():
-        divisor, prefix = scale(before, after)
-        name = f"parameters ({prefix})" if name == "parameters" else f"size ({prefix}B)"
-        rows.append([name, scaled(before, divisor), scaled(after, divisor), change(before, after)])
+    names = {"parameters": "parameters (M)", "bytes": "size (MB)"}
+    sizes = _sizes(compression, evaluation).items()
+    rows = [[names[name], millions(before), millions(after), change(before, after)] for name, (before, after) in sizes]
     return _parts(None, _table("Size", ["", "original", "this model", "change"], rows))
 
 
@@ -363,7 +358,7 @@ def _speed(evaluation: Report) -> list[Part]:
             factor = ((speed.get("ratios") or {}).get(name) or {}).get(phase) or {}
             spread = f"{number(factor.get('low'), 3)} to {number(factor.get('high'), 3)}"
             numbers = [median, f"{low} to {high}", number(rate, 1), number(factor.get("median"), 3), spread]
-            rows.append([f"{name}, {words}", *numbers, number(ratio(timing.get("peak_memory"), 1e6), 1)])
+            rows.append([f"{name}, {words}", *numbers, millions(timing.get("peak_memory"))])
     columns = ["model", "time (ms)", "quartiles (ms)", "tokens/s", f"×{SPACE}first", "quartiles (×)"]
     first: Report = next(iter(timings.values()), {})
     conditions = [

@@ -218,7 +218,7 @@ def test_the_key_numbers(tmp_path: Path) -> None:
     own, other = said["evaluation"]["perplexity"], said["evaluation"]["original"]["perplexity"]
     mean = sum(own[name]["value"] / other[name]["value"] for name in own) / len(own)
     assert key_numbers(read(tmp_path, **said)) == {
-        "Blocks": "30 → 22", "Parameters": "−20.8 %", "Perplexity": f"× {mean:.2f}",
+        "Blocks": "30 → 22", "Parameters": "106.5 M", "Perplexity": f"× {mean:.2f}",
         "Relative accuracy, classification": "73 %", "Relative accuracy, generation": "62 %",
         "Time, first token": "× 0.75", "Time, further token": "× 0.78",
     }  # fmt: skip
