@@ -8,14 +8,25 @@ from torch import Tensor, nn
 from streamline_hooks.batch import device_of
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Return where float64 is computed: the device, or the CPU if it has no float64 (Apple's MPS).
+
+    Examples
+    --------
+    >>> float64_device(torch.device("mps")), float64_device(torch.device("cuda:1"))
+    (device(type='cpu'), device(type='cuda', index=1))
+    """
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def widen(states: Tensor) -> Tensor:
-    """The states in float64, on their own device, or on the CPU where that has no float64 (Apple's MPS)."""
-    return states.cpu().to(torch.float64) if states.device.type == "mps" else states.to(torch.float64)
+    """Return the states in float64, on `float64_device`."""
+    return states.to(float64_device(states.device)).to(torch.float64)
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """The precision of sums that stay on a device: float64, where it has that."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    """Return the precision of sums that stay on a device: float64 if it has that."""
+    return torch.float64 if float64_device(device) == device else torch.float32
 
 
 def computes_alike(model: nn.Module, got: Tensor, expected: Tensor) -> bool:

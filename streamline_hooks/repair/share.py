@@ -1,9 +1,9 @@
 """Which part of the text one of several processes trains on, and how their gradients become one.
 
-Every process holds all that is trained and sees its own sequences of every batch; the gradients are added up once a
-step. torch's own wrapper (`DistributedDataParallel`) is not used: it adds up when the forward of the module that it
-wraps comes to its backward, once each, while a step here runs parts of a model, in a surgeon that is opened anew for
-every batch, and several batches or none before the gradients are wanted.
+Every rank holds all that is trained and runs its rows of every batch; the gradients are added up once a step.
+`DistributedDataParallel`, and so Accelerate's loop, cannot do that here: it averages gradients only of a backward pass
+that follows the wrapper's own forward, and otherwise leaves each rank its own without an error. A step runs parts of
+the model, and on some ranks fewer forwards than on others. If one rank fails, the others wait for a timeout.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from streamline_hooks.arguments import checked
-from streamline_hooks.batch import Batch
+from streamline_hooks.batch import Batch, device_of
 from streamline_hooks.core import check_writable
 from streamline_hooks.core.hardware_config import HardwareConfig
 from streamline_hooks.distributed import Together, together
@@ -157,7 +157,7 @@ def _train(
         told = say if work.processes.rank == 0 else _nothing
         shares = Share.of(batches, work.processes, sharded), Share.of(validation, work.processes, sharded)
         if taught is None:
-            with hardware.autocast_on(next(student.model.parameters()).device):
+            with hardware.autocast_on(device_of(student.model)):
                 own = list(shares[0].batches.values())
                 known: dict[str, Any] = {"after": compared, "exits": logits, "say": told}
                 mine = exits.enter_context(taught_to(student, own, hardware, **known)).batches

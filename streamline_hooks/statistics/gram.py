@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.precision import float64_device
 
 # What one product works on: on a CPU it should stay in the cache, and be large enough to share among threads.
 BYTES_AT_ONCE = {"cpu": 2**24}
@@ -51,7 +52,7 @@ def token_grams(states: Sequence[Tensor], chosen: Tensor) -> Tensor:
             f"The states at place {odd} have the shape {tuple(states[odd].shape)}, those at place 0 "
             f"{tuple(first.shape)} (tokens, features); states of different shapes cannot be compared."
         )
-    device = torch.device("cpu") if first.device.type == "mps" else first.device
+    device = float64_device(first.device)
     limit = BYTES_AT_ONCE.get(device.type, _ON_AN_ACCELERATOR)
     size = max(1, min(len(chosen), limit // (8 * places * first.shape[1])))
     grams = torch.empty(len(chosen), places, places, dtype=torch.float64, device=device)

@@ -14,7 +14,7 @@ from streamline_hooks.distributed import Together, together
 from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.layouts import USUAL, by_token, layout_of
 from streamline_hooks.passes import recorded
-from streamline_hooks.precision import widen
+from streamline_hooks.precision import float64_device
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.statistics.bootstrap import poisson_weights
@@ -179,7 +179,7 @@ def measure_moments(
                     sums.update(record.inputs[window.start][0], record.outputs[window.stop - 1][0], mask)
         widths = work.tell(len(moments[0].xx) if moments else 0)
         if not moments and max(widths):  # this process's share is empty
-            home = widen(torch.zeros(0, device=device_of(model))).device
+            home = float64_device(device_of(model))
             moments = [WindowMoments(max(widths), weighted) for _ in windows]
             for sums in moments:
                 sums.xx, sums.xd = sums.xx.to(home), sums.xd.to(home)
