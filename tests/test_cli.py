@@ -276,7 +276,7 @@ def test_compress_on_packed_text(
             yield document
 
     monkeypatch.setattr(sys.modules[PackedText.__module__], "stream_documents", watched)
-    monkeypatch.setattr(sys.modules["streamline_hooks.cli.calibration_text"], "documents_of", None)
+    monkeypatch.setattr(sys.modules["streamline_hooks.calibration.sources"], "read_documents", None)
     sizes = ["--calibration-tokens", "640", "--validation-tokens", "192", "--test-tokens", "192"]
     options = ["--pack", "--remove", "1", "-o", tmp_path / "out", "--sequence-length", "64", *sizes]
     code, out, err = run(["compress", stories_folder, "-c", file, *options], monkeypatch, capsys)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from streamline_hooks import StreamlineError, find_stacks, load
-from streamline_hooks.cli import task_data
+from streamline_hooks.calibration import task_batches
 from streamline_hooks.evaluation import TaskScores
 from streamline_hooks.pretrained import task_of_pretrained
 from streamline_hooks.task import Task
@@ -274,7 +274,7 @@ def test_what_has_no_effect_on_embeddings_is_refused_once_it_is_known_of_what_th
 
     folder = saved(name, tmp_path / "model")
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    monkeypatch.setattr(task_data, "batches_for", lambda *_, **__: pytest.fail("something was read"))
+    monkeypatch.setattr(task_batches, "task_batches", lambda *_, **__: pytest.fail("something was read"))
     output = ["-o", tmp_path / "out"] if command == "compress" else []
     code, _, err = run([command, folder, "-c", tmp_path, "--remove", 1, option, 64, *output], monkeypatch, capsys)
     assert code == 2 and re.search(f"{option} has no effect.*{message}", " ".join(err.split()))

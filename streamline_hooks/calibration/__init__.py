@@ -1,17 +1,13 @@
-"""The text and images a model is measured on: where they come from, and which part of them is used for what."""
+"""Calibration data: read text, images and pairs, and split them into parts for calibration, validation and test."""
 
 from streamline_hooks.calibration.boundaries import refuse_crossing
-from streamline_hooks.calibration.documents import read_documents
-from streamline_hooks.calibration.image_files import read_images
-from streamline_hooks.calibration.image_parts import image_batches, image_parts
-from streamline_hooks.calibration.images import Images, Picture
+from streamline_hooks.calibration.documents import read_documents, stream_documents
+from streamline_hooks.calibration.images import Images, Picture, image_batches, image_parts, read_images
 from streamline_hooks.calibration.mixture import mixed_split
-from streamline_hooks.calibration.packed_text import PackedText, packed_text
-from streamline_hooks.calibration.packing import beginnings, pack, packed_batches
+from streamline_hooks.calibration.packing import PackedText, beginnings, pack, packed_batches, packed_text
 from streamline_hooks.calibration.repeated_passages import with_repeated_passages
 from streamline_hooks.calibration.self_generated import self_generated
 from streamline_hooks.calibration.split import TokenSplit, check_tokenizer, split_documents
-from streamline_hooks.calibration.streaming import stream_documents
 from streamline_hooks.calibration.text_batches import text_parts
 from streamline_hooks.calibration.text_pairs import TextPair, pair_parts, read_pairs
 

@@ -1,4 +1,4 @@
-"""Tell whether a model keeps the documents of a packed row apart."""
+"""Check that a model keeps the documents of a packed row apart."""
 
 from __future__ import annotations
 
@@ -24,25 +24,23 @@ _ROWS = 2  # more than one: some attentions know packed rows only in a batch of 
 
 
 def refuse_crossing(model: nn.Module, batches: Sequence[Batch], *, stack: str | None = None) -> None:
-    """Raise unless a model gives each document of packed rows the states that it has alone.
+    """Raise unless a model computes the same hidden states for a document in a packed row as for the document alone.
 
-    Two rows of one batch are run, those with the most pieces, and then each of their pieces alone. A model that takes
-    no positions, or makes nothing of where they begin again, mixes documents without a word: older families, relative
-    biases by place (ALiBi), state spaces and other recurrences.
+    Runs the two rows of one batch with the most pieces, then each piece alone. Models without position ids, with
+    relative biases by index (ALiBi), and recurrent models mix documents silently.
 
     Parameters
     ----------
     model : torch.nn.Module
     batches : sequence of mapping
-        Packed rows, see `packed_batches`: run as they are, since what a model respects may depend on lengths and on
-        the number of rows. Nothing is run where no row has two pieces.
+        Packed rows, see `packed_batches`. Nothing is run if no row has two pieces.
     stack : str, optional
         Path of the stack, see `find_stack`.
 
     Raises
     ------
     StreamlineError
-        Naming the model, the first block whose state differs, and by how much.
+        Naming the model, the first block whose hidden state differs, and the difference.
 
     Examples
     --------
@@ -73,12 +71,12 @@ def refuse_crossing(model: nn.Module, batches: Sequence[Batch], *, stack: str | 
 
 
 def most_divided(model: nn.Module, batches: Sequence[Batch]) -> tuple[dict[str, Tensor], list[Piece]] | None:
-    """The two rows of one batch that have the most pieces, and these; None where none has two.
+    """Return the two rows of one batch with the most pieces, and the pieces; None if no row has two.
 
     Raises
     ------
     StreamlineError
-        If a batch is not packed, or the model takes no positions.
+        If a batch is not packed, or the model takes no position ids.
     """
     best: tuple[int, Any] = (0, None)
     for batch in batches:
@@ -107,28 +105,12 @@ def most_divided(model: nn.Module, batches: Sequence[Batch]) -> tuple[dict[str, 
 
 
 def piece_of(rows: Batch, row: int, start: int, stop: int) -> dict[str, Tensor]:
-    """A piece alone, as a batch of one row."""
+    """Return a piece as a batch of one row."""
     return {"input_ids": rows["input_ids"][row : row + 1, start:stop]}
 
 
 def require_apart(model: nn.Module, k: int, packed: Tensor, alone: Tensor, start: int) -> None:
-    """Raise unless a piece has the states behind a block that it has alone.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-    k : int
-        The block.
-    packed, alone : torch.Tensor
-        Of shape (tokens, features).
-    start : int
-        Where the piece begins in its row.
-
-    Raises
-    ------
-    StreamlineError
-        Naming the block, and by how much they differ.
-    """
+    """Raise unless the hidden states (tokens, features) of a piece after block ``k`` equal those of it alone."""
     difference, allowed = _compared(packed, alone)
     if not difference <= allowed:
         raise StreamlineError(
@@ -146,14 +128,14 @@ def _packed_states(model: nn.Module, rows: Batch, stack: str | None) -> list[tup
 
 
 def cannot_be_run(model: nn.Module, error: Exception) -> StreamlineError:
-    """What to raise where a model fails on packed rows."""
+    """Return the error for a model that fails on packed rows."""
     return StreamlineError(
         f"{type(model).__name__} cannot be run on packed rows ({type(error).__name__}: {error}). {_ADVICE}"
     )
 
 
 def _states(model: nn.Module, batch: Batch, stack: str | None) -> list[tuple[int, Tensor]]:
-    """What leaves each block at each visit."""
+    """Return the output of each block at each call."""
     record = HiddenStateRecorder(model, inputs=False, stop=True, stack=stack)
     with inference(model), record:
         record(**prepare(model, batch))
@@ -161,7 +143,7 @@ def _states(model: nn.Module, batch: Batch, stack: str | None) -> list[tuple[int
 
 
 def _compared(packed: Tensor, alone: Tensor) -> tuple[float, float]:
-    """The greatest relative difference of a token's state, and what rounding may make of it."""
+    """Return the greatest relative difference of a token's hidden state, and the tolerance."""
     epsilon = max(torch.finfo(alone.dtype).eps, torch.finfo(torch.float32).eps)  # norms are float32 at best
     packed, alone = packed.cpu().double(), alone.cpu().double()
     size = alone.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,4 +1,4 @@
-"""Deal shuffled documents to named parts, whole where they are many, in pieces where they are few."""
+"""Split shuffled documents into parts: whole documents if there are many, pieces of them if there are few."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ENOUGH = 0.75
 
 
 class Encoder:
-    """Tokenises a text once, and of a very long one no more than is used."""
+    """Tokenize each text once, and only the beginning of a very long one."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, separator: str = _SEPARATOR) -> None:
         self.tokenizer = tokenizer
@@ -43,7 +43,7 @@ class Encoder:
         return self._known[text][:limit]
 
     def characters_per_token(self, texts: Iterable[str]) -> float:
-        """Estimate it from the start of a few texts."""
+        """Estimate the characters per token from the start of a few texts."""
         sample = _SEPARATOR.join(text[:2_000] for text in islice(texts, 20))
         return max(1, len(sample)) / max(1, len(self._encode(sample)))
 
@@ -61,29 +61,28 @@ def deal_parts(
     *,
     intact: bool = False,
 ) -> tuple[dict[str, list[int]], list[str]]:
-    """Fill parts in order: from whole documents, else from pieces of them, and less where the text is less.
+    """Fill parts in order from whole documents, else from pieces of them, and less if there is too little text.
 
     Parameters
     ----------
     documents : list of str
-        In the order in which they are dealt, see :func:`shuffled`.
+        In the order in which they are used, see `shuffled`.
     sizes : dict from str to int
-        Name and size of each part in tokens, in the order in which they are filled.
+        Tokens of each part, in the order in which they are filled.
     encode : Encoder
-        What turns text into ids.
     length : int
-        Tokens in a sequence; every part is filled with full sequences.
+        Tokens in a sequence; parts consist of full sequences.
     seed : int
         For the order of the pieces.
     forbidden : frozenset of str, optional
-        Long paragraphs that no part may hold.
-    intact : bool
-        Deal documents as they are: none is cut into pieces, and no paragraph is left out of one.
+        Long paragraphs that no part may contain.
+    intact : bool, default False
+        Never cut a document or remove a paragraph from it.
 
     Returns
     -------
     dict from str to list of int, and list of str
-        The ids of each part, and notes on what was done differently from what was asked.
+        The ids of each part, and notes on what differs from what was asked for.
 
     Raises
     ------
@@ -135,19 +134,9 @@ def deal_parts(
 def deal_whole(
     documents: list[str], sizes: Mapping[str, int], encode: Encoder, length: int
 ) -> dict[str, list[list[int]]]:
-    """Fill parts in order from whole documents, and keep the documents of a part apart.
+    """Fill parts in order from whole documents, and return the ids of each document of each part.
 
-    A document gives at most a quarter of its part, or one sequence where that is more.
-
-    Parameters
-    ----------
-    documents, sizes, encode, length
-        See :func:`deal_parts`.
-
-    Returns
-    -------
-    dict from str to list of list of int
-        The ids of each document of each part; together as many as were asked for, rounded down to full sequences.
+    A document contributes at most a quarter of its part, or one sequence if that is more.
 
     Raises
     ------
@@ -168,20 +157,7 @@ def deal_whole(
 
 
 def check_counts(counts: Mapping[str, int], what: str, batch_size: int) -> None:
-    """Refuse sizes of parts, or of batches, that are no positive numbers.
-
-    Parameters
-    ----------
-    counts : mapping of str to int
-    what : str
-        What is counted, in the plural.
-    batch_size : int
-
-    Raises
-    ------
-    StreamlineError
-        Naming the part.
-    """
+    """Raise unless the sizes of parts, and of batches, are positive; ``what`` names the unit in the plural."""
     if not counts:
         raise StreamlineError(f'No part was asked for. Expected a number of {what} by name: {{"calibration": 128}}.')
     for name, count in counts.items():
@@ -194,7 +170,7 @@ def check_counts(counts: Mapping[str, int], what: str, batch_size: int) -> None:
 
 
 def check_batch_size(batch_size: int, what: str) -> None:
-    """Refuse batches of nothing."""
+    """Raise unless a batch size is positive."""
     if batch_size < 1:
         raise StreamlineError(
             f"batch_size={batch_size}: expected the number of {what} that are run at once, 1 or more."
@@ -221,7 +197,7 @@ def _deal(
     whole: bool,
     intact: bool = False,
 ) -> list[list[list[int]]] | None:
-    """Fill one part after the other with the ids of each text, or return None where the texts run out."""
+    """Fill one part after the other with the ids of each text, or return None if the texts run out."""
     remaining = iter(units)
     seen = set(forbidden)
     dealt = []
@@ -245,7 +221,7 @@ def _deal(
 
 
 def _cut(documents: list[str], forbidden: frozenset[str], target: int, seed: int) -> tuple[list[str], bool]:
-    """Cut documents at paragraphs into pieces of about ``target`` characters, and say whether any was cut.
+    """Cut documents at paragraphs into pieces of about ``target`` characters, and return whether any was cut.
 
     A long paragraph goes into one piece only, so no two pieces share one.
     """

@@ -1,4 +1,4 @@
-"""Several sources of text in shares: which part of each there is, and rows of all of them dealt out together."""
+"""Mix several sources of text in exact shares of sequences."""
 
 from __future__ import annotations
 
@@ -22,12 +22,7 @@ ROUNDING = 0.002
 
 
 def smallest_part(shares: Mapping[str, float], sequence_length: int) -> int:
-    """Tokens of a part in which every source of a mixture is sure to have a sequence.
-
-    Parameters
-    ----------
-    shares : mapping of str to float
-    sequence_length : int
+    """Return the tokens of a part in which every source of a mixture has a sequence.
 
     Examples
     --------
@@ -40,7 +35,7 @@ def smallest_part(shares: Mapping[str, float], sequence_length: int) -> int:
 def sequences_by_source(
     shares: Mapping[str, float], sizes: Mapping[str, int], sequence_length: int
 ) -> dict[str, dict[str, int]]:
-    """How many sequences of each part come from each source.
+    """Return, by part and source, how many sequences come from each source.
 
     Parameters
     ----------
@@ -48,11 +43,6 @@ def sequences_by_source(
     sizes : mapping of str to int
         Tokens of each part.
     sequence_length : int
-
-    Returns
-    -------
-    dict of str to dict of str to int
-        By part, then by source; together as many as fit into the part.
 
     Raises
     ------
@@ -90,41 +80,38 @@ def mixed_split(
     test_documents: Sequence[str] | None = None,
     conversations: Collection[str] = (),
 ) -> TokenSplit:
-    """Deal several sources out so that each has its share of calibration, validation and test.
+    """Split several sources so that each has its share of calibration, validation and test.
 
-    Each source is dealt on its own, as `split_documents` does. What a source has, used or not, is left out of those
-    that are named after it: its documents and its paragraphs of 80 characters or more. So no text is in the test part
-    by one source and in the calibration part by another. The sequences of the sources take turns, evenly spaced, so
-    that the beginning of a part, and its end, are about the mixture too.
-
-    Where a source has too little text for its share, that part shrinks for all of them and the shares stay, up to the
-    rounding to full sequences.
+    Each source is split by itself, as `split_documents` does. Documents and long paragraphs of a source, used or not,
+    are left out of the sources after it, so no text is in two parts. The shares are exact up to the rounding to
+    sequences: each part takes sequences of one length from the sources in turn. (Interleaving documents, as
+    `interleave_datasets` does, would give shares of documents.) If a source has too little text, the part shrinks and
+    the shares stay.
 
     Parameters
     ----------
     documents : mapping of str to sequence of str
         The text of each source.
     shares : mapping of str to float
-        The share of each source, above 0; together 1, up to rounding.
+        The share of each source; they sum to 1.
     tokenizer, seed, sequence_length, calibration_tokens, validation_tokens, test_tokens
-        As for `split_documents`; the sizes are those of all sources together.
+        As for `split_documents`; sizes are those of all sources together.
     test_documents : sequence of str, optional
-        Text for scoring, as for `split_documents`: the test part is not mixed then, and no source holds any of it.
+        As for `split_documents`; then the test part is not mixed.
     conversations : collection of str
-        Sources whose documents are whole conversations (`self_generated` with ``conversation=True``). They are not cut
-        up, nothing stands between them, and the template's own words, which all of them share, stay in each; one that
-        has a long paragraph of an earlier source, or of the test documents, is left out as a whole.
+        Sources whose documents are whole conversations (`self_generated` with ``conversation=True``). They are not cut,
+        and one that has a long paragraph of an earlier source is left out.
 
     Returns
     -------
     TokenSplit
-        Its notes say how many tokens each source came to.
+        Its notes contain the tokens of each source.
 
     Raises
     ------
     StreamlineError
-        If shares and documents have not the same names, the shares do not sum to 1, a share of a part is less than a
-        sequence, or a source has too little text for one sequence of each part.
+        If shares and documents do not match, a share of a part is less than a sequence, or a source has too little
+        text.
 
     Examples
     --------
@@ -203,7 +190,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | Non
 
 
 def _paragraphs(text: str, marks: re.Pattern[str] | None) -> Iterator[str]:
-    """The long paragraphs; of a conversation without special tokens, and without a first line, which may be a role."""
+    """Yield the long paragraphs; of a conversation without special tokens and the line of the role."""
     if marks is None:
         yield from long_paragraphs(text)
         return
@@ -226,7 +213,7 @@ def _check_shares(documents: Mapping[str, object], shares: Mapping[str, float], 
 
 
 def _apportioned(shares: Mapping[str, float], total: int) -> dict[str, int]:
-    """Whole numbers that sum to `total` and are as the shares, by the largest remainders."""
+    """Return whole numbers in these shares that sum to `total`, by largest remainders."""
     exact = {source: share * total / sum(shares.values()) for source, share in shares.items()}
     counts = {source: math.floor(value + 1e-9) for source, value in exact.items()}
     rest = sorted(exact, key=lambda source: counts[source] - exact[source])
@@ -238,7 +225,7 @@ def _apportioned(shares: Mapping[str, float], total: int) -> dict[str, int]:
 def _within(
     shares: Mapping[str, float], asked: Mapping[str, int], there: Mapping[str, int], part: str
 ) -> dict[str, int]:
-    """The most sequences that are as the shares, and no more of a source than there are."""
+    """Return the most sequences in these shares, with no more of a source than it has."""
     for total in range(sum(asked.values()), 0, -1):
         counts = _apportioned(shares, total)
         if all(0 < count <= there[source] for source, count in counts.items()):
@@ -252,7 +239,7 @@ def _within(
 
 
 def _in_turn(rows: Sequence[Tensor]) -> Tensor:
-    """The rows of several sources, those of each evenly spaced."""
+    """Return the rows of several sources, those of each evenly spaced."""
     places = torch.cat([(torch.arange(len(of)) + 0.5).double() / len(of) for of in rows])
     return torch.cat(list(rows))[places.argsort(stable=True)]
 

@@ -1,35 +1,232 @@
-"""Put documents together into rows of one length, so that no place is padding and none sees another document."""
+"""Pack documents into rows of one length, without padding, such that no document sees another."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from streamline_hooks.batch import Batch, real_tokens
+from streamline_hooks.calibration.documents import content_digest, stream_documents
+from streamline_hooks.distributed import Processes, here, together
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.passes import progress
 from streamline_hooks.predicted import predicted_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Ids = array
 Row = list[Ids]
 """The pieces of a row, one after the other; each is a document, or a part of one."""
+_DOCUMENTS_PER_PART = 4
+_CHARACTERS_PER_TOKEN = 16  # more than text has
+
+
+@dataclass(frozen=True, eq=False)
+class PackedText:
+    """Full rows of packed documents.
+
+    Attributes
+    ----------
+    input_ids, position_ids : torch.IntTensor
+        Of shape (rows, sequence_length). Positions restart with each piece of a document.
+    documents : int
+        Number of documents in the rows.
+    cuts : int
+        How often a document was cut; its rest is a piece of its own, except for what exceeds its share.
+    note : str
+        The number of tokens, if the source ended before there were as many as were asked for.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    documents: int
+    cuts: int
+    note: str = ""
+
+    def batches(self, batch_size: int) -> list[dict[str, Tensor]]:
+        """Return batches with ``input_ids`` and ``position_ids`` of shape (batch, tokens), int64."""
+        parts = zip(self.input_ids.split(batch_size), self.position_ids.split(batch_size), strict=True)
+        return [{"input_ids": ids.long(), "position_ids": p.long()} for ids, p in parts if len(ids)]
+
+
+def packed_text(
+    source: str | Path | Sequence[str | Path],
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Mapping[str, int],
+    *,
+    sequence_length: int = 512,
+    special_tokens: bool = False,
+    shuffle: int = 0,
+    seed: int = 0,
+    remember: int = 1_000_000,
+    buffer: int = 256,
+    processes: Processes | None = None,
+) -> dict[str, PackedText]:
+    """Stream documents until there are enough tokens, and pack them into this rank's rows.
+
+    The part of a document is drawn by its content and the seed, so no two parts share a document, on any rank. Unlike
+    in `split_documents`, paragraphs that two documents share are not looked for. A document contributes at most a
+    quarter of a rank's part, or one row if that is more. Each rank has rows of documents that no other rank has; pass
+    them on with ``share=False``. The rows depend on the number of ranks.
+
+    Parameters
+    ----------
+    source : str, Path or a sequence of them
+        See `read_documents` and `stream_documents`.
+    tokenizer : PreTrainedTokenizerBase
+        Called as ``tokenizer(text, add_special_tokens=special_tokens, verbose=False)``.
+    tokens : mapping of str to int
+        Size of each part over all ranks, rounded down to full rows, such as ``{"calibration": 41_000}``.
+    sequence_length : int, default 512
+    special_tokens : bool, default False
+        Whether documents get the special tokens of their tokenizer; pieces that were cut off get none.
+    shuffle, seed, remember
+        See `stream_documents`; the seed also assigns documents to parts.
+    buffer : int, default 256
+        See `pack`.
+    processes : Processes, optional
+        Rank and world size. Default: `streamline_hooks.distributed.here`; then every rank raises if one does.
+
+    Returns
+    -------
+    dict of str to PackedText
+        One per part; without rows on a rank beyond the number of rows.
+
+    Raises
+    ------
+    StreamlineError
+        If a part is smaller than a row, or the source does not fill one row of it.
+
+    Examples
+    --------
+    Any callable that returns ``input_ids`` will do; this one replaces each word by its length:
+
+    >>> def tokenizer(text, **options):
+    ...     return {"input_ids": [len(word) for word in text.split()]}
+    >>> parts = packed_text("pydoc", tokenizer, {"calibration": 8192, "test": 2048}, sequence_length=128)
+    >>> {name: tuple(part.input_ids.shape) for name, part in parts.items()}
+    {'calibration': (64, 128), 'test': (16, 128)}
+    """
+    if not tokens:
+        raise StreamlineError('No part was asked for; expected sizes by name, such as {"calibration": 41_000}.')
+    for name, size in tokens.items():
+        if sequence_length < 1 or size < sequence_length:
+            raise StreamlineError(
+                f"{size:,} tokens for the part {name!r} with sequence_length={sequence_length}: expected a positive "
+                f"sequence length and at least one row in each part. Ask for {max(sequence_length, 1):,} tokens or "
+                "more, or for a smaller --sequence-length."
+            )
+    rank = processes or here()
+    parts = {
+        name: _Part(len(range(rank.rank, size // sequence_length, rank.count)), Packer(sequence_length, buffer))
+        for name, size in tokens.items()
+    }
+    # Documents are assigned to parts in proportion to their sizes, by nothing but content and seed.
+    names, bounds = list(tokens), list(accumulate(tokens.values()))
+    with together("packed_text") if processes is None else nullcontext() as work:
+        documents = stream_documents(source, shuffle=shuffle, seed=seed, remember=remember, processes=rank)
+        with progress(sum(part.wanted for part in parts.values()), "read and pack") as bar:
+            while any(part.room for part in parts.values()):
+                if (document := next(documents, None)) is None:
+                    break
+                drawn = hashlib.blake2b(b"%d " % seed + content_digest(document), digest_size=8).digest()
+                part = parts[names[bisect(bounds, int.from_bytes(drawn) * bounds[-1] >> 64)]]
+                if limit := part.room:
+                    ids, whole = _encoded(tokenizer, document, limit, special_tokens)
+                    part.add(ids, whole)
+                    bar.update(len(ids))
+        packed = {name: part.end(name, rank) for name, part in parts.items()}
+        if work is not None:
+            work.tell(None)  # the others wait here, in case one fails
+    return packed
+
+
+class _Part:
+    """The rows of one part that this rank makes."""
+
+    def __init__(self, rows: int, packer: Packer) -> None:
+        self.wanted, self.packer = rows * packer.length, packer
+        self.most = max(packer.length, math.ceil(self.wanted / _DOCUMENTS_PER_PART))
+        self.ids = torch.empty(rows, packer.length, dtype=torch.int32)
+        self.positions = torch.empty_like(self.ids)
+        self.full_rows = self.documents = self.shortened = 0
+
+    @property
+    def taken(self) -> int:
+        """Return the number of tokens in rows and in the packer."""
+        return self.full_rows * self.packer.length + self.packer.waiting
+
+    @property
+    def room(self) -> int:
+        """Return the maximal number of tokens of the next document."""
+        return min(self.most, self.wanted - self.taken)
+
+    def add(self, ids: Sequence[int], whole: bool) -> None:
+        self.documents += bool(ids)
+        self.shortened += not whole
+        self._keep(self.packer.add(ids))
+
+    def end(self, name: str, this: Processes) -> PackedText:
+        self._keep(self.packer.rest())
+        of = f" of process {this.rank} of {this.count}" if this.count > 1 else ""
+        length, held = self.packer.length, self.full_rows * self.packer.length
+        if self.wanted and not held:
+            raise StreamlineError(
+                f"The source does not fill one row of {length:,} tokens for the part {name!r}{of}, of which "
+                f"{self.wanted:,} tokens were asked for. Give more text, or a smaller --sequence-length."
+            )
+        note = f"{name}{of}: {self.wanted:,} tokens were asked for, and the source ended after {held:,}"
+        kept = slice(self.full_rows)
+        return PackedText(
+            self.ids[kept],
+            self.positions[kept],
+            self.documents,
+            self.packer.cuts + self.shortened,
+            note if held < self.wanted else "",
+        )
+
+    def _keep(self, rows: list[Row]) -> None:
+        for row in rows:
+            if sum(map(len, row)) == self.packer.length:  # all but the last, where the source ended
+                self.ids[self.full_rows] = torch.tensor([token for piece in row for token in piece])
+                self.positions[self.full_rows] = torch.cat([torch.arange(len(piece)) for piece in row])
+                self.full_rows += 1
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, special_tokens: bool) -> tuple[list[int], bool]:
+    """Tokenize up to a limit, and return whether that is the whole text."""
+    start = text[: _CHARACTERS_PER_TOKEN * limit]
+    ids = list(tokenizer(start, add_special_tokens=special_tokens, verbose=False)["input_ids"])
+    # Twice the limit, so that the word at the cut is far behind what is used.
+    if len(start) < len(text) and len(ids) < 2 * limit:
+        start, ids = text, list(tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"])
+    return ids[:limit], len(start) == len(text) and len(ids) <= limit
 
 
 class Packer:
-    """Takes documents, gives full rows.
+    """Pack documents into full rows.
 
-    A row begins with the piece that has waited longest; then come those that together fill it best. Where something
-    is missing still, the longest that waits is cut, and its rest goes on waiting. So every row is full and at most one
-    piece is cut for it. A document that is longer than a row is cut into rows first.
+    A row begins with the piece that has waited longest, followed by the pieces that together fill it best. If it is not
+    full, the longest waiting piece is cut. Documents longer than a row are first cut into rows.
 
     Parameters
     ----------
     length : int
         Tokens in a row.
-    buffer : int
-        Pieces that wait. The more, the fewer are cut.
+    buffer : int, default 256
+        Number of waiting pieces. With more, fewer are cut.
 
     Attributes
     ----------
@@ -96,7 +293,7 @@ class Packer:
 
 
 def fill_sequence(lengths: Sequence[int], gap: int) -> list[int]:
-    """Say which pieces fill a gap best, the first ones where several would do; none of the others fits in the rest."""
+    """Return the pieces that fill a gap best, the first ones if several do."""
     within = (1 << gap + 1) - 1
     reached = [1]  # by the pieces from some one on: bit n says whether some of them have n tokens together
     for length in reversed(lengths):
@@ -112,26 +309,21 @@ def fill_sequence(lengths: Sequence[int], gap: int) -> list[int]:
 
 
 def pack(documents: Iterable[Sequence[int]], sequence_length: int, *, buffer: int = 256) -> Iterator[Row]:
-    """Yield rows of documents; every token is in one of them.
+    """Yield rows of documents that together contain every token.
 
     Parameters
     ----------
     documents : iterable of sequence of int
-        Token numbers of each; read as far as rows are asked for, and no further than the buffer reaches.
+        Token ids; read only as far as rows are asked for.
     sequence_length : int
-        Tokens in a row. The last row may have fewer; nothing is padded.
-    buffer : int
+        Tokens in a row. The last row may be shorter; nothing is padded.
+    buffer : int, default 256
         Documents that wait for a row that they fit in.
 
     Yields
     ------
     list of array
-        The pieces of a row, as they stand in it.
-
-    Raises
-    ------
-    StreamlineError
-        If a size is less than 1.
+        The pieces of a row in order.
 
     Examples
     --------
@@ -149,21 +341,18 @@ def pack(documents: Iterable[Sequence[int]], sequence_length: int, *, buffer: in
 
 
 def packed_batches(rows: Iterable[Row], batch_size: int) -> list[dict[str, Tensor]]:
-    """Make batches of rows, whose positions begin again with each piece.
+    """Batch rows, with position ids that restart at each piece.
 
-    There is no attention mask: given positions alone, the models of Transformers that know packed rows let no token
-    see another document. Others do not; `refuse_crossing` tells.
-
-    Then whatever is a mean or a sum over tokens (`profile`, `measure_moments`, a KL) is that of the documents alone.
-    What goes by sequence takes a row for one: intervals, the entropy, and the first and last tokens that are left out
-    or chosen. What predicts the text has to leave out the `beginnings`.
+    There is no attention mask: models of Transformers that support packed rows keep documents apart by their position
+    ids. Use `refuse_crossing` to check a model. Means over tokens (`profile`, `measure_moments`, KL) are those of the
+    documents; statistics by sequence take a row for a sequence. Exclude the `beginnings` from predictions.
 
     Parameters
     ----------
     rows : iterable of list of sequence of int
         See `pack`.
     batch_size : int
-        Rows in a batch; one of another length is a batch of its own.
+        Rows in a batch; a row of another length is a batch of its own.
 
     Returns
     -------
@@ -192,19 +381,9 @@ def packed_batches(rows: Iterable[Row], batch_size: int) -> list[dict[str, Tenso
 
 
 def beginnings(position_ids: Tensor) -> Tensor:
-    """Say where a piece begins: wherever a position does not follow the one before it.
+    """Return where pieces begin, as booleans of the shape of ``position_ids``: (batch, tokens).
 
-    What stands there is not to be predicted from the token before it, which belongs to another document.
-
-    Parameters
-    ----------
-    position_ids : torch.Tensor
-        Of shape (batch, tokens).
-
-    Returns
-    -------
-    torch.Tensor
-        Boolean, of the same shape.
+    The token there is not to be predicted from the token before it, which belongs to another document.
 
     Examples
     --------
@@ -216,18 +395,18 @@ def beginnings(position_ids: Tensor) -> Tensor:
 
 
 def documents_of(batch: Batch | Tensor) -> list[list[Tensor]]:
-    """The documents in each row of a batch, without padding.
+    """Return the documents in each row of a batch, without padding, on the CPU.
 
     Parameters
     ----------
     batch : mapping or torch.Tensor
-        Token ids of shape (batch, tokens), or ``input_ids`` with what belongs to them: ``attention_mask`` where there
-        is padding, ``position_ids`` where rows are packed (see `predicted_tokens` for their shape).
+        Token ids of shape (batch, tokens), or ``input_ids`` with ``attention_mask`` if there is padding, and
+        ``position_ids`` if rows are packed.
 
     Returns
     -------
     list of list of torch.Tensor
-        On the CPU. A row of padding alone has no part in it.
+        Without rows of padding alone.
 
     Examples
     --------

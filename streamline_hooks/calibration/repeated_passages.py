@@ -1,4 +1,4 @@
-"""Text that says a passage twice: what a model predicts from what stands before it, and prose hardly asks for."""
+"""Repeat passages in calibration text, so that blocks are also chosen on what a model copies from context."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ _PARTS, _ROUNDING = ("calibration", "validation"), 1e-9
 
 
 def with_repeated_passages(split: TokenSplit, share: float) -> TokenSplit:
-    """Let the second half of some sequences repeat the first.
+    """Replace the second half of some sequences by their first half.
 
-    A model continues there what it has read once (induction, arXiv 2209.11895), as it does when it copies, counts,
-    keeps to names and formats, or quotes. In prose that is a small part of the loss: a window of blocks whose removal
-    hardly changes prose may take all of it away. So blocks are chosen on both.
+    Models continue such text by induction (arXiv 2209.11895). In prose that is a small part of the loss, so the removal
+    of a window that hardly changes prose may destroy it.
 
     Parameters
     ----------
     split : TokenSplit
-        Its calibration and validation are changed; the test part is not.
+        Calibration and validation are changed; test is not.
     share : float
-        Of the sequences of each part, evenly spread from the first one on, which is among them; above 0, at most 1.
+        Share of the sequences of each part, evenly spread from the first; above 0, at most 1.
 
     Raises
     ------
@@ -64,7 +63,7 @@ def with_repeated_passages(split: TokenSplit, share: float) -> TokenSplit:
 
 
 def _repeated(rows: Tensor, share: float) -> tuple[Tensor, int]:
-    """The rows, and how many of them are changed."""
+    """Return the rows, and how many of them are changed."""
     due = [ceil(k * share - _ROUNDING) for k in range(len(rows) + 1)]  # of the first k
     chosen = [k for k in range(len(rows)) if due[k + 1] > due[k]]
     half, made = rows.shape[1] // 2, rows.clone()

@@ -1,4 +1,4 @@
-"""Deal documents to calibration, validation and test, so that no text is in two of them."""
+"""Split documents into calibration, validation and test, so that no text is in two of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from streamline_hooks.calibration.dealing import Encoder, deal_parts, long_paragraphs, shuffled
-from streamline_hooks.calibration.packed_text import PackedText
+from streamline_hooks.calibration.packing import PackedText
 from streamline_hooks.errors import StreamlineError
 
 if TYPE_CHECKING:
@@ -27,12 +27,11 @@ class TokenSplit:
     Attributes
     ----------
     calibration, validation, test : torch.LongTensor
-        Each of shape (sequences, sequence_length): full sequences, no padding.
+        Of shape (sequences, sequence_length), without padding.
     fingerprint : str
-        SHA-256, in hexadecimal, of the calibration ids and their shape, and of their positions where they are packed.
-        Two runs with the same fingerprint were calibrated on the same tokens.
+        SHA-256 of the calibration ids and their shape, and of the positions of packed rows.
     notes : tuple of str
-        What had to be done differently from what was asked: documents cut, parts shrunk.
+        What differs from what was asked for: documents cut, parts shrunk.
     positions : dict of str to torch.LongTensor
         Of packed rows, for each part, the position of each token in its piece; otherwise empty.
     """
@@ -46,12 +45,12 @@ class TokenSplit:
 
     @classmethod
     def of_packed(cls, parts: Mapping[str, PackedText]) -> TokenSplit:
-        """Take the parts of `packed_text`.
+        """Create a split from the parts of `packed_text`.
 
         Raises
         ------
         StreamlineError
-            If they are others than calibration, validation and test, or one has no rows or is of another length.
+            If they are not calibration, validation and test, one has no rows, or their lengths differ.
 
         Examples
         --------
@@ -80,18 +79,16 @@ class TokenSplit:
 
     @property
     def sequence_length(self) -> int:
-        """Tokens in each sequence."""
+        """Return the tokens in each sequence."""
         return int(self.calibration.shape[1])
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All ids and positions, in order."""
+        """Return all ids and positions, in order."""
         return [self.calibration, self.validation, self.test, *self.positions.values()]
 
     def part_of_calibration(self, number: int, parts: int) -> TokenSplit:
-        """The same with one of several parts of the calibration sequences, one after the other.
-
-        So that each has the same mixture where sources take turns, see `mixed_split`.
+        """Return the split with one of several equal runs of the calibration sequences.
 
         Raises
         ------
@@ -120,7 +117,7 @@ class TokenSplit:
         return replace(self, calibration=rows, positions=positions, fingerprint=fingerprint_of(*digested))
 
     def figures(self) -> dict[str, Any]:
-        """How much text there is for what, and which, as JSON values."""
+        """Return sizes, fingerprint and notes as JSON values."""
         return {
             "calibration_tokens": self.calibration.numel(),
             "validation_tokens": self.validation.numel(),
@@ -131,7 +128,7 @@ class TokenSplit:
         }
 
     def describe(self) -> str:
-        """One line: the size of each part, the fingerprint, and the notes."""
+        """Return one line with the size of each part, the fingerprint, and the notes."""
         sizes = ", ".join(f"{name} {getattr(self, name).numel():,}" for name in PARTS)
         rows = "packed rows" if self.positions else "sequences"
         line = f"{sizes} tokens in {rows} of {self.sequence_length}; fingerprint {self.fingerprint[:12]}"
@@ -149,43 +146,38 @@ def split_documents(
     test_tokens: int = 16_384,
     test_documents: Sequence[str] | None = None,
 ) -> TokenSplit:
-    """Shuffle documents, deal them to test, validation and calibration, and tokenise what is needed.
+    """Split documents into test, validation and calibration, and tokenize what is needed.
 
-    The order is that of a hash of seed and content, so neither the order of the documents nor that of the files
-    they came from matters. Test is filled first, then validation, then calibration. A paragraph of 80 characters
-    or more that an earlier part has seen is left out of later ones. A document gives at most a quarter of its part,
-    or one sequence where that is more; the rest of it is left unused.
+    Documents are used in the order of a hash of seed and content, so the order of the files does not matter. Test is
+    filled first, then validation, then calibration. A paragraph of 80 characters or more of an earlier part is removed
+    from later ones. A document contributes at most a quarter of its part, or one sequence if that is more.
 
-    Where the documents are too few for that, the long ones are cut at paragraph boundaries into pieces of about one
-    to four sequences (shorter ones where there is hardly any text), and the pieces are dealt. Where all the text is
-    less than what was asked for, the parts shrink by one ratio, to one sequence each at least. Each part's documents
-    are joined by a blank line, tokenised one by one without BOS, and cut into full sequences.
+    If there are too few documents, long ones are cut at paragraphs into pieces of about one to four sequences; if there
+    is too little text, all parts shrink by one ratio. Documents of a part are joined by a blank line, tokenized one by
+    one without special tokens, and cut into full sequences.
 
     Parameters
     ----------
     documents : sequence of str
-        The text, see :func:`read_documents`.
+        The text, see `read_documents`.
     tokenizer : PreTrainedTokenizerBase
         Called as ``tokenizer(text, add_special_tokens=False, verbose=False)``; its ``input_ids`` are read.
     seed : int, default 0
-        Another seed deals the documents differently.
     sequence_length : int, default 512
-        Tokens in each sequence.
     calibration_tokens, validation_tokens, test_tokens : int
         Size of each part in tokens, rounded down to full sequences.
     test_documents : sequence of str, optional
-        Text for scoring. Then test comes only from it, none of its documents and long paragraphs, used or not, get
-        into calibration or validation, and where it is too little only test shrinks.
+        Text of the test part. Then none of these documents and their long paragraphs, used or not, is in the other
+        parts.
 
     Returns
     -------
     TokenSplit
-        Three tensors of shape (sequences, sequence_length).
 
     Raises
     ------
     StreamlineError
-        If a size is less than one sequence, or if the text does not fill one sequence of each part.
+        If a size is less than one sequence, or the text does not fill one sequence of each part.
 
     Examples
     --------
@@ -225,22 +217,20 @@ def split_documents(
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, split: TokenSplit | None = None) -> None:
-    """Refuse a tokenizer that produces ids the model has no embedding for.
+    """Raise if a tokenizer produces ids that the model has no embedding for.
 
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
-        The tokenizer that made the ids.
     vocabulary_size : int
         Rows of the model's embedding, ``model.get_input_embeddings().num_embeddings``.
     split : TokenSplit, optional
-        The ids that will be used. Given, only they count: a token that was added to the tokenizer and appears
-        nowhere does no harm. Without it every id of the tokenizer's vocabulary counts.
+        The ids that are used. Default: the whole vocabulary of the tokenizer.
 
     Raises
     ------
     StreamlineError
-        If an id is equal to the number of rows or above it.
+        If an id is out of range.
 
     Examples
     --------
@@ -269,13 +259,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, sp
 
 
 def check_sizes(sizes: Mapping[str, int], length: int) -> None:
-    """Refuse parts that are smaller than a sequence.
-
-    Raises
-    ------
-    StreamlineError
-        Naming the part.
-    """
+    """Raise if a part is smaller than a sequence."""
     for name, size in sizes.items():
         if length < 1 or size < length:
             raise StreamlineError(
@@ -286,7 +270,7 @@ def check_sizes(sizes: Mapping[str, int], length: int) -> None:
 
 
 def fingerprint_of(*rows: Tensor) -> str:
-    """SHA-256, in hexadecimal, of ids and their shape, and of what stands beside them."""
+    """Return the SHA-256, in hexadecimal, of ids, their shape and their positions."""
     digest = hashlib.sha256(f"{tuple(rows[0].shape)}".encode())
     for numbers in rows:
         digest.update(numbers.contiguous().numpy().astype("<i8").tobytes())

@@ -1,4 +1,4 @@
-"""Batches for encoders: documents in windows between the tokenizer's own special tokens, padded on the right."""
+"""Batches for encoders: documents in windows between special tokens, padded on the right."""
 
 from __future__ import annotations
 
@@ -31,45 +31,38 @@ def text_parts(
     seed: int = 0,
     masked: float = 0.0,
 ) -> dict[str, list[dict[str, Tensor]]]:
-    """Deal documents to parts, and cut each into windows as an encoder was trained on them.
+    """Split documents into parts, and cut each into windows as encoders are trained.
 
-    Documents are dealt as `split_documents` deals them, but only whole ones: in the order of a hash of seed and
-    content; a paragraph of 80 characters or more that is in one part is left out of the others; a document gives at
-    most a quarter of its part, or one window where that is more. Unlike there, documents are not joined: each begins a
-    window of its own, whose last one is shorter. The part that is named last is filled first, so that more for the
-    first does not change the others.
+    Whole documents are split in the order of a hash of seed and content; a paragraph of 80 characters or more is in one
+    part only; a document contributes at most a quarter of its part, or one window if that is more. Each document begins
+    a new window. The last part is filled first, so that more for the first does not change the others.
 
     Parameters
     ----------
     documents : sequence of str
         The text, see `read_documents`.
     tokenizer : PreTrainedTokenizerBase
-        The model's own. It is called as ``tokenizer(text, add_special_tokens=..., verbose=False)``.
     tokens : mapping of str to int
-        Size of each part in tokens of text, such as ``{"calibration": 41_000, "validation": 8_192, "test": 16_384}``.
-        Neither special tokens nor padding count; it is rounded down to full windows.
-    sequence_length : int
-        Tokens in a window at most, special tokens among them.
-    batch_size : int
-        Windows in a batch.
-    seed : int
-        Another seed deals the documents differently.
-    masked : float
-        The share of the text's tokens that is replaced by the tokenizer's mask, one at least in each window, for a
-        model that fills such places in. Special ones, such as that of an unknown word, are not, but in a window that
-        has no others.
+        Tokens of text per part, such as ``{"calibration": 41_000, "test": 16_384}``, without special tokens and
+        padding; rounded down to full windows.
+    sequence_length : int, default 512
+        Maximal tokens in a window, with special tokens.
+    batch_size : int, default 8
+    seed : int, default 0
+    masked : float, default 0.0
+        The share of tokens that are replaced by the mask token, at least one per window. Special tokens are only masked
+        in a window without others.
 
     Returns
     -------
     dict of str to list of dict
-        The batches of each part, with ``input_ids`` and ``attention_mask`` of shape (batch, tokens), int64, and
-        ``token_type_ids`` of the same shape where the tokenizer gives them. A batch is as long as its longest window.
-        Where tokens are masked, ``labels`` hold them, and -100 elsewhere.
+        The batches of each part: ``input_ids`` and ``attention_mask`` of shape (batch, tokens), int64,
+        ``token_type_ids`` if the tokenizer makes them, and with masking ``labels``, which are -100 elsewhere.
 
     Raises
     ------
     StreamlineError
-        If there are too few documents, a size is out of range, or the tokenizer cannot pad, or mask what is to be.
+        If there are too few documents, a size is out of range, or the tokenizer has no padding or mask token.
 
     Examples
     --------
@@ -119,7 +112,7 @@ def text_parts(
 def _masked(
     batches: list[dict[str, Tensor]], frame: _Frame, tokenizer: PreTrainedTokenizerBase, share: float, seed: str
 ) -> list[dict[str, Tensor]]:
-    """The same batches with places to fill in, which are drawn by the seed."""
+    """Mask some tokens of each batch, drawn by the seed, and add labels."""
     mask = tokenizer.mask_token_id
     if mask is None or not 0.0 < share < 1.0:
         what = "no mask" if mask is None else f"the mask {mask}"
@@ -144,47 +137,17 @@ def _masked(
 
 
 def in_runs(items: Sequence[_Item], size: int) -> Iterator[Sequence[_Item]]:
-    """Yield runs of so many items, and at the end of what is left.
-
-    Examples
-    --------
-    >>> list(in_runs([1, 2, 3, 4, 5], 2))
-    [[1, 2], [3, 4], [5]]
-    """
+    """Return runs of so many items; the last one may be shorter."""
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def right_padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Stack rows of different lengths, filled on the right.
-
-    Parameters
-    ----------
-    rows : sequence of sequence of int
-    value : int
-        What the shorter ones are filled with.
-
-    Returns
-    -------
-    torch.LongTensor
-        Of shape (rows, longest).
-
-    Examples
-    --------
-    >>> right_padded([[5, 6, 7], [8]], 0)
-    tensor([[5, 6, 7],
-            [8, 0, 0]])
-    """
+    """Stack rows of different lengths into a LongTensor of shape (rows, longest), padded on the right."""
     return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=value)
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the number of a tokenizer's padding token.
-
-    Raises
-    ------
-    StreamlineError
-        If it has none.
-    """
+    """Return the id of a tokenizer's padding token, or raise."""
     number = tokenizer.pad_token_id
     if not isinstance(number, int):
         raise StreamlineError(
@@ -197,7 +160,7 @@ def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass(frozen=True)
 class _Frame:
-    """What a tokenizer puts before and behind a text, and the types that it gives to the tokens, if any."""
+    """Special tokens before and after a text, and the token types, if any."""
 
     before: tuple[int, ...]
     behind: tuple[int, ...]
@@ -209,7 +172,7 @@ class _Frame:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, sample: str) -> _Frame:
-        """Find it by a text with special tokens and without."""
+        """Determine it from a text with and without special tokens."""
         bare = tuple(tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"])
         whole = tokenizer(sample, add_special_tokens=True, verbose=False)
         ids = tuple(whole["input_ids"])

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from streamline_hooks.cli.block_by_block import compress_block_by_block, only_whole, takes_more_than
-from streamline_hooks.cli.calibration_text import Sources
+from streamline_hooks.cli.calibration_text import parse_sources, special_option
 from streamline_hooks.cli.given_options import given_or_none, refuse_unused
-from streamline_hooks.cli.loading import block_numbers, documents_of, load_model, packed_parts, task_named
+from streamline_hooks.cli.loading import block_numbers, load_model, task_named
 from streamline_hooks.cli.options import (
     BatchSize,
     Calibration,
@@ -198,11 +198,12 @@ def compress(
 
     Example: streamline-hooks compress smollm2 --remove 0.25 --output smollm2-small
     """
+    from streamline_hooks.calibration import read_documents
+    from streamline_hooks.calibration.task_batches import Amounts, task_batches
     from streamline_hooks.checkpoint import require_free
     from streamline_hooks.cli.budget import PRESET, refuse_beside_budget, said_again
     from streamline_hooks.cli.dry_run import say_costs
     from streamline_hooks.cli.short_forms import parse_duration, parse_target
-    from streamline_hooks.cli.task_data import Amounts, batches_for
     from streamline_hooks.distributed import together
     from streamline_hooks.pipeline.compress import compress as run
     from streamline_hooks.pipeline.config import DataConfig
@@ -216,10 +217,11 @@ def compress(
     with launched() as speaks, together("the command compress") as work:
         say = typer.echo if speaks else _nothing
         require_free(output, overwrite)
-        sources = Sources.parse(calibration, temperature)
+        sources = parse_sources(calibration, temperature)
+        special = special_option(sources)
         seconds = parse_duration(budget) if budget else 0.0
         if budget:
-            refuse_beside_budget(context, text=sources.unusual, processes=work.processes.count)
+            refuse_beside_budget(context, text=special, processes=work.processes.count)
             preset = preset or PRESET
         if fitting_tokens is not None and not (objective or preset):
             raise StreamlineError("--fitting-tokens leaves the rest of the text to a training; say what for (--train).")
@@ -241,14 +243,14 @@ def compress(
         )
         by = config.search.resolved_criterion
         profile = Profile.load(profile_file) if profile_file is not None else None
-        if dry_run and sources.written:
-            raise StreamlineError(f"A dry run writes no text, so that {sources.unusual} has none; give what is there.")
-        if pack and (test or sources.unusual):
-            with_what = "--test" if test else sources.unusual
+        if dry_run and sources.generated:
+            raise StreamlineError(f"A dry run writes no text, so that {special} has none; give what is there.")
+        if pack and (test or special):
+            with_what = "--test" if test else special
             raise StreamlineError(f"--pack deals one text to all parts, and does not go with {with_what}.")
-        if not task.is_of_text and (sources.unusual or pack or memory or budget):
+        if not task.is_of_text and (special or pack or memory or budget):
             given = {"--pack": pack, "--memory": memory, "--budget": budget}
-            option = sources.unusual or next(name for name, wanted in given.items() if wanted)
+            option = special or next(name for name, wanted in given.items() if wanted)
             raise StreamlineError(f"{option} is for models that write, and {model} is for {task}.")
         refuse_unused(context, config.search, task)
         if config.distillation is not None:
@@ -258,20 +260,20 @@ def compress(
             say(f"repeated   nothing, in {where}, of what --preset {preset} would say twice")
             config = replace(config, data=replace(config.data, repeated=0.0))
         documents = sources.read() if task.is_of_text and not pack else {}
-        test_documents = documents_of(test) if test and task.is_of_text else None
+        test_documents = read_documents(test) if test and task.is_of_text else None
         split = document_sizes(config)
 
         def text_for(tokenizer: Any) -> tuple[Any, list[str] | None]:
             """What is calibrated on, and the documents for the test where that does not hold them."""
             if pack:
-                return packed_parts(list(sources.names), tokenizer, split), None
-            if (dealt := sources.dealt(documents, tokenizer, split, test_documents)) is not None:
+                return sources.packed(tokenizer, split), None
+            if (dealt := sources.mixed(documents, tokenizer, split, test_documents)) is not None:
                 return dealt, None
             return next(iter(documents.values())), test_documents
 
         most = takes_more_than(model, memory) if task.is_of_text else None
         whole = {
-            "calibration": bool(sources.written),
+            "calibration": bool(sources.generated),
             "kind": bool(config.repair.slots or config.repair.fit or not config.repair.is_solved),
             "search": config.search.kind != "window",
             "criterion": by.needs != "profile",
@@ -299,18 +301,18 @@ def compress(
                 raise StreamlineError(
                     f"--profile goes with one round; each of {config.rounds} makes a profile of its own."
                 )
-        if sources.written:
+        if sources.generated:
             parts_dealt = ("calibration", "validation", *([] if test else ["test"]))
             tokens = {name: split[f"{name}_tokens"] for name in parts_dealt}
             options: dict[str, Any] = {"sequence_length": sequence_length, "seed": seed, "cache": output.parent}
-            for name, write in sources.writers(loaded, tokenizer, tokens, **options).items():
+            for name, write in sources.generators(loaded, tokenizer, tokens, **options).items():
                 documents[name] = work.of_first(write)
         text, apart = text_for(tokenizer) if task.is_of_text else ({}, None)
         if not task.is_of_text:
             tokens = {name: split[f"{name}_tokens"] for name in ("calibration", "validation", "test")}
             of = dict(zip(tokens, (calibration_examples, validation_examples, test_examples), strict=True))
             amounts = Amounts(tokens, of, sequence_length, batch_size, seed)
-            text = batches_for(loaded, tokenizer, task, calibration, amounts, say, test)
+            text = task_batches(loaded, tokenizer, task, calibration, amounts, say, test)
         if budget:
             from streamline_hooks.planning import plan_training
 

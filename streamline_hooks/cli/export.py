@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from streamline_hooks.cli.calibration_text import Sources
-from streamline_hooks.cli.loading import documents_of, load_model
+from streamline_hooks.cli.calibration_text import parse_sources
+from streamline_hooks.cli.loading import load_model
 from streamline_hooks.cli.options import Calibration, Stack
 from streamline_hooks.errors import StreamlineError
 
@@ -49,6 +49,7 @@ def export(
 
     Example: streamline-hooks export smollm2-small --to gguf --output smollm2-small.gguf
     """
+    from streamline_hooks.calibration import read_documents
     from streamline_hooks.checkpoint import load
     from streamline_hooks.cli.short_forms import parse_replacement
     from streamline_hooks.export import export_gguf, export_onnx, export_plain
@@ -65,8 +66,8 @@ def export(
     _require_possible(folder, output, to, dtype, overwrite)
     model: Any
     if refit:
-        sources = Sources.parse(calibration)
-        if sources.written:
+        sources = parse_sources(calibration)
+        if sources.generated:
             raise StreamlineError("What a model wrote itself is not written again here; give it as a file.")
         if sources.shares:
             raise StreamlineError(
@@ -74,7 +75,7 @@ def export(
                 "original again, with --kind folded or silenced."
             )
         loaded, _ = load_model(original)
-        text, apart = documents_of(calibration or ["pydoc"]), documents_of(test) if test else None
+        text, apart = read_documents(sources.names), read_documents(test) if test else None
         again = fit_again(
             folder,
             loaded,

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from streamline_hooks.cli.task_data import takes
 from streamline_hooks.errors import StreamlineError
 
 if TYPE_CHECKING:
@@ -55,6 +54,8 @@ def refuse_unused(context: typer.Context, search: SearchConfig, task: Task | Non
     images = task.name == "image-classification"
     text = task.is_of_text or task.name in ("masked-lm", "text-classification")
     if model is not None and task.name == "embedding":
+        from streamline_hooks.calibration.task_batches import takes
+
         text, images = takes(model)
     if text == images and task.name != "seq2seq":  # of embeddings not known yet, or refused with both
         return

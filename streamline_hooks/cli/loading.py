@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from streamline_hooks.errors import StreamlineError
 
@@ -54,29 +53,6 @@ def load_without_tokenizer(name: str) -> PreTrainedModel:
 
     logging.set_verbosity_error()
     return load(name).eval() if Path(name).is_dir() else load_model(name, task_named("", name))[0]
-
-
-def documents_of(sources: list[str]) -> list[str]:
-    """Documents by file, folder or name."""
-    from streamline_hooks.calibration import read_documents
-
-    return read_documents(sources)
-
-
-def packed_parts(sources: list[str], tokenizer: PreTrainedTokenizerBase, split: Mapping[str, int]) -> dict[str, Any]:
-    """Rows of packed documents for calibration, validation and test, of which no more is read than they take."""
-    from streamline_hooks.calibration import packed_text
-    from streamline_hooks.calibration.split import PARTS
-    from streamline_hooks.distributed import Processes
-
-    return packed_text(  # type: ignore[return-value]
-        sources,
-        tokenizer,
-        {part: split[f"{part}_tokens"] for part in PARTS},
-        sequence_length=split["sequence_length"],
-        seed=split["seed"],
-        processes=Processes(0, 1),  # `compress` deals out what all of them have read
-    )
 
 
 def block_numbers(text: str) -> list[int]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from streamline_hooks.cli.calibration_text import Sources
+from streamline_hooks.cli.calibration_text import parse_sources, special_option
 from streamline_hooks.cli.given_options import refuse_unused
 from streamline_hooks.cli.loading import block_numbers, load_model, task_named
 from streamline_hooks.cli.options import (
@@ -31,6 +31,9 @@ from streamline_hooks.cli.options import (
     Tokens,
 )
 from streamline_hooks.errors import StreamlineError
+
+if TYPE_CHECKING:
+    from streamline_hooks.calibration.sources import TextSources
 
 
 def rank(
@@ -101,15 +104,17 @@ def rank(
         check_writable(save)
     if model is None and profile_file is None:
         raise StreamlineError("Give a model, or a profile that was saved with --save (--profile FILE).")
-    sources = Sources.parse(calibration, temperature)
-    if dry_run and sources.written:
-        raise StreamlineError(f"A dry run writes no text, so that {sources.unusual} has none; give what is there.")
+    sources = parse_sources(calibration, temperature)
+    if dry_run and sources.generated:
+        raise StreamlineError(
+            f"A dry run writes no text, so that {special_option(sources)} has none; give what is there."
+        )
     loaded: Any = None
     batches = profile = task = None
     if model is not None:
         task = task_named(task_name, model)
-        if not task.is_of_text and sources.unusual:
-            raise StreamlineError(f"{sources.unusual} is for models that write, and {model} is for {task}.")
+        if not task.is_of_text and special_option(sources):
+            raise StreamlineError(f"{special_option(sources)} is for models that write, and {model} is for {task}.")
         refuse_unused(context, searching, task)
         loaded, tokenizer = load_model(model, task)
         refuse_unused(context, searching, task, loaded)
@@ -152,7 +157,7 @@ def rank(
 def _batches(
     model: Any,
     tokenizer: Any,
-    sources: Sources,
+    sources: TextSources,
     cache: Path | None,
     tokens: int,
     sequence_length: int,
@@ -169,10 +174,10 @@ def _batches(
     sizes = {"calibration": tokens, "validation": unused, "test": unused}
     documents = sources.read()
     options: dict[str, Any] = {"sequence_length": sequence_length, "seed": seed}
-    for name, write in sources.writers(model, tokenizer, sizes, cache=cache, **options).items():
+    for name, write in sources.generators(model, tokenizer, sizes, cache=cache, **options).items():
         documents[name] = write()
     options |= {f"{part}_tokens": size for part, size in sizes.items()}
-    split = sources.dealt(documents, tokenizer, options, None)
+    split = sources.mixed(documents, tokenizer, options, None)
     if split is None:
         split = split_documents(next(iter(documents.values())), tokenizer, **options)
     elif split.notes:
@@ -193,8 +198,8 @@ def _of_task(
     seed: int,
 ) -> Any:
     """What a model that is not for text alone is given."""
-    from streamline_hooks.cli.task_data import Amounts, batches_for
+    from streamline_hooks.calibration.task_batches import Amounts, task_batches
 
     of = {"calibration": tokens}, {"calibration": examples}
     amounts = Amounts(*of, sequence_length, batch_size, seed)
-    return batches_for(model, processor, task, calibration, amounts, partial(typer.echo, err=True))["calibration"]
+    return task_batches(model, processor, task, calibration, amounts, partial(typer.echo, err=True))["calibration"]

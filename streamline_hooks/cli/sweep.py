@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from streamline_hooks.cli.calibration_text import Sources
+from streamline_hooks.cli.calibration_text import parse_sources
 from streamline_hooks.cli.given_options import refuse_unused
 from streamline_hooks.cli.loading import block_numbers, load_model
 from streamline_hooks.cli.options import (
@@ -84,12 +84,12 @@ def sweep(
         seed=seed,
     )
     refuse_unused(context, config.search)
-    sources = Sources.parse(calibration)
-    if sources.written:
+    sources = parse_sources(calibration)
+    if sources.generated:
         raise StreamlineError("A sweep takes text that is there: have the model write some once, by compress.")
     documents = sources.read()
     loaded, tokenizer = load_model(model)
-    dealt = sources.dealt(documents, tokenizer, document_sizes(config), None)
+    dealt = sources.mixed(documents, tokenizer, document_sizes(config), None)
     found = run(
         loaded,
         tokenizer,
