@@ -37,7 +37,7 @@ def weights_digest(model: nn.Module) -> str:
                 "model which is known. Load it without offloading, or keep nothing."
             )
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(_bytes(tensor))
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -157,7 +157,7 @@ def batches_digest(items: Sequence[Any]) -> str:
                 add(f"{name}[{number}]", inside)
         elif isinstance(value, torch.Tensor):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
-            digest.update(_bytes(value))
+            digest.update(tensor_bytes(value))
 
     add("", list(items))
     return digest.hexdigest()
@@ -190,9 +190,23 @@ def _attributes(module: nn.Module) -> list[tuple[str, str]]:
     return sorted((name, repr(value)) for name, value in plain.items() if not callable(value))
 
 
-def _bytes(tensor: torch.Tensor) -> Any:
+def tensor_bytes(tensor: torch.Tensor) -> Any:
+    """Return the bytes of a tensor's values, in the order of its elements."""
     try:
         flat = tensor.detach().cpu().contiguous().view(-1)
         return flat.view(torch.uint8).numpy().data
     except (RuntimeError, TypeError):  # a subclass of a tensor, such as a quantised one, that holds several
         return repr(tensor.detach().cpu()).encode()
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same bits in the same dtype and shape; on the meta device a tensor holds none."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.is_meta or b.is_meta:
+        return a.is_meta and b.is_meta
+    a, b = a.detach(), b.detach().to(a.device)
+    try:
+        return torch.equal(a.reshape(-1).contiguous().view(torch.uint8), b.reshape(-1).contiguous().view(torch.uint8))
+    except (RuntimeError, NotImplementedError):  # a tensor of a class of its own
+        return torch.equal(a, b)

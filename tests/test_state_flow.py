@@ -20,7 +20,7 @@ from streamline_hooks import (
     profile,
     save,
 )
-from streamline_hooks.testing.assertions.bypassing import bypassing
+from streamline_hooks.surgery.bypass import bypassing
 
 WIDTH = 8
 X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))

@@ -110,14 +110,6 @@ def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return made
 
 
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are of one dtype and shape and hold the same bits, NaN included."""
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    a, b = (tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
-    return torch.equal(a, b)
-
-
 def _place(tensor: Tensor) -> Any:
     """What two names have in common that stand for one tensor."""
     where = (tensor.device, tensor.data_ptr(), tensor.dtype)

@@ -11,8 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from streamline_hooks.checkpoint.held_tensors import own_tensors, same_bits, shared_names, unsaved_buffers, weights_of
+from streamline_hooks.checkpoint.held_tensors import own_tensors, shared_names, unsaved_buffers, weights_of
 from streamline_hooks.checkpoint.safety import INDEX, WEIGHTS
+from streamline_hooks.digests import same_bits
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.surgery.splice import AFTER, BEFORE
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from streamline_hooks.batch import Batch
+from streamline_hooks.digests import tensor_bytes
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.hidden_state import tokens_first
 from streamline_hooks.stack import BlockStack
@@ -129,7 +130,7 @@ def _bytes(parts: Mapping[str, Tensor]) -> bytes:
     for name, values in parts.items():
         values = values if values.is_floating_point() else values.to(torch.int64)
         if values.numel():  # a text without a picture is the same in a batch with none
-            said[name] = values.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            said[name] = bytes(tensor_bytes(values))
     if len(said) < 2:
         return b"".join(said.values())
     return b"".join(f"{name} {len(part)} ".encode() + part for name, part in said.items())

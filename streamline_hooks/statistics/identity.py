@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.digests import structure_digest
+from streamline_hooks.digests import structure_digest, tensor_bytes
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.statistics.profile import Profile
@@ -97,5 +97,5 @@ def _fingerprint(model: nn.Module, tensors: Iterable[tuple[str, Any]]) -> str:
         if type(plain) is Tensor and not plain.is_meta and plain.layout == torch.strided:
             flat = plain.reshape(-1)
             some = flat[:: max(1, len(flat) // _VALUES_A_PARAMETER)][:_VALUES_A_PARAMETER]
-            found.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            found.update(tensor_bytes(some))
     return found.hexdigest()[:16]

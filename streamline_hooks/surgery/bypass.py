@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from streamline_hooks.hidden_state import read_input, write_output
+from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery.capture import captures
 
 
@@ -57,3 +59,17 @@ def bypass(
     for key in keys[behind:-1]:
         hooks.move_to_end(key)
     return handles
+
+
+@contextmanager
+def bypassing(
+    model: nn.Module, window: range, module: nn.Module | None = None, *, stack: str | None = None
+) -> Iterator[None]:
+    """Bypass a window of blocks inside a ``with`` statement; a module maps what enters the window, if it is given."""
+    blocks = find_stack(model, stack)
+    handles = bypass(blocks[window.start], blocks[window.stop - 1], module)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, LinearReplacement, UnsupportedSurgery, find_stack
 from streamline_hooks.batch import prepare
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.surgery.bypass import bypassing
 from streamline_hooks.testing import tiny_inputs, tiny_model
-from streamline_hooks.testing.assertions.bypassing import bypassing
 from streamline_hooks.testing.assertions.cached_generation import hold_decoding, hold_generation
 from streamline_hooks.testing.assertions.difference import difference
 from streamline_hooks.testing.assertions.model_state import ModelState

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from streamline_hooks import LayerSurgeon, UnsupportedSurgery, find_stack
-from streamline_hooks.testing.assertions.bypassing import bypassing
+from streamline_hooks.surgery.bypass import bypassing
 from streamline_hooks.testing.assertions.model_state import ModelState
 from tests.other_models import OTHERS, PICTURE, TEXT, pictures
 

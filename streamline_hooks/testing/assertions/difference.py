@@ -240,19 +240,6 @@ def require_same(
         raise AssertionError(f"{what}: {found}. Likely cause: {cause}.")
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same bits; what lies on the meta device holds none."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if a.is_meta or b.is_meta:
-        return a.is_meta and b.is_meta
-    a, b = a.detach(), b.detach().to(a.device)
-    try:
-        return torch.equal(a.reshape(-1).contiguous().view(torch.uint8), b.reshape(-1).contiguous().view(torch.uint8))
-    except (RuntimeError, NotImplementedError):  # a tensor of a class of its own
-        return torch.equal(a, b)
-
-
 def _named(place: Sequence[int], axes: Sequence[str]) -> str:
     names = axes if len(axes) == len(place) else [f"axis {k}" for k in range(len(place))]
     return ", ".join(f"{name} {index}" for name, index in zip(names, place, strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.testing.assertions.difference import same_bits
+from streamline_hooks.digests import same_bits
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 

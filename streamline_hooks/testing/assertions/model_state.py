@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.testing.assertions.difference import Difference, difference, same_bits
+from streamline_hooks.digests import same_bits
+from streamline_hooks.testing.assertions.difference import Difference, difference
 from streamline_hooks.testing.assertions.frozen import MISSING, Identity, changed_places, frozen, is_config
 
 # Looked at in ways of their own. torch sets _is_full_backward_hook with the first such hook and never takes it back.

@@ -13,9 +13,9 @@ from streamline_hooks.batch import Batch
 from streamline_hooks.pooling_layer import pooling_argument
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery import LayerSurgeon
+from streamline_hooks.surgery.bypass import bypassing
 from streamline_hooks.surgery.layout import window_of
 from streamline_hooks.surgery.splice import AFTER, BEFORE
-from streamline_hooks.testing.assertions.bypassing import bypassing
 from streamline_hooks.testing.assertions.difference import require_same
 from streamline_hooks.testing.assertions.layer_numbers import numbers_said, wrong_numbers
 from streamline_hooks.testing.assertions.running import (

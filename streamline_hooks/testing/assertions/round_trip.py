@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch, device_of
 from streamline_hooks.checkpoint import load
+from streamline_hooks.digests import same_bits
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.pooling_layer import pooling_argument
 from streamline_hooks.surgery.splice import AFTER, BEFORE
-from streamline_hooks.testing.assertions.difference import SAME_SUMS, difference, require_same, same_bits
+from streamline_hooks.testing.assertions.difference import SAME_SUMS, difference, require_same
 from streamline_hooks.testing.assertions.frozen import changed_places, frozen
 from streamline_hooks.testing.assertions.running import answer, axes_of, batches_for, padding_said, quietly, real_places
 
