@@ -146,14 +146,26 @@ def nearest(name: Any, known: Iterable[str], otherwise: str) -> str:
 
 
 def whole_numbers(values: Any, name: str) -> list[int]:
-    """Return block numbers as a list of int.
+    """Return an iterable of whole numbers, of which bool is none, as a list of int; raise for anything else."""
+    return list(_converted("blocks", name, values, Iterable[int], "Iterable[int]", {}))
+
+
+def block_numbers(values: Any, length: int, name: str) -> list[int]:
+    """Return numbers of blocks counted from the start; negative ones are counted from the end of the stack.
 
     Raises
     ------
     StreamlineError
-        If they are not an iterable of whole numbers; bool is none.
+        If one is no whole number, or the stack has no such block.
     """
-    return list(_converted("blocks", name, values, Iterable[int], "Iterable[int]", {}))
+    numbers = whole_numbers(values, name)
+    for k in numbers:
+        if not -length <= k < length:
+            raise StreamlineError(
+                f"{name}: block {k} is out of range. Expected 0 to {length - 1}, since the stack has {length} blocks. "
+                "Change it."
+            )
+    return [k % length for k in numbers]
 
 
 class _Wrong(Exception):

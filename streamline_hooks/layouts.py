@@ -6,8 +6,11 @@ declaration: it is one row of tokens, as in a tower that is given the patches of
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
+from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.hidden_state import tokens_first
 
 USUAL = "batch tokens features"
@@ -31,6 +34,15 @@ def layout_of(block: nn.Module) -> str:
     'batch tokens features'
     """
     return "tokens batch features" if tokens_first(block) else LAYOUTS.get(type(block).__name__, USUAL)
+
+
+def require_usual(blocks: Iterable[nn.Module], what: str, advice: str) -> None:
+    """Raise `UnsupportedSurgery` unless the states of blocks are laid out as (batch, tokens, features)."""
+    for layout in {layout_of(block) for block in blocks} - {USUAL}:
+        raise UnsupportedSurgery(
+            f"{what}: its states are laid out as ({', '.join(layout.split())}). Expected (batch, tokens, features). "
+            f"{advice}"
+        )
 
 
 def by_token(state: Tensor, block: nn.Module) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
-from streamline_hooks.arguments import checked
+from streamline_hooks.arguments import block_numbers, checked
 from streamline_hooks.batch import mask_beside_cache, mask_of_call, prepare
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.hidden_state import nested_mask, padded, read_input, read_output, require_batch_first
@@ -269,9 +269,7 @@ _STOPPED = "The recorder was told to stop here. Run the model as record(**batch)
 def _chosen(blocks: Iterable[int] | None, length: int) -> tuple[int, ...]:
     if blocks is None:
         return tuple(range(length))
-    given = list(blocks)
-    wrong = [k for k in given if not -length <= k < length]
-    if wrong or not given:
-        what = f"Block {wrong[0]}" if wrong else "An empty list of blocks"
-        raise StreamlineError(f"{what} cannot be recorded: the stack has {length} blocks, 0 to {length - 1}.")
-    return tuple(sorted({k % length for k in given}))
+    chosen = sorted(set(block_numbers(blocks, length, "blocks")))
+    if not chosen:
+        raise StreamlineError("blocks=[] is empty. Expected at least one block to record. Leave it out to record all.")
+    return tuple(chosen)

@@ -8,18 +8,19 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch
 from streamline_hooks.blockwise.passing import BlockwisePass
 from streamline_hooks.blockwise.residence import identity_of
 from streamline_hooks.blockwise.room import parts_of, require_room, rows_of, state_bytes
 from streamline_hooks.digests import batches_digest
-from streamline_hooks.errors import StreamlineError
 from streamline_hooks.stack import find_stack
 from streamline_hooks.statistics import Profile, poisson_weights
 from streamline_hooks.statistics.chosen_tokens import blocks_run, chosen_masks, counted_tokens
 from streamline_hooks.statistics.content import sequence_contents
 
 
+@checked(skip=0, replicates=0)
 def profile(
     model: nn.Module,
     batches: Sequence[Batch | Tensor],
@@ -84,9 +85,7 @@ def profile(
     (9, 40)
     """
     batches = list(batches)
-    chosen, masks = chosen_masks(tokens, len(batches), skip=skip, replicates=replicates)
-    if not batches:
-        raise StreamlineError("There is no batch to profile; give one at least.")
+    chosen, masks = chosen_masks(tokens, len(batches))
     found = find_stack(model, stack)
     reach = blocks_run(keep, len(found))
     about = {**identity_of(found), "tokens": chosen, "skip": skip}
@@ -98,7 +97,7 @@ def profile(
     written: list[Path] = []
     for number, part in enumerate(parts):
         mine = [batches[k] for k in part]
-        digest = batches_digest([*mine, *([] if masks is None else (masks[k] for k in part))])
+        digest = batches_digest([*mine, *(masks[k] for k in part if masks[k] is not None)])
         file = None if room is None else room / f"part_{number:04d}_{digest}.safetensors"
         if file is None or not file.is_file():
             one = Profile(reach + 1, replicates=replicates, about=about)
@@ -111,7 +110,7 @@ def profile(
                     pass
                 for local, k in enumerate(part):
                     real = states.masks[local]
-                    counted = counted_tokens(real, chosen, skip, None if masks is None else masks[k])
+                    counted = counted_tokens(real, chosen, skip, masks[k])
                     contents = sequence_contents(found, batches[k], real) if replicates else []
                     weights = poisson_weights(contents, replicates) if replicates else None
                     for rows in rows_of(len(real), sizes[k], memory):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from streamline_hooks.batch import Batch, real_tokens
 from streamline_hooks.branches import tolerance
 from streamline_hooks.errors import UnsupportedSurgery
-from streamline_hooks.layouts import USUAL, layout_of
+from streamline_hooks.layouts import require_usual
 from streamline_hooks.passes import inference
 from streamline_hooks.recorder import ForwardStopped, HiddenStateRecorder
 from streamline_hooks.stack import BlockStack
@@ -42,10 +42,7 @@ def refuse_known(stack: BlockStack, stop: int) -> None:
     what = f"{type(stack.model).__name__} cannot be run block by block"
     if any(spliced(block, place) for block in stack.blocks for place in (BEFORE, AFTER)):
         raise UnsupportedSurgery(f"{what}: an earlier surgery put modules between its blocks. Load it into memory.")
-    unusual = {layout_of(block) for block in stack.blocks} - {USUAL}
-    if unusual:
-        laid_out = ", ".join(unusual.pop().split())
-        raise UnsupportedSurgery(f"{what}: its states are laid out as ({laid_out}). Load it into memory.")
+    require_usual(stack.blocks, what, "Load it into memory.")
     if getattr(getattr(stack.model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedSurgery(
             f"{what}: it is an encoder and a decoder, whose blocks need what the encoder made. Load it into memory."

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from streamline_hooks.arguments import checked
+from streamline_hooks.arguments import block_numbers, checked
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.in_training.skippable import require_skippable
 from streamline_hooks.in_training.skipping import BeginHook, Skipping
@@ -275,8 +275,6 @@ def _rates(rate: float | Sequence[float], rule: Rule | None, keep: Iterable[int]
             f"A block cannot be skipped with the probability {wrong[0]}: expected 0 or more and below 1. What is to go "
             "in every forward is to be removed with LayerSurgeon."
         )
-    for k in map(operator.index, keep):
-        if not 0 <= k < length:
-            raise StreamlineError(f"keep names block {k}; the stack has {length} blocks, 0 to {length - 1}.")
+    for k in block_numbers(keep, length, "keep"):
         rates[k] = 0.0
     return rates

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from streamline_hooks.batch import Batch
 from streamline_hooks.block_call import BlockCall
 from streamline_hooks.branches import tolerance
-from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.hidden_state import write_input
-from streamline_hooks.layouts import USUAL, layout_of
+from streamline_hooks.layouts import require_usual
 from streamline_hooks.passes import inference, recorded
 from streamline_hooks.precision import widen
 from streamline_hooks.recorder import HiddenStateRecorder
@@ -107,13 +106,8 @@ def measure_beside(
     """
     found = find_stack(model, stack)
     needed = {k for one in asked for k in (one.window.start, one.window.stop - 1)}
-    unusual = {layout_of(found[k]) for k in needed} - {USUAL}
-    if unusual:
-        raise UnsupportedSurgery(
-            f"The states of {type(model).__name__} are laid out as ({', '.join(unusual.pop().split())}); what stands "
-            "in a window's place is fitted on (batch, tokens, features). Take blocks out with LayerSurgeon, which "
-            "needs none of it."
-        )
+    advice = "Take blocks out with LayerSurgeon, which fits nothing."
+    require_usual((found[k] for k in needed), f"{type(model).__name__} cannot be repaired", advice)
     cost = f"{what}: {len(asked)} windows, {max(needed) + 1} of {len(found)} blocks"
     both: list[list[ProjectionMoments]] = []
     factors: list[float] = []

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from streamline_hooks.arguments import whole_numbers
+from streamline_hooks.arguments import block_numbers
 from streamline_hooks.core.config import Config
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.speed import Phase, measure_speed, room_for_prompt
@@ -266,11 +266,7 @@ def protected_blocks(keep: Iterable[int], length: int) -> frozenset[int]:
     StreamlineError
         If a number is out of range.
     """
-    chosen = whole_numbers(keep, "keep")
-    for k in chosen:
-        if not -length <= k < length:
-            raise StreamlineError(f"keep={k} is out of range: the stack has {length} blocks, 0 to {length - 1}.")
-    return frozenset(k % length for k in chosen)
+    return frozenset(block_numbers(keep, length, "keep"))
 
 
 def windows(length: int, size: int, protected: frozenset[int] = frozenset()) -> list[range]:

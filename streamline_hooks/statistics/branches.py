@@ -63,13 +63,8 @@ class BranchScores:
         Raises
         ------
         StreamlineError
-            If the states differ in shape, or a real token's is not finite, or is zero before.
+            If the state of a real token is not finite, or is zero before.
         """
-        if before.shape != after.shape or mask.shape != before.shape[:-1]:
-            raise StreamlineError(
-                f"Got states of shape {tuple(before.shape)} and {tuple(after.shape)} with a mask of shape "
-                f"{tuple(mask.shape)}; expected two of (batch, tokens, features) with one mask entry a token."
-            )
         real, column = mask.to(before.device).bool(), BRANCHES.index(branch)
         for x, y in zip(before[real].split(_TOKENS_AT_ONCE), after[real].split(_TOKENS_AT_ONCE), strict=True):
             x, y = widen(x), widen(y)

@@ -6,43 +6,17 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from streamline_hooks.arguments import block_numbers
 from streamline_hooks.errors import StreamlineError
 
 
-def chosen_masks(
-    tokens: str | Sequence[Tensor], batches: int, *, skip: int, replicates: int
-) -> tuple[str, list[Tensor] | None]:
-    """Look at what a profile was asked for.
-
-    Parameters
-    ----------
-    tokens : str or sequence of torch.Tensor
-        See `profile`.
-    batches : int
-        How many there are.
-    skip, replicates : int
-        See `profile`.
-
-    Returns
-    -------
-    chosen : str
-        "all", "last" or "mask".
-    masks : list of torch.Tensor or None
-        One for each batch, where masks were given.
-
-    Raises
-    ------
-    StreamlineError
-        If an argument is wrong.
-    """
-    masks = None if isinstance(tokens, str) else list(tokens)
-    if isinstance(tokens, str) and tokens not in ("all", "last"):
-        raise StreamlineError(f"tokens={tokens!r} is unknown; expected 'all', 'last' or one mask for each batch.")
-    if masks is not None and len(masks) != batches:
-        raise StreamlineError(f"tokens holds {len(masks)} masks for {batches} batches; give one for each.")
-    if skip < 0 or replicates < 0:
-        raise StreamlineError(f"skip={skip} and replicates={replicates} must be 0 or more.")
-    return (tokens if isinstance(tokens, str) else "mask"), masks
+def chosen_masks(tokens: str | Sequence[Tensor], batches: int) -> tuple[str, Sequence[Tensor | None]]:
+    """Return how tokens are chosen ("all", "last" or "mask"), and the mask of each batch where masks were given."""
+    if isinstance(tokens, str):
+        return tokens, [None] * batches
+    if len(tokens) != batches:
+        raise StreamlineError(f"tokens holds {len(tokens)} masks for {batches} batches. Expected one for each.")
+    return "mask", tokens
 
 
 def blocks_run(keep: Iterable[int], length: int) -> int:
@@ -53,11 +27,7 @@ def blocks_run(keep: Iterable[int], length: int) -> int:
     >>> blocks_run([0, -1, -2], length=8)
     6
     """
-    given = list(keep)
-    wrong = [k for k in given if not -length <= k < length]
-    if wrong:
-        raise StreamlineError(f"keep={wrong[0]} is out of range: the stack has {length} blocks, 0 to {length - 1}.")
-    free = set(range(length)) - {k % length for k in given}
+    free = set(range(length)) - set(block_numbers(keep, length, "keep"))
     if not free:
         raise StreamlineError(f"All {length} blocks must stay; keep fewer, or there is nothing to profile.")
     return max(free) + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,35 +59,11 @@ class StateCovariances:
             Of shape (batch, tokens, features), all of one shape.
         mask : torch.Tensor
             The tokens that count, of shape (batch, tokens).
-
-        Raises
-        ------
-        StreamlineError
-            If the states do not fit one another, the mask, or those that came before.
         """
-        shapes = {tuple(states[place].shape) for place in self.places}
-        widths = {len(mean) for mean in self._means.values()}
-        if len(shapes) != 1 or tuple(mask.shape) != next(iter(shapes))[:-1]:
-            raise StreamlineError(
-                f"Got states of shape {', '.join(map(str, sorted(shapes)))} with a mask of shape {tuple(mask.shape)}; "
-                "expected all of one (batch, tokens, features) with one mask entry a token."
-            )
-        if widths - {next(iter(shapes))[-1]}:
-            raise StreamlineError(
-                f"Got states of {next(iter(shapes))[-1]} features; those before had {widths.pop()}. Start anew for "
-                "another model."
-            )
         chosen = [states[place][mask.to(states[place].device).bool()] for place in self.places]
         for parts in zip(*(state.split(_TOKENS_AT_ONCE) for state in chosen), strict=True):
             if len(parts[0]):
                 self._add({place: widen(part) for place, part in zip(self.places, parts, strict=True)})
-
-    def merge(self, other: Self) -> None:
-        """Add the sums of another part of the tokens."""
-        if (self.places, self.pairs) != (other.places, other.pairs):
-            raise StreamlineError("Cannot merge covariances of other places; expected those of the same pairs.")
-        if other.tokens:
-            self._merge(other.tokens, other._means, other._scatters)
 
     def covariance(self, x: Place, y: Place) -> Tensor:
         """Mean of (x − x̄)(y − ȳ)ᵀ, of shape (features, features), float64.
@@ -100,25 +76,6 @@ class StateCovariances:
         if not self.tokens:
             raise StreamlineError("No token has been counted yet; update with a batch that has real tokens.")
         return self._scatters[x, y] / self.tokens
-
-    def mean(self, place: Place) -> Tensor:
-        """Mean state at a place, of shape (features,), float64."""
-        return self._means[place]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The sums, for a file; in the order of `places` and `pairs`."""
-        return {
-            "tokens": self.tokens,
-            "means": [self._means[place].clone() for place in self.places] if self.tokens else [],
-            "scatters": [self._scatters[pair].clone() for pair in self.pairs] if self.tokens else [],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take sums up again."""
-        self.tokens = int(state["tokens"])
-        counted = bool(self.tokens)
-        self._means = dict(zip(self.places, state["means"], strict=True)) if counted else {}
-        self._scatters = dict(zip(self.pairs, state["scatters"], strict=True)) if counted else {}
 
     def _add(self, states: Mapping[Place, Tensor]) -> None:
         means = {place: state.mean(dim=0) for place, state in states.items()}

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch, device_of
 from streamline_hooks.distributed import Together, together
-from streamline_hooks.errors import UnsupportedSurgery
-from streamline_hooks.layouts import USUAL, by_token, layout_of
+from streamline_hooks.layouts import by_token, require_usual
 from streamline_hooks.passes import recorded
 from streamline_hooks.precision import float64_device
 from streamline_hooks.recorder import HiddenStateRecorder
@@ -91,12 +90,11 @@ def profile(
     """
     with together("profile") as work:
         batches = list(batches)
-        chosen, masks = chosen_masks(tokens, len(batches), skip=skip, replicates=replicates)
+        chosen, masks = chosen_masks(tokens, len(batches))
         found = find_stack(model, stack)
         reach = blocks_run(keep, len(found))
         about = {**identity(found), "tokens": chosen, "skip": skip}
-        none: list[Tensor | None] = [None] * len(batches)
-        items = list(zip(batches, none if masks is None else masks, strict=True))
+        items = list(zip(batches, masks, strict=True))
         same: dict[str, Any] = {"blocks to run": reach, "tokens": chosen, "skip": skip, "replicates": replicates}
         mine = _part(work, found, items, share, **same)
         result = Profile(reach + 1, replicates=replicates, about=about)
@@ -161,13 +159,8 @@ def measure_moments(
     with together("measure_moments") as work:
         needed = {w.start for w in windows} | {w.stop - 1 for w in windows}
         record = HiddenStateRecorder(model, sorted(needed), stop=True, stack=stack)
-        unusual = {layout_of(record.stack[k]) for k in needed} - {USUAL}
-        if unusual:
-            raise UnsupportedSurgery(
-                f"The states of {type(model).__name__} are laid out as ({', '.join(unusual.pop().split())}); a map of "
-                "(batch, tokens, features) has no moments there. Take blocks out with LayerSurgeon, which needs "
-                "none of it."
-            )
+        advice = "Take blocks out with LayerSurgeon, which fits no map."
+        require_usual((record.stack[k] for k in needed), f"measure_moments: {type(model).__name__}", advice)
         mine = _part(work, record.stack, batches, share, windows=list(windows), weighted=weighted)
         moments: list[WindowMoments] = []
         cost = f"{what}: {len(windows)} windows, {max(needed) + 1} of {len(record.stack)} blocks{_shared(work)}"

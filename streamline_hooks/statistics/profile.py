@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -161,6 +161,7 @@ class Profile:
         massive = self.largest_norms > MASSIVE * self.median_norms
         return [int(k) for k in (massive[1:] & ~massive[:-1]).nonzero().flatten()]
 
+    @checked()
     def matrix(self, statistic: Statistic) -> Tensor:
         """A statistic of every window at once.
 
@@ -193,6 +194,7 @@ class Profile:
         self._require_covered(window)
         return float(self.matrix(statistic)[window.start, window.stop])
 
+    @checked()
     def replicates(self, statistic: Statistic) -> Tensor:
         """A statistic of every window in each resample of the sequences, for how sure a choice is.
 
@@ -214,6 +216,7 @@ class Profile:
         self._require_counted(statistic)
         return window_matrices(self.sums, statistic)[1 + self.sums.drawn()]
 
+    @checked(level="(0, 1)")
     def interval(self, statistic: Statistic, window: range, level: float = 0.95) -> tuple[float, float]:
         """A confidence interval for a window's value, over the sequences that might have been drawn.
 
@@ -235,8 +238,6 @@ class Profile:
         StreamlineError
             As `value` and `replicates` do.
         """
-        if not 0.0 < level < 1.0:
-            raise StreamlineError(f"level={level} is no confidence level; give one between 0 and 1, such as 0.95.")
         self._require_covered(window)
         drawn = self.replicates(statistic)[:, window.start, window.stop]
         tails = torch.tensor([(1.0 - level) / 2, (1.0 + level) / 2], dtype=torch.float64)
@@ -306,10 +307,6 @@ class Profile:
         return {**self.about, **dict(zip(_SHAPE, (self.places, self.sums.replicates), strict=True))}
 
     def _require_counted(self, statistic: str = "cosine") -> None:
-        if statistic not in get_args(Statistic):
-            raise StreamlineError(
-                f"There is no statistic {statistic!r}; expected one of {', '.join(get_args(Statistic))}."
-            )
         if not self.tokens:
             raise StreamlineError("No token has been counted yet; update with a batch that has real tokens.")
         if statistic == "entropy" and not self.sums.entropy.count[0]:

@@ -37,8 +37,6 @@ def write_file(
     StreamlineError
         If it cannot be written; what was there before is untouched.
     """
-    if not Path(path).absolute().parent.is_dir():
-        raise StreamlineError(f"Writing {path} failed: there is no such folder. Create it or choose another place.")
     with atomic_file(path, sync=sync) as new:
         save_file({k: v.contiguous() for k, v in tensors.items()}, new, {_KEY: json.dumps(values)})
     return Path(path)

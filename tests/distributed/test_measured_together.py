@@ -114,8 +114,8 @@ NAN = "Process 1 of 2 (its batch n is batch 2n + 1 of all): The state that enter
     [
         ("nan", NAN),
         ("nan in fit", NAN),
-        ("argument", "StreamlineError: keep=99 is out of range"),
-        ("argument of one", "StreamlineError: Process 1 of 2: keep=99 is out of range"),
+        ("argument", "StreamlineError: keep: block 99 is out of range"),
+        ("argument of one", "StreamlineError: Process 1 of 2: keep: block 99 is out of range"),
         ("batches", "Processes 0 and 1 of 2 call profile with different batches ("),
         ("option", "Processes 0 and 1 of 2 call profile with different skip (0 and 1). Give every process the same"),
         ("model", "call measure_moments with different fingerprint ("),

@@ -180,8 +180,8 @@ def test_the_draws_are_its_own_and_go_on_where_they_were_saved() -> None:
         ({"rate": [0.1, 0.2, -0.1, 0, 0, 0]}, r"probability -0.1"),
         ({"rate": [0.1, 0.2]}, r"2 values.*6 blocks"),
         ({"rate": [0.1] * 6, "rule": "linear"}, r"rule='linear'.*one rate"),
-        ({"rate": 0.1, "rule": "cubic"}, r"rule='cubic'.*Expected.*linear, constant"),
-        ({"keep": [6]}, r"keep.*block 6.*6 blocks, 0 to 5"),
+        ({"rate": 0.1, "rule": "cubic"}, r"rule='cubic' is unknown.*'linear' or 'constant'"),
+        ({"keep": [6]}, "keep: block 6.*0 to 5.*6 blocks"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments: dict[str, object], words: str) -> None:

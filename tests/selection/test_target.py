@@ -81,7 +81,7 @@ def test_windows_are_all_those_without_a_protected_block(length: int, data: st.D
 
 def test_protected_blocks_out_of_range() -> None:
     assert protected_blocks([0, -1], 5) == {0, 4}
-    with pytest.raises(StreamlineError, match=r"keep=5.*5 blocks.*0 to 4"):
+    with pytest.raises(StreamlineError, match=r"keep: block 5.*0 to 4.*5 blocks"):
         protected_blocks([5], 5)
 
 

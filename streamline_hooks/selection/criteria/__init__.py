@@ -2,7 +2,7 @@
 
 from streamline_hooks.selection.criteria.accuracy import accuracy_drop
 from streamline_hooks.selection.criteria.baselines import at_random, last_n, last_n_but_final
-from streamline_hooks.selection.criteria.cca import CanonicalBound, branch_cca_bounds, cca_bound, cca_bounds
+from streamline_hooks.selection.criteria.cca import CanonicalBound, cca_bound, cca_bounds
 from streamline_hooks.selection.criteria.criterion import Combination, Criterion
 from streamline_hooks.selection.criteria.registry import (
     CRITERIA,
@@ -34,7 +34,6 @@ __all__ = [
     "at_random",
     "block_influence",
     "block_saliency",
-    "branch_cca_bounds",
     "cca_bound",
     "cca_bounds",
     "closeness",

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
-from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
-from streamline_hooks.layouts import USUAL, by_token, layout_of
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.layouts import by_token, require_usual
 from streamline_hooks.passes import progress, recorded
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.repair import solve
@@ -62,12 +62,8 @@ def _moments(
     """The moments of each window over the sequences to fit on, and over those held out."""
     needed = sorted({w.start for w in windows} | {w.stop - 1 for w in windows})
     record = HiddenStateRecorder(model, needed, stop=True, stack=stack)
-    unusual = {layout_of(record.stack[k]) for k in needed} - {USUAL}
-    if unusual:
-        raise UnsupportedSurgery(
-            f"The states of {type(model).__name__} are laid out as ({', '.join(unusual.pop().split())}); a map of "
-            "(batch, tokens, features) repairs nothing there. Choose a criterion without a repair."
-        )
+    advice = "Choose a criterion without a repair."
+    require_usual((record.stack[k] for k in needed), f"repaired_residual: {type(model).__name__}", advice)
     sequences = sum(_sequences(batch) for batch in batches)
     if sequences < 2:
         raise StreamlineError(

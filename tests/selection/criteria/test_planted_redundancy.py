@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from streamline_hooks.selection.criteria import CRITERIA, accuracy_drop, branch_cca_bounds, combined, score_windows
+from streamline_hooks.selection.criteria import CRITERIA, accuracy_drop, combined, score_windows
 from streamline_hooks.statistics import profile
 from tests.evaluation.test_choices import Numbers, questions_of
 from tests.tiny_models import VOCABULARY, tiny_config
@@ -94,12 +94,6 @@ def test_questions_find_it(run: range) -> None:
     scores = score_windows(accuracy_drop(questions, Numbers()), windows, model=model, batches=[])
     assert best(scores, windows) == run and max(scores) > -0.05
     assert sum(score < 0.0 for score in scores) >= len(windows) - 1
-
-
-def test_attention_that_does_nothing_is_found() -> None:
-    model, batches = planted(range(2, 4), seed=2)
-    bounds = branch_cca_bounds(model, batches)
-    assert sorted(bounds, key=lambda k: bounds[k].value)[:2] in ([2, 3], [3, 2])
 
 
 def test_the_entropys_fall_is_why_it_is_in_the_other_list() -> None:

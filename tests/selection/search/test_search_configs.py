@@ -203,7 +203,7 @@ def test_targets_that_fit() -> None:
 def test_blocks_that_must_stay_are_counted_from_the_end_too() -> None:
     problem = WindowSearch(keep=(0, -1)).problem(windows(BLOCKS, 3), BLOCKS, **evidence())
     assert problem.keep == {0, BLOCKS - 1} and list(problem.candidates) == windows(BLOCKS, 3, problem.keep)
-    with pytest.raises(StreamlineError, match="keep=8 is out of range"):
+    with pytest.raises(StreamlineError, match="keep: block 8 is out of range"):
         WindowSearch(keep=(8,)).problem(windows(BLOCKS, 3), BLOCKS)
     with pytest.raises(StreamlineError, match="holds no window.*protect fewer"):
         WindowSearch(keep=tuple(range(BLOCKS))).problem(windows(BLOCKS, 3), BLOCKS)
