@@ -265,19 +265,20 @@ def _one_visit(record: HiddenStateRecorder) -> Tensor:
     return by_token(visits[0], record.stack[k])
 
 
+def require_finite(state: Tensor, real: Tensor, where: str, number: int) -> None:
+    """Raise unless the real tokens of a state of shape (batch, tokens, features) are finite."""
+    if not torch.isfinite(state.sum(dtype=torch.float64)) and not torch.isfinite(state[real.to(state.device)]).all():
+        raise StreamlineError(
+            f"The state that {where} holds NaN or infinite values (batch {number}). Look at the weights of the blocks "
+            "up to there, or run in a wider precision (float32 or bfloat16)."
+        )
+
+
 def _require_finite(record: HiddenStateRecorder, mask: Tensor, number: int) -> None:
     seen: set[int] = set()  # what leaves a block and enters the next is one tensor
     places = [(k, order, kind) for order, kind in enumerate(("enters", "leaves")) for k in record.blocks]
     for k, order, kind in sorted(places):
         for state in (record.inputs, record.outputs)[order].get(k, ()):
-            if id(state) in seen:
-                continue
-            seen.add(id(state))
-            if (
-                not torch.isfinite(state.sum(dtype=torch.float64))
-                and not torch.isfinite(by_token(state, record.stack[k])[mask]).all()
-            ):
-                raise StreamlineError(
-                    f"The state that {kind} block {k} holds NaN or infinite values (batch {number}). Look at the "
-                    "weights of the blocks up to there, or run in a wider precision (float32 or bfloat16)."
-                )
+            if id(state) not in seen:
+                seen.add(id(state))
+                require_finite(by_token(state, record.stack[k]), mask, f"{kind} block {k}", number)

@@ -15,7 +15,7 @@ from streamline_hooks.blockwise.passing import BlockwisePass
 from streamline_hooks.blockwise.residence import resident
 from streamline_hooks.branches import tolerance
 from streamline_hooks.distance import summed_kl
-from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
+from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.evaluation.perplexity import Perplexity, input_ids, negative_log_likelihoods
 from streamline_hooks.hidden_state import read_output, write_output
 from streamline_hooks.passes import inference, progress
@@ -64,8 +64,6 @@ def judge(states: BlockwisePass, batches: Sequence[int], others: Sequence[Sequen
             tokens += len(reference)
             for k, logits in enumerate(each):
                 sums[k] += summed_kl(reference, logits)
-    if not tokens:
-        raise StreamlineError("The batches hold no real token; give some to judge on.")
     return [total / tokens for total in sums]
 
 

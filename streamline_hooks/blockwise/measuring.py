@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch
-from streamline_hooks.blockwise.journey import Journey
 from streamline_hooks.blockwise.judging import perplexities
-from streamline_hooks.blockwise.passing import BlockwisePass
+from streamline_hooks.blockwise.passing import BlockwisePass, Journey
 from streamline_hooks.blockwise.room import require_room, state_bytes
 from streamline_hooks.evaluation import Perplexity
 from streamline_hooks.evaluation.candidates import Candidate
@@ -18,6 +18,7 @@ from streamline_hooks.passes import inference
 from streamline_hooks.stack import find_stack
 
 
+@checked()
 def perplexity_of_candidates(
     model: nn.Module,
     batches: Sequence[Batch | Tensor],

@@ -7,15 +7,16 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch
 from streamline_hooks.blockwise.passing import BlockwisePass
 from streamline_hooks.blockwise.room import require_room, state_bytes
-from streamline_hooks.errors import StreamlineError
 from streamline_hooks.stack import find_stack
 from streamline_hooks.statistics import WindowMoments
 from streamline_hooks.statistics.storage import read_file, write_file
 
 
+@checked()
 def measure_moments(
     model: nn.Module,
     batches: Sequence[Batch | Tensor],
@@ -63,12 +64,6 @@ def measure_moments(
     40
     """
     found = find_stack(model, stack)
-    wrong = [w for w in windows if w.step != 1 or not 0 <= w.start < w.stop <= len(found)]
-    if wrong or not windows:
-        raise StreamlineError(
-            f"windows={list(windows)} cannot be measured: expected runs of consecutive blocks such as range(3, 6), of "
-            f"a stack of {len(found)} blocks."
-        )
     room, stop = None if folder is None else Path(folder), max(w.stop for w in windows)
     held = max(2 + len({w.start for w in windows if w.start < k < w.stop}) for k in range(stop))
     require_room(held * sum(state_bytes(found, list(batches))), memory, room)

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch, prepare, real_tokens
 from streamline_hooks.blockwise.journal import Journal
-from streamline_hooks.blockwise.journey import Journey, journeys_of
 from streamline_hooks.blockwise.outside import OutsideBlocks
 from streamline_hooks.blockwise.residence import identity_of, resident, stored_bytes
 from streamline_hooks.blockwise.states import StateStore
@@ -21,13 +21,29 @@ from streamline_hooks.blockwise.truth import probe_of, refuse_known, require_tru
 from streamline_hooks.digests import batches_digest
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.hidden_state import read_input, token_mask, write_input
-from streamline_hooks.passes import inference, progress
+from streamline_hooks.passes import inference, progress, require_finite
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.stack import find_stack
 from streamline_hooks.statistics.storage import read_file, write_file
 from streamline_hooks.surgery import LayerSurgeon
 
 _TRUTH = "truth.safetensors"
+
+
+class Journey(NamedTuple):
+    """The way of some states through the blocks from `start` to before `stop`.
+
+    Attributes
+    ----------
+    batch : int
+        The batch whose masks and positions the blocks are given with the states.
+    start, stop : int
+        Boundaries in the stack.
+    """
+
+    batch: int
+    start: int
+    stop: int
 
 
 class BlockwisePass:
@@ -89,6 +105,7 @@ class BlockwisePass:
     2 (2, 6, 32)
     """
 
+    @checked(stop=0)
     def __init__(
         self,
         model: nn.Module,
@@ -107,11 +124,10 @@ class BlockwisePass:
         self.model, self.batches = model, list(batches)
         self.stack = find_stack(model, stack)
         self.stop = len(self.stack) if stop is None else stop
-        if not 0 <= self.stop <= len(self.stack):
-            raise StreamlineError(f"stop={stop} is out of range: the stack has {len(self.stack)} blocks.")
-        if not self.batches:
-            raise StreamlineError("There is no batch to put through the blocks; give one at least.")
-        self._journeys = journeys_of(len(self.batches), self.stop, ends, others)
+        if self.stop > len(self.stack):
+            raise StreamlineError(f"stop={stop} is out of range. Expected at most {len(self.stack)}. Change it.")
+        stops = [self.stop] * len(self.batches) if ends is None else ends
+        self._journeys = [*(Journey(number, 0, end) for number, end in enumerate(stops)), *others]
         refuse_known(self.stack, self.stop)
         self._folder = None if folder is None else Path(folder)
         self._check, self._what = check, what
@@ -157,7 +173,7 @@ class BlockwisePass:
                     for done, number in enumerate(going):
                         state = through(self._store.read(k, number), self.batches[self._journeys[number].batch])
                         if number < len(self.batches):
-                            self._require_finite(state, number, f"leaves block {k}")
+                            require_finite(state, self.masks[number], f"leaves block {k}", number)
                         self._store.keep(k + 1, number, state)
                         bar.update(costs[k] * (done + 1) // len(going) - costs[k] * done // len(going))
                 outside.restore()
@@ -179,13 +195,7 @@ class BlockwisePass:
         state : torch.Tensor
             Of the shape of its batch, (batch, tokens, features).
         """
-        way = self._journeys[number]
-        if number < len(self.batches) or state.shape[:2] != self.masks[way.batch].shape:
-            raise StreamlineError(
-                f"put({number}, ...) got states of shape {tuple(state.shape)}; expected a number from "
-                f"{len(self.batches)} on, and those of batch {way.batch}, {tuple(self.masks[way.batch].shape)} tokens."
-            )
-        self._store.keep(way.start, number, state)
+        self._store.keep(self._journeys[number].start, number, state)
 
     def drop(self, place: int) -> None:
         """Forget the states at a place; the last one that was reached has to stay."""
@@ -218,7 +228,7 @@ class BlockwisePass:
                 state = record.inputs[0][0]
                 self.masks.append(token_mask(state, real_tokens(given)).cpu())
                 if write:
-                    self._require_finite(state, number, "enters block 0")
+                    require_finite(state, self.masks[number], "enters block 0", number)
                     self._store.keep(0, number, state)
 
     @contextmanager
@@ -266,12 +276,3 @@ class BlockwisePass:
         if self._journal is not None:
             self._journal.advance(place)
         return place
-
-    def _require_finite(self, state: Tensor, number: int, where: str) -> None:
-        if torch.isfinite(state.sum(dtype=torch.float64)):
-            return
-        if not torch.isfinite(state[self.masks[number].to(state.device)]).all():
-            raise StreamlineError(
-                f"The state that {where} holds NaN or infinite values (batch {number}). Look at the weights of the "
-                "blocks up to there, or run in a wider precision (float32 or bfloat16)."
-            )

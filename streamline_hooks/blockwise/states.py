@@ -59,14 +59,8 @@ class StateStore:
         if self._folder is None and size + self.in_memory <= self._memory:
             self._held[place, batch] = state.detach().to("cpu", copy=True)
             return
-        file = self._file(place, batch)
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StreamlineError(f"{file.parent} cannot be made: {error}. Name a folder with room.") from error
-        write_file(
-            file, {"states": state.detach().cpu()}, {"place": place, "batch": batch}, sync=self._folder is not None
-        )
+        content, about = {"states": state.detach().cpu()}, {"place": place, "batch": batch}
+        write_file(self._file(place, batch), content, about, sync=self._folder is not None)
 
     def read(self, place: int, batch: int) -> Tensor:
         """A state that was kept, which is not to be changed.

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch
-from streamline_hooks.blockwise.journey import Journey
 from streamline_hooks.blockwise.judging import judge
 from streamline_hooks.blockwise.measuring import in_its_place
-from streamline_hooks.blockwise.passing import BlockwisePass
+from streamline_hooks.blockwise.passing import BlockwisePass, Journey
 from streamline_hooks.blockwise.repairing import load_repair, require_map_kind, save_repair, solve_window
 from streamline_hooks.blockwise.room import require_room, state_bytes
 from streamline_hooks.errors import StreamlineError
@@ -24,6 +24,7 @@ from streamline_hooks.statistics import WindowMoments
 Batches = Sequence[Batch | Tensor]
 
 
+@checked()
 def verified(
     model: nn.Module,
     selections: Sequence[Selection],

@@ -257,9 +257,9 @@ def test_blocks_that_share_keys_are_refused() -> None:
 
 def test_arguments_that_do_not_fit() -> None:
     model = tiny_model("llama")
-    with pytest.raises(StreamlineError, match="no batch"):
+    with pytest.raises(StreamlineError, match="holds no token"):
         BlockwisePass(model, [])
-    with pytest.raises(StreamlineError, match=r"stop=7.*6 blocks"):
+    with pytest.raises(StreamlineError, match="stop=7.*at most 6"):
         BlockwisePass(model, calibration(), stop=7)
 
 

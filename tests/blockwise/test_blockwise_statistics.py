@@ -114,16 +114,16 @@ def test_what_is_not_needed_is_not_kept(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_arguments_that_do_not_fit() -> None:
     model = tiny_model("llama")
-    for windows in ([], [range(3, 8)], [range(2, 2)], [range(4, 0, -1)]):
-        with pytest.raises(StreamlineError, match=r"expected.*of 6"):
+    for windows in ([range(3, 8)], [range(2, 2)], [range(4, 0, -1)]):
+        with pytest.raises(StreamlineError, match=r"is no window of this stack.*0 to 5"):
             measure_moments(model, calibration(), windows)
     with pytest.raises(StreamlineError, match=r"tokens='some' is unknown"):
         profile(model, calibration(), tokens="some")  # type: ignore[arg-type]
     with pytest.raises(StreamlineError, match=r"1 masks.*4 batches"):
         profile(model, calibration(), tokens=masks()[:1])
-    with pytest.raises(StreamlineError, match=r"skip=-1.*replicates=100.*0 or"):
+    with pytest.raises(StreamlineError, match="skip=-1.*at least 0"):
         profile(model, calibration(), skip=-1)
-    with pytest.raises(StreamlineError, match="no batch"):
+    with pytest.raises(StreamlineError, match="holds no token"):
         profile(model, [])
 
 

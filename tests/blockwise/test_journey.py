@@ -9,7 +9,7 @@ import torch
 
 from streamline_hooks import StreamlineError
 from streamline_hooks.blockwise import BlockwisePass
-from streamline_hooks.blockwise.journey import Journey, journeys_of
+from streamline_hooks.blockwise.passing import Journey
 from streamline_hooks.passes import resume
 from tests.blockwise.checkpoints import calibration, places
 from tests.tiny_models import tiny_model
@@ -36,25 +36,3 @@ def test_others_go_through_the_blocks_from_where_they_were_put_in(tmp_path: Path
             resume(model, 1, entered[0], batches[2])
         assert torch.equal(states.read(4, 4), seen[0])
         assert torch.equal(states.read(6, 5)[0, 0], states.read(6, 5)[0, 0]) and states.read(6, 5).shape[1] == 11
-
-
-def test_a_way_that_leads_nowhere_is_named() -> None:
-    assert journeys_of(2, 5, None, [Journey(1, 2, 5)]) == [(0, 0, 5), (1, 0, 5), (1, 2, 5)]
-    for way in (Journey(2, 0, 1), Journey(0, 3, 2), Journey(0, 0, 6), Journey(0, -1, 2)):
-        with pytest.raises(StreamlineError, match=r"2 batches.*5 blocks"):
-            journeys_of(2, 5, None, [way])
-    with pytest.raises(StreamlineError, match=r"ends=\[5\].*2 batches"):
-        journeys_of(2, 5, [5], [])
-
-
-def test_states_are_put_in_under_their_own_number() -> None:
-    batches = calibration()
-    with BlockwisePass(tiny_model("llama"), batches, others=[Journey(1, 0, 6)]) as states:
-        for _ in states:
-            state = torch.zeros(2, 9, 32)
-            states.put(4, state)
-            with pytest.raises(StreamlineError, match=r"put\(1.*\(2.*9.*32\).*expected"):
-                states.put(1, state)
-            with pytest.raises(StreamlineError, match=r"put\(4.*\(3.*9.*32\).*expected.*batch 1.*\(2.*9\)"):
-                states.put(4, torch.zeros(3, 9, 32))
-            break
