@@ -102,8 +102,6 @@ def _described(file: Path, content: dict[str, Any]) -> tuple[dict[str, Any], lis
 
 def _require_original(folder: Path, content: dict[str, Any], model: nn.Module) -> None:
     """Raise unless a model may be the original architecture, built anew."""
-    if not isinstance(model, nn.Module):
-        raise StreamlineError(f"into= takes the original model, a torch.nn.Module; got a {type(model).__name__}.")
     expected, given = content["class"], class_name(model)
     # A class of a script is in __main__, and libraries move theirs about: the name alone must be the same.
     if _last(expected) != _last(given):

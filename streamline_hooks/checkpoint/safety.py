@@ -94,8 +94,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _check_code(folder: Path, config: dict[str, Any]) -> None:
     """Raise if the configuration names code of another repository, which asking for this folder's would run."""
-    auto_map = config.get("auto_map") or {}
-    for key, said in auto_map.items() if isinstance(auto_map, dict) else [("", auto_map)]:
+    for key, said in config.get("auto_map", {}).items():
         for name in said if isinstance(said, list) else [said]:
             if name is not None and (not isinstance(name, str) or "--" in name or not _is_plain(name)):
                 raise StreamlineError(

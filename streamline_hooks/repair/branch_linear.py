@@ -26,7 +26,7 @@ from streamline_hooks.replacements import LinearReplacement, NormedLinearReplace
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.statistics import WindowMoments
 from streamline_hooks.surgery import LayerSurgeon
-from streamline_hooks.surgery.silence import branches_of, require_branch
+from streamline_hooks.surgery.silence import branches_of
 from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced
 
 
@@ -71,7 +71,7 @@ class BranchLinear:
 
 def fit_branch_linear(
     model: nn.Module,
-    branches: Sequence[tuple[int, str]],
+    branches: Sequence[tuple[int, Branch]],
     fit: Sequence[Batch | Tensor],
     held_out: Sequence[Batch | Tensor],
     *,
@@ -125,9 +125,7 @@ def fit_branch_linear(
     {2: ('attention',)}
     """
     record = HiddenStateRecorder(model, [k for k, _ in branches], stack=stack)  # which says what is out of range
-    named = [(k % len(record.stack), require_branch(branch)) for k, branch in branches]
-    if len(set(named)) < len(named):
-        raise StreamlineError(f"Each branch can be replaced once; got {list(branches)}.")
+    named = [(k % len(record.stack), branch) for k, branch in branches]
     found = {k: _in_series(k, b) for k, b in branches_of(record.stack, record.blocks, probe).items()}
     for k, branch in named:
         if found[k].first != branch:

@@ -47,16 +47,8 @@ class Folded:
     removal_error: float
 
 
-def fit_fold(
-    model: nn.Module,
-    window: range,
-    fit: Sequence[Batch | Tensor],
-    held_out: Sequence[Batch | Tensor],
-    *,
-    stack: str | None = None,
-    probe: Batch | Tensor | None = None,
-) -> Folded:
-    """Fit the map that, folded into the block before a window, comes nearest to what the window does.
+def solve_fold(window: range, fit: WindowMoments, held_out: WindowMoments) -> Folded:
+    """Solve for the map that, folded into the block before a window, comes nearest to what the window does.
 
     The state that leaves the block before the window is a + m, with m what its MLP adds, of which only m passes
     through projections. So the state after the window is to be a + mT, and T minimises Σ w‖y − a − mT‖² + λ‖T − I‖²
@@ -65,61 +57,15 @@ def fit_fold(
 
     Parameters
     ----------
-    model : torch.nn.Module
-    window : range
-    fit, held_out : sequence of mapping or torch.Tensor
-        To fit on, and to choose λ by; of different documents.
-    stack : str, optional
-        Path of the stack, see `find_stack`.
-    probe : mapping or torch.Tensor, optional
-        What to look for branches on in a model that cannot be probed otherwise, without padding.
-
-    Returns
-    -------
-    Folded
-        To be carried out by ``surgeon.fold(window.start - 1, folded.map)`` and ``surgeon.remove(window)``. On the
-        sequences that it was fitted on, in the error that was minimised, never above plain removal.
-
-    Raises
-    ------
-    UnsupportedSurgery
-        If no block stands before the window, nothing can be folded into that block (see `LayerSurgeon.fold`), or its
-        attention works on what its MLP has added.
-    StreamlineError
-        As `solve`, or if a state is not finite.
-
-    Notes
-    -----
-    One pass over the sequences, that ends after the window; two matrices of features × features in float64.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from streamline_hooks.testing import tiny_model
-    >>> model, batches = tiny_model("llama"), [torch.arange(3, 63).view(6, 10)]
-    >>> folded = fit_fold(model, range(2, 4), batches, batches)
-    >>> folded.held_out_error < folded.removal_error
-    True
-    """
-    sums = [
-        measure_fold_moments(model, batches, [window], stack=stack, probe=probe, what=what)[0]
-        for batches, what in ((fit, "fit"), (held_out, "hold out"))
-    ]
-    return solve_fold(window, *sums)
-
-
-def solve_fold(window: range, fit: WindowMoments, held_out: WindowMoments) -> Folded:
-    """The map of a window from the sums of `measure_fold_moments`.
-
-    Parameters
-    ----------
     window : range
     fit, held_out : WindowMoments
-        To fit on, and to choose the ridge by.
+        Sums of `measure_fold_moments` to fit on, and to choose λ by; of different documents.
 
     Returns
     -------
     Folded
+        To be applied by ``surgeon.fold(window.start - 1, folded.map)`` and ``surgeon.remove(window)``. On the
+        sequences that it was fitted on, in the error that was minimised, never above plain removal.
     """
     solution = solve(fit, held_out)
     identity = torch.eye(len(solution.map), dtype=torch.float64, device=solution.map.device)
@@ -147,7 +93,7 @@ def measure_fold_moments(
     stack : str, optional
         Path of the stack, see `find_stack`.
     probe : mapping or torch.Tensor, optional
-        As for `fit_fold`.
+        What to look for branches on in a model that cannot be probed otherwise, without padding.
     weighted : bool
         See `WindowMoments`.
     what : str
@@ -160,8 +106,11 @@ def measure_fold_moments(
 
     Raises
     ------
-    UnsupportedSurgery, StreamlineError
-        As `fit_fold`.
+    UnsupportedSurgery
+        If no block stands before a window, nothing can be folded into that block (see `LayerSurgeon.fold`), or its
+        attention works on what its MLP has added.
+    StreamlineError
+        If a state is not finite.
     """
     found = find_stack(model, stack)
     for window in windows:

@@ -18,7 +18,6 @@ from streamline_hooks.layouts import by_token
 from streamline_hooks.passes import recorded
 from streamline_hooks.precision import widen
 from streamline_hooks.recorder import HiddenStateRecorder
-from streamline_hooks.surgery import LayerSurgeon
 
 
 @dataclass(frozen=True)
@@ -82,11 +81,6 @@ class MagnitudeGap:
         StreamlineError
             If a feature is zero in all tokens of a sequence that enter.
         """
-        if entering.shape[-1] != self.features or leaving.shape != entering.shape:
-            raise StreamlineError(
-                f"Got states of shape {tuple(entering.shape)} and {tuple(leaving.shape)}; expected two of the same "
-                f"shape with {self.features} features."
-            )
         for x, y, real in zip(entering, leaving, mask.to(entering.device).bool(), strict=True):
             if not real.any():
                 continue
@@ -168,32 +162,3 @@ def fit_scale(
     if gap is None:
         raise StreamlineError("There is no batch to measure the magnitude on; give one at least.")
     return Scaled(window, gap.factor, gap.error(gap.factor), gap.error(1.0))
-
-
-def scale_after(surgeon: LayerSurgeon, window: range, scaled: Scaled, *, batch: Batch | Tensor | None = None) -> None:
-    """Multiply the state behind a removed window by its factor, in an open surgeon.
-
-    Parameters
-    ----------
-    surgeon : LayerSurgeon
-        In which the window is removed.
-    window : range
-        In the numbering when the surgeon opened.
-    scaled : Scaled
-    batch : mapping or torch.Tensor, optional
-        What to run a model on that cannot be probed otherwise, without padding.
-
-    Raises
-    ------
-    UnsupportedSurgery
-        As `LayerSurgeon.scale`.
-    StreamlineError
-        If a block of the window is still there.
-    """
-    left = sorted(set(window) & set(surgeon.plan.kept))
-    if left:
-        raise StreamlineError(
-            f"The state behind blocks {window.start} to {window.stop - 1} is scaled for their being gone, and block "
-            f"{left[0]} is there. Remove the window first."
-        )
-    surgeon.scale(window.stop, scaled.factor, batch=batch)

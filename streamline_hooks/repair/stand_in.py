@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch
 from streamline_hooks.repair.folded import Folded
-from streamline_hooks.repair.scaled import Scaled, scale_after
+from streamline_hooks.repair.scaled import Scaled
 from streamline_hooks.replacements import InheritedBlocks
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery import LayerSurgeon
@@ -66,7 +66,7 @@ def place(
         placed = [surgeon.replace(window, None)]
     elif isinstance(stand_in, Scaled):
         placed = [surgeon.replace(window, None)]
-        scale_after(surgeon, window, stand_in, batch=batch)
+        surgeon.scale(window.stop, stand_in.factor, batch=batch)
     else:
         placed = [surgeon.replace(window, stand_in)]
     return [part for module in placed if module is not None for part in _trained(module)]

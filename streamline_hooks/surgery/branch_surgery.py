@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from streamline_hooks.arguments import checked, whole_numbers
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch
 from streamline_hooks.branches import Branch
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
@@ -19,7 +18,7 @@ from streamline_hooks.surgery.opened import InBranches, OpenSurgery
 from streamline_hooks.surgery.probe import NotRun, shortfall
 from streamline_hooks.surgery.saving import saver_depth
 from streamline_hooks.surgery.scale import answer, divided, find_projections, power_beyond, same_answer
-from streamline_hooks.surgery.silence import find_zeros, observe_silenced, require_branch
+from streamline_hooks.surgery.silence import find_zeros, observe_silenced
 
 
 class BranchSurgery(OpenSurgery):
@@ -30,7 +29,8 @@ class BranchSurgery(OpenSurgery):
         super().__init__(model, stack)
         self.probe = probe
 
-    def silence(self, k: int, branch: str, *, batch: Batch | Tensor | None = None) -> None:
+    @checked()
+    def silence(self, k: int, branch: Branch, *, batch: Batch | Tensor | None = None) -> None:
         """Let one residual branch of a block add nothing any more.
 
         The branch's output projections are at zero (in a mixture, those of all experts); the block keeps its slot,
@@ -53,23 +53,24 @@ class BranchSurgery(OpenSurgery):
         StreamlineError
             If there is no such block or branch, or the block is gone.
         """
-        k, name = self._branch(k, branch, "silence", "silenced")
-        if self._is_silent(k, name):
+        self._require_kept(k, "silence")
+        if self._is_silent(k, branch):
             return
-        zeros = find_zeros(self.stack, k, name, batch)
+        zeros = find_zeros(self.stack, k, branch, batch)
         block = self.stack[k]
         holds = self.probe and saver_depth(self.stack) == 0
         truth = observe_silenced(self.model, block, zeros) if holds else None
-        with self._changed({k: {name: StandIns(zeros, silent=True)}}):
+        with self._changed({k: {branch: StandIns(zeros, silent=True)}}):
             wrong = shortfall(truth, self.model, "it must") if truth is not None else None
             if wrong:
                 raise UnsupportedSurgery(
-                    f"The {name} branch of block {k} cannot be silenced: with its output projections at zero {wrong}. "
-                    "Choose another one.",
+                    f"The {branch} branch of block {k} cannot be silenced: with its output projections at zero "
+                    f"{wrong}. Choose another one.",
                     "probe",
                 )
 
-    def fold(self, k: int, map_: Tensor, branch: str = "mlp", *, batch: Batch | Tensor | None = None) -> None:
+    @checked()
+    def fold(self, k: int, map_: Tensor, branch: Branch = "mlp", *, batch: Batch | Tensor | None = None) -> None:
         """Multiply a map onto what one residual branch of a block adds.
 
         Where the branch adds m to a token's state it adds m @ map_ from then on. The map is multiplied onto the output
@@ -115,15 +116,15 @@ class BranchSurgery(OpenSurgery):
              1  -> 1 with mlp folded
              2  -> 2
         """
-        k, name = self._branch(k, branch, "fold", "folded")
+        self._require_kept(k, "fold")
         wide = require_map(map_)
-        if self._is_silent(k, name):
+        if self._is_silent(k, branch):
             return
-        folding = find_folding(self.stack, k, name, wide, batch)
-        with self._changed({k: {name: StandIns(folding.parameters, silent=False)}}):
-            require_folded(self.stack, k, name, folding, batch)
+        folding = find_folding(self.stack, k, branch, wide, batch)
+        with self._changed({k: {branch: StandIns(folding.parameters, silent=False)}}):
+            require_folded(self.stack, k, branch, folding, batch)
 
-    @checked()
+    @checked(factor="(0, inf)")
     def scale(self, k: int, factor: float, *, batch: Batch | Tensor | None = None) -> None:
         """Multiply the state that block k receives by a factor, without a new parameter.
 
@@ -149,14 +150,8 @@ class BranchSurgery(OpenSurgery):
         StreamlineError
             If k is out of range or inside a window that is gone, or the factor is not above 0.
         """
-        self._require_open()
-        factor, length = float(factor), len(self.stack)
-        if not 0 <= k <= length:
-            raise StreamlineError(
-                f"scale({k!r}, ...) is out of range: the stack had {length} blocks, so 0 to {length}."
-            )
-        if not (math.isfinite(factor) and factor > 0):
-            raise StreamlineError(f"The state cannot be multiplied by {factor}; give a factor above 0.")
+        self._require_boundary(k, "scale")
+        factor = float(factor)
         if factor == 1:
             return
         what = f"The state before block {k} of {type(self.model).__name__} cannot be multiplied by {factor:.4g}"
@@ -185,18 +180,14 @@ class BranchSurgery(OpenSurgery):
             )
         self._apply(self._layout, self._with(divided(loud, factor)))
 
-    def _branch(self, k: int, branch: str, do: str, done: str) -> tuple[int, Branch]:
-        """The number of a block that is there, and the name of its branch."""
+    def _require_kept(self, k: int, do: str) -> None:
+        """Raise unless a block is there, whose branch is to be changed."""
         self._require_open()
-        (k,), name = whole_numbers([k], "k"), require_branch(branch)
-        if not 0 <= k < len(self.stack):
-            raise StreamlineError(
-                f"{do}({k!r}, ...) is out of range: the stack had {len(self.stack)} blocks, 0 to "
-                f"{len(self.stack) - 1}, when the surgeon opened."
-            )
         if k not in self._current_plan().kept:
-            raise StreamlineError(f"Block {k} cannot be {done}: it is gone already.")
-        return k, name
+            raise StreamlineError(
+                f"{do}({k!r}, ...): there is no such block, or it was removed. Expected one of "
+                f"{list(self._current_plan().kept)}, in the numbering from when the surgeon opened. Change it."
+            )
 
     def _is_silent(self, k: int, branch: Branch) -> bool:
         own = self._in_branches.get(k, {}).get(branch)

@@ -28,11 +28,10 @@ from streamline_hooks.surgery.silence import branches_in, called
 _ROWS = 4096
 
 
-def require_map(map_: object) -> Tensor:
-    """A map in float64, or an error that says what it must be."""
-    if not isinstance(map_, Tensor) or map_.ndim != 2 or map_.shape[0] != map_.shape[1]:
-        given = tuple(map_.shape) if isinstance(map_, Tensor) else type(map_).__name__
-        raise StreamlineError(f"A map that is folded has the shape (features, features); got {given}.")
+def require_map(map_: Tensor) -> Tensor:
+    """Return a map in float64, or raise if it is not square and finite."""
+    if map_.ndim != 2 or map_.shape[0] != map_.shape[1]:
+        raise StreamlineError(f"A map that is folded has the shape (features, features); got {tuple(map_.shape)}.")
     wide = map_.detach().to("cpu", torch.float64)
     if not torch.isfinite(wide).all():
         raise StreamlineError("The map that is to be folded holds NaN or infinite values.")

@@ -66,7 +66,7 @@ def _tell_of_numbers(stack: BlockStack, window: range) -> None:
                 f"The blocks of {stack.path} hold {index.name!r} ({values}, ...), which is taken for their number: it "
                 "is counted anew when one goes. Nothing shows whether they compute with it; if they do, set it back to "
                 "what it was on the blocks that stay.",
-                stacklevel=6,
+                stacklevel=7,
             )
 
 

@@ -163,29 +163,14 @@ def window_of(window: Iterable[int], length: int) -> range:
     StreamlineError
         If it is empty, not consecutive, or out of range.
     """
-    if not isinstance(window, Iterable):
-        raise StreamlineError(f"A window is a range of blocks, such as range(3, 5); got {window!r}.")
     numbers = whole_numbers(window, "window")
-    if not numbers:
+    run = bool(numbers) and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    if not run or numbers[0] < 0 or numbers[-1] >= length:
         raise StreamlineError(
-            "There is nothing to do for an empty window; give a range of blocks, such as range(3, 5)."
-        )
-    if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
-        raise StreamlineError(
-            f"A window is consecutive blocks, for instance range(3, 5); got {numbers}. Call once for each run."
-        )
-    if numbers[0] < 0 or numbers[-1] >= length:
-        raise StreamlineError(
-            f"The window range({numbers[0]}, {numbers[-1] + 1}) is out of range: the stack had {length} blocks, 0 to "
-            f"{length - 1}, when the surgeon opened."
+            f"window={numbers} is no window of the stack. Expected consecutive blocks out of 0 to {length - 1}, in the "
+            "numbering from when the surgeon opened. Give a range such as range(3, 5); call once for each run."
         )
     return range(numbers[0], numbers[-1] + 1)
-
-
-def require_module(module: object) -> None:
-    """Raise unless something can stand between blocks."""
-    if not isinstance(module, nn.Module):
-        raise StreamlineError(f"Expected a torch.nn.Module to put in, got a {type(module).__name__}.")
 
 
 def names_of(original: Sequence[tuple[str, nn.Module]], modules: Sequence[nn.Module]) -> list[str]:

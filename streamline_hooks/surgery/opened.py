@@ -169,6 +169,14 @@ class OpenSurgery:
         if _open[self.stack.container] != [self]:
             raise StreamlineError("commit() inside another open surgeon: its exit would undo it. Commit that one.")
 
+    def _require_boundary(self, k: int, do: str) -> None:
+        self._require_open()
+        if not 0 <= k <= len(self.stack):
+            raise StreamlineError(
+                f"{do}({k!r}, ...) is out of range. Expected 0 to {len(self.stack)}, since the stack had "
+                f"{len(self.stack)} blocks when the surgeon opened. Change it."
+            )
+
     def _apply(self, layout: Layout, in_branches: InBranches | None = None) -> None:
         if not layout.arrange()[0]:
             raise StreamlineError(

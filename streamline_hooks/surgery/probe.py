@@ -87,7 +87,7 @@ def observe(stack: BlockStack, window: range, going: Sequence[nn.Module] = ()) -
         ]
 
     what = f"Removals in this {type(model).__name__} are not held against the same blocks bypassed"
-    truth = observe_hooked(model, attach, what, frames=5, runs=first)
+    truth = observe_hooked(model, attach, what, frames=6, runs=first)
     if truth is not None and not called:
         raise UnsupportedSurgery(
             f"Block {window.start} cannot go: a forward of {' and '.join(truth.given)} alone does not run it, so that "

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from streamline_hooks.batch import Batch, prepare
 from streamline_hooks.block_call import BlockCall, observe_calls
-from streamline_hooks.branches import BRANCHES, Branch, Branches, find_branches
+from streamline_hooks.branches import Branch, Branches, find_branches
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.hidden_state import read_output, write_output
 from streamline_hooks.stack import BlockStack
@@ -28,14 +28,6 @@ from streamline_hooks.surgery.saving import saver_depth
 from streamline_hooks.surgery.splice import AFTER, BEFORE
 
 Zeros = Mapping[str, nn.Parameter]  # by their path below the block
-
-
-def require_branch(branch: str) -> Branch:
-    """The name of a branch, or an error that lists them."""
-    for known in BRANCHES:
-        if branch == known:
-            return known
-    raise StreamlineError(f"A block has no branch {branch!r}; expected {' or '.join(map(repr, BRANCHES))}.")
 
 
 @contextmanager
@@ -193,13 +185,14 @@ def observe_silenced(model: nn.Module, block: nn.Module, paths: Iterable[str]) -
     owners = {path.rpartition(".")[0] for path in paths}
 
     def attach() -> list[RemovableHandle]:
-        return [block.get_submodule(owner).register_forward_hook(_nothing) for owner in owners]
+        return [block.get_submodule(owner).register_forward_hook(adds_nothing) for owner in owners]
 
     what = f"What is silenced in this {type(model).__name__} is not held against the model without it"
-    return observe_hooked(model, attach, what, frames=3, runs=block)
+    return observe_hooked(model, attach, what, frames=4, runs=block)
 
 
-def _nothing(module: nn.Module, args: Any, output: Any) -> Any:
+def adds_nothing(module: nn.Module, args: Any, output: Any) -> Any:
+    """Replace a module's output by zeros; a forward hook."""
     return write_output(output, torch.zeros_like(read_output(output)))
 
 

@@ -15,7 +15,7 @@ from streamline_hooks.surgery.branch_surgery import BranchSurgery
 from streamline_hooks.surgery.edits import Edits
 from streamline_hooks.surgery.hazards import Hazard, find_dependents, find_hazards, find_insertion_hazards
 from streamline_hooks.surgery.held_to_truth import against_truth
-from streamline_hooks.surgery.layout import require_module, window_of
+from streamline_hooks.surgery.layout import window_of
 from streamline_hooks.surgery.plain_module import record_surgery
 from streamline_hooks.surgery.plan import SurgeryPlan
 from streamline_hooks.surgery.saving import saver_depth, savers
@@ -85,6 +85,7 @@ class LayerSurgeon(BranchSurgery):
         """
         self.replace(window, None, despite_hazards=despite_hazards)
 
+    @checked()
     def replace(
         self, window: Iterable[int], module: nn.Module | None, *, despite_hazards: bool = False
     ) -> nn.Module | None:
@@ -115,8 +116,6 @@ class LayerSurgeon(BranchSurgery):
         """
         self._require_open()
         chosen = window_of(window, len(self.stack))
-        if module is not None:
-            require_module(module)
         itself = module is not None and len(chosen) == 1 and module is self.stack[chosen.start]
         hazards = [] if itself else find_hazards(self.stack, chosen)
         what = f"Blocks {chosen.start} to {chosen.stop - 1} of {type(self.model).__name__}"
@@ -133,6 +132,7 @@ class LayerSurgeon(BranchSurgery):
         self._apply(layout)
         return module
 
+    @checked()
     def exchange(self, k: int, block: nn.Module, *, despite_hazards: bool = False) -> nn.Module:
         """Put a block in the place of block k that does the same with other weights, such as a trained copy of it.
 
@@ -161,7 +161,6 @@ class LayerSurgeon(BranchSurgery):
         """
         self._require_open()
         chosen = window_of([k], len(self.stack))
-        require_module(block)
         what = f"Block {k} of {type(self.model).__name__} cannot be exchanged"
         self._refuse(what, find_dependents(self.stack, chosen), despite_hazards)
         layout = self._layout.copy()
@@ -200,13 +199,7 @@ class LayerSurgeon(BranchSurgery):
         StreamlineError
             If k is out of range, or inside a window that is gone.
         """
-        self._require_open()
-        length = len(self.stack)
-        if not 0 <= k <= length:
-            raise StreamlineError(
-                f"insert({k!r}, ...) is out of range: the stack had {length} blocks, so 0 to {length}."
-            )
-        require_module(module)
+        self._require_boundary(k, "insert")
         if self._layout.takes_slot(module):
             hazards = find_insertion_hazards(self.stack, k, len(self._layout.arrange()[0]) + 1)
             self._refuse(f"Nothing can take a slot before block {k}", hazards, despite_hazards)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, UnsupportedSurgery, find_stack, measure_moments
 from streamline_hooks.hidden_state import read_output
 from streamline_hooks.repair import solve
-from streamline_hooks.repair.folded import fit_fold, measure_fold_moments, solve_fold
+from streamline_hooks.repair.folded import Folded, measure_fold_moments, solve_fold
 from streamline_hooks.testing import tiny_model as tiny
 from tests.surgery.test_silence import MODULES as SILENCED
 from tests.tiny_models import BLOCKS, WIDTH, padded, shuffled_batches, tiny_model, tokens
@@ -22,6 +23,11 @@ from tests.tiny_models import BLOCKS, WIDTH, padded, shuffled_batches, tiny_mode
 MODULES = {**SILENCED, "qwen3": ("self_attn", "mlp")}
 families = st.sampled_from(["llama", "opt", "gpt2", "gpt_neox", "qwen3"])
 windows = st.tuples(st.integers(1, BLOCKS - 1), st.integers(1, 3)).map(lambda w: range(w[0], min(w[0] + w[1], BLOCKS)))
+
+
+def fit_fold(model: nn.Module, window: range, fit: Any, held_out: Any, **options: Any) -> Folded:
+    sums = (measure_fold_moments(model, batches, [window], **options)[0] for batches in (fit, held_out))
+    return solve_fold(window, *sums)
 
 
 def states(model: nn.Module, window: range, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

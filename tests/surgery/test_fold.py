@@ -382,12 +382,12 @@ def test_a_norm_on_the_residual_stream_is_refused() -> None:
 @pytest.mark.parametrize(
     ("k", "map_", "branch", "text"),
     [
-        (6, a_map(), "mlp", r"fold\(6, ...\).*6 blocks, 0 to 5"),
-        (1, a_map(), "ffn", r"'ffn'.*expected 'attention' or 'mlp'"),
+        (6, a_map(), "mlp", r"fold\(6, ...\).*no such block.*\[0, 1, 2, 4, 5\]"),
+        (1, a_map(), "ffn", r"'ffn' is unknown.*attention, mlp"),
         (1, a_map(WIDTH + 1), "mlp", r"\(33, 33\).*block 1.*32 features"),
         (1, a_map()[:3], "mlp", r"\(features, features\).*\(3, 32\)"),
         (1, a_map() * float("nan"), "mlp", "NaN or infinite"),
-        (3, a_map(), "mlp", r"Block 3.*gone already"),
+        (3, a_map(), "mlp", r"fold\(3, ...\).*removed"),
     ],
 )
 def test_what_is_not_there_cannot_be_folded(k: int, map_: torch.Tensor, branch: str, text: str) -> None:

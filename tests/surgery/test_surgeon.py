@@ -476,10 +476,10 @@ def test_hidden_states_of_a_block_that_is_new() -> None:
 @pytest.mark.parametrize(
     ("window", "text"),
     [
-        ([], r"empty window.*give"),
-        (range(4, 9), r"range\(4, 9\).*6 blocks, 0 to 5"),
-        ([-1], "out of range"),
-        ([1, 3], r"consecutive blocks.*range\(3, 5\).*\[1, 3\]"),
+        ([], r"window=\[\] is no window.*Give a range"),
+        (range(4, 9), r"\[4, 5, 6, 7, 8\] is no window.*0 to 5"),
+        ([-1], r"\[-1\] is no window"),
+        ([1, 3], r"\[1, 3\].*consecutive blocks.*range\(3, 5\)"),
         (range(6), r"all 6 blocks of model.layers.*leave"),
     ],
 )

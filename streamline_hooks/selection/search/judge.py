@@ -15,7 +15,6 @@ from streamline_hooks.branches import Branch
 from streamline_hooks.distance import reference_of, summed_distance
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation.candidates import Candidate
-from streamline_hooks.hidden_state import read_output, write_output
 from streamline_hooks.passes import inference, progress
 from streamline_hooks.repair import StandIn, place
 from streamline_hooks.repair.branch_linear import BranchLinear
@@ -24,7 +23,7 @@ from streamline_hooks.replacements import LinearReplacement
 from streamline_hooks.selection.search.selected import Selection
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery import LayerSurgeon
-from streamline_hooks.surgery.silence import branches_of
+from streamline_hooks.surgery.silence import adds_nothing, branches_of
 from streamline_hooks.task import Task
 
 Writers = Mapping[tuple[int, Branch], Sequence[str]]
@@ -117,7 +116,7 @@ def given_up(
     with ExitStack() as exits:
         for k, branch in selection.silenced:
             for path in writers[k, branch]:
-                handle = stack[k].get_submodule(path).register_forward_hook(_nothing)
+                handle = stack[k].get_submodule(path).register_forward_hook(adds_nothing)
                 exits.callback(handle.remove)
         surgeon = exits.enter_context(LayerSurgeon(stack.model, stack, probe=False))
         for one in sorted(attempt.maps, key=lambda one: (one.block, not one.is_first)):
@@ -155,8 +154,6 @@ class Judge:
         probe: Batch | Tensor | None = None,
         task: Task | None = None,
     ) -> None:
-        if not batches:
-            raise StreamlineError("There is no batch to judge on; give one at least.")
         self.stack, self.batches = stack, list(batches)
         self._writers, self._probe, self.task = writers or {}, probe, task or Task.of(stack.model)
         self._left = reuse
@@ -229,7 +226,3 @@ class Judge:
             self._left -= size
             self.reused[number] = reference
         return reference
-
-
-def _nothing(module: nn.Module, args: Any, output: Any) -> Any:
-    return write_output(output, torch.zeros_like(read_output(output)))

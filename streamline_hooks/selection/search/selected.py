@@ -10,7 +10,6 @@ from typing import Self
 from streamline_hooks.arguments import check_fields
 from streamline_hooks.branches import Branch
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.surgery.silence import require_branch
 
 Scorer = Callable[[Sequence[range]], Sequence[float]]
 """Scores windows, all at once so that what needs the model shares its passes; the higher, the sooner one goes, and
@@ -74,8 +73,6 @@ class Selection:
                 f"The windows of a selection come in order, with a block that stays between two; got {self.windows}. "
                 "Selection.of_blocks makes windows of any blocks."
             )
-        for _, branch in self.silenced:
-            require_branch(branch)
         gone = sorted(k for k, _ in self.silenced if k in self.blocks)
         if gone or list(self.silenced) != sorted(set(self.silenced)):
             what = f"block {gone[0]} is gone as a whole" if gone else "they come once each, in order"
@@ -113,20 +110,6 @@ def runs(blocks: Iterable[int]) -> tuple[range, ...]:
 
 
 def scores_of(score: Scorer, candidates: Sequence[range]) -> dict[range, float]:
-    """Score windows, see that each has a score, and leave out those of minus infinity, which must not go.
-
-    Raises
-    ------
-    StreamlineError
-        If there is not one score a window, or one is NaN (nothing can be ranked by it) or +inf.
-    """
-    scores = [float(s) for s in score(candidates)] if candidates else []
-    if len(scores) != len(candidates):
-        raise StreamlineError(f"Got {len(scores)} scores for {len(candidates)} windows; expected one a window.")
-    for window, value in zip(candidates, scores, strict=True):
-        if math.isnan(value) or value == math.inf:
-            raise StreamlineError(
-                f"The score of blocks {window.start} to {window.stop - 1} is {value}, by which nothing can be ranked. "
-                "Is the statistic measured up to there, and the criterion right?"
-            )
+    """Score windows, and leave out those of minus infinity, which must stay."""
+    scores = map(float, score(candidates)) if candidates else []
     return {w: value for w, value in zip(candidates, scores, strict=True) if value > -math.inf}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.selection.criteria import cosine
+from streamline_hooks.selection.criteria import Criterion, cosine, score_windows
 from streamline_hooks.selection.search.selected import ScoredWindow, Scorer, Selection, scores_of
 from streamline_hooks.statistics import Profile
 
@@ -28,7 +29,7 @@ def best_windows(score: Scorer, candidates: Sequence[range]) -> list[Selection]:
     Raises
     ------
     StreamlineError
-        If there is none, or one has no score.
+        If there is none.
 
     Examples
     --------
@@ -63,5 +64,6 @@ def ranked(
     """
     if not candidates:
         return []
-    found = best_windows(lambda windows: [criterion(profile, w) for w in windows], candidates)
+    score = partial(score_windows, Criterion("ranked", criterion, "profile"), profile=profile)
+    found = best_windows(score, candidates)
     return [ScoredWindow(s.windows[0], s.score) for s in found]

@@ -48,10 +48,9 @@ def test_windows_of_different_lengths_are_ranked_too() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_cannot_be_ranked_is_refused(bad: float) -> None:
-    with pytest.raises(StreamlineError, match=rf"blocks 1.*2 is {bad}"):
-        best_windows(lambda ws: [bad if w.start == 1 else 0.0 for w in ws], windows(4, 2))
-    with pytest.raises(StreamlineError, match=r"1 scores.*3 windows.*expected"):
-        best_windows(lambda ws: [0.0], windows(4, 2))
+    profiled = profile(tiny_model("llama"), [tokens(1, 4)])
+    with pytest.raises(StreamlineError, match=rf"gave {bad} for the window of blocks 1 to 2"):
+        ranked(profiled, windows(4, 2), lambda p, w: bad if w.start == 1 else 0.0)
     with pytest.raises(StreamlineError, match="Of 0 windows"):
         best_windows(lambda ws: [], [])
     found = best_windows(lambda ws: [-math.inf, 0.0], [range(0, 1), range(1, 2)])
