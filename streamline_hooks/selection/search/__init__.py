@@ -2,8 +2,7 @@
 
 from streamline_hooks.repair import Repair
 from streamline_hooks.selection.search.disjoint import disjoint_windows
-from streamline_hooks.selection.search.evolution import evolution, evolve, tokens_a_generation
-from streamline_hooks.selection.search.generations import Generation
+from streamline_hooks.selection.search.evolution import evolution
 from streamline_hooks.selection.search.greedy import greedy
 from streamline_hooks.selection.search.one_shot import one_shot
 from streamline_hooks.selection.search.selected import ScoredWindow, Scorer, Selection
@@ -12,7 +11,6 @@ from streamline_hooks.selection.search.verified import VerifiedSelection, verifi
 from streamline_hooks.selection.search.windows import best_windows, ranked
 
 __all__ = [
-    "Generation",
     "Repair",
     "ScoredWindow",
     "Scorer",
@@ -21,11 +19,9 @@ __all__ = [
     "best_windows",
     "disjoint_windows",
     "evolution",
-    "evolve",
     "greedy",
     "one_shot",
     "ranked",
     "silenced_branches",
-    "tokens_a_generation",
     "verified",
 ]

@@ -61,12 +61,6 @@ def disjoint_windows(
     ((range(1, 3), range(5, 6)), 12.0)
     """
     count, protected = blocks_to_remove(count, length), protected_blocks(keep, length)
-    most = count // max(shortest, 1)
-    if not 1 <= parts <= most or best < 1 or shortest < 1:
-        raise StreamlineError(
-            f"parts={parts} windows of {count} blocks in total and {shortest} at least each, best={best} such "
-            f"selections: expected 1 to {most} windows, and one selection or more."
-        )
     longest = count - (parts - 1) * shortest
     candidates = [
         range(start, stop)

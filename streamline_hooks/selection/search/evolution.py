@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from random import Random
 
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
-from streamline_hooks.selection.search.generations import Generation, Run
-from streamline_hooks.selection.search.judge import Judge, writers_of
-from streamline_hooks.selection.search.levels import Levels, gone_of
+from streamline_hooks.selection.search.judge import Attempt, Judge, writers_of
+from streamline_hooks.selection.search.levels import Gone, Levels, gone_of, selection_of
 from streamline_hooks.selection.search.selected import Selection
 from streamline_hooks.selection.target import protected_blocks
-from streamline_hooks.stack import find_stack
+from streamline_hooks.stack import BlockStack, find_stack
+from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.surgery.silence import silent_parameters
 from streamline_hooks.task import Task
 
 STAGES = ((2_048, 8), (8_192, 2))
+_REUSED = 2**30  # bytes for the original's log-probabilities that are kept from one stage to the next
+_TRIES = 20  # mutations drawn for one child that is new
 
 
 def evolution(
     model: nn.Module,
     batches: Sequence[Batch | Tensor],
-    seeds: Sequence[Selection] | Generation,
+    seeds: Sequence[Selection],
     *,
     generations: int = 20,
     offspring: int = 32,
@@ -33,104 +37,57 @@ def evolution(
     keep: Iterable[int] = (),
     branches: bool = True,
     seed: int = 0,
-    reuse: int = 2**30,
     stack: str | None = None,
-    probe: Batch | Tensor | None = None,
     task: Task | None = None,
 ) -> list[Selection]:
-    """Run `evolve` for some generations.
-
-    Returns
-    -------
-    list of Selection
-        All that can be carried out and were judged on all batches, the best first.
-
-    Raises
-    ------
-    StreamlineError
-        As `evolve` does.
-    """
-    found = evolve(
-        model, batches, seeds, offspring=offspring, stages=stages, keep=keep, branches=branches, seed=seed,
-        reuse=reuse, stack=stack, probe=probe, task=task,
-    )  # fmt: skip
-    first = latest = next(found)
-    while latest.number < first.number + generations:
-        following = next(found, None)
-        if following is None:
-            break
-        latest = following
-    return [selection for selection in latest.judged if selection.score > -math.inf]
-
-
-def evolve(
-    model: nn.Module,
-    batches: Sequence[Batch | Tensor],
-    seeds: Sequence[Selection] | Generation,
-    *,
-    offspring: int = 32,
-    stages: Sequence[tuple[int, int]] = STAGES,
-    keep: Iterable[int] = (),
-    branches: bool = True,
-    seed: int = 0,
-    reuse: int = 2**30,
-    stack: str | None = None,
-    probe: Batch | Tensor | None = None,
-    task: Task | None = None,
-) -> Iterator[Generation]:
-    """Improve selections by switching levels, and give each generation as it comes.
+    """Improve selections by switching levels.
 
     In each generation the best selection has children, in which one to three units (a block, an attention or an MLP)
-    came back and others of the same kind went. All children are judged on few tokens, the better ones on more, and
-    the last of them on all batches, where they meet the best so far. Fitness is KL to the original (`Task.distance`).
-
-    Between two generations the model is as it was, so that one may stop at any; on Ctrl-C inside one it is so too,
-    and the last one given holds the best so far.
+    are restored and others of the same kind removed. All children are judged on few tokens, the better ones on more,
+    and the last of them on all batches, together with the best so far. The fitness is minus the KL divergence from
+    the original (`Task.distance`). Afterwards, and on Ctrl-C, the model is as it was.
 
     Parameters
     ----------
     model : torch.nn.Module
     batches : sequence of mapping or torch.Tensor
-        Calibration text. For what a generation costs see `tokens_a_generation`.
-    seeds : sequence of Selection or Generation
-        Where to start, for instance a shortlist; all give up the same number of attentions and of MLPs. A generation
-        of an earlier run with the same arguments is gone on from as if it had never ended.
+        Calibration text.
+    seeds : sequence of Selection
+        The first generation, for instance a shortlist. All remove the same number of attentions and of MLPs, and none
+        that must stay.
+    generations : int
+        Number of generations after the first, which is 20 by default. Fewer are run where no child is new any more.
     offspring : int
-        Children a generation.
+        Number of children in each generation, 32 by default.
     stages : sequence of (int, int)
-        Tokens on which the children are judged, and how many of them survive that. The tokens are those of whole
-        batches, drawn anew each time.
+        Number of tokens on which the children are judged, and number of those that survive that. The tokens are those
+        of whole batches, drawn anew each time.
     keep : iterable of int
         Blocks that must stay with both their branches; negative numbers count from the end.
     branches : bool
-        Whether attention and MLP may go alone, in blocks where they can be silenced. Where none can, a warning says
-        why, and whole blocks are searched over.
+        Whether attention and MLP may be removed alone, in blocks where they can be silenced. Where none can, a warning
+        says why, and whole blocks are searched over.
     seed : int
-        Of the random numbers.
-    reuse : int
-        Bytes for the original's log-probabilities (4·tokens·vocabulary a batch) that are kept from one stage to the
-        next: of the first batches that fit. Of the others the original is run again each time, once for all children.
+        Seed of the random numbers.
     stack : str, optional
         Path of the stack, see `find_stack`.
-    probe : mapping or torch.Tensor, optional
-        What to look for the branches on in a model that cannot be probed otherwise, without padding.
     task : Task, optional
         What the model is for, see `Task.of`.
 
-    Yields
-    ------
-    Generation
-        The first one holds the seeds. It ends where no child is new any more.
+    Returns
+    -------
+    list of Selection
+        All selections that were judged on all batches, the best first, without those that cannot be removed.
 
     Raises
     ------
     StreamlineError
-        If the seeds are none, give up different amounts, or may not go; or none of them can.
+        If no seed can be removed.
 
     Notes
     -----
-    Children that could not be carried out are never parents: the surgeon's known hazards are heeded in each trial,
-    and its probe is asked before a selection is taken for the best.
+    Children that could not be removed are never parents: the surgeon's known hazards are checked in each trial, and
+    its probe is run before a selection is taken for the best.
 
     Examples
     --------
@@ -138,59 +95,121 @@ def evolve(
     >>> from streamline_hooks.testing import tiny_model
     >>> model, tokens = tiny_model("llama"), torch.arange(3, 19)[None]
     >>> shortlist = [Selection((range(2, 4),)), Selection((range(3, 5),))]
-    >>> for generation in evolve(model, [tokens], shortlist, offspring=4):
-    ...     if generation.number == 2:
-    ...         break
-    >>> generation.best.score >= max(s.score for s in generation.judged if s.windows == (range(2, 4),))
+    >>> found = evolution(model, [tokens], shortlist, generations=2, offspring=4)
+    >>> found[0].score >= max(s.score for s in found if s.windows == (range(2, 4),))
     True
     """
     found = find_stack(model, stack)
-    if offspring < 1 or any(tokens < 1 or survivors < 1 for tokens, survivors in stages):
-        raise StreamlineError(f"offspring={offspring} and stages={tuple(stages)} must be numbers of 1 or more.")
-    start = seeds.judged if isinstance(seeds, Generation) else tuple(seeds)
-    if not start:
-        raise StreamlineError("The evolutionary search has nothing to start from; give a selection, such as a window.")
-    budgets = {Levels.budget(gone_of(selection)): selection for selection in start}
-    if len(budgets) > 1:
-        listed = "; ".join(f"{a} attentions and {m} MLPs ({s})" for (a, m), s in budgets.items())
-        raise StreamlineError(f"The selections to start from give up different amounts: {listed}. Give equal ones.")
     free = frozenset(range(len(found))) - protected_blocks(keep, len(found))
-    writers = writers_of(found, sorted(free), probe) if branches and free else {}
+    writers = writers_of(found, sorted(free)) if branches and free else {}
     paths = {half: paths for half, paths in writers.items() if not isinstance(paths, UnsupportedSurgery)}
-    reasons = {half: str(error) for half, error in writers.items() if half not in paths}
+    reasons = [str(error) for half, error in writers.items() if half not in paths]
     silent = [(k, b) for (k, b), its in paths.items() if all(silent_parameters(found[k].get_submodule(p)) for p in its)]
-    for k, branch in silent:  # it would be given up for nothing
+    for k, branch in silent:  # it would be removed for nothing
         del paths[k, branch]
-        reasons[k, branch] = f"The {branch} of block {k} is silent already."
-    levels = Levels(free, frozenset(paths), reasons)
+        reasons.append(f"The {branch} of block {k} is silent already.")
     if branches and writers and not paths:
-        warnings.warn(f"Only whole blocks are searched over: {next(iter(reasons.values()))}", stacklevel=2)
-    for selection in start:
-        levels.require(selection)
-    run = Run(found, levels, Judge(found, batches, paths, reuse, task=task), offspring, tuple(stages), seed, probe)
-    return run.generations(seeds)
+        warnings.warn(f"Only whole blocks are searched over: {reasons[0]}", stacklevel=2)
+    judge = Judge(found, batches, paths, _REUSED, task=task)
+    return _Run(found, Levels(free, frozenset(paths)), judge, offspring, stages, seed).run(seeds, generations)
 
 
-def tokens_a_generation(tokens: int, *, offspring: int = 32, stages: Sequence[tuple[int, int]] = STAGES) -> int:
-    """What a generation costs, before it is run: the tokens that the model is run on, by all children together.
+@dataclass
+class _Run:
+    """The state of one search."""
 
-    The original runs besides on those of them, once a stage, whose log-probabilities are not kept. A stage runs on
-    whole batches, so that it may take up to one batch more a child.
+    stack: BlockStack
+    levels: Levels
+    judge: Judge
+    offspring: int
+    stages: Sequence[tuple[int, int]]
+    seed: int
+    scores: dict[Gone, float] = field(default_factory=dict)  # on all batches
+    proven: set[Gone] = field(default_factory=set)
+    refusal: UnsupportedSurgery | None = None
 
-    Parameters
-    ----------
-    tokens : int
-        Of all batches.
-    offspring, stages
-        See `evolve`.
+    def run(self, seeds: Sequence[Selection], generations: int) -> list[Selection]:
+        """Run the search and return what was judged on all batches, the best first."""
+        self.judge_on_all(list(dict.fromkeys(map(gone_of, seeds))), 0)
+        best = self.prove_best()
+        for number in range(1, generations + 1):
+            random = Random(f"{self.seed}/{number}")  # of this generation alone
+            pool = self.children(best, random)
+            if not pool:
+                break
+            for stage, (tokens, survivors) in enumerate(self.stages):
+                chosen = self.draw(tokens, random)
+                if len(pool) > survivors and len(chosen) < len(self.judge.batches):
+                    what = f"generation {number}, stage {stage + 1}: {len(pool)} children"
+                    pool = self.survivors(pool, self.trial(pool, what, chosen), survivors)
+            self.judge_on_all(pool, number)
+            best = self.prove_best()
+        return [selection_of(gone, self.scores[gone]) for gone in self.in_order() if self.scores[gone] > -math.inf]
 
-    Examples
-    --------
-    >>> tokens_a_generation(16_384) == 32 * 2_048 + 8 * 8_192 + 2 * 16_384
-    True
-    """
-    cost, pool = 0, offspring
-    for few, survivors in stages:
-        if pool > survivors and few < tokens:
-            cost, pool = cost + pool * few, survivors
-    return cost + pool * tokens
+    def in_order(self) -> list[Gone]:
+        """Return all that was judged on all batches, the best first."""
+        return sorted(self.scores, key=lambda gone: (-self.scores[gone], sorted(gone)))
+
+    def children(self, parent: Gone, random: Random) -> list[Gone]:
+        """Return new ones only: what was judged on all batches is known."""
+        found: list[Gone] = []
+        for _ in range(self.offspring):
+            for _ in range(_TRIES):
+                child = self.levels.mutated(parent, random)
+                if child not in self.scores and child not in found:
+                    found.append(child)
+                    break
+        return found
+
+    def draw(self, tokens: int, random: Random) -> list[int]:
+        """Draw batches that hold so many tokens, or all."""
+        drawn, held = [], 0
+        for number in random.sample(range(len(self.judge.batches)), len(self.judge.batches)):
+            if held >= tokens:
+                break
+            drawn.append(number)
+            held += self.judge.tokens[number]
+        return sorted(drawn)
+
+    def survivors(self, pool: list[Gone], scores: list[float], count: int) -> list[Gone]:
+        """Return the best few of those that can be removed."""
+        order = sorted(range(len(pool)), key=lambda k: (-scores[k], k))
+        return [pool[k] for k in order[:count] if scores[k] > -math.inf]
+
+    def trial(self, pool: list[Gone], what: str, numbers: Sequence[int] | None = None) -> list[float]:
+        """Return the fitness of each; minus infinity of what cannot be removed, or leaves no finite logits."""
+        scores: list[float] = []
+        distances = self.judge.distances([Attempt(selection_of(g)) for g in pool], what, numbers) if pool else []
+        for gone, kl in zip(pool, distances, strict=True):
+            if isinstance(kl, UnsupportedSurgery):
+                self.refusal = kl
+            fits = not isinstance(kl, UnsupportedSurgery) and math.isfinite(kl)
+            scores.append(-kl if fits else -math.inf)  # type: ignore[operator]
+            if not fits:
+                self.scores[gone] = -math.inf
+        return scores
+
+    def judge_on_all(self, pool: list[Gone], number: int) -> None:
+        """Give each its final score."""
+        scores = self.trial(pool, f"generation {number}: {len(pool)} on all batches")
+        self.scores.update(zip(pool, scores, strict=True))
+
+    def prove_best(self) -> Gone:
+        """Verify the best with the surgeon's probes, and strike it out where the surgeon refuses it."""
+        while True:
+            best = self.in_order()[0]
+            if best in self.proven:
+                return best
+            if self.scores[best] == -math.inf:
+                reason = self.refusal or "none leaves a model with finite logits"
+                raise StreamlineError(f"Not one of the selections to start from can be carried out: {reason}")
+            try:
+                with LayerSurgeon(self.stack.model, self.stack) as surgeon:
+                    selection = selection_of(best)
+                    for window in selection.windows:
+                        surgeon.remove(window)
+                    for k, branch in selection.silenced:
+                        surgeon.silence(k, branch)
+                self.proven.add(best)
+            except UnsupportedSurgery as error:
+                self.refusal, self.scores[best] = error, -math.inf

@@ -1,4 +1,4 @@
-"""One block, or a few, after the other, each chosen on the model that is already without those before."""
+"""One block after the other, each chosen on the model that is already without those before."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
-from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
+from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.passes import progress
 from streamline_hooks.selection.criteria import Criterion, criterion_of, score_windows
 from streamline_hooks.selection.criteria.scoring import compares_with_the_original
@@ -28,7 +28,6 @@ def greedy(
     count: int,
     *,
     keep: Iterable[int] = (),
-    step: int = 1,
     stack: str | None = None,
     task: Task | None = None,
 ) -> list[Selection]:
@@ -41,7 +40,7 @@ def greedy(
     ----------
     model : torch.nn.Module
     batches : sequence of mapping or torch.Tensor
-        What the criterion is measured on, once a round: `count` over `step` rounds.
+        What the criterion is measured on, once a round, of which there are `count`.
     criterion : Criterion or str
         What speaks for giving a window up; of a profile, which is then taken anew each round, or of the model. One
         that compares with the original (`kl_when_removed`) does so with the model as it was before the first round,
@@ -50,8 +49,6 @@ def greedy(
         Blocks that go.
     keep : iterable of int
         Blocks that must stay; negative numbers count from the end.
-    step : int
-        How many go in a round: a run of that many consecutive blocks of the model as it is in that round.
     stack : str, optional
         Path of the stack, see `find_stack`.
     task : Task, optional
@@ -65,7 +62,7 @@ def greedy(
     Raises
     ------
     StreamlineError
-        If `count` or `step` is out of range, or no run that long is free of protected blocks.
+        If `count` is out of range, or all blocks that are left are protected.
     UnsupportedSurgery
         If the blocks that are to go cannot; the text says why.
 
@@ -79,10 +76,8 @@ def greedy(
     """
     found = find_stack(model, stack)
     count, protected = blocks_to_remove(count, len(found)), protected_blocks(keep, len(found))
-    if step < 1:
-        raise StreamlineError(f"step={step} blocks a round; expected one or more.")
     chosen = criterion_of(criterion)
-    original = _with_the_same_weights(model) if step < count and compares_with_the_original(chosen) else None
+    original = _with_the_same_weights(model) if count > 1 and compares_with_the_original(chosen) else None
     gone: list[int] = []
     total = 0.0
     score = partial(score_windows, chosen, model=model, batches=batches, stack=found.path, task=task)
@@ -91,12 +86,11 @@ def greedy(
             with LayerSurgeon(model, found) as surgeon:
                 _remove(surgeon, gone)
                 kept = surgeon.plan.kept
-                size = min(step, count - len(gone))
-                free = windows(len(kept), size, frozenset(new for new, old in enumerate(kept) if old in protected))
+                free = windows(len(kept), 1, frozenset(new for new, old in enumerate(kept) if old in protected))
                 best = best_windows(partial(score, original=original if gone else None), free)[0]
             gone += (kept[new] for new in best.windows[0])
             total += best.score
-            bar.update(size)
+            bar.update()
     with LayerSurgeon(model, found) as surgeon:
         _remove(surgeon, gone)  # to say here what cannot go
     return [Selection.of_blocks(gone, score=total)]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
 from streamline_hooks.branches import BRANCHES, Branch
-from streamline_hooks.errors import StreamlineError
 from streamline_hooks.selection.search.selected import Selection
 
 Half = tuple[int, Branch]
@@ -43,8 +40,6 @@ class Levels:
         That may go as a whole.
     singles : frozenset of (int, {"attention", "mlp"})
         Branches that may go alone.
-    reasons : mapping of (int, {"attention", "mlp"}) to str
-        Why others may not.
 
     Examples
     --------
@@ -55,7 +50,6 @@ class Levels:
 
     blocks: frozenset[int]
     singles: Gone
-    reasons: Mapping[Half, str] = field(default_factory=dict)
 
     def mutated(self, gone: Gone, random: Random) -> Gone:
         """Switch the levels of one to three units, most often of one; the same where there is no other to switch to.
@@ -89,28 +83,3 @@ class Levels:
         """Whether what is left of a block is something that may be left."""
         own = {half for half in gone if half[0] == k}
         return k in self.blocks if len(own) == len(BRANCHES) else own <= self.singles
-
-    def require(self, selection: Selection) -> None:
-        """Raise unless all of a selection may go.
-
-        Raises
-        ------
-        StreamlineError
-            Which names what may not, and why.
-        """
-        protected = sorted(selection.blocks - self.blocks)
-        if protected:
-            raise StreamlineError(
-                f"The selection {selection} gives up block {protected[0]}, which must stay. Protect fewer (keep=...), "
-                "or start from other selections."
-            )
-        for k, branch in selection.silenced:
-            if (k, branch) not in self.singles:
-                reason = self.reasons.get((k, branch), "the block must stay, or only whole blocks are searched over")
-                raise StreamlineError(f"The selection {selection} gives up the {branch} of block {k} alone: {reason}.")
-
-    @staticmethod
-    def budget(gone: Gone) -> tuple[int, int]:
-        """How many attentions and how many MLPs are gone."""
-        counted = Counter(branch for _, branch in gone)
-        return counted["attention"], counted["mlp"]

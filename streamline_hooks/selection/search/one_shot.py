@@ -71,8 +71,6 @@ def best_sets(values: Mapping[int, float], count: int, best: int) -> list[tuple[
     list of (float, tuple of int)
         The sum and the members.
     """
-    if best < 1:
-        raise StreamlineError(f"best={best} selections; expected one or more.")
     # sums[n]: the best sets of n of the numbers so far, as minus their sum and the numbers.
     sums: list[list[tuple[float, tuple[int, ...]]]] = [[(0.0, ())], *([] for _ in range(count))]
     for number, value in values.items():

@@ -24,13 +24,12 @@ from tests.tiny_models import BLOCKS, left_padded, repaired, tiny_model, tokens
 BATCHES = [left_padded(2, 8), tokens(2, 6, seed=1)]
 
 
-def by_hand(model: nn.Module, criterion: str, count: int, keep: set[int], step: int) -> tuple[set[int], float]:
+def by_hand(model: nn.Module, criterion: str, count: int, keep: set[int]) -> tuple[set[int], float]:
     """Each round cuts a copy for good, and keeps the names that the blocks had."""
     original, model, names, gone, total = model, copy.deepcopy(model), list(range(BLOCKS)), set(), 0.0
     given: dict[str, Any] = {"model": model, "batches": BATCHES}
     while len(gone) < count:
-        size = min(step, count - len(gone))
-        free = windows(len(names), size, frozenset(k for k, name in enumerate(names) if name in keep))
+        free = windows(len(names), 1, frozenset(k for k, name in enumerate(names) if name in keep))
         scores = kls(original, model, free) if criterion == "kl" else score_windows(criterion, free, **given)
         best = max(range(len(free)), key=lambda k: (scores[k], -k))
         with LayerSurgeon(model, probe=False) as surgeon:
@@ -58,14 +57,13 @@ def kls(original: nn.Module, model: nn.Module, free: Sequence[range]) -> list[fl
     st.sampled_from(["cosine", "block_influence", "kl", "last_n"]),
     st.integers(1, 4),
     st.sets(st.integers(0, BLOCKS - 1), max_size=1),
-    st.integers(1, 2),
 )
-def test_greedy_is_the_loop_written_out(family: str, criterion: str, count: int, keep: set[int], step: int) -> None:
+def test_greedy_is_the_loop_written_out(family: str, criterion: str, count: int, keep: set[int]) -> None:
     model = tiny_model(family)
     before = fingerprint(model)
-    (found,) = greedy(model, BATCHES, criterion, count, keep=keep, step=step)
+    (found,) = greedy(model, BATCHES, criterion, count, keep=keep)
     assert fingerprint(model) == before
-    gone, total = by_hand(model, criterion, count, keep, step)
+    gone, total = by_hand(model, criterion, count, keep)
     assert found.blocks == gone and not found.blocks & keep
     assert found.score == pytest.approx(total, rel=1e-5, abs=1e-7)
 
@@ -129,9 +127,6 @@ def test_a_run_that_spans_a_gap_goes_as_one_window() -> None:
     model = tiny_model("llama")
     (found,) = greedy(model, BATCHES, Criterion("scripted", scripted, "model"), 3)
     assert found == Selection((range(1, 4),), score=3.0)
-    rounds = iter([range(2, 3), range(1, 3)])
-    (found,) = greedy(model, BATCHES, Criterion("scripted", scripted, "model"), 4, step=2, keep=[0])
-    assert found.windows == (range(1, 5),)
 
 
 def test_every_round_profiles_what_is_left() -> None:
@@ -212,7 +207,6 @@ def test_blocks_that_cannot_go_are_named() -> None:
     ("options", "text"),
     [
         ({"count": 6}, "one block must stay"),
-        ({"count": 2, "step": 0}, r"step=0.*one or more"),
         ({"count": 2, "keep": range(BLOCKS)}, r"1 consecutive blocks.*6"),
         ({"count": 1, "criterion": "taste"}, r"'taste'.*unknown"),
     ],

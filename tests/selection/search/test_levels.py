@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from random import Random
 
-import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from streamline_hooks import StreamlineError
 from streamline_hooks.branches import BRANCHES
 from streamline_hooks.selection.search import Selection
 from streamline_hooks.selection.search.levels import UNITS, Gone, Levels, gone_of, selection_of
@@ -33,8 +32,9 @@ def situations(draw: st.DrawFn) -> tuple[Levels, Gone]:
 def test_a_mutation_keeps_the_budget_and_takes_only_what_may_go(drawn: tuple[Levels, Gone], seed: int) -> None:
     levels, gone = drawn
     child = levels.mutated(gone, Random(seed))
-    assert Levels.budget(child) == Levels.budget(gone)
-    levels.require(selection_of(child))
+    assert Counter(branch for _, branch in child) == Counter(branch for _, branch in gone)
+    selection = selection_of(child)
+    assert selection.blocks <= levels.blocks and set(selection.silenced) <= levels.singles
     assert child == levels.mutated(gone, Random(seed))
 
 
@@ -80,14 +80,3 @@ def test_branches_alone_are_reached_from_blocks_and_left_again() -> None:
 def test_nothing_else_to_switch_to() -> None:
     gone = gone_of(Selection.of_blocks([1, 2]))
     assert Levels(frozenset({1, 2}), frozenset()).mutated(gone, Random(0)) == gone
-
-
-def test_what_may_not_go_is_named() -> None:
-    levels = Levels(frozenset({1, 2}), frozenset({(1, "mlp")}), {(2, "mlp"): "no MLP there"})
-    levels.require(Selection((range(2, 3),), ((1, "mlp"),)))
-    with pytest.raises(StreamlineError, match=r"3 gives.*block 3"):
-        levels.require(Selection.of_blocks([3]))
-    with pytest.raises(StreamlineError, match=r"block 2.*MLP"):
-        levels.require(Selection((), ((2, "mlp"),)))
-    with pytest.raises(StreamlineError, match=r"attention of block 1 alone.*must stay"):
-        levels.require(Selection((), ((1, "attention"),)))
