@@ -204,7 +204,7 @@ def test_what_must_not_go_by_one_of_the_parts_does_not_go_by_their_combination(b
         ({}, "rank", r"no criteria.*weights above 0"),
         ({"cosine": -1.0}, "rank", r"weight of -1.0"),
         ({"cosine": math.nan}, "weight", "weight of nan"),
-        ({"cosine": 1.0}, "vote", r"by='vote'.*expected 'rank' or 'weight'"),
+        ({"cosine": 1.0}, "vote", r"by='vote' is unknown.*one of rank, weight"),
         ({"cosinus": 1.0}, "rank", "'cosinus'"),
     ],
 )
