@@ -127,7 +127,7 @@ def fit_scale(
     Returns
     -------
     Scaled
-        To be carried out by ``surgeon.remove(window)`` and `scale_after`.
+        To be applied by ``surgeon.remove(window)`` and ``surgeon.scale(window.stop, scaled.factor)``.
 
     Raises
     ------
@@ -144,9 +144,10 @@ def fit_scale(
     >>> from streamline_hooks.testing import tiny_model
     >>> model = tiny_model("llama")
     >>> scaled = fit_scale(model, range(2, 5), [torch.arange(3, 43).view(4, 10)])
+    >>> from streamline_hooks.surgery import LayerSurgeon
     >>> with LayerSurgeon(model) as surgeon:
     ...     surgeon.remove(scaled.window)
-    ...     scale_after(surgeon, scaled.window, scaled)
+    ...     surgeon.scale(scaled.window.stop, scaled.factor)
     ...     len(surgeon.plan.folded)
     3
     """
