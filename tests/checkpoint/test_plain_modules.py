@@ -30,7 +30,8 @@ from streamline_hooks import (
     save,
 )
 from streamline_hooks.batch import prepare
-from streamline_hooks.checkpoint.held_tensors import own_tensors, same_bits, unsaved_buffers
+from streamline_hooks.checkpoint.held_tensors import own_tensors, unsaved_buffers
+from streamline_hooks.digests import same_bits
 from streamline_hooks.repair import LinearConfig
 from streamline_hooks.replacements import MLPReplacement, inherit
 from tests.tiny_models import Nudge, repaired, tokens

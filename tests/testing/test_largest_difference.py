@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_hooks.testing.assertions.difference import Difference, difference, require_same, same_bits
+from streamline_hooks.digests import same_bits
+from streamline_hooks.testing.assertions.difference import Difference, difference, require_same
 
 
 @given(st.integers(0, 2), st.integers(0, 3), st.integers(0, 4), st.sampled_from([-1.5, 2.5]), st.booleans())
