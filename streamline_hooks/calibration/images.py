@@ -106,8 +106,6 @@ def read_images(
     sources: str | Path | Sequence[str | Path],
     *,
     classes: Sequence[str] | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
 ) -> Images:
     """Read images from files, folders and Parquet files.
 
@@ -131,8 +129,6 @@ def read_images(
         Hidden files are skipped.
     classes : sequence of str, optional
         The model's class names in order. Labels become positions in it.
-    image_column, label_column : str, optional
-        Columns of Parquet files.
 
     Returns
     -------
@@ -157,7 +153,7 @@ def read_images(
     (('cat', 'dog'), (0, 0, 1, 1))
     """
     _pillow()
-    parts = [part for source in listed(sources) for part in _read(source, image_column, label_column)]
+    parts = [part for source in listed(sources) for part in _read(source)]
     pictures = tuple(picture for part in parts for picture in part.pictures)
     if not pictures:
         quoted = ", ".join(repr(str(source)) for source in listed(sources)) or "an empty list of sources"
@@ -217,20 +213,9 @@ def image_parts(
 
     Examples
     --------
-    >>> from PIL import Image
-    >>> def png(colour):
-    ...     file = BytesIO()
-    ...     Image.new("RGB", (4, 4), colour).save(file, format="PNG")
-    ...     return file.getvalue()
-    >>> def grey(image):
-    ...     return torch.tensor(image.getpixel((0, 0)))[:, None, None] / 255
-    >>> pictures = [Picture(str(number), png((number, 0, 0))) for number in range(12)]
-    >>> images = Images(tuple(pictures), labels=(0, 1) * 6, classes=("even", "odd"))
-    >>> parts = image_parts(images, grey, {"calibration": 8, "test": 4}, batch_size=4)
-    >>> {name: [tuple(batch["pixel_values"].shape) for batch in batches] for name, batches in parts.items()}
-    {'calibration': [(4, 3, 1, 1), (4, 3, 1, 1)], 'test': [(4, 3, 1, 1)]}
-    >>> parts["test"][0]["labels"].sort().values
-    tensor([0, 0, 1, 1])
+    >>> from transformers import AutoImageProcessor
+    >>> processor = AutoImageProcessor.from_pretrained("my-vit")  # doctest: +SKIP
+    >>> parts = image_parts(read_images("images/"), processor, {"calibration": 128, "test": 64})  # doctest: +SKIP
     """
     _usable(processor)
     split = split_images(images, counts, seed, batch_size)
@@ -408,7 +393,7 @@ def _pillow() -> None:
         ) from error
 
 
-def _read(source: str | Path, image_column: str | None, label_column: str | None) -> list[_Source]:
+def _read(source: str | Path) -> list[_Source]:
     path = Path(source).expanduser()
     if not path.exists():
         raise StreamlineError(
@@ -423,7 +408,7 @@ def _read(source: str | Path, image_column: str | None, label_column: str | None
             f"The folder {str(source)!r} contains {len(parquet):,} Parquet files and {len(images):,} images. Expected "
             "one kind, since they may be the same images. Name the files or the sub-folder that you mean."
         )
-    return [_parquet(file, image_column, label_column) for file in parquet] or [_folder(path, images)]
+    return [_parquet(file) for file in parquet] or [_folder(path, images)]
 
 
 def _folder(folder: Path, images: list[Path]) -> _Source:
@@ -444,14 +429,14 @@ def _folder(folder: Path, images: list[Path]) -> _Source:
     return _Source(folder, [pictures[n] for n in order], [classes.index(names[n]) for n in order], tuple(classes))
 
 
-def _parquet(path: Path, image_column: str | None, label_column: str | None) -> _Source:
+def _parquet(path: Path) -> _Source:
     features = open_parquet(path).features
-    image = image_column or ("img" if "img" in features and "image" not in features else "image")
-    label = label_column or next((name for name in ("label", "labels") if name in features), None)
-    if missing := {image, label} - {None, *features}:
+    image = next((name for name in ("image", "img") if name in features), None)
+    label = next((name for name in ("label", "labels") if name in features), None)
+    if image is None:
         raise StreamlineError(
-            f"{path} has the columns {sorted(features)}. Expected `{'` and `'.join(sorted(map(str, missing)))}`. Name "
-            'the columns of images and labels: image_column="picture", label_column="class".'
+            f"{path} has the columns {sorted(features)}. Expected a column `image` or `img` of encoded images. Rename "
+            "the column that contains them."
         )
     kind = str(getattr(features[label], "dtype", "a structure")) if label else "int64"
     if not kind.startswith(("int", "uint")):
@@ -463,24 +448,15 @@ def _parquet(path: Path, image_column: str | None, label_column: str | None) -> 
     source = _Source(path, [], [], tuple(classes) if classes else None)
     encoded = {image: import_datasets(path).Image(decode=False)}
     for number, row in enumerate(parquet_rows(path, [image, *([label] if label else [])], encoded)):
+        if not (row[image] and row[image]["bytes"]):
+            raise StreamlineError(
+                f"{path}, row {number} contains no image. Expected the bytes of an image in `{image}`. Leave the row "
+                "out, or write the image into it."
+            )
         value = row[label] if label else None
-        source.pictures.append(Picture(f"{path}, row {number}", _content(path, number, row[image])))
+        source.pictures.append(Picture(f"{path}, row {number}", bytes(row[image]["bytes"])))
         source.labels.append(None if value is None or value < 0 else value)
     return source
-
-
-def _content(path: Path, number: int, cell: Mapping[str, Any] | None) -> Path | bytes:
-    """Return the bytes of a cell, or the file beside the Parquet file that it names instead."""
-    data, name = (cell["bytes"], cell["path"]) if cell else (None, None)
-    if not data and name and (beside := path.parent / name).is_file():
-        return beside
-    if not data:
-        reason = f"names the file {name!r}, which does not exist" if name else "is empty"
-        raise StreamlineError(
-            f"{path}, row {number}: the image {reason}. Expected the bytes of an image. Leave the row out, or write "
-            "the image into it."
-        )
-    return bytes(data)
 
 
 def _renumbered(source: _Source, classes: Sequence[str]) -> list[int | None]:

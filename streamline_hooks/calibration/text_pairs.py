@@ -142,21 +142,10 @@ def pair_parts(
 
     Examples
     --------
-    A tokenizer that gives each word a number and ends each text:
-
-    >>> from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    >>> from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
-    >>> words = ["<pad>", "</s>", "<unk>", *map(str, range(40))]
-    >>> core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    >>> core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    >>> core.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>")
-    >>> config = T5Config(vocab_size=43, d_model=8, num_layers=1, num_heads=1, d_kv=8, decoder_start_token_id=0)
-    >>> pairs = [(f"{number} {number}", f"{number}") for number in range(20)]
-    >>> parts = pair_parts(pairs, tokenizer, {"calibration": 8, "test": 4}, T5ForConditionalGeneration(config))
-    >>> row = {name: values[0].tolist() for name, values in parts["test"][0].items()}
-    >>> row["input_ids"], row["decoder_input_ids"], row["labels"]
-    ([16, 16, 1], [0, 16], [16, 1])
+    >>> from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    >>> model = AutoModelForSeq2SeqLM.from_pretrained("t5-small")  # doctest: +SKIP
+    >>> tokenizer = AutoTokenizer.from_pretrained("t5-small")  # doctest: +SKIP
+    >>> parts = pair_parts(pairs, tokenizer, {"calibration": 128, "test": 64}, model)  # doctest: +SKIP
     """
     check_counts(counts, "pairs", batch_size)
     for name, length in (("source_length", source_length), ("target_length", target_length)):

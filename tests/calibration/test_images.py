@@ -133,19 +133,6 @@ class TestRead:
         assert (images.labels, images.classes) == ((0, 1, 1, 0, 0, 1), ("b", "a"))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["written.parquet"]
 
-    def test_cells_that_name_files(self, tmp_path: Path) -> None:
-        save(tmp_path / "images" / "7.png", picture(7))
-        path = parquet(
-            tmp_path / "a.parquet",
-            {
-                "image": [
-                    {"bytes": None, "path": "images/7.png"},
-                    {"bytes": encoded(picture(8)), "path": "images/7.png"},
-                ]
-            },
-        )
-        assert [number_of(image) for image in read_images(path)] == [7, 8]
-
     @pytest.mark.parametrize("unknown", [-1, None])
     def test_labels_that_are_not_known(self, tmp_path: Path, unknown: int | None) -> None:
         pa = pytest.importorskip("pyarrow")
@@ -204,35 +191,19 @@ class TestRead:
             read_images([])
 
     @pytest.mark.parametrize(
-        ("columns", "options", "message"),
+        ("columns", "message"),
         [
-            ({"photo": [b"x"], "id": [1]}, {}, r"\['id', 'photo'\].*Expected `image`.*image_column"),
-            ({"image": [3]}, {}, r"a\.parquet cannot be read.*int64.*Expected"),
-            ({"image": [{"path": "x"}]}, {}, r"row 0.*'x', which does not exist.*Expected"),
-            ({"image": ["x"]}, {}, r"row 0.*'x', which does not exist.*Expected"),
-            ({"image": [b"x"], "label": ["cat"]}, {}, r"`label`.*string.*Expected"),
-            ({"image": [b"x"]}, {"image_column": "photo"}, r"\['image'\].*`photo`"),
-            ({"image": [b"x"]}, {"label_column": "fine"}, r"\['image'\].*`fine`"),
-            ({"image": [b"x", None]}, {}, r"a\.parquet, row 1.*empty.*Expected"),
-            (
-                {"image": [{"bytes": None, "path": "gone.png"}, {"bytes": b"x", "path": None}]},
-                {},
-                r"a\.parquet, row 0.*'gone\.png'.*not exist",
-            ),
+            ({"photo": [b"x"], "id": [1]}, r"\['id', 'photo'\].*Expected.*`image` or `img`.*Rename"),
+            ({"image": [3]}, r"a\.parquet cannot be read.*int64.*Expected"),
+            ({"image": [{"path": "x"}]}, r"row 0 contains no image.*Expected"),
+            ({"image": ["x"]}, r"row 0 contains no image.*Expected"),
+            ({"image": [b"x"], "label": ["cat"]}, r"`label`.*string.*Expected"),
+            ({"image": [b"x", None]}, r"a\.parquet, row 1 contains no image.*Expected"),
         ],
     )
-    def test_parquet_that_is_refused(
-        self, tmp_path: Path, columns: dict[str, Any], options: dict[str, Any], message: str
-    ) -> None:
-        path = parquet(tmp_path / "a.parquet", columns)
+    def test_parquet_that_is_refused(self, tmp_path: Path, columns: dict[str, Any], message: str) -> None:
         with pytest.raises(StreamlineError, match=message):
-            read_images(path, **options)
-
-    def test_named_columns(self, tmp_path: Path) -> None:
-        data = {"photo": [encoded(picture(3))], "fine": [5], "label": [1]}
-        path = parquet(tmp_path / "a.parquet", data)
-        images = read_images(path, image_column="photo", label_column="fine")
-        assert (number_of(images[0]), images.labels) == (3, (5,))
+            read_images(parquet(tmp_path / "a.parquet", columns))
 
     def test_missing_packages(self, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "a.parquet").write_bytes(b"x")
