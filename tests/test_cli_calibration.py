@@ -60,8 +60,8 @@ def test_a_mixture_of_what_is_there_and_what_the_model_writes(
     cached = sorted(output.parent.glob("self-generated-*.jsonl"))
     assert len(cached) == 2
     rows = [json.loads(line) for file in cached for line in file.read_text().splitlines()]
-    whole = [row["conversation"] for row in rows if "conversation" in row]
-    assert len(whole) > len(rows) / 4 and all(text.startswith("<s>") and "Once upon a time" in text for text in whole)
+    whole = [row["text"] for row in rows if row["text"].startswith("<s>")]
+    assert len(whole) > len(rows) / 4 and all("Once upon a time" in text for text in whole)
     report = json.loads((output / "report.json").read_text())
     assert any("calibration is self 192" in note for note in report["data"]["notes"])
 
