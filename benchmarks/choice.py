@@ -21,9 +21,7 @@ from benchmarks.real_text import BATCH, RESULTS, SEQUENCE, arguments, scored_tex
 from streamline_hooks import (
     SEARCHES,
     MixedSearch,
-    OneShotSearch,
     Selection,
-    WindowSearch,
     profile,
     score_windows,
     verified,
@@ -33,7 +31,6 @@ from streamline_hooks.preparation import held_out_apart
 from streamline_hooks.pretrained import load_pretrained
 from streamline_hooks.selection import Attempt, VerifiedSelection, perplexity_of_attempts, windows
 from streamline_hooks.selection.criteria import SHORTLIST as SHORTLIST_CRITERION
-from streamline_hooks.selection.search import evolution
 from streamline_hooks.stack import find_stack
 
 FILE = RESULTS / "choice.json"
@@ -48,7 +45,7 @@ SHORTLIST, FEW = 8, 4  # windows that are verified; sequences that a search runs
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--sizes", default="4,6,8,10,12")
-    parser.add_argument("--searches", default="disjoint,one-shot,greedy,evolution")
+    parser.add_argument("--searches", default="disjoint,one-shot,greedy")
     options = parser.parse_args()
     known = json.loads(EXHAUSTIVE.read_text())
     sizes = [size for size in map(int, options.sizes.split(",")) if str(size) in known["sizes"]]
@@ -152,13 +149,7 @@ class Bench:
         problem = config.problem(
             windows(len(self.stack), size), len(self.stack), profile=self.profile, model=self.model, batches=few
         )
-        if search == "evolution":
-            one_by_one = batches_of(self.split.calibration[:FEW], 1)
-            seeds = [*WindowSearch().find(problem), *OneShotSearch().find(problem)]
-            found = evolution(self.model, one_by_one, seeds, generations=3, offspring=6, stages=((SEQUENCE, 2),))[0]
-        else:
-            found = config.find(problem)[0]
-        return self.outcome(found)
+        return self.outcome(config.find(problem)[0])
 
     def outcome(self, found: Selection) -> dict[str, Any]:
         """Perplexity of a selection, removed and repaired."""

@@ -147,7 +147,7 @@ def test_the_seed_reaches_what_a_network_starts_from(stories: tuple[Any, Any], s
     assert not torch.equal(first, second) and torch.equal(second, third)
 
 
-@pytest.mark.parametrize("search", ["disjoint", "one-shot", "mixed", "greedy", "evolution", "attention"])
+@pytest.mark.parametrize("search", ["disjoint", "one-shot", "mixed", "greedy", "attention"])
 def test_every_search_ends_in_a_model(
     search: str, story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path
 ) -> None:

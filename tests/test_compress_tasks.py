@@ -252,7 +252,7 @@ def test_the_search_is_told_the_task() -> None:
         asked.append(str(self))
         return answers(self, output, given)
 
-    for options in ({"criterion": "kl"}, {"search": "evolution"}, {"search": "greedy", "criterion": "kl"}):
+    for options in ({"criterion": "kl"}, {"search": "greedy", "criterion": "kl"}):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Task, "answers", watched)
             compress(

@@ -19,7 +19,6 @@ from streamline_hooks.cli.short_forms import parse_healing
 from streamline_hooks.pipeline import one_round
 from streamline_hooks.repair import DistillationConfig, HealingConfig, TrainingCallback
 from streamline_hooks.repair import training as repair_training
-from streamline_hooks.selection import EvolutionSearch
 from streamline_hooks.testing import tiny_model
 from tests.configured import arguments, configured
 from tests.training_callbacks import BeforeSteps, RaiseAt
@@ -315,31 +314,6 @@ def test_a_time_that_ends_while_the_original_is_run_leaves_no_step(
     assert result.training is not None and result.training.steps == 0
     assert "training made no step" in result.warnings[0]
     assert result.perplexities["trained"] == pytest.approx(result.perplexities["repaired"], rel=1e-4)
-
-
-def test_a_search_that_may_halve_blocks_leaves_them_whole_where_they_are_trained(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """What it found best was left out in silence, and all of it may have been, after the whole search."""
-    batches = [torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(k)) for k in range(8)]
-    parts = {"calibration": batches[:5], "validation": batches[5:7], "test": batches[7:]}
-    found: dict[bool, list[Any]] = {}
-    search = EvolutionSearch.find
-    for training in (None, TRAINING):
-
-        def kept(*given: Any, trained: bool = training is not None) -> Any:
-            found[trained] = search(*given)
-            return found[trained]
-
-        monkeypatch.setattr(EvolutionSearch, "find", kept)
-        compress(
-            tiny_model("llama"),
-            None,
-            parts,
-            configured(remove=2, search="evolution", shortlist=4, distillation=training, speed=False, generation=False),
-        )
-    assert any(one.silenced for one in found[False]), "nothing was halved, so that this shows nothing"
-    assert len(found[True]) == 4 and not any(one.silenced for one in found[True])
 
 
 def test_states_alone_can_be_trained_for(story_model: tuple[Any, Any], story_texts: list[str]) -> None:

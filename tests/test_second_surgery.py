@@ -27,9 +27,7 @@ from streamline_hooks.cli.short_forms import parse_healing
 from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.repair import BlockConfig, DistillationConfig, FoldedConfig, fit_windows, place
 from streamline_hooks.repair.branch_linear import fit_branch_linear
-from streamline_hooks.selection import Selection
 from streamline_hooks.selection.criteria.taylor import block_saliency
-from streamline_hooks.selection.search import evolution
 from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced
 from streamline_hooks.testing import tiny_model
 from tests.configured import arguments, configured
@@ -208,12 +206,6 @@ def test_branches_that_are_silent_already_are_not_given_up_again() -> None:
     assert len(first | second) == 4
     with pytest.raises(StreamlineError, match=r"5 attention.*4 can"):
         compress(model, None, PARTS, **arguments(**{**options, "remove": 5}))
-    silent = {(k, "attention") for k in first | second}
-    seeds = [Selection((), ((k, "mlp"),)) for k in (2, 3)]
-    for one in evolution(model, [BATCH], seeds, generations=3, offspring=6, stages=()):
-        assert not silent & set(one.silenced)
-    with pytest.raises(StreamlineError, match=rf"block {min(first)}"):
-        evolution(model, [BATCH], [Selection((), ((min(first), "attention"),))], generations=1, offspring=2)
 
 
 def test_nothing_is_folded_in_front_of_a_splice() -> None:

@@ -68,8 +68,8 @@ Search = Annotated[
     str,
     typer.Option(
         help="What is looked for: one window, several disjoint ones, the best single blocks (one-shot), the best of "
-        "these three (mixed), one block after the other (greedy), what an evolutionary search finds (evolution), or as "
-        "many attentions or MLPs alone, which are silenced (attention, mlp). By default window, or what a preset says."
+        "these three (mixed), one block after the other (greedy), or as many attentions or MLPs alone, which are "
+        "silenced (attention, mlp). By default window, or what a preset says."
     ),
 ]
 Parts = Annotated[int, typer.Option(help="Windows to find with --search disjoint.", min=1)]

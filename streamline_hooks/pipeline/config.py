@@ -138,8 +138,8 @@ class CompressionConfig(Config):
         Seconds after the start of the compression at which training ends, with its best weights so far. By default it
         makes all its steps. The result of a limited training depends on the speed of the machine.
     seed : int
-        Seed of the division of the data, of random initial weights, of the order of training, and of the evolutionary
-        search. 0 by default; a `seed` of `repair` or `distillation` takes its place there.
+        Seed of the division of the data, of random initial weights and of the order of training. 0 by default; a
+        `seed` of `repair` or `distillation` takes its place there.
     task : Task, optional
         What the model is for. By default what its class says, see `Task.of`.
     stack : str, optional

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from streamline_hooks import DisjointSearch, EvolutionSearch, StreamlineError, Target, WindowSearch
+from streamline_hooks import DisjointSearch, StreamlineError, Target, WindowSearch
 from streamline_hooks.cli.short_forms import parse_criterion, parse_search, parse_target
 
 
@@ -44,7 +44,6 @@ def test_amounts_out_of_range(text: str) -> None:
 def test_searches() -> None:
     assert parse_search("window") == WindowSearch()
     assert parse_search(" disjoint : windows=3 , shortlist=4") == DisjointSearch(windows=3, shortlist=4)
-    assert parse_search("evolution:generations=2,offspring=4") == EvolutionSearch(generations=2, offspring=4)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,6 @@ RUNS: dict[str, Run] = {
     "search/one-shot": _search("one-shot", kind="linear", criterion="kl"),
     "search/mixed": _search("mixed", kind="linear", parts=2),
     "search/greedy": _search("greedy", kind="none", criterion="kl"),
-    "search/evolution": _search("evolution", kind="none", data="few batches", shortlist=4),
     "search/attention": _search("attention", kind="linear"),
     "search/mlp": _search("mlp", kind="linear"),
     # Each preset, on documents.

@@ -2,7 +2,6 @@
 
 from streamline_hooks.repair import Repair
 from streamline_hooks.selection.search.disjoint import disjoint_windows
-from streamline_hooks.selection.search.evolution import evolution
 from streamline_hooks.selection.search.greedy import greedy
 from streamline_hooks.selection.search.one_shot import one_shot
 from streamline_hooks.selection.search.selected import ScoredWindow, Scorer, Selection
@@ -18,7 +17,6 @@ __all__ = [
     "VerifiedSelection",
     "best_windows",
     "disjoint_windows",
-    "evolution",
     "greedy",
     "one_shot",
     "ranked",

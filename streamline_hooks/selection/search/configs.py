@@ -15,7 +15,6 @@ from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair import ReplacementConfig
 from streamline_hooks.selection.criteria import SHORTLIST, Criterion, criterion_of
 from streamline_hooks.selection.search.disjoint import disjoint_windows
-from streamline_hooks.selection.search.evolution import evolution
 from streamline_hooks.selection.search.greedy import greedy
 from streamline_hooks.selection.search.one_shot import one_shot
 from streamline_hooks.selection.search.problem import SearchProblem
@@ -371,54 +370,6 @@ class GreedySearch(SearchConfig):
         return greedy(
             model, batches, problem.criterion, problem.count, keep=problem.keep, stack=problem.stack, task=problem.task
         )
-
-
-@register_search
-@dataclass(frozen=True)
-class EvolutionSearch(SearchConfig):
-    """Improve the best windows and the best single blocks by an evolutionary search (EvoPress, arXiv 2410.14649).
-
-    It removes attentions and MLPs alone too, unless the replacement is trained. Fitness is KL to the original; the
-    criterion chooses only the selections to start from. See `evolution`.
-
-    Attributes
-    ----------
-    generations : int
-        Number of generations, 1 or more. The default is 10, half of `evolution`'s, since the start is good already.
-    offspring : int
-        Children in each generation, 1 or more. The default is 16, half of `evolution`'s, for the same reason.
-    tokens : int
-        Tokens of calibration text that selections are judged on, 4 or more; children are judged on a quarter of them
-        first. The default is 8,192, as in the second stage of `evolution`.
-
-    Other fields are those of `SearchConfig`.
-    """
-
-    kind = "evolution"
-    bounds: ClassVar[Mapping[str, Bound]] = {"shortlist": 1, "generations": 1, "offspring": 1, "tokens": 4}
-    runs_model = True
-    generations: int = 10
-    offspring: int = 16
-    tokens: int = 8_192
-
-    def find(self, problem: SearchProblem) -> list[Selection]:
-        model, _ = problem.running()
-        single = best_windows(problem.score, problem.candidates)[: problem.best]
-        seeds = list(dict.fromkeys([*single, *_one_shot(problem)]))
-        found = evolution(
-            model,
-            problem.beginning(self.tokens) or [],
-            seeds,
-            generations=self.generations,
-            offspring=self.offspring,
-            stages=((self.tokens // 4, 4),),
-            keep=problem.keep,
-            branches=problem.branches,
-            seed=problem.seed,
-            stack=problem.stack,
-            task=problem.task,
-        )
-        return found[: problem.best]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from streamline_hooks import (
     AttentionSearch,
     Criterion,
     DisjointSearch,
-    EvolutionSearch,
     GreedySearch,
     LinearConfig,
     MixedSearch,
@@ -70,7 +69,6 @@ def refused(search: Callable[[], SearchConfig]) -> bool:
 
 
 COMMON: dict[str, Value] = {"criterion": "last_n", "keep": (-2, 1, 6), "shortlist": 1}
-FEW = {"generations": 1, "offspring": 2, "tokens": 96}
 # For each search, a value of each field that finds other blocks than the default; the two that are refused below.
 ALTERNATIVES: dict[str, dict[str, Value]] = {
     "window": COMMON,
@@ -78,7 +76,6 @@ ALTERNATIVES: dict[str, dict[str, Value]] = {
     "one-shot": COMMON,
     "mixed": {**COMMON, "windows": 3},
     "greedy": {**COMMON, "shortlist": 2},
-    "evolution": {**COMMON, "generations": 8, "offspring": 6, "tokens": 48},
     "attention": {**COMMON, "criterion": "kl"},
     "mlp": {**COMMON, "criterion": "kl"},
 }
@@ -87,7 +84,7 @@ REFUSED = {("greedy", "shortlist"), ("attention", "criterion"), ("mlp", "criteri
 
 
 def plain(kind: str) -> SearchConfig:
-    return SEARCHES[kind](**(FEW if kind == "evolution" else {}))
+    return SEARCHES[kind]()
 
 
 def has_effect(search: SearchConfig, field: str, value: Value) -> bool:
@@ -159,9 +156,6 @@ def test_weights_are_those_of_a_combination_by_rank() -> None:
         ({"kind": "disjoint", "windows": True}, "windows=True.*Expected int"),
         ({"kind": "mixed", "windows": 1}, "windows=1.*at least 2"),
         ({"kind": "greedy", "shortlist": 4}, "shortlist=4.*Expected 1.*Leave it out"),
-        ({"kind": "evolution", "generations": 0}, "generations=0.*at least 1"),
-        ({"kind": "evolution", "offspring": 0}, "offspring=0.*at least 1"),
-        ({"kind": "evolution", "tokens": 3}, "tokens=3.*at least 4"),
         ({"kind": "attention", "criterion": "kl"}, "criterion='kl'.*Expected 'cosine'.*Leave it out"),
         ({"kind": "mlp", "criterion": {"cosine": 1.0, "kl": 1.0}}, "criterion=.*Expected 'cosine'"),
     ],
@@ -194,7 +188,6 @@ def test_targets_that_fit() -> None:
         (WindowSearch(), BlockConfig(count=2), 2),
         (DisjointSearch(windows=3), BlockConfig(), 3),
         (AttentionSearch(), BlockConfig(), 0),
-        (EvolutionSearch(), LinearConfig(), 0),
     ]
     for search, replacement, slots in taken:
         assert search.slots(replacement) == slots
