@@ -2,9 +2,9 @@
 
     python -m benchmarks.plan
 
-By `streamline_hooks.planning`, from the shapes of Llama-3-70B and of a mixture of 400 billion parameters (the text part
-of Llama 4 Maverick: 128 experts in every second block, of which a token goes to one), without a weight of either. The
-table goes to ``benchmarks/results/plan.md``. `benchmarks.scale` holds the same formula against runs that were timed.
+By `streamline_hooks.pipeline.flops`, from the shapes of Llama-3-70B and of a mixture of 400 billion parameters (the
+text part of Llama 4 Maverick: 128 experts in every second block, of which a token goes to one), without a weight of
+either. The table goes to ``benchmarks/results/plan.md``. `benchmarks.scale` compares the same formula with timed runs.
 """
 
 from __future__ import annotations
@@ -13,11 +13,21 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig, LlamaConfig, PreTrainedModel
 
 from benchmarks.real_text import RESULTS
-from streamline_hooks.planning import Asked, h100, plan_blockwise
+from streamline_hooks import CompressionConfig, DataConfig
+from streamline_hooks.pipeline.flops import Rates, StageWork, blockwise_work
+from streamline_hooks.pipeline.plan import duration
 from streamline_hooks.stack import find_stack
 
-ASKED = {"calibration": 1_000_000, "validation": 16_384, "test": 65_536, "sequence_length": 2048, "memory": 64 * 10**9}
-BYTES_A_WEIGHT = 2  # bfloat16
+CONFIG = CompressionConfig(
+    data=DataConfig(sequence_length=2048, calibration_tokens=1_000_000, validation_tokens=16_384, test_tokens=65_536)
+)
+MEMORY = 64 * 10**9  # bytes of states
+ITEMSIZE = 2  # bfloat16
+
+
+def h100(processes: int = 1) -> Rates:
+    """NVIDIA H100 SXM at 40 % of its data sheet, with an assumed rate of eigendecompositions and one NVMe drive."""
+    return Rates(0.4 * 989e12, 0.4 * 67e12, eigen=3e11, read=3e9, write=2e9, processes=processes)
 
 
 def llama_3_70b() -> PreTrainedModel:
@@ -51,11 +61,24 @@ def mixture_of_400b() -> PreTrainedModel:
     return Llama4ForCausalLM(config)
 
 
+def table(stages: list[StageWork], rates: Rates) -> str:
+    """Return the stages as Markdown."""
+    lines = [
+        "| stage | reads | writes | states | FLOPs | in float64 | time |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for one in stages:
+        sizes = " | ".join(f"{size / 1e9:.1f} GB" for size in (one.read, one.written, one.states))
+        flops = f"{one.products:.1e} | {one.float64 + one.eigen:.1e}"
+        lines.append(f"| {one.name} | {sizes} | {flops} | {duration(one.seconds(rates))} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     one, eight = h100(), h100(8)
     lines = [
-        f"A quarter of the blocks removed and repaired in closed form, on {ASKED['calibration']:,} tokens in "
-        f"sequences of {ASKED['sequence_length']:,}, in bfloat16, {ASKED['memory'] // 10**9} GB of states in "
+        f"A quarter of the blocks removed and repaired in closed form, on {CONFIG.data.calibration_tokens:,} tokens in "
+        f"sequences of {CONFIG.data.sequence_length:,}, in bfloat16, {MEMORY // 10**9} GB of states in "
         "memory and the rest in files. Computed, not run: an H100 at 40 % of its data sheet (989 TFLOP/s in bfloat16, "
         "67 in float64), "
         f"a disk that reads {one.read / 1e9:.0f} GB/s and writes {one.write / 1e9:.0f} GB/s; the times of the stages "
@@ -65,11 +88,14 @@ def main() -> None:
     for name, make in (("Llama-3-70B", llama_3_70b), ("a mixture of 400 billion", mixture_of_400b)):
         with init_empty_weights(include_buffers=True):
             stack = find_stack(make())
-        plan = plan_blockwise(stack, Asked(**ASKED, window=len(stack) // 4), bytes_a_weight=BYTES_A_WEIGHT)
+        stages, resident = blockwise_work(stack, CONFIG, len(stack) // 4, memory=MEMORY, itemsize=ITEMSIZE)
         hours = " and ".join(
-            f"{plan.seconds(rates) / 3600:.2f} h on {n}" for n, rates in (("one", one), ("eight", eight))
+            f"{sum(stage.seconds(rates) for stage in stages) / 3600:.2f} h on {n}"
+            for n, rates in (("one", one), ("eight", eight))
         )
-        lines += ["", f"**{name}**: {plan}; {hours}.", "", plan.table(one)]
+        parameters = sum(p.numel() for p in stack.model.parameters())
+        about = f"{parameters / 1e9:.2f} billion parameters, at most {resident / 1e9:.1f} GB in memory"
+        lines += ["", f"**{name}**: {about}; {hours}.", "", table(stages, one)]
     text = "\n".join([*lines, "", "Made by `python -m benchmarks.plan`.", ""])
     (RESULTS / "plan.md").write_text(text)
     print(text)

@@ -54,10 +54,10 @@ from streamline_hooks import (
 )
 from streamline_hooks.batch import batches_of
 from streamline_hooks.calibration import TokenSplit, self_generated, with_repeated_passages
+from streamline_hooks.pipeline.plan import measure_training
 from streamline_hooks.preparation import held_out_apart
 from streamline_hooks.pretrained import load_pretrained
 from streamline_hooks.repair import Student
-from streamline_hooks.repair.training_pace import measure_training_pace
 from streamline_hooks.selection import windows
 from streamline_hooks.selection.search.selected import runs
 from streamline_hooks.stack import find_stack
@@ -209,10 +209,10 @@ class Bench:
             for name in alike:
                 recipe = replace(RECIPES[name], warm=False)  # which is as fast, and there at once
                 student = self.started(recipe, run, self.windows(removed, recipe), text)
-                pace = measure_training_pace(
+                pace = measure_training(
                     student, batches, apart, settings[name], hardware=HARDWARE, clock=time.process_time
                 )
-                took[name].append(pace.original + pace.step)
+                took[name].append(pace.once + pace.step)
         middle = {name: statistics.median(seconds) for name, seconds in took.items()}
         return {name: seconds / middle["best"] for name, seconds in middle.items()}
 

@@ -170,27 +170,21 @@ def write_step(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def plan_step(options: argparse.Namespace) -> dict[str, float]:
-    """Seconds of each step by `streamline_hooks.planning`, from one block of the checkpoint that is read and run."""
+    """Seconds of each step by the FLOPs and bytes of the model, and the rates of its first block."""
+    from streamline_hooks import HardwareConfig
     from streamline_hooks.blockwise import open_checkpoint
-    from streamline_hooks.planning import Asked, plan_blockwise, rates_here
+    from streamline_hooks.pipeline.flops import blockwise_work
+    from streamline_hooks.pipeline.plan import measure_rates
     from streamline_hooks.selection import blocks_to_remove
     from streamline_hooks.stack import find_stack
 
-    config = compression_of(options.tokens)
-    data, stack = config.data, find_stack(open_checkpoint(options.folder / options.shape))
-    asked = Asked(
-        calibration=data.calibration_tokens,
-        validation=data.validation_tokens,
-        test=data.test_tokens,
-        sequence_length=data.sequence_length,
-        window=blocks_to_remove(config.target, len(stack)),
-        shortlist=config.search.shortlist,
-        memory=STATES,
-    )
-    rates = rates_here(stack, {"input_ids": torch.zeros(4, data.sequence_length, dtype=torch.long)}, options.folder)
-    seconds = {stage.name: stage.seconds(rates) for stage in plan_blockwise(stack, asked).stages}
+    config = replace(compression_of(options.tokens), hardware=HardwareConfig(batch_size=4))
+    stack = find_stack(open_checkpoint(options.folder / options.shape))
+    rates = measure_rates(stack, config, options.folder)
+    stages, _ = blockwise_work(stack, config, blocks_to_remove(config.target, len(stack)), memory=STATES)
+    seconds = {stage.name: stage.seconds(rates) for stage in stages}
     seconds["rank"] += seconds.pop("check")  # it is the profile that checks
-    return seconds | {f"rate of {name}": getattr(rates, name) for name in ("products", "sums", "read", "write")}
+    return seconds | {f"rate of {name}": getattr(rates, name) for name in ("products", "float64", "read", "write")}
 
 
 def compress_step(options: argparse.Namespace) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ from streamline_hooks.surgery.forward_state import evaluation_mode, preserve_for
 from streamline_hooks.surgery.hazards import find_hazards, position_bias_owners
 from streamline_hooks.surgery.splice import BEFORE, set_splices, spliced
 from streamline_hooks.watched_mask import WatchedMask
+
+_HIDDEN = ContextVar("_HIDDEN", default=False)
 
 
 @contextmanager
@@ -150,12 +153,23 @@ def head_on_last(model: nn.Module, places: int) -> dict[str, int]:
     return {"logits_to_keep": places} if "logits_to_keep" in forward_arguments(model) else {}
 
 
+@contextmanager
+def without_progress() -> Iterator[None]:
+    """Show no progress bars inside."""
+    token = _HIDDEN.set(True)
+    try:
+        yield
+    finally:
+        _HIDDEN.reset(token)
+
+
 def progress(total: int, what: str, unit: str = "tok", done: int = 0) -> tqdm[Any]:
     """A bar for a long step, which counts tokens; ``TQDM_DISABLE=1`` silences it.
 
     Of several processes only the first draws it, and counts its own.
     """
-    silent = {"disable": True} if here().rank else {}  # for the first it stays what the environment says
+    hidden = here().rank or _HIDDEN.get()
+    silent = {"disable": True} if hidden else {}  # for the first it stays what the environment says
     return tqdm(
         total=total,
         initial=done,

@@ -221,28 +221,24 @@ def test_a_dry_run_says_the_cost_and_does_nothing(
     options = ["compress", stories_folder, "-o", tmp_path / "out", *SMALL, "--remove", 1, "--dry-run"]
     code, out, err = run(options, monkeypatch, capsys)
     assert code == 0 and "remove     1 comes to 1 of 5 blocks" in out
-    of_text = ("rank: ", "fit ", "judge ", "perplexity, 2 times: ", "measure up to 3 candidates: ")
-    for part in (*of_text, "in all up to about ", "GB above the model"):
-        assert part in out, part
+    stages = [line.split()[0] for line in out.splitlines()[-9:]]
+    assert stages == ["stage", "prepare", "rank", "fit", "verify", "evaluate", "generate", "save", "total"]
     assert list(tmp_path.iterdir()) == [] and "judge" not in err
     code, out, _ = run([*options, "--kind", "block:count=2"], monkeypatch, capsys)
     assert code == 0 and "remove     1 comes to 3 of 5 blocks (60.0%), block:count=2 in their place (" in out
     assert "FLOPs a token, 2 slots)" in out
     code, out, _ = run(["rank", stories_folder, *RANK, "--dry-run"], monkeypatch, capsys)
-    assert code == 0 and out.startswith("rank: ") and "length" not in out
+    assert code == 0 and out.splitlines()[1].startswith("rank ") and "length" not in out
 
 
 def test_a_dry_run_says_what_rounds_cost(
     stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["compress", stories_folder, "-o", tmp_path / "out", *SMALL, "--remove", 3, "--dry-run", "--train", "kl"]
-    code, once, err = run(options, monkeypatch, capsys)
-    assert code == 0 and "perplexity, 2 times: " in once, err
     code, out, err = run([*options, "--rounds", 2], monkeypatch, capsys)
     assert code == 0 and "rounds     2, of 2, 1 blocks" in out and "remove     3 comes to 3 of 5 blocks" in out, err
-    assert "judge 4 windows, 2 times: " in out and "perplexity, 4 times: " in out and "train, 2 times: " in out
-    apart = ["--rounds", 2, "--search", "disjoint"]
-    code, out, err = run([*options, *apart], monkeypatch, capsys)
+    assert "\ntrain " in out
+    code, out, err = run([*options, "--rounds", 2, "--search", "disjoint"], monkeypatch, capsys)
     assert code == 2 and re.search(r"1 block .*2 windows.*Remove more, at a time", err), out
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from streamline_hooks import compress
-from streamline_hooks.cli.budget import said_again
-from streamline_hooks.planning import training_plan_here
+from streamline_hooks import StreamlineError, compress
+from streamline_hooks.cli.short_forms import parse_duration
+from streamline_hooks.pipeline import plan
 from tests.commands import run
 from tests.training_callbacks import RaiseAt
 
@@ -43,101 +43,105 @@ def command(
     return call
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("10m", 600), ("1h", 3600), ("90s", 90), ("1h30m", 5400), (" 1.5H ", 5400), ("1h 2m 3s", 3723), ("0h5m", 300)],
+)
+def test_a_span_of_time_is_read(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["10", "m", "-5m", "1d", "10m1h", "", "0m", "1:30", "ten minutes", "1e3s", "5mm"])
+def test_anything_else_is_refused(text: str) -> None:
+    with pytest.raises(StreamlineError, match=r"Expected.*10m.*1h"):
+        parse_duration(text)
+
+
 def test_a_dry_run_says_the_plan_and_writes_nothing(command: Command, tmp_path: Path) -> None:
     code, out, err = command("--budget", "1h", "--dry-run")
     assert code == 0, err
     lines = out.splitlines()
     assert lines[0].startswith("budget     60.0 min: swiglu, trained on ")
-    assert lines[1].startswith("products   of the training in ")
-    for stage in ("plan", "prepare", "rank", "verify", "measure", "train", "compare", "save"):
-        assert f"{stage} " in lines[2], stage
-    assert "suffices for " in lines[3] and "seen 4 times, so that it will end earlier" in lines[3]
-    assert lines[4].startswith("resume     after an interruption, in the place of --budget and --keep: --preset best ")
+    assert lines[1].startswith("text       ends after")
+    stages = ["plan", "prepare", "rank", "fit", "verify", "train", "evaluate", "generate", "save", "total"]
+    assert [line.split()[0] for line in lines[2:]] == ["stage", *stages, "resume"]
     assert not (tmp_path / "out").exists() and "train on" not in err
 
 
 def test_what_is_planned_is_done(command: Command, tmp_path: Path) -> None:
     code, out, err = command("--budget", "1h", "--batch-size", 4, "--test-tokens", 320)
     assert code == 0, err
-    lines = out.splitlines()
-    assert lines[0].startswith("budget") and "scored on 320" in lines[0], "a plan comes before all else"
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     data, trained = report["data"], report["training"]
-    assert f"trained on {data['calibration_tokens']:,} tokens 4 times" in lines[0]
-    assert (
-        f"chosen and fitted on {data['fitting_tokens']:,} of them, judged on {data['validation_tokens']:,}" in lines[0]
-    )
+    assert f"trained on {data['calibration_tokens']:,} tokens, 4 epochs" in out.splitlines()[0]
+    assert f"fitted on {data['fitting_tokens']:,}, verified on {data['validation_tokens']:,}, tested on 320\n" in out
     assert data["test_tokens"] == 320
-    taken = next(line for line in lines if line.startswith("taken "))
-    assert taken.index("% of the budget") < taken.index("plan ") < taken.index("train ") < taken.index("save ")
+    assert re.search(r"\ntaken      \d+\.\d min, \d+% of the budget", out)
     assert trained["tokens"] == 4 * data["calibration_tokens"] and trained["stopped"] == ""
     assert report["kind"] == "swiglu" and report["plan"]["removed"] != [4], "nothing behind it could be healed"
     assert not (tmp_path / "out.training").exists()
 
 
-def test_what_was_planned_is_gone_on_with_as_it_was_said(
+def test_an_interrupted_training_is_resumed_with_the_options_of_the_plan(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where a plan made now would be another one: all that the plan decided is in the line."""
+    """Also if a plan made now would be another one: all that the plan decided is in the line."""
 
     class Killed(BaseException):
         pass
 
-    made: list[Any] = []
-    make = training_plan_here.plan_training
+    made = plan.plan_training
 
     def planned(*given: Any, **options: Any) -> Any:
-        plan = make(*given, **options)
-        killed = replace(plan.asked.distillation, checkpoint_minutes=0.0)
-        made.append(
-            replace(
-                plan, budget=600.0, asked=replace(plan.asked, distillation=killed),
-                sizes=replace(plan.sizes, epochs=1, validations=3),
-            )
-        )  # fmt: skip
-        return made[-1]
+        found = made(*given, **options)
+        training = replace(found.config.distillation, checkpoint_minutes=0.0, epochs=1, validations=3)
+        return replace(found, config=replace(found.config, distillation=training))
 
-    monkeypatch.setattr("streamline_hooks.planning.plan_training", planned)
+    monkeypatch.setattr(plan, "plan_training", planned)
     few = ("--shortlist", 2, "--keep", 0)
+    said: list[str] = []
     with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("typer.echo", lambda line="", **options: said.append(line))
         killed = partial(compress, callbacks=[RaiseAt(5, Killed)])
         patch.setattr(import_module("streamline_hooks.pipeline.compress"), "compress", killed)
         command("--budget", "1h", *few)
-    options = said_again(made[0], "best").partition("--budget and --keep: ")[2].split()
+    line = next(line for line in said if line.startswith("resume "))
+    options = line.partition("--budget and --keep: ")[2].split()
     assert "--keep=0,-1" in options
     code, _, err = command(*few[:2], *options)
     assert code == 0, err
-    trained = json.loads((tmp_path / "out" / "report.json").read_text())["training"]
-    assert trained["tokens"] == made[0].sizes.calibration and len(trained["history"]) == 4
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["training"]["tokens"] == report["data"]["calibration_tokens"]
+    assert len(report["training"]["history"]) == 4
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--budget", "10"], r"'10'.*Expected.*units.*10m, 1h, 90s or 1h30m"),
-        (["--budget", "1s"], r"1 s does not suffice.*training on"),
-        (["--kind", "linear"], r"'best'.*--kind would say"),
-        (["--train", "kl", "--heal", "lora"], r"--train and --heal would say; leave one"),
-        (["--preset", "iterative"], r"--preset iterative.*2 rounds"),
-        (["--preset", "none"], r"the config trains nothing"),
-        (["--preset", "llm-streamline-ffn", "--heal", "lora"], r"'llm-streamline-ffn'.*--heal would say"),
+        (["--budget", "1s"], r"1\.0 s does not suffice.*training on"),
+        (["--kind", "linear"], "--budget does not go with --kind:"),
+        (["--train", "kl", "--heal", "lora"], "--train and --heal: .*Leave it out"),
+        (["--preset", "iterative"], "has 2 rounds"),
+        (["--preset", "none"], "trains nothing"),
+        (["--preset", "llm-streamline-ffn", "--heal", "lora"], "go with --heal:"),
         (
             ["--preset", "two-windows", "--remove", "parameters:0.2"],
             r"Search for a window.*preset best",
         ),
-        (["--epochs", "1"], "--epochs would say"),
-        (["--calibration-tokens", "41000"], "--calibration-tokens would say"),
-        (["--fitting-tokens", "640", "--autocast"], "--autocast and --fitting-tokens would say"),
-        (["--learning-rate", "0.1"], "--learning-rate would say"),
+        (["--epochs", "1"], "go with --epochs:"),
+        (["--calibration-tokens", "41000"], "go with --calibration-tokens:"),
+        (["--fitting-tokens", "640", "--autocast"], "--autocast and --fitting-tokens:"),
+        (["--learning-rate", "0.1"], "go with --learning-rate:"),
         (["--memory", "4GB"], r"--memory.*Leave it out.*--calibration-tokens"),
-        (["--resume"], r"one training, from its beginning"),
-        (["--search", "mixed"], "--search would say"),
-        (["--repeated", "0.5"], "--repeated would say"),
-        (["--pack"], "does not go with --pack"),
-        (["--profile", "p"], "does not go with --profile"),
+        (["--resume"], "go with --resume.*from the beginning"),
+        (["--search", "mixed"], "go with --search:"),
+        (["--repeated", "0.5"], "go with --repeated:"),
+        (["--pack"], "go with --pack:"),
+        (["--profile", "p"], "go with --profile:"),
         (["-c", "self"], "does not go with --calibration self"),
         (["-c", "pydoc:0.5,chat:0.5"], "does not go with --calibration chat"),
-        (["--criterion", "kl"], "--criterion would say"),
+        (["--criterion", "kl"], "go with --criterion:"),
         (["--task", "image-classification"], r"--budget.*models that write"),
     ],
 )

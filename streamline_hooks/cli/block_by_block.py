@@ -28,7 +28,7 @@ def takes_more_than(model: str, memory: str) -> int | None:
         If the memory is no size, or was given for what is no folder.
     """
     from streamline_hooks.cli.short_forms import parse_bytes
-    from streamline_hooks.planning.budget import checkpoint_bytes, fits, free_memory
+    from streamline_hooks.pipeline.plan import checkpoint_bytes, fits_in_memory
 
     folder = Path(model)
     allowed = parse_bytes(memory) if memory else None
@@ -40,8 +40,10 @@ def takes_more_than(model: str, memory: str) -> int | None:
             )
         return None
     if allowed is None:
-        allowed = free_memory()
-    return None if fits(folder, allowed) else allowed
+        import psutil  # Accelerate depends on it
+
+        allowed = int(psutil.virtual_memory().available)
+    return None if fits_in_memory(folder, allowed) else allowed
 
 
 def only_whole(required: bool, say: Callable[[str], None], **given: Any) -> bool:
@@ -89,13 +91,12 @@ def compress_block_by_block(
     `text` gives what is calibrated on, and documents to test on or None, for a tokenizer; `packed` says whether it is
     without padding, with several documents in a row.
     """
-    import torch
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     from streamline_hooks.blockwise import compress_checkpoint, open_checkpoint
-    from streamline_hooks.planning import Asked, plan_blockwise, rates_here
-    from streamline_hooks.planning.budget import checkpoint_bytes, states_budget
+    from streamline_hooks.pipeline.flops import blockwise_work
+    from streamline_hooks.pipeline.plan import blockwise_table, checkpoint_bytes, measure_rates, state_budget
     from streamline_hooks.selection import protected_blocks, windows_for
     from streamline_hooks.stack import find_stack
     from streamline_hooks.statistics.chosen_tokens import blocks_run
@@ -109,26 +110,13 @@ def compress_block_by_block(
         protected_blocks(config.search.keep, len(stack)), len(stack)
     )  # what is kept at the end is not run
     checks = 1 + packed + (kept < len(stack))
-    asked = Asked(
-        calibration=config.data.calibration_tokens,
-        validation=config.data.validation_tokens,
-        test=config.data.test_tokens,
-        sequence_length=config.data.sequence_length,
-        window=size,
-        shortlist=config.search.shortlist,
-        memory=0,  # states are kept in the work folder
-        checks=checks,
-    )
-    plan = plan_blockwise(stack, asked)
-    budget = states_budget(plan, memory)
-    tokens = torch.zeros(config.hardware.batch_size, config.data.sequence_length, dtype=torch.long)
-    rates = rates_here(stack, {"input_ids": tokens}, output.parent)
+    stages, resident = blockwise_work(stack, config, size, checks=checks)  # states are kept in the work folder
+    budget = state_budget(resident, memory)
     say(
         f"The weights take {checkpoint_bytes(model) / 1e9:.2f} GB, and {memory / 1e9:.2f} GB of memory are allowed: "
-        "block by block."
+        f"block by block, with {resident / 1e9:.2f} GB beside the states."
     )
-    say(str(plan))
-    say(plan.table(rates))
+    say(blockwise_table(stages, measure_rates(stack, config, output.parent)))
     del opened, stack
     if dry_run:
         return None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from streamline_hooks.cli.block_by_block import compress_block_by_block, only_whole, takes_more_than
 from streamline_hooks.cli.calibration_text import parse_sources, special_option
-from streamline_hooks.cli.given_options import given_or_none, refuse_unused
+from streamline_hooks.cli.given_options import given_or_none, is_given, refuse_unused
 from streamline_hooks.cli.loading import block_numbers, load_model, task_named
 from streamline_hooks.cli.options import (
     BatchSize,
@@ -34,6 +34,9 @@ from streamline_hooks.cli.page import write_page
 from streamline_hooks.cli.processes import launched
 from streamline_hooks.cli.recipe import LEARNING_RATE, VALIDATIONS, Recipe
 from streamline_hooks.errors import StreamlineError
+
+if TYPE_CHECKING:
+    from streamline_hooks.pipeline.config import CompressionConfig
 
 
 def compress(
@@ -201,15 +204,12 @@ def compress(
     from streamline_hooks.calibration import read_documents
     from streamline_hooks.calibration.task_batches import Amounts, task_batches
     from streamline_hooks.checkpoint import require_free
-    from streamline_hooks.cli.budget import PRESET, refuse_beside_budget, said_again
-    from streamline_hooks.cli.dry_run import say_costs
     from streamline_hooks.cli.short_forms import parse_duration, parse_target
     from streamline_hooks.distributed import together
     from streamline_hooks.pipeline.compress import compress as run
     from streamline_hooks.pipeline.config import DataConfig
     from streamline_hooks.pipeline.iterative import blocks_by_round
-    from streamline_hooks.preparation import document_sizes, prepare_compression
-    from streamline_hooks.selection import Target
+    from streamline_hooks.preparation import document_sizes
     from streamline_hooks.stack import find_stack
     from streamline_hooks.statistics import Profile
     from streamline_hooks.trained_selection import training_file
@@ -221,8 +221,8 @@ def compress(
         special = special_option(sources)
         seconds = parse_duration(budget) if budget else 0.0
         if budget:
-            refuse_beside_budget(context, text=special, processes=work.processes.count)
-            preset = preset or PRESET
+            _refuse_beside_budget(context, special)
+            preset = preset or "best"
         if fitting_tokens is not None and not (objective or preset):
             raise StreamlineError("--fitting-tokens leaves the rest of the text to a training; say what for (--train).")
         recipe = Recipe(
@@ -259,6 +259,10 @@ def compress(
             where = "packed rows" if pack else f"what a model for {task} is given"
             say(f"repeated   nothing, in {where}, of what --preset {preset} would say twice")
             config = replace(config, data=replace(config.data, repeated=0.0))
+        if budget:
+            from streamline_hooks.pipeline.plan import check_plannable
+
+            check_plannable(config)
         documents = sources.read() if task.is_of_text and not pack else {}
         test_documents = read_documents(test) if test and task.is_of_text else None
         split = document_sizes(config)
@@ -314,7 +318,7 @@ def compress(
             amounts = Amounts(tokens, of, sequence_length, batch_size, seed)
             text = task_batches(loaded, tokenizer, task, calibration, amounts, say, test)
         if budget:
-            from streamline_hooks.planning import plan_training
+            from streamline_hooks.pipeline.plan import plan_training
 
             size = given_or_none(context, "batch_size") or 1
             plan = plan_training(
@@ -329,24 +333,21 @@ def compress(
                 output=output,
                 say=say,
             )
-            for line in (*plan.lines(), said_again(plan, preset)):
-                say(line)
+            say(plan.table())
+            say(_options_to_resume(plan.config, preset))
             if dry_run:
                 return
             config = plan.config
-
-        def tell_costs() -> None:
-            ready = prepare_compression(loaded, tokenizer, text, config, task=task, test_texts=apart, say=say)
-            ready.require_writable()
-            for line in ready.announcement():
-                typer.echo(line)
-            if config.rounds > 1:
-                first = replace(config, remove=Target(blocks=by_round[0]))
-                ready = prepare_compression(loaded, tokenizer, text, first, task=task, test_texts=apart, say=say)
-            say_costs(ready, profiled=profile is not None, say=typer.echo)
-
         if dry_run:
-            work.of_first(tell_costs)  # the others wait for it, and fail where it does
+            from streamline_hooks.pipeline.plan import estimate_cost
+
+            if not task.is_of_text:
+                say("What this costs is not known beforehand for such a model.")
+                return
+            options = {"profiled": profile is not None, "test_texts": apart, "output": output, "say": say}
+            say(estimate_cost(loaded, tokenizer, text, config, **options).table())
+            if config.search.runs_model or by.needs == "model":
+                say(f"The {config.search.kind} search by {by.name} runs the model besides; its bars say what it costs.")
             return
         result = run(
             loaded,
@@ -360,8 +361,10 @@ def compress(
             resume=resume,
             say=say,
         )
-        for line in ("", result.table(), *([plan.taken(result.seconds)] if budget else [])):
-            say(line)
+        say(f"\n{result.table()}")
+        if budget:
+            taken = sum(result.seconds.values()) + plan.estimate.stages[0].seconds
+            say(f"taken      {taken / 60:.1f} min, {taken / plan.budget:.0%} of the budget")
         say(work.of_first(lambda: write_page(output, result.title, compression=result.report())))
         training = result.training
         interrupted = training is not None and training.interrupted
@@ -377,6 +380,42 @@ def compress(
             )
     if interrupted:  # not inside, where an exit would be a failure of this process
         raise typer.Exit(130)
+
+
+_PLANNED = (
+    "kind", "objective", "heal", "on_policy", "rounds", "epochs", "validations", "learning_rate", "autocast",
+    "criterion", "calibration_tokens", "fitting_tokens", "search", "repeated", "resume", "pack",
+    "parts", "profile_file", "memory",
+)  # fmt: skip
+
+
+def _refuse_beside_budget(context: typer.Context, text: str) -> None:
+    """Raise if options were given that --budget sets itself or does not support; `text` names one for other texts."""
+    flags = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    given = [flags[name] for name in _PLANNED if is_given(context, name)] + [text] * bool(text)
+    if given:
+        raise StreamlineError(
+            f"--budget does not go with {' and '.join(given)}: it plans the recipe of --preset on text that is there, "
+            "from the beginning. Leave it out, or give --calibration-tokens instead of --budget."
+        )
+
+
+def _options_to_resume(config: CompressionConfig, preset: str) -> str:
+    """Return the line that says which options resume a planned training."""
+    data, training, keep = config.data, config.distillation, config.search.keep
+    assert training is not None
+    options = [
+        f"--preset {preset} --epochs {training.epochs:g} --validations {training.validations}",
+        f"--batch-size {config.hardware.batch_size}",
+        *(
+            f"--{part}-tokens {getattr(data, f'{part}_tokens')}"
+            for part in ("calibration", "fitting", "validation", "test")
+        ),
+        *(["--autocast"] if config.hardware.autocast else []),
+        *([f"--keep={','.join(map(str, keep))}"] if keep else []),
+    ]
+    replaced = "--budget and --keep" if keep else "--budget"
+    return f"resume     after an interruption, in the place of {replaced}: {' '.join(options)} --resume"
 
 
 def _nothing(line: str = "") -> None:

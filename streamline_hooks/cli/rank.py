@@ -134,14 +134,14 @@ def rank(
             raise StreamlineError(f"--stack {stack}: {profile_file} is of {profile.about.get('stack')}.")
     protected = protected_blocks(searching.keep, profile.length if profile else len(find_stack(loaded, stack)))
     if dry_run:
-        from streamline_hooks.evaluation.pace import measure_pace
+        from streamline_hooks.pipeline.plan import estimate_ranking
 
         if profile is not None:
             typer.echo("The profile is there, so that no pass makes it.")
         elif not task_named(task_name, model).is_of_text:
             typer.echo("What a pass of such a model costs is not known beforehand.")
         else:
-            typer.echo(str(measure_pace(loaded, cast(Any, batches)[0], stack=stack).rank(cast(Any, batches))))
+            typer.echo(estimate_ranking(loaded, cast(Any, batches), stack=stack).table())
         if chosen.needs == "model" or searching.runs_model:
             typer.echo(f"The search {search} by {criterion} runs the model besides; its bars say what that costs.")
         return

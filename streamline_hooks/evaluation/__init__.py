@@ -5,13 +5,11 @@ from streamline_hooks.evaluation.candidates import Candidate, distances_of_candi
 from streamline_hooks.evaluation.choices import ChoiceScores, score_choices
 from streamline_hooks.evaluation.collapse import collapse_of_probes, collapse_of_writing, sign_test
 from streamline_hooks.evaluation.compared import Difference, compared
-from streamline_hooks.evaluation.cost import Cost, Pace
 from streamline_hooks.evaluation.drawn_questions import Estimate
 from streamline_hooks.evaluation.evaluate import evaluate
 from streamline_hooks.evaluation.last_words import LastWord, LastWordScores, read_last_words, score_last_words
 from streamline_hooks.evaluation.likeness import Likeness, embeddings, likeness, likeness_of, recall_at
 from streamline_hooks.evaluation.matched import Matched
-from streamline_hooks.evaluation.pace import measure_pace
 from streamline_hooks.evaluation.perplexity import Perplexity, perplexity, perplexity_of_candidates
 from streamline_hooks.evaluation.probes import probes
 from streamline_hooks.evaluation.problems import Problem, Solved, read_problems, solve
@@ -34,7 +32,6 @@ __all__ = [
     "Candidate",
     "ChoiceScores",
     "ChoiceTask",
-    "Cost",
     "Difference",
     "Estimate",
     "Evaluation",
@@ -42,7 +39,6 @@ __all__ = [
     "LastWordScores",
     "Likeness",
     "Matched",
-    "Pace",
     "Perplexity",
     "Problem",
     "ProblemTask",
@@ -71,7 +67,6 @@ __all__ = [
     "evaluate",
     "likeness",
     "likeness_of",
-    "measure_pace",
     "measure_speed",
     "perplexity",
     "perplexity_of_candidates",

@@ -15,9 +15,7 @@ import torch
 from streamline_hooks import StreamlineError, Target, compress, load
 from streamline_hooks.batch_split import BatchSplit
 from streamline_hooks.calibration import TokenSplit
-from streamline_hooks.compression_costs import compression_costs
 from streamline_hooks.pipeline import iterative
-from streamline_hooks.preparation import prepare_compression
 from streamline_hooks.repair import DistillationConfig, HealingConfig, TrainingProgress
 from streamline_hooks.report import write_report
 from streamline_hooks.stack import find_stack
@@ -338,25 +336,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_removed(options: dict[s
     with pytest.raises(StreamlineError, match=said):
         compress(model, None, PARTS, **arguments(**{"distillation": QUICK, **OPTIONS, **options}))
     assert len(find_stack(model)) == 8
-
-
-def test_what_rounds_cost_has_the_copy_that_teaches_and_each_round_s_looks() -> None:
-    def costs(rounds: int) -> dict[str, Any]:
-        config = configured(remove=rounds, repair="linear", distillation=QUICK, rounds=rounds, shortlist=2)
-        first = replace(config, remove=Target(blocks=1))
-        ready = prepare_compression(tiny_model("llama"), None, PARTS, first, task=Task("causal-lm"))
-        found = compression_costs(ready)
-        return {cost.what.partition(",")[0].split()[0]: cost for cost in found}
-
-    once, twice = costs(1), costs(2)
-    size = sum(p.numel() * p.element_size() for p in tiny_model("llama").parameters())
-    assert {name: cost.bytes - once[name].bytes for name, cost in twice.items() if name != "train"} == {
-        name: size for name in once if name != "train"
-    }
-    assert {name: cost.tokens / once[name].tokens for name, cost in twice.items()} == {
-        "rank": 1.0, "fit": 1.0, "judge": 2.0, "train": 1.0, "perplexity": 2.0, "measure": 2.0,
-    }  # fmt: skip
-    assert twice["train"].what == "train, 2 times"
 
 
 def test_sequences_are_dealt_to_the_rounds_with_their_positions() -> None:
