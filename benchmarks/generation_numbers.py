@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.retained import Retained, TaskAnswers, retained
+from streamline_hooks.evaluation.bootstrap import Retained, TaskAnswers, retained
 
 GROUP = "generation"
 Row = Mapping[str, Any]

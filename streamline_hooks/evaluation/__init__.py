@@ -1,11 +1,10 @@
 """What was lost, how fast it is, and what finding out will cost."""
 
 from streamline_hooks.evaluation.agreement import Agreement, agreement
+from streamline_hooks.evaluation.bootstrap import Difference, Estimate, Retained, TaskAnswers, compared, retained
 from streamline_hooks.evaluation.candidates import Candidate, distances_of_candidates
 from streamline_hooks.evaluation.choices import ChoiceScores, score_choices
 from streamline_hooks.evaluation.collapse import collapse_of_probes, collapse_of_writing, sign_test
-from streamline_hooks.evaluation.compared import Difference, compared
-from streamline_hooks.evaluation.drawn_questions import Estimate
 from streamline_hooks.evaluation.evaluate import evaluate
 from streamline_hooks.evaluation.last_words import LastWord, LastWordScores, read_last_words, score_last_words
 from streamline_hooks.evaluation.likeness import Likeness, embeddings, likeness, likeness_of, recall_at
@@ -16,7 +15,6 @@ from streamline_hooks.evaluation.problems import Problem, Solved, read_problems,
 from streamline_hooks.evaluation.questions import Question, chance, questions_from, read_questions
 from streamline_hooks.evaluation.reasoning import reasoning_in_words, sign_in_writing, sign_of_reasoning
 from streamline_hooks.evaluation.result import Evaluation, Scores
-from streamline_hooks.evaluation.retained import Retained, TaskAnswers, retained
 from streamline_hooks.evaluation.sliding import TextPerplexity, sliding_perplexity
 from streamline_hooks.evaluation.sliding_agreement import TextComparison, sliding_agreement
 from streamline_hooks.evaluation.speed import SpeedReport, Spread, Timing, measure_speed

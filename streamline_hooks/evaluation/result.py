@@ -10,13 +10,12 @@ from typing import Any
 
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.agreement import Agreement
+from streamline_hooks.evaluation.bootstrap import Difference, Retained, TaskAnswers, compared, retained
 from streamline_hooks.evaluation.choices import ChoiceScores
-from streamline_hooks.evaluation.compared import Difference, compared
 from streamline_hooks.evaluation.last_words import LastWordScores
 from streamline_hooks.evaluation.matched import Matched
 from streamline_hooks.evaluation.problems import Solved, chance_of_guessing
 from streamline_hooks.evaluation.questions import chance
-from streamline_hooks.evaluation.retained import Retained, TaskAnswers, retained
 from streamline_hooks.evaluation.sliding import TextPerplexity
 from streamline_hooks.evaluation.speed import SpeedReport
 from streamline_hooks.evaluation.stability import Stability, stability
