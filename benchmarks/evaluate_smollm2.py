@@ -25,7 +25,6 @@ from streamline_hooks import (
     Suite,
     compress,
     evaluate,
-    suite_from_files,
 )
 from streamline_hooks.calibration import read_documents
 from streamline_hooks.pretrained import load_pretrained
@@ -33,11 +32,10 @@ from streamline_hooks.report import write_report
 
 FILE = RESULTS / "evaluate_smollm2.json"
 KEPT = ROOT / "build" / "evaluate_smollm2"
-QUESTIONS = (
+TASKS = (
     "arc_easy.jsonl", "blimp.zip", "boolq.jsonl", "commonsense_qa.jsonl", "copa.jsonl", "hellaswag_val.jsonl.gz",
     "piqa.jsonl", "winograd_wsc.jsonl",
 )  # fmt: skip
-NORMALISED = ("commonsense_qa", "hellaswag_val")
 CALIBRATION = 20_480  # tokens
 
 
@@ -49,15 +47,12 @@ def main() -> None:
     command = f"python -m benchmarks.evaluate_smollm2 --items {options.items} --text-tokens {options.text_tokens}"
     original, tokenizer = load_pretrained("smollm2")
     bench = options.data / "bench"
-    suite = suite_from_files(
-        tokenizer,
-        text=sorted((options.data / "text" / "heldout").glob("*.txt")),
-        questions=[bench / name for name in QUESTIONS],
-        problems=[bench / "gsm8k.jsonl"],
-        probe_count=25,
-        shots=2,
+    suite = Suite(
+        text=[str(path) for path in sorted((options.data / "text" / "heldout").glob("*.txt"))],
+        tasks=[str(bench / name) for name in TASKS],
+        problems=[str(bench / "gsm8k.jsonl")],
+        probes=25,
         prompts=5,
-        normalised=NORMALISED,
         items=options.items,
         text_tokens=options.text_tokens,
         timed=(256, 16, 5),
@@ -67,6 +62,7 @@ def main() -> None:
     result = compress(copy.deepcopy(original), tokenizer, texts, config, say=print)
     found = evaluate(
         result.model,
+        tokenizer,
         suite,
         original,
         keep_in=KEPT / "measured.json",
@@ -119,7 +115,10 @@ def table(found: Evaluation, suite: Suite, command: str, gone: str) -> str:
         "",
         *(f"Retained, {group}: {one}." for group, one in found.retained.items()),
         "",
-        *(f"Stability, {name}: {one}." for name, one in found.stability.items()),
+        *(
+            f"Stability, {name}: {one['value']:.1%}, {one['share']:.1%} with equal weights."
+            for name, one in found.stability.items()
+        ),
         "",
         "```",
         *([] if found.speed is None else found.speed.table().splitlines()),

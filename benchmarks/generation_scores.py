@@ -32,9 +32,8 @@ from benchmarks.quality_scores import digest, fingerprint, write
 from benchmarks.real_text import RESULTS, arguments
 from benchmarks.short_answers import fast_products, guessed, problems_of, products, room, same_answer, sets_of
 from streamline_hooks.evaluation import score_last_words, solve, write_on
-from streamline_hooks.evaluation.matched import Matched
 from streamline_hooks.evaluation.probes import STOP
-from streamline_hooks.evaluation.writing import WritingScores, Written
+from streamline_hooks.evaluation.writing import Matched, WritingScores, Written
 from streamline_hooks.pretrained import load_pretrained
 
 FILE = RESULTS / "generation_original.json"

@@ -1,23 +1,23 @@
-"""The multiple-choice tasks that the benchmarks share: seeded subsets, and how each is asked.
+"""The multiple-choice tasks that the benchmarks share: seeded subsets as tasks of lm-eval.
 
-Likelihoods a character (normalised) are taken where that is usual, for choices of very different lengths.
+Log-likelihoods a character (``acc_norm``) are compared where that is usual, for choices of very different
+lengths.
 """
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
-from operator import attrgetter
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from streamline_hooks.evaluation.questions import Question, questions_from, read_questions
-from streamline_hooks.evaluation.rows import read_rows
+from streamline_hooks.evaluation import config_of_rows
+from streamline_hooks.evaluation.rows import parse_rows, read_rows
 
 T = TypeVar("T")
-ASKED = "Question: {}\nAnswer:"
+ASKED = "Question: {{query}}\nAnswer:"
 
 
 @dataclass(frozen=True)
@@ -28,34 +28,33 @@ class Task:
     ----------
     file : str
         Below ``bench/``.
-    normalised : bool
-        Count by likelihood a character.
+    metric : str
     asked : str
-        What a query stands in.
+        The prompt, as lm-eval's ``doc_to_text``; empty for that of the file's layout.
     items : int
         Questions, unless another number is asked for; of BLiMP, of each paradigm, in any case.
     """
 
     file: str
-    normalised: bool = False
-    asked: str = "{}"
+    metric: str = "acc"
+    asked: str = ""
     items: int = 200
 
 
 TASKS = {
     "arc_easy": Task("arc_easy.jsonl", asked=ASKED),
-    "boolq": Task("boolq.jsonl", asked="{}\nAnswer:", items=50),  # long: 140 tokens a question
-    "commonsense_qa": Task("commonsense_qa.jsonl", normalised=True, asked=ASKED),
+    "boolq": Task("boolq.jsonl", asked="{{query}}\nAnswer:", items=50),  # long: 140 tokens a question
+    "commonsense_qa": Task("commonsense_qa.jsonl", "acc_norm", asked=ASKED),
     "copa": Task("copa.jsonl"),
-    "hellaswag": Task("hellaswag_val.jsonl.gz", normalised=True, items=150),
+    "hellaswag": Task("hellaswag_val.jsonl.gz", "acc_norm", items=150),
     "piqa": Task("piqa.jsonl", asked=ASKED),
     "winograd_wsc": Task("winograd_wsc.jsonl"),
     "blimp": Task("blimp.zip", items=20),
 }
 
 
-def questions_of(name: str, bench: Path, items: int | None, seed: int) -> list[Question]:
-    """A seeded subset of a task.
+def task_of(name: str, bench: Path, items: int | None, seed: int) -> dict[str, Any]:
+    """Return a seeded subset of a task, as a config of lm-eval.
 
     Parameters
     ----------
@@ -69,16 +68,18 @@ def questions_of(name: str, bench: Path, items: int | None, seed: int) -> list[Q
     """
     task = TASKS[name]
     if task.file.endswith(".zip"):
-        return blimp(bench / task.file, task.items, seed)
-    chosen = sample(read_questions(bench / task.file), items or task.items, f"{seed} {name}")
-    return [replace(q, contexts=tuple(task.asked.format(context) for context in q.contexts)) for q in chosen]
+        return config_of_rows(blimp(bench / task.file, task.items, seed), name)
+    rows = sample(read_rows(bench / task.file), items or task.items, f"{seed} {name}")
+    return config_of_rows(rows, name, **({"doc_to_text": task.asked} if task.asked else {}))
 
 
-def blimp(path: Path, items: int, seed: int) -> list[Question]:
-    """Minimal pairs, the same number of each paradigm; the better sentence comes first in half of them."""
+def blimp(path: Path, items: int, seed: int) -> list[dict[str, Any]]:
+    """Return minimal pairs, the same number of each paradigm."""
     found = []
-    for name, rows in groupby(read_rows(path), key=attrgetter("file")):
-        found += questions_from(sample(list(rows), items, f"{seed} {name}"), "minimal_pairs")
+    with zipfile.ZipFile(path) as archive:
+        for name in sorted(archive.namelist()):
+            if name.endswith(".jsonl") and not any(part.startswith((".", "__")) for part in name.split("/")):
+                found += sample(parse_rows(archive.read(name).decode(), name), items, f"{seed} {name}")
     return found
 
 

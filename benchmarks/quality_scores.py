@@ -3,8 +3,9 @@
     python -m benchmarks.quality_scores [MODEL] [--data FOLDER] [--sequences 6] [--items N] [--threads N]
 
 Perplexity for each held-out domain, KL and top-1 agreement with the original on the same text, and accuracy on the
-tasks of `benchmarks.multiple_choice`. Without MODEL the original alone, SmolLM2-135M-Instruct, is scored. Its scores
-are kept in ``benchmarks/results/quality_original.json``, by everything that they depend on, and are not made again.
+tasks of `benchmarks.multiple_choice`, by lm-eval. Without MODEL the original alone, SmolLM2-135M-Instruct, is scored.
+Its scores are kept in ``benchmarks/results/quality_original.json``, by everything that they depend on, and are not made
+again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,12 @@ import torch
 import transformers
 from torch import nn
 
-from benchmarks.multiple_choice import TASKS, questions_of
+from benchmarks.multiple_choice import TASKS, task_of
 from benchmarks.real_text import RESULTS, arguments, heldout
-from streamline_hooks.evaluation import Agreement, Perplexity, perplexity
+from streamline_hooks.evaluation import Agreement, Perplexity, TaskResult, TaskSettings, perplexity
 from streamline_hooks.evaluation.agreement import agreement_of, paired_answers
-from streamline_hooks.evaluation.choices import score_choices
 from streamline_hooks.evaluation.perplexity import score
-from streamline_hooks.evaluation.questions import chance
+from streamline_hooks.evaluation.tasks import load_tasks
 from streamline_hooks.pretrained import load_pretrained
 from streamline_hooks.task import Task
 
@@ -49,10 +49,13 @@ class Scores:
         By held-out domain.
     right : dict of str to str
         By task, for each question 1 where it was answered right and 0 where not.
+    chance : dict of str to float
+        By task, the accuracy of guessing.
     """
 
     perplexity: dict[str, float]
     right: dict[str, str]
+    chance: dict[str, float] = field(default_factory=dict)
 
     def accuracy(self, task: str) -> float:
         return self.right[task].count("1") / len(self.right[task])
@@ -104,15 +107,18 @@ class Quality:
     ) -> None:
         self.original, self.tokenizer = original, tokenizer
         self.text = heldout(data, tokenizer, sequences, first)
-        self.questions = {name: questions_of(name, data / "bench", items, seed) for name in tasks}
-        self.chance = {name: chance(questions) for name, questions in self.questions.items()}
+        self.tasks = {}
+        for name in tasks:
+            settings = TaskSettings(metric=TASKS[name].metric, batch_size=CHOICES_AT_ONCE)
+            self.tasks |= load_tasks([task_of(name, data / "bench", items, seed)], settings)
         self.key, self.scores = self._cached(cache)
+        self.chance = self.scores.chance
 
     @property
     def counted(self) -> list[str]:
         """The tasks on which the original is clearly above chance; only of these is there something to retain."""
         scores = self.scores
-        return [t for t in self.questions if scores.accuracy(t) - self.chance[t] > CLEARLY * scores.standard_error(t)]
+        return [t for t in scores.right if scores.accuracy(t) - self.chance[t] > CLEARLY * scores.standard_error(t)]
 
     def row(self, model: nn.Module, tasks: Sequence[str] | None = None) -> dict[str, Any]:
         """Score a model that was made from the original, and is another module in memory.
@@ -140,7 +146,7 @@ class Quality:
                     alike += agreement_of(*pair)
             value[name], agreed[name] = sums.value, alike
         seconds["text"] = round(time.perf_counter() - started, 1)
-        scores, whole = Scores(value, self._right(model, seconds, tasks)), sum(agreed.values(), Agreement())
+        scores, whole = Scores(value, *self._right(model, seconds, tasks)), sum(agreed.values(), Agreement())
         ratio = {name: scores.perplexity[name] / self.scores.perplexity[name] for name in self.text}
         return {
             "perplexity": scores.perplexity,
@@ -185,25 +191,22 @@ class Quality:
             "mean_retained_standard_error": math.sqrt(variance) / len(found) if found else None,
         }
 
-    def _right(self, model: nn.Module, seconds: dict[str, float], tasks: Sequence[str] | None = None) -> dict[str, str]:
-        found = {}
-        for name in self.questions if tasks is None else tasks:
-            questions = self.questions[name]
+    def _right(
+        self, model: nn.Module, seconds: dict[str, float], tasks: Sequence[str] | None = None
+    ) -> tuple[dict[str, str], dict[str, float]]:
+        found: dict[str, TaskResult] = {}
+        for name in self.tasks if tasks is None else tasks:
             started = time.perf_counter()
-            scored = score_choices(model, self.tokenizer, questions, batch_size=CHOICES_AT_ONCE, what=name)
-            right = scored.right_normalised if TASKS[name].normalised else scored.right
-            found[name] = "".join("01"[answer] for answer in right)
+            found[name] = self.tasks[name].run(model, self.tokenizer)
             seconds[name] = round(time.perf_counter() - started, 1)
-        return found
+        right = {name: "".join("01"[int(score)] for score in result.scores) for name, result in found.items()}
+        return right, {name: result.chance for name, result in found.items()}
 
     def _cached(self, cache: Path) -> tuple[str, Scores]:
         settings = {
             "weights": fingerprint(self.original.state_dict()),
             "text": {name: fingerprint_of_text(batches) for name, batches in self.text.items()},
-            "tasks": {
-                name: [len(asked), TASKS[name].normalised, digest(repr([asdict(q) | {"where": ""} for q in asked]))]
-                for name, asked in self.questions.items()
-            },
+            "tasks": {name: task.digest() for name, task in self.tasks.items()},
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
         known = json.loads(cache.read_text()) if cache.exists() else {}
@@ -212,7 +215,7 @@ class Quality:
             started, seconds = time.perf_counter(), {}
             value = {name: perplexity(self.original, batches, name).value for name, batches in self.text.items()}
             seconds["text"] = round(time.perf_counter() - started, 1)
-            found = Scores(value, self._right(self.original, seconds))
+            found = Scores(value, *self._right(self.original, seconds))
             known[key] = {"settings": settings, "seconds": seconds, "scores": asdict(found)}
             write(cache, known)
         return key, Scores(**known[key]["scores"])

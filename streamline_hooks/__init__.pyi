@@ -14,8 +14,8 @@ from .evaluation import (
     measure_speed,
     perplexity,
     recall_at,
+    run_tasks,
     sliding_perplexity,
-    suite_from_files,
 )
 from .in_training import HiddenStateMonitor, ProgressiveRemoval, StochasticDepth
 from .passes import resume
@@ -166,11 +166,11 @@ __all__ = [
     "register_replacement",
     "register_search",
     "resume",
+    "run_tasks",
     "save",
     "score_windows",
     "sliding_perplexity",
     "student_of",
-    "suite_from_files",
     "sweep",
     "train",
     "verified",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from streamline_hooks import evaluate, load, report
+from streamline_hooks import load, report
+from streamline_hooks.evaluation.tasks import LoadedTask
 from tests.commands import run
 
 FEW = "--sequence-length 64 --calibration-tokens 1024 --validation-tokens 128 --test-tokens 128"
@@ -29,9 +29,8 @@ def files(tmp_path: Path, story_texts: list[str]) -> Path:
     return tmp_path
 
 
-def score_choices(*args: Any, **settings: Any) -> None:
-    """Stands for the one that is not to be called, under its name."""
-    raise AssertionError("questions were asked again")
+def run_again(*args: Any, **settings: Any) -> None:
+    raise AssertionError("a task was run again")
 
 
 def test_a_model_against_its_original(
@@ -43,11 +42,11 @@ def test_a_model_against_its_original(
     page = (small / "report.html").read_text()
     assert "streamline-hooks compress" in page and "original" in page
     assert 'id="figure-similarity"' in page
-    asked = f"evaluate {small} --against {stories_folder} --text {files}/tales.txt --questions {files}/girls.jsonl "
-    asked += f"--last-words {files}/ends.jsonl --normalised girls --prompts 2 --text-tokens 600 --window 64 -o {output}"
+    asked = f"evaluate {small} --against {stories_folder} --text {files}/tales.txt --tasks {files}/girls.jsonl "
+    asked += f"--tasks {files}/ends.jsonl --metric acc_norm --prompts 2 --text-tokens 600 --window 64 -o {output}"
     code, out, err = run(asked.split(), monkeypatch, capsys)
     assert code == 0, err
-    assert "perplexity, tales" in out and "girls (accuracy, normalised)" in out and "stories260k" in out
+    assert "perplexity, tales" in out and "girls (acc_norm)" in out and "girls (acc)" in out and "stories260k" in out
     found = json.loads((output / "evaluation.json").read_text())
     assert found["reference"] == "stories260k" and found["model"] == "small"
     assert found["mean_perplexity_ratio"] > 1 and found["accuracy"]["ends"]["value"] in (0.0, 1.0)
@@ -55,11 +54,13 @@ def test_a_model_against_its_original(
     page = (output / "report.html").read_text()
     assert "streamline-hooks evaluate" in page and "girls" in page
     assert 'id="figure-similarity"' in page  # of how it was compressed, from its own folder
-    monkeypatch.setattr(sys.modules[evaluate.__module__], "score_choices", score_choices)
+    monkeypatch.setattr(LoadedTask, "run", run_again)
     code, again, _ = run([*asked.split(), "--no-speed", "--json"], monkeypatch, capsys)
     assert code == 0
     kept = json.loads(again)
-    assert all(kept[name] == found[name] for name in ("accuracy", "perplexity", "agreement", "samples", "seconds"))
+    assert all(
+        kept[name] == found[name] for name in ("accuracy", "perplexity", "agreement", "samples", "seconds", "tasks")
+    )
 
 
 def test_without_anything_named_it_reads_what_comes_with_python(
@@ -67,7 +68,7 @@ def test_without_anything_named_it_reads_what_comes_with_python(
 ) -> None:
     asked = f"evaluate {stories_folder} --text-tokens 300 --no-speed --prompts 1".split()
     assert "perplexity, pydoc" in run(asked, monkeypatch, capsys)[1]
-    code, out, _ = run([*asked, "--probes", 1, "--text", "pydoc"], monkeypatch, capsys)
+    code, out, _ = run([*asked, "--problems", "probes:1", "--text", "pydoc"], monkeypatch, capsys)
     assert code == 0 and "perplexity, pydoc" in out and "brackets (exact match)" in out and "repetition" in out
 
 
@@ -126,8 +127,9 @@ def test_a_damaged_report_is_seen_before_anything_is_measured(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["evaluate", "MODEL", "--harness-folder", "x"], r"--harness-folder.*name those to run"),
-        (["evaluate", "MODEL", "--questions", "no-such.jsonl"], r"no-such.jsonl.*read"),
+        (["evaluate", "MODEL", "--problems", "probes:0"], r"'probes:0'.*probes:N"),
+        (["evaluate", "MODEL", "--problems", "probes", "--problems", "probes:3"], r"'probes:3'.*once"),
+        (["evaluate", "MODEL", "--tasks", "no-such.jsonl"], r"no-such.jsonl cannot be read"),
         (["evaluate", "MODEL", "--text", "pydoc", "--window", "100000"], "the 512 positions"),
         (["sweep", "MODEL", "-o", "x", "--remove", "lots"], "lots"),
         (["sweep", "MODEL", "-o", "x", "--kind", "magic"], r"'magic'.*unknown"),

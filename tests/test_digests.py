@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from streamline_hooks import LayerSurgeon, LinearReplacement
 from streamline_hooks.digests import model_digest, tokenizer_digest, tokens_digest
-from tests.evaluation.test_choices import Numbers
+from tests.evaluation.number_tasks import Numbers
 from tests.tiny_models import SETTINGS, WIDTH, tiny_model
 
 

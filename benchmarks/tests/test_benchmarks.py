@@ -20,13 +20,12 @@ from torch import nn
 
 from benchmarks import quality_scores, small_opt
 from benchmarks.bigram import Bigram, discount
-from benchmarks.multiple_choice import TASKS, blimp, questions_of
+from benchmarks.multiple_choice import TASKS, blimp, task_of
 from benchmarks.quality_scores import Quality, Scores, fingerprint
 from benchmarks.real_text import SEQUENCE, heldout
 from benchmarks.small_opt import Recipe, Training, compare, new_model, stream_of, train_tokenizer
 from benchmarks.training_text import training_text
 from streamline_hooks import LayerSurgeon, agreement, perplexity
-from streamline_hooks.evaluation.questions import Question, chance
 
 WORDS = ["the", "a", "cat", "dog", "house", "runs", "sleeps", "green", "small", "and", "under", "over", "near"]
 TINY = Recipe(width=16, blocks=4, heads=2, vocabulary=320, sequence=32, batch=2, steps=8, warmup=2, rate=1e-2)
@@ -121,36 +120,22 @@ def test_what_is_scored_is_not_trained_on(data: Path, tokenizer: Any) -> None:
 # Questions
 
 
+def rows_of(name: str, data: Path, items: int | None, seed: int = 0) -> list[dict[str, Any]]:
+    return list(task_of(name, data / "bench", items, seed)["custom_dataset"]()["test"])
+
+
 def test_subsets_are_seeded_and_asked_as_the_task_says(data: Path) -> None:
-    first = questions_of("boolq", data / "bench", 10, seed=0)
-    assert (
-        first == questions_of("boolq", data / "bench", 10, seed=0) != questions_of("boolq", data / "bench", 10, seed=1)
-    )
-    assert len({q.where for q in first}) == 10
-    assert all(context.endswith("\nAnswer:") for q in first for context in q.contexts)
-    assert len(questions_of("copa", data / "bench", 500, seed=0)) == 30
+    first = rows_of("boolq", data, 10)
+    assert first == rows_of("boolq", data, 10) != rows_of("boolq", data, 10, seed=1)
+    assert len({row["query"] for row in first}) == 10
+    assert task_of("boolq", data / "bench", 10, 0)["doc_to_text"].endswith("\nAnswer:")
+    assert len(rows_of("copa", data, 500)) == 30
 
 
-def test_blimp_takes_as_many_of_each_paradigm_and_no_place_is_better(data: Path) -> None:
+def test_blimp_takes_as_many_of_each_paradigm(data: Path) -> None:
     pairs = blimp(data / "bench" / "blimp.zip", 20, seed=0)
-    assert len(pairs) == 40 == len({q.where for q in pairs})
-    assert sum("one" in q.where for q in pairs) == 20
-    assert all(
-        q.continuations[q.gold].startswith("good") and q.continuations[1 - q.gold].startswith("bad") for q in pairs
-    )
-    assert sum(q.gold for q in pairs) == 20  # equal likelihoods, of which the first is taken, are right half the time
-
-
-def test_chance() -> None:
-    asked = [Question(("x",) * n, tuple(map(str, range(k, k + n))), 0) for k, n in enumerate((2, 4, 4))]
-    assert chance(asked) == pytest.approx((1 / 2 + 1 / 4 + 1 / 4) / 3)
-    yes_or_no = [Question(("x",) * 2, ("no", "yes"), gold) for gold in (0, 1, 1, 1)]
-    assert chance(yes_or_no) == 0.75  # what always saying yes would reach
-    schemas = [Question(("x", "y"), ("z", "z"), gold) for gold in (0, 0, 0, 1)]
-    assert chance(schemas) == 0.5
-
-
-# Scores
+    assert len(pairs) == 40 == len({pair["sentence_good"] for pair in pairs})
+    assert sum("one" in pair["sentence_good"] for pair in pairs) == 20
 
 
 def test_a_row(data: Path, tokenizer: Any, original: nn.Module) -> None:
@@ -179,7 +164,7 @@ def test_a_row(data: Path, tokenizer: Any, original: nn.Module) -> None:
 def test_what_is_retained(data: Path, tokenizer: Any, original: nn.Module) -> None:
     """Only of what the original clearly has; against a computation by hand."""
     quality = Quality(original, tokenizer, data, sequences=1, items=20, tasks=(), cache=data / "cache.json")
-    quality.questions, quality.chance = {"a": [], "b": [], "c": []}, {"a": 0.25, "b": 0.5, "c": 0.5}
+    quality.chance = {"a": 0.25, "b": 0.5, "c": 0.5}
     quality.scores = Scores({}, {"a": "1" * 60 + "0" * 40, "b": "1" * 70 + "0" * 30, "c": "1" * 59 + "0" * 41})
     assert quality.counted == ["a", "b"]  # c is 0.09 above chance, and two standard errors are 0.099
     mine = Scores({}, {"a": "1" * 50 + "0" * 50, "b": "0" * 45 + "1" * 55, "c": "1" * 100})
@@ -239,12 +224,12 @@ def test_a_fingerprint_sees_each_value(original: nn.Module) -> None:
 
 def test_every_task_is_there(data_folder: Path) -> None:
     """On the real files; BLiMP 20 of each of its 67 paradigms, whatever is asked for."""
-    sizes = {name: len(questions_of(name, data_folder / "bench", None, seed=0)) for name in TASKS}
+    sizes = {name: len(rows_of(name, data_folder, None)) for name in TASKS}
     assert sizes == {
         "arc_easy": 200, "boolq": 50, "commonsense_qa": 200, "copa": 100, "hellaswag": 150, "piqa": 200,
         "winograd_wsc": 200, "blimp": 1340,
     }  # fmt: skip
-    more = {name: len(questions_of(name, data_folder / "bench", 500, seed=0)) for name in TASKS}
+    more = {name: len(rows_of(name, data_folder, 500)) for name in TASKS}
     assert more == {**dict.fromkeys(TASKS, 500), "copa": 100, "winograd_wsc": 273, "blimp": 1340}
 
 

@@ -28,38 +28,39 @@ def evaluate(
             show_default="pydoc, if no task is named",
         ),
     ] = None,
-    questions: Annotated[
+    tasks: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE", help="Multiple choice: JSONL, plain, .gz or .zip, or hub:NAME:SPLIT. Repeatable."),
+        typer.Option(
+            metavar="NAME|FILE",
+            help="A task of lm-eval by name, a task file (YAML) or a folder of them, or questions as JSONL (plain, "
+            "compressed or .zip) or hub:NAME:SPLIT. Needs the extra tasks. May be repeated.",
+        ),
     ] = None,
-    last_words: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE", help="JSONL of context and continuation, to be predicted. May be repeated."),
-    ] = None,
+    metric: Annotated[
+        str, typer.Option(help="Compare tasks that have this metric by it.", show_default="each task's first")
+    ] = "",
     problems: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE", help="JSONL of question and answer, as in GSM8K, to be solved. May be repeated."),
+        typer.Option(
+            metavar="FILE|probes[:N]",
+            help="Problems to be solved in writing: JSONL of question and answer, as in GSM8K, or N generated ones of "
+            "each sort (arithmetic, brackets, copying, counting; 50 by default). May be repeated.",
+        ),
     ] = None,
-    probes: Annotated[
-        int, typer.Option(help="Made-up problems a sort: arithmetic, brackets, copying, counting; 0 for none.", min=0)
-    ] = 0,
     prompts: Annotated[int, typer.Option(help="Beginnings of the text to be written on.", min=0)] = 8,
-    normalised: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TASK", help="Count these questions by likelihood a character. May be repeated."),
-    ] = None,
-    examples: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Solved questions to show before each, --shots of them.")
-    ] = None,
     shots: Annotated[
-        int,
-        typer.Option(help="Solved ones before each question (--examples) and each problem (its file's first).", min=0),
-    ] = 0,
+        int | None,
+        typer.Option(
+            help="Solved examples before each item of a task, and before each problem (its file's first).",
+            min=0,
+            show_default="what the task says; none before problems",
+        ),
+    ] = None,
     problem_tokens: Annotated[int, typer.Option(help="Tokens to write after each problem at most.", min=1)] = 256,
     samples: Annotated[
-        int, typer.Option(help="Tries a problem of --problems, for pass@k; more than one need a --temperature.", min=1)
+        int, typer.Option(help="Tries of each problem of a file, for pass@k; several need a --temperature.", min=1)
     ] = 1,
-    temperature: Annotated[float, typer.Option(help="Of these tries.", min=0)] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Temperature of these tries.", min=0)] = 0.0,
     items: Annotated[int | None, typer.Option(help="Items a task at most, a seeded subset.", min=1)] = None,
     text_tokens: Annotated[int, typer.Option(help="Tokens a domain, about.", min=2)] = 20_000,
     window: Annotated[
@@ -69,15 +70,14 @@ def evaluate(
         int | None, typer.Option(help="Tokens from one window to the next.", min=1, show_default="half a window")
     ] = None,
     add_bos: Annotated[
-        bool, typer.Option("--add-bos", help="Begin questions with the BOS token, which some models are poor without.")
-    ] = False,
-    speed: Annotated[bool, typer.Option(help="Measure speed, of both models in turn.")] = True,
-    harness: Annotated[
-        str, typer.Option(metavar="TASKS", help="Tasks of lm-eval, with commas between them; needs the extra harness.")
-    ] = "",
-    harness_folder: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Task files of your own for --harness.")
+        bool | None,
+        typer.Option(
+            "--add-bos/--no-add-bos",
+            help="Begin the texts of tasks with the BOS token, which some models are poor without.",
+            show_default="what the tokenizer does",
+        ),
     ] = None,
+    speed: Annotated[bool, typer.Option(help="Measure speed, of both models in turn.")] = True,
     batch_size: Annotated[int, typer.Option(help="Texts at a time.", min=1)] = 8,
     seed: Seed = 0,
     output: Annotated[
@@ -88,94 +88,70 @@ def evaluate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model: perplexity, questions, problems, what it writes, speed, and what it retains of its original.
+    """Measure a model: perplexity, tasks, problems, generation and speed, and what it retains of its original.
 
-    With --output a page that needs no network is written, and what has been measured is kept there: the same command
-    goes on after an interruption.
+    With --output a page that needs no network is written, and results are cached there: the same command continues
+    after an interruption.
 
-    Example: streamline-hooks evaluate smollm2-small --against smollm2 --probes 50 --output evaluation
+    Example: streamline-hooks evaluate smollm2-small --against smollm2 --tasks piqa --problems probes -o evaluation
     """
     from streamline_hooks.checkpoint.checksums import update_checksums
     from streamline_hooks.checkpoint.writing import REPORT
+    from streamline_hooks.cli.short_forms import parse_problems
     from streamline_hooks.core import check_writable
+    from streamline_hooks.evaluation import Suite
     from streamline_hooks.evaluation import evaluate as run
-    from streamline_hooks.evaluation import suite_from_files
+    from streamline_hooks.evaluation.evaluate import require_same_tokens
     from streamline_hooks.json_file import write_json
 
-    tasks = [*(questions or ()), *(last_words or ()), *(problems or ()), *(["probes"] if probes else ()), harness]
-    if harness_folder is not None and not harness:
-        raise StreamlineError("--harness-folder holds task files; name those to run with --harness.")
+    files, probes = parse_problems(problems or ())
+    suite = Suite(
+        text=text or ([] if tasks or files or probes else ["pydoc"]),
+        text_tokens=text_tokens,
+        tasks=tasks or (),
+        metric=metric,
+        shots=shots,
+        problems=files,
+        probes=probes,
+        items=items,
+        problem_tokens=problem_tokens,
+        samples=samples,
+        temperature=temperature,
+        prompts=prompts,
+        window=window,
+        stride=stride,
+        add_bos=add_bos,
+        batch_size=batch_size,
+        seed=seed,
+        timed=Suite.timed if speed else None,
+    )
     if output is not None:
         check_writable(output / "evaluation.json")
     made = Path(model) / REPORT
     compression = _report_of(made) if output is not None and made.is_file() else None
-    domains = text or ([] if any(tasks) else ["pydoc"])
     loaded, tokenizer = load_model(model)
     original, theirs = load_model(against) if against else (None, tokenizer)
-    if _reads(tokenizer) != _reads(theirs):
-        raise StreamlineError(
-            f"{model} and {against} have tokenizers that read the same text differently, so that nothing compares them."
-        )
+    require_same_tokens(tokenizer, theirs)
     names = _names(model, against)
-    measured: dict[str, Any] = {}
-    lines = []
-    if domains or any(tasks[:-1]) or not harness:
-        suite = suite_from_files(
-            tokenizer,
-            text=domains,
-            questions=questions or (),
-            last_words=last_words or (),
-            problems=problems or (),
-            probe_count=probes,
-            prompts=prompts,
-            normalised=normalised or (),
-            examples=examples,
-            shots=shots,
-            problem_tokens=problem_tokens,
-            samples=samples,
-            temperature=temperature,
-            items=items,
-            text_tokens=text_tokens,
-            seed=seed,
-            window=window,
-            stride=stride,
-            add_bos=add_bos,
-            **({} if speed else {"timed": None}),
-        )
-        found = run(
-            loaded,
-            suite,
-            original,
-            batch_size=batch_size,
-            seed=seed,
-            keep_in=None if output is None else output / "measured.json",
-            name=names[0],
-            reference_name=names[1],
-        )
-        measured = found.report()
-        lines.append(found.table())
-    if harness:
-        from streamline_hooks.integrations.harness import run_harness
-
-        asked = [task.strip() for task in harness.split(",") if task.strip()]
-        for name, subject in (("harness", loaded), ("harness_original", original)):
-            if subject is not None:
-                scored = run_harness(
-                    subject, tokenizer, asked, task_folder=harness_folder, limit=items, batch_size=batch_size, seed=seed
-                )
-                measured[name] = scored.to_dict()
-                lines.append(f"lm-eval, {names[name != 'harness']}\n{scored.table()}")
-    typer.echo(json.dumps(measured, indent=1) if as_json else "\n\n".join(lines))
+    found = run(
+        loaded,
+        tokenizer,
+        suite,
+        original,
+        keep_in=None if output is None else output / "measured.json",
+        name=names[0],
+        reference_name=names[1],
+    )
+    typer.echo(json.dumps(found.report(), indent=1) if as_json else found.table())
     if output is not None:
-        write_json(output / "evaluation.json", measured)
+        write_json(output / "evaluation.json", found.report())
         update_checksums(output)
         title = f"{names[0]}, evaluated"
-        told = write_page(output, title, compression=compression, evaluation=measured)
-        typer.echo(told, err=as_json)
+        typer.echo(write_page(output, title, compression=compression, evaluation=found.report()), err=as_json)
 
 
 def _report_of(file: Path) -> dict[str, Any]:
-    """Read how the model was compressed, which the page tells too."""
+    """Read how the model was compressed, which the page shows too."""
     from streamline_hooks.checkpoint.safety import read_json
 
     try:
@@ -184,14 +160,8 @@ def _report_of(file: Path) -> dict[str, Any]:
         raise StreamlineError(f"{error} Or delete {file}: the page is then of the evaluation alone.") from error
 
 
-def _reads(tokenizer: Any) -> list[Any]:
-    """What tells one tokenizer from another."""
-    text = "The quick brown fox, 12 lazy dogs: naïve?"
-    return [tokenizer(text)["input_ids"], tokenizer.bos_token_id, tokenizer.eos_token_id]
-
-
 def _names(model: str, against: str) -> tuple[str, str]:
-    """What the two are called: the last part of where they are, or all of it where that is the same."""
+    """Return the names of the two models: the last part of their paths, or the whole where these are the same."""
     if not against:
         return Path(model).resolve().name, "original"
     short = Path(model).resolve().name, Path(against).resolve().name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
@@ -264,6 +264,29 @@ def parse_mixture(source: str) -> dict[str, float] | None:
             "are parts of a whole."
         )
     return {name: share / total for name, share in shares.items()}
+
+
+def parse_problems(texts: Sequence[str]) -> tuple[list[str], int]:
+    """Read files of problems, and ``probes`` or ``probes:N``: the files, and how many generated problems of each sort.
+
+    Examples
+    --------
+    >>> parse_problems(["gsm8k.jsonl", "probes:20"])
+    (['gsm8k.jsonl'], 20)
+    """
+    files, count = [], 0
+    for text in texts:
+        name, colon, number = text.partition(":")
+        if name != "probes":
+            files.append(text)
+        elif count or (colon and not (number.isdecimal() and int(number))):
+            raise StreamlineError(
+                f"The problems {text!r} are invalid, or given twice. Expected a file, probes, or probes:N with N >= 1, "
+                "once. Change it."
+            )
+        else:
+            count = int(number or 50)
+    return files, count
 
 
 def parse_bytes(text: str) -> int:

@@ -1,35 +1,30 @@
 """What was lost, how fast it is, and what finding out will cost."""
 
-from streamline_hooks.evaluation.agreement import Agreement, agreement
+from streamline_hooks.evaluation.agreement import Agreement, agreement, stability
 from streamline_hooks.evaluation.bootstrap import Difference, Estimate, Retained, TaskAnswers, compared, retained
 from streamline_hooks.evaluation.candidates import Candidate, distances_of_candidates
-from streamline_hooks.evaluation.choices import ChoiceScores, score_choices
 from streamline_hooks.evaluation.collapse import collapse_of_probes, collapse_of_writing, sign_test
 from streamline_hooks.evaluation.evaluate import evaluate
 from streamline_hooks.evaluation.last_words import LastWord, LastWordScores, read_last_words, score_last_words
 from streamline_hooks.evaluation.likeness import Likeness, embeddings, likeness, likeness_of, recall_at
-from streamline_hooks.evaluation.matched import Matched
 from streamline_hooks.evaluation.perplexity import Perplexity, perplexity, perplexity_of_candidates
 from streamline_hooks.evaluation.probes import probes
 from streamline_hooks.evaluation.problems import Problem, Solved, read_problems, solve
-from streamline_hooks.evaluation.questions import Question, chance, questions_from, read_questions
 from streamline_hooks.evaluation.reasoning import reasoning_in_words, sign_in_writing, sign_of_reasoning
 from streamline_hooks.evaluation.result import Evaluation, Scores
 from streamline_hooks.evaluation.sliding import TextPerplexity, sliding_perplexity
 from streamline_hooks.evaluation.sliding_agreement import TextComparison, sliding_agreement
 from streamline_hooks.evaluation.speed import SpeedReport, Spread, Timing, measure_speed
-from streamline_hooks.evaluation.stability import Stability, stability
-from streamline_hooks.evaluation.suite import ChoiceTask, ProblemTask, Suite
-from streamline_hooks.evaluation.suite_files import suite_from_files
+from streamline_hooks.evaluation.suite import Suite
+from streamline_hooks.evaluation.task_files import config_of_file, config_of_rows
 from streamline_hooks.evaluation.task_scores import MEASURES, TaskScores
-from streamline_hooks.evaluation.writing import WritingScores, Written, write_on
+from streamline_hooks.evaluation.tasks import TaskResult, TaskSettings, run_tasks
+from streamline_hooks.evaluation.writing import Matched, WritingScores, Written, write_on
 
 __all__ = [
     "MEASURES",
     "Agreement",
     "Candidate",
-    "ChoiceScores",
-    "ChoiceTask",
     "Difference",
     "Estimate",
     "Evaluation",
@@ -39,27 +34,27 @@ __all__ = [
     "Matched",
     "Perplexity",
     "Problem",
-    "ProblemTask",
-    "Question",
     "Retained",
     "Scores",
     "Solved",
     "SpeedReport",
     "Spread",
-    "Stability",
     "Suite",
     "TaskAnswers",
+    "TaskResult",
     "TaskScores",
+    "TaskSettings",
     "TextComparison",
     "TextPerplexity",
     "Timing",
     "WritingScores",
     "Written",
     "agreement",
-    "chance",
     "collapse_of_probes",
     "collapse_of_writing",
     "compared",
+    "config_of_file",
+    "config_of_rows",
     "distances_of_candidates",
     "embeddings",
     "evaluate",
@@ -69,14 +64,12 @@ __all__ = [
     "perplexity",
     "perplexity_of_candidates",
     "probes",
-    "questions_from",
     "read_last_words",
     "read_problems",
-    "read_questions",
     "reasoning_in_words",
     "recall_at",
     "retained",
-    "score_choices",
+    "run_tasks",
     "score_last_words",
     "sign_in_writing",
     "sign_of_reasoning",
@@ -85,6 +78,5 @@ __all__ = [
     "sliding_perplexity",
     "solve",
     "stability",
-    "suite_from_files",
     "write_on",
 ]

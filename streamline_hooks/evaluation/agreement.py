@@ -7,6 +7,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -196,6 +197,39 @@ def agreement_of(reference: Tensor, answers: Tensor, unit: str = "token") -> Agr
         same += int((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
     nats = torch.cat(each).double() if each else torch.zeros(0, dtype=torch.float64)
     return Agreement(float(nats.sum()), same, len(reference), NatsHistogram.of(nats), unit)
+
+
+def stability(
+    loglikelihoods: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]], same: Sequence[bool]
+) -> float:
+    """Compute the stability of a changed model on multiple choice (LLM-Streamline, arXiv 2403.19135).
+
+    An item weighs by how sure the original is of it: the standard deviation over its choices of the mean negative
+    log-likelihood a token, put through a softmax over the items. The script published beside the paper differs: it adds
+    up the first weights of the list, and takes the mean over the tokens of context and choice.
+
+    Parameters
+    ----------
+    loglikelihoods : sequence of sequence of float
+        Of the original, by item and choice, in nats.
+    tokens : sequence of sequence of int
+        Scored tokens, by item and choice.
+    same : sequence of bool
+        For each item, whether both models answer it right, or both wrong.
+
+    Returns
+    -------
+    float
+        The weight of the items with `same`, 0 to 1.
+
+    Examples
+    --------
+    >>> round(stability([[-1.0, -3.0], [-2.0, -2.0]], [[1, 1], [1, 1]], [True, False]), 4)  # e/(e + 1)
+    0.7311
+    """
+    deviations = np.array([np.std(np.divide(nats, count)) for nats, count in zip(loglikelihoods, tokens, strict=True)])
+    weights = np.exp(deviations - deviations.max())
+    return float(weights[np.asarray(same, dtype=bool)].sum() / weights.sum())
 
 
 def require_two(model: nn.Module, original: nn.Module) -> None:

@@ -1,8 +1,8 @@
-"""Ask a model everything in a suite, and hold it against its original."""
+"""Evaluate a model on a suite, and compare it with its original."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,55 +11,57 @@ from typing import Any, TypeVar
 from torch import nn
 
 from streamline_hooks.arguments import checked
+from streamline_hooks.batch import positions_of
+from streamline_hooks.digests import tokenizer_digest
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.agreement import Agreement, require_two
-from streamline_hooks.evaluation.beforehand import require_askable
-from streamline_hooks.evaluation.choices import ChoiceScores, score_choices
-from streamline_hooks.evaluation.kept import Kept
-from streamline_hooks.evaluation.keys import Keys
 from streamline_hooks.evaluation.last_words import LastWordScores, score_last_words
-from streamline_hooks.evaluation.problems import Solved, solve
+from streamline_hooks.evaluation.problems import Solved, chance_of_guessing, solve
 from streamline_hooks.evaluation.result import Evaluation, Scores
-from streamline_hooks.evaluation.sliding import TextPerplexity, sliding_perplexity
+from streamline_hooks.evaluation.result_cache import ResultCache
+from streamline_hooks.evaluation.sliding import (
+    Documents,
+    TextPerplexity,
+    WindowSettings,
+    sliding_perplexity,
+    usual_window,
+)
 from streamline_hooks.evaluation.sliding_agreement import TextComparison, sliding_agreement
-from streamline_hooks.evaluation.speed import SpeedReport, measure_speed, room_for_prompt
-from streamline_hooks.evaluation.suite import PROMPTS, Suite
-from streamline_hooks.evaluation.writing import Written, write_on
+from streamline_hooks.evaluation.speed import SpeedReport, measure_speed, require_timed, room_for_prompt
+from streamline_hooks.evaluation.suite import PROMPTS, Content, Suite
+from streamline_hooks.evaluation.tasks import TaskResult
+from streamline_hooks.evaluation.writing import Written, prompt_tokens, write_on
 
 T = TypeVar("T")
 
 
-@checked(batch_size=1)
+@checked()
 def evaluate(
     model: nn.Module,
+    tokenizer: Any,
     suite: Suite,
     reference: nn.Module | None = None,
     *,
-    batch_size: int = 8,
     keep_in: str | Path | None = None,
-    seed: int = 0,
     name: str = "model",
     reference_name: str = "original",
 ) -> Evaluation:
-    """Ask a model everything in a suite.
+    """Evaluate a model on a suite.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A causal language model.
+        A causal language model. It is run as it is, inside an open `LayerSurgeon` as well.
+    tokenizer : transformers.PreTrainedTokenizerBase
     suite : Suite
     reference : transformers.PreTrainedModel, optional
-        The original, of the same vocabulary: what is retained of it, and how far the two agree, are told besides.
-    batch_size : int
-        Texts at a time.
+        The original, of the same vocabulary, to compare with.
     keep_in : str or Path, optional
-        A JSON file for what has been measured, by the weights and everything else that it depends on (but for hooks,
-        see `model_digest`): an evaluation that was interrupted goes on from there, and an original is asked once for
-        many models, but for the text, on which the two are run side by side. Speed is not kept.
-    seed : int
-        Of what is sampled.
+        A JSON file that caches results by the model (but for hooks, see `model_digest`), the tokenizer, the data and
+        the settings. An interrupted evaluation continues, and an original is evaluated once for many models, except on
+        text, where both models are run side by side. Speed is not cached.
     name, reference_name : str
-        What the two are called.
+        Names of the two models.
 
     Returns
     -------
@@ -68,8 +70,8 @@ def evaluate(
     Raises
     ------
     StreamlineError
-        If something in the suite cannot be asked of the models, both are one module, or have one name. What can be told
-        beforehand is told before anything is run.
+        If a part of the suite cannot be run by the models, or both are one module or have one name. What can be
+        checked is checked before anything is run.
 
     Examples
     --------
@@ -83,88 +85,96 @@ def evaluate(
     ...
     ...     def decode(self, tokens, skip_special_tokens=False):
     ...         return "".join(chr(token + 94) for token in tokens)
-    >>> suite = Suite(Letters(), text={"prose": ["a row of letters"]}, timed=None)
-    >>> evaluate(tiny_model("llama"), suite).scores.text["prose"].tokens
+    >>> suite = Suite(text={"prose": ["a row of letters"]}, timed=None)
+    >>> evaluate(tiny_model("llama"), Letters(), suite).scores.text["prose"].tokens
     16
     """
     if reference is not None:
         require_two(model, reference)
     if name == reference_name:
-        raise StreamlineError(f"The model and its original are both called {name!r}; give them names that differ.")
+        raise StreamlineError(f"Both models are named {name!r}. Expected distinct names. Give another name.")
+    content = suite.read(tokenizer)
     models = {name: model} if reference is None else {reference_name: reference, name: model}
-    require_askable(suite, models, batch_size)
-    asker = _Asker(suite, batch_size, seed, Kept(None if keep_in is None else Path(keep_in)))
+    _require_runnable(suite, content, tokenizer, models)
+    evaluator = _Evaluator(suite, content, tokenizer, ResultCache(None if keep_in is None else Path(keep_in)))
+    chance = {task: chance_of_guessing(problems) for task, (problems, _) in content.problems.items()}
     if reference is None:
-        scores = asker.scores(model, name)
-        asker.text(model, scores, name)
-        return Evaluation(suite, name, scores, speed=_speed(suite, models))
-    scores, original = asker.scores(model, name), asker.scores(reference, reference_name)
-    agreement = asker.compared_text(model, scores, reference, original, name)
-    return Evaluation(suite, name, scores, reference_name, original, agreement, _speed(suite, models))
+        scores = evaluator.scores(model, name)
+        evaluator.text(model, scores, name)
+        return Evaluation(name, scores, chance=chance, speed=_speed(suite, models))
+    scores, original = evaluator.scores(model, name), evaluator.scores(reference, reference_name)
+    agreement = evaluator.compared_text(model, scores, reference, original, name)
+    return Evaluation(name, scores, reference_name, original, agreement, _speed(suite, models), chance)
 
 
-class _Asker:
-    """Asks models what is in a suite, and keeps what they answered."""
+def require_same_tokens(tokenizer: Any, other: Any) -> None:
+    """Raise if two tokenizers read a text differently, so that two models cannot be compared."""
+    text = "The quick brown fox, 12 lazy dogs: naïve?"
+    first, second = ([one(text)["input_ids"], one.bos_token_id, one.eos_token_id] for one in (tokenizer, other))
+    if first != second:
+        raise StreamlineError(
+            f"The tokenizers of the two models read {text!r} differently. Expected one tokenizer, to compare them. "
+            "Evaluate them one by one."
+        )
 
-    def __init__(self, suite: Suite, batch_size: int, seed: int, kept: Kept) -> None:
-        self.suite, self.batch_size, self.seed, self.kept = suite, batch_size, seed, kept
-        self.keys = None if kept.file is None else Keys(suite.tokenizer)
+
+class _Evaluator:
+    """Runs the parts of a suite on models, through the cache."""
+
+    def __init__(self, suite: Suite, content: Content, tokenizer: Any, cache: ResultCache) -> None:
+        self.suite, self.content, self.tokenizer, self.cache = suite, content, tokenizer, cache
+        self.window: dict[str, Any] = {"window": suite.window, "stride": suite.stride, "first": suite.first}
 
     def scores(self, model: nn.Module, name: str) -> Scores:
-        """Everything but text."""
+        """Evaluate everything but text."""
         parameters = list(model.parameters())
         scores = Scores(sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters))
-        measured = partial(self._measured, model, scores)
-        suite = self.suite
-        for task, choices in suite.choices.items():
-            scores.choices[task] = measured(
-                ChoiceScores, score_choices, name, task, choices.questions, add_bos=suite.add_bos
+        for task, loaded in self.content.tasks.items():
+            parts = [loaded.digest(), self._tokenizer([]), model] if self.cache.file else []
+            scores.tasks[task], scores.seconds[task] = self.cache.get(
+                TaskResult, parts, partial(loaded.run, model, self.tokenizer)
             )
-        for task, ends in suite.last_words.items():
+        measured = partial(self._measured, model, scores, name)
+        for task, ends in self.content.last_words.items():
+            texts = [text for end in ends for text in (end.context, end.text)]
             scores.last_words[task] = measured(
-                LastWordScores, score_last_words, name, task, ends, add_bos=suite.add_bos
+                LastWordScores, score_last_words, task, ends, texts, add_bos=bool(self.suite.add_bos)
             )
-        for task, problems in suite.problems.items():
-            settings = {key: value for key, value in vars(problems).items() if key != "problems"}
-            scores.problems[task] = measured(Solved, solve, name, task, problems.problems, seed=self.seed, **settings)
-        if suite.prompts:
-            given = {"new_tokens": suite.new_tokens}
-            scores.written = measured(_Texts, _written, name, PROMPTS, suite.prompts, **given).texts
+        for task, (problems, settings) in self.content.problems.items():
+            texts = [problem.prompt for problem in problems]
+            scores.problems[task] = measured(Solved, solve, task, problems, texts, seed=self.suite.seed, **settings)
+        if prompts := self.content.prompts:
+            new_tokens = self.suite.new_tokens
+            scores.written = measured(_Texts, _write, PROMPTS, prompts, prompts, new_tokens=new_tokens).texts
         return scores
 
     def text(self, model: nn.Module, scores: Scores, name: str) -> None:
-        """The perplexity of the text."""
-        for domain, documents in self.suite.text.items():
-            given = self._window()
+        """Measure the perplexity of the text."""
+        for domain, documents in self.content.text.items():
             scores.text[domain] = self._measured(
-                model, scores, TextPerplexity, sliding_perplexity, name, domain, documents, **given
+                model, scores, name, TextPerplexity, sliding_perplexity, domain, documents, documents, **self.window
             )
 
     def compared_text(
         self, model: nn.Module, scores: Scores, reference: nn.Module, original: Scores, name: str
     ) -> dict[str, Agreement]:
-        """The perplexity of both models, and their agreement, from one pass of each."""
+        """Measure the perplexity of both models, and their agreement, in one pass of each."""
         agreement: dict[str, Agreement] = {}
-        for domain, documents in self.suite.text.items():
-            ask = partial(
+        for domain, documents in self.content.text.items():
+            run = partial(
                 sliding_agreement,
                 model,
                 reference,
-                self.suite.tokenizer,
+                self.tokenizer,
                 documents,
-                batch_size=self.batch_size,
+                batch_size=self.suite.batch_size,
                 what=f"{name} and original: {domain}",
-                **self._window(),
+                **self.window,
             )
-            parts: list[Any] = [self._window()]
-            if self.keys is not None:
-                parts += [self.keys.read(documents), self.keys.model(model), self.keys.model(reference)]
-            found, seconds = self.kept.get(TextComparison, parts, ask)
-            scores.text[domain], original.text[domain], agreement[domain] = (
-                found.changed,
-                found.original,
-                found.agreement,
-            )
+            parts = [self.window, repr(documents), self._tokenizer(documents), model, reference]
+            found, seconds = self.cache.get(TextComparison, parts, run)
+            scores.text[domain], original.text[domain] = found.changed, found.original
+            agreement[domain] = found.agreement
             scores.seconds[domain] = original.seconds[domain] = seconds / 2
         return agreement
 
@@ -172,29 +182,25 @@ class _Asker:
         self,
         model: nn.Module,
         scores: Scores,
+        name: str,
         kind: type[T],
         how: Callable[..., T],
-        name: str,
         task: str,
-        asked: Sequence[Any],
+        items: Sequence[Any],
+        texts: Sequence[str],
         **settings: Any,
     ) -> T:
-        """What a model makes of something, from the file where it is known; its seconds go to the scores."""
-        call = partial(
-            how, model, self.suite.tokenizer, asked, batch_size=self.batch_size, what=f"{name}: {task}", **settings
-        )
-        parts: list[Any] = [how.__name__, settings]
-        if self.keys is not None:
-            written = "new_tokens" in settings
-            key = self.keys.written_on(asked, settings.get("chat", False)) if written else self.keys.read(asked)
-            parts += [key, self.keys.model(model)]
+        """Return the result of one part, cached or measured, and note its seconds."""
+        size = self.suite.batch_size
+        run = partial(how, model, self.tokenizer, items, batch_size=size, what=f"{name}: {task}", **settings)
+        parts = [how.__name__, settings, repr(items), self._tokenizer(texts), model]
         if settings.get("temperature"):
-            parts.append(self.batch_size)  # what is sampled depends on it
-        found, scores.seconds[task] = self.kept.get(kind, parts, call)
+            parts.append(size)  # samples depend on it
+        found, scores.seconds[task] = self.cache.get(kind, parts, run)
         return found
 
-    def _window(self) -> dict[str, Any]:
-        return {"window": self.suite.window, "stride": self.suite.stride, "first": self.suite.first}
+    def _tokenizer(self, texts: Sequence[str]) -> str:
+        return tokenizer_digest(self.tokenizer, texts) if self.cache.file else ""
 
 
 @dataclass(frozen=True)
@@ -202,7 +208,7 @@ class _Texts:
     texts: tuple[Written, ...]
 
 
-def _written(*args: Any, **settings: Any) -> _Texts:
+def _write(*args: Any, **settings: Any) -> _Texts:
     return _Texts(tuple(text for (text,) in write_on(*args, **settings)))
 
 
@@ -212,3 +218,35 @@ def _speed(suite: Suite, models: dict[str, Any]) -> SpeedReport | None:
     tokens, new_tokens, rounds = suite.timed
     tokens = min(room_for_prompt(model, new_tokens, tokens) for model in models.values())
     return measure_speed(models, tokens=tokens, new_tokens=new_tokens, repeats=rounds)
+
+
+def _require_runnable(suite: Suite, content: Content, tokenizer: Any, models: Mapping[str, Any]) -> None:
+    """Raise, before anything is run, if a model lacks positions for a part of the suite, or vocabularies differ."""
+    prompts = [(f"prompt {k}", prompt, False, suite.new_tokens) for k, prompt in enumerate(content.prompts)]
+    for problems, settings in content.problems.values():
+        prompts += [(p.where, p.prompt, settings.get("chat", False), settings["new_tokens"]) for p in problems]
+    for model in models.values():
+        positions = positions_of(getattr(model, "config", None))
+        for where, prompt, chat, new_tokens in prompts:
+            length = len(prompt_tokens(tokenizer, prompt, chat))
+            if positions is not None and length + new_tokens > positions:
+                raise StreamlineError(
+                    f"{where} has {length} tokens, and {new_tokens} are to follow. Expected no more than the "
+                    f"{positions} positions of this {type(model).__name__}. Shorten it, or ask for fewer new tokens."
+                )
+    if content.text:
+        window = min(map(usual_window, models.values())) if suite.window is None else suite.window
+        for model in models.values():
+            Documents(model, tokenizer, [], WindowSettings(window, suite.stride, suite.batch_size, suite.first))
+        heads = [getattr(model, "get_output_embeddings", lambda: None)() for model in models.values()]
+        sizes = {size for head in heads if (size := getattr(head, "out_features", None)) is not None}
+        if len(sizes) > 1:
+            raise StreamlineError(
+                f"The models have logits of {' and '.join(map(str, sorted(sizes, reverse=True)))} tokens. Expected one "
+                "vocabulary, to compare them on text. Evaluate them without a reference."
+            )
+    if suite.timed is not None:
+        tokens, new_tokens, _ = suite.timed
+        tokens = min(room_for_prompt(model, new_tokens, tokens) for model in models.values())
+        for name, model in models.items():
+            require_timed(name, model, tokens + new_tokens)

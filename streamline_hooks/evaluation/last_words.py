@@ -1,4 +1,4 @@
-"""Predicting how a text ends: its last word, as LAMBADA asks for it."""
+"""Predict how a text ends: its last word, as LAMBADA asks for it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from streamline_hooks.arguments import checked
+from streamline_hooks.batch import positions_of, prepare
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.continuations import score_continuations
-from streamline_hooks.evaluation.perplexity import Perplexity
-from streamline_hooks.evaluation.questions import Question
+from streamline_hooks.evaluation.perplexity import NotFiniteLikelihood, Perplexity
 from streamline_hooks.evaluation.rows import read_rows
-
-_LAYOUT = '{"context", "continuation"}'
+from streamline_hooks.passes import head_on_last, inference, progress
+from streamline_hooks.task import logits_of
 
 
 @dataclass(frozen=True)
@@ -26,23 +27,30 @@ class LastWord:
     Attributes
     ----------
     context, continuation : str
+        Joined by a space unless one of the two has white space there.
     where : str
-        Where it comes from, for errors.
+        Where it comes from, for error messages.
     """
 
     context: str
     continuation: str
     where: str = "a text"
 
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        apart = self.context and not self.context[-1].isspace() and not self.continuation[0].isspace()
+        return self.context + (" " if apart else "") + self.continuation
+
 
 @dataclass(frozen=True)
 class LastWordScores:
-    """What a model makes of several texts.
+    """Scores of several texts.
 
     Attributes
     ----------
     right : tuple of bool
-        Whether every token of the end is the likeliest after those before it.
+        Whether each token of the end is the most likely one after those before it.
     loglikelihoods : tuple of float
         Of each end, in nats.
     """
@@ -57,7 +65,7 @@ class LastWordScores:
 
     @property
     def standard_error(self) -> float:
-        """Of the accuracy: √(p(1 − p)/(n − 1)); NaN for one text."""
+        """Standard error of the accuracy, √(p(1 − p)/(n − 1)); NaN for one text."""
         p, n = self.accuracy, len(self.right)
         return math.sqrt(p * (1.0 - p) / (n - 1)) if n > 1 else math.nan
 
@@ -70,6 +78,7 @@ class LastWordScores:
         return f"{self.accuracy:.1%} ± {self.standard_error:.1%} of {len(self.right)} ends predicted"
 
 
+@checked(batch_size=1)
 def score_last_words(
     model: nn.Module,
     tokenizer: Any,
@@ -81,19 +90,22 @@ def score_last_words(
 ) -> LastWordScores:
     """Score how well the end of each text is predicted.
 
+    A text is tokenised as a whole. The first scored token is the first one that differs from the context's own tokens.
+
     Parameters
     ----------
     model : torch.nn.Module
         A causal language model.
     tokenizer : PreTrainedTokenizerBase
+        Called as ``tokenizer(text, add_special_tokens=False)``; its ``input_ids`` are read.
     texts : sequence of LastWord
-        Context and end are joined as those of questions are, see `score_continuations`.
     batch_size : int
         Texts at a time.
     add_bos : bool
-        Begin each text with the tokenizer's BOS token.
+        Begin each text with the tokenizer's BOS token. A text without a context begins with it, or with EOS if there is
+        none, in any case.
     what : str
-        What the bar says.
+        Label of the progress bar.
 
     Returns
     -------
@@ -102,37 +114,97 @@ def score_last_words(
     Raises
     ------
     NotFiniteLikelihood
-        If a likelihood is not finite.
+        If a log-likelihood is not finite.
     StreamlineError
-        If there is no text, or one cannot be scored.
+        If there is no text, or one is longer than the model's positions or has no token after its context.
     """
     if not texts:
-        raise StreamlineError("There is no text whose end could be predicted; give one at least.")
-    asked = [Question((text.context,), (text.continuation,), 0, text.where) for text in texts]
-    found = score_continuations(model, tokenizer, asked, batch_size=batch_size, add_bos=add_bos, what=what)
-    return LastWordScores(tuple(one.greedy for (one,) in found), tuple(one.loglikelihood for (one,) in found))
+        raise StreamlineError("There is no text whose end could be predicted. Expected at least one. Pass one.")
+    rows = [_tokens(model, tokenizer, text, add_bos) for text in texts]
+    order = sorted(range(len(rows)), key=lambda k: -len(rows[k][0]))
+    found = [(0.0, False)] * len(rows)
+    with inference(model), progress(len(rows), what, "texts") as bar:
+        for at in range(0, len(order), batch_size):
+            batch = order[at : at + batch_size]
+            for k, (nats, greedy) in zip(batch, _scores(model, [rows[k] for k in batch]), strict=True):
+                if not math.isfinite(nats):
+                    raise NotFiniteLikelihood(
+                        f"The log-likelihood of {texts[k].where} is {nats}. Expected a finite number. Look at the "
+                        "model's weights, or run in a wider precision (float32 or bfloat16)."
+                    )
+                found[k] = nats, greedy
+            bar.update(len(batch))
+    return LastWordScores(tuple(greedy for _, greedy in found), tuple(nats for nats, _ in found))
 
 
 def read_last_words(path: str | Path) -> list[LastWord]:
-    """Read texts from a file of rows, see `read_rows`: each with a ``context`` and a ``continuation``.
+    """Read texts from JSONL, see `read_rows`: rows with ``context`` and ``continuation``, or with ``text``.
 
-    A row with a ``text`` alone is divided at its last space; white space of another kind before a word does not count.
+    A ``text`` is split at its last space.
 
     Raises
     ------
     StreamlineError
-        If the file cannot be read, holds nothing, or a row is no such text; the text names the line.
+        If the file cannot be read, or a row is no such text.
     """
-    rows = read_rows(path)
-    if not rows:
-        raise StreamlineError(f"{path} is empty; expected {_LAYOUT} on each line.")
-    return [_last_word(row, row.where) for row in rows]
+    found = []
+    for number, row in enumerate(read_rows(path)):
+        context, continuation = row.get("context"), row.get("continuation")
+        if context is None and isinstance(row.get("text"), str):
+            context, _, continuation = row["text"].rstrip().rpartition(" ")
+        if not (isinstance(context, str) and isinstance(continuation, str) and continuation.strip()):
+            raise StreamlineError(
+                f"{path}, row {number} has the fields {', '.join(row) or 'none'}. Expected context and continuation, "
+                "or text, each a text. Correct it."
+            )
+        found.append(LastWord(context, continuation, f"{path}, row {number}"))
+    return found
 
 
-def _last_word(row: dict[str, Any], where: str) -> LastWord:
-    context, continuation = row.get("context"), row.get("continuation")
-    if context is None and isinstance(row.get("text"), str):
-        context, _, continuation = row["text"].rstrip().rpartition(" ")
-    if not (isinstance(context, str) and isinstance(continuation, str) and continuation.strip()):
-        raise StreamlineError(f"{where} holds the keys {', '.join(row) or 'none'}; expected {_LAYOUT}, each a text.")
-    return LastWord(context, continuation, where)
+def _tokens(model: nn.Module, tokenizer: Any, text: LastWord, add_bos: bool) -> tuple[list[int], int]:
+    """Return the tokens of a text, and the number of the first that is scored."""
+
+    def ids(words: str) -> list[int]:
+        return list(tokenizer(words, add_special_tokens=False)["input_ids"]) if words else []
+
+    tokens, context = ids(text.text), ids(text.context)
+    pairs = zip(tokens, context, strict=False)
+    start = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(context)))
+    if start == len(tokens):
+        raise StreamlineError(f"In {text.where} the end has no token. Expected one after the context. Leave it out.")
+    if add_bos or not start:
+        names = ("bos_token_id",) if add_bos else ("bos_token_id", "eos_token_id")
+        first = next((token for name in names if (token := getattr(tokenizer, name, None)) is not None), None)
+        if first is None:
+            raise StreamlineError(
+                f"The tokenizer has no {' and no '.join(names)}. Expected a token to begin {text.where} with. Give it "
+                "a context, and add_bos=False."
+            )
+        tokens, start = [int(first), *tokens], start + 1
+    positions = positions_of(getattr(model, "config", None))
+    if positions is not None and len(tokens) > positions:
+        raise StreamlineError(
+            f"{text.where} has {len(tokens)} tokens. Expected no more than the model's {positions} positions. Shorten "
+            "it."
+        )
+    return tokens, start
+
+
+def _scores(model: nn.Module, rows: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+    """Return the log-likelihood of each end and whether it is greedy; padded right, which no causal token sees."""
+    width, first = max(len(tokens) for tokens, _ in rows), min(start for _, start in rows) - 1
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for k, (tokens, _) in enumerate(rows):
+        ids[k, : len(tokens)] = torch.tensor(tokens)
+        mask[k, : len(tokens)] = 1
+    given = prepare(model, {"input_ids": ids, "attention_mask": mask})
+    logits = logits_of(model(**given, **head_on_last(model, width - first)))[:, first - width :]
+    found = []
+    for row, (tokens, start) in zip(logits, rows, strict=True):
+        chosen = row[start - 1 - first : len(tokens) - 1 - first]
+        logs = chosen.to(torch.promote_types(chosen.dtype, torch.float32)).log_softmax(dim=-1)
+        targets = torch.tensor(tokens[start:], device=logs.device)
+        nats = logs.gather(1, targets[:, None]).flatten()
+        found.append((math.fsum(nats.tolist()), bool((logs.argmax(dim=-1) == targets).all())))
+    return found

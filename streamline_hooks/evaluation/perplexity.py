@@ -24,6 +24,10 @@ _TOKENS_AT_ONCE = 32  # few enough for the processor's cache, at any vocabulary
 _LARGEST = math.log(sys.float_info.max)
 
 
+class NotFiniteLikelihood(StreamlineError):
+    """Raised if a log-likelihood is not finite."""
+
+
 @dataclass(frozen=True)
 class Perplexity:
     """A sum of negative log-likelihoods and the number of predicted tokens.

@@ -189,7 +189,7 @@ def read_problems(path: str | Path, *, shots: int = 0, match: Match = "number") 
     StreamlineError
         If the file cannot be read, a line is no problem, or too few are left to ask; the text names the line.
     """
-    found = [_problem(row, row.where, match) for row in read_rows(path)]
+    found = [_problem(row, f"{path}, row {number}", match) for number, row in enumerate(read_rows(path))]
     if not 0 <= shots < len(found):
         raise StreamlineError(f"shots={shots} leaves nothing to ask of the {len(found)} problems in {path}.")
     shown = "".join(f"{problem.prompt} {work}\n\n" for problem, work in found[:shots])

@@ -1,4 +1,4 @@
-"""What an evaluation came to, for a page, a table and a program."""
+"""Results of an evaluation: as an object, as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
+import torch
+
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.agreement import Agreement
+from streamline_hooks.evaluation.agreement import Agreement, stability
 from streamline_hooks.evaluation.bootstrap import Difference, Retained, TaskAnswers, compared, retained
-from streamline_hooks.evaluation.choices import ChoiceScores
 from streamline_hooks.evaluation.last_words import LastWordScores
-from streamline_hooks.evaluation.matched import Matched
-from streamline_hooks.evaluation.problems import Solved, chance_of_guessing
-from streamline_hooks.evaluation.questions import chance
+from streamline_hooks.evaluation.problems import Solved
 from streamline_hooks.evaluation.sliding import TextPerplexity
 from streamline_hooks.evaluation.speed import SpeedReport
-from streamline_hooks.evaluation.stability import Stability, stability
-from streamline_hooks.evaluation.suite import Suite
-from streamline_hooks.evaluation.writing import WritingScores, Written
+from streamline_hooks.evaluation.tasks import TaskResult
+from streamline_hooks.evaluation.writing import Matched, WritingScores, Written
 
 QUANTILES = (0.5, 0.9, 0.99)
+_PACKAGES = ("streamline_hooks", "lm_eval", "transformers")
 
 
 @dataclass
 class Scores:
-    """What one model reaches; a section that was not asked for is empty.
+    """Results of one model; a part that was not evaluated is empty.
 
     Attributes
     ----------
@@ -35,19 +35,19 @@ class Scores:
         Of the weights.
     text : dict of str to TextPerplexity
         By domain.
-    choices : dict of str to ChoiceScores
+    tasks : dict of str to TaskResult
     last_words : dict of str to LastWordScores
     problems : dict of str to Solved
     written : tuple of Written
         After each prompt.
     seconds : dict of str to float
-        By section and task, when it was measured.
+        By part, when it was measured.
     """
 
     parameters: int
     bytes: int
     text: dict[str, TextPerplexity] = field(default_factory=dict)
-    choices: dict[str, ChoiceScores] = field(default_factory=dict)
+    tasks: dict[str, TaskResult] = field(default_factory=dict)
     last_words: dict[str, LastWordScores] = field(default_factory=dict)
     problems: dict[str, Solved] = field(default_factory=dict)
     written: tuple[Written, ...] = ()
@@ -56,12 +56,10 @@ class Scores:
 
 @dataclass
 class Evaluation:
-    """What a model reaches, and what it retains of its original.
+    """Results of a model, and of its original.
 
     Attributes
     ----------
-    suite : Suite
-        What was asked.
     name : str
     scores : Scores
     reference_name : str
@@ -70,15 +68,17 @@ class Evaluation:
     agreement : dict of str to Agreement
         By domain of the text.
     speed : SpeedReport or None
+    chance : dict of str to float
+        Accuracy of guessing, by task of problems.
     """
 
-    suite: Suite
     name: str
     scores: Scores
     reference_name: str = ""
     original: Scores | None = None
     agreement: dict[str, Agreement] = field(default_factory=dict)
     speed: SpeedReport | None = None
+    chance: dict[str, float] = field(default_factory=dict)
 
     @property
     def mean_perplexity_ratio(self) -> float | None:
@@ -95,46 +95,41 @@ class Evaluation:
         return Matched.of(self.scores.written, self.original.written)
 
     @property
-    def stability(self) -> dict[str, Stability]:
-        """By task of choices, see `stability`."""
-        if self.original is None:
-            return {}
-        tasks = self.suite.choices
-        theirs = self.original.choices
-        return {
-            name: stability(mine, theirs[name], normalised=tasks[name].normalised)
-            for name, mine in self.scores.choices.items()
-        }
+    def stability(self) -> dict[str, dict[str, float]]:
+        """Stability of each multiple-choice task, see `stability`, and the share of items that it weighs."""
+        found = {}
+        for name, mine in self.scores.tasks.items() if self.original is not None else ():
+            theirs = self.original.tasks[name]  # type: ignore[union-attr]
+            if theirs.loglikelihoods and mine.scores and theirs.scores:
+                same = [a == b for a, b in zip(mine.scores, theirs.scores, strict=True)]
+                value = stability(theirs.loglikelihoods, theirs.tokens, same)
+                found[name] = {"value": value, "share": sum(same) / len(same)}
+        return found
 
     @property
     def retained(self) -> dict[str, Retained]:
-        """By group, ``classification`` and ``generation``; a group in which the original is never right is left out."""
+        """Relative accuracy by group; without a group in which the original is never right."""
         asked = self._asked()
         return retained(asked) if asked else {}
 
     def more_than(self, other: Evaluation) -> dict[str, Difference]:
-        """How much more this model retains than another, by group as `retained`, see `compared`.
-
-        Parameters
-        ----------
-        other : Evaluation
-            Of the same suite, beside the same original.
+        """Compute how much more this model retains than another of the same original and suite; see `compared`.
 
         Raises
         ------
         StreamlineError
-            If the two were not asked the same, if one has no original, or their originals answer differently.
+            If one has no original, or their tasks or originals differ.
         """
         if self.original is None or other.original is None:
             raise StreamlineError(
-                "What a model retains more than another is told of two evaluations beside their common original, and "
-                "one of these has none; give it as `reference`."
+                "One of the two evaluations has no original. Expected two with a common one. Evaluate again, and give "
+                "it as `reference`."
             )
         sides = self._asked(), other._asked()
         return compared(*sides) if any(sides) else {}
 
     def _asked(self) -> list[TaskAnswers]:
-        """The answers beside the original's, in the groups in which it is ever right."""
+        """Return the per-item scores of both models, of the groups in which the original is ever right."""
         if self.original is None:
             return []
         pairs = zip(self._answers(self.scores), self._answers(self.original), strict=True)
@@ -166,9 +161,9 @@ class Evaluation:
                 "tokens": whole.tokens,
             }
         if self.stability:
-            found["stability"] = {
-                name: {"value": one.value, "share": one.share} for name, one in self.stability.items()
-            }
+            found["stability"] = self.stability
+        if self.scores.tasks:
+            found["packages"] = {**{name: version(name) for name in _PACKAGES}, "torch": torch.__version__}
         if self.retained:
             found["retained"] = {group: _retained(one) for group, one in self.retained.items()}
         if self.speed is not None:
@@ -202,45 +197,35 @@ class Evaluation:
         accuracy = {name: row for name, row in self._accuracies(scores)}
         if accuracy:
             found["accuracy"] = accuracy
+        if scores.tasks:
+            found["tasks"] = _tasks(scores)
         if scores.written:
             one = WritingScores(scores.written)
             found["writing"] = {"repetition": _json(one.repetition), "length": one.length, "ended": one.ended}
         return found | {"seconds": scores.seconds}
 
     def _accuracies(self, scores: Scores) -> Iterator[tuple[str, dict[str, Any]]]:
-        for name, choices in scores.choices.items():
-            normalised = self.suite.choices[name].normalised
-            value, error = choices.accuracy, choices.standard_error
-            each, each_error = choices.normalised_accuracy, choices.normalised_standard_error
-            yield (
-                name,
-                {
-                    "value": each if normalised else value,
-                    "standard_error": _json(each_error if normalised else error),
-                    "chance": chance(self.suite.choices[name].questions),
-                    "items": len(choices.gold),
-                    "metric": "accuracy, normalised" if normalised else "accuracy",
-                    "raw": value,
-                    "normalised": each,
-                },
-            )
+        for name, task in scores.tasks.items():
+            if task.metric:
+                row = _accuracy(task.accuracy, task.standard_error, task.chance, len(task.scores), task.metric)
+                yield name, row
         for name, ends in scores.last_words.items():
             yield name, _accuracy(ends.accuracy, ends.standard_error, 0.0, len(ends.right), "last word")
         for name, solved in scores.problems.items():
-            guess = chance_of_guessing(self.suite.problems[name].problems)
-            row = _accuracy(solved.accuracy, solved.standard_error, guess, len(solved.solved), "exact match")
+            row = _accuracy(
+                solved.accuracy, solved.standard_error, self.chance[name], len(solved.solved), "exact match"
+            )
             tries = min(map(len, solved.solved))
             yield name, row | ({f"pass@{tries}": solved.pass_at(tries)} if tries > 1 else {})
 
     def _answers(self, scores: Scores) -> Iterator[tuple[str, str, tuple[bool, ...] | tuple[float, ...], float]]:
-        for name, choices in scores.choices.items():
-            task = self.suite.choices[name]
-            right = choices.right_normalised if task.normalised else choices.right
-            yield name, "classification", right, chance(task.questions)
+        for name, task in scores.tasks.items():
+            if task.metric:
+                yield name, "generation" if task.generates else "classification", task.scores, task.chance
         for name, ends in scores.last_words.items():
             yield name, "generation", ends.right, 0.0
         for name, solved in scores.problems.items():
-            yield name, "generation", solved.shares, chance_of_guessing(self.suite.problems[name].problems)
+            yield name, "generation", solved.shares, self.chance[name]
 
     def _rows(self) -> Iterator[tuple[str, float, float | None, str]]:
         """Label, the model's number, the original's, and what sort of number it is."""
@@ -253,6 +238,9 @@ class Evaluation:
         originals: Mapping[str, Any] = {} if other is None else dict(self._accuracies(other))
         for name, row in mine.items():
             yield f"{name} ({row['metric']})", row["value"], originals[name]["value"] if originals else None, "share"
+        metrics, theirs_too = _metrics(self.scores), {} if other is None else _metrics(other)
+        for label, value in metrics.items():
+            yield label, value, theirs_too.get(label), "number"
         if self.scores.written:
             theirs_written = None if other is None else WritingScores(other.written).repetition
             yield "repetition", WritingScores(self.scores.written).repetition, theirs_written, "share"
@@ -260,6 +248,31 @@ class Evaluation:
 
 def _accuracy(value: float, error: float, chance: float, items: int, metric: str) -> dict[str, Any]:
     return {"value": value, "standard_error": _json(error), "chance": chance, "items": items, "metric": metric}
+
+
+def _tasks(scores: Scores) -> dict[str, Any]:
+    """Return lm-eval's own results, by task, group and subtask."""
+    return {
+        name: {
+            "metrics": {m: {"value": _json(v), "standard_error": e} for m, (v, e) in metrics.items()},
+            "items": task.items.get(name),
+            "few_shot": task.few_shot.get(name),
+            "version": task.versions.get(name),
+        }
+        for task in scores.tasks.values()
+        for name, metrics in task.metrics.items()
+    }
+
+
+def _metrics(scores: Scores) -> dict[str, float]:
+    """Return the metrics that are no accuracy of `Evaluation._accuracies`, by their labels."""
+    return {
+        f"{name} ({metric})": value
+        for task, result in scores.tasks.items()
+        for name, metrics in result.metrics.items()
+        for metric, (value, _) in metrics.items()
+        if (name, metric) != (task, result.metric)
+    }
 
 
 def _text(text: TextPerplexity) -> dict[str, Any]:
@@ -285,7 +298,13 @@ def _json(value: float) -> float | None:
 def _number(value: float, unit: str) -> str:
     if not math.isfinite(value):
         return "-"
-    return {"count": f"{value / 1e6:.1f} M", "ratio": f"{value:.2f}", "share": f"{value:.1%}"}[unit]
+    shown = {
+        "count": f"{value / 1e6:.1f} M",
+        "ratio": f"{value:.2f}",
+        "share": f"{value:.1%}",
+        "number": f"{value:.4g}",
+    }
+    return shown[unit]
 
 
 def _against(mine: float, theirs: float | None, unit: str) -> str:

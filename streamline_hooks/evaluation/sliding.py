@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from streamline_hooks.arguments import checked
 from streamline_hooks.batch import positions_of, prepare
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.continuations import NotFiniteLikelihood
-from streamline_hooks.evaluation.perplexity import Perplexity, negative_log_likelihoods
-from streamline_hooks.evaluation.texts import require_texts
+from streamline_hooks.evaluation.perplexity import NotFiniteLikelihood, Perplexity, negative_log_likelihoods
 from streamline_hooks.passes import head_on_last, inference, progress
 from streamline_hooks.predicted import UNCOUNTED
 from streamline_hooks.task import logits_of
@@ -306,7 +304,6 @@ def sliding_windows(document: int, predicted: int, window: int, stride: int) -> 
 def _checked(model: nn.Module, texts: Sequence[str], settings: WindowSettings) -> tuple[int, int]:
     """The window and the stride, once it is sure that they can be used."""
     window, stride = settings.window, settings.stride
-    require_texts(texts)
     positions = positions_of(getattr(model, "config", None))
     if window is None:
         window = usual_window(model)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.evaluation.agreement import (
     Agreement,
     agreement_of,
@@ -37,6 +38,7 @@ class TextComparison:
     agreement: Agreement
 
 
+@checked()
 def sliding_agreement(
     model: nn.Module,
     original: nn.Module,

@@ -6,11 +6,12 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.batch import device_of
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.texts import require_texts
 from streamline_hooks.generation import seeded, written_on
 from streamline_hooks.passes import progress
 
@@ -85,6 +86,67 @@ class WritingScores:
         )
 
 
+@dataclass(frozen=True)
+class Matched:
+    """Agreement of the greedy generations of two models.
+
+    Attributes
+    ----------
+    lengths : tuple of int
+        Length of the common prefix in tokens, by prompt.
+    same : tuple of bool
+        Whether the texts are the same, the end included.
+
+    Examples
+    --------
+    >>> mine = Written("", "", (5, 6, 7), ended=False)
+    >>> theirs = Written("", "", (5, 6, 8), ended=False)
+    >>> print(Matched.of([mine, mine], [theirs, mine]))
+    2.5 tokens until the first that differs, 50% of 2 texts the same
+    """
+
+    lengths: tuple[int, ...]
+    same: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, texts: Sequence[Written], reference: Sequence[Written]) -> Matched:
+        """Compare what was generated from the same prompts, in the same order.
+
+        Raises
+        ------
+        StreamlineError
+            If the prompts differ, or there are none.
+        """
+        if not texts or [text.prompt for text in texts] != [text.prompt for text in reference]:
+            raise StreamlineError(
+                f"Got {len(texts)} texts and {len(reference)} of the original. Expected both of the same prompts in "
+                "one order. Generate them again."
+            )
+        pairs = list(zip(texts, reference, strict=True))
+        return cls(
+            tuple(
+                sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a.tokens, b.tokens, strict=False)))
+                for a, b in pairs
+            ),
+            tuple(a.tokens == b.tokens and a.ended == b.ended for a, b in pairs),
+        )
+
+    @property
+    def length(self) -> float:
+        """Mean length of the common prefix in tokens."""
+        return statistics.fmean(self.lengths)
+
+    @property
+    def share(self) -> float:
+        """Share of the texts that are the same."""
+        return statistics.fmean(self.same)
+
+    def __str__(self) -> str:
+        count = len(self.same)
+        return f"{self.length:.1f} tokens until the first that differs, {self.share:.0%} of {count} texts the same"
+
+
+@checked()
 def write_on(
     model: Any,
     tokenizer: Any,
@@ -138,7 +200,6 @@ def write_on(
     StreamlineError
         If a setting is out of range, the model cannot write, or has too few positions.
     """
-    require_texts(prompts, "prompt")
     if not prompts:
         raise StreamlineError("There is no prompt; give one at least.")
     require_writable(new_tokens, samples, temperature, top_p, batch_size)

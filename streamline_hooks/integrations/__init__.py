@@ -1,7 +1,6 @@
 """Other tools that this library works with; each is optional, and imported when it is used."""
 
-from streamline_hooks.integrations.harness import HarnessResult, Measured, run_harness
 from streamline_hooks.integrations.monitor_callback import MonitorCallback
 from streamline_hooks.integrations.progressive_removal_callback import ProgressiveRemovalCallback
 
-__all__ = ["HarnessResult", "Measured", "MonitorCallback", "ProgressiveRemovalCallback", "run_harness"]
+__all__ = ["MonitorCallback", "ProgressiveRemovalCallback"]

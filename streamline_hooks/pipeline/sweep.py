@@ -18,7 +18,7 @@ from streamline_hooks.core.tables import table
 from streamline_hooks.digests import autocast_dtype, batches_digest, model_digest, texts_digest, tokenizer_digest
 from streamline_hooks.errors import StreamlineError, TrainingInterrupted, UnsupportedSurgery
 from streamline_hooks.evaluation import measure_speed
-from streamline_hooks.evaluation.kept import Kept
+from streamline_hooks.evaluation.result_cache import ResultCache
 from streamline_hooks.evaluation.speed import PHASES, Timed, room_for_prompt
 from streamline_hooks.pipeline.compress import compress
 from streamline_hooks.pipeline.config import CompressionConfig, EvaluationConfig
@@ -208,14 +208,14 @@ def sweep(
         )
     if isinstance(texts, Mapping):
         texts = TokenSplit.of_packed(texts)
-    kept = Kept(Path(keep_in) if keep_in is not None else None)
+    cache = ResultCache(Path(keep_in) if keep_in is not None else None)
     timed = (room_for_prompt(model, _TIMED_NEW, speed_tokens), repeats) if speed else None
     known = [] if keep_in is None else [*_known(model, tokenizer, texts, profile), timed]
     compressor = _Compressor(model, tokenizer, texts, timed, say, profile)
     points = []
     for one in configs:
         say(f"{one.repair}, {one.target}")
-        points.append(kept.get(Point, [*known, one.to_dict(), *_data_of(one)], partial(compressor.point, one))[0])
+        points.append(cache.get(Point, [*known, one.to_dict(), *_data_of(one)], partial(compressor.point, one))[0])
     return Sweep(tuple(points))
 
 

@@ -133,7 +133,7 @@ def test_the_error_is_that_of_the_benchmark() -> None:
     """Which is linearised, and knows nothing of draws."""
     tasks = [TaskAnswers(f"{k}", *correlated(400, k), 0.25) for k in range(5)]  # type: ignore[arg-type]
     quality = Quality.__new__(Quality)
-    quality.questions, quality.chance = {t.name: [] for t in tasks}, {t.name: t.chance for t in tasks}
+    quality.chance = {t.name: t.chance for t in tasks}
     told = [{t.name: "".join("01"[int(a)] for a in side(t)) for t in tasks} for side in (_original, _changed)]
     quality.scores = Scores({}, told[0])
     expected = quality.retained_scores(Scores({}, told[1]))

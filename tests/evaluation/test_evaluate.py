@@ -16,34 +16,34 @@ import torch
 
 from streamline_hooks import LayerSurgeon, StreamlineError, agreement, evaluate
 from streamline_hooks.evaluation import (
-    ChoiceTask,
     Evaluation,
     LastWord,
     Problem,
-    ProblemTask,
-    Question,
     Scores,
     Solved,
     Suite,
-    score_choices,
+    TaskSettings,
+    config_of_rows,
+    run_tasks,
     score_last_words,
     sliding_perplexity,
     solve,
     write_on,
 )
+from streamline_hooks.evaluation.problems import chance_of_guessing
 from streamline_hooks.passes import inference
 
+pytest.importorskip("lm_eval", reason="the package lm_eval is not installed")
+
 QUERY = "Once upon a time, there was a little girl named"
-QUESTIONS = tuple(
-    Question((query,) * 3, choices, gold, f"question {gold}")
-    for query, choices, gold in (
-        (QUERY, ("Lily.", "Table.", "Seventeen."), 0),
-        ("Tom and his dog went to the", ("seven", "park.", "because"), 1),
-        ("She was very", ("river.", "and", "happy."), 2),
-        ("One day, a bird", ("blue", "Lily", "flew"), 2),
-    )
-)
+ROWS = [
+    {"query": QUERY, "choices": ["Lily.", "Table.", "Seventeen."], "gold": 0},
+    {"query": "Tom and his dog went to the", "choices": ["seven", "park.", "because"], "gold": 1},
+    {"query": "She was very", "choices": ["river.", "and", "happy."], "gold": 2},
+    {"query": "One day, a bird", "choices": ["blue", "Lily", "flew"], "gold": 2},
+]
 ENDS = [LastWord("Once upon a", "time"), LastWord("Once upon a time, there was a little", "xylophone")]
+TASKS = [config_of_rows(ROWS, "girls"), config_of_rows(ROWS[1:], "dogs")]
 PROMPTS = [f"{QUERY} Lily. She", "One day, a big dog"]
 
 
@@ -63,11 +63,12 @@ def suite(pair: tuple[Any, Any, Any], story_texts: list[str]) -> Suite:
     original, _, tokenizer = pair
     (told,) = write_on(original, tokenizer, PROMPTS[:1], new_tokens=8)[0]
     return Suite(
-        tokenizer,
         text={"tales": story_texts[:3], "more tales": story_texts[3:5]},
-        choices={"girls": ChoiceTask(QUESTIONS), "dogs": ChoiceTask(QUESTIONS[1:], normalised=True)},
+        tasks=TASKS,
         last_words={"ends": ENDS},
-        problems={"told": ProblemTask((Problem(PROMPTS[0], told.text), Problem(PROMPTS[1], "no")), new_tokens=8)},
+        problems={"told": [Problem(PROMPTS[0], told.text), Problem(PROMPTS[1], "no")]},
+        problem_tokens=8,
+        stop=(),
         prompts=PROMPTS,
         window=48,
         stride=16,
@@ -78,16 +79,12 @@ def suite(pair: tuple[Any, Any, Any], story_texts: list[str]) -> Suite:
 
 def test_it_is_what_each_measure_alone_gives(pair: tuple[Any, Any, Any], suite: Suite) -> None:
     original, changed, tokenizer = pair
-    found = evaluate(changed, suite, original, name="shorter", reference_name="stories")
+    found = evaluate(changed, tokenizer, suite, original, name="shorter", reference_name="stories")
     assert found.original is not None
     for model, scores in ((changed, found.scores), (original, found.original)):
-        for task, choices in suite.choices.items():
-            alone_ = score_choices(model, tokenizer, choices.questions)
-            assert scores.choices[task].right == alone_.right
-            for mine, theirs in zip(scores.choices[task].loglikelihoods, alone_.loglikelihoods, strict=True):
-                assert mine == pytest.approx(theirs, rel=1e-4)
+        assert scores.tasks == run_tasks(model, tokenizer, TASKS)
         assert scores.last_words["ends"].right == score_last_words(model, tokenizer, ENDS).right
-        assert scores.problems["told"] == solve(model, tokenizer, suite.problems["told"].problems, new_tokens=8)
+        assert scores.problems["told"] == solve(model, tokenizer, suite.problems["told"], new_tokens=8)
         assert list(scores.written) == [text for (text,) in write_on(model, tokenizer, PROMPTS, new_tokens=12)]
         for domain, documents in suite.text.items():
             alone = sliding_perplexity(model, tokenizer, documents, window=48, stride=16)
@@ -107,19 +104,19 @@ def test_agreement_is_that_of_the_same_windows(pair: tuple[Any, Any, Any], suite
     text = suite.text["tales"][0][:100]
     ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
     expected = agreement(changed, original, [torch.tensor([ids[:-1]])])
-    found = evaluate(changed, Suite(tokenizer, text={"a tale": [text]}, timed=None), original).agreement["a tale"]
+    found = evaluate(changed, tokenizer, Suite(text={"a tale": [text]}, timed=None), original).agreement["a tale"]
     assert found.tokens == expected.tokens == len(ids) - 1
     assert (found.kl, found.top1) == (pytest.approx(expected.kl, rel=1e-5), expected.top1)
     assert found.spread.quantile(0.0) <= found.kl <= found.spread.quantile(1.0) * 1.02
 
 
 def test_a_copy_retains_everything(pair: tuple[Any, Any, Any], suite: Suite) -> None:
-    original, _, _ = pair
-    found = evaluate(copy.deepcopy(original), suite, original)
+    original, _, tokenizer = pair
+    found = evaluate(copy.deepcopy(original), tokenizer, suite, original)
     assert found.mean_perplexity_ratio == pytest.approx(1.0)
     assert set(found.retained) == {"classification", "generation"}
     assert all((r.ratio.value, r.ratio.low, r.ratio.high) == (1.0, 1.0, 1.0) for r in found.retained.values())
-    assert all(one.value == pytest.approx(1.0) for one in found.stability.values())
+    assert found.stability == {name: {"value": pytest.approx(1.0), "share": 1.0} for name in ("girls", "dogs")}
     assert found.matched is not None and found.matched.share == 1.0 and found.matched.length == 12
     whole = found.report()["agreement"]
     assert abs(whole["kl"]) < 1e-6 and whole["top1"] == 1.0 and whole["quantiles"]["0.99"] < 1e-6
@@ -127,19 +124,19 @@ def test_a_copy_retains_everything(pair: tuple[Any, Any, Any], suite: Suite) -> 
 
 def test_what_is_retained_is_that_of_the_changed_model(pair: tuple[Any, Any, Any], suite: Suite) -> None:
     """Of one that finds likeliest what its original finds least likely."""
-    original, _, _ = pair
+    original, _, tokenizer = pair
     wrong = copy.deepcopy(original)
     with torch.no_grad():
         wrong.model.norm.weight.neg_()
-    found = evaluate(wrong, suite, original)
+    found = evaluate(wrong, tokenizer, suite, original)
     assert found.original is not None
-    tasks, theirs = found.scores.choices, found.original.choices
-    means = [statistics.fmean([of["girls"].accuracy, of["dogs"].normalised_accuracy]) for of in (tasks, theirs)]
+    tasks, theirs = found.scores.tasks, found.original.tasks
+    means = [statistics.fmean([of["girls"].accuracy, of["dogs"].accuracy]) for of in (tasks, theirs)]
     assert found.retained["classification"].ratio.value == pytest.approx(means[0] / means[1])
     assert means[0] < means[1]
     assert found.retained["generation"].ratio.value == 0.0
-    assert found.stability["girls"].value < 1.0 and found.matched is not None and found.matched.length < 3
-    whole = evaluate(copy.deepcopy(original), suite, original)
+    assert found.stability["girls"]["value"] < 1.0 and found.matched is not None and found.matched.length < 3
+    whole = evaluate(copy.deepcopy(original), tokenizer, suite, original)
     more, less = whole.more_than(found), found.more_than(whole)
     assert more["classification"].ratio.value == pytest.approx(1.0 - means[0] / means[1])
     assert (more["generation"].ratio.value, less["generation"].ratio.value) == (1.0, -1.0)
@@ -151,11 +148,9 @@ def solved_by_tries(*tries: list[int]) -> Scores:
 
 def test_all_tries_count_for_what_is_retained() -> None:
     """As they do for the accuracy beside it."""
-    problems = tuple(Problem(f"{k} + 1 =", str(k + 1)) for k in range(4))
-    asked = Suite(None, problems={"sums": ProblemTask(problems, samples=2, temperature=1.0)}, timed=None)
     theirs = solved_by_tries([1, 1], [1, 1], [1, 1], [1, 1])
     sides = [
-        Evaluation(asked, "changed", mine, "original", theirs)
+        Evaluation("changed", mine, "original", theirs, chance={"sums": 0.0})
         for mine in (solved_by_tries([1, 0], [1, 0], [1, 0], [1, 0]), solved_by_tries(*[[1, 1]] * 3, [0, 0]))
     ]
     assert [side.retained["generation"].ratio.value for side in sides] == [0.5, 0.75]
@@ -165,14 +160,14 @@ def test_all_tries_count_for_what_is_retained() -> None:
 
 def test_who_always_writes_one_answer_retains_nothing_above_chance() -> None:
     problems = tuple(Problem(f"Row {k}: how many?", "1" if k < 21 else str(k)) for k in range(41))
-    asked = Suite(None, problems={"counting": ProblemTask(problems)}, timed=None)
 
     def scores(right: Iterable[bool]) -> Scores:
         each = [(one,) for one in right]
         return Scores(1, 1, problems={"counting": Solved(tuple(() for _ in each), tuple(each))})
 
     guesses = scores(p.answer == "1" for p in problems)
-    found = Evaluation(asked, "guesses", guesses, "original", scores(k < 36 for k in range(41)))
+    chance = {"counting": chance_of_guessing(problems)}
+    found = Evaluation("guesses", guesses, "original", scores(k < 36 for k in range(41)), chance=chance)
     kept = found.retained["generation"].above_chance
     assert kept is not None and kept.value == pytest.approx((21 / 41 - 0.5) / (36 / 41 - 0.5))
     assert kept.low < 0 < kept.high
@@ -181,27 +176,33 @@ def test_who_always_writes_one_answer_retains_nothing_above_chance() -> None:
 
 def test_a_model_is_held_against_another_beside_one_original(pair: tuple[Any, Any, Any], suite: Suite) -> None:
     original, changed, tokenizer = pair
-    found = evaluate(changed, suite, original)
+    found = evaluate(changed, tokenizer, suite, original)
     assert all(one.ratio.value == one.ratio.low == one.ratio.high == 0.0 for one in found.more_than(found).values())
     with pytest.raises(StreamlineError, match=r"give.*`reference`"):
-        found.more_than(evaluate(changed, suite))
-    few = Suite(tokenizer, choices={"girls": suite.choices["girls"]}, timed=None)
+        found.more_than(evaluate(changed, tokenizer, suite))
+    few = Suite(tasks=TASKS[:1], timed=None)
     with pytest.raises(StreamlineError, match=r"'dogs' is of one model only"):
-        found.more_than(evaluate(changed, few, original))
+        found.more_than(evaluate(changed, tokenizer, few, original))
     with pytest.raises(StreamlineError, match="Expected one original"):
-        found.more_than(evaluate(original, suite, changed))
-    nothing = evaluate(changed, Suite(tokenizer, text=suite.text, timed=None), original)
+        found.more_than(evaluate(original, tokenizer, suite, changed))
+    nothing = evaluate(changed, tokenizer, Suite(text=suite.text, timed=None), original)
     assert nothing.more_than(nothing) == {}
 
 
 def test_the_report_is_json_and_says_what_the_scores_say(pair: tuple[Any, Any, Any], suite: Suite) -> None:
-    original, changed, _ = pair
-    found = evaluate(changed, suite, original, name="shorter", reference_name="stories")
+    original, changed, tokenizer = pair
+    found = evaluate(changed, tokenizer, suite, original, name="shorter", reference_name="stories")
     report = json.loads(json.dumps(found.report(), allow_nan=False))
     assert (report["model"], report["reference"]) == ("shorter", "stories")
-    assert report["accuracy"]["girls"]["value"] == found.scores.choices["girls"].accuracy
-    assert report["accuracy"]["dogs"]["value"] == found.scores.choices["dogs"].normalised_accuracy
-    assert report["accuracy"]["dogs"]["metric"] == "accuracy, normalised"
+    girls = found.scores.tasks["girls"]
+    assert report["accuracy"]["girls"]["value"] == girls.accuracy
+    assert report["accuracy"]["girls"]["metric"] == "acc"
+    said = report["tasks"]["girls"]
+    assert said["metrics"]["acc_norm"] == dict(
+        zip(("value", "standard_error"), girls.metrics["girls"]["acc_norm"], strict=True)
+    )
+    assert (said["items"], said["few_shot"], said["version"]) == (4, 0, "1.0") and "lm_eval" in report["packages"]
+    assert report["original"]["tasks"].keys() == report["tasks"].keys() == {"girls", "dogs"}
     assert report["accuracy"]["girls"]["chance"] == pytest.approx(1 / 3)
     assert report["original"]["accuracy"]["told"] == {
         "value": 0.5, "standard_error": 0.5, "chance": 0.0, "items": 2, "metric": "exact match",
@@ -212,14 +213,17 @@ def test_the_report_is_json_and_says_what_the_scores_say(pair: tuple[Any, Any, A
     assert {"girls", "tales", "ends", "told", "prompts"} <= report["seconds"].keys()
     table = found.table()
     assert (
-        "perplexity, tales" in table and "dogs (accuracy, normalised)" in table and "retained, classification" in table
+        "perplexity, tales" in table
+        and "dogs (acc)" in table
+        and "dogs (acc_norm)" in table
+        and "retained, classification" in table
     )
     assert f"x {found.scores.text['tales'].value / found.original.text['tales'].value:.2f}" in table
 
 
 def test_without_an_original(pair: tuple[Any, Any, Any], suite: Suite) -> None:
     original, _, tokenizer = pair
-    found = evaluate(original, suite)
+    found = evaluate(original, tokenizer, suite)
     assert found.scores.text["tales"] == sliding_perplexity(
         original, tokenizer, suite.text["tales"], window=48, stride=16
     )
@@ -231,21 +235,21 @@ def test_without_an_original(pair: tuple[Any, Any, Any], suite: Suite) -> None:
 
 def test_what_is_known_is_not_asked_again(pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path) -> None:
     """Not even by a copy that was saved and loaded; but where one weight is another, everything is."""
-    original, changed, _ = pair
+    original, changed, tokenizer = pair
     file = tmp_path / "kept" / "measured.json"
-    first = evaluate(changed, suite, original, keep_in=file)
+    first = evaluate(changed, tokenizer, suite, original, keep_in=file)
     runs: list[int] = []
     with_hook = copy.deepcopy(changed)
     with_hook.config._name_or_path = "somewhere else"
     with_hook.register_forward_pre_hook(lambda *_: runs.append(1))
-    again = evaluate(with_hook, suite, original, keep_in=file)
+    again = evaluate(with_hook, tokenizer, suite, original, keep_in=file)
     assert not runs
     assert again.scores == first.scores and again.original == first.original and again.agreement == first.agreement
     assert again.report() == first.report()
     with torch.no_grad():
         with_hook.model.layers[0].mlp.down_proj.weight[17, 31] += 1.0
-    other = evaluate(with_hook, suite, original, keep_in=file)
-    assert runs and other.original is not None and other.original.choices == first.original.choices
+    other = evaluate(with_hook, tokenizer, suite, original, keep_in=file)
+    assert runs and other.original is not None and other.original.tasks == first.original.tasks
     assert other.scores.text != first.scores.text
 
 
@@ -255,15 +259,15 @@ def test_what_is_known_of_another_tokenizer_is_asked_again(
     """What texts begin and end with is a part of what was measured."""
     original, _, tokenizer = pair
     file = tmp_path / "measured.json"
-    first = evaluate(original, suite, keep_in=file)
+    first = evaluate(original, tokenizer, suite, keep_in=file)
     other = copy.deepcopy(tokenizer)
     other.bos_token = other.eos_token
-    again = evaluate(original, replace(suite, tokenizer=other), keep_in=file)
+    again = evaluate(original, other, suite, keep_in=file)
     assert again.scores.text["tales"].nll != first.scores.text["tales"].nll
     ends = copy.deepcopy(original)
     ends.generation_config.eos_token_id = first.scores.written[0].tokens[3]
-    assert len(evaluate(ends, suite, keep_in=file).scores.written[0].tokens) <= 3
-    assert evaluate(original, suite, keep_in=file).scores == first.scores
+    assert len(evaluate(ends, tokenizer, suite, keep_in=file).scores.written[0].tokens) <= 3
+    assert evaluate(original, tokenizer, suite, keep_in=file).scores == first.scores
 
 
 class Scale(torch.nn.Module):
@@ -278,13 +282,13 @@ class Scale(torch.nn.Module):
 def test_a_splice_without_weights_is_not_taken_for_another(
     pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path
 ) -> None:
-    model, file = copy.deepcopy(pair[0]), tmp_path / "measured.json"
+    model, tokenizer, file = copy.deepcopy(pair[0]), pair[2], tmp_path / "measured.json"
     found = []
     for by in (1.0, 0.5, 1.0):
         with LayerSurgeon(model) as surgeon:
             surgeon.replace(range(2, 3), Scale(by))
-            found.append(evaluate(model, suite, keep_in=file).scores)
-            assert evaluate(model, suite).scores.text == found[-1].text
+            found.append(evaluate(model, tokenizer, suite, keep_in=file).scores)
+            assert evaluate(model, tokenizer, suite).scores.text == found[-1].text
     assert found[0] == found[2] and found[0].text != found[1].text
 
 
@@ -294,25 +298,26 @@ def test_an_adapter_that_is_off_is_not_taken_for_one_that_is_on(
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     model, file = peft.get_peft_model(copy.deepcopy(pair[0]), config), tmp_path / "measured.json"
+    tokenizer = pair[2]
     asked = replace(suite, problems={}, prompts=[])
-    on = evaluate(model, asked, keep_in=file).scores
+    on = evaluate(model, tokenizer, asked, keep_in=file).scores
     with model.disable_adapter():
-        off = evaluate(model, asked, keep_in=file).scores
-        assert evaluate(model, asked).scores.text == off.text
-    assert evaluate(model, asked, keep_in=file).scores == on
+        off = evaluate(model, tokenizer, asked, keep_in=file).scores
+        assert evaluate(model, tokenizer, asked).scores.text == off.text
+    assert evaluate(model, tokenizer, asked, keep_in=file).scores == on
     assert on.text != off.text
 
 
 def test_what_is_known_of_full_precision_is_asked_again_under_autocast(
     pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path
 ) -> None:
-    original, changed, _ = pair
+    original, changed, tokenizer = pair
     file = tmp_path / "measured.json"
     asked = replace(suite, problems={}, prompts=[])
-    full = evaluate(changed, asked, original, keep_in=file)
+    full = evaluate(changed, tokenizer, asked, original, keep_in=file)
     with torch.autocast("cpu", torch.bfloat16):
-        half = evaluate(changed, asked, original, keep_in=file)
-    assert evaluate(changed, asked, original, keep_in=file).report() == full.report()
+        half = evaluate(changed, tokenizer, asked, original, keep_in=file)
+    assert evaluate(changed, tokenizer, asked, original, keep_in=file).report() == full.report()
     assert half.scores.text != full.scores.text and half.scores.last_words != full.scores.last_words
     assert half.agreement != full.agreement
 
@@ -332,25 +337,48 @@ class Halves:
         return self.tokenizer(text.replace(self.unlike, "X") if self.unlike else text, **options)
 
 
-@pytest.mark.parametrize(
-    ("unlike", "part"), [("girl", "text"), ("park", "choices"), ("xylophone", "last_words"), ("big dog", "written")]
-)
+@pytest.mark.parametrize(("unlike", "part"), [("girl", "text"), ("xylophone", "last_words"), ("big dog", "written")])
 def test_what_another_tokenizer_reads_otherwise_is_asked_again(
     pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path, unlike: str, part: str
 ) -> None:
     original, _, tokenizer = pair
     file = tmp_path / "measured.json"
-    first = evaluate(original, replace(suite, tokenizer=Halves(tokenizer)), keep_in=file).scores
-    asked = replace(suite, tokenizer=Halves(tokenizer, unlike))
-    again = evaluate(original, asked, keep_in=file).scores
-    assert getattr(again, part) == getattr(evaluate(original, asked).scores, part) != getattr(first, part)
+    asked, other = replace(suite, tasks=()), Halves(tokenizer, unlike)
+    first = evaluate(original, Halves(tokenizer), asked, keep_in=file).scores
+    again = evaluate(original, other, asked, keep_in=file).scores
+    assert getattr(again, part) == getattr(evaluate(original, other, asked).scores, part) != getattr(first, part)
 
 
-def test_questions_begin_with_bos_where_that_is_asked_for(pair: tuple[Any, Any, Any], suite: Suite) -> None:
+def test_tasks_have_the_suites_settings(pair: tuple[Any, Any, Any], suite: Suite) -> None:
     original, _, tokenizer = pair
-    plain, begun = (evaluate(original, replace(suite, add_bos=add)).scores.choices["girls"] for add in (False, True))
-    alone = score_choices(original, tokenizer, QUESTIONS, add_bos=True).loglikelihoods
-    assert begun.loglikelihoods[0] == pytest.approx(alone[0], rel=1e-4) != plain.loglikelihoods[0]
+    asked = replace(suite, add_bos=False, items=2, metric="acc_norm", shots=1, seed=3, text={}, prompts=())
+    settings = TaskSettings(items=2, few_shot=1, metric="acc_norm", add_bos=False, seed=3)
+    assert evaluate(original, tokenizer, asked).scores.tasks == run_tasks(original, tokenizer, TASKS, settings)
+
+
+def test_under_an_open_surgeon_the_reduced_model_is_measured(
+    pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path
+) -> None:
+    original, changed, tokenizer = pair
+    model, file = copy.deepcopy(original), tmp_path / "measured.json"
+    whole = evaluate(model, tokenizer, suite, keep_in=file).scores
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove(range(2, 3))
+        reduced = evaluate(model, tokenizer, suite, keep_in=file).scores
+    committed = evaluate(changed, tokenizer, suite).scores
+    assert reduced.tasks == committed.tasks != whole.tasks and reduced.text == committed.text != whole.text
+    assert evaluate(model, tokenizer, suite, keep_in=file).scores == whole
+
+
+def test_another_file_of_the_same_name_is_evaluated_again(pair: tuple[Any, Any, Any], tmp_path: Path) -> None:
+    original, _, tokenizer = pair
+    path, found = tmp_path / "girls.jsonl", []
+    for rows in (ROWS, ROWS[:1] + ROWS[2:], ROWS):
+        path.write_text("\n".join(map(json.dumps, rows)))
+        suite = Suite(tasks=[str(path)], timed=None)
+        found.append(evaluate(original, tokenizer, suite, keep_in=tmp_path / "measured.json").scores)
+        assert found[-1].tasks == run_tasks(original, tokenizer, [str(path)])
+    assert found[0] == found[2] and len(found[1].tasks["girls"].scores) == 3
 
 
 def test_an_original_with_fewer_positions_has_the_say_about_the_window(
@@ -360,15 +388,15 @@ def test_an_original_with_fewer_positions_has_the_say_about_the_window(
     few = copy.deepcopy(original)
     few.config.max_position_embeddings = 32
     text = {"tales": suite.text["tales"]}
-    found = evaluate(changed, Suite(tokenizer, text=text, timed=None), few)
+    found = evaluate(changed, tokenizer, Suite(text=text, timed=None), few)
     assert found.original is not None
     assert found.original.text["tales"] == sliding_perplexity(few, tokenizer, text["tales"], window=32, stride=16)
     with pytest.raises(StreamlineError, match=r"window=48.*32 positions"):
-        evaluate(changed, Suite(tokenizer, text=text, window=48, timed=None), few)
+        evaluate(changed, tokenizer, Suite(text=text, window=48, timed=None), few)
 
 
 def test_it_goes_on_where_it_was_interrupted(pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path) -> None:
-    original, changed, _ = pair
+    original, changed, tokenizer = pair
     file, runs = tmp_path / "measured.json", [0]
     model = copy.deepcopy(changed)
 
@@ -379,20 +407,20 @@ def test_it_goes_on_where_it_was_interrupted(pair: tuple[Any, Any, Any], suite: 
 
     handle = model.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, suite, original, keep_in=file)
+        evaluate(model, tokenizer, suite, original, keep_in=file)
     (known,) = json.loads(file.read_text()).values()
     assert 1 <= len(known) < 10
     runs[0] = 100
-    found = evaluate(model, suite, original, keep_in=file)
+    found = evaluate(model, tokenizer, suite, original, keep_in=file)
     handle.remove()
-    whole = evaluate(model, suite, original)
-    assert found.scores.choices == whole.scores.choices and found.scores.written == whole.scores.written
+    whole = evaluate(model, tokenizer, suite, original)
+    assert found.scores.tasks == whole.scores.tasks and found.scores.written == whole.scores.written
     assert known.items() <= json.loads(file.read_text())["streamline_hooks_measured"].items()
 
 
 def test_speed_is_measured_in_turn(pair: tuple[Any, Any, Any]) -> None:
     original, changed, tokenizer = pair
-    found = evaluate(changed, Suite(tokenizer, timed=(9999, 2, 3)), original, name="shorter", reference_name="stories")
+    found = evaluate(changed, tokenizer, Suite(timed=(9999, 2, 3)), original, name="shorter", reference_name="stories")
     assert found.speed is not None and list(found.speed.timings) == ["stories", "shorter"]
     assert len(found.speed.timings["shorter"].prefill) == 3
     assert found.report()["speed"]["tokens"] == 512 - 2 - 1 and "shorter" in found.table()
@@ -400,40 +428,35 @@ def test_speed_is_measured_in_turn(pair: tuple[Any, Any, Any]) -> None:
 
 def test_several_tries_give_pass_at_k(pair: tuple[Any, Any, Any]) -> None:
     original, _, tokenizer = pair
-    task = ProblemTask((Problem(PROMPTS[0], "no"),) * 2, new_tokens=4, samples=3, temperature=1.0)
-    found = evaluate(original, Suite(tokenizer, problems={"tries": task}, timed=None))
+    tries = {"tries": [Problem(PROMPTS[0], "no")] * 2}
+    suite = Suite(problems=tries, problem_tokens=4, samples=3, temperature=1.0, timed=None)
+    found = evaluate(original, tokenizer, suite)
     assert [len(tries) for tries in found.scores.problems["tries"].solved] == [3, 3]
     assert found.report()["accuracy"]["tries"]["pass@3"] == 0.0
 
 
 def test_a_group_without_a_right_answer_is_left_out(pair: tuple[Any, Any, Any]) -> None:
     original, changed, tokenizer = pair
-    hard = ProblemTask((Problem("One", "no"), Problem("Two", "nor this")), new_tokens=2)
-    found = evaluate(changed, Suite(tokenizer, problems={"hard": hard}, timed=None), original)
+    hard = [Problem("One", "no"), Problem("Two", "nor this")]
+    found = evaluate(changed, tokenizer, Suite(problems={"hard": hard}, problem_tokens=2, timed=None), original)
     assert found.retained == {} and "retained" not in found.report()
 
 
 def test_what_cannot_be_evaluated(pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path) -> None:
     original, changed, tokenizer = pair
     with pytest.raises(StreamlineError, match=r"agrees with itself.*Keep"):
-        evaluate(original, suite, original)
+        evaluate(original, tokenizer, suite, original)
     (tmp_path / "bad.json").write_text("[1, 2")
     (tmp_path / "other.json").write_text('{"model": "x"}')
     for name in ("bad.json", "other.json"):
         before = (tmp_path / name).read_text()
-        with pytest.raises(StreamlineError, match=rf"{name}.*not a file of results.*delete"):
-            evaluate(original, suite, keep_in=tmp_path / name)
+        with pytest.raises(StreamlineError, match=rf"{name} is not a file of results.*delete"):
+            evaluate(original, tokenizer, suite, keep_in=tmp_path / name)
         assert (tmp_path / name).read_text() == before
-    with pytest.raises(StreamlineError, match=r"'model'.*give"):
-        evaluate(changed, suite, original, reference_name="model")
-    with pytest.raises(StreamlineError, match=r"0 and 4096 more.*512"):
-        evaluate(changed, replace(suite, new_tokens=4096), original)
-    with pytest.raises(StreamlineError, match=r"nothing in tales.*give"):
-        Suite(tokenizer, text={"tales": []})
-    with pytest.raises(StreamlineError, match=r"suite is empty.*give text"):
-        Suite(tokenizer, timed=None)
-    with pytest.raises(StreamlineError, match=r"named a;.*give"):
-        Suite(tokenizer, choices={"a": ChoiceTask(QUESTIONS)}, last_words={"a": ENDS})
+    with pytest.raises(StreamlineError, match=r"'model'.*Give"):
+        evaluate(changed, tokenizer, suite, original, reference_name="model")
+    with pytest.raises(StreamlineError, match=r"4096 are to follow.*512"):
+        evaluate(changed, tokenizer, replace(suite, new_tokens=4096), original)
 
 
 @pytest.mark.parametrize(
@@ -442,51 +465,51 @@ def test_what_cannot_be_evaluated(pair: tuple[Any, Any, Any], suite: Suite, tmp_
         ({"window": 4096, "stride": None}, r"window=4096.*512 positions"),
         ({"window": None, "stride": 4096}, r"stride=4096.*no more than the window"),
         ({"timed": (16, 600, 2)}, r"512 positions.*601"),
-        (
-            {"problems": {"told": ProblemTask((Problem("One", "two"),), chat=True)}},
-            "no chat template",
-        ),
+        ({"problems": {"told": [Problem("One", "two")]}, "chat": True}, "no chat template"),
     ],
 )
 def test_what_can_be_told_beforehand_is_told_before_anything_is_run(
     pair: tuple[Any, Any, Any], suite: Suite, change: dict[str, Any], says: str
 ) -> None:
-    original, changed, _ = pair
+    original, changed, tokenizer = pair
     runs: list[int] = []
     handle = changed.register_forward_pre_hook(lambda *_: runs.append(1))
     for reference in (None, original):
         with pytest.raises(StreamlineError, match=says):
-            evaluate(changed, replace(suite, **change), reference)
+            evaluate(changed, tokenizer, replace(suite, **change), reference)
     handle.remove()
     assert not runs
 
 
 def test_another_vocabulary_is_told_before_anything_is_run(pair: tuple[Any, Any, Any], suite: Suite) -> None:
-    original, changed, _ = pair
+    original, changed, tokenizer = pair
     larger, runs = copy.deepcopy(original), list[int]()
     larger.resize_token_embeddings(520)
     handle = changed.register_forward_pre_hook(lambda *_: runs.append(1))
-    with pytest.raises(StreamlineError, match=r"520 and.*512 tokens"):
-        evaluate(changed, suite, larger)
+    with pytest.raises(StreamlineError, match=r"520 and 512 tokens"):
+        evaluate(changed, tokenizer, suite, larger)
     assert not runs
-    questions = evaluate(changed, replace(suite, text={}), larger)
+    tasks = evaluate(changed, tokenizer, replace(suite, text={}), larger)
     handle.remove()
-    assert questions.scores.choices and runs, "of questions there is nothing to compare token by token"
+    assert tasks.scores.tasks and runs, "of questions there is nothing to compare token by token"
 
 
 def test_a_compiled_model(pair: tuple[Any, Any, Any], suite: Suite) -> None:
-    original, changed, _ = pair
+    original, changed, tokenizer = pair
     compiled = torch.compile(changed, backend="eager")
-    asked = replace(suite, problems={}, prompts=[], last_words={}, choices={})
-    assert evaluate(compiled, asked, original).scores.text == evaluate(changed, asked, original).scores.text
+    asked = replace(suite, problems={}, prompts=[], last_words={}, tasks=())
+    assert (
+        evaluate(compiled, tokenizer, asked, original).scores.text
+        == evaluate(changed, tokenizer, asked, original).scores.text
+    )
     with pytest.raises(StreamlineError, match="Compile in place"):
-        evaluate(compiled, replace(asked, timed=(8, 2, 1)))
+        evaluate(compiled, tokenizer, replace(asked, timed=(8, 2, 1)))
 
 
 def test_a_model_that_says_nan_is_not_scored(pair: tuple[Any, Any, Any], suite: Suite) -> None:
-    original, changed, _ = pair
+    original, changed, tokenizer = pair
     broken = copy.deepcopy(changed)
     with torch.no_grad():
         broken.model.norm.weight.fill_(math.nan)
     with pytest.raises(StreamlineError, match="nan"), inference(broken):
-        evaluate(broken, suite, original)
+        evaluate(broken, tokenizer, suite, original)

@@ -113,14 +113,14 @@ def test_reading_and_shots(tmp_path: Path) -> None:
         "Question: 2 + 2?\nAnswer: 2 and 2 make 4. The answer is 4.\n\n"
         "Question: 3 + 3?\nAnswer: Twice 3. The answer is 6.\n\nQuestion: How many?\nAnswer:"
     )
-    assert "line 3" in asked.where
+    assert "row 2" in asked.where
 
 
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"question": "?"}, r'line 1.*keys question.*expected {"context" or "question", "answer"}'),
-        ({"question": "?", "answer": "many"}, r"line 1.*'many'.*no number"),
+        ({"question": "?"}, r'row 0.*keys question.*expected {"context" or "question", "answer"}'),
+        ({"question": "?", "answer": "many"}, r"row 0.*'many'.*no number"),
     ],
 )
 def test_what_is_no_problem(tmp_path: Path, row: dict[str, Any], says: str) -> None:

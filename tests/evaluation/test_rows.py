@@ -1,23 +1,31 @@
-"""Where rows of questions come from: many files in a zip, and data sets on disk or a hub."""
+"""JSONL files, plain, compressed and in archives."""
 
 from __future__ import annotations
 
 import gzip
 import json
-import sys
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from streamline_hooks import StreamlineError
-from streamline_hooks.evaluation.questions import questions_from, read_questions
-from streamline_hooks.evaluation.rows import read_rows
+from streamline_hooks.evaluation.rows import read_rows, subset
 
 ROWS = [{"query": f"Is {k} even?", "choices": ["no", "yes"], "gold": 1 - k % 2} for k in range(3)]
 TEXT = "\n".join(map(json.dumps, ROWS)).encode()
+
+
+def test_plain_and_compressed(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + TEXT + b"\n\n")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(TEXT))
+    with pyarrow.output_stream(str(tmp_path / "a.jsonl.zst"), compression="zstd") as stream:
+        stream.write(TEXT)
+    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst"):
+        assert read_rows(tmp_path / name) == ROWS
+    (tmp_path / "b.jsonl").write_text('{"text": "one\u2028line"}', encoding="utf-8")
+    assert read_rows(str(tmp_path / "b.jsonl")) == [{"text": "one\u2028line"}]
 
 
 def test_a_zip_is_read_in_the_order_of_its_names_without_hidden_files(tmp_path: Path) -> None:
@@ -27,68 +35,26 @@ def test_a_zip_is_read_in_the_order_of_its_names_without_hidden_files(tmp_path: 
         archive.writestr("__MACOSX/._b.jsonl", b"\xb0\x00")
         archive.writestr(".hidden.jsonl", b"\xb0")
         archive.writestr("a/readme.txt", b"not a question")
-        archive.writestr("a/c.jsonl.gz", gzip.compress(TEXT))
-    rows = read_rows(path)
-    assert rows == ROWS * 2
-    assert [row.file for row in rows] == ["a/c.jsonl.gz"] * 3 + ["b.jsonl"] * 3
-    assert rows[4].where == f"{path}: b.jsonl, line 2"
+        archive.writestr("a/c.jsonl.gz", gzip.compress(TEXT[: TEXT.index(b"\n")]))
+    assert read_rows(path) == [ROWS[0], *ROWS]
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("d.jsonl", TEXT + b"\n{")
     with pytest.raises(StreamlineError, match=r"all.zip.*d.jsonl.*line 4.*JSON"):
         read_rows(path)
-    with zipfile.ZipFile(tmp_path / "none.zip", "w") as archive:
-        archive.writestr("readme.txt", b"nothing")
-    with pytest.raises(StreamlineError, match=r"none.zip.*no question"):
-        read_questions(tmp_path / "none.zip")
 
 
-def test_a_data_set_in_memory_and_on_disk(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
-    split = datasets.Dataset.from_list(ROWS)
-    expected = questions_from(ROWS)
-    assert questions_from(split) == expected
-    split.save_to_disk(tmp_path / "one")
-    found = read_questions(tmp_path / "one")
-    assert [(q.contexts, q.continuations, q.gold) for q in found] == [
-        (q.contexts, q.continuations, q.gold) for q in expected
-    ]
-    assert found[2].where == f"{tmp_path / 'one'}, row 2"
-    both = datasets.DatasetDict(validation=split, test=split)
-    with pytest.raises(StreamlineError, match=r"row 0.*expected"):
-        questions_from(both)
-    both.save_to_disk(tmp_path / "both")
-    with pytest.raises(StreamlineError, match=r"give.*'.*/both/SPLIT'"):
-        read_questions(tmp_path / "both")
-    assert len(read_questions(tmp_path / "both" / "test")) == 3
-    (tmp_path / "other").mkdir()
-    with pytest.raises(StreamlineError, match=r"other.*read as a data set"):
-        read_questions(tmp_path / "other")
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"\n", "is empty"), (b"[1]", r"line 1 is a list.*object"), (b"\xb0", "cannot be read"), (None, "cannot be read")],
+)
+def test_what_cannot_be_read(content: bytes | None, says: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(StreamlineError, match=rf"a.jsonl.*{says}"):
+        read_rows(tmp_path / "a.jsonl")
 
 
-def test_a_data_set_of_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-
-    def load_dataset(*args: str, split: str) -> Any:
-        calls.append((*args, split))
-        if args[0] == "absent":
-            raise ConnectionError("no network")
-        return {"a": [], "b": []} if split == "all" else ROWS
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert read_rows("hub:allenai/ai2_arc:ARC-Easy:validation") == ROWS
-    assert read_rows("hub:baber/piqa:test")[1].where == "hub:baber/piqa:test, row 1"
-    assert calls == [("allenai/ai2_arc", "ARC-Easy", "validation"), ("baber/piqa", "test")]
-    with pytest.raises(StreamlineError, match=r"'hub:absent:test'.*\(ConnectionError"):
-        read_rows("hub:absent:test")
-    with pytest.raises(StreamlineError, match=r"give.*'hub:x:SPLIT'"):
-        read_rows("hub:x:all")
-    for wrong in ("hub:", "hub:x", "hub:x:", "hub:x::test", "hub:a:b:c:d"):
-        with pytest.raises(StreamlineError, match=r"split of a data set.*expected.*hub:NAME:SPLIT"):
-            read_rows(wrong)
-
-
-def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    for source in ("hub:x:test", tmp_path):
-        with pytest.raises(StreamlineError, match=r"`datasets`.*pip install datasets"):
-            read_rows(source)
+def test_a_subset_is_seeded_and_in_order() -> None:
+    items = list(range(100))
+    assert subset(items, 5, "0 a") == sorted(subset(items, 5, "0 a")) != subset(items, 5, "1 a")
+    assert subset(items, None, "0") == subset(items, 200, "0") == items

@@ -15,7 +15,7 @@ from torch import nn
 
 from streamline_hooks import LayerSurgeon, StreamlineError, perplexity
 from streamline_hooks.evaluation import sliding as module
-from streamline_hooks.evaluation.continuations import NotFiniteLikelihood
+from streamline_hooks.evaluation.perplexity import NotFiniteLikelihood
 from streamline_hooks.evaluation.sliding import TextPerplexity, sliding_perplexity
 from streamline_hooks.testing import tiny_model as tiny
 from tests.tiny_models import FAMILIES, VOCABULARY, repaired, tiny_model

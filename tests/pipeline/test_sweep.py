@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from streamline_hooks import LinearConfig, NoneConfig, StreamlineError, UnsupportedSurgery, compress, sweep
 from streamline_hooks.calibration import PackedText, TokenSplit
 from streamline_hooks.calibration.split import PARTS
+from streamline_hooks.evaluation import TaskSettings, config_of_rows
 from streamline_hooks.pipeline.sweep import Point, Sweep
-from streamline_hooks.selection.criteria import CRITERIA, Criterion, accuracy_drop
+from streamline_hooks.selection.criteria import CRITERIA, accuracy_drop
 from streamline_hooks.task import Task
 from tests.configured import configured
-from tests.evaluation.test_choices import Numbers, questions_of
+from tests.evaluation.number_tasks import Numbers, number_tokenizer
 from tests.tiny_models import tiny_model
 
 SETTINGS: dict[str, Any] = {
@@ -160,7 +161,7 @@ def random_split() -> TokenSplit:
 
 MODEL = tiny_model("llama")
 ONE_POINT: dict[str, Any] = {"remove": [1], "repair": [NoneConfig()], "speed": False}
-ASKED = questions_of(MODEL, count=3, choices=2, seed=1)
+ROWS = [{"query": "4 5", "choices": ["6 7", "8 9"], "gold": k % 2} for k in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -186,24 +187,24 @@ def test_what_was_set_otherwise_is_made_anew(
 @pytest.mark.parametrize("criterion", ["mine", {"cosine": 1.0, "mine": 1.0}], ids=["alone", "combined"])
 @pytest.mark.parametrize(
     "other",
-    [
-        accuracy_drop(ASKED[1:], Numbers()),
-        accuracy_drop(ASKED, Numbers(), add_bos=True),
-        accuracy_drop(ASKED, Sevens()),
-    ],
+    [(ROWS[1:], None, "1"), (ROWS, TaskSettings(add_bos=True), "1"), (ROWS, None, "3")],
     ids=["other questions", "another token", "another tokenizer"],
 )
 def test_a_criterion_is_known_by_the_data_that_it_holds(
-    criterion: Any, other: Criterion, counted: Counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    criterion: Any, other: Any, counted: Counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not by its name alone, under which another session may have registered one with other questions."""
 
-    def made(one: Criterion) -> str:
+    pytest.importorskip("lm_eval", reason="the package lm_eval is not installed")
+
+    def made(data: Any) -> str:
+        rows, settings, bos = data
+        one = accuracy_drop(config_of_rows(rows, "mine"), number_tokenizer(bos), settings)
         monkeypatch.setitem(CRITERIA, "mine", replace(one, name="mine"))
         config = configured(criterion=criterion)
         return sweep(MODEL, Numbers(), random_split(), config, keep_in=tmp_path / "x", **ONE_POINT).points[0].refused
 
-    first = accuracy_drop(ASKED, Numbers())
+    first = (ROWS, None, "1")
     assert [made(first), made(other), made(first), made(other)] == ["time 1", "time 2", "time 1", "time 2"]
 
 

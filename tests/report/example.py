@@ -121,9 +121,9 @@ def evaluation(seed: int = 0) -> dict[str, Any]:
                       "kl_by_domain": {name: 0.2 + 0.05 * k for k, name in enumerate(DOMAINS)}, "tokens": 8_192,
                       "match_length": 11.3},
         "stability": {"piqa": {"value": 0.934, "share": 0.871}},
-        "harness": {"tasks": {"copa": {"acc": {"value": 0.71, "standard_error": 0.0456}}}, "items": {"copa": 100},
-                    "few_shot": {"copa": 0}, "task_versions": {"copa": "1.0"}, "packages": {}},
-        "harness_original": {"tasks": {"copa": {"acc": {"value": 0.75, "standard_error": None}}}},
+        "packages": {},
+        "tasks": {"copa": {"metrics": {"acc": {"value": 0.71, "standard_error": 0.0456}}, "items": 100, "few_shot": 0,
+                           "version": "1.0"}},
         "retained": {
             "classification": {"ratio": {"value": 0.89, "low": 0.86, "high": 0.92},
                                "above_chance": {"value": 0.73, "low": 0.65, "high": 0.81}},
@@ -145,6 +145,7 @@ def evaluation(seed: int = 0) -> dict[str, Any]:
         "original": {
             "perplexity": perplexities(before),
             "accuracy": accuracies(0.0),
+            "tasks": {"copa": {"metrics": {"acc": {"value": 0.75, "standard_error": None}}}},
             "writing": {"repetition": 0.094, "length": 88.0, "ended": 0.5},
             "parameters": 134_515_008,
             "bytes": 538_060_032,

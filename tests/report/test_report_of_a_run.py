@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from streamline_hooks import LayerSurgeon, compress, evaluate
-from streamline_hooks.evaluation import ChoiceTask, LastWord, Question, SpeedReport, Suite, Timing
+from streamline_hooks.evaluation import LastWord, SpeedReport, Suite, Timing, config_of_rows
 from streamline_hooks.repair import DistillationConfig
 from streamline_hooks.report import figures, write_report
 from tests.configured import configured
@@ -67,24 +67,24 @@ def test_an_evaluation_is_told_as_it_was(
     with LayerSurgeon(changed) as surgeon:
         surgeon.remove(range(2, 3))
         surgeon.commit()
-    questions = (
-        Question(("Once upon a",) * 2, ("time", "table"), 0),
-        Question(("She was very",) * 2, ("and", "happy"), 1),
-    )
+    pytest.importorskip("lm_eval", reason="the package lm_eval is not installed")
+    questions = [
+        {"query": "Once upon a", "choices": ["time", "table"], "gold": 0},
+        {"query": "She was very", "choices": ["and", "happy"], "gold": 1},
+    ]
     suite = Suite(
-        tokenizer, text={"tales": story_texts[:2]}, choices={"girls": ChoiceTask(questions)},
+        text={"tales": story_texts[:2]}, tasks=[config_of_rows(questions, "girls")],
         last_words={"ends": [LastWord("Once upon a", "time")]}, prompts=["One day, a big dog"], window=48, stride=16,
         new_tokens=12, timed=(8, 2, 1),
     )  # fmt: skip
-    found = evaluate(changed, suite, original, name="shorter", reference_name="stories")
+    found = evaluate(changed, tokenizer, suite, original, name="shorter", reference_name="stories")
     assert found.original is not None and found.speed is not None
     said = json.loads(json.dumps(found.report(), allow_nan=False))
     made_up = example.evaluation()
-    harness = {"harness", "harness_original"}  # comes from the command line
-    assert set(made_up) - harness == set(said) - {"mean_perplexity_ratio"}
+    assert set(made_up) == set(said) - {"mean_perplexity_ratio"}
     for name in ("writing", "agreement"):
         assert set(made_up[name]) == set(said[name]), name
-    for name in ("perplexity", "accuracy", "stability", "retained"):
+    for name in ("perplexity", "accuracy", "stability", "retained", "tasks"):
         first, own = (next(iter(one[name].values())) for one in (made_up, said))
         assert set(first) <= set(own), name
     reader = Reader(write_report(tmp_path, evaluation=said, command="c", title="t").read_text())

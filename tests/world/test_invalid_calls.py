@@ -255,16 +255,13 @@ def rows() -> Iterator[Row]:
     yield s.sliding_perplexity, {"model": MODEL, "tokenizer": tokenizer, "texts": ["a"]}, {
         "model": [*NO_MODEL, META], "texts": NO_TEXTS, "batch_size": [*NO_INT, 0],
     }  # fmt: skip
-    yield s.evaluate, {"model": MODEL, "suite": s.Suite(tokenizer, text={"a": ["b"]})}, {
-        "model": [*NO_MODEL, META], "suite": [None, {}], "reference": ["x", META], "batch_size": [*NO_INT, 0],
+    yield s.evaluate, {"model": MODEL, "tokenizer": tokenizer, "suite": s.Suite(text={"a": ["b"]})}, {
+        "model": [*NO_MODEL, META], "suite": [None, {}, s.Suite(text=["no-such-file"])], "reference": ["x", META],
     }  # fmt: skip
-    yield (
-        s.Suite,
-        {"tokenizer": tokenizer},
-        {"text": [None, ["a"], {"a": "b"}, {"a": [1]}], "timed": [3, (1,), ("a",) * 3]},
-    )
-    yield s.suite_from_files, {"tokenizer": tokenizer}, {
-        "text": [None, 3, [{}], ["no-such-file"]], "probe_count": [*NO_INT, -1], "temperature": [*NO_FLOAT, -1.0],
+    yield s.Suite, {}, {
+        "text": [None, 3, "a", [{}], {"a": "b"}, {"a": [1]}], "timed": [3, (1,), ("a",) * 3],
+        "batch_size": [*NO_INT, 0], "probes": [*NO_INT, -1], "temperature": [*NO_FLOAT, -1.0],
+        "tasks": [None, "a", [1]],
     }  # fmt: skip
 
 

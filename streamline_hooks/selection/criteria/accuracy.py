@@ -1,78 +1,68 @@
-"""How many of a user's own questions are still answered right without a window. A higher score goes sooner."""
+"""Criterion: the accuracy on a task of the user's that is left without a window."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from streamline_hooks.digests import texts_digest, tokenizer_digest
-from streamline_hooks.evaluation.choices import score_choices
-from streamline_hooks.evaluation.continuations import NotFiniteLikelihood
-from streamline_hooks.evaluation.keys import texts_of
-from streamline_hooks.evaluation.questions import Question, read_questions
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.evaluation.perplexity import NotFiniteLikelihood
+from streamline_hooks.evaluation.tasks import TaskSettings, load_tasks
 from streamline_hooks.selection.criteria.criterion import Criterion
 from streamline_hooks.surgery import LayerSurgeon
 
 
-def accuracy_drop(
-    questions: str | Path | Sequence[Question],
-    tokenizer: Any,
-    *,
-    normalised: bool = False,
-    batch_size: int = 16,
-    add_bos: bool = False,
-) -> Criterion:
-    """Make a criterion of questions with several choices.
+def accuracy_drop(task: str | Mapping[str, Any], tokenizer: Any, settings: TaskSettings | None = None) -> Criterion:
+    """Make a criterion of a task of lm-eval.
 
-    Its score is the accuracy without a window minus that of the whole model: minus the drop. Every window costs all
-    questions once, without the window's blocks. It reads no batches; give `score_windows` an empty list of them.
+    The score is the accuracy without a window minus that of the whole model. Every window costs one evaluation of the
+    task, without the window's blocks. The criterion reads no batches; give `score_windows` an empty list of them.
 
     Parameters
     ----------
-    questions : str, Path or sequence of Question
-        A JSONL file, see `read_questions`, or what was read from one. Not the questions that will be reported on.
+    task : str or mapping
+        One of those that `run_tasks` takes; not the one that will be reported on.
     tokenizer : PreTrainedTokenizerBase
-    normalised : bool
-        Take the accuracy of the likelihoods a character.
-    batch_size : int
-        Choices at a time.
-    add_bos : bool
-        See `score_choices`.
+    settings : TaskSettings, optional
 
     Returns
     -------
     Criterion
-        With −inf for a window without which the likelihoods are not finite. To have it by name:
+        With −inf for a window without which a log-likelihood is not finite. To have it by name:
         ``register_criterion(replace(accuracy_drop(...), name="mine"))``.
 
     Raises
     ------
     StreamlineError
-        If the file cannot be read; when scoring, if a question cannot be scored, or a window cannot be removed.
+        If the task cannot be loaded, or has no metric that scores each item from 0 to 1; when scoring, if a window
+        cannot be removed.
     """
-    asked = read_questions(questions) if isinstance(questions, (str, Path)) else list(questions)
+    loaded = list(load_tasks([task], settings or TaskSettings()).values())
 
-    def accuracy(model: nn.Module, what: str) -> float:
-        found = score_choices(model, tokenizer, asked, batch_size=batch_size, add_bos=add_bos, what=what)
-        return found.normalised_accuracy if normalised else found.accuracy
+    def accuracy(model: nn.Module) -> float:
+        results = [one.run(model, tokenizer) for one in loaded]
+        if missing := [one.name for one, result in zip(loaded, results, strict=True) if not result.metric]:
+            raise StreamlineError(
+                f"{missing[0]} scores no item from 0 to 1. Expected a metric such as acc. Choose another."
+            )
+        return math.fsum(result.accuracy for result in results) / len(results)
 
     def score(model: nn.Module, batches: Any, windows: Sequence[range], *, stack: str | None = None) -> list[float]:
-        whole, scores = accuracy(model, "questions to the whole model"), []
-        for number, window in enumerate(windows, start=1):
+        whole, scores = accuracy(model), []
+        for window in windows:
             with LayerSurgeon(model, stack) as surgeon:
                 surgeon.remove(window)
                 try:
-                    scores.append(accuracy(model, f"questions without window {number} of {len(windows)}") - whole)
+                    scores.append(accuracy(model) - whole)
                 except NotFiniteLikelihood:
                     scores.append(-math.inf)
         return scores
 
     def made_of() -> str:
-        read = [text for question in asked for text in texts_of(question)]
-        return texts_digest([*map(repr, (asked, normalised, add_bos)), tokenizer_digest(tokenizer, read)])
+        return texts_digest([*(one.digest() for one in loaded), tokenizer_digest(tokenizer)])
 
     return Criterion("accuracy", score, "model", made_of=made_of)

@@ -9,9 +9,10 @@ import torch
 import transformers
 from torch import nn
 
+from streamline_hooks.evaluation import config_of_rows
 from streamline_hooks.selection.criteria import CRITERIA, accuracy_drop, combined, score_windows
 from streamline_hooks.statistics import profile
-from tests.evaluation.test_choices import Numbers, questions_of
+from tests.evaluation.number_tasks import number_tokenizer, rows_of
 from tests.tiny_models import VOCABULARY, tiny_config
 
 LENGTH = 8
@@ -89,9 +90,10 @@ def test_it_is_found(run: range) -> None:
 def test_questions_find_it(run: range) -> None:
     """The whole model's own answers are the right ones: without what does nothing, they are given as before."""
     model, _ = planted(run, seed=run.start)
-    questions = questions_of(model, count=40, choices=4, seed=run.start)
+    pytest.importorskip("lm_eval", reason="the package lm_eval is not installed")
+    task = config_of_rows(rows_of(model, count=40, choices=4, seed=run.start), "mine")
     windows = all_of(len(run))
-    scores = score_windows(accuracy_drop(questions, Numbers()), windows, model=model, batches=[])
+    scores = score_windows(accuracy_drop(task, number_tokenizer()), windows, model=model, batches=[])
     assert best(scores, windows) == run and max(scores) > -0.05
     assert sum(score < 0.0 for score in scores) >= len(windows) - 1
 

@@ -26,7 +26,7 @@ def write_task(
         "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")},
         "output_type": kind,
         "test_split": "test",
-        "metric_list": [{"metric": metric} for metric in METRICS[kind]],
+        "metric_list": [{"metric": metric} for metric in METRICS.get(kind, ())],
         "metadata": {"version": 2.5},
         **settings,
     }

@@ -1,0 +1,441 @@
+"""Run tasks of lm-eval (EleutherAI's lm-evaluation-harness) on a model in memory."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import logging
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from numbers import Real
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from streamline_hooks.core.config import Config
+from streamline_hooks.digests import texts_digest
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.evaluation.perplexity import NotFiniteLikelihood
+from streamline_hooks.evaluation.rows import subset
+from streamline_hooks.evaluation.task_files import config_of_file
+from streamline_hooks.passes import inference
+
+TaskSource = str | Path | Mapping[str, Any]
+_YAML = (".yaml", ".yml")
+_DATA = (".jsonl", ".json", ".gz", ".bz2", ".xz", ".zst", ".zip")
+_NEAR = 5
+
+
+@dataclass(frozen=True)
+class TaskSettings(Config):
+    """How tasks are run.
+
+    Attributes
+    ----------
+    items : int, optional
+        Items of each task at most, a seeded random subset; all by default.
+    few_shot : int, optional
+        Examples before each item; by default what the task says, or none. A task that fixes 0 keeps it.
+    metric : str
+        The metric that is compared with the original's, of the tasks that have it; by default each task's first.
+    add_bos : bool, optional
+        Whether texts begin with the tokenizer's special tokens; by default what the tokenizer does.
+    batch_size : int
+    seed : int
+        Of the subset and the few-shot examples.
+    """
+
+    least: ClassVar[Mapping[str, float]] = {"items": 1, "few_shot": 0, "batch_size": 1, "seed": 0}
+    items: int | None = None
+    few_shot: int | None = None
+    metric: str = ""
+    add_bos: bool | None = None
+    batch_size: int = 8
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Results of one task, or of one group of tasks together.
+
+    Attributes
+    ----------
+    metrics : dict of str to dict of str to (float, float or None)
+        Value and standard error, by name (of the task, or the group and its subtasks) and metric. A metric behind a
+        filter is called ``metric,filter``.
+    items, few_shot : dict of str to int
+        By name.
+    versions : dict of str to str
+    metric : str
+        The metric of `scores`; empty if the task has none that scores each item from 0 to 1.
+    scores : tuple of float
+        By item, those of a group one task after the other.
+    chance : float
+        Accuracy without any knowledge: the mean of 1 / choices; or, where every item has the same choices (yes and no),
+        the share of the commonest answer.
+    generates : bool
+        Whether the model generates or predicts text, instead of choosing.
+    loglikelihoods, tokens : tuple of tuple
+        Of multiple choice, by item and choice: the log-likelihood in nats, and the number of scored tokens.
+    """
+
+    metrics: dict[str, dict[str, tuple[float, float | None]]]
+    items: dict[str, int] = field(default_factory=dict)
+    few_shot: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    metric: str = ""
+    scores: tuple[float, ...] = ()
+    chance: float = 0.0
+    generates: bool = False
+    loglikelihoods: tuple[tuple[float, ...], ...] = ()
+    tokens: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def accuracy(self) -> float:
+        """Mean of the scores; NaN without any."""
+        return math.fsum(self.scores) / len(self.scores) if self.scores else math.nan
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of the accuracy; NaN for fewer than two items."""
+        return float(np.std(self.scores, ddof=1)) / math.sqrt(len(self.scores)) if len(self.scores) > 1 else math.nan
+
+
+def run_tasks(
+    model: nn.Module, tokenizer: Any, tasks: Sequence[TaskSource], settings: TaskSettings | None = None
+) -> dict[str, TaskResult]:
+    """Evaluate a model on tasks, as lm-eval's own command would.
+
+    The model is run as it is, with its splices, inside an open `LayerSurgeon` as well. Model, tokenizer and the states
+    of the random number generators are left as they were.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A causal language model.
+    tokenizer : transformers.PreTrainedTokenizerBase
+    tasks : sequence of str, Path or mapping
+        Names of lm-eval's tasks, groups or tags; task files (YAML) or folders of them; task configs; and data files in
+        the layouts of well-known benchmarks, see `config_of_file`.
+    settings : TaskSettings, optional
+
+    Returns
+    -------
+    dict of str to TaskResult
+        By task or group.
+
+    Raises
+    ------
+    NotFiniteLikelihood
+        If a log-likelihood is not finite.
+    StreamlineError
+        If lm-eval is not installed, or a task is unknown or invalid.
+
+    Examples
+    --------
+    >>> result = run_tasks(model, tokenizer, ["arc_easy"], TaskSettings(items=100))  # doctest: +SKIP
+    >>> result["arc_easy"].accuracy  # doctest: +SKIP
+    0.58
+    """
+    settings = settings or TaskSettings()
+    loaded = load_tasks(tasks, settings)
+    return {name: task.run(model, tokenizer) for name, task in loaded.items()}
+
+
+class LoadedTask:
+    """A task or group of lm-eval with its data, to be run on any number of models.
+
+    Parameters
+    ----------
+    name : str
+    loaded : dict
+        As ``TaskManager.load`` returns it.
+    settings : TaskSettings
+    """
+
+    def __init__(self, name: str, loaded: dict[str, Any], settings: TaskSettings) -> None:
+        self.name, self.settings, self._loaded = name, settings, loaded
+        for task in self.tasks.values():
+            if settings.few_shot is not None and task.get_config("num_fewshot") != 0:
+                task.set_config("num_fewshot", settings.few_shot)
+            elif task.get_config("num_fewshot") is None:
+                task.set_config("num_fewshot", 0)
+        self._chosen = {
+            name: subset(list(range(len(task.eval_docs))), settings.items, f"{settings.seed} {name}")
+            for name, task in self.tasks.items()
+        }
+
+    @property
+    def tasks(self) -> dict[str, Any]:
+        """lm-eval's task objects, by name."""
+        return self._loaded["tasks"]  # type: ignore[no-any-return]
+
+    def digest(self) -> str:
+        """Return a digest of everything that the results depend on besides the model: config, data and settings."""
+        texts = [version("lm_eval"), repr(self.settings)]
+        for name, task in self.tasks.items():
+            texts += [name, repr({key: value for key, value in task.dump_config().items() if key != "custom_dataset"})]
+            texts += [repr(task.eval_docs[k]) for k in self._chosen[name]]
+            if task.get_config("num_fewshot"):
+                texts += map(repr, task.fewshot_docs() or ())
+        return texts_digest(texts)
+
+    def run(self, model: nn.Module, tokenizer: Any) -> TaskResult:
+        """Evaluate a model; see `run_tasks`."""
+        from lm_eval.evaluator import evaluate
+        from transformers import PreTrainedTokenizerBase
+
+        if not hasattr(model, "config") or not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise StreamlineError(
+                f"Got a {type(model).__name__} and a {type(tokenizer).__name__}. Expected a model and a tokenizer of "
+                "Transformers, which lm-eval runs. Pass these."
+            )
+        seed = self.settings.seed
+        with inference(model), _random_states(seed), _quiet():
+            with _parameters_kept(model):  # HFLM ties embeddings that may have been untied since loading
+                lm = _language_model()(
+                    pretrained=model,
+                    tokenizer=copy.deepcopy(tokenizer),
+                    add_bos_token=self.settings.add_bos,
+                    batch_size=self.settings.batch_size,
+                )
+            for task in self.tasks.values():
+                task.set_fewshot_seed(seed)
+            found = evaluate(lm, self._loaded, samples=None if self.settings.items is None else self._chosen)
+        return self._result(found, lm.token_counts)
+
+    def _result(self, found: dict[str, Any], token_counts: Mapping[tuple[str, str], int]) -> TaskResult:
+        by_task = {}
+        for name, samples in found["samples"].items():  # a task with several filters has an item once for each
+            by_task[name] = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+            _require_valid(name, self.tasks[name], by_task[name])
+        items = [sample for samples in by_task.values() for sample in samples]
+        chooses = all(task.OUTPUT_TYPE == "multiple_choice" for task in self.tasks.values())
+        choices = [_choices(sample) for sample in items] if chooses else []
+        return TaskResult(
+            {name: metrics_of(values) for name, values in found["results"].items()},
+            {name: int(count["effective"]) for name, count in found["n-samples"].items()},
+            {name: int(count) for name, count in found["n-shot"].items()},
+            {name: str(one) for name, one in found["versions"].items() if one is not None},
+            *self._scores(items),
+            _chance(items) if chooses else 0.0,
+            not chooses,
+            tuple(tuple(nats) for nats, _ in choices),
+            tuple(tuple(token_counts[pair] for pair in pairs) for _, pairs in choices),
+        )
+
+    def _scores(self, items: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[float, ...]]:
+        """Return the metric to compare by, and the score of each item."""
+        names = list(dict.fromkeys(name for sample in items for name in sample["metrics"]))
+        higher = {name for task in self.tasks.values() for name, is_so in task.higher_is_better().items() if is_so}
+        for metric in [self.settings.metric] if self.settings.metric in names else names:
+            values = [sample.get(metric) for sample in items]
+            if metric in higher and all(isinstance(value, Real) and 0 <= float(value) <= 1 for value in values):
+                return metric, tuple(map(float, values))  # type: ignore[arg-type]
+        return "", ()
+
+
+def load_tasks(tasks: Sequence[TaskSource], settings: TaskSettings) -> dict[str, LoadedTask]:
+    """Load tasks and their data, by name; see `run_tasks`."""
+    if isinstance(tasks, (str, Mapping)) or not tasks:
+        raise StreamlineError(f"tasks={tasks!r}: expected a list of at least one task. Pass a list.")
+    _require_lm_eval()
+    found: dict[str, LoadedTask] = {}
+    for source in tasks:
+        with _random_states(settings.seed), _quiet():
+            loaded = _load(source)
+        for name, one in loaded.items():
+            if name in found:
+                raise StreamlineError(f"Two tasks are named {name!r}. Expected distinct names. Rename a file or task.")
+            found[name] = LoadedTask(name, one, settings)
+    return found
+
+
+def _load(source: TaskSource) -> dict[str, dict[str, Any]]:
+    """Return what ``TaskManager.load`` makes of a source, by task or top-level group."""
+    from lm_eval.tasks import TaskManager
+
+    if isinstance(source, Mapping):
+        return _loaded(TaskManager(include_defaults=False), dict(source))
+    path = Path(source).expanduser()
+    if path.suffix in _YAML or path.is_dir():
+        return _load_files(path)
+    if str(source).startswith("hub:") or path.is_file() or path.suffix in _DATA:
+        return _loaded(TaskManager(include_defaults=False), config_of_file(str(source)))
+    manager = _lm_eval_tasks()
+    if source not in manager.task_index:
+        near = ", ".join(difflib.get_close_matches(str(source), manager.all_tasks, _NEAR))
+        raise StreamlineError(
+            f"The task {str(source)!r} is unknown. Expected a task of lm-eval {version('lm_eval')}, a task file (YAML) "
+            "or a data file. " + (f"Nearby are {near}." if near else "`lm-eval ls tasks` lists all.")
+        )
+    return _loaded(manager, str(source))
+
+
+def _load_files(path: Path) -> dict[str, dict[str, Any]]:
+    """Load a task file, or all tasks and groups in a folder."""
+    from lm_eval.tasks import TaskManager
+
+    folder = path if path.is_dir() else path.parent
+    # Reading lm-eval's own tasks takes seconds, and only a group of these needs them.
+    for include_defaults in (False, True):
+        manager = TaskManager(include_path=str(folder), include_defaults=include_defaults)
+        own = TaskManager(include_path=str(folder), include_defaults=False) if include_defaults else manager
+        names = [*own.all_groups, *own.all_subtasks] if path.is_dir() else [str(path)]
+        found: dict[str, dict[str, Any]] = {}
+        try:
+            for name in names:
+                if not any(name in [*one["tasks"], *one["groups"]] for one in found.values()):
+                    found |= _loaded(manager, name)
+        except KeyError:
+            continue
+        if found:
+            return found
+    raise StreamlineError(f"{str(path)!r} has no task, or an unknown one. Expected task files (YAML). Check it.")
+
+
+def _loaded(manager: Any, what: str | dict[str, Any]) -> dict[str, dict[str, Any]]:
+    try:
+        loaded = manager.load([what])
+    except KeyError:
+        raise
+    except Exception as error:  # whatever lm-eval and datasets raise for a config or data
+        name = what if isinstance(what, str) else what.get("task")
+        raise StreamlineError(
+            f"lm-eval cannot load {name} ({type(error).__name__}: {error}). Expected a valid task whose data is here "
+            "or, as that of lm-eval's own tasks, on the hub. Check it, and the network."
+        ) from error
+    if loaded["groups"]:
+        inside = {child for children in loaded["group_map"].values() for child in children}
+        return {next(name for name in loaded["groups"] if name not in inside): loaded}
+    return {name: {"tasks": {name: task}, "groups": {}, "group_map": {}} for name, task in loaded["tasks"].items()}
+
+
+@functools.cache
+def _lm_eval_tasks() -> Any:
+    """Index lm-eval's own tasks, of which there are more than ten thousand."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _require_lm_eval() -> None:
+    try:
+        import lm_eval.models.huggingface  # noqa: F401
+    except ImportError as error:
+        raise StreamlineError(
+            f"Tasks need lm-eval, which cannot be imported ({error}). Expected the extra `tasks`. Install it: "
+            'pip install "streamline_hooks[tasks]"'
+        ) from error
+
+
+@functools.cache
+def _language_model() -> type:
+    """Return lm-eval's HFLM, which also keeps the number of scored tokens of each request."""
+    from lm_eval.models.huggingface import HFLM
+
+    class CountingLM(HFLM):  # type: ignore[misc]
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.token_counts: dict[tuple[str, str], int] = {}
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **settings: Any) -> Any:
+            self.token_counts |= {pair: len(continuation) for pair, _, continuation in requests}
+            return super()._loglikelihood_tokens(requests, *args, **settings)
+
+    return CountingLM
+
+
+def metrics_of(values: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
+    """Return the value and standard error of each metric in lm-eval's results of a task."""
+    found = {}
+    for key, value in values.items():
+        metric, comma, by = key.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, Real):
+            error = values.get(f"{metric}_stderr,{by}")
+            error = float(error) if isinstance(error, Real) else None
+            found[metric if by == "none" else key] = (float(value), error)
+    return found
+
+
+def _choices(sample: Mapping[str, Any]) -> tuple[list[float], list[tuple[str, str]]]:
+    """Return the log-likelihoods, and the contexts and continuations, of an item's choices."""
+    pairs = [tuple(arguments[:2]) for arguments in sample["arguments"]]
+    count = len(pairs) // 2 if "acc_mutual_info" in sample["metrics"] else len(pairs)  # it adds requests of its own
+    return [response[0] for response in sample["filtered_resps"]][:count], pairs[:count]
+
+
+def _chance(samples: Sequence[Mapping[str, Any]]) -> float:
+    """Return the accuracy of multiple choice without any knowledge; see `TaskResult`."""
+    texts = [tuple(continuation for _, continuation in _choices(sample)[1]) for sample in samples]
+    if len(set(texts)) == 1 and len(set(texts[0])) > 1:
+        return max(Counter(repr(sample["target"]) for sample in samples).values()) / len(samples)
+    return math.fsum(1 / len(choices) for choices in texts) / len(samples)
+
+
+def _require_valid(name: str, task: Any, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Raise if a log-likelihood is not finite, which lm-eval would count as an answer, or an answer is no choice."""
+    for sample in samples:
+        values = [one[0] if isinstance(one, (tuple, list)) else one for one in sample["filtered_resps"]]
+        if not all(math.isfinite(value) for value in values if isinstance(value, float)):
+            raise NotFiniteLikelihood(
+                f"{name}: the log-likelihoods of item {sample['doc_id']} are {values}. Expected finite numbers. Look "
+                "at the model's weights, or run in a wider precision (float32 or bfloat16)."
+            )
+        target = sample["target"]
+        if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input or isinstance(target, list):
+            continue
+        choices = range(len(_choices(sample)[0])) if isinstance(target, int) else task.doc_to_choice(sample["doc"])
+        if target not in choices:
+            raise StreamlineError(
+                f"{name}: the answer of item {sample['doc_id']} is {target!r}. Expected one of its {len(choices)} "
+                "choices, from 0. Correct it, or use a split whose answers are public."
+            )
+
+
+@contextmanager
+def _random_states(seed: int) -> Iterator[None]:
+    """Seed the random number generators, and restore them."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop lm-eval's warnings, which speak of its own command."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _parameters_kept(model: nn.Module) -> Iterator[None]:
+    """Restore parameters that are replaced by others."""
+    owners = [(owner, name, parameter) for owner in model.modules() for name, parameter in owner._parameters.items()]
+    try:
+        yield
+    finally:
+        for owner, name, parameter in owners:
+            if owner._parameters.get(name) is not parameter:
+                owner._parameters[name] = parameter
