@@ -16,11 +16,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.probe_levels import LEVELS
 from benchmarks.quality_scores import fingerprint, write
 from benchmarks.real_text import RESULTS
 from benchmarks.short_answers import SHOTS, fast_products, problems_of, room, same_answer, sets_of
 from streamline_hooks.evaluation import solve
-from streamline_hooks.evaluation.probes import LEVELS, STOP
+from streamline_hooks.evaluation.probes import STOP
 from streamline_hooks.pretrained import load_pretrained
 
 FILE = RESULTS / "probe_difficulty.json"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamline_hooks.evaluation.probes import probes
+from benchmarks.probe_levels import probes_at
 from streamline_hooks.evaluation.problems import Problem
 
 SHOTS, BEHIND = 4, 5  # solved problems in a set, and problems behind each
@@ -23,7 +23,7 @@ def problems_of(count: int, seed: int, difficulty: int | Mapping[str, int]) -> d
     Which ones are shown matters much: with one set for all, SmolLM2 solved 54 of 100 rows to copy, and 34 with another.
     """
     many = sets_of(count)
-    sets = [probes(BEHIND, seed=1000 * seed + k, shots=SHOTS, difficulty=difficulty) for k in range(many)]
+    sets = [probes_at(BEHIND, difficulty, seed=1000 * seed + k, shots=SHOTS) for k in range(many)]
     return {
         sort: [problem for turn in zip(*(one[sort] for one in sets), strict=True) for problem in turn][:count]
         for sort in sets[0]

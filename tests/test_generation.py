@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 from transformers.cache_utils import DynamicLayer
 
+from benchmarks.probe_levels import probes_at
 from streamline_hooks import StreamlineError, generation
-from streamline_hooks.evaluation.probes import probes
 from streamline_hooks.generation import end_tokens, require_generates, seeded, written_on
 from streamline_hooks.testing import tiny_model as tiny
 from tests.tiny_models import FAMILIES, VOCABULARY, repaired, tiny_model
@@ -153,7 +153,7 @@ def test_a_prompt_is_run_once_in_half_precision(half: str) -> None:
 
 def test_smollm2_goes_on_from_a_prompt_in_bfloat16(smollm2: tuple[Any, Any]) -> None:
     model, tokenizer = smollm2
-    texts = [several[0].prompt for several in probes(1, seed=0, shots=4, difficulty=3).values()]
+    texts = [several[0].prompt for several in probes_at(1, 3, seed=0, shots=4).values()]
     prompts = [tokenizer(text).input_ids for text in texts]
     shapes: list[Any] = []
     handle = model.register_forward_pre_hook(

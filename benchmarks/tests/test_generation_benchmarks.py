@@ -20,11 +20,11 @@ from benchmarks.generation_scores import Counts, Generation
 from benchmarks.heldout_pieces import beginnings, last_words
 from benchmarks.instructions import INSTRUCTIONS
 from benchmarks.probe_difficulty import HIGH, LOW, SEED, choose, chosen
+from benchmarks.probe_levels import LEVELS
 from benchmarks.short_answers import BEHIND, fast_products, guessed, problems_of, room, same_answer, sets_of
 from benchmarks.small_opt import Recipe, new_model, train_tokenizer
 from streamline_hooks import LayerSurgeon, StreamlineError
 from streamline_hooks.calibration.self_generated import FORMS, TOPICS
-from streamline_hooks.evaluation.probes import LEVELS
 from streamline_hooks.evaluation.problems import Problem, Solved
 
 WORDS = ["the", "cat", "house", "runs", "sleeps", "green", "small", "under", "over", "near", "seven", "apple"]

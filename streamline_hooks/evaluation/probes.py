@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from random import Random
 
 from streamline_hooks.errors import StreamlineError
@@ -17,21 +17,15 @@ _PAIRS = {"(": ")", "[": "]", "{": "}"}
 _PATIENCE = 200  # problems in a row that were there before
 STOP = ("\n",)
 """Where an answer ends."""
-USUAL = 4
-"""The level of difficulty that is asked for unless another one is."""
 
 Make = Callable[[Random], tuple[str, str]]
 
 
-def probes(
-    count: int = 50, *, seed: int = 0, shots: int = 4, difficulty: int | Mapping[str, int] = USUAL
-) -> dict[str, list[Problem]]:
+def probes(count: int = 50, *, seed: int = 0, shots: int = 4) -> dict[str, list[Problem]]:
     """Make problems of each sort.
 
-    What is asked for is shown by solved ones, so that a model which has only read text knows it too. No problem is the
-    same as another of its sort, or as one that is shown. All of a sort stand behind the same shown ones: an interval
-    from drawing problems anew is one for these. Of other seeds others are shown; put together, they are to be told as
-    `TaskAnswers.clusters`.
+    Each is asked behind solved ones of its sort, so that a base model can solve it too. No two problems of a sort are
+    the same. All of a sort are behind the same solved ones: an interval from resampling the problems is one for these.
 
     Parameters
     ----------
@@ -41,55 +35,32 @@ def probes(
         Decides what they are; those of a smaller count are the first of a larger one.
     shots : int
         Solved problems before each.
-    difficulty : int or mapping of str to int
-        The level of every sort, or of each by its name; a sort that is not named has the usual one, 4. What a small
-        model solves at none of its levels, or always, says nothing of what it has lost: see `LEVELS` for what they are.
 
     Returns
     -------
     dict of str to list of Problem
-        By sort: ``arithmetic`` (sums and differences; at the usual level of numbers below 100), ``brackets`` (what
-        closes the open ones), ``copying`` (a row of words), ``counting`` (how often a word stands in a row; below
-        level 3, which number comes next). Each answer is one line, see `STOP`.
+        By sort: ``arithmetic`` (sums and differences of numbers below 100), ``brackets`` (what closes the open ones),
+        ``copying`` (a row of words), ``counting`` (how often a word stands in a row). Each answer is one line, see
+        `STOP`.
 
     Raises
     ------
     StreamlineError
-        If `count` is below 1 or `shots` negative, there is no such sort or level, or a level has not so many different
-        problems.
+        If `count` is below 1 or `shots` negative, or a sort has not so many different problems.
 
     Examples
     --------
     >>> found = probes(2, shots=1)
     >>> sorted(found), len(found["brackets"])
     (['arithmetic', 'brackets', 'copying', 'counting'], 2)
-    >>> easy = probes(1, shots=0, difficulty={"copying": 1})["copying"][0]
-    >>> len(easy.answer.split())
-    2
     """
     if count < 1 or shots < 0:
-        raise StreamlineError(
-            f"Got count={count}, shots={shots}; expected a count of 1 or more, and no negative shots."
-        )
-    asked = _levels(difficulty)
-    return {name: _several(name, LEVELS[name][level], count, seed, shots) for name, level in asked.items()}
+        raise StreamlineError(f"Got count={count}, shots={shots}. Expected count >= 1 and shots >= 0. Change them.")
+    return {name: problems_of(name, make, count, seed, shots) for name, make in SORTS.items()}
 
 
-def _levels(difficulty: int | Mapping[str, int]) -> dict[str, int]:
-    """The level of each sort."""
-    given = difficulty if isinstance(difficulty, Mapping) else dict.fromkeys(LEVELS, difficulty)
-    if unknown := sorted(set(given) - set(LEVELS)):
-        raise StreamlineError(f"No sort of problems is called {', '.join(unknown)}; there is {', '.join(LEVELS)}.")
-    for name, level in given.items():
-        if isinstance(level, bool) or not isinstance(level, int) or level not in LEVELS[name]:
-            raise StreamlineError(
-                f"The sort {name} has no level {level!r} of difficulty; expected one of "
-                f"{', '.join(map(str, LEVELS[name]))}."
-            )
-    return {name: given.get(name, USUAL) for name in LEVELS}
-
-
-def _several(name: str, make: Make, count: int, seed: int, shots: int) -> list[Problem]:
+def problems_of(name: str, make: Make, count: int, seed: int, shots: int) -> list[Problem]:
+    """Make problems of one sort, see `probes`; `make` draws a question and its answer."""
     random, seen = Random(f"{seed} {name}"), dict[str, str]()
     in_vain = 0
     while len(seen) < shots + count:
@@ -108,15 +79,9 @@ def _several(name: str, make: Make, count: int, seed: int, shots: int) -> list[P
     ]
 
 
-def _sum(below: int) -> Make:
-    def make(random: Random) -> tuple[str, str]:
-        a, b = random.randrange(1, below), random.randrange(1, below)
-        return f"{a} + {b} =", str(a + b)
+def arithmetic(least: int, below: int) -> Make:
+    """Draw sums and differences of numbers from `least` to below `below`."""
 
-    return make
-
-
-def _arithmetic(least: int, below: int) -> Make:
     def make(random: Random) -> tuple[str, str]:
         a, b = random.randrange(least, below), random.randrange(least, below)
         if random.random() < 0.5:
@@ -126,7 +91,8 @@ def _arithmetic(least: int, below: int) -> Make:
     return make
 
 
-def _brackets(least: int, most: int, kinds: int) -> Make:
+def brackets(least: int, most: int, kinds: int) -> Make:
+    """Draw open brackets of so many kinds, from `least` to `most` in a row."""
     opening = list(_PAIRS)[:kinds]
 
     def make(random: Random) -> tuple[str, str]:
@@ -146,7 +112,9 @@ def _brackets(least: int, most: int, kinds: int) -> Make:
     return make
 
 
-def _copying(least: int, most: int) -> Make:
+def copying(least: int, most: int) -> Make:
+    """Draw rows of `least` to `most` words."""
+
     def make(random: Random) -> tuple[str, str]:
         words = " ".join(random.sample(_WORDS, random.randrange(least, most + 1)))
         return f"Say: {words} Again:", words
@@ -154,7 +122,9 @@ def _copying(least: int, most: int) -> Make:
     return make
 
 
-def _counting(most: int, others: int) -> Make:
+def counting(most: int, others: int) -> Make:
+    """Draw rows in which a word stands up to `most` times, between up to `others` others."""
+
     def make(random: Random) -> tuple[str, str]:
         word, *besides = random.sample(_WORDS, 3)
         times = random.randrange(1, most + 1)
@@ -165,49 +135,9 @@ def _counting(most: int, others: int) -> Make:
     return make
 
 
-def _next(*steps: int) -> Make:
-    def make(random: Random) -> tuple[str, str]:
-        first, step = random.randrange(1, 300), random.choice(steps)
-        return f"Count: {' '.join(str(first + step * k) for k in range(4))} Next:", str(first + step * 4)
-
-    return make
-
-
-LEVELS: dict[str, dict[int, Make]] = {
-    "arithmetic": {
-        1: _sum(16),
-        2: _sum(20),
-        3: _sum(50),
-        USUAL: _arithmetic(2, 100),
-        5: _arithmetic(100, 1_000),
-        6: _arithmetic(1_000, 10_000),
-    },
-    "brackets": {
-        1: _brackets(3, 5, kinds=2),
-        2: _brackets(2, 5, kinds=3),
-        3: _brackets(4, 7, kinds=3),
-        USUAL: _brackets(4, 10, kinds=3),
-        5: _brackets(8, 14, kinds=3),
-        6: _brackets(12, 20, kinds=3),
-    },
-    "copying": {
-        1: _copying(2, 2),
-        2: _copying(2, 3),
-        3: _copying(3, 5),
-        USUAL: _copying(3, 7),
-        5: _copying(6, 8),
-        6: _copying(9, 12),
-    },
-    "counting": {
-        1: _next(1),
-        2: _next(1, 2, 5, 10),
-        3: _counting(2, others=2),
-        USUAL: _counting(5, others=4),
-        5: _counting(7, others=5),
-        6: _counting(9, others=6),
-    },
+SORTS: dict[str, Make] = {
+    "arithmetic": arithmetic(2, 100),
+    "brackets": brackets(4, 10, kinds=3),
+    "copying": copying(3, 7),
+    "counting": counting(5, others=4),
 }
-"""By sort, from easy to hard: sums of two numbers below 16, 20 and 50, then sums and differences of numbers of up to
-two digits, and of three and four; up to 5 brackets of two kinds and of three, then up to 7, 10, 14 and 20; 2 words, up
-to 3, 5, 7, 8 and 12; the next number in steps of one and of 1, 2, 5 or 10, then words that stand up to 2, 5, 7 and 9
-times between others."""

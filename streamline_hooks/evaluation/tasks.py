@@ -184,7 +184,8 @@ class LoadedTask:
         texts = [version("lm_eval"), repr(self.settings)]
         for name, task in self.tasks.items():
             texts += [name, repr({key: value for key, value in task.dump_config().items() if key != "custom_dataset"})]
-            texts += [repr(task.eval_docs[k]) for k in self._chosen[name]]
+            docs = task.eval_docs  # processed anew at each access
+            texts += [repr(docs[k]) for k in self._chosen[name]]
             if task.get_config("num_fewshot"):
                 texts += map(repr, task.fewshot_docs() or ())
         return texts_digest(texts)
@@ -200,7 +201,7 @@ class LoadedTask:
                 "Transformers, which lm-eval runs. Pass these."
             )
         seed = self.settings.seed
-        with inference(model), _random_states(seed), _quiet():
+        with inference(model), _random_states(seed):
             with _parameters_kept(model):  # HFLM ties embeddings that may have been untied since loading
                 lm = _language_model()(
                     pretrained=model,
@@ -419,7 +420,7 @@ def _random_states(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Drop lm-eval's warnings, which speak of its own command."""
+    """Drop the warnings of lm-eval about defaults of task configs."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

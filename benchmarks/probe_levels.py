@@ -1,0 +1,73 @@
+"""Generated problems of other difficulties than the library's, for a model that solves all or none of those."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from random import Random
+
+from streamline_hooks.evaluation.probes import Make, arithmetic, brackets, copying, counting, problems_of
+from streamline_hooks.evaluation.problems import Problem
+
+
+def probes_at(count: int, difficulty: int | Mapping[str, int], *, seed: int, shots: int) -> dict[str, list[Problem]]:
+    """The library's `probes` of one of the `LEVELS`, or of one for each sort; 4 is that of the library."""
+    levels = difficulty if isinstance(difficulty, Mapping) else dict.fromkeys(LEVELS, difficulty)
+    return {
+        name: problems_of(name, several[levels.get(name, 4)], count, seed, shots) for name, several in LEVELS.items()
+    }
+
+
+def _sum(below: int) -> Make:
+    def make(random: Random) -> tuple[str, str]:
+        a, b = random.randrange(1, below), random.randrange(1, below)
+        return f"{a} + {b} =", str(a + b)
+
+    return make
+
+
+def _next(*steps: int) -> Make:
+    def make(random: Random) -> tuple[str, str]:
+        first, step = random.randrange(1, 300), random.choice(steps)
+        return f"Count: {' '.join(str(first + step * k) for k in range(4))} Next:", str(first + step * 4)
+
+    return make
+
+
+LEVELS: dict[str, dict[int, Make]] = {
+    "arithmetic": {
+        1: _sum(16),
+        2: _sum(20),
+        3: _sum(50),
+        4: arithmetic(2, 100),
+        5: arithmetic(100, 1_000),
+        6: arithmetic(1_000, 10_000),
+    },
+    "brackets": {
+        1: brackets(3, 5, kinds=2),
+        2: brackets(2, 5, kinds=3),
+        3: brackets(4, 7, kinds=3),
+        4: brackets(4, 10, kinds=3),
+        5: brackets(8, 14, kinds=3),
+        6: brackets(12, 20, kinds=3),
+    },
+    "copying": {
+        1: copying(2, 2),
+        2: copying(2, 3),
+        3: copying(3, 5),
+        4: copying(3, 7),
+        5: copying(6, 8),
+        6: copying(9, 12),
+    },
+    "counting": {
+        1: _next(1),
+        2: _next(1, 2, 5, 10),
+        3: counting(2, others=2),
+        4: counting(5, others=4),
+        5: counting(7, others=5),
+        6: counting(9, others=6),
+    },
+}
+"""By sort, from easy to hard: sums of two numbers below 16, 20 and 50, then sums and differences of numbers of up to
+two digits, and of three and four; up to 5 brackets of two kinds and of three, then up to 7, 10, 14 and 20; 2 words, up
+to 3, 5, 7, 8 and 12; the next number in steps of one and of 1, 2, 5 or 10, then words that stand up to 2, 5, 7 and 9
+times between others."""
