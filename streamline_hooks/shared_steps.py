@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from streamline_hooks.distributed import Processes, Together, dealt, some_of
+from streamline_hooks.distributed import DistributedStep, Processes, shard_rows, some_of
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation import Perplexity, TaskScores, perplexity
 from streamline_hooks.preparation import Batches, Preparation
@@ -19,7 +19,7 @@ from streamline_hooks.selection.search.verified import in_order
 from streamline_hooks.statistics.identity import identity
 
 
-def prepared_alike(work: Together, ready: Preparation) -> Preparation:
+def prepared_alike(work: DistributedStep, ready: Preparation) -> Preparation:
     """Check that all ranks have one model, text and config, and take the candidate windows of rank 0.
 
     Candidates may depend on measured times. Only the hardware config may differ.
@@ -29,11 +29,11 @@ def prepared_alike(work: Together, ready: Preparation) -> Preparation:
         chosen_on = [one for batch in batches for one in ([batch] if isinstance(batch, Tensor) else batch.values())]
         config = {f"config.{name}": value for name, value in ready.config.to_dict().items() if name != "hardware"}
         work.take([*ready.split.tensors, *chosen_on], **identity(ready.stack), **config)
-    return replace(ready, candidates=work.of_first(lambda: ready.candidates))
+    return replace(ready, candidates=work.broadcast_object(lambda: ready.candidates))
 
 
 def verified_together(
-    work: Together, model: nn.Module, found: Sequence[Selection], ready: Preparation
+    work: DistributedStep, model: nn.Module, found: Sequence[Selection], ready: Preparation
 ) -> list[VerifiedSelection]:
     """Repair and judge selections as `verified` does, each rank on its rows of the text to judge on.
 
@@ -49,7 +49,7 @@ def verified_together(
     few = own or [some_of(ready.judging[0], slice(0, 1))]  # a rank without rows takes part in the fitting
     mine = verified(model, found, ready.fit, ready.held_out, few, **options)
     judged = [next(one for one in mine if _key(one) == _key(selection)) for selection in found]
-    told = work.tell((sum(map(ready.task.count, own)), [(one.distance, one.refused) for one in judged]))
+    told = work.all_gather_object((sum(map(ready.task.count, own)), [(one.distance, one.refused) for one in judged]))
     total = sum(count for count, _ in told)
     for k, one in enumerate(judged):
         refused = next((its[k][1] for _, its in told if its[k][1]), "")
@@ -64,7 +64,7 @@ def verified_together(
 
 
 def perplexities_together(
-    work: Together, ready: Preparation, attempts: Mapping[str, Attempt], teacher: nn.Module | None = None
+    work: DistributedStep, ready: Preparation, attempts: Mapping[str, Attempt], teacher: nn.Module | None = None
 ) -> dict[str, float]:
     """Return the perplexity of the original and of attempts on test text, by name; see `perplexity_of_attempts`.
 
@@ -83,13 +83,15 @@ def perplexities_together(
     return by_name
 
 
-def perplexity_together(work: Together, model: nn.Module, batches: Batches, what: str = "perplexity") -> Perplexity:
+def perplexity_together(
+    work: DistributedStep, model: nn.Module, batches: Batches, what: str = "perplexity"
+) -> Perplexity:
     """Return the perplexity of a model, see `perplexity`."""
     return _added_up(work, [perplexity(model, _share(batches, work.processes), what)])[0]
 
 
 def scores_together(
-    work: Together, ready: Preparation, attempts: Mapping[str, Attempt], teacher: nn.Module | None = None
+    work: DistributedStep, ready: Preparation, attempts: Mapping[str, Attempt], teacher: nn.Module | None = None
 ) -> tuple[TaskScores, dict[str, dict[str, float]]]:
     """Return the scorer, which knows the original's answers, and the scores by attempt and measure.
 
@@ -104,25 +106,25 @@ def scores_together(
     for name, attempt in attempts.items():
         with given_up(stack, attempt, writers):
             found[name] = scores.of(model, name.replace("_", " "))
-    return scores, work.of_first(lambda: found)
+    return scores, work.broadcast_object(lambda: found)
 
 
 def _share(batches: Batches, processes: Processes) -> Batches:
     if processes.count == 1:
         return batches
-    shares = zip(batches, dealt(batches, processes), strict=True)
+    shares = zip(batches, shard_rows(batches, processes), strict=True)
     return [some_of(batch, rows) for batch, rows in shares if rows.start < rows.stop]
 
 
-def _added_up(work: Together, found: Sequence[Perplexity]) -> list[Perplexity]:
-    return [sum(parts, Perplexity()) for parts in zip(*work.tell(list(found)), strict=True)]
+def _added_up(work: DistributedStep, found: Sequence[Perplexity]) -> list[Perplexity]:
+    return [sum(parts, Perplexity()) for parts in zip(*work.all_gather_object(list(found)), strict=True)]
 
 
 def _key(selection: Selection) -> tuple[object, object]:
     return selection.windows, selection.silenced
 
 
-def _as_on_rank_0(work: Together, judged: Sequence[VerifiedSelection]) -> list[VerifiedSelection]:
+def _as_on_rank_0(work: DistributedStep, judged: Sequence[VerifiedSelection]) -> list[VerifiedSelection]:
     """Give what was fitted the values that it has on rank 0, to the bit."""
     repairs = [repair for one in judged for repair in one.repairs]
     modules = [repair.stand_in for repair in repairs if isinstance(repair.stand_in, nn.Module)]
@@ -130,14 +132,14 @@ def _as_on_rank_0(work: Together, judged: Sequence[VerifiedSelection]) -> list[V
     tensors += [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     kinds = [type(repair.stand_in).__name__ for repair in repairs]
     layout = kinds, [(tuple(t.shape), str(t.dtype)) for t in tensors]
-    if any(other != layout for other in work.tell(layout)):
+    if any(other != layout for other in work.all_gather_object(layout)):
         raise StreamlineError(
             "The processes have fitted different stand-ins for the same selections. Give every process the same model, "
             "arguments and text."
         )
-    work.take_over(tensor for tensor in tensors if not tensor.is_meta)
+    work.broadcast_(tensor for tensor in tensors if not tensor.is_meta)
     plain = [None if isinstance(repair.stand_in, nn.Module) else repair.stand_in for repair in repairs]
-    first = iter(work.of_first(lambda: plain))
+    first = iter(work.broadcast_object(lambda: plain))
     return [
         replace(one, repairs=tuple(replace(repair, stand_in=next(first) or repair.stand_in) for repair in one.repairs))
         for one in judged

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from streamline_hooks.batch import Batch, real_tokens
 from streamline_hooks.calibration.documents import content_digest, stream_documents
-from streamline_hooks.distributed import Processes, here, together
+from streamline_hooks.distributed import Processes, distributed_step, here
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.passes import progress
 from streamline_hooks.predicted import predicted_tokens
@@ -135,7 +135,7 @@ def packed_text(
     }
     # Documents are assigned to parts in proportion to their sizes, by nothing but content and seed.
     names, bounds = list(tokens), list(accumulate(tokens.values()))
-    with together("packed_text") if processes is None else nullcontext() as work:
+    with distributed_step("packed_text") if processes is None else nullcontext() as work:
         documents = stream_documents(source, shuffle=shuffle, seed=seed, remember=remember, processes=rank)
         with progress(sum(part.wanted for part in parts.values()), "read and pack") as bar:
             while any(part.room for part in parts.values()):
@@ -149,7 +149,7 @@ def packed_text(
                     bar.update(len(ids))
         packed = {name: part.end(name, rank) for name, part in parts.items()}
         if work is not None:
-            work.tell(None)  # the others wait here, in case one fails
+            work.all_gather_object(None)  # the others wait here, in case one fails
     return packed
 
 

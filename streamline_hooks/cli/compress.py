@@ -205,7 +205,7 @@ def compress(
     from streamline_hooks.calibration.task_batches import Amounts, task_batches
     from streamline_hooks.checkpoint import require_free
     from streamline_hooks.cli.short_forms import parse_duration, parse_target
-    from streamline_hooks.distributed import together
+    from streamline_hooks.distributed import distributed_step
     from streamline_hooks.pipeline.compress import compress as run
     from streamline_hooks.pipeline.config import DataConfig
     from streamline_hooks.pipeline.iterative import blocks_by_round
@@ -214,7 +214,7 @@ def compress(
     from streamline_hooks.statistics import Profile
     from streamline_hooks.trained_selection import training_file
 
-    with launched() as speaks, together("the command compress") as work:
+    with launched() as speaks, distributed_step("the command compress") as work:
         say = typer.echo if speaks else _nothing
         require_free(output, overwrite)
         sources = parse_sources(calibration, temperature)
@@ -310,7 +310,7 @@ def compress(
             tokens = {name: split[f"{name}_tokens"] for name in parts_dealt}
             options: dict[str, Any] = {"sequence_length": sequence_length, "seed": seed, "cache": output.parent}
             for name, write in sources.generators(loaded, tokenizer, tokens, **options).items():
-                documents[name] = work.of_first(write)
+                documents[name] = work.broadcast_object(write)
         text, apart = text_for(tokenizer) if task.is_of_text else ({}, None)
         if not task.is_of_text:
             tokens = {name: split[f"{name}_tokens"] for name in ("calibration", "validation", "test")}
@@ -365,7 +365,7 @@ def compress(
         if budget:
             taken = sum(result.seconds.values()) + plan.estimate.stages[0].seconds
             say(f"taken      {taken / 60:.1f} min, {taken / plan.budget:.0%} of the budget")
-        say(work.of_first(lambda: write_page(output, result.title, compression=result.report())))
+        say(work.broadcast_object(lambda: write_page(output, result.title, compression=result.report())))
         training = result.training
         interrupted = training is not None and training.interrupted
         if training is not None and interrupted:

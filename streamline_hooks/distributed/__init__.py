@@ -2,27 +2,27 @@
 
 from streamline_hooks.distributed.interrupts import AllInterrupted, Interrupts, agreed, noted_interrupts
 from streamline_hooks.distributed.processes import (
+    DistributedStep,
     Processes,
-    Together,
     alone,
-    dealt,
+    distributed_step,
     here,
     sequences_of,
+    shard_rows,
     some_of,
-    together,
 )
 
 __all__ = [
     "AllInterrupted",
+    "DistributedStep",
     "Interrupts",
     "Processes",
-    "Together",
     "agreed",
     "alone",
-    "dealt",
+    "distributed_step",
     "here",
     "noted_interrupts",
     "sequences_of",
+    "shard_rows",
     "some_of",
-    "together",
 ]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from streamline_hooks.distributed.processes import Together, here
+from streamline_hooks.distributed.processes import DistributedStep, here
 
 _T = TypeVar("_T")
 SECONDS_OF_ONE_PRESS = 5.0  # seconds: a terminal and a launcher may both pass the same Ctrl-C on
@@ -64,7 +64,7 @@ def noted_interrupts() -> Iterator[Interrupts]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def agreed(work: Together, interrupts: Interrupts, make: Callable[[], _T]) -> list[_T]:
+def agreed(work: DistributedStep, interrupts: Interrupts, make: Callable[[], _T]) -> list[_T]:
     """Call a function on every rank and gather what it returns, by rank.
 
     Raises
@@ -77,7 +77,7 @@ def agreed(work: Together, interrupts: Interrupts, make: Callable[[], _T]) -> li
     Examples
     --------
     >>> from streamline_hooks.distributed import Processes
-    >>> agreed(Together("count", Processes()), Interrupts(), lambda: 5)
+    >>> agreed(DistributedStep("count", Processes()), Interrupts(), lambda: 5)
     [5]
     """
     made: list[_T] = []
@@ -89,7 +89,7 @@ def agreed(work: Together, interrupts: Interrupts, make: Callable[[], _T]) -> li
         if work.processes.count == 1:
             raise
         asked = True
-    told = work.tell((asked or interrupts.asked, made))
+    told = work.all_gather_object((asked or interrupts.asked, made))
     if any(stop for stop, _ in told):
         raise AllInterrupted
     return [one for _, its in told for one in its]

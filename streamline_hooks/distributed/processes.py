@@ -82,7 +82,7 @@ def alone() -> Iterator[None]:
         _ALONE.reset(token)
 
 
-def dealt(batches: Sequence[Any], processes: Processes) -> list[slice]:
+def shard_rows(batches: Sequence[Any], processes: Processes) -> list[slice]:
     """Return the rows of each batch that a rank runs.
 
     Rows are dealt in turn, on from batch to batch, so that neither in one batch nor in all together a rank has more
@@ -102,7 +102,7 @@ def dealt(batches: Sequence[Any], processes: Processes) -> list[slice]:
     Examples
     --------
     >>> import torch
-    >>> dealt([torch.ones(3, 8), torch.ones(1, 8)], Processes(rank=1, count=2))
+    >>> shard_rows([torch.ones(3, 8), torch.ones(1, 8)], Processes(rank=1, count=2))
     [slice(1, 3, 2), slice(0, 1, 2)]
     """
     shares, before = [], 0
@@ -138,8 +138,8 @@ def some_of(batch: Any, rows: slice) -> Any:
     return {name: cut(name, value) for name, value in batch.items()}
 
 
-class Together:
-    """A step that all ranks do, see `together`, and the collectives in it.
+class DistributedStep:
+    """A step that all ranks do, see `distributed_step`, and the collectives in it.
 
     Each collective raises `StreamlineError` on every rank if one of them has failed, is at another step, or is gone.
 
@@ -175,7 +175,7 @@ class Together:
         if count == 1:
             return list(items)
         mine = {"batches": batches_digest(items) if share else "its own", **{name: str(v) for name, v in same.items()}}
-        first, *others = self.tell(mine)
+        first, *others = self.all_gather_object(mine)
         for other, its in enumerate(others, 1):
             if differ := [
                 f"{name} ({first[name]} and {its.get(name)})" for name in first if first[name] != its.get(name)
@@ -191,11 +191,11 @@ class Together:
         self._note = f" (its batch n is batch {count}n{f' + {rank}' if rank else ''} of all)"
         return self.processes.share(items)
 
-    def tell(self, mine: _T) -> list[_T]:
+    def all_gather_object(self, mine: _T) -> list[_T]:
         """Gather an object from every rank; return them by rank."""
         return self._exchange(mine) if self.processes.count > 1 else [mine]
 
-    def of_first(self, make: Callable[[], _T]) -> _T:
+    def broadcast_object(self, make: Callable[[], _T]) -> _T:
         """Call a function on rank 0, inside `alone`, and broadcast what it returns, by pickle."""
         if self.processes.count == 1:
             return make()
@@ -203,18 +203,18 @@ class Together:
         if self.processes.rank == 0:
             with alone():
                 made = [make()]
-        self.tell(None)  # raises where `make` failed
+        self.all_gather_object(None)  # raises where `make` failed
         self._guarded(lambda: torch.distributed.broadcast_object_list(made, src=0))
         return made[0]
 
-    def take_over(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Broadcast tensors from rank 0, in place; shapes and dtypes are the same on every rank."""
         if self.processes.count > 1:
-            self.tell(None)
+            self.all_gather_object(None)
             for tensor in tensors:
                 self._in_place(tensor, lambda sent: torch.distributed.broadcast(sent, src=0))
 
-    def summed(self, values: Tensor, operation: Literal["SUM", "MAX"] = "SUM") -> Tensor:
+    def all_reduce(self, values: Tensor, operation: Literal["SUM", "MAX"] = "SUM") -> Tensor:
         """Reduce a tensor over the ranks, in place, and return it; every rank gets the same bits.
 
         Rank 0 makes the sum and broadcasts it. `torch.distributed.all_reduce` gives the same bits everywhere in
@@ -226,7 +226,7 @@ class Together:
             torch.distributed.broadcast(sent, src=0)
 
         if self.processes.count > 1:
-            self.tell(None)
+            self.all_gather_object(None)
             self._in_place(values, reduce)
         return values
 
@@ -277,7 +277,7 @@ class Together:
 
 
 @contextmanager
-def together(what: str) -> Iterator[Together]:
+def distributed_step(what: str) -> Iterator[DistributedStep]:
     """Do a step on all ranks, so that an exception on one rank raises on every rank; also a decorator.
 
     Parameters
@@ -287,7 +287,7 @@ def together(what: str) -> Iterator[Together]:
 
     Yields
     ------
-    Together
+    DistributedStep
         An exception is reported at the next collective of the other ranks, so at least one has to follow the part that
         may fail, in this step or in one around it. Exceptions that are no `Exception`, such as KeyboardInterrupt, are
         not reported: such a process ends, which the others notice.
@@ -300,13 +300,13 @@ def together(what: str) -> Iterator[Together]:
     Examples
     --------
     >>> import torch
-    >>> with together("count") as work:
+    >>> with distributed_step("count") as work:
     ...     mine = work.take([[1.0, 2.0], [3.0]])
     ...     total = torch.tensor(sum(map(sum, mine)))
-    ...     work.summed(total).item()
+    ...     work.all_reduce(total).item()
     6.0
     """
-    work, depth = Together(what, here()), _DEPTH.get() + 1
+    work, depth = DistributedStep(what, here()), _DEPTH.get() + 1
     token = _DEPTH.set(depth)
     try:
         yield work

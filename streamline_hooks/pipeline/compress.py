@@ -11,7 +11,7 @@ from torch import Tensor
 from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch
 from streamline_hooks.calibration import PackedText, TokenSplit
-from streamline_hooks.distributed import together
+from streamline_hooks.distributed import distributed_step
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.pipeline.config import CompressionConfig
 from streamline_hooks.pipeline.iterative import compress_in_rounds
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@together("compress")
+@distributed_step("compress")
 @checked()
 def compress(
     model: PreTrainedModel,

@@ -9,7 +9,7 @@ from typing import Any
 
 from streamline_hooks.calibration import TokenSplit
 from streamline_hooks.checkpoint import require_free, save
-from streamline_hooks.distributed import Together, here
+from streamline_hooks.distributed import DistributedStep, here
 from streamline_hooks.errors import StreamlineError, TrainingInterrupted
 from streamline_hooks.pipeline.config import CompressionConfig, EvaluationConfig
 from streamline_hooks.pipeline.one_round import compress_once
@@ -39,20 +39,21 @@ def compress_in_rounds(
 
     Parameters and errors are those of `compress`. If a later round fails, the model is as the rounds before left it.
     """
-    work, clock, stack, rounds = Together("compress", here()), Clock(), find_stack(model, config.stack), config.rounds
+    work, clock, rounds = DistributedStep("compress", here()), Clock(), config.rounds
+    stack = find_stack(model, config.stack)
     counts, protected = blocks_by_round(len(stack), config), protected_blocks(config.search.keep, len(stack))
     if output is not None:
-        work.of_first(lambda: require_free(output, overwrite))
+        work.broadcast_object(lambda: require_free(output, overwrite))
         sentence_folder_of(model)  # raises if it cannot be saved
         require_writable(stack, config.repair, range(counts[0]))
     whole, parts = divide_for_rounds(model, tokenizer, texts, config, test_texts)
     base = Path(checkpoint) if checkpoint is not None else None if output is None else training_file(output)
     files = [] if base is None else [base.with_name(f"{base.name}.round-{k}") for k in range(1, rounds + 1)]
-    found = work.of_first(lambda: [resume and file.is_file() for file in files] or [False] * rounds)
+    found = work.broadcast_object(lambda: [resume and file.is_file() for file in files] or [False] * rounds)
     if resume and not any(found):
         raise StreamlineError(f"There is no training to resume at {files[0] if files else 'any place'}. Begin one.")
     if not resume:  # files of an earlier call
-        work.of_first(lambda: [*map(Path.unlink, filter(Path.is_file, files))])
+        work.broadcast_object(lambda: [*map(Path.unlink, filter(Path.is_file, files))])
     present: list[int | None] = list(range(len(stack)))  # numbers in the original
     del stack  # it holds blocks that are removed
     original = copy.deepcopy(model)
@@ -85,9 +86,9 @@ def compress_in_rounds(
     if output is not None:
         with clock("save"):
             given = {"tokenizer": tokenizer, "report": result.report(), "overwrite": overwrite}
-            result.folder = work.of_first(lambda: save(model, output, **given))
-        result.seconds |= work.of_first(lambda: clock.seconds)
-        work.of_first(lambda: None if checkpoint else [*map(Path.unlink, filter(Path.is_file, files))])
+            result.folder = work.broadcast_object(lambda: save(model, output, **given))
+        result.seconds |= work.broadcast_object(lambda: clock.seconds)
+        work.broadcast_object(lambda: None if checkpoint else [*map(Path.unlink, filter(Path.is_file, files))])
     return result
 
 

@@ -13,7 +13,7 @@ from streamline_hooks.batch import tokens_of
 from streamline_hooks.carrying_out import carry_out, first_that_can_go, how_repaired, puts_in
 from streamline_hooks.checkpoint import require_free, save
 from streamline_hooks.collapse_watch import CollapseWatch
-from streamline_hooks.distributed import Together, here
+from streamline_hooks.distributed import DistributedStep, here
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation import TaskScores
 from streamline_hooks.evaluation.reasoning import unmeasured_reasoning
@@ -69,18 +69,18 @@ def compress_once(
     say: Callable[[str], None] = lambda line: None,
 ) -> CompressionResult:
     """Compress in one round; the parameters are those of `compress`, and `recorded` is the config that is saved."""
-    work, began = Together("compress", here()), time.perf_counter()
+    work, began = DistributedStep("compress", here()), time.perf_counter()
     search, distillation = config.search, config.distillation
     task = config.task or Task.of(model)
     if work.processes.rank:
         say = _nothing
     if output is not None:
-        work.of_first(lambda: require_free(output, overwrite))
+        work.broadcast_object(lambda: require_free(output, overwrite))
         sentence_folder_of(model)  # raises if it cannot be kept
     config = replace(config, repair=config.repair.seeded(config.seed))
     if distillation is not None:
         config = replace(config, distillation=(distillation := distillation.seeded(config.seed)))
-    file = work.of_first(lambda: training_checkpoint(config, resume, output, checkpoint))
+    file = work.broadcast_object(lambda: training_checkpoint(config, resume, output, checkpoint))
     criterion = search.resolved_criterion
     task.require_fits(model)
     original = model if teacher is None else teacher
@@ -112,11 +112,11 @@ def compress_once(
         branches = distillation is None  # what stands in the place of half a block is not trained
         problem = ready.problem(profile=measured, branches=branches)
         searched = search.find(problem)
-        found = work.of_first(lambda: searched)
+        found = work.broadcast_object(lambda: searched)
         found = found if distillation is None else trainable(found, ready, config.healing)
     with clock("verify"):
         judged = verified_together(work, model, found, ready)
-    best = judged[work.of_first(lambda: _place_of(first_that_can_go(model, judged, path, say), judged))]
+    best = judged[work.broadcast_object(lambda: _place_of(first_that_can_go(model, judged, path, say), judged))]
     for line in findings(judged, best, task.distance):
         say(line)
     first = next(one for one in judged if (one.windows, one.silenced) == (found[0].windows, found[0].silenced))
@@ -134,7 +134,7 @@ def compress_once(
     if distillation is not None:
         with clock("train"):
             limit = config.train_until
-            left = work.of_first(lambda: limit and limit - (time.perf_counter() - began))
+            left = work.broadcast_object(lambda: limit and limit - (time.perf_counter() - began))
             if left is None or left > 0:
                 config = replace(config, distillation=ending_in(distillation, left))
                 student, trained = train_selection(
@@ -150,7 +150,7 @@ def compress_once(
         beside = SideBySide(original, tokenizer, ready.test, say, write=evaluation.generation) if compared else None
         change = partial(carry_out, selection=best)
         timed = beside if evaluation.speed else None
-        speed = work.of_first(lambda: None if timed is None else timed.speed(model, change, path))
+        speed = work.broadcast_object(lambda: None if timed is None else timed.speed(model, change, path))
         watch = CollapseWatch(original, tokenizer, ready.test, say) if beside is not None and beside.writes else None
     with clock("measure"):
         before = sizes_of(original)
@@ -170,10 +170,12 @@ def compress_once(
         if board is None:
             perplexities[label] = perplexity_together(work, model, test).value
         else:
-            scores[label] = work.of_first(lambda: board.of(model, label))
+            scores[label] = work.broadcast_object(lambda: board.of(model, label))
     with clock("compare"):
-        samples = work.of_first(lambda: [] if beside is None else beside.samples(model))
-        told = work.of_first(lambda: unmeasured_reasoning(tokenizer) if watch is None else watch.warnings(model))
+        samples = work.broadcast_object(lambda: [] if beside is None else beside.samples(model))
+        told = work.broadcast_object(
+            lambda: unmeasured_reasoning(tokenizer) if watch is None else watch.warnings(model)
+        )
     after = sizes_of(model)
     result = CompressionResult(
         model=model,
@@ -190,7 +192,7 @@ def compress_once(
         scores={name: scores[name] for name in LABELS if name in scores},
         parameters=(before[0], after[0]),
         size_in_bytes=(before[1], after[1]),
-        seconds=work.of_first(lambda: clock.seconds),
+        seconds=work.broadcast_object(lambda: clock.seconds),
         peak_memory=peak_memory_of_process(),
         data=data,
         profile=measured,
@@ -201,7 +203,7 @@ def compress_once(
     )
     if output is not None:
         with clock("save"):
-            result.folder = work.of_first(lambda: _save(result, output, overwrite, file, say))
+            result.folder = work.broadcast_object(lambda: _save(result, output, overwrite, file, say))
     return result
 
 

@@ -24,7 +24,7 @@ from streamline_hooks.blockwise.residence import stored_bytes
 from streamline_hooks.calibration import split_documents
 from streamline_hooks.collapse_watch import CollapseWatch
 from streamline_hooks.core.hardware_config import HardwareConfig, Precision
-from streamline_hooks.distributed import Together, here, together
+from streamline_hooks.distributed import DistributedStep, distributed_step, here
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation import distances_of_candidates, perplexity
 from streamline_hooks.evaluation.speed import wait_for
@@ -182,7 +182,7 @@ class TrainingPlan:
         return f"{line}\n{self.estimate.table()}"
 
 
-@together("estimate_cost")
+@distributed_step("estimate_cost")
 def estimate_cost(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -253,7 +253,7 @@ def estimate_cost(
         passes = (training.epochs, training.validations) if training else (1, 1)
         return rates.estimate(Sizes(_total(ready.training), *map(_total, parts), *passes), config.rounds)
 
-    return Together("estimate_cost", here()).of_first(estimate)
+    return DistributedStep("estimate_cost", here()).broadcast_object(estimate)
 
 
 def estimate_ranking(
@@ -272,7 +272,7 @@ def estimate_ranking(
     return CostEstimate((StageCost("rank", seconds * total, total, peaks["rank"]),))
 
 
-@together("plan_training")
+@distributed_step("plan_training")
 def plan_training(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -350,7 +350,7 @@ def plan_training(
         until = (1 + _LATE) * seconds - late["plan"] - behind
         return TrainingPlan(replace(wanted, hardware=hardware, train_until=until), estimate, seconds)
 
-    return Together("plan_training", here()).of_first(plan)
+    return DistributedStep("plan_training", here()).broadcast_object(plan)
 
 
 def check_plannable(config: CompressionConfig) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch
 from streamline_hooks.branches import Branch, Branches
-from streamline_hooks.distributed import together
+from streamline_hooks.distributed import distributed_step
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.passes import progress
 from streamline_hooks.repair.beside import Beside, measure_beside
@@ -159,10 +159,13 @@ def _at_map(
         strict=True,
     )
     repairs = []
-    with together("solve least squares") as work, progress(len(windows), "solve least squares", "windows") as bar:
+    with (
+        distributed_step("solve least squares") as work,
+        progress(len(windows), "solve least squares", "windows") as bar,
+    ):
         for (window, stand_in), (fitted, apart) in zip(stand_ins, pairs, strict=True):
             rank, diagonal = getattr(stand_in, "rank", None), getattr(stand_in, "diagonal", False)
-            solution = work.of_first(partial(solve, fitted, apart, rank=rank, diagonal=diagonal))
+            solution = work.broadcast_object(partial(solve, fitted, apart, rank=rank, diagonal=diagonal))
             error = solution.removal_error
             if isinstance(stand_in, nn.Module):
                 stand_in.start_at(solution.map)  # type: ignore[operator]

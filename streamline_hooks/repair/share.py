@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
-from streamline_hooks.distributed import Processes, Together, dealt, sequences_of, some_of
+from streamline_hooks.distributed import DistributedStep, Processes, sequences_of, shard_rows, some_of
 from streamline_hooks.repair.teacher import Taught
 
 
@@ -45,7 +45,7 @@ class Share:
 
     @classmethod
     def of(cls, batches: Sequence[Batch | Tensor], processes: Processes, every: bool = False) -> Share:
-        """A process's sequences, see `dealt`.
+        """A process's sequences, see `shard_rows`.
 
         Parameters
         ----------
@@ -56,7 +56,7 @@ class Share:
         """
         if processes.count == 1:
             return cls.whole(batches)
-        rows = dict(enumerate(dealt(batches, processes)))
+        rows = dict(enumerate(shard_rows(batches, processes)))
         idle = [n for n, its in rows.items() if its.start == its.stop]
         for n in idle:
             if every:
@@ -75,12 +75,14 @@ class Share:
         return max((sequences_of(batch) for batch in self.batches.values()), default=0)
 
 
-def add_gradients_up(work: Together, parameters: Mapping[str, nn.Parameter], reached: Sequence[Sequence[bool]]) -> None:
+def add_gradients_up(
+    work: DistributedStep, parameters: Mapping[str, nn.Parameter], reached: Sequence[Sequence[bool]]
+) -> None:
     """Give every process the sum of the gradients of all, to the same bits.
 
     Parameters
     ----------
-    work : Together
+    work : DistributedStep
     parameters : mapping of str to torch.nn.Parameter
     reached : sequence of sequence of bool
         Of each process, whether each parameter has a gradient. One that has none anywhere gets none.
@@ -92,6 +94,6 @@ def add_gradients_up(work: Together, parameters: Mapping[str, nn.Parameter], rea
     for kind in kinds:
         alike = [p for p in wanted if (p.dtype, p.device) == kind]
         together = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in alike])
-        added = work.summed(together)
+        added = work.all_reduce(together)
         for parameter, part in zip(alike, added.split([p.numel() for p in alike]), strict=True):
             parameter.grad = part.view_as(parameter)

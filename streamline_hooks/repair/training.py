@@ -15,7 +15,7 @@ from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch, device_of
 from streamline_hooks.core import check_writable
 from streamline_hooks.core.hardware_config import HardwareConfig
-from streamline_hooks.distributed import Together, together
+from streamline_hooks.distributed import DistributedStep, distributed_step
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.repair.callbacks import TrainingCallback
 from streamline_hooks.repair.distillation_config import DistillationConfig
@@ -104,7 +104,7 @@ def train(
     counts for nothing, since the forwards wait for one another. Batches are not run in halves then.
     """
     given: dict[str, Any] = {"hardware": hardware, "checkpoint": checkpoint, "callbacks": callbacks, "taught": taught}
-    with together("train") as work:
+    with distributed_step("train") as work:
         return _train(student, batches, validation, config, resume, say, work, **given)
 
 
@@ -116,7 +116,7 @@ def _train(
     config: DistillationConfig | None,
     resume: bool,
     say: Callable[[str], None],
-    work: Together,
+    work: DistributedStep,
     *,
     hardware: HardwareConfig | None,
     checkpoint: str | Path | None,
@@ -135,7 +135,7 @@ def _train(
         raise StreamlineError("resume=True without a checkpoint. Expected the file of the run. Pass checkpoint=.")
     file = None if checkpoint is None else Path(checkpoint)
     if file is not None:
-        work.of_first(partial(check_writable, file))
+        work.broadcast_object(partial(check_writable, file))
     sharded = is_sharded(student.model)
     with ExitStack() as exits:
         if sharded:

@@ -20,9 +20,9 @@ from streamline_hooks.core.out_of_memory import halve_rows
 from streamline_hooks.digests import batches_digest
 from streamline_hooks.distributed import (
     AllInterrupted,
+    DistributedStep,
     Interrupts,
     Processes,
-    Together,
     agreed,
     noted_interrupts,
 )
@@ -69,7 +69,7 @@ class Loop(Forwards):
     callbacks : sequence of TrainingCallback
     shares : pair of Share, optional
         This process's part of the batches and of the validation; by default all.
-    work : Together, optional
+    work : DistributedStep, optional
         What the processes exchange; by default there is one.
     sharded : bool
         Whether forwards of the processes wait for one another, so that each has to make as many.
@@ -91,7 +91,7 @@ class Loop(Forwards):
         checkpoint: Path | None = None,
         callbacks: Sequence[TrainingCallback] = (),
         shares: tuple[Share, Share] | None = None,
-        work: Together | None = None,
+        work: DistributedStep | None = None,
         sharded: bool = False,
         spent: float = 0.0,
     ) -> None:
@@ -99,7 +99,7 @@ class Loop(Forwards):
         self.config, self.hardware = config.seeded(0), hardware or HardwareConfig()
         self.checkpoint, self.callbacks = checkpoint, callbacks
         self.task = student.task
-        self.work = work or Together("train", Processes())
+        self.work = work or DistributedStep("train", Processes())
         self.share, self.validation_share = shares or (Share.whole(batches), Share.whole(validation))
         self.taught = dict(zip(self.share.batches, taught, strict=True))
         self.validation_taught = dict(zip(self.validation_share.batches, validation_taught, strict=True))
@@ -119,22 +119,22 @@ class Loop(Forwards):
         self.losses: _Losses = []
         self.best = self._copied()
         self.tokens_of_states = self._count_tokens()
-        self.longest = max(self.work.tell(max(self.share.longest, self.validation_share.longest)))
+        self.longest = max(self.work.all_gather_object(max(self.share.longest, self.validation_share.longest)))
         self.rows = self.longest  # sequences at a time, until there is no memory for as many
 
     def _require_one_training(self) -> None:
         """Let every process begin with the first one's weights, once it is sure that they train the same."""
-        if any(other != self.fingerprint for other in self.work.tell(self.fingerprint)):
+        if any(other != self.fingerprint for other in self.work.all_gather_object(self.fingerprint)):
             raise StreamlineError(
                 f"The {self.work.processes.count} processes are not at the same training: their text, windows, "
                 "settings or models differ. Give every process the same, and all batches, of which it takes its share."
             )
-        self.work.take_over(self.parameters.values())
+        self.work.broadcast_(self.parameters.values())
 
     def _count_tokens(self) -> dict[int, int]:
         """The stack's real tokens of each batch, which only the process knows that has run it."""
         own = {number: taught.tokens for number, taught in self.taught.items() if number not in self.share.idle}
-        told = self.work.tell(own)
+        told = self.work.all_gather_object(own)
         return {number: sum(its.get(number, 0) for its in told) for number in range(len(self.batches))}
 
     def run(self, resume: bool) -> Trained:
@@ -183,7 +183,7 @@ class Loop(Forwards):
                 stopped = f"interrupted after step {self.step}"
         if self.whole and not stopped.startswith("the loss"):
             self._keep_or_warn()
-        ends = self.work.tell((self.interrupts.asked, self.seconds))
+        ends = self.work.all_gather_object((self.interrupts.asked, self.seconds))
         self.seconds = ends[0][1]
         if not stopped and any(asked for asked, _ in ends):
             stopped = f"interrupted after step {self.step}"
@@ -274,7 +274,9 @@ class Loop(Forwards):
         """Whether the time allowed is over by the first process's clock, which all of them go by."""
         if self.config.max_minutes is None:
             return False
-        return self.work.of_first(lambda: self.spent + self.seconds >= 60 * cast(float, self.config.max_minutes))
+        return self.work.broadcast_object(
+            lambda: self.spent + self.seconds >= 60 * cast(float, self.config.max_minutes)
+        )
 
     def _validate(self, bar: Any) -> None:
         """The distance to the original on what validates, and what else is minimised there, see `Objective.validated`.
@@ -367,7 +369,7 @@ class Loop(Forwards):
 
     def _restore(self) -> None:
         path = cast(Path, self.checkpoint)
-        tensors, said = self.work.of_first(lambda: read_state(path))
+        tensors, said = self.work.broadcast_object(lambda: read_state(path))
         if said.get("own_text"):
             raise StreamlineError(
                 f"{path} is of a training on the model's own text, which this version has no steps for. Expected one "

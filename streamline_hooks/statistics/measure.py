@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch, device_of
-from streamline_hooks.distributed import Together, together
+from streamline_hooks.distributed import DistributedStep, distributed_step
 from streamline_hooks.layouts import by_token, require_usual
 from streamline_hooks.passes import recorded
 from streamline_hooks.precision import float64_device
@@ -25,7 +25,7 @@ from streamline_hooks.statistics.profile import Profile
 from streamline_hooks.wrapping import refuse_wrapped
 
 
-@together("profile")
+@distributed_step("profile")
 @checked(skip=0, replicates=0)
 def profile(
     model: nn.Module,
@@ -88,7 +88,7 @@ def profile(
     >>> found.places, found.length, found.tokens
     (8, 8, 40)
     """
-    with together("profile") as work:
+    with distributed_step("profile") as work:
         batches = list(batches)
         chosen, masks = chosen_masks(tokens, len(batches))
         found = find_stack(model, stack)
@@ -115,7 +115,7 @@ def profile(
         return result
 
 
-@together("measure_moments")
+@distributed_step("measure_moments")
 @checked()
 def measure_moments(
     model: nn.Module,
@@ -156,7 +156,7 @@ def measure_moments(
     StreamlineError
         If a state is not finite; or, of several processes, as for `profile`.
     """
-    with together("measure_moments") as work:
+    with distributed_step("measure_moments") as work:
         needed = {w.start for w in windows} | {w.stop - 1 for w in windows}
         record = HiddenStateRecorder(model, sorted(needed), stop=True, stack=stack)
         advice = "Take blocks out with LayerSurgeon, which fits no map."
@@ -170,7 +170,7 @@ def measure_moments(
                 moments = moments or [WindowMoments(features, weighted) for _ in windows]
                 for window, sums in zip(windows, moments, strict=True):
                     sums.update(record.inputs[window.start][0], record.outputs[window.stop - 1][0], mask)
-        widths = work.tell(len(moments[0].xx) if moments else 0)
+        widths = work.all_gather_object(len(moments[0].xx) if moments else 0)
         if not moments and max(widths):  # this process's share is empty
             home = float64_device(device_of(model))
             moments = [WindowMoments(max(widths), weighted) for _ in windows]
@@ -181,7 +181,7 @@ def measure_moments(
         return moments
 
 
-def _part(work: Together, stack: BlockStack, items: Sequence[Any], share: bool, **same: Any) -> list[Any]:
+def _part(work: DistributedStep, stack: BlockStack, items: Sequence[Any], share: bool, **same: Any) -> list[Any]:
     """The batches that this process is to run."""
     if work.processes.count == 1:
         return list(items)
@@ -189,20 +189,20 @@ def _part(work: Together, stack: BlockStack, items: Sequence[Any], share: bool, 
     return work.take(items, share, **{**identity(stack), **same})
 
 
-def _shared(work: Together) -> str:
+def _shared(work: DistributedStep) -> str:
     count = work.processes.count
     return f", one of {count} shares" if count > 1 else ""
 
 
-def _add_up_profile(work: Together, result: Profile) -> None:
+def _add_up_profile(work: DistributedStep, result: Profile) -> None:
     if work.processes.count > 1:
         sums = result.sums.state_dict()
-        merged = {name: work.summed(v, "MAX" if name == "largest" else "SUM") for name, v in sums.items()}
+        merged = {name: work.all_reduce(v, "MAX" if name == "largest" else "SUM") for name, v in sums.items()}
         result.sums.load_state_dict(merged)
 
 
-def _add_up_moments(work: Together, sums: WindowMoments) -> None:
+def _add_up_moments(work: DistributedStep, sums: WindowMoments) -> None:
     if work.processes.count > 1:
-        sums.xx, sums.xd = work.summed(sums.xx), work.summed(sums.xd)
-        counted = work.summed(torch.tensor([sums.tokens, sums.dd], dtype=torch.float64))
+        sums.xx, sums.xd = work.all_reduce(sums.xx), work.all_reduce(sums.xd)
+        counted = work.all_reduce(torch.tensor([sums.tokens, sums.dd], dtype=torch.float64))
         sums.tokens, sums.dd = int(counted[0]), float(counted[1])

@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from streamline_hooks import Selection, fit_windows, measure_moments, profile, verified
 from streamline_hooks.distributed import alone, here
-from streamline_hooks.passes import progress
 from streamline_hooks.repair import LinearConfig
 from tests.tiny_models import left_padded, tiny_model, tokens
 
@@ -81,7 +80,6 @@ def process(rank: int, folder: Path) -> None:
     if rank == 1:
         with alone():
             found["alone"] = told_of(profile(model, BATCHES, replicates=20))
-    found["bar"] = progress(3, "test").disable
     broken = tiny_model("llama")
     broken.model.embed_tokens.weight.data[MASSIVE] = float("nan")
     clean = [ids.masked_fill(ids == MASSIVE, 5) for ids in (tokens(2, 9, seed) for seed in range(5))]

@@ -11,20 +11,20 @@ from tests.processes import in_processes
 pytestmark = pytest.mark.slow
 
 _CODE = """
-    from streamline_hooks.distributed import Together, here, together
+    from streamline_hooks.distributed import DistributedStep, here, distributed_step
 
-    @together("outer")
+    @distributed_step("outer")
     def outer(fails_before, fails_inside, fails_late=(), at="inner"):
         if rank in fails_before:
             raise KeyError("before")
-        with together(at) as work:
+        with distributed_step(at) as work:
             if rank in fails_inside:
                 raise KeyError("inside")
-            work.tell(rank)
-        with together("late"):  # nothing is exchanged after the failure
+            work.all_gather_object(rank)
+        with distributed_step("late"):  # nothing is exchanged after the failure
             if rank in fails_late:
                 raise KeyError("late")
-        return Together("outer", here()).of_first(lambda: [torch.ones(2), "made by the first"])
+        return DistributedStep("outer", here()).broadcast_object(lambda: [torch.ones(2), "made by the first"])
 
     def raised(*given, **more):
         try:
@@ -37,20 +37,20 @@ _CODE = """
     said["both"] = raised([0], [1])
     said["all"] = raised([0, 1, 2], [])
     said["late"] = raised([], [], [1])
-    with together("around") as work:  # whose own exchange hears of a step that is over
+    with distributed_step("around") as work:  # whose own exchange hears of a step that is over
         try:
-            with together("inside"):
+            with distributed_step("inside"):
                 if rank == 2:
                     raise KeyError("late")
-            work.tell(rank)
+            work.all_gather_object(rank)
         except Exception as error:
             said["around"] = f"{type(error).__name__}: {error}"
-    @together("third")
+    @distributed_step("third")
     def third():
-        with together("second"), together("first") as work:
-            work.tell(rank)
+        with distributed_step("second"), distributed_step("first") as work:
+            work.all_gather_object(rank)
 
-    @together("deep")
+    @distributed_step("deep")
     def deep():
         if rank == 0:
             raise KeyError("deep")
@@ -63,19 +63,19 @@ _CODE = """
     said["apart"] = raised([], [], at=f"step {min(rank, 1)}")
     said["whole"] = raised([], [])
     tensor = torch.full((3,), float(rank), requires_grad=True)
-    with together("sums") as work:
-        work.summed(tensor)
+    with distributed_step("sums") as work:
+        work.all_reduce(tensor)
         said["sum"] = tensor.tolist()
-        work.take_over([tensor.mul(rank + 1.0).detach().requires_grad_(True), tensor])
+        work.broadcast_([tensor.mul(rank + 1.0).detach().requires_grad_(True), tensor])
     for name, collective in {
         "take": lambda work: work.take([tensor]),
-        "tell": lambda work: work.tell(rank),
-        "of_first": lambda work: work.of_first(lambda: rank),
-        "take_over": lambda work: work.take_over([tensor]),
-        "summed": lambda work: work.summed(tensor),
+        "all_gather_object": lambda work: work.all_gather_object(rank),
+        "broadcast_object": lambda work: work.broadcast_object(lambda: rank),
+        "broadcast_": lambda work: work.broadcast_([tensor]),
+        "all_reduce": lambda work: work.all_reduce(tensor),
     }.items():
         try:
-            with together(name) as work:
+            with distributed_step(name) as work:
                 if rank == 1:
                     raise KeyError(name)
                 collective(work)
@@ -98,5 +98,5 @@ def test_whoever_fails_all_hear_of_it_and_go_on_in_step(tmp_path: Path) -> None:
     assert "0 at step 0, 1 at step 1, 2 at step 1" in said[0]["apart"]
     assert said[0]["whole"] == said[0]["afterwards"] == "made by the first"
     assert said[0]["sum"] == [3.0, 3.0, 3.0]
-    for name in ("take", "tell", "of_first", "take_over", "summed"):
+    for name in ("take", "all_gather_object", "broadcast_object", "broadcast_", "all_reduce"):
         assert said[0][name] == f"StreamlineError: Process 1 of 3: KeyError: '{name}'"

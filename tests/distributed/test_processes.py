@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from streamline_hooks import StreamlineError, UnsupportedSurgery, passes
 from streamline_hooks.digests import batches_digest
-from streamline_hooks.distributed import Processes, alone, dealt, here, sequences_of, some_of, together
+from streamline_hooks.distributed import Processes, alone, distributed_step, here, sequences_of, shard_rows, some_of
 from streamline_hooks.distributed.processes import Failure, collective_device, failure_of_all
 
 
@@ -52,7 +52,7 @@ def test_only_the_first_process_draws_a_bar(third_of_four: None, monkeypatch: py
 @given(st.lists(st.integers(0, 6), max_size=8), st.integers(1, 5))
 def test_every_sequence_is_one_processs_own(sizes: list[int], count: int) -> None:
     batches = [torch.arange(rows)[:, None] + 100 * n for n, rows in enumerate(sizes)]
-    shares = [dealt(batches, Processes(rank, count)) for rank in range(count)]
+    shares = [shard_rows(batches, Processes(rank, count)) for rank in range(count)]
     parts = [[some_of(batch, rows) for batch, rows in zip(batches, its, strict=True)] for its in shares]
     for n, batch in enumerate(batches):
         assert sorted(int(v) for part in parts for v in part[n]) == batch.flatten().tolist()
@@ -87,17 +87,17 @@ def test_positions_that_count_three_a_token_are_dealt_by_their_sequences(sequenc
 
 def test_one_process_raises_what_was_raised() -> None:
     error = KeyError("mine")
-    with pytest.raises(KeyError) as caught, together("test"):
+    with pytest.raises(KeyError) as caught, distributed_step("test"):
         raise error
     assert caught.value is error
 
 
 def test_one_process_takes_everything_and_adds_nothing() -> None:
     values = torch.ones(3)
-    with together("test") as work:
+    with distributed_step("test") as work:
         assert work.take([1, 2, 3]) == [1, 2, 3] == work.take([1, 2, 3], share=False)
-        assert work.tell("word") == ["word"]
-        assert work.summed(values) is values
+        assert work.all_gather_object("word") == ["word"]
+        assert work.all_reduce(values) is values
 
 
 def test_a_failure_keeps_its_kind() -> None:

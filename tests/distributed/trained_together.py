@@ -15,7 +15,6 @@ from torch import nn
 
 from streamline_hooks import LinearReplacement
 from streamline_hooks.distributed import here
-from streamline_hooks.passes import progress
 from streamline_hooks.repair import Objective
 from streamline_hooks.repair.distillation_config import DistillationConfig
 from streamline_hooks.repair.student import Student
@@ -130,5 +129,4 @@ def in_several(folder: Path, rank: int) -> dict[str, Any]:
         found["apart"] = outcome(made=apart)
     found["no folder"] = outcome(kept, checkpoint=folder / "training" / "nowhere")
     found["afterwards"] = outcome()
-    found["bar"] = progress(3, "test").disable
     return found
