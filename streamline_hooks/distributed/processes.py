@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -209,26 +210,31 @@ class DistributedStep:
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Broadcast tensors from rank 0, in place; shapes and dtypes are the same on every rank."""
-        if self.processes.count > 1:
-            self.all_gather_object(None)
-            for tensor in tensors:
-                self._in_place(tensor, lambda sent: torch.distributed.broadcast(sent, src=0))
+        if self.processes.count == 1:
+            return
+        self.all_gather_object(None)
+        for tensor in tensors:
+            home = tensor.detach()
+            sent = home.to(collective_device(home.device)).contiguous()
+            self._guarded(partial(torch.distributed.broadcast, sent, src=0))
+            if sent is not home:
+                home.copy_(sent)
 
     def all_reduce(self, values: Tensor, operation: Literal["SUM", "MAX"] = "SUM") -> Tensor:
-        """Reduce a tensor over the ranks, in place, and return it; every rank gets the same bits.
+        """Reduce a tensor over the ranks and return the result, the same bits on every rank.
 
-        Rank 0 makes the sum and broadcasts it. `torch.distributed.all_reduce` gives the same bits everywhere in
-        practice but does not promise it, and a choice between near equals would separate the ranks for good.
+        The tensor that is given may be overwritten. Rank 0 makes the sum and broadcasts it:
+        `torch.distributed.all_reduce` gives the same bits everywhere in practice but does not promise it, and a choice
+        between near equals would separate the ranks for good.
         """
-
-        def reduce(sent: Tensor) -> None:
-            torch.distributed.reduce(sent, dst=0, op=getattr(torch.distributed.ReduceOp, operation))
-            torch.distributed.broadcast(sent, src=0)
-
-        if self.processes.count > 1:
-            self.all_gather_object(None)
-            self._in_place(values, reduce)
-        return values
+        if self.processes.count == 1:
+            return values
+        self.all_gather_object(None)
+        sent = values.detach().to(collective_device(values.device)).contiguous()
+        kind = getattr(torch.distributed.ReduceOp, operation)
+        self._guarded(partial(torch.distributed.reduce, sent, dst=0, op=kind))
+        self._guarded(partial(torch.distributed.broadcast, sent, src=0))
+        return sent.to(values.device)
 
     def fail(self, error: Exception, depth: int) -> None:
         """Raise on every rank because this one fails, unless all know it already or there is one process."""
@@ -255,13 +261,6 @@ class DistributedStep:
             )
             raise _reported(error)
         return [value for _, _, value in gathered]
-
-    def _in_place(self, values: Tensor, collective: Callable[[Tensor], Any]) -> None:
-        home = values.detach()
-        sent = home.to(collective_device(home.device)).contiguous()
-        self._guarded(lambda: collective(sent))
-        if sent is not home:
-            home.copy_(sent)
 
     def _guarded(self, collective: Callable[[], Any]) -> None:
         try:

@@ -125,11 +125,6 @@ def test_the_batch_that_is_named_is_the_one(two: list[dict[str, Any]]) -> None:
     assert "(batch 1)" in two[0]["said"]["nan"]  # 2·1 + 1 is 3
 
 
-def test_after_failures_the_processes_are_in_step(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
-    for found in two:
-        assert_alike(found["afterwards"], one["profile"], 1e-9)
-
-
 def test_a_process_that_is_gone_is_noticed(folder: Path) -> None:
     said = (folder / "lost.txt").read_text()
     assert said.startswith("StreamlineError: Process 0 of 2 has lost the others in profile")

@@ -45,27 +45,19 @@ _CODE = """
             work.all_gather_object(rank)
         except Exception as error:
             said["around"] = f"{type(error).__name__}: {error}"
-    @distributed_step("third")
-    def third():
-        with distributed_step("second"), distributed_step("first") as work:
-            work.all_gather_object(rank)
-
-    @distributed_step("deep")
-    def deep():
-        if rank == 0:
-            raise KeyError("deep")
-        third()
-
     try:
-        deep()
+        with distributed_step("deep"):
+            if rank == 0:
+                raise KeyError("deep")
+            with distributed_step("second"), distributed_step("first") as work:
+                work.all_gather_object(rank)
     except Exception as error:
         said["deep"] = f"{type(error).__name__}: {error}"
     said["apart"] = raised([], [], at=f"step {min(rank, 1)}")
     said["whole"] = raised([], [])
     tensor = torch.full((3,), float(rank), requires_grad=True)
     with distributed_step("sums") as work:
-        work.all_reduce(tensor)
-        said["sum"] = tensor.tolist()
+        said["sum"] = work.all_reduce(tensor.clone()).tolist()
         work.broadcast_([tensor.mul(rank + 1.0).detach().requires_grad_(True), tensor])
     for name, collective in {
         "take": lambda work: work.take([tensor]),

@@ -128,5 +128,4 @@ def in_several(folder: Path, rank: int) -> dict[str, Any]:
     with in_loss(3, lambda loss: (next(iter(apart.parameters().values())).data.add_(0.1), loss)[1], rank=1):
         found["apart"] = outcome(made=apart)
     found["no folder"] = outcome(kept, checkpoint=folder / "training" / "nowhere")
-    found["afterwards"] = outcome()
     return found
