@@ -78,7 +78,7 @@ class Suite(Config):
     ('Once',)
     """
 
-    least: ClassVar[Mapping[str, float]] = {
+    bounds: ClassVar[Mapping[str, float]] = {
         "text_tokens": 1, "shots": 0, "probes": 0, "items": 1, "prompts": 0, "batch_size": 1, "seed": 0,
     }  # fmt: skip
     text: Sequence[str] | Mapping[str, Sequence[str]] = ()

@@ -54,7 +54,7 @@ class TaskSettings(Config):
         Of the subset and the few-shot examples.
     """
 
-    least: ClassVar[Mapping[str, float]] = {"items": 1, "few_shot": 0, "batch_size": 1, "seed": 0}
+    bounds: ClassVar[Mapping[str, float]] = {"items": 1, "few_shot": 0, "batch_size": 1, "seed": 0}
     items: int | None = None
     few_shot: int | None = None
     metric: str = ""
