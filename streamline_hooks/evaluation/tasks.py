@@ -351,6 +351,12 @@ def _language_model() -> type:
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **settings: Any) -> Any:
             self.token_counts |= {pair: len(continuation) for pair, _, continuation in requests}
+            for pair, _, continuation in requests:  # pair is None for a window of a document, which fits
+                if len(continuation) > self.max_length:
+                    raise StreamlineError(
+                        f"{pair[1][:80]!r}... has {len(continuation)} tokens. Expected no more than the model's "
+                        f"{self.max_length} positions. Leave the item out."
+                    )
             return super()._loglikelihood_tokens(requests, *args, **settings)
 
     return CountingLM

@@ -305,6 +305,12 @@ def test_what_cannot_be_run(stories: tuple[Any, Any], tasks: Path) -> None:
         run_tasks(model, tokenizer, [str(tasks / "absent.jsonl")])
 
 
+def test_a_choice_that_is_longer_than_the_positions(stories: tuple[Any, Any]) -> None:
+    rows = [{"query": "One", "choices": ["a", "cat " * 600], "gold": 0}]
+    with pytest.raises(StreamlineError, match=r"cat cat.*tokens.*512 positions"):
+        run_tasks(*stories, [config_of_rows(rows, "mine")])
+
+
 def test_without_lm_eval_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
