@@ -383,7 +383,7 @@ def compress(
 
 
 _PLANNED = (
-    "kind", "objective", "heal", "on_policy", "rounds", "epochs", "validations", "learning_rate", "autocast",
+    "kind", "objective", "heal", "rounds", "epochs", "validations", "learning_rate", "autocast",
     "criterion", "calibration_tokens", "fitting_tokens", "search", "repeated", "resume", "pack",
     "parts", "profile_file", "memory",
 )  # fmt: skip
