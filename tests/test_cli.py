@@ -315,7 +315,7 @@ BAD = [
     (["--remove", "0"], r"remove=0.*remove=8"),
     (["--remove", "5"], "blocks=5.*block must stay"),
     (["--keep", "0,x"], r"--keep 'x'.*number"),
-    (["--keep", "12"], r"keep=12.*5 blocks"),
+    (["--keep", "12"], r"block 12 is out of range.*5 blocks"),
     (["--kind", "cubic"], r"'cubic'.*Expected one of none, linear"),
     (["--kind", "mlp:wide=3"], r"'mlp'.*'wide'.*options: width .int., activation .str."),
     (["--calibration", "nowhere.txt"], "nowhere.txt"),
