@@ -228,7 +228,7 @@ def test_what_cannot_be_scored() -> None:
         sliding_perplexity(model, Bare(), texts)
     with pytest.raises(StreamlineError, match="eos_token_id to begin"):
         sliding_perplexity(model, Bare(), texts, first="eos")
-    with pytest.raises(StreamlineError, match=r"first='BOS'.*expected \"bos\".*\"eos\""):
+    with pytest.raises(StreamlineError, match=r"first='BOS' is unknown.*'bos' or 'eos'"):
         sliding_perplexity(model, Numbers(), texts, first="BOS")  # type: ignore[arg-type]
     with pytest.raises(StreamlineError, match=r"window=129.*128 positions.*LlamaForCausalLM"):
         sliding_perplexity(model, Numbers(), texts, window=129)
