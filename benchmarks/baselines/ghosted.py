@@ -27,7 +27,7 @@ from streamline_hooks import (
 )
 from streamline_hooks.batch import Batch
 from streamline_hooks.repair import Repair, StandIn, features_of
-from streamline_hooks.repair.repaired import Batches
+from streamline_hooks.repair.stand_in import Batches
 
 RIDGE = 1e-6
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from streamline_hooks import BlockStack, UnsupportedSurgery, measure_moments
 from streamline_hooks.repair import Repair
-from streamline_hooks.repair.repaired import Batches
+from streamline_hooks.repair.stand_in import Batches
 
 
 def measured(

@@ -26,7 +26,7 @@ from streamline_hooks import (
 from streamline_hooks.batch import Batch
 from streamline_hooks.repair import Repair, StandIn
 from streamline_hooks.repair.folded import Folded, measure_fold_moments
-from streamline_hooks.repair.repaired import Batches
+from streamline_hooks.repair.stand_in import Batches
 
 
 def fit_replace_me(

@@ -14,8 +14,7 @@ from streamline_hooks.arguments import field_hints, nearest
 from streamline_hooks.calibration.mixture import ROUNDING
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.healing import HealingConfig
-from streamline_hooks.repair.losses import LOSSES
-from streamline_hooks.repair.objective import Objective
+from streamline_hooks.repair.objective import LOSSES, Objective
 from streamline_hooks.repair.replacement_config import REPLACEMENTS, ReplacementConfig
 from streamline_hooks.selection.criteria import criterion_of
 from streamline_hooks.selection.search.configs import SEARCHES, SearchConfig

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.pipeline.config import CompressionConfig
-from streamline_hooks.repair.size import features_of
+from streamline_hooks.repair.stand_in import features_of
 from streamline_hooks.stack import BlockStack
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

@@ -34,7 +34,7 @@ from streamline_hooks.pipeline.flops import Rates, StageWork, block_work, compre
 from streamline_hooks.preparation import Preparation, document_sizes, prepare_compression
 from streamline_hooks.repair import DistillationConfig, Student, TrainingCallback, fit_windows, solve, student_of, train
 from streamline_hooks.repair.fitting import holds_map
-from streamline_hooks.repair.size import features_of
+from streamline_hooks.repair.stand_in import features_of
 from streamline_hooks.result import most_attempts
 from streamline_hooks.selection import CRITERIA, Attempt, Selection, Target, blocks_to_remove
 from streamline_hooks.selection.search.judge import Judge

@@ -16,18 +16,14 @@ from streamline_hooks.repair.configs import (
 )
 from streamline_hooks.repair.distillation_config import DistillationConfig
 from streamline_hooks.repair.fitting import fit_windows
-from streamline_hooks.repair.freezing import freeze_all_but
-from streamline_hooks.repair.healing import HealingConfig, student_of
-from streamline_hooks.repair.losses import LOSSES, Loss, register_loss
-from streamline_hooks.repair.objective import Objective
-from streamline_hooks.repair.repaired import Repair
+from streamline_hooks.repair.healing import HealingConfig, freeze_all_but, student_of
+from streamline_hooks.repair.objective import LOSSES, Loss, Objective, register_loss
 from streamline_hooks.repair.replacement_config import (
     REPLACEMENTS,
     ReplacementConfig,
     register_replacement,
 )
-from streamline_hooks.repair.size import StandInSize, features_of, size_of
-from streamline_hooks.repair.stand_in import StandIn, place
+from streamline_hooks.repair.stand_in import Repair, StandIn, StandInSize, features_of, place, size_of
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.trained import Trained
 from streamline_hooks.repair.training import train

@@ -1,27 +1,29 @@
-"""A linear map in the place of one residual branch, an attention or an MLP, in closed form.
+"""Least-squares linear maps in the place of single attentions and MLPs.
 
-Neural Block Linearization (Erdogan et al., arXiv 2505.21077) puts the map of least mean squares in the place of an
-attention, from the state that enters the branch, before its norm, to what the branch adds. Here a token's error is
-relative to the state after the branch, and there is a ridge, chosen on held-out sequences, and no constant. The map may
-also be of the state behind the norm, which is what the branch itself works on.
+Neural Block Linearization (Erdogan et al., arXiv 2505.21077) maps the state before the norm of an attention to its
+output. Here the error is relative to the state after the branch, a ridge is chosen on held-out sequences, and there is
+no constant. The map may also be of the normalised state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from streamline_hooks.batch import Batch
 from streamline_hooks.branch_states import reading_branches
-from streamline_hooks.branches import Branch, Branches
+from streamline_hooks.branches import Branch, Branches, tolerance
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.passes import recorded
 from streamline_hooks.precision import widen
 from streamline_hooks.recorder import HiddenStateRecorder
-from streamline_hooks.repair.branch_norm import BranchNorm, norm_of, watching_norms
 from streamline_hooks.repair.closed_form import solve
+from streamline_hooks.repair.stand_in import Batches
 from streamline_hooks.replacements import LinearReplacement, NormedLinearReplacement
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.statistics import WindowMoments
@@ -141,6 +143,26 @@ def fit_branch_linear(
         norm = norms.get((k, branch))
         solved.append(BranchLinear(k, branch, place, solution.map, solution.ridge, *errors, norm))
     return solved
+
+
+def fit_branches(
+    stack: BlockStack,
+    branches: Sequence[tuple[int, Branch]],
+    fit: Batches,
+    held_out: Batches,
+    probe: Batch | Tensor | None,
+) -> dict[tuple[int, Branch], BranchLinear | UnsupportedSurgery]:
+    """Fit linear maps in the place of branches on the model as it is, or say why there can be none."""
+    try:
+        options = {"stack": stack.path, "probe": probe}
+        found = fit_branch_linear(stack.model, branches, fit, held_out, **options)  # type: ignore[arg-type]
+    except UnsupportedSurgery as error:  # before anything long was run
+        if len(branches) == 1:
+            return {branches[0]: error}
+        half = len(branches) // 2
+        parts = (branches[:half], branches[half:])
+        return {k: v for part in parts for k, v in fit_branches(stack, part, fit, held_out, probe).items()}
+    return dict(zip(branches, found, strict=True))
 
 
 def replace_branches(
@@ -264,3 +286,87 @@ def _require_free(surgeon: LayerSurgeon, one: BranchLinear) -> None:
             f"A {behind[0]} stands behind block {one.block} already, and would run before the map in the place of its "
             f"{one.branch}. Replace branches first, all in one call."
         )
+
+
+@dataclass(frozen=True)
+class BranchNorm:
+    """A norm h ↦ h·w / √(mean(h²) + ε).
+
+    Attributes
+    ----------
+    weight : torch.Tensor
+        w, of shape (features,).
+    eps : float
+    """
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, state: Tensor) -> Tensor:
+        """Normalise a state of shape (..., features)."""
+        return F.rms_norm(state, self.weight.shape, self.weight.to(state.device, state.dtype), self.eps)
+
+
+@contextmanager
+def watching_norms(blocks: Mapping[int, nn.Module]) -> Iterator[dict[int, list[tuple[nn.Module, Tensor, Tensor]]]]:
+    """Keep what goes in and out of every submodule of blocks that has the looks of a norm, in their last forward."""
+    seen: dict[int, list[tuple[nn.Module, Tensor, Tensor]]] = {k: [] for k in blocks}
+    handles = []
+
+    def keep(k: int, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[k].append((module, args[0].detach().clone(), output.detach().clone()))
+
+    try:
+        for k, block in blocks.items():
+            for module in block.modules():
+                if isinstance(_eps(module), float) and getattr(getattr(module, "weight", None), "ndim", 0) == 1:
+                    handles.append(module.register_forward_hook(lambda m, a, o, k=k: keep(k, m, a, o)))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def norm_of(k: int, branch: Branch, state: Tensor, seen: list[tuple[nn.Module, Tensor, Tensor]]) -> BranchNorm:
+    """The norm that was given the state that enters a branch, once it is sure that it is an RMS norm.
+
+    Parameters
+    ----------
+    k : int
+        The block's number.
+    branch : {"attention", "mlp"}
+    state : torch.Tensor
+        What entered the branch, of shape (batch, tokens, features).
+    seen : list
+        As `watching_norms` keeps it.
+
+    Raises
+    ------
+    UnsupportedSurgery
+        If no norm was given that state, or what it gave is not that of an RMS norm.
+    """
+    for module, given, made in seen:
+        if given.numel() != state.numel() or not torch.equal(given.reshape(state.shape), state):
+            continue
+        eps = _eps(module)
+        assert eps is not None
+        for shift in (0.0, 1.0):  # Gemma's weights are around zero
+            norm = BranchNorm(module.get_parameter("weight").detach().clone() + shift, eps)
+            bound = max(tolerance(made.dtype), tolerance(torch.float32))  # in which norms compute, of whatever they are
+            if (norm(given) - made).abs().max() <= bound * made.abs().max():
+                return norm
+        raise UnsupportedSurgery(
+            f"The {branch} of block {k} reads the state through a {type(module).__name__}, which is no RMS norm. Fit a "
+            "map of the state as it is (normed=False).",
+            "norm",
+        )
+    raise UnsupportedSurgery(
+        f"The {branch} of block {k} does not read the state through a norm of its own. Fit a map of the state as it is "
+        "(normed=False).",
+        "norm",
+    )
+
+
+def _eps(module: nn.Module) -> float | None:
+    found = [getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)]
+    return float(found[0]) if found and isinstance(found[0], (int, float)) else None

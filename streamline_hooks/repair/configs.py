@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from streamline_hooks.batch import Batch
 from streamline_hooks.core.config import Bound
-from streamline_hooks.repair.repaired import fit_folded, fit_scaled
+from streamline_hooks.errors import UnsupportedSurgery
+from streamline_hooks.repair.folded import fit_scale, measure_fold_moments, solve_fold
 from streamline_hooks.repair.replacement_config import ReplacementConfig, register_replacement
-from streamline_hooks.repair.size import features_of, inner_width_of
-from streamline_hooks.repair.stand_in import StandIn
+from streamline_hooks.repair.stand_in import Batches, Repair, StandIn, features_of, inner_width_of
 from streamline_hooks.replacements import (
     FeedForwardReplacement,
     LinearReplacement,
@@ -26,6 +26,7 @@ from streamline_hooks.replacements import (
     merge,
 )
 from streamline_hooks.stack import BlockStack
+from streamline_hooks.statistics import WindowMoments
 
 
 @register_replacement
@@ -194,6 +195,53 @@ class MergedConfig(ReplacementConfig):
 
     def make(self, stack: BlockStack, window: range) -> StandIn:
         return merge(stack, window, self.weight)
+
+
+def fit_folded(
+    stack: BlockStack,
+    windows: Sequence[range],
+    fit: Batches,
+    held_out: Batches,
+    probe: Batch | Tensor | None,
+    what: str,
+) -> list[Repair | UnsupportedSurgery]:
+    """Fit the maps that are folded into the blocks before windows, in as few passes as those allow that cannot be."""
+    try:
+        sums = [
+            measure_fold_moments(stack.model, batches, windows, stack=stack.path, probe=probe, what=part + what)
+            for batches, part in ((fit, "fit"), (held_out, "hold out"))
+        ]
+    except UnsupportedSurgery as error:  # before anything long was run
+        if len(windows) == 1:
+            return [error]
+        half = len(windows) // 2
+        parts = (windows[:half], windows[half:])
+        return [one for part in parts for one in fit_folded(stack, part, fit, held_out, probe, what)]
+    return [_folded(window, *pair) for window, pair in zip(windows, zip(*sums, strict=True), strict=True)]
+
+
+def _folded(window: range, fit: WindowMoments, held_out: WindowMoments) -> Repair | UnsupportedSurgery:
+    if not fit.xx.any():
+        return UnsupportedSurgery(
+            "Nothing can be folded into the block before this window: its MLP adds nothing. Choose another window or "
+            "kind.",
+            "fold",
+        )
+    one = solve_fold(window, fit, held_out)
+    return Repair(window, one, one.removal_error, one.held_out_error, one.ridge)
+
+
+def fit_scaled(
+    stack: BlockStack,
+    windows: Sequence[range],
+    fit: Batches,
+    held_out: Batches,
+    probe: Batch | Tensor | None,
+    what: str,
+) -> list[Repair | UnsupportedSurgery]:
+    """Measure the factors for windows, each in a pass over all sequences."""
+    found = [fit_scale(stack.model, window, [*fit, *held_out], stack=stack.path) for window in windows]
+    return [Repair(one.window, one, one.removal_error, one.scaled_error, None) for one in found]
 
 
 @register_replacement

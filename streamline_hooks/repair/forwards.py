@@ -16,8 +16,8 @@ from streamline_hooks.distributed import some_of
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.predicted import UNCOUNTED, following_tokens
 from streamline_hooks.repair.distillation_config import DistillationConfig
-from streamline_hooks.repair.divergence import summed_divergence
-from streamline_hooks.repair.master_weights import MasterWeights
+from streamline_hooks.repair.objective import summed_divergence
+from streamline_hooks.repair.optimisation import MasterWeights
 from streamline_hooks.repair.share import Share
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import Taught

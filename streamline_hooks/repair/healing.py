@@ -7,7 +7,7 @@ model until `Student.settle`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -17,14 +17,12 @@ from torch import nn
 from streamline_hooks.arguments import checked
 from streamline_hooks.core.config import Bound, Config
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.repair.adapters import with_adapters
-from streamline_hooks.repair.folded import Folded
-from streamline_hooks.repair.scaled import Scaled
+from streamline_hooks.repair.folded import Folded, Scaled
 from streamline_hooks.repair.stand_in import StandIn
 from streamline_hooks.repair.student import Student
-from streamline_hooks.stack import BlockStack
+from streamline_hooks.stack import BlockStack, find_stacks
 from streamline_hooks.surgery import LayerSurgeon
-from streamline_hooks.surgery.silence import silent_inside
+from streamline_hooks.surgery.silence import silent_inside, silent_parameters
 from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices
 from streamline_hooks.task import Task
 
@@ -241,3 +239,122 @@ def _head(model: nn.Module) -> dict[str, nn.Module]:
                 f"{parameter.numel():,} parameters. Train the last blocks instead, or untie the two first."
             )
     return {path: _whole(head)}
+
+
+def with_adapters(
+    block: nn.Module, rank: int, alpha: float, dropout: float, targets: tuple[str, ...] = ()
+) -> nn.Module:
+    """A copy of a block that shares its weights, with an adapter beside its linear layers.
+
+    Parameters
+    ----------
+    block : torch.nn.Module
+        It is not changed.
+    rank, alpha, dropout
+        Of the adapters: alpha/rank is their scale.
+    targets : tuple of str
+        How the names of the layers end that get one; by default every linear layer does.
+
+    Raises
+    ------
+    StreamlineError
+        If peft is missing or refuses these layers, or no layer has such a name.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise StreamlineError("Healing by adapters takes the package peft: pip install peft") from error
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in block.parameters()}
+    made = copy.deepcopy(block, shared)
+    for place in (BEFORE, AFTER):  # what is spliced in beside a block is no part of it
+        set_splices(made, place, [])
+    linear = [name for name, module in made.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)]
+    linear = [name for name in linear if not silent_parameters(made.get_submodule(name))]  # what was silenced stays so
+    names = [name for name in linear if not targets or name.endswith(targets)]
+    if not names:
+        raise StreamlineError(
+            f"No layer of a {type(block).__name__} ends in {' or '.join(targets)}; its linear layers are "
+            f"{', '.join(linear) or 'none'}. Name some of these (targets)."
+        )
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        target_modules=names,
+        fan_in_fan_out=_is_conv1d(made.get_submodule(names[0])),
+    )
+    try:
+        adapted: nn.Module = inject_adapter_in_model(config, made)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise StreamlineError(
+            f"peft puts no adapters on {', '.join(names)} of a {type(block).__name__}: {error} Name others (targets), "
+            "or train blocks whole (partial)."
+        ) from error
+    return adapted
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+@checked()
+def freeze_all_but(model: nn.Module, modules: nn.Module | Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Let a model's only parameters that take gradients be those of some of its modules.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    modules : torch.nn.Module or iterable of them
+        Parts of the model, such as what `LayerSurgeon.replace` returned. Where some parameters of one are frozen, these
+        stay so; where all are, all are trained, but for the projection of a block's silenced attention or MLP.
+
+    Returns
+    -------
+    list of torch.nn.Parameter
+        Those that are trained, for an optimiser.
+
+    Raises
+    ------
+    StreamlineError
+        If one of the modules is not in the model (the surgeon may have put a copy of it in), or has no parameter of
+        floating point to train.
+
+    Examples
+    --------
+    >>> from streamline_hooks import LayerSurgeon, LinearReplacement
+    >>> from streamline_hooks.testing import tiny_model
+    >>> model = tiny_model("llama")
+    >>> with LayerSurgeon(model) as surgeon:
+    ...     module = surgeon.replace(range(2, 4), LinearReplacement(32))
+    ...     [tuple(parameter.shape) for parameter in freeze_all_but(model, module)]
+    [(32, 32)]
+    """
+    chosen = [modules] if isinstance(modules, nn.Module) else list(modules)
+    present = set(model.modules())
+    missing = [module for module in chosen if module not in present]
+    if missing:
+        raise StreamlineError(
+            f"A {type(missing[0]).__name__} that is to be trained is not in the model. Give what the surgeon returned, "
+            "which may be a copy, while it is in the model."
+        )
+    blocks = [set(stack.blocks) for stack in find_stacks(model)]
+    trained = list(dict.fromkeys(p for module in chosen for p in _trainable(module, blocks)))
+    if not trained:
+        raise StreamlineError(
+            f"There is nothing to train in {', '.join(type(module).__name__ for module in chosen) or 'no module'}; "
+            "give a module with parameters of floating point."
+        )
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return trained
+
+
+def _trainable(module: nn.Module, stacks: Iterable[set[nn.Module]]) -> list[nn.Parameter]:
+    floating = [p for p in module.parameters() if p.is_floating_point()]
+    # A block beside others of its class that has zeros was silenced; other modules begin at zero.
+    own = any(module in blocks and sum(type(b) is type(module) for b in blocks) > 1 for blocks in stacks)
+    silent = silent_inside(module) if own else set[int]()
+    return [p for p in floating if p.requires_grad] or [p for p in floating if id(p) not in silent]

@@ -1,19 +1,294 @@
-"""The training objective: a weighted sum of registered losses."""
+"""Losses, and the training objective: their weighted sum."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
-from streamline_hooks.arguments import check_fields
+from streamline_hooks.arguments import check_fields, checked
+from streamline_hooks.core.config import Registry
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.repair.divergence import summed_divergence, text_loss
-from streamline_hooks.repair.losses import LOSSES, Loss
+from streamline_hooks.predicted import UNCOUNTED
 from streamline_hooks.task import Task
+
+Compares = Literal["states", "logits", "embeddings", "labels"]
+
+LOSSES: Registry[Loss] = Registry("loss", "register_loss")
+"""The losses by name."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss that a student is trained on; `register_loss` makes it known by its name.
+
+    Attributes
+    ----------
+    name : str
+        The name in `DistillationConfig.loss`.
+    function : callable
+        ``function(student, teacher)`` returns a tensor of shape (positions,): one value per position, without a mean
+        or sum over positions. Both arguments are float32, of shape (positions, features), without padding. The
+        gradient is taken with respect to ``student``; neither argument may be changed.
+    compares : {"states", "logits", "embeddings", "labels"}
+        What the arguments are: the hidden states after a window; the logits, of the vocabulary for each token or of
+        the classes for each example; the embeddings of each example; or the student's logits and, as ``teacher``,
+        the labels, integers of shape (positions,) with -100 where there is none. A loss on logits or labels requires
+        a task with logits, a loss on embeddings the task embedding.
+    paper : str
+        Where the loss was published; empty by default.
+
+    Raises
+    ------
+    StreamlineError
+        If a field is invalid.
+
+    Examples
+    --------
+    >>> from torch.nn.functional import l1_loss
+    >>> Loss("l1", lambda student, teacher: l1_loss(student, teacher, reduction="none").mean(-1), "states").compares
+    'states'
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    compares: Compares
+    paper: str = ""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the sum over positions.
+
+        Raises
+        ------
+        StreamlineError
+            If the function does not return one value per position.
+        """
+        values = self.function(student, teacher)
+        if not isinstance(values, Tensor) or values.shape != student.shape[:1]:
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise StreamlineError(
+                f"The loss {self.name!r} returned {got} for {len(student)} positions. Expected one value per position, "
+                f"shape ({len(student)},). Reduce over the features alone: reduction='none' and mean(dim=-1)."
+            )
+        return values.sum()
+
+
+@checked()
+def register_loss(loss: Loss) -> Loss:
+    """Make a loss known by its name, for `DistillationConfig.loss` and the command line.
+
+    Parameters
+    ----------
+    loss : Loss
+
+    Returns
+    -------
+    Loss
+        The same.
+
+    Raises
+    ------
+    StreamlineError
+        If the name cannot be used, or another function is registered by it.
+
+    Examples
+    --------
+    >>> from torch.nn.functional import huber_loss
+    >>> def doctest_huber(student, teacher):
+    ...     return huber_loss(student, teacher, reduction="none").mean(dim=-1)
+    >>> register_loss(Loss("doctest_huber", doctest_huber, compares="states")) is LOSSES["doctest_huber"]
+    True
+    >>> from streamline_hooks import DistillationConfig
+    >>> DistillationConfig(loss={"kl": 1.0, "doctest_huber": 0.1}).loss
+    {'kl': 1.0, 'doctest_huber': 0.1}
+    >>> del LOSSES["doctest_huber"]
+    """
+    return LOSSES.add(loss.name, loss)
+
+
+def kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return KL(teacher ‖ student) in nats."""
+    p, q = teacher.log_softmax(dim=-1), student.log_softmax(dim=-1)
+    return (p.exp() * (p - q)).sum(dim=-1)
+
+
+def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return KL(student ‖ teacher) in nats: it asks only for what the teacher would also generate."""
+    return kl(teacher, student)
+
+
+def lm(student: Tensor, labels: Tensor) -> Tensor:
+    """Return the negative log-likelihood of the next token of the text, in nats; 0 where it has no label."""
+    return cross_entropy(student, labels, ignore_index=UNCOUNTED, reduction="none")
+
+
+def mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean over features of the squared difference."""
+    return (student - teacher).square().mean(dim=-1)
+
+
+def relative(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the squared error relative to the squared norm, which the closed form minimises."""
+    return (student - teacher).square().sum(dim=-1) / teacher.square().sum(dim=-1).clamp_min(1e-30)
+
+
+def cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return 1 − cos."""
+    return 1.0 - cosine_similarity(student, teacher, dim=-1)
+
+
+def embedding(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return 1 − cos, as half the squared distance of the normalised vectors, which rounds less."""
+    return (normalize(student, dim=-1) - normalize(teacher, dim=-1)).square().sum(dim=-1) / 2
+
+
+# `Objective` computes the sum of kl, reverse_kl and lm at once, with less memory, instead of calling their functions.
+for _loss in (
+    Loss("kl", kl, "logits", "Hinton et al., arXiv 1503.02531"),
+    Loss("lm", lm, "labels"),
+    Loss("mse", mse, "states", "LLM-Streamline, arXiv 2403.19135"),
+    Loss("relative", relative, "states"),
+    Loss("cosine", cosine, "states"),
+    Loss("embedding", embedding, "embeddings"),
+    Loss("reverse_kl", reverse_kl, "logits", "MiniLLM, arXiv 2306.08543"),
+):
+    register_loss(_loss)
+
+
+_TOKENS_AT_ONCE = 64  # few enough for the processor's cache, at any vocabulary
+
+
+def text_loss(logits: Tensor, following: Tensor) -> Tensor:
+    """The negative log-likelihood of the tokens that follow, summed, in nats.
+
+    Parameters
+    ----------
+    logits : torch.Tensor
+        Of shape (tokens, vocabulary).
+    following : torch.Tensor
+        Of shape (tokens,), see `following_tokens`.
+
+    Examples
+    --------
+    >>> text_loss(torch.zeros(3, 8), torch.tensor([5, -100, 2])) / 2  # log 8
+    tensor(2.0794)
+    """
+    return cross_entropy(logits.float(), following, ignore_index=UNCOUNTED, reduction="sum")
+
+
+def summed_divergence(
+    repaired: Tensor,
+    original: Tensor,
+    forward: float = 1.0,
+    reverse: float = 0.0,
+    text: float = 0.0,
+    following: Tensor | None = None,
+) -> Tensor:
+    """The sum over tokens of forward·KL(original ‖ repaired) + reverse·KL(repaired ‖ original) + text·(`text_loss`).
+
+    Its gradient reaches the repaired logits alone.
+
+    Parameters
+    ----------
+    repaired, original : torch.Tensor
+        Logits of shape (tokens, vocabulary). The original's are overwritten where a gradient is needed: it takes
+        their place, so that nothing of that size is allocated.
+    forward, reverse, text : float
+        The weights.
+    following : torch.Tensor, optional
+        Where the last is not zero, see `text_loss`.
+
+    Raises
+    ------
+    StreamlineError
+        If they are not of as many tokens and of one vocabulary, or a text is weighed and not given.
+
+    Examples
+    --------
+    >>> logits = torch.zeros(3, 5, requires_grad=True)
+    >>> summed_divergence(logits, torch.zeros(3, 5)).item()
+    0.0
+    """
+    if repaired.shape != original.shape or (text and (following is None or len(following) != len(repaired))):
+        follows = "no text" if following is None else f"{len(following)} tokens of a text"
+        raise StreamlineError(
+            f"Got logits of the shapes {tuple(repaired.shape)} and {tuple(original.shape)}, and {follows} at a weight "
+            f"of {text:g}; expected one shape, and where a text is weighed a token of it for each row."
+        )
+    weights = (forward, reverse, text)
+    if not (torch.is_grad_enabled() and repaired.requires_grad):
+        return _SummedDivergence.run(repaired, original, weights, following, gradient=False)
+    result: Tensor = _SummedDivergence.apply(repaired, original, weights, following)
+    return result
+
+
+class _SummedDivergence(torch.autograd.Function):
+    """With d = log p − log q: forward Σ p d, of gradient q − p; reverse r = −Σ q d, of gradient −q(d + r).
+
+    That of a text is −log q of one token, of gradient q less one there. The gradients are made on the way, while p and
+    q are both at hand.
+    """
+
+    @staticmethod
+    def run(
+        repaired: Tensor,
+        original: Tensor,
+        weights: tuple[float, float, float],
+        following: Tensor | None,
+        gradient: bool,
+    ) -> Tensor:
+        forward, reverse, text = weights
+        total = torch.zeros((), dtype=torch.float64, device=repaired.device)
+        for start in range(0, len(repaired), _TOKENS_AT_ONCE):
+            part = slice(start, start + _TOKENS_AT_ONCE)
+            theirs = original[part]
+            q, p = repaired[part].float().log_softmax(dim=-1), theirs.float().log_softmax(dim=-1)
+            if text and following is not None:
+                known = following[part] != UNCOUNTED
+                tokens = following[part].masked_fill(~known, 0)[:, None]
+                total -= text * q.gather(1, tokens)[:, 0].masked_fill(~known, 0.0).sum(dtype=torch.float64)
+            likely = p.exp()
+            apart = p.sub_(q)
+            q = q.exp_()
+            if reverse:
+                weighted = q * apart
+                backwards = -weighted.sum(dim=-1, keepdim=True)
+                total += reverse * backwards.sum(dtype=torch.float64)
+            if forward:
+                total += forward * apart.mul_(likely).sum(dtype=torch.float64)
+            if gradient:
+                made = likely.mul_(-forward).add_(q, alpha=forward)
+                if text and following is not None:
+                    weight = text * known[:, None].to(q.dtype)
+                    made.addcmul_(q, weight).scatter_add_(1, tokens, -weight)
+                if reverse:
+                    made.sub_(weighted.add_(q.mul_(backwards)), alpha=reverse)
+                theirs.copy_(made)
+        return total.to(torch.float32)
+
+    @staticmethod
+    def forward(
+        ctx: Any, repaired: Tensor, original: Tensor, weights: tuple[float, float, float], following: Tensor | None
+    ) -> Tensor:
+        total = _SummedDivergence.run(repaired, original, weights, following, gradient=True)
+        ctx.gradient = original
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Any) -> Any:
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise StreamlineError("The gradient of this KL has been used up; compute the KL anew for another backward.")
+        return gradient.mul_(outer[0]), None, None, None
+
 
 _FUSED = ("kl", "reverse_kl", "lm")  # computed together by `summed_divergence`
 

@@ -13,9 +13,7 @@ from torch import Tensor
 from streamline_hooks.batch import Batch
 from streamline_hooks.core.config import Config, Registry, register_config
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
-from streamline_hooks.repair.repaired import Repair
-from streamline_hooks.repair.size import StandInSize, size_of
-from streamline_hooks.repair.stand_in import StandIn, blocks_of
+from streamline_hooks.repair.stand_in import Repair, StandIn, StandInSize, blocks_of, size_of
 from streamline_hooks.stack import BlockStack
 
 Fitter = Callable[..., list[Repair | UnsupportedSurgery]]

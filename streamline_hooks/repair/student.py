@@ -14,7 +14,6 @@ from streamline_hooks.batch import Batch
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.passes import resume
 from streamline_hooks.recorder import ForwardStopped, HiddenStateRecorder
-from streamline_hooks.repair.adapters import merge_adapters
 from streamline_hooks.repair.folded import Folded
 from streamline_hooks.repair.stand_in import StandIn, place
 from streamline_hooks.stack import BlockStack, find_stack
@@ -353,3 +352,17 @@ def _require_apart(windows: Sequence[range]) -> None:
                 f"The windows {one.start} to {one.stop - 1} and {next_.start} to {next_.stop - 1} touch; expected a "
                 "block between two. Give one window for both."
             )
+
+
+def merge_adapters(block: nn.Module) -> None:
+    """Add what adapters learnt to the weights beside them, in a copy that shares them with the original no more."""
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:  # without peft there is none
+        return
+    for path, layer in list(block.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            base: Any = layer.get_base_layer()
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+            layer.merge()
+            block.set_submodule(path, base)

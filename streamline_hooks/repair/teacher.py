@@ -1,9 +1,4 @@
-"""What the original does at the places that a training looks at, computed once for every batch.
-
-That is the state at the entrance of the first change, the states after the windows, and the state that leaves the last
-block, from which the original's logits follow through the head alone. They are kept in memory, and in files where they
-do not fit.
-"""
+"""Teacher outputs and student inputs, computed once for every batch and cached in memory or in files."""
 
 from __future__ import annotations
 
@@ -11,19 +6,21 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
+from streamline_hooks.core.hardware_config import HardwareConfig
 from streamline_hooks.core.out_of_memory import halve_rows
 from streamline_hooks.distributed import sequences_of, some_of
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.passes import recorded
 from streamline_hooks.recorder import HiddenStateRecorder
+from streamline_hooks.repair.student import Student
 from streamline_hooks.stack import find_stack
 from streamline_hooks.wrapping import is_sharded
 
@@ -255,3 +252,61 @@ def _reserve(file: int, size: int) -> None:
         os.posix_fallocate(file, 0, size)
     else:  # not on macOS
         os.ftruncate(file, size)
+
+
+@contextmanager
+def taught_to(
+    student: Student,
+    batches: Sequence[Batch | Tensor],
+    hardware: HardwareConfig,
+    *,
+    after: tuple[range, ...] = (),
+    exits: bool = True,
+    what: str = "original",
+    say: Callable[[str], None] = lambda line: None,
+) -> Iterator[TaughtStates]:
+    """Run every batch through the original once, and through the teacher where that is another model.
+
+    Parameters
+    ----------
+    student : Student
+    batches : sequence of mapping or torch.Tensor
+    hardware : HardwareConfig
+        Memory and data type of the states.
+    after, exits, what, say
+        See `taught_states`.
+
+    Yields
+    ------
+    TaughtStates
+
+    Raises
+    ------
+    StreamlineError
+        If states are to be compared with those of another model.
+    """
+    shared: dict[str, Any] = {"dtype": hardware.kept_dtype, "memory": hardware.state_memory, "say": say}
+    own: dict[str, Any] = {**shared, "stack": student.stack.path}
+    if student.teacher is student.model:
+        with taught_states(student.model, batches, student.start, after=after, exits=exits, what=what, **own) as states:
+            yield states
+        return
+    if after:
+        raise StreamlineError(
+            f"The loss compares states after windows, and the teacher is another model "
+            f"({len(student.teacher_stack)} blocks against {len(student.stack)}), which has no such windows. Compare "
+            "what is said: kl, reverse_kl or lm."
+        )
+    if not exits:
+        with taught_states(student.model, batches, student.start, exits=False, what=what, **own) as states:
+            yield states
+        return
+    half = {"memory": hardware.state_memory // 2}  # of one model the entrances, of the other what leaves it
+    path = student.teacher_stack.path
+    own, other = {**own, **half, "what": f"{what}, entrance"}, {**shared, **half, "stack": path, "what": what}
+    with (
+        taught_states(student.model, batches, student.start, exits=False, **own) as entrances,
+        taught_states(student.teacher, batches, None, **other) as answers,
+    ):
+        pairs = zip(entrances.batches, answers.batches, strict=True)
+        yield replace(answers, start=student.start, batches=[replace(a, exit=b.exit) for a, b in pairs])

@@ -19,13 +19,12 @@ from streamline_hooks.distributed import DistributedStep, distributed_step
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.repair.callbacks import TrainingCallback
 from streamline_hooks.repair.distillation_config import DistillationConfig
-from streamline_hooks.repair.frozen_products import narrowed_once
 from streamline_hooks.repair.objective import Objective
+from streamline_hooks.repair.optimisation import narrowed_once
 from streamline_hooks.repair.share import Share
 from streamline_hooks.repair.stand_in import blocks_of
 from streamline_hooks.repair.student import Student
-from streamline_hooks.repair.teacher import TaughtStates
-from streamline_hooks.repair.teaching import taught_to
+from streamline_hooks.repair.teacher import TaughtStates, taught_to
 from streamline_hooks.repair.trained import Trained
 from streamline_hooks.repair.training_loop import Loop
 from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced

@@ -30,10 +30,9 @@ from streamline_hooks.errors import StreamlineError
 from streamline_hooks.generation import seed_generators
 from streamline_hooks.passes import progress
 from streamline_hooks.repair.callbacks import TrainingCallback, TrainingProgress
-from streamline_hooks.repair.course import Course
 from streamline_hooks.repair.distillation_config import DistillationConfig
 from streamline_hooks.repair.forwards import Forwards
-from streamline_hooks.repair.optimisation import Optimisation
+from streamline_hooks.repair.optimisation import Course, Optimisation
 from streamline_hooks.repair.share import Share, add_gradients_up
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import Taught

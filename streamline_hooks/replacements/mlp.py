@@ -1,4 +1,4 @@
-"""A two-layer perceptron on the residual stream, with a linear map beside it."""
+"""Feed-forward networks that replace a window: MLP, SwiGLU, and the one of the paper."""
 
 from __future__ import annotations
 
@@ -6,9 +6,69 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.replacements.registry import register_module
+
+
+@register_module("feed_forward")
+class FeedForwardReplacement(nn.Module):
+    """h ↦ down(relu(up(h))), from width d to 4·d and back, with biases.
+
+    LLM-Streamline, arXiv 2403.19135; its repository has it in examples/mlp_mseloss_train_without_memory_issue. Nothing
+    of the state that enters is passed on as it is, so that it has to learn all of it: `MLPReplacement` has the residual
+    path.
+
+    Parameters
+    ----------
+    features : int
+        Width d of the residual stream.
+    width : int, optional
+        Of the hidden layer, 4·d by default.
+    initializer_range : float
+        Standard deviation of the weights at the start, as in the configuration of the model; biases start at zero.
+
+    Raises
+    ------
+    StreamlineError
+        If the width is not positive.
+
+    Notes
+    -----
+    It has 2·d·width + width + d parameters, costs 4·d·width FLOPs a token and takes no cache slot.
+
+    Examples
+    --------
+    >>> sum(p.numel() for p in FeedForwardReplacement(8).parameters()) == 8 * 8**2 + 5 * 8
+    True
+    """
+
+    def __init__(self, features: int, width: int | None = None, initializer_range: float = 0.02) -> None:
+        super().__init__()
+        width = 4 * features if width is None else width
+        if width < 1:
+            raise StreamlineError(f"width={width} of a feed-forward network must be 1 or more.")
+        self.features, self.width, self.initializer_range = features, width, initializer_range
+        self.up_proj = nn.Linear(features, width)
+        self.down_proj = nn.Linear(width, features)
+        for layer in (self.up_proj, self.down_proj):
+            nn.init.normal_(layer.weight, std=initializer_range)
+            nn.init.zeros_(layer.bias)
+
+    @property
+    def flops_per_token(self) -> int:
+        """Twice the weights that a token is multiplied with."""
+        return 4 * self.features * self.width
+
+    def to_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {"features": self.features, "width": self.width, "initializer_range": self.initializer_range}
+
+    def forward(self, state: Tensor) -> Tensor:
+        """Map a state of shape (batch, tokens, features) to the same shape."""
+        mapped: Tensor = self.down_proj(F.relu(self.up_proj(state)))
+        return mapped
 
 
 @register_module("mlp")
@@ -119,3 +179,92 @@ def start_beside(linear: nn.Linear | None, map_: Tensor, last: nn.Linear) -> Non
         linear.weight.copy_(map_.T)
         for parameter in last.parameters():
             parameter.zero_()
+
+
+_MULTIPLE = 64
+
+
+@register_module("swiglu")
+class SwiGLUReplacement(nn.Module):
+    """h ↦ h + hW + down(silu(gate(n)) · up(n)) with n = norm(h), the gated MLP of arXiv 2002.05202.
+
+    Parameters
+    ----------
+    features : int
+        Width d of the residual stream.
+    width : int, optional
+        Of the hidden layer; by default 8·d/3 rounded up to a multiple of 64, as in LLaMA (arXiv 2302.13971).
+    norm : bool
+        Whether the gated layers see the state after an RMS norm (arXiv 1910.07467). A state with massive activations
+        is hundreds of times as large as others, and would rule their gradients.
+    linear : bool
+        Whether the linear map W is there, which can hold a closed-form solution. It works on the state itself.
+
+    Raises
+    ------
+    StreamlineError
+        If the width is not positive.
+
+    Notes
+    -----
+    It starts at plain removal: W and the last layer are zero. It has 3·d·width parameters, d² more with the map and d
+    more with the norm, costs 2 FLOPs a token for each but the norm's, and takes no cache slot.
+
+    Examples
+    --------
+    >>> module = SwiGLUReplacement(576)
+    >>> module.width, sum(p.numel() for p in module.parameters()) == 3 * 576 * 1536 + 576**2 + 576
+    (1536, True)
+    """
+
+    last_projection = "down_proj"
+
+    def __init__(self, features: int, width: int | None = None, norm: bool = True, linear: bool = True) -> None:
+        super().__init__()
+        width = -(-8 * features // (3 * _MULTIPLE)) * _MULTIPLE if width is None else width
+        if width < 1:
+            raise StreamlineError(f"width={width} of a SwiGLU must be 1 or more.")
+        self.features, self.width = features, width
+        self.norm = nn.RMSNorm(features, eps=1e-6) if norm else None
+        self.gate_proj = nn.Linear(features, width, bias=False)
+        self.up_proj = nn.Linear(features, width, bias=False)
+        self.down_proj = nn.Linear(width, features, bias=False)
+        nn.init.zeros_(self.down_proj.weight)
+        self.linear = nn.Linear(features, features, bias=False) if linear else None
+        if self.linear is not None:
+            nn.init.zeros_(self.linear.weight)
+
+    def start_at(self, map_: Tensor) -> None:
+        """Make the linear map W, of shape (features, features), and the last layer beside it zero.
+
+        Raises
+        ------
+        StreamlineError
+            If there is no linear map to hold it.
+        """
+        start_beside(self.linear, map_, self.down_proj)
+
+    @property
+    def holds_map(self) -> bool:
+        """Whether there is a linear map to hold the closed-form solution."""
+        return self.linear is not None
+
+    @property
+    def flops_per_token(self) -> int:
+        """Twice the weights that a token is multiplied with."""
+        return 2 * self.features * (3 * self.width + (self.features if self.linear is not None else 0))
+
+    def to_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {
+            "features": self.features,
+            "width": self.width,
+            "norm": self.norm is not None,
+            "linear": self.linear is not None,
+        }
+
+    def forward(self, state: Tensor) -> Tensor:
+        """Map a state of shape (batch, tokens, features) to the same shape."""
+        seen = state if self.norm is None else self.norm(state)
+        mapped: Tensor = state + self.down_proj(F.silu(self.gate_proj(seen)) * self.up_proj(seen))
+        return mapped if self.linear is None else mapped + self.linear(state)

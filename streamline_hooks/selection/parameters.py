@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from streamline_hooks.repair.folded import Folded
-from streamline_hooks.repair.scaled import Scaled
+from streamline_hooks.repair.folded import Folded, Scaled
 from streamline_hooks.repair.stand_in import StandIn
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced

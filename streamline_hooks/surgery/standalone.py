@@ -20,10 +20,7 @@ MODULES = (
     "surgery.splice",
     "replacements.registry",
     "replacements.linear",
-    "replacements.normed_linear",
-    "replacements.feed_forward",
     "replacements.mlp",
-    "replacements.swiglu",
     "surgery.spliced_model",
 )
 """Each after what it needs; of other modules of this library none needs anything."""

@@ -43,7 +43,6 @@ TARGETS = (
     "streamline_hooks/core/*.py",
     "streamline_hooks/recorder.py",
     "streamline_hooks/repair/closed_form.py",
-    "streamline_hooks/repair/projection.py",
 )
 TESTS = (
     "tests/core",

@@ -9,7 +9,7 @@ from torch import nn
 
 from streamline_hooks import BlockStack
 from streamline_hooks.repair import ReplacementConfig, register_replacement
-from streamline_hooks.repair.size import features_of
+from streamline_hooks.repair.stand_in import features_of
 
 
 def register_kind(name: str, make_module: Callable[[int], nn.Module]) -> ReplacementConfig:

@@ -25,7 +25,7 @@ from streamline_hooks.repair import (
     register_replacement,
     size_of,
 )
-from streamline_hooks.repair.size import features_of, inner_width_of
+from streamline_hooks.repair.stand_in import features_of, inner_width_of
 from streamline_hooks.replacements import InheritedBlocks, MLPReplacement, SwiGLUReplacement
 from streamline_hooks.testing import tiny_model as any_model
 from tests.other_models import made

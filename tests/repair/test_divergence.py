@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from streamline_hooks import StreamlineError
 from streamline_hooks.predicted import UNCOUNTED
-from streamline_hooks.repair.divergence import summed_divergence, text_loss
-from streamline_hooks.repair.objective import Objective
+from streamline_hooks.repair.objective import Objective, summed_divergence, text_loss
 
 
 def plain_kl(repaired: torch.Tensor, original: torch.Tensor) -> torch.Tensor:

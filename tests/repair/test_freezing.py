@@ -11,7 +11,7 @@ from torch import nn
 
 from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError
 from streamline_hooks.repair import SilencedConfig
-from streamline_hooks.repair.freezing import freeze_all_but
+from streamline_hooks.repair.healing import freeze_all_but
 from streamline_hooks.stack import find_stack
 from streamline_hooks.testing import tiny_model
 

@@ -19,7 +19,7 @@ from streamline_hooks.repair import (
     train,
 )
 from streamline_hooks.repair import training as training_module
-from streamline_hooks.repair.frozen_products import narrowed_once
+from streamline_hooks.repair.optimisation import narrowed_once
 from streamline_hooks.stack import find_stack
 from streamline_hooks.testing import tiny_model
 

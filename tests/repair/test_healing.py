@@ -12,10 +12,9 @@ from torch import nn
 from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError
 from streamline_hooks.cli.short_forms import parse_healing, parse_replacement
 from streamline_hooks.repair import BlockConfig, fit_windows, place
-from streamline_hooks.repair.adapters import merge_adapters
 from streamline_hooks.repair.distillation_config import DistillationConfig
 from streamline_hooks.repair.healing import HealingConfig, healing_copies, student_of
-from streamline_hooks.repair.student import Student
+from streamline_hooks.repair.student import Student, merge_adapters
 from streamline_hooks.repair.training import train
 from streamline_hooks.stack import find_stack
 from streamline_hooks.testing import tiny_model

@@ -8,8 +8,7 @@ import torch
 from streamline_hooks import StreamlineError
 from streamline_hooks.cli.short_forms import parse_loss
 from streamline_hooks.predicted import following_tokens
-from streamline_hooks.repair.divergence import text_loss
-from streamline_hooks.repair.objective import Objective
+from streamline_hooks.repair.objective import Objective, text_loss
 from streamline_hooks.task import real_tokens
 
 

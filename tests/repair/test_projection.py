@@ -12,9 +12,17 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from streamline_hooks import find_stack
-from streamline_hooks.repair.beside import Beside, measure_beside
-from streamline_hooks.repair.closed_form import RIDGES, ridge_maps, solve
-from streamline_hooks.repair.projection import ProjectionMoments, change, merged, solvable, solve_projection
+from streamline_hooks.repair.closed_form import (
+    RIDGES,
+    ProjectionMoments,
+    change,
+    merged,
+    ridge_maps,
+    solvable,
+    solve,
+    solve_projection,
+)
+from streamline_hooks.repair.fitting import Beside, measure_beside
 from streamline_hooks.replacements import MLPReplacement, inherit
 from streamline_hooks.testing import tiny_model as any_model
 from tests.repair.stand_ins import FIT, HELD_OUT, error, leaving

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, UnsupportedSurgery
-from streamline_hooks.repair.scaled import MagnitudeGap, fit_scale
+from streamline_hooks.repair.folded import MagnitudeGap, fit_scale
 from streamline_hooks.testing import tiny_model as tiny
 from tests.surgery.test_scale import multiplied
 from tests.surgery.test_surgeon import fingerprint, logits

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from streamline_hooks import HardwareConfig, HiddenStateRecorder, LinearReplacement
 from streamline_hooks.repair import Student, teacher
-from streamline_hooks.repair.frozen_products import narrowed_once
-from streamline_hooks.repair.teaching import taught_to
+from streamline_hooks.repair.optimisation import narrowed_once
+from streamline_hooks.repair.teacher import taught_to
 from streamline_hooks.testing import tiny_model
 
 BATCHES = [torch.arange(k, k + 24).view(2, 12) for k in (3, 13, 23)]

@@ -21,9 +21,9 @@ from torch import nn
 from streamline_hooks import HardwareConfig, LinearReplacement, StreamlineError, repair
 from streamline_hooks.cli.short_forms import parse_healing, parse_loss
 from streamline_hooks.repair import TrainingCallback, training_loop
-from streamline_hooks.repair.course import Course
 from streamline_hooks.repair.distillation_config import DistillationConfig
 from streamline_hooks.repair.objective import Objective
+from streamline_hooks.repair.optimisation import Course
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import taught_states
 from streamline_hooks.repair.trained import Trained

@@ -16,9 +16,8 @@ from streamline_hooks.branches import Branch
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation import distances_of_candidates
 from streamline_hooks.repair import LinearConfig, Repair, ReplacementConfig, StandIn
-from streamline_hooks.repair.branch_linear import BranchLinear
+from streamline_hooks.repair.branch_linear import BranchLinear, fit_branches
 from streamline_hooks.repair.fitting import start
-from streamline_hooks.repair.repaired import fit_branches
 from streamline_hooks.selection.search.judge import Attempt, Judge, Writers, given_up, writers_of
 from streamline_hooks.selection.search.selected import Selection
 from streamline_hooks.stack import BlockStack, find_stack
