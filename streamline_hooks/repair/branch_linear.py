@@ -34,25 +34,11 @@ from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced
 
 @dataclass(frozen=True)
 class BranchLinear:
-    """A linear map that stands in the place of one branch of a block.
+    """Linear map W that replaces one branch of a block, h ↦ h + hW, or h + norm(h)W if it has a norm.
 
-    Attributes
-    ----------
-    block : int
-    branch : {"attention", "mlp"}
-    is_first : bool
-        Whether the other branch works behind it; the map then runs before the block, else after it.
-    map : torch.Tensor
-        W of shape (features, features), float64: a state h becomes h + hW in the place of h plus what the branch adds.
-    norm : BranchNorm or None
-        The branch's own norm, where the map is of the normalised state: h becomes h + norm(h)W.
-    ridge : float
-        The penalty, in units of the mean eigenvalue of Σ w hᵀh.
-    held_out_error : float
-        Mean relative squared error of the state after the branch on held-out sequences, of the map that was fitted
-        without them.
-    removal_error : float
-        The same for the branch silenced, W = 0.
+    `is_first` says whether the other branch follows, so that the map runs before the block. `map` is float64, of shape
+    (features, features); `ridge` is in units of the mean eigenvalue of Σ w hᵀh; the errors are mean relative squared
+    errors of the state after the branch on held-out sequences, with the map and with W = 0.
     """
 
     block: int
@@ -65,7 +51,7 @@ class BranchLinear:
     norm: BranchNorm | None = None
 
     def module(self) -> LinearReplacement | NormedLinearReplacement:
-        """What stands in the branch's place."""
+        """Return the module that replaces the branch."""
         if self.norm is None:
             return LinearReplacement.from_map(self.map)
         return NormedLinearReplacement.from_map(self.map, self.norm.weight, self.norm.eps)
@@ -81,50 +67,10 @@ def fit_branch_linear(
     stack: str | None = None,
     probe: Batch | Tensor | None = None,
 ) -> list[BranchLinear]:
-    """Fit a linear map in the place of branches, each from its own input and output in the model as it is.
+    """Fit a linear map for each branch (block, "attention" or "mlp") in one pass over each part of the text.
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-    branches : sequence of (int, {"attention", "mlp"})
-        Blocks, and which branch of each.
-    fit, held_out : sequence of mapping or torch.Tensor
-        To fit on, and to choose the ridge by; of different documents.
-    normed : bool
-        Map the state behind the branch's RMS norm, and not the one before it.
-    stack : str, optional
-        Path of the stack, see `find_stack`.
-    probe : mapping or torch.Tensor, optional
-        What to look for branches on in a model that cannot be probed otherwise, without padding.
-
-    Returns
-    -------
-    list of BranchLinear
-        To be carried out by `replace_branches`.
-
-    Raises
-    ------
-    UnsupportedSurgery
-        If a block has not two branches that can be read, or its two are parallel; or, for a map of the normalised
-        state, if a branch does not read it through an RMS norm.
-    StreamlineError
-        If there is no such block or branch, or as `solve`.
-
-    Notes
-    -----
-    One pass over the sequences, that ends after the last block; for each branch two matrices of features × features in
-    float64.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from streamline_hooks.testing import tiny_model
-    >>> model, batches = tiny_model("llama"), [torch.arange(3, 63).view(6, 10)]
-    >>> fitted = fit_branch_linear(model, [(2, "attention")], batches, batches)
-    >>> with LayerSurgeon(model) as surgeon:
-    ...     modules = replace_branches(surgeon, fitted)
-    ...     surgeon.plan.silenced
-    {2: ('attention',)}
+    The ridge is chosen on `held_out`. With `normed`, the map is of the state after the branch's RMS norm. Raises
+    UnsupportedSurgery if a block has not two separate branches in series, or `normed` finds no RMS norm.
     """
     record = HiddenStateRecorder(model, [k for k, _ in branches], stack=stack)  # which says what is out of range
     named = [(k % len(record.stack), branch) for k, branch in branches]
@@ -152,7 +98,7 @@ def fit_branches(
     held_out: Batches,
     probe: Batch | Tensor | None,
 ) -> dict[tuple[int, Branch], BranchLinear | UnsupportedSurgery]:
-    """Fit linear maps in the place of branches on the model as it is, or say why there can be none."""
+    """Fit linear maps for branches, or return why a branch cannot be replaced."""
     try:
         options = {"stack": stack.path, "probe": probe}
         found = fit_branch_linear(stack.model, branches, fit, held_out, **options)  # type: ignore[arg-type]
@@ -168,30 +114,10 @@ def fit_branches(
 def replace_branches(
     surgeon: LayerSurgeon, fitted: Sequence[BranchLinear], *, batch: Batch | Tensor | None = None
 ) -> list[nn.Module]:
-    """Silence branches and splice in the maps that stand in their place, in an open surgeon.
+    """Silence branches and splice in their maps in an open surgeon; return the maps in the order of `fitted`.
 
-    A map in the place of the block's first branch runs before the block, one in the place of the second after it, so
-    that of several all must be given at once. What is inserted beside these blocks otherwise comes later, and nothing
-    before such a block whose first branch has gone.
-
-    Parameters
-    ----------
-    surgeon : LayerSurgeon
-    fitted : sequence of BranchLinear
-        With the blocks' numbers when the surgeon opened.
-    batch : mapping or torch.Tensor, optional
-        What to run a model on that cannot be probed otherwise, without padding.
-
-    Returns
-    -------
-    list of torch.nn.Module
-        The maps that are now in the model, one for each of `fitted`.
-
-    Raises
-    ------
-    UnsupportedSurgery, StreamlineError
-        As `LayerSurgeon.silence`, when those before it are in place; or, before anything is done, if something runs
-        already where a map has to be the first behind its block.
+    All branches must be given in one call, before anything else is inserted beside these blocks: the map of the first
+    branch runs before its block, the map of the second right after it.
     """
     modules: dict[int, nn.Module] = {}
     for one in fitted:
@@ -214,7 +140,7 @@ def _measure(
     what: str,
     norms: dict[tuple[int, Branch], BranchNorm] | None,
 ) -> dict[tuple[int, Branch], WindowMoments]:
-    """The moments of the states before and after branches, of the normalised ones where norms are looked for."""
+    """Sum the moments of the states before and after branches, normalised if `norms` is given (and filled)."""
     record = HiddenStateRecorder(model, [max(found)], inputs=False, stop=True, stack=stack)
     wanted = set(named)
     passed: dict[tuple[int, Branch], tuple[Tensor, Tensor]] = {}
@@ -262,7 +188,7 @@ def _in_series(k: int, found: Branches | UnsupportedSurgery) -> Branches:
 
 
 def _require_nothing_behind(stack: BlockStack, k: int, branch: Branch) -> None:
-    """Raise where an earlier surgery put a module behind a block: the map would run after it, and not before."""
+    """Raise if an earlier surgery put a module after a block, which would run before the map."""
     behind = spliced(stack[k + 1], BEFORE) if k + 1 < len(stack) else spliced(stack[k], AFTER)
     if behind:
         raise UnsupportedSurgery(
@@ -274,7 +200,7 @@ def _require_nothing_behind(stack: BlockStack, k: int, branch: Branch) -> None:
 
 
 def _require_free(surgeon: LayerSurgeon, one: BranchLinear) -> None:
-    """Nothing may stand behind the block yet: it would run before the map."""
+    """Raise if a module is already inserted after the block, where it would run before the map."""
     plan, place = surgeon.plan, one.block + 1
     slot = plan.old_to_new.get(one.block)
     if slot is None:
@@ -290,14 +216,7 @@ def _require_free(surgeon: LayerSurgeon, one: BranchLinear) -> None:
 
 @dataclass(frozen=True)
 class BranchNorm:
-    """A norm h ↦ h·w / √(mean(h²) + ε).
-
-    Attributes
-    ----------
-    weight : torch.Tensor
-        w, of shape (features,).
-    eps : float
-    """
+    """Norm h ↦ h·w / √(mean(h²) + ε), with w of shape (features,)."""
 
     weight: Tensor
     eps: float
@@ -309,7 +228,7 @@ class BranchNorm:
 
 @contextmanager
 def watching_norms(blocks: Mapping[int, nn.Module]) -> Iterator[dict[int, list[tuple[nn.Module, Tensor, Tensor]]]]:
-    """Keep what goes in and out of every submodule of blocks that has the looks of a norm, in their last forward."""
+    """Keep input and output of every norm-like submodule of blocks, in their latest forward."""
     seen: dict[int, list[tuple[nn.Module, Tensor, Tensor]]] = {k: [] for k in blocks}
     handles = []
 
@@ -328,23 +247,7 @@ def watching_norms(blocks: Mapping[int, nn.Module]) -> Iterator[dict[int, list[t
 
 
 def norm_of(k: int, branch: Branch, state: Tensor, seen: list[tuple[nn.Module, Tensor, Tensor]]) -> BranchNorm:
-    """The norm that was given the state that enters a branch, once it is sure that it is an RMS norm.
-
-    Parameters
-    ----------
-    k : int
-        The block's number.
-    branch : {"attention", "mlp"}
-    state : torch.Tensor
-        What entered the branch, of shape (batch, tokens, features).
-    seen : list
-        As `watching_norms` keeps it.
-
-    Raises
-    ------
-    UnsupportedSurgery
-        If no norm was given that state, or what it gave is not that of an RMS norm.
-    """
+    """Return the RMS norm that received the state entering a branch; raise UnsupportedSurgery if none did."""
     for module, given, made in seen:
         if given.numel() != state.numel() or not torch.equal(given.reshape(state.shape), state):
             continue

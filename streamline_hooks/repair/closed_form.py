@@ -104,14 +104,14 @@ def solve(
 
 
 def _rotated(moments: WindowMoments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Eigenvalues, eigenvectors and mean eigenvalue of Sxx, and Sxδ in that basis."""
+    """Return eigenvalues, eigenvectors and mean eigenvalue of Sxx, and Sxδ in that basis."""
     values, vectors = torch.linalg.eigh(moments.xx)
     values = values.clamp_min(0.0)
     return values, vectors, _positive(values.mean()), vectors.T @ moments.xd
 
 
 def _errors(fit: WindowMoments, held_out: WindowMoments, ridges: Sequence[float]) -> list[float]:
-    """The held-out error of each ridge's full map."""
+    """Return the held-out error of the full map of each ridge."""
     values, vectors, mean, rotated = _rotated(fit)
     xx, xd = held_out.xx.to(vectors), held_out.xd.to(vectors)
     linear = (rotated * (vectors.T @ xd)).sum(1)
@@ -142,25 +142,18 @@ def _diagonal_maps(moments: WindowMoments, ridges: Sequence[float]) -> Iterator[
 
 
 def _positive(mean: Tensor) -> Tensor:
-    """The mean eigenvalue, unless there is nothing to fit."""
+    """Return the mean eigenvalue, or raise if it is zero."""
     if mean == 0:
         raise StreamlineError("Every state that enters the window is zero; there is nothing to fit.")
     return mean
 
 
 class ProjectionMoments(WindowMoments):
-    """Weighted second moments of the features f before a last projection and of what the stand-in lacks.
+    """Moments of the features f before a last projection and of its error e = y − module(x), of width `outputs`.
 
-    With e = y − module(x), y the state after the window and each token's weight w = 1/‖y‖², it sums Σ w ffᵀ, Σ w feᵀ
-    and Σ w‖e‖², so that `error` tells the mean relative squared error of any change Δ of the projection; and
-    Σ w‖y − x‖², which is that of plain removal.
-
-    Parameters
-    ----------
-    inputs : int
-        Features before the projection, with one for its bias; none where there is no projection.
-    outputs : int
-        Width of the residual stream.
+    With w = 1/‖y‖² it sums Σ w ffᵀ, Σ w feᵀ, Σ w‖e‖² and Σ w‖y − x‖², the last of plain removal. The change Δ of the
+    projection minimises Σ w‖e − Δᵀf‖² + λ‖Δ‖², so the ridge pulls towards the present weights. `inputs` counts one
+    feature for a bias, and is 0 without a projection.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -169,15 +162,7 @@ class ProjectionMoments(WindowMoments):
         self.removed = 0.0
 
     def add(self, features: Tensor, made: Tensor, entering: Tensor, leaving: Tensor) -> None:
-        """Add tokens.
-
-        Parameters
-        ----------
-        features : torch.Tensor
-            Of shape (tokens, inputs).
-        made, entering, leaving : torch.Tensor
-            What the stand-in makes, and the states before and after the window, of shape (tokens, outputs).
-        """
+        """Add tokens: features (tokens, inputs), and states of shape (tokens, outputs)."""
         x, y = widen(entering), widen(leaving)
         norm = y.norm(dim=-1, keepdim=True).clamp_min(1e-300)
         f, e = widen(features) / norm, (y - widen(made)) / norm
@@ -189,7 +174,7 @@ class ProjectionMoments(WindowMoments):
         self.tokens += len(y)
 
     def merge(self, other: Self) -> None:
-        """Add the sums of another part of the tokens."""
+        """Add the sums of other tokens."""
         super().merge(other)
         self.removed += other.removed
 
@@ -204,7 +189,7 @@ class ProjectionMoments(WindowMoments):
 
     @property
     def unchanged(self) -> float:
-        """Mean relative squared error of the stand-in as it is."""
+        """Mean relative squared error of the replacement as it is."""
         return self.dd / self.tokens
 
     @property
@@ -214,14 +199,9 @@ class ProjectionMoments(WindowMoments):
 
 
 def solve_projection(fit: ProjectionMoments, held_out: ProjectionMoments) -> ClosedForm:
-    """Solve for the change of a last projection; its ridge is chosen on held-out moments.
+    """Solve for the change Δ of a last projection, with the ridge chosen on held-out moments.
 
-    Returns
-    -------
-    ClosedForm
-        With Δ of shape (inputs, features) as its map. On the moments that it was fitted on, its error is not above
-        that of the stand-in as it is; and where a smaller ridge than the best on the held-out moments brings it below
-        plain removal, not above that either.
+    If the error on all moments is above that of plain removal, smaller ridges are tried.
     """
     solution = solve(fit, held_out)
     everything = merged(fit, held_out)
@@ -232,7 +212,7 @@ def solve_projection(fit: ProjectionMoments, held_out: ProjectionMoments) -> Clo
 
 
 def merged(fit: ProjectionMoments, held_out: ProjectionMoments) -> ProjectionMoments:
-    """The sums of both parts of the tokens."""
+    """Return the sums of both parts."""
     everything = ProjectionMoments(*fit.xd.shape)
     for part in (fit, held_out):
         everything.merge(part)
@@ -240,14 +220,7 @@ def merged(fit: ProjectionMoments, held_out: ProjectionMoments) -> ProjectionMom
 
 
 def change(projection: nn.Module, map_: Tensor) -> None:
-    """Add a solution to a last projection.
-
-    Parameters
-    ----------
-    projection : torch.nn.Linear or Conv1D
-    map_ : torch.Tensor
-        Δ of shape (inputs, features), the last row of which is for the bias where there is one.
-    """
+    """Add Δ of shape (inputs, features) to a Linear or Conv1D; its last row belongs to the bias, if there is one."""
     weight, bias = projection.weight, projection.bias
     assert isinstance(weight, Tensor)
     with torch.no_grad():
@@ -259,7 +232,7 @@ def change(projection: nn.Module, map_: Tensor) -> None:
 
 
 def solvable(module: nn.Module) -> bool:
-    """Whether a module is a plain linear layer with weights of its own in floating point."""
+    """Whether a module is a plain linear layer with floating-point weights."""
     weight = getattr(module, "weight", None)
     plain = type(module) in (nn.Linear, Conv1D) and type(weight) is nn.Parameter
     return plain and isinstance(weight, nn.Parameter) and type(weight.data) is Tensor and weight.is_floating_point()

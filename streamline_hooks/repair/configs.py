@@ -205,7 +205,7 @@ def fit_folded(
     probe: Batch | Tensor | None,
     what: str,
 ) -> list[Repair | UnsupportedSurgery]:
-    """Fit the maps that are folded into the blocks before windows, in as few passes as those allow that cannot be."""
+    """Fit maps for windows, halving the list around windows that cannot be folded."""
     try:
         sums = [
             measure_fold_moments(stack.model, batches, windows, stack=stack.path, probe=probe, what=part + what)
@@ -239,7 +239,7 @@ def fit_scaled(
     probe: Batch | Tensor | None,
     what: str,
 ) -> list[Repair | UnsupportedSurgery]:
-    """Measure the factors for windows, each in a pass over all sequences."""
+    """Measure the factor of each window in one pass over all sequences."""
     found = [fit_scale(stack.model, window, [*fit, *held_out], stack=stack.path) for window in windows]
     return [Repair(one.window, one, one.removal_error, one.scaled_error, None) for one in found]
 

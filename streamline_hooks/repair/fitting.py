@@ -106,24 +106,9 @@ def start(
     probe: Batch | Tensor | None = None,
     what: str = "",
 ) -> list[Repair | UnsupportedSurgery]:
-    """Fit what was built for windows, in one pass for all that share one.
+    """Fit the replacements `stand_ins`, in place, in one pass for all that share one.
 
-    Parameters
-    ----------
-    stack : BlockStack
-        Of the model as it is now.
-    kind : ReplacementConfig
-    stand_ins : sequence of (range, StandIn)
-        Windows in the present numbering, and what the kind built for them; they are changed.
-    fit, held_out, probe
-        As for `fit_windows`.
-    what : str
-        What the bars say, after "fit" and "hold out".
-
-    Returns
-    -------
-    list of Repair or UnsupportedSurgery
-        One a window, or why the kind cannot stand there.
+    Return for each window, numbered as the model is now, a `Repair` or the reason why the kind cannot replace it.
     """
     for window, stand_in in stand_ins:
         if isinstance(stand_in, nn.Module):
@@ -148,7 +133,7 @@ def start(
 
 
 def holds_map(stand_in: StandIn) -> bool:
-    """Whether a stand-in can start at the closed form: nothing at all does, as plain removal."""
+    """Whether a replacement can start at the closed form; plain removal (None) can."""
     return stand_in is None or (hasattr(stand_in, "start_at") and getattr(stand_in, "holds_map", True))
 
 
@@ -181,7 +166,7 @@ def _at_map(
 
 
 def _beside(stack: BlockStack, window: range, stand_in: StandIn, probe: Batch | Tensor | None, solve: bool) -> Beside:
-    """How to run a stand-in beside its window, and which of its projections to solve for."""
+    """Return how to run a replacement in parallel to its window, and which projection to solve for."""
     assert isinstance(stand_in, nn.Module)
     blocks = blocks_of(stack, stand_in)
     places = tuple(stack[k] for k in window[: len(blocks)])
@@ -204,7 +189,7 @@ def _beside(stack: BlockStack, window: range, stand_in: StandIn, probe: Batch | 
 
 
 def _inherited_projection(block: nn.Module, branches: Branches | UnsupportedSurgery) -> nn.Module | None:
-    """The output projection of the last branch that is trained, where that is one linear layer."""
+    """Return the output projection of the last trained branch, if that is one linear layer."""
     if isinstance(branches, UnsupportedSurgery):
         return None
     order: tuple[Branch, Branch] = ("attention", "mlp") if branches.first == "mlp" else ("mlp", "attention")
@@ -253,22 +238,11 @@ _Calls = Mapping[int, tuple[tuple[Any, ...], dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Beside:
-    """A stand-in to be run beside the window that it is for.
+    """Replacement that is run in parallel to its window.
 
-    Attributes
-    ----------
-    window : range
-    blocks : tuple of torch.nn.Module
-        One module without a slot, or blocks of the model's class, each of which is called as the window's block in
-        the same place is.
-    takes_slots : bool
-        Which of the two.
-    projection : torch.nn.Module or None
-        The last projection, a `torch.nn.Linear` or GPT-2's ``Conv1D`` in the last of `blocks`; None where there is
-        none to be solved for, and only the error is measured.
-    places : tuple of torch.nn.Module
-        The blocks of the model in whose place those of `blocks` stand, if they take slots: what an earlier surgery put
-        before the second and the later of these stays.
+    `blocks` is one module without a slot, or blocks of the model's class (`takes_slots`), each called like the block
+    of the window in the same place, `places`. `projection` is the last projection to solve for; None only measures the
+    error.
     """
 
     window: range
@@ -278,7 +252,7 @@ class Beside:
     places: tuple[nn.Module, ...] = ()
 
     def run(self, entering: Tensor, calls: _Calls) -> Tensor:
-        """What the stand-in makes of the states that enter the window, of shape (batch, tokens, features)."""
+        """Return the output of the replacement for the states entering the window, (batch, tokens, features)."""
         state = entering
         for number, (k, block) in enumerate(zip(self.window, self.blocks, strict=False)):
             if 0 < number < len(self.places):
@@ -297,37 +271,10 @@ def measure_beside(
     stack: str | None = None,
     what: str = "",
 ) -> list[tuple[ProjectionMoments, ProjectionMoments]]:
-    """Sum the moments of several stand-ins in one pass, which ends after the last block that any window needs.
+    """Sum the moments of several replacements in one pass over each part of the text.
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-        With the blocks of the windows in it.
-    fit, held_out : sequence of mapping or torch.Tensor
-        What the model's forward takes.
-    asked : sequence of Beside
-    stack : str, optional
-        Path of the stack, see `find_stack`.
-    what : str
-        What the bars say, after "fit" and "hold out" and before what it costs.
-
-    Returns
-    -------
-    list of (ProjectionMoments, ProjectionMoments)
-        Two a stand-in, of the two parts of the text. They have no inputs where there is no last projection, or where
-        what it makes is not added to the state times one number (a norm follows it).
-
-    Raises
-    ------
-    UnsupportedSurgery
-        If the states are not laid out as (batch, tokens, features).
-    StreamlineError
-        If a state is not finite.
-
-    Notes
-    -----
-    Beside the blocks of the model each stand-in is run once a batch, and twice more on the first, where it is tried
-    what its last projection adds.
+    The pass ends after the last block of any window. Return (fit, held out) for each replacement; they have no inputs
+    if there is no last projection, or if its output is not added to the state times a constant (a norm follows it).
     """
     found = find_stack(model, stack)
     needed = {k for one in asked for k in (one.window.start, one.window.stop - 1)}
@@ -357,7 +304,7 @@ def measure_beside(
 
 @contextmanager
 def _calls_of(stack: BlockStack, asked: Sequence[Beside]) -> Iterator[_Calls]:
-    """What the blocks of the windows are called with in the latest forward, splices before them included."""
+    """Record the arguments of the blocks of windows in the latest forward, including earlier splices."""
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def keep(k: int) -> Callable[..., None]:
@@ -374,7 +321,7 @@ def _calls_of(stack: BlockStack, asked: Sequence[Beside]) -> Iterator[_Calls]:
 
 
 def _made(one: Beside, entering: Tensor, calls: _Calls, factor: float) -> tuple[Tensor, Tensor]:
-    """What a stand-in makes, and the features before its last projection as far as that adds them."""
+    """Return the output of a replacement, and the input of its last projection times its factor."""
     if one.projection is None or factor == 0:
         made = one.run(entering, calls)
         return made, made[..., :0]
@@ -387,10 +334,7 @@ def _made(one: Beside, entering: Tensor, calls: _Calls, factor: float) -> tuple[
 
 
 def _factor(one: Beside, entering: Tensor, calls: _Calls, mask: Tensor) -> float:
-    """By what the output of the last projection is multiplied on its way into the state; zero where it is not.
-
-    Anything is put in the place of its output, about as large as the state, so that nothing drowns in rounding.
-    """
+    """Return the factor by which the last projection enters the state; 0 if it does not enter linearly."""
     if one.projection is None:
         return 0.0
     size = entering.square().mean(dim=-1, keepdim=True).sqrt()
@@ -409,12 +353,12 @@ def _factor(one: Beside, entering: Tensor, calls: _Calls, mask: Tensor) -> float
 
 
 def _real(states: Tensor, mask: Tensor) -> Tensor:
-    """Those of real tokens; a state without an axis for the batch is one row of them."""
+    """Select real tokens; a state without a batch axis is one row of them."""
     return states.reshape(*mask.shape, states.shape[-1])[mask]
 
 
 class _Watch:
-    """Keeps what a projection receives, and can put something else in the place of what it makes."""
+    """Record the input of a projection, and optionally replace its output."""
 
     def __init__(self, projection: nn.Module, instead: Tensor | None = None) -> None:
         self._projection, self._instead = projection, instead

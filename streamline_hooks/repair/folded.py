@@ -25,21 +25,10 @@ from streamline_hooks.surgery.splice import BEFORE, spliced
 
 @dataclass(frozen=True)
 class Folded:
-    """A map that stands in a window's place without a new parameter.
+    """Map T that replaces a window, folded into the MLP of block ``window.start - 1``: m becomes mT.
 
-    Attributes
-    ----------
-    window : range
-        The blocks in whose place it stands. It is folded into the MLP of block ``window.start - 1``.
-    map : torch.Tensor
-        T of shape (features, features), float64: the block adds mT in the place of m.
-    ridge : float
-        The penalty on ‖T − I‖², in units of the mean eigenvalue of Σ w mᵀm.
-    held_out_error : float
-        Mean relative squared error of the state after the window on held-out sequences, of the map that was fitted
-        without them.
-    removal_error : float
-        The same for plain removal, T = I.
+    T is float64, (features, features); the ridge penalises ‖T − I‖² in units of the mean eigenvalue of Σ w mᵀm. The
+    errors are mean relative squared errors of the state after the window on held-out sequences, with T and with T = I.
     """
 
     window: range
@@ -50,24 +39,9 @@ class Folded:
 
 
 def solve_fold(window: range, fit: WindowMoments, held_out: WindowMoments) -> Folded:
-    """Solve for the map that, folded into the block before a window, comes nearest to what the window does.
+    """Solve for the T that minimises Σ w‖y − a − mT‖² + λ‖T − I‖², with w = 1/‖y‖² and λ chosen on held-out moments.
 
-    The state that leaves the block before the window is a + m, with m what its MLP adds, of which only m passes
-    through projections. So the state after the window is to be a + mT, and T minimises Σ w‖y − a − mT‖² + λ‖T − I‖²
-    with w = 1/‖y‖², λ being chosen on held-out sequences. (A map that was fitted on the whole state is another one:
-    it would have to be multiplied onto a as well.)
-
-    Parameters
-    ----------
-    window : range
-    fit, held_out : WindowMoments
-        Sums of `measure_fold_moments` to fit on, and to choose λ by; of different documents.
-
-    Returns
-    -------
-    Folded
-        To be applied by ``surgeon.fold(window.start - 1, folded.map)`` and ``surgeon.remove(window)``. On the
-        sequences that it was fitted on, in the error that was minimised, never above plain removal.
+    a + m leaves the block before the window, m being the output of its MLP: only m passes a projection.
     """
     solution = solve(fit, held_out)
     identity = torch.eye(len(solution.map), dtype=torch.float64, device=solution.map.device)
@@ -84,35 +58,9 @@ def measure_fold_moments(
     weighted: bool = True,
     what: str = "moments",
 ) -> list[WindowMoments]:
-    """Sum the moments that folding needs, for several windows in one pass that ends after the last of them.
+    """Sum the moments of m and y − a for several windows in one pass that ends after the last of them.
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-    batches : sequence of mapping or torch.Tensor
-        What the model's forward takes.
-    windows : sequence of range
-    stack : str, optional
-        Path of the stack, see `find_stack`.
-    probe : mapping or torch.Tensor, optional
-        What to look for branches on in a model that cannot be probed otherwise, without padding.
-    weighted : bool
-        See `WindowMoments`.
-    what : str
-        What the bar says, before what it costs.
-
-    Returns
-    -------
-    list of WindowMoments
-        One a window: of m and y − a, relative to y, so that its map is T − I.
-
-    Raises
-    ------
-    UnsupportedSurgery
-        If no block stands before a window, nothing can be folded into that block (see `LayerSurgeon.fold`), or its
-        attention works on what its MLP has added.
-    StreamlineError
-        If a state is not finite.
+    Raises UnsupportedSurgery if a window has no block before it that can be folded into.
     """
     found = find_stack(model, stack)
     for window in windows:
@@ -166,17 +114,10 @@ def measure_fold_moments(
 
 @dataclass(frozen=True)
 class Scaled:
-    """A factor that stands in a window's place without a new parameter.
+    """Factor α for the state after the cut that replaces a window without new parameters.
 
-    Attributes
-    ----------
-    window : range
-        The blocks in whose place it stands.
-    factor : float
-        α, by which the state behind the cut is multiplied.
-    scaled_error, removal_error : float
-        Mean relative squared error of the state after the window on the sequences that α was measured on, with it and
-        without. Nothing minimises the first: it may be the larger one.
+    The errors are mean relative squared errors of the state after the window on the measured sequences, with and
+    without α; nothing minimises the first, which may be the larger.
     """
 
     window: range
@@ -186,23 +127,9 @@ class Scaled:
 
 
 class MagnitudeGap:
-    """How much larger the state that leaves a window is than the one that enters it.
+    """Ratio of the magnitudes of the states leaving and entering a window (Prune&Comp).
 
-    For each sequence and each feature i it is the ratio of Σ|yᵢ| to Σ|xᵢ| over the sequence's tokens; the factor is
-    the mean over features and sequences, as in the published code, which measures one sequence at a time.
-
-    Parameters
-    ----------
-    features : int
-        Width of the residual stream.
-
-    Examples
-    --------
-    >>> import torch
-    >>> gap = MagnitudeGap(2)
-    >>> gap.update(torch.tensor([[[1.0, 1.0], [3.0, 1.0]]]), torch.tensor([[[2.0, 3.0], [2.0, 3.0]]]), torch.ones(1, 2))
-    >>> gap.factor
-    2.0
+    For each sequence and feature it is Σ|yᵢ|/Σ|xᵢ| over tokens; the factor is the mean over features and sequences.
     """
 
     def __init__(self, features: int) -> None:
@@ -211,20 +138,7 @@ class MagnitudeGap:
         self._xx = self._xy = 0.0  # relative to ‖y‖², summed over tokens
 
     def update(self, entering: Tensor, leaving: Tensor, mask: Tensor) -> None:
-        """Add one batch.
-
-        Parameters
-        ----------
-        entering, leaving : torch.Tensor
-            The states before and after the window, of shape (batch, tokens, features).
-        mask : torch.Tensor
-            The tokens that count, of shape (batch, tokens). A sequence without any is left out.
-
-        Raises
-        ------
-        StreamlineError
-            If a feature is zero in all tokens of a sequence that enter.
-        """
+        """Add one batch: states of shape (batch, tokens, features), and the mask of real tokens (batch, tokens)."""
         for x, y, real in zip(entering, leaving, mask.to(entering.device).bool(), strict=True):
             if not real.any():
                 continue
@@ -244,57 +158,20 @@ class MagnitudeGap:
 
     @property
     def factor(self) -> float:
-        """α."""
+        """Return α."""
         if not self.sequences:
             raise StreamlineError("No token has been counted yet; update with a batch that has real tokens.")
         return self._ratios / self.sequences
 
     def error(self, factor: float) -> float:
-        """Mean of ‖y − αx‖²/‖y‖² for a factor α; 1 is plain removal."""
+        """Return the mean of ‖y − αx‖²/‖y‖²; α = 1 is plain removal."""
         return 1 + (factor * factor * self._xx - 2 * factor * self._xy) / self.tokens
 
 
 def fit_scale(
     model: nn.Module, window: range, batches: Sequence[Batch | Tensor], *, stack: str | None = None
 ) -> Scaled:
-    """Measure the factor for a window.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-    window : range
-    batches : sequence of mapping or torch.Tensor
-        What the model's forward takes.
-    stack : str, optional
-        Path of the stack, see `find_stack`.
-
-    Returns
-    -------
-    Scaled
-        To be applied by ``surgeon.remove(window)`` and ``surgeon.scale(window.stop, scaled.factor)``.
-
-    Raises
-    ------
-    StreamlineError
-        If a state is not finite, or a feature of the state that enters is always zero.
-
-    Notes
-    -----
-    One pass over the sequences, that ends after the window.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from streamline_hooks.testing import tiny_model
-    >>> model = tiny_model("llama")
-    >>> scaled = fit_scale(model, range(2, 5), [torch.arange(3, 43).view(4, 10)])
-    >>> from streamline_hooks.surgery import LayerSurgeon
-    >>> with LayerSurgeon(model) as surgeon:
-    ...     surgeon.remove(scaled.window)
-    ...     surgeon.scale(scaled.window.stop, scaled.factor)
-    ...     len(surgeon.plan.folded)
-    3
-    """
+    """Measure the factor of a window in one pass that ends after it."""
     record = HiddenStateRecorder(model, sorted({window.start, window.stop - 1}), stop=True, stack=stack)
     first, last = record.stack[window.start], record.stack[window.stop - 1]
     gap: MagnitudeGap | None = None

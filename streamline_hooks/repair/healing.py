@@ -103,7 +103,7 @@ class HealingConfig(Config):
             )
 
     def blocks(self, length: int, windows: Sequence[range]) -> list[int]:
-        """The blocks that are trained, of those that stay."""
+        """Return the remaining blocks that are trained."""
         gone = {k for window in windows for k in window}
         match self.where:
             case "all":
@@ -123,29 +123,10 @@ class HealingConfig(Config):
 def healing_copies(
     stack: BlockStack, windows: Sequence[range], healing: HealingConfig, *, seed: int = 0
 ) -> tuple[dict[int, nn.Module], dict[str, nn.Module]]:
-    """Make the copies that a `Student` trains.
+    """Return trainable copies of blocks by number, and of the LM head by path if it is trained.
 
-    Parameters
-    ----------
-    stack : BlockStack
-        Of the original.
-    windows : sequence of range
-        What is given up.
-    healing : HealingConfig
-    seed : int
-        Of the adapters' weights. The caller's random numbers are left as they were.
-
-    Returns
-    -------
-    copies : dict of int to torch.nn.Module
-        Of blocks that stay. Those with adapters share the block's weights, which are not trained.
-    outside : dict of str to torch.nn.Module
-        The LM head by its path, where it is trained.
-
-    Raises
-    ------
-    StreamlineError
-        If no block is left to train, peft is missing, no layer has a name that is asked for, or the head is tied.
+    Blocks with adapters share the weights of the original, frozen. `seed` initialises adapters; the global random
+    state is kept.
     """
     chosen = healing.blocks(len(stack), windows)
     if not chosen and not healing.head:
@@ -244,22 +225,7 @@ def _head(model: nn.Module) -> dict[str, nn.Module]:
 def with_adapters(
     block: nn.Module, rank: int, alpha: float, dropout: float, targets: tuple[str, ...] = ()
 ) -> nn.Module:
-    """A copy of a block that shares its weights, with an adapter beside its linear layers.
-
-    Parameters
-    ----------
-    block : torch.nn.Module
-        It is not changed.
-    rank, alpha, dropout
-        Of the adapters: alpha/rank is their scale.
-    targets : tuple of str
-        How the names of the layers end that get one; by default every linear layer does.
-
-    Raises
-    ------
-    StreamlineError
-        If peft is missing or refuses these layers, or no layer has such a name.
-    """
+    """Return a copy of a block that shares its weights, with LoRA adapters on its linear layers (by suffix)."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:

@@ -167,20 +167,7 @@ _TOKENS_AT_ONCE = 64  # few enough for the processor's cache, at any vocabulary
 
 
 def text_loss(logits: Tensor, following: Tensor) -> Tensor:
-    """The negative log-likelihood of the tokens that follow, summed, in nats.
-
-    Parameters
-    ----------
-    logits : torch.Tensor
-        Of shape (tokens, vocabulary).
-    following : torch.Tensor
-        Of shape (tokens,), see `following_tokens`.
-
-    Examples
-    --------
-    >>> text_loss(torch.zeros(3, 8), torch.tensor([5, -100, 2])) / 2  # log 8
-    tensor(2.0794)
-    """
+    """Return the summed negative log-likelihood in nats of `following` (tokens,) under logits (tokens, vocabulary)."""
     return cross_entropy(logits.float(), following, ignore_index=UNCOUNTED, reduction="sum")
 
 
@@ -192,30 +179,10 @@ def summed_divergence(
     text: float = 0.0,
     following: Tensor | None = None,
 ) -> Tensor:
-    """The sum over tokens of forward·KL(original ‖ repaired) + reverse·KL(repaired ‖ original) + text·(`text_loss`).
+    """Return Σ forward·KL(original ‖ repaired) + reverse·KL(repaired ‖ original) + text·`text_loss`, over tokens.
 
-    Its gradient reaches the repaired logits alone.
-
-    Parameters
-    ----------
-    repaired, original : torch.Tensor
-        Logits of shape (tokens, vocabulary). The original's are overwritten where a gradient is needed: it takes
-        their place, so that nothing of that size is allocated.
-    forward, reverse, text : float
-        The weights.
-    following : torch.Tensor, optional
-        Where the last is not zero, see `text_loss`.
-
-    Raises
-    ------
-    StreamlineError
-        If they are not of as many tokens and of one vocabulary, or a text is weighed and not given.
-
-    Examples
-    --------
-    >>> logits = torch.zeros(3, 5, requires_grad=True)
-    >>> summed_divergence(logits, torch.zeros(3, 5)).item()
-    0.0
+    Logits have shape (tokens, vocabulary). Gradients reach `repaired` alone; if they are needed, `original` is
+    overwritten by them to save memory.
     """
     if repaired.shape != original.shape or (text and (following is None or len(following) != len(repaired))):
         follows = "no text" if following is None else f"{len(following)} tokens of a text"
@@ -231,10 +198,9 @@ def summed_divergence(
 
 
 class _SummedDivergence(torch.autograd.Function):
-    """With d = log p − log q: forward Σ p d, of gradient q − p; reverse r = −Σ q d, of gradient −q(d + r).
+    """With d = log p − log q: forward Σ p d, gradient q − p; reverse r = −Σ q d, gradient −q(d + r).
 
-    That of a text is −log q of one token, of gradient q less one there. The gradients are made on the way, while p and
-    q are both at hand.
+    The text's −log q has the gradient q minus one at the label. The forward computes the gradients.
     """
 
     @staticmethod

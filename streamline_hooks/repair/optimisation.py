@@ -16,24 +16,7 @@ from streamline_hooks.repair.distillation_config import DistillationConfig
 
 
 class Course:
-    """The course of a training.
-
-    Parameters
-    ----------
-    config : DistillationConfig
-    batches : int
-        How many there are.
-
-    Attributes
-    ----------
-    steps : int
-
-    Examples
-    --------
-    >>> course = Course(DistillationConfig(epochs=2, gradient_accumulation_steps=4), 6)
-    >>> course.steps, sorted(course.batches_of(2) + course.batches_of(3))
-    (4, [0, 1, 2, 3, 4, 5])
-    """
+    """Schedule of a training run: the batches of each step, and when to validate or end. It follows from the config."""
 
     def __init__(self, config: DistillationConfig, batches: int) -> None:
         self.config, self._batches = config.seeded(0), batches
@@ -41,7 +24,7 @@ class Course:
         self.steps = round(config.epochs * self._a_epoch)
 
     def batches_of(self, step: int) -> list[int]:
-        """The batches of a step: each epoch has an order of its own, which the seed tells."""
+        """Return the batches of a step; each epoch shuffles them by the seed."""
         size = self.config.gradient_accumulation_steps
         epoch, place = divmod(step, self._a_epoch)
         generator = torch.Generator().manual_seed((self.config.seed or 0) + epoch)
@@ -49,16 +32,16 @@ class Course:
         return order[place * size : (place + 1) * size]
 
     def seed_of(self, step: int, rank: int) -> int:
-        """Of the random numbers of one of several processes in a step; torch's generator looks at 32 bits."""
+        """Return the 32-bit seed of one rank in a step."""
         said = f"{self.config.seed} {step} {rank}"
         return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=4).digest())
 
     def is_due(self, step: int, history: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the distance is to be measured after so many steps; it may have been interrupted before."""
+        """Whether a validation is due after `step` steps; the run may have been resumed."""
         return not history or (step in self._validations() and history[-1]["step"] < step)
 
     def out_of_patience(self, history: Sequence[Mapping[str, Any]]) -> str:
-        """Why a training is to end early; empty where it is not."""
+        """Return why the run ends early, or an empty string."""
         since = len(history) - 1 - min(range(len(history)), key=lambda k: history[k]["validated"])
         if self.config.patience and since >= self.config.patience:
             text = " and the text's own loss" if self.config.objective.needs_labels else ""
@@ -74,31 +57,7 @@ _WIDE = (torch.float32, torch.float64)
 
 
 class MasterWeights:
-    """What an optimiser changes: the parameters themselves, or copies of those that are narrower than float32.
-
-    Parameters
-    ----------
-    parameters : mapping of str to torch.nn.Parameter
-        Those of the model.
-
-    Attributes
-    ----------
-    masters : dict of str to torch.nn.Parameter
-        Of each its float32 copy, or itself.
-
-    Examples
-    --------
-    >>> weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
-    >>> weights = MasterWeights({"weight": weight})
-    >>> weight.grad = torch.ones(1, dtype=torch.bfloat16)
-    >>> weights.collect()
-    >>> optimiser = torch.optim.SGD(weights.masters.values(), lr=1e-3)
-    >>> for _ in range(4):
-    ...     optimiser.step()
-    >>> weights.hand_on()
-    >>> round(weights.masters["weight"].item(), 4), weight.item()
-    (0.996, 0.99609375)
-    """
+    """Float32 copies (`masters`) of parameters in half precision; wider parameters are their own masters."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
@@ -108,7 +67,7 @@ class MasterWeights:
         }
 
     def collect(self) -> None:
-        """Add the gradients of the model's parameters to those of the copies."""
+        """Add the gradients of the parameters to those of the masters."""
         for parameter, master in self._narrow():
             if parameter.grad is not None:
                 given = parameter.grad.to(torch.float32)
@@ -116,18 +75,18 @@ class MasterWeights:
                 parameter.grad = None
 
     def hand_on(self) -> None:
-        """Give the model's parameters the values of the copies."""
+        """Copy the masters to the parameters."""
         with torch.no_grad():
             for parameter, master in self._narrow():
                 parameter.copy_(master)
 
     def clear(self) -> None:
-        """Forget all gradients."""
+        """Remove all gradients."""
         for parameter in (*self.parameters.values(), *self.masters.values()):
             parameter.grad = None
 
     def load(self, values: Mapping[str, Tensor]) -> None:
-        """Take values up again, by name."""
+        """Load values by name."""
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(values[name])
@@ -140,31 +99,9 @@ class MasterWeights:
 
 @contextmanager
 def narrowed_once(modules: Iterable[nn.Module], dtype: torch.dtype | None) -> Iterator[int]:
-    """Let linear layers without gradients take their products in the dtype that autocast would.
+    """Let frozen linear layers keep a copy in the dtype of autocast, which otherwise casts them at each use.
 
-    Autocast narrows a weight that has no gradient anew at each use, which for a few sequences takes as long as the
-    products themselves. What comes out is the same to the bit; outside autocast of this dtype a layer is as it was.
-
-    Parameters
-    ----------
-    modules : iterable of torch.nn.Module
-        What they contain is looked through. Layers that are trained, or kept elsewhere than in memory, stay.
-    dtype : torch.dtype or None
-        That of the autocast; None where there is none, and nothing is done.
-
-    Yields
-    ------
-    int
-        Bytes that the narrow copies take.
-
-    Examples
-    --------
-    >>> layer, state = nn.Linear(4, 4).requires_grad_(False), torch.ones(1, 4)
-    >>> with torch.autocast("cpu", torch.bfloat16):
-    ...     expected = layer(state)
-    ...     with narrowed_once([layer], torch.bfloat16) as taken:
-    ...         print(taken, torch.equal(layer(state), expected))
-    40 True
+    The products are bit-identical. Yields the bytes of the copies; does nothing if `dtype` is None.
     """
     apart = (dtype, torch.float64)  # autocast leaves these as they are
     narrowed = [] if dtype is None else [layer for layer in _frozen(modules) if layer.weight.dtype not in apart]
@@ -204,23 +141,7 @@ def _product(layer: nn.Linear, weight: Any, bias: Any) -> Any:
 
 
 class Optimisation:
-    """The steps of an optimiser, which can be gone on from.
-
-    Parameters
-    ----------
-    parameters : mapping of str to torch.nn.Parameter
-        What is trained.
-    config : DistillationConfig
-    steps : int
-        In all.
-    rate_of : callable
-        The share of the learning rate that a parameter of a name is trained at.
-
-    Attributes
-    ----------
-    weights : MasterWeights
-        Whose gradients are followed.
-    """
+    """AdamW with warm-up and cosine decay on master weights; `rate_of` maps a name to a share of the rate."""
 
     def __init__(
         self,
@@ -242,7 +163,7 @@ class Optimisation:
         )
 
     def _groups(self, config: DistillationConfig, rate_of: Callable[[str], float]) -> list[dict[str, Any]]:
-        """What is trained at the same rate, and with the same decay: matrices have some, vectors none."""
+        """Group parameters by rate and weight decay, which vectors do not have."""
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for name, master in self.weights.masters.items():
             decay = config.weight_decay if master.ndim > 1 else 0.0
@@ -250,7 +171,7 @@ class Optimisation:
         return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
 
     def step(self) -> None:
-        """Change the weights by the gradients that they have."""
+        """Clip gradients and update the weights."""
         if self.max_grad_norm:
             nn.utils.clip_grad_norm_(self.weights.masters.values(), self.max_grad_norm)
         self.optimiser.step()
@@ -258,20 +179,20 @@ class Optimisation:
         self.schedule.step()
 
     def tensors(self) -> dict[str, Tensor]:
-        """What has to be kept for going on later, by name; with what `said` says."""
+        """Return the tensors of the state by name."""
         state = self.optimiser.state_dict()["state"]
         held = {f"optimiser.{number}.{name}": value for number, its in state.items() for name, value in its.items()}
         return {f"parameter.{name}": p.detach() for name, p in self.weights.masters.items()} | held
 
     def said(self) -> dict[str, Any]:
-        """The JSON values of the same."""
+        """Return the JSON values of the state."""
         return {
             "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
             "rates": [group["lr"] for group in self.optimiser.param_groups],
         }
 
     def load(self, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
-        """Go on from what an optimisation of the same parameters kept."""
+        """Load a state."""
         self.weights.load({name: tensors[f"parameter.{name}"] for name in self.weights.masters})
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():

@@ -22,16 +22,9 @@ from streamline_hooks.repair.teacher import Taught
 
 @dataclass(frozen=True)
 class Share:
-    """What one process runs of a list of batches.
+    """Rows of batches that one rank runs, by the number of the batch.
 
-    Attributes
-    ----------
-    batches : dict of int to batch
-        By the batch's number, its sequences that are run here.
-    rows : dict of int to slice
-        Which these are.
-    idle : frozenset of int
-        The batches of which a sequence is run that counts for nothing, since another process counts it.
+    `idle` are batches of which one sequence is run without being counted, since another rank counts it.
     """
 
     batches: dict[int, Any]
@@ -40,20 +33,12 @@ class Share:
 
     @classmethod
     def whole(cls, batches: Sequence[Batch | Tensor]) -> Share:
-        """All of them."""
+        """Return all rows."""
         return cls(dict(enumerate(batches)), {n: slice(None) for n in range(len(batches))})
 
     @classmethod
     def of(cls, batches: Sequence[Batch | Tensor], processes: Processes, every: bool = False) -> Share:
-        """A process's sequences, see `shard_rows`.
-
-        Parameters
-        ----------
-        batches : sequence of mapping or torch.Tensor
-        processes : Processes
-        every : bool
-            Whether each process has to run something of every batch, since its forwards wait for those of the others.
-        """
+        """Return the rows of one rank, see `shard_rows`; with `every`, at least one row of each batch."""
         if processes.count == 1:
             return cls.whole(batches)
         rows = dict(enumerate(shard_rows(batches, processes)))
@@ -66,27 +51,19 @@ class Share:
         return cls({n: some_of(batches[n], its) for n, its in rows.items()}, rows, frozenset(idle if every else ()))
 
     def of_taught(self, taught: Sequence[Taught]) -> list[Taught]:
-        """The same part of what the original does on all batches."""
+        """Return the rows of the teacher states of all batches."""
         return [taught[n].rows(its) for n, its in self.rows.items()]
 
     @property
     def longest(self) -> int:
-        """The most sequences of one batch."""
+        """Largest number of sequences in one batch."""
         return max((sequences_of(batch) for batch in self.batches.values()), default=0)
 
 
 def add_gradients_up(
     work: DistributedStep, parameters: Mapping[str, nn.Parameter], reached: Sequence[Sequence[bool]]
 ) -> None:
-    """Give every process the sum of the gradients of all, to the same bits.
-
-    Parameters
-    ----------
-    work : DistributedStep
-    parameters : mapping of str to torch.nn.Parameter
-    reached : sequence of sequence of bool
-        Of each process, whether each parameter has a gradient. One that has none anywhere gets none.
-    """
+    """Sum gradients over ranks, bit-identically on all; `reached` says per rank which parameters have one."""
     if work.processes.count == 1:
         return
     wanted = [p for p, *has in zip(parameters.values(), *reached, strict=True) if any(has)]

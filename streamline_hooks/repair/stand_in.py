@@ -103,7 +103,7 @@ def place(
 
 
 def blocks_of(stack: BlockStack, stand_in: StandIn) -> tuple[nn.Module, ...]:
-    """The blocks of the model's own class that a stand-in is, each of which takes a slot; none of any other."""
+    """Return the blocks of the model's class in a replacement, each of which takes a slot."""
     if isinstance(stand_in, InheritedBlocks):
         return tuple(stand_in)
     if isinstance(stand_in, nn.Module) and Layout(list(stack.blocks)).takes_slot(stand_in):
@@ -112,15 +112,12 @@ def blocks_of(stack: BlockStack, stand_in: StandIn) -> tuple[nn.Module, ...]:
 
 
 def is_spliced(stack: BlockStack, stand_in: StandIn) -> bool:
-    """Whether nothing but a module without a slot, or nothing at all, stands in a window's place.
-
-    What the model says with it is then known from the states before the window alone.
-    """
+    """Whether a replacement is None or a module without a slot, and depends on the states before the window alone."""
     return stand_in is None or (isinstance(stand_in, nn.Module) and not blocks_of(stack, stand_in))
 
 
 def _trained(module: nn.Module) -> Iterator[nn.Module]:
-    """The module, or where some of its parameters are frozen, the parts that hold those that are not."""
+    """Yield the module, or its parts without frozen parameters."""
     parameters = list(module.parameters())
     own = list(module.parameters(recurse=False))
     if parameters and (all(p.requires_grad for p in parameters) or any(p.requires_grad for p in own)):
@@ -183,7 +180,7 @@ def size_of(stack: BlockStack, stand_in: StandIn) -> StandInSize:
 
 
 def _flops_of_block(block: nn.Module) -> int | None:
-    """Of the linear layers; where a matrix is anything else, a token may not be multiplied with all of it."""
+    """Return the FLOPs of the linear layers, or None if a block has other matrices."""
     layers = [module for module in block.modules() if isinstance(module, (nn.Linear, Conv1D))]
     known = {id(p) for layer in layers for p in layer.parameters()}
     if any(p.ndim > 1 and id(p) not in known for p in block.parameters()) or _has_experts(block):
@@ -225,7 +222,7 @@ def features_of(stack: BlockStack) -> int:
 
 
 def inner_width_of(stack: BlockStack, k: int) -> int | None:
-    """The width of a block's MLP, as the configuration says it; None where it does not."""
+    """Return the width of a block's MLP from the config, or None."""
     for name in ("intermediate_size", "ffn_dim", "n_inner"):
         stated = getattr(stack.config, name, None)
         if isinstance(stated, (list, tuple)) and len(stated) == len(stack):

@@ -197,23 +197,10 @@ class Student:
                 parameter.requires_grad_(True)
 
     def run(self, entrance: Tensor, batch: Batch | Tensor, *, logits: bool, states: bool) -> tuple[Any, list[Tensor]]:
-        """Run the student on from its first change.
+        """Run the student from block `start` on the states `entrance`, of shape (batch, tokens, features).
 
-        Parameters
-        ----------
-        entrance : torch.Tensor
-            What comes to block `start`, of shape (batch, tokens, features).
-        batch : mapping or torch.Tensor
-            The batch that it is of, for masks and positions.
-        logits, states : bool
-            What is needed: without the first nothing is run after the last window.
-
-        Returns
-        -------
-        output : Any
-            What the model returns; None where logits are not needed.
-        states : list of torch.Tensor
-            After each window, of shape (batch, tokens, features).
+        `batch` gives masks and positions. Return the model's output, None without `logits`, and with `states` the
+        states after each window; without `logits` nothing runs after the last window.
         """
         checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
         if checkpointed and torch.is_grad_enabled():
@@ -241,20 +228,7 @@ class Student:
         return (output if logits else None), found
 
     def original_answers(self, exit_: Tensor, batch: Batch | Tensor) -> Tensor:
-        """The original's answers, from the state that leaves its last block, without a graph.
-
-        Parameters
-        ----------
-        exit_ : torch.Tensor
-            Of shape (batch, tokens, features).
-        batch : mapping or torch.Tensor
-            The batch that it is of.
-
-        Returns
-        -------
-        torch.Tensor
-            Of shape (answers, features), see `Task.answers`.
-        """
+        """Return the teacher's answers (`Task.answers`) from the state that leaves its last block, without a graph."""
         with torch.no_grad():
             stack = self.teacher_stack
             output = resume(self.teacher, len(stack), exit_.clone(), batch, stack=stack.path)
@@ -262,10 +236,7 @@ class Student:
 
     @contextmanager
     def _without_earlier_splices(self) -> Iterator[None]:
-        """Leave out what earlier surgery put before block `start`: the entrance has passed it already.
-
-        It stands before what the student puts there, or behind the last block where all from `start` on are given up.
-        """
+        """Leave out what earlier surgery put before block `start`, which the entrance has passed."""
         earlier = {id(module) for module in spliced(self.stack[self.start], BEFORE)}
         if not earlier:
             yield
@@ -280,7 +251,7 @@ class Student:
             put_back()
 
     def _require_one_vocabulary(self) -> None:
-        """Raise if the teacher says something about other tokens."""
+        """Raise if the teacher has another vocabulary."""
         both: list[Any] = [self.model, self.teacher]
         heads = [head() for one in both if callable(head := getattr(one, "get_output_embeddings", None))]
         sizes = [head.weight.shape[0] for head in heads if head is not None]
@@ -291,7 +262,7 @@ class Student:
             )
 
     def _require_own(self) -> None:
-        """Raise if training would change the original, or if one module stood in two places."""
+        """Raise if training would change the original, or a module is in two places."""
         modules = [stand_in for _, stand_in in self.stand_ins if isinstance(stand_in, nn.Module)]
         original = set(self.model.parameters())
         taken = set(original)
@@ -317,7 +288,7 @@ class Student:
         )
 
     def _places_after(self) -> list[tuple[int, bool]]:
-        """Where the state after each window arrives, in the present numbering: entering a block, or at the end."""
+        """Return for each window the present block its output enters, and whether it is the end of the stack."""
         present = list(find_stack(self.model, self.stack.path).blocks)
         ends = []
         for window in self.windows:
@@ -331,7 +302,7 @@ class Student:
 
 
 def _kept_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a checkpoint holds, by their path."""
+    """Return the persistent buffers by path."""
     return {
         f"{path}.{name}".lstrip("."): buffer
         for path, owner in module.named_modules()
@@ -355,7 +326,7 @@ def _require_apart(windows: Sequence[range]) -> None:
 
 
 def merge_adapters(block: nn.Module) -> None:
-    """Add what adapters learnt to the weights beside them, in a copy that shares them with the original no more."""
+    """Merge LoRA adapters of a copy into weights of its own."""
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:  # without peft there is none

@@ -27,18 +27,10 @@ from streamline_hooks.wrapping import is_sharded
 
 @dataclass(frozen=True)
 class Taught:
-    """What is kept of one batch; each of shape (batch, tokens, features), on the CPU.
+    """Cached states of one batch, of shape (batch, tokens, features), on the CPU.
 
-    Attributes
-    ----------
-    entrance : torch.Tensor
-        What comes to the first block that is changed.
-    after : tuple of torch.Tensor
-        What leaves each window; empty where states are not compared.
-    exit : torch.Tensor or None
-        What leaves the last block, before the final norm; None where logits are not needed.
-    mask : torch.Tensor or None
-        Which of the stack's tokens are real, boolean, of shape (batch, tokens); None where all are.
+    `entrance` enters the first changed block, `after` leaves each window, `exit` leaves the last block before the
+    final norm. `mask` marks real tokens; None if all are.
     """
 
     entrance: Tensor
@@ -48,16 +40,16 @@ class Taught:
 
     @property
     def real(self) -> Tensor:
-        """The mask, also where every token is real."""
+        """The mask, also if all tokens are real."""
         return torch.ones(self.entrance.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
 
     @property
     def tokens(self) -> int:
-        """The number of real tokens."""
+        """Number of real tokens."""
         return self.entrance.shape[:2].numel() if self.mask is None else int(self.mask.sum())
 
     def rows(self, rows: slice) -> Taught:
-        """The same of some of the sequences."""
+        """Return some of the sequences."""
         return Taught(
             self.entrance[rows],
             tuple(state[rows] for state in self.after),
@@ -68,18 +60,10 @@ class Taught:
 
 @dataclass(frozen=True)
 class TaughtStates:
-    """What is kept of all batches, and of where.
+    """Cached states of all batches.
 
-    Attributes
-    ----------
-    start : int or None
-        The first block that is changed; None where nothing of this model is, and an entrance is what leaves it.
-    after : tuple of range
-        The windows whose last states are there.
-    exits : bool
-        Whether the states that leave the last block are there.
-    batches : list of Taught
-        One a batch.
+    `start` is the first changed block, None if the entrance is what leaves the model; `after` the windows whose
+    outputs are cached; `exits` whether the outputs of the last block are.
     """
 
     start: int | None
@@ -103,46 +87,10 @@ def taught_states(
     what: str = "original",
     say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[TaughtStates]:
-    """Run every batch through the original once, as far as anything is needed.
+    """Cache the states of every batch in one forward, no further than needed.
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-    batches : sequence of mapping or torch.Tensor
-    start : int or None
-        The first block that is changed; None where nothing of this model is, and only what leaves it is needed.
-    after : sequence of range
-        Windows whose last state is compared.
-    exits : bool
-        Whether logits are needed; else nothing is run after the last window.
-    stack : str, optional
-        Path of the stack, see `find_stack`.
-    dtype : torch.dtype, optional
-        As what they are kept, for instance bfloat16 for half the room; by default as they are.
-    memory : int
-        Bytes that they may take; what is more goes to files, which the system reads as it needs them.
-    folder : str or Path, optional
-        Where to make the files, which vanish in the end.
-    what : str
-        What the bar says.
-    say : callable
-        Is told where memory did not suffice, and fewer sequences are run at a time.
-
-    Yields
-    ------
-    TaughtStates
-
-    Raises
-    ------
-    StreamlineError
-        If a state is not finite, or a file cannot be written.
-
-    Examples
-    --------
-    >>> from streamline_hooks.testing import tiny_model
-    >>> with taught_states(tiny_model("llama"), [torch.arange(3, 15).view(2, 6)], 2) as states:
-    ...     tuple(states.batches[0].entrance.shape), states.exits
-    ((2, 6, 32), True)
+    `memory` is in bytes; what exceeds it goes to temporary files in `folder`. `dtype` is that of the cache, by default
+    that of the model. `say` is told if fewer sequences fit into device memory.
     """
     found = find_stack(model, stack)
     ends = [window.stop - 1 for window in after] + ([len(found) - 1] if exits else [])
@@ -174,7 +122,7 @@ def _run(
     room: StateMemory,
     rows: int,
 ) -> list[Taught]:
-    """What is kept of every batch, of which so many sequences are run at a time."""
+    """Cache the states of every batch, `rows` sequences at a time."""
     options = {"detach": True, "device": "cpu", "dtype": dtype, "stack": stack}
     entering = (
         None if start is None else HiddenStateRecorder(model, [start], outputs=False, stop=not ends, **options)  # type: ignore[arg-type]
@@ -247,7 +195,7 @@ class StateMemory:
 
 
 def _reserve(file: int, size: int) -> None:
-    """Make a file so large; a full disk is told here, where writing to the mapping would end the process."""
+    """Allocate the file now: on a full disk, writing to the mapping would kill the process."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file, 0, size)
     else:  # not on macOS
@@ -265,26 +213,7 @@ def taught_to(
     what: str = "original",
     say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[TaughtStates]:
-    """Run every batch through the original once, and through the teacher where that is another model.
-
-    Parameters
-    ----------
-    student : Student
-    batches : sequence of mapping or torch.Tensor
-    hardware : HardwareConfig
-        Memory and data type of the states.
-    after, exits, what, say
-        See `taught_states`.
-
-    Yields
-    ------
-    TaughtStates
-
-    Raises
-    ------
-    StreamlineError
-        If states are to be compared with those of another model.
-    """
+    """Cache the states of every batch for a student, and the exits of its teacher if that is another model."""
     shared: dict[str, Any] = {"dtype": hardware.kept_dtype, "memory": hardware.state_memory, "say": say}
     own: dict[str, Any] = {**shared, "stack": student.stack.path}
     if student.teacher is student.model:

@@ -176,7 +176,7 @@ def _nothing(line: str) -> None:
 
 
 def _require_whole(student: Student) -> None:
-    """Raise where what is trained is, or would change, a part of a sharded model."""
+    """Raise if a part of a sharded model would be trained or changed."""
     kinds = [
         type(one).__name__
         for _, one in student.stand_ins
@@ -194,7 +194,7 @@ def _require_whole(student: Student) -> None:
 
 
 def _require_reached(student: Student, objective: Objective) -> None:
-    """Raise where some of what is trained comes after all that the objective looks at."""
+    """Raise if a trained module comes after all that the loss sees."""
     end = max((window.stop for window in student.windows), default=0)
     behind = [f"block {k}" for k in student.copies if k >= end] + list(student.outside)
     if behind and not objective.needs_logits:
@@ -205,7 +205,7 @@ def _require_reached(student: Student, objective: Objective) -> None:
 
 
 def _require_comparable(student: Student, objective: Objective) -> None:
-    """Raise where the state behind a window has passed what earlier surgery put there, in the student alone."""
+    """Raise if earlier surgery put a module after a window whose state is compared."""
     stack = student.stack
     ends = [(stack[w.stop], BEFORE) if w.stop < len(stack) else (stack[-1], AFTER) for w in student.windows]
     if objective.needs_states and any(spliced(block, where) for block, where in ends):

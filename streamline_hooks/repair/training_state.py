@@ -29,13 +29,7 @@ _WITHOUT_DIGEST = 7  # says the same
 
 
 def write_state(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
-    """Write tensors and JSON values to one file, which takes the place of an earlier one at the end.
-
-    Raises
-    ------
-    StreamlineError
-        If the file cannot be written; an earlier one is as it was.
-    """
+    """Write tensors and JSON values to one file atomically."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_file(path) as new:
         text = json.dumps({**said, "format": _FORMAT})
@@ -43,14 +37,7 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, An
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `write_state` wrote.
-
-    Raises
-    ------
-    StreamlineError
-        If there is no such file, it is not one of a training, it is damaged, or another version wrote it. Files of
-        format 7 have no digest, so that damage to their values is not found.
-    """
+    """Read the file of `write_state`; files of format 7 have no digest."""
     if not path.is_file():
         raise StreamlineError(f"There is no training to resume at {path}; leave --resume out to begin one.")
     try:
@@ -87,7 +74,7 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Where torch's random numbers are, on the CPU and on a GPU that is trained on."""
+    """Return the random states of the CPU and of the training device."""
     state = {"random": torch.get_rng_state()}
     if device.type == "cuda":
         state["random.cuda"] = torch.cuda.get_rng_state(device)
@@ -95,7 +82,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Go on from there; a GPU from where it is, if the state is of a training without one."""
+    """Restore random states."""
     torch.set_rng_state(state["random"])
     if "random.cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["random.cuda"], device)
@@ -109,18 +96,7 @@ def fingerprint(
     batches: Sequence[Batch | Tensor],
     validation: Sequence[Batch | Tensor],
 ) -> str:
-    """Of everything that a training's result depends on but the present values of what is trained.
-
-    Parameters
-    ----------
-    config : DistillationConfig
-    hardware : HardwareConfig
-    student : Student
-    parameters : mapping of str to torch.Tensor
-        What is trained.
-    batches, validation : sequence of mapping or torch.Tensor
-        What is trained on, and validated on.
-    """
+    """Return a fingerprint of all that determines a training run except the trainable weights."""
     said = {name: _said(value) for name, value in _settings(config, hardware).items()}
     shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
     parts = [part for modules in student.modules.values() for module in modules for part in module.modules()]
@@ -169,7 +145,7 @@ def _weights(loss: Mapping[str, float]) -> dict[str, float]:
 
 
 def _said(value: Any) -> str:
-    """A setting, in which a whole number is the same however it is written."""
+    """Format a setting; 1 and 1.0 are the same."""
     if isinstance(value, dict):
         return str({name: _said(one) for name, one in value.items()})
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
@@ -179,10 +155,7 @@ _SAMPLE = 64  # values of each parameter
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    """The first values of a parameter; one that is divided among processes is gathered, for which all have to ask.
-
-    A copy: what NumPy has seen cannot give its memory back, as sharded parameters do between two forwards.
-    """
+    """Return a copy of the first values of a parameter; sharded ones are gathered, by all ranks."""
     values = parameter.detach()
     gather = getattr(values, "full_tensor", None)
     return (values if gather is None else gather()).flatten()[:_SAMPLE].clone()

@@ -92,7 +92,7 @@ def inherit_silenced(stack: BlockStack, window: range, batch: Batch | Tensor | N
 
 
 def _copied(block: nn.Module) -> nn.Module:
-    """A copy of a block alone, to be trained."""
+    """Return a trainable copy of a block without splices."""
     memo: dict[int, object] = {}
     if torch.empty(0).is_meta:
         memo = {
@@ -161,7 +161,7 @@ def merge(stack: BlockStack, window: range, weight: float = 1.0) -> nn.Module:
 
 
 def _multiplied(block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of modules that have a matrix, by name."""
+    """Yield the named parameters of modules that have a matrix."""
     for path, module in block.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if any(parameter.ndim > 1 for parameter in own.values()):
