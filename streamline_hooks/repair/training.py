@@ -165,10 +165,23 @@ def _train(
             mine = shares[0].of_taught(taught.batches)
         own = list(shares[1].batches.values())
         apart = exits.enter_context(taught_to(student, own, hardware, what="original, validation", say=told)).batches
-        more: dict[str, Any] = {"hardware": hardware, "checkpoint": file, "callbacks": callbacks}
-        more |= {"shares": shares, "work": work, "sharded": sharded}
-        more["spent"] = time.perf_counter() - began
-        return Loop(student, batches, validation, mine, apart, config, told, **more).run(resume)
+        loop = Loop(
+            student,
+            batches,
+            validation,
+            mine,
+            apart,
+            config,
+            told,
+            hardware=hardware,
+            checkpoint=file,
+            callbacks=callbacks,
+            shares=shares,
+            work=work,
+            sharded=sharded,
+            spent=time.perf_counter() - began,
+        )
+        return loop.run(resume)
 
 
 def _nothing(line: str) -> None:

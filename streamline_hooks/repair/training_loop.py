@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,24 +15,26 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from streamline_hooks.batch import Batch, device_of, has_tokens, tokens_of
+from streamline_hooks.batch import Batch, device_of, has_tokens, real_tokens, tokens_of
 from streamline_hooks.core.hardware_config import HardwareConfig
 from streamline_hooks.core.out_of_memory import halve_rows
 from streamline_hooks.digests import batches_digest
+from streamline_hooks.distance import reference_of, summed_distance
 from streamline_hooks.distributed import (
     AllInterrupted,
     DistributedStep,
     Interrupts,
-    Processes,
     agreed,
     noted_interrupts,
+    some_of,
 )
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.generation import seed_generators
 from streamline_hooks.passes import progress
+from streamline_hooks.predicted import UNCOUNTED, following_tokens
 from streamline_hooks.repair.callbacks import TrainingCallback, TrainingProgress
 from streamline_hooks.repair.distillation_config import DistillationConfig
-from streamline_hooks.repair.forwards import Forwards
+from streamline_hooks.repair.objective import summed_divergence
 from streamline_hooks.repair.optimisation import Course, Optimisation
 from streamline_hooks.repair.share import Share, add_gradients_up
 from streamline_hooks.repair.student import Student
@@ -44,36 +47,19 @@ from streamline_hooks.repair.training_state import (
     set_random_state,
     write_state,
 )
+from streamline_hooks.task import logits_of
 
 _T = TypeVar("_T")
 _Losses = list[tuple[float, int]]  # each summed over so many tokens
 logger = logging.getLogger(__name__)
 
 
-class Loop(Forwards):
-    """One training on its way, in one process or in several that make the same steps.
+class Loop:
+    """A training run: its steps, validations and training file.
 
-    Parameters
-    ----------
-    student : Student
-    batches, validation : sequence of mapping or torch.Tensor
-        All of them, in every process.
-    taught, validation_taught : list of Taught
-        What the original does on this process's share of each, a batch of the share each.
-    config : DistillationConfig
-    say : callable
-    hardware : HardwareConfig, optional
-    checkpoint : Path, optional
-        The file to resume from.
-    callbacks : sequence of TrainingCallback
-    shares : pair of Share, optional
-        This process's part of the batches and of the validation; by default all.
-    work : DistributedStep, optional
-        What the processes exchange; by default there is one.
-    sharded : bool
-        Whether forwards of the processes wait for one another, so that each has to make as many.
-    spent : float
-        Seconds that were spent for it so far, by this process, and are to count where time is short.
+    `batches` and `validation` are complete on every rank; `taught`, `validation_taught` and `shares` are of this rank.
+    With `sharded`, every rank makes as many forwards as the others. `spent` are seconds of preparation, which count
+    towards `max_minutes`.
     """
 
     def __init__(
@@ -86,20 +72,19 @@ class Loop(Forwards):
         config: DistillationConfig,
         say: Callable[[str], None],
         *,
-        hardware: HardwareConfig | None = None,
-        checkpoint: Path | None = None,
-        callbacks: Sequence[TrainingCallback] = (),
-        shares: tuple[Share, Share] | None = None,
-        work: DistributedStep | None = None,
-        sharded: bool = False,
-        spent: float = 0.0,
+        hardware: HardwareConfig,
+        checkpoint: Path | None,
+        callbacks: Sequence[TrainingCallback],
+        shares: tuple[Share, Share],
+        work: DistributedStep,
+        sharded: bool,
+        spent: float,
     ) -> None:
         self.student, self.batches, self.validation, self.say = student, batches, validation, say
-        self.config, self.hardware = config.seeded(0), hardware or HardwareConfig()
+        self.config, self.hardware = config.seeded(0), hardware
         self.checkpoint, self.callbacks = checkpoint, callbacks
-        self.task = student.task
-        self.work = work or DistributedStep("train", Processes())
-        self.share, self.validation_share = shares or (Share.whole(batches), Share.whole(validation))
+        self.task, self.work = student.task, work
+        self.share, self.validation_share = shares
         self.taught = dict(zip(self.share.batches, taught, strict=True))
         self.validation_taught = dict(zip(self.validation_share.batches, validation_taught, strict=True))
         self.sharded, self.spent = sharded, spent
@@ -343,7 +328,97 @@ class Loop(Forwards):
         best = min(self.history, key=lambda row: row["validated"])
         return f"{loss}{measure} {self.history[-1]['distance']:.4f}, best {best['distance']:.4f}"
 
-    # What is kept for going on later.
+    def _backward(self, number: int, answers: int, tokens: int) -> float:
+        total = 0.0
+        for taught, batch in self._parts(self.taught[number], self.share.batches[number]):
+            loss = self._loss(taught, batch, answers, tokens)
+            if number in self.share.idle:
+                loss = 0.0 * loss
+            loss.backward()
+            self.weights.collect()
+            total += float(loss.detach())
+        return total
+
+    def _loss(self, taught: Taught, batch: Batch | Tensor, answers: int, tokens: int) -> Tensor:
+        """The loss: its part of what is said a number of answers, its part of states a number of tokens."""
+        objective = self.config.objective
+        with self.hardware.autocast_on(self.device):
+            output, states = self.student.run(
+                taught.entrance, batch, logits=objective.needs_logits, states=objective.needs_states
+            )
+            original = self._original(taught, batch) if objective.needs_original_logits else None
+        after = [state.to(self.device) for state in taught.after]
+        loss = objective.of_states(states, after, taught.real.to(self.device)) / max(1, tokens)
+        if output is not None:
+            said, following = self.task.answers(output, batch), self._following(batch, output)
+            loss = loss + objective.of_answers(said, original, following) / answers
+        return loss
+
+    def _following(self, batch: Batch | Tensor, output: Any) -> Tensor | None:
+        """The token that is to follow on each answer in an output; None where no text is learned."""
+        if not self.config.objective.needs_labels:
+            return None
+        given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+        wanted = "labels" if self.task.name == "seq2seq" else "input_ids"
+        if wanted not in given:
+            raise StreamlineError(
+                f"The loss {self.config.objective} predicts a text, and a batch has none ({', '.join(given)}). "
+                f"Give {wanted}, or train on what the original says (kl)."
+            )
+        ids = given[wanted].to(logits_of(output).device)
+        if wanted == "labels":
+            following = ids
+        else:
+            mask = real_tokens(given)
+            real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
+            following = following_tokens(ids, real, given.get("position_ids"))
+            if isinstance(labels := given.get("labels"), Tensor) and labels.shape == ids.shape:
+                # What has no label is not learned: an image's places, or the question of a conversation.
+                unlabelled = labels.to(ids.device).roll(-1, dims=1) == UNCOUNTED
+                following = following.masked_fill(unlabelled, UNCOUNTED)
+        answered = self.task.answers(following[..., None], batch)[:, 0]  # chosen as of logits
+        if wanted == "labels" and (left := int((following != UNCOUNTED).sum() - (answered != UNCOUNTED).sum())):
+            raise StreamlineError(
+                f"{left} labels are at places that decoder_attention_mask leaves out. Let the mask have the places "
+                f"whose labels are to be learned, or give the label {UNCOUNTED} there."
+            )
+        return answered
+
+    def _original(self, taught: Taught, batch: Batch | Tensor) -> Tensor:
+        assert taught.exit is not None
+        return self.student.original_answers(taught.exit, batch)
+
+    def validation_sums(self) -> tuple[float, float, int]:
+        """The distances of this process's share of the validation, what else is minimised, and how many answers it has.
+
+        Both are sums in float64; for the second see `Objective.besides_distance`.
+        """
+        total, others, answers, objective = 0.0, 0.0, 0, self.config.objective
+        with torch.no_grad(), _evaluating(self.student):
+            for number, batch in self.validation_share.batches.items():
+                for part, rows in self._parts(self.validation_taught[number], batch):
+                    with self.hardware.autocast_on(self.device):
+                        output, _ = self.student.run(part.entrance, rows, logits=True, states=False)
+                        original = self._original(part, rows)
+                    if number not in self.validation_share.idle:
+                        said = self.task.answers(output, rows)
+                        if self.task.gives_distributions:
+                            total += float(summed_divergence(said, original))
+                        else:
+                            total += summed_distance(self.task, reference_of(self.task, original), said)
+                        others += objective.besides_distance(said, original, self._following(rows, output))
+                        answers += len(said)
+        return total, others, answers
+
+    def _parts(self, taught: Taught, batch: Batch | Tensor) -> Iterator[tuple[Taught, Batch | Tensor]]:
+        """A batch in parts of as many sequences as there is memory for."""
+        whole = len(taught.entrance)
+        if whole <= self.rows or self.sharded:
+            yield taught, batch
+            return
+        for start in range(0, whole, self.rows):
+            rows = slice(start, start + self.rows)
+            yield taught.rows(rows), some_of(batch, rows)
 
     def _keep_or_warn(self) -> None:
         """Keep the state, and go on where it cannot be written: it is not worth the weights that are there."""
@@ -403,3 +478,12 @@ def _mean(losses: _Losses) -> float | None:
     """Return the mean loss per token."""
     tokens = sum(count for _, count in losses)
     return math.fsum(value for value, _ in losses) / tokens if tokens else None
+
+
+@contextmanager
+def _evaluating(student: Student) -> Iterator[None]:
+    student.training = False
+    try:
+        yield
+    finally:
+        student.training = True

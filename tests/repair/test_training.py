@@ -20,10 +20,10 @@ from torch import nn
 
 from streamline_hooks import HardwareConfig, LinearReplacement, StreamlineError, repair
 from streamline_hooks.cli.short_forms import parse_healing, parse_loss
-from streamline_hooks.repair import TrainingCallback, training_loop
+from streamline_hooks.repair import TrainingCallback
 from streamline_hooks.repair.distillation_config import DistillationConfig
 from streamline_hooks.repair.objective import Objective
-from streamline_hooks.repair.optimisation import Course
+from streamline_hooks.repair.optimisation import Course, Optimisation
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import taught_states
 from streamline_hooks.repair.trained import Trained
@@ -675,24 +675,15 @@ def test_matrices_decay_and_vectors_do_not() -> None:
             super().__init__()
             self.matrix, self.vector = nn.Parameter(torch.ones(32, 32)), nn.Parameter(torch.ones(32))
 
-        def forward(self, state: torch.Tensor) -> torch.Tensor:
-            return state + 0.0 * (state @ self.matrix + self.vector)
-
     module = Still()
-    loop = training_loop.Loop(
-        Student(tiny_model("llama"), [(range(2, 4), module)]), *[BATCHES] * 2, *taught(), QUICK, print
-    )
+    optimisation = Optimisation(dict(module.named_parameters()), QUICK, 4, lambda name: 1.0)
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    loop.optimisation.optimiser.param_groups[0]["lr"] = loop.optimisation.optimiser.param_groups[1]["lr"] = 0.5
-    loop.optimisation.optimiser.step()
+    for group in optimisation.optimiser.param_groups:
+        group["lr"] = 0.5
+    optimisation.optimiser.step()
     assert torch.allclose(module.matrix, torch.full((32, 32), 1 - 0.5 * QUICK.weight_decay))
     assert torch.equal(module.vector, torch.ones(32))
-
-
-def taught() -> tuple[Any, Any]:
-    with taught_states(tiny_model("llama"), BATCHES, 2) as states:
-        return list(states.batches), list(states.batches)
 
 
 def test_a_gradient_from_before_is_not_trained_on() -> None:
