@@ -23,7 +23,7 @@ from streamline_hooks.passes import recorded
 from streamline_hooks.precision import widen
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.repair.closed_form import solve
-from streamline_hooks.repair.stand_in import Batches
+from streamline_hooks.repair.stand_in import Batches, fit_possible
 from streamline_hooks.replacements import LinearReplacement, NormedLinearReplacement
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.statistics import WindowMoments
@@ -99,21 +99,14 @@ def fit_branches(
     probe: Batch | Tensor | None,
 ) -> dict[tuple[int, Branch], BranchLinear | UnsupportedSurgery]:
     """Fit linear maps for branches, or return why a branch cannot be replaced."""
-    try:
-        options = {"stack": stack.path, "probe": probe}
-        found = fit_branch_linear(stack.model, branches, fit, held_out, **options)  # type: ignore[arg-type]
-    except UnsupportedSurgery as error:  # before anything long was run
-        if len(branches) == 1:
-            return {branches[0]: error}
-        half = len(branches) // 2
-        parts = (branches[:half], branches[half:])
-        return {k: v for part in parts for k, v in fit_branches(stack, part, fit, held_out, probe).items()}
-    return dict(zip(branches, found, strict=True))
+
+    def fitted(part: Sequence[tuple[int, Branch]]) -> list[BranchLinear]:
+        return fit_branch_linear(stack.model, part, fit, held_out, stack=stack.path, probe=probe)
+
+    return dict(zip(branches, fit_possible(branches, fitted), strict=True))
 
 
-def replace_branches(
-    surgeon: LayerSurgeon, fitted: Sequence[BranchLinear], *, batch: Batch | Tensor | None = None
-) -> list[nn.Module]:
+def replace_branches(surgeon: LayerSurgeon, fitted: Sequence[BranchLinear]) -> list[nn.Module]:
     """Silence branches and splice in their maps in an open surgeon; return the maps in the order of `fitted`.
 
     All branches must be given in one call, before anything else is inserted beside these blocks: the map of the first
@@ -125,7 +118,7 @@ def replace_branches(
             _require_free(surgeon, one)
     for k in sorted(range(len(fitted)), key=lambda k: (fitted[k].block, not fitted[k].is_first)):
         one = fitted[k]
-        surgeon.silence(one.block, one.branch, batch=batch)
+        surgeon.silence(one.block, one.branch)
         place = one.block if one.is_first else one.block + 1
         modules[k] = surgeon.insert(place, one.module())
     return [modules[k] for k in range(len(fitted))]

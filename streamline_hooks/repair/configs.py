@@ -15,7 +15,7 @@ from streamline_hooks.core.config import Bound
 from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.repair.folded import fit_scale, measure_fold_moments, solve_fold
 from streamline_hooks.repair.replacement_config import ReplacementConfig, register_replacement
-from streamline_hooks.repair.stand_in import Batches, Repair, StandIn, features_of, inner_width_of
+from streamline_hooks.repair.stand_in import Batches, Repair, StandIn, features_of, fit_possible, inner_width_of
 from streamline_hooks.replacements import (
     FeedForwardReplacement,
     LinearReplacement,
@@ -206,18 +206,15 @@ def fit_folded(
     what: str,
 ) -> list[Repair | UnsupportedSurgery]:
     """Fit maps for windows, halving the list around windows that cannot be folded."""
-    try:
+
+    def fitted(part: Sequence[range]) -> list[Repair | UnsupportedSurgery]:
         sums = [
-            measure_fold_moments(stack.model, batches, windows, stack=stack.path, probe=probe, what=part + what)
-            for batches, part in ((fit, "fit"), (held_out, "hold out"))
+            measure_fold_moments(stack.model, batches, part, stack=stack.path, probe=probe, what=name + what)
+            for batches, name in ((fit, "fit"), (held_out, "hold out"))
         ]
-    except UnsupportedSurgery as error:  # before anything long was run
-        if len(windows) == 1:
-            return [error]
-        half = len(windows) // 2
-        parts = (windows[:half], windows[half:])
-        return [one for part in parts for one in fit_folded(stack, part, fit, held_out, probe, what)]
-    return [_folded(window, *pair) for window, pair in zip(windows, zip(*sums, strict=True), strict=True)]
+        return [_folded(window, *pair) for window, pair in zip(part, zip(*sums, strict=True), strict=True)]
+
+    return fit_possible(windows, fitted)
 
 
 def _folded(window: range, fit: WindowMoments, held_out: WindowMoments) -> Repair | UnsupportedSurgery:

@@ -132,8 +132,8 @@ class MagnitudeGap:
     For each sequence and feature it is Σ|yᵢ|/Σ|xᵢ| over tokens; the factor is the mean over features and sequences.
     """
 
-    def __init__(self, features: int) -> None:
-        self.features, self.sequences, self.tokens = features, 0, 0
+    def __init__(self) -> None:
+        self.sequences, self.tokens = 0, 0
         self._ratios = 0.0
         self._xx = self._xy = 0.0  # relative to ‖y‖², summed over tokens
 
@@ -160,7 +160,9 @@ class MagnitudeGap:
     def factor(self) -> float:
         """Return α."""
         if not self.sequences:
-            raise StreamlineError("No token has been counted yet; update with a batch that has real tokens.")
+            raise StreamlineError(
+                "There is no token to measure the magnitude on. Expected a batch with real tokens. Pass one."
+            )
         return self._ratios / self.sequences
 
     def error(self, factor: float) -> float:
@@ -174,13 +176,10 @@ def fit_scale(
     """Measure the factor of a window in one pass that ends after it."""
     record = HiddenStateRecorder(model, sorted({window.start, window.stop - 1}), stop=True, stack=stack)
     first, last = record.stack[window.start], record.stack[window.stop - 1]
-    gap: MagnitudeGap | None = None
+    gap = MagnitudeGap()
     cost = f"magnitude: {window.stop} of {len(record.stack)} blocks"
     with recorded(model, batches, record, cost) as passed:
         for _, mask, _ in passed:
             entering = by_token(record.inputs[window.start][0], first)
-            gap = gap or MagnitudeGap(entering.shape[-1])
             gap.update(entering, by_token(record.outputs[window.stop - 1][0], last), mask)
-    if gap is None:
-        raise StreamlineError("There is no batch to measure the magnitude on; give one at least.")
     return Scaled(window, gap.factor, gap.error(gap.factor), gap.error(1.0))

@@ -20,6 +20,7 @@ from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair.folded import Folded, Scaled
 from streamline_hooks.repair.stand_in import StandIn
 from streamline_hooks.repair.student import Student
+from streamline_hooks.replacements.block import trainable_copy
 from streamline_hooks.stack import BlockStack, find_stacks
 from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.surgery.silence import silent_inside, silent_parameters
@@ -139,7 +140,7 @@ def healing_copies(
         copies = {
             k: with_adapters(stack[k], healing.rank, healing.alpha, healing.dropout, healing.targets)
             if healing.method == "lora"
-            else _whole(stack[k])
+            else trainable_copy(stack[k])
             for k in chosen
         }
     return copies, _head(stack.model) if healing.head else {}
@@ -195,17 +196,6 @@ def student_of(
     return Student(stack.model, stand_ins, copies=copies, outside=outside, **options)
 
 
-def _whole(module: nn.Module) -> nn.Module:
-    made = copy.deepcopy(module)
-    for place in (BEFORE, AFTER):  # what is spliced in beside a block is no part of it
-        set_splices(made, place, [])
-    silent = silent_inside(made)  # what was silenced stays so
-    for parameter in made.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(id(parameter) not in silent)
-    return made
-
-
 def _head(model: nn.Module) -> dict[str, nn.Module]:
     ask = getattr(model, "get_output_embeddings", None)
     head = ask() if callable(ask) else None
@@ -219,7 +209,7 @@ def _head(model: nn.Module) -> dict[str, nn.Module]:
                 f"The LM head of {type(model).__name__} is {name} as well: trained alone, it would be a new matrix of "
                 f"{parameter.numel():,} parameters. Train the last blocks instead, or untie the two first."
             )
-    return {path: _whole(head)}
+    return {path: trainable_copy(head)}
 
 
 def with_adapters(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.repair.folded import Folded, Scaled
 from streamline_hooks.replacements import InheritedBlocks
 from streamline_hooks.stack import BlockStack
@@ -24,6 +24,8 @@ into the block before the window, or a factor that is folded into the weights be
 
 
 Batches = Sequence[Batch | Tensor]
+_Item = TypeVar("_Item")
+_Fitted = TypeVar("_Fitted")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,19 @@ class Repair:
     removal_error: float
     repaired_error: float
     ridge: float | None
+
+
+def fit_possible(
+    items: Sequence[_Item], fit: Callable[[Sequence[_Item]], Sequence[_Fitted]]
+) -> list[_Fitted | UnsupportedSurgery]:
+    """Fit in as few calls as possible, halving the items where `fit` raises UnsupportedSurgery for one of them."""
+    try:
+        return list(fit(items))
+    except UnsupportedSurgery as error:
+        if len(items) == 1:
+            return [error]
+        half = len(items) // 2
+        return fit_possible(items[:half], fit) + fit_possible(items[half:], fit)
 
 
 @checked()
@@ -183,13 +198,12 @@ def _flops_of_block(block: nn.Module) -> int | None:
     """Return the FLOPs of the linear layers, or None if a block has other matrices."""
     layers = [module for module in block.modules() if isinstance(module, (nn.Linear, Conv1D))]
     known = {id(p) for layer in layers for p in layer.parameters()}
-    if any(p.ndim > 1 and id(p) not in known for p in block.parameters()) or _has_experts(block):
+    if any(p.ndim > 1 and id(p) not in known for p in block.parameters()) or any(
+        isinstance(module, nn.ModuleList) and len(module) > 1
+        for module in block.modules()  # experts
+    ):
         return None
     return 2 * sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim > 1)
-
-
-def _has_experts(block: nn.Module) -> bool:
-    return any(isinstance(module, nn.ModuleList) and len(module) > 1 for module in block.modules())
 
 
 def features_of(stack: BlockStack) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -89,7 +90,7 @@ class Student:
         self._require_one_vocabulary()
         self._require_own()
         self.training = True
-        first = [_first_change(window, stand_in) for window, stand_in in self.stand_ins]
+        first = [window.start - isinstance(stand_in, Folded) for window, stand_in in self.stand_ins]
         self.start = min([*first, *self.copies, len(self.stack) - 1])
         with self.opened():
             pass  # so that the modules are known
@@ -211,12 +212,13 @@ class Student:
             entering = [k for k, at_end in self._ends if not at_end]
             leaving = len(entering) < len(self._ends)
             records: list[HiddenStateRecorder] = []
+            record = partial(HiddenStateRecorder, self.model, detach=False, stack=self.stack.path)
             if states and entering:
-                records.append(self._record(entering, True, stop=not (logits or leaving)))
+                records.append(record(entering, outputs=False, stop=not (logits or leaving)))
             if states and leaving:
-                records.append(self._record([-1], False, stop=not logits))
-            for record in records:
-                exits.enter_context(record)
+                records.append(record([-1], inputs=False, stop=not logits))
+            for one in records:
+                exits.enter_context(one)
             try:
                 output = resume(self.model, self.start, given, batch, stack=self.stack.path, before_splices=True)
             except ForwardStopped:
@@ -276,17 +278,6 @@ class Student:
                 )
             taken |= own
 
-    def _record(self, blocks: list[int], entering: bool, *, stop: bool) -> HiddenStateRecorder:
-        return HiddenStateRecorder(
-            self.model,
-            blocks,
-            inputs=entering,
-            outputs=not entering,
-            detach=False,
-            stop=stop,
-            stack=self.stack.path,
-        )
-
     def _places_after(self) -> list[tuple[int, bool]]:
         """Return for each window the present block its output enters, and whether it is the end of the stack."""
         present = list(find_stack(self.model, self.stack.path).blocks)
@@ -309,11 +300,6 @@ def _kept_buffers(module: nn.Module) -> dict[str, Tensor]:
         for name, buffer in owner._buffers.items()
         if buffer is not None and name not in owner._non_persistent_buffers_set
     }
-
-
-def _first_change(window: range, stand_in: StandIn) -> int:
-    """The first block that is not as it was."""
-    return window.start - 1 if isinstance(stand_in, Folded) else window.start
 
 
 def _require_apart(windows: Sequence[range]) -> None:

@@ -153,7 +153,7 @@ def _train(
         exits.enter_context(narrowed_once([student.model, student.teacher, *placed], hardware.autocast_dtype))
         compared = tuple(student.windows) if config.objective.needs_states else ()
         logits = config.objective.needs_original_logits
-        told = say if work.processes.rank == 0 else _nothing
+        told = say if work.processes.rank == 0 else lambda line: None
         shares = Share.of(batches, work.processes, sharded), Share.of(validation, work.processes, sharded)
         if taught is None:
             with hardware.autocast_on(device_of(student.model)):
@@ -182,10 +182,6 @@ def _train(
             spent=time.perf_counter() - began,
         )
         return loop.run(resume)
-
-
-def _nothing(line: str) -> None:
-    """Say nothing: the first process does."""
 
 
 def _require_whole(student: Student) -> None:

@@ -192,9 +192,9 @@ class Loop:
             unit="token" if any(map(has_tokens, self.batches)) else self.task.unit,
         )
 
-    def _progress(self, loss: float | None = None) -> TrainingProgress:
+    def _progress(self) -> TrainingProgress:
         batches = tuple(self.course.batches_of(self.step)) if self.step < self.steps else ()
-        return TrainingProgress(self.step, self.steps, self.tokens, batches, loss, self.history)
+        return TrainingProgress(self.step, self.steps, self.tokens, batches, None, self.history)
 
     def make_step(self) -> tuple[float, int]:
         """Make one step of the optimizer; return the mean loss per token, and the number of tokens."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
-from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
+from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.stack import BlockStack
 from streamline_hooks.surgery.silence import find_zeros, silent_inside
 from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices
@@ -20,11 +20,6 @@ class InheritedBlocks(nn.ModuleList):
 
     They are given to `streamline_hooks.repair.place`, which puts them in one by one; the list itself is never run.
     """
-
-    def __init__(self, blocks: Iterable[nn.Module]) -> None:
-        super().__init__(blocks)
-        if len(self) < 2:
-            raise StreamlineError(f"InheritedBlocks holds {len(self)} blocks; expected two or more. One needs no list.")
 
 
 def inherit(stack: BlockStack, window: range, count: int = 1) -> nn.Module:
@@ -55,7 +50,7 @@ def inherit(stack: BlockStack, window: range, count: int = 1) -> nn.Module:
             f"{window.start} on: the stack would not become shorter. Choose a longer window, or another kind.",
             "inherited",
         )
-    blocks = [_copied(stack[k]) for k in window[:count]]
+    blocks = [trainable_copy(stack[k]) for k in window[:count]]
     return blocks[0] if count == 1 else InheritedBlocks(blocks)
 
 
@@ -91,7 +86,7 @@ def inherit_silenced(stack: BlockStack, window: range, batch: Batch | Tensor | N
     return block
 
 
-def _copied(block: nn.Module) -> nn.Module:
+def trainable_copy(block: nn.Module) -> nn.Module:
     """Return a trainable copy of a block without splices."""
     memo: dict[int, object] = {}
     if torch.empty(0).is_meta:

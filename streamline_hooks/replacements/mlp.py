@@ -71,8 +71,32 @@ class FeedForwardReplacement(nn.Module):
         return mapped
 
 
+class _WithLinear(nn.Module):
+    """Feed-forward network with an optional linear map in parallel, which can hold the closed-form solution."""
+
+    last_projection = "down_proj"
+    down_proj: nn.Linear
+    linear: nn.Linear | None
+
+    def start_at(self, map_: Tensor) -> None:
+        """Set the linear map to W, of shape (features, features), and the last layer of the network to zero."""
+        if self.linear is None:
+            raise StreamlineError(
+                "This network was built with linear=False: no linear map beside it can hold the closed-form solution."
+            )
+        with torch.no_grad():
+            self.linear.weight.copy_(map_.T)
+            for parameter in self.down_proj.parameters():
+                parameter.zero_()
+
+    @property
+    def holds_map(self) -> bool:
+        """Whether there is a linear map to hold the closed-form solution."""
+        return self.linear is not None
+
+
 @register_module("mlp")
-class MLPReplacement(nn.Module):
+class MLPReplacement(_WithLinear):
     """h ↦ h + hW + down(act(up(h))), the feed-forward network of LLM-Streamline (arXiv 2403.19135) on a residual path.
 
     Parameters
@@ -106,8 +130,6 @@ class MLPReplacement(nn.Module):
     (32, True)
     """
 
-    last_projection = "down_proj"
-
     def __init__(
         self,
         features: int,
@@ -133,21 +155,6 @@ class MLPReplacement(nn.Module):
             for parameter in layer.parameters() if layer is not None else ():
                 nn.init.zeros_(parameter)
 
-    def start_at(self, map_: Tensor) -> None:
-        """Make the linear map W, of shape (features, features), and the last layer beside it zero.
-
-        Raises
-        ------
-        StreamlineError
-            If there is no linear map to hold it.
-        """
-        start_beside(self.linear, map_, self.down_proj)
-
-    @property
-    def holds_map(self) -> bool:
-        """Whether there is a linear map to hold the closed-form solution."""
-        return self.linear is not None
-
     @property
     def flops_per_token(self) -> int:
         """Twice the weights that a token is multiplied with."""
@@ -169,23 +176,8 @@ class MLPReplacement(nn.Module):
         return mapped if self.linear is None else mapped + self.linear(state)
 
 
-def start_beside(linear: nn.Linear | None, map_: Tensor, last: nn.Linear) -> None:
-    """Start a linear map at W, and the last layer of the network beside it at zero."""
-    if linear is None:
-        raise StreamlineError(
-            "This network was built with linear=False: no linear map beside it can hold the closed-form solution."
-        )
-    with torch.no_grad():
-        linear.weight.copy_(map_.T)
-        for parameter in last.parameters():
-            parameter.zero_()
-
-
-_MULTIPLE = 64
-
-
 @register_module("swiglu")
-class SwiGLUReplacement(nn.Module):
+class SwiGLUReplacement(_WithLinear):
     """h ↦ h + hW + down(silu(gate(n)) · up(n)) with n = norm(h), the gated MLP of arXiv 2002.05202.
 
     Parameters
@@ -217,11 +209,9 @@ class SwiGLUReplacement(nn.Module):
     (1536, True)
     """
 
-    last_projection = "down_proj"
-
     def __init__(self, features: int, width: int | None = None, norm: bool = True, linear: bool = True) -> None:
         super().__init__()
-        width = -(-8 * features // (3 * _MULTIPLE)) * _MULTIPLE if width is None else width
+        width = -(-8 * features // (3 * 64)) * 64 if width is None else width
         if width < 1:
             raise StreamlineError(f"width={width} of a SwiGLU must be 1 or more.")
         self.features, self.width = features, width
@@ -233,21 +223,6 @@ class SwiGLUReplacement(nn.Module):
         self.linear = nn.Linear(features, features, bias=False) if linear else None
         if self.linear is not None:
             nn.init.zeros_(self.linear.weight)
-
-    def start_at(self, map_: Tensor) -> None:
-        """Make the linear map W, of shape (features, features), and the last layer beside it zero.
-
-        Raises
-        ------
-        StreamlineError
-            If there is no linear map to hold it.
-        """
-        start_beside(self.linear, map_, self.down_proj)
-
-    @property
-    def holds_map(self) -> bool:
-        """Whether there is a linear map to hold the closed-form solution."""
-        return self.linear is not None
 
     @property
     def flops_per_token(self) -> int:
