@@ -64,13 +64,7 @@ class Loss:
         check_fields(self)
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Return the sum over positions.
-
-        Raises
-        ------
-        StreamlineError
-            If the function does not return one value per position.
-        """
+        """Return the sum over positions; raise if the function does not return one value per position."""
         values = self.function(student, teacher)
         if not isinstance(values, Tensor) or values.shape != student.shape[:1]:
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
@@ -330,24 +324,15 @@ class Objective:
         return bool(self._comparing("labels"))
 
     def validated(self, distance: float, others: float) -> float:
-        """Return the number that is the lowest for the weights that are kept.
+        """Return the number by which the best weights are chosen: the distance to the teacher plus the other losses.
 
-        It is the distance to the teacher, plus the losses that measure something else. The weight of a loss on
-        hidden states has another unit than the distance, and counts as 1.
-
-        Parameters
-        ----------
-        distance : float
-            To the teacher, see `Task.distance`.
-        others : float
-            See `besides_distance`.
+        `others` is that of `besides_distance`. A loss on hidden states has another unit than the distance, and counts
+        as 1.
 
         Examples
         --------
         >>> Objective({"kl": 1.0, "lm": 0.5}).validated(0.25, 1.5), Objective({"reverse_kl": 1.0}).validated(0.25, 3.0)
         (1.75, 3.0)
-        >>> Objective({"kl": 2.0}).validated(0.25, 0.0)  # a weight alone changes nothing
-        0.25
         """
         if not self._besides():
             return distance
@@ -362,12 +347,7 @@ class Objective:
     def besides_distance(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> float:
         """Return the losses on outputs other than the distance to the teacher, summed over positions.
 
-        Parameters
-        ----------
-        student, teacher : torch.Tensor
-            Logits or embeddings of shape (answers, features), see `Task.answers`; without gradients.
-        labels : torch.Tensor, optional
-            See `of_answers`.
+        `student` and `teacher` are the answers of `Task.answers`, (answers, features); `labels` as in `of_answers`.
         """
         total = 0.0
         for loss, weight in self._besides():
@@ -384,12 +364,8 @@ class Objective:
     def of_states(self, repaired: Sequence[Tensor], original: Sequence[Tensor], mask: Tensor) -> Tensor:
         """Return the losses on hidden states, summed over tokens and averaged over windows.
 
-        Parameters
-        ----------
-        repaired, original : sequence of torch.Tensor
-            The student's and the teacher's states after each window, of shape (batch, tokens, features).
-        mask : torch.Tensor
-            The real tokens, of shape (batch, tokens).
+        States have shape (batch, tokens, features), one for each window; `mask`, (batch, tokens), marks the real
+        tokens.
         """
         losses = self._comparing("states")
         total = torch.zeros((), device=mask.device)
@@ -402,20 +378,9 @@ class Objective:
     def of_answers(self, repaired: Tensor, original: Tensor | None = None, following: Tensor | None = None) -> Tensor:
         """Return the losses on outputs, summed over answers.
 
-        Parameters
-        ----------
-        repaired : torch.Tensor
-            The student's logits or embeddings, of shape (answers, features), see `Task.answers`.
-        original : torch.Tensor, optional
-            The teacher's, if a loss compares with them. Logits may be overwritten.
-        following : torch.Tensor, optional
-            The labels, if a loss predicts the text: for each answer the token that follows, of shape (answers,), see
-            `following_tokens`.
-
-        Raises
-        ------
-        StreamlineError
-            If something that a loss needs is missing.
+        `repaired` and `original` are the answers of student and teacher, see `Task.answers`, (answers, features); the
+        latter may be overwritten. `following` are the labels, the token after each answer, (answers,), see
+        `following_tokens`.
         """
         lacking = ["the teacher's output"] * (self.needs_original_logits and original is None)
         lacking += ["labels"] * (self.needs_labels and following is None)
@@ -440,12 +405,7 @@ class Objective:
         return total
 
     def require_task(self, task: Task) -> None:
-        """Raise if a model of a task has not the output that a loss compares.
-
-        Raises
-        ------
-        StreamlineError
-        """
+        """Raise if a model of the task does not have the output that a loss compares."""
         distributions, text = task.gives_distributions, task.name in ("causal-lm", "seq2seq")
         has = {"states": True, "logits": distributions, "embeddings": not distributions, "labels": text}
         wrong = [name for name in self.weights if not has[LOSSES[name].compares]]

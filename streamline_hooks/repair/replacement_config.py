@@ -109,22 +109,10 @@ class ReplacementConfig(Config):
         return self.name
 
     def build(self, stack: BlockStack, window: range, *, probe: Batch | Tensor | None = None) -> StandIn:
-        """Return a new replacement that is to be fitted; the same for the same seed.
+        """Return a new replacement that is to be fitted, the same for the same seed; the global random state is kept.
 
-        The global random state is left as it was.
-
-        Parameters
-        ----------
-        stack : BlockStack
-            Of a model that no surgeon has changed.
-        window : range
-        probe : mapping or torch.Tensor, optional
-            A batch without padding, for models that cannot be probed otherwise.
-
-        Raises
-        ------
-        StreamlineError
-            If the options do not fit the model or the window.
+        `probe` is a batch without padding for models that cannot be probed otherwise. Raises StreamlineError if the
+        options do not fit the model or the window.
         """
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(self.seed or 0)

@@ -32,15 +32,10 @@ class Share:
     idle: frozenset[int] = frozenset()
 
     @classmethod
-    def whole(cls, batches: Sequence[Batch | Tensor]) -> Share:
-        """Return all rows."""
-        return cls(dict(enumerate(batches)), {n: slice(None) for n in range(len(batches))})
-
-    @classmethod
     def of(cls, batches: Sequence[Batch | Tensor], processes: Processes, every: bool = False) -> Share:
         """Return the rows of one rank, see `shard_rows`; with `every`, at least one row of each batch."""
         if processes.count == 1:
-            return cls.whole(batches)
+            return cls(dict(enumerate(batches)), {n: slice(None) for n in range(len(batches))})
         rows = dict(enumerate(shard_rows(batches, processes)))
         idle = [n for n, its in rows.items() if its.start == its.stop]
         for n in idle:

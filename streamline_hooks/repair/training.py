@@ -44,35 +44,31 @@ def train(
     resume: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Trained:
-    """Train a student on its own original, or on another teacher.
+    """Train the replacements and copies of a student against its teacher.
 
-    The original is run once, and no further than it is needed: what comes to the first block that is changed, and
-    what the student is compared with, are kept. The student runs on from there, to the end of the last window where
-    only states are compared, and else to the head.
+    The teacher's forward runs once, no further than needed, and its states are cached. The student runs from its first
+    change to the end of the last window if only states are compared, else to the head.
 
     Parameters
     ----------
     student : Student
         Its modules are trained in place; the original is not changed.
     batches : sequence of mapping or torch.Tensor
-        Calibration text, in the batches that are run at a time.
+        Calibration text, in batches as they are run.
     validation : sequence of mapping or torch.Tensor
-        Other text, to choose the best weights by.
+        Other text, by which the best weights are chosen.
     config : DistillationConfig, optional
     hardware : HardwareConfig, optional
     taught : TaughtStates, optional
-        What the original does on these batches, where it is known already, see `taught_states`; on all of them, also
-        where several processes train.
+        States of the teacher on all of `batches`, if they are cached already, see `taught_states`.
     checkpoint : str or Path, optional
-        A file to resume from after an interruption, which is written every `DistillationConfig.checkpoint_minutes`
-        minutes and at the end.
+        File to resume from, written every `DistillationConfig.checkpoint_minutes` minutes and at the end.
     callbacks : sequence of TrainingCallback
-        Called before and after each step and each validation.
     resume : bool
-        Go on from `checkpoint`. On a CPU the weights come out as they would have without the interruption, to
-        the bit, if there are as many processes as before.
+        Continue from `checkpoint`; default False. On a CPU the weights are bit-identical to those of an uninterrupted
+        run with as many ranks.
     say : callable
-        Receives lines about what happens.
+        Receives messages.
 
     Returns
     -------
@@ -81,26 +77,21 @@ def train(
     Raises
     ------
     StreamlineError
-        If there is nothing to train or to train on, or what is resumed is another training; or, of several processes,
-        in all of them if one fails, is gone, or was given something else.
+        If there is nothing to train or no data, or the checkpoint is of another run. In a distributed run every rank
+        raises if one fails or was given something else.
 
     Notes
     -----
-    Ctrl-C ends the training and keeps the best weights so far, and so does a loss that is not finite; `Trained.stopped`
-    says so, and `Trained.interrupted` that it was Ctrl-C. KeyboardInterrupt is not raised. Where a GPU runs out of
-    memory, batches are run in halves from then on, with the same steps.
+    Ctrl-C or a loss that is not finite ends the run and keeps the best weights, see `Trained.stopped`; KeyboardInterrupt
+    is not raised. If a GPU runs out of memory, batches are split, with the same steps.
 
-    Several processes (an initialised `torch.distributed` group) are each given everything and make the same steps as
-    one, each on its sequences of every batch: the loss is the mean over the real tokens of all, gradients are added up
-    before they are clipped, and all begin with the first process's weights and end with the same ones, to the bit.
-    Against one process that is another order of summing. The first process alone writes the file, draws the bar and
-    says anything; the file can be gone on from with any number of processes. The random numbers of dropout follow from
-    the seed, the step and the process's number, so that a training that uses any is another one with another number
-    of processes. Ctrl-C in one process stops all after the same step.
+    In a distributed run every rank is given everything and runs its rows of every batch: the loss is the mean over all
+    real tokens, gradients are summed before clipping, and weights start as rank 0's and stay bit-identical on all
+    ranks. Rank 0 alone writes the file, shows the bar and reports. The file can be resumed with any number of ranks;
+    dropout depends on that number. Ctrl-C on one rank stops all after the same step.
 
-    The model may be sharded by ``fully_shard`` (FSDP2), its blocks and the whole: what is trained is then a module of
-    its own, which every process holds whole. Where a process has no sequence of a batch, it runs one along that
-    counts for nothing, since the forwards wait for one another. Batches are not run in halves then.
+    The model may be sharded by ``fully_shard`` (FSDP2) if the replacement is a module of its own, which every rank
+    holds whole. Batches are not split then.
     """
     given: dict[str, Any] = {"hardware": hardware, "checkpoint": checkpoint, "callbacks": callbacks, "taught": taught}
     with distributed_step("train") as work:
