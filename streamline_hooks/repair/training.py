@@ -82,8 +82,8 @@ def train(
 
     Notes
     -----
-    Ctrl-C or a loss that is not finite ends the run and keeps the best weights, see `Trained.stopped`; KeyboardInterrupt
-    is not raised. If a GPU runs out of memory, batches are split, with the same steps.
+    Ctrl-C or a loss that is not finite ends the run and keeps the best weights, see `Trained.stopped`;
+    KeyboardInterrupt is not raised. If a GPU runs out of memory, batches are split, with the same steps.
 
     In a distributed run every rank is given everything and runs its rows of every batch: the loss is the mean over all
     real tokens, gradients are summed before clipping, and weights start as rank 0's and stay bit-identical on all
