@@ -69,29 +69,27 @@ def fit_possible(
 def place(
     surgeon: LayerSurgeon, window: range, stand_in: StandIn, *, batch: Batch | Tensor | None = None
 ) -> list[nn.Module]:
-    """Put what stands in a window's place there, in an open surgeon.
+    """Put the replacement of a window into the model of an open surgeon.
 
     Parameters
     ----------
     surgeon : LayerSurgeon
     window : range
-        Consecutive blocks, in the numbering when the surgeon opened.
+        Consecutive blocks, numbered as when the surgeon opened.
     stand_in : StandIn
-        Of several inherited blocks each takes the place of one block of the window, and the last of all the rest.
+        Of several inherited blocks, each replaces one block of the window and the last all that remain.
     batch : mapping or torch.Tensor, optional
-        For what is folded: what to run a model on that cannot be probed otherwise, without padding.
+        Batch without padding to probe a model that cannot be probed otherwise, if weights are folded.
 
     Returns
     -------
     list of torch.nn.Module
-        Those that are now in the model and are trained: the stand-in itself, or of one with parameters that require
-        no gradient (the projection of a silenced attention) the parts without such.
+        The trained modules that are now in the model: the replacement, or its parts without frozen parameters.
 
     Raises
     ------
     UnsupportedSurgery, StreamlineError
-        As `LayerSurgeon.replace`, `LayerSurgeon.fold` and `LayerSurgeon.scale` do; the surgery may be half done then,
-        and is to be left.
+        As `LayerSurgeon.replace`, `LayerSurgeon.fold` and `LayerSurgeon.scale`; close the surgeon then.
 
     Examples
     --------
@@ -144,16 +142,15 @@ def _trained(module: nn.Module) -> Iterator[nn.Module]:
 
 @dataclass(frozen=True)
 class StandInSize:
-    """What a stand-in costs.
+    """Cost of a replacement.
 
     Attributes
     ----------
     parameters : int
     flops_per_token : int or None
-        Twice the weights that a token is multiplied with; of a block, its attention to other tokens comes on top. None
-        where nothing says it: of a mixture of experts, and of a module without an attribute of this name.
+        Twice the weights of linear layers, without attention to other tokens; None if unknown (mixtures of experts).
     slots : int
-        Blocks of its own, each with an entry in the cache.
+        Number of its blocks, each with a cache entry.
     """
 
     parameters: int
@@ -207,14 +204,12 @@ def _flops_of_block(block: nn.Module) -> int | None:
 
 
 def features_of(stack: BlockStack) -> int:
-    """The width of the residual stream, as the configuration says it, as the blocks' norms or the embeddings have it.
-
-    A stage of a hierarchical model has a width of its own, which its norms tell.
+    """Return the width of the residual stream, from the config, the norms of the blocks or the embeddings.
 
     Raises
     ------
     StreamlineError
-        If nothing says it.
+        If none of them tells it.
     """
     model: Any = stack.model
     stated = getattr(stack.config, "hidden_size", None)

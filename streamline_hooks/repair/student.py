@@ -19,7 +19,6 @@ from streamline_hooks.repair.folded import Folded
 from streamline_hooks.repair.stand_in import StandIn, place
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery import LayerSurgeon
-from streamline_hooks.surgery.forward_state import evaluation_mode
 from streamline_hooks.surgery.splice import AFTER, BEFORE, remember_splices, set_splices, spliced
 from streamline_hooks.task import Task
 
@@ -97,21 +96,21 @@ class Student:
 
     @property
     def task(self) -> Task:
-        """What the model is for."""
+        """Task of the model."""
         return self._task or Task.of(self.model)
 
     @property
     def teacher_stack(self) -> BlockStack:
-        """The stack of what the student is compared with."""
+        """Block stack of the teacher."""
         return self.stack if self.teacher is self.model else find_stack(self.teacher, self.stack.path)
 
     @property
     def windows(self) -> list[range]:
-        """What is given up."""
+        """Removed windows."""
         return [window for window, _ in self.stand_ins]
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by a name that says where it is."""
+        """Return the trained parameters by name."""
         found = {}
         for place_, modules in self.modules.items():
             for number, module in enumerate(modules):
@@ -121,7 +120,7 @@ class Student:
         return found
 
     def buffers(self) -> dict[str, Tensor]:
-        """What else a forward may change and a checkpoint holds of what is put in, such as running means, by name."""
+        """Return the persistent buffers of the trained modules by name, such as running means."""
         return {
             f"{place_}.{number}.{name}": buffer
             for place_, modules in self.modules.items()
@@ -130,7 +129,7 @@ class Student:
         }
 
     def rate_of(self, name: str) -> float:
-        """The share of the learning rate at which a parameter, named as by `parameters`, is trained."""
+        """Return the share of the learning rate for a parameter of this name."""
         stays = {*map(str, self.copies), *self.outside}
         return self.rate if any(name.startswith(f"{place_}.") for place_ in stays) else 1.0
 
@@ -151,7 +150,7 @@ class Student:
             yield
 
     def carry_out(self, surgeon: LayerSurgeon) -> None:
-        """Put everything that belongs into the stack in its place."""
+        """Put replacements and block copies into the stack."""
         self.modules: dict[str, list[nn.Module]] = {}
         for window, stand_in in self.stand_ins:
             self.modules[f"{window.start}-{window.stop - 1}"] = place(surgeon, window, stand_in)
@@ -159,15 +158,12 @@ class Student:
             self.modules[str(k)] = [surgeon.exchange(k, block)]
 
     def merge(self) -> None:
-        """Let adapters be parts of the weights beside them, so that every copy is a plain block."""
+        """Merge adapters into the weights of their copies, so that every copy is a plain block."""
         for block in self.copies.values():
             merge_adapters(block)
 
     def settle(self) -> None:
-        """Give the modules that stay the values of their trained and merged copies; the original is no more then.
-
-        Windows are given up by a surgeon that is committed, see `place`.
-        """
+        """Copy trained and merged values into the original modules; windows are removed by a committed surgeon."""
         pairs = [(self.stack[k], copy) for k, copy in self.copies.items()]
         pairs += [(self.model.get_submodule(path), copy) for path, copy in self.outside.items()]
         with torch.no_grad():
@@ -178,14 +174,8 @@ class Student:
                     held[name].copy_(trained)
 
     @contextmanager
-    def without_dropout(self) -> Iterator[None]:
-        """Let the original be in evaluation mode, and what is trained in the mode that `training` says."""
-        with evaluation_mode(*{self.model, self.teacher}):
-            yield
-
-    @contextmanager
     def trained_alone(self) -> Iterator[None]:
-        """Give no parameter of the original, or of the teacher, a gradient; each is as it was in the end."""
+        """Freeze all parameters of the original and the teacher, until the context ends."""
         mine = {id(parameter) for modules in self.modules.values() for m in modules for parameter in m.parameters()}
         original = dict.fromkeys([*self.model.parameters(), *self.teacher.parameters()])
         others = [p for p in original if p.requires_grad and id(p) not in mine]

@@ -27,6 +27,7 @@ from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.teacher import TaughtStates, taught_to
 from streamline_hooks.repair.trained import Trained
 from streamline_hooks.repair.training_loop import Loop
+from streamline_hooks.surgery.forward_state import evaluation_mode
 from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced
 from streamline_hooks.wrapping import is_sharded, surgery_on_shards
 
@@ -131,7 +132,7 @@ def _train(
         if sharded:
             _require_whole(student)
             exits.enter_context(surgery_on_shards())
-        exits.enter_context(student.without_dropout())
+        exits.enter_context(evaluation_mode(*{student.model, student.teacher}))
         exits.enter_context(student.trained_alone())
         if not student.parameters():
             raise StreamlineError(

@@ -23,26 +23,18 @@ class InheritedBlocks(nn.ModuleList):
 
 
 def inherit(stack: BlockStack, window: range, count: int = 1) -> nn.Module:
-    """Copy the first blocks of a window.
-
-    Parameters
-    ----------
-    stack : BlockStack
-        Of a model that no surgeon has changed: a copy knows which block it was by the number that it bears.
-    window : range
-    count : int
-        How many. The stack becomes shorter by the rest of the window.
+    """Copy the first `count` blocks of a window, of a model that no surgeon has changed.
 
     Returns
     -------
     torch.nn.Module
-        One block, or `InheritedBlocks`, all parameters of which are trained, but for what was silenced before; without
-        what is spliced beside them, and under ``torch.device("meta")`` without memory for the weights.
+        One block or `InheritedBlocks`, trainable except what was silenced, without splices. Without memory under
+        ``torch.device("meta")``.
 
     Raises
     ------
     UnsupportedSurgery
-        If the window has not more blocks than that.
+        If the window does not have more than `count` blocks.
     """
     if not 1 <= count < len(window):
         raise UnsupportedSurgery(
@@ -55,28 +47,10 @@ def inherit(stack: BlockStack, window: range, count: int = 1) -> nn.Module:
 
 
 def inherit_silenced(stack: BlockStack, window: range, batch: Batch | Tensor | None = None) -> nn.Module:
-    """Copy the first block of a window with an attention that adds nothing.
+    """Copy the first block of a window with an attention that adds nothing: its output projection is zero and frozen.
 
-    The output projection of its attention and the bias are at zero and are not trained, so that it stays a block that
-    maps each token by itself; the checkpoint is a plain one.
-
-    Parameters
-    ----------
-    stack : BlockStack
-        As for `inherit`.
-    window : range
-        Of two blocks at least.
-    batch : mapping or torch.Tensor, optional
-        What to run a model on that cannot be probed otherwise, without padding.
-
-    Returns
-    -------
-    torch.nn.Module
-
-    Raises
-    ------
-    UnsupportedSurgery
-        If the block has not the usual two residual branches.
+    `batch`, without padding, is for models that cannot be probed otherwise. Raises UnsupportedSurgery if the block
+    does not have the usual two residual branches, or as `inherit`.
     """
     block = inherit(stack, window)
     zeros = find_zeros(stack, window.start, "attention", batch)
@@ -105,31 +79,11 @@ def trainable_copy(block: nn.Module) -> nn.Module:
 
 
 def merge(stack: BlockStack, window: range, weight: float = 1.0) -> nn.Module:
-    """Merge the blocks of a window into a copy of its first one.
+    """Merge the blocks of a window into a copy of its first one: θ = θ₁ + w Σₖ (θₖ − θ₁), with w = `weight`.
 
-    θ = θ₁ + w Σₖ (θₖ − θ₁) for every weight of a layer that multiplies, and its bias; norms stay those of the first.
-    With w = 1 it is the merge of LaCo (arXiv 2402.11187, "reserving differences while seeking common"); with
-    w = 1/n, of n blocks, their mean. LaCo's published script subtracts what it has merged so far, and not θ₁, so that
-    only the last block is left of several; here it is the formula of the paper.
-
-    Parameters
-    ----------
-    stack : BlockStack
-        Of a model that no surgeon has changed.
-    window : range
-        Of two blocks at least, which are built alike.
-    weight : float
-        w.
-
-    Returns
-    -------
-    torch.nn.Module
-        One block, which takes a slot; a checkpoint with it is a plain one.
-
-    Raises
-    ------
-    UnsupportedSurgery
-        If the window has one block, or they have not the same weights.
+    Only layers with a matrix are merged; norms stay those of the first. w = 1 is the merge of LaCo (arXiv 2402.11187,
+    formula of the paper; the published script keeps only the last of several blocks), w = 1/n the mean of n blocks.
+    Raises UnsupportedSurgery if the blocks do not have the same weights.
 
     Examples
     --------
