@@ -216,18 +216,15 @@ def taught_to(
     """Cache the states of every batch for a student, and the exits of its teacher if that is another model."""
     shared: dict[str, Any] = {"dtype": hardware.kept_dtype, "memory": hardware.state_memory, "say": say}
     own: dict[str, Any] = {**shared, "stack": student.stack.path}
-    if student.teacher is student.model:
-        with taught_states(student.model, batches, student.start, after=after, exits=exits, what=what, **own) as states:
-            yield states
-        return
-    if after:
+    other_teacher = student.teacher is not student.model
+    if other_teacher and after:
         raise StreamlineError(
             f"The loss compares states after windows, and the teacher is another model "
             f"({len(student.teacher_stack)} blocks against {len(student.stack)}), which has no such windows. Compare "
             "what is said: kl, reverse_kl or lm."
         )
-    if not exits:
-        with taught_states(student.model, batches, student.start, exits=False, what=what, **own) as states:
+    if not (other_teacher and exits):
+        with taught_states(student.model, batches, student.start, after=after, exits=exits, what=what, **own) as states:
             yield states
         return
     half = {"memory": hardware.state_memory // 2}  # of one model the entrances, of the other what leaves it

@@ -51,7 +51,7 @@ class Trained:
 
     @property
     def in_vain(self) -> str:
-        """That no step brought anything, or none was made, in words; empty where one did."""
+        """Return why the run brought nothing, or an empty string."""
         if self.stopped and not self.steps:
             return f"The training made no step: {self.stopped}."
         later = [row["validated"] for row in self.history if row["step"]]
@@ -73,7 +73,7 @@ class Trained:
         )
 
     def report(self) -> dict[str, Any]:
-        """Everything, as JSON values."""
+        """Return all fields as JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:

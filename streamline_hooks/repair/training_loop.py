@@ -107,7 +107,7 @@ class Loop:
         self.rows = self.longest  # sequences at a time, until there is no memory for as many
 
     def _require_one_training(self) -> None:
-        """Let every process begin with the first one's weights, once it is sure that they train the same."""
+        """Start all ranks from rank 0's weights, after checking that they train the same."""
         if any(other != self.fingerprint for other in self.work.all_gather_object(self.fingerprint)):
             raise StreamlineError(
                 f"The {self.work.processes.count} processes are not at the same training: their text, windows, "
@@ -116,16 +116,13 @@ class Loop:
         self.work.broadcast_(self.parameters.values())
 
     def _count_tokens(self) -> dict[int, int]:
-        """The stack's real tokens of each batch, which only the process knows that has run it."""
+        """Return the real tokens of each batch, which only the rank that ran it knows."""
         own = {number: taught.tokens for number, taught in self.taught.items() if number not in self.share.idle}
         told = self.work.all_gather_object(own)
         return {number: sum(its.get(number, 0) for its in told) for number in range(len(self.batches))}
 
     def run(self, resume: bool) -> Trained:
-        """Make all steps that are left, from the beginning or from where an earlier run was kept.
-
-        The caller's random numbers are left as they were.
-        """
+        """Make all remaining steps, from the start or from the training file; the global random state is kept."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             return self._run(resume)
 
@@ -242,7 +239,7 @@ class Loop:
         return loss, run
 
     def _with_room(self, make: Callable[[], _T]) -> list[_T]:
-        """What every process makes, of fewer sequences at a time until there is memory for it in all of them."""
+        """Call `make` on every rank, with fewer sequences at a time until memory suffices; return all results."""
 
         def run(rows: int) -> _T:
             if rows < min(self.rows, self.longest):
@@ -255,7 +252,7 @@ class Loop:
         return halve_rows(run, rows, self.say, splits=not self.sharded, gather=gather)
 
     def _out_of_time(self) -> bool:
-        """Whether the time allowed is over by the first process's clock, which all of them go by."""
+        """Whether the time limit is over by rank 0's clock."""
         if self.config.max_minutes is None:
             return False
         return self.work.broadcast_object(
@@ -263,10 +260,7 @@ class Loop:
         )
 
     def _validate(self, bar: Any) -> None:
-        """The distance to the original on what validates, and what else is minimised there, see `Objective.validated`.
-
-        The weights are kept if both together are the lowest so far.
-        """
+        """Measure the validation loss (`Objective.validated`), and keep the weights if it is the lowest so far."""
         progress = self._progress()
         for callback in self.callbacks:
             callback.on_validation_begin(progress)
@@ -296,7 +290,7 @@ class Loop:
         bar.set_postfix_str(self._state())
 
     def _all(self) -> dict[str, Tensor]:
-        """What is trained, and the buffers beside it that a forward may change."""
+        """Return the trained parameters and the buffers beside them."""
         return {**self.parameters, **self.student.buffers()}
 
     def _copied(self) -> dict[str, Tensor]:
@@ -309,7 +303,7 @@ class Loop:
                 held[name].copy_(value)
 
     def _digest(self) -> str:
-        """Of all that is trained, and of the buffers beside it; with one process there is nothing to compare."""
+        """Return a digest of trained parameters and buffers; empty with one rank."""
         if self.work.processes.count == 1:
             return ""
         placed = [module for modules in self.student.modules.values() for module in modules]
@@ -340,7 +334,7 @@ class Loop:
         return total
 
     def _loss(self, taught: Taught, batch: Batch | Tensor, answers: int, tokens: int) -> Tensor:
-        """The loss: its part of what is said a number of answers, its part of states a number of tokens."""
+        """Return the loss: the logit term averaged over `answers` plus the hidden-state term averaged over `tokens`."""
         objective = self.config.objective
         with self.hardware.autocast_on(self.device):
             output, states = self.student.run(
@@ -355,7 +349,7 @@ class Loop:
         return loss
 
     def _following(self, batch: Batch | Tensor, output: Any) -> Tensor | None:
-        """The token that is to follow on each answer in an output; None where no text is learned."""
+        """Return the label of each answer of an output, or None if no loss predicts the text."""
         if not self.config.objective.needs_labels:
             return None
         given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
@@ -389,10 +383,7 @@ class Loop:
         return self.student.original_answers(taught.exit, batch)
 
     def validation_sums(self) -> tuple[float, float, int]:
-        """The distances of this process's share of the validation, what else is minimised, and how many answers it has.
-
-        Both are sums in float64; for the second see `Objective.besides_distance`.
-        """
+        """Return this rank's sums of the distance and of `Objective.besides_distance`, and its number of answers."""
         total, others, answers, objective = 0.0, 0.0, 0, self.config.objective
         with torch.no_grad(), _evaluating(self.student):
             for number, batch in self.validation_share.batches.items():
@@ -411,7 +402,7 @@ class Loop:
         return total, others, answers
 
     def _parts(self, taught: Taught, batch: Batch | Tensor) -> Iterator[tuple[Taught, Batch | Tensor]]:
-        """A batch in parts of as many sequences as there is memory for."""
+        """Yield a batch in parts of as many sequences as memory allows."""
         whole = len(taught.entrance)
         if whole <= self.rows or self.sharded:
             yield taught, batch
@@ -421,7 +412,7 @@ class Loop:
             yield taught.rows(rows), some_of(batch, rows)
 
     def _keep_or_warn(self) -> None:
-        """Keep the state, and go on where it cannot be written: it is not worth the weights that are there."""
+        """Write the training file, or warn and continue if that fails."""
         try:
             self._keep()
         except StreamlineError as error:
@@ -465,11 +456,7 @@ class Loop:
         self.rows = said["rows"]
 
     def _seed(self) -> None:
-        """Of several processes, give each random numbers that follow from its number and the step alone.
-
-        So that a training goes on as it would have, though the first one's alone are kept. Of one process they go on
-        from step to step.
-        """
+        """With several ranks, seed random numbers by step and rank, so that a resumed run draws the same ones."""
         if self.work.processes.count > 1:
             seed_generators(self.device, self.course.seed_of(self.step, self.work.processes.rank))
 

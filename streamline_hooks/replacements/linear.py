@@ -95,9 +95,8 @@ class LinearReplacement(nn.Module):
                 self.projection.weight.copy_(map_.T)
             else:
                 left, values, right = torch.linalg.svd(map_.detach().double().cpu())
-                shrunk = (
-                    values[: self.rank, None] * right[: self.rank]
-                )  # the second: where it is zero it can still grow
+                # The second factor is scaled: where it is zero it can still grow.
+                shrunk = values[: self.rank, None] * right[: self.rank]
                 for layer, matrix in zip(self.projection.children(), (left[:, : self.rank], shrunk), strict=True):
                     layer.get_parameter("weight").copy_(matrix.T)
 
