@@ -69,25 +69,3 @@ def kl_by_token(reference: Tensor, other: Tensor) -> Tensor:
     """KL of each token, of distributions given by log-probabilities and by logits."""
     difference = reference - other.float().log_softmax(dim=-1)
     return difference.mul_(reference.exp()).sum(dim=-1)
-
-
-def kl_divergence(original: Tensor, other: Tensor) -> float:
-    """Sum over tokens of KL(original ‖ other) between distributions given by logits.
-
-    Parameters
-    ----------
-    original, other : torch.Tensor
-        Logits of shape (tokens, vocabulary).
-
-    Returns
-    -------
-    float
-        In nats.
-
-    Examples
-    --------
-    >>> logits = torch.randn(5, 7)
-    >>> kl_divergence(logits, logits + 3.0) < 1e-5
-    True
-    """
-    return summed_kl(original.float().log_softmax(dim=-1), other)

@@ -29,27 +29,6 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float64 if float64_device(device) == device else torch.float32
 
 
-def computes_alike(model: nn.Module, got: Tensor, expected: Tensor) -> bool:
-    """Whether two ways through a model come to the same but for its rounding.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        In half precision, by its weights or under autocast, a twentieth of a number may be rounding.
-    got, expected : torch.Tensor
-        Logits, or likelihoods in nats, of the same shape.
-
-    Examples
-    --------
-    >>> computes_alike(nn.Linear(1, 1), torch.tensor([2.0001]), torch.tensor([2.0]))
-    True
-    >>> computes_alike(nn.Linear(1, 1), torch.tensor([2.01]), torch.tensor([2.0]))
-    False
-    """
-    bound = _rounding(model) * (1.0 + expected.abs())
-    return bool(((got - expected).abs() <= bound).all())
-
-
 def speaks_alike(model: nn.Module, got: Tensor, expected: Tensor) -> bool:
     """Whether logits that came two ways through a model are the same but for its rounding.
 
@@ -59,7 +38,7 @@ def speaks_alike(model: nn.Module, got: Tensor, expected: Tensor) -> bool:
     Parameters
     ----------
     model : torch.nn.Module
-        As for `computes_alike`.
+        In half precision, by its weights or under autocast, a twentieth of a number may be rounding.
     got, expected : torch.Tensor
         Of shape (..., vocabulary).
 
@@ -69,11 +48,7 @@ def speaks_alike(model: nn.Module, got: Tensor, expected: Tensor) -> bool:
     >>> speaks_alike(nn.Linear(1, 1), logits + 1.0, logits), speaks_alike(nn.Linear(1, 1), logits.roll(1), logits)
     (True, False)
     """
-    apart, spread = (widen(one).std(dim=-1) for one in (got - expected, expected))
-    return bool((apart <= _rounding(model) * spread).all())
-
-
-def _rounding(model: nn.Module) -> float:
-    """The share of a number that may be rounding."""
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
-    return 5e-2 if half or torch.is_autocast_enabled(device_of(model).type) else 1e-3
+    rounding = 5e-2 if half or torch.is_autocast_enabled(device_of(model).type) else 1e-3
+    apart, spread = (widen(one).std(dim=-1) for one in (got - expected, expected))
+    return bool((apart <= rounding * spread).all())
