@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from streamline_hooks.precision import widest
-from streamline_hooks.statistics.norm_histogram import CELLS, norm_histogram
+from streamline_hooks.statistics.norms import CELLS, norm_histogram
 
 
 class NormSums:

@@ -12,7 +12,7 @@ from streamline_hooks.errors import StreamlineError
 from streamline_hooks.in_training.measurement import Measurement, told
 from streamline_hooks.in_training.state_sums import ChangeSums, NormSums
 from streamline_hooks.precision import widest
-from streamline_hooks.statistics.norm_histogram import median_norm
+from streamline_hooks.statistics.norms import median_norm
 from streamline_hooks.statistics.profile import MASSIVE
 
 

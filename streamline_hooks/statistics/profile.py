@@ -5,17 +5,49 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from streamline_hooks.arguments import checked
+from streamline_hooks.core.tables import table
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.statistics.state_sums import StateSums
 from streamline_hooks.statistics.storage import read_file, write_file
-from streamline_hooks.statistics.table import profile_table
-from streamline_hooks.statistics.window_matrices import Statistic, window_matrices
+
+Statistic = Literal["cosine", "angular", "last_angular", "relative_magnitude", "entropy"]
+
+
+def window_matrices(sums: StateSums, statistic: Statistic) -> Tensor:
+    """A statistic of every window, and the same in each resample.
+
+    Parameters
+    ----------
+    sums : StateSums
+    statistic : {"cosine", "angular", "last_angular", "relative_magnitude", "entropy"}
+        Of the states a and b around a window: how alike or distant they are; the relative magnitudes of the window's
+        blocks, summed; by how much the entropy increases from a to b.
+
+    Returns
+    -------
+    torch.Tensor
+        Of shape (1 + replicates, places, places), float64; the window ``range(a, b)`` is at [:, a, b].
+    """
+    match statistic:
+        case "cosine":
+            return sums.similarity.cosine
+        case "angular":
+            return sums.similarity.angular
+        case "last_angular":
+            return sums.last.angular
+        case "relative_magnitude":
+            upto = pad(sums.norms.relative_magnitude.cumsum(dim=1), (1, 0))
+            return (upto[:, None, :] - upto[:, :, None]).abs()
+        case "entropy":
+            return sums.entropy.mean[:, None, :] - sums.entropy.mean[:, :, None]
+
 
 _FORMAT = 1
 MASSIVE = 20.0  # times the median norm, from which a state counts as massive
@@ -332,3 +364,21 @@ class Profile:
 
 
 _SHAPE = ("places", "replicates")
+
+
+def profile_table(profile: Profile) -> str:
+    """Each block's statistics, as a window of its own, and the norms of the states that leave it."""
+    what = f"{profile.about.get('model', 'a model')}, {profile.about.get('stack', 'its stack')}"
+    count = f"{profile.tokens:,} tokens of {profile.sequences:,} sequences"
+    heading = f"{what}: {profile.places - 1} of {profile.length} blocks, {count}"
+    if not profile.tokens:
+        return heading
+    matrices = [window_matrices(profile.sums, name)[0].diagonal(1) for name in get_args(Statistic)]
+    statistics = torch.stack([*matrices, profile.median_norms[1:], profile.largest_norms[1:]], dim=1).tolist()
+    rows = []
+    for k, (cosine, angular, last, magnitude, entropy, median, largest) in enumerate(statistics):
+        numbers = [f"{value:.4f}" for value in (cosine, angular, last, magnitude)]
+        born = "massive activations are born" if k in profile.massive_births else ""
+        rows.append([k, *numbers, f"{entropy:+.4f}", f"{median:.4g}", f"{largest:.4g}", born])
+    columns = ["block", "cosine", "angular", "last token", "magnitude", "entropy", "median norm", "greatest", ""]
+    return f"{heading}\n{table(rows, columns)}"

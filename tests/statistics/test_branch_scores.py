@@ -16,8 +16,7 @@ from streamline_hooks.batch import prepare
 from streamline_hooks.branch_states import reading_branches
 from streamline_hooks.branches import BRANCHES, Branches
 from streamline_hooks.recorder import HiddenStateRecorder
-from streamline_hooks.statistics.branches import BranchScores
-from streamline_hooks.statistics.measure_branches import measure_branches
+from streamline_hooks.statistics.branches import BranchScores, measure_branches
 from streamline_hooks.surgery.silence import branches_of
 from streamline_hooks.taps import Tap
 from streamline_hooks.testing import tiny_inputs

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_hooks.statistics.entropy import StateEntropy
+from streamline_hooks.statistics.norms import StateEntropy
 from tests.statistics.reference import entropy, states_of
 
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_hooks.statistics.gram import token_grams
 from streamline_hooks.statistics.norms import StateNorms
+from streamline_hooks.statistics.state_sums import token_grams
 from tests.statistics.reference import states_of
 
 

@@ -7,18 +7,145 @@ and y are the states before and after a window, the residual connection included
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.layouts import by_token
 from streamline_hooks.passes import progress, recorded
+from streamline_hooks.precision import widen
 from streamline_hooks.recorder import HiddenStateRecorder
-from streamline_hooks.statistics.covariances import Place, StateCovariances, canonical_correlations
+
+_TOKENS_AT_ONCE = 4096
+
+Place = Hashable
+
+
+class StateCovariances:
+    """Means of the states at some places, and centred second moments of some pairs of places.
+
+    Each part of the tokens is centred on its own mean and merged by the update of Chan, Golub and LeVeque (1979), so
+    that a feature whose mean is large, as those of massive activations are, costs no digits.
+
+    Parameters
+    ----------
+    pairs : iterable of (place, place)
+        Whose cross-covariance is wanted. The covariance of each place by itself is always there.
+
+    Notes
+    -----
+    Sums are float64 on the device of the states (on the CPU for MPS, which has none). Memory is d² numbers a place and
+    d² a pair, however many the tokens.
+
+    Examples
+    --------
+    >>> import torch
+    >>> covariances = StateCovariances([("x", "y")])
+    >>> x = torch.tensor([[[0.0, 1.0], [2.0, 1.0]]])
+    >>> covariances.update({"x": x, "y": 3 * x}, torch.ones(1, 2))
+    >>> covariances.covariance("x", "y").tolist()
+    [[3.0, 0.0], [0.0, 0.0]]
+    """
+
+    def __init__(self, pairs: Iterable[tuple[Place, Place]]) -> None:
+        given = list(dict.fromkeys(pairs))
+        self.places = list(dict.fromkeys(place for pair in given for place in pair))
+        self.pairs = list(dict.fromkeys([*((place, place) for place in self.places), *given]))
+        self.tokens = 0
+        self._means: dict[Place, Tensor] = {}
+        self._scatters: dict[tuple[Place, Place], Tensor] = {}
+
+    def update(self, states: Mapping[Any, Tensor], mask: Tensor) -> None:
+        """Add one batch.
+
+        Parameters
+        ----------
+        states : mapping of place to torch.Tensor
+            Of shape (batch, tokens, features), all of one shape.
+        mask : torch.Tensor
+            The tokens that count, of shape (batch, tokens).
+        """
+        chosen = [states[place][mask.to(states[place].device).bool()] for place in self.places]
+        for parts in zip(*(state.split(_TOKENS_AT_ONCE) for state in chosen), strict=True):
+            if len(parts[0]):
+                self._add({place: widen(part) for place, part in zip(self.places, parts, strict=True)})
+
+    def covariance(self, x: Place, y: Place) -> Tensor:
+        """Mean of (x − x̄)(y − ȳ)ᵀ, of shape (features, features), float64.
+
+        Raises
+        ------
+        StreamlineError
+            If no token has been counted.
+        """
+        if not self.tokens:
+            raise StreamlineError("No token has been counted yet; update with a batch that has real tokens.")
+        return self._scatters[x, y] / self.tokens
+
+    def _add(self, states: Mapping[Place, Tensor]) -> None:
+        means = {place: state.mean(dim=0) for place, state in states.items()}
+        centred = {place: state - means[place] for place, state in states.items()}
+        scatters = {(x, y): centred[x].T @ centred[y] for x, y in self.pairs}
+        self._merge(len(next(iter(states.values()))), means, scatters)
+
+    def _merge(
+        self, tokens: int, means: Mapping[Place, Tensor], scatters: Mapping[tuple[Place, Place], Tensor]
+    ) -> None:
+        if not self.tokens:
+            self.tokens, self._means, self._scatters = tokens, dict(means), dict(scatters)
+            return
+        total = self.tokens + tokens
+        moved = {place: means[place].to(mean.device) - mean for place, mean in self._means.items()}
+        for (x, y), scatter in self._scatters.items():
+            between = torch.outer(moved[x], moved[y].to(moved[x].device)) * (self.tokens * tokens / total)
+            self._scatters[x, y] = scatter + scatters[x, y].to(scatter.device) + between.to(scatter.device)
+        for place, mean in self._means.items():
+            self._means[place] = mean + moved[place] * (tokens / total)
+        self.tokens = total
+
+
+def canonical_correlations(xx: Tensor, xy: Tensor, yy: Tensor) -> tuple[Tensor, int]:
+    """Canonical correlations of x and y: the singular values of Cxx^(−1/2) Cxy Cyy^(−1/2).
+
+    Parameters
+    ----------
+    xx, xy, yy : torch.Tensor
+        Covariances of shape (features, features), float64.
+
+    Returns
+    -------
+    correlations : torch.Tensor
+        In [0, 1], falling, as many as the smaller of the two ranks.
+    rank : int
+        Of y's covariance. Directions in which a state does not vary have no correlation and are left out.
+
+    Examples
+    --------
+    >>> correlations, rank = canonical_correlations(
+    ...     torch.eye(2).double(), torch.diag(torch.tensor([0.5, 0.0]).double()), torch.eye(2).double()
+    ... )
+    >>> correlations.tolist(), rank
+    ([0.5, 0.0], 2)
+    """
+    x, y = _whitening(xx), _whitening(yy)
+    return torch.linalg.svdvals(x.T @ xy @ y).clamp(max=1.0), y.shape[1]
+
+
+def _whitening(covariance: Tensor) -> Tensor:
+    """W of shape (features, rank) with Wᵀ C W the identity."""
+    # Scaled to unit variances first, which changes no canonical correlation: massive activations leave a few features
+    # with a variance that would push all others below the rounding of the largest eigenvalue.
+    deviations = covariance.diagonal().sqrt()
+    scale = torch.where(deviations > 0, 1.0 / deviations, 0.0)
+    values, vectors = torch.linalg.eigh(covariance * scale[:, None] * scale)
+    kept = values > len(values) * torch.finfo(values.dtype).eps * values.amax().clamp_min(1e-300)
+    return scale[:, None] * vectors[:, kept] / values[kept].sqrt()
 
 
 @dataclass(frozen=True)

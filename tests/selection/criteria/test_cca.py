@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from streamline_hooks import StreamlineError
 from streamline_hooks.selection.criteria import CanonicalBound, cca_bounds, score_windows
-from streamline_hooks.statistics.covariances import StateCovariances
+from streamline_hooks.selection.criteria.cca import StateCovariances
+from tests.selection.criteria.test_covariances import by_qr
 from tests.selection.criteria.test_state_criteria import states_of
-from tests.statistics.test_covariances import by_qr
 from tests.tiny_models import BLOCKS, WIDTH, padded, shuffled_batches, tiny_model, tokens
 
 WINDOWS = [range(0, 2), range(1, 4), range(3, BLOCKS)]

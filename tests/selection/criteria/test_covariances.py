@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_hooks import StreamlineError
-from streamline_hooks.statistics.covariances import StateCovariances, canonical_correlations
+from streamline_hooks.selection.criteria.cca import StateCovariances, canonical_correlations
 
 FEATURES = 5
 
