@@ -17,11 +17,9 @@ from streamline_hooks.batch import mask_of_call
 from streamline_hooks.distributed import here
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.hidden_state import read_input, read_output, token_mask, write_input, write_output
-from streamline_hooks.in_training.measurement import Measurement
-from streamline_hooks.in_training.measurement_file import MeasurementFile
+from streamline_hooks.in_training.measurement import Measurement, MeasurementFile
 from streamline_hooks.in_training.place_probes import PlaceProbes, device_of_block
-from streamline_hooks.in_training.state_sums import ChangeSums, NormSums, norms_of
-from streamline_hooks.in_training.summed import summed
+from streamline_hooks.in_training.state_sums import ChangeSums, NormSums, norms_of, summed
 from streamline_hooks.layouts import by_token
 from streamline_hooks.outermost_call import OutermostCall
 from streamline_hooks.read_hook import ChangeHook, ReadHook, in_backward

@@ -1,12 +1,18 @@
-"""What a monitored step sums over its tokens, in place and without waiting for the device."""
+"""Sums over the hidden states of a training step, and the measurement computed from them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from streamline_hooks.errors import StreamlineError
+from streamline_hooks.in_training.measurement import Measurement, told
 from streamline_hooks.precision import widest
-from streamline_hooks.statistics.norms import CELLS, norm_histogram
+from streamline_hooks.statistics.norms import CELLS, median_norm, norm_histogram
+from streamline_hooks.statistics.profile import MASSIVE
 
 
 class NormSums:
@@ -85,3 +91,109 @@ class ChangeSums:
 def norms_of(state: Tensor) -> Tensor:
     """The norm of each token's state, of shape (batch, tokens)."""
     return torch.linalg.vector_norm(state, dim=-1)
+
+
+def summed(
+    norms: Sequence[NormSums],
+    changes: Sequence[ChangeSums],
+    squares: Sequence[float | None],
+    *,
+    step: int,
+    grad_scale: float,
+    dead: float,
+    group: Any = None,
+) -> Measurement:
+    """Turn sums into a measurement, added up over all processes that train together.
+
+    Parameters
+    ----------
+    norms : sequence of NormSums
+        One a place.
+    changes : sequence of ChangeSums
+        One a block.
+    squares : sequence of float or None
+        The summed squares of the gradients at each place.
+    step : int
+        The step's number.
+    grad_scale : float
+        What the loss was multiplied by.
+    dead : float
+        Up to which mean change a block is dead.
+    group : torch.distributed.ProcessGroup, optional
+        Of the processes that train together; all by default.
+
+    Returns
+    -------
+    Measurement
+
+    Raises
+    ------
+    StreamlineError
+        If nothing was summed.
+    """
+    home = norms[0].added.device
+    added = torch.stack([sums.added.to(home) for sums in norms])
+    changed = torch.stack([sums.added.to(home) for sums in changes])
+    gradient = torch.tensor([[s or 0.0, float(s is not None)] for s in squares], dtype=widest(home), device=home)
+    histogram = torch.cat([sums.histogram.to(home) for sums in norms])
+    largest = torch.cat([sums.largest.to(home) for sums in norms])
+    processes = _merge(added, changed, gradient, histogram, largest=largest, group=group)
+    if not bool((added[:, 0] > 0).any()):
+        raise StreamlineError(
+            f"Step {step} was to be measured, but no forward with a graph called the blocks and counted a token. Open "
+            "the monitor before the model is compiled (hooks added afterwards silently never fire), call the model "
+            "that it was made for and not a copy (nn.DataParallel runs copies), and call step() once after each "
+            "optimiser step."
+        )
+    tokens, odd, norm_sums = added.cpu().unbind(dim=1)
+    cosine = (changed[:, 1] / changed[:, 0]).cpu()
+    change = (changed[:, 2] / changed[:, 0]).cpu()
+    median, largest = median_norm(histogram.cpu()), largest.cpu()
+    finite = tokens - odd
+    # Each process's loss is a mean over its own tokens, of which the processes' gradients are averaged.
+    total = (gradient[:, 0].sqrt() / (grad_scale * processes)).cpu()
+    passed = (gradient[:, 1] > 0).tolist()
+    return Measurement(
+        step=step,
+        tokens=int(tokens.max()),
+        cosine=_told(cosine),
+        influence=_told(1.0 - cosine),
+        change=_told(change),
+        norm=_told(norm_sums / finite),
+        median_norm=_told(torch.where(finite > 0, median, torch.nan)),
+        largest_norm=_told(torch.where(finite > 0, largest.double(), torch.nan)),
+        gradient_norm=tuple(told(v) if there else None for v, there in zip(total.tolist(), passed, strict=True)),
+        massive=_births(largest > MASSIVE * median, finite > 0),
+        dead=_places(change <= dead),
+        not_finite=_places(odd > 0),
+    )
+
+
+def _merge(*sums: Tensor, largest: Tensor, group: Any) -> int:
+    """Add up over the processes, in place; give how many they are."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size(group) == 1:
+        return 1
+    for values in sums:
+        distributed.all_reduce(values, group=group)
+    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX, group=group)
+    return distributed.get_world_size(group)
+
+
+def _births(massive: Tensor, known: Tensor) -> tuple[int, ...]:
+    """The blocks at whose exit the state is massive, and was not at the last place before it that is known."""
+    births, before = [], True
+    for place, (now, there) in enumerate(zip(massive.tolist(), known.tolist(), strict=True)):
+        if there:
+            if now and not before:
+                births.append(place - 1)
+            before = now
+    return tuple(births)
+
+
+def _told(values: Tensor) -> tuple[float | None, ...]:
+    return tuple(told(value) for value in values.tolist())
+
+
+def _places(chosen: Tensor) -> tuple[int, ...]:
+    return tuple(int(k) for k in chosen.nonzero().flatten())

@@ -16,8 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from streamline_hooks.arguments import block_numbers, checked
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.in_training.skippable import require_skippable
-from streamline_hooks.in_training.skipping import BeginHook, Skipping
+from streamline_hooks.in_training.skipping import BeginHook, Skipping, require_skippable
 from streamline_hooks.read_hook import ChangeHook
 from streamline_hooks.stack import find_stack
 from streamline_hooks.wrapping import refuse_compiled, refuse_wrapped

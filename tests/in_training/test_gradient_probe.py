@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamline_hooks.in_training.gradient_probe import GradientProbe
+from streamline_hooks.in_training.place_probes import GradientProbe
 
 
 def probed() -> tuple[GradientProbe, Tensor, Tensor]:

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from streamline_hooks.in_training.optimizer import drop_parameters
-from streamline_hooks.in_training.progressive_removal import ProgressiveRemoval
+from streamline_hooks.in_training.progressive_removal import ProgressiveRemoval, drop_parameters
 from tests.tiny_models import tiny_model
 
 
