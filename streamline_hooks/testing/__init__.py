@@ -9,8 +9,7 @@ from streamline_hooks.testing.assertions import (
     assert_restores,
     assert_shapes,
 )
-from streamline_hooks.testing.inputs import tiny_inputs
-from streamline_hooks.testing.tiny import causal_model_types, tiny_config, tiny_model
+from streamline_hooks.testing.tiny import causal_model_types, tiny_config, tiny_inputs, tiny_model
 
 __all__ = [
     "assert_cached_generation_matches",

@@ -22,7 +22,7 @@ from streamline_hooks.testing.assertions import (
     assert_restores,
     assert_shapes,
 )
-from streamline_hooks.testing.assertions.refusals import refusal
+from streamline_hooks.testing.assertions.restoration import refusal
 
 Verdict = Literal["ok", "refused", "FAILED"]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,15 +12,16 @@ from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch, positions_by_mask, prepare
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.testing.assertions.cache_faults import failing_with_a_cache, likely_cause
+from streamline_hooks.stack import find_stack
 from streamline_hooks.testing.assertions.difference import OTHER_SUMS, require_same
-from streamline_hooks.testing.assertions.greedy import GREEDILY
-from streamline_hooks.testing.assertions.kind_of_subject import precision_of
+from streamline_hooks.testing.assertions.removal import wrong_numbers
 from streamline_hooks.testing.assertions.running import (
+    GREEDILY,
     answer,
     batches_for,
     is_transformers_model,
     padding_said,
+    precision_of,
     quietly,
 )
 
@@ -283,3 +285,43 @@ def _with_mask(given: dict[str, Any], steps: int) -> dict[str, Any]:
 def _allowed(model: nn.Module, tolerance: float | None) -> float:
     """By the model's precision: generate() reports its logits in float32, whatever they were computed in."""
     return OTHER_SUMS.get(precision_of(model), 0.0) if tolerance is None else tolerance
+
+
+@contextmanager
+def failing_with_a_cache(model: nn.Module, stack: str | None, what: str) -> Iterator[None]:
+    """Say what fails, and why, where a model raises that was run with a cache.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    stack : str or None
+        Path of the stack, see `find_stack`.
+    what : str
+        What is done with the cache.
+
+    Raises
+    ------
+    AssertionError
+    """
+    try:
+        yield
+    except Exception as error:
+        raise AssertionError(
+            f"{type(model).__name__} fails with a cache, {what}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}. Expected: the logits of the forward without one. Likely cause: "
+            f"{likely_cause(model, stack)}."
+        ) from error
+
+
+def likely_cause(model: nn.Module, stack: str | None) -> str:
+    """Why a cache gives something else: numbers of blocks that are wrong, or what cannot be seen from here."""
+    try:
+        wrong = wrong_numbers(find_stack(model, stack))
+    except StreamlineError:  # no single stack: then nothing is said of its numbers
+        wrong = []
+    if wrong:
+        return f"{'; '.join(wrong)}: it writes into another block's slot of the cache. Number the blocks from 0"
+    return (
+        "a block keeps its keys in the wrong slot or for the wrong positions, or a module between the blocks looks at "
+        "other tokens, which decoding does not hand it"
+    )

@@ -17,19 +17,17 @@ from streamline_hooks.layouts import by_token
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.stack import find_stack
 from streamline_hooks.testing.assertions.difference import UNTOUCHED, token_difference
-from streamline_hooks.testing.assertions.kind_of_subject import (
-    called_on,
-    features_of,
-    is_model,
-    precision_of,
-    states_for,
-)
 from streamline_hooks.testing.assertions.running import (
     answer_of,
     axes_of,
     batches_for,
+    called_on,
+    features_of,
+    is_model,
+    precision_of,
     quietly,
     real_places,
+    states_for,
 )
 
 _LATER = "looks at later tokens: pass a causal mask"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.surgery.bypass import bypassing
 from streamline_hooks.surgery.layout import window_of
+from streamline_hooks.surgery.renumber import INDEX_NAMES
 from streamline_hooks.surgery.splice import AFTER, BEFORE
 from streamline_hooks.testing.assertions.difference import require_same
-from streamline_hooks.testing.assertions.layer_numbers import numbers_said, wrong_numbers
 from streamline_hooks.testing.assertions.running import (
     answer,
     axes_of,
@@ -200,3 +201,47 @@ def _as_precise(shorter: nn.Module, like: nn.Module, weights: Mapping[str, Tenso
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_floating_point() and name in buffers:
                     module._buffers[name] = buffer.to(buffers[name])
+
+
+def numbers_said(blocks: Sequence[nn.Module]) -> dict[tuple[str, str], dict[int, int]]:
+    """What blocks say their number is, by the attribute's path below the block and its name, and by the position."""
+    said: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
+    for position, block in enumerate(blocks):
+        for path, module in block.named_modules():
+            for name in INDEX_NAMES & vars(module).keys():
+                value = vars(module)[name]
+                if type(value) is int:
+                    said[path, name][position] = value
+    return dict(said)
+
+
+def wrong_numbers(stack: BlockStack) -> list[str]:
+    """Sentences on blocks whose number is not their position in the stack.
+
+    Two blocks of one number, and a count that does not begin at 0 (or 1, for those that count from there), are what a
+    cache stumbles over.
+
+    Examples
+    --------
+    >>> from streamline_hooks import find_stack
+    >>> from streamline_hooks.testing import tiny_model
+    >>> model = tiny_model("llama", blocks=4)
+    >>> wrong_numbers(find_stack(model))
+    []
+    >>> model.model.layers[2].self_attn.layer_idx = 3
+    >>> wrong_numbers(find_stack(model))
+    ['layer_idx of block 2 (model.layers.2.self_attn) says 3']
+    """
+    found = []
+    names = [name for name, _ in stack.container.named_children()]
+    for (path, name), by_position in numbers_said(stack.blocks).items():
+        shifts = [value - position for position, value in by_position.items()]
+        expected = 1 if name == "layer_number" and shifts.count(1) > shifts.count(0) else 0
+        evenly = len(shifts) > 1 and len(set(shifts)) == 1
+        if not evenly and 2 * shifts.count(expected) <= len(shifts):
+            continue  # numbers of something else, such as of attentions shared by several blocks
+        for position, value in by_position.items():
+            if value != position + expected:
+                where = ".".join(filter(None, (stack.path, names[position], path)))
+                found.append(f"{name} of block {position} ({where}) says {value}")
+    return found

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch
+from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.testing.assertions.difference import require_same
 from streamline_hooks.testing.assertions.model_state import ModelState
-from streamline_hooks.testing.assertions.refusals import refusal
 from streamline_hooks.testing.assertions.running import answer, axes_of, batches_for, quietly, run
 
 Change = Callable[[nn.Module], AbstractContextManager[Any, bool | None]]
@@ -164,3 +164,35 @@ def _surgeries(model: nn.Module, path: str | None) -> dict[str, Change]:
 def _can_go(model: nn.Module, path: str | None, k: int) -> bool:
     """Whether no known cause speaks against it. Asked after the model's state was taken, so that a trace shows."""
     return not refusal(model, range(k, k + 1), path)[1]
+
+
+_CATCH_ALLS = frozenset({"probe", "cache"})
+
+
+def refusal(model: nn.Module, window: range, stack: str | None) -> tuple[UnsupportedSurgery | None, bool]:
+    """What a probing surgeon says against giving up a window, and whether it knows why.
+
+    A surgeon's probe sees that the shorter model is wrong. Surgery that is itself at fault looks the same to it, so a
+    refusal counts only where the cause is known: found in advance, or by a diagnosis.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        It is given back as it was.
+    window : range
+    stack : str or None
+        Path of the stack, see `find_stack`.
+
+    Returns
+    -------
+    error : UnsupportedSurgery or None
+        None where the window can go.
+    known : bool
+        Whether the cause is a known one; False for what is called ``"probe"`` or ``"cache"``.
+    """
+    try:
+        with LayerSurgeon(model, stack) as surgeon:
+            surgeon.remove(window)
+    except UnsupportedSurgery as error:
+        return error, error.cause not in _CATCH_ALLS
+    return None, False

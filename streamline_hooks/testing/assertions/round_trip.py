@@ -19,7 +19,7 @@ from streamline_hooks.errors import StreamlineError
 from streamline_hooks.pooling_layer import pooling_argument
 from streamline_hooks.surgery.splice import AFTER, BEFORE
 from streamline_hooks.testing.assertions.difference import SAME_SUMS, difference, require_same
-from streamline_hooks.testing.assertions.frozen import changed_places, frozen
+from streamline_hooks.testing.assertions.model_state import changed_places, frozen
 from streamline_hooks.testing.assertions.running import answer, axes_of, batches_for, padding_said, quietly, real_places
 
 # What a folder, and not the model, says; and what reading writes.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch, prepare, real_tokens
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.generation import seeded
 from streamline_hooks.hidden_state import padded, read_output
 from streamline_hooks.passes import inference
 from streamline_hooks.testing.assertions.difference import LOGITS, STATES
-from streamline_hooks.testing.inputs import tiny_inputs
+from streamline_hooks.testing.tiny import tiny_inputs
 
 
 @contextmanager
@@ -129,3 +131,77 @@ def padding_said(batch: Mapping[str, Any]) -> str:
     if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask.bool().all()):
         return ""
     return " of a left-padded batch" if not bool(mask[:, 0].bool().all()) else " of a right-padded batch"
+
+
+def is_model(subject: nn.Module, batch: Any) -> bool:
+    """A Transformers model, or anything that comes with the batch that it is run on."""
+    return batch is not None or is_transformers_model(subject)
+
+
+def features_of(module: nn.Module, features: int | None) -> int:
+    """The width of the states that a module maps.
+
+    Raises
+    ------
+    StreamlineError
+        If it was not given and the module does not say it.
+    """
+    said = getattr(module, "features", None) if features is None else features
+    if not isinstance(said, int) or said < 1:
+        raise StreamlineError(
+            f"How wide the states of this {type(module).__name__} are is not known. If it maps (batch, tokens, "
+            "features) to the same shape, give features=...; if it is a model that is no Transformers model, give "
+            "batch={...} with what its forward takes."
+        )
+    return said
+
+
+def states_for(module: nn.Module, rows: int, tokens: int, features: int, dtype: torch.dtype) -> Tensor:
+    """Random states of shape (rows, tokens, features) where a module is."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(rows, tokens, features, generator=generator)
+    return states.to(device=_first_tensor(module).device, dtype=dtype)
+
+
+def precision_of(module: nn.Module) -> torch.dtype:
+    """The floating-point type that a module computes in; float32 where nothing in it says so."""
+    tensor = _first_tensor(module)
+    return tensor.dtype if tensor.is_floating_point() else torch.float32
+
+
+def called_on(module: nn.Module, states: Tensor) -> Any:
+    """What a module returns for states, with the same random numbers each time.
+
+    Raises
+    ------
+    AssertionError
+        If it raises; the text says for which shape.
+    """
+    call: Callable[[Tensor], Any] = module
+    try:
+        with seeded(states.device, "assertion"):
+            return call(states)
+    except Exception as error:
+        raise AssertionError(
+            f"{type(module).__name__} fails on states of shape {tuple(states.shape)} (batch, tokens, features) in "
+            f"{states.dtype}: {type(error).__name__}: {error}. Expected: the same shape. Likely cause: it takes more "
+            "than the states (then test the model that it is in), or has another width than features says."
+        ) from error
+
+
+def _first_tensor(module: nn.Module) -> Tensor:
+    floating = (t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point())
+    return next(floating, torch.empty(0))
+
+
+GREEDILY: Mapping[str, Any] = MappingProxyType(
+    {
+        "do_sample": False,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "eos_token_id": None,
+        "stop_strings": None,
+        "pad_token_id": 0,
+    }
+)
+"""One text a row, of the likeliest tokens, as long as it was told to be, whatever a model's generation_config says."""

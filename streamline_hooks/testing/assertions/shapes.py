@@ -15,22 +15,20 @@ from streamline_hooks.hidden_state import padded, require_batch_first
 from streamline_hooks.layouts import by_token
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.stack import find_stack
-from streamline_hooks.testing.assertions.greedy import GREEDILY
-from streamline_hooks.testing.assertions.kind_of_subject import (
+from streamline_hooks.testing.assertions.running import (
+    GREEDILY,
+    answer_of,
     called_on,
     features_of,
     is_model,
-    precision_of,
-    states_for,
-)
-from streamline_hooks.testing.assertions.running import (
-    answer_of,
     is_transformers_model,
     named_batch,
+    precision_of,
     quietly,
     real_places,
+    states_for,
 )
-from streamline_hooks.testing.inputs import tiny_inputs
+from streamline_hooks.testing.tiny import tiny_inputs
 
 SIZES = ((1, 1), (2, 1), (1, 7), (3, 12))
 
