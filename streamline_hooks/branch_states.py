@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from streamline_hooks.block_call import BlockCall
+from streamline_hooks.block_call import BlockCall, Tap, tapped
 from streamline_hooks.branches import BRANCHES, Branch, Branches, tolerance
 from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.hidden_state import read_input, read_output
 from streamline_hooks.layouts import by_token
-from streamline_hooks.taps import Tap, tapped
 from streamline_hooks.wrapping import refuse_compiled
 
 Receive = Callable[[int, Branch, Tensor, Tensor], None]

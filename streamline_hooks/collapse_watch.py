@@ -13,7 +13,7 @@ from streamline_hooks.evaluation.probes import STOP, probes
 from streamline_hooks.evaluation.problems import solve
 from streamline_hooks.evaluation.reasoning import reasoning_in_words, sign_in_writing, sign_of_reasoning
 from streamline_hooks.evaluation.writing import Written, write_on
-from streamline_hooks.text_beginnings import text_beginnings
+from streamline_hooks.side_by_side import text_beginnings
 
 _PROBES, _SHOTS, _ANSWER_TOKENS = 8, 3, 24  # of each sort
 _TEXTS, _PROMPT_TOKENS, _TEXT_TOKENS = 8, 24, 48

@@ -27,6 +27,7 @@ from streamline_hooks.hidden_state import (
     write_output,
 )
 from streamline_hooks.layouts import by_token
+from streamline_hooks.read_hook import WatchedMask
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.scoped import scoped
 from streamline_hooks.stack import BlockStack, find_stack
@@ -34,7 +35,6 @@ from streamline_hooks.surgery import LayerSurgeon
 from streamline_hooks.surgery.forward_state import evaluation_mode, preserve_forward_state
 from streamline_hooks.surgery.hazards import find_hazards, position_bias_owners
 from streamline_hooks.surgery.splice import BEFORE, set_splices, spliced
-from streamline_hooks.watched_mask import WatchedMask
 
 _HIDDEN = ContextVar("_HIDDEN", default=False)
 

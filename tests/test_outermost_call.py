@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from streamline_hooks import HiddenStateMonitor, HiddenStateRecorder, find_stack
-from streamline_hooks.watched_mask import WatchedMask
+from streamline_hooks.read_hook import WatchedMask
 from tests.tiny_models import padded, tiny_model, tokens
 
 

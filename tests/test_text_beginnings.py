@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from streamline_hooks.text_beginnings import text_beginnings
+from streamline_hooks.side_by_side import text_beginnings
 
 
 class Numbers:

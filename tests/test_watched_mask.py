@@ -10,8 +10,8 @@ import torch
 from streamline_hooks import HiddenStateRecorder, StreamlineError, WindowMoments, find_stack, measure_moments, profile
 from streamline_hooks.batch import mask_of_call
 from streamline_hooks.layouts import by_token
+from streamline_hooks.read_hook import WatchedMask
 from streamline_hooks.testing import tiny_model
-from streamline_hooks.watched_mask import WatchedMask
 from tests.other_models import DECODED, LONG, OTHERS, WHOLE, made, padded, pictures, rwkv
 
 

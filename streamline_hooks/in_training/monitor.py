@@ -21,8 +21,7 @@ from streamline_hooks.in_training.measurement import Measurement, MeasurementFil
 from streamline_hooks.in_training.place_probes import PlaceProbes, device_of_block
 from streamline_hooks.in_training.state_sums import ChangeSums, NormSums, norms_of, summed
 from streamline_hooks.layouts import by_token
-from streamline_hooks.outermost_call import OutermostCall
-from streamline_hooks.read_hook import ChangeHook, ReadHook, in_backward
+from streamline_hooks.read_hook import ChangeHook, OutermostCall, ReadHook, in_backward
 from streamline_hooks.stack import find_stack, members
 from streamline_hooks.wrapping import refuse_compiled, refuse_replicated, refuse_tensor_parallel
 

@@ -16,9 +16,9 @@ from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.hidden_state import token_mask
 from streamline_hooks.passes import inference, progress
 from streamline_hooks.precision import widen
+from streamline_hooks.read_hook import WatchedMask
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.surgery.silence import branches_of
-from streamline_hooks.watched_mask import WatchedMask
 
 _TOKENS_AT_ONCE = 4096
 

@@ -13,12 +13,12 @@ from torch import nn
 
 from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack
 from streamline_hooks.batch import prepare
+from streamline_hooks.block_call import Tap
 from streamline_hooks.branch_states import reading_branches
 from streamline_hooks.branches import BRANCHES, Branches
 from streamline_hooks.recorder import HiddenStateRecorder
 from streamline_hooks.statistics.branches import BranchScores, measure_branches
 from streamline_hooks.surgery.silence import branches_of
-from streamline_hooks.taps import Tap
 from streamline_hooks.testing import tiny_inputs
 from streamline_hooks.testing import tiny_model as tiny
 from tests.tiny_models import BLOCKS, Nudge, padded, shuffled_batches, tiny_model
