@@ -50,42 +50,16 @@ def poisson_weights(contents: Sequence[bytes], replicates: int) -> Tensor:
 
 
 class ResampledSums:
-    """Sums over sequences, and the same sums over R resamples of the sequences.
+    """Sums over sequences, and the same sums over R resamples of the sequences, in constant memory.
 
-    Parameters
-    ----------
-    width : int
-        How many numbers are summed.
-    replicates : int
-        R.
-
-    Attributes
-    ----------
-    rows : torch.Tensor
-        Of shape (1 + R, width), float64, on the CPU: the sums, and below them those of each resample. Memory does not
-        grow with the sequences.
-
-    Examples
-    --------
-    >>> sums = ResampledSums(2, replicates=1)
-    >>> sums.add(torch.tensor([[1.0, 2.0], [10.0, 20.0]]), torch.tensor([[3.0], [0.0]]))
-    >>> sums.rows.tolist()
-    [[11.0, 22.0], [3.0, 6.0]]
+    `rows`, of shape (1 + R, width), float64 on the CPU, holds the sums and then those of each resample.
     """
 
     def __init__(self, width: int, replicates: int = 0) -> None:
         self.rows = torch.zeros(1 + replicates, width, dtype=torch.float64)
 
     def add(self, values: Tensor, weights: Tensor | None = None) -> None:
-        """Add sequences.
-
-        Parameters
-        ----------
-        values : torch.Tensor
-            Of shape (sequences, width).
-        weights : torch.Tensor, optional
-            As `poisson_weights` gives them, of shape (sequences, R); needed where there are replicates.
-        """
+        """Add sequences of shape (sequences, width), with the `poisson_weights` of shape (sequences, R) if R > 0."""
         values = values.cpu().to(torch.float64)
         self.rows[0] += values.sum(dim=0)
         replicates = len(self.rows) - 1

@@ -20,13 +20,7 @@ def chosen_masks(tokens: str | Sequence[Tensor], batches: int) -> tuple[str, Seq
 
 
 def blocks_run(keep: Iterable[int], length: int) -> int:
-    """How many blocks have to be run: those at the end that must stay need not.
-
-    Examples
-    --------
-    >>> blocks_run([0, -1, -2], length=8)
-    6
-    """
+    """Return how many blocks must run: protected blocks at the end need not."""
     free = set(range(length)) - set(block_numbers(keep, length, "keep"))
     if not free:
         raise StreamlineError(f"All {length} blocks must stay; keep fewer, or there is nothing to profile.")
@@ -34,18 +28,9 @@ def blocks_run(keep: Iterable[int], length: int) -> int:
 
 
 def counted_tokens(real: Tensor, tokens: str, skip: int, mask: Tensor | None) -> Tensor:
-    """The tokens that count, of those that are no padding; boolean, of shape (batch, tokens).
+    """Return the tokens that count among the real ones, boolean of shape (batch, tokens).
 
-    Parameters
-    ----------
-    real : torch.Tensor
-        Which tokens are no padding, of shape (batch, tokens).
-    tokens : str
-        "last" for each sequence's last real token; anything else for all.
-    skip : int
-        Real tokens that are left out at the beginning of each sequence.
-    mask : torch.Tensor or None
-        Which of them are chosen, of shape (batch, tokens).
+    The first `skip` real tokens of each sequence do not count; with ``tokens="last"`` only the last one does.
     """
     order = real.cumsum(dim=1)
     counted = real & (order > skip)

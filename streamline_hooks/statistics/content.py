@@ -21,30 +21,11 @@ _PLACES = {True: ("video_token_id",), False: ("image_token_id", "image_token_ind
 
 
 def sequence_contents(stack: BlockStack, batch: Batch | Tensor, real: Tensor) -> list[bytes]:
-    """The values of all that a model is given of each sequence: its real tokens, and pixels or features beside them.
+    """Return the bytes of each sequence's inputs: its real tokens, and the pixels or features beside them.
 
-    A text that has other tokens than the stack's states is left out where the stack has something else, as a vision
-    tower beside a language model has; not the source of a decoder. Pictures whose rows are not one a sequence (patches
-    of all in one row, several a text) go to the sequences in proportion to the places that their texts keep for them.
-
-    Parameters
-    ----------
-    stack : BlockStack
-        Of the model.
-    batch : mapping or torch.Tensor
-        What the model's forward takes.
-    real : torch.Tensor
-        The real tokens, boolean, of shape (batch, tokens).
-
-    Returns
-    -------
-    list of bytes
-        One a sequence.
-
-    Raises
-    ------
-    StreamlineError
-        If there is no such input, or it cannot be told which rows of one are of which sequence.
+    A text whose tokens are not the stack's is left out if the stack has other input, as in a vision tower; the source
+    of a decoder stays. Images without one row per sequence are divided by the number of image tokens in each text.
+    Raise if the rows cannot be assigned to sequences.
     """
     given: Mapping[str, Any] = {"input_ids": batch} if isinstance(batch, Tensor) else batch
     if len(real) > 1 and tokens_first(stack[0]):

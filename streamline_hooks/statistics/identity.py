@@ -19,33 +19,11 @@ _NO_STATES = ("use_cache", "return_dict", "output_hidden_states", "output_attent
 
 
 def identity(stack: BlockStack, tensors: Iterable[tuple[str, Any]] | None = None) -> dict[str, Any]:
-    """What tells the model of a stack from another, as JSON values.
+    """Return JSON values that identify a stack's model: class, path, number of blocks, and a fingerprint.
 
-    Parameters
-    ----------
-    stack : BlockStack
-    tensors : iterable of tuple, optional
-        The weights by name, for those of a model that are elsewhere; by default `held_weights`.
-
-    Returns
-    -------
-    dict
-        The model's class, the stack's path and number of blocks, and a fingerprint: of the weights' names, shapes and
-        dtypes, and of up to 16 values of each; of the modules and the configuration, see `structure_digest`. It tells
-        a finetuned model, one in another precision, or one with a splice, from the original, without reading all
-        weights. Of those that are not in memory as plain tensors (offloaded, sharded or quantized ones) no value is
-        looked at.
-
-    Examples
-    --------
-    >>> from streamline_hooks.stack import find_stack
-    >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 3)
-    >>> before = identity(find_stack(encoder))
-    >>> before["model"], before["stack"], before["blocks"]
-    ('TransformerEncoder', 'layers', 3)
-    >>> encoder.layers[1].linear1.bias.data += 1
-    >>> identity(find_stack(encoder))["fingerprint"] == before["fingerprint"]
-    False
+    The fingerprint covers names, shapes, dtypes and up to 16 values of each weight, the modules and the configuration
+    (`structure_digest`). It tells a finetuned, cast or spliced model from the original without reading all weights.
+    Values of offloaded, sharded or quantized weights are not read. `tensors` replaces the weights by name.
     """
     return {
         "model": type(stack.model).__name__,

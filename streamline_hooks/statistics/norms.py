@@ -14,25 +14,9 @@ CELLS = 2 * -_LOWEST * _CELLS_AN_OCTAVE
 
 
 def norm_histogram(norms: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Count norms by their logarithm: 16 cells an octave from 2⁻⁶⁴ to 2⁶⁴, what is outside in the outermost ones.
+    """Count norms of shape (tokens, places) by logarithm: 16 cells an octave from 2⁻⁶⁴ to 2⁶⁴, int64 (places, `CELLS`).
 
-    Parameters
-    ----------
-    norms : torch.Tensor
-        Of shape (tokens, places). NaN counts in the lowest cell.
-    counted : torch.Tensor, optional
-        Which tokens count, boolean, of shape (tokens,); all by default.
-
-    Returns
-    -------
-    torch.Tensor
-        Of shape (places, `CELLS`), int64.
-
-    Examples
-    --------
-    >>> histogram = norm_histogram(torch.tensor([[1.0], [3.0], [300.0]]))
-    >>> histogram.sum().item(), round(median_norm(histogram)[0].item(), 2)
-    (3, 3.02)
+    Values outside fall into the outermost cells, NaN into the lowest. `counted`, of shape (tokens,), selects tokens.
     """
     places = norms.shape[1]
     cells = ((norms.log2() - _LOWEST) * _CELLS_AN_OCTAVE).nan_to_num(nan=0.0).clamp(0, CELLS - 1).to(torch.int64)
@@ -42,18 +26,7 @@ def norm_histogram(norms: Tensor, counted: Tensor | None = None) -> Tensor:
 
 
 def median_norm(histogram: Tensor) -> Tensor:
-    """The centre of the cell that the (lower) median lies in, so right to 2.2 %; 0 in the lowest cell.
-
-    Parameters
-    ----------
-    histogram : torch.Tensor
-        See `norm_histogram`; sums of such too.
-
-    Returns
-    -------
-    torch.Tensor
-        Of shape (places,), float64, on the histogram's device.
-    """
+    """Return the lower median's cell centre (right to 2.2 %), float64 of shape (places,); 0 in the lowest cell."""
     reached = histogram.cumsum(dim=1)
     cell = (reached * 2 < reached[:, -1:]).sum(dim=1)
     centre = torch.exp2((cell.to(torch.float64) + 0.5) / _CELLS_AN_OCTAVE + _LOWEST)
@@ -61,29 +34,10 @@ def median_norm(histogram: Tensor) -> Tensor:
 
 
 class StateNorms:
-    """Norms at each place of the residual stream, and the relative magnitude of each block.
+    """Norms at each boundary, and each block's relative magnitude ‖leaving − entering‖/‖entering‖.
 
-    Parameters
-    ----------
-    places : int
-        L + 1.
-    replicates : int
-        Number of resamples, see `ResampledSums`.
-
-    Notes
-    -----
-    The relative magnitude of a block for a token is ‖leaving − entering‖/‖entering‖; tokens whose entering state is
-    zero are left out of its mean. It is accurate to 1e-8.
-
-    The median is read off a histogram and right to 2.2 %, see `norm_histogram`.
-
-    Examples
-    --------
-    >>> from streamline_hooks.statistics.state_sums import token_grams
-    >>> norms = StateNorms(2)
-    >>> norms.update([token_grams([torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 14.0]])], torch.tensor([0]))])
-    >>> norms.mean[0, 0].item(), norms.relative_magnitude[0].tolist()
-    (5.0, [2.0])
+    Tokens whose entering state is zero are left out of the relative magnitude, which is accurate to 1e-8. The median
+    comes from a histogram and is right to 2.2 %, see `norm_histogram`.
     """
 
     def __init__(self, places: int, replicates: int = 0) -> None:
@@ -93,15 +47,7 @@ class StateNorms:
         self.largest = torch.zeros(places, dtype=torch.float64)
 
     def update(self, grams: Sequence[Tensor], weights: Tensor | None = None) -> None:
-        """Add sequences.
-
-        Parameters
-        ----------
-        grams : sequence of torch.Tensor
-            One a sequence, of shape (tokens, places, places), see `token_grams`.
-        weights : torch.Tensor, optional
-            Of the resamples, of shape (sequences, replicates).
-        """
+        """Add sequences, each with `token_grams` of shape (tokens, places, places), and their bootstrap weights."""
         self.sums.add(torch.stack([self._sums_of(gram) for gram in grams]), weights)
         every = torch.cat([_norms(gram) for gram in grams])
         if len(every):
@@ -142,50 +88,19 @@ _BUCKETS = 20
 
 
 class StateEntropy:
-    """Entropy of the hidden states at each place, whose increase across a window speaks for keeping it.
+    """Entropy of the hidden states at each boundary, by the bucket estimator of EntroDrop (arXiv 2504.03794).
 
-    EntroDrop (arXiv 2504.03794) takes the states of some tokens as samples and compares three estimators, of which
-    buckets and nearest neighbours serve about equally well. This is the bucket estimator: each feature's range, from
-    its least to its greatest value, is divided into 20 buckets of equal width, and the entropy −Σ p ln p of the
-    shares p of the tokens is averaged over the features. The tokens are those of one sequence, and the result is the
-    mean over the sequences, weighted by their tokens, so that nothing has to be kept of a sequence.
-
-    Parameters
-    ----------
-    places : int
-        L + 1.
-    replicates : int
-        Number of resamples, see `ResampledSums`.
-
-    Notes
-    -----
-    In nats a feature, from 0 to ln 20; EntroDrop's own code sums over the features, which orders windows alike. A
-    sequence of n tokens cannot have more than ln n, so compare profiles of like sequences only. A feature of one value
-    has entropy 0, and so would a sequence of one token: these are left out. One massive token stretches the range of
-    every feature, so that entropy falls in the block where massive activations are born; skip the tokens that have
-    them (usually the first one) to see past it.
-
-    Examples
-    --------
-    >>> entropy = StateEntropy(1)
-    >>> entropy.update([[torch.tensor([[0.0, 5.0], [1.0, 5.0]])]])
-    >>> round(entropy.mean[0, 0].item(), 4)  # ln 2 for the first feature, 0 for the second
-    0.3466
+    Each feature's range within a sequence is divided into 20 buckets, and −Σ p ln p of the shares of tokens is averaged
+    over the features, in nats, and over the sequences, weighted by tokens. A sequence of n tokens has at most ln n, so
+    compare profiles of like sequences only. Constant features have entropy 0; they and sequences of one token are left
+    out. A massive token stretches the range of every feature; skip it (usually the first token) to see past it.
     """
 
     def __init__(self, places: int, replicates: int = 0) -> None:
         self.sums = ResampledSums(places + 1, replicates)
 
     def update(self, sequences: Iterable[Sequence[Tensor]], weights: Tensor | None = None) -> None:
-        """Add sequences.
-
-        Parameters
-        ----------
-        sequences : iterable of sequence of torch.Tensor
-            For each sequence one tensor a place, of shape (tokens, features).
-        weights : torch.Tensor, optional
-            Of the resamples, of shape (sequences, replicates).
-        """
+        """Add sequences, each with one tensor per boundary of shape (tokens, features), and their bootstrap weights."""
         self.sums.add(torch.stack([self._sums_of(states) for states in sequences]), weights)
 
     @property

@@ -21,19 +21,11 @@ Statistic = Literal["cosine", "angular", "last_angular", "relative_magnitude", "
 
 
 def window_matrices(sums: StateSums, statistic: Statistic) -> Tensor:
-    """A statistic of every window, and the same in each resample.
+    """Return a statistic of every window, and the same in each resample.
 
-    Parameters
-    ----------
-    sums : StateSums
-    statistic : {"cosine", "angular", "last_angular", "relative_magnitude", "entropy"}
-        Of the states a and b around a window: how alike or distant they are; the relative magnitudes of the window's
-        blocks, summed; by how much the entropy increases from a to b.
-
-    Returns
-    -------
-    torch.Tensor
-        Of shape (1 + replicates, places, places), float64; the window ``range(a, b)`` is at [:, a, b].
+    The result is float64 of shape (1 + replicates, places, places), with ``range(a, b)`` at [:, a, b]. For states a and
+    b around a window: their similarity or distance, the summed relative magnitudes of the window's blocks, or the
+    increase of entropy from a to b.
     """
     match statistic:
         case "cosine":

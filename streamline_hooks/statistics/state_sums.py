@@ -20,34 +20,10 @@ _ON_AN_ACCELERATOR = 2**28
 
 
 def token_grams(states: Sequence[Tensor], chosen: Tensor) -> Tensor:
-    """The inner products of every two states of each chosen token.
+    """Return the inner products of the states of each chosen token, float64 of shape (chosen, places, places).
 
-    They are float64, and products of float64 numbers: an angle near 0 is about √(2(1 − cosine)), so that a cosine
-    which is off by float32's 1e-7 is an angle that is off by 4e-4 (1.4e-4 of π).
-
-    Parameters
-    ----------
-    states : sequence of torch.Tensor
-        One a place, each of shape (tokens, features).
-    chosen : torch.Tensor
-        The numbers of the tokens, rising, of shape (chosen,), on the CPU.
-
-    Returns
-    -------
-    torch.Tensor
-        Of shape (chosen, places, places), float64, on the device of the first state (on the CPU for MPS, which has no
-        float64).
-
-    Raises
-    ------
-    StreamlineError
-        If the states are not of one shape.
-
-    Examples
-    --------
-    >>> a, b = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 1.0]])
-    >>> token_grams([a, b], torch.tensor([0])).tolist()
-    [[[25.0, 4.0], [4.0, 1.0]]]
+    Products are formed in float64: an angle near 0 is about √(2(1 − cosine)), so an error of 1e-7 in the cosine would
+    be 4e-4 in the angle. The states are of shape (tokens, features), one per boundary; `chosen` rises.
     """
     first, places = states[0], len(states)
     odd = next((k for k, state in enumerate(states) if state.shape != first.shape), None)
@@ -82,32 +58,11 @@ _ROUNDING = 1e-14
 
 
 class StateSimilarity:
-    """Sums of cosine and angular distance between every two of the L + 1 states of a token.
+    """Sums of cosine and angular distance between every two of the L + 1 states of a token, in float64.
 
-    Place k is what enters block k, place L what leaves the last block. One pass ranks every window of every length:
-    the window ``range(a, b)`` changes state a into state b.
-
-    Parameters
-    ----------
-    places : int
-        L + 1.
-    replicates : int
-        Number of resamples, see `ResampledSums`.
-
-    Notes
-    -----
-    The angular distance of a token is arccos(cosine)/π, in [0, 1] (Gromov et al., arXiv 2403.17887, eq. 8), and its
-    mean is the mean of the tokens' distances. States of the same direction are at a distance of exactly 0. A state of
-    zeros has cosine 0 with any other. All sums are float64; memory does not grow with the tokens.
-
-    Examples
-    --------
-    >>> from streamline_hooks.statistics.state_sums import token_grams
-    >>> similarity = StateSimilarity(2)
-    >>> a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
-    >>> similarity.update([token_grams([a, b], torch.tensor([0]))])
-    >>> similarity.cosine[0, 0, 1].item(), similarity.angular[0, 0, 1].item()
-    (0.0, 0.5)
+    Boundary k is the input of block k, boundary L the output of the last block; the window ``range(a, b)`` changes
+    state a into state b. The angular distance is arccos(cosine)/π, in [0, 1] (Gromov et al., arXiv 2403.17887, eq. 8),
+    averaged over tokens; it is exactly 0 for states of one direction. A state of zeros has cosine 0.
     """
 
     def __init__(self, places: int, replicates: int = 0) -> None:
@@ -116,15 +71,7 @@ class StateSimilarity:
         self.sums = ResampledSums(2 * self._pairs.shape[1] + 1, replicates)
 
     def update(self, grams: Sequence[Tensor], weights: Tensor | None = None) -> None:
-        """Add sequences.
-
-        Parameters
-        ----------
-        grams : sequence of torch.Tensor
-            One a sequence, of shape (tokens, places, places), see `token_grams`.
-        weights : torch.Tensor, optional
-            Of the resamples, of shape (sequences, replicates).
-        """
+        """Add sequences, each with `token_grams` of shape (tokens, places, places), and their bootstrap weights."""
         self.sums.add(torch.stack([self._sums_of(gram) for gram in grams]), weights)
 
     @property
@@ -164,26 +111,10 @@ class StateSimilarity:
 
 
 class StateSums:
-    """Sums over the states at each place of the residual stream.
+    """Sums over the states at each boundary, equal for any batch size, padding side, order and sharding.
 
-    Parameters
-    ----------
-    places : int
-        Of the states; one more than blocks.
-    replicates : int
-        Number of resamples of the sequences, see `ResampledSums`.
-
-    Attributes
-    ----------
-    similarity, norms, entropy
-        Of the tokens that count.
-    last : StateSimilarity
-        Of each sequence's last real token, whether it counts or not.
-
-    Notes
-    -----
-    Some (1 + replicates)·places² numbers in float64, on the CPU, however many the tokens. The sums are equal whatever
-    the batch size, the padding side, the order or the number of shards, but for rounding.
+    `similarity`, `norms` and `entropy` cover the tokens that count, `last` each sequence's last real token. They hold
+    about (1 + replicates)·places² float64 numbers on the CPU.
     """
 
     def __init__(self, places: int, replicates: int = 0) -> None:
@@ -196,24 +127,10 @@ class StateSums:
     def update(
         self, states: Sequence[Tensor], mask: Tensor, *, real: Tensor | None = None, weights: Tensor | None = None
     ) -> None:
-        """Add one batch.
+        """Add a batch of states, one per boundary, each of shape (batch, tokens, features).
 
-        Parameters
-        ----------
-        states : sequence of torch.Tensor
-            One a place, of shape (batch, tokens, features).
-        mask : torch.Tensor
-            The tokens that count, of shape (batch, tokens).
-        real : torch.Tensor, optional
-            The tokens that are no padding, of which the last is compared on its own; by default those that count.
-            A sequence without any is left out.
-        weights : torch.Tensor, optional
-            See `poisson_weights`, of shape (batch, replicates); needed where there are replicates.
-
-        Raises
-        ------
-        StreamlineError
-            If the states do not fit, or are not finite.
+        `mask`, (batch, tokens), selects tokens; `real`, by default `mask`, marks the tokens that are no padding; a
+        sequence without any is left out. `weights` are the sequences' `poisson_weights`.
         """
         if len(states) != self.places:
             raise StreamlineError(f"Got {len(states)} states; expected {self.places}, one more than blocks.")
@@ -248,13 +165,7 @@ class StateSums:
         self.norms.largest = torch.maximum(self.norms.largest, other.norms.largest)
 
     def drawn(self) -> Tensor:
-        """The numbers of the resamples that hold whatever the whole does, of shape (up to replicates,).
-
-        Raises
-        ------
-        StreamlineError
-            If there are too few resamples, or not two different sequences, which leaves nothing to resample.
-        """
+        """Return the indices of the usable resamples; raise if there are too few, or not two different sequences."""
         if self.replicates < _LEAST_REPLICATES:
             raise StreamlineError(
                 f"How sure a value is takes {_LEAST_REPLICATES} replicates at least; this profile has "
@@ -283,13 +194,7 @@ class StateSums:
         return {**resampled, "histogram": self.norms.histogram.clone(), "largest": self.norms.largest.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take sums up again.
-
-        Raises
-        ------
-        StreamlineError
-            If they are of another number of places or replicates.
-        """
+        """Load sums of the same number of boundaries and replicates."""
         for name, mine in self.state_dict().items():
             given = f"{tuple(state[name].shape)} of {state[name].dtype}" if name in state else "absent"
             if given != (expected := f"{tuple(mine.shape)} of {mine.dtype}"):

@@ -21,41 +21,14 @@ _KEY = "streamline_hooks"
 def write_file(
     path: str | Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], *, sync: bool = True
 ) -> Path:
-    """Write a file, which takes the place of one that is there only when it is complete.
-
-    Parameters
-    ----------
-    path : str or Path
-    tensors : mapping of str to torch.Tensor
-    values : mapping
-        JSON values.
-    sync : bool
-        See `atomic_file`.
-
-    Raises
-    ------
-    StreamlineError
-        If it cannot be written; what was there before is untouched.
-    """
+    """Write tensors and JSON values to one safetensors file atomically, see `atomic_file` for `sync`."""
     with atomic_file(path, sync=sync) as new:
         save_file({k: v.contiguous() for k, v in tensors.items()}, new, {_KEY: json.dumps(values)})
     return Path(path)
 
 
 def read_file(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `write_file` wrote.
-
-    Parameters
-    ----------
-    path : str or Path
-    what : str
-        What the file should hold, for the errors.
-
-    Raises
-    ------
-    StreamlineError
-        If there is no such file, or it is truncated or of another kind.
-    """
+    """Read the tensors and values that `write_file` wrote; `what` names the expected content in errors."""
     try:
         with safe_open(path, framework="pt") as opened:
             text = (opened.metadata() or {}).get(_KEY)

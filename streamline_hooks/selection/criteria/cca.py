@@ -28,29 +28,10 @@ Place = Hashable
 
 
 class StateCovariances:
-    """Means of the states at some places, and centred second moments of some pairs of places.
+    """Means of the states at some boundaries, and centred second moments of each and of some pairs.
 
-    Each part of the tokens is centred on its own mean and merged by the update of Chan, Golub and LeVeque (1979), so
-    that a feature whose mean is large, as those of massive activations are, costs no digits.
-
-    Parameters
-    ----------
-    pairs : iterable of (place, place)
-        Whose cross-covariance is wanted. The covariance of each place by itself is always there.
-
-    Notes
-    -----
-    Sums are float64 on the device of the states (on the CPU for MPS, which has none). Memory is d² numbers a place and
-    d² a pair, however many the tokens.
-
-    Examples
-    --------
-    >>> import torch
-    >>> covariances = StateCovariances([("x", "y")])
-    >>> x = torch.tensor([[[0.0, 1.0], [2.0, 1.0]]])
-    >>> covariances.update({"x": x, "y": 3 * x}, torch.ones(1, 2))
-    >>> covariances.covariance("x", "y").tolist()
-    [[3.0, 0.0], [0.0, 0.0]]
+    Each part is centred on its own mean and merged by the update of Chan, Golub and LeVeque (1979), so that large means
+    (massive activations) cost no digits. Sums are float64, on the device of the states where it has float64.
     """
 
     def __init__(self, pairs: Iterable[tuple[Place, Place]]) -> None:
@@ -62,28 +43,14 @@ class StateCovariances:
         self._scatters: dict[tuple[Place, Place], Tensor] = {}
 
     def update(self, states: Mapping[Any, Tensor], mask: Tensor) -> None:
-        """Add one batch.
-
-        Parameters
-        ----------
-        states : mapping of place to torch.Tensor
-            Of shape (batch, tokens, features), all of one shape.
-        mask : torch.Tensor
-            The tokens that count, of shape (batch, tokens).
-        """
+        """Add one batch of states of shape (batch, tokens, features), with a mask of shape (batch, tokens)."""
         chosen = [states[place][mask.to(states[place].device).bool()] for place in self.places]
         for parts in zip(*(state.split(_TOKENS_AT_ONCE) for state in chosen), strict=True):
             if len(parts[0]):
                 self._add({place: widen(part) for place, part in zip(self.places, parts, strict=True)})
 
     def covariance(self, x: Place, y: Place) -> Tensor:
-        """Mean of (x − x̄)(y − ȳ)ᵀ, of shape (features, features), float64.
-
-        Raises
-        ------
-        StreamlineError
-            If no token has been counted.
-        """
+        """Return the mean of (x − x̄)(y − ȳ)ᵀ, of shape (features, features), float64."""
         if not self.tokens:
             raise StreamlineError("No token has been counted yet; update with a batch that has real tokens.")
         return self._scatters[x, y] / self.tokens
@@ -111,27 +78,10 @@ class StateCovariances:
 
 
 def canonical_correlations(xx: Tensor, xy: Tensor, yy: Tensor) -> tuple[Tensor, int]:
-    """Canonical correlations of x and y: the singular values of Cxx^(−1/2) Cxy Cyy^(−1/2).
+    """Return the canonical correlations of x and y, in falling order, and the rank of Cyy.
 
-    Parameters
-    ----------
-    xx, xy, yy : torch.Tensor
-        Covariances of shape (features, features), float64.
-
-    Returns
-    -------
-    correlations : torch.Tensor
-        In [0, 1], falling, as many as the smaller of the two ranks.
-    rank : int
-        Of y's covariance. Directions in which a state does not vary have no correlation and are left out.
-
-    Examples
-    --------
-    >>> correlations, rank = canonical_correlations(
-    ...     torch.eye(2).double(), torch.diag(torch.tensor([0.5, 0.0]).double()), torch.eye(2).double()
-    ... )
-    >>> correlations.tolist(), rank
-    ([0.5, 0.0], 2)
+    They are the singular values of Cxx^(−1/2) Cxy Cyy^(−1/2), all float64. Directions in which a state does not vary
+    are left out.
     """
     x, y = _whitening(xx), _whitening(yy)
     return torch.linalg.svdvals(x.T @ xy @ y).clamp(max=1.0), y.shape[1]
