@@ -104,15 +104,9 @@ def told(value: float | None) -> float | None:
 
 
 class MeasurementFile:
-    """A JSON Lines file that measurements are added to.
+    """A JSON Lines file that measurements are appended to.
 
-    What is there already is kept, but for an incomplete measurement at its end, which a process left that was killed
-    while it wrote.
-
-    Parameters
-    ----------
-    path : str or Path
-        The file; its folder is made.
+    Existing lines stay, except an incomplete last line, left by a process that was killed while it wrote.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -120,13 +114,7 @@ class MeasurementFile:
         self._looked_at = False
 
     def append(self, measured: Measurement) -> None:
-        """Add a line, and see to it that it is out of this process's hands.
-
-        Raises
-        ------
-        StreamlineError
-            If the file cannot be written.
-        """
+        """Append a measurement and flush it."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not self._looked_at:

@@ -14,27 +14,12 @@ from streamline_hooks.stack import BlockStack
 
 
 class GradientProbe:
-    """Sum the squares of the gradient that passes a state, whatever runs the backward.
+    """Sum the squared norm of the gradient that passes a state, whatever runs the backward.
 
-    The state goes through a step of its own in the graph, whose backward hands on the gradient as it is and adds its
-    squared norm to the gradient of a number beside it. So it is summed over micro-batches as any parameter's gradient
-    is, is right under both kinds of gradient checkpointing, and is compiled with the rest: no hook is called.
-
-    Two backwards through one state (``retain_graph=True``, of losses that are differentiated one by one) each hand on a
-    part of its gradient, and the squares of parts do not add up to that of the whole: the sum is NaN then. In a
-    compiled model this is not noticed, and the sum is that of the parts' squares.
-
-    Parameters
-    ----------
-    device : torch.device
-        Where the states are.
-
-    Examples
-    --------
-    >>> probe, state = GradientProbe(torch.device("cpu")), torch.ones(2, 3, 4, requires_grad=True)
-    >>> (2 * probe(state)).sum().backward()
-    >>> round(probe.take(), 3), state.grad.unique().item()
-    (96.0, 2.0)
+    The state passes an autograd function whose backward adds the squared norm to the gradient of a scalar. So it
+    accumulates over micro-batches, is right under both kinds of gradient checkpointing, and compiles without hooks. Two
+    backwards through one state (``retain_graph=True``) each pass a part of the gradient, whose squares do not add up:
+    the sum is NaN, except in a compiled model, which does not notice.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -66,31 +51,12 @@ class _Passing(torch.autograd.Function):
 
 
 class PlaceProbes:
-    """One `GradientProbe` a place: before block 0, and behind each block.
+    """One `GradientProbe` before block 0 and behind each block.
 
-    A block that a forward goes without hands on the state that entered it, so that one state may be that of several
-    places: of those that were passed over, when the next block is entered, and of those up to the end, when the last
-    one that is left in the stack returns. Where blocks were passed over and that is not so, nothing is told of these
-    places: of the last ones that a model itself passes over (LayerDrop), and under reentrant gradient checkpointing,
-    which makes the graph of each block in the backward, when it is not known any more which ran. A compiled model is
-    taken to run all blocks.
-
-    Parameters
-    ----------
-    stack : BlockStack
-
-    Examples
-    --------
-    >>> import torch
-    >>> from streamline_hooks.stack import find_stack
-    >>> from streamline_hooks.testing import tiny_model
-    >>> probes = PlaceProbes(find_stack(tiny_model("llama", blocks=3)))
-    >>> state = torch.ones(1, 1, 4, requires_grad=True)
-    >>> probes.begin()
-    >>> state = probes.leave(0, probes.enter(0, state))
-    >>> probes.leave(2, probes.enter(2, state)).sum().backward()  # without block 1
-    >>> probes.take()
-    [4.0, 4.0, 4.0, 4.0]
+    A skipped block passes on its input, so one state may belong to several boundaries. Where blocks were skipped and
+    the boundaries cannot be assigned, they report NaN: the last blocks if the model skips them itself (LayerDrop), and
+    skipped blocks under reentrant gradient checkpointing, which builds each block's graph in the backward. A compiled
+    model is taken to run all blocks.
     """
 
     def __init__(self, stack: BlockStack) -> None:
@@ -129,13 +95,7 @@ class PlaceProbes:
         return self._probed(state, range(k + 2, self._reached), passed_over=True)
 
     def take(self) -> list[float | None]:
-        """The summed squares at each place since they were last taken.
-
-        Returns
-        -------
-        list of float or None
-            None where no gradient has passed, NaN where what has cannot be told.
-        """
+        """Return the summed squares at each boundary since the last call: None without a gradient, NaN if unknown."""
         self.begin()
         found = [probe.take() for probe in self._probes]
         for k, (again, later) in enumerate(zip(self._again, self._later, strict=True)):

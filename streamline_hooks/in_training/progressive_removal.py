@@ -301,18 +301,7 @@ def _listed(blocks: Iterable[int | None]) -> str:
 
 
 def require_own_parameters(optimizer: Optimizer, model: nn.Module) -> None:
-    """Raise unless an optimiser holds the very parameters of a model.
-
-    Parameters
-    ----------
-    optimizer : torch.optim.Optimizer
-    model : torch.nn.Module
-
-    Raises
-    ------
-    StreamlineError
-        If it holds none of them: copies of them, or those of another model.
-    """
+    """Raise if an optimiser holds none of a model's own parameters, only copies or those of another model."""
     own = {id(parameter) for parameter in model.parameters()}
     if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
         raise StreamlineError(
@@ -322,25 +311,9 @@ def require_own_parameters(optimizer: Optimizer, model: nn.Module) -> None:
 
 
 def drop_parameters(optimizer: Optimizer, gone: Collection[nn.Parameter]) -> None:
-    """Take parameters and what was kept for them out of an optimiser.
+    """Remove parameters and their state from an optimiser, also from one that accelerate wraps.
 
-    A group that is left without parameters stays, since a learning-rate schedule counts the groups. An optimiser that
-    was made from ``model.named_parameters()`` keeps the names beside the parameters, and loses those of the ones gone.
-
-    Parameters
-    ----------
-    optimizer : torch.optim.Optimizer
-        Also one of accelerate, or another that wraps one as its ``optimizer``.
-    gone : collection of torch.nn.Parameter
-
-    Examples
-    --------
-    >>> import torch
-    >>> first, second = (nn.Parameter(torch.zeros(2)) for _ in range(2))
-    >>> optimizer = torch.optim.SGD([first, second], lr=0.1)
-    >>> drop_parameters(optimizer, [first])
-    >>> optimizer.param_groups[0]["params"][0] is second
-    True
+    Emptied groups stay, since a learning-rate schedule counts the groups. Parameter names are kept in step.
     """
     numbers = {id(parameter) for parameter in gone}
     for one in _chain(optimizer):
@@ -355,15 +328,7 @@ def drop_parameters(optimizer: Optimizer, gone: Collection[nn.Parameter]) -> Non
 def rename_parameters(
     optimizer: Optimizer, before: Mapping[nn.Parameter, str], now: Mapping[nn.Parameter, str]
 ) -> None:
-    """Let the names that an optimiser keeps follow those of its parameters; nothing where it keeps none.
-
-    Parameters
-    ----------
-    optimizer : torch.optim.Optimizer
-        As for `drop_parameters`.
-    before, now : mapping of torch.nn.Parameter to str
-        The names in the model. What an optimiser has in front of one, as of a wrapper around the model, stays.
-    """
+    """Update the parameter names that an optimiser keeps, if any; a prefix before a name, as of a wrapper, stays."""
     for one in _chain(optimizer):
         for group in one.param_groups:
             names: list[str] = group.get("param_names", [])

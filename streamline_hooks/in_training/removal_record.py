@@ -63,16 +63,9 @@ def start_of(history: Sequence[dict[str, Any]], run: str) -> int:
 
 
 def remember_start(history: Sequence[dict[str, Any]], start: int, run: str) -> None:
-    """Let the first surgery since a training's start say so, for when the training is resumed.
+    """Mark the first surgery since a training run's start with the run's name, so that the run can be resumed.
 
-    Parameters
-    ----------
-    history : sequence of dict
-        The model's own entries, of which that one may be changed.
-    start : int
-        How many of them were there when the training started.
-    run : str
-        The training.
+    `start` is the number of entries in the history when the run started.
     """
     if start < start_of(history, run):
         first = history[start]
@@ -80,33 +73,9 @@ def remember_start(history: Sequence[dict[str, Any]], start: int, run: str) -> N
 
 
 def numbers_at_start(since: Sequence[dict[str, Any]], began: int, length: int) -> list[int | None]:
-    """The number of each block that is there now when a training started, whatever was committed since.
+    """Return the index of each present block at the start of a training run, None for a block inserted since.
 
-    Parameters
-    ----------
-    since : sequence of dict
-        The surgeries since then, whoever committed them.
-    began : int
-        Blocks that were there then.
-    length : int
-        Blocks that are there now.
-
-    Returns
-    -------
-    list of int or None
-        None for a block that was put in meanwhile.
-
-    Raises
-    ------
-    StreamlineError
-        If the surgeries speak of other numbers of blocks than there were or are.
-
-    Examples
-    --------
-    >>> from streamline_hooks.surgery.plan import Slot
-    >>> plan = SurgeryPlan("layers", 3, (Slot(1, "Block"), Slot(None, "Block")))
-    >>> numbers_at_start([plan.to_dict()], 3, 2)
-    [1, None]
+    `since` lists the surgeries committed since then; `began` and `length` count the blocks then and now.
     """
     numbers: list[int | None] = list(range(began))
     for plan in (SurgeryPlan.from_dict(entry) for entry in since):

@@ -26,10 +26,7 @@ from streamline_hooks.surgery.saving import saver_depth
 
 
 class OwnBlocks(Edits):
-    """The edits of a `LayerSurgeon` that only leaves blocks away, for many times.
-
-    Each block is known, and needs no mark; what repeats the configuration is looked for once.
-    """
+    """The edits of a `LayerSurgeon` that repeatedly removes blocks only, with its look-ups cached."""
 
     def __init__(self, configs: OwnConfigs) -> None:
         super().__init__(configs, uuid.uuid4().hex)
@@ -63,16 +60,7 @@ class OwnBlocks(Edits):
 
 
 class Skipping:
-    """Leave blocks out of a model and take them back, with everything that a removal changes.
-
-    What a `LayerSurgeon` looks up when it opens is looked up once; a removal of single blocks then is one change.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-    stack : BlockStack
-        Of this model.
-    """
+    """Remove blocks from a model and restore them repeatedly, with the look-ups of a `LayerSurgeon` done once."""
 
     def __init__(self, model: nn.Module, stack: BlockStack) -> None:
         self.model = model
@@ -133,23 +121,10 @@ class BeginHook(ChangeHook):
 
 
 def require_skippable(skipping: Skipping, blocks: Sequence[int]) -> None:
-    """Raise unless a model is right without some of its blocks.
+    """Raise `UnsupportedSurgery` unless skipping the blocks equals bypassing them.
 
-    Each second of them is left out at once, and then the others, and the model held against itself with the same
-    blocks bypassed. Where that is not right, one is tried after the other, to name the one that cannot go.
-
-    Parameters
-    ----------
-    skipping : Skipping
-    blocks : sequence of int
-        Those that may be skipped.
-
-    Raises
-    ------
-    UnsupportedSurgery
-        With the hazards of the first block that cannot go, and what to do.
-    StreamlineError
-        If there is no other block.
+    Every second block is skipped at once, then the others. If either fails, blocks are tried one by one to name the
+    culprit.
     """
     stack = skipping.stack
     if len(stack) < 2 and blocks:

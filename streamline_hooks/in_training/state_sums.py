@@ -16,21 +16,10 @@ from streamline_hooks.statistics.profile import MASSIVE
 
 
 class NormSums:
-    """The norms of the states at one place of the residual stream.
+    """The norms of the states at one boundary.
 
-    Parameters
-    ----------
-    device : torch.device
-        Where the states are.
-
-    Attributes
-    ----------
-    added : torch.Tensor
-        Tokens, tokens whose state is not finite, and the sum of the norms, float64, of shape (3,).
-    largest : torch.Tensor
-        The greatest norm, of shape (1,).
-    histogram : torch.Tensor
-        See `norm_histogram`, of shape (1, `CELLS`).
+    `added`, float64 of shape (3,), sums tokens, tokens with a state that is not finite, and norms; `largest` is the
+    greatest norm, (1,); `histogram` is a `norm_histogram`, (1, `CELLS`).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -53,18 +42,10 @@ class NormSums:
 
 
 class ChangeSums:
-    """What one block does to its tokens' states.
+    """How one block changes the states of its tokens.
 
-    Parameters
-    ----------
-    device : torch.device
-        Where the states are.
-
-    Attributes
-    ----------
-    added : torch.Tensor
-        Tokens with finite states, and the sums over them of the cosine and of ‖leaving − entering‖/‖entering‖, float64,
-        of shape (3,). A token that enters with zeros has cosine 0 and change 0.
+    `added`, float64 of shape (3,), sums tokens with finite states, cosines, and ‖leaving − entering‖/‖entering‖. A
+    token that enters with zeros has cosine 0 and change 0.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -103,33 +84,10 @@ def summed(
     dead: float,
     group: Any = None,
 ) -> Measurement:
-    """Turn sums into a measurement, added up over all processes that train together.
+    """Reduce the sums of a step over all ranks of `group` and turn them into a measurement.
 
-    Parameters
-    ----------
-    norms : sequence of NormSums
-        One a place.
-    changes : sequence of ChangeSums
-        One a block.
-    squares : sequence of float or None
-        The summed squares of the gradients at each place.
-    step : int
-        The step's number.
-    grad_scale : float
-        What the loss was multiplied by.
-    dead : float
-        Up to which mean change a block is dead.
-    group : torch.distributed.ProcessGroup, optional
-        Of the processes that train together; all by default.
-
-    Returns
-    -------
-    Measurement
-
-    Raises
-    ------
-    StreamlineError
-        If nothing was summed.
+    `norms` and `squares` (summed squared gradients) have one entry per boundary, `changes` one per block; gradients are
+    divided by `grad_scale`; blocks with a mean change up to `dead` are dead. Raise if no token was counted.
     """
     home = norms[0].added.device
     added = torch.stack([sums.added.to(home) for sums in norms])
