@@ -29,18 +29,9 @@ Verdict = Literal["ok", "refused", "FAILED"]
 
 @dataclass(frozen=True)
 class Check:
-    """What one assertion said of a model.
+    """The result of one assertion: `name`, `verdict`, `seconds`, and the reason in `text`.
 
-    Attributes
-    ----------
-    name : str
-        What was looked at.
-    verdict : {"ok", "refused", "FAILED"}
-        Refused where the library says by name why a block cannot go; that is no failure. Where it only sees that the
-        shorter model is wrong, and not why, the assertion decides.
-    seconds : float
-    text : str
-        Why it was refused, or what is wrong.
+    "refused" means that the library names the reason why a block cannot be removed; that is no failure.
     """
 
     name: str

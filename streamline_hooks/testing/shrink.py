@@ -12,17 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Size:
-    """How large a tiny model shall be.
-
-    Attributes
-    ----------
-    blocks : int
-        Number of blocks.
-    width : int
-        Features of the hidden state, a multiple of 32.
-    vocabulary : int
-        Number of tokens.
-    """
+    """The size of a tiny model: blocks, width (features, a multiple of 32) and vocabulary."""
 
     blocks: int
     width: int
@@ -283,19 +273,7 @@ def _field_default(field: dataclasses.Field[Any]) -> Any:
 
 
 def shrink_value(name: str, value: Any, size: Size, tokens: SpecialTokens) -> Any:
-    """The tiny value of one attribute; what is no size comes back as it is.
-
-    Parameters
-    ----------
-    name : str
-        The attribute's name, which tells its role.
-    value : object
-        Its default value.
-    size : Size
-        How large the model shall be.
-    tokens : SpecialTokens
-        Where ids of special tokens outside the vocabulary get a new one.
-    """
+    """Return the tiny value of a config attribute, by the role that its name tells; other values are unchanged."""
     if isinstance(value, bool) or not isinstance(value, int | float | list | tuple):
         return value
     if isinstance(value, list | tuple):
@@ -314,21 +292,10 @@ def shrink_value(name: str, value: Any, size: Size, tokens: SpecialTokens) -> An
 
 
 def shrink_config(default: Any, size: Size, tokens: SpecialTokens, overrides: Mapping[str, Any]) -> Any:
-    """A tiny configuration of the class of a default one.
+    """Return a tiny configuration of the class of `default`.
 
-    Arguments, not attributes, are made small, so that the class derives the rest (lists of layer types, inner
-    sizes) for the size asked for.
-
-    Parameters
-    ----------
-    default : PretrainedConfig
-        What the class makes when it is left alone.
-    size : Size
-        How large the model shall be.
-    tokens : SpecialTokens
-        Shared by all configurations of a model.
-    overrides : mapping
-        Arguments that are taken as they are; a mapping for a nested configuration holds arguments of that.
+    Constructor arguments are shrunk, not attributes, so that the class derives the rest (layer types, inner sizes).
+    `overrides` are used as they are, a mapping for a nested configuration.
     """
     config = type(default)(**_small_arguments(default, size, tokens, overrides, main=True))
     for part in (config, *filter(_is_config, vars(config).values())):

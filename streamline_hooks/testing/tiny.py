@@ -329,19 +329,11 @@ _GAIN = 0.2 * math.sqrt(32)  # a matrix of 32 inputs gets a standard deviation o
 
 
 def redraw(model: nn.Module, seed: int) -> None:
-    """Draw the weights of a model again.
+    """Redraw the weights of a model in place, from a generator with the given seed.
 
-    Matrices are drawn from a normal distribution whose standard deviation is 0.2 for 32 inputs, and falls with the
-    square root of their number. Vectors (norms, biases, gates), and tensors whose values all have one sign (which
-    then means something: the decay of a state space, a mixing weight), keep their values and get a little noise.
-    Frozen parameters, such as sinusoidal positions, stay.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model, changed in place.
-    seed : int
-        Of a generator of its own; the global random state is neither read nor changed.
+    Matrices are normal with a standard deviation of 0.2 for 32 inputs, falling with their square root. Vectors, and
+    tensors of one sign (the decay of a state space, a mixing weight), keep their values plus a little noise. Frozen
+    parameters stay.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

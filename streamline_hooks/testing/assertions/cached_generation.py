@@ -102,22 +102,7 @@ def hold_decoding(
     tolerance: float | None = None,
     stack: str | None = None,
 ) -> None:
-    """Hold the last tokens of a batch, decoded one by one with a cache, against the whole forward.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-    batch : mapping
-        ``input_ids`` and ``attention_mask`` of shape (batch, tokens).
-    steps : int
-        How many tokens are decoded.
-    tolerance, stack
-        As for `assert_cached_generation_matches`.
-
-    Raises
-    ------
-    AssertionError
-    """
+    """Compare the last `steps` tokens of a batch, decoded one by one with a cache, with the whole forward."""
     padded = bool(padding_said(batch))
     with torch.no_grad():
         whole = answer(model, batch)
@@ -164,25 +149,9 @@ def hold_generation(
     tolerance: float | None = None,
     stack: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Hold ``generate`` with a cache against ``generate`` without one, greedily.
+    """Compare greedy ``generate`` with a cache with ``generate`` without one, and return the latter's texts and logits.
 
-    Rows are compared up to the first token where they part over a tie; from there on the texts are different ones.
-
-    Parameters
-    ----------
-    model, batch, steps, cache_implementation, tolerance, stack
-        As for `assert_cached_generation_matches`.
-
-    Returns
-    -------
-    sequences : torch.Tensor
-        What was generated without a cache, of shape (batch, tokens + steps).
-    logits : tuple of torch.Tensor
-        What ``generate`` reports for each step, of shape (batch, vocabulary).
-
-    Raises
-    ------
-    AssertionError
+    Rows are compared up to the first token where they part over a tie; from there on the texts differ.
     """
     generate: Any = model.generate
     options = {**GREEDILY, "max_new_tokens": steps, "output_logits": True, "return_dict_in_generate": True}
@@ -212,20 +181,7 @@ def hold_generation(
 
 
 def hold_rows_alone(model: nn.Module, batch: Mapping[str, Any], *, tolerance: float | None = None) -> None:
-    """Hold each row of a left-padded batch against the same row alone, without its padding.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-    batch : mapping
-        ``input_ids`` and ``attention_mask`` of shape (batch, tokens).
-    tolerance : float, optional
-        As for `assert_cached_generation_matches`.
-
-    Raises
-    ------
-    AssertionError
-    """
+    """Compare each row of a left-padded batch with the same row alone, without its padding."""
     whole = answer(model, batch)
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     for row in range(len(ids)):
@@ -289,20 +245,7 @@ def _allowed(model: nn.Module, tolerance: float | None) -> float:
 
 @contextmanager
 def failing_with_a_cache(model: nn.Module, stack: str | None, what: str) -> Iterator[None]:
-    """Say what fails, and why, where a model raises that was run with a cache.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-    stack : str or None
-        Path of the stack, see `find_stack`.
-    what : str
-        What is done with the cache.
-
-    Raises
-    ------
-    AssertionError
-    """
+    """Turn an error of a model that runs with a cache into an AssertionError that names the likely cause."""
     try:
         yield
     except Exception as error:

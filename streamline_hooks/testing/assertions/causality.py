@@ -36,19 +36,7 @@ _ROWS = "mixes the rows of a batch: take sums and means over features or earlier
 
 @dataclass(frozen=True)
 class _Trial:
-    """One change of the input, and what it must not change.
-
-    Attributes
-    ----------
-    what : str
-        The change, in words.
-    changed : Tensor
-        The input after it.
-    kept : Tensor
-        Boolean, of shape (batch, tokens): whose results must stay.
-    fault : str
-        What a module does that lets them change.
-    """
+    """One change of the input: its description, the new input, which results must stay, and the fault if not."""
 
     what: str
     changed: Tensor

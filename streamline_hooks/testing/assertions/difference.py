@@ -71,30 +71,11 @@ def difference(
     tolerance: float | None = None,
     axes: Sequence[str] = LOGITS,
 ) -> Difference | str | None:
-    """Compare two tensors.
+    """Compare two tensors and their dtypes; return None if they agree.
 
-    Parameters
-    ----------
-    got, expected : torch.Tensor
-        Of one shape; the dtype counts too.
-    real : torch.Tensor, optional
-        Boolean, of the shape of the leading axes: which places count.
-    tolerance : float, optional
-        Relative: allowed is this times (1 + the largest expected absolute value). By default 1e-5 for float32 and
-        accordingly for the others, see `SAME_SUMS`; 0 compares to the bit (up to the sign of a zero).
-    axes : sequence of str
-        What the axes are called.
-
-    Returns
-    -------
-    Difference, str or None
-        None where they agree; words where they cannot be compared, or are NaN at some place.
-
-    Examples
-    --------
-    >>> print(difference(torch.ones(1, 2, 2), torch.tensor([[[1.0, 1.0], [1.0, 1.5]]])))
-    the largest absolute difference is 0.5 at batch 0, token 1, vocabulary entry 1
-    (got 1, expected 1.5; allowed: 2.5e-05)
+    Text says why they cannot be compared. Allowed is `tolerance` times (1 + the largest expected absolute value); by
+    default that of the dtype, see `SAME_SUMS`; 0 compares bit for bit, up to the sign of a zero. `real`, boolean of the
+    shape of the leading axes, selects positions; `axes` names the axes.
     """
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return (
@@ -123,26 +104,9 @@ def difference(
 
 
 def relative_gaps(got: Tensor, expected: Tensor, real: Tensor) -> Tensor:
-    """By which part of its norm each token of a tensor differs from the same token of another.
+    """Return the norm of each token's difference relative to the expected token, float64 of shape (batch, tokens).
 
-    Parameters
-    ----------
-    got, expected : torch.Tensor
-        Of one shape, (batch, tokens, ...).
-    real : torch.Tensor
-        Boolean, (batch, tokens): which tokens count.
-
-    Returns
-    -------
-    torch.Tensor
-        Of shape (batch, tokens), float64; 0 for a token that does not count, infinite where one of the two is NaN, or
-        infinite and the other is not.
-
-    Examples
-    --------
-    >>> old, new = torch.ones(1, 2, 4), torch.tensor([[[1.0] * 4, [1.5] * 4]])
-    >>> relative_gaps(new, old, torch.tensor([[True, True]])).tolist()
-    [[0.0, 0.5]]
+    It is 0 for tokens outside `real`, and infinite for NaN or if only one of the two is infinite.
     """
     a, b = (x.detach().to(expected.device).double().reshape(*x.shape[:2], -1) for x in (got, expected))
     apart = torch.where(a == b, 0.0, a - b).norm(dim=-1).nan_to_num(nan=torch.inf, posinf=torch.inf)
@@ -154,33 +118,10 @@ def relative_gaps(got: Tensor, expected: Tensor, real: Tensor) -> Tensor:
 def token_difference(
     got: Tensor, expected: Tensor, again: Tensor, real: Tensor, tolerance: float | None, axes: Sequence[str] = STATES
 ) -> str | None:
-    """Compare tokens that must not have moved, each by its own norm.
+    """Compare tokens that must not have changed, each relative to its own norm; return the largest change or None.
 
-    Parameters
-    ----------
-    got, expected : torch.Tensor
-        (batch, tokens, features), after a change of the input and before.
-    again : torch.Tensor
-        A second run on the unchanged input. By as much as it differs from the first, the result may differ too; twice
-        that is allowed, since one pair of runs does not show the largest difference there can be.
-    real : torch.Tensor
-        Boolean, (batch, tokens): which tokens must not have moved.
-    tolerance : float or None
-        Fraction of a token's norm, in addition; by default that of the dtype, see `UNTOUCHED`.
-    axes : sequence of str
-        What the axes are called.
-
-    Returns
-    -------
-    str or None
-        None where they agree; else the token that moved most, and where. NaN never agrees.
-
-    Examples
-    --------
-    >>> old, new = torch.ones(1, 2, 2), torch.tensor([[[1.0, 1.0], [1.0, 1.5]]])
-    >>> print(token_difference(new, old, old, torch.tensor([[True, True]]), None))
-    the largest absolute difference is 0.5 at batch 0, token 1, feature 1 (got 1.5, expected 1), which makes 0.354 of
-    that token's norm (allowed: 1e-05)
+    `again` is a second run on the unchanged input: twice its difference from `expected` is allowed in addition to
+    `tolerance`, by default that of the dtype, see `UNTOUCHED`. NaN never agrees.
     """
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return (
@@ -220,21 +161,7 @@ def require_same(
     tolerance: float | None = None,
     axes: Sequence[str] = LOGITS,
 ) -> None:
-    """Raise where two tensors differ.
-
-    Parameters
-    ----------
-    got, expected, real, tolerance, axes
-        As for `difference`.
-    what : str
-        What is wrong if they differ, as the beginning of a sentence.
-    cause : str
-        The likely cause.
-
-    Raises
-    ------
-    AssertionError
-    """
+    """Raise AssertionError if two tensors differ; `what` begins the message, and `cause` names the likely cause."""
     found = difference(got, expected, real=real, tolerance=tolerance, axes=axes)
     if found is not None:
         raise AssertionError(f"{what}: {found}. Likely cause: {cause}.")

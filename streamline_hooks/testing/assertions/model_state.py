@@ -42,15 +42,7 @@ class Identity:
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """A tensor, of which the object counts and what it holds.
-
-    Attributes
-    ----------
-    held : torch.Tensor
-        The object itself.
-    values : torch.Tensor
-        A copy of what it held.
-    """
+    """A tensor object, and a copy of its values."""
 
     held: Tensor
     values: Tensor
@@ -67,16 +59,7 @@ class Values:
 
 @dataclass(frozen=True)
 class Inside:
-    """A container or a configuration, and what it holds.
-
-    Attributes
-    ----------
-    owner : Identity or None
-        The object itself, where its identity counts: a configuration's does, a list's does not.
-    kind : type
-    items : dict
-        Frozen values, by key or position.
-    """
+    """A container or configuration and its frozen items; `owner` is set where its identity counts."""
 
     owner: Identity | None
     kind: type
@@ -87,24 +70,10 @@ class Inside:
 
 
 def frozen(value: Any, around: tuple[int, ...] = ()) -> Any:
-    """What can be compared later of a value that may be changed in place meanwhile.
+    """Return a snapshot of a value that can be compared after the value was changed in place.
 
-    Numbers and texts are themselves; containers and configurations (what has ``to_dict``) are looked into; of a tensor
-    its values are copied; of anything else its identity is kept, as of a tensor of another class or layout.
-
-    Parameters
-    ----------
-    value : Any
-    around : tuple of int
-        The ids of the containers that it lies in.
-
-    Examples
-    --------
-    >>> kinds = ["full", "sliding"]
-    >>> before = frozen(kinds)
-    >>> kinds[1] = "full"
-    >>> list(changed_places(before, frozen(kinds), "layer_types"))
-    [('layer_types[1]', "'sliding'", "'full'")]
+    Numbers and texts are themselves; containers and configurations are entered; plain tensors are copied; anything else
+    is compared by identity. `around` holds the ids of the enclosing containers.
     """
     if isinstance(value, _SIMPLE):
         return value
@@ -130,10 +99,7 @@ def is_config(value: Any) -> bool:
 
 
 def changed_places(before: Any, now: Any, path: str) -> Iterator[tuple[str, str, str]]:
-    """Where two frozen values differ: the path, the value before, the value now.
-
-    The order of keys does not count.
-    """
+    """Yield the path, old value and new value where two snapshots differ; the order of keys does not count."""
     if isinstance(before, Values) and isinstance(now, Values) and before.held is now.held:
         if before != now:
             yield path, *_first_change(before.values, now.values)
@@ -199,27 +165,7 @@ class _TensorState:
 
 
 class ModelState:
-    """A model at one moment: modules, parameters, hooks, numbers, configuration, keys.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        It is not changed. The values of its tensors are copied.
-
-    Examples
-    --------
-    >>> from torch import nn
-    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    >>> before = ModelState(model)
-    >>> handle = model[1].register_forward_hook(print)
-    >>> model[0].weight.requires_grad = False
-    >>> print(*before.changes(), sep="; ")
-    requires_grad of 0.weight is False; it was True; a forward hook was left on model.1: print
-    >>> handle.remove()
-    >>> model[0].weight.requires_grad = True
-    >>> before.changes()
-    []
-    """
+    """A snapshot of a model: modules, parameters, hooks, indices, configuration and state-dict keys."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -235,16 +181,7 @@ class ModelState:
         self._everywhere = _hooks_of_all_modules()
 
     def let_run(self, run: Callable[[], object]) -> None:
-        """Run something, and no longer look at the attributes that change by it.
-
-        Some models keep what the last forward made (RecurrentGemma its recurrent state): that another one came after
-        it is no trace of a change.
-
-        Parameters
-        ----------
-        run : callable
-            Does to the model what is done to it anyway, such as a forward.
-        """
+        """Run something, and ignore the attributes that change by it, such as RecurrentGemma's recurrent state."""
         run()
         for name, module in self._modules.items():
             before, now = self._attributes[name], _attributes_of(module)

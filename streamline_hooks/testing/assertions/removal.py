@@ -216,21 +216,9 @@ def numbers_said(blocks: Sequence[nn.Module]) -> dict[tuple[str, str], dict[int,
 
 
 def wrong_numbers(stack: BlockStack) -> list[str]:
-    """Sentences on blocks whose number is not their position in the stack.
+    """Return sentences on blocks whose index attribute is not their position in the stack.
 
-    Two blocks of one number, and a count that does not begin at 0 (or 1, for those that count from there), are what a
-    cache stumbles over.
-
-    Examples
-    --------
-    >>> from streamline_hooks import find_stack
-    >>> from streamline_hooks.testing import tiny_model
-    >>> model = tiny_model("llama", blocks=4)
-    >>> wrong_numbers(find_stack(model))
-    []
-    >>> model.model.layers[2].self_attn.layer_idx = 3
-    >>> wrong_numbers(find_stack(model))
-    ['layer_idx of block 2 (model.layers.2.self_attn) says 3']
+    Duplicate indices, and counts that do not begin at 0 (or 1 where all do), break a cache.
     """
     found = []
     names = [name for name, _ in stack.container.named_children()]

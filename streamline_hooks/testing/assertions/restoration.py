@@ -170,25 +170,10 @@ _CATCH_ALLS = frozenset({"probe", "cache"})
 
 
 def refusal(model: nn.Module, window: range, stack: str | None) -> tuple[UnsupportedSurgery | None, bool]:
-    """What a probing surgeon says against giving up a window, and whether it knows why.
+    """Return a probing surgeon's error on removing a window, or None, and whether its cause is known.
 
-    A surgeon's probe sees that the shorter model is wrong. Surgery that is itself at fault looks the same to it, so a
-    refusal counts only where the cause is known: found in advance, or by a diagnosis.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        It is given back as it was.
-    window : range
-    stack : str or None
-        Path of the stack, see `find_stack`.
-
-    Returns
-    -------
-    error : UnsupportedSurgery or None
-        None where the window can go.
-    known : bool
-        Whether the cause is a known one; False for what is called ``"probe"`` or ``"cache"``.
+    A probe only sees that the shorter model is wrong, which faulty surgery would look like too, so a refusal counts
+    only with a cause found in advance or by a diagnosis ("probe" and "cache" are none).
     """
     try:
         with LayerSurgeon(model, stack) as surgeon:

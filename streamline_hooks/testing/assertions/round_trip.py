@@ -84,23 +84,7 @@ def hold_reading(
     batch: Batch | Tensor | None = None,
     tolerance: float | None = None,
 ) -> None:
-    """Hold what one way of reading gives against the model that was written.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-    how : str
-        The way's name, for the text.
-    read : callable
-        Gives a model for a folder.
-    folder : Path
-    batch, tolerance
-        As for `assert_checkpoint_round_trip`.
-
-    Raises
-    ------
-    AssertionError
-    """
+    """Compare the model that one way of loading returns with the model that was saved."""
     try:
         loaded = read(folder)
     except Exception as error:
@@ -126,21 +110,7 @@ def hold_reading(
 def hold_logits(
     model: nn.Module, loaded: nn.Module, back: str, batches: Sequence[Mapping[str, Any]], tolerance: float | None = None
 ) -> None:
-    """Hold the logits of a model that was read against those of the model that was written.
-
-    Parameters
-    ----------
-    model, loaded : torch.nn.Module
-    back : str
-        How the text calls the one that was read.
-    batches : sequence of mapping
-    tolerance : float, optional
-        As for `assert_checkpoint_round_trip`.
-
-    Raises
-    ------
-    AssertionError
-    """
+    """Compare the logits of a loaded model with those of the model that was saved."""
     with quietly(model), quietly(loaded):
         for given in batches:
             expected = answer(model, given)
@@ -262,10 +232,9 @@ def _as_json(value: Any) -> Any:
 
 
 def _hold_buffers(model: nn.Module, loaded: nn.Module, back: str, tolerance: float | None) -> None:
-    """Buffers that are not saved are made anew by the class. In what precision is up to how it was read.
+    """Compare buffers that are not saved, in the coarser precision of the two, then cast the loaded ones.
 
-    A model that was cast (``model.bfloat16()``) has them cast too, one that was read has not: they are compared as
-    closely as the coarser precision allows, and then cast as the model's are, so that the logits can be compared.
+    ``model.bfloat16()`` casts them, loading does not.
     """
     theirs = dict(loaded.named_buffers())
     saved = model.state_dict().keys()

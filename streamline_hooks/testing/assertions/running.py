@@ -22,12 +22,9 @@ from streamline_hooks.testing.tiny import tiny_inputs
 
 @contextmanager
 def quietly(model: nn.Module, *, restore: bool = True) -> Iterator[None]:
-    """Without gradients and dropout, with the random numbers left as they were.
+    """Run without gradients and dropout, and restore the random state; if `restore`, also what forwards change.
 
-    What forwards change in the model is undone if `restore` is true.
-
-    PyTorch's own encoders have a fused way that they leave as soon as a block has a hook; it is switched off, so that
-    a forward with hooks and one without take the same sums.
+    PyTorch's encoders leave their fused path as soon as a block has a hook; it is switched off to compare equal sums.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
     with inference(model, restore=restore), torch.random.fork_rng(devices=[]):
@@ -51,20 +48,7 @@ def named_batch(model: nn.Module, batch: Batch | Tensor) -> dict[str, Any]:
 
 
 def batches_for(model: nn.Module, batch: Batch | Tensor | None, *, left_padded: bool) -> list[dict[str, Any]]:
-    """What a model is run on: the given batch, or tokens that are made up for it.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-    batch : mapping, torch.Tensor or None
-    left_padded : bool
-        Whether a left-padded batch is made up as well.
-
-    Raises
-    ------
-    StreamlineError
-        If no batch was given and none can be made up.
-    """
+    """Return the given batch, or generated tokens for the model, with a left-padded batch if `left_padded`."""
     if batch is not None:
         return [named_batch(model, batch)]
     if not is_transformers_model(model):
@@ -83,13 +67,7 @@ def run(model: nn.Module, batch: Mapping[str, Any]) -> Any:
 
 
 def answer_of(output: Any) -> Tensor:
-    """The logits; of a model without a head its last states.
-
-    Raises
-    ------
-    StreamlineError
-        If a model returned neither.
-    """
+    """Return a model's logits, or its last hidden states if it has no head."""
     for name in ("logits", "last_hidden_state"):
         answer = getattr(output, name, None)
         if isinstance(answer, Tensor):
@@ -109,10 +87,7 @@ def logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 def real_places(batch: Mapping[str, Any], like: Tensor) -> Tensor | None:
-    """Which tokens of a batch are real, boolean, of shape (batch, tokens); None where all are, or none can tell.
-
-    Of an encoder with a decoder, those of what is decoded.
-    """
+    """Return the real tokens of a batch, boolean (batch, tokens); None if all are, or if unknown."""
     decodes = isinstance(batch.get("decoder_input_ids"), Tensor)
     mask = batch.get("decoder_attention_mask") if decodes else real_tokens(batch)
     if like.ndim < 3 or not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != like.shape[:2]:
@@ -170,13 +145,7 @@ def precision_of(module: nn.Module) -> torch.dtype:
 
 
 def called_on(module: nn.Module, states: Tensor) -> Any:
-    """What a module returns for states, with the same random numbers each time.
-
-    Raises
-    ------
-    AssertionError
-        If it raises; the text says for which shape.
-    """
+    """Call a module on states with fixed random numbers; an AssertionError names the shape that it fails on."""
     call: Callable[[Tensor], Any] = module
     try:
         with seeded(states.device, "assertion"):

@@ -172,10 +172,7 @@ def _hold_model(model: nn.Module, batch: Mapping[str, Any], stack: str | None) -
 
 
 def _rows_and_tokens(model: nn.Module, given: Mapping[str, Any], first: Tensor, block: nn.Module) -> tuple[int, int]:
-    """How long the states are: as the batch of a language model, or as what enters its first block.
-
-    An image becomes patches before the first block, so that its own axes say nothing. A nested state has no padding.
-    """
+    """Return the batch size and number of tokens of the states: those of the text, or of the first block's input."""
     ids = given.get("input_ids")
     of_text = isinstance(ids, Tensor) and ids.ndim == 2 and _gives_logits(model)
     if first.is_nested or (of_text and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)):
