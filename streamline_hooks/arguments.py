@@ -151,13 +151,7 @@ def whole_numbers(values: Any, name: str) -> list[int]:
 
 
 def block_numbers(values: Any, length: int, name: str) -> list[int]:
-    """Return numbers of blocks counted from the start; negative ones are counted from the end of the stack.
-
-    Raises
-    ------
-    StreamlineError
-        If one is no whole number, or the stack has no such block.
-    """
+    """Return block indices counted from the start; negative values count from the end of the stack."""
     numbers = whole_numbers(values, name)
     for k in numbers:
         if not -length <= k < length:

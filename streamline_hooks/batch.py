@@ -18,19 +18,7 @@ _INPUTS = _NO_TOKENS | _BEGINS | {"attention_mask", "src_key_padding_mask"}
 
 
 def batches_of(sequences: Tensor, batch_size: int) -> list[dict[str, Tensor]]:
-    """Cut token sequences into batches.
-
-    Parameters
-    ----------
-    sequences : torch.Tensor
-        Token numbers of shape (sequences, tokens), without padding.
-    batch_size : int
-
-    Returns
-    -------
-    list of dict
-        With ``input_ids`` and ``attention_mask`` of shape (batch, tokens).
-    """
+    """Cut token sequences of shape (sequences, tokens) into batches with ``input_ids`` and ``attention_mask``."""
     return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in sequences.split(batch_size)]
 
 
@@ -76,18 +64,9 @@ def prepare(model: nn.Module, batch: Batch | Tensor) -> dict[str, Any]:
 
 
 def positions_by_mask(model: nn.Module, mask: Tensor) -> Tensor | None:
-    """The position of each token among the real ones of its row, as the model counts them.
+    """Return position ids that count the real tokens of each row, in the mask's shape (batch, tokens).
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-    mask : torch.Tensor
-        The real tokens, of shape (batch, tokens).
-
-    Returns
-    -------
-    torch.Tensor or None
-        Of the mask's shape; None where the model takes none, or counts several a token.
+    Return None if the model takes no position ids, or several per token.
     """
     inside = _that_names(model)
     first = _first_position(inside) if "position_ids" in inspect.signature(inside.forward).parameters else None
@@ -95,54 +74,28 @@ def positions_by_mask(model: nn.Module, mask: Tensor) -> Tensor | None:
 
 
 def takes_use_cache(takes: Mapping[str, inspect.Parameter]) -> bool:
-    """Whether a forward with these parameters can be told to build no cache.
-
-    By name; or among others, as Granite's mixtures take it, which are given a cache by name.
-    """
+    """Whether a forward with these parameters accepts ``use_cache``, by name or through ``**kwargs`` beside a cache."""
     others = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes.values())
     return "use_cache" in takes or (others and not takes.keys().isdisjoint(("cache", "past_key_values")))
 
 
 def real_tokens(given: Mapping[str, Any]) -> Any:
-    """The mask of real tokens that a model is called with, whose ``True`` (or 1) is a real token.
+    """Return the mask of real tokens among a forward's keyword arguments, True (or 1) for a real token, or None.
 
-    Transformers' models take such an ``attention_mask``; PyTorch's own encoders a ``src_key_padding_mask``, and its
-    decoders a ``tgt_key_padding_mask``, which say the opposite.
-
-    Parameters
-    ----------
-    given : mapping
-        The arguments of a forward, by name.
-
-    Returns
-    -------
-    torch.Tensor or None
-        Usually of shape (batch, tokens).
+    Transformers' ``attention_mask`` is returned as it is; the key padding masks of PyTorch's encoders and decoders are
+    inverted.
     """
     padding = given.get("tgt_key_padding_mask" if "tgt" in given and "src" not in given else "src_key_padding_mask")
     return padding == 0 if isinstance(padding, Tensor) else given.get("attention_mask")
 
 
 def mask_of_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], outer: Any) -> Any:
-    """The mask of real tokens for the blocks inside a model that is being called.
+    """Return the mask of real tokens for the blocks inside a model that is being called, see `real_tokens`.
 
-    The innermost model's own: an encoder's mask says nothing of its decoder's tokens, and a text's nothing of the
-    patches of an image.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-    args, kwargs
-        What its forward is called with.
-    outer : torch.Tensor or None
-        The mask of the model around it.
-
-    Returns
-    -------
-    torch.Tensor or None
-        That of the call, see `real_tokens`. Where it has none, that is None for images, sounds, and what is decoded
-        beside another sequence, and otherwise the outer one. So it is where the model takes it as BERT's encoder does,
-        laid out by query and key, or as Gemma 3's text, one for each kind of attention.
+    The innermost model's mask counts: an encoder's mask does not describe its decoder's tokens, nor a text's the
+    patches of an image. Without a mask in the call the result is None for images, sounds and decoders with another
+    sequence, and otherwise the `outer` one; so it is for masks laid out by query and key (BERT's encoder) or by kind of
+    attention (Gemma 3).
     """
     signature = inspect.signature(model.forward)
     given = signature.bind_partial(*args, **kwargs).arguments
@@ -161,22 +114,10 @@ def mask_of_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 
 def mask_beside_cache(mask: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Reduce the mask that ``generate`` lays out for a static cache to the tokens of one call.
+    """Reduce the mask that ``generate`` builds for a static cache to the tokens of one call, (batch, tokens).
 
-    A token is real if it attends to itself. Its own column is found by the number of tokens in the cache; a sliding
-    layer's cache holds the current tokens last once it is full.
-
-    Parameters
-    ----------
-    mask : torch.Tensor, dict or None
-        As `mask_of_call` returns it: (batch, 1, tokens, cache) or a dict with one such mask per kind of attention.
-    kwargs : mapping
-        The keyword arguments of the call, among them its cache.
-
-    Returns
-    -------
-    torch.Tensor, dict or None
-        Of shape (batch, tokens); the mask as it is if it has another layout, or the call has no cache.
+    A token is real if it attends to itself. Its column follows from the number of cached tokens; a full sliding cache
+    holds the current tokens last. A mask of another layout, or of a call without a cache, is returned unchanged.
     """
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
     masks = list(mask.values()) if isinstance(mask, dict) else [mask]
@@ -228,9 +169,9 @@ def positions_of(config: Any) -> int | None:
 
 
 def _first_position(model: nn.Module) -> int | None:
-    """The position that a model itself gives a text's first token; None where it counts several a token.
+    """Return the position that a model gives a text's first token; None if it counts several per token.
 
-    Not 0 in RoBERTa and its kin, which count from behind the padding's, and in Nystromformer's.
+    RoBERTa and its relatives count from behind the padding index, as Nystromformer does.
     """
     first = 0
     for name, module in model.named_modules():

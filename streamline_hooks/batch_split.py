@@ -51,20 +51,7 @@ class BatchSplit:
 
     @classmethod
     def of(cls, parts: Mapping[str, Sequence[Batch | Tensor]], task: Task) -> BatchSplit:
-        """Take three parts.
-
-        Parameters
-        ----------
-        parts : mapping of str to sequence of mapping or torch.Tensor
-            ``calibration``, ``validation`` and ``test``.
-        task : Task
-            What the model is for.
-
-        Raises
-        ------
-        StreamlineError
-            If they are others, one is empty, or something is in the test part and in another one too.
-        """
+        """Build a split from three parts by name; raise if one is empty or shares data with the test part."""
         if set(parts) != set(PARTS) or not all(len(parts[name]) for name in PARTS):
             raise StreamlineError(
                 f"The batches have the parts {', '.join(f'{n} ({len(p)})' for n, p in parts.items()) or 'none'}; "
@@ -92,13 +79,7 @@ class BatchSplit:
 
     @property
     def held_out_apart(self) -> tuple[Batches, Batches]:
-        """Four fifths of the calibration part to fit on, and the last fifth to choose the ridge by.
-
-        Raises
-        ------
-        StreamlineError
-            If it has one sequence or image only.
-        """
+        """Return four fifths of the calibration part to fit on, and the last fifth to choose the ridge on."""
         count = sum(map(sequences_of, self.calibration))
         left = count - max(1, count // 5)
         if left < 1:

@@ -53,18 +53,10 @@ class _Bare(nn.Module):
 def observe_calls(
     blocks: Mapping[int, nn.Module], forward: Callable[[], Any]
 ) -> dict[int, BlockCall | UnsupportedSurgery]:
-    """Run a model and keep what some of its blocks were called with, splices before them included.
+    """Run a model and record the arguments and output of some blocks, splices before them included.
 
-    Parameters
-    ----------
-    blocks : mapping of int to torch.nn.Module
-    forward : callable
-        Runs the model, in evaluation mode and without a cache.
-
-    Returns
-    -------
-    dict of int to BlockCall or UnsupportedSurgery
-        An error for a block that is not called exactly once.
+    `forward` runs the model in evaluation mode without a cache. A block that is not called exactly once gets an error
+    instead.
     """
     entered: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {k: [] for k in blocks}
     left: dict[int, Tensor] = {}
@@ -105,17 +97,7 @@ Side = Literal["input", "output"]
 
 @dataclass(frozen=True)
 class Tap:
-    """A place where a tensor passes in a forward of a block.
-
-    Attributes
-    ----------
-    path : str
-        The submodule.
-    side : {"input", "output"}
-        What it is given, or what it returns.
-    call : int
-        At which of its calls in one forward of the block, counted from 0.
-    """
+    """A submodule's `path`, its "input" or "output", and the index of its call in one forward of the block."""
 
     path: str
     side: Side
@@ -123,20 +105,10 @@ class Tap:
 
 
 def tapped(block: nn.Module, receive: Callable[[Tap, Tensor], None], paths: set[str] | None = None) -> list[Any]:
-    """Hand on every state that the submodules of a block are given and return, as it passes.
+    """Register hooks that pass every tensor entering or leaving the submodules of a block to `receive`.
 
-    Parameters
-    ----------
-    block : torch.nn.Module
-    receive : callable
-        Given the place and the tensor itself, which the block may go on to change.
-    paths : set of str, optional
-        Listen at these submodules only.
-
-    Returns
-    -------
-    list of torch.utils.hooks.RemovableHandle
-        Also the block's own pre-hook, with which the calls are counted anew.
+    The block may change the tensors afterwards. Return the handles, among them the block's own pre-hook, which resets
+    the count of calls.
     """
     calls: dict[tuple[str, Side], int] = {}
 
@@ -164,28 +136,10 @@ def tapped(block: nn.Module, receive: Callable[[Tap, Tensor], None], paths: set[
 
 
 def find_tap(block: nn.Module, forward: Callable[[], Any], target: Tensor, bound: float) -> Tap | None:
-    """Find where a tensor passes.
+    """Find the submodule input or output nearest to a target tensor, or None.
 
-    Parameters
-    ----------
-    block : torch.nn.Module
-    forward : callable
-        Runs the block once.
-    target : torch.Tensor
-    bound : float
-        How far from it, at most, in any number.
-
-    Returns
-    -------
-    Tap or None
-        The nearest, and of several equally near the first.
-
-    Examples
-    --------
-    >>> import torch
-    >>> block = nn.Sequential(nn.Flatten(0), nn.Identity(), nn.ReLU())
-    >>> find_tap(block, lambda: block(torch.ones(2, 2)), torch.ones(2, 2), 0.0)
-    Tap(path='0', side='input', call=0)
+    No element is further away than `bound`. Of equally near places the first is returned. `forward` runs the block
+    once.
     """
     distances: dict[Tap, float] = {}
 

@@ -25,27 +25,12 @@ Receive = Callable[[int, Branch, Tensor, Tensor], None]
 def reading_branches(
     blocks: Mapping[int, nn.Module], found: Mapping[int, Branches], receive: Receive
 ) -> Iterator[None]:
-    """Hand on the states before and after each branch, as the blocks run.
+    """Pass the states before and after each residual branch to `receive` while the blocks run, in evaluation mode.
 
-    What was found on a few tokens is held against what passes: in each block's first forward the state between the
-    branches against the block with the second one at zero, and in every forward the sum of what two parallel
-    branches add.
-
-    Parameters
-    ----------
-    blocks : mapping of int to torch.nn.Module
-        In evaluation mode.
-    found : mapping of int to Branches
-        With taps, for each block.
-    receive : callable
-        Given the block's number, the branch, and the states before and after it, of shape (batch, tokens, features).
-        Of parallel branches each one's "after" is the state that entered plus what this branch adds. The tensors are
-        not to be kept.
-
-    Raises
-    ------
-    UnsupportedSurgery
-        On the way, if what passes is not what was found.
+    `receive` gets the block's number, the branch, and both states, (batch, tokens, features), and must not keep them.
+    For parallel branches "after" is the entering state plus this branch alone. What was found on a few tokens is
+    verified: in each block's first forward the state between the branches, and in every forward the sum of two parallel
+    branches. A mismatch raises `UnsupportedSurgery`.
     """
     for block in blocks.values():
         refuse_compiled(block, "read the branches of")

@@ -36,16 +36,9 @@ _NO_ELEMENTWISE = ("Addmm", "Addbmm", "Addmv", "Addr")
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear map before the output, or a bias that is added behind one.
+    """A linear map before the output, or a bias behind one.
 
-    Attributes
-    ----------
-    names : frozenset of str
-        Its parameters.
-    is_map : bool
-        False for a bias alone.
-    behind : frozenset of str
-        Parameters that its input depends on.
+    `names` are its parameters; `behind` those that its input depends on; `is_map` is False for a bias alone.
     """
 
     names: frozenset[str]
@@ -56,30 +49,9 @@ class Projection:
 def last_projections(
     output: Tensor, state: Tensor, parameters: Mapping[str, Tensor]
 ) -> tuple[list[Projection], frozenset[str]]:
-    """Find the projections that write a block's output.
+    """Find the projections that write a block's output, and every parameter that the output depends on.
 
-    Parameters
-    ----------
-    output : torch.Tensor
-        What the block made of `state`, with its graph.
-    state : torch.Tensor
-        The leaf that entered the block.
-    parameters : mapping of str to torch.Tensor
-        The leaves that the block was run with, by name.
-
-    Returns
-    -------
-    projections : list of Projection
-    used : frozenset of str
-        Every parameter that the output depends on.
-
-    Examples
-    --------
-    >>> import torch
-    >>> x, up, down = (torch.ones(2, 2, requires_grad=True) for _ in range(3))
-    >>> projections, used = last_projections(x + torch.tanh(x @ up) @ down, x, {"up": up, "down": down})
-    >>> [sorted(p.names) for p in projections], sorted(used)
-    ([['down']], ['down', 'up'])
+    `output` carries the graph from `state` and `parameters`, both leaves.
     """
     graph = _Graph(output.grad_fn, state, parameters)
     found: list[Projection] = []
@@ -143,18 +115,12 @@ _USUAL_SIZE = 16  # one over the root mean square of a matrix
 
 @dataclass(frozen=True)
 class Branches:
-    """The branches of one block.
+    """The residual branches of one block.
 
-    Attributes
-    ----------
-    first : {"attention", "mlp"} or None
-        The branch that the other one works behind; None where both work on the state that enters the block.
-    writers : mapping of branch to tuple of str
-        The parameters of each branch's output projections, by their path below the block. With these at zero the
-        branch adds nothing at all.
-    taps : mapping of branch to Tap
-        Where to read, in a forward of the block, the state behind the first branch; or, of parallel branches, what
-        each adds. Empty where no submodule is given that or returns it.
+    `first` is the branch before the other one, None if both read the block's input. `writers` holds the paths of the
+    parameters of each branch's output projections; with these at zero the branch adds nothing. `taps` says where to
+    read the state behind the first branch or, of parallel branches, what each adds; it is empty if no submodule passes
+    that.
     """
 
     first: Branch | None
@@ -163,35 +129,11 @@ class Branches:
 
 
 def find_branches(call: BlockCall, apart: Collection[str] = ()) -> Branches:
-    """Find a block's two residual branches, and prove them.
+    """Find a block's two residual branches, and verify them by running the block about fifteen times.
 
-    Parameters
-    ----------
-    call : BlockCall
-        Of a block in evaluation mode, with a state of shape (batch, tokens, features), or (tokens, features) where
-        all are in one row: two tokens at least, and none of them padding. The block is run about fifteen times on it,
-        and nothing of it is changed.
-    apart : collection of str
-        Names of children that are no part of the block's own forward, such as modules spliced before it.
-
-    Returns
-    -------
-    Branches
-
-    Raises
-    ------
-    UnsupportedSurgery
-        With what a block with two residual branches would do and this one does not.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from torch import nn
-    >>> block = nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True).eval()
-    >>> state = torch.randn(2, 6, 8)
-    >>> found = find_branches(BlockCall(block, (state,), {}, block(state).detach()))
-    >>> found.first, found.writers["mlp"]
-    ('attention', ('linear2.bias', 'linear2.weight'))
+    The call is of a block in evaluation mode, with two tokens at least and no padding. Children in `apart` (spliced
+    modules) are not part of the block's own forward. `UnsupportedSurgery` says what the block does that one with two
+    residual branches would not.
     """
     _require_readable(call)
     with torch.no_grad():

@@ -26,21 +26,11 @@ _THINK_ABOUT = (
 
 
 class CollapseWatch:
-    """Takes from the original what its collapse is to be seen by when its blocks are gone.
+    """Compare generation before and after surgery, and warn where it has collapsed.
 
-    It solves 32 small generated problems (see `probes`), writes on from 8 beginnings, and, where it is a reasoning
-    model, answers 3 questions at a length of at most 256 tokens. The compressed model is asked for no more of these
-    than the original has something to lose in. What cannot be asked is passed over; `say` is told why.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The original, before surgery.
-    tokenizer : transformers.PreTrainedTokenizerBase
-    batches : sequence of mapping or torch.Tensor
-        Text that nothing was chosen or fitted on; its beginnings are written on.
-    say : callable
-        Receives a line.
+    The original solves 32 small generated problems (see `probes`), continues 8 texts, and, if it is a reasoning model,
+    answers 3 questions in at most 256 tokens. The compressed model repeats only tasks in which the original has
+    something to lose. Tasks that fail on the original are skipped, and `say` is told why.
     """
 
     def __init__(
@@ -71,19 +61,7 @@ class CollapseWatch:
         self._thoughts = self._think(model, "original") if self._sign else []
 
     def warnings(self, model: Any) -> list[str]:
-        """What is to be said of a model that was made from it, a text each; empty where all is well.
-
-        One that fails where the original did not can write no more, which is said too.
-
-        Parameters
-        ----------
-        model : torch.nn.Module
-            It may be the same object.
-
-        Returns
-        -------
-        list of str
-        """
+        """Return the warnings on a compressed model; empty if nothing has collapsed."""
         said = []
         self._failures.clear()
         if self._solves >= fewest_solved(len(self._probes)) and (now := self._solve(model, "compressed")):

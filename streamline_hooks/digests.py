@@ -20,14 +20,9 @@ _INCIDENTAL = ("training", "name_or_path")
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Return BLAKE2b, in hexadecimal, of every parameter and buffer: its name, shape, dtype and all of its values.
+    """Return BLAKE2b, in hexadecimal, of every parameter and buffer: name, shape, dtype and values.
 
-    Forward hooks, and what a module keeps in plain attributes (`modules_digest`), are not seen.
-
-    Raises
-    ------
-    StreamlineError
-        If some of the weights are elsewhere ("meta"), as those are that accelerate offloads.
+    Raise if weights are offloaded to the meta device. Hooks and plain attributes (`modules_digest`) are not included.
     """
     digest = hashlib.blake2b(digest_size=32)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -42,40 +37,22 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def modules_digest(model: nn.Module) -> str:
-    """Return a digest, in hexadecimal, of what modules do by besides weights.
+    """Return a digest, in hexadecimal, of the path, class and public plain attributes of each module.
 
-    It is of each module's path and class, and of the numbers, texts, booleans and None in its public attributes, alone
-    or in tuples; of PEFT's also of which adapters are on, and how strong. The attributes of Transformers' modules,
-    which the configuration says or which change as a model runs, are left out, as are those of bitsandbytes and of what
-    a checkpoint brings with it. A module of one's own that counts its calls in such an attribute is another one after
-    each of them. Hooks, and other attributes, are not seen.
-
-    Examples
-    --------
-    >>> modules_digest(nn.LeakyReLU(0.1)) == modules_digest(nn.LeakyReLU(0.9))
-    False
+    Numbers, texts, booleans, None and tuples of them count, and the state of PEFT's adapters. Attributes of
+    Transformers' modules, of bitsandbytes and of remote code do not: the configuration determines them, or they change
+    while a model runs.
     """
     return texts_digest(f"{path} {_class(module)} {_attributes(module)}" for path, module in model.named_modules())
 
 
 def model_digest(model: nn.Module) -> str:
-    """Return a digest, in hexadecimal, of a model's weights, its modules and its configuration.
-
-    See `weights_digest` and `modules_digest`. Where it was loaded from, and by which version of Transformers, makes no
-    difference.
-    """
+    """Return a digest, in hexadecimal, of a model's weights, modules and configuration, wherever it was loaded from."""
     return texts_digest([weights_digest(model), structure_digest(model)])
 
 
 def structure_digest(model: nn.Module, but: Collection[str] = ()) -> str:
-    """Return a digest, in hexadecimal, of what a model does by besides its weights: its modules and its configuration.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-    but : collection of str
-        Settings that make no difference.
-    """
+    """Return a digest, in hexadecimal, of a model's modules and its configuration without the settings in `but`."""
     config: Any = getattr(model, "config", None)
     said: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
     for incidental in ("_name_or_path", "transformers_version", "_commit_hash", "dtype", "torch_dtype", *but):
@@ -91,14 +68,9 @@ def autocast_dtype(model: nn.Module) -> str:
 
 
 def tokenizer_digest(tokenizer: Any, texts: Iterable[str] = ()) -> str:
-    """Return a digest, in hexadecimal, of a tokenizer: its rules, vocabulary, chat template, and first and last token.
+    """Return a digest, in hexadecimal, of a tokenizer: rules, vocabulary, chat template, and first and last token.
 
-    Parameters
-    ----------
-    tokenizer : PreTrainedTokenizerBase
-    texts : iterable of str
-        What it is to read; `tokens_digest` of them stands for the rules of one that cannot write them out (that has no
-        ``backend_tokenizer``).
+    A tokenizer without ``backend_tokenizer`` is described by the `tokens_digest` of the texts instead of its rules.
     """
     named = [getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "chat_template")]
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -117,13 +89,7 @@ def tokens_digest(tokenizer: Any, texts: Iterable[str]) -> str:
 
 
 def texts_digest(texts: Iterable[str]) -> str:
-    """Return SHA-256, in hexadecimal, of texts in their order.
-
-    Examples
-    --------
-    >>> texts_digest(["ab", "c"]) == texts_digest(["a", "bc"])
-    False
-    """
+    """Return SHA-256, in hexadecimal, of texts in their order; where one ends makes a difference."""
     digest = hashlib.sha256()
     for text in texts:
         encoded = text.encode()
@@ -133,19 +99,7 @@ def texts_digest(texts: Iterable[str]) -> str:
 
 
 def batches_digest(items: Sequence[Any]) -> str:
-    """Return BLAKE2b, in hexadecimal, of every tensor in batches: its name, shape, dtype and values, in their order.
-
-    Parameters
-    ----------
-    items : sequence
-        Batches: tensors, mappings by name, and lists or tuples of such. What is none of these is not seen.
-
-    Examples
-    --------
-    >>> one, other = torch.tensor([[1, 2]]), torch.tensor([[1], [2]])
-    >>> batches_digest([one]) == batches_digest([other])
-    False
-    """
+    """Return BLAKE2b, in hexadecimal, of the name, shape, dtype and values of every tensor in nested batches."""
     digest = hashlib.blake2b(digest_size=8)
 
     def add(name: str, value: Any) -> None:

@@ -13,10 +13,7 @@ class StreamlineError(ValueError):
 
 
 class TrainingInterrupted(StreamlineError):
-    """A training run was interrupted (Ctrl-C), and what it was a part of was not finished.
-
-    The text says where what was trained so far is kept. A command ends with exit code 130.
-    """
+    """Raised if a training run was interrupted (Ctrl-C); the message names the checkpoint. The exit code is 130."""
 
 
 class UnsupportedSurgery(StreamlineError):

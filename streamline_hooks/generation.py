@@ -23,13 +23,7 @@ if TYPE_CHECKING:
 
 
 def require_generates(model: Any, name: str = "The model") -> None:
-    """Raise if a model does not write.
-
-    Raises
-    ------
-    StreamlineError
-        If it has no ``generate``, or says that it cannot.
-    """
+    """Raise if a model has no usable ``generate``."""
     can = getattr(model, "can_generate", lambda: True)
     if not callable(getattr(model, "generate", None)) or not can():
         raise StreamlineError(f"{name}, a {type(model).__name__}, cannot generate; give a causal language model.")
@@ -55,45 +49,16 @@ def written_on(
     keep_end: bool = False,
     told: Callable[[int], object] | None = None,
 ) -> list[list[list[int]]]:
-    """Let a model write on from each prompt, all of them at the same time.
+    """Generate up to `new_tokens` tokens for each prompt, batched, and return them by prompt and sample.
 
-    Prompts are padded on the left, where that changes nothing of what is said after the shortest of them; where it
-    does, only those of one length are run together, with a warning. A model whose state is no cache of keys and values,
-    and which goes on otherwise from two texts than from one, writes each on its own. Each prompt is run once however
-    many samples are taken, if the model's cache holds keys and values alone. Neither dropout nor the settings in the
-    model's own generation configuration play a part: without `sampling` the likeliest token is taken each time.
+    Prompts are padded on the left if that changes nothing for the shortest of them; else only prompts of one length
+    share a batch, with a warning. A model without a key-value cache that answers differently in a batch runs each text
+    alone. If the cache holds keys and values only, each prompt is prefilled once for all samples. Dropout and the
+    model's generation configuration play no part: without `sampling` (``temperature``, ``top_p``) decoding is greedy.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-    tokenizer : PreTrainedTokenizerBase or None
-        Without one a text ends where the model's own configuration says, and `stop` cannot be asked for.
-    prompts : sequence of sequence of int
-        Tokens, one or more each.
-    new_tokens : int
-        At most so many more.
-    samples : int
-        Texts a prompt.
-    sampling : mapping, optional
-        ``temperature`` and ``top_p``, say; random numbers are drawn from torch's own generator, see `seeded`.
-    stop : sequence of str
-        A text ends with the token by which one of these is complete; what is in the prompt does not count.
-    keep_end : bool
-        Leave the token that ends a text in its place.
-    told : callable, optional
-        Called after each step with the number of texts that are written at that time, for a bar.
-
-    Returns
-    -------
-    list of list of list of int
-        For each prompt, for each sample, the new tokens. A token that ends a text is left out, unless it is to be kept,
-        and so is all after it.
-
-    Raises
-    ------
-    StreamlineError
-        If the model cannot generate, a prompt is empty, there is no room for a prompt and what is to be written, or
-        nothing can tell where `stop` is.
+    A text ends at the end token, or with the token that completes a `stop` string; that token is dropped unless
+    `keep_end`. Without a tokenizer the model's configuration names the end token. `told` receives the number of running
+    texts after each step.
     """
     from transformers import StoppingCriteriaList
 
@@ -152,10 +117,7 @@ def _padded(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> dict[str,
 
 
 def _run_together(model: Any, prompts: Sequence[Sequence[int]], samples: int, pad: int) -> list[tuple[list[int], int]]:
-    """Which prompts are run in one batch, and how many texts of each.
-
-    All; or those of one length alone, where padding has a part in the answer; or each text alone.
-    """
+    """Return the prompts of one batch with the number of texts of each: all, those of one length, or one text."""
     if len(prompts) * samples > 1 and (reason := batch_dependence(model, max(prompts, key=len), pad)):
         warnings.warn(
             f"{len(prompts) * samples} texts are written one at a time: beside another, this {type(model).__name__} "
@@ -177,10 +139,9 @@ def _run_together(model: Any, prompts: Sequence[Sequence[int]], samples: int, pa
 
 
 def batch_dependence(model: Any, prompt: Sequence[int], pad: int) -> str:
-    """What goes wrong with a second token where a prompt stands beside itself; empty where nothing does.
+    """Describe how a second token changes if a prompt runs beside a copy of itself; empty if it does not.
 
-    Asked of those models alone that go on from something else than a cache of keys and values: RWKV's of Transformers
-    5.24 takes the states of all texts for each of them.
+    Only models without a key-value cache are tested: RWKV in Transformers 5.24 mixes the states of all texts.
     """
     if cache_argument(model) is not None:
         return ""
@@ -200,10 +161,7 @@ def batch_dependence(model: Any, prompt: Sequence[int], pad: int) -> str:
 
 
 def padding_dependence(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> str:
-    """What goes wrong with the shortest prompt when it is padded to the longest; empty where nothing does.
-
-    Tried in the precision of the weights, whatever autocast is on, so that as little as may be is rounding.
-    """
+    """Describe how the shortest prompt changes when padded to the longest; empty if it does not. Autocast is off."""
     pair = [min(prompts, key=len), max(prompts, key=len)]
     one = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     with torch.autocast(device_of(model).type, enabled=False):
@@ -224,11 +182,10 @@ def cache_argument(model: nn.Module) -> str | None:
 
 
 def shared_prefill(model: Any, prompts: Mapping[str, Tensor], samples: int) -> dict[str, Any]:
-    """The keys and values of all of a prompt but its last token, run once and there for each of its samples.
+    """Return the cache of a prompt without its last token, run once and expanded to all samples.
 
-    Empty where there is one sample, where something else is kept than keys and values, such as a state of a
-    recurrence, or positions of an earlier call (``rope_deltas``), and where the model does not go on from them as it
-    does from a prompt.
+    Return {} for one sample, for a cache that holds more than keys and values (recurrent states, ``rope_deltas``), and
+    if the model does not continue from it as from the prompt.
     """
     name = cache_argument(model)
     if samples == 1 or name is None or not prompts["attention_mask"][:, :-1].any(dim=1).all():
@@ -241,10 +198,7 @@ def shared_prefill(model: Any, prompts: Mapping[str, Tensor], samples: int) -> d
 
 
 def _goes_on(model: Any, prompts: Mapping[str, Tensor], name: str) -> bool:
-    """Whether the two most unlike prompts end with the same logits, from a cache and from their beginning.
-
-    Tried in the precision of the weights, whatever autocast is on, so that as little as may be is rounding.
-    """
+    """Whether the two most different prompts end with the same logits with and without a cache. Autocast is off."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     lengths = prompts["attention_mask"].sum(dim=1)

@@ -91,15 +91,9 @@ def write_input(
 
 
 def possible_states(args: Sequence[Any], kwargs: Mapping[str, Any], like: Tensor) -> list[tuple[int | str, Tensor]]:
-    """The arguments of a block that may be its hidden state, by position or keyword.
+    """List the arguments of a block that may be its hidden state, by position or keyword.
 
-    Parameters
-    ----------
-    args, kwargs
-        What the block was called with.
-    like : torch.Tensor
-        The argument that is read as the state. Tensors of its shape count, and those of three dimensions:
-        (batch, tokens, features).
+    Tensors of the shape of `like`, which was read as the state, count, and those of three dimensions.
     """
     given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     return [
@@ -108,13 +102,7 @@ def possible_states(args: Sequence[Any], kwargs: Mapping[str, Any], like: Tensor
 
 
 def read_output(output: Any) -> Tensor:
-    """Read the hidden state from what a block returned: a tensor, or the first element of what came with it.
-
-    Raises
-    ------
-    StreamlineError
-        If the output holds no state in first place.
-    """
+    """Read the hidden state from a block's output: a tensor, or the first element of a container."""
     first = output
     if isinstance(output, Mapping):
         first = next(iter(output.values()), None)
@@ -131,13 +119,7 @@ def read_output(output: Any) -> Tensor:
 
 
 def write_output(output: Any, state: Tensor) -> Any:
-    """Put a hidden state in the place that `read_output` reads.
-
-    Returns
-    -------
-    Any
-        An output of the same type; everything beside the state is the same object as before.
-    """
+    """Return the output with another hidden state; everything else in it is the same object as before."""
     read_output(output)
     if isinstance(output, Tensor):
         return state
@@ -154,19 +136,10 @@ def write_output(output: Any, state: Tensor) -> Any:
 
 
 def padded(state: Tensor, tokens: int | None = None) -> Tensor:
-    """A state with its padding: `nn.TransformerEncoder` makes a nested tensor, without it, of a padded batch.
+    """Pad a nested state with zeros to (batch, tokens, features).
 
-    Parameters
-    ----------
-    state : torch.Tensor
-        Returned as it is, unless it is nested.
-    tokens : int, optional
-        How many tokens to pad to; by default as many as the longest sequence has.
-
-    Returns
-    -------
-    torch.Tensor
-        Of shape (batch, tokens, features), zero at the padding.
+    `nn.TransformerEncoder` builds one from a padded batch. A plain state is returned as it is. By default the longest
+    sequence sets the number of tokens.
     """
     if not state.is_nested:
         return state
@@ -188,21 +161,13 @@ def nested_like(state: Tensor, other: Tensor) -> Tensor:
 
 
 def tokens_first(block: nn.Module) -> bool:
-    """Whether a block is one of PyTorch's own that works on (tokens, batch, features), as they do by default.
-
-    What is given to the model around such blocks has the tokens in front as well.
-    """
+    """Whether a block is one of PyTorch's own with the layout (tokens, batch, features), its default."""
     own = isinstance(block, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
     return own and not getattr(block.self_attn, "batch_first", True)
 
 
 def require_batch_first(block: nn.Module) -> None:
-    """Raise if a block is one of PyTorch's own that works on (tokens, batch, features), as they do by default.
-
-    Raises
-    ------
-    StreamlineError
-    """
+    """Raise if a block is one of PyTorch's own with the layout (tokens, batch, features), its default."""
     if tokens_first(block):
         raise StreamlineError(
             f"A {type(block).__name__} without batch_first works on (tokens, batch, features), where real tokens and "
@@ -211,13 +176,7 @@ def require_batch_first(block: nn.Module) -> None:
 
 
 def token_mask(state: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The real tokens of a state, as a boolean mask of shape (batch, tokens).
-
-    Raises
-    ------
-    StreamlineError
-        If the state is not laid out as (batch, tokens, features) or does not fit the mask.
-    """
+    """Return the real tokens of a (batch, tokens, features) state as a boolean mask of shape (batch, tokens)."""
     if state.ndim != 3:
         raise StreamlineError(
             f"A hidden state has the shape {tuple(state.shape)}; expected (batch, tokens, features). "

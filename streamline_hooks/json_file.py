@@ -10,20 +10,7 @@ from streamline_hooks.core.files import atomic_file
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON as `json.loads` does, and refuse what is nested too deeply in the same way as what is no JSON.
-
-    Raises
-    ------
-    json.JSONDecodeError
-
-    Examples
-    --------
-    >>> try:
-    ...     parse_json("[" * 100_000)
-    ... except json.JSONDecodeError as error:
-    ...     print(error.msg)
-    nested too deeply
-    """
+    """Parse JSON, and raise `json.JSONDecodeError` also for a text that is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -31,13 +18,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON values to a file, which takes the place of an earlier one at the end.
-
-    Raises
-    ------
-    StreamlineError
-        If the file cannot be written; an earlier one is as it was.
-    """
+    """Write JSON values to a file atomically."""
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     with atomic_file(path) as new:
         new.write_text(text, encoding="utf-8")

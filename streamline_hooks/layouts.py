@@ -25,14 +25,7 @@ LAYOUTS = {
 
 
 def layout_of(block: nn.Module) -> str:
-    """The layout of the states that a block receives and returns.
-
-    Examples
-    --------
-    >>> from torch import nn
-    >>> layout_of(nn.TransformerEncoderLayer(8, 2, batch_first=True))
-    'batch tokens features'
-    """
+    """Return the axes of the states that a block receives and returns, as in "batch tokens features"."""
     return "tokens batch features" if tokens_first(block) else LAYOUTS.get(type(block).__name__, USUAL)
 
 
@@ -46,18 +39,9 @@ def require_usual(blocks: Iterable[nn.Module], what: str, advice: str) -> None:
 
 
 def by_token(state: Tensor, block: nn.Module) -> Tensor:
-    """A block's state as (batch, tokens, features), its streams one after the other among the features.
+    """Return a block's state as (batch, tokens, features), with its streams concatenated along the features.
 
-    Parameters
-    ----------
-    state : torch.Tensor
-        As the block received or returned it.
-    block : torch.nn.Module
-
-    Returns
-    -------
-    torch.Tensor
-        The state itself where its layout is the usual one; a batch of one where it has no axis for that.
+    A state of the usual layout is returned itself; a state without a batch axis becomes a batch of one.
     """
     layout = layout_of(block)
     if layout == USUAL:

@@ -15,14 +15,9 @@ DeviceMap = Mapping[str, int | str | torch.device]
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """The device on which accelerate runs a module, or None where it does not look after it.
+    """Return the device on which accelerate runs a module, or None if it has no hook.
 
-    Between two forwards the parameters of an offloaded module say "meta", which is where nothing can run.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        A model, or a part of one.
+    Between forwards the parameters of an offloaded module are on the meta device.
     """
     for part in module.modules():
         hook: Any = getattr(part, "_hf_hook", None)
@@ -34,23 +29,16 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 
 def held_elsewhere(model: nn.Module) -> bool:
-    """Whether accelerate has weights of a model that Transformers does not know of when it saves.
+    """Whether accelerate holds weights that Transformers does not find when it saves.
 
-    It looks for "cpu" and "disk" in the ``hf_device_map``, which `accelerate.cpu_offload` and
-    `accelerate.disk_offload` do not write.
+    Transformers reads ``hf_device_map``, which `accelerate.cpu_offload` and `accelerate.disk_offload` do not write.
     """
     places = set((getattr(model, "hf_device_map", None) or {}).values())
     return any(tensor.is_meta for tensor in model.state_dict().values()) and not places & {"cpu", "disk"}
 
 
 def brought(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All weights of a model in memory, of which accelerate keeps some elsewhere.
-
-    Raises
-    ------
-    StreamlineError
-        If nobody has the values of one.
-    """
+    """Return all weights of a model by name, loading those that accelerate has offloaded."""
     from accelerate.utils.modeling import get_state_dict_offloaded_model
 
     try:
@@ -83,24 +71,10 @@ def _own(model: nn.Module) -> dict[str, torch.Tensor]:
 def followed_device_map(
     device_map: DeviceMap, path: str, old: Sequence[str], new: Sequence[tuple[str, str | None, nn.Module]]
 ) -> dict[str, int | str | torch.device]:
-    """A model's ``hf_device_map`` after its blocks have got other numbers.
+    """Return a model's ``hf_device_map`` after its blocks have been renumbered.
 
-    Parameters
-    ----------
-    device_map : mapping
-        Device by the dotted path of a module.
-    path : str
-        The container of the blocks.
-    old : sequence of str
-        The blocks' names in the container, as `device_map` has them.
-    new : sequence of (str, str or None, torch.nn.Module)
-        For each block that is there now its name, the old name of the block that it is or was copied from, and the
-        block.
-
-    Returns
-    -------
-    dict
-        Entries of blocks take the place of the first one in the map, in the blocks' order; all others stay.
+    `path` is the container of the blocks and `old` their earlier names; `new` lists, per block, its name, the old name
+    of its source, and the module. The blocks' entries replace the first of them in the map, in order; the others stay.
     """
     by_block: dict[str, dict[str, int | str | torch.device]] = {name: {} for name in old}
     for key, device in device_map.items():

@@ -41,9 +41,9 @@ _HIDDEN = ContextVar("_HIDDEN", default=False)
 
 @contextmanager
 def inference(model: nn.Module, *, restore: bool = True) -> Iterator[None]:
-    """Run a model without gradients and without dropout, and give it back in the mode that it was in.
+    """Run a model in evaluation mode without gradients, and restore its mode.
 
-    What the forwards change in the model is undone if `restore` is true, see `preserve_forward_state`.
+    If `restore`, what the forwards change in the model is undone too, see `preserve_forward_state`.
     """
     with evaluation_mode(model), preserve_forward_state(model) if restore else nullcontext(), torch.no_grad():
         yield
@@ -137,19 +137,7 @@ def forward_arguments(model: nn.Module) -> Collection[str]:
 
 
 def head_on_last(model: nn.Module, places: int) -> dict[str, int]:
-    """Tells a model to run its LM head on so many last places, where it can leave the others out.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-    places : int
-        1 or more.
-
-    Returns
-    -------
-    dict
-        Keyword arguments for the model; empty where it always runs its head on every place.
-    """
+    """Return keyword arguments that limit a model's LM head to the last `places` positions; empty if it cannot."""
     return {"logits_to_keep": places} if "logits_to_keep" in forward_arguments(model) else {}
 
 
@@ -190,34 +178,11 @@ def recorded(
     what: str,
     bar: tqdm[Any] | None = None,
 ) -> Generator[tuple[HiddenStateRecorder, Tensor, Any], None, None]:
-    """Run each batch under a recorder and give what was recorded, its real tokens, and the model's output.
+    """Run each batch under a recorder and yield the recorder, the mask of real tokens (batch, tokens), and the output.
 
-    In a with statement, see `scoped`.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-    batches : iterable of mapping or torch.Tensor
-    record : HiddenStateRecorder
-        Not open yet; it is cleared between the batches.
-    what : str
-        What the bar says.
-    bar : tqdm, optional
-        The caller's own, which the caller moves; by default there is one that moves a batch at a time.
-
-    Yields
-    ------
-    record : HiddenStateRecorder
-        With one visit a block.
-    mask : torch.Tensor
-        The real tokens, boolean, of shape (batch, tokens).
-    output : Any
-        None where the recorder stopped the forward.
-
-    Raises
-    ------
-    StreamlineError
-        If a state is not finite; the text names the block and the batch.
+    Use it in a with statement, see `scoped`. The recorder is not open yet and is cleared between batches; the output is
+    None if it stopped the forward. `what` labels the progress bar; a `bar` that is given is not moved. Raise if a state
+    is not finite.
     """
     batches = batches if isinstance(batches, (list, tuple)) else list(batches)
     total = sum(tokens_of(batch) for batch in batches)

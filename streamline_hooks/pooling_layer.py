@@ -16,43 +16,14 @@ _LAYER = "pooler"
 
 
 def pooling_argument(model: nn.Module) -> dict[str, bool]:
-    """What a model's class must be given, beside the configuration, to be built with or without a pooler as it was.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-
-    Returns
-    -------
-    dict
-        Of one entry, or empty where the class takes no such argument.
-
-    Examples
-    --------
-    >>> from transformers import BertConfig, BertModel
-    >>> small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    >>> pooling_argument(BertModel(BertConfig(**small), add_pooling_layer=False))
-    {'add_pooling_layer': False}
-    """
+    """Return the ``add_pooling_layer`` argument that rebuilds a model as it is; {} if its class takes none."""
     return {_ARGUMENT: getattr(model, _LAYER, None) is not None} if _takes_it(type(model)) else {}
 
 
 def load_as_pooled(automatic: Any, name: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """Load a model with a pooler if its checkpoint has one, and without one if not, where the class gives the choice.
+    """Load a model with a pooler only if its checkpoint has one, where the class gives the choice.
 
-    Parameters
-    ----------
-    automatic : type
-        A class of Transformers, automatic or not.
-    name : str or Path
-    **options
-        For ``from_pretrained``; with ``add_pooling_layer`` among them, it is as that says.
-
-    Returns
-    -------
-    model : transformers.PreTrainedModel
-    info : dict
-        Which weights it lacks or has too many.
+    Return the model and the loading info. An ``add_pooling_layer`` among the options is respected.
     """
     model, info = automatic.from_pretrained(name, output_loading_info=True, **options)
     for pooled, which in ((False, "missing_keys"), (True, "unexpected_keys")):

@@ -18,25 +18,10 @@ from streamline_hooks.stack import BlockStack
 
 
 class ReadHook:
-    """A forward hook or pre-hook that reads.
+    """A forward hook or pre-hook that calls `read` with its arguments after the module and returns nothing.
 
-    A deep copy, an unpickled one, or one that shares the original's hooks must not write into the original's
-    records. Gradient checkpointing runs a block once more during the backward; that is not another visit.
-
-    Parameters
-    ----------
-    watched : torch.nn.Module, optional
-        The module that the hook is registered on.
-    read : callable, optional
-        Given what the hook is given after the module; what it returns is not used.
-
-    Examples
-    --------
-    >>> linear, seen = nn.Linear(2, 2), []
-    >>> _ = linear.register_forward_hook(ReadHook(linear, lambda args, output: seen.append(output.shape)))
-    >>> _ = linear(torch.zeros(3, 2))
-    >>> seen
-    [torch.Size([3, 2])]
+    It is inactive in copies of the `watched` module, which must not write into the original's records, and when
+    gradient checkpointing runs a block again in the backward.
     """
 
     def __init__(self, watched: nn.Module | None = None, read: Callable[..., Any] | None = None) -> None:
@@ -52,17 +37,7 @@ class ReadHook:
 
 
 class ChangeHook(ReadHook):
-    """A forward hook or pre-hook whose result takes the place of what it was given.
-
-    It is called also where gradient checkpointing runs a block once more: what is run then must be what was run before.
-
-    Examples
-    --------
-    >>> identity = nn.Identity()
-    >>> _ = identity.register_forward_hook(ChangeHook(identity, lambda args, output: output + 1))
-    >>> identity(torch.zeros(1))
-    tensor([1.])
-    """
+    """A forward hook or pre-hook whose result replaces what it was given, also under gradient checkpointing."""
 
     def __init__(self, watched: nn.Module | None = None, change: Callable[..., Any] | None = None) -> None:
         super().__init__(watched, change)
@@ -78,19 +53,9 @@ def in_backward() -> bool:
 
 
 class OutermostCall:
-    """Tells a call of the model, or of a part that is called by itself, from one inside it.
+    """Tell a call of the outermost module from the calls inside it.
 
-    What a call was given holds for what runs inside it, and for nothing that is called afterwards.
-
-    Examples
-    --------
-    >>> inner = nn.Linear(2, 2)
-    >>> outer, call = nn.Sequential(inner), OutermostCall()
-    >>> call.begins(outer), call.begins(inner)
-    (True, False)
-    >>> call.end(outer)
-    >>> call.begins(inner)
-    True
+    The arguments of a call hold for what runs inside it, and for nothing that is called afterwards.
     """
 
     def __init__(self) -> None:
@@ -116,30 +81,10 @@ class OutermostCall:
 
 
 class WatchedMask:
-    """The mask of real tokens that the blocks of one stack are run under, read while the model is called.
+    """Read the mask of real tokens of one stack while the model is called, see `mask_of_call`.
 
-    Of a model with several stacks each has tokens of its own: a decoder's are not padded as the encoder's are, and a
-    vision tower's are patches. So the mask is taken from the innermost model around the stack, see `mask_of_call`.
-
-    Parameters
-    ----------
-    stack : BlockStack
-
-    Attributes
-    ----------
-    mask : torch.Tensor or None
-        Of the last call of the model; usually of shape (batch, tokens). None where every token is real.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from streamline_hooks import find_stack
-    >>> from streamline_hooks.testing import tiny_model
-    >>> model, ids = tiny_model("llama"), torch.tensor([[0, 5, 6], [7, 8, 9]])
-    >>> with torch.no_grad(), WatchedMask(find_stack(model)) as watched:
-    ...     output = model(ids, attention_mask=(ids > 0).long())
-    >>> watched.mask.tolist()
-    [[0, 1, 1], [1, 1, 1]]
+    Each of several stacks has tokens of its own, so the mask is taken from the innermost model around the stack. `mask`
+    is that of the last call, usually (batch, tokens); None if every token is real.
     """
 
     def __init__(self, stack: BlockStack) -> None:
@@ -167,10 +112,7 @@ class WatchedMask:
 
 
 def _in_one_row(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a model is given what has no axis for a batch, such as all images' patches in one row (Qwen2-VL's tower).
-
-    A mask of (batch, tokens) around it speaks of something else then.
-    """
+    """Whether a model gets input without a batch axis, such as the patches of all images (Qwen2-VL's vision tower)."""
     try:
         return read_input(args, kwargs).ndim == 2
     except StreamlineError:  # it is given token numbers

@@ -283,14 +283,9 @@ def _chosen(blocks: Iterable[int] | None, length: int) -> tuple[int, ...]:
 
 
 class StateFlow:
-    """Check which argument of a block is the hidden state, by what the block before it returned.
+    """Verify that the argument read as a block's hidden state is the output of the block before it.
 
-    A block that is called with one possible hidden state is not looked at any further, and each block is compared
-    until its argument has been verified once; tensors are compared by value only if they are different objects.
-
-    Parameters
-    ----------
-    stack : BlockStack
+    Each block is compared until verified once, and only if several arguments may be the state.
     """
 
     def __init__(self, stack: BlockStack) -> None:

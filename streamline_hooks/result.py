@@ -223,11 +223,7 @@ class CompressionResult:
 
 
 def attempts_to_measure(best: VerifiedSelection, first: VerifiedSelection, trained: bool) -> dict[str, Attempt]:
-    """What is measured beside the end result, by its name in `LABELS`.
-
-    The chosen selection without its repair, as it was fitted too where it is going to be trained, and the search's
-    first if that is another.
-    """
+    """Return the attempts measured beside the end result, by their names in `LABELS`."""
     found = {"removed": Attempt(best)}
     repaired = _as_fitted(best)
     if trained and any(stand_in is not None for stand_in in repaired.stand_ins):

@@ -12,23 +12,10 @@ _T = TypeVar("_T")
 
 
 def scoped(generator: Callable[_P, Generator[_T, None, None]]) -> Callable[_P, AbstractContextManager[Iterator[_T]]]:
-    """Have a generator iterated over in a with statement, which ends what it holds open however it is left.
+    """Make a generator function a context manager that closes the generator however the with statement is left.
 
-    A generator that an error or Ctrl-C leaves waiting lives as long as its traceback, which notebooks keep: until then
-    a model would stay in evaluation, its hooks on, and gradients off everywhere.
-
-    Examples
-    --------
-    >>> @scoped
-    ... def numbers():
-    ...     try:
-    ...         yield from (1, 2, 3)
-    ...     finally:
-    ...         print("closed")
-    >>> with numbers() as several:
-    ...     next(several)
-    1
-    closed
+    A suspended generator lives as long as a traceback, which notebooks keep: a model would stay in evaluation mode,
+    with hooks and without gradients.
     """
 
     @wraps(generator)

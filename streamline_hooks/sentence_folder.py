@@ -29,14 +29,7 @@ _POOLINGS = {
 
 @dataclass(frozen=True)
 class SentenceFolder:
-    """A folder of sentence-transformers.
-
-    Attributes
-    ----------
-    folder : Path
-    modules : tuple of (str, str)
-        The class name of each module, and its path in the folder; the Transformers checkpoint has the path ``""``.
-    """
+    """A folder of sentence-transformers: the class and path of each module, "" for the Transformers model."""
 
     folder: Path
     modules: tuple[tuple[str, str], ...]
@@ -50,13 +43,7 @@ class SentenceFolder:
 
     @property
     def pooling(self) -> str:
-        """The pooling, as `streamline_hooks.task.Task` names it.
-
-        Raises
-        ------
-        StreamlineError
-            If it is another one, or several.
-        """
+        """Return the pooling as `streamline_hooks.task.Task` names it; raise if there is another one, or several."""
         paths = [path for name, path in self.modules if name == "Pooling"]
         if len(paths) != 1:
             raise StreamlineError(
@@ -76,13 +63,7 @@ class SentenceFolder:
 
 
 def pooling_of(file: Path) -> str:
-    """Read the pooling from a ``1_Pooling/config.json``, in the layout of sentence-transformers 6 or an earlier one.
-
-    Raises
-    ------
-    StreamlineError
-        If it is not one of mean, first and last.
-    """
+    """Read the pooling (mean, first or last) from a ``1_Pooling/config.json`` of any sentence-transformers version."""
     said = _object(file)
     if "pooling_mode" in said:
         named = said["pooling_mode"]
@@ -98,18 +79,10 @@ def pooling_of(file: Path) -> str:
 
 
 def find_sentence_folder(name: str | Path) -> SentenceFolder | None:
-    """Return what sentence-transformers keeps of a model, or None where the model is not one of its folders.
+    """Return the sentence-transformers folder of a path or cached hub model, or None if it is not one.
 
-    Parameters
-    ----------
-    name : str or Path
-        A folder, or the name of a model on the hub, of which only what was downloaded before is looked at.
-
-    Raises
-    ------
-    StreamlineError
-        If ``modules.json`` is damaged or names what is outside the folder; if a module's files are missing; or if the
-        Transformers checkpoint is not in the folder itself, but in a sub-folder.
+    Raise if ``modules.json`` is damaged or points outside the folder, if files are missing, or if the Transformers
+    checkpoint is in a sub-folder.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -137,13 +110,7 @@ def find_sentence_folder(name: str | Path) -> SentenceFolder | None:
 
 
 def sentence_folder_of(model: Any) -> SentenceFolder | None:
-    """Return what sentence-transformers keeps of a model in memory, by the folder or name that it was loaded from.
-
-    Raises
-    ------
-    StreamlineError
-        As `find_sentence_folder`.
-    """
+    """Return the sentence-transformers folder that a model in memory was loaded from, or None."""
     name = getattr(model, "name_or_path", None)
     return find_sentence_folder(name) if isinstance(name, str) and name else None
 

@@ -16,22 +16,9 @@ from streamline_hooks.surgery import LayerSurgeon
 
 
 def text_beginnings(tokenizer: Any, batches: Sequence[Batch | Tensor], *, count: int, length: int) -> list[str]:
-    """The first tokens of some rows, evenly spread over them; of few rows also later pieces that do not overlap.
+    """Return the beginnings of up to `count` rows, evenly spread, as texts of `length` tokens without special tokens.
 
-    Parameters
-    ----------
-    tokenizer : transformers.PreTrainedTokenizerBase
-    batches : sequence of mapping or torch.Tensor
-        Token ids of shape (batch, tokens), padded on either side, or packed.
-    count : int
-        At most so many; fewer where there is too little text.
-    length : int
-        In tokens.
-
-    Returns
-    -------
-    list of str
-        Without special tokens, and none of these alone.
+    Rows may be padded on either side or packed. If there are few, later pieces that do not overlap are added.
     """
     rows = [documents for batch in batches for documents in documents_of(batch)]
     pieces = [row[0][:length] for row in rows]
@@ -53,21 +40,10 @@ _TIMED_TOKENS, _TIMED_NEW, _ROUNDS = 128, 8, 3
 
 
 class SideBySide:
-    """Takes from the original what cannot be taken from it any more when its blocks are gone.
+    """Record texts and speed of the original before surgery, to compare the compressed model with.
 
-    A model that cannot write has neither texts nor speed; `say` is told why.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The original, before surgery.
-    tokenizer : transformers.PreTrainedTokenizerBase
-    batches : sequence of mapping or torch.Tensor
-        Text that nothing was chosen or fitted on; its beginnings are written on.
-    say : callable
-        Receives a line.
-    write : bool
-        Whether to let the original write; otherwise only speed is compared.
+    The texts continue the beginnings of `batches`, which nothing was chosen or fitted on. A model that cannot generate
+    has neither; `say` is told why. Without `write` only speed is compared.
     """
 
     def __init__(
@@ -91,17 +67,7 @@ class SideBySide:
         return bool(self._before)
 
     def speed(self, model: nn.Module, change: Callable[[LayerSurgeon], None], stack: str) -> SpeedReport | None:
-        """How fast the original is, and how fast a model is with a change, in turn.
-
-        Parameters
-        ----------
-        model : torch.nn.Module
-            The original itself, or what earlier surgery made of it.
-        change : callable
-            Carries the change out by a surgeon, each time anew.
-        stack : str
-            Path of the stack, see `find_stack`.
-        """
+        """Measure the speed of a model with and without a change, in turn; a surgeon applies the change each time."""
 
         @contextmanager
         def changed() -> Iterator[nn.Module]:

@@ -156,18 +156,9 @@ def find_stacks(model: nn.Module) -> list[BlockStack]:
 
 
 def members(container: nn.Module) -> tuple[nn.Module, ...]:
-    """Return the module at each position of a block list.
+    """Return the module at each position of a block list, without positions that hold None.
 
     ``children()`` yields a module that stands at several positions only once, which shifts all later positions.
-
-    Parameters
-    ----------
-    container : torch.nn.Module
-
-    Returns
-    -------
-    tuple of torch.nn.Module
-        Without the positions that hold None.
     """
     return tuple(module for module in container._modules.values() if module is not None)
 
@@ -293,9 +284,9 @@ _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_la
 
 
 def _describing_config(path: str, ancestors: tuple[nn.Module, ...], length: int) -> tuple[Any, str | None, int | None]:
-    """The nearest configuration above the container that counts `length` blocks, where it does, and for which stage.
+    """Return the nearest config above the container that counts `length` blocks, its attribute, and the stage.
 
-    Of a model with both, the decoder's count describes the decoder, whatever ``num_hidden_layers`` stands for.
+    The decoder's count describes the decoder, whatever ``num_hidden_layers`` is.
     """
     side = "decoder" if "decoder" in path.split(".") else "encoder" if "encoder" in path.split(".") else ""
     own = (f"num_{side}_layers", f"{side}_layers") if side else ()

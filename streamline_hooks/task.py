@@ -247,19 +247,9 @@ class Task(Config):
 
 
 def task_of_classes(names: list[str], encoder_decoder: bool | None = None) -> str:
-    """The task of a model by the name of its class, and of those that it comes from; empty where they say none.
+    """Return the task of a model by the names of its class and base classes; empty if unknown.
 
-    Parameters
-    ----------
-    names : list of str
-    encoder_decoder : bool, optional
-        Whether it has both, as its configuration says: the lists have decoders that hear, and encoders with decoders
-        that see, beside others.
-
-    Examples
-    --------
-    >>> task_of_classes(["ViTForImageClassification"]), task_of_classes(["Mine"])
-    ('image-classification', '')
+    `encoder_decoder` resolves lists that contain both audio or vision decoders and others.
     """
     from transformers.models.auto import modeling_auto
 
@@ -275,13 +265,7 @@ def task_of_classes(names: list[str], encoder_decoder: bool | None = None) -> st
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a model returned.
-
-    Raises
-    ------
-    StreamlineError
-        If it returned none.
-    """
+    """Return the logits in a model's output; raise if there are none."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise StreamlineError(
@@ -291,15 +275,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def real_tokens(logits: Tensor, mask: Tensor) -> Tensor:
-    """The logits of the real tokens, of shape (tokens, vocabulary); a view where there is no padding.
-
-    Parameters
-    ----------
-    logits : torch.Tensor
-        Of shape (batch, tokens, vocabulary).
-    mask : torch.Tensor
-        Boolean, of shape (batch, tokens).
-    """
+    """Return the logits of the real tokens, (tokens, vocabulary); a view if there is no padding."""
     real = mask.to(logits.device)
     return logits.flatten(0, 1) if bool(real.all()) else logits[real]
 

@@ -36,14 +36,7 @@ def training_file(output: str | Path) -> Path:
 def training_checkpoint(
     config: CompressionConfig, resume: bool, output: str | Path | None, given: str | Path | None
 ) -> Path | None:
-    """Return the file that an interrupted training is resumed from: the one given, or the one beside the output.
-
-    Raises
-    ------
-    StreamlineError
-        If nothing is trained although `resume` or a file is given, there is nothing to resume, or the file cannot be
-        written.
-    """
+    """Return the file to resume training from: the given one, or the one beside the output; raise if it is unusable."""
     if config.distillation is None:
         if resume or given is not None:
             what = "resume" if resume else f"checkpoint={str(given)!r}"
@@ -89,13 +82,7 @@ def trainable_windows(ready: Preparation, healing: HealingConfig | None, say: Ca
 
 
 def trainable(found: Sequence[Selection], ready: Preparation, healing: HealingConfig | None) -> list[Selection]:
-    """The selections that can be trained.
-
-    Raises
-    ------
-    StreamlineError
-        If there are none, before any is fitted.
-    """
+    """Return the selections that can be trained; raise before any is fitted if there are none."""
     left = [one for one in found if _trains(ready, healing, one.windows)]
     if not left:
         assert healing is not None

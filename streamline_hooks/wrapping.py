@@ -28,9 +28,9 @@ def is_sharded(module: nn.Module) -> bool:
 
 @contextmanager
 def surgery_on_shards() -> Iterator[None]:
-    """Allow surgery on a sharded model, which has to be undone before anything reads the weights.
+    """Allow surgery on a sharded model.
 
-    Every rank has to do the same in the same order: forwards of a sharded model wait for one another.
+    It must be undone before anything reads the weights, and run in the same order on every rank.
     """
     token = _ON_SHARDS.set(True)
     try:
@@ -40,20 +40,7 @@ def surgery_on_shards() -> Iterator[None]:
 
 
 def refuse_compiled(model: nn.Module, action: str) -> None:
-    """Raise if a model, or a part of it, has been compiled.
-
-    A hook that is added after ``torch.compile`` never fires, without any message.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-    action : str
-        What was about to happen, for the text of the error.
-
-    Raises
-    ------
-    StreamlineError
-    """
+    """Raise if a model or a part of it is compiled: a hook added after ``torch.compile`` never fires."""
     # Where this part of torch was never imported, nothing can have been compiled; importing it costs a second.
     compiler = sys.modules.get("torch._dynamo.eval_frame")
     if compiler is None:
@@ -72,18 +59,7 @@ def refuse_compiled(model: nn.Module, action: str) -> None:
 
 
 def refuse_replicated(model: nn.Module, action: str) -> None:
-    """Raise if a model runs as copies on several GPUs, whose hooks write nowhere, without any message.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-    action : str
-        What was about to happen, for the text of the error.
-
-    Raises
-    ------
-    StreamlineError
-    """
+    """Raise if a model runs as copies on several GPUs (``nn.DataParallel``), where hooks record nothing."""
     for module in model.modules():
         if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
             raise StreamlineError(
@@ -93,16 +69,7 @@ def refuse_replicated(model: nn.Module, action: str) -> None:
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raise if a model, or a part of it, is wrapped for distributed training already.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-
-    Raises
-    ------
-    StreamlineError
-    """
+    """Raise if a model or a part of it is already wrapped for distributed training."""
     for module in model.modules():
         names = {f"{c.__module__}.{c.__name__}" for c in type(module).__mro__}
         for wrapper, advice in _WRAPPERS.items():
@@ -116,16 +83,7 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 
 def refuse_tensor_parallel(model: nn.Module) -> None:
-    """Raise if single tensors of a model are divided among processes, which then have the same batches.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-
-    Raises
-    ------
-    StreamlineError
-    """
+    """Raise if tensors of a model are sharded among ranks that share their batches."""
     if not is_sharded(model) and any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
         raise StreamlineError(
             f"Tensors of {type(model).__name__} are divided among processes that have the same batches. Say which "
@@ -134,16 +92,7 @@ def refuse_tensor_parallel(model: nn.Module) -> None:
 
 
 def refuse_adapters(model: nn.Module) -> None:
-    """Raise if a model carries PEFT's adapters, whose checkpoints go by the blocks' numbers and not with the model.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-
-    Raises
-    ------
-    UnsupportedSurgery
-    """
+    """Raise if a model has PEFT adapters, whose checkpoints depend on the blocks' indices."""
     for module in model.modules():
         if any(c.__module__.partition(".")[0] == "peft" for c in type(module).__mro__):
             raise UnsupportedSurgery(
