@@ -1,4 +1,4 @@
-"""Carry a selection out, or the best of a list that can be."""
+"""Apply a selection, or the best of a list that can be applied."""
 
 from __future__ import annotations
 

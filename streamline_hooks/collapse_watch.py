@@ -1,4 +1,4 @@
-"""Lets a model solve small problems and write before its surgery and after it, and says so where it has collapsed."""
+"""Compare problem solving and generation before and after surgery, and warn of a collapse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far one answer is from another: KL between distributions, one minus the cosine between vectors."""
+"""Distances between outputs: KL divergence of distributions, 1 − cosine of vectors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The precision of long sums, and that in which a model computes."""
+"""Dtypes of long sums, and comparison of logits up to rounding."""
 
 from __future__ import annotations
 

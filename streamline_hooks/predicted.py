@@ -1,4 +1,4 @@
-"""Which tokens of a batch are predicted, from which."""
+"""Labels for next-token prediction."""
 
 from __future__ import annotations
 

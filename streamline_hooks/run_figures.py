@@ -1,4 +1,4 @@
-"""What a compression says of itself: seconds, memory and sizes."""
+"""Seconds, memory and sizes of a compression run."""
 
 from __future__ import annotations
 

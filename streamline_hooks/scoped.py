@@ -1,4 +1,4 @@
-"""Generators that hold something open, and what closes them."""
+"""Generators that are closed when their with statement ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The original and what is to become of it, side by side: what they write, and how fast they are."""
+"""Compare the generated texts and the speed of the original and the compressed model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training of what is put in the place of blocks: where it is kept to go on from, and how it is made."""
+"""Train the replacements of a selection, and resume from a training checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Watch what each block does to the hidden state while a model trains."""
+"""Measure what each block does to the hidden state during training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How large the gradients are at all places of a stack, also where a forward goes without some of its blocks."""
+"""Measure gradient norms at every boundary of a stack, also if a forward skips blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Remove blocks at steps of a training, while it goes on."""
+"""Remove blocks from a model at given steps of a training run."""
 
 from __future__ import annotations
 

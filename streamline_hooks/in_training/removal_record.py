@@ -1,4 +1,4 @@
-"""What a training has removed so far, and where it started, as the model itself tells it."""
+"""Record the removals of a training run in the model's own history."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run one forward of a model without some of its blocks, again and again, for little."""
+"""Skip blocks of a model in single forwards, and check that this equals bypassing them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How sure a mean over sequences is: a Poisson bootstrap that needs one pass and merges by addition."""
+"""A Poisson bootstrap of means over sequences, which needs one pass and merges by addition."""
 
 from __future__ import annotations
 

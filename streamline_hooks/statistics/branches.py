@@ -1,4 +1,4 @@
-"""How much each residual branch of each block, attention or MLP, changes the state."""
+"""Measure how much each residual branch (attention or MLP) of each block changes the hidden state."""
 
 from __future__ import annotations
 

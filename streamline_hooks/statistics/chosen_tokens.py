@@ -1,4 +1,4 @@
-"""Which tokens a profile counts, and which blocks it has to run for them."""
+"""Choose the tokens that a profile counts, and the blocks that must run for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tells a sequence from another, whatever batch it comes in."""
+"""Identify a sequence by its content, whatever batch it is in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which model statistics are of."""
+"""Identify the model that statistics belong to."""
 
 from __future__ import annotations
 

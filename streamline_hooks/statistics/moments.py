@@ -1,4 +1,4 @@
-"""The second moments that a closed-form repair of a window needs."""
+"""The second moments for the closed-form repair of a window."""
 
 from __future__ import annotations
 

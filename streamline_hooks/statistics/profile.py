@@ -1,4 +1,4 @@
-"""What one pass tells about every window of blocks at once."""
+"""A profile: similarity, norms and entropy of the hidden states for every window of blocks, from one pass."""
 
 from __future__ import annotations
 

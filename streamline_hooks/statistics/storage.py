@@ -1,4 +1,4 @@
-"""Tensors and JSON in one safetensors file, which is there whole or not at all."""
+"""Write and read tensors and JSON values in one safetensors file."""
 
 from __future__ import annotations
 

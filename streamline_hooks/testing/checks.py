@@ -1,4 +1,4 @@
-"""All assertions on one model, and what came of each."""
+"""Run all assertions on one model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a configuration is made tiny: one rule for each role that an attribute's name tells."""
+"""Shrink a configuration: one rule for each role of an attribute, and exceptions by model type."""
 
 from __future__ import annotations
 

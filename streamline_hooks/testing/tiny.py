@@ -1,4 +1,4 @@
-"""A tiny random model of any causal language model that the installed Transformers knows."""
+"""Build tiny random causal language models, and inputs for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoding with a cache gives what the forward without one gives."""
+"""Assert that decoding with a cache equals the forward without one."""
 
 from __future__ import annotations
 

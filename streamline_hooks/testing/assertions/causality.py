@@ -1,4 +1,4 @@
-"""No token sees a later one, and no row of a batch sees another."""
+"""Assert that no token depends on a later one, and no row of a batch on another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The largest difference between two tensors, and where it is."""
+"""Find the largest difference between two tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The identity laws of surgery."""
+"""Assert the identity laws of surgery."""
 
 from __future__ import annotations
 

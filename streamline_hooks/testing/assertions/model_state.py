@@ -1,4 +1,4 @@
-"""Everything that a model is, so that what a temporary change has left behind can be named."""
+"""Snapshot a model, to name what a temporary change has left behind."""
 
 from __future__ import annotations
 

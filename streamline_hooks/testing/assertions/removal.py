@@ -1,4 +1,4 @@
-"""A model without a window is the model with the window bypassed, and the class built shorter."""
+"""Assert that removing a window equals bypassing it, and equals the class built with fewer blocks."""
 
 from __future__ import annotations
 

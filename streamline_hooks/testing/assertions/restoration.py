@@ -1,4 +1,4 @@
-"""A temporary change leaves nothing behind."""
+"""Assert that a temporary change is undone completely."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is saved comes back the same."""
+"""Assert that a saved checkpoint loads as the same model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a model as the assertions do: on a batch, without dropout, to an answer that can be compared."""
+"""Run a model or module for the assertions, and read an output that can be compared."""
 
 from __future__ import annotations
 

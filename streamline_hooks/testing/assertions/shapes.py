@@ -1,4 +1,4 @@
-"""Shapes, types and devices of what a replacement, or a model, gives."""
+"""Assert shapes, dtypes and devices of a replacement's or a model's output."""
 
 from __future__ import annotations
 
