@@ -212,7 +212,7 @@ class Bench:
                 pace = measure_training(
                     student, batches, apart, settings[name], hardware=HARDWARE, clock=time.process_time
                 )
-                took[name].append(pace.once + pace.step)
+                took[name].append(pace)
         middle = {name: statistics.median(seconds) for name, seconds in took.items()}
         return {name: seconds / middle["best"] for name, seconds in middle.items()}
 

@@ -236,9 +236,9 @@ def attempts_to_measure(best: VerifiedSelection, first: VerifiedSelection, train
     return found
 
 
-def most_attempts(trained: bool) -> int:
-    """How many `attempts_to_measure` gives at most."""
-    return 4 if trained else 3
+def expected_attempts(trained: bool) -> int:
+    """Return the expected number of `attempts_to_measure`, if half of the searches' first selections are chosen."""
+    return 3 if trained else 2
 
 
 def _as_fitted(one: VerifiedSelection) -> Attempt:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -17,8 +16,7 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exp
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k", "moe_topk")
 
 
-@dataclass(frozen=True)
-class BlockWork:
+class BlockWork(NamedTuple):
     """Work of a block: its `parameters`, those `active` for a token, and the features of a query over all heads."""
 
     parameters: int
@@ -37,14 +35,6 @@ def block_work(stack: BlockStack) -> list[BlockWork]:
     ------
     StreamlineError
         If a block holds experts and the config does not say how many a token is routed to.
-
-    Examples
-    --------
-    >>> from streamline_hooks import find_stack
-    >>> from streamline_hooks.testing import tiny_model
-    >>> first = block_work(find_stack(tiny_model("llama")))[0]
-    >>> first.flops(1) == 2 * first.active + 4 * 32
-    True
     """
     count, chosen = _from_config(stack.config, _EXPERTS), _from_config(stack.config, _CHOSEN)
     works = []
@@ -62,8 +52,7 @@ def block_work(stack: BlockStack) -> list[BlockWork]:
     return works
 
 
-@dataclass(frozen=True)
-class Rates:
+class Rates(NamedTuple):
     """Rates of a device, and the number of processes, which share the disk.
 
     `products` are FLOP/s in the weights' precision; `float64` and `eigen` (eigendecompositions, 10·d³) in float64;
@@ -78,8 +67,7 @@ class Rates:
     processes: int = 1
 
 
-@dataclass(frozen=True)
-class StageWork:
+class StageWork(NamedTuple):
     """Work of a stage: bytes `read` and `written`, bytes of hidden `states` kept, and FLOPs as in `Rates`."""
 
     name: str
@@ -107,55 +95,42 @@ def blockwise_work(
 ) -> tuple[list[StageWork], int]:
     """Return the stages of `compress_checkpoint`, and the bytes in memory at its peak.
 
-    Parameters
-    ----------
-    stack : BlockStack
-        Of a model on any device, also the meta device.
-    config : CompressionConfig
-        Its numbers of tokens and its shortlist count.
-    window : int
-        Blocks removed, assumed to lie in the middle.
-    memory : int
-        Bytes of hidden states in memory; those beyond it are in files.
-    checks : int
-        Times that the blocks are run on a few tokens for a check.
-    itemsize : float
-        Bytes per weight in the checkpoint; by default those of the parameters.
-
-    Notes
-    -----
-    A profile compares the L + 1 states of a token in float64: 2·(L + 1)²·d FLOPs. Moments are two d×d products per
-    window and token. A solution is two eigendecompositions and seven d×d products.
+    The model may be on the meta device. `window` blocks are removed in the middle, `memory` bytes of hidden states are
+    not in files, `checks` times the blocks are run on a few tokens, and `itemsize` is the bytes per weight in the
+    checkpoint, by default those of the parameters. A profile compares the L + 1 states of a token in float64:
+    2·(L + 1)²·d FLOPs. Moments are two d×d products per window and token. A solution is two eigendecompositions and
+    seven d×d products.
     """
-    data, model, work, width = config.data, stack.model, block_work(stack), features_of(stack)
-    calibration, validation, test, n = data.calibration_tokens, data.validation_tokens, data.test_tokens, len(stack)
-    candidates = config.search.shortlist
-    parameters: list[Tensor] = list(model.parameters())
+    data, n, d, candidates = config.data, len(stack), features_of(stack), config.search.shortlist
+    calibration, validation, test = data.calibration_tokens, data.validation_tokens, data.test_tokens
+    model: Any = stack.model
+    parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
     itemsize = itemsize or sum(p.numel() * p.element_size() for p in parameters) / total
+    work = block_work(stack)
     sizes, flops = [one.parameters * itemsize for one in work], [one.flops(data.sequence_length) for one in work]
-    blocks, head = sum(sizes), _untied_head(model) * itemsize
-    logits = 2.0 * width * getattr(model.config.get_text_config(), "vocab_size", 0)  # type: ignore[union-attr, operator]
-    end = (n + window) // 2
-    each, behind, state = sum(flops), sum(flops[end:]), width * max(2.0, itemsize)
+    blocks, each, head = sum(sizes), sum(flops), _untied_head(model) * itemsize
+    logits = 2.0 * d * getattr(model.config.get_text_config(), "vocab_size", 0)
+    end, state = (n + window) // 2, d * max(2.0, itemsize)
+    after = sum(flops[end:])
     ranked, measured = (n + 1) * calibration * state, 6 * test * state
     fitted = ((2 + min(candidates, window)) * (calibration + validation) + candidates * validation) * state
-    verified = calibration * sum(flops[:end]) + validation * (each + candidates * behind + (1 + candidates) * logits)
-    solved = 4.0 * calibration * candidates * width**2 + 14.0 * candidates * width**3
     spilled = [max(0.0, states - memory) for states in (ranked, fitted, measured)]
-    saved = total * itemsize - blocks * window / n
-    compared = 2.0 * calibration * (n + 1) ** 2 * width
-    scored = test * (each + 2 * behind + 3 * logits)
+    verified = calibration * sum(flops[:end]) + validation * (each + candidates * after + (1 + candidates) * logits)
+    solved = 4.0 * calibration * candidates * d**2 + 14.0 * candidates * d**3
+    saved, scored = total * itemsize - blocks * window / n, test * (each + 2 * after + 3 * logits)
     stages = [
         StageWork("check", checks * blocks, products=checks * 32 * each),
-        StageWork("rank", blocks + spilled[0], spilled[0], ranked, calibration * each, compared),
-        StageWork("verify", blocks + head, spilled[1], fitted, verified, solved, 20.0 * candidates * width**3),
+        StageWork(
+            "rank", blocks + spilled[0], spilled[0], ranked, calibration * each, 2.0 * calibration * (n + 1) ** 2 * d
+        ),
+        StageWork("verify", blocks + head, spilled[1], fitted, verified, solved, 20.0 * candidates * d**3),
         StageWork("choose", 10 * blocks, products=160 * each),
         StageWork("measure", blocks + head, spilled[2], measured, scored),
         StageWork("save", saved, saved),
     ]
     held = min(memory, max(ranked, fitted, measured))
-    return stages, round(total * itemsize - blocks - head + max(sizes) + held + 80 * width**2)
+    return stages, round(total * itemsize - blocks - head + max(sizes) + held + 80 * d**2)
 
 
 def compression_bytes(
@@ -203,7 +178,6 @@ def _query_features(config: Any) -> int:
 
 def _untied_head(model: Any) -> int:
     """Return the parameters of an LM head that is not tied to the embeddings; it is read only when needed."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = {id(p) for p in embeddings.parameters()}
-    own = [p for p in head.parameters()] if head is not None else []
+    tied = {id(p) for p in model.get_input_embeddings().parameters()}
+    own = list((model.get_output_embeddings() or nn.Module()).parameters())
     return sum(p.numel() for p in own) if any(id(p) not in tied for p in own) else 0
