@@ -85,7 +85,6 @@ class Preparation:
             batches=self.calibration,
             stack=self.stack.path,
             task=self.task,
-            seed=self.config.seed,
             shortest=self.kind.slots + 1,
             **more,
         )

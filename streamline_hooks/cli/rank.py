@@ -149,7 +149,7 @@ def rank(
         profile = measure(loaded, cast(Any, batches), keep=protected, stack=stack)
     if save is not None:
         profile.save(save)
-    given_model: dict[str, Any] = {"model": loaded, "batches": batches, "task": task, "seed": seed}
+    given_model: dict[str, Any] = {"model": loaded, "batches": batches, "task": task}
     found = rank_windows(profile, searching, target, say=partial(typer.echo, err=True), **given_model)
     typer.echo(json.dumps(found.report(), indent=2) if as_json else found.table())
 

@@ -109,9 +109,7 @@ def compress_once(
     path = ready.stack.path
     with clock("rank"):
         measured = profile or measure_profile(model, ready.calibration, keep=ready.protected, stack=path)
-        branches = distillation is None  # what stands in the place of half a block is not trained
-        problem = ready.problem(profile=measured, branches=branches)
-        searched = search.find(problem)
+        searched = search.find(ready.problem(profile=measured))
         found = work.broadcast_object(lambda: searched)
         found = found if distillation is None else trainable(found, ready, config.healing)
     with clock("verify"):
@@ -160,7 +158,7 @@ def compress_once(
         data |= {"repeated": config.data.repeated} if config.data.repeated else {}
         notes: dict[str, Any] = {} if trained is None else {"training": trained.report()}
         notes["repaired"] = how_repaired(best, config.repair, trained)
-        del ready, problem  # they hold the blocks that go
+        del ready  # it holds the blocks that go
         with LayerSurgeon(model, path) as surgeon:
             carry_out(surgeon, best)
             plan = surgeon.commit(kind=config.repair.name, calibration=data, config=recorded.to_dict(), **notes)

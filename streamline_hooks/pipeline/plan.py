@@ -506,7 +506,7 @@ def _likely_selections(ready: Preparation) -> list[Selection]:
     few = ready.problem().beginning(_PROFILED) or []
     measured = profile(stack.model, few, keep=ready.protected, stack=stack.path)
     criterion = criterion if criterion.needs == "profile" else CRITERIA["cosine"]
-    found = search.find(ready.problem(profile=measured, criterion=criterion, branches=False))
+    found = search.find(ready.problem(profile=measured, criterion=criterion))
     return found if ready.config.distillation is None else trainable(found, ready, ready.config.healing)
 
 

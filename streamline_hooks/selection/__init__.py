@@ -24,9 +24,8 @@ from streamline_hooks.selection.search.configs import (
 from streamline_hooks.selection.search.judge import Attempt
 from streamline_hooks.selection.search.perplexities import perplexity_of_attempts
 from streamline_hooks.selection.search.problem import SearchProblem
-from streamline_hooks.selection.search.selected import ScoredWindow, Selection
+from streamline_hooks.selection.search.selected import Selection
 from streamline_hooks.selection.search.verified import VerifiedSelection, verified
-from streamline_hooks.selection.search.windows import ranked
 from streamline_hooks.selection.target import Target, blocks_to_remove, protected_blocks, windows, windows_for
 
 __all__ = [
@@ -41,7 +40,6 @@ __all__ = [
     "MixedSearch",
     "OneShotSearch",
     "Ranking",
-    "ScoredWindow",
     "SearchConfig",
     "SearchProblem",
     "Selection",
@@ -54,7 +52,6 @@ __all__ = [
     "perplexity_of_attempts",
     "protected_blocks",
     "rank",
-    "ranked",
     "register_criterion",
     "register_search",
     "score_windows",

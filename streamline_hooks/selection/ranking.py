@@ -88,7 +88,6 @@ def rank(
     model: nn.Module | None = None,
     batches: Sequence[Any] | None = None,
     task: Task | None = None,
-    seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Ranking:
     """Rank the windows of every length, or what a search finds for a target.
@@ -107,8 +106,6 @@ def rank(
     batches : sequence of mapping, optional
         What these criteria and searches run it on.
     task : Task, optional
-    seed : int
-        Seed of searches that draw.
     say : callable
         Receives a line on a target that is measured.
 
@@ -145,7 +142,7 @@ def rank(
     else:
         candidates = windows_for(model, target, stack=stack, protected=protected, say=say)
     given: dict[str, Any] = {"profile": profile, "model": model, "batches": batches, "stack": stack}
-    problem = search.problem(candidates, profile.length, keep=protected, seed=seed, task=task, **given)
+    problem = search.problem(candidates, profile.length, keep=protected, task=task, **given)
     rows = [_row_of(profile, selection, criterion.name) for selection in search.find(problem)]
     if search.kind == "window" and criterion.needs == "profile" and profile.resampled:
         rows[0]["first_in_resamples"] = _share_of_first(profile, criterion, candidates)

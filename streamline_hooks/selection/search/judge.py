@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,103 +125,44 @@ def given_up(
         yield surgeon.plan.old_to_new
 
 
-class Judge:
-    """How far what is said without selections is from what the original says, on batches chosen anew each time.
+def distances_of_attempts(
+    stack: BlockStack,
+    batches: Sequence[Batch | Tensor],
+    attempts: Sequence[Attempt],
+    what: str,
+    *,
+    writers: Writers | None = None,
+    probe: Batch | Tensor | None = None,
+    task: Task | None = None,
+) -> list[float | UnsupportedSurgery]:
+    """Return the mean distance of each attempt to the original (`Task.distance`), or the error that refuses it.
 
-    Parameters
-    ----------
-    stack : BlockStack
-        Of the original.
-    batches : sequence of mapping or torch.Tensor
-    writers : mapping
-        Of the branches that are silenced, see `writers_of`.
-    reuse : int
-        Bytes that the original's answers may take from one call to the next. Those of the first batches
-        that fit are kept; the others are computed once a call, for all selections together.
-    probe : mapping or torch.Tensor, optional
-        What to run a model on that cannot be probed otherwise, without padding, where something is folded.
-    task : Task, optional
-        What the model is for, see `Task.of`.
+    Each batch is run once through the original, and once for each attempt. `writers` and `probe` are as for `given_up`.
     """
-
-    def __init__(
-        self,
-        stack: BlockStack,
-        batches: Sequence[Batch | Tensor],
-        writers: Writers | None = None,
-        reuse: int = 0,
-        probe: Batch | Tensor | None = None,
-        task: Task | None = None,
-    ) -> None:
-        self.stack, self.batches = stack, list(batches)
-        self._writers, self._probe, self.task = writers or {}, probe, task or Task.of(stack.model)
-        self._left = reuse
-        self.reused: dict[int, Tensor] = {}
-
-    @property
-    def tokens(self) -> list[int]:
-        """The real tokens of each batch."""
-        return [tokens_of(batch) for batch in self.batches]
-
-    def distances(
-        self, attempts: Sequence[Attempt], what: str, numbers: Sequence[int] | None = None
-    ) -> list[float | UnsupportedSurgery]:
-        """Judge selections, each batch with all of them before the next.
-
-        Parameters
-        ----------
-        attempts : sequence of Attempt
-        what : str
-            What the bar says.
-        numbers : sequence of int, optional
-            Which batches; all by default.
-
-        Returns
-        -------
-        list
-            For each the mean distance of an answer (`Task.distance`): KL(original ‖ shortened) in nats a token, for
-            instance; or the error that says why it cannot go.
-
-        Raises
-        ------
-        StreamlineError
-            If the original's answers are not finite, or no token is real.
-        """
-        numbers = range(len(self.batches)) if numbers is None else numbers
-        sums: list[float | UnsupportedSurgery] = [0.0] * len(attempts)
-        answers, model = 0, self.stack.model
-        with inference(model), progress(sum(self.tokens[n] for n in numbers) * len(attempts), what) as bar:
-            for number in numbers:
-                given = prepare(model, self.batches[number])
-                reference = self._reference(number, given)
-                answers += len(reference)
-                for k, attempt in enumerate(attempts):
-                    before = sums[k]
-                    if not isinstance(before, UnsupportedSurgery):
-                        try:
-                            with given_up(self.stack, attempt, self._writers, self._probe):
-                                said = self.task.answers(model(**given), self.batches[number])
-                            sums[k] = before + summed_distance(self.task, reference, said)
-                        except UnsupportedSurgery as error:
-                            sums[k] = error
-                    bar.update(self.tokens[number])
-        if not answers:
-            raise StreamlineError("The batches hold no real token; give some to judge on.")
-        return [s if isinstance(s, UnsupportedSurgery) else s / answers for s in sums]
-
-    def _reference(self, number: int, given: dict[str, Any]) -> Tensor:
-        """The original's answers to a batch, as log-probabilities or vectors of length one."""
-        if number in self.reused:
-            return self.reused[number]
-        said = self.task.answers(self.stack.model(**given), self.batches[number])
-        reference = reference_of(self.task, said)
-        if not torch.isfinite(reference.sum(dtype=torch.float64)):
-            raise StreamlineError(
-                f"The original's logits hold NaN or infinite values (batch {number}); nothing can be judged by them. "
-                "Run in a wider precision (float32 or bfloat16)."
-            )
-        size = reference.numel() * reference.element_size()
-        if size <= self._left:
-            self._left -= size
-            self.reused[number] = reference
-        return reference
+    model, task, batches = stack.model, task or Task.of(stack.model), list(batches)
+    tokens = [tokens_of(batch) for batch in batches]
+    sums: list[float | UnsupportedSurgery] = [0.0] * len(attempts)
+    answers = 0
+    with inference(model), progress(sum(tokens) * len(attempts), what) as bar:
+        for number, batch in enumerate(batches):
+            inputs = prepare(model, batch)
+            reference = reference_of(task, task.answers(model(**inputs), batch))
+            if not torch.isfinite(reference.sum(dtype=torch.float64)):
+                raise StreamlineError(
+                    f"The original's logits hold NaN or infinite values (batch {number}). Expected finite logits. Run "
+                    "in a wider precision (float32 or bfloat16)."
+                )
+            answers += len(reference)
+            for k, attempt in enumerate(attempts):
+                before = sums[k]
+                if not isinstance(before, UnsupportedSurgery):
+                    try:
+                        with given_up(stack, attempt, writers or {}, probe):
+                            said = task.answers(model(**inputs), batch)
+                        sums[k] = before + summed_distance(task, reference, said)
+                    except UnsupportedSurgery as error:
+                        sums[k] = error
+                bar.update(tokens[number])
+    if not answers:
+        raise StreamlineError("The batches hold no real token. Expected one or more. Give longer text.")
+    return [s if isinstance(s, UnsupportedSurgery) else s / answers for s in sums]

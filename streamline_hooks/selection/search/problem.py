@@ -42,12 +42,8 @@ class SearchProblem:
         Inputs of the model.
     stack : str, optional
         Path of the stack, see `find_stack`.
-    seed : int
-        Of random numbers.
     task : Task, optional
         By default the task of the model's class.
-    branches : bool
-        Whether a search over whole blocks may also remove attentions and MLPs alone.
     shortest : int
         Least number of blocks in each of several windows, see `disjoint_windows`.
     """
@@ -61,9 +57,7 @@ class SearchProblem:
     model: nn.Module | None = None
     batches: Sequence[Batch | Tensor] | None = None
     stack: str | None = None
-    seed: int = 0
     task: Task | None = None
-    branches: bool = True
     shortest: int = 1
 
     def __post_init__(self) -> None:

@@ -17,21 +17,6 @@ minus infinity is for what must not go."""
 
 
 @dataclass(frozen=True)
-class ScoredWindow:
-    """A window of blocks and its score.
-
-    Attributes
-    ----------
-    window : range
-    score : float
-        By the criterion that ranked it; the higher, the sooner it goes.
-    """
-
-    window: range
-    score: float
-
-
-@dataclass(frozen=True)
 class Selection:
     """What to give up.
 

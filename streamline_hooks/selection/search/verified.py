@@ -18,7 +18,7 @@ from streamline_hooks.evaluation import distances_of_candidates
 from streamline_hooks.repair import LinearConfig, Repair, ReplacementConfig, StandIn
 from streamline_hooks.repair.branch_linear import BranchLinear, fit_branches
 from streamline_hooks.repair.fitting import start
-from streamline_hooks.selection.search.judge import Attempt, Judge, Writers, given_up, writers_of
+from streamline_hooks.selection.search.judge import Attempt, Writers, distances_of_attempts, given_up, writers_of
 from streamline_hooks.selection.search.selected import Selection
 from streamline_hooks.stack import BlockStack, find_stack
 from streamline_hooks.task import Task
@@ -286,7 +286,8 @@ class _Fitting:
             each = distances_of_candidates(self.stack.model, validation, list(alone.values()), **options)
             found.update(zip(alone, each, strict=True))
         if others:
-            judge = Judge(self.stack, validation, self.writers, probe=self.probe, task=self.task)
-            judged = judge.distances([attempts[k] for k in others], f"judge: {len(others)} selections")
+            given: dict[str, Any] = {"writers": self.writers, "probe": self.probe, "task": self.task}
+            whole = [attempts[k] for k in others]
+            judged = distances_of_attempts(self.stack, validation, whole, f"judge: {len(others)} selections", **given)
             found.update(zip(others, judged, strict=True))
         return [found[k] for k in range(len(self.selections))]

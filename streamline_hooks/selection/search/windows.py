@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.selection.criteria import Criterion, cosine, score_windows
-from streamline_hooks.selection.search.selected import ScoredWindow, Scorer, Selection, scores_of
-from streamline_hooks.statistics import Profile
+from streamline_hooks.selection.search.selected import Scorer, Selection, scores_of
 
 
 def best_windows(score: Scorer, candidates: Sequence[range]) -> list[Selection]:
@@ -43,27 +40,3 @@ def best_windows(score: Scorer, candidates: Sequence[range]) -> list[Selection]:
             "`windows`), of which one at least has a score above minus infinity."
         )
     return sorted(scored, key=lambda s: (-s.score, s.windows[0].start, s.windows[0].stop))
-
-
-def ranked(
-    profile: Profile, candidates: Sequence[range], criterion: Callable[[Profile, range], float] = cosine
-) -> list[ScoredWindow]:
-    """Rank windows by a criterion that is read off a profile.
-
-    Parameters
-    ----------
-    profile : Profile
-    candidates : sequence of range
-    criterion : callable
-        Scores a window; higher is better.
-
-    Returns
-    -------
-    list of ScoredWindow
-        Ties go to the earlier window.
-    """
-    if not candidates:
-        return []
-    score = partial(score_windows, Criterion("ranked", criterion, "profile"), profile=profile)
-    found = best_windows(score, candidates)
-    return [ScoredWindow(s.windows[0], s.score) for s in found]

@@ -16,7 +16,7 @@ from streamline_hooks.branches import BRANCHES
 from streamline_hooks.repair import place
 from streamline_hooks.repair.branch_linear import replace_branches
 from streamline_hooks.selection.search import Selection
-from streamline_hooks.selection.search.judge import Attempt, Judge, writers_of
+from streamline_hooks.selection.search.judge import Attempt, distances_of_attempts, writers_of
 from tests.surgery.test_surgeon import fingerprint
 from tests.tiny_models import BLOCKS, FAMILIES, Nudge, left_padded, tiny_model, tokens
 
@@ -52,32 +52,17 @@ def attempts(draw: st.DrawFn) -> Attempt:
 
 
 @settings(max_examples=8)
-@given(st.sampled_from(FAMILIES), st.lists(attempts(), min_size=1, max_size=2), st.sampled_from([0, 10_000, 2**30]))
-def test_a_selection_is_judged_as_the_surgeon_would_leave_it(family: str, drawn: list[Attempt], reuse: int) -> None:
+@given(st.sampled_from(FAMILIES), st.lists(attempts(), min_size=1, max_size=2))
+def test_a_selection_is_judged_as_the_surgeon_would_leave_it(family: str, drawn: list[Attempt]) -> None:
     model = tiny_model(family)
     before = fingerprint(model)
     batches = [left_padded(3, 9), left_padded(2, 7, seed=1), left_padded(2, 8, seed=2)]
     writers: Any = writers_of(find_stack(model), range(BLOCKS))
     assert not any(isinstance(paths, UnsupportedSurgery) for paths in writers.values())
-    judge = Judge(find_stack(model), batches, writers, reuse)
-    for numbers in ([1], [0, 1, 2]):
-        got = judge.distances(drawn, "judge", numbers)
-        assert fingerprint(model) == before
-        for attempt, kl in zip(drawn, got, strict=True):
-            assert kl == pytest.approx(kl_by_hand(model, [batches[n] for n in numbers], attempt), rel=2e-4, abs=1e-6)
-
-
-def test_what_is_kept_of_the_original_is_bounded() -> None:
-    model, runs = tiny_model("llama"), []
-    batches, attempt = [tokens(2, 5, seed=n) for n in range(3)], Attempt(Selection((range(1, 3),)))
-    size = 4 * batches[0].numel() * model.config.vocab_size
-    model.model.layers[1].register_forward_hook(lambda *given: runs.append(1))  # gone in the attempt
-    for reuse, expected in ((0, 6), (size - 1, 6), (size, 5), (2 * size + 1, 4), (3 * size, 3)):
-        runs.clear()
-        judge = Judge(find_stack(model), batches, reuse=reuse)
-        assert judge.distances([attempt, attempt], "judge") == judge.distances([attempt, attempt], "judge")
-        assert len(runs) == expected
-        assert sum(kept.numel() * 4 for kept in judge.reused.values()) <= reuse
+    got = distances_of_attempts(find_stack(model), batches, drawn, "judge", writers=writers)
+    assert fingerprint(model) == before
+    for attempt, kl in zip(drawn, got, strict=True):
+        assert kl == pytest.approx(kl_by_hand(model, batches, attempt), rel=2e-4, abs=1e-6)
 
 
 def test_what_cannot_go_is_named_and_the_others_are_judged() -> None:
@@ -85,7 +70,7 @@ def test_what_cannot_go_is_named_and_the_others_are_judged() -> None:
     model.model.layers[4].mlp = model.model.layers[2].mlp
     before = fingerprint(model)
     tied, other = (Attempt(Selection((window,))) for window in (range(2, 3), range(1, 2)))
-    refused, kl = Judge(find_stack(model), [tokens(2, 6), tokens(2, 5)]).distances([tied, other], "judge")
+    refused, kl = distances_of_attempts(find_stack(model), [tokens(2, 6), tokens(2, 5)], [tied, other], "judge")
     assert isinstance(refused, UnsupportedSurgery) and "blocks 2, 4 share parameters" in str(refused)
     assert isinstance(kl, float) and kl > 0
     assert fingerprint(model) == before
@@ -106,9 +91,8 @@ def test_an_error_inside_leaves_nothing_behind(error: type[BaseException], forwa
     handle = model.model.layers[5].mlp.register_forward_hook(fail)
     before = fingerprint(model)
     drawn = [Attempt(Selection((range(1, 3),), ((4, "mlp"), (5, "attention"))), (Nudge(),))]
-    judge = Judge(stack, [tokens(1, 4), tokens(1, 5)], writers)
     with pytest.raises(error, match="stop"):
-        judge.distances(drawn, "judge")
+        distances_of_attempts(stack, [tokens(1, 4), tokens(1, 5)], drawn, "judge", writers=writers)
     assert fingerprint(model) == before
     handle.remove()
 
@@ -116,10 +100,9 @@ def test_an_error_inside_leaves_nothing_behind(error: type[BaseException], forwa
 def test_an_original_without_finite_logits_judges_nothing() -> None:
     model = tiny_model("llama")
     model.lm_head.weight.data[0] = float("nan")
-    judge = Judge(find_stack(model), [tokens(1, 4)])
     with pytest.raises(StreamlineError, match=r"original's logits.*NaN.*batch 0"):
-        judge.distances([Attempt(Selection((range(1, 3),)))], "judge")
+        distances_of_attempts(find_stack(model), [tokens(1, 4)], [Attempt(Selection((range(1, 3),)))], "judge")
     empty = {"input_ids": tokens(1, 4), "attention_mask": torch.zeros(1, 4, dtype=torch.long)}
     for batches in ([], [empty]):
         with pytest.raises(StreamlineError, match="hold no real token"):
-            Judge(find_stack(tiny_model("llama")), batches).distances([], "judge")
+            distances_of_attempts(find_stack(tiny_model("llama")), batches, [], "judge")

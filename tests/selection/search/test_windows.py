@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from streamline_hooks import StreamlineError
-from streamline_hooks.selection import ranked, windows
-from streamline_hooks.selection.criteria import closeness, cosine
+from streamline_hooks.selection import windows
+from streamline_hooks.selection.criteria import Criterion, closeness, cosine, score_windows
 from streamline_hooks.selection.search import best_windows
 from streamline_hooks.statistics import profile
 from tests.tiny_models import BLOCKS, tiny_model, tokens
@@ -23,12 +23,8 @@ def test_a_run_of_blocks_that_does_nothing_is_found() -> None:
         block.mlp.down_proj.weight.data.mul_(1e-3)
     profiled = profile(model, [tokens(4, 12)])
     for criterion in (cosine, closeness):
-        best = ranked(profiled, windows(BLOCKS, 2), criterion)[0]
-        assert best.window == range(2, 4) and best.score > 0.99
-        found = best_windows(lambda ws, c=criterion: [c(profiled, w) for w in ws], windows(BLOCKS, 2))
-        assert [(s.windows, s.score) for s in found] == [
-            ((s.window,), s.score) for s in ranked(profiled, windows(BLOCKS, 2), criterion)
-        ]
+        best = best_windows(lambda ws, c=criterion: [c(profiled, w) for w in ws], windows(BLOCKS, 2))[0]
+        assert best.windows == (range(2, 4),) and best.score > 0.99
 
 
 def test_ties_go_to_the_earlier_window() -> None:
@@ -37,7 +33,8 @@ def test_ties_go_to_the_earlier_window() -> None:
         block.self_attn.o_proj.weight.data.zero_()
         block.mlp.down_proj.weight.data.zero_()
     profiled = profile(model, [tokens(1, 4)])
-    assert [s.window.start for s in ranked(profiled, windows(BLOCKS, 3))] == [0, 1, 2, 3]
+    found = best_windows(lambda ws: [cosine(profiled, w) for w in ws], windows(BLOCKS, 3))
+    assert [s.windows[0].start for s in found] == [0, 1, 2, 3]
     assert torch.allclose(profiled.cosine, torch.ones(7, 7, dtype=torch.float64))
 
 
@@ -49,8 +46,9 @@ def test_windows_of_different_lengths_are_ranked_too() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_cannot_be_ranked_is_refused(bad: float) -> None:
     profiled = profile(tiny_model("llama"), [tokens(1, 4)])
+    criterion = Criterion("bad", lambda p, w: bad if w.start == 1 else 0.0, "profile")
     with pytest.raises(StreamlineError, match=rf"gave {bad} for the window of blocks 1 to 2"):
-        ranked(profiled, windows(4, 2), lambda p, w: bad if w.start == 1 else 0.0)
+        score_windows(criterion, windows(4, 2), profile=profiled)
     with pytest.raises(StreamlineError, match="Of 0 windows"):
         best_windows(lambda ws: [], [])
     found = best_windows(lambda ws: [-math.inf, 0.0], [range(0, 1), range(1, 2)])
