@@ -38,7 +38,7 @@ OF_A_PROFILE = (
     "cosine", "angular", "last_angular", "block_influence", "relative_magnitude", "entropy", "last_n",
     "last_n_but_final", "random", "cosine_and_magnitude",
 )  # fmt: skip
-OF_THE_MODEL = {"kl": 1, "perplexity": 1, "taylor": 2, "cca": 3}  # with the sequences that they are measured on
+OF_THE_MODEL = {"kl": 1, "perplexity": 1, "taylor": 2}  # with the sequences that they are measured on
 SHORTLIST, FEW = 8, 4  # windows that are verified; sequences that a search runs the model on
 
 

@@ -90,7 +90,7 @@ RUNS: dict[str, Run] = {
     "kind/merged:weight": _kind("merged:weight=0.5", "gpt2", "perplexity"),
     "kind/folded": _kind("folded", "llama", "repaired_residual", keep=[0]),
     "kind/scale": _kind("scale", "llama", "taylor"),
-    "kind/feed_forward": _kind("feed_forward:width=24", "llama", "cca"),
+    "kind/feed_forward": _kind("feed_forward:width=24", "llama", "cosine"),
     "kind/ghosted": _kind("ghosted", "llama", "cosine"),
     "kind/linearpatch": _kind("linearpatch", "llama", "cosine"),
     "kind/replaceme": _kind("replaceme", "llama", "cosine"),

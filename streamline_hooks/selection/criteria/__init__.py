@@ -2,7 +2,6 @@
 
 from streamline_hooks.selection.criteria.accuracy import accuracy_drop
 from streamline_hooks.selection.criteria.baselines import at_random, last_n, last_n_but_final
-from streamline_hooks.selection.criteria.cca import CanonicalBound, cca_bound, cca_bounds
 from streamline_hooks.selection.criteria.criterion import Combination, Criterion
 from streamline_hooks.selection.criteria.registry import (
     CRITERIA,
@@ -27,15 +26,12 @@ from streamline_hooks.selection.criteria.taylor import block_saliency, taylor
 __all__ = [
     "CRITERIA",
     "SHORTLIST",
-    "CanonicalBound",
     "Combination",
     "Criterion",
     "accuracy_drop",
     "at_random",
     "block_influence",
     "block_saliency",
-    "cca_bound",
-    "cca_bounds",
     "closeness",
     "combined",
     "cosine",

@@ -11,7 +11,6 @@ from streamline_hooks.arguments import checked
 from streamline_hooks.core.config import Registry, source_of
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.selection.criteria.baselines import at_random, last_n, last_n_but_final
-from streamline_hooks.selection.criteria.cca import cca_bound
 from streamline_hooks.selection.criteria.criterion import Combination, Criterion, Needs
 from streamline_hooks.selection.criteria.removal import kl_when_removed, perplexity_when_removed
 from streamline_hooks.selection.criteria.residual import repaired_residual
@@ -50,7 +49,6 @@ for _criterion in (
     Criterion("kl", kl_when_removed, "model", runs_per_window=True),
     Criterion("repaired_residual", repaired_residual, "model"),
     Criterion("taylor", taylor, "model", "Shortened LLaMA, arXiv 2402.02834"),
-    Criterion("cca", cca_bound, "model", "NBL, arXiv 2505.21077"),
 ):
     CRITERIA.add(_criterion.name, _criterion)
 

@@ -27,7 +27,6 @@ FINDS = {
     "kl",
     "repaired_residual",
     "taylor",
-    "cca",
 }
 CANNOT = {
     "random": "looks at nothing",
