@@ -1,24 +1,30 @@
 """What speaks for giving up a window. Of every criterion a higher score goes sooner."""
 
 from streamline_hooks.selection.criteria.accuracy import accuracy_drop
-from streamline_hooks.selection.criteria.baselines import at_random, last_n, last_n_but_final
-from streamline_hooks.selection.criteria.criterion import Combination, Criterion
+from streamline_hooks.selection.criteria.model_criteria import (
+    kl_when_removed,
+    perplexity_when_removed,
+    repaired_residual,
+)
 from streamline_hooks.selection.criteria.registry import (
     CRITERIA,
     SHORTLIST,
+    Combination,
+    Criterion,
     combined,
     criterion_of,
     register_criterion,
 )
-from streamline_hooks.selection.criteria.removal import kl_when_removed, perplexity_when_removed
-from streamline_hooks.selection.criteria.residual import repaired_residual
 from streamline_hooks.selection.criteria.scoring import score_windows
 from streamline_hooks.selection.criteria.states import (
+    at_random,
     block_influence,
     closeness,
     cosine,
     entropy_increase,
     last_closeness,
+    last_n,
+    last_n_but_final,
     relative_magnitude,
 )
 from streamline_hooks.selection.criteria.taylor import block_saliency, taylor

@@ -12,7 +12,7 @@ from streamline_hooks.digests import texts_digest, tokenizer_digest
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.perplexity import NotFiniteLikelihood
 from streamline_hooks.evaluation.tasks import TaskSettings, load_tasks
-from streamline_hooks.selection.criteria.criterion import Criterion
+from streamline_hooks.selection.criteria.registry import Criterion
 from streamline_hooks.surgery import LayerSurgeon
 
 

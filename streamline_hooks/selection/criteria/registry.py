@@ -1,28 +1,93 @@
-"""The criteria by name: those that are here, those that a user adds, and combinations of them."""
+"""`Criterion`, the registry of criteria, and combinations of criteria."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn
 
-from streamline_hooks.arguments import checked
+from streamline_hooks.arguments import check_fields, checked
 from streamline_hooks.core.config import Registry, source_of
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.selection.criteria.baselines import at_random, last_n, last_n_but_final
-from streamline_hooks.selection.criteria.criterion import Combination, Criterion, Needs
-from streamline_hooks.selection.criteria.removal import kl_when_removed, perplexity_when_removed
-from streamline_hooks.selection.criteria.residual import repaired_residual
+from streamline_hooks.selection.criteria.model_criteria import (
+    kl_when_removed,
+    perplexity_when_removed,
+    repaired_residual,
+)
 from streamline_hooks.selection.criteria.states import (
+    at_random,
     block_influence,
     closeness,
     cosine,
     entropy_increase,
     last_closeness,
+    last_n,
+    last_n_but_final,
     relative_magnitude,
 )
 from streamline_hooks.selection.criteria.taylor import taylor
+
+Needs = Literal["profile", "model"]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """Score windows: those with higher scores are removed first. `register_criterion` makes one known by its name.
+
+    Attributes
+    ----------
+    name : str
+    score : callable
+        If `needs` is ``"profile"``, ``score(profile, window)`` returns the score of one window. If it is ``"model"``,
+        ``score(model, batches, windows, *, stack=None)`` returns those of all windows; a function that takes ``task``
+        also gets the model's task, and one that takes ``original`` the model before blocks were removed, or None if
+        none were. A window with −inf is never removed; NaN and +inf are errors.
+    needs : {"profile", "model"}
+    paper : str
+        Where it was published.
+    made_of : callable, optional
+        Returns a digest of the data that the criterion holds, to tell it from others of its name (`accuracy_drop`).
+    runs_per_window : bool
+        Whether it runs the model once for each window. Searches then measure it on 4,096 tokens. By default False.
+
+    Raises
+    ------
+    StreamlineError
+        If a value is invalid.
+
+    Examples
+    --------
+    >>> Criterion("norm", lambda profile, window: -profile.norms[window.stop], "profile").needs
+    'profile'
+    """
+
+    name: str
+    score: Callable[..., Any]
+    needs: Needs
+    paper: str = ""
+    made_of: Callable[[], str] | None = field(default=None, kw_only=True)
+    runs_per_window: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.name:
+            raise StreamlineError("Criterion: name='' is empty. Expected text. Give a name.")
+
+
+@dataclass(frozen=True)
+class Combination(Criterion):
+    """Several criteria in one; made by `combined`.
+
+    Attributes
+    ----------
+    parts : tuple of (Criterion, float)
+        With their weights.
+    by : {"rank", "weight"}
+    """
+
+    parts: tuple[tuple[Criterion, float], ...] = ()
+    by: Literal["rank", "weight"] = "rank"
 
 
 def _definition(criterion: Criterion) -> Any:

@@ -1,4 +1,4 @@
-"""How much the loss would change, to the first order, if a block's weights were zero. A higher score goes sooner."""
+"""The Taylor criterion: the first-order change of the loss if a block's weights were zero."""
 
 from __future__ import annotations
 
@@ -38,12 +38,9 @@ def block_saliency(
 ) -> dict[int, float]:
     """Sum of |gradient × weight| over the parameters of each block (Shortened LLaMA, arXiv 2402.02834).
 
-    The gradient is that of the mean next-token loss over all text, so that it does not matter how this is cut into
-    batches. The model runs in evaluation mode; parameters that are frozen count as others do. Nothing of the model is
-    changed, and gradients that a training has left stay as they are.
-
-    A pass costs a forward, and a backward down to the first of the blocks. Memory, beside the activations of one batch,
-    is one gradient of these blocks' parameters, in float32 at least, however much the text.
+    The gradient is that of the mean next-token loss over all text, in evaluation mode. Frozen parameters count too.
+    The model is not changed, and existing gradients stay. A pass costs a forward, and a backward down to the first of
+    the blocks; memory is one gradient of these blocks' parameters, in float32 at least.
 
     Parameters
     ----------
@@ -68,8 +65,8 @@ def block_saliency(
     require_text(model)
     found = find_stack(model, stack)
     chosen = sorted(set(blocks))
-    parameters = {k: _own_parameters(found[k]) for k in chosen}
     _require_differentiable(found, chosen)
+    parameters = {k: _own_parameters(found[k]) for k in chosen}
     every: dict[Tensor, None] = dict.fromkeys(p for k in chosen for p in parameters[k])  # blocks may share some
     sums = {p: torch.zeros_like(p, dtype=_wide(p), requires_grad=False) for p in every}
     masks = [_predicted(batch) for batch in batches]
@@ -91,7 +88,10 @@ def block_saliency(
             if not mask.any():
                 continue
             share = float(mask.sum()) / total
-            loss = _loss(logits_of(model(**prepare(model, batch))), input_ids(batch), mask)
+            logits = logits_of(model(**prepare(model, batch)))
+            labels = input_ids(batch).to(logits.device)[:, 1:][mask.to(logits.device)]
+            predicted = logits[:, :-1][mask.to(logits.device)]
+            loss = cross_entropy(predicted.to(_wide(predicted)), labels)
             if not torch.isfinite(loss):
                 raise StreamlineError(
                     f"The loss is {float(loss.detach())} (batch {number}). Look at the weights of the model, or run in "
@@ -100,36 +100,32 @@ def block_saliency(
             if loss.requires_grad:
                 loss.backward()
             bar.update(int(mask.sum()))
-    missed = [k for k in chosen if reached.isdisjoint(parameters[k])]
-    if missed:
+    for k in chosen:
+        if reached.isdisjoint(parameters[k]):
+            raise StreamlineError(
+                f"No gradient reaches block {k}: {type(model).__name__} runs it, or what follows it, without a graph. "
+                "Choose a criterion without gradients."
+            )
+    saliency = {
+        k: sum(float(widen(p.detach()).mul(widen(sums[p])).abs_().sum()) for p in parameters[k]) for k in chosen
+    }
+    if bad := [k for k in chosen if not math.isfinite(saliency[k])]:
         raise StreamlineError(
-            f"No gradient reaches block {missed[0]}: {type(model).__name__} runs it, or what follows it, without a "
-            "graph. Choose a criterion without gradients."
-        )
-    return {k: _saliency(k, [(p, sums[p]) for p in parameters[k]]) for k in chosen}
-
-
-def _own_parameters(block: nn.Module) -> list[Tensor]:
-    """Those of a block without what is spliced in beside it, which stays when the block goes."""
-    beside = {id(p) for place in (BEFORE, AFTER) for module in spliced(block, place) for p in module.parameters()}
-    return [p for p in block.parameters() if id(p) not in beside]
-
-
-def _saliency(k: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    saliency = 0.0
-    for parameter, gradient in pairs:
-        saliency += float(widen(parameter.detach()).mul(widen(gradient)).abs_().sum())
-    if not math.isfinite(saliency):
-        raise StreamlineError(
-            f"A gradient or a weight of block {k} is not finite. Look at its weights, or run in a wider precision "
+            f"A gradient or a weight of block {bad[0]} is not finite. Look at its weights, or run in a wider precision "
             "(float32 or bfloat16)."
         )
     return saliency
 
 
+def _own_parameters(block: nn.Module) -> list[Tensor]:
+    """Return a block's parameters without those of modules spliced beside it, which stay when it is removed."""
+    beside = {id(p) for place in (BEFORE, AFTER) for module in spliced(block, place) for p in module.parameters()}
+    return [p for p in block.parameters() if id(p) not in beside]
+
+
 @contextmanager
 def _gradients_of(model: nn.Module, parameters: Iterable[Tensor], receive: Callable[[Tensor], None]) -> Iterator[None]:
-    """Let a backward reach these parameters and no others, each gradient handed on as soon as it is there."""
+    """Compute the gradients of these parameters only, and hand each on as soon as it is there."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     handles = []
     try:
@@ -150,19 +146,12 @@ def _gradients_of(model: nn.Module, parameters: Iterable[Tensor], receive: Calla
 
 
 def _predicted(batch: Batch | Tensor) -> Tensor:
-    """The tokens that are predicted from a real one before them, as in `score`; of shape (batch, tokens − 1)."""
+    """Return the mask of predicted tokens, of shape (batch, tokens − 1)."""
     ids = input_ids(batch)
     given = {} if isinstance(batch, Tensor) else batch
     mask = given.get("attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
     return predicted_tokens(real, given.get("position_ids"))
-
-
-def _loss(logits: Tensor, ids: Tensor, predicted: Tensor) -> Tensor:
-    mask = predicted.to(logits.device)
-    chosen = logits[:, :-1][mask]
-    targets = ids.to(logits.device)[:, 1:][mask]
-    return cross_entropy(chosen.to(_wide(chosen)), targets)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -63,7 +63,7 @@ def test_the_pass_ends_after_the_last_block_needed() -> None:
 def test_what_cannot_be_fitted() -> None:
     with pytest.raises(StreamlineError, match=r"1 sequences.*expected"):
         repaired_residual(tiny_model("llama"), [padded([5], "left")], WINDOWS)
-    with pytest.raises(UnsupportedSurgery, match=r"laid out as .*repairs nothing"):
+    with pytest.raises(UnsupportedSurgery, match=r"laid out as .*without a repair"):
         repaired_residual(tiny("gemma3n_text"), [padded([5, 5], "left")], [range(1, 2)])
     model = tiny_model("llama")
     model.model.layers[2].mlp.down_proj.weight.data[0, 0] = torch.nan
