@@ -21,8 +21,7 @@ from streamline_hooks.selection.search.configs import (
     WindowSearch,
     register_search,
 )
-from streamline_hooks.selection.search.judge import Attempt
-from streamline_hooks.selection.search.perplexities import perplexity_of_attempts
+from streamline_hooks.selection.search.judge import Attempt, perplexity_of_attempts
 from streamline_hooks.selection.search.problem import SearchProblem
 from streamline_hooks.selection.search.selected import Selection
 from streamline_hooks.selection.search.verified import VerifiedSelection, verified

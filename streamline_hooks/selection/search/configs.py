@@ -14,13 +14,10 @@ from streamline_hooks.core.config import Bound, Config, Registry, register_confi
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.repair import ReplacementConfig
 from streamline_hooks.selection.criteria import SHORTLIST, Criterion, criterion_of
-from streamline_hooks.selection.search.disjoint import disjoint_windows
+from streamline_hooks.selection.search.disjoint import disjoint_windows, one_shot, silenced_branches
 from streamline_hooks.selection.search.greedy import greedy
-from streamline_hooks.selection.search.one_shot import one_shot
 from streamline_hooks.selection.search.problem import SearchProblem
-from streamline_hooks.selection.search.selected import Selection
-from streamline_hooks.selection.search.silenced import silenced_branches
-from streamline_hooks.selection.search.windows import best_windows
+from streamline_hooks.selection.search.selected import Selection, best_windows
 from streamline_hooks.selection.target import Target, protected_blocks
 from streamline_hooks.statistics import measure_branches
 

@@ -1,4 +1,4 @@
-"""One block after the other, each chosen on the model that is already without those before."""
+"""Greedy search: remove one block after another, measuring again after each."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from streamline_hooks.errors import UnsupportedSurgery
 from streamline_hooks.passes import progress
 from streamline_hooks.selection.criteria import Criterion, criterion_of, score_windows
 from streamline_hooks.selection.criteria.scoring import compares_with_the_original
-from streamline_hooks.selection.search.selected import Selection, runs
-from streamline_hooks.selection.search.windows import best_windows
+from streamline_hooks.selection.search.selected import Selection, best_windows, runs
 from streamline_hooks.selection.target import blocks_to_remove, protected_blocks, windows
 from streamline_hooks.stack import find_stack
 from streamline_hooks.surgery import LayerSurgeon
@@ -31,40 +30,36 @@ def greedy(
     stack: str | None = None,
     task: Task | None = None,
 ) -> list[Selection]:
-    """Give up the best block, measure again without it, and so on (as SLEB does, arXiv 2402.09025).
-
-    Blocks that were next to one another are one window from the round on in which the second of them goes; it takes
-    along what an earlier surgery put between them.
+    """Remove the best block, measure again without it, and so on (as SLEB does, arXiv 2402.09025).
 
     Parameters
     ----------
     model : torch.nn.Module
     batches : sequence of mapping or torch.Tensor
-        What the criterion is measured on, once a round, of which there are `count`.
+        Inputs that the criterion is measured on, in each of `count` rounds.
     criterion : Criterion or str
-        What speaks for giving a window up; of a profile, which is then taken anew each round, or of the model. One
-        that compares with the original (`kl_when_removed`) does so with the model as it was before the first round,
-        of which a copy without weights of its own is run once in every further round.
+        A criterion of a profile is measured on a new profile each round. One that compares with the original
+        (`kl_when_removed`) always compares with the model before the first round.
     count : int
-        Blocks that go.
+        Number of blocks to remove.
     keep : iterable of int
         Blocks that must stay; negative numbers count from the end.
     stack : str, optional
         Path of the stack, see `find_stack`.
     task : Task, optional
-        What the model is for, see `score_windows`.
+        See `score_windows`.
 
     Returns
     -------
     list of Selection
-        The one selection that is found. Its score is the sum of the scores with which the blocks went.
+        A single selection. Its score is the sum of the scores of the blocks when they were removed.
 
     Raises
     ------
     StreamlineError
-        If `count` is out of range, or all blocks that are left are protected.
+        If `count` is out of range, or all remaining blocks are protected.
     UnsupportedSurgery
-        If the blocks that are to go cannot; the text says why.
+        If the blocks cannot be removed.
 
     Examples
     --------
@@ -92,12 +87,12 @@ def greedy(
             total += best.score
             bar.update()
     with LayerSurgeon(model, found) as surgeon:
-        _remove(surgeon, gone)  # to say here what cannot go
+        _remove(surgeon, gone)  # raises if they cannot be removed
     return [Selection.of_blocks(gone, score=total)]
 
 
 def _with_the_same_weights(model: nn.Module) -> nn.Module:
-    """A copy of a model that a surgery on the model does not change."""
+    """Copy a model except its weights, so that surgery on the model does not change the copy."""
     weights = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(weight): weight for weight in weights})
 

@@ -1,4 +1,4 @@
-"""How far the model is from the original when a selection is given up: carry it out, run, compare."""
+"""Evaluate selections without changing the model: apply each, run, compare with the original, undo."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from streamline_hooks.batch import Batch, prepare, tokens_of
 from streamline_hooks.branches import Branch
 from streamline_hooks.distance import reference_of, summed_distance
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
-from streamline_hooks.evaluation.candidates import Candidate
+from streamline_hooks.evaluation import Candidate, Perplexity, perplexity, perplexity_of_candidates
 from streamline_hooks.passes import inference, progress
 from streamline_hooks.repair import StandIn, place
 from streamline_hooks.repair.branch_linear import BranchLinear
@@ -31,15 +31,15 @@ Writers = Mapping[tuple[int, Branch], Sequence[str]]
 
 @dataclass(frozen=True)
 class Attempt:
-    """A selection, and what stands in the place of each of its windows; by default nothing.
+    """A selection with the replacements of its windows; by default none.
 
     Attributes
     ----------
     selection : Selection
     stand_ins : tuple of StandIn
-        One a window, or empty.
+        One for each window, or empty.
     maps : tuple of BranchLinear
-        What stands in the place of silenced branches, of those that something does.
+        Linear maps that replace silenced branches.
     """
 
     selection: Selection
@@ -47,7 +47,7 @@ class Attempt:
     maps: tuple[BranchLinear, ...] = ()
 
     def candidate(self, stack: BlockStack) -> Candidate | None:
-        """The same for a pass that runs only what comes after a window; None where more of the model changes."""
+        """Return the candidate that runs only the blocks after the window; None if more of the model changes."""
         stand_in = self.stand_ins[0] if self.stand_ins else None
         if len(self.selection.windows) != 1 or self.selection.silenced or not is_spliced(stack, stand_in):
             return None
@@ -57,20 +57,7 @@ class Attempt:
 def writers_of(
     stack: BlockStack, blocks: Iterable[int], probe: Batch | Tensor | None = None
 ) -> dict[tuple[int, Branch], tuple[str, ...] | UnsupportedSurgery]:
-    """Find, once for many trials, what is to be thrown away so that a branch adds nothing.
-
-    Parameters
-    ----------
-    stack : BlockStack
-    blocks : iterable of int
-    probe : mapping or torch.Tensor, optional
-        What to run a model on that cannot be probed otherwise, without padding.
-
-    Returns
-    -------
-    dict
-        For each block and branch the paths below the block, or the error that says why it cannot be silenced.
-    """
+    """Find the modules whose output is zeroed to silence each branch, or the error why it cannot be silenced."""
     found: dict[tuple[int, Branch], tuple[str, ...] | UnsupportedSurgery] = {}
     branches: tuple[Branch, ...] = ("attention", "mlp")
     for k, known in branches_of(stack, blocks, probe).items():
@@ -86,29 +73,11 @@ def writers_of(
 def given_up(
     stack: BlockStack, attempt: Attempt, writers: Writers, probe: Batch | Tensor | None = None
 ) -> Iterator[dict[int, int]]:
-    """Let a model be, for a trial, as it is without a selection.
+    """Apply an attempt for the duration of the context; yield the present number of each block that is left.
 
-    Windows are given up by a surgeon that does not probe. What a silenced branch would add is thrown away, which is
-    the truth that `LayerSurgeon.silence` is held against, and costs no search for the branch in every trial.
-
-    Parameters
-    ----------
-    stack : BlockStack
-    attempt : Attempt
-    writers : mapping
-        Of the branches that are silenced, see `writers_of`.
-    probe : mapping or torch.Tensor, optional
-        What to run a model on that cannot be probed otherwise, without padding, where something is folded.
-
-    Yields
-    ------
-    dict of int to int
-        The present number of each block that is left.
-
-    Raises
-    ------
-    UnsupportedSurgery
-        If a window cannot go.
+    The surgeon does not probe. Silenced branches get a hook that zeroes their output, which equals
+    `LayerSurgeon.silence` but needs no search for the branch: `writers` has the modules, see `writers_of`. `probe` is a
+    batch without padding, for models that cannot be probed with tokens, where something is folded.
     """
     selection = attempt.selection
     stand_ins = attempt.stand_ins or (None,) * len(selection.windows)
@@ -166,3 +135,46 @@ def distances_of_attempts(
     if not answers:
         raise StreamlineError("The batches hold no real token. Expected one or more. Give longer text.")
     return [s if isinstance(s, UnsupportedSurgery) else s / answers for s in sums]
+
+
+def perplexity_of_attempts(
+    stack: BlockStack, batches: Sequence[Batch | Tensor], attempts: Sequence[Attempt], what: str = "perplexity"
+) -> tuple[Perplexity, list[Perplexity]]:
+    """Compute the perplexity of the original and of each attempt, without changing the model.
+
+    For attempts of a single window only the blocks after it are run, unless blocks replace it or something is folded
+    into the model.
+
+    Parameters
+    ----------
+    stack : BlockStack
+        Of the original.
+    batches : sequence of mapping or torch.Tensor
+    attempts : sequence of Attempt
+    what : str
+        Description in the progress bar.
+
+    Returns
+    -------
+    original : Perplexity
+    attempts : list of Perplexity
+
+    Raises
+    ------
+    UnsupportedSurgery
+        If a selection cannot be applied.
+    """
+    alone = {k: one for k, attempt in enumerate(attempts) if (one := attempt.candidate(stack)) is not None}
+    original, each = perplexity_of_candidates(stack.model, batches, list(alone.values()), what, stack=stack.path)
+    found = dict(zip(alone, each, strict=True))
+    silent = {k for attempt in attempts for k, _ in attempt.selection.silenced}
+    known = writers_of(stack, sorted(silent), batches[0]) if silent else {}
+    writers = {half: paths for half, paths in known.items() if not isinstance(paths, UnsupportedSurgery)}
+    for k, attempt in enumerate(attempts):
+        if k not in found:
+            for half in attempt.selection.silenced:
+                if isinstance(refusal := known[half], UnsupportedSurgery):
+                    raise refusal
+            with given_up(stack, attempt, writers):
+                found[k] = perplexity(stack.model, batches, f"{what}, {attempt.selection}")
+    return original, [found[k] for k in range(len(attempts))]

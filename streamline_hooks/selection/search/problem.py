@@ -29,7 +29,7 @@ class SearchProblem:
     length : int
         Number of blocks of the stack.
     criterion : Criterion
-        Scores windows; those with higher scores are removed first.
+        Scores windows; higher scores go first.
     keep : frozenset of int
         Blocks that must stay, counted from the start.
     best : int

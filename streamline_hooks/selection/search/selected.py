@@ -1,4 +1,4 @@
-"""What a search gives back: which blocks to give up, and how good a choice that is."""
+"""`Selection`: the blocks and branches that a search finds."""
 
 from __future__ import annotations
 
@@ -12,27 +12,26 @@ from streamline_hooks.branches import Branch
 from streamline_hooks.errors import StreamlineError
 
 Scorer = Callable[[Sequence[range]], Sequence[float]]
-"""Scores windows, all at once so that what needs the model shares its passes; the higher, the sooner one goes, and
-minus infinity is for what must not go."""
+"""Scores windows together, to share passes of the model. Higher scores go first; minus infinity must stay."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What to give up.
+    """Blocks to remove and branches to silence.
 
     Attributes
     ----------
     windows : tuple of range
-        Runs of blocks that go, in order. Between two of them a block stays, else they would be one.
+        Runs of consecutive blocks to remove, in order, with at least one block between two.
     silenced : tuple of (int, {"attention", "mlp"})
-        Branches of other blocks that add nothing any more, in order.
+        Branches of other blocks to silence, in order.
     score : float
-        By the search that found it; the higher, the better.
+        Score of the search that found it; higher is better.
 
     Raises
     ------
     StreamlineError
-        If that is nothing, or contradicts itself.
+        If it is empty or contradicts itself.
 
     Examples
     --------
@@ -65,17 +64,17 @@ class Selection:
 
     @classmethod
     def of_blocks(cls, blocks: Iterable[int], silenced: Iterable[tuple[int, Branch]] = (), score: float = 0.0) -> Self:
-        """Make windows of blocks; those next to each other are one."""
+        """Make a selection of single blocks; consecutive ones become one window."""
         return cls(runs(blocks), tuple(sorted(silenced)), score)
 
     @property
     def blocks(self) -> frozenset[int]:
-        """The blocks that go as a whole."""
+        """The blocks to remove."""
         return frozenset(k for window in self.windows for k in window)
 
     @property
     def gone(self) -> str:
-        """The blocks that go, in words."""
+        """The blocks to remove, as text."""
         return ", ".join(f"{w.start}-{w.stop - 1}" if len(w) > 1 else str(w.start) for w in self.windows)
 
     def __str__(self) -> str:
@@ -84,7 +83,7 @@ class Selection:
 
 
 def runs(blocks: Iterable[int]) -> tuple[range, ...]:
-    """The runs of consecutive numbers among blocks, in order."""
+    """Return the runs of consecutive blocks, in order."""
     found: list[range] = []
     for k in sorted(set(blocks)):
         if found and found[-1].stop == k:
@@ -95,6 +94,40 @@ def runs(blocks: Iterable[int]) -> tuple[range, ...]:
 
 
 def scores_of(score: Scorer, candidates: Sequence[range]) -> dict[range, float]:
-    """Score windows, and leave out those of minus infinity, which must stay."""
+    """Return the scores of windows without those of minus infinity."""
     scores = map(float, score(candidates)) if candidates else []
     return {w: value for w, value in zip(candidates, scores, strict=True) if value > -math.inf}
+
+
+def best_windows(score: Scorer, candidates: Sequence[range]) -> list[Selection]:
+    """Rank windows of consecutive blocks.
+
+    Parameters
+    ----------
+    score : callable
+        Scores a sequence of windows; higher scores go first.
+    candidates : sequence of range
+        As `windows` or `windows_for` makes them.
+
+    Returns
+    -------
+    list of Selection
+        Those with a score above minus infinity, the best first; ties go to the earlier window.
+
+    Raises
+    ------
+    StreamlineError
+        If there is none.
+
+    Examples
+    --------
+    >>> best_windows(lambda windows: [-abs(w.start - 2) for w in windows], [range(0, 2), range(1, 3), range(3, 5)])[0]
+    Selection(windows=(range(1, 3),), silenced=(), score=-1.0)
+    """
+    scored = [Selection((window,), score=value) for window, value in scores_of(score, candidates).items()]
+    if not scored:
+        raise StreamlineError(
+            f"Of {len(candidates)} windows there is none to choose: give some without a protected block (see "
+            "`windows`), of which one at least has a score above minus infinity."
+        )
+    return sorted(scored, key=lambda s: (-s.score, s.windows[0].start, s.windows[0].stop))

@@ -1,4 +1,4 @@
-"""The verified shortlist: repair each selection in closed form, and judge by what the repaired model says."""
+"""The verified shortlist: repair each selection in closed form, and compare its output with the original."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ _Silenced = tuple[tuple[int, Branch], ...]
 
 @dataclass(frozen=True)
 class VerifiedSelection(Selection):
-    """A selection, repaired and judged.
+    """A repaired selection and its distance from the original.
 
     Attributes
     ----------
     repairs : tuple of Repair
-        One a window.
+        One for each window.
     maps : tuple of BranchLinear
-        One a silenced branch, where the kind puts a linear map in its place.
+        One for each silenced branch that a linear map replaces.
     distance : float
-        Mean distance of what is said to what the original says (`Task.distance`), on the text to judge on: KL in nats a
-        token, or 1 - cosine of an embedding; infinite where the selection was refused.
+        Mean distance from the original on the validation text (`Task.distance`): KL in nats a token, or 1 - cosine of
+        an embedding; infinite if the selection was refused.
     refused : str
-        Why it cannot go; empty where it can, as far as is seen without carrying it out.
+        Why it cannot be removed; empty if it can.
     """
 
     repairs: tuple[Repair, ...] = ()
@@ -63,50 +63,45 @@ def verified(
     probe: Batch | Tensor | None = None,
     task: Task | None = None,
 ) -> list[VerifiedSelection]:
-    """Repair selections by least squares, and judge each by how far what is said then is from the original.
+    """Repair selections by least squares, and rank them by the distance of the repaired model from the original.
 
-    The windows of a selection are fitted in their order, each on the model in which those before it are repaired
-    already and the branches before it silenced, with what stands in their place. Where the kind puts a linear map in
-    the place of a branch too, it is fitted on the model as it is. Windows that are fitted on the same model share its
-    pass: all single windows the one over the original.
+    The windows of a selection are fitted in order, each on the model in which those before it are repaired and the
+    branches before it silenced. Windows that are fitted on the same model share a pass.
 
     Parameters
     ----------
     model : torch.nn.Module
     selections : sequence of Selection
-        A shortlist of any searches. Its scores are kept, and not looked at.
+        A shortlist of any search. Its scores are kept, but not used.
     fit, held_out, validation : sequence of mapping or torch.Tensor
-        To fit on, to choose the ridge by, and to judge on; of different documents.
+        To fit on, to choose the ridge by, and to compare on; of different documents.
     replacement : ReplacementConfig
         The config of what replaces each window.
     stack : str, optional
         Path of the stack, see `find_stack`.
     probe : mapping or torch.Tensor, optional
-        What to look for branches on in a model that cannot be probed otherwise, without padding.
+        A batch without padding, for models that cannot be probed with tokens.
     task : Task, optional
-        What the model is for, and so what its answers are compared by, see `Task.of`.
+        Determines the outputs that are compared, see `Task.of`.
 
     Returns
     -------
     list of VerifiedSelection
-        All of them, the best first; those that cannot go, or leave no finite answers, last. What is new and not fitted,
-        as a network with random weights, says nothing by its distance yet: there the shortlist's own order stays.
+        All of them, the best first; last those that are refused or have no finite output. If replacements are not
+        fitted (a network with random weights), the order of the shortlist stays.
 
     Raises
     ------
     UnsupportedSurgery
         If every one is refused.
     StreamlineError
-        If not one leaves a model with finite answers; or as `measure_moments`, `solve` and `distances_of_candidates`
-        do.
+        If none leaves a model with finite outputs; or as `measure_moments`, `solve` and `distances_of_candidates` do.
 
     Notes
     -----
-    One pass over `fit` and `held_out` for each model to fit on, that ends after the last block needed, and one for all
-    branches; one forward of the original over `validation`, of each single window the blocks after it, and a forward
-    of each other selection, and of each where blocks stand in the window's place or something is folded. Two d×d
-    matrices in float64 for each window fitted on one model, and d×d parameters for each linear repair; for a kind whose
-    last projection is solved for, p×p and p×d with p its inputs.
+    The cost is one pass over `fit` and `held_out` for each model to fit on, up to the last block needed, and one for
+    all branches; over `validation` one forward of the original, the blocks after each single window, and one forward of
+    each other selection. Memory is two d×d float64 matrices for each window fitted on one model, and each repair.
 
     Examples
     --------
@@ -154,7 +149,7 @@ def verified(
 
 
 def in_order(judged: Sequence[VerifiedSelection], kind: ReplacementConfig) -> list[VerifiedSelection]:
-    """The best first, as `verified` has them."""
+    """Sort verified selections, the best first."""
     return sorted(
         judged,
         key=lambda one: (
@@ -166,7 +161,7 @@ def in_order(judged: Sequence[VerifiedSelection], kind: ReplacementConfig) -> li
 
 
 class _Fitting:
-    """Selections on the way to being repaired."""
+    """The repairs of all selections, fitted level by level: the first windows of all, then the second, and so on."""
 
     def __init__(
         self,
@@ -196,7 +191,7 @@ class _Fitting:
         return {half: paths for half, paths in found.items() if not isinstance(paths, UnsupportedSurgery)}
 
     def fit_branches(self, fit: Batches, held_out: Batches) -> None:
-        """Put a linear map in the place of each silenced branch."""
+        """Fit a linear map for each silenced branch."""
         left = [selection for k, selection in enumerate(self.selections) if k not in self.refusals]
         wanted = sorted({half for selection in left for half in selection.silenced})
         found = fit_branches(self.stack, wanted, fit, held_out, self.probe) if wanted else {}
@@ -207,11 +202,11 @@ class _Fitting:
                     self.refusals.setdefault(k, refusal)
 
     def maps_of(self, silenced: _Silenced) -> tuple[BranchLinear, ...]:
-        """What stands in the place of branches."""
+        """Return the maps that replace branches."""
         return tuple(self.maps[half] for half in silenced if half in self.maps)
 
     def fit_level(self, level: int, parts: tuple[Batches, Batches]) -> None:
-        """Repair the window of each selection that has so many before it."""
+        """Repair window `level` of each selection."""
         groups: dict[tuple[tuple[range, ...], _Silenced], list[int]] = {}
         for k, selection in enumerate(self.selections):
             if level < len(selection.windows) and k not in self.refusals:
@@ -238,7 +233,7 @@ class _Fitting:
         parts: tuple[Batches, Batches],
         which: str,
     ) -> dict[range, Repair | UnsupportedSurgery]:
-        """Repair windows of the model in which others are repaired already, and branches silenced."""
+        """Repair windows on the model with the windows `done` repaired and branches silenced."""
         fitted: dict[range, Repair | UnsupportedSurgery] = {}
         built: dict[range, StandIn] = {}
         for window in windows:  # on the model as it is: a copy of a block bears its number there
@@ -262,7 +257,7 @@ class _Fitting:
     def _repaired(
         self, windows: tuple[range, ...], silenced: _Silenced, stand_ins: list[StandIn]
     ) -> Iterator[dict[int, int]]:
-        """The model to fit on; the present number of each of its blocks."""
+        """Apply repairs for the duration of the context; yield the present number of each block."""
         if not windows and not silenced:
             yield {k: k for k in range(len(self.stack))}
         else:
@@ -275,7 +270,7 @@ class _Fitting:
         return Attempt(selection, tuple(r.stand_in for r in self.repairs[k]), self.maps_of(selection.silenced))
 
     def judge(self, validation: Batches) -> list[float | UnsupportedSurgery]:
-        """The distance of each selection; of single windows at the cost of the blocks after them."""
+        """Return the distance of each selection, of single windows by running the blocks after them only."""
         left = [k for k in range(len(self.selections)) if k not in self.refusals]
         attempts = {k: self._attempt(k) for k in left}
         alone = {k: one for k in left if (one := attempts[k].candidate(self.stack)) is not None}

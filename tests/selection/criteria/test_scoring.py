@@ -22,7 +22,7 @@ from streamline_hooks.selection.criteria import (
     register_criterion,
     score_windows,
 )
-from streamline_hooks.selection.search.windows import best_windows
+from streamline_hooks.selection.search.selected import best_windows
 from streamline_hooks.statistics import Profile, profile
 from tests.tiny_models import BLOCKS, tiny_model, tokens
 
