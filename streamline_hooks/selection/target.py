@@ -1,24 +1,36 @@
-"""What a target comes to: how many blocks, or which windows, may be given up."""
+"""`Target`: how much to remove, and the windows that reach it by blocks, parameters or measured latency."""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from numbers import Integral
 from typing import Any
 
+import torch
 from torch import nn
 
 from streamline_hooks.arguments import block_numbers
 from streamline_hooks.core.config import Config
-from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.speed import Phase, measure_speed, room_for_prompt
-from streamline_hooks.selection.latency import Timer, fewest_blocks
-from streamline_hooks.selection.parameters import StandInFor, parameters_by_window, parameters_of
+from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
+from streamline_hooks.evaluation.speed import Phase, SpeedReport, Spread, measure_speed, room_for_prompt
+from streamline_hooks.repair import place
+from streamline_hooks.repair.folded import Folded, Scaled
+from streamline_hooks.repair.stand_in import StandIn
 from streamline_hooks.stack import BlockStack, find_stack
+from streamline_hooks.surgery import LayerSurgeon
+from streamline_hooks.surgery.hazards import find_hazards
+from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced
 
+StandInFor = StandIn | Callable[[range], StandIn]
+"""The replacement of every window, or a function that makes one for a window."""
+
+Timer = Callable[..., SpeedReport]
 _PROMPT, _NEW = 512, 16
 
 
@@ -137,11 +149,10 @@ def windows_for(
     timer: Timer | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[range]:
-    """The windows that may be given up, each of which alone reaches the target.
+    """Return the windows that each alone reach a target.
 
-    Of blocks and of latency, all windows are of one length. Of parameters, it is the shortest from each start, since
-    blocks differ in size (a dense one beside mixtures of experts); what other parts of the model share stays, and
-    does not count.
+    For blocks and latency, all windows have one length. For parameters it is the shortest window from each start, since
+    blocks may differ in size; parameters that other parts of the model share do not count.
 
     Parameters
     ----------
@@ -153,16 +164,15 @@ def windows_for(
     protected : frozenset of int
         Blocks that must stay, see `protected_blocks`.
     stand_in : StandIn or callable, optional
-        What will stand in a window's place, or a function that makes it for a window. Its parameters are taken off
-        those that are saved (the function is called on the meta device for that), and it is timed with the rest. A
-        number of blocks does not depend on it.
+        The replacement of each window, or a function that makes it for a window (also on the meta device). Its
+        parameters are subtracted from those saved, and it is timed with the rest.
     slots : int
-        Slots that it takes. Of a number of blocks so many more must go; whatever the target, more than these.
+        Number of slots that it takes: that many more blocks are removed for a number of blocks.
     timer : callable, optional
-        Times models as `measure_speed` does, of which ``functools.partial`` makes one for other prompts. By default
-        that, with prompts of 512 tokens, or as many as the model has positions for.
+        Times models as `measure_speed` does; by default that, with prompts of 512 tokens, or as many as the model has
+        positions for.
     say : callable
-        Receives a line about each measurement of a latency.
+        Receives a line for each measurement of latency.
 
     Returns
     -------
@@ -172,9 +182,9 @@ def windows_for(
     Raises
     ------
     StreamlineError
-        If the target cannot be reached; the text says what can.
+        If the target cannot be reached.
     UnsupportedSurgery
-        If a latency is asked for and the blocks cannot be taken out.
+        If the target is a latency and the blocks cannot be removed.
 
     Examples
     --------
@@ -201,13 +211,8 @@ def windows_for(
     candidates = {size: chosen for size, chosen in free.items() if chosen}
     if not candidates:
         windows(len(found), 1 + slots, protected)  # raises: every block is protected
-    timer = timer or partial(measure_speed, tokens=_prompt(model))
-    return free[fewest_blocks(found, wanted.amount, phase, candidates, stand_in, timer, say)]
-
-
-def _prompt(model: Any) -> int:
-    """Tokens of a prompt to time: 512, or what the model's positions leave beside the new ones."""
-    return room_for_prompt(model, _NEW, _PROMPT)
+    timer = timer or partial(measure_speed, tokens=room_for_prompt(model, _NEW, _PROMPT))
+    return free[_fewest_blocks(found, wanted.amount, phase, candidates, stand_in, timer, say)]
 
 
 def blocks_to_remove(target: Target | int | float, length: int, slots: int = 0) -> int:
@@ -253,7 +258,7 @@ def blocks_to_remove(target: Target | int | float, length: int, slots: int = 0) 
 
 
 def protected_blocks(keep: Iterable[int], length: int) -> frozenset[int]:
-    """The blocks that must stay, counted from the start.
+    """Return the blocks that must stay, counted from the start.
 
     Parameters
     ----------
@@ -270,7 +275,7 @@ def protected_blocks(keep: Iterable[int], length: int) -> frozenset[int]:
 
 
 def windows(length: int, size: int, protected: frozenset[int] = frozenset()) -> list[range]:
-    """Every run of `size` consecutive blocks that holds no protected one.
+    """Return every run of `size` consecutive blocks without a protected one.
 
     Raises
     ------
@@ -295,15 +300,15 @@ def windows(length: int, size: int, protected: frozenset[int] = frozenset()) -> 
 def _by_parameters(
     stack: BlockStack, target: Target, protected: frozenset[int], stand_in: StandInFor, slots: int
 ) -> list[range]:
-    """From each start the shortest window whose parameters, less the stand-in's, are the wanted fraction or more."""
-    length, goes_with = len(stack), parameters_by_window(stack)
+    """Return from each start the shortest window that saves the wanted fraction of the parameters."""
+    length, goes_with = len(stack), _parameters_by_window(stack)
     windows(length, 1 + slots, protected)  # raises if every block is protected
     total = sum(p.numel() for p in stack.model.parameters())
     wanted = target.amount * total * (1 - 1e-12)  # 0.1 of 30 is 3
     reaching, best = [], (-math.inf, range(0))
 
     def net(window: range) -> int:
-        return goes_with(window) - parameters_of(stand_in, window)
+        return goes_with(window) - _parameters_of(stand_in, window)
 
     for start in range(length):
         window = range(start, start)
@@ -329,3 +334,132 @@ def _by_parameters(
 def _free(length: int, size: int, protected: frozenset[int]) -> list[range]:
     every = (range(start, start + size) for start in range(length - size + 1))
     return [window for window in every if not protected & set(window)]
+
+
+def _parameters_by_window(stack: BlockStack) -> Callable[[range], int]:
+    """Return a function that counts the parameters that are removed with a window.
+
+    Block k has position 2k + 1. Modules spliced before it have position 2k, which goes only with the blocks on both
+    sides; those spliced after the last block go with it. A parameter is removed if all positions that hold it are.
+    """
+    blocks = {id(block) for block in stack.blocks}
+    held: dict[int, tuple[nn.Parameter, set[int]]] = {}
+    for k, block in enumerate(stack.blocks):
+        before = [p for module in spliced(block, BEFORE) for p in module.parameters()]
+        after = [p for module in spliced(block, AFTER) for p in module.parameters()]
+        apart = {id(p) for p in (*before, *after)}
+        own = [p for p in block.parameters() if id(p) not in apart]
+        for position, parameters in ((2 * k, before), (2 * k + 1, own), (2 * k + 2, after)):
+            for p in parameters:
+                held.setdefault(id(p), (p, set()))[1].add(position)
+    for p in _outside(stack.model, blocks):
+        held.pop(id(p), None)
+    sizes: Counter[tuple[int, int]] = Counter()
+    for p, places in held.values():
+        sizes[min(places), max(places)] += p.numel()
+
+    def count(window: range) -> int:
+        first, last = 2 * window.start + 1, 2 * window.stop - (window.stop < len(stack))
+        return sum(size for (low, high), size in sizes.items() if first <= low and high <= last)
+
+    return count
+
+
+def _outside(module: nn.Module, blocks: set[int]) -> Iterator[nn.Parameter]:
+    yield from (p for p in module._parameters.values() if p is not None)
+    for child in module._modules.values():
+        if child is not None and id(child) not in blocks:
+            yield from _outside(child, blocks)
+
+
+def _parameters_of(stand_in: StandInFor, window: range) -> int:
+    """Count the parameters of a window's replacement, made on the meta device; what is folded has none."""
+    with torch.device("meta"):
+        made = _made_for(stand_in, window)
+    return sum(p.numel() for p in made.parameters()) if isinstance(made, nn.Module) else 0
+
+
+def _made_for(stand_in: StandInFor, window: range) -> StandIn:
+    """Return the replacement of a window."""
+    if stand_in is None or isinstance(stand_in, (nn.Module, Folded, Scaled)):
+        return stand_in
+    return stand_in(window)
+
+
+def _fewest_blocks(
+    stack: BlockStack,
+    wanted: float,
+    phase: Phase,
+    candidates: Mapping[int, list[range]],
+    stand_in: StandInFor,
+    timer: Timer,
+    say: Callable[[str], None],
+) -> int:
+    """Return the least number of blocks without which the model was measured to take `wanted` of its time.
+
+    `candidates` are the windows of each length, without a gap. A number that misses the target and one that reaches it
+    are brought together, guided by a line through the measurements. No number is measured twice, so that noise cannot
+    make the search go back and forth.
+    """
+    length, longest = len(stack), max(candidates)
+    missing, misses = min(candidates) - 1, 1.0  # replacing as many blocks by as many saves nothing
+    reaching, reaches = longest + 1, math.nan
+    guess = max(missing + 1, min(longest, missing + math.ceil((1 - wanted) * length)))
+    while reaching - missing > 1:
+        spread = _ratio(stack, candidates[guess], stand_in, phase, timer)
+        what = "the first token" if phase == "prefill" else "each further token"
+        say(
+            f"without {guess} of {length} blocks, {what} takes {spread.median:.3f} of the original's time "
+            f"({spread.low:.3f} to {spread.high:.3f})"
+        )
+        if spread.median <= wanted:
+            reaching, reaches = guess, spread.median
+        else:
+            missing, misses = guess, spread.median
+        guess = _next(wanted, missing, misses, reaching, reaches)
+    if reaching > longest:
+        raise StreamlineError(
+            f"{wanted} of the original's time cannot be reached: without {longest} of {length} blocks, the most in a "
+            f"row that may go, the model takes {misses:.3f} of it on this machine. What is not in the blocks "
+            "(embeddings, head), and what stands in their place, takes the rest. Ask for less, or protect fewer."
+        )
+    return reaching
+
+
+def _next(wanted: float, missing: int, misses: float, reaching: int, reaches: float) -> int:
+    """Return where a line through the measurements reaches the target, between the two numbers."""
+    if math.isnan(reaches):  # nothing has reached it: from the whole model on
+        slope = (1 - misses) / missing if missing else 0.0
+    else:
+        slope = (misses - reaches) / (reaching - missing)
+    step = math.ceil((misses - wanted) / slope - 1e-9) if slope > 0 else (reaching - missing) // 2
+    return max(missing + 1, min(missing + step, reaching - 1))
+
+
+def _ratio(stack: BlockStack, candidates: list[range], stand_in: StandInFor, phase: Phase, timer: Timer) -> Spread:
+    """Time the model without the candidate of the fewest parameters, so that the others save as much or more.
+
+    Among equals it is the one nearest to the middle.
+    """
+    hazards = {window: find_hazards(stack, window) for window in candidates}
+    safe = [window for window, against in hazards.items() if not against]
+    if not safe:
+        first, against = next(iter(hazards.items()))
+        raise UnsupportedSurgery(
+            f"The time without {len(first)} blocks cannot be measured: no such window can go. Blocks {first.start} to "
+            f"{first.stop - 1}: {'; '.join(map(str, against))}"
+        )
+    sizes = stack.parameters_per_block
+    chosen = min(safe, key=lambda w: (sum(sizes[k] for k in w), abs(w.start + w.stop - len(stack))))
+    made = _made_for(stand_in, chosen)
+    made = copy.deepcopy(made) if made is stand_in else made  # the surgeon moves it to the blocks' device
+
+    @contextmanager
+    def without() -> Iterator[nn.Module]:
+        with LayerSurgeon(stack.model, stack.path, probe=False) as surgeon:
+            place(surgeon, chosen, made)
+            yield stack.model
+
+    more: dict[str, Any] = {"new_tokens": 0} if phase == "prefill" else {}
+    name = f"without {len(chosen)} blocks"
+    return timer({"original": stack.model, name: without}, **more).ratio(name, phase)
