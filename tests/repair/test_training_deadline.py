@@ -156,7 +156,7 @@ def test_what_was_spent_before_the_first_step_counts_again_where_it_goes_on(
 
 @pytest.mark.parametrize("minutes", [0, -1.0, float("nan")])
 def test_no_time_is_refused(minutes: float) -> None:
-    with pytest.raises(StreamlineError, match=r"max_minutes=.*above 0|max_minutes=nan is no finite"):
+    with pytest.raises(StreamlineError, match=r"max_minutes=.*\(0, inf\)"):
         DistillationConfig(max_minutes=minutes)
 
 
