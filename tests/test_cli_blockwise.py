@@ -59,9 +59,6 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(command: Command, too_l
     assert not list(tmp_path.iterdir())
     whole = table_in(out)
     assert all(not whole[stage]["writes"].startswith("0.0 ") for stage in ("rank", "verify", "measure"))  # all in files
-    code, out, err = command("-o", tmp_path / "out", *SMALL, "--dry-run", "--keep", "-1")
-    assert code == 0, err
-    assert table_in(out)["check"]["reads"] != whole["check"]["reads"]  # once more, of what is kept at the end
 
 
 def test_it_writes_what_the_model_in_memory_would_be(

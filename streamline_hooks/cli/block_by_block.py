@@ -82,14 +82,12 @@ def compress_block_by_block(
     config: CompressionConfig,
     *,
     overwrite: bool,
-    packed: bool,
     dry_run: bool,
     say: Callable[[str], None],
 ) -> Any:
     """Say what it will cost, and do it unless that was all that was asked for; the result, or None.
 
-    `text` gives what is calibrated on, and documents to test on or None, for a tokenizer; `packed` says whether it is
-    without padding, with several documents in a row.
+    `text` gives what is calibrated on, and documents to test on or None, for a tokenizer.
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging
@@ -97,20 +95,15 @@ def compress_block_by_block(
     from streamline_hooks.blockwise import compress_checkpoint, open_checkpoint
     from streamline_hooks.blockwise.cost import blockwise_table, checkpoint_bytes, measure_rates, state_budget
     from streamline_hooks.pipeline.flops import blockwise_work
-    from streamline_hooks.selection import protected_blocks, windows_for
+    from streamline_hooks.selection import windows_for
     from streamline_hooks.stack import find_stack
-    from streamline_hooks.statistics.chosen_tokens import blocks_run
 
     logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(model)
     opened = open_checkpoint(model)
     stack = find_stack(opened, config.stack)
     size = len(windows_for(opened, config.target, stack=stack.path, protected=frozenset())[0])
-    kept = blocks_run(
-        protected_blocks(config.search.keep, len(stack)), len(stack)
-    )  # what is kept at the end is not run
-    checks = 1 + packed + (kept < len(stack))
-    stages, resident = blockwise_work(stack, config, size, checks=checks)  # states are kept in the work folder
+    stages, resident = blockwise_work(stack, config, size)  # states are kept in the work folder
     budget = state_budget(resident, memory)
     say(
         f"The weights take {checkpoint_bytes(model) / 1e9:.2f} GB, and {memory / 1e9:.2f} GB of memory are allowed: "

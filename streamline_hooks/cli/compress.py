@@ -290,7 +290,7 @@ def compress(
         }
         if most is not None and not only_whole(bool(memory), say, **whole):
             made = compress_block_by_block(
-                model, text_for, output, most, config, overwrite=overwrite, packed=pack, dry_run=dry_run, say=say
+                model, text_for, output, most, config, overwrite=overwrite, dry_run=dry_run, say=say
             )
             if made is not None:
                 say(f"\n{made.table()}")

@@ -37,7 +37,7 @@ def block_work(stack: BlockStack) -> list[BlockWork]:
         If a block holds experts and the config does not say how many a token is routed to.
     """
     count, chosen = _from_config(stack.config, _EXPERTS), _from_config(stack.config, _CHOSEN)
-    works = []
+    query, works = _query_features(stack.config), []
     for block in stack.blocks:
         experts = {id(p): p for p in _expert_matrices(block, count)}
         if experts and not chosen:
@@ -47,8 +47,8 @@ def block_work(stack: BlockStack) -> list[BlockWork]:
             )
         dense = sum(p.numel() for p in block.parameters() if p.ndim > 1 and id(p) not in experts)
         routed = sum(p.numel() for p in experts.values()) * min(1.0, (chosen or 0) / (count or 1))
-        query = _query_features(stack.config) if _attends(block) else 0
-        works.append(BlockWork(sum(p.numel() for p in block.parameters()), dense + round(routed), query))
+        every = sum(p.numel() for p in block.parameters())
+        works.append(BlockWork(every, dense + round(routed), query if _attends(block) else 0))
     return works
 
 
@@ -85,21 +85,15 @@ class StageWork(NamedTuple):
 
 
 def blockwise_work(
-    stack: BlockStack,
-    config: CompressionConfig,
-    window: int,
-    *,
-    memory: int = 0,
-    checks: int = 1,
-    itemsize: float = 0.0,
+    stack: BlockStack, config: CompressionConfig, window: int, *, memory: int = 0, itemsize: float = 0.0
 ) -> tuple[list[StageWork], int]:
     """Return the stages of `compress_checkpoint`, and the bytes in memory at its peak.
 
     The model may be on the meta device. `window` blocks are removed in the middle, `memory` bytes of hidden states are
-    not in files, `checks` times the blocks are run on a few tokens, and `itemsize` is the bytes per weight in the
-    checkpoint, by default those of the parameters. A profile compares the L + 1 states of a token in float64:
-    2·(L + 1)²·d FLOPs. Moments are two d×d products per window and token. A solution is two eigendecompositions and
-    seven d×d products.
+    not in files, and `itemsize` is the bytes per weight in the checkpoint, by default those of the parameters.
+
+    A profile compares the L + 1 states of a token in float64: 2·(L + 1)²·d FLOPs. Moments are two d×d products per
+    window and token. A solution is two eigendecompositions and seven d×d products.
     """
     data, n, d, candidates = config.data, len(stack), features_of(stack), config.search.shortlist
     calibration, validation, test = data.calibration_tokens, data.validation_tokens, data.test_tokens
@@ -118,12 +112,11 @@ def blockwise_work(
     spilled = [max(0.0, states - memory) for states in (ranked, fitted, measured)]
     verified = calibration * sum(flops[:end]) + validation * (each + candidates * after + (1 + candidates) * logits)
     solved = 4.0 * calibration * candidates * d**2 + 14.0 * candidates * d**3
+    compared = 2.0 * calibration * (n + 1) ** 2 * d
     saved, scored = total * itemsize - blocks * window / n, test * (each + 2 * after + 3 * logits)
     stages = [
-        StageWork("check", checks * blocks, products=checks * 32 * each),
-        StageWork(
-            "rank", blocks + spilled[0], spilled[0], ranked, calibration * each, 2.0 * calibration * (n + 1) ** 2 * d
-        ),
+        StageWork("check", blocks, products=32 * each),
+        StageWork("rank", blocks + spilled[0], spilled[0], ranked, calibration * each, compared),
         StageWork("verify", blocks + head, spilled[1], fitted, verified, solved, 20.0 * candidates * d**3),
         StageWork("choose", 10 * blocks, products=160 * each),
         StageWork("measure", blocks + head, spilled[2], measured, scored),

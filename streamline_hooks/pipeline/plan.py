@@ -108,8 +108,8 @@ class StageRates:
     def estimate(self, sizes: Sizes) -> CostEstimate:
         """Extrapolate to numbers of tokens."""
         training, fitting, validation, test, epochs, validations = sizes
-        trained = round(training * epochs)
-        tokens = {"rank": fitting, "fit": fitting, "verify": validation, "train": trained, "evaluate": test}
+        tokens = {"rank": fitting, "fit": fitting, "verify": validation, "evaluate": test}
+        tokens["train"] = round(training * epochs)
         seconds = {
             name: fixed + self.per_token.get(name, 0) * tokens.get(name, 0) for name, fixed in self.fixed.items()
         }
@@ -140,9 +140,8 @@ class TrainingPlan:
             f"verified on {data.validation_tokens:,}, tested on {data.test_tokens:,}"
         )
         if self.estimate.seconds < (1 - _LATE) * self.budget:
-            line += (
-                f"\ntext       ends after {duration(self.estimate.seconds)}; give more text to use all of the budget"
-            )
+            end = duration(self.estimate.seconds)
+            line += f"\ntext       ends after {end}; give more text to use all of the budget"
         return f"{line}\n{self.estimate.table()}"
 
 
@@ -517,12 +516,8 @@ def _fit(
 
     Return the selection, the seconds per token, and the seconds of a solution.
     """
-    ordered, model, tokens = (
-        sorted(selections, key=lambda one: one.windows[0].start),
-        ready.stack.model,
-        tokens_of(batch),
-    )
-    middle = len(ordered) // 2
+    model, tokens, middle = ready.stack.model, tokens_of(batch), len(selections) // 2
+    ordered = sorted(selections, key=lambda one: one.windows[0].start)
     refusals: list[UnsupportedSurgery] = []
     for selection in (*ordered[middle:], *ordered[:middle]):
         fit = partial(fit_windows, model, selection.windows[:1], ready.kind, held_out=[batch], stack=ready.stack.path)
