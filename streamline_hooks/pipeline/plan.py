@@ -26,7 +26,7 @@ from streamline_hooks.core.hardware_config import HardwareConfig, Precision
 from streamline_hooks.core.tables import table
 from streamline_hooks.distributed import DistributedStep, distributed_step, here
 from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
-from streamline_hooks.evaluation import distances_of_candidates, perplexity
+from streamline_hooks.evaluation import distances_of_candidates, perplexity, perplexity_of_candidates
 from streamline_hooks.evaluation.speed import wait_for
 from streamline_hooks.passes import without_progress
 from streamline_hooks.pipeline.config import CompressionConfig
@@ -407,10 +407,11 @@ def measure_stages(
         left = 1 - sum(map(len, windows)) / len(ready.stack)
         stand_ins = tuple(ready.kind.build(ready.stack, window) for window in windows)
         spliced = Attempt(selection, stand_ins).candidate(ready.stack)  # runs from its window on
-        candidate = left * forward
+        candidate = attempt = left * forward
         if spliced is not None:
-            measured = per_token(distances_of_candidates, [spliced], stack=path, task=ready.task)
-            candidate = max(0.0, measured - forward)
+            both = per_token(distances_of_candidates, [spliced], stack=path, task=ready.task)
+            candidate = max(0.0, both - forward)
+            attempt = max(0.0, per_token(perplexity_of_candidates, [spliced], stack=path) - forward)
         first, further = len(selections), sum(len(one.windows) - 1 for one in selections)
         runs = len(ready.candidates) if search.number_of_windows == 1 else len(ready.stack)
         runs *= search.resolved_criterion.runs_per_window
@@ -419,7 +420,7 @@ def measure_stages(
             # One pass fits the first window of all selections, and another one each further window.
             "fit": rank + first * max(0.0, fit - rank * windows[0].stop / len(ready.stack)) + further * fit,
             "verify": forward + first * candidate,
-            "evaluate": (1 + left) * forward + expected_attempts(config.distillation is not None) * candidate,
+            "evaluate": (1 + left) * forward + expected_attempts(config.distillation is not None) * attempt,
         }
         fixed = {
             "prepare": prepared,
