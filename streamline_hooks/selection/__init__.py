@@ -1,4 +1,4 @@
-"""Which blocks to give up."""
+"""Select the blocks to remove."""
 
 from streamline_hooks.selection.criteria import (
     CRITERIA,

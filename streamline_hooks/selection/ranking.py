@@ -1,4 +1,4 @@
-"""Rank candidate windows for a table: their scores, how certain these are, and what the profile says of them."""
+"""Rank windows for a table, with bootstrap intervals and statistics of the profile."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Ranking:
     Attributes
     ----------
     profile : Profile
-        What the cosine, the angular distance and the intervals are from.
+        Source of the cosine, the angular distance and the intervals.
     criterion : str
     scores : str
         Name of the column of scores, such as ``cosine`` or ``sum of cosine``.
@@ -99,15 +99,14 @@ def rank(
         By default `WindowSearch`, by cosine. ``shortlist`` is the number of rows, of each length without a target;
         ``keep`` the blocks that must stay.
     target : Target, optional
-        What the windows must reach. Without it windows of every length are ranked, which only `WindowSearch` by a
-        statistic of the profile can do.
+        By default windows of every length are ranked, which needs `WindowSearch` by a criterion of the profile.
     model : torch.nn.Module, optional
-        Needed by targets other than a number of blocks, and by criteria and searches that run the model.
+        For targets other than a number of blocks, and criteria and searches that run the model.
     batches : sequence of mapping, optional
-        What these criteria and searches run it on.
+        Inputs for these criteria and searches.
     task : Task, optional
     say : callable
-        Receives a line on a target that is measured.
+        Receives a line for each measurement of latency.
 
     Returns
     -------

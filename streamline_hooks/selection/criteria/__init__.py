@@ -1,4 +1,4 @@
-"""What speaks for giving up a window. Of every criterion a higher score goes sooner."""
+"""Criteria that score windows. Windows with higher scores are removed first."""
 
 from streamline_hooks.selection.criteria.accuracy import accuracy_drop
 from streamline_hooks.selection.criteria.model_criteria import (

@@ -1,4 +1,4 @@
-"""Criterion: the accuracy on a task of the user's that is left without a window."""
+"""Criterion: the accuracy on a task without a window."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from streamline_hooks.surgery import LayerSurgeon
 def accuracy_drop(task: str | Mapping[str, Any], tokenizer: Any, settings: TaskSettings | None = None) -> Criterion:
     """Make a criterion of a task of lm-eval.
 
-    The score is the accuracy without a window minus that of the whole model. Every window costs one evaluation of the
-    task, without the window's blocks. The criterion reads no batches; give `score_windows` an empty list of them.
+    The score is the accuracy without a window minus that of the whole model; each window costs one evaluation of the
+    task. The criterion reads no batches; give `score_windows` an empty list.
 
     Parameters
     ----------
     task : str or mapping
-        One of those that `run_tasks` takes; not the one that will be reported on.
+        As for `run_tasks`; not the task that results are reported on.
     tokenizer : PreTrainedTokenizerBase
     settings : TaskSettings, optional
 
     Returns
     -------
     Criterion
-        With −inf for a window without which a log-likelihood is not finite. To have it by name:
+        −inf if a log-likelihood is not finite. To register it:
         ``register_criterion(replace(accuracy_drop(...), name="mine"))``.
 
     Raises
     ------
     StreamlineError
-        If the task cannot be loaded, or has no metric that scores each item from 0 to 1; when scoring, if a window
-        cannot be removed.
+        If the task cannot be loaded or has no metric from 0 to 1 for each item; when scoring, if a window cannot be
+        removed.
     """
     loaded = list(load_tasks([task], settings or TaskSettings()).values())
 

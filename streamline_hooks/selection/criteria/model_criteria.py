@@ -25,8 +25,7 @@ def perplexity_when_removed(
 ) -> list[float]:
     """Minus the logarithm of the perplexity without the window (SLEB, arXiv 2402.09025; Shortened LLaMA, 2402.02834).
 
-    The blocks before a window are run once for all. A pass costs a forward, and for each window the blocks after it
-    and the LM head; memory is one batch's states at the windows' entrances.
+    A pass costs a forward, and for each window the blocks after it and the LM head.
 
     Parameters
     ----------
@@ -80,7 +79,7 @@ def kl_when_removed(
     stack : str, optional
         Path of the stack, see `find_stack`.
     task : Task, optional
-        What the model is for, see `Task.of`.
+        See `Task.of`.
     original : torch.nn.Module, optional
         The model before blocks were removed, if any were; by default the model itself.
 
@@ -106,9 +105,8 @@ def repaired_residual(
 ) -> list[float]:
     """Minus the relative squared error of the best linear repair on held-out sequences, weighted as `WindowMoments` is.
 
-    The last fifth of the sequences is held out; the map is fitted on the others, and its ridge chosen on the held-out
-    ones. One pass sums the moments of all windows, and ends after the last block that any of them needs. They take 4·d²
-    float64 numbers a window: 0.2 GB for 20 windows of width 576, and 2.7 GB of width 2,048.
+    The last fifth of the sequences is held out, to choose the ridge and to evaluate. One pass, up to the last block
+    needed, sums 4·d² float64 numbers a window: 0.2 GB for 20 windows of width 576, and 2.7 GB of width 2,048.
 
     Parameters
     ----------

@@ -40,14 +40,14 @@ class Criterion:
     name : str
     score : callable
         If `needs` is ``"profile"``, ``score(profile, window)`` returns the score of one window. If it is ``"model"``,
-        ``score(model, batches, windows, *, stack=None)`` returns those of all windows; a function that takes ``task``
-        also gets the model's task, and one that takes ``original`` the model before blocks were removed, or None if
-        none were. A window with −inf is never removed; NaN and +inf are errors.
+        ``score(model, batches, windows, *, stack=None)`` returns those of all windows; it may also take ``task``, and
+        ``original``, the model before blocks were removed (None if none were). A window with −inf is never removed;
+        NaN and +inf are errors.
     needs : {"profile", "model"}
     paper : str
         Where it was published.
     made_of : callable, optional
-        Returns a digest of the data that the criterion holds, to tell it from others of its name (`accuracy_drop`).
+        Returns a digest of the data that the criterion holds, as `accuracy_drop` does.
     runs_per_window : bool
         Whether it runs the model once for each window. Searches then measure it on 4,096 tokens. By default False.
 
@@ -118,9 +118,9 @@ for _criterion in (
     CRITERIA.add(_criterion.name, _criterion)
 
 SHORTLIST = "cosine_and_magnitude"
-"""By what a shortlist of single windows is made. Cosine looks at the state's direction alone, relative magnitude at how
-far it moves; either misses windows that repair well (for 10 of SmolLM2-135M's 30 blocks cosine puts the one with the
-least KL eleventh), and their ranks together do not."""
+"""The default criterion for single windows. Cosine measures the direction of the state, relative magnitude how far it
+moves. Either alone misses windows that repair well: for 10 of SmolLM2-135M's 30 blocks cosine ranks the window with the
+least KL eleventh."""
 
 
 def register_criterion(criterion: Criterion) -> Criterion:
@@ -183,16 +183,15 @@ def criterion_of(value: str | Mapping[str, float] | Criterion | None, default: s
 
 @checked()
 def combined(parts: Mapping[str | Criterion, float], by: Literal["rank", "weight"] = "rank") -> Criterion:
-    """Several criteria in one.
+    """Combine several criteria into one.
 
     Parameters
     ----------
     parts : mapping of str or Criterion to float
         Their weights, above 0.
     by : {"rank", "weight"}
-        Add up the ranks among the windows that are scored together, as the share of the others that a window comes
-        before, which needs no common unit; or the scores as they are, each in its own unit times its weight. What
-        must not go by one of the parts (−inf) must not go by their combination.
+        Add the ranks among the windows that are scored together, from 0 to 1, which needs no common unit; or add the
+        scores times their weights. −inf of any part is −inf of the combination.
 
     Returns
     -------
@@ -222,7 +221,7 @@ def combined(parts: Mapping[str | Criterion, float], by: Literal["rank", "weight
 
 
 def _score_together(*given: Any, **named: Any) -> NoReturn:
-    """The parts' ranks or scores, summed over all windows that are scored together; never of one alone."""
+    """Raise: ranks exist only among windows that are scored together."""
     raise StreamlineError("A combination is scored with score_windows, which scores all windows together.")
 
 

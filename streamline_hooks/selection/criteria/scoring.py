@@ -1,4 +1,4 @@
-"""Score windows by one criterion or by several."""
+"""Score windows by a criterion or a combination."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ def score_windows(
 ) -> list[float]:
     """Score windows by a criterion.
 
-    A criterion that needs a profile makes one of the model and the batches where none is given, in one pass. With a
-    profile in hand it runs nothing.
+    Criteria of a profile run nothing if one is given; otherwise it is measured in one pass.
 
     Parameters
     ----------
@@ -46,18 +45,18 @@ def score_windows(
         Of this model.
     model : torch.nn.Module, optional
     batches : sequence of mapping or torch.Tensor, optional
-        What the model's forward takes. A criterion that brings its own text takes an empty list.
+        Inputs of the model. A criterion that has its own text takes an empty list.
     stack : str, optional
         Path of the stack, see `find_stack`.
     task : Task, optional
-        What the model is for, for a criterion that compares what it says, see `Task.of`.
+        For criteria that compare outputs, see `Task.of`.
     original : torch.nn.Module, optional
-        Where the model has lost blocks already, what it was, for a criterion that compares with that.
+        The model before blocks were removed, if any were, for criteria that compare with it.
 
     Returns
     -------
     list of float
-        In the order of `windows`; the highest goes first.
+        One for each window; higher scores go first.
 
     Raises
     ------

@@ -35,14 +35,13 @@ class SearchConfig(Config):
     Attributes
     ----------
     criterion : str or mapping of str to float, optional
-        The registered criterion that scores windows, see `CRITERIA`; or several with their weights (above 0, without a
-        unit), combined by rank as `combined` does, since their scores have different units. By default
+        A registered criterion, see `CRITERIA`, or several with weights above 0 that are combined by rank. By default
         `default_criterion`.
     keep : tuple of int
         Blocks that must stay; negative numbers count from the end. By default any block may be removed.
     shortlist : int
-        Largest number of selections, 1 or more; each is repaired and evaluated before one is chosen. The default is 8:
-        the selection that repairs best is often not the criterion's first, and each selection costs a fit.
+        Largest number of selections, 1 or more; each is repaired and evaluated before one is chosen. By default 8,
+        since the selection that repairs best is often not the criterion's first.
 
     Raises
     ------
@@ -117,7 +116,7 @@ class SearchConfig(Config):
         Parameters
         ----------
         problem : SearchProblem
-            As `problem` makes it. Its criterion, `keep` and `best` count, which are those of this config by default.
+            As `problem` makes it.
 
         Returns
         -------
@@ -137,13 +136,11 @@ class SearchConfig(Config):
         Parameters
         ----------
         candidates : sequence of range
-            The windows each of which alone reaches the target, see `windows_for`. Those with a block of `keep` are
-            left out.
+            The windows that each alone reach the target, see `windows_for`; those with a block of `keep` are left out.
         length : int
             Number of blocks of the stack.
         **more
-            Further fields of `SearchProblem`, such as ``profile``. A ``criterion``, ``keep`` or ``best`` replaces that
-            of this config.
+            Further fields of `SearchProblem`. A ``criterion``, ``keep`` or ``best`` replaces that of this config.
 
         Raises
         ------
@@ -190,7 +187,7 @@ class SearchConfig(Config):
         Raises
         ------
         StreamlineError
-            If the target, the number of blocks or the replacement does not fit the search.
+            If they do not fit the search.
         """
         wanted, windows = Target.of(target), self.number_of_windows
         if self.counts_blocks_only and not wanted.counts_blocks:

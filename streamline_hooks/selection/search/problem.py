@@ -25,7 +25,7 @@ class SearchProblem:
     Attributes
     ----------
     candidates : sequence of range
-        The windows each of which alone reaches the target, see `windows_for`.
+        The windows that each alone reach the target, see `windows_for`.
     length : int
         Number of blocks of the stack.
     criterion : Criterion
@@ -35,7 +35,7 @@ class SearchProblem:
     best : int
         Largest number of selections to return.
     profile : Profile, optional
-        Of the model. Criteria that need no more run nothing.
+        Profile of the model, for criteria of a profile.
     model : torch.nn.Module, optional
         For criteria and searches that run the model.
     batches : sequence of mapping or torch.Tensor, optional
