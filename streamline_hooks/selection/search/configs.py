@@ -269,7 +269,9 @@ class WindowSearch(SearchConfig):
 @register_search
 @dataclass(frozen=True)
 class DisjointSearch(SearchConfig):
-    """Find the disjoint windows with the greatest sum of scores, see `disjoint_windows`.
+    """Find the disjoint windows with the greatest sum of scores, exactly.
+
+    The sum ignores how the loss of one window changes with another; `GreedySearch` and `verified` do not.
 
     Attributes
     ----------
@@ -348,7 +350,7 @@ class MixedSearch(SearchConfig):
 @register_search
 @dataclass(frozen=True)
 class GreedySearch(SearchConfig):
-    """Remove the best block, measure again without it, and so on, as SLEB does (arXiv 2402.09025); see `greedy`.
+    """Remove the best block, measure again without it, and so on, as SLEB does (arXiv 2402.09025).
 
     Fields are those of `SearchConfig`; there is one selection, so `shortlist` is 1.
     """
@@ -386,9 +388,9 @@ class _BranchSearch(SearchConfig):
 @register_search
 @dataclass(frozen=True)
 class AttentionSearch(_BranchSearch):
-    """Silence the attentions that change the state least, as many as blocks were to be removed.
+    """Silence the attentions that change the state least (He et al., arXiv 2406.15786), as many as blocks to remove.
 
-    See `silenced_branches`. Fields are those of `SearchConfig`; the criterion is the cosine across each attention.
+    Fields are those of `SearchConfig`; the criterion is the cosine across each attention.
     """
 
     kind = "attention"
@@ -398,9 +400,9 @@ class AttentionSearch(_BranchSearch):
 @register_search
 @dataclass(frozen=True)
 class MLPSearch(_BranchSearch):
-    """Silence the MLPs that change the state least, as many as blocks were to be removed.
+    """Silence the MLPs that change the state least, as many as blocks to remove.
 
-    See `silenced_branches`. Fields are those of `SearchConfig`; the criterion is the cosine across each MLP.
+    Fields are those of `SearchConfig`; the criterion is the cosine across each MLP.
     """
 
     kind = "mlp"

@@ -17,45 +17,10 @@ _Partial = tuple[float, tuple[range, ...]]  # minus the sum of the scores, and t
 def disjoint_windows(
     score: Scorer, length: int, count: int, parts: int, *, keep: Iterable[int] = (), best: int = 1, shortest: int = 1
 ) -> list[Selection]:
-    """Select disjoint windows with the greatest sum of scores, exactly, by dynamic programming.
+    """Return selections of `parts` disjoint windows with `count` blocks in total and the greatest sums of scores.
 
-    Parameters
-    ----------
-    score : callable
-        Scores a sequence of windows; higher scores go first. Called once, with about length·count windows.
-    length : int
-        Number of blocks of the stack.
-    count : int
-        Number of blocks to remove in total.
-    parts : int
-        Number of windows; at least one block stays between two.
-    keep : iterable of int
-        Blocks that must stay; negative numbers count from the end.
-    best : int
-        Number of selections to return.
-    shortest : int
-        Least length of each window: more than the slots that its replacement takes.
-
-    Returns
-    -------
-    list of Selection
-        The best first, fewer if there are fewer; ties go to the earlier windows. The score is the sum of the windows'.
-
-    Raises
-    ------
-    StreamlineError
-        If there is none.
-
-    Notes
-    -----
-    The sum ignores how the loss of one window changes with another; `greedy` and `verified` do not.
-
-    Examples
-    --------
-    >>> value = [0, 5, 4, 0, 0, 3, 0]
-    >>> chosen = disjoint_windows(lambda windows: [sum(value[k] for k in w) for w in windows], 7, 3, 2)
-    >>> chosen[0].windows, chosen[0].score
-    ((range(1, 3), range(5, 6)), 12.0)
+    By dynamic programming over the blocks looked at, the blocks removed and the windows made, which is exact.
+    `shortest` is the least length of a window.
     """
     count, protected = blocks_to_remove(count, length), protected_blocks(keep, length)
     longest = count - (parts - 1) * shortest
@@ -95,37 +60,7 @@ def _order(partial: _Partial) -> tuple[float, list[tuple[int, int]]]:
 
 
 def one_shot(score: Scorer, length: int, count: int, *, keep: Iterable[int] = (), best: int = 1) -> list[Selection]:
-    """Select the single blocks with the greatest sum of scores (ShortGPT, arXiv 2403.03853, with Block Influence).
-
-    Parameters
-    ----------
-    score : callable
-        Scores a sequence of windows of one block each; higher scores go first.
-    length : int
-        Number of blocks of the stack.
-    count : int
-        Number of blocks to remove.
-    keep : iterable of int
-        Blocks that must stay; negative numbers count from the end.
-    best : int
-        Number of selections to return.
-
-    Returns
-    -------
-    list of Selection
-        The best first, fewer if there are fewer; ties go to the earlier blocks. Consecutive blocks are one window.
-
-    Raises
-    ------
-    StreamlineError
-        If there are too few blocks.
-
-    Examples
-    --------
-    >>> influence = [9, 1, 2, 8, 0, 7]
-    >>> one_shot(lambda windows: [-influence[w.start] for w in windows], 6, 3)[0].windows
-    (range(1, 3), range(4, 5))
-    """
+    """Return the sets of `count` single blocks with the greatest sums of scores; consecutive blocks are one window."""
     count, protected = blocks_to_remove(count, length), protected_blocks(keep, length)
     values = scores_of(score, [range(k, k + 1) for k in range(length) if k not in protected])
     if len(values) < count:
@@ -151,39 +86,9 @@ def best_sets(values: Mapping[int, float], count: int, best: int) -> list[tuple[
 def silenced_branches(
     scores: BranchScores, branch: Branch, count: int, *, keep: Iterable[int] = (), best: int = 1
 ) -> list[Selection]:
-    """Select the attentions or MLPs across which the state turns least (He et al., arXiv 2406.15786).
+    """Return selections of `count` branches with the greatest sums of cosines; see `AttentionSearch`.
 
-    Parameters
-    ----------
-    scores : BranchScores
-        As `measure_branches` returns them. Branches that were not measured or add nothing are not selected.
-    branch : {"attention", "mlp"}
-    count : int
-        Number of branches to silence.
-    keep : iterable of int
-        Blocks that must stay as they are; negative numbers count from the end.
-    best : int
-        Number of selections to return.
-
-    Returns
-    -------
-    list of Selection
-        The best first; the score is the sum of the mean cosines of the states before and after each branch.
-
-    Raises
-    ------
-    StreamlineError
-        If there are too few branches to choose from.
-
-    Examples
-    --------
-    >>> import torch
-    >>> scores = BranchScores(3)
-    >>> before = torch.eye(4)[None, :2]
-    >>> for k in range(3):
-    ...     scores.update(k, "attention", before, before + (k + 1) * before.roll(1, 1), torch.ones(1, 2))
-    >>> str(silenced_branches(scores, "attention", 2)[0])
-    'attention of 0, attention of 1'
+    Branches that were not measured or add nothing are not selected.
     """
     cosine = scores.cosine[:, BRANCHES.index(branch)]
     protected = protected_blocks(keep, len(cosine))

@@ -30,44 +30,10 @@ def greedy(
     stack: str | None = None,
     task: Task | None = None,
 ) -> list[Selection]:
-    """Remove the best block, measure again without it, and so on (as SLEB does, arXiv 2402.09025).
+    """Remove the best block, measure again without it, and so on, until `count` blocks are removed.
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-    batches : sequence of mapping or torch.Tensor
-        Inputs that the criterion is measured on, in each of `count` rounds.
-    criterion : Criterion or str
-        A criterion of a profile is measured on a new profile each round. One that compares with the original
-        (`kl_when_removed`) always compares with the model before the first round.
-    count : int
-        Number of blocks to remove.
-    keep : iterable of int
-        Blocks that must stay; negative numbers count from the end.
-    stack : str, optional
-        Path of the stack, see `find_stack`.
-    task : Task, optional
-        See `score_windows`.
-
-    Returns
-    -------
-    list of Selection
-        A single selection. Its score is the sum of the scores of the blocks when they were removed.
-
-    Raises
-    ------
-    StreamlineError
-        If `count` is out of range, or all remaining blocks are protected.
-    UnsupportedSurgery
-        If the blocks cannot be removed.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from streamline_hooks.testing import tiny_model
-    >>> model = tiny_model("llama")
-    >>> len(greedy(model, [torch.arange(3, 19)[None]], "cosine", 3, keep=[0])[0].blocks)
-    3
+    A criterion of a profile is measured on a new profile each round. One that compares with the original
+    (`kl_when_removed`) compares with the model before the first round. The score is the sum of the removed blocks'.
     """
     found = find_stack(model, stack)
     count, protected = blocks_to_remove(count, len(found)), protected_blocks(keep, len(found))

@@ -45,7 +45,7 @@ class SearchProblem:
     task : Task, optional
         By default the task of the model's class.
     shortest : int
-        Least number of blocks in each of several windows, see `disjoint_windows`.
+        Least number of blocks in each of several windows: more than the slots of a replacement.
     """
 
     candidates: Sequence[range]

@@ -100,30 +100,7 @@ def scores_of(score: Scorer, candidates: Sequence[range]) -> dict[range, float]:
 
 
 def best_windows(score: Scorer, candidates: Sequence[range]) -> list[Selection]:
-    """Rank windows of consecutive blocks.
-
-    Parameters
-    ----------
-    score : callable
-        Scores a sequence of windows; higher scores go first.
-    candidates : sequence of range
-        As `windows` or `windows_for` makes them.
-
-    Returns
-    -------
-    list of Selection
-        Those with a score above minus infinity, the best first; ties go to the earlier window.
-
-    Raises
-    ------
-    StreamlineError
-        If there is none.
-
-    Examples
-    --------
-    >>> best_windows(lambda windows: [-abs(w.start - 2) for w in windows], [range(0, 2), range(1, 3), range(3, 5)])[0]
-    Selection(windows=(range(1, 3),), silenced=(), score=-1.0)
-    """
+    """Return a selection for each window with a score above minus infinity, the best first, ties to the earlier."""
     scored = [Selection((window,), score=value) for window, value in scores_of(score, candidates).items()]
     if not scored:
         raise StreamlineError(

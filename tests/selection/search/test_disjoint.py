@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from streamline_hooks import StreamlineError, compress
 from streamline_hooks.selection import protected_blocks, windows
-from streamline_hooks.selection.search import Selection, best_windows, disjoint_windows, one_shot
+from streamline_hooks.selection.search.disjoint import disjoint_windows, one_shot
+from streamline_hooks.selection.search.selected import Selection, best_windows
 from streamline_hooks.testing import tiny_model
 from tests.configured import arguments
 

@@ -16,7 +16,8 @@ from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, 
 from streamline_hooks.evaluation import agreement
 from streamline_hooks.selection import windows
 from streamline_hooks.selection.criteria import Criterion, combined, score_windows
-from streamline_hooks.selection.search import Selection, best_windows, greedy
+from streamline_hooks.selection.search.greedy import greedy
+from streamline_hooks.selection.search.selected import Selection, best_windows
 from streamline_hooks.statistics import Profile
 from tests.surgery.test_surgeon import fingerprint
 from tests.tiny_models import BLOCKS, left_padded, repaired, tiny_model, tokens
@@ -219,7 +220,7 @@ def test_what_cannot_be_searched(options: dict[str, Any], text: str) -> None:
 def test_best_windows_takes_any_criterion_and_a_profile_runs_nothing() -> None:
     from functools import partial
 
-    from streamline_hooks.selection.search import disjoint_windows, one_shot
+    from streamline_hooks.selection.search.disjoint import disjoint_windows, one_shot
     from streamline_hooks.statistics import profile
 
     model = tiny_model("llama")

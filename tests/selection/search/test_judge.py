@@ -15,7 +15,7 @@ from streamline_hooks.batch import prepare
 from streamline_hooks.branches import BRANCHES
 from streamline_hooks.repair import place
 from streamline_hooks.repair.branch_linear import replace_branches
-from streamline_hooks.selection.search import Selection
+from streamline_hooks.selection import Selection
 from streamline_hooks.selection.search.judge import Attempt, distances_of_attempts, writers_of
 from tests.surgery.test_surgeon import fingerprint
 from tests.tiny_models import BLOCKS, FAMILIES, Nudge, left_padded, tiny_model, tokens

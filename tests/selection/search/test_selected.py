@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_hooks import StreamlineError
-from streamline_hooks.selection.search import Selection
+from streamline_hooks.selection import Selection
 
 
 @given(st.sets(st.integers(0, 12), min_size=1))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from streamline_hooks import SEARCHES, LayerSurgeon, SearchProblem, StreamlineError, measure_branches
-from streamline_hooks.selection.search import silenced_branches
+from streamline_hooks.selection.search.disjoint import silenced_branches
 from streamline_hooks.testing import tiny_model
 
 TOKENS = torch.arange(3, 43).view(2, 20)

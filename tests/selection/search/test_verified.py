@@ -15,7 +15,7 @@ from streamline_hooks.cli.short_forms import parse_replacement
 from streamline_hooks.evaluation import Candidate, distances_of_candidates
 from streamline_hooks.repair import BlockConfig, FeedForwardConfig, NoneConfig, solve
 from streamline_hooks.repair.branch_linear import fit_branch_linear, replace_branches
-from streamline_hooks.selection.search import Selection, verified
+from streamline_hooks.selection import Selection, verified
 from streamline_hooks.selection.search.judge import Attempt
 from streamline_hooks.statistics import measure_moments
 from tests.repair.stand_ins import FITTED

@@ -11,7 +11,7 @@ import torch
 from streamline_hooks import StreamlineError
 from streamline_hooks.selection import windows
 from streamline_hooks.selection.criteria import Criterion, closeness, cosine, score_windows
-from streamline_hooks.selection.search import best_windows
+from streamline_hooks.selection.search.selected import best_windows
 from streamline_hooks.statistics import profile
 from tests.tiny_models import BLOCKS, tiny_model, tokens
 
