@@ -27,11 +27,12 @@ from torch import nn
 
 from benchmarks.heldout_pieces import beginnings, last_words
 from benchmarks.instructions import INSTRUCTIONS
+from benchmarks.last_words import score_last_words
 from benchmarks.probe_difficulty import chosen
 from benchmarks.quality_scores import digest, fingerprint, write
 from benchmarks.real_text import RESULTS, arguments
 from benchmarks.short_answers import fast_products, guessed, problems_of, products, room, same_answer, sets_of
-from streamline_hooks.evaluation import score_last_words, solve, write_on
+from streamline_hooks.evaluation import solve, write_on
 from streamline_hooks.evaluation.probes import STOP
 from streamline_hooks.evaluation.writing import Matched, WritingScores, Written
 from streamline_hooks.pretrained import load_pretrained

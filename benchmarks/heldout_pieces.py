@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from streamline_hooks.evaluation import LastWord
+from benchmarks.last_words import LastWord
 
 LEAST, MOST = 64, 128  # tokens of a piece with its last word
 BEGUN = (24, 32)  # tokens of a beginning

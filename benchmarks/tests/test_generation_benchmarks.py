@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from random import Random
@@ -19,6 +20,7 @@ from benchmarks.generation_numbers import pass_of, retained_greedy, retained_pas
 from benchmarks.generation_scores import Counts, Generation
 from benchmarks.heldout_pieces import beginnings, last_words
 from benchmarks.instructions import INSTRUCTIONS
+from benchmarks.last_words import LastWord, score_last_words
 from benchmarks.probe_difficulty import HIGH, LOW, SEED, choose, chosen
 from benchmarks.probe_levels import LEVELS
 from benchmarks.short_answers import BEHIND, fast_products, guessed, problems_of, room, same_answer, sets_of
@@ -26,6 +28,8 @@ from benchmarks.small_opt import Recipe, new_model, train_tokenizer
 from streamline_hooks import LayerSurgeon, StreamlineError
 from streamline_hooks.calibration.self_generated import FORMS, TOPICS
 from streamline_hooks.evaluation.problems import Problem, Solved
+from tests.evaluation.number_tasks import Numbers
+from tests.tiny_models import tiny_model
 
 WORDS = ["the", "cat", "house", "runs", "sleeps", "green", "small", "under", "over", "near", "seven", "apple"]
 FEW = Counts(
@@ -196,6 +200,25 @@ def test_pieces_end_with_the_last_word_of_a_sentence(data: Path, tokenizer: Any)
         assert "Heading" not in one.context
     with pytest.raises(SystemExit, match="9000 needed"):
         last_words(data, tokenizer, 9_000, seed=0)
+
+
+def test_an_end_is_scored_as_without_padding_and_with_the_token_that_spans_the_boundary() -> None:
+    """In one of the texts 4 and 2 are one token, 42."""
+    model = tiny_model("llama")
+    texts = [LastWord("7 8 4", "2"), LastWord("7 8 5", "2 3")]
+    found = score_last_words(model, Joined(), texts)
+    for nats, ids, start in zip(found.loglikelihoods, ([7, 8, 42], [7, 8, 5, 2, 3]), (2, 3), strict=True):
+        with torch.no_grad():
+            logs = model(torch.tensor([ids])).logits[0].log_softmax(dim=-1)
+        assert nats == pytest.approx(sum(float(logs[k - 1, ids[k]]) for k in range(start, len(ids))), rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(-sum(found.loglikelihoods) / 2))
+
+
+class Joined(Numbers):
+    """Reads "4 2" as 42."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return super().__call__(text.replace("4 2", "42"), add_special_tokens)
 
 
 def test_beginnings_have_the_length_and_end_with_a_word(data: Path, tokenizer: Any) -> None:

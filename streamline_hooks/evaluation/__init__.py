@@ -5,7 +5,6 @@ from streamline_hooks.evaluation.bootstrap import Difference, Estimate, Retained
 from streamline_hooks.evaluation.candidates import Candidate, distances_of_candidates
 from streamline_hooks.evaluation.collapse import collapse_of_probes, collapse_of_writing, sign_test
 from streamline_hooks.evaluation.evaluate import evaluate
-from streamline_hooks.evaluation.last_words import LastWord, LastWordScores, read_last_words, score_last_words
 from streamline_hooks.evaluation.likeness import Likeness, embeddings, likeness, likeness_of, recall_at
 from streamline_hooks.evaluation.perplexity import Perplexity, perplexity, perplexity_of_candidates
 from streamline_hooks.evaluation.probes import probes
@@ -28,8 +27,6 @@ __all__ = [
     "Difference",
     "Estimate",
     "Evaluation",
-    "LastWord",
-    "LastWordScores",
     "Likeness",
     "Matched",
     "Perplexity",
@@ -64,13 +61,11 @@ __all__ = [
     "perplexity",
     "perplexity_of_candidates",
     "probes",
-    "read_last_words",
     "read_problems",
     "reasoning_in_words",
     "recall_at",
     "retained",
     "run_tasks",
-    "score_last_words",
     "sign_in_writing",
     "sign_of_reasoning",
     "sign_test",

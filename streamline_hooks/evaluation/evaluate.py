@@ -15,7 +15,6 @@ from streamline_hooks.batch import positions_of
 from streamline_hooks.digests import tokenizer_digest
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.agreement import Agreement, require_two
-from streamline_hooks.evaluation.last_words import LastWordScores, score_last_words
 from streamline_hooks.evaluation.problems import Solved, chance_of_guessing, solve
 from streamline_hooks.evaluation.result import Evaluation, Scores
 from streamline_hooks.evaluation.result_cache import ResultCache
@@ -135,11 +134,6 @@ class _Evaluator:
                 TaskResult, parts, partial(loaded.run, model, self.tokenizer)
             )
         measured = partial(self._measured, model, scores, name)
-        for task, ends in self.content.last_words.items():
-            texts = [text for end in ends for text in (end.context, end.text)]
-            scores.last_words[task] = measured(
-                LastWordScores, score_last_words, task, ends, texts, add_bos=bool(self.suite.add_bos)
-            )
         for task, (problems, settings) in self.content.problems.items():
             texts = [problem.prompt for problem in problems]
             scores.problems[task] = measured(Solved, solve, task, problems, texts, seed=self.suite.seed, **settings)

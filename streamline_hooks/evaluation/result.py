@@ -14,7 +14,6 @@ import torch
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.agreement import Agreement, stability
 from streamline_hooks.evaluation.bootstrap import Difference, Retained, TaskAnswers, compared, retained
-from streamline_hooks.evaluation.last_words import LastWordScores
 from streamline_hooks.evaluation.problems import Solved
 from streamline_hooks.evaluation.sliding import TextPerplexity
 from streamline_hooks.evaluation.speed import SpeedReport
@@ -36,7 +35,6 @@ class Scores:
     text : dict of str to TextPerplexity
         By domain.
     tasks : dict of str to TaskResult
-    last_words : dict of str to LastWordScores
     problems : dict of str to Solved
     written : tuple of Written
         After each prompt.
@@ -48,7 +46,6 @@ class Scores:
     bytes: int
     text: dict[str, TextPerplexity] = field(default_factory=dict)
     tasks: dict[str, TaskResult] = field(default_factory=dict)
-    last_words: dict[str, LastWordScores] = field(default_factory=dict)
     problems: dict[str, Solved] = field(default_factory=dict)
     written: tuple[Written, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
@@ -209,8 +206,6 @@ class Evaluation:
             if task.metric:
                 row = _accuracy(task.accuracy, task.standard_error, task.chance, len(task.scores), task.metric)
                 yield name, row
-        for name, ends in scores.last_words.items():
-            yield name, _accuracy(ends.accuracy, ends.standard_error, 0.0, len(ends.right), "last word")
         for name, solved in scores.problems.items():
             row = _accuracy(
                 solved.accuracy, solved.standard_error, self.chance[name], len(solved.solved), "exact match"
@@ -222,8 +217,6 @@ class Evaluation:
         for name, task in scores.tasks.items():
             if task.metric:
                 yield name, "generation" if task.generates else "classification", task.scores, task.chance
-        for name, ends in scores.last_words.items():
-            yield name, "generation", ends.right, 0.0
         for name, solved in scores.problems.items():
             yield name, "generation", solved.shares, self.chance[name]
 

@@ -10,9 +10,8 @@ from random import Random
 from typing import Any, ClassVar, Literal
 
 from streamline_hooks.calibration import read_documents
-from streamline_hooks.core.config import Config, FrozenDict
+from streamline_hooks.core.config import Config
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.last_words import LastWord
 from streamline_hooks.evaluation.probes import STOP, probes
 from streamline_hooks.evaluation.problems import Problem, read_problems
 from streamline_hooks.evaluation.rows import subset
@@ -43,8 +42,6 @@ class Suite(Config):
     shots : int, optional
         Solved examples before each item of a task (by default what the task says) and before each problem of a file,
         whose first ones they are (by default none).
-    last_words : mapping of str to sequence of LastWord
-        Texts whose last word is to be predicted, by task.
     problems : sequence of str, or mapping of str to sequence of Problem
         Files of problems that are to be solved in writing, see `read_problems`; or problems by task.
     probes : int
@@ -60,8 +57,7 @@ class Suite(Config):
     window, stride, first
         See `sliding_perplexity`.
     add_bos : bool, optional
-        Whether tasks and texts with a last word begin with BOS; by default tasks do as the tokenizer does, and texts do
-        not.
+        Whether the texts of tasks begin with BOS; by default what the tokenizer does.
     timed : tuple of int, optional
         Tokens of a prompt (fewer if a model has fewer positions), tokens after it, and rounds, for `measure_speed`;
         None to skip it.
@@ -86,7 +82,6 @@ class Suite(Config):
     tasks: Sequence[str | Mapping[str, Any]] = ()
     metric: str = ""
     shots: int | None = None
-    last_words: Mapping[str, Sequence[LastWord]] = field(default_factory=FrozenDict)
     problems: Sequence[str] | Mapping[str, Sequence[Problem]] = ()
     probes: int = 0
     items: int | None = None
@@ -115,10 +110,10 @@ class Suite(Config):
                 f"Suite: timed={self.timed}. Expected tokens of a prompt >= 1, tokens after it >= 0, rounds >= 1. Give "
                 "timed=None to skip it."
             )
-        asked = [self.text, self.tasks, self.last_words, self.problems, self.probes, self.timed]
+        asked = [self.text, self.tasks, self.problems, self.probes, self.timed]
         if not any(asked) and (isinstance(self.prompts, int) or not self.prompts):
             raise StreamlineError(
-                "The suite is empty. Expected text, tasks, last_words, problems, probes, prompts or timed. Give one."
+                "The suite is empty. Expected text, tasks, problems, probes, prompts or timed. Give one."
             )
 
     def read(self, tokenizer: Any) -> Content:
@@ -129,18 +124,18 @@ class Suite(Config):
         StreamlineError
             If one cannot be read or is empty, or two parts have one name.
         """
-        content = Content(_texts(self, tokenizer), self._tasks(), dict(self.last_words), self._problems())
+        content = Content(_texts(self, tokenizer), self._tasks(), self._problems())
         if isinstance(self.prompts, int):
             content.prompts += _beginnings(content.text, self.prompts)
         else:
             content.prompts += self.prompts
-        parts = [*content.text.items(), *content.tasks.items(), *content.last_words.items(), *content.problems.items()]
+        parts = [*content.text.items(), *content.tasks.items(), *content.problems.items()]
         names = [name for name, _ in parts] + [PROMPTS] * bool(content.prompts)
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise StreamlineError(
                 f"Two domains or tasks are named {', '.join(twice)}. Expected distinct names. Rename a file."
             )
-        sizes = {**content.text, **content.last_words, **{name: one for name, (one, _) in content.problems.items()}}
+        sizes = {**content.text, **{name: one for name, (one, _) in content.problems.items()}}
         if empty := [name for name, items in sizes.items() if not items]:
             raise StreamlineError(
                 f"There is nothing in {', '.join(empty)}. Expected an item. Give one or leave it out."
@@ -174,7 +169,6 @@ class Content:
 
     text: dict[str, list[str]]
     tasks: dict[str, LoadedTask]
-    last_words: dict[str, Sequence[LastWord]]
     problems: dict[str, tuple[list[Problem], dict[str, Any]]]
     prompts: list[str] = field(default_factory=list)
 

@@ -17,7 +17,6 @@ import torch
 from streamline_hooks import LayerSurgeon, StreamlineError, agreement, evaluate
 from streamline_hooks.evaluation import (
     Evaluation,
-    LastWord,
     Problem,
     Scores,
     Solved,
@@ -25,7 +24,6 @@ from streamline_hooks.evaluation import (
     TaskSettings,
     config_of_rows,
     run_tasks,
-    score_last_words,
     sliding_perplexity,
     solve,
     write_on,
@@ -42,8 +40,11 @@ ROWS = [
     {"query": "She was very", "choices": ["river.", "and", "happy."], "gold": 2},
     {"query": "One day, a bird", "choices": ["blue", "Lily", "flew"], "gold": 2},
 ]
-ENDS = [LastWord("Once upon a", "time"), LastWord("Once upon a time, there was a little", "xylophone")]
-TASKS = [config_of_rows(ROWS, "girls"), config_of_rows(ROWS[1:], "dogs")]
+ENDS = [
+    {"context": "Once upon a", "continuation": "time"},
+    {"context": "Once upon a time, there was a little", "continuation": "xylophone"},
+]
+TASKS = [config_of_rows(ROWS, "girls"), config_of_rows(ROWS[1:], "dogs"), config_of_rows(ENDS, "ends")]
 PROMPTS = [f"{QUERY} Lily. She", "One day, a big dog"]
 
 
@@ -65,7 +66,6 @@ def suite(pair: tuple[Any, Any, Any], story_texts: list[str]) -> Suite:
     return Suite(
         text={"tales": story_texts[:3], "more tales": story_texts[3:5]},
         tasks=TASKS,
-        last_words={"ends": ENDS},
         problems={"told": [Problem(PROMPTS[0], told.text), Problem(PROMPTS[1], "no")]},
         problem_tokens=8,
         stop=(),
@@ -83,7 +83,6 @@ def test_it_is_what_each_measure_alone_gives(pair: tuple[Any, Any, Any], suite: 
     assert found.original is not None
     for model, scores in ((changed, found.scores), (original, found.original)):
         assert scores.tasks == run_tasks(model, tokenizer, TASKS)
-        assert scores.last_words["ends"].right == score_last_words(model, tokenizer, ENDS).right
         assert scores.problems["told"] == solve(model, tokenizer, suite.problems["told"], new_tokens=8)
         assert list(scores.written) == [text for (text,) in write_on(model, tokenizer, PROMPTS, new_tokens=12)]
         for domain, documents in suite.text.items():
@@ -91,7 +90,7 @@ def test_it_is_what_each_measure_alone_gives(pair: tuple[Any, Any, Any], suite: 
             assert scores.text[domain].value == pytest.approx(alone.value, rel=1e-6)
             assert (scores.text[domain].tokens, scores.text[domain].bytes) == (alone.tokens, alone.bytes)
         assert scores.parameters == sum(p.numel() for p in model.parameters())
-    assert found.original.last_words["ends"].right == (True, False)
+    assert found.original.tasks["ends"].scores == (1.0, 0.0)
     assert found.original.problems["told"].right == (True, False)
     ratios = [found.scores.text[d].value / found.original.text[d].value for d in suite.text]
     assert found.mean_perplexity_ratio == pytest.approx(sum(ratios) / 2)
@@ -202,7 +201,7 @@ def test_the_report_is_json_and_says_what_the_scores_say(pair: tuple[Any, Any, A
         zip(("value", "standard_error"), girls.metrics["girls"]["acc_norm"], strict=True)
     )
     assert (said["items"], said["few_shot"], said["version"]) == (4, 0, "1.0") and "lm_eval" in report["packages"]
-    assert report["original"]["tasks"].keys() == report["tasks"].keys() == {"girls", "dogs"}
+    assert report["original"]["tasks"].keys() == report["tasks"].keys() == {"girls", "dogs", "ends"}
     assert report["accuracy"]["girls"]["chance"] == pytest.approx(1 / 3)
     assert report["original"]["accuracy"]["told"] == {
         "value": 0.5, "standard_error": 0.5, "chance": 0.0, "items": 2, "metric": "exact match",
@@ -318,7 +317,7 @@ def test_what_is_known_of_full_precision_is_asked_again_under_autocast(
     with torch.autocast("cpu", torch.bfloat16):
         half = evaluate(changed, tokenizer, asked, original, keep_in=file)
     assert evaluate(changed, tokenizer, asked, original, keep_in=file).report() == full.report()
-    assert half.scores.text != full.scores.text and half.scores.last_words != full.scores.last_words
+    assert half.scores.text != full.scores.text
     assert half.agreement != full.agreement
 
 
@@ -337,7 +336,7 @@ class Halves:
         return self.tokenizer(text.replace(self.unlike, "X") if self.unlike else text, **options)
 
 
-@pytest.mark.parametrize(("unlike", "part"), [("girl", "text"), ("xylophone", "last_words"), ("big dog", "written")])
+@pytest.mark.parametrize(("unlike", "part"), [("girl", "text"), ("big dog", "written")])
 def test_what_another_tokenizer_reads_otherwise_is_asked_again(
     pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path, unlike: str, part: str
 ) -> None:
@@ -497,7 +496,7 @@ def test_another_vocabulary_is_told_before_anything_is_run(pair: tuple[Any, Any,
 def test_a_compiled_model(pair: tuple[Any, Any, Any], suite: Suite) -> None:
     original, changed, tokenizer = pair
     compiled = torch.compile(changed, backend="eager")
-    asked = replace(suite, problems={}, prompts=[], last_words={}, tasks=())
+    asked = replace(suite, problems={}, prompts=[], tasks=())
     assert (
         evaluate(compiled, tokenizer, asked, original).scores.text
         == evaluate(changed, tokenizer, asked, original).scores.text

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from streamline_hooks import StreamlineError
-from streamline_hooks.evaluation import LastWord, Problem, Suite
+from streamline_hooks.evaluation import Problem, Suite
 
 
 class Words:
@@ -78,7 +78,7 @@ def test_problems_of_files_and_generated_ones(tmp_path: Path) -> None:
 
 def test_names_are_distinct_and_nothing_is_empty(tmp_path: Path) -> None:
     with pytest.raises(StreamlineError, match=r"named a\..*Rename"):
-        Suite(last_words={"a": [LastWord("A", "b")]}, problems={"a": [Problem("A", "b")]}, timed=None).read(Words())
+        Suite(text={"a": ["A"]}, problems={"a": [Problem("A", "b")]}, timed=None).read(Words())
     with pytest.raises(StreamlineError, match=r"nothing in tales"):
         Suite(text={"tales": []}).read(Words())
     for name in ("a", "b"):

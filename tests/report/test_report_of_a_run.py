@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from streamline_hooks import LayerSurgeon, compress, evaluate
-from streamline_hooks.evaluation import LastWord, SpeedReport, Suite, Timing, config_of_rows
+from streamline_hooks.evaluation import SpeedReport, Suite, Timing, config_of_rows
 from streamline_hooks.repair import DistillationConfig
 from streamline_hooks.report import figures, write_report
 from tests.configured import configured
@@ -72,10 +72,10 @@ def test_an_evaluation_is_told_as_it_was(
         {"query": "Once upon a", "choices": ["time", "table"], "gold": 0},
         {"query": "She was very", "choices": ["and", "happy"], "gold": 1},
     ]
+    ends = [{"context": "Once upon a", "continuation": "time"}]
     suite = Suite(
-        text={"tales": story_texts[:2]}, tasks=[config_of_rows(questions, "girls")],
-        last_words={"ends": [LastWord("Once upon a", "time")]}, prompts=["One day, a big dog"], window=48, stride=16,
-        new_tokens=12, timed=(8, 2, 1),
+        text={"tales": story_texts[:2]}, tasks=[config_of_rows(questions, "girls"), config_of_rows(ends, "ends")],
+        prompts=["One day, a big dog"], window=48, stride=16, new_tokens=12, timed=(8, 2, 1),
     )  # fmt: skip
     found = evaluate(changed, tokenizer, suite, original, name="shorter", reference_name="stories")
     assert found.original is not None and found.speed is not None
@@ -90,7 +90,7 @@ def test_an_evaluation_is_told_as_it_was(
     reader = Reader(write_report(tmp_path, evaluation=said, command="c", title="t").read_text())
     mine, theirs = found.scores.text["tales"].value, found.original.text["tales"].value
     assert reader.tables["Perplexity by domain"][1][3:] == [f"{mine:.2f}", f"{theirs:.2f}", f"{mine / theirs:.2f}"]
-    assert [row[0] for row in reader.tables["Tasks, ± one standard error"][1:]] == ["girls", "ends"]
+    assert [row[0] for row in reader.tables["Tasks, ± one standard error"][1:]] == ["girls", "ends"] * 2
     assert "KL, tales (nats a token)" in [row[0] for row in reader.tables["Agreement with the original"]]
     assert found.scores.written[0].text in [data for _, data in reader.texts]
     assert [row[0] for row in reader.tables["Speed"][1:]] == [

@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from streamline_hooks.arguments import checked
 from streamline_hooks.batch import positions_of, prepare
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.perplexity import NotFiniteLikelihood, Perplexity
-from streamline_hooks.evaluation.rows import read_rows
 from streamline_hooks.passes import head_on_last, inference, progress
 from streamline_hooks.task import logits_of
 
@@ -64,66 +61,26 @@ class LastWordScores:
         return sum(self.right) / len(self.right)
 
     @property
-    def standard_error(self) -> float:
-        """Standard error of the accuracy, √(p(1 − p)/(n − 1)); NaN for one text."""
-        p, n = self.accuracy, len(self.right)
-        return math.sqrt(p * (1.0 - p) / (n - 1)) if n > 1 else math.nan
-
-    @property
     def perplexity(self) -> float:
         """Exp of the mean negative log-likelihood of an end, all its tokens together."""
         return Perplexity(-math.fsum(self.loglikelihoods), len(self.loglikelihoods)).value
 
-    def __str__(self) -> str:
-        return f"{self.accuracy:.1%} ± {self.standard_error:.1%} of {len(self.right)} ends predicted"
 
-
-@checked(batch_size=1)
 def score_last_words(
     model: nn.Module,
     tokenizer: Any,
     texts: Sequence[LastWord],
     *,
     batch_size: int = 16,
-    add_bos: bool = False,
-    what: str = "last words",
 ) -> LastWordScores:
     """Score how well the end of each text is predicted.
 
     A text is tokenised as a whole. The first scored token is the first one that differs from the context's own tokens.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        A causal language model.
-    tokenizer : PreTrainedTokenizerBase
-        Called as ``tokenizer(text, add_special_tokens=False)``; its ``input_ids`` are read.
-    texts : sequence of LastWord
-    batch_size : int
-        Texts at a time.
-    add_bos : bool
-        Begin each text with the tokenizer's BOS token. A text without a context begins with it, or with EOS if there is
-        none, in any case.
-    what : str
-        Label of the progress bar.
-
-    Returns
-    -------
-    LastWordScores
-
-    Raises
-    ------
-    NotFiniteLikelihood
-        If a log-likelihood is not finite.
-    StreamlineError
-        If there is no text, or one is longer than the model's positions or has no token after its context.
     """
-    if not texts:
-        raise StreamlineError("There is no text whose end could be predicted. Expected at least one. Pass one.")
-    rows = [_tokens(model, tokenizer, text, add_bos) for text in texts]
+    rows = [_tokens(model, tokenizer, text) for text in texts]
     order = sorted(range(len(rows)), key=lambda k: -len(rows[k][0]))
     found = [(0.0, False)] * len(rows)
-    with inference(model), progress(len(rows), what, "texts") as bar:
+    with inference(model), progress(len(rows), "last words", "texts") as bar:
         for at in range(0, len(order), batch_size):
             batch = order[at : at + batch_size]
             for k, (nats, greedy) in zip(batch, _scores(model, [rows[k] for k in batch]), strict=True):
@@ -137,31 +94,7 @@ def score_last_words(
     return LastWordScores(tuple(greedy for _, greedy in found), tuple(nats for nats, _ in found))
 
 
-def read_last_words(path: str | Path) -> list[LastWord]:
-    """Read texts from JSONL, see `read_rows`: rows with ``context`` and ``continuation``, or with ``text``.
-
-    A ``text`` is split at its last space.
-
-    Raises
-    ------
-    StreamlineError
-        If the file cannot be read, or a row is no such text.
-    """
-    found = []
-    for number, row in enumerate(read_rows(path)):
-        context, continuation = row.get("context"), row.get("continuation")
-        if context is None and isinstance(row.get("text"), str):
-            context, _, continuation = row["text"].rstrip().rpartition(" ")
-        if not (isinstance(context, str) and isinstance(continuation, str) and continuation.strip()):
-            raise StreamlineError(
-                f"{path}, row {number} has the fields {', '.join(row) or 'none'}. Expected context and continuation, "
-                "or text, each a text. Correct it."
-            )
-        found.append(LastWord(context, continuation, f"{path}, row {number}"))
-    return found
-
-
-def _tokens(model: nn.Module, tokenizer: Any, text: LastWord, add_bos: bool) -> tuple[list[int], int]:
+def _tokens(model: nn.Module, tokenizer: Any, text: LastWord) -> tuple[list[int], int]:
     """Return the tokens of a text, and the number of the first that is scored."""
 
     def ids(words: str) -> list[int]:
@@ -172,15 +105,8 @@ def _tokens(model: nn.Module, tokenizer: Any, text: LastWord, add_bos: bool) -> 
     start = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(context)))
     if start == len(tokens):
         raise StreamlineError(f"In {text.where} the end has no token. Expected one after the context. Leave it out.")
-    if add_bos or not start:
-        names = ("bos_token_id",) if add_bos else ("bos_token_id", "eos_token_id")
-        first = next((token for name in names if (token := getattr(tokenizer, name, None)) is not None), None)
-        if first is None:
-            raise StreamlineError(
-                f"The tokenizer has no {' and no '.join(names)}. Expected a token to begin {text.where} with. Give it "
-                "a context, and add_bos=False."
-            )
-        tokens, start = [int(first), *tokens], start + 1
+    if not start:
+        raise StreamlineError(f"{text.where} has no token before its end. Expected a context. Give one.")
     positions = positions_of(getattr(model, "config", None))
     if positions is not None and len(tokens) > positions:
         raise StreamlineError(
