@@ -11,8 +11,7 @@ from streamline_hooks.evaluation.probes import probes
 from streamline_hooks.evaluation.problems import Problem, Solved, read_problems, solve
 from streamline_hooks.evaluation.reasoning import reasoning_in_words, sign_in_writing, sign_of_reasoning
 from streamline_hooks.evaluation.result import Evaluation, Scores
-from streamline_hooks.evaluation.sliding import TextPerplexity, sliding_perplexity
-from streamline_hooks.evaluation.sliding_agreement import TextComparison, sliding_agreement
+from streamline_hooks.evaluation.sliding import TextComparison, TextPerplexity, sliding_agreement, sliding_perplexity
 from streamline_hooks.evaluation.speed import SpeedReport, Spread, Timing, measure_speed
 from streamline_hooks.evaluation.suite import Suite
 from streamline_hooks.evaluation.task_files import config_of_file, config_of_rows

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,56 @@ from streamline_hooks.arguments import checked
 from streamline_hooks.batch import Batch, prepare, tokens_of
 from streamline_hooks.distance import kl_by_token
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.nats_histogram import NatsHistogram
 from streamline_hooks.passes import inference, progress
 from streamline_hooks.scoped import scoped
 from streamline_hooks.task import Task
 
 _TOKENS_AT_ONCE = 32  # few enough for the processor's cache, at any vocabulary
+
+
+_LEAST, _MOST, _A_DECADE = -8, 3, 100  # powers of ten; bins between two of them, so 2.3 % apart
+_BINS = (_MOST - _LEAST) * _A_DECADE + 2  # with what is below and what is above
+
+
+@dataclass(frozen=True)
+class NatsHistogram:
+    """Distribution of a quantity over tokens: counts in bins of equal ratio from 1e-8 to 1e3 nats.
+
+    Attributes
+    ----------
+    counts : tuple of int
+        Empty, or one a bin, of which the first holds everything below, zero too, and the last everything above.
+
+    Examples
+    --------
+    >>> spread = NatsHistogram.of(torch.tensor([0.1, 0.2, 0.3, 4.0]))
+    >>> round((spread + spread).quantile(0.5), 2)
+    0.2
+    """
+
+    counts: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, nats: Tensor) -> NatsHistogram:
+        """Count one number per token, of any shape."""
+        bins = ((nats.double().clamp_min(1e-300).log10() - _LEAST) * _A_DECADE).floor() + 1
+        counted = torch.bincount(bins.clamp(0, _BINS - 1).long().flatten(), minlength=_BINS)
+        return cls(tuple(counted.tolist()))
+
+    def quantile(self, share: float) -> float:
+        """Return what a share of the tokens does not exceed, within 1.2 %."""
+        reached = list(accumulate(self.counts))
+        if not self.counts or not reached[-1]:
+            raise StreamlineError("No token was counted, so that there is no quantile of them.")
+        number = bisect_left(reached, max(1, math.ceil(share * reached[-1])))
+        if number == 0:
+            return 0.0
+        return float(10.0 ** (_LEAST + (min(number, _BINS - 2) - 0.5) / _A_DECADE))
+
+    def __add__(self, other: NatsHistogram) -> NatsHistogram:
+        if not self.counts or not other.counts:
+            return self if self.counts else other
+        return NatsHistogram(tuple(a + b for a, b in zip(self.counts, other.counts, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -19,19 +18,17 @@ from streamline_hooks.evaluation.problems import Solved, chance_of_guessing, sol
 from streamline_hooks.evaluation.result import Evaluation, Scores
 from streamline_hooks.evaluation.result_cache import ResultCache
 from streamline_hooks.evaluation.sliding import (
-    Documents,
+    TextComparison,
     TextPerplexity,
-    WindowSettings,
+    first_tokens,
+    sliding_agreement,
     sliding_perplexity,
-    usual_window,
+    window_and_stride,
 )
-from streamline_hooks.evaluation.sliding_agreement import TextComparison, sliding_agreement
-from streamline_hooks.evaluation.speed import SpeedReport, measure_speed, require_timed, room_for_prompt
+from streamline_hooks.evaluation.speed import measure_speed, require_timed, room_for_prompt
 from streamline_hooks.evaluation.suite import PROMPTS, Content, Suite
 from streamline_hooks.evaluation.tasks import TaskResult
 from streamline_hooks.evaluation.writing import Written, prompt_tokens, write_on
-
-T = TypeVar("T")
 
 
 @checked()
@@ -94,16 +91,21 @@ def evaluate(
         raise StreamlineError(f"Both models are named {name!r}. Expected distinct names. Give another name.")
     content = suite.read(tokenizer)
     models = {name: model} if reference is None else {reference_name: reference, name: model}
+    timed = suite.timed
+    if timed is not None:
+        timed = (min(room_for_prompt(one, timed[1], timed[0]) for one in models.values()), *timed[1:])
     _require_runnable(suite, content, tokenizer, models)
+    if timed is not None:
+        for one_name, one in models.items():
+            require_timed(one_name, one, timed[0] + timed[1])
     evaluator = _Evaluator(suite, content, tokenizer, ResultCache(None if keep_in is None else Path(keep_in)))
-    chance = {task: chance_of_guessing(problems) for task, (problems, _) in content.problems.items()}
-    if reference is None:
-        scores = evaluator.scores(model, name)
-        evaluator.text(model, scores, name)
-        return Evaluation(name, scores, chance=chance, speed=_speed(suite, models))
-    scores, original = evaluator.scores(model, name), evaluator.scores(reference, reference_name)
-    agreement = evaluator.compared_text(model, scores, reference, original, name)
-    return Evaluation(name, scores, reference_name, original, agreement, _speed(suite, models), chance)
+    scores = {name: evaluator.scores(one, name) for name, one in reversed(models.items())}
+    found = Evaluation(name, scores[name], "" if reference is None else reference_name, scores.get(reference_name))
+    found.chance = {task: chance_of_guessing(problems) for task, (problems, _) in content.problems.items()}
+    found.agreement = evaluator.add_text(found, model, reference)
+    if timed is not None:
+        found.speed = measure_speed(models, tokens=timed[0], new_tokens=timed[1], repeats=timed[2])
+    return found
 
 
 def require_same_tokens(tokenizer: Any, other: Any) -> None:
@@ -122,96 +124,63 @@ class _Evaluator:
 
     def __init__(self, suite: Suite, content: Content, tokenizer: Any, cache: ResultCache) -> None:
         self.suite, self.content, self.tokenizer, self.cache = suite, content, tokenizer, cache
-        self.window: dict[str, Any] = {"window": suite.window, "stride": suite.stride, "first": suite.first}
 
     def scores(self, model: nn.Module, name: str) -> Scores:
         """Evaluate everything but text."""
-        parameters = list(model.parameters())
+        content, suite, parameters = self.content, self.suite, list(model.parameters())
         scores = Scores(sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters))
-        for task, loaded in self.content.tasks.items():
-            parts = [loaded.digest(), self._tokenizer([]), model] if self.cache.file else []
+        for task, loaded in content.tasks.items():
+            parts = [loaded.digest, self._tokenizer([]), model]
             scores.tasks[task], scores.seconds[task] = self.cache.get(
                 TaskResult, parts, partial(loaded.run, model, self.tokenizer)
             )
-        measured = partial(self._measured, model, scores, name)
-        for task, (problems, settings) in self.content.problems.items():
-            texts = [problem.prompt for problem in problems]
-            scores.problems[task] = measured(Solved, solve, task, problems, texts, seed=self.suite.seed, **settings)
-        if prompts := self.content.prompts:
-            new_tokens = self.suite.new_tokens
-            scores.written = measured(_Texts, _write, PROMPTS, prompts, prompts, new_tokens=new_tokens).texts
+        for task, (problems, settings) in content.problems.items():
+            prompts = [problem.prompt for problem in problems]
+            scores.problems[task], scores.seconds[task] = self._run(
+                Solved, solve, [model], problems, prompts, what=f"{name}: {task}", seed=suite.seed, **settings
+            )
+        if prompts := content.prompts:
+            written, scores.seconds[PROMPTS] = self._run(
+                tuple[tuple[Written, ...], ...], write_on, [model], prompts, prompts, what=f"{name}: {PROMPTS}",
+                new_tokens=suite.new_tokens,
+            )  # fmt: skip
+            scores.written = tuple(text for (text,) in written)
         return scores
 
-    def text(self, model: nn.Module, scores: Scores, name: str) -> None:
-        """Measure the perplexity of the text."""
+    def add_text(self, found: Evaluation, model: nn.Module, reference: nn.Module | None) -> dict[str, Agreement]:
+        """Add the perplexity of the text, of both models in one pass of each; return their agreement by domain."""
+        agreement, suite = {}, self.suite
+        window: dict[str, Any] = {"window": suite.window, "stride": suite.stride, "first": suite.first}
         for domain, documents in self.content.text.items():
-            scores.text[domain] = self._measured(
-                model, scores, name, TextPerplexity, sliding_perplexity, domain, documents, documents, **self.window
-            )
-
-    def compared_text(
-        self, model: nn.Module, scores: Scores, reference: nn.Module, original: Scores, name: str
-    ) -> dict[str, Agreement]:
-        """Measure the perplexity of both models, and their agreement, in one pass of each."""
-        agreement: dict[str, Agreement] = {}
-        for domain, documents in self.content.text.items():
-            run = partial(
-                sliding_agreement,
-                model,
-                reference,
-                self.tokenizer,
-                documents,
-                batch_size=self.suite.batch_size,
-                what=f"{name} and original: {domain}",
-                **self.window,
-            )
-            parts = [self.window, repr(documents), self._tokenizer(documents), model, reference]
-            found, seconds = self.cache.get(TextComparison, parts, run)
-            scores.text[domain], original.text[domain] = found.changed, found.original
-            agreement[domain] = found.agreement
-            scores.seconds[domain] = original.seconds[domain] = seconds / 2
+            if reference is None or found.original is None:
+                found.scores.text[domain], found.scores.seconds[domain] = self._run(
+                    TextPerplexity, sliding_perplexity, [model], documents, documents, what=f"{found.name}: {domain}",
+                    **window,
+                )  # fmt: skip
+                continue
+            both, seconds = self._run(
+                TextComparison, sliding_agreement, [model, reference], documents, documents,
+                what=f"{found.name} and original: {domain}", **window,
+            )  # fmt: skip
+            for scores, text in ((found.scores, both.changed), (found.original, both.original)):
+                scores.text[domain], scores.seconds[domain] = text, seconds / 2
+            agreement[domain] = both.agreement
         return agreement
 
-    def _measured(
-        self,
-        model: nn.Module,
-        scores: Scores,
-        name: str,
-        kind: type[T],
-        how: Callable[..., T],
-        task: str,
-        items: Sequence[Any],
-        texts: Sequence[str],
-        **settings: Any,
-    ) -> T:
-        """Return the result of one part, cached or measured, and note its seconds."""
+    def _run(
+        self, kind: Any, how: Callable[..., Any], models: Sequence[nn.Module], items: Sequence[Any],
+        texts: Sequence[str], what: str, **settings: Any,
+    ) -> tuple[Any, float]:  # fmt: skip
+        """Return the result of one part, cached or measured, and its seconds."""
         size = self.suite.batch_size
-        run = partial(how, model, self.tokenizer, items, batch_size=size, what=f"{name}: {task}", **settings)
-        parts = [how.__name__, settings, repr(items), self._tokenizer(texts), model]
+        run = partial(how, *models, self.tokenizer, items, batch_size=size, what=what, **settings)
+        parts = [how.__name__, settings, repr(items), self._tokenizer(texts), *models]
         if settings.get("temperature"):
             parts.append(size)  # samples depend on it
-        found, scores.seconds[task] = self.cache.get(kind, parts, run)
-        return found
+        return self.cache.get(kind, parts, run)
 
-    def _tokenizer(self, texts: Sequence[str]) -> str:
-        return tokenizer_digest(self.tokenizer, texts) if self.cache.file else ""
-
-
-@dataclass(frozen=True)
-class _Texts:
-    texts: tuple[Written, ...]
-
-
-def _write(*args: Any, **settings: Any) -> _Texts:
-    return _Texts(tuple(text for (text,) in write_on(*args, **settings)))
-
-
-def _speed(suite: Suite, models: dict[str, Any]) -> SpeedReport | None:
-    if suite.timed is None:
-        return None
-    tokens, new_tokens, rounds = suite.timed
-    tokens = min(room_for_prompt(model, new_tokens, tokens) for model in models.values())
-    return measure_speed(models, tokens=tokens, new_tokens=new_tokens, repeats=rounds)
+    def _tokenizer(self, texts: Sequence[str]) -> Callable[[], str]:
+        return partial(tokenizer_digest, self.tokenizer, texts)
 
 
 def _require_runnable(suite: Suite, content: Content, tokenizer: Any, models: Mapping[str, Any]) -> None:
@@ -229,18 +198,12 @@ def _require_runnable(suite: Suite, content: Content, tokenizer: Any, models: Ma
                     f"{positions} positions of this {type(model).__name__}. Shorten it, or ask for fewer new tokens."
                 )
     if content.text:
-        window = min(map(usual_window, models.values())) if suite.window is None else suite.window
-        for model in models.values():
-            Documents(model, tokenizer, [], WindowSettings(window, suite.stride, suite.batch_size, suite.first))
-        heads = [getattr(model, "get_output_embeddings", lambda: None)() for model in models.values()]
-        sizes = {size for head in heads if (size := getattr(head, "out_features", None)) is not None}
-        if len(sizes) > 1:
-            raise StreamlineError(
-                f"The models have logits of {' and '.join(map(str, sorted(sizes, reverse=True)))} tokens. Expected one "
-                "vocabulary, to compare them on text. Evaluate them without a reference."
-            )
-    if suite.timed is not None:
-        tokens, new_tokens, _ = suite.timed
-        tokens = min(room_for_prompt(model, new_tokens, tokens) for model in models.values())
-        for name, model in models.items():
-            require_timed(name, model, tokens + new_tokens)
+        window_and_stride(models.values(), suite.window, suite.stride)
+        first_tokens(tokenizer, suite.first)
+    heads = [getattr(model, "get_output_embeddings", lambda: None)() for model in models.values()]
+    sizes = {size for head in heads if (size := getattr(head, "out_features", None)) is not None}
+    if content.text and len(sizes) > 1:
+        raise StreamlineError(
+            f"The models have logits of {' and '.join(map(str, sorted(sizes, reverse=True)))} tokens. Expected one "
+            "vocabulary, to compare them on text. Evaluate them without a reference."
+        )

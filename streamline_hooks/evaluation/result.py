@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from streamline_hooks.core.tables import table
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.agreement import Agreement, stability
 from streamline_hooks.evaluation.bootstrap import Difference, Retained, TaskAnswers, compared, retained
@@ -86,7 +86,7 @@ class Evaluation:
 
     @property
     def matched(self) -> Matched | None:
-        """How far what is written goes along with what the original writes."""
+        """Agreement of the generated texts with those of the original."""
         if self.original is None or not self.scores.written:
             return None
         return Matched.of(self.scores.written, self.original.written)
@@ -106,8 +106,8 @@ class Evaluation:
     @property
     def retained(self) -> dict[str, Retained]:
         """Relative accuracy by group; without a group in which the original is never right."""
-        asked = self._asked()
-        return retained(asked) if asked else {}
+        answers = self._answers()
+        return retained(answers) if answers else {}
 
     def more_than(self, other: Evaluation) -> dict[str, Difference]:
         """Compute how much more this model retains than another of the same original and suite; see `compared`.
@@ -122,17 +122,29 @@ class Evaluation:
                 "One of the two evaluations has no original. Expected two with a common one. Evaluate again, and give "
                 "it as `reference`."
             )
-        sides = self._asked(), other._asked()
+        sides = self._answers(), other._answers()
         return compared(*sides) if any(sides) else {}
 
-    def _asked(self) -> list[TaskAnswers]:
+    def _answers(self) -> list[TaskAnswers]:
         """Return the per-item scores of both models, of the groups in which the original is ever right."""
         if self.original is None:
             return []
-        pairs = zip(self._answers(self.scores), self._answers(self.original), strict=True)
-        tasks = [TaskAnswers(name, theirs, mine, guess, group) for (name, group, mine, guess), (*_, theirs, _) in pairs]
-        groups = {task.group: any(any(t.original) for t in tasks if t.group == task.group) for task in tasks}
-        return [task for task in tasks if groups[task.group]]
+        tasks = [
+            TaskAnswers(
+                name,
+                self.original.tasks[name].scores,
+                mine.scores,
+                mine.chance,
+                "generation" if mine.generates else "classification",
+            )
+            for name, mine in self.scores.tasks.items()
+            if mine.metric
+        ]
+        for name, solved in self.scores.problems.items():
+            theirs = self.original.problems[name].shares
+            tasks.append(TaskAnswers(name, theirs, solved.shares, self.chance[name], "generation"))
+        groups = {task.group for task in tasks if any(task.original)}
+        return [task for task in tasks if task.group in groups]
 
     def report(self) -> dict[str, Any]:
         """Everything, as JSON values; see `streamline_hooks.report.write_report`, which makes a page of it."""
@@ -169,30 +181,24 @@ class Evaluation:
 
     def table(self) -> str:
         """The result for a terminal."""
-        rows = [("", self.name, self.reference_name, "")]
-        for label, mine, theirs, unit in self._rows():
-            other = "" if theirs is None else _number(theirs, unit)
-            rows.append((label, _number(mine, unit), other, _against(mine, theirs, unit)))
-        more = [(f"retained, {group}", str(one)) for group, one in self.retained.items()]
+        mine, theirs = self._numbers(self.scores), {} if self.original is None else self._numbers(self.original)
+        rows = []
+        for label, (value, unit) in mine.items():
+            other = theirs.get(label, (None,))[0]
+            rows.append((label, _number(value, unit), _number(other, unit), _difference(value, other, unit)))
+        more: list[tuple[str, object]] = [(f"retained, {group}", one) for group, one in self.retained.items()]
         if self.agreement:
-            more.append(("agreement", str(sum(self.agreement.values(), Agreement()))))
+            more.append(("agreement", sum(self.agreement.values(), Agreement())))
         if self.matched is not None:
-            more.append(("written", str(self.matched)))
-        first, *widths = (max(len(row[k]) for row in rows) for k in range(4))
-        first = max([first, *(len(label) for label, _ in more)])
-        lines = [
-            "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], widths, strict=True))])
-            for row in rows
-        ]
-        lines += [f"{label.ljust(first)}  {said}" for label, said in more]
-        return "\n".join([*map(str.rstrip, lines), *([] if self.speed is None else ["", self.speed.table()])])
+            more.append(("written", self.matched))
+        parts = [table(rows, ("", self.name, self.reference_name, "")), *([table(more)] if more else [])]
+        return "\n".join([*parts, *([] if self.speed is None else ["", self.speed.table()])])
 
     def _section(self, scores: Scores) -> dict[str, Any]:
         found: dict[str, Any] = {"parameters": scores.parameters, "bytes": scores.bytes}
         if scores.text:
             found["perplexity"] = {name: _text(one) for name, one in scores.text.items()}
-        accuracy = {name: row for name, row in self._accuracies(scores)}
-        if accuracy:
+        if accuracy := self._accuracies(scores):
             found["accuracy"] = accuracy
         if scores.tasks:
             found["tasks"] = _tasks(scores)
@@ -201,46 +207,37 @@ class Evaluation:
             found["writing"] = {"repetition": _json(one.repetition), "length": one.length, "ended": one.ended}
         return found | {"seconds": scores.seconds}
 
-    def _accuracies(self, scores: Scores) -> Iterator[tuple[str, dict[str, Any]]]:
-        for name, task in scores.tasks.items():
-            if task.metric:
-                row = _accuracy(task.accuracy, task.standard_error, task.chance, len(task.scores), task.metric)
-                yield name, row
+    def _accuracies(self, scores: Scores) -> dict[str, dict[str, Any]]:
+        found = {
+            name: _accuracy(task, task.chance, len(task.scores), task.metric)
+            for name, task in scores.tasks.items()
+            if task.metric
+        }
         for name, solved in scores.problems.items():
-            row = _accuracy(
-                solved.accuracy, solved.standard_error, self.chance[name], len(solved.solved), "exact match"
-            )
-            tries = min(map(len, solved.solved))
-            yield name, row | ({f"pass@{tries}": solved.pass_at(tries)} if tries > 1 else {})
+            found[name] = _accuracy(solved, self.chance[name], len(solved.solved), "exact match")
+            if (tries := min(map(len, solved.solved))) > 1:
+                found[name][f"pass@{tries}"] = solved.pass_at(tries)
+        return found
 
-    def _answers(self, scores: Scores) -> Iterator[tuple[str, str, tuple[bool, ...] | tuple[float, ...], float]]:
-        for name, task in scores.tasks.items():
-            if task.metric:
-                yield name, "generation" if task.generates else "classification", task.scores, task.chance
-        for name, solved in scores.problems.items():
-            yield name, "generation", solved.shares, self.chance[name]
-
-    def _rows(self) -> Iterator[tuple[str, float, float | None, str]]:
-        """Label, the model's number, the original's, and what sort of number it is."""
-        other = self.original
-        yield "parameters", self.scores.parameters, None if other is None else other.parameters, "count"
-        for name, text in self.scores.text.items():
-            theirs = None if other is None else other.text[name]
-            yield f"perplexity, {name}", text.value, None if theirs is None else theirs.value, "ratio"
-        mine = dict(self._accuracies(self.scores))
-        originals: Mapping[str, Any] = {} if other is None else dict(self._accuracies(other))
-        for name, row in mine.items():
-            yield f"{name} ({row['metric']})", row["value"], originals[name]["value"] if originals else None, "share"
-        metrics, theirs_too = _metrics(self.scores), {} if other is None else _metrics(other)
-        for label, value in metrics.items():
-            yield label, value, theirs_too.get(label), "number"
-        if self.scores.written:
-            theirs_written = None if other is None else WritingScores(other.written).repetition
-            yield "repetition", WritingScores(self.scores.written).repetition, theirs_written, "share"
+    def _numbers(self, scores: Scores) -> dict[str, tuple[float, str]]:
+        """Return the numbers of the table and their units, by label."""
+        found: dict[str, tuple[float, str]] = {"parameters": (scores.parameters, "count")}
+        found |= {f"perplexity, {name}": (text.value, "ratio") for name, text in scores.text.items()}
+        for name, row in self._accuracies(scores).items():
+            found[f"{name} ({row['metric']})"] = row["value"], "share"
+        for task, result in scores.tasks.items():
+            for name, metrics in result.metrics.items():
+                for metric, (value, _) in metrics.items():
+                    if (name, metric) != (task, result.metric):
+                        found[f"{name} ({metric})"] = value, "number"
+        if scores.written:
+            found["repetition"] = WritingScores(scores.written).repetition, "share"
+        return found
 
 
-def _accuracy(value: float, error: float, chance: float, items: int, metric: str) -> dict[str, Any]:
-    return {"value": value, "standard_error": _json(error), "chance": chance, "items": items, "metric": metric}
+def _accuracy(result: TaskResult | Solved, chance: float, items: int, metric: str) -> dict[str, Any]:
+    error = _json(result.standard_error)
+    return {"value": result.accuracy, "standard_error": error, "chance": chance, "items": items, "metric": metric}
 
 
 def _tasks(scores: Scores) -> dict[str, Any]:
@@ -257,22 +254,8 @@ def _tasks(scores: Scores) -> dict[str, Any]:
     }
 
 
-def _metrics(scores: Scores) -> dict[str, float]:
-    """Return the metrics that are no accuracy of `Evaluation._accuracies`, by their labels."""
-    return {
-        f"{name} ({metric})": value
-        for task, result in scores.tasks.items()
-        for name, metrics in result.metrics.items()
-        for metric, (value, _) in metrics.items()
-        if (name, metric) != (task, result.metric)
-    }
-
-
 def _text(text: TextPerplexity) -> dict[str, Any]:
-    try:
-        bits = text.bits_per_byte
-    except StreamlineError:  # nothing before the first tokens, which are then not predicted
-        bits = None
+    bits = None if text.unpredicted or not text.bytes else text.bits_per_byte
     return {"value": _json(text.value), "bits_per_byte": bits, "tokens": text.tokens}
 
 
@@ -288,19 +271,15 @@ def _json(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _number(value: float, unit: str) -> str:
-    if not math.isfinite(value):
-        return "-"
-    shown = {
-        "count": f"{value / 1e6:.1f} M",
-        "ratio": f"{value:.2f}",
-        "share": f"{value:.1%}",
-        "number": f"{value:.4g}",
-    }
-    return shown[unit]
+def _number(value: float | None, unit: str) -> str:
+    if value is None or not math.isfinite(value):
+        return "" if value is None else "-"
+    if unit == "count":
+        return f"{value / 1e6:.1f} M"
+    return format(value, {"ratio": ".2f", "share": ".1%", "number": ".4g"}[unit])
 
 
-def _against(mine: float, theirs: float | None, unit: str) -> str:
-    if theirs is None or not (math.isfinite(mine) and math.isfinite(theirs)):
+def _difference(value: float, other: float | None, unit: str) -> str:
+    if other is None or not (math.isfinite(value) and math.isfinite(other)):
         return ""
-    return f"{100 * (mine - theirs):+.1f} points" if unit == "share" else f"x {mine / theirs:.2f}"
+    return f"{100 * (value - other):+.1f} points" if unit == "share" else f"x {value / other:.2f}"

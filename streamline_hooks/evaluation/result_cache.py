@@ -58,19 +58,21 @@ class ResultCache:
         kind : type
             A dataclass of numbers, texts, tuples, dicts and other such dataclasses, or one of these itself.
         parts : sequence
-            Everything that the result depends on: JSON values, and modules (see `model_digest`).
+            Everything that the result depends on: JSON values, functions that return one (called only if there is a
+            file), and modules (see `model_digest`).
         make : callable
         """
         started = time.perf_counter()
         if self.file is None:
             return make(), round(time.perf_counter() - started, 2)
-        told = [_VERSION, *(self._model(part) if isinstance(part, nn.Module) else part for part in parts)]
-        key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+        values = [
+            self._model(part) if isinstance(part, nn.Module) else part() if callable(part) else part for part in parts
+        ]
+        key = hashlib.sha256(json.dumps([_VERSION, *values], sort_keys=True).encode()).hexdigest()[:32]
         if key not in self._results:
-            started, made = time.perf_counter(), make()
-            value = asdict(made) if is_dataclass(made) and not isinstance(made, type) else made
-            seconds = round(time.perf_counter() - started, 2)
-            self._results = self._read_file() | {key: json.loads(json.dumps({"value": value, "seconds": seconds}))}
+            started, value = time.perf_counter(), make()
+            result = {"value": value, "seconds": round(time.perf_counter() - started, 2)}
+            self._results = self._read_file() | {key: json.loads(json.dumps(result, default=asdict))}
             write_json(self.file, {_KEY: self._results})
         found = self._results[key]
         return _read(kind, found["value"]), found["seconds"]

@@ -15,7 +15,7 @@ from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.probes import STOP, probes
 from streamline_hooks.evaluation.problems import Problem, read_problems
 from streamline_hooks.evaluation.rows import subset
-from streamline_hooks.evaluation.sliding import WindowSettings
+from streamline_hooks.evaluation.sliding import window_and_stride
 from streamline_hooks.evaluation.tasks import LoadedTask, TaskSettings, load_tasks
 from streamline_hooks.evaluation.writing import require_writable
 
@@ -75,7 +75,8 @@ class Suite(Config):
     """
 
     bounds: ClassVar[Mapping[str, float]] = {
-        "text_tokens": 1, "shots": 0, "probes": 0, "items": 1, "prompts": 0, "batch_size": 1, "seed": 0,
+        "text_tokens": 1, "shots": 0, "probes": 0, "items": 1, "prompts": 0, "window": 1, "stride": 1,
+        "batch_size": 1, "seed": 0,
     }  # fmt: skip
     text: Sequence[str] | Mapping[str, Sequence[str]] = ()
     text_tokens: int | None = None
@@ -104,7 +105,7 @@ class Suite(Config):
         super().__post_init__()
         require_writable(self.new_tokens)
         require_writable(self.problem_tokens, self.samples, self.temperature)
-        WindowSettings(self.window, self.stride, first=self.first)  # validates them
+        window_and_stride([], self.window, self.stride)
         if self.timed is not None and min(self.timed[0], self.timed[1] + 1, self.timed[2]) < 1:
             raise StreamlineError(
                 f"Suite: timed={self.timed}. Expected tokens of a prompt >= 1, tokens after it >= 0, rounds >= 1. Give "

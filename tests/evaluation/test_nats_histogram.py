@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_hooks import StreamlineError
-from streamline_hooks.evaluation.nats_histogram import NatsHistogram
+from streamline_hooks.evaluation.agreement import NatsHistogram
 
 NATS = st.floats(1e-7, 900.0)
 

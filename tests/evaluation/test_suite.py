@@ -23,7 +23,7 @@ class Words:
     ("settings", "says"),
     [
         ({"window": 16, "stride": 32}, r"window=16, stride=32.*no more than the window"),
-        ({"stride": 0}, r"stride=0.*1 or more"),
+        ({"stride": 0}, r"stride=0.*at least 1"),
         ({"first": "BOS"}, r"first='BOS'.*Expected.*bos.*eos"),
         ({"timed": (0, 16, 5)}, r"timed=\(0, 16, 5\).*Expected tokens"),
         ({"timed": (16, -1, 5)}, r"timed=\(16, -1, 5\)"),
