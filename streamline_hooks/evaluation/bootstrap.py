@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.errors import StreamlineError
 
 DRAWS_AT_ONCE = 1 << 22  # counts that are drawn at a time
@@ -96,6 +97,7 @@ class Retained(Difference):
         return f"{self.ratio} of the mean accuracy, {above} ({count}{without})"
 
 
+@checked(clearly=0, draws=100, level="(0, 1)", seed=0)
 def retained(
     tasks: Iterable[TaskAnswers], *, clearly: float = 3.0, draws: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> dict[str, Retained]:
@@ -128,10 +130,11 @@ def retained(
     >>> round(found.ratio.value, 4), round(found.above_chance.value, 4)  # 0.7/0.8 and 0.45/0.55
     (0.875, 0.8182)
     """
-    bootstrap = _Bootstrap(clearly, draws, level, seed)
-    return {group: Retained(*bootstrap.statistics(named)) for group, named in _by_group(tasks).items()}
+    groups = _by_group(tasks)
+    return {group: Retained(*_statistics(named, None, clearly, draws, level, seed)) for group, named in groups.items()}
 
 
+@checked(clearly=0, draws=100, level="(0, 1)", seed=0)
 def compared(
     first: Iterable[TaskAnswers],
     second: Iterable[TaskAnswers],
@@ -155,75 +158,57 @@ def compared(
     >>> round(found.value, 4), found.low > 0  # 0.41/0.65 and 0.35/0.65
     (0.0923, True)
     """
-    bootstrap, sides = _Bootstrap(clearly, draws, level, seed), (_by_group(first), _by_group(second))
-    _require_same(*sides)
-    return {group: Difference(*bootstrap.statistics(named, sides[1][group])) for group, named in sides[0].items()}
+    settings = (clearly, draws, level, seed)
+    one, other = _by_group(first), _by_group(second)
+    _require_same(one, other)
+    return {group: Difference(*_statistics(named, other[group], *settings)) for group, named in one.items()}
 
 
-@dataclass(frozen=True)
-class _Bootstrap:
-    clearly: float
-    draws: int
-    level: float
-    seed: int
+def _statistics(
+    named: Mapping[str, TaskAnswers],
+    other: Mapping[str, TaskAnswers] | None,
+    clearly: float,
+    draws: int,
+    level: float,
+    seed: int,
+) -> tuple[Estimate, Estimate | None, dict[str, Estimate], dict[str, str]]:
+    """Return the fields of `Retained`, or with the tasks of another changed model those of `Difference`."""
+    drawn = {}
+    for name, task in sorted(named.items()):  # sums in one order
+        scores = [task.original, task.changed, *([] if other is None else [other[name].changed])]
+        drawn[name] = accuracies(name, np.asarray(scores, dtype=float).T, draws, seed, task.clusters)
+    left_out = {name: reason for name, task in named.items() if (reason := _why_left_out(task, clearly))}
+    shares = {name: _share(rows, named[name].chance) for name, rows in drawn.items() if name not in left_out}
+    return (
+        _estimate(_share(np.mean(list(drawn.values()), axis=0), 0.0), level),
+        _estimate(np.mean(list(shares.values()), axis=0), level) if shares else None,
+        {name: _estimate(shares[name], level) for name in named if name in shares},
+        left_out,
+    )
 
-    def __post_init__(self) -> None:
-        if self.clearly < 0 or self.draws < 100 or not 0 < self.level < 1 or self.seed < 0:
-            raise StreamlineError(
-                f"Got {self}. Expected clearly of 0 or more, 100 draws or more, a level between 0 and 1, and a seed of "
-                "0 or more. Change them."
-            )
 
-    def statistics(
-        self, named: Mapping[str, TaskAnswers], other: Mapping[str, TaskAnswers] | None = None
-    ) -> tuple[Estimate, Estimate | None, dict[str, Estimate], dict[str, str]]:
-        """Return the fields of `Retained`, or with the tasks of another changed model those of `Difference`."""
-        drawn, left_out = {}, {}
-        for name, task in sorted(named.items()):  # sums in one order
-            scores = [task.original, task.changed, *([] if other is None else [other[name].changed])]
-            drawn[name] = accuracies(name, np.asarray(scores, dtype=float).T, self.draws, self.seed, task.clusters)
-        for name, task in named.items():
-            if reason := _why_left_out(task, self.clearly):
-                left_out[name] = reason
-        shares = {name: _share(rows, named[name].chance) for name, rows in drawn.items() if name not in left_out}
-        return (
-            self.estimate(_share(np.mean(list(drawn.values()), axis=0), 0.0)),
-            self.estimate(np.mean(list(shares.values()), axis=0)) if shares else None,
-            {name: self.estimate(shares[name]) for name in named if name in shares},
-            left_out,
-        )
-
-    def estimate(self, values: np.ndarray) -> Estimate:
-        """Make an estimate of a value and its draws, some of which may be NaN."""
-        drawn = values[1:]
-        undefined = np.isnan(drawn)
-        last = len(drawn) - 1
-        cut = int(last * (1.0 - self.level) / 2.0)
-        low = np.sort(np.where(undefined, -np.inf, drawn))[cut]
-        high = np.sort(np.where(undefined, np.inf, drawn))[last - cut]
-        defined = drawn[~undefined]
-        error = float(defined.std(ddof=1)) if len(defined) > 1 else math.nan
-        return Estimate(float(values[0]), float(low), float(high), error, float(undefined.mean()))
+def _estimate(values: np.ndarray, level: float) -> Estimate:
+    """Make an estimate of a value and its draws, some of which may be NaN."""
+    value, drawn = float(values[0]), values[1:]
+    undefined = np.isnan(drawn)
+    defined, last = drawn[~undefined], len(drawn) - 1
+    cut = int(last * (1.0 - level) / 2.0)
+    low = np.sort(np.where(undefined, -np.inf, drawn))[cut]
+    high = np.sort(np.where(undefined, np.inf, drawn))[last - cut]
+    error = float(defined.std(ddof=1)) if len(defined) > 1 else math.nan
+    return Estimate(value, float(low), float(high), error, float(undefined.mean()))
 
 
 def accuracies(name: str, scores: np.ndarray, draws: int, seed: int, clusters: Sequence[Hashable] = ()) -> np.ndarray:
     """Return the accuracy of each model on the items as they are, and then on each bootstrap draw.
 
-    Items (or clusters) with the same scores of all models are drawn together: their counts are multinomial.
-
-    Parameters
-    ----------
-    name : str
-        Name of the task, which seeds the draws together with `seed`.
-    scores : numpy.ndarray
-        Shape (items, models).
-    draws, seed : int
-    clusters : sequence of hashable, optional
+    Items (or clusters) with the same scores of all models are drawn together: their counts are multinomial. The draws
+    depend on the task's name and the seed.
 
     Returns
     -------
     numpy.ndarray
-        Shape (models, 1 + draws).
+        Shape (models, 1 + draws), for scores of shape (items, models).
     """
     kinds, counts = np.unique(_sums(scores, clusters), axis=0, return_counts=True)
     total = int(counts.sum())
@@ -282,12 +267,8 @@ def _by_group(tasks: Iterable[TaskAnswers]) -> dict[str, dict[str, TaskAnswers]]
     for task in tasks:
         sizes = len(task.original), len(task.changed), len(task.clusters)
         scores = np.array([*task.original, *task.changed, task.chance], dtype=float)
-        if (
-            not sizes[0]
-            or sizes[0] != sizes[1]
-            or sizes[2] not in (0, sizes[0])
-            or not ((scores >= 0) & (scores <= 1)).all()
-        ):
+        same = sizes[0] == sizes[1] and sizes[2] in (0, sizes[0])
+        if not sizes[0] or not same or not ((scores >= 0) & (scores <= 1)).all():
             raise StreamlineError(
                 f"The task {task.name!r} has {sizes[0]} scores of the original, {sizes[1]} of the changed model, "
                 f"{sizes[2]} clusters and the chance {task.chance}. Expected one score of each for at least one item, "
@@ -317,9 +298,8 @@ def _require_same(*sides: Mapping[str, Mapping[str, TaskAnswers]]) -> None:
             f"The task {differing[0]!r} is of one model only. Expected the same tasks of both. Evaluate both on it."
         )
     for key, task in first.items():
-        if any(list(getattr(task, n)) != list(getattr(second[key], n)) for n in ("original", "clusters")) or (
-            task.chance != second[key].chance
-        ):
+        one, other = ([list(t.original), list(t.clusters), t.chance] for t in (task, second[key]))
+        if one != other:
             raise StreamlineError(
                 f"The original's scores, chance or clusters of the task {task.name!r} differ between the two models. "
                 "Expected one original, in one precision, on the same items in one order. Evaluate both again."
