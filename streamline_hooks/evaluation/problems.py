@@ -150,19 +150,9 @@ def solve(
     if not problems:
         raise StreamlineError("There is no problem to solve; give one at least.")
     written = write_on(
-        model,
-        tokenizer,
-        [problem.prompt for problem in problems],
-        new_tokens=new_tokens,
-        samples=samples,
-        temperature=temperature,
-        top_p=top_p,
-        stop=stop,
-        chat=chat,
-        batch_size=batch_size,
-        seed=seed,
-        what=what,
-    )
+        model, tokenizer, [problem.prompt for problem in problems], new_tokens=new_tokens, samples=samples,
+        temperature=temperature, top_p=top_p, stop=stop, chat=chat, batch_size=batch_size, seed=seed, what=what,
+    )  # fmt: skip
     solved = [tuple(p.solved_by(text.text) for text in tries) for p, tries in zip(problems, written, strict=True)]
     return Solved(tuple(map(tuple, written)), tuple(solved))
 
@@ -197,14 +187,9 @@ def read_problems(path: str | Path, *, shots: int = 0, match: Match = "number") 
 
 
 def chance_of_guessing(problems: Sequence[Problem]) -> float:
-    """The accuracy of writing one answer always: the commonest one, as often as it is right of the others.
+    """Return the accuracy of one constant answer: the commonest one, as often as it is right of the others.
 
     Of n problems of which c have that answer, (c - 1)/(n - 1): where each has its own, nothing is guessed.
-
-    Raises
-    ------
-    StreamlineError
-        If there is no problem.
 
     Examples
     --------
@@ -218,7 +203,7 @@ def chance_of_guessing(problems: Sequence[Problem]) -> float:
 
 
 def number_in(text: str) -> float | None:
-    """The last number in a text; None where there is none.
+    """Return the last number in a text; None without one.
 
     Examples
     --------

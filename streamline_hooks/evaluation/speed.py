@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -118,38 +119,30 @@ class SpeedReport:
     def table(self) -> str:
         """A line a model and phase, under a line that says what was run and where."""
         first = next(iter(self.timings.values()))
-        rounds = len(first.prefill)
         head = (
-            f"{self.batch} x {self.tokens} tokens, {self.new_tokens} more; median of {rounds} rounds in turn; "
+            f"{self.batch} x {self.tokens} tokens, {self.new_tokens} more; "
+            f"median of {len(first.prefill)} rounds in turn; "
             f"{first.dtype}, {first.device}, {self.threads} threads, {self.machine}"
         )
         rows = []
-        phases = PHASES if self.new_tokens else PHASES[:1]
         for name, timing in self.timings.items():
-            for phase in phases:
+            memory = "not told" if timing.peak_memory is None else f"{timing.peak_memory / 1e6:.0f} MB"
+            for phase in self._phases:
                 ms, ratio = self.seconds(name, phase), self.ratio(name, phase)
-                rows.append(
-                    (
-                        name,
-                        phase,
-                        f"{1e3 * ms.median:.1f}",
-                        f"{1e3 * ms.low:.1f} to {1e3 * ms.high:.1f}",
-                        f"{self.tokens_per_second(name, phase):.1f}",
-                        f"{ratio.median:.3f}",
-                        f"{ratio.low:.3f} to {ratio.high:.3f}",
-                        "not told" if timing.peak_memory is None else f"{timing.peak_memory / 1e6:.0f} MB",
-                    )
-                )
+                times = f"{1e3 * ms.median:.1f}", f"{1e3 * ms.low:.1f} to {1e3 * ms.high:.1f}"
+                ratios = f"{ratio.median:.3f}", f"{ratio.low:.3f} to {ratio.high:.3f}"
+                rows.append((name, phase, *times, f"{self.tokens_per_second(name, phase):.1f}", *ratios, memory))
         columns = ["model", "phase", "ms", "quartiles", "tokens/s", "ratio", "quartiles", "peak memory"]
         return f"{head}\n{table(rows, columns)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that was measured, and the ratios, as JSON values."""
-        phases = PHASES if self.new_tokens else PHASES[:1]
-        return {
-            **asdict(self),
-            "ratios": {name: {phase: asdict(self.ratio(name, phase)) for phase in phases} for name in self.timings},
-        }
+        ratios = {n: {phase: asdict(self.ratio(n, phase)) for phase in self._phases} for n in self.timings}
+        return {**asdict(self), "ratios": ratios}
+
+    @property
+    def _phases(self) -> tuple[Phase, ...]:
+        return PHASES if self.new_tokens else PHASES[:1]
 
     def _times(self, name: str, phase: Phase) -> tuple[float, ...]:
         if name not in self.timings:
@@ -166,7 +159,7 @@ class SpeedReport:
         return seconds
 
 
-@checked()
+@checked(batch=1, tokens=1, new_tokens=0, repeats=1, warm_up=0)
 def measure_speed(
     models: Mapping[str, Timed],
     *,
@@ -218,13 +211,10 @@ def measure_speed(
     >>> len(report.timings["a"].decode), report.ratio("a").median
     (3, 1.0)
     """
-    if not models or min(batch, tokens, repeats) < 1 or min(new_tokens, warm_up) < 0:
-        raise StreamlineError(
-            f"Got {len(models)} models, batch={batch}, tokens={tokens}, repeats={repeats}, new_tokens={new_tokens}, "
-            f"warm_up={warm_up}; expected one model or more, the first three 1 or more, the last two not negative."
-        )
+    if not models:
+        raise StreamlineError("Got 0 models. Expected at least one to time. Pass one.")
     names = list(models)
-    turns: dict[str, list[_Turn]] = {name: [] for name in names}
+    turns: dict[str, list[Timing]] = {name: [] for name in names}
     rounds = warm_up + repeats
     what = f"speed: {len(names)} models x {rounds} rounds of {batch} x {tokens} + {new_tokens} tokens"
     with progress(rounds * len(names) * batch * (tokens + new_tokens), what) as bar:
@@ -238,7 +228,7 @@ def measure_speed(
                     turns[name].append(turn)
                 bar.update(batch * (tokens + new_tokens))
     return SpeedReport(
-        {name: _timing(taken, new_tokens) for name, taken in turns.items()},
+        {name: _joined(timings) for name, timings in turns.items()},
         batch,
         tokens,
         new_tokens,
@@ -259,25 +249,13 @@ def wait_for(model: nn.Module) -> None:
         torch.get_device_module(device).synchronize(*([] if device.type == "mps" else [device]))
 
 
-@dataclass(frozen=True)
-class _Turn:
-    prefill: float
-    decode: float
-    parameters: int
-    dtype: str
-    device: str
-    peak_memory: int | None
-
-
-def _timing(turns: list[_Turn], new_tokens: int) -> Timing:
-    last, peaks = turns[-1], [turn.peak_memory for turn in turns if turn.peak_memory is not None]
-    return Timing(
-        tuple(turn.prefill for turn in turns),
-        tuple(turn.decode for turn in turns) if new_tokens else (),
-        last.parameters,
-        last.dtype,
-        last.device,
-        max(peaks, default=None),
+def _joined(turns: Sequence[Timing]) -> Timing:
+    """Return the timings of several rounds as one."""
+    return replace(
+        turns[-1],
+        prefill=tuple(seconds for turn in turns for seconds in turn.prefill),
+        decode=tuple(seconds for turn in turns for seconds in turn.decode),
+        peak_memory=max((turn.peak_memory for turn in turns if turn.peak_memory is not None), default=None),
     )
 
 
@@ -302,13 +280,16 @@ class _Stamps:
 
 def _take_turn(
     name: str, model: nn.Module, batch: int, tokens: int, new_tokens: int, clock: Callable[[], float]
-) -> _Turn:
+) -> Timing:
     from transformers import StoppingCriteriaList
 
     generator = require_timed(name, model, tokens + new_tokens)
     prompt = _prompt(model, batch, tokens).to(device_of(model))
     stamps = _Stamps(model, new_tokens + 1, clock)
-    memory = _Memory(model)
+    cuda = [device for device in accelerators_of(model) if device.type == "cuda"]
+    for device in cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    allocated = sum(map(torch.cuda.memory_allocated, cuda))
     with inference(model):
         wait_for(model)
         started = clock()
@@ -329,18 +310,16 @@ def _take_turn(
     if stamps.tokens <= new_tokens:
         raise StreamlineError(f"{name} generated {stamps.tokens} of {new_tokens + 1} tokens and stopped.")
     first, last = stamps.times[0], stamps.times[-1]
-    parameters = list(model.parameters())
-    sizes: dict[str, int] = {}
-    for p in parameters:
-        dtype = str(p.dtype).removeprefix("torch.")
-        sizes[dtype] = sizes.get(dtype, 0) + p.numel()
-    return _Turn(
-        first - started,
-        (last - first) / new_tokens if new_tokens else 0.0,
-        sum(p.numel() for p in parameters),
-        max(sizes, key=lambda key: sizes[key], default="no parameters"),
+    sizes: Counter[str] = Counter()
+    for parameter in model.parameters():
+        sizes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    return Timing(
+        (first - started,),
+        ((last - first) / new_tokens,) if new_tokens else (),
+        sizes.total(),
+        max(sizes, key=lambda dtype: sizes[dtype], default="no parameters"),
         _device_name(device_of(model)),
-        memory.peak(),
+        sum(map(torch.cuda.max_memory_allocated, cuda)) - allocated if cuda else None,
     )
 
 
@@ -375,20 +354,6 @@ def _special_tokens(config: Any) -> set[int]:
         elif name.endswith(("_token_id", "_token_ids", "_token_index")):
             found |= {item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int)}
     return found
-
-
-class _Memory:
-    """Peak of what is allocated on a model's accelerators, above what was there before; of CUDA alone."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._devices = [device for device in accelerators_of(model) if device.type == "cuda"]
-        for device in self._devices:
-            torch.cuda.reset_peak_memory_stats(device)
-        self._before = sum(torch.cuda.memory_allocated(device) for device in self._devices)
-
-    def peak(self) -> int | None:
-        peak = sum(torch.cuda.max_memory_allocated(device) for device in self._devices)
-        return peak - self._before if self._devices else None
 
 
 def accelerators_of(model: nn.Module) -> list[torch.device]:

@@ -233,12 +233,7 @@ def write_on(
 def require_writable(
     new_tokens: int, samples: int = 1, temperature: float = 0.0, top_p: float = 1.0, batch_size: int = 1
 ) -> None:
-    """Raise where a setting of `write_on` is out of range.
-
-    Raises
-    ------
-    StreamlineError
-    """
+    """Raise if a setting of `write_on` is out of range."""
     if min(new_tokens, samples, batch_size) < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise StreamlineError(
             f"Got new_tokens={new_tokens}, samples={samples}, batch_size={batch_size}, temperature={temperature}, "
@@ -249,13 +244,7 @@ def require_writable(
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, chat: bool = False) -> list[int]:
-    """The tokens of a prompt, as `write_on` gives them to a model; at least one.
-
-    Raises
-    ------
-    StreamlineError
-        If there is none, and none that begins a text; or if there is to be a chat, and no template of one.
-    """
+    """Return the tokens of a prompt, as `write_on` passes them to a model: at least one."""
     if chat and not getattr(tokenizer, "chat_template", None):
         raise StreamlineError("The tokenizer has no chat template; give the prompts as they are (chat=False).")
     if chat:
