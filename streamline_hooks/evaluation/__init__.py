@@ -3,13 +3,11 @@
 from streamline_hooks.evaluation.agreement import Agreement, agreement, stability
 from streamline_hooks.evaluation.bootstrap import Difference, Estimate, Retained, TaskAnswers, compared, retained
 from streamline_hooks.evaluation.candidates import Candidate, distances_of_candidates
-from streamline_hooks.evaluation.collapse import collapse_of_probes, collapse_of_writing, sign_test
 from streamline_hooks.evaluation.evaluate import evaluate
 from streamline_hooks.evaluation.likeness import Likeness, embeddings, likeness, likeness_of, recall_at
 from streamline_hooks.evaluation.perplexity import Perplexity, perplexity, perplexity_of_candidates
 from streamline_hooks.evaluation.probes import probes
 from streamline_hooks.evaluation.problems import Problem, Solved, read_problems, solve
-from streamline_hooks.evaluation.reasoning import reasoning_in_words, sign_in_writing, sign_of_reasoning
 from streamline_hooks.evaluation.result import Evaluation, Scores
 from streamline_hooks.evaluation.sliding import TextComparison, TextPerplexity, sliding_agreement, sliding_perplexity
 from streamline_hooks.evaluation.speed import SpeedReport, Spread, Timing, measure_speed
@@ -46,8 +44,6 @@ __all__ = [
     "WritingScores",
     "Written",
     "agreement",
-    "collapse_of_probes",
-    "collapse_of_writing",
     "compared",
     "config_of_file",
     "config_of_rows",
@@ -61,13 +57,9 @@ __all__ = [
     "perplexity_of_candidates",
     "probes",
     "read_problems",
-    "reasoning_in_words",
     "recall_at",
     "retained",
     "run_tasks",
-    "sign_in_writing",
-    "sign_of_reasoning",
-    "sign_test",
     "sliding_agreement",
     "sliding_perplexity",
     "solve",
