@@ -197,18 +197,17 @@ def agreement(
 def paired_answers(
     model: nn.Module, original: nn.Module, batches: Sequence[Batch | Tensor], what: str, task: Task
 ) -> Generator[tuple[dict[str, Any], Any, Tensor, Tensor], None, None]:
-    """Run two models on each batch, in a with statement, see `scoped`.
+    """Run two models on each batch; a context manager.
 
     Yields
     ------
     given : dict
-        What the changed model was called with, see `prepare`.
+        Inputs of the changed model, see `prepare`.
     output : Any
-        What it returned.
-    reference : torch.Tensor
-        The original's answers, of shape (answers, features), see `Task.answers`.
-    answers : torch.Tensor
-        The changed model's, on the same device.
+        Output of the changed model.
+    reference, answers : torch.Tensor
+        Answers of the original and of the changed model, see `Task.answers`: of shape (answers, features), on one
+        device.
     """
     require_two(model, original)
     with (
@@ -228,15 +227,7 @@ def paired_answers(
 
 
 def agreement_of(reference: Tensor, answers: Tensor, unit: str = "token") -> Agreement:
-    """Agreement of two models' distributions.
-
-    Parameters
-    ----------
-    reference, answers : torch.Tensor
-        The original's and the changed model's logits, of shape (tokens, vocabulary).
-    unit : str
-        What each is of.
-    """
+    """Compute the agreement of two models by their logits, of shape (tokens, vocabulary)."""
     same, each = 0, []
     for p, q in zip(reference.split(_TOKENS_AT_ONCE), answers.split(_TOKENS_AT_ONCE), strict=True):
         each.append(kl_by_token(p.float().log_softmax(dim=-1), q))

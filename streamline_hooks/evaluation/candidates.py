@@ -20,7 +20,7 @@ from streamline_hooks.task import Task
 
 @dataclass(frozen=True)
 class Candidate:
-    """A window and what would stand in its place.
+    """A window of blocks and its replacement.
 
     Attributes
     ----------
@@ -41,28 +41,15 @@ def candidate_outputs(
     what: str,
     stack: str | None = None,
 ) -> Generator[tuple[Batch | Tensor, Any, Iterator[Any]], None, None]:
-    """Run the original once a batch, and of each candidate only the blocks after its window.
-
-    In a with statement, see `scoped`.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The original.
-    batches : sequence of mapping or torch.Tensor
-    candidates : sequence of Candidate
-    what : str
-        What the bar says, which counts a batch's tokens for the original and for each candidate.
-    stack : str, optional
-        Path of the stack, see `find_stack`.
+    """Run the original once per batch, and for each candidate only the blocks after its window; a context manager.
 
     Yields
     ------
     batch : mapping or torch.Tensor
     original : Any
-        What the model returned.
+        The model's output.
     outputs : iterator of Any
-        What it would return with each candidate, one after the other; not kept.
+        The output with each candidate in turn; not kept.
     """
     starts = sorted({c.window.start for c in candidates}) or [0]
     record = HiddenStateRecorder(model, starts, outputs=False, stack=stack)
@@ -88,27 +75,26 @@ def distances_of_candidates(
     task: Task | None = None,
     original: nn.Module | None = None,
 ) -> list[float]:
-    """How far each candidate's answers are from the original's.
+    """Measure how far each candidate's answers are from the original's.
 
     Parameters
     ----------
     model : torch.nn.Module
-        What the candidates would be parts of.
+        The model of whose blocks the candidates take the place.
     batches : sequence of mapping or torch.Tensor
-        What no candidate was fitted on.
+        Held-out batches, on which no candidate was fitted.
     candidates : sequence of Candidate
     stack : str, optional
         Path of the stack, see `find_stack`.
     task : Task, optional
-        What the model is for, see `Task.of`.
+        See `Task.of`.
     original : torch.nn.Module, optional
-        Whose answers they are held against, run once a batch; by default the model's own.
+        The reference, run once per batch; by default `model` itself.
 
     Returns
     -------
     list of float
-        Mean KL(original ‖ candidate) a token, or a text or image that is put in a class, in nats; for embeddings the
-        mean of 1 - cosine.
+        Mean KL(original ‖ candidate) per token, text or image, in nats; for embeddings the mean of 1 - cosine.
     """
     task = task or Task.of(model)
     sums, count = [0.0] * len(candidates), 0

@@ -78,9 +78,6 @@ def evaluate(
     ...
     ...     def __call__(self, text, add_special_tokens=False):
     ...         return {"input_ids": [ord(letter) % 29 + 3 for letter in text]}
-    ...
-    ...     def decode(self, tokens, skip_special_tokens=False):
-    ...         return "".join(chr(token + 94) for token in tokens)
     >>> suite = Suite(text={"prose": ["a row of letters"]}, timed=None)
     >>> evaluate(tiny_model("llama"), Letters(), suite).scores.text["prose"].tokens
     16

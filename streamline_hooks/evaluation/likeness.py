@@ -20,18 +20,17 @@ from streamline_hooks.task import Task
 
 @dataclass(frozen=True)
 class Likeness:
-    """How alike two models' embeddings of the same things are.
+    """How alike two models' embeddings of the same texts or images are.
 
     Attributes
     ----------
     cosine : float
         Mean cosine of each embedding with the original's.
     spearman : float
-        Rank correlation, over all pairs of things, of how similar they are to one model and to the other: what search
-        and clustering depend on, and no rotation of the embeddings changes. NaN of fewer than three things, or where
-        all pairs are equally similar.
+        Rank correlation of the two models' similarities over all pairs, on which search and clustering depend; no
+        rotation changes it. NaN for fewer than three embeddings, or if all pairs are equally similar.
     count : int
-        Things.
+        Embeddings.
     """
 
     cosine: float
@@ -46,7 +45,7 @@ class Likeness:
 def embeddings(
     model: nn.Module, batches: Sequence[Batch | Tensor], *, task: Task | None = None, what: str = "embed"
 ) -> Tensor:
-    """What a model makes of each text or image.
+    """Compute a model's embedding of each text or image.
 
     Parameters
     ----------
@@ -55,12 +54,12 @@ def embeddings(
     task : Task, optional
         Says how states are pooled, see `Task`; by default ``Task("embedding")``.
     what : str
-        What the bar says.
+        Label of the progress bar.
 
     Returns
     -------
     torch.Tensor
-        Of shape (things, features), in float32, on the CPU; not of length one.
+        Shape (texts or images, features), in float32, on the CPU, not normalised.
 
     Examples
     --------
@@ -68,17 +67,23 @@ def embeddings(
     >>> embeddings(tiny_model("llama").model, [torch.arange(12).view(2, 6)]).shape
     torch.Size([2, 32])
     """
-    task = task or Task("embedding")
+    if not batches:
+        raise StreamlineError("There is no batch to embed. Expected at least one. Pass one.")
+    return torch.cat([answers.float() for answers in answers_of(model, batches, task or Task("embedding"), what)])
+
+
+def answers_of(model: nn.Module, batches: Sequence[Batch | Tensor], task: Task, what: str) -> list[Tensor]:
+    """Return a model's answers to each batch, on the CPU; raise if one is not finite."""
     rows = []
-    with inference(model), progress(sum(tokens_of(batch) for batch in batches), what) as bar:
+    with inference(model), progress(sum(map(tokens_of, batches)), what) as bar:
         for number, batch in enumerate(batches):
-            found = task.answers(model(**prepare(model, batch)), batch).float()
-            require_finite({"model": found}, number)
-            rows.append(found.cpu())
+            given = prepare(model, batch)
+            if task.unit != "token":
+                given.pop("labels", None)  # the model's own loss is not needed, and sets its problem_type
+            rows.append(task.answers(model(**given), batch).cpu())
+            require_finite({"model": rows[-1]}, number)
             bar.update(tokens_of(batch))
-    if not rows:
-        raise StreamlineError("There is no batch to embed; give one at least.")
-    return torch.cat(rows)
+    return rows
 
 
 @checked()
@@ -131,13 +136,7 @@ def likeness(
 
 
 def likeness_of(reference: Tensor, changed: Tensor) -> Likeness:
-    """Compare embeddings.
-
-    Parameters
-    ----------
-    reference, changed : torch.Tensor
-        The original's and the changed model's, of shape (things, features).
-    """
+    """Compare embeddings of the original and of the changed model, of shape (texts or images, features)."""
     if reference.shape != changed.shape:
         raise StreamlineError(
             f"The embeddings have the shapes {tuple(reference.shape)} and {tuple(changed.shape)}; compare models that "

@@ -57,16 +57,15 @@ class Perplexity:
 
 @checked()
 def perplexity(model: nn.Module, batches: Sequence[Batch | Tensor], what: str = "perplexity") -> Perplexity:
-    """Perplexity of a model.
+    """Compute the perplexity of a causal language model.
 
     Parameters
     ----------
     model : torch.nn.Module
-        A causal language model.
     batches : sequence of mapping or torch.Tensor
         Token sequences; each token is predicted from those before it in its own sequence, and padding is left out.
     what : str
-        What the bar says.
+        Label of the progress bar.
 
     Returns
     -------
@@ -75,7 +74,7 @@ def perplexity(model: nn.Module, batches: Sequence[Batch | Tensor], what: str = 
     Raises
     ------
     StreamlineError
-        If the model is an encoder with a decoder: what it predicts is not the text that it reads.
+        If the model does not predict the text that it reads, as a classifier or an encoder-decoder.
     """
     require_text(model)
     total = Perplexity()
@@ -116,18 +115,10 @@ def perplexity_of_candidates(
 
 
 def score(logits: Tensor, ids: Tensor, mask: Tensor | None, positions: Tensor | None = None) -> Perplexity:
-    """Negative log-likelihood of each real token that has a real one of the same document before it.
+    """Sum the negative log-likelihoods of the real tokens that have a real one of the same document before them.
 
-    Parameters
-    ----------
-    logits : torch.Tensor
-        Of shape (batch, tokens, vocabulary).
-    ids : torch.Tensor
-        Token numbers of shape (batch, tokens).
-    mask : torch.Tensor, optional
-        The real tokens, of shape (batch, tokens).
-    positions : torch.Tensor, optional
-        Of shape (batch, tokens); where they begin again, another document does (`following_tokens`).
+    Logits have the shape (batch, tokens, vocabulary); ids, mask and positions (batch, tokens). A document begins where
+    the positions begin again, see `following_tokens`.
     """
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
     targets = following_tokens(ids, real, positions).to(logits.device)
@@ -135,19 +126,14 @@ def score(logits: Tensor, ids: Tensor, mask: Tensor | None, positions: Tensor | 
 
 
 def negative_log_likelihoods(logits: Tensor, targets: Tensor) -> list[float]:
-    """The sum of −log p(target) of each row, in nats.
+    """Return the sum of −log p(target) of each row, in nats and float64.
 
     Parameters
     ----------
     logits : torch.Tensor
         Of shape (batch, tokens, vocabulary).
     targets : torch.Tensor
-        The token that each place predicts, of shape (batch, tokens); `UNCOUNTED` where it is not to be scored.
-
-    Returns
-    -------
-    list of float
-        In float64, one a row.
+        Of shape (batch, tokens); `UNCOUNTED` where nothing is scored.
     """
     sums = []
     for row, wanted in zip(logits, targets, strict=True):
@@ -170,13 +156,7 @@ def input_ids(batch: Batch | Tensor) -> Tensor:
 
 
 def require_text(model: nn.Module) -> None:
-    """Raise if a model does not predict the text that it reads.
-
-    Raises
-    ------
-    StreamlineError
-        If it is known to be for something else than writing on.
-    """
+    """Raise if a model does not predict the text that it reads."""
     known = task_of_classes([kind.__name__ for kind in type(model).__mro__])
     if known not in ("", "causal-lm", "seq2seq"):
         raise StreamlineError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
+from streamline_hooks.arguments import checked
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.problems import Problem
 
@@ -21,18 +22,19 @@ STOP = ("\n",)
 Make = Callable[[Random], tuple[str, str]]
 
 
+@checked(count=1, shots=0)
 def probes(count: int = 50, *, seed: int = 0, shots: int = 4) -> dict[str, list[Problem]]:
-    """Make problems of each sort.
+    """Make generated problems of each sort, which need no data set.
 
-    Each is asked behind solved ones of its sort, so that a base model can solve it too. No two problems of a sort are
-    the same. All of a sort are behind the same solved ones: an interval from resampling the problems is one for these.
+    Each follows solved ones of its sort, the same for all, so that a base model can solve it too; an interval from
+    resampling the problems holds for these. No two problems of a sort are the same.
 
     Parameters
     ----------
     count : int
         Problems of a sort.
     seed : int
-        Decides what they are; those of a smaller count are the first of a larger one.
+        The problems of a smaller count are the first of a larger one.
     shots : int
         Solved problems before each.
 
@@ -40,13 +42,13 @@ def probes(count: int = 50, *, seed: int = 0, shots: int = 4) -> dict[str, list[
     -------
     dict of str to list of Problem
         By sort: ``arithmetic`` (sums and differences of numbers below 100), ``brackets`` (what closes the open ones),
-        ``copying`` (a row of words), ``counting`` (how often a word stands in a row). Each answer is one line, see
-        `STOP`.
+        ``copying`` (a row of words), ``counting`` (how often a word occurs in a row). Each answer is one line,
+        see `STOP`.
 
     Raises
     ------
     StreamlineError
-        If `count` is below 1 or `shots` negative, or a sort has not so many different problems.
+        If a sort has not so many different problems.
 
     Examples
     --------
@@ -54,8 +56,6 @@ def probes(count: int = 50, *, seed: int = 0, shots: int = 4) -> dict[str, list[
     >>> sorted(found), len(found["brackets"])
     (['arithmetic', 'brackets', 'copying', 'counting'], 2)
     """
-    if count < 1 or shots < 0:
-        raise StreamlineError(f"Got count={count}, shots={shots}. Expected count >= 1 and shots >= 0. Change them.")
     return {name: problems_of(name, make, count, seed, shots) for name, make in SORTS.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import fsspec
 
 from streamline_hooks.errors import StreamlineError
+
+_SUFFIX = re.compile(r"(\.(jsonl?|txt))?(\.(gz|bz2|xz|zst|zip))?$")
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -40,6 +43,14 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     if not rows:
         raise StreamlineError(f"{path} is empty. Expected a JSON object on each line. Check the file.")
     return rows
+
+
+def source_name(source: str) -> str:
+    """Return the name of a file without its suffixes, or of a data set (hub:...) with its configuration if any."""
+    if source.startswith("hub:"):
+        name, *config = source.removeprefix("hub:").split(":")
+        return "-".join([name.split("/")[-1], *config[:-1]])
+    return _SUFFIX.sub("", Path(source).name)
 
 
 def parse_rows(text: str, where: str) -> list[dict[str, Any]]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +12,7 @@ from streamline_hooks.core.config import Config
 from streamline_hooks.errors import StreamlineError
 from streamline_hooks.evaluation.probes import STOP, probes
 from streamline_hooks.evaluation.problems import Problem, read_problems
-from streamline_hooks.evaluation.rows import subset
+from streamline_hooks.evaluation.rows import source_name, subset
 from streamline_hooks.evaluation.sliding import window_and_stride
 from streamline_hooks.evaluation.tasks import LoadedTask, TaskSettings, load_tasks
 from streamline_hooks.evaluation.writing import require_writable
@@ -22,7 +20,6 @@ from streamline_hooks.evaluation.writing import require_writable
 PROMPTS = "prompts"
 _PROMPT_WORDS = 24
 _PROBE_TOKENS = 32
-_SUFFIX = re.compile(r"(\.(jsonl|json|txt))?(\.(gz|bz2|xz|zst|zip))?$")
 
 
 @dataclass(frozen=True)
@@ -191,10 +188,7 @@ def _by_name(sources: Sequence[str]) -> dict[str, str]:
     """Return each source by the name of its file or data set."""
     found: dict[str, str] = {}
     for source in sources:
-        if source.startswith("hub:"):  # with the configuration if there is one
-            name = "-".join([source.split(":")[1].split("/")[-1], *source.split(":")[2:-1]])
-        else:
-            name = _SUFFIX.sub("", Path(source).name)
+        name = source_name(source)
         if name in found:
             raise StreamlineError(
                 f"{found[name]} and {source} are both named {name}. Expected distinct names. Rename one."

@@ -5,16 +5,13 @@ The fields of a file's rows tell its layout; `LAYOUTS` has the templates of each
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.rows import read_rows
+from streamline_hooks.evaluation.rows import read_rows, source_name
 
-_SUFFIX = re.compile(r"(\.jsonl?)?(\.(gz|bz2|xz|zst|zip))?$")
 _OTHER = {"perplexity": {"aggregation": "perplexity", "higher_is_better": False}}
 _HIDDEN = (None, "", -1, "-1")
 _LETTERS = "'ABCDEFGHIJKLMNOPQRSTUVWXYZ'"
@@ -132,7 +129,7 @@ def config_of_file(source: str, **settings: Any) -> dict[str, Any]:
         See `config_of_rows`.
     """
     if not source.startswith("hub:"):
-        return config_of_rows(read_rows(source), _SUFFIX.sub("", Path(source).name), **settings)
+        return config_of_rows(read_rows(source), source_name(source), **settings)
     name, *config = source.removeprefix("hub:").split(":")
     split = config.pop() if config else ""
     if not name or not split or len(config) > 1:
@@ -148,7 +145,7 @@ def config_of_file(source: str, **settings: Any) -> dict[str, Any]:
             f"{source!r} cannot be loaded ({type(error).__name__}: {error}). Expected a data set on the hub. Check its "
             "name, configuration and split, and the network."
         ) from error
-    return config_of_rows(rows, "-".join([name.split("/")[-1], *config]), **settings)
+    return config_of_rows(rows, source_name(source), **settings)
 
 
 def config_of_rows(rows: Sequence[Mapping[str, Any]], name: str, **settings: Any) -> dict[str, Any]:

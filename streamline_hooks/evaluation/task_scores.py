@@ -1,4 +1,4 @@
-"""How a changed model does at its task, beside the original whose answers are kept."""
+"""Score changed models at their task, against the kept answers of the original."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.arguments import checked
-from streamline_hooks.batch import Batch, prepare, tokens_of
+from streamline_hooks.batch import Batch
 from streamline_hooks.distance import reference_of, summed_distance
 from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.agreement import require_finite
-from streamline_hooks.evaluation.likeness import likeness_of
-from streamline_hooks.passes import inference, progress
+from streamline_hooks.evaluation.likeness import answers_of, likeness_of
 from streamline_hooks.task import Task
 
 MEASURES = {
@@ -28,22 +26,22 @@ MEASURES = {
 
 
 class TaskScores:
-    """Scores of models on the same batches, against the answers of the original, which are kept on the CPU.
+    """Score changed models on the same batches, against the answers of the original, which are kept on the CPU.
 
     Parameters
     ----------
     original : torch.nn.Module
-        It is run once, here, and not needed any more afterwards.
+        It is run once, here.
     batches : sequence of mapping or torch.Tensor
-        With ``labels`` of shape (batch,) where a classifier's accuracy is to be told.
+        With ``labels`` of shape (batch,) for the accuracy of a classifier.
     task : Task
     what : str
-        What the bar says.
+        Label of the progress bar.
 
     Attributes
     ----------
     original : dict of str to float
-        What the original reaches, by measure: that of `of`.
+        Scores of the original, see `of`.
 
     Raises
     ------
@@ -52,8 +50,7 @@ class TaskScores:
 
     Notes
     -----
-    Memory: answers × features × 4 bytes, where of a decoder's tokens each is an answer, with as many features as the
-    vocabulary has tokens.
+    Memory: answers × features × 4 bytes; each token of a decoder is an answer, with the vocabulary as its features.
 
     Examples
     --------
@@ -75,40 +72,22 @@ class TaskScores:
         if not batches:
             raise StreamlineError("There is no batch to score on; give one at least.")
         self.task, self._batches = task, list(batches)
-        self._references = [reference_of(task, rows) for rows in self._answers(original, what)]
+        self._references = [reference_of(task, rows) for rows in answers_of(original, self._batches, task, what)]
         if not sum(map(len, self._references)):
             raise StreamlineError("The batches hold no real token; give some to score on.")
         self.original = self._scores(self._references)
 
     def of(self, model: nn.Module, what: str = "changed model") -> dict[str, float]:
-        """What a changed model reaches.
-
-        Parameters
-        ----------
-        model : torch.nn.Module
-        what : str
-            What the bar says.
+        """Score a changed model.
 
         Returns
         -------
         dict of str to float
-            By measure. Of distributions ``kl``, the mean KL(original ‖ changed) in nats; ``top1``, the share of answers
-            with the same token or class first; and ``accuracy``, where a classifier's batches have labels. Of
-            embeddings ``cosine`` and ``spearman``, see `Likeness`.
+            For distributions ``kl``, the mean KL(original ‖ changed) in nats; ``top1``, the share of answers with the
+            same token or class first; and ``accuracy``, if a classifier's batches have labels. For embeddings
+            ``cosine`` and ``spearman``, see `Likeness`.
         """
-        return self._scores(self._answers(model, what))
-
-    def _answers(self, model: nn.Module, what: str) -> list[Tensor]:
-        rows = []
-        with inference(model), progress(sum(map(tokens_of, self._batches)), what) as bar:
-            for number, batch in enumerate(self._batches):
-                given = prepare(model, batch)
-                if self.task.unit != "token":
-                    given.pop("labels", None)  # the model's own loss is not needed, and sets its problem_type
-                rows.append(self.task.answers(model(**given), batch).cpu())
-                require_finite({"model": rows[-1]}, number)
-                bar.update(tokens_of(batch))
-        return rows
+        return self._scores(answers_of(model, self._batches, self.task, what))
 
     def _scores(self, answers: list[Tensor]) -> dict[str, float]:
         if not self.task.gives_distributions:
@@ -129,7 +108,7 @@ class TaskScores:
 
 
 def _right(answers: Tensor, labels: Tensor) -> int:
-    """How many of a batch are put in their class."""
+    """Count the answers whose first class is the label."""
     if labels.shape != (len(answers),) or labels.is_floating_point():
         raise StreamlineError(
             f"The labels of a batch are {labels.dtype} of shape {tuple(labels.shape)}; expected the number of one "
