@@ -24,17 +24,16 @@ _AFTER_WORK = "####"  # before the result in GSM8K's own answers
 
 @dataclass(frozen=True)
 class Problem:
-    """A text, and what has to follow.
+    """A prompt and its answer.
 
     Attributes
     ----------
-    prompt : str
-    answer : str
+    prompt, answer : str
     match : {"line", "number"}
-        What counts as the answer: the first line that is written, or the last number in what is written, whatever
-        its commas, currency and trailing zeros.
+        What is compared: the first generated line, or the last generated number, whatever its commas, currency and
+        trailing zeros.
     where : str
-        Where it comes from, for errors.
+        Its origin, for error messages.
     """
 
     prompt: str
@@ -61,14 +60,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Solved:
-    """What became of several problems.
+    """Generated answers to several problems.
 
     Attributes
     ----------
     written : tuple of tuple of Written
-        For each problem, for each try.
+        By problem and try.
     solved : tuple of tuple of bool
-        Whether it is right.
+        Whether each is right.
     """
 
     written: tuple[tuple[Written, ...], ...]
@@ -135,17 +134,12 @@ def solve(
     seed: int = 0,
     what: str = "problems",
 ) -> Solved:
-    """Let a model write an answer to each problem, once or several times; see `write_on` for the settings.
+    """Let a model generate an answer to each problem, once or several times; see `write_on` for the settings.
 
     Returns
     -------
     Solved
         In the order of the problems.
-
-    Raises
-    ------
-    StreamlineError
-        If there is no problem, or see `write_on`.
     """
     if not problems:
         raise StreamlineError("There is no problem to solve; give one at least.")
@@ -215,7 +209,7 @@ def number_in(text: str) -> float | None:
 
 
 def _problem(given: dict[str, Any], where: str, match: Match) -> tuple[Problem, str]:
-    """A problem and the way to its answer, as it is shown."""
+    """Return a problem and its worked solution, as an example shows it."""
     question, answer = given.get("question", given.get("context")), given.get("answer")
     work = given.get("chain_of_thought", "")
     if not (isinstance(question, str) and isinstance(answer, (str, int, float)) and isinstance(work, str)):

@@ -28,13 +28,7 @@ Timed = nn.Module | Callable[[], AbstractContextManager[nn.Module]]
 
 @dataclass(frozen=True)
 class Spread:
-    """A median and the quartiles around it.
-
-    Attributes
-    ----------
-    median, low, high : float
-        In seconds, or without a unit where it is a ratio.
-    """
+    """Median and quartiles, in seconds, or without a unit for a ratio."""
 
     median: float
     low: float
@@ -49,22 +43,22 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timing:
-    """What was measured of one model.
+    """Measurements of one model.
 
     Attributes
     ----------
     prefill : tuple of float
-        Seconds to the first token of the whole batch, one a round.
+        Seconds to the first token of the whole batch, by round.
     decode : tuple of float
-        Seconds a further token (one of each sequence, together), one a round; empty where none was asked for.
+        Seconds per further token (one of each sequence, together), by round; empty without new tokens.
     parameters : int
     dtype : str
         Of most parameters.
     device : str
-        Where it ran, with the accelerator's name.
+        With the accelerator's name.
     peak_memory : int or None
-        Bytes above what was allocated when its turn began: activations and the cache, not the weights. None where
-        the device does not tell (the CPU).
+        Bytes above what was allocated when its turn began: activations and the cache, not the weights. None on devices
+        other than CUDA.
     """
 
     prefill: tuple[float, ...]
@@ -82,7 +76,7 @@ class SpeedReport:
     Attributes
     ----------
     timings : dict of str to Timing
-        The first is what the others are compared with.
+        The others are compared with the first.
     batch, tokens, new_tokens : int
         Sequences at a time, tokens of each prompt, and decoding steps.
     threads : int
@@ -238,13 +232,13 @@ def measure_speed(
 
 
 def room_for_prompt(model: Any, new_tokens: int, tokens: int) -> int:
-    """How many of a prompt's tokens a model has positions for, beside those that are to be written."""
+    """Return how many tokens of a prompt a model has positions for, besides the new ones."""
     positions = positions_of(getattr(model, "config", None))
     return tokens if positions is None else max(1, min(tokens, positions - new_tokens - 1))
 
 
 def wait_for(model: nn.Module) -> None:
-    """Wait until every accelerator that holds a part of a model has done what it was given."""
+    """Synchronise every accelerator that holds a part of a model."""
     for device in accelerators_of(model):
         torch.get_device_module(device).synchronize(*([] if device.type == "mps" else [device]))
 
@@ -324,7 +318,7 @@ def _take_turn(
 
 
 def require_timed(name: str, model: Any, positions: int) -> Any:
-    """A model, once it is sure that its ``generate`` can be timed over so many positions; see `measure_speed`."""
+    """Return a model if its ``generate`` can be timed over so many positions; see `measure_speed`."""
     require_weights(model, f"measure_speed: {name}")
     if "_orig_mod" in model._modules:
         raise StreamlineError(
@@ -339,7 +333,7 @@ def require_timed(name: str, model: Any, positions: int) -> Any:
 
 
 def _prompt(model: Any, batch: int, tokens: int) -> Tensor:
-    """Random tokens without a meaning of their own (an image's place, the end), of shape (batch, tokens)."""
+    """Draw random tokens that are not special, of shape (batch, tokens)."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ordinary = torch.tensor(sorted(set(range(vocabulary)) - _special_tokens(model.config)) or [0])
     generator = torch.Generator().manual_seed(0)

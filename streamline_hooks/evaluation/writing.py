@@ -20,7 +20,7 @@ _RUN = 4  # tokens
 
 @dataclass(frozen=True)
 class Written:
-    """What a model wrote after a prompt.
+    """A generated text.
 
     Attributes
     ----------
@@ -28,7 +28,7 @@ class Written:
     tokens : tuple of int
         The new ones.
     ended : bool
-        Whether the model came to an end before there was no more room.
+        Whether it ended before the limit of new tokens.
     """
 
     prompt: str
@@ -38,7 +38,7 @@ class Written:
 
     @property
     def repetition(self) -> float:
-        """Share of the runs of four tokens that were there before in the text; NaN for a text without one.
+        """Share of the runs of four tokens that occurred before in the text; NaN for a text without one.
 
         seq-rep-4 of Welleck et al., arXiv 1908.04319.
 
@@ -53,13 +53,7 @@ class Written:
 
 @dataclass(frozen=True)
 class WritingScores:
-    """Of several texts.
-
-    Attributes
-    ----------
-    texts : tuple of Written
-        At least one.
-    """
+    """Statistics of at least one generated text."""
 
     texts: tuple[Written, ...]
 
