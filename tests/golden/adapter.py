@@ -231,7 +231,7 @@ def _command(
     return {f"line {k:02}": line for k, line in enumerate(printed.splitlines()) if line.strip()}
 
 
-_UNSTABLE = ("seconds", "speed", "model", "reference", "versions", "key", "keys")
+_UNSTABLE = ("seconds", "speed", "model", "reference", "versions", "packages", "key", "keys")
 _RENAMED = {"train": "--train", "heal": "--heal", "json": "--json"}
 
 

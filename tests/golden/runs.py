@@ -151,7 +151,7 @@ RUNS: dict[str, Run] = {
         "rank", calibration="TEXT", calibration_tokens=1024, sequence_length=16, remove=2, search="disjoint", json=True
     ),
     "command/evaluate": _command(
-        "evaluate", made={**_MADE, "kind": "linear"}, against="MODEL", text="TEXT", questions="QUESTIONS",
+        "evaluate", made={**_MADE, "kind": "linear"}, against="MODEL", text="TEXT", tasks="QUESTIONS",
         text_tokens=600, window=32, prompts=2, no_speed=True, json=True,
     ),
     "command/sweep": _command(
