@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from streamline_hooks.batch import device_of
 from streamline_hooks.core.config import Config
 from streamline_hooks.digests import texts_digest
 from streamline_hooks.errors import StreamlineError
@@ -200,7 +201,9 @@ class LoadedTask:
                 f"Got a {type(model).__name__} and a {type(tokenizer).__name__}. Expected a model and a tokenizer of "
                 "Transformers, which lm-eval runs. Pass these."
             )
-        seed = self.settings.seed
+        seed, device = self.settings.seed, device_of(model).type
+        # HFLM enters torch.autocast itself, and without a data type switches off what is on.
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         with inference(model), _random_states(seed):
             with _parameters_kept(model):  # HFLM ties embeddings that may have been untied since loading
                 lm = _language_model()(
@@ -208,6 +211,7 @@ class LoadedTask:
                     tokenizer=copy.deepcopy(tokenizer),
                     add_bos_token=self.settings.add_bos,
                     batch_size=self.settings.batch_size,
+                    mixed_precision_dtype=autocast,
                 )
             for task in self.tasks.values():
                 task.set_fewshot_seed(seed)

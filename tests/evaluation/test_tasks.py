@@ -52,6 +52,15 @@ def spliced(model: nn.Module) -> nn.Module:
     return model
 
 
+def test_a_model_is_run_under_autocast_if_that_is_on(stories: tuple[Any, Any], tasks: Path) -> None:
+    task = config_of_rows([{"context": "Once upon a", "continuation": "time"}] * 2, "ends")
+    full = run_tasks(*stories, [task])["ends"].metrics["ends"]["perplexity"]
+    with torch.autocast("cpu", torch.bfloat16):
+        half = run_tasks(*stories, [task])["ends"].metrics["ends"]["perplexity"]
+    assert half[0] == pytest.approx(full[0], rel=0.1) and half != full
+    assert run_tasks(*stories, [task])["ends"].metrics["ends"]["perplexity"] == full
+
+
 def test_metrics_and_scores(stories: tuple[Any, Any], tasks: Path) -> None:
     found = run_tasks(*stories, [str(tasks)])
     assert set(found) == {"likeliest", "texts"}

@@ -59,7 +59,7 @@ def compression(length: int = 30, removed: tuple[tuple[int, int], ...] = ((2, 10
         "training": {
             "steps": 240, "tokens": 491_520, "distance_before": 0.41, "distance": 0.28 + 0.13 * math.exp(-210 / 60),
             "best_step": 210, "measure": "KL (nats a token)", "unit": "token", "seconds": 1_804.2,
-            "stopped": "", "written": 0,
+            "stopped": "",
             "history": [
                 {"step": s, "tokens": 2048 * s,
                  "distance": 0.28 + 0.13 * math.exp(-s / 60) + (0.004 if s == 240 else 0.0),
