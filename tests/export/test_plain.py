@@ -69,14 +69,14 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         surgeon.commit()
     folder = str(save(model, tmp_path / "model"))
     app(["export", folder, "--output", str(tmp_path / "plain")], standalone_mode=False)
-    assert "holds no tokenizer, so that none is written" in capsys.readouterr().out
+    assert "has no tokenizer, so none is written" in capsys.readouterr().out
     assert "streamline_hooks" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     app(["export", folder, "--to", "gguf", "-o", str(tmp_path / "m.gguf")], standalone_mode=False)
     assert "architecture llama" in capsys.readouterr().out and (tmp_path / "m.gguf").stat().st_size > 1000
     for options, said in (
-        (["--to", "pdf", "-o", "x"], r"--to pdf.*expected.*plain, gguf, onnx"),
-        (["--to", "gguf", "-o", str(tmp_path / "m.gguf")], "is there already"),
+        (["--to", "pdf", "-o", "x"], r"to='pdf'.*plain.*gguf.*onnx"),
+        (["--to", "gguf", "-o", str(tmp_path / "m.gguf")], "exists.*--overwrite"),
         (["-o", str(tmp_path / "plain")], "is not empty"),
         (["--to", "gguf", "-o", str(tmp_path / "none" / "m.gguf")], r"no folder.*m.gguf"),
         (["--to", "gguf", "-o", str(tmp_path / "n.gguf"), "--dtype", "q4"], "dtype='q4'"),
