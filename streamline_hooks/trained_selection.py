@@ -33,6 +33,17 @@ def training_file(output: str | Path) -> Path:
     return folder.with_name(f"{folder.name}.training")
 
 
+def round_files(rounds: int, output: str | Path | None, given: str | Path | None) -> list[Path]:
+    """Return the file of each round's training, none without an output or a given file; raise if one is unwritable."""
+    if given is None and output is None:
+        return []
+    base = Path(given) if given is not None else training_file(str(output))
+    files = [base.with_name(f"{base.name}.round-{number}") for number in range(1, rounds + 1)]
+    for file in files:
+        check_writable(file)
+    return files
+
+
 def training_checkpoint(
     config: CompressionConfig, resume: bool, output: str | Path | None, given: str | Path | None
 ) -> Path | None:

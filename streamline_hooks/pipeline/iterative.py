@@ -19,7 +19,7 @@ from streamline_hooks.run_figures import Clock
 from streamline_hooks.selection import Target, blocks_to_remove, protected_blocks
 from streamline_hooks.sentence_folder import sentence_folder_of
 from streamline_hooks.stack import find_stack
-from streamline_hooks.trained_selection import training_file
+from streamline_hooks.trained_selection import round_files
 
 
 def compress_in_rounds(
@@ -47,8 +47,7 @@ def compress_in_rounds(
         sentence_folder_of(model)  # raises if it cannot be saved
         require_writable(stack, config.repair, range(counts[0]))
     whole, parts = divide_for_rounds(model, tokenizer, texts, config, test_texts)
-    base = Path(checkpoint) if checkpoint is not None else None if output is None else training_file(output)
-    files = [] if base is None else [base.with_name(f"{base.name}.round-{k}") for k in range(1, rounds + 1)]
+    files = work.broadcast_object(lambda: round_files(rounds, output, checkpoint))
     found = work.broadcast_object(lambda: [resume and file.is_file() for file in files] or [False] * rounds)
     if resume and not any(found):
         raise StreamlineError(f"There is no training to resume at {files[0] if files else 'any place'}. Begin one.")

@@ -50,6 +50,7 @@ def test_it_is_written_and_read() -> None:
 
 
 def test_text_is_cut_and_begun(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="the package datasets is not installed")
     documents = [" ".join(f"{name}{k}" for k in range(60)) for name in "abcd"]
     (tmp_path / "tales.txt").write_text("\n\n\n".join(documents))
     (tmp_path / "news.txt").write_text("n1 n2")
