@@ -26,8 +26,7 @@ from streamline_hooks import (
     register_replacement,
 )
 from streamline_hooks.batch import Batch
-from streamline_hooks.repair import Repair, StandIn, features_of
-from streamline_hooks.repair.stand_in import Batches
+from streamline_hooks.repair import Batches, Repair, StandIn, features_of
 
 RIDGE = 1e-6
 

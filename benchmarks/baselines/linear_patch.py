@@ -30,8 +30,7 @@ from streamline_hooks.batch import Batch
 from streamline_hooks.layouts import by_token
 from streamline_hooks.passes import recorded
 from streamline_hooks.precision import widen
-from streamline_hooks.repair import Repair, StandIn, features_of
-from streamline_hooks.repair.stand_in import Batches
+from streamline_hooks.repair import Batches, Repair, StandIn, features_of
 
 
 class RotatedScale:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks import BlockStack, UnsupportedSurgery, measure_moments
-from streamline_hooks.repair import Repair
-from streamline_hooks.repair.stand_in import Batches
+from streamline_hooks.repair import Batches, Repair
 
 
 def measured(

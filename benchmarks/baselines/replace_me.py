@@ -24,9 +24,7 @@ from streamline_hooks import (
     register_replacement,
 )
 from streamline_hooks.batch import Batch
-from streamline_hooks.repair import Repair, StandIn
-from streamline_hooks.repair.folded import Folded, measure_fold_moments
-from streamline_hooks.repair.stand_in import Batches
+from streamline_hooks.repair import Batches, Folded, Repair, StandIn, measure_fold_moments
 
 
 def fit_replace_me(

@@ -16,6 +16,7 @@ from streamline_hooks.repair.configs import (
 )
 from streamline_hooks.repair.distillation_config import DistillationConfig
 from streamline_hooks.repair.fitting import fit_windows
+from streamline_hooks.repair.folded import Folded, measure_fold_moments
 from streamline_hooks.repair.healing import HealingConfig, freeze_all_but, student_of
 from streamline_hooks.repair.objective import LOSSES, Loss, Objective, register_loss
 from streamline_hooks.repair.replacement_config import (
@@ -23,7 +24,7 @@ from streamline_hooks.repair.replacement_config import (
     ReplacementConfig,
     register_replacement,
 )
-from streamline_hooks.repair.stand_in import Repair, StandIn, StandInSize, features_of, place, size_of
+from streamline_hooks.repair.stand_in import Batches, Repair, StandIn, StandInSize, features_of, place, size_of
 from streamline_hooks.repair.student import Student
 from streamline_hooks.repair.trained import Trained
 from streamline_hooks.repair.training import train
@@ -31,10 +32,12 @@ from streamline_hooks.repair.training import train
 __all__ = [
     "LOSSES",
     "REPLACEMENTS",
+    "Batches",
     "BlockConfig",
     "ClosedForm",
     "DistillationConfig",
     "FeedForwardConfig",
+    "Folded",
     "FoldedConfig",
     "HealingConfig",
     "LinearConfig",
@@ -57,6 +60,7 @@ __all__ = [
     "features_of",
     "fit_windows",
     "freeze_all_but",
+    "measure_fold_moments",
     "place",
     "register_loss",
     "register_replacement",
