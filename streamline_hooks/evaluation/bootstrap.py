@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,9 @@ class TaskAnswers:
         Accuracy without any knowledge; 0 where nothing can be guessed.
     group : str
         Tasks of different groups, such as classification and generation, are reported separately.
+    clusters : sequence of hashable
+        For each item, its cluster (the same passage, the same solved examples), which is drawn as a whole; empty for
+        independent items.
     """
 
     name: str
@@ -34,6 +37,7 @@ class TaskAnswers:
     changed: Sequence[bool] | Sequence[float]
     chance: float = 0.0
     group: str = "classification"
+    clusters: Sequence[Hashable] = ()
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ def _statistics(
     drawn = {}
     for name, task in sorted(named.items()):  # sums in one order
         scores = [task.original, task.changed, *([] if other is None else [other[name].changed])]
-        drawn[name] = accuracies(name, np.asarray(scores, dtype=float).T, draws, seed)
+        drawn[name] = accuracies(name, np.asarray(scores, dtype=float).T, draws, seed, task.clusters)
     left_out = {name: reason for name, task in named.items() if (reason := _why_left_out(task, clearly))}
     shares = {name: _share(rows, named[name].chance) for name, rows in drawn.items() if name not in left_out}
     return (
@@ -195,29 +199,41 @@ def _estimate(values: np.ndarray, level: float) -> Estimate:
     return Estimate(value, float(low), float(high), error, float(undefined.mean()))
 
 
-def accuracies(name: str, scores: np.ndarray, draws: int, seed: int) -> np.ndarray:
+def accuracies(name: str, scores: np.ndarray, draws: int, seed: int, clusters: Sequence[Hashable] = ()) -> np.ndarray:
     """Return the accuracy of each model on the items as they are, and then on each bootstrap draw.
 
-    Items with the same scores of all models are drawn together: their counts are multinomial. The draws depend on the
-    task's name and the seed.
+    Items (or clusters) with the same scores of all models are drawn together: their counts are multinomial. The draws
+    depend on the task's name and the seed.
 
     Returns
     -------
     numpy.ndarray
         Shape (models, 1 + draws), for scores of shape (items, models).
     """
-    kinds, counts = np.unique(scores, axis=0, return_counts=True)
+    kinds, counts = np.unique(_sums(scores, clusters), axis=0, return_counts=True)
+    total = int(counts.sum())
     random = np.random.default_rng([seed, *name.encode()])
-    step = max(1, DRAWS_AT_ONCE // len(kinds))
-
-    def means(drawn: np.ndarray) -> np.ndarray:
-        return np.stack([(drawn * kind).sum(axis=1) / len(scores) for kind in kinds.T])
-
-    found = [means(counts[None])]
-    for start in range(0, draws, step):
-        size = min(step, draws - start)
-        found.append(means(random.multinomial(len(scores), counts / len(scores), size=size)))
+    found = [_means(counts[None], kinds)]
+    for start in range(0, draws, step := max(1, DRAWS_AT_ONCE // len(kinds))):
+        found.append(_means(random.multinomial(total, counts / total, size=min(step, draws - start)), kinds))
     return np.concatenate(found, axis=1)
+
+
+def _sums(scores: np.ndarray, clusters: Sequence[Hashable]) -> np.ndarray:
+    """Return the sums of each cluster's scores by model, and in the last column its number of items."""
+    counted = np.column_stack([scores, np.ones(len(scores))])
+    if not len(clusters):
+        return counted
+    number = {cluster: k for k, cluster in enumerate(dict.fromkeys(clusters))}
+    found = np.zeros((len(number), counted.shape[1]))
+    np.add.at(found, [number[cluster] for cluster in clusters], counted)
+    return found
+
+
+def _means(drawn: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    *sums, counts = kinds.T
+    items = (drawn * counts).sum(axis=1)
+    return np.stack([(drawn * kind).sum(axis=1) / items for kind in sums])
 
 
 def _share(accuracy: np.ndarray, chance: float) -> np.ndarray:
@@ -232,10 +248,13 @@ def _share(accuracy: np.ndarray, chance: float) -> np.ndarray:
 def _why_left_out(task: TaskAnswers, clearly: float) -> str:
     """Return why a task does not count above chance; empty if it does."""
     scores = np.asarray(task.original, dtype=float)
+    sums, counts = _sums(scores[:, None], task.clusters).T
     if len(scores) < 2:
         return "which has one question"
-    squares = float(((scores - scores.mean()) ** 2).sum())
-    error = math.sqrt(len(scores) / (len(scores) - 1) * squares) / len(scores)
+    if len(counts) < 2:
+        return "whose questions are all of one cluster"
+    squares = float(((sums - scores.mean() * counts) ** 2).sum())
+    error = math.sqrt(len(counts) / (len(counts) - 1) * squares) / len(scores)  # clustered: Miller, arXiv 2411.00640
     if scores.mean() - task.chance > clearly * error:
         return ""
     above = f"clearly above the chance of {task.chance:.1%}"
@@ -246,13 +265,14 @@ def _by_group(tasks: Iterable[TaskAnswers]) -> dict[str, dict[str, TaskAnswers]]
     """Return valid tasks by group and name."""
     groups: dict[str, dict[str, TaskAnswers]] = {}
     for task in tasks:
-        counts = len(task.original), len(task.changed)
+        sizes = len(task.original), len(task.changed), len(task.clusters)
         scores = np.array([*task.original, *task.changed, task.chance], dtype=float)
-        if not counts[0] or counts[0] != counts[1] or not ((scores >= 0) & (scores <= 1)).all():
+        same = sizes[0] == sizes[1] and sizes[2] in (0, sizes[0])
+        if not sizes[0] or not same or not ((scores >= 0) & (scores <= 1)).all():
             raise StreamlineError(
-                f"The task {task.name!r} has {counts[0]} scores of the original, {counts[1]} of the changed model and "
-                f"the chance {task.chance}. Expected one score of each for at least one item, and scores and chance "
-                "between 0 and 1. Score the same items with both."
+                f"The task {task.name!r} has {sizes[0]} scores of the original, {sizes[1]} of the changed model, "
+                f"{sizes[2]} clusters and the chance {task.chance}. Expected one score of each for at least one item, "
+                "as many clusters or none, and scores and chance between 0 and 1. Score the same items with both."
             )
         if any(task.name in named for named in groups.values()):
             raise StreamlineError(f"Two tasks are named {task.name!r}. Expected distinct names. Rename one.")
@@ -278,9 +298,9 @@ def _require_same(*sides: Mapping[str, Mapping[str, TaskAnswers]]) -> None:
             f"The task {differing[0]!r} is of one model only. Expected the same tasks of both. Evaluate both on it."
         )
     for key, task in first.items():
-        one, other = ((list(t.original), t.chance) for t in (task, second[key]))
+        one, other = ([list(t.original), list(t.clusters), t.chance] for t in (task, second[key]))
         if one != other:
             raise StreamlineError(
-                f"The original's scores or chance of the task {task.name!r} differ between the two models. "
+                f"The original's scores, chance or clusters of the task {task.name!r} differ between the two models. "
                 "Expected one original, in one precision, on the same items in one order. Evaluate both again."
             )

@@ -156,7 +156,7 @@ def test_questions_drawn_for_each_model_apart_would_be_seen(monkeypatch: pytest.
     tasks = [TaskAnswers(f"{k}", *correlated(300, k), 0.25) for k in range(4)]  # type: ignore[arg-type]
     paired = only(tasks)
 
-    def apart(name: str, answers: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    def apart(name: str, answers: np.ndarray, draws: int, seed: int, clusters: Any) -> np.ndarray:
         random = np.random.default_rng(seed)
         chosen = [side[random.integers(0, len(side), (draws, len(side)))].mean(axis=1) for side in answers.T]
         return np.stack([np.append(side.mean(), c) for side, c in zip(answers.T, chosen, strict=True)])
@@ -179,6 +179,49 @@ def test_draws_of_kinds_are_draws_of_questions() -> None:
     assert [found.ratio.low, found.ratio.high] == pytest.approx(np.quantile(ratios, [0.025, 0.975]).tolist(), abs=0.01)
     narrow = only([TaskAnswers("one", original.tolist(), changed.tolist())], draws=20_000, level=0.5)
     assert [narrow.ratio.low, narrow.ratio.high] == pytest.approx(np.quantile(ratios, [0.25, 0.75]).tolist(), abs=0.01)
+
+
+def test_questions_that_stand_or_fall_together_are_drawn_together() -> None:
+    """Twenty passages of five questions, which a model answers all or none of, against passages drawn by index."""
+    random = np.random.default_rng(2)
+    passages = np.repeat(np.arange(20), 5)
+    original, changed = (np.repeat(random.random(20) < share, 5) for share in (0.8, 0.6))
+    order = random.permutation(100)
+    together = TaskAnswers(
+        "a", original[order].tolist(), changed[order].tolist(), clusters=[f"passage {k}" for k in passages[order]]
+    )
+    alone = TaskAnswers("a", original.tolist(), changed.tolist())
+    found, narrow = only([together], draws=20_000).ratio, only([alone], draws=20_000).ratio
+    chosen = np.random.default_rng(0).integers(0, 20, (20_000, 20))
+    ratios = changed[::5][chosen].mean(axis=1) / original[::5][chosen].mean(axis=1)
+    assert found.value == pytest.approx(narrow.value)
+    assert [found.low, found.high] == pytest.approx(np.quantile(ratios, [0.025, 0.975]).tolist(), abs=0.02)
+    assert (
+        found.standard_error == pytest.approx(ratios.std(), rel=0.03)
+        and found.standard_error > 1.8 * narrow.standard_error
+    )
+    each_alone = TaskAnswers("a", alone.original, alone.changed, clusters=range(100))
+    assert only([each_alone], draws=500) == only([alone], draws=500)
+
+
+def test_clusters_of_different_size_weigh_by_their_questions() -> None:
+    """A passage of three and one of one: the accuracy is 3/4, and 1, 3/4 or 0 in one, two and one of four draws."""
+    task = TaskAnswers("a", [True] * 4, [True, True, True, False], clusters=["a", "a", "a", "b"])
+    found, narrow = (only([task], draws=2000, level=level) for level in (0.6, 0.4))
+    assert (found.ratio.value, found.ratio.low, found.ratio.high) == (0.75, 0.0, 1.0)
+    assert (narrow.ratio.low, narrow.ratio.high) == (0.75, 0.75)
+    assert found.ratio.standard_error == pytest.approx(np.std([1.0, 0.75, 0.75, 0.0]), rel=0.1)
+
+
+def test_what_is_clear_of_questions_alone_may_not_be_of_clusters() -> None:
+    """70 of 100 above a chance of a half are four standard errors; of ten passages that are answered as one, one."""
+    right = ([True] * 7 + [False] * 3) * 10
+    clusters = list(range(10)) * 10
+    assert not only([TaskAnswers("a", right, right, 0.5)]).left_out
+    left_out = only([TaskAnswers("a", right, right, 0.5, clusters=clusters)]).left_out["a"]
+    assert left_out == "where the original's 70.0% ± 15.3% is not clearly above the chance of 50.0%"
+    one = TaskAnswers("a", right, right, 0.5, clusters=["all"] * 100)
+    assert only([one]).left_out == {"a": "whose questions are all of one cluster"}
 
 
 def test_scores_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +251,10 @@ def test_what_cannot_be_compared() -> None:
         ([TaskAnswers("a", [0.5, 2.0], [0.0, 1.0])], r"'a'.*between 0 .*1"),
         ([TaskAnswers("a", [0.5, float("nan")], [0.0, 1.0])], r"'a'.*between"),
         ([TaskAnswers("a", right, right, 1.5)], r"'a'.*1.5.*between 0"),
+        (
+            [TaskAnswers("a", right, right, clusters="ab")],
+            r"'a'.*4 scores.*2 clusters",
+        ),
         ([TaskAnswers("a", right, right), TaskAnswers("a", right, right, group="b")], r"Two tasks.*'a'"),
         ([TaskAnswers("a", answers(0, 4), right)], r"'classification'.*scores 0 on every item"),
     ):
@@ -307,7 +354,7 @@ def test_a_difference_of_questions_drawn_apart_would_be_seen(monkeypatch: pytest
     module = sys.modules[compared.__module__]
     paired = module.accuracies
 
-    def apart(name: str, answers: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    def apart(name: str, answers: np.ndarray, draws: int, seed: int, clusters: Any) -> np.ndarray:
         return np.concatenate([paired(name, side[:, None], draws, seed + k) for k, side in enumerate(answers.T)])
 
     monkeypatch.setattr(module, "accuracies", apart)
@@ -330,10 +377,12 @@ def test_models_that_cannot_be_compared() -> None:
     first, second = sides((20, 1), (20, 2))
     others, _ = sides((20, 3), (20, 2))
     moved = [TaskAnswers(task.name, task.original, task.changed, 0.5) for task in second]
+    together = [TaskAnswers(task.name, task.original, task.changed, 0.25, clusters=[1, 2] * 10) for task in second]
     for several, text in (
         (second[:1], r"'task 1'.*Expected"),
         (others, r"'task 0' differ.*one original"),
-        (moved, r"chance of the task 'task 0' differ"),
+        (together, "chance or clusters"),
+        (moved, r"chance or clusters of the task 'task 0' differ"),
         ([], "no task"),
     ):
         with pytest.raises(StreamlineError, match=text):
