@@ -46,7 +46,7 @@ def test_cosine_is_right(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_repair_of_such_states_is_refused(model_type: str) -> None:
     model = tiny_model(model_type)
-    with pytest.raises(UnsupportedSurgery, match=r"laid out as .*no moments"):
+    with pytest.raises(UnsupportedSurgery, match=r"laid out as .*Expected .batch, tokens, features"):
         measure_moments(model, [tiny_inputs(model)], [range(1, 3)])
 
 

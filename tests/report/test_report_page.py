@@ -241,7 +241,7 @@ def test_the_perplexity_is_that_of_the_model_as_it_was_left(
 
 def test_a_model_alone_has_no_columns_for_an_original(tmp_path: Path) -> None:
     report = example.evaluation()
-    del report["original"], report["reference"], report["harness_original"]
+    del report["original"], report["reference"]
     report["speed"]["ratios"] = {"smollm2": report["speed"]["ratios"]["smollm2"]}
     reader = read(tmp_path, evaluation=report)
     assert reader.tables["Perplexity by domain"][0] == ["domain", "tokens", "bits/byte", "this model"]
