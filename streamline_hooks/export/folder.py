@@ -36,7 +36,7 @@ def check_export(
         require_free(target, overwrite)
     elif os.path.exists(target) and not overwrite:
         raise StreamlineError(f"{target} exists. Expected a new file. Choose another file, or pass --overwrite.")
-    elif target.is_file() and not _has_format(target, to):
+    elif os.path.isfile(target) and not _has_format(target, to):
         raise StreamlineError(f"{target} is no {to} file. Only such a file is replaced. Choose another file.")
     elif not target.absolute().parent.is_dir():
         raise StreamlineError(f"There is no folder {target.parent} to write {target.name} to. Create it first.")
