@@ -205,7 +205,7 @@ class LoadedTask:
         # HFLM enters torch.autocast itself, and without a data type switches off what is on.
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         with inference(model), _random_states(seed):
-            with _parameters_kept(model):  # HFLM ties embeddings that may have been untied since loading
+            with _quiet(), _parameters_kept(model):  # HFLM ties embeddings that may have been untied since loading
                 lm = _language_model()(
                     pretrained=model,
                     tokenizer=copy.deepcopy(tokenizer),
@@ -430,7 +430,7 @@ def _random_states(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Drop the warnings of lm-eval about defaults of task configs."""
+    """Drop the warnings of lm-eval about defaults of task configs, and about a model that is in memory."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
