@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConf
 
 from benchmarks.real_text import RESULTS
 from streamline_hooks import CompressionConfig, DataConfig
-from streamline_hooks.blockwise.cost import duration
+from streamline_hooks.pipeline.blockwise_cost import duration
 from streamline_hooks.pipeline.flops import Rates, StageWork, blockwise_work
 from streamline_hooks.stack import find_stack
 

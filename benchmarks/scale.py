@@ -173,7 +173,7 @@ def plan_step(options: argparse.Namespace) -> dict[str, float]:
     """Seconds of each step by the FLOPs and bytes of the model, and the rates of its first block."""
     from streamline_hooks import HardwareConfig
     from streamline_hooks.blockwise import open_checkpoint
-    from streamline_hooks.blockwise.cost import measure_rates
+    from streamline_hooks.pipeline.blockwise_cost import measure_rates
     from streamline_hooks.pipeline.flops import blockwise_work
     from streamline_hooks.selection import blocks_to_remove
     from streamline_hooks.stack import find_stack

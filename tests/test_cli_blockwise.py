@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from streamline_hooks import load
-from streamline_hooks.blockwise.cost import checkpoint_bytes, fits_in_memory, state_budget
 from streamline_hooks.cli.short_forms import parse_bytes
 from streamline_hooks.errors import StreamlineError
+from streamline_hooks.pipeline.blockwise_cost import checkpoint_bytes, fits_in_memory, state_budget
 from streamline_hooks.testing import tiny_model
 from tests.commands import run
 
@@ -28,7 +28,7 @@ SMALL = [
 @pytest.fixture
 def too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing fits, as far as its size goes."""
-    monkeypatch.setattr("streamline_hooks.blockwise.cost.fits_in_memory", lambda folder, memory: False)
+    monkeypatch.setattr("streamline_hooks.pipeline.blockwise_cost.fits_in_memory", lambda folder, memory: False)
 
 
 @pytest.fixture

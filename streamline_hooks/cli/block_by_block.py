@@ -27,8 +27,8 @@ def takes_more_than(model: str, memory: str) -> int | None:
     StreamlineError
         If the memory is no size, or was given for what is no folder.
     """
-    from streamline_hooks.blockwise.cost import checkpoint_bytes, fits_in_memory
     from streamline_hooks.cli.short_forms import parse_bytes
+    from streamline_hooks.pipeline.blockwise_cost import checkpoint_bytes, fits_in_memory
 
     folder = Path(model)
     allowed = parse_bytes(memory) if memory else None
@@ -93,7 +93,7 @@ def compress_block_by_block(
     from transformers.utils import logging
 
     from streamline_hooks.blockwise import compress_checkpoint, open_checkpoint
-    from streamline_hooks.blockwise.cost import blockwise_table, checkpoint_bytes, measure_rates, state_budget
+    from streamline_hooks.pipeline.blockwise_cost import blockwise_table, checkpoint_bytes, measure_rates, state_budget
     from streamline_hooks.pipeline.flops import blockwise_work
     from streamline_hooks.selection import windows_for
     from streamline_hooks.stack import find_stack

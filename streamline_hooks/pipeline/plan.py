@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.batch import Batch, device_of, tokens_of
-from streamline_hooks.blockwise.cost import duration, size, write_rate
 from streamline_hooks.calibration import split_documents
 from streamline_hooks.collapse_watch import CollapseWatch
 from streamline_hooks.core.hardware_config import HardwareConfig, Precision
@@ -29,6 +28,7 @@ from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
 from streamline_hooks.evaluation import distances_of_candidates, perplexity, perplexity_of_candidates
 from streamline_hooks.evaluation.speed import wait_for
 from streamline_hooks.passes import without_progress
+from streamline_hooks.pipeline.blockwise_cost import duration, size, write_rate
 from streamline_hooks.pipeline.config import CompressionConfig
 from streamline_hooks.pipeline.flops import compression_bytes
 from streamline_hooks.preparation import Preparation, document_sizes, prepare_compression

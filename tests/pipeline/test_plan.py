@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from streamline_hooks import CompressionConfig, StreamlineError, compress, find_stack
-from streamline_hooks.blockwise.cost import duration, write_rate
 from streamline_hooks.pipeline import CostEstimate, estimate_cost, plan, plan_training
+from streamline_hooks.pipeline.blockwise_cost import duration, write_rate
 from streamline_hooks.pipeline.plan import Parts, Sizes, StageRates, estimate_ranking, fit_to_budget, measure_training
 from streamline_hooks.repair import DistillationConfig, HealingConfig, LinearConfig, student_of
 from streamline_hooks.task import Task
