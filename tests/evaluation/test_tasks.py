@@ -52,6 +52,14 @@ def spliced(model: nn.Module) -> nn.Module:
     return model
 
 
+def test_an_item_counts_once_however_many_filters_a_task_has(stories: tuple[Any, Any], tasks: Path) -> None:
+    task = config_of_rows([{"context": "Once upon a", "continuation": end} for end in ("time", "girl", "mat")], "ends")
+    filters = [{"name": name, "filter": [{"function": "take_first"}]} for name in ("strict", "flexible")]
+    once, twice = (run_tasks(*stories, [one])["ends"] for one in (task, {**task, "filter_list": filters}))
+    assert {name.partition(",")[2] for name in twice.metrics["ends"]} == {"strict", "flexible"}
+    assert twice.scores == once.scores and len(once.scores) == 3
+
+
 def test_a_model_is_run_under_autocast_if_that_is_on(stories: tuple[Any, Any], tasks: Path) -> None:
     task = config_of_rows([{"context": "Once upon a", "continuation": "time"}] * 2, "ends")
     full = run_tasks(*stories, [task])["ends"].metrics["ends"]["perplexity"]
