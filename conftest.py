@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Models take longer than hypothesis' deadline; the number of examples is set by what the suite may take.
+# Models are slower than Hypothesis' deadline; the number of examples limits the duration of the suite.
 settings.register_profile(
     "models",
     deadline=None,
@@ -30,22 +32,56 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # ignored if a shell started the process in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ.pop("TQDM_DISABLE", None)  # bars are looked at, in processes of their own too
+os.environ.pop("TQDM_DISABLE", None)  # tests check the bars, in subprocesses too
+
+
+@pytest.fixture(autouse=True)
+def restore_log() -> Iterator[None]:
+    """Remove what a command added to the library's logger, which would print the log of later examples."""
+    logger = logging.getLogger("streamline_hooks")
+    handlers, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """Replace the Hugging Face Hub by a server on the loopback interface, without a token."""
+    from huggingface_hub import constants
+
+    from tests.checkpoint.hub_server import hub_server
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with hub_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """The folder of real weights and texts: STREAMLINE_DATA, else shared/data beside the repository."""
+    """Return the folder of real weights and texts: STREAMLINE_DATA, or shared/data next to the repository."""
     default = Path(__file__).resolve().parents[1] / "shared" / "data"
     folder = Path(os.environ.get("STREAMLINE_DATA") or default)
     if not folder.is_dir():
-        reason = f"no data folder at {folder}: set STREAMLINE_DATA to one"
+        reason = f"no data folder at {folder}: set STREAMLINE_DATA to the folder"
         if os.environ.get("STREAMLINE_REQUIRE_DATA") == "1":
             pytest.fail(f"{reason} (STREAMLINE_REQUIRE_DATA=1)", pytrace=False)
         pytest.skip(reason)
     return folder
+
+
+@pytest.fixture
+def log_messages() -> Iterator[list[str]]:
+    """Collect the messages that the library logs during the test."""
+    from tests.logs import logged
+
+    with logged() as messages:
+        yield messages
 
 
 @pytest.fixture(scope="session")
@@ -55,19 +91,19 @@ def stories_folder(data_folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def stories(data_folder: Path) -> tuple[Any, Any]:
-    """A trained Llama of 5 blocks that writes small stories, and its tokenizer. Copy what you change."""
+    """Return a trained Llama of 5 blocks for short stories and its tokenizer. Copy the model before changing it."""
     import transformers
 
-    from streamline_hooks.pretrained import load_pretrained
+    from streamline_hooks.checkpoint import load_pretrained
 
     if int(transformers.__version__.split(".")[0]) < 5:
-        pytest.skip("the tokenizer of stories260k is one of Transformers 5")
+        pytest.skip("the tokenizer of stories260k requires Transformers 5")
     return load_pretrained(data_folder / "models" / "stories260k")
 
 
 @pytest.fixture(scope="session")
 def story_texts(stories: tuple[Any, Any]) -> list[str]:
-    """Stories that the model writes itself: the only text that it knows."""
+    """Return stories that the model generates, the only text on which it performs well."""
     import torch
 
     model, tokenizer = stories
@@ -87,5 +123,5 @@ def story_model(stories: tuple[Any, Any]) -> tuple[Any, Any]:
 
 @pytest.fixture(scope="session")
 def smollm2(real_model: tuple[Any, Any]) -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct of 30 blocks in float32, and its tokenizer. Copy what you change."""
+    """Return SmolLM2-135M-Instruct (30 blocks, float32) and its tokenizer. Copy the model before changing it."""
     return real_model

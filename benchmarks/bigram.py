@@ -1,4 +1,4 @@
-"""The model to beat: the next token from the one before it, by interpolated Kneser-Ney."""
+"""Baseline language model: a bigram with interpolated Kneser-Ney smoothing."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class Bigram:
-    """Interpolated Kneser-Ney of order two, with the discounts estimated from the counts.
+    """Bigram model with interpolated Kneser-Ney smoothing and discounts estimated from the counts.
 
-    ``p(w | v) = max(c(v, w) − D, 0)/c(v) + D·n(v)/c(v) · q(w)``, where n(v) is the number of different successors of v
-    and q(w) is proportional to the number of different predecessors of w, discounted in the same way in favour of the
+    ``p(w | v) = max(c(v, w) − D, 0)/c(v) + D·n(v)/c(v) · q(w)``, where n(v) is the number of distinct successors of v
+    and q(w) is proportional to the number of distinct predecessors of w, discounted likewise and interpolated with the
     uniform distribution (Kneser and Ney 1995; D = n₁/(n₁ + 2n₂), Ney, Essen and Kneser 1994).
 
     Parameters
@@ -25,7 +25,7 @@ class Bigram:
         self.pairs, self.counts = (tokens[:-1] * vocabulary + tokens[1:]).unique(return_counts=True)
         before, after = self.pairs // vocabulary, self.pairs % vocabulary
         self.discount = discount(self.counts)
-        self.times = torch.bincount(before, self.counts.double(), vocabulary)  # as the first of a pair
+        self.times = torch.bincount(before, self.counts.double(), vocabulary)  # count as the first token of a pair
         self.successors = torch.bincount(before, minlength=vocabulary).double()
         predecessors = torch.bincount(after, minlength=vocabulary)
         less, kinds = discount(predecessors[predecessors > 0]), len(self.pairs)
@@ -33,7 +33,7 @@ class Bigram:
         self.lower = (predecessors.double() - less).clamp(min=0.0) / kinds + kept / vocabulary
 
     def probabilities(self, before: Tensor, after: Tensor) -> Tensor:
-        """Of tokens after others, float64, of the shape of both."""
+        """Return p(after | before), float64, in the shape of the arguments."""
         pairs = before * self.vocabulary + after
         place = torch.searchsorted(self.pairs, pairs).clamp(max=len(self.pairs) - 1)
         count = torch.where(self.pairs[place] == pairs, self.counts[place], 0).double()
@@ -45,11 +45,11 @@ class Bigram:
         return own + backed_off * self.lower[after]
 
     def nll(self, sequences: Tensor) -> float:
-        """Sum of −log p, in nats, of all tokens but the first of each sequence, of shape (sequences, tokens)."""
+        """Return the sum of −log p, in nats, over sequences of shape (sequences, tokens) without their first tokens."""
         return -float(self.probabilities(sequences[:, :-1], sequences[:, 1:]).log().sum())
 
 
 def discount(counts: Tensor) -> float:
-    """What is taken off every count: n₁/(n₁ + 2n₂), of which n₁ occur once and n₂ twice; a half where none does."""
+    """Return the discount n₁/(n₁ + 2n₂), where nₖ counts occur k times, or 0.5 if n₁ or n₂ is 0."""
     once, twice = (int((counts == k).sum()) for k in (1, 2))
     return once / (once + 2 * twice) if once and twice else 0.5

@@ -1,10 +1,11 @@
-"""How sure a choice is: the same search on other text and other seeds, beside other criteria on the same text.
+"""Measure how the choice of blocks varies with the text, the seed, the criterion and the search.
 
     python -m benchmarks.certainty [--data FOLDER] [--remove 8]
 
-The verified shortlist is run on SmolLM2-135M for each of four training domains and three seeds, and perplexity of the
-repaired model is taken on held-out text. Rows go to ``benchmarks/results/certainty.json`` as they come, and the table
-to ``benchmarks/results/certainty.md``; `benchmarks.choice` gives the spread across criteria.
+The verified shortlist is run on SmolLM2-135M for each of four training domains and three seeds, and the perplexity of
+the repaired model is measured on held-out text. Each row is saved to ``benchmarks/results/certainty.json`` when it is
+finished, and the table to ``benchmarks/results/certainty.md``. The rows of criteria and searches come from the results
+of `benchmarks.choice`.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from collections import Counter
 from itertools import combinations
 from typing import Any
 
+from benchmarks.choice import EARLIER
 from benchmarks.choice import FILE as CHOICE
 from benchmarks.choice_exhaustive import SEQUENCES_A_DOMAIN
 from benchmarks.real_text import BATCH, RESULTS, SEQUENCE, arguments, scored_text
-from streamline_hooks import WindowSearch, profile, verified
-from streamline_hooks.batch import batches_of
-from streamline_hooks.calibration import read_documents, split_documents
-from streamline_hooks.preparation import held_out_apart
-from streamline_hooks.pretrained import load_pretrained
-from streamline_hooks.selection import Attempt, perplexity_of_attempts, windows
-from streamline_hooks.selection.criteria import SHORTLIST as CRITERION
-from streamline_hooks.stack import find_stack
+from streamline_hooks import profile, verify_shortlist
+from streamline_hooks.checkpoint import load_pretrained
+from streamline_hooks.core import split_into_batches
+from streamline_hooks.data import read_documents, split_documents
+from streamline_hooks.modeling import find_stack
+from streamline_hooks.pipeline import split_held_out
+from streamline_hooks.selection import DEFAULT_CRITERION as CRITERION
+from streamline_hooks.selection import Trial, WindowSearch, trial_perplexities, windows_of_size
 
 FILE = RESULTS / "certainty.json"
 DOMAINS = ("blog_18f", "fiction_austen_doyle", "news_digitalgov", "peps")
@@ -57,7 +59,7 @@ def main() -> None:
 
 
 def run(model: Any, tokenizer: Any, text: list[str], seed: int, size: int, test: Any) -> dict[str, Any]:
-    """What is chosen on one text, and what becomes of it."""
+    """Choose a window on one text and return its KL and repaired perplexity."""
     split = split_documents(
         text,
         tokenizer,
@@ -68,14 +70,16 @@ def run(model: Any, tokenizer: Any, text: list[str], seed: int, size: int, test:
         test_tokens=SEQUENCE,
     )
     stack = find_stack(model)
-    measured = profile(model, batches_of(split.calibration, BATCH))
+    measured = profile(model, split_into_batches(split.calibration, BATCH))
     search = WindowSearch(CRITERION, shortlist=SHORTLIST)
-    shortlist = search.find(search.problem(windows(len(stack), size), len(stack), profile=measured))
-    fit, held_out = held_out_apart(split.calibration)
-    judged = verified(model, shortlist, *(batches_of(part, BATCH) for part in (fit, held_out, split.validation)))
+    shortlist = search.find(search.problem(windows_of_size(len(stack), size), len(stack), profile=measured))
+    fit, held_out = split_held_out(split.calibration)
+    judged = verify_shortlist(
+        model, shortlist, *(split_into_batches(part, BATCH) for part in (fit, held_out, split.validation))
+    )
     best = judged[0]
-    attempt = Attempt(best, tuple(repair.stand_in for repair in best.repairs))
-    _, (repaired,) = perplexity_of_attempts(stack, test, [attempt])
+    attempt = Trial(best, tuple(repair.replacement_module for repair in best.repairs))
+    _, (repaired,) = trial_perplexities(stack, test, [attempt])
     first = shortlist[0].windows[0]
     return {
         "start": best.windows[0].start,
@@ -86,48 +90,48 @@ def run(model: Any, tokenizer: Any, text: list[str], seed: int, size: int, test:
 
 
 def overlap(a: frozenset[int], b: frozenset[int]) -> float:
-    """The share of the blocks of one choice that another one has too."""
+    """Return the overlap (Dice coefficient) of two sets of blocks."""
     return 2 * len(a & b) / (len(a) + len(b))
 
 
-def blocks_in(said: str) -> frozenset[int]:
-    """The blocks of a choice as it is printed: whole ones in runs, and those that lose a half, which count as gone."""
-    runs = re.findall(r"(\d+)(?:-(\d+))?", said)
+def blocks_in(blocks_text: str) -> frozenset[int]:
+    """Parse the printed blocks of a choice; a block of which only a branch is removed counts as removed."""
+    runs = re.findall(r"(\d+)(?:-(\d+))?", blocks_text)
     return frozenset(k for first, last in runs for k in range(int(first), int(last or first) + 1))
 
 
 def spread(values: list[float]) -> str:
-    """Median, least and greatest."""
+    """Return the median and the range as text."""
     return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 def agreement(chosen: list[frozenset[int]]) -> str:
-    """Mean overlap of every two choices."""
+    """Return the mean overlap of all pairs of choices as text."""
     pairs = [overlap(a, b) for a, b in combinations(chosen, 2)]
     return f"{statistics.fmean(pairs):.0%}" if pairs else ""
 
 
 def table(content: dict[str, Any], size: int) -> str:
-    """How the choices differ across text and seeds, and across criteria."""
+    """Return the variation of the choices over text, seeds, criteria and searches as Markdown."""
     rows = content["rows"]
     lines = [
-        f"SmolLM2-135M, {size} of 30 blocks, repaired by linear maps in closed form. Across text and seeds each run "
-        f"has {CALIBRATION:,} tokens of one training domain to rank and fit on, {VALIDATION:,} to judge by KL, and "
-        f"{SHORTLIST} windows on the shortlist. Across criteria and searches the text is a mixture of all domains, "
-        "20,480 tokens of it (see choice.md). Perplexity of the repaired model is on the same held-out text of five "
-        "domains throughout.",
+        f"SmolLM2-135M, {size} of 30 blocks removed and repaired by linear maps in closed form; seeds "
+        f"{', '.join(map(str, SEEDS))}. Rows of seeds and domains: verified shortlist of {SHORTLIST} windows, "
+        f"{CALIBRATION:,} tokens of one training domain to rank and fit, {VALIDATION:,} tokens to compare by KL. Rows "
+        "of criteria and searches: 20,480 tokens of all domains, from choice.md. Perplexity is measured on the same "
+        "held-out text of five domains.",
         "",
-        "| what varies | what is chosen | mean overlap of two choices | repaired perplexity: median (range) |",
+        "| varied | chosen blocks | mean overlap of two choices | perplexity, repaired: median (range) |",
         "|---|---|---:|---:|",
     ]
 
     def line(label: str, chosen: list[tuple[str, float]]) -> None:
         if not chosen:
             return
-        counted = Counter(said for said, _ in chosen).most_common()
-        said = "; ".join(f"{blocks}" + (f" ({count} times)" if count > 1 else "") for blocks, count in counted)
+        counted = Counter(text for text, _ in chosen).most_common()
+        text = "; ".join(f"{blocks}" + (f" ({count} times)" if count > 1 else "") for blocks, count in counted)
         overlaps = agreement([blocks_in(blocks) for blocks, _ in chosen])
-        lines.append(f"| {label} | {said} | {overlaps} | {spread([value for _, value in chosen])} |")
+        lines.append(f"| {label} | {text} | {overlaps} | {spread([value for _, value in chosen])} |")
 
     runs = [(row, (f"{row['start']}-{row['start'] + size - 1}", row["repaired"])) for row in rows]
     for domain in DOMAINS:
@@ -137,14 +141,15 @@ def table(content: dict[str, Any], size: int) -> str:
     line("domain and seed", [run for _, run in runs])
     if CHOICE.exists():
         choice = json.loads(CHOICE.read_text())["rows"]
-        cells = {name: of[str(size)] for name, of in choice.items() if str(size) in of}
-        told = {name: (cell["blocks"], cell["repaired"]) for name, cell in cells.items()}
-        ours = {"verified shortlist", "verified, several windows too"}
-        searches = (ours | {"disjoint", "one-shot", "greedy", "evolution"}) & told.keys()
-        criteria = {name for name in told if not name.startswith("exhaustive")} - searches
-        line(f"criterion ({len(criteria)} of them)", [told[name] for name in sorted(criteria)])
-        line(f"search ({len(searches)} of them)", [told[name] for name in sorted(searches)])
-    return "\n".join([*lines, "", f"Made by `{content['command']}`.", ""])
+        cells = {name: row_cells[str(size)] for name, row_cells in choice.items() if str(size) in row_cells}
+        choices = {name: (cell["blocks"], cell["repaired"]) for name, cell in cells.items()}
+        verified = {"verified shortlist", "verified, several windows too"}
+        searches = (verified | {"disjoint", "one-shot", "greedy", "evolution"}) & choices.keys()
+        criteria = {name for name in choices if not name.startswith("exhaustive")} - searches
+        line(f"{len(criteria)} criteria", [choices[name] for name in sorted(criteria)])
+        line(f"{len(searches)} searches", [choices[name] for name in sorted(searches)])
+    note = f"The last two rows include {EARLIER}, which are not in the package."
+    return "\n".join([*lines, "", note, "", f"Made by `{content['command']}`.", ""])
 
 
 if __name__ == "__main__":

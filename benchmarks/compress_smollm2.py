@@ -1,10 +1,10 @@
-"""The main job on real text: calibrate on one half of a data folder, score on the other, domain by domain.
+"""Compress SmolLM2-135M-Instruct in closed form and measure perplexity by held-out domain.
 
     python -m benchmarks.compress_smollm2 [--data FOLDER] [--remove 0.25] [--tokens 41000] [--seed 0]
 
-FOLDER (or STREAMLINE_DATA) holds ``text/train`` and ``text/heldout`` with the same domains as ``*.txt``. Nothing under
-``heldout`` is chosen or fitted on. The rows go to ``benchmarks/results/compress_smollm2.json`` and ``.md``, the picture
-to ``docs/similarity.svg``.
+FOLDER (or STREAMLINE_DATA) contains ``text/train`` and ``text/heldout`` with the same domains as ``*.txt``. Blocks are
+chosen and maps fitted on ``train`` only. The results are saved to ``benchmarks/results/compress_smollm2.json`` and
+``.md``, the figure to ``docs/images/similarity.svg``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from typing import Any
 import torch
 import transformers
 
-from streamline_hooks import CompressionConfig, CompressionResult, DataConfig, LinearReplacement, compress, perplexity
-from streamline_hooks.batch import batches_of
-from streamline_hooks.calibration import read_documents
-from streamline_hooks.pretrained import load_pretrained
+from streamline_hooks import CompressionConfig, DataConfig, RunOptions, compress, perplexity
+from streamline_hooks.checkpoint import load_pretrained
+from streamline_hooks.core import split_into_batches
+from streamline_hooks.data import read_documents
+from streamline_hooks.replacements import LinearReplacement
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.data is None:
-        parser.error("give --data FOLDER, or set STREAMLINE_DATA")
+        parser.error("no data folder: pass --data FOLDER or set STREAMLINE_DATA")
     started = time.time()
     texts = Path(options.data) / "text"
     model, tokenizer = load_pretrained("smollm2")
@@ -46,11 +47,10 @@ def main() -> None:
     original = {name: score(model, batches, f"{name}, original") for name, batches in domains.items()}
     result = compress(
         model,
-        tokenizer,
         read_documents(texts / "train"),
         CompressionConfig(remove=options.remove, data=DataConfig(calibration_tokens=options.tokens), seed=options.seed),
-        test_texts=read_documents(texts / "heldout"),
-        say=print,
+        tokenizer=tokenizer,
+        options=RunOptions(test_texts=read_documents(texts / "heldout")),
     )
     print(result.table())
     repaired = {name: score(model, batches, f"{name}, repaired") for name, batches in domains.items()}
@@ -69,13 +69,14 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "compress_smollm2.json").write_text(json.dumps(row, indent=1) + "\n")
     (RESULTS / "compress_smollm2.md").write_text(table(row))
-    draw(result, ROOT / "docs" / "similarity.svg")
+    (window,) = result.candidates[0].windows
+    draw(result.profile.cosine, window, ROOT / "docs" / "images" / "similarity.svg")
 
 
 def sequences(path: Path, tokenizer: Any) -> list[dict[str, torch.Tensor]]:
-    """The first tokens of a domain's held-out text, in order."""
+    """Return the first tokens of the held-out text of a domain as batches."""
     ids = tokenizer(path.read_text(), add_special_tokens=False).input_ids[:TOKENS_A_DOMAIN]
-    return batches_of(torch.tensor(ids[: len(ids) // SEQUENCE * SEQUENCE]).view(-1, SEQUENCE), 4)
+    return split_into_batches(torch.tensor(ids[: len(ids) // SEQUENCE * SEQUENCE]).view(-1, SEQUENCE), 4)
 
 
 def score(model: Any, batches: list[dict[str, torch.Tensor]], what: str) -> float:
@@ -83,7 +84,7 @@ def score(model: Any, batches: list[dict[str, torch.Tensor]], what: str) -> floa
 
 
 def without_repair(model: Any, domains: dict[str, Any]) -> dict[str, float]:
-    """Perplexity of plain removal: what stands in the window's place is made to do nothing."""
+    """Return the perplexity of plain removal, with the replacement maps set to zero."""
     maps = [m.projection.weight for m in model.modules() if isinstance(m, LinearReplacement)]
     kept = [weight.detach().clone() for weight in maps]
     for weight in maps:
@@ -98,10 +99,9 @@ def table(row: dict[str, Any]) -> str:
     removed = row["plan"]["removed"]
     lines = [
         f"SmolLM2-135M-Instruct, blocks {removed[0]} to {removed[-1]} of {row['plan']['old_length']} replaced by a "
-        f"linear map that was fitted in closed form on {row['data']['calibration_tokens']:,} tokens of the training "
-        "domains and chosen by KL on "
-        f"{row['data']['validation_tokens']:,} others. Perplexity on held-out text, {SEQUENCE} tokens a sequence, up "
-        f"to {TOKENS_A_DOMAIN:,} a domain.",
+        f"linear map, fitted in closed form on {row['data']['calibration_tokens']:,} tokens of the training domains "
+        f"and selected by KL on {row['data']['validation_tokens']:,} other tokens. Perplexity on held-out text, "
+        f"sequences of {SEQUENCE} tokens, up to {TOKENS_A_DOMAIN:,} tokens per domain.",
         "",
         "| domain | original | removed | repaired | ratio |",
         "|---|---:|---:|---:|---:|",
@@ -113,15 +113,15 @@ def table(row: dict[str, Any]) -> str:
     lines += [f"| mean ratio | | | | {sum(ratios) / len(ratios):.2f} |", ""]
     steps = ", ".join(f"{step} {seconds:.0f}" for step, seconds in row["seconds"].items())
     lines += [
-        f"Seconds: {steps}; peak memory {row['peak_memory_bytes'] / 1e9:.1f} GB.",
+        f"Seconds by stage: {steps}. Peak memory: {row['peak_memory_bytes'] / 1e9:.1f} GB.",
         "",
         f"Made by `{row['command']}`.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def draw(result: CompressionResult, path: Path) -> None:
-    """The matrix of mean cosine, with the chosen window drawn in it."""
+def draw(cosines: torch.Tensor, window: range, path: Path) -> None:
+    """Draw the matrix of mean cosines with the chosen window."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -129,22 +129,21 @@ def draw(result: CompressionResult, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 5.2), layout="constrained")
-    image = axes.imshow(result.profile.cosine.numpy(), origin="lower", cmap="viridis", vmin=0.0, vmax=1.0)
-    figure.colorbar(image, label="mean cosine of the states")
-    (window,) = result.candidates[0].windows
+    image = axes.imshow(cosines.numpy(), origin="lower", cmap="viridis", vmin=0.0, vmax=1.0)
+    figure.colorbar(image, label="mean cosine of the hidden states")
     start, stop = window.start, window.stop
     axes.plot([start, stop, stop], [start, start, stop], color="white", lw=1.5)
     axes.plot(stop, start, "o", color="white", ms=6)
     axes.annotate(
-        f"blocks {start} to {stop - 1} go\ncosine {result.profile.value('cosine', window):.2f}",
+        f"blocks {start} to {stop - 1}\nremoved\ncosine {cosines[start, stop]:.2f}",
         (stop, start),
         xytext=(12, 6),
         textcoords="offset points",
         color="white",
     )
-    axes.set_xlabel("state that enters block (last: leaves the stack)")
-    axes.set_ylabel("state that enters block")
-    axes.set_title("SmolLM2-135M: how alike the hidden states are", fontsize=11)
+    axes.set_xlabel("input of block (last: output of the stack)")
+    axes.set_ylabel("input of block")
+    axes.set_title("SmolLM2-135M: similarity of the hidden states", fontsize=11)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
 

@@ -1,13 +1,13 @@
-"""The curves that LLM-Streamline's paper studies, on SmolLM2-135M-Instruct.
+"""Reproduce the ablations of LLM-Streamline (arXiv 2403.19135) on SmolLM2-135M-Instruct.
 
     python -m benchmarks.curves [--data FOLDER] [--curves kind,networks,tokens,fraction]
 
-One thing is changed at a time: the kind of network, the number of networks, the tokens that it is trained on, the
-fraction of the blocks that is removed. The rest is a SwiGLU in the place of eight blocks, trained by KL on 100,000
-tokens, seen once, with products in bfloat16, as in `benchmarks.quality`. What is removed is chosen for each point by
-the verified shortlist on training text. Scores are mean perplexity ratios over the five held-out domains. A point goes
-to ``benchmarks/results/curves.json`` when it is done; the table to ``benchmarks/results/curves.md``, the plot to
-``docs/curves.svg``. All points take about two hours on two cores.
+One setting is varied at a time: the kind of replacement, the number of replacements, the training tokens, and the
+fraction of removed blocks. The other settings are one SwiGLU for 8 of 30 blocks, trained by KL on 100,000 tokens for
+one epoch in bfloat16 autocast, as in `benchmarks.quality`. The blocks of each point are chosen by the verified
+shortlist on training text. Scores are mean perplexity ratios over five held-out domains. Each point is saved to
+``benchmarks/results/curves.json`` when it is finished, the table to ``benchmarks/results/curves.md`` and the plot to
+``docs/images/curves.svg``. All points take about two hours on two cores.
 """
 
 from __future__ import annotations
@@ -25,36 +25,26 @@ from benchmarks.quality import OURS
 from benchmarks.quality_scores import Quality, write
 from benchmarks.real_text import BATCH, RESULTS, ROOT, arguments
 from benchmarks.training_text import training_text
-from streamline_hooks import (
-    BlockConfig,
-    DisjointSearch,
-    HardwareConfig,
-    LinearConfig,
-    MLPConfig,
-    ReplacementConfig,
-    SearchConfig,
-    SilencedConfig,
-    SwiGLUConfig,
-    WindowSearch,
-    perplexity,
-    profile,
-    student_of,
-    train,
-    verified,
-)
-from streamline_hooks.batch import batches_of
-from streamline_hooks.preparation import held_out_apart
-from streamline_hooks.pretrained import load_pretrained
-from streamline_hooks.selection import windows
-from streamline_hooks.stack import find_stack
+from streamline_hooks import LinearConfig, SwiGLUConfig, perplexity, profile, train, verify_shortlist
+from streamline_hooks.checkpoint import load_pretrained
+from streamline_hooks.core import HardwareConfig, split_into_batches
+from streamline_hooks.distillation import student_of
+from streamline_hooks.modeling import find_stack
+from streamline_hooks.pipeline import split_held_out
+from streamline_hooks.repair import BlockConfig, MLPConfig, ReplacementConfig, SilencedConfig
+from streamline_hooks.selection import DisjointSearch, SearchConfig, WindowSearch, windows_of_size
 
 FILE = RESULTS / "curves.json"
-MOST, CHOOSING, SHORTLIST = 1_000_000, 40_960, 4  # tokens at most, tokens to choose on, selections that are repaired
+MOST, CHOOSING, SHORTLIST = (
+    1_000_000,
+    40_960,
+    4,
+)  # largest number of training tokens, tokens for the selection, verified selections
 
 
 @dataclass(frozen=True)
 class Point:
-    """What is compressed how."""
+    """One point of a curve: the settings of a compression."""
 
     repair: ReplacementConfig = field(default_factory=SwiGLUConfig)
     networks: int = 1
@@ -83,10 +73,10 @@ CURVES: dict[str, list[Point]] = {
     "fraction": [Point(removed=n) for n in (3, 6, 9, 12, 15)],
 }
 LABELS = {
-    "kind": "kind of network",
-    "networks": "number of networks",
+    "kind": "replacement",
+    "networks": "number of replacements",
     "tokens": "training tokens",
-    "fraction": "fraction of blocks removed",
+    "fraction": "fraction of blocks",
 }
 
 
@@ -101,7 +91,7 @@ def main() -> None:
 
 
 class Bench:
-    """The model twice, once to be changed, the text, and the points so far."""
+    """The original, a model to change, the text and the finished points."""
 
     def __init__(self, data: Path) -> None:
         original, tokenizer = load_pretrained("smollm2")
@@ -109,36 +99,37 @@ class Bench:
         self.model = load_pretrained("smollm2")[0]
         self.stack = find_stack(self.model)
         self.text = training_text(data, tokenizer, MOST)
-        self.validation = batches_of(self.text.validation, 2)
+        self.validation = split_into_batches(self.text.validation, 2)
         self.content: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"points": {}}
         self.content["command"] = "python -m benchmarks.curves"
         rows = self.text.train[: CHOOSING // self.text.train.shape[1]]
-        self.profile = profile(self.model, batches_of(rows, BATCH))
+        self.profile = profile(self.model, split_into_batches(rows, BATCH))
 
     def measure(self, point: Point) -> None:
-        """Choose, fit, train and score, unless that is done."""
+        """Choose, fit, train and score a point, unless it is finished."""
         if point.name in self.content["points"]:
             return
         started = time.time()
         rows = self.text.train[: point.tokens // self.text.train.shape[1]]
         chosen = self.chosen(point, rows[: CHOOSING // rows.shape[1]])
-        pairs = [(repair.window, repair.stand_in) for repair in chosen.repairs]
+        pairs = [(repair.window, repair.replacement_module) for repair in chosen.repairs]
         file = ROOT / "build" / "curves" / f"{point.name.replace('/', '-')}.training"
         student = student_of(self.stack, pairs)
         with student.opened():
             before = self.score()
         trained = train(
             student,
-            batches_of(rows, 1),
+            split_into_batches(rows, 1),
             self.validation,
             OURS,
             resume=file.exists(),
-            say=print,
-            checkpoint=file,
+            checkpoint_file=file,
             hardware=HardwareConfig(autocast="bfloat16", state_memory=2**34),
         )
         if trained.stopped:
-            raise SystemExit(f"{point.name} was not trained to its end: {trained.stopped}. Run it again to go on.")
+            raise SystemExit(
+                f"{point.name}: training stopped early: {trained.stopped}. Run the command again to resume."
+            )
         student.merge()
         student.training = False
         with student.opened():
@@ -148,7 +139,7 @@ class Bench:
             "networks": point.networks,
             "tokens": point.tokens,
             "removed": point.removed,
-            "gone": chosen.gone,
+            "gone": chosen.blocks_text,
             "added": sum(point.repair.size(self.stack, w).parameters for w, _ in pairs),
             "parameters_gone": sum(self.stack.parameters_per_block[k] for w, _ in pairs for k in w),
             "started": before,
@@ -163,51 +154,51 @@ class Bench:
         print(point.name, self.content["points"][point.name], flush=True)
 
     def chosen(self, point: Point, rows: torch.Tensor) -> Any:
-        """What is removed, and what stands in its place to begin with."""
+        """Choose the blocks of a point and fit their replacements."""
         length, slots = len(self.stack), point.repair.slots
         size = point.removed + slots * point.networks
         search: SearchConfig = WindowSearch(shortlist=SHORTLIST)
         if point.networks > 1:
             search = DisjointSearch(shortlist=SHORTLIST, windows=point.networks)
-        shortlist = search.find(search.problem(windows(length, size), length, profile=self.profile))
-        parts = [*(batches_of(part, BATCH) for part in held_out_apart(rows)), self.validation]
+        shortlist = search.find(search.problem(windows_of_size(length, size), length, profile=self.profile))
+        parts = [*(split_into_batches(part, BATCH) for part in split_held_out(rows)), self.validation]
         with torch.autocast("cpu", torch.bfloat16):
-            return verified(self.model, shortlist, *parts, replacement=point.repair)[0]
+            return verify_shortlist(self.model, shortlist, *parts, replacement=point.repair)[0]
 
     def score(self) -> float:
-        """The mean perplexity ratio of the model as it is now."""
+        """Return the mean perplexity ratio of the model in its present state."""
         value = {name: perplexity(self.model, batches, name).value for name, batches in self.quality.text.items()}
         return statistics.fmean(value[name] / original for name, original in self.quality.scores.perplexity.items())
 
 
 def table(content: dict[str, Any]) -> str:
-    """The points as Markdown, a table a curve."""
+    """Return the points as Markdown, one table per curve."""
     lines = [
-        "SmolLM2-135M-Instruct: mean perplexity ratio to the original over five held-out domains, as the closed form "
-        "starts and after training by KL. What is not named is a SwiGLU for 8 of 30 blocks, and 100,000 tokens seen "
-        "once. A stand-in that is a block gives up one block more. Minutes: choosing, fitting, training and scoring, "
-        "beside whatever else the machine did.",
+        "SmolLM2-135M-Instruct, seed 0: mean perplexity ratio to the original over five held-out domains, after the "
+        "fit in closed form and after training by KL for one epoch. Unless stated: SwiGLU, 8 of 30 blocks, 100,000 "
+        "tokens. Block replacements remove one more block. Minutes: selection, fit, training and scoring on a CPU, on "
+        "a machine with other load.",
     ]
     for curve, points in CURVES.items():
         rows = [(point, content["points"][point.name]) for point in points if point.name in content["points"]]
-        lines += ["", f"| {LABELS[curve]} | blocks gone | started | trained | parameters added | minutes |"]
+        lines += ["", f"| {LABELS[curve]} | blocks removed | fitted | trained | parameters added / removed | minutes |"]
         lines.append("|---" * 6 + "|")
         for point, row in rows:
             lines.append(
                 f"| {place_of(curve, point)} | {row['gone']} | {row['started']:.3f} | **{row['trained']:.3f}** | "
-                f"{row['added'] / 1e6:.2f} M for {row['parameters_gone'] / 1e6:.1f} M | {row['minutes']:.0f} |"
+                f"{row['added'] / 1e6:.2f} M / {row['parameters_gone'] / 1e6:.1f} M | {row['minutes']:.0f} |"
             )
     return "\n".join([*lines, "", f"Made by `{content['command']}`.", ""])
 
 
 def place_of(curve: str, point: Point) -> str:
-    """Where a point stands on a curve's axis, in words."""
+    """Return the label of a point on the axis of a curve."""
     named = {"kind": str(point.repair), "networks": point.networks, "tokens": f"{point.tokens:,}"}
     return str(named.get(curve, f"{point.removed / 30:.1f}"))
 
 
 def plot(content: dict[str, Any]) -> None:
-    """The four curves beside each other."""
+    """Plot the four curves."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -216,16 +207,20 @@ def plot(content: dict[str, Any]) -> None:
 
     figure, axes = plt.subplots(1, len(CURVES), figsize=(12.8, 3.4), layout="constrained")
     for ax, (curve, points) in zip(axes, CURVES.items(), strict=True):
-        found = [(place_of(curve, p), content["points"][p.name]) for p in points if p.name in content["points"]]
-        for label in ("started", "trained"):
+        measured_points = [
+            (place_of(curve, p), content["points"][p.name]) for p in points if p.name in content["points"]
+        ]
+        for key, label in (("started", "fitted"), ("trained", "trained")):
             style = "o" if curve == "kind" else "o-"  # kinds have no order
-            ax.plot([place for place, _ in found], [row[label] for _, row in found], style, label=label)
+            ax.plot(
+                [place for place, _ in measured_points], [row[key] for _, row in measured_points], style, label=label
+            )
         ax.set_xlabel(LABELS[curve])
         plt.setp(ax.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("mean perplexity ratio")
     axes[0].legend(frameon=False)
-    figure.savefig(ROOT / "docs" / "curves.svg", metadata={"Date": None})
+    figure.savefig(ROOT / "docs" / "images" / "curves.svg", metadata={"Date": None})
     plt.close(figure)
 
 

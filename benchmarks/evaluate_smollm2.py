@@ -1,10 +1,11 @@
-"""Everything that an evaluation measures, of SmolLM2-135M-Instruct and of the same with eight blocks repaired linearly.
+"""Run a complete evaluation of SmolLM2-135M-Instruct with eight blocks removed and repaired linearly.
 
     python -m benchmarks.evaluate_smollm2 [--data FOLDER] [--items 100] [--text-tokens 4000]
 
-The model is compressed on ``text/train``; text and tasks are of ``text/heldout`` and ``bench``, on which nothing is
-chosen or fitted, a seeded subset of each. What has been measured is kept in ``build/evaluate_smollm2``, beside the
-page; the rows go to ``benchmarks/results/evaluate_smollm2.json`` and ``.md``. About 25 minutes on two cores.
+The model is compressed on ``text/train``. It is evaluated on seeded subsets of ``text/heldout`` and ``bench``, which
+are used neither to choose nor to fit. Finished measurements and the report page are stored in
+``build/evaluate_smollm2``, the results in ``benchmarks/results/evaluate_smollm2.json`` and ``.md``. It takes about 25
+minutes on two cores.
 """
 
 from __future__ import annotations
@@ -18,17 +19,11 @@ import torch
 from benchmarks.quality_scores import write
 from benchmarks.real_text import RESULTS, ROOT, arguments
 from benchmarks.timing import machine
-from streamline_hooks import (
-    CompressionConfig,
-    DataConfig,
-    Evaluation,
-    Suite,
-    compress,
-    evaluate,
-)
-from streamline_hooks.calibration import read_documents
-from streamline_hooks.pretrained import load_pretrained
-from streamline_hooks.report import write_report
+from streamline_hooks import CompressionConfig, DataConfig, compress, evaluate
+from streamline_hooks.checkpoint import load_pretrained
+from streamline_hooks.data import read_documents
+from streamline_hooks.evaluation import Evaluation, Suite
+from streamline_hooks.pipeline import write_report
 
 FILE = RESULTS / "evaluate_smollm2.json"
 KEPT = ROOT / "build" / "evaluate_smollm2"
@@ -59,69 +54,75 @@ def main() -> None:
     )
     texts = read_documents(options.data / "text" / "train")
     config = CompressionConfig(data=DataConfig(calibration_tokens=CALIBRATION))
-    result = compress(copy.deepcopy(original), tokenizer, texts, config, say=print)
-    found = evaluate(
+    result = compress(copy.deepcopy(original), texts, config, tokenizer=tokenizer)
+    evaluation = evaluate(
         result.model,
         tokenizer,
         suite,
         original,
-        keep_in=KEPT / "measured.json",
+        cache_file=KEPT / "measured.json",
         name="8 blocks repaired linearly",
         reference_name="SmolLM2-135M-Instruct",
     )
-    print(found.table())
+    print(evaluation.table())
     report = {
         "command": command,
         "machine": machine() | {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]},
-        "gone": result.candidates[0].gone,
-        **found.report(),
+        "gone": result.candidates[0].blocks_text,
+        **evaluation.report(),
     }
     write(FILE, report)
-    FILE.with_suffix(".md").write_text(table(found, suite, command, result.candidates[0].gone))
+    FILE.with_suffix(".md").write_text(table(evaluation, suite, command, result.candidates[0].blocks_text))
     write_report(KEPT, compression=result.report(), evaluation=report, command=command, title="SmolLM2, 8 blocks fewer")
 
 
-def table(found: Evaluation, suite: Suite, command: str, gone: str) -> str:
-    """The rows as Markdown: each task with its standard error and the seconds that it took."""
-    assert found.original is not None
-    said, before = found.report(), found.report()["original"]
+def table(evaluation: Evaluation, suite: Suite, command: str, removed: str) -> str:
+    """Return the results as Markdown, with standard errors and run times."""
+    assert evaluation.original is not None
+    report, original = evaluation.report(), evaluation.report()["original"]
     lines = [
-        f"SmolLM2-135M-Instruct, and the same with blocks {gone} given up and repaired by a linear map that was fitted "
-        f"on {CALIBRATION:,} tokens: on held-out text and seeded subsets of the tasks. Standard errors are those of "
-        "drawing the questions; seconds are those of each model, beside whatever else the machine did.",
+        f"SmolLM2-135M-Instruct, and the same model with blocks {removed} removed and repaired by a linear map fitted "
+        f"on {CALIBRATION:,} tokens, seed 0: held-out text and seeded subsets of the tasks. Standard errors are over "
+        "questions. Seconds are measured on a CPU, on a machine with other load.",
         "",
         "| task | questions | chance | original | repaired | seconds | seconds, repaired |",
         "|---" * 7 + "|",
     ]
-    for name, row in said["accuracy"].items():
-        cells = [_share(before["accuracy"][name]), _share(row)]
+    for name, row in report["accuracy"].items():
+        cells = [_share(original["accuracy"][name]), _share(row)]
         chance = f"{row['chance']:.1%}" if row["chance"] else ""
-        seconds = [f"{part['seconds'][name]:.0f}" for part in (before, said)]
+        seconds = [f"{part['seconds'][name]:.0f}" for part in (original, report)]
         lines.append(f"| {name} ({row['metric']}) | {row['items']} | {chance} | {' | '.join([*cells, *seconds])} |")
-    lines += ["", "| perplexity | tokens | original | repaired | ratio | bits a byte | repaired |", "|---" * 7 + "|"]
-    for name, row in said["perplexity"].items():
-        theirs = before["perplexity"][name]
-        lines.append(
-            f"| {name} | {row['tokens']:,} | {theirs['value']:.2f} | {row['value']:.2f} | "
-            f"{row['value'] / theirs['value']:.2f} | {theirs['bits_per_byte']:.3f} | {row['bits_per_byte']:.3f} |"
-        )
-    agreed: dict[str, Any] = said["agreement"]
-    quantiles = ", ".join(f"{float(q):.0%} below {value:.2f}" for q, value in agreed["quantiles"].items())
     lines += [
         "",
-        f"Agreement: KL {agreed['kl']:.3f} nats a token ({quantiles}), the same first choice for {agreed['top1']:.1%}; "
-        f"{agreed['match_length']:.1f} of {suite.new_tokens} tokens written alike. Repeated runs of four tokens: "
-        f"{before['writing']['repetition']:.1%} and {said['writing']['repetition']:.1%}.",
+        "| domain | tokens | perplexity | perplexity, repaired | ratio | bits per byte | bits per byte, repaired |",
+        "|---" * 7 + "|",
+    ]
+    for name, row in report["perplexity"].items():
+        original_row = original["perplexity"][name]
+        lines.append(
+            f"| {name} | {row['tokens']:,} | {original_row['value']:.2f} | {row['value']:.2f} | "
+            f"{row['value'] / original_row['value']:.2f} | {original_row['bits_per_byte']:.3f} | "
+            f"{row['bits_per_byte']:.3f} |"
+        )
+    agreement: dict[str, Any] = report["agreement"]
+    quantiles = ", ".join(f"{float(q):.0%} below {value:.2f}" for q, value in agreement["quantiles"].items())
+    lines += [
         "",
-        *(f"Retained, {group}: {one}." for group, one in found.retained.items()),
+        f"Agreement: KL {agreement['kl']:.3f} nats per token ({quantiles}), same top-1 token for "
+        f"{agreement['top1']:.1%}; length of the common prefix {agreement['match_length']:.1f} of "
+        f"{suite.new_tokens} tokens. Repeated 4-grams: {original['writing']['repetition']:.1%} and "
+        f"{report['writing']['repetition']:.1%}.",
+        "",
+        *(f"Retained accuracy, {group}: {result}." for group, result in evaluation.retained.items()),
         "",
         *(
-            f"Stability, {name}: {one['value']:.1%}, {one['share']:.1%} with equal weights."
-            for name, one in found.stability.items()
+            f"Stability, {name}: {result['value']:.1%}, {result['share']:.1%} with equal weights."
+            for name, result in evaluation.stability.items()
         ),
         "",
         "```",
-        *([] if found.speed is None else found.speed.table().splitlines()),
+        *([] if evaluation.speed is None else evaluation.speed.table().splitlines()),
         "```",
     ]
     return "\n".join([*lines, "", f"Made by `{command}`.", ""])

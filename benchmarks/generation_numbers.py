@@ -1,4 +1,4 @@
-"""From rows of `benchmarks.generation_scores` to numbers: what is retained, with intervals; no model is needed."""
+"""Compute retained accuracy with intervals from rows of `benchmarks.generation_scores`, without a model."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.bootstrap import Retained, TaskAnswers, retained
+from streamline_hooks.core import StreamlineError
+from streamline_hooks.evaluation import PairedScores, RelativeAccuracy, relative_accuracy
 
 GROUP = "generation"
 Row = Mapping[str, Any]
 
 
-def greedy_answers(original: Row | Sequence[Row], rows: Sequence[Row]) -> list[TaskAnswers]:
-    """The problems and last words, as the original and what was made of it answer them, beside what guessing reaches.
+def greedy_answers(original: Row | Sequence[Row], rows: Sequence[Row]) -> list[PairedScores]:
+    """Pair the greedy scores of the original and of a changed model on problems and last words.
 
     Parameters
     ----------
     original : mapping, or sequence of mapping
-        Its own row; or one for each of `rows`, where they were scored in different precisions.
+        The row of the original, or one for each of `rows` if they were scored in different precisions.
     rows : sequence of mapping
-        Of one model, or of one recipe with several seeds: each item then counts by the share of the seeds that get it
-        right, and an interval is of drawing the items for all seeds at once.
+        Rows of one model, or of one recipe with several seeds. The score of an item is then the fraction of seeds that
+        solve it, and intervals resample items for all seeds together.
 
     Raises
     ------
     StreamlineError
-        If there is no row, or they were not asked the same.
+        If there is no row, or if the rows were scored on different items.
     """
     originals = _same_questions(original, rows)
     greedy: dict[str, Callable[[Row], str]] = {sort: lambda row, s=sort: row["probes"][s] for sort in rows[0]["probes"]}
@@ -45,20 +45,22 @@ def greedy_answers(original: Row | Sequence[Row], rows: Sequence[Row]) -> list[T
     ]
 
 
-def pass_answers(original: Row | Sequence[Row], rows: Sequence[Row], k: int) -> list[TaskAnswers]:
-    """The same of pass@k: each problem counts by the chance that one of k tries is right.
+def pass_answers(original: Row | Sequence[Row], rows: Sequence[Row], k: int) -> list[PairedScores]:
+    """Pair the pass@k scores of the original and of a changed model.
 
     Raises
     ------
     StreamlineError
-        See `greedy_answers`; or if there are fewer tries than k, or another k was asked for when they were scored.
+        See `greedy_answers`; also if there are fewer samples than k, or if pass@k was not scored for this k.
     """
     originals = _same_questions(original, rows)
-    given = rows[0]["pass_at"]
-    chances = {c: pass_of(c, given["samples"], k) for c in range(given["samples"] + 1)}
+    sampled = rows[0]["pass_at"]
+    chances = {c: pass_of(c, sampled["samples"], k) for c in range(sampled["samples"] + 1)}
     by_guessing = rows[0]["guessed"]["pass"]
     if str(k) not in by_guessing:
-        raise StreamlineError(f"These rows were scored for pass@{', '.join(by_guessing)}, and not for {k}.")
+        raise StreamlineError(
+            f"pass@{k} is not in these rows. Expected k of {', '.join(by_guessing)}. Score the rows again."
+        )
     return [
         _answers(
             sort,
@@ -66,34 +68,34 @@ def pass_answers(original: Row | Sequence[Row], rows: Sequence[Row], k: int) -> 
             chance=by_guessing[str(k)][sort],
             sets=rows[0]["sets"],
         )
-        for sort in given["right"]
+        for sort in sampled["right"]
         for pair in [(originals, rows)]
     ]
 
 
-def retained_greedy(original: Row | Sequence[Row], rows: Sequence[Row], **settings: Any) -> Retained:
-    """What is retained of `greedy_answers`; see `retained` for the settings."""
-    return retained(greedy_answers(original, rows), **settings)[GROUP]
+def retained_greedy(original: Row | Sequence[Row], rows: Sequence[Row], **settings: Any) -> RelativeAccuracy:
+    """Return the relative accuracy of `greedy_answers`; see `relative_accuracy` for the settings."""
+    return relative_accuracy(greedy_answers(original, rows), **settings)[GROUP]
 
 
-def retained_pass(original: Row | Sequence[Row], rows: Sequence[Row], k: int, **settings: Any) -> Retained:
-    """What is retained of `pass_answers`."""
-    return retained(pass_answers(original, rows, k), **settings)[GROUP]
+def retained_pass(original: Row | Sequence[Row], rows: Sequence[Row], k: int, **settings: Any) -> RelativeAccuracy:
+    """Return the relative accuracy of `pass_answers`."""
+    return relative_accuracy(pass_answers(original, rows, k), **settings)[GROUP]
 
 
 def pass_of(right: int, samples: int, k: int) -> float:
-    """The chance that one of k tries at a problem is right, without bias, of so many right ones among the samples."""
+    """Return the unbiased estimate of pass@k from the number of correct samples."""
     if not 1 <= k <= samples:
-        raise StreamlineError(f"pass@{k} needs {k} tries a problem; there are {samples}. Ask for more samples.")
+        raise StreamlineError(f"pass@{k} needs {k} samples per problem. There are {samples}. Use more samples.")
     return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
 def summary(
     original: Row | Sequence[Row], rows: Sequence[Row], ks: Sequence[int] = (1, 5, 20), **settings: Any
 ) -> dict[str, Any]:
-    """All numbers of one model, or of one recipe with several seeds, as JSON values.
+    """Return all numbers of one model, or of one recipe with several seeds, as JSON values.
 
-    Lengths, shares and repetition are means over the seeds.
+    Lengths, fractions and repetition are means over the seeds.
     """
     greedy = _values(retained_greedy(original, rows, **settings))
     kinds = {
@@ -114,18 +116,17 @@ def summary(
 
 def _answers(
     name: str, first: Sequence[Sequence[float]], others: Sequence[Sequence[float]], chance: float, sets: int
-) -> TaskAnswers:
-    """Of the original's scores, for each seed, and those of what was made of it.
+) -> PairedScores:
+    """Return the paired scores of one task, averaged over seeds.
 
-    Above what guessing reaches; and what stands behind the same solved problems is drawn together, of so many sets of
-    them that take turns.
+    Problems with the same few-shot examples form a cluster; `sets` is the number of sets of examples, used in turn.
     """
     clusters = [k % sets for k in range(len(first[0]))] if sets else []
-    return TaskAnswers(name, mean_of(first), mean_of(others), chance, GROUP, clusters)
+    return PairedScores(name, mean_of(first), mean_of(others), chance, GROUP, clusters)
 
 
 def mean_of(scores: Sequence[Sequence[float]]) -> list[float]:
-    """Of each item, over several rows.
+    """Return the mean score of each item over several rows.
 
     Examples
     --------
@@ -135,12 +136,12 @@ def mean_of(scores: Sequence[Sequence[float]]) -> list[float]:
     return [statistics.fmean(item) for item in zip(*scores, strict=True)]
 
 
-def _values(found: Retained) -> dict[str, Any]:
+def _values(result: RelativeAccuracy) -> dict[str, Any]:
     return {
-        "ratio": asdict(found.ratio),
-        "above_chance": None if found.above_chance is None else asdict(found.above_chance),
-        "tasks": {name: asdict(one) for name, one in found.tasks.items()},
-        "left_out": dict(found.left_out),
+        "ratio": asdict(result.ratio),
+        "above_chance": None if result.above_chance is None else asdict(result.above_chance),
+        "tasks": {name: asdict(estimate) for name, estimate in result.tasks.items()},
+        "left_out": dict(result.left_out),
     }
 
 
@@ -150,14 +151,14 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _same_questions(original: Row | Sequence[Row], rows: Sequence[Row]) -> Sequence[Row]:
-    """The original's row for each of the others."""
+    """Return the row of the original for each of `rows`; raise if they were scored on different items."""
     if not rows:
-        raise StreamlineError("There is no row of a changed model; give one at least.")
+        raise StreamlineError("rows is empty. Expected at least one row of a changed model.")
     originals = [original] * len(rows) if isinstance(original, Mapping) else original
     for own, row in zip(originals, rows, strict=True):
         if row["key"] != own["key"]:
             raise StreamlineError(
-                f"The original's row was made with the key {own['key']}, another with {row['key']}: they were not "
-                "asked the same. Score them again."
+                f"The key of the original's row is {own['key']}, that of another row {row['key']}. Expected equal "
+                "keys: the rows were scored on different items or settings. Score them again."
             )
     return originals

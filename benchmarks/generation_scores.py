@@ -1,12 +1,12 @@
-"""One row of what a model writes: problems solved, ends of texts, and how far it goes along with its original.
+"""Score the generation of a model: problems, last words, and agreement with the original.
 
     python -m benchmarks.generation_scores [MODEL] [--data FOLDER]
 
-Small problems of the difficulty that `benchmarks.probe_difficulty` chose, answered greedily and by sampling (pass@k);
-last words of held-out text; greedy continuations against the original's. Without MODEL the original alone,
-SmolLM2-135M-Instruct, is scored. What it writes is kept in ``benchmarks/results/generation_original.json``, by
-everything that it depends on. Matrix products are in bfloat16 where the machine is fast in it, but for the LM head's,
-of the original as of what is made from it.
+A row has synthetic problems of the difficulty chosen by `benchmarks.probe_difficulty`, solved greedily and by sampling
+(pass@k), the accuracy of last words of held-out text, and the agreement of greedy continuations with the original.
+Without MODEL only the original, SmolLM2-135M-Instruct, is scored. Its row is cached in
+``benchmarks/results/generation_original.json`` by a digest of all settings. Matrix products except those of the LM head
+are in bfloat16 if the CPU supports it, for the original and for changed models.
 """
 
 from __future__ import annotations
@@ -31,35 +31,41 @@ from benchmarks.last_words import score_last_words
 from benchmarks.probe_difficulty import chosen
 from benchmarks.quality_scores import digest, fingerprint, write
 from benchmarks.real_text import RESULTS, arguments
-from benchmarks.short_answers import fast_products, guessed, problems_of, products, room, same_answer, sets_of
-from streamline_hooks.evaluation import solve, write_on
-from streamline_hooks.evaluation.probes import STOP
-from streamline_hooks.evaluation.writing import Matched, WritingScores, Written
-from streamline_hooks.pretrained import load_pretrained
+from benchmarks.short_answers import answer_tokens, fast_products, guessed, problems_of, products, same_answer, sets_of
+from streamline_hooks.checkpoint import load_pretrained
+from streamline_hooks.evaluation import (
+    ANSWER_STOP,
+    GeneratedText,
+    GenerationAgreement,
+    GenerationStatistics,
+    TextGenerationConfig,
+    generate_texts,
+    solve_problems,
+)
 
 FILE = RESULTS / "generation_original.json"
-SEED = 2_026  # of the problems that score; others chose their difficulty, and the recipes
+SEED = 2_026  # of the scored problems; difficulty and recipes were chosen with other seeds
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How much is asked.
+    """Numbers of scored items.
 
     Attributes
     ----------
     probes : int
-        Problems a sort, greedily.
+        Problems per kind, solved greedily.
     sampled, samples : int
-        Problems a sort, the first of these, and tries at each.
+        Number of problems per kind that are sampled (the first ones), and samples of each.
     ks : tuple of int
-        Of pass@k.
+        Values of k in pass@k.
     last_words : int
     beginnings, instructions : int
-        Texts to be written on, and questions to be answered.
+        Beginnings of documents to continue, and instructions to answer.
     new_tokens : int
-        After each of them.
+        Generated tokens after each beginning or instruction.
     shown : int
-        Of them, kept as text.
+        Number of generations that are stored as text.
     """
 
     probes: int = 100
@@ -78,23 +84,23 @@ AT_ONCE = {"probes": 50, "pass_at": 100, "last_words": 25, "match": 60}
 
 
 class Generation:
-    """The original, the problems and the texts, to score what a model made from it writes.
+    """The original, the problems and the texts, to score models made from the original.
 
     Parameters
     ----------
     original : transformers.PreTrainedModel
-        It is kept, and must not be changed afterwards: change a copy.
+        The original model. It must not be changed afterwards; change a copy.
     tokenizer : PreTrainedTokenizerBase
-        With a chat template, where there are instructions.
+        The tokenizer; with a chat template if there are instructions.
     data : Path
-        With ``text/heldout``.
+        Folder with ``text/heldout``.
     counts : Counts
     difficulty : mapping of str to int, optional
-        By sort; by default what `benchmarks.probe_difficulty` chose.
+        Difficulty by kind of problem; by default the choice of `benchmarks.probe_difficulty`.
     seed : int
-        Of problems, texts and samples.
+        Seed of problems, texts and samples.
     cache : Path
-        Where the original's row is kept.
+        File in which the row of the original is cached.
     """
 
     def __init__(
@@ -112,28 +118,27 @@ class Generation:
         self.difficulty = dict(chosen() if difficulty is None else difficulty)
         self.problems = problems_of(counts.probes, seed, self.difficulty)
         self.ends = last_words(data, tokenizer, counts.last_words, seed)
-        self.begun = beginnings(data, tokenizer, counts.beginnings, seed)
-        self.asked = INSTRUCTIONS[: counts.instructions]
+        self.beginnings = beginnings(data, tokenizer, counts.beginnings, seed)
+        self.instructions = INSTRUCTIONS[: counts.instructions]
         self._original, self._reference = self._cached(original, cache)
 
     def original_row(self) -> dict[str, Any]:
-        """The original's own row, from the cache; it goes along with itself."""
+        """Return the row of the original from the cache."""
         return self._original
 
     def row(self, model: nn.Module) -> dict[str, Any]:
-        """Score a model that was made from the original, and is another module in memory.
+        """Score a model that was made from a copy of the original.
 
         Returns
         -------
         dict
-            JSON values. ``key`` names what was asked: only rows of one key are comparable, see
-            `benchmarks.generation_numbers`.
+            JSON values. Only rows with the same ``key`` are comparable; see `benchmarks.generation_numbers`.
         """
         return self.measure_row(model, self._original["key"], self._reference)[0]
 
     def measure_row(
-        self, model: nn.Module, key: str, reference: Mapping[str, list[Written]] | None
-    ) -> tuple[dict[str, Any], dict[str, list[Written]]]:
+        self, model: nn.Module, key: str, reference: Mapping[str, list[GeneratedText]] | None
+    ) -> tuple[dict[str, Any], dict[str, list[GeneratedText]]]:
         seconds: dict[str, float] = {}
         with fast_products(model):
             with timed(seconds, "probes"):
@@ -159,46 +164,48 @@ class Generation:
         return row, written
 
     def _guessed(self) -> dict[str, Any]:
-        """What knowing nothing but how often each answer is right would reach, of one sort and with k tries."""
-        several = {sort: problems[: self.counts.sampled] for sort, problems in self.problems.items()}
+        """Return the accuracy of guessing by the frequency of answers, per kind and for each k."""
+        subsets = {sort: problems[: self.counts.sampled] for sort, problems in self.problems.items()}
         return {
             "probes": {sort: same_answer(problems) for sort, problems in self.problems.items()},
             "pass": {
-                str(k): {sort: guessed(asked, self.problems[sort], k) for sort, asked in several.items()}
+                str(k): {sort: guessed(subset, self.problems[sort], k) for sort, subset in subsets.items()}
                 for k in self.counts.ks
             },
         }
 
     def _probes(self, model: nn.Module) -> dict[str, str]:
-        found = {}
-        for sort, problems in self.problems.items():
-            solved = solve(
+        solved_by_kind = {}
+        for kind, problems in self.problems.items():
+            solved = solve_problems(
                 model,
                 self.tokenizer,
                 problems,
-                new_tokens=room(self.tokenizer, problems),
-                stop=STOP,
-                batch_size=AT_ONCE["probes"],
-                what=sort,
+                TextGenerationConfig(
+                    new_tokens=answer_tokens(self.tokenizer, problems), stop=ANSWER_STOP, batch_size=AT_ONCE["probes"]
+                ),
+                desc=kind,
             )
-            found[sort] = bits(solved.right)
-        return found
+            solved_by_kind[kind] = bits(solved.right)
+        return solved_by_kind
 
     def _sampled(self, model: nn.Module) -> dict[str, Any]:
         right, reached = {}, {}
         for sort, problems in self.problems.items():
             several = problems[: self.counts.sampled]
-            solved = solve(
+            solved = solve_problems(
                 model,
                 self.tokenizer,
                 several,
-                new_tokens=room(self.tokenizer, several),
-                samples=self.counts.samples,
-                stop=STOP,
-                batch_size=AT_ONCE["pass_at"],
-                seed=self.seed,
-                what=f"{sort}, sampled",
-                **SAMPLING,
+                TextGenerationConfig(
+                    new_tokens=answer_tokens(self.tokenizer, several),
+                    samples=self.counts.samples,
+                    stop=ANSWER_STOP,
+                    batch_size=AT_ONCE["pass_at"],
+                    seed=self.seed,
+                    **SAMPLING,
+                ),
+                desc=f"{sort}, sampled",
             )
             right[sort] = [sum(tries) for tries in solved.solved]
             reached[sort] = {str(k): solved.pass_at(k) for k in self.counts.ks}
@@ -213,36 +220,36 @@ class Generation:
             "nats": " ".join(f"{nats:.3f}" for nats in scores.loglikelihoods),
         }
 
-    def _written(self, model: nn.Module) -> dict[str, list[Written]]:
-        found = {}
-        for name, prompts in (("text", self.begun), ("instructions", self.asked)):
+    def _written(self, model: nn.Module) -> dict[str, list[GeneratedText]]:
+        generated = {}
+        for name, prompts in (("text", self.beginnings), ("instructions", self.instructions)):
             if prompts:
-                several = write_on(
+                generations = generate_texts(
                     model,
                     self.tokenizer,
                     prompts,
-                    new_tokens=self.counts.new_tokens,
-                    chat=name == "instructions",
-                    batch_size=AT_ONCE["match"],
-                    what=name,
+                    TextGenerationConfig(
+                        new_tokens=self.counts.new_tokens, chat=name == "instructions", batch_size=AT_ONCE["match"]
+                    ),
+                    desc=name,
                 )
-                found[name] = [one for (one,) in several]
-        return found
+                generated[name] = [text for (text,) in generations]
+        return generated
 
-    def _shown(self, written: Mapping[str, Sequence[Written]]) -> list[dict[str, str]]:
-        """The same for every model, drawn by the seed from texts and instructions."""
-        rows = [{"prompt": one.prompt, "text": one.text} for several in written.values() for one in several]
+    def _shown(self, written: Mapping[str, Sequence[GeneratedText]]) -> list[dict[str, str]]:
+        """Return a seeded sample of the generations, the same prompts for every model."""
+        rows = [{"prompt": text.prompt, "text": text.text} for texts in written.values() for text in texts]
         chosen = Random(f"{self.seed} shown").sample(range(len(rows)), min(self.counts.shown, len(rows)))
         return [rows[k] for k in sorted(chosen)]
 
-    def _cached(self, original: Any, cache: Path) -> tuple[dict[str, Any], dict[str, list[Written]]]:
+    def _cached(self, original: Any, cache: Path) -> tuple[dict[str, Any], dict[str, list[GeneratedText]]]:
         settings = {
             "weights": fingerprint(original.state_dict()),
             "counts": asdict(self.counts),
             "difficulty": self.difficulty,
             "problems": digest(repr(self.problems)),
             "last_words": digest(repr(self.ends)),
-            "prompts": digest(repr((self.begun, self.asked))),
+            "prompts": digest(repr((self.beginnings, self.instructions))),
             "template": digest(repr(getattr(self.tokenizer, "chat_template", None))),
             "sampling": SAMPLING,
             "at_once": AT_ONCE,
@@ -258,31 +265,33 @@ class Generation:
             known[key] = {
                 "settings": settings,
                 "row": row,
-                "written": {name: [_packed(one) for one in several] for name, several in written.items()},
+                "written": {name: [_packed(text) for text in texts] for name, texts in written.items()},
             }
             write(cache, known)
-        kept = json.loads(json.dumps(known[key]))
-        return kept["row"], {name: [_unpacked(one) for one in several] for name, several in kept["written"].items()}
+        stored = json.loads(json.dumps(known[key]))
+        return stored["row"], {name: [_unpacked(text) for text in texts] for name, texts in stored["written"].items()}
 
 
-def matched(written: Mapping[str, Sequence[Written]], reference: Mapping[str, Sequence[Written]]) -> dict[str, Any]:
-    """Of each kind of prompt, how far the two go along, and how much each repeats itself."""
-    found = {}
-    for name, several in written.items():
-        alike = Matched.of(several, reference[name])
-        found[name] = {
-            "length": alike.length,
-            "share": alike.share,
-            "lengths": " ".join(map(str, alike.lengths)),
-            "same": bits(alike.same),
-            "repetition": _repetition(several),
+def matched(
+    written: Mapping[str, Sequence[GeneratedText]], reference: Mapping[str, Sequence[GeneratedText]]
+) -> dict[str, Any]:
+    """Return, per kind of prompt, the agreement with the reference and the repetition of both."""
+    agreement_by_kind = {}
+    for name, texts in written.items():
+        agreement = GenerationAgreement.of(texts, reference[name])
+        agreement_by_kind[name] = {
+            "length": agreement.length,
+            "share": agreement.share,
+            "lengths": " ".join(map(str, agreement.lengths)),
+            "same": bits(agreement.same),
+            "repetition": _repetition(texts),
             "original_repetition": _repetition(reference[name]),
         }
-    return found
+    return agreement_by_kind
 
 
 def bits(right: Sequence[bool]) -> str:
-    return "".join("01"[one] for one in right)
+    return "".join("01"[flag] for flag in right)
 
 
 @contextmanager
@@ -292,23 +301,23 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = round(time.perf_counter() - started, 1)
 
 
-def _repetition(several: Sequence[Written]) -> float | None:
-    """None where no text has a run of four tokens."""
-    found = WritingScores(tuple(several)).repetition
-    return None if math.isnan(found) else found
+def _repetition(texts: Sequence[GeneratedText]) -> float | None:
+    """Return the fraction of repeated 4-grams; None if no text has four tokens."""
+    repetition = GenerationStatistics(tuple(texts)).repetition
+    return None if math.isnan(repetition) else repetition
 
 
-def _packed(one: Written) -> dict[str, Any]:
-    return {**asdict(one), "tokens": " ".join(map(str, one.tokens))}
+def _packed(text: GeneratedText) -> dict[str, Any]:
+    return {**asdict(text), "tokens": " ".join(map(str, text.tokens))}
 
 
-def _unpacked(kept: Mapping[str, Any]) -> Written:
-    return replace(Written(**kept), tokens=tuple(map(int, kept["tokens"].split())))
+def _unpacked(stored: Mapping[str, Any]) -> GeneratedText:
+    return replace(GeneratedText(**stored), tokens=tuple(map(int, stored["tokens"].split())))
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("model", nargs="?", help="a folder that a shortened SmolLM2-135M-Instruct was saved in")
+    parser.add_argument("model", nargs="?", help="folder of a compressed SmolLM2-135M-Instruct")
     options = parser.parse_args()
     original, tokenizer = load_pretrained("smollm2")
     generation = Generation(original, tokenizer, options.data)

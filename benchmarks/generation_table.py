@@ -1,4 +1,4 @@
-"""The rows of `benchmarks.quality_generation` as Markdown."""
+"""Write the rows of `benchmarks.quality_generation` as Markdown."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from benchmarks.generation_numbers import greedy_answers, mean_of, pass_answers, retained_greedy, summary
 from benchmarks.generation_recipes import EARLIER, RECIPES, SIZES, TRAINED, Run, same_minutes, trained_in
-from streamline_hooks.evaluation import Estimate, TaskAnswers, compared, retained
+from streamline_hooks.evaluation import Estimate, PairedScores, paired_bootstrap, relative_accuracy
 
 
 def numbers(content: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of one recipe, with as many seeds as there are: what is retained above chance, with its interval."""
-    kept = retained(classified(content, rows))["classification"]
+    """Return the numbers of a recipe over its seeds, with intervals."""
+    kept = relative_accuracy(classified(content, rows))["classification"]
     spent = [row["minutes"]["fit"] + took for row in rows if (took := trained_in(row)) is not None]
     return {
         "seeds": len(rows),
@@ -29,36 +29,36 @@ def numbers(content: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, An
 def differences(
     content: dict[str, Any], first: list[dict[str, Any]], second: list[dict[str, Any]]
 ) -> dict[str, Estimate]:
-    """How much more of each kind one recipe's rows retain than another's, of the seeds that both have.
+    """Return how much more one recipe retains than another, on the seeds that both have.
 
-    Nothing where they have none in common, or were held against an original in another precision.
+    The result is empty if they share no seed in the same precision.
     """
     seeds = {(row["seed"], row["products"]) for row in first} & {(row["seed"], row["products"]) for row in second}
     sides = [sorted((r for r in of if (r["seed"], r["products"]) in seeds), key=seed_of) for of in (first, second)]
     if not seeds:
         return {}
-    own = _originals(content, sides[0])
+    originals = _originals(content, sides[0])
     kinds = {
         "classification": [classified(content, side) for side in sides],
-        "generation": [greedy_answers(own, [row["generation"] for row in side]) for side in sides],
-        "pass@1": [pass_answers(own, [row["generation"] for row in side], 1) for side in sides],
-        "pass@20": [pass_answers(own, [row["generation"] for row in side], 20) for side in sides],
+        "generation": [greedy_answers(originals, [row["generation"] for row in side]) for side in sides],
+        "pass@1": [pass_answers(originals, [row["generation"] for row in side], 1) for side in sides],
+        "pass@20": [pass_answers(originals, [row["generation"] for row in side], 20) for side in sides],
     }
-    found = {name: next(iter(compared(*several).values())) for name, several in kinds.items()}
-    more = {name: one.above_chance for name, one in found.items() if one.above_chance is not None}
-    return {"accuracy": found["classification"].ratio, **more}
+    results = {name: next(iter(paired_bootstrap(*pairs).values())) for name, pairs in kinds.items()}
+    above_chance = {name: result.above_chance for name, result in results.items() if result.above_chance is not None}
+    return {"accuracy": results["classification"].ratio, **above_chance}
 
 
-def classified(content: dict[str, Any], rows: list[dict[str, Any]]) -> list[TaskAnswers]:
-    """The questions, as the original and what was made of it answer them, each by the share of the seeds."""
-    own = [content["originals"][row["products"]]["classification"] for row in rows]
+def classified(content: dict[str, Any], rows: list[dict[str, Any]]) -> list[PairedScores]:
+    """Pair the answers of the original and of a recipe to each question, averaged over seeds."""
+    originals = [content["originals"][row["products"]]["classification"] for row in rows]
     return [
-        TaskAnswers(
+        PairedScores(
             task,
-            *(mean_of([list(map(float, one["right"][task])) for one in several]) for several in (own, rows)),
-            own[0]["chance"][task],
+            *(mean_of([list(map(float, answers["right"][task])) for answers in side]) for side in (originals, rows)),
+            originals[0]["chance"][task],
         )
-        for task in own[0]["counted"]
+        for task in originals[0]["counted"]
     ]
 
 
@@ -71,145 +71,171 @@ def seed_of(row: dict[str, Any]) -> int:
 
 
 HEAD = (
-    "recipe", "seeds", "classification", "accuracy", "generation", "of each seed", "pass@1", "pass@5", "pass@20",
-    "last words", "alike, documents", "alike, questions", "repeated", "perplexity", "minutes",
+    "recipe", "seeds", "classification", "accuracy", "generation", "generation by seed", "pass@1", "pass@5", "pass@20",
+    "last words", "common prefix, documents", "common prefix, questions", "repeated 4-grams", "perplexity", "minutes",
 )  # fmt: skip
+COLUMNS = {
+    "classification, generation": "the retained fraction of the accuracy above chance, with the 95 % bootstrap "
+    "interval over questions (problems with the same few-shot examples are drawn together). Classification has the "
+    "tasks of quality.md; generation has synthetic problems and last words, solved greedily. Chance is the accuracy of "
+    "the most frequent answer",
+    "accuracy": "the ratio of the mean accuracies in classification, as in papers",
+    "pass@k": "the retained fraction of the probability that one of k sampled answers is correct, above guessing "
+    "answers by their frequency",
+    "last words": "the accuracy on the last words of held-out texts",
+    "common prefix": "the length of the common prefix of a greedy continuation of 64 tokens and that of the original",
+    "repeated 4-grams": "the fraction of 4-grams that occurred before in the same continuation",
+    "perplexity": "the mean ratio to the original over five held-out domains",
+    "minutes": "minutes of one CPU core for generated text, the initial fit (in rounds, it is part of the selection) "
+    "and the training run. They are lower with bfloat16 products and up to 50 % higher when the machine was busy",
+}
+LABELS = {"own text and documents": "generated text and documents"}
 
 
 def table(content: dict[str, Any]) -> str:
-    """The rows as Markdown: for each number of blocks the recipes, then the curve, then texts side by side."""
+    """Return the rows as Markdown: the recipes by number of blocks, the curve, and sample texts."""
     rows, tokens = content["rows"], content["tokens"]
     lines = [
-        "SmolLM2-135M-Instruct, 4 and 8 of its 30 blocks gone. Classification (as in quality.md) and generation "
-        "(problems and last words, greedily) are the share of the accuracy above chance that is retained, with the "
-        "95 % interval of drawing the questions (problems behind one set of solved ones together); chance is what "
-        "always giving the commonest answer would reach, and of sampled answers guessing each as often as it is right; "
-        "each row is the mean over the seeds that it names; accuracy is the ratio of the mean accuracies in "
-        "classification, as papers report it; of each seed, generation seed by seed; pass@k the share retained of the "
-        "chance that one of k sampled answers is right; last words the accuracy; alike how many tokens a greedy "
-        "continuation of 64 goes along with the original's; repeated the share of its runs of four tokens that were "
-        "there before; perplexity the mean ratio over five held-out domains; minutes of one processor core, for text "
-        "that the original wrote, the start (but in rounds, where it is made in choosing) and the training: fewer "
-        "where products are in bfloat16, and up to half as many again where the machine was busy. Tokens are those of "
-        "the sequences that are trained on; blocks are chosen on others, but in rounds; on policy a quarter of the "
-        "sequences give the beginnings alone. Which recipes there are was decided on another draw of the problems, "
-        "questions and texts, with which these share some (a fourth to a third of the sums, brackets and numbers, no "
-        "row to copy; all of COPA, which has a hundred).",
+        "SmolLM2-135M-Instruct, 4 and 8 of 30 blocks removed, on a CPU. Each row is the mean over its seeds. The "
+        "columns:",
+        "",
+        *(f"- *{name}*: {text}" for name, text in COLUMNS.items()),
+        "",
+        "The training tokens count the training sequences. Blocks are selected on other sequences, except in rounds. "
+        "With the recipe `on policy`, which is not in the package, a quarter of the sequences only supply prompts. The "
+        "recipes were developed on other samples of problems, questions and texts. These overlap with the samples "
+        "here: a quarter to a third of the sums, brackets and numbers, none of the copying problems, and all 100 "
+        "questions of COPA.",
         *_original(content),
     ]
     for removed in SIZES:
         here = [row for row in rows.values() if row["removed"] == removed]
         for title, chosen in (
             (f"{removed} of 30 blocks, {tokens:,} training tokens for each", same_tokens(here, tokens)),
-            (f"{removed} of 30 blocks, the minutes of `best` for each", _same_time(content, removed)),
+            (f"{removed} of 30 blocks, the training time of `best` for each", _same_time(content, removed)),
         ):
             if chosen:
                 lines += ["", f"## {title}", "", *_rows(content, chosen), *_beside_best(content, chosen)]
     by_tokens = curve(content, 8)
     if len(by_tokens) > 1:
-        named = {f"best, {count:,} tokens": its for count, its in by_tokens.items()}
-        lines += ["", "## 8 of 30 blocks, by training tokens", "", *_rows(content, named)]
+        rows_by_label = {f"best, {count:,} tokens": seed_rows for count, seed_rows in by_tokens.items()}
+        lines += ["", "## 8 of 30 blocks, by training tokens", "", *_rows(content, rows_by_label)]
     for removed in SIZES:
         lines += _texts(content, removed)
     return "\n".join([*lines, "", f"Made by `{content['command']}`.", ""])
 
 
 def same_tokens(rows: list[dict[str, Any]], tokens: int) -> dict[str, list[dict[str, Any]]]:
-    found = {
+    rows_by_recipe = {
         name: [row for row in rows if of_run(row, Run(name, row["removed"], tokens))] for name in [*RECIPES, *EARLIER]
     }
-    return {name: its for name, its in found.items() if its}
+    return {name: seed_rows for name, seed_rows in rows_by_recipe.items() if seed_rows}
 
 
 def curve(content: dict[str, Any], removed: int) -> dict[int, list[dict[str, Any]]]:
-    """The rows of `best` by training tokens, of the seeds that each number of them has: one seed may be better."""
+    """Return the rows of `best` by training tokens, on the seeds that all of them have."""
     rows = list(content["rows"].values())
     counts = sorted({row["tokens"] for row in rows})
-    found = {count: [row for row in rows if of_run(row, Run("best", removed, count))] for count in counts}
-    found = {count: its for count, its in found.items() if its}
-    common = set.intersection(*(set(map(seed_of, its)) for its in found.values())) if found else set()
-    return {count: [row for row in its if seed_of(row) in common] for count, its in found.items()} if common else {}
+    rows_by_count = {count: [row for row in rows if of_run(row, Run("best", removed, count))] for count in counts}
+    rows_by_count = {count: seed_rows for count, seed_rows in rows_by_count.items() if seed_rows}
+    common = (
+        set.intersection(*(set(map(seed_of, seed_rows)) for seed_rows in rows_by_count.values()))
+        if rows_by_count
+        else set()
+    )
+    return (
+        {count: [row for row in seed_rows if seed_of(row) in common] for count, seed_rows in rows_by_count.items()}
+        if common
+        else {}
+    )
 
 
 def _same_time(content: dict[str, Any], removed: int) -> dict[str, list[dict[str, Any]]]:
-    """Of each recipe the rows on as many tokens as `best` has time for, where there are such of others than `best`."""
+    """Return the rows of each recipe with the training time of `best`, if any recipe needed other tokens for it."""
     runs = same_minutes(removed, content["tokens"], content)
-    found = {run.recipe: [row for row in content["rows"].values() if of_run(row, run)] for run in runs}
-    there = {name: its for name, its in found.items() if its}
-    more = any(row.get("same_minutes") for its in there.values() for row in its)
-    return there if more else {}
+    rows_by_recipe = {run.recipe: [row for row in content["rows"].values() if of_run(row, run)] for run in runs}
+    with_rows = {name: seed_rows for name, seed_rows in rows_by_recipe.items() if seed_rows}
+    other_tokens = any(row.get("same_minutes") for seed_rows in with_rows.values() for row in seed_rows)
+    return with_rows if other_tokens else {}
 
 
 def of_run(row: dict[str, Any], run: Run) -> bool:
-    """Whether a row is of a run, of whatever seed."""
+    """Whether a row belongs to a run, with any seed."""
     same = (row["recipe"], row["removed"], row["tokens"]) == (run.recipe, run.removed, run.tokens)
     return same and bool(row.get("same_minutes")) == run.same_minutes
 
 
 def _rows(content: dict[str, Any], named: dict[str, list[dict[str, Any]]]) -> list[str]:
-    found = {name: numbers(content, its) for name, its in named.items()}
-    ordered = sorted(found, key=lambda name: -_value(found[name]["generation"]["greedy"]["above_chance"]))
+    numbers_by_name = {name: numbers(content, seed_rows) for name, seed_rows in named.items()}
+    ordered = sorted(
+        numbers_by_name, key=lambda name: -_value(numbers_by_name[name]["generation"]["greedy"]["above_chance"])
+    )
     lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
-    alike = len({row["products"] for its in named.values() for row in its}) == 1
+    same_precision = len({row["products"] for seed_rows in named.values() for row in seed_rows}) == 1
     for name in ordered:
-        its, written = found[name], found[name]["generation"]
-        ends = statistics.fmean(
+        label = LABELS.get(name, name)
+        recipe_numbers, generation = numbers_by_name[name], numbers_by_name[name]["generation"]
+        last_words = statistics.fmean(
             row["generation"]["last_words"]["right"].count("1") / len(row["generation"]["last_words"]["right"])
             for row in named[name]
         )
-        match = written["match"]
+        match = generation["match"]
         repeated = statistics.fmean(kind["repetition"] for kind in match.values())
         cells = [
-            name if alike else f"{name} ({', '.join(sorted({row['products'] for row in named[name]}))})",
-            seeds(named[name]), _shown(its["classification"]), _shown(its["accuracy"]),
-            _shown(written["greedy"]["above_chance"]), _of_each_seed(content, named[name]),
-            *(_shown(written["pass_at"][k]["above_chance"]) for k in ("1", "5", "20")), f"{ends:.1%}",
-            *(f"{kind['length']:.1f}" for kind in match.values()), f"{repeated:.1%}", f"{its['ratio']:.3f}",
-            "-" if its["minutes"] is None else f"{its['minutes']:.1f}",
+            label if same_precision else f"{label} ({', '.join(sorted({row['products'] for row in named[name]}))})",
+            seeds(named[name]), _shown(recipe_numbers["classification"]), _shown(recipe_numbers["accuracy"]),
+            _shown(generation["greedy"]["above_chance"]), _of_each_seed(content, named[name]),
+            *(_shown(generation["pass_at"][k]["above_chance"]) for k in ("1", "5", "20")), f"{last_words:.1%}",
+            *(f"{kind['length']:.1f}" for kind in match.values()), f"{repeated:.1%}", f"{recipe_numbers['ratio']:.3f}",
+            "-" if recipe_numbers["minutes"] is None else f"{recipe_numbers['minutes']:.1f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
 def _of_each_seed(content: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """What is retained of generation, seed by seed."""
-    each = [
+    """Return the retained generation of each seed as text."""
+    estimates = [
         retained_greedy(_originals(content, [row]), [row["generation"]], draws=100).above_chance
         for row in sorted(rows, key=seed_of)
     ]
-    return ", ".join("-" if one is None else f"{one.value:.0%}" for one in each)
+    return ", ".join("-" if estimate is None else f"{estimate.value:.0%}" for estimate in estimates)
 
 
 MORE = ("classification", "accuracy", "generation", "pass@1", "pass@20")
 
 
 def _beside_best(content: dict[str, Any], named: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """What `best` retains more than each other recipe that is trained, and so what each part of it adds."""
+    """Return a table of the differences between `best` and the other trained recipes."""
     best = named.get("best", [])
-    found = {
-        name: (its, differences(content, best, its))
-        for name, its in named.items()
+    compared = {
+        name: (seed_rows, differences(content, best, seed_rows))
+        for name, seed_rows in named.items()
         if name in [*TRAINED, *EARLIER] and name != "best"
     }
-    found = {name: (its, more) for name, (its, more) in found.items() if more}
-    if not found:
+    compared = {name: (seed_rows, difference) for name, (seed_rows, difference) in compared.items() if difference}
+    if not compared:
         return []
     lines = [
         "",
-        "Points that `best` retains more than each of the others, on the seeds that both have, with the interval of "
-        "drawing the questions, the same for both:",
+        "Difference between `best` and each other recipe in percentage points, on the seeds that both have, with "
+        "paired bootstrap intervals over questions:",
         "",
-        "| best beside | seeds | " + " | ".join(MORE) + " |",
+        "| `best` compared with | seeds | " + " | ".join(MORE) + " |",
         "|---" * (len(MORE) + 2) + "|",
     ]
-    for name, (its, more) in found.items():
-        both = [row for row in best if seed_of(row) in set(map(seed_of, its))]
-        lines.append(f"| {name} | {seeds(both)} | " + " | ".join(points(more.get(kind)) for kind in MORE) + " |")
+    for name, (seed_rows, difference) in compared.items():
+        shared_rows = [row for row in best if seed_of(row) in set(map(seed_of, seed_rows))]
+        lines.append(
+            f"| {LABELS.get(name, name)} | {seeds(shared_rows)} | "
+            + " | ".join(points(difference.get(kind)) for kind in MORE)
+            + " |"
+        )
     return lines
 
 
 def seeds(rows: list[dict[str, Any]]) -> str:
-    """Which seeds a row of the table is of."""
+    """Return the seeds of rows as text."""
     return ", ".join(map(str, sorted(map(seed_of, rows))))
 
 
@@ -226,40 +252,41 @@ def _shown(estimate: dict[str, Any] | None) -> str:
 
 
 def _original(content: dict[str, Any]) -> list[str]:
-    """What the original itself reaches, in the precision of most rows."""
+    """Return the scores of the original, in the precision of most rows."""
     used = [row["products"] for row in content["rows"].values()]
     row = content["originals"][max(sorted(content["originals"]), key=used.count)]["generation"]
     by_guessing = row["guessed"]["probes"]
     solved = ", ".join(
-        f"{sort} {bits.count('1') / len(bits):.0%} (guessing {by_guessing[sort]:.0%})"
+        f"{sort} {bits.count('1') / len(bits):.0%} (chance {by_guessing[sort]:.0%})"
         for sort, bits in row["probes"].items()
     )
-    tries = ", ".join(
-        f"{statistics.fmean(row['pass_at']['pass'][sort][k] for sort in several):.0%} with {k} tries "
-        f"({statistics.fmean(several.values()):.0%})"
-        for k, several in row["guessed"]["pass"].items()
+    pass_at = ", ".join(
+        f"{statistics.fmean(row['pass_at']['pass'][sort][k] for sort in by_kind):.0%} for k = {k} "
+        f"(chance {statistics.fmean(by_kind.values()):.0%})"
+        for k, by_kind in row["guessed"]["pass"].items()
     )
-    ends = row["last_words"]["right"]
+    last_words = row["last_words"]["right"]
     repeated = statistics.fmean(kind["original_repetition"] for kind in row["match"].values())
     return [
         "",
-        f"The original solves of the problems: {solved}; of all sorts sampled {tries}; it says "
-        f"{ends.count('1') / len(ends):.1%} of the last words, "
-        f"and repeats {repeated:.1%} of its runs of four tokens.",
+        f"Accuracy of the original on the problems: {solved}. pass@k over all kinds of problems: {pass_at}. Last "
+        f"words: {last_words.count('1') / len(last_words):.1%}. Repeated 4-grams: {repeated:.1%}.",
     ]
 
 
 def _texts(content: dict[str, Any], removed: int) -> list[str]:
-    """Continuations side by side: the original's, after plain removal, and after two repairs on the same tokens."""
+    """Return sample continuations of the original, after plain removal, and after two repairs."""
     runs = [Run(name, removed, content["tokens"]) for name in ("removed", "best", "two windows")]
-    found = {run.recipe: row for run in runs if (row := content["rows"].get(run.key))}
-    if not found.keys() >= {"removed", "best"}:
+    row_by_recipe = {run.recipe: row for run in runs if (row := content["rows"].get(run.key))}
+    if not row_by_recipe.keys() >= {"removed", "best"}:
         return []
-    lines = ["", f"## Ten beginnings, chosen by seed, {removed} of 30 blocks gone", ""]
-    own = content["originals"][found["best"]["products"]]["generation"]
-    for k, first in enumerate(own["samples"]):
+    lines = ["", f"## Sample continuations of ten seeded prompts, {removed} of 30 blocks removed", ""]
+    original = content["originals"][row_by_recipe["best"]["products"]]["generation"]
+    for k, first in enumerate(original["samples"]):
         lines += [f"**{_inline(first['prompt'])}**", "", f"- original: {_inline(first['text'])}"]
-        lines += [f"- {name}: {_inline(row['generation']['samples'][k]['text'])}" for name, row in found.items()] + [""]
+        lines += [
+            f"- {name}: {_inline(row['generation']['samples'][k]['text'])}" for name, row in row_by_recipe.items()
+        ] + [""]
     return lines
 
 

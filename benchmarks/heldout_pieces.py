@@ -1,6 +1,6 @@
-"""Short pieces of the held-out text: some whose last word is asked for, and some that are begun to be written on.
+"""Short pieces of the held-out text: contexts with a last word to predict, and beginnings to continue.
 
-Of all domains but WikiText, whose blanks around each mark nobody writes.
+All domains are used except WikiText, which has spaces around punctuation.
 """
 
 from __future__ import annotations
@@ -21,48 +21,48 @@ _LAST = re.compile(r"(.+\s)([A-Za-z]{4,})[.!?]", re.DOTALL)
 
 
 def last_words(data: Path, tokenizer: Any, count: int, seed: int) -> list[LastWord]:
-    """Pieces of whole sentences without the full stop, as many of each domain as there are."""
-    found = {
-        name: [piece for text in texts for piece in _pieces(text, tokenizer, name)]
-        for name, texts in _paragraphs(data).items()
+    """Return pieces of whole sentences, split before the last word, balanced over the domains."""
+    pieces = {
+        name: [piece for text in paragraphs_of_domain for piece in _pieces(text, tokenizer, name)]
+        for name, paragraphs_of_domain in _paragraphs(data).items()
     }
-    return _dealt(found, count, f"{seed} last words")
+    return _draw_in_turn(pieces, count, f"{seed} last words")
 
 
 def beginnings(data: Path, tokenizer: Any, count: int, seed: int) -> list[str]:
-    """The first words of paragraphs, as many of each domain as there are."""
-    found = {
+    """Return the first words of paragraphs, balanced over the domains."""
+    pieces = {
         name: [begun for text in texts if (begun := _beginning(text, tokenizer))]
         for name, texts in _paragraphs(data).items()
     }
-    return _dealt(found, count, f"{seed} beginnings")
+    return _draw_in_turn(pieces, count, f"{seed} beginnings")
 
 
 def _paragraphs(data: Path) -> dict[str, list[str]]:
-    """Of each domain, without headings."""
-    found = {}
+    """Return the paragraphs of each domain, without headings."""
+    paragraphs = {}
     for path in sorted((data / "text" / "heldout").glob("*.txt")):
         if path.stem.startswith("wikitext"):
             continue
         texts = (" ".join(text.split()) for text in re.split(r"\n\s*\n", path.read_text(encoding="utf-8")))
-        found[path.stem] = [text for text in texts if text and not text.startswith("=")]
-    if not found:
-        raise SystemExit(f"There is no held-out text in {data / 'text' / 'heldout'}; expected domains as *.txt.")
-    return found
+        paragraphs[path.stem] = [text for text in texts if text and not text.startswith("=")]
+    if not paragraphs:
+        raise SystemExit(f"There is no held-out text in {data / 'text' / 'heldout'}. Expected domains as *.txt.")
+    return paragraphs
 
 
 def _pieces(text: str, tokenizer: Any, name: str) -> Iterator[LastWord]:
-    held: list[str] = []
+    sentences: list[str] = []
     for sentence in _END.split(text):
-        held.append(sentence)
-        piece = " ".join(held)
+        sentences.append(sentence)
+        piece = " ".join(sentences)
         tokens = _count(piece, tokenizer)
         if tokens < LEAST:
             continue
-        ends = _LAST.fullmatch(piece)
-        if tokens <= MOST and ends:
-            yield LastWord(ends[1].rstrip(), ends[2], name)
-        held = []
+        match = _LAST.fullmatch(piece)
+        if tokens <= MOST and match:
+            yield LastWord(match[1].rstrip(), match[2], name)
+        sentences = []
 
 
 def _beginning(text: str, tokenizer: Any) -> str:
@@ -78,12 +78,16 @@ def _count(text: str, tokenizer: Any) -> int:
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _dealt(found: dict[str, list[Any]], count: int, seed: str) -> list[Any]:
-    """A seeded subset, one of each domain in turn for as long as it has some."""
-    if empty := [name for name, several in found.items() if not several]:
-        raise SystemExit(f"The held-out text {empty[0]} has no piece of the length that is asked for.")
-    shuffled = [Random(f"{seed} {name}").sample(several, len(several)) for name, several in found.items()]
-    turns = [one for turn in zip_longest(*shuffled) for one in turn if one is not None]
+def _draw_in_turn(pieces: dict[str, list[Any]], count: int, seed: str) -> list[Any]:
+    """Return a seeded subset that takes the domains in turn."""
+    if empty := [name for name, domain_pieces in pieces.items() if not domain_pieces]:
+        raise SystemExit(f"The held-out text {empty[0]} has no piece of a suitable length. Use a longer text.")
+    shuffled = [
+        Random(f"{seed} {name}").sample(domain_pieces, len(domain_pieces)) for name, domain_pieces in pieces.items()
+    ]
+    turns = [piece for turn in zip_longest(*shuffled) for piece in turn if piece is not None]
     if len(turns) < count:
-        raise SystemExit(f"The held-out text has {len(turns)} pieces of the length that is asked for; {count} needed.")
+        raise SystemExit(
+            f"The held-out text has {len(turns)} pieces of a suitable length; {count} needed. Use more text."
+        )
     return turns[:count]

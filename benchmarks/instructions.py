@@ -1,4 +1,4 @@
-"""What a chat model is asked when its answers are compared; none of it is asked for calibration text."""
+"""Instructions whose answers are compared; none of them is a prompt for calibration text."""
 
 INSTRUCTIONS = (
     "What is the capital of France, and what is it known for?",

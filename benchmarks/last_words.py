@@ -1,4 +1,4 @@
-"""Predict how a text ends: its last word, as LAMBADA asks for it."""
+"""Score the prediction of the last word of a text, as in LAMBADA."""
 
 from __future__ import annotations
 
@@ -10,23 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamline_hooks.batch import positions_of, prepare
-from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.perplexity import NotFiniteLikelihood, Perplexity
-from streamline_hooks.passes import head_on_last, inference, progress
-from streamline_hooks.task import logits_of
+from streamline_hooks.core import StreamlineError, max_positions, prepare_inputs, progress_bar
+from streamline_hooks.evaluation import NotFiniteLikelihood, Perplexity
+from streamline_hooks.modeling import get_logits, inference, logits_to_keep
 
 
 @dataclass(frozen=True)
 class LastWord:
-    """A text and how it ends.
+    """A context and its continuation.
 
     Attributes
     ----------
     context, continuation : str
-        Joined by a space unless one of the two has white space there.
+        The two parts of the text, joined by a space unless there is white space between them.
     where : str
-        Where it comes from, for error messages.
+        Source of the text, for error messages.
     """
 
     context: str
@@ -35,7 +33,7 @@ class LastWord:
 
     @property
     def text(self) -> str:
-        """The whole text."""
+        """The complete text."""
         apart = self.context and not self.context[-1].isspace() and not self.continuation[0].isspace()
         return self.context + (" " if apart else "") + self.continuation
 
@@ -47,9 +45,9 @@ class LastWordScores:
     Attributes
     ----------
     right : tuple of bool
-        Whether each token of the end is the most likely one after those before it.
+        Whether all tokens of the continuation are the most likely ones.
     loglikelihoods : tuple of float
-        Of each end, in nats.
+        Log-likelihood of each continuation, in nats.
     """
 
     right: tuple[bool, ...]
@@ -57,12 +55,12 @@ class LastWordScores:
 
     @property
     def accuracy(self) -> float:
-        """Share of the ends that are predicted."""
+        """Fraction of the texts with a correctly predicted continuation."""
         return sum(self.right) / len(self.right)
 
     @property
     def perplexity(self) -> float:
-        """Exp of the mean negative log-likelihood of an end, all its tokens together."""
+        """Exponential of the mean negative log-likelihood per continuation."""
         return Perplexity(-math.fsum(self.loglikelihoods), len(self.loglikelihoods)).value
 
 
@@ -73,29 +71,29 @@ def score_last_words(
     *,
     batch_size: int = 16,
 ) -> LastWordScores:
-    """Score how well the end of each text is predicted.
+    """Score the continuation of each text.
 
-    A text is tokenised as a whole. The first scored token is the first one that differs from the context's own tokens.
+    Each text is tokenised as a whole. The first scored token is the first that differs from the tokens of the context.
     """
     rows = [_tokens(model, tokenizer, text) for text in texts]
     order = sorted(range(len(rows)), key=lambda k: -len(rows[k][0]))
-    found = [(0.0, False)] * len(rows)
-    with inference(model), progress(len(rows), "last words", "texts") as bar:
-        for at in range(0, len(order), batch_size):
-            batch = order[at : at + batch_size]
+    scores = [(0.0, False)] * len(rows)
+    with inference(model), progress_bar(len(rows), "last words", "texts") as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
             for k, (nats, greedy) in zip(batch, _scores(model, [rows[k] for k in batch]), strict=True):
                 if not math.isfinite(nats):
                     raise NotFiniteLikelihood(
                         f"The log-likelihood of {texts[k].where} is {nats}. Expected a finite number. Look at the "
                         "model's weights, or run in a wider precision (float32 or bfloat16)."
                     )
-                found[k] = nats, greedy
+                scores[k] = nats, greedy
             bar.update(len(batch))
-    return LastWordScores(tuple(greedy for _, greedy in found), tuple(nats for nats, _ in found))
+    return LastWordScores(tuple(greedy for _, greedy in scores), tuple(nats for nats, _ in scores))
 
 
 def _tokens(model: nn.Module, tokenizer: Any, text: LastWord) -> tuple[list[int], int]:
-    """Return the tokens of a text, and the number of the first that is scored."""
+    """Return the tokens of a text and the index of the first scored token."""
 
     def ids(words: str) -> list[int]:
         return list(tokenizer(words, add_special_tokens=False)["input_ids"]) if words else []
@@ -104,10 +102,12 @@ def _tokens(model: nn.Module, tokenizer: Any, text: LastWord) -> tuple[list[int]
     pairs = zip(tokens, context, strict=False)
     start = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(context)))
     if start == len(tokens):
-        raise StreamlineError(f"In {text.where} the end has no token. Expected one after the context. Leave it out.")
+        raise StreamlineError(
+            f"In {text.where} the continuation has no token. Expected at least one. Leave the text out."
+        )
     if not start:
-        raise StreamlineError(f"{text.where} has no token before its end. Expected a context. Give one.")
-    positions = positions_of(getattr(model, "config", None))
+        raise StreamlineError(f"{text.where} has no token before its continuation. Expected a context. Add one.")
+    positions = max_positions(getattr(model, "config", None))
     if positions is not None and len(tokens) > positions:
         raise StreamlineError(
             f"{text.where} has {len(tokens)} tokens. Expected no more than the model's {positions} positions. Shorten "
@@ -117,20 +117,20 @@ def _tokens(model: nn.Module, tokenizer: Any, text: LastWord) -> tuple[list[int]
 
 
 def _scores(model: nn.Module, rows: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-    """Return the log-likelihood of each end and whether it is greedy; padded right, which no causal token sees."""
+    """Return the log-likelihood of each continuation and whether it is greedy; padding is on the right."""
     width, first = max(len(tokens) for tokens, _ in rows), min(start for _, start in rows) - 1
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for k, (tokens, _) in enumerate(rows):
         ids[k, : len(tokens)] = torch.tensor(tokens)
         mask[k, : len(tokens)] = 1
-    given = prepare(model, {"input_ids": ids, "attention_mask": mask})
-    logits = logits_of(model(**given, **head_on_last(model, width - first)))[:, first - width :]
-    found = []
+    inputs = prepare_inputs(model, {"input_ids": ids, "attention_mask": mask})
+    logits = get_logits(model(**inputs, **logits_to_keep(model, width - first)))[:, first - width :]
+    scores = []
     for row, (tokens, start) in zip(logits, rows, strict=True):
         chosen = row[start - 1 - first : len(tokens) - 1 - first]
         logs = chosen.to(torch.promote_types(chosen.dtype, torch.float32)).log_softmax(dim=-1)
         targets = torch.tensor(tokens[start:], device=logs.device)
         nats = logs.gather(1, targets[:, None]).flatten()
-        found.append((math.fsum(nats.tolist()), bool((logs.argmax(dim=-1) == targets).all())))
-    return found
+        scores.append((math.fsum(nats.tolist()), bool((logs.argmax(dim=-1) == targets).all())))
+    return scores

@@ -1,11 +1,12 @@
-"""How much faster and smaller SmolLM2-135M runs with 8 of its 30 blocks' worth gone, by what stands in their place.
+"""Measure latency, cache size and memory of SmolLM2-135M with 8 of 30 blocks removed, by replacement.
 
     python -m benchmarks.latency [--batch 1] [--tokens 256] [--new-tokens 32] [--rounds 9]
 
-The original and a model a kind take turns: prefill, decoding with the cache, time to the first token. Ratios are of
-medians, and the ideal is the share of the blocks that stay. Weights do not change the time, so that nothing is fitted.
-Bytes of keys and values are those of the cache after a prompt; peak memory is that of a process of its own, which loads
-one model and generates. Needs no text. Results go to ``benchmarks/results/latency.json`` and ``.md``.
+The original and the compressed models are timed in turn: prefill, decoding with a cache, and time to the first token.
+Ratios are ratios of medians; the ideal ratio is the fraction of remaining blocks. Replacements are not fitted, because
+the values of the weights do not affect the time. The KV cache is measured after a prompt. Peak memory is that of a
+separate process that loads one model and generates. No text is needed. The results are saved to
+``benchmarks/results/latency.json`` and ``.md``.
 """
 
 from __future__ import annotations
@@ -25,20 +26,10 @@ from torch import nn
 
 from benchmarks.real_text import RESULTS
 from benchmarks.timing import machine
-from streamline_hooks import (
-    BlockConfig,
-    LayerSurgeon,
-    LinearConfig,
-    NoneConfig,
-    ReplacementConfig,
-    SilencedConfig,
-    SwiGLUConfig,
-    find_stack,
-    measure_speed,
-    place,
-)
-from streamline_hooks.evaluation.speed import PHASES
-from streamline_hooks.pretrained import load_pretrained
+from streamline_hooks import LayerSurgeon, LinearConfig, SwiGLUConfig, find_stack
+from streamline_hooks.checkpoint import load_pretrained
+from streamline_hooks.evaluation import PHASES, measure_speed
+from streamline_hooks.repair import BlockConfig, NoneConfig, ReplacementConfig, SilencedConfig, place
 
 START, REMOVED = 12, 8
 REPAIRS = (NoneConfig(), LinearConfig(), SwiGLUConfig(), BlockConfig(), SilencedConfig())
@@ -74,9 +65,9 @@ def main() -> None:
                 **{f"{phase}_ratio": speed.seconds(name, phase).median / first[phase] for phase in PHASES},
             }
         rows[name]["peak_memory"] = peak_of(repairs[name], **sizes)
-    asked = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in sizes.items())
+    size_options = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in sizes.items())
     content = {
-        "command": f"python -m benchmarks.latency {asked} --rounds {options.rounds}",
+        "command": f"python -m benchmarks.latency {size_options} --rounds {options.rounds}",
         "machine": machine(),
         "rows": rows,
         "speed": speed.to_dict(),
@@ -87,16 +78,16 @@ def main() -> None:
 
 
 def opened(model: nn.Module, repair: ReplacementConfig | None) -> Callable[[], AbstractContextManager[nn.Module]]:
-    """Return a function that opens a context in which the window is replaced; without a repair, the original's."""
+    """Return a function that opens a context with the replaced window, or with the original model."""
     if repair is None:
         return lambda: nullcontext(model)
     window = range(START, START + REMOVED + repair.slots)
-    stand_in = repair.build(find_stack(model), window)
+    replacement_module = repair.build(find_stack(model), window)
 
     @contextmanager
     def way() -> Iterator[nn.Module]:
         with LayerSurgeon(model) as surgeon:
-            place(surgeon, window, stand_in)
+            place(surgeon, window, replacement_module)
             yield model
 
     return way
@@ -104,21 +95,21 @@ def opened(model: nn.Module, repair: ReplacementConfig | None) -> Callable[[], A
 
 @torch.no_grad()
 def cache_bytes(model: Any) -> float:
-    """Bytes of keys and values a token of one sequence."""
+    """Return the bytes of keys and values per token of one sequence."""
     tokens = 16
     layers = model(torch.ones(1, tokens, dtype=torch.long), use_cache=True).past_key_values.layers
-    held = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held) / tokens
+    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / tokens
 
 
 def peak_of(repair: ReplacementConfig | None, batch: int, tokens: int, new_tokens: int) -> int:
-    """The most memory, in bytes, of a process that loads the compressed model and generates."""
+    """Return the peak memory, in bytes, of a process that loads the compressed model and generates."""
     model: Any = load_pretrained("smollm2")[0]
     if repair is not None:
         window = range(START, START + REMOVED + repair.slots)
-        stand_in = repair.build(find_stack(model), window)
+        replacement_module = repair.build(find_stack(model), window)
         with LayerSurgeon(model) as surgeon:
-            place(surgeon, window, stand_in)
+            place(surgeon, window, replacement_module)
             surgeon.commit()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -134,19 +125,19 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 model.generate(torch.ones(batch, tokens, dtype=torch.long), max_new_tokens=new, min_new_tokens=new, do_sample=False)
 print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024)
 """
-"""A process that loads a model from its folder and generates: reading GGUF would take more memory than running."""
+"""Script of a process that loads a model from a folder and generates."""
 
 
 def table(content: dict[str, Any], options: argparse.Namespace) -> str:
-    """The rows as Markdown."""
+    """Return the rows as Markdown."""
     lines = [
-        f"SmolLM2-135M, float32, {REMOVED} of 30 blocks' worth gone: {options.batch} x {options.tokens} tokens and "
-        f"{options.new_tokens} more, {content['machine']['threads']} threads; medians of {options.rounds} rounds in "
-        "turn, and their ratios to the original's times. Ideal is the share of the blocks that stay. Peak memory is "
-        "that of a process that loads the model and generates.",
+        f"SmolLM2-135M, float32, {REMOVED} of 30 blocks removed (one more by block replacements): {options.batch} x "
+        f"{options.tokens} prompt tokens and {options.new_tokens} new tokens, CPU with {content['machine']['threads']} "
+        f"threads, medians of {options.rounds} alternating rounds. Prefill and decode time are ratios to the original; "
+        "ideal is the fraction of remaining blocks. Peak memory is that of a process that loads a model and generates.",
         "",
-        "| in their place | ideal | prefill time | decode time | first token | prefill tok/s | decode tok/s | "
-        "KV bytes a token | parameters | peak memory |",
+        "| replacement | ideal | prefill time | decode time | first token | prefill tok/s | decode tok/s | "
+        "KV bytes per token | parameters | peak memory |",
         "|---" * 10 + "|",
     ]
     for name, row in content["rows"].items():

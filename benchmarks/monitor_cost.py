@@ -1,11 +1,12 @@
-"""What the monitor costs a training: time of a step that is measured, of one that is not, and memory.
+"""Measure the cost of the hidden-state monitor in training: time per step, and memory.
 
     python -m benchmarks.monitor_cost [--data FOLDER] [--rounds 7] [--tokens 512] [--steps 1000]
 
-Time: steps of SmolLM2-135M-Instruct (forward, backward and AdamW on one sequence) without a monitor, with one in a step
-that it does not measure, and in one that it does, in turn. The cost with ``every=50`` is the extra time of a measured
-step over that of 50 steps. Memory: a small Llama trains for a thousand steps that are all measured; what the process
-holds at the end is compared with what it held after a tenth of them, and so are the tensors that are alive.
+Time: steps of SmolLM2-135M-Instruct (forward, backward and AdamW on one sequence) are timed in turn without a monitor,
+with a monitor in a step without measurement, and in a step with measurement. The overhead with ``every=50`` is the
+extra time of one measured step divided by the time of 50 steps. Memory: a small Llama trains for a thousand steps with
+a measurement in each. The memory of the process and the living tensors are compared after a tenth of the steps and at
+the end.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.quality_scores import write
 from benchmarks.real_text import RESULTS, arguments, heldout
 from benchmarks.timing import interleaved, machine
-from streamline_hooks import HiddenStateMonitor
-from streamline_hooks.pretrained import load_pretrained
+from streamline_hooks.checkpoint import load_pretrained
+from streamline_hooks.training import HiddenStateMonitor
 
 FILE = RESULTS / "monitor_cost.json"
 EVERY = 50
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def time_of(options: Any) -> dict[str, Any]:
-    """Seconds of a step in three ways, in turn."""
+    """Time a training step without a monitor, without and with a measurement."""
     model, tokenizer = load_pretrained("smollm2")
     model.train()
     text = next(iter(heldout(options.data, tokenizer, 1).values()))
@@ -86,13 +87,13 @@ def time_of(options: Any) -> dict[str, Any]:
 
 
 def memory_of(steps: int) -> dict[str, Any]:
-    """What a process holds after a tenth of the steps and at the end, all of them measured."""
+    """Return the memory after a tenth of the steps and after all steps, with a measurement in each."""
     config = LlamaConfig(
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4
     )
     model = LlamaForCausalLM(config).train()
     optimizer = torch.optim.AdamW(model.parameters())
-    held: dict[int, dict[str, float]] = {}
+    memory_by_step: dict[int, dict[str, float]] = {}
     with HiddenStateMonitor(model, every=1) as monitor:
         for number in range(1, steps + 1):
             ids = torch.randint(512, (4, 64))
@@ -102,45 +103,50 @@ def memory_of(steps: int) -> dict[str, Any]:
             monitor.step()
             if number in (steps // 10, steps):
                 gc.collect()
-                alive = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
-                held[number] = {
+                alive = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+                memory_by_step[number] = {
                     "resident_mb": resident_mb(),
                     "tensors": len(alive),
                     "tensor_mb": sum(tensor.numel() * tensor.element_size() for tensor in alive) / 1e6,
                 }
-    return {"steps": steps, "held": held}
+    return {"steps": steps, "held": memory_by_step}
 
 
 def resident_mb() -> float:
-    """What the operating system says that this process holds."""
+    """Return the resident memory of this process in MB."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def table(content: dict[str, Any]) -> str:
-    """The result as Markdown."""
+    """Return the results as Markdown."""
     timed, memory = content["time"], content["memory"]
     (early, first), (late, last) = memory["held"].items()
     lines = [
-        f"SmolLM2-135M-Instruct, a training step on {timed['tokens']} tokens, median of "
-        f"{len(timed['seconds']['without'])} rounds in turn, {content['machine']['threads']} threads, beside whatever "
-        "else the machine did.",
+        f"SmolLM2-135M-Instruct, time of a training step on {timed['tokens']} tokens, median of "
+        f"{len(timed['seconds']['without'])} alternating rounds, CPU with {content['machine']['threads']} thread(s), "
+        "on a machine with other load.",
         "",
-        "| step | ms | of one without a monitor |",
+        "| step | ms | ratio |",
         "|---|---|---|",
     ]
-    for name in ("without", "not measured", "measured"):
+    labels = {
+        "without": "without monitor",
+        "not measured": "monitor, no measurement in this step",
+        "measured": "monitor, measurement in this step",
+    }
+    for name, label in labels.items():
         share = timed["median"][name] / timed["median"]["without"]
-        lines.append(f"| {name} | {1e3 * timed['median'][name]:.0f} | {share:.3f} |")
+        lines.append(f"| {label} | {1e3 * timed['median'][name]:.0f} | {share:.3f} |")
     lines += [
         "",
-        f"With every={content['every']}: {timed['extra_of_every']:.2%} more time.",
+        f"Overhead with every={content['every']}: {timed['extra_of_every']:.2%}.",
         "",
-        f"| a small Llama, every step measured | after {early} steps | after {late} steps |",
+        f"| a small Llama, measurement in every step | after {early} steps | after {late} steps |",
         "|---|---|---|",
-        f"| resident (MB) | {first['resident_mb']:.1f} | {last['resident_mb']:.1f} |",
-        f"| tensors alive | {first['tensors']} | {last['tensors']} |",
-        f"| their size (MB) | {first['tensor_mb']:.2f} | {last['tensor_mb']:.2f} |",
+        f"| resident memory (MB) | {first['resident_mb']:.1f} | {last['resident_mb']:.1f} |",
+        f"| living tensors | {first['tensors']} | {last['tensors']} |",
+        f"| size of living tensors (MB) | {first['tensor_mb']:.2f} | {last['tensor_mb']:.2f} |",
     ]
     return "\n".join([*lines, "", f"Made by `{content['command']}`.", ""])
 

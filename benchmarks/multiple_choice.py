@@ -1,7 +1,6 @@
-"""The multiple-choice tasks that the benchmarks share: seeded subsets as tasks of lm-eval.
+"""The multiple-choice tasks of the benchmarks: seeded subsets as tasks of lm-eval.
 
-Log-likelihoods a character (``acc_norm``) are compared where that is usual, for choices of very different
-lengths.
+Tasks with choices of very different lengths use the log-likelihood per character (``acc_norm``), as is usual.
 """
 
 from __future__ import annotations
@@ -13,41 +12,40 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
-from streamline_hooks.evaluation import config_of_rows
-from streamline_hooks.evaluation.rows import parse_rows, read_rows
+from streamline_hooks.evaluation import parse_rows, read_rows, task_config_from_rows
 
 T = TypeVar("T")
-ASKED = "Question: {{query}}\nAnswer:"
+PROMPT = "Question: {{query}}\nAnswer:"
 
 
 @dataclass(frozen=True)
 class Task:
-    """How a file of questions is asked and counted.
+    """Settings of a task.
 
     Attributes
     ----------
     file : str
-        Below ``bench/``.
+        Name in the folder ``bench``.
     metric : str
-    asked : str
-        The prompt, as lm-eval's ``doc_to_text``; empty for that of the file's layout.
+    prompt : str
+        The prompt as ``doc_to_text`` of lm-eval; empty for the default of the file's layout.
     items : int
-        Questions, unless another number is asked for; of BLiMP, of each paradigm, in any case.
+        Default number of questions; for BLiMP the fixed number per paradigm.
     """
 
     file: str
     metric: str = "acc"
-    asked: str = ""
+    prompt: str = ""
     items: int = 200
 
 
 TASKS = {
-    "arc_easy": Task("arc_easy.jsonl", asked=ASKED),
-    "boolq": Task("boolq.jsonl", asked="{{query}}\nAnswer:", items=50),  # long: 140 tokens a question
-    "commonsense_qa": Task("commonsense_qa.jsonl", "acc_norm", asked=ASKED),
+    "arc_easy": Task("arc_easy.jsonl", prompt=PROMPT),
+    "boolq": Task("boolq.jsonl", prompt="{{query}}\nAnswer:", items=50),  # long: 140 tokens per question
+    "commonsense_qa": Task("commonsense_qa.jsonl", "acc_norm", prompt=PROMPT),
     "copa": Task("copa.jsonl"),
     "hellaswag": Task("hellaswag_val.jsonl.gz", "acc_norm", items=150),
-    "piqa": Task("piqa.jsonl", asked=ASKED),
+    "piqa": Task("piqa.jsonl", prompt=PROMPT),
     "winograd_wsc": Task("winograd_wsc.jsonl"),
     "blimp": Task("blimp.zip", items=20),
 }
@@ -61,29 +59,29 @@ def task_of(name: str, bench: Path, items: int | None, seed: int) -> dict[str, A
     name : str
         One of `TASKS`.
     bench : Path
-        The folder of the files.
+        Folder of the files.
     items : int, optional
-        How many, where there are as many; by default the task's own number, which BLiMP keeps in any case.
+        Number of questions, at most all; by default that of the task. BLiMP ignores it.
     seed : int
     """
     task = TASKS[name]
     if task.file.endswith(".zip"):
-        return config_of_rows(blimp(bench / task.file, task.items, seed), name)
+        return task_config_from_rows(blimp(bench / task.file, task.items, seed), name)
     rows = sample(read_rows(bench / task.file), items or task.items, f"{seed} {name}")
-    return config_of_rows(rows, name, **({"doc_to_text": task.asked} if task.asked else {}))
+    return task_config_from_rows(rows, name, **({"doc_to_text": task.prompt} if task.prompt else {}))
 
 
 def blimp(path: Path, items: int, seed: int) -> list[dict[str, Any]]:
-    """Return minimal pairs, the same number of each paradigm."""
-    found = []
+    """Return minimal pairs, the same number per paradigm."""
+    pairs = []
     with zipfile.ZipFile(path) as archive:
         for name in sorted(archive.namelist()):
             if name.endswith(".jsonl") and not any(part.startswith((".", "__")) for part in name.split("/")):
-                found += sample(parse_rows(archive.read(name).decode(), name), items, f"{seed} {name}")
-    return found
+                pairs += sample(parse_rows(archive.read(name).decode(), name), items, f"{seed} {name}")
+    return pairs
 
 
-def sample(given: Sequence[T], items: int, seed: str) -> list[T]:
-    """A seeded subset in the order of the whole; of the same file, a smaller one is not a part of a larger."""
-    chosen = Random(seed).sample(range(len(given)), min(items, len(given)))
-    return [given[k] for k in sorted(chosen)]
+def sample(rows: Sequence[T], items: int, seed: str) -> list[T]:
+    """Return a seeded subset in the original order; smaller subsets are not parts of larger ones."""
+    chosen = Random(seed).sample(range(len(rows)), min(items, len(rows)))
+    return [rows[k] for k in sorted(chosen)]

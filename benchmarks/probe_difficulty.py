@@ -1,10 +1,10 @@
-"""How hard the generated problems are to be, so that there is something to lose: chosen on the original alone.
+"""Choose the difficulty of the synthetic problems, on the original model only.
 
     python -m benchmarks.probe_difficulty [--count 100]
 
-SmolLM2-135M-Instruct writes an answer to problems of each sort and level. Of each sort that level is taken on which it
-solves between 0.4 and 0.9 of them, nearest the middle; not one on which always writing the same answer gets as far.
-The problems that score (`benchmarks.generation_scores`) have another seed. The table and the choice go to
+SmolLM2-135M-Instruct answers problems of each kind and level. For each kind the level is chosen whose accuracy is
+between 0.4 and 0.9, nearest to the middle, and clearly above that of the most frequent answer. The scored problems
+(`benchmarks.generation_scores`) have another seed. The table and the choice are saved to
 ``benchmarks/results/probe_difficulty.json``.
 """
 
@@ -19,15 +19,14 @@ from typing import Any
 from benchmarks.probe_levels import LEVELS
 from benchmarks.quality_scores import fingerprint, write
 from benchmarks.real_text import RESULTS
-from benchmarks.short_answers import SHOTS, fast_products, problems_of, room, same_answer, sets_of
-from streamline_hooks.evaluation import solve
-from streamline_hooks.evaluation.probes import STOP
-from streamline_hooks.pretrained import load_pretrained
+from benchmarks.short_answers import SHOTS, answer_tokens, fast_products, problems_of, same_answer, sets_of
+from streamline_hooks.checkpoint import load_pretrained
+from streamline_hooks.evaluation import ANSWER_STOP, TextGenerationConfig, solve_problems
 
 FILE = RESULTS / "probe_difficulty.json"
-SEED = 7_001  # of the problems to choose by
+SEED = 7_001  # seed of the problems for the choice
 LOW, HIGH = 0.4, 0.9
-CLEARLY = 2.0  # standard errors above always writing the same answer
+CLEARLY = 2.0  # standard errors above the accuracy of the most frequent answer
 
 
 def main() -> None:
@@ -41,8 +40,13 @@ def main() -> None:
             problems = problems_of(count, SEED, {sort: level})[sort]
             started = time.perf_counter()
             with fast_products(model):
-                solved = solve(
-                    model, tokenizer, problems, new_tokens=room(tokenizer, problems), stop=STOP, batch_size=50
+                solved = solve_problems(
+                    model,
+                    tokenizer,
+                    problems,
+                    TextGenerationConfig(
+                        new_tokens=answer_tokens(tokenizer, problems), stop=ANSWER_STOP, batch_size=50
+                    ),
                 )
             table[sort][str(level)] = {
                 "solved": round(solved.accuracy, 4),
@@ -67,14 +71,14 @@ def main() -> None:
 
 
 def choose(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, int]:
-    """Of each sort, the level that leaves most room on both sides; the easier one of two alike."""
-    middle, found = (LOW + HIGH) / 2, {}
-    for sort, levels in table.items():
-        fit = [level for level, row in levels.items() if _fits(row)]
-        if not fit:
-            raise SystemExit(f"On no level of {sort} does the model solve {LOW} to {HIGH}; add one to `LEVELS`.")
-        found[sort] = int(min(fit, key=lambda level: (abs(levels[level]["solved"] - middle), int(level))))
-    return found
+    """Return for each kind the level with an accuracy nearest to the middle; the easier of two equal ones."""
+    middle, levels_by_kind = (LOW + HIGH) / 2, {}
+    for kind, levels in table.items():
+        suitable = [level for level, row in levels.items() if _fits(row)]
+        if not suitable:
+            raise SystemExit(f"The accuracy of {kind} is not in {LOW} to {HIGH} on any level. Add a level to `LEVELS`.")
+        levels_by_kind[kind] = int(min(suitable, key=lambda level: (abs(levels[level]["solved"] - middle), int(level))))
+    return levels_by_kind
 
 
 def _fits(row: Mapping[str, float]) -> bool:
@@ -82,7 +86,7 @@ def _fits(row: Mapping[str, float]) -> bool:
 
 
 def chosen() -> dict[str, int]:
-    """The choice that was made."""
+    """Return the stored choice."""
     kept: dict[str, Any] = json.loads(FILE.read_text())
     return {sort: int(level) for sort, level in kept["chosen"].items()}
 

@@ -1,23 +1,22 @@
-"""Generated problems of other difficulties than the library's, for a model that solves all or none of those."""
+"""Synthetic problems at six levels of difficulty, for models that solve all or none of the library's problems."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from random import Random
 
-from streamline_hooks.evaluation.probes import Make, arithmetic, brackets, copying, counting, problems_of
-from streamline_hooks.evaluation.problems import Problem
+from streamline_hooks.evaluation import Problem, ProblemMaker, arithmetic, brackets, copying, counting, make_problems
 
 
 def probes_at(count: int, difficulty: int | Mapping[str, int], *, seed: int, shots: int) -> dict[str, list[Problem]]:
-    """The library's `probes` of one of the `LEVELS`, or of one for each sort; 4 is that of the library."""
+    """Return `probes` of one of the `LEVELS`, or of one level per kind; level 4 is that of the library."""
     levels = difficulty if isinstance(difficulty, Mapping) else dict.fromkeys(LEVELS, difficulty)
     return {
-        name: problems_of(name, several[levels.get(name, 4)], count, seed, shots) for name, several in LEVELS.items()
+        name: make_problems(name, several[levels.get(name, 4)], count, seed, shots) for name, several in LEVELS.items()
     }
 
 
-def _sum(below: int) -> Make:
+def _sum(below: int) -> ProblemMaker:
     def make(random: Random) -> tuple[str, str]:
         a, b = random.randrange(1, below), random.randrange(1, below)
         return f"{a} + {b} =", str(a + b)
@@ -25,7 +24,7 @@ def _sum(below: int) -> Make:
     return make
 
 
-def _next(*steps: int) -> Make:
+def _next(*steps: int) -> ProblemMaker:
     def make(random: Random) -> tuple[str, str]:
         first, step = random.randrange(1, 300), random.choice(steps)
         return f"Count: {' '.join(str(first + step * k) for k in range(4))} Next:", str(first + step * 4)
@@ -33,7 +32,7 @@ def _next(*steps: int) -> Make:
     return make
 
 
-LEVELS: dict[str, dict[int, Make]] = {
+LEVELS: dict[str, dict[int, ProblemMaker]] = {
     "arithmetic": {
         1: _sum(16),
         2: _sum(20),
@@ -67,7 +66,12 @@ LEVELS: dict[str, dict[int, Make]] = {
         6: counting(9, others=6),
     },
 }
-"""By sort, from easy to hard: sums of two numbers below 16, 20 and 50, then sums and differences of numbers of up to
-two digits, and of three and four; up to 5 brackets of two kinds and of three, then up to 7, 10, 14 and 20; 2 words, up
-to 3, 5, 7, 8 and 12; the next number in steps of one and of 1, 2, 5 or 10, then words that stand up to 2, 5, 7 and 9
-times between others."""
+"""Problem makers by kind and level, from easy to hard.
+
+- arithmetic: sums of two numbers below 16, 20 and 50, then sums and differences of numbers with up to two, three and
+  four digits
+- brackets: up to 5 brackets of two kinds and of three kinds, then up to 7, 10, 14 and 20
+- copying: 2 words, then up to 3, 5, 7, 8 and 12
+- counting: the next number in steps of 1, and of 1, 2, 5 or 10, then a word that occurs up to 2, 5, 7 and 9 times
+  among others
+"""

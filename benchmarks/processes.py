@@ -1,11 +1,11 @@
-"""What two processes of one thread each gain over one, on SmolLM2-135M-Instruct.
+"""Measure the speedup of two processes with one thread each over one, on SmolLM2-135M-Instruct.
 
     python -m benchmarks.processes [--data FOLDER] [--rounds 3] [--sequences 16]
 
-A profile, the moments of four windows, and the training of a SwiGLU by KL, each on the same sequences of 512 tokens.
-One process and two are started in turn (`torch.distributed.run`, gloo); a pass is timed inside, between two barriers,
-after a warm-up on two sequences. The median of the rounds, in milliseconds a token, goes to
-``benchmarks/results/processes.json`` and ``processes.md``. Other work on the machine takes from both.
+The passes are a profile, the moments of four windows, and the training of a SwiGLU by KL, each on the same sequences of
+512 tokens. Runs with one process and with two are started in turn (`torch.distributed.run`, gloo). Each pass is timed
+between two barriers, after a warm-up on two sequences. The medians of the rounds, in milliseconds per token, are saved
+to ``benchmarks/results/processes.json`` and ``processes.md``. Other load on the machine slows both down.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from benchmarks.quality_scores import write
 from benchmarks.real_text import RESULTS, ROOT, arguments
 from benchmarks.timing import machine
 from benchmarks.training_text import training_text
-from streamline_hooks.batch import batches_of
-from streamline_hooks.cli.processes import launched
-from streamline_hooks.pretrained import load_pretrained
-from streamline_hooks.repair import DistillationConfig, SwiGLUConfig, fit_windows, student_of, train
-from streamline_hooks.stack import find_stack
+from streamline_hooks.checkpoint import load_pretrained
+from streamline_hooks.core import process_group, split_into_batches
+from streamline_hooks.distillation import DistillationConfig, student_of, train
+from streamline_hooks.modeling import find_stack
+from streamline_hooks.repair import SwiGLUConfig, fit_windows
 from streamline_hooks.statistics import measure_moments, profile
 
 WINDOW, WINDOWS = range(12, 20), [range(k, k + 8) for k in (8, 10, 12, 14)]
@@ -42,20 +42,20 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=16)
-    parser.add_argument("--step", type=Path, help="only one measurement, to this file")
+    parser.add_argument("--step", type=Path, help="make one measurement and save it to this file")
     options = parser.parse_args()
     if options.step is not None:
         measure(options)
         return
-    found: dict[str, list[dict[str, float]]] = {"1": [], "2": []}
+    seconds_by_count: dict[str, list[dict[str, float]]] = {"1": [], "2": []}
     for number in range(options.rounds):
         for count in ("1", "2") if number % 2 == 0 else ("2", "1"):
-            found[count].append(started(options, count))
-            print(count, found[count][-1], flush=True)
+            seconds_by_count[count].append(started(options, count))
+            print(count, seconds_by_count[count][-1], flush=True)
     content = {
         "command": "python -m benchmarks.processes",
         "tokens": options.sequences * 512,
-        "rounds": found,
+        "rounds": seconds_by_count,
         "machine": machine(),
     }
     write(RESULTS / "processes.json", content)
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def started(options: Any, count: str) -> dict[str, float]:
-    """Seconds of each pass, by processes of their own."""
+    """Start processes and return their seconds per pass."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "seconds.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m"]
@@ -76,15 +76,15 @@ def started(options: Any, count: str) -> dict[str, float]:
 
 
 def measure(options: Any) -> None:
-    """One process's part of every pass, and its seconds."""
+    """Run and time all passes in this process."""
     torch.set_num_threads(1)
     model, tokenizer = load_pretrained("smollm2")
     text = training_text(options.data, tokenizer, 2 * options.sequences * 512).train
-    with launched() as speaks:
+    with process_group() as is_first:
         (repair,) = fit_windows(
-            model, [WINDOW], SwiGLUConfig(), batches_of(text[:BATCH], 2), batches_of(text[BATCH:8], 2)
+            model, [WINDOW], SwiGLUConfig(), split_into_batches(text[:BATCH], 2), split_into_batches(text[BATCH:8], 2)
         )
-        student = student_of(find_stack(model), [(repair.window, repair.stand_in)])
+        student = student_of(find_stack(model), [(repair.window, repair.replacement_module)])
         passes: dict[str, Callable[[list[Any]], Any]] = {
             "profile": lambda batches: profile(model, batches),
             "moments of four windows": lambda batches: measure_moments(model, batches, WINDOWS),
@@ -92,13 +92,13 @@ def measure(options: Any) -> None:
         }
         seconds = {}
         for name, run in passes.items():
-            run(batches_of(text[:WARM], WARM))
+            run(split_into_batches(text[:WARM], WARM))
             _wait()
             begun = time.perf_counter()
-            run(batches_of(text[: options.sequences], BATCH))
+            run(split_into_batches(text[: options.sequences], BATCH))
             _wait()
             seconds[name] = time.perf_counter() - begun
-        if speaks:
+        if is_first:
             options.step.write_text(json.dumps(seconds))
 
 
@@ -108,17 +108,20 @@ def _wait() -> None:
 
 
 def table(content: dict[str, Any]) -> str:
-    """Milliseconds a token, and how many times as fast two are."""
+    """Return the milliseconds per token and the speedup as Markdown."""
     rounds, tokens = content["rounds"], content["tokens"]
     lines = [
-        f"SmolLM2-135M-Instruct, {tokens:,} tokens, one thread a process, {len(rounds['1'])} rounds in turn, medians.",
+        f"SmolLM2-135M-Instruct, {tokens:,} tokens, CPU with one thread per process, medians of "
+        f"{len(rounds['1'])} alternating rounds.",
         "",
-        "| pass | one process, ms a token | two | times as fast |",
+        "| pass | one process, ms per token | two processes, ms per token | speedup |",
         "|---|---:|---:|---:|",
     ]
     for name in rounds["1"][0]:
-        one, two = (statistics.median(each[name] for each in rounds[count]) for count in ("1", "2"))
-        lines.append(f"| {name} | {1e3 * one / tokens:.2f} | {1e3 * two / tokens:.2f} | **{one / two:.2f}** |")
+        single, double = (statistics.median(each[name] for each in rounds[count]) for count in ("1", "2"))
+        lines.append(
+            f"| {name} | {1e3 * single / tokens:.2f} | {1e3 * double / tokens:.2f} | **{single / double:.2f}** |"
+        )
     return "\n".join([*lines, "", f"Made by `{content['command']}`.", ""])
 
 

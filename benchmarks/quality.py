@@ -1,14 +1,13 @@
-"""What each recipe makes of SmolLM2-135M-Instruct with 8 of its 30 blocks' worth gone.
+"""Compare the recipes for SmolLM2-135M-Instruct with 8 of 30 blocks removed.
 
     python -m benchmarks.quality [--data FOLDER] [--tokens 500000] [--recipes NAME;...] [--items N]
 
-Every recipe is given the same training text of five domains, seen once, and the same window; one whose stand-in is
-itself a block gives up one block more. A closed form is fitted on all of the text; what is trained is started on the
-first fifth, and makes the same steps of the same batches. Matrix products that fit or train are in bfloat16, sums in
-float64. Scores are on held-out text and on multiple-choice tasks that nothing was chosen or fitted on
-(`benchmarks.quality_scores`). A row goes to ``benchmarks/results/quality.json`` as soon as it is done, a training that
-was interrupted goes on where it was, and the table goes to ``benchmarks/results/quality.md``. All rows take about four
-hours on two cores.
+All recipes use the same training text of five domains for one epoch, and the same window; block replacements remove one
+more block. Closed forms are fitted on all of the text. Trained replacements are initialised on the first fifth and see
+the same batches. Matrix products of fits and training runs are in bfloat16, sums in float64. Scores are on held-out
+text and multiple-choice tasks, which are used neither to choose nor to fit (`benchmarks.quality_scores`). Each row is
+saved to ``benchmarks/results/quality.json`` when it is finished, and the table to ``benchmarks/results/quality.md``.
+Interrupted training runs are resumed. All rows take about four hours on two cores.
 """
 
 from __future__ import annotations
@@ -28,43 +27,40 @@ from benchmarks.quality_scores import SEQUENCES, Quality, write
 from benchmarks.real_text import RESULTS, ROOT, arguments
 from benchmarks.training_text import TrainingText, training_text
 from streamline_hooks import (
-    PRESETS,
-    BlockConfig,
     CompressionConfig,
     DistillationConfig,
-    FoldedConfig,
-    HardwareConfig,
     HealingConfig,
     LinearConfig,
-    MergedConfig,
-    NoneConfig,
-    ReplacementConfig,
     SwiGLUConfig,
-    Trained,
-    WindowSearch,
     fit_windows,
     profile,
-    student_of,
     train,
-    verified,
+    verify_shortlist,
 )
-from streamline_hooks.batch import batches_of
-from streamline_hooks.preparation import held_out_apart
-from streamline_hooks.pretrained import load_pretrained
-from streamline_hooks.repair import Student
-from streamline_hooks.repair.teacher import Taught, TaughtStates, taught_states
-from streamline_hooks.selection import windows
-from streamline_hooks.stack import find_stack
+from streamline_hooks.checkpoint import load_pretrained
+from streamline_hooks.core import HardwareConfig, split_into_batches
+from streamline_hooks.distillation import (
+    Student,
+    TeacherCache,
+    TeacherStates,
+    TrainingResult,
+    cache_teacher_states,
+    student_of,
+)
+from streamline_hooks.modeling import find_stack
+from streamline_hooks.pipeline import PRESETS, split_held_out
+from streamline_hooks.repair import BlockConfig, FoldedConfig, MergedConfig, NoneConfig, ReplacementConfig
+from streamline_hooks.selection import WindowSearch, windows_of_size
 
 FILE = RESULTS / "quality.json"
 REMOVED, BATCH, SHORTLIST = 8, 1, 8
-CHOOSING = 40_960  # tokens that the window is chosen on
-STARTING = 0.2  # share of the text that what is trained afterwards is started on
+CHOOSING = 40_960  # tokens for the choice of the window
+STARTING = 0.2  # fraction of the text for the initial fit of trained replacements
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What stands in the window's place, how it is trained, and what is healed besides."""
+    """The replacement, its distillation, and the healing of other blocks."""
 
     repair: ReplacementConfig
     distillation: DistillationConfig | None = None
@@ -86,13 +82,14 @@ RECIPES: dict[str, Recipe] = {
     "block, KL": Recipe(BlockConfig(), OURS),
     "swiglu, KL + LM": Recipe(SwiGLUConfig(), replace(OURS, loss={"kl": 1.0, "lm": 1.0})),
 }
+LABELS = {"swiglu, started": "swiglu", "merged, mean": "merged"}
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, default=500_000)
-    parser.add_argument("--recipes", default=";".join(RECIPES), help="names, with a semicolon between two")
-    parser.add_argument("--items", type=int, help="questions a task, the same for all but BLiMP")
+    parser.add_argument("--recipes", default=";".join(RECIPES), help="names of recipes, separated by semicolons")
+    parser.add_argument("--items", type=int, help="questions per task, except for BLiMP")
     parser.add_argument("--sequences", type=int, default=SEQUENCES)
     parser.add_argument("--results", type=Path, default=FILE)
     options = parser.parse_args()
@@ -103,7 +100,7 @@ def main() -> None:
 
 
 class Bench:
-    """The model twice, once to be changed, the text, and the rows so far."""
+    """The original, a model to change, the text and the finished rows."""
 
     def __init__(self, options: Any) -> None:
         self.options, self.file = options, options.results
@@ -112,8 +109,8 @@ class Bench:
         self.model = load_pretrained("smollm2")[0]
         self.stack = find_stack(self.model)
         self.text = training_text(options.data, tokenizer, options.tokens)
-        self.batches = batches_of(self.text.train, BATCH)
-        self.validation = batches_of(self.text.validation, BATCH)
+        self.batches = split_into_batches(self.text.train, BATCH)
+        self.validation = split_into_batches(self.text.validation, BATCH)
         self.content: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {"rows": {}}
         command = f"python -m benchmarks.quality --tokens {options.tokens}"
         command += "" if options.items is None else f" --items {options.items}"
@@ -123,11 +120,11 @@ class Bench:
             "shares": self.text.shares,
             "original": self.quality.original_row(),
         }
-        self._taught: tuple[tuple[range, ...], list[Taught]] | None = None
+        self._teacher: tuple[tuple[range, ...], list[TeacherStates]] | None = None
         self._exits = ExitStack()
 
     def window(self, slots: int) -> range:
-        """The window of as many blocks, chosen once by the verified shortlist."""
+        """Return the window for a number of slots, chosen once by the verified shortlist."""
         known = self.content.setdefault("windows", {})
         if str(slots) not in known:
             known[str(slots)] = choose(self.model, self.text, REMOVED + slots).start
@@ -135,18 +132,18 @@ class Bench:
         return range(known[str(slots)], known[str(slots)] + REMOVED + slots)
 
     def row(self, name: str) -> None:
-        """Make a row, unless it is there."""
+        """Make a row, unless it is finished."""
         if name in self.content["rows"]:
             return
         recipe, started = RECIPES[name], time.time()
         window = self.window(recipe.repair.slots)
         share = 1.0 if recipe.distillation is None and recipe.repair != NoneConfig() else STARTING
         rows = self.text.train[: round(share * len(self.text.train))]
-        fit, held_out = (batches_of(part, 4) for part in held_out_apart(rows))
+        fit, held_out = (split_into_batches(part, 4) for part in split_held_out(rows))
         with torch.autocast("cpu", torch.bfloat16):
             (repair,) = fit_windows(self.model, [window], recipe.repair, fit, held_out)
         fitted = time.time()
-        student = student_of(self.stack, [(window, repair.stand_in)], recipe.healing)
+        student = student_of(self.stack, [(window, repair.replacement_module)], recipe.healing)
         trained = None if recipe.distillation is None else self.trained(name, student, recipe.distillation)
         student.merge()
         student.training = False
@@ -154,14 +151,14 @@ class Bench:
         with student.opened():
             scores = self.quality.row(self.model)
         parameters = {id(p): p.numel() for p in self.model.parameters()}
-        gone = sum(self.stack.parameters_per_block[k] for k in window)
+        removed_parameters = sum(self.stack.parameters_per_block[k] for k in window)
         added = recipe.repair.size(self.stack, window).parameters
         self.content["rows"][name] = {
             "kind": str(recipe.repair),
             "objective": None if recipe.distillation is None else str(recipe.distillation.objective),
             "healing": None if recipe.healing is None else repr(recipe.healing),
             "window": [window.start, window.stop],
-            "parameters": sum(parameters.values()) - gone + added,
+            "parameters": sum(parameters.values()) - removed_parameters + added,
             "added": added,
             "removal_error": repair.removal_error,
             "repaired_error": repair.repaired_error,
@@ -173,70 +170,74 @@ class Bench:
         self.file.with_suffix(".md").write_text(table(self.content))
         print(name, self.content["rows"][name]["mean_perplexity_ratio"], flush=True)
 
-    def trained(self, name: str, student: Student, settings: DistillationConfig) -> Trained:
-        """Train on the whole text once, in products of bfloat16, and go on where an earlier run was interrupted."""
+    def trained(self, name: str, student: Student, settings: DistillationConfig) -> TrainingResult:
+        """Train for one epoch in bfloat16 autocast, and resume an interrupted training run."""
         file = ROOT / "build" / "quality" / f"{name.replace(' ', '-')}.training"
-        with self.taught(student, settings) as taught:
+        with self.cached_teacher(student, settings) as student.teacher_cache:
             trained = train(
                 student,
                 self.batches,
                 self.validation,
                 settings,
-                taught=taught,
                 resume=file.exists(),
-                say=print,
-                checkpoint=file,
+                checkpoint_file=file,
                 hardware=HardwareConfig(autocast="bfloat16", state_memory=2**34),
             )
         if trained.stopped:
-            raise SystemExit(f"{name} was not trained to its end: {trained.stopped}. Run it again to go on.")
+            raise SystemExit(f"{name}: training stopped early: {trained.stopped}. Run the command again to resume.")
         file.unlink()
         return trained
 
     @contextmanager
-    def taught(self, student: Student, settings: DistillationConfig) -> Iterator[TaughtStates | None]:
-        """The original's states on the text, which recipes for windows of one start share."""
+    def cached_teacher(self, student: Student, settings: DistillationConfig) -> Iterator[TeacherCache | None]:
+        """Yield the teacher's states on the text, shared by recipes whose windows have the same start."""
         starts = {self.window(slots).start for slots in (0, 1)}
         if len(starts) > 1 or student.start not in starts:
             yield None
             return
         every = tuple(self.window(slots) for slots in (0, 1))
-        if self._taught is None:
+        if self._teacher is None:
             with torch.autocast("cpu", torch.bfloat16):
                 states = self._exits.enter_context(
-                    taught_states(self.model, self.batches, student.start, after=every, memory=2**34)
+                    cache_teacher_states(
+                        self.model,
+                        self.batches,
+                        student.start,
+                        after=every,
+                        hardware=HardwareConfig(state_memory=2**34),
+                    )
                 )
-            self._taught = every, states.batches
+            self._teacher = every, states.batches
         compared = tuple(student.windows) if settings.objective.needs_states else ()
-        places = [every.index(window) for window in compared]
-        found = [replace(b, after=tuple(b.after[k] for k in places)) for b in self._taught[1]]
-        yield TaughtStates(student.start, compared, True, found)
+        indices = [every.index(window) for window in compared]
+        cached_batches = [replace(b, after=tuple(b.after[k] for k in indices)) for b in self._teacher[1]]
+        yield TeacherCache(student.start, compared, True, cached_batches)
 
 
 def choose(model: Any, text: TrainingText, size: int) -> range:
-    """The window that is repaired best in closed form, by KL on the validation text."""
+    """Return the window with the lowest KL on validation text after closed-form repair."""
     few = text.train[: CHOOSING // text.train.shape[1]]
     length = len(find_stack(model))
-    measured = profile(model, batches_of(few, 4))
+    measured = profile(model, split_into_batches(few, 4))
     search = WindowSearch(shortlist=SHORTLIST)
-    shortlist = search.find(search.problem(windows(length, size), length, profile=measured))
-    fit, held_out = held_out_apart(few)
-    parts = (batches_of(part, 4) for part in (fit, held_out, text.validation))
-    return verified(model, shortlist, *parts)[0].windows[0]
+    shortlist = search.find(search.problem(windows_of_size(length, size), length, profile=measured))
+    fit, held_out = split_held_out(few)
+    parts = (split_into_batches(part, 4) for part in (fit, held_out, text.validation))
+    return verify_shortlist(model, shortlist, *parts)[0].windows[0]
 
 
 def table(content: dict[str, Any]) -> str:
-    """The rows as Markdown, the lowest mean ratio first."""
+    """Return the rows as Markdown, sorted by mean perplexity ratio."""
     original, rows = content["original"], content["rows"]
     domains, tasks = list(original["perplexity"]), list(original["accuracy"])
     ordered = sorted(rows, key=lambda name: rows[name]["mean_perplexity_ratio"])
     head = ["recipe", "perplexity ratio, mean", *domains, "KL", "top-1", "retained", "parameters", "minutes"]
     lines = [
-        f"SmolLM2-135M-Instruct, {REMOVED} of 30 blocks' worth gone, {content['tokens']:,} tokens of training text "
-        "seen once. Perplexity ratios, KL (nats a token) and top-1 agreement with the original are on held-out text; "
-        "'retained' is the mean share of the accuracy above chance that is kept, over "
-        f"{', '.join(original['counted'])}, with its standard error. Minutes: fitting and training, beside whatever "
-        "else the machine did.",
+        f"SmolLM2-135M-Instruct, {REMOVED} of 30 blocks removed (one more by block replacements), "
+        f"{content['tokens']:,} tokens of training text, one epoch, seed 0. Perplexity ratios, KL (nats per token) and "
+        "top-1 agreement with the original are on held-out text. 'Retained' is the mean retained fraction of the "
+        f"accuracy above chance over {', '.join(original['counted'])}, with its standard error. Minutes: fit and "
+        "training on a CPU, on a machine with other load.",
         "",
         "| " + " | ".join(head) + " |",
         "|---" * len(head) + "|",
@@ -247,12 +248,20 @@ def table(content: dict[str, Any]) -> str:
         kept = row["mean_retained"]
         retained = "" if kept is None else f"{kept:.1%} ± {row['mean_retained_standard_error']:.1%}"
         minutes = sum(row["minutes"].values())
-        cells = [name, f"**{row['mean_perplexity_ratio']:.3f}**", *ratios, f"{row['kl']:.3f}", f"{row['top1']:.1%}"]
+        cells = [
+            LABELS.get(name, name),
+            f"**{row['mean_perplexity_ratio']:.3f}**",
+            *ratios,
+            f"{row['kl']:.3f}",
+            f"{row['top1']:.1%}",
+        ]
         lines.append("| " + " | ".join([*cells, retained, f"{row['parameters'] / 1e6:.1f} M", f"{minutes:.0f}"]) + " |")
     lines += ["", "Accuracy by task:", "", "| | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
     lines.append("| chance | " + " | ".join(f"{original['chance'][task]:.1%}" for task in tasks) + " |")
     for name, row in [("original", original), *((name, rows[name]) for name in ordered)]:
-        lines.append(f"| {name} | " + " | ".join(f"{row['accuracy'][task]:.1%}" for task in tasks) + " |")
+        lines.append(
+            f"| {LABELS.get(name, name)} | " + " | ".join(f"{row['accuracy'][task]:.1%}" for task in tasks) + " |"
+        )
     return "\n".join([*lines, "", f"Made by `{content['command']}`.", ""])
 
 

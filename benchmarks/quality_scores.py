@@ -1,11 +1,11 @@
-"""One row of scores for a model in memory: what it has lost against the model that it was made from.
+"""Score a model in memory and compare it with the model that it was made from.
 
     python -m benchmarks.quality_scores [MODEL] [--data FOLDER] [--sequences 6] [--items N] [--threads N]
 
-Perplexity for each held-out domain, KL and top-1 agreement with the original on the same text, and accuracy on the
-tasks of `benchmarks.multiple_choice`, by lm-eval. Without MODEL the original alone, SmolLM2-135M-Instruct, is scored.
-Its scores are kept in ``benchmarks/results/quality_original.json``, by everything that they depend on, and are not made
-again.
+A row has the perplexity of each held-out domain, KL and top-1 agreement with the original on the same text, and the
+accuracy on the tasks of `benchmarks.multiple_choice`, run by lm-eval. Without MODEL only the original,
+SmolLM2-135M-Instruct, is scored. Its scores are cached in ``benchmarks/results/quality_original.json`` by a digest of
+all settings.
 """
 
 from __future__ import annotations
@@ -27,30 +27,37 @@ from torch import nn
 
 from benchmarks.multiple_choice import TASKS, task_of
 from benchmarks.real_text import RESULTS, arguments, heldout
-from streamline_hooks.evaluation import Agreement, Perplexity, TaskResult, TaskSettings, perplexity
-from streamline_hooks.evaluation.agreement import agreement_of, paired_answers
-from streamline_hooks.evaluation.perplexity import score
-from streamline_hooks.evaluation.tasks import load_tasks
-from streamline_hooks.pretrained import load_pretrained
-from streamline_hooks.task import Task
+from streamline_hooks.checkpoint import load_pretrained
+from streamline_hooks.evaluation import (
+    Agreement,
+    Perplexity,
+    TaskResult,
+    TaskSettings,
+    compare_logits,
+    load_tasks,
+    perplexity,
+    run_paired,
+    score_tokens,
+)
+from streamline_hooks.modeling import Task
 
 FILE = RESULTS / "quality_original.json"
 SEQUENCES, CHOICES_AT_ONCE = 6, 16
-CLEARLY = 2.0  # standard errors above chance that the original must reach for a task to enter the retained mean
+CLEARLY = 2.0  # the original must exceed chance by so many standard errors for a task to count
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What one model reaches.
+    """Scores of one model.
 
     Attributes
     ----------
     perplexity : dict of str to float
-        By held-out domain.
+        Perplexity by held-out domain.
     right : dict of str to str
-        By task, for each question 1 where it was answered right and 0 where not.
+        By task, a string with 1 for each correctly answered question and 0 for the others.
     chance : dict of str to float
-        By task, the accuracy of guessing.
+        Accuracy of guessing, by task.
     """
 
     perplexity: dict[str, float]
@@ -61,35 +68,35 @@ class Scores:
         return self.right[task].count("1") / len(self.right[task])
 
     def standard_error(self, task: str) -> float:
-        """Of the accuracy: √(p(1 − p)/(n − 1))."""
+        """Standard error of the accuracy: √(p(1 − p)/(n − 1))."""
         return statistics.stdev(map(int, self.right[task])) / math.sqrt(len(self.right[task]))
 
 
 class Quality:
-    """The original, the text and the questions, to score what is made from it.
+    """The original, the text and the questions, to score models made from the original.
 
     Parameters
     ----------
     original : torch.nn.Module
-        It is kept, and must not be changed afterwards: change a copy.
+        The original model. It must not be changed afterwards; change a copy.
     tokenizer : PreTrainedTokenizerBase
     data : Path
-        With ``text/heldout`` and ``bench``.
+        Folder with ``text/heldout`` and ``bench``.
     sequences, first : int
-        How many of 512 tokens, of each domain, from which one on; fewer where it is shorter.
+        Number of sequences of 512 tokens per domain and the index of the first; fewer if the domain is shorter.
     items : int, optional
-        Questions a task but BLiMP; by default each task's own number, see `TASKS`.
+        Questions per task, except for BLiMP; by default the numbers of `TASKS`.
     tasks : sequence of str
-        Some of `TASKS`; none for a model that answers no question.
+        Names in `TASKS`; empty for a model that cannot answer questions.
     seed : int
-        Of the subsets.
+        Seed of the subsets.
     cache : Path
-        Where the original's scores are kept.
+        File in which the scores of the original are cached.
 
     Attributes
     ----------
     key : str
-        Of what is asked and of whom: only rows of one key are comparable.
+        Digest of the original, the text and the questions; only rows with the same key are comparable.
     """
 
     def __init__(
@@ -116,37 +123,40 @@ class Quality:
 
     @property
     def counted(self) -> list[str]:
-        """The tasks on which the original is clearly above chance; only of these is there something to retain."""
+        """The tasks on which the original is clearly above chance."""
         scores = self.scores
         return [t for t in scores.right if scores.accuracy(t) - self.chance[t] > CLEARLY * scores.standard_error(t)]
 
     def row(self, model: nn.Module, tasks: Sequence[str] | None = None) -> dict[str, Any]:
-        """Score a model that was made from the original, and is another module in memory.
+        """Score a model that was made from a copy of the original.
 
         Parameters
         ----------
         model : torch.nn.Module
         tasks : sequence of str, optional
-            What is asked, by default all; `counted` is all that enters the retained mean.
+            Tasks to run, by default all; `counted` has those that enter the retained mean.
 
         Returns
         -------
         dict
-            JSON values. ``mean_perplexity_ratio`` is the mean over the domains; ``retained``, for each counted task,
-            is (accuracy − chance)/(the original's − chance), and ``mean_retained`` their mean, None where no task
-            counts; ``mean_retained_standard_error`` is that of drawing the questions, the same for both models.
+            JSON values. ``mean_perplexity_ratio`` is the mean over the domains. ``retained`` is, for each counted task,
+            (accuracy − chance)/(accuracy of the original − chance); ``mean_retained`` is the mean, or None if no task
+            counts; ``mean_retained_standard_error`` is its standard error over questions, paired for both models.
         """
         started = time.perf_counter()
-        value, agreed, seconds = {}, {}, {}
+        perplexities, agreement_by_domain, seconds = {}, {}, {}
         for name, batches in self.text.items():
-            sums, alike = Perplexity(), Agreement()
-            with paired_answers(model, self.original, batches, name, Task("causal-lm")) as answers:
-                for given, output, *pair in answers:
-                    sums += score(output.logits, given["input_ids"], given["attention_mask"])
-                    alike += agreement_of(*pair)
-            value[name], agreed[name] = sums.value, alike
+            sums, agreement = Perplexity(), Agreement()
+            with run_paired(model, self.original, batches, name, Task("causal-lm")) as answers:
+                for batch, output, *pair in answers:
+                    sums += score_tokens(output.logits, batch["input_ids"], batch["attention_mask"])
+                    agreement += compare_logits(*pair)
+            perplexities[name], agreement_by_domain[name] = sums.value, agreement
         seconds["text"] = round(time.perf_counter() - started, 1)
-        scores, whole = Scores(value, *self._right(model, seconds, tasks)), sum(agreed.values(), Agreement())
+        scores, whole = (
+            Scores(perplexities, *self._right(model, seconds, tasks)),
+            sum(agreement_by_domain.values(), Agreement()),
+        )
         ratio = {name: scores.perplexity[name] / self.scores.perplexity[name] for name in self.text}
         return {
             "perplexity": scores.perplexity,
@@ -154,7 +164,7 @@ class Quality:
             "mean_perplexity_ratio": statistics.fmean(ratio.values()),
             "kl": whole.kl,
             "top1": whole.top1,
-            "kl_by_domain": {name: alike.kl for name, alike in agreed.items()},
+            "kl_by_domain": {name: agreement.kl for name, agreement in agreement_by_domain.items()},
             "tokens": whole.tokens,
             **self._answers(scores),
             **self.retained_scores(scores),
@@ -162,7 +172,7 @@ class Quality:
         }
 
     def original_row(self) -> dict[str, Any]:
-        """The original's own scores, from the cache, as JSON values."""
+        """Return the cached scores of the original as JSON values."""
         return {"perplexity": self.scores.perplexity, **self._answers(self.scores), "counted": self.counted}
 
     def _answers(self, scores: Scores) -> dict[str, Any]:
@@ -175,32 +185,32 @@ class Quality:
         }
 
     def retained_scores(self, scores: Scores) -> dict[str, Any]:
-        """What is retained above chance; the error by linearisation, each question's x − r·x₀ being its part."""
-        found: dict[str, float] = {}
+        """Return the retained accuracy above chance, with the linearised standard error from x − r·x₀ per question."""
+        retained: dict[str, float] = {}
         variance = 0.0
         for task in (task for task in self.counted if task in scores.right):
-            room = self.scores.accuracy(task) - self.chance[task]
-            kept = (scores.accuracy(task) - self.chance[task]) / room
+            headroom = self.scores.accuracy(task) - self.chance[task]
+            ratio = (scores.accuracy(task) - self.chance[task]) / headroom
             pairs = zip(scores.right[task], self.scores.right[task], strict=True)
-            parts = [int(mine) - kept * int(theirs) for mine, theirs in pairs]
-            found[task] = kept
-            variance += statistics.variance(parts) / len(parts) / room**2
+            parts = [int(score) - ratio * int(original_score) for score, original_score in pairs]
+            retained[task] = ratio
+            variance += statistics.variance(parts) / len(parts) / headroom**2
         return {
-            "retained": found,
-            "mean_retained": statistics.fmean(found.values()) if found else None,
-            "mean_retained_standard_error": math.sqrt(variance) / len(found) if found else None,
+            "retained": retained,
+            "mean_retained": statistics.fmean(retained.values()) if retained else None,
+            "mean_retained_standard_error": math.sqrt(variance) / len(retained) if retained else None,
         }
 
     def _right(
         self, model: nn.Module, seconds: dict[str, float], tasks: Sequence[str] | None = None
     ) -> tuple[dict[str, str], dict[str, float]]:
-        found: dict[str, TaskResult] = {}
+        results: dict[str, TaskResult] = {}
         for name in self.tasks if tasks is None else tasks:
             started = time.perf_counter()
-            found[name] = self.tasks[name].run(model, self.tokenizer)
+            results[name] = self.tasks[name].run(model, self.tokenizer)
             seconds[name] = round(time.perf_counter() - started, 1)
-        right = {name: "".join("01"[int(score)] for score in result.scores) for name, result in found.items()}
-        return right, {name: result.chance for name, result in found.items()}
+        right = {name: "".join("01"[int(score)] for score in result.scores) for name, result in results.items()}
+        return right, {name: result.chance for name, result in results.items()}
 
     def _cached(self, cache: Path) -> tuple[str, Scores]:
         settings = {
@@ -215,14 +225,14 @@ class Quality:
             started, seconds = time.perf_counter(), {}
             value = {name: perplexity(self.original, batches, name).value for name, batches in self.text.items()}
             seconds["text"] = round(time.perf_counter() - started, 1)
-            found = Scores(value, *self._right(self.original, seconds))
-            known[key] = {"settings": settings, "seconds": seconds, "scores": asdict(found)}
+            scores = Scores(value, *self._right(self.original, seconds))
+            known[key] = {"settings": settings, "seconds": seconds, "scores": asdict(scores)}
             write(cache, known)
         return key, Scores(**known[key]["scores"])
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Of names and values: a model that has been changed in between is another one."""
+    """Return a digest of the names, dtypes, shapes and values of tensors."""
     digested = hashlib.blake2b(digest_size=8)
     for name, tensor in tensors.items():
         digested.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -239,7 +249,7 @@ def digest(text: str) -> str:
 
 
 def write(path: Path, content: Any) -> None:
-    """Whole or not at all."""
+    """Write JSON atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".half")
     half.write_text(json.dumps(content, indent=1) + "\n")
@@ -248,9 +258,9 @@ def write(path: Path, content: Any) -> None:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("model", nargs="?", help="a folder that a shortened SmolLM2-135M-Instruct was saved in")
+    parser.add_argument("model", nargs="?", help="folder of a compressed SmolLM2-135M-Instruct")
     parser.add_argument("--sequences", type=int, default=SEQUENCES)
-    parser.add_argument("--items", type=int, help="questions a task, the same for all but BLiMP")
+    parser.add_argument("--items", type=int, help="questions per task, except for BLiMP")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
     if options.threads:

@@ -1,13 +1,13 @@
-"""What it costs to rank every window of every length, beside one bare forward of the same tokens.
+"""Measure the cost of ranking all windows of all lengths relative to a plain forward pass.
 
     python -m benchmarks.ranking_cost [--data FOLDER] [--rounds 7]
 
-SmolLM2-135M in float32 on batches of 4 x 512 tokens of training text. The ways are run in turn, several rounds; the
-table holds medians and ratios of medians. The published procedure is the one of LLM-Streamline's code: every hidden
-state of every sample is kept in memory, then each window of one length gets a full tokens x tokens matrix of cosines a
-sample, whose diagonal is averaged. It is run on the same sequences, and on one of 2,048 tokens, which its code cuts
-text into. "The blocks alone" is the model without its head and with nothing measured: what no way of ranking by states
-can be faster than. Rows go to ``benchmarks/results/ranking_cost.json`` and ``.md``.
+SmolLM2-135M runs in float32 on batches of 4 x 512 tokens of training text. The methods are timed in turn for several
+rounds; the table has medians and ratios of medians. The published procedure is that of LLM-Streamline's code: it keeps
+all hidden states of all samples in memory and computes, for each window of one length and each sample, a full tokens x
+tokens matrix of cosines, of which it averages the diagonal. It runs on the same sequences and on one sequence of 2,048
+tokens, the length in its code. "Blocks alone" is the model without its head and without measurement, a lower bound for
+all rankings by hidden states. The results are saved to ``benchmarks/results/ranking_cost.json`` and ``.md``.
 """
 
 from __future__ import annotations
@@ -23,12 +23,18 @@ import torch
 from benchmarks.real_text import BATCH, RESULTS, SEQUENCE, arguments, split_of
 from benchmarks.timing import interleaved, machine, ratio
 from streamline_hooks import HiddenStateRecorder, profile
-from streamline_hooks.batch import batches_of
-from streamline_hooks.pretrained import load_pretrained
+from streamline_hooks.checkpoint import load_pretrained
+from streamline_hooks.core import split_into_batches
 
 BATCHES, SIZE, PROTECTED = 1, 8, 4
 PUBLISHED_LENGTH = 2_048
 RECORDED = (5, 13, 20)
+LABELS = {
+    "rank, last blocks kept": "rank with protected blocks",
+    "published": "published procedure",
+    "rank, long": "rank one sequence",
+    "published, long": "published procedure on one sequence",
+}
 
 
 def main() -> None:
@@ -39,17 +45,17 @@ def main() -> None:
     model, tokenizer = load_pretrained("smollm2")
     tokens = BATCHES * BATCH * SEQUENCE
     split = split_of(options.data, tokenizer, calibration_tokens=tokens, validation_tokens=SEQUENCE)
-    batches = batches_of(split.calibration, BATCH)
+    batches = split_into_batches(split.calibration, BATCH)
     blocks = model.config.num_hidden_layers
     long = split.calibration.reshape(-1, PUBLISHED_LENGTH)
     ways = {
         "forward": lambda: forward(model, batches),
         "rank": lambda: profile(model, batches),
-        "rank, last blocks kept": lambda: profile(model, batches, keep=range(blocks - PROTECTED, blocks)),
+        "rank, last blocks kept": lambda: profile(model, batches, protect=range(blocks - PROTECTED, blocks)),
         "record": lambda: record(model, batches),
         "blocks alone": lambda: forward(model.model, batches),
         "published": lambda: published(model, split.calibration),
-        "rank, long": lambda: profile(model, batches_of(long, 1)),
+        "rank, long": lambda: profile(model, split_into_batches(long, 1)),
         "published, long": lambda: published(model, long),
     }
     seconds = interleaved(ways, options.rounds)
@@ -74,14 +80,14 @@ def main() -> None:
 
 @torch.no_grad()
 def forward(model: Any, batches: list[dict[str, torch.Tensor]]) -> None:
-    """The bare forward, of all that the model given has."""
+    """Run a plain forward pass."""
     for batch in batches:
         model(**batch, use_cache=False)
 
 
 @torch.no_grad()
 def record(model: Any, batches: list[dict[str, torch.Tensor]]) -> None:
-    """The same with a few blocks recorded."""
+    """Run a forward pass with a few recorded blocks."""
     with HiddenStateRecorder(model, RECORDED, outputs=False) as recorder:
         for batch in batches:
             model(**batch, use_cache=False)
@@ -90,10 +96,10 @@ def record(model: Any, batches: list[dict[str, torch.Tensor]]) -> None:
 
 @torch.no_grad()
 def published(model: Any, sequences: torch.Tensor) -> list[float]:
-    """Rank the windows of one length as LLM-Streamline's own code does; returns the mean similarities.
+    """Rank the windows of one length like the code of LLM-Streamline; return the mean similarities.
 
-    Samples go one by one, with whatever the model does by default, and all their hidden states are kept. A window of a
-    sample gets the whole matrix of its tokens' cosines, brought to 0 to 1, of which only the diagonal is used.
+    Samples run one by one with the default settings of the model, and all hidden states are kept. The full matrix of
+    cosines of each window and sample, scaled to 0 to 1, is computed, although only the diagonal is used.
     """
     kept = [list(model(row[None], output_hidden_states=True).hidden_states) for row in sequences]
     means: list[list[float]] = [[] for _ in range(len(kept[0]) - SIZE)]
@@ -107,33 +113,34 @@ def published(model: Any, sequences: torch.Tensor) -> list[float]:
 
 
 def table(row: dict[str, Any]) -> str:
-    """The row as Markdown."""
+    """Return the results as Markdown."""
     rounds = len(row["seconds"]["forward"])
     labels: dict[str, Callable[[float], str]] = {
-        "rank / forward": lambda r: f"rank every window of every length | {r:.2f} of a bare forward | 0.95",
+        "rank / forward": lambda r: f"rank all windows of all lengths | {r:.2f} of a forward pass | 0.95",
         "rank, last blocks kept / forward": lambda r: (
-            f"the same, where the last {PROTECTED} blocks must stay and are not run | {r:.2f} of a bare forward | 0.85"
+            f"the same, with the last {PROTECTED} blocks protected and not run | {r:.2f} of a forward pass | 0.85"
         ),
-        "record / forward": lambda r: f"record {len(RECORDED)} chosen blocks | {r:.3f} of a bare forward | 1.03",
+        "record / forward": lambda r: f"record {len(RECORDED)} blocks | {r:.3f} of a forward pass | 1.03",
         "published / rank": lambda r: (
-            f"the published procedure, for the one length {SIZE} | {r:.2f} times the cost of ranking every length | "
-            "at least 1.4"
+            f"published procedure, for one length ({SIZE}) | {r:.2f} times the ranking of all lengths | at least 1.4"
         ),
         "published / rank, long": lambda r: (
-            f"the same, on one sequence of {PUBLISHED_LENGTH:,} tokens | {r:.2f} times the cost of ranking every "
-            "length | at least 1.4"
+            f"the same, on one sequence of {PUBLISHED_LENGTH:,} tokens | {r:.2f} times the ranking of all lengths | "
+            "at least 1.4"
         ),
         "published / blocks alone": lambda r: (
-            f"the most that ranking by states could reach against it | {r:.2f} times the blocks alone | none"
+            f"published procedure, relative to the lower bound | {r:.2f} times the blocks alone | none"
         ),
     }
-    medians = ", ".join(f"{name} {statistics.median(values):.2f}" for name, values in row["seconds"].items())
+    medians = ", ".join(
+        f"{LABELS.get(name, name)} {statistics.median(values):.2f}" for name, values in row["seconds"].items()
+    )
     return "\n".join(
         [
             f"SmolLM2-135M, float32, {row['tokens']:,} tokens in batches of {BATCH} x {SEQUENCE}, "
-            f"{row['machine']['threads']} threads; {rounds} rounds in turn, ratios of medians.",
+            f"CPU with {row['machine']['threads']} threads; ratios of the medians of {rounds} alternating rounds.",
             "",
-            "| what | cost | aim |",
+            "| method | cost | target |",
             "|---|---|---|",
             *(f"| {labels[name](value)} |" for name, value in row["ratios"].items()),
             "",

@@ -1,9 +1,9 @@
-"""How the time of ranking grows with tokens, blocks and width, on synthetic Llama models.
+"""Measure how the time of ranking grows with tokens, blocks and width, on synthetic Llama models.
 
     python -m benchmarks.ranking_growth [--rounds 3]
 
-One size changes at a time. Rows go to ``benchmarks/results/ranking_growth.json`` and ``.md``, the picture to
-``docs/ranking_growth.svg``.
+One size is varied at a time. The results are saved to ``benchmarks/results/ranking_growth.json`` and ``.md``, the
+figure to ``docs/images/ranking_growth.svg``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     os.environ["TQDM_DISABLE"] = "1"
     rows: dict[str, list[dict[str, float]]] = {}
     for axis, values in GRID.items():
-        models = {value: made({**BASE, axis: value}) for value in values}
+        models = {value: build({**BASE, axis: value}) for value in values}
         ways = {}
         for value, (model, batch) in models.items():
             ways[f"rank {value}"] = lambda model=model, batch=batch: profile(model, [batch])
@@ -54,8 +54,8 @@ def main() -> None:
     print(table(row))
 
 
-def made(size: dict[str, int]) -> tuple[Any, dict[str, torch.Tensor]]:
-    """A model and a batch of a size."""
+def build(size: dict[str, int]) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return a model and a batch of a size."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4 * size["width"],
@@ -71,16 +71,16 @@ def made(size: dict[str, int]) -> tuple[Any, dict[str, torch.Tensor]]:
 
 @torch.no_grad()
 def forward(model: Any, batch: dict[str, torch.Tensor]) -> None:
-    """The bare forward."""
+    """Run a plain forward pass."""
     model(**batch, use_cache=False)
 
 
 def table(row: dict[str, Any]) -> str:
-    """The rows as Markdown."""
-    base = ", ".join(f"{value} {name}" for name, value in row["base"].items())
-    lines = [f"Synthetic Llama models; what is not named in a row is {base}. Median seconds.", ""]
+    """Return the rows as Markdown."""
+    base = ", ".join(f"{name} {value}" for name, value in row["base"].items())
+    lines = [f"Synthetic Llama models with random weights on a CPU. Unless stated: {base}. Median seconds.", ""]
     for axis, values in row["rows"].items():
-        lines += [f"| {axis} | bare forward | rank every window | ratio |", "|---:|---:|---:|---:|"]
+        lines += [f"| {axis} | forward pass | rank all windows | ratio |", "|---:|---:|---:|---:|"]
         lines += [
             f"| {v[axis]:,} | {v['forward']:.4f} | {v['rank']:.4f} | {v['rank'] / v['forward']:.2f} |" for v in values
         ]
@@ -89,7 +89,7 @@ def table(row: dict[str, Any]) -> str:
 
 
 def draw(row: dict[str, Any]) -> None:
-    """Time against each size, on logarithmic axes."""
+    """Plot the time by each size, on logarithmic axes."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -99,7 +99,7 @@ def draw(row: dict[str, Any]) -> None:
     figure, axes = plt.subplots(1, len(row["rows"]), figsize=(9.6, 3.2), layout="constrained", sharey=True)
     for place, (axis, values) in zip(axes, row["rows"].items(), strict=True):
         x = [v[axis] for v in values]
-        for what, label in (("forward", "bare forward"), ("rank", "rank every window")):
+        for what, label in (("forward", "forward pass"), ("rank", "rank all windows")):
             place.plot(x, [v[what] for v in values], "o-", label=label)
         place.set_xscale("log", base=2)
         place.set_yscale("log")
@@ -108,7 +108,7 @@ def draw(row: dict[str, Any]) -> None:
         place.grid(alpha=0.3)
     axes[0].set_ylabel("seconds")
     axes[0].legend(frameon=False)
-    figure.savefig(ROOT / "docs" / "ranking_growth.svg", metadata={"Date": None})
+    figure.savefig(ROOT / "docs" / "images" / "ranking_growth.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Whether the memory of ranking grows with the number of batches.
+"""Measure whether the memory of ranking grows with the number of batches.
 
     python -m benchmarks.ranking_memory [--data FOLDER] [--batches 10,100,1000]
 
-Each number of batches (1 x 64 tokens of SmolLM2-135M) is profiled in a process of its own, which reads the peak of its
-resident memory before and after. Rows go to ``benchmarks/results/ranking_memory.json`` and ``.md``.
+Each number of batches (1 x 64 tokens of SmolLM2-135M) is profiled in a separate process, which reads its resident
+memory before and the peak after. The results are saved to ``benchmarks/results/ranking_memory.json`` and ``.md``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TOKENS = 64
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--batches", default="10,100,1000")
-    parser.add_argument("--one", type=int, help="only this number, in this process")
+    parser.add_argument("--one", type=int, help="measure only this number of batches, in this process")
     options = parser.parse_args()
     if options.one:
         print(json.dumps(peak(options.data, options.one)))
@@ -34,8 +34,8 @@ def main() -> None:
     rows = []
     for number in map(int, options.batches.split(",")):
         command = [sys.executable, "-m", "benchmarks.ranking_memory", "--one", str(number), "--data", str(options.data)]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        rows.append(json.loads(said.splitlines()[-1]))
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        rows.append(json.loads(output.splitlines()[-1]))
         print(rows[-1], flush=True)
     row = {
         "command": f"python -m benchmarks.ranking_memory --batches {options.batches}",
@@ -48,15 +48,15 @@ def main() -> None:
 
 
 def peak(data: Any, number: int) -> dict[str, int]:
-    """Bytes of the process: before the pass, and by how much its peak grew in it."""
+    """Return the resident bytes before the profile, and the increase of the peak during the profile."""
     os.environ["TQDM_DISABLE"] = "1"
     from streamline_hooks import profile
-    from streamline_hooks.batch import batches_of
-    from streamline_hooks.pretrained import load_pretrained
+    from streamline_hooks.checkpoint import load_pretrained
+    from streamline_hooks.core import split_into_batches
 
     model, tokenizer = load_pretrained("smollm2")
     split = split_of(data, tokenizer, calibration_tokens=8_192, validation_tokens=512)
-    pieces = batches_of(split.calibration.view(-1, TOKENS), 1)
+    pieces = split_into_batches(split.calibration.view(-1, TOKENS), 1)
     gc.collect()
     give_back()
     loaded = resident()
@@ -66,7 +66,7 @@ def peak(data: Any, number: int) -> dict[str, int]:
 
 
 def resident(field: str = "VmRSS") -> int:
-    """Resident memory of this process in bytes, or its peak; where there is no /proc, the peak since the start."""
+    """Return the resident memory of this process in bytes; without /proc, the peak since its start."""
     try:
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
@@ -75,14 +75,14 @@ def resident(field: str = "VmRSS") -> int:
 
 
 def give_back() -> None:
-    """Let the allocator return what was freed, where it is glibc's: else the pass would live on that unseen."""
+    """Return freed memory to the system (glibc), so that the profile cannot reuse it unnoticed."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def reset_peak() -> None:
-    """Let Linux count the peak from here."""
+    """Reset the peak of the resident memory on Linux."""
     try:
         with open("/proc/self/clear_refs", "w") as refs:
             refs.write("5")
@@ -91,15 +91,15 @@ def reset_peak() -> None:
 
 
 def table(row: dict[str, Any]) -> str:
-    """The rows as Markdown."""
+    """Return the rows as Markdown."""
     lines = [
-        f"SmolLM2-135M, float32, batches of 1 x {TOKENS} tokens, each number in a process of its own.",
+        f"SmolLM2-135M, float32, batches of 1 x {TOKENS} tokens on a CPU, each number in a separate process.",
         "",
-        "| batches | model and program | peak above it |",
+        "| batches | before the profile | increase of the peak |",
         "|---:|---:|---:|",
         *(f"| {r['batches']:,} | {r['loaded'] / 1e6:.0f} MB | {r['above_model'] / 1e6:.1f} MB |" for r in row["rows"]),
         "",
-        f"From the fewest to the most: {row['growth']:+.1%} above the model (aim: less than 5 %).",
+        f"Change from the smallest to the largest number: {row['growth']:+.1%} (target: less than 5 %).",
         "",
         f"Made by `{row['command']}`.",
         "",

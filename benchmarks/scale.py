@@ -1,11 +1,11 @@
-"""Compress a Llama of about three billion random weights with one block in memory at a time.
+"""Compress a Llama with three billion random weights with one block in memory at a time.
 
     python -m benchmarks.scale [--shape 3b] [--folder FOLDER] [--results FOLDER] [--tokens 4096] [--threads 2]
 
-The checkpoint, 6 GB in bfloat16, is written file by file to ``--folder`` (where it stays, and is taken up again) or to
-a temporary one. A process of its own compresses it by `streamline_hooks.blockwise.compress_checkpoint`, and says the
-most that it had in memory by the operating system's own figures; another one loads what was written, whole. A small
-model of the same make is compressed block by block and in memory, and both are compared. The result goes to
+The checkpoint, 6 GB in bfloat16, is written file by file to ``--folder`` (where it is kept and reused) or to a
+temporary folder. A separate process compresses it with `streamline_hooks.pipeline.compress_checkpoint` and reports its
+peak memory as counted by the operating system; another process loads the result into memory. A small model with the
+same architecture is compressed block by block and in memory, and the results are compared. They are saved to
 ``scale.json`` and ``scale.md``.
 """
 
@@ -31,16 +31,16 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.quality_scores import write
-from benchmarks.real_text import RESULTS
+from benchmarks.real_text import RESULTS, show_log
 from benchmarks.small_opt import train_tokenizer
 from benchmarks.timing import machine
 
 if TYPE_CHECKING:
     from streamline_hooks import CompressionConfig
 
-# Width, inner width, blocks, heads, heads of keys, vocabulary, and whether the LM head is the embedding.
+# Width, MLP width, blocks, heads, key-value heads, vocabulary size, and whether the LM head is tied to the embedding.
 SHAPES = {
-    "3b": (3072, 8192, 28, 24, 8, 128_256, True),  # that of Llama 3.2 3B
+    "3b": (3072, 8192, 28, 24, 8, 128_256, True),  # Llama 3.2 3B
     "300m": (1024, 2816, 20, 16, 8, 32_000, False),
     "100m": (768, 2048, 10, 12, 4, 16_000, True),
     "small": (96, 256, 28, 6, 2, 4096, True),
@@ -50,7 +50,7 @@ _SPREAD = 0.02
 
 
 def config_of(shape: str) -> LlamaConfig:
-    """The configuration of a shape."""
+    """Return the configuration of a shape."""
     width, inner, blocks, heads, key_heads, vocabulary, tied = SHAPES[shape]
     return LlamaConfig(
         vocab_size=vocabulary,
@@ -65,10 +65,10 @@ def config_of(shape: str) -> LlamaConfig:
 
 
 def write_llama(folder: Path, config: LlamaConfig, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
-    """Write a checkpoint of random weights, a file for each block and for each weight that is in none.
+    """Write a checkpoint of random weights, one file per block and per weight outside the blocks.
 
-    One file's weights are in memory at a time. The weights of the blocks differ in spread, so that one window loses
-    less than another.
+    The weights of one file are in memory at a time. The blocks have different standard deviations, so that the windows
+    differ in importance.
     """
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
@@ -95,20 +95,22 @@ def write_llama(folder: Path, config: LlamaConfig, dtype: torch.dtype = torch.bf
     config.save_pretrained(folder)
     size = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
     index = {"metadata": {"total_size": size}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))  # last: says that it is whole
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps(index, indent=2)
+    )  # written last: marks the checkpoint as complete
     return folder
 
 
 def text(vocabulary: int = 2048) -> tuple[Any, list[str]]:
-    """A tokenizer and documents, which need no data."""
-    from streamline_hooks.calibration import read_documents
+    """Return a tokenizer and documents that need no data folder."""
+    from streamline_hooks.data import read_documents
 
     documents = read_documents("pydoc")
     return train_tokenizer(documents[:60], vocabulary), documents
 
 
 def peaks() -> dict[str, int]:
-    """The most that this process had in memory, in bytes, by both figures of the system."""
+    """Return the peak memory of this process in bytes, by both counters of the operating system."""
     status = Path("/proc/self/status").read_text()
     mark = re.search(r"VmHWM:\s+(\d+) kB", status)
     return {
@@ -118,13 +120,14 @@ def peaks() -> dict[str, int]:
 
 
 def main() -> None:
+    show_log()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="3b")
-    parser.add_argument("--folder", type=Path, help="for the checkpoint, the states and what is written")
+    parser.add_argument("--folder", type=Path, help="folder of the checkpoint, the hidden states and the result")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--tokens", type=int, default=4096, help="to calibrate on")
+    parser.add_argument("--tokens", type=int, default=4096, help="calibration tokens")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--step", choices=list(STEPS), help="only this, in this process")
+    parser.add_argument("--step", choices=list(STEPS), help="run only this step, in this process")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.step:
@@ -144,19 +147,19 @@ def main() -> None:
     (options.results / "scale.md").write_text(table(content))
     print(table(content))
     if options.shape == "3b" and content["compress"]["peaks"]["ru_maxrss"] > BOUND:
-        raise SystemExit(f"More than {BOUND / 1e9} GB were in memory.")
+        raise SystemExit(f"The peak memory exceeds {BOUND / 1e9} GB.")
 
 
 def _in_a_process(step: str, options: argparse.Namespace) -> Any:
     command = [sys.executable, "-m", "benchmarks.scale", "--step", step, "--folder", str(options.folder)]
     command += ["--shape", options.shape, "--tokens", str(options.tokens), "--threads", str(options.threads)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(options.threads)}
-    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-    return json.loads(said.splitlines()[-1])
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    return json.loads(output.splitlines()[-1])
 
 
 def write_step(options: argparse.Namespace) -> dict[str, Any]:
-    """The checkpoint on disk."""
+    """Write the checkpoint."""
     started, folder = time.perf_counter(), options.folder / options.shape
     if not (folder / "model.safetensors.index.json").is_file():
         write_llama(folder, config_of(options.shape))
@@ -170,39 +173,37 @@ def write_step(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def plan_step(options: argparse.Namespace) -> dict[str, float]:
-    """Seconds of each step by the FLOPs and bytes of the model, and the rates of its first block."""
-    from streamline_hooks import HardwareConfig
-    from streamline_hooks.blockwise import open_checkpoint
-    from streamline_hooks.pipeline.blockwise_cost import measure_rates
-    from streamline_hooks.pipeline.flops import blockwise_work
+    """Estimate the seconds of each step from FLOPs, bytes and the measured rates of the first block."""
+    from streamline_hooks.checkpoint import open_checkpoint
+    from streamline_hooks.core import HardwareConfig
+    from streamline_hooks.modeling import find_stack
+    from streamline_hooks.pipeline import blockwise_work, measure_rates
     from streamline_hooks.selection import blocks_to_remove
-    from streamline_hooks.stack import find_stack
 
     config = replace(compression_of(options.tokens), hardware=HardwareConfig(batch_size=4))
     stack = find_stack(open_checkpoint(options.folder / options.shape))
     rates = measure_rates(stack, config, options.folder)
     stages, _ = blockwise_work(stack, config, blocks_to_remove(config.target, len(stack)), memory=STATES)
     seconds = {stage.name: stage.seconds(rates) for stage in stages}
-    seconds["rank"] += seconds.pop("check")  # it is the profile that checks
+    seconds["rank"] += seconds.pop("check")  # the check is part of the profile
     return seconds | {f"rate of {name}": getattr(rates, name) for name in ("products", "float64", "read", "write")}
 
 
 def compress_step(options: argparse.Namespace) -> dict[str, Any]:
-    """The whole way, with one block in memory at a time."""
-    from streamline_hooks import HardwareConfig
-    from streamline_hooks.blockwise import compress_checkpoint
+    """Compress the checkpoint with one block in memory at a time."""
+    from streamline_hooks.core import HardwareConfig
+    from streamline_hooks.pipeline import BlockwiseOptions, RunOptions, compress_checkpoint
 
     tokenizer, documents = text()
     before, started = peaks(), time.perf_counter()
     result = compress_checkpoint(
         options.folder / options.shape,
-        tokenizer,
         documents,
-        options.folder / f"{options.shape}_short",
         replace(compression_of(options.tokens), hardware=HardwareConfig(state_memory=STATES)),
-        overwrite=True,
-        work_folder=options.folder / f"{options.shape}_work",
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        tokenizer=tokenizer,
+        output=options.folder / f"{options.shape}_short",
+        options=RunOptions(overwrite=True),
+        blockwise=BlockwiseOptions(work_folder=options.folder / f"{options.shape}_work"),
     )
     return {
         "seconds": time.perf_counter() - started,
@@ -218,7 +219,7 @@ def compress_step(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_step(options: argparse.Namespace) -> dict[str, Any]:
-    """What was written, whole in memory."""
+    """Load the compressed checkpoint into memory."""
     from streamline_hooks import load
 
     started = time.perf_counter()
@@ -235,18 +236,18 @@ def load_step(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def small_step(options: argparse.Namespace) -> dict[str, Any]:
-    """A small model of the same make, block by block and in memory."""
+    """Compress a small model with the same architecture block by block and in memory."""
     from streamline_hooks import compress, load
-    from streamline_hooks.blockwise import compress_checkpoint
+    from streamline_hooks.pipeline import compress_checkpoint
 
     tokenizer, documents = text()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         original = write_llama(folder / "original", config_of("small"))
         config = compression_of(2048)
-        apart = compress_checkpoint(original, tokenizer, documents, folder / "apart", config)
+        apart = compress_checkpoint(original, documents, config, tokenizer=tokenizer, output=folder / "apart")
         model = load(original, dtype="auto")
-        whole = compress(model, tokenizer, documents, config, output=folder / "whole")
+        whole = compress(model, documents, config, tokenizer=tokenizer, output=folder / "whole")
         weights = [weights_in(folder / name) for name in ("apart", "whole")]
         return {
             "removed": [list(result.plan.removed) for result in (apart, whole)],
@@ -259,21 +260,23 @@ def small_step(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
-    """All weights of a checkpoint, by name."""
-    found = {}
+    """Return all weights of a checkpoint by name."""
+    weights = {}
     for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as opened:
-            found.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (it is no mapping)
-    return dict(sorted(found.items()))
+        with safe_open(file, framework="pt") as tensors:
+            weights.update({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118 (not a mapping)
+    return dict(sorted(weights.items()))
 
 
 def compression_of(tokens: int) -> CompressionConfig:
-    """Return the config of all compressions, with a number of calibration tokens."""
-    from streamline_hooks import CompressionConfig, DataConfig, EvaluationConfig, WindowSearch  # after the first peak
+    """Return the config of all compressions."""
+    from streamline_hooks import CompressionConfig, DataConfig
+    from streamline_hooks.pipeline import EvaluationConfig
+    from streamline_hooks.selection import WindowSearch
 
     return CompressionConfig(
         remove=0.25,
-        search=WindowSearch(keep=(0, 1, -1), shortlist=3),
+        search=WindowSearch(protect=(0, 1, -1), shortlist=3),
         data=DataConfig(
             sequence_length=256,
             calibration_tokens=tokens,
@@ -288,36 +291,38 @@ STEPS = {"write": write_step, "plan": plan_step, "compress": compress_step, "loa
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """The result as Markdown."""
-    written, planned, found, loaded, small = (content[step] for step in STEPS)
-    before, after = found["parameters"]
+    """Return the results as Markdown."""
+    written, planned, compressed, loaded, small = (content[step] for step in STEPS)
+    before, after = compressed["parameters"]
     kls = [f"{kl[0]:.6f}" for kl in small["kl"]]
     lines = [
-        f"A Llama of {before / 1e9:.2f} billion random weights in bfloat16, {written['bytes'] / 1e9:.2f} GB in "
-        f"{written['files']} files, loses blocks {found['removed'][0]} to {found['removed'][-1]} of {found['blocks']} "
-        f"and has {after / 1e9:.2f} billion then; {content['machine']['threads']} threads.",
+        f"A Llama with {before / 1e9:.2f} billion random weights in bfloat16 ({written['bytes'] / 1e9:.2f} GB in "
+        f"{written['files']} files): blocks {compressed['removed'][0]} to {compressed['removed'][-1]} of "
+        f"{compressed['blocks']} removed, {after / 1e9:.2f} billion weights after removal; CPU with "
+        f"{content['machine']['threads']} threads.",
         "",
-        "| process | most in memory (ru_maxrss, GB) | (VmHWM, GB) | seconds |",
+        "| process | peak memory (ru_maxrss, GB) | peak memory (VmHWM, GB) | seconds |",
         "|---|---|---|---|",
     ]
-    rows = {"writes the original": written, "compresses it": found, "loads the result whole": loaded}
+    rows = {"write the original": written, "compress": compressed, "load the result into memory": loaded}
     for name, row in rows.items():
         first, second = (row["peaks"][figure] / 1e9 for figure in ("ru_maxrss", "VmHWM"))
         lines.append(f"| {name} | {first:.2f} | {second:.2f} | {row['seconds']:.0f} |")
     lines += [
         "",
-        f"Before the compression began, its process had {found['peaks_before']['VmHWM'] / 1e9:.2f} GB.",
+        f"Peak memory of the process before the compression: {compressed['peaks_before']['VmHWM'] / 1e9:.2f} GB.",
         "",
-        "| step | seconds | planned |",
+        "| step | seconds | planned seconds |",
         "|---|---|---|",
         *(
             f"| {step} | {seconds:.1f} | {f'{planned[step]:.1f}' if step in planned else ''} |"
-            for step, seconds in found["steps"].items()
+            for step, seconds in compressed["steps"].items()
         ),
         "",
-        f"What was written loads as a {loaded['class']} of {loaded['blocks']} blocks. A small model of the same make "
-        f"loses blocks {small['removed'][0]} block by block and {small['removed'][1]} in memory, with a KL of "
-        f"{' and '.join(kls)}; the weights that are written differ by {small['largest_difference']:.1e} at most.",
+        f"The result loads as a {loaded['class']} with {loaded['blocks']} blocks. For a small model with the same "
+        f"architecture, compression block by block removes blocks {small['removed'][0]}, and compression in memory "
+        f"removes blocks {small['removed'][1]}, with a KL of {' and '.join(kls)}; the largest difference of their "
+        f"weights is {small['largest_difference']:.1e}.",
         "",
         f"Made by `{content['command']}`.",
         "",

@@ -1,4 +1,4 @@
-"""What is common to all benchmarks that let SmolLM2 write: precision, problems, and how long an answer may be."""
+"""Shared by the benchmarks of generation: precision, problems, and the length of answers."""
 
 from __future__ import annotations
 
@@ -11,66 +11,67 @@ import torch
 from torch import nn
 
 from benchmarks.probe_levels import probes_at
-from streamline_hooks.evaluation.problems import Problem
+from streamline_hooks.evaluation import Problem
 
-SHOTS, BEHIND = 4, 5  # solved problems in a set, and problems behind each
-_SPARE = 3  # tokens: a line's end, and what shows that an answer is too long
+SHOTS, BEHIND = 4, 5  # few-shot examples in a set, and problems per set
+_SPARE = 3  # tokens: the end of the line, and tokens by which a longer answer is detected
 
 
 def problems_of(count: int, seed: int, difficulty: int | Mapping[str, int]) -> dict[str, list[Problem]]:
-    """Problems of each sort, five behind each set of solved ones; the sets take turns, see `sets_of`.
+    """Return problems of each kind, five per set of few-shot examples; the sets alternate, see `sets_of`.
 
-    Which ones are shown matters much: with one set for all, SmolLM2 solved 54 of 100 rows to copy, and 34 with another.
+    The examples matter much: with one set for all problems SmolLM2 solved 54 of 100 rows to copy, with another 34.
     """
-    many = sets_of(count)
-    sets = [probes_at(BEHIND, difficulty, seed=1000 * seed + k, shots=SHOTS) for k in range(many)]
+    count_of_sets = sets_of(count)
+    sets = [probes_at(BEHIND, difficulty, seed=1000 * seed + k, shots=SHOTS) for k in range(count_of_sets)]
     return {
-        sort: [problem for turn in zip(*(one[sort] for one in sets), strict=True) for problem in turn][:count]
+        sort: [problem for turn in zip(*(problem_set[sort] for problem_set in sets), strict=True) for problem in turn][
+            :count
+        ]
         for sort in sets[0]
     }
 
 
 def sets_of(count: int) -> int:
-    """Sets of solved problems that so many stand behind: the k-th behind the (k mod sets)-th."""
+    """Return the number of example sets for a number of problems; problem k has set k mod sets."""
     return -(-count // BEHIND)
 
 
 def same_answer(problems: Sequence[Problem]) -> float:
-    """What always writing the commonest answer would reach."""
+    """Return the accuracy of the most frequent answer."""
     return Counter(problem.answer for problem in problems).most_common(1)[0][1] / len(problems)
 
 
-def guessed(asked: Sequence[Problem], problems: Sequence[Problem], tries: int) -> float:
-    """What drawing answers, each as often as it is one of the other problems', would reach in so many tries."""
+def guessed(subset: Sequence[Problem], problems: Sequence[Problem], tries: int) -> float:
+    """Return the accuracy of guessing in several tries by the frequency of the answers of the other problems."""
     common = Counter(problem.answer for problem in problems)
-    wrong = [(1.0 - (common[problem.answer] - 1) / (len(problems) - 1)) ** tries for problem in asked]
+    wrong = [(1.0 - (common[problem.answer] - 1) / (len(problems) - 1)) ** tries for problem in subset]
     return 1.0 - sum(wrong) / len(wrong)
 
 
-def room(tokenizer: Any, problems: Sequence[Problem]) -> int:
-    """New tokens in which the longest of the answers has room, and is seen not to go on."""
+def answer_tokens(tokenizer: Any, problems: Sequence[Problem]) -> int:
+    """Return the number of new tokens for the longest answer, plus a few to detect longer ones."""
     answers = [f" {problem.answer}" for problem in problems]
     return max(map(len, tokenizer(answers, add_special_tokens=False)["input_ids"])) + _SPARE
 
 
 def products() -> str:
-    """The precision of matrix products that this machine is fast in: bfloat16 where it has them, else float32."""
+    """Return the precision of matrix products: bfloat16 if the CPU supports it, otherwise float32."""
     has = torch.cpu.get_capabilities()
     return "bfloat16" if has.get("amx_bf16") or has.get("avx512_bf16") else "float32"
 
 
 @contextmanager
 def fast_products(model: nn.Module) -> Iterator[None]:
-    """Matrix products as the machine has them fast, see `products`, but for those of the LM head.
+    """Run matrix products in the precision of `products`, except those of the LM head.
 
-    Its logits would be too coarse in bfloat16 to tell words apart. The same for an original and for what is made from
-    it. A weight is converted once.
+    Logits in bfloat16 would be too coarse to distinguish words. Autocast converts each weight once.
     """
     if products() == "float32":
         yield
         return
     head = model.get_output_embeddings()  # type: ignore[operator]
-    around: list[bool] = []  # whether it was on: who asks for full precision in between goes on with it
+    around: list[bool] = []  # whether autocast was on, to restore it after the LM head
 
     def enter(*_: Any) -> None:
         around.append(torch.is_autocast_enabled("cpu"))

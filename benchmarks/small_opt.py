@@ -1,12 +1,11 @@
-"""A small OPT, trained from scratch: the other family of the paper, of which no weights are at hand.
+"""Train a small OPT from scratch, the other model family of LLM-Streamline's paper.
 
     python -m benchmarks.small_opt [--data FOLDER] [--threads N] [--anew]
 
-A byte-level BPE and an OPT of 8 blocks (4.4 million parameters, learned positions, ReLU, norms before the branches)
-are trained on ``text/train``, one and a third times through: about 15 minutes on two quiet cores. What was reached is
-kept every minute, and a run that was interrupted goes on from there. Model and tokenizer go to ``build/small_opt``;
-perplexity on the held-out domains, beside that of a bigram model of the same text and tokens, to
-``benchmarks/results/small_opt.json``.
+A byte-level BPE and an OPT with 8 blocks (4.4 million parameters, learned positions, ReLU, pre-norm) are trained on
+``text/train`` for 1.3 epochs, which takes about 15 minutes on two idle cores. A checkpoint is saved every minute, and
+an interrupted run is resumed. Model and tokenizer are saved to ``build/small_opt``; the perplexities of the model and
+of a bigram on the held-out domains are saved to ``benchmarks/results/small_opt.json``.
 """
 
 from __future__ import annotations
@@ -29,23 +28,23 @@ from torch import Tensor
 from benchmarks.bigram import Bigram
 from benchmarks.real_text import RESULTS, ROOT, SEQUENCE, arguments, heldout
 from benchmarks.timing import machine
-from streamline_hooks.calibration import read_documents
-from streamline_hooks.core.tables import table as format_table
+from streamline_hooks.checkpoint import load_pretrained
+from streamline_hooks.core import progress_bar
+from streamline_hooks.core import table as format_table
+from streamline_hooks.data import read_documents
 from streamline_hooks.evaluation import Perplexity, perplexity
-from streamline_hooks.passes import progress
-from streamline_hooks.pretrained import load_pretrained
 
 FOLDER = ROOT / "build" / "small_opt"
 FILE = RESULTS / "small_opt.json"
-SCORED = 32  # sequences a domain
-CLEARLY = 0.8  # of the bigram's perplexity, which is not to be exceeded
+SCORED = 32  # sequences per domain
+CLEARLY = 0.8  # largest allowed ratio to the perplexity of the bigram
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
-START, PAD, END = "<s>", "<pad>", "</s>"  # 0, 1 and 2, as OPT has them; END stands between documents
+START, PAD, END = "<s>", "<pad>", "</s>"  # token ids 0, 1 and 2, as in OPT; END separates documents
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes and schedule: AdamW, a linear warm-up, then a cosine down to a tenth."""
+    """Sizes and schedule: AdamW with linear warm-up and cosine decay to a tenth."""
 
     width: int = 192
     blocks: int = 8
@@ -60,7 +59,7 @@ class Recipe:
     seed: int = 0
 
     def rate_at(self, step: int) -> float:
-        """The learning rate of a step, from 0."""
+        """Return the learning rate of a step, counted from 0."""
         if step < self.warmup:
             return self.rate * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
@@ -68,7 +67,7 @@ class Recipe:
 
 
 def train_tokenizer(documents: Sequence[str], vocabulary: int) -> Any:
-    """A byte-level BPE, which has a token for every byte and so needs none for the unknown."""
+    """Train a byte-level BPE; it has a token for every byte and no unknown token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -92,14 +91,14 @@ def train_tokenizer(documents: Sequence[str], vocabulary: int) -> Any:
 
 
 def stream_of(documents: Sequence[str], tokenizer: Any, seed: int) -> Tensor:
-    """The documents in a seeded order, each with END after it, as one text."""
+    """Return the tokens of the documents in a seeded order, each followed by END."""
     order = Random(seed).sample(range(len(documents)), len(documents))
     each = tokenizer([documents[k] for k in order], add_special_tokens=False, verbose=False).input_ids
     return torch.tensor([token for ids in each for token in (*ids, tokenizer.eos_token_id)])
 
 
 def new_model(recipe: Recipe) -> Any:
-    """An OPT with random weights, in which the branches add nothing yet, so that the tokens are not drowned by them."""
+    """Return an OPT with random weights whose residual branches are initialised to zero."""
     config = transformers.OPTConfig(
         vocab_size=recipe.vocabulary,
         hidden_size=recipe.width,
@@ -127,22 +126,22 @@ def new_model(recipe: Recipe) -> Any:
 
 
 class Training:
-    """A run that goes on where its checkpoint stands.
+    """A training run that resumes from its checkpoint.
 
     Parameters
     ----------
     recipe : Recipe
     stream : torch.Tensor
-        The text, of shape (tokens,).
+        Tokens of the text, of shape (tokens,).
     checkpoint : Path
-        Of the same recipe and text, or it is not gone on with.
+        File of the checkpoint. It must be of the same recipe and text.
     """
 
     def __init__(self, recipe: Recipe, stream: Tensor, checkpoint: Path) -> None:
         self.recipe, self.checkpoint = recipe, checkpoint
         whole = len(stream) // recipe.sequence
         if not whole:
-            raise SystemExit(f"The text has {len(stream)} tokens, less than one sequence of {recipe.sequence}.")
+            raise SystemExit(f"The text has {len(stream)} tokens. Expected at least one sequence of {recipe.sequence}.")
         self.sequences = stream[: whole * recipe.sequence].view(-1, recipe.sequence)
         self.model = new_model(recipe).train()
         groups = _groups(self.model, recipe.decay)
@@ -154,17 +153,17 @@ class Training:
             self._go_on(torch.load(checkpoint, weights_only=True))
 
     def run(self, until: int | None = None) -> None:
-        """Train up to a step, the last one by default."""
+        """Train up to a step, by default to the end."""
         until, recipe = self.recipe.steps if until is None else until, self.recipe
         tokens = recipe.batch * recipe.sequence
         saved = time.monotonic()
-        with progress(recipe.steps * tokens, "small OPT") as bar:
+        with progress_bar(recipe.steps * tokens, "small OPT") as bar:
             bar.update(self.step * tokens)
             while self.step < until:
                 started = time.monotonic()
                 self.losses.append(self._learn(self.batch_of_step(self.step)))
                 if not math.isfinite(self.losses[-1]):
-                    raise SystemExit(f"The loss of step {self.step} is {self.losses[-1]}; try a lower rate.")
+                    raise SystemExit(f"The loss of step {self.step} is {self.losses[-1]}. Use a lower learning rate.")
                 self.step += 1
                 self.seconds += time.monotonic() - started
                 bar.set_postfix(loss=f"{_mean(self.losses[-50:]):.3f}", refresh=False)
@@ -175,7 +174,7 @@ class Training:
         self.save()
 
     def save(self) -> None:
-        """Write the checkpoint, whole or not at all."""
+        """Write the checkpoint atomically."""
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         half = self.checkpoint.with_suffix(".half")
         content = {
@@ -192,14 +191,14 @@ class Training:
     def _go_on(self, content: dict[str, Any]) -> None:
         if content["identity"] != self._identity:
             raise SystemExit(
-                f"{self.checkpoint} was made with another recipe or text; --anew deletes it and begins again."
+                f"{self.checkpoint} was made with another recipe or text. Pass --anew to delete it and start again."
             )
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.step, self.seconds, self.losses = content["step"], content["seconds"], content["losses"]
 
     def batch_of_step(self, step: int) -> Tensor:
-        """The sequences of a step: all of them in a seeded order, then in another one."""
+        """Return the sequences of a step; each epoch has another seeded order."""
         places = range(step * self.recipe.batch, (step + 1) * self.recipe.batch)
         return torch.stack(
             [self.sequences[self._order(p // len(self.sequences))[p % len(self.sequences)]] for p in places]
@@ -221,29 +220,29 @@ class Training:
 
 
 def compare(model: Any, bigram: Bigram, domains: dict[str, list[dict[str, Tensor]]]) -> dict[str, Any]:
-    """Perplexity of both on the same tokens: by domain, and over all of them."""
-    found: dict[str, Any] = {}
-    ours, theirs = Perplexity(), Perplexity()
+    """Return the perplexities of both models by domain and over all domains."""
+    perplexities: dict[str, Any] = {}
+    opt_total, bigram_total = Perplexity(), Perplexity()
     for name, batches in domains.items():
-        one = perplexity(model, batches, name)
-        two = Perplexity(sum(bigram.nll(batch["input_ids"]) for batch in batches), one.tokens)
-        found[name] = {"opt": one.value, "bigram": two.value, "tokens": one.tokens}
-        ours, theirs = ours + one, theirs + two
-    found["all"] = {"opt": ours.value, "bigram": theirs.value, "tokens": ours.tokens}
-    return found
+        opt = perplexity(model, batches, name)
+        bigram_perplexity = Perplexity(sum(bigram.nll(batch["input_ids"]) for batch in batches), opt.tokens)
+        perplexities[name] = {"opt": opt.value, "bigram": bigram_perplexity.value, "tokens": opt.tokens}
+        opt_total, bigram_total = opt_total + opt, bigram_total + bigram_perplexity
+    perplexities["all"] = {"opt": opt_total.value, "bigram": bigram_total.value, "tokens": opt_total.tokens}
+    return perplexities
 
 
 def load_small_opt(folder: Path = FOLDER) -> tuple[Any, Any]:
-    """The trained model, in float32, and its tokenizer."""
+    """Load the trained model, in float32, and its tokenizer."""
     if not (folder / "config.json").exists():
-        raise SystemExit(f"There is no model in {folder}; train it with `python -m benchmarks.small_opt`.")
+        raise SystemExit(f"There is no model in {folder}. Train it with `python -m benchmarks.small_opt`.")
     return load_pretrained(folder)
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--anew", action="store_true", help="do not go on where a run stopped")
+    parser.add_argument("--anew", action="store_true", help="delete the checkpoint and start again")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -274,7 +273,9 @@ def main() -> None:
     print(table(perplexities))
     ratio = perplexities["all"]["opt"] / perplexities["all"]["bigram"]
     if ratio > CLEARLY:
-        raise SystemExit(f"Perplexity is {ratio:.2f} of the bigram's; at most {CLEARLY} was to be reached.")
+        raise SystemExit(
+            f"The ratio of the perplexity to that of the bigram is {ratio:.2f}. Expected at most {CLEARLY}."
+        )
 
 
 def table(perplexities: dict[str, Any]) -> str:
@@ -283,7 +284,7 @@ def table(perplexities: dict[str, Any]) -> str:
 
 
 def _groups(model: Any, decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases and the weights of norms do not."""
+    """Return parameter groups with weight decay for matrices only."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     return [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -1,12 +1,12 @@
-"""A small ViT, trained from scratch on Fashion-MNIST: a classifier whose blocks can be removed in seconds.
+"""Train a small ViT from scratch on Fashion-MNIST, as a classifier for `benchmarks.task_models`.
 
     python -m benchmarks.small_vit [--data FOLDER] [--threads N] [--anew] [--validate]
 
-Flips, shifts and erased rectangles make new images of the 10,000 in every epoch. Muon steps the matrices of the blocks,
-AdamW the rest: about six minutes of a core that nobody else uses (and PyTorch 2.9 or newer, which has Muon). What was
-reached is kept every minute, and a run that was interrupted goes on from there. The model goes to ``build/small_vit``;
-its accuracy on the 2,000 test images, which chose nothing, to ``benchmarks/results/small_vit.json``. Sizes and schedule
-were chosen with ``--validate``, which learns from the first 9,000 images and scores the last 1,000.
+The 10,000 training images are augmented by flips, shifts and erased rectangles. Muon optimises the matrices of the
+blocks, AdamW the other parameters. Training needs PyTorch 2.9 or newer (for Muon) and takes about six minutes on an
+idle core. A checkpoint is saved every minute, and an interrupted run is resumed. The model is saved to
+``build/small_vit``, its accuracy on the 2,000 test images to ``benchmarks/results/small_vit.json``. Sizes and schedule
+were chosen with ``--validate``, which trains on the first 9,000 images and scores the last 1,000.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from torch import Tensor
 from benchmarks.images import MEAN, fashion_mnist, image_batches, small_pixels
 from benchmarks.real_text import RESULTS, ROOT, arguments
 from benchmarks.timing import machine
-from streamline_hooks.passes import progress
+from streamline_hooks.core import progress_bar
 
 FOLDER = ROOT / "build" / "small_vit"
 FILE = RESULTS / "small_vit.json"
 WANTED = 0.88
-VALIDATION = 1_000  # of the training images, the last
+VALIDATION = 1_000  # number of training images for --validate, the last ones
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 SIDE = 28
-LAST_OF_BRANCH = ("o_proj.weight", "fc2.weight", "output.dense.weight")  # by the names of Transformers 5, and of 4
+LAST_OF_BRANCH = ("o_proj.weight", "fc2.weight", "output.dense.weight")  # names in Transformers 5 and 4
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes, augmentation and schedule: a linear warm-up, then a cosine down to nothing, of both optimizers' rates."""
+    """Sizes, augmentation and schedule: linear warm-up and cosine decay to zero of both learning rates."""
 
     width: int = 128
     blocks: int = 8
@@ -51,17 +51,17 @@ class Recipe:
     patch: int = 7
     batch: int = 128
     epochs: int = 30
-    rate: float = 2e-3  # of AdamW
+    rate: float = 2e-3  # learning rate of AdamW
     muon_rate: float = 2e-2
     warmup: int = 100  # steps
     decay: float = 0.05
     smoothing: float = 0.1
-    shift: int = 1  # pixels, at most
-    erased: float = 0.25  # the probability that an image loses a rectangle
+    shift: int = 1  # largest shift in pixels
+    erased: float = 0.25  # probability that a rectangle of an image is erased
     seed: int = 0
 
     def share_at(self, step: int, steps: int) -> float:
-        """The share of the full rates that a step has, from 0, of so many."""
+        """Return the factor of the learning rates at a step, counted from 0."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, steps - self.warmup)
@@ -69,7 +69,7 @@ class Recipe:
 
 
 def new_model(recipe: Recipe) -> Any:
-    """A ViT with random weights, in which the branches add nothing yet."""
+    """Return a ViT with random weights whose residual branches are initialised to zero."""
     config = transformers.ViTConfig(
         hidden_size=recipe.width,
         num_hidden_layers=recipe.blocks,
@@ -93,19 +93,19 @@ def new_model(recipe: Recipe) -> Any:
 
 
 def augmented(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """New images of given ones: mirrored, shifted, with a rectangle erased.
+    """Augment images by random flips, shifts and erased rectangles.
 
     Parameters
     ----------
     images : torch.Tensor
-        Bytes of shape (images, 28, 28).
+        Images of shape (images, 28, 28), uint8.
     recipe : Recipe
     generator : torch.Generator
 
     Returns
     -------
     torch.Tensor
-        Bytes of the same shape.
+        Images of the same shape, uint8.
     """
     count, side, shift = len(images), images.shape[-1], recipe.shift
 
@@ -118,7 +118,7 @@ def augmented(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Ten
     padded = torch.nn.functional.pad(images, (shift,) * 4)
     moved = padded[torch.arange(count).view(-1, 1, 1), rows.unsqueeze(2), columns.unsqueeze(1)]
     inside = []
-    for _ in range(2):  # of a rectangle, from a seventh to a half as long as the image
+    for _ in range(2):  # rows and columns of the rectangle, a seventh to a half of the image
         length = drawn(side // 7, side // 2)
         start = (torch.rand((count, 1), generator=generator) * (side - length + 1)).long()
         inside.append((places >= start) & (places < start + length))
@@ -128,22 +128,22 @@ def augmented(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Ten
 
 
 class Training:
-    """A run that goes on where its checkpoint stands.
+    """A training run that resumes from its checkpoint.
 
     Parameters
     ----------
     recipe : Recipe
     images, labels : torch.Tensor
-        Bytes of shape (images, 28, 28) and the numbers of their classes.
+        Images of shape (images, 28, 28), uint8, and their class indices.
     checkpoint : Path
-        Of the same recipe, images and labels, or it is not gone on with.
+        File of the checkpoint. It must be of the same recipe, images and labels.
     """
 
     def __init__(self, recipe: Recipe, images: Tensor, labels: Tensor, checkpoint: Path) -> None:
         self.recipe, self.images, self.labels, self.checkpoint = recipe, images, labels, checkpoint
         self.steps = recipe.epochs * (len(images) // recipe.batch)
         if not self.steps:
-            raise SystemExit(f"There are {len(images)} images, fewer than one batch of {recipe.batch}.")
+            raise SystemExit(f"There are {len(images)} images. Expected at least one batch of {recipe.batch}.")
         self.model = new_model(recipe).train()
         self.optimizers = _optimizers(self.model, recipe)
         self.step, self.seconds = 0, 0.0
@@ -154,16 +154,16 @@ class Training:
             self._go_on(torch.load(checkpoint, weights_only=True))
 
     def run(self, until: int | None = None) -> None:
-        """Train up to a step, the last one by default."""
+        """Train up to a step, by default to the end."""
         until = self.steps if until is None else until
         saved = time.monotonic()
-        with progress(self.steps * self.recipe.batch, "small ViT", unit="img") as bar:
+        with progress_bar(self.steps * self.recipe.batch, "small ViT", unit="img") as bar:
             bar.update(self.step * self.recipe.batch)
             while self.step < until:
                 started = time.monotonic()
                 self.losses.append(self._learn(*self.batch_of_step(self.step)))
                 if not math.isfinite(self.losses[-1]):
-                    raise SystemExit(f"The loss of step {self.step} is {self.losses[-1]}; try a lower rate.")
+                    raise SystemExit(f"The loss of step {self.step} is {self.losses[-1]}. Use a lower learning rate.")
                 self.step += 1
                 self.seconds += time.monotonic() - started
                 bar.set_postfix(loss=f"{_mean(self.losses[-50:]):.3f}", refresh=False)
@@ -174,7 +174,7 @@ class Training:
         self.save()
 
     def save(self) -> None:
-        """Write the checkpoint, whole or not at all."""
+        """Write the checkpoint atomically."""
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         half = self.checkpoint.with_suffix(".half")
         content = {
@@ -191,7 +191,7 @@ class Training:
     def _go_on(self, content: dict[str, Any]) -> None:
         if content["identity"] != self._identity:
             raise SystemExit(
-                f"{self.checkpoint} was made with another recipe or images; --anew deletes it and begins again."
+                f"{self.checkpoint} was made with another recipe or images. Pass --anew to delete it and start again."
             )
         self.model.load_state_dict(content["model"])
         for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
@@ -199,7 +199,7 @@ class Training:
         self.step, self.seconds, self.losses = content["step"], content["seconds"], content["losses"]
 
     def batch_of_step(self, step: int) -> tuple[Tensor, Tensor]:
-        """The images of a step, changed, and their labels: each image once an epoch, but for what fills no batch."""
+        """Return the augmented images and labels of a step; an incomplete last batch is left out."""
         epoch, place = divmod(step, self.steps // self.recipe.epochs)
         order = torch.randperm(len(self.images), generator=self._generator(0, epoch))
         chosen = order[place * self.recipe.batch : (place + 1) * self.recipe.batch]
@@ -226,23 +226,23 @@ class Training:
 
 @torch.no_grad()
 def accuracy(model: Any, images: Tensor, labels: Tensor) -> float:
-    """The share of images that are given the right class, in float32."""
+    """Return the accuracy on images, in float32."""
     batches = image_batches(small_pixels(images), 250)
     guessed = torch.cat([model(**batch).logits.argmax(-1) for batch in batches])
     return float((guessed == labels).float().mean())
 
 
 def load_small_vit(folder: Path = FOLDER) -> Any:
-    """The trained model, in float32."""
+    """Load the trained model, in float32."""
     if not (folder / "config.json").exists():
-        raise SystemExit(f"There is no model in {folder}; train it with `python -m benchmarks.small_vit`.")
+        raise SystemExit(f"There is no model in {folder}. Train it with `python -m benchmarks.small_vit`.")
     return transformers.ViTForImageClassification.from_pretrained(folder).eval()
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--threads", type=int, default=1, help="the products are small: more hardly help")
-    parser.add_argument("--anew", action="store_true", help="do not go on where a run stopped")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; more than one hardly helps")
+    parser.add_argument("--anew", action="store_true", help="delete the checkpoint and start again")
     parser.add_argument("--validate", action="store_true", help="score the last 1,000 training images instead")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -258,7 +258,7 @@ def main() -> None:
     model = training.model.eval()
     reached = accuracy(model, test_images, test_labels)
     minutes = training.seconds / 60
-    print(f"{reached:.1%} of {len(test_labels)} images are given the right class, after {minutes:.1f} minutes.")
+    print(f"Accuracy {reached:.1%} on {len(test_labels)} images after {minutes:.1f} minutes.")
     if options.validate:
         return
     model.save_pretrained(FOLDER)
@@ -275,13 +275,13 @@ def main() -> None:
     }
     FILE.write_text(json.dumps(row, indent=1) + "\n")
     if reached < WANTED:
-        raise SystemExit(f"Accuracy is {reached:.1%}; at least {WANTED:.0%} was to be reached.")
+        raise SystemExit(f"The accuracy is {reached:.1%}. Expected at least {WANTED:.0%}.")
 
 
 def _optimizers(model: Any, recipe: Recipe) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks; AdamW for the embeddings and the head, and without decay for vectors."""
+    """Return Muon for the matrices of the blocks and AdamW for the other parameters."""
     if not hasattr(torch.optim, "Muon"):
-        raise SystemExit(f"This training needs PyTorch 2.9 or newer, for Muon; this is {torch.__version__}.")
+        raise SystemExit(f"PyTorch {torch.__version__} has no Muon optimizer. Install PyTorch 2.9 or newer.")
     matrices, others, vectors = [], [], []
     for name, parameter in model.named_parameters():
         inside = parameter.ndim == 2 and not name.startswith("classifier")

@@ -1,15 +1,17 @@
-"""Blocks removed from a text encoder, a vision encoder and a classifier, with and without repair.
+"""Remove blocks from a text encoder, a vision encoder and a classifier, with and without repair.
 
     python -m benchmarks.task_models [--data FOLDER] [--models minilm,dinov2,small_vit]
 
-MiniLM (6 blocks) embeds the halves of each held-out document: how much the similarities of all pairs are still ranked
-as the original ranks them, and how often the second half of a document is found by its first. DINOv2-small (12 blocks)
-embeds Fashion-MNIST: how well a linear probe tells the classes, one fitted anew and the original's own, and the cosine
-to the original. The small ViT (8 blocks, `benchmarks.small_vit`) classifies it: accuracy and agreement. Windows are
-chosen, stand-ins fitted and trained on training text and images alone, without labels, by the verified shortlist; what
-is scored was seen by nothing before. Where something is trained, products are in bfloat16. A row goes to
-``benchmarks/results/task_models.json`` when it is done, the table to ``task_models.md``, the influence of each block to
-``docs/influence.svg``. All of it takes about half an hour on two cores.
+- MiniLM (6 blocks) embeds the halves of held-out documents. Scores: rank correlation of all pairwise similarities with
+  those of the original, and recall@1 of the second half of a document by its first half.
+- DINOv2-small (12 blocks) embeds Fashion-MNIST. Scores: accuracy of a refitted linear probe and of the probe of the
+  original, and cosine similarity to the original.
+- A small ViT (8 blocks, `benchmarks.small_vit`) classifies Fashion-MNIST. Scores: accuracy and agreement.
+
+Windows are chosen by the verified shortlist, and replacements fitted and trained, on training text and images without
+labels. Training uses bfloat16 autocast. Each row is saved to ``benchmarks/results/task_models.json`` when it is
+finished, the table to ``task_models.md`` and the influence of each block to ``docs/images/influence.svg``. All rows
+take about half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -31,46 +33,39 @@ from benchmarks.quality_scores import write
 from benchmarks.real_text import RESULTS, ROOT, arguments
 from streamline_hooks import (
     DistillationConfig,
-    HardwareConfig,
     LinearConfig,
-    NoneConfig,
-    Objective,
-    ReplacementConfig,
     SwiGLUConfig,
-    Task,
-    TaskScores,
-    WindowSearch,
-    embeddings,
     find_stack,
     profile,
-    recall_at,
-    student_of,
     train,
-    verified,
+    verify_shortlist,
 )
-from streamline_hooks.batch_split import BatchSplit
-from streamline_hooks.calibration import read_documents, text_parts
-from streamline_hooks.evaluation import likeness_of
-from streamline_hooks.selection import windows
+from streamline_hooks.core import HardwareConfig
+from streamline_hooks.data import BatchSplit, read_documents, text_parts
+from streamline_hooks.distillation import Objective, student_of
+from streamline_hooks.evaluation import TaskScores, compare_embeddings, embeddings, recall_at
+from streamline_hooks.modeling import Task
+from streamline_hooks.repair import NoneConfig, ReplacementConfig
+from streamline_hooks.selection import WindowSearch, windows_of_size
 
-FILE, PICTURE = RESULTS / "task_models.json", ROOT / "docs" / "influence.svg"
+FILE, PICTURE = RESULTS / "task_models.json", ROOT / "docs" / "images" / "influence.svg"
 SMALL_VIT = ROOT / "build" / "small_vit"
 SHORTLIST, BATCH, LONGEST = 6, 16, 256
-TOKENS = {"calibration": 120_000, "validation": 8_192, "test": 128}  # nothing is scored on the last part
+TOKENS = {"calibration": 120_000, "validation": 8_192, "test": 128}  # the test part is not scored
 IMAGES = {"calibration": 1_500, "validation": 300}
-PROBED = 2_000  # training images that a linear probe is fitted on
+PROBED = 2_000  # training images of the linear probes
 RECIPES: dict[str, tuple[ReplacementConfig, bool]] = {
     "removed": (NoneConfig(), False),
     "linear": (LinearConfig(), False),
     "linear, trained": (LinearConfig(), True),
     "SwiGLU, trained": (SwiGLUConfig(), True),
 }
-"""The replacement, and whether it is trained. A SwiGLU is made four thirds as wide as the model, see `sized`."""
+"""The replacement, and whether it is trained. A SwiGLU has 4/3 of the width of the model; see `sized`."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, what it is calibrated on, and how it is scored.
+    """A model with its calibration data and its scores.
 
     Attributes
     ----------
@@ -79,9 +74,9 @@ class Subject:
     task : Task
     parts : BatchSplit
     scores : callable
-        What the model reaches as it is now, by measure.
+        Returns the scores of the model in its present state, by measure.
     removed : tuple of int
-        How many blocks go.
+        Numbers of blocks to remove.
     objective : Objective
     epochs : int
     """
@@ -108,14 +103,14 @@ def main() -> None:
 
 
 def measure(subject: Subject, content: dict[str, Any], file: Path = FILE, picture: Path | None = PICTURE) -> None:
-    """Make the rows of a model that are not there yet."""
-    said = content.setdefault(subject.name, {"rows": {}})
-    stack, rows = find_stack(subject.model), said["rows"]
+    """Make the missing rows of a model."""
+    results = content.setdefault(subject.name, {"rows": {}})
+    stack, rows = find_stack(subject.model), results["rows"]
     measured = profile(subject.model, subject.parts.calibration)
-    said["blocks"] = len(stack)
-    said["parameters"] = sum(p.numel() for p in subject.model.parameters())
-    said["data"] = subject.parts.figures()
-    said["influence"] = [1.0 - measured.value("cosine", range(k, k + 1)) for k in range(len(stack))]
+    results["blocks"] = len(stack)
+    results["parameters"] = sum(p.numel() for p in subject.model.parameters())
+    results["data"] = subject.parts.figures()
+    results["influence"] = [1.0 - measured.value("cosine", range(k, k + 1)) for k in range(len(stack))]
     if "original" not in rows:
         rows["original"] = {"removed": "", **subject.scores()}
     for count in subject.removed:
@@ -133,47 +128,46 @@ def measure(subject: Subject, content: dict[str, Any], file: Path = FILE, pictur
 
 
 def sized(repair: ReplacementConfig, model: Any) -> ReplacementConfig:
-    """Return the config; a SwiGLU is given a width at which it has less than half of the parameters of a block."""
+    """Return the config; limit a SwiGLU to less than half of the parameters of a block."""
     return replace(repair, width=4 * model.config.hidden_size // 3) if isinstance(repair, SwiGLUConfig) else repair
 
 
 def row(subject: Subject, measured: Any, count: int, repair: ReplacementConfig, trained: bool) -> dict[str, Any]:
-    """Choose, fit and train, and score the result."""
+    """Choose a window, fit and train its replacement, and score the model."""
     started, stack = time.perf_counter(), find_stack(subject.model)
     search = WindowSearch(shortlist=SHORTLIST)
-    shortlist = search.find(search.problem(windows(len(stack), count), len(stack), profile=measured))
+    shortlist = search.find(search.problem(windows_of_size(len(stack), count), len(stack), profile=measured))
     fit, held_out = subject.parts.held_out_apart
     parts = fit, held_out, subject.parts.validation
-    best = verified(subject.model, shortlist, *parts, replacement=repair, task=subject.task)[0]
-    pairs = [(fitted.window, fitted.stand_in) for fitted in best.repairs] or [(best.windows[0], None)]
+    best = verify_shortlist(subject.model, shortlist, *parts, replacement=repair, task=subject.task)[0]
+    pairs = [(fitted.window, fitted.replacement_module) for fitted in best.repairs] or [(best.windows[0], None)]
     student = student_of(stack, pairs, task=subject.task)
-    found: dict[str, Any] = {"removed": best.gone, "kind": str(repair), "distance": best.distance}
+    scores: dict[str, Any] = {"removed": best.blocks_text, "kind": str(repair), "distance": best.distance}
     if trained:
         settings = DistillationConfig(
             subject.objective.weights, epochs=subject.epochs, learning_rate=1e-3, validations=6
         )
-        course = train(
+        training = train(
             student,
             subject.parts.calibration,
             subject.parts.validation,
             settings,
-            say=print,
             hardware=HardwareConfig(autocast="bfloat16"),
         )
-        if course.stopped:
-            raise SystemExit(f"{subject.name} was not trained to its end: {course.stopped}. Run it again.")
-        found["distance"] = course.distance
+        if training.stopped:
+            raise SystemExit(f"{subject.name}: training stopped early: {training.stopped}. Run the command again.")
+        scores["distance"] = training.distance
         student.merge()
-    found["minutes"] = (time.perf_counter() - started) / 60
-    gone = sum(stack.parameters_per_block[k] for k in best.windows[0])
-    found["parameters"] = gone - repair.size(stack, best.windows[0]).parameters
+    scores["minutes"] = (time.perf_counter() - started) / 60
+    removed_parameters = sum(stack.parameters_per_block[k] for k in best.windows[0])
+    scores["parameters"] = removed_parameters - repair.size(stack, best.windows[0]).parameters
     student.training = False
     with student.opened():
-        return found | subject.scores()
+        return scores | subject.scores()
 
 
 def minilm(data: Path) -> Subject:
-    """The sentence encoder, on the training texts; scored by the halves of the held-out documents."""
+    """Return the sentence encoder, calibrated on training text and scored on halves of held-out documents."""
     model, tokenizer = load_minilm()
     texts = text_parts(
         read_documents(data / "text" / "train"), tokenizer, TOKENS, sequence_length=128, batch_size=BATCH
@@ -184,42 +178,47 @@ def minilm(data: Path) -> Subject:
         for k in range(0, len(halves), BATCH)
     ]
     task = Task("embedding")
-    original = embeddings(model, batches, task=task, what="original")
+    original = embeddings(model, batches, task=task, desc="original")
 
     def scores() -> dict[str, float]:
         rows = embeddings(model, batches, task=task)
-        alike = likeness_of(original, rows)
-        found = recall_at(rows[0::2], rows[1::2])
-        return {"spearman": alike.spearman, "cosine": alike.cosine, "recall@1": found, "documents": len(rows) / 2}
+        similarity = compare_embeddings(original, rows)
+        recall = recall_at(rows[0::2], rows[1::2])
+        return {
+            "spearman": similarity.spearman,
+            "cosine": similarity.cosine,
+            "recall@1": recall,
+            "documents": len(rows) / 2,
+        }
 
     parts = BatchSplit.of(texts, task)
     return Subject("minilm", model, task, parts, scores, (1, 2), Objective({"relative": 1.0, "embedding": 1.0}), 3)
 
 
 def split_in_two(text: str) -> tuple[str, str]:
-    """The halves of a text, cut between two words."""
+    """Split a text into halves between two words."""
     words = text.split()
     return " ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])
 
 
 def dinov2(data: Path) -> Subject:
-    """The vision encoder, on training images without labels; scored by linear probes."""
+    """Return the vision encoder, calibrated on unlabelled training images and scored by linear probes."""
     images, labels, test_images, test_labels = fashion_mnist(data)
     model, task = load_dinov2(), Task("embedding")
-    probed, tested = (batches_of_images(some, dinov2_pixels) for some in (images[-PROBED:], test_images))
+    probed, tested = (batches_of_images(part, dinov2_pixels) for part in (images[-PROBED:], test_images))
     known, wanted = labels[-PROBED:], test_labels
-    original = embeddings(model, tested, task=task, what="original")
-    own = linear_probe(embeddings(model, probed, task=task, what="original"), known)
+    original = embeddings(model, tested, task=task, desc="original")
+    original_probe = linear_probe(embeddings(model, probed, task=task, desc="original"), known)
 
     def scores() -> dict[str, float]:
         rows = embeddings(model, tested, task=task)
-        anew = linear_probe(embeddings(model, probed, task=task), known)
-        alike = likeness_of(original, rows)
+        refitted = linear_probe(embeddings(model, probed, task=task), known)
+        similarity = compare_embeddings(original, rows)
         return {
-            "probe": accuracy(anew(rows), wanted),
-            "original's probe": accuracy(own(rows), wanted),
-            "cosine": alike.cosine,
-            "spearman": alike.spearman,
+            "probe": accuracy(refitted(rows), wanted),
+            "original's probe": accuracy(original_probe(rows), wanted),
+            "cosine": similarity.cosine,
+            "spearman": similarity.spearman,
         }
 
     parts = parts_of(images, dinov2_pixels, task)
@@ -227,11 +226,11 @@ def dinov2(data: Path) -> Subject:
 
 
 def small_vit(data: Path) -> Subject:
-    """The classifier, on its training images without labels; scored on the test images."""
+    """Return the classifier, calibrated on unlabelled training images and scored on test images."""
     from transformers import AutoModelForImageClassification
 
     if not (SMALL_VIT / "config.json").is_file():
-        raise SystemExit(f"There is no model in {SMALL_VIT}; train it first: python -m benchmarks.small_vit")
+        raise SystemExit(f"There is no model in {SMALL_VIT}. Train it with `python -m benchmarks.small_vit`.")
     model = AutoModelForImageClassification.from_pretrained(SMALL_VIT, local_files_only=True).eval()
     images, _, test_images, test_labels = fashion_mnist(data)
     task = Task("image-classification")
@@ -258,7 +257,7 @@ def batches_of_images(
 
 
 def parts_of(images: Tensor, pixels: Callable[[Tensor], Tensor], task: Task) -> BatchSplit:
-    """The first training images, in order; a few of the next stand for a test part, on which nothing is scored."""
+    """Return the first training images as calibration and validation parts; the test part is a dummy."""
     ends = [0, IMAGES["calibration"], sum(IMAGES.values()), sum(IMAGES.values()) + 1]
     names = ("calibration", "validation", "test")
     parts = {
@@ -269,7 +268,7 @@ def parts_of(images: Tensor, pixels: Callable[[Tensor], Tensor], task: Task) -> 
 
 
 def linear_probe(rows: Tensor, labels: Tensor, ridge: float = 1e-3) -> Callable[[Tensor], Tensor]:
-    """Scores of the classes that are linear in standardised embeddings, by ridge regression on one-hot labels."""
+    """Fit a linear probe on standardised embeddings by ridge regression on one-hot labels."""
     mean, deviation = rows.double().mean(0), rows.double().std(0).clamp_min(1e-6)
     x = torch.cat([(rows.double() - mean) / deviation, torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
     wanted = torch.nn.functional.one_hot(labels).double()
@@ -281,12 +280,12 @@ def linear_probe(rows: Tensor, labels: Tensor, ridge: float = 1e-3) -> Callable[
     return probe
 
 
-def accuracy(said: Tensor, labels: Tensor) -> float:
-    return float((said.argmax(dim=-1) == labels).double().mean())
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    return float((scores.argmax(dim=-1) == labels).double().mean())
 
 
 TITLES = {
-    "minilm": "all-MiniLM-L6-v2, 6 blocks: the halves of {documents:.0f} held-out documents",
+    "minilm": "all-MiniLM-L6-v2, 6 blocks: halves of {documents:.0f} held-out documents",
     "dinov2": "DINOv2-small, 12 blocks: 2,000 test images of Fashion-MNIST, probes fitted on 2,000 training images",
     "small_vit": "A ViT of 8 blocks trained on Fashion-MNIST: 2,000 test images",
 }
@@ -296,15 +295,15 @@ WORDS = {
     "cosine": "cosine to the original",
     "recall@1": "recall@1",
     "probe": "linear probe",
-    "original's probe": "the original's probe",
+    "original's probe": "probe of the original",
     "accuracy": "accuracy",
-    "top1": "same class as the original",
+    "top1": "top-1 agreement",
     "kl": "KL",
 }
 
 
 def table(content: dict[str, Any]) -> str:
-    """The rows as Markdown, a table a model."""
+    """Return the rows as Markdown, one table per model."""
     lines: list[str] = []
     for name, title in TITLES.items():
         rows = content.get(name, {}).get("rows", {})
@@ -313,22 +312,24 @@ def table(content: dict[str, Any]) -> str:
         measures = [measure for measure in WORDS if measure in rows["original"]]
         data = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in content[name]["data"].items()
                          if isinstance(value, int) and not key.startswith("test"))  # fmt: skip
-        lines += [f"{title.format(**rows['original'])} (without labels: {data}).", ""]
+        lines += [f"{title.format(**rows['original'])} (calibrated without labels: {data}; seed 0, CPU).", ""]
         lines.append(
-            "| | blocks removed | parameters fewer | " + " | ".join(WORDS[m] for m in measures) + " | minutes |"
+            "| blocks, replacement | blocks removed | parameters removed | "
+            + " | ".join(WORDS[m] for m in measures)
+            + " | minutes |"
         )
         lines.append("|---" * (len(measures) + 4) + "|")
-        for label, found in rows.items():
-            fewer = f"{found['parameters'] / content[name]['parameters']:.1%}" if "parameters" in found else ""
-            minutes = f"{found['minutes']:.1f}" if "minutes" in found else ""
-            cells = [f"{found[measure]:.3f}" for measure in measures]
-            lines.append(f"| {label} | {found['removed']} | {fewer} | {' | '.join(cells)} | {minutes} |")
+        for label, row in rows.items():
+            fewer = f"{row['parameters'] / content[name]['parameters']:.1%}" if "parameters" in row else ""
+            minutes = f"{row['minutes']:.1f}" if "minutes" in row else ""
+            cells = [f"{row[measure]:.3f}" for measure in measures]
+            lines.append(f"| {label} | {row['removed']} | {fewer} | {' | '.join(cells)} | {minutes} |")
         lines.append("")
     return "\n".join([*lines, f"Made by `{content['command']}`.", ""])
 
 
 def plot(content: dict[str, Any], file: Path) -> None:
-    """The influence of each block, 1 - the cosine of the states before and after it, by depth."""
+    """Plot the influence of each block: 1 - cosine of its input and output."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -1,4 +1,4 @@
-"""Times of several ways to do a thing on a machine that others use too: in turn, as medians and ratios of medians."""
+"""Time several functions in turn, for comparisons on a machine with other load."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import transformers
 
 
 def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way, once a round, after a round that warms up; each round begins with another one.
+    """Return the seconds of each function per round, after a warm-up round; the order rotates.
 
     Parameters
     ----------
@@ -34,12 +34,12 @@ def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
 
 
 def ratio(seconds: Mapping[str, list[float]], of: str, to: str) -> float:
-    """The ratio of two medians."""
+    """Return the ratio of two medians."""
     return statistics.median(seconds[of]) / statistics.median(seconds[to])
 
 
 def machine() -> dict[str, Any]:
-    """What ran it."""
+    """Return the processor, the number of threads and the versions."""
     return {
         "processor": platform.machine(),
         "cores": os.cpu_count(),

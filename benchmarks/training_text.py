@@ -1,4 +1,4 @@
-"""The text that repairs are fitted and trained on: every training domain alike, and none of what is scored."""
+"""Training text for repairs: equal parts of all training domains, without text that is scored."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.real_text import SEQUENCE
-from streamline_hooks.calibration import read_documents, split_documents
+from streamline_hooks.data import read_documents, split_documents
 
 VALIDATION = 2 * SEQUENCE  # tokens of each domain
-TOLD_BY = 60  # characters of a paragraph
+LEAST_CHARACTERS = 60  # characters of a paragraph that identifies a document
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class TrainingText:
     Attributes
     ----------
     train : torch.Tensor
-        The domains in turn, so that any beginning of it is a mixture of all.
+        The domains alternate, so that every prefix is a mixture of all.
     validation : torch.Tensor
-        Of other documents.
+        Sequences of other documents.
     shares : dict of str to int
-        Training tokens of each domain.
+        Training tokens by domain.
     """
 
     train: Tensor
@@ -37,11 +37,10 @@ class TrainingText:
 
 
 def training_text(data: Path, tokenizer: Any, tokens: int, seed: int = 0) -> TrainingText:
-    """As many tokens of each domain under text/train.
+    """Return training text with equal numbers of tokens of each domain in ``text/train``.
 
-    The tokenised WikiText has ``<unk>`` in the place of rare words, which no model should learn to expect: they are
-    left out. So is every document that shares a paragraph with the held-out text: four of 2,230 quote a text that is
-    held out.
+    The ``<unk>`` of the tokenised WikiText are deleted. Documents that share a paragraph with the held-out text are
+    left out (four of 2,230).
     """
     scored = {
         paragraph for path in sorted(_texts(data, "heldout")) for paragraph in paragraphs(path.read_text("utf-8"))
@@ -49,7 +48,7 @@ def training_text(data: Path, tokenizer: Any, tokens: int, seed: int = 0) -> Tra
     paths = sorted(_texts(data, "train"))
     wanted = tokens // SEQUENCE
     counts = [wanted // len(paths) + (k < wanted % len(paths)) for k in range(len(paths))]
-    found = {}
+    rows_by_domain = {}
     for path, count in zip(paths, counts, strict=True):
         documents = [text.replace("<unk> ", "").replace("<unk>", "") for text in read_documents(path)]
         documents = [text for text in documents if scored.isdisjoint(paragraphs(text))]
@@ -63,19 +62,21 @@ def training_text(data: Path, tokenizer: Any, tokens: int, seed: int = 0) -> Tra
             test_tokens=SEQUENCE,
         )
         if len(split.calibration) < count or len(split.validation) < VALIDATION // SEQUENCE:
-            raise SystemExit(f"{path} holds {split.calibration.numel():,} tokens, fewer than {count * SEQUENCE:,}.")
-        found[path.stem] = split.calibration[:count], split.validation
-    places = [torch.linspace(0, 1, len(rows) + 2)[1:-1] for rows, _ in found.values()]
-    order = torch.cat(places).argsort(stable=True)
-    train = torch.cat([rows for rows, _ in found.values()])[order]
-    shares = {name: rows.numel() for name, (rows, _) in found.items()}
-    return TrainingText(train, torch.cat([validation for _, validation in found.values()]), shares)
+            raise SystemExit(
+                f"{path} has {split.calibration.numel():,} training tokens. Expected at least {count * SEQUENCE:,}."
+            )
+        rows_by_domain[path.stem] = split.calibration[:count], split.validation
+    positions = [torch.linspace(0, 1, len(rows) + 2)[1:-1] for rows, _ in rows_by_domain.values()]
+    order = torch.cat(positions).argsort(stable=True)
+    train = torch.cat([rows for rows, _ in rows_by_domain.values()])[order]
+    shares = {name: rows.numel() for name, (rows, _) in rows_by_domain.items()}
+    return TrainingText(train, torch.cat([validation for _, validation in rows_by_domain.values()]), shares)
 
 
 def paragraphs(text: str) -> set[str]:
-    """The paragraphs, or lines, that are long enough to be told by."""
-    found = (" ".join(line.split()) for line in text.splitlines())
-    return {line for line in found if len(line) >= TOLD_BY}
+    """Return the paragraphs, or lines, that are long enough to identify a document."""
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return {line for line in lines if len(line) >= LEAST_CHARACTERS}
 
 
 def _texts(data: Path, part: str) -> Iterator[Path]:

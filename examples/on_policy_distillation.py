@@ -1,12 +1,13 @@
-"""Distill a compressed model on the text that it generates itself, with TRL's GKDTrainer.
+"""Distill a compressed model on text that it generates, with TRL's GKDTrainer.
 
     streamline-hooks compress MODEL -o SHORT --preset best
     python examples/on_policy_distillation.py MODEL SHORT -o DISTILLED [--text FILE ...] [--steps 200]
 
-The compressed model is the student and the original is the teacher. In a fraction of the steps (`lmbda`) the student
-continues a prompt from the text and is trained towards the teacher's distribution at each generated position; in the
-other steps the text itself is continued (GKD, arXiv 2306.13649). Install TRL with `pip install streamline_hooks[trl]`.
-For a chat model, pass conversations as a column `messages` instead; the trainer applies the chat template.
+The compressed model is the student and the original model is the teacher. In a fraction `lmbda` of the steps the
+student generates a continuation of a prompt from the text and learns the teacher's distribution at each generated
+position; the other steps use the continuation in the text (GKD, arXiv 2306.13649). To install TRL:
+`pip install "streamline_hooks[trl]"`. For a chat model, pass conversations in a column `messages` instead; the trainer
+applies the chat template.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from streamline_hooks import load, save
-from streamline_hooks.calibration import read_documents
+from streamline_hooks.data import read_documents
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("original", help="the model that was compressed: a folder, or a name on the hub")
-    parser.add_argument("student", type=Path, help="the folder of the compressed model")
+    parser.add_argument("original", help="folder or hub name of the original model")
+    parser.add_argument("student", type=Path, help="folder of the compressed model")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--text", nargs="+", default=["pydoc"], help="files or folders of text")
     parser.add_argument("--steps", type=int, default=200)
@@ -51,7 +52,7 @@ def distill(
     learning_rate: float = 1e-4,
     use_cpu: bool = False,
 ) -> None:
-    """Train the student in place and save it as a checkpoint that `streamline_hooks.load` reads."""
+    """Train the student in place, and save it as a checkpoint for `streamline_hooks.load`."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     config = GKDConfig(
@@ -76,7 +77,7 @@ def distill(
 
 
 def dataset(documents: list[str], tokenizer: Any, prompt_tokens: int, new_tokens: int) -> Dataset:
-    """Return the beginning of each document, divided into a prompt and its continuation."""
+    """Return the beginning of each document, divided into a prompt and a continuation."""
     length = prompt_tokens + new_tokens
     rows = []
     for document in documents:
@@ -88,7 +89,7 @@ def dataset(documents: list[str], tokenizer: Any, prompt_tokens: int, new_tokens
                     "prompt": tokenizer.decode(ids[:prompt_tokens]),
                     "input_ids": ids,
                     "attention_mask": [1] * len(ids),
-                    "completion_mask": [0] * prompt_tokens + [1] * after,  # where the prompt ends
+                    "completion_mask": [0] * prompt_tokens + [1] * after,  # 1 for the continuation
                 }
             )
     return Dataset.from_list(rows)

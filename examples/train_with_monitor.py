@@ -1,10 +1,10 @@
-"""Train with Hugging Face's Trainer, watch what each block does, and give up the block that does least on the way.
+"""Train with Hugging Face's Trainer, monitor the hidden states, and remove the least important block during training.
 
     python examples/train_with_monitor.py [--model MODEL] [--steps 60] [--every 10] [--remove-at 40] [--output DIR]
 
-Without --model a small Llama is trained from scratch on the technical English that comes with Python. The states of
-every N-th step go to DIR/states.jsonl and to TensorBoard (tensorboard --logdir DIR); the shortened model is saved to
-DIR/model. It needs tensorboard besides this library.
+Without --model a small Llama is trained from scratch on Python's help text. Statistics of the hidden states of every
+N-th step are written to DIR/states.jsonl and to TensorBoard (tensorboard --logdir DIR); the shortened model is saved to
+DIR/model. Requires the package tensorboard.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from streamline_hooks import find_stack, profile
-from streamline_hooks.batch import batches_of
-from streamline_hooks.calibration import read_documents
-from streamline_hooks.integrations import MonitorCallback, ProgressiveRemovalCallback
-from streamline_hooks.pretrained import load_pretrained
+from streamline_hooks.checkpoint import load_pretrained
+from streamline_hooks.core import split_into_batches
+from streamline_hooks.data import read_documents
+from streamline_hooks.training import MonitorCallback, ProgressiveRemovalCallback
 
 SEQUENCE = 128
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a folder, a name on the hub, or smollm2")
+    parser.add_argument("--model", help="folder or hub name of a model, or smollm2")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--remove-at", type=int, default=40)
@@ -42,13 +42,13 @@ def main() -> None:
         model, tokenizer = load_pretrained(options.model)
         tokens = tokens_of(documents, tokenizer)
     rows = tokens[: len(tokens) // SEQUENCE * SEQUENCE].view(-1, SEQUENCE)
-    held_back = batches_of(rows[:8], 4)
+    held_out = split_into_batches(rows[:8], 4)
 
-    def least(model: torch.nn.Module) -> range:
-        """The block, but for the first and the last, whose exit is most like its entrance."""
-        cosine = profile(model, held_back, replicates=0).cosine.diagonal(offset=1)
+    def least_important(model: torch.nn.Module) -> range:
+        """Return the block with the most similar input and output, except the first and the last block."""
+        cosine = profile(model, held_out, replicates=0).cosine.diagonal(offset=1)
         block = 1 + int(cosine[1:-1].argmax())
-        print(f"giving up block {block} of {len(find_stack(model))}: cosine {cosine[block]:.3f}")
+        print(f"removing block {block} of {len(find_stack(model))}: cosine {cosine[block]:.3f}")
         return range(block, block + 1)
 
     arguments = TrainingArguments(
@@ -65,19 +65,19 @@ def main() -> None:
     trainer = Trainer(model, arguments, train_dataset=dataset)
     states = options.output / "states.jsonl"
     states.unlink(missing_ok=True)
-    trainer.add_callback(ProgressiveRemovalCallback({options.remove_at: least}))
+    trainer.add_callback(ProgressiveRemovalCallback({options.remove_at: least_important}))
     trainer.add_callback(MonitorCallback(trainer, every=options.every, file=states))
     trainer.train()
 
     for line in map(json.loads, states.read_text().splitlines()):
         influence = " ".join(f"{value:.2f}" for value in line["influence"])
-        print(f"step {line['step']:4}  influence {influence}  gradient at the entrance {line['gradient_norm'][0]:.1e}")
+        print(f"step {line['step']:4}  influence {influence}  gradient at block 0 {line['gradient_norm'][0]:.1e}")
     model.save_pretrained(options.output / "model")
-    print(f"{len(find_stack(model))} blocks are saved in {options.output / 'model'}")
+    print(f"saved a model of {len(find_stack(model))} blocks in {options.output / 'model'}")
 
 
 def small_llama() -> LlamaForCausalLM:
-    """Eight blocks, for which bytes are tokens."""
+    """Return a Llama of eight blocks whose tokens are bytes."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=256,
@@ -93,12 +93,12 @@ def small_llama() -> LlamaForCausalLM:
 
 
 def bytes_of(documents: list[str]) -> torch.Tensor:
-    """Documents, one after the other, as the numbers of their bytes."""
+    """Return the bytes of the concatenated documents as token ids."""
     return torch.tensor(list("\n\n".join(documents).encode()))
 
 
 def tokens_of(documents: list[str], tokenizer: AutoTokenizer) -> torch.Tensor:
-    """Documents, one after the other, as tokens."""
+    """Return the token ids of the concatenated documents."""
     return torch.tensor([t for text in documents for t in tokenizer(text, verbose=False).input_ids])
 
 

@@ -1,177 +1,46 @@
-from .checkpoint import compare_blocks, load, read_plans, save
-from .core.hardware_config import HardwareConfig
-from .errors import StreamlineError, UnsupportedSurgery
-from .evaluation import (
-    Agreement,
-    Evaluation,
-    Likeness,
-    Suite,
-    TaskScores,
-    agreement,
-    embeddings,
-    evaluate,
-    likeness,
-    measure_speed,
-    perplexity,
-    recall_at,
-    run_tasks,
-    sliding_perplexity,
-)
-from .in_training import HiddenStateMonitor, ProgressiveRemoval, StochasticDepth
-from .passes import resume
+from .checkpoint import load, save
+from .core.errors import StreamlineError, UnsupportedSurgery
+from .distillation.config import DistillationConfig
+from .distillation.healing import HealingConfig
+from .distillation.train import train
+from .evaluation import evaluate, perplexity
+from .modeling.block_stack import find_stack
 from .pipeline.compress import compress
-from .pipeline.config import CompressionConfig, DataConfig, EvaluationConfig
-from .pipeline.presets import PRESETS, Preset
-from .pipeline.sweep import Sweep, sweep
-from .recorder import HiddenStateRecorder
-from .repair import (
-    LOSSES,
-    REPLACEMENTS,
-    BlockConfig,
-    DistillationConfig,
-    FeedForwardConfig,
-    FoldedConfig,
-    HealingConfig,
-    LinearConfig,
-    Loss,
-    MergedConfig,
-    MLPConfig,
-    NoneConfig,
-    Objective,
-    ReplacementConfig,
-    ScaleConfig,
-    SilencedConfig,
-    SwiGLUConfig,
-    Trained,
-    fit_windows,
-    freeze_all_but,
-    place,
-    register_loss,
-    register_replacement,
-    student_of,
-    train,
-)
-from .replacements import LinearReplacement, register_module
-from .result import CompressionResult
-from .selection import (
-    CRITERIA,
-    SEARCHES,
-    AttentionSearch,
-    Criterion,
-    DisjointSearch,
-    GreedySearch,
-    MixedSearch,
-    MLPSearch,
-    OneShotSearch,
-    SearchConfig,
-    SearchProblem,
-    Selection,
-    Target,
-    WindowSearch,
-    combined,
-    register_criterion,
-    register_search,
-    score_windows,
-    verified,
-)
-from .stack import BlockStack, find_stack, find_stacks
-from .statistics import Profile, WindowMoments, measure_branches, measure_moments, profile
-from .surgery import LayerSurgeon, SurgeryPlan
-from .task import Task
+from .pipeline.config import CompressionConfig, DataConfig, RunOptions
+from .pipeline.result import CompressionResult
+from .pipeline.sweep import sweep
+from .recording.recorder import HiddenStateRecorder
+from .repair import LinearConfig, SwiGLUConfig, fit_windows
+from .selection import Target, search, verify_shortlist
+from .statistics import profile
+from .surgery import LayerSurgeon
 
 __version__: str
 
 __all__ = [
-    "CRITERIA",
-    "LOSSES",
-    "PRESETS",
-    "REPLACEMENTS",
-    "SEARCHES",
-    "Agreement",
-    "AttentionSearch",
-    "BlockConfig",
-    "BlockStack",
     "CompressionConfig",
     "CompressionResult",
-    "Criterion",
     "DataConfig",
-    "DisjointSearch",
     "DistillationConfig",
-    "Evaluation",
-    "EvaluationConfig",
-    "FeedForwardConfig",
-    "FoldedConfig",
-    "GreedySearch",
-    "HardwareConfig",
     "HealingConfig",
-    "HiddenStateMonitor",
     "HiddenStateRecorder",
     "LayerSurgeon",
-    "Likeness",
     "LinearConfig",
-    "LinearReplacement",
-    "Loss",
-    "MLPConfig",
-    "MLPSearch",
-    "MergedConfig",
-    "MixedSearch",
-    "NoneConfig",
-    "Objective",
-    "OneShotSearch",
-    "Preset",
-    "Profile",
-    "ProgressiveRemoval",
-    "ReplacementConfig",
-    "ScaleConfig",
-    "SearchConfig",
-    "SearchProblem",
-    "Selection",
-    "SilencedConfig",
-    "StochasticDepth",
+    "RunOptions",
     "StreamlineError",
-    "Suite",
-    "SurgeryPlan",
-    "Sweep",
     "SwiGLUConfig",
     "Target",
-    "Task",
-    "TaskScores",
-    "Trained",
     "UnsupportedSurgery",
-    "WindowMoments",
-    "WindowSearch",
-    "agreement",
-    "combined",
-    "compare_blocks",
     "compress",
-    "embeddings",
     "evaluate",
     "find_stack",
-    "find_stacks",
     "fit_windows",
-    "freeze_all_but",
-    "likeness",
     "load",
-    "measure_branches",
-    "measure_moments",
-    "measure_speed",
     "perplexity",
-    "place",
     "profile",
-    "read_plans",
-    "recall_at",
-    "register_criterion",
-    "register_loss",
-    "register_module",
-    "register_replacement",
-    "register_search",
-    "resume",
-    "run_tasks",
     "save",
-    "score_windows",
-    "sliding_perplexity",
-    "student_of",
+    "search",
     "sweep",
     "train",
-    "verified",
+    "verify_shortlist",
 ]

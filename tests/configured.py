@@ -7,15 +7,11 @@ from dataclasses import fields, replace
 from inspect import signature
 from typing import Any
 
-from streamline_hooks import (
-    SEARCHES,
-    CompressionConfig,
-    DataConfig,
-    EvaluationConfig,
-    HardwareConfig,
-    compress,
-)
-from streamline_hooks.cli.short_forms import parse_replacement
+from streamline_hooks import CompressionConfig, DataConfig, RunOptions, compress
+from streamline_hooks.cli import parse_replacement
+from streamline_hooks.core import HardwareConfig
+from streamline_hooks.pipeline import BlockwiseOptions, EvaluationConfig
+from streamline_hooks.selection import SEARCHES
 
 _SECTIONS = {"data": DataConfig, "evaluation": EvaluationConfig, "hardware": HardwareConfig}
 
@@ -41,8 +37,8 @@ def configured(base: CompressionConfig | None = None, **settings: Any) -> Compre
     search = settings.pop("search", config.search)
     search = SEARCHES[search]() if isinstance(search, str) else search
     given = {name: settings.pop(name) for name in [f.name for f in fields(search)] if name in settings}
-    if "keep" in given:
-        given["keep"] = tuple(given["keep"])
+    if "protect" in given:
+        given["protect"] = tuple(given["protect"])
     if search.most_selections is not None and "shortlist" in given:
         given["shortlist"] = min(given["shortlist"], search.most_selections)
     values: dict[str, Any] = {"search": replace(search, **given)}
@@ -53,7 +49,7 @@ def configured(base: CompressionConfig | None = None, **settings: Any) -> Compre
 
 
 def arguments(function: Callable[..., Any] = compress, **settings: Any) -> dict[str, Any]:
-    """Return the keywords of `compress`: its own, such as `output`, as they are, and the config of all others.
+    """Return the keywords of `compress`: its own, such as `output`, its run options, and the config of all others.
 
     Parameters
     ----------
@@ -65,4 +61,10 @@ def arguments(function: Callable[..., Any] = compress, **settings: Any) -> dict[
     parameters = signature(function).parameters
     own = [name for name, one in parameters.items() if one.kind is one.KEYWORD_ONLY and name in settings]
     given = {name: settings.pop(name) for name in own}
+    if "options" in parameters:
+        run = {f.name: settings.pop(f.name) for f in fields(RunOptions) if f.name in settings}
+        given |= {"options": RunOptions(**run)} if run else {}
+    if "blockwise" in parameters:
+        how = {f.name: settings.pop(f.name) for f in fields(BlockwiseOptions) if f.name in settings}
+        given |= {"blockwise": BlockwiseOptions(**how)} if how else {}
     return {"config": configured(**settings), **given}

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from streamline_hooks import find_stacks
+from streamline_hooks.modeling import find_stacks
 
 SHAPE: dict[str, Any] = {"num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
 PICTURE: dict[str, Any] = {**SHAPE, "image_size": 16, "patch_size": 8}

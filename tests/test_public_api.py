@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import configparser
+import dataclasses
 import difflib
+import importlib
+import inspect
+import pkgutil
 from pathlib import Path
+from typing import Any
 
 import streamline_hooks
 from tests.processes import in_a_new_process
@@ -47,3 +52,36 @@ def test_the_version_needs_neither_torch_nor_transformers() -> None:
 
 def test_a_name_that_is_unknown_raises() -> None:
     assert not hasattr(streamline_hooks, "compresss")
+
+
+MORE_PARAMETERS = {
+    "checkpoint.BlockwisePass",
+    "recording.HiddenStateRecorder",
+    "training.HiddenStateMonitor",
+}
+"""Names of the interfaces with more than eight parameters."""
+
+
+def count_parameters(exported: Any) -> int:
+    """Return the number of parameters of a function or class; 0 for configs, results, errors and type aliases."""
+    is_error = isinstance(exported, type) and issubclass(exported, BaseException)
+    if dataclasses.is_dataclass(exported) or is_error or not callable(exported):
+        return 0
+    try:
+        return len(inspect.signature(exported).parameters)
+    except (TypeError, ValueError):  # an alias such as Batch, or a class of Python's own
+        return 0
+
+
+def test_exported_names_take_at_most_eight_parameters() -> None:
+    """Those of the package and of the interface of each sub-package."""
+    assert 20 <= len(streamline_hooks.__all__) <= 28
+    counts = {name: count_parameters(getattr(streamline_hooks, name)) for name in streamline_hooks.__all__}
+    packages = [module.name for module in pkgutil.iter_modules(streamline_hooks.__path__) if module.ispkg]
+    assert len(packages) == 16
+    for package in packages:
+        interface = importlib.import_module(f"streamline_hooks.{package}")
+        counts |= {f"{package}.{name}": count_parameters(getattr(interface, name)) for name in interface.__all__}
+    assert sum(count > 0 for count in counts.values()) > 200
+    more = {name for name, count in counts.items() if count > 8}
+    assert more - {name.rpartition(".")[2] for name in MORE_PARAMETERS} == MORE_PARAMETERS

@@ -70,10 +70,10 @@ def test_no_test_uses_a_private_name(private: set[str]) -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "from streamline_hooks.stack import _private",
+        "from streamline_hooks.modeling.block_stack import _private",
         "from streamline_hooks import stack\nstack._private",
         "patch.setattr(stack, '_private', None)",
-        "patch.setattr('streamline_hooks.stack._private', None)",
+        "patch.setattr('streamline_hooks.modeling.block_stack._private', None)",
         "script = 'import streamline_hooks\\nstreamline_hooks.stack._private()'",
     ],
 )

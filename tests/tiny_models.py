@@ -10,7 +10,8 @@ import torch
 import transformers
 from torch import nn
 
-from streamline_hooks import LayerSurgeon, LinearReplacement
+from streamline_hooks import LayerSurgeon
+from streamline_hooks.replacements import LinearReplacement
 
 WIDTH, BLOCKS, VOCABULARY = 32, 6, 61
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from streamline_hooks.repair import TrainingCallback, TrainingProgress
+from streamline_hooks.distillation import TrainingCallback, TrainingProgress
 
 
 class BeforeSteps(TrainingCallback):

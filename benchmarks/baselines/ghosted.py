@@ -1,59 +1,54 @@
-"""Ghosted Layers: the map of least squares onto the gap at the boundary (Yun et al., arXiv 2605.15491).
+"""Ghosted Layers: a least-squares map onto the difference of the states at the window (Yun et al., arXiv 2605.15491).
 
-In their code (daniel-eai/ghosted_layers_official_repository, lib/recovery.py) the target is the difference y − x of
-the states that leave and enter the window in the original, every token weighs the same, and a ridge of 1e-6 is added to
-the sums as they are.
+In the published code (daniel-eai/ghosted_layers_official_repository, lib/recovery.py) the target is the difference
+y − x between the output and the input of the window in the original model. All tokens have the same weight, and a ridge
+of 1e-6 is added to the unnormalised sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from benchmarks.baselines.measured import measured
-from streamline_hooks import (
-    BlockStack,
-    CompressionConfig,
-    LinearReplacement,
-    Preset,
-    ReplacementConfig,
-    UnsupportedSurgery,
-    WindowMoments,
-    measure_moments,
-    register_replacement,
-)
-from streamline_hooks.batch import Batch
-from streamline_hooks.repair import Batches, Repair, StandIn, features_of
+from streamline_hooks import CompressionConfig, UnsupportedSurgery
+from streamline_hooks.core import Batches
+from streamline_hooks.modeling import BlockStack, StateSource
+from streamline_hooks.pipeline import Preset
+from streamline_hooks.repair import Repair, ReplacementConfig, WindowReplacement, hidden_size_of, register_replacement
+from streamline_hooks.replacements import LinearReplacement
+from streamline_hooks.statistics import WindowMoments, measure_moments
 
 RIDGE = 1e-6
 
 
 def fit_ghosted(
-    stack: BlockStack,
+    source: StateSource,
     windows: Sequence[range],
     fit: Batches,
     held_out: Batches,
-    probe: Batch | Tensor | None,
+    probe: Mapping[str, Tensor] | Tensor | None,
     what: str,
 ) -> list[Repair | UnsupportedSurgery]:
-    """Fit the maps of windows to all sequences, in passes that end after the last of them."""
+    """Fit the maps of all windows, in two passes that end after the last window."""
+    stack = source.stack
     parts = [
-        measure_moments(stack.model, batches, windows, stack=stack.path, weighted=False, what=f"fit{what}")
+        measure_moments(stack.model, batches, windows, stack=stack.path, weighted=False, desc=f"fit{what}")
         for batches in (fit, held_out)
     ]
-    made = []
-    for window, moments, others in zip(windows, *parts, strict=True):
-        without = ghosted_map(moments)
-        moments.merge(others)
-        made.append((window, LinearReplacement.from_map(ghosted_map(moments)), without))
-    return measured(stack, made, held_out, what)
+    replacements = []
+    for window, moments, held_out_moments in zip(windows, *parts, strict=True):
+        map_of_fit_part = ghosted_map(moments)
+        moments.merge(held_out_moments)
+        replacements.append((window, LinearReplacement.from_map(ghosted_map(moments)), map_of_fit_part))
+    return measured(stack, replacements, held_out, what)
 
 
 def ghosted_map(moments: WindowMoments) -> Tensor:
-    """M of shape (features, features) in x + xM: (Σ xxᵀ + 1e-6·I)⁻¹ Σ x(y − x)ᵀ, of sums without weights."""
+    """Return M in x + xM, (Σ xxᵀ + 1e-6·I)⁻¹ Σ x(y − x)ᵀ, with equal token weights."""
     identity = torch.eye(len(moments.xx), dtype=torch.float64, device=moments.xx.device)
     return torch.linalg.solve(moments.xx + RIDGE * identity, moments.xd)
 
@@ -66,8 +61,8 @@ class GhostedConfig(ReplacementConfig):
     kind = "ghosted"
     fit = staticmethod(fit_ghosted)
 
-    def make(self, stack: BlockStack, window: range) -> StandIn:
-        return LinearReplacement(features_of(stack))
+    def make(self, stack: BlockStack, window: range) -> WindowReplacement:
+        return LinearReplacement(hidden_size_of(stack))
 
 
 PRESET = Preset(

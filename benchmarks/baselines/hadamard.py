@@ -1,4 +1,4 @@
-"""Hadamard matrices, of the orders that widths of models have."""
+"""Hadamard matrices of the orders that occur as model widths."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from streamline_hooks import StreamlineError
 
 
 def hadamard(order: int) -> Tensor:
-    """A matrix of ±1 whose rows are orthogonal, divided by the root of its order: its own inverse's transpose.
+    """Return a Hadamard matrix divided by the square root of its order, which is orthogonal.
 
-    By Sylvester's doubling from a matrix of Paley's (Journal of Mathematics and Physics 12, 1933): of order q + 1 for
-    a prime q ≡ 3 (mod 4), or 2·(q + 1) for a prime q ≡ 1 (mod 4).
+    It is built by Sylvester's doubling from a matrix of Paley (Journal of Mathematics and Physics 12, 1933) of order
+    q + 1 for a prime q ≡ 3 (mod 4), or 2·(q + 1) for a prime q ≡ 1 (mod 4).
 
     Parameters
     ----------
@@ -21,12 +21,12 @@ def hadamard(order: int) -> Tensor:
     Returns
     -------
     torch.Tensor
-        Of shape (order, order), float64.
+        Matrix of shape (order, order), float64.
 
     Raises
     ------
     StreamlineError
-        If neither construction gives one.
+        If the constructions do not cover this order.
 
     Examples
     --------
@@ -36,17 +36,17 @@ def hadamard(order: int) -> Tensor:
     """
     size = order
     while size > 0:
-        found = _paley(size)
-        if found is not None:
-            while len(found) < order:
-                found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
-            return found / order**0.5
+        matrix = _paley(size)
+        if matrix is not None:
+            while len(matrix) < order:
+                matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+            return matrix / order**0.5
         if size % 2:
             break
         size //= 2
     raise StreamlineError(
-        f"No Hadamard matrix of order {order} is known here: it is neither 1 nor q + 1 or 2(q + 1) for a prime q of "
-        "the right kind, times a power of two. Take a kind that needs none, such as linear."
+        f"No Hadamard matrix of order {order} can be built. Expected a power of two times 1, q + 1 or 2(q + 1) for a "
+        "suitable prime q. Choose another replacement, such as linear."
     )
 
 
@@ -67,7 +67,7 @@ def _paley(size: int) -> Tensor | None:
 
 
 def _residues(prime: int) -> Tensor:
-    """Jacobsthal's matrix: of two places' difference, whether it is a square (1) or not (−1), modulo a prime."""
+    """Return Jacobsthal's matrix: 1 where the index difference is a square modulo the prime, −1 elsewhere."""
     character = torch.full((prime,), -1.0, dtype=torch.float64)
     character[torch.arange(1, prime).square() % prime] = 1.0
     character[0] = 0.0

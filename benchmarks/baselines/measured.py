@@ -1,4 +1,4 @@
-"""The error that a published map leaves, which is not the one that it minimises."""
+"""Measure the error of published maps, which minimise other objectives."""
 
 from __future__ import annotations
 
@@ -7,27 +7,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks import BlockStack, UnsupportedSurgery, measure_moments
-from streamline_hooks.repair import Batches, Repair
+from streamline_hooks import UnsupportedSurgery
+from streamline_hooks.core import Batches
+from streamline_hooks.modeling import BlockStack
+from streamline_hooks.repair import Repair
+from streamline_hooks.statistics import measure_moments
 
 
 def measured(
-    stack: BlockStack, made: Sequence[tuple[range, nn.Module, Tensor]], held_out: Batches, what: str
+    stack: BlockStack, replacements: Sequence[tuple[range, nn.Module, Tensor]], held_out: Batches, what: str
 ) -> list[Repair | UnsupportedSurgery]:
-    """Hold maps h + hW against the original on held-out sequences.
+    """Measure the errors of maps h + hW on held-out sequences.
 
     Parameters
     ----------
     stack : BlockStack
     made : sequence of (range, torch.nn.Module, torch.Tensor)
-        Windows, what stands in their place, and the W that it would hold if it had been fitted without those sequences.
+        Windows, their replacement modules, and W as fitted without the held-out sequences.
     held_out : sequence of mapping or torch.Tensor
     what : str
-        What the bar says, after "hold out".
+        Text of the progress bar after "held-out moments".
     """
-    windows = [window for window, _, _ in made]
-    moments = measure_moments(stack.model, held_out, windows, stack=stack.path, what=f"hold out{what}")
+    windows = [window for window, _, _ in replacements]
+    moments = measure_moments(stack.model, held_out, windows, stack=stack.path, desc=f"held-out moments{what}")
     repairs: list[Repair | UnsupportedSurgery] = []
-    for (window, module, map_), sums in zip(made, moments, strict=True):
-        repairs.append(Repair(window, module, sums.error(torch.zeros_like(map_)), sums.error(map_), None))
+    for (window, module, fitted_map), sums in zip(replacements, moments, strict=True):
+        repairs.append(Repair(window, module, sums.error(torch.zeros_like(fitted_map)), sums.error(fitted_map), None))
     return repairs

@@ -1,8 +1,10 @@
-"""UIDL: plain removal, then adapters on all MLPs (Gromov et al., arXiv 2403.17887)."""
+"""UIDL: remove blocks, then train adapters on all MLPs (Gromov et al., arXiv 2403.17887)."""
 
 from __future__ import annotations
 
-from streamline_hooks import CompressionConfig, DistillationConfig, HealingConfig, NoneConfig, Preset
+from streamline_hooks import CompressionConfig, DistillationConfig, HealingConfig
+from streamline_hooks.pipeline import Preset
+from streamline_hooks.repair import NoneConfig
 
 MLP_LAYERS = (
     "gate_proj", "up_proj", "down_proj", "fc1", "fc2", "w1", "w2", "mlp.c_fc", "mlp.c_proj",
@@ -25,6 +27,6 @@ PRESET = Preset(
         healing=HealingConfig(method="lora", where="all", rank=64, alpha=64.0, dropout=0.05, targets=MLP_LAYERS),
     ),
     "Gromov et al., arXiv 2403.17887, A.1 and B.3: plain removal, then adapters on the MLPs of all blocks, trained "
-    "by the LM loss. Its batches hold 16 sequences, 100 of its 5,000 steps warm up, and its blocks are in 4 bits, "
-    "which they are not here.",
+    "by the LM loss. The paper uses batches of 16 sequences, 100 warm-up steps of 5,000, and blocks in 4 bits; this "
+    "preset does not quantise.",
 )

@@ -25,7 +25,8 @@ from benchmarks.quality_scores import Quality, Scores, fingerprint
 from benchmarks.real_text import SEQUENCE, heldout
 from benchmarks.small_opt import Recipe, Training, compare, new_model, stream_of, train_tokenizer
 from benchmarks.training_text import training_text
-from streamline_hooks import LayerSurgeon, agreement, perplexity
+from streamline_hooks import LayerSurgeon, perplexity
+from streamline_hooks.evaluation import agreement
 
 WORDS = ["the", "a", "cat", "dog", "house", "runs", "sleeps", "green", "small", "and", "under", "over", "near"]
 TINY = Recipe(width=16, blocks=4, heads=2, vocabulary=320, sequence=32, batch=2, steps=8, warmup=2, rate=1e-2)
@@ -239,7 +240,7 @@ def test_every_task_is_there(data_folder: Path) -> None:
 def test_the_tokenizer_keeps_every_byte_and_survives_saving(
     tokenizer: Any, original: nn.Module, tmp_path: Path
 ) -> None:
-    from streamline_hooks.pretrained import load_pretrained
+    from streamline_hooks.checkpoint import load_pretrained
 
     original.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -329,5 +330,5 @@ def test_the_bigram_is_a_distribution_and_equals_its_formula(seed: int) -> None:
 
 
 def test_a_model_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"train.*`python.*benchmarks.small_opt`"):
+    with pytest.raises(SystemExit, match=r"Train.*`python.*benchmarks.small_opt`"):
         small_opt.load_small_opt(tmp_path)

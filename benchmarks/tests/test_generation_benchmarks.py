@@ -23,11 +23,11 @@ from benchmarks.instructions import INSTRUCTIONS
 from benchmarks.last_words import LastWord, score_last_words
 from benchmarks.probe_difficulty import HIGH, LOW, SEED, choose, chosen
 from benchmarks.probe_levels import LEVELS
-from benchmarks.short_answers import BEHIND, fast_products, guessed, problems_of, room, same_answer, sets_of
+from benchmarks.short_answers import BEHIND, answer_tokens, fast_products, guessed, problems_of, same_answer, sets_of
 from benchmarks.small_opt import Recipe, new_model, train_tokenizer
 from streamline_hooks import LayerSurgeon, StreamlineError
-from streamline_hooks.calibration.self_generated import FORMS, TOPICS
-from streamline_hooks.evaluation.problems import Problem, Solved
+from streamline_hooks.data import FORMS, TOPICS
+from streamline_hooks.evaluation import Problem, ProblemResults
 from tests.evaluation.number_tasks import Numbers
 from tests.tiny_models import tiny_model
 
@@ -125,13 +125,16 @@ def without_time(row: Mapping[str, Any]) -> dict[str, Any]:
 def test_what_is_right_is_what_is_counted(data: Path, tokenizer: Any, original: nn.Module, monkeypatch: Any) -> None:
     """With answers that are known: the second problem of each sort greedily, and k + 1 of the samples at the k-th."""
 
-    def solve(model: Any, tokenizer: Any, problems: Any, *, samples: int = 1, **rest: Any) -> Solved:
+    def solve(model: Any, tokenizer: Any, problems: Any, config: Any, **rest: Any) -> ProblemResults:
+        samples = config.samples
         if samples == 1:
-            return Solved(((),) * len(problems), tuple((k == 1,) for k in range(len(problems))))
-        assert rest["temperature"] == 0.8 and rest["top_p"] == 0.95
-        return Solved(((),) * len(problems), tuple(tuple(j <= k for j in range(samples)) for k in range(len(problems))))
+            return ProblemResults(((),) * len(problems), tuple((k == 1,) for k in range(len(problems))))
+        assert config.temperature == 0.8 and config.top_p == 0.95
+        return ProblemResults(
+            ((),) * len(problems), tuple(tuple(j <= k for j in range(samples)) for k in range(len(problems)))
+        )
 
-    monkeypatch.setattr(generation_scores, "solve", solve)
+    monkeypatch.setattr(generation_scores, "solve_problems", solve)
     row = Generation(original, tokenizer, data, counts=FEW, difficulty=EASY, cache=data / "cache.json").original_row()
     assert row["probes"] == dict.fromkeys(LEVELS, "010")
     assert row["pass_at"]["right"] == {sort: [1, 2] for sort in LEVELS}
@@ -170,7 +173,7 @@ def test_fast_products_leave_the_head_in_float32_and_nothing_behind(
 def test_an_answer_has_room_and_no_longer_one_passes_for_it(tokenizer: Any) -> None:
     problems = [Problem("", "cat"), Problem("", "the cat sleeps")]
     longest = len(tokenizer(" the cat sleeps", add_special_tokens=False)["input_ids"])
-    assert room(tokenizer, problems) > longest + 1
+    assert answer_tokens(tokenizer, problems) > longest + 1
 
 
 def test_problems_stand_behind_several_sets_of_solved_ones() -> None:
@@ -341,7 +344,7 @@ def test_what_is_retained_of_pass_at_k(k: int, before: tuple[float, ...], after:
 @pytest.mark.parametrize("k", [1, 3, 6])
 def test_pass_at_k_is_that_of_solved_problems(right: int, k: int) -> None:
     tries = (True,) * right + (False,) * (6 - right)
-    assert pass_of(right, 6, k) == pytest.approx(Solved(((),), (tries,)).pass_at(k))
+    assert pass_of(right, 6, k) == pytest.approx(ProblemResults(((),), (tries,)).pass_at(k))
 
 
 def test_a_summary_is_json_and_a_mean_over_the_seeds() -> None:
@@ -353,11 +356,11 @@ def test_a_summary_is_json_and_a_mean_over_the_seeds() -> None:
 
 def test_rows_that_were_not_asked_the_same_are_refused() -> None:
     other = {**ROWS[0], "key": "other"}
-    with pytest.raises(StreamlineError, match=r"key k.*other:"):
+    with pytest.raises(StreamlineError, match=r"is k, .*another row other\. Expected equal"):
         summary(ORIGINAL, [ROWS[0], other])
-    with pytest.raises(StreamlineError, match=r"no row.*give one"):
+    with pytest.raises(StreamlineError, match=r"rows is empty.*at least one"):
         retained_greedy(ORIGINAL, [])
-    with pytest.raises(StreamlineError, match=r"pass@5.*5 tries.*4"):
+    with pytest.raises(StreamlineError, match=r"pass@5.*5 samples.*4"):
         retained_pass(ORIGINAL, ROWS, 5)
-    with pytest.raises(StreamlineError, match=r"pass@1.*2.*4.*3"):
+    with pytest.raises(StreamlineError, match=r"pass@3.*1, 2, 4"):
         retained_pass(ORIGINAL, ROWS, 3)

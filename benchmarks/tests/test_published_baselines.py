@@ -15,22 +15,20 @@ from benchmarks.baselines.hadamard import hadamard
 from benchmarks.baselines.linear_patch import LinearPatchConfig
 from benchmarks.baselines.replace_me import ReplaceMeConfig
 from streamline_hooks import (
-    PRESETS,
     CompressionConfig,
     DistillationConfig,
     HiddenStateRecorder,
     LayerSurgeon,
-    ReplacementConfig,
     StreamlineError,
     UnsupportedSurgery,
     compress,
     find_stack,
     fit_windows,
-    measure_moments,
-    place,
 )
-from streamline_hooks.repair.folded import measure_fold_moments
-from streamline_hooks.repair.healing import healing_copies
+from streamline_hooks.distillation import healing_copies
+from streamline_hooks.pipeline import PRESETS
+from streamline_hooks.repair import ReplacementConfig, measure_fold_moments, place
+from streamline_hooks.statistics import measure_moments
 from streamline_hooks.testing import tiny_model
 from tests.processes import in_a_new_process
 
@@ -68,7 +66,7 @@ def test_hadamard_matrices_are_of_signs_and_orthogonal(order: int) -> None:
 
 @pytest.mark.parametrize("order", [3, 6, 92, 50])
 def test_an_order_without_a_construction_is_refused(order: int) -> None:
-    with pytest.raises(StreamlineError, match=rf"Hadamard.*order {order} is"):
+    with pytest.raises(StreamlineError, match=rf"Hadamard.*order {order} can"):
         hadamard(order)
 
 
@@ -79,7 +77,7 @@ def test_linear_patch_scales_the_rotated_channels(texts: list[dict[str, torch.Te
     h = hadamard(32).numpy()
     ratios = [np.abs(y @ h).mean(0) / np.abs(x @ h).mean(0) for x, y in zip(before, after, strict=True)]
     wanted = h @ np.diag(np.mean(ratios, axis=0)) @ h.T
-    found = np.eye(32) + repair.stand_in.projection.weight.detach().double().numpy().T
+    found = np.eye(32) + repair.replacement_module.projection.weight.detach().double().numpy().T
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     np.testing.assert_allclose(found, found.T, atol=1e-6)
 
@@ -89,7 +87,9 @@ def test_ghosted_is_least_squares_onto_the_gap_without_weights(texts: list[dict[
     (repair,) = fit_windows(model, [WINDOW], GhostedConfig(), texts[:2], texts[2:])
     x, y = (np.concatenate(rows) for rows in states(model, texts, (WINDOW.start, WINDOW.stop)))
     wanted = np.linalg.solve(x.T @ x + 1e-6 * np.eye(32), x.T @ (y - x))
-    np.testing.assert_allclose(repair.stand_in.projection.weight.detach().double().numpy().T, wanted, atol=1e-5)
+    np.testing.assert_allclose(
+        repair.replacement_module.projection.weight.detach().double().numpy().T, wanted, atol=1e-5
+    )
 
 
 def test_replace_me_is_least_squares_of_the_mlp_and_folded(texts: list[dict[str, torch.Tensor]]) -> None:
@@ -102,13 +102,13 @@ def test_replace_me_is_least_squares_of_the_mlp_and_folded(texts: list[dict[str,
     real = [batch["attention_mask"].bool() for batch in texts]
     m = np.concatenate([out[mask].double().numpy() for out, mask in zip(added, real, strict=True)])
     wanted = np.linalg.lstsq(m, y - (leaving - m), rcond=None)[0]
-    np.testing.assert_allclose(repair.stand_in.map.numpy(), wanted, atol=1e-3 * np.abs(wanted).max())
+    np.testing.assert_allclose(repair.replacement_module.map.numpy(), wanted, atol=1e-3 * np.abs(wanted).max())
     down = model.model.layers[WINDOW.start - 1].mlp.down_proj.weight.detach().clone()
     with LayerSurgeon(model) as surgeon:
-        place(surgeon, WINDOW, repair.stand_in)
+        place(surgeon, WINDOW, repair.replacement_module)
         folded = model.model.layers[WINDOW.start - 1].mlp.down_proj.weight
-        torch.testing.assert_close(folded, (repair.stand_in.map.float().T @ down), rtol=1e-3, atol=1e-3)
-    with pytest.raises(UnsupportedSurgery, match="no block stands before"):
+        torch.testing.assert_close(folded, (repair.replacement_module.map.float().T @ down), rtol=1e-3, atol=1e-3)
+    with pytest.raises(UnsupportedSurgery, match="no block precedes"):
         fit_windows(model, [range(0, 2)], ReplaceMeConfig(), texts[:2], texts[2:])
 
 
@@ -122,12 +122,12 @@ def test_the_error_on_held_out_text_is_of_a_map_that_has_not_seen_it(
     (without,) = fit_windows(model, [WINDOW], config, texts[:1], texts[1:2])  # what is placed is fitted on both
     if kind == "replaceme":
         (sums,) = measure_fold_moments(model, texts[2:], [WINDOW])
-        map_ = without.stand_in.map - torch.eye(32)
-        seen = repair.stand_in.map - torch.eye(32)
-        assert repair.stand_in.held_out_error == repair.repaired_error
+        map_ = without.replacement_module.map - torch.eye(32)
+        seen = repair.replacement_module.map - torch.eye(32)
+        assert repair.replacement_module.held_out_error == repair.repaired_error
     else:
         (sums,) = measure_moments(model, texts[2:], [WINDOW])
-        map_, seen = (one.stand_in.projection.weight.detach().double().T for one in (without, repair))
+        map_, seen = (one.replacement_module.projection.weight.detach().double().T for one in (without, repair))
     assert repair.repaired_error == pytest.approx(sums.error(map_), rel=1e-3)
     assert repair.repaired_error != pytest.approx(sums.error(seen), rel=0.01), "the two are told apart"
 
@@ -139,7 +139,7 @@ def test_a_preset_is_added_with_its_source(name: str) -> None:
     assert preset.name == name and "arXiv" in preset.source
     config = CompressionConfig.preset(name)
     assert CompressionConfig.from_dict(config.to_dict()) == config
-    found = (config.search.kind, config.search.resolved_criterion.name, config.data.repeated, config.rounds)
+    found = (config.search.kind, config.search.resolved_criterion.name, config.data.repeated_context, config.rounds)
     assert found == ("window", "cosine_and_magnitude", 0.0, 1)
     assert (config.distillation is None) == (config.healing is None) == (name != "uidl")
 
@@ -171,7 +171,7 @@ def test_checkpoints_are_loaded_without_the_baselines_and_their_configs_name_the
     parts = {"calibration": texts[:1], "validation": texts[1:2], "test": texts[2:]}
     for kind in kinds:
         config = CompressionConfig(remove=2, repair=ReplacementConfig.from_dict({"kind": kind}))
-        result = compress(tiny_model("llama"), None, parts, config, output=tmp_path / kind)
+        result = compress(tiny_model("llama"), parts, config, output=tmp_path / kind)
         torch.save({"batch": texts[0], "logits": result.model(**texts[0]).logits}, tmp_path / f"{kind}.pt")
     code = """
         import sys

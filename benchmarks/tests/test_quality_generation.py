@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from benchmarks import quality_generation
-from benchmarks.generation_in_short import short_differences, short_table
 from benchmarks.generation_recipes import (
     BEST,
     CURVE,
@@ -30,7 +29,8 @@ from benchmarks.generation_recipes import (
 from benchmarks.generation_table import differences, numbers, table
 from benchmarks.quality_generation import Bench
 from benchmarks.training_text import TrainingText
-from streamline_hooks import CompressionConfig, DisjointSearch, LinearConfig, Target
+from streamline_hooks import CompressionConfig, LinearConfig, RunOptions, Target
+from streamline_hooks.selection import DisjointSearch
 
 
 def generation(solved: int, text: str = "and so on") -> dict[str, Any]:
@@ -176,9 +176,9 @@ def test_the_table_has_the_best_first_and_the_texts_beside_one_another() -> None
     lines = table(content(rows)).splitlines()
     names = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]
     assert names == ["recipe", "best", "KL alone", "LM alone", "without healing", "removed",
-                     "best beside", "without healing", "KL alone", "LM alone",
+                     "`best` compared with", "without healing", "KL alone", "LM alone",
                      "recipe", "best", "KL alone", "without healing",
-                     "best beside", "without healing", "KL alone",
+                     "`best` compared with", "without healing", "KL alone",
                      "recipe", "best, 50,000 tokens", "best, 1,000 tokens"]  # fmt: skip
     best = next(line for line in lines if line.startswith("| best |"))
     assert best.startswith("| best | 0, 1 | 91.7% [") and best.endswith(" | 30.0% | 1.500 | 5.0 |")
@@ -186,34 +186,15 @@ def test_the_table_has_the_best_first_and_the_texts_beside_one_another() -> None
     more, usual = (line for line in lines if line.startswith("| best, "))
     assert more.startswith("| best, 50,000 tokens | 0 | 93.3%")
     assert usual.startswith("| best, 1,000 tokens | 0 | 83.3%"), "of the curve's one seed"
-    more = lines[next(k for k, line in enumerate(lines) if line.startswith("| best beside")) + 2]
+    more = lines[next(k for k, line in enumerate(lines) if line.startswith("| `best` compared with")) + 2]
     assert " | +13.3 [" in more and " | +5.0 [" in more and " | +46.7 [" in more
     assert "**Once \\*upon\\***" in lines and "- removed: a a \\| a" in lines
     assert lines[-1] == "Made by `the command`."
 
 
-def test_the_readme_shows_what_was_measured() -> None:
-    readme = (quality_generation.ROOT / "README.md").read_text()
+def test_the_table_shows_what_was_measured() -> None:
     measured = json.loads(quality_generation.FILE.read_text())
-    assert short_table(measured) in readme and short_differences(measured) in readme
     assert quality_generation.FILE.with_suffix(".md").read_text() == table(measured)
-
-
-def test_in_short_there_is_each_recipe_and_what_best_has_more() -> None:
-    rows = [row(Run(*run), 66 + 6 * run[3], solved) for *run, solved in (
-        ("best", 8, 1000, 0, 20), ("best", 8, 1000, 1, 25), ("KL alone", 8, 1000, 1, 10), ("removed", 4, 1000, 0, 3),
-        ("best", 8, 2000, 0, 24))]  # fmt: skip
-    lines = short_table(content(rows)).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == [
-        "| 4 of 30, just removed, those of `best`", "| 8 of 30, `best`, by KL alone", "| 8 of 30, `best`",
-        "| 8 of 30, `best`, 1,000 tokens", "| 8 of 30, `best`, 2,000 tokens"]  # fmt: skip
-    alike = short_table(content([rows[0], rows[-1]])).splitlines()[2:]
-    assert [line.split(" | ")[0] for line in alike] == ["| 8 of 30, `best`", "| 8 of 30, `best`, 2,000 tokens"]
-    assert lines[4] == "| 8 of 30, `best` | 0, 1 | 63% | 86% | 75% | 73% | 56.2% | 1.50 |"
-    assert lines[5].startswith("| 8 of 30, `best`, 1,000 tokens | 0 | 53% | 82% | 67% |"), "of the curve's one seed"
-    assert lines[6].startswith("| 8 of 30, `best`, 2,000 tokens | 0 | 53% | 82% | 80% |")
-    (one,) = short_differences(content(rows)).splitlines()[2:]
-    assert one.startswith("| 8 of 30, `best`, by KL alone | 1 | +0.0 [+0, +0] | +50.0 [")
 
 
 def test_a_recipe_that_was_interrupted_has_no_minutes_and_one_of_another_precision_is_told() -> None:
@@ -329,17 +310,17 @@ def test_rounds_that_were_broken_off_are_gone_on_with(tmp_path: Path, monkeypatc
     seen: list[bool] = []
     configs: list[CompressionConfig] = []
 
-    def rounds(model: Any, tokenizer: Any, texts: Any, config: CompressionConfig, *, resume: bool, **more: Any) -> Any:
-        seen.append(resume)
+    def rounds(model: Any, data: Any, config: CompressionConfig, *, options: RunOptions, **more: Any) -> Any:
+        seen.append(options.resume)
         configs.append(config)
         return SimpleNamespace(seconds={"train": 1.0}, rounds=[], plan=SimpleNamespace(removed=(3,)))
 
     monkeypatch.setattr(quality_generation, "compress", rounds)
     made.scored = lambda *given: given[-1]
     run, text = Run("in two rounds", 8, 1000), TrainingText(torch.zeros(4, 512), torch.zeros(2, 512), {})
-    assert made.made_in_rounds(run, RECIPES[run.recipe], text)["train"] is not None
+    assert made.make_in_rounds(run, RECIPES[run.recipe], text)["train"] is not None
     made.file_of(run, "training.round-1").touch()
-    assert made.made_in_rounds(run, RECIPES[run.recipe], text)["train"] is None
+    assert made.make_in_rounds(run, RECIPES[run.recipe], text)["train"] is None
     assert seen == [False, True]
     config, kept = configs[0], RECIPES[run.recipe].config
     assert configs[1] == config and config.target == Target(blocks=8)
@@ -360,7 +341,7 @@ def test_the_recipes_are_those_of_the_rows_that_were_measured() -> None:
     "change",
     [{"repair": LinearConfig()}, {"healing": None}, {"rounds": 2}, {"search": DisjointSearch()},
      {"distillation": replace(SETTINGS, learning_rate=2e-3)},
-     {"data": replace(BEST.data, repeated=0.5)}],
+     {"data": replace(BEST.data, repeated_context=0.5)}],
 )  # fmt: skip
 def test_a_recipe_with_another_config_is_told_apart(change: dict[str, Any]) -> None:
     assert Recipe(replace(BEST, **change)).what != RECIPES["best"].what

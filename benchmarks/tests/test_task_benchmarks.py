@@ -12,12 +12,12 @@ import torch
 
 from benchmarks import task_models
 from benchmarks.task_models import Subject, accuracy, linear_probe, measure, split_in_two, table
-from streamline_hooks.batch_split import BatchSplit
+from streamline_hooks.data import BatchSplit
+from streamline_hooks.distillation import Objective
 from streamline_hooks.evaluation import TaskScores
-from streamline_hooks.repair import Objective
-from streamline_hooks.task import Task
+from streamline_hooks.modeling import Task
 from tests.other_models import made
-from tests.test_compress_tasks import parts
+from tests.pipeline.test_compress_tasks import parts
 
 
 def subject(name: str) -> Subject:

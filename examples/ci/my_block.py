@@ -1,4 +1,4 @@
-"""A block of one's own, to stand in the place of others."""
+"""A custom block that replaces transformer blocks."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 
 class Bottleneck(nn.Module):
-    """Map states of shape (batch, tokens, features) to the same shape, each token for itself."""
+    """Map hidden states of shape (batch, tokens, features) to the same shape, independently for each token."""
 
-    def __init__(self, features: int, inside: int = 8) -> None:
+    def __init__(self, features: int, hidden: int = 8) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(features)
-        self.down = nn.Linear(features, inside)
-        self.up = nn.Linear(inside, features)
+        self.down = nn.Linear(features, hidden)
+        self.up = nn.Linear(hidden, features)
 
     def forward(self, state: Tensor) -> Tensor:
-        """Add what comes through the bottleneck."""
+        """Add the output of the bottleneck to the hidden state."""
         return state + self.up(torch.relu(self.down(self.norm(state))))

@@ -1,4 +1,4 @@
-"""What a user's own tests look like: a line for each promise."""
+"""Tests of a custom block, with one assertion for each property."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from streamline_hooks.testing import (
 )
 
 
-def test_the_block_alone() -> None:
+def test_block() -> None:
     assert_shapes(Bottleneck(32), features=32)
     assert_causal(Bottleneck(32), features=32)
 
@@ -33,7 +33,7 @@ def with_my_block(model: Any) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3"])
-def test_a_model_with_the_block(tiny_model: Callable[..., Any], model_type: str) -> None:
+def test_model_with_block(tiny_model: Callable[..., Any], model_type: str) -> None:
     model = tiny_model(model_type)
     with with_my_block(model):
         assert_shapes(model)
@@ -41,11 +41,11 @@ def test_a_model_with_the_block(tiny_model: Callable[..., Any], model_type: str)
         assert_cached_generation_matches(model)
 
 
-def test_putting_it_in_leaves_no_trace(tiny_model: Callable[..., Any]) -> None:
+def test_replacement_is_reversible(tiny_model: Callable[..., Any]) -> None:
     assert_restores(tiny_model("llama"), with_my_block)
 
 
-def test_surgery_on_the_model(tiny_model: Callable[..., Any]) -> None:
+def test_surgery(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("llama")
     assert_identity_preserves_output(model)
     assert_removal_equals_shorter_model(model, range(2, 4))

@@ -1,233 +1,257 @@
-"""The model card: what a folder holds, how it came about, what it lost, and how it is loaded."""
+"""Write the model card of a compressed model: changes, measured quality, and how to load it."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
 from streamline_hooks.evaluation import MEASURES
-from streamline_hooks.result import LABELS
-from streamline_hooks.surgery import SurgeryPlan
-from streamline_hooks.surgery.spliced_model import MODEL_TYPE
-from streamline_hooks.task import task_of_classes
+from streamline_hooks.modeling import task_from_class_names
+from streamline_hooks.selection import TargetOutcome
+from streamline_hooks.surgery import MODEL_TYPE, SurgeryPlan
 
-FILE = "README.md"
+CARD = "README.md"
+# Label of each measured stage, by its key in a report.
+STAGE_LABELS = {
+    "original": "original",
+    "removed": "plain removal",
+    "repaired": "repaired",
+    "trained": "repaired and trained",
+    "first_removed": "the search's first, removed",
+    "first_repaired": "the search's first, repaired",
+}
 _PAPER = "https://arxiv.org/abs/2403.19135"
 
 
 def model_card(config: dict[str, Any], report: dict[str, Any] | None = None, base_model: str = "") -> str:
-    """Write the card of a compressed model.
+    """Return the model card of a compressed model: Markdown with the YAML header of the hub.
 
     Parameters
     ----------
     config : dict
-        What is in its ``config.json``, or in its ``streamline.json`` where it is no Transformers model.
+        Content of ``config.json``, or of ``streamline.json`` for a model outside Transformers.
     report : dict, optional
-        `CompressionResult.report`, for what was measured.
+        Result of `CompressionResult.report`, for the measurements.
     base_model : str
-        The model that it was made from, by default the one that its configuration names. A name on the hub,
-        ``organisation/model``, goes to the header.
-
-    Returns
-    -------
-    str
-        Markdown, with the YAML header that the hub reads.
+        Name of the original model; by default the name in the config. The header contains a name on the hub only.
 
     Examples
     --------
-    >>> print(model_card({"model_type": "llama"}, base_model="somebody/some-model").splitlines()[1])
-    base_model: somebody/some-model
+    >>> print(model_card({"model_type": "llama"}, base_model="my-name/some-model").splitlines()[1])
+    base_model: my-name/some-model
     """
-    said = config.get("streamline_hooks") or {}
-    history = said.get("history") or []
+    history = (config.get("streamline_hooks") or {}).get("history") or []
+    report = report or {}
     base_model = base_model or (history[0].get("base_model", "") if history else "")
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) is not None
-    plain = _on_one_line(base_model.rpartition("/")[2]) or "a model"
-    name = _escaped(plain)
-    built = config.get("class")  # by whom loads it
-    library = "streamline_hooks" if built else "transformers"
+    plain_name = _on_one_line(base_model.rpartition("/")[2]) or "a model"
+    name = _escape_markdown(plain_name)
+    custom_class = config.get("class")  # the class that the caller of `load` builds
     header: dict[str, Any] = {"base_model": base_model} if on_hub else {}
-    header["library_name"] = library
-    architecture = built or (config.get("architectures") or [""])[0]
-    known = task_of_classes([architecture.removeprefix("Streamlined")], config.get("is_encoder_decoder"))
-    causal = not architecture or ((known or "causal-lm") == "causal-lm" and not built)
-    header |= {"pipeline_tag": "text-generation"} if causal else {}
-    header |= {"tags": ["streamline_hooks", "layer-pruning"], **_metrics(plain, report)}
-    fewer = any(SurgeryPlan.from_dict(entry).removed for entry in history)
-    written = yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=math.inf)
-    lines = ["---", *written.splitlines(), "---", "", f"# {name}, with fewer blocks" if fewer else f"# {name}", ""]
+    header["library_name"] = "streamline_hooks" if custom_class else "transformers"
+    architecture = custom_class or (config.get("architectures") or [""])[0]
+    task = task_from_class_names([architecture.removeprefix("Streamlined")], config.get("is_encoder_decoder"))
+    is_causal = not architecture or ((task or "causal-lm") == "causal-lm" and not custom_class)
+    header |= {"pipeline_tag": "text-generation"} if is_causal else {}
+    header |= {"tags": ["streamline_hooks", "layer-pruning"], **_metrics(plain_name, report)}
+    is_shorter = any(SurgeryPlan.from_dict(entry).removed for entry in history)
+    header_yaml = yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=math.inf)
+    title = f"# {name}, with fewer blocks" if is_shorter else f"# {name}"
+    lines = ["---", *header_yaml.splitlines(), "---", "", title, ""]
     lines.append(
         f"This is {name} without some of its blocks, by the method of [LLM-Streamline]({_PAPER})."
-        if fewer
-        else f"This is {name}, of which no block was removed."
+        if is_shorter
+        else f"This is {name}, from which no block was removed."
     )
     for number, entry in enumerate(history):
-        lines += ["", "## What was done" + (f", {number + 1}" if len(history) > 1 else ""), "", *_surgery(entry)]
-    if _final(report or {}) is not None or (report or {}).get("scores") or (report or {}).get("warnings"):
-        lines += ["", "## What it lost", "", *_measured(report or {})]
-    loading = _loading_into(config) if built else _loading(config, architecture, causal)
-    lines += ["", "## How it is loaded", "", *loading]
-    return "\n".join([*lines, ""])
+        lines += ["", "## Changes" + (f", {number + 1}" if len(history) > 1 else ""), "", *_surgery(entry)]
+    if report.get("target"):
+        lines += ["", "## Target", "", *_target(TargetOutcome.from_dict(report["target"]))]
+    if _final_perplexity(report) is not None or report.get("scores") or report.get("warnings"):
+        lines += ["", "## Quality", "", *_measured(report)]
+    loading = _loading_into(config) if custom_class else _loading(config, architecture, is_causal)
+    return "\n".join([*lines, "", "## Loading", "", loading, ""])
 
 
 def _on_one_line(name: str) -> str:
-    """Replace line breaks and control characters of a name, and repeated spaces, by one space."""
+    """Replace line breaks, control characters and repeated spaces in a name by one space."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in name).split())
 
 
-def _escaped(name: str) -> str:
-    """Escape what Markdown or HTML would read as markup in a name."""
+def _escape_markdown(name: str) -> str:
+    """Escape Markdown and HTML markup in a name."""
     return re.sub(r"([\\`*\[\]<>&|~]|(?<!\w)_|_(?!\w))", r"\\\1", name)
 
 
-def _metrics(name: str, report: dict[str, Any] | None) -> dict[str, Any]:
-    """The perplexity for the hub's table of results."""
-    value = _final(report or {})
+def _metrics(name: str, report: dict[str, Any]) -> dict[str, Any]:
+    """Return the perplexity as the `model-index` entry of the header."""
+    value = _final_perplexity(report)
     if value is None:
         return {}
     result = {
         "task": {"type": "text-generation"},
-        "dataset": {"name": "text that nothing was chosen or fitted on", "type": "text"},
+        "dataset": {"name": "test text that was not used for selection or fitting", "type": "text"},
         "metrics": [{"type": "perplexity", "value": round(value, 4)}],
     }
     return {"model-index": [{"name": f"{name}, with fewer blocks", "results": [result]}]}
 
 
-def _final(report: dict[str, Any]) -> float | None:
-    """The perplexity of the model as it was saved."""
-    found = report.get("perplexity") or {}
-    return next((found[label] for label in ("trained", "repaired", "removed") if label in found), None)
+def _final_perplexity(report: dict[str, Any]) -> float | None:
+    """Return the perplexity of the saved model, or None."""
+    perplexities = report.get("perplexity") or {}
+    return next((perplexities[label] for label in ("trained", "repaired", "removed") if label in perplexities), None)
 
 
 def _surgery(entry: dict[str, Any]) -> list[str]:
     plan = SurgeryPlan.from_dict(entry)
-    lines = [f"- Blocks: {plan.old_length} before, {len(plan.slots)} now. Removed: {_numbers(plan.removed) or 'none'}."]
-    silenced = [f"{branch} of {k}" for k, branches in plan.silenced.items() for branch in branches]
+    removed = ", ".join(map(str, plan.removed))
+    lines = [f"- Blocks: {plan.old_length} before, {len(plan.slots)} now. Removed: {removed or 'none'}."]
+    silenced, folded = (
+        ", ".join(f"{branch} of {k}" for k, branches in of.items() for branch in branches)
+        for of in (plan.silenced, plan.folded)
+    )
     if silenced:
-        lines.append(f"- Silenced: {', '.join(silenced)} (in the numbering before).")
-    folded = [f"{branch} of {k}" for k, branches in plan.folded.items() for branch in branches]
+        lines.append(f"- Zeroed: {silenced} (block numbers before the surgery).")
     if folded:
-        lines.append(f"- A map was multiplied into the output projection of {', '.join(folded)} (numbering before).")
+        lines.append(
+            f"- A linear map was folded into the output projection of: {folded} (block numbers before the surgery)."
+        )
     for splice in plan.splices:
-        place = f"in the place of {splice.replaces[0]} to {splice.replaces[1] - 1}" if splice.replaces else "put in"
-        lines.append(f"- {splice.module}, {place}, runs before block {splice.before}; it takes no cache slot.")
-    new = [f"{number} ({slot.module})" for number, slot in enumerate(plan.slots) if slot.source is None]
-    if new:
-        lines.append(f"- Blocks that were put in: {', '.join(new)}.")
-    how = entry.get("repaired", "trained" if entry.get("training") else "in closed form")  # earlier ones do not say it
-    if "kind" in entry and how:
-        lines.append(f"- Repaired by: `{entry['kind']}`, {how}.")
+        place = (
+            f"replaces blocks {splice.replaces[0]} to {splice.replaces[1] - 1}" if splice.replaces else "is inserted"
+        )
+        lines.append(f"- {splice.module} {place}, runs before block {splice.before} and takes no cache slot.")
+    inserted = [f"{number} ({slot.module})" for number, slot in enumerate(plan.slots) if slot.source is None]
+    if inserted:
+        lines.append(f"- Inserted blocks: {', '.join(inserted)}.")
+    # Older records have no "repaired".
+    fitting = entry.get("repaired", "trained" if entry.get("training") else "in closed form")
+    if "kind" in entry and fitting:
+        lines.append(f"- Repaired by: `{entry['kind']}`, {fitting}.")
     data = {key: value for key, value in (entry.get("calibration") or {}).items() if value not in ([], "", None)}
     if data:
-        said = (
+        data_texts = [
             f"{key.replace('_', ' ')} {value:,}" if isinstance(value, int) else f"{key} {value}"
             for key, value in data.items()
-        )
-        lines.append(f"- Calibration: {', '.join(said)}.")
+            if key != "source"
+        ]
+        if source := data.get("source"):
+            mixture_texts = [f"{part['share']:.1%} {', '.join(part['sources'])}" for part in source.get("mixture", ())]
+            data_texts.insert(0, f"text of {', '.join(mixture_texts or source.get('sources', ()))}")
+        lines.append(f"- Calibration: {', '.join(data_texts)}.")
     versions = entry.get("versions") or {}
     if versions:
-        lines.append("- Made with " + ", ".join(f"{package} {said}" for package, said in versions.items()) + ".")
+        lines.append("- Made with " + ", ".join(f"{package} {version}" for package, version in versions.items()) + ".")
     return lines
 
 
-def _numbers(blocks: Sequence[int]) -> str:
-    return ", ".join(map(str, blocks))
+def _target(outcome: TargetOutcome) -> list[str]:
+    """Return the predicted and the measured values of the target as a table."""
+    values = outcome.formatted()
+    reached = "was reached" if outcome.is_reached else "was not reached"
+    return [
+        "| target | " + " | ".join(values) + " |",
+        "|---" * (len(values) + 1) + "|",
+        f"| {outcome.target} | " + " | ".join(values.values()) + " |",
+        "",
+        f"The target {reached}. The prediction was made before the compression, the measurement after it"
+        + (" on the machine that compressed it." if outcome.target.is_timed else "."),
+    ]
 
 
 def _measured(report: dict[str, Any]) -> list[str]:
     lines = _scores(report["scores"]) if report.get("scores") else _perplexities(report.get("perplexity") or {})
     sizes = report.get("parameters") or {}
-    told = f" {sizes['before'] / 1e6:.1f} M parameters before, {sizes['after'] / 1e6:.1f} M now." if sizes else ""
-    tested = {k.removeprefix("test_"): v for k, v in (report.get("data") or {}).items() if k.startswith("test_")}
-    on = "".join(f" ({count:,} {unit})" for unit, count in tested.items())
-    what = "data" if report.get("scores") else "text"
-    warned = [f"- {text}" for text in report.get("warnings") or ()]
+    size_text = f" {sizes['before'] / 1e6:.1f} M parameters before, {sizes['after'] / 1e6:.1f} M now." if sizes else ""
+    test_counts = {k.removeprefix("test_"): v for k, v in (report.get("data") or {}).items() if k.startswith("test_")}
+    count_text = "".join(f" ({count:,} {unit})" for unit, count in test_counts.items())
+    kind = "data" if report.get("scores") else "text"
+    warnings = [f"- {text}" for text in report.get("warnings") or ()]
     return [
         *lines,
-        *(["", *warned] if warned else []),
+        *(["", *warnings] if warnings else []),
         "",
-        f"On {what} that nothing was chosen or fitted on{on}.{told} What else it lost was not measured here: evaluate "
-        "it on what you need it for.",
+        f"Measured on test {kind} that was not used for selection or fitting{count_text}.{size_text} Other abilities "
+        "were not measured here: evaluate the model on your task.",
     ]
 
 
-def _perplexities(found: dict[str, float]) -> list[str]:
-    original = found.get("original")
+def _perplexities(perplexities: dict[str, float]) -> list[str]:
+    original = perplexities.get("original")
     lines = ["| | perplexity | ratio |", "|---|---|---|"]
-    for label, words in LABELS.items():
-        if label in found:
-            lines.append(f"| {words} | {found[label]:.2f} | {f'{found[label] / original:.2f}' if original else ''} |")
+    for label, stage in STAGE_LABELS.items():
+        if label in perplexities:
+            lines.append(
+                f"| {stage} | {perplexities[label]:.2f} | "
+                f"{f'{perplexities[label] / original:.2f}' if original else ''} |"
+            )
     return lines
 
 
-def _scores(found: dict[str, dict[str, float]]) -> list[str]:
-    measures = {name: words for name, words in MEASURES.items() if any(name in one for one in found.values())}
+def _scores(scores: dict[str, dict[str, float]]) -> list[str]:
+    measures = {
+        name: title for name, title in MEASURES.items() if any(name in stage_scores for stage_scores in scores.values())
+    }
     lines = ["| | " + " | ".join(measures.values()) + " |", "|---" * (len(measures) + 1) + "|"]
-    for label, words in LABELS.items():
-        if label in found:
-            cells = (f"{found[label][name]:.4f}" if name in found[label] else "" for name in measures)
-            lines.append(f"| {words} | " + " | ".join(cells) + " |")
+    for label, title in STAGE_LABELS.items():
+        if label in scores:
+            cells = (f"{scores[label][name]:.4f}" if name in scores[label] else "" for name in measures)
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return lines
 
 
-def _loading_into(config: dict[str, Any]) -> list[str]:
-    first: dict[str, int] = {}
+def _loading_into(config: dict[str, Any]) -> str:
+    lengths: dict[str, int] = {}
     for plan in map(SurgeryPlan.from_dict, config["streamline_hooks"]["history"]):
-        first.setdefault(plan.stack, plan.old_length)
-    blocks = " and ".join(f"{length} blocks in `{stack}`" for stack, length in first.items())
-    return [
-        f"Its weights are put into the original architecture, a `{config['class']}`, built as it was before, with "
-        f"{blocks}:",
-        "",
-        "```python",
-        "import streamline_hooks",
-        "",
-        "model = ...  # the original architecture, built anew",
-        "model = streamline_hooks.load(folder, into=model)",
-        "```",
-        "",
-        "It is shortened and given what stands between its blocks; an architecture that is another one is refused.",
-    ]
+        lengths.setdefault(plan.stack, plan.old_length)
+    blocks = " and ".join(f"{length} blocks in `{stack}`" for stack, length in lengths.items())
+    return f"""\
+Build the original architecture, a `{config["class"]}` with {blocks}, and load the checkpoint into it:
+
+```python
+import streamline_hooks
+
+model = ...  # the original architecture, newly built
+model = streamline_hooks.load(folder, into=model)
+```
+
+`load` removes the blocks, inserts the replacements and loads the weights; another architecture is refused."""
 
 
-def _loading(config: dict[str, Any], architecture: str, causal: bool) -> list[str]:
+def _loading(config: dict[str, Any], architecture: str, causal: bool) -> str:
     if not causal:
-        return [f"With streamline_hooks: `streamline_hooks.load(folder)`, which gives a {architecture}."]
-    automatic = "from transformers import AutoModelForCausalLM, AutoTokenizer"
-    model, tokenizer = (f"{cls}.from_pretrained(folder{{}})" for cls in ("AutoModelForCausalLM", "AutoTokenizer"))
-    end = [f"model = {model}", f"tokenizer = {tokenizer}".format("")]
+        return f"Load it with streamline_hooks: `streamline_hooks.load(folder)` returns a {architecture}."
+    code = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```"""
     if config.get("model_type") != MODEL_TYPE:
-        said = "It is a plain checkpoint of its architecture, which needs nothing but what the original needs:"
-        return [said, "", "```python", automatic, "", end[0].format(""), end[1], "```"]
-    lines = [
-        "It has modules that its architecture has not. It is loaded with streamline_hooks installed:",
-        "",
-        "```python",
-        "import streamline_hooks  # makes the model's type known",
-        automatic,
-        "",
-        end[0].format(""),
-        end[1],
-        "```",
-    ]
-    if not config.get("auto_map"):
-        return [
-            *lines,
-            "",
-            "One of them is of a class that its author registers: import that module too, before loading.",
-        ]
-    return [
-        *lines,
-        "",
-        "Without it, the code in this folder does the same, once you trust it:",
-        "",
-        "```python",
-        end[0].format(", trust_remote_code=True"),
-        "```",
-        "",
-        "Loading it in any other way fails, so that the repair cannot get lost unnoticed.",
-    ]
+        return (
+            "This is a plain checkpoint of its architecture with the same requirements as the original model:\n\n"
+            f"```python\n{code}"
+        )
+    trust = (
+        """\
+Without streamline_hooks, load it with the code in this folder, if you trust that code:
+
+```python
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+```
+
+Loading it in any other way fails, so the replacements cannot be lost silently."""
+        if config.get("auto_map")
+        else "A replacement is of a custom class: import the module that registers it before loading."
+    )
+    return f"""\
+The model has modules that its architecture does not have. Load it with streamline_hooks installed:
+
+```python
+import streamline_hooks  # registers the model type
+{code}
+
+{trust}"""

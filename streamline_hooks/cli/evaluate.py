@@ -1,167 +1,137 @@
-"""The command ``streamline-hooks evaluate``."""
+"""Implement ``streamline-hooks evaluate``."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from cyclopts import Parameter
 
-from streamline_hooks.cli.loading import load_model
-from streamline_hooks.cli.options import Json, Model, Seed
-from streamline_hooks.cli.page import write_page
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks.checkpoint import REPORT, LoadingConfig, load_quietly, task_of_pretrained, update_checksums
+from streamline_hooks.cli.config_options import OptionValues, read_loading, with_options
+from streamline_hooks.cli.options import Json, Model
+from streamline_hooks.cli.output import Printer, print_log, write_page
+from streamline_hooks.cli.parsing import parse_problems
+from streamline_hooks.core import StreamlineError, check_writable, read_json, write_json
+from streamline_hooks.evaluation import Suite, require_same_inputs
+from streamline_hooks.evaluation import evaluate as run
+from streamline_hooks.pipeline import suite_for_model
+
+Against = Annotated[str, Parameter(help="The original model, for relative results.")]
+Text = Annotated[
+    list[str] | None,
+    Parameter(help="Text for perplexity and agreement: a file, folder, data set or pydoc; or images or pairs."),
+]
+Tasks = Annotated[
+    list[str] | None,
+    Parameter(
+        help="A task of lm-eval, a task file (YAML) or folder, or questions (JSONL or hub:NAME:SPLIT). May be repeated."
+    ),
+]
+Problems = Annotated[
+    list[str] | None,
+    Parameter(
+        help="Problems to solve by generation: a JSONL file of questions and answers, or probes:N for N synthetic "
+        "problems of each type (50 by default). May be repeated."
+    ),
+]
+Speed = Annotated[bool, Parameter(help="Measure the speed of both models in turn.")]
+EvaluationOutput = Annotated[
+    Path | None,
+    Parameter(name=["--output", "-o"], help="Folder for evaluation.json, the report page and cached results."),
+]
+SCALARS = (
+    "text_tokens", "metric", "shots", "items", "problem_tokens", "samples", "temperature", "prompts", "window",
+    "stride", "add_bos", "batch_size", "seed", "task",
+)  # fmt: skip
+SHOWN = (
+    "--against",
+    "--text",
+    "--tasks",
+    "--problems",
+    "--shots",
+    "--items",
+    "--speed",
+    "--output",
+    "--device",
+    "--json",
+)
 
 
+@with_options(Suite, LoadingConfig, only=SCALARS, shown=SHOWN, defaults={"text_tokens": 20_000, "prompts": 8})
 def evaluate(
     model: Model,
-    against: Annotated[
-        str, typer.Option("--against", metavar="MODEL", help="The original: what is retained of it is told besides.")
-    ] = "",
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--text",
-            metavar="TEXT",
-            help="A domain of text for perplexity and agreement: a file, folder, data set, or pydoc. May be repeated.",
-            show_default="pydoc, if no task is named",
-        ),
-    ] = None,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME|FILE",
-            help="A task of lm-eval by name, a task file (YAML) or a folder of them, or questions as JSONL (plain, "
-            "compressed or .zip) or hub:NAME:SPLIT. Needs the extra tasks. May be repeated.",
-        ),
-    ] = None,
-    metric: Annotated[
-        str, typer.Option(help="Compare tasks that have this metric by it.", show_default="each task's first")
-    ] = "",
-    problems: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE|probes[:N]",
-            help="Problems to be solved in writing: JSONL of question and answer, as in GSM8K, or N generated ones of "
-            "each sort (arithmetic, brackets, copying, counting; 50 by default). May be repeated.",
-        ),
-    ] = None,
-    prompts: Annotated[int, typer.Option(help="Beginnings of the text to be written on.", min=0)] = 8,
-    shots: Annotated[
-        int | None,
-        typer.Option(
-            help="Solved examples before each item of a task, and before each problem (its file's first).",
-            min=0,
-            show_default="what the task says; none before problems",
-        ),
-    ] = None,
-    problem_tokens: Annotated[int, typer.Option(help="Tokens to write after each problem at most.", min=1)] = 256,
-    samples: Annotated[
-        int, typer.Option(help="Tries of each problem of a file, for pass@k; several need a --temperature.", min=1)
-    ] = 1,
-    temperature: Annotated[float, typer.Option(help="Temperature of these tries.", min=0)] = 0.0,
-    items: Annotated[int | None, typer.Option(help="Items a task at most, a seeded subset.", min=1)] = None,
-    text_tokens: Annotated[int, typer.Option(help="Tokens a domain, about.", min=2)] = 20_000,
-    window: Annotated[
-        int | None, typer.Option(help="Tokens at a time.", min=1, show_default="1024 or the model's positions")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens from one window to the next.", min=1, show_default="half a window")
-    ] = None,
-    add_bos: Annotated[
-        bool | None,
-        typer.Option(
-            "--add-bos/--no-add-bos",
-            help="Begin the texts of tasks with the BOS token, which some models are poor without.",
-            show_default="what the tokenizer does",
-        ),
-    ] = None,
-    speed: Annotated[bool, typer.Option(help="Measure speed, of both models in turn.")] = True,
-    batch_size: Annotated[int, typer.Option(help="Texts at a time.", min=1)] = 8,
-    seed: Seed = 0,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="Folder for evaluation.json, the page and its figures; goes on from there."
-        ),
-    ] = None,
+    /,
+    *,
+    against: Against = "",
+    text: Text = None,
+    tasks: Tasks = None,
+    problems: Problems = None,
+    speed: Speed = True,
+    output: EvaluationOutput = None,
     as_json: Json = False,
+    option_values: OptionValues,
 ) -> None:
-    """Measure a model: perplexity, tasks, problems, generation and speed, and what it retains of its original.
+    """Measure perplexity, tasks, problems, generation and speed of a model, also relative to its original.
 
-    With --output a page that needs no network is written, and results are cached there: the same command continues
-    after an interruption.
+    With --output, a report page is written and results are cached: the same command resumes after an interruption.
 
     Example: streamline-hooks evaluate smollm2-small --against smollm2 --tasks piqa --problems probes -o evaluation
     """
-    from streamline_hooks.checkpoint.checksums import update_checksums
-    from streamline_hooks.checkpoint.writing import REPORT
-    from streamline_hooks.cli.short_forms import parse_problems
-    from streamline_hooks.core import check_writable
-    from streamline_hooks.evaluation import Suite
-    from streamline_hooks.evaluation import evaluate as run
-    from streamline_hooks.evaluation.evaluate import require_same_tokens
-    from streamline_hooks.json_file import write_json
-
+    print_log(to_stderr=as_json)
     files, probes = parse_problems(problems or ())
-    suite = Suite(
-        text=text or ([] if tasks or files or probes else ["pydoc"]),
-        text_tokens=text_tokens,
-        tasks=tasks or (),
-        metric=metric,
-        shots=shots,
-        problems=files,
-        probes=probes,
-        items=items,
-        problem_tokens=problem_tokens,
-        samples=samples,
-        temperature=temperature,
-        prompts=prompts,
-        window=window,
-        stride=stride,
-        add_bos=add_bos,
-        batch_size=batch_size,
-        seed=seed,
-        timed=Suite.timed if speed else None,
-    )
+    settings = {path: value for path, value in option_values.items() if path in SCALARS}
+    loading = read_loading(option_values)
     if output is not None:
         check_writable(output / "evaluation.json")
-    made = Path(model) / REPORT
-    compression = _report_of(made) if output is not None and made.is_file() else None
-    loaded, tokenizer = load_model(model)
-    original, theirs = load_model(against) if against else (None, tokenizer)
-    require_same_tokens(tokenizer, theirs)
+    report_file = Path(model) / REPORT
+    compression = _report_of(report_file) if output is not None and report_file.is_file() else None
+    task = settings.pop("task", None) or task_of_pretrained(model, loading)
+    if not task.is_causal_lm and (tasks or problems):
+        raise StreamlineError(
+            f"--tasks and --problems need a model that generates text, but {model} is for {task}. Expected --text with "
+            "images, pairs or text. Leave --tasks and --problems out."
+        )
+    suite = Suite(
+        text=text or ([] if tasks or files or probes else ["pydoc"]),
+        tasks=tasks or (),
+        problems=files,
+        probes=probes,
+        timed=Suite.timed if speed and task.is_causal_lm else None,
+        **settings,
+    )
+    loaded, tokenizer = load_quietly(model, task, loading)
+    original, original_tokenizer = load_quietly(against, task, loading) if against else (None, tokenizer)
+    require_same_inputs(tokenizer, original_tokenizer)
+    suite = suite_for_model(model, loaded, tokenizer, suite, task, loading)
     names = _names(model, against)
-    found = run(
+    result = run(
         loaded,
         tokenizer,
         suite,
         original,
-        keep_in=None if output is None else output / "measured.json",
+        cache_file=None if output is None else output / "measured.json",
         name=names[0],
         reference_name=names[1],
     )
-    typer.echo(json.dumps(found.report(), indent=1) if as_json else found.table())
+    show = Printer(as_json)
+    show(result)
     if output is not None:
-        write_json(output / "evaluation.json", found.report())
+        write_json(output / "evaluation.json", result.report())
         update_checksums(output)
-        title = f"{names[0]}, evaluated"
-        typer.echo(write_page(output, title, compression=compression, evaluation=found.report()), err=as_json)
+        show.line(write_page(output, f"{names[0]}, evaluated", compression=compression, evaluation=result.report()))
 
 
 def _report_of(file: Path) -> dict[str, Any]:
-    """Read how the model was compressed, which the page shows too."""
-    from streamline_hooks.checkpoint.safety import read_json
-
+    """Read the report of the compression, which the page includes."""
     try:
         return read_json(file)
     except StreamlineError as error:
-        raise StreamlineError(f"{error} Or delete {file}: the page is then of the evaluation alone.") from error
+        raise StreamlineError(f"{error} Or delete {file} to write a page without the compression.") from error
 
 
 def _names(model: str, against: str) -> tuple[str, str]:
-    """Return the names of the two models: the last part of their paths, or the whole where these are the same."""
+    """Return the names of both models: the last part of their paths, or the paths if these are equal."""
     if not against:
         return Path(model).resolve().name, "original"
     short = Path(model).resolve().name, Path(against).resolve().name

@@ -1,89 +1,111 @@
-"""``streamline-hooks export``: a compressed model for engines that know nothing of this library."""
+"""Implement ``streamline-hooks export``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import typer
+from cyclopts import Parameter
 
-from streamline_hooks.cli.calibration_text import parse_sources
-from streamline_hooks.cli.loading import load_model
-from streamline_hooks.cli.options import Calibration, Stack
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks.checkpoint import (
+    LoadingConfig,
+    check_export,
+    export_folder,
+    load_quietly,
+    load_tokenizer,
+    load_without_tokenizer,
+    require_causal_lm,
+)
+from streamline_hooks.cli.config_options import OptionValues, read_loading, with_options
+from streamline_hooks.cli.options import Calibration, Json, Overwrite
+from streamline_hooks.cli.output import Printer, print_json, print_log
+from streamline_hooks.cli.parsing import parse_plain_replacement, parse_sources
+from streamline_hooks.core import StreamlineError
+from streamline_hooks.data import read_documents
+from streamline_hooks.pipeline import PLAIN_KINDS
+from streamline_hooks.pipeline import refit as fit_again
+
+Folder = Annotated[Path, Parameter(help="Folder with a compressed model.")]
+Target = Annotated[Path, Parameter(name=["--output", "-o"], help="Folder (plain) or file (gguf, onnx) to write.")]
+To = Annotated[
+    Literal["plain", "gguf", "onnx"], Parameter(help="Format: plain (Transformers), gguf (llama.cpp) or onnx.")
+]
+GGUFDtype = Annotated[
+    Literal["f32", "f16", "bf16"] | None,
+    Parameter(name="--gguf-dtype", help="Data type of the matrices in a GGUF file. By default f32."),
+]
+Refit = Annotated[
+    list[str] | None,
+    Parameter(
+        consume_multiple=(0, 1),
+        help="Refit the windows with a replacement that gives a plain model: "
+        f"{' or '.join(PLAIN_KINDS)}, by default the first that is possible. Needs --original. The text is read from "
+        "the sources that the checkpoint records, or from --calibration.",
+    ),
+]
+Original = Annotated[str, Parameter(help="The original of the compressed model, for --refit.")]
+Test = Annotated[list[str] | None, Parameter(help="The test text of the compressed model, for --refit.")]
 
 
+@with_options(LoadingConfig)
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `compress` wrote.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder (plain) or file (gguf, onnx) to write.")],
-    to: Annotated[str, typer.Option(help="plain, gguf (llama.cpp) or onnx.")] = "plain",
-    dtype: Annotated[
-        str, typer.Option(help="Of the matrices in a GGUF file: f32, f16 or bf16.", show_default="f32")
-    ] = "",
-    refit: Annotated[
-        str,
-        typer.Option(
-            metavar="KIND",
-            help="Fit the window again as folded or silenced, which leave a plain model; with --original and the text "
-            "that the folder was calibrated on.",
-        ),
-    ] = "",
-    original: Annotated[str, typer.Option(metavar="MODEL", help="What the folder was made of, for --refit.")] = "",
+    folder: Folder,
+    /,
+    *,
+    output: Target,
+    to: To = "plain",
+    gguf_dtype: GGUFDtype = None,
+    refit: Refit = None,
+    original: Original = "",
     calibration: Calibration = None,
-    test: Annotated[
-        list[str] | None, typer.Option("--test", metavar="TEXT", help="The text it was tested on, for --refit.")
-    ] = None,
-    stack: Stack = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            help="Replace a file of the same format, or a folder that compress or save wrote with no other file in it.",
-        ),
-    ] = False,
+    test: Test = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    option_values: OptionValues,
 ) -> None:
-    """Write a compressed model as a plain checkpoint, as GGUF or as ONNX.
+    """Export a compressed model as a plain checkpoint, GGUF or ONNX.
 
     Example: streamline-hooks export smollm2-small --to gguf --output smollm2-small.gguf
     """
-    from streamline_hooks.calibration import read_documents
-    from streamline_hooks.cli.short_forms import parse_replacement
-    from streamline_hooks.export import check_export, export_folder
-    from streamline_hooks.export import refit as fit_again
-    from streamline_hooks.export.folder import tokenizer_in
-
-    for name, given in (("--calibration", calibration), ("--test", test), ("--stack", stack)):
-        if given and not refit:
-            raise StreamlineError(f"{name} is for --refit, which was not asked for; leave it out.")
-    if dtype and to != "gguf":
-        raise StreamlineError(f"--dtype is for --to gguf; --to {to} writes the weights as they are.")
-    if bool(refit) != bool(original):
-        raise StreamlineError("--refit and --original go together: what the window is fitted as, and from what.")
-    settings: Any = {"to": to, "dtype": dtype or "f32", "overwrite": overwrite}
-    check_export(folder, output, **settings)
-    model = None
-    if refit:
-        sources = parse_sources(calibration)
-        if sources.generated:
-            raise StreamlineError("What a model wrote itself is not written again here; give it as a file.")
-        if sources.shares:
-            raise StreamlineError(
-                "--refit deals the text of one list of sources out again, and no mixture with shares; compress the "
-                "original again, with --kind folded or silenced."
-            )
-        loaded, _ = load_model(original)
-        text, apart = read_documents(sources.names), read_documents(test) if test else None
-        again = fit_again(
-            folder,
-            loaded,
-            tokenizer_in(folder),
-            text,
-            replacement=parse_replacement(refit),
-            test_texts=apart,
-            stack=stack,
-            say=typer.echo,
+    print_log(to_stderr=as_json)
+    for name, value in (("--calibration", calibration), ("--test", test)):
+        if value and refit is None:
+            raise StreamlineError(f"{name} has no effect without --refit. Expected both or neither. Leave {name} out.")
+    if gguf_dtype and to != "gguf":
+        raise StreamlineError(
+            f"--gguf-dtype was given with --to {to}. Expected --to gguf. Leave --gguf-dtype out; --dtype changes the "
+            "data type of the model."
         )
-        model = again.result.model
-        typer.echo(str(again))
-    export_folder(folder, output, model=model, say=typer.echo, **settings)
-    typer.echo(f"written to {output}")
+    if (refit is None) == bool(original):
+        raise StreamlineError(
+            "Only one of --refit and --original was given. Expected both or neither. Add the other, or leave both out."
+        )
+    replacement = parse_plain_replacement(refit[-1]) if refit else None
+    loading = read_loading(option_values)
+    code = loading.trust_remote_code
+    settings: dict[str, Any] = {"to": to, "dtype": gguf_dtype or "f32", "overwrite": overwrite}
+    settings["trust_remote_code"] = code
+    check_export(folder, output, **settings)
+    is_loaded_here = refit is None and loading != LoadingConfig()
+    model = load_without_tokenizer(str(folder), loading) if is_loaded_here else None
+    show, report = Printer(as_json), {"output": str(output), "format": to}
+    if refit is not None:
+        text = None
+        if calibration:
+            sources = parse_sources(calibration)
+            if sources.special:
+                raise StreamlineError(
+                    f"{sources.special} was given with --refit. Expected files or data sets, without shares or "
+                    "generated text. Leave it out to read the sources that the checkpoint records."
+                )
+            text = read_documents(sources.names)
+        source, _ = load_quietly(original, require_causal_lm(original, loading), loading)
+        test_texts = read_documents(test) if test else None
+        tokenizer = load_tokenizer(folder, code)
+        again = fit_again(folder, source, text, replacement=replacement, tokenizer=tokenizer, test_texts=test_texts)
+        model, report["refit"] = again.result.model, str(again)
+        show.line(str(again))
+    export_folder(folder, output, model=model, **settings)
+    if as_json:
+        print_json(report)
+    show.line(f"saved to {output}")

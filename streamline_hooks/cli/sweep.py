@@ -1,115 +1,129 @@
-"""The command ``streamline-hooks sweep``."""
+"""Implement ``streamline-hooks sweep``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from cyclopts import Parameter
 
-from streamline_hooks.cli.calibration_text import parse_sources
-from streamline_hooks.cli.given_options import refuse_unused
-from streamline_hooks.cli.loading import block_numbers, load_model
-from streamline_hooks.cli.options import (
-    BatchSize,
-    Calibration,
-    Keep,
-    Model,
-    Parts,
-    Search,
-    Seed,
-    SequenceLength,
-    Tokens,
+from streamline_hooks.checkpoint import LoadingConfig
+from streamline_hooks.cli.config_options import (
+    OptionValues,
+    read_config,
+    read_loading,
+    set_examples,
+    set_flags,
+    with_options,
 )
-from streamline_hooks.cli.page import write_page
-from streamline_hooks.cli.recipe import Recipe
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks.cli.options import (
+    Calibration,
+    ConfigFile,
+    Examples,
+    Json,
+    Model,
+    Output,
+    Preset,
+    PrintConfig,
+    TestExamples,
+    ValidationExamples,
+)
+from streamline_hooks.cli.output import Printer, print_log, write_page
+from streamline_hooks.cli.parsing import parse_replacement, parse_sources, parse_target
+from streamline_hooks.core import StreamlineError, atomic_file, check_writable, write_json
+from streamline_hooks.pipeline import CompressionConfig, CompressionJob, SpeedConfig
+from streamline_hooks.pipeline import sweep as run
+from streamline_hooks.repair import ReplacementConfig
+
+AMOUNTS, KINDS = "0.1,0.2,0.3", "none,linear"
+"""Defaults without a config and a preset."""
+Remove = Annotated[
+    str | None,
+    Parameter(
+        help=f"Targets, separated by commas, each as in compress. By default the target of the config or preset, else "
+        f"{AMOUNTS}."
+    ),
+]
+Repair = Annotated[
+    str | None,
+    Parameter(
+        help="Replacements, separated by commas, or by semicolons if they have options. By default the replacement of "
+        f"the config or preset, else {KINDS}."
+    ),
+]
+Speed = Annotated[bool, Parameter(help="Measure the speed of the original and the compressed model in turn.")]
+SpeedTokens = Annotated[int, Parameter(help="Tokens of the timed prompt.")]
+Repeats = Annotated[int, Parameter(help="Number of timed rounds.")]
+WITHOUT = ("remove", "repair", "repair.seed", "evaluation.speed", "evaluation.generation", "train_until")
+SHOWN = ("--output", "--remove", "--repair", "--loss", "--search", "--protect", "--calibration", "--device", "--config")
 
 
+@with_options(CompressionConfig, LoadingConfig, without=WITHOUT, shown=SHOWN)
 def sweep(
-    context: typer.Context,
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the points, a table, and a page.")],
-    remove: Annotated[
-        str, typer.Option(help="How much is to go, with commas between amounts; each as compress takes it.")
-    ] = "0.1,0.2,0.3",
-    kind: Annotated[
-        str,
-        typer.Option(help="What stands in the blocks' place, with semicolons (or commas) between kinds."),
-    ] = "none,linear",
-    objective: Annotated[
-        str, typer.Option("--train", metavar="LOSS", help="Train each repair, see compress --train.")
-    ] = "",
+    /,
+    *,
+    output: Output,
+    remove: Remove = None,
+    repair: Repair = None,
+    preset: Preset = "",
+    config: ConfigFile = None,
+    print_config: PrintConfig = False,
     calibration: Calibration = None,
-    search: Search = "window",
-    parts: Parts = 2,
-    keep: Keep = "",
-    calibration_tokens: Tokens = 41_000,
-    validation_tokens: Annotated[int, typer.Option(help="Tokens to judge the candidates on.", min=2)] = 4_096,
-    test_tokens: Annotated[int, typer.Option(help="Tokens to measure each model on.", min=2)] = 12_288,
-    sequence_length: SequenceLength = 512,
-    batch_size: BatchSize = 4,
-    shortlist: Annotated[int, typer.Option(help="Selections that are fitted and judged by KL.", min=1)] = 8,
-    speed: Annotated[bool, typer.Option(help="Measure speed, beside the original and in turn.")] = True,
-    speed_tokens: Annotated[int, typer.Option(help="Tokens of the prompt that is timed.", min=1)] = 512,
-    repeats: Annotated[int, typer.Option(help="Rounds that are timed.", min=1)] = 7,
-    seed: Seed = 0,
+    calibration_examples: Examples = None,
+    validation_examples: ValidationExamples = None,
+    test_examples: TestExamples = None,
+    speed: Speed = True,
+    speed_tokens: SpeedTokens = 512,
+    repeats: Repeats = 7,
+    as_json: Json = False,
+    option_values: OptionValues,
 ) -> None:
-    """Compress a model in many ways, and show which are worth having: quality against size and speed.
+    """Compress a model in many ways, and compare quality, size and speed.
 
-    Every point is kept in the output folder when it is made: the same command goes on after an interruption, and one
-    with more amounts or kinds makes only those.
+    Every point is cached in the output folder: the same command resumes after an interruption, and with more targets or
+    replacements computes only the new points.
 
-    Example: streamline-hooks sweep smollm2 --remove 0.1,0.2,0.3 --kind linear,swiglu --output sweep
+    Example: streamline-hooks sweep smollm2 --remove 0.1,0.2,0.3 --repair linear,swiglu --output sweep
     """
-    from streamline_hooks.cli.short_forms import parse_replacement, parse_target
-    from streamline_hooks.core import atomic_file, check_writable
-    from streamline_hooks.json_file import write_json
-    from streamline_hooks.pipeline.config import DataConfig
-    from streamline_hooks.pipeline.sweep import sweep as run
-    from streamline_hooks.preparation import document_sizes
-
+    print_log(to_stderr=as_json)
+    if config is None and not preset:
+        remove, repair = AMOUNTS if remove is None else remove, KINDS if repair is None else repair
+    targets = None if remove is None else [parse_target(part) for part in remove.split(",") if part.strip()]
+    kinds = None if repair is None else _parse_kinds(repair)
+    settings = read_config({**option_values, **({"remove": targets[0]} if targets else {})}, config, preset)
+    if print_config:
+        print(settings.to_yaml(), end="")
+        return
     check_writable(output / "sweep.json")
-    targets = [parse_target(part) for part in remove.split(",") if part.strip()]
-    kinds = [parse_replacement(part) for part in _kinds(kind)]
-    config = Recipe(loss=objective, search=search).config(
-        remove=targets[0] if targets else parse_target("0.25"),
-        data=DataConfig(
-            sequence_length, calibration_tokens, validation_tokens=validation_tokens, test_tokens=test_tokens
-        ),
-        keep=tuple(block_numbers(keep)),
-        windows=parts,
-        shortlist=shortlist,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    refuse_unused(context, config.search)
-    sources = parse_sources(calibration)
+    sources = parse_sources(calibration or ["pydoc"])
     if sources.generated:
-        raise StreamlineError("A sweep takes text that is there: have the model write some once, by compress.")
-    documents = sources.read()
-    loaded, tokenizer = load_model(model)
-    dealt = sources.mixed(documents, tokenizer, document_sizes(config), None)
-    found = run(
+        raise StreamlineError(
+            f"{sources.special} was given to a sweep, which generates no text. Expected existing text. Let compress "
+            "generate the text once, and pass its file."
+        )
+    examples = set_examples(calibration_examples, validation_examples, test_examples)
+    flags = set_flags(option_values, examples)
+    job = CompressionJob(model, settings, output, sources, read_loading(option_values), examples=examples, flags=flags)
+    loaded, tokenizer, data = job.load()
+    result = run(
         loaded,
-        tokenizer,
-        next(iter(documents.values())) if dealt is None else dealt,
-        config,
-        remove=targets,
-        repair=kinds,
-        speed=speed,
-        speed_tokens=speed_tokens,
-        repeats=repeats,
-        keep_in=output / "measured.json",
-        say=typer.echo,
+        data,
+        job.config,
+        tokenizer=tokenizer,
+        remove=[settings.target] if targets is None else targets,
+        repair=[settings.repair] if kinds is None else kinds,
+        speed=SpeedConfig(speed_tokens, repeats) if speed else None,
+        cache_file=output / "measured.json",
     )
-    typer.echo(f"\n{found.table()}")
+    show = Printer(as_json)
+    show(result)
     with atomic_file(output / "sweep.csv") as new:
-        new.write_text(found.csv(), encoding="utf-8")
-    write_json(output / "sweep.json", found.report())
-    typer.echo(write_page(output, f"{Path(model).resolve().name}, swept", sweep=found.report()))
+        new.write_text(result.csv(), encoding="utf-8")
+    write_json(output / "sweep.json", result.report())
+    show.line(write_page(output, f"{Path(model).resolve().name}, swept", sweep=result.report()))
 
 
-def _kinds(text: str) -> list[str]:
-    """Kinds, between which stand semicolons, or commas where no kind has options with commas in them."""
-    return [part for part in text.split(";" if ";" in text else ",") if part.strip()]
+def _parse_kinds(text: str) -> list[ReplacementConfig]:
+    """Parse several replacements, separated by semicolons if there are any, else by commas."""
+    return [parse_replacement(part) for part in text.split(";" if ";" in text else ",") if part.strip()]

@@ -1,5 +1,9 @@
-"""What every other sub-package builds on: errors and files."""
+"""Errors, configs, batches, devices, hashing, files, distributed runs, progress bars and tables.
 
-from streamline_hooks.core.files import atomic_file, atomic_folder, check_writable
+This sub-package imports no other sub-package and contains nothing specific to transformer blocks.
+"""
 
-__all__ = ["atomic_file", "atomic_folder", "check_writable"]
+import lazy_loader
+
+# The names are listed in ``__init__.pyi`` and imported on first use, so that ``--help`` does not import torch.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

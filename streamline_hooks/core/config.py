@@ -1,107 +1,49 @@
-"""The base of all configs: frozen dataclasses that validate themselves and are written to plain values and back."""
+"""The base class of all configs: frozen dataclasses that validate themselves and convert to JSON and YAML."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
 
-from streamline_hooks.arguments import Bound as Bound
-from streamline_hooks.arguments import check_fields, field_hints, nearest
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks.core.errors import StreamlineError
+from streamline_hooks.core.registry import Registry
+from streamline_hooks.core.validation import Bound as Bound
+from streamline_hooks.core.validation import field_hints, suggest, validate_fields
 
-T = TypeVar("T")
 C = TypeVar("C", bound="Config")
 
 
-class Registry(dict[str, T]):
-    """What has been registered, by name. Looking up an unknown name raises, and suggests the nearest known one.
-
-    Parameters
-    ----------
-    what : str
-        What is registered, for error messages: ``"criterion"``.
-    how : str
-        The function that registers one.
-    source : callable, optional
-        Returns where an entry was defined; by default the module and the name of a class or function. An entry takes
-        the place of another of its name and source.
-
-    Examples
-    --------
-    >>> numbers = Registry[int]("number", "register_number")
-    >>> numbers.add("seven", 7)
-    7
-    >>> try:
-    ...     numbers["sevn"]
-    ... except StreamlineError as error:
-    ...     print(error)
-    The number 'sevn' is unknown. Expected one of seven. Did you mean 'seven'?
-    """
-
-    def __init__(self, what: str, how: str, source: Callable[[T], Any] | None = None) -> None:
-        super().__init__()
-        self.what, self.how, self.source = what, how, source or source_of
-
-    def __getitem__(self, name: Any) -> T:
-        if isinstance(name, str) and name in self:
-            return super().__getitem__(name)
-        raise StreamlineError(
-            f"The {self.what} {name!r} is unknown. Expected one of {', '.join(self)}. "
-            + nearest(name, self, f"Register your own with {self.how}.")
-        )
-
-    def add(self, name: str, entry: T) -> T:
-        """Register an entry under its name, and return it.
-
-        A definition that is run again, as in a notebook, takes the place of the earlier one.
-
-        Raises
-        ------
-        StreamlineError
-            If the name is empty, has a character that short forms use, or is another entry's.
-        """
-        if not isinstance(name, str) or not name or set(name) & set(":,=+* "):
-            raise StreamlineError(
-                f"{name!r} is no name of a {self.what}. Expected text without spaces and any of :,=+*. Change it."
-            )
-        if name in self and self.source(self[name]) != self.source(entry):
-            raise StreamlineError(f"There is another {self.what} {name!r}. Expected a new name. Choose another.")
-        self[name] = entry
-        return entry
-
-
 class FrozenDict(dict[str, Any]):
-    """A dict that cannot be changed, so that a config which holds it can be hashed and shared."""
+    """An immutable, hashable dict for the fields of configs."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
 
-    def __copy__(self) -> FrozenDict:
+    def __deepcopy__(self, memo: Any = None) -> FrozenDict:
         return self
 
-    def __deepcopy__(self, memo: Any) -> FrozenDict:
-        return self
+    __copy__ = __deepcopy__
 
     def __reduce__(self) -> Any:
         return FrozenDict, (dict(self),)
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError("A config cannot be changed. Make another one with dataclasses.replace.")
+        raise TypeError("A config is immutable. Create a changed copy with dataclasses.replace.")
 
-    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
 
 @dataclass(frozen=True)
 class Config:
-    """A frozen dataclass whose fields are validated by their annotations and can be written to JSON and YAML.
+    """Base class of frozen dataclasses that are validated by their annotations and serialise to JSON and YAML.
 
-    A family of configs, such as those of replacements, has a registry; the classes in it differ by `kind`, which
-    `to_dict` writes and `from_dict` reads.
+    The configs of a family, such as the replacement configs, are registered by their `kind`. `to_dict` writes the kind,
+    and `from_dict` uses it to select the class.
 
     Examples
     --------
@@ -114,116 +56,122 @@ class Config:
     """
 
     kind: ClassVar[str] = ""
-    """The name of a class within its family; empty for a class that belongs to none."""
+    """Name of the class within its family; empty if the class has no family."""
     family: ClassVar[Registry[Any] | None] = None
-    """The classes of the family, by kind."""
+    """Registry of the classes of the family, by kind."""
     bounds: ClassVar[Mapping[str, Bound]] = {}
-    """The range of each number that has one, beside those of the bases; see `checked`."""
+    """Range of each numeric field, in addition to the ranges of the base classes; see `validate_arguments`."""
 
     def __post_init__(self) -> None:
         bounds: dict[str, Bound] = {}
         for base in reversed(type(self).__mro__):
             bounds |= vars(base).get("bounds", {})
-        check_fields(self, **bounds)
+        validate_fields(self, **bounds)
         for field in fields(self):
-            value = _builtin(getattr(self, field.name))
+            value = _to_builtin(getattr(self, field.name))
             if isinstance(value, float) and not math.isfinite(value):
                 raise StreamlineError(
-                    f"{type(self).__name__}: {field.name}={value} is no finite number. Expected a number. Give one."
+                    f"{type(self).__name__}: {field.name}={value} is not finite. Expected a finite number. Give one."
                 )
             object.__setattr__(self, field.name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the kind and all fields as values of JSON and YAML, which `from_dict` reads."""
-        values = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        """Return the kind and all fields as values that JSON and YAML can store; `from_dict` reads them."""
+        values = {field.name: _to_plain(getattr(self, field.name)) for field in fields(self)}
         return {"kind": self.kind, **values} if self.kind else values
 
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
-        """Build a config from what `to_dict` returned; fields that are left out have their defaults.
+        """Build a config from the result of `to_dict`; omitted fields get their defaults."""
+        if not isinstance(values, Mapping):
+            raise StreamlineError(f"{cls.__name__}: got {values!r}. Expected a mapping from field names to values.")
+        field_values = dict(values)
+        config = cls
+        if cls.family is not None:
+            if "kind" not in field_values and not cls.kind:
+                raise StreamlineError(
+                    f"{cls.__name__}: kind is missing. Expected one of {', '.join(cls.family)}. Add the entry kind."
+                )
+            config = cls.family[field_values.pop("kind", cls.kind)]
+        if not issubclass(config, cls):
+            raise StreamlineError(f"{cls.__name__}: kind={config.kind!r} is a different config. Expected {cls.kind!r}.")
+        check_field_names(config, field_values)
+        hints = field_hints(config)
+        return config(**{key: _from_plain(value, hints[key]) for key, value in field_values.items()})
+
+    def updated(self: C, changes: Mapping[str, Any]) -> C:
+        """Return a copy with changed fields, named by their paths.
+
+        Parameters
+        ----------
+        changes : mapping of str to object
+            Values by path, such as ``{"seed": 3, "data.sequence_length": 256}``. A nested config that is None starts
+            from its defaults.
 
         Raises
         ------
         StreamlineError
-            If a key or the kind is unknown, with the nearest known one, or a value is invalid.
+            If a field is unknown or a value is invalid.
         """
-        if not isinstance(values, Mapping):
-            raise StreamlineError(f"{cls.__name__}: got {values!r}. Expected a mapping of its fields. Write one.")
-        given = dict(values)
-        config = cls
-        if cls.family is not None:
-            if "kind" not in given and not cls.kind:
-                raise StreamlineError(
-                    f"{cls.__name__}: got no kind. Expected one of {', '.join(cls.family)}. Add kind to its fields."
-                )
-            config = cls.family[given.pop("kind", cls.kind)]
-        if not issubclass(config, cls):
-            raise StreamlineError(f"{cls.__name__}: kind={config.kind!r} is another config. Expected {cls.kind!r}.")
-        require_fields(config, given)
-        hints = field_hints(config)
-        return config(**{key: _read(value, hints[key]) for key, value in given.items()})  # type: ignore[return-value]
+        direct = {path: value for path, value in changes.items() if "." not in path}
+        nested: dict[str, dict[str, Any]] = {}
+        for path, value in changes.items():
+            name, dot, rest = path.partition(".")
+            if dot:
+                nested.setdefault(name, {})[rest] = value
+        check_field_names(type(self), [*direct, *nested])
+        for name, values in nested.items():
+            part = direct.get(name, getattr(self, name))
+            if part is None:
+                part = _config_in(field_hints(type(self))[name])()
+            direct[name] = part.updated(values)
+        return replace(self, **direct)
 
 
-def require_fields(config: type[Config], given: Iterable[Any]) -> None:
-    """Raise if a key is no field of a config, and suggest the nearest one."""
+def check_field_names(config: type[Config], keys: Iterable[Any]) -> None:
+    """Raise if a key is not a field of a config, and suggest the nearest field."""
     known = [field.name for field in fields(config) if field.init]
-    for key in given:
+    for key in keys:
         if key not in known:
             raise StreamlineError(
                 f"{config.__name__}: the key {key!r} is unknown. Expected one of {', '.join(known)}. "
-                + nearest(key, known, "Leave it out.")
+                + suggest(key, known, "Remove it.")
             )
 
 
 def register_config(base: type[Config], config: Any) -> Any:
-    """Add a config class to the registry of its family, under its kind.
-
-    Parameters
-    ----------
-    base : type
-        The base class of the family.
-    config : type
-        A frozen dataclass that derives from it.
-
-    Returns
-    -------
-    type
-        The same class.
-
-    Raises
-    ------
-    StreamlineError
-        If the class is no such dataclass, its fields have no defaults, or its kind is no name or another class's.
-    """
+    """Register a frozen dataclass under its kind in the family of `base`, and return it."""
     assert base.family is not None
     is_config = isinstance(config, type) and issubclass(config, base) and is_dataclass(config)
     if not is_config or "__dataclass_fields__" not in vars(config):
         raise StreamlineError(
-            f"{config!r} is no config of a {base.family.what}. Expected a subclass of {base.__name__}, decorated with "
-            "@dataclass(frozen=True). Define one."
+            f"{config!r} is not a config of a {base.family.what}. Expected a subclass of {base.__name__} that is "
+            "decorated with @dataclass(frozen=True)."
         )
-    without = [f.name for f in fields(config) if f.default is f.default_factory]
-    if without:
-        raise StreamlineError(f"{config.__name__} has fields without defaults: {', '.join(without)}. Give each one.")
-    require_plain(config())
+    required = [f.name for f in fields(config) if f.default is f.default_factory]
+    if required:
+        raise StreamlineError(
+            f"{config.__name__} has fields without defaults: {', '.join(required)}. Add a default to each."
+        )
+    check_json_values(config())
     return base.family.add(config.kind, config)
 
 
-def require_plain(config: Config) -> None:
-    """Raise if a field of a config holds what JSON and YAML cannot."""
+def check_json_values(config: Config) -> None:
+    """Raise if a field of a config cannot be written to JSON."""
     for name, value in config.to_dict().items():
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError):
             raise StreamlineError(
                 f"{type(config).__name__}: {name}={value!r} cannot be written to JSON. Expected numbers, text, None, "
-                "and sequences and mappings of these. Keep a name instead, and make the object from it."
+                "and sequences and mappings of these. Store a name instead, and create the object from it."
             ) from None
 
 
-def _builtin(value: Any) -> Any:
-    """Return a value as Python's own type that JSON has: NumPy's numbers, and sequences and mappings of them."""
-    if isinstance(value, (bool, str)) or value is None or isinstance(value, Config):
+def _to_builtin(value: Any) -> Any:
+    """Convert NumPy numbers, and sequences and mappings of them, to Python types."""
+    if isinstance(value, (bool, str, Config)) or value is None:
         return value
     if isinstance(value, Integral):
         return int(value)
@@ -232,35 +180,30 @@ def _builtin(value: Any) -> Any:
     if type(value).__module__ == "numpy" and type(value).__name__.startswith("bool"):
         return bool(value)
     if isinstance(value, (list, tuple)):
-        return tuple(map(_builtin, value))
+        return tuple(map(_to_builtin, value))
     if isinstance(value, Mapping):
-        return FrozenDict({key: _builtin(one) for key, one in value.items()})
+        return FrozenDict({key: _to_builtin(item) for key, item in value.items()})
     return value
 
 
-def _plain(value: Any) -> Any:
-    """Return a field's value as a value of JSON and YAML."""
+def _to_plain(value: Any) -> Any:
+    """Convert a field's value to a value that JSON and YAML can store."""
     if isinstance(value, Config):
         return value.to_dict()
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): _to_plain(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return [_plain(one) for one in value]
+        return [_to_plain(item) for item in value]
     return value
 
 
-def _read(value: Any, hint: Any) -> Any:
-    """Return a value of JSON or YAML as a field with this annotation has it."""
+def _from_plain(value: Any, hint: Any) -> Any:
+    """Convert a mapping to a config where the annotation accepts one."""
+    config = _config_in(hint)
+    return config.from_dict(value) if config is not None and isinstance(value, Mapping) else value
+
+
+def _config_in(hint: Any) -> Any:
+    """Return the first config class that an annotation accepts, or None."""
     accepted = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    for one in accepted:
-        if isinstance(value, Mapping) and isinstance(one, type) and issubclass(one, Config):
-            return one.from_dict(value)
-    return value
-
-
-def source_of(entry: Any) -> Any:
-    """Return where an entry, or the function in it, was defined; one without a name is equal to itself alone."""
-    defined = getattr(entry, "function", entry)
-    if "<lambda>" not in getattr(defined, "__qualname__", "<lambda>"):
-        return defined.__module__, defined.__qualname__
-    return entry
+    return next((cls for cls in accepted if isinstance(cls, type) and issubclass(cls, Config)), None)

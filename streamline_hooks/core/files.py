@@ -1,8 +1,7 @@
-"""Write files and folders atomically: readers find the previous version or the new one, never a part of either.
+"""Write files and folders atomically: readers see the complete previous version or the complete new version.
 
-A new version is written to a hidden work folder beside its target, synced, and moved into place. The writer holds a
-lock in its work folder, so that a later write of the same target removes what a killed process left behind, and never
-what a living one is still writing.
+A new version is written to a hidden work folder next to the target, synced to disk, and moved into place. The writer
+locks its work folder. A later write to the same target removes unlocked work folders, which killed processes left.
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
+import itertools
+import json
 import logging
 import os
 import platform
@@ -17,23 +18,27 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks.core.errors import StreamlineError
 
 if sys.platform != "win32":
     import fcntl
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
-# In a work folder. `new` is being written and `trash` being deleted; both may go at any time. `swapped` changes places
-# with the target in one step. `old` is the previous version while the target is missing, where no such step exists.
+# Names in a work folder. `new` is being written and `trash` is being deleted; both may be deleted at any time.
+# `swapped` is exchanged with the target in one step. If the file system cannot exchange folders, `old` is the previous
+# version while the target is missing.
 _LOCK, _NEW, _SWAPPED, _OLD, _TRASH = "lock", "new", "swapped", "old", "trash"
-_UNLOCKED = "unlocked"  # in the place of the lock where files cannot be locked: such a work folder is never a leftover
+_UNLOCKED = "unlocked"  # replaces the lock if files cannot be locked; such a folder is never removed
 _NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST)
 
 
@@ -46,13 +51,13 @@ def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     path : str or Path
         The file to write. Missing parent folders are created; a symbolic link is followed.
     sync : bool
-        Flush the file to the disk before it replaces the previous version. Only scratch data needs no sync.
+        Flush the file to disk before it replaces the previous version. Pass False only for temporary data.
 
     Yields
     ------
     Path
-        Where to write the new version, under its final name in an empty folder. Further files that are written beside
-        it are moved along, before it.
+        Path of the new version in an empty folder. Other files written to that folder are moved to the target's folder
+        first.
 
     Raises
     ------
@@ -94,8 +99,7 @@ def atomic_folder(
     overwrite : bool
         Replace a folder that is not empty.
     is_disposable : callable
-        Whether a previous version may be deleted. One that may not is kept beside the new version, under the name of
-        the folder with ``.kept`` appended.
+        Takes a previous version and returns whether it may be deleted. If not, it is renamed, with ``.kept`` appended.
 
     Yields
     ------
@@ -116,39 +120,26 @@ def atomic_folder(
             for name in files:
                 _sync(Path(parent, name))
             _sync(Path(parent))
-        stay = target.is_dir() and os.path.samefile(target, os.curdir)
+        is_working_directory = target.is_dir() and os.path.samefile(target, os.curdir)
         _move_folder(new, target, overwrite)
-        if stay:
-            os.chdir(target)  # the folder of this process was replaced
+        if is_working_directory:
+            os.chdir(target)  # the working directory of this process was replaced
         _sync(target.parent)
 
 
 def check_writable(path: str | Path, *, folder: bool = False) -> None:
-    """Raise unless a file or folder can be written, by writing an empty one where the real one would be prepared.
-
-    Parameters
-    ----------
-    path : str or Path
-        Nothing is left behind, and what is there is unchanged.
-    folder : bool
-        Whether it is to be a folder.
-
-    Raises
-    ------
-    StreamlineError
-        If `atomic_file`, or `atomic_folder`, could not write it.
-    """
+    """Raise if `atomic_file` (or `atomic_folder`) cannot write a path; tests this with an empty version next to it."""
     target = Path(path).resolve()
     with _report_failure(target):
         if target.exists() and target.is_dir() != folder:
-            is_a, needed = ("file", "folder") if folder else ("folder", "file")
-            raise StreamlineError(f"{target} is a {is_a}; a {needed} is written there. Choose another name.")
+            existing, expected = ("file", "folder") if folder else ("folder", "file")
+            raise StreamlineError(f"{target} is a {existing}. Expected a {expected}. Choose another name.")
         missing = [parent for parent in target.parents if not parent.exists()]
         try:
             with _work_folder(target, None) as work:
-                made = work / _NEW / target.name
-                made.parent.mkdir()
-                made.mkdir() if folder else made.write_bytes(b"\0")
+                trial = work / _NEW / target.name
+                trial.parent.mkdir()
+                trial.mkdir() if folder else trial.write_bytes(b"\0")
         finally:
             for parent in missing:
                 with suppress(OSError):
@@ -161,12 +152,13 @@ def _report_failure(target: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise StreamlineError(
-            f"Writing {target} failed: {error}. What was there before is untouched. Make room or choose another place."
+            f"Writing {target} failed: {error}. The previous content is unchanged. Free disk space or choose another "
+            "path."
         ) from error
 
 
 def _move_folder(new: Path, target: Path, overwrite: bool) -> None:
-    """Move a folder to its target, in one step wherever the system has one."""
+    """Move a folder to its target, in one step where the system supports it."""
     while True:
         try:
             os.rename(new, target)  # never replaces a folder that is not empty
@@ -174,12 +166,12 @@ def _move_folder(new: Path, target: Path, overwrite: bool) -> None:
         except OSError as error:
             if error.errno not in _NOT_EMPTY or not target.is_dir():
                 raise
-        if not any(target.iterdir()):  # Windows refuses an empty one too
+        if not any(target.iterdir()):  # Windows does not replace an empty folder either
             target.rmdir()
         elif not overwrite:
-            raise FileExistsError(errno.EEXIST, "the folder is not empty; it appeared meanwhile", str(target))
+            raise FileExistsError(errno.EEXIST, "the folder is not empty; another process created it", str(target))
         else:
-            with suppress(FileNotFoundError):  # deleted meanwhile
+            with suppress(FileNotFoundError):  # deleted by another process
                 _replace_folder(new, target)
                 return
 
@@ -194,22 +186,22 @@ def _replace_folder(new: Path, target: Path) -> None:
         os.rename(swapped, new)
         raise
     os.rename(swapped, new)
-    os.rename(target, old)  # comes back with the work folder, should the next step fail
+    os.rename(target, old)  # _clear restores it if the next step fails
     os.rename(new, target)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders change places in one step; False where the system or its file system cannot."""
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two folders in one step; return False if the file system cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if rename is None:
         return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+    working_directory, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename(working_directory, os.fsencode(first), working_directory, os.fsencode(second), exchange) == 0:
         return True
-    number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         return False
-    raise OSError(number, os.strerror(number), str(other))
+    raise OSError(code, os.strerror(code), str(second))
 
 
 # Work folders
@@ -217,7 +209,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 @contextmanager
 def _work_folder(target: Path, is_disposable: Callable[[Path], bool] | None) -> Iterator[Path]:
-    """Create a locked work folder beside a target, after removing those that killed processes left."""
+    """Create a locked work folder next to a target, after removing the work folders of killed processes."""
     if not target.name:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     if target.parent.is_dir():
@@ -233,7 +225,7 @@ def _work_folder(target: Path, is_disposable: Callable[[Path], bool] | None) -> 
 
 
 def _create_locked(target: Path) -> tuple[Path, int]:
-    """Create a work folder and lock it; again where another process takes it for a leftover in between."""
+    """Create and lock a work folder; retry if another process removes it before it is locked."""
     for _ in range(100):
         work = target.with_name(f"{_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}.writing")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -252,7 +244,7 @@ def _create_locked(target: Path) -> tuple[Path, int]:
         except (BlockingIOError, FileNotFoundError):
             pass
         os.close(lock)
-    raise OSError(errno.EBUSY, "its work folder is removed by others again and again", str(target))
+    raise OSError(errno.EBUSY, "other processes repeatedly removed its work folder", str(target))
 
 
 def _remove_leftovers(target: Path, is_disposable: Callable[[Path], bool] | None) -> None:
@@ -266,10 +258,10 @@ def _remove_leftovers(target: Path, is_disposable: Callable[[Path], bool] | None
             lock = os.open(work / _LOCK, os.O_RDWR)
         except OSError:
             with suppress(OSError):
-                work.rmdir()  # killed before it had a lock
+                work.rmdir()  # its process was killed before it created the lock
             continue
         try:
-            with suppress(BlockingIOError):  # a living process is writing
+            with suppress(BlockingIOError):  # a running process is writing
                 if _lock(lock) and _is_file(lock, work / _LOCK):
                     _clear(work, target, is_disposable)
         finally:
@@ -277,7 +269,7 @@ def _remove_leftovers(target: Path, is_disposable: Callable[[Path], bool] | None
 
 
 def _clear(work: Path, target: Path, is_disposable: Callable[[Path], bool] | None) -> None:
-    """Remove a locked work folder, and bring back or keep a previous version that is in it."""
+    """Remove a locked work folder, after restoring or renaming a previous version in it."""
     swapped, old, trash = work / _SWAPPED, work / _OLD, work / _TRASH
     with suppress(OSError):
         if old.exists() and not target.exists():
@@ -286,12 +278,12 @@ def _clear(work: Path, target: Path, is_disposable: Callable[[Path], bool] | Non
             if not previous.exists():
                 continue
             if is_disposable is None:
-                return  # a write that can tell whether it may be deleted comes later
+                return  # left for a later `atomic_folder` call, which knows whether it may be deleted
             if is_disposable(previous):
                 shutil.rmtree(trash, ignore_errors=True)
                 os.rename(previous, trash)
             else:
-                _keep_beside(previous, target)
+                _keep_previous(previous, target)
         shutil.rmtree(work / _NEW, ignore_errors=True)
         shutil.rmtree(trash, ignore_errors=True)
         for name in (_UNLOCKED, _LOCK):
@@ -299,24 +291,25 @@ def _clear(work: Path, target: Path, is_disposable: Callable[[Path], bool] | Non
         work.rmdir()
 
 
-def _keep_beside(previous: Path, target: Path) -> None:
-    """Give a folder with files of the user's a name of its own beside the target."""
-    number = 1
-    while True:
-        kept = target.with_name(f"{target.name}.kept" + (f"-{number}" if number > 1 else ""))
-        if not kept.exists():
-            try:
-                os.rename(previous, kept)
-                break
-            except OSError as error:
-                if error.errno not in _NOT_EMPTY:
-                    raise
-        number += 1
-    logger.warning("%s was replaced, but held files that this library did not write. They are in %s.", target, kept)
+def _keep_previous(previous: Path, target: Path) -> None:
+    """Rename a folder that contains the user's files to an unused name in the target's folder."""
+    for number in itertools.count(1):
+        backup = target.with_name(f"{target.name}.kept" + (f"-{number}" if number > 1 else ""))
+        if backup.exists():
+            continue
+        try:
+            os.rename(previous, backup)
+            break
+        except OSError as error:
+            if error.errno not in _NOT_EMPTY:
+                raise
+    _logger.warning(
+        "%s was replaced, but contained files that this library did not write. They were moved to %s.", target, backup
+    )
 
 
 def _prefix(target: Path) -> str:
-    """What the names of all work folders of a target on this machine begin with; short where its own name is long."""
+    """Return the common prefix of the names of a target's work folders on this machine."""
     name = target.name
     if len(os.fsencode(name)) > 64:
         name = f"{name[:16]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
@@ -325,12 +318,9 @@ def _prefix(target: Path) -> str:
 
 
 def _lock(file: int) -> bool:
-    """Lock an open file until it is closed; False where files cannot be locked.
+    """Lock an open file until it is closed; return False if files cannot be locked.
 
-    Raises
-    ------
-    BlockingIOError
-        If another process has the lock.
+    Raises BlockingIOError if another process has locked the file.
     """
     if sys.platform == "win32":
         return False
@@ -351,17 +341,79 @@ def _is_file(file: int, path: Path) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file to the disk, or the names in a folder where the system can."""
-    if path.is_dir():
-        with suppress(OSError):
-            _sync_opened(path, os.O_RDONLY)
-    elif not path.is_symlink():
-        _sync_opened(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    """Flush a file to disk, or the entries of a folder where the system supports it."""
+    if path.is_symlink() and not path.is_dir():
+        return
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        file = os.open(path, os.O_RDWR if sys.platform == "win32" and not path.is_dir() else os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
 
 
-def _sync_opened(path: Path, flags: int) -> None:
-    file = os.open(path, flags)
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON; raise `json.JSONDecodeError` for invalid and for too deeply nested JSON."""
     try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", "", 0) from None
+
+
+def load_json(file: Path) -> Any:
+    """Read a JSON file from a checkpoint folder; raise StreamlineError if it is damaged."""
+    try:
+        return parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StreamlineError(f"{file} cannot be read as JSON: {error}. Copy the folder again.") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a file in a checkpoint folder; raise StreamlineError for any other content."""
+    content = load_json(file)
+    if not isinstance(content, dict):
+        raise StreamlineError(
+            f"{file} contains a {type(content).__name__}. Expected a JSON object. Copy the folder again."
+        )
+    return content
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON values to a file atomically."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    with atomic_file(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+_KEY = "streamline_hooks"
+
+
+def write_file(
+    path: str | Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], *, sync: bool = True
+) -> Path:
+    """Write tensors and JSON values to one safetensors file atomically; `sync` is passed to `atomic_file`."""
+    with atomic_file(path, sync=sync) as new:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, new, {_KEY: json.dumps(values)})
+    return Path(path)
+
+
+def read_file(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and values that `write_file` wrote; `what` describes the expected content in errors."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            text = (opened.metadata() or {}).get(_KEY)
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    except OSError as error:
+        raise StreamlineError(f"{path} cannot be read: {error}. Pass a file that contains {what}.") from error
+    except SafetensorError as error:
+        raise StreamlineError(
+            f"{path} is not a complete safetensors file ({error}). It may be truncated. Pass a file that contains "
+            f"{what}."
+        ) from error
+    try:
+        values = parse_json(text or "")
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise StreamlineError(f"{path} is a safetensors file with other content. Pass a file that contains {what}.")
+    return tensors, values

@@ -1,4 +1,4 @@
-"""Config of what depends on the machine: batch size, precision and memory."""
+"""Config of the machine-dependent settings: batch size, precision and memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from streamline_hooks.core.config import Bound, Config
+from streamline_hooks.core.config import Config
+from streamline_hooks.core.validation import Bound
 
 Precision = Literal["bfloat16", "float16"]
 StateDtype = Literal["float32", "bfloat16", "float16"]
@@ -17,25 +18,23 @@ StateDtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class HardwareConfig(Config):
-    """Describe how the machine is used.
+    """Configure batch size, precision and memory.
 
     Attributes
     ----------
     batch_size : int
-        Sequences that are run at a time, and that a step of a training uses; default 4, which suits a CPU. A larger
-        one uses a GPU better, takes more memory, and makes fewer steps on the same text. Batches that are given have
-        their own size.
+        Sequences per forward pass and per training step. The default of 4 suits a CPU. A larger value uses a GPU
+        better, needs more memory, and takes fewer steps on the same text. Batches passed by the caller keep their size.
     autocast : {"bfloat16", "float16"}, optional
-        Data type of the matrix products of a training run, under `torch.autocast`; the teacher's forward pass on the
-        calibration text uses it too. Weights keep their own data type and stay in memory in both. None, the default,
-        computes in the data type of the weights. Set ``"bfloat16"`` on hardware that multiplies it faster.
+        Data type of matrix products in training and in the teacher's forward pass, set by `torch.autocast`. Weights
+        keep their data type. With None (default), the data type of the weights is used.
     state_memory : int
-        Bytes of memory for hidden states that are kept: of the teacher on the calibration text, as many again on the
-        validation text, and of a model that is run block by block. What exceeds it is kept in temporary files. The
-        default is 2 GiB, which fits most machines.
+        Memory in bytes for cached hidden states: the teacher's states on the calibration text, as much again for the
+        validation text, and the states of a model that is run block by block. States beyond it are written to temporary
+        files. Default: 2 GiB.
     state_dtype : {"float32", "bfloat16", "float16"}, optional
-        Data type in which those hidden states are kept. A narrower one halves their size and rounds them. None, the
-        default, keeps them as they are.
+        Data type of the cached hidden states. With None (default), they keep their data type; a narrower type rounds
+        them.
 
     Raises
     ------
@@ -66,5 +65,5 @@ class HardwareConfig(Config):
         return None if self.state_dtype is None else getattr(torch, self.state_dtype)
 
     def autocast_on(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Return the context in which matrix products are computed on a device."""
+        """Return the `torch.autocast` context of a device, or a null context if autocast is off."""
         return nullcontext() if self.autocast_dtype is None else torch.autocast(device.type, self.autocast_dtype)

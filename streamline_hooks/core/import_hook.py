@@ -12,23 +12,15 @@ from typing import Any
 
 
 def after_import(name: str, function: Callable[[ModuleType], None]) -> None:
-    """Call a function with a module: now if the module is imported, else right after its import.
-
-    Parameters
-    ----------
-    name : str
-        The module's full name. Of several functions for one module, only the first is called.
-    function : callable
-        Takes the module.
-    """
+    """Call a function with a module, now or right after its import; only the first registered function is called."""
     if name in sys.modules:
         function(sys.modules[name])
-    elif not any(isinstance(finder, _Waiting) and finder.name == name for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Waiting(name, function))
+    elif not any(isinstance(finder, _ImportHook) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _ImportHook(name, function))
 
 
-class _Waiting(MetaPathFinder):
-    """Finds no module; wraps the loader of one that others find."""
+class _ImportHook(MetaPathFinder):
+    """Meta path finder that wraps the loader of a module."""
 
     def __init__(self, name: str, function: Callable[[ModuleType], None]) -> None:
         self.name, self._function, self._searching = name, function, False

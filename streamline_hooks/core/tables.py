@@ -1,4 +1,4 @@
-"""The table that every command prints."""
+"""Format plain-text tables."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?( ?%| [kMG]?B)?( ± \d[\
 
 
 def table(rows: Iterable[Sequence[object]], columns: Sequence[str] = ()) -> str:
-    """Format rows as a plain-text table.
+    """Format rows as a plain-text table without a trailing newline.
 
-    Columns of numbers are aligned at the right, all others at the left. In a terminal long text wraps at its width;
-    otherwise every row is one line, whatever its length. The result has no colours and no trailing newline.
+    Columns of numbers are right-aligned. Long text wraps at the width of a terminal; if the output is not a terminal,
+    every row is one line.
 
     Parameters
     ----------
     rows : iterable of sequence
-        Cells are converted with `str`; None is an empty cell.
-    columns : sequence of str, default ()
-        Headings; without them the table has no heading line.
+        Cells, converted with `str`; None is an empty cell.
+    columns : sequence of str
+        Headings. By default the table has none.
 
     Returns
     -------
@@ -46,7 +46,7 @@ def table(rows: Iterable[Sequence[object]], columns: Sequence[str] = ()) -> str:
         is_number = all(_NUMBER.fullmatch(row[k]) for row in cells if k < len(row))
         grid.add_column(Text(name), justify="right" if is_number and cells else "left", overflow="fold")
     for row in cells:
-        grid.add_row(*map(Text, row))  # as Text, so that brackets in a name are no markup
+        grid.add_row(*map(Text, row))  # as Text, so that rich does not read brackets as markup
     console = Console(
         file=io.StringIO(), color_system=None, force_terminal=False, force_jupyter=False, width=1_000_000, _environ={}
     )

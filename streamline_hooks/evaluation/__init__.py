@@ -1,68 +1,159 @@
-"""What was lost, how fast it is, and what finding out will cost."""
+"""Evaluate models: perplexity, agreement with the original, generation, embeddings, speed, and lm-eval tasks."""
 
-from streamline_hooks.evaluation.agreement import Agreement, agreement, stability
-from streamline_hooks.evaluation.bootstrap import Difference, Estimate, Retained, TaskAnswers, compared, retained
-from streamline_hooks.evaluation.candidates import Candidate, distances_of_candidates
-from streamline_hooks.evaluation.evaluate import evaluate
-from streamline_hooks.evaluation.likeness import Likeness, embeddings, likeness, likeness_of, recall_at
-from streamline_hooks.evaluation.perplexity import Perplexity, perplexity, perplexity_of_candidates
-from streamline_hooks.evaluation.probes import probes
-from streamline_hooks.evaluation.problems import Problem, Solved, read_problems, solve
+from streamline_hooks.evaluation.agreement import Agreement, agreement, compare_logits, run_paired, stability
+from streamline_hooks.evaluation.batch_scores import BatchComparison, BatchScores, compare_on_batches, score_batches
+from streamline_hooks.evaluation.bootstrap import (
+    Estimate,
+    PairedScores,
+    RelativeAccuracy,
+    RelativeAccuracyDifference,
+    paired_bootstrap,
+    relative_accuracy,
+)
+from streamline_hooks.evaluation.candidates import distances_of_candidates, distances_of_variants
+from streamline_hooks.evaluation.degeneration import CollapseCheck, reasoning_warnings
+from streamline_hooks.evaluation.embeddings import (
+    EmbeddingSimilarity,
+    compare_embeddings,
+    embedding_similarity,
+    embeddings,
+    recall_at,
+)
+from streamline_hooks.evaluation.evaluate import evaluate, require_same_inputs, require_same_tokens
+from streamline_hooks.evaluation.lm_eval_tasks import LoadedTask, TaskResult, TaskSettings, load_tasks, run_tasks
+from streamline_hooks.evaluation.perplexity import (
+    NotFiniteLikelihood,
+    Perplexity,
+    get_input_ids,
+    negative_log_likelihoods,
+    perplexity,
+    perplexity_of_candidates,
+    require_causal_lm,
+    score_tokens,
+    target_ids,
+)
 from streamline_hooks.evaluation.result import Evaluation, Scores
-from streamline_hooks.evaluation.sliding import TextComparison, TextPerplexity, sliding_agreement, sliding_perplexity
-from streamline_hooks.evaluation.speed import SpeedReport, Spread, Timing, measure_speed
+from streamline_hooks.evaluation.result_cache import ResultCache
+from streamline_hooks.evaluation.samples import (
+    GeneratedText,
+    GenerationAgreement,
+    GenerationComparison,
+    GenerationStatistics,
+    TextGenerationConfig,
+    generate_texts,
+)
+from streamline_hooks.evaluation.side_by_side import generate_with_both, side_by_side
+from streamline_hooks.evaluation.sliding_perplexity import TextPerplexity, sliding_perplexity
+from streamline_hooks.evaluation.speed import (
+    PHASES,
+    Phase,
+    Quartiles,
+    SpeedReport,
+    TimedModel,
+    Timing,
+    max_prompt_tokens,
+    measure_speed,
+    synchronize,
+)
 from streamline_hooks.evaluation.suite import Suite
-from streamline_hooks.evaluation.task_files import config_of_file, config_of_rows
+from streamline_hooks.evaluation.synthetic_tasks import (
+    ANSWER_STOP,
+    Problem,
+    ProblemMaker,
+    ProblemResults,
+    arithmetic,
+    brackets,
+    copying,
+    counting,
+    make_problems,
+    read_problems,
+    solve_problems,
+    synthetic_problems,
+)
+from streamline_hooks.evaluation.task_files import parse_rows, read_rows, task_config_from_file, task_config_from_rows
 from streamline_hooks.evaluation.task_scores import MEASURES, TaskScores
-from streamline_hooks.evaluation.tasks import TaskResult, TaskSettings, run_tasks
-from streamline_hooks.evaluation.writing import Matched, WritingScores, Written, write_on
 
 __all__ = [
+    "ANSWER_STOP",
     "MEASURES",
+    "PHASES",
     "Agreement",
-    "Candidate",
-    "Difference",
+    "BatchComparison",
+    "BatchScores",
+    "CollapseCheck",
+    "EmbeddingSimilarity",
     "Estimate",
     "Evaluation",
-    "Likeness",
-    "Matched",
+    "GeneratedText",
+    "GenerationAgreement",
+    "GenerationComparison",
+    "GenerationStatistics",
+    "LoadedTask",
+    "NotFiniteLikelihood",
+    "PairedScores",
     "Perplexity",
+    "Phase",
     "Problem",
-    "Retained",
+    "ProblemMaker",
+    "ProblemResults",
+    "Quartiles",
+    "RelativeAccuracy",
+    "RelativeAccuracyDifference",
+    "ResultCache",
     "Scores",
-    "Solved",
     "SpeedReport",
-    "Spread",
     "Suite",
-    "TaskAnswers",
     "TaskResult",
     "TaskScores",
     "TaskSettings",
-    "TextComparison",
+    "TextGenerationConfig",
     "TextPerplexity",
+    "TimedModel",
     "Timing",
-    "WritingScores",
-    "Written",
     "agreement",
-    "compared",
-    "config_of_file",
-    "config_of_rows",
+    "arithmetic",
+    "brackets",
+    "compare_embeddings",
+    "compare_logits",
+    "compare_on_batches",
+    "copying",
+    "counting",
     "distances_of_candidates",
+    "distances_of_variants",
+    "embedding_similarity",
     "embeddings",
     "evaluate",
-    "likeness",
-    "likeness_of",
+    "generate_texts",
+    "generate_with_both",
+    "get_input_ids",
+    "load_tasks",
+    "make_problems",
+    "max_prompt_tokens",
     "measure_speed",
+    "negative_log_likelihoods",
+    "paired_bootstrap",
+    "parse_rows",
     "perplexity",
     "perplexity_of_candidates",
-    "probes",
     "read_problems",
+    "read_rows",
+    "reasoning_warnings",
     "recall_at",
-    "retained",
+    "relative_accuracy",
+    "require_causal_lm",
+    "require_same_inputs",
+    "require_same_tokens",
+    "run_paired",
     "run_tasks",
-    "sliding_agreement",
+    "score_batches",
+    "score_tokens",
+    "side_by_side",
     "sliding_perplexity",
-    "solve",
+    "solve_problems",
     "stability",
-    "write_on",
+    "synchronize",
+    "synthetic_problems",
+    "target_ids",
+    "task_config_from_file",
+    "task_config_from_rows",
 ]

@@ -1,4 +1,4 @@
-"""How far what a changed model says is from what the original says, without labels."""
+"""Compare the logits of a changed model with the original's: KL divergence, top-1 agreement, stability."""
 
 from __future__ import annotations
 
@@ -13,148 +13,133 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.arguments import checked
-from streamline_hooks.batch import Batch, prepare, tokens_of
-from streamline_hooks.distance import kl_by_token
-from streamline_hooks.errors import StreamlineError
-from streamline_hooks.passes import inference, progress
-from streamline_hooks.scoped import scoped
-from streamline_hooks.task import Task
+from streamline_hooks.core import Batch, StreamlineError, count_tokens, prepare_inputs, progress_bar, validate_arguments
+from streamline_hooks.modeling import Task, closing_generator, inference, kl_by_token
 
-_TOKENS_AT_ONCE = 32  # few enough for the processor's cache, at any vocabulary
-
-
-_LEAST, _MOST, _A_DECADE = -8, 3, 100  # powers of ten; bins between two of them, so 2.3 % apart
-_BINS = (_MOST - _LEAST) * _A_DECADE + 2  # with what is below and what is above
+_TOKENS_AT_ONCE = 32  # fits the processor's cache with any vocabulary
+_MIN_EXPONENT, _MAX_EXPONENT, _BINS_PER_DECADE = -8, 3, 100  # neighbouring bin edges differ by 2.3 %
+_BINS = (_MAX_EXPONENT - _MIN_EXPONENT) * _BINS_PER_DECADE + 2  # plus one bin below and one above the range
 
 
 @dataclass(frozen=True)
-class NatsHistogram:
-    """Distribution of a quantity over tokens: counts in bins of equal ratio from 1e-8 to 1e3 nats.
+class KLHistogram:
+    """Histogram of the KL divergence over tokens, with logarithmic bins from 1e-8 to 1e3 nats.
 
-    Attributes
-    ----------
-    counts : tuple of int
-        Empty, or one a bin, of which the first holds everything below, zero too, and the last everything above.
+    The first bin counts smaller values, the last bin larger values.
 
     Examples
     --------
-    >>> spread = NatsHistogram.of(torch.tensor([0.1, 0.2, 0.3, 4.0]))
-    >>> round((spread + spread).quantile(0.5), 2)
+    >>> histogram = KLHistogram.of(torch.tensor([0.1, 0.2, 0.3, 4.0]))
+    >>> round((histogram + histogram).quantile(0.5), 2)
     0.2
     """
 
     counts: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, nats: Tensor) -> NatsHistogram:
-        """Count one number per token, of any shape."""
-        bins = ((nats.double().clamp_min(1e-300).log10() - _LEAST) * _A_DECADE).floor() + 1
-        counted = torch.bincount(bins.clamp(0, _BINS - 1).long().flatten(), minlength=_BINS)
-        return cls(tuple(counted.tolist()))
+    def of(cls, nats: Tensor) -> KLHistogram:
+        """Create a histogram of a tensor of any shape."""
+        bins = ((nats.double().clamp_min(1e-300).log10() - _MIN_EXPONENT) * _BINS_PER_DECADE).floor() + 1
+        return cls(tuple(torch.bincount(bins.clamp(0, _BINS - 1).long().flatten(), minlength=_BINS).tolist()))
 
     def quantile(self, share: float) -> float:
-        """Return what a share of the tokens does not exceed, within 1.2 %."""
-        reached = list(accumulate(self.counts))
-        if not self.counts or not reached[-1]:
-            raise StreamlineError("No token was counted, so that there is no quantile of them.")
-        number = bisect_left(reached, max(1, math.ceil(share * reached[-1])))
-        if number == 0:
-            return 0.0
-        return float(10.0 ** (_LEAST + (min(number, _BINS - 2) - 0.5) / _A_DECADE))
+        """Return the quantile at `share` (0 to 1), with a relative error of at most 1.2 %."""
+        cumulative = list(accumulate(self.counts))
+        if not any(cumulative):
+            raise StreamlineError("The histogram is empty, so it has no quantile. Expected at least one token.")
+        number = bisect_left(cumulative, max(1, math.ceil(share * cumulative[-1])))
+        return float(10.0 ** (_MIN_EXPONENT + (min(number, _BINS - 2) - 0.5) / _BINS_PER_DECADE)) if number else 0.0
 
-    def __add__(self, other: NatsHistogram) -> NatsHistogram:
+    def __add__(self, other: KLHistogram) -> KLHistogram:
         if not self.counts or not other.counts:
             return self if self.counts else other
-        return NatsHistogram(tuple(a + b for a, b in zip(self.counts, other.counts, strict=True)))
+        return KLHistogram(tuple(a + b for a, b in zip(self.counts, other.counts, strict=True)))
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How alike two models' distributions are; sums, so that parts of a text can be added.
+    """Agreement of the output distributions of two models; instances can be added.
 
     Attributes
     ----------
     nats : float
-        Sum over tokens of KL(original ‖ changed).
+        Sum over tokens of KL(original ‖ changed), in nats.
     same : int
-        Tokens for which both put the same next token first; of equal ones the lower number is first.
+        Number of tokens with the same top-1 prediction. Ties go to the lowest index.
     tokens : int
-        Real tokens, the last of a sequence among them: what follows it needs no label. Of a classifier, what it was
-        shown.
-    spread : NatsHistogram
-        KL by token.
+        Number of real tokens, including the last token of each sequence; or of images or texts.
+    spread : KLHistogram
+        Distribution of the KL divergence over tokens.
     unit : str
-        What there is a distribution for: a token, an image, a text.
+        The unit that has one output distribution: "token", "image" or "text".
 
     Examples
     --------
     >>> print(Agreement(nats=3.0, same=8, tokens=12) + Agreement(nats=1.0, same=1, tokens=4))
-    KL 0.250 nats a token, the same token first for 56.2% of 16 tokens
+    KL 0.250 nats per token, same top-1 token for 56.2% of 16 tokens
     """
 
     nats: float = 0.0
     same: int = 0
     tokens: int = 0
-    spread: NatsHistogram = field(default_factory=NatsHistogram)
+    spread: KLHistogram = field(default_factory=KLHistogram)
     unit: str = "token"
 
     @property
     def kl(self) -> float:
-        """Mean KL(original ‖ changed) a token, in nats."""
+        """Mean KL(original ‖ changed), in nats per token."""
         return self.nats / self._tokens()
 
     @property
     def top1(self) -> float:
-        """Share of tokens for which both put the same next token first."""
+        """Fraction of tokens with the same top-1 prediction."""
         return self.same / self._tokens()
 
     def _tokens(self) -> int:
         if not self.tokens:
-            raise StreamlineError("No token was compared; give sequences with a real token.")
+            raise StreamlineError(
+                "No token was compared. Expected sequences with at least one real token. Pass longer text."
+            )
         return self.tokens
 
     def __add__(self, other: Agreement) -> Agreement:
-        unit = self.unit if self.tokens else other.unit
-        return Agreement(
-            self.nats + other.nats, self.same + other.same, self.tokens + other.tokens, self.spread + other.spread, unit
-        )
+        sums = self.nats + other.nats, self.same + other.same, self.tokens + other.tokens, self.spread + other.spread
+        return Agreement(*sums, unit=self.unit if self.tokens else other.unit)
 
     def __str__(self) -> str:
-        first = "token" if self.unit == "token" else "class"
-        article = "an" if self.unit == "image" else "a"
+        prediction = "token" if self.unit == "token" else "class"
         return (
-            f"KL {self.kl:.3f} nats {article} {self.unit}, the same {first} first for {self.top1:.1%} of "
-            f"{self.tokens:,} {self.unit}s"
+            f"KL {self.kl:.3f} nats per {self.unit}, same top-1 {prediction} for {self.top1:.1%} of {self.tokens:,} "
+            f"{self.unit}s"
         )
 
 
-@checked()
+@validate_arguments()
 def agreement(
     model: nn.Module,
     original: nn.Module,
     batches: Sequence[Batch | Tensor],
-    what: str = "agreement",
+    desc: str = "agreement",
     *,
     task: Task | None = None,
 ) -> Agreement:
-    """KL and top-1 agreement of a changed model with its original, without labels.
+    """Compute the KL divergence and top-1 agreement of a changed model with its original.
 
-    Both models are run on each batch before the next, so that memory holds the logits of one batch, twice.
+    No labels are needed. For embedding models use `embedding_similarity`.
 
     Parameters
     ----------
     model : torch.nn.Module
         The changed model.
     original : torch.nn.Module
-        Another module in memory, of the same vocabulary or classes; it may be on another device, or in another
-        precision.
+        The original model, with the same vocabulary or classes. It must be a different module; its device and dtype may
+        differ.
     batches : sequence of mapping or torch.Tensor
-        Token sequences, of which padding is left out; or images, or whatever the model takes.
-    what : str
-        What the bar says.
+        Inputs of the models. Padding is ignored.
+    desc : str
+        Label of the progress bar.
     task : Task, optional
-        What the model is for, see `Task.of`. Embeddings are no distributions; `likeness` compares them.
+        The models' task (see `Task.of`).
 
     Returns
     -------
@@ -163,7 +148,8 @@ def agreement(
     Raises
     ------
     StreamlineError
-        If both are one module, their logits differ in shape or are not finite, or no token is real.
+        If both arguments are the same module, the models return embeddings, their logits differ in shape or are not
+        finite, or no token is real.
 
     Examples
     --------
@@ -180,60 +166,68 @@ def agreement(
     >>> changed.kl > 0 and changed.tokens == 12
     True
     >>> print(agreement(model, original, [tokens]))
-    KL 0.000 nats a token, the same token first for 100.0% of 12 tokens
+    KL 0.000 nats per token, same top-1 token for 100.0% of 12 tokens
     """
     task = task or Task.of(original)
     if not task.gives_distributions:
-        raise StreamlineError(f"{type(original).__name__} makes embeddings, which have no KL; call likeness.")
+        raise StreamlineError(
+            f"{type(original).__name__} returns embeddings, which have no KL divergence. Expected a model with logits. "
+            "Call embedding_similarity."
+        )
     total = Agreement(unit=task.unit)
-    with paired_answers(model, original, batches, what, task) as pairs:
+    with run_paired(model, original, batches, desc, task) as pairs:
         for _, _, reference, answers in pairs:
-            total += agreement_of(reference, answers, total.unit)
-    total._tokens()  # nothing to compare is an error here, not where the result is read
+            total += compare_logits(reference, answers, total.unit)
+    total._tokens()  # raises if no token was compared
     return total
 
 
-@scoped
-def paired_answers(
-    model: nn.Module, original: nn.Module, batches: Sequence[Batch | Tensor], what: str, task: Task
+@closing_generator
+def run_paired(
+    model: nn.Module, original: nn.Module, batches: Sequence[Batch | Tensor], desc: str, task: Task
 ) -> Generator[tuple[dict[str, Any], Any, Tensor, Tensor], None, None]:
-    """Run two models on each batch; a context manager.
+    """Run both models batch by batch, and yield inputs, output, and the `Task.answers` of original and changed model.
 
-    Yields
-    ------
-    given : dict
-        Inputs of the changed model, see `prepare`.
-    output : Any
-        Output of the changed model.
-    reference, answers : torch.Tensor
-        Answers of the original and of the changed model, see `Task.answers`: of shape (answers, features), on one
-        device.
+    Memory holds the logits of one batch, for both models.
     """
-    require_two(model, original)
-    with (
-        inference(model),
-        inference(original),
-        progress(sum(tokens_of(batch) for batch in batches), what) as bar,
-    ):
+    require_distinct_models(model, original)
+    with inference(model), inference(original), progress_bar(sum(map(count_tokens, batches)), desc) as bar:
         for number, batch in enumerate(batches):
-            reference = task.answers(original(**prepare(original, batch)), batch)
-            given = prepare(model, batch)
-            output = model(**given)
+            reference = task.answers(original(**prepare_inputs(original, batch)), batch)
+            inputs = prepare_inputs(model, batch)
+            output = model(**inputs)
             answers = task.answers(output, batch).to(reference.device)
-            require_one_vocabulary(reference, answers)
-            require_finite({"original": reference, "changed model": answers}, number)
-            yield given, output, reference, answers
-            bar.update(tokens_of(batch))
+            require_same_shape(reference, answers)
+            require_finite_outputs({"original": reference, "changed model": answers}, number)
+            yield inputs, output, reference, answers
+            bar.update(count_tokens(batch))
 
 
-def agreement_of(reference: Tensor, answers: Tensor, unit: str = "token") -> Agreement:
-    """Compute the agreement of two models by their logits, of shape (tokens, vocabulary)."""
-    same, each = 0, []
+def compare_logits(reference: Tensor, answers: Tensor, unit: str = "token") -> Agreement:
+    """Compute the agreement of two models from their logits.
+
+    Parameters
+    ----------
+    reference, answers : torch.Tensor
+        Logits of the original and of the changed model, of shape (tokens, vocabulary).
+    unit : str
+        Unit of a row: "token", "image" or "text".
+
+    Returns
+    -------
+    Agreement
+
+    Examples
+    --------
+    >>> compare_logits(torch.zeros(3, 8), torch.zeros(3, 8)).kl
+    0.0
+    """
+    same, kl_parts = 0, []
     for p, q in zip(reference.split(_TOKENS_AT_ONCE), answers.split(_TOKENS_AT_ONCE), strict=True):
-        each.append(kl_by_token(p.float().log_softmax(dim=-1), q))
+        kl_parts.append(kl_by_token(p.float().log_softmax(dim=-1), q))
         same += int((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
-    nats = torch.cat(each).double() if each else torch.zeros(0, dtype=torch.float64)
-    return Agreement(float(nats.sum()), same, len(reference), NatsHistogram.of(nats), unit)
+    nats = torch.cat(kl_parts).double() if kl_parts else torch.zeros(0, dtype=torch.float64)
+    return Agreement(float(nats.sum()), same, len(reference), KLHistogram.of(nats), unit)
 
 
 def stability(
@@ -241,23 +235,24 @@ def stability(
 ) -> float:
     """Compute the stability of a changed model on multiple choice (LLM-Streamline, arXiv 2403.19135).
 
-    An item weighs by how sure the original is of it: the standard deviation over its choices of the mean negative
-    log-likelihood a token, put through a softmax over the items. The script published beside the paper differs: it adds
-    up the first weights of the list, and takes the mean over the tokens of context and choice.
+    Stability is the total weight of the items on which both models are right or both are wrong. The weights are a
+    softmax, over items, of the standard deviation, over choices, of the original's mean log-likelihood per token. The
+    script published with the paper differs: it sums the first weights of the list, and takes the mean over the tokens
+    of context and choice.
 
     Parameters
     ----------
     loglikelihoods : sequence of sequence of float
-        Of the original, by item and choice, in nats.
+        Log-likelihoods of the original in nats, by item and choice.
     tokens : sequence of sequence of int
-        Scored tokens, by item and choice.
+        Number of scored tokens, by item and choice.
     same : sequence of bool
-        For each item, whether both models answer it right, or both wrong.
+        By item, whether both models are right or both are wrong.
 
     Returns
     -------
     float
-        The weight of the items with `same`, 0 to 1.
+        The stability, 0 to 1.
 
     Examples
     --------
@@ -269,29 +264,30 @@ def stability(
     return float(weights[np.asarray(same, dtype=bool)].sum() / weights.sum())
 
 
-def require_two(model: nn.Module, original: nn.Module) -> None:
-    """Raise if a changed model is its own original, which agrees with itself whatever was done to it."""
+def require_distinct_models(model: nn.Module, original: nn.Module) -> None:
+    """Raise StreamlineError if both arguments are the same module."""
     if model is original:
         raise StreamlineError(
-            "The changed model and its original are one module, which agrees with itself whatever was done to it. Keep "
-            "a copy of the original (copy.deepcopy) before changing it, or load it again."
+            "The changed model and its original are the same module, which always agrees with itself. Expected two "
+            "modules. Keep a copy of the original (copy.deepcopy) before changing it, or load it again."
         )
 
 
-def require_one_vocabulary(reference: Tensor, answers: Tensor) -> None:
-    """Raise if the original's answers and the changed model's differ in shape."""
+def require_same_shape(reference: Tensor, answers: Tensor) -> None:
+    """Raise StreamlineError if the outputs of both models differ in shape."""
     if answers.shape != reference.shape:
         raise StreamlineError(
-            f"The changed model's answers have the shape {tuple(answers.shape)}, the original's "
-            f"{tuple(reference.shape)} (..., vocabulary, classes or features). Compare models of one vocabulary."
+            f"The outputs of the changed model have shape {tuple(answers.shape)}, those of the original "
+            f"{tuple(reference.shape)}. Expected the same shape (..., vocabulary, classes or features). Compare models "
+            "with the same vocabulary."
         )
 
 
-def require_finite(answers_by_model: dict[str, Tensor], number: int) -> None:
-    """Raise if a model's answers are not finite; the text names the model and the batch."""
+def require_finite_outputs(answers_by_model: dict[str, Tensor], number: int) -> None:
+    """Raise StreamlineError, with the name of the model and the number of the batch, if outputs are not finite."""
     for name, answers in answers_by_model.items():
         if not math.isfinite(answers.sum(dtype=torch.float64)) and not answers.isfinite().all():
             raise StreamlineError(
-                f"The {name}'s logits hold NaN or infinite values (batch {number}); nothing can be judged by them. "
-                "Look at its weights, or run in a wider precision (float32 or bfloat16)."
+                f"The {name}'s logits contain NaN or infinite values (batch {number}). Expected finite values. Check "
+                "its weights, or run in float32 or bfloat16."
             )

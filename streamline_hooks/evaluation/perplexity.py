@@ -1,43 +1,50 @@
-"""Perplexity on text: of a model, and of what it would be with a window replaced."""
+"""Perplexity on batches of text, of a model and of candidates with a replaced window."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from streamline_hooks.arguments import checked
-from streamline_hooks.batch import Batch, prepare
-from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.candidates import Candidate, candidate_outputs
-from streamline_hooks.passes import inference, progress
-from streamline_hooks.predicted import UNCOUNTED, following_tokens
-from streamline_hooks.task import logits_of, task_of_classes
+from streamline_hooks.core import (
+    IGNORE_INDEX,
+    Batch,
+    StreamlineError,
+    shift_labels,
+    validate_arguments,
+)
+from streamline_hooks.modeling import Candidate, StateSource, VariantOutputs, get_logits, task_from_class_names
+from streamline_hooks.surgery import as_state_source
 
-_TOKENS_AT_ONCE = 32  # few enough for the processor's cache, at any vocabulary
-
-_LARGEST = math.log(sys.float_info.max)
+_TOKENS_AT_ONCE = 32  # fits the processor's cache with any vocabulary
+_MAX_LOG = math.log(sys.float_info.max)
 
 
 class NotFiniteLikelihood(StreamlineError):
-    """Raised if a log-likelihood is not finite."""
+    """Error for a log-likelihood that is not finite."""
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A sum of negative log-likelihoods and the number of predicted tokens.
+    """Sum of negative log-likelihoods and number of predicted tokens; instances can be added.
 
     Attributes
     ----------
     nll : float
-        Sum of −log p(token | those before it in its sequence), in nats.
+        Sum of −log p(token | earlier tokens of the sequence), in nats.
     tokens : int
-        Predicted tokens; the first of a sequence is not predicted.
+        Number of predicted tokens. The first token of a sequence is not predicted.
+
+    Examples
+    --------
+    >>> round((Perplexity(nll=6.0, tokens=4) + Perplexity(nll=2.0, tokens=4)).value, 3)
+    2.718
     """
 
     nll: float = 0.0
@@ -45,26 +52,34 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        """Exp of the mean negative log-likelihood a token."""
+        """The perplexity: exp(nll / tokens)."""
         if not self.tokens:
-            raise StreamlineError("No token was predicted; give sequences of at least two real tokens.")
+            raise StreamlineError(
+                "No token was predicted. Expected sequences with at least two real tokens. Pass longer text."
+            )
         mean = self.nll / self.tokens
-        return math.exp(mean) if mean < _LARGEST else math.inf
+        return math.exp(mean) if mean < _MAX_LOG else math.inf
 
-    def __add__(self, other: Perplexity) -> Perplexity:
-        return Perplexity(self.nll + other.nll, self.tokens + other.tokens)
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
-@checked()
-def perplexity(model: nn.Module, batches: Sequence[Batch | Tensor], what: str = "perplexity") -> Perplexity:
-    """Compute the perplexity of a causal language model.
+@validate_arguments()
+def perplexity(
+    model: nn.Module | StateSource, batches: Sequence[Batch | Tensor], desc: str = "perplexity"
+) -> Perplexity:
+    """Compute the perplexity of a causal language model on batches of token sequences.
+
+    For documents longer than a batch row use `sliding_perplexity`.
 
     Parameters
     ----------
-    model : torch.nn.Module
+    model : torch.nn.Module or StateSource
+        A causal language model.
     batches : sequence of mapping or torch.Tensor
-        Token sequences; each token is predicted from those before it in its own sequence, and padding is left out.
-    what : str
+        Token ids of shape (batch, tokens), or mappings with ``input_ids``. Each token is predicted from the earlier
+        tokens of its sequence. Padding and tokens with label -100, such as image tokens, are ignored.
+    desc : str
         Label of the progress bar.
 
     Returns
@@ -74,97 +89,122 @@ def perplexity(model: nn.Module, batches: Sequence[Batch | Tensor], what: str = 
     Raises
     ------
     StreamlineError
-        If the model does not predict the text that it reads, as a classifier or an encoder-decoder.
+        If the model is not a causal language model.
+
+    Examples
+    --------
+    >>> from streamline_hooks.testing import tiny_model
+    >>> perplexity(tiny_model("llama"), [torch.arange(12).view(2, 6)]).tokens
+    10
     """
-    require_text(model)
-    total = Perplexity()
-    ids = [input_ids(batch) for batch in batches]
-    with inference(model), progress(sum(i.numel() for i in ids), what) as bar:
-        for batch, tokens in zip(batches, ids, strict=True):
-            given = prepare(model, batch)
-            mask, positions = given.get("attention_mask"), given.get("position_ids")
-            total += score(logits_of(model(**given)), given["input_ids"], mask, positions)
-            bar.update(tokens.numel())
-    return total
+    return perplexity_of_candidates(model, batches, [], desc)[0]
 
 
 def perplexity_of_candidates(
-    model: nn.Module,
+    model: nn.Module | StateSource,
     batches: Sequence[Batch | Tensor],
     candidates: Sequence[Candidate],
-    what: str = "perplexity",
+    desc: str = "perplexity",
     *,
     stack: str | None = None,
 ) -> tuple[Perplexity, list[Perplexity]]:
-    """Perplexity of a model and of each candidate; the blocks before a window are run once for all.
-
-    Returns
-    -------
-    original : Perplexity
-    candidates : list of Perplexity
-    """
-    total, each = Perplexity(), [Perplexity()] * len(candidates)
-    require_text(model)
-    with candidate_outputs(model, batches, candidates, what, stack) as outputs:
-        for batch, output, others in outputs:
-            ids, given = input_ids(batch), {} if isinstance(batch, Tensor) else batch
-            told = ids, given.get("attention_mask"), given.get("position_ids")
-            total += score(logits_of(output), *told)
-            each = [sum_ + score(logits_of(other), *told) for sum_, other in zip(each, others, strict=True)]
-    return total, each
+    """Compute the perplexity of a model and of each candidate; blocks before a window run once per batch."""
+    source = as_state_source(model, stack)
+    require_causal_lm(source.model)
+    total, results = Perplexity(), [Perplexity()] * len(candidates)
+    with source.outputs(batches, candidates, desc) as outputs:
+        for at in outputs:
+            total += _score_output(at, at.output)
+            results = [result + _score_output(at, run()) for result, run in zip(results, at.variants, strict=True)]
+    return total, results
 
 
-def score(logits: Tensor, ids: Tensor, mask: Tensor | None, positions: Tensor | None = None) -> Perplexity:
-    """Sum the negative log-likelihoods of the real tokens that have a real one of the same document before them.
-
-    Logits have the shape (batch, tokens, vocabulary); ids, mask and positions (batch, tokens). A document begins where
-    the positions begin again, see `following_tokens`.
-    """
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
-    targets = following_tokens(ids, real, positions).to(logits.device)
-    return Perplexity(sum(negative_log_likelihoods(logits, targets)), int((targets != UNCOUNTED).sum()))
+def _score_output(at: VariantOutputs, output: Any) -> Perplexity:
+    logits = get_logits(output)
+    if at.labels is not None:
+        return _score_labels(logits, at.labels)
+    fields = {} if isinstance(at.inputs, Tensor) else at.inputs
+    return score_tokens(logits, target_ids(at.inputs), fields.get("attention_mask"), fields.get("position_ids"))
 
 
-def negative_log_likelihoods(logits: Tensor, targets: Tensor) -> list[float]:
-    """Return the sum of −log p(target) of each row, in nats and float64.
+def score_tokens(logits: Tensor, ids: Tensor, mask: Tensor | None, positions: Tensor | None = None) -> Perplexity:
+    """Sum the negative log-likelihoods of the real tokens that follow a real token of the same document.
 
     Parameters
     ----------
     logits : torch.Tensor
-        Of shape (batch, tokens, vocabulary).
-    targets : torch.Tensor
-        Of shape (batch, tokens); `UNCOUNTED` where nothing is scored.
+        Logits of shape (batch, tokens, vocabulary).
+    ids : torch.Tensor
+        Token ids of shape (batch, tokens).
+    mask : torch.Tensor or None
+        Attention mask of shape (batch, tokens); None without padding.
+    positions : torch.Tensor, optional
+        Position ids of shape (batch, tokens). A document begins where the positions restart (see `shift_labels`).
+
+    Returns
+    -------
+    Perplexity
+
+    Examples
+    --------
+    >>> round(score_tokens(torch.zeros(1, 3, 8), torch.tensor([[1, 2, 3]]), None).value)
+    8
+    """
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
+    return _score_labels(logits, shift_labels(ids, real, positions).to(logits.device))
+
+
+def _score_labels(logits: Tensor, labels: Tensor) -> Perplexity:
+    return Perplexity(sum(negative_log_likelihoods(logits, labels)), int((labels != IGNORE_INDEX).sum()))
+
+
+def negative_log_likelihoods(logits: Tensor, targets: Tensor) -> list[float]:
+    """Return the sum of −log p(target) of each row, in nats, accumulated in float64.
+
+    Logits have the shape (batch, tokens, vocabulary), targets (batch, tokens). `IGNORE_INDEX` is not scored.
     """
     sums = []
-    for row, wanted in zip(logits, targets, strict=True):
+    for row, row_targets in zip(logits, targets, strict=True):
         total = 0.0
-        for part, target in zip(row.split(_TOKENS_AT_ONCE), wanted.split(_TOKENS_AT_ONCE), strict=True):
-            wide = part.to(torch.promote_types(part.dtype, torch.float32))
-            losses = cross_entropy(wide, target, ignore_index=UNCOUNTED, reduction="none")
+        for part, target in zip(row.split(_TOKENS_AT_ONCE), row_targets.split(_TOKENS_AT_ONCE), strict=True):
+            upcast = part.to(torch.promote_types(part.dtype, torch.float32))
+            losses = cross_entropy(upcast, target, ignore_index=IGNORE_INDEX, reduction="none")
             total += float(losses.sum(dtype=torch.float64))
         sums.append(total)
     return sums
 
 
-def input_ids(batch: Batch | Tensor) -> Tensor:
-    """The token numbers of a batch, of shape (batch, tokens)."""
+def get_input_ids(batch: Batch | Tensor) -> Tensor:
+    """Return the token ids of a batch, of shape (batch, tokens); raise StreamlineError if it has none."""
     ids = batch if isinstance(batch, Tensor) else batch.get("input_ids")
     if ids is None or ids.is_floating_point():
-        given = "a tensor of numbers" if isinstance(batch, Tensor) else ", ".join(batch)
-        raise StreamlineError(f"A batch holds {given}, and no text (input_ids); only text has a likelihood.")
+        content = "a floating-point tensor" if isinstance(batch, Tensor) else ", ".join(batch)
+        raise StreamlineError(
+            f"A batch contains {content}, but no token ids (input_ids). Expected token ids, because only text has a "
+            "likelihood. Pass batches of text."
+        )
     return ids
 
 
-def require_text(model: nn.Module) -> None:
-    """Raise if a model does not predict the text that it reads."""
-    known = task_of_classes([kind.__name__ for kind in type(model).__mro__])
+def target_ids(batch: Batch | Tensor) -> Tensor:
+    """Return the token ids of a batch, with `IGNORE_INDEX` where ``labels`` of the same shape equal it."""
+    ids = get_input_ids(batch)
+    labels = None if isinstance(batch, Tensor) else batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.shape != ids.shape:
+        return ids
+    return ids.masked_fill(labels.to(ids.device) == IGNORE_INDEX, IGNORE_INDEX)
+
+
+def require_causal_lm(model: nn.Module) -> None:
+    """Raise StreamlineError if a model is not a causal language model."""
+    known = task_from_class_names([kind.__name__ for kind in type(model).__mro__])
     if known not in ("", "causal-lm", "seq2seq"):
         raise StreamlineError(
-            f"{type(model).__name__} is for {known}: it does not predict the next token, so that text has no "
-            "perplexity under it. Compare what it says (agreement, likeness)."
+            f"{type(model).__name__} is a model for {known}: it does not predict the next token, so its perplexity is "
+            "undefined. Compare its outputs with agreement or embedding_similarity."
         )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise StreamlineError(
-            f"{type(model).__name__} reads one text and writes another, so that a text alone has no perplexity under "
-            "it. Compare what it says by agreement, with decoder_input_ids in the batches."
+            f"{type(model).__name__} is an encoder-decoder model, so the perplexity of a text alone is undefined. "
+            "Compare its outputs with agreement, with decoder_input_ids in the batches."
         )

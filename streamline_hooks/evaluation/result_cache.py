@@ -1,4 +1,4 @@
-"""Cache of results in a JSON file, by a hash of everything that they depend on."""
+"""Cache results in a JSON file, keyed by a hash of all their inputs."""
 
 from __future__ import annotations
 
@@ -13,28 +13,22 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import nn
 
-from streamline_hooks.core import check_writable
-from streamline_hooks.digests import autocast_dtype, model_digest
-from streamline_hooks.errors import StreamlineError
-from streamline_hooks.json_file import parse_json, write_json
+from streamline_hooks.core import StreamlineError, autocast_dtype, check_writable, model_digest, parse_json, write_json
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 _KEY = "streamline_hooks_measured"
 _VERSION = version("streamline_hooks")
 
 
 class ResultCache:
-    """Results by what they depend on; the file is written atomically after each new result.
+    """Cache of results, keyed by their inputs.
+
+    The file is written after each new result. With ``file=None`` nothing is cached.
 
     Parameters
     ----------
     file : Path or None
-        It may not exist yet. Without a file nothing is cached.
-
-    Raises
-    ------
-    StreamlineError
-        If the file is no such cache, or cannot be written.
+        JSON file.
 
     Examples
     --------
@@ -46,21 +40,16 @@ class ResultCache:
     def __init__(self, file: Path | None) -> None:
         self.file = file
         self._models: dict[int, str] = {}
+        self._results: dict[str, Any] = {}
         if file is not None:
             check_writable(file)
-        self._results = self._read_file()
+            self._results = _read_file(file)
 
-    def get(self, kind: type[T], parts: Sequence[Any], make: Callable[[], T]) -> tuple[T, float]:
-        """Return the result for these parts, made if it is not cached, and the seconds that making it took.
+    def get(self, kind: type[_T], parts: Sequence[Any], make: Callable[[], _T]) -> tuple[_T, float]:
+        """Return the result for these parts, from the cache or from `make`, and the seconds that `make` took.
 
-        Parameters
-        ----------
-        kind : type
-            A dataclass of numbers, texts, tuples, dicts and other such dataclasses, or one of these itself.
-        parts : sequence
-            Everything that the result depends on: JSON values, functions that return one (called only if there is a
-            file), and modules (see `model_digest`).
-        make : callable
+        The type `kind` of the result consists of numbers, strings, tuples, dicts and dataclasses. The parts are modules
+        (see `model_digest`), JSON values, or functions that return a JSON value and are called only with a file.
         """
         started = time.perf_counter()
         if self.file is None:
@@ -72,43 +61,41 @@ class ResultCache:
         if key not in self._results:
             started, value = time.perf_counter(), make()
             result = {"value": value, "seconds": round(time.perf_counter() - started, 2)}
-            self._results = self._read_file() | {key: json.loads(json.dumps(result, default=asdict))}
+            self._results = _read_file(self.file) | {key: json.loads(json.dumps(result, default=asdict))}
             write_json(self.file, {_KEY: self._results})
-        found = self._results[key]
-        return _read(kind, found["value"]), found["seconds"]
+        cached = self._results[key]
+        return _read(kind, cached["value"]), cached["seconds"]
 
     def _model(self, model: nn.Module) -> str:
-        """Return a digest of a model, of the precision of its products, and of how it generates."""
+        """Return a digest of a model, its autocast dtype and its generation config."""
         if id(model) not in self._models:
             generation: Any = getattr(model, "generation_config", None)
             settings = generation.to_dict() if generation is not None else {}
             settings.pop("transformers_version", None)
-            self._models[id(model)] = (
-                f"{model_digest(model)} {autocast_dtype(model)} {sorted(settings.items(), key=str)}"
-            )
+            digests = model_digest(model), autocast_dtype(model), sorted(settings.items(), key=str)
+            self._models[id(model)] = " ".join(map(str, digests))
         return self._models[id(model)]
 
-    def _read_file(self) -> dict[str, Any]:
-        if self.file is None or not self.file.exists():
-            return {}
-        try:
-            return dict(parse_json(self.file.read_text(encoding="utf-8"))[_KEY])
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise StreamlineError(
-                f"{self.file} is not a file of results ({type(error).__name__}: {error}). Expected one that an earlier "
-                "evaluation or sweep wrote. Name another, or delete it to measure again."
-            ) from error
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        return dict(parse_json(file.read_text(encoding="utf-8"))[_KEY]) if file.exists() else {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise StreamlineError(
+            f"{file} is not a result cache ({type(error).__name__}: {error}). Expected a file of an earlier evaluation "
+            "or sweep. Choose another file, or delete it to measure again."
+        ) from error
 
 
 def _read(kind: Any, value: Any) -> Any:
-    """Rebuild a value from JSON."""
-    origin, inside = get_origin(kind), get_args(kind)
+    """Rebuild a value of a type from JSON."""
+    origin, args = get_origin(kind), get_args(kind)
     if origin is tuple:
-        kinds = [inside[0]] * len(value) if inside[-1:] == (Ellipsis,) else inside
-        return tuple(_read(one, given) for one, given in zip(kinds, value, strict=True))
+        kinds = [args[0]] * len(value) if args[-1:] == (Ellipsis,) else args
+        return tuple(_read(item_kind, item) for item_kind, item in zip(kinds, value, strict=True))
     if origin is dict:
-        return {name: _read(inside[1], given) for name, given in value.items()}
+        return {name: _read(args[1], item) for name, item in value.items()}
     if is_dataclass(kind):
-        hints = get_type_hints(kind)
-        return kind(**{name: _read(hints[name], given) for name, given in value.items()})  # type: ignore[operator]
+        hints = get_type_hints(kind)  # fields that the class no longer has are dropped
+        return kind(**{name: _read(hints[name], item) for name, item in value.items() if name in hints})  # type: ignore[operator]
     return value

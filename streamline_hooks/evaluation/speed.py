@@ -1,4 +1,4 @@
-"""How fast models are on this machine, measured side by side."""
+"""Measure the generation speed of several models in alternation."""
 
 from __future__ import annotations
 
@@ -14,29 +14,44 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.arguments import checked, require_weights
-from streamline_hooks.batch import device_of, positions_of
-from streamline_hooks.core.tables import table
-from streamline_hooks.errors import StreamlineError
-from streamline_hooks.generation import require_generates
-from streamline_hooks.passes import inference, progress
+from streamline_hooks.core import (
+    StreamlineError,
+    device_of,
+    max_positions,
+    progress_bar,
+    require_weights,
+    table,
+    validate_arguments,
+)
+from streamline_hooks.modeling import inference, require_generate
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
-Timed = nn.Module | Callable[[], AbstractContextManager[nn.Module]]
+TimedModel = nn.Module | Callable[[], AbstractContextManager[nn.Module]]
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Median and quartiles, in seconds, or without a unit for a ratio."""
+class Quartiles:
+    """Median and quartiles of seconds or ratios.
+
+    Attributes
+    ----------
+    median, low, high : float
+        The median, the first and the third quartile.
+
+    Examples
+    --------
+    >>> Quartiles.of((1.0, 2.0, 3.0))
+    Quartiles(median=2.0, low=1.5, high=2.5)
+    """
 
     median: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, values: tuple[float, ...]) -> Spread:
-        """Of some values."""
+    def of(cls, values: tuple[float, ...]) -> Quartiles:
+        """Compute the median and quartiles of values."""
         low, median, high = np.percentile(values, [25, 50, 75]).tolist()
         return cls(median, low, high)
 
@@ -48,17 +63,22 @@ class Timing:
     Attributes
     ----------
     prefill : tuple of float
-        Seconds to the first token of the whole batch, by round.
+        Seconds to the first token of the batch, by round.
     decode : tuple of float
-        Seconds per further token (one of each sequence, together), by round; empty without new tokens.
+        Mean seconds per further token of the batch, by round; empty if ``new_tokens=0``.
     parameters : int
+        Number of parameters.
     dtype : str
-        Of most parameters.
+        The dtype of most parameters.
     device : str
-        With the accelerator's name.
+        The device.
     peak_memory : int or None
-        Bytes above what was allocated when its turn began: activations and the cache, not the weights. None on devices
-        other than CUDA.
+        Peak bytes of activations and cache, without the weights; None on devices other than CUDA.
+
+    Examples
+    --------
+    >>> Timing((0.2, 0.1), (0.02, 0.01), 1_000, "float32", "cpu", None).peak_memory is None
+    True
     """
 
     prefill: tuple[float, ...]
@@ -71,18 +91,25 @@ class Timing:
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """Times of several models that took turns.
+    """Times of several models; returned by `measure_speed`.
 
     Attributes
     ----------
     timings : dict of str to Timing
-        The others are compared with the first.
+        Measurements by model. The first model is the baseline of ratios.
     batch, tokens, new_tokens : int
-        Sequences at a time, tokens of each prompt, and decoding steps.
+        Batch size, prompt length, and number of decoding steps.
     threads : int
-        Of torch on the CPU.
+        Number of CPU threads of torch.
     machine : str
-        Processor and versions.
+        Processor, and version of torch.
+
+    Examples
+    --------
+    >>> timings = {"original": Timing((0.2,), (), 1_000, "float32", "cpu", None)}
+    >>> report = SpeedReport(timings, batch=1, tokens=100, new_tokens=0, threads=1, machine="x86_64")
+    >>> report.tokens_per_second("original")
+    500.0
     """
 
     timings: dict[str, Timing]
@@ -92,35 +119,30 @@ class SpeedReport:
     threads: int
     machine: str
 
-    def seconds(self, name: str, phase: Phase = "prefill") -> Spread:
-        """Seconds to the first token, or a further token, of a model's rounds."""
-        return Spread.of(self._times(name, phase))
+    def seconds(self, name: str, phase: Phase = "prefill") -> Quartiles:
+        """Return a model's seconds to the first token (prefill) or per further token (decode)."""
+        return Quartiles.of(self._times(name, phase))
 
     def tokens_per_second(self, name: str, phase: Phase = "prefill") -> float:
-        """Tokens of the whole batch by the median time."""
+        """Return the tokens per second of the batch, by the median time."""
         count = self.batch * (self.tokens if phase == "prefill" else 1)
         return count / self._positive(self.seconds(name, phase).median)
 
-    def ratio(self, name: str, phase: Phase = "prefill") -> Spread:
-        """Return the median and the quartiles of a model's time as a fraction of the first model's.
-
-        The ratio is taken within each round, where both ran under the same load.
-        """
-        first = self._times(next(iter(self.timings)), phase)
-        own = self._times(name, phase)
-        return Spread.of(tuple(a / self._positive(b) for a, b in zip(own, first, strict=True)))
+    def ratio(self, name: str, phase: Phase = "prefill") -> Quartiles:
+        """Return the quartiles over rounds of a model's time divided by the first model's time in the same round."""
+        times, first = self._times(name, phase), self._times(next(iter(self.timings)), phase)
+        return Quartiles.of(tuple(a / self._positive(b) for a, b in zip(times, first, strict=True)))
 
     def table(self) -> str:
-        """A line a model and phase, under a line that says what was run and where."""
+        """Return a table with one row per model and phase, below a line with the settings and the machine."""
         first = next(iter(self.timings.values()))
         head = (
-            f"{self.batch} x {self.tokens} tokens, {self.new_tokens} more; "
-            f"median of {len(first.prefill)} rounds in turn; "
-            f"{first.dtype}, {first.device}, {self.threads} threads, {self.machine}"
+            f"{self.batch} x {self.tokens} tokens, {self.new_tokens} more; median of {len(first.prefill)} alternating "
+            f"rounds; {first.dtype}, {first.device}, {self.threads} threads, {self.machine}"
         )
         rows = []
         for name, timing in self.timings.items():
-            memory = "not told" if timing.peak_memory is None else f"{timing.peak_memory / 1e6:.0f} MB"
+            memory = "n/a" if timing.peak_memory is None else f"{timing.peak_memory / 1e6:.0f} MB"
             for phase in self._phases:
                 ms, ratio = self.seconds(name, phase), self.ratio(name, phase)
                 times = f"{1e3 * ms.median:.1f}", f"{1e3 * ms.low:.1f} to {1e3 * ms.high:.1f}"
@@ -130,7 +152,7 @@ class SpeedReport:
         return f"{head}\n{table(rows, columns)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything that was measured, and the ratios, as JSON values."""
+        """Return all measurements and the ratios as JSON values."""
         ratios = {n: {phase: asdict(self.ratio(n, phase)) for phase in self._phases} for n in self.timings}
         return {**asdict(self), "ratios": ratios}
 
@@ -140,22 +162,26 @@ class SpeedReport:
 
     def _times(self, name: str, phase: Phase) -> tuple[float, ...]:
         if name not in self.timings:
-            raise StreamlineError(f"No model {name!r} was timed; there are {', '.join(self.timings)}.")
+            raise StreamlineError(f"The model {name!r} was not timed. Expected one of {', '.join(self.timings)}.")
         times: tuple[float, ...] = getattr(self.timings[name], phase)
         if not times:
-            raise StreamlineError(f"No {phase} was timed: new_tokens was 0. Measure again with some.")
+            raise StreamlineError(
+                f"The phase {phase!r} was not timed, because new_tokens was 0. Measure again with new_tokens >= 1."
+            )
         return times
 
     @staticmethod
     def _positive(seconds: float) -> float:
         if seconds <= 0:
-            raise StreamlineError("The clock saw no time pass; give more tokens, or a finer clock.")
+            raise StreamlineError(
+                "The measured time is 0 seconds. Expected a positive time. Increase tokens, or pass a finer clock."
+            )
         return seconds
 
 
-@checked(batch=1, tokens=1, new_tokens=0, repeats=1, warm_up=0)
+@validate_arguments(batch=1, tokens=1, new_tokens=0, repeats=1, warm_up=0)
 def measure_speed(
-    models: Mapping[str, Timed],
+    models: Mapping[str, TimedModel],
     *,
     batch: int = 1,
     tokens: int = 512,
@@ -164,28 +190,27 @@ def measure_speed(
     warm_up: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> SpeedReport:
-    """Time ``generate`` of several models that take turns.
+    """Time ``generate`` of several models in alternation.
 
-    In every round each model has one turn, and each round another one begins, so that a load that comes and goes
-    meets all of them. A turn generates greedily from random tokens: the time to the first token is the prefill (the
-    prompt's forward, its head on the last place only, with what ``generate`` sets up), and the mean time of each token
-    after it is the decoding, with the model's own KV cache. An accelerator is waited for before the clock is read.
+    Each round times every model once, and each round starts with a different model, so that a varying load affects all
+    models equally. Generation is greedy, from random tokens, with the model's KV cache. Prefill is the time to the
+    first token, decode the mean time of each further token. Accelerators are synchronized before the clock is read.
 
     Parameters
     ----------
     models : mapping of str to torch.nn.Module or callable
-        The first is what the others are compared with. A function without arguments that opens a context with a
-        model stands for one that is changed for its turn; opening it is not timed.
+        The models by name; the first is the baseline of ratios. A function without arguments that returns a context
+        manager of a model can change the model for its turn; entering the context is not timed.
     batch, tokens : int
-        Shape of the prompt.
+        Batch size and length of the prompt.
     new_tokens : int
-        Decoding steps after the first token; 0 times the prefill alone.
+        Number of decoding steps after the first token; 0 times only the prefill.
     repeats : int
-        Rounds that count.
+        Number of timed rounds.
     warm_up : int
-        Rounds before them that do not.
+        Number of rounds before the timed rounds.
     clock : callable
-        Returns seconds.
+        Function that returns seconds.
 
     Returns
     -------
@@ -194,8 +219,8 @@ def measure_speed(
     Raises
     ------
     StreamlineError
-        If a model cannot generate, has fewer positions than are asked for, stops early, or is the wrapper that
-        ``torch.compile`` returns, whose ``generate`` runs the model that is not compiled.
+        If a model cannot generate, has too few positions, stops early, or is the wrapper returned by ``torch.compile``,
+        whose ``generate`` runs the uncompiled model.
 
     Examples
     --------
@@ -206,45 +231,37 @@ def measure_speed(
     (3, 1.0)
     """
     if not models:
-        raise StreamlineError("Got 0 models. Expected at least one to time. Pass one.")
-    names = list(models)
+        raise StreamlineError("measure_speed received 0 models. Expected at least one. Pass a mapping of models.")
+    names, rounds, size = list(models), warm_up + repeats, batch * (tokens + new_tokens)
     turns: dict[str, list[Timing]] = {name: [] for name in names}
-    rounds = warm_up + repeats
-    what = f"speed: {len(names)} models x {rounds} rounds of {batch} x {tokens} + {new_tokens} tokens"
-    with progress(rounds * len(names) * batch * (tokens + new_tokens), what) as bar:
+    desc = f"speed: {len(names)} models x {rounds} rounds of {batch} x {tokens} + {new_tokens} tokens"
+    with progress_bar(rounds * len(names) * size, desc) as bar:
         for number in range(rounds):
             begin = number % len(names)
             for name in [*names[begin:], *names[:begin]]:
                 subject = models[name]
                 with nullcontext(subject) if isinstance(subject, nn.Module) else subject() as model:
-                    turn = _take_turn(name, model, batch, tokens, new_tokens, clock)
-                if number >= warm_up:
-                    turns[name].append(turn)
-                bar.update(batch * (tokens + new_tokens))
-    return SpeedReport(
-        {name: _joined(timings) for name, timings in turns.items()},
-        batch,
-        tokens,
-        new_tokens,
-        torch.get_num_threads(),
-        f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
-    )
+                    turns[name].append(_take_turn(name, model, batch, tokens, new_tokens, clock))
+                bar.update(size)
+    timings = {name: _merge_rounds(timed[warm_up:]) for name, timed in turns.items()}
+    machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
+    return SpeedReport(timings, batch, tokens, new_tokens, torch.get_num_threads(), machine)
 
 
-def room_for_prompt(model: Any, new_tokens: int, tokens: int) -> int:
-    """Return how many tokens of a prompt a model has positions for, besides the new ones."""
-    positions = positions_of(getattr(model, "config", None))
+def max_prompt_tokens(model: Any, new_tokens: int, tokens: int) -> int:
+    """Return the prompt length, at most `tokens`, that leaves positions for the new tokens."""
+    positions = max_positions(getattr(model, "config", None))
     return tokens if positions is None else max(1, min(tokens, positions - new_tokens - 1))
 
 
-def wait_for(model: nn.Module) -> None:
-    """Synchronise every accelerator that holds a part of a model."""
+def synchronize(model: nn.Module) -> None:
+    """Synchronize every accelerator that holds parameters of a model."""
     for device in accelerators_of(model):
         torch.get_device_module(device).synchronize(*([] if device.type == "mps" else [device]))
 
 
-def _joined(turns: Sequence[Timing]) -> Timing:
-    """Return the timings of several rounds as one."""
+def _merge_rounds(turns: Sequence[Timing]) -> Timing:
+    """Merge the timings of several rounds."""
     return replace(
         turns[-1],
         prefill=tuple(seconds for turn in turns for seconds in turn.prefill),
@@ -253,87 +270,74 @@ def _joined(turns: Sequence[Timing]) -> Timing:
     )
 
 
-class _Stamps:
-    """A stopping criterion that never stops, and reads the clock at the first and at the last token.
-
-    In between an accelerator is left to run ahead, as it does in use.
-    """
-
-    def __init__(self, model: nn.Module, last: int, clock: Callable[[], float]) -> None:
-        self.times: list[float] = []
-        self._model, self._last, self._clock = model, last, clock
-        self.tokens = 0
-
-    def __call__(self, ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.tokens += 1
-        if self.tokens in (1, self._last):
-            wait_for(self._model)
-            self.times.append(self._clock())
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-
-
 def _take_turn(
     name: str, model: nn.Module, batch: int, tokens: int, new_tokens: int, clock: Callable[[], float]
 ) -> Timing:
     from transformers import StoppingCriteriaList
 
-    generator = require_timed(name, model, tokens + new_tokens)
-    prompt = _prompt(model, batch, tokens).to(device_of(model))
-    stamps = _Stamps(model, new_tokens + 1, clock)
+    generator, device = require_timeable(name, model, tokens + new_tokens), device_of(model)
+    prompt, times, generated = _random_prompt(model, batch, tokens).to(device), list[float](), 0
+
+    def read_clock(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Read the clock at the first and last token, as a stopping criterion that never stops."""
+        nonlocal generated
+        generated += 1
+        if generated in (1, new_tokens + 1):
+            synchronize(model)
+            times.append(clock())
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
     cuda = [device for device in accelerators_of(model) if device.type == "cuda"]
-    for device in cuda:
-        torch.cuda.reset_peak_memory_stats(device)
+    for cuda_device in cuda:
+        torch.cuda.reset_peak_memory_stats(cuda_device)
     allocated = sum(map(torch.cuda.memory_allocated, cuda))
+    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     with inference(model):
-        wait_for(model)
+        synchronize(model)
         started = clock()
         generator.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=new_tokens + 1,
-            min_new_tokens=new_tokens + 1,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=0,
-            stopping_criteria=StoppingCriteriaList([stamps]),
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens + 1,
+            min_new_tokens=new_tokens + 1, use_cache=True, pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([read_clock]), **greedy,
+        )  # fmt: skip
+    if generated <= new_tokens:
+        raise StreamlineError(
+            f"{name} stopped after {generated} of {new_tokens + 1} tokens. Expected a model that generates the "
+            "requested number of tokens. Check its stopping criteria."
         )
-    if stamps.tokens <= new_tokens:
-        raise StreamlineError(f"{name} generated {stamps.tokens} of {new_tokens + 1} tokens and stopped.")
-    first, last = stamps.times[0], stamps.times[-1]
     sizes: Counter[str] = Counter()
     for parameter in model.parameters():
         sizes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
     return Timing(
-        (first - started,),
-        ((last - first) / new_tokens,) if new_tokens else (),
+        (times[0] - started,),
+        ((times[-1] - times[0]) / new_tokens,) if new_tokens else (),
         sizes.total(),
         max(sizes, key=lambda dtype: sizes[dtype], default="no parameters"),
-        _device_name(device_of(model)),
+        f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device),
         sum(map(torch.cuda.max_memory_allocated, cuda)) - allocated if cuda else None,
     )
 
 
-def require_timed(name: str, model: Any, positions: int) -> Any:
-    """Return a model if its ``generate`` can be timed over so many positions; see `measure_speed`."""
+def require_timeable(name: str, model: Any, positions: int) -> Any:
+    """Return the model; raise StreamlineError if its ``generate`` cannot be timed (see `measure_speed`)."""
     require_weights(model, f"measure_speed: {name}")
     if "_orig_mod" in model._modules:
         raise StreamlineError(
-            f"{name} is what torch.compile returned; its generate runs the model that is not compiled. Compile in "
-            "place (model.compile()) and give the model itself."
+            f"{name} is a wrapper returned by torch.compile; its generate runs the uncompiled model. Expected the "
+            "model itself. Compile in place (model.compile()) and pass the model."
         )
-    require_generates(model, name)
-    limit = positions_of(model.config)
+    require_generate(model, name)
+    limit = max_positions(model.config)
     if limit is not None and limit < positions:
-        raise StreamlineError(f"{name} has {limit} positions; {positions} were asked for. Give fewer tokens.")
+        raise StreamlineError(
+            f"tokens + new_tokens = {positions} exceeds the {limit} positions of {name}. Expected at most {limit}. "
+            "Decrease tokens."
+        )
     return model
 
 
-def _prompt(model: Any, batch: int, tokens: int) -> Tensor:
-    """Draw random tokens that are not special, of shape (batch, tokens)."""
+def _random_prompt(model: Any, batch: int, tokens: int) -> Tensor:
+    """Draw random non-special token ids of shape (batch, tokens)."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ordinary = torch.tensor(sorted(set(range(vocabulary)) - _special_tokens(model.config)) or [0])
     generator = torch.Generator().manual_seed(0)
@@ -341,20 +345,16 @@ def _prompt(model: Any, batch: int, tokens: int) -> Tensor:
 
 
 def _special_tokens(config: Any) -> set[int]:
-    found: set[int] = set()
+    token_ids: set[int] = set()
     for name, value in vars(config).items():
         if hasattr(value, "get_text_config"):
-            found |= _special_tokens(value)
+            token_ids |= _special_tokens(value)
         elif name.endswith(("_token_id", "_token_ids", "_token_index")):
-            found |= {item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int)}
-    return found
+            token_ids |= {item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int)}
+    return token_ids
 
 
 def accelerators_of(model: nn.Module) -> list[torch.device]:
-    """Return the devices of a model other than the CPU and meta."""
+    """Return the devices of a model except CPU and meta."""
     devices = {parameter.device for parameter in model.parameters()} | {device_of(model)}
     return sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str)
-
-
-def _device_name(device: torch.device) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

@@ -1,4 +1,4 @@
-"""What a model is evaluated on: text, tasks, problems, prompts and speed."""
+"""`Suite`: the data and settings of an evaluation."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any, ClassVar, Literal
 
-from streamline_hooks.calibration import read_documents
-from streamline_hooks.core.config import Config
-from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.probes import STOP, probes
-from streamline_hooks.evaluation.problems import Problem, read_problems
-from streamline_hooks.evaluation.rows import source_name, subset
-from streamline_hooks.evaluation.sliding import window_and_stride
-from streamline_hooks.evaluation.tasks import LoadedTask, TaskSettings, load_tasks
-from streamline_hooks.evaluation.writing import require_writable
+from streamline_hooks.core import Config, StreamlineError
+from streamline_hooks.data import read_documents
+from streamline_hooks.evaluation.lm_eval_tasks import LoadedTask, TaskSettings, load_tasks
+from streamline_hooks.evaluation.samples import TextGenerationConfig
+from streamline_hooks.evaluation.sliding_perplexity import window_and_stride
+from streamline_hooks.evaluation.synthetic_tasks import ANSWER_STOP, Problem, read_problems, synthetic_problems
+from streamline_hooks.evaluation.task_files import random_subset, source_name
+from streamline_hooks.modeling import Task
 
 PROMPTS = "prompts"
 _PROMPT_WORDS = 24
@@ -24,41 +23,62 @@ _PROBE_TOKENS = 32
 
 @dataclass(frozen=True)
 class Suite(Config):
-    r"""What a model is evaluated on. Two models are compared on the same suite.
+    r"""Data and settings of an evaluation. Compare two models on the same suite.
 
     Attributes
     ----------
     text : sequence of str, or mapping of str to sequence of str
-        Text for perplexity and agreement: sources, each one domain, see `read_documents`; or documents by domain.
+        Text for perplexity and agreement: sources (see `read_documents`), each of which is a domain; or documents by
+        domain.
     text_tokens : int, optional
-        Tokens of a domain at most, roughly: whole documents in a seeded order, the last one cut; all by default.
+        Approximate maximum number of tokens per domain, a random subset of documents. By default all.
+    batches : dict of str to sequence of batches
+        Batches for the model's task by name, from `task_batches`, with labels as for `score_batches`. They replace text
+        for encoders, encoder-decoders, vision and image-text models.
+    task : Task, optional
+        The model's task (see `Task.of`).
     tasks : sequence of str or mapping
-        Tasks of lm-eval by name, and files, see `run_tasks`.
+        Names of lm-eval tasks, or files (see `run_tasks`).
     metric : str
-        See `TaskSettings.metric`.
+        Metric to compare models by, for tasks that have it. By default the first metric of each task.
     shots : int, optional
-        Solved examples before each item of a task (by default what the task says) and before each problem of a file,
-        whose first ones they are (by default none).
+        Number of few-shot examples. By default the task's number for lm-eval tasks, and 0 for problem files, whose
+        first problems are the examples.
     problems : sequence of str, or mapping of str to sequence of Problem
-        Files of problems that are to be solved in writing, see `read_problems`; or problems by task.
+        Files of problems to solve by generation (see `read_problems`), or problems by name.
     probes : int
-        Generated problems of each sort, see `probes`.
+        Number of synthetic problems of each sort (see `synthetic_problems`).
     items : int, optional
-        Items of each task and problems of each file at most, a seeded subset; all by default.
-    problem_tokens, samples, temperature, stop, chat
-        How problems are solved, see `write_on`. Generated ones are solved greedily, in one line.
+        Maximum number of items per task and of problems per file, a random subset. By default all.
+    problem_tokens : int
+        Maximum number of generated tokens per problem of a file.
+    samples : int
+        Number of attempts per problem of a file, for pass@k. More than one requires a `temperature` above 0.
+    temperature : float
+        Sampling temperature for problems of files; 0 is greedy. Synthetic problems are always solved greedily.
+    stop : sequence of str
+        Strings before which an answer to a problem of a file ends.
+    chat : bool
+        Whether to apply the chat template to problems of files.
     prompts : int or sequence of str
-        Texts to be continued greedily; or how many beginnings of the documents, of all domains in turn.
+        Prompts to continue greedily, or the number of prompts to take from the beginnings of the documents.
     new_tokens : int
-        Generated after each prompt.
-    window, stride, first
-        See `sliding_perplexity`.
+        Number of tokens generated per prompt.
+    window : int, optional
+        Number of input tokens for perplexity. By default 1,024, or the model's positions if fewer.
+    stride : int, optional
+        Number of tokens between two windows. By default half a window.
+    first : {"bos", "eos"}, optional
+        First token of a document (see `sliding_perplexity`).
     add_bos : bool, optional
-        Whether the texts of tasks begin with BOS; by default what the tokenizer does.
+        Whether texts of lm-eval tasks begin with BOS. By default the tokenizer decides.
     timed : tuple of int, optional
-        Tokens of a prompt (fewer if a model has fewer positions), tokens after it, and rounds, for `measure_speed`;
-        None to skip it.
-    batch_size, seed : int
+        Prompt tokens (limited by the model's positions), new tokens and rounds for `measure_speed`; None to skip it.
+        Only causal language models are timed.
+    batch_size : int
+        Number of texts per forward pass.
+    seed : int
+        Seed of subsets and synthetic problems.
 
     Raises
     ------
@@ -77,6 +97,8 @@ class Suite(Config):
     }  # fmt: skip
     text: Sequence[str] | Mapping[str, Sequence[str]] = ()
     text_tokens: int | None = None
+    batches: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    task: Task | None = None
     tasks: Sequence[str | Mapping[str, Any]] = ()
     metric: str = ""
     shots: int | None = None
@@ -100,105 +122,89 @@ class Suite(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_writable(self.new_tokens)
-        require_writable(self.problem_tokens, self.samples, self.temperature)
+        TextGenerationConfig(self.new_tokens)
+        TextGenerationConfig(self.problem_tokens, self.samples, self.temperature)
         window_and_stride([], self.window, self.stride)
         if self.timed is not None and min(self.timed[0], self.timed[1] + 1, self.timed[2]) < 1:
             raise StreamlineError(
-                f"Suite: timed={self.timed}. Expected tokens of a prompt >= 1, tokens after it >= 0, rounds >= 1. Give "
-                "timed=None to skip it."
+                f"Suite: timed={self.timed} is out of range. Expected prompt tokens >= 1, new tokens >= 0, rounds >= "
+                "1. Set timed=None to skip timing."
             )
-        asked = [self.text, self.tasks, self.problems, self.probes, self.timed]
-        if not any(asked) and (isinstance(self.prompts, int) or not self.prompts):
+        parts = [self.text, self.batches, self.tasks, self.problems, self.probes, self.timed]
+        if not any(parts) and (isinstance(self.prompts, int) or not self.prompts):
             raise StreamlineError(
-                "The suite is empty. Expected text, tasks, problems, probes, prompts or timed. Give one."
+                "The suite is empty. Expected text, batches, tasks, problems, probes, prompts or timed. Set at least "
+                "one."
             )
 
-    def read(self, tokenizer: Any) -> Content:
+    def read(self, tokenizer: Any) -> SuiteContent:
         """Read the files and data sets.
 
-        Raises
-        ------
-        StreamlineError
-            If one cannot be read or is empty, or two parts have one name.
+        Raises StreamlineError if a source cannot be read or is empty, or two parts have the same name.
         """
-        content = Content(_texts(self, tokenizer), self._tasks(), self._problems())
-        if isinstance(self.prompts, int):
-            content.prompts += _beginnings(content.text, self.prompts)
-        else:
-            content.prompts += self.prompts
-        parts = [*content.text.items(), *content.tasks.items(), *content.problems.items()]
-        names = [name for name, _ in parts] + [PROMPTS] * bool(content.prompts)
+        settings = TaskSettings(self.items, self.shots, self.metric, self.add_bos, self.batch_size, self.seed)
+        text, tasks = self._texts(tokenizer), load_tasks(self.tasks, settings) if self.tasks else {}
+        problems = self._problems()
+        prompts = (
+            _prompts_from_documents([d for _, d in text], self.prompts)
+            if isinstance(self.prompts, int)
+            else self.prompts
+        )
+        sizes = [(name, len(items)) for name, items in text] + [(name, len(items)) for name, items, _ in problems]
+        sizes += [(name, len(batches)) for name, batches in self.batches.items()]
+        names = [*(name for name, _ in sizes), *tasks, *[PROMPTS] * bool(prompts)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise StreamlineError(
-                f"Two domains or tasks are named {', '.join(twice)}. Expected distinct names. Rename a file."
+                f"Two parts of the suite are named {', '.join(twice)}. Expected distinct names. Rename a file."
             )
-        sizes = {**content.text, **{name: one for name, (one, _) in content.problems.items()}}
-        if empty := [name for name, items in sizes.items() if not items]:
+        if empty := [name for name, size in sizes if not size]:
             raise StreamlineError(
-                f"There is nothing in {', '.join(empty)}. Expected an item. Give one or leave it out."
+                f"The parts {', '.join(empty)} of the suite are empty. Expected at least one item in each. Add items, "
+                "or remove the part."
             )
-        return content
+        by_name = {name: (items, options) for name, items, options in problems}
+        return SuiteContent(dict(text), tasks, by_name, list(prompts), dict(self.batches))
 
-    def _tasks(self) -> dict[str, LoadedTask]:
-        settings = TaskSettings(self.items, self.shots, self.metric, self.add_bos, self.batch_size, self.seed)
-        return load_tasks(self.tasks, settings) if self.tasks else {}
-
-    def _problems(self) -> dict[str, tuple[list[Problem], dict[str, Any]]]:
-        """Return the problems of each task, and how they are solved."""
-        given = {"new_tokens": self.problem_tokens, "stop": self.stop}
-        given |= {"samples": self.samples, "temperature": self.temperature, "chat": self.chat}
-        if isinstance(self.problems, Mapping):
-            found = {name: (list(several), given) for name, several in self.problems.items()}
+    def _texts(self, tokenizer: Any) -> list[tuple[str, list[str]]]:
+        """Return the name and documents of each domain."""
+        if isinstance(self.text, Mapping):
+            domains = [(name, list(documents)) for name, documents in self.text.items()]
         else:
-            files = {name: read_problems(path, shots=self.shots or 0) for name, path in _by_name(self.problems).items()}
-            found = {name: (subset(one, self.items, f"{self.seed} {name}"), given) for name, one in files.items()}
-        if self.probes:
-            for name, several in probes(self.probes, seed=self.seed).items():
-                if name in found:
-                    raise StreamlineError(f"A file of problems is named {name}, as a sort of probes is. Rename it.")
-                found[name] = several, {"new_tokens": _PROBE_TOKENS, "stop": STOP}
-        return found
+            domains = [(source_name(source), list(read_documents(source))) for source in self.text]
+        limit, seed = self.text_tokens, self.seed
+        if limit is None:
+            return domains
+        return [(name, _sample_documents(tokenizer, documents, limit, f"{seed} {name}")) for name, documents in domains]
+
+    def _problems(self) -> list[tuple[str, list[Problem], dict[str, Any]]]:
+        """Return name, problems and generation settings of each set of problems."""
+        options = {"new_tokens": self.problem_tokens, "stop": self.stop}
+        options |= {"samples": self.samples, "temperature": self.temperature, "chat": self.chat}
+        if isinstance(self.problems, Mapping):
+            problem_sets = [(name, list(problems), options) for name, problems in self.problems.items()]
+        else:
+            files = [(source_name(path), read_problems(path, shots=self.shots or 0)) for path in self.problems]
+            problem_sets = [
+                (name, random_subset(problems, self.items, f"{self.seed} {name}"), options) for name, problems in files
+            ]
+        synthetic = synthetic_problems(self.probes, seed=self.seed) if self.probes else {}
+        probe_options = {"new_tokens": _PROBE_TOKENS, "stop": ANSWER_STOP}
+        return problem_sets + [(name, problems, dict(probe_options)) for name, problems in synthetic.items()]
 
 
 @dataclass
-class Content:
-    """What is in a suite's files, by name."""
+class SuiteContent:
+    """Content of the files of a suite by name, and the prompts."""
 
     text: dict[str, list[str]]
     tasks: dict[str, LoadedTask]
     problems: dict[str, tuple[list[Problem], dict[str, Any]]]
-    prompts: list[str] = field(default_factory=list)
+    prompts: list[str]
+    batches: dict[str, Sequence[Any]]
 
 
-def _texts(suite: Suite, tokenizer: Any) -> dict[str, list[str]]:
-    if isinstance(suite.text, Mapping):
-        domains = {name: list(documents) for name, documents in suite.text.items()}
-    else:
-        domains = {name: list(read_documents(source)) for name, source in _by_name(suite.text).items()}
-    if suite.text_tokens is None:
-        return domains
-    return {
-        name: _some(tokenizer, documents, suite.text_tokens, f"{suite.seed} {name}")
-        for name, documents in domains.items()
-    }
-
-
-def _by_name(sources: Sequence[str]) -> dict[str, str]:
-    """Return each source by the name of its file or data set."""
-    found: dict[str, str] = {}
-    for source in sources:
-        name = source_name(source)
-        if name in found:
-            raise StreamlineError(
-                f"{found[name]} and {source} are both named {name}. Expected distinct names. Rename one."
-            )
-        found[name] = source
-    return found
-
-
-def _some(tokenizer: Any, documents: Sequence[str], tokens: int, seed: str) -> list[str]:
-    """Return documents of about so many tokens together."""
+def _sample_documents(tokenizer: Any, documents: Sequence[str], tokens: int, seed: str) -> list[str]:
+    """Return a random subset of documents with about `tokens` tokens in total; the last document is truncated."""
     chosen, left = [], tokens
     for k in Random(seed).sample(range(len(documents)), len(documents)):
         count = len(tokenizer(documents[k], add_special_tokens=False)["input_ids"])
@@ -209,8 +215,8 @@ def _some(tokenizer: Any, documents: Sequence[str], tokens: int, seed: str) -> l
     return [document for _, document in sorted(chosen) if document]
 
 
-def _beginnings(domains: Mapping[str, Sequence[str]], count: int) -> list[str]:
-    """Return the first words of documents that are longer, of each domain in turn."""
-    long = [[d for d in documents if len(d.split()) > 2 * _PROMPT_WORDS] for documents in domains.values()]
+def _prompts_from_documents(domains: Sequence[Sequence[str]], count: int) -> list[str]:
+    """Return the first words of long documents as prompts, cycling through the domains."""
+    long = [[d for d in documents if len(d.split()) > 2 * _PROMPT_WORDS] for documents in domains]
     turns = [documents[k] for k in range(max(map(len, long), default=0)) for documents in long if k < len(documents)]
     return [" ".join(document.split()[:_PROMPT_WORDS]) for document in turns[:count]]

@@ -1,4 +1,4 @@
-"""Score changed models at their task, against the kept answers of the original."""
+"""Score changed models against the stored outputs of the original."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.arguments import checked
-from streamline_hooks.batch import Batch
-from streamline_hooks.distance import reference_of, summed_distance
-from streamline_hooks.errors import StreamlineError
-from streamline_hooks.evaluation.likeness import answers_of, likeness_of
-from streamline_hooks.task import Task
+from streamline_hooks.core import Batch, StreamlineError, validate_arguments
+from streamline_hooks.evaluation.embeddings import compare_embeddings, compute_answers
+from streamline_hooks.modeling import Task, reference_outputs, sum_distance
 
 MEASURES = {
     "accuracy": "accuracy",
@@ -26,31 +23,31 @@ MEASURES = {
 
 
 class TaskScores:
-    """Score changed models on the same batches, against the answers of the original, which are kept on the CPU.
+    """Score changed models on the same batches, against the outputs of the original.
+
+    The original runs once, and its outputs are stored on the CPU. They take outputs × features × 4 bytes; a language
+    model has one output per token, with the vocabulary as features.
 
     Parameters
     ----------
     original : torch.nn.Module
-        It is run once, here.
+        The original model.
     batches : sequence of mapping or torch.Tensor
-        With ``labels`` of shape (batch,) for the accuracy of a classifier.
+        Inputs, for classifiers with ``labels`` of shape (batch,) if accuracy is needed.
     task : Task
+        The models' task (see `Task.of`).
     what : str
         Label of the progress bar.
 
     Attributes
     ----------
     original : dict of str to float
-        Scores of the original, see `of`.
+        Scores of the original (see `of`).
 
     Raises
     ------
     StreamlineError
-        If there is no batch, or an answer is not finite.
-
-    Notes
-    -----
-    Memory: answers × features × 4 bytes; each token of a decoder is an answer, with the vocabulary as its features.
+        If there is no batch or no real token, or an output is not finite.
 
     Examples
     --------
@@ -65,16 +62,18 @@ class TaskScores:
     (['cosine', 'spearman'], True)
     """
 
-    @checked()
+    @validate_arguments()
     def __init__(
         self, original: nn.Module, batches: Sequence[Batch | Tensor], task: Task, what: str = "original"
     ) -> None:
         if not batches:
-            raise StreamlineError("There is no batch to score on; give one at least.")
+            raise StreamlineError("TaskScores: batches is empty. Expected at least one batch. Pass batches.")
         self.task, self._batches = task, list(batches)
-        self._references = [reference_of(task, rows) for rows in answers_of(original, self._batches, task, what)]
+        self._references = [
+            reference_outputs(task, rows) for rows in compute_answers(original, self._batches, task, what)
+        ]
         if not sum(map(len, self._references)):
-            raise StreamlineError("The batches hold no real token; give some to score on.")
+            raise StreamlineError("The batches contain no real token. Expected at least one. Pass other batches.")
         self.original = self._scores(self._references)
 
     def of(self, model: nn.Module, what: str = "changed model") -> dict[str, float]:
@@ -83,35 +82,33 @@ class TaskScores:
         Returns
         -------
         dict of str to float
-            For distributions ``kl``, the mean KL(original ‖ changed) in nats; ``top1``, the share of answers with the
-            same token or class first; and ``accuracy``, if a classifier's batches have labels. For embeddings
-            ``cosine`` and ``spearman``, see `Likeness`.
+            For models with logits: ``kl``, the mean KL(original ‖ changed) in nats; ``top1``, the fraction of outputs
+            with the same top-1 token or class; and, for classifiers with labels, ``accuracy``. For embedding models:
+            ``cosine`` and ``spearman`` (see `EmbeddingSimilarity`).
         """
-        return self._scores(answers_of(model, self._batches, self.task, what))
+        return self._scores(compute_answers(model, self._batches, self.task, what))
 
     def _scores(self, answers: list[Tensor]) -> dict[str, float]:
         if not self.task.gives_distributions:
-            alike = likeness_of(torch.cat(self._references), torch.cat(answers))
-            return {"cosine": alike.cosine, "spearman": alike.spearman}
+            similarity = compare_embeddings(torch.cat(self._references), torch.cat(answers))
+            return {"cosine": similarity.cosine, "spearman": similarity.spearman}
         pairs = list(zip(self._references, answers, strict=True))
         count = sum(map(len, self._references))
         same = sum(int((p.argmax(dim=-1) == q.argmax(dim=-1)).sum()) for p, q in pairs)
-        found = {
-            "kl": max(0.0, math.fsum(summed_distance(self.task, p, q) for p, q in pairs) / count),  # of rounding
-            "top1": same / count,
-        }
+        kl = math.fsum(sum_distance(self.task, p, q) for p, q in pairs) / count
+        scores = {"kl": max(0.0, kl), "top1": same / count}  # rounding can make the KL negative
         labels = [batch.get("labels") if not isinstance(batch, Tensor) else None for batch in self._batches]
-        if self.task.unit != "token" and all(isinstance(one, Tensor) for one in labels):
-            right = [_right(q, cast(Tensor, one)) for q, one in zip(answers, labels, strict=True)]
-            found["accuracy"] = sum(right) / count
-        return found
+        if self.task.unit != "token" and all(isinstance(batch_labels, Tensor) for batch_labels in labels):
+            right = [_count_right(q, cast(Tensor, target)) for q, target in zip(answers, labels, strict=True)]
+            scores["accuracy"] = sum(right) / count
+        return scores
 
 
-def _right(answers: Tensor, labels: Tensor) -> int:
-    """Count the answers whose first class is the label."""
+def _count_right(answers: Tensor, labels: Tensor) -> int:
+    """Count the outputs whose top-1 class equals the label."""
     if labels.shape != (len(answers),) or labels.is_floating_point():
         raise StreamlineError(
-            f"The labels of a batch are {labels.dtype} of shape {tuple(labels.shape)}; expected the number of one "
-            f"class for each of {len(answers)}, of shape ({len(answers)},)."
+            f"The labels of a batch have dtype {labels.dtype} and shape {tuple(labels.shape)}. Expected one class "
+            f"index for each of {len(answers)} outputs, of shape ({len(answers)},). Correct the labels."
         )
     return int((answers.argmax(dim=-1) == labels.to(answers.device)).sum())

@@ -1,26 +1,38 @@
-"""One object that describes a compression completely."""
+"""Define `CompressionConfig`, which describes a compression completely, and the configs it contains."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
+from torch import nn
 
-from streamline_hooks.core.config import Bound, Config, require_fields, require_plain
-from streamline_hooks.core.files import atomic_file
-from streamline_hooks.core.hardware_config import HardwareConfig
-from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
-from streamline_hooks.repair import DistillationConfig, HealingConfig, LinearConfig, ReplacementConfig
+from streamline_hooks.checkpoint import read_history
+from streamline_hooks.core import (
+    Bound,
+    Config,
+    HardwareConfig,
+    StreamlineError,
+    UnsupportedSurgery,
+    atomic_file,
+    check_field_names,
+    check_json_values,
+    require_weights,
+    validate_fields,
+)
+from streamline_hooks.distillation import DistillationConfig, HealingConfig, TrainingCallback
+from streamline_hooks.modeling import Task
+from streamline_hooks.repair import LinearConfig, ReplacementConfig
 from streamline_hooks.selection import SearchConfig, Target, WindowSearch
-from streamline_hooks.task import Task
+from streamline_hooks.statistics import Profile
 
-SCHEMA = 2
-"""The version of the form in which configs are written."""
+SCHEMA = 3
+"""Schema version of saved configs."""
 
 
 def _without_on_policy(values: dict[str, Any]) -> dict[str, Any]:
@@ -31,40 +43,55 @@ def _without_on_policy(values: dict[str, Any]) -> dict[str, Any]:
     if distillation["on_policy"] is not None:
         raise StreamlineError(
             f"CompressionConfig: distillation.on_policy={distillation['on_policy']!r} is no longer supported. Expected "
-            "null. Leave it out, and train the result with TRL as in examples/on_policy_distillation.py."
+            "null. Remove the field, and train the result with TRL as in examples/on_policy_distillation.py."
         )
     return {**values, "distillation": {name: v for name, v in distillation.items() if name != "on_policy"}}
 
 
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _without_on_policy}
-"""For each older version that can be read, a function that returns the values as the next version has them."""
+def _with_renamed_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Rename `search.keep` and `data.repeated` of schema 2 to `search.protect` and `data.repeated_context`."""
+    renamed = dict(values)
+    for section, old, new in (("search", "keep", "protect"), ("data", "repeated", "repeated_context")):
+        if isinstance(fields := renamed.get(section), Mapping):
+            renamed[section] = {new if name == old else name: value for name, value in fields.items()}
+    return renamed
+
+
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _without_on_policy, 2: _with_renamed_fields}
+"""By older schema version, the function that converts the values to the next version."""
 
 
 @dataclass(frozen=True)
 class DataConfig(Config):
-    """How documents are divided into disjoint parts, and how much of each part is used.
+    """Sizes of the disjoint parts into which documents are split.
 
-    Batches, packed text and text that is divided already have sizes of their own; these fields are for documents.
+    The fields apply to documents only. Batches, packed text and a `TokenSplit` already have their sizes.
 
     Attributes
     ----------
     sequence_length : int
-        Tokens in a sequence. 512 is enough context for what a block does to the hidden state, and fits most models.
+        Tokens per sequence. The default of 512 gives enough context to measure a block and fits most models.
     calibration_tokens : int
-        Tokens that windows are ranked on, and replacements fitted and trained on. The default, 80 sequences, is where
-        the least-squares map of a model of 576 features stops improving (benchmarks/results/quality.md).
+        Tokens for ranking windows and for fitting and training replacements. More than the default of 80 sequences does
+        not improve the least-squares map of a model with 576 features (benchmarks/results/quality.md).
     fitting_tokens : int, optional
-        Of the calibration tokens, the first ones, on which windows are ranked and replacements fitted, if distillation
-        continues on all of them. By default all. For long trainings, whose text would take long to rank on.
+        Rank windows and fit replacements on this many of the first calibration tokens only; distillation uses all of
+        them. It saves time if the training text is long. By default all calibration tokens.
     validation_tokens : int
-        Tokens on which the shortlist is verified, and the best weights of a training are chosen. The default, 4,096,
-        keeps both short; candidates are compared on the same tokens.
+        Tokens for verifying the shortlist and for choosing the best weights during training. All candidates are
+        compared on the same tokens. The default of 4,096 keeps both steps short.
     test_tokens : int
-        Tokens on which the result is measured. Nothing is chosen or fitted on them. The default, 12,288, measures a
-        perplexity to about a percent.
-    repeated : float
-        Fraction of the sequences used for ranking and verifying whose second half repeats the first, so that blocks
-        that copy from the context are kept. 0 by default: prose as it is.
+        Tokens for measuring the result. Nothing is chosen or fitted on them. The default of 12,288 measures perplexity
+        to about one percent.
+    repeated_context : float
+        Fraction of the ranking and verification sequences whose second half repeats the first. It makes the search keep
+        blocks that copy from the context. 0 by default.
+
+    Examples
+    --------
+    >>> from streamline_hooks import DataConfig
+    >>> DataConfig(calibration_tokens=20_000).sequence_length
+    512
     """
 
     bounds: ClassVar[Mapping[str, Bound]] = {
@@ -73,7 +100,7 @@ class DataConfig(Config):
         "fitting_tokens": 2,
         "validation_tokens": 2,
         "test_tokens": 2,
-        "repeated": "[0, 1]",
+        "repeated_context": "[0, 1]",
     }
 
     sequence_length: int = 512
@@ -81,74 +108,127 @@ class DataConfig(Config):
     fitting_tokens: int | None = None
     validation_tokens: int = 4_096
     test_tokens: int = 12_288
-    repeated: float = 0.0
+    repeated_context: float = 0.0
 
 
 @dataclass(frozen=True)
 class EvaluationConfig(Config):
-    """What is measured of the compressed model besides its loss on the test part.
+    """Optional measurements of the compressed model, in addition to its loss on the test part.
+
+    Both apply to causal language models in memory that have a tokenizer. Other models are neither timed nor asked to
+    generate.
 
     Attributes
     ----------
     speed : bool
-        Time the original and the compressed model in turn, for a prompt and for further tokens. True by default: it
+        Time the prompt and the further tokens of the original and the compressed model in turn. True by default; it
         takes seconds.
     generation : bool
-        Let both models continue the same prompts and solve small generated problems, so that a collapse is reported in
-        `CompressionResult.warnings`. True by default: perplexity alone does not show a collapse.
+        Let both models continue the same prompts and solve small generated problems. A collapse, which perplexity does
+        not show, is reported in `CompressionResult.warnings`. True by default.
 
-    Both are for causal language models in memory that are given a tokenizer; with other models and data, and block by
-    block, nothing is timed and nothing is generated.
+    Examples
+    --------
+    >>> from streamline_hooks.pipeline import EvaluationConfig
+    >>> EvaluationConfig(speed=False)
+    EvaluationConfig(speed=False, generation=True)
     """
 
     speed: bool = True
     generation: bool = True
 
 
+@dataclass(frozen=True, eq=False)
+class RunOptions:
+    """Options of one call of `compress` that are not saved: files, callbacks and existing objects.
+
+    Attributes
+    ----------
+    overwrite : bool
+        Replace an output folder that `save` wrote. Other non-empty folders are never replaced. False by default.
+    resume : bool
+        Continue an interrupted training run with the same arguments. After Ctrl-C it also needs ``overwrite=True``,
+        because the best weights so far are in the output folder. The steps before training are repeated. False by
+        default.
+    checkpoint_file : str or Path, optional
+        The training checkpoint, from which an interrupted run is resumed. By default ``OUTPUT.training``, next to the
+        output folder; it is removed at the end.
+    profile : Profile, optional
+        A profile of the model, if it was measured before.
+    teacher : torch.nn.Module, optional
+        The original of a model that was already changed by surgery. It is the teacher of the training run and the
+        reference of the measurements. Windows are verified against the given model. By default the model itself.
+    test_texts : sequence of str, optional
+        Documents for the test part. By default a part of the data. Only if the data are documents.
+    callbacks : sequence of TrainingCallback
+        Called before and after each training step and each validation.
+
+    Examples
+    --------
+    >>> from streamline_hooks import RunOptions
+    >>> RunOptions(overwrite=True).resume
+    False
+    """
+
+    overwrite: bool = False
+    resume: bool = False
+    checkpoint_file: str | Path | None = None
+    profile: Profile | None = None
+    teacher: nn.Module | None = None
+    test_texts: Sequence[str] | None = None
+    callbacks: Sequence[TrainingCallback] = ()
+
+    def __post_init__(self) -> None:
+        validate_fields(self)
+        if self.teacher is not None:
+            require_weights(self.teacher, "RunOptions: teacher")
+
+
 @dataclass(frozen=True)
 class CompressionConfig(Config):
-    """Everything that decides what a compression does to a model.
+    """Configure a compression completely.
 
-    The same model, data and config give the same selection, metrics and weights, if `compress` is given the same
-    teacher, profile and test texts too. Every checkpoint contains the config it was made with; `load` reads it there.
+    The same model, data and config give the same selection, metrics and weights, if the teacher, profile and test texts
+    of `RunOptions` are also the same. Every checkpoint contains its config, which `load` reads.
 
     Attributes
     ----------
     remove : Target, int or float
-        How much to remove: a number of blocks, a fraction of them, or a `Target`. A quarter by default, the sparsity
-        of the LLM-Streamline paper.
+        How much to remove: a number of blocks, a fraction of the blocks, or a `Target`. By default a quarter, the
+        sparsity of the LLM-Streamline paper (arXiv 2403.19135).
     repair : ReplacementConfig
-        What replaces the removed blocks. A linear map by default: it is solved in closed form, in seconds.
+        The replacement of the removed blocks. By default a linear map, which is solved in closed form within seconds.
     search : SearchConfig
-        How the blocks are found. The least important window of consecutive blocks by default.
+        The search that selects the blocks. By default the least important window of consecutive blocks.
     data : DataConfig
-        How much text is used for what.
+        Sizes of the calibration, validation and test parts.
     distillation : DistillationConfig, optional
-        How the replacement is trained afterwards. By default it is not.
+        How to train the replacement after it is fitted. By default it is not trained.
     healing : HealingConfig, optional
-        Which of the blocks that stay are trained too. By default none; needs `distillation`.
+        Remaining blocks to train together with the replacement. By default none. Needs `distillation`.
     evaluation : EvaluationConfig
-        What is measured of the result.
+        Optional measurements of the result.
     hardware : HardwareConfig
-        How the machine is used; it changes the result by rounding only.
+        Batch size, precision and memory. Only `batch_size` changes the result by more than rounding, because it sets
+        the number of training steps.
     rounds : int
-        Rounds in which the blocks are removed. After each the repaired model is trained and ranked again (IteRABRe,
-        arXiv 2503.06291), on a part of the data of its own. 1 by default; more need `distillation`.
+        Number of rounds in which the blocks are removed. After each round the repaired model is trained and ranked
+        again on another part of the data (IteRABRe, arXiv 2503.06291). 1 by default; more need `distillation`.
     train_until : float, optional
-        Seconds after the start of the compression at which training ends, with its best weights so far. By default it
-        makes all its steps. The result of a limited training depends on the speed of the machine.
+        Seconds after the start of the compression at which training stops and keeps the best weights so far. The result
+        then depends on the speed of the machine. By default training is not limited.
     seed : int
-        Seed of the division of the data, of random initial weights and of the order of training. 0 by default; a
-        `seed` of `repair` or `distillation` takes its place there.
+        Seed of the data split, of random initial weights and of the order of training batches. A `seed` of `repair` or
+        `distillation` overrides it there. 0 by default.
     task : Task, optional
-        What the model is for. By default what its class says, see `Task.of`.
+        The task of the model. By default it is derived from the model's class, see `Task.of`.
     stack : str, optional
-        Path of the block stack, for models with several; see `find_stack`.
+        Path of the block stack, for models with several stacks; see `find_stack`.
 
     Raises
     ------
     StreamlineError
-        If a value is invalid, or two parts contradict each other.
+        If a field is invalid, or two fields contradict each other.
 
     Examples
     --------
@@ -179,36 +259,37 @@ class CompressionConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "remove", Target.of(self.remove))
-        for one, how in ((self.repair, "register_replacement"), (self.search, "register_search")):
-            if one.family is None or one.family.get(one.kind) is not type(one):
+        for component, register in ((self.repair, "register_replacement"), (self.search, "register_search")):
+            if component.family is None or component.family.get(component.kind) is not type(component):
                 raise StreamlineError(
-                    f"CompressionConfig: {type(one).__name__} is not registered under kind={one.kind!r}, so that it "
-                    f"could not be read again. Expected a registered class. Give it a kind and pass it to {how}."
+                    f"CompressionConfig: {type(component).__name__} is not registered under kind={component.kind!r}, "
+                    "so a saved config could not be loaded. Expected a registered class. Set its kind and pass it to "
+                    f"{register}."
                 )
-        require_plain(self)
+        check_json_values(self)
         self.search.check(self.target, replacement=self.repair)
         if self.distillation is None:
             self._refuse_without_distillation()
         elif self.search.silences_branches:
             raise UnsupportedSurgery(
-                f"CompressionConfig: the search {self.search.kind!r} silences attentions or MLPs, whose replacements "
-                "are solved in closed form and not trained. Leave distillation out, or search for windows."
+                f"CompressionConfig: the search {self.search.kind!r} silences attention or MLP branches, whose "
+                "replacements are solved in closed form and not trained. Leave distillation out, or search for windows."
             )
         if self.train_until is not None and not self.train_until > 0:
             raise StreamlineError(
-                f"CompressionConfig: train_until={self.train_until} leaves no time for training. Expected seconds "
-                "above 0. Give more, or None for no limit."
+                f"CompressionConfig: train_until={self.train_until} leaves no time for training. Expected a number of "
+                "seconds > 0. Increase it, or use None for no limit."
             )
         if self.rounds > 1:
             self._check_rounds()
 
     @property
     def target(self) -> Target:
-        """What `remove` stands for."""
+        """`remove` as a `Target`."""
         return Target.of(self.remove)
 
     def _refuse_without_distillation(self) -> None:
-        given = {
+        is_set = {
             "healing": self.healing is not None,
             "rounds": self.rounds > 1,
             "train_until": self.train_until is not None,
@@ -216,29 +297,30 @@ class CompressionConfig(Config):
             "hardware.autocast": self.hardware.autocast is not None,
             "hardware.state_dtype": self.hardware.state_dtype is not None,
         }
-        if found := [name for name, there in given.items() if there]:
+        if fields_set := [name for name, set_ in is_set.items() if set_]:
             raise StreamlineError(
-                f"CompressionConfig: {' and '.join(found)} has no effect without a training. Expected a "
-                "DistillationConfig beside it. Add distillation=DistillationConfig(), or leave it out."
+                f"CompressionConfig: {' and '.join(fields_set)} has no effect without training. Expected a "
+                "DistillationConfig as well. Add distillation=DistillationConfig(), or leave it out."
             )
 
     def _check_rounds(self) -> None:
         assert self.distillation is not None
         if not self.target.counts_blocks:
             raise StreamlineError(
-                f"CompressionConfig: rounds={self.rounds} cannot share the target {self.target}. Expected a number or "
+                f"CompressionConfig: rounds={self.rounds} cannot divide the target {self.target}. Expected a number or "
                 "a fraction of the blocks. Change remove, or use one round."
             )
         objective = self.distillation.objective
         if objective.needs_states:
             raise StreamlineError(
-                f"CompressionConfig: the loss {objective} compares hidden states behind windows, which the original "
-                f"has elsewhere after the first of {self.rounds} rounds. Compare logits: kl, reverse_kl or lm."
+                f"CompressionConfig: the loss {objective} compares hidden states after windows, but after the first of "
+                f"{self.rounds} rounds the boundaries of the original differ. Use a loss on logits: kl, reverse_kl or "
+                "lm."
             )
         if self.train_until is not None:
             raise StreamlineError(
-                f"CompressionConfig: train_until={self.train_until} ends one training, and each of {self.rounds} "
-                "rounds has its own. Leave it out, or limit each with DistillationConfig(max_minutes=...)."
+                f"CompressionConfig: train_until={self.train_until} limits one training run, but each of {self.rounds} "
+                "rounds has a training run. Leave it out, or limit each run with DistillationConfig(max_minutes=...)."
             )
 
     @classmethod
@@ -248,72 +330,77 @@ class CompressionConfig(Config):
         Parameters
         ----------
         name : str
-            One of `PRESETS`, which gives the source of each: ``"best"``, ``"llm-streamline-ffn"``, ...
+            A name in `PRESETS`, such as ``"best"`` or ``"llm-streamline-ffn"``. `Preset.source` names the paper.
         **fields
-            Fields to set differently, such as ``remove=8``.
+            Fields to override, such as ``remove=8``.
+
+        Returns
+        -------
+        CompressionConfig
 
         Raises
         ------
         StreamlineError
-            If there is no such preset; the nearest one is suggested.
+            If the name is unknown; the error suggests the nearest name.
         """
         from streamline_hooks.pipeline.presets import PRESETS
 
-        require_fields(cls, fields)
+        check_field_names(cls, fields)
         return replace(PRESETS[name].config, **fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the schema version and all fields as values of JSON and YAML."""
+        """Return the schema version and all fields as JSON values."""
         return {"schema": SCHEMA, **super().to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CompressionConfig:
-        """Build a config from what `to_dict` returned, of this or an older schema version.
+        """Build a config from the output of `to_dict`, also of an older schema version.
 
-        Fields that are left out have their defaults; without a version the present one is assumed.
+        Missing fields have their defaults. A missing version means the current version.
 
         Raises
         ------
         StreamlineError
-            If the version or a key is unknown, with the nearest known key, or a value is invalid.
+            If the version or a key is unknown, or a value is invalid.
         """
         if not isinstance(values, Mapping):
-            raise StreamlineError(f"Got {values!r} as a config. Expected a mapping of fields to values. Write one.")
-        given = dict(values)
-        version = given.pop("schema", SCHEMA)
+            raise StreamlineError(f"Got {values!r} as a config. Expected a mapping of fields to values. Pass one.")
+        remaining = dict(values)
+        version = remaining.pop("schema", SCHEMA)
         while type(version) is not int or version != SCHEMA:
             if type(version) is not int or version not in UPGRADES:
                 known = ", ".join(map(str, [*sorted(UPGRADES), SCHEMA]))
                 raise StreamlineError(
-                    f"schema={version!r} is unknown. Expected {known}. Read the config with the version of "
-                    "streamline_hooks that wrote it, or a newer one."
+                    f"schema={version!r} is unknown. Expected one of {known}. Load the config with the version of "
+                    "streamline_hooks that wrote it, or with a newer version."
                 )
-            given, version = UPGRADES[version](given), version + 1
-        return super().from_dict(given)
+            remaining, version = UPGRADES[version](remaining), version + 1
+        return super().from_dict(remaining)
 
     def to_yaml(self) -> str:
-        """Return the config as YAML, with its schema version first."""
-        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False)
+        """Return the config as YAML, starting with the schema version."""
+        text: str = yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False)
+        return text
 
     @classmethod
     def from_yaml(cls, text: str) -> CompressionConfig:
-        """Read YAML, of which JSON is a part; see `from_dict`.
+        """Build a config from YAML or JSON text; see `from_dict`.
 
         Raises
         ------
         StreamlineError
-            If the text is no YAML, or as `from_dict`.
+            If the text is not valid YAML, or `from_dict` raises.
         """
         try:
             values = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise StreamlineError(
-                f"The config is no YAML: {error}. Expected lines such as `remove: 0.25`. Correct it."
+                f"The config is not valid YAML: {error}. Expected lines such as `remove: 0.25`. Correct the syntax."
             ) from None
         return cls.from_dict({} if values is None else values)
 
     def save(self, path: str | Path) -> None:
-        """Write the config to a file: JSON if its name ends in ``.json``, else YAML."""
+        """Write the config to a file, as JSON if the name ends in ``.json``, else as YAML."""
         path = Path(path)
         text = json.dumps(self.to_dict(), indent=2) + "\n" if path.suffix == ".json" else self.to_yaml()
         with atomic_file(path) as new:
@@ -321,70 +408,73 @@ class CompressionConfig(Config):
 
     @classmethod
     def load(cls, path: str | Path) -> CompressionConfig:
-        """Read a config from a file that `save` wrote, or from a checkpoint.
+        """Load a config from a file or from a checkpoint.
 
         Parameters
         ----------
         path : str or Path
-            A YAML or JSON file, or a folder with a compressed model.
+            A YAML or JSON file, or the folder of a compressed model.
+
+        Returns
+        -------
+        CompressionConfig
 
         Raises
         ------
         StreamlineError
-            If there is none, or as `from_dict`.
+            If the path contains no config, or `from_dict` raises.
         """
         path = Path(path)
         if path.is_dir():
-            return cls.from_dict(_recorded(path))
+            return cls.from_dict(_config_of_checkpoint(path))
         if not path.is_file():
             raise StreamlineError(
-                f"There is no file {path}. Expected a config in YAML or JSON, or a checkpoint folder. Correct the path."
+                f"There is no file {path}. Expected a YAML or JSON config, or a checkpoint folder. Correct the path."
             )
         try:
             return cls.from_yaml(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise StreamlineError(
-                f"{path} is no text in UTF-8: {error}. Expected a config in YAML or JSON. Write it anew."
+                f"{path} is not UTF-8 text: {error}. Expected a YAML or JSON config. Save it as UTF-8."
             ) from None
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads ``1e-3`` as a number, as YAML 1.2 and Python do, and refuses a key that occurs twice."""
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML loader that reads ``1e-3`` as a number, as YAML 1.2 does, and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]  # type: ignore[no-untyped-call]
-        if twice := [key for key in keys if keys.count(key) > 1]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        if duplicates := [key for key in keys if keys.count(key) > 1]:
             raise StreamlineError(
-                f"The config has the key {twice[0]!r} twice. Expected each key once. Delete one of them."
+                f"The config has the key {duplicates[0]!r} twice. Expected each key once. Delete one of the two."
             )
-        return super().construct_mapping(node, deep=deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes text that `_Loader` would read as a number in quotation marks."""
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """YAML dumper that quotes strings that `_Loader` would read as numbers."""
 
 
-for _one in (_Loader, _Dumper):
-    _one.add_implicit_resolver(
+for _yaml_class in (_Loader, _Dumper):
+    _yaml_class.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
     )
 
 
-def _recorded(folder: Path) -> dict[str, Any]:
-    """Return the config in a checkpoint."""
-    from streamline_hooks.checkpoint import read_history
-
-    expected = "Expected a checkpoint that one call of `compress` wrote, with this version or a later one."
+def _config_of_checkpoint(folder: Path) -> dict[str, Any]:
+    """Return the config stored in a checkpoint."""
+    expected = "Expected a checkpoint of one call of `compress`."
     try:
-        found = [entry.get("config") for entry in read_history(folder)]
+        configs = [entry.get("config") for entry in read_history(folder)]
     except StreamlineError as error:
         raise StreamlineError(
-            f"{folder} holds no config of a compression: {error} {expected} Name a file instead."
+            f"{folder} contains no config of a compression: {error} {expected} Pass a config file instead."
         ) from None
-    if not all(isinstance(one, dict) and one == found[0] for one in found):
-        told = sum(isinstance(one, dict) for one in found)
+    if not all(isinstance(config, dict) and config == configs[0] for config in configs):
+        count = sum(isinstance(config, dict) for config in configs)
         raise StreamlineError(
-            f"{folder} holds no config that describes it: {len(found)} surgeries, {told} with a config. {expected} "
-            "Write the config by hand, or compress again."
+            f"{folder} contains no config that describes it: it records {len(configs)} surgeries, {count} with a "
+            f"config. {expected} Write the config by hand, or compress again."
         )
-    return dict(found[0] or {})
+    return dict(configs[0] or {})

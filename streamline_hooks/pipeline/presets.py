@@ -1,35 +1,34 @@
-"""Recommended and published configs by name."""
+"""Define the presets: recommended and published configs by name."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from streamline_hooks.core.config import Registry
+from streamline_hooks.core import Registry
+from streamline_hooks.distillation import DistillationConfig, HealingConfig
 from streamline_hooks.pipeline.config import CompressionConfig, DataConfig
-from streamline_hooks.repair import (
-    BlockConfig,
-    DistillationConfig,
-    FeedForwardConfig,
-    HealingConfig,
-    LinearConfig,
-    NoneConfig,
-    SwiGLUConfig,
-)
+from streamline_hooks.repair import BlockConfig, FeedForwardConfig, LinearConfig, NoneConfig, SwiGLUConfig
 from streamline_hooks.selection import DisjointSearch
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A config under a name.
+    """A named config and its source.
 
     Attributes
     ----------
     name : str
     config : CompressionConfig
-        How many sequences are run at a time, and so how many steps are made, is not part of a recipe: set
+        The batch size, and so the number of training steps, is not part of a preset: set
         ``hardware=HardwareConfig(batch_size=...)``.
     source : str
-        The paper and repository it comes from, and what differs here.
+        The paper and repository of the preset, and the differences from them.
+
+    Examples
+    --------
+    >>> from streamline_hooks.pipeline import PRESETS
+    >>> PRESETS["none"].source
+    'Plain removal.'
     """
 
     name: str
@@ -42,7 +41,7 @@ _DISTILLATION = DistillationConfig(
 )
 _HEALING = HealingConfig(method="partial", where="after", learning_rate_ratio=0.2)
 _BEST = CompressionConfig(
-    repair=SwiGLUConfig(), distillation=_DISTILLATION, healing=_HEALING, data=DataConfig(repeated=1.0)
+    repair=SwiGLUConfig(), distillation=_DISTILLATION, healing=_HEALING, data=DataConfig(repeated_context=1.0)
 )
 
 PRESETS: Registry[Preset] = Registry("preset", "PRESETS.add(name, Preset(...))")
@@ -52,14 +51,12 @@ for _preset in (
     Preset(
         "best",
         _BEST,
-        "This library's own, the best repair in benchmarks/results/quality.md: a SwiGLU beside the least-squares map, "
-        "and the blocks behind it trained at a fifth of the learning rate at the same time. With the tokens divided "
-        "between the two, one after the other, it ends further from the original (KL 0.53 and 0.54 against 0.51 on "
-        "validation text, 8 of 30 blocks removed). It learns the original's logits and the text itself; by the logits "
-        "alone it ends further too (0.63 against 0.52 on held-out text). Blocks are chosen on text that repeats each "
-        "passage, because the blocks that prose needs least are those that copy "
-        "(benchmarks/results/quality_generation.md). If the text is unlike what the model is for, train the "
-        "replacement alone by KL, which does not adapt the model to the text: SwiGLUConfig() with loss={'kl': 1.0}.",
+        "The best repair of this library in benchmarks/results/quality.md: a SwiGLU network parallel to the "
+        "least-squares map, trained on the original's logits and on the text, together with the blocks after it at a "
+        "fifth of the learning rate. Blocks are ranked on text that repeats each passage, because ranking on prose "
+        "selects the blocks that copy (benchmarks/results/quality_generation.md). If the text differs from the "
+        "intended use of the model, train the replacement alone by KL, which does not adapt the model to the text: "
+        "SwiGLUConfig() with loss={'kl': 1.0}.",
     ),
     Preset(
         "two-windows",
@@ -70,16 +67,16 @@ for _preset in (
             healing=_HEALING,
             data=_BEST.data,
         ),
-        "This library's own, for models that must copy from their context (benchmarks/results/quality_generation.md): "
-        "two windows with blocks between them, which cost less of that than one of their total length. Each is "
-        "replaced by its least-squares map, beside which a network learned nothing more; training and healing as in "
-        "`best`.",
+        "A preset of this library for models that must copy from their context "
+        "(benchmarks/results/quality_generation.md): two separate windows, which reduce copying less than one window "
+        "of the same total length. Each window is replaced by its least-squares map, because an additional network did "
+        "not improve it. Training and healing as in `best`.",
     ),
     Preset(
         "iterative",
         CompressionConfig(repair=_BEST.repair, distillation=_DISTILLATION, healing=_HEALING, data=_BEST.data, rounds=2),
-        "IteRABRe, arXiv 2503.06291: remove a little, train, rank again on the repaired model. Here two rounds of "
-        "`best`, which share its text, with the original as the teacher of both.",
+        "IteRABRe, arXiv 2503.06291: remove a few blocks, train, and rank the repaired model again. Here two rounds of "
+        "`best` that divide its text; the original is the teacher in both.",
     ),
     Preset("none", CompressionConfig(repair=NoneConfig()), "Plain removal."),
     Preset(
@@ -98,7 +95,7 @@ for _preset in (
         ),
         "LLM-Streamline, arXiv 2403.19135; RUCKBReasoning/LLM-Streamline, examples/"
         "mlp_mseloss_train_without_memory_issue: d to 4d to d with ReLU and biases, no residual path, random initial "
-        "weights, MSE of the hidden states. Its batches hold 128 sequences of 2,048 tokens and more; its weight decay "
+        "weights, MSE of the hidden states. There, a batch has 128 or more sequences of 2,048 tokens, and weight decay "
         "includes biases.",
     ),
     Preset(
@@ -116,8 +113,8 @@ for _preset in (
             ),
         ),
         "LLM-Streamline, arXiv 2403.19135; RUCKBReasoning/LLM-Streamline, LLM_Streamline/train_lightweightnetwork.py: "
-        "an unchanged copy of the window's first block, trained by the MSE of the hidden states. Its batches hold 128 "
-        "sequences of 2,048 tokens. Its script runs the block without a causal mask during training; here it has one.",
+        "a copy of the window's first block, trained by the MSE of the hidden states. There, a batch has 128 sequences "
+        "of 2,048 tokens, and the block is trained without a causal mask; here it is trained with the mask.",
     ),
 ):
     PRESETS.add(_preset.name, _preset)

@@ -1,8 +1,8 @@
-"""Fitting, training and healing what stands in the place of removed blocks."""
+"""Configs of replacements and their closed-form (least-squares) fitting."""
 
-from streamline_hooks.repair.callbacks import TrainingCallback, TrainingProgress
-from streamline_hooks.repair.closed_form import ClosedForm, solve
+from streamline_hooks.repair.branch_linear import BranchLinear, fit_branch_linear, fit_branches, replace_branches
 from streamline_hooks.repair.configs import (
+    REPLACEMENTS,
     BlockConfig,
     FeedForwardConfig,
     FoldedConfig,
@@ -10,62 +10,69 @@ from streamline_hooks.repair.configs import (
     MergedConfig,
     MLPConfig,
     NoneConfig,
+    ReplacementConfig,
     ScaleConfig,
     SilencedConfig,
     SwiGLUConfig,
-)
-from streamline_hooks.repair.distillation_config import DistillationConfig
-from streamline_hooks.repair.fitting import fit_windows
-from streamline_hooks.repair.folded import Folded, measure_fold_moments
-from streamline_hooks.repair.healing import HealingConfig, freeze_all_but, student_of
-from streamline_hooks.repair.objective import LOSSES, Loss, Objective, register_loss
-from streamline_hooks.repair.replacement_config import (
-    REPLACEMENTS,
-    ReplacementConfig,
     register_replacement,
 )
-from streamline_hooks.repair.stand_in import Batches, Repair, StandIn, StandInSize, features_of, place, size_of
-from streamline_hooks.repair.student import Student
-from streamline_hooks.repair.trained import Trained
-from streamline_hooks.repair.training import train
+from streamline_hooks.repair.fit import fit_replacements, fit_windows, holds_map
+from streamline_hooks.repair.fold import FoldedMap, ScaleFactor, measure_fold_moments
+from streamline_hooks.repair.inherited_blocks import (
+    InheritedBlocks,
+    inherit_blocks,
+    inherit_silenced,
+    merge_blocks,
+    trainable_copy,
+)
+from streamline_hooks.repair.least_squares import RIDGES, ClosedForm, solve_least_squares
+from streamline_hooks.repair.placement import (
+    Repair,
+    ReplacementSize,
+    WindowReplacement,
+    hidden_size_of,
+    is_spliced,
+    place,
+    replacement_size,
+)
 
 __all__ = [
-    "LOSSES",
     "REPLACEMENTS",
-    "Batches",
+    "RIDGES",
     "BlockConfig",
+    "BranchLinear",
     "ClosedForm",
-    "DistillationConfig",
     "FeedForwardConfig",
-    "Folded",
     "FoldedConfig",
-    "HealingConfig",
+    "FoldedMap",
+    "InheritedBlocks",
     "LinearConfig",
-    "Loss",
     "MLPConfig",
     "MergedConfig",
     "NoneConfig",
-    "Objective",
     "Repair",
     "ReplacementConfig",
+    "ReplacementSize",
     "ScaleConfig",
+    "ScaleFactor",
     "SilencedConfig",
-    "StandIn",
-    "StandInSize",
-    "Student",
     "SwiGLUConfig",
-    "Trained",
-    "TrainingCallback",
-    "TrainingProgress",
-    "features_of",
+    "WindowReplacement",
+    "fit_branch_linear",
+    "fit_branches",
+    "fit_replacements",
     "fit_windows",
-    "freeze_all_but",
+    "hidden_size_of",
+    "holds_map",
+    "inherit_blocks",
+    "inherit_silenced",
+    "is_spliced",
     "measure_fold_moments",
+    "merge_blocks",
     "place",
-    "register_loss",
     "register_replacement",
-    "size_of",
-    "solve",
-    "student_of",
-    "train",
+    "replace_branches",
+    "replacement_size",
+    "solve_least_squares",
+    "trainable_copy",
 ]

@@ -1,44 +1,65 @@
-"""Least-squares linear maps in the place of single attentions and MLPs.
+"""Least-squares linear maps that replace a single attention or MLP of a block.
 
 Neural Block Linearization (Erdogan et al., arXiv 2505.21077) maps the state before the norm of an attention to its
-output. Here the error is relative to the state after the branch, a ridge is chosen on held-out sequences, and there is
-no constant. The map may also be of the normalised state.
+output. This implementation minimises the error relative to the state after the branch, chooses a ridge on held-out
+sequences, and fits no bias.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from streamline_hooks.batch import Batch
-from streamline_hooks.branch_states import reading_branches
-from streamline_hooks.branches import Branch, Branches, tolerance
-from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
-from streamline_hooks.passes import recorded
-from streamline_hooks.precision import widen
-from streamline_hooks.recorder import HiddenStateRecorder
-from streamline_hooks.repair.closed_form import solve
-from streamline_hooks.repair.stand_in import Batches, fit_possible
-from streamline_hooks.replacements import LinearReplacement, NormedLinearReplacement
-from streamline_hooks.stack import BlockStack
-from streamline_hooks.statistics import WindowMoments
-from streamline_hooks.surgery import LayerSurgeon
-from streamline_hooks.surgery.silence import branches_of
-from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced
+from streamline_hooks.core import Batch, Batches, StreamlineError, UnsupportedSurgery
+from streamline_hooks.modeling import (
+    BlockStack,
+    Branch,
+    Branches,
+    StateSource,
+    closing_generator,
+    reading_branches,
+    require_branches_readable,
+)
+from streamline_hooks.recording import HiddenStateRecorder
+from streamline_hooks.repair.least_squares import solve_least_squares
+from streamline_hooks.repair.placement import fit_possible
+from streamline_hooks.replacements import LinearReplacement
+from streamline_hooks.statistics import WindowMoments, moments_by_window
+from streamline_hooks.surgery import AFTER, BEFORE, LayerSurgeon, as_state_source, branches_of, spliced
 
 
 @dataclass(frozen=True)
 class BranchLinear:
-    """Linear map W that replaces one branch of a block, h ↦ h + hW, or h + norm(h)W if it has a norm.
+    """Linear map W that replaces one branch of a block, h ↦ h + hW.
 
-    `is_first` says whether the other branch follows, so that the map runs before the block. `map` is float64, of shape
-    (features, features); `ridge` is in units of the mean eigenvalue of Σ w hᵀh; the errors are mean relative squared
-    errors of the state after the branch on held-out sequences, with the map and with W = 0.
+    Attributes
+    ----------
+    block : int
+        Index of the block.
+    branch : str
+        ``"attention"`` or ``"mlp"``.
+    is_first : bool
+        Whether the branch is the first of the block. Its map runs before the block, that of the second branch after it.
+    map : torch.Tensor
+        W of shape (features, features), float64.
+    ridge : float
+        The chosen penalty, in units of the mean eigenvalue of Σ w hᵀh.
+    held_out_error, removal_error : float
+        Mean relative squared error of the state after the branch on the held-out sequences, with the map and with
+        W = 0.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from streamline_hooks.repair import fit_branch_linear
+    >>> from streamline_hooks.testing import tiny_model
+    >>> batches = [torch.arange(3, 63).view(6, 10)]
+    >>> (branch_map,) = fit_branch_linear(tiny_model("llama"), [(2, "mlp")], batches, batches)
+    >>> branch_map.is_first, branch_map.map.shape
+    (False, torch.Size([32, 32]))
     """
 
     block: int
@@ -48,221 +69,257 @@ class BranchLinear:
     ridge: float
     held_out_error: float
     removal_error: float
-    norm: BranchNorm | None = None
-
-    def module(self) -> LinearReplacement | NormedLinearReplacement:
-        """Return the module that replaces the branch."""
-        if self.norm is None:
-            return LinearReplacement.from_map(self.map)
-        return NormedLinearReplacement.from_map(self.map, self.norm.weight, self.norm.eps)
 
 
 def fit_branch_linear(
-    model: nn.Module,
+    model: nn.Module | StateSource,
     branches: Sequence[tuple[int, Branch]],
     fit: Sequence[Batch | Tensor],
     held_out: Sequence[Batch | Tensor],
     *,
-    normed: bool = False,
     stack: str | None = None,
     probe: Batch | Tensor | None = None,
 ) -> list[BranchLinear]:
-    """Fit a linear map for each branch (block, "attention" or "mlp") in one pass over each part of the text.
+    """Fit a least-squares linear map for each attention or MLP in one pass over each part of the data.
 
-    The ridge is chosen on `held_out`. With `normed`, the map is of the state after the branch's RMS norm. Raises
-    UnsupportedSurgery if a block has not two separate branches in series, or `normed` finds no RMS norm.
+    Neural Block Linearization (arXiv 2505.21077) with a relative error and a ridge.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    branches : sequence of (int, str)
+        Block index and ``"attention"`` or ``"mlp"``.
+    fit, held_out : sequence of mapping or torch.Tensor
+        Batches to fit the maps on, and batches of other documents to choose the ridge on.
+    stack : str, optional
+        Path of the block stack, see `find_stack`.
+    probe : mapping or torch.Tensor, optional
+        A batch without padding. Required only for models that cannot be probed with random tokens.
+
+    Returns
+    -------
+    list of BranchLinear
+        One map per branch, for `replace_branches`.
+
+    Raises
+    ------
+    UnsupportedSurgery
+        If a block does not have two separate branches in series, or an inserted module follows the branch.
+    StreamlineError
+        If a block does not exist or `branches` is empty.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from streamline_hooks.testing import tiny_model
+    >>> model, batches = tiny_model("llama"), [torch.arange(3, 63).view(6, 10)]
+    >>> (branch_map,) = fit_branch_linear(model, [(2, "attention")], batches, batches)
+    >>> branch_map.is_first, branch_map.held_out_error < branch_map.removal_error
+    (True, True)
     """
-    record = HiddenStateRecorder(model, [k for k, _ in branches], stack=stack)  # which says what is out of range
-    named = [(k % len(record.stack), branch) for k, branch in branches]
-    found = {k: _in_series(k, b) for k, b in branches_of(record.stack, record.blocks, probe).items()}
-    for k, branch in named:
-        if found[k].first != branch:
-            _require_nothing_behind(record.stack, k, branch)
-    norms: dict[tuple[int, Branch], BranchNorm] = {}
-    fitted = _measure(model, fit, named, found, stack, "fit", norms if normed else None)
-    apart = _measure(model, held_out, named, found, stack, "hold out", norms if normed else None)
-    solved = []
-    for k, branch in named:
-        solution = solve(fitted[k, branch], apart[k, branch])
-        errors = solution.held_out_error, solution.removal_error
-        place = found[k].first == branch
-        norm = norms.get((k, branch))
-        solved.append(BranchLinear(k, branch, place, solution.map, solution.ridge, *errors, norm))
-    return solved
+    source = as_state_source(model, stack)
+    record = HiddenStateRecorder(source.model, [k for k, _ in branches], stack=source.stack.path)  # validates indices
+    branch_keys = [(k % len(record.stack), branch) for k, branch in branches]
+    results = _branches_in_series(source.stack, branch_keys, probe)
+    for result in results.values():
+        if isinstance(result, UnsupportedSurgery):
+            raise result
+    in_series = {key: result for key, result in results.items() if isinstance(result, Branches)}
+    branch_maps: dict[int, BranchLinear] = {}
+    parts = [("fit branches", fit), ("held-out moments of branches", held_out)]
+    with _branch_moments(source, parts, branch_keys, in_series) as branch_moments:
+        for number, (fit_moments, held_out_moments) in branch_moments:
+            k, branch = branch_keys[number]
+            solution = solve_least_squares(fit_moments, held_out_moments)
+            branch_maps[number] = BranchLinear(
+                k,
+                branch,
+                in_series[k, branch].first == branch,
+                solution.map,
+                solution.ridge,
+                solution.held_out_error,
+                solution.removal_error,
+            )
+    return [branch_maps[number] for number in range(len(branch_keys))]
 
 
 def fit_branches(
-    stack: BlockStack,
+    source: StateSource,
     branches: Sequence[tuple[int, Branch]],
     fit: Batches,
     held_out: Batches,
     probe: Batch | Tensor | None,
 ) -> dict[tuple[int, Branch], BranchLinear | UnsupportedSurgery]:
-    """Fit linear maps for branches, or return why a branch cannot be replaced."""
+    """Fit a linear map for each branch; the value is an UnsupportedSurgery where a branch cannot be replaced."""
 
-    def fitted(part: Sequence[tuple[int, Branch]]) -> list[BranchLinear]:
-        return fit_branch_linear(stack.model, part, fit, held_out, stack=stack.path, probe=probe)
+    def fit_part(part: Sequence[tuple[int, Branch]]) -> list[BranchLinear]:
+        return fit_branch_linear(source, part, fit, held_out, probe=probe)
 
-    return dict(zip(branches, fit_possible(branches, fitted), strict=True))
+    if source.in_memory:
+        return dict(zip(branches, fit_possible(branches, fit_part), strict=True))
+    in_series = _branches_in_series(source.stack, branches, probe)
+    results: dict[tuple[int, Branch], BranchLinear | UnsupportedSurgery] = {
+        key: error for key, error in in_series.items() if isinstance(error, UnsupportedSurgery)
+    }
+    remaining = [key for key in branches if key not in results]
+    try:  # in one pass: a second pass for some of the branches would read the blocks again
+        results.update(zip(remaining, fit_part(remaining) if remaining else [], strict=True))
+    except UnsupportedSurgery as error:
+        results.update(dict.fromkeys(remaining, error))
+    return results
 
 
 def replace_branches(surgeon: LayerSurgeon, fitted: Sequence[BranchLinear]) -> list[nn.Module]:
-    """Silence branches and splice in their maps in an open surgeon; return the maps in the order of `fitted`.
+    """Zero branches in an open surgeon and insert their linear maps.
 
-    All branches must be given in one call, before anything else is inserted beside these blocks: the map of the first
-    branch runs before its block, the map of the second right after it.
+    Pass all branches in one call, before inserting other modules next to these blocks. The map of a block's first
+    branch runs before the block, the map of its second branch directly after the block.
+
+    Parameters
+    ----------
+    surgeon : LayerSurgeon
+    fitted : sequence of BranchLinear
+        The result of `fit_branch_linear`.
+
+    Returns
+    -------
+    list of torch.nn.Module
+        The inserted `LinearReplacement` of each branch, in the order of `fitted`.
+
+    Raises
+    ------
+    StreamlineError
+        If another module is already inserted after one of the blocks, or a block is already removed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from streamline_hooks import LayerSurgeon
+    >>> from streamline_hooks.testing import tiny_model
+    >>> model, batches = tiny_model("llama"), [torch.arange(3, 63).view(6, 10)]
+    >>> branch_maps = fit_branch_linear(model, [(2, "attention")], batches, batches)
+    >>> with LayerSurgeon(model) as surgeon:
+    ...     [type(module).__name__ for module in replace_branches(surgeon, branch_maps)]
+    ['LinearReplacement']
     """
+    for branch_map in fitted:
+        if not branch_map.is_first:
+            _require_nothing_inserted(surgeon, branch_map)
     modules: dict[int, nn.Module] = {}
-    for one in fitted:
-        if not one.is_first:
-            _require_free(surgeon, one)
-    for k in sorted(range(len(fitted)), key=lambda k: (fitted[k].block, not fitted[k].is_first)):
-        one = fitted[k]
-        surgeon.silence(one.block, one.branch)
-        place = one.block if one.is_first else one.block + 1
-        modules[k] = surgeon.insert(place, one.module())
-    return [modules[k] for k in range(len(fitted))]
+    for position, branch_map in sorted(enumerate(fitted), key=lambda pair: (pair[1].block, not pair[1].is_first)):
+        surgeon.silence(branch_map.block, branch_map.branch)
+        modules[position] = surgeon.insert(
+            branch_map.block + (not branch_map.is_first), LinearReplacement.from_map(branch_map.map)
+        )
+    return [modules[position] for position in range(len(fitted))]
 
 
-def _measure(
-    model: nn.Module,
-    batches: Sequence[Batch | Tensor],
-    named: Sequence[tuple[int, Branch]],
-    found: Mapping[int, Branches],
-    stack: str | None,
-    what: str,
-    norms: dict[tuple[int, Branch], BranchNorm] | None,
-) -> dict[tuple[int, Branch], WindowMoments]:
-    """Sum the moments of the states before and after branches, normalised if `norms` is given (and filled)."""
-    record = HiddenStateRecorder(model, [max(found)], inputs=False, stop=True, stack=stack)
-    wanted = set(named)
-    passed: dict[tuple[int, Branch], tuple[Tensor, Tensor]] = {}
-    moments: dict[tuple[int, Branch], WindowMoments] = {}
+@closing_generator
+def _branch_moments(
+    source: StateSource,
+    parts: Sequence[tuple[str, Batches]],
+    branch_keys: Sequence[tuple[int, Branch]],
+    in_series: Mapping[tuple[int, Branch], Branches],
+) -> Generator[tuple[int, list[WindowMoments]], None, None]:
+    """Sum the moments of the states before and after branches, and yield those of each branch once complete."""
+    branch_states: dict[tuple[int, Branch], tuple[Tensor, Tensor]] = {}
+    branches_by_block = {k: branches for (k, _), branches in in_series.items()}
 
     def receive(k: int, branch: Branch, before: Tensor, after: Tensor) -> None:
-        if (k, branch) in wanted:
-            passed[k, branch] = before.clone(), after.clone()
+        if not source.in_memory:  # only the block that ran last is summed
+            for key in [key for key in branch_states if key[0] != k]:
+                del branch_states[key]
+        if (k, branch) in in_series:
+            branch_states[k, branch] = before.clone(), after.clone()
 
-    cost = f"{what}: {len(named)} branches, {max(found) + 1} of {len(record.stack)} blocks"
-    blocks = {k: record.stack[k] for k in found}
-    watched = {k: blocks[k] for k, branch in named if norms is not None and (k, branch) not in norms}
+    def make(number: int, features: int) -> WindowMoments:
+        return _BranchMoments(features, branch_states, branch_keys[number])
+
+    require_branches_readable(source, branches_by_block)
+    windows = [range(k, k + 1) for k, _ in branch_keys]
     with (
-        reading_branches(blocks, found, receive),
-        watching_norms(watched) as seen,
-        recorded(model, batches, record, cost) as runs,
+        reading_branches({k: source.stack[k] for k in branches_by_block}, branches_by_block, receive),
+        moments_by_window(source, parts, windows, make=make, rerun=[1] * len(windows)) as summed,
     ):
-        for _, mask, _ in runs:
-            for (k, branch), (before, after) in passed.items():
-                sums = moments.setdefault((k, branch), WindowMoments(before.shape[-1]))
-                if norms is None:
-                    sums.update(before, after, mask)
-                    continue
-                if (k, branch) not in norms:
-                    norms[k, branch] = norm_of(k, branch, before, seen[k])
-                state, added = widen(norms[k, branch](before)), widen(after) - widen(before)  # rounded once, not twice
-                sums.update(state, state + added, mask, relative_to=after)
-            passed.clear()
-            for made in seen.values():
-                made.clear()
-    return moments
+        for number, sums in summed:
+            yield number, [sums.pop(0) or WindowMoments(0) for _ in parts]
 
 
-def _in_series(k: int, found: Branches | UnsupportedSurgery) -> Branches:
-    if isinstance(found, UnsupportedSurgery):
-        raise UnsupportedSurgery(f"No branch of block {k} can be replaced: {found} Choose another block.", "branches")
-    if found.first is None:
+class _BranchMoments(WindowMoments):
+    """Sum the moments of the states before and after a branch, as its hooks recorded them last."""
+
+    def __init__(
+        self, features: int, states: Mapping[tuple[int, Branch], tuple[Tensor, Tensor]], key: tuple[int, Branch]
+    ) -> None:
+        super().__init__(features)
+        self._states, self._key = states, key
+
+    def update(self, entering: Tensor, leaving: Tensor, mask: Tensor, **_: Any) -> None:
+        """Add the batch of the last call of the block."""
+        super().update(*self._states[self._key], mask)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums and the name of the branch, so that another branch of the block cannot continue them."""
+        k, branch = self._key
+        return {**super().state_dict(), "branch": f"{branch} of block {k}"}
+
+
+def _branches_in_series(
+    stack: BlockStack, branch_keys: Sequence[tuple[int, Branch]], probe: Batch | Tensor | None
+) -> dict[tuple[int, Branch], Branches | UnsupportedSurgery]:
+    """Find the branches of each block, or the error with the reason why no map can replace a branch."""
+    branches_by_block = branches_of(stack, sorted({k for k, _ in branch_keys}), probe)
+    results: dict[tuple[int, Branch], Branches | UnsupportedSurgery] = {}
+    for k, branch in branch_keys:
+        try:
+            in_series = _in_series(k, branches_by_block[k])
+            if in_series.first != branch:
+                _require_nothing_behind(stack, k, branch)
+            results[k, branch] = in_series
+        except UnsupportedSurgery as error:
+            results[k, branch] = error
+    return results
+
+
+def _in_series(k: int, branches: Branches | UnsupportedSurgery) -> Branches:
+    if isinstance(branches, UnsupportedSurgery):
         raise UnsupportedSurgery(
-            f"No branch of block {k} can be replaced alone: its attention and its MLP work on the same state, so that "
-            "a map of that state in the place of one of them can run neither before the block nor after it. Silence "
-            "the branch, or replace the block.",
+            f"Cannot replace a branch of block {k} by a linear map: {branches} Choose another block.", "branches"
+        )
+    if branches.first is None:
+        raise UnsupportedSurgery(
+            f"Cannot replace a branch of block {k} by a linear map: its attention and its MLP read the same state. "
+            "A map of that state can run neither before nor after the block. Expected branches in series. Zero the "
+            "branch with LayerSurgeon.silence, or replace the whole block.",
             "parallel",
         )
-    return found
+    return branches
 
 
 def _require_nothing_behind(stack: BlockStack, k: int, branch: Branch) -> None:
-    """Raise if an earlier surgery put a module after a block, which would run before the map."""
-    behind = spliced(stack[k + 1], BEFORE) if k + 1 < len(stack) else spliced(stack[k], AFTER)
-    if behind:
+    """Raise if a module inserted by an earlier surgery follows the block, because it would run before the map."""
+    inserted = spliced(stack[k + 1], BEFORE) if k + 1 < len(stack) else spliced(stack[k], AFTER)
+    if inserted:
         raise UnsupportedSurgery(
-            f"The {branch} of block {k} cannot be replaced: behind the block stands a {type(behind[0]).__name__} that "
-            "an earlier surgery put there, and a map in the branch's place would run after it. Silence the branch, or "
-            "choose another one.",
+            f"Cannot replace the {branch} of block {k} by a linear map: an earlier surgery inserted a "
+            f"{type(inserted[0]).__name__} after the block, and the map would run after it. Zero the branch with "
+            "LayerSurgeon.silence, or choose another branch.",
             "spliced",
         )
 
 
-def _require_free(surgeon: LayerSurgeon, one: BranchLinear) -> None:
-    """Raise if a module is already inserted after the block, where it would run before the map."""
-    plan, place = surgeon.plan, one.block + 1
-    slot = plan.old_to_new.get(one.block)
+def _require_nothing_inserted(surgeon: LayerSurgeon, branch_map: BranchLinear) -> None:
+    """Raise if a module is already inserted after the block, because it would run before the map."""
+    plan, next_block = surgeon.plan, branch_map.block + 1
+    slot = plan.old_to_new.get(branch_map.block)
     if slot is None:
-        return  # `silence` says that the block is gone
-    behind = [s.module for s in plan.splices if s.old_before == place and (s.replaces or (0, 0))[0] != place]
-    behind += [s.module for s in plan.slots[slot + 1 : slot + 2] if s.source is None]
-    if behind:
+        return  # `silence` raises that the block is removed
+    inserted = [
+        s.module for s in plan.splices if s.old_before == next_block and (s.replaces or (0, 0))[0] != next_block
+    ]
+    inserted += [s.module for s in plan.slots[slot + 1 : slot + 2] if s.source is None]
+    if inserted:
         raise StreamlineError(
-            f"A {behind[0]} stands behind block {one.block} already, and would run before the map in the place of its "
-            f"{one.branch}. Replace branches first, all in one call."
+            f"A {inserted[0]} is already inserted after block {branch_map.block} and would run before the map that "
+            f"replaces its {branch_map.branch}. Call replace_branches first, with all branches in one call."
         )
-
-
-@dataclass(frozen=True)
-class BranchNorm:
-    """Norm h ↦ h·w / √(mean(h²) + ε), with w of shape (features,)."""
-
-    weight: Tensor
-    eps: float
-
-    def __call__(self, state: Tensor) -> Tensor:
-        """Normalise a state of shape (..., features)."""
-        return F.rms_norm(state, self.weight.shape, self.weight.to(state.device, state.dtype), self.eps)
-
-
-@contextmanager
-def watching_norms(blocks: Mapping[int, nn.Module]) -> Iterator[dict[int, list[tuple[nn.Module, Tensor, Tensor]]]]:
-    """Keep input and output of every norm-like submodule of blocks, in their latest forward."""
-    seen: dict[int, list[tuple[nn.Module, Tensor, Tensor]]] = {k: [] for k in blocks}
-    handles = []
-
-    def keep(k: int, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen[k].append((module, args[0].detach().clone(), output.detach().clone()))
-
-    try:
-        for k, block in blocks.items():
-            for module in block.modules():
-                if isinstance(_eps(module), float) and getattr(getattr(module, "weight", None), "ndim", 0) == 1:
-                    handles.append(module.register_forward_hook(lambda m, a, o, k=k: keep(k, m, a, o)))
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def norm_of(k: int, branch: Branch, state: Tensor, seen: list[tuple[nn.Module, Tensor, Tensor]]) -> BranchNorm:
-    """Return the RMS norm that received the state entering a branch; raise UnsupportedSurgery if none did."""
-    for module, given, made in seen:
-        if given.numel() != state.numel() or not torch.equal(given.reshape(state.shape), state):
-            continue
-        eps = _eps(module)
-        assert eps is not None
-        for shift in (0.0, 1.0):  # Gemma's weights are around zero
-            norm = BranchNorm(module.get_parameter("weight").detach().clone() + shift, eps)
-            bound = max(tolerance(made.dtype), tolerance(torch.float32))  # in which norms compute, of whatever they are
-            if (norm(given) - made).abs().max() <= bound * made.abs().max():
-                return norm
-        raise UnsupportedSurgery(
-            f"The {branch} of block {k} reads the state through a {type(module).__name__}, which is no RMS norm. Fit a "
-            "map of the state as it is (normed=False).",
-            "norm",
-        )
-    raise UnsupportedSurgery(
-        f"The {branch} of block {k} does not read the state through a norm of its own. Fit a map of the state as it is "
-        "(normed=False).",
-        "norm",
-    )
-
-
-def _eps(module: nn.Module) -> float | None:
-    found = [getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)]
-    return float(found[0]) if found and isinstance(found[0], (int, float)) else None

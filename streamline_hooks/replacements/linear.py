@@ -1,4 +1,4 @@
-"""Linear maps on the residual stream, of the state or of the normalised state."""
+"""Linear replacements of the hidden state or of the normalised hidden state."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks.core import StreamlineError
 from streamline_hooks.replacements.registry import register_module
 
 
 @register_module("linear")
 class LinearReplacement(nn.Module):
-    """The residual path and a linear map beside it, h ↦ h + hW.
+    """Linear map on a residual path, h ↦ h + hW.
 
     Parameters
     ----------
     features : int
         Width d of the residual stream.
     rank : int, optional
-        Make W the product of a (d, rank) and a (rank, d) matrix.
+        Rank of W, which is then the product of a (d, rank) and a (rank, d) matrix. Default: full rank.
     diagonal : bool
-        Make W diagonal: each feature is scaled.
+        Whether W is diagonal, so that each feature is scaled.
 
     Raises
     ------
     StreamlineError
-        If the rank is not between 1 and d, or a diagonal map is given one.
+        If a size is not a positive int, the rank exceeds the features, or a rank is combined with `diagonal`.
 
     Notes
     -----
-    It starts at W = 0, the plain removal of what it stands for; `start_at` starts it at a closed-form solution. Of two
-    factors only the second is zero then, or neither would ever get a gradient. Full it has d² parameters, of low rank
-    2·d·rank, diagonal d; it costs 2 FLOPs a token for each and takes no cache slot.
+    The initial W is zero, which equals plain removal; `start_at` sets W to a closed-form solution. In a low-rank map
+    only the second factor is initially zero, because two zero factors would receive no gradient. The module has d²
+    parameters (2·d·rank with a rank, d if diagonal), needs 2 FLOPs per token for each, and takes no cache slot.
 
     Examples
     --------
@@ -46,15 +46,12 @@ class LinearReplacement(nn.Module):
     def __init__(self, features: int, rank: int | None = None, diagonal: bool = False) -> None:
         super().__init__()
         sizes = [features] if rank is None else [features, rank]
-        if any(type(size) is not int or size < 1 for size in sizes) or not isinstance(diagonal, bool):
+        whole = all(type(size) is int and size >= 1 for size in sizes) and isinstance(diagonal, bool)
+        if not whole or (rank is not None and (diagonal or rank > features)):
             raise StreamlineError(
-                f"features={features!r}, rank={rank!r}, diagonal={diagonal!r} make no linear map. Expected whole "
-                "numbers above 0, and True or False. Pass the width of the model's states as features."
-            )
-        if rank is not None and (diagonal or not 1 <= rank <= features):
-            raise StreamlineError(
-                f"A linear map of {features} features cannot have rank={rank!r}, diagonal={diagonal!r}; expected a "
-                f"rank from 1 to {features}, or a diagonal map without one."
+                f"features={features!r}, rank={rank!r}, diagonal={diagonal!r} is not a valid linear map. Expected "
+                "integers of at least 1, a rank of at most features, and no rank with diagonal=True. Pass the width of "
+                "the model's hidden states as features."
             )
         self.features, self.rank, self.diagonal = features, rank, diagonal
         self.projection: nn.Module
@@ -70,23 +67,21 @@ class LinearReplacement(nn.Module):
 
     @classmethod
     def from_map(cls, map_: Tensor, rank: int | None = None, diagonal: bool = False) -> LinearReplacement:
-        """Start at a given W of shape (features, features), in h + hW; see `start_at`."""
+        """Build a replacement from W of shape (features, features), see `start_at`."""
         if not isinstance(map_, Tensor) or map_.ndim != 2 or map_.shape[0] != map_.shape[1]:
             shape = tuple(map_.shape) if isinstance(map_, Tensor) else type(map_).__name__
-            raise StreamlineError(f"map_={shape} is no map. Expected a tensor of shape (features, features). Pass W.")
+            raise StreamlineError(
+                f"map_={shape} is not a map. Expected a tensor of shape (features, features). Pass W."
+            )
         module = cls(map_.shape[0], rank, diagonal)
         module.start_at(map_)
         return module
 
     def start_at(self, map_: Tensor) -> None:
-        """Make the map W, or what is nearest to it among the maps that this one can be.
+        """Set the map to W of shape (features, features); a diagonal map takes the diagonal of W.
 
-        Parameters
-        ----------
-        map_ : torch.Tensor
-            W of shape (features, features), for h + hW. Of low rank, W itself if its rank is no higher, else its
-            truncated singular value decomposition, which is not the best one in the error that W was fitted by:
-            `streamline_hooks.repair.solve` gives that. Diagonal, the diagonal of W.
+        A low-rank map takes the truncated singular value decomposition of W. This does not minimise the error that W
+        was fitted with; `streamline_hooks.repair.solve_least_squares` returns the low-rank map that does.
         """
         with torch.no_grad():
             if isinstance(self.projection, Diagonal):
@@ -95,18 +90,18 @@ class LinearReplacement(nn.Module):
                 self.projection.weight.copy_(map_.T)
             else:
                 left, values, right = torch.linalg.svd(map_.detach().double().cpu())
-                # The second factor is scaled: where it is zero it can still grow.
-                shrunk = values[: self.rank, None] * right[: self.rank]
-                for layer, matrix in zip(self.projection.children(), (left[:, : self.rank], shrunk), strict=True):
+                # The singular values scale the second factor: where they are zero, it can still be trained.
+                scaled = values[: self.rank, None] * right[: self.rank]
+                for layer, matrix in zip(self.projection.children(), (left[:, : self.rank], scaled), strict=True):
                     layer.get_parameter("weight").copy_(matrix.T)
 
     @property
     def flops_per_token(self) -> int:
-        """Twice the weights that a token is multiplied with."""
+        """FLOPs per token: two per weight of the map."""
         return 2 * sum(p.numel() for p in self.projection.parameters())
 
     def to_config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
+        """Return the keyword arguments of the constructor."""
         shape = {"diagonal": True} if self.diagonal else {} if self.rank is None else {"rank": self.rank}
         return {"features": self.features, **shape}
 
@@ -117,7 +112,7 @@ class LinearReplacement(nn.Module):
 
 
 class Diagonal(nn.Module):
-    """Each feature times its own weight, all zero at first."""
+    """Multiply each feature by a weight, initially zero."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -130,25 +125,25 @@ class Diagonal(nn.Module):
 
 @register_module("normed_linear")
 class NormedLinearReplacement(nn.Module):
-    """The residual path and a linear map of the normalised state beside it, h ↦ h + RMSNorm(h)W.
+    """Linear map of the normalised state on a residual path, h ↦ h + RMSNorm(h)W.
 
-    A branch of a pre-norm block reads the normalised state; what stands in its place can do so too. Engines know it as
-    a block's attention that is linear (``deci`` in llama.cpp).
+    As a replacement of an attention branch, llama.cpp runs it as linear attention (architecture ``deci``).
 
     Parameters
     ----------
     features : int
         Width d of the residual stream.
     eps : float
-        Of the norm.
+        Epsilon of the norm.
 
     Notes
     -----
-    It starts at W = 0, and its norm at weights of one. It has d² + d parameters, costs 2·d² FLOPs a token, and takes no
-    cache slot.
+    Initially W is zero and the weights of the norm are one. The module has d² + d parameters, needs 2·d² FLOPs per
+    token, and takes no cache slot.
 
     Examples
     --------
+    >>> import torch
     >>> state = torch.randn(2, 3, 8)
     >>> torch.equal(NormedLinearReplacement(8)(state), state)
     True
@@ -162,7 +157,7 @@ class NormedLinearReplacement(nn.Module):
 
     @classmethod
     def from_map(cls, map_: Tensor, weight: Tensor, eps: float) -> NormedLinearReplacement:
-        """Start at a given W of shape (features, features), and a norm's weights of shape (features,)."""
+        """Build a replacement from W of shape (features, features) and norm weights of shape (features,)."""
         module = cls(len(map_), eps)
         with torch.no_grad():
             module.projection.weight.copy_(map_.T)
@@ -171,11 +166,11 @@ class NormedLinearReplacement(nn.Module):
 
     @property
     def flops_per_token(self) -> int:
-        """Twice the weights that a token is multiplied with."""
+        """FLOPs per token: two per weight of the map."""
         return 2 * self.projection.weight.numel()
 
     def to_config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
+        """Return the keyword arguments of the constructor."""
         return {"features": self.projection.in_features, "eps": self.norm.eps}
 
     def forward(self, state: Tensor) -> Tensor:

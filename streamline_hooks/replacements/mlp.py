@@ -1,4 +1,4 @@
-"""Feed-forward networks that replace a window: MLP, SwiGLU, and the one of the paper."""
+"""Feed-forward replacements: MLP, SwiGLU, and the network of the LLM-Streamline repository."""
 
 from __future__ import annotations
 
@@ -8,26 +8,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks.core import StreamlineError
 from streamline_hooks.replacements.registry import register_module
 
 
 @register_module("feed_forward")
 class FeedForwardReplacement(nn.Module):
-    """h ↦ down(relu(up(h))), from width d to 4·d and back, with biases.
+    """Feed-forward network without a residual path, h ↦ down(relu(up(h))), with biases.
 
-    LLM-Streamline, arXiv 2403.19135; its repository has it in examples/mlp_mseloss_train_without_memory_issue. Nothing
-    of the state that enters is passed on as it is, so that it has to learn all of it: `MLPReplacement` has the residual
-    path.
+    This is the network in examples/mlp_mseloss_train_without_memory_issue of the repository of LLM-Streamline (arXiv
+    2403.19135). It must learn the whole state; `MLPReplacement` adds a residual path.
 
     Parameters
     ----------
     features : int
         Width d of the residual stream.
     width : int, optional
-        Of the hidden layer, 4·d by default.
+        Width of the hidden layer. Default: 4·d.
     initializer_range : float
-        Standard deviation of the weights at the start, as in the configuration of the model; biases start at zero.
+        Standard deviation of the initial weights, as in model configs. Biases are initially zero.
 
     Raises
     ------
@@ -36,7 +35,7 @@ class FeedForwardReplacement(nn.Module):
 
     Notes
     -----
-    It has 2·d·width + width + d parameters, costs 4·d·width FLOPs a token and takes no cache slot.
+    The module has 2·d·width + width + d parameters, needs 4·d·width FLOPs per token and takes no cache slot.
 
     Examples
     --------
@@ -48,7 +47,7 @@ class FeedForwardReplacement(nn.Module):
         super().__init__()
         width = 4 * features if width is None else width
         if width < 1:
-            raise StreamlineError(f"width={width} of a feed-forward network must be 1 or more.")
+            raise StreamlineError(f"width={width} is invalid. Expected at least 1. Pass the width of the hidden layer.")
         self.features, self.width, self.initializer_range = features, width, initializer_range
         self.up_proj = nn.Linear(features, width)
         self.down_proj = nn.Linear(width, features)
@@ -58,11 +57,11 @@ class FeedForwardReplacement(nn.Module):
 
     @property
     def flops_per_token(self) -> int:
-        """Twice the weights that a token is multiplied with."""
+        """FLOPs per token: two per weight of the layers."""
         return 4 * self.features * self.width
 
     def to_config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
+        """Return the keyword arguments of the constructor."""
         return {"features": self.features, "width": self.width, "initializer_range": self.initializer_range}
 
     def forward(self, state: Tensor) -> Tensor:
@@ -72,7 +71,7 @@ class FeedForwardReplacement(nn.Module):
 
 
 class _WithLinear(nn.Module):
-    """Feed-forward network with an optional linear map in parallel, which can hold the closed-form solution."""
+    """Feed-forward network with an optional parallel linear map for the closed-form solution."""
 
     last_projection = "down_proj"
     down_proj: nn.Linear
@@ -82,7 +81,7 @@ class _WithLinear(nn.Module):
         """Set the linear map to W, of shape (features, features), and the last layer of the network to zero."""
         if self.linear is None:
             raise StreamlineError(
-                "This network was built with linear=False: no linear map beside it can hold the closed-form solution."
+                "linear=False: this network has no linear map for the closed-form solution. Build it with linear=True."
             )
         with torch.no_grad():
             self.linear.weight.copy_(map_.T)
@@ -91,36 +90,38 @@ class _WithLinear(nn.Module):
 
     @property
     def holds_map(self) -> bool:
-        """Whether there is a linear map to hold the closed-form solution."""
+        """Whether the network has a linear map for the closed-form solution."""
         return self.linear is not None
 
 
 @register_module("mlp")
 class MLPReplacement(_WithLinear):
-    """h ↦ h + hW + down(act(up(h))), the feed-forward network of LLM-Streamline (arXiv 2403.19135) on a residual path.
+    """Feed-forward network on a residual path, h ↦ h + hW + down(act(up(h))).
+
+    The network of LLM-Streamline (arXiv 2403.19135) with a residual path and an optional linear map.
 
     Parameters
     ----------
     features : int
         Width d of the residual stream.
     width : int, optional
-        Of the hidden layer, 4·d by default.
+        Width of the hidden layer. Default: 4·d.
     activation : str
-        As Transformers' configurations name it, such as ``"gelu"``, ``"relu"`` or ``"silu"``.
+        Name of an activation of Transformers, such as ``"gelu"``, ``"relu"`` or ``"silu"``.
     bias : bool
-        Whether the two layers have a bias each.
+        Whether the two layers have biases.
     linear : bool
-        Whether the linear map W is there, which can hold a closed-form solution.
+        Whether the module has the linear map W, which can represent a closed-form solution.
 
     Raises
     ------
     StreamlineError
-        If the width is not positive or the activation unknown.
+        If the width is not positive or the activation is unknown.
 
     Notes
     -----
-    It starts at plain removal: W and the second layer are zero. It has 2·d·width parameters, d² more with the map and
-    width + d more with biases, costs 2 FLOPs a token for each but the biases, and takes no cache slot.
+    Initially W and the second layer are zero, which equals plain removal. The module has 2·d·width parameters, d² more
+    with the map and width + d more with biases, needs 2 FLOPs per token for each weight, and takes no cache slot.
 
     Examples
     --------
@@ -131,21 +132,16 @@ class MLPReplacement(_WithLinear):
     """
 
     def __init__(
-        self,
-        features: int,
-        width: int | None = None,
-        activation: str = "gelu",
-        bias: bool = False,
-        linear: bool = True,
+        self, features: int, width: int | None = None, activation: str = "gelu", bias: bool = False, linear: bool = True
     ) -> None:
-        from transformers.activations import ACT2FN  # late: it brings in much
+        from transformers.activations import ACT2FN  # imported here because it is slow
 
         super().__init__()
         width = 4 * features if width is None else width
         if width < 1:
-            raise StreamlineError(f"width={width} of an MLP must be 1 or more.")
+            raise StreamlineError(f"width={width} is invalid. Expected at least 1. Pass the width of the hidden layer.")
         if activation not in ACT2FN:
-            raise StreamlineError(f"activation={activation!r} is unknown; expected one of {', '.join(sorted(ACT2FN))}.")
+            raise StreamlineError(f"activation={activation!r} is unknown. Expected one of {', '.join(sorted(ACT2FN))}.")
         self.features, self.width, self.activation, self.bias = features, width, activation, bias
         self.up_proj = nn.Linear(features, width, bias=bias)
         self.act_fn = ACT2FN[activation]
@@ -157,18 +153,13 @@ class MLPReplacement(_WithLinear):
 
     @property
     def flops_per_token(self) -> int:
-        """Twice the weights that a token is multiplied with."""
-        return 2 * self.features * (2 * self.width + (self.features if self.linear is not None else 0))
+        """FLOPs per token: two per weight of the layers."""
+        return 2 * self.features * (2 * self.width + self.features * self.holds_map)
 
     def to_config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return {
-            "features": self.features,
-            "width": self.width,
-            "activation": self.activation,
-            "bias": self.bias,
-            "linear": self.linear is not None,
-        }
+        """Return the keyword arguments of the constructor."""
+        sizes = {"features": self.features, "width": self.width}
+        return {**sizes, "activation": self.activation, "bias": self.bias, "linear": self.holds_map}
 
     def forward(self, state: Tensor) -> Tensor:
         """Map a state of shape (batch, tokens, features) to the same shape."""
@@ -178,19 +169,21 @@ class MLPReplacement(_WithLinear):
 
 @register_module("swiglu")
 class SwiGLUReplacement(_WithLinear):
-    """h ↦ h + hW + down(silu(gate(n)) · up(n)) with n = norm(h), the gated MLP of arXiv 2002.05202.
+    """Gated MLP on a residual path, h ↦ h + hW + down(silu(gate(n)) · up(n)) with n = norm(h).
+
+    The SwiGLU layer of arXiv 2002.05202 with a residual path and an optional linear map.
 
     Parameters
     ----------
     features : int
         Width d of the residual stream.
     width : int, optional
-        Of the hidden layer; by default 8·d/3 rounded up to a multiple of 64, as in LLaMA (arXiv 2302.13971).
+        Width of the hidden layer. Default: 8·d/3 rounded up to a multiple of 64, as in LLaMA (arXiv 2302.13971).
     norm : bool
-        Whether the gated layers see the state after an RMS norm (arXiv 1910.07467). A state with massive activations
-        is hundreds of times as large as others, and would rule their gradients.
+        Whether an RMS norm (arXiv 1910.07467) precedes the gated layers. Without it, states with massive activations,
+        which are hundreds of times larger than other states, dominate the gradients.
     linear : bool
-        Whether the linear map W is there, which can hold a closed-form solution. It works on the state itself.
+        Whether the module has the linear map W of the unnormalised state, which can represent a closed-form solution.
 
     Raises
     ------
@@ -199,8 +192,9 @@ class SwiGLUReplacement(_WithLinear):
 
     Notes
     -----
-    It starts at plain removal: W and the last layer are zero. It has 3·d·width parameters, d² more with the map and d
-    more with the norm, costs 2 FLOPs a token for each but the norm's, and takes no cache slot.
+    Initially W and the last layer are zero, which equals plain removal. The module has 3·d·width parameters, d² more
+    with the map and d more with the norm, needs 2 FLOPs per token for each weight of the layers, and takes no cache
+    slot.
 
     Examples
     --------
@@ -213,7 +207,7 @@ class SwiGLUReplacement(_WithLinear):
         super().__init__()
         width = -(-8 * features // (3 * 64)) * 64 if width is None else width
         if width < 1:
-            raise StreamlineError(f"width={width} of a SwiGLU must be 1 or more.")
+            raise StreamlineError(f"width={width} is invalid. Expected at least 1. Pass the width of the hidden layer.")
         self.features, self.width = features, width
         self.norm = nn.RMSNorm(features, eps=1e-6) if norm else None
         self.gate_proj = nn.Linear(features, width, bias=False)
@@ -226,20 +220,16 @@ class SwiGLUReplacement(_WithLinear):
 
     @property
     def flops_per_token(self) -> int:
-        """Twice the weights that a token is multiplied with."""
-        return 2 * self.features * (3 * self.width + (self.features if self.linear is not None else 0))
+        """FLOPs per token: two per weight of the layers."""
+        return 2 * self.features * (3 * self.width + self.features * self.holds_map)
 
     def to_config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return {
-            "features": self.features,
-            "width": self.width,
-            "norm": self.norm is not None,
-            "linear": self.linear is not None,
-        }
+        """Return the keyword arguments of the constructor."""
+        sizes = {"features": self.features, "width": self.width}
+        return {**sizes, "norm": self.norm is not None, "linear": self.holds_map}
 
     def forward(self, state: Tensor) -> Tensor:
         """Map a state of shape (batch, tokens, features) to the same shape."""
-        seen = state if self.norm is None else self.norm(state)
-        mapped: Tensor = state + self.down_proj(F.silu(self.gate_proj(seen)) * self.up_proj(seen))
+        normed = state if self.norm is None else self.norm(state)
+        mapped: Tensor = state + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
         return mapped if self.linear is None else mapped + self.linear(state)

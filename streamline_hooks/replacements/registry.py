@@ -1,27 +1,36 @@
-"""The kinds of replacement, by name."""
+"""Registry of replacement modules by kind."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 from torch import nn
 
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks.core import StreamlineError
 
 
 @runtime_checkable
 class Replacement(Protocol):
-    """What a module needs so that a checkpoint can hold it and build it again.
+    """Protocol of a module that maps (batch, tokens, features) to the same shape and is rebuilt from a checkpoint.
 
-    A replacement is any ``torch.nn.Module`` that maps (batch, tokens, features) to the same shape; this protocol is
-    what `register_module` asks of it beyond that.
+    Attributes
+    ----------
+    kind : str
+        Name in checkpoints, set by `register_module`.
+
+    Examples
+    --------
+    >>> from streamline_hooks.replacements import LinearReplacement
+    >>> isinstance(LinearReplacement(8), Replacement), LinearReplacement(8).kind
+    (True, 'linear')
     """
 
     kind: ClassVar[str]
 
     def to_config(self) -> dict[str, Any]:
-        """The keyword arguments that build this module again, as JSON values."""
+        """Return the keyword arguments of the constructor, as JSON values."""
         ...
 
 
@@ -30,23 +39,23 @@ REGISTERED: dict[str, type[nn.Module]] = {}
 
 
 def register_module(kind: str) -> Callable[[_Class], _Class]:
-    """Name a class of replacements, so that checkpoints can hold it.
+    """Register a replacement class under the name that is written to checkpoints.
 
     Parameters
     ----------
     kind : str
-        The name that is written into checkpoints.
+        Name of the class in checkpoints.
 
     Returns
     -------
     callable
-        A class decorator. The class needs a method ``to_config()`` that returns the keyword arguments of its
-        constructor as JSON values.
+        A class decorator. The class must be an `nn.Module` with a method ``to_config()`` that returns the keyword
+        arguments of its constructor as JSON values.
 
     Raises
     ------
     StreamlineError
-        If the name is taken by another class, or the class lacks ``to_config``.
+        If the name is registered for a different class, or the class has no ``to_config``.
 
     Examples
     --------
@@ -62,20 +71,23 @@ def register_module(kind: str) -> Callable[[_Class], _Class]:
     ...
     ...     def forward(self, state):
     ...         return state + self.bias
+    >>> from streamline_hooks.replacements import build_replacement
     >>> build_replacement("doctest-shift", {"features": 4}).bias.shape
     torch.Size([4])
     """
     if not isinstance(kind, str) or not kind:
-        raise StreamlineError(f"kind={kind!r} is no name. Expected a string. Pass the name for checkpoints.")
+        raise StreamlineError(f"kind={kind!r} is not a name. Expected a string. Pass the name for checkpoints.")
 
     def register(cls: _Class) -> _Class:
         known = REGISTERED.get(kind)
         if known is not None and f"{known.__module__}.{known.__qualname__}" != f"{cls.__module__}.{cls.__qualname__}":
-            raise StreamlineError(f"The kind {kind!r} is {known.__qualname__} already; choose another name.")
+            raise StreamlineError(
+                f"The kind {kind!r} is already registered for {known.__qualname__}. Choose another name."
+            )
         if not (issubclass(cls, nn.Module) and callable(getattr(cls, "to_config", None))):
             raise StreamlineError(
-                f"{cls.__name__} cannot be registered as {kind!r}: expected an nn.Module with a method to_config() "
-                "that returns its constructor's keyword arguments."
+                f"{cls.__name__} cannot be registered as {kind!r}. Expected an nn.Module with a method to_config() "
+                "that returns the keyword arguments of the constructor. Add the method."
             )
         cls.kind = kind  # type: ignore[attr-defined]
         REGISTERED[kind] = cls
@@ -85,38 +97,61 @@ def register_module(kind: str) -> Callable[[_Class], _Class]:
 
 
 def is_own(kind: str) -> bool:
-    """Whether a registered class of replacements comes from where this function does, and not from a user."""
+    """Whether a kind is registered by this package or by its copy in a checkpoint, not by a user."""
     return kind in REGISTERED and REGISTERED[kind].__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def build_replacement(kind: str, config: dict[str, Any]) -> nn.Module:
-    """Build a replacement from what a checkpoint says of it.
+    """Build a replacement module from its kind and config.
+
+    Parameters
+    ----------
+    kind : str
+        A registered name, see `register_module`.
+    config : dict
+        Keyword arguments of the constructor, as returned by ``to_config()``.
+
+    Returns
+    -------
+    torch.nn.Module
 
     Raises
     ------
     StreamlineError
-        If the kind is unknown; the text lists the known ones.
+        If the kind is unknown. Installed packages are searched first.
+
+    Examples
+    --------
+    >>> build_replacement("linear", {"features": 8, "rank": 2}).rank
+    2
     """
+    problems = "" if kind in REGISTERED else _import_entry_points()
     if kind not in REGISTERED:
         raise StreamlineError(
-            f"The kind of replacement {kind!r} is unknown. Known here: {', '.join(sorted(REGISTERED))}. If it is your "
-            "own, import the module that registers it (register_module) before loading."
+            f"The kind of replacement {kind!r} is unknown. Expected one of {', '.join(sorted(REGISTERED))}. Import the "
+            f"module that registers a custom kind (register_module) before loading.{problems}"
         )
     return REGISTERED[kind](**config)
 
 
-def replacement_config(module: nn.Module) -> tuple[str, dict[str, Any]]:
-    """The kind and the configuration of a replacement, for a checkpoint.
+def _import_entry_points() -> str:
+    """Import the replacements of installed packages, which registers their modules; return the import errors."""
+    problems = []
+    for entry_point in entry_points(group="streamline_hooks.replacements"):
+        try:
+            entry_point.load()
+        except (Exception, SystemExit) as error:  # importing a package may raise anything
+            package = entry_point.dist.name if entry_point.dist is not None else entry_point.module
+            problems.append(f" The installed package {package} raised {type(error).__name__}: {error}.")
+    return "".join(problems)
 
-    Raises
-    ------
-    StreamlineError
-        If the module's class is not registered.
-    """
+
+def replacement_config(module: nn.Module) -> tuple[str, dict[str, Any]]:
+    """Return the kind and config of a replacement; raise StreamlineError if its class is not registered."""
     kind = getattr(type(module), "kind", None)
     if kind is None or REGISTERED.get(kind) is not type(module):
         raise StreamlineError(
-            f"A {type(module).__name__} cannot be written to a checkpoint: nothing says how to build it again. "
-            "Decorate its class with @register_module('a-name') and give it to_config()."
+            f"{type(module).__name__} cannot be written to a checkpoint: the class is not registered, so it cannot be "
+            "rebuilt. Decorate it with @register_module('a-name') and add a method to_config()."
         )
     return kind, cast(Replacement, module).to_config()

@@ -1,43 +1,54 @@
-"""Rank windows for a table, with bootstrap intervals and statistics of the profile."""
+"""Search for the blocks to remove, and rank windows for a table."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from streamline_hooks.core.tables import table
-from streamline_hooks.errors import StreamlineError
-from streamline_hooks.selection.criteria import Criterion, score_windows
-from streamline_hooks.selection.search.configs import SearchConfig, WindowSearch
-from streamline_hooks.selection.target import Target, blocks_to_remove, protected_blocks, windows, windows_for
+from streamline_hooks.core import Batch, StreamlineError, table, validate_arguments
+from streamline_hooks.modeling import Task, find_stack
+from streamline_hooks.repair import NoneConfig, ReplacementConfig
+from streamline_hooks.selection.criteria import Criterion
+from streamline_hooks.selection.scoring import score_windows
+from streamline_hooks.selection.search_config import SearchConfig, WindowSearch
+from streamline_hooks.selection.selection import SearchProblem, Selection
+from streamline_hooks.selection.target import Target, blocks_to_remove, protected_blocks, windows_of_size
+from streamline_hooks.selection.target_windows import target_windows
 from streamline_hooks.statistics import Profile
-from streamline_hooks.task import Task
 
-if TYPE_CHECKING:
-    from streamline_hooks.selection.search.selected import Selection
-
-# Criteria that are an offset plus or minus a statistic of the profile, which has a bootstrap interval.
+# Criteria that are an offset plus or minus a statistic with a bootstrap interval.
 _INTERVALS = {"cosine": (0.0, 1.0), "angular": (1.0, -1.0), "last_angular": (1.0, -1.0)}
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Ranked windows, best first.
+    """Ranked windows or selections, best first; returned by `rank_windows`.
 
     Attributes
     ----------
     profile : Profile
-        Source of the cosine, the angular distance and the intervals.
+        Source of the cosines, angular distances and intervals.
     criterion : str
+        Name of the criterion.
     scores : str
-        Name of the column of scores, such as ``cosine`` or ``sum of cosine``.
+        Heading of the score column, such as ``cosine`` or ``sum of cosine``.
     rows : list of dict
-        One per window or selection. ``first_in_resamples`` of the first row is the share of bootstrap resamples of the
-        sequences in which its window also comes first.
+        One row per window or selection. ``first_in_resamples`` of the first row is the fraction of bootstrap resamples
+        of the sequences in which its window also ranks first.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from streamline_hooks.statistics import profile
+    >>> from streamline_hooks.testing import tiny_model
+    >>> ranking = rank_windows(profile(tiny_model("llama", blocks=4), [torch.arange(3, 23).view(2, 10)]))
+    >>> ranking.rows[0]["length"], ranking.report()["blocks"]
+    (1, 4)
     """
 
     profile: Profile
@@ -76,11 +87,11 @@ class Ranking:
         ]
         if self.rows and "first_in_resamples" in self.rows[0]:
             share = self.rows[0]["first_in_resamples"]
-            lines += ["", f"The first window comes first in {share:.0%} of the resamples of the sequences."]
+            lines += ["", f"The first window ranks first in {share:.0%} of the resamples of the sequences."]
         return "\n".join(lines)
 
 
-def rank(
+def rank_windows(
     profile: Profile,
     search: SearchConfig | None = None,
     target: Target | None = None,
@@ -88,25 +99,25 @@ def rank(
     model: nn.Module | None = None,
     batches: Sequence[Any] | None = None,
     task: Task | None = None,
-    say: Callable[[str], None] = lambda line: None,
 ) -> Ranking:
-    """Rank the windows of every length, or what a search finds for a target.
+    """Rank the windows of every length, or the selections that a search returns for a target.
 
     Parameters
     ----------
     profile : Profile
+        Profile of the model.
     search : SearchConfig, optional
-        By default `WindowSearch`, by cosine. ``shortlist`` is the number of rows, of each length without a target;
-        ``keep`` the blocks that must stay.
+        The search; by default `WindowSearch`. Its ``shortlist`` is the number of rows: in total with a target, per
+        length without.
     target : Target, optional
-        By default windows of every length are ranked, which needs `WindowSearch` by a criterion of the profile.
+        How much to remove. By default windows of every length are ranked, which requires `WindowSearch` with a
+        criterion that needs only the profile.
     model : torch.nn.Module, optional
-        For targets other than a number of blocks, and criteria and searches that run the model.
+        Required by targets that do not count blocks, and by criteria and searches that run the model.
     batches : sequence of mapping, optional
-        Inputs for these criteria and searches.
+        Inputs for criteria and searches that run the model.
     task : Task, optional
-    say : callable
-        Receives a line for each measurement of latency.
+        The model's task, for criteria that compare outputs. By default derived from the model's class.
 
     Returns
     -------
@@ -115,7 +126,7 @@ def rank(
     Raises
     ------
     StreamlineError
-        If the target needs a model and none is given, or the search needs a target.
+        If the target or the search requires a model and none is passed, or the search requires a target.
 
     Examples
     --------
@@ -123,42 +134,136 @@ def rank(
     >>> from streamline_hooks.statistics import profile
     >>> from streamline_hooks.testing import tiny_model
     >>> measured = profile(tiny_model("llama", blocks=4), [torch.arange(3, 23).view(2, 10)])
-    >>> [row["length"] for row in rank(measured, WindowSearch(shortlist=1)).rows]
+    >>> [row["length"] for row in rank_windows(measured, WindowSearch(shortlist=1)).rows]
     [1, 2, 3]
     """
     search = search or WindowSearch()
     criterion = search.resolved_criterion
-    protected = protected_blocks(search.keep, profile.length)
+    protected = protected_blocks(search.protect, profile.length)
     if target is None:
         require_target_free(search)
-        rows = [row for size in _lengths(profile) for row in _best_of(profile, criterion, size, protected, search)]
+        has_last = profile.places - 1 < profile.length  # the profile ends before the last blocks, which must stay
+        sizes = range(1, profile.places - 1 + has_last)
+        rows = [row for size in sizes for row in _best_of(profile, criterion, size, protected, search)]
         return Ranking(profile, criterion.name, criterion.name, rows)
-    stack = profile.about.get("stack")
-    if target.counts_blocks:
-        candidates = windows(profile.length, blocks_to_remove(target, profile.length), protected)
-    elif model is None:
-        raise StreamlineError(f"The target {target} is measured on the model. Give the model, or a number of blocks.")
-    else:
-        candidates = windows_for(model, target, stack=stack, protected=protected, say=say)
-    given: dict[str, Any] = {"profile": profile, "model": model, "batches": batches, "stack": stack}
-    problem = search.problem(candidates, profile.length, keep=protected, task=task, **given)
-    rows = [_row_of(profile, selection, criterion.name) for selection in search.find(problem)]
+    problem, selections = _search(profile, target, search, NoneConfig(), model, batches, task)
+    rows = [_row_of(profile, selection, criterion.name) for selection in selections]
     if search.kind == "window" and criterion.needs == "profile" and profile.resampled:
-        rows[0]["first_in_resamples"] = _share_of_first(profile, criterion, candidates)
+        rows[0]["first_in_resamples"] = _share_of_first(profile, criterion, problem.candidates)
     return Ranking(profile, criterion.name, search.score_name.format(criterion.name), rows)
 
 
+@validate_arguments()
+def search(
+    profile: Profile,
+    remove: Target | int | float = 0.25,
+    config: SearchConfig | None = None,
+    *,
+    replacement: ReplacementConfig | None = None,
+    model: nn.Module | None = None,
+    batches: Sequence[Batch | Tensor] | None = None,
+    task: Task | None = None,
+) -> list[Selection]:
+    """Search for blocks to remove, and return a shortlist of selections, best first by the criterion.
+
+    Pass the shortlist to `verify_shortlist`, which repairs the selections and compares them with the original: a
+    criterion alone often prefers a window that is hard to repair. To fit single windows, pass ``selection.windows`` to
+    `fit_windows`.
+
+    Parameters
+    ----------
+    profile : Profile
+        Profile of the model.
+    remove : Target, int or float
+        How much to remove: a number of blocks, a fraction of the blocks, or a `Target`.
+    config : SearchConfig, optional
+        The search; by default `WindowSearch`, a single window of consecutive blocks (LLM-Streamline, arXiv 2403.19135).
+    replacement : ReplacementConfig, optional
+        The replacement of the removed blocks. A replacement that occupies a block slot makes windows one block longer.
+    model : torch.nn.Module, optional
+        The profiled model. Required by targets that do not count blocks, and by criteria and searches that run the
+        model.
+    batches : sequence of Tensor or mapping, optional
+        Inputs for criteria and searches that run the model.
+    task : Task, optional
+        The model's task, for criteria that compare outputs. By default derived from the model's class.
+
+    Returns
+    -------
+    list of Selection
+        At most ``config.shortlist`` selections.
+
+    Raises
+    ------
+    StreamlineError
+        If the target or the criterion requires a model and none is passed, or no selection reaches the target.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from streamline_hooks import profile, search
+    >>> from streamline_hooks.testing import tiny_model
+    >>> measured = profile(tiny_model("llama"), [torch.arange(3, 43).view(2, 20)])
+    >>> [len(selection.windows[0]) for selection in search(measured, remove=2)][:3]
+    [2, 2, 2]
+    """
+    replacement = replacement or NoneConfig()
+    return _search(profile, Target.of(remove), config or WindowSearch(), replacement, model, batches, task)[1]
+
+
+def _search(
+    profile: Profile,
+    target: Target,
+    config: SearchConfig,
+    replacement: ReplacementConfig,
+    model: nn.Module | None,
+    batches: Sequence[Batch | Tensor] | None,
+    task: Task | None,
+) -> tuple[SearchProblem, list[Selection]]:
+    """Return the search problem and the selections."""
+    stack, slots = profile.about.get("stack"), config.slots(replacement)
+    protected = protected_blocks(config.protect, profile.length)
+    if target.counts_blocks:
+        candidates = windows_of_size(profile.length, blocks_to_remove(target, profile.length, slots), protected)
+    elif model is None:
+        raise StreamlineError(
+            f"search: the target {target} requires a model, but model=None. Expected a number or a fraction of the "
+            "blocks without a model. Pass model=..., or change the target."
+        )
+    else:
+        make = partial(replacement.make, find_stack(model, stack))
+        options: dict[str, Any] = {"protected": protected, "replacement_module": make, "slots": slots}
+        candidates = list(target_windows(model, target, stack=stack, **options).windows)
+    config.check(target, min(map(len, candidates)), replacement)
+    criterion = config.resolved_criterion
+    if model is None and (config.runs_model or criterion.needs == "model"):
+        raise StreamlineError(
+            f"search: the search {config.kind!r} with criterion {criterion.name} runs the model, but model=None. "
+            "Expected a model and batches. Pass model=... and batches=..., or use a criterion that needs only the "
+            "profile, such as cosine."
+        )
+    problem = config.problem(
+        candidates,
+        profile.length,
+        protect=protected,
+        profile=profile,
+        model=model,
+        batches=batches,
+        stack=stack,
+        task=task,
+        shortest=replacement.slots + 1,
+    )
+    return problem, config.find(problem)
+
+
 def require_target_free(search: SearchConfig) -> None:
-    """Raise unless a search can rank windows of every length, without a target."""
+    """Raise StreamlineError unless the search can rank windows of every length without a target."""
     criterion = search.resolved_criterion
     if search.kind != "window" or criterion.needs == "model":
-        how = f"by {criterion.name}" if search.kind == "window" else f"{search.kind} by {criterion.name}"
-        raise StreamlineError(f"Ranking {how} needs a target. Give one (remove=0.25, or add --remove 0.25).")
-
-
-def _lengths(profile: Profile) -> range:
-    has_last = profile.places - 1 < profile.length  # the profile ends before the last blocks, which must stay
-    return range(1, profile.places - 1 + has_last)
+        ranking = f"by {criterion.name}" if search.kind == "window" else f"{search.kind} by {criterion.name}"
+        raise StreamlineError(
+            f"Ranking {ranking} needs a target. Expected an amount to remove. Pass remove=0.25, or add --remove 0.25."
+        )
 
 
 def _best_of(
@@ -166,8 +271,8 @@ def _best_of(
 ) -> list[dict[str, Any]]:
     """Return the best windows of one length."""
     try:
-        free = [window for window in windows(profile.length, size, protected) if window.stop < profile.places]
-    except StreamlineError:  # no run of this length is free, though shorter ones are
+        free = [window for window in windows_of_size(profile.length, size, protected) if window.stop < profile.places]
+    except StreamlineError:  # no run of this length is unprotected, though shorter runs are
         return []
     scores = score_windows(criterion, free, profile=profile)
     best = sorted(zip(free, scores, strict=True), key=lambda pair: (-pair[1], pair[0].start))[: search.shortlist]
@@ -193,13 +298,13 @@ def _row_of_window(profile: Profile, window: range, score: float, criterion: str
         if criterion in _INTERVALS and profile.resampled:
             (offset, sign), statistic = _INTERVALS[criterion], cast(Any, criterion)
             is_statistic = math.isclose(score, offset + sign * profile.value(statistic, window), rel_tol=1e-9)
-            if is_statistic:  # and not a sum over blocks
+            if is_statistic:  # False for a sum over blocks
                 row["interval"] = sorted(offset + sign * end for end in profile.interval(statistic, window))
     return row
 
 
 def _share_of_first(profile: Profile, criterion: Criterion, candidates: Sequence[range]) -> float:
-    """Return the share of resamples of the sequences in which the first window comes first."""
+    """Return the fraction of resamples in which the first window still ranks first."""
 
     def first(resample: Profile) -> int:
         scores = score_windows(criterion, candidates, profile=resample)

@@ -8,37 +8,44 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.arguments import checked
-from streamline_hooks.batch import Batch, prepare, tokens_of
-from streamline_hooks.branch_states import reading_branches
-from streamline_hooks.branches import BRANCHES, Branch, Branches
-from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
-from streamline_hooks.hidden_state import token_mask
-from streamline_hooks.passes import inference, progress
-from streamline_hooks.precision import widen
-from streamline_hooks.read_hook import WatchedMask
-from streamline_hooks.recorder import HiddenStateRecorder
-from streamline_hooks.surgery.silence import branches_of
+from streamline_hooks.core import (
+    Batch,
+    StreamlineError,
+    UnsupportedSurgery,
+    count_tokens,
+    prepare_inputs,
+    progress_bar,
+    to_float64,
+    validate_arguments,
+)
+from streamline_hooks.modeling import (
+    BRANCHES,
+    Branch,
+    Branches,
+    StateSource,
+    WatchedMask,
+    inference,
+    reading_branches,
+    require_branches_readable,
+    token_mask,
+)
+from streamline_hooks.recording import HiddenStateRecorder
+from streamline_hooks.surgery import as_state_source, branches_of
 
 _TOKENS_AT_ONCE = 4096
 
 
 class BranchScores:
-    """Sums, for each block and branch, of how alike the states before and after are and how large the difference is.
+    """Sums of the cosine and the relative magnitude of each residual branch of each block.
 
-    A token's cosine is that of the residual stream before and after the branch, and its relative magnitude
-    ‖after − before‖/‖before‖. One minus the mean cosine is the score by which He et al. (What Matters in
-    Transformers?, arXiv 2406.15786) drop attention or MLP alone, each with its norm and its residual
-    connection.
+    The cosine of a token is that of its residual stream before and after the branch, and its relative magnitude is
+    ‖after − before‖/‖before‖. He et al. (What Matters in Transformers?, arXiv 2406.15786) rank attention and MLP
+    branches by one minus the mean cosine. Sums are float64 in constant memory. A branch without tokens is NaN.
 
     Parameters
     ----------
     blocks : int
         Number of blocks of the stack.
-
-    Notes
-    -----
-    All sums are float64; memory does not grow with the tokens. What was never counted is NaN.
 
     Examples
     --------
@@ -52,48 +59,48 @@ class BranchScores:
 
     def __init__(self, blocks: int) -> None:
         self.tokens = torch.zeros(blocks, len(BRANCHES), dtype=torch.int64)
-        self._cosine = torch.zeros(blocks, len(BRANCHES), dtype=torch.float64)
-        self._magnitude = torch.zeros(blocks, len(BRANCHES), dtype=torch.float64)
+        self._cosine, self._magnitude = torch.zeros(2, blocks, len(BRANCHES), dtype=torch.float64)
 
     def update(self, k: int, branch: Branch, before: Tensor, after: Tensor, mask: Tensor) -> None:
-        """Add one batch of one branch.
+        """Add a batch of one branch.
 
         Parameters
         ----------
         k : int
-            The block.
+            Index of the block.
         branch : {"attention", "mlp"}
         before, after : torch.Tensor
-            The states, of shape (batch, tokens, features).
+            States before and after the branch, of shape (batch, tokens, features).
         mask : torch.Tensor
-            The tokens that count, of shape (batch, tokens).
+            The tokens to count, of shape (batch, tokens).
 
         Raises
         ------
         StreamlineError
-            If the state of a real token is not finite, or is zero before.
+            If a counted state is not finite, or is zero before the branch.
         """
         real, column = mask.to(before.device).bool(), BRANCHES.index(branch)
         for x, y in zip(before[real].split(_TOKENS_AT_ONCE), after[real].split(_TOKENS_AT_ONCE), strict=True):
-            x, y = widen(x), widen(y)
+            x, y = to_float64(x), to_float64(y)
             size, other = x.norm(dim=-1), y.norm(dim=-1)
             cosine = ((x * y).sum(dim=-1) / (size * other).clamp_min(1e-300)).clamp(-1.0, 1.0).sum()
             magnitude = ((y - x).norm(dim=-1) / size).sum()
             if not (torch.isfinite(cosine) and torch.isfinite(magnitude)):
                 raise StreamlineError(
-                    f"A state around the {branch} branch of block {k} holds NaN or infinite values, or is zero before "
-                    "it. Look at the weights of the blocks up to there, or run in a wider precision."
+                    f"A state at the {branch} branch of block {k} contains NaN or infinite values, or is zero before "
+                    "the branch. Expected finite values. Check the weights of the blocks up to this one, or run the "
+                    "model in float32 or bfloat16."
                 )
             self._cosine[k, column] += cosine.cpu()
             self._magnitude[k, column] += magnitude.cpu()
             self.tokens[k, column] += len(x)
 
     def merge(self, other: Self) -> None:
-        """Add the sums of another part of the tokens."""
+        """Add the sums over other tokens of the same model."""
         if other.tokens.shape != self.tokens.shape:
             raise StreamlineError(
-                f"Cannot merge the branches of {len(other.tokens)} blocks into those of {len(self.tokens)}: they are "
-                "of different models."
+                f"Cannot merge scores of {len(other.tokens)} blocks into scores of {len(self.tokens)} blocks. Expected "
+                "scores of the same model. Measure both with one model."
             )
         self.tokens += other.tokens
         self._cosine += other._cosine
@@ -101,53 +108,52 @@ class BranchScores:
 
     @property
     def cosine(self) -> Tensor:
-        """Mean cosine of the states before and after, of shape (blocks, 2): attention, MLP."""
-        return self._cosine / self.tokens
+        """Mean cosine of the states before and after, of shape (blocks, 2) for attention and MLP."""
+        cosine: Tensor = self._cosine / self.tokens
+        return cosine
 
     @property
     def magnitude(self) -> Tensor:
-        """Mean relative magnitude of what is added, of shape (blocks, 2): attention, MLP."""
-        return self._magnitude / self.tokens
+        """Mean relative magnitude of the change, of shape (blocks, 2) for attention and MLP."""
+        magnitude: Tensor = self._magnitude / self.tokens
+        return magnitude
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums, for a file."""
-        return {
-            "tokens": self.tokens.clone(),
-            "cosine": self._cosine.clone(),
-            "magnitude": self._magnitude.clone(),
-        }
+        """Return the sums as tensors."""
+        sums = {"tokens": self.tokens, "cosine": self._cosine, "magnitude": self._magnitude}
+        return {name: values.clone() for name, values in sums.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take sums up again."""
+        """Restore the sums from `state_dict`."""
         self.tokens = state["tokens"].clone()
         self._cosine, self._magnitude = state["cosine"].clone(), state["magnitude"].clone()
 
 
-@checked()
+@validate_arguments()
 def measure_branches(
-    model: nn.Module,
+    model: nn.Module | StateSource,
     batches: Iterable[Batch | Tensor],
     blocks: Iterable[int] | None = None,
     *,
     stack: str | None = None,
     probe: Batch | Tensor | None = None,
 ) -> BranchScores:
-    """Measure how much attention and MLP of each block change the state.
+    """Measure how much the attention and the MLP of each block change the hidden state.
 
-    The branches are first found on a few tokens, at the cost of about fifteen forwards of these; the pass then ends
-    after the last block that is measured.
+    The branches are first found on a few tokens, at the cost of about fifteen forwards. The pass over the batches stops
+    after the last measured block.
 
     Parameters
     ----------
-    model : torch.nn.Module
+    model : torch.nn.Module or StateSource
     batches : iterable of mapping or torch.Tensor
-        What the model's forward takes.
+        The inputs of the model's forward.
     blocks : iterable of int, optional
-        Which to measure; by default all that have the usual two residual branches, and the others' rows stay NaN.
+        The blocks to measure. Default: all blocks with two residual branches; the rows of other blocks are NaN.
     stack : str, optional
         Path of the stack, see `find_stack`.
     probe : mapping or torch.Tensor, optional
-        What to find the branches on in a model that cannot be probed otherwise, without padding.
+        A batch without padding on which the branches are found, if the library cannot create one for the model.
 
     Returns
     -------
@@ -156,62 +162,114 @@ def measure_branches(
     Raises
     ------
     UnsupportedSurgery
-        If a block that was asked for, or each of them all, has not two branches that can be read; the text says why.
+        If a block of `blocks`, or every block, does not have two branches that can be read. The message has the reason.
     StreamlineError
         If no token was counted, or a state is not finite.
 
     Examples
     --------
     >>> import torch
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> model = LlamaForCausalLM(
-    ...     LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
-    ... )
-    >>> measure_branches(model, [torch.arange(6)[None]]).magnitude.shape
-    torch.Size([3, 2])
+    >>> from streamline_hooks.testing import tiny_model
+    >>> measure_branches(tiny_model("llama"), [torch.arange(6)[None]]).magnitude.shape
+    torch.Size([8, 2])
     """
-    batches = list(batches)
-    stacked = HiddenStateRecorder(model, blocks, stack=stack)  # which also says what is wrong with `blocks`
-    found = _readable(branches_of(stacked.stack, stacked.blocks, probe), all_of_them=blocks is not None)
-    record = HiddenStateRecorder(model, [max(found)], inputs=False, stop=True, stack=stack)
+    batches, source = list(batches), as_state_source(model, stack)
+    stacked = HiddenStateRecorder(source.model, blocks, stack=source.stack.path)  # validates `blocks`
+    branches = _readable_branches(branches_of(stacked.stack, stacked.blocks, probe), require_all=blocks is not None)
+    require_branches_readable(source, branches)
+    measure = _measure_in_memory if source.in_memory else _measure_block_by_block
+    scores = measure(source, batches, branches)
+    if not scores.tokens.any():
+        raise StreamlineError(
+            f"No token was counted in {len(batches)} batches. Expected at least one batch with a real token. Check the "
+            "batches and their attention masks."
+        )
+    return scores
+
+
+def _measure_in_memory(
+    source: StateSource, batches: list[Batch | Tensor], branches: Mapping[int, Branches]
+) -> BranchScores:
+    model = source.model
+    record = HiddenStateRecorder(model, [max(branches)], inputs=False, stop=True, stack=source.stack.path)
     scores, watched = BranchScores(len(record.stack)), WatchedMask(record.stack)
 
     def receive(k: int, branch: Branch, before: Tensor, after: Tensor) -> None:
         scores.update(k, branch, before, after, token_mask(before, watched.mask))
 
-    total = sum(tokens_of(batch) for batch in batches)
-    measured = {k: record.stack[k] for k in found}
-    cost = f"branches: {len(found)} of {len(record.stack)} blocks"
+    measured = {k: record.stack[k] for k in branches}
+    cost = f"branches: {len(branches)} of {len(record.stack)} blocks"
+    total = sum(map(count_tokens, batches))
     with (
         inference(model),
         record,
         watched,
-        reading_branches(measured, found, receive),
-        progress(total, cost) as bar,
+        reading_branches(measured, branches, receive),
+        progress_bar(total, cost) as bar,
     ):
         for batch in batches:
             record.clear()
-            record(**prepare(model, batch))
-            bar.update(tokens_of(batch))
-    if not scores.tokens.any():
-        raise StreamlineError(
-            f"No token was counted in {len(batches)} batches, and no branch has a score; expected one batch at least "
-            "with a real token. Give batches of what the model takes, and a mask that leaves some of it."
-        )
+            record(**prepare_inputs(model, batch))
+            bar.update(count_tokens(batch))
     return scores
 
 
-def _readable(found: dict[int, Branches | UnsupportedSurgery], all_of_them: bool) -> dict[int, Branches]:
+def _measure_block_by_block(
+    source: StateSource, batches: list[Batch | Tensor], branches: Mapping[int, Branches]
+) -> BranchScores:
+    """Measure in one pass, in which each block is run again when the sums of its branches are updated."""
+    order, states = sorted(branches), dict[Branch, tuple[Tensor, Tensor]]()
+
+    def receive(k: int, branch: Branch, before: Tensor, after: Tensor) -> None:
+        states[branch] = before.clone(), after.clone()
+
+    def make(number: int, features: int) -> _BlockSums:
+        return _BlockSums(order[number], len(source.stack), states)
+
+    scores, windows = BranchScores(len(source.stack)), [range(k, k + 1) for k in order]
+    with (
+        reading_branches({k: source.stack[k] for k in order}, branches, receive),
+        source.window_sums([("branches", batches)], windows, make, rerun=[1] * len(windows)) as block_sums,
+    ):
+        for _, (sums,) in block_sums:
+            if sums is not None:
+                scores.merge(sums.scores)
+    return scores
+
+
+class _BlockSums:
+    """Sum the scores of the branches of one block from the states that its hooks recorded last."""
+
+    def __init__(self, block: int, blocks: int, states: Mapping[Branch, tuple[Tensor, Tensor]]) -> None:
+        self.scores, self._block, self._states = BranchScores(blocks), block, states
+
+    def update(self, entering: Tensor, leaving: Tensor, mask: Tensor) -> None:
+        """Add the batch of the last call of the block."""
+        for branch, (before, after) in self._states.items():
+            self.scores.update(self._block, branch, before, after, mask)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums, for a file."""
+        return self.scores.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Set the sums to those of `state_dict`."""
+        self.scores.load_state_dict(state)
+
+
+def _readable_branches(
+    branches_by_block: dict[int, Branches | UnsupportedSurgery], require_all: bool
+) -> dict[int, Branches]:
     readable: dict[int, Branches] = {}
     reasons: dict[int, str] = {}
-    for k, branches in found.items():
+    for k, branches in branches_by_block.items():
         if isinstance(branches, UnsupportedSurgery):
             reasons[k] = str(branches)
-        elif not branches.taps:
-            reasons[k] = "No submodule of it is given the state between its branches."
+        elif not branches.sites:
+            reasons[k] = "None of its submodules receives the state between the branches."
         else:
             readable[k] = branches
-    if reasons and (all_of_them or not readable):
+    if reasons and (require_all or not readable):
         k, reason = next(iter(reasons.items()))
         raise UnsupportedSurgery(f"The branches of block {k} cannot be measured. {reason}", "branches")
     return readable

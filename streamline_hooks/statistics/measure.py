@@ -1,208 +1,415 @@
-"""Sum statistics over batches, running no block and no head that they do not need."""
+"""Measure profiles and window moments over batches, running only the blocks that they need."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.arguments import checked
-from streamline_hooks.batch import Batch, device_of
-from streamline_hooks.distributed import DistributedStep, distributed_step
-from streamline_hooks.layouts import by_token, require_usual
-from streamline_hooks.passes import recorded
-from streamline_hooks.precision import float64_device
-from streamline_hooks.recorder import HiddenStateRecorder
-from streamline_hooks.stack import BlockStack, find_stack
-from streamline_hooks.statistics.bootstrap import poisson_weights
-from streamline_hooks.statistics.chosen_tokens import blocks_run, chosen_masks, counted_tokens
-from streamline_hooks.statistics.content import sequence_contents
-from streamline_hooks.statistics.identity import identity
+from streamline_hooks.core import (
+    Batch,
+    Batches,
+    DistributedStep,
+    StreamlineError,
+    batches_digest,
+    block_indices,
+    device_of,
+    distributed_step,
+    float64_device,
+    refuse_wrapped,
+    structure_digest,
+    tensor_bytes,
+    validate_arguments,
+)
+from streamline_hooks.modeling import (
+    BlockStack,
+    StateSource,
+    check_windows,
+    closing_generator,
+    find_stack,
+    require_default_layout,
+    saved_weights,
+)
+from streamline_hooks.statistics.bootstrap import poisson_weights, sequence_contents
 from streamline_hooks.statistics.moments import WindowMoments
 from streamline_hooks.statistics.profile import Profile
-from streamline_hooks.wrapping import refuse_wrapped
+from streamline_hooks.surgery import as_state_source
 
 
 @distributed_step("profile")
-@checked(skip=0, replicates=0)
+@validate_arguments(skip=0, replicates=0)
 def profile(
-    model: nn.Module,
+    model: nn.Module | StateSource,
     batches: Sequence[Batch | Tensor],
     *,
     tokens: Literal["all", "last"] | Sequence[Tensor] = "all",
     skip: int = 0,
-    keep: Iterable[int] = (),
+    protect: Iterable[int] = (),
     replicates: int = 100,
     stack: str | None = None,
     share: bool = True,
 ) -> Profile:
-    """Compare every two places of the residual stream in one pass, which ends after the last block that may go.
+    """Compare the hidden states at every two boundaries of the blocks in one pass.
 
-    A place has one state, that which its block's own computation receives: where an earlier surgery put a module
-    between two blocks, that behind it, for a window that ends there too. (What is fitted and judged is what leaves the
-    window.)
+    The pass stops after the last block that may be removed. The state at a boundary is the input of the following
+    block's computation: if an earlier surgery inserted a module between two blocks, it is the output of that module.
 
     Parameters
     ----------
-    model : torch.nn.Module
+    model : torch.nn.Module or StateSource
     batches : sequence of mapping or torch.Tensor
-        What the model's forward takes.
+        The inputs of the model's forward.
     tokens : {"all", "last"} or sequence of torch.Tensor
-        Which tokens count: all real ones, the last real one of each sequence, or, given one boolean mask of shape
-        (batch, tokens) for each batch, those of the real ones that are chosen. The angular distance of the last real
-        token is measured whatever is chosen.
+        The tokens to count: all real tokens, the last real token of each sequence, or the real tokens selected by one
+        boolean mask of shape (batch, tokens) per batch. The angular distance of the last real token is always measured.
     skip : int
-        Leave out this many real tokens at the beginning of each sequence, which may be attention sinks.
-    keep : iterable of int
-        Blocks that must stay; negative numbers count from the end. Those at the end of the stack are not run, and the
-        profile has no windows that reach into them.
+        Number of real tokens to exclude at the beginning of each sequence, which may be attention sinks.
+    protect : iterable of int
+        Blocks that must not be removed; negative indices count from the end. Protected blocks at the end of the stack
+        are not run, and the profile does not cover windows that contain them.
     replicates : int
-        Number of resamples of the sequences for confidence intervals; 0 for none.
+        Number of bootstrap resamples of the sequences for confidence intervals; 0 for none.
     stack : str, optional
         Path of the stack, see `find_stack`.
     share : bool
-        Where several processes measure together (an initialised `torch.distributed` group): whether each was given
-        all batches, and runs its share of them (the default), or has batches of its own. Every process returns the
-        same, of all batches. For what one process is to do by itself there is `streamline_hooks.distributed.alone`.
+        In a distributed run, whether every rank receives all batches and runs its share of them (default), or each rank
+        receives different batches. Every rank returns the profile of all batches. See also
+        `streamline_hooks.core.single_process`.
 
     Returns
     -------
     Profile
-        Of L + 1 places, if no block at the end must stay; the last is then the last block's own output, before the
-        final norm.
+        The statistics of L + 1 boundaries, or fewer if blocks at the end are protected. The last boundary is the output
+        of the last block, before the model's final norm.
 
     Raises
     ------
     StreamlineError
-        If an argument does not fit the model or the batches, or a state is not finite; or, of several processes, in
-        all of them if one fails, is gone, or was given something else.
+        If an argument does not match the model or the batches, or a state is not finite. In a distributed run every
+        rank raises if one rank raises or if the ranks have different models or options.
+
+    References
+    ----------
+    The cosine similarity of windows is the importance of LLM-Streamline (arXiv 2403.19135), the angular distance that
+    of Gromov et al. (arXiv 2403.17887).
 
     Examples
     --------
     >>> import torch
     >>> from streamline_hooks.testing import tiny_model
-    >>> model = tiny_model("llama")
-    >>> found = profile(model, [torch.arange(3, 43).view(4, 10)], keep=[-1])
-    >>> found.places, found.length, found.tokens
+    >>> measured = profile(tiny_model("llama"), [torch.arange(3, 43).view(4, 10)], protect=[-1])
+    >>> measured.places, measured.length, measured.tokens
     (8, 8, 40)
     """
     with distributed_step("profile") as work:
         batches = list(batches)
-        chosen, masks = chosen_masks(tokens, len(batches))
-        found = find_stack(model, stack)
-        reach = blocks_run(keep, len(found))
-        about = {**identity(found), "tokens": chosen, "skip": skip}
+        selection, masks = token_selection(tokens, len(batches))
+        source = as_state_source(model, stack)
+        block_stack = source.stack
+        num_blocks = num_blocks_to_run(protect, len(block_stack))
         items = list(zip(batches, masks, strict=True))
-        same: dict[str, Any] = {"blocks to run": reach, "tokens": chosen, "skip": skip, "replicates": replicates}
-        mine = _part(work, found, items, share, **same)
-        result = Profile(reach + 1, replicates=replicates, about=about)
-        if reach == len(found):
-            record = HiddenStateRecorder(model, stop=True, stack=found.path)
-        else:  # what enters the first block that is not run
-            record = HiddenStateRecorder(model, range(reach + 1), outputs=False, stop=True, stack=found.path)
-        cost = f"profile: {reach} of {len(found)} blocks, no head{_shared(work)}"
-        with recorded(model, [batch for batch, _ in mine], record, cost) as passed:
-            for (batch, mask), (_, real, _) in zip(mine, passed, strict=True):
-                states = [by_token(record.inputs[k][0], found[k]) for k in record.blocks]
-                if record.outputs:
-                    states.append(by_token(record.outputs[reach - 1][0], found[reach - 1]))
-                counted = counted_tokens(real, chosen, skip, mask)
-                weights = poisson_weights(sequence_contents(found, batch, real), replicates) if replicates else None
-                result.update(states, counted, real=real, weights=weights)
-        _add_up_profile(work, result)
+        options: dict[str, Any] = {
+            "blocks to run": num_blocks,
+            "tokens": selection,
+            "skip": skip,
+            "replicates": replicates,
+        }
+        rank_items = _rank_batches(work, source, items, share, **options)
+        about = {**model_identity(block_stack, source.saved_weights()), "tokens": selection, "skip": skip}
+        part = _ProfilePart(source, num_blocks, selection, skip, replicates, about, f"profile{_share_note(work)}")
+        groups = source.groups([batch for batch, _ in rank_items], num_blocks)
+        if len(groups) == 1:
+            result = part.of(rank_items)
+        else:
+            result = Profile(num_blocks + 1, replicates=replicates, about=about)
+            for number, group in enumerate(groups):
+                chosen_items = [rank_items[k] for k in group]
+                make = partial(part.of, chosen_items, f", part {number + 1} of {len(groups)}")
+                inputs = [batch for batch, _ in chosen_items]
+                digest = batches_digest([*inputs, *(mask for _, mask in chosen_items if mask is not None)])
+                name = f"part_{number:04d}_{digest}"
+                result.merge(source.cached(name, make, Profile.save, Profile.load, each_rank=True))
+        if work.processes.count > 1:
+            parts = result.sums.state_dict()
+            merged = {name: work.all_reduce(v, "MAX" if name == "largest" else "SUM") for name, v in parts.items()}
+            result.sums.load_state_dict(merged)
+        return result
+
+
+@dataclass(frozen=True)
+class _ProfilePart:
+    """The options of a profile, applied to some of its batches."""
+
+    source: StateSource
+    blocks: int
+    tokens: str
+    skip: int
+    replicates: int
+    about: dict[str, Any]
+    desc: str
+
+    def of(self, items: Sequence[tuple[Batch | Tensor, Tensor | None]], suffix: str = "") -> Profile:
+        """Return the profile of batches, each with its mask of tokens to count."""
+        result = Profile(self.blocks + 1, replicates=self.replicates, about=self.about)
+        batches = [batch for batch, _ in items]
+        with self.source.boundary_states(batches, self.blocks, self.desc + suffix) as groups:
+            for group in groups:
+                batch, mask = items[group.number]
+                counted = counted_tokens(group.real, self.tokens, self.skip, mask)
+                weights = None
+                if self.replicates:
+                    contents = sequence_contents(self.source.stack, batch, group.real)
+                    weights = poisson_weights(contents, self.replicates)[group.rows]
+                result.update(group.states, counted[group.rows], real=group.real[group.rows], weights=weights)
         return result
 
 
 @distributed_step("measure_moments")
-@checked()
+@validate_arguments()
 def measure_moments(
-    model: nn.Module,
+    model: nn.Module | StateSource,
     batches: Sequence[Batch | Tensor],
     windows: Sequence[range],
     *,
     stack: str | None = None,
     weighted: bool = True,
-    what: str = "moments",
+    desc: str = "moments",
     share: bool = True,
 ) -> list[WindowMoments]:
-    """Sum the moments of several windows in one pass, which ends after the last block that any of them needs.
+    """Sum the second moments of several windows in one pass.
+
+    The pass stops after the last block of the windows.
 
     Parameters
     ----------
-    model : torch.nn.Module
+    model : torch.nn.Module or StateSource
     batches : sequence of mapping or torch.Tensor
-        What the model's forward takes.
+        The inputs of the model's forward.
     windows : sequence of range
+        Ranges of consecutive blocks.
     stack : str, optional
         Path of the stack, see `find_stack`.
     weighted : bool
-        See `WindowMoments`.
-    what : str
-        What the bar says, before what it costs.
+        Weight tokens by 1/‖y‖², see `WindowMoments`.
+    desc : str
+        Label of the progress bar.
     share : bool
-        As for `profile`.
+        See `profile`.
 
     Returns
     -------
     list of WindowMoments
-        One a window.
+        The moments of each window.
 
     Raises
     ------
     UnsupportedSurgery
-        If the states are not laid out as (batch, tokens, features).
+        If the states do not have the layout (batch, tokens, features).
     StreamlineError
-        If a state is not finite; or, of several processes, as for `profile`.
+        If a window is not a range of consecutive blocks, or a state is not finite. In a distributed run, see `profile`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from streamline_hooks.testing import tiny_model
+    >>> batches = [torch.arange(3, 43).view(4, 10)]
+    >>> [moments] = measure_moments(tiny_model("llama"), batches, [range(2, 4)])
+    >>> moments.tokens, tuple(moments.xx.shape)
+    (40, (32, 32))
     """
+    source = as_state_source(model, stack)
+    check_windows(source.stack, windows)
+    results: list[WindowMoments | None] = [None] * len(windows)
+    with moments_by_window(source, [(desc, batches)], windows, weighted=weighted, share=share) as measured:
+        for number, (moments,) in measured:
+            results[number] = moments
+    return [moments for moments in results if moments is not None]
+
+
+@closing_generator
+def moments_by_window(
+    source: StateSource,
+    parts: Sequence[tuple[str, Batches]],
+    windows: Sequence[range],
+    *,
+    weighted: bool = True,
+    share: bool = True,
+    make: Callable[[int, int], WindowMoments] | None = None,
+    rerun: Sequence[int] | None = None,
+) -> Generator[tuple[int, list[WindowMoments | None]], None, None]:
+    """Sum the moments of windows on several parts of the text, and yield each window when it is complete.
+
+    Parameters are those of `measure_moments` and `StateSource.window_sums`; `make` may return a subclass that takes the
+    moments of other states. Yields the index of a window and its moments for each part, None for a part without
+    batches. If the source runs block by block, the moments of only one window are in memory at a time.
+    """
+    stack = source.stack
+    needed = {w.start for w in windows} | {w.stop - 1 for w in windows}
+    advice = "Remove blocks without a repair, with LayerSurgeon."
+    message = f"measure_moments: {type(stack.model).__name__}"
+    require_default_layout((stack[k] for k in sorted(needed)), message, advice)
     with distributed_step("measure_moments") as work:
-        needed = {w.start for w in windows} | {w.stop - 1 for w in windows}
-        record = HiddenStateRecorder(model, sorted(needed), stop=True, stack=stack)
-        advice = "Take blocks out with LayerSurgeon, which fits no map."
-        require_usual((record.stack[k] for k in needed), f"measure_moments: {type(model).__name__}", advice)
-        mine = _part(work, record.stack, batches, share, windows=list(windows), weighted=weighted)
-        moments: list[WindowMoments] = []
-        cost = f"{what}: {len(windows)} windows, {max(needed) + 1} of {len(record.stack)} blocks{_shared(work)}"
-        with recorded(model, mine, record, cost) as passed:
-            for _, mask, _ in passed:
-                features = record.inputs[windows[0].start][0].shape[-1]
-                moments = moments or [WindowMoments(features, weighted) for _ in windows]
-                for window, sums in zip(windows, moments, strict=True):
-                    sums.update(record.inputs[window.start][0], record.outputs[window.stop - 1][0], mask)
-        widths = work.all_gather_object(len(moments[0].xx) if moments else 0)
-        if not moments and max(widths):  # this process's share is empty
-            home = float64_device(device_of(model))
-            moments = [WindowMoments(max(widths), weighted) for _ in windows]
-            for sums in moments:
-                sums.xx, sums.xd = sums.xx.to(home), sums.xd.to(home)
-        for sums in moments:
-            _add_up_moments(work, sums)
+        rank_parts = [
+            (
+                label + _share_note(work),
+                _rank_batches(work, source, part, share, windows=list(windows), weighted=weighted),
+            )
+            for label, part in parts
+        ]
+        make = make or (lambda number, features: WindowMoments(features, weighted))
+        with source.window_sums(rank_parts, windows, make, rerun=rerun) as window_sums:
+            for number, sums in window_sums:
+                # Keep no reference to the yielded moments: those of two windows may not fit into memory.
+                yield number, [_sum_over_ranks(work, stack, sums.pop(0), weighted) for _ in parts]
+
+
+def _sum_over_ranks(
+    work: DistributedStep, stack: BlockStack, moments: WindowMoments | None, weighted: bool
+) -> WindowMoments | None:
+    if work.processes.count == 1:
         return moments
+    width = max(work.all_gather_object(0 if moments is None else len(moments.xx)))
+    if moments is None:
+        if not width:
+            return None
+        moments, device = (
+            WindowMoments(width, weighted),
+            float64_device(device_of(stack.model)),
+        )  # this rank has no batches
+        moments.xx, moments.xd = moments.xx.to(device), moments.xd.to(device)
+    moments.xx, moments.xd = work.all_reduce(moments.xx), work.all_reduce(moments.xd)
+    counted = work.all_reduce(torch.tensor([moments.tokens, moments.dd], dtype=torch.float64))
+    moments.tokens, moments.dd = int(counted[0]), float(counted[1])
+    return moments
 
 
-def _part(work: DistributedStep, stack: BlockStack, items: Sequence[Any], share: bool, **same: Any) -> list[Any]:
-    """The batches that this process is to run."""
+def _rank_batches(
+    work: DistributedStep, source: StateSource, items: Sequence[Any], share: bool, **settings: Any
+) -> list[Any]:
+    """Return the batches that this rank runs."""
     if work.processes.count == 1:
         return list(items)
-    refuse_wrapped(stack.model)  # whose forwards wait for one another, while shares are uneven
-    return work.take(items, share, **{**identity(stack), **same})
+    refuse_wrapped(source.model)  # forwards of a wrapped model synchronize ranks, but shares differ in length
+    return work.take(items, share, **{**model_identity(source.stack, source.saved_weights()), **settings})
 
 
-def _shared(work: DistributedStep) -> str:
+def _share_note(work: DistributedStep) -> str:
     count = work.processes.count
     return f", one of {count} shares" if count > 1 else ""
 
 
-def _add_up_profile(work: DistributedStep, result: Profile) -> None:
-    if work.processes.count > 1:
-        sums = result.sums.state_dict()
-        merged = {name: work.all_reduce(v, "MAX" if name == "largest" else "SUM") for name, v in sums.items()}
-        result.sums.load_state_dict(merged)
+def token_selection(tokens: str | Sequence[Tensor], batches: int) -> tuple[str, Sequence[Tensor | None]]:
+    """Return the token selection ("all", "last" or "mask"), and the mask (or None) of each batch."""
+    if isinstance(tokens, str):
+        return tokens, [None] * batches
+    if len(tokens) != batches:
+        raise StreamlineError(
+            f"tokens has {len(tokens)} masks for {batches} batches. Expected one mask per batch. Pass {batches} masks."
+        )
+    return "mask", tokens
 
 
-def _add_up_moments(work: DistributedStep, sums: WindowMoments) -> None:
-    if work.processes.count > 1:
-        sums.xx, sums.xd = work.all_reduce(sums.xx), work.all_reduce(sums.xd)
-        counted = work.all_reduce(torch.tensor([sums.tokens, sums.dd], dtype=torch.float64))
-        sums.tokens, sums.dd = int(counted[0]), float(counted[1])
+def num_blocks_to_run(protect: Iterable[int], length: int) -> int:
+    """Return the number of blocks to run, which excludes protected blocks at the end."""
+    free = set(range(length)) - set(block_indices(protect, length, "protect"))
+    if not free:
+        raise StreamlineError(
+            f"protect contains all {length} blocks. Expected at least one other block to profile. Protect fewer."
+        )
+    return max(free) + 1
+
+
+def counted_tokens(real: Tensor, tokens: str, skip: int, mask: Tensor | None) -> Tensor:
+    """Return the boolean mask, of shape (batch, tokens), of the real tokens to count.
+
+    The first `skip` real tokens of each sequence are excluded; ``tokens="last"`` selects only the last real token.
+    """
+    order = real.cumsum(dim=1)
+    counted = real & (order > skip)
+    if tokens == "last":
+        counted &= order == order[:, -1:]
+    if mask is not None:
+        if mask.shape != real.shape:
+            raise StreamlineError(
+                f"A mask in tokens has the shape {tuple(mask.shape)}. Expected that of its batch, {tuple(real.shape)} "
+                "(batch, tokens). Pass one entry per token."
+            )
+        counted &= mask.to(real.device).bool()
+    return counted
+
+
+_VALUES_PER_PARAMETER = 16
+_SETTINGS_WITHOUT_EFFECT = (
+    "use_cache",
+    "return_dict",
+    "output_hidden_states",
+    "output_attentions",
+)  # settings that do not change hidden states
+
+
+def model_identity(stack: BlockStack, tensors: Iterable[tuple[str, Any]] | None = None) -> dict[str, Any]:
+    """Return JSON values that identify the model of a stack: class, path, number of blocks, and a fingerprint.
+
+    The fingerprint covers the modules, the configuration (`structure_digest`), and the name, shape, dtype and up to 16
+    values of each weight. It distinguishes a finetuned, cast or spliced model from the original without reading all
+    weights. Values of offloaded, sharded or quantized weights are not read. `tensors` are the named weights, by default
+    those of the model, see `StateSource.saved_weights`.
+    """
+    return {
+        "model": type(stack.model).__name__,
+        "stack": stack.path,
+        "blocks": len(stack),
+        "fingerprint": _fingerprint(stack.model, saved_weights(stack.model) if tensors is None else tensors),
+    }
+
+
+def check_profile(profile: Profile, model: nn.Module, stack: str | None = None) -> None:
+    """Raise unless a profile belongs to a model.
+
+    Parameters
+    ----------
+    profile : Profile
+    model : torch.nn.Module
+    stack : str, optional
+        Path of the stack, see `find_stack`.
+
+    Raises
+    ------
+    StreamlineError
+        If the profile is of another model. The message lists the differences.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from streamline_hooks.statistics import profile
+    >>> from streamline_hooks.testing import tiny_model
+    >>> model = tiny_model("llama")
+    >>> measured = profile(model, [torch.arange(3, 43).view(4, 10)], replicates=0)
+    >>> check_profile(measured, model)
+    """
+    differences = [
+        f"{name} is {value} in the model and {profile.about.get(name, 'unknown')} in the profile"
+        for name, value in model_identity(find_stack(model, stack)).items()
+        if value != profile.about.get(name)
+    ]
+    if differences:
+        raise StreamlineError(
+            f"The profile is of another model: {'; '.join(differences)}. Expected a profile of this model. Profile it."
+        )
+
+
+def _fingerprint(model: nn.Module, tensors: Iterable[tuple[str, Any]]) -> str:
+    digest = hashlib.sha256(structure_digest(model, but=_SETTINGS_WITHOUT_EFFECT).encode())
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        values = tensor.detach()
+        if type(values) is Tensor and not values.is_meta and values.layout == torch.strided:
+            flat = values.reshape(-1)
+            sample = flat[:: max(1, len(flat) // _VALUES_PER_PARAMETER)][:_VALUES_PER_PARAMETER]
+            digest.update(tensor_bytes(sample))
+    return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The second moments for the closed-form repair of a window."""
+"""Sum the second moments that the closed-form repair of a window needs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from streamline_hooks.arguments import checked
-from streamline_hooks.errors import StreamlineError
-from streamline_hooks.precision import widen
+from streamline_hooks.core import StreamlineError, to_float64, validate_arguments
 
 _TOKENS_AT_ONCE = 4096
 
@@ -18,21 +16,17 @@ _TOKENS_AT_ONCE = 4096
 class WindowMoments:
     """Weighted second moments of the state x that enters a window and the state y that leaves it.
 
-    With δ = y − x and each token's weight w = 1/‖y‖², it sums Σ w xxᵀ, Σ w xδᵀ and Σ w ‖δ‖². Then the relative
-    squared error of any linear repair x ↦ x + Wᵀx, the mean of ‖y − x − Wᵀx‖²/‖y‖², is known without another pass.
-    The weight keeps a few tokens with massive activations from ruling the fit.
+    The sums are Σ w xxᵀ, Σ w xδᵀ and Σ w ‖δ‖², with δ = y − x and the weight w = 1/‖y‖² of each token. They determine
+    the relative squared error of any linear repair x ↦ x + Wᵀx, the mean of ‖y − x − Wᵀx‖²/‖y‖², without another pass.
+    The weight prevents a few tokens with massive activations from dominating the fit. Sums are float64 on the device of
+    the states (on the CPU for MPS, which has no float64). Memory is 2·d² numbers for any number of tokens.
 
     Parameters
     ----------
     features : int
         Width d of the residual stream.
     weighted : bool
-        Whether tokens have this weight; else w = 1, and errors are squares of norms, not relative.
-
-    Notes
-    -----
-    Sums are float64 on the device of the states (on the CPU for MPS, which has none). Memory is 2·d² numbers, however
-    many the tokens.
+        Weight tokens by 1/‖y‖². Otherwise w = 1 and errors are absolute squared norms.
 
     Examples
     --------
@@ -44,7 +38,7 @@ class WindowMoments:
     (0.25, 0.0)
     """
 
-    @checked(features=0)
+    @validate_arguments(features=0)
     def __init__(self, features: int, weighted: bool = True) -> None:
         self.weighted = weighted
         self.tokens = 0
@@ -58,30 +52,30 @@ class WindowMoments:
         Parameters
         ----------
         entering, leaving : torch.Tensor
-            The states before and after the window, of shape (batch, tokens, features), or (tokens, features) where all
+            The states before and after the window, of shape (batch, tokens, features), or (tokens, features) if all
             tokens are in one row.
         mask : torch.Tensor
-            The tokens that count, of shape (batch, tokens).
+            The tokens to count, of shape (batch, tokens).
         relative_to : torch.Tensor, optional
-            States of the same shape by whose norm an error is measured, where these are but parts of them; by default
-            those that leave.
+            States of the same shape whose norms replace ‖y‖ in the weight. Default: `leaving`.
+
+        Raises
+        ------
+        StreamlineError
+            If the states differ in shape or do not have `features` features.
         """
-        if relative_to is not None:
-            relative_to = _in_rows(relative_to, mask)
-        entering, leaving = _in_rows(entering, mask), _in_rows(leaving, mask)
-        whole = leaving if relative_to is None else relative_to
-        if entering.shape[-1] != len(self.xx) or not entering.shape == leaving.shape == whole.shape:
+        all_states = [entering, leaving] if relative_to is None else [entering, leaving, relative_to]
+        all_states = [states[None] if states.ndim == mask.ndim else states for states in all_states]
+        if entering.shape[-1] != len(self.xx) or len({states.shape for states in all_states}) > 1:
             raise StreamlineError(
-                f"Got states of shape {tuple(entering.shape)} and {tuple(leaving.shape)}; expected two of the same "
-                f"shape with {len(self.xx)} features."
+                f"Got states of shapes {tuple(entering.shape)} and {tuple(leaving.shape)}. Expected equal shapes with "
+                f"{len(self.xx)} features. Pass the states before and after one window."
             )
         real = mask.to(entering.device).bool()
-        entering, leaving = entering[real], leaving[real]
-        whole = leaving if relative_to is None else relative_to[real]
-        for x, y, z in zip(*(states.split(_TOKENS_AT_ONCE) for states in (entering, leaving, whole)), strict=True):
-            x, y = widen(x), widen(y)
+        for x, y, *reference in zip(*(states[real].split(_TOKENS_AT_ONCE) for states in all_states), strict=True):
+            norm = to_float64(*reference or [y]).norm(dim=-1, keepdim=True).clamp_min(1e-300) if self.weighted else 1.0
+            x, y = to_float64(x), to_float64(y)
             self.xx, self.xd = self.xx.to(x.device), self.xd.to(x.device)
-            norm = widen(z).norm(dim=-1, keepdim=True).clamp_min(1e-300) if self.weighted else 1.0
             x, d = x / norm, (y - x) / norm
             self.xx.addmm_(x.T, x)
             self.xd.addmm_(x.T, d)
@@ -89,11 +83,11 @@ class WindowMoments:
             self.tokens += len(x)
 
     def merge(self, other: Self) -> None:
-        """Add the sums of another part of the tokens."""
+        """Add the sums over other tokens."""
         if other.xx.shape != self.xx.shape or other.weighted != self.weighted:
             raise StreamlineError(
-                f"Cannot merge moments of width {len(other.xx)}, weighted={other.weighted}, into those of width "
-                f"{len(self.xx)}, weighted={self.weighted}."
+                f"Cannot merge moments with {len(other.xx)} features and weighted={other.weighted} into moments with "
+                f"{len(self.xx)} features and weighted={self.weighted}. Expected equal settings. Measure both alike."
             )
         self.tokens += other.tokens
         self.xx = self.xx + other.xx.to(self.xx.device)
@@ -101,35 +95,25 @@ class WindowMoments:
         self.dd += other.dd
 
     def error(self, map_: Tensor) -> float:
-        """Mean relative squared error of x ↦ x + Wᵀx.
+        """Return the mean relative squared error of the repair x ↦ x + Wᵀx.
 
-        Parameters
-        ----------
-        map_ : torch.Tensor
-            W, of shape (features, features); zero is plain removal.
-
-        Returns
-        -------
-        float
-            (tr Σwδδᵀ − 2 tr WᵀΣwxδᵀ + tr WᵀΣwxxᵀW) / tokens.
+        It is (tr Σwδδᵀ − 2 tr WᵀΣwxδᵀ + tr WᵀΣwxxᵀW) / tokens. `map_` is W, of shape (features, features); W = 0 is
+        plain removal. Raises `StreamlineError` if no token was counted.
         """
         if not self.tokens:
-            raise StreamlineError("No token has been counted yet; update with a batch that has real tokens.")
+            raise StreamlineError(
+                "No token has been counted. Expected at least one. Call update with a batch that has real tokens."
+            )
         w = map_.to(self.xx)
         total = self.dd - 2 * (w * self.xd).sum() + (w * (self.xx @ w)).sum()
         return float(total) / self.tokens
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums, for a file."""
+        """Return the sums as tensors and numbers."""
         sums = {"xx": self.xx.clone(), "xd": self.xd.clone(), "dd": self.dd}
         return {"tokens": self.tokens, "weighted": self.weighted, **sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take sums up again."""
+        """Restore the sums from `state_dict`."""
         self.tokens, self.dd, self.weighted = int(state["tokens"]), float(state["dd"]), bool(state["weighted"])
         self.xx, self.xd = state["xx"].clone(), state["xd"].clone()
-
-
-def _in_rows(states: Tensor, mask: Tensor) -> Tensor:
-    """States with the axis of a mask's rows: where they have none, all tokens are in one row."""
-    return states[None] if states.ndim == mask.ndim else states

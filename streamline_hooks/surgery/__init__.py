@@ -1,7 +1,104 @@
-"""Taking blocks out of a model and putting others in, reversibly and for good."""
+"""Remove, replace, insert, zero and fold blocks, reversibly; verify the result; commit it.
 
-from streamline_hooks.surgery.hazards import Hazard
+`LayerSurgeon` is the entry point. A committed model has one `SurgeryPlan` per surgery.
+"""
+
+from streamline_hooks.surgery.bypass import bypass, bypassing
+from streamline_hooks.surgery.config_copies import ConfigCopies
+from streamline_hooks.surgery.edits import RECORD, Edits
+from streamline_hooks.surgery.fold import foldable
+from streamline_hooks.surgery.hazards import Hazard, find_hazards
+from streamline_hooks.surgery.history import (
+    PLAIN_FORMAT,
+    CombinedPlan,
+    combine_plans,
+    committed_surgeries,
+    describe_stacks,
+    replay_surgeries,
+)
+from streamline_hooks.surgery.layer_indices import (
+    INDEX_NAMES,
+    config_for_blocks,
+    find_config_copies,
+    find_index_attributes,
+)
+from streamline_hooks.surgery.layout import StackLayout, checked_window
+from streamline_hooks.surgery.model_source import ModelSource, as_state_source
+from streamline_hooks.surgery.placement import match_block, matched_dtype
 from streamline_hooks.surgery.plan import Slot, Splice, SurgeryPlan
+from streamline_hooks.surgery.probe import find_mismatch, run_reference_with_hooks
+from streamline_hooks.surgery.resume import resume
+from streamline_hooks.surgery.save_guard import saved_model_depth
+from streamline_hooks.surgery.session import refuse_open_surgery
+from streamline_hooks.surgery.special_weights import find_per_layer_weights, per_layer_width
+from streamline_hooks.surgery.splice import (
+    AFTER,
+    BEFORE,
+    remember_splices,
+    run_before,
+    run_splices,
+    set_splices,
+    spliced,
+)
+from streamline_hooks.surgery.spliced_model import MODEL_TYPE, StreamlinedConfig, base_class
 from streamline_hooks.surgery.surgeon import LayerSurgeon
+from streamline_hooks.surgery.zeroed_branches import (
+    branches_of,
+    find_zeros,
+    zero_output,
+    zero_parameter_ids,
+    zero_parameters,
+)
 
-__all__ = ["Hazard", "LayerSurgeon", "Slot", "Splice", "SurgeryPlan"]
+__all__ = [
+    "AFTER",
+    "BEFORE",
+    "INDEX_NAMES",
+    "MODEL_TYPE",
+    "PLAIN_FORMAT",
+    "RECORD",
+    "CombinedPlan",
+    "ConfigCopies",
+    "Edits",
+    "Hazard",
+    "LayerSurgeon",
+    "ModelSource",
+    "Slot",
+    "Splice",
+    "StackLayout",
+    "StreamlinedConfig",
+    "SurgeryPlan",
+    "as_state_source",
+    "base_class",
+    "branches_of",
+    "bypass",
+    "bypassing",
+    "checked_window",
+    "combine_plans",
+    "committed_surgeries",
+    "config_for_blocks",
+    "describe_stacks",
+    "find_config_copies",
+    "find_hazards",
+    "find_index_attributes",
+    "find_mismatch",
+    "find_per_layer_weights",
+    "find_zeros",
+    "foldable",
+    "match_block",
+    "matched_dtype",
+    "per_layer_width",
+    "refuse_open_surgery",
+    "remember_splices",
+    "replay_surgeries",
+    "resume",
+    "run_before",
+    "run_reference_with_hooks",
+    "run_splices",
+    "saved_model_depth",
+    "set_splices",
+    "spliced",
+    "zero_output",
+    "zero_parameter_ids",
+    "zero_parameters",
+]

@@ -1,31 +1,34 @@
-"""Reasons why taking a block away would change more than that block."""
+"""Find reasons why removing or inserting a block would change more than that block."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
-from streamline_hooks.stack import BlockStack
-from streamline_hooks.surgery.per_layer_weights import obstacle
-from streamline_hooks.surgery.quantizer_names import QuantizerNames
-from streamline_hooks.surgery.renumber import KEY_SHARING, same_descriptions, shortened_config
+from streamline_hooks.modeling import BlockStack
+from streamline_hooks.surgery.layer_indices import KEY_SHARING, config_for_blocks, configs_of_stack
+from streamline_hooks.surgery.special_weights import QuantizerSettings, per_layer_weights_obstacle
 
 
 @dataclass(frozen=True)
 class Hazard:
-    """One reason against a surgery, in words.
+    """A reason against a surgery.
 
     Attributes
     ----------
     cause : str
-        A short name, for programs.
+        Short name, for comparisons in code.
     text : str
-        What would go wrong, naming the blocks.
+        What would go wrong, with the blocks that are affected.
+
+    Examples
+    --------
+    >>> str(Hazard("tied-blocks", "blocks 1, 3 share parameters"))
+    'blocks 1, 3 share parameters'
     """
 
     cause: str
@@ -36,94 +39,77 @@ class Hazard:
 
 
 def find_hazards(stack: BlockStack, window: range) -> list[Hazard]:
-    """Find what else depends on the blocks of a window, from the model and its configuration.
+    """Return the hazards of removing a window that the model's structure and its configuration show.
 
     Parameters
     ----------
     stack : BlockStack
+        Stack of blocks; see `find_stack`.
     window : range
-        The blocks that are to go.
+        Half-open range of consecutive blocks.
 
     Returns
     -------
     list of Hazard
-        Empty where nothing is known against it.
+        Empty if none is known. `LayerSurgeon.check` additionally runs the model.
+
+    Examples
+    --------
+    >>> from streamline_hooks.modeling import find_stack
+    >>> from streamline_hooks.testing import tiny_model
+    >>> find_hazards(find_stack(tiny_model("llama")), range(1, 2))
+    []
     """
     return [
-        *find_dependents(stack, window),
+        *find_dependency_hazards(stack, window),
         *find_numbering_hazards(stack, window.start),
         *_decoder_cache(stack, [k for k in range(len(stack)) if k not in window]),
     ]
 
 
-def find_dependents(stack: BlockStack, window: range) -> list[Hazard]:
-    """Find what other blocks take from those of a window, whatever number they have.
-
-    Parameters
-    ----------
-    stack : BlockStack
-    window : range
-    """
+def find_dependency_hazards(stack: BlockStack, window: range) -> list[Hazard]:
+    """Return hazards from other blocks that depend on the blocks of a window, independent of the numbering."""
     causes = (_shared_blocks, _shared_keys, _position_bias, _per_layer_embeddings, _derived_settings)
     return [hazard for cause in causes for hazard in cause(stack, window)]
 
 
 def find_numbering_hazards(stack: BlockStack, first: int) -> list[Hazard]:
-    """Find what changes when the blocks from a place on get other numbers.
-
-    Parameters
-    ----------
-    stack : BlockStack
-    first : int
-        The first block whose number changes.
-    """
-    return [
-        *_scale_by_number(stack, first),
-        *_features_by_number(stack, first),
-        *_quantized_by_number(stack, first),
-    ]
+    """Return the hazards of renumbering the blocks from `first` on."""
+    causes = (_scale_by_number, _features_by_number, _quantized_by_number)
+    return [hazard for cause in causes for hazard in cause(stack, first)]
 
 
 def find_insertion_hazards(stack: BlockStack, k: int, slots: int) -> list[Hazard]:
-    """Find what changes when another block takes a slot before block k.
-
-    Parameters
-    ----------
-    stack : BlockStack
-    k : int
-        0 to the number of blocks.
-    slots : int
-        How many blocks the stack has then.
-    """
+    """Return the hazards of inserting a block before block k, so that the stack has `slots` blocks."""
     sources = [min(slot, len(stack) - 1) for slot in range(slots)]
     return [*_displaced_position_bias(stack, k), *find_numbering_hazards(stack, k), *_decoder_cache(stack, sources)]
 
 
 def position_bias_owners(stack: BlockStack) -> list[int]:
-    """The blocks that hold the relative position bias of all; empty where each has its own, or none has any."""
-    owners = _with_position_bias(stack)
+    """Return the blocks that hold the relative position bias of all blocks, or [] if there are no such blocks."""
+    owners = _blocks_with_position_bias(stack)
     return owners if len(owners) < len(stack) else []
 
 
-def _with_position_bias(stack: BlockStack) -> list[int]:
-    return [k for k, block in enumerate(stack.blocks) if any("relative_attention_bias" in n for n in _names(block))]
+def _blocks_with_position_bias(stack: BlockStack) -> list[int]:
+    name = "relative_attention_bias"
+    return [k for k, block in enumerate(stack.blocks) if any(name in path for path, _ in block.named_modules())]
 
 
 def _shared_blocks(stack: BlockStack, window: range) -> Iterator[Hazard]:
-    """The same parameters in several blocks: what one position loses, another one still runs."""
-    owners: dict[int, list[int]] = {}
-    there = {id(block) for block in stack.container.children()}  # one that is gone may still hold what it handed on
+    """Find blocks with shared parameters: removing the block at one position does not free them."""
+    owners: dict[int, set[int]] = defaultdict(set)
+    present = set(stack.container.children())  # a removed block may still hold parameters that another block uses
     for k, block in enumerate(stack.blocks):
-        for parameter in block.parameters() if id(block) in there else ():
-            owners.setdefault(id(parameter), []).append(k)
-    for blocks in {tuple(sorted(set(ks))) for ks in owners.values() if len(set(ks)) > 1}:
-        if set(blocks) & set(window):
-            listed = ", ".join(map(str, blocks))
-            yield Hazard("tied-blocks", f"blocks {listed} share parameters, so that removing one frees nothing")
+        for parameter in block.parameters() if block in present else ():
+            owners[id(parameter)].add(k)
+    for blocks in {tuple(sorted(ks)) for ks in owners.values() if len(ks) > 1 and ks & set(window)}:
+        listed = ", ".join(map(str, blocks))
+        yield Hazard("tied-blocks", f"blocks {listed} share parameters, so that removing one of them frees no memory")
 
 
 def _shared_keys(stack: BlockStack, window: range) -> Iterator[Hazard]:
-    """The last blocks attend to keys that an earlier block produced (Gemma 3n, Gemma 4): it cannot go before them."""
+    """Find a block whose keys the last blocks attend to (Gemma 3n, Gemma 4)."""
     shared = getattr(stack.config, "num_kv_shared_layers", 0) or 0
     if not 0 < shared < len(stack):
         return
@@ -138,7 +124,7 @@ def _shared_keys(stack: BlockStack, window: range) -> Iterator[Hazard]:
 
 
 def _position_bias(stack: BlockStack, window: range) -> Iterator[Hazard]:
-    """One block alone holds the relative position bias that the model hands to the others (T5)."""
+    """Find blocks that hold the relative position bias of all blocks (T5)."""
     owners = position_bias_owners(stack)
     if set(owners) & set(window):
         listed = ", ".join(map(str, owners))
@@ -146,53 +132,52 @@ def _position_bias(stack: BlockStack, window: range) -> Iterator[Hazard]:
 
 
 def _displaced_position_bias(stack: BlockStack, k: int) -> Iterator[Hazard]:
-    """The first block computes the bias that the model hands to the others (T5): one before it would do so instead."""
-    owners = position_bias_owners(stack) if len(stack) > 1 else _with_position_bias(stack)
+    """Find a block that computes the relative position bias of all blocks and must stay the first one (T5)."""
+    owners = position_bias_owners(stack) if len(stack) > 1 else _blocks_with_position_bias(stack)
     if owners and k <= owners[0]:
         yield Hazard(
             "position-bias",
             f"block {owners[0]} computes the relative position bias that the other blocks use, and only the first "
-            "block of the stack can",
+            "block of the stack can compute it",
         )
 
 
 def _per_layer_embeddings(stack: BlockStack, window: range) -> Iterator[Hazard]:
-    """Each block reads its own slice of one large embedding, and the slices cannot be picked anew."""
-    reason = obstacle(stack)
+    """Find an embedding with one slice per block whose slices cannot be selected."""
+    reason = per_layer_weights_obstacle(stack)
     if reason is not None:
         yield Hazard("per-layer-embeddings", reason)
 
 
 def _derived_settings(stack: BlockStack, window: range) -> Iterator[Hazard]:
-    """A list with one entry a block that the configuration derives from a period, and so cannot hold what is left."""
-    config, count = stack.config, stack.count_attribute
-    if config is None or count is None:
+    """Find a per-block list that the configuration derives, and cannot derive correctly for the remaining blocks."""
+    config = stack.config
+    if config is None:
         return
     kept = [k for k in range(len(stack)) if k not in window]
-    shorter = copy.copy(config)
-    vars(shorter).update(shortened_config(config, count, len(stack), kept, stack.stage))
-    # Not those that every configuration has, of which some are deprecated and say so when they are read.
-    common = [base for base in type(config).__mro__ if base.__name__.lower() == "pretrainedconfig"]
-    every = {name for base in common for name in vars(base)}
+    shorter = _config_for_sources(config, stack, kept)
+    # Reading a deprecated property, which only the base class has, warns.
+    bases = [base for base in type(config).__mro__ if base.__name__.lower() == "pretrainedconfig"]
+    common = {name for base in bases for name in vars(base)}
     for name, member in inspect.getmembers(type(config), lambda m: isinstance(m, property)):
-        if name in every:
+        if name in common or name in vars(config) or name == KEY_SHARING:
             continue
-        now, then = (_value(member, c) for c in (config, shorter))
-        if not isinstance(now, list) or len(now) != len(stack) or name in vars(config) or name == KEY_SHARING:
+        current, shorter_list = (_read_property(member, c) for c in (config, shorter))
+        if not isinstance(current, list) or len(current) != len(stack):
             continue
-        wanted = [now[k] for k in kept]
-        wrong = next((k for k, (a, b) in enumerate(zip(wanted, then or [], strict=False)) if a != b), None)
-        if wrong is not None:
+        wanted = [current[k] for k in kept]
+        position = next((k for k, (a, b) in enumerate(zip(wanted, shorter_list or (), strict=False)) if a != b), None)
+        if position is not None:
             yield Hazard(
                 "derived-settings",
-                f"{type(config).__name__} derives {name} from other settings, by which block {kept[wrong]} as number "
-                f"{wrong} would be {then[wrong]!r} and not {wanted[wrong]!r}",
+                f"{type(config).__name__} derives {name} from other settings: block {kept[position]}, renumbered to "
+                f"{position}, would have {shorter_list[position]!r} instead of {wanted[position]!r}",
             )
             return
 
 
 def _decoder_cache(stack: BlockStack, sources: Sequence[int]) -> Iterator[Hazard]:
-    """The decoder's cache is sized by a count that is the encoder's (ProphetNet; T5 in Transformers 4)."""
+    """Find a decoder whose cache is sized by the number of encoder blocks (ProphetNet; T5 in Transformers 4)."""
     owner, count = stack.ancestors[0], stack.count_attribute
     config: Any = getattr(owner, "config", None)
     is_decoder = count in ("num_decoder_layers", "decoder_layers")
@@ -202,13 +187,12 @@ def _decoder_cache(stack: BlockStack, sources: Sequence[int]) -> Iterator[Hazard
     if count is None or not isinstance(before, int):
         return
     after = len(sources) if is_decoder else before
-    described = same_descriptions(stack)
-    for one in {id(c): c for c in (config, *(described if is_decoder else ()))}.values():
-        changed = copy.copy(one)
-        if any(one is each for each in described):
-            vars(changed).update(shortened_config(one, count, len(stack), sources, stack.stage))
-        cache_before, cache_after = _cache_length(one), _cache_length(changed)
-        if cache_before is not None and cache_after is not None and before <= cache_before and cache_after < after:
+    changed_configs = configs_of_stack(stack)
+    for described_config in {id(c): c for c in (config, *(changed_configs if is_decoder else ()))}.values():
+        changes = any(described_config is each for each in changed_configs)
+        cache_before = _cache_length(described_config)
+        cache_after = _cache_length(_config_for_sources(described_config, stack, sources)) if changes else cache_before
+        if before <= cache_before and 0 < cache_after < after:
             yield Hazard(
                 "decoder-cache",
                 f"Transformers sizes the cache of the {after} decoder blocks by another count, which would be "
@@ -217,66 +201,65 @@ def _decoder_cache(stack: BlockStack, sources: Sequence[int]) -> Iterator[Hazard
             return
 
 
-def _cache_length(config: Any) -> int | None:
-    """For how many blocks Transformers makes a cache; None if the cache grows."""
+def _config_for_sources(config: Any, stack: BlockStack, sources: Sequence[int]) -> Any:
+    """Return a copy of a configuration that describes a stack of the blocks `sources`."""
+    changed = copy.copy(config)
+    vars(changed).update(config_for_blocks(config, str(stack.count_attribute), len(stack), sources, stack.stage))
+    return changed
+
+
+def _cache_length(config: Any) -> int:
+    """Return the number of blocks that the cache has entries for, or 0 if the cache grows."""
     from transformers import DynamicCache
 
-    return len(DynamicCache(config=config).layers) or None
+    return len(DynamicCache(config=config).layers)
 
 
-def _value(member: Any, config: Any) -> Any:
+def _read_property(member: Any, config: Any) -> Any:
     try:
         return member.fget(config)
-    except Exception:  # a property may need what this configuration has not
+    except Exception:  # a property may need settings that this configuration lacks
         return None
 
 
 def _scale_by_number(stack: BlockStack, first: int) -> Iterator[Hazard]:
-    """Attention that is scaled by the block's number while it runs (GPT-2 in Transformers 4): renumbering changes it.
+    """Find attention that is scaled by the block's index at run time (GPT-2 in Transformers 4).
 
-    Later versions bake the scale into the block, which is then right in memory and is refused on commit.
+    Later versions compute the scale when the block is built. It is then correct in memory, and refused on commit.
     """
-    scaled = [
-        k
-        for k, block in enumerate(stack.blocks)
-        for module in block.modules()
-        if getattr(module, "scale_attn_by_inverse_layer_idx", False) and not hasattr(module, "scaling")
-    ]
-    if any(k >= first for k in scaled):
+    later_modules = (module for block in stack.blocks[first:] for module in block.modules())
+    if any(getattr(m, "scale_attn_by_inverse_layer_idx", False) and not hasattr(m, "scaling") for m in later_modules):
         yield Hazard("scale-by-number", f"blocks {first} to {len(stack) - 1} scale attention by their number")
 
 
 def _features_by_number(stack: BlockStack, first: int) -> Iterator[Hazard]:
-    """What a vision tower's inner blocks see is added to the text's states by the number of its blocks (Qwen3-VL).
+    """Find features of a vision tower that are added to the text states at fixed block indices (Qwen3-VL).
 
-    Text alone does not show it.
+    A probe with text alone does not reveal them.
     """
-    takes = inspect.signature(stack.ancestors[-1].forward).parameters
-    if not {"deepstack_visual_embeds", "deepstack_features"} & {*takes}:
+    parameters = inspect.signature(stack.ancestors[-1].forward).parameters
+    if not {"deepstack_visual_embeds", "deepstack_features"} & {*parameters}:
         return
     configs = [config for module in stack.ancestors if (config := getattr(module, "config", None)) is not None]
     for config in [*configs, *(getattr(config, "vision_config", None) for config in configs)]:
-        indexes = getattr(config, "deepstack_visual_indexes", None) or ()  # of the tower; in the text the first so many
+        # In the tower, the indices of blocks. In the text model, features are added at the first len(indexes) blocks.
+        indexes = getattr(config, "deepstack_visual_indexes", None) or ()
         last = max([len(indexes) - 1, *(number for _, number in getattr(config, "deepstack_layer_map", None) or ())])
         if first <= last:
             yield Hazard(
                 "features-by-number",
-                f"what the vision tower sees is added at blocks up to {last} by their number, which would be others' "
-                "then",
+                f"features of the vision tower are added at blocks up to {last} by index, which would be other blocks "
+                "after renumbering",
             )
             return
 
 
 def _quantized_by_number(stack: BlockStack, first: int) -> Iterator[Hazard]:
-    """Settings of a quantizer that mean blocks by a pattern of numbers, which cannot be written anew."""
-    pattern = QuantizerNames(stack).pattern(first)
+    """Find quantizer settings that select blocks by a pattern of indices, which cannot be renumbered."""
+    pattern = QuantizerSettings(stack).pattern(first)
     if pattern is not None:
         yield Hazard(
             "quantized-by-number",
-            f"the quantizer's settings mean some blocks by a pattern ({pattern}), which would mean others then: write "
-            "the modules' names out instead",
+            f"the quantizer's settings select blocks by a pattern ({pattern}), which would select other blocks after "
+            "renumbering: list the full names of the modules instead",
         )
-
-
-def _names(block: nn.Module) -> list[Any]:
-    return [name for name, _ in block.named_modules()]

@@ -1,4 +1,4 @@
-"""What stands where after a surgery, in the numbering before it. Nothing here touches a model."""
+"""The planned order of blocks and splices, in the numbering from before the surgery. No model is changed here."""
 
 from __future__ import annotations
 
@@ -8,123 +8,115 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from streamline_hooks.arguments import whole_numbers
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks.core import StreamlineError, int_list
 from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices, spliced
 
-# A module without a slot, the block (old number) that it runs before, and the window in whose place it stands.
+# A module without a slot, the block (old index) that it runs before, and the window that it replaces.
 Placed = tuple[nn.Module, int, tuple[int, int] | None]
 
 
 @dataclass
 class NewSlot:
-    """A slot of the new stack, and the modules without a slot that run before it."""
+    """A slot of the new stack, and the splices that run before it."""
 
     module: nn.Module
     before: list[Placed]
 
 
 @dataclass
-class Layout:
-    """The surgery in the original numbering: what stands before each block, and which windows are gone."""
+class StackLayout:
+    """The planned surgery in the original numbering: insertions before each block, and removed windows."""
 
     blocks: list[nn.Module]
     inserted: dict[int, list[nn.Module]] = field(default_factory=dict)
-    given_up: dict[int, tuple[range, nn.Module | None]] = field(default_factory=dict)
+    replaced_windows: dict[int, tuple[range, nn.Module | None]] = field(default_factory=dict)
     exchanged: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        # Splices of an earlier surgery stay where they are, whatever happens to the block that carries them.
+        # Splices of an earlier surgery keep their position, even if their block is removed.
         self.earlier = {k: list(spliced(b, BEFORE)) for k, b in enumerate(self.blocks) if spliced(b, BEFORE)}
         self.earlier_at_end = list(spliced(self.blocks[-1], AFTER))
 
     @property
     def earlier_modules(self) -> list[nn.Module]:
-        """All splices of an earlier surgery, in their order."""
+        """All splices of an earlier surgery, in order."""
         return [module for modules in (*self.earlier.values(), self.earlier_at_end) for module in modules]
 
-    def copy(self) -> Layout:
-        """A layout to try an operation on."""
+    def copy(self) -> StackLayout:
+        """Copy the layout, but not the modules, so that an operation can be tried on it."""
         other = copy.copy(self)
         other.inserted = {k: list(modules) for k, modules in self.inserted.items()}
-        other.given_up = dict(self.given_up)
-        other.exchanged = set(self.exchanged)
+        other.replaced_windows, other.exchanged = dict(self.replaced_windows), set(self.exchanged)
         return other
 
     def insert(self, k: int, module: nn.Module) -> None:
-        """Put a module before block k, after those that are there."""
-        for window, _ in self.given_up.values():
-            if window.start < k < window.stop:
-                raise StreamlineError(
-                    f"Nothing can be inserted before block {k}: blocks {window.start} to {window.stop - 1} are gone. "
-                    f"Insert at {window.start} or {window.stop}."
-                )
+        """Insert a module before block k, after earlier insertions at this position."""
         self.inserted.setdefault(k, []).append(module)
 
-    def give_up(self, window: range, module: nn.Module | None) -> None:
-        """Take a window out, with a module in its place or nothing."""
-        for other, _ in self.given_up.values():
+    def require_boundary(self, k: int) -> None:
+        """Raise `StreamlineError` if the position before block k is inside a removed window."""
+        for window, _ in self.replaced_windows.values():
+            if window.start < k < window.stop:
+                raise StreamlineError(
+                    f"The position before block {k} does not exist: blocks {window.start} to {window.stop - 1} were "
+                    f"removed. Choose {window.start} or {window.stop}."
+                )
+
+    def replace_window(self, window: range, module: nn.Module | None) -> None:
+        """Replace a window by a module, or remove it."""
+        for other, _ in self.replaced_windows.values():
             if other.start < window.stop and window.start < other.stop:
                 raise StreamlineError(
-                    f"Blocks {window.start} to {window.stop - 1} overlap {other.start} to {other.stop - 1}, which are "
-                    "gone already. Every number is that of the model when the surgeon opened."
+                    f"Blocks {window.start} to {window.stop - 1} overlap {other.start} to {other.stop - 1}, which were "
+                    "removed before. Every index refers to the model when the surgeon opened. Choose other blocks."
                 )
         inside = [k for k in self.inserted if window.start < k < window.stop]
         if inside:
             raise StreamlineError(
-                f"Blocks {window.start} to {window.stop - 1} have a module inserted before block {inside[0]} between "
-                "them; give up the blocks on either side of it apart."
+                f"Blocks {window.start} to {window.stop - 1} contain the position before block {inside[0]}, at which a "
+                "module was inserted. Remove the blocks on either side of it separately, in two calls."
             )
-        self.given_up[window.start] = (window, module)
+        self.replaced_windows[window.start] = (window, module)
 
     def exchange(self, k: int, module: nn.Module) -> None:
-        """Put a block in the place of block k that does the same: what an earlier surgery put behind it stays."""
-        self.give_up(range(k, k + 1), module)
+        """Replace block k by another block, and keep the splices of an earlier surgery after it."""
+        self.replace_window(range(k, k + 1), module)
         self.exchanged.add(k)
 
-    def unshared(self, module: nn.Module, leaving: Sequence[int] = ()) -> nn.Module:
-        """The module, or a copy of it where it would stand in the model twice."""
-        gone = {k for window, _ in self.given_up.values() for k in window} | set(leaving)
-        present = [block for k, block in enumerate(self.blocks) if k not in gone]
+    def copy_if_present(self, module: nn.Module, leaving: Sequence[int] = ()) -> nn.Module:
+        """Return the module, or a copy if it would be in the model twice."""
+        removed = {k for window, _ in self.replaced_windows.values() for k in window} | set(leaving)
+        present = [block for k, block in enumerate(self.blocks) if k not in removed]
         present += [m for modules in self.inserted.values() for m in modules]
-        present += [m for _, m in self.given_up.values() if m is not None]
-        present += self.earlier_modules
-        if not any(m is module for m in present):
+        present += [m for _, m in self.replaced_windows.values() if m is not None]
+        if not any(m is module for m in (*present, *self.earlier_modules)):
             return module
         duplicate = copy.deepcopy(module)
-        for place in (BEFORE, AFTER):  # what is spliced beside a block is not part of it
+        for place in (BEFORE, AFTER):  # the splices of the original block are not copied
             set_splices(duplicate, place, [])
         return duplicate
 
     def takes_slot(self, module: nn.Module) -> bool:
-        """Whether a module is a block as the model's own are, or derives from one."""
+        """Whether a module is an instance of a class of the model's blocks."""
         return isinstance(module, tuple({type(block) for block in self.blocks}))
 
     def takes_slots_behind(self, k: int) -> bool:
-        """Whether a block was put in behind the place before block k.
+        """Whether a new block takes a slot after the position before block k."""
+        later_modules = [m for start, (_, m) in self.replaced_windows.items() if start >= k and m is not None]
+        later_modules += [m for position, modules in self.inserted.items() for m in modules if position > k]
+        return any(self.takes_slot(module) for module in later_modules)
 
-        Raises
-        ------
-        StreamlineError
-            If the place is inside a window that is gone.
-        """
-        for window, _ in self.given_up.values():
-            if window.start < k < window.stop:
-                raise StreamlineError(
-                    f"There is no place before block {k}: blocks {window.start} to {window.stop - 1} are gone. Say "
-                    f"{window.start} or {window.stop}."
-                )
-        behind = [m for start, (_, m) in self.given_up.items() if start >= k and m is not None]
-        behind += [m for place, modules in self.inserted.items() for m in modules if place > k]
-        return any(self.takes_slot(module) for module in behind)
+    def kept(self) -> list[int]:
+        """Return the old indices of the blocks that are still in the stack, in their new order."""
+        old = {id(block): k for k, block in enumerate(self.blocks)}
+        return [old[id(slot.module)] for slot in self.arrange()[0] if id(slot.module) in old]
 
     def arrange(self) -> tuple[list[NewSlot], list[Placed]]:
-        """The new slots with what runs before each, and what runs after the last.
+        """Return the new slots with their splices, and the splices that run after the last slot.
 
-        Before block k run the splices of an earlier surgery, then what was inserted now. A window replaces everything
-        from the state that its first block received (after the splices there) to the state that its last block
-        handed on: splices of an earlier surgery between its blocks, or after the last of the stack, go with it; but
-        not where a block is exchanged for another one.
+        Splices of an earlier surgery run before those of this one. A replacement maps the input of the window's first
+        block, after the splices there, to the output of its last block. Therefore earlier splices inside the window, or
+        at the end of the stack, are removed with it, unless a block is only exchanged.
         """
         slots: list[NewSlot] = []
         waiting: list[Placed] = []
@@ -141,13 +133,13 @@ class Layout:
         while k < length:
             for module in [*self.earlier.get(k, []), *self.inserted.get(k, [])]:
                 place(module, k)
-            if k not in self.given_up:
+            if k not in self.replaced_windows:
                 place(self.blocks[k], k)
                 k += 1
                 continue
-            window, stand_in = self.given_up[k]
-            if stand_in is not None:
-                place(stand_in, k, (window.start, window.stop))
+            window, replacement = self.replaced_windows[k]
+            if replacement is not None:
+                place(replacement, k, (window.start, window.stop))
             end_is_gone = window.stop == length and k not in self.exchanged
             k = window.stop
         for module in [*([] if end_is_gone else self.earlier_at_end), *self.inserted.get(length, [])]:
@@ -155,26 +147,19 @@ class Layout:
         return slots, waiting
 
 
-def window_of(window: Iterable[int], length: int) -> range:
-    """The half-open range of a window of blocks.
-
-    Raises
-    ------
-    StreamlineError
-        If it is empty, not consecutive, or out of range.
-    """
-    numbers = whole_numbers(window, "window")
-    run = bool(numbers) and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-    if not run or numbers[0] < 0 or numbers[-1] >= length:
+def checked_window(window: Iterable[int], length: int) -> range:
+    """Return a window as a half-open range, or raise if it is not consecutive or not within the stack."""
+    indices = int_list(window, "window")
+    if not indices or indices != list(range(max(indices[0], 0), min(indices[-1] + 1, length))):
         raise StreamlineError(
-            f"window={numbers} is no window of the stack. Expected consecutive blocks out of 0 to {length - 1}, in the "
-            "numbering from when the surgeon opened. Give a range such as range(3, 5); call once for each run."
+            f"window={indices} is not a window of the stack. Expected consecutive blocks from 0 to {length - 1}, "
+            "numbered as when the surgeon opened. Pass a range such as range(3, 5), and call once for each window."
         )
-    return range(numbers[0], numbers[-1] + 1)
+    return range(indices[0], indices[-1] + 1)
 
 
-def names_of(original: Sequence[tuple[str, nn.Module]], modules: Sequence[nn.Module]) -> list[str]:
-    """The names that blocks have in their container: numbered as the original ones are (``layer_0``), or kept."""
+def block_names(original: Sequence[tuple[str, nn.Module]], modules: Sequence[nn.Module]) -> list[str]:
+    """Name the blocks in their container: by number, like the original ones (``layer_0``), or by their old names."""
     old = {id(module): name for name, module in original}
     prefix = original[0][0].removesuffix("0")
     if all(name == f"{prefix}{k}" for k, (name, _) in enumerate(original)):

@@ -1,80 +1,80 @@
-"""Device, precision and flags: of what is put in, and of what was out while the model was changed."""
+"""Keep the device, dtype and flags of inserted and of removed blocks in line with the model."""
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.offload import execution_device
-from streamline_hooks.stack import BlockStack
+from streamline_hooks.core import execution_device
+from streamline_hooks.modeling import BlockStack
 
+_T = TypeVar("_T")
 Placement = dict[str, tuple[torch.device, torch.dtype]]
 
 
-def placement(module: nn.Module) -> Placement:
-    """The device and precision of each parameter and buffer of a module."""
-    return {name: (tensor.device, tensor.dtype) for name, tensor in _tensors(module).items()}
+def placement_by_name(module: nn.Module) -> Placement:
+    """Return the device and dtype of each parameter and buffer of a module."""
+    return {name: (tensor.device, tensor.dtype) for name, tensor in _named_tensors(module).items()}
 
 
-def move_beside(module: nn.Module, block: nn.Module) -> None:
-    """Give a module a block's mode, and the device and the precision that most of its parameters have.
+def match_block(module: nn.Module, block: nn.Module) -> None:
+    """Set the mode, device and dtype of a module to those of most parameters of a block.
 
-    A module most of which has that precision keeps what it holds in another one: a copy of a block whose router is in
-    float32 would be another block with that rounded.
+    If most parameters of the module already have the dtype, the others keep theirs. A copy of a block with a float32
+    router would otherwise be rounded.
     """
     module.train(block.training)
-    found = None if _offloaded(module) else _most(block)
-    if found is not None:
-        mine = _most(module)
-        module.to(device=found[0], dtype=None if mine is not None and mine[1] == found[1] else found[1])
+    target = None if _offloaded(module) else _main_device_and_dtype(block)
+    if target is not None:
+        module.to(device=target[0], dtype=matched_dtype(module, block))
 
 
-def bring_to(module: nn.Module, block: nn.Module) -> Callable[[], None]:
-    """Bring a module that is in the model to a block's device, as it is; what is returned brings it back."""
-    held = next(module.parameters(), None)
-    found = None if held is None or _offloaded(module) else _most(block)
-    device = None if held is None or found is None else found[0]
-    if held is None or device is None or device == held.device:
+def matched_dtype(module: nn.Module, block: nn.Module) -> torch.dtype | None:
+    """Return the dtype that `match_block` gives to all parameters of a module, or None if they keep their dtypes."""
+    target, current = _main_device_and_dtype(block), _main_device_and_dtype(module)
+    return None if target is None or (current is not None and current[1] == target[1]) else target[1]
+
+
+def move_to_device_of(module: nn.Module, block: nn.Module) -> Callable[[], None]:
+    """Move a module to the device of a block without changing its dtype, and return a function that undoes it."""
+    parameter = next(module.parameters(), None)
+    target = None if parameter is None or _offloaded(module) else _main_device_and_dtype(block)
+    if parameter is None or target is None or target[0] in (None, parameter.device):
         return lambda: None
-    before = held.device
-    module.to(device=device)
+    original = parameter.device
+    module.to(device=target[0])
 
     def bring_back() -> None:
-        module.to(device=before)
+        module.to(device=original)
 
     return bring_back
 
 
 def _offloaded(module: nn.Module) -> bool:
-    """Whether accelerate brings it to where it runs."""
+    """Whether accelerate loads the parameters of a module on demand."""
     return any(parameter.is_meta for parameter in module.parameters())
 
 
-def _most(block: nn.Module) -> tuple[torch.device | None, torch.dtype] | None:
-    """The device and the precision of most of a block's parameters; None where it has none."""
-    sizes: dict[tuple[torch.device, torch.dtype], int] = {}
+def _main_device_and_dtype(block: nn.Module) -> tuple[torch.device | None, torch.dtype] | None:
+    """Return the device and dtype of most of a block's parameters, or None if it has none."""
+    sizes = Counter[tuple[torch.device, torch.dtype]]()
     for parameter in block.parameters():
         if parameter.is_floating_point():
-            key = (parameter.device, parameter.dtype)
-            sizes[key] = sizes.get(key, 0) + parameter.numel()
+            sizes[parameter.device, parameter.dtype] += parameter.numel()
     if not sizes:
         return None
-    device, dtype = max(sizes, key=lambda key: sizes[key])
+    ((device, dtype), _) = sizes.most_common(1)[0]
     return (execution_device(block) if device.type == "meta" else device), dtype
 
 
 class TrainWithRemoved:
-    """Stands in the place of ``train`` of a stack's container, so that ``model.eval()`` reaches the removed blocks too.
+    """Replacement of ``train`` of a stack's container, so that ``model.eval()`` also reaches the removed blocks.
 
-    A copy of the model has the container's method alone.
-
-    Parameters
-    ----------
-    container : torch.nn.Module
-    removed : sequence of torch.nn.Module
-        The blocks that are out of it.
+    A copy of the model has the container's original method.
     """
 
     def __init__(self, container: nn.Module, removed: Sequence[nn.Module] = ()) -> None:
@@ -87,82 +87,66 @@ class TrainWithRemoved:
         """Set the mode of the removed blocks and of the container."""
         for block in self._removed:
             block.train(mode)
-        if self.earlier is not None:
-            return self.earlier(mode)  # type: ignore[no-any-return]
-        return type(self._container).train(self._container, mode)
+        container = self._container
+        result: nn.Module = type(container).train(container, mode) if self.earlier is None else self.earlier(mode)
+        return result
 
 
 class BlockStates:
-    """Remember device, precision, mode and ``requires_grad`` of a stack, so that removed blocks can follow the model.
-
-    Parameters
-    ----------
-    stack : BlockStack
-        As it is when the surgeon opens.
-    """
+    """Record device, dtype, mode and ``requires_grad`` of a stack, so that removed blocks can follow the model."""
 
     def __init__(self, stack: BlockStack) -> None:
-        self._placements = [placement(block) for block in stack.blocks]
-        self._placement_outside = _placement_outside(stack)
+        self._placements = [placement_by_name(block) for block in stack.blocks]
+        self._placement_outside = _outside(stack, placement_by_name(stack.model))
         self._flags = _Flags(stack)
 
     def follow(self, stack: BlockStack, kept: Iterable[int]) -> None:
-        """Apply to the removed blocks what was done to the model while they were out of it.
+        """Apply to the removed blocks what was done to the model while they were removed.
 
-        A removed block is moved where ``model.to(...)`` moved the others; see `follow_flags` for the rest.
-
-        Parameters
-        ----------
-        stack : BlockStack
-            Of all blocks, whether they are in the model or not.
-        kept : iterable of int
-            The blocks that are in the model.
+        Removed blocks are moved like the remaining ones by ``model.to(...)``; see `follow_flags` for the flags.
         """
         present = set(kept)
         if len(present) < len(stack):
-            now = _placement_outside(stack)
+            now = _outside(stack, placement_by_name(stack.model))
             moved = {before: now[name] for name, before in self._placement_outside.items() if name in now}
             _follow_placement(stack.blocks, present, self._placements, moved)
         self.follow_flags(stack, present)
 
     def follow_flags(self, stack: BlockStack, kept: Iterable[int]) -> None:
-        """Apply to the removed blocks what was done to modes and ``requires_grad`` since this was last called.
+        """Apply to the removed blocks the changes of mode and ``requires_grad`` since the last call.
 
-        Modules and parameters of a removed block follow those at the same path in the kept blocks that had the same
-        mode, or ``requires_grad``, then, where all of these agree; what has no such counterpart follows a change of the
-        whole stack, or model.
+        A module or parameter of a removed block follows those at the same path in the remaining blocks that had the
+        same value before, if all of these agree. Without such counterparts it follows a change of the whole stack or
+        model.
         """
         present, before, now = set(kept), self._flags, _Flags(stack)
         removed = [k for k in range(len(stack)) if k not in present]
         if removed:
-            changes = _Changes(before.modes, now.modes, present, [(before.container_mode, now.container_mode)])
+            modes = _Changes(before.modes, now.modes, present, [(before.container_mode, now.container_mode)])
+            outside = [(before.outside[name], value) for name, value in now.outside.items() if name in before.outside]
+            grads = _Changes(before.grads, now.grads, present, outside)
             for k in removed:
                 for path, module in stack[k].named_modules():
-                    held = module.training
-                    module.training = changes.value(path, before.modes[k].get(path, held), held)
-            outside = [(before.outside[name], value) for name, value in now.outside.items() if name in before.outside]
-            changes = _Changes(before.grads, now.grads, present, outside)
-            for k in removed:
+                    module.training = modes.value(path, before.modes[k].get(path), module.training)
                 for name, parameter in stack[k].named_parameters():
-                    held = parameter.requires_grad
-                    value = changes.value(name, before.grads[k].get(name, held), held)
-                    if value != held:
+                    current = parameter.requires_grad
+                    if (value := grads.value(name, before.grads[k].get(name), current)) != current:
                         parameter.requires_grad = value
         self._flags = _Flags(stack)
 
 
 class _Flags:
-    """Modes and ``requires_grad`` of a stack's blocks, and of what is around them."""
+    """Modes and ``requires_grad`` of a stack's blocks and of the modules around them."""
 
     def __init__(self, stack: BlockStack) -> None:
-        self.modes = [_modes(block) for block in stack.blocks]
+        self.modes = [{path: module.training for path, module in block.named_modules()} for block in stack.blocks]
         self.grads = [_grads(block) for block in stack.blocks]
         self.container_mode = stack.container.training
-        self.outside = _grads_outside(stack)
+        self.outside = _outside(stack, _grads(stack.model))
 
 
 class _Changes:
-    """What became of a flag in the kept blocks, by path, and in all of the model that was there throughout."""
+    """Changes of a flag in the remaining blocks, by path, and in the whole model."""
 
     def __init__(
         self,
@@ -171,23 +155,23 @@ class _Changes:
         present: Iterable[int],
         outside: Sequence[tuple[bool, bool]],
     ) -> None:
-        self._by_path: dict[tuple[str, bool], list[bool]] = {}
+        self._by_path: dict[tuple[str, bool], list[bool]] = defaultdict(list)
         pairs = list(outside)
         for k in present:
             for path, value in now[k].items():
                 if path in before[k]:
-                    self._by_path.setdefault((path, before[k][path]), []).append(value)
+                    self._by_path[path, before[k][path]].append(value)
                     pairs.append((before[k][path], value))
         values = {value for _, value in pairs}
         changed = len(values) == 1 and any(old != new for old, new in pairs)
         self._everywhere = values.pop() if changed else None
 
-    def value(self, path: str, before: bool, now: bool) -> bool:
-        """The value that a removed block's flag must have: what it is now, if the kept blocks show no change."""
-        counterparts = self._by_path.get((path, before), [])
+    def value(self, path: str, before: bool | None, now: bool) -> bool:
+        """Return the flag for a removed block: its current value, unless the remaining blocks changed."""
+        counterparts = self._by_path.get((path, now if before is None else before), [])
         if not counterparts:
             return now if self._everywhere is None else self._everywhere
-        # One block that changed alone may have been meant alone.
+        # A change of a single block may be intended for this block only.
         agree = len(set(counterparts)) == 1 and (len(counterparts) > 1 or counterparts[0] == self._everywhere)
         return counterparts[0] if agree else now
 
@@ -198,44 +182,28 @@ def _follow_placement(
     before: Sequence[Placement],
     moved_outside: Mapping[tuple[torch.device, torch.dtype], tuple[torch.device, torch.dtype]],
 ) -> None:
-    """Move the removed blocks as the kept ones were moved; where none was kept, as the model around the stack was."""
+    """Move removed blocks like the remaining ones, or like the model around the stack if no block remains."""
     moved = {} if present else dict(moved_outside)
     moved |= {
-        before[k][name]: (tensor.device, tensor.dtype)
-        for k in present
-        for name, tensor in _tensors(blocks[k]).items()
-        if name in before[k]
+        before[k][name]: at for k in present for name, at in placement_by_name(blocks[k]).items() if name in before[k]
     }
     for k, block in enumerate(blocks):
-        for name, tensor in _tensors(block).items() if k not in present else ():
-            target = moved.get(before[k].get(name, (tensor.device, tensor.dtype)))
-            if target is None or tensor.is_meta or target[0].type == "meta":
-                continue  # accelerate has the values
-            if target != (tensor.device, tensor.dtype):
+        for name, tensor in _named_tensors(block).items() if k not in present else ():
+            placement = (tensor.device, tensor.dtype)
+            target = moved.get(before[k].get(name, placement), placement)
+            # Parameters on the meta device are moved by accelerate.
+            if target != placement and not tensor.is_meta and target[0].type != "meta":
                 tensor.data = tensor.data.to(device=target[0], dtype=target[1])
 
 
-def _modes(block: nn.Module) -> dict[str, bool]:
-    return {path: module.training for path, module in block.named_modules()}
+def _grads(module: nn.Module) -> dict[str, bool]:
+    return {name: p.requires_grad for name, p in module.named_parameters() if p.is_floating_point()}
 
 
-def _grads(block: nn.Module) -> dict[str, bool]:
-    return {name: p.requires_grad for name, p in block.named_parameters() if p.is_floating_point()}
+def _outside(stack: BlockStack, by_name: dict[str, _T]) -> dict[str, _T]:
+    """Select the entries outside the stack."""
+    return {name: value for name, value in by_name.items() if not name.startswith(f"{stack.path}.")}
 
 
-def _placement_outside(stack: BlockStack) -> Placement:
-    """Device and precision of what is outside the stack, by name."""
-    return {name: at for name, at in placement(stack.model).items() if not name.startswith(f"{stack.path}.")}
-
-
-def _grads_outside(stack: BlockStack) -> dict[str, bool]:
-    """``requires_grad`` of the floating-point parameters outside the stack, by name."""
-    return {
-        name: parameter.requires_grad
-        for name, parameter in stack.model.named_parameters()
-        if not name.startswith(f"{stack.path}.") and parameter.is_floating_point()
-    }
-
-
-def _tensors(block: nn.Module) -> dict[str, Tensor]:
+def _named_tensors(block: nn.Module) -> dict[str, Tensor]:
     return dict([*block.named_parameters(), *block.named_buffers()])

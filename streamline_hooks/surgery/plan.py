@@ -1,27 +1,32 @@
-"""What a surgery did, or is about to do: old block to new block."""
+"""The plan of a surgery: the origin of each new block, and the splices between the blocks."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks.core import StreamlineError
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One block of the new stack.
+    """A block of the new stack.
 
     Attributes
     ----------
     source : int or None
-        The block it is, in the numbering before the surgery; None for a block that was put in.
+        Index of the block before the surgery. None for a new block.
     module : str
-        Its class.
+        Name of the block's class.
     silenced : tuple of {"attention", "mlp"}
-        Its branches that add nothing any more.
+        Zeroed branches of the block.
     folded : tuple of {"attention", "mlp"}
-        Its branches with a map multiplied onto what they add.
+        Branches with a map multiplied into their output projections.
+
+    Examples
+    --------
+    >>> Slot(3, "LlamaDecoderLayer", silenced=("attention",)).source
+    3
     """
 
     source: int | None
@@ -32,18 +37,23 @@ class Slot:
 
 @dataclass(frozen=True)
 class Splice:
-    """A module without a slot.
+    """A module that runs between two blocks without taking a slot.
 
     Attributes
     ----------
     before : int
-        The new block that it runs before; the number of new blocks for one that runs after the last.
+        New index of the block that follows the module. The number of new blocks if it runs after the last one.
     old_before : int
-        The same place in the old numbering.
+        The same position in the old numbering.
     replaces : tuple of int or None
-        The half-open window of old blocks in whose place it stands, where it stands for one.
+        Half-open window of old blocks that the module replaces, if any.
     module : str
-        Its class.
+        Name of the module's class.
+
+    Examples
+    --------
+    >>> Splice(3, 5, (3, 5), "LinearReplacement").replaces
+    (3, 5)
     """
 
     before: int
@@ -54,7 +64,7 @@ class Splice:
 
 @dataclass(frozen=True)
 class SurgeryPlan:
-    """Old blocks, new blocks, and what stands between them.
+    """The new blocks of a stack, their origin, and the splices between them.
 
     Attributes
     ----------
@@ -63,14 +73,24 @@ class SurgeryPlan:
     old_length : int
         Number of blocks before the surgery.
     slots : tuple of Slot
-        The new blocks, in order.
+        New blocks, in order.
     splices : tuple of Splice
-        The modules that run between them, in order.
+        Modules that run between the new blocks, in order.
     described : bool
-        Whether a configuration counts the blocks, and so changes with them.
+        Whether a configuration contains the number of blocks, and is changed with it.
     dropped : tuple of str
-        The classes of what an earlier surgery had put between the blocks of a window, or behind the last block, and
-        that went with them.
+        Class names of an earlier surgery's splices that were removed together with the blocks around them.
+
+    Examples
+    --------
+    >>> plan = SurgeryPlan("layers", 3, (Slot(0, "Block"), Slot(2, "Block")))
+    >>> plan.removed, plan.old_to_new
+    ((1,), {0: 0, 2: 1})
+    >>> print(plan)
+    layers: 3 blocks -> 2
+         0  -> 0
+         2  -> 1
+    removed: 1
     """
 
     stack: str
@@ -82,38 +102,48 @@ class SurgeryPlan:
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """The old blocks that are still there, by new position."""
+        """The old indices of the kept blocks, by new index."""
         return tuple(slot.source for slot in self.slots if slot.source is not None)
 
     @property
     def removed(self) -> tuple[int, ...]:
-        """The old blocks that are gone."""
+        """The old indices of the removed blocks."""
         return tuple(k for k in range(self.old_length) if k not in set(self.kept))
 
     @property
     def old_to_new(self) -> dict[int, int]:
-        """The new number of each old block that is still there."""
+        """The new index of each kept block, by old index."""
         return {slot.source: new for new, slot in enumerate(self.slots) if slot.source is not None}
 
     @property
     def silenced(self) -> dict[int, tuple[str, ...]]:
-        """The silenced branches of each old block that has any and is still there."""
+        """The zeroed branches of the kept blocks, by old index."""
         return {slot.source: slot.silenced for slot in self.slots if slot.source is not None and slot.silenced}
 
     @property
     def folded(self) -> dict[int, tuple[str, ...]]:
-        """The folded branches of each old block that has any and is still there."""
+        """The folded branches of the kept blocks, by old index."""
         return {slot.source: slot.folded for slot in self.slots if slot.source is not None and slot.folded}
 
     def after(self, earlier: SurgeryPlan) -> SurgeryPlan:
-        """One plan for two surgeries: this one, in the numbering from before an earlier one of the same stack.
+        """Combine this plan with an earlier one of the same stack into one plan.
 
-        What the earlier one put between blocks stays in no window's place: the later one does not tell which it was.
+        Splices of the earlier surgery are not included, because a later plan does not record which of them it kept.
+
+        Parameters
+        ----------
+        earlier : SurgeryPlan
+            Plan of the surgery just before this one.
+
+        Returns
+        -------
+        SurgeryPlan
+            A plan from the numbering before the earlier surgery to the numbering after this one.
 
         Raises
         ------
         StreamlineError
-            If the earlier one left another stack than this one began with.
+            If the earlier surgery did not produce the stack that this one started from.
 
         Examples
         --------
@@ -124,51 +154,46 @@ class SurgeryPlan:
         """
         if (earlier.stack, len(earlier.slots)) != (self.stack, self.old_length):
             raise StreamlineError(
-                f"The earlier surgery left {len(earlier.slots)} blocks of {earlier.stack}, and this one began with "
-                f"{self.old_length} of {self.stack}; give the one that came just before."
+                f"The earlier surgery left {len(earlier.slots)} blocks of {earlier.stack}, but this one started with "
+                f"{self.old_length} of {self.stack}. Pass the plan of the surgery just before this one."
             )
 
         def place(k: int) -> int:
-            behind = (slot.source for slot in earlier.slots[k:] if slot.source is not None)
-            return next(behind, earlier.old_length)
+            later_sources = (slot.source for slot in earlier.slots[k:] if slot.source is not None)
+            return next(later_sources, earlier.old_length)
 
         def end(k: int) -> int:
-            ahead = (slot.source for slot in reversed(earlier.slots[:k]) if slot.source is not None)
-            return next((source + 1 for source in ahead), 0)
+            earlier_sources = (slot.source for slot in reversed(earlier.slots[:k]) if slot.source is not None)
+            return next((source + 1 for source in earlier_sources), 0)
 
         slots = []
         for slot in self.slots:
-            was = Slot(None, slot.module) if slot.source is None else earlier.slots[slot.source]
-            silenced, folded = {*was.silenced, *slot.silenced}, {*was.folded, *slot.folded}
-            slots.append(Slot(was.source, slot.module, tuple(sorted(silenced)), tuple(sorted(folded))))
-        splices = tuple(
-            Splice(
-                one.before,
-                place(one.old_before),
-                None if one.replaces is None else (place(one.replaces[0]), end(one.replaces[1])),
-                one.module,
-            )
-            for one in self.splices
-        )
+            earlier_slot = Slot(None, slot.module) if slot.source is None else earlier.slots[slot.source]
+            silenced, folded = {*earlier_slot.silenced, *slot.silenced}, {*earlier_slot.folded, *slot.folded}
+            slots.append(Slot(earlier_slot.source, slot.module, tuple(sorted(silenced)), tuple(sorted(folded))))
+        splices = []
+        for splice in self.splices:
+            window = splice.replaces and (place(splice.replaces[0]), end(splice.replaces[1]))
+            splices.append(replace(splice, old_before=place(splice.old_before), replaces=window))
         described, dropped = self.described and earlier.described, (*earlier.dropped, *self.dropped)
-        return SurgeryPlan(self.stack, earlier.old_length, tuple(slots), splices, described, dropped)
+        return SurgeryPlan(self.stack, earlier.old_length, tuple(slots), tuple(splices), described, dropped)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON values."""
+        """Return the plan as JSON values."""
         silenced, folded = (
-            [[k, branch] for k, branches in marked.items() for branch in branches]
-            for marked in (self.silenced, self.folded)
+            [[k, branch] for k, branches in branches_by_block.items() for branch in branches]
+            for branches_by_block in (self.silenced, self.folded)
         )
         return {**asdict(self), "removed": list(self.removed), "silenced": silenced, "folded": folded}
 
     @classmethod
-    def from_dict(cls, said: dict[str, Any]) -> SurgeryPlan:
-        """The plan that `to_dict` wrote, from its JSON values.
+    def from_dict(cls, values: dict[str, Any]) -> SurgeryPlan:
+        """Rebuild a plan from the JSON values that `to_dict` returned.
 
         Raises
         ------
         StreamlineError
-            If something of it is missing.
+            If a value is missing.
 
         Examples
         --------
@@ -177,20 +202,14 @@ class SurgeryPlan:
         True
         """
         try:
-            slots = [
-                Slot(s["source"], s["module"], tuple(s.get("silenced", ())), tuple(s.get("folded", ())))
-                for s in said["slots"]
-            ]
-            splices = [
-                Splice(s["before"], s["old_before"], s["replaces"] and tuple(s["replaces"]), s["module"])
-                for s in said["splices"]
-            ]
-            described, dropped = said.get("described", True), tuple(said.get("dropped", ()))
-            return cls(said["stack"], said["old_length"], tuple(slots), tuple(splices), described, dropped)
-        except (KeyError, TypeError) as error:
+            slots = tuple(Slot(**_tuples(slot)) for slot in values["slots"])
+            splices = tuple(Splice(**_tuples(splice)) for splice in values["splices"])
+            described, dropped = values.get("described", True), tuple(values.get("dropped", ()))
+            return cls(values["stack"], values["old_length"], slots, splices, described, dropped)
+        except (AttributeError, KeyError, TypeError) as error:
             raise StreamlineError(
-                f"This is no plan of a surgery: {type(error).__name__}: {error}. Expected what SurgeryPlan.to_dict "
-                "gives, as a committed model's configuration holds it under streamline_hooks.history."
+                f"These values are not a surgery plan: {type(error).__name__}: {error}. Expected the result of "
+                "SurgeryPlan.to_dict. A committed model has it in its configuration, under streamline_hooks.history."
             ) from error
 
     def __str__(self) -> str:
@@ -199,8 +218,8 @@ class SurgeryPlan:
             for splice in self.splices:
                 if splice.before == new:
                     window = splice.replaces
-                    stands = f" in place of {window[0]} to {window[1] - 1}" if window else ""
-                    lines.append(f"        -> {splice.module}{stands}")
+                    replaced = f" in place of {window[0]} to {window[1] - 1}" if window else ""
+                    lines.append(f"        -> {splice.module}{replaced}")
             if slot is not None:
                 old = "   new" if slot.source is None else f"{slot.source:6d}"
                 without = f" without {' and '.join(slot.silenced)}" if slot.silenced else ""
@@ -209,7 +228,13 @@ class SurgeryPlan:
         if self.removed:
             lines.append("removed: " + ", ".join(map(str, self.removed)))
         if self.dropped:
-            lines.append(f"and of an earlier surgery: {', '.join(self.dropped)}")
+            lines.append(f"removed splices of an earlier surgery: {', '.join(self.dropped)}")
         if not self.described:
-            lines.append("no configuration counts these blocks: only their container and their own numbers change")
+            lines.append(
+                "no configuration counts these blocks: only the container and the indices in the blocks change"
+            )
         return "\n".join(lines)
+
+
+def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}

@@ -1,9 +1,9 @@
-"""Modules that run between two blocks without taking a slot of their own.
+"""Modules that run between two blocks without taking a slot.
 
-A splice is a submodule of the block that follows it (of the last block, at the end of the stack) and is run by that
-block's hook. No cache slot, mask or rotary choice depends on it, and it is saved, moved, sharded and offloaded with
-its block. The hooks are module-level functions that find the splices on the block they are given, so that a deep
-copy of a model runs its own.
+A splice is a submodule of the block that follows it, or of the last block at the end of the stack, and runs in a hook
+of that block. No cache slot, mask or rotary embedding depends on it, and it is saved, moved, sharded and offloaded with
+its block. The hooks are module-level functions that look up the splices on the block that calls them, so that a deep
+copy of a model runs its own splices.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from streamline_hooks.errors import StreamlineError
-from streamline_hooks.hidden_state import nested_like, padded, read_input, read_output, write_input, write_output
+from streamline_hooks.core import StreamlineError
+from streamline_hooks.modeling import nested_like, padded, read_input, read_output, write_input, write_output
 
 Place = Literal["spliced_before", "spliced_after"]
 BEFORE: Place = "spliced_before"
@@ -25,68 +25,86 @@ AFTER: Place = "spliced_after"
 def run_before(
     block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook: the block's own computation receives the spliced modules' output."""
+    """Run the splices before a block on its input, as a forward pre-hook."""
     state = run_splices(block, BEFORE, read_input(args, kwargs, block))
     return write_input(args, kwargs, state, block)
 
 
 def run_after(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook: the spliced modules work on what the block returns."""
+    """Run the splices after a block on its output, as a forward hook."""
     return write_output(output, run_splices(block, AFTER, read_output(output)))
 
 
 def spliced(block: nn.Module, place: Place) -> tuple[nn.Module, ...]:
-    """The modules that are spliced before or after a block, in the order in which they run."""
+    """Return the splices before or after a block, in the order in which they run.
+
+    Parameters
+    ----------
+    block : torch.nn.Module
+        Block of a stack.
+    place : {"spliced_before", "spliced_after"}
+        Position relative to the block: ``BEFORE`` or ``AFTER``.
+
+    Returns
+    -------
+    tuple of torch.nn.Module
+        The splices; empty if there are none.
+
+    Examples
+    --------
+    >>> from streamline_hooks import LayerSurgeon
+    >>> from streamline_hooks.testing import tiny_model
+    >>> model = tiny_model("llama")
+    >>> with LayerSurgeon(model) as surgeon:
+    ...     _ = surgeon.insert(1, nn.Identity())
+    ...     spliced(model.model.layers[1], BEFORE)
+    (Identity(),)
+    """
     return tuple(block._modules.get(place) or ())  # type: ignore[arg-type]
 
 
 def remember_splices(block: nn.Module, place: Place) -> Callable[[], None]:
-    """Remember what is spliced before or after a block.
-
-    Returns
-    -------
-    callable
-        Puts it back as it was; hooks that others have added meanwhile stay.
-    """
+    """Return a function that restores the current splices of a block and keeps hooks that are added later."""
     children, hooks = block._modules, _hooks(block, place)
-    held, hook_id, order = children.get(place), _hook_id(block, place), list(hooks)
+    module_list, hook_id, order = children.get(place), _hook_id(block, place), list(hooks)
+    other, names = AFTER if place == BEFORE else BEFORE, list(children)
+    later_splices = children.get(other) if module_list is not None and other in names[names.index(place) :] else None
+    reinsert = False  # stays true when an interrupted call is repeated
 
     def put_back() -> None:
-        present = _hook_id(block, place)
-        if present is not None and present != hook_id:
-            block._forward_pre_hooks_with_kwargs.pop(present, None)
-            hooks.pop(present)  # last: by it a second try, after an interruption, knows that there is work left
-        if hook_id is not None and present is None:
+        nonlocal reinsert
+        current_id = _hook_id(block, place)
+        reinsert = reinsert or (hook_id is not None and current_id != hook_id)
+        if current_id is not None and current_id != hook_id:
+            block._forward_pre_hooks_with_kwargs.pop(current_id, None)
+            hooks.pop(current_id)  # last, so that a repeated call after an interruption still finds work to do
+        if hook_id is not None and reinsert:
             hooks[hook_id] = _HOOKS[place]
             if place == BEFORE:
                 block._forward_pre_hooks_with_kwargs[hook_id] = True
             for key in [*(k for k in order if k in hooks), *(k for k in list(hooks) if k not in order)]:
                 hooks.move_to_end(key)
-        if held is None:
+        if module_list is None:
             children.pop(place, None)
         else:
-            children[place] = held
+            children[place] = module_list
+            if later_splices is not None:  # restores the order of the state dict
+                children.pop(other, None)
+                children[other] = later_splices
 
     return put_back
 
 
 def set_splices(block: nn.Module, place: Place, modules: Sequence[nn.Module]) -> None:
-    """Make these modules, and no others, the splices before or after a block.
+    """Set the splices before or after a block, in the order in which they run. An empty sequence removes all.
 
-    Their hook runs ahead of every other hook of the block, so that a recorder, whenever it was attached, sees the
-    state after the splice.
-
-    Parameters
-    ----------
-    block : torch.nn.Module
-    place : {"spliced_before", "spliced_after"}
-    modules : sequence of torch.nn.Module
-        In the order in which they run; empty to take all away.
+    The hook of the splices runs before every other hook of the block, so that a recorder sees the state after the
+    splices regardless of when it was attached.
     """
     hook_id = _hook_id(block, place)
     if modules:
-        held = block._modules[place] = nn.ModuleList(modules)
-        held.training = block.training  # of the list alone: what is in it has a mode already
+        module_list = block._modules[place] = nn.ModuleList(modules)
+        module_list.training = block.training  # of the list only: its modules keep their mode
         if hook_id is None and place == BEFORE:
             block.register_forward_pre_hook(run_before, prepend=True, with_kwargs=True)
         elif hook_id is None:
@@ -111,15 +129,15 @@ def _hook_id(block: nn.Module, place: Place) -> int | None:
 
 
 def run_splices(block: nn.Module, place: Place, state: Tensor) -> Tensor:
-    """Run what is spliced before or after a block on a state of shape (batch, tokens, features)."""
+    """Run the splices before or after a block on a state of shape (batch, tokens, features)."""
     modules = spliced(block, place)
-    given, state = state, padded(state) if modules else state
+    original, state = state, padded(state) if modules else state
     for module in modules:
         mapped = module(state)
         if mapped.shape != state.shape:
             raise StreamlineError(
-                f"A spliced {type(module).__name__} returned the shape {tuple(mapped.shape)} for a state of shape "
-                f"{tuple(state.shape)}; expected the same shape, (batch, tokens, features)."
+                f"A spliced {type(module).__name__} returned shape {tuple(mapped.shape)} for a state of shape "
+                f"{tuple(state.shape)}. Expected the same shape, (batch, tokens, features). Correct its forward."
             )
-        state = mapped.to(given.dtype)  # under autocast a module may return less than the state had
-    return nested_like(state, given)
+        state = mapped.to(original.dtype)  # under autocast a module may return a lower precision
+    return nested_like(state, original)

@@ -1,18 +1,19 @@
-"""The class of a model with splices: it builds them, and reads and writes a checkpoint that keeps them.
+"""Classes of models with splices: they build the splices, and save and load checkpoints that contain them.
 
-A model with splices gets a class of its own, derived from its architecture's, and so does its configuration: then
-``model.save_pretrained`` itself, and with it a ``Trainer``, writes a checkpoint that loads through
-``AutoModelForCausalLM`` where this library is imported and fails loudly where it is not. Three things make it fail:
+A model with splices gets a class derived from the class of its architecture, and so does its configuration. With these
+classes, ``model.save_pretrained`` (and therefore a ``Trainer``) writes a checkpoint that loads through
+``AutoModelForCausalLM`` if this library is imported, and fails to load otherwise. It fails for three reasons:
 
 - the ``model_type`` is unknown without this library;
-- ``quantization_config`` in ``config.json`` has no ``quant_method``, which makes ``from_pretrained`` of every plain
-  class raise; the model's own settings, if any, are stored inside it;
-- one weight (the guard, the final norm's) is stored with a leading axis of 1, so that loading with the architecture's
-  own class raises on its size, unless ``ignore_mismatched_sizes=True``.
+- ``quantization_config`` in ``config.json`` has no ``quant_method``, so that ``from_pretrained`` of every plain class
+  raises; the model's own quantization settings, if any, are stored inside it;
+- one weight (the guard, usually of the final norm) is stored with a leading axis of 1, so that the architecture's own
+  class raises a size mismatch, unless ``ignore_mismatched_sizes=True``.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -28,8 +29,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from streamline_hooks.errors import StreamlineError
-from streamline_hooks.replacements.registry import build_replacement, is_own, replacement_config
+from streamline_hooks.core import StreamlineError
+from streamline_hooks.replacements import build_replacement, is_own, replacement_config
 from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices, spliced
 
 MODEL_TYPE = "streamline_hooks"
@@ -43,18 +44,18 @@ _guarded: ContextVar[bool] = ContextVar("guarded", default=False)
 
 
 class StreamlinedConfig(PretrainedConfig):
-    """The entry under which Transformers finds configurations of models with splices."""
+    """Configuration class that Transformers finds by the model type of checkpoints with splices."""
 
     model_type = MODEL_TYPE
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Make a configuration of the architecture that the dictionary names.
+        """Build the derived configuration of the architecture that the dictionary names.
 
         Raises
         ------
         StreamlineError
-            If the dictionary was not written by this library, or by a later version of it.
+            If the dictionary was not written by this library, or was written by a later version.
         """
         from transformers import CONFIG_MAPPING
 
@@ -63,60 +64,55 @@ class StreamlinedConfig(PretrainedConfig):
         if base_type not in CONFIG_MAPPING:
             raise StreamlineError(
                 f"This checkpoint is a compressed {base_type!r}, which the installed Transformers "
-                f"{transformers.__version__} does not know. Upgrade Transformers, or, if the architecture is your own, "
+                f"{transformers.__version__} does not support. Upgrade Transformers. If the architecture is your own, "
                 "register it with AutoConfig and AutoModelForCausalLM first."
             )
-        config_base = CONFIG_MAPPING[base_type]
+        config_base: Any = CONFIG_MAPPING[base_type]
         config_class = streamlined_config_class(config_base)
-        _register_models(config_base, config_class)
+        for auto, base in _classes_for(config_base):
+            auto.register(config_class, streamlined_model_class(base, config_base), exist_ok=True)
         return config_class.from_dict(config_dict, **kwargs)
 
 
 class _ConfigWithSplices:
-    """What a configuration of a model with splices does differently: it is written under another type."""
+    """Mix-in for configurations of models with splices, which are saved under another model type."""
 
     model_type: str
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Make a configuration from the content of ``config.json``.
-
-        Raises
-        ------
-        StreamlineError
-            If the content does not describe the splices as this library writes them.
-        """
-        said = config_dict.get("streamline_hooks")
-        _check_description(said, config_dict.get("base_model_type", cls.model_type))
+        """Build a configuration from the content of ``config.json``."""
+        description: Any = config_dict.get("streamline_hooks")
+        _check_description(description, config_dict.get("base_model_type", cls.model_type))
         settings = {k: v for k, v in config_dict.items() if k not in ("model_type", "base_model_type")}
-        settings["streamline_hooks"] = {**said, "format": FORMAT}  # type: ignore[dict-item]
-        if said["format"] >= _WITH_DIGEST:  # type: ignore[index]
-            guarded = settings.pop(_QUANTIZATION, None)
-            if not isinstance(guarded, dict) or guarded.get(_REQUIRES) != MODEL_TYPE:
-                raise _changed(f"{_QUANTIZATION} beside it is {guarded!r}, without {_REQUIRES}={MODEL_TYPE!r}")
-            settings |= {key: value for key, value in guarded.items() if key == _QUANTIZATION}
+        settings["streamline_hooks"] = {**description, "format": FORMAT}
+        if description["format"] >= _WITH_DIGEST:
+            quantization = settings.pop(_QUANTIZATION, None)
+            if not isinstance(quantization, dict) or quantization.get(_REQUIRES) != MODEL_TYPE:
+                raise _changed_file_error(f"{_QUANTIZATION} is {quantization!r}, without {_REQUIRES}={MODEL_TYPE!r}")
+            settings |= {key: value for key, value in quantization.items() if key == _QUANTIZATION}
         return super().from_dict(settings, **kwargs)  # type: ignore[misc]
 
     def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
-        """Write ``config.json`` with what makes the plain classes refuse it, and with a digest of the splices."""
+        """Write ``config.json`` with the entries that make plain classes refuse it, and a digest of the splices."""
         content = json.loads(self.to_json_string(use_diff=use_diff))  # type: ignore[attr-defined]
-        said = {**self.streamline_hooks, "format": FORMAT}  # type: ignore[attr-defined]
-        content["streamline_hooks"] = {**said, "digest": _digest(said, type(self).model_type)}
-        original = {_QUANTIZATION: content[_QUANTIZATION]} if content.get(_QUANTIZATION) else {}
-        content[_QUANTIZATION] = {_REQUIRES: MODEL_TYPE, **original}
+        description = {**self.streamline_hooks, "format": FORMAT}  # type: ignore[attr-defined]
+        content["streamline_hooks"] = {**description, "digest": _digest(description, type(self).model_type)}
+        model_settings = {_QUANTIZATION: content[_QUANTIZATION]} if content.get(_QUANTIZATION) else {}
+        content[_QUANTIZATION] = {_REQUIRES: MODEL_TYPE, **model_settings}
         Path(json_file_path).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
-        written: dict[str, Any] = super().to_dict()  # type: ignore[misc]
-        return {**written, "model_type": MODEL_TYPE, "base_model_type": type(self).model_type}
+        values: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        return {**values, "model_type": MODEL_TYPE, "base_model_type": type(self).model_type}
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Write the configuration, unless a part of the model, which does not know of the guard, is being saved."""
+        """Write the configuration, unless it is saved with a part of the model, which would omit the guard."""
         architectures = getattr(self, "architectures", None) or []
         if not any(str(name).startswith(_PREFIX) for name in architectures):
             raise StreamlineError(
-                f"{', '.join(architectures) or 'This part'} shares the configuration of a model with spliced modules "
-                "and would be saved without them. Save the model that was committed; to commit another one, open the "
+                f"{', '.join(architectures) or 'This module'} shares the configuration of a model with spliced modules "
+                "and would be saved without them. Save the model that was committed. To commit another model, open the "
                 "LayerSurgeon on it."
             )
         if _can_stand_alone(self):
@@ -130,55 +126,63 @@ class _ConfigWithSplices:
 
 
 class _ModelWithSplices:
-    """What a model with splices does differently: it builds them, and guards its checkpoint."""
+    """Mix-in for models with splices, which builds the splices and guards the checkpoint."""
 
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        said = config.streamline_hooks
-        changed = said.get("digest") not in (None, _digest(said, type(config).model_type))
-        for entry in said["splices"]:
-            block = _block_of(self, entry.get("stack", said["stack"]), entry)
+        description = config.streamline_hooks
+        changed = description.get("digest") not in (None, _digest(description, type(config).model_type))
+        for entry in description["splices"]:
+            block = _block_of_entry(self, description, entry)
             try:
                 modules = build_splices(entry)
             except (TypeError, RuntimeError) as error:
                 if changed:
-                    raise _changed(f"a replacement cannot be built from {entry['modules']} ({error})") from error
+                    raise _changed_file_error(
+                        f"a replacement cannot be built from {entry['modules']} ({error})"
+                    ) from error
                 raise
             set_splices(block, entry["place"], modules)
         if changed:
-            raise _changed("the digest of its splices is not the stored one")
+            raise _changed_file_error("the digest of its splices does not match the stored one")
         self.register_load_state_dict_pre_hook(accept_guarded)  # type: ignore[attr-defined]
         if _guarded.get():
             _set_guard_axis(self, present=True)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        with _reading_a_guarded_checkpoint():
+        token = _guarded.set(True)
+        try:
             model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        lost = [key for key in info["missing_keys"] if {BEFORE, AFTER} & set(key.split("."))]
-        _check_loading(model, info)
-        if lost:
+        finally:
+            _guarded.reset(token)
+        guard = resolve_model_path(model, model.config.streamline_hooks["guard"])
+        mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info.get("mismatched_keys") or ()]
+        unexpected = [*(info.get("unexpected_keys") or ()), *mismatched]
+        if unusable := [*filter(is_splice_parameter, unexpected), *(key for key in mismatched if key == guard)]:
+            raise _changed_file_error(f"the stored weight {min(unusable)} does not fit the described model")
+        if missing := [*filter(is_splice_parameter, info["missing_keys"])]:
             raise StreamlineError(
-                f"The checkpoint lacks the weights of spliced modules that its configuration lists, under the names "
-                f"that {base_class(cls).__name__} has for them: {', '.join(lost)}. It is damaged, or was saved from a "
-                "class that names its blocks otherwise. Save it again, or load it as the class that was saved."
+                f"The checkpoint lacks weights of spliced modules that its configuration lists: {', '.join(missing)} "
+                f"(names in {base_class(cls).__name__}). It is damaged, or was saved from a class with other block "
+                "names. Save it again, or load it with the class that was saved."
             )
-        model.config.streamline_hooks.pop("digest", None)  # it is of the file, and the modules may be changed
+        model.config.streamline_hooks.pop("digest", None)  # it describes the file, and the modules may change later
         _set_guard_axis(model, present=False)
         _fill_unsaved_buffers(model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
-        said = self.config.streamline_hooks
-        guard = own_path(self, said["guard"])
-        said["splices"] = [_entry_now(self, entry) for entry in said["splices"]]
-        unwritable = [m for m in said["splices"] if "modules" not in m]
-        if unwritable:
-            raise StreamlineError(unwritable[0]["error"])
-        _tell_of_wider_ones(self)
-        # A quantizer reads the weights from the model in any case, and so does what brings offloaded ones.
+        description = self.config.streamline_hooks
+        guard = resolve_model_path(self, description["guard"])
+        description["splices"] = [_current_entry(self, entry) for entry in description["splices"]]
+        for entry in description["splices"]:
+            if "error" in entry:
+                raise StreamlineError(entry["error"])
+        _warn_about_wider_dtypes(self)
+        # A quantizer, and the hooks of offloaded weights, read the weights from the model instead of the state dict.
         offloaded = any(parameter.is_meta for parameter in self.parameters())  # type: ignore[attr-defined]
         if getattr(self, "hf_quantizer", None) is not None or (offloaded and state_dict is None):
             with _guard_axis(self):
@@ -194,207 +198,173 @@ _FIELDS_OF_ENTRY: dict[str, type] = {"block": int, "place": str, "modules": list
 _FIELDS_OF_MODULE: dict[str, type] = {"kind": str, "config": dict}
 
 
-def _check_description(said: Any, base_type: Any) -> None:
-    """Raise unless a configuration describes at least one splice, in a format that this version reads."""
-    if not isinstance(said, dict) or base_type is None:
+def _check_description(description: Any, base_type: Any) -> None:
+    """Raise unless a configuration describes at least one splice in a format that this version reads."""
+    if not isinstance(description, dict) or base_type is None:
         raise StreamlineError(
-            "This configuration has the model type 'streamline_hooks' but neither a plan nor a base_model_type; "
-            "it was not written by streamline_hooks. Load a folder that streamline_hooks saved."
+            "This configuration has the model type 'streamline_hooks' but no plan or no base_model_type, so "
+            "streamline_hooks did not write it. Load a folder that streamline_hooks saved."
         )
-    _check_fields(said, _FIELDS, "the entry")
-    if said["format"] > FORMAT:
+    _check_fields(description, _FIELDS, "the entry")
+    if description["format"] > FORMAT:
         raise StreamlineError(
-            f"This checkpoint has the format {said['format']}; this version of streamline_hooks reads up to "
-            f"{FORMAT}. Upgrade streamline_hooks."
+            f"This checkpoint has format {description['format']}, but this version of streamline_hooks reads formats "
+            f"up to {FORMAT}. Upgrade streamline_hooks."
         )
-    if said["format"] >= _WITH_DIGEST:
-        _check_fields(said, {"digest": str}, "the entry")
-    elif said["format"] < 1 or "digest" in said:
-        raise _changed(f"'format' is {said['format']}")
-    if not said["splices"]:
-        raise _changed("'splices' is empty")
-    for number, entry in enumerate(said["splices"]):
+    if description["format"] >= _WITH_DIGEST:
+        _check_fields(description, {"digest": str}, "the entry")
+    elif description["format"] < 1 or "digest" in description:
+        raise _changed_file_error(f"'format' is {description['format']}")
+    if not description["splices"]:
+        raise _changed_file_error("'splices' is empty")
+    for number, entry in enumerate(description["splices"]):
         where = f"splices[{number}]"
         _check_fields(entry, _FIELDS_OF_ENTRY, where)
         if not entry["modules"]:
-            raise _changed(f"'modules' of {where} is empty")
+            raise _changed_file_error(f"'modules' of {where} is empty")
         for position, module in enumerate(entry["modules"]):
             _check_fields(module, _FIELDS_OF_MODULE, f"{where}.modules[{position}]")
 
 
-def _check_fields(held: Any, fields: dict[str, type], where: str) -> None:
+def _check_fields(entry: Any, fields: dict[str, type], where: str) -> None:
     for name, kind in fields.items():
-        value = held.get(name) if isinstance(held, dict) else None
+        value = entry.get(name) if isinstance(entry, dict) else None
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise _changed(f"{name!r} of {where} is {value!r}, not of the type {kind.__name__}")
+            raise _changed_file_error(f"{name!r} of {where} is {value!r}, expected {kind.__name__}")
 
 
-def _changed(what: str) -> StreamlineError:
+def _changed_file_error(what: str) -> StreamlineError:
     return StreamlineError(
-        f"config.json, streamline_hooks: {what}. The file was changed since it was written, and the model would lose "
-        "its repair or be another one. Restore the file, or save the model again."
+        f"config.json, streamline_hooks: {what}. The file was changed since it was written, and the loaded model would "
+        "not be the saved one. Restore the file, or save the model again."
     )
 
 
-def _digest(said: dict[str, Any], base_type: str) -> str:
-    """The digest of everything from which the splices are built."""
-    described = {name: said[name] for name in ("stack", "guard", "splices")}
-    text = json.dumps([base_type, described], sort_keys=True)
+def _digest(description: dict[str, Any], base_type: str) -> str:
+    """Return a digest of everything that the splices are built from."""
+    fields = {name: description[name] for name in ("stack", "guard", "splices")}
+    text = json.dumps([base_type, fields], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check_loading(model: Any, info: dict[str, Any]) -> None:
-    """Raise if the configuration has no module for a stored splice, or a splice or the guard was not loaded."""
-    guard = own_path(model, model.config.streamline_hooks["guard"])
-    mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info.get("mismatched_keys") or ()]
-    wrong = [
-        *(key for key in info.get("unexpected_keys") or () if {BEFORE, AFTER} & set(key.split("."))),
-        *(key for key in mismatched if key == guard or {BEFORE, AFTER} & set(key.split("."))),
-    ]
-    if wrong:
-        raise _changed(f"the stored weight {min(wrong)} does not fit the model that it describes")
-
-
-_made: dict[Any, Any] = {}
-
-
+@functools.cache
 def streamlined_config_class(base: Any) -> Any:
-    """The configuration class for a model with splices of an architecture; made once a base."""
-    if base not in _made:
-        members = {"__module__": __name__, "__doc__": _ConfigWithSplices.__doc__, "model_type": base.model_type}
-        _made[base] = type(f"{_PREFIX}{base.__name__}", (_ConfigWithSplices, base), members)
-    return _made[base]
+    """Return the configuration class of an architecture with splices."""
+    members = {"__module__": __name__, "__doc__": _ConfigWithSplices.__doc__, "model_type": base.model_type}
+    return type(f"{_PREFIX}{base.__name__}", (_ConfigWithSplices, base), members)
 
 
+@functools.cache  # by both arguments, since several configuration classes can share a model class
 def streamlined_model_class(base: Any, config_base: Any) -> Any:
-    """The class of a model with splices of an architecture; made once a base, and known to the Auto classes."""
-    key = (base, config_base)  # several types of configuration can share one class of models
-    if key in _made:
-        return _made[key]
-
-    def is_custom_code(cls: Any) -> bool:
-        return bool(base.is_custom_code())
-
+    """Return the model class of an architecture with splices."""
     members = {
         "__module__": __name__,
         "__doc__": _ModelWithSplices.__doc__,
         "config_class": streamlined_config_class(config_base),
-        "is_custom_code": classmethod(is_custom_code),  # checkpoints convert as the architecture's own do
+        # Checkpoints are converted like those of the architecture itself.
+        "is_custom_code": classmethod(lambda cls: bool(base.is_custom_code())),
     }
-    _made[key] = type(f"{_PREFIX}{base.__name__}", (_ModelWithSplices, base), members)
-    _share_weight_conversion(base, _made[key])
-    return _made[key]
+    model_class = type(f"{_PREFIX}{base.__name__}", (_ModelWithSplices, base), members)
+    if importlib.util.find_spec("transformers.conversion_mapping") is not None:  # conversions are listed by class name
+        from transformers import conversion_mapping
+
+        conversion = conversion_mapping.get_checkpoint_conversion_mapping(base.__name__)
+        if conversion is not None:
+            conversion_mapping.register_checkpoint_conversion_mapping(model_class.__name__, conversion, overwrite=True)
+    return model_class
 
 
 def base_class(cls: type[Any]) -> type[Any]:
-    """The architecture's own class of a model or a configuration, with or without splices."""
-    if issubclass(cls, (_ModelWithSplices, _ConfigWithSplices)):
-        return next(c for c in cls.__mro__[1:] if not issubclass(c, (_ModelWithSplices, _ConfigWithSplices)))
-    return cls
+    """Return the architecture's own class of a model or configuration, with or without splices."""
+    return next(c for c in cls.__mro__ if not issubclass(c, (_ModelWithSplices, _ConfigWithSplices)))
 
 
-def _register_models(config_base: type[Any], config_class: type[Any]) -> None:
-    """Register the classes with splices with every Auto class that knows the architecture."""
-    for auto, base in _classes_for(config_base):
-        auto.register(config_class, streamlined_model_class(base, config_base), exist_ok=True)
-
-
-def _classes_for(config_base: type[Any]) -> Iterator[tuple[Any, type[Any]]]:
-    """Yield the Auto classes that know an architecture, each with the class that it gives for the plain model."""
-    from transformers.models.auto import modeling_auto  # every table of classes: a quarter of a second
+def _classes_for(config_base: type[Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield the Auto classes that support an architecture, each with its class for the plain model."""
+    from transformers.models.auto import modeling_auto  # slow import
 
     for auto in vars(modeling_auto).values():
-        mapping = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
-        if mapping is None or config_base not in mapping:
-            continue
-        base = mapping[config_base]
-        if isinstance(base, type):
+        mapping: Any = (getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None) or ()
+        if config_base in mapping and isinstance(base := mapping[config_base], type):
             yield auto, base
 
 
 def _can_stand_alone(config: Any) -> bool:
-    """Whether the model needs only Transformers' own classes and this library's."""
+    """Whether the model needs only classes of Transformers and of this library."""
     kinds = [m["kind"] for entry in config.streamline_hooks["splices"] for m in entry.get("modules", [])]
     return base_class(type(config)).__module__.startswith("transformers.") and all(map(is_own, kinds))
 
 
 def _standalone_code() -> str:
-    """What reads a model where the library is not installed."""
+    """Return the code that loads a model where this library is not installed."""
     try:
         from streamline_hooks.surgery.standalone import standalone_code
-    except ModuleNotFoundError:  # this is that code
+    except ModuleNotFoundError:  # this file is that code
         return Path(__file__).read_text(encoding="utf-8")
     return standalone_code()
 
 
-def _share_weight_conversion(base: type[Any], made: type[Any]) -> None:
-    """A conversion of checkpoints that Transformers keeps by class name holds for the class with splices too."""
-    if importlib.util.find_spec("transformers.conversion_mapping") is None:
-        return
-    from transformers import conversion_mapping
-
-    conversion = conversion_mapping.get_checkpoint_conversion_mapping(base.__name__)
-    if conversion is not None:
-        conversion_mapping.register_checkpoint_conversion_mapping(made.__name__, conversion, overwrite=True)
-
-
 def accept_guarded(module: Any, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-    """Let ``load_state_dict`` take a checkpoint as it lies on disk, as a ``Trainer`` does when it resumes."""
-    guard = own_path(module, module.config.streamline_hooks["guard"])
+    """Let ``load_state_dict`` accept the guard as stored on disk, as a resuming ``Trainer`` passes it."""
+    guard = resolve_model_path(module, module.config.streamline_hooks["guard"])
     stored = state_dict.get(prefix + guard)
     if stored is not None and stored.ndim == module.get_parameter(guard).ndim + 1:
         state_dict[prefix + guard] = stored.squeeze(0)
 
 
+def _guard_owner(model: Any) -> tuple[nn.Module, str]:
+    """Return the module that holds the guard, and the name of the parameter in it."""
+    path, _, name = resolve_model_path(model, model.config.streamline_hooks["guard"]).rpartition(".")
+    return model.get_submodule(path), name
+
+
 def _set_guard_axis(model: Any, present: bool) -> None:
-    """Give the guard the leading axis with which it is stored, or take it away."""
-    path, _, name = own_path(model, model.config.streamline_hooks["guard"]).rpartition(".")
-    owner = model.get_submodule(path)
-    held = owner._parameters[name]
-    if present and getattr(held, _MARK, False):
-        return  # of a model in a model, such as that of a classifier, each is built as this class says
-    data = held.data.unsqueeze(0) if present else held.data.squeeze(0)
-    reshaped = nn.Parameter(data, requires_grad=held.requires_grad)
-    vars(reshaped).update({**vars(held), _MARK: present})
+    """Add the leading axis with which the guard is stored, or remove it."""
+    owner, name = _guard_owner(model)
+    parameter: Any = owner._parameters[name]
+    if present and getattr(parameter, _MARK, False):
+        return  # a model inside a model, for instance in a classifier, has set its guard already
+    data = parameter.data.unsqueeze(0) if present else parameter.data.squeeze(0)
+    reshaped = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    vars(reshaped).update({**vars(parameter), _MARK: present})
     owner._parameters[name] = reshaped
-    if held.is_meta:
+    if parameter.is_meta:
         _reshape_offloaded(owner, name, reshaped.ndim)
 
 
 def _reshape_offloaded(owner: Any, name: str, axes: int) -> None:
-    """The same where accelerate has the values, and brings them as they lie: this one is kept in memory."""
+    """Reshape the values of an offloaded guard, which accelerate loads in their stored shape."""
     offloaded = getattr(getattr(owner, "_hf_hook", None), "weights_map", None)
     if offloaded is None:
-        return  # nobody has the values: the model was made without
-    kept = getattr(getattr(offloaded, "dataset", None), "state_dict", None)
-    if kept is None:
+        return  # the model was built on the meta device, without values
+    offloaded_weights = getattr(getattr(offloaded, "dataset", None), "state_dict", None)
+    if offloaded_weights is None:
         raise StreamlineError(
-            f"{name} of a {type(owner).__name__} is offloaded in a way that is not known here. Keep that module in "
-            "memory: give it a device in the device_map."
+            f"{name} of a {type(owner).__name__} is offloaded in an unknown way, so it cannot be reshaped. Keep "
+            "this module in memory: assign it a device in device_map."
         )
     stored = offloaded[name]
-    kept[f"{offloaded.prefix}{name}"] = stored.reshape(
+    offloaded_weights[f"{offloaded.prefix}{name}"] = stored.reshape(
         (1,) * (axes - stored.ndim) + stored.shape[max(0, stored.ndim - axes) :]
     )
 
 
 @contextmanager
 def _guard_axis(model: Any) -> Iterator[None]:
-    """Give the guard its leading axis for a while. The same parameter comes back: an optimizer may hold it."""
-    path, _, name = own_path(model, model.config.streamline_hooks["guard"]).rpartition(".")
-    owner = model.get_submodule(path)
-    held = owner._parameters[name]
+    """Add the leading axis of the guard temporarily, and restore the same parameter, which an optimizer may hold."""
+    owner, name = _guard_owner(model)
+    parameter: Any = owner._parameters[name]
     try:
         _set_guard_axis(model, present=True)
         yield
     finally:
-        owner._parameters[name] = held
-        if held.is_meta:
-            _reshape_offloaded(owner, name, held.ndim)
+        owner._parameters[name] = parameter
+        if parameter.is_meta:
+            _reshape_offloaded(owner, name, parameter.ndim)
 
 
 def splice_entries(blocks: Sequence[nn.Module]) -> list[dict[str, Any]]:
-    """What a checkpoint says of the modules that are spliced beside blocks, in the order of the blocks."""
+    """Return the checkpoint's description of the splices of a stack, in the order of the blocks."""
     return [
         _entry(number, place, spliced(block, place))
         for number, block in enumerate(blocks)
@@ -406,97 +376,89 @@ def splice_entries(blocks: Sequence[nn.Module]) -> list[dict[str, Any]]:
 def _entry(number: int, place: str, modules: tuple[nn.Module, ...]) -> dict[str, Any]:
     try:
         kinds = [dict(zip(("kind", "config"), replacement_config(module), strict=True)) for module in modules]
-    except StreamlineError as error:  # in memory it works all the same; saving says what is missing
+    except StreamlineError as error:  # it works in memory; saving raises this error
         return {"block": number, "place": place, "error": str(error)}
     return {"block": number, "place": place, "modules": kinds}
 
 
 def build_splices(entry: dict[str, Any]) -> list[nn.Module]:
-    """Build the modules at one place that an entry of a checkpoint describes, in the order in which they run."""
+    """Build the modules at one position that a checkpoint entry describes, in the order in which they run."""
     return [build_replacement(module["kind"], module["config"]) for module in entry["modules"]]
 
 
-def _entry_now(model: Any, entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry as the modules are by now, which may have been changed since the surgery."""
-    block = _block_of(model, entry.get("stack", model.config.streamline_hooks["stack"]), entry)
-    where = {"stack": entry["stack"]} if "stack" in entry else {}
-    return {**where, **_entry(entry["block"], entry["place"], spliced(block, entry["place"]))}
+def _current_entry(model: Any, entry: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry for the current modules, which may have changed since the surgery."""
+    modules = spliced(_block_of_entry(model, model.config.streamline_hooks, entry), entry["place"])
+    stack = {"stack": entry["stack"]} if "stack" in entry else {}
+    return {**stack, **_entry(entry["block"], entry["place"], modules)}
 
 
-def _tell_of_wider_ones(model: Any) -> None:
-    """Warn where loading, which gives all weights one precision, would round what is spliced in."""
-    spliced_in = (p for name, p in model.named_parameters() if {BEFORE, AFTER} & set(name.split(".")))
-    wider = {p.dtype for p in spliced_in if p.is_floating_point() and p.dtype.itemsize > model.dtype.itemsize}
+def _warn_about_wider_dtypes(model: Any) -> None:
+    """Warn if loading, which casts all weights to one dtype, would round the splices."""
+    spliced_parameters = (p for name, p in model.named_parameters() if is_splice_parameter(name))
+    wider = {p.dtype for p in spliced_parameters if p.is_floating_point() and p.dtype.itemsize > model.dtype.itemsize}
     if wider:
         warnings.warn(
-            f"What is spliced in holds {', '.join(map(str, wider))} beside the model's {model.dtype}, as which all "
-            f"comes back. Load it with dtype={next(iter(wider))} to have its values.",
+            f"The spliced modules have dtype {', '.join(map(str, wider))}, but loading casts all weights to the dtype "
+            f"of the model, {model.dtype}. Load the checkpoint with dtype={next(iter(wider))} to keep their values.",
             stacklevel=3,
         )
 
 
 def _fill_unsaved_buffers(model: Any) -> None:
-    """Give spliced modules the buffers that no checkpoint holds: they are built without values."""
-    said = model.config.streamline_hooks
-    for entry in said["splices"]:
-        block = _block_of(model, entry.get("stack", said["stack"]), entry)
-        placed = spliced(block, entry["place"])
-        if not any(part._non_persistent_buffers_set for module in placed for part in module.modules()):
+    """Fill the buffers of spliced modules that no checkpoint contains, since loading leaves them without values."""
+    description = model.config.streamline_hooks
+    for entry in description["splices"]:
+        modules = nn.ModuleList(spliced(_block_of_entry(model, description, entry), entry["place"]))
+        if not any(part._non_persistent_buffers_set for part in modules.modules()):
             continue
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            built = build_splices(entry)
-        for module, other in zip(placed, built, strict=True):
-            for part, whole in zip(module.modules(), other.modules(), strict=True):
-                for name in part._non_persistent_buffers_set:
-                    held, value = part._buffers[name], whole._buffers[name]
-                    if held is not None and value is not None:
-                        part._buffers[name] = value.to(held.device, held.dtype)
+            rebuilt = nn.ModuleList(build_splices(entry))
+        for part, rebuilt_part in zip(modules.modules(), rebuilt.modules(), strict=True):
+            for name in part._non_persistent_buffers_set:
+                buffer, value = part._buffers[name], rebuilt_part._buffers[name]
+                if buffer is not None and value is not None:
+                    part._buffers[name] = value.to(buffer.device, buffer.dtype)
 
 
-def _block_of(model: Any, stack: str, entry: dict[str, Any]) -> nn.Module:
-    """The block that has the splices of an entry of the configuration.
-
-    Raises
-    ------
-    StreamlineError
-        If there is no such block or place: the configuration was changed since it was written.
-    """
+def _block_of_entry(model: Any, description: dict[str, Any], entry: dict[str, Any]) -> nn.Module:
+    """Return the block that carries the splices of an entry, or raise if there is none."""
+    stack = entry.get("stack", description["stack"])
     try:
-        blocks = list(model.get_submodule(own_path(model, stack)).children())
+        blocks = list(model.get_submodule(resolve_model_path(model, stack)).children())
     except AttributeError:
         blocks = []
     if entry["place"] not in (BEFORE, AFTER) or not 0 <= entry["block"] < len(blocks):
         raise StreamlineError(
-            f"config.json, streamline_hooks.splices: a module {entry['place']} block {entry['block']} of {stack!r}, "
-            f"which has {len(blocks)} blocks in this {type(model).__name__}. Either this class lacks that stack, or "
-            "the file was changed since it was written. Load the class that was saved, or save the model again."
+            f"config.json, streamline_hooks.splices: the entry names a module {entry['place']} block {entry['block']} "
+            f"of {stack!r}, which has {len(blocks)} blocks in this {type(model).__name__}. Either this class lacks the "
+            "stack, or the file was changed since it was written. Load the class that was saved, or save the model "
+            "again."
         )
-    return blocks[entry["block"]]
+    block: nn.Module = blocks[entry["block"]]
+    return block
 
 
-def own_path(model: Any, path: str) -> str:
-    """A path that was written for the model with its head, or without it, in this model, which may be the other."""
+def resolve_model_path(model: Any, path: str) -> str:
+    """Return a path in this model for a path written for the model with or without its head."""
     first, _, rest = path.partition(".")
-    inside = getattr(model, "base_model_prefix", "")
+    base_prefix = getattr(model, "base_model_prefix", "")
     if hasattr(model, first):
         return path
-    return f"{inside}.{path}" if hasattr(getattr(model, inside, None), first) else rest
+    return f"{base_prefix}.{path}" if hasattr(getattr(model, base_prefix, None), first) else rest
 
 
-@contextmanager
-def _reading_a_guarded_checkpoint() -> Iterator[None]:
-    token = _guarded.set(True)
-    try:
-        yield
-    finally:
-        _guarded.reset(token)
+def is_splice_parameter(name: str) -> bool:
+    """Whether a name is that of a parameter or buffer of a spliced module."""
+    return not {BEFORE, AFTER}.isdisjoint(name.split("."))
 
 
 def __getattr__(name: str) -> Any:
-    """Find a made class by its name again, which is what unpickling asks for."""
+    """Return a derived class by its name, as unpickling requires."""
     base: Any = getattr(transformers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
     if isinstance(base, type) and issubclass(base, PretrainedConfig):
-        return streamlined_config_class(base)
+        config_class: Any = base
+        return streamlined_config_class(config_class)
     config_base: Any = getattr(base, "config_class", None)
     if config_base is not None:
         return streamlined_model_class(base, config_base)

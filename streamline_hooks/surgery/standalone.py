@@ -1,44 +1,35 @@
-"""The code that a checkpoint with splices is read by where this library is not installed.
+"""Assemble the code that loads a checkpoint with splices where this library is not installed.
 
-It is this library's own: the sources of the modules that build splices and run them, one after the other in one file.
-Transformers runs it only where somebody asks for that (``trust_remote_code=True``).
+The code consists of the sources of the modules that build splices and run them, concatenated into one file.
+Transformers runs it only with ``trust_remote_code=True``.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib import import_module
 from importlib.metadata import version
 
-from streamline_hooks.errors import StreamlineError
+from streamline_hooks.core import StreamlineError
 
 MODULES = (
-    "errors",
-    "hidden_state",
+    "core.errors",
+    "modeling.hidden_state",
     "surgery.splice",
     "replacements.registry",
     "replacements.linear",
     "replacements.mlp",
     "surgery.spliced_model",
 )
-"""Each after what it needs; of other modules of this library none needs anything."""
+"""Modules in the order of their dependencies. They import no other module of this library."""
 
 
 def standalone_code() -> str:
-    """One Python file that needs torch and transformers, and can do what `MODULES` can.
+    """Return the source of one Python file that requires only torch and Transformers and contains `MODULES`.
 
-    Raises
-    ------
-    StreamlineError
-        If two of the modules define the same name, or one needs a module that is not among them.
-
-    Examples
-    --------
-    >>> names = {node.name for node in ast.parse(standalone_code()).body if isinstance(node, ast.ClassDef)}
-    >>> {"SwiGLUReplacement", "StreamlinedConfig"} <= names
-    True
+    Raise `StreamlineError` if two modules define the same name, or a module imports from one that is not in `MODULES`.
     """
     imports: dict[str, None] = {}
     bodies: list[str] = []
@@ -50,38 +41,42 @@ def standalone_code() -> str:
         kept = [node for node in statements if not isinstance(node, (ast.Import, ast.ImportFrom))]
         for node in statements:
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                imports.update(dict.fromkeys(foreign_names(node, module)))
-            for name in names_of(node):
+                imports.update(dict.fromkeys(foreign_imports(node, module, defined)))
+            for name in defined_names(node):
                 if defined.setdefault(name, module) != module:
-                    raise StreamlineError(f"{name} is defined in {defined[name]} and in {module}; rename one of them.")
+                    raise StreamlineError(
+                        f"{name} is defined in {defined[name]} and in {module}, but the names in MODULES must be "
+                        "unique. Rename one of them."
+                    )
         first = kept[0]
         start = min([first.lineno, *(d.lineno for d in getattr(first, "decorator_list", []))])
         bodies.append("\n".join(lines[start - 1 :]))
     head = (
-        f'"""Reads the model in this folder, and runs it, where streamline_hooks is not installed.\n\n'
-        f"Put together from the source of streamline_hooks {version('streamline_hooks')}, to be loaded with\n"
+        f'"""Load and run the model in this folder where streamline_hooks is not installed.\n\n'
+        f"Assembled from the source of streamline_hooks {version('streamline_hooks')}. Load the model with\n"
         f'``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``.\n"""\n\n'
         "from __future__ import annotations\n"
     )
     return "\n".join([head, *imports, "", "", "\n\n\n".join(bodies), ""])
 
 
-def foreign_names(node: ast.Import | ast.ImportFrom, module: str) -> Iterator[str]:
-    """What a statement imports from elsewhere, as a statement; nothing where it imports from the modules here."""
+def foreign_imports(node: ast.Import | ast.ImportFrom, module: str, defined: Collection[str]) -> Iterator[str]:
+    """Yield the statement if it imports from another package. Names of this package must be `defined` already."""
     if isinstance(node, ast.ImportFrom) and node.module == "__future__":
         return
     if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "streamline_hooks":
-        here = {f"streamline_hooks.{name}" for name in MODULES[: MODULES.index(module)]}
-        if node.module not in here:
+        missing = [alias.name for alias in node.names if alias.name not in defined or alias.asname]
+        if missing:
             raise StreamlineError(
-                f"{module} needs {node.module}, which is not a part of the standalone code before it."
+                f"{module} needs {missing[0]} of {node.module}, which no earlier module defines. Add that module to "
+                "MODULES."
             )
         return
     yield ast.unparse(node)
 
 
-def names_of(node: ast.stmt) -> Iterator[str]:
-    """What a top-level statement defines."""
+def defined_names(node: ast.stmt) -> Iterator[str]:
+    """Yield the names that a top-level statement defines."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         yield node.name
     elif isinstance(node, (ast.Assign, ast.AnnAssign)):

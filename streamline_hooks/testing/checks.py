@@ -11,27 +11,26 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from streamline_hooks.errors import StreamlineError, UnsupportedSurgery
-from streamline_hooks.stack import find_stack
-from streamline_hooks.testing.assertions import (
-    assert_cached_generation_matches,
-    assert_causal,
-    assert_checkpoint_round_trip,
+from streamline_hooks.core import StreamlineError, UnsupportedSurgery
+from streamline_hooks.modeling import find_stack
+from streamline_hooks.testing.cached_generation import assert_cached_generation_matches
+from streamline_hooks.testing.causality import assert_causal
+from streamline_hooks.testing.checkpoint_round_trip import assert_checkpoint_round_trip
+from streamline_hooks.testing.restoration import assert_restores, removal_error
+from streamline_hooks.testing.shapes import assert_shapes
+from streamline_hooks.testing.surgery_assertions import (
     assert_identity_preserves_output,
     assert_removal_equals_shorter_model,
-    assert_restores,
-    assert_shapes,
 )
-from streamline_hooks.testing.assertions.restoration import refusal
 
 Verdict = Literal["ok", "refused", "FAILED"]
 
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one assertion: `name`, `verdict`, `seconds`, and the reason in `text`.
+    """Result of an assertion: `name`, `verdict`, `seconds`, and the reason in `text`.
 
-    "refused" means that the library names the reason why a block cannot be removed; that is no failure.
+    The verdict "refused" means that the library reports why a block cannot be removed. It is not a failure.
     """
 
     name: str
@@ -40,36 +39,36 @@ class Check:
     text: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
 def run_checks(
     model: nn.Module, windows: Sequence[range] | None = None, *, stack: str | None = None
 ) -> Iterator[Check]:
-    """Hold a causal language model against everything that surgery, caches and checkpoints must keep.
+    """Run every assertion on a causal language model.
 
-    It is run in the precision that its parameters are in, and nothing is converted. Half precision hides faults that
-    float32 shows, except in the check for later tokens and other rows: give ``model.float()`` for the finest look.
+    The model runs in the dtype of its parameters. Half precision hides faults that float32 reveals, except in the check
+    of later tokens and other rows. Pass ``model.float()`` for the most precise comparison.
 
     Parameters
     ----------
     model : torch.nn.Module
-        A Transformers model, which is given back as it was.
+        A Transformers model. It is restored after each check.
     windows : sequence of range, optional
-        The blocks whose removal is tried; by default the first, one and three in the middle, and the last.
+        Windows to remove. Default: the first block, one and three blocks in the middle, and the last block.
     stack : str, optional
-        Path of the stack, see `find_stack`.
+        Path of the block stack, see `find_stack`.
 
     Yields
     ------
     Check
-        As soon as it is known.
+        The result of each assertion as soon as it is finished.
 
     Raises
     ------
     StreamlineError
-        If the model's stack of blocks is not found, or a window is not in it.
+        If the model has no block stack, or a window is out of range.
 
     Examples
     --------
@@ -85,34 +84,34 @@ def run_checks(
     ok a checkpoint gives the same model
     """
     length = len(find_stack(model, stack))
-    chosen = _usual(length) if windows is None else list(windows)
-    for window in chosen:
+    chosen_windows = _default_windows(length) if windows is None else list(windows)
+    for window in chosen_windows:
         if not (0 <= window.start < window.stop <= length) or window.step != 1 or len(window) == length:
             raise StreamlineError(
-                f"The window {window.start}:{window.stop} cannot be taken out of {length} blocks; give START:STOP with "
-                f"0 <= START < STOP <= {length}, and not all of them."
+                f"The window {window.start}:{window.stop} cannot be removed from {length} blocks. Expected 0 <= START "
+                f"< STOP <= {length}, and at least one remaining block. Choose another window."
             )
-    named: list[tuple[str, Callable[[], None]]] = [
+    checks: list[tuple[str, Callable[[], None]]] = [
         ("shapes of states, logits and texts", lambda: assert_shapes(model, stack=stack)),
         ("later tokens and other rows change nothing", lambda: assert_causal(model, stack=stack)),
         ("cached decoding equals the forward", lambda: assert_cached_generation_matches(model, stack=stack)),
         ("identities change nothing", lambda: assert_identity_preserves_output(model, stack=stack)),
         ("surgery leaves no trace", lambda: assert_restores(model, stack=stack)),
     ]
-    for window in chosen:
+    for window in chosen_windows:
         blocks = f"block {window.start}" if len(window) == 1 else f"blocks {window.start} to {window.stop - 1}"
-        named.append((f"without {blocks} it equals the shorter model", partial(_removed, model, window, stack)))
-    named.append(("a checkpoint gives the same model", lambda: assert_checkpoint_round_trip(model)))
-    for name, assertion in named:
+        checks.append((f"without {blocks} it equals the shorter model", partial(_check_removal, model, window, stack)))
+    checks.append(("a checkpoint gives the same model", lambda: assert_checkpoint_round_trip(model)))
+    for name, assertion in checks:
         yield _run(name, assertion)
 
 
-def _removed(model: nn.Module, window: range, stack: str | None) -> None:
-    error, known = refusal(model, window, stack)
+def _check_removal(model: nn.Module, window: range, stack: str | None) -> None:
+    error, known = removal_error(model, window, stack)
     if error is not None and known:
-        raise error  # there is nothing to compare
+        raise error  # nothing to compare
     assert_removal_equals_shorter_model(model, window, stack=stack)
-    if error is not None:  # the removal is right, but something else of the model, its cache say, does not follow it
+    if error is not None:  # the removal is correct, but something else is not, such as the cache
         raise error
 
 
@@ -127,14 +126,14 @@ def _run(name: str, assertion: Callable[[], None]) -> Check:
         verdict, text = "refused", str(error)
     except AssertionError as error:
         verdict, text = "FAILED", str(error)
-    except Exception as error:  # what a model raises on its own is a finding about it
+    except Exception as error:
         verdict, text = "FAILED", f"{type(error).__name__}: {error}"
     return Check(name, verdict, time.perf_counter() - started, text)
 
 
-def _usual(length: int) -> list[range]:
-    """The first, one and three in the middle, the last: without those that a short stack has not."""
+def _default_windows(length: int) -> list[range]:
+    """Return the first, the middle, three middle and the last block, as far as the stack has them."""
     middle = length // 2
     candidates = [range(1), range(middle, middle + 1), range(middle - 1, middle + 2), range(length - 1, length)]
-    fitting = [w for w in candidates if w.start >= 0 and w.stop <= length and len(w) < length]
-    return list(dict.fromkeys(fitting))
+    windows = [w for w in candidates if w.start >= 0 and w.stop <= length and len(w) < length]
+    return list(dict.fromkeys(windows))

@@ -3,42 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from streamline_hooks.errors import StreamlineError
-from streamline_hooks.testing.tiny import causal_model_types
+from streamline_hooks.core import StreamlineError
+from streamline_hooks.testing.tiny_models import causal_model_types
 
 try:
     from hypothesis import strategies as st
     from hypothesis.strategies import SearchStrategy
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "streamline_hooks.testing.strategies needs hypothesis, which is not installed: pip install hypothesis. The "
-        "assertions in streamline_hooks.testing work without it."
+        "streamline_hooks.testing.strategies requires hypothesis, which is not installed. Run pip install "
+        "hypothesis. The assertions in streamline_hooks.testing work without it."
     ) from error
 
 
 def windows(blocks: int, *, min_length: int = 1, max_length: int | None = None) -> SearchStrategy[range]:
-    """Half-open ranges of consecutive blocks that leave at least one.
+    """Draw half-open ranges of consecutive blocks that do not contain all blocks.
 
     Parameters
     ----------
     blocks : int
-        How many the model has, two at least.
+        Number of blocks of the model, at least two.
     min_length, max_length : int
-        How many are in a window; never more than all but one.
+        Bounds of the length of a window. Default of `max_length`: ``blocks - 1``.
 
     Returns
     -------
     SearchStrategy of range
-        It shrinks towards short windows at the beginning.
+        Shrinks towards short windows at the start of the stack.
 
     Raises
     ------
     StreamlineError
-        If there is no such window.
+        If no window satisfies the bounds.
 
     Examples
     --------
@@ -49,8 +49,8 @@ def windows(blocks: int, *, min_length: int = 1, max_length: int | None = None) 
     longest = blocks - 1 if max_length is None else min(max_length, blocks - 1)
     if not 1 <= min_length <= longest:
         raise StreamlineError(
-            f"There is no window of {min_length} to {longest} of {blocks} blocks: expected at least one block in it, "
-            "and one outside."
+            f"There is no window of {min_length} to {longest} of {blocks} blocks. Expected at least one block inside "
+            "and one outside the window. Change min_length, max_length or blocks."
         )
 
     def of_length(length: int) -> SearchStrategy[range]:
@@ -69,30 +69,30 @@ def padded_batches(
     special: Iterable[int] = (0, 1, 2),
     pad_token: int = 0,
 ) -> SearchStrategy[dict[str, torch.Tensor]]:
-    """Batches of sequences of different lengths, padded on one side to the longest.
+    """Draw batches of sequences of different lengths, padded on one side to the longest length.
 
     Parameters
     ----------
     vocabulary : int
-        Number of tokens.
+        Size of the vocabulary.
     max_rows, max_tokens, min_tokens : int
-        How many sequences at most, and how long each is.
+        Largest number of sequences, and bounds of their lengths in tokens.
     sides : sequence of {"left", "right"}
-        On which side a batch is padded.
+        Sides on which a batch may be padded.
     special : iterable of int
-        Tokens that are not drawn.
+        Token ids that are not drawn.
     pad_token : int
-        What lies in the padding.
+        Token id of the padding.
 
     Returns
     -------
     SearchStrategy of dict
-        ``input_ids`` and ``attention_mask`` of shape (rows, tokens), int64. Every row has a real token.
+        ``input_ids`` and ``attention_mask`` of shape (rows, tokens), int64. Every row has at least one real token.
 
     Raises
     ------
     StreamlineError
-        If no ordinary token is left, or a size or a side is none.
+        If all token ids are special, or a size or side is invalid.
 
     Examples
     --------
@@ -111,7 +111,7 @@ def padded_batches(
         )
     row = st.lists(st.sampled_from(ordinary), min_size=min_tokens, max_size=max_tokens)
 
-    def laid_out(drawn: tuple[list[list[int]], str]) -> dict[str, torch.Tensor]:
+    def build_batch(drawn: tuple[list[list[int]], str]) -> dict[str, torch.Tensor]:
         rows, side = drawn
         width = max(map(len, rows))
         ids, mask = torch.full((len(rows), width), pad_token), torch.zeros(len(rows), width, dtype=torch.long)
@@ -120,18 +120,19 @@ def padded_batches(
             ids[number, place], mask[number, place] = torch.tensor(tokens), 1
         return {"input_ids": ids, "attention_mask": mask}
 
-    return st.tuples(st.lists(row, min_size=1, max_size=max_rows), st.sampled_from(list(sides))).map(laid_out)
+    return st.tuples(st.lists(row, min_size=1, max_size=max_rows), st.sampled_from(list(sides))).map(build_batch)
 
 
 def model_types(*, among: Iterable[str] | None = None, without: Iterable[str] = ()) -> SearchStrategy[str]:
-    """Model types that `streamline_hooks.testing.tiny_model` can build in the installed Transformers.
+    """Draw model types that `tiny_model` can build with the installed Transformers.
 
     Parameters
     ----------
     among : iterable of str, optional
-        Only these, as far as this Transformers knows them; all causal language models by default.
+        Types to choose from; types that the installed Transformers does not have are ignored. Default: all causal
+        language models.
     without : iterable of str
-        But not these.
+        Types to exclude.
 
     Returns
     -------
@@ -140,7 +141,7 @@ def model_types(*, among: Iterable[str] | None = None, without: Iterable[str] = 
     Raises
     ------
     StreamlineError
-        If none is left.
+        If no type remains.
 
     Examples
     --------
@@ -148,13 +149,11 @@ def model_types(*, among: Iterable[str] | None = None, without: Iterable[str] = 
     >>> find(model_types(among=["gpt2", "llama"], without=["gpt2"]), lambda name: True)
     'llama'
     """
-    left_out: set[Any] = set(without)
-    known = causal_model_types()
-    wanted = known if among is None else [name for name in among if name in known]
-    names = [name for name in wanted if name not in left_out]
+    known, excluded = causal_model_types(), set(without)
+    names = [name for name in (known if among is None else among) if name in known and name not in excluded]
     if not names:
         raise StreamlineError(
-            "No model type is left: none of those asked for is known to this Transformers and not left out. "
-            "causal_model_types() lists what is known."
+            "No model type is left. Expected a type in among that this Transformers has and that is not in without. "
+            "causal_model_types() lists the types."
         )
     return st.sampled_from(names)

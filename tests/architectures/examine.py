@@ -1,4 +1,4 @@
-"""Hold every operation on one architecture against the truth, and say in a row what came out."""
+"""Compare every operation on one architecture with its reference, and collect the results in a table row."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from streamline_hooks import HiddenStateRecorder, LayerSurgeon, LinearReplacement, UnsupportedSurgery, find_stack
-from streamline_hooks.batch import prepare
-from streamline_hooks.errors import StreamlineError
-from streamline_hooks.surgery.bypass import bypassing
+from streamline_hooks import HiddenStateRecorder, LayerSurgeon, UnsupportedSurgery, find_stack
+from streamline_hooks.core import StreamlineError, prepare_inputs
+from streamline_hooks.replacements import LinearReplacement
+from streamline_hooks.surgery import bypassing
 from streamline_hooks.testing import tiny_inputs, tiny_model
-from streamline_hooks.testing.assertions.cached_generation import hold_decoding, hold_generation
-from streamline_hooks.testing.assertions.difference import difference
-from streamline_hooks.testing.assertions.model_state import ModelState
-from streamline_hooks.testing.assertions.round_trip import hold_logits
-from streamline_hooks.testing.assertions.running import logits, real_places
+from streamline_hooks.testing.cached_generation import compare_decoding, compare_generation
+from streamline_hooks.testing.checkpoint_round_trip import assert_logits_match
+from streamline_hooks.testing.compare import describe_difference, model_output, real_token_mask
+from streamline_hooks.testing.model_state import ModelState
 
 BLOCKS, TOKENS, STEPS = 8, 12, 5
 WINDOWS = {
@@ -34,21 +33,21 @@ WINDOWS = {
 
 @dataclass
 class Row:
-    """What holds for one model type.
+    """Results for one model type.
 
     Attributes
     ----------
     model_type, path : str
     windows : dict
-        For each of `WINDOWS` "ok", "refused", or "WRONG" with what was wrong.
+        For each of `WINDOWS` "ok", "refused", or "WRONG" with the failed checks.
     own : dict
-        What the unmodified model passes: "cache", "padding", "static", "save".
+        Whether the unmodified model passes "cache", "padding", "static", "dynamic" and "save".
     reasons : dict
-        Why a window was refused, in the library's words.
+        The library's message for each refused window.
     states : str
-        "ok" where recorded inputs equal the type's own ``output_hidden_states``, "" where it returns something else.
+        "ok" if recorded inputs equal ``output_hidden_states``, "" if the type returns other states.
     unbuilt : str
-        Why there was nothing to examine.
+        Why the type cannot be examined.
     """
 
     model_type: str
@@ -61,12 +60,12 @@ class Row:
 
 
 def examine(model_type: str) -> Row:
-    """Build a tiny model of a type and put it through everything."""
+    """Build a tiny model of a type, run all checks, and return its row."""
     row = Row(model_type)
     try:
         model = tiny_model(model_type, blocks=BLOCKS)
         if hasattr(model.config.get_text_config(decoder=True), "index_topk"):
-            # Sparse attention picks tokens: where it may pick all, a rounding error cannot change the pick.
+            # Sparse attention selects tokens. If it may select all, rounding errors cannot change the selection.
             model = tiny_model(model_type, blocks=BLOCKS, index_topk=64)
     except StreamlineError as error:
         row.unbuilt = str(error).splitlines()[0]
@@ -80,7 +79,7 @@ def examine(model_type: str) -> Row:
     try:
         logits(model, tiny_inputs(model, tokens=TOKENS))
     except Exception as error:
-        row.unbuilt = f"the unmodified model fails on tokens alone: {type(error).__name__}: {error}"[:200]
+        row.unbuilt = f"the unmodified model fails on text inputs: {type(error).__name__}: {error}"[:200]
         return row
     own = {
         "cache": lambda: stepwise(model, padded=False),
@@ -92,7 +91,7 @@ def examine(model_type: str) -> Row:
     row.own = {name: passes(check) for name, check in own.items()}
     row.states = recorded_states(model)
     before = ModelState(model)
-    before.let_run(lambda: passes(lambda: generates(model, None)))  # with a cache and without
+    before.let_run(lambda: passes(lambda: generates(model, None)))  # with and without a cache
     for name, window in WINDOWS.items():
         if window.stop > len(stack):
             row.windows[name], row.reasons[name] = "refused", "too few blocks"
@@ -112,27 +111,27 @@ def examine(model_type: str) -> Row:
 
 
 def faults(model: nn.Module, window: range, own: dict[str, bool]) -> list[str]:
-    """What goes wrong with a window, by name."""
+    """Return the names of the failed checks of a window."""
     wrong = []
     batches = [tiny_inputs(model, tokens=TOKENS), tiny_inputs(model, tokens=TOKENS, left_padding=True)]
     nudge = LinearReplacement.from_map(0.3 * torch.randn(width_of(model), width_of(model), generator=seeded(1)))
-    with LayerSurgeon(model) as surgeon:  # what is refused is refused before anything is compared
+    with LayerSurgeon(model) as surgeon:  # raises before the comparisons if the window is refused
         surgeon.remove(window)
-    truths = {module: [bypassed(model, window, module, batch) for batch in batches] for module in (None, nudge)}
-    for module, truth in truths.items():
-        what = "removed" if module is None else "spliced"
+    references = {module: [bypassed(model, window, module, batch) for batch in batches] for module in (None, nudge)}
+    for module, reference in references.items():
+        operation = "removed" if module is None else "spliced"
         with LayerSurgeon(model) as surgeon:
             surgeon.replace(window, module)
-            for batch, expected, kind in zip(batches, truth, ("", " padded"), strict=True):
+            for batch, expected, kind in zip(batches, reference, ("", " padded"), strict=True):
                 if not same(logits(model, batch), expected, batch):
-                    wrong.append(f"{what}{kind}")
-            wrong += [f"{what} {name}" for name in broken(model, own)]
+                    wrong.append(f"{operation}{kind}")
+            wrong += [f"{operation} {name}" for name in broken(model, own)]
     wrong += [f"committed {name}" for name in saved_faults(model, window, nudge, own)]
     return wrong
 
 
 def broken(model: nn.Module, own: dict[str, bool]) -> list[str]:
-    """Which of the comparisons that the unmodified model passes fail now."""
+    """Return the decoding checks that the unmodified model passes and the current model fails."""
     checks = {
         "cache": lambda: stepwise(model, padded=False),
         "padding": lambda: stepwise(model, padded=True),
@@ -143,20 +142,25 @@ def broken(model: nn.Module, own: dict[str, bool]) -> list[str]:
 
 
 def saved_faults(model: nn.Module, window: range, nudge: nn.Module, own: dict[str, bool]) -> list[str]:
-    """Commit on copies, save, load, compare."""
+    """Commit on copies, save and load them, and return the operations whose logits differ."""
     import copy
 
     if not own["save"]:
         return []
     wrong = []
-    for module, what in ((None, "removed"), (nudge, "spliced")):
+    for module, operation in ((None, "removed"), (nudge, "spliced")):
         duplicate = copy.deepcopy(model)
         with LayerSurgeon(duplicate) as surgeon:
             surgeon.replace(window, copy.deepcopy(module))
             surgeon.commit()
         if not survives_saving(duplicate):
-            wrong.append(what)
+            wrong.append(operation)
     return wrong
+
+
+def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model_output(model, batch)
 
 
 def bypassed(model: nn.Module, window: range, module: nn.Module | None, batch: dict[str, Tensor]) -> Tensor:
@@ -165,44 +169,44 @@ def bypassed(model: nn.Module, window: range, module: nn.Module | None, batch: d
 
 
 def same(a: Tensor, b: Tensor, batch: dict[str, Tensor] | None = None, tolerance: float = 2e-4) -> bool:
-    real = None if batch is None else real_places(batch, a)
-    return bool(torch.isfinite(a).all()) and difference(a, b, real=real, tolerance=tolerance) is None
+    real = None if batch is None else real_token_mask(batch, a)
+    return bool(torch.isfinite(a).all()) and describe_difference(a, b, real=real, tolerance=tolerance) is None
 
 
 def stepwise(model: nn.Module, padded: bool) -> bool:
-    """Decoding token by token with a cache gives the logits of the full forward."""
+    """Whether decoding token by token with a cache gives the logits of the full forward."""
     batch = tiny_inputs(model, tokens=TOKENS, left_padding=padded)
-    return holds(lambda: hold_decoding(model, batch, steps=STEPS, tolerance=2e-4))
+    return holds(lambda: compare_decoding(model, batch, STEPS, 2e-4))
 
 
-# Its recurrence is run by chunks without a cache and by tokens with one: on a processor without AVX-512 a logit differs
-# by 0.0018, where 2e-4 allows 0.0008.
+# The recurrence runs in chunks without a cache and by token with one: on a processor without AVX-512 a logit differs by
+# 0.0018, and 2e-4 allows 0.0008.
 ROUNDING = {"qwen3_next": 1e-3}
 
 
 def generates(model: nn.Module, cache: str | None) -> bool:
-    """Greedy decoding with a cache, left-padded batch included, sees the logits that it sees without."""
+    """Whether greedy decoding has the same logits with and without a cache, with and without left padding."""
     tolerance = ROUNDING.get(model.config.model_type, 2e-4)
 
     def check() -> None:
         for padded in (False, True):
             batch = tiny_inputs(model, tokens=TOKENS, left_padding=padded)
-            hold_generation(model, batch, steps=STEPS, cache_implementation=cache, tolerance=tolerance)
+            compare_generation(model, batch, STEPS, tolerance, cache)
 
     return holds(check)
 
 
 def survives_saving(model: nn.Module) -> bool:
-    """The class and the logits come back; not every type's own checkpoint keeps all that the assertion looks at."""
+    """Whether a saved model has the same class and logits when it is loaded."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded = AutoModelForCausalLM.from_pretrained(folder)
         batch = tiny_inputs(model, tokens=TOKENS)
-        return type(loaded) is type(model) and holds(lambda: hold_logits(model, loaded, "It", [batch], 1e-5))
+        return type(loaded) is type(model) and holds(lambda: assert_logits_match(model, loaded, "It", [batch], 1e-5))
 
 
 def holds(check: Callable[[], object]) -> bool:
-    """Whether an assertion holds; what the model itself raises goes on."""
+    """Whether an assertion holds. Other errors are raised."""
     try:
         check()
     except AssertionError:
@@ -211,25 +215,25 @@ def holds(check: Callable[[], object]) -> bool:
 
 
 def recorded_states(model: nn.Module) -> str:
-    """Whether recorded inputs equal ``output_hidden_states``; empty where the type's own output is something else."""
+    """Return "ok" if recorded inputs equal ``output_hidden_states``, "" if the type returns other states."""
     batch = tiny_inputs(model, tokens=TOKENS)
     with torch.no_grad(), HiddenStateRecorder(model) as record:
         try:
-            output = model(**prepare(model, batch), output_hidden_states=True)
-        except (TypeError, ValueError, AttributeError):  # the type does not give them
+            output = model(**prepare_inputs(model, batch), output_hidden_states=True)
+        except (TypeError, ValueError, AttributeError):  # the type does not return states
             return ""
     states = getattr(output, "hidden_states", None)
     if states is None or len(states) != len(record.stack) + 1 or any(len(v) != 1 for v in record.inputs.values()):
         return ""
     same_states = all(torch.equal(record.inputs[k][0], states[k]) for k in range(len(record.stack)))
-    return "ok" if same_states else ""  # Mamba's begins behind the first block, XLNet's has other axes
+    return "ok" if same_states else ""  # Mamba returns states after the first block, XLNet with other axes
 
 
 def passes(check: Callable[[], bool]) -> bool:
     with quiet():
         try:
             return bool(check())
-        except Exception:  # a type may fail in any way; that it passed before is held by the table
+        except Exception:  # a type may raise anything; the table records that it passed before
             return False
 
 
@@ -244,7 +248,7 @@ def quiet() -> Iterator[None]:
 
 def width_of(model: nn.Module) -> int:
     with torch.no_grad(), HiddenStateRecorder(model, [0], outputs=False) as record:
-        model(**prepare(model, tiny_inputs(model, tokens=TOKENS)))
+        model(**prepare_inputs(model, tiny_inputs(model, tokens=TOKENS)))
     return record.inputs[0][0].shape[-1]
 
 

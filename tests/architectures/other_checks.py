@@ -1,4 +1,4 @@
-"""What must hold for a model that is no causal language model: each check is passed, or refused for a named reason."""
+"""Checks for models that are not causal language models: each passes, or is refused for a listed reason."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from streamline_hooks import LayerSurgeon, LinearReplacement, find_stack, fit_windows, load, read_plans, save
-from streamline_hooks.hidden_state import read_input, read_output, write_output
+from streamline_hooks import LayerSurgeon, find_stack, fit_windows, load, save
+from streamline_hooks.checkpoint import read_plans
+from streamline_hooks.modeling import read_input, read_output, write_output
 from streamline_hooks.repair import FoldedConfig, LinearConfig
+from streamline_hooks.replacements import LinearReplacement
 from tests.other_models import OTHERS, answer, made
 
 WIDTH = 32
-# What a branch adds, where it ends: the first of these that a block has, whatever the version.
+# Last module of each branch: the first of these paths that a block has. Versions of Transformers differ.
 ENDS = {
     "attention": (
         "attention.o_proj", "attention.output.dense", "self_attn.out_proj", "self_attn.o_proj", "attn.proj", "attn.Wo",
@@ -28,7 +30,7 @@ ENDS = {
 
 
 def identity_changes_nothing(name: str) -> None:
-    """To the bit."""
+    """Check that inserting an identity leaves the outputs unchanged bit for bit."""
     model = made(name)
     before = answer(model, name)
     with LayerSurgeon(model, OTHERS[name].path(model)) as surgeon:
@@ -37,8 +39,8 @@ def identity_changes_nothing(name: str) -> None:
     assert torch.equal(answer(model, name), before)
 
 
-def removal_is_the_block_bypassed(name: str) -> None:
-    """So is a module in its place; and everything comes back."""
+def removal_equals_bypass(name: str) -> None:
+    """Check removal and replacement of a block against a bypass by hooks, and that the model is restored."""
     model = made(name)
     stack = find_stack(model, OTHERS[name].path(model))
     before, weights = answer(model, name), {key: value.clone() for key, value in model.state_dict().items()}
@@ -55,8 +57,8 @@ def removal_is_the_block_bypassed(name: str) -> None:
     assert model.config.to_dict() == config
 
 
-def committed_is_loaded(name: str) -> None:
-    """Plain where blocks only went, and with what stands in their place."""
+def commit_is_restored_from_checkpoint(name: str) -> None:
+    """Check that committed removals and replacements are loaded from a checkpoint."""
     for repaired in (False, True):
         model, case = made(name), OTHERS[name]
         length = len(find_stack(model, case.path(model)))
@@ -74,7 +76,10 @@ def committed_is_loaded(name: str) -> None:
 
 
 def closed_form_repairs(name: str) -> None:
-    """More tokens than features are not there, so that the map that was fitted is exact, and it is put in its place."""
+    """Check that a fitted linear map reduces the error of a removal.
+
+    The batch has fewer tokens than features, so the fit is exact.
+    """
     model, case = made(name), OTHERS[name]
     window = range(case.removed[0], case.removed[-1] + 1)
     (repair,) = fit_windows(model, [window], LinearConfig(), [case.batch], [case.batch], stack=case.path(model))
@@ -84,12 +89,12 @@ def closed_form_repairs(name: str) -> None:
         surgeon.remove(window)
         removed = (answer(model, name) - before).norm()
     with LayerSurgeon(model, case.path(model)) as surgeon:
-        surgeon.replace(window, repair.stand_in)
+        surgeon.replace(window, repair.replacement_module)
         assert (answer(model, name) - before).norm() < removed
 
 
 def decodes_with_a_cache(name: str) -> None:
-    """Without a block as with it."""
+    """Check decoding with a cache, with and without a block."""
     model, case = made(name), OTHERS[name]
     require_same_with_a_cache(model, name)
     with LayerSurgeon(model, case.path(model)) as surgeon:
@@ -97,8 +102,8 @@ def decodes_with_a_cache(name: str) -> None:
         require_same_with_a_cache(model, name)
 
 
-def generates_beside_a_decoder(name: str) -> None:
-    """An encoder that became shorter: inside the context, committed, and loaded."""
+def generates_with_a_shorter_encoder(name: str) -> None:
+    """Check decoding with a shortened encoder: inside the context, committed, and loaded."""
     model, case = made(name), OTHERS[name]
     require_same_with_a_cache(model, name)
     with LayerSurgeon(model, case.path(model)) as surgeon:
@@ -109,7 +114,8 @@ def generates_beside_a_decoder(name: str) -> None:
     require_same_with_a_cache(saved_and_loaded(model, name), name)
 
 
-def silent_is_without_what_the_branch_adds(name: str) -> None:
+def zeroed_branch_adds_nothing(name: str) -> None:
+    """Check a zeroed branch against a branch whose output is replaced by zeros."""
     model = made(name)
     stack = find_stack(model, OTHERS[name].path(model))
     before, weights = answer(model, name), {key: value.clone() for key, value in model.state_dict().items()}
@@ -123,8 +129,8 @@ def silent_is_without_what_the_branch_adds(name: str) -> None:
     require_restored(model, name, before, weights)
 
 
-def folded_is_with_a_map_of_what_the_branch_adds(name: str) -> None:
-    """A plain checkpoint keeps it."""
+def folded_branch_applies_the_map(name: str) -> None:
+    """Check a folded branch against a branch whose output is multiplied by the map, also from a checkpoint."""
     model = made(name)
     stack = find_stack(model, OTHERS[name].path(model))
     before, weights = answer(model, name), {key: value.clone() for key, value in model.state_dict().items()}
@@ -148,17 +154,17 @@ def folded_is_with_a_map_of_what_the_branch_adds(name: str) -> None:
 
 CHECKS: dict[str, Callable[[str], None]] = {
     "identity": identity_changes_nothing,
-    "removal": removal_is_the_block_bypassed,
+    "removal": removal_equals_bypass,
     "closed form": closed_form_repairs,
-    "saved": committed_is_loaded,
+    "saved": commit_is_restored_from_checkpoint,
     "cache": decodes_with_a_cache,
-    "generate": generates_beside_a_decoder,
-    "silence": silent_is_without_what_the_branch_adds,
-    "fold": folded_is_with_a_map_of_what_the_branch_adds,
+    "generate": generates_with_a_shorter_encoder,
+    "silence": zeroed_branch_adds_nothing,
+    "fold": folded_branch_applies_the_map,
 }
 
-_BEHIND = "every output projection at zero"
-_TWICE = "adds more than twice"
+_BEHIND = "all output projections at zero"
+_TWICE = "more than twice"
 _SCALED = "more than a sum"
 REFUSED: dict[str, dict[str, str]] = {
     **{
@@ -174,24 +180,24 @@ REFUSED: dict[str, dict[str, str]] = {
     },
     **{name: {"fold": _SCALED} for name in ("dinov2", "beit", "data2vec", "gemma3 text")},
 }  # fmt: skip
-"""What is refused, and a part of why; every other check is passed."""
+"""Refused checks, with a part of the message. All other checks pass."""
 
 
 def checks_of(name: str) -> list[str]:
-    """The checks that say something of a case."""
-    asked = {"cache": OTHERS[name].decodes, "generate": OTHERS[name].encodes}
-    return [check for check in CHECKS if asked.get(check, True)]
+    """Return the checks that apply to a case."""
+    conditions = {"cache": OTHERS[name].decodes, "generate": OTHERS[name].encodes}
+    return [check for check in CHECKS if conditions.get(check, True)]
 
 
 def require_restored(model: Any, name: str, before: Tensor, weights: dict[str, Tensor]) -> None:
-    """Raise unless a model is as it was to the bit."""
+    """Raise unless the outputs and the state dict of a model are restored bit for bit."""
     assert torch.equal(answer(model, name), before)
     now = model.state_dict()
     assert list(now) == list(weights) and all(torch.equal(value, weights[key]) for key, value in now.items())
 
 
 def saved_and_loaded(model: Any, name: str) -> Any:
-    """What comes back from a checkpoint, which says the same."""
+    """Save and load a model, and return it if its outputs are unchanged."""
     with tempfile.TemporaryDirectory() as folder:
         save(model, f"{folder}/saved")
         loaded = load(f"{folder}/saved").eval()
@@ -200,34 +206,34 @@ def saved_and_loaded(model: Any, name: str) -> Any:
 
 
 def require_same_with_a_cache(model: Any, name: str) -> None:
-    """Raise unless greedy decoding sees the same logits with a cache and without."""
+    """Raise unless greedy decoding has the same logits with and without a cache."""
     first: dict[str, Any] = {
         key: value[: len(value) // 2] for key, value in OTHERS[name].batch.items() if "decoder" not in key
     }
     if model.config.is_encoder_decoder:
         first["decoder_start_token_id"] = 2
-    asked = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 1}
-    said = []
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 1}
+    logits = []
     for use_cache in (True, False):
-        # Whisper's own way to generate cuts sounds into pieces.
-        made_ = transformers.GenerationMixin.generate(
-            model, **first, **asked, use_cache=use_cache, output_logits=True, return_dict_in_generate=True
+        # Whisper overrides generate and splits the audio into segments.
+        output = transformers.GenerationMixin.generate(
+            model, **first, **settings, use_cache=use_cache, output_logits=True, return_dict_in_generate=True
         )
-        said.append(torch.stack(made_.logits))
-    assert len(said[0]) == 5
-    torch.testing.assert_close(*said, rtol=1e-3, atol=1e-3)
+        logits.append(torch.stack(output.logits))
+    assert len(logits[0]) == 5
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
 
 
 @contextmanager
 def bypassed(block: nn.Module, module: nn.Module | None) -> Iterator[None]:
-    """Throw away what a block makes of its state, and take what a module makes of it, or the state itself."""
-    kept: list[Tensor] = []
+    """Replace the output of a block by that of a module on the same input, or by the input."""
+    states: list[Tensor] = []
 
     def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-        kept[:] = [read_input(args, kwargs).clone()]
+        states[:] = [read_input(args, kwargs).clone()]
 
     def leave(_: nn.Module, args: Any, output: Any) -> Any:
-        return write_output(output, kept[0] if module is None else module(kept[0]))
+        return write_output(output, states[0] if module is None else module(states[0]))
 
     handles = [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
     try:
@@ -239,7 +245,7 @@ def bypassed(block: nn.Module, module: nn.Module | None) -> Iterator[None]:
 
 @contextmanager
 def adding(block: nn.Module, branch: str, changed: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let a branch of a block add something else than it does."""
+    """Change the tensor that a branch of a block adds."""
     modules = dict(block.named_modules())
     end = next(modules[path] for path in ENDS[branch] if path in modules)
     handle = end.register_forward_hook(lambda _, args, output: write_output(output, changed(read_output(output))))

@@ -1,4 +1,4 @@
-"""Put the models that are no causal language models through their checks, and say in a row what came out."""
+"""Run the checks of models that are not causal language models, and collect the results in table rows."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from tests.architectures.examine import quiet
 from tests.architectures.other_checks import CHECKS, checks_of
 from tests.other_models import OTHERS, made
 
-COLUMNS = ("case", "class", "blocks at", "identity", "removal", "closed form", "save and load", "cache", "generate",
-           "silence", "fold", "why refused")  # fmt: skip
+COLUMNS = ("model", "class", "block stack", "identity", "removal", "closed form", "save and load", "cache", "generate",
+           "zeroed branch", "folded branch", "reason for refusal")  # fmt: skip
 
 
 @dataclass
 class OtherRow:
-    """What holds for one stack of one model.
+    """Results of the checks of one block stack of one model.
 
     Attributes
     ----------
     case : str
-        Its name in `OTHERS`.
+        Name in `OTHERS`.
     model, path : str
-        The model's class, and where the stack is.
+        Class of the model, and path of the stack.
     checks : dict
-        For each of `CHECKS` that says something of it "ok", "refused", or "WRONG" with what was wrong.
+        For each applicable check of `CHECKS` "ok", "refused", or "WRONG" with the error.
     reasons : dict
-        Why something was refused, in the library's words.
+        The library's message for each refused check.
     """
 
     case: str
@@ -39,7 +39,7 @@ class OtherRow:
 
 
 def examine_other(case: str) -> OtherRow:
-    """Run the checks of a case."""
+    """Run the checks of a case and return its row."""
     model = made(case)
     row = OtherRow(case, type(model).__name__, OTHERS[case].path(model))
     for check in checks_of(case):
@@ -56,22 +56,27 @@ def examine_other(case: str) -> OtherRow:
 
 
 def section(rows: Iterable[dict[str, Any]], version: str) -> list[str]:
-    """The lines of the second table, with what stands above it."""
+    """Return the lines of the second table and of its introduction."""
     rows = list(rows)
-    faults = [row["case"] for row in rows if any(said.startswith("WRONG") for said in row["checks"].values())]
+    faults = [row["case"] for row in rows if any(result.startswith("WRONG") for result in row["checks"].values())]
     return [
         "## Other models",
         "",
-        f"Written by `make architectures ROWS=others`, which leaves the table above as it is: {len(rows)} stacks of "
-        f"{len({row['model'] for row in rows})} classes of Transformers {version} that are no causal language models, "
-        "vision transformers, encoders, encoders with decoders, towers and the text beside them, with tiny random "
-        "weights. An identity put in changes nothing to the bit. A removal equals the same block bypassed, a splice "
-        "the module in the block's place. The map that is fitted in closed form repairs what was removed. What is "
-        "committed comes back from a checkpoint. Decoding with a cache equals decoding without one, also beside an "
-        "encoder that became shorter, is committed, and comes back (generate). A branch that is "
-        "silenced equals one whose output is thrown away, a branch with a map folded in one whose output is "
-        "multiplied by it. Everything is restored to the bit. "
-        f"{len(faults)} are wrong anywhere; what is refused is refused with the reason given.",
+        f"{len(rows)} block stacks of {len({row['model'] for row in rows})} other classes of Transformers {version}, "
+        "with tiny random weights: vision transformers, encoders, encoder-decoders, and the towers and text models of "
+        f"multimodal models. {len(faults)} fail a check. If a check is refused, the last column has the reason. An "
+        "empty cell means that the check does not apply. `make architectures ROWS=others` generates only this table.",
+        "",
+        "- *identity*: inserting an identity leaves the outputs unchanged bit for bit.",
+        "- *removal*: removing or replacing a block gives the outputs of the model with the block bypassed or "
+        "replaced, and the model is restored bit for bit.",
+        "- *closed form*: a linear map fitted by least squares reduces the error of a removal.",
+        "- *save and load*: a committed surgery is restored from its checkpoint.",
+        "- *cache*: decoding with a cache gives the logits of decoding without one, before and after a removal.",
+        "- *generate*: the same with a shortened encoder, inside the context, after the commit, and after loading.",
+        "- *zeroed branch*: zeroing a residual branch gives the outputs of the model without the branch.",
+        "- *folded branch*: folding a map into a branch gives the outputs of the model with the map applied to the "
+        "branch output.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",
@@ -80,12 +85,13 @@ def section(rows: Iterable[dict[str, Any]], version: str) -> list[str]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    cells = [row["case"], row["model"], row["path"], *(row["checks"].get(check, "") for check in CHECKS)]
+    case = row["case"].replace("pictures", "vision")
+    cells = [case, row["model"], row["path"], *(row["checks"].get(check, "") for check in CHECKS)]
     reasons = dict.fromkeys(_shortened(reason) for reason in row["reasons"].values())
     return f"| {' | '.join([*cells, '; '.join(reasons)])} |"
 
 
 def _shortened(reason: str) -> str:
-    """A refusal without its block and its advice."""
+    """Return a refusal without its block and its advice."""
     text = reason.split(" cannot be ", 1)[-1].partition(": ")[2].removesuffix(" Choose another block.").rstrip(".")
     return " ".join(text.replace("|", "/").split())

@@ -9,11 +9,11 @@ import pytest
 import torch
 import transformers
 
-from streamline_hooks import LayerSurgeon, LinearReplacement, UnsupportedSurgery, find_stack, perplexity
-from streamline_hooks.branches import BRANCHES
-from streamline_hooks.evaluation.perplexity import perplexity_of_candidates
-from streamline_hooks.hidden_state import read_input, write_input
-from streamline_hooks.repair import student_of, train
+from streamline_hooks import LayerSurgeon, UnsupportedSurgery, find_stack, perplexity
+from streamline_hooks.distillation import student_of, train
+from streamline_hooks.evaluation import perplexity_of_candidates
+from streamline_hooks.modeling import BRANCHES, read_input, write_input
+from streamline_hooks.replacements import LinearReplacement
 from tests.architectures.other_checks import CHECKS, REFUSED, checks_of, require_restored
 from tests.other_models import OTHERS, answer, made
 

@@ -13,9 +13,11 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_hooks import LayerSurgeon, LinearReplacement, compress, register_module, save
+from streamline_hooks import LayerSurgeon, compress, save
 from streamline_hooks.checkpoint import model_card
-from streamline_hooks.repair import DistillationConfig
+from streamline_hooks.distillation import DistillationConfig
+from streamline_hooks.replacements import LinearReplacement, register_module
+from streamline_hooks.selection import Target, TargetOutcome
 from tests.configured import arguments
 from tests.processes import in_a_new_process
 from tests.tiny_models import WIDTH, Nudge, repaired, tiny_model
@@ -95,7 +97,7 @@ def test_the_header_and_the_table(tmp_path: Path) -> None:
     for line in (
         "# some-model, with fewer blocks",
         "- Blocks: 6 before, 4 now. Removed: 1, 2.",
-        "- LinearReplacement, in the place of 1 to 2, runs before block 1; it takes no cache slot.",
+        "- LinearReplacement replaces blocks 1 to 2, runs before block 1 and takes no cache slot.",
         "- Repaired by: `linear`, in closed form.",
         "- Calibration: calibration tokens 5, fingerprint abc.",
         "| repaired | 15.00 | 1.50 |",
@@ -112,11 +114,28 @@ def test_what_it_was_made_with() -> None:
     assert "Made with" not in model_card({"streamline_hooks": {"history": [entry]}})
 
 
+@pytest.mark.parametrize(("measured", "error", "reached"), [(88.4e6, "+0.5%", True), (91e6, "+3.4%", False)])
+def test_a_target_has_what_was_predicted_and_measured(measured: float, error: str, reached: bool) -> None:
+    target = TargetOutcome(Target(memory_bytes=90e6), original=120e6, predicted=88e6, measured=measured)
+    card = model_card({"model_type": "llama"}, {**REPORT, "target": target.to_dict()})
+    table = (
+        "## Target\n\n| target | original | predicted | measured | relative error |\n|---|---|---|---|---|\n"
+        f"| memory:90MB | 120.000 MB | 88.000 MB | {measured / 1e6:.3f} MB | {error} |\n\n"
+    )
+    assert (
+        table in card
+        and ("The target was reached." in card) == reached
+        and ("The target was not reached." in card) != reached
+    )
+    assert "machine" not in card, "a size is the same on every machine"
+    assert "## Target" not in model_card({"model_type": "llama"}, {**REPORT, "target": None})
+
+
 def test_scores_of_a_task_are_a_table_of_what_was_measured() -> None:
     scores = {"original": {"accuracy": 0.5, "kl": 0.0}, "repaired": {"accuracy": 0.25}}
     card = model_card({"model_type": "bert"}, {"scores": scores})
     table = "| | accuracy | KL |\n|---|---|---|\n| original | 0.5000 | 0.0000 |\n| repaired | 0.2500 |  |\n\n"
-    assert table in card and "On data that nothing was chosen or fitted on." in card
+    assert table in card and "Measured on test data that was not used for selection or fitting." in card
 
 
 def test_a_path_is_not_told(tmp_path: Path) -> None:
@@ -143,7 +162,7 @@ def test_the_original_is_remembered_through_a_second_surgery(tmp_path: Path) -> 
         model = type(model).from_pretrained(tmp_path / "again")
     card = card_of(model, tmp_path)
     assert header(card)["base_model"] == "somebody/some-model"
-    assert "## What was done, 1\n" in card and "## What was done, 2\n" in card
+    assert "## Changes, 1\n" in card and "## Changes, 2\n" in card
     assert header(card_of(model, tmp_path, base_model="else/where", overwrite=True))["base_model"] == "else/where"
 
 
@@ -155,9 +174,9 @@ def test_silenced_folded_and_put_in() -> None:
     ]
     entry = {"stack": "layers", "old_length": 4, "slots": slots, "splices": [], "kind": "block", "training": {"kl": 1}}
     card = model_card({"model_type": "llama", "streamline_hooks": {"history": [entry]}})
-    assert "- Silenced: attention of 0 (in the numbering before).\n" in card
-    assert "output projection of mlp of 2 (numbering before).\n" in card
-    assert "- Blocks that were put in: 2 (Block).\n" in card
+    assert "- Zeroed: attention of 0 (block numbers before the surgery).\n" in card
+    assert "output projection of: mlp of 2 (block numbers before the surgery).\n" in card
+    assert "- Inserted blocks: 2 (Block).\n" in card
     assert "- Repaired by: `block`, trained.\n" in card and "a plain checkpoint" in card
 
 
@@ -185,10 +204,9 @@ def test_how_it_was_repaired_is_what_was_done(options: dict[str, Any], said: str
     parts: dict[str, Any] = {"calibration": list(rows[:40, None]), "validation": [rows[40:44]], "test": [rows[44:]]}
     compress(
         tiny_model("llama"),
-        None,
         parts,
-        **arguments(remove=2, speed=False, generation=False, **options),
         output=tmp_path / "out",
+        **arguments(remove=2, speed=False, generation=False, **options),
     )
     told = [line for line in (tmp_path / "out/README.md").read_text().splitlines() if "Repaired by" in line]
     assert told == [] if said is None else told[0].endswith(said)
@@ -212,7 +230,7 @@ def test_what_it_says_to_do_works(kind: str, tmp_path: Path) -> None:
 
 def test_an_untouched_model_and_a_report_of_ones_own(tmp_path: Path) -> None:
     card = card_of(tiny_model("llama"), tmp_path, report={"note": 1})
-    assert "of which no block was removed" in card and "What it lost" not in card
+    assert "from which no block was removed" in card and "## Quality" not in card
     assert "| removed | 30.00 |" not in model_card({}, {"perplexity": {"removed": 30.0}})
     assert "| plain removal | 30.00 |  |" in model_card({}, {"perplexity": {"removed": 30.0}})
 
@@ -228,4 +246,4 @@ def test_somebody_elses_module(tmp_path: Path) -> None:
         surgeon.replace(range(1, 3), Own())
         surgeon.commit()
     card = card_of(model, tmp_path)
-    assert "of a class that its author registers" in card and "trust_remote_code" not in card
+    assert "is of a custom class" in card and "trust_remote_code" not in card

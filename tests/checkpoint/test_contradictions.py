@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, load, save
-from streamline_hooks.replacements import MLPReplacement, SwiGLUReplacement
+from streamline_hooks import LayerSurgeon, StreamlineError, load, save
+from streamline_hooks.replacements import LinearReplacement, MLPReplacement, SwiGLUReplacement
 from tests.processes import in_a_new_process
 from tests.tiny_models import WIDTH, tiny_model, tokens
 
@@ -138,6 +138,11 @@ def test_the_plain_class_refuses_without_the_library(saved: tuple[Path, torch.Te
         import sys
         sys.modules["streamline_hooks"] = None
         from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PretrainedConfig
+        try:
+            AutoModelForCausalLM.from_pretrained(sys.argv[1])
+        except ValueError as error:
+            assert "trust_remote_code" in str(error), error
+            print("refused")
         for cls in (LlamaForCausalLM, AutoModelForCausalLM, AutoModel):
             for ignore in (False, True):
                 try:
@@ -146,7 +151,7 @@ def test_the_plain_class_refuses_without_the_library(saved: tuple[Path, torch.Te
                     print("refused")
         PretrainedConfig.from_pretrained(sys.argv[1])  # by which a tokenizer's class is found
     """
-    assert in_a_new_process(code, saved[0]).stdout.split("\n").count("refused") == 6
+    assert in_a_new_process(code, saved[0]).stdout.count("refused") == 7
 
 
 @pytest.mark.parametrize("change", ["splices", "modules", "one module", "linear"])

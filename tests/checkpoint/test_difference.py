@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
-from streamline_hooks import LayerSurgeon, LinearReplacement, compare_blocks, load, save
-from streamline_hooks.checkpoint import BlockMatch
-from streamline_hooks.cli import app
-from streamline_hooks.stack import find_stack
-from tests.tiny_models import FAMILIES, WIDTH, tiny_model
+from streamline_hooks import LayerSurgeon, load, save
+from streamline_hooks.checkpoint import BlockMatch, compare_blocks
+from streamline_hooks.cli import run
+from streamline_hooks.modeling import find_stack
+from streamline_hooks.replacements import LinearReplacement
+from tests.tiny_models import FAMILIES, WIDTH, tiny_config, tiny_model
 
 
 def noisy(block: nn.Module, size: float) -> None:
@@ -66,6 +68,16 @@ def test_another_precision_is_no_change() -> None:
     assert [match.changed for match in found[:2]] == [(), ("mlp.down_proj.weight",)]
 
 
+def test_a_weight_that_only_one_block_has_is_a_change() -> None:
+    config = tiny_config("llama", num_hidden_layers=2)
+    biases = tuple(f"self_attn.{name}_proj.bias" for name in "koqv")
+    plain = transformers.LlamaForCausalLM(config)
+    biased = transformers.LlamaForCausalLM(tiny_config("llama", num_hidden_layers=2, attention_bias=True))
+    biased.load_state_dict(plain.state_dict(), strict=False)
+    for first, second in ((plain, biased), (biased, plain)):
+        assert [(m.source, m.changed) for m in compare_blocks(first, second)] == [(0, biases), (1, biases)]
+
+
 def test_nothing_in_common_is_nothing() -> None:
     """Silent branches are alike in every block."""
     original = tiny_model("llama")
@@ -92,9 +104,9 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         surgeon.remove([1])
         surgeon.commit()
     save(model, tmp_path / "b")
-    app(["diff", str(tmp_path / "a"), str(tmp_path / "b")], standalone_mode=False)
+    run(["diff", str(tmp_path / "a"), str(tmp_path / "b")])
     said = capsys.readouterr().out
     assert "   1 <- 2\n" in said and "of A, not in B: 1\n" in said and "removed: 1" in said
-    app(["diff", str(tmp_path / "b"), str(tmp_path / "a")], standalone_mode=False)
+    run(["diff", str(tmp_path / "b"), str(tmp_path / "a")])
     said = capsys.readouterr().out
-    assert "   1 <- none, it is new\n" in said and "not in B: none" in said and "no plan" in said
+    assert "   1 <- none, it is new\n" in said and "not in B: none" in said and "no surgery plan" in said

@@ -15,8 +15,9 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from streamline_hooks import LayerSurgeon, UnsupportedSurgery, fit_windows, place, save
-from streamline_hooks.cli.short_forms import parse_replacement
+from streamline_hooks import LayerSurgeon, UnsupportedSurgery, fit_windows, save
+from streamline_hooks.cli import parse_replacement
+from streamline_hooks.repair import place
 from tests.processes import in_a_new_process
 from tests.tiny_models import FAMILIES, left_padded, tiny_model, tokens
 
@@ -29,7 +30,7 @@ MIXTRAL = {
     "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 128,
 }  # fmt: skip
 REFUSED = {
-    ("gemma3", "folded"): "comes more than a sum",
+    ("gemma3", "folded"): "more than a sum",
     ("gemma3", "scale"): "cannot be multiplied",
 }
 """What a family does not allow, and a part of the reason."""
@@ -74,7 +75,7 @@ def made(family: str, kind: str) -> nn.Module:
     model = original(family)
     (repair,) = fit_windows(model, [WINDOW], parse_replacement(kind), [tokens(8, 12, seed=1)], [tokens(4, 12, seed=2)])
     with LayerSurgeon(model) as surgeon:
-        place(surgeon, WINDOW, repair.stand_in)
+        place(surgeon, WINDOW, repair.replacement_module)
         surgeon.commit(kind=kind)
     return model
 

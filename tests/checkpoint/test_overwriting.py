@@ -16,9 +16,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from streamline_hooks import LayerSurgeon, StreamlineError, compress, load, save
-from streamline_hooks.checkpoint import require_free
-from streamline_hooks.export import export_plain
-from streamline_hooks.repair import DistillationConfig
+from streamline_hooks.checkpoint import check_output_folder, export_plain
+from streamline_hooks.distillation import DistillationConfig
 from streamline_hooks.testing import tiny_model
 from tests.configured import arguments
 from tests.tiny_models import repaired
@@ -46,7 +45,7 @@ def saved(written: Path, tmp_path: Path) -> Path:
 def refused(target: str | Path, why: str, base: Path) -> None:
     before = content(base)
     with pytest.raises(StreamlineError, match=rf"{why}.*[Cc]hoose"):
-        require_free(target, True)
+        check_output_folder(target, True)
     with pytest.raises(StreamlineError, match=why):
         save(repaired("llama"), target, overwrite=True)
     assert content(base) == before
@@ -72,11 +71,13 @@ def test_what_save_wrote_is_replaced_again_and_again(build: Callable[[], nn.Modu
 def test_without_being_asked_to_replace_it_a_folder_is_kept(saved: Path, tmp_path: Path) -> None:
     before = content(tmp_path)
     with pytest.raises(StreamlineError, match=r"saved is not empty.*overwrite=True"):
-        require_free(saved)
+        check_output_folder(saved)
     with pytest.raises(StreamlineError, match=r"saved is not empty.*overwrite=True"):
         save(repaired("llama"), saved)
+    with pytest.raises(StreamlineError, match=r"is a file.*folder"):
+        save(repaired("llama"), saved / "config.json")
     assert content(tmp_path) == before
-    require_free(tmp_path / "models" / "new")
+    check_output_folder(tmp_path / "models" / "new")
 
 
 def test_so_are_the_pages_and_measurements_beside_the_model(saved: Path, tmp_path: Path) -> None:
@@ -157,6 +158,15 @@ def test_the_working_directory_and_what_contains_it_are_kept(
     refused(tmp_path / "link", "is the working directory", tmp_path)
 
 
+def test_a_folder_is_replaced_from_a_working_directory_that_was_deleted(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deleted").mkdir()
+    monkeypatch.chdir(tmp_path / "deleted")
+    (tmp_path / "deleted").rmdir()
+    check_output_folder(saved, overwrite=True)
+
+
 def test_the_folder_it_was_loaded_from_is_replaced_if_save_wrote_it(saved: Path) -> None:
     model = load(saved)
     with LayerSurgeon(model) as surgeon:
@@ -185,8 +195,8 @@ def test_everything_that_writes_a_model_asks_first(tmp_path: Path) -> None:
     parts = {"calibration": batches[:4], "validation": batches[4:5], "test": batches[5:]}
     shared: dict[str, Any] = {"remove": 2, "output": tmp_path, "overwrite": True}
     for call in (
-        lambda: compress(model, None, parts, **arguments(**shared)),
-        lambda: compress(model, None, parts, **arguments(rounds=2, distillation=DistillationConfig(), **shared)),
+        lambda: compress(model, parts, **arguments(**shared)),
+        lambda: compress(model, parts, **arguments(rounds=2, distillation=DistillationConfig(), **shared)),
         lambda: export_plain(model, tmp_path, overwrite=True),
     ):
         with pytest.raises(StreamlineError, match="did not write: notes.txt"):
@@ -208,36 +218,27 @@ def test_files_that_appear_while_it_is_written_are_kept(saved: Path, monkeypatch
     assert not (saved / "notes.txt").exists() and load(saved)
 
 
-def test_training_files_beside_an_output_are_checked_too(tmp_path: Path) -> None:
+def test_training_files_beside_an_output_are_checked_too(tmp_path: Path, log_messages: list[str]) -> None:
     output = tmp_path / ("x" * 248)  # which takes no ending
-    require_free(output)
+    check_output_folder(output)
     batches = [torch.randint(3, 60, (2, 8)) for _ in range(6)]
     parts = {"calibration": batches[:4], "validation": batches[4:5], "test": batches[5:]}
-    lines: list[str] = []
-    shared: dict[str, Any] = {"remove": 2, "distillation": DistillationConfig(), "output": output, "say": lines.append}
+    shared: dict[str, Any] = {"remove": 2, "distillation": DistillationConfig(), "output": output}
     for call in (
-        lambda: compress(tiny_model("llama"), None, parts, **arguments(**shared)),
-        lambda: compress(tiny_model("llama"), None, parts, **arguments(rounds=2, **shared)),
+        lambda: compress(tiny_model("llama"), parts, **arguments(**shared)),
+        lambda: compress(tiny_model("llama"), parts, **arguments(rounds=2, **shared)),
     ):
         with pytest.raises(StreamlineError, match=r"training.* failed.*too long.*choose"):
             call()
-    assert not lines and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["file/out", "x" * 256])
-def test_an_unwritable_place_is_known_beforehand(name: str, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(StreamlineError, match=r"failed.*choose"):
-        require_free(tmp_path / name)
-    save(repaired("llama"), tmp_path / ("x" * 240))
+    assert not log_messages and not list(tmp_path.iterdir())
 
 
 def test_blocks_are_not_read_from_the_folder_that_is_replaced(saved: Path, tmp_path: Path) -> None:
-    from streamline_hooks.blockwise import compress_checkpoint
+    from streamline_hooks.pipeline import RunOptions, compress_checkpoint
 
     before = content(saved)
     (tmp_path / "link").symlink_to(saved)
     for output in (saved, tmp_path / "link", saved / ".." / "saved"):
         with pytest.raises(StreamlineError, match="is the model's own folder.* Choose another folder"):
-            compress_checkpoint(saved, None, {}, output, overwrite=True)
+            compress_checkpoint(saved, {}, tokenizer=None, output=output, options=RunOptions(overwrite=True))
     assert content(saved) == before

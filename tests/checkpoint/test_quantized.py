@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, QuantoConfig
 
-from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, load, profile, save
-from streamline_hooks.errors import UnsupportedSurgery
+from streamline_hooks import LayerSurgeon, StreamlineError, load, profile, save
+from streamline_hooks.core import UnsupportedSurgery
+from streamline_hooks.replacements import LinearReplacement
 
 IDS = torch.arange(1, 19).view(2, 9)
 

@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from streamline_hooks import LayerSurgeon, StreamlineError, load, save
-from streamline_hooks.report import write_report
+from streamline_hooks.pipeline import write_report
 from tests.tiny_models import repaired, tiny_model, tokens
 
 
@@ -52,10 +52,9 @@ def test_what_was_written_is_read(name: str, saved: dict[str, Path]) -> None:
     assert torch.isfinite(load(saved[name])(tokens(1, 5)).logits).all()
 
 
-@pytest.mark.parametrize("name", ["plain", "spliced"])
 @pytest.mark.parametrize("size", [0, 4, 200, -1], ids=["empty", "in its length", "in its header", "one byte short"])
-def test_a_truncated_file(name: str, size: int, copied: Callable[[str], Path]) -> None:
-    file = copied(name) / "model.safetensors"
+def test_a_truncated_file(size: int, copied: Callable[[str], Path]) -> None:
+    file = copied("plain") / "model.safetensors"
     file.write_bytes(file.read_bytes()[: size if size >= 0 else file.stat().st_size + size])
     with pytest.raises(StreamlineError, match=r"model\.safetensors.*damaged.*Copy"):
         load(file.parent)
@@ -79,11 +78,11 @@ def test_a_weight_that_is_gone_of_another_shape_or_too_many(name: str, copied: C
     cases = {
         "missing": {k: v for k, v in weights.items() if k != key},
         "shape": {**weights, key: weights[key][:-1].clone()},
-        "no place": {**weights, "model.layers.9.extra.weight": torch.zeros(2)},
+        "not in the model": {**weights, "model.layers.9.extra.weight": torch.zeros(2)},
     }
     for said, changed in cases.items():
         save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
-        named = "extra" if "no place" in said else "down_proj"
+        named = "extra" if "not in" in said else "down_proj"
         with pytest.raises(StreamlineError, match=rf"model\.safetensors, model\.layers\.\d\..*{named}.*{said}"):
             load(folder)
 
@@ -146,7 +145,7 @@ def test_what_is_looked_at_is_what_is_loaded(copied: Callable[[str], Path]) -> N
     with pytest.raises(StreamlineError, match=r"model\.safetensors.*model\.safetensors\.index\.json"):
         load(folder)
     for name in ("variant", "subfolder", "gguf_file"):
-        with pytest.raises(StreamlineError, match=f"{name} would load other files"):
+        with pytest.raises(StreamlineError, match=f"{name}= would load files that are not validated"):
             load(folder, **{name: "other"})
 
 
@@ -170,7 +169,7 @@ def test_a_pickle_is_not_read(tmp_path: Path) -> None:
         load(tmp_path)
     config = json.dumps({"weight_map": {"model.norm.weight": "pytorch_model.bin"}})
     (tmp_path / "model.safetensors.index.json").write_text(config)
-    with pytest.raises(StreamlineError, match=r"pytorch_model\.bin.*no safetensors file"):
+    with pytest.raises(StreamlineError, match=r"pytorch_model\.bin.*Expected a safetensors file"):
         load(tmp_path)
     assert not (tmp_path / "ran").exists()
     pickle.loads((tmp_path / "pytorch_model.bin").read_bytes()).close()
@@ -181,13 +180,13 @@ def test_an_adapter_does_not_bring_its_base_along(copied: Callable[[str], Path],
     folder = copied("plain")
     adapter = {"peft_type": "LORA", "base_model_name_or_path": str(saved["spliced"])}
     (folder / "adapter_config.json").write_text(json.dumps(adapter))
-    with pytest.raises(StreamlineError, match=r"adapter_config\.json.*adapter of a model"):
+    with pytest.raises(StreamlineError, match=r"adapter_config\.json.*adapter, not a model"):
         load(folder)
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("{", "JSON"), ("[1]", "a list; expected"), ("\xff", "JSON")],
+    [("{", "JSON"), ("[1]", "a list.*Expected a JSON object"), ("\xff", "JSON")],
 )
 def test_a_configuration_that_is_none(content: str, said: str, copied: Callable[[str], Path]) -> None:
     folder = copied("plain")
@@ -215,7 +214,7 @@ def test_a_plan_that_was_changed(copied: Callable[[str], Path]) -> None:
     ("line", "match"),
     [
         ("", r"config\.json.*not the file"),
-        ("00  model.safetensors", "holds no checksums"),
+        ("00  model.safetensors", "SHA256SUMS is invalid.*Copy"),
         ("0" * 64 + "  other.safetensors", r"config\.json.*not the file"),
     ],
 )
@@ -290,19 +289,19 @@ def test_checksums_name_nothing_outside_the_folder(name: str, copied: Callable[[
     folder = copied("plain")
     with (folder / "SHA256SUMS").open("a") as file:
         file.write(f"{'0' * 64}  {name}\n")
-    with pytest.raises(StreamlineError, match=r"SHA256SUMS.*expected"):
+    with pytest.raises(StreamlineError, match=r"SHA256SUMS.*Expected"):
         load(folder)
 
 
 def test_as_the_original(saved: dict[str, Path]) -> None:
     plain = load(saved["plain"], as_original=True)
     assert type(plain).__module__.startswith("transformers.")
-    with pytest.raises(StreamlineError, match=r"llama.*spliced modules.*lose its repair"):
+    with pytest.raises(StreamlineError, match=r"llama.*spliced modules.*repair would be lost"):
         load(saved["spliced"], as_original=True)
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(StreamlineError, match="is no folder"):
+    with pytest.raises(StreamlineError, match="is not a folder"):
         load(tmp_path / "absent")
 
 

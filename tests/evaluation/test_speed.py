@@ -16,7 +16,7 @@ from torch import nn
 from streamline_hooks import LayerSurgeon, StreamlineError
 from streamline_hooks.evaluation import SpeedReport, Timing, measure_speed, speed
 from tests.evaluation.fake_clock import FakeClock
-from tests.tiny_models import BLOCKS, FAMILIES, Nudge, tiny_model
+from tests.tiny_models import BLOCKS, Nudge, tiny_model
 
 
 def charged(clock: FakeClock, seconds_a_token: float = 1.0) -> nn.Module:
@@ -56,8 +56,8 @@ def test_prefill_alone() -> None:
         got.ratio("a", "decode")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_has_its_turns(family: str) -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_in_training_mode_has_its_turns(family: str) -> None:
     model = tiny_model(family).train()
     got = measure_speed({"a": model}, batch=2, tokens=9, new_tokens=2, repeats=2)
     assert len(got.timings["a"].prefill) == len(got.timings["a"].decode) == 2
@@ -136,7 +136,7 @@ def test_a_model_that_would_stop_goes_on() -> None:
     assert model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0).shape[1] < 11  # it would
     assert len(measure_speed({"a": model}, tokens=3, new_tokens=7, repeats=1).timings["a"].decode) == 1
     model.generate = lambda **given: None
-    with pytest.raises(StreamlineError, match="0 of 8 tokens"):
+    with pytest.raises(StreamlineError, match="stopped after 0 of 8 tokens"):
         measure_speed({"a": model}, tokens=3, new_tokens=7, repeats=1)
 
 
@@ -195,12 +195,12 @@ def test_medians_and_quartiles(pairs: list[tuple[float, float]]) -> None:
 def test_what_is_written() -> None:
     got = report(original=(2.0, 1.0, 3.0), shorter=(1.0, 1.0, 1.5))
     assert got.table().splitlines() == [
-        "2 x 50 tokens, 4 more; median of 3 rounds in turn; float32, cpu, 1 threads, here",
+        "2 x 50 tokens, 4 more; median of 3 alternating rounds; float32, cpu, 1 threads, here",
         "model     phase        ms  quartiles         tokens/s  ratio  quartiles       peak memory",
-        "original  prefill  2000.0  1500.0 to 2500.0      50.0  1.000  1.000 to 1.000  not told",
-        "original  decode    200.0  150.0 to 250.0        10.0  1.000  1.000 to 1.000  not told",
-        "shorter   prefill  1000.0  1000.0 to 1250.0     100.0  0.500  0.500 to 0.750  not told",
-        "shorter   decode    100.0  100.0 to 125.0        20.0  0.500  0.500 to 0.750  not told",
+        "original  prefill  2000.0  1500.0 to 2500.0      50.0  1.000  1.000 to 1.000  n/a",
+        "original  decode    200.0  150.0 to 250.0        10.0  1.000  1.000 to 1.000  n/a",
+        "shorter   prefill  1000.0  1000.0 to 1250.0     100.0  0.500  0.500 to 0.750  n/a",
+        "shorter   decode    100.0  100.0 to 125.0        20.0  0.500  0.500 to 0.750  n/a",
     ]
     written = json.loads(json.dumps(got.to_dict()))
     assert written["timings"]["shorter"]["prefill"] == [1.0, 1.0, 1.5]
@@ -210,18 +210,18 @@ def test_what_is_written() -> None:
 
 def test_what_cannot_be_timed() -> None:
     model = tiny_model("llama")
-    with pytest.raises(StreamlineError, match=r"a Linear.*cannot generate.*give"):
+    with pytest.raises(StreamlineError, match=r"a Linear.*cannot generate.*causal language model"):
         measure_speed({"a": nn.Linear(2, 2)})
-    with pytest.raises(StreamlineError, match=r"128 positions.*528 were"):
+    with pytest.raises(StreamlineError, match=r"528 exceeds the 128 positions"):
         measure_speed({"a": model})
-    with pytest.raises(StreamlineError, match=r"generate.*not compiled"):
+    with pytest.raises(StreamlineError, match=r"generate.*uncompiled"):
         measure_speed({"a": torch.compile(model)}, tokens=4)
-    with pytest.raises(StreamlineError, match="Got 0 models"):
+    with pytest.raises(StreamlineError, match="received 0 models"):
         measure_speed({})
     with pytest.raises(StreamlineError, match="repeats=0"):
         measure_speed({"a": model}, repeats=0)
-    with pytest.raises(StreamlineError, match=r"'b'.*there are a"):
+    with pytest.raises(StreamlineError, match=r"'b'.*Expected one of a"):
         report(a=(1.0,)).seconds("b")
     still = measure_speed({"a": model}, tokens=4, new_tokens=1, repeats=1, clock=lambda: 5.0)
-    with pytest.raises(StreamlineError, match="no time pass"):
+    with pytest.raises(StreamlineError, match="time is 0 seconds"):
         still.ratio("a")

@@ -22,10 +22,10 @@ class Words:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"window": 16, "stride": 32}, r"window=16, stride=32.*no more than the window"),
+        ({"window": 16, "stride": 32}, r"stride=32 is larger than window=16"),
         ({"stride": 0}, r"stride=0.*at least 1"),
         ({"first": "BOS"}, r"first='BOS'.*Expected.*bos.*eos"),
-        ({"timed": (0, 16, 5)}, r"timed=\(0, 16, 5\).*Expected tokens"),
+        ({"timed": (0, 16, 5)}, r"timed=\(0, 16, 5\).*Expected prompt tokens"),
         ({"timed": (16, -1, 5)}, r"timed=\(16, -1, 5\)"),
         ({"timed": (16, 16)}, r"timed=\(16, 16\)"),
         ({"new_tokens": 0}, "new_tokens=0"),
@@ -33,10 +33,10 @@ class Words:
         ({"text": {"tales": "once"}}, r"'tales'.*str"),
         ({"text": "tales.txt"}, r"text='tales.txt'"),
         ({"tasks": "piqa"}, r"tasks='piqa'.*str"),
-        ({"samples": 3}, "3 samples at temperature 0"),
+        ({"samples": 3}, "samples=3 with temperature=0"),
         ({"temperature": -1.0}, "-1"),
         ({"items": 0}, "items=0"),
-        ({"timed": None}, "suite is empty.*Give one"),
+        ({"timed": None}, "suite is empty.*Set at least one"),
     ],
 )
 def test_what_no_suite_can_hold(settings: dict[str, Any], says: str) -> None:
@@ -77,13 +77,17 @@ def test_problems_of_files_and_generated_ones(tmp_path: Path) -> None:
     assert len(probes) == 2 and how == {"new_tokens": 32, "stop": ("\n",)}
 
 
-def test_names_are_distinct_and_nothing_is_empty(tmp_path: Path) -> None:
+def test_names_are_distinct_and_nothing_is_empty() -> None:
     with pytest.raises(StreamlineError, match=r"named a\..*Rename"):
         Suite(text={"a": ["A"]}, problems={"a": [Problem("A", "b")]}, timed=None).read(Words())
-    with pytest.raises(StreamlineError, match=r"nothing in tales"):
+    with pytest.raises(StreamlineError, match=r"tales of the suite are empty"):
         Suite(text={"tales": []}).read(Words())
+
+
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tales.txt").write_text("Once")
-    with pytest.raises(StreamlineError, match=r"both named tales"):
+    with pytest.raises(StreamlineError, match=r"named tales\..*Rename"):
         Suite(text=[str(tmp_path / name / "tales.txt") for name in ("a", "b")]).read(Words())

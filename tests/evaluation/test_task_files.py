@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from streamline_hooks import StreamlineError
-from streamline_hooks.evaluation import TaskSettings, config_of_file, config_of_rows, run_tasks
-from streamline_hooks.evaluation.task_files import LAYOUTS
+from streamline_hooks.evaluation import TaskSettings, run_tasks, task_config_from_file, task_config_from_rows
+from streamline_hooks.evaluation.task_files import ROW_LAYOUTS
 
 pytest.importorskip("lm_eval", reason="the package lm_eval is not installed")
 
@@ -77,7 +77,7 @@ def requests_of(config: dict[str, Any]) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("name", READ)
 def test_each_layout_is_asked_as_lm_evals_own_task(name: str, stories: tuple[Any, Any]) -> None:
     row, expected, gold = READ[name]
-    config = config_of_rows([row], "mine")
+    config = task_config_from_rows([row], "mine")
     assert requests_of(config) == expected
     result = run_tasks(*stories, [config])["mine"]
     right = max(range(len(expected)), key=lambda k: result.loglikelihoods[0][k]) == gold
@@ -91,16 +91,18 @@ def test_a_few_layouts_by_other_keys(stories: tuple[Any, Any]) -> None:
         (MMLU, {**{k: MMLU[k] for k in ("subject", "question", "choices")}, "gold": 1}),
     ]
     for one, other in same:
-        assert requests_of(config_of_rows([one], "a")) == requests_of(config_of_rows([other], "b"))
+        assert requests_of(task_config_from_rows([one], "a")) == requests_of(task_config_from_rows([other], "b"))
     short = {"ctx": "A [title] b", "endings": hellaswag["endings"], "label": 1}
-    assert requests_of(config_of_rows([short], "a"))[1] == ("A. b", " run")
-    ends = run_tasks(*stories, [config_of_rows([{"context": "Once upon a", "continuation": "time"}] * 2, "ends")])
+    assert requests_of(task_config_from_rows([short], "a"))[1] == ("A. b", " run")
+    ends = run_tasks(
+        *stories, [task_config_from_rows([{"context": "Once upon a", "continuation": "time"}] * 2, "ends")]
+    )
     assert ends["ends"].generates and ends["ends"].scores == (1.0, 1.0) and ends["ends"].chance == 0.0
     assert ends["ends"].metrics["ends"]["perplexity"][0] > 1
 
 
 def test_every_layout_is_tested() -> None:
-    assert set(READ) | {"last_words"} == {name for name in LAYOUTS if "," not in name}
+    assert set(READ) | {"last_words"} == {name for name in ROW_LAYOUTS if "," not in name}
 
 
 def arc(row: dict[str, Any]) -> dict[str, Any]:
@@ -162,36 +164,39 @@ def test_a_data_set_of_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         return [ARC]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert config_of_file("hub:allenai/ai2_arc:ARC-Easy:validation")["task"] == "ai2_arc-ARC-Easy"
-    assert config_of_file("hub:baber/piqa:test")["task"] == "piqa"
+    assert task_config_from_file("hub:allenai/ai2_arc:ARC-Easy:validation")["task"] == "ai2_arc-ARC-Easy"
+    assert task_config_from_file("hub:baber/piqa:test")["task"] == "piqa"
     assert calls == [("allenai/ai2_arc", "ARC-Easy", "validation"), ("baber/piqa", "test")]
     with pytest.raises(StreamlineError, match=r"'hub:absent:test'.*\(ConnectionError"):
-        config_of_file("hub:absent:test")
+        task_config_from_file("hub:absent:test")
     for wrong in ("hub:", "hub:x", "hub:x:", "hub:a:b:c:d"):
         with pytest.raises(StreamlineError, match=r"split of a data set.*Expected hub:NAME:SPLIT"):
-            config_of_file(wrong)
+            task_config_from_file(wrong)
 
 
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ([{"text": "Once"}], r"mine: the fields text.*Expected those of query \(query, choices, gold\).*Rename"),
+        ([{"text": "Once"}], r"mine: the fields text.*one of: query \(query, choices, gold\).*Rename"),
         ([ARC, {"question": "x"}], r"row 1 lacks choices, answerKey"),
         ([ARC, ARC | {"answerKey": ""}], r"row 1 has answerKey=''.*validation split"),
         ([READ["piqa"][0] | {"label": -1}], r"row 0 has label=-1"),
-        ([{"query": "x", "choices": ["a"], "gold": 0}, {"query": "x", "choices": "a", "gold": 0}], "differ in type"),
+        (
+            [{"query": "x", "choices": ["a"], "gold": 0}, {"query": "x", "choices": "a", "gold": 0}],
+            "values of different types",
+        ),
     ],
 )
 def test_rows_that_make_no_task(rows: list[dict[str, Any]], says: str) -> None:
     with pytest.raises(StreamlineError, match=says):
-        config_of_rows(rows, "mine")
+        task_config_from_rows(rows, "mine")
 
 
 @pytest.mark.parametrize(("right", "gold"), [(0, 2), ("a", "a third")])
 def test_an_answer_that_is_no_choice_is_not_counted_as_wrong(right: Any, gold: Any, stories: tuple[Any, Any]) -> None:
     rows = [{"query": "x", "choices": ["a", "b"], "gold": one} for one in (right, gold)]
     with pytest.raises(StreamlineError, match=rf"mine: the answer of item 1 is {gold!r}.*2 choices"):
-        run_tasks(*stories, [config_of_rows(rows, "mine")], TaskSettings())
+        run_tasks(*stories, [task_config_from_rows(rows, "mine")], TaskSettings())
 
 
 def test_a_pair_of_files_of_one_name(tmp_path: Path, stories: tuple[Any, Any]) -> None:

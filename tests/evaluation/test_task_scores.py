@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from streamline_hooks import LayerSurgeon, StreamlineError
-from streamline_hooks.evaluation import TaskScores, agreement, likeness
-from streamline_hooks.task import Task
+from streamline_hooks.evaluation import TaskScores, agreement, embedding_similarity
+from streamline_hooks.modeling import Task
 from tests.other_models import OTHERS, made, pictures
 
 
@@ -38,7 +38,7 @@ def test_a_classifier() -> None:
             right = torch.cat([model(b["pixel_values"]).logits.argmax(-1) == b["labels"] for b in batches])
     assert (found["kl"], found["top1"]) == (pytest.approx(alike.kl, rel=1e-5), alike.top1)
     assert found["accuracy"] == float(right.double().mean()) < 0.75
-    assert "the same class first" in str(alike) and "of 12 images" in str(alike) and "nats an image" in str(alike)
+    assert "same top-1 class" in str(alike) and "of 12 images" in str(alike) and "nats per image" in str(alike)
     without = TaskScores(original, [{"pixel_values": one["pixel_values"]} for one in batches], Task.of(model))
     assert set(without.original) == {"kl", "top1"}, "there is no accuracy without labels"
 
@@ -52,7 +52,7 @@ def test_an_encoder(name: str) -> None:
     assert scores.original["cosine"] == pytest.approx(1.0)
     with LayerSurgeon(model, case.path(model)) as surgeon:
         surgeon.remove([1])
-        found, alike = scores.of(model), likeness(model, original, batches)
+        found, alike = scores.of(model), embedding_similarity(model, original, batches)
     assert found["cosine"] == pytest.approx(alike.cosine) and found["cosine"] < 0.999
     assert found["spearman"] == pytest.approx(alike.spearman, abs=1e-6)
 
@@ -71,14 +71,14 @@ def test_an_encoder_with_a_decoder(name: str) -> None:
 
 def test_what_cannot_be_scored() -> None:
     model = made("vit")
-    with pytest.raises(StreamlineError, match="no batch"):
+    with pytest.raises(StreamlineError, match="batches is empty"):
         TaskScores(model, [], Task.of(model))
-    with pytest.raises(StreamlineError, match=r"embeddings.*KL.*likeness"):
+    with pytest.raises(StreamlineError, match=r"embeddings.*KL.*embedding_similarity"):
         agreement(made("bert"), made("bert"), [OTHERS["bert"].batch])
     empty = {name: torch.zeros(1, 4, dtype=torch.long) for name in ("input_ids", "attention_mask")}
     from streamline_hooks.testing import tiny_model
 
-    with pytest.raises(StreamlineError, match=r"no real token.*give"):
+    with pytest.raises(StreamlineError, match=r"no real token.*Pass"):
         TaskScores(tiny_model("gpt2"), [empty], Task("causal-lm"))
 
 
@@ -89,6 +89,6 @@ WRONG = [torch.zeros(4, 1, dtype=torch.long), torch.eye(4, 5), torch.zeros(3, dt
 def test_labels_are_one_class_each(labels: torch.Tensor) -> None:
     """Others would be compared with every answer, and the accuracy be above one."""
     model, batch = made("vit"), {**pictures(4), "labels": labels}
-    with pytest.raises(StreamlineError, match=r"expected.*of 4"):
+    with pytest.raises(StreamlineError, match=r"Expected.*of 4"):
         TaskScores(model, [batch], Task("image-classification"))
     assert model.config.problem_type is None

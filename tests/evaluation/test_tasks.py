@@ -18,11 +18,12 @@ import pytest
 import torch
 from torch import nn
 
-from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, save
-from streamline_hooks.evaluation import TaskAnswers, TaskSettings, config_of_rows, retained, run_tasks
+from streamline_hooks import LayerSurgeon, StreamlineError, save
+from streamline_hooks.evaluation import PairedScores, TaskSettings, relative_accuracy, run_tasks, task_config_from_rows
+from streamline_hooks.evaluation.lm_eval_tasks import load_tasks, metrics_of
 from streamline_hooks.evaluation.perplexity import NotFiniteLikelihood
-from streamline_hooks.evaluation.tasks import load_tasks, metrics_of
-from streamline_hooks.surgery.spliced_model import base_class
+from streamline_hooks.replacements import LinearReplacement
+from streamline_hooks.surgery import base_class
 from tests.evaluation.local_tasks import write_questions, write_task, write_texts
 from tests.processes import ROOT
 
@@ -53,7 +54,9 @@ def spliced(model: nn.Module) -> nn.Module:
 
 
 def test_an_item_counts_once_however_many_filters_a_task_has(stories: tuple[Any, Any], tasks: Path) -> None:
-    task = config_of_rows([{"context": "Once upon a", "continuation": end} for end in ("time", "girl", "mat")], "ends")
+    task = task_config_from_rows(
+        [{"context": "Once upon a", "continuation": end} for end in ("time", "girl", "mat")], "ends"
+    )
     filters = [{"name": name, "filter": [{"function": "take_first"}]} for name in ("strict", "flexible")]
     once, twice = (run_tasks(*stories, [one])["ends"] for one in (task, {**task, "filter_list": filters}))
     assert {name.partition(",")[2] for name in twice.metrics["ends"]} == {"strict", "flexible"}
@@ -61,7 +64,7 @@ def test_an_item_counts_once_however_many_filters_a_task_has(stories: tuple[Any,
 
 
 def test_a_model_is_run_under_autocast_if_that_is_on(stories: tuple[Any, Any], tasks: Path) -> None:
-    task = config_of_rows([{"context": "Once upon a", "continuation": "time"}] * 2, "ends")
+    task = task_config_from_rows([{"context": "Once upon a", "continuation": "time"}] * 2, "ends")
     full = run_tasks(*stories, [task])["ends"].metrics["ends"]["perplexity"]
     with torch.autocast("cpu", torch.bfloat16):
         half = run_tasks(*stories, [task])["ends"].metrics["ends"]["perplexity"]
@@ -98,12 +101,12 @@ def test_metrics_and_scores(stories: tuple[Any, Any], tasks: Path) -> None:
 
 def test_the_scores_are_what_the_statistics_need(stories: tuple[Any, Any]) -> None:
     model, tokenizer = copy.deepcopy(stories[0]), stories[1]
-    task = config_of_rows(ROWS * 20, "mine")
+    task = task_config_from_rows(ROWS * 20, "mine")
     before = run_tasks(model, tokenizer, [task])["mine"]
     with LayerSurgeon(model) as surgeon:
         surgeon.remove(range(1, 4))
         after = run_tasks(model, tokenizer, [task])["mine"]
-    kept = retained([TaskAnswers("mine", before.scores, after.scores, before.chance)])["classification"]
+    kept = relative_accuracy([PairedScores("mine", before.scores, after.scores, before.chance)])["classification"]
     assert kept.ratio.value == pytest.approx(after.accuracy / before.accuracy)
     assert kept.ratio.low <= kept.ratio.value <= kept.ratio.high
 
@@ -116,7 +119,9 @@ def test_the_metric_that_is_asked_for(stories: tuple[Any, Any], tasks: Path) -> 
 
 def test_chance_of_questions_with_the_same_choices(stories: tuple[Any, Any]) -> None:
     rows = [{"query": f"Is it {k}?", "choices": ["no", "yes"], "gold": int(k > 0)} for k in range(4)]
-    assert run_tasks(*stories, [config_of_rows(rows, "mine")])["mine"].chance == 0.75  # what always "yes" reaches
+    assert (
+        run_tasks(*stories, [task_config_from_rows(rows, "mine")])["mine"].chance == 0.75
+    )  # what always "yes" reaches
 
 
 def test_a_group_is_one_task(stories: tuple[Any, Any], tasks: Path) -> None:
@@ -148,7 +153,7 @@ def test_items_few_shot_and_bos(stories: tuple[Any, Any], tasks: Path) -> None:
 
 def test_a_subset_is_seeded_and_the_same_for_all_models(stories: tuple[Any, Any]) -> None:
     rows = [{"query": f"{k} and", "choices": [str(k + 1), str(2 * k)], "gold": k % 2} for k in range(12)]
-    task = config_of_rows(rows, "sums")
+    task = task_config_from_rows(rows, "sums")
     whole = run_tasks(*stories, [task])["sums"]
     some = [run_tasks(*stories, [task], TaskSettings(items=5, seed=seed))["sums"] for seed in (0, 0, 1)]
     assert some[0] == some[1] != some[2] and len(some[0].scores) == 5
@@ -207,7 +212,7 @@ def test_a_log_likelihood_that_is_not_finite_is_no_answer(stories: tuple[Any, An
     with torch.no_grad():
         model.model.norm.weight.fill_(math.nan)
     with pytest.raises(NotFiniteLikelihood, match=r"mine: .*item 0.*nan"):
-        run_tasks(model, stories[1], [config_of_rows(ROWS, "mine")])
+        run_tasks(model, stories[1], [task_config_from_rows(ROWS, "mine")])
 
 
 def test_everything_is_left_as_it_was(stories: tuple[Any, Any], tasks: Path) -> None:
@@ -309,7 +314,7 @@ def test_what_cannot_be_run(stories: tuple[Any, Any], tasks: Path) -> None:
     with pytest.raises(StreamlineError, match=r"LlamaForCausalLM and a str.*lm-eval"):
         run_tasks(model, "tokenizer", [file])
     for wrong in (file, []):
-        with pytest.raises(StreamlineError, match="expected a list"):
+        with pytest.raises(StreamlineError, match="Expected a list"):
             run_tasks(model, tokenizer, wrong)
     for given in ({"items": 0}, {"few_shot": -1}, {"batch_size": 0}):
         with pytest.raises(StreamlineError, match=r"=(0|-1) is out of range.*at least"):
@@ -325,7 +330,7 @@ def test_what_cannot_be_run(stories: tuple[Any, Any], tasks: Path) -> None:
 def test_a_choice_that_is_longer_than_the_positions(stories: tuple[Any, Any]) -> None:
     rows = [{"query": "One", "choices": ["a", "cat " * 600], "gold": 0}]
     with pytest.raises(StreamlineError, match=r"cat cat.*tokens.*512 positions"):
-        run_tasks(*stories, [config_of_rows(rows, "mine")])
+        run_tasks(*stories, [task_config_from_rows(rows, "mine")])
 
 
 def test_without_lm_eval_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

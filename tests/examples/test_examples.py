@@ -33,7 +33,7 @@ def test_the_training_script(tmp_path: Path) -> None:
     script = str(EXAMPLES / "train_with_monitor.py")
     options = ["--steps", "9", "--every", "2", "--remove-at", "4", "--output", str(tmp_path / "out")]
     told = run([sys.executable, script, *options], tmp_path, TQDM_DISABLE="1")
-    assert "giving up block" in told and "7 blocks are saved in" in told
+    assert "removing block" in told and "saved a model of 7 blocks in" in told
     lines = [json.loads(line) for line in (tmp_path / "out" / "states.jsonl").read_text().splitlines()]
     assert [(line["step"], len(line["influence"])) for line in lines] == [(1, 8), (3, 8), (5, 7), (7, 7), (9, 7)]
     assert list((tmp_path / "out").rglob("events.out.tfevents.*"))

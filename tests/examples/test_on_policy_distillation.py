@@ -13,7 +13,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from streamline_hooks import REPLACEMENTS, CompressionConfig, DataConfig, EvaluationConfig, compress, load
+from streamline_hooks import CompressionConfig, DataConfig, compress, load
+from streamline_hooks.pipeline import EvaluationConfig
+from streamline_hooks.repair import REPLACEMENTS
 from streamline_hooks.testing import tiny_model
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "on_policy_distillation.py"
@@ -39,7 +41,9 @@ def test_ten_steps_of_on_policy_distillation(repair: str, tmp_path: Path, monkey
     data = DataConfig(sequence_length=16, calibration_tokens=320, validation_tokens=64, test_tokens=64)
     nothing = EvaluationConfig(speed=False, generation=False)
     kind = REPLACEMENTS[repair]()
-    compress(model, tokenizer, documents, CompressionConfig(remove=2, repair=kind, data=data, evaluation=nothing))
+    compress(
+        model, documents, CompressionConfig(remove=2, repair=kind, data=data, evaluation=nothing), tokenizer=tokenizer
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     distill = runpy.run_path(str(EXAMPLE))["distill"]

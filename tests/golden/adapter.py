@@ -22,22 +22,15 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-import benchmarks.baselines  # noqa: F401 - some runs are of its kinds and presets
-from streamline_hooks import (
-    PRESETS,
-    REPLACEMENTS,
-    CompressionConfig,
-    DistillationConfig,
-    compress,
-    find_stacks,
-    load,
-)
+import benchmarks.baselines  # noqa: F401 - some runs are of its kinds, criteria and presets
+from streamline_hooks import CompressionConfig, DistillationConfig, compress, load
 from streamline_hooks import sweep as run_sweep
-from streamline_hooks.blockwise import compress_checkpoint
-from streamline_hooks.calibration import read_documents
-from streamline_hooks.cli import app, main
-from streamline_hooks.cli.short_forms import parse_healing, parse_loss, parse_replacement
-from streamline_hooks.pretrained import load_pretrained
+from streamline_hooks.checkpoint import load_pretrained
+from streamline_hooks.cli import COMMANDS, main, parse_healing, parse_loss, parse_replacement
+from streamline_hooks.data import read_documents
+from streamline_hooks.modeling import find_stacks
+from streamline_hooks.pipeline import PRESETS, compress_checkpoint
+from streamline_hooks.repair import REPLACEMENTS
 from streamline_hooks.selection import CRITERIA, SEARCHES
 from tests.configured import configured
 from tests.golden import inputs
@@ -52,7 +45,7 @@ COUNTED = ("entropy",)  # criteria that count values in intervals: one at a limi
 
 def registered() -> dict[str, list[str]]:
     """Return the names that must each occur in a run, by the setting that names them."""
-    commands = [command.name or command.callback.__name__ for command in app.registered_commands]  # type: ignore[union-attr]
+    commands = [name for name in COMMANDS if name not in ("info", "plan", "push")]  # of this machine, or of the network
     return {
         "kind": list(REPLACEMENTS),
         "search": list(SEARCHES),
@@ -105,7 +98,7 @@ def _compress(
     original = inputs.model_named(model)
     tokenizer = inputs.tokenizer() if data == "documents" else None
     changed: Any = copy.deepcopy(original)
-    result = compress(changed, tokenizer, _data(data), _config(settings, data))
+    result = compress(changed, _data(data), _config(settings, data), tokenizer=tokenizer)
     return facts_of(result.report(), result.model, original)
 
 
@@ -126,12 +119,12 @@ def _sweep(folder: Path, *, model: str = "llama", **settings: Any) -> Facts:
     changed: Any = inputs.model_named(model)
     found = run_sweep(
         changed,
-        inputs.tokenizer(),
         inputs.documents(),
         _config(settings, "documents"),
+        tokenizer=inputs.tokenizer(),
         remove=remove,
         repair=[parse_replacement(kind) for kind in kinds],
-        speed=False,
+        speed=None,
     )
     return _points(found.report())
 
@@ -145,10 +138,10 @@ def _blockwise(folder: Path, *, model: str = "llama", **settings: Any) -> Facts:
     source = inputs.write_model(model, folder / "model")
     result = compress_checkpoint(
         source,
-        inputs.tokenizer(),
         inputs.documents(),
-        folder / "out",
         _config({**settings, "state_memory": 2**16}, "documents"),
+        tokenizer=inputs.tokenizer(),
+        output=folder / "out",
     )
     return facts_of(result.report(), load(folder / "out"), inputs.model_named(model))
 
@@ -159,7 +152,7 @@ def _real(folder: Path, *, text: str, **settings: Any) -> Facts:
     changed, tokenizer = load_pretrained("smollm2")
     texts = read_documents([str(data / text)])
     original = {name: value.clone() for name, value in changed.state_dict().items()}
-    result = compress(changed, tokenizer, texts, _config(settings, "batches"))
+    result = compress(changed, texts, _config(settings, "batches"), tokenizer=tokenizer)
     return facts_of(result.report(), result.model, original)
 
 
@@ -188,8 +181,8 @@ def _config(settings: dict[str, Any], data: str) -> CompressionConfig:
     """Return the config of settings in plain data."""
     options: dict[str, Any] = {"speed": False, "generation": False, **(SIZES if data == "documents" else {})}
     base = PRESETS[settings.pop("preset")].config if "preset" in settings else None
-    if base is not None and data != "documents" and "repeated" in settings:
-        options["repeated"] = settings.pop("repeated")
+    if base is not None and data != "documents" and "repeated_context" in settings:
+        options["repeated_context"] = settings.pop("repeated_context")
     if "training" in settings:
         training = settings.pop("training")
         options["distillation"] = DistillationConfig(parse_loss(training.pop("objective")), **training)
@@ -232,7 +225,6 @@ def _command(
 
 
 _UNSTABLE = ("seconds", "speed", "model", "reference", "versions", "packages", "key", "keys")
-_RENAMED = {"train": "--train", "heal": "--heal", "json": "--json"}
 
 
 class _Files:
@@ -260,7 +252,7 @@ def _call(command: str, positional: list[str], options: Mapping[str, Any], files
     """Run a command; what it printed, if it ended well."""
     arguments = [command, *positional]
     for name, value in options.items():
-        option = _RENAMED.get(name, f"--{name.replace('_', '-')}")
+        option = f"--{name.replace('_', '-')}"
         for one in value if isinstance(value, list) else [value]:
             arguments += [option] if one is True else [option, str(one)]
     given = [str(files.path(word)) if word.isupper() and word.isalpha() else word for word in arguments]

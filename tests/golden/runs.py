@@ -88,14 +88,14 @@ RUNS: dict[str, Run] = {
     "kind/silenced": _kind("silenced", "llama", "last_n_but_final"),
     "kind/merged": _kind("merged", "qwen3", "random"),
     "kind/merged:weight": _kind("merged:weight=0.5", "gpt2", "perplexity"),
-    "kind/folded": _kind("folded", "llama", "repaired_residual", keep=[0]),
+    "kind/folded": _kind("folded", "llama", "repaired_residual", protect=[0]),
     "kind/scale": _kind("scale", "llama", "taylor"),
     "kind/feed_forward": _kind("feed_forward:width=24", "llama", "cosine"),
     "kind/ghosted": _kind("ghosted", "llama", "cosine"),
     "kind/linearpatch": _kind("linearpatch", "llama", "cosine"),
     "kind/replaceme": _kind("replaceme", "llama", "cosine"),
     # Each search.
-    "search/window": _search("window", kind="linear", keep=[1]),
+    "search/window": _search("window", kind="linear", protect=[1]),
     "search/disjoint": _search("disjoint", kind="linear", parts=2),
     "search/one-shot": _search("one-shot", kind="linear", criterion="kl"),
     "search/mixed": _search("mixed", kind="linear", parts=2),
@@ -116,9 +116,9 @@ RUNS: dict[str, Run] = {
     "preset/uidl": _preset("uidl", True),
     # Training, other data, several rounds and processes, block by block.
     "training/states": _trained("relative + 0.1*cosine", kind="mlp:width=24,linear=false"),
-    "training/lora": _trained("kl", kind="none", healing="lora:rank=2", keep=[2, 3], epochs=2),
+    "training/lora": _trained("kl", kind="none", healing="lora:rank=2", protect=[2, 3], epochs=2),
     "training/rounds": _trained("kl", kind="linear", rounds=2, healing="partial:where=after,rate=0.2"),
-    "data/documents": Run("compress", {"data": "documents", "kind": "linear", "remove": 0.25, "repeated": 0.5}),
+    "data/documents": Run("compress", {"data": "documents", "kind": "linear", "remove": 0.25, "repeated_context": 0.5}),
     "data/images": Run("compress", {"model": "vit", "data": "images", "kind": "linear", "remove": 1}),
     "data/images-trained": _trained("kl", model="vit", data="images", kind="linear", remove=1),
     "data/pairs-encoder": Run(
@@ -135,9 +135,9 @@ RUNS: dict[str, Run] = {
     "blockwise": Run("blockwise", {"kind": "linear", "remove": 2}),
     "sweep": Run("sweep", {"kinds": ["none", "linear", "scale"], "remove": [1, 2]}),
     # Each command.
-    "command/compress": _command("compress", **_MADE, output="OUT", kind="linear"),
+    "command/compress": _command("compress", **_MADE, output="OUT", repair="linear"),
     "command/compress-trained": _command(
-        "compress", True, **_MADE, output="OUT", kind="linear", train="kl", heal="partial:where=after", epochs=2
+        "compress", True, **_MADE, output="OUT", repair="linear", loss="kl", healing="partial:where=after", epochs=2
     ),
     "command/compress-images": _command(
         "compress", model="vit", calibration="IMAGES", remove=1, output="OUT", **_COUNTS
@@ -151,19 +151,21 @@ RUNS: dict[str, Run] = {
         "rank", calibration="TEXT", calibration_tokens=1024, sequence_length=16, remove=2, search="disjoint", json=True
     ),
     "command/evaluate": _command(
-        "evaluate", made={**_MADE, "kind": "linear"}, against="MODEL", text="TEXT", tasks="QUESTIONS",
+        "evaluate", made={**_MADE, "repair": "linear"}, against="MODEL", text="TEXT", tasks="QUESTIONS",
         text_tokens=600, window=32, prompts=2, no_speed=True, json=True,
     ),
     "command/sweep": _command(
-        "sweep", **{**_MADE, "remove": "1,2"}, kind="none,linear", no_speed=True, output="OUT"
+        "sweep", **{**_MADE, "remove": "1,2"}, repair="none,linear", no_speed=True, output="OUT"
     ),
-    "command/inspect": _command("inspect", made={**_MADE, "kind": "linear"}, json=True),
-    "command/diff": _command("diff", made={**_MADE, "kind": "folded", "keep": "0"}),
+    "command/inspect": _command("inspect", made={**_MADE, "repair": "linear"}, json=True),
+    "command/diff": _command("diff", made={**_MADE, "repair": "folded", "protect": "0"}),
     "command/check": _command("check", window="1:3", json=True),
-    "command/generate": _command("generate", made={**_MADE, "kind": "linear"}, prompt="1 2 4 8 16", max_new_tokens=12),
-    "command/export": _command("export", made={**_MADE, "kind": "silenced"}, output="OUT", to="plain"),
+    "command/generate": _command(
+        "generate", made={**_MADE, "repair": "linear"}, prompt="1 2 4 8 16", max_new_tokens=12
+    ),
+    "command/export": _command("export", made={**_MADE, "repair": "silenced"}, output="OUT", to="plain"),
     "command/export-refit": _command(
-        "export", made={**_MADE, "kind": "linear", "keep": "0"}, output="OUT", refit="folded", original="MODEL",
+        "export", made={**_MADE, "repair": "linear", "protect": "0"}, output="OUT", refit="folded", original="MODEL",
         calibration="TEXT",
     ),
     # Real weights.

@@ -20,28 +20,24 @@ from streamline_hooks import (
     CompressionConfig,
     CompressionResult,
     DataConfig,
-    DisjointSearch,
     DistillationConfig,
-    EvaluationConfig,
-    HardwareConfig,
     HealingConfig,
     LayerSurgeon,
     LinearConfig,
-    MLPConfig,
-    NoneConfig,
-    ReplacementConfig,
     StreamlineError,
     SwiGLUConfig,
     Target,
-    Task,
-    WindowSearch,
     compress,
     load,
-    register_replacement,
     save,
 )
+from streamline_hooks.core import HardwareConfig
+from streamline_hooks.modeling import Task
+from streamline_hooks.pipeline import EvaluationConfig
 from streamline_hooks.pipeline import config as config_module
 from streamline_hooks.pipeline.presets import PRESETS
+from streamline_hooks.repair import MLPConfig, NoneConfig, ReplacementConfig, register_replacement
+from streamline_hooks.selection import DisjointSearch, WindowSearch
 from tests.golden import inputs
 from tests.other_models import bert
 from tests.processes import ROOT
@@ -60,7 +56,7 @@ COMPARED = replace(BASE, evaluation=EvaluationConfig())  # by one without the ot
 EVERY_FIELD = CompressionConfig(
     remove=Target(parameters=0.2),
     repair=SwiGLUConfig(width=24, linear=False, seed=3),
-    search=WindowSearch(criterion={"cosine": 1.0, "relative_magnitude": 0.5}, keep=(0, -1), shortlist=3),
+    search=WindowSearch(criterion={"cosine": 1.0, "relative_magnitude": 0.5}, protect=(0, -1), shortlist=3),
     data=DataConfig(64, 6_400, 1_280, 640, 320, 0.5),
     distillation=DistillationConfig(loss={"kl": 1.0, "lm": 0.5}, learning_rate=2e-4, betas=(0.8, 0.9), seed=1),
     healing=HealingConfig(method="lora", where="last", count=2, targets=("q_proj", "v_proj")),
@@ -71,6 +67,7 @@ EVERY_FIELD = CompressionConfig(
     task=Task("causal-lm"),
     stack="model.layers",
 )
+TARGETS = (Target(memory_bytes=90e6), Target(latency=0.8), Target(decode_latency=0.8), Target(seconds_per_token=0.02))
 IN_ROUNDS = CompressionConfig(remove=8, distillation=DistillationConfig(), rounds=2, search=DisjointSearch(windows=3))
 
 
@@ -82,6 +79,15 @@ def test_a_config_is_read_as_it_was_written(config: CompressionConfig, tmp_path:
         config.save(tmp_path / name)
         assert CompressionConfig.load(tmp_path / name) == config
     assert json.loads((tmp_path / "config.json").read_text())["schema"] == config_module.SCHEMA
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_targets_are_read_as_they_were_written(target: Target, tmp_path: Path) -> None:
+    config = CompressionConfig(remove=target)
+    for name in ("config.yaml", "config.json"):
+        config.save(tmp_path / name)
+        assert CompressionConfig.load(tmp_path / name) == config
+    assert CompressionConfig.from_yaml(f"remove: {{{target.unit}: {float(target.amount):.3e}}}") == config
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -117,24 +123,35 @@ def test_numbers_are_read_as_python_reads_them(text: str) -> None:
         ("distillation: {loss: {lk: 1.0}}", "'lk'.*Expected one of kl"),
         ("distillation: {learning_rates: 1.0}", "DistillationConfig.*'learning_rates'.*'learning_rate'"),
         ("healing: {methd: lora}", "HealingConfig.*'methd'.*Did you mean 'method'"),
+        ("remove: {memory_bytes: 0.5}", "memory_bytes=0.5.*90e6"),
+        ("remove: {memory_bytes: 90MB}", "memory_bytes='90MB'"),
         ("remove: {fractoin: 0.25}", "Target.*'fractoin'.*Did you mean 'fraction'"),
         ("hardware: {batchsize: 4}", "HardwareConfig.*'batchsize'.*Did you mean 'batch_size'"),
         ("evaluation: {sped: true}", "EvaluationConfig.*'sped'.*Did you mean 'speed'"),
-        ("schema: 99", "schema=99 is unknown.*Expected 1"),
-        ("schema: one", "schema='one' is unknown.*Expected 1"),
-        ("schema: true", "schema=True is unknown.*Expected 1"),
+        ("schema: 99", "schema=99 is unknown.*Expected one of 1"),
+        ("schema: one", "schema='one' is unknown.*Expected one of 1"),
+        ("schema: true", "schema=True is unknown.*Expected one of 1"),
         ("[1, 2]", r"\[1, 2\].*mapping"),
-        ("a: b: c", "no YAML.*Correct"),
-        ("schema: [1]", r"schema=\[1\] is unknown.*Expected 1"),
-        ("schema: 1.0", "schema=1.0 is unknown.*Expected 1"),
+        ("a: b: c", "not valid YAML.*Correct"),
+        ("schema: [1]", r"schema=\[1\] is unknown.*Expected one of 1"),
+        ("schema: 1.0", "schema=1.0 is unknown.*Expected one of 1"),
         ("seed: 1\nseed: 2", "'seed' twice.*Delete"),
-        ("repair: {rank: 3}", "ReplacementConfig: got no kind.*Expected one of none, linear.*Add kind"),
+        ("repair: {rank: 3}", "ReplacementConfig: kind is missing.*Expected one of none, linear.*Add"),
         ("repair: {kind: [linear]}", r"\['linear'\] is unknown.*Expected one of none, linear"),
     ],
 )
 def test_what_cannot_be_read_is_named(text: str, named: str) -> None:
     with pytest.raises(StreamlineError, match=f"(?s){named}"):
         CompressionConfig.from_yaml(text)
+
+
+def test_renamed_fields_of_schema_2_are_read() -> None:
+    """Protected blocks that a config names must not be lost, nor its repeated context."""
+    values = {"schema": 2, "search": {"kind": "window", "keep": [0, -1]}, "data": {"repeated": 0.5}}
+    config = CompressionConfig.from_dict(values)
+    assert (config.search.protect, config.data.repeated_context) == ((0, -1), 0.5)
+    with pytest.raises(StreamlineError, match="keep"):
+        CompressionConfig.from_dict({**values, "schema": 3})
 
 
 def test_an_older_schema_is_upgraded_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +180,7 @@ def test_a_config_with_an_empty_on_policy_is_read_and_another_refused() -> None:
 def test_an_unknown_field_of_a_preset_is_named() -> None:
     with pytest.raises(StreamlineError, match="'remvoe'.*Did you mean 'remove'"):
         CompressionConfig.preset("best", remvoe=3)
-    with pytest.raises(StreamlineError, match="'bets'.*Did you mean 'best'"):
+    with pytest.raises(StreamlineError, match=r"'bets'.*Expected one of best, two-windows.*Did you mean 'best'"):
         CompressionConfig.preset("bets")
 
 
@@ -175,7 +192,7 @@ def test_text_that_looks_like_a_number_stays_text() -> None:
 def test_numbers_of_numpy_are_written_as_python_s_own() -> None:
     config = CompressionConfig(
         remove=np.int64(3),
-        data=DataConfig(test_tokens=np.int64(500), repeated=np.float32(0.5)),
+        data=DataConfig(test_tokens=np.int64(500), repeated_context=np.float32(0.5)),
         evaluation=EvaluationConfig(speed=np.bool_(False)),
         distillation=DistillationConfig({"kl": np.float64(1.0)}, learning_rate=np.float32(0.5)),
     )
@@ -187,7 +204,7 @@ def test_a_config_cannot_be_changed() -> None:
     """A preset is the same object for everyone, and what is recorded is what was trained for."""
     distillation = CompressionConfig.preset("best").distillation
     assert distillation is not None
-    with pytest.raises(TypeError, match=r"cannot be changed.*replace"):
+    with pytest.raises(TypeError, match=r"immutable.*replace"):
         distillation.loss["mse"] = 1.0  # type: ignore[index]
     config = replace(EVERY_FIELD, seed=7)
     for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
@@ -207,7 +224,7 @@ def test_what_could_not_be_read_again_is_refused_before_anything_is_run() -> Non
 def test_a_kind_whose_options_cannot_be_written_is_not_registered(name: str, value: Any) -> None:
     config = make_dataclass("Unwritable", [(name, "Any", value)], bases=(ReplacementConfig,), frozen=True)
     config.kind = "test-unwritable"  # type: ignore[attr-defined]
-    with pytest.raises(StreamlineError, match=f"{name}=.*(cannot be written|no finite)"):
+    with pytest.raises(StreamlineError, match=f"{name}=.*(cannot be written|not finite)"):
         register_replacement(config)
 
 
@@ -215,14 +232,14 @@ def test_a_checkpoint_that_was_changed_afterwards_has_no_config(
     story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path
 ) -> None:
     """Neither of two compressions describes the result of both, nor does one what was removed by hand after it."""
-    result = compress(*story_model, story_texts, BASE)
+    result = compress(story_model[0], story_texts, BASE, tokenizer=story_model[1])
     with LayerSurgeon(result.model) as surgeon:
         surgeon.remove([0])
         surgeon.commit()
     save(result.model, tmp_path / "by hand")
     with pytest.raises(StreamlineError, match="2 surgeries, 1 with a config.*compress again"):
         CompressionConfig.load(tmp_path / "by hand")
-    with pytest.raises(StreamlineError, match="no config of a compression.*Name a file"):
+    with pytest.raises(StreamlineError, match="no config of a compression.*Pass a config file"):
         CompressionConfig.load(tmp_path)
 
 
@@ -240,17 +257,17 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         ({"repair": "linear"}, "repair='linear'.*Expected ReplacementConfig"),
         ({"rounds": 0}, "rounds=0.*at least 1"),
         ({"seed": 1.5}, "seed=1.5.*Expected int"),
-        ({"healing": HealingConfig()}, "healing.*without a training.*Add distillation"),
-        ({"rounds": 2}, "rounds.*without a training.*Add distillation"),
-        ({"train_until": 5.0}, "train_until.*without a training.*Add distillation"),
-        ({"data": DataConfig(fitting_tokens=1_024)}, "fitting_tokens.*without a training"),
-        ({"hardware": HardwareConfig(autocast="bfloat16")}, "hardware.autocast.*without a training"),
-        ({"hardware": HardwareConfig(state_dtype="float16")}, "hardware.state_dtype.*without a training"),
-        ({"distillation": TRAINED, "train_until": 0.0}, "train_until=0.0.*seconds above 0"),
-        ({"distillation": TRAINED, "train_until": float("nan")}, "train_until=nan.*Expected a number"),
+        ({"healing": HealingConfig()}, "healing.*without training.*Add distillation"),
+        ({"rounds": 2}, "rounds.*without training.*Add distillation"),
+        ({"train_until": 5.0}, "train_until.*without training.*Add distillation"),
+        ({"data": DataConfig(fitting_tokens=1_024)}, "fitting_tokens.*without training"),
+        ({"hardware": HardwareConfig(autocast="bfloat16")}, "hardware.autocast.*without training"),
+        ({"hardware": HardwareConfig(state_dtype="float16")}, "hardware.state_dtype.*without training"),
+        ({"distillation": TRAINED, "train_until": 0.0}, "train_until=0.0.*seconds > 0"),
+        ({"distillation": TRAINED, "train_until": float("nan")}, "train_until=nan.*Expected a finite number"),
         ({"distillation": TRAINED, "train_until": 5.0, "rounds": 2}, "train_until=5.0.*max_minutes"),
         ({"distillation": TRAINED, "rounds": 2, "remove": Target(parameters=0.2)}, "rounds=2.*number or a fraction"),
-        ({"distillation": DistillationConfig({"mse": 1.0}), "rounds": 2}, "mse.*Compare logits"),
+        ({"distillation": DistillationConfig({"mse": 1.0}), "rounds": 2}, "mse.*loss on logits"),
     ],
 )
 def test_values_that_contradict_each_other(values: dict[str, Any], named: str) -> None:
@@ -263,8 +280,8 @@ def test_values_that_contradict_each_other(values: dict[str, Any], named: str) -
     [
         ({"sequence_length": 1}, "sequence_length=1.*at least 2"),
         ({"calibration_tokens": 0}, "calibration_tokens=0.*at least 2"),
-        ({"repeated": 1.5}, r"repeated=1.5.*in \[0, 1\]"),
-        ({"repeated": -0.5}, r"repeated=-0.5.*in \[0, 1\]"),
+        ({"repeated_context": 1.5}, r"repeated_context=1.5.*in \[0, 1\]"),
+        ({"repeated_context": -0.5}, r"repeated_context=-0.5.*in \[0, 1\]"),
         ({"fitting_tokens": True}, "fitting_tokens=True.*Expected int"),
     ],
 )
@@ -284,7 +301,7 @@ def test_values_of_the_data_that_are_refused(values: dict[str, Any], named: str)
         replace(
             TRAINING,
             healing=HealingConfig(method="partial", where="after"),
-            data=replace(SMALL, repeated=1.0, fitting_tokens=640),
+            data=replace(SMALL, repeated_context=1.0, fitting_tokens=640),
             seed=3,
         ),
         replace(TRAINING, remove=2, rounds=2),
@@ -296,11 +313,11 @@ def test_the_config_in_a_checkpoint_gives_the_same_model_again(
 ) -> None:
     model, tokenizer = story_model
     original = copy.deepcopy(model)
-    first = compress(model, tokenizer, story_texts, config, output=tmp_path / "out")
+    first = compress(model, story_texts, config, tokenizer=tokenizer, output=tmp_path / "out")
     read = CompressionConfig.load(tmp_path / "out")
     assert read == config == first.config
     assert json.loads((tmp_path / "out/report.json").read_text())["config"] == config.to_dict()
-    again = compress(original, tokenizer, story_texts, read)
+    again = compress(original, story_texts, read, tokenizer=tokenizer)
     assert again.plan == first.plan and again.perplexities == first.perplexities
     assert outcome(again) == outcome(first)
     states = [one.state_dict() for one in (again.model, first.model)]
@@ -311,7 +328,7 @@ def test_the_config_in_a_checkpoint_gives_the_same_model_again(
 def test_what_save_pretrained_writes_has_the_config_too(
     story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path
 ) -> None:
-    result = compress(*story_model, story_texts, BASE)
+    result = compress(story_model[0], story_texts, BASE, tokenizer=story_model[1])
     result.model.save_pretrained(tmp_path / "plainly")
     assert CompressionConfig.load(tmp_path / "plainly") == BASE
     load(tmp_path / "plainly").save_pretrained(tmp_path / "again")
@@ -378,14 +395,16 @@ def weights(result: CompressionResult) -> list[float]:
 
 EFFECTS: dict[str, Effect] = {
     "remove": Effect(2, lambda result: len(result.plan.slots)),
-    "repair": Effect(NoneConfig(), lambda result: [type(one.stand_in) for one in result.candidates[0].repairs]),
+    "repair": Effect(
+        NoneConfig(), lambda result: [type(one.replacement_module) for one in result.candidates[0].repairs]
+    ),
     "search": Effect(WindowSearch(shortlist=3), lambda result: len(result.candidates)),
     "data.sequence_length": Effect(16, distances),
     "data.calibration_tokens": Effect(2_560, scores),
     "data.fitting_tokens": Effect(640, repair_errors, TRAINING),
     "data.validation_tokens": Effect(512, distances),
     "data.test_tokens": Effect(512, perplexities),
-    "data.repeated": Effect(1.0, distances),
+    "data.repeated_context": Effect(1.0, distances),
     "distillation": Effect(TRAINED, lambda result: result.training is None, replace(BASE, repair=MLPConfig(width=8))),
     "healing": Effect(HealingConfig(method="partial", where="all"), weights, TRAINING),
     "evaluation.speed": Effect(False, lambda result: result.speed is None, COMPARED),
@@ -398,7 +417,7 @@ EFFECTS: dict[str, Effect] = {
     "seed": Effect(1, distances),
 }
 ELSEWHERE = {
-    "hardware.state_memory": "tests/repair/test_training_configs.py",
+    "hardware.state_memory": "tests/distillation/test_training_configs.py",
     "stack": "test_the_stack_is_the_one_that_is_named",
     "task": "test_the_task_decides_what_is_measured",
 }
@@ -433,7 +452,7 @@ def run(stories: tuple[Any, Any], story_texts: list[str]) -> Callable[[Compressi
         for known, result in done:
             if known == config:
                 return result
-        result = compress(copy.deepcopy(stories[0]), stories[1], story_texts, config)
+        result = compress(copy.deepcopy(stories[0]), story_texts, config, tokenizer=stories[1])
         done.append((config, result))
         return result
 
@@ -470,7 +489,7 @@ def test_the_stack_is_the_one_that_is_named() -> None:
     config = CompressionConfig(remove=1, repair=NoneConfig(), evaluation=QUIET)
     for stack in ("model.encoder.layers", "model.decoder.layers"):
         model: Any = inputs.model_named("bart")
-        assert compress(model, None, inputs.pair_batches(), replace(config, stack=stack)).plan.stack == stack
+        assert compress(model, inputs.pair_batches(), replace(config, stack=stack)).plan.stack == stack
 
 
 def test_the_task_decides_what_is_measured() -> None:
@@ -480,6 +499,17 @@ def test_the_task_decides_what_is_measured() -> None:
 
     def scores_as(task: Task | None) -> dict[str, dict[str, float]]:
         model: Any = bert()
-        return compress(model, None, parts, replace(config, task=task)).scores
+        return compress(model, parts, replace(config, task=task)).scores
 
     assert scores_as(Task("embedding", "first")) != scores_as(Task("embedding", "mean"))
+
+
+def test_fields_are_replaced_by_their_paths() -> None:
+    config = CompressionConfig.preset("best")
+    changed = config.updated({"remove": 3, "data.sequence_length": 64, "distillation.loss": {"kl": 2.0}})
+    assert changed.target.blocks == 3 and changed.data == replace(config.data, sequence_length=64)
+    assert changed.distillation == replace(config.distillation, loss={"kl": 2.0})  # type: ignore[type-var]
+    assert CompressionConfig().updated({"distillation.epochs": 2}).distillation == DistillationConfig(epochs=2)
+    for path in ("sed", "data.sed", "data"):
+        with pytest.raises(StreamlineError):
+            config.updated({path: 3})

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plan import llama_3_70b
 from streamline_hooks import CompressionConfig, StreamlineError
-from streamline_hooks.pipeline.flops import Rates, block_work, blockwise_work, compression_bytes
-from streamline_hooks.stack import find_stack
+from streamline_hooks.modeling import find_stack
+from streamline_hooks.pipeline.cost import Rates, block_work, blockwise_work, compression_bytes
 from streamline_hooks.testing import tiny_model
 from tests.configured import configured
 
@@ -100,6 +100,27 @@ def test_more_of_anything_takes_longer() -> None:
 
     for more in ({"calibration_tokens": 2000}, {"validation_tokens": 200}, {"test_tokens": 100}, {"shortlist": 6}):
         assert seconds(configured(SMALL, **more)) > seconds(SMALL), more
+
+
+def test_searches_and_kinds_that_run_the_whole_model_read_it_more_often() -> None:
+    stack = find_stack(tiny_model("llama"))
+
+    def reads(**options: Any) -> dict[str, float]:
+        config = configured(SMALL, **options)
+        return {stage.name: stage.read for stage in blockwise_work(stack, config, 2, memory=2**30)[0]}
+
+    plain, blocks = reads(), reads()["check"]
+    for options, further in (
+        ({"repair": "folded"}, {"verify": 3 * SMALL.search.shortlist, "choose": 2, "measure": 6, "save": 2}),
+        ({"repair": "scale"}, {"verify": 5 * SMALL.search.shortlist, "choose": 4, "measure": 10, "save": 4}),
+        ({"search": "greedy", "shortlist": 1}, {"rank": 2}),
+        ({"search": "attention", "shortlist": 3}, {"rank": 2, "verify": 3, "measure": 2}),
+    ):
+        found = {name: round((read - plain[name]) / blocks) for name, read in reads(**options).items()}
+        assert {name: found[name] for name in further} == further, options
+    width, (_, resident) = stack.config.hidden_size, blockwise_work(stack, SMALL, 2)
+    for options, maps in (({"repair": "folded"}, 3), ({"repair": "scale"}, 0), ({"search": "mlp", "shortlist": 3}, 5)):
+        assert blockwise_work(stack, configured(SMALL, **options), 2)[1] - resident == maps * 8 * width**2
 
 
 def test_an_untied_head_is_read_when_it_is_needed() -> None:

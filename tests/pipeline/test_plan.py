@@ -15,15 +15,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from streamline_hooks import CompressionConfig, StreamlineError, compress, find_stack
-from streamline_hooks.pipeline import CostEstimate, estimate_cost, plan, plan_training
-from streamline_hooks.pipeline.blockwise_cost import duration, write_rate
-from streamline_hooks.pipeline.plan import Parts, Sizes, StageRates, estimate_ranking, fit_to_budget, measure_training
-from streamline_hooks.repair import DistillationConfig, HealingConfig, LinearConfig, student_of
-from streamline_hooks.task import Task
+from streamline_hooks import CompressionConfig, HiddenStateRecorder, StreamlineError, compress, find_stack
+from streamline_hooks.core import count_tokens
+from streamline_hooks.data import PARTS
+from streamline_hooks.distillation import DistillationConfig, HealingConfig, student_of
+from streamline_hooks.modeling import Task, find_stacks
+from streamline_hooks.pipeline import CostEstimate, estimate_cost, plan_training, stage_times
+from streamline_hooks.pipeline.cost import compression_bytes, format_duration, write_rate
+from streamline_hooks.pipeline.plan import TextParts, estimate_ranking, fit_to_budget
+from streamline_hooks.pipeline.stage_times import StageRates, StageTokens, measure_training
+from streamline_hooks.repair import LinearConfig
 from streamline_hooks.testing import tiny_model
 from tests.configured import configured
 from tests.evaluation.fake_clock import FakeClock
+from tests.other_models import OTHERS, made
+from tests.pipeline.test_compress_tasks import drawn
 from tests.processes import in_processes
 
 BEST = CompressionConfig.preset("best")
@@ -77,7 +83,7 @@ def test_a_compression_takes_what_was_estimated(settings: dict[str, Any]) -> Non
     config = configured(remove=2, shortlist=4, speed=False, generation=False, **settings)
     estimate = sum(estimated(config).values())
     model, clock = charged()
-    compress(model, None, parts(), config)
+    compress(model, parts(), config)
     assert estimate == pytest.approx(clock.now, rel=0.25)
 
 
@@ -89,7 +95,7 @@ def test_a_cost_is_linear_in_the_text() -> None:
 
 
 def test_a_slow_block_moves_the_stages_that_run_it() -> None:
-    config = configured(remove=2, keep=(0, 7), distillation=KL)
+    config = configured(remove=2, protect=(0, 7), distillation=KL)
     plain, slow = estimated(config), estimated(config, slow=7)  # behind every window, and kept
     for name, share in {"verify": 1.5, "train": 1.5, "evaluate": 1.3}.items():
         assert slow[name] > share * plain[name], name
@@ -100,13 +106,13 @@ def test_a_slow_stage_moves_its_own_cost_alone(monkeypatch: pytest.MonkeyPatch) 
     config = configured(remove=2, shortlist=2)
     plain = estimated(config)
     model, clock = charged()
-    made = plan.fit_windows
+    made = stage_times.fit_windows
 
     def slow(*given: Any, **options: Any) -> Any:
         clock.now += 1000.0
         return made(*given, **options)
 
-    monkeypatch.setattr(plan, "fit_windows", slow)
+    monkeypatch.setattr(stage_times, "fit_windows", slow)
     found = {stage.name: stage.seconds for stage in estimate_cost(model, None, parts(), config, clock=clock).stages}
     assert found.pop("fit") == plain.pop("fit") + 2000.0  # one solution for each of two windows
     assert found == plain
@@ -138,9 +144,52 @@ def test_a_criterion_that_runs_the_model_is_counted() -> None:
     assert searched > 2 * plain
 
 
-def test_other_models_than_for_text_are_refused() -> None:
-    with pytest.raises(StreamlineError, match=r"image-classification.*causal language model"):
-        estimate_cost(tiny_model("llama"), None, {}, configured(task=Task("image-classification")))
+TASKS = {"vit": "kl", "bert": "embedding", "bart decoder": "kl", "bart encoder": "kl", "dinov2": "embedding"}
+
+
+def charged_task(name: str, clock: FakeClock) -> Any:
+    """A model whose last projection of each block, in all of its stacks, moves a clock."""
+    model = made(name)
+    for stack in find_stacks(model):
+        for block in stack.blocks:
+            clock.charge([one for one in block.modules() if isinstance(one, nn.Linear)][-1], BLOCK)
+    return model
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["fitted", "trained"])
+@pytest.mark.parametrize("name", TASKS)
+def test_a_compression_for_another_task_takes_what_was_estimated(name: str, trained: bool) -> None:
+    """Images, embeddings and pairs of texts have the stages of text, and no generation."""
+    training = DistillationConfig(loss={TASKS[name]: 1.0}, validations=1) if trained else None
+    path = OTHERS[name].path(made(name))
+    config = configured(remove=1, shortlist=2, protect=(0,), stack=path, distillation=training)
+    given = {part: drawn(name, k, 8) for k, part in enumerate(PARTS)}
+    clock, image = FakeClock(), Task.of(made(name)).unit == "image" or name == "dinov2"
+    model = charged_task(name, clock)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = estimate_cost(model, object(), given, config, clock=clock)  # type: ignore[arg-type]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    tokens = sum(map(count_tokens, given["test"]))
+    assert {stage.name: stage.tokens for stage in found.stages}["evaluate"] == tokens
+    assert ("images" if image else "tokens") in found.table().splitlines()[0]
+    assert {stage.name: stage.seconds for stage in found.stages}["generate"] == 0.0
+    clock = FakeClock()
+    compress(charged_task(name, clock), given, config)
+    assert found.seconds == pytest.approx(clock.now, rel=0.3)
+
+
+@pytest.mark.parametrize("name", ["vit", "bart decoder"])
+def test_the_memory_of_a_stage_is_that_of_its_states(name: str) -> None:
+    """An image is one of what is counted, and has a state for each patch and the class; labels change nothing."""
+    model, given = made(name), drawn(name, 0, 1)
+    stack = find_stack(model, OTHERS[name].path(model))
+    record = HiddenStateRecorder(model, [1], outputs=False, stack=stack.path)
+    with record.over(given) as passes:
+        states = [record.inputs[1][0].shape for _ in passes]
+    (shape,) = states
+    expected = compression_bytes(stack, batch=shape[:-1].numel(), text=1)["rank"]
+    found = estimate_ranking(model, given, stack=stack.path)
+    assert found.stages[0].bytes == expected and shape[:-1].numel() == {"vit": 10, "bart decoder": 12}[name]
 
 
 # The training.
@@ -208,7 +257,7 @@ def test_an_estimate_leaves_everything_as_it_was(healing: HealingConfig, tmp_pat
     for k, parameter in enumerate(model.parameters()):
         parameter.grad = None if k % 3 else torch.full_like(parameter, float(k))
         parameter.requires_grad_(k % 4 != 0)
-    config = configured(replace(BEST, healing=healing), remove=2, repeated=0.0, autocast="bfloat16")
+    config = configured(replace(BEST, healing=healing), remove=2, repeated_context=0.0, autocast="bfloat16")
     with unchanged(model, tmp_path):
         estimate_cost(model, None, parts(), config, output=tmp_path / "new" / "out")
 
@@ -217,7 +266,14 @@ def test_a_plan_leaves_everything_as_it_was(
     story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with unchanged(story_model[0], tmp_path):
-        plan_training(*story_model, story_texts, 3600.0, small(speed=True, generation=True), output=tmp_path / "out")
+        plan_training(
+            story_model[0],
+            story_texts,
+            3600.0,
+            small(speed=True, generation=True),
+            tokenizer=story_model[1],
+            output=tmp_path / "out",
+        )
     assert "tok/s" not in capfd.readouterr().err
 
 
@@ -232,13 +288,13 @@ RATES = StageRates(
 MINUTES = st.floats(8.0, 600.0)
 
 
-def planned(minutes: float, available: int | None = None, **fixed: Any) -> tuple[Sizes, CostEstimate]:
-    sizes = fit_to_budget(60 * minutes, RATES, Parts(**{"length": 512, "available": available, **fixed}))
+def planned(minutes: float, available: int | None = None, **fixed: Any) -> tuple[StageTokens, CostEstimate]:
+    sizes = fit_to_budget(60 * minutes, RATES, TextParts(**{"length": 512, "available": available, **fixed}))
     return sizes, RATES.estimate(sizes)
 
 
 def test_an_estimate_by_hand() -> None:
-    sizes = Sizes(training=102_400, fitting=20_480, validation=4_096, test=12_288, epochs=2, validations=5)
+    sizes = StageTokens(training=102_400, fitting=20_480, validation=4_096, test=12_288, epochs=2, validations=5)
     estimate = RATES.estimate(sizes)
     assert {stage.name: stage.seconds for stage in estimate.stages} == pytest.approx(
         {
@@ -253,13 +309,13 @@ def test_an_estimate_by_hand() -> None:
     )
     lines = estimate.table().splitlines()
     assert [line.split()[0] for line in lines] == ["stage", *(stage.name for stage in estimate.stages), "total"]
-    assert "204,800" in lines[5] and lines[-1].split()[1:3] == duration(estimate.seconds).split()
+    assert "204,800" in lines[5] and lines[-1].split()[1:3] == format_duration(estimate.seconds).split()
 
 
 @given(MINUTES)
 def test_as_much_as_fits_and_one_sequence_more_does_not(minutes: float) -> None:
     sizes, estimate = planned(minutes)
-    more = RATES.estimate(Parts(512).sizes(sizes.training // 512 + 1)).seconds
+    more = RATES.estimate(TextParts(512).sizes(sizes.training // 512 + 1)).seconds
     assert 0.95 * 60 * minutes <= estimate.seconds <= 60 * minutes < more
 
 
@@ -274,7 +330,7 @@ def test_more_time_or_more_text_is_never_for_less(one: float, other: float, ther
 
 @given(st.integers(2, 10_000), st.integers(1, 4), st.sampled_from([512, 4_096, 50_000]))
 def test_the_parts_keep_to_their_bounds(sequences: int, epochs: int, length: int) -> None:
-    sizes = Parts(length).sizes(sequences, epochs)
+    sizes = TextParts(length).sizes(sequences, epochs)
     assert sizes.training == length * sequences and 2 <= sizes.validations <= 8
     assert 2 * length <= sizes.fitting <= max(2 * length, 40_960)  # a ridge is chosen on another sequence
     assert sizes.validation <= max(length, 4_096) and sizes.test <= max(length, 12_288)
@@ -286,16 +342,16 @@ def test_text_that_does_not_suffice_is_seen_up_to_four_times() -> None:
     sizes, estimate = planned(30, round(0.7 * free.training))
     assert 1.3 < sizes.epochs < 1.6 and 0.93 * 1800 <= estimate.seconds <= 1800
     sizes, estimate = planned(30, 30_000)
-    assert sizes == Parts(512).sizes(58, 4) and estimate.seconds < 0.9 * 1800
+    assert sizes == TextParts(512).sizes(58, 4) and estimate.seconds < 0.9 * 1800
     assert planned(20, validation=1_000, test=640, length=64)[0][2:4] == (960, 640)
 
 
 def test_a_budget_that_is_too_small_names_one_that_is_not() -> None:
-    with pytest.raises(StreamlineError, match=r"2.0 min does not suffice.*20,480 tokens") as raised:
+    with pytest.raises(StreamlineError, match=r"2.0 min is too small.*20,480 training tokens") as raised:
         planned(2)
-    minutes = int(str(raised.value).split("Give ")[1].split("m or more")[0])
+    minutes = int(str(raised.value).split("Expected ")[1].split("m or more")[0])
     assert planned(minutes)[0].training >= 20_480
-    with pytest.raises(StreamlineError, match="does not suffice"):
+    with pytest.raises(StreamlineError, match="is too small for this machine"):
         planned(minutes - 1)
 
 
@@ -310,7 +366,7 @@ def test_a_budget_that_is_too_small_names_one_that_is_not() -> None:
 def test_the_training_gets_what_the_other_parts_leave(
     found: tuple[int, int, int], apart: bool, left: int, others: tuple[int, int]
 ) -> None:
-    shrunk = Parts(512).shrunk(Sizes(40_960, 8_192, 2_048, 8_192), found, apart=apart)
+    shrunk = TextParts(512).shrunk(StageTokens(40_960, 8_192, 2_048, 8_192), found, apart=apart)
     sizes = shrunk.sizes(1)
     assert shrunk.available == left and (sizes.validation, sizes.test) == others
 
@@ -330,10 +386,10 @@ def test_little_text_is_all_taken_and_the_plan_is_carried_out(
 ) -> None:
     """The parts that were planned are those that the text is dealt into, to the token."""
     (model, tokenizer), texts = story_model, story_texts[:30]
-    found = plan_training(model, tokenizer, texts, 3600.0, small(batch_size=4))
+    found = plan_training(model, texts, 3600.0, small(batch_size=4), tokenizer=tokenizer)
     data, training = found.config.data, found.config.distillation
-    assert training is not None and training.epochs == 4 and "give more text" in found.table()
-    result = compress(model, tokenizer, texts, found.config)
+    assert training is not None and training.epochs == 4 and "add more text" in found.table()
+    result = compress(model, texts, found.config, tokenizer=tokenizer)
     assert result.training is not None and result.training.tokens == 4 * data.calibration_tokens
     for name in ("calibration", "fitting", "validation", "test"):
         assert result.data[f"{name}_tokens"] == getattr(data, f"{name}_tokens")
@@ -351,7 +407,8 @@ def test_the_faster_precision_is_planned(
         return product(a, b)
 
     monkeypatch.setattr(torch, "matmul", matmul)
-    found = plan_training(*story_model, story_texts, 3600.0, small(), clock=clock)
+    monkeypatch.setattr("streamline_hooks.pipeline.plan.perf_counter", clock)
+    found = plan_training(story_model[0], story_texts, 3600.0, small(), tokenizer=story_model[1])
     assert found.config.hardware.autocast == ("bfloat16" if fast == torch.bfloat16 else None)
     costs = {stage.name: stage.seconds for stage in found.estimate.stages}
     after = costs["generate"] + costs["save"] + costs["evaluate"] / 5
@@ -361,9 +418,16 @@ def test_the_faster_precision_is_planned(
 def test_the_last_block_stays_where_blocks_after_the_window_are_healed(
     story_model: tuple[Any, Any], story_texts: list[str]
 ) -> None:
-    assert plan_training(*story_model, story_texts, 3600.0, small(keep=(0, 1))).config.search.keep == (0, 1, -1)
+    assert plan_training(
+        story_model[0], story_texts, 3600.0, small(protect=(0, 1)), tokenizer=story_model[1]
+    ).config.search.protect == (0, 1, -1)
     beside = replace(BEST, healing=HealingConfig(method="partial", where="beside", count=1))
-    assert plan_training(*story_model, story_texts, 3600.0, small(beside, keep=(0, 1))).config.search.keep == (0, 1)
+    assert plan_training(
+        story_model[0], story_texts, 3600.0, small(beside, protect=(0, 1)), tokenizer=story_model[1]
+    ).config.search.protect == (
+        0,
+        1,
+    )
 
 
 @pytest.mark.parametrize(
@@ -378,8 +442,16 @@ def test_the_last_block_stays_where_blocks_after_the_window_are_healed(
 def test_a_config_that_cannot_be_planned_is_refused(
     config: CompressionConfig, said: str, story_model: tuple[Any, Any], story_texts: list[str]
 ) -> None:
-    with pytest.raises(StreamlineError, match=f"{said}.*Expected one round"):
-        plan_training(*story_model, story_texts, 600.0, config)
+    with pytest.raises(StreamlineError, match=f"{said}.*Expected .* one round"):
+        plan_training(story_model[0], story_texts, 600.0, config, tokenizer=story_model[1])
+
+
+def test_a_size_of_a_part_that_the_budget_decides_is_refused(
+    story_model: tuple[Any, Any], story_texts: list[str]
+) -> None:
+    model, tokenizer = story_model
+    with pytest.raises(StreamlineError, match=r"sizes.*'calibration'.*Expected validation and test.*Leave"):
+        plan_training(model, story_texts, 600.0, small(), tokenizer=tokenizer, sizes={"calibration": 640})
 
 
 def test_a_disk_is_measured_above_a_folder_that_is_not_there_yet(
@@ -401,14 +473,14 @@ def test_all_processes_have_the_plan_of_the_first(stories_folder: Path, story_te
         import json
         from streamline_hooks import CompressionConfig
         from streamline_hooks.pipeline import estimate_cost, plan_training
-        from streamline_hooks.pretrained import load_pretrained
+        from streamline_hooks.checkpoint.pretrained import load_pretrained
         from tests.configured import configured
         model, tokenizer = load_pretrained(args[0])
         texts = json.loads(open(f"{folder}/texts.json").read())
         quiet = {"speed": False, "generation": False}
         sizes = {"remove": 1, "sequence_length": 64, "shortlist": 2, "batch_size": 1, **quiet}
         config = configured(CompressionConfig.preset("best"), **sizes)
-        plan = plan_training(model, tokenizer, texts, 3600.0, config)
+        plan = plan_training(model, texts, 3600.0, config, tokenizer=tokenizer)
         said["plan"] = plan.config.to_yaml()
         sizes = {"calibration_tokens": 640, "validation_tokens": 64, "test_tokens": 64}
         config = configured(remove=1, sequence_length=64, **sizes, **quiet)

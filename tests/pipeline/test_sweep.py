@@ -17,15 +17,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_hooks import LinearConfig, NoneConfig, StreamlineError, UnsupportedSurgery, compress, sweep
-from streamline_hooks.calibration import PackedText, TokenSplit
-from streamline_hooks.calibration.split import PARTS
-from streamline_hooks.evaluation import TaskSettings, config_of_rows
-from streamline_hooks.pipeline.sweep import Point, Sweep
-from streamline_hooks.selection.criteria import CRITERIA, accuracy_drop
-from streamline_hooks.task import Task
+from streamline_hooks import LinearConfig, StreamlineError, UnsupportedSurgery, compress, sweep
+from streamline_hooks.data import PARTS, PackedText, TokenSplit
+from streamline_hooks.evaluation import TaskSettings, task_config_from_rows
+from streamline_hooks.modeling import Task
+from streamline_hooks.pipeline import SpeedConfig
+from streamline_hooks.pipeline.sweep import Sweep, SweepPoint
+from streamline_hooks.repair import NoneConfig
+from streamline_hooks.selection import CRITERIA, accuracy_drop
 from tests.configured import configured
 from tests.evaluation.number_tasks import Numbers, number_tokenizer
+from tests.logs import logged
 from tests.tiny_models import tiny_model
 
 SETTINGS: dict[str, Any] = {
@@ -44,8 +46,8 @@ class Sevens(Numbers):
         return super().__call__(text.replace("7", "8"), add_special_tokens)
 
 
-def point(loss: float | None, size: float | None, kind: str = "none") -> Point:
-    return Point("1", kind, perplexity_ratio=loss, parameters_ratio=size)
+def point(loss: float | None, size: float | None, kind: str = "none") -> SweepPoint:
+    return SweepPoint("1", kind, perplexity_ratio=loss, parameters_ratio=size)
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=12))
@@ -61,7 +63,7 @@ def test_nobody_on_the_front_is_beaten_and_all_others_are(pairs: list[tuple[int,
 
 
 def test_a_point_worse_than_the_original_is_on_no_front() -> None:
-    worse = Point("1", "block", perplexity_ratio=1.2, parameters_ratio=1.1, prefill_ratio=1.05, decode_ratio=1.3)
+    worse = SweepPoint("1", "block", perplexity_ratio=1.2, parameters_ratio=1.1, prefill_ratio=1.05, decode_ratio=1.3)
     found = Sweep((worse, point(1.1, 0.9)))
     assert found.front() == [found.points[1]] and found.front("prefill") == found.front("decode") == []
     assert [row["front"] for row in found.report()["points"]] == [[], ["size"]]
@@ -72,7 +74,7 @@ def test_points_without_a_number_are_on_no_front() -> None:
     points = (point(None, None), point(1.5, 0.8), point(math.inf, 0.1), point(1.2, None))
     assert Sweep(points).front() == [points[1]]
     assert Sweep(points).front("decode") == []
-    with pytest.raises(StreamlineError, match=r"by='weight'.*expected"):
+    with pytest.raises(StreamlineError, match=r"by='weight'.*Expected"):
         Sweep(points).front("weight")
 
 
@@ -81,13 +83,19 @@ def swept(stories: tuple[Any, Any], story_texts: list[str], tmp_path_factory: py
     model, tokenizer = copy.deepcopy(stories[0]), stories[1]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     file = tmp_path_factory.mktemp("sweep") / "sweep.json"
-    said: list[str] = []
-    found = sweep(
-        model, tokenizer, story_texts, configured(**SETTINGS), remove=[1, 0.4], repair=KINDS, keep_in=file,
-        say=said.append, speed_tokens=16, repeats=2,
-    )  # fmt: skip
+    with logged() as messages:
+        found = sweep(
+            model,
+            story_texts,
+            configured(**SETTINGS),
+            tokenizer=tokenizer,
+            remove=[1, 0.4],
+            repair=KINDS,
+            cache_file=file,
+            speed=SpeedConfig(prompt_tokens=16, repeats=2),
+        )
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
-    return model, tokenizer, found, file, said
+    return model, tokenizer, found, file, messages
 
 
 def test_a_point_is_what_compress_gives(swept: Any, story_texts: list[str]) -> None:
@@ -95,11 +103,13 @@ def test_a_point_is_what_compress_gives(swept: Any, story_texts: list[str]) -> N
     assert [(p.remove, p.kind) for p in found.points] == [
         ("1", "none"), ("1", "linear"), ("0.4", "none"), ("0.4", "linear"),
     ]  # fmt: skip
-    alone = compress(copy.deepcopy(model), tokenizer, story_texts, configured(remove=0.4, repair="linear", **SETTINGS))
+    alone = compress(
+        copy.deepcopy(model), story_texts, configured(remove=0.4, repair="linear", **SETTINGS), tokenizer=tokenizer
+    )
     last = found.points[3]
     assert last.perplexity_ratio == pytest.approx(alone.perplexities["repaired"] / alone.perplexities["original"])
     assert last.parameters_ratio == alone.parameters[1] / alone.parameters[0]
-    assert last.gone == alone.candidates[0].gone
+    assert last.blocks_text == alone.candidates[0].blocks_text
     assert all(p.prefill_ratio > 0 and p.decode_ratio > 0 for p in found.points)
 
 
@@ -121,16 +131,19 @@ def test_what_is_known_is_not_made_again(swept: Any, story_texts: list[str], mon
         raise AssertionError("compressed again")
 
     monkeypatch.setattr(sys.modules["streamline_hooks.pipeline.sweep"], "compress", fails)
-    options: dict[str, Any] = {"keep_in": file, "speed_tokens": 16, "repeats": 2}
+    options: dict[str, Any] = {"cache_file": file, "speed": SpeedConfig(prompt_tokens=16, repeats=2)}
     config = configured(**SETTINGS)
-    again = sweep(model, tokenizer, story_texts, config, remove=[0.4, 1], repair=[LinearConfig()], **options)
+    again = sweep(model, story_texts, config, tokenizer=tokenizer, remove=[0.4, 1], repair=[LinearConfig()], **options)
     assert again.points == (found.points[3], found.points[1])
     one: dict[str, Any] = {"remove": [1], "repair": [LinearConfig()], **options}
-    for other, changed in ((configured(config, shortlist=1), one), (config, one | {"repeats": 3})):
+    for other, changed in (
+        (configured(config, shortlist=1), one),
+        (config, one | {"speed": SpeedConfig(prompt_tokens=16, repeats=3)}),
+    ):
         with pytest.raises(AssertionError, match="compressed again"):
-            sweep(model, tokenizer, story_texts, other, **changed)
+            sweep(model, story_texts, other, tokenizer=tokenizer, **changed)
     with pytest.raises(AssertionError, match="compressed again"):
-        sweep(model, tokenizer, story_texts[1:], config, **one)
+        sweep(model, story_texts[1:], config, tokenizer=tokenizer, **one)
 
 
 class Counted:
@@ -146,9 +159,9 @@ class Counted:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    stand_in = Counted()
-    monkeypatch.setattr(sys.modules["streamline_hooks.pipeline.sweep"], "compress", stand_in)
-    return stand_in
+    replacement_module = Counted()
+    monkeypatch.setattr(sys.modules["streamline_hooks.pipeline.sweep"], "compress", replacement_module)
+    return replacement_module
 
 
 KINDS = [NoneConfig(), LinearConfig()]
@@ -160,7 +173,7 @@ def random_split() -> TokenSplit:
 
 
 MODEL = tiny_model("llama")
-ONE_POINT: dict[str, Any] = {"remove": [1], "repair": [NoneConfig()], "speed": False}
+ONE_POINT: dict[str, Any] = {"remove": [1], "repair": [NoneConfig()], "speed": None}
 ROWS = [{"query": "4 5", "choices": ["6 7", "8 9"], "gold": k % 2} for k in range(3)]
 
 
@@ -179,7 +192,11 @@ def test_what_was_set_otherwise_is_made_anew(
 ) -> None:
     def made(settings: dict[str, Any]) -> str:
         config = configured(**settings)
-        return sweep(MODEL, Numbers(), random_split(), config, keep_in=tmp_path / "x", **ONE_POINT).points[0].refused
+        return (
+            sweep(MODEL, random_split(), config, tokenizer=Numbers(), cache_file=tmp_path / "x", **ONE_POINT)
+            .points[0]
+            .refused
+        )
 
     assert [made(one), made(other), made(copy.copy(one)), made(other)] == ["time 1", "time 2", "time 1", "time 2"]
 
@@ -199,46 +216,61 @@ def test_a_criterion_is_known_by_the_data_that_it_holds(
 
     def made(data: Any) -> str:
         rows, settings, bos = data
-        one = accuracy_drop(config_of_rows(rows, "mine"), number_tokenizer(bos), settings)
+        one = accuracy_drop(task_config_from_rows(rows, "mine"), number_tokenizer(bos), settings)
         monkeypatch.setitem(CRITERIA, "mine", replace(one, name="mine"))
         config = configured(criterion=criterion)
-        return sweep(MODEL, Numbers(), random_split(), config, keep_in=tmp_path / "x", **ONE_POINT).points[0].refused
+        return (
+            sweep(MODEL, random_split(), config, tokenizer=Numbers(), cache_file=tmp_path / "x", **ONE_POINT)
+            .points[0]
+            .refused
+        )
 
     first = (ROWS, None, "1")
     assert [made(first), made(other), made(first), made(other)] == ["time 1", "time 2", "time 1", "time 2"]
 
 
 def test_another_tokenizer_or_autocast_makes_it_anew(counted: Counted, tmp_path: Path) -> None:
-    options: dict[str, Any] = {**ONE_POINT, "keep_in": tmp_path / "x"}
+    options: dict[str, Any] = {**ONE_POINT, "cache_file": tmp_path / "x"}
     for texts in (["1 4", "7 2"], ["1 4", "3 2"]):
         before = counted.times
         for tokenizer in (Numbers(), Sevens()):
-            sweep(MODEL, tokenizer, texts, **options)
+            sweep(MODEL, texts, tokenizer=tokenizer, **options)
         assert counted.times - before == (2 if "7 2" in texts else 1), "what reads these texts alike is as good"
     before = counted.times
     with torch.autocast("cpu", torch.bfloat16):
-        sweep(MODEL, Numbers(), texts, **options)
+        sweep(MODEL, texts, tokenizer=Numbers(), **options)
     assert counted.times == before + 1
+
+
+@pytest.mark.parametrize(("speed", "times"), [(SpeedConfig(), 2), (None, 1)], ids=["timed", "not timed"])
+def test_times_of_another_device_are_not_reused(
+    speed: SpeedConfig | None, times: int, counted: Counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {**ONE_POINT, "speed": speed, "cache_file": tmp_path / "x", "tokenizer": Numbers()}
+    for processor in ("one", "other", "one"):
+        monkeypatch.setattr("platform.processor", lambda processor=processor: processor)
+        sweep(MODEL, random_split(), **options)
+    assert counted.times == times
 
 
 def test_a_refusal_is_a_point_too(swept: Any, story_texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a surgery; what was asked for wrongly is an error."""
     model, tokenizer, *_ = swept
 
-    def refuses(model: Any, tokenizer: Any, texts: Any, config: Any, **more: Any) -> Any:
+    def refuses(model: Any, data: Any, config: Any, **more: Any) -> Any:
         if config.repair.kind == "linear":
             raise UnsupportedSurgery("block 0 owns the position bias")
-        return compress(model, tokenizer, texts, config, **more)
+        return compress(model, data, config, **more)
 
     monkeypatch.setattr(sys.modules["streamline_hooks.pipeline.sweep"], "compress", refuses)
     config = configured(**SETTINGS)
-    found = sweep(model, tokenizer, story_texts, config, remove=[1], repair=KINDS[::-1], speed=False)
+    found = sweep(model, story_texts, config, tokenizer=tokenizer, remove=[1], repair=KINDS[::-1], speed=None)
     refused, made = found.points
     assert refused.refused == "block 0 owns the position bias" and refused.perplexity_ratio is None
     assert made.perplexity_ratio is not None and made.prefill_ratio is None
     assert refused.refused in found.table() and found.front() == [made]
     with pytest.raises(StreamlineError, match="7"):
-        sweep(model, tokenizer, story_texts, config, remove=[7], repair=[NoneConfig()], speed=False)
+        sweep(model, story_texts, config, tokenizer=tokenizer, remove=[7], repair=[NoneConfig()], speed=None)
 
 
 def packed(seed: int) -> dict[str, PackedText]:
@@ -252,18 +284,18 @@ def packed(seed: int) -> dict[str, PackedText]:
 def test_packed_text_is_told_by_what_it_holds(counted: Counted, tmp_path: Path) -> None:
     """A mapping of parts has the same keys whatever is in them."""
     for seed, times in ((0, 1), (1, 2), (0, 2)):
-        sweep(MODEL, Numbers(), packed(seed), keep_in=tmp_path / "x", **ONE_POINT)
+        sweep(MODEL, packed(seed), tokenizer=Numbers(), cache_file=tmp_path / "x", **ONE_POINT)
         assert counted.times == times
     other = {name: PackedText(part.input_ids, part.position_ids % 8, 16, 0) for name, part in packed(0).items()}
-    sweep(MODEL, Numbers(), other, keep_in=tmp_path / "x", **ONE_POINT)
+    sweep(MODEL, other, tokenizer=Numbers(), cache_file=tmp_path / "x", **ONE_POINT)
     assert counted.times == 3, "the same tokens are other documents"
 
 
 def test_what_cannot_be_swept(swept: Any, story_texts: list[str]) -> None:
     model, tokenizer, *_ = swept
-    with pytest.raises(StreamlineError, match=r"0 amounts.*1 replacements.*Expected"):
-        sweep(model, tokenizer, story_texts, remove=[], repair=[NoneConfig()])
-    with pytest.raises(StreamlineError, match=r"Give.*TokenSplit"):
-        sweep(model, None, {name: [torch.ones(2, 3)] for name in PARTS}, remove=[1], repair=[NoneConfig()])  # type: ignore[arg-type]
+    with pytest.raises(StreamlineError, match=r"0 targets.*1 replacements.*Expected"):
+        sweep(model, story_texts, tokenizer=tokenizer, remove=[], repair=[NoneConfig()])
+    with pytest.raises(StreamlineError, match=r"\(0\).*Expected"):
+        sweep(model, {"calibration": [], "validation": [], "test": []}, remove=[1], repair=[NoneConfig()])  # type: ignore[arg-type]
     with pytest.raises(StreamlineError, match="remove=0 "):
-        sweep(model, tokenizer, story_texts, remove=[1, 0], repair=[NoneConfig()])
+        sweep(model, story_texts, tokenizer=tokenizer, remove=[1, 0], repair=[NoneConfig()])

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from streamline_hooks import BlockStack
+from streamline_hooks.modeling import BlockStack
 from streamline_hooks.repair import ReplacementConfig, register_replacement
-from streamline_hooks.repair.stand_in import features_of
+from streamline_hooks.repair.placement import hidden_size_of
 
 
 def register_kind(name: str, make_module: Callable[[int], nn.Module]) -> ReplacementConfig:
@@ -21,6 +21,6 @@ def register_kind(name: str, make_module: Callable[[int], nn.Module]) -> Replace
         kind = name
 
         def make(self, stack: BlockStack, window: range) -> nn.Module:
-            return make_module(features_of(stack))
+            return make_module(hidden_size_of(stack))
 
     return OwnConfig()

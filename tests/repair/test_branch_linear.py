@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack
-from streamline_hooks.branches import BRANCHES
-from streamline_hooks.hidden_state import read_input, read_output, write_output
+from streamline_hooks.modeling import BRANCHES, read_input, read_output, write_output
 from streamline_hooks.repair.branch_linear import BranchLinear, fit_branch_linear, replace_branches
 from streamline_hooks.testing import tiny_model as tiny
 from tests.surgery.test_surgeon import fingerprint, logits
@@ -29,7 +28,6 @@ NAMES = {
     "gpt2": (("attn", "ln_1"), ("mlp", "ln_2")),
     "opt": (("self_attn", "self_attn_layer_norm"), ("fc2", "final_layer_norm")),
 }
-RMS = {"llama", "qwen3"}
 families = st.sampled_from(list(NAMES))
 halves = st.tuples(st.integers(0, BLOCKS - 1), st.sampled_from(BRANCHES))
 
@@ -86,52 +84,28 @@ def test_it_is_the_block_with_the_branch_computed_by_hand(
 
 
 @settings(max_examples=12)
-@given(families, halves, st.integers(0, 5), st.booleans())
-def test_the_map_is_weighted_least_squares(family: str, half: tuple[int, str], seed: int, normed: bool) -> None:
-    assume(not normed or family in RMS)
+@given(families, halves, st.integers(0, 5))
+def test_the_map_is_weighted_least_squares(family: str, half: tuple[int, str], seed: int) -> None:
     model = tiny_model(family).double()
     fit, held_out = tokens(6, 11, seed), tokens(3, 11, seed + 10)
-    (fitted,) = fit_branch_linear(model, [half], [fit], [held_out], normed=normed)
+    (fitted,) = fit_branch_linear(model, [half], [fit], [held_out])
     assert (fitted.block, fitted.branch, fitted.is_first) == (*half, half[1] == "attention")
     kept: list[tuple[torch.Tensor, ...]] = []
     own, norm = (find_stack(model)[half[0]].get_submodule(n) for n in NAMES[family][BRANCHES.index(half[1])])
-    entered: list[tuple[torch.Tensor, torch.Tensor]] = []
+    entered: list[torch.Tensor] = []
     handles = [
-        norm.register_forward_hook(lambda m, args, out: entered.append((args[0], out))),
-        own.register_forward_hook(lambda m, args, out: kept.append((*entered.pop(), read_output(out)))),
+        norm.register_forward_hook(lambda m, args, out: entered.append(args[0])),
+        own.register_forward_hook(lambda m, args, out: kept.append((entered.pop(), read_output(out)))),
     ]
     for ids in (fit, held_out):
         logits(model, {"input_ids": ids})
     for handle in handles:
         handle.remove()
-    h, n, added = (torch.cat([s.reshape(-1, WIDTH) for s in states]).numpy() for states in zip(*kept, strict=True))
-    x, w = n if normed else h, 1 / np.linalg.norm(h + added, axis=-1, keepdims=True)
+    x, added = (torch.cat([s.reshape(-1, WIDTH) for s in states]).numpy() for states in zip(*kept, strict=True))
+    w = 1 / np.linalg.norm(x + added, axis=-1, keepdims=True)
     penalty = np.sqrt(fitted.ridge * np.square(x * w).sum() / WIDTH) * np.eye(WIDTH)
     expected = np.linalg.lstsq(np.vstack([x * w, penalty]), np.vstack([added * w, 0 * penalty]), rcond=None)[0]
     np.testing.assert_allclose(fitted.map.numpy(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
-
-
-@pytest.mark.parametrize("family", sorted(RMS))
-@pytest.mark.parametrize("half", [(2, "attention"), (2, "mlp")])
-def test_a_map_of_the_normalised_state_runs_with_the_branchs_own_norm(family: str, half: tuple[int, str]) -> None:
-    model = tiny_model(family)
-    (fitted,) = fit_branch_linear(model, [half], [tokens(8, 12)], [tokens(4, 12, seed=1)], normed=True)
-    norm = find_stack(model)[2].get_submodule(NAMES[family][BRANCHES.index(half[1])][1])
-    with LayerSurgeon(model) as surgeon:
-        (module,) = replace_branches(surgeon, [fitted])
-        entering: list[torch.Tensor] = []
-        handle = module.register_forward_pre_hook(lambda m, args: entering.append(args[0]))
-        logits(model, {"input_ids": tokens(2, 9)})
-        handle.remove()
-        with torch.no_grad():
-            expected = entering[0] + norm(entering[0]) @ fitted.map.float()
-            torch.testing.assert_close(module(entering[0]), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", sorted(set(NAMES) - RMS))
-def test_a_norm_of_another_kind_is_refused(family: str) -> None:
-    with pytest.raises(UnsupportedSurgery, match=r"LayerNorm.*RMS"):
-        fit_branch_linear(tiny_model(family), [(2, "mlp")], [tokens(8, 12)], [tokens(4, 12)], normed=True)
 
 
 def test_it_comes_nearer_than_silence() -> None:
@@ -195,7 +169,7 @@ def test_a_map_that_would_not_be_the_first_behind_its_block_is_refused(before: s
         else:
             replace_branches(surgeon, fitted_of({(3, "attention"): a_map(0)}))
         plan = surgeon.plan
-        with pytest.raises(StreamlineError, match=r"block 2 already.*mlp"):
+        with pytest.raises(StreamlineError, match=r"already.*block 2 .*mlp"):
             replace_branches(surgeon, fitted_of({(2, "mlp"): a_map(1)}))
         assert surgeon.plan == plan
         replace_branches(surgeon, fitted_of({(2, "attention"): a_map(1)}))  # before the block

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from streamline_hooks import BlockStack, LinearReplacement, StreamlineError, find_stack
-from streamline_hooks.cli.short_forms import parse_replacement
+from streamline_hooks import StreamlineError, find_stack
+from streamline_hooks.cli import parse_replacement
+from streamline_hooks.modeling import BlockStack, StateSource
 from streamline_hooks.repair import (
     REPLACEMENTS,
     BlockConfig,
@@ -23,13 +24,14 @@ from streamline_hooks.repair import (
     SwiGLUConfig,
     fit_windows,
     register_replacement,
-    size_of,
+    replacement_size,
 )
-from streamline_hooks.repair.stand_in import features_of, inner_width_of
-from streamline_hooks.replacements import InheritedBlocks, MLPReplacement, SwiGLUReplacement
+from streamline_hooks.repair.inherited_blocks import InheritedBlocks
+from streamline_hooks.repair.placement import hidden_size_of, inner_width_of
+from streamline_hooks.replacements import LinearReplacement, MLPReplacement, SwiGLUReplacement
 from streamline_hooks.testing import tiny_model as any_model
 from tests.other_models import made
-from tests.repair.stand_ins import KINDS, SLOTS
+from tests.repair.replacement_modules import KINDS, SLOTS
 from tests.tiny_models import FAMILIES, WIDTH, tiny_model
 
 WINDOW = range(2, 5)
@@ -70,12 +72,12 @@ def test_options_are_read() -> None:
         ),
         (
             "linear:width=3",
-            r"'linear:width=3'.*'width'.*options: rank .int.",
+            r"'linear:width=3'.*'width'.*Expected one of rank .int.",
         ),
-        ("none:width=3", r"'none'.*'width'.*options: none"),
+        ("none:width=3", r"'none'.*'width'.*Expected no options"),
         (
             "mlp:width=3,width=4",
-            r"'mlp'.*twice, 'width'.*options: width .int.",
+            r"'mlp'.*repeats.*'width'.*Expected one of width .int.",
         ),
         ("mlp:width=wide", r"'mlp:width=wide'.*width='wide'.*Expected int"),
         ("mlp:width", r"width='true'.*Expected int"),
@@ -107,7 +109,7 @@ class OwnConfig(ReplacementConfig):
     scale: float = 1.0
 
     def make(self, stack: BlockStack, window: range) -> nn.Module:
-        return Own(features_of(stack), self.depth, self.wide, self.scale)
+        return Own(hidden_size_of(stack), self.depth, self.wide, self.scale)
 
 
 def test_a_kind_of_a_user() -> None:
@@ -168,7 +170,11 @@ def test_kinds_that_cannot_be_registered(kind: Any) -> None:
 
 @pytest.mark.parametrize(
     ("config", "named"),
-    [(NoDataclass, "NoDataclass.*dataclass"), (Required, "depth.*Give"), (nn.Linear, "Linear.*Define")],
+    [
+        (NoDataclass, "NoDataclass.*dataclass"),
+        (Required, "depth.*Add a default"),
+        (nn.Linear, "Linear.*Expected"),
+    ],
 )
 def test_classes_that_are_no_config(config: Any, named: str) -> None:
     with pytest.raises(StreamlineError, match=named):
@@ -232,7 +238,7 @@ def test_each_option_has_an_effect(kind: str, option: str) -> None:
     ("values", "named"),
     [
         ({"kind": "linaer"}, "'linaer'.*Did you mean 'linear'"),
-        ({}, "no kind.*Expected one of none, linear.*Add kind"),
+        ({}, "kind is missing.*Expected one of none, linear.*Add"),
         ({"kind": "linear", "rnak": 3}, "'rnak'.*Did you mean 'rank'"),
         ({"kind": "linear", "rank": 0}, "rank=0.*at least 1"),
         ({"kind": "mlp", "width": 0}, "width=0.*at least 1"),
@@ -256,7 +262,7 @@ def test_each_kind_states_what_it_costs(family: str, text: str) -> None:
     """Told without building it, and as counted on what is built."""
     stack, kind = find_stack(tiny_model(family)), parse_replacement(text)
     size, made = kind.size(stack, WINDOW), kind.build(stack, WINDOW)
-    assert size == size_of(stack, made)
+    assert size == replacement_size(stack, made)
     parameters = list(made.parameters()) if isinstance(made, nn.Module) else []
     assert size.parameters == sum(p.numel() for p in parameters)
     assert size.slots == kind.slots == SLOTS.get(text, 0)
@@ -269,8 +275,8 @@ def test_what_a_mixture_or_a_strange_module_costs_is_not_guessed() -> None:
     size = BlockConfig().size(mixture, WINDOW)
     assert size.flops_per_token is None
     assert str(size) == f"{size.parameters:,} parameters, FLOPs not stated, 1 slot"
-    assert size_of(mixture, nn.Linear(3, 3)).flops_per_token is None
-    assert str(NoneConfig().size(mixture, WINDOW)) == "0 parameters, 0 FLOPs a token, no slot"
+    assert replacement_size(mixture, nn.Linear(3, 3)).flops_per_token is None
+    assert str(NoneConfig().size(mixture, WINDOW)) == "0 parameters, 0 FLOPs per token, no slot"
 
 
 @pytest.mark.parametrize(
@@ -279,7 +285,7 @@ def test_what_a_mixture_or_a_strange_module_costs_is_not_guessed() -> None:
 )
 def test_widths_come_from_the_configuration(family: str, inner: int | None) -> None:
     stack = find_stack(tiny_model(family))
-    assert features_of(stack) == WIDTH and inner_width_of(stack, 2) == inner
+    assert hidden_size_of(stack) == WIDTH and inner_width_of(stack, 2) == inner
     swiglu = SwiGLUConfig().build(stack, WINDOW)
     assert isinstance(swiglu, SwiGLUReplacement) and swiglu.width == (inner or 128)
 
@@ -293,9 +299,9 @@ def test_widths_of_a_model_without_a_configuration() -> None:
             for block in self.blocks if not normed else ():
                 block.norm1 = block.norm2 = nn.Identity()
 
-    assert all(features_of(find_stack(Bare(*how), "blocks")) == 8 for how in ((True, False), (False, True)))
+    assert all(hidden_size_of(find_stack(Bare(*how), "blocks")) == 8 for how in ((True, False), (False, True)))
     with pytest.raises(StreamlineError, match=r"Bare.*no hidden_size"):
-        features_of(find_stack(Bare(False, False), "blocks"))
+        hidden_size_of(find_stack(Bare(False, False), "blocks"))
 
 
 def test_random_weights_are_the_same_for_a_seed_and_others_for_another() -> None:
@@ -308,13 +314,13 @@ def test_random_weights_are_the_same_for_a_seed_and_others_for_another() -> None
 def test_each_stage_has_a_width_of_its_own(stage: int, width: int) -> None:
     """The configuration speaks of the last stage alone."""
     stack = find_stack(made("swin"), f"encoder.layers.{stage}.blocks")
-    assert features_of(stack) == width
+    assert hidden_size_of(stack) == width
     assert LinearConfig().make(stack, range(1)).projection.weight.shape == (width, width)
 
 
 def test_a_module_that_a_fit_made_gets_the_precision_and_mode_of_the_window() -> None:
-    def fit_identity(stack: BlockStack, windows: list[range], *rest: Any) -> list[Repair]:
-        width = features_of(stack)
+    def fit_identity(source: StateSource, windows: list[range], *rest: Any) -> list[Repair]:
+        width = hidden_size_of(source.stack)
         return [Repair(w, LinearReplacement.from_map(torch.eye(width).double()), 0.5, 0.5, None) for w in windows]
 
     @dataclass(frozen=True)
@@ -328,5 +334,5 @@ def test_a_module_that_a_fit_made_gets_the_precision_and_mode_of_the_window() ->
     model = tiny_model("llama").to(torch.bfloat16).eval()
     text = [torch.arange(3, 15).view(2, 6)]
     (repair,) = fit_windows(model, [WINDOW], FittedConfig(), text, text)
-    assert {p.dtype for p in repair.stand_in.parameters()} == {torch.bfloat16}
-    assert not repair.stand_in.training
+    assert {p.dtype for p in repair.replacement_module.parameters()} == {torch.bfloat16}
+    assert not repair.replacement_module.training

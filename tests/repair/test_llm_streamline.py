@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from streamline_hooks import BlockConfig, FeedForwardConfig, fit_windows
+from streamline_hooks import fit_windows
+from streamline_hooks.repair import BlockConfig, FeedForwardConfig
 from streamline_hooks.testing import tiny_model
 
 WINDOW = range(3, 6)
@@ -22,7 +23,7 @@ def test_the_feed_forward_network_starts_as_the_repository_has_it(texts: list[to
     model: Any = tiny_model("llama")
     model.config.initializer_range = 0.5
     (repair,) = fit_windows(model, [WINDOW], FeedForwardConfig(), texts[:2], texts[2:])
-    module = repair.stand_in
+    module = repair.replacement_module
     assert [tuple(p.shape) for p in module.parameters()] == [(128, 32), (128,), (32, 128), (32,)]
     assert sum(p.numel() for p in module.parameters()) == 8 * 32**2 + 5 * 32
     for layer in (module.up_proj, module.down_proj):
@@ -37,5 +38,7 @@ def test_an_inherited_block_can_be_left_as_it_is(texts: list[torch.Tensor]) -> N
     model: Any = tiny_model("llama")
     (repair,) = fit_windows(model, [WINDOW], BlockConfig(solve=False), texts[:2], texts[2:])
     first = model.model.layers[WINDOW.start]
-    assert repair.stand_in is not first
-    assert all(torch.equal(a, b) for a, b in zip(repair.stand_in.parameters(), first.parameters(), strict=True))
+    assert repair.replacement_module is not first
+    assert all(
+        torch.equal(a, b) for a, b in zip(repair.replacement_module.parameters(), first.parameters(), strict=True)
+    )

@@ -6,18 +6,11 @@ import pytest
 import torch
 
 import benchmarks.baselines  # noqa: F401 - two of the kinds are registered there
-from streamline_hooks import (
-    DistillationConfig,
-    LayerSurgeon,
-    UnsupportedSurgery,
-    fit_windows,
-    place,
-    profile,
-    train,
-)
-from streamline_hooks.cli.short_forms import parse_replacement
-from streamline_hooks.repair import LinearConfig, student_of
-from streamline_hooks.stack import find_stack
+from streamline_hooks import DistillationConfig, LayerSurgeon, UnsupportedSurgery, fit_windows, profile, train
+from streamline_hooks.cli import parse_replacement
+from streamline_hooks.distillation import student_of
+from streamline_hooks.modeling import find_stack
+from streamline_hooks.repair import LinearConfig, place
 from tests.other_models import OTHERS, answer, made
 
 NAME, EXACT = "qwen2-vl pictures", {"linear", "mlp", "swiglu", "block", "silenced", "folded", "ghosted"}
@@ -34,7 +27,7 @@ def test_every_kind_is_fitted_and_put_in(kind: str) -> None:
         surgeon.remove(range(1, 3))
         removed = (answer(model, NAME) - before).norm()
     with LayerSurgeon(model, "vision") as surgeon:
-        place(surgeon, repair.window, repair.stand_in)
+        place(surgeon, repair.window, repair.replacement_module)
         repaired = (answer(model, NAME) - before).norm()
     assert repaired < 1e-3 * removed if kind in EXACT else repaired <= 2 * removed
     assert torch.equal(answer(model, NAME), before)
@@ -46,6 +39,6 @@ def test_the_states_are_compared_and_a_training_is_refused() -> None:
     assert measured.tokens == len(case.batch["pixel_values"]) and measured.value("cosine", range(1, 3)) < 0.99
     stack = find_stack(model, "vision")
     (repair,) = fit_windows(model, [range(1, 3)], LinearConfig(), [case.batch], [case.batch], stack="vision")
-    student = student_of(stack, [(repair.window, repair.stand_in)])
+    student = student_of(stack, [(repair.window, repair.replacement_module)])
     with pytest.raises(UnsupportedSurgery, match="images in one row"):
         train(student, [case.batch], [case.batch], DistillationConfig({"kl": 1.0}))

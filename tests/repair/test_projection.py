@@ -12,23 +12,33 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from streamline_hooks import find_stack
-from streamline_hooks.repair.closed_form import (
+from streamline_hooks.repair.fit import ParallelReplacement, parallel_moments
+from streamline_hooks.repair.inherited_blocks import inherit_blocks
+from streamline_hooks.repair.least_squares import (
     RIDGES,
     ProjectionMoments,
-    change,
-    merged,
+    add_to_projection,
+    is_solvable,
+    merged_moments,
     ridge_maps,
-    solvable,
-    solve,
+    solve_least_squares,
     solve_projection,
 )
-from streamline_hooks.repair.fitting import Beside, measure_beside
-from streamline_hooks.replacements import MLPReplacement, inherit
+from streamline_hooks.replacements import MLPReplacement
+from streamline_hooks.surgery import ModelSource
 from streamline_hooks.testing import tiny_model as any_model
-from tests.repair.stand_ins import FIT, HELD_OUT, error, leaving
+from tests.repair.replacement_modules import FIT, HELD_OUT, error, leaving
 from tests.tiny_models import WIDTH, tiny_model, tokens
 
 WINDOW = range(1, 4)
+
+
+def moments_of(
+    model: nn.Module, fit: list[Any], held_out: list[Any], asked: list[ParallelReplacement]
+) -> list[tuple[ProjectionMoments, ProjectionMoments]]:
+    """Return the moments on both parts of each replacement."""
+    with parallel_moments(ModelSource(model), fit, held_out, asked) as measured:
+        return [pair for _, pair in measured]
 
 
 def entering(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -45,9 +55,9 @@ def double(model: nn.Module, batches: list[Any]) -> tuple[np.ndarray, np.ndarray
 def test_a_network_without_a_map_has_the_least_squares_of_its_features() -> None:
     model = tiny_model("llama")
     module = MLPReplacement(WIDTH, 20, "relu", bias=True, linear=False)
-    one = Beside(WINDOW, (module,), False, module.down_proj)
-    ((fit, held_out),) = measure_beside(model, FIT, HELD_OUT, [one])
-    change(module.down_proj, solve(fit, held_out, [0.0]).map)
+    one = ParallelReplacement(WINDOW, (module,), False, module.down_proj)
+    ((fit, held_out),) = moments_of(model, FIT, HELD_OUT, [one])
+    add_to_projection(module.down_proj, solve_least_squares(fit, held_out, [0.0]).map)
     x, y, weight = double(model, [*FIT, *HELD_OUT])
     up = module.up_proj
     features = np.maximum(x @ up.weight.detach().double().numpy().T + up.bias.detach().double().numpy(), 0)
@@ -61,11 +71,11 @@ def test_a_network_without_a_map_has_the_least_squares_of_its_features() -> None
 def test_an_inherited_block_has_the_least_squares_of_its_inherited_features(family: str) -> None:
     """The features are read where the original block computes them, and what it adds without its last projection."""
     model = tiny_model(family)
-    block = inherit(find_stack(model), WINDOW)
+    block = inherit_blocks(find_stack(model), WINDOW)
     path = {"gpt2": "mlp.c_proj", "opt": "fc2", "llama": "mlp.down_proj"}[family]
-    one = Beside(WINDOW, (block,), True, block.get_submodule(path))
-    ((fit, held_out),) = measure_beside(model, FIT, HELD_OUT, [one])
-    change(block.get_submodule(path), solve(fit, held_out, [0.0]).map)
+    one = ParallelReplacement(WINDOW, (block,), True, block.get_submodule(path))
+    ((fit, held_out),) = moments_of(model, FIT, HELD_OUT, [one])
+    add_to_projection(block.get_submodule(path), solve_least_squares(fit, held_out, [0.0]).map)
     kept: list[torch.Tensor] = []
     own = find_stack(model)[WINDOW.start].get_submodule(path)
     handle = own.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
@@ -96,30 +106,30 @@ def test_the_error_that_is_told_is_the_error_that_is_there(model_type: str) -> N
     """Granite multiplies what a branch adds: with the factor left out the error would be another one."""
     model = any_model(model_type)
     parts = [[torch.randint(3, 60, (4, 20), generator=torch.Generator().manual_seed(k))] for k in range(2)]
-    block = inherit(find_stack(model), WINDOW)
+    block = inherit_blocks(find_stack(model), WINDOW)
     path = {"gpt2": "mlp.c_proj", "gpt_neox": "mlp.dense_4h_to_h"}.get(model_type, "mlp.down_proj")
-    one = Beside(WINDOW, (block,), True, block.get_submodule(path))
-    ((fit, held_out),) = measure_beside(model, *parts, [one])
+    one = ParallelReplacement(WINDOW, (block,), True, block.get_submodule(path))
+    ((fit, held_out),) = moments_of(model, *parts, [one])
     assert held_out.unchanged == pytest.approx(error(model, WINDOW, block, parts[1]), rel=1e-4)
     assert held_out.removal == pytest.approx(error(model, WINDOW, None, parts[1]), rel=1e-4)
     solution = solve_projection(fit, held_out)
     on_fit = copy.deepcopy(block)
-    change(on_fit.get_submodule(path), next(ridge_maps(fit, [solution.ridge])))
+    add_to_projection(on_fit.get_submodule(path), next(ridge_maps(fit, [solution.ridge])))
     assert solution.held_out_error == pytest.approx(error(model, WINDOW, on_fit, parts[1]), rel=1e-3)
-    change(block.get_submodule(path), solution.map)
+    add_to_projection(block.get_submodule(path), solution.map)
     step_0 = error(model, WINDOW, block, [*parts[0], *parts[1]])
-    assert merged(fit, held_out).error(solution.map) == pytest.approx(step_0, rel=1e-3)
+    assert merged_moments(fit, held_out).error(solution.map) == pytest.approx(step_0, rel=1e-3)
     multiplier = getattr(model.config, "residual_multiplier", 1.0)
     if multiplier != 1.0:
-        change(block.get_submodule(path), (multiplier - 1) * solution.map)
+        add_to_projection(block.get_submodule(path), (multiplier - 1) * solution.map)
         assert error(model, WINDOW, block, [*parts[0], *parts[1]]) != pytest.approx(step_0, rel=1e-3)
 
 
 def test_a_norm_behind_the_projection_is_seen() -> None:
     model = tiny_model("gemma3")
-    block = inherit(find_stack(model), WINDOW)
-    one = Beside(WINDOW, (block,), True, block.get_submodule("mlp.down_proj"))
-    ((fit, held_out),) = measure_beside(model, [tokens(2, 9)], [tokens(2, 8)], [one])
+    block = inherit_blocks(find_stack(model), WINDOW)
+    one = ParallelReplacement(WINDOW, (block,), True, block.get_submodule("mlp.down_proj"))
+    ((fit, held_out),) = moments_of(model, [tokens(2, 9)], [tokens(2, 8)], [one])
     assert fit.xx.shape == held_out.xx.shape == (0, 0)
     assert fit.unchanged == pytest.approx(error(model, WINDOW, block, [tokens(2, 9)]), rel=1e-5)
 
@@ -137,18 +147,18 @@ def moments(seed: int, count: int, noise: float, moved: float = 0.1) -> Projecti
 
 def test_a_smaller_ridge_is_taken_where_the_best_held_out_one_leaves_more_than_plain_removal() -> None:
     fit, held_out = moments(0, 3, 3.0), moments(1, 2, 3.0)  # no more tokens than features
-    everything, best = merged(fit, held_out), solve(fit, held_out)
+    everything, best = merged_moments(fit, held_out), solve_least_squares(fit, held_out)
     assert everything.error(best.map) > everything.removal
     chosen = solve_projection(fit, held_out)
     assert chosen.ridge < best.ridge and everything.error(chosen.map) <= everything.removal
     easy = moments(0, 400, 0.01), moments(1, 400, 0.01)
-    assert solve_projection(*easy).ridge == solve(*easy).ridge
+    assert solve_projection(*easy).ridge == solve_least_squares(*easy).ridge
 
 
 def test_the_best_held_out_ridge_is_kept_where_it_is_not_above_plain_removal() -> None:
     few = moments(1, 8, 1.0, moved=5.0), moments(2, 8, 1.0, moved=5.0)
-    best = solve(*few)
-    assert best.ridge > min(RIDGES) and merged(*few).error(best.map) <= merged(*few).removal
+    best = solve_least_squares(*few)
+    assert best.ridge > min(RIDGES) and merged_moments(*few).error(best.map) <= merged_moments(*few).removal
     assert solve_projection(*few).ridge == best.ridge
 
 
@@ -162,7 +172,7 @@ def test_no_ridge_may_be_below_plain_removal() -> None:
         sums.add(torch.randn(200, 6, generator=generator), x + torch.randn(200, 6, generator=generator), x, x + 1e-3)
         parts.append(sums)
     chosen = solve_projection(*parts)
-    assert merged(*parts).removal < merged(*parts).error(chosen.map) <= merged(*parts).unchanged
+    assert merged_moments(*parts).removal < merged_moments(*parts).error(chosen.map) <= merged_moments(*parts).unchanged
 
 
 def test_the_errors_are_relative_however_small_the_states_are() -> None:
@@ -178,10 +188,10 @@ def test_the_errors_are_relative_however_small_the_states_are() -> None:
 def test_sums_merge_and_are_kept() -> None:
     parts = [moments(k, 10, 1.0) for k in range(2)]
     again = ProjectionMoments(6, 6)
-    again.load_state_dict(merged(*parts).state_dict())
+    again.load_state_dict(merged_moments(*parts).state_dict())
     assert (again.removal, again.unchanged, again.tokens) == (
-        merged(*parts).removal,
-        merged(*parts).unchanged,
+        merged_moments(*parts).removal,
+        merged_moments(*parts).unchanged,
         parts[0].tokens + parts[1].tokens,
     )
 
@@ -192,5 +202,5 @@ def test_what_can_be_solved_for() -> None:
 
     whole = nn.Linear(3, 4)
     whole.weight = nn.Parameter(torch.zeros(4, 3, dtype=torch.int8), requires_grad=False)
-    assert solvable(nn.Linear(3, 4)) and solvable(Conv1D(4, 3))
-    assert not any(map(solvable, (Quantised(3, 4), whole, nn.Embedding(3, 4), nn.LayerNorm(4), nn.Conv1d(3, 4, 1))))
+    assert is_solvable(nn.Linear(3, 4)) and is_solvable(Conv1D(4, 3))
+    assert not any(map(is_solvable, (Quantised(3, 4), whole, nn.Embedding(3, 4), nn.LayerNorm(4), nn.Conv1d(3, 4, 1))))

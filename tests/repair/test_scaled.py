@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, UnsupportedSurgery
-from streamline_hooks.repair.folded import MagnitudeGap, fit_scale
+from streamline_hooks.repair.fold import MagnitudeRatio, fit_scale
 from streamline_hooks.testing import tiny_model as tiny
 from tests.surgery.test_scale import multiplied
 from tests.surgery.test_surgeon import fingerprint, logits
@@ -36,7 +36,7 @@ def test_the_factor_is_that_of_the_published_code(family: str, window: range, se
     model, ids = tiny_model(family), tokens(5, 11, seed)
     x, y = states(model, window, ids)
     each = [(np.abs(b).mean(axis=0) / np.abs(a).mean(axis=0)).mean() for a, b in zip(x, y, strict=True)]
-    scaled = fit_scale(model, window, [ids[:2], ids[2:]])
+    (scaled,) = fit_scale(model, [window], [ids[:2], ids[2:]])
     assert scaled.factor == pytest.approx(np.mean(each), rel=1e-6) and scaled.window == window
     size = (y**2).sum(-1)
     assert scaled.removal_error == pytest.approx((((y - x) ** 2).sum(-1) / size).mean(), rel=1e-6)
@@ -47,15 +47,15 @@ def test_the_factor_is_that_of_the_published_code(family: str, window: range, se
 @given(st.integers(1, 6), st.sampled_from(["left", "right"]), st.randoms(use_true_random=False))
 def test_batches_and_padding_make_no_difference(size: int, side: str, random: Random) -> None:
     model, batch = tiny_model("llama"), padded([9, 4, 7, 2, 9, 5], side)
-    whole = fit_scale(model, range(2, 4), [{k: v[n : n + 1] for k, v in batch.items()} for n in range(6)])
-    parts = fit_scale(model, range(2, 4), shuffled_batches(batch, size, random))
+    (whole,) = fit_scale(model, [range(2, 4)], [{k: v[n : n + 1] for k, v in batch.items()} for n in range(6)])
+    (parts,) = fit_scale(model, [range(2, 4)], shuffled_batches(batch, size, random))
     assert parts.factor == pytest.approx(whole.factor, rel=1e-5)
     assert parts.scaled_error == pytest.approx(whole.scaled_error, rel=1e-4)
 
 
 def test_a_state_twice_as_large_has_the_factor_two() -> None:
     x = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
-    gap, mask = MagnitudeGap(), torch.ones(3, 7)
+    gap, mask = MagnitudeRatio(), torch.ones(3, 7)
     mask[0, :4], mask[2] = 0, 0
     y = 2 * x
     y[0, :4], y[2] = 1e9, float("nan")  # padding counts for nothing
@@ -67,7 +67,7 @@ def test_a_state_twice_as_large_has_the_factor_two() -> None:
 def test_no_block_after_the_window_is_run() -> None:
     model, runs = tiny_model("llama"), []
     handles = [b.register_forward_hook(lambda *given, k=k: runs.append(k)) for k, b in enumerate(model.model.layers)]
-    fit_scale(model, range(1, 3), [tokens(2, 6)])
+    fit_scale(model, [range(1, 3)], [tokens(2, 6)])
     for handle in handles:
         handle.remove()
     assert runs == [0, 1, 2]
@@ -78,7 +78,7 @@ def test_no_block_after_the_window_is_run() -> None:
 def test_carried_out_it_is_the_state_behind_the_cut_multiplied(family: str, window: range) -> None:
     model = tiny_model(family).double()
     before = fingerprint(model)
-    scaled = fit_scale(model, window, [tokens(4, 9)])
+    (scaled,) = fit_scale(model, [window], [tokens(4, 9)])
     with LayerSurgeon(model) as surgeon:
         surgeon.remove(window)
         expected = multiplied(model, window.start, scaled.factor)
@@ -91,12 +91,12 @@ def test_carried_out_it_is_the_state_behind_the_cut_multiplied(family: str, wind
 def test_one_window_after_the_other_as_published() -> None:
     """The second factor is measured in the model that the first has changed; both act together."""
     model, batches = tiny_model("llama").double(), [tokens(4, 9)]
-    first = fit_scale(model, range(1, 2), batches)
+    (first,) = fit_scale(model, [range(1, 2)], batches)
     with LayerSurgeon(model) as surgeon:
         surgeon.remove([1])
         surgeon.scale(2, first.factor)
         with LayerSurgeon(model) as later:
-            second = fit_scale(model, range(2, 3), batches)
+            (second,) = fit_scale(model, [range(2, 3)], batches)
             later.remove([2])  # the original block 3
             expected = multiplied(model, 2, second.factor)
             later.scale(3, second.factor)
@@ -109,7 +109,7 @@ def test_one_window_after_the_other_as_published() -> None:
 @pytest.mark.parametrize("model_type", ["gemma2", "olmo2"])
 def test_a_norm_behind_a_branch_is_refused(model_type: str) -> None:
     model = tiny(model_type, blocks=4)
-    scaled = fit_scale(model, range(1, 2), [tokens(2, 6)])
+    (scaled,) = fit_scale(model, [range(1, 2)], [tokens(2, 6)])
     with LayerSurgeon(model) as surgeon:
         surgeon.remove([1])
         with pytest.raises(UnsupportedSurgery, match=r"a norm follows.*Gemma 2 and 3"):
@@ -119,7 +119,7 @@ def test_a_norm_behind_a_branch_is_refused(model_type: str) -> None:
 def test_a_feature_that_is_always_zero_is_named() -> None:
     x = torch.ones(1, 3, 4)
     x[..., 2] = 0
-    with pytest.raises(StreamlineError, match=r"Feature 2.*zero"):
-        MagnitudeGap().update(x, x, torch.ones(1, 3))
-    with pytest.raises(StreamlineError, match=r"no token.*magnitude"):
-        fit_scale(tiny_model("llama"), range(1, 2), [])
+    with pytest.raises(StreamlineError, match=r"feature 2.*zero"):
+        MagnitudeRatio().update(x, x, torch.ones(1, 3))
+    with pytest.raises(StreamlineError, match=r"magnitude.*no token"):
+        fit_scale(tiny_model("llama"), [range(1, 2)], [])

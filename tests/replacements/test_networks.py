@@ -12,8 +12,9 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from streamline_hooks import LinearReplacement, StreamlineError
+from streamline_hooks import StreamlineError
 from streamline_hooks.replacements import (
+    LinearReplacement,
     MLPReplacement,
     SwiGLUReplacement,
     build_replacement,
@@ -178,15 +179,12 @@ def test_the_norm_keeps_large_states_from_ruling() -> None:
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (
-            lambda: LinearReplacement(4, rank=5),
-            r"4 features.*rank=5, diagonal=False.*expected",
-        ),
+        (lambda: LinearReplacement(4, rank=5), r"features=4, rank=5, diagonal=False.*Expected"),
         (lambda: LinearReplacement(4, rank=0), "rank=0"),
-        (lambda: LinearReplacement(4, rank=2, diagonal=True), "diagonal map without"),
-        (lambda: MLPReplacement(4, 0), r"width=0 of an MLP.*1 or more"),
-        (lambda: MLPReplacement(4, activation="gelo"), r"activation='gelo'.*expected.*gelu,"),
-        (lambda: SwiGLUReplacement(4, -1), r"width=-1 of a SwiGLU.*1 or more"),
+        (lambda: LinearReplacement(4, rank=2, diagonal=True), "diagonal=True.*no rank with diagonal"),
+        (lambda: MLPReplacement(4, 0), r"width=0.*at least 1"),
+        (lambda: MLPReplacement(4, activation="gelo"), r"activation='gelo'.*Expected.*gelu,"),
+        (lambda: SwiGLUReplacement(4, -1), r"width=-1.*at least 1"),
     ],
 )
 def test_what_cannot_be_built(make: Callable[[], nn.Module], text: str) -> None:

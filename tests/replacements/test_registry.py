@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from streamline_hooks import LinearReplacement, StreamlineError, register_module
-from streamline_hooks.replacements import build_replacement, replacement_config
+from streamline_hooks import StreamlineError
+from streamline_hooks.replacements import (
+    REGISTERED,
+    LinearReplacement,
+    build_replacement,
+    register_module,
+    replacement_config,
+)
+from tests.installed_package import install_package
 
 
 def test_a_kind_is_built_again_from_its_config() -> None:
@@ -42,7 +50,7 @@ def test_what_cannot_be_registered() -> None:
             def to_config(self) -> dict[str, Any]:
                 return {}
 
-    with pytest.raises(StreamlineError, match=r"expected.*nn.Module.*to_config\(\)"):
+    with pytest.raises(StreamlineError, match=r"Expected.*nn.Module.*to_config\(\)"):
         register_module("bare")(nn.Identity)
 
 
@@ -58,3 +66,24 @@ def test_linear_is_causal() -> None:
     changed[:, 3] += 1.0
     assert torch.equal(module(state)[:, :3], module(changed)[:, :3])
     assert not torch.equal(module(state)[:, 3], module(changed)[:, 3])
+
+
+def test_a_module_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unknown kind imports the packages with replacements; a broken one is named, and hides no other."""
+    code = """
+        from torch import nn
+        from streamline_hooks.replacements import register_module
+
+        @register_module("test-of-a-package")
+        class Own(nn.Identity):
+            def to_config(self):
+                return {}
+    """
+    group = "streamline_hooks.replacements"
+    for name, text in (("broken-modules", "raise ImportError('libmissing.so')"), ("own-modules", code)):
+        entries = {group: {name: f"{name.replace('-', '_')}:Own"}}
+        monkeypatch.syspath_prepend(install_package(tmp_path / name, name, text, entries))
+    with pytest.raises(StreamlineError, match=r"'there-is-none' is.*package broken-modules raised ImportError: libmis"):
+        build_replacement("there-is-none", {})
+    assert type(build_replacement("test-of-a-package", {})).__module__ == "own_modules"
+    del REGISTERED["test-of-a-package"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,17 +15,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, find_stack
-from streamline_hooks.cli.short_forms import parse_replacement
-from streamline_hooks.errors import UnsupportedSurgery
+from streamline_hooks import LayerSurgeon, StreamlineError, find_stack
+from streamline_hooks.cli import parse_replacement, parse_target
+from streamline_hooks.core import UnsupportedSurgery, model_size
 from streamline_hooks.evaluation import SpeedReport, Timing, measure_speed
-from streamline_hooks.repair import BlockConfig
-from streamline_hooks.repair.folded import Folded
-from streamline_hooks.selection import blocks_to_remove, protected_blocks, windows
-from streamline_hooks.selection.target import Target, windows_for
+from streamline_hooks.repair import BlockConfig, FoldedMap, place
+from streamline_hooks.replacements import LinearReplacement
+from streamline_hooks.selection import (
+    Target,
+    blocks_to_remove,
+    protected_blocks,
+    target_windows,
+    windows_of_size,
+)
+from streamline_hooks.surgery import find_hazards
 from streamline_hooks.testing import tiny_model as tiny_of_type
 from tests.evaluation.fake_clock import FakeClock
 from tests.tiny_models import BLOCKS, WIDTH, Nudge, repaired, tiny_model
+
+
+def windows_for(*given: Any, **options: Any) -> list[range]:
+    return list(target_windows(*given, **options).windows)
 
 
 @pytest.mark.parametrize(
@@ -73,15 +84,15 @@ def test_windows_are_all_those_without_a_protected_block(length: int, data: st.D
         if a + size <= length and not any(k in protected for k in range(a, a + size))
     ]
     if expected:
-        assert windows(length, size, protected) == expected
+        assert windows_of_size(length, size, protected) == expected
     else:
-        with pytest.raises(StreamlineError, match=rf"of {size}.*{length} is"):
-            windows(length, size, protected)
+        with pytest.raises(StreamlineError, match=rf"of {size} .*{length} is without"):
+            windows_of_size(length, size, protected)
 
 
 def test_protected_blocks_out_of_range() -> None:
     assert protected_blocks([0, -1], 5) == {0, 4}
-    with pytest.raises(StreamlineError, match=r"keep: block 5.*0 to 4.*5 blocks"):
+    with pytest.raises(StreamlineError, match=r"protect: block 5.*0 to 4.*5 blocks"):
         protected_blocks([5], 5)
 
 
@@ -93,12 +104,19 @@ def test_protected_blocks_out_of_range() -> None:
         (Target(parameters=0.2), "parameters", 0.2, "parameters:0.2"),
         (Target(latency=0.8), "latency", 0.8, "latency:0.8"),
         (Target(decode_latency=0.8), "decode_latency", 0.8, "decode-latency:0.8"),
+        (Target(memory_bytes=90e6), "memory_bytes", 90_000_000, "memory:90MB"),
+        (Target(memory_bytes=90_000_001), "memory_bytes", 90_000_001, "memory:90000001B"),
+        (Target(seconds_per_token=0.02), "seconds_per_token", 0.02, "seconds-per-token:0.02"),
+        (Target(seconds_per_token=2), "seconds_per_token", 2, "seconds-per-token:2"),
     ],
 )
 def test_the_field_that_is_set(target: Target, unit: str, amount: float, text: str) -> None:
     assert (target.unit, target.amount, str(target)) == (unit, amount, text)
     assert target.counts_blocks == (unit in ("blocks", "fraction"))
     assert repr(target) == f"Target({unit}={amount})" and eval(repr(target)) == target == Target.of(target)
+    assert parse_target(text) == target == Target.from_dict(target.to_dict())
+    assert type(target.amount) is type(amount)
+    assert target.is_timed == (unit in ("latency", "decode_latency", "seconds_per_token"))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +130,7 @@ def test_plain_numbers(number: float, target: Target) -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({}, "nothing"),
+        ({}, "no field"),
         ({"blocks": 8, "latency": 0.8}, "blocks=8, latency=0.8"),
         ({"blocks": 0}, "blocks=0"),
         ({"blocks": 2.5}, "2.5"),
@@ -124,6 +142,12 @@ def test_plain_numbers(number: float, target: Target) -> None:
         ({"latency": 1.2}, "latency=1.2"),
         ({"latency": float("nan")}, "latency=nan"),
         ({"decode_latency": -0.5}, "decode_latency=-0.5"),
+        ({"memory_bytes": 0.5}, "memory_bytes=0.5"),
+        ({"memory_bytes": "90MB"}, "'90MB'"),
+        ({"memory_bytes": float("inf")}, "inf"),
+        ({"seconds_per_token": 0.0}, "seconds_per_token=0.0"),
+        ({"seconds_per_token": True}, "True"),
+        ({"seconds_per_token": 0.02, "memory_bytes": 5}, "memory_bytes=5, seconds_per_token=0.02"),
     ],
 )
 def test_targets_that_are_refused(fields: dict[str, Any], named: str) -> None:
@@ -133,12 +157,12 @@ def test_targets_that_are_refused(fields: dict[str, Any], named: str) -> None:
 
 def test_a_number_of_blocks() -> None:
     model = tiny_model("llama")
-    assert windows_for(model, 2) == windows_for(model, Target(blocks=2)) == windows(BLOCKS, 2)
-    assert windows_for(model, 0.5, protected=frozenset({0})) == windows(BLOCKS, 3, frozenset({0}))
-    assert windows_for(model, 2, slots=1) == windows(BLOCKS, 3)
+    assert windows_for(model, 2) == windows_for(model, Target(blocks=2)) == windows_of_size(BLOCKS, 2)
+    assert windows_for(model, 0.5, protected=frozenset({0})) == windows_of_size(BLOCKS, 3, frozenset({0}))
+    assert windows_for(model, 2, slots=1) == windows_of_size(BLOCKS, 3)
     with pytest.raises(StreamlineError, match=r"blocks=6.*6 of 6 blocks"):
         windows_for(model, 6)
-    with pytest.raises(StreamlineError, match=r"layers.*one block.*one must stay"):
+    with pytest.raises(StreamlineError, match=r"layers has one block"):
         windows_for(nn.ModuleDict({"layers": nn.Sequential(nn.Linear(2, 2))}), 1, stack="layers")
 
 
@@ -187,14 +211,16 @@ def test_the_shortest_windows_that_save_the_parameters(name: str, data: st.DataO
     length = len(blocks_of(model))
     fraction = data.draw(st.sampled_from(sorted({(total - n) / total for n in left.values()})) | st.floats(0.01, 0.9))
     protected = frozenset(data.draw(st.sets(st.integers(0, length - 1), max_size=2)))
-    stand_in = data.draw(st.sampled_from([None, Nudge(), LinearReplacement(WIDTH), lambda w: Nudge(2 * len(w))]))
+    replacement_module = data.draw(
+        st.sampled_from([None, Nudge(), LinearReplacement(WIDTH), lambda w: Nudge(2 * len(w))])
+    )
     expected = []
     for start in range(length):
         for stop in range(start + 1, length + 1):
             window = range(start, stop)
             added = 0
-            if stand_in is not None:
-                module = stand_in if isinstance(stand_in, nn.Module) else stand_in(window)
+            if replacement_module is not None:
+                module = replacement_module if isinstance(replacement_module, nn.Module) else replacement_module(window)
                 added = sum(p.numel() for p in module.parameters())
             if (
                 window in left
@@ -207,10 +233,10 @@ def test_the_shortest_windows_that_save_the_parameters(name: str, data: st.DataO
     if target is None:
         return
     if expected:
-        assert windows_for(model, target, protected=protected, stand_in=stand_in) == expected
+        assert windows_for(model, target, protected=protected, replacement_module=replacement_module) == expected
     else:
-        with pytest.raises(StreamlineError, match="cannot be reached: giving up|free of the protected"):
-            windows_for(model, target, protected=protected, stand_in=stand_in)
+        with pytest.raises(StreamlineError, match="cannot be reached: the best window|without a protected block"):
+            windows_for(model, target, protected=protected, replacement_module=replacement_module)
 
 
 def test_blocks_of_different_sizes_make_windows_of_different_lengths() -> None:
@@ -236,12 +262,12 @@ def test_parameters_that_cannot_be_saved() -> None:
 def test_inherited_blocks_are_counted_and_leave_a_shorter_stack(count: int) -> None:
     model = tiny_model("llama")
     stack, kind = find_stack(model), parse_replacement(f"block:count={count}")
-    assert windows_for(model, 2, slots=count) == windows(BLOCKS, 2 + count)
+    assert windows_for(model, 2, slots=count) == windows_of_size(BLOCKS, 2 + count)
     size, total = stack.parameters_per_block[0], sum(p.numel() for p in model.parameters())
-    options: dict[str, Any] = {"stand_in": lambda window: kind.make(stack, window), "slots": count}
+    options: dict[str, Any] = {"replacement_module": lambda window: kind.make(stack, window), "slots": count}
     for fewer in (1, 2):
         found = windows_for(model, Target(parameters=fewer * size / total), **options)
-        assert found == windows(BLOCKS, fewer + count)
+        assert found == windows_of_size(BLOCKS, fewer + count)
     with pytest.raises(StreamlineError, match=rf"{(5 - count) * size:,} of"):
         windows_for(model, Target(parameters=0.9), **options)
     with pytest.raises(StreamlineError, match=r"5 blocks.*of 6"):
@@ -251,16 +277,19 @@ def test_inherited_blocks_are_counted_and_leave_a_shorter_stack(count: int) -> N
 def test_inherited_blocks_are_timed_with_the_rest() -> None:
     model, (_, timer) = charged()
     stack, kind = find_stack(model), BlockConfig(count=2)
-    options: dict[str, Any] = {"stand_in": lambda window: kind.make(stack, window), "slots": 2, "timer": timer}
+    options: dict[str, Any] = {"replacement_module": lambda window: kind.make(stack, window), "slots": 2}
+    options["timer"] = timer
     for fewer in (1, 2, 3):
         ratio = ((BLOCKS - fewer) * 4 + HEAD) / (BLOCKS * 4 + HEAD) + 0.01
-        assert windows_for(model, Target(latency=ratio), **options) == windows(BLOCKS, fewer + 2)
+        assert windows_for(model, Target(latency=ratio), **options) == windows_of_size(BLOCKS, fewer + 2)
 
 
 def test_what_is_folded_has_no_parameters() -> None:
     model = tiny_model("llama")
-    folded = Folded(range(1, 3), torch.eye(WIDTH), 0.0, 0.0, 0.0)
-    assert windows_for(model, Target(parameters=0.3), stand_in=folded) == windows_for(model, Target(parameters=0.3))
+    folded = FoldedMap(range(1, 3), torch.eye(WIDTH), 0.0, 0.0, 0.0)
+    assert windows_for(model, Target(parameters=0.3), replacement_module=folded) == windows_for(
+        model, Target(parameters=0.3)
+    )
 
 
 def test_a_stand_in_is_made_on_the_meta_device_to_be_counted() -> None:
@@ -271,8 +300,100 @@ def test_a_stand_in_is_made_on_the_meta_device_to_be_counted() -> None:
         devices.append(module.projection.weight.device.type)
         return module
 
-    windows_for(tiny_model("llama"), Target(parameters=0.3), stand_in=make)
+    windows_for(tiny_model("llama"), Target(parameters=0.3), replacement_module=make)
     assert set(devices) == {"meta"}
+
+
+SIZED: dict[str, Callable[[], nn.Module]] = {
+    **{name: MODELS[name] for name in ("equal", "dense beside experts", "hybrid", "shared", "repaired at the end")},
+    "tied": lambda: tiny_of_type("gemma3_text", blocks=6),
+    "half": lambda: tiny_model("llama", torch.bfloat16),
+    "mixed": lambda: mixed(),
+    "slices outside the blocks": lambda: tiny_of_type("gemma3n_text", blocks=6),
+}
+
+
+def mixed() -> nn.Module:
+    """A model in bfloat16 with one MLP and the embeddings in float32."""
+    model = tiny_model("llama", torch.bfloat16)
+    model.model.layers[2].mlp.float()
+    model.model.embed_tokens.float()
+    return model
+
+
+def mixed_module(window: range) -> nn.Module:
+    """A module of which most is in bfloat16, which keeps its parameter in float32."""
+    module = nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16)
+    module.bias = nn.Parameter(torch.zeros(WIDTH, device=module.weight.device))
+    return module
+
+
+REPLACED: dict[str, Any] = {
+    "nothing": None,
+    "linear": LinearReplacement(WIDTH),
+    "for each": lambda window: Nudge(2 * len(window)),
+    "in two precisions": mixed_module,
+}
+
+
+@pytest.mark.parametrize("replaced", REPLACED)
+@pytest.mark.parametrize("name", SIZED)
+def test_the_bytes_that_are_predicted_are_those_of_the_compressed_model(name: str, replaced: str) -> None:
+    model, replacement_module = SIZED[name](), REPLACED[replaced]
+    before, stack = model_size(model), find_stack(model)
+    for fraction in (0.9, 0.7):
+        target = Target(memory_bytes=fraction * before[1])
+        found = target_windows(model, target, replacement_module=replacement_module)
+        windows = [w for w in found.windows if name == "shared" or not find_hazards(stack, w)]
+        assert found.original == before[1] and (windows or name == "hybrid")
+        for window in windows:
+            with LayerSurgeon(model, probe=False) as surgeon:
+                surgeon.replace(window, module_for(replacement_module, window), despite_hazards=name == "shared")
+                left = model_size(model)[1]
+            assert found.predicted[window] == left <= target.amount, window
+        if windows and name != "shared":  # no checkpoint could hold that one
+            shorter = copy.deepcopy(model)
+            with LayerSurgeon(shorter, probe=False) as surgeon:
+                place(surgeon, windows[-1], module_for(replacement_module, windows[-1]))
+                surgeon.commit()
+            outcome = found.outcome(windows[-1:], shorter, before=before)
+            assert outcome is not None and outcome.measured == model_size(shorter)[1]
+            assert outcome.relative_error == 0.0 and outcome.is_reached and not outcome.warning
+
+
+def module_for(replacement_module: Any, window: range) -> nn.Module | None:
+    """A module of its own for a window."""
+    is_function = callable(replacement_module) and not isinstance(replacement_module, nn.Module)
+    return replacement_module(window) if is_function else copy.deepcopy(replacement_module)
+
+
+def test_bytes_are_reached_by_the_shortest_window_from_each_start() -> None:
+    model = tiny_of_type("deepseek_v3", blocks=6)
+    total, every = model_size(model)[1], counted("dense beside experts")[2]
+    limit = 0.5 * total
+    found = target_windows(model, Target(memory_bytes=limit))
+    shortest: dict[int, range] = {}
+    for window, left in sorted(every.items(), key=lambda pair: len(pair[0])):
+        if 4 * left <= limit:
+            shortest.setdefault(window.start, window)
+    assert list(found.windows) == sorted(shortest.values(), key=lambda window: window.start)
+    assert len({len(window) for window in found.windows}) > 1
+    assert found.predicted == {window: 4.0 * every[window] for window in found.windows}
+
+
+def test_bytes_that_are_there_already_and_bytes_that_no_cut_reaches() -> None:
+    model, _, left = counted("equal")
+    size = model_size(model)[1]
+    for amount in (size, size + 1, 10 * size):
+        with pytest.raises(StreamlineError, match=rf"already met.*{size:,} bytes with all 6.*memory_bytes="):
+            windows_for(model, Target(memory_bytes=amount))
+    least = 4 * left[range(1, BLOCKS)]
+    with pytest.raises(StreamlineError, match=rf"cannot be reached.*blocks 0 to 4.*leaves {least:,} bytes"):
+        windows_for(model, Target(memory_bytes=least - 1))
+    assert windows_for(model, Target(memory_bytes=least)) == windows_of_size(BLOCKS, 5)
+    assert windows_for(model, Target(memory_bytes=size - 1)) == windows_of_size(BLOCKS, 1)
+    with pytest.raises(StreamlineError, match=r"of 1.*6 is"):
+        windows_for(model, Target(memory_bytes=least), protected=frozenset(range(BLOCKS)))
 
 
 HEAD = 2.0
@@ -287,18 +408,83 @@ def charged() -> tuple[nn.Module, Any]:
     return model, (clock, partial(measure_speed, tokens=4, new_tokens=2, repeats=1, warm_up=0, clock=clock))
 
 
-def test_latency_comes_to_the_fewest_blocks_that_reach_it() -> None:
+def test_latency_comes_to_the_fewest_blocks_that_reach_it(log_messages: list[str]) -> None:
     model, (_, timer) = charged()
     for count in range(1, BLOCKS):
         for of, tokens in (("latency", 4), ("decode_latency", 1)):
             ratio = ((BLOCKS - count) * tokens + HEAD) / (BLOCKS * tokens + HEAD)
-            said: list[str] = []
-            found = windows_for(model, Target(**{of: ratio + 0.01}), timer=timer, say=said.append)
-            assert found == windows(BLOCKS, count), (of, count)
-            assert len(said) <= 3  # the line through what was measured leads there
+            log_messages.clear()
+            found = windows_for(model, Target(**{of: ratio + 0.01}), timer=timer)
+            assert found == windows_of_size(BLOCKS, count), (of, count)
+            assert len(log_messages) <= 3  # the line through what was measured leads there
             phase = "the first token" if of == "latency" else "each further token"
-            assert any(line.startswith(f"without {count} of 6 blocks, {phase} takes {ratio:.3f} of") for line in said)
+            assert any(
+                line.startswith(f"without {count} of 6 blocks, {phase} takes {ratio:.3f} of") for line in log_messages
+            )
     assert len(model.model.layers) == BLOCKS
+
+
+def test_seconds_per_token_come_to_the_fewest_blocks_that_reach_them() -> None:
+    model, (_, timer) = charged()
+    for count in range(1, BLOCKS):
+        seconds = BLOCKS - count + HEAD
+        found = target_windows(model, Target(seconds_per_token=seconds + 0.01), timer=timer)
+        assert list(found.windows) == windows_of_size(BLOCKS, count)
+        assert found.original == pytest.approx(BLOCKS + HEAD)
+        assert found.predicted == pytest.approx(dict.fromkeys(found.windows, seconds))
+    with pytest.raises(StreamlineError, match=rf"already met: with all 6 blocks a token takes {BLOCKS + HEAD:.4g} sec"):
+        windows_for(model, Target(seconds_per_token=BLOCKS + HEAD), timer=timer)
+    with pytest.raises(StreamlineError, match=r"2.5 seconds per token cannot be reached: without 5 of 6.*takes 3 sec"):
+        windows_for(model, Target(seconds_per_token=2.5), timer=timer)
+    with pytest.raises(StreamlineError, match=r"without 2 of 6 blocks.*takes 6 seconds per token"):
+        windows_for(model, Target(seconds_per_token=4), timer=timer, protected=frozenset({2, 5}))
+
+
+def test_seconds_are_those_of_the_original_times_a_ratio_so_that_load_cancels() -> None:
+    """The machine is three times as slow whenever a candidate takes turns with the original."""
+    model = tiny_model("llama")
+
+    def timer(models: dict[str, Any], **options: Any) -> SpeedReport:
+        load = 1.0 if len(models) == 1 else 3.0
+        times = {name: load * (1.0 if k == 0 else 1 - int(name.split()[1]) / 10) for k, name in enumerate(models)}
+        return SpeedReport({n: Timing((t,), (t,), 1, "", "", None) for n, t in times.items()}, 1, 1, 1, 1, "")
+
+    found = target_windows(model, Target(seconds_per_token=0.71), timer=timer)
+    assert list(found.windows) == windows_of_size(BLOCKS, 3)
+    assert found.predicted == pytest.approx(dict.fromkeys(found.windows, 0.7))
+
+
+def test_what_a_compression_reached() -> None:
+    model, (clock, timer) = charged()
+    found = target_windows(model, Target(seconds_per_token=6.5), timer=timer)
+    window, before = found.windows[1], model_size(model)
+    with LayerSurgeon(model, probe=False) as surgeon:
+        surgeon.remove(window)
+        surgeon.commit()
+    outcome = found.outcome([window], model, before=before, timer=timer)
+    assert outcome is not None and outcome.is_reached and not outcome.warning
+    assert (outcome.original, outcome.predicted, outcome.measured) == pytest.approx((8.0, 6.0, 6.0))
+    clock.charge(model.lm_head, 0.4)  # 6.7 % more: the prediction was off, and the target is missed
+    late = found.outcome([window], model, before=before, timer=timer)
+    assert late is not None and not late.relative_error < 0.06
+    assert "off by more than 5%, seconds-per-token:6.5: 6,000.00 ms predicted" in late.warning
+    assert "6,400.00 ms measured (+6.7%), 8,000.00 ms of the original" in late.warning
+    assert late.to_dict()["target"] == {"seconds_per_token": 6.5} and late.to_dict()["reached"]
+    assert found.outcome([range(0, 1), range(3, 4)], model, before=before) is None
+    assert target_windows(model, 2).outcome([range(0, 2)], model, before=before) is None
+
+
+def test_the_time_of_a_change_as_a_fraction() -> None:
+    for unit, tokens in (("latency", 4), ("decode_latency", 1)):
+        model, (_, timer) = charged()
+        stack, whole = find_stack(model), BLOCKS * tokens + HEAD
+        found = target_windows(model, Target(**{unit: 0.7}), timer=timer)
+        ratio = found.time_ratio(stack, lambda surgeon: surgeon.remove(range(2, 4)), timer)
+        assert ratio == pytest.approx((whole - 2 * tokens) / whole)
+        outcome = found.outcome(found.windows[:1], model, before=(1, 1), ratio=ratio)
+        assert outcome is not None and outcome.measured == ratio and outcome.original == 1.0
+    for target in (2, Target(parameters=0.2), Target(memory_bytes=50_000)):
+        assert target_windows(model, target).time_ratio(stack, lambda surgeon: None) is None
 
 
 def test_what_stands_in_is_timed_with_the_rest() -> None:
@@ -310,14 +496,18 @@ def test_what_stands_in_is_timed_with_the_rest() -> None:
             return state
 
     ratio = (4 * 4 + HEAD) / (6 * 4 + HEAD) + 0.01  # two blocks fewer
-    assert windows_for(model, Target(latency=ratio), timer=timer) == windows(BLOCKS, 2)
+    assert windows_for(model, Target(latency=ratio), timer=timer) == windows_of_size(BLOCKS, 2)
     slow = Slow()
-    for stand_in in (slow, lambda window: Slow()):
-        assert windows_for(model, Target(latency=ratio), timer=timer, stand_in=stand_in) == windows(BLOCKS, 4)
+    for replacement_module in (slow, lambda window: Slow()):
+        assert windows_for(
+            model, Target(latency=ratio), timer=timer, replacement_module=replacement_module
+        ) == windows_of_size(BLOCKS, 4)
     with pytest.raises(StreamlineError, match=r"cannot be reached.*5 of 6 blocks"):
-        windows_for(model, Target(latency=0.3), timer=timer, stand_in=slow)
+        windows_for(model, Target(latency=0.3), timer=timer, replacement_module=slow)
     copied = copy.deepcopy(model.model.layers[0])  # takes a slot, and a second a token
-    assert windows_for(model, Target(latency=ratio), timer=timer, stand_in=lambda w: copied) == windows(BLOCKS, 3)
+    assert windows_for(
+        model, Target(latency=ratio), timer=timer, replacement_module=lambda w: copied
+    ) == windows_of_size(BLOCKS, 3)
 
 
 def test_latency_that_cannot_be_reached() -> None:
@@ -371,5 +561,5 @@ def test_of_windows_that_differ_the_one_that_saves_least_is_timed() -> None:
 
 
 def test_blocks_that_cannot_go_cannot_be_timed() -> None:
-    with pytest.raises(UnsupportedSurgery, match=r"3 blocks.*no such window"):
+    with pytest.raises(UnsupportedSurgery, match=r"3 blocks.*no window of this length"):
         windows_for(tiny_of_type("zamba2", blocks=6), Target(latency=0.5))

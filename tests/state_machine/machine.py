@@ -29,17 +29,16 @@ import streamline_hooks
 from streamline_hooks import (
     HiddenStateRecorder,
     LayerSurgeon,
-    LinearReplacement,
     StreamlineError,
-    SurgeryPlan,
     UnsupportedSurgery,
     find_stack,
     load,
-    read_plans,
     save,
 )
+from streamline_hooks.checkpoint import read_plans
+from streamline_hooks.replacements import LinearReplacement
+from streamline_hooks.surgery import AFTER, BEFORE, SurgeryPlan
 from streamline_hooks.surgery.edits import ORIGIN
-from streamline_hooks.surgery.splice import AFTER, BEFORE
 from tests.state_machine.expected_model import Entry, Level, Reference, owns_bias
 from tests.state_machine.models import FAMILIES, NEW_TOKENS, PROMPT, WIDTH, tiny_model
 from tests.state_machine.snapshot import Snapshot

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from streamline_hooks import LayerSurgeon, LinearReplacement
-from streamline_hooks.surgery import placement, splice
-from streamline_hooks.surgery.edits import Edits
-from streamline_hooks.surgery.layout import Layout
-from streamline_hooks.surgery.renumber import IndexAttribute
+from streamline_hooks import LayerSurgeon
+from streamline_hooks.replacements import LinearReplacement
+from streamline_hooks.surgery import Edits, StackLayout, placement, splice
+from streamline_hooks.surgery.layer_indices import IndexAttribute
 
 Patch = pytest.MonkeyPatch
 
@@ -38,10 +37,10 @@ def splice_runs_one_block_later(patch: Patch) -> None:
 
 
 def insertions_run_in_reverse_order(patch: Patch) -> None:
-    def insert(self: Layout, k: int, module: nn.Module) -> None:
+    def insert(self: StackLayout, k: int, module: nn.Module) -> None:
         self.inserted.setdefault(k, []).insert(0, module)
 
-    patch.setattr(Layout, "insert", insert)
+    patch.setattr(StackLayout, "insert", insert)
 
 
 def after_closing(change: Callable[[LayerSurgeon, tuple[int, ...]], object]) -> Callable[[Patch], None]:

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_hooks import Profile, StreamlineError
+from streamline_hooks import StreamlineError
+from streamline_hooks.statistics import Profile
 from streamline_hooks.statistics.bootstrap import ResampledSums, poisson_weights
 
 
@@ -45,7 +46,7 @@ def test_sums_equal_numpy_and_merge(sizes: list[int], random: Random) -> None:
 
 @pytest.mark.parametrize("weights", [None, torch.ones(2, 3)])
 def test_weights_that_do_not_fit(weights: torch.Tensor | None) -> None:
-    with pytest.raises(StreamlineError, match=r"expected \(2.*4\)"):
+    with pytest.raises(StreamlineError, match=r"Expected \(2.*4\)"):
         ResampledSums(1, 4).add(torch.ones(2, 1), weights)
 
 

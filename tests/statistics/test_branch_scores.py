@@ -12,13 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack
-from streamline_hooks.batch import prepare
-from streamline_hooks.block_call import Tap
-from streamline_hooks.branch_states import reading_branches
-from streamline_hooks.branches import BRANCHES, Branches
-from streamline_hooks.recorder import HiddenStateRecorder
+from streamline_hooks.core import prepare_inputs
+from streamline_hooks.modeling import BRANCHES, Branches, TensorSite, reading_branches
+from streamline_hooks.recording import HiddenStateRecorder
 from streamline_hooks.statistics.branches import BranchScores, measure_branches
-from streamline_hooks.surgery.silence import branches_of
+from streamline_hooks.surgery import branches_of
 from streamline_hooks.testing import tiny_inputs
 from streamline_hooks.testing import tiny_model as tiny
 from tests.tiny_models import BLOCKS, Nudge, padded, shuffled_batches, tiny_model
@@ -94,7 +92,7 @@ def truth(
             for branch in silent:
                 surgeon.silence(k, branch)
             with torch.no_grad(), HiddenStateRecorder(model, [k], tokens="real") as record:
-                model(**prepare(model, batch))
+                model(**prepare_inputs(model, batch))
         return record.inputs[k][0], record.outputs[k][0]
 
     entered, left = output()
@@ -195,7 +193,7 @@ def test_a_splice_before_the_block_belongs_to_the_state_that_enters() -> None:
                 middle: list[torch.Tensor] = []
                 norm = find_stack(model)[k].post_attention_layernorm
                 handle = norm.register_forward_pre_hook(lambda module, args, kept=middle: kept.append(args[0][0]))
-                model(**prepare(model, batch))
+                model(**prepare_inputs(model, batch))
                 handle.remove()
             expected = reference(record.inputs[k][0], middle[0])
             assert (scores.cosine[k, 0].item(), scores.magnitude[k, 0].item()) == pytest.approx(expected, rel=1e-6)
@@ -215,7 +213,7 @@ def test_a_block_that_text_alone_does_not_run_is_left_out() -> None:
     scores = measure_branches(model, [tiny_inputs(model)])
     assert scores.tokens[:, 0].tolist() == [24, 24, 24, 0, 24]
     assert scores.cosine[3].isnan().all()
-    with pytest.raises(UnsupportedSurgery, match=r"block 3.*block 3 0 times"):
+    with pytest.raises(UnsupportedSurgery, match=r"block 3.*Block 3 was called 0 times"):
         measure_branches(model, [tiny_inputs(model)], blocks=[3])
 
 
@@ -225,16 +223,16 @@ def test_a_block_that_text_alone_does_not_run_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("model_type", "wrong", "text"),
     [
-        ("llama", {"attention": Tap("input_layernorm", "input")}, "passes between its branches"),
-        ("llama", {"attention": Tap("mlp", "output", 3)}, "did not pass mlp"),
+        ("llama", {"attention": TensorSite("input_layernorm", "input")}, "state between the branches"),
+        ("llama", {"attention": TensorSite("mlp", "output", 3)}, "did not pass mlp"),
         (
             "gpt_neox",
-            {"attention": Tap("attention.dense", "output"), "mlp": Tap("attention.dense", "output")},
-            "add up",
+            {"attention": TensorSite("attention.dense", "output"), "mlp": TensorSite("attention.dense", "output")},
+            "sum to",
         ),
     ],
 )
-def test_a_wrong_tap_is_noticed_while_reading(model_type: str, wrong: dict[str, Tap], text: str) -> None:
+def test_a_wrong_tap_is_noticed_while_reading(model_type: str, wrong: dict[str, TensorSite], text: str) -> None:
     model = tiny_model(model_type)
     stack = find_stack(model)
     found = branches_of(stack, [1])[1]
@@ -242,7 +240,7 @@ def test_a_wrong_tap_is_noticed_while_reading(model_type: str, wrong: dict[str, 
     planted = {1: Branches(found.first, found.writers, wrong)}
     with pytest.raises(UnsupportedSurgery, match=text), torch.no_grad():
         with reading_branches({1: stack[1]}, planted, lambda *given: None):
-            model(**prepare(model, padded([6], "left")))
+            model(**prepare_inputs(model, padded([6], "left")))
     assert not stack[1]._forward_hooks
 
 

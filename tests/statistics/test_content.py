@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks import StreamlineError, find_stack, profile
-from streamline_hooks.statistics.content import sequence_contents
+from streamline_hooks.statistics.bootstrap import sequence_contents
 from tests import other_models
 from tests.tiny_models import padded, tiny_model
 
@@ -77,7 +77,7 @@ def test_several_pictures_a_text_and_none() -> None:
     assert contents(model, batch) == [contents(model, part)[0] for part in parts]
     with pytest.raises(
         StreamlineError,
-        match=r"pixel_values.*\(5, 3, 16, 16\).*3 seq.*Give one sequence a batch.*replicates=0",
+        match=r"pixel_values.*\(5, 3, 16, 16\).*3 seq.*batches of one sequence.*replicates=0",
     ):
         contents(model, {**batch, "pixel_values": torch.cat([pictures, pictures[:2]])})
 

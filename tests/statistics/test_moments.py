@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_hooks import HiddenStateRecorder, StreamlineError, WindowMoments, measure_moments
+from streamline_hooks import HiddenStateRecorder, StreamlineError
+from streamline_hooks.statistics import WindowMoments, measure_moments
 from tests.tiny_models import BLOCKS, FAMILIES, WIDTH, padded, shuffled_batches, tiny_model, tokens
 
 
@@ -106,13 +107,13 @@ def test_the_pass_ends_after_the_last_block_needed() -> None:
 
 
 def test_what_does_not_fit() -> None:
-    with pytest.raises(StreamlineError, match=r"\(1.*2.*4\).*\(1.*2.*4\).*expected.*5"):
+    with pytest.raises(StreamlineError, match=r"\(1.*2.*4\).*\(1.*2.*4\).*Expected.*5"):
         WindowMoments(5).update(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4), torch.ones(1, 2))
     for other, said in (
-        (WindowMoments(4), "width 4, weighted=True"),
-        (WindowMoments(5, False), "width 5, weighted=False"),
+        (WindowMoments(4), "4 features and weighted=True"),
+        (WindowMoments(5, False), "5 features and weighted=False"),
     ):
-        with pytest.raises(StreamlineError, match=rf"of {said}.*5.*weighted=True"):
+        with pytest.raises(StreamlineError, match=rf"with {said}.*5.*weighted=True"):
             WindowMoments(5).merge(other)
     with pytest.raises(StreamlineError, match="No token"):
         WindowMoments(5).error(torch.zeros(5, 5))
@@ -141,5 +142,5 @@ def test_an_error_may_be_measured_by_the_norm_of_a_larger_state(count: int, seed
     w = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     missed = (y.double() - x.double() - x.double() @ w).square().sum(-1) / whole.double().square().sum(-1)
     assert moments.error(w) == pytest.approx(missed.mean().item(), rel=1e-9)
-    with pytest.raises(StreamlineError, match=r"expected.*5 features"):
+    with pytest.raises(StreamlineError, match=r"Expected.*5 features"):
         moments.update(x, y, torch.ones(1, count), relative_to=whole[..., :4])

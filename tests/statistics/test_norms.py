@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_hooks.statistics.norms import StateNorms
-from streamline_hooks.statistics.state_sums import token_grams
+from streamline_hooks.statistics.similarity import token_grams
 from tests.statistics.reference import states_of
 
 

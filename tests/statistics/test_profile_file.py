@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from streamline_hooks import LayerSurgeon, Profile, StreamlineError, profile
-from streamline_hooks.statistics import check_profile
+from streamline_hooks import LayerSurgeon, StreamlineError, profile
+from streamline_hooks.statistics import Profile, check_profile
 from tests.tiny_models import tiny_model, tokens
 
 
@@ -47,7 +47,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("streamline_hooks.statistics.storage.save_file", full)
+        patch.setattr("streamline_hooks.core.files.save_file", full)
         with pytest.raises(StreamlineError, match=r"found.safetensors.*no space left"):
             found.save(path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["found.safetensors"]
@@ -61,15 +61,15 @@ def test_files_that_hold_no_profile(found: Profile, tmp_path: Path) -> None:
         path.write_bytes(whole[:size])
         with pytest.raises(StreamlineError, match=r"found.safetensors.*truncated"):
             Profile.load(path)
-    with pytest.raises(StreamlineError, match=r"absent.safetensors.*Give"):
+    with pytest.raises(StreamlineError, match=r"absent.safetensors.*Pass"):
         Profile.load(tmp_path / "absent.safetensors")
-    with pytest.raises(StreamlineError, match="cannot be read|no whole safetensors file"):
+    with pytest.raises(StreamlineError, match="cannot be read|not a complete safetensors file"):
         Profile.load(tmp_path)
     save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(StreamlineError, match=r"found.safetensors.*another kind"):
+    with pytest.raises(StreamlineError, match=r"found.safetensors.*other content"):
         Profile.load(path)
     save_file({"weight": torch.zeros(2)}, path, {"streamline_hooks": json.dumps({"moments": 1})})
-    with pytest.raises(StreamlineError, match=r"found.safetensors.*expected"):
+    with pytest.raises(StreamlineError, match=r"found.safetensors.*Expected a profile"):
         Profile.load(path)
 
 
@@ -96,10 +96,10 @@ def test_profiles_that_do_not_merge(found: Profile) -> None:
     model, batches = tiny_model("llama"), [tokens(4, 6)]
     with pytest.raises(StreamlineError, match=r"1 here.*0 there"):
         found.merge(profile(model, batches))
-    with pytest.raises(StreamlineError, match="tokens is all here and last there"):
+    with pytest.raises(StreamlineError, match="tokens is all here, last there"):
         found.merge(profile(model, batches, tokens="last", skip=1))
     with pytest.raises(StreamlineError, match=r"7 here.*6 there"):
-        found.merge(profile(model, batches, keep=[-1], skip=1))
+        found.merge(profile(model, batches, protect=[-1], skip=1))
     with pytest.raises(StreamlineError, match=r"100 here.*0 there"):
         found.merge(profile(model, batches, replicates=0, skip=1))
     with pytest.raises(StreamlineError, match=r"LlamaForCausalLM.*GPT2LMHeadModel"):
@@ -113,11 +113,11 @@ def test_profiles_that_do_not_merge(found: Profile) -> None:
 
 def test_a_profile_is_held_against_a_model(found: Profile) -> None:
     check_profile(found, tiny_model("llama"))
-    with pytest.raises(StreamlineError, match=r"fingerprint.*of the model.*of the profile"):
+    with pytest.raises(StreamlineError, match=r"fingerprint.*in the model.*in the profile"):
         check_profile(found, tiny_model("llama", torch.bfloat16))
     with pytest.raises(StreamlineError, match=r"GPT2LMHeadModel.*LlamaForCausalLM"):
         check_profile(found, tiny_model("gpt2"))
-    with pytest.raises(StreamlineError, match=r"LlamaForCausalLM of the model.*unknown"):
+    with pytest.raises(StreamlineError, match=r"LlamaForCausalLM in the model.*unknown"):
         check_profile(Profile(7), tiny_model("llama"))
 
 

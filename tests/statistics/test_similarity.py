@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_hooks import StreamlineError
-from streamline_hooks.statistics.state_sums import StateSimilarity, run_or_index, token_grams
+from streamline_hooks.statistics.similarity import StateSimilarity, as_slice_if_consecutive, token_grams
 from tests.statistics.reference import angles, cosines, states_of
 
 
@@ -64,13 +64,13 @@ def test_tokens_are_chosen_and_cut_up_without_a_trace(chosen: list[int], at_once
     states = states_of(4, 31)
     expected = torch.einsum("atd,btd->tab", states.double(), states.double())[chosen]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("streamline_hooks.statistics.state_sums.BYTES_AT_ONCE", {"cpu": at_once * 8 * 4 * 8})
+        patch.setattr("streamline_hooks.statistics.similarity.BYTES_AT_ONCE", {"cpu": at_once * 8 * 4 * 8})
         torch.testing.assert_close(token_grams(list(states), torch.tensor(chosen)), expected, rtol=1e-12, atol=1e-12)
-    part = run_or_index(torch.tensor(chosen))
+    part = as_slice_if_consecutive(torch.tensor(chosen))
     assert torch.arange(31)[part].tolist() == chosen
     assert isinstance(part, slice) == (chosen[-1] - chosen[0] == len(chosen) - 1)
 
 
 def test_states_of_different_shapes() -> None:
-    with pytest.raises(StreamlineError, match=r"1 have.*\(2.*4\).*0 \(2.*3\)"):
+    with pytest.raises(StreamlineError, match=r"1 have.*\(2.*4\).*0, \(2.*3\)"):
         token_grams([torch.zeros(2, 3), torch.zeros(2, 4)], torch.arange(2))

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from streamline_hooks import LayerSurgeon, find_stack
-from streamline_hooks.surgery.copies import find_copies
+from streamline_hooks.surgery.layer_indices import find_config_copies
 from streamline_hooks.testing import causal_model_types, tiny_model
-from streamline_hooks.testing.assertions.model_state import ModelState
+from streamline_hooks.testing.model_state import ModelState
 
 pytestmark = pytest.mark.skipif("zamba2" not in causal_model_types(), reason="this Transformers has no Zamba2")
 
@@ -57,7 +57,7 @@ def test_hooks_whose_ids_look_like_block_numbers_are_no_map_of_blocks() -> None:
     numbers = list(block._forward_hooks)
     block.by_number = {n: "a map, for comparison" for n in numbers}
     sources = [*range(2), *range(3, 8), *numbers]
-    found = list(find_copies(find_stack(model), {"mlp_only_layers": numbers}, {"mlp_only_layers": [0]}, sources))
+    found = list(find_config_copies(find_stack(model), {"mlp_only_layers": numbers}, {"mlp_only_layers": [0]}, sources))
     assert [name for _, name, _ in found] == ["by_number"]
 
 
@@ -82,7 +82,7 @@ def test_a_tower_of_as_many_blocks_follows_in_what_it_holds_of_the_decoder() -> 
     tower.num_hidden_layers, tower.attends_with = 8, (sparse := [2, 5])
     sources = [0, 2, 3, 4, 5, 6, 7]
     old, new = ({"num_hidden_layers": n, "mlp_only_layers": kinds} for n, kinds in ((8, sparse), (7, [1, 4])))
-    found = [(name, value) for module, name, value in find_copies(find_stack(model), old, new, sources)]
+    found = [(name, value) for module, name, value in find_config_copies(find_stack(model), old, new, sources)]
     assert found == [("attends_with", [1, 4])]
 
 

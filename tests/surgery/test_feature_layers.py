@@ -11,7 +11,7 @@ import transformers
 
 from streamline_hooks import LayerSurgeon, UnsupportedSurgery, find_stack
 from streamline_hooks.surgery.bypass import bypassing
-from streamline_hooks.testing.assertions.model_state import ModelState
+from streamline_hooks.testing.model_state import ModelState
 from tests.other_models import OTHERS, PICTURE, TEXT, pictures
 
 BLOCKS = 5

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from streamline_hooks import LayerSurgeon
-from streamline_hooks.passes import inference
+from streamline_hooks.modeling import inference
 from tests.tiny_models import tiny_model, tokens
 
 
@@ -38,27 +38,16 @@ SURGERIES: dict[str, Callable[[LayerSurgeon], Any]] = {
 
 @pytest.mark.parametrize("surgery", SURGERIES.values(), ids=SURGERIES)
 @pytest.mark.parametrize("to", [False, True])
-def test_a_mode_that_is_set_inside_reaches_the_blocks_that_are_out(
+def test_flags_that_are_set_inside_reach_the_blocks_that_are_out(
     surgery: Callable[[LayerSurgeon], Any], to: bool
 ) -> None:
-    model = tiny_model("llama").train(not to)
+    model = tiny_model("llama").train(not to).requires_grad_(to)
     with LayerSurgeon(model, probe=False) as surgeon:
         surgery(surgeon)
         model.train(to)
-    assert set(modes(model).values()) == {to}
-
-
-@pytest.mark.parametrize("surgery", SURGERIES.values(), ids=SURGERIES)
-@pytest.mark.parametrize("to", [False, True])
-def test_requires_grad_that_is_set_inside_reaches_the_blocks_that_are_out(
-    surgery: Callable[[LayerSurgeon], Any], to: bool
-) -> None:
-    model = tiny_model("llama").requires_grad_(not to)
-    with LayerSurgeon(model, probe=False) as surgeon:
-        surgery(surgeon)
         for parameter in model.parameters():
-            parameter.requires_grad = to
-    assert set(trainable(model).values()) == {to}
+            parameter.requires_grad = not to
+    assert set(modes(model).values()) == {to} and set(trainable(model).values()) == {not to}
 
 
 @pytest.mark.parametrize("surgery", SURGERIES.values(), ids=SURGERIES)

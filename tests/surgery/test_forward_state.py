@@ -13,11 +13,10 @@ import transformers
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, find_stack, load, profile, save
-from streamline_hooks.passes import inference
+from streamline_hooks.modeling import inference, preserve_forward_state
 from streamline_hooks.surgery.bypass import bypassing
-from streamline_hooks.surgery.forward_state import preserve_forward_state
 from streamline_hooks.testing import tiny_model
-from streamline_hooks.testing.assertions.model_state import ModelState
+from streamline_hooks.testing.model_state import ModelState
 
 SHORT = torch.arange(3, 11)[None]
 LONG = torch.randint(3, 60, (2, 48), generator=torch.Generator().manual_seed(0))

@@ -11,10 +11,10 @@ import transformers
 from transformers import T5Config, T5ForConditionalGeneration
 
 from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack
-from streamline_hooks.surgery.diagnosis import watch
+from streamline_hooks.surgery.verify import trace_forward
 from streamline_hooks.testing import causal_model_types
 from streamline_hooks.testing import tiny_model as tiny_of_type
-from streamline_hooks.testing.assertions.model_state import ModelState
+from streamline_hooks.testing.model_state import ModelState
 from tests.other_models import PATCHED, qwen3_vl
 
 
@@ -95,7 +95,7 @@ def test_what_is_seen_and_added_behind_the_first_blocks_of_a_text_keeps_them_in_
             right = torch.allclose(said(), bypassed, atol=1e-4)
         assert (causes == []) == right == (k >= 2) and set(causes) <= {"features-by-number"}
     with LayerSurgeon(model, path) as surgeon:
-        with pytest.raises(UnsupportedSurgery, match="blocks up to 1 by their number"):
+        with pytest.raises(UnsupportedSurgery, match="blocks up to 1 by index"):
             surgeon.insert(1, copy.deepcopy(stack[3]))
         surgeon.insert(1, torch.nn.Identity())  # which takes no number
         surgeon.exchange(0, copy.deepcopy(stack[0]))
@@ -120,11 +120,11 @@ CAUSES = [
     ("beam", 4, "number-computes", "(attn_residual_add_idx, mlp_residual_add_idx)"),
     ("dory", 4, "looped-blocks", "blocks 2 to 5 up to 2 times"),
     ("xlm", 4, "split-blocks", "(attentions, layer_norm1, layer_norm2 and ffns)"),
-    ("zaya", 4, "side-state", "block 4 hands the next one more"),
-    ("reformer", 7, "side-state", "hands the next one more"),
+    ("zaya", 4, "side-state", "block 4 passes more than the hidden state"),
+    ("reformer", 7, "side-state", "passes more than the hidden state"),
     ("inkling2_text", 4, "attributes-read", "is_block_boundary (True on block 4)"),
     ("rwkv", 4, "absolute-numbers", "(rescale_every)"),
-    ("jamba", 4, "derived-settings", "block 6 as number 5"),
+    ("jamba", 4, "derived-settings", "block 6, renumbered to 5"),
     ("minimax", 0, "cache", "decoding with a cache"),
     ("mllama", 3, "not-run", "input_ids alone"),
     ("zamba2", 2, "tied-blocks", "blocks 2, 5 share parameters"),
@@ -152,8 +152,9 @@ def test_hazards_are_known_by_their_cause(model_type: str, block: int, cause: st
             assert refused.value.cause == cause
         else:
             for module in (None, torch.nn.Identity()):
-                with pytest.raises(UnsupportedSurgery, match="cannot go: "):
+                with pytest.raises(UnsupportedSurgery, match="cannot be removed: ") as refused:
                     surgeon.replace([block], module)
+                assert refused.value.cause == cause
     assert not before.changes()
 
 
@@ -179,14 +180,44 @@ def test_blocks_that_scale_by_their_number_while_they_run_are_named() -> None:
             surgeon.insert(1, copy.deepcopy(model[0][3]))
 
 
+class _DescribedBlock(torch.nn.Module):
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.inner, self.kind, self.factor, self._hint = torch.nn.Linear(8, 8), ("even", "odd")[number % 2], 0.5, number
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        return state + self.inner(state)
+
+
+class _ReadingModel(torch.nn.Module):
+    """Reads attributes of its blocks while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(_DescribedBlock(number) for number in range(4))
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            assert block.kind and block.inner and block.training and block._hint >= 0
+            state = block(state) * block.factor
+        return state
+
+
+def test_only_public_numbers_that_the_model_reads_from_its_blocks_are_recorded() -> None:
+    """A model may read the kind of a block, its modules and its private attributes."""
+    model = _ReadingModel()
+    trace = trace_forward(find_stack(model), lambda: model(torch.ones(2, 3, 8)))
+    assert trace.read == {number: {"factor": 0.5} for number in range(4)}
+
+
 def test_watching_a_forward_leaves_no_trace() -> None:
     model = tiny_of_type("inkling2_text" if "inkling2_text" in causal_model_types() else "llama")
     before = ModelState(model)
     stack = find_stack(model)
-    seen = watch(stack, lambda: model(torch.arange(6)[None]))
+    seen = trace_forward(stack, lambda: model(torch.arange(6)[None]))
     assert seen.visits == dict.fromkeys(range(8), 1) and not before.changes()
     with pytest.raises(RuntimeError, match="stop"):
-        watch(stack, lambda: (_ for _ in ()).throw(RuntimeError("stop")))
+        trace_forward(stack, lambda: (_ for _ in ()).throw(RuntimeError("stop")))
     assert not before.changes()
 
 
@@ -211,7 +242,7 @@ def test_wrapped_models_are_refused(tmp_path: object) -> None:
     init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        with pytest.raises(StreamlineError, match=r"DistributedDataParallel already.*before"):
+        with pytest.raises(StreamlineError, match=r"DistributedDataParallel already.*then wrap"):
             LayerSurgeon(wrapped).__enter__()
     finally:
         destroy_process_group()
@@ -233,7 +264,7 @@ def test_a_model_that_cannot_be_probed_says_so(monkeypatch: pytest.MonkeyPatch) 
         raise ValueError("pixels are missing")
 
     monkeypatch.setattr(model, "forward", refuse)
-    with LayerSurgeon(model) as surgeon, pytest.warns(UserWarning, match=r"not held against.*ValueError: pixels are"):
+    with LayerSurgeon(model) as surgeon, pytest.warns(UserWarning, match=r"not compared with.*ValueError: pixels are"):
         surgeon.remove([1])
 
 

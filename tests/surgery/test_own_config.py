@@ -13,9 +13,10 @@ import torch
 import transformers
 from torch import nn
 
-from streamline_hooks import LayerSurgeon, LinearReplacement, StochasticDepth, find_stack, load, save
-from streamline_hooks.in_training import ProgressiveRemoval
-from streamline_hooks.passes import resume
+from streamline_hooks import LayerSurgeon, find_stack, load, save
+from streamline_hooks.replacements import LinearReplacement
+from streamline_hooks.surgery.resume import resume
+from streamline_hooks.training import ProgressiveRemoval, StochasticDepth
 from tests.other_models import OTHERS, answer, made
 from tests.tiny_models import BLOCKS, FAMILIES, WIDTH, tiny_config, tiny_model, tokens
 
@@ -75,10 +76,13 @@ def require_one(student: Any, shared: Any, change: Callable[[LayerSurgeon], Any]
     assert all(config.num_hidden_layers == len(find_stack(student)) for config in configs(student))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_the_other_model_is_not_affected(family: str, change: Callable[[LayerSurgeon], Any], tmp_path: Path) -> None:
-    teacher, student = pair(family)
+# A splice removes a window too.
+AFFECTED = [(family, name) for family in FAMILIES for name in CHANGES if family == "llama" or name != "removed"]
+
+
+@pytest.mark.parametrize(("family", "name"), AFFECTED)
+def test_the_other_model_is_not_affected(family: str, name: str, tmp_path: Path) -> None:
+    (teacher, student), change = pair(family), CHANGES[name]
     shared, before, restored = teacher.config, Unchanged(teacher), Unchanged(student)
     with LayerSurgeon(student) as surgeon:
         change(surgeon)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from streamline_hooks import LayerSurgeon, LinearReplacement, find_stack
-from streamline_hooks.cli.short_forms import parse_healing
-from streamline_hooks.repair import BlockConfig, fit_windows, place, train
-from streamline_hooks.repair.distillation_config import DistillationConfig
-from streamline_hooks.repair.healing import student_of
-from streamline_hooks.surgery.placement import move_beside
+from streamline_hooks import LayerSurgeon, find_stack
+from streamline_hooks.cli import parse_healing
+from streamline_hooks.distillation import DistillationConfig, student_of, train
+from streamline_hooks.repair import BlockConfig, fit_windows, place
+from streamline_hooks.replacements import LinearReplacement
+from streamline_hooks.surgery.placement import match_block, move_to_device_of
 from streamline_hooks.testing import tiny_model
 
 GATE = "mlp.gate.weight"
@@ -59,7 +60,7 @@ def test_an_inherited_block_rounds_no_router(routed: Any) -> None:
     wanted = routed.get_parameter(f"model.layers.2.{GATE}").detach().clone()
     (repair,) = fit_windows(routed, [window], BlockConfig(solve=False), text(), text())
     with LayerSurgeon(routed) as surgeon:
-        place(surgeon, window, repair.stand_in)
+        place(surgeon, window, repair.replacement_module)
         surgeon.commit()
     held = routed.get_parameter(f"model.layers.2.{GATE}")
     assert held.dtype == torch.float32 and torch.equal(held, wanted)
@@ -68,5 +69,22 @@ def test_an_inherited_block_rounds_no_router(routed: Any) -> None:
 def test_another_module_takes_the_precision_of_the_block() -> None:
     block = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)).to(torch.bfloat16).eval()
     module = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
-    move_beside(module, block)
+    match_block(module, block)
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16} and not module.training
+
+
+def test_a_module_moves_to_the_device_that_accelerate_runs_a_block_on() -> None:
+    """The meta device represents a GPU here. The parameters of an offloaded block are on it too."""
+    block, module = nn.Linear(8, 8, device="meta"), nn.Linear(8, 8)
+    block._hf_hook = SimpleNamespace(execution_device="meta")
+    move_to_device_of(module, block)
+    assert module.weight.device.type == "meta"
+
+
+def test_a_module_on_the_device_of_a_block_stays_there() -> None:
+    module = nn.Linear(8, 8)
+    weight = module.weight
+    bring_back = move_to_device_of(module, nn.Linear(8, 8, dtype=torch.bfloat16))
+    assert module.weight is weight and weight.dtype == torch.float32
+    bring_back()
+    assert module.weight is weight

@@ -9,10 +9,16 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from streamline_hooks import HiddenStateRecorder, LayerSurgeon, compress, find_stack, resume
-from streamline_hooks.batch import prepare
-from streamline_hooks.errors import UnsupportedSurgery
-from streamline_hooks.surgery.probe import logits_of_probe, observe, undisturbed
+from streamline_hooks import HiddenStateRecorder, LayerSurgeon, compress, find_stack
+from streamline_hooks.core import UnsupportedSurgery, prepare_inputs
+from streamline_hooks.surgery import resume
+from streamline_hooks.surgery.probe import (
+    ReferenceRun,
+    isolated_inference,
+    matches_reference,
+    probe_logits,
+    run_reference,
+)
 from streamline_hooks.testing import causal_model_types
 from streamline_hooks.testing import tiny_model as tiny
 from tests.configured import configured
@@ -22,7 +28,7 @@ from tests.tiny_models import tiny_config, tiny_model
 def test_what_is_wrapped_for_mixed_precision_is_probed_in_its_own() -> None:
     """As accelerate wraps it: answers are float32 and no more exact than bfloat16, as if a cache no longer fitted."""
     model: Any = tiny_model("llama").eval()
-    own = logits_of_probe(model)
+    own = probe_logits(model)
     model._original_forward = model.forward
 
     def wrapped(input_ids: Any = None, use_cache: Any = None, past_key_values: Any = None, **given: Any) -> Any:
@@ -32,9 +38,9 @@ def test_what_is_wrapped_for_mixed_precision_is_probed_in_its_own() -> None:
         return output
 
     model.forward = wrapped
-    assert not torch.equal(logits_of_probe(model), own)
-    with undisturbed(model):
-        assert torch.equal(logits_of_probe(model), own)
+    assert not torch.equal(probe_logits(model), own)
+    with isolated_inference(model):
+        assert torch.equal(probe_logits(model), own)
     assert model.forward is wrapped
     with LayerSurgeon(model) as surgeon:
         surgeon.remove(range(1, 3))
@@ -71,7 +77,7 @@ class TwoCodebooks(LlamaForCausalLM):
 
 def test_cached_decoding_is_compared_where_a_token_has_more_than_one_row_of_logits() -> None:
     model: Any = TwoCodebooks(tiny_config("llama")).eval()
-    truth = observe(find_stack(model), range(1, 2))
+    truth = run_reference(find_stack(model), range(1, 2))
     assert truth is not None and truth.logits.ndim == 4 and truth.cached
 
 
@@ -79,7 +85,7 @@ def test_what_transformers_installs_while_it_probes_stays_beside_the_users_hooks
     """It installs its hooks once; on a block with a hook of the user's they would be lost, and states with them."""
     model: Any = tiny_model("llama").eval()
     find_stack(model)[1].register_forward_hook(lambda *_: None)
-    with undisturbed(model):
+    with isolated_inference(model):
         model(ids := torch.arange(3, 9)[None], output_hidden_states=True)
     states = model(ids, output_hidden_states=True).hidden_states
     assert len(states) == len(find_stack(model)) + 1
@@ -97,7 +103,7 @@ def test_a_model_that_ran_with_its_state_has_to_run_with_it_afterwards(kind: str
         try:
             surgeon.remove(attentions)
         except UnsupportedSurgery as error:
-            assert "keeps a state for the next token" in str(error)
+            assert "with its default cache" in str(error)
         else:  # in an older version of Transformers it runs without any
             model(input_ids=ids)
     model(input_ids=ids)
@@ -112,14 +118,23 @@ def test_no_cache_is_built_where_that_is_not_said_by_name() -> None:
     ids = torch.arange(3, 27).view(2, 12)
     assert model.config.use_cache
     with torch.no_grad():
-        assert model(**prepare(model, ids)).past_key_values is None
+        assert model(**prepare_inputs(model, ids)).past_key_values is None
         with HiddenStateRecorder(model, [6]) as record:
-            whole = model(**prepare(model, ids)).logits
+            whole = model(**prepare_inputs(model, ids)).logits
         assert torch.equal(resume(model, 6, record.inputs[6][0], ids).logits, whole)
     rows = torch.randint(3, 60, (6, 2, 12), generator=torch.Generator().manual_seed(0))
     parts: dict[str, Any] = {"calibration": list(rows[:4]), "validation": [rows[4]], "test": [rows[5]]}
-    result = compress(
-        model, None, parts, configured(remove=2, repair="folded", shortlist=2, speed=False, generation=False)
-    )
+    result = compress(model, parts, configured(remove=2, repair="folded", shortlist=2, speed=False, generation=False))
     assert len(result.plan.slots) == 6
     model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+
+
+def test_a_model_that_fails_does_not_match_a_reference() -> None:
+    model: Any = tiny_model("llama")
+    inputs = {"input_ids": torch.arange(3, 9)[None]}
+    reference = ReferenceRun(inputs, probe_logits(model, inputs), cached=False)
+    assert matches_reference(reference, model)
+    model.lm_head.weight.data.neg_()
+    assert not matches_reference(reference, model)
+    model.lm_head = torch.nn.Linear(3, 3)
+    assert not matches_reference(reference, model)

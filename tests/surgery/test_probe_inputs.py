@@ -10,10 +10,9 @@ import pytest
 import torch
 import transformers
 
-from streamline_hooks import LayerSurgeon, UnsupportedSurgery, find_stack, find_stacks
-from streamline_hooks.hidden_state import read_output, write_output
-from streamline_hooks.surgery.probe import given_to_probe, observe
-from streamline_hooks.surgery.probe_inputs import probe_inputs
+from streamline_hooks import LayerSurgeon, UnsupportedSurgery, find_stack
+from streamline_hooks.modeling import find_stacks, read_output, write_output
+from streamline_hooks.surgery.probe import candidate_inputs, choose_probe_inputs, run_reference
 from tests.other_models import OTHERS, PICTURE, made
 
 # Transformers 4 gives Qwen2-VL's tokens their positions anew at each step, unless it is told where they are.
@@ -24,9 +23,9 @@ DECODERS = ("llava text", "gemma3 text", *(["qwen2-vl text"] if transformers.__v
 
 @pytest.fixture(autouse=True)
 def every_warning_is_an_error() -> Iterator[None]:
-    """Where a removal is not held against anything, a warning says so."""
+    """A removal that is not compared with a reference warns."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*not held against")
+        warnings.filterwarnings("error", message=".*not compared with")
         yield
 
 
@@ -34,11 +33,11 @@ def every_warning_is_an_error() -> Iterator[None]:
 def test_a_removal_is_held_against_the_bypassed_blocks(name: str) -> None:
     model, case = made(name), OTHERS[name]
     stack = find_stack(model, case.path(model))
-    assert set(given_to_probe(model, stack[1])) == set(case.given)
-    truth = observe(stack, range(1, 2))
-    assert truth is not None
-    decodes = "decoder_input_ids" in truth.given or name in DECODERS
-    assert truth.cached == decodes, "a decoder has a cache, and nothing else here has"
+    assert set(choose_probe_inputs(model, stack[1])) == set(case.given)
+    reference = run_reference(stack, range(1, 2))
+    assert reference is not None
+    decodes = "decoder_input_ids" in reference.inputs or name in DECODERS
+    assert reference.cached == decodes, "a decoder has a cache, and nothing else here has"
     with LayerSurgeon(model, case.path(model)) as surgeon:
         surgeon.remove([1])
 
@@ -68,7 +67,7 @@ def test_patches_come_with_their_grid_and_their_places() -> None:
     """Wider than a window, so that a block which attends to all of an image differs from one that does not."""
     model = made("qwen2.5-vl pictures")
     takes = {"input_ids", "pixel_values", "image_grid_thw", "mm_token_type_ids"}
-    *_, given = probe_inputs(model, takes)
+    *_, given = candidate_inputs(model, takes)
     assert given["image_grid_thw"].tolist() == [[1, 4, 6], [1, 4, 6]]
     assert given["pixel_values"].shape == (2 * 24, 3 * 2 * 2 * 2)
     assert torch.equal(given["mm_token_type_ids"], (given["input_ids"] == 63).long())
@@ -81,10 +80,10 @@ def test_images_have_three_channels_where_a_configuration_does_not_say() -> None
     config = transformers.Blip2VisionConfig(**sizes, image_size=16, patch_size=8)
     model = transformers.Blip2VisionModel(config).eval()
     assert not hasattr(config, "num_channels")
-    (given,) = probe_inputs(model, {"pixel_values"})
+    (given,) = candidate_inputs(model, {"pixel_values"})
     assert given["pixel_values"].shape == (2, 3, 16, 16)
     with LayerSurgeon(model) as surgeon:
-        surgeon.remove([1])  # else it warns that it is not held against anything
+        surgeon.remove([1])  # otherwise it warns that it is not compared with a reference
 
 
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
@@ -96,8 +95,8 @@ def test_a_text_that_is_written_of_an_image(side: str) -> None:
     )
     model: Any = transformers.VisionEncoderDecoderModel(config=config).eval()
     stack = find_stack(model, next(s.path for s in find_stacks(model) if s.path.startswith(side)))
-    truth = observe(stack, range(1, 2))
-    assert truth is not None and set(truth.given) == {"pixel_values", "decoder_input_ids"} and truth.cached
+    truth = run_reference(stack, range(1, 2))
+    assert truth is not None and set(truth.inputs) == {"pixel_values", "decoder_input_ids"} and truth.cached
     with LayerSurgeon(model, stack.path) as surgeon:
         surgeon.remove([1])
 

@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 from streamline_hooks import LayerSurgeon, UnsupportedSurgery, find_stack
-from streamline_hooks.surgery.quantizer_names import QuantizerNames
+from streamline_hooks.surgery.special_weights import QuantizerSettings
 from tests.other_models import whisper
 from tests.tiny_models import BLOCKS, tiny_model
 
@@ -77,7 +77,7 @@ def test_settings_by_name_follow_wherever_they_stand() -> None:
 def test_a_copy_is_named_beside_its_block() -> None:
     model = tiny_model("llama")
     model.config.quantization_config = said_by_a_dict(ignore=["layers.1.mlp", "layers.2"])
-    names = QuantizerNames(find_stack(model))
+    names = QuantizerSettings(find_stack(model))
     ((config, value),) = names.renumbered([0, 1, 1, None, 2])
     assert config is model.config and value["ignore"] == ["layers.1.mlp", "layers.2.mlp", "layers.4"]
 
@@ -106,7 +106,7 @@ def test_a_pattern_of_numbers_is_refused_where_it_would_mean_others(pattern: str
         with pytest.raises(UnsupportedSurgery) as refused:
             surgeon.remove([first - 1])
         assert f"modules_to_not_convert: {pattern}" in str(refused.value)
-        assert "write the modules' names out" in str(refused.value)
+        assert "list the full names of the modules" in str(refused.value)
         surgeon.remove([first])  # from here on it means none
 
 
@@ -123,9 +123,9 @@ def test_a_short_name_that_two_stacks_have_is_refused() -> None:
     model: Any = whisper()
     model.config.quantization_config = said_by_a_dict(modules_to_not_convert=["layers.1.fc1"])
     stack = find_stack(model, "model.decoder.layers")
-    assert QuantizerNames(stack).pattern(0) == "modules_to_not_convert: layers.1.fc1"
+    assert QuantizerSettings(stack).pattern(0) == "modules_to_not_convert: layers.1.fc1"
     model.config.quantization_config = said_by_a_dict(
         modules_to_not_convert=["model.encoder.layers.1.fc1", "decoder.layers.1.fc1", "decoder.layers.2.fc1"]
     )
-    ((_, value),) = QuantizerNames(stack).renumbered([0, 2, 3])
+    ((_, value),) = QuantizerSettings(stack).renumbered([0, 2, 3])
     assert value["modules_to_not_convert"] == ["model.encoder.layers.1.fc1", "decoder.layers.1.fc1"]

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, find_stack
-from streamline_hooks.surgery.renumber import IndexAttribute, find_index_attributes, shortened_config
+from streamline_hooks.surgery.layer_indices import IndexAttribute, config_for_blocks, find_index_attributes
 from tests.other_models import made
 from tests.tiny_models import FAMILIES, tiny_model
 
@@ -67,7 +67,7 @@ def test_lists_counts_and_numbers_in_the_configuration() -> None:
         first_k_dense_replace=2,
         mlp_only_layers=[0, 3],
     )
-    assert shortened_config(config, "num_hidden_layers", 4, [0, 3]) == {
+    assert config_for_blocks(config, "num_hidden_layers", 4, [0, 3]) == {
         "num_hidden_layers": 2,
         "layer_types": ["a", "d"],
         "no_rope_layers": (1, 0),
@@ -79,7 +79,7 @@ def test_lists_counts_and_numbers_in_the_configuration() -> None:
 def test_overrides_by_number_follow_their_block() -> None:
     spec = SimpleNamespace(per_layer_overrides={1: {"width": 5}, 3: {"width": 7}})
     config = SimpleNamespace(num_hidden_layers=4, _heterogeneity_spec=spec)
-    new = shortened_config(config, "num_hidden_layers", 4, [0, 2, 3])["_heterogeneity_spec"]
+    new = config_for_blocks(config, "num_hidden_layers", 4, [0, 2, 3])["_heterogeneity_spec"]
     assert new.per_layer_overrides == {2: {"width": 7}}
     assert spec.per_layer_overrides == {1: {"width": 5}, 3: {"width": 7}}
 
@@ -93,7 +93,7 @@ def test_counts_of_other_kinds() -> None:
         block_types=["r", "r", "a"],
         scale_depth=1.4,
     )
-    new = shortened_config(config, "num_hidden_layers", 8, [1, 2, 3, 5, 6, 7])
+    new = config_for_blocks(config, "num_hidden_layers", 8, [1, 2, 3, 5, 6, 7])
     assert new["num_hidden_layers"] == new["num_blocks"] == 6
     assert (new["moe_layer_start_index"], new["moe_layer_end_index"]) == (1, 4)
     assert new["block_types"] == ["r", "a", "r", "a", "r", "r"]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from streamline_hooks import HiddenStateRecorder, LayerSurgeon, LinearReplacement, StreamlineError, find_stack
-from streamline_hooks.evaluation import Candidate, distances_of_candidates
-from streamline_hooks.surgery.opened import refuse_open_surgery
-from streamline_hooks.surgery.splice import BEFORE, spliced
-from streamline_hooks.task import Task
+from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, find_stack
+from streamline_hooks.evaluation import distances_of_candidates
+from streamline_hooks.modeling import Candidate, Task
+from streamline_hooks.replacements import LinearReplacement
+from streamline_hooks.surgery.splice import AFTER, BEFORE, remember_splices, set_splices, spliced
 from tests.surgery.interruptions import interrupted_at
 from tests.tiny_models import BLOCKS, Nudge, repaired, tiny_model, tokens
 
@@ -198,7 +198,8 @@ def test_names_of_the_blocks_keep_their_form() -> None:
 
 
 def test_a_copy_made_inside_is_saved_after_a_commit_of_its_own(tmp_path: Any) -> None:
-    from streamline_hooks import LinearReplacement, load, save
+    from streamline_hooks import load, save
+    from streamline_hooks.replacements import LinearReplacement
 
     model = tiny_model("llama")
     with LayerSurgeon(model) as surgeon:
@@ -213,24 +214,24 @@ def test_a_copy_made_inside_is_saved_after_a_commit_of_its_own(tmp_path: Any) ->
     assert not any("_streamline_hooks_origin" in vars(b) for b in find_stack(duplicate).blocks)
 
 
-def test_ctrl_c_at_any_moment_of_closing_gives_everything_back() -> None:
-    model, line = with_splices(2), 0
-    keys, expected = list(model.state_dict()), logits(model)
-    hooks = [(list(b._forward_pre_hooks), dict(b._forward_pre_hooks_with_kwargs)) for b in find_stack(model).blocks]
-    reached = True
+@pytest.mark.parametrize("place", [BEFORE, AFTER])
+@pytest.mark.parametrize(("held", "present"), [(1, 0), (0, 1), (1, 2)])
+def test_splices_come_back_when_interrupted_at_any_line(place: Any, held: int, present: int) -> None:
+    line, reached = 0, True
     while reached:
-        line += 7
-        surgeon = LayerSurgeon(model)
-        surgeon.__enter__()
-        surgeon.replace(range(1, 4), Nudge())
-        surgeon.insert(5, surgeon.stack[0])
-        reached = interrupted_at(line, lambda surgeon=surgeon: surgeon.__exit__(None, None, None))
-        assert list(model.state_dict()) == keys and torch.equal(logits(model), expected), line
-        assert hooks == [
-            (list(b._forward_pre_hooks), dict(b._forward_pre_hooks_with_kwargs)) for b in find_stack(model).blocks
-        ], line
-        refuse_open_surgery(find_stack(model), "test")
-    assert line > 50
+        line += 1
+        block = _Residual()
+        block.register_forward_pre_hook(lambda m, a: None)
+        set_splices(block, place, [nn.Identity() for _ in range(held)])
+        set_splices(block, AFTER if place == BEFORE else BEFORE, [nn.Identity()])
+        tables = block._modules, block._forward_pre_hooks, block._forward_pre_hooks_with_kwargs, block._forward_hooks
+        before = [list(table.items()) for table in tables]
+        put_back = remember_splices(block, place)
+        set_splices(block, place, [nn.Identity() for _ in range(present)])
+        reached = interrupted_at(line, put_back)
+        put_back()
+        assert [list(table.items()) for table in tables] == before, line
+    assert line > 5
 
 
 def test_a_window_over_the_splice_gives_the_class_back() -> None:

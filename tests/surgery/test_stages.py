@@ -9,17 +9,9 @@ import pytest
 import torch
 import transformers
 
-from streamline_hooks import (
-    HiddenStateRecorder,
-    LayerSurgeon,
-    LinearReplacement,
-    UnsupportedSurgery,
-    find_stack,
-    find_stacks,
-    load,
-    profile,
-    save,
-)
+from streamline_hooks import HiddenStateRecorder, LayerSurgeon, UnsupportedSurgery, find_stack, load, profile, save
+from streamline_hooks.modeling import find_stacks
+from streamline_hooks.replacements import LinearReplacement
 
 STAGE = "encoder.layers.1.blocks"
 

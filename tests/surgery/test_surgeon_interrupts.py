@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, find_stack
+from streamline_hooks import LayerSurgeon, StreamlineError, find_stack
+from streamline_hooks.replacements import LinearReplacement
+from streamline_hooks.surgery.session import refuse_open_surgery
 from tests.surgery.interruptions import interrupted_at
 from tests.tiny_models import WIDTH, Nudge, tiny_model, tokens
 
@@ -30,17 +32,18 @@ def state(model: nn.Module) -> list[Any]:
     for name, module in model.named_modules():
         rows.append((name, id(module), module.training, list(vars(module)), list(module._modules)))
         rows += [list(hooks.items()) for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        rows.append(dict(module._forward_pre_hooks_with_kwargs))
         rows += [(key, value) for key, value in vars(module).items() if type(value) is int]
         rows += [id(value) for key, value in vars(module).items() if key == "config"]
     rows += [(name, id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()]
     return rows
 
 
-def models() -> dict[str, Callable[[], tuple[nn.Module, int]]]:
-    """A model, and at every how many lines it is interrupted; with 1 all are tried, which takes minutes."""
+def models() -> dict[str, Callable[[], tuple[nn.Module, int, int]]]:
+    """A model, and at every how many lines closing and committing are interrupted; all of them take minutes."""
     return {
-        "plain": lambda: (nn.Sequential(*(PlainBlock() for _ in range(5))).eval(), 3),
-        "llama": lambda: (tiny_model("llama"), 997),
+        "plain": lambda: (nn.Sequential(*(PlainBlock() for _ in range(5))).eval(), 3, 12),
+        "llama": lambda: (tiny_model("llama"), 197, 3988),
     }
 
 
@@ -54,18 +57,23 @@ def whole(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("make", models().values(), ids=models())
-def test_closing(make: Callable[[], tuple[nn.Module, int]]) -> None:
-    inner, stride = make()
+def test_closing(make: Callable[[], tuple[nn.Module, int, int]]) -> None:
+    inner, stride, _ = make()
     model, line, reached = whole(inner), 2, True  # the first line is the `try` that guards the others
+    with LayerSurgeon(model, probe=False) as surgeon:
+        for k in (1, 2, 4, len(surgeon.stack)):
+            surgeon.insert(k, Nudge(seed=k))
+        surgeon.commit()
     while reached:
         before = state(model)
         surgeon = LayerSurgeon(model, probe=False)
         surgeon.__enter__()
-        surgeon.remove([1])
+        surgeon.replace(range(1, 3), Nudge())  # with the splice between its blocks; those before 1 and 4 move
         surgeon.insert(3, Nudge())
         surgeon.insert(4, surgeon.stack[0])
         reached = interrupted_at(line, lambda surgeon=surgeon: surgeon.__exit__(None, None, None))
         assert state(model) == before, line
+        refuse_open_surgery(find_stack(model), "test")
         with LayerSurgeon(model, probe=False) as surgeon:
             surgeon.commit()
         line += stride
@@ -73,10 +81,10 @@ def test_closing(make: Callable[[], tuple[nn.Module, int]]) -> None:
 
 
 @pytest.mark.parametrize("make", models().values(), ids=models())
-def test_committing(make: Callable[[], tuple[nn.Module, int]]) -> None:
+def test_committing(make: Callable[[], tuple[nn.Module, int, int]]) -> None:
     line, reached, outcomes = 1, True, set()
     while reached:
-        inner, stride = make()
+        inner, _, stride = make()
         model = whole(inner)
         before, length = state(model), len(find_stack(model))
 
@@ -100,7 +108,7 @@ def test_committing(make: Callable[[], tuple[nn.Module, int]]) -> None:
             assert model.config.num_hidden_layers == len(find_stack(model))
             assert type(model).__name__.startswith("Streamlined") is spliced
             model(tokens(1, 4))
-        line += 4 * stride
+        line += stride
     assert outcomes == {length, length - 1}
 
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks import LayerSurgeon, LinearReplacement
-from streamline_hooks.replacements import registry
+from streamline_hooks import LayerSurgeon
+from streamline_hooks.replacements import LinearReplacement, registry
 from streamline_hooks.surgery import edits, spliced_model
 from streamline_hooks.testing import tiny_model
 from tests.testing.wrong_replacements import WIDTH, AlmostIdentity

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks import LayerSurgeon, LinearReplacement, StreamlineError, load
+from streamline_hooks import LayerSurgeon, StreamlineError, load
+from streamline_hooks.replacements import LinearReplacement
 from streamline_hooks.testing import (
     assert_cached_generation_matches,
     assert_causal,
@@ -22,7 +23,7 @@ from streamline_hooks.testing import (
     assert_shapes,
 )
 from streamline_hooks.testing import tiny_model as tiny_of_type
-from streamline_hooks.testing.assertions.model_state import ModelState
+from streamline_hooks.testing.model_state import ModelState
 from tests.testing.planting import swaps_two_blocks
 from tests.tiny_models import FAMILIES, WIDTH, Nudge, left_padded, padded, repaired, tiny_model, tokens
 
@@ -56,8 +57,11 @@ def causal_batch() -> dict[str, Tensor]:
 # Healthy models
 
 
-@dtypes
-@pytest.mark.parametrize("family", FAMILIES)
+IN_FLOAT32 = [(family, torch.float32) for family in FAMILIES]
+IN_BFLOAT16 = [(family, torch.bfloat16) for family in ("llama", "gemma3")]  # one kind of attention, and mixed kinds
+
+
+@pytest.mark.parametrize(("family", "dtype"), IN_FLOAT32 + IN_BFLOAT16)
 @pytest.mark.parametrize("check", OF_MODELS)
 def test_a_healthy_model_passes(check: str, family: str, dtype: torch.dtype) -> None:
     OF_MODELS[check](tiny_model(family, dtype))
@@ -99,7 +103,7 @@ def test_the_padding_of_a_plain_encoder() -> None:
     assert_causal(encoder(), batch, changed_tokens=[])
     assert_identity_preserves_output(encoder(), batch)
     assert_shapes(encoder(), batch)
-    with pytest.raises(AssertionError, match=r"padding was changed.*hand the attention"):
+    with pytest.raises(AssertionError, match=r"padding was changed.*pass the attention"):
         assert_causal(Ignoring(encoder().layers[0], 3), batch, changed_tokens=[])
 
 
@@ -137,28 +141,20 @@ def test_a_folder_of_ones_own_keeps_the_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"),
+    "settings",
     [
-        ("num_beams", 2),
-        ("return_dict_in_generate", True),
-        ("stop_strings", ["a"]),
-        ("do_sample", True),
-        ("eos_token_id", list(range(64))),
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"return_dict_in_generate": True, "do_sample": True},
+        {"stop_strings": ["a"]},
+        {"eos_token_id": list(range(64))},
     ],
 )
-def test_the_models_own_way_of_generating_breaks_no_check(setting: str, value: object) -> None:
+def test_the_models_own_way_of_generating_breaks_no_check(settings: dict[str, object]) -> None:
     model = tiny_model("llama")
-    setattr(model.generation_config, setting, value)
+    vars(model.generation_config).update(settings)
     assert_shapes(model)
     assert_cached_generation_matches(model, steps=3)
-    assert getattr(model.generation_config, setting) == value
-
-
-def test_several_texts_a_row_break_no_check() -> None:
-    model = tiny_model("llama")
-    model.generation_config.num_beams = model.generation_config.num_return_sequences = 2
-    assert_shapes(model)
-    assert_cached_generation_matches(model, steps=3)
+    assert vars(model.generation_config).items() >= settings.items()
 
 
 # They leave everything as it was
@@ -228,7 +224,7 @@ def test_a_fault_after_the_stack_blames_no_block() -> None:
             out: Tensor = self.encoder(src, mask=mask)
             return out + out.mean(dim=1, keepdim=True)
 
-    with pytest.raises(AssertionError, match=r"No block's state changed.*after the stack"):
+    with pytest.raises(AssertionError, match=r"No state of a block changed.*after the stack"):
         assert_causal(Head(), causal_batch())
 
 
@@ -241,7 +237,7 @@ def test_a_class_that_builds_blocks_from_their_number_is_no_shorter_model() -> N
 def test_a_setting_that_is_only_in_the_configuration() -> None:
     model = tiny_model("llama")
     model.config.rms_norm_eps = 1e-2
-    with pytest.raises(AssertionError, match=r"other logits.*absolute difference"):
+    with pytest.raises(AssertionError, match=r"different logits.*absolute difference"):
         # The norms go on with what they were built with; the checkpoint comes back with what the configuration says.
         assert_checkpoint_round_trip(model)
 
@@ -265,7 +261,7 @@ def test_a_change_that_alters_the_model_outside_itself_shows_in_the_logits(monke
         monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, *rest, **more: (q, k))
         yield
 
-    with pytest.raises(AssertionError, match=r"other logits than before.*function of its module"):
+    with pytest.raises(AssertionError, match=r"different logits than before.*function of its Python module"):
         assert_restores(tiny_model("llama"), unrotated)
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", original)
 
@@ -281,7 +277,7 @@ def test_what_the_first_forward_inside_a_change_sets_up_is_seen_only_when_it_is_
         handle.remove()
 
     assert_restores(tiny_model("llama"), lambda model: _closing(lazy(model)), run_inside=False)
-    with pytest.raises(AssertionError, match=r"seen of the model says True;.*missing"):
+    with pytest.raises(AssertionError, match=r"seen of the model is True;.*missing"):
         assert_restores(tiny_model("llama"), lazy)
 
 
@@ -339,8 +335,8 @@ def test_states_that_equal_what_would_be_drawn_are_changed_all_the_same() -> Non
     [
         (lambda: assert_identity_preserves_output(encoder()), r"No batch.*TransformerEncoder.*src"),
         (lambda: assert_restores(encoder()), r"No batch.*batch="),
-        (lambda: assert_shapes(nn.Linear(4, 4)), r"this Linear.*features="),
-        (lambda: assert_causal(nn.Linear(4, 4)), "give features=.*give batch="),
+        (lambda: assert_shapes(nn.Linear(4, 4)), r"of Linear.*features="),
+        (lambda: assert_causal(nn.Linear(4, 4)), "Pass features=.*batch="),
         (lambda: assert_causal(encoder(tokens_first=True), {"src": states()}), "batch_first=True"),
         (lambda: assert_cached_generation_matches(encoder()), "no cache"),
         (lambda: assert_checkpoint_round_trip(encoder()), "has no save_pretrained"),
@@ -348,17 +344,17 @@ def test_states_that_equal_what_would_be_drawn_are_changed_all_the_same() -> Non
             lambda: assert_identity_preserves_output(tiny_model("llama"), places=[7]),
             r"7.*0 to 6.*6 blocks",
         ),
-        (lambda: assert_causal(tiny_model("llama"), changed_tokens=[12]), r"Token 12.*0 to 11"),
+        (lambda: assert_causal(tiny_model("llama"), changed_tokens=[12]), r"contains 12.*0 to 11"),
         (
             lambda: assert_causal(tiny_model("llama"), {"input_ids": torch.full((2, 5), 7)}),
-            r"All tokens.*same one",
+            r"All tokens.*equal",
         ),
-        (lambda: assert_cached_generation_matches(tiny_model("llama"), steps=12), "more of them than steps"),
+        (lambda: assert_cached_generation_matches(tiny_model("llama"), steps=12), "steps=12.*more tokens than steps"),
         (
             lambda: assert_cached_generation_matches(tiny_model("llama"), padded([6, 3], "right"), steps=2),
-            r"padded on its right.*on the left",
+            r"padded on the right.*on the left",
         ),
-        (lambda: assert_removal_equals_shorter_model(tiny_model("llama"), range(4, 9)), "is no window of the stack"),
+        (lambda: assert_removal_equals_shorter_model(tiny_model("llama"), range(4, 9)), "is not a window of the stack"),
     ],
 )
 def test_a_wrong_question_is_told_from_a_wrong_model(call: Callable[[], None], words: str) -> None:

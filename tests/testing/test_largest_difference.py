@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_hooks.digests import same_bits
-from streamline_hooks.testing.assertions.difference import Difference, difference, require_same
+from streamline_hooks.core import bitwise_equal
+from streamline_hooks.testing.compare import assert_tensors_match, describe_difference
 
 
 @given(st.integers(0, 2), st.integers(0, 3), st.integers(0, 4), st.sampled_from([-1.5, 2.5]), st.booleans())
@@ -17,21 +17,20 @@ def test_the_place_and_the_size(row: int, token: int, entry: int, size: float, h
     got = expected.clone()
     got[row, token, entry] += size
     got[(row + 1) % 3, token, entry] += 0.25
-    found = difference(got, expected, tolerance=0.0)
-    assert isinstance(found, Difference)
-    assert found.place == (row, token, entry)
-    assert found.size == abs(float(got[found.place].double() - expected[found.place].double()))
-    assert f"at batch {row}, token {token}, vocabulary entry {entry} (got" in str(found)
+    found = describe_difference(got, expected, tolerance=0.0)
+    mine, theirs = float(got[row, token, entry]), float(expected[row, token, entry])
+    assert found is not None and f"difference is {abs(mine - theirs):.6g} at" in found
+    assert f"at batch {row}, token {token}, vocabulary entry {entry} (got {mine:.9g}, expected {theirs:.9g};" in found
 
 
 def test_only_real_tokens_count() -> None:
     expected, real = torch.zeros(2, 3, 4), torch.tensor([[True, True, True], [False, True, True]])
     got = expected.clone()
     got[1, 0] = torch.nan
-    assert difference(got, expected, real=real, tolerance=0.0) is None
+    assert describe_difference(got, expected, real=real, tolerance=0.0) is None
     got[1, 1, 2] = 1.0
-    found = difference(got, expected, real=real, tolerance=0.0)
-    assert isinstance(found, Difference) and found.place == (1, 1, 2)
+    found = describe_difference(got, expected, real=real, tolerance=0.0)
+    assert found is not None and "at batch 1, token 1, vocabulary entry 2 (" in found
 
 
 def test_what_lies_in_the_padding_does_not_widen_the_tolerance() -> None:
@@ -39,7 +38,7 @@ def test_what_lies_in_the_padding_does_not_widen_the_tolerance() -> None:
     expected[0, 0] = 1e9
     got = expected.clone()
     got[0, 1] = 1e-3
-    assert isinstance(difference(got, expected, real=real), Difference)
+    assert "difference is 0.001 at" in str(describe_difference(got, expected, real=real))
 
 
 @pytest.mark.parametrize("where", ["got", "expected", "both"])
@@ -48,23 +47,23 @@ def test_nan_never_agrees(where: str) -> None:
     for values, name in ((got, "got"), (expected, "expected")):
         if where in (name, "both"):
             values[0, 1, 0] = torch.nan
-    said = difference(got, expected, tolerance=10.0)
-    assert isinstance(said, str) and "NaN at batch 0, token 1, vocabulary entry 0" in said
+    said = describe_difference(got, expected, tolerance=10.0)
+    assert said is not None and "NaN at batch 0, token 1, vocabulary entry 0" in said
 
 
 def test_infinity_agrees_with_itself_alone() -> None:
     masked = torch.tensor([[[0.0, -torch.inf]]])
-    assert difference(masked, masked.clone()) is None
-    found = difference(torch.zeros(1, 1, 2), masked)
-    assert isinstance(found, Difference) and found.size == torch.inf
-    found = difference(masked, torch.zeros(1, 1, 2), tolerance=10.0)
-    assert isinstance(found, Difference) and found.place == (0, 0, 1)
+    assert describe_difference(masked, masked.clone()) is None
+    found = describe_difference(torch.zeros(1, 1, 2), masked)
+    assert "difference is inf at" in str(found)
+    found = describe_difference(masked, torch.zeros(1, 1, 2), tolerance=10.0)
+    assert "difference is inf at batch 0, token 0, vocabulary entry 1 (" in str(found)
 
 
 @pytest.mark.parametrize("got", [torch.zeros(1, 2), torch.zeros(1, 3, dtype=torch.float64)], ids=["shape", "dtype"])
 def test_what_cannot_be_compared_is_said(got: torch.Tensor) -> None:
     with pytest.raises(AssertionError, match=r"a .* of shape .*expected .*cause: none"):
-        require_same(got, torch.zeros(1, 3), "It is wrong", "none")
+        assert_tensors_match(got, torch.zeros(1, 3), "It is wrong", "none")
 
 
 @pytest.mark.parametrize(
@@ -81,13 +80,13 @@ def test_what_cannot_be_compared_is_said(got: torch.Tensor) -> None:
 )
 def test_tolerance_goes_by_the_precision(dtype: torch.dtype, gap: float, agrees: bool) -> None:
     expected = torch.ones(1, 1, 1, dtype=dtype)
-    assert (difference(expected + gap, expected) is None) == agrees
+    assert (describe_difference(expected + gap, expected) is None) == agrees
 
 
 def test_bits() -> None:
     zero = torch.zeros(2)
-    assert same_bits(zero, zero.clone()) and not same_bits(zero, -zero)
-    assert not same_bits(zero, zero.double()) and not same_bits(zero, torch.zeros(3))
+    assert bitwise_equal(zero, zero.clone()) and not bitwise_equal(zero, -zero)
+    assert not bitwise_equal(zero, zero.double()) and not bitwise_equal(zero, torch.zeros(3))
     nan = torch.tensor([torch.nan])
-    assert same_bits(nan, nan.clone()) and same_bits(torch.tensor(True), torch.tensor(True))
-    assert same_bits(torch.zeros(0), torch.zeros(0)) and same_bits(torch.ones(2, 3).T, torch.ones(3, 2))
+    assert bitwise_equal(nan, nan.clone()) and bitwise_equal(torch.tensor(True), torch.tensor(True))
+    assert bitwise_equal(torch.zeros(0), torch.zeros(0)) and bitwise_equal(torch.ones(2, 3).T, torch.ones(3, 2))

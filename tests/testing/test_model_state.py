@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from streamline_hooks.testing.assertions.model_state import ModelState
+from streamline_hooks.testing.model_state import ModelState
 from tests.tiny_models import tiny_model
 
 
@@ -28,44 +28,44 @@ def _backward(model: Any) -> None:
 
 
 CHANGES: dict[str, Callable[[Any], object]] = {
-    "model.layers.1.mlp is another module (LlamaMLP) than before": lambda m: setattr(
+    "model.layers.1.mlp is a different module (LlamaMLP) than before": lambda m: setattr(
         m.model.layers[1], "mlp", copy.deepcopy(m.model.layers[1].mlp)
     ),
     "model.extra (Identity) was left in the model": lambda m: m.model.add_module("extra", nn.Identity()),
-    "model.layers.5 (LlamaDecoderLayer) is gone": lambda m: m.model.layers.pop(5),
+    "model.layers.5 (LlamaDecoderLayer) is missing": lambda m: m.model.layers.pop(5),
     "a backward hook was left on lm_head": lambda m: m.lm_head.register_full_backward_hook(_nothing),
     "a load-state-dict pre-hook was left on the model": lambda m: m.register_load_state_dict_pre_hook(_nothing),
-    "a forward hook that was there before is gone on model.norm": lambda m: m.model.norm._forward_hooks.popitem(),
-    "the hooks of _forward_hooks run in another order on model.norm": _swap_hooks,
-    "the gradient of model.norm.weight is another one than before": _backward,
-    "model.rotary_emb.inv_freq has other values": lambda m: m.model.rotary_emb.inv_freq.mul_(2),
-    "marked of model.layers.0 says 1; it was missing": lambda m: setattr(m.model.layers[0], "marked", 1),
-    "config.marked of the model says True; it was missing": lambda m: setattr(m.config, "marked", True),
-    "numbers[1] of model.norm says 7; it was 2": lambda m: m.model.norm.numbers.__setitem__(1, 7),
-    "table['a'] of model.norm says a Linear; it was a Linear": lambda m: m.model.norm.table.update(a=nn.Linear(1, 1)),
-    "lm_head.weight has other values": lambda m: (
+    "a forward hook that existed before is missing on model.norm": lambda m: m.model.norm._forward_hooks.popitem(),
+    "the hooks of _forward_hooks run in a different order on model.norm": _swap_hooks,
+    "the gradient of model.norm.weight is a different tensor than before": _backward,
+    "model.rotary_emb.inv_freq has different values": lambda m: m.model.rotary_emb.inv_freq.mul_(2),
+    "marked of model.layers.0 is 1; it was missing": lambda m: setattr(m.model.layers[0], "marked", 1),
+    "config.marked of the model is True; it was missing": lambda m: setattr(m.config, "marked", True),
+    "numbers[1] of model.norm is 7; it was 2": lambda m: m.model.norm.numbers.__setitem__(1, 7),
+    "table['a'] of model.norm is a Linear; it was a Linear": lambda m: m.model.norm.table.update(a=nn.Linear(1, 1)),
+    "lm_head.weight has different values": lambda m: (
         m.lm_head.weight.data.double().float().neg_() is None or m.lm_head.weight.data.neg_()
     ),
-    "generation_config.max_length of the model says": lambda m: setattr(m.generation_config, "max_length", 77),
+    "generation_config.max_length of the model is": lambda m: setattr(m.generation_config, "max_length", 77),
     "a gradient hook was left on lm_head.weight: _nothing": lambda m: m.lm_head.weight.register_hook(_nothing),
     "a post-accumulate-grad hook was left on lm_head.weight: _nothing": lambda m: (
         m.lm_head.weight.register_post_accumulate_grad_hook(_nothing)
     ),
-    "a gradient hook that was there before is gone on model.norm.weight": lambda m: (
+    "a gradient hook that existed before is missing on model.norm.weight": lambda m: (
         m.model.norm.weight._backward_hooks.popitem()
     ),
-    "the gradient of lm_head.weight has other values: the largest absolute difference is 1 at": lambda m: (
+    "the gradient of lm_head.weight has different values: the largest absolute difference is 1 at": lambda m: (
         m.lm_head.weight.grad.mul_(2)
     ),
-    "scale of model.norm says a tensor with 3 at (1,); it was a tensor with 1 at (1,)": lambda m: (
+    "scale of model.norm is a tensor with 3 at (1,); it was a tensor with 1 at (1,)": lambda m: (
         m.model.norm.scale.__setitem__(1, 3.0)
     ),
-    "numbers[2] of model.norm says a tensor with 4 at (); it was a tensor with 3 at ()": lambda m: m.model.norm.numbers[
+    "numbers[2] of model.norm is a tensor with 4 at (); it was a tensor with 3 at ()": lambda m: m.model.norm.numbers[
         2
     ].add_(1),
-    "scale of model.norm says a Tensor; it was a Tensor": lambda m: setattr(m.model.norm, "scale", torch.ones(3)),
+    "scale of model.norm is a Tensor; it was a Tensor": lambda m: setattr(m.model.norm, "scale", torch.ones(3)),
     "the model is a Other; it was a LlamaForCausalLM": lambda m: setattr(m, "__class__", type("Other", (type(m),), {})),
-    "the state dict has other keys: gone ['lm_head.weight'], new []": lambda m: m._modules.pop("lm_head"),
+    "the state dict has different keys: missing ['lm_head.weight'], new []": lambda m: m._modules.pop("lm_head"),
 }
 
 
@@ -134,4 +134,4 @@ def test_tied_weights_are_looked_at_under_both_names() -> None:
     model: Any = tiny_model("opt")
     before = ModelState(model)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    assert [change.split(" is another")[0] for change in before.changes()] == ["lm_head.weight"]
+    assert [change.split(" is a different")[0] for change in before.changes()] == ["lm_head.weight"]

@@ -11,7 +11,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from streamline_hooks import LayerSurgeon, StreamlineError, find_stacks
+from streamline_hooks import LayerSurgeon, StreamlineError
+from streamline_hooks.modeling import find_stacks
 from streamline_hooks.testing import (
     assert_cached_generation_matches,
     assert_causal,
@@ -20,7 +21,7 @@ from streamline_hooks.testing import (
     assert_shapes,
 )
 from streamline_hooks.testing import tiny_model as tiny_of_type
-from streamline_hooks.testing.assertions.round_trip import hold_reading
+from streamline_hooks.testing.checkpoint_round_trip import compare_loaded
 from tests.other_models import made
 from tests.tiny_models import tiny_model
 
@@ -75,7 +76,7 @@ def test_what_a_class_of_its_own_reads_otherwise_is_seen(monkeypatch: pytest.Mon
         return loaded
 
     monkeypatch.setattr(type(model), "from_pretrained", other)
-    with pytest.raises(AssertionError, match=r"Read.*LlamaForSequenceClassification.from_pretrained"):
+    with pytest.raises(AssertionError, match=r"Loaded.*LlamaForSequenceClassification.from_pretrained"):
         assert_checkpoint_round_trip(model)
 
 
@@ -97,7 +98,7 @@ def test_what_was_read_is_compared_where_the_model_is(tmp_path: Path) -> None:
         return loaded
 
     values = [*model.parameters(), *model.buffers()]
-    hold_reading(model, "a copy", read, tmp_path)
+    compare_loaded(model, "a copy", read, tmp_path)
     assert moved == [model.device]
 
 
@@ -120,7 +121,7 @@ class Poisoned(nn.Module):
 def test_a_classifier_is_told_why_it_cannot_be_causal() -> None:
     model, batch = image_classifier()
     for subject, given in ((of_class("LlamaForSequenceClassification", num_labels=3), None), (model, batch)):
-        with pytest.raises(StreamlineError, match=r"no result for each token.*one answer a sequence"):
+        with pytest.raises(StreamlineError, match=r"one output per token.*one output per sequence"):
             assert_causal(subject, given)
 
 
@@ -140,7 +141,7 @@ def test_an_encoder_with_a_decoder_passes(name: str, padding: int) -> None:
     for stack in (stack.path for stack in find_stacks(model)):
         assert_shapes(model, batch, stack=stack)
     assert_causal(model, batch)
-    with pytest.raises(StreamlineError, match="writes another one"):
+    with pytest.raises(StreamlineError, match="encoder-decoder model"):
         assert_cached_generation_matches(model, batch)
 
 

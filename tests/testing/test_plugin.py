@@ -55,8 +55,8 @@ def test_a_model_that_is_not_there_is_a_reason_to_skip(tmp_path: Path) -> None:
 
 def test_its_fixtures_are_listed_with_what_they_give(tmp_path: Path) -> None:
     told = run_pytest(tmp_path, "", "--fixtures", "-q")
-    assert "A tiny random model of any type, made once and copied" in told
-    assert "A trained model and its tokenizer" in told
+    assert "Return a function that builds a tiny random model" in told
+    assert "Return a trained model and its tokenizer" in told
 
 
 @pytest.mark.parametrize("option", ["--streamline-model"])

@@ -47,9 +47,9 @@ def one_forward(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("compiled", [wrapped, in_place, one_block, one_forward])
 def test_a_compiled_model_is_refused(compiled: object) -> None:
     model = compiled(tiny_model("llama"))  # type: ignore[operator]
-    with pytest.raises(StreamlineError, match=r"Cannot operate on a compiled.*hooks.*silently never"):
+    with pytest.raises(StreamlineError, match=r"Cannot operate on a compiled.*hooks.*never fire"):
         LayerSurgeon(model).__enter__()
-    with pytest.raises(StreamlineError, match=r"hidden states of a compiled.*then compile"):
+    with pytest.raises(StreamlineError, match=r"hidden states of a compiled.*compile it afterwards"):
         HiddenStateRecorder(model).__enter__()
 
 

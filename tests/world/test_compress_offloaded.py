@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from streamline_hooks import HiddenStateRecorder, WindowMoments, compress, find_stack, load, measure_moments
-from streamline_hooks.batch import batches_of, prepare
-from streamline_hooks.repair import DistillationConfig
-from tests.blockwise.checkpoints import AMOUNTS, compressible, reader
+from streamline_hooks import HiddenStateRecorder, compress, find_stack, load
+from streamline_hooks.core import prepare_inputs, split_into_batches
+from streamline_hooks.distillation import DistillationConfig
+from streamline_hooks.statistics import WindowMoments, measure_moments
+from tests.checkpoint.block_by_block import AMOUNTS, compressible, reader
 from tests.configured import arguments
 from tests.tiny_models import tiny_model, tokens
 
@@ -48,15 +49,10 @@ def test_it_comes_to_what_the_plain_model_comes_to(
     folder = compressible(tmp_path)
     model = placed(folder, tmp_path / "weights")
     assert sum(p.is_meta for block in find_stack(model).blocks for p in block.parameters()) > 5
-    found = compress(
-        model, *reader(), **arguments(speed=False, generation=False, **AMOUNTS, **options), output=tmp_path / "found"
-    )
-    wanted = compress(
-        load(folder),
-        *reader(),
-        **arguments(speed=False, generation=False, **AMOUNTS, **options),
-        output=tmp_path / "wanted",
-    )
+    tokenizer, texts = reader()
+    given = {"tokenizer": tokenizer, **arguments(speed=False, generation=False, **AMOUNTS, **options)}
+    found = compress(model, texts, output=tmp_path / "found", **given)
+    wanted = compress(load(folder), texts, output=tmp_path / "wanted", **given)
     assert found.plan == wanted.plan and found.perplexities == pytest.approx(wanted.perplexities, rel=1e-6)
     distances = [[one.distance for one in result.candidates] for result in (found, wanted)]
     assert distances[0] == pytest.approx(distances[1], rel=1e-6)
@@ -83,9 +79,9 @@ def in_two_precisions() -> Any:
 
 @pytest.mark.parametrize("window", [range(0, 2), range(2, 4), range(3, 5)])
 def test_moments_of_a_model_in_two_precisions(window: range) -> None:
-    model, batch = in_two_precisions(), batches_of(tokens(3, 12), 3)[0]
+    model, batch = in_two_precisions(), split_into_batches(tokens(3, 12), 3)[0]
     with torch.no_grad(), HiddenStateRecorder(model) as record:
-        record(**prepare(model, batch))
+        record(**prepare_inputs(model, batch))
     x, y = record.inputs[window.start][0], record.outputs[window.stop - 1][0]
     assert {state.dtype for k in (0, 2, 3, 4) for state in record.outputs[k]} == {torch.bfloat16, torch.float32}
     expected = WindowMoments(x.shape[-1])
@@ -99,7 +95,7 @@ def test_moments_of_a_model_in_two_precisions(window: range) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA is not available")
 def test_moments_stay_on_the_device_of_their_block() -> None:
     model = tiny_model("llama").cuda()
-    (found,) = measure_moments(model, batches_of(tokens(3, 12), 3), [range(1, 3)])
-    (expected,) = measure_moments(tiny_model("llama"), batches_of(tokens(3, 12), 3), [range(1, 3)])
+    (found,) = measure_moments(model, split_into_batches(tokens(3, 12), 3), [range(1, 3)])
+    (expected,) = measure_moments(tiny_model("llama"), split_into_batches(tokens(3, 12), 3), [range(1, 3)])
     assert found.xx.device.type == "cuda"
     torch.testing.assert_close(found.xx.cpu(), expected.xx, rtol=1e-4, atol=1e-5)

@@ -15,15 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from streamline_hooks import (
-    HiddenStateRecorder,
-    LayerSurgeon,
-    LinearReplacement,
-    StreamlineError,
-    find_stack,
-    load,
-    save,
-)
+from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, find_stack, load, save
+from streamline_hooks.replacements import LinearReplacement
 from tests.tiny_models import BLOCKS, WIDTH, Nudge, tiny_model, tokens
 
 
@@ -117,7 +110,7 @@ def test_a_copy_made_inside_a_surgeon_is_saved_after_its_own_commit(
         surgeon.replace([1, 2], LinearReplacement.from_map(0.1 * torch.randn(WIDTH, WIDTH, generator=generator)))
         duplicate = duplicated(model)
         again = duplicated(duplicate)
-        with pytest.raises(StreamlineError, match="its exit takes back"):
+        with pytest.raises(StreamlineError, match="exit restores the original"):
             model.save_pretrained(tmp_path)
     for one in (duplicate, again):
         with pytest.raises(StreamlineError, match="copied inside an open LayerSurgeon"):

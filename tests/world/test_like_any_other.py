@@ -14,8 +14,8 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer, pipeline
 
-from streamline_hooks import LayerSurgeon, LinearReplacement, compress, save
-from streamline_hooks.replacements import SwiGLUReplacement
+from streamline_hooks import LayerSurgeon, compress, save
+from streamline_hooks.replacements import LinearReplacement, SwiGLUReplacement
 from tests.configured import configured
 from tests.tiny_models import FAMILIES, left_padded, repaired, tiny_model, tokens
 
@@ -33,17 +33,17 @@ def short_stories(stories: tuple[Any, Any], story_texts: list[str]) -> tuple[Any
     model, tokenizer = copy.deepcopy(stories[0]), stories[1]
     compress(
         model,
-        tokenizer,
         story_texts,
         configured(
             remove=1,
-            keep=[0],
+            protect=[0],
             repair="linear",
             sequence_length=64,
             calibration_tokens=4096,
             validation_tokens=512,
             test_tokens=512,
         ),
+        tokenizer=tokenizer,
     )
     return model, tokenizer
 
@@ -106,7 +106,7 @@ def test_exported_by_torch_with_its_splices(family: str) -> None:
             torch.testing.assert_close(found[real], model(**batch).logits[real], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])  # a full cache, and mixed kinds of caches
 def test_it_drafts_for_its_own_original(family: str) -> None:
     """Assisted generation gives the tokens of the original, whoever drafts."""
     model = tiny_model(family)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, find_stack
-from streamline_hooks.passes import recorded, resume
+from streamline_hooks.surgery import resume
 from tests.tiny_models import Nudge
 
 WIDTH, BLOCKS = 16, 5
@@ -298,8 +298,9 @@ def test_an_inserted_identity_changes_nothing_of_nested_states(padded_batch: Any
 def test_statistics_and_resuming_leave_the_padding_out(padded_batch: Any) -> None:
     model, batch, lengths = padded_batch
     batch["src"] = batch["src"].masked_fill(batch["src_key_padding_mask"][..., None], 100.0)
-    with recorded(model, [batch], HiddenStateRecorder(model), "test") as passed:
-        record, mask, output = next(passed)
+    with HiddenStateRecorder(model).over([batch]) as passed:
+        recorded = next(passed)
+        record, mask, output = recorded.record, recorded.real, recorded.output
         assert mask.sum().item() == sum(lengths)
         with torch.no_grad():
             again = resume(model, 2, record.inputs[2][0], batch)
@@ -322,7 +323,7 @@ def test_tokens_are_not_guessed_where_they_come_first() -> None:
         HiddenStateRecorder(model, tokens="last").__enter__()
     batch = {"src": torch.randn(4, 4, WIDTH), "src_key_padding_mask": torch.zeros(4, 4).bool()}
     with pytest.raises(StreamlineError, match=r"Build.*batch_first=True"):
-        with recorded(model, [batch], HiddenStateRecorder(model), "test") as passed:
+        with HiddenStateRecorder(model).over([batch]) as passed:
             next(passed)
     with HiddenStateRecorder(model) as record:
         model(batch["src"])

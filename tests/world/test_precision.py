@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks import HiddenStateRecorder, LayerSurgeon, LinearReplacement
+from streamline_hooks import HiddenStateRecorder, LayerSurgeon
+from streamline_hooks.replacements import LinearReplacement
 from tests.tiny_models import BLOCKS, WIDTH, Nudge, tiny_model, tokens
 
 halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

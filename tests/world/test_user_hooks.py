@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, find_stack
-from streamline_hooks.hidden_state import read_output, write_output
+from streamline_hooks.modeling import read_output, write_output
 from tests.tiny_models import BLOCKS, FAMILIES, Nudge, tiny_model, tokens
 
 families = pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,117 @@
+"""Measure how accurately memory and time targets are predicted on SmolLM2-135M.
+
+    python -m benchmarks.targets [--repeats 3]
+
+For each target the original is compressed by the fewest blocks that meet it, without replacement or with a linear map.
+The value is predicted before and measured after the compression. Times need an idle machine. Each target is measured
+several times, and the largest relative error must be at most 5 %. The results are saved to
+``benchmarks/results/targets.json`` and ``.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from typing import Any
+
+from benchmarks.real_text import RESULTS, show_log
+from benchmarks.timing import machine
+from streamline_hooks import CompressionConfig, DataConfig, LinearConfig, Target, compress
+from streamline_hooks.checkpoint import load_pretrained
+from streamline_hooks.core import model_size
+from streamline_hooks.data import read_documents
+from streamline_hooks.evaluation import measure_speed
+from streamline_hooks.pipeline import EvaluationConfig
+from streamline_hooks.repair import NoneConfig
+from streamline_hooks.selection import TARGET_TOLERANCE, WindowSearch
+
+DATA = DataConfig(sequence_length=128, calibration_tokens=4_096, validation_tokens=512, test_tokens=512)
+REPAIRS = (NoneConfig(), LinearConfig())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    os.environ["TQDM_DISABLE"] = "1"
+    show_log()
+    texts = read_documents("pydoc")
+    rows = []
+    for repeat in range(options.repeats):
+        for repair in REPAIRS:
+            for target in targets():
+                model, tokenizer = load_pretrained("smollm2")
+                config = CompressionConfig(
+                    remove=target,
+                    repair=repair,
+                    search=WindowSearch(shortlist=1),
+                    data=DATA,
+                    evaluation=EvaluationConfig(speed=False, generation=False),
+                )
+                result = compress(model, texts, config, tokenizer=tokenizer)
+                assert result.target is not None
+                rows.append(
+                    {
+                        "repeat": repeat,
+                        "repair": str(repair),
+                        "unit": target.unit,
+                        "removed": len(result.plan.removed),
+                        **result.target.to_dict(),
+                    }
+                )
+                print(repair, result.target, flush=True)
+    content = {
+        "command": f"python -m benchmarks.targets --repeats {options.repeats}",
+        "machine": machine(),
+        "rows": rows,
+        "largest_error": max(abs(row["relative_error"]) for row in rows),
+    }
+    (RESULTS / "targets.json").write_text(json.dumps(content, indent=1) + "\n")
+    (RESULTS / "targets.md").write_text(table(content))
+    print(table(content))
+    if content["largest_error"] > TARGET_TOLERANCE:
+        raise SystemExit(
+            f"The largest error is {content['largest_error']:.1%}. Expected at most {TARGET_TOLERANCE:.0%}."
+        )
+
+
+def targets() -> list[Target]:
+    """Return one target per unit, at about 80 % of the original."""
+    model = load_pretrained("smollm2")[0]
+    seconds = measure_speed({"original": model}, repeats=9).seconds("original", "decode").median
+    return [
+        Target(parameters=0.15),
+        Target(memory_bytes=0.85 * model_size(model)[1]),
+        Target(latency=0.8),
+        Target(decode_latency=0.8),
+        Target(seconds_per_token=0.8 * seconds),
+    ]
+
+
+def table(content: dict[str, Any]) -> str:
+    """Return the rows as Markdown, with the largest error of each unit and replacement."""
+    lines = [
+        "SmolLM2-135M, float32: the fewest of 30 blocks whose removal meets a target, and its value predicted before "
+        "and measured after the compression. Prompts of 512 tokens and 16 new tokens, CPU with "
+        f"{content['machine']['threads']} threads. The largest error of "
+        f"{1 + max(row['repeat'] for row in content['rows'])} compressions is shown.",
+        "",
+        "| replacement | target | value | blocks removed | original | predicted | measured | error |",
+        "|---" * 8 + "|",
+    ]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in content["rows"]:
+        groups.setdefault((row["repair"], row["unit"]), []).append(row)
+    for (repair, unit), rows in groups.items():
+        row = max(rows, key=lambda repeat: abs(repeat["relative_error"]))
+        values = " | ".join(f"{row[name]:.5g}" for name in ("original", "predicted", "measured"))
+        removed = ", ".join(map(str, sorted({repeat["removed"] for repeat in rows})))
+        lines.append(
+            f"| {repair} | {unit} | {row['target'][unit]:.5g} | {removed} | {values} | {row['relative_error']:+.1%} |"
+        )
+    return "\n".join([*lines, "", f"Made by `{content['command']}`.", ""])
+
+
+if __name__ == "__main__":
+    main()

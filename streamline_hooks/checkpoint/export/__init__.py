@@ -1,0 +1,1 @@
+"""Export models for other engines: plain checkpoints, GGUF and ONNX."""

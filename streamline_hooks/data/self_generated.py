@@ -1,0 +1,273 @@
+"""Generate calibration text with an instruction-tuned model, using its chat template."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tqdm import tqdm
+
+from streamline_hooks.core import (
+    Bound,
+    Config,
+    StreamlineError,
+    atomic_file,
+    autocast_dtype,
+    device_of,
+    max_positions,
+    model_digest,
+    parse_json,
+    texts_digest,
+    tokenizer_digest,
+)
+from streamline_hooks.modeling import (
+    SamplingConfig,
+    eos_token_ids,
+    generate_tokens,
+    inference,
+    require_generate,
+    seeded_sampling,
+)
+
+PROMPT_FORMS = (
+    "Explain {topic} to somebody who has never heard of it.; Write a short story in which {topic} plays a part.; List "
+    "ten facts about {topic}, with a sentence on each.; Write a dialogue between two friends who disagree about "
+    "{topic}.; Write a small, commented Python program that has to do with {topic}, and say how it works.; Write a "
+    "letter to a colleague who has asked for advice on {topic}.; Write a step-by-step guide for a beginner on "
+    "{topic}.; Describe the history of {topic} in a few paragraphs.; Write a newspaper article about a recent event "
+    "that concerns {topic}.; Make up five questions about {topic} and answer each one in detail.; Compare two views "
+    "of {topic}, and say which one you find more convincing and why.; Write a page of a diary by somebody whose life "
+    "is all about {topic}.; Pose a calculation problem about {topic}, then solve it step by step.; Write a speech "
+    "that opens a conference on {topic}.; Describe common mistakes with {topic} and how to avoid them.; Write a poem "
+    "about {topic}, then explain its images."
+)
+PROMPT_TOPICS = (
+    "sourdough bread; the tides of the sea; learning a second language; bicycle repair; the human heart; medieval "
+    "castles; keeping bees; sorting algorithms; the weather in the mountains; a family budget; black holes; jazz "
+    "music; volcanoes; teaching children to read; the stock market; chess openings; coral reefs; the printing press; "
+    "gardening in a small space; railway journeys; vaccines; board games; ancient Rome; electric cars; sleep and "
+    "dreams; football tactics; the life of a star; job interviews; databases; migrating birds; pottery; courts and "
+    "trials; the immune system; moving to a new city; the Silk Road; photography at night; probability and dice; a "
+    "village school; water supply in big cities; film music; elections; soil and farming; ocean exploration; old "
+    "maps; spreadsheets; friendship; bridges; winter sports"
+)
+FORMS, TOPICS = tuple(PROMPT_FORMS.split("; ")), tuple(PROMPT_TOPICS.split("; "))
+_SHORTEST = 16  # tokens; shorter answers are usually refusals or titles
+_LEAST_DISTINCT = 0.6  # minimum fraction of distinct 4-grams of tokens; prose has more than 0.9
+_PATIENCE = 8  # stop after this many consecutive batches without a new usable text
+
+
+@dataclass(frozen=True)
+class SelfGenerationConfig(Config):
+    """Settings for generating calibration text with a model.
+
+    Attributes
+    ----------
+    sequence_length : int
+        Maximum tokens of an answer, at least 16. 512 by default.
+    batch_size : int
+        Number of answers generated at a time. The texts depend on it. 32 by default.
+    temperature, top_p : float
+        Sampling parameters. 0.8 and 0.95 by default.
+    conversation : bool
+        Return whole conversations (chat template, prompt and answer, with special tokens as text) instead of answers.
+        Conversations that do not tokenize to the generated tokens are left out. The order of the prompts differs. False
+        by default.
+    seed : int
+        Seed of the order of the prompts and of sampling. 0 by default.
+
+    Examples
+    --------
+    >>> SelfGenerationConfig(temperature=1.0).sampling.top_p
+    0.95
+    """
+
+    bounds: ClassVar[Mapping[str, Bound]] = {
+        "sequence_length": _SHORTEST, "batch_size": 1, "temperature": 1e-6, "top_p": "(0, 1]",
+    }  # fmt: skip
+
+    sequence_length: int = 512
+    batch_size: int = 32
+    temperature: float = 0.8
+    top_p: float = 0.95
+    conversation: bool = False
+    seed: int = 0
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """Return the sampling settings for `generate_tokens`."""
+        return SamplingConfig(temperature=self.temperature, top_p=self.top_p)
+
+
+def self_generated(
+    model: Any,
+    tokenizer: Any,
+    config: SelfGenerationConfig | None = None,
+    *,
+    tokens: int,
+    cache: str | Path | None = None,
+) -> list[str]:
+    """Generate answers to prompts on many topics with an instruction-tuned model, and return the usable answers.
+
+    Training on text generated by the original model keeps a pruned model closer to it (arXiv 2410.09982). Answers that
+    are short, repetitive or duplicates are left out. With a larger `tokens`, the texts of a smaller one come first.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        An instruction-tuned causal language model.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        The model's tokenizer, with a chat template.
+    config : SelfGenerationConfig, optional
+        Default: ``SelfGenerationConfig()``.
+    tokens : int
+        Generate until the usable texts have this many tokens in total.
+    cache : str or Path, optional
+        Folder for a file of the generated texts. The name of the file is derived from everything that determines the
+        texts except the date. An existing file is read instead of generating again, and continued after an
+        interruption.
+
+    Returns
+    -------
+    list of str
+        The usable texts, in the order of generation.
+
+    Raises
+    ------
+    StreamlineError
+        If `tokens` is less than 1, the tokenizer has no chat template or does not reproduce the tokens of a
+        conversation, the model cannot generate or generates no usable text, or the cached file is damaged.
+
+    Examples
+    --------
+    An untrained model with byte tokens stands for an instruction-tuned model here:
+
+    >>> from transformers import ByT5Tokenizer
+    >>> from streamline_hooks.testing import tiny_model
+    >>> tokenizer = ByT5Tokenizer()
+    >>> tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    >>> model = tiny_model("llama", vocab_size=384, max_position_embeddings=256)
+    >>> config = SelfGenerationConfig(sequence_length=96, batch_size=4)
+    >>> texts = self_generated(model, tokenizer, config, tokens=32)
+    >>> sum(len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts) >= 32
+    True
+    """
+    require_generate(model)
+    config = config or SelfGenerationConfig()
+    seed, batch_size, conversation = config.seed, config.batch_size, config.conversation
+    draw = ("conversation",) * conversation
+    _check(tokenizer, conversation, tokens)
+    path, rows = None, list[dict[str, Any]]()
+    if cache is not None:
+        sizes = config.sequence_length, batch_size, config.temperature, config.top_p
+        settings = (seed, *sizes, conversation, autocast_dtype(model))
+        identity = [model_digest(model), tokenizer_digest(tokenizer, FORMS + TOPICS), *FORMS, *TOPICS]
+        identity.append(repr((*settings, sorted(eos_token_ids(model, tokenizer)))))
+        path = Path(cache).expanduser() / f"self-generated-{texts_digest(identity)[:16]}.jsonl"
+        rows = _read(path, batch_size) if path.exists() else rows
+    queue, usable, idle = prompts(f"conversation {seed}" if conversation else seed), dict[str, int](), 0
+    with tqdm(total=tokens, unit="token", desc="Generating calibration text", disable=None) as bar, inference(model):
+        for number in count():
+            batch_prompts = list(islice(queue, batch_size))
+            if number * batch_size == len(rows):
+                with seeded_sampling(device_of(model), seed, number, *draw):
+                    rows += _generate(model, tokenizer, batch_prompts, config)
+                if path is not None:
+                    with atomic_file(path) as new:
+                        new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+            before, batch = len(usable), rows[number * batch_size : (number + 1) * batch_size]
+            usable |= {row["text"]: row["tokens"] for row in batch if row["text"]}
+            idle = 0 if len(usable) > before else idle + 1
+            total = sum(usable.values())
+            bar.update(min(total, tokens) - bar.n)
+            if total >= tokens:
+                return list(usable)
+            if idle == _PATIENCE:
+                break
+    raise StreamlineError(
+        f"{tokens:,} tokens were requested; {type(model).__name__} generated {len(rows):,} texts, of which "
+        f"{len(usable):,} with {total:,} tokens are usable. Expected distinct answers of at least {_SHORTEST} tokens "
+        "without repetition, and conversations that tokenize to the same tokens. Give --calibration FILE or self."
+    )
+
+
+def prompts(seed: int | str) -> Iterator[str]:
+    """Yield all combinations of forms and topics in random order, repeatedly and without end."""
+    all_prompts, shuffle = [form.format(topic=topic) for form in FORMS for topic in TOPICS], random.Random(seed).shuffle
+    while True:
+        shuffle(all_prompts)
+        yield from all_prompts
+
+
+def _check(tokenizer: Any, conversation: bool, tokens: int) -> None:
+    if not tokens >= 1:
+        raise StreamlineError(f"tokens={tokens} is invalid. Expected at least 1. Request more tokens.")
+    name, prompt = getattr(tokenizer, "name_or_path", ""), next(prompts(0))
+    if not getattr(tokenizer, "chat_template", None):
+        raise StreamlineError(
+            f"The tokenizer {name!r} has no chat template. Expected the tokenizer of an instruction-tuned model. Give "
+            "--calibration FILE for other models."
+        )
+    ids = _chat(tokenizer, prompt, tokenize=True, return_dict=False)
+    if conversation and list(ids) != _ids(tokenizer, _chat(tokenizer, prompt, tokenize=False)):
+        raise StreamlineError(
+            f"The tokenizer {name!r} does not reproduce the tokens of a prompt in its chat template from its text. "
+            "Expected the same tokens. Use the answers without the conversation: --calibration self."
+        )
+
+
+def _generate(
+    model: Any, tokenizer: Any, batch_prompts: Sequence[str], config: SelfGenerationConfig
+) -> list[dict[str, Any]]:
+    """Sample an answer to each prompt; unusable answers have an empty text."""
+    chats = [_chat(tokenizer, prompt, tokenize=False) for prompt in batch_prompts]
+    rows, ends = [_ids(tokenizer, chat) for chat in chats], eos_token_ids(model, tokenizer)
+    width, positions = max(map(len, rows)), max_positions(model.config) or math.inf
+    conversation = config.conversation
+    length, texts = (
+        int(min(config.sequence_length, max(positions - width, _SHORTEST))),
+        [],
+    )  # `generate_tokens` raises if the prompt leaves too few positions
+    answers = generate_tokens(
+        model, tokenizer, rows, new_tokens=length, sampling=config.sampling, keep_end=conversation
+    )
+    for chat, row, (answer,) in zip(chats, rows, answers, strict=True):
+        ids = answer[:-1] if answer and answer[-1] in ends else answer
+        text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        runs, size = [tuple(ids[k : k + 4]) for k in range(len(ids) - 3)], len(_ids(tokenizer, text))
+        if size < _SHORTEST or len(set(runs)) < _LEAST_DISTINCT * len(runs):
+            text = ""
+        elif conversation:  # some tokenizers do not decode a prompt to its original text
+            options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+            decoded_prompt, decoded = (str(tokenizer.decode(token_ids, **options)) for token_ids in (row, row + answer))
+            text, size = chat + decoded.removeprefix(decoded_prompt), len(row + answer)
+            text = text if decoded.startswith(decoded_prompt) and _ids(tokenizer, text) == row + answer else ""
+        texts.append({"text": text, "tokens": size if text else 0})
+    return texts
+
+
+def _read(path: Path, batch_size: int) -> list[dict[str, Any]]:
+    try:
+        rows = [parse_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        if len(rows) % batch_size or any([*map(type, (row["text"], row["tokens"]))] != [str, int] for row in rows):
+            raise ValueError("incomplete")
+    except (ValueError, TypeError, KeyError) as error:
+        raise StreamlineError(
+            f"{path} is damaged ({error}). Expected one generated text in each line. Delete the file to generate the "
+            "texts again."
+        ) from error
+    return rows
+
+
+def _chat(tokenizer: Any, prompt: str, **options: Any) -> Any:
+    return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, **options)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,0 +1,338 @@
+"""The student: the model with its replacements and healed blocks; it usually shares all other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from streamline_hooks.core import Batch, StreamlineError
+from streamline_hooks.modeling import BlockStack, Task, find_stack
+from streamline_hooks.recording import ForwardStopped, HiddenStateRecorder
+from streamline_hooks.repair import FoldedMap, WindowReplacement, place
+from streamline_hooks.surgery import AFTER, BEFORE, LayerSurgeon, remember_splices, resume, set_splices, spliced
+
+if TYPE_CHECKING:
+    from streamline_hooks.distillation.teacher_cache import TeacherCache
+
+
+class Student:
+    """A model with the replacements and copies of remaining blocks that are trained.
+
+    The model is changed only inside the context `opened`; outside it is the original. One set of weights therefore
+    serves as teacher and as student. Both run on the same hidden states from the student's first changed block on.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The original model.
+    replacement_modules : sequence of (range, WindowReplacement)
+        Windows and their replacements, see `place`.
+    copies : mapping of int to torch.nn.Module, optional
+        Copies of remaining blocks to train, by index; the teacher keeps the originals. See `HealingConfig`.
+    outside : mapping of str to torch.nn.Module, optional
+        Copies of modules outside the stack to train, such as the LM head, by path.
+    rate : float
+        Learning rate of the copies as a fraction of that of the replacements; default 1.0.
+    stack : str, optional
+        Path of the block stack, see `find_stack`.
+    task : Task, optional
+        Task whose outputs are compared; by default see `Task.of`.
+    teacher : torch.nn.Module, optional
+        Another model of the same vocabulary as teacher, such as the model before an earlier surgery; by default the
+        model itself. It is not changed.
+
+    Attributes
+    ----------
+    teacher_cache : TeacherCache or None
+        The teacher's states on all batches of `train`, shared by several training runs, see `cache_teacher_states`.
+        None, the default, lets each run cache them.
+
+    Raises
+    ------
+    StreamlineError
+        If there is nothing to train, windows touch each other, a trained module shares weights with the original or
+        another trained module, or the teacher has another vocabulary.
+
+    Examples
+    --------
+    >>> from streamline_hooks.replacements import LinearReplacement
+    >>> from streamline_hooks.testing import tiny_model
+    >>> student = Student(tiny_model("llama"), [(range(2, 4), LinearReplacement(32))])
+    >>> student.start, sorted(student.parameters())
+    (2, ['2-3.0.projection.weight'])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        replacement_modules: Sequence[tuple[range, WindowReplacement]],
+        *,
+        copies: Mapping[int, nn.Module] | None = None,
+        outside: Mapping[str, nn.Module] | None = None,
+        rate: float = 1.0,
+        stack: str | None = None,
+        task: Task | None = None,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        self.model = model
+        self.teacher = model if teacher is None else teacher
+        self.teacher_cache: TeacherCache | None = None
+        self._task = task
+        self.stack = find_stack(model, stack)
+        self.replacement_modules = sorted(replacement_modules, key=lambda pair: pair[0].start)
+        self.copies = dict(sorted((copies or {}).items()))
+        self.outside = dict(outside or {})
+        self.rate = rate
+        if not (self.replacement_modules or self.copies or self.outside):
+            raise StreamlineError(
+                "There is nothing to train. Expected a window with a replacement, or copies of blocks. Pass one."
+            )
+        _require_gaps(self.windows)
+        self._require_one_vocabulary()
+        self._require_separate_weights()
+        self.training = True
+        first = [
+            window.start - isinstance(replacement_module, FoldedMap)
+            for window, replacement_module in self.replacement_modules
+        ]
+        self.start = min([*first, *self.copies, len(self.stack) - 1])
+        with self.opened():
+            pass  # fills self.modules
+
+    @property
+    def task(self) -> Task:
+        """The task whose outputs are compared."""
+        return self._task or Task.of(self.model)
+
+    @property
+    def teacher_stack(self) -> BlockStack:
+        """Block stack of the teacher."""
+        return self.stack if self.teacher is self.model else find_stack(self.teacher, self.stack.path)
+
+    @property
+    def windows(self) -> list[range]:
+        """Removed windows."""
+        return [window for window, _ in self.replacement_modules]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trainable parameters by name."""
+        return {
+            f"{path}.{number}.{name}": parameter
+            for path, modules in self.modules.items()
+            for number, module in enumerate(modules)
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return the persistent buffers of the trained modules by name."""
+        return {
+            f"{path}.{number}.{name}": buffer
+            for path, modules in self.modules.items()
+            for number, module in enumerate(modules)
+            for name, buffer in _persistent_buffers(module).items()
+        }
+
+    def rate_of(self, name: str) -> float:
+        """Return the factor of the learning rate for a parameter: `rate` for copies, 1 for replacements."""
+        copied = {*map(str, self.copies), *self.outside}
+        return self.rate if any(name.startswith(f"{path}.") for path in copied) else 1.0
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Turn the model into the student until the context ends."""
+        with ExitStack() as exits:
+            surgeon = exits.enter_context(LayerSurgeon(self.model, self.stack, probe=False))
+            self.apply(surgeon)
+            for path, module in self.outside.items():
+                exits.callback(self.model.set_submodule, path, self.model.get_submodule(path))
+                self.model.set_submodule(path, module)
+                self.modules[path] = [module]
+            self._ends = self._blocks_after_windows()
+            for modules in self.modules.values():
+                for module in modules:  # the surgeon has set the mode of the surrounding blocks
+                    module.train(self.training)
+            yield
+
+    def apply(self, surgeon: LayerSurgeon) -> None:
+        """Insert replacements and copies of blocks; the surgeon's plan counts copied blocks as removed.
+
+        To commit a trained student, use `merge`, `settle` and `place` instead.
+        """
+        self.modules: dict[str, list[nn.Module]] = {}
+        for window, replacement_module in self.replacement_modules:
+            self.modules[f"{window.start}-{window.stop - 1}"] = place(surgeon, window, replacement_module)
+        for k, block in self.copies.items():
+            self.modules[str(k)] = [surgeon.exchange(k, block)]
+
+    def merge(self) -> None:
+        """Merge the adapters into the weights of the copies."""
+        for block in self.copies.values():
+            merge_adapters(block)
+
+    def settle(self) -> None:
+        """Copy the trained (and merged) weights of the copies into the model, before a surgeon removes the windows."""
+        pairs = [(self.stack[k], duplicate) for k, duplicate in self.copies.items()]
+        pairs += [(self.model.get_submodule(path), duplicate) for path, duplicate in self.outside.items()]
+        with torch.no_grad():
+            for module, duplicate in pairs:
+                # Includes modules that are spliced next to the block and have no copy.
+                originals: dict[str, Tensor] = {**dict(module.named_parameters()), **_persistent_buffers(module)}
+                for name, value in [*duplicate.named_parameters(), *_persistent_buffers(duplicate).items()]:
+                    originals[name].copy_(value)
+
+    @contextmanager
+    def frozen_originals(self) -> Iterator[None]:
+        """Freeze all other parameters of the model and of the teacher until the context ends."""
+        trained_ids = {
+            id(parameter) for modules in self.modules.values() for m in modules for parameter in m.parameters()
+        }
+        parameters = dict.fromkeys([*self.model.parameters(), *self.teacher.parameters()])
+        frozen = [p for p in parameters if p.requires_grad and id(p) not in trained_ids]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+    def run(self, entrance: Tensor, batch: Batch | Tensor, *, logits: bool, states: bool) -> tuple[Any, list[Tensor]]:
+        """Run the student from block `start` on the states `entrance` of shape (batch, tokens, features).
+
+        `batch` provides masks and positions. Return the model's output (None without `logits`) and the states after
+        each window (none without `states`). Without `logits` no block after the last window runs.
+        """
+        checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        if checkpointed and torch.is_grad_enabled():
+            # A reentrant checkpoint builds no graph if its input does not require a gradient.
+            entrance = entrance.detach().requires_grad_()
+        states_in = entrance.clone()  # a replacement may modify its input in place
+        with self.opened(), self._without_earlier_splices(), ExitStack() as exits:
+            entering = [k for k, at_end in self._ends if not at_end]
+            has_end = len(entering) < len(self._ends)
+            records: list[HiddenStateRecorder] = []
+            recorder_of = partial(HiddenStateRecorder, self.model, detach=False, stack=self.stack.path)
+            if states and entering:
+                records.append(recorder_of(entering, outputs=False, stop=not (logits or has_end)))
+            if states and has_end:
+                records.append(recorder_of([-1], inputs=False, stop=not logits))
+            for recorder in records:
+                exits.enter_context(recorder)
+            try:
+                output = resume(self.model, self.start, states_in, batch, stack=self.stack.path, before_splices=True)
+            except ForwardStopped:
+                output = None
+            window_states = [
+                next(iter(records[-1].outputs.values()))[0] if at_end else records[0].inputs[k][0]
+                for k, at_end in (self._ends if states else ())
+            ]
+        return (output if logits else None), window_states
+
+    def original_answers(self, exit_: Tensor | None, batch: Batch | Tensor) -> Tensor:
+        """Return the teacher's answers (`Task.answers`) for outputs of its last block, without a graph."""
+        assert exit_ is not None
+        with torch.no_grad():
+            stack = self.teacher_stack
+            output = resume(self.teacher, len(stack), exit_.clone(), batch, stack=stack.path)
+        return self.task.answers(output, batch)
+
+    @contextmanager
+    def _without_earlier_splices(self) -> Iterator[None]:
+        """Disable modules that earlier surgery inserted before block `start`; `entrance` has already passed them."""
+        earlier = {id(module) for module in spliced(self.stack[self.start], BEFORE)}
+        if not earlier:
+            yield
+            return
+        current_blocks = find_stack(self.model, self.stack.path).blocks
+        block, position = (
+            (current_blocks[self.start], BEFORE) if self.start < len(current_blocks) else (current_blocks[-1], AFTER)
+        )
+        restore = remember_splices(block, position)
+        set_splices(block, position, [module for module in spliced(block, position) if id(module) not in earlier])
+        try:
+            yield
+        finally:
+            restore()
+
+    def _require_one_vocabulary(self) -> None:
+        """Raise if teacher and model have vocabularies of different sizes."""
+        models: list[Any] = [self.model, self.teacher]
+        heads = [head() for model in models if callable(head := getattr(model, "get_output_embeddings", None))]
+        sizes = [head.weight.shape[0] for head in heads if head is not None]
+        if len(set(sizes)) > 1:
+            raise StreamlineError(
+                f"The teacher has {sizes[1]:,} tokens in its vocabulary, {type(self.model).__name__} has {sizes[0]:,}. "
+                "Expected the same vocabulary. Pass the model from which this one was compressed."
+            )
+
+    def _require_separate_weights(self) -> None:
+        """Raise if a trained module shares weights with the model or with another trained module."""
+        modules = [
+            replacement_module
+            for _, replacement_module in self.replacement_modules
+            if isinstance(replacement_module, nn.Module)
+        ]
+        original = set(self.model.parameters())
+        used = set(original)
+        for module in (*modules, *self.copies.values(), *self.outside.values()):
+            parameters = set(module.parameters())
+            if parameters & used:
+                reason = "shares weights with the original model" if parameters & original else "is used twice"
+                raise StreamlineError(
+                    f"The {type(module).__name__} to train {reason}. Expected a module with separate weights. Pass a "
+                    "copy (copy.deepcopy)."
+                )
+            used |= parameters
+
+    def _blocks_after_windows(self) -> list[tuple[int, bool]]:
+        """Return, per window, the current index of the block after it and whether the window ends the stack."""
+        current_blocks = list(find_stack(self.model, self.stack.path).blocks)
+        ends = []
+        for window in self.windows:
+            if window.stop == len(self.stack):
+                ends.append((len(current_blocks), True))
+                continue
+            duplicates = self.modules.get(str(window.stop))
+            block = duplicates[0] if duplicates else self.stack[window.stop]
+            ends.append((next(k for k, module in enumerate(current_blocks) if module is block), False))
+        return ends
+
+
+def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the persistent buffers of a module by path."""
+    return {
+        f"{path}.{name}".lstrip("."): buffer
+        for path, owner in module.named_modules()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None and name not in owner._non_persistent_buffers_set
+    }
+
+
+def _require_gaps(windows: Sequence[range]) -> None:
+    for window, next_window in pairwise(windows):
+        if next_window.start <= window.stop:
+            raise StreamlineError(
+                f"The windows {window.start} to {window.stop - 1} and {next_window.start} to {next_window.stop - 1} "
+                "have no block between them. Expected separate windows. Pass one window for both."
+            )
+
+
+def merge_adapters(block: nn.Module) -> None:
+    """Merge the LoRA adapters of a block into new weights, which it does not share with the original."""
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:  # without peft a block has no adapters
+        return
+    for path, layer in list(block.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            base: Any = layer.get_base_layer()
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+            layer.merge()
+            block.set_submodule(path, base)

@@ -1,0 +1,111 @@
+"""Provide forward hooks that read or change tensors of a module, and trackers of calls and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from streamline_hooks.core import StreamlineError, padding_mask_of_call
+from streamline_hooks.modeling.block_stack import BlockStack
+from streamline_hooks.modeling.hidden_state import read_input
+
+
+class ReadHook:
+    """Forward hook or pre-hook that passes its arguments, without the module, to `read`.
+
+    The hook does nothing on copies of the `watched` module, so that copies do not add to the records of the original,
+    and when gradient checkpointing runs a block again in the backward.
+    """
+
+    def __init__(self, watched: nn.Module | None = None, read: Callable[..., Any] | None = None) -> None:
+        self._watched, self._read = watched, read
+
+    def __call__(self, module: nn.Module, *values: Any) -> None:
+        """Call `read`, unless the module is a copy or a backward is running."""
+        if module is self._watched and self._read is not None and not in_backward():
+            self._read(*values)
+
+    def __reduce__(self) -> tuple[type[ReadHook], tuple[()]]:
+        return type(self), ()
+
+
+class ChangeHook(ReadHook):
+    """Forward hook or pre-hook whose result replaces the input or output, also under gradient checkpointing."""
+
+    def __call__(self, module: nn.Module, *values: Any) -> Any:
+        """Return the result of `read`, or None if the module is a copy."""
+        return self._read(*values) if module is self._watched and self._read is not None else None
+
+
+def in_backward() -> bool:
+    """Whether a backward is running, in which gradient checkpointing runs blocks again; False while compiling."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class OutermostCall:
+    """Distinguish the call of the outermost module from the calls inside it."""
+
+    def __init__(self) -> None:
+        self._running: nn.Module | None = None
+
+    def hooks(self, modules: Iterable[nn.Module]) -> list[RemovableHandle]:
+        """Register hooks that call `end` after each call of the modules, and return their handles."""
+        self._running = None
+        return [m.register_forward_hook(ReadHook(m, partial(self.end, m)), always_call=True) for m in modules]
+
+    def begins(self, module: nn.Module) -> bool:
+        """Whether the call of a module that begins now is the outermost."""
+        if self._running not in (None, module):  # for the same module, its earlier call was interrupted
+            return False
+        self._running = module
+        return True
+
+    def end(self, module: nn.Module, *values: object) -> None:
+        """Record the end of a module's call."""
+        if self._running is module:
+            self._running = None
+
+
+class WatchedMask:
+    """Record the mask of real tokens of one stack while the model runs, see `padding_mask_of_call`.
+
+    The mask is read from the innermost model around the stack, because the stacks of a model may have different tokens.
+    `mask` belongs to the last call and usually has the shape (batch, tokens); it is None if all tokens are real.
+    """
+
+    def __init__(self, stack: BlockStack) -> None:
+        self.mask: Any = None
+        self._stack = stack
+        self._call = OutermostCall()
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> Self:
+        called = [m for m in self._stack.ancestors if type(m).forward is not nn.Module.forward]  # without containers
+        hooks = [m.register_forward_pre_hook(self._called, with_kwargs=True) for m in called]
+        for handle in (*self._call.hooks(called), *hooks):
+            self._hooks.enter_context(handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._hooks.close()
+
+    def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        is_outermost = self._call.begins(module)
+        outer = None if is_outermost or _in_one_row(args, kwargs) else self.mask
+        mask = padding_mask_of_call(module, args, kwargs, outer)
+        # A dict of masks by attention type from an outer model (Gemma 4) marks future tokens, not padding.
+        self.mask = mask if is_outermost or not isinstance(mask, dict) else None
+
+
+def _in_one_row(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the input has no batch axis, such as the patches of all images in Qwen2-VL's vision tower."""
+    try:
+        return read_input(args, kwargs).ndim == 2
+    except StreamlineError:  # token ids
+        return False

@@ -1,0 +1,246 @@
+"""Estimate the time and memory of a compression from the shape of a model and the rates of a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from streamline_hooks.core import Bound, Config, StreamlineError
+from streamline_hooks.modeling import BlockStack, find_stack
+from streamline_hooks.pipeline.config import CompressionConfig
+from streamline_hooks.pipeline.cost import (
+    Rates,
+    StageWork,
+    block_work,
+    blockwise_table,
+    blockwise_work,
+    compression_bytes,
+    format_bytes,
+)
+from streamline_hooks.selection import target_windows
+
+_FLOAT64 = 15  # slowdown of float64 on data-centre GPUs (H100: 989 and 67 TFLOP/s)
+_BACKWARD = 2  # FLOPs of a backward pass, relative to a forward pass
+
+
+@dataclass(frozen=True)
+class ModelShape(Config):
+    """Shape of a decoder with gated MLPs, such as Llama.
+
+    Attributes
+    ----------
+    hidden_size : int
+        Features of the hidden state. 4,096 by default, as in Llama-3-8B.
+    layers : int
+        Number of blocks. 32 by default.
+    intermediate_size : int, optional
+        Intermediate features of the MLP. By default 3.5 times the hidden size.
+    heads : int, optional
+        Number of attention heads. By default one per 128 features.
+    kv_heads : int, optional
+        Number of key and value heads. By default the number of attention heads.
+    vocab_size : int
+        Size of the vocabulary. 128,256 by default.
+    weight_dtype : {"float32", "bfloat16", "float16"}
+        Data type of the weights. bfloat16 by default.
+
+    Examples
+    --------
+    >>> shape = ModelShape(hidden_size=64, layers=4, vocab_size=100)
+    >>> len(shape.stack()), shape.stack().blocks[0].mlp.up_proj.weight.device
+    (4, device(type='meta'))
+    """
+
+    bounds: ClassVar[Mapping[str, Bound]] = {
+        "hidden_size": 8, "layers": 2, "intermediate_size": 1, "heads": 1, "kv_heads": 1, "vocab_size": 1,
+    }  # fmt: skip
+
+    hidden_size: int = 4096
+    layers: int = 32
+    intermediate_size: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    vocab_size: int = 128_256
+    weight_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+    def stack(self) -> BlockStack:
+        """Build the blocks on the meta device, where weights take no memory.
+
+        Raises
+        ------
+        StreamlineError
+            If `heads` does not divide the hidden size, or `kv_heads` does not divide `heads`.
+        """
+        from transformers import AutoModelForCausalLM, LlamaConfig
+
+        heads = self.heads or max(1, self.hidden_size // 128)
+        kv_heads = self.kv_heads or heads
+        if self.hidden_size % heads or heads % kv_heads:
+            raise StreamlineError(
+                f"ModelShape: hidden_size={self.hidden_size}, heads={heads} and kv_heads={kv_heads} do not match. "
+                "Expected heads to divide hidden_size, and kv_heads to divide heads. Change one of them."
+            )
+        config = LlamaConfig(
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size or round(3.5 * self.hidden_size),
+            num_hidden_layers=self.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            vocab_size=self.vocab_size,
+        )
+        with torch.device("meta"):
+            return find_stack(AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.weight_dtype)))
+
+
+@dataclass(frozen=True)
+class DeviceRates(Config):
+    """Rates at which a device computes, reads and writes.
+
+    Attributes
+    ----------
+    flops : float
+        Floating-point operations per second in the data type of the weights. 1e14 by default, a third of the peak of an
+        A100.
+    bandwidth : float
+        Bytes per second for reading and writing weights and hidden states. 2e12 by default, the memory bandwidth of an
+        A100. Use the rate of the disk for a model that is read block by block.
+    flops_float64 : float, optional
+        Floating-point operations per second in float64, the precision of statistics. By default a 15th of `flops`.
+
+    Examples
+    --------
+    >>> DeviceRates(flops=1.5e13).rates().float64
+    1000000000000.0
+    """
+
+    bounds: ClassVar[Mapping[str, Bound]] = {
+        "flops": "(0, inf)", "bandwidth": "(0, inf)", "flops_float64": "(0, inf)",
+    }  # fmt: skip
+
+    flops: float = 1e14
+    bandwidth: float = 2e12
+    flops_float64: float | None = None
+
+    def rates(self) -> Rates:
+        """Return the rates of all kinds of work; eigendecompositions run at a hundredth of the float64 rate."""
+        float64 = self.flops_float64 or self.flops / _FLOAT64
+        return Rates(self.flops, float64, float64 / 100, self.bandwidth, self.bandwidth)
+
+
+@dataclass(frozen=True)
+class ShapeEstimate:
+    """Estimated work, time and memory of a compression of a model of a given shape.
+
+    Attributes
+    ----------
+    stages : tuple of StageWork
+        Work of each stage.
+    rates : Rates
+        Rates of the device.
+    weights : int
+        Bytes of the model's weights.
+    peak : int
+        Peak memory in bytes in addition to the weights.
+
+    Examples
+    --------
+    >>> from streamline_hooks.pipeline import ModelShape, estimate_from_shape
+    >>> estimate = estimate_from_shape(ModelShape(hidden_size=64, layers=4, vocab_size=100))
+    >>> [stage.name for stage in estimate.stages]
+    ['check', 'rank', 'verify', 'choose', 'measure', 'save']
+    """
+
+    stages: tuple[StageWork, ...]
+    rates: Rates
+    weights: int
+    peak: int
+
+    @property
+    def seconds(self) -> float:
+        """Total time in seconds."""
+        return sum(stage.seconds(self.rates) for stage in self.stages)
+
+    def table(self) -> str:
+        """Return the estimate as a table for a terminal."""
+        memory = f"memory: {format_bytes(self.weights)} for the weights and {format_bytes(self.peak)} in addition"
+        return f"{blockwise_table(self.stages, self.rates)}\n{memory}"
+
+    def report(self) -> dict[str, Any]:
+        """Return the estimate as JSON values, with times in seconds and memory in bytes."""
+        stages = [{**stage._asdict(), "seconds": stage.seconds(self.rates)} for stage in self.stages]
+        return {"seconds": self.seconds, "weights": self.weights, "peak": self.peak, "stages": stages}
+
+
+def estimate_from_shape(
+    shape: ModelShape, rates: DeviceRates | None = None, config: CompressionConfig | None = None
+) -> ShapeEstimate:
+    """Estimate the cost of compressing a model in memory from its shape and the rates of a device.
+
+    Parameters
+    ----------
+    shape : ModelShape
+        The shape of the model.
+    rates : DeviceRates, optional
+        The rates of the device. By default ``DeviceRates()``.
+    config : CompressionConfig, optional
+        By default ``CompressionConfig()``. If it has a distillation, the estimate includes training.
+
+    Returns
+    -------
+    ShapeEstimate
+
+    Raises
+    ------
+    StreamlineError
+        If the shape is invalid, or the target must be measured on a model.
+
+    Examples
+    --------
+    >>> small, large = (estimate_from_shape(ModelShape(64, layers, vocab_size=100)) for layers in (4, 8))
+    >>> large.seconds > small.seconds and large.weights > small.weights
+    True
+    """
+    config, stack = config or CompressionConfig(), shape.stack()
+    if not (config.target.counts_blocks or config.target.unit == "parameters"):
+        raise StreamlineError(
+            f"estimate_from_shape: the target {config.target} must be measured on a model. Expected a number or a "
+            "fraction of the blocks or parameters. Change remove, or estimate with a model (estimate_cost)."
+        )
+    window = len(target_windows(stack.model, config.target, stack=stack.path, protected=frozenset()).windows[0])
+    unlimited = 2**62
+    stages, _ = blockwise_work(stack, config, window, memory=unlimited)
+    trained = 0
+    if config.distillation is not None:
+        stages.insert(-2, _training(stack, config, window))
+        trained = 12 * shape.hidden_size**2
+    weights = sum(p.numel() * p.element_size() for p in stack.model.parameters())
+    data, hardware = config.data, config.hardware
+    peaks = compression_bytes(
+        stack,
+        batch=hardware.batch_size * data.sequence_length,
+        text=data.calibration_tokens + data.validation_tokens,
+        windows=config.search.shortlist,
+        trained=trained,
+        state_memory=hardware.state_memory,
+    )
+    if config.distillation is None:
+        del peaks["train"]
+    rated = (rates or DeviceRates()).rates()
+    return ShapeEstimate(tuple(stages), rated, weights, max(peaks.values()))
+
+
+def _training(stack: BlockStack, config: CompressionConfig, window: int) -> StageWork:
+    """Return the work of training: a teacher pass, and forward and backward passes from the window to the end."""
+    assert config.distillation is not None
+    flops = [work.flops(config.data.sequence_length) for work in block_work(stack)]
+    after = sum(flops[(len(flops) + window) // 2 :])
+    head = stack.model.get_output_embeddings()  # type: ignore[operator]
+    logits = 2.0 * head.weight.numel()
+    tokens, epochs = config.data.calibration_tokens, config.distillation.epochs
+    teacher = tokens * (sum(flops) + logits)
+    student = tokens * epochs * (1 + _BACKWARD) * (after + logits)
+    validated = config.distillation.validations * config.data.validation_tokens * (after + logits)
+    return StageWork("train", products=teacher + student + validated)

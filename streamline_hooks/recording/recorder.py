@@ -1,0 +1,459 @@
+"""Record the hidden states of a model while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.hooks import RemovableHandle
+
+from streamline_hooks.core import (
+    Batch,
+    StreamlineError,
+    UnsupportedSurgery,
+    block_indices,
+    count_tokens,
+    padding_mask_of_call,
+    padding_mask_with_cache,
+    prepare_inputs,
+    progress_bar,
+    refuse_compiled,
+    refuse_replicated,
+    validate_arguments,
+)
+from streamline_hooks.modeling import (
+    BlockStack,
+    OutermostCall,
+    ReadHook,
+    WatchedMask,
+    by_token,
+    candidate_states,
+    closing_generator,
+    declaration_advice,
+    find_stack,
+    inference,
+    nested_mask,
+    padded,
+    parameter_name,
+    read_input,
+    read_output,
+    require_batch_first,
+    require_finite,
+    token_mask,
+)
+
+
+class ForwardStopped(Exception):
+    """Raised to end a forward pass after the last recorded block; `HiddenStateRecorder.__call__` catches it."""
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedBatch:
+    """A batch that `HiddenStateRecorder.over` has run; its states are valid until the next batch.
+
+    Attributes
+    ----------
+    record : HiddenStateRecorder
+    real : torch.Tensor
+        Boolean mask of shape (batch, tokens), False for padding.
+    output : Any
+        Return value of the model's forward, or None if the recorder stopped it.
+    """
+
+    record: HiddenStateRecorder
+    real: Tensor
+    output: Any
+
+    def entering(self, k: int) -> Tensor:
+        """Return the state that enters block k, (batch, tokens, features); streams are concatenated along features."""
+        return by_token(self.record.inputs[k][0], self.record.stack[k])
+
+    def leaving(self, k: int) -> Tensor:
+        """Return the state that leaves block k, in the layout of `entering`."""
+        return by_token(self.record.outputs[k][0], self.record.stack[k])
+
+
+class HiddenStateRecorder:
+    """Record the hidden states that enter and leave the blocks of a model.
+
+    ``record.inputs[k]`` and ``record.outputs[k]`` are lists with one tensor per call of block k. A forward pass calls a
+    block once, ``generate`` calls it once for the prefill and once per decoding step, and a looped model calls it
+    several times per forward pass. The output of the last block is recorded before the model's final norm. If a
+    replacement is spliced in before a block, the recorded input is the state after the replacement. `over` runs many
+    batches.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model, not compiled.
+    blocks : iterable of int, optional
+        Indices of the blocks to record, in the current model; negative indices count from the end. Default: all.
+    inputs, outputs : bool
+        Whether to record the states that enter and leave the blocks.
+    tokens : {"all", "last", "real"} or torch.Tensor
+        Tokens to record. "all" keeps the states in the layout of the block, usually (batch, tokens, features). "last"
+        keeps the last real token of each sequence, (batch, features). "real" keeps all real tokens, (tokens, features).
+        A boolean mask of shape (batch, tokens) keeps the tokens where it is True. "last" and "real" read the
+        ``attention_mask`` or ``src_key_padding_mask`` of the model's call. The streams of a state with several streams
+        are concatenated along the features, see `streamline_hooks.modeling.state_layout`.
+    device, dtype : optional
+        Device and dtype of the recorded states. Default: unchanged.
+    detach : bool
+        Record detached copies (default). If False, record the tensors themselves with their graph.
+    retain_grad : bool
+        With ``detach=False``, store the gradient of each state in its attribute ``grad``.
+    stop : bool
+        Stop the forward pass after the last recorded block. Run the model as ``record(**batch)`` in this case.
+    stack : str, optional
+        Path of the block stack, see `find_stack`.
+
+    Raises
+    ------
+    StreamlineError
+        If the model is compiled, a block index is out of range, or `retain_grad` is combined with `detach`, `tokens`,
+        `device` or `dtype`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 3)
+    >>> with HiddenStateRecorder(encoder, blocks=[0, -1]) as record:
+    ...     _ = encoder(torch.zeros(1, 4, 8))
+    >>> sorted(record.outputs), record.inputs[0][0].shape
+    ([0, 2], torch.Size([1, 4, 8]))
+    """
+
+    @validate_arguments()
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Iterable[int] | None = None,
+        *,
+        inputs: bool = True,
+        outputs: bool = True,
+        tokens: Literal["all", "last", "real"] | Tensor = "all",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        detach: bool = True,
+        retain_grad: bool = False,
+        stop: bool = False,
+        stack: str | None = None,
+    ) -> None:
+        self.stack = find_stack(model, stack)
+        self.model = model
+        length = len(self.stack)
+        self.blocks = tuple(range(length) if blocks is None else sorted({*block_indices(blocks, length, "blocks")}))
+        if not self.blocks:
+            raise StreamlineError("blocks=[] is empty. Expected at least one block. Omit blocks to record all.")
+        if not (inputs or outputs):
+            raise StreamlineError(
+                "inputs=False and outputs=False record nothing. Expected at least one of them to be True. Set one to "
+                "True."
+            )
+        if retain_grad and (detach or not isinstance(tokens, str) or tokens != "all" or device or dtype):
+            raise StreamlineError(
+                "retain_grad=True stores the gradients of the model's own tensors, not of copies. Expected "
+                "detach=False and the defaults of tokens, device and dtype. Change these arguments, or pass "
+                "retain_grad=False."
+            )
+        self.inputs: dict[int, list[Tensor]] = {k: [] for k in self.blocks} if inputs else {}
+        self.outputs: dict[int, list[Tensor]] = {k: [] for k in self.blocks} if outputs else {}
+        self._tokens = tokens
+        self._device, self._dtype = device, dtype
+        self._detach, self._retain_grad = detach, retain_grad
+        self._stop = stop
+        self._attention_mask: Any = None
+        self._call = OutermostCall()
+        self._handles: list[RemovableHandle] = []
+        self._latest: tuple[Tensor, int | None, Tensor] | None = None
+        self._flow = StateFlowCheck(self.stack)
+        self._with_graph = False
+
+    def __enter__(self) -> Self:
+        if self._handles:
+            raise StreamlineError("This recorder is already open. Create a second recorder to record twice.")
+        refuse_compiled(self.model, "record the hidden states of")
+        refuse_replicated(self.model, "record the hidden states of")
+        if not isinstance(self._tokens, str) or self._tokens != "all":
+            require_batch_first(self.stack[0])
+        try:
+            self._handles += self._call.hooks(self.stack.ancestors)
+            for module in self.stack.ancestors:
+                read = ReadHook(module, partial(self._read_mask, module))
+                self._handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
+            for handle in self._flow.hooks(self.blocks):
+                self._handles.append(handle)
+            for k in self.blocks:
+                block = self.stack[k]
+                if self.inputs:
+                    read = ReadHook(block, partial(self._read_input, k))
+                    self._handles.append(block.register_forward_pre_hook(read, with_kwargs=True))
+                if self.outputs:
+                    self._handles.append(block.register_forward_hook(ReadHook(block, partial(self._read_output, k))))
+        except BaseException:
+            self._remove_hooks()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remove_hooks()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model on a batch prepared by `prepare_inputs`; return its output, or None with ``stop=True``."""
+        if not self._handles:
+            raise StreamlineError("The recorder is not open. Use it in a with statement.")
+        try:
+            return self.model(*args, **prepare_inputs(self.model, kwargs))
+        except ForwardStopped:
+            return None
+
+    def clear(self) -> None:
+        """Delete the recorded states."""
+        for states in (*self.inputs.values(), *self.outputs.values()):
+            states.clear()
+        self._latest = None
+        self._flow.forget()
+
+    @closing_generator
+    def over(self, batches: Iterable[Batch | Tensor], desc: str | None = None) -> Generator[RecordedBatch, None, None]:
+        """Run batches in evaluation mode without gradients, and yield the states of each batch.
+
+        Returns a context manager whose value is an iterator. It opens and closes the recorder and clears it before each
+        batch.
+
+        Parameters
+        ----------
+        batches : iterable of mapping or torch.Tensor
+            Inputs of the model's forward.
+        desc : str, optional
+            Label of a progress bar that counts tokens. Default: no bar.
+
+        Yields
+        ------
+        RecordedBatch
+
+        Raises
+        ------
+        StreamlineError
+            If `tokens` of the recorder is not "all", or the state of a real token is not finite.
+        UnsupportedSurgery
+            If a block runs more than once in a forward pass.
+
+        Examples
+        --------
+        Norms of the states that enter block 3, without the left padding:
+
+        >>> import torch
+        >>> from streamline_hooks.testing import tiny_model
+        >>> ids, mask = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 4]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+        >>> record = HiddenStateRecorder(tiny_model("llama"), [3], outputs=False, stop=True)
+        >>> with record.over([{"input_ids": ids, "attention_mask": mask}]) as recorded:
+        ...     norms = torch.cat([batch.entering(3)[batch.real].norm(dim=-1) for batch in recorded])
+        >>> len(norms), bool(norms.mean() > 0)
+        (6, True)
+        """
+        if not isinstance(self._tokens, str) or self._tokens != "all":
+            raise StreamlineError(
+                "over() yields the states of all tokens and a mask of the real tokens, but this recorder selects "
+                "tokens. Expected tokens='all'. Omit tokens and index the states with the mask."
+            )
+        batches = list(batches)
+        bar = None if desc is None else progress_bar(sum(map(count_tokens, batches)), desc)
+        with inference(self.model), self, bar or nullcontext():
+            for number, batch in enumerate(batches):
+                self.clear()
+                with WatchedMask(self.stack) as watched:
+                    output = self(**prepare_inputs(self.model, batch))
+                if watched.mask is not None:
+                    require_batch_first(self.stack[0])
+                real = token_mask(self._one_visit(), watched.mask)
+                self._require_finite(real, number)
+                yield RecordedBatch(self, real, output)
+                if bar is not None:
+                    bar.update(count_tokens(batch))
+
+    def _one_visit(self) -> Tensor:
+        """Return a recorded state; raise unless the forward pass called each recorded block once."""
+        visited = [(k, visits) for by_block in (self.inputs, self.outputs) for k, visits in by_block.items()]
+        for k, visits in visited:
+            if len(visits) != 1:
+                raise UnsupportedSurgery(
+                    f"A forward pass called block {k} {len(visits)} times; expected once, because the effect of one "
+                    "call is not the effect of removing the block. Use HiddenStateRecorder without over(), which "
+                    "records every call."
+                )
+        k, (state,) = visited[0]
+        return by_token(state, self.stack[k])
+
+    def _require_finite(self, real: Tensor, number: int) -> None:
+        """Raise for the first state of the forward pass that is not finite at a real token."""
+        seen: set[int] = set()  # the output of a block is usually the same tensor as the input of the next
+        for k in self.blocks:
+            for kind, by_block in (("enters", self.inputs), ("leaves", self.outputs)):
+                for state in by_block.get(k, ()):
+                    if id(state) not in seen:
+                        seen.add(id(state))
+                        require_finite(by_token(state, self.stack[k]), real, f"{kind} block {k}", number)
+
+    def _remove_hooks(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._latest = None
+        self._flow.forget()
+        self._attention_mask = None
+
+    def _read_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._call.begins(module):
+            self._attention_mask = self._latest = None
+        self._with_graph = torch.is_grad_enabled()  # of every ancestor: some losses call an inner model
+        self._attention_mask = padding_mask_with_cache(
+            padding_mask_of_call(module, args, kwargs, self._attention_mask), kwargs
+        )
+
+    def _read_input(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.inputs[k].append(self._convert(read_input(args, kwargs, self.stack[k]), self.stack[k]))
+        if self._stop and k == self.blocks[-1] and not self.outputs:
+            raise ForwardStopped(_STOPPED)
+
+    def _read_output(self, k: int, args: tuple[Any, ...], output: Any) -> None:
+        self.outputs[k].append(self._convert(read_output(output), self.stack[k]))
+        if self._stop and k == self.blocks[-1]:
+            raise ForwardStopped(_STOPPED)
+
+    def _convert(self, state: Tensor, block: nn.Module) -> Tensor:
+        # The output of a block is usually the input of the next: such a tensor is copied once. A compiler cannot trace
+        # versions and addresses.
+        compiling = torch.compiler.is_compiling()
+        version = None if compiling or state.is_inference() else state._version
+        if self._latest is not None and self._latest[0] is state and self._latest[1] == version is not None:
+            return self._latest[2]
+        if self._detach:
+            recorded = self._select_tokens(state.detach(), block).to(device=self._device, dtype=self._dtype)
+            if compiling or recorded.data_ptr() == state.data_ptr():
+                recorded = recorded.clone()  # a block may modify its input in place
+        elif self._with_graph and not torch.is_grad_enabled():
+            raise StreamlineError(
+                "detach=False records states with their graph, but a block ran without gradients inside a forward pass "
+                "with gradients, as in gradient checkpointing with use_reentrant=True. Use use_reentrant=False, or "
+                "detach=True."
+            )
+        else:
+            # Checkpointing counts the tensors that a block saves for its backward pass; these are not part of them.
+            with nullcontext() if compiling else saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+                recorded = self._select_tokens(state, block).to(device=self._device, dtype=self._dtype)
+            if self._retain_grad and recorded.requires_grad:
+                recorded.retain_grad()
+        self._latest = (state, version, recorded)
+        return recorded
+
+    def _select_tokens(self, state: Tensor, block: nn.Module) -> Tensor:
+        if isinstance(self._tokens, Tensor) or self._tokens != "all":
+            state = state if state.is_nested else by_token(state, block)
+        if isinstance(self._tokens, Tensor):
+            state = padded(state, self._tokens.shape[1])
+            mask = self._tokens.to(state.device).bool()
+            if mask.shape != state.shape[:2]:
+                raise StreamlineError(
+                    f"tokens is a mask of shape {tuple(mask.shape)}. Expected {tuple(state.shape[:2])}, the (batch, "
+                    "tokens) of the states. Pass a mask with one entry per token."
+                )
+            return state[mask]
+        call_mask = self._attention_mask
+        if state.is_nested:
+            width = call_mask.shape[1] if isinstance(call_mask, Tensor) else None
+            call_mask, state = nested_mask(state, width), padded(state, width)
+        if self._tokens == "all":
+            return state
+        if call_mask is not None and not (isinstance(call_mask, Tensor) and call_mask.ndim == 2):
+            raise StreamlineError(
+                f"tokens={self._tokens!r} requires an attention mask of shape (batch, tokens), but the model was "
+                f"called with {tuple(call_mask.shape) if isinstance(call_mask, Tensor) else type(call_mask).__name__}. "
+                "Record all tokens, or pass a mask as tokens."
+            )
+        if call_mask is None:
+            call_mask = torch.ones(state.shape[:2], dtype=torch.bool)
+        mask = call_mask[:, -state.shape[1] :].to(state.device).bool()
+        if mask.shape != state.shape[:2]:
+            raise StreamlineError(
+                f"tokens={self._tokens!r} requires a mask of shape {tuple(state.shape[:2])}, the (batch, tokens) of "
+                f"the states, but the mask of the model's call has shape {tuple(call_mask.shape)}. Record all tokens, "
+                "or pass a mask as tokens."
+            )
+        if self._tokens == "real":
+            return state[mask]
+        positions = torch.arange(state.shape[1], device=state.device)
+        last = torch.where(mask, positions, -1).amax(dim=1)
+        if (last < 0).any():
+            raise StreamlineError(
+                "A sequence has no real token. Expected at least one per sequence for tokens='last'. Remove it from "
+                "the batch."
+            )
+        return state[torch.arange(len(state), device=state.device), last]
+
+
+_STOPPED = "The recorder stopped the forward pass (stop=True). Run the model as record(**batch), which catches this."
+
+
+class StateFlowCheck:
+    """Verify that the argument read as a block's hidden state is the output of the previous block.
+
+    A block is compared until it was verified once, and only if several of its arguments may be the state.
+    """
+
+    def __init__(self, stack: BlockStack) -> None:
+        self._stack = stack
+        self._left: Tensor | None = None
+        self._verified: set[int] = set()
+
+    def hooks(self, blocks: Iterable[int]) -> Iterator[RemovableHandle]:
+        """Register and yield the hooks that verify these blocks; block 1 is verified instead of block 0."""
+        for k in sorted({max(k, 1) for k in blocks} & set(range(len(self._stack)))):
+            before, block = self._stack[k - 1], self._stack[k]
+            yield before.register_forward_hook(ReadHook(before, self._leave))
+            enter = ReadHook(block, partial(self._enter, k))
+            yield block.register_forward_pre_hook(enter, with_kwargs=True)
+
+    def forget(self) -> None:
+        """Release the output that is stored for the comparison with the next block."""
+        self._left = None
+
+    def _leave(self, args: tuple[Any, ...], output: Any) -> None:
+        if len(self._verified) < len(self._stack) and not torch.compiler.is_compiling():
+            self._left = read_output(output)
+
+    def _enter(self, k: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        left, self._left = self._left, None
+        block = self._stack[k]
+        # A splice before the block changes the state, so it is not compared.
+        if left is None or k in self._verified or "spliced_before" in block._modules:
+            return
+        state = read_input(args, kwargs, block)
+        others = [(place, value) for place, value in candidate_states(args, kwargs, left) if value is not state]
+        if others and not _equal(state, left):
+            for place, value in others:
+                if _equal(value, left):
+                    name = parameter_name(block, place) or place
+                    raise StreamlineError(
+                        f"Block {k} ({type(block).__name__}) of {self._stack.path} receives the output of block "
+                        f"{k - 1} as {name!r}, but a different argument was read as its hidden state. "
+                        f"{declaration_advice(block, name)}"
+                    )
+        self._verified.add(k)
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    if first is second:
+        return True
+    if first.shape != second.shape or first.is_nested or second.is_nested:
+        return False
+    return torch.equal(first.detach().to(second), second.detach())

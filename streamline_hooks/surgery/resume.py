@@ -1,0 +1,126 @@
+"""Run a model from one of its blocks to its output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from streamline_hooks.core import Batch, StreamlineError, prepare_inputs, validate_arguments
+from streamline_hooks.modeling import (
+    find_stack,
+    nested_like,
+    padded,
+    read_input,
+    read_output,
+    write_input,
+    write_output,
+)
+from streamline_hooks.surgery.hazards import find_hazards, position_bias_owners
+from streamline_hooks.surgery.splice import BEFORE, set_splices, spliced
+from streamline_hooks.surgery.surgeon import LayerSurgeon
+
+
+@validate_arguments()
+def resume(
+    model: nn.Module,
+    k: int,
+    states: Tensor,
+    batch: Batch | Tensor,
+    *,
+    stack: str | None = None,
+    before_splices: bool = False,
+) -> Any:
+    """Run a model from block k to its output, starting from given hidden states.
+
+    No block before k is run, except the one that computes the relative position bias for all blocks (T5); its output is
+    discarded. Masks and positions are those of a forward pass on `batch`.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Model that contains the stack of blocks.
+    k : int
+        Index of the block that receives the states. The number of blocks runs only the layers after the stack.
+    states : torch.Tensor
+        Input of block k, of shape (batch, tokens, features).
+    batch : mapping or torch.Tensor
+        Input of the model's forward. Its tokens determine masks and positions only.
+    stack : str, optional
+        Path of the stack; see `find_stack`.
+    before_splices : bool
+        Whether to run the modules spliced in before block k on the states. By default the states are passed to the
+        block itself, after these modules.
+
+    Returns
+    -------
+    Any
+        Output of the model's forward.
+
+    Raises
+    ------
+    StreamlineError
+        If k is out of range, the states are not floating-point, or their shape does not fit the batch.
+    UnsupportedSurgery
+        If the blocks from k on depend on earlier blocks.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from streamline_hooks import HiddenStateRecorder
+    >>> from streamline_hooks.testing import tiny_model
+    >>> model, tokens = tiny_model("llama"), torch.arange(6)[None]
+    >>> with torch.no_grad(), HiddenStateRecorder(model, blocks=[2]) as record:
+    ...     whole = model(tokens).logits
+    ...     torch.equal(resume(model, 2, record.inputs[2][0], tokens).logits, whole)
+    True
+    """
+    length = len(find_stack(model, stack))
+    if not 0 <= k <= length:
+        raise StreamlineError(
+            f"Cannot resume at block {k}: the stack has {length} blocks. Expected k from 0 to {length}. Change k."
+        )
+    if not states.is_floating_point():
+        raise StreamlineError(
+            f"states has dtype {states.dtype}. Expected floating-point hidden states. Pass the input of a block."
+        )
+    with LayerSurgeon(model, stack, probe=False) as surgeon:  # no probe: the caller's states replace the removed blocks
+        first = min(k, length - 1)  # for k = length, the last block carries the hook and its output is replaced
+        opened_stack = surgeon.stack
+        causes = {
+            n: {hazard.cause for hazard in find_hazards(opened_stack, range(n, n + 1))}
+            for n in position_bias_owners(opened_stack)
+        }
+        needed, block = {n for n, names in causes.items() if names == {"position-bias"}}, opened_stack[first]
+        splices = spliced(block, BEFORE)
+        if before := [n for n in range(first) if n not in needed]:
+            surgeon.remove(before)
+        # The surgeon moved the splices of removed blocks to this block, and restores them on exit.
+        if before_splices and spliced(block, BEFORE) != splices:
+            set_splices(block, BEFORE, splices)
+
+        def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return write_input(args, kwargs, _match_shape(states, read_input(args, kwargs, block)), block)
+
+        def leave(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            return write_output(output, _match_shape(states, read_output(output)))
+
+        handle = (
+            block.register_forward_pre_hook(enter, with_kwargs=True, prepend=before_splices)
+            if k < length
+            else block.register_forward_hook(leave, prepend=before_splices)
+        )
+        try:
+            return model(**prepare_inputs(model, batch))
+        finally:
+            handle.remove()
+
+
+def _match_shape(states: Tensor, expected: Tensor) -> Tensor:
+    nested, expected = expected, padded(expected, states.shape[1] if expected.is_nested else None)
+    if states.shape != expected.shape:
+        raise StreamlineError(
+            f"states has shape {tuple(states.shape)}, but this batch has {tuple(expected.shape)} (batch, tokens, "
+            "features). Pass the states of the same batch."
+        )
+    return nested_like(states.to(device=expected.device, dtype=expected.dtype), nested)

@@ -1,0 +1,254 @@
+"""Zero one residual branch of a block by replacing its output projections by zeros.
+
+The block keeps its slot, its cache entry and its index, so no mask or rotary embedding changes, and the checkpoint
+keeps the format of its architecture. The parameters are replaced instead of overwritten, so that the original ones can
+be restored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from streamline_hooks.core import Batch, StreamlineError, UnsupportedSurgery, prepare_inputs, weights_in_memory
+from streamline_hooks.modeling import (
+    BlockCall,
+    BlockStack,
+    Branch,
+    Branches,
+    find_branches,
+    observe_calls,
+    read_output,
+    write_output,
+)
+from streamline_hooks.surgery.probe import (
+    ProbeFailedError,
+    ReferenceRun,
+    choose_probe_inputs,
+    isolated_inference,
+    probe_logits,
+    run_reference_with_hooks,
+)
+from streamline_hooks.surgery.save_guard import saved_model_depth
+from streamline_hooks.surgery.splice import AFTER, BEFORE
+
+Parameters = Mapping[str, nn.Parameter]
+"""Parameters by their path below a block."""
+
+
+@dataclass(frozen=True)
+class ParameterSwap:
+    """Replacements of a branch's output projections: zeros if `is_zero`, otherwise products with a folded map."""
+
+    parameters: Parameters
+    is_zero: bool
+
+
+def parameter_like(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """Return a parameter with other values and the attributes of `parameter`."""
+    replacement = nn.Parameter(values, requires_grad=parameter.requires_grad)
+    vars(replacement).update(vars(parameter))
+    return replacement
+
+
+_COMPUTE = "_streamline_hooks_compute"
+
+
+def computed_parameter(original: nn.Parameter, compute: Callable[[Tensor], Tensor]) -> nn.Parameter:
+    """Return a parameter whose values are computed from those of `original`.
+
+    If `original` is offloaded, the result is on the meta device. Its values are computed whenever its module is loaded,
+    see `offloaded_values`, because those of many blocks may not fit into memory.
+    """
+    if not original.is_meta:
+        return parameter_like(original, compute(original.detach()))
+    before = vars(original).get(_COMPUTE)
+    replacement = parameter_like(original, torch.empty_like(original))
+    vars(replacement)[_COMPUTE] = compute if before is None else partial(_composed, before, compute)
+    return replacement
+
+
+def offloaded_values(parameter: nn.Parameter) -> Callable[[Tensor], Tensor]:
+    """Return the function from the stored values of an offloaded parameter to those of its replacement."""
+    compute: Callable[[Tensor], Tensor] | None = vars(parameter).get(_COMPUTE)
+    return compute or partial(_constant, parameter.detach())
+
+
+def _composed(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    return second(first(values))
+
+
+def _constant(values: Tensor, stored: Tensor) -> Tensor:
+    return values.to(stored.dtype)
+
+
+def require_unshared(stack: BlockStack, k: int, paths: Iterable[str], verb: str) -> None:
+    """Raise `UnsupportedSurgery` if a projection is shared, since the other module would change or not be saved."""
+    projection_ids = {id(stack[k].get_parameter(path)) for path in paths}
+    names: dict[int, list[str]] = {}
+    for name, parameter in stack.model.named_parameters(remove_duplicate=False):
+        if id(parameter) in projection_ids:
+            names.setdefault(id(parameter), []).append(name)
+    for shared in names.values():
+        if len(shared) > 1:
+            raise UnsupportedSurgery(
+                f"The branches of block {k} cannot be {verb} separately: {' and '.join(shared)} are the same "
+                "parameter. Untie them first, or choose another block."
+            )
+
+
+def require_unquantized(parameter: nn.Parameter, k: int, path: str, replacement: str, advice: str) -> None:
+    """Raise `UnsupportedSurgery` if a parameter is quantised and cannot be replaced by a tensor of its shape."""
+    if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor or not parameter.is_floating_point():
+        raise UnsupportedSurgery(
+            f"{replacement} cannot replace {path} of block {k}, which is a {type(parameter).__name__} of "
+            f"{parameter.dtype} ({type(parameter.data).__name__}). {advice}"
+        )
+
+
+@contextmanager
+def observe_blocks(
+    stack: BlockStack, blocks: Iterable[int], batch: Batch | Tensor | None = None
+) -> Iterator[dict[int, BlockCall | UnsupportedSurgery]]:
+    """Run a model on the probe inputs, or on a batch without padding, and yield `observe_calls` of some blocks.
+
+    Inside, the model is in evaluation mode, without gradients and hooks, so that its blocks can be run again.
+    """
+    model: Any = stack.model
+    if batch is None and saved_model_depth(stack) is None:
+        raise StreamlineError(f"{_NEEDS_RUN} no probe inputs are known for {type(model).__name__}. {_PASS_BATCH}")
+    chosen_blocks = {k: stack[k] for k in blocks}
+    single_block = next(iter(chosen_blocks.values())) if len(chosen_blocks) == 1 else nn.Identity()
+    with weights_in_memory(single_block), isolated_inference(model):  # several offloaded blocks may not fit
+        try:
+            if batch is None:
+                run = partial(probe_logits, model, choose_probe_inputs(model, next(iter(chosen_blocks.values()), None)))
+            else:
+                run = partial(model, **prepare_inputs(model, batch))
+            calls = observe_calls(chosen_blocks, run)
+        except ProbeFailedError as error:
+            reason = f"{_NEEDS_RUN} {type(model).__name__} cannot be run on the probe inputs ({error}). {_PASS_BATCH}"
+            raise StreamlineError(reason) from error
+        yield calls
+
+
+_NEEDS_RUN = "The branches of a block are found by running the model, and"
+_PASS_BATCH = "Pass a batch of model input without padding (batch=...)."
+
+
+def branches_of(
+    stack: BlockStack, blocks: Iterable[int], batch: Batch | Tensor | None = None
+) -> dict[int, Branches | UnsupportedSurgery]:
+    """Find the residual branches of blocks by running the model.
+
+    Parameters
+    ----------
+    stack : BlockStack
+        Stack of blocks; see `find_stack`.
+    blocks : iterable of int
+        Indices of the blocks.
+    batch : mapping or torch.Tensor, optional
+        Model input without padding. Required for a model that cannot be probed without one.
+
+    Returns
+    -------
+    dict of int to Branches or UnsupportedSurgery
+        The branches of each block, or the error with the reason why there are none.
+
+    Raises
+    ------
+    StreamlineError
+        If the model cannot be run without a batch.
+
+    Examples
+    --------
+    >>> from streamline_hooks.modeling import find_stack
+    >>> from streamline_hooks.testing import tiny_model
+    >>> branches = branches_of(find_stack(tiny_model("llama")), [1])
+    >>> branches[1].writers["mlp"]
+    ('mlp.down_proj.weight',)
+    """
+    branches: dict[int, Branches | UnsupportedSurgery] = {}
+    with observe_blocks(stack, blocks, batch) as calls:
+        for k, call in calls.items():
+            with weights_in_memory(stack[k]):
+                branches[k] = branches_in(call)
+    return branches
+
+
+def branches_in(call: BlockCall | UnsupportedSurgery) -> Branches | UnsupportedSurgery:
+    """Find the branches of a block, without its splices, from one call, or return the error."""
+    if isinstance(call, UnsupportedSurgery):
+        return call
+    try:
+        return find_branches(call, apart=(BEFORE, AFTER))
+    except UnsupportedSurgery as error:
+        return error
+
+
+def require_branches(call: BlockCall | UnsupportedSurgery, refusal: str) -> tuple[BlockCall, Branches]:
+    """Return a call and the branches of its block, or raise; `refusal` is the first part of the error's text."""
+    branches = branches_in(call)
+    if isinstance(call, UnsupportedSurgery) or isinstance(branches, UnsupportedSurgery):
+        raise UnsupportedSurgery(f"{refusal}: {branches} Choose another block.", "branches")
+    return call, branches
+
+
+def zero_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the zero parameters of a module if one of them is a matrix, as after `LayerSurgeon.silence`.
+
+    Examples
+    --------
+    >>> layer = nn.Linear(2, 2)
+    >>> len(zero_parameters(layer))
+    0
+    >>> _ = nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    >>> len(zero_parameters(layer))
+    2
+    """
+    parameters = [p for p in module.parameters(recurse=False) if p.is_floating_point() and not p.is_meta]
+    zero = [p for p in parameters if not bool(p.detach().any())]
+    return zero if any(p.ndim > 1 for p in zero) else []
+
+
+def zero_parameter_ids(module: nn.Module) -> set[int]:
+    """Return the ``id`` of each parameter that `zero_parameters` finds in a module and its submodules."""
+    return {id(parameter) for part in module.modules() for parameter in zero_parameters(part)}
+
+
+def find_zeros(stack: BlockStack, k: int, branch: Branch, batch: Batch | Tensor | None) -> Parameters:
+    """Return zeros for a branch's output projections, or raise `UnsupportedSurgery` if they cannot be replaced."""
+    with observe_blocks(stack, [k], batch) as calls:
+        _, branches = require_branches(calls[k], f"The {branch} branch of block {k} cannot be silenced")
+    paths = branches.writers[branch]
+    require_unshared(stack, k, paths, "silenced")
+    projections = {path: stack[k].get_parameter(path) for path in paths}
+    for path, parameter in projections.items():
+        require_unquantized(parameter, k, path, "Zeros", "Silence branches before quantising.")
+    return {path: computed_parameter(parameter, torch.zeros_like) for path, parameter in projections.items()}
+
+
+def observe_silenced(model: nn.Module, block: nn.Module, paths: Iterable[str]) -> ReferenceRun | None:
+    """Run a Transformers model with the outputs of some projections replaced by zeros, and with its own parameters.
+
+    Return None, with a warning, if the model is not deterministic or cannot be run without a batch.
+    """
+    owners = {path.rpartition(".")[0] for path in paths}
+
+    def attach() -> list[RemovableHandle]:
+        return [block.get_submodule(owner).register_forward_hook(zero_output) for owner in owners]
+
+    message = f"The zeroed branch of this {type(model).__name__} is not compared with the model without the branch"
+    return run_reference_with_hooks(model, attach, message, frames=4, runs=block)
+
+
+def zero_output(module: nn.Module, args: Any, output: Any) -> Any:
+    """Replace the output of a module by zeros, as a forward hook."""
+    return write_output(output, torch.zeros_like(read_output(output)))
