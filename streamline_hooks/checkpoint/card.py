@@ -109,12 +109,12 @@ def _surgery(entry: dict[str, Any]) -> list[str]:
     plan = SurgeryPlan.from_dict(entry)
     removed = ", ".join(map(str, plan.removed))
     lines = [f"- Blocks: {plan.old_length} before, {len(plan.slots)} now. Removed: {removed or 'none'}."]
-    silenced, folded = (
+    zeroed, folded = (
         ", ".join(f"{branch} of {k}" for k, branches in of.items() for branch in branches)
-        for of in (plan.silenced, plan.folded)
+        for of in (plan.zeroed, plan.folded)
     )
-    if silenced:
-        lines.append(f"- Zeroed: {silenced} (block numbers before the surgery).")
+    if zeroed:
+        lines.append(f"- Zeroed: {zeroed} (block numbers before the surgery).")
     if folded:
         lines.append(
             f"- A linear map was folded into the output projection of: {folded} (block numbers before the surgery)."

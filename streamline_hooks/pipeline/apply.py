@@ -53,8 +53,8 @@ def apply_selection(surgeon: LayerSurgeon, selection: VerifiedSelection) -> None
     replace_branches(surgeon, selection.maps)  # before modules are spliced in at these blocks
     for repair in selection.repairs:
         place(surgeon, repair.window, repair.replacement_module)
-    for k, branch in selection.silenced:
-        surgeon.silence(k, branch)  # no effect on a branch that a map replaces
+    for k, branch in selection.zeroed:
+        surgeon.zero_branch(k, branch)  # no effect on a branch that a map replaces
 
 
 def has_replacement(selection: VerifiedSelection) -> bool:

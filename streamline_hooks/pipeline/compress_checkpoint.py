@@ -120,7 +120,7 @@ def compress_checkpoint(
     perplexity, and the writing of the blocks that stay. The last block is read again after the verification and the
     perplexity. About ten forwards of 16 tokens verify the removal, and packed text takes one more pass.
 
-    Selections whose repair changes more than what runs after one window (several windows, silenced branches, copied
+    Selections whose repair changes more than what runs after one window (several windows, zeroed branches, copied
     blocks, ``folded`` and ``scale``) take a pass each for their verification and their perplexity. ``folded`` reads the
     block before each window again, and ``scale`` all later blocks. The search ``greedy`` takes a pass for each block
     that it removes, and ``attention`` and ``mlp`` take one pass that reads each block twice.

@@ -270,9 +270,9 @@ class CompressionConfig(Config):
         self.search.check(self.target, replacement=self.repair)
         if self.distillation is None:
             self._refuse_without_distillation()
-        elif self.search.silences_branches:
+        elif self.search.zeroes_branches:
             raise UnsupportedSurgery(
-                f"CompressionConfig: the search {self.search.kind!r} silences attention or MLP branches, whose "
+                f"CompressionConfig: the search {self.search.kind!r} zeroes attention or MLP branches, whose "
                 "replacements are solved in closed form and not trained. Leave distillation out, or search for windows."
             )
         if self.train_until is not None and not self.train_until > 0:

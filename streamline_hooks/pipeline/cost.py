@@ -189,7 +189,7 @@ def blockwise_work(
     ]
     states_in_memory = min(memory, max(ranked, fitted, measured))
     maps = candidates if isinstance(config.repair, FoldedConfig) else 0  # in float64 until one is chosen
-    if config.search.silences_branches and config.repair.replaces_branches:
+    if config.search.zeroes_branches and config.repair.replaces_branches:
         maps = candidates + window
     return stages, round(total * itemsize - blocks - head + max(sizes) + states_in_memory + (80 + 8 * maps) * d**2)
 
@@ -197,7 +197,7 @@ def blockwise_work(
 def _further_passes(config: CompressionConfig, window: int) -> tuple[int, int, int]:
     """Return the passes of a search, those of the verification, and the readings in which a surgery is checked."""
     search, kind = config.search, config.repair
-    searches = window if search.kind == "greedy" else 2 if search.silences_branches else 0
+    searches = window if search.kind == "greedy" else 2 if search.zeroes_branches else 0
     probes = 2 if isinstance(kind, FoldedConfig) else 4 if isinstance(kind, ScaleConfig) else 0
     several = search.shortlist if search.number_of_windows is not None else search.most_windows(window)
     runs_after_window = search.number_of_windows == 1 and not kind.slots and not probes

@@ -237,7 +237,7 @@ class CompressionRun:
         first = next(
             selection
             for selection in verified
-            if (selection.windows, selection.silenced) == (first.windows, first.silenced)
+            if (selection.windows, selection.zeroed) == (first.windows, first.zeroed)
         )
         trained = self.config.distillation is not None or not self.in_memory
         trials, teacher = trials_to_measure(best, first, trained=trained), self.options.teacher
@@ -507,7 +507,7 @@ def distributed_scores(
     """
     model, stack = ready.stack.model, ready.stack
     scores = TaskScores(model if teacher is None else teacher, ready.test, ready.task)
-    blocks = {k for trial in trials.values() for k, _ in trial.selection.silenced}
+    blocks = {k for trial in trials.values() for k, _ in trial.selection.zeroed}
     known = branch_writers(stack, sorted(blocks), ready.test[0]) if blocks else {}
     writers = {branch: paths for branch, paths in known.items() if not isinstance(paths, UnsupportedSurgery)}
     trial_scores = {}
@@ -529,7 +529,7 @@ def _sum_over_ranks(work: DistributedStep, perplexities: Sequence[Perplexity]) -
 
 
 def _blocks_of(selection: Selection) -> tuple[object, object]:
-    return selection.windows, selection.silenced
+    return selection.windows, selection.zeroed
 
 
 def _broadcast_repairs(work: DistributedStep, verified: Sequence[VerifiedSelection]) -> list[VerifiedSelection]:

@@ -173,7 +173,7 @@ def influence(compression: Mapping[str, Any]) -> Plot | None:
     removed_text = blocks_text(removed_windows(compression), branches_of_report(compression))
     return Plot(
         "influence", "Block influence by depth",
-        f"Bars of the influence of {len(values)} blocks. {most} Removed or silenced: {removed_text}.",
+        f"Bars of the influence of {len(values)} blocks. {most} Removed or zeroed: {removed_text}.",
         f"How much each block rotates the state: 1 − the mean cosine of its input and output. {most}"
         + _unmeasured(compression),
         draw, (340, 300),

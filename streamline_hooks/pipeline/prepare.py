@@ -101,8 +101,8 @@ class Preparation:
             f"stack      {self.stack}",
             f"remove     {target}: {blocks} of {len(self.stack)} blocks{share}, replaced by {self.kind.name} "
             f"({self.size})"
-            if not search.silences_branches
-            else f"silence    {target}: {search.kind} of {blocks} of {len(self.stack)} blocks{share}, replaced by "
+            if not search.zeroes_branches
+            else f"zero       {target}: {search.kind} of {blocks} of {len(self.stack)} blocks{share}, replaced by "
             f"{self.kind.name if self.kind.replaces_branches else 'nothing'}",
             f"search     {search.kind} by {criterion}; {len(self.candidates)} windows reach the target; up to "
             f"{search.shortlist} selections are fitted and verified",

@@ -219,7 +219,7 @@ def _summary(compression: Report) -> list[Part]:
     plan = compression.get("plan") or {}
     if not plan.get("slots"):
         return []
-    windows, silenced = removed_windows(compression), branches_of_report(compression)
+    windows, zeroed = removed_windows(compression), branches_of_report(compression)
     parts = [f"{plan['old_length']} blocks became {len(plan['slots'])}."]
     if windows:
         parts.append(f"Removed: {blocks_text(windows)} (in the original's numbering, from 0).")
@@ -229,8 +229,8 @@ def _summary(compression: Report) -> list[Part]:
             f"In {len(rounds)} rounds: {blocks_per_round}. The figures by depth are those of the original. The "
             "candidates and the training run are those of the last round, with the block numbers at its start."
         )
-    if silenced:
-        parts.append(f"Silenced: {blocks_text((), silenced)}.")
+    if zeroed:
+        parts.append(f"Zeroed: {blocks_text((), zeroed)}.")
     size = (compression.get("stand_in") or {}).get("parameters")
     if compression.get("kind"):
         parts.append(f"Repair: {compression['kind']}{f', {count(size)} parameters each' if finite(size) else ''}.")

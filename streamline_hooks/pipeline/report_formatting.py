@@ -91,7 +91,7 @@ def millions(value: Any) -> str:
     return number(ratio(value, 1e6), 1)
 
 
-def blocks_text(windows: Sequence[Sequence[int]], silenced: Sequence[Sequence[Any]] = ()) -> str:
+def blocks_text(windows: Sequence[Sequence[int]], zeroed: Sequence[Sequence[Any]] = ()) -> str:
     """Format half-open windows and (block, branch) pairs.
 
     Examples
@@ -99,9 +99,9 @@ def blocks_text(windows: Sequence[Sequence[int]], silenced: Sequence[Sequence[An
     >>> blocks_text([[2, 10], [14, 15]], [[20, "attention"]])
     '2–9, 14, attention of 20'
     """
-    if not windows and not silenced:
+    if not windows and not zeroed:
         return "none"
-    selection = Selection(tuple(range(*window) for window in windows), tuple((k, branch) for k, branch in silenced))
+    selection = Selection(tuple(range(*window) for window in windows), tuple((k, branch) for k, branch in zeroed))
     return str(selection).replace("-", DASH)
 
 

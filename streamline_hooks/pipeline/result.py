@@ -278,8 +278,8 @@ def format_candidates(verified: Sequence[VerifiedSelection], best: VerifiedSelec
 
 def _removed_text(chosen: VerifiedSelection) -> str:
     """Describe the removed blocks and the zeroed branches."""
-    zeroed = ", ".join(f"{branch} of {k}" for k, branch in chosen.silenced)
-    parts = ([f"removed {chosen.blocks_text}"] if chosen.windows else []) + ([f"silenced {zeroed}"] if zeroed else [])
+    zeroed = ", ".join(f"{branch} of {k}" for k, branch in chosen.zeroed)
+    parts = ([f"removed {chosen.blocks_text}"] if chosen.windows else []) + ([f"zeroed {zeroed}"] if zeroed else [])
     return "; ".join(parts)
 
 
@@ -299,7 +299,7 @@ def _candidate_report(selection: VerifiedSelection) -> dict[str, Any]:
     ]
     return {
         "windows": [[w.start, w.stop] for w in selection.windows],
-        "silenced": [list(pair) for pair in selection.silenced],
+        "silenced": [list(pair) for pair in selection.zeroed],
         "maps": [
             {"block": m.block, "branch": m.branch, **dict(zip(_ERRORS, errors, strict=True))}
             for m, errors in zip(selection.maps, _errors(selection)[len(selection.repairs) :], strict=True)

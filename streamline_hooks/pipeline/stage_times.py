@@ -300,7 +300,7 @@ def _timed_batch(batch: Any, device: torch.device) -> Any:
 def _likely_selections(ready: Preparation) -> list[Selection]:
     """Return a shortlist from a profile of a few tokens, or the first windows if the search runs the model."""
     search, stack, criterion = ready.config.search, ready.stack, ready.config.search.resolved_criterion
-    if search.runs_model or search.silences_branches:
+    if search.runs_model or search.zeroes_branches:
         return [Selection((window,)) for window in ready.candidates[: search.shortlist]]
     few = ready.problem().beginning(_PROFILED) or []
     measured = profile(stack.model, few, protect=ready.protected, stack=stack.path)

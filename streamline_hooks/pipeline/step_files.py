@@ -72,7 +72,7 @@ def _selection(
     maps = tuple(
         BranchLinear(**values, map=tensors[f"{prefix}{_MAP}.{number}"]) for number, values in enumerate(row["maps"])
     )
-    values = windows, plain.silenced, plain.score
+    values = windows, plain.zeroed, plain.score
     return VerifiedSelection(*values, repairs=tuple(repairs), maps=maps, distance=distance, refused=row["refused"])
 
 
@@ -88,13 +88,13 @@ def read_selections(file: Path) -> list[Selection]:
 
 def _selection_values(selection: Selection) -> dict[str, Any]:
     windows = [[window.start, window.stop] for window in selection.windows]
-    silenced = [list(branch) for branch in selection.silenced]
-    return {"windows": windows, "silenced": silenced, "score": selection.score}
+    zeroed = [list(branch) for branch in selection.zeroed]
+    return {"windows": windows, "silenced": zeroed, "score": selection.score}
 
 
 def _plain_selection(row: Mapping[str, Any]) -> Selection:
-    windows, silenced = (range(*window) for window in row["windows"]), ((k, branch) for k, branch in row["silenced"])
-    return Selection(tuple(windows), tuple(silenced), row["score"])
+    windows, zeroed = (range(*window) for window in row["windows"]), ((k, branch) for k, branch in row["silenced"])
+    return Selection(tuple(windows), tuple(zeroed), row["score"])
 
 
 def write_perplexities(values: dict[str, float], file: Path) -> None:

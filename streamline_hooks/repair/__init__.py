@@ -21,7 +21,7 @@ from streamline_hooks.repair.fold import FoldedMap, ScaleFactor, measure_fold_mo
 from streamline_hooks.repair.inherited_blocks import (
     InheritedBlocks,
     inherit_blocks,
-    inherit_silenced,
+    inherit_without_attention,
     merge_blocks,
     trainable_copy,
 )
@@ -65,7 +65,7 @@ __all__ = [
     "hidden_size_of",
     "holds_map",
     "inherit_blocks",
-    "inherit_silenced",
+    "inherit_without_attention",
     "is_spliced",
     "measure_fold_moments",
     "merge_blocks",

@@ -207,7 +207,7 @@ def replace_branches(surgeon: LayerSurgeon, fitted: Sequence[BranchLinear]) -> l
             _require_nothing_inserted(surgeon, branch_map)
     modules: dict[int, nn.Module] = {}
     for position, branch_map in sorted(enumerate(fitted), key=lambda pair: (pair[1].block, not pair[1].is_first)):
-        surgeon.silence(branch_map.block, branch_map.branch)
+        surgeon.zero_branch(branch_map.block, branch_map.branch)
         modules[position] = surgeon.insert(
             branch_map.block + (not branch_map.is_first), LinearReplacement.from_map(branch_map.map)
         )
@@ -290,7 +290,7 @@ def _in_series(k: int, branches: Branches | UnsupportedSurgery) -> Branches:
         raise UnsupportedSurgery(
             f"Cannot replace a branch of block {k} by a linear map: its attention and its MLP read the same state. "
             "A map of that state can run neither before nor after the block. Expected branches in series. Zero the "
-            "branch with LayerSurgeon.silence, or replace the whole block.",
+            "branch with LayerSurgeon.zero_branch, or replace the whole block.",
             "parallel",
         )
     return branches
@@ -303,7 +303,7 @@ def _require_nothing_behind(stack: BlockStack, k: int, branch: Branch) -> None:
         raise UnsupportedSurgery(
             f"Cannot replace the {branch} of block {k} by a linear map: an earlier surgery inserted a "
             f"{type(inserted[0]).__name__} after the block, and the map would run after it. Zero the branch with "
-            "LayerSurgeon.silence, or choose another branch.",
+            "LayerSurgeon.zero_branch, or choose another branch.",
             "spliced",
         )
 
@@ -313,7 +313,7 @@ def _require_nothing_inserted(surgeon: LayerSurgeon, branch_map: BranchLinear) -
     plan, next_block = surgeon.plan, branch_map.block + 1
     slot = plan.old_to_new.get(branch_map.block)
     if slot is None:
-        return  # `silence` raises that the block is removed
+        return  # `zero_branch` raises that the block is removed
     inserted = [
         s.module for s in plan.splices if s.old_before == next_block and (s.replaces or (0, 0))[0] != next_block
     ]

@@ -24,7 +24,7 @@ from streamline_hooks.core import (
 )
 from streamline_hooks.modeling import BlockStack, Branches, StateSource
 from streamline_hooks.repair.fold import branches_before, fit_scale, fold_moments, solve_fold
-from streamline_hooks.repair.inherited_blocks import inherit_blocks, inherit_silenced, merge_blocks
+from streamline_hooks.repair.inherited_blocks import inherit_blocks, inherit_without_attention, merge_blocks
 from streamline_hooks.repair.placement import (
     Repair,
     ReplacementSize,
@@ -367,7 +367,7 @@ class SilencedConfig(ReplacementConfig):
         return inherit_blocks(stack, window)
 
     def prepare(self, stack: BlockStack, window: range, probe: Batch | Tensor | None) -> WindowReplacement:
-        return inherit_silenced(stack, window, probe)
+        return inherit_without_attention(stack, window, probe)
 
 
 @register_replacement

@@ -32,7 +32,7 @@ def inherit_blocks(stack: BlockStack, window: range, count: int = 1) -> nn.Modul
     return blocks[0] if count == 1 else InheritedBlocks(blocks)
 
 
-def inherit_silenced(stack: BlockStack, window: range, batch: Batch | Tensor | None = None) -> nn.Module:
+def inherit_without_attention(stack: BlockStack, window: range, batch: Batch | Tensor | None = None) -> nn.Module:
     """Copy the first block of a window, with the attention output projection zeroed and frozen.
 
     `batch`, without padding, is only needed for models that cannot be probed with random tokens. Raises

@@ -283,9 +283,9 @@ def _row_of(profile: Profile, selection: Selection, criterion: str) -> dict[str,
     row: dict[str, Any] = {
         "blocks": str(selection),
         "windows": [[window.start, window.stop] for window in selection.windows],
-        "silenced": [list(branch) for branch in selection.silenced],
+        "silenced": [list(branch) for branch in selection.zeroed],
     }
-    if len(selection.windows) == 1 and not selection.silenced:
+    if len(selection.windows) == 1 and not selection.zeroed:
         return row | _row_of_window(profile, selection.windows[0], selection.score, criterion)
     return row | {"score": selection.score}
 

@@ -91,7 +91,7 @@ def best_sets(values: Mapping[int, float], count: int, best: int) -> list[tuple[
     return [(-total, members) for total, members in sums[count]]
 
 
-def silenced_branches(
+def best_branches(
     scores: BranchScores, branch: Branch, count: int, *, protect: Iterable[int] = (), best: int = 1
 ) -> list[Selection]:
     """Return selections of `count` branches with the greatest sums of cosines; see `AttentionSearch`.
@@ -105,8 +105,8 @@ def silenced_branches(
     values = {k: float(cosine[k]) for k in free}
     if not 1 <= count <= len(values):
         raise StreamlineError(
-            f"Cannot silence {count} {branch} branches: {len(values)} are available, the others are protected, "
-            f"already silenced or not measured. Expected a number from 1 to {len(values)}. Remove less, or protect "
+            f"Cannot zero {count} {branch} branches: {len(values)} are available, the others are protected, "
+            f"already zeroed or not measured. Expected a number from 1 to {len(values)}. Remove less, or protect "
             "fewer blocks."
         )
     return [

@@ -13,7 +13,7 @@ from streamline_hooks.core import Bound, Config, Registry, StreamlineError, regi
 from streamline_hooks.modeling import Branch
 from streamline_hooks.repair import ReplacementConfig
 from streamline_hooks.selection.criteria import DEFAULT_CRITERION, Criterion, resolve_criterion
-from streamline_hooks.selection.search_algorithms import disjoint_windows, greedy, one_shot, silenced_branches
+from streamline_hooks.selection.search_algorithms import best_branches, disjoint_windows, greedy, one_shot
 from streamline_hooks.selection.selection import SearchProblem, Selection, best_windows
 from streamline_hooks.selection.target import Target, protected_blocks
 from streamline_hooks.statistics import measure_branches
@@ -68,8 +68,8 @@ class SearchConfig(Config):
     """Maximum number of selections that the search can return, or None if only `shortlist` limits it."""
     counts_blocks_only: ClassVar[bool] = True
     """Whether the target must be a number or a fraction of the blocks."""
-    silences_branches: ClassVar[bool] = False
-    """Whether the search silences attention or MLP branches instead of removing blocks."""
+    zeroes_branches: ClassVar[bool] = False
+    """Whether the search zeroes attention or MLP branches instead of removing blocks."""
     runs_model: ClassVar[bool] = False
     """Whether the search runs the model with every criterion."""
     takes_source: ClassVar[bool] = False
@@ -401,7 +401,7 @@ class GreedySearch(SearchConfig):
 class _BranchSearch(SearchConfig):
     branch: ClassVar[Branch]
     only_criterion = "cosine"
-    silences_branches = True
+    zeroes_branches = True
     runs_model = True
     takes_source = True
     number_of_windows = 0
@@ -409,16 +409,16 @@ class _BranchSearch(SearchConfig):
     def find(self, problem: SearchProblem) -> list[Selection]:
         model, batches = problem.running()
         scores = measure_branches(model, batches, stack=problem.stack)
-        return silenced_branches(scores, self.branch, problem.count, protect=problem.protect, best=problem.best)
+        return best_branches(scores, self.branch, problem.count, protect=problem.protect, best=problem.best)
 
 
 @register_search
 @dataclass(frozen=True)
 class AttentionSearch(_BranchSearch):
-    """Silence the attention branches that change the state least (He et al., arXiv 2406.15786).
+    """Zero the attention branches that change the state least (He et al., arXiv 2406.15786).
 
-    To silence a branch is to zero its output. The search silences as many branches as the target removes blocks. The
-    criterion is the cosine of the states before and after each attention branch.
+    The search zeroes the outputs of as many branches as the target removes blocks. The criterion is the cosine of the
+    states before and after each attention branch.
 
     Parameters
     ----------
@@ -427,7 +427,7 @@ class AttentionSearch(_BranchSearch):
 
     Examples
     --------
-    >>> AttentionSearch(protect=(0,)).silences_branches
+    >>> AttentionSearch(protect=(0,)).zeroes_branches
     True
     """
 
@@ -438,7 +438,7 @@ class AttentionSearch(_BranchSearch):
 @register_search
 @dataclass(frozen=True)
 class MLPSearch(_BranchSearch):
-    """Silence the MLP branches that change the state least; like `AttentionSearch`.
+    """Zero the MLP branches that change the state least; like `AttentionSearch`.
 
     Parameters
     ----------

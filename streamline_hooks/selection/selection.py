@@ -1,4 +1,4 @@
-"""`Selection`: the blocks to remove and branches to silence; `SearchProblem`: the input of a search."""
+"""`Selection`: the blocks to remove and branches to zero; `SearchProblem`: the input of a search."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Scorer = Callable[[Sequence[range]], Sequence[float]]
 
 @dataclass(frozen=True)
 class Selection:
-    """Blocks to remove and branches to silence.
+    """Blocks to remove and branches to zero.
 
     Attributes
     ----------
     windows : tuple of range
         Windows of consecutive blocks to remove, in order, with at least one block between two windows.
-    silenced : tuple of (int, {"attention", "mlp"})
+    zeroed : tuple of (int, {"attention", "mlp"})
         Branches of other blocks whose output is set to zero, in order.
     score : float
         Score from the search; higher is better.
@@ -43,14 +43,14 @@ class Selection:
     """
 
     windows: tuple[range, ...]
-    silenced: tuple[tuple[int, Branch], ...] = ()
+    zeroed: tuple[tuple[int, Branch], ...] = ()
     score: float = 0.0
 
     def __post_init__(self) -> None:
         validate_fields(self)
-        if not self.windows and not self.silenced:
+        if not self.windows and not self.zeroed:
             raise StreamlineError(
-                "Selection: windows and silenced are both empty. Expected at least one block or branch. Pass for "
+                "Selection: windows and zeroed are both empty. Expected at least one block or branch. Pass for "
                 "example windows=(range(3, 5),)."
             )
         if any(not isinstance(w, range) or w.step != 1 or not w or w.start < 0 for w in self.windows):
@@ -63,18 +63,18 @@ class Selection:
                 f"Selection: windows={self.windows} are not in order or not separated. Expected ascending windows with "
                 "at least one block between two. Use Selection.of_blocks for any set of blocks."
             )
-        overlap = sorted(k for k, _ in self.silenced if k in self.blocks)
-        if overlap or list(self.silenced) != sorted(set(self.silenced)):
+        overlap = sorted(k for k, _ in self.zeroed if k in self.blocks)
+        if overlap or list(self.zeroed) != sorted(set(self.zeroed)):
             reason = f"block {overlap[0]} is removed" if overlap else "they are not sorted, or one occurs twice"
             raise StreamlineError(
-                f"Selection: the branches {self.silenced} cannot be silenced: {reason}. Expected sorted, unique "
+                f"Selection: the branches {self.zeroed} cannot be zeroed: {reason}. Expected sorted, unique "
                 "branches of blocks that stay. Use Selection.of_blocks, which sorts them."
             )
 
     @classmethod
-    def of_blocks(cls, blocks: Iterable[int], silenced: Iterable[tuple[int, Branch]] = (), score: float = 0.0) -> Self:
+    def of_blocks(cls, blocks: Iterable[int], zeroed: Iterable[tuple[int, Branch]] = (), score: float = 0.0) -> Self:
         """Return a selection of blocks; consecutive blocks become one window."""
-        return cls(consecutive_runs(blocks), tuple(sorted(silenced)), score)
+        return cls(consecutive_runs(blocks), tuple(sorted(zeroed)), score)
 
     @property
     def blocks(self) -> frozenset[int]:
@@ -88,7 +88,7 @@ class Selection:
 
     def __str__(self) -> str:
         parts = [self.blocks_text] if self.windows else []
-        return ", ".join([*parts, *(f"{branch} of {k}" for k, branch in self.silenced)])
+        return ", ".join([*parts, *(f"{branch} of {k}" for k, branch in self.zeroed)])
 
 
 def consecutive_runs(blocks: Iterable[int]) -> tuple[range, ...]:

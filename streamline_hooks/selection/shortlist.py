@@ -26,7 +26,7 @@ from streamline_hooks.selection.selection import Selection
 from streamline_hooks.selection.trial import Trial, Writers, branch_writers, selection_applied, trial_distances
 from streamline_hooks.surgery import as_state_source
 
-_Silenced = tuple[tuple[int, Branch], ...]
+_Branches = tuple[tuple[int, Branch], ...]
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class VerifiedSelection(Selection):
 
     Attributes
     ----------
-    windows, silenced, score
+    windows, zeroed, score
         See `Selection`.
     repairs : tuple of Repair
         One repair per window.
     maps : tuple of BranchLinear
-        One linear map per silenced branch that is replaced by a map.
+        One linear map per zeroed branch that is replaced by a map.
     distance : float
         Mean distance from the original on the validation batches (`Task.distance`): KL in nats per token, or
         1 − cosine for embedding models. Infinite if the selection cannot be removed.
@@ -75,7 +75,7 @@ def verify_shortlist(
     """Repair selections by least squares, and rank them by the distance of the repaired model from the original.
 
     The windows of a selection are fitted in order: each window on the model with the earlier windows repaired and the
-    earlier branches silenced. Windows that are fitted on the same model share a pass. Repair and verification extend
+    earlier branches zeroed. Windows that are fitted on the same model share a pass. Repair and verification extend
     LLM-Streamline (arXiv 2403.19135), which selects by cosine alone.
 
     Parameters
@@ -139,11 +139,11 @@ def verify_shortlist(
     distances = fitting.distances(validation)
     verified = []
     for k, (selection, distance) in enumerate(zip(selections, distances, strict=True)):
-        base = selection.windows, selection.silenced, selection.score
+        base = selection.windows, selection.zeroed, selection.score
         if isinstance(distance, UnsupportedSurgery):
             verified.append(VerifiedSelection(*base, refused=str(distance)))
         else:
-            maps = fitting.maps_of(selection.silenced)
+            maps = fitting.maps_of(selection.zeroed)
             verified.append(VerifiedSelection(*base, tuple(fitting.repairs[k]), maps, distance))
     if all(selection.refused for selection in verified):
         raise next(refusal for refusal in distances if isinstance(refusal, UnsupportedSurgery))
@@ -184,42 +184,42 @@ class _ShortlistFit:
         self.repairs: list[list[Repair]] = [[] for _ in selections]
         self.maps: dict[tuple[int, Branch], BranchLinear] = {}
         self.refusals: dict[int, UnsupportedSurgery] = {}
-        silenced_blocks = sorted({k for selection in selections for k, _ in selection.silenced})
-        writers = branch_writers(stack, silenced_blocks, probe) if silenced_blocks else {}
+        zeroed_blocks = sorted({k for selection in selections for k, _ in selection.zeroed})
+        writers = branch_writers(stack, zeroed_blocks, probe) if zeroed_blocks else {}
         for k, selection in enumerate(selections):
-            for branch in selection.silenced:
+            for branch in selection.zeroed:
                 if isinstance(refusal := writers[branch], UnsupportedSurgery):
                     self.refusals[k] = refusal
         self.writers: Writers = {b: paths for b, paths in writers.items() if not isinstance(paths, UnsupportedSurgery)}
 
     def fit_branches(self, fit: Batches, held_out: Batches) -> None:
-        """Fit a linear map for each silenced branch."""
+        """Fit a linear map for each zeroed branch."""
         removable = [selection for k, selection in enumerate(self.selections) if k not in self.refusals]
-        branches = sorted({branch for selection in removable for branch in selection.silenced})
+        branches = sorted({branch for selection in removable for branch in selection.zeroed})
         results = fit_branches(self.source, branches, fit, held_out, self.probe) if branches else {}
         self.maps = {branch: result for branch, result in results.items() if isinstance(result, BranchLinear)}
         for k, selection in enumerate(self.selections):
-            for branch in selection.silenced:
+            for branch in selection.zeroed:
                 if isinstance(refusal := results.get(branch), UnsupportedSurgery):
                     self.refusals.setdefault(k, refusal)
 
-    def maps_of(self, silenced: _Silenced) -> tuple[BranchLinear, ...]:
+    def maps_of(self, zeroed: _Branches) -> tuple[BranchLinear, ...]:
         """Return the maps that replace these branches."""
-        return tuple(self.maps[branch] for branch in silenced if branch in self.maps)
+        return tuple(self.maps[branch] for branch in zeroed if branch in self.maps)
 
     def fit_level(self, level: int, parts: tuple[Batches, Batches]) -> None:
         """Repair window `level` of each selection."""
-        groups: dict[tuple[tuple[range, ...], _Silenced], list[int]] = {}
+        groups: dict[tuple[tuple[range, ...], _Branches], list[int]] = {}
         for k, selection in enumerate(self.selections):
             if level < len(selection.windows) and k not in self.refusals:
                 start = selection.windows[level].start  # moments of a window do not depend on later branches
-                before = tuple(branch for branch in selection.silenced if branch[0] < start)
+                before = tuple(branch for branch in selection.zeroed if branch[0] < start)
                 groups.setdefault((selection.windows[:level], before), []).append(k)
-        for number, ((done, silenced), members) in enumerate(groups.items()):
+        for number, ((done, zeroed), members) in enumerate(groups.items()):
             windows = sorted({self.selections[k].windows[level] for k in members}, key=lambda w: (w.start, w.stop))
             label = f" {level + 1}.{number + 1}" if level or len(groups) > 1 else ""
             modules = [repair.replacement_module for repair in self.repairs[members[0]]]
-            fitted = self._fit(windows, done, silenced, modules, parts, label)
+            fitted = self._fit(windows, done, zeroed, modules, parts, label)
             for k in members:
                 result = fitted[self.selections[k].windows[level]]
                 if isinstance(result, UnsupportedSurgery):
@@ -231,12 +231,12 @@ class _ShortlistFit:
         self,
         windows: list[range],
         done: tuple[range, ...],
-        silenced: _Silenced,
+        zeroed: _Branches,
         replacement_modules: list[WindowReplacement],
         parts: tuple[Batches, Batches],
         label: str,
     ) -> dict[range, Repair | UnsupportedSurgery]:
-        """Repair windows on the model with the windows `done` repaired and the branches `silenced` silenced."""
+        """Repair windows on the model with the windows `done` repaired and the branches `zeroed` zeroed."""
         fitted: dict[range, Repair | UnsupportedSurgery] = {}
         built: dict[range, WindowReplacement] = {}
         for window in windows:  # before surgery, because copied blocks keep the block index of the current model
@@ -245,8 +245,8 @@ class _ShortlistFit:
             except UnsupportedSurgery as error:
                 fitted[window] = error
         repaired: AbstractContextManager[dict[int, int]] = nullcontext({k: k for k in range(len(self.stack))})
-        if done or silenced:
-            attempt = Trial(Selection(done, silenced), tuple(replacement_modules), self.maps_of(silenced))
+        if done or zeroed:
+            attempt = Trial(Selection(done, zeroed), tuple(replacement_modules), self.maps_of(zeroed))
             repaired = selection_applied(self.stack, attempt, self.writers, self.probe)
         try:
             with repaired as present:
@@ -263,7 +263,7 @@ class _ShortlistFit:
     def distances(self, validation: Batches) -> list[float | UnsupportedSurgery]:
         """Return the distance of each selection; for single windows only the later blocks are run."""
         attempts = {
-            k: Trial(selection, tuple(r.replacement_module for r in self.repairs[k]), self.maps_of(selection.silenced))
+            k: Trial(selection, tuple(r.replacement_module for r in self.repairs[k]), self.maps_of(selection.zeroed))
             for k, selection in enumerate(self.selections)
             if k not in self.refusals
         }

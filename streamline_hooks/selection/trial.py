@@ -28,11 +28,11 @@ class Trial:
     Attributes
     ----------
     selection : Selection
-        The blocks to remove and branches to silence.
+        The blocks to remove and branches to zero.
     replacement_modules : tuple of WindowReplacement
         One per window, or empty for removal without replacement.
     maps : tuple of BranchLinear
-        Linear maps that replace silenced branches.
+        Linear maps that replace zeroed branches.
 
     Examples
     --------
@@ -47,7 +47,7 @@ class Trial:
     def candidate(self, stack: BlockStack) -> Candidate | None:
         """Return a `Candidate` if the trial can be evaluated by running only the blocks after its window, else None."""
         replacement_module = self.replacement_modules[0] if self.replacement_modules else None
-        if len(self.selection.windows) != 1 or self.selection.silenced or not is_spliced(stack, replacement_module):
+        if len(self.selection.windows) != 1 or self.selection.zeroed or not is_spliced(stack, replacement_module):
             return None
         return Candidate(
             self.selection.windows[0], replacement_module if isinstance(replacement_module, nn.Module) else None
@@ -57,7 +57,7 @@ class Trial:
 def branch_writers(
     stack: BlockStack, blocks: Iterable[int], probe: Batch | Tensor | None = None
 ) -> dict[tuple[int, Branch], tuple[str, ...] | UnsupportedSurgery]:
-    """Find the modules whose outputs must be zeroed to silence each branch, or the error if this is impossible."""
+    """Find the modules that write the output of each branch, or the error if it cannot be zeroed."""
     return {
         (k, branch): known
         if isinstance(known, UnsupportedSurgery)
@@ -73,14 +73,14 @@ def selection_applied(
 ) -> Iterator[dict[int, int]]:
     """Apply a trial for the duration of the context, and yield the map from original to current block indices.
 
-    The surgeon does not probe the model. A hook on the modules in `writers` (see `branch_writers`) zeroes each silenced
-    branch; this equals `LayerSurgeon.silence` without the search for the branch. `probe` is a batch without padding for
-    folding into models that cannot be probed with token ids.
+    The surgeon does not probe the model. A hook on the modules in `writers` (see `branch_writers`) zeroes the output of
+    each selected branch; this equals `LayerSurgeon.zero_branch` without the search for the branch. `probe` is a batch
+    without padding for folding into models that cannot be probed with token ids.
     """
     selection = attempt.selection
     replacement_modules = attempt.replacement_modules or (None,) * len(selection.windows)
     with ExitStack() as exits:
-        for k, branch in selection.silenced:
+        for k, branch in selection.zeroed:
             for path in writers[k, branch]:
                 handle = stack[k].get_submodule(path).register_forward_hook(zero_output)
                 exits.callback(handle.remove)
@@ -159,12 +159,12 @@ def trial_perplexities(
     candidates = {k: c for k, attempt in enumerate(attempts) if (c := attempt.candidate(stack)) is not None}
     original, results = perplexity_of_candidates(source, batches, list(candidates.values()), desc)
     perplexities = dict(zip(candidates, results, strict=True))
-    silenced_blocks = {k for attempt in attempts for k, _ in attempt.selection.silenced}
-    known = branch_writers(stack, sorted(silenced_blocks), batches[0]) if silenced_blocks else {}
+    zeroed_blocks = {k for attempt in attempts for k, _ in attempt.selection.zeroed}
+    known = branch_writers(stack, sorted(zeroed_blocks), batches[0]) if zeroed_blocks else {}
     writers = {branch: paths for branch, paths in known.items() if not isinstance(paths, UnsupportedSurgery)}
     for k, attempt in enumerate(attempts):
         if k not in perplexities:
-            for branch in attempt.selection.silenced:
+            for branch in attempt.selection.zeroed:
                 if isinstance(refusal := known[branch], UnsupportedSurgery):
                     raise refusal
             with selection_applied(stack, attempt, writers):

@@ -18,20 +18,20 @@ class Slot:
         Index of the block before the surgery. None for a new block.
     module : str
         Name of the block's class.
-    silenced : tuple of {"attention", "mlp"}
+    zeroed : tuple of {"attention", "mlp"}
         Zeroed branches of the block.
     folded : tuple of {"attention", "mlp"}
         Branches with a map multiplied into their output projections.
 
     Examples
     --------
-    >>> Slot(3, "LlamaDecoderLayer", silenced=("attention",)).source
+    >>> Slot(3, "LlamaDecoderLayer", zeroed=("attention",)).source
     3
     """
 
     source: int | None
     module: str
-    silenced: tuple[str, ...] = ()
+    zeroed: tuple[str, ...] = ()
     folded: tuple[str, ...] = ()
 
 
@@ -116,9 +116,9 @@ class SurgeryPlan:
         return {slot.source: new for new, slot in enumerate(self.slots) if slot.source is not None}
 
     @property
-    def silenced(self) -> dict[int, tuple[str, ...]]:
+    def zeroed(self) -> dict[int, tuple[str, ...]]:
         """The zeroed branches of the kept blocks, by old index."""
-        return {slot.source: slot.silenced for slot in self.slots if slot.source is not None and slot.silenced}
+        return {slot.source: slot.zeroed for slot in self.slots if slot.source is not None and slot.zeroed}
 
     @property
     def folded(self) -> dict[int, tuple[str, ...]]:
@@ -169,8 +169,8 @@ class SurgeryPlan:
         slots = []
         for slot in self.slots:
             earlier_slot = Slot(None, slot.module) if slot.source is None else earlier.slots[slot.source]
-            silenced, folded = {*earlier_slot.silenced, *slot.silenced}, {*earlier_slot.folded, *slot.folded}
-            slots.append(Slot(earlier_slot.source, slot.module, tuple(sorted(silenced)), tuple(sorted(folded))))
+            zeroed, folded = {*earlier_slot.zeroed, *slot.zeroed}, {*earlier_slot.folded, *slot.folded}
+            slots.append(Slot(earlier_slot.source, slot.module, tuple(sorted(zeroed)), tuple(sorted(folded))))
         splices = []
         for splice in self.splices:
             window = splice.replaces and (place(splice.replaces[0]), end(splice.replaces[1]))
@@ -180,11 +180,16 @@ class SurgeryPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
-        silenced, folded = (
+        zeroed, folded = (
             [[k, branch] for k, branches in branches_by_block.items() for branch in branches]
-            for branches_by_block in (self.silenced, self.folded)
+            for branches_by_block in (self.zeroed, self.folded)
         )
-        return {**asdict(self), "removed": list(self.removed), "silenced": silenced, "folded": folded}
+        slots = [
+            {"source": slot.source, "module": slot.module, "silenced": slot.zeroed, "folded": slot.folded}
+            for slot in self.slots
+        ]
+        values = {**asdict(self), "slots": slots}
+        return {**values, "removed": list(self.removed), "silenced": zeroed, "folded": folded}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SurgeryPlan:
@@ -197,12 +202,15 @@ class SurgeryPlan:
 
         Examples
         --------
-        >>> plan = SurgeryPlan("model.layers", 2, (Slot(1, "Block", silenced=("attention",)),))
+        >>> plan = SurgeryPlan("model.layers", 2, (Slot(1, "Block", zeroed=("attention",)),))
         >>> SurgeryPlan.from_dict(plan.to_dict()) == plan
         True
         """
         try:
-            slots = tuple(Slot(**_tuples(slot)) for slot in values["slots"])
+            slots = tuple(
+                Slot(**{"zeroed" if name == "silenced" else name: value for name, value in _tuples(slot).items()})
+                for slot in values["slots"]
+            )
             splices = tuple(Splice(**_tuples(splice)) for splice in values["splices"])
             described, dropped = values.get("described", True), tuple(values.get("dropped", ()))
             return cls(values["stack"], values["old_length"], slots, splices, described, dropped)
@@ -222,7 +230,7 @@ class SurgeryPlan:
                     lines.append(f"        -> {splice.module}{replaced}")
             if slot is not None:
                 old = "   new" if slot.source is None else f"{slot.source:6d}"
-                without = f" without {' and '.join(slot.silenced)}" if slot.silenced else ""
+                without = f" without {' and '.join(slot.zeroed)}" if slot.zeroed else ""
                 folded = f" with {' and '.join(slot.folded)} folded" if slot.folded else ""
                 lines.append(f"{old}  -> {new}{without}{folded}")
         if self.removed:

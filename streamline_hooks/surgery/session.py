@@ -151,9 +151,9 @@ class Session:
         )
 
     def _slot(self, source: int | None, module: nn.Module) -> Slot:
-        zeroed = {branch: swap.is_zero for (k, branch), swap in sorted(self.branch_swaps.items()) if k == source}
-        silenced, folded = (tuple(b for b, is_zero in zeroed.items() if is_zero is kind) for kind in (True, False))
-        return Slot(source, type(module).__name__, silenced, folded)
+        branches = {branch: swap.is_zero for (k, branch), swap in sorted(self.branch_swaps.items()) if k == source}
+        zeroed, folded = (tuple(b for b, is_zero in branches.items() if is_zero is kind) for kind in (True, False))
+        return Slot(source, type(module).__name__, zeroed, folded)
 
     def is_zeroed(self, k: int, branch: Branch) -> bool:
         """Whether this surgery zeroed a branch."""

@@ -29,7 +29,7 @@ from streamline_hooks.surgery.probe import ProbeFailedError, find_mismatch
 from streamline_hooks.surgery.save_guard import saved_model_depth
 from streamline_hooks.surgery.session import Session
 from streamline_hooks.surgery.verify import compare_with_reference
-from streamline_hooks.surgery.zeroed_branches import ParameterSwap, find_zeros, observe_silenced
+from streamline_hooks.surgery.zeroed_branches import ParameterSwap, find_zeros, observe_zeroed
 
 
 class LayerSurgeon:
@@ -264,7 +264,7 @@ class LayerSurgeon:
         return module
 
     @validate_arguments()
-    def silence(self, k: int, branch: Branch, *, batch: Batch | Tensor | None = None) -> None:
+    def zero_branch(self, k: int, branch: Branch, *, batch: Batch | Tensor | None = None) -> None:
         """Zero the output of one residual branch of a block.
 
         The output projections of the branch are replaced by zeros; in a mixture of experts, those of all experts. The
@@ -287,17 +287,17 @@ class LayerSurgeon:
         StreamlineError
             If there is no such block or branch, or the block was removed.
         """
-        session = self._open_with(k, "silence")
+        session = self._open_with(k, "zero_branch")
         if session.is_zeroed(k, branch):
             return
         zeros = find_zeros(session.stack, k, branch, batch)
         can_compare = self.probe and saved_model_depth(session.stack) == 0
-        reference = observe_silenced(self.model, session.stack[k], zeros) if can_compare else None
+        reference = observe_zeroed(self.model, session.stack[k], zeros) if can_compare else None
         with session.applied(changes={(k, branch): ParameterSwap(zeros, is_zero=True)}, keep=True):
             mismatch = find_mismatch(reference, self.model, "it must") if reference is not None else None
             if mismatch:
                 raise UnsupportedSurgery(
-                    f"The {branch} branch of block {k} cannot be silenced: with its output projections at zero "
+                    f"The {branch} branch of block {k} cannot be zeroed: with its output projections at zero "
                     f"{mismatch}. Choose another block or branch.",
                     "probe",
                 )
@@ -318,9 +318,9 @@ class LayerSurgeon:
         map_ : torch.Tensor
             Map of shape (features, features).
         branch : {"attention", "mlp"}
-            As for `silence`.
+            As for `zero_branch`.
         batch : mapping or torch.Tensor, optional
-            As for `silence`.
+            As for `zero_branch`.
 
         Raises
         ------
@@ -373,7 +373,7 @@ class LayerSurgeon:
         factor : float
             Positive factor.
         batch : mapping or torch.Tensor, optional
-            As for `silence`.
+            As for `zero_branch`.
 
         Raises
         ------

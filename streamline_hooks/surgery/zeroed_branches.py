@@ -202,7 +202,7 @@ def require_branches(call: BlockCall | UnsupportedSurgery, refusal: str) -> tupl
 
 
 def zero_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Return the zero parameters of a module if one of them is a matrix, as after `LayerSurgeon.silence`.
+    """Return the zero parameters of a module if one of them is a matrix, as after `LayerSurgeon.zero_branch`.
 
     Examples
     --------
@@ -226,16 +226,16 @@ def zero_parameter_ids(module: nn.Module) -> set[int]:
 def find_zeros(stack: BlockStack, k: int, branch: Branch, batch: Batch | Tensor | None) -> Parameters:
     """Return zeros for a branch's output projections, or raise `UnsupportedSurgery` if they cannot be replaced."""
     with observe_blocks(stack, [k], batch) as calls:
-        _, branches = require_branches(calls[k], f"The {branch} branch of block {k} cannot be silenced")
+        _, branches = require_branches(calls[k], f"The {branch} branch of block {k} cannot be zeroed")
     paths = branches.writers[branch]
-    require_unshared(stack, k, paths, "silenced")
+    require_unshared(stack, k, paths, "zeroed")
     projections = {path: stack[k].get_parameter(path) for path in paths}
     for path, parameter in projections.items():
-        require_unquantized(parameter, k, path, "Zeros", "Silence branches before quantising.")
+        require_unquantized(parameter, k, path, "Zeros", "Zero branches before quantizing.")
     return {path: computed_parameter(parameter, torch.zeros_like) for path, parameter in projections.items()}
 
 
-def observe_silenced(model: nn.Module, block: nn.Module, paths: Iterable[str]) -> ReferenceRun | None:
+def observe_zeroed(model: nn.Module, block: nn.Module, paths: Iterable[str]) -> ReferenceRun | None:
     """Run a Transformers model with the outputs of some projections replaced by zeros, and with its own parameters.
 
     Return None, with a warning, if the model is not deterministic or cannot be run without a batch.

@@ -121,7 +121,7 @@ def zeroed_branch_adds_nothing(name: str) -> None:
     before, weights = answer(model, name), {key: value.clone() for key, value in model.state_dict().items()}
     for branch in ENDS:
         with LayerSurgeon(model, stack.path) as surgeon:
-            surgeon.silence(1, branch)
+            surgeon.zero_branch(1, branch)
             got = answer(model, name)
         with adding(stack[1], branch, torch.zeros_like):
             expected = answer(model, name)
@@ -159,7 +159,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "saved": commit_is_restored_from_checkpoint,
     "cache": decodes_with_a_cache,
     "generate": generates_with_a_shorter_encoder,
-    "silence": zeroed_branch_adds_nothing,
+    "zero_branch": zeroed_branch_adds_nothing,
     "fold": folded_branch_applies_the_map,
 }
 
@@ -168,14 +168,14 @@ _TWICE = "more than twice"
 _SCALED = "more than a sum"
 REFUSED: dict[str, dict[str, str]] = {
     **{
-        name: {"silence": _BEHIND, "fold": _BEHIND}
+        name: {"zero_branch": _BEHIND, "fold": _BEHIND}
         for name in (
             "swinv2", "bert", "bert classifier", "distilbert", "xlm-roberta", "mpnet", "bart encoder", "bart decoder",
             "bart decoder without a mask", "wav2vec2",
         )
     },
     **{
-        name: {"silence": _TWICE, "fold": _TWICE}
+        name: {"zero_branch": _TWICE, "fold": _TWICE}
         for name in ("t5 decoder", "t5 decoder without a mask", "whisper decoder")
     },
     **{name: {"fold": _SCALED} for name in ("dinov2", "beit", "data2vec", "gemma3 text")},

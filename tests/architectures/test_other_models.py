@@ -40,7 +40,7 @@ def test_what_is_refused_changes_nothing(name: str, check: str) -> None:
     before, weights = answer(model, name), {key: value.clone() for key, value in model.state_dict().items()}
     for branch in BRANCHES:
         with LayerSurgeon(model, OTHERS[name].path(model)) as surgeon, pytest.raises(UnsupportedSurgery):
-            surgeon.silence(1, branch) if check == "silence" else surgeon.fold(1, torch.eye(32), branch)
+            surgeon.zero_branch(1, branch) if check == "zero_branch" else surgeon.fold(1, torch.eye(32), branch)
     require_restored(model, name, before, weights)
 
 

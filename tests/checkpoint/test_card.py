@@ -166,7 +166,7 @@ def test_the_original_is_remembered_through_a_second_surgery(tmp_path: Path) -> 
     assert header(card_of(model, tmp_path, base_model="else/where", overwrite=True))["base_model"] == "else/where"
 
 
-def test_silenced_folded_and_put_in() -> None:
+def test_zeroed_folded_and_inserted() -> None:
     slots = [
         {"source": 0, "module": "Block", "silenced": ["attention"], "folded": []},
         {"source": 2, "module": "Block", "silenced": [], "folded": ["mlp"]},

@@ -392,16 +392,16 @@ def test_a_repair_that_was_trained_after_the_commit(tmp_path: Path) -> None:
     assert all(parameter.grad is not None for parameter in loaded.parameters())
 
 
-def test_silenced_and_folded_branches(tmp_path: Path) -> None:
+def test_zeroed_and_folded_branches(tmp_path: Path) -> None:
     model, run = built("timm")
     with committing(model) as surgeon:
         batch = {"x": torch.randn(2, 3, 16, 16)}
-        surgeon.silence(1, "attention", batch=batch)
+        surgeon.zero_branch(1, "attention", batch=batch)
         surgeon.fold(3, 2 * torch.eye(WIDTH), batch=batch)
     loaded = load(save(model, tmp_path / "model"), into=anew("timm"))
     require_same(model, loaded)
     assert torch.equal(run(model), run(loaded))
-    assert read_plans(loaded)[0].silenced == {1: ("attention",)} and read_plans(loaded)[0].folded == {3: ("mlp",)}
+    assert read_plans(loaded)[0].zeroed == {1: ("attention",)} and read_plans(loaded)[0].folded == {3: ("mlp",)}
 
 
 def test_weights_that_accelerate_keeps_elsewhere(tmp_path: Path) -> None:

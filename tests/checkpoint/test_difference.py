@@ -79,7 +79,7 @@ def test_a_weight_that_only_one_block_has_is_a_change() -> None:
 
 
 def test_nothing_in_common_is_nothing() -> None:
-    """Silent branches are alike in every block."""
+    """Zeroed branches are alike in every block."""
     original = tiny_model("llama")
     for block in find_stack(original).blocks:
         torch.nn.init.zeros_(block.self_attn.o_proj.weight)

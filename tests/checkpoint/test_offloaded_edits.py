@@ -20,13 +20,13 @@ from tests.tiny_models import WIDTH, tokens
 
 def edit(surgeon: LayerSurgeon) -> None:
     """Edits of one another's weights: two maps, factors on top of them, a zeroed branch before and after."""
-    surgeon.silence(4, "attention")
+    surgeon.zero_branch(4, "attention")
     surgeon.fold(1, a_map(WIDTH))
     surgeon.scale(1, 1.5)
     surgeon.fold(1, a_map(WIDTH).flip(0))
     surgeon.fold(3, a_map(WIDTH), "attention")
     surgeon.scale(3, 0.75)
-    surgeon.silence(5, "mlp")
+    surgeon.zero_branch(5, "mlp")
     surgeon.remove([2])
 
 

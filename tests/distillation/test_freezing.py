@@ -92,12 +92,12 @@ def test_what_is_not_there_or_has_nothing_to_train_is_refused() -> None:
 
 
 def test_what_is_frozen_in_it_stays_frozen() -> None:
-    """The attention of a silenced block would speak again else."""
+    """The attention of a zeroed block would be nonzero again otherwise."""
     model: Any = tiny_model("llama").train()
-    silenced = SilencedConfig().build(find_stack(model), range(2, 4))
-    assert isinstance(silenced, nn.Module)
+    zeroed = SilencedConfig().build(find_stack(model), range(2, 4))
+    assert isinstance(zeroed, nn.Module)
     with LayerSurgeon(model) as surgeon:
-        module = surgeon.replace(range(2, 4), silenced)
+        module = surgeon.replace(range(2, 4), zeroed)
         surgeon.commit()
     assert module is not None
     optimiser = torch.optim.AdamW(freeze_all_but(model, module), lr=1e-2)
@@ -107,8 +107,8 @@ def test_what_is_frozen_in_it_stays_frozen() -> None:
     model.requires_grad_(False)
     assert len(freeze_all_but(model, model.model.layers[0].mlp)) == 3, "what is frozen whole is meant to be trained"
     found = freeze_all_but(model, module)
-    silent = model.model.layers[2].self_attn.o_proj.weight
-    assert len(found) == len(list(module.parameters())) - 1 and not silent.requires_grad
+    zeroed = model.model.layers[2].self_attn.o_proj.weight
+    assert len(found) == len(list(module.parameters())) - 1 and not zeroed.requires_grad
 
 
 def test_what_begins_at_zero_is_trained_though_all_was_frozen() -> None:

@@ -248,10 +248,10 @@ def test_checkpointed_blocks_are_trained_like_others(text: str, reentrant: bool)
         torch.testing.assert_close(found[1][name], parameter, rtol=1e-4, atol=1e-6)
 
 
-def test_a_silenced_attention_stays_silent_in_an_inherited_block() -> None:
+def test_a_zeroed_attention_stays_zero_in_an_inherited_block() -> None:
     model: Any = tiny_model("llama")
     with LayerSurgeon(model) as surgeon:
-        surgeon.silence(3, "attention")
+        surgeon.zero_branch(3, "attention")
         surgeon.commit()
     (repair,) = fit_windows(model, [range(3, 6)], BlockConfig(solve=False), BATCHES, VALIDATION)
     student = student_of(find_stack(model), [(range(3, 6), repair.replacement_module)])

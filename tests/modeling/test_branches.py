@@ -168,7 +168,7 @@ def call_of(block: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float32)
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     st.integers(0, 1000),
 )
-def test_silencing_is_leaving_the_branch_out(way: str, multiplier: float, dtype: torch.dtype, seed: int) -> None:
+def test_zeroing_leaves_the_branch_out(way: str, multiplier: float, dtype: torch.dtype, seed: int) -> None:
     call = call_of(Block(way, multiplier), seed, dtype)
     found = find_branches(call)
     assert found.first == {"": "attention", "parallel": None, "mlp first": "mlp"}[way]
@@ -203,7 +203,7 @@ def test_branches_that_do_next_to_nothing_are_told_apart(nothing: float) -> None
         assert found.first == first and found.writers == expected.writers
 
 
-def test_an_expert_that_no_token_chose_is_silenced_too() -> None:
+def test_an_expert_that_no_token_chose_is_zeroed_too() -> None:
     found = find_branches(call_of(Block(mlp=Experts())))
     assert found.writers["mlp"] == ("mlp.0.2.weight", "mlp.1.2.weight", "mlp.2.2.weight")
 

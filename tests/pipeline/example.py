@@ -29,14 +29,14 @@ def compression(length: int = 30, removed: tuple[tuple[int, int], ...] = ((2, 10
     depth = np.concatenate([[0.0], np.cumsum(steps)])
     cosine = np.exp(-np.abs(depth[:, None] - depth[None, :]))
     gone = [k for start, stop in removed for k in range(start, stop)]
-    silenced: list[list[Any]] = [[length - 2, "attention"], [length - 2, "mlp"]] if length > 20 else []
+    zeroed: list[list[Any]] = [[length - 2, "attention"], [length - 2, "mlp"]] if length > 20 else []
     slots = [{"source": k, "module": "LlamaDecoderLayer", "silenced": []} for k in range(length) if k not in gone]
     starts = [2, 12, 13, 5, 11][: max(1, length // 6)]
     windows = [list(map(list, removed))] + [[[s, s + len(gone)]] for s in starts[1:]]
     return {
         "config": CompressionConfig().to_dict(),
         "plan": {"stack": "model.layers", "old_length": length, "slots": slots, "splices": [], "removed": gone,
-                 "silenced": silenced, "folded": []},
+                 "silenced": zeroed, "folded": []},
         "task": "causal-lm", "measure": "KL (nats per token)", "scores": {},
         "kind": "swiglu",
         "stand_in": {"parameters": 2_654_208, "flops_per_token": 5_308_416, "slots": 0},
@@ -44,7 +44,7 @@ def compression(length: int = 30, removed: tuple[tuple[int, int], ...] = ((2, 10
         "search": "window",
         "candidates": [
             {
-                "windows": these, "silenced": silenced if k == 0 else [], "maps": [], "score": 0.93 - 0.01 * k,
+                "windows": these, "silenced": zeroed if k == 0 else [], "maps": [], "score": 0.93 - 0.01 * k,
                 "distance": 0.41 + 0.17 * k, "refused": "",
                 "repairs": [{"start": a, "stop": b, "removal_error": 0.31 + 0.1 * k, "repaired_error": 0.12 + 0.05 * k,
                              "ridge": 1e-4} for a, b in these],

@@ -47,11 +47,11 @@ def test_it_is_what_is_compressed_in_memory(search: str, options: dict[str, Any]
     found = run(folder, tmp_path / "apart", work_folder=tmp_path / "work", **options)
     compare(found, folder, tmp_path / "whole", options)
     chosen = found.candidates[0]
-    assert len(chosen.blocks) + len(chosen.silenced) == options["remove"]
+    assert len(chosen.blocks) + len(chosen.zeroed) == options["remove"]
     if search != "greedy":
         zero = {name for name, weight in weights_in(tmp_path / "apart").items() if not weight.any()}
         writer = {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}[search]
-        assert zero == {f"model.layers.{k}.{writer}.weight" for k, _ in chosen.silenced}
+        assert zero == {f"model.layers.{k}.{writer}.weight" for k, _ in chosen.zeroed}
         assert len(chosen.maps) == (options["remove"] if search == "attention" else 0)
 
 
@@ -111,7 +111,7 @@ def test_verified_selections_are_read_as_they_were_written(kind: Any, tmp_path: 
     write_verified(judged, tmp_path / "verified")
     found = read_verified(find_stack(model), kind, tmp_path / "verified")
     for one, other in zip(found, judged, strict=True):
-        assert (one.windows, one.silenced, one.score) == (other.windows, other.silenced, other.score)
+        assert (one.windows, one.zeroed, one.score) == (other.windows, other.zeroed, other.score)
         assert (one.distance, one.refused) == (other.distance, other.refused)
         for repair, wanted in zip([*one.repairs, *one.maps], [*other.repairs, *other.maps], strict=True):
             mine, theirs = vars(repair), vars(wanted)

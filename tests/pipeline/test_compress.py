@@ -107,14 +107,14 @@ def test_every_kind_ends_in_a_model(
 def test_inherited_blocks_leave_as_many_blocks_as_were_asked_for(
     search: str, story_model: tuple[Any, Any], story_texts: list[str]
 ) -> None:
-    """Each of two windows takes a slot; silenced branches none."""
+    """Each of two windows takes a slot; zeroed branches none."""
     model, tokenizer = story_model
     kept = list(find_stack(model).blocks)
     result = compress(
         model, story_texts, configured(remove=2, repair="block", search=search, **SMALL), tokenizer=tokenizer
     )
     if search == "mlp":
-        assert len(result.candidates[0].silenced) == 2 and list(find_stack(model).blocks) == kept
+        assert len(result.candidates[0].zeroed) == 2 and list(find_stack(model).blocks) == kept
     else:
         assert result.candidates[0].windows == (range(0, 2), range(3, 5)) and len(find_stack(model)) == 3
 

@@ -155,7 +155,7 @@ def test_what_is_asked_for_in_vain_is_refused_at_once(
         with pytest.raises(StreamlineError, match=message):
             compress(model, story_texts, tokenizer=tokenizer, **arguments(**options, **SMALL))
     measured = profile(model, [torch.arange(3, 11)[None]])
-    with pytest.raises(UnsupportedSurgery, match="silences attention or MLP branches"):
+    with pytest.raises(UnsupportedSurgery, match="zeroes attention or MLP branches"):
         compress(
             model,
             story_texts,

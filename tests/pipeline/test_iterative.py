@@ -342,19 +342,19 @@ def test_two_plans_are_one_in_the_first_numbering() -> None:
     first = SurgeryPlan(
         "layers",
         6,
-        (Slot(0, "B"), Slot(None, "New"), Slot(4, "B", silenced=("mlp",)), Slot(5, "B")),
+        (Slot(0, "B"), Slot(None, "New"), Slot(4, "B", zeroed=("mlp",)), Slot(5, "B")),
         (Splice(1, 1, (1, 4), "Linear"),),
     )
     second = SurgeryPlan(
         "layers",
         4,
-        (Slot(0, "B"), Slot(1, "New"), Slot(2, "B", silenced=("attention",), folded=("mlp",))),
+        (Slot(0, "B"), Slot(1, "New"), Slot(2, "B", zeroed=("attention",), folded=("mlp",))),
         (Splice(1, 1, None, "Linear"), Splice(3, 3, (3, 4), "Linear")),
     )
     both = second.after(first)
     assert both.removed == (1, 2, 3, 5)
     assert both.slots[1] == Slot(None, "New")
-    assert both.slots[2] == Slot(4, "B", silenced=("attention", "mlp"), folded=("mlp",))
+    assert both.slots[2] == Slot(4, "B", zeroed=("attention", "mlp"), folded=("mlp",))
     assert both.splices == (Splice(1, 4, None, "Linear"), Splice(3, 5, (5, 6), "Linear"))
     with pytest.raises(StreamlineError, match=r"3 blocks.*6"):
         first.after(second)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from streamline_hooks import LayerSurgeon, UnsupportedSurgery, find_stack
-from streamline_hooks.repair.inherited_blocks import InheritedBlocks, inherit_blocks, inherit_silenced
+from streamline_hooks.repair.inherited_blocks import InheritedBlocks, inherit_blocks, inherit_without_attention
 from streamline_hooks.surgery import BEFORE, spliced
 from tests.repair.replacement_modules import leaving
 from tests.tiny_models import FAMILIES, Nudge, tiny_model, tokens
@@ -49,12 +49,12 @@ def test_under_meta_a_copy_takes_no_memory() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_silenced_block_is_the_block_without_what_its_attention_adds(family: str) -> None:
+def test_a_zeroed_block_is_the_block_without_what_its_attention_adds(family: str) -> None:
     model = tiny_model(family)
-    block = inherit_silenced(find_stack(model), range(2, 4))
+    block = inherit_without_attention(find_stack(model), range(2, 4))
     got = leaving(model, range(2, 4), tokens(2, 9), block)
     with LayerSurgeon(model) as surgeon:
-        surgeon.silence(2, "attention")
+        surgeon.zero_branch(2, "attention")
         torch.testing.assert_close(got, leaving(model, range(2, 3), tokens(2, 9)))
     frozen = [p for p in block.parameters() if not p.requires_grad]
     assert frozen and not any(bool(p.any()) for p in frozen)

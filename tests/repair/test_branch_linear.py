@@ -77,7 +77,7 @@ def test_it_is_the_block_with_the_branch_computed_by_hand(
         modules = replace_branches(surgeon, fitted_of(maps))
         got = logits(model, batch)
         assert [torch.equal(m.projection.weight, maps[half].T) for half, m in zip(maps, modules, strict=True)]
-        assert sum(map(len, surgeon.plan.silenced.values())) == len(surgeon.plan.splices) == len(maps)
+        assert sum(map(len, surgeon.plan.zeroed.values())) == len(surgeon.plan.splices) == len(maps)
     real = slice(None) if batch is None else batch["attention_mask"].bool()
     torch.testing.assert_close(got[real], expected[real], rtol=1e-5, atol=1e-5)
     assert fingerprint(model) == before
@@ -108,7 +108,7 @@ def test_the_map_is_weighted_least_squares(family: str, half: tuple[int, str], s
     np.testing.assert_allclose(fitted.map.numpy(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-def test_it_comes_nearer_than_silence() -> None:
+def test_it_comes_nearer_than_zeros() -> None:
     model = tiny_model("llama")
     fit, held_out = [tokens(40, 12)], [tokens(10, 12, seed=1)]
     wanted = [(4, "mlp"), (2, "attention"), (-1, "mlp")]

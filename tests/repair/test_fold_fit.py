@@ -18,10 +18,10 @@ from streamline_hooks.repair import solve_least_squares
 from streamline_hooks.repair.fold import FoldedMap, measure_fold_moments, solve_fold
 from streamline_hooks.statistics import measure_moments
 from streamline_hooks.testing import tiny_model as tiny
-from tests.surgery.test_zeroed_branches import MODULES as SILENCED
+from tests.surgery.test_zeroed_branches import MODULES as ZEROED_MODULES
 from tests.tiny_models import BLOCKS, WIDTH, padded, shuffled_batches, tiny_model, tokens
 
-MODULES = {**SILENCED, "qwen3": ("self_attn", "mlp")}
+MODULES = {**ZEROED_MODULES, "qwen3": ("self_attn", "mlp")}
 families = st.sampled_from(["llama", "opt", "gpt2", "gpt_neox", "qwen3"])
 windows = st.tuples(st.integers(1, BLOCKS - 1), st.integers(1, 3)).map(lambda w: range(w[0], min(w[0] + w[1], BLOCKS)))
 

@@ -16,7 +16,7 @@ from streamline_hooks import LayerSurgeon, UnsupportedSurgery, find_stack
 from streamline_hooks.cli import parse_replacement
 from streamline_hooks.modeling import BlockCall
 from streamline_hooks.repair import WindowReplacement, fit_windows, place
-from streamline_hooks.repair.inherited_blocks import InheritedBlocks, inherit_blocks, inherit_silenced
+from streamline_hooks.repair.inherited_blocks import InheritedBlocks, inherit_blocks, inherit_without_attention
 from streamline_hooks.replacements import LinearReplacement
 from tests.repair.replacement_modules import FIT, HELD_OUT, KINDS, SLOTS
 from tests.surgery.test_surgeon import fingerprint
@@ -80,9 +80,9 @@ def test_windows_beside_one_another_keep_their_order() -> None:
         ]
 
 
-def test_a_silenced_attention_is_not_trained() -> None:
+def test_a_zeroed_attention_is_not_trained() -> None:
     model = tiny_model("llama")
-    block = inherit_silenced(find_stack(model), WINDOW)
+    block = inherit_without_attention(find_stack(model), WINDOW)
     with LayerSurgeon(model) as surgeon:
         trained = place(surgeon, WINDOW, block)
         parameters = {id(p) for module in trained for p in module.parameters()}

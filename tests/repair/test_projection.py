@@ -87,10 +87,10 @@ def test_an_inherited_block_has_the_least_squares_of_its_inherited_features(fami
     handle.remove()
     pairs = zip(kept, masks, strict=True)
     features = torch.cat([f.reshape(*m.shape, -1)[m] for f, m in pairs]).double().detach().numpy()
-    silent = copy.deepcopy(model)
-    for parameter in find_stack(silent)[WINDOW.start].get_submodule(path).parameters():
+    zeroed = copy.deepcopy(model)
+    for parameter in find_stack(zeroed)[WINDOW.start].get_submodule(path).parameters():
         nn.init.zeros_(parameter)
-    rest = torch.cat([leaving(silent, range(1, 2), b) for b in (*FIT, *HELD_OUT)]).double().numpy()
+    rest = torch.cat([leaving(zeroed, range(1, 2), b) for b in (*FIT, *HELD_OUT)]).double().numpy()
     _, y, weight = double(model, [*FIT, *HELD_OUT])
     has_bias = own.bias is not None
     features = np.concatenate([features, np.ones_like(features[:, :1])], axis=1) if has_bias else features

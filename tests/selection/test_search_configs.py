@@ -51,7 +51,7 @@ def evidence() -> dict[str, Any]:
 def found(search: SearchConfig) -> list[tuple[Any, ...]]:
     """Return what a search finds, with its scores."""
     problem = search.problem(windows_of_size(BLOCKS, REMOVED), BLOCKS, **evidence())
-    return [(one.windows, one.silenced, round(one.score, 9)) for one in search.find(problem)]
+    return [(one.windows, one.zeroed, round(one.score, 9)) for one in search.find(problem)]
 
 
 def refused(search: Callable[[], SearchConfig]) -> bool:

@@ -21,7 +21,7 @@ def test_blocks_make_the_fewest_windows(blocks: set[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("windows", "silenced", "text"),
+    ("windows", "zeroed", "text"),
     [
         ((), (), "both empty.*at least one block"),
         ((range(2, 2),), (), "windows=.*non-empty ranges"),
@@ -31,12 +31,12 @@ def test_blocks_make_the_fewest_windows(blocks: set[int]) -> None:
         ((range(3, 5), range(0, 2)), (), r"in order.*between two"),
         ((range(0, 3), range(2, 4)), (), r"in order.*between two"),
         ((range(0, 2), range(2, 4)), (), r"in order.*between two"),
-        ((range(0, 2),), ((1, "mlp"),), r"silenced.*block 1 is removed"),
-        ((), ((1, "mlp"), (0, "mlp")), r"silenced.*sorted, unique"),
-        ((), ((1, "mlp"), (1, "mlp")), r"silenced.*sorted, unique"),
+        ((range(0, 2),), ((1, "mlp"),), r"zeroed.*block 1 is removed"),
+        ((), ((1, "mlp"), (0, "mlp")), r"zeroed.*sorted, unique"),
+        ((), ((1, "mlp"), (1, "mlp")), r"zeroed.*sorted, unique"),
         ((), ((1, "head"),), r"'head' is unknown"),
     ],
 )
-def test_a_selection_that_contradicts_itself(windows: Any, silenced: Any, text: str) -> None:
+def test_a_selection_that_contradicts_itself(windows: Any, zeroed: Any, text: str) -> None:
     with pytest.raises(StreamlineError, match=text):
-        Selection(windows, silenced)
+        Selection(windows, zeroed)

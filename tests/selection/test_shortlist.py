@@ -75,8 +75,8 @@ def test_single_windows_are_fitted_and_judged_in_shared_passes(kind: str) -> Non
 def test_several_windows_are_fitted_in_order_on_the_repaired_model(family: str) -> None:
     model = tiny_model(family)
     before = fingerprint(model)
-    windows, silenced = (range(1, 2), range(3, 4), range(5, 6)), ((0, "mlp"), (2, "attention"), (4, "mlp"))
-    selection = Selection(windows, silenced)  # type: ignore[arg-type]
+    windows, zeroed = (range(1, 2), range(3, 4), range(5, 6)), ((0, "mlp"), (2, "attention"), (4, "mlp"))
+    selection = Selection(windows, zeroed)  # type: ignore[arg-type]
     if family == "gpt_neox":
         with pytest.raises(UnsupportedSurgery, match=r"branch of block 0 .*same state"):
             verify_shortlist(model, [selection], FIT, HELD_OUT, VALIDATION)
@@ -84,8 +84,8 @@ def test_several_windows_are_fitted_in_order_on_the_repaired_model(family: str) 
     (found,) = verify_shortlist(model, [selection], FIT, HELD_OUT, VALIDATION)
     assert fingerprint(model) == before
     by_hand: list[nn.Module] = []
-    maps = fit_branch_linear(model, silenced, FIT, HELD_OUT)  # on the model as it is
-    assert [(one.block, one.branch) for one in found.maps] == list(silenced)
+    maps = fit_branch_linear(model, zeroed, FIT, HELD_OUT)  # on the model as it is
+    assert [(one.block, one.branch) for one in found.maps] == list(zeroed)
     for one, expected in zip(found.maps, maps, strict=True):
         torch.testing.assert_close(one.map, expected.map)
     with LayerSurgeon(model) as surgeon:
@@ -154,10 +154,10 @@ def test_windows_on_one_model_share_its_pass(monkeypatch: pytest.MonkeyPatch) ->
         [range(1, 2), range(2, 4)],  # with block 0 repaired, in the numbers of then
         [range(2, 3)],
     ]
-    by_shape = {(s.windows, s.silenced): s for s in found}
+    by_shape = {(s.windows, s.zeroed): s for s in found}
     assert len(by_shape) == len(shortlist)
     assert all(len(s.repairs) == len(s.windows) for s in found)
-    same = [by_shape[shortlist[k].windows, shortlist[k].silenced].repairs[0] for k in (3, 4)]
+    same = [by_shape[shortlist[k].windows, shortlist[k].zeroed].repairs[0] for k in (3, 4)]
     assert same[0] is same[1]
 
 
@@ -169,7 +169,7 @@ def test_planted_redundancy_is_found_whatever_its_shape() -> None:
     planted = Selection((range(1, 2),), ((4, "mlp"),), score=-5.0)
     others = [Selection((range(1, 2), range(4, 5))), Selection((range(2, 4),)), Selection((), ((4, "attention"),))]
     found = verify_shortlist(model, [*others, planted], FIT, HELD_OUT, VALIDATION)
-    assert found[0].windows == planted.windows and found[0].silenced == planted.silenced
+    assert found[0].windows == planted.windows and found[0].zeroed == planted.zeroed
     assert found[0].distance < 1e-4 < found[1].distance and found[0].score == -5.0
 
 
@@ -191,7 +191,7 @@ def test_what_cannot_go_comes_last_with_its_reason() -> None:
     model.model.layers[3].forward = scaled(model.model.layers[3].forward)
     good, bad = Selection((range(1, 2),)), Selection((range(1, 2),), ((3, "mlp"),))
     found = verify_shortlist(model, [bad, good], FIT, HELD_OUT, VALIDATION)
-    assert [s.silenced for s in found] == [(), ((3, "mlp"),)]
+    assert [s.zeroed for s in found] == [(), ((3, "mlp"),)]
     assert found[1].distance == math.inf and "two residual branches" in found[1].refused
     assert found[1].repairs == ()
     with pytest.raises(UnsupportedSurgery, match="two residual branches"):
@@ -215,7 +215,7 @@ def test_no_finite_model_is_an_error() -> None:
 @pytest.mark.parametrize("kind", FITTED)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_every_kind_is_judged_by_what_the_model_says_with_it(family: str, kind: str) -> None:
-    """One window, and two at once beside silenced branches, against a surgeon that carries them out."""
+    """One window, and two at once beside zeroed branches, against a surgeon that carries them out."""
     model = tiny_model(family)
     before = fingerprint(model)
     alone = Selection((range(2, 5),))
@@ -233,7 +233,7 @@ def test_every_kind_is_judged_by_what_the_model_says_with_it(family: str, kind: 
 
 
 @pytest.mark.parametrize(
-    ("kind", "bad", "silenced", "reason"),
+    ("kind", "bad", "zeroed", "reason"),
     [
         ("block", (range(1, 2), range(3, 5)), (), r"1 inherited block.*window of 1 .*block 1"),
         ("block:count=2", (range(3, 5),), (), r"2 inherited blocks.*window of 2 .*block 3"),
@@ -242,9 +242,9 @@ def test_every_kind_is_judged_by_what_the_model_says_with_it(family: str, kind: 
     ],
 )
 def test_a_window_in_which_a_kind_cannot_stand_is_refused_and_the_others_are_judged(
-    kind: str, bad: tuple[range, ...], silenced: Any, reason: str
+    kind: str, bad: tuple[range, ...], zeroed: Any, reason: str
 ) -> None:
-    shortlist = [Selection(bad, silenced), Selection((range(2, 5),)), Selection((range(1, 4),))]
+    shortlist = [Selection(bad, zeroed), Selection((range(2, 5),)), Selection((range(1, 4),))]
     found = verify_shortlist(
         tiny_model("llama"), shortlist, FIT, HELD_OUT, VALIDATION, replacement=parse_replacement(kind)
     )

@@ -22,7 +22,7 @@ from tests.tiny_models import BLOCKS, FAMILIES, Nudge, left_padded, tiny_model, 
 
 
 def kl_by_hand(model: nn.Module, batches: list[Any], attempt: Trial) -> float:
-    """With a surgeon that probes, silences as it does for good, and in float64."""
+    """With a surgeon that probes, zeroes as it does for good, and in float64."""
 
     def log_probabilities() -> torch.Tensor:
         with torch.no_grad():
@@ -35,8 +35,8 @@ def kl_by_hand(model: nn.Module, batches: list[Any], attempt: Trial) -> float:
         replace_branches(surgeon, attempt.maps)
         for window, replacement_module in zip(attempt.selection.windows, replacement_modules, strict=True):
             place(surgeon, window, replacement_module)
-        for k, branch in attempt.selection.silenced:
-            surgeon.silence(k, branch)
+        for k, branch in attempt.selection.zeroed:
+            surgeon.zero_branch(k, branch)
         q = log_probabilities()
     return float((p.exp() * (p - q)).sum(-1).mean())
 
@@ -45,8 +45,8 @@ def kl_by_hand(model: nn.Module, batches: list[Any], attempt: Trial) -> float:
 def attempts(draw: st.DrawFn) -> Trial:
     blocks = draw(st.sets(st.integers(0, BLOCKS - 1), max_size=BLOCKS - 1))
     rest = [(k, b) for k in range(BLOCKS) if k not in blocks for b in BRANCHES]
-    silenced = draw(st.sets(st.sampled_from(rest), min_size=0 if blocks else 1, max_size=3))
-    selection = Selection.of_blocks(blocks, silenced)
+    zeroed = draw(st.sets(st.sampled_from(rest), min_size=0 if blocks else 1, max_size=3))
+    selection = Selection.of_blocks(blocks, zeroed)
     modules = tuple(Nudge(seed=k) if draw(st.booleans()) else None for k in range(len(selection.windows)))
     return Trial(selection, draw(st.sampled_from([(), modules])))
 

@@ -57,7 +57,7 @@ class Level:
                 self.before.append([])
         self.inserted: dict[int, list[tuple[Entry, int | None]]] = {k: [] for k in range(len(self) + 1)}
         self.windows: dict[int, tuple[int, tuple[Entry, int | None] | None, bool]] = {}
-        self.silent: dict[int, tuple[str, ...]] = {}
+        self.zeroed: dict[int, tuple[str, ...]] = {}
         self.changed: dict[int, Entry] = {}
 
     def __len__(self) -> int:
@@ -66,16 +66,16 @@ class Level:
     @property
     def is_changed(self) -> bool:
         """Whether the surgeon has done anything."""
-        return bool(self.windows or self.silent or any(self.inserted.values()))
+        return bool(self.windows or self.zeroed or any(self.inserted.values()))
 
     def copy(self) -> Level:
         other = copy(self)
         other.inserted = {k: list(entries) for k, entries in self.inserted.items()}
-        other.windows, other.silent, other.changed = dict(self.windows), dict(self.silent), dict(self.changed)
+        other.windows, other.zeroed, other.changed = dict(self.windows), dict(self.zeroed), dict(self.changed)
         return other
 
     def block(self, number: int) -> Entry:
-        """Return block `number` as it is now: with its branches silenced, where some are."""
+        """Return block `number` as it is now: with its branches zeroed, where some are."""
         return self.changed.get(number, self.slots[number])
 
     def placed(self) -> list[Placed]:
@@ -130,14 +130,14 @@ class Level:
         other.windows[start] = (stop, replacement, same_function)
         return other if any(p.entry.source is not None for p in other.placed()) else None
 
-    def silence(self, number: int, branch: str, projections: Sequence[str]) -> Level:
+    def zero_branch(self, number: int, branch: str, projections: Sequence[str]) -> Level:
         """Return the level with the output projections of a branch of a block at zero."""
         other = self.copy()
-        if branch not in self.silent.get(number, ()):
+        if branch not in self.zeroed.get(number, ()):
             other.changed[number] = Entry(
                 with_zeros(self.block(number).module, projections), self.slots[number].source, self.slots[number].added
             )
-            other.silent[number] = tuple(sorted({*self.silent.get(number, ()), branch}))
+            other.zeroed[number] = tuple(sorted({*self.zeroed.get(number, ()), branch}))
         return other
 
     def every_entry(self) -> Iterator[Entry]:

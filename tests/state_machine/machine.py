@@ -398,15 +398,15 @@ class Machine(RuleBasedStateMachine):
         self.operate(lambda: self.open[-1].surgeon.exchange(k, module), after, line)
 
     @rule(k=numbers, branch=st.sampled_from(["attention", "mlp"]), line=lines)
-    def silence(self, k: int, branch: str, line: int) -> None:
+    def zero_branch(self, k: int, branch: str, line: int) -> None:
         self.require_surgeon()
         k, level, after = k % len(self.level()), self.level(), None
         unused_bias = k > 0 and owns_bias(level.slots[k].module)  # a copy of T5's first block, behind it
         if branch in self.kind.branches and k in level.numbers() and not unused_bias:
             block = dict(level.slots[k].module.named_modules())
-            after = level.silence(k, branch, [path for path in self.kind.branches[branch] if path in block])
+            after = level.zero_branch(k, branch, [path for path in self.kind.branches[branch] if path in block])
         batch = {} if hasattr(self.model, "config") else {"batch": self.inputs(self.batch, self.dtype)}
-        self.operate(lambda: self.open[-1].surgeon.silence(k, branch, **batch), after, line)
+        self.operate(lambda: self.open[-1].surgeon.zero_branch(k, branch, **batch), after, line)
 
     REFUSED: ClassVar[dict[str, Callable[[Machine], object]]] = {
         "empty window": lambda m: m.open[-1].surgeon.remove([]),
@@ -417,7 +417,7 @@ class Machine(RuleBasedStateMachine):
         "no module": lambda m: m.open[-1].surgeon.insert(0, "module"),
         "inserted out of range": lambda m: m.open[-1].surgeon.insert(99, nn.Identity()),
         "exchanged for no block": lambda m: m.open[-1].surgeon.exchange(0, nn.Identity()),
-        "unknown branch": lambda m: m.open[-1].surgeon.silence(0, "norm"),
+        "unknown branch": lambda m: m.open[-1].surgeon.zero_branch(0, "norm"),
         "opened twice": lambda m: m.open[-1].surgeon.__enter__(),
         "notes": lambda m: m.open[-1].surgeon.commit(note=object()),
         "saved": lambda m: m.save_to_new_folder(),
@@ -612,7 +612,7 @@ class Machine(RuleBasedStateMachine):
 
     def told(self, plan: SurgeryPlan) -> tuple[Any, ...]:
         splices = [(s.before, s.old_before, s.replaces, s.module) for s in plan.splices]
-        return plan.old_length, [(s.source, s.module, s.silenced) for s in plan.slots], splices
+        return plan.old_length, [(s.source, s.module, s.zeroed) for s in plan.slots], splices
 
     def plan_of(self, level: Level) -> tuple[Any, ...]:
         slots: list[Any] = []
@@ -622,7 +622,7 @@ class Machine(RuleBasedStateMachine):
             if placed.entry.source is None:
                 splices.append((len(slots), placed.boundary, placed.window, name))
             else:
-                slots.append((number, name, level.silent.get(number, ()) if number is not None else ()))
+                slots.append((number, name, level.zeroed.get(number, ()) if number is not None else ()))
         return len(level), slots, splices
 
     @invariant()

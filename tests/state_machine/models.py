@@ -137,7 +137,7 @@ FAMILIES = {
     "t5_decoder": Family(
         _t5(6, BLOCKS),
         "decoder.block",
-        {},  # a block with cross attention has three branches, of which none can be silenced
+        {},  # a block with cross attention has three branches, of which none can be zeroed
         count="num_decoder_layers",
         owners=(0,),
     ),

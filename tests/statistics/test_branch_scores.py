@@ -1,4 +1,4 @@
-"""Scores of attention and MLP: against NumPy, and against the model with a branch silenced."""
+"""Scores of attention and MLP: against NumPy, and against the model with a branch zeroed."""
 
 from __future__ import annotations
 
@@ -85,12 +85,12 @@ def test_what_cannot_be_scored_raises() -> None:
 def truth(
     model: nn.Module, k: int, batch: dict[str, torch.Tensor], first: str | None
 ) -> dict[str, tuple[float, float]]:
-    """From the block's own output with the other branch silent."""
+    """From the block's own output with the other branch zeroed."""
 
-    def output(*silent: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def output(*zeroed: str) -> tuple[torch.Tensor, torch.Tensor]:
         with LayerSurgeon(model) as surgeon:
-            for branch in silent:
-                surgeon.silence(k, branch)
+            for branch in zeroed:
+                surgeon.zero_branch(k, branch)
             with torch.no_grad(), HiddenStateRecorder(model, [k], tokens="real") as record:
                 model(**prepare_inputs(model, batch))
         return record.inputs[k][0], record.outputs[k][0]
@@ -104,7 +104,7 @@ def truth(
 
 
 @pytest.mark.parametrize("model_type", KINDS)
-def test_scores_are_those_of_the_block_with_the_other_branch_silent(model_type: str) -> None:
+def test_scores_are_those_of_the_block_with_the_other_branch_zeroed(model_type: str) -> None:
     model = tiny(model_type, blocks=3)
     batch = tiny_inputs(model, left_padding=True)
     scores = measure_branches(model, [batch])

@@ -25,8 +25,8 @@ from tests.tiny_models import BLOCKS, FAMILIES, Nudge, left_padded, tiny_model, 
 Edit = Callable[..., None]
 
 
-def silence(surgeon: LayerSurgeon, k: int, branch: str, **options: object) -> None:
-    surgeon.silence(k, branch, **options)
+def zero_branch(surgeon: LayerSurgeon, k: int, branch: str, **options: object) -> None:
+    surgeon.zero_branch(k, branch, **options)
 
 
 def fold(surgeon: LayerSurgeon, k: int, branch: str, width: int = 32, **options: object) -> None:
@@ -44,11 +44,11 @@ blocks = st.integers(0, BLOCKS - 1)
 @st.composite
 def cases(draw: st.DrawFn, edit: Edit) -> tuple[nn.Module, int, str]:
     """A model, one of its blocks and branches; a norm follows those of Gemma 3, so that it can only be zeroed."""
-    families = FAMILIES if edit is silence else [family for family in FAMILIES if family != "gemma3"]
+    families = FAMILIES if edit is zero_branch else [family for family in FAMILIES if family != "gemma3"]
     return tiny_model(draw(st.sampled_from(families))), draw(blocks), draw(branches)
 
 
-@pytest.mark.parametrize("edit", [silence, fold, scale])
+@pytest.mark.parametrize("edit", [zero_branch, fold, scale])
 def test_generate_with_a_cache_equals_without(edit: Edit) -> None:
     @settings(max_examples=8)
     @given(cases(edit), st.booleans())
@@ -70,8 +70,8 @@ def test_generate_with_a_cache_equals_without(edit: Edit) -> None:
 OPERATIONS: dict[str, Callable[[LayerSurgeon], object]] = {
     "fold 3": lambda s: s.fold(3, a_map()),
     "fold 5": lambda s: s.fold(5, a_map(seed=1), "attention"),
-    "silence 3": lambda s: s.silence(3, "attention"),
-    "silence 5": lambda s: s.silence(5, "mlp"),
+    "zero 3": lambda s: s.zero_branch(3, "attention"),
+    "zero 5": lambda s: s.zero_branch(5, "mlp"),
     "remove 1": lambda s: s.remove([1]),
     "replace 4": lambda s: s.replace([4], Nudge()),
     "insert 3": lambda s: s.insert(3, Nudge(seed=1)),
@@ -94,14 +94,14 @@ def test_the_order_of_operations_makes_no_difference(family: str, order: list[st
     assert other_plan == plan and torch.equal(got, expected)
 
 
-def test_the_plan_says_what_is_silent_and_what_is_folded() -> None:
+def test_the_plan_lists_zeroed_and_folded_branches() -> None:
     model = tiny_model("llama")
     with LayerSurgeon(model) as surgeon:
         surgeon.remove([0])
         for branch in ("mlp", "attention"):
             surgeon.fold(4, a_map(), branch)
-            surgeon.silence(5, branch)
-        surgeon.silence(1, "attention")
+            surgeon.zero_branch(5, branch)
+        surgeon.zero_branch(1, "attention")
         surgeon.fold(1, a_map())
         assert str(surgeon.plan).splitlines() == [
             "model.layers: 6 blocks -> 5",
@@ -120,7 +120,7 @@ def test_the_plan_says_what_is_silent_and_what_is_folded() -> None:
 # Coming back
 
 
-@pytest.mark.parametrize("edit", [silence, fold, scale])
+@pytest.mark.parametrize("edit", [zero_branch, fold, scale])
 def test_everything_comes_back_to_the_bit(edit: Edit) -> None:
     @settings(max_examples=10)
     @given(cases(edit), blocks, st.sampled_from([None, ValueError, KeyboardInterrupt]))
@@ -148,23 +148,23 @@ def test_nested_surgeons_each_take_back_their_own() -> None:
     model = tiny_model("gpt2")
     before = fingerprint(model)
     with LayerSurgeon(model) as outer:
-        outer.silence(1, "mlp")
+        outer.zero_branch(1, "mlp")
         outer.fold(2, a_map())
         expected = logits(model)
         with LayerSurgeon(model) as inner:
-            inner.silence(1, "mlp")
-            inner.silence(1, "attention")
-            inner.silence(3, "mlp")
+            inner.zero_branch(1, "mlp")
+            inner.zero_branch(1, "attention")
+            inner.zero_branch(3, "mlp")
             inner.fold(2, a_map(seed=1))
             inner.fold(3, a_map(), "attention")
-            assert inner.plan.silenced == {1: ("attention", "mlp"), 3: ("mlp",)}
+            assert inner.plan.zeroed == {1: ("attention", "mlp"), 3: ("mlp",)}
             assert inner.plan.folded == {2: ("mlp",), 3: ("attention",)}
         assert torch.equal(logits(model), expected)
-        assert outer.plan.silenced == {1: ("mlp",)} and outer.plan.folded == {2: ("mlp",)}
+        assert outer.plan.zeroed == {1: ("mlp",)} and outer.plan.folded == {2: ("mlp",)}
     assert fingerprint(model) == before
 
 
-@pytest.mark.parametrize("edit", [silence, fold])
+@pytest.mark.parametrize("edit", [zero_branch, fold])
 def test_what_was_put_aside_follows_a_model_that_is_moved(edit: Edit) -> None:
     model = tiny_model("llama")
     with LayerSurgeon(model) as surgeon:
@@ -180,12 +180,12 @@ def test_what_was_put_aside_follows_a_model_that_is_moved(edit: Edit) -> None:
 def test_a_refusal_leaves_what_was_done_before() -> None:
     model = tiny_model("llama")
     with LayerSurgeon(model) as surgeon:
-        surgeon.silence(1, "mlp")
+        surgeon.zero_branch(1, "mlp")
         surgeon.fold(3, a_map())
         before, expected = fingerprint(model), logits(model)
         refused: list[Callable[[], None]] = [
-            lambda: surgeon.silence(9, "mlp"),
-            lambda: surgeon.silence(2, "both"),  # type: ignore[arg-type]
+            lambda: surgeon.zero_branch(9, "mlp"),
+            lambda: surgeon.zero_branch(2, "both"),  # type: ignore[arg-type]
             lambda: surgeon.fold(9, a_map()),
             lambda: surgeon.fold(2, a_map(33)),
         ]
@@ -193,13 +193,13 @@ def test_a_refusal_leaves_what_was_done_before() -> None:
             with pytest.raises(StreamlineError):
                 wrong()
         assert fingerprint(model) == before and torch.equal(logits(model), expected)
-        assert surgeon.plan.silenced == {1: ("mlp",)} and surgeon.plan.folded == {3: ("mlp",)}
+        assert surgeon.plan.zeroed == {1: ("mlp",)} and surgeon.plan.folded == {3: ("mlp",)}
 
 
 # Saying no
 
 
-@pytest.mark.parametrize("edit", [silence, fold])
+@pytest.mark.parametrize("edit", [zero_branch, fold])
 def test_a_tied_projection_is_refused(edit: Edit) -> None:
     model = tiny_model("llama")
     layers = find_stack(model)
@@ -211,7 +211,7 @@ def test_a_tied_projection_is_refused(edit: Edit) -> None:
         edit(surgeon, 1, "attention")
 
 
-@pytest.mark.parametrize("edit", [silence, fold, scale])
+@pytest.mark.parametrize("edit", [zero_branch, fold, scale])
 def test_a_quantised_projection_is_refused(edit: Edit) -> None:
     class Packed(torch.nn.Parameter):
         pass
@@ -230,7 +230,7 @@ def test_a_model_that_does_not_say_its_input_needs_a_batch() -> None:
     batch, map_ = {"src": torch.randn(2, 5, 16)}, a_map(16).float()
     before = [(n, id(p)) for n, p in model.named_parameters()]
     with LayerSurgeon(model) as surgeon, torch.no_grad():
-        for edit in (lambda: surgeon.silence(1, "mlp"), lambda: surgeon.fold(1, map_)):
+        for edit in (lambda: surgeon.zero_branch(1, "mlp"), lambda: surgeon.fold(1, map_)):
             with pytest.raises(StreamlineError, match=r"no probe inputs.*Pass a batch"):
                 edit()
         handle = model.layers[1].linear2.register_forward_hook(times(map_))
@@ -238,8 +238,8 @@ def test_a_model_that_does_not_say_its_input_needs_a_batch() -> None:
         handle.remove()
         surgeon.fold(1, map_, batch=batch)
         torch.testing.assert_close(model.layers[1](batch["src"]), expected)
-        surgeon.silence(1, "mlp", batch=batch)
-        surgeon.silence(1, "attention", batch=batch)
+        surgeon.zero_branch(1, "mlp", batch=batch)
+        surgeon.zero_branch(1, "attention", batch=batch)
         assert torch.equal(model.layers[1](batch["src"]), batch["src"]) and not torch.equal(expected, batch["src"])
     assert before == [(n, id(p)) for n, p in model.named_parameters()]
 
@@ -252,15 +252,15 @@ def test_the_checkpoint_is_a_plain_one(model_type: str, tmp_path: Path) -> None:
     model = tiny(model_type, blocks=4)
     plain, foldable = type(model), model_type != "gemma2"
     with LayerSurgeon(model) as surgeon:
-        surgeon.silence(1, "attention")
-        surgeon.silence(3, "mlp")
+        surgeon.zero_branch(1, "attention")
+        surgeon.zero_branch(3, "mlp")
         if foldable:
             surgeon.fold(2, a_map(width_of(model)))
         with pytest.raises(StreamlineError, match="open LayerSurgeon"):
             model.save_pretrained(tmp_path)
         surgeon.remove([0])
         plan = surgeon.commit()
-    assert plan.silenced == {1: ("attention",), 3: ("mlp",)} and plan.folded == ({2: ("mlp",)} if foldable else {})
+    assert plan.zeroed == {1: ("attention",), 3: ("mlp",)} and plan.folded == ({2: ("mlp",)} if foldable else {})
     entry = model.config.streamline_hooks["history"][0]
     assert entry["silenced"] == [[1, "attention"], [3, "mlp"]] and entry["folded"] == [[2, "mlp"]] * foldable
     assert type(model) is plain
@@ -272,12 +272,12 @@ def test_the_checkpoint_is_a_plain_one(model_type: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     torch.testing.assert_close(logits(loaded, batch), logits(model, batch), rtol=1e-5, atol=1e-5)
     with LayerSurgeon(loaded) as surgeon:  # a branch that is zero already is still found
-        surgeon.silence(0, "attention")
-        surgeon.silence(0, "mlp")
-        assert surgeon.plan.silenced == {0: ("attention", "mlp")}
+        surgeon.zero_branch(0, "attention")
+        surgeon.zero_branch(0, "mlp")
+        assert surgeon.plan.zeroed == {0: ("attention", "mlp")}
 
 
-@pytest.mark.parametrize("edit", [silence, fold])
+@pytest.mark.parametrize("edit", [zero_branch, fold])
 def test_a_copy_of_a_changed_block_is_changed(edit: Edit) -> None:
     model = tiny_model("llama")
     before = find_stack(model)[2].mlp.down_proj.weight.detach().clone()

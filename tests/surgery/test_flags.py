@@ -32,7 +32,7 @@ SURGERIES: dict[str, Callable[[LayerSurgeon], Any]] = {
     "one kept": lambda surgeon: surgeon.remove(range(0, 5)),
     "none kept": lambda surgeon: surgeon.replace(range(0, 6), copy.deepcopy(surgeon.stack[2])),
     "exchanged": lambda surgeon: surgeon.exchange(2, copy.deepcopy(surgeon.stack[2])),
-    "silenced": lambda surgeon: surgeon.silence(1, "mlp"),
+    "zeroed": lambda surgeon: surgeon.zero_branch(1, "mlp"),
 }
 
 

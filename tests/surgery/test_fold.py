@@ -17,11 +17,11 @@ from streamline_hooks.surgery import fold
 from streamline_hooks.testing import tiny_inputs
 from streamline_hooks.testing import tiny_model as tiny
 from tests.surgery.test_surgeon import fingerprint, logits
-from tests.surgery.test_zeroed_branches import MODULES as SILENCED
+from tests.surgery.test_zeroed_branches import MODULES as ZEROED_MODULES
 from tests.tiny_models import BLOCKS, WIDTH, tiny_model
 
 # The modules whose output is what a branch adds, known here by name.
-MODULES = {**{name: own for name, own in SILENCED.items() if name != "gemma2"}, "gptj": ("attn", "mlp")}
+MODULES = {**{name: own for name, own in ZEROED_MODULES.items() if name != "gemma2"}, "gptj": ("attn", "mlp")}
 FAMILIES = ("llama", "opt", "gpt2", "gpt_neox", "qwen3")
 families = st.sampled_from(FAMILIES)
 branches = st.sampled_from(BRANCHES)
@@ -116,17 +116,17 @@ def test_folding_twice_composes(family: str, k: int, branch: str, seed: int) -> 
         assert surgeon.plan.folded == {k: (branch,)}
 
 
-@pytest.mark.parametrize("order", [("silence", "fold"), ("fold", "silence")])
-def test_what_is_silent_stays_so(order: tuple[str, str]) -> None:
+@pytest.mark.parametrize("order", [("zero_branch", "fold"), ("fold", "zero_branch")])
+def test_a_zeroed_branch_stays_zero(order: tuple[str, str]) -> None:
     model = tiny_model("gpt2")
     with LayerSurgeon(model) as surgeon:
-        surgeon.silence(2, "mlp")
+        surgeon.zero_branch(2, "mlp")
         expected = logits(model)
     with LayerSurgeon(model) as surgeon:
         for operation in order:
-            surgeon.silence(2, "mlp") if operation == "silence" else surgeon.fold(2, a_map())
+            surgeon.zero_branch(2, "mlp") if operation == "zero_branch" else surgeon.fold(2, a_map())
         assert torch.equal(logits(model), expected)
-        assert surgeon.plan.silenced == {2: ("mlp",)} and surgeon.plan.folded == {}
+        assert surgeon.plan.zeroed == {2: ("mlp",)} and surgeon.plan.folded == {}
 
 
 def test_no_parameter_is_new_and_what_is_trained_stays_so() -> None:

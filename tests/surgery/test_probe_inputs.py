@@ -106,7 +106,7 @@ def test_what_a_forward_keeps_on_the_model_is_as_it_was() -> None:
     model, case = made("qwen2-vl pictures"), OTHERS["qwen2-vl pictures"]
     with LayerSurgeon(model, case.path(model)) as surgeon:
         surgeon.remove([1])
-        surgeon.silence(2, "mlp")
+        surgeon.zero_branch(2, "mlp")
         assert model.model.rope_deltas is None
     model(**case.batch)
     before = model.model.rope_deltas

@@ -115,15 +115,15 @@ def test_two_places_compose(family: str, j: int, k: int, first: float, second: f
         torch.testing.assert_close(logits(model), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_silent_branch_and_a_linear_splice_go_along() -> None:
+def test_a_zeroed_branch_and_a_linear_splice_go_along() -> None:
     model = tiny_model("llama").double()
     with LayerSurgeon(model) as surgeon:
-        surgeon.silence(3, "attention")
+        surgeon.zero_branch(3, "attention")
         surgeon.insert(4, LinearReplacement.from_map(0.1 * torch.randn(32, 32)))
         expected = multiplied(model, 2, 1.3)
         surgeon.scale(2, 1.3)
         torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
-        assert surgeon.plan.silenced == {3: ("attention",)}
+        assert surgeon.plan.zeroed == {3: ("attention",)}
         assert surgeon.plan.folded[3] == ("mlp",) and surgeon.plan.folded[4] == ("attention", "mlp")
 
 

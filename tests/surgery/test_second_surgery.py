@@ -162,12 +162,12 @@ def test_what_was_spliced_in_keeps_its_precision(what: str) -> None:
 
 
 @pytest.mark.parametrize("healing", ["lora:rank=4", "partial:where=all,learning_rate_ratio=0.1"])
-def test_a_silenced_branch_stays_silent_where_its_block_is_healed(healing: str) -> None:
+def test_a_zeroed_branch_stays_zero_where_its_block_is_healed(healing: str) -> None:
     if healing.startswith("lora"):
         pytest.importorskip("peft")
     model: Any = tiny_model("llama", blocks=9)
     with LayerSurgeon(model) as surgeon:
-        surgeon.silence(1, "attention")
+        surgeon.zero_branch(1, "attention")
         surgeon.commit()
     parts, slow = {**PARTS, "calibration": texts(0, 64)}, DistillationConfig(learning_rate=1e-3, validations=8)
     result = compress(
@@ -183,7 +183,7 @@ def test_a_silenced_branch_stays_silent_where_its_block_is_healed(healing: str) 
     assert not torch.equal(block.mlp.down_proj.weight, before.mlp.down_proj.weight)
 
 
-def test_branches_that_are_silent_already_are_not_given_up_again() -> None:
+def test_zeroed_branches_are_not_selected_again() -> None:
     model: Any = tiny_model("llama")
     options: dict[str, Any] = {
         "search": "attention",
@@ -193,7 +193,7 @@ def test_branches_that_are_silent_already_are_not_given_up_again() -> None:
         "generation": False,
     }
     first, second = (
-        {k for k, _ in compress(model, PARTS, **arguments(**options)).candidates[0].silenced} for _ in range(2)
+        {k for k, _ in compress(model, PARTS, **arguments(**options)).candidates[0].zeroed} for _ in range(2)
     )
     assert len(first | second) == 4
     with pytest.raises(StreamlineError, match=r"5 attention.*4 are available"):
@@ -237,7 +237,7 @@ def test_a_branch_before_a_splice_has_no_map_and_another_one_is_chosen() -> None
         configured(search="mlp", remove=1, repair="linear", shortlist=6, speed=False, generation=False, protect=[4]),
     )
     best, *others = result.candidates
-    assert best.silenced[0][0] != 2 and any(one.silenced[0][0] == 2 and one.refused for one in others)
+    assert best.zeroed[0][0] != 2 and any(one.zeroed[0][0] == 2 and one.refused for one in others)
     assert best.distance == pytest.approx(kl(model, original), rel=1e-3)
 
 

@@ -226,7 +226,7 @@ def rows() -> Iterator[Row]:
         yield surgery(method), {}, {"window": [*NO_BLOCKS, None, []]}
     yield surgery("replace"), {"window": [1]}, {"module": ["x", nn.Identity, len, [{}]]}
     yield surgery("insert"), {"module": nn.Identity()}, {"k": [*NO_INT, -1, 7]}
-    yield surgery("silence"), {"branch": "mlp"}, {"k": [*NO_INT, -1, 6]}
+    yield surgery("zero_branch"), {"branch": "mlp"}, {"k": [*NO_INT, -1, 6]}
     yield (
         placed,
         {"window": range(1, 3), "replacement_module": MAP},

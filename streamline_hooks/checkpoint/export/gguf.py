@@ -44,7 +44,7 @@ def export_gguf(
     *,
     tokenizer: str | Path | None = None,
     dtype: str = "f32",
-    without_silent: bool = True,
+    skip_zeroed_attention: bool = True,
 ) -> Architecture:
     """Export a compressed Llama to one GGUF file, atomically.
 
@@ -59,7 +59,7 @@ def export_gguf(
         Folder with ``tokenizer.json``; by default the file has no vocabulary.
     dtype : {"f32", "f16", "bf16"}
         Dtype of the matrices; default ``"f32"``. Vectors are float32.
-    without_silent : bool
+    skip_zeroed_attention : bool
         Omit zeroed attentions, except that of the first block; default True. With omitted attentions the file is a
         ``deci`` file.
 
@@ -93,7 +93,7 @@ def export_gguf(
         check_no_splices(model)
     blocks = list(model.model.layers)
     # llama.cpp reads the head size from the first block, which therefore keeps its attention even if it is zeroed.
-    is_zeroed = [without_silent and k > 0 and _is_zero(block.self_attn.o_proj) for k, block in enumerate(blocks)]
+    is_zeroed = [skip_zeroed_attention and k > 0 and _is_zero(block.self_attn.o_proj) for k, block in enumerate(blocks)]
     has_attention = [k not in linear_attentions and not zeroed for k, zeroed in enumerate(is_zeroed)]
     architecture: Architecture = "llama" if all(has_attention) else "deci"
     with atomic_file(file) as temporary_path:

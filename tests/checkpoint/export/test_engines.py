@@ -90,18 +90,18 @@ def test_llama_cpp_says_the_same(
     torch.testing.assert_close(stepwise(engine, ids), logits, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("silent", [[0], [1, 2], [3], [0, 1, 2, 3]], ids=["first", "middle", "last", "all"])
-def test_blocks_without_attention(silent: list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("zeroed", [[0], [1, 2], [3], [0, 1, 2, 3]], ids=["first", "middle", "last", "all"])
+def test_blocks_without_attention(zeroed: list[int], tmp_path: Path) -> None:
     model = llama(hidden_size=64, intermediate_size=64, num_hidden_layers=4, vocab_size=64)
     with LayerSurgeon(model) as surgeon:
-        for k in silent:
-            surgeon.silence(k, "attention")
-        if len(silent) < 4:
-            surgeon.silence(next(k for k in range(4) if k not in silent), "mlp")
+        for k in zeroed:
+            surgeon.zero_branch(k, "attention")
+        if len(zeroed) < 4:
+            surgeon.zero_branch(next(k for k in range(4) if k not in zeroed), "mlp")
         surgeon.commit()
-    left_out = [k for k in silent if k]  # the first block keeps its zeros
+    left_out = [k for k in zeroed if k]  # the first block keeps its zeros
     assert export_gguf(model, tmp_path / "small.gguf") == ("deci" if left_out else "llama")
-    export_gguf(model, tmp_path / "whole.gguf", without_silent=False)
+    export_gguf(model, tmp_path / "whole.gguf", skip_zeroed_attention=False)
     ids = torch.randint(3, 60, (24,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = model(ids[None]).logits[0]
@@ -118,7 +118,7 @@ def test_blocks_with_a_linear_attention(tmp_path: Path) -> None:
     model = llama(hidden_size=64, intermediate_size=64, num_hidden_layers=4, vocab_size=64)
     with LayerSurgeon(model) as surgeon:
         for k in (1, 2, 3):
-            surgeon.silence(k, "attention")
+            surgeon.zero_branch(k, "attention")
         for k in (1, 3):
             surgeon.insert(k, linear_attention(model, seed=k))
         surgeon.commit()

@@ -139,14 +139,14 @@ def test_llama_3_frequencies_are_written_as_what_divides_them(tmp_path: Path) ->
     assert factors[0] == 1.0 and factors[-1] == pytest.approx(8.0), "neither end is where Llama 3 has it"
 
 
-def test_silent_attentions_are_left_out(tmp_path: Path) -> None:
+def test_zeroed_attentions_are_left_out(tmp_path: Path) -> None:
     model = llama()
     with LayerSurgeon(model) as surgeon:
-        surgeon.silence(1, "attention")
-        surgeon.silence(2, "mlp")
+        surgeon.zero_branch(1, "attention")
+        surgeon.zero_branch(2, "mlp")
         surgeon.commit()
     assert export_gguf(model, tmp_path / "small.gguf") == "deci"
-    assert export_gguf(model, tmp_path / "whole.gguf", without_silent=False) == "llama"
+    assert export_gguf(model, tmp_path / "whole.gguf", skip_zeroed_attention=False) == "llama"
     said = settings_of(tmp_path / "small.gguf")
     assert said["deci.attention.head_count"] == [4, 0, 4, 4]
     assert said["deci.attention.head_count_kv"] == [2, 0, 2, 2]
@@ -165,9 +165,9 @@ def test_silent_attentions_are_left_out(tmp_path: Path) -> None:
 def test_linear_maps_in_the_place_of_attentions(tmp_path: Path) -> None:
     model = llama()
     with LayerSurgeon(model) as surgeon:
-        surgeon.silence(2, "attention")
+        surgeon.zero_branch(2, "attention")
         module = surgeon.insert(2, linear_attention(model, seed=2))
-        surgeon.silence(3, "attention")
+        surgeon.zero_branch(3, "attention")
         surgeon.commit()
     assert export_gguf(model, tmp_path / "model.gguf") == "deci"
     said = settings_of(tmp_path / "model.gguf")
@@ -184,7 +184,7 @@ def test_linear_maps_that_no_file_can_hold(tmp_path: Path) -> None:
     first, plain = llama(), llama()
     for model, k, module in ((first, 0, linear_attention(first, seed=0)), (plain, 2, LinearReplacement(32))):
         with LayerSurgeon(model) as surgeon:
-            surgeon.silence(k, "attention")
+            surgeon.zero_branch(k, "attention")
             surgeon.insert(k, module)
             surgeon.commit()
     with pytest.raises(StreamlineError, match=r"block 0.*llama.cpp"):

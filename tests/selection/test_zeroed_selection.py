@@ -7,7 +7,7 @@ import torch
 
 from streamline_hooks import LayerSurgeon, StreamlineError
 from streamline_hooks.selection import SEARCHES, SearchProblem
-from streamline_hooks.selection.search_algorithms import silenced_branches
+from streamline_hooks.selection.search_algorithms import best_branches
 from streamline_hooks.statistics import measure_branches
 from streamline_hooks.testing import tiny_model
 
@@ -28,23 +28,23 @@ def planted() -> torch.nn.Module:
 def test_what_does_nothing_is_found(branch: str, blocks: list[int]) -> None:
     asked = SearchProblem([range(0, len(blocks))], 8, model=planted(), batches=[TOKENS])
     found = SEARCHES[branch]().find(asked)[0]
-    assert found.windows == () and found.silenced == tuple((k, branch) for k in blocks)
+    assert found.windows == () and found.zeroed == tuple((k, branch) for k in blocks)
 
 
-def test_silencing_them_changes_next_to_nothing() -> None:
+def test_zeroing_them_changes_next_to_nothing() -> None:
     model = planted()
     logits = model(TOKENS).logits
-    chosen = silenced_branches(measure_branches(model, [TOKENS]), "attention", 3)[0]
+    chosen = best_branches(measure_branches(model, [TOKENS]), "attention", 3)[0]
     with LayerSurgeon(model) as surgeon:
-        for k, branch in chosen.silenced:
-            surgeon.silence(k, branch)
+        for k, branch in chosen.zeroed:
+            surgeon.zero_branch(k, branch)
         torch.testing.assert_close(model(TOKENS).logits, logits, atol=1e-2, rtol=1e-2)
     assert torch.equal(model(TOKENS).logits, logits)
 
 
 def test_protected_and_too_many() -> None:
     scores = measure_branches(planted(), [TOKENS])
-    first, second = silenced_branches(scores, "mlp", 2, protect=[1], best=2)
-    assert (5, "mlp") in first.silenced and (1, "mlp") not in first.silenced and first.score >= second.score
+    first, second = best_branches(scores, "mlp", 2, protect=[1], best=2)
+    assert (5, "mlp") in first.zeroed and (1, "mlp") not in first.zeroed and first.score >= second.score
     with pytest.raises(StreamlineError, match=r"9 mlp.*8 are available"):
-        silenced_branches(scores, "mlp", 9)
+        best_branches(scores, "mlp", 9)
