@@ -11,7 +11,7 @@ from torch import Tensor
 FILE = Path("vision") / "fashion_mnist_subset.npz"
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 MEAN, DEVIATION = 0.2860, 0.3530  # of the training images, scaled to 0 to 1
-IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # normalisation of DINOv2
+IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # normalization of DINOv2
 PATCH = 14  # of DINOv2
 
 
@@ -40,12 +40,12 @@ def fashion_mnist(data: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def small_pixels(images: Tensor) -> Tensor:
-    """Normalise images (images, 28, 28), uint8, to pixel values (images, 1, 28, 28)."""
+    """Normalize images (images, 28, 28), uint8, to pixel values (images, 1, 28, 28)."""
     return ((images.float() / 255 - MEAN) / DEVIATION).unsqueeze(1)
 
 
 def dinov2_pixels(images: Tensor, size: int = 56) -> Tensor:
-    """Scale and normalise images (images, 28, 28), uint8, to pixel values (images, 3, size, size) of DINOv2.
+    """Scale and normalize images (images, 28, 28), uint8, to pixel values (images, 3, size, size) of DINOv2.
 
     DINOv2 interpolates its position embeddings to this size.
 
@@ -57,8 +57,8 @@ def dinov2_pixels(images: Tensor, size: int = 56) -> Tensor:
     """
     if size < PATCH or size % PATCH:
         raise ValueError(f"size={size} is invalid. Expected a multiple of {PATCH}, for example 56 or 70.")
-    grey = images.float().unsqueeze(1) / 255
-    scaled = torch.nn.functional.interpolate(grey, size=(size, size), mode="bicubic", align_corners=False)
+    gray = images.float().unsqueeze(1) / 255
+    scaled = torch.nn.functional.interpolate(gray, size=(size, size), mode="bicubic", align_corners=False)
     mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_DEVIATION))
     return (scaled.clamp(0.0, 1.0) - mean) / deviation
 

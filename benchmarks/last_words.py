@@ -73,7 +73,7 @@ def score_last_words(
 ) -> LastWordScores:
     """Score the continuation of each text.
 
-    Each text is tokenised as a whole. The first scored token is the first that differs from the tokens of the context.
+    Each text is tokenized as a whole. The first scored token is the first that differs from the tokens of the context.
     """
     rows = [_tokens(model, tokenizer, text) for text in texts]
     order = sorted(range(len(rows)), key=lambda k: -len(rows[k][0]))

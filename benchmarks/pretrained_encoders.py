@@ -47,7 +47,7 @@ def load_minilm() -> tuple[Any, Any]:
 
 @torch.no_grad()
 def embed(model: Any, tokenizer: Any, sentences: Sequence[str]) -> Tensor:
-    """Return the normalised mean of the token states of each sentence.
+    """Return the normalized mean of the token states of each sentence.
 
     Parameters
     ----------

@@ -3,7 +3,7 @@
     python -m benchmarks.quality [--data FOLDER] [--tokens 500000] [--recipes NAME;...] [--items N]
 
 All recipes use the same training text of five domains for one epoch, and the same window; block replacements remove one
-more block. Closed forms are fitted on all of the text. Trained replacements are initialised on the first fifth and see
+more block. Closed forms are fitted on all of the text. Trained replacements are initialized on the first fifth and see
 the same batches. Matrix products of fits and training runs are in bfloat16, sums in float64. Scores are on held-out
 text and multiple-choice tasks, which are used neither to choose nor to fit (`benchmarks.quality_scores`). Each row is
 saved to ``benchmarks/results/quality.json`` when it is finished, and the table to ``benchmarks/results/quality.md``.

@@ -2,11 +2,11 @@
 
     python -m benchmarks.quality_generation [--data FOLDER] [--plan NAME,...] [--tokens 50000]
 
-One setting is varied at a time: the selection of the blocks, the initialisation of the repair, the loss, the training
+One setting is varied at a time: the selection of the blocks, the initialization of the repair, the loss, the training
 text, the number of rounds, and healing. All recipes train on the same number of tokens for one epoch, and (plan
 ``minutes``) on the number of tokens that takes the CPU time of `best`, unless that is nearly the same. The blocks are
 selected once for all seeds, on training text. The seed determines the training text, the text of the initial fit and
-the order of the batches; it determines the random weights of a replacement only if it is initialised as plain removal.
+the order of the batches; it determines the random weights of a replacement only if it is initialized as plain removal.
 Classification is scored on the tasks of `benchmarks.quality`, generation as in `benchmarks.generation_scores`. Matrix
 products are in bfloat16 if the CPU supports it, otherwise in float32, and each row is compared with the original in the
 same precision. Minutes are CPU time. Each row is saved to ``benchmarks/results/quality_generation.json`` when it is

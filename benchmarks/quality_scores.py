@@ -185,7 +185,7 @@ class Quality:
         }
 
     def retained_scores(self, scores: Scores) -> dict[str, Any]:
-        """Return the retained accuracy above chance, with the linearised standard error from x − r·x₀ per question."""
+        """Return the retained accuracy above chance, with the linearized standard error from x − r·x₀ per question."""
         retained: dict[str, float] = {}
         variance = 0.0
         for task in (task for task in self.counted if task in scores.right):

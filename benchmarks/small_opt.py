@@ -98,7 +98,7 @@ def stream_of(documents: Sequence[str], tokenizer: Any, seed: int) -> Tensor:
 
 
 def new_model(recipe: Recipe) -> Any:
-    """Return an OPT with random weights whose residual branches are initialised to zero."""
+    """Return an OPT with random weights whose residual branches are initialized to zero."""
     config = transformers.OPTConfig(
         vocab_size=recipe.vocabulary,
         hidden_size=recipe.width,

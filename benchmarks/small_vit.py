@@ -2,7 +2,7 @@
 
     python -m benchmarks.small_vit [--data FOLDER] [--threads N] [--anew] [--validate]
 
-The 10,000 training images are augmented by flips, shifts and erased rectangles. Muon optimises the matrices of the
+The 10,000 training images are augmented by flips, shifts and erased rectangles. Muon optimizes the matrices of the
 blocks, AdamW the other parameters. Training needs PyTorch 2.9 or newer (for Muon) and takes about six minutes on an
 idle core. A checkpoint is saved every minute, and an interrupted run is resumed. The model is saved to
 ``build/small_vit``, its accuracy on the 2,000 test images to ``benchmarks/results/small_vit.json``. Sizes and schedule
@@ -69,7 +69,7 @@ class Recipe:
 
 
 def new_model(recipe: Recipe) -> Any:
-    """Return a ViT with random weights whose residual branches are initialised to zero."""
+    """Return a ViT with random weights whose residual branches are initialized to zero."""
     config = transformers.ViTConfig(
         hidden_size=recipe.width,
         num_hidden_layers=recipe.blocks,
@@ -123,8 +123,8 @@ def augmented(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Ten
         start = (torch.rand((count, 1), generator=generator) * (side - length + 1)).long()
         inside.append((places >= start) & (places < start + length))
     chosen = torch.rand((count, 1, 1), generator=generator) < recipe.erased
-    grey = round(255 * MEAN)
-    return moved.masked_fill(inside[0].unsqueeze(2) & inside[1].unsqueeze(1) & chosen, grey)
+    gray = round(255 * MEAN)
+    return moved.masked_fill(inside[0].unsqueeze(2) & inside[1].unsqueeze(1) & chosen, gray)
 
 
 class Training:

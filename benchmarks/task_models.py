@@ -202,7 +202,7 @@ def split_in_two(text: str) -> tuple[str, str]:
 
 
 def dinov2(data: Path) -> Subject:
-    """Return the vision encoder, calibrated on unlabelled training images and scored by linear probes."""
+    """Return the vision encoder, calibrated on unlabeled training images and scored by linear probes."""
     images, labels, test_images, test_labels = fashion_mnist(data)
     model, task = load_dinov2(), Task("embedding")
     probed, tested = (batches_of_images(part, dinov2_pixels) for part in (images[-PROBED:], test_images))
@@ -226,7 +226,7 @@ def dinov2(data: Path) -> Subject:
 
 
 def small_vit(data: Path) -> Subject:
-    """Return the classifier, calibrated on unlabelled training images and scored on test images."""
+    """Return the classifier, calibrated on unlabeled training images and scored on test images."""
     from transformers import AutoModelForImageClassification
 
     if not (SMALL_VIT / "config.json").is_file():
@@ -268,7 +268,7 @@ def parts_of(images: Tensor, pixels: Callable[[Tensor], Tensor], task: Task) -> 
 
 
 def linear_probe(rows: Tensor, labels: Tensor, ridge: float = 1e-3) -> Callable[[Tensor], Tensor]:
-    """Fit a linear probe on standardised embeddings by ridge regression on one-hot labels."""
+    """Fit a linear probe on standardized embeddings by ridge regression on one-hot labels."""
     mean, deviation = rows.double().mean(0), rows.double().std(0).clamp_min(1e-6)
     x = torch.cat([(rows.double() - mean) / deviation, torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
     wanted = torch.nn.functional.one_hot(labels).double()

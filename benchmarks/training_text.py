@@ -39,7 +39,7 @@ class TrainingText:
 def training_text(data: Path, tokenizer: Any, tokens: int, seed: int = 0) -> TrainingText:
     """Return training text with equal numbers of tokens of each domain in ``text/train``.
 
-    The ``<unk>`` of the tokenised WikiText are deleted. Documents that share a paragraph with the held-out text are
+    The ``<unk>`` of the tokenized WikiText are deleted. Documents that share a paragraph with the held-out text are
     left out (four of 2,230).
     """
     scored = {

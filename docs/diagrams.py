@@ -148,7 +148,7 @@ def repair() -> None:
     drawing.box(180, 120, 90, 44, "h + hW", NEW)
     drawing.arrow(80, 76, 178, 140)
     drawing.arrow(270, 140, 360, 78)
-    drawing.words(460, 48, "least squares: W minimises", anchor="start")
+    drawing.words(460, 48, "least squares: W minimizes", anchor="start")
     drawing.words(460, 66, "the error at boundary 4", anchor="start")
     drawing.save("repair")
 

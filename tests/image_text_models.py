@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-WORDS = [*(f"w{k}" for k in range(40)), "which", "colour?", "user:", "assistant:"]
+WORDS = [*(f"w{k}" for k in range(40)), "which", "color?", "user:", "assistant:"]
 SPECIAL = ["<pad>", "<unk>", "</s>", "<s>"]
 LLAVA_TOKENS = ["<image>"]
 QWEN_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]

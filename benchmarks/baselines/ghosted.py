@@ -2,7 +2,7 @@
 
 In the published code (daniel-eai/ghosted_layers_official_repository, lib/recovery.py) the target is the difference
 y − x between the output and the input of the window in the original model. All tokens have the same weight, and a ridge
-of 1e-6 is added to the unnormalised sums.
+of 1e-6 is added to the unnormalized sums.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measure the error of published maps, which minimise other objectives."""
+"""Measure the error of published maps, which minimize other objectives."""
 
 from __future__ import annotations
 

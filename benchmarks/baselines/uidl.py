@@ -28,5 +28,5 @@ PRESET = Preset(
     ),
     "Gromov et al., arXiv 2403.17887, A.1 and B.3: plain removal, then adapters on the MLPs of all blocks, trained "
     "by the LM loss. The paper uses batches of 16 sequences, 100 warm-up steps of 5,000, and blocks in 4 bits; this "
-    "preset does not quantise.",
+    "preset does not quantize.",
 )

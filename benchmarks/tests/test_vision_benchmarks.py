@@ -52,10 +52,10 @@ def test_the_real_images(data_folder: Path) -> None:
     assert abs(float(pixels.mean())) < 0.02 and float(pixels.std()) == pytest.approx(1.0, abs=0.02)
 
 
-def test_pixels_are_normalised_and_scaled() -> None:
-    grey = torch.full((2, 28, 28), 51, dtype=torch.uint8)
-    assert torch.allclose(small_pixels(grey), torch.full((2, 1, 28, 28), (0.2 - 0.286) / 0.353))
-    got = dinov2_pixels(grey, 70)
+def test_pixels_are_normalized_and_scaled() -> None:
+    gray = torch.full((2, 28, 28), 51, dtype=torch.uint8)
+    assert torch.allclose(small_pixels(gray), torch.full((2, 1, 28, 28), (0.2 - 0.286) / 0.353))
+    got = dinov2_pixels(gray, 70)
     assert got.shape == (2, 3, 70, 70)
     for k, (mean, deviation) in enumerate(((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))):
         assert torch.allclose(got[:, k], torch.tensor((0.2 - mean) / deviation), atol=1e-5)
@@ -64,7 +64,7 @@ def test_pixels_are_normalised_and_scaled() -> None:
     half = dinov2_pixels(bright)[:, 0] * 0.229 + 0.485
     assert float(half.min()) > -1e-5 and float(half.max()) < 1.00001 and float(half[:, :26].mean()) > 0.99
     with pytest.raises(ValueError, match=r"size=60.*multiple of 14"):
-        dinov2_pixels(grey, 60)
+        dinov2_pixels(gray, 60)
 
 
 def test_batches_keep_the_order() -> None:

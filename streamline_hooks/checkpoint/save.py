@@ -75,7 +75,7 @@ def save(
     folder : str or Path
     tokenizer : transformers.PreTrainedTokenizerBase, optional
     report : dict, optional
-        Report, saved as ``report.json`` and summarised in the card.
+        Report, saved as ``report.json`` and summarized in the card.
     base_model : str
         Name of the original model on the hub, for the card; by default the name it was loaded by, or its class name.
     overwrite : bool
@@ -97,7 +97,7 @@ def save(
         If the folder may not be replaced or cannot be written, a surgeon is still open on the model, or the
         sentence-transformers folder of the original is damaged. For a model outside Transformers, also if no surgery
         was committed to it, its blocks were changed afterwards, or safetensors cannot store its state (extra state,
-        quantised or overlapping weights).
+        quantized or overlapping weights).
 
     Examples
     --------

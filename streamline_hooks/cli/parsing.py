@@ -257,7 +257,7 @@ def parse_sources(texts: Sequence[str], temperature: float | None = None) -> Tex
 
 
 def parse_mixture(source: str) -> dict[str, float] | None:
-    """Parse a mixture, and return the share of each source, normalised to a sum of 1.
+    """Parse a mixture, and return the share of each source, normalized to a sum of 1.
 
     Return None for an ordinary source: an existing path, sources without shares, or a data set and its configuration
     (a name and a number > 1).

@@ -14,7 +14,7 @@ from streamline_hooks.cli.output import print_json, print_log
 
 Folder = Annotated[Path, Parameter(help="Folder with a compressed model.")]
 Repository = Annotated[
-    str, Parameter(help="Repository on the hub, organisation/model; it is created if it does not exist.")
+    str, Parameter(help="Repository on the hub, organization/model; it is created if it does not exist.")
 ]
 Private = Annotated[bool, Parameter(help="Make a new repository private.")]
 Token = Annotated[str | None, Parameter(help="Access token. By default the token of `hf auth login`.")]

@@ -40,7 +40,7 @@ class FrozenDict(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Config:
-    """Base class of frozen dataclasses that are validated by their annotations and serialise to JSON and YAML.
+    """Base class of frozen dataclasses that are validated by their annotations and serialize to JSON and YAML.
 
     The configs of a family, such as the replacement configs, are registered by their `kind`. `to_dict` writes the kind,
     and `from_dict` uses it to select the class.

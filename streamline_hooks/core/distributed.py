@@ -40,7 +40,7 @@ class Processes:
 def current_processes() -> Processes:
     """Return the rank and world size of the default process group.
 
-    Without an initialised group, and inside `single_process`, there is one process.
+    Without an initialized group, and inside `single_process`, there is one process.
     """
     distributed = torch.distributed
     if _SINGLE_PROCESS.get() or not (distributed.is_available() and distributed.is_initialized()):

@@ -65,7 +65,7 @@ def describe_extras(find: _Find = distribution) -> dict[str, dict[str, Any]]:
 
 def _missing(package: Distribution, extra: str, find: _Find, visited: frozenset[tuple[str, str]]) -> Iterator[str]:
     """Yield the requirements of an extra that are not installed or whose installed version does not match."""
-    visited |= {(_normalised(package.metadata["Name"]), extra)}
+    visited |= {(_normalized(package.metadata["Name"]), extra)}
     for text in package.requires or ():
         try:
             requirement = Requirement(text)
@@ -84,11 +84,11 @@ def _missing(package: Distribution, extra: str, find: _Find, visited: frozenset[
         if not requirement.specifier.contains(installed.version, prereleases=True):
             yield required_version
         for nested_extra in sorted(requirement.extras):
-            if (_normalised(requirement.name), nested_extra) not in visited:
+            if (_normalized(requirement.name), nested_extra) not in visited:
                 yield from _missing(installed, nested_extra, find, visited)
 
 
-def _normalised(name: str) -> str:
+def _normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

@@ -136,7 +136,7 @@ def tensor_bytes(tensor: torch.Tensor) -> Any:
     try:
         flat = tensor.detach().cpu().contiguous().view(-1)
         return flat.view(torch.uint8).numpy().data
-    except (RuntimeError, TypeError):  # a tensor subclass of several tensors, such as a quantised weight
+    except (RuntimeError, TypeError):  # a tensor subclass of several tensors, such as a quantized weight
         return repr(tensor.detach().cpu()).encode()
 
 

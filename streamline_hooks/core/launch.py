@@ -18,7 +18,7 @@ _REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 def process_group() -> Iterator[bool]:
     """Join the process group that torchrun's environment variables describe.
 
-    Does nothing with one process, or if the process group is already initialised.
+    Does nothing with one process, or if the process group is already initialized.
 
     Yields
     ------

@@ -31,7 +31,7 @@ def retry_with_fewer_rows(
     False, the error is raised. `gather` calls an attempt and returns the results of all ranks, with None for a rank
     that ran out of memory. Returns the results by rank.
 
-    Accelerate's `find_executable_batch_size` does not synchronise ranks and collects garbage before every call, which
+    Accelerate's `find_executable_batch_size` does not synchronize ranks and collects garbage before every call, which
     is too slow for one call per training step. Only its test of the error is used.
     """
 

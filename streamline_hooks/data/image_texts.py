@@ -103,9 +103,9 @@ def read_image_texts(sources: str | Path | Sequence[str | Path]) -> list[ImageTe
     >>> with TemporaryDirectory() as folder:
     ...     Image.new("RGB", (4, 4), "red").save(Path(folder, "red.png"))
     ...     path = Path(folder, "rows.jsonl")
-    ...     _ = path.write_text('{"image": "red.png", "prompt": "Which colour?", "text": "red"}\n')
+    ...     _ = path.write_text('{"image": "red.png", "prompt": "Which color?", "text": "red"}\n')
     ...     [(row.prompt, row.text) for row in read_image_texts(path)]
-    [('Which colour?', 'red')]
+    [('Which color?', 'red')]
     """
     files = [file for source in as_list(sources) for file in _files(source)]
     rows = [row for file in files for row in _rows_of_file(file) if row.text]

@@ -220,12 +220,12 @@ def task_batches(
         )
     if takes_images:
         counts = {name: count for name, count in amounts.examples.items() if not (test and name == "test")}
-        images = _read_labelled_images(model, task, sources or [])
+        images = _read_labeled_images(model, task, sources or [])
         parts = image_parts(images, processor, counts, batch_size=amounts.batch_size, seed=amounts.seed)
         if test and "test" in amounts.examples:
-            labelled = _read_labelled_images(model, task, test)
-            count = min(len(labelled), amounts.examples["test"])
-            test_images = split_images(labelled, {"test": count}, amounts.seed)["test"]
+            labeled = _read_labeled_images(model, task, test)
+            count = min(len(labeled), amounts.examples["test"])
+            test_images = split_images(labeled, {"test": count}, amounts.seed)["test"]
             parts["test"] = image_batches(test_images, processor, amounts.batch_size)
         return parts
     if test:
@@ -273,7 +273,7 @@ def accepted_modalities(model: Any) -> tuple[bool, bool]:
     return "input_ids" in arguments, "pixel_values" in arguments
 
 
-def _read_labelled_images(model: Any, task: Task, sources: Sources) -> Images:
+def _read_labeled_images(model: Any, task: Task, sources: Sources) -> Images:
     """Read images with the model's class numbers as labels; drop labels that do not match the model's classes."""
     images = read_images(sources)
     if images.labels is None or task.name != "image-classification":

@@ -378,7 +378,7 @@ class BatchSplit:
             if duplicates:
                 raise StreamlineError(
                     f"{duplicates} sequences or images of the test part are also in the {name} part, so the score "
-                    "would not measure generalisation. Expected disjoint parts. Remove the duplicates."
+                    "would not measure generalization. Expected disjoint parts. Remove the duplicates."
                 )
         counts = {name: sum(map(task.count, lists[name])) for name in PARTS}
         return cls(**lists, unit=task.unit, counts=counts, fingerprint=batches_digest(lists["calibration"]))

@@ -124,7 +124,7 @@ def healing_copies(
 ) -> tuple[dict[int, nn.Module], dict[str, nn.Module]]:
     """Return trainable copies of the blocks to heal, by index, and of the LM head, by path.
 
-    Copies with adapters share the frozen weights of the original blocks. `seed` initialises the adapters; the global
+    Copies with adapters share the frozen weights of the original blocks. `seed` initializes the adapters; the global
     random state is not changed. The second dictionary is empty unless ``healing.head``.
 
     Parameters

@@ -2,7 +2,7 @@
 
 Every rank has all trained weights and runs its rows of every batch; gradients are summed once per step.
 `DistributedDataParallel` and Accelerate's loop cannot be used: a step runs only parts of the model, and the number of
-forward passes differs between ranks. Without a call of the wrapper's `forward`, gradients are not synchronised.
+forward passes differs between ranks. Without a call of the wrapper's `forward`, gradients are not synchronized.
 """
 
 from __future__ import annotations
@@ -424,8 +424,8 @@ class TrainingLoop:
             following = shift_labels(ids, real, inputs.get("position_ids"))
             if isinstance(labels := inputs.get("labels"), Tensor) and labels.shape == ids.shape:
                 # Positions without a label are not trained on, such as image tokens or the prompt of a conversation.
-                unlabelled = labels.to(ids.device).roll(-1, dims=1) == IGNORE_INDEX
-                following = following.masked_fill(unlabelled, IGNORE_INDEX)
+                unlabeled = labels.to(ids.device).roll(-1, dims=1) == IGNORE_INDEX
+                following = following.masked_fill(unlabeled, IGNORE_INDEX)
         answer_labels = self.task.answers(following[..., None], batch)[:, 0]  # select positions as for logits
         if key == "labels" and (
             ignored_labels := int((following != IGNORE_INDEX).sum() - (answer_labels != IGNORE_INDEX).sum())

@@ -110,7 +110,7 @@ def kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return KL(student ‖ teacher) per position, in nats; it penalises tokens that the teacher would not generate."""
+    """Return KL(student ‖ teacher) per position, in nats; it penalizes tokens that the teacher would not generate."""
     return kl(teacher, student)
 
 
@@ -125,7 +125,7 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def relative(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the squared error relative to the squared norm of the teacher, which the closed form minimises."""
+    """Return the squared error relative to the squared norm of the teacher, which the closed form minimizes."""
     return (student - teacher).square().sum(dim=-1) / teacher.square().sum(dim=-1).clamp_min(1e-30)
 
 
@@ -135,7 +135,7 @@ def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def embedding(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return 1 − cosine similarity, computed as half the squared distance of normalised vectors to reduce rounding."""
+    """Return 1 − cosine similarity, computed as half the squared distance of normalized vectors to reduce rounding."""
     return (normalize(student, dim=-1) - normalize(teacher, dim=-1)).square().sum(dim=-1) / 2
 
 

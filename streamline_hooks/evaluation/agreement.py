@@ -17,7 +17,7 @@ from streamline_hooks.core import Batch, StreamlineError, count_tokens, prepare_
 from streamline_hooks.modeling import Task, closing_generator, inference, kl_by_token
 
 _TOKENS_AT_ONCE = 32  # fits the processor's cache with any vocabulary
-_MIN_EXPONENT, _MAX_EXPONENT, _BINS_PER_DECADE = -8, 3, 100  # neighbouring bin edges differ by 2.3 %
+_MIN_EXPONENT, _MAX_EXPONENT, _BINS_PER_DECADE = -8, 3, 100  # neighboring bin edges differ by 2.3 %
 _BINS = (_MAX_EXPONENT - _MIN_EXPONENT) * _BINS_PER_DECADE + 2  # plus one bin below and one above the range
 
 

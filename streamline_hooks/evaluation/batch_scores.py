@@ -1,4 +1,4 @@
-"""Score a model on labelled batches of its task, or compare its outputs with the original's."""
+"""Score a model on labeled batches of its task, or compare its outputs with the original's."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class BatchScores:
     answers : int
         Number of outputs, with or without a label.
     correct : tuple of bool
-        For each labelled output, whether the top-1 class or token equals the label. Empty without labels and for causal
+        For each labeled output, whether the top-1 class or token equals the label. Empty without labels and for causal
         language models.
     rows : tuple of int
-        For token outputs, the index of the sequence of each labelled output.
+        For token outputs, the index of the sequence of each labeled output.
     chance : float
         Accuracy of uniform guessing.
     nll : float
@@ -69,7 +69,7 @@ class BatchScores:
 
     @property
     def accuracy(self) -> float:
-        """Fraction of the labelled outputs that are correct; NaN without labels."""
+        """Fraction of the labeled outputs that are correct; NaN without labels."""
         return sum(self.correct) / len(self.correct) if self.correct else math.nan
 
     @property
@@ -127,7 +127,7 @@ class BatchComparison:
 def score_batches(
     model: nn.Module, batches: Sequence[Batch | Tensor], *, task: Task | None = None, desc: str = "score"
 ) -> BatchScores:
-    """Score a model on labelled batches of its task.
+    """Score a model on labeled batches of its task.
 
     Parameters
     ----------
@@ -135,7 +135,7 @@ def score_batches(
         The model.
     batches : sequence of mapping or torch.Tensor
         Inputs with ``labels``. For classifiers, the class indices, of shape (batch,). For masked and
-        sequence-to-sequence models, token ids of shape (batch, tokens), with -100 at unlabelled positions. Causal
+        sequence-to-sequence models, token ids of shape (batch, tokens), with -100 at unlabeled positions. Causal
         language models need no labels.
     task : Task, optional
         The model's task (see `Task.of`).
@@ -261,7 +261,7 @@ class _Counter:
 
     def __init__(self, task: Task) -> None:
         self.task, self._answers, self._sequences = task, 0, 0
-        self._labelled, self._classes = True, 1
+        self._labeled, self._classes = True, 1
         self._correct: list[list[bool]] = [[], []]
         self._nll: list[float] = [0.0, 0.0]
         self._rows: list[int] = []
@@ -280,7 +280,7 @@ class _Counter:
             return
         labels = None if isinstance(batch, Tensor) else batch.get("labels")
         if not isinstance(labels, Tensor):
-            self._labelled = False
+            self._labeled = False
             return
         if self.task.unit == "token":
             labels = self._labels_by_answer(labels, batch)
@@ -315,8 +315,8 @@ class _Counter:
 
     def scores(self, models: int) -> list[BatchScores]:
         """Return the scores of each model. Accuracy requires labels in every batch."""
-        correct = [flags if self._labelled else [] for flags in self._correct[:models]]
-        rows = tuple(self._rows) if self._labelled else ()
+        correct = [flags if self._labeled else [] for flags in self._correct[:models]]
+        rows = tuple(self._rows) if self._labeled else ()
         return [
             BatchScores(self.task.unit, self._answers, tuple(flags), rows, 1 / self._classes, nll, self._predicted)
             for flags, nll in zip(correct, self._nll, strict=False)

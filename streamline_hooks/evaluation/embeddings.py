@@ -64,7 +64,7 @@ def embeddings(
     Returns
     -------
     torch.Tensor
-        Embeddings of shape (texts or images, features), in float32, on the CPU, not normalised.
+        Embeddings of shape (texts or images, features), in float32, on the CPU, not normalized.
 
     Raises
     ------
@@ -228,7 +228,7 @@ def recall_at(queries: Tensor, documents: Tensor, k: int = 1) -> float:
 
 
 def _ranks_of_pairs(rows: Tensor) -> np.ndarray:
-    """Return the centred rank of the similarity of each pair; ties share their mean rank."""
+    """Return the centered rank of the similarity of each pair; ties share their mean rank."""
     first, second = torch.triu_indices(len(rows), len(rows), offset=1)
     values = (rows @ rows.T)[first, second].numpy()
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)

@@ -257,11 +257,11 @@ def _require_labels(batches: Mapping[str, Sequence[Any]], task: Task) -> None:
     """Raise StreamlineError if the batches cannot score a model without a reference."""
     if task.is_causal_lm:
         return
-    labelled = [isinstance(batch, Mapping) and "labels" in batch for each in batches.values() for batch in each]
-    if not (task.gives_distributions and all(labelled)):
+    labeled = [isinstance(batch, Mapping) and "labels" in batch for each in batches.values() for batch in each]
+    if not (task.gives_distributions and all(labeled)):
         needed = "labels in every batch" if task.gives_distributions else "a reference, since embeddings have no labels"
         raise StreamlineError(
-            f"The suite has {len(labelled)} batches for {task}, {sum(labelled)} of them with labels, and "
+            f"The suite has {len(labeled)} batches for {task}, {sum(labeled)} of them with labels, and "
             f"reference=None. Expected {needed}. Pass the original as reference."
         )
 

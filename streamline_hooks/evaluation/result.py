@@ -28,7 +28,7 @@ from streamline_hooks.evaluation.speed import SpeedReport
 from streamline_hooks.evaluation.synthetic_tasks import ProblemResults
 
 _GROUPS = {False: "classification", True: "generation"}
-_TOKENS = "labelled tokens"
+_TOKENS = "labeled tokens"
 _QUANTILES = (0.5, 0.9, 0.99)
 _PACKAGES = ("streamline_hooks", "lm_eval", "transformers")
 

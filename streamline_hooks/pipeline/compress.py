@@ -209,7 +209,7 @@ def compress(
     ``CompressionResult.training.interrupted`` is True; the command line exits with code 130. Ctrl-C at any other time
     raises KeyboardInterrupt.
 
-    In a distributed run (an initialised `torch.distributed` group) every rank has the whole model and passes the same
+    In a distributed run (an initialized `torch.distributed` group) every rank has the whole model and passes the same
     arguments; all ranks end with the same model, bit for bit. The ranks divide the data of the profile, the moments,
     the verification, the training and the perplexities. Rank 0 alone runs the search, solves the least-squares
     problems, generates text, measures times, shows progress bars and saves.

@@ -1,4 +1,4 @@
-"""Draw the figures of the report with Matplotlib, once per width, with colours from the CSS of the page."""
+"""Draw the figures of the report with Matplotlib, once per width, with colors from the CSS of the page."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTHS = {"wide": 1000, "narrow": 350}  # CSS pixels; a phone has 390
-# In the page, each colour becomes the CSS variable of its name, which has another value in the dark scheme.
-COLOURS = {
+# In the page, each color becomes the CSS variable of its name, which has another value in the dark scheme.
+COLORS = {
     "ink": "#1c1f23", "muted": "#5c636b", "line": "#dcddd8", "surface": "#fefefe", "after": "#0064a4",
     "before": "#767d85", "removed": "#c24e00",
 }  # fmt: skip
@@ -53,7 +53,7 @@ class Plot:
     def svg(self, width: str) -> str:
         """Return the figure as a deterministic ``<svg>`` element.
 
-        All ids are unique in the page, and colours are CSS variables.
+        All ids are unique in the page, and colors are CSS variables.
         """
         file = io.StringIO()
         with style():
@@ -63,8 +63,8 @@ class Plot:
         unique = f"{self.name}-{width}"
         text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{unique}-", text)
         text = re.sub(r' (font-family|xmlns(:xlink)?|version)="[^"]*"', "", text)
-        for name, colour in COLOURS.items():
-            text = text.replace(colour, f"var(--{name})")
+        for name, color in COLORS.items():
+            text = text.replace(color, f"var(--{name})")
         opening = re.search(r"<svg[^>]*?viewBox=\"([^\"]*)\"[^>]*>", text)
         assert opening is not None
         head = (
@@ -79,14 +79,14 @@ def style() -> Iterator[None]:
     """Set the Matplotlib style of the page, and restore the user's settings at the end."""
     import matplotlib
 
-    ink, muted, surface = (COLOURS[name] for name in ("ink", "muted", "surface"))
+    ink, muted, surface = (COLORS[name] for name in ("ink", "muted", "surface"))
     settings: Any = {k: v for k, v in matplotlib.rcParamsDefault.items() if k not in _PROCESS_SETTINGS} | {
         "svg.fonttype": "path", "svg.hashsalt": "streamline_hooks", "font.size": 9.0, "axes.titlesize": 10.0,
         "axes.titlelocation": "left", "axes.labelsize": 9.0, "xtick.labelsize": 9.0, "ytick.labelsize": 9.0,
         "legend.fontsize": 9.0, "legend.frameon": False, "figure.facecolor": "none", "axes.facecolor": "none",
         "savefig.facecolor": "none", "text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": muted,
         "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "xtick.color": muted,
-        "ytick.color": muted, "xtick.labelcolor": ink, "ytick.labelcolor": ink, "grid.color": COLOURS["line"],
+        "ytick.color": muted, "xtick.labelcolor": ink, "ytick.labelcolor": ink, "grid.color": COLORS["line"],
         "hatch.color": surface,
     }  # fmt: skip
     with matplotlib.rc_context(settings):
@@ -159,10 +159,10 @@ def influence(compression: Mapping[str, Any]) -> Plot | None:
 
     def draw(figure: Figure, narrow: bool) -> None:
         axes = figure.subplots()
-        for name, colour, hatch in (("stays", "after", ""), ("removed", "removed", "////")):
+        for name, color, hatch in (("stays", "after", ""), ("removed", "removed", "////")):
             blocks = [k for k, value in enumerate(values) if (k in removed) == bool(hatch) and np.isfinite(value)]
             if blocks:
-                axes.bar(blocks, values[blocks], 0.8, color=COLOURS[colour], hatch=hatch, linewidth=0, label=name)
+                axes.bar(blocks, values[blocks], 0.8, color=COLORS[color], hatch=hatch, linewidth=0, label=name)
         axes.set(xlabel="block (original numbering)", ylabel="1 − cosine", yscale="log" if log else "linear")
         axes.locator_params(axis="x", integer=True)
         axes.grid(axis="y")
@@ -199,11 +199,11 @@ def training(compression: Mapping[str, Any], measure: str) -> Plot | None:
 
         for axes, (name, points) in zip(_panels(figure, len(curves), narrow), curves.items(), strict=True):
             tokens, values = np.array(points, dtype=float).T
-            colour = COLOURS["after" if name == "distance" else "before"]
-            axes.plot(tokens, values, "o-", color=colour, ms=3.5, lw=1.4, gid=f"training-{name}")
+            color = COLORS["after" if name == "distance" else "before"]
+            axes.plot(tokens, values, "o-", color=color, ms=3.5, lw=1.4, gid=f"training-{name}")
             if name == "distance" and finite(best.get("distance")) is not None:
                 axes.plot(
-                    best["tokens"], best["distance"], "o", mfc="none", color=COLOURS["removed"], ms=10,
+                    best["tokens"], best["distance"], "o", mfc="none", color=COLORS["removed"], ms=10,
                     label=f"best: {number(best['distance'], 4)} at step {best['step']:,}",
                 )  # fmt: skip
                 axes.legend(loc="upper right")
@@ -244,7 +244,7 @@ def row_plot(name: str, title: str, entries: Sequence[PlotRow], unit: str, capti
         handles: dict[str, Any] = {}
         for y, row in enumerate(shown):
             chance = None if row.chance is None else (row.chance, None, None)
-            for kind, mark, shape, colour, shift in (
+            for kind, mark, shape, color, shift in (
                 ("original", row.before, "D", "before", -0.12),
                 ("this model", row.after, "o", "after", 0.12),
                 ("chance", chance, "|", "muted", 0.0),
@@ -253,10 +253,10 @@ def row_plot(name: str, title: str, entries: Sequence[PlotRow], unit: str, capti
                     continue
                 value, low, high = mark
                 if low is not None and high is not None:
-                    axes.plot([low, high], [y + shift] * 2, "|-", color=COLOURS[colour], ms=5)
+                    axes.plot([low, high], [y + shift] * 2, "|-", color=COLORS[color], ms=5)
                 (line,) = axes.plot(
-                    value, y + shift, shape, color=COLOURS[colour], ms=14 if shape == "|" else 6,
-                    mfc=COLOURS["after" if shape == "o" else "surface"], gid=f"{kind.replace(' ', '-')}-{y}",
+                    value, y + shift, shape, color=COLORS[color], ms=14 if shape == "|" else 6,
+                    mfc=COLORS["after" if shape == "o" else "surface"], gid=f"{kind.replace(' ', '-')}-{y}",
                 )  # fmt: skip
                 handles.setdefault(kind, line)
         axes.set_yticks(range(len(shown)), [plot_label(row.name, 18 if narrow else 48) for row in shown])
@@ -282,7 +282,7 @@ def front(sweep: Mapping[str, Any]) -> Plot | None:
     """Draw the loss of the points of a sweep against size and, if measured, time.
 
     The loss is the perplexity ratio, or the distance for models without a perplexity, see `sweep_loss`. Points on the
-    front are labelled with their row in the table.
+    front are labeled with their row in the table.
     """
     loss, label, of_original = sweep_loss(sweep)
     points = [(k, p) for k, p in enumerate(sweep.get("points") or (), 1) if finite(p.get(loss)) is not None]
@@ -303,16 +303,16 @@ def front(sweep: Mapping[str, Any]) -> Plot | None:
         handles: dict[str, Any] = {}
         for axes, (by, known) in zip(_panels(figure, len(panels), narrow), panels.items(), strict=True):
             best = sorted((x, p[loss], k) for k, p, x in known if by in (p.get("front") or ()))
-            axes.plot([x for x, *_ in best], [y for _, y, _ in best], color=COLOURS["after"], lw=1.2, gid=f"front-{by}")
-            handles["original"] = axes.plot(1.0, of_original, "+", color=COLOURS["ink"], ms=9)[0]
+            axes.plot([x for x, *_ in best], [y for _, y, _ in best], color=COLORS["after"], lw=1.2, gid=f"front-{by}")
+            handles["original"] = axes.plot(1.0, of_original, "+", color=COLORS["ink"], ms=9)[0]
             for k, p, x in known:
                 kind, on = str(p.get("kind")), by in (p.get("front") or ())
                 axes.plot(
-                    x, p[loss], shapes.get(kind, "*"), color=COLOURS["after" if on else "before"],
-                    mfc=None if on else COLOURS["surface"], ms=6, gid=f"point-{by}-{k}",
+                    x, p[loss], shapes.get(kind, "*"), color=COLORS["after" if on else "before"],
+                    mfc=None if on else COLORS["surface"], ms=6, gid=f"point-{by}-{k}",
                 )  # fmt: skip
                 key = kind if kind in shapes else "other kinds"
-                handles[key] = axes.plot([], [], shapes.get(kind, "*"), color=COLOURS["after"])[0]
+                handles[key] = axes.plot([], [], shapes.get(kind, "*"), color=COLORS["after"])[0]
             for x, y, k in best:
                 axes.annotate(str(k), (x, y), (5, 4), textcoords="offset points")
             axes.set(title=FRONTS[by][1], xlabel=FRONTS[by][2], ylabel=label)

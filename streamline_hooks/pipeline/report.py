@@ -477,18 +477,18 @@ def _speed(evaluation: Report) -> list[Part]:
 def _sweep(sweep: Report) -> list[Part]:
     points = sweep.get("points") or ()
     refused = any(p.get("refused") for p in points)
-    labelled = any(p.get("accuracy") is not None for p in points)
+    labeled = any(p.get("accuracy") is not None for p in points)
     loss, label, _ = plots.sweep_loss(sweep)
     rows = [
         [
             str(k), str(p.get("name")), str(p.get("blocks_text") or ""), number(p.get("removed"), 0),
-            number(p.get(loss), 3), *[percent(p.get("accuracy"))] * labelled, percent(p.get("parameters_ratio")),
+            number(p.get(loss), 3), *[percent(p.get("accuracy"))] * labeled, percent(p.get("parameters_ratio")),
             number(p.get("prefill_ratio"), 3), number(p.get("decode_ratio"), 3), ", ".join(p.get("front") or ()),
             *([str(p.get("refused") or "")] if refused else []),
         ]
         for k, p in enumerate(points, 1)
     ]  # fmt: skip
-    columns = ["no.", "name", "removed", "blocks fewer", label, *["accuracy (%)"] * labelled]
+    columns = ["no.", "name", "removed", "blocks fewer", label, *["accuracy (%)"] * labeled]
     columns += ["parameters kept (%)"]
     columns += [
         "time, first token (×)",

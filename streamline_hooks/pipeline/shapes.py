@@ -22,7 +22,7 @@ from streamline_hooks.pipeline.cost import (
 )
 from streamline_hooks.selection import target_windows
 
-_FLOAT64 = 15  # slowdown of float64 on data-centre GPUs (H100: 989 and 67 TFLOP/s)
+_FLOAT64 = 15  # slowdown of float64 on data-center GPUs (H100: 989 and 67 TFLOP/s)
 _BACKWARD = 2  # FLOPs of a backward pass, relative to a forward pass
 
 

@@ -188,9 +188,9 @@ class Sweep:
         """Return the points as a table for a terminal; a star marks the front by size."""
         front, rows = self.front(), []
         measure = next((p.measure for p in self.points if p.measure), "")
-        labelled = any(p.accuracy is not None for p in self.points)
+        labeled = any(p.accuracy is not None for p in self.points)
         for p in self.points:
-            numbers = [p.loss, *[p.accuracy] * labelled, p.parameters_ratio, p.prefill_ratio]
+            numbers = [p.loss, *[p.accuracy] * labeled, p.parameters_ratio, p.prefill_ratio]
             numbers += [] if measure else [p.decode_ratio]
             cells = ["-" if number is None else f"{number:.3f}" for number in numbers]
             rows.append((p.kind + (" *" if p in front else ""), p.remove, *cells, p.refused or p.blocks_text))
@@ -199,7 +199,7 @@ class Sweep:
             "kind",
             "remove",
             loss,
-            *["accuracy"] * labelled,
+            *["accuracy"] * labeled,
             "parameters x",
             *times,
             "removed, or reason for refusal",

@@ -1,7 +1,7 @@
 """Least-squares linear maps that replace a single attention or MLP of a block.
 
 Neural Block Linearization (Erdogan et al., arXiv 2505.21077) maps the state before the norm of an attention to its
-output. This implementation minimises the error relative to the state after the branch, chooses a ridge on held-out
+output. This implementation minimizes the error relative to the state after the branch, chooses a ridge on held-out
 sequences, and fits no bias.
 """
 

@@ -97,7 +97,7 @@ class ReplacementConfig(Config):
 
     @property
     def is_solved(self) -> bool:
-        """Whether least squares initialises the replacement; otherwise it keeps the weights that `make` gave it."""
+        """Whether least squares initializes the replacement; otherwise it keeps the weights that `make` gave it."""
         return True
 
     @property
@@ -169,7 +169,7 @@ _Replacement = TypeVar("_Replacement", bound=type[ReplacementConfig])
 def register_replacement(config: _Replacement) -> _Replacement:
     """Register a kind of replacement for `compress`, config files and the command line.
 
-    A module returned by the config's `make` is initialised by least squares in one of two ways. If the module has a
+    A module returned by the config's `make` is initialized by least squares in one of two ways. If the module has a
     method ``start_at(map)``, it receives the closed-form W of h + hW. If it has an attribute ``last_projection``, the
     path of an ``nn.Linear`` in it, that layer is solved by least squares. A module with neither keeps its initial
     weights. To save the module in checkpoints, register its class with `register_module`.

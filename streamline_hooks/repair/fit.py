@@ -194,7 +194,7 @@ def solve_window(
     fit: WindowMoments | None,
     held_out: WindowMoments | None,
 ) -> Repair:
-    """Initialise a replacement with the least-squares map of its window, solved on rank 0."""
+    """Initialize a replacement with the least-squares map of its window, solved on rank 0."""
     fit, held_out = fit or WindowMoments(0), held_out or WindowMoments(0)
     rank, diagonal = getattr(replacement_module, "rank", None), getattr(replacement_module, "diagonal", False)
     solution = work.broadcast_object(partial(solve_least_squares, fit, held_out, rank=rank, diagonal=diagonal))

@@ -58,7 +58,7 @@ class FoldedMap:
 
 
 def solve_fold(window: range, fit: WindowMoments, held_out: WindowMoments) -> FoldedMap:
-    """Solve for the T that minimises Σ w‖y − a − mT‖² + λ‖T − I‖², with w = 1/‖y‖².
+    """Solve for the T that minimizes Σ w‖y − a − mT‖² + λ‖T − I‖², with w = 1/‖y‖².
 
     The output of the block before the window is a + m, where m is the output of its MLP. T can be folded into the
     projection that produces m. λ is chosen on the held-out moments.
@@ -217,7 +217,7 @@ class ScaleFactor:
     """A factor α for the state at the removed window, folded into weights.
 
     The errors are mean relative squared errors of the state after the window on the measured sequences, with α and
-    without it. α does not minimise the error, so `scaled_error` may exceed `removal_error`.
+    without it. α does not minimize the error, so `scaled_error` may exceed `removal_error`.
     """
 
     window: range

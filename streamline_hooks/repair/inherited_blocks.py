@@ -134,7 +134,7 @@ def _matching_parameter(
         raise UnsupportedSurgery(
             f"Cannot merge block {k} of {stack.path}: the first block of the window has {name} of shape "
             f"{tuple(reference.shape)}, and block {k} has {description}. Expected blocks of the same structure, in "
-            "memory and not quantised. Choose another window or kind.",
+            "memory and not quantized. Choose another window or kind.",
             "merged",
         )
     return parameter

@@ -55,7 +55,7 @@ def solve_least_squares(
     rank: int | None = None,
     diagonal: bool = False,
 ) -> ClosedForm:
-    """Solve for the W that minimises Σ w‖y − x − Wᵀx‖² + λ‖W‖², with λ chosen on held-out moments.
+    """Solve for the W that minimizes Σ w‖y − x − Wᵀx‖² + λ‖W‖², with λ chosen on held-out moments.
 
     x and y are the states before and after a window, and w is the weight of a token.
 
@@ -173,7 +173,7 @@ class ProjectionMoments(WindowMoments):
     """Moments of the input features f of a last projection and of the module's error e = y − module(x).
 
     With w = 1/‖y‖² they are Σ w ffᵀ, Σ w feᵀ, Σ w‖e‖² and Σ w‖y − x‖² (the error of plain removal). The change Δ of the
-    projection minimises Σ w‖e − Δᵀf‖² + λ‖Δ‖², so the ridge pulls towards the current weights. `inputs` is the number
+    projection minimizes Σ w‖e − Δᵀf‖² + λ‖Δ‖², so the ridge pulls towards the current weights. `inputs` is the number
     of features, including one for a bias, and 0 without a projection; `outputs` is the width of e.
     """
 
@@ -253,7 +253,7 @@ def add_to_projection(projection: nn.Module, map_: Tensor) -> None:
 
 
 def is_solvable(module: nn.Module) -> bool:
-    """Whether a module is a Linear or Conv1D with floating-point weights that are not quantised or wrapped."""
+    """Whether a module is a Linear or Conv1D with floating-point weights that are not quantized or wrapped."""
     weight = getattr(module, "weight", None)
     plain = type(module) in (nn.Linear, Conv1D) and type(weight) is nn.Parameter
     return plain and isinstance(weight, nn.Parameter) and type(weight.data) is Tensor and weight.is_floating_point()

@@ -1,4 +1,4 @@
-"""Linear replacements of the hidden state or of the normalised hidden state."""
+"""Linear replacements of the hidden state or of the normalized hidden state."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class LinearReplacement(nn.Module):
     def start_at(self, map_: Tensor) -> None:
         """Set the map to W of shape (features, features); a diagonal map takes the diagonal of W.
 
-        A low-rank map takes the truncated singular value decomposition of W. This does not minimise the error that W
+        A low-rank map takes the truncated singular value decomposition of W. This does not minimize the error that W
         was fitted with; `streamline_hooks.repair.solve_least_squares` returns the low-rank map that does.
         """
         with torch.no_grad():
@@ -125,7 +125,7 @@ class Diagonal(nn.Module):
 
 @register_module("normed_linear")
 class NormedLinearReplacement(nn.Module):
-    """Linear map of the normalised state on a residual path, h ↦ h + RMSNorm(h)W.
+    """Linear map of the normalized state on a residual path, h ↦ h + RMSNorm(h)W.
 
     As a replacement of an attention branch, llama.cpp runs it as linear attention (architecture ``deci``).
 

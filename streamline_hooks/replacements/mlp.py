@@ -183,7 +183,7 @@ class SwiGLUReplacement(_WithLinear):
         Whether an RMS norm (arXiv 1910.07467) precedes the gated layers. Without it, states with massive activations,
         which are hundreds of times larger than other states, dominate the gradients.
     linear : bool
-        Whether the module has the linear map W of the unnormalised state, which can represent a closed-form solution.
+        Whether the module has the linear map W of the unnormalized state, which can represent a closed-form solution.
 
     Raises
     ------

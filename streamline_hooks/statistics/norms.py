@@ -29,14 +29,14 @@ def norm_histogram(norms: Tensor, counted: Tensor | None = None) -> Tensor:
 
 
 def median_of_histogram(histogram: Tensor) -> Tensor:
-    """Return the bin centre of the lower median, float64 of shape (places,); 0 for the lowest bin.
+    """Return the bin center of the lower median, float64 of shape (places,); 0 for the lowest bin.
 
-    The centre is accurate to 2.2 %.
+    The center is accurate to 2.2 %.
     """
     cumulative = histogram.cumsum(dim=1)
     index = (cumulative * 2 < cumulative[:, -1:]).sum(dim=1)
-    centre = torch.exp2((index.to(torch.float64) + 0.5) / _BINS_PER_OCTAVE + _LOWEST)
-    return torch.where(index > 0, centre, 0.0)
+    center = torch.exp2((index.to(torch.float64) + 0.5) / _BINS_PER_OCTAVE + _LOWEST)
+    return torch.where(index > 0, center, 0.0)
 
 
 class StateNorms:

@@ -214,7 +214,7 @@ def verify_rebuild(
 
 
 def _refuse_unsaved_quantization(model: Any, config: Any, stack: BlockStack) -> None:
-    """Raise if the weights are quantised in a way that cannot be saved or loaded.
+    """Raise if the weights are quantized in a way that cannot be saved or loaded.
 
     bitsandbytes modules are compared by their features; torchao does not change the modules.
     """
@@ -226,7 +226,7 @@ def _refuse_unsaved_quantization(model: Any, config: Any, stack: BlockStack) -> 
                 kind = type(model.get_submodule(owner)) if owner in dict(model.named_modules()) else type(value)
                 raise UnsupportedSurgery(
                     f"{owner} is a {kind.__module__}.{kind.__qualname__}, whose packed weights ({name}) are not "
-                    "tensors, so safetensors cannot store them. Commit the surgery before quantising the model, or "
+                    "tensors, so safetensors cannot store them. Commit the surgery before quantizing the model, or "
                     "keep the surgery in memory (do not commit, and keep the with statement open).",
                     "quantized",
                 )
@@ -235,23 +235,23 @@ def _refuse_unsaved_quantization(model: Any, config: Any, stack: BlockStack) -> 
     method = str(getattr(method, "value", method))
     if not quantizer.is_serializable():
         raise UnsupportedSurgery(
-            f"{type(model).__name__} is quantised with {method}, which Transformers cannot save. Commit the surgery to "
-            "the model in full precision and quantise the model loaded from its checkpoint, or keep the surgery in "
+            f"{type(model).__name__} is quantized with {method}, which Transformers cannot save. Commit the surgery to "
+            "the model in full precision and quantize the model loaded from its checkpoint, or keep the surgery in "
             "memory (do not commit, and keep the with statement open).",
             "quantized",
         )
     unquantized = _in_full_precision(stack, config) if method == "bitsandbytes" else None
     if unquantized is not None:
         raise UnsupportedSurgery(
-            f"{unquantized} is in full precision, in a {type(model).__name__} quantised with bitsandbytes, which would "
-            "quantise it when the checkpoint is loaded. Replace and commit in the model in full precision, and load "
+            f"{unquantized} is in full precision, in a {type(model).__name__} quantized with bitsandbytes, which would "
+            "quantize it when the checkpoint is loaded. Replace and commit in the model in full precision, and load "
             "its checkpoint with quantization_config. A removal without replacement can be committed here.",
             "quantized",
         )
 
 
 def _in_full_precision(stack: BlockStack, config: Any) -> str | None:
-    """Find a linear map in full precision that loading would quantise: a splice, or one next to quantised modules."""
+    """Find a linear map in full precision that loading would quantize: a splice, or one next to quantized modules."""
     settings = getattr(config, "quantization_config", None)
     values = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
     skipped = values.get("llm_int8_skip_modules") or ()

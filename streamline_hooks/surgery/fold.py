@@ -219,15 +219,15 @@ def require_folded(stack: BlockStack, k: int, branch: Branch, folding: Folding, 
 
 
 def require_foldable(stack: BlockStack, k: int, paths: Iterable[str]) -> None:
-    """Raise `UnsupportedSurgery` if projections of a block are shared, quantised, or of a too narrow dtype."""
+    """Raise `UnsupportedSurgery` if projections of a block are shared, quantized, or of a too narrow dtype."""
     require_unshared(stack, k, paths, "folded")
     for path in paths:
         parameter = stack[k].get_parameter(path)
-        require_unquantized(parameter, k, path, "A product", "Fold before quantising.")
+        require_unquantized(parameter, k, path, "A product", "Fold before quantizing.")
         if parameter.element_size() < 2:
             raise UnsupportedSurgery(
                 f"{path} of block {k} has dtype {parameter.dtype}, which is too narrow for a product. Fold before "
-                "quantising."
+                "quantizing."
             )
 
 

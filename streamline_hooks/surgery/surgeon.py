@@ -145,7 +145,7 @@ class LayerSurgeon:
 
         A module of the same class as the blocks takes a slot of its own: it has a cache entry, and the per-layer
         settings of the block that it is or was copied from. Any other module takes no slot. The module is moved to the
-        device, dtype and mode (training or evaluation) of the neighbouring blocks.
+        device, dtype and mode (training or evaluation) of the neighboring blocks.
 
         Parameters
         ----------
@@ -326,7 +326,7 @@ class LayerSurgeon:
         ------
         UnsupportedSurgery
             If the block does not have exactly two residual branches, if a norm or a per-feature scale follows the
-            branch (Gemma 2 and 3), if a projection is shared with another module or quantised, or if the result
+            branch (Gemma 2 and 3), if a projection is shared with another module or quantized, or if the result
             differs from applying the map separately.
         StreamlineError
             If there is no such block or branch, the block was removed, or the map has another shape.

@@ -105,7 +105,7 @@ def require_unshared(stack: BlockStack, k: int, paths: Iterable[str], verb: str)
 
 
 def require_unquantized(parameter: nn.Parameter, k: int, path: str, replacement: str, advice: str) -> None:
-    """Raise `UnsupportedSurgery` if a parameter is quantised and cannot be replaced by a tensor of its shape."""
+    """Raise `UnsupportedSurgery` if a parameter is quantized and cannot be replaced by a tensor of its shape."""
     if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor or not parameter.is_floating_point():
         raise UnsupportedSurgery(
             f"{replacement} cannot replace {path} of block {k}, which is a {type(parameter).__name__} of "

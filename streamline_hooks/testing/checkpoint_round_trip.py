@@ -192,7 +192,7 @@ def _compare_weights(model: nn.Module, loaded: nn.Module, subject: str) -> None:
             difference = describe_difference(restored[key], value, tolerance=0.0, axes=())
             raise AssertionError(
                 f"{subject} has different values in {key}: {difference or 'in the sign of a zero or a NaN'}. Likely "
-                "cause: the weight is initialised after loading, tied to another weight, or was not saved."
+                "cause: the weight is initialized after loading, tied to another weight, or was not saved."
             )
 
 

@@ -79,7 +79,7 @@ def assert_restores(
     """
     (inputs,) = make_batches(model, batch, left_padded=False)
     with reproducible_eval(model):
-        model_output(model, inputs)  # the first forward pass may initialise attributes
+        model_output(model, inputs)  # the first forward pass may initialize attributes
         expected = model_output(model, inputs)
     state = ModelState(model)
     with reproducible_eval(model):

@@ -30,7 +30,7 @@ class Measurement:
     Attributes
     ----------
     step : int
-        Number of the optimiser step, counted from 1.
+        Number of the optimizer step, counted from 1.
     tokens : int
         Number of tokens over all ranks. A model that calls its blocks several times per forward counts its tokens once
         per call.
@@ -191,7 +191,7 @@ def reduce_sums(
             f"Step {step} cannot be measured: no forward with gradients ran the blocks of this model. Expected at "
             "least one training forward per measured step. Open the monitor before torch.compile (hooks added later "
             "never run), train the same model object and not a copy (nn.DataParallel runs copies), and call step() "
-            "once after each optimiser step."
+            "once after each optimizer step."
         )
     tokens, not_finite_counts, norm_sums = added.cpu().unbind(dim=1)
     cosine = (changed[:, 1] / changed[:, 0]).cpu()

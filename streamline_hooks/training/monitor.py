@@ -49,7 +49,7 @@ from streamline_hooks.training.measurement import (
 class HiddenStateMonitor:
     """Measure the hidden states of every N-th step of a training loop.
 
-    Call `open` before the first step (or use a ``with`` statement), `step` after each optimiser step, and `close` at
+    Call `open` before the first step (or use a ``with`` statement), `step` after each optimizer step, and `close` at
     the end. In a measured step the cosine, change, norms, gradients and massive activations of each block are
     accumulated over all forwards with gradients; evaluations without gradients are not counted. In other steps the
     hooks return immediately. Outputs and gradients of the model do not change by a single bit.
@@ -146,7 +146,7 @@ class HiddenStateMonitor:
         Parameters
         ----------
         done : int
-            Number of optimiser steps so far, if training is resumed.
+            Number of optimizer steps so far, if training is resumed.
 
         Returns
         -------
@@ -193,12 +193,12 @@ class HiddenStateMonitor:
         self._entered, self._mask = [], None
 
     def step(self, done: int | None = None, *, grad_scale: float = 1.0) -> Measurement | None:
-        """Finish an optimiser step.
+        """Finish an optimizer step.
 
         Parameters
         ----------
         done : int, optional
-            Number of optimiser steps so far. Default: counted by the monitor.
+            Number of optimizer steps so far. Default: counted by the monitor.
         grad_scale : float
             Factor of the loss, for example ``get_scale()`` of a ``GradScaler`` before the step.
 

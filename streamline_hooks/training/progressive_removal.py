@@ -35,7 +35,7 @@ class Removal:
     Attributes
     ----------
     step : int
-        The optimiser step after which the blocks were removed.
+        The optimizer step after which the blocks were removed.
     blocks : tuple of int or None
         The removed blocks, numbered as at the start of training; None for a block that was inserted later.
     plan : SurgeryPlan
@@ -58,7 +58,7 @@ class ProgressiveRemoval:
     """Remove windows of blocks permanently at given steps of a training run.
 
     Each removal is a committed `LayerSurgeon`: the model is changed in place and saved as the shorter model. The
-    optimiser keeps the remaining parameters and their state.
+    optimizer keeps the remaining parameters and their state.
 
     Parameters
     ----------
@@ -66,22 +66,22 @@ class ProgressiveRemoval:
         The model to train, neither compiled nor wrapped. Under DDP or FSDP, unwrap the model, call `step`, and wrap the
         model again; the old wrapper would still use the removed parameters.
     schedule : mapping of int to range or callable
-        The window to remove after each optimiser step, counted from 1. A range is numbered as at the start of training
+        The window to remove after each optimizer step, counted from 1. A range is numbered as at the start of training
         (when this object was created, unless training is resumed), regardless of later surgeries. A function receives
         the model and returns a window in the current numbering.
     optimizer : torch.optim.Optimizer, optional
-        Optimiser from which to drop the removed parameters; may be wrapped by Accelerate. Default: no optimiser is
+        Optimizer from which to drop the removed parameters; may be wrapped by Accelerate. Default: no optimizer is
         changed.
     run : str
         Name of the training run. It is stored in the model's configuration with each removal, and at the first `step`
-        after another surgery, so that a resumed run recognises its start and its removals.
+        after another surgery, so that a resumed run recognizes its start and its removals.
     stack : str, optional
         Path of the stack, see `find_stack`.
 
     Raises
     ------
     StreamlineError
-        If the model is compiled or wrapped, the schedule does not fit the model, or the optimiser has none of its
+        If the model is compiled or wrapped, the schedule does not fit the model, or the optimizer has none of its
         parameters.
     UnsupportedSurgery
         If a range of the schedule cannot be removed or committed. All ranges are tried when the object is created.
@@ -137,7 +137,7 @@ class ProgressiveRemoval:
         self._at: int | None = None
         if not schedule:
             raise StreamlineError(
-                "The schedule is empty. Expected a window for at least one optimiser step, such as {100: range(3, 5)}."
+                "The schedule is empty. Expected a window for at least one optimizer step, such as {100: range(3, 5)}."
             )
         self.schedule: dict[int, RemovalWindow] = {}
         for step in sorted(map(operator.index, schedule)):
@@ -151,7 +151,7 @@ class ProgressiveRemoval:
         ):
             raise StreamlineError(
                 f"This {type(optimizer).__name__} has no parameter of this {type(model).__name__}: it belongs to "
-                "another model, or updates copies of the parameters (DeepSpeed, master weights). Create the optimiser "
+                "another model, or updates copies of the parameters (DeepSpeed, master weights). Create the optimizer "
                 "from the parameters of this model."
             )
         self._try_windows()
@@ -162,7 +162,7 @@ class ProgressiveRemoval:
         return tuple(self._done)
 
     def resume(self, steps: int) -> None:
-        """Set the number of optimiser steps so far; by default the first `step` infers it.
+        """Set the number of optimizer steps so far; by default the first `step` infers it.
 
         Parameters
         ----------
@@ -206,12 +206,12 @@ class ProgressiveRemoval:
         self._at = steps
 
     def step(self, n: int) -> Removal | None:
-        """Remove the window scheduled after an optimiser step. Call this after each step.
+        """Remove the window scheduled after an optimizer step. Call this after each step.
 
         Parameters
         ----------
         n : int
-            Number of optimiser steps so far, 1 after the first step.
+            Number of optimizer steps so far, 1 after the first step.
 
         Returns
         -------
@@ -224,7 +224,7 @@ class ProgressiveRemoval:
             If `n` is not larger than in the previous call, if a removal was skipped, or if the model is wrapped,
             compiled, inside an open surgeon or does not belong to this step (see `resume`).
         UnsupportedSurgery
-            If the window cannot be removed or committed. The model and the optimiser are then unchanged.
+            If the window cannot be removed or committed. The model and the optimizer are then unchanged.
         """
         n = operator.index(n)
         if self._at is None:
@@ -233,14 +233,14 @@ class ProgressiveRemoval:
         assert self._at is not None
         if n <= self._at:
             raise StreamlineError(
-                f"step({n}) was called after step({self._at}). Expected the number of optimiser steps so far, which "
+                f"step({n}) was called after step({self._at}). Expected the number of optimizer steps so far, which "
                 "increases. Create a new ProgressiveRemoval for a new training run."
             )
         missed = [step for step in self.schedule if self._at < step < n]
         if missed:
             raise StreamlineError(
                 f"step({n}) was called after step({self._at}), which skips the removal scheduled after step "
-                f"{missed[0]}. Expected a call after each optimiser step. Call step() in every iteration."
+                f"{missed[0]}. Expected a call after each optimizer step. Call step() in every iteration."
             )
         removed = self._remove(n, self.schedule[n]) if n in self.schedule else None
         self._at = n
@@ -315,14 +315,14 @@ class ProgressiveRemoval:
         if new and self.optimizer is not None:
             raise UnsupportedSurgery(
                 f"Blocks of {type(self.model).__name__} cannot be removed during training: {' and '.join(new)} would "
-                "become new parameters without the parts of these blocks, and the optimiser does not have them. Remove "
+                "become new parameters without the parts of these blocks, and the optimizer does not have them. Remove "
                 "the blocks before training.",
                 "per-layer-embeddings",
             )
 
 
 def drop_parameters(optimizer: Optimizer, removed: Collection[nn.Parameter]) -> None:
-    """Remove parameters and their state from an optimiser and from the optimisers that it wraps.
+    """Remove parameters and their state from an optimizer and from the optimizers that it wraps.
 
     Empty parameter groups are kept, because learning-rate schedules count the groups. Parameter names stay aligned.
     """
@@ -339,7 +339,7 @@ def drop_parameters(optimizer: Optimizer, removed: Collection[nn.Parameter]) -> 
 def _rename_parameters(
     optimizer: Optimizer, before: Mapping[nn.Parameter, str], now: Mapping[nn.Parameter, str]
 ) -> None:
-    """Update the parameter names stored in an optimiser, if any; prefixes of wrappers are kept."""
+    """Update the parameter names stored in an optimizer, if any; prefixes of wrappers are kept."""
     for inner in _wrapped_optimizers(optimizer):
         for group in inner.param_groups:
             names: list[str] = group.get("param_names", [])
@@ -350,7 +350,7 @@ def _rename_parameters(
 
 
 def _wrapped_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
-    """Yield an optimiser, and the optimisers that it wraps."""
+    """Yield an optimizer, and the optimizers that it wraps."""
     inner: object = optimizer
     while isinstance(inner, Optimizer):
         yield inner

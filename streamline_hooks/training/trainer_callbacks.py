@@ -115,7 +115,7 @@ class ProgressiveRemovalCallback(TrainerCallback):
     A `StreamlineError` is raised at the beginning of training if the Trainer wraps the model (several processes or
     devices, FSDP, DeepSpeed) or compiles it; if ``load_best_model_at_end`` is set, because the best checkpoint may have
     other blocks; and if the model does not belong to the step at which training is resumed. If a full model is resumed
-    from a checkpoint of a shortened model with the optimiser's state, the Trainer raises earlier, because the sizes of
+    from a checkpoint of a shortened model with the optimizer's state, the Trainer raises earlier, because the sizes of
     the parameter groups differ.
 
     Examples

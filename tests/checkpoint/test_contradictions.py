@@ -23,7 +23,7 @@ Path_ = tuple[str | int, ...]
 OURS = ("model_type", "base_model_type", "architectures", "auto_map", "quantization_config", "streamline_hooks")
 
 
-def randomised(module: nn.Module) -> nn.Module:
+def randomized(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(3)
     for parameter in module.parameters():
         parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
@@ -34,9 +34,9 @@ def randomised(module: nn.Module) -> nn.Module:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
     model = tiny_model("llama")
     with LayerSurgeon(model) as surgeon:
-        surgeon.replace([1], randomised(MLPReplacement(WIDTH, 8)))
-        surgeon.insert(3, randomised(LinearReplacement(WIDTH)))
-        surgeon.insert(3, randomised(SwiGLUReplacement(WIDTH, 8)))
+        surgeon.replace([1], randomized(MLPReplacement(WIDTH, 8)))
+        surgeon.insert(3, randomized(LinearReplacement(WIDTH)))
+        surgeon.insert(3, randomized(SwiGLUReplacement(WIDTH, 8)))
         surgeon.commit()
     folder = tmp_path_factory.mktemp("saved") / "model"
     save(model, folder)

@@ -833,8 +833,8 @@ def test_what_safetensors_have_no_place_for(tmp_path: Path) -> None:
         save(spliced, tmp_path / "model")
     with pytest.raises(StreamlineError, match=r"max_shard_size='1GB'"):
         save(views, tmp_path / "model", max_shard_size="1GB")
-    sparse, quantised = torch.eye(3).to_sparse(), torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8)
-    for tensor in (sparse, quantised, torch.eye(3).as_subclass(OfAnotherClass)):
+    sparse, quantized = torch.eye(3).to_sparse(), torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8)
+    for tensor in (sparse, quantized, torch.eye(3).as_subclass(OfAnotherClass)):
         other = OwnModel()
         removal(other)
         other.register_buffer("graph", tensor)

@@ -56,7 +56,7 @@ def test_the_options_reach_transformers(
     config: LoadingConfig, weights: dict[str, Any], others: dict[str, Any], asked: dict[str, dict[str, Any]]
 ) -> None:
     with pytest.raises(StreamlineError, match="Stopped"):
-        load_pretrained("organisation/model", loading=config, task=Task("causal-lm"))
+        load_pretrained("organization/model", loading=config, task=Task("causal-lm"))
     asked["AutoModelForCausalLM"].pop("output_loading_info")
     assert asked == {"AutoTokenizer": others, "AutoConfig": others, "AutoModelForCausalLM": weights}
 
@@ -65,7 +65,7 @@ def test_the_options_reach_transformers(
 def test_quantization_places_the_model_itself(load_in: Any, asked: dict[str, dict[str, Any]]) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     with pytest.raises(StreamlineError, match="Stopped"):
-        load_pretrained("organisation/model", loading=LoadingConfig(device="cpu", load_in=load_in))
+        load_pretrained("organization/model", loading=LoadingConfig(device="cpu", load_in=load_in))
     options = asked["AutoModelForCausalLM"]
     assert getattr(options["quantization_config"], f"load_in_{load_in}") and options["device_map"] == {"": "cpu"}
     placed = torch.nn.Linear(1, 1)
@@ -75,7 +75,7 @@ def test_quantization_places_the_model_itself(load_in: Any, asked: dict[str, dic
 def test_a_missing_quantizer_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(StreamlineError, match=r"load_in='4bit'.*pip install bitsandbytes"):
-        load_pretrained("organisation/model", loading=LoadingConfig(load_in="4bit"))
+        load_pretrained("organization/model", loading=LoadingConfig(load_in="4bit"))
 
 
 def test_devices_are_checked_before_weights_are_read(

@@ -38,7 +38,7 @@ ERRORS = {
     "~/missing": r"'~/missing'.*no such folder",
     "a/b/c": r"'a/b/c'.*no such folder",
     "a\\b": r"there is no such folder",
-    "no-such-organisation/no-such-model": r"'no-such-organisation/no-such-model'.*OSError: .*Expected.*spelling.*hub",
+    "no-such-organization/no-such-model": r"'no-such-organization/no-such-model'.*OSError: .*Expected.*spelling.*hub",
     "no-such-model": r"'no-such-model': OSError",
 }
 
@@ -51,8 +51,8 @@ def test_no_such_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_path_is_never_looked_for_on_the_hub() -> None:
-    with pytest.raises(StreamlineError, match="'organisation/model'"):
-        load_pretrained(Path("organisation/model"))
+    with pytest.raises(StreamlineError, match="'organization/model'"):
+        load_pretrained(Path("organization/model"))
 
 
 def test_a_file(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_quanto_is_refused_with_the_reason(original: Path) -> None:
     pytest.importorskip("optimum.quanto")
     model = AutoModelForCausalLM.from_pretrained(original, quantization_config=QuantoConfig(weights="int8"))
     before = logits(model)
-    with pytest.raises(StreamlineError, match="quantised with quanto, which Transformers cannot save.*full precision"):
+    with pytest.raises(StreamlineError, match="quantized with quanto, which Transformers cannot save.*full precision"):
         with LayerSurgeon(model) as surgeon:
             surgeon.remove([2, 3])
             surgeon.commit()
@@ -149,14 +149,14 @@ def test_quanto_is_refused_with_the_reason(original: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_dynamic_quantisation_is_refused_with_the_reason(original: Path) -> None:
+def test_dynamic_quantization_is_refused_with_the_reason(original: Path) -> None:
     model: Any = LlamaForCausalLM.from_pretrained(original)
     try:
         model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
     except (AttributeError, RuntimeError) as error:
-        pytest.skip(f"this PyTorch has no dynamic quantisation: {error}")
+        pytest.skip(f"this PyTorch has no dynamic quantization: {error}")
     before = logits(model)
-    with pytest.raises(StreamlineError, match=r"quantized\.dynamic.*packed weights.*before quantising"):
+    with pytest.raises(StreamlineError, match=r"quantized\.dynamic.*packed weights.*before quantizing"):
         with LayerSurgeon(model) as surgeon:
             surgeon.remove([2, 3])
             surgeon.commit()

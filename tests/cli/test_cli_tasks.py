@@ -448,7 +448,7 @@ def test_a_model_for_images_with_texts_is_evaluated_on_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The texts of such a file alone, without their images, have another perplexity."""
-    folder, rows = tmp_path / "model", write_rows(tmp_path / "rows", 16, prompt="which colour?")
+    folder, rows = tmp_path / "model", write_rows(tmp_path / "rows", 16, prompt="which color?")
     llava().save_pretrained(folder)
     llava_processor().save_pretrained(folder)
     given = ["evaluate", folder, "--json", "--no-speed", "--text"]

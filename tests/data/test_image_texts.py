@@ -46,7 +46,7 @@ def encoded(number: int) -> bytes:
     return content.getvalue()
 
 
-def rows(count: int, prompt: str = "which colour?") -> list[ImageText]:
+def rows(count: int, prompt: str = "which color?") -> list[ImageText]:
     return [ImageText(Picture(str(k), encoded(k)), text_of(k), prompt) for k in range(count)]
 
 
@@ -55,7 +55,7 @@ def test_a_row_is_what_the_template_and_the_processor_make_of_it(name: str) -> N
     processor = BOTH[name][1]()
     parts = image_text_parts(rows(15), processor, COUNTS, batch_size=3)
     assert {part: sum(len(b["input_ids"]) for b in batches) for part, batches in parts.items()} == COUNTS
-    texts = {f"<s> user: which colour? assistant: {text_of(k)}": k for k in range(15)}
+    texts = {f"<s> user: which color? assistant: {text_of(k)}": k for k in range(15)}
     found: list[int] = []
     for batch in [batch for batches in parts.values() for batch in batches]:
         for k in range(len(batch["input_ids"])):
@@ -106,7 +106,7 @@ def test_what_is_put_around_an_image_is_no_text(side: str) -> None:
         tokens = processor.tokenizer.convert_ids_to_tokens(ids)
         assert {"<image>", "<global-img>", "<fake_token_around_image>", *TILES[:2]} <= set(tokens)
         found.append(" ".join(processor.tokenizer.convert_ids_to_tokens(labels[labels != -100])))
-    assert sorted(found) == sorted(f"<s> user: which colour? assistant: {row.text}" for row in given)
+    assert sorted(found) == sorted(f"<s> user: which color? assistant: {row.text}" for row in given)
     with pytest.raises(StreamlineError, match="1 have more than text_tokens=8"):
         image_text_parts(given[:1], processor, {"test": 1}, text_tokens=8)
 
@@ -227,7 +227,7 @@ def test_what_a_processor_cannot_do_is_refused_with_a_reason() -> None:
     plain.chat_template = None
     batch = image_text_parts(rows(3), plain, {"test": 1})["test"][0]
     words = plain.tokenizer.convert_ids_to_tokens(batch["input_ids"][0])
-    assert words[:6] == ["<s>", *["<image>"] * 5] and words[6:8] == ["which", "colour?"]
+    assert words[:6] == ["<s>", *["<image>"] * 5] and words[6:8] == ["which", "color?"]
 
 
 def test_files_for_a_model_that_sees_and_reads(tmp_path: Path) -> None:

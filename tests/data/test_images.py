@@ -350,7 +350,7 @@ class TestBatches:
 
 
 @st.composite
-def labelled(draw: st.DrawFn) -> tuple[list[int], list[int] | None]:
+def labeled(draw: st.DrawFn) -> tuple[list[int], list[int] | None]:
     """Numbers of pictures, some of them equal, and classes."""
     numbers = draw(st.lists(st.integers(0, 40), min_size=1, max_size=60))
     if draw(st.booleans()):
@@ -359,7 +359,7 @@ def labelled(draw: st.DrawFn) -> tuple[list[int], list[int] | None]:
 
 
 class TestParts:
-    @given(labelled(), st.lists(st.integers(1, 12), min_size=1, max_size=3), st.integers(0, 3))
+    @given(labeled(), st.lists(st.integers(1, 12), min_size=1, max_size=3), st.integers(0, 3))
     def test_no_picture_is_in_two_parts(
         self, shape: tuple[list[int], list[int] | None], sizes: list[int], seed: int
     ) -> None:

@@ -38,7 +38,7 @@ def mixed(documents: Any, shares: Any, tokenizer: Any, conversations: Any = (), 
 
 
 def letters(text: str, **options: Any) -> Any:
-    """Tokenises a text to its bytes, so that the text can be read off the ids."""
+    """Tokenizes a text to its bytes, so that the text can be read off the ids."""
     return {"input_ids": list(text.encode())}
 
 

@@ -17,7 +17,7 @@ PARTS = ("calibration", "validation", "test")
 
 
 def letters(text: str, *, add_special_tokens: bool, verbose: bool) -> Any:
-    """Tokenises a text to its bytes, so that the text can be read off the ids."""
+    """Tokenizes a text to its bytes, so that the text can be read off the ids."""
     assert not add_special_tokens
     return {"input_ids": list(text.encode())}
 
@@ -199,7 +199,7 @@ def test_another_seed_deals_differently() -> None:
     assert len(prints) == 5
 
 
-def test_no_more_is_tokenised_than_is_needed() -> None:
+def test_no_more_is_tokenized_than_is_needed() -> None:
     read = 0
 
     def counting(text: str, **options: Any) -> Any:

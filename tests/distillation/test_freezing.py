@@ -37,14 +37,14 @@ def shortened(slot: bool = False) -> tuple[Any, nn.Module]:
 
 
 @pytest.mark.parametrize("slot", [False, True])
-def test_an_optimiser_changes_it_and_nothing_else(slot: bool) -> None:
+def test_an_optimizer_changes_it_and_nothing_else(slot: bool) -> None:
     model, module = shortened(slot)
     before = states(model)
     parameters = freeze_all_but(model, module)
     assert [p for p in model.parameters() if p.requires_grad] == parameters
-    optimiser = torch.optim.AdamW(parameters, lr=1e-2)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     model(IDS, labels=IDS).loss.backward()
-    optimiser.step()
+    optimizer.step()
     prefix = "model.layers.2." if slot else "model.layers.2.spliced_before."
     found = changed(model, before)
     assert found and all(name.startswith(prefix) for name in found)
@@ -56,9 +56,9 @@ def test_accelerate_takes_it(tmp_path: Path) -> None:
     model, module = shortened()
     before = states(model)
     accelerator = Accelerator(cpu=True)
-    prepared, optimiser = accelerator.prepare(model, torch.optim.SGD(freeze_all_but(model, module), lr=1.0))
+    prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(freeze_all_but(model, module), lr=1.0))
     accelerator.backward(prepared(IDS, labels=IDS).loss)
-    optimiser.step()
+    optimizer.step()
     assert len(changed(model, before)) == 1
 
 
@@ -100,9 +100,9 @@ def test_what_is_frozen_in_it_stays_frozen() -> None:
         module = surgeon.replace(range(2, 4), zeroed)
         surgeon.commit()
     assert module is not None
-    optimiser = torch.optim.AdamW(freeze_all_but(model, module), lr=1e-2)
+    optimizer = torch.optim.AdamW(freeze_all_but(model, module), lr=1e-2)
     model(IDS, labels=IDS).loss.backward()
-    optimiser.step()
+    optimizer.step()
     assert not model.model.layers[2].self_attn.o_proj.weight.any()
     model.requires_grad_(False)
     assert len(freeze_all_but(model, model.model.layers[0].mlp)) == 3, "what is frozen whole is meant to be trained"

@@ -93,7 +93,7 @@ def test_a_loss_of_a_user_is_trained_and_validated_as_a_built_in_one(
         assert [row[name] for row in found.history] == pytest.approx([row[name] for row in wanted.history], rel=1e-4)
 
 
-def test_what_is_validated_is_the_distance_and_what_is_minimised_beside_it() -> None:
+def test_what_is_validated_is_the_distance_and_what_is_minimized_beside_it() -> None:
     on_states, on_logits = (trained_on({name: 1.0})[0].history for name in ("test_huber", "test_symmetric"))
     assert all(row["validated"] == row["distance"] for row in on_states)
     assert all(row["validated"] != row["distance"] for row in on_logits)

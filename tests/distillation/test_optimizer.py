@@ -1,4 +1,4 @@
-"""An optimisation that is gone on from makes the steps that the whole one makes."""
+"""An optimization that is gone on from makes the steps that the whole one makes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def made(held: dict[str, nn.Parameter]) -> TrainingOptimizer:
     return TrainingOptimizer(held, SETTINGS, STEPS, lambda name: 0.25 if name == "kept" else 1.0)
 
 
-def stepped(held: dict[str, nn.Parameter], optimisation: TrainingOptimizer, steps: range) -> None:
+def stepped(held: dict[str, nn.Parameter], optimization: TrainingOptimizer, steps: range) -> None:
     for step in steps:
-        optimisation.weights.clear()
+        optimization.weights.clear()
         for number, parameter in enumerate(held.values()):
             parameter.grad = torch.full_like(parameter, 0.3 * step - number)
-        optimisation.weights.collect()
-        optimisation.step()
+        optimization.weights.collect()
+        optimization.step()
 
 
 def test_what_is_kept_goes_on_to_the_bit() -> None:

@@ -28,11 +28,11 @@ _LOOP = """
                 alone = processes == 1
                 run = model if alone else DistributedDataParallel(model)
                 mine = batch if alone else batch[rank::count]
-                optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
+                optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
                 for _ in range(3):
-                    optimiser.zero_grad()
+                    optimizer.zero_grad()
                     run(input_ids=mine, labels=mine, use_cache=False).loss.backward()
-                    optimiser.step()
+                    optimizer.step()
                 said[f"{how} {processes}"] = len(model.model.layers)
             found[f"{how} {processes}"] = module.weight.detach()
             said[f"{how} {processes}, after"] = len(model.model.layers)

@@ -99,10 +99,8 @@ def test_tokens_without_a_label_are_not_learned() -> None:
     (batch,) = texts(3, 1)
     labels = batch["input_ids"].clone()
     labels[:, :7], labels[1, 9] = -100, -100
-    labelled = [{**batch, "labels": labels}]
-    trained = train(
-        student_of(model)[0], labelled, labelled, replace(QUICK, loss=objective.weights, learning_rate=1e-30)
-    )
+    labeled = [{**batch, "labels": labels}]
+    trained = train(student_of(model)[0], labeled, labeled, replace(QUICK, loss=objective.weights, learning_rate=1e-30))
     student, _ = student_of(model)
     with torch.no_grad(), student.opened():
         logits = model(batch["input_ids"]).logits[:, :-1]
@@ -111,7 +109,7 @@ def test_tokens_without_a_label_are_not_learned() -> None:
 
 
 @pytest.mark.parametrize(("text", "weight"), [("reverse_kl", 0.0), ("kl + 0.5*reverse_kl", 1.0)])
-def test_weights_are_kept_by_the_divergence_that_is_minimised(text: str, weight: float) -> None:
+def test_weights_are_kept_by_the_divergence_that_is_minimized(text: str, weight: float) -> None:
     model = tiny_model("llama")
     objective = Objective(parse_loss(text))
     student, _ = student_of(model)
@@ -631,7 +629,7 @@ def test_ctrl_c_in_the_middle_of_something_leaves_nothing_half_done(
 def steps_of(
     monkeypatch: pytest.MonkeyPatch, settings: DistillationConfig, student: Student
 ) -> list[tuple[list[float], float]]:
-    """The rates and the norm of the gradient with which the optimiser was called."""
+    """The rates and the norm of the gradient with which the optimizer was called."""
     made: list[tuple[list[float], float]] = []
     step = torch.optim.AdamW.step
 

@@ -149,7 +149,7 @@ def test_a_suite_of_batches(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     (group,) = found.retained
     ratio = found.retained[group].ratio
     assert ratio.value == pytest.approx(kept.changed.accuracy / kept.original.accuracy)
-    assert ratio.low < ratio.high and group == ("classification" if name == "vit" else "labelled tokens")
+    assert ratio.low < ratio.high and group == ("classification" if name == "vit" else "labeled tokens")
     report = json.loads(json.dumps(found.report(), allow_nan=False))
     assert report["accuracy"]["mine"]["value"] == kept.changed.accuracy and "perplexity" not in report
     assert report["agreement"].get("unit", "token") == Task.of(original).unit
@@ -213,8 +213,8 @@ def test_an_image_text_model_has_a_perplexity_of_its_words(name: str) -> None:
 
 def test_what_cannot_be_evaluated() -> None:
     model, original = shortened("vit")
-    labelled = batches_for("vit", original)
-    bare = [{"pixel_values": batch["pixel_values"]} for batch in labelled]
+    labeled = batches_for("vit", original)
+    bare = [{"pixel_values": batch["pixel_values"]} for batch in labeled]
     with pytest.raises(StreamlineError, match=r"3 batches.*0 of them with labels.*Pass the original"):
         evaluate(model, None, Suite(batches={"mine": bare}))
     assert evaluate(model, None, Suite(batches={"mine": bare}), original).agreement["mine"].tokens == 12
@@ -222,8 +222,8 @@ def test_what_cannot_be_evaluated() -> None:
         evaluate(model, None, Suite(text={"prose": ["a text"]}), original)
     with pytest.raises(StreamlineError, match=r"mine of the suite are empty"):
         evaluate(model, None, Suite(batches={"mine": []}), original)
-    wrong = [{**labelled[0], "labels": torch.zeros(4, 1, dtype=torch.long)}]
+    wrong = [{**labeled[0], "labels": torch.zeros(4, 1, dtype=torch.long)}]
     with pytest.raises(StreamlineError, match=r"Expected.*of 4 images"):
         evaluate(model, None, Suite(batches={"mine": wrong}))
-    partly = [labelled[0], bare[1]]
+    partly = [labeled[0], bare[1]]
     assert not compare_on_batches(model, original, partly).changed.correct, "no accuracy of a part"

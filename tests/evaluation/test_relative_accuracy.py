@@ -136,7 +136,7 @@ def test_an_interval_holds_its_value(of: list[tuple[int, int, float, float]]) ->
 
 
 def test_the_error_is_that_of_the_benchmark() -> None:
-    """Which is linearised, and knows nothing of draws."""
+    """Which is linearized, and knows nothing of draws."""
     tasks = [PairedScores(f"{k}", *correlated(400, k), 0.25) for k in range(5)]  # type: ignore[arg-type]
     quality = Quality.__new__(Quality)
     quality.chance = {t.name: t.chance for t in tasks}

@@ -14,7 +14,7 @@ from streamline_hooks.modeling import Task
 from tests.other_models import OTHERS, made, pictures
 
 
-def labelled(model: Any, count: int = 3) -> list[dict[str, torch.Tensor]]:
+def labeled(model: Any, count: int = 3) -> list[dict[str, torch.Tensor]]:
     """Images whose labels are what the model says of all but the first of each batch."""
     batches = [{"pixel_values": pictures(4)["pixel_values"] * (k + 1)} for k in range(count)]
     for batch in batches:
@@ -27,7 +27,7 @@ def labelled(model: Any, count: int = 3) -> list[dict[str, torch.Tensor]]:
 
 def test_a_classifier() -> None:
     model = made("vit")
-    original, batches = copy.deepcopy(model), labelled(model)
+    original, batches = copy.deepcopy(model), labeled(model)
     scores = TaskScores(model, batches, Task.of(model))
     assert scores.original == {"kl": 0.0, "top1": 1.0, "accuracy": 0.75}
     with LayerSurgeon(model) as surgeon:

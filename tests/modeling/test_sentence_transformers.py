@@ -37,7 +37,7 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def sentence_folder(folder: Path, pooling: str = "cls", *, before_6: bool = False, head: bool = False) -> Path:
-    """A small BERT, a pooling, a dense layer with weights, and a normalisation without files."""
+    """A small BERT, a pooling, a dense layer with weights, and a normalization without files."""
     model = made("bert")
     if head:
         whole = BertForMaskedLM(model.config)

@@ -14,8 +14,8 @@ from streamline_hooks.pipeline.sweep import Sweep, SweepPoint
 COMMAND = "streamline-hooks compress smollm2 --remove 0.25 --output build/smollm2 --repair swiglu --loss kl --report"
 DOMAINS = ("blog_18f", "fiction_austen_doyle", "news_digitalgov", "peps", "wikitext2_raw_test")
 TASKS = {
-    "hellaswag": (0.25, "normalised accuracy"),
-    "arc_easy": (0.25, "normalised accuracy"),
+    "hellaswag": (0.25, "normalized accuracy"),
+    "arc_easy": (0.25, "normalized accuracy"),
     "piqa": (0.5, "accuracy"),
     "counting_problems": (None, "exact match"),
 }

@@ -312,7 +312,7 @@ def test_each_block_is_read_as_often_as_is_said(
     tmp_path: Path,
     reads: Counter[str],  # noqa: F811
 ) -> None:
-    """By the profile, the judgement and the measurement, ten times for the probe, once to write."""
+    """By the profile, the judgment and the measurement, ten times for the probe, once to write."""
     result = run(compressible(tmp_path), tmp_path / "out", protect=keep)
     gone = set(result.plan.removed)
     counts = {k: reads[f"model.layers.{k}.mlp.up_proj.weight"] for k in range(6)}

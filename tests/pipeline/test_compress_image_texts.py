@@ -34,12 +34,12 @@ def test_the_whole_way(name: str, tmp_path: Path) -> None:
     assert type(model) is type(original), "the class that sees images, though it is for causal language models"
     loaded = load_processor(tmp_path / "original")
     assert type(loaded) is type(processor())
-    rows = read_image_texts(write_rows(tmp_path / "rows", 20, prompt="which colour?"))
+    rows = read_image_texts(write_rows(tmp_path / "rows", 20, prompt="which color?"))
     parts = image_text_parts(rows, loaded, COUNTS, batch_size=5)
     before = perplexity(model, parts["test"])
-    labelled = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in parts["test"])
+    labeled = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in parts["test"])
     result = compress(model, parts, configured(remove=1, shortlist=2), tokenizer=loaded, output=tmp_path / "small")
-    assert len(find_stack(model)) == 3 and before.tokens == labelled
+    assert len(find_stack(model)) == 3 and before.tokens == labeled
     assert result.perplexities["original"] == pytest.approx(before.value, rel=1e-5)
     again, processed = load(tmp_path / "small"), load_processor(tmp_path / "small")
     assert processed.chat_template == loaded.chat_template

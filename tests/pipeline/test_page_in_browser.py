@@ -50,12 +50,12 @@ def test_the_page_fits_its_window_and_shows_the_figures_for_it(page: Path, tmp_p
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_figures_have_the_colours_of_the_scheme(page: Path, tmp_path: Path, scheme: str) -> None:
+def test_the_figures_have_the_colors_of_the_scheme(page: Path, tmp_path: Path, scheme: str) -> None:
     for width in (1280, 390):
         with Image.open(screenshot(page, width, 2400, scheme, tmp_path)) as image:
             pixels = np.asarray(image.convert("RGB")).astype(np.int16)
-        for colour, least in ((PAGE[scheme], 0.05), (REMOVED[scheme], 1e-4), ((253, 231, 37), 5e-4)):  # end of viridis
-            assert (np.abs(pixels - np.array(colour, np.int16)).max(-1) <= 8).mean() > least
+        for color, least in ((PAGE[scheme], 0.05), (REMOVED[scheme], 1e-4), ((253, 231, 37), 5e-4)):  # end of viridis
+            assert (np.abs(pixels - np.array(color, np.int16)).max(-1) <= 8).mean() > least
 
 
 def test_the_check_sees_a_page_that_is_too_wide(tmp_path: Path) -> None:

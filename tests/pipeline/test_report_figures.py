@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
 from streamline_hooks.pipeline.plots import (
-    COLOURS,
+    COLORS,
     Plot,
     PlotRow,
     front,
@@ -76,7 +76,7 @@ def test_bars_are_one_minus_the_cosine_of_each_block(length: int) -> None:
     assert set(bars) == set(range(length))
     for k, bar in bars.items():
         assert bar.get_height() == pytest.approx(1 - cosine[k][k + 1], abs=1e-12)
-        assert to_hex(bar.get_facecolor()) == COLOURS["removed" if k in (1, 2) else "after"]
+        assert to_hex(bar.get_facecolor()) == COLORS["removed" if k in (1, 2) else "after"]
         assert bool(bar.get_hatch()) == (k in (1, 2))
 
 
@@ -157,9 +157,7 @@ def test_an_svg_is_the_same_whatever_matplotlib_is_set_to_and_leaves_the_setting
         assert draw() == before and dict(matplotlib.rcParams) == settings
     ids = re.findall(r' id="([^"]*)"', before)
     assert len(ids) == len(set(ids)) and set(re.findall(r'(?:href="#|url\(#)([^")]*)', before)) <= set(ids)
-    assert all(
-        f"var(--{name})" in before and colour not in before for name, colour in COLOURS.items() if name != "before"
-    )
+    assert all(f"var(--{name})" in before and color not in before for name, color in COLORS.items() if name != "before")
     assert "http" not in before and "<!--" not in before and "<metadata" not in before
 
 

@@ -206,7 +206,7 @@ def test_a_state_that_is_changed_between_blocks_is_no_contradiction(keywords: bo
 
 
 def test_each_block_is_verified_once() -> None:
-    """What is compared by value costs a synchronisation on a GPU."""
+    """What is compared by value costs a synchronization on a GPU."""
     model, compared = Model(StateFirst, shift=1.0), []
 
     class Watched(torch.overrides.TorchFunctionMode):

@@ -66,7 +66,7 @@ def fitted_of(maps: dict[tuple[int, str], torch.Tensor]) -> list[BranchLinear]:
 def test_it_is_the_block_with_the_branch_computed_by_hand(
     family: str, wanted: Sequence[tuple[int, str]], padded: bool
 ) -> None:
-    """In whatever order: neighbouring maps stand at one place, and must run in the blocks' own order."""
+    """In whatever order: neighboring maps stand at one place, and must run in the blocks' own order."""
     model = tiny_model(family).double()
     before = fingerprint(model)
     maps = {half: a_map(seed) for seed, half in enumerate(wanted)}

@@ -70,7 +70,7 @@ def test_it_is_weighted_least_squares_that_pulls_to_the_identity(family: str, wi
 
 @settings(max_examples=12)
 @given(families, windows, st.integers(0, 5))
-def test_it_is_never_above_plain_removal_in_what_it_minimises(family: str, window: range, seed: int) -> None:
+def test_it_is_never_above_plain_removal_in_what_it_minimizes(family: str, window: range, seed: int) -> None:
     model = tiny_model(family)
     fit, held_out = tokens(4, 9, seed), tokens(1, 4, seed + 10)
     folded = fit_fold(model, window, [fit], [held_out])

@@ -197,10 +197,10 @@ def test_sums_merge_and_are_kept() -> None:
 
 
 def test_what_can_be_solved_for() -> None:
-    class Quantised(nn.Linear):
+    class Quantized(nn.Linear):
         pass
 
     whole = nn.Linear(3, 4)
     whole.weight = nn.Parameter(torch.zeros(4, 3, dtype=torch.int8), requires_grad=False)
     assert is_solvable(nn.Linear(3, 4)) and is_solvable(Conv1D(4, 3))
-    assert not any(map(is_solvable, (Quantised(3, 4), whole, nn.Embedding(3, 4), nn.LayerNorm(4), nn.Conv1d(3, 4, 1))))
+    assert not any(map(is_solvable, (Quantized(3, 4), whole, nn.Embedding(3, 4), nn.LayerNorm(4), nn.Conv1d(3, 4, 1))))

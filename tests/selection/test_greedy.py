@@ -121,7 +121,7 @@ def test_the_original_is_no_more_run_than_it_is_asked_for() -> None:
 
 
 def test_a_run_that_spans_a_gap_goes_as_one_window() -> None:
-    """Block 2 goes first, then the run of blocks 1 and 3, which have become neighbours."""
+    """Block 2 goes first, then the run of blocks 1 and 3, which have become neighbors."""
     rounds: Iterator[range] = iter([range(2, 3), range(1, 2), range(1, 2)])
 
     def scripted(model: nn.Module, batches: Any, asked: Sequence[range], *, stack: str | None = None) -> list[float]:

@@ -167,7 +167,7 @@ def test_a_number_of_blocks() -> None:
 
 
 def sharing() -> nn.Module:
-    """Blocks 2 and 4 have one MLP, and block 0's is the embedding's neighbour outside the stack too."""
+    """Blocks 2 and 4 have one MLP, and block 0's is the embedding's neighbor outside the stack too."""
     model = tiny_model("llama")
     model.model.layers[4].mlp = model.model.layers[2].mlp
     model.model.also_here = model.model.layers[0].mlp

@@ -212,7 +212,7 @@ def test_a_tied_projection_is_refused(edit: Edit) -> None:
 
 
 @pytest.mark.parametrize("edit", [zero_branch, fold, scale])
-def test_a_quantised_projection_is_refused(edit: Edit) -> None:
+def test_a_quantized_projection_is_refused(edit: Edit) -> None:
     class Packed(torch.nn.Parameter):
         pass
 

@@ -141,7 +141,7 @@ def test_no_parameter_is_new_and_what_is_trained_stays_so() -> None:
         assert [(n, p.shape, p.requires_grad) for n, p in model.named_parameters()] == before
         folded = projection.weight
         surgeon.remove([4])
-        assert projection.weight is folded  # an optimiser goes on knowing it
+        assert projection.weight is folded  # an optimizer goes on knowing it
 
 
 # The check must be able to fail

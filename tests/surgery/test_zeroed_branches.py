@@ -100,7 +100,7 @@ def test_twice_is_once_and_the_other_branch_may_follow() -> None:
         assert find_stack(model)[2].mlp.down_proj.weight is zeros
         surgeon.zero_branch(2, "attention")
         assert surgeon.plan.zeroed == {2: ("attention", "mlp")}
-        assert find_stack(model)[2].mlp.down_proj.weight is zeros  # an optimiser goes on knowing it
+        assert find_stack(model)[2].mlp.down_proj.weight is zeros  # an optimizer goes on knowing it
 
 
 # The probe must be able to fail

@@ -194,14 +194,14 @@ def test_left_padding() -> None:
     assert whole["attention_mask"].all()
 
 
-def test_an_unknown_type_names_its_neighbours() -> None:
+def test_an_unknown_type_names_its_neighbors() -> None:
     with pytest.raises(StreamlineError, match=rf"'lama'.*of the {len(KNOWN)} model types.*mean 'llama'"):
         tiny_config("lama")
     with pytest.raises(StreamlineError, match=r"causal_model_types\(\)"):
         tiny_model("0123456789")
 
 
-def test_an_unknown_override_names_its_neighbours() -> None:
+def test_an_unknown_override_names_its_neighbors() -> None:
     with pytest.raises(StreamlineError, match=r"num_atention_heads=2.*LlamaConfig.*mean 'num_attention_heads'"):
         tiny_config("llama", num_atention_heads=2)
 

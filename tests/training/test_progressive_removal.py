@@ -98,7 +98,7 @@ def test_it_follows_what_somebody_else_did_in_between() -> None:
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_the_optimiser_goes_on_with_what_is_left(wrapped: bool) -> None:
+def test_the_optimizer_goes_on_with_what_is_left(wrapped: bool) -> None:
     model = tiny_model("llama").train()
     optimizer = adam(model)
     schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -132,7 +132,7 @@ def test_the_optimiser_goes_on_with_what_is_left(wrapped: bool) -> None:
     assert all(optimizer.state[p]["step"] == 3 for p in kept)
 
 
-def test_the_training_equals_one_of_the_shorter_model_with_the_same_optimiser_state() -> None:
+def test_the_training_equals_one_of_the_shorter_model_with_the_same_optimizer_state() -> None:
     model = tiny_model("llama").train()
     optimizer = adam(model)
     removal = ProgressiveRemoval(model, {2: range(1, 3)}, optimizer)
@@ -318,7 +318,7 @@ def test_a_function_that_chooses_what_cannot_go_changes_nothing() -> None:
     assert [list(map(id, g)) for g in held] == [list(map(id, g["params"])) for g in optimizer.param_groups]
 
 
-def test_an_optimiser_of_something_else_is_refused() -> None:
+def test_an_optimizer_of_something_else_is_refused() -> None:
     other = torch.optim.SGD(tiny_model("llama").parameters(), 0.1)
     with pytest.raises(StreamlineError, match=r"SGD.*LlamaForCausalLM"):
         ProgressiveRemoval(tiny_model("llama"), {1: range(1, 2)}, other)
@@ -332,7 +332,7 @@ def test_a_compiled_model_is_refused() -> None:
     torch.compiler.reset()
 
 
-# Parameter names of optimisers
+# Parameter names of optimizers
 
 
 def test_the_names_beside_the_parameters_are_those_of_what_is_left() -> None:
@@ -372,7 +372,7 @@ def pairs(group: dict[str, list]) -> zip:
     return zip(group["params"], group["param_names"], strict=True)
 
 
-def test_an_optimiser_without_names_gains_none() -> None:
+def test_an_optimizer_without_names_gains_none() -> None:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     drop_parameters(optimizer, [model.bias])

@@ -101,7 +101,7 @@ def test_a_checkpoint_behind_a_removal_is_resumed(whole: tuple[Any, ...], tmp_pa
 
 
 def test_a_full_model_is_not_resumed_from_a_shortened_checkpoint(whole: tuple[Any, ...], tmp_path: Path) -> None:
-    """With the optimiser's state PyTorch raises; without it nobody else would."""
+    """With the optimizer's state PyTorch raises; without it nobody else would."""
     checkpoint = whole[3]
     wrong = trainer(tiny_model("llama"), arguments(tmp_path), ProgressiveRemovalCallback(SCHEDULE))
     with pytest.raises(ValueError, match="parameter group"):

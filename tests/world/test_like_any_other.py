@@ -1,4 +1,4 @@
-"""What one does with a model after compressing it: quantise, export, stream, draft, put in a pipeline."""
+"""What one does with a model after compressing it: quantize, export, stream, draft, put in a pipeline."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def torchao() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_quantised_as_it_is_loaded_saved_so_and_loaded_again(family: str, torchao: Any, tmp_path: Path) -> None:
+def test_quantized_as_it_is_loaded_saved_so_and_loaded_again(family: str, torchao: Any, tmp_path: Path) -> None:
     """A quantizer reads the weights past what save_pretrained is given, the guard among them."""
     model = repaired(family)
     save(model, tmp_path / "model")
     asked = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=asked)
     splice = loaded.model.layers[1].spliced_before[0].projection
-    assert type(splice.weight).__name__ == "Int8Tensor", "the splice itself was not quantised"
+    assert type(splice.weight).__name__ == "Int8Tensor", "the splice itself was not quantized"
     gap = (logits(loaded) - logits(model)).abs().max() / logits(model).abs().max()
     assert 0 < gap < 0.1
     norm = loaded.model.norm.weight
@@ -75,7 +75,7 @@ def test_quantised_as_it_is_loaded_saved_so_and_loaded_again(family: str, torcha
         type(model).__mro__[2].from_pretrained(tmp_path / "again")
 
 
-def test_quantised_in_memory(torchao: Any) -> None:
+def test_quantized_in_memory(torchao: Any) -> None:
     model = repaired("llama")
     whole = logits(model)
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
@@ -150,7 +150,7 @@ def test_in_a_pipeline_batched_and_streamed(short_stories: tuple[Any, Any], tmp_
 
 
 @pytest.mark.parametrize("make", [lambda: LinearReplacement(32), lambda: SwiGLUReplacement(32, 48)])
-def test_surgery_on_a_quantised_model(make: Any, torchao: Any) -> None:
+def test_surgery_on_a_quantized_model(make: Any, torchao: Any) -> None:
     """Its weights are no plain tensors; what is put in among them is."""
     model = tiny_model("llama")
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())

@@ -3,7 +3,7 @@
 A model of unchanged architecture becomes a ``llama`` file. A model with zeroed attentions becomes a ``deci`` file. This
 architecture of llama.cpp for Nemotron-51B (arXiv 2411.19146) has a separate number of heads per block. A block with 0
 heads computes x + MLP(norm x) and has no attention weights. A block with heads but 0 key heads has a linear map of the
-normalised state instead of its attention.
+normalized state instead of its attention.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def export_gguf(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        ``LlamaForCausalLM`` without splices, except linear maps of the normalised state that replace attentions
+        ``LlamaForCausalLM`` without splices, except linear maps of the normalized state that replace attentions
         (`NormedLinearReplacement`).
     file : str or Path
         File to write.
@@ -233,7 +233,7 @@ def _tensors(
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Reorder the rows of each head for llama.cpp, which rotates neighbouring pairs instead of halves."""
+    """Reorder the rows of each head for llama.cpp, which rotates neighboring pairs instead of halves."""
     halves: Tensor = weight.unflatten(0, (heads, 2, -1))
     return halves.transpose(1, 2).reshape(weight.shape)
 
