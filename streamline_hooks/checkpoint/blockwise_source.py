@@ -113,7 +113,7 @@ class BlockwiseSource(StateSource):
     >>> tiny_model("llama").save_pretrained(folder)
     >>> with BlockwiseSource(open_checkpoint(folder)) as source:
     ...     measured = profile(source, [torch.arange(3, 43).view(4, 10)])
-    >>> measured.places, measured.tokens
+    >>> measured.num_boundaries, measured.tokens
     (9, 40)
     """
 

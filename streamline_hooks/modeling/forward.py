@@ -186,9 +186,9 @@ def forward_parameters(model: nn.Module) -> Collection[str]:
     return inspect.signature((inside() if callable(inside) else model).forward).parameters
 
 
-def logits_to_keep(model: nn.Module, places: int) -> dict[str, int]:
-    """Return keyword arguments that limit the LM head to the last `places` positions; empty if unsupported."""
-    return {"logits_to_keep": places} if "logits_to_keep" in forward_parameters(model) else {}
+def logits_to_keep(model: nn.Module, positions: int) -> dict[str, int]:
+    """Return keyword arguments that limit the LM head to the last `positions` positions; empty if unsupported."""
+    return {"logits_to_keep": positions} if "logits_to_keep" in forward_parameters(model) else {}
 
 
 def require_finite(state: Tensor, real: Tensor, where: str, number: int) -> None:

@@ -142,8 +142,10 @@ def rank_windows(
     protected = protected_blocks(search.protect, profile.length)
     if target is None:
         require_target_free(search)
-        has_last = profile.places - 1 < profile.length  # the profile ends before the last blocks, which must stay
-        sizes = range(1, profile.places - 1 + has_last)
+        has_last = (
+            profile.num_boundaries - 1 < profile.length
+        )  # the profile ends before the last blocks, which must stay
+        sizes = range(1, profile.num_boundaries - 1 + has_last)
         rows = [row for size in sizes for row in _best_of(profile, criterion, size, protected, search)]
         return Ranking(profile, criterion.name, criterion.name, rows)
     problem, selections = _search(profile, target, search, NoneConfig(), model, batches, task)
@@ -271,7 +273,11 @@ def _best_of(
 ) -> list[dict[str, Any]]:
     """Return the best windows of one length."""
     try:
-        free = [window for window in windows_of_size(profile.length, size, protected) if window.stop < profile.places]
+        free = [
+            window
+            for window in windows_of_size(profile.length, size, protected)
+            if window.stop < profile.num_boundaries
+        ]
     except StreamlineError:  # no run of this length is unprotected, though shorter runs are
         return []
     scores = score_windows(criterion, free, profile=profile)
@@ -292,7 +298,7 @@ def _row_of(profile: Profile, selection: Selection, criterion: str) -> dict[str,
 
 def _row_of_window(profile: Profile, window: range, score: float, criterion: str) -> dict[str, Any]:
     row: dict[str, Any] = {"length": len(window), "start": window.start, "stop": window.stop, "score": score}
-    if window.stop < profile.places:
+    if window.stop < profile.num_boundaries:
         row["cosine"] = profile.value("cosine", window)
         row["angular_distance"] = profile.value("angular", window)
         if criterion in _INTERVALS and profile.resampled:

@@ -103,7 +103,7 @@ def profile(
     >>> import torch
     >>> from streamline_hooks.testing import tiny_model
     >>> measured = profile(tiny_model("llama"), [torch.arange(3, 43).view(4, 10)], protect=[-1])
-    >>> measured.places, measured.length, measured.tokens
+    >>> measured.num_boundaries, measured.length, measured.tokens
     (8, 8, 40)
     """
     with distributed_step("profile") as work:

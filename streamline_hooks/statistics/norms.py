@@ -14,22 +14,24 @@ HISTOGRAM_BINS = 2 * -_LOWEST * _BINS_PER_OCTAVE
 
 
 def norm_histogram(norms: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Count norms of shape (tokens, places) in 16 logarithmic bins per octave, from 2⁻⁶⁴ to 2⁶⁴.
+    """Count norms of shape (tokens, boundaries) in 16 logarithmic bins per octave, from 2⁻⁶⁴ to 2⁶⁴.
 
-    The result is an int64 tensor of shape (places, `HISTOGRAM_BINS`). Values out of range are counted in the outermost
+    The result is an int64 tensor of shape (boundaries, `HISTOGRAM_BINS`). Values out of range are counted in the outermost
     bins, NaN in the lowest. `counted`, of shape (tokens,), selects tokens.
     """
-    places = norms.shape[1]
+    num_boundaries = norms.shape[1]
     bins = (
         ((norms.log2() - _LOWEST) * _BINS_PER_OCTAVE).nan_to_num(nan=0.0).clamp(0, HISTOGRAM_BINS - 1).to(torch.int64)
     )
-    bins = (bins + torch.arange(places, device=bins.device) * HISTOGRAM_BINS).flatten()
-    ones = torch.ones_like(bins) if counted is None else counted.to(torch.int64).repeat_interleave(places)
-    return ones.new_zeros(places * HISTOGRAM_BINS).scatter_add_(0, bins, ones).view(places, HISTOGRAM_BINS)
+    bins = (bins + torch.arange(num_boundaries, device=bins.device) * HISTOGRAM_BINS).flatten()
+    ones = torch.ones_like(bins) if counted is None else counted.to(torch.int64).repeat_interleave(num_boundaries)
+    return (
+        ones.new_zeros(num_boundaries * HISTOGRAM_BINS).scatter_add_(0, bins, ones).view(num_boundaries, HISTOGRAM_BINS)
+    )
 
 
 def median_of_histogram(histogram: Tensor) -> Tensor:
-    """Return the bin center of the lower median, float64 of shape (places,); 0 for the lowest bin.
+    """Return the bin center of the lower median, float64 of shape (boundaries,); 0 for the lowest bin.
 
     The center is accurate to 2.2 %.
     """
@@ -46,14 +48,14 @@ class StateNorms:
     from a histogram and is accurate to 2.2 %, see `norm_histogram`.
     """
 
-    def __init__(self, places: int, replicates: int = 0) -> None:
-        self.places = places
-        self.sums = ResampledSums(3 * places - 1, replicates)
-        self.histogram = torch.zeros(places, HISTOGRAM_BINS, dtype=torch.int64)
-        self.largest = torch.zeros(places, dtype=torch.float64)
+    def __init__(self, num_boundaries: int, replicates: int = 0) -> None:
+        self.num_boundaries = num_boundaries
+        self.sums = ResampledSums(3 * num_boundaries - 1, replicates)
+        self.histogram = torch.zeros(num_boundaries, HISTOGRAM_BINS, dtype=torch.int64)
+        self.largest = torch.zeros(num_boundaries, dtype=torch.float64)
 
     def update(self, grams: Sequence[Tensor], weights: Tensor | None = None) -> None:
-        """Add the `token_grams`, (tokens, places, places), of each sequence, and the bootstrap weights."""
+        """Add the `token_grams`, (tokens, boundaries, boundaries), of each sequence, and the bootstrap weights."""
         self.sums.add(torch.stack([self._sums_of(gram) for gram in grams]), weights)
         norms = torch.cat([gram.diagonal(dim1=1, dim2=2).sqrt() for gram in grams])
         if len(norms):
@@ -62,17 +64,20 @@ class StateNorms:
 
     @property
     def mean(self) -> Tensor:
-        """Mean norm, of shape (1 + replicates, places), float64."""
-        return self.sums.rows[:, : self.places] / self.sums.rows[:, -1:]
+        """Mean norm, of shape (1 + replicates, boundaries), float64."""
+        return self.sums.rows[:, : self.num_boundaries] / self.sums.rows[:, -1:]
 
     @property
     def relative_magnitude(self) -> Tensor:
         """Mean relative magnitude, of shape (1 + replicates, blocks), float64."""
-        return self.sums.rows[:, self.places : 2 * self.places - 1] / self.sums.rows[:, 2 * self.places - 1 : -1]
+        return (
+            self.sums.rows[:, self.num_boundaries : 2 * self.num_boundaries - 1]
+            / self.sums.rows[:, 2 * self.num_boundaries - 1 : -1]
+        )
 
     @property
     def median(self) -> Tensor:
-        """Median norm, of shape (places,), float64."""
+        """Median norm, of shape (boundaries,), float64."""
         return median_of_histogram(self.histogram)
 
     def _sums_of(self, gram: Tensor) -> Tensor:
@@ -98,8 +103,8 @@ class StateEntropy:
     (usually the first token).
     """
 
-    def __init__(self, places: int, replicates: int = 0) -> None:
-        self.sums = ResampledSums(places + 1, replicates)
+    def __init__(self, num_boundaries: int, replicates: int = 0) -> None:
+        self.sums = ResampledSums(num_boundaries + 1, replicates)
 
     def update(self, sequences: Iterable[Sequence[Tensor]], weights: Tensor | None = None) -> None:
         """Add the states of each sequence, one tensor (tokens, features) per boundary, and the bootstrap weights."""
@@ -107,7 +112,7 @@ class StateEntropy:
 
     @property
     def mean(self) -> Tensor:
-        """Mean entropy in nats per feature, of shape (1 + replicates, places), float64."""
+        """Mean entropy in nats per feature, of shape (1 + replicates, boundaries), float64."""
         return self.sums.rows[:, :-1] / self.sums.rows[:, -1:]
 
     @property
@@ -119,7 +124,7 @@ class StateEntropy:
         tokens, features = states[0].shape
         if tokens < 2:
             return torch.zeros(self.sums.rows.shape[1], dtype=torch.float64)
-        # Reuse buffers for all places: allocating them would cost more than the computation.
+        # Reuse buffers for all boundaries: allocating them would cost more than the computation.
         dtype = torch.promote_types(states[0].dtype, torch.float32)
         device = states[0].device
         scaled = torch.empty(tokens, features, dtype=dtype, device=device)

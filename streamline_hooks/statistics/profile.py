@@ -20,7 +20,7 @@ Statistic = Literal["cosine", "angular", "last_angular", "relative_magnitude", "
 def window_matrices(sums: StateSums, statistic: Statistic) -> Tensor:
     """Return a statistic of every window, for all sequences and for each resample.
 
-    The result is a float64 tensor of shape (1 + replicates, places, places) with ``range(a, b)`` at [:, a, b], see
+    The result is a float64 tensor of shape (1 + replicates, boundaries, boundaries) with ``range(a, b)`` at [:, a, b], see
     `Profile.matrix`.
     """
     match statistic:
@@ -49,7 +49,7 @@ class Profile:
 
     Parameters
     ----------
-    places : int
+    num_boundaries : int
         Number of boundaries: L + 1, or fewer if the last blocks are not run.
     replicates : int
         Number of bootstrap resamples of the sequences for confidence intervals.
@@ -65,10 +65,10 @@ class Profile:
     (0.5, 1.0, 1)
     """
 
-    @validate_arguments(places=1, replicates=0)
-    def __init__(self, places: int, *, replicates: int = 0, about: Mapping[str, Any] | None = None) -> None:
+    @validate_arguments(num_boundaries=1, replicates=0)
+    def __init__(self, num_boundaries: int, *, replicates: int = 0, about: Mapping[str, Any] | None = None) -> None:
         self.about = dict(about or {})
-        self.sums = StateSums(places, replicates)
+        self.sums = StateSums(num_boundaries, replicates)
 
     def update(
         self, states: Sequence[Tensor], mask: Tensor, *, real: Tensor | None = None, weights: Tensor | None = None
@@ -111,14 +111,14 @@ class Profile:
         self.sums.merge(other.sums)
 
     @property
-    def places(self) -> int:
+    def num_boundaries(self) -> int:
         """Number of boundaries, one more than the number of blocks that were run."""
-        return self.sums.places
+        return self.sums.num_boundaries
 
     @property
     def length(self) -> int:
         """Number of blocks of the stack."""
-        return int(self.about.get("blocks", self.places - 1))
+        return int(self.about.get("blocks", self.num_boundaries - 1))
 
     @property
     def tokens(self) -> int:
@@ -140,51 +140,51 @@ class Profile:
 
     @property
     def cosine(self) -> Tensor:
-        """Mean cosine of the states at two boundaries, of shape (places, places), float64."""
+        """Mean cosine of the states at two boundaries, of shape (boundaries, boundaries), float64."""
         return self.matrix("cosine")
 
     @property
     def angular(self) -> Tensor:
-        """Mean angular distance in [0, 1], of shape (places, places), float64."""
+        """Mean angular distance in [0, 1], of shape (boundaries, boundaries), float64."""
         return self.matrix("angular")
 
     @property
     def last_angular(self) -> Tensor:
-        """Mean angular distance of each sequence's last real token, of shape (places, places), float64."""
+        """Mean angular distance of each sequence's last real token, of shape (boundaries, boundaries), float64."""
         return self.matrix("last_angular")
 
     @property
     def relative_magnitude(self) -> Tensor:
-        """Mean of ‖leaving − entering‖/‖entering‖ for each block, of shape (places - 1,), float64."""
+        """Mean of ‖leaving − entering‖/‖entering‖ for each block, of shape (boundaries - 1,), float64."""
         self._require_counted()
         return self.sums.norms.relative_magnitude[0]
 
     @property
     def entropy(self) -> Tensor:
-        """Entropy at each boundary in nats per feature, of shape (places,), float64; see `StateEntropy`."""
+        """Entropy at each boundary in nats per feature, of shape (boundaries,), float64; see `StateEntropy`."""
         self._require_counted("entropy")
         return self.sums.entropy.mean[0]
 
     @property
     def norms(self) -> Tensor:
-        """Mean norm at each boundary, of shape (places,), float64."""
+        """Mean norm at each boundary, of shape (boundaries,), float64."""
         self._require_counted()
         return self.sums.norms.mean[0]
 
     @property
     def median_norms(self) -> Tensor:
-        """Median norm at each boundary, accurate to 2.2 %, of shape (places,), float64; see `StateNorms`."""
+        """Median norm at each boundary, accurate to 2.2 %, of shape (boundaries,), float64; see `StateNorms`."""
         self._require_counted()
         return self.sums.norms.median
 
     @property
     def largest_norms(self) -> Tensor:
-        """Largest norm at each boundary, of shape (places,), float64."""
+        """Largest norm at each boundary, of shape (boundaries,), float64."""
         self._require_counted()
         return self.sums.norms.largest.clone()
 
     @property
-    def massive_births(self) -> list[int]:
+    def massive_activation_blocks(self) -> list[int]:
         """Indices of the blocks that create massive activations (Sun et al., arXiv 2402.17762).
 
         The largest norm of a token exceeds 20 times the median norm at the output of such a block, but not at its
@@ -208,7 +208,7 @@ class Profile:
         Returns
         -------
         torch.Tensor
-            Matrix of shape (places, places), float64, with the window ``range(a, b)`` at [a, b].
+            Matrix of shape (boundaries, boundaries), float64, with the window ``range(a, b)`` at [a, b].
 
         Raises
         ------
@@ -230,7 +230,7 @@ class Profile:
     def replicates(self, statistic: Statistic) -> Tensor:
         """Return a statistic of every window in each bootstrap resample of the sequences.
 
-        The result is a float64 tensor of shape (replicates, places, places), without empty resamples. Raises
+        The result is a float64 tensor of shape (replicates, boundaries, boundaries), without empty resamples. Raises
         `StreamlineError` if there are fewer than 20 replicates, or no two different sequences.
         """
         self._require_counted(statistic)
@@ -267,11 +267,11 @@ class Profile:
     def resamples(self) -> Iterator[Profile]:
         """Yield the profile of each bootstrap resample, to measure the uncertainty of results of a profile.
 
-        Median norms, largest norms and `massive_births` are those of all sequences. Raises as `replicates`.
+        Median norms, largest norms and `massive_activation_blocks` are those of all sequences. Raises as `replicates`.
         """
         self._require_counted()
         for number in self.sums.drawn().tolist():
-            resampled = Profile(self.places, about=self.about)
+            resampled = Profile(self.num_boundaries, about=self.about)
             resampled.sums = self.sums.resample(number)
             yield resampled
 
@@ -312,7 +312,7 @@ class Profile:
         return profile_table(self)
 
     def _options(self) -> dict[str, Any]:
-        return {**self.about, **dict(zip(_SHAPE, (self.places, self.sums.replicates), strict=True))}
+        return {**self.about, **dict(zip(_SHAPE, (self.num_boundaries, self.sums.replicates), strict=True))}
 
     def _require_counted(self, statistic: str = "cosine") -> None:
         if not self.tokens:
@@ -335,21 +335,21 @@ class Profile:
             raise StreamlineError(
                 f"{name} is out of range of the stack of {self.length} blocks, 0 to {self.length - 1}. Change it."
             )
-        if window.stop >= self.places:
+        if window.stop >= self.num_boundaries:
             raise StreamlineError(
-                f"{name} is not in this profile, which covers blocks 0 to {self.places - 2}: the blocks after them "
+                f"{name} is not in this profile, which covers blocks 0 to {self.num_boundaries - 2}: the blocks after them "
                 "were protected and not run. Profile again without protect."
             )
 
 
-_SHAPE = ("places", "replicates")
+_SHAPE = ("places", "replicates")  # keys in profile files: the number of boundaries and of bootstrap resamples
 
 
 def profile_table(profile: Profile) -> str:
     """Return a table of each block's statistics, as a window of one block, and of its output norms."""
     model = f"{profile.about.get('model', 'a model')}, {profile.about.get('stack', 'its stack')}"
     count = f"{profile.tokens:,} tokens of {profile.sequences:,} sequences"
-    heading = f"{model}: {profile.places - 1} of {profile.length} blocks, {count}"
+    heading = f"{model}: {profile.num_boundaries - 1} of {profile.length} blocks, {count}"
     if not profile.tokens:
         return heading
     matrices = [window_matrices(profile.sums, name)[0].diagonal(1) for name in get_args(Statistic)]
@@ -357,7 +357,7 @@ def profile_table(profile: Profile) -> str:
     rows = []
     for k, (cosine, angular, last, magnitude, entropy, median, largest) in enumerate(statistics):
         numbers = [f"{value:.4f}" for value in (cosine, angular, last, magnitude)]
-        note = "creates massive activations" if k in profile.massive_births else ""
+        note = "creates massive activations" if k in profile.massive_activation_blocks else ""
         rows.append([k, *numbers, f"{entropy:+.4f}", f"{median:.4g}", f"{largest:.4g}", note])
     columns = ["block", "cosine", "angular", "last token", "magnitude", "entropy", "median norm", "largest", ""]
     return f"{heading}\n{table(rows, columns)}"

@@ -19,13 +19,13 @@ _ON_AN_ACCELERATOR = 2**28
 
 
 def token_grams(states: Sequence[Tensor], chosen: Tensor) -> Tensor:
-    """Return the inner products of the states of each chosen token, float64 of shape (chosen, places, places).
+    """Return the inner products of the states of each chosen token, float64 of shape (chosen, boundaries, boundaries).
 
     The states have the shape (tokens, features), one per boundary; `chosen` has token indices in ascending order.
     Products are computed in float64: an angle near 0 is about √(2(1 − cosine)), so an error of 1e-7 in the cosine would
     be 4e-4 in the angle.
     """
-    first, places = states[0], len(states)
+    first, num_boundaries = states[0], len(states)
     mismatch = next((k for k, state in enumerate(states) if state.shape != first.shape), None)
     if mismatch is not None:
         raise StreamlineError(
@@ -34,9 +34,9 @@ def token_grams(states: Sequence[Tensor], chosen: Tensor) -> Tensor:
         )
     device = float64_device(first.device)
     limit = BYTES_AT_ONCE.get(device.type, _ON_AN_ACCELERATOR)
-    size = max(1, min(len(chosen), limit // (8 * places * first.shape[1])))
-    grams = torch.empty(len(chosen), places, places, dtype=torch.float64, device=device)
-    gathered = torch.empty(size, places, first.shape[1], dtype=torch.float64, device=device)
+    size = max(1, min(len(chosen), limit // (8 * num_boundaries * first.shape[1])))
+    grams = torch.empty(len(chosen), num_boundaries, num_boundaries, dtype=torch.float64, device=device)
+    gathered = torch.empty(size, num_boundaries, first.shape[1], dtype=torch.float64, device=device)
     for start in range(0, len(chosen), size):
         part = as_slice_if_consecutive(chosen[start : start + size])
         filled = gathered[: min(size, len(chosen) - start)]
@@ -65,18 +65,18 @@ class StateSimilarity:
     averaged over tokens. It is exactly 0 for parallel states. A zero state has cosine 0.
     """
 
-    def __init__(self, places: int, replicates: int = 0) -> None:
-        self.places = places
-        self._pairs = torch.triu_indices(places, places, 1)
+    def __init__(self, num_boundaries: int, replicates: int = 0) -> None:
+        self.num_boundaries = num_boundaries
+        self._pairs = torch.triu_indices(num_boundaries, num_boundaries, 1)
         self.sums = ResampledSums(2 * self._pairs.shape[1] + 1, replicates)
 
     def update(self, grams: Sequence[Tensor], weights: Tensor | None = None) -> None:
-        """Add the `token_grams`, (tokens, places, places), of each sequence, and the bootstrap weights."""
+        """Add the `token_grams`, (tokens, boundaries, boundaries), of each sequence, and the bootstrap weights."""
         self.sums.add(torch.stack([self._sums_of(gram) for gram in grams]), weights)
 
     @property
     def cosine(self) -> Tensor:
-        """Mean cosine of all sequences and of each resample, of shape (1 + replicates, places, places), float64."""
+        """Mean cosine of all sequences and of each resample, of shape (1 + replicates, boundaries, boundaries), float64."""
         return self._matrices(self._means[:, : self._pairs.shape[1]], 1.0)
 
     @property
@@ -96,7 +96,7 @@ class StateSimilarity:
     def _sums_of(self, gram: Tensor) -> Tensor:
         rows, columns = self._pairs.to(gram.device)
         norm = gram.diagonal(dim1=1, dim2=2).sqrt()
-        cosine = gram.flatten(1)[:, rows * self.places + columns]
+        cosine = gram.flatten(1)[:, rows * self.num_boundaries + columns]
         # Divide twice, because the product of two norms may overflow.
         cosine.div_(norm[:, rows]).div_(norm[:, columns]).nan_to_num_(nan=0.0)
         cosine.masked_fill_(cosine > 1.0 - _ROUNDING, 1.0).clamp_min_(-1.0)
@@ -104,7 +104,7 @@ class StateSimilarity:
         return torch.cat([*summed, summed[0].new_tensor([len(gram)])]).cpu()
 
     def _matrices(self, values: Tensor, diagonal: float) -> Tensor:
-        matrices = torch.full((len(values), self.places, self.places), diagonal, dtype=torch.float64)
+        matrices = torch.full((len(values), self.num_boundaries, self.num_boundaries), diagonal, dtype=torch.float64)
         rows, columns = self._pairs
         matrices[:, rows, columns] = matrices[:, columns, rows] = values
         return matrices
@@ -114,15 +114,15 @@ class StateSums:
     """Sums over the states at each boundary, independent of batch size, padding side, order and sharding.
 
     `similarity`, `norms` and `entropy` cover the counted tokens, `last` the last real token of each sequence. The sums
-    are about (1 + replicates)·places² float64 numbers on the CPU.
+    are about (1 + replicates)·boundaries² float64 numbers on the CPU.
     """
 
-    def __init__(self, places: int, replicates: int = 0) -> None:
-        self.places, self.replicates = places, replicates
-        self.similarity = StateSimilarity(places, replicates)
-        self.last = StateSimilarity(places, replicates)
-        self.norms = StateNorms(places, replicates)
-        self.entropy = StateEntropy(places, replicates)
+    def __init__(self, num_boundaries: int, replicates: int = 0) -> None:
+        self.num_boundaries, self.replicates = num_boundaries, replicates
+        self.similarity = StateSimilarity(num_boundaries, replicates)
+        self.last = StateSimilarity(num_boundaries, replicates)
+        self.norms = StateNorms(num_boundaries, replicates)
+        self.entropy = StateEntropy(num_boundaries, replicates)
 
     def update(
         self, states: Sequence[Tensor], mask: Tensor, *, real: Tensor | None = None, weights: Tensor | None = None
@@ -132,8 +132,10 @@ class StateSums:
         `mask`, (batch, tokens), selects the tokens to count. `real`, by default `mask`, is False for padding; sequences
         without real tokens are excluded. `weights` are the `poisson_weights` of the sequences.
         """
-        if len(states) != self.places:
-            raise StreamlineError(f"Got {len(states)} states. Expected {self.places}. Pass one state per boundary.")
+        if len(states) != self.num_boundaries:
+            raise StreamlineError(
+                f"Got {len(states)} states. Expected {self.num_boundaries}. Pass one state per boundary."
+            )
         real = (mask if real is None else real).cpu().bool()
         mask = mask.cpu().bool() & real
         rows = real.any(dim=1).nonzero().flatten()
@@ -188,7 +190,7 @@ class StateSums:
 
         The histograms and largest norms are those of all sequences, because they are not resampled.
         """
-        result = StateSums(self.places)
+        result = StateSums(self.num_boundaries)
         for sums, source in zip(result._resampled().values(), self._resampled().values(), strict=True):
             sums.rows = source.rows[1 + number : 2 + number]
         result.norms.histogram, result.norms.largest = self.norms.histogram, self.norms.largest

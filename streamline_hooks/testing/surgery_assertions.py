@@ -26,7 +26,7 @@ def assert_identity_preserves_output(
     batch: Batch | Tensor | None = None,
     *,
     identity: Callable[[], nn.Module] = nn.Identity,
-    places: Iterable[int] | None = None,
+    positions: Iterable[int] | None = None,
     stack: str | None = None,
     tolerance: float = 0.0,
 ) -> None:
@@ -40,7 +40,7 @@ def assert_identity_preserves_output(
         Inputs of the forward. Default for a Transformers model: random tokens, with and without left padding.
     identity : callable
         Returns the module to insert, for example a replacement in its initial state.
-    places : iterable of int, optional
+    positions : iterable of int, optional
         Positions of the insertion, 0 to L for a stack of L blocks. Default: all.
     stack : str, optional
         Path of the block stack, see `find_stack`.
@@ -61,15 +61,15 @@ def assert_identity_preserves_output(
     """
     batches = make_batches(model, batch, left_padded=True)
     length = len(find_stack(model, stack))
-    positions = range(length + 1) if places is None else list(places)
+    tested = range(length + 1) if positions is None else list(positions)
     with reproducible_eval(model):
         for inputs in batches:
             expected = model_output(model, inputs)
-            for place in positions:
+            for position in tested:
                 with LayerSurgeon(model, stack, probe=False) as surgeon:
-                    name = type(surgeon.insert(place, identity())).__name__
+                    name = type(surgeon.insert(position, identity())).__name__
                     got = model_output(model, inputs)
-                where = f"before block {place}" if place < length else f"after the last block (position {length})"
+                where = f"before block {position}" if position < length else f"after the last block (position {length})"
                 description = f"A {name} inserted {where} changes the logits"
                 cause = f"the {name} is not an identity, or the hook that runs it changes the state"
                 assert_outputs_match(model, inputs, got, expected, description, cause, tolerance)

@@ -50,7 +50,7 @@ class Measurement:
         were skipped.
     massive : tuple of int
         Blocks that create massive activations: the largest norm exceeds 20 times the median norm at their output, but
-        not at their input; see `Profile.massive_births`.
+        not at their input; see `Profile.massive_activation_blocks`.
     dead : tuple of int
         Blocks that hardly change the state; see the argument `dead` of `HiddenStateMonitor`.
     not_finite : tuple of int
@@ -210,13 +210,13 @@ def reduce_sums(
         median_norm=_known(torch.where(finite > 0, median, torch.nan)),
         largest_norm=_known(torch.where(finite > 0, largest.double(), torch.nan)),
         gradient_norm=_known(gradient_norm),
-        massive=_massive_births(largest > MASSIVE_NORM_RATIO * median, finite > 0),
+        massive=_massive_activation_blocks(largest > MASSIVE_NORM_RATIO * median, finite > 0),
         dead=tuple((change <= dead).nonzero().flatten().tolist()),
         not_finite=tuple((not_finite_counts > 0).nonzero().flatten().tolist()),
     )
 
 
-def _massive_births(massive: Tensor, known: Tensor) -> tuple[int, ...]:
+def _massive_activation_blocks(massive: Tensor, known: Tensor) -> tuple[int, ...]:
     """Return the blocks whose output is massive while the state at the previous known boundary is not."""
     boundaries = known.nonzero().flatten().tolist()
     return tuple(

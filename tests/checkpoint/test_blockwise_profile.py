@@ -53,7 +53,7 @@ def test_options_of_a_profile(options: dict[str, Any]) -> None:
     found = blockwise(profile, model, calibration(), memory=10_000, **options)
     wanted = profile(model, calibration(), **options)
     require_equal(found.sums, wanted.sums)
-    assert found.about == wanted.about and found.places == wanted.places
+    assert found.about == wanted.about and found.num_boundaries == wanted.num_boundaries
 
 
 def test_parts_give_the_same(tmp_path: Path) -> None:

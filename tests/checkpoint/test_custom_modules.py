@@ -878,7 +878,7 @@ def test_images_alone_are_batches(kind: str, tmp_path: Path) -> None:
     images = [torch.randn(4, 3, 16, 16) for _ in range(3)]
     named = [{"x": batch} for batch in images]
     alone, by_name = (profile(model, batches, replicates=20) for batches in (images, named))
-    assert (alone.places, alone.tokens, alone.sequences) == (BLOCKS + 1, 12 * 5, 12)
+    assert (alone.num_boundaries, alone.tokens, alone.sequences) == (BLOCKS + 1, 12 * 5, 12)
     assert torch.equal(alone.cosine, by_name.cosine) and alone.interval("cosine", range(1, 3))[0] < 1
     (repair,) = fit_windows(model, [range(1, 3)], LinearConfig(), images[:2], images[2:])
     (again,) = fit_windows(model, [range(1, 3)], LinearConfig(), named[:2], named[2:])

@@ -63,7 +63,7 @@ def told_of(found: Any) -> dict[str, Any]:
         "cosine": found.cosine,
         "interval": intervals,
         "median": found.median_norms,
-        "massive": found.massive_births,
+        "massive": found.massive_activation_blocks,
         "tokens": (found.tokens, found.sequences),
     }
 

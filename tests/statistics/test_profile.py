@@ -30,7 +30,11 @@ def states_by_sequence(model: nn.Module, batch: dict[str, torch.Tensor]) -> list
 
 
 def assert_equal(got: Profile, expected: Profile, entropy_atol: float = 1e-9) -> None:
-    assert (got.tokens, got.sequences, got.places) == (expected.tokens, expected.sequences, expected.places)
+    assert (got.tokens, got.sequences, got.num_boundaries) == (
+        expected.tokens,
+        expected.sequences,
+        expected.num_boundaries,
+    )
     for statistic in STATISTICS:
         atol = entropy_atol if statistic == "entropy" else 1e-7
         torch.testing.assert_close(got.matrix(statistic), expected.matrix(statistic), rtol=1e-6, atol=atol)
@@ -161,7 +165,7 @@ def test_no_norm_no_head_and_no_block_that_must_stay_is_run() -> None:
     called.clear()
     kept = profile(model, [tokens(3, 9)], protect=[0, 2, -2, 5])
     assert called == ["0", "1", "2", "3"]
-    assert kept.places == 5 and kept.length == BLOCKS
+    assert kept.num_boundaries == 5 and kept.length == BLOCKS
     torch.testing.assert_close(kept.cosine, whole.cosine[:5, :5])
     torch.testing.assert_close(kept.replicates("entropy"), whole.replicates("entropy")[:, :5, :5])
     assert kept.value("cosine", range(1, 4)) == pytest.approx(whole.value("cosine", range(1, 4)))
@@ -186,7 +190,7 @@ def test_at_a_splice_a_place_is_what_the_next_block_computes_on() -> None:
 def test_where_massive_activations_are_born_and_die(family: str) -> None:
     """A bias that shoots one token up in block 2, and one that takes it back in block 4."""
     model = tiny_model(family)
-    assert profile(model, [tokens(4, 12)]).massive_births == []
+    assert profile(model, [tokens(4, 12)]).massive_activation_blocks == []
     blocks = model.model.layers if family == "llama" else model.gpt_neox.layers
 
     def shoot(by: float) -> Any:
@@ -201,10 +205,10 @@ def test_where_massive_activations_are_born_and_die(family: str) -> None:
     blocks[2].register_forward_hook(shoot(1e6))
     blocks[4].register_forward_hook(shoot(-1e6))
     found = profile(model, [tokens(4, 12)])
-    assert found.massive_births == [2]
+    assert found.massive_activation_blocks == [2]
     assert found.largest_norms[3] == pytest.approx(1e6, rel=1e-2) and found.median_norms[3] < 1e3
     assert "creates massive activations" in str(found).splitlines()[4]
-    assert profile(model, [tokens(4, 12)], skip=1).massive_births == []
+    assert profile(model, [tokens(4, 12)], skip=1).massive_activation_blocks == []
 
 
 @pytest.mark.slow
@@ -214,7 +218,7 @@ def test_smollm2s_are_born_in_block_11(smollm2: tuple[Any, Any]) -> None:
     found = profile(
         model, [dict(tokenizer([text, text[40:]], return_tensors="pt", padding=True))], protect=range(-17, 0)
     )
-    assert found.places == 14 and found.massive_births == [11]
+    assert found.num_boundaries == 14 and found.massive_activation_blocks == [11]
     assert 100 < (found.largest_norms / found.median_norms)[12] < 300
 
 

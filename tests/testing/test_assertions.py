@@ -341,7 +341,7 @@ def test_states_that_equal_what_would_be_drawn_are_changed_all_the_same() -> Non
         (lambda: assert_cached_generation_matches(encoder()), "no cache"),
         (lambda: assert_checkpoint_round_trip(encoder()), "has no save_pretrained"),
         (
-            lambda: assert_identity_preserves_output(tiny_model("llama"), places=[7]),
+            lambda: assert_identity_preserves_output(tiny_model("llama"), positions=[7]),
             r"7.*0 to 6.*6 blocks",
         ),
         (lambda: assert_causal(tiny_model("llama"), changed_tokens=[12]), r"contains 12.*0 to 11"),
@@ -387,5 +387,5 @@ def test_only_the_places_that_were_asked_for() -> None:
             Counting.made += 1
 
     batch = {"input_ids": tokens(2, 5)}
-    assert_identity_preserves_output(tiny_model("llama"), batch, identity=Counting, places=[0, 6])
+    assert_identity_preserves_output(tiny_model("llama"), batch, identity=Counting, positions=[0, 6])
     assert Counting.made == 2
