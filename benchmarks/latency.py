@@ -29,7 +29,7 @@ from benchmarks.timing import machine
 from streamline_hooks import LayerSurgeon, LinearConfig, SwiGLUConfig, find_stack
 from streamline_hooks.checkpoint import load_pretrained
 from streamline_hooks.evaluation import PHASES, measure_speed
-from streamline_hooks.repair import BlockConfig, NoneConfig, ReplacementConfig, SilencedConfig, place
+from streamline_hooks.repair import BlockConfig, NoneConfig, ReplacementConfig, SilencedConfig, insert_replacement
 
 START, REMOVED = 12, 8
 REPAIRS = (NoneConfig(), LinearConfig(), SwiGLUConfig(), BlockConfig(), SilencedConfig())
@@ -87,7 +87,7 @@ def opened(model: nn.Module, repair: ReplacementConfig | None) -> Callable[[], A
     @contextmanager
     def way() -> Iterator[nn.Module]:
         with LayerSurgeon(model) as surgeon:
-            place(surgeon, window, replacement_module)
+            insert_replacement(surgeon, window, replacement_module)
             yield model
 
     return way
@@ -109,7 +109,7 @@ def peak_of(repair: ReplacementConfig | None, batch: int, tokens: int, new_token
         window = range(START, START + REMOVED + repair.slots)
         replacement_module = repair.build(find_stack(model), window)
         with LayerSurgeon(model) as surgeon:
-            place(surgeon, window, replacement_module)
+            insert_replacement(surgeon, window, replacement_module)
             surgeon.commit()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)

@@ -27,7 +27,7 @@ from streamline_hooks import (
 )
 from streamline_hooks.distillation import healing_copies
 from streamline_hooks.pipeline import PRESETS
-from streamline_hooks.repair import ReplacementConfig, measure_fold_moments, place
+from streamline_hooks.repair import ReplacementConfig, insert_replacement, measure_fold_moments
 from streamline_hooks.statistics import measure_moments
 from streamline_hooks.testing import tiny_model
 from tests.processes import in_a_new_process
@@ -105,7 +105,7 @@ def test_replace_me_is_least_squares_of_the_mlp_and_folded(texts: list[dict[str,
     np.testing.assert_allclose(repair.replacement_module.map.numpy(), wanted, atol=1e-3 * np.abs(wanted).max())
     down = model.model.layers[WINDOW.start - 1].mlp.down_proj.weight.detach().clone()
     with LayerSurgeon(model) as surgeon:
-        place(surgeon, WINDOW, repair.replacement_module)
+        insert_replacement(surgeon, WINDOW, repair.replacement_module)
         folded = model.model.layers[WINDOW.start - 1].mlp.down_proj.weight
         torch.testing.assert_close(folded, (repair.replacement_module.map.float().T @ down), rtol=1e-3, atol=1e-3)
     with pytest.raises(UnsupportedSurgery, match="no block precedes"):

@@ -159,7 +159,7 @@ class BlockwiseSource(StateSource):
     def identify(self, run: Mapping[str, Any]) -> None:  # noqa: D102
         if self._folder is not None:
             self._journal = PassJournal(self._folder, {**offloaded_identity(self.stack), **run})
-            self._checked = max(self._checked, self._journal.place or 0)
+            self._checked = max(self._checked, self._journal.boundary or 0)
 
     def saved_weights(self) -> Iterator[tuple[str, Tensor]]:  # noqa: D102
         return offloaded_weights(self.stack)

@@ -120,10 +120,10 @@ def _surgery(entry: dict[str, Any]) -> list[str]:
             f"- A linear map was folded into the output projection of: {folded} (block numbers before the surgery)."
         )
     for splice in plan.splices:
-        place = (
+        position = (
             f"replaces blocks {splice.replaces[0]} to {splice.replaces[1] - 1}" if splice.replaces else "is inserted"
         )
-        lines.append(f"- {splice.module} {place}, runs before block {splice.before} and takes no cache slot.")
+        lines.append(f"- {splice.module} {position}, runs before block {splice.before} and takes no cache slot.")
     inserted = [f"{number} ({slot.module})" for number, slot in enumerate(plan.slots) if slot.source is None]
     if inserted:
         lines.append(f"- Inserted blocks: {', '.join(inserted)}.")

@@ -119,7 +119,7 @@ class LoadingConfig(Config):
             options.setdefault("device_map", {"": str(self.torch_device())})
         return options
 
-    def place(self, model: Any) -> Any:
+    def to_device(self, model: Any) -> Any:
         """Move a model to the device, unless a device map or quantization has placed it, and return it."""
         if self.device_map is not None or self.load_in is not None:
             return model

@@ -225,19 +225,19 @@ class StateStore:
             self._temporary.cleanup()
             self._temporary = None
 
-    def keep(self, place: int, batch: int, state: Tensor) -> None:
+    def keep(self, boundary: int, batch: int, state: Tensor) -> None:
         """Keep a hidden state, of shape (batch, tokens, features)."""
         if self._folder is None and state.nbytes + self.in_memory <= self._memory:
-            self._states[place, batch] = state.detach().to("cpu", copy=True)
+            self._states[boundary, batch] = state.detach().to("cpu", copy=True)
             return
-        content, about = {"states": state.detach().cpu()}, {"place": place, "batch": batch}
-        write_file(self._file(place, batch), content, about, sync=self._folder is not None)
+        content, about = {"states": state.detach().cpu()}, {"place": boundary, "batch": batch}
+        write_file(self._file(boundary, batch), content, about, sync=self._folder is not None)
 
-    def read(self, place: int, batch: int) -> Tensor:
+    def read(self, boundary: int, batch: int) -> Tensor:
         """Return a hidden state. Do not change it. Raise if its file is missing or damaged."""
-        if (place, batch) in self._states:
-            return self._states[place, batch]
-        file = self._file(place, batch)
+        if (boundary, batch) in self._states:
+            return self._states[boundary, batch]
+        file = self._file(boundary, batch)
         try:
             with safe_open(file, framework="pt") as opened:
                 states: Tensor = opened.get_tensor("states")
@@ -247,37 +247,37 @@ class StateStore:
                 f"{file} cannot be read: {error}. Delete {file.parent.parent} and start the run again."
             ) from error
 
-    def drop(self, place: int) -> None:
+    def drop(self, boundary: int) -> None:
         """Drop the hidden states at a boundary."""
-        for key in [key for key in self._states if key[0] == place]:
+        for key in [key for key in self._states if key[0] == boundary]:
             del self._states[key]
         if self._folder is not None or self._temporary is not None:
-            shutil.rmtree(self._file(place, 0).parent, ignore_errors=True)
+            shutil.rmtree(self._file(boundary, 0).parent, ignore_errors=True)
 
     @property
     def in_memory(self) -> int:
         """The bytes of the hidden states in memory."""
         return sum(state.nbytes for state in self._states.values())
 
-    def _file(self, place: int, batch: int) -> Path:
+    def _file(self, boundary: int, batch: int) -> Path:
         folder = self._folder
         if folder is None:
             self._temporary = self._temporary or tempfile.TemporaryDirectory(suffix=".states")
             folder = Path(self._temporary.name)
-        return folder / f"place_{place:04d}" / f"batch_{batch:06d}.safetensors"
+        return folder / f"place_{boundary:04d}" / f"batch_{batch:06d}.safetensors"
 
 
 class PassJournal:
     """Record in a file which boundary all batches of a pass have reached.
 
-    `run` has the JSON values that identify the pass, and `place` is None before the first boundary. Raise if the folder
-    belongs to another pass, or contains other files.
+    `run` has the JSON values that identify the pass, and `boundary` is None before the first boundary. Raise if the
+    folder belongs to another pass, or contains other files.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
         self._file = folder / PASS_FILE
         self._run: dict[str, Any] = json.loads(json.dumps({"format": _FORMAT, **run}))
-        self.place: int | None = None
+        self.boundary: int | None = None
         if self._file.is_file():
             self._continue()
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -288,10 +288,10 @@ class PassJournal:
         else:
             write_json(self._file, {"run": self._run, "place": None})
 
-    def advance(self, place: int) -> None:
+    def advance(self, boundary: int) -> None:
         """Record that all hidden states at a boundary are kept."""
-        write_json(self._file, {"run": self._run, "place": place})
-        self.place = place
+        write_json(self._file, {"run": self._run, "place": boundary})
+        self.boundary = boundary
 
     def clear(self) -> None:
         """Delete the files of the pass, and the folder if it is empty afterwards."""
@@ -307,8 +307,8 @@ class PassJournal:
 
     def _continue(self) -> None:
         content = read_json(self._file)
-        before, place = content.get("run"), content.get("place")
-        if not isinstance(before, dict) or not (place is None or isinstance(place, int)):
+        before, boundary = content.get("run"), content.get("place")
+        if not isinstance(before, dict) or not (boundary is None or isinstance(boundary, int)):
             raise StreamlineError(f"{self._file} is damaged. Delete {self._file.parent} and start the run again.")
         differ = [
             f"{name} was {before.get(name, 'absent')} and is {self._run.get(name, 'absent')}"
@@ -320,7 +320,7 @@ class PassJournal:
                 f"{self._file.parent} contains the states of another pass: {'; '.join(differ)}. Choose another folder, "
                 "or delete it."
             )
-        self.place = place
+        self.boundary = boundary
 
 
 def state_bytes(stack: BlockStack, batches: Sequence[Batch | Tensor]) -> list[int]:
@@ -361,7 +361,7 @@ def require_disk_space(size: int, memory: int, folder: Path | None) -> None:
     if folder is None and size <= memory:
         return
     where = Path(tempfile.gettempdir()) if folder is None else folder.resolve()
-    existing = next(place for place in (where, *where.parents) if place.exists())
+    existing = next(path for path in (where, *where.parents) if path.exists())
     wanted, free = size - (memory if folder is None else 0), shutil.disk_usage(existing).free
     if wanted > free:
         raise StreamlineError(

@@ -144,7 +144,7 @@ def load_pretrained(
                 "device. Expected only device and dtype. Omit the other options, or load SmolLM2 from the hub."
             )
         model, tokenizer = load_smollm2(dtype or loading.torch_dtype() or torch.float32)
-        return loading.place(model), tokenizer
+        return loading.to_device(model), tokenizer
     folder = Path(name).expanduser()
     if folder.is_dir():
         sentence_folder = find_sentence_folder(folder)  # raises if the model is in a sub-folder
@@ -158,7 +158,7 @@ def load_pretrained(
         model, tokenizer = _load_automatic(str(folder), options, task)
         if sentence_folder is not None:
             model.name_or_path = str(folder.absolute())  # absolute, so `save` finds it from any directory
-        return loading.place(model), tokenizer
+        return loading.to_device(model), tokenizer
     if isinstance(name, Path) or folder.exists() or not _may_be_hub_name(name):
         reason = "it is a file" if folder.exists() else "there is no such folder"
         raise StreamlineError(
@@ -171,7 +171,7 @@ def load_pretrained(
     model, tokenizer = _load_automatic(name, options, task)
     if loading.revision is not None:
         setattr(model, HUB_REVISION, loading.revision)  # `save` looks up the sentence-transformers files
-    return loading.place(model), tokenizer
+    return loading.to_device(model), tokenizer
 
 
 def _may_be_hub_name(name: str) -> bool:
@@ -340,7 +340,7 @@ def load_without_tokenizer(name: str, loading: LoadingConfig | None = None) -> A
     logging.set_verbosity_error()
     loading.torch_device()  # raises before reading weights
     options = loading.from_pretrained_options()
-    return loading.place(load(name, **({} if options == {"dtype": "auto"} else options))).eval()
+    return loading.to_device(load(name, **({} if options == {"dtype": "auto"} else options))).eval()
 
 
 def require_causal_lm(name: str, loading: LoadingConfig | None = None) -> Task:

@@ -113,9 +113,9 @@ class BlockwisePass:
     >>> from streamline_hooks.testing import tiny_model
     >>> model = tiny_model("llama")
     >>> with BlockwisePass(model, [torch.arange(3, 15).view(2, 6)], stop=2) as states:
-    ...     for place in states:
-    ...         print(place, tuple(states.read(place, 0).shape))
-    ...         states.drop(place - 1)
+    ...     for boundary in states:
+    ...         print(boundary, tuple(states.read(boundary, 0).shape))
+    ...         states.drop(boundary - 1)
     0 (2, 6, 32)
     1 (2, 6, 32)
     2 (2, 6, 32)
@@ -163,7 +163,7 @@ class BlockwisePass:
         self._store.close()
 
     def __iter__(self) -> Iterator[int]:
-        reached = self._journal.place if self._journal else None
+        reached = self._journal.boundary if self._journal else None
         probe = probe_batch(self.batches[0])
         reference = self._reference_states(probe) if self._check else []
         self._record_inputs(write=reached is None)
@@ -192,17 +192,17 @@ class BlockwisePass:
                         bar.update(costs[k] * (done + 1) // len(numbers) - costs[k] * done // len(numbers))
                 yield self.advance(k + 1)
 
-    def read(self, place: int, batch: int) -> Tensor:
+    def read(self, boundary: int, batch: int) -> Tensor:
         """Return the hidden states of a batch at a boundary, (batch, tokens, features). Do not change them."""
-        return self._store.read(place, batch)
+        return self._store.read(boundary, batch)
 
-    def entering(self, place: int, batch: int) -> Tensor:
+    def entering(self, boundary: int, batch: int) -> Tensor:
         """Return the input of the block after a boundary: the state of `read`, after the modules spliced in there."""
-        return self._spliced(place, self.read(place, batch))
+        return self._spliced(boundary, self.read(boundary, batch))
 
-    def _spliced(self, place: int, state: Tensor) -> Tensor:
+    def _spliced(self, boundary: int, state: Tensor) -> Tensor:
         # The recorded input of block 0 has passed its splices. Those of a later block move while it is the first.
-        for module in self._splices[place] if 0 < place < len(self.stack) else ():
+        for module in self._splices[boundary] if 0 < boundary < len(self.stack) else ():
             with inference(module):
                 state = module(state).to(state.dtype)
         return state
@@ -221,34 +221,34 @@ class BlockwisePass:
         """
         self._store.keep(self._ranges[number].start, number, state)
 
-    def drop(self, place: int) -> None:
+    def drop(self, boundary: int) -> None:
         """Drop the hidden states at a boundary, which must not be the last that was reached."""
-        self._store.drop(place)
+        self._store.drop(boundary)
 
-    def keep_only(self, places: Collection[int], reached: int) -> None:
-        """Drop the hidden states at all boundaries before `reached` that are not in `places`."""
-        for place in set(range(reached)).difference(places):
-            self._store.drop(place)
+    def keep_only(self, boundaries: Collection[int], reached: int) -> None:
+        """Drop the hidden states at all boundaries before `reached` that are not in `boundaries`."""
+        for boundary in set(range(reached)).difference(boundaries):
+            self._store.drop(boundary)
 
     def done(self) -> None:
         """Delete the folder, once the results of the pass are stored elsewhere."""
         if self._journal is not None:
             self._journal.clear()
 
-    def advance(self, place: int) -> int:
+    def advance(self, boundary: int) -> int:
         """Record that a boundary was reached, and return it."""
         if self._journal is not None:
-            self._journal.advance(place)
-        return place
+            self._journal.advance(boundary)
+        return boundary
 
     def _reference_states(self, probe: dict[str, Any]) -> list[Tensor]:
         file = None if self.folder is None else self.folder / _REFERENCE_FILE
         if file is not None and file.is_file():
             tensors, _ = read_file(file, "states of the whole model")
-            return [tensors[str(place)] for place in range(len(tensors))]
+            return [tensors[str(boundary)] for boundary in range(len(tensors))]
         reference = reference_states(self.stack, probe)
         if file is not None:
-            write_file(file, {str(place): state for place, state in enumerate(reference)}, {})
+            write_file(file, {str(boundary): state for boundary, state in enumerate(reference)}, {})
         return reference
 
     def _record_inputs(self, write: bool) -> None:
@@ -367,15 +367,15 @@ def reference_states(stack: BlockStack, probe: dict[str, Any]) -> list[Tensor]:
 
 
 def compare_with_whole_model(
-    stack: BlockStack, place: int, state: Tensor, reference: Sequence[Tensor], real: Tensor
+    stack: BlockStack, boundary: int, state: Tensor, reference: Sequence[Tensor], real: Tensor
 ) -> None:
     """Raise unless the real tokens of a state at a boundary equal those of the whole model."""
-    state, expected = state.cpu()[real], reference[place][real]
+    state, expected = state.cpu()[real], reference[boundary][real]
     largest, difference = float(expected.abs().max()), float((state - expected).abs().max())
     if not difference <= sum_order_tolerance(expected.dtype) * largest:
         raise UnsupportedSurgery(
-            f"{type(stack.model).__name__} cannot be run block by block: the output state of block {place - 1} differs "
-            f"from that in the whole model by {difference:.2g}, where the largest value is {largest:.2g}. It needs "
+            f"{type(stack.model).__name__} cannot be run block by block: the output state of block {boundary - 1} "
+            f"differs from that in the whole model by {difference:.2g}, where the largest value is {largest:.2g}. It needs "
             "more from earlier blocks than the state, or the model changes the state between two blocks. Load the "
             "model into memory.",
             "probe",
@@ -402,13 +402,13 @@ def check_packing_blockwise(model: nn.Module, batches: Sequence[Batch], *, stack
     alone = [document_alone(rows, *piece) for piece in pieces]
     try:
         with BlockwisePass(model, [rows, *alone], check=False, stack=stack, desc="packed rows") as states:
-            for place in states:
-                states.drop(place - 1)
-                whole = states.read(place, 0)
-                if not place:  # a difference in the input of block 0 shows in its output
+            for boundary in states:
+                states.drop(boundary - 1)
+                whole = states.read(boundary, 0)
+                if not boundary:  # a difference in the input of block 0 shows in its output
                     continue
                 for number, (row, start, stop) in enumerate(pieces, start=1):
-                    check_document(model, place - 1, whole[row, start:stop], states.read(place, number)[0], start)
+                    check_document(model, boundary - 1, whole[row, start:stop], states.read(boundary, number)[0], start)
     except StreamlineError:
         raise
     except Exception as error:  # raised by a model that does not support positions of packed rows

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from streamline_hooks.core import Batch, StreamlineError
 from streamline_hooks.modeling import BlockStack, Task, find_stack
 from streamline_hooks.recording import ForwardStopped, HiddenStateRecorder
-from streamline_hooks.repair import FoldedMap, WindowReplacement, place
+from streamline_hooks.repair import FoldedMap, WindowReplacement, insert_replacement
 from streamline_hooks.surgery import AFTER, BEFORE, LayerSurgeon, remember_splices, resume, set_splices, spliced
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Student:
     model : torch.nn.Module
         The original model.
     replacement_modules : sequence of (range, WindowReplacement)
-        Windows and their replacements, see `place`.
+        Windows and their replacements, see `insert_replacement`.
     copies : mapping of int to torch.nn.Module, optional
         Copies of remaining blocks to train, by index; the teacher keeps the originals. See `HealingConfig`.
     outside : mapping of str to torch.nn.Module, optional
@@ -163,11 +163,11 @@ class Student:
     def apply(self, surgeon: LayerSurgeon) -> None:
         """Insert replacements and copies of blocks; the surgeon's plan counts copied blocks as removed.
 
-        To commit a trained student, use `merge`, `settle` and `place` instead.
+        To commit a trained student, use `merge`, `settle` and `insert_replacement` instead.
         """
         self.modules: dict[str, list[nn.Module]] = {}
         for window, replacement_module in self.replacement_modules:
-            self.modules[f"{window.start}-{window.stop - 1}"] = place(surgeon, window, replacement_module)
+            self.modules[f"{window.start}-{window.stop - 1}"] = insert_replacement(surgeon, window, replacement_module)
         for k, block in self.copies.items():
             self.modules[str(k)] = [surgeon.exchange(k, block)]
 

@@ -180,9 +180,9 @@ def parameter_pattern(block: nn.Module, name: str) -> str:
     """Return a parameter's path below a block with each list index replaced by a star, equal for all experts."""
     module: Any = block
     parts = name.split(".")
-    for place, part in enumerate(parts[:-1]):
+    for index, part in enumerate(parts[:-1]):
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            parts[place] = "*"
+            parts[index] = "*"
         module = module._modules[part]
     return ".".join(parts)
 

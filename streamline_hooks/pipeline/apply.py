@@ -13,7 +13,7 @@ from torch import nn
 from streamline_hooks.core import StreamlineError, UnsupportedSurgery, check_writable, get_logger
 from streamline_hooks.distillation import HealingConfig, Student, TrainingCallback, TrainingResult, student_of, train
 from streamline_hooks.pipeline.prepare import Preparation
-from streamline_hooks.repair import ReplacementConfig, place, replace_branches
+from streamline_hooks.repair import ReplacementConfig, insert_replacement, replace_branches
 from streamline_hooks.selection import Selection, VerifiedSelection
 from streamline_hooks.surgery import LayerSurgeon
 
@@ -52,7 +52,7 @@ def apply_selection(surgeon: LayerSurgeon, selection: VerifiedSelection) -> None
         raise UnsupportedSurgery(selection.refused)
     replace_branches(surgeon, selection.maps)  # before modules are spliced in at these blocks
     for repair in selection.repairs:
-        place(surgeon, repair.window, repair.replacement_module)
+        insert_replacement(surgeon, repair.window, repair.replacement_module)
     for k, branch in selection.zeroed:
         surgeon.zero_branch(k, branch)  # no effect on a branch that a map replaces
 

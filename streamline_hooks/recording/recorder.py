@@ -438,11 +438,11 @@ class StateFlowCheck:
         if left is None or k in self._verified or "spliced_before" in block._modules:
             return
         state = read_input(args, kwargs, block)
-        others = [(place, value) for place, value in candidate_states(args, kwargs, left) if value is not state]
+        others = [(argument, value) for argument, value in candidate_states(args, kwargs, left) if value is not state]
         if others and not _equal(state, left):
-            for place, value in others:
+            for argument, value in others:
                 if _equal(value, left):
-                    name = parameter_name(block, place) or place
+                    name = parameter_name(block, argument) or argument
                     raise StreamlineError(
                         f"Block {k} ({type(block).__name__}) of {self._stack.path} receives the output of block "
                         f"{k - 1} as {name!r}, but a different argument was read as its hidden state. "

@@ -31,8 +31,8 @@ from streamline_hooks.repair.placement import (
     ReplacementSize,
     WindowReplacement,
     hidden_size_of,
+    insert_replacement,
     is_spliced,
-    place,
     replacement_size,
 )
 
@@ -66,10 +66,10 @@ __all__ = [
     "holds_map",
     "inherit_blocks",
     "inherit_without_attention",
+    "insert_replacement",
     "is_spliced",
     "measure_fold_moments",
     "merge_blocks",
-    "place",
     "register_replacement",
     "replace_branches",
     "replacement_size",

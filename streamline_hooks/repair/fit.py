@@ -83,8 +83,8 @@ def fit_windows(
     Returns
     -------
     list of Repair
-        One per window, for `place`. A replacement that was fitted inside an open surgeon can only be placed in that
-        surgeon, because copied blocks keep the layer index that they have there.
+        One per window, for `insert_replacement`. A replacement that was fitted inside an open surgeon can only be
+        inserted in that surgeon, because copied blocks keep the layer index that they have there.
 
     Raises
     ------

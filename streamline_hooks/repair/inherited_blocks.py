@@ -13,7 +13,7 @@ from streamline_hooks.surgery import AFTER, BEFORE, find_zeros, set_splices, zer
 
 
 class InheritedBlocks(nn.ModuleList):
-    """Several blocks that replace one window, each in a slot; `place` inserts them one by one."""
+    """Several blocks that replace one window, each in a slot; `insert_replacement` inserts them one by one."""
 
 
 def inherit_blocks(stack: BlockStack, window: range, count: int = 1) -> nn.Module:
@@ -65,8 +65,8 @@ def _empty_like(p: nn.Parameter) -> nn.Parameter:
 def _copied(block: nn.Module, memo: dict[int, object]) -> nn.Module:
     hooks = (hook for _, hook in offload_hooks(block))
     duplicate = copy.deepcopy(block, memo | {id(hook): hook for hook in hooks})
-    for place in (BEFORE, AFTER):
-        set_splices(duplicate, place, [])
+    for position in (BEFORE, AFTER):
+        set_splices(duplicate, position, [])
     zero_ids = zero_parameter_ids(block)
     originals = dict(block.named_parameters())
     for name, parameter in duplicate.named_parameters():

@@ -73,7 +73,7 @@ def fit_possible(
 
 
 @validate_arguments()
-def place(
+def insert_replacement(
     surgeon: LayerSurgeon, window: range, replacement_module: WindowReplacement, *, batch: Batch | Tensor | None = None
 ) -> list[nn.Module]:
     """Replace a window in the model of an open surgeon.
@@ -105,7 +105,7 @@ def place(
     >>> from streamline_hooks.replacements import LinearReplacement
     >>> from streamline_hooks.testing import tiny_model
     >>> with LayerSurgeon(tiny_model("llama")) as surgeon:
-    ...     (module,) = place(surgeon, range(2, 5), LinearReplacement(64))
+    ...     (module,) = insert_replacement(surgeon, range(2, 5), LinearReplacement(64))
     ...     len(surgeon.plan.slots), module.projection.weight.requires_grad
     (5, True)
     """

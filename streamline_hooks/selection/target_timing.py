@@ -14,7 +14,7 @@ from torch import nn
 from streamline_hooks.core import StreamlineError, UnsupportedSurgery, get_logger
 from streamline_hooks.evaluation import Phase, Quartiles, SpeedReport, max_prompt_tokens, measure_speed
 from streamline_hooks.modeling import BlockStack
-from streamline_hooks.repair import FoldedMap, ScaleFactor, WindowReplacement, place
+from streamline_hooks.repair import FoldedMap, ScaleFactor, WindowReplacement, insert_replacement
 from streamline_hooks.selection.target import Target
 from streamline_hooks.surgery import LayerSurgeon, find_hazards
 
@@ -143,7 +143,9 @@ def _time_without(
     module = replacement_of(replacement_module, chosen)
     module = copy.deepcopy(module) if module is replacement_module else module  # the surgeon moves it between devices
     name = f"without {len(chosen)} blocks"
-    return _ratio(stack, target, name, lambda surgeon: place(surgeon, chosen, module), timer, repeats=_ROUNDS)
+    return _ratio(
+        stack, target, name, lambda surgeon: insert_replacement(surgeon, chosen, module), timer, repeats=_ROUNDS
+    )
 
 
 def _ratio(

@@ -126,7 +126,9 @@ def block_saliency(
 
 def _own_parameters(block: nn.Module) -> list[Tensor]:
     """Return the block's parameters without those of spliced modules, which stay when the block is removed."""
-    spliced_ids = {id(p) for place in (BEFORE, AFTER) for module in spliced(block, place) for p in module.parameters()}
+    spliced_ids = {
+        id(p) for position in (BEFORE, AFTER) for module in spliced(block, position) for p in module.parameters()
+    }
     return [p for p in block.parameters() if id(p) not in spliced_ids]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from streamline_hooks.core import Batch, UnsupportedSurgery
 from streamline_hooks.evaluation import Perplexity, distances_of_variants, perplexity, perplexity_of_candidates
 from streamline_hooks.modeling import BRANCHES, BlockStack, Branch, Candidate, StateSource, Task
-from streamline_hooks.repair import BranchLinear, WindowReplacement, is_spliced, place
+from streamline_hooks.repair import BranchLinear, WindowReplacement, insert_replacement, is_spliced
 from streamline_hooks.replacements import LinearReplacement
 from streamline_hooks.selection.selection import Selection
 from streamline_hooks.surgery import LayerSurgeon, ModelSource, branches_of, zero_output
@@ -90,7 +90,7 @@ def selection_applied(
                 linear.block if linear.is_first else linear.block + 1, LinearReplacement.from_map(linear.map)
             )
         for window, replacement_module in zip(selection.windows, replacement_modules, strict=True):
-            place(surgeon, window, replacement_module, batch=probe)
+            insert_replacement(surgeon, window, replacement_module, batch=probe)
         yield surgeon.plan.old_to_new
 
 

@@ -16,8 +16,8 @@ HISTOGRAM_BINS = 2 * -_LOWEST * _BINS_PER_OCTAVE
 def norm_histogram(norms: Tensor, counted: Tensor | None = None) -> Tensor:
     """Count norms of shape (tokens, boundaries) in 16 logarithmic bins per octave, from 2⁻⁶⁴ to 2⁶⁴.
 
-    The result is an int64 tensor of shape (boundaries, `HISTOGRAM_BINS`). Values out of range are counted in the outermost
-    bins, NaN in the lowest. `counted`, of shape (tokens,), selects tokens.
+    The result is an int64 tensor of shape (boundaries, `HISTOGRAM_BINS`). Values out of range are counted in the
+    outermost bins, NaN in the lowest. `counted`, of shape (tokens,), selects tokens.
     """
     num_boundaries = norms.shape[1]
     bins = (

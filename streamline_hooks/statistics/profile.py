@@ -20,8 +20,8 @@ Statistic = Literal["cosine", "angular", "last_angular", "relative_magnitude", "
 def window_matrices(sums: StateSums, statistic: Statistic) -> Tensor:
     """Return a statistic of every window, for all sequences and for each resample.
 
-    The result is a float64 tensor of shape (1 + replicates, boundaries, boundaries) with ``range(a, b)`` at [:, a, b], see
-    `Profile.matrix`.
+    The result is a float64 tensor of shape (1 + replicates, boundaries, boundaries) with ``range(a, b)`` at [:, a, b],
+    see `Profile.matrix`.
     """
     match statistic:
         case "cosine":
@@ -337,8 +337,8 @@ class Profile:
             )
         if window.stop >= self.num_boundaries:
             raise StreamlineError(
-                f"{name} is not in this profile, which covers blocks 0 to {self.num_boundaries - 2}: the blocks after them "
-                "were protected and not run. Profile again without protect."
+                f"{name} is not in this profile, which covers blocks 0 to {self.num_boundaries - 2}: the blocks after "
+                "them were protected and not run. Profile again without protect."
             )
 
 

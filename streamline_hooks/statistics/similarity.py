@@ -76,7 +76,7 @@ class StateSimilarity:
 
     @property
     def cosine(self) -> Tensor:
-        """Mean cosine of all sequences and of each resample, of shape (1 + replicates, boundaries, boundaries), float64."""
+        """Mean cosine of all sequences, then of each resample; (1 + replicates, boundaries, boundaries), float64."""
         return self._matrices(self._means[:, : self._pairs.shape[1]], 1.0)
 
     @property

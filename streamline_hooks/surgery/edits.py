@@ -25,7 +25,7 @@ from streamline_hooks.surgery.layout import NewSlot, Placed, block_names
 from streamline_hooks.surgery.placement import TrainWithRemoved, match_block, move_to_device_of
 from streamline_hooks.surgery.save_guard import SaveGuard, transformers_ancestors
 from streamline_hooks.surgery.special_weights import QUANTIZATION_CONFIG, QuantizerSettings, find_per_layer_weights
-from streamline_hooks.surgery.splice import AFTER, BEFORE, Place, remember_splices, set_splices, spliced
+from streamline_hooks.surgery.splice import AFTER, BEFORE, SplicePosition, remember_splices, set_splices, spliced
 from streamline_hooks.surgery.zeroed_branches import offloaded_values
 
 ORIGIN = "_streamline_hooks_origin"
@@ -51,7 +51,9 @@ class Edits:
         self._undoing: list[Callable[[], None]] = []
         self._present: tuple[nn.Module, ...] = tuple(stack.blocks)
         self._first_hook = next_hook_id()
-        self._earlier = {id(m) for block in stack.blocks for place in (BEFORE, AFTER) for m in spliced(block, place)}
+        self._earlier = {
+            id(m) for block in stack.blocks for position in (BEFORE, AFTER) for m in spliced(block, position)
+        }
 
     def forget(self) -> None:
         """Keep the changes, and drop the references to removed blocks."""
@@ -148,9 +150,9 @@ class Edits:
         if removed:
             self._set(container, "train", TrainWithRemoved(container, removed))
 
-    def _splice(self, block: nn.Module, place: Place, placed: list[Placed]) -> None:
+    def _splice(self, block: nn.Module, position: SplicePosition, placed: list[Placed]) -> None:
         modules = [module for module, _, _ in placed]
-        if list(spliced(block, place)) == modules:
+        if list(spliced(block, position)) == modules:
             return
         for module in modules:
             if id(module) in self._earlier:  # casting it to the block's dtype would lose precision
@@ -158,8 +160,8 @@ class Edits:
             else:
                 match_block(module, block)
             self._own_configs(module)
-        self._undoing.append(remember_splices(block, place))
-        set_splices(block, place, modules)
+        self._undoing.append(remember_splices(block, position))
+        set_splices(block, position, modules)
 
     def _own_configs(self, module: nn.Module) -> None:
         """Replace each configuration of a new module that another model may share by a copy."""

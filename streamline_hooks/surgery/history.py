@@ -179,13 +179,17 @@ def _build_splices(state: CombinedPlan, entries: Sequence[Mapping[str, Any]]) ->
     length = len(state.slots)
     positions: list[list[nn.Module]] = [[] for _ in range(length + 1)]
     for entry in entries:
-        number, place = entry["block"], entry["place"]
-        if place not in (BEFORE, AFTER) or number not in range(length) or (place == AFTER and number != length - 1):
+        number, position = entry["block"], entry["place"]
+        if (
+            position not in (BEFORE, AFTER)
+            or number not in range(length)
+            or (position == AFTER and number != length - 1)
+        ):
             raise StreamlineError(
-                f"The splices of {state.stack} list a module {place} block {number}, but its {length} blocks have no "
-                "such position. The file was changed since it was written. Save the model again."
+                f"The splices of {state.stack} list a module {position} block {number}, but its {length} blocks have "
+                "no such position. The file was changed since it was written. Save the model again."
             )
-        positions[number if place == BEFORE else length].extend(build_splices(dict(entry)))
+        positions[number if position == BEFORE else length].extend(build_splices(dict(entry)))
     splice_counts = tuple(map(len, positions))
     if splice_counts != state.splices:
         raise StreamlineError(

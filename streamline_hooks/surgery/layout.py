@@ -92,8 +92,8 @@ class StackLayout:
         if not any(m is module for m in (*present, *self.earlier_modules)):
             return module
         duplicate = copy.deepcopy(module)
-        for place in (BEFORE, AFTER):  # the splices of the original block are not copied
-            set_splices(duplicate, place, [])
+        for position in (BEFORE, AFTER):  # the splices of the original block are not copied
+            set_splices(duplicate, position, [])
         return duplicate
 
     def takes_slot(self, module: nn.Module) -> bool:
@@ -121,7 +121,7 @@ class StackLayout:
         slots: list[NewSlot] = []
         waiting: list[Placed] = []
 
-        def place(module: nn.Module, boundary: int, window: tuple[int, int] | None = None) -> None:
+        def add_module(module: nn.Module, boundary: int, window: tuple[int, int] | None = None) -> None:
             nonlocal waiting
             if self.takes_slot(module):
                 slots.append(NewSlot(module, waiting))
@@ -132,18 +132,18 @@ class StackLayout:
         k, length, end_is_gone = 0, len(self.blocks), False
         while k < length:
             for module in [*self.earlier.get(k, []), *self.inserted.get(k, [])]:
-                place(module, k)
+                add_module(module, k)
             if k not in self.replaced_windows:
-                place(self.blocks[k], k)
+                add_module(self.blocks[k], k)
                 k += 1
                 continue
             window, replacement = self.replaced_windows[k]
             if replacement is not None:
-                place(replacement, k, (window.start, window.stop))
+                add_module(replacement, k, (window.start, window.stop))
             end_is_gone = window.stop == length and k not in self.exchanged
             k = window.stop
         for module in [*([] if end_is_gone else self.earlier_at_end), *self.inserted.get(length, [])]:
-            place(module, length)
+            add_module(module, length)
         return slots, waiting
 
 

@@ -158,11 +158,11 @@ class SurgeryPlan:
                 f"{self.old_length} of {self.stack}. Pass the plan of the surgery just before this one."
             )
 
-        def place(k: int) -> int:
+        def start(k: int) -> int:
             later_sources = (slot.source for slot in earlier.slots[k:] if slot.source is not None)
             return next(later_sources, earlier.old_length)
 
-        def end(k: int) -> int:
+        def stop(k: int) -> int:
             earlier_sources = (slot.source for slot in reversed(earlier.slots[:k]) if slot.source is not None)
             return next((source + 1 for source in earlier_sources), 0)
 
@@ -173,8 +173,8 @@ class SurgeryPlan:
             slots.append(Slot(earlier_slot.source, slot.module, tuple(sorted(zeroed)), tuple(sorted(folded))))
         splices = []
         for splice in self.splices:
-            window = splice.replaces and (place(splice.replaces[0]), end(splice.replaces[1]))
-            splices.append(replace(splice, old_before=place(splice.old_before), replaces=window))
+            window = splice.replaces and (start(splice.replaces[0]), stop(splice.replaces[1]))
+            splices.append(replace(splice, old_before=start(splice.old_before), replaces=window))
         described, dropped = self.described and earlier.described, (*earlier.dropped, *self.dropped)
         return SurgeryPlan(self.stack, earlier.old_length, tuple(slots), tuple(splices), described, dropped)
 

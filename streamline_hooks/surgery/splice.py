@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from streamline_hooks.core import StreamlineError
 from streamline_hooks.modeling import nested_like, padded, read_input, read_output, write_input, write_output
 
-Place = Literal["spliced_before", "spliced_after"]
-BEFORE: Place = "spliced_before"
-AFTER: Place = "spliced_after"
+SplicePosition = Literal["spliced_before", "spliced_after"]
+BEFORE: SplicePosition = "spliced_before"
+AFTER: SplicePosition = "spliced_after"
 
 
 def run_before(
@@ -35,14 +35,14 @@ def run_after(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     return write_output(output, run_splices(block, AFTER, read_output(output)))
 
 
-def spliced(block: nn.Module, place: Place) -> tuple[nn.Module, ...]:
+def spliced(block: nn.Module, position: SplicePosition) -> tuple[nn.Module, ...]:
     """Return the splices before or after a block, in the order in which they run.
 
     Parameters
     ----------
     block : torch.nn.Module
         Block of a stack.
-    place : {"spliced_before", "spliced_after"}
+    position : {"spliced_before", "spliced_after"}
         Position relative to the block: ``BEFORE`` or ``AFTER``.
 
     Returns
@@ -60,34 +60,34 @@ def spliced(block: nn.Module, place: Place) -> tuple[nn.Module, ...]:
     ...     spliced(model.model.layers[1], BEFORE)
     (Identity(),)
     """
-    return tuple(block._modules.get(place) or ())  # type: ignore[arg-type]
+    return tuple(block._modules.get(position) or ())  # type: ignore[arg-type]
 
 
-def remember_splices(block: nn.Module, place: Place) -> Callable[[], None]:
+def remember_splices(block: nn.Module, position: SplicePosition) -> Callable[[], None]:
     """Return a function that restores the current splices of a block and keeps hooks that are added later."""
-    children, hooks = block._modules, _hooks(block, place)
-    module_list, hook_id, order = children.get(place), _hook_id(block, place), list(hooks)
-    other, names = AFTER if place == BEFORE else BEFORE, list(children)
-    later_splices = children.get(other) if module_list is not None and other in names[names.index(place) :] else None
+    children, hooks = block._modules, _hooks(block, position)
+    module_list, hook_id, order = children.get(position), _hook_id(block, position), list(hooks)
+    other, names = AFTER if position == BEFORE else BEFORE, list(children)
+    later_splices = children.get(other) if module_list is not None and other in names[names.index(position) :] else None
     reinsert = False  # stays true when an interrupted call is repeated
 
     def put_back() -> None:
         nonlocal reinsert
-        current_id = _hook_id(block, place)
+        current_id = _hook_id(block, position)
         reinsert = reinsert or (hook_id is not None and current_id != hook_id)
         if current_id is not None and current_id != hook_id:
             block._forward_pre_hooks_with_kwargs.pop(current_id, None)
             hooks.pop(current_id)  # last, so that a repeated call after an interruption still finds work to do
         if hook_id is not None and reinsert:
-            hooks[hook_id] = _HOOKS[place]
-            if place == BEFORE:
+            hooks[hook_id] = _HOOKS[position]
+            if position == BEFORE:
                 block._forward_pre_hooks_with_kwargs[hook_id] = True
             for key in [*(k for k in order if k in hooks), *(k for k in list(hooks) if k not in order)]:
                 hooks.move_to_end(key)
         if module_list is None:
-            children.pop(place, None)
+            children.pop(position, None)
         else:
-            children[place] = module_list
+            children[position] = module_list
             if later_splices is not None:  # restores the order of the state dict
                 children.pop(other, None)
                 children[other] = later_splices
@@ -95,42 +95,42 @@ def remember_splices(block: nn.Module, place: Place) -> Callable[[], None]:
     return put_back
 
 
-def set_splices(block: nn.Module, place: Place, modules: Sequence[nn.Module]) -> None:
+def set_splices(block: nn.Module, position: SplicePosition, modules: Sequence[nn.Module]) -> None:
     """Set the splices before or after a block, in the order in which they run. An empty sequence removes all.
 
     The hook of the splices runs before every other hook of the block, so that a recorder sees the state after the
     splices regardless of when it was attached.
     """
-    hook_id = _hook_id(block, place)
+    hook_id = _hook_id(block, position)
     if modules:
-        module_list = block._modules[place] = nn.ModuleList(modules)
+        module_list = block._modules[position] = nn.ModuleList(modules)
         module_list.training = block.training  # of the list only: its modules keep their mode
-        if hook_id is None and place == BEFORE:
+        if hook_id is None and position == BEFORE:
             block.register_forward_pre_hook(run_before, prepend=True, with_kwargs=True)
         elif hook_id is None:
             block.register_forward_hook(run_after, prepend=True)
         return
-    block._modules.pop(place, None)
+    block._modules.pop(position, None)
     if hook_id is not None:
-        _hooks(block, place).pop(hook_id)
+        _hooks(block, position).pop(hook_id)
         block._forward_pre_hooks_with_kwargs.pop(hook_id, None)
 
 
-_HOOKS: dict[Place, Callable[..., Any]] = {BEFORE: run_before, AFTER: run_after}
+_HOOKS: dict[SplicePosition, Callable[..., Any]] = {BEFORE: run_before, AFTER: run_after}
 
 
-def _hooks(block: nn.Module, place: Place) -> OrderedDict[int, Any]:
-    hooks: Any = block._forward_pre_hooks if place == BEFORE else block._forward_hooks
+def _hooks(block: nn.Module, position: SplicePosition) -> OrderedDict[int, Any]:
+    hooks: Any = block._forward_pre_hooks if position == BEFORE else block._forward_hooks
     return cast("OrderedDict[int, Any]", hooks)
 
 
-def _hook_id(block: nn.Module, place: Place) -> int | None:
-    return next((key for key, hook in _hooks(block, place).items() if hook is _HOOKS[place]), None)
+def _hook_id(block: nn.Module, position: SplicePosition) -> int | None:
+    return next((key for key, hook in _hooks(block, position).items() if hook is _HOOKS[position]), None)
 
 
-def run_splices(block: nn.Module, place: Place, state: Tensor) -> Tensor:
+def run_splices(block: nn.Module, position: SplicePosition, state: Tensor) -> Tensor:
     """Run the splices before or after a block on a state of shape (batch, tokens, features)."""
-    modules = spliced(block, place)
+    modules = spliced(block, position)
     original, state = state, padded(state) if modules else state
     for module in modules:
         mapped = module(state)

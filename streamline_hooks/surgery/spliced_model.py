@@ -366,19 +366,19 @@ def _guard_axis(model: Any) -> Iterator[None]:
 def splice_entries(blocks: Sequence[nn.Module]) -> list[dict[str, Any]]:
     """Return the checkpoint's description of the splices of a stack, in the order of the blocks."""
     return [
-        _entry(number, place, spliced(block, place))
+        _entry(number, position, spliced(block, position))
         for number, block in enumerate(blocks)
-        for place in (BEFORE, AFTER)
-        if spliced(block, place)
+        for position in (BEFORE, AFTER)
+        if spliced(block, position)
     ]
 
 
-def _entry(number: int, place: str, modules: tuple[nn.Module, ...]) -> dict[str, Any]:
+def _entry(number: int, position: str, modules: tuple[nn.Module, ...]) -> dict[str, Any]:
     try:
         kinds = [dict(zip(("kind", "config"), replacement_config(module), strict=True)) for module in modules]
     except StreamlineError as error:  # it works in memory; saving raises this error
-        return {"block": number, "place": place, "error": str(error)}
-    return {"block": number, "place": place, "modules": kinds}
+        return {"block": number, "place": position, "error": str(error)}
+    return {"block": number, "place": position, "modules": kinds}
 
 
 def build_splices(entry: dict[str, Any]) -> list[nn.Module]:

@@ -116,8 +116,8 @@ def padded_batches(
         width = max(map(len, rows))
         ids, mask = torch.full((len(rows), width), pad_token), torch.zeros(len(rows), width, dtype=torch.long)
         for number, tokens in enumerate(rows):
-            place = slice(width - len(tokens), width) if side == "left" else slice(0, len(tokens))
-            ids[number, place], mask[number, place] = torch.tensor(tokens), 1
+            columns = slice(width - len(tokens), width) if side == "left" else slice(0, len(tokens))
+            ids[number, columns], mask[number, columns] = torch.tensor(tokens), 1
         return {"input_ids": ids, "attention_mask": mask}
 
     return st.tuples(st.lists(row, min_size=1, max_size=max_rows), st.sampled_from(list(sides))).map(build_batch)

@@ -20,7 +20,7 @@ from streamline_hooks import LayerSurgeon, StreamlineError, find_stack, fit_wind
 from streamline_hooks.checkpoint import read_plans
 from streamline_hooks.checkpoint.module_tensors import named_tensors, non_persistent_buffers
 from streamline_hooks.core import bitwise_equal, prepare_inputs
-from streamline_hooks.repair import LinearConfig, inherit_blocks, place
+from streamline_hooks.repair import LinearConfig, inherit_blocks, insert_replacement
 from streamline_hooks.replacements import LinearReplacement, MLPReplacement, register_module
 from tests.tiny_models import Nudge, repaired, tokens
 from tests.world.test_plain_pytorch import BLOCKS, KINDS, WIDTH, NanoGPT, TuneDecoder, make
@@ -552,10 +552,10 @@ def test_splices_at_places_that_are_not_there(folder: Path) -> None:
     altered(folder, lambda content: _entries(content)[0].update(block=4))
     with refused(r"spliced_before block 4.*2 blocks", into):
         load(folder, into=into)
-    altered(folder, lambda content: _entries(content)[0].update(block=0, place="spliced_after"))
+    altered(folder, lambda content: _entries(content)[0].update(block=0, insert_replacement="spliced_after"))
     with refused(r"spliced_after block 0.*no such position", into):
         load(folder, into=into)
-    altered(folder, lambda content: _entries(content)[0].update(block=0, place="spliced_before"))
+    altered(folder, lambda content: _entries(content)[0].update(block=0, insert_replacement="spliced_before"))
     with refused(r"1 splices.*1 are described.*other positions", into):
         load(folder, into=into)
 
@@ -888,7 +888,7 @@ def test_images_alone_are_batches(kind: str, tmp_path: Path) -> None:
         assert surgeon.check([0]) == []
         shorter = model(images[0])
     with committing(model) as surgeon:
-        place(surgeon, range(1, 3), repair.replacement_module)
+        insert_replacement(surgeon, range(1, 3), repair.replacement_module)
     loaded = load(save(model, tmp_path / "model"), into=anew(kind))
     with torch.no_grad():
         assert torch.equal(loaded(images[0]), model(images[0])) and not torch.equal(loaded(images[0]), shorter)

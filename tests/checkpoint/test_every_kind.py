@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from streamline_hooks import LayerSurgeon, UnsupportedSurgery, fit_windows, save
 from streamline_hooks.cli import parse_replacement
-from streamline_hooks.repair import place
+from streamline_hooks.repair import insert_replacement
 from tests.processes import in_a_new_process
 from tests.tiny_models import FAMILIES, left_padded, tiny_model, tokens
 
@@ -75,7 +75,7 @@ def made(family: str, kind: str) -> nn.Module:
     model = original(family)
     (repair,) = fit_windows(model, [WINDOW], parse_replacement(kind), [tokens(8, 12, seed=1)], [tokens(4, 12, seed=2)])
     with LayerSurgeon(model) as surgeon:
-        place(surgeon, WINDOW, repair.replacement_module)
+        insert_replacement(surgeon, WINDOW, repair.replacement_module)
         surgeon.commit(kind=kind)
     return model
 

@@ -69,7 +69,7 @@ def test_quantization_places_the_model_itself(load_in: Any, asked: dict[str, dic
     options = asked["AutoModelForCausalLM"]
     assert getattr(options["quantization_config"], f"load_in_{load_in}") and options["device_map"] == {"": "cpu"}
     placed = torch.nn.Linear(1, 1)
-    assert LoadingConfig(load_in=load_in).place(placed) is placed
+    assert LoadingConfig(load_in=load_in).to_device(placed) is placed
 
 
 def test_a_missing_quantizer_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,9 +105,9 @@ def test_a_model_is_moved_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(module, "available_devices", lambda: ["cpu", "mps"])
     model = Model()
-    assert LoadingConfig().place(model) is model and moved == [torch.device("mps")]
-    assert LoadingConfig(device="cpu").place(model) is model and len(moved) == 1
-    assert LoadingConfig(device_map="auto").place(model) is model and len(moved) == 1
+    assert LoadingConfig().to_device(model) is model and moved == [torch.device("mps")]
+    assert LoadingConfig(device="cpu").to_device(model) is model and len(moved) == 1
+    assert LoadingConfig(device_map="auto").to_device(model) is model and len(moved) == 1
 
 
 def test_contradictions_are_refused() -> None:

@@ -229,11 +229,11 @@ def placed(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     """The data type of each model that a command has loaded."""
     found: list[torch.dtype] = []
 
-    def place(self: LoadingConfig, model: Any) -> Any:
+    def to_device(self: LoadingConfig, model: Any) -> Any:
         found.append(next(model.parameters()).dtype)
         return model
 
-    monkeypatch.setattr(LoadingConfig, "place", place)
+    monkeypatch.setattr(LoadingConfig, "to_device", to_device)
     return found
 
 

@@ -16,7 +16,7 @@ from streamline_hooks.distillation.healing import HealingConfig, healing_copies,
 from streamline_hooks.distillation.student import Student, merge_adapters
 from streamline_hooks.distillation.train import train
 from streamline_hooks.modeling import find_stack
-from streamline_hooks.repair import BlockConfig, fit_windows, place
+from streamline_hooks.repair import BlockConfig, fit_windows, insert_replacement
 from streamline_hooks.replacements import LinearReplacement
 from streamline_hooks.testing import tiny_model
 from tests.distillation.test_train import BATCHES, VALIDATION
@@ -179,7 +179,7 @@ def test_what_is_folded_into_a_block_is_in_its_copy_too(kind: str, text: str) ->
     student.training = False
     with torch.no_grad():
         with LayerSurgeon(model) as surgeon:
-            place(surgeon, WINDOW, repair.replacement_module)
+            insert_replacement(surgeon, WINDOW, repair.replacement_module)
             wanted = model(ids).logits
         with student.opened():
             torch.testing.assert_close(model(ids).logits, wanted)
@@ -189,7 +189,7 @@ def test_what_is_folded_into_a_block_is_in_its_copy_too(kind: str, text: str) ->
             trained = model(ids).logits
         student.merge()
         with LayerSurgeon(model) as surgeon:
-            place(surgeon, WINDOW, repair.replacement_module)
+            insert_replacement(surgeon, WINDOW, repair.replacement_module)
             surgeon.commit()
         student.settle()
         torch.testing.assert_close(model(ids).logits, trained)

@@ -9,7 +9,7 @@ from torch import nn
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon
 from streamline_hooks.core import Batch, padding_mask, prepare_inputs
-from streamline_hooks.repair import WindowReplacement, place
+from streamline_hooks.repair import WindowReplacement, insert_replacement
 from tests.tiny_models import left_padded, tokens
 
 FIT = [tokens(8, 24, seed=1), left_padded(4, 16)]
@@ -32,7 +32,7 @@ def leaving(
     length = len(HiddenStateRecorder(model).stack)
     with LayerSurgeon(model, probe=False) as surgeon, torch.no_grad():
         if replacement_module != "original":
-            place(surgeon, window, replacement_module)
+            insert_replacement(surgeon, window, replacement_module)
         at_end = window.stop == length
         number = -1 if at_end else surgeon.plan.old_to_new[window.stop]
         with HiddenStateRecorder(model, [number]) as record:

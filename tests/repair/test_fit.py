@@ -8,7 +8,7 @@ from torch import nn
 
 from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack, verify_shortlist
 from streamline_hooks.cli import parse_replacement
-from streamline_hooks.repair import LinearConfig, fit_windows, place, solve_least_squares
+from streamline_hooks.repair import LinearConfig, fit_windows, insert_replacement, solve_least_squares
 from streamline_hooks.repair.placement import blocks_of
 from streamline_hooks.selection import Selection
 from streamline_hooks.statistics import measure_moments
@@ -251,7 +251,7 @@ def test_two_windows_at_once_are_fitted_in_order_on_the_repaired_model(kind: str
     windows = [range(0, 2), range(3, 6)]
     (first,) = fit_windows(model, windows[:1], parse_replacement(kind), FIT, HELD_OUT)
     with LayerSurgeon(model, probe=False) as surgeon:
-        place(surgeon, windows[0], first.replacement_module)
+        insert_replacement(surgeon, windows[0], first.replacement_module)
         now = surgeon.plan.old_to_new[3]
         window = range(now, now + 3)
         (second,) = fit_windows(model, [window], parse_replacement(kind), FIT, HELD_OUT)

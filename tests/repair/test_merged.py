@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, UnsupportedSurgery, find_stack, fit_windows, load, save
-from streamline_hooks.repair import MergedConfig, place
+from streamline_hooks.repair import MergedConfig, insert_replacement
 from streamline_hooks.repair.inherited_blocks import merge_blocks
 from tests.repair.replacement_modules import FIT, HELD_OUT
 from tests.tiny_models import FAMILIES, tiny_model, tokens
@@ -65,7 +65,7 @@ def test_equal_blocks_are_merged_to_themselves(tmp_path: Any) -> None:
         wanted = model(tokens(2, 6)).logits
     (repair,) = fit_windows(model, [WINDOW], MergedConfig(weight=0.7), FIT, HELD_OUT)
     with LayerSurgeon(model) as surgeon:
-        place(surgeon, repair.window, repair.replacement_module)
+        insert_replacement(surgeon, repair.window, repair.replacement_module)
         surgeon.commit()
     torch.testing.assert_close(model(tokens(2, 6)).logits, wanted, rtol=1e-4, atol=1e-5)
     loaded = load(save(model, tmp_path / "model"), as_original=True)

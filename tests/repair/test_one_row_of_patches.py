@@ -10,7 +10,7 @@ from streamline_hooks import DistillationConfig, LayerSurgeon, UnsupportedSurger
 from streamline_hooks.cli import parse_replacement
 from streamline_hooks.distillation import student_of
 from streamline_hooks.modeling import find_stack
-from streamline_hooks.repair import LinearConfig, place
+from streamline_hooks.repair import LinearConfig, insert_replacement
 from tests.other_models import OTHERS, answer, made
 
 NAME, EXACT = "qwen2-vl pictures", {"linear", "mlp", "swiglu", "block", "silenced", "folded", "ghosted"}
@@ -27,7 +27,7 @@ def test_every_kind_is_fitted_and_put_in(kind: str) -> None:
         surgeon.remove(range(1, 3))
         removed = (answer(model, NAME) - before).norm()
     with LayerSurgeon(model, "vision") as surgeon:
-        place(surgeon, repair.window, repair.replacement_module)
+        insert_replacement(surgeon, repair.window, repair.replacement_module)
         repaired = (answer(model, NAME) - before).norm()
     assert repaired < 1e-3 * removed if kind in EXACT else repaired <= 2 * removed
     assert torch.equal(answer(model, NAME), before)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from streamline_hooks import LayerSurgeon, UnsupportedSurgery, find_stack
 from streamline_hooks.cli import parse_replacement
 from streamline_hooks.modeling import BlockCall
-from streamline_hooks.repair import WindowReplacement, fit_windows, place
+from streamline_hooks.repair import WindowReplacement, fit_windows, insert_replacement
 from streamline_hooks.repair.inherited_blocks import InheritedBlocks, inherit_blocks, inherit_without_attention
 from streamline_hooks.replacements import LinearReplacement
 from tests.repair.replacement_modules import FIT, HELD_OUT, KINDS, SLOTS
@@ -42,7 +42,7 @@ def test_it_goes_in_and_out_to_the_bit(family: str, kind: str) -> None:
     replacement_module = fitted(model, kind)
     before, whole = fingerprint(model), logits(model)
     with LayerSurgeon(model) as surgeon:
-        trained = place(surgeon, WINDOW, replacement_module)
+        trained = insert_replacement(surgeon, WINDOW, replacement_module)
         slots = SLOTS.get(kind, 0)
         assert len(surgeon.plan.slots) == len(find_stack(model)) == 3 + slots
         assert surgeon.plan.removed == (2, 3, 4)
@@ -59,7 +59,7 @@ def test_several_inherited_blocks_take_a_block_each_and_the_last_the_rest() -> N
     with LayerSurgeon(model) as surgeon:
         two = inherit_blocks(find_stack(model), range(1, 5), 2)
         assert isinstance(two, InheritedBlocks)
-        assert place(surgeon, range(1, 5), two) == list(two)
+        assert insert_replacement(surgeon, range(1, 5), two) == list(two)
         assert [slot.source for slot in surgeon.plan.slots] == [0, None, None, 5]
         assert list(find_stack(model).blocks) == [surgeon.stack[0], *two, surgeon.stack[5]]
 
@@ -69,8 +69,8 @@ def test_windows_beside_one_another_keep_their_order() -> None:
     stack = find_stack(model)
     left, right = inherit_blocks(stack, range(0, 3), 2), inherit_blocks(stack, range(3, 6), 2)
     with LayerSurgeon(model) as surgeon:
-        place(surgeon, range(3, 6), right)
-        place(surgeon, range(0, 3), left)
+        insert_replacement(surgeon, range(3, 6), right)
+        insert_replacement(surgeon, range(0, 3), left)
         assert list(find_stack(model).blocks) == [*left, *right]  # type: ignore[misc]
         assert model.config.layer_types == [
             "sliding_attention",
@@ -84,7 +84,7 @@ def test_a_zeroed_attention_is_not_trained() -> None:
     model = tiny_model("llama")
     block = inherit_without_attention(find_stack(model), WINDOW)
     with LayerSurgeon(model) as surgeon:
-        trained = place(surgeon, WINDOW, block)
+        trained = insert_replacement(surgeon, WINDOW, block)
         parameters = {id(p) for module in trained for p in module.parameters()}
         own = {name: id(p) for name, p in block.named_parameters()}
         assert parameters == set(own.values()) - {own["self_attn.o_proj.weight"]}
@@ -109,7 +109,7 @@ def test_frozen_parts_of_a_module_are_not_among_what_is_trained() -> None:
     whole.scale = nn.Parameter(torch.ones(4))
     for module, wanted in ((halves, [halves.free]), (whole, [whole]), (nn.Identity(), [])):
         with LayerSurgeon(model, probe=False) as surgeon:
-            assert place(surgeon, WINDOW, module) == wanted
+            assert insert_replacement(surgeon, WINDOW, module) == wanted
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,7 +117,7 @@ def test_every_kind_is_causal(kind: str) -> None:
     """Changing token t never changes what is said before t."""
     model = tiny_model("llama")
     with LayerSurgeon(model) as surgeon:
-        place(surgeon, WINDOW, fitted_once(kind))
+        insert_replacement(surgeon, WINDOW, fitted_once(kind))
         ids = tokens(2, 12)
         whole = logits(model, ids)
         for t in (1, 5, 11):
@@ -141,7 +141,7 @@ def test_a_module_that_looks_ahead_is_seen_as_such() -> None:
 
     model, ids = tiny_model("llama"), tokens(1, 8)
     with LayerSurgeon(model) as surgeon:
-        place(surgeon, WINDOW, Mean())
+        insert_replacement(surgeon, WINDOW, Mean())
         changed = ids.clone()
         changed[:, 5] += 1
         assert not torch.equal(logits(model, ids)[:, :5], logits(model, changed)[:, :5])
@@ -176,9 +176,9 @@ def test_it_comes_back_from_a_checkpoint_and_generates_with_a_cache(family: str,
     with LayerSurgeon(model) as surgeon:
         if family == "gemma3" and kind in ("folded", "scale"):  # a norm follows each branch
             with pytest.raises(UnsupportedSurgery):
-                place(surgeon, WINDOW, fitted(model, kind))
+                insert_replacement(surgeon, WINDOW, fitted(model, kind))
             return
-        place(surgeon, WINDOW, fitted(model, kind))
+        insert_replacement(surgeon, WINDOW, fitted(model, kind))
         surgeon.commit(kind=kind)
     model.save_pretrained(tmp_path)
     plain = type(tiny_model(family))
@@ -205,6 +205,6 @@ def test_a_splice_of_an_earlier_surgery_stays_before_what_is_put_in() -> None:
         surgeon.commit()
     block = inherit_blocks(find_stack(model), WINDOW)
     with LayerSurgeon(model) as surgeon:
-        place(surgeon, WINDOW, block)
+        insert_replacement(surgeon, WINDOW, block)
         assert list(find_stack(model)[2].spliced_before) == [nudge]
         assert len(find_stack(model)[3].spliced_before) == 1

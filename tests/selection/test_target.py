@@ -19,7 +19,7 @@ from streamline_hooks import LayerSurgeon, StreamlineError, find_stack
 from streamline_hooks.cli import parse_replacement, parse_target
 from streamline_hooks.core import UnsupportedSurgery, model_size
 from streamline_hooks.evaluation import SpeedReport, Timing, measure_speed
-from streamline_hooks.repair import BlockConfig, FoldedMap, place
+from streamline_hooks.repair import BlockConfig, FoldedMap, insert_replacement
 from streamline_hooks.replacements import LinearReplacement
 from streamline_hooks.selection import (
     Target,
@@ -354,7 +354,7 @@ def test_the_bytes_that_are_predicted_are_those_of_the_compressed_model(name: st
         if windows and name != "shared":  # no checkpoint could hold that one
             shorter = copy.deepcopy(model)
             with LayerSurgeon(shorter, probe=False) as surgeon:
-                place(surgeon, windows[-1], module_for(replacement_module, windows[-1]))
+                insert_replacement(surgeon, windows[-1], module_for(replacement_module, windows[-1]))
                 surgeon.commit()
             outcome = found.outcome(windows[-1:], shorter, before=before)
             assert outcome is not None and outcome.measured == model_size(shorter)[1]

@@ -13,7 +13,7 @@ from torch import nn
 from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack
 from streamline_hooks.core import prepare_inputs
 from streamline_hooks.modeling import BRANCHES
-from streamline_hooks.repair import place, replace_branches
+from streamline_hooks.repair import insert_replacement, replace_branches
 from streamline_hooks.selection import Selection
 from streamline_hooks.selection.trial import Trial, branch_writers, trial_distances
 from streamline_hooks.surgery import ModelSource
@@ -34,7 +34,7 @@ def kl_by_hand(model: nn.Module, batches: list[Any], attempt: Trial) -> float:
     with LayerSurgeon(model) as surgeon:
         replace_branches(surgeon, attempt.maps)
         for window, replacement_module in zip(attempt.selection.windows, replacement_modules, strict=True):
-            place(surgeon, window, replacement_module)
+            insert_replacement(surgeon, window, replacement_module)
         for k, branch in attempt.selection.zeroed:
             surgeon.zero_branch(k, branch)
         q = log_probabilities()

@@ -12,7 +12,7 @@ from torch import nn
 from streamline_hooks import LayerSurgeon, find_stack
 from streamline_hooks.cli import parse_healing
 from streamline_hooks.distillation import DistillationConfig, student_of, train
-from streamline_hooks.repair import BlockConfig, fit_windows, place
+from streamline_hooks.repair import BlockConfig, fit_windows, insert_replacement
 from streamline_hooks.replacements import LinearReplacement
 from streamline_hooks.surgery.placement import match_block, move_to_device_of
 from streamline_hooks.testing import tiny_model
@@ -60,7 +60,7 @@ def test_an_inherited_block_rounds_no_router(routed: Any) -> None:
     wanted = routed.get_parameter(f"model.layers.2.{GATE}").detach().clone()
     (repair,) = fit_windows(routed, [window], BlockConfig(solve=False), text(), text())
     with LayerSurgeon(routed) as surgeon:
-        place(surgeon, window, repair.replacement_module)
+        insert_replacement(surgeon, window, repair.replacement_module)
         surgeon.commit()
     held = routed.get_parameter(f"model.layers.2.{GATE}")
     assert held.dtype == torch.float32 and torch.equal(held, wanted)

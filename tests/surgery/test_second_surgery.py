@@ -15,7 +15,7 @@ from streamline_hooks.checkpoint import BlockwisePass, read_plans
 from streamline_hooks.cli import parse_healing
 from streamline_hooks.core import UnsupportedSurgery
 from streamline_hooks.distillation import DistillationConfig
-from streamline_hooks.repair import BlockConfig, FoldedConfig, fit_branch_linear, fit_windows, place
+from streamline_hooks.repair import BlockConfig, FoldedConfig, fit_branch_linear, fit_windows, insert_replacement
 from streamline_hooks.replacements import LinearReplacement
 from streamline_hooks.selection import block_saliency, score_windows
 from streamline_hooks.surgery.splice import AFTER, BEFORE, spliced
@@ -216,7 +216,7 @@ def test_inherited_blocks_are_fitted_with_what_stays_between_them(gone: range) -
     with torch.no_grad(), HiddenStateRecorder(model, [4]) as record:
         model(held_out[0])
     with torch.no_grad(), LayerSurgeon(model, probe=False) as surgeon:
-        place(surgeon, range(1, 5), repair.replacement_module)
+        insert_replacement(surgeon, range(1, 5), repair.replacement_module)
         with HiddenStateRecorder(model, [2]) as stood:
             model(held_out[0])
     wanted, found = record.outputs[4][0].double(), stood.outputs[2][0].double()
@@ -284,11 +284,13 @@ def test_blocks_with_modules_between_them_are_run_one_by_one(window: range) -> N
     with HiddenStateRecorder(model) as record:
         model(BATCH)
     with BlockwisePass(model, [BATCH], check=True) as states:
-        for place in states:
-            if place:
-                assert torch.equal(states.read(place, 0), record.outputs[place - 1][0])
-            if place < len(record.inputs):
-                torch.testing.assert_close(states.entering(place, 0), record.inputs[place][0], rtol=1e-5, atol=1e-6)
+        for boundary in states:
+            if boundary:
+                assert torch.equal(states.read(boundary, 0), record.outputs[boundary - 1][0])
+            if boundary < len(record.inputs):
+                torch.testing.assert_close(
+                    states.entering(boundary, 0), record.inputs[boundary][0], rtol=1e-5, atol=1e-6
+                )
 
 
 @pytest.mark.parametrize("change", ["insert", "remove"])

@@ -32,7 +32,7 @@ from streamline_hooks.evaluation import (
 )
 from streamline_hooks.modeling import Task, find_stacks
 from streamline_hooks.pipeline import EvaluationConfig
-from streamline_hooks.repair import NoneConfig, ReplacementConfig, place, register_replacement
+from streamline_hooks.repair import NoneConfig, ReplacementConfig, insert_replacement, register_replacement
 from streamline_hooks.replacements import LinearReplacement, register_module
 from streamline_hooks.selection import SearchProblem, Selection, WindowSearch, combine_criteria, score_windows
 from streamline_hooks.statistics import measure_branches, measure_moments
@@ -97,7 +97,7 @@ def opened(kind: Any) -> Callable[..., Any]:
 
 def placed(**arguments: Any) -> None:
     with s.LayerSurgeon(MODEL) as surgeon:
-        place(surgeon, **arguments)
+        insert_replacement(surgeon, **arguments)
 
 
 def compressed(**arguments: Any) -> None:

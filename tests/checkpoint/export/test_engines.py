@@ -17,7 +17,7 @@ from torch import nn
 from streamline_hooks import LayerSurgeon, fit_windows
 from streamline_hooks.checkpoint import export_gguf, export_onnx
 from streamline_hooks.cli import parse_replacement
-from streamline_hooks.repair import place
+from streamline_hooks.repair import insert_replacement
 from tests.checkpoint.export.test_gguf import linear_attention, llama
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is in the environment of `make engines` only")
@@ -42,7 +42,7 @@ def compressed(smollm2: tuple[Any, Any]) -> dict[str, Any]:
         text = [ids[:, : ids.shape[1] // 2], ids[:, ids.shape[1] // 2 :]]
         (repair,) = fit_windows(model, [WINDOW], parse_replacement(kind), text[:1], text[1:])
         with LayerSurgeon(model) as surgeon:
-            place(surgeon, WINDOW, repair.replacement_module)
+            insert_replacement(surgeon, WINDOW, repair.replacement_module)
             surgeon.commit(kind=kind)
         found[kind] = model
     return found
