@@ -115,7 +115,7 @@ class Bench:
         pairs = [(repair.window, repair.replacement_module) for repair in chosen.repairs]
         file = ROOT / "build" / "curves" / f"{point.name.replace('/', '-')}.training"
         student = student_of(self.stack, pairs)
-        with student.opened():
+        with student.applied():
             before = self.score()
         trained = train(
             student,
@@ -132,7 +132,7 @@ class Bench:
             )
         student.merge()
         student.training = False
-        with student.opened():
+        with student.applied():
             after = self.score()
         self.content["points"][point.name] = {
             "kind": str(point.repair),

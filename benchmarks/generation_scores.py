@@ -186,7 +186,7 @@ class Generation:
                 ),
                 desc=kind,
             )
-            solved_by_kind[kind] = bits(solved.right)
+            solved_by_kind[kind] = bits(solved.correct)
         return solved_by_kind
 
     def _sampled(self, model: nn.Module) -> dict[str, Any]:

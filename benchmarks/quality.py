@@ -148,7 +148,7 @@ class Bench:
         student.merge()
         student.training = False
         done = time.time()
-        with student.opened():
+        with student.applied():
             scores = self.quality.row(self.model)
         parameters = {id(p): p.numel() for p in self.model.parameters()}
         removed_parameters = sum(self.stack.parameters_per_block[k] for k in window)

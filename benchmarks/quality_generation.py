@@ -233,7 +233,7 @@ class Bench:
         took = (time.process_time() - started) / 60
         report = None if trained is None else trained.report()
         minutes = {"fit": (started - began) / 60, "train": None if resumed else took, "text": written}
-        with student.opened():
+        with student.applied():
             return self.scored(run, recipe, self.model, [k for window in windows for k in window], report, minutes)
 
     def make_in_rounds(self, run: Run, recipe: Recipe, text: TrainingText) -> dict[str, Any]:

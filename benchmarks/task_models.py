@@ -109,7 +109,7 @@ def measure(subject: Subject, content: dict[str, Any], file: Path = FILE, pictur
     measured = profile(subject.model, subject.parts.calibration)
     results["blocks"] = len(stack)
     results["parameters"] = sum(p.numel() for p in subject.model.parameters())
-    results["data"] = subject.parts.figures()
+    results["data"] = subject.parts.report()
     results["influence"] = [1.0 - measured.value("cosine", range(k, k + 1)) for k in range(len(stack))]
     if "original" not in rows:
         rows["original"] = {"removed": "", **subject.scores()}
@@ -137,7 +137,7 @@ def row(subject: Subject, measured: Any, count: int, repair: ReplacementConfig, 
     started, stack = time.perf_counter(), find_stack(subject.model)
     search = WindowSearch(shortlist=SHORTLIST)
     shortlist = search.find(search.problem(windows_of_size(len(stack), count), len(stack), profile=measured))
-    fit, held_out = subject.parts.held_out_apart
+    fit, held_out = subject.parts.fitting_and_held_out
     parts = fit, held_out, subject.parts.validation
     best = verify_shortlist(subject.model, shortlist, *parts, replacement=repair, task=subject.task)[0]
     pairs = [(fitted.window, fitted.replacement_module) for fitted in best.repairs] or [(best.windows[0], None)]
@@ -162,7 +162,7 @@ def row(subject: Subject, measured: Any, count: int, repair: ReplacementConfig, 
     removed_parameters = sum(stack.parameters_per_block[k] for k in best.windows[0])
     scores["parameters"] = removed_parameters - repair.size(stack, best.windows[0]).parameters
     student.training = False
-    with student.opened():
+    with student.applied():
         return scores | subject.scores()
 
 

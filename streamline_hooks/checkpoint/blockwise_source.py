@@ -223,7 +223,7 @@ class BlockwiseSource(StateSource):
                     number = waiting.pop(0)
                     blocks = windows[number][: rerun[number] if rerun else 0]
                     yield number, _window_sums(states, windows[number], members, partial(make, number), number, blocks)
-                states.keep_only({windows[number].start for number in waiting}, boundary)
+                states.drop_all_except({windows[number].start for number in waiting}, boundary)
             states.drop(last)
             self._finish(states)
 
@@ -251,10 +251,10 @@ class BlockwiseSource(StateSource):
                     if variant.window.stop == boundary:
                         for b in own:
                             state = states.entering(variant.window.start, b)
-                            states.put(n * len(own) + b, replacement_output(variant.module, state))
+                            states.add(n * len(own) + b, replacement_output(variant.module, state))
                 # A continued pass adds the states at its last boundary again.
                 starts = {v.window.start for v in candidates.values() if v.window.stop >= boundary}
-                states.keep_only(starts, boundary)
+                states.drop_all_except(starts, boundary)
             for n, k in enumerate(candidates, start=1):
                 last[k] = partial(_read_last, states, n * len(own))
             for k, surgery in enumerate(variants):
@@ -272,7 +272,7 @@ class BlockwiseSource(StateSource):
                 source = self.current()
                 states = opened.enter_context(source._opened(desc, batches, share=passes))
                 for boundary in source._boundaries(states):
-                    states.keep_only((), boundary)
+                    states.drop_all_except((), boundary)
         except UnsupportedSurgery as error:
             return error
         return partial(_read_last, states, 0)
@@ -341,7 +341,7 @@ class BlockwiseSource(StateSource):
     def _finish(self, states: BlockwisePass) -> None:
         """Delete the states of a pass, unless the result of the present step is not written yet."""
         if not self._steps:
-            states.done()
+            states.delete_folder()
 
     def _require_space(self, size: int) -> None:
         require_disk_space(size, self._memory, self._folder)

@@ -34,7 +34,7 @@ from streamline_hooks.core import (
     weights_in_memory,
     write_file,
 )
-from streamline_hooks.data import check_document, document_alone, packed_run_error, rows_with_most_documents
+from streamline_hooks.data import check_document, packed_run_error, piece_as_batch, rows_with_most_documents
 from streamline_hooks.modeling import (
     BlockStack,
     find_stack,
@@ -207,7 +207,7 @@ class BlockwisePass:
                 state = module(state).to(state.dtype)
         return state
 
-    def put(self, number: int, state: Tensor) -> None:
+    def add(self, number: int, state: Tensor) -> None:
         """Add hidden states that run through the blocks from the present boundary on.
 
         A continued pass has the states that were added before its boundary. The values need not be finite.
@@ -225,12 +225,12 @@ class BlockwisePass:
         """Drop the hidden states at a boundary, which must not be the last that was reached."""
         self._store.drop(boundary)
 
-    def keep_only(self, boundaries: Collection[int], reached: int) -> None:
+    def drop_all_except(self, boundaries: Collection[int], reached: int) -> None:
         """Drop the hidden states at all boundaries before `reached` that are not in `boundaries`."""
         for boundary in set(range(reached)).difference(boundaries):
             self._store.drop(boundary)
 
-    def done(self) -> None:
+    def delete_folder(self) -> None:
         """Delete the folder, once the results of the pass are stored elsewhere."""
         if self._journal is not None:
             self._journal.clear()
@@ -312,7 +312,7 @@ class BlockwisePass:
             raise UnsupportedSurgery(
                 f"{type(self.model).__name__} cannot be run block by block: without the blocks before it, block {k} "
                 f"fails ({type(error).__name__}: {error}). Load the model into memory.",
-                "not-run",
+                "cannot-run",
             ) from error
 
 
@@ -375,9 +375,9 @@ def compare_with_whole_model(
     if not difference <= sum_order_tolerance(expected.dtype) * largest:
         raise UnsupportedSurgery(
             f"{type(stack.model).__name__} cannot be run block by block: the output state of block {boundary - 1} "
-            f"differs from that in the whole model by {difference:.2g}, where the largest value is {largest:.2g}. It needs "
-            "more from earlier blocks than the state, or the model changes the state between two blocks. Load the "
-            "model into memory.",
+            f"differs from that in the whole model by {difference:.2g}, where the largest value is {largest:.2g}. It "
+            "needs more from earlier blocks than the state, or the model changes the state between two blocks. Load "
+            "the model into memory.",
             "probe",
         )
 
@@ -399,7 +399,7 @@ def check_packing_blockwise(model: nn.Module, batches: Sequence[Batch], *, stack
     if divided is None:
         return
     rows, pieces = divided
-    alone = [document_alone(rows, *piece) for piece in pieces]
+    alone = [piece_as_batch(rows, *piece) for piece in pieces]
     try:
         with BlockwisePass(model, [rows, *alone], check=False, stack=stack, desc="packed rows") as states:
             for boundary in states:

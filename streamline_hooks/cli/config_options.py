@@ -315,7 +315,7 @@ def read_config(option_values: OptionValues, file: Path | None = None, preset: s
             "--loss kl, for example."
         )
     if "search" in changes:
-        changes["search"] = base.search.switched(*changes["search"])
+        changes["search"] = base.search.with_kind(*changes["search"])
     return base.updated(changes)
 
 

@@ -109,7 +109,7 @@ def parse_search(text: str) -> SearchConfig:
 
 
 def read_search(text: str) -> tuple[str, dict[str, Any]]:
-    """Return the kind and the options of a search; see `SearchConfig.switched`."""
+    """Return the kind and the options of a search; see `SearchConfig.with_kind`."""
     kind = text.partition(":")[0].strip()
     return kind, read_options(text, SEARCHES[kind], without=("criterion", "protect"))
 

@@ -32,7 +32,7 @@ class Processes:
     rank: int = 0
     count: int = 1
 
-    def share(self, items: Sequence[_T]) -> list[_T]:
+    def shard(self, items: Sequence[_T]) -> list[_T]:
         """Return every `count`-th item, starting at `rank`; the shares of the ranks are disjoint and complete."""
         return list(items)[self.rank :: self.count]
 
@@ -114,14 +114,14 @@ class DistributedStep:
         self.what, self.processes = what, processes
         self._note = ""
 
-    def take(self, items: Sequence[_T], share: bool = True, **same: Any) -> list[_T]:
+    def shard(self, items: Sequence[_T], shard: bool = True, **same: Any) -> list[_T]:
         """Return this rank's share of the items; raise on every rank if the ranks received different items.
 
         Parameters
         ----------
         items : sequence
             Batches, or tuples that contain a batch.
-        share : bool
+        shard : bool
             Whether every rank received all items. If False, the items are already this rank's share.
         **same
             Other values whose text must be equal on all ranks.
@@ -130,7 +130,7 @@ class DistributedStep:
         if count == 1:
             return list(items)
         local_values = {
-            "batches": batches_digest(items) if share else "not shared",
+            "batches": batches_digest(items) if shard else "not shared",
             **{name: str(v) for name, v in same.items()},
         }
         first, *other_ranks = self.all_gather_object(local_values)
@@ -139,13 +139,13 @@ class DistributedStep:
                 error = StreamlineError(
                     f"Processes 0 and {other} of {count} call {self.what} with different {', '.join(differ)}. "
                     "Expected the same model, arguments and batches in every process; each process selects its share "
-                    "of the batches. If the processes have different batches, pass share=False in all of them."
+                    "of the batches. If the processes have different batches, pass shard=False in all of them."
                 )
                 raise _reported(error)
-        if not share:
+        if not shard:
             return list(items)
         self._note = f" (its batch n is batch {count}n{f' + {rank}' if rank else ''} of all)"
-        return self.processes.share(items)
+        return self.processes.shard(items)
 
     def all_gather_object(self, value: _T) -> list[_T]:
         """Gather an object from every rank and return the objects in the order of the ranks."""

@@ -101,8 +101,8 @@ def validate_arguments(**bounds: Bound) -> Callable[[Callable[_P, _R]], Callable
                 if isinstance(value, float) and math.isnan(value):
                     raise StreamlineError(f"{name}: {parameter}=nan is not a number. {_remedy(hint)}")
                 bound.arguments[parameter] = _converted(name, parameter, value, hint, known.annotation, bounds)
-            # With share=False the ranks have different batches, and a rank may have none.
-            takes_none = bool(signature.parameters.keys() & _MAY_BE_NONE) or bound.arguments.get("share") is False
+            # With shard=False the ranks have different batches, and a rank may have none.
+            takes_none = bool(signature.parameters.keys() & _MAY_BE_NONE) or bound.arguments.get("shard") is False
             _check_batches(name, bound.arguments, takes_none)
             return function(*bound.args, **bound.kwargs)
 

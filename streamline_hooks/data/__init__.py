@@ -21,8 +21,8 @@ from streamline_hooks.data.packing import (
 from streamline_hooks.data.packing_check import (
     check_document,
     check_packing,
-    document_alone,
     packed_run_error,
+    piece_as_batch,
     rows_with_most_documents,
 )
 from streamline_hooks.data.self_generated import FORMS, TOPICS, SelfGenerationConfig, self_generated
@@ -69,7 +69,6 @@ __all__ = [
     "check_packing",
     "check_tokenizer",
     "contains_image_texts",
-    "document_alone",
     "document_starts",
     "documents_of",
     "image_batches",
@@ -81,6 +80,7 @@ __all__ = [
     "packed_run_error",
     "packed_text",
     "pair_parts",
+    "piece_as_batch",
     "read_documents",
     "read_image_texts",
     "read_images",

@@ -76,7 +76,7 @@ class Images:
     def __iter__(self) -> Iterator[Image]:
         return map(decode_picture, self.pictures)
 
-    def some(self, numbers: Sequence[int]) -> Images:
+    def select(self, numbers: Sequence[int]) -> Images:
         """Return the images with these indices, in this order."""
         labels = None if self.labels is None else tuple(self.labels[number] for number in numbers)
         return Images(tuple(self.pictures[number] for number in numbers), labels, self.classes)
@@ -244,7 +244,7 @@ def split_images(images: Images, counts: Mapping[str, int], seed: int = 0, batch
     order = sorted(((position + 0.5) / count, name) for name, count in counts.items() for position in range(count))
     for turn, (_, name) in zip(by_class, order, strict=True):
         turns[name].append(turn)
-    return {name: images.some([indices[turn] for turn in sorted(turns[name])]) for name in counts}
+    return {name: images.select([indices[turn] for turn in sorted(turns[name])]) for name in counts}
 
 
 def image_batches(

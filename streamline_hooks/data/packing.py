@@ -126,7 +126,7 @@ def packed_text(
     A document is assigned to a part by its content and the seed, so no two parts share a document on any rank. Unlike
     `split_documents`, paragraphs that occur in two documents are not detected. A document contributes at most a quarter
     of the rank's part, or one row if that is more. Each rank gets rows of different documents; functions that would
-    divide batches among ranks need ``share=False``. The rows depend on the number of ranks.
+    divide batches among ranks need ``shard=False``. The rows depend on the number of ranks.
 
     Parameters
     ----------

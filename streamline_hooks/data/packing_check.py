@@ -58,7 +58,7 @@ def check_packing(model: nn.Module, batches: Sequence[Batch], *, stack: str | No
         return
     rows, pieces = divided
     for number, (row, start, stop) in enumerate(pieces):
-        alone = _block_outputs(model, document_alone(rows, row, start, stop), stack)
+        alone = _block_outputs(model, piece_as_batch(rows, row, start, stop), stack)
         if number == 0:  # errors of ordinary rows are raised first, unchanged
             try:
                 packed = _block_outputs(model, rows, stack)
@@ -106,7 +106,7 @@ def rows_with_most_documents(
     return rows, pieces
 
 
-def document_alone(rows: Batch, row: int, start: int, stop: int) -> dict[str, Tensor]:
+def piece_as_batch(rows: Batch, row: int, start: int, stop: int) -> dict[str, Tensor]:
     """Return a piece as a batch with one row."""
     return {"input_ids": rows["input_ids"][row : row + 1, start:stop]}
 

@@ -105,7 +105,7 @@ class TokenSplit:
         fingerprint = rows_fingerprint(rows, positions["calibration"])
         return replace(self, calibration=rows, positions=positions, fingerprint=fingerprint)
 
-    def figures(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """Return the sizes, fingerprint, notes and source as JSON values."""
         sizes = {f"{name}_tokens": getattr(self, name).numel() for name in PARTS}
         record = {"fingerprint": self.fingerprint, "notes": list(self.notes)}
@@ -391,7 +391,7 @@ class BatchSplit:
         return [value for value in values if isinstance(value, Tensor)]
 
     @property
-    def held_out_apart(self) -> tuple[PartBatches, PartBatches]:
+    def fitting_and_held_out(self) -> tuple[PartBatches, PartBatches]:
         """Split the calibration part into four fifths for fitting and one fifth to choose the ridge."""
         count = sum(map(batch_rows, self.calibration))
         left = count - max(1, count // 5)
@@ -416,7 +416,7 @@ class BatchSplit:
         batches = len(self.calibration) + len(self.validation) + len(self.test)
         return f"{sizes} {self.unit}s in {batches} batches; fingerprint {self.fingerprint[:12]}"
 
-    def figures(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """Return the sizes and fingerprint as JSON values."""
         sizes = {f"{name}_{self.unit}s": count for name, count in self.counts.items()}
         return {**sizes, "fingerprint": self.fingerprint}

@@ -1,7 +1,7 @@
 """Healing: train remaining blocks together with the replacements, with LoRA adapters or completely.
 
-The student trains copies of the blocks; the teacher keeps the originals. `Student.settle` copies the trained weights
-into the model.
+The student trains copies of the blocks; the teacher keeps the originals. `Student.copy_weights_to_model` copies the
+trained weights into the model.
 """
 
 from __future__ import annotations

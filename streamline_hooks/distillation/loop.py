@@ -160,7 +160,7 @@ class TrainingLoop:
         self.device = device_of(self.student.model)
         self.schedule = TrainingSchedule(self.config, len(self.batches))
         self.steps = self.schedule.steps
-        self.optimizer = TrainingOptimizer(self.parameters, self.config, self.steps, self.student.rate_of)
+        self.optimizer = TrainingOptimizer(self.parameters, self.config, self.steps, self.student.learning_rate_factor)
         self.weights = self.optimizer.weights
         self.step, self.tokens, self.seconds, self.start_time = 0, 0, 0.0, time.perf_counter()
         self.is_consistent = True  # False while the weights are partly updated and must not be saved
@@ -398,10 +398,10 @@ class TrainingLoop:
                 self.student.original_answers(teacher_states.exit, batch) if objective.needs_original_logits else None
             )
         after = [state.to(self.device) for state in teacher_states.after]
-        loss = objective.of_states(states, after, teacher_states.real.to(self.device)) / max(1, tokens)
+        loss = objective.state_loss(states, after, teacher_states.real.to(self.device)) / max(1, tokens)
         if output is not None:
             answer_logits, labels = self.task.answers(output, batch), self._labels(batch, output)
-            loss = loss + objective.of_answers(answer_logits, original, labels) / answers
+            loss = loss + objective.output_loss(answer_logits, original, labels) / answers
         return loss
 
     def _labels(self, batch: Batch | Tensor, output: Any) -> Tensor | None:

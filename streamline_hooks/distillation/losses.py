@@ -334,7 +334,7 @@ class Objective:
         """Return the losses on outputs other than the distance to the teacher, summed over positions.
 
         `student` and `teacher` are answers (`Task.answers`) of shape (answers, features); `labels` is as in
-        `of_answers`.
+        `output_loss`.
         """
         total = 0.0
         for loss, weight in self._other_output_losses():
@@ -347,7 +347,7 @@ class Objective:
                 total += weight * float(summed(student.float(), labels))
         return total
 
-    def of_states(self, repaired: Sequence[Tensor], original: Sequence[Tensor], mask: Tensor) -> Tensor:
+    def state_loss(self, repaired: Sequence[Tensor], original: Sequence[Tensor], mask: Tensor) -> Tensor:
         """Return the losses on hidden states, summed over tokens and averaged over windows.
 
         `repaired` and `original` contain one tensor of shape (batch, tokens, features) per window; `mask` of shape
@@ -361,7 +361,7 @@ class Objective:
                 total = total + weight * loss(student, teacher)
         return total / max(1, len(repaired))
 
-    def of_answers(self, repaired: Tensor, original: Tensor | None = None, following: Tensor | None = None) -> Tensor:
+    def output_loss(self, repaired: Tensor, original: Tensor | None = None, following: Tensor | None = None) -> Tensor:
         """Return the losses on outputs, summed over answers.
 
         `repaired` and `original` are the answers (`Task.answers`) of student and teacher, of shape (answers, features).

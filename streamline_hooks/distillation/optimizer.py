@@ -132,14 +132,14 @@ def _cached_forward(layer: nn.Linear, weight: Any, bias: Any) -> Any:
 
 
 class TrainingOptimizer:
-    """AdamW with warm-up and cosine decay on master weights; `rate_of` returns the rate factor of a parameter."""
+    """AdamW with warm-up and cosine decay on master weights; `learning_rate_factor` scales the rate of a parameter."""
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
         config: DistillationConfig,
         steps: int,
-        rate_of: Callable[[str], float],
+        learning_rate_factor: Callable[[str], float],
     ) -> None:
         from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup  # slow import
 
@@ -147,7 +147,7 @@ class TrainingOptimizer:
         groups: dict[tuple[float, float], list[Tensor]] = {}  # by rate and weight decay; vectors are not decayed
         for name, master in self.weights.masters.items():
             decay = config.weight_decay if master.ndim > 1 else 0.0
-            groups.setdefault((config.learning_rate * rate_of(name), decay), []).append(master)
+            groups.setdefault((config.learning_rate * learning_rate_factor(name), decay), []).append(master)
         param_groups = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
         self.optimizer = torch.optim.AdamW(param_groups, lr=config.learning_rate, betas=config.betas)
         self.schedule: Any = get_cosine_with_min_lr_schedule_with_warmup(

@@ -116,7 +116,7 @@ class TrainingResult:
         return self.stopped.startswith("interrupted")
 
     @property
-    def in_vain(self) -> str:
+    def warning(self) -> str:
         """Return why the run did not improve the model, or an empty string."""
         if self.stopped and not self.steps:
             return f"The training run made no step: {self.stopped}."

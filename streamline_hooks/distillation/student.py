@@ -15,7 +15,7 @@ from streamline_hooks.core import Batch, StreamlineError
 from streamline_hooks.modeling import BlockStack, Task, find_stack
 from streamline_hooks.recording import ForwardStopped, HiddenStateRecorder
 from streamline_hooks.repair import FoldedMap, WindowReplacement, insert_replacement
-from streamline_hooks.surgery import AFTER, BEFORE, LayerSurgeon, remember_splices, resume, set_splices, spliced
+from streamline_hooks.surgery import AFTER, BEFORE, LayerSurgeon, resume, set_splices, snapshot_splices, spliced
 
 if TYPE_CHECKING:
     from streamline_hooks.distillation.teacher_cache import TeacherCache
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Student:
     """A model with the replacements and copies of remaining blocks that are trained.
 
-    The model is changed only inside the context `opened`; outside it is the original. One set of weights therefore
+    The model is changed only inside the context `applied`; outside it is the original. One set of weights therefore
     serves as teacher and as student. Both run on the same hidden states from the student's first changed block on.
 
     Parameters
@@ -102,7 +102,7 @@ class Student:
             for window, replacement_module in self.replacement_modules
         ]
         self.start = min([*first, *self.copies, len(self.stack) - 1])
-        with self.opened():
+        with self.applied():
             pass  # fills self.modules
 
     @property
@@ -139,13 +139,13 @@ class Student:
             for name, buffer in _persistent_buffers(module).items()
         }
 
-    def rate_of(self, name: str) -> float:
+    def learning_rate_factor(self, name: str) -> float:
         """Return the factor of the learning rate for a parameter: `rate` for copies, 1 for replacements."""
         copied = {*map(str, self.copies), *self.outside}
         return self.rate if any(name.startswith(f"{path}.") for path in copied) else 1.0
 
     @contextmanager
-    def opened(self) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """Turn the model into the student until the context ends."""
         with ExitStack() as exits:
             surgeon = exits.enter_context(LayerSurgeon(self.model, self.stack, probe=False))
@@ -163,7 +163,7 @@ class Student:
     def apply(self, surgeon: LayerSurgeon) -> None:
         """Insert replacements and copies of blocks; the surgeon's plan counts copied blocks as removed.
 
-        To commit a trained student, use `merge`, `settle` and `insert_replacement` instead.
+        To commit a trained student, use `merge`, `copy_weights_to_model` and `insert_replacement` instead.
         """
         self.modules: dict[str, list[nn.Module]] = {}
         for window, replacement_module in self.replacement_modules:
@@ -176,7 +176,7 @@ class Student:
         for block in self.copies.values():
             merge_adapters(block)
 
-    def settle(self) -> None:
+    def copy_weights_to_model(self) -> None:
         """Copy the trained (and merged) weights of the copies into the model, before a surgeon removes the windows."""
         pairs = [(self.stack[k], duplicate) for k, duplicate in self.copies.items()]
         pairs += [(self.model.get_submodule(path), duplicate) for path, duplicate in self.outside.items()]
@@ -214,7 +214,7 @@ class Student:
             # A reentrant checkpoint builds no graph if its input does not require a gradient.
             entrance = entrance.detach().requires_grad_()
         states_in = entrance.clone()  # a replacement may modify its input in place
-        with self.opened(), self._without_earlier_splices(), ExitStack() as exits:
+        with self.applied(), self._without_earlier_splices(), ExitStack() as exits:
             entering = [k for k, at_end in self._ends if not at_end]
             has_end = len(entering) < len(self._ends)
             records: list[HiddenStateRecorder] = []
@@ -254,7 +254,7 @@ class Student:
         block, position = (
             (current_blocks[self.start], BEFORE) if self.start < len(current_blocks) else (current_blocks[-1], AFTER)
         )
-        restore = remember_splices(block, position)
+        restore = snapshot_splices(block, position)
         set_splices(block, position, [module for module in spliced(block, position) if id(module) not in earlier])
         try:
             yield

@@ -181,10 +181,10 @@ class _Evaluator:
             )
         if prompts := content.prompts:
             kind, settings = tuple[tuple[GeneratedText, ...], ...], {"new_tokens": self.suite.new_tokens}
-            written, scores.seconds[PROMPTS] = self._run(
+            generated, scores.seconds[PROMPTS] = self._run(
                 kind, generate_texts, [model], prompts, prompts, f"{name}: {PROMPTS}", settings
             )
-            scores.written = tuple(text for (text,) in written)
+            scores.generated = tuple(text for (text,) in generated)
         return scores
 
     def add_text(self, evaluation: Evaluation, model: nn.Module, reference: nn.Module | None) -> dict[str, Agreement]:

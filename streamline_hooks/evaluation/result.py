@@ -49,7 +49,7 @@ class Scores:
         Results of lm-eval tasks by name.
     problems : dict of str to ProblemResults
         Results of problems by name.
-    written : tuple of GeneratedText
+    generated : tuple of GeneratedText
         The generation for each prompt.
     seconds : dict of str to float
         Seconds that each part took.
@@ -66,7 +66,7 @@ class Scores:
     batches: dict[str, BatchScores] = field(default_factory=dict)
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     problems: dict[str, ProblemResults] = field(default_factory=dict)
-    written: tuple[GeneratedText, ...] = ()
+    generated: tuple[GeneratedText, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -127,9 +127,9 @@ class Evaluation:
     @property
     def matched(self) -> GenerationAgreement | None:
         """Agreement of the generations with those of the original."""
-        if self.original is None or not self.scores.written:
+        if self.original is None or not self.scores.generated:
             return None
-        return GenerationAgreement.of(self.scores.written, self.original.written)
+        return GenerationAgreement.of(self.scores.generated, self.original.generated)
 
     @property
     def stability(self) -> dict[str, dict[str, float]]:
@@ -149,7 +149,7 @@ class Evaluation:
         answers = self._answers()
         return relative_accuracy(answers) if answers else {}
 
-    def more_than(self, other: Evaluation) -> dict[str, RelativeAccuracyDifference]:
+    def accuracy_difference(self, other: Evaluation) -> dict[str, RelativeAccuracyDifference]:
         """Compare the relative accuracy with that of another model with the same original (see `paired_bootstrap`)."""
         if self.original is None or other.original is None:
             raise StreamlineError(
@@ -169,7 +169,13 @@ class Evaluation:
             if task.metric
         ]
         tasks += [
-            PairedScores(name, self.original.problems[name].shares, solved.shares, self.chance[name], _GROUPS[True])
+            PairedScores(
+                name,
+                self.original.problems[name].fractions_correct,
+                solved.fractions_correct,
+                self.chance[name],
+                _GROUPS[True],
+            )
             for name, solved in self.scores.problems.items()
         ]
         tasks += [
@@ -193,11 +199,11 @@ class Evaluation:
         if self.original is not None:
             report["original"] = self._section(self.original)
             report["mean_perplexity_ratio"] = self.mean_perplexity_ratio
-        if self.scores.written:
-            references = [None] * len(self.scores.written) if self.original is None else self.original.written
+        if self.scores.generated:
+            references = [None] * len(self.scores.generated) if self.original is None else self.original.generated
             report["samples"] = [
                 {"prompt": text.prompt, "text": text.text, "reference": None if other is None else other.text}
-                for text, other in zip(self.scores.written, references, strict=True)
+                for text, other in zip(self.scores.generated, references, strict=True)
             ]
         if self.agreement:
             total, matched = sum(self.agreement.values(), Agreement()), self.matched
@@ -259,8 +265,8 @@ class Evaluation:
                 for task in scores.tasks.values()
                 for name, metrics in task.metrics.items()
             }
-        if scores.written:
-            texts = GenerationStatistics(scores.written)
+        if scores.generated:
+            texts = GenerationStatistics(scores.generated)
             section["writing"] = {"repetition": texts.repetition, "length": texts.length, "ended": texts.ended}
         return section | {"seconds": scores.seconds}
 
@@ -290,8 +296,8 @@ class Evaluation:
                 for metric, (value, _) in metrics.items():
                     if (name, metric) != (task, result.metric):
                         numbers[f"{name} ({metric})"] = value, "number"
-        if scores.written:
-            numbers["repetition"] = GenerationStatistics(scores.written).repetition, "share"
+        if scores.generated:
+            numbers["repetition"] = GenerationStatistics(scores.generated).repetition, "share"
         return numbers
 
 

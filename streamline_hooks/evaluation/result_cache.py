@@ -77,6 +77,9 @@ class ResultCache:
         return self._models[id(model)]
 
 
+_EARLIER_NAMES = {"written": "texts"}  # fields of `ProblemResults` in earlier cache files
+
+
 def _read_file(file: Path) -> dict[str, Any]:
     try:
         return dict(parse_json(file.read_text(encoding="utf-8"))[_KEY]) if file.exists() else {}
@@ -97,5 +100,6 @@ def _read(kind: Any, value: Any) -> Any:
         return {name: _read(args[1], item) for name, item in value.items()}
     if is_dataclass(kind):
         hints = get_type_hints(kind)  # fields that the class no longer has are dropped
-        return kind(**{name: _read(hints[name], item) for name, item in value.items() if name in hints})  # type: ignore[operator]
+        fields = {_EARLIER_NAMES.get(name, name): item for name, item in value.items()}
+        return kind(**{name: _read(hints[name], item) for name, item in fields.items() if name in hints})  # type: ignore[operator]
     return value

@@ -353,7 +353,7 @@ class GenerationComparison:
         self._before = self._write(model, "original") if write else []
 
     @property
-    def writes(self) -> bool:
+    def can_generate(self) -> bool:
         """Whether the original generated texts."""
         return bool(self._before)
 

@@ -79,14 +79,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class ProblemResults:
-    """Generated answers to problems, and whether they are right; returned by `solve_problems`.
+    """Generated answers to problems, and whether they are correct; returned by `solve_problems`.
 
     Attributes
     ----------
-    written : tuple of tuple of GeneratedText
+    texts : tuple of tuple of GeneratedText
         Generated texts by problem and attempt.
     solved : tuple of tuple of bool
-        Whether each text is right.
+        Whether each text is correct.
 
     Examples
     --------
@@ -94,34 +94,34 @@ class ProblemResults:
     0.5
     """
 
-    written: tuple[tuple[GeneratedText, ...], ...]
+    texts: tuple[tuple[GeneratedText, ...], ...]
     solved: tuple[tuple[bool, ...], ...]
 
     @property
-    def right(self) -> tuple[bool, ...]:
-        """By problem, whether the first attempt is right."""
+    def correct(self) -> tuple[bool, ...]:
+        """By problem, whether the first attempt is correct."""
         return tuple(tries[0] for tries in self.solved)
 
     @property
-    def shares(self) -> tuple[float, ...]:
-        """By problem, the fraction of right attempts."""
+    def fractions_correct(self) -> tuple[float, ...]:
+        """By problem, the fraction of correct attempts."""
         return tuple(map(statistics.fmean, self.solved))
 
     @property
     def accuracy(self) -> float:
-        """Mean fraction of right attempts; with one attempt per problem, exact match."""
+        """Mean fraction of correct attempts; with one attempt per problem, exact match."""
         return self.pass_at(1)
 
     @property
     def standard_error(self) -> float:
         """Standard error of the accuracy over the problems; NaN for one problem."""
-        shares = self.shares
-        return statistics.stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else math.nan
+        fractions = self.fractions_correct
+        return statistics.stdev(fractions) / math.sqrt(len(fractions)) if len(fractions) > 1 else math.nan
 
     def pass_at(self, k: int) -> float:
         """Return pass@k: an unbiased estimate of the probability that at least one of k attempts is right.
 
-        With c right attempts of n it is 1 − C(n−c, k)/C(n, k) (Chen et al., arXiv 2107.03374).
+        With c correct attempts of n it is 1 − C(n−c, k)/C(n, k) (Chen et al., arXiv 2107.03374).
 
         Examples
         --------
@@ -179,9 +179,9 @@ def solve_problems(
     if not problems:
         raise StreamlineError("solve_problems: problems is empty. Expected at least one Problem. Pass problems.")
     prompts = [problem.prompt for problem in problems]
-    written = generate_texts(model, tokenizer, prompts, config or TextGenerationConfig(new_tokens=256), desc=desc)
-    solved = [tuple(p.solved_by(text.text) for text in tries) for p, tries in zip(problems, written, strict=True)]
-    return ProblemResults(tuple(map(tuple, written)), tuple(solved))
+    texts = generate_texts(model, tokenizer, prompts, config or TextGenerationConfig(new_tokens=256), desc=desc)
+    solved = [tuple(p.solved_by(text.text) for text in tries) for p, tries in zip(problems, texts, strict=True)]
+    return ProblemResults(tuple(map(tuple, texts)), tuple(solved))
 
 
 def read_problems(path: str | Path, *, shots: int = 0, match: Match = "number") -> list[Problem]:

@@ -107,7 +107,7 @@ def compress_in_rounds(
         if results[-1].training and results[-1].training.interrupted:
             remedy = f"Load the original and resume from {file}." if file else "Load the original and start again."
             raise TrainingInterrupted(f"Interrupted in round {number} of {rounds}. The model was not saved. {remedy}")
-    result = CompressionResult.of_rounds(results, whole.figures())
+    result = CompressionResult.of_rounds(results, whole.report())
     if output is not None:
         with clock("save"):
             arguments = {"tokenizer": tokenizer, "report": result.report(), "overwrite": overwrite}

@@ -199,7 +199,7 @@ def _further_passes(config: CompressionConfig, window: int) -> tuple[int, int, i
     search, kind = config.search, config.repair
     searches = window if search.kind == "greedy" else 2 if search.zeroes_branches else 0
     probes = 2 if isinstance(kind, FoldedConfig) else 4 if isinstance(kind, ScaleConfig) else 0
-    several = search.shortlist if search.number_of_windows is not None else search.most_windows(window)
+    several = search.shortlist if search.number_of_windows is not None else search.max_windows(window)
     runs_after_window = search.number_of_windows == 1 and not kind.slots and not probes
     return searches, 0 if runs_after_window else search.shortlist if probes or kind.slots else several, probes
 

@@ -287,7 +287,7 @@ class CompressionRun:
             self.speed = self.work.broadcast_object(
                 lambda: None if timed is None else timed.speed(self.model, change, self.path)
             )
-            writes = comparison is not None and comparison.writes
+            writes = comparison is not None and comparison.can_generate
             self.collapse = CollapseCheck(self.original, self.tokenizer, ready.test) if writes else None
 
     def commit(self, best: VerifiedSelection, recorded: CompressionConfig) -> None:
@@ -296,7 +296,7 @@ class CompressionRun:
         with self.clock("measure"):
             self.before, self.unchanged = model_size(self.original), model_size(self.model)
             self.test, self.size, self.target_windows = ready.test, ready.size, ready.target_windows
-            self.record = {**ready.split.figures(), "seed": config.seed}
+            self.record = {**ready.split.report(), "seed": config.seed}
             if config.data.fitting_tokens is not None:
                 self.record["fitting_tokens"] = sum(map(count_tokens, (*ready.fit, *ready.held_out)))
             if config.data.repeated_context:
@@ -311,7 +311,7 @@ class CompressionRun:
                     kind=config.repair.name, calibration=self.record, config=recorded.to_dict(), **notes
                 )
             if self.student is not None:
-                self.student.settle()
+                self.student.copy_weights_to_model()
             label = "trained" if self.trained is not None else "repaired" if has_replacement(best) else "removed"
             scores = self.task_scores
             if scores is not None:
@@ -339,7 +339,7 @@ class CompressionRun:
             )
             target = work.broadcast_object(outcome)
         after = model_size(self.model)
-        notices = ["" if trained is None else trained.in_vain, "" if target is None else target.warning]
+        notices = ["" if trained is None else trained.warning, "" if target is None else target.warning]
         return CompressionResult(
             model=self.model,
             tokenizer=self.tokenizer,
@@ -409,7 +409,7 @@ def require_same_inputs(work: DistributedStep, ready: Preparation) -> Preparatio
             tensor for batch in batches for tensor in ([batch] if isinstance(batch, Tensor) else batch.values())
         ]
         config = {f"config.{name}": value for name, value in ready.config.to_dict().items() if name != "hardware"}
-        work.take([*ready.split.tensors, *selection_inputs], **model_identity(ready.stack), **config)
+        work.shard([*ready.split.tensors, *selection_inputs], **model_identity(ready.stack), **config)
     candidates, windows = work.broadcast_object(lambda: (ready.candidates, ready.target_windows))
     return replace(ready, candidates=candidates, target_windows=windows)
 

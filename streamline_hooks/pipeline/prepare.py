@@ -160,7 +160,7 @@ def prepare_compression(
         parts = (
             batch_split.calibration,
             batch_split.validation,
-            *batch_split.held_out_apart,
+            *batch_split.fitting_and_held_out,
             batch_split.validation,
             batch_split.test,
         )

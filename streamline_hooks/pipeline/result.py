@@ -80,7 +80,7 @@ class CompressionResult:
     target : TargetOutcome or None
         Predicted and measured value of the target, or None if the target is a number or a fraction of the blocks.
     warnings : list of str
-        Degenerate generation (`CollapseCheck`), training without effect (`TrainingResult.in_vain`) or without time, and
+        Degenerate generation (`CollapseCheck`), training without effect (`TrainingResult.warning`) or without time, and
         a target that was predicted wrongly (`TargetOutcome.warning`).
     folder : Path or None
         The folder with the saved model, or None if it was not saved.
@@ -140,7 +140,7 @@ class CompressionResult:
         data = {**last.data, **data, **({"notes": last.data["notes"]} if "notes" in last.data else {})}
         if "fitting_tokens" in data:
             data["fitting_tokens"] = sum(result.data["fitting_tokens"] for result in results)
-        training_warnings = [result.training.in_vain if result.training else "" for result in results]
+        training_warnings = [result.training.warning if result.training else "" for result in results]
         return replace(
             last,
             plan=plans[-1],

@@ -302,7 +302,7 @@ def _likely_selections(ready: Preparation) -> list[Selection]:
     search, stack, criterion = ready.config.search, ready.stack, ready.config.search.resolved_criterion
     if search.runs_model or search.zeroes_branches:
         return [Selection((window,)) for window in ready.candidates[: search.shortlist]]
-    few = ready.problem().beginning(_PROFILED) or []
+    few = ready.problem().first_batches(_PROFILED) or []
     measured = profile(stack.model, few, protect=ready.protected, stack=stack.path)
     criterion = criterion if criterion.needs == "profile" else CRITERIA["cosine"]
     selections = search.find(ready.problem(profile=measured, criterion=criterion))

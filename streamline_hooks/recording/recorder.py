@@ -222,7 +222,7 @@ class HiddenStateRecorder:
         for states in (*self.inputs.values(), *self.outputs.values()):
             states.clear()
         self._latest = None
-        self._flow.forget()
+        self._flow.release()
 
     @closing_generator
     def over(self, batches: Iterable[Batch | Tensor], desc: str | None = None) -> Generator[RecordedBatch, None, None]:
@@ -309,7 +309,7 @@ class HiddenStateRecorder:
         while self._handles:
             self._handles.pop().remove()
         self._latest = None
-        self._flow.forget()
+        self._flow.release()
         self._attention_mask = None
 
     def _read_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -423,7 +423,7 @@ class StateFlowCheck:
             enter = ReadHook(block, partial(self._enter, k))
             yield block.register_forward_pre_hook(enter, with_kwargs=True)
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Release the output that is stored for the comparison with the next block."""
         self._left = None
 

@@ -105,7 +105,7 @@ class SearchConfig(Config):
         """Number of windows in every selection, or None if the search decides."""
         return None
 
-    def switched(self, kind: str, options: Mapping[str, Any]) -> SearchConfig:
+    def with_kind(self, kind: str, options: Mapping[str, Any]) -> SearchConfig:
         """Return a search of the given kind and options that inherits settings of this search.
 
         A search of the same kind inherits all other fields. A search of another kind inherits `protect` and
@@ -113,7 +113,7 @@ class SearchConfig(Config):
 
         Examples
         --------
-        >>> DisjointSearch(criterion="kl", protect=(0,), windows=3).switched("greedy", {})
+        >>> DisjointSearch(criterion="kl", protect=(0,), windows=3).with_kind("greedy", {})
         GreedySearch(criterion=None, protect=(0,), shortlist=1)
         """
         if kind == self.kind:
@@ -122,7 +122,7 @@ class SearchConfig(Config):
         kept = {"protect": self.protect, "shortlist": min(self.shortlist, search.most_selections or self.shortlist)}
         return replace(search, **{**kept, **options})
 
-    def most_windows(self, blocks: int) -> int:
+    def max_windows(self, blocks: int) -> int:
         """Return the maximum number of windows in a selection that removes this number of blocks."""
         return blocks if self.number_of_windows is None else max(1, self.number_of_windows)
 
@@ -343,7 +343,7 @@ class MixedSearch(SearchConfig):
     default_criterion = DEFAULT_CRITERION
     windows: int = 2
 
-    def most_windows(self, blocks: int) -> int:
+    def max_windows(self, blocks: int) -> int:
         return self.windows  # the selection of single blocks may have more
 
     def find(self, problem: SearchProblem) -> list[Selection]:
@@ -385,7 +385,7 @@ class GreedySearch(SearchConfig):
     shortlist: int = 1
 
     def find(self, problem: SearchProblem) -> list[Selection]:
-        model, batches = problem.running()
+        model, batches = problem.model_and_batches()
         return greedy(
             model,
             batches,
@@ -407,7 +407,7 @@ class _BranchSearch(SearchConfig):
     number_of_windows = 0
 
     def find(self, problem: SearchProblem) -> list[Selection]:
-        model, batches = problem.running()
+        model, batches = problem.model_and_batches()
         scores = measure_branches(model, batches, stack=problem.stack)
         return best_branches(scores, self.branch, problem.count, protect=problem.protect, best=problem.best)
 

@@ -190,19 +190,19 @@ class SearchProblem:
             windows,
             profile=self.profile,
             model=self.model.model if isinstance(self.model, StateSource) else self.model,
-            batches=self.beginning(RANKING_TOKENS) if self.criterion.runs_per_window else self.batches,
+            batches=self.first_batches(RANKING_TOKENS) if self.criterion.runs_per_window else self.batches,
             stack=self.stack,
             task=self.task,
         )
 
-    def beginning(self, tokens: int) -> list[Batch | Tensor] | None:
+    def first_batches(self, tokens: int) -> list[Batch | Tensor] | None:
         """Return the first batches, with at most `tokens` tokens in total but at least one batch."""
         if self.batches is None:
             return None
         fitting = sum(total <= tokens for total in accumulate(map(count_tokens, self.batches)))
         return list(islice(self.batches, fitting or 1))
 
-    def running(self) -> tuple[nn.Module | StateSource, Sequence[Batch | Tensor]]:
+    def model_and_batches(self) -> tuple[nn.Module | StateSource, Sequence[Batch | Tensor]]:
         """Return the model and the batches; raise StreamlineError if either is missing."""
         if self.model is None or self.batches is None:
             raise StreamlineError(

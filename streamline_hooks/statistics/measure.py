@@ -52,7 +52,7 @@ def profile(
     protect: Iterable[int] = (),
     replicates: int = 100,
     stack: str | None = None,
-    share: bool = True,
+    shard: bool = True,
 ) -> Profile:
     """Compare the hidden states at every two boundaries of the blocks in one pass.
 
@@ -76,7 +76,7 @@ def profile(
         Number of bootstrap resamples of the sequences for confidence intervals; 0 for none.
     stack : str, optional
         Path of the stack, see `find_stack`.
-    share : bool
+    shard : bool
         In a distributed run, whether every rank receives all batches and runs its share of them (default), or each rank
         receives different batches. Every rank returns the profile of all batches. See also
         `streamline_hooks.core.single_process`.
@@ -119,7 +119,7 @@ def profile(
             "skip": skip,
             "replicates": replicates,
         }
-        rank_items = _rank_batches(work, source, items, share, **options)
+        rank_items = _rank_batches(work, source, items, shard, **options)
         about = {**model_identity(block_stack, source.saved_weights()), "tokens": selection, "skip": skip}
         part = _ProfilePart(source, num_blocks, selection, skip, replicates, about, f"profile{_share_note(work)}")
         groups = source.groups([batch for batch, _ in rank_items], num_blocks)
@@ -179,7 +179,7 @@ def measure_moments(
     stack: str | None = None,
     weighted: bool = True,
     desc: str = "moments",
-    share: bool = True,
+    shard: bool = True,
 ) -> list[WindowMoments]:
     """Sum the second moments of several windows in one pass.
 
@@ -198,7 +198,7 @@ def measure_moments(
         Weight tokens by 1/‖y‖², see `WindowMoments`.
     desc : str
         Label of the progress bar.
-    share : bool
+    shard : bool
         See `profile`.
 
     Returns
@@ -225,7 +225,7 @@ def measure_moments(
     source = as_state_source(model, stack)
     check_windows(source.stack, windows)
     results: list[WindowMoments | None] = [None] * len(windows)
-    with moments_by_window(source, [(desc, batches)], windows, weighted=weighted, share=share) as measured:
+    with moments_by_window(source, [(desc, batches)], windows, weighted=weighted, shard=shard) as measured:
         for number, (moments,) in measured:
             results[number] = moments
     return [moments for moments in results if moments is not None]
@@ -238,7 +238,7 @@ def moments_by_window(
     windows: Sequence[range],
     *,
     weighted: bool = True,
-    share: bool = True,
+    shard: bool = True,
     make: Callable[[int, int], WindowMoments] | None = None,
     rerun: Sequence[int] | None = None,
 ) -> Generator[tuple[int, list[WindowMoments | None]], None, None]:
@@ -257,7 +257,7 @@ def moments_by_window(
         rank_parts = [
             (
                 label + _share_note(work),
-                _rank_batches(work, source, part, share, windows=list(windows), weighted=weighted),
+                _rank_batches(work, source, part, shard, windows=list(windows), weighted=weighted),
             )
             for label, part in parts
         ]
@@ -289,13 +289,13 @@ def _sum_over_ranks(
 
 
 def _rank_batches(
-    work: DistributedStep, source: StateSource, items: Sequence[Any], share: bool, **settings: Any
+    work: DistributedStep, source: StateSource, items: Sequence[Any], shard: bool, **settings: Any
 ) -> list[Any]:
     """Return the batches that this rank runs."""
     if work.processes.count == 1:
         return list(items)
     refuse_wrapped(source.model)  # forwards of a wrapped model synchronize ranks, but shares differ in length
-    return work.take(items, share, **{**model_identity(source.stack, source.saved_weights()), **settings})
+    return work.shard(items, shard, **{**model_identity(source.stack, source.saved_weights()), **settings})
 
 
 def _share_note(work: DistributedStep) -> str:

@@ -34,10 +34,10 @@ from streamline_hooks.surgery.special_weights import find_per_layer_weights, per
 from streamline_hooks.surgery.splice import (
     AFTER,
     BEFORE,
-    remember_splices,
     run_before,
     run_splices,
     set_splices,
+    snapshot_splices,
     spliced,
 )
 from streamline_hooks.surgery.spliced_model import MODEL_TYPE, StreamlinedConfig, base_class
@@ -89,7 +89,6 @@ __all__ = [
     "matched_dtype",
     "per_layer_width",
     "refuse_open_surgery",
-    "remember_splices",
     "replay_surgeries",
     "resume",
     "run_before",
@@ -97,6 +96,7 @@ __all__ = [
     "run_splices",
     "saved_model_depth",
     "set_splices",
+    "snapshot_splices",
     "spliced",
     "zero_output",
     "zero_parameter_ids",

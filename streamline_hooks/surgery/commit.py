@@ -209,7 +209,7 @@ def verify_rebuild(
                 f"Block {number} of the shortened model would be loaded from a checkpoint as a different block: "
                 f"{path or 'the block'} {difference}. The class builds it from the block index or the configuration; "
                 "choose other blocks, or keep the surgery in memory (do not commit, and keep the with statement open).",
-                "built-from-number",
+                "built-from-index",
             )
 
 
@@ -336,7 +336,7 @@ def _compare_keys(model: nn.Module, rebuilt: nn.Module) -> None:
                 f"A checkpoint of the shortened model would not load: {key} has the shape {ours.get(key, 'missing')} "
                 f"in the model and {theirs.get(key, 'missing')} in the {type(rebuilt).__name__} built from the "
                 "shortened configuration. Choose other blocks.",
-                "built-from-number",
+                "built-from-index",
             )
 
 

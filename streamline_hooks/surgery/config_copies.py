@@ -97,7 +97,7 @@ class ConfigCopies:
         """Whether a configuration is an original that was copied, and now belongs to other models only."""
         return any(config is entry.original for entry in self._copies)
 
-    def put_in(self) -> BlockStack:
+    def apply(self) -> BlockStack:
         """Replace the originals by the copies in the model, and return `inside`. Can be repeated."""
         copies = {id(entry.original): entry.copy for entry in self._copies}
         for entry in self._copies:
@@ -109,7 +109,7 @@ class ConfigCopies:
                 _swap_attribute(holder(), name, entry.original, entry.copy)
         return self.inside
 
-    def put_back(self, *, search: bool = True) -> BlockStack:
+    def restore(self, *, search: bool = True) -> BlockStack:
         """Restore the originals in the model, unless another surgery needs the copies, and return the original stack.
 
         `search` additionally finds modules that have started to refer to a copy. Can be repeated.
@@ -129,15 +129,15 @@ class ConfigCopies:
             _open_copies.pop(id(entry.copy), None)
         return self._stack
 
-    def keep(self) -> None:
+    def make_permanent(self) -> None:
         """Keep the copies permanently in the model and the modules around it."""
         if self._copies:
             self._roots += self._around()
             self._find({id(entry.original): entry.original for entry in self._copies})
-            self.put_in()
+            self.apply()
         for entry in self._copies:
             entry.is_kept = True
-        self.put_back()
+        self.restore()
         self._roots, self._copies, self._foreign = [], [], {}
         self._stack = self.inside = replace(self.inside, blocks=())
 

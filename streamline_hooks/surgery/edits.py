@@ -25,7 +25,7 @@ from streamline_hooks.surgery.layout import NewSlot, Placed, block_names
 from streamline_hooks.surgery.placement import TrainWithRemoved, match_block, move_to_device_of
 from streamline_hooks.surgery.save_guard import SaveGuard, transformers_ancestors
 from streamline_hooks.surgery.special_weights import QUANTIZATION_CONFIG, QuantizerSettings, find_per_layer_weights
-from streamline_hooks.surgery.splice import AFTER, BEFORE, SplicePosition, remember_splices, set_splices, spliced
+from streamline_hooks.surgery.splice import AFTER, BEFORE, SplicePosition, set_splices, snapshot_splices, spliced
 from streamline_hooks.surgery.zeroed_branches import offloaded_values
 
 ORIGIN = "_streamline_hooks_origin"
@@ -55,7 +55,7 @@ class Edits:
             id(m) for block in stack.blocks for position in (BEFORE, AFTER) for m in spliced(block, position)
         }
 
-    def forget(self) -> None:
+    def finalize(self) -> None:
         """Keep the changes, and drop the references to removed blocks."""
         state = vars(self.stack.container)
         train = state.get("train")
@@ -70,13 +70,13 @@ class Edits:
         for owner in transformers_ancestors(self.stack):
             self._set(owner, "save_pretrained", SaveGuard(owner))
 
-    def remember_class(self, model: nn.Module) -> int:
+    def register_commit_undo(self, model: nn.Module) -> int:
         """Register the undo of a commit's changes to class, configuration, hooks and record; return its position."""
         state, config = vars(model), vars(model).get("config")
         model_class, config_class, hooks = type(model), type(config), dict(model._load_state_dict_pre_hooks)
         values, record = dict(getattr(config, "__dict__", {})), {k: v for k, v in state.items() if k == RECORD}
 
-        def put_back() -> None:
+        def restore() -> None:
             model.__class__ = model_class
             if type(config) is not config_class:
                 config.__class__ = config_class
@@ -88,7 +88,7 @@ class Edits:
             state.pop(RECORD, None)
             state.update(record)
 
-        self._undoing.append(put_back)
+        self._undoing.append(restore)
         return len(self._undoing) - 1
 
     def close(self) -> None:
@@ -96,7 +96,7 @@ class Edits:
         self.revert()
         remove_capture_hooks(self.stack.model, self._first_hook)
 
-    def lay_out(
+    def apply_layout(
         self,
         slots: list[NewSlot],
         at_end: list[Placed],
@@ -110,12 +110,12 @@ class Edits:
         remove_capture_hooks(self.stack.model, self._first_hook)
         original = [(name, module) for name, module in container._modules.items() if module is not None]
 
-        def put_back() -> None:
+        def restore() -> None:
             container._modules.clear()
             container._modules.update(original)
 
         sources = [self.source(slot.module) for slot in slots]  # before the blocks are renumbered
-        self._undoing.append(put_back)
+        self._undoing.append(restore)
         container._modules.clear()
         names = block_names(original, [slot.module for slot in slots])
         container._modules.update({name: slot.module for name, slot in zip(names, slots, strict=True)})
@@ -160,7 +160,7 @@ class Edits:
             else:
                 match_block(module, block)
             self._own_configs(module)
-        self._undoing.append(remember_splices(block, position))
+        self._undoing.append(snapshot_splices(block, position))
         set_splices(block, position, modules)
 
     def _own_configs(self, module: nn.Module) -> None:
@@ -249,15 +249,15 @@ class Edits:
             self._origins[module] = origin
         return origin if 0 <= origin < len(self.stack) else None
 
-    def numbers_that_compute(self, is_correct: Callable[[], bool]) -> list[str]:
+    def indices_used_in_forward(self, is_correct: Callable[[], bool]) -> list[str]:
         """Return the index attributes whose old values make the current model pass `is_correct`."""
         names = list(dict.fromkeys(index.name for index in self.indices))
-        computing = [name for name in names if self._with_old_numbers([name], is_correct)]
-        if computing or not self._with_old_numbers(names, is_correct):
+        computing = [name for name in names if self._with_old_indices([name], is_correct)]
+        if computing or not self._with_old_indices(names, is_correct):
             return computing
         return [name for name in names if name not in INDEX_NAMES] or names
 
-    def _with_old_numbers(self, names: Sequence[str], is_correct: Callable[[], bool]) -> bool:
+    def _with_old_indices(self, names: Sequence[str], is_correct: Callable[[], bool]) -> bool:
         undo_count = len(self._undoing)
         for block in self.stack.container.children():
             number = self.source(block)
@@ -282,11 +282,11 @@ class Edits:
             self._set(hook, "weights_map", ComputedWeights(hook.weights_map, name, offloaded_values(parameter)))
             return
 
-        def put_back() -> None:
+        def restore() -> None:
             _move_parameter(original, parameters[name])
             parameters[name] = original
 
-        self._undoing.append(put_back)
+        self._undoing.append(restore)
         _move_parameter(parameter, original)
         parameters[name] = parameter
 
@@ -294,13 +294,13 @@ class Edits:
         values = vars(target)
         original = values.get(name, _MISSING)
 
-        def put_back() -> None:
+        def restore() -> None:
             if original is _MISSING:
                 values.pop(name, None)
             else:
                 values[name] = original
 
-        self._undoing.append(put_back)
+        self._undoing.append(restore)
         if value is _MISSING:
             values.pop(name, None)
         else:

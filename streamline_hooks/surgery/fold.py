@@ -340,7 +340,7 @@ def _divide(factor: float, values: Tensor) -> Tensor:
     return values / factor
 
 
-def power_beyond(factor: float) -> float:
+def power_of_two_beyond(factor: float) -> float:
     """Return the power of two nearest to `factor` that is at least as far from 1, on the same side.
 
     A power of two changes a state without rounding.

@@ -62,7 +62,7 @@ def find_hazards(stack: BlockStack, window: range) -> list[Hazard]:
     """
     return [
         *find_dependency_hazards(stack, window),
-        *find_numbering_hazards(stack, window.start),
+        *find_index_hazards(stack, window.start),
         *_decoder_cache(stack, [k for k in range(len(stack)) if k not in window]),
     ]
 
@@ -73,16 +73,16 @@ def find_dependency_hazards(stack: BlockStack, window: range) -> list[Hazard]:
     return [hazard for cause in causes for hazard in cause(stack, window)]
 
 
-def find_numbering_hazards(stack: BlockStack, first: int) -> list[Hazard]:
+def find_index_hazards(stack: BlockStack, first: int) -> list[Hazard]:
     """Return the hazards of renumbering the blocks from `first` on."""
-    causes = (_scale_by_number, _features_by_number, _quantized_by_number)
+    causes = (_scale_by_index, _features_by_index, _quantized_by_index)
     return [hazard for cause in causes for hazard in cause(stack, first)]
 
 
 def find_insertion_hazards(stack: BlockStack, k: int, slots: int) -> list[Hazard]:
     """Return the hazards of inserting a block before block k, so that the stack has `slots` blocks."""
     sources = [min(slot, len(stack) - 1) for slot in range(slots)]
-    return [*_displaced_position_bias(stack, k), *find_numbering_hazards(stack, k), *_decoder_cache(stack, sources)]
+    return [*_displaced_position_bias(stack, k), *find_index_hazards(stack, k), *_decoder_cache(stack, sources)]
 
 
 def position_bias_owners(stack: BlockStack) -> list[int]:
@@ -222,17 +222,17 @@ def _read_property(member: Any, config: Any) -> Any:
         return None
 
 
-def _scale_by_number(stack: BlockStack, first: int) -> Iterator[Hazard]:
+def _scale_by_index(stack: BlockStack, first: int) -> Iterator[Hazard]:
     """Find attention that is scaled by the block's index at run time (GPT-2 in Transformers 4).
 
     Later versions compute the scale when the block is built. It is then correct in memory, and refused on commit.
     """
     later_modules = (module for block in stack.blocks[first:] for module in block.modules())
     if any(getattr(m, "scale_attn_by_inverse_layer_idx", False) and not hasattr(m, "scaling") for m in later_modules):
-        yield Hazard("scale-by-number", f"blocks {first} to {len(stack) - 1} scale attention by their number")
+        yield Hazard("scale-by-index", f"blocks {first} to {len(stack) - 1} scale attention by their number")
 
 
-def _features_by_number(stack: BlockStack, first: int) -> Iterator[Hazard]:
+def _features_by_index(stack: BlockStack, first: int) -> Iterator[Hazard]:
     """Find features of a vision tower that are added to the text states at fixed block indices (Qwen3-VL).
 
     A probe with text alone does not reveal them.
@@ -247,19 +247,19 @@ def _features_by_number(stack: BlockStack, first: int) -> Iterator[Hazard]:
         last = max([len(indexes) - 1, *(number for _, number in getattr(config, "deepstack_layer_map", None) or ())])
         if first <= last:
             yield Hazard(
-                "features-by-number",
+                "features-by-index",
                 f"features of the vision tower are added at blocks up to {last} by index, which would be other blocks "
                 "after renumbering",
             )
             return
 
 
-def _quantized_by_number(stack: BlockStack, first: int) -> Iterator[Hazard]:
+def _quantized_by_index(stack: BlockStack, first: int) -> Iterator[Hazard]:
     """Find quantizer settings that select blocks by a pattern of indices, which cannot be renumbered."""
     pattern = QuantizerSettings(stack).pattern(first)
     if pattern is not None:
         yield Hazard(
-            "quantized-by-number",
+            "quantized-by-index",
             f"the quantizer's settings select blocks by a pattern ({pattern}), which would select other blocks after "
             "renumbering: list the full names of the modules instead",
         )

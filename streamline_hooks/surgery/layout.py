@@ -100,7 +100,7 @@ class StackLayout:
         """Whether a module is an instance of a class of the model's blocks."""
         return isinstance(module, tuple({type(block) for block in self.blocks}))
 
-    def takes_slots_behind(self, k: int) -> bool:
+    def takes_slot_after(self, k: int) -> bool:
         """Whether a new block takes a slot after the position before block k."""
         later_modules = [m for start, (_, m) in self.replaced_windows.items() if start >= k and m is not None]
         later_modules += [m for position, modules in self.inserted.items() for m in modules if position > k]

@@ -72,7 +72,7 @@ def run_reference(stack: BlockStack, window: range, removed_splices: Sequence[nn
         raise UnsupportedSurgery(
             f"Block {window.start} cannot be removed: a forward of {' and '.join(reference.inputs)} alone does not run "
             "it, so the model without it cannot be verified. Choose other blocks.",
-            "not-run",
+            "cannot-run",
         )
     return reference
 

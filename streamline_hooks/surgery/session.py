@@ -65,18 +65,18 @@ class Session:
         """Register the session, and replace the configurations of the model by copies."""
         sessions = _open.setdefault(self.stack.container, [])
         sessions.append(self)
-        self.stack = self._configs.put_in()
+        self.stack = self._configs.apply()
         open_tokens = {session._token for session in sessions}
         for k, block in enumerate(self.stack.blocks):  # copies of a block inherit its mark, which identifies the block
             marks = {token: old for token, old in vars(block).get(ORIGIN, {}).items() if token in open_tokens}
             vars(block)[ORIGIN] = {**marks, self._token: k}
         self.edits.refuse_saving()
 
-    def abandon(self) -> None:
+    def undo_open(self) -> None:
         """Undo an interrupted `open`."""
         self.edits.revert()
-        self.stack = self._configs.put_back()
-        self._sign_off()
+        self.stack = self._configs.restore()
+        self._unregister()
 
     def close(self) -> None:
         """Restore the model, or finish an interrupted commit."""
@@ -93,9 +93,9 @@ class Session:
             )
         kept = self.layout.kept()
         self.edits.close()
-        self.stack = self._configs.put_back()
+        self.stack = self._configs.restore()
         self._states.follow(self.stack, kept)
-        self._sign_off()
+        self._unregister()
         self._is_closed = True
 
     def commit(self, notes: dict[str, Any]) -> SurgeryPlan:
@@ -106,7 +106,7 @@ class Session:
             )
         plan = self.plan
         depth = saved_model_depth(self.stack)
-        undo_count = self.edits.remember_class(self.stack.ancestors[depth or 0])
+        undo_count = self.edits.register_commit_undo(self.stack.ancestors[depth or 0])
         try:
             if depth is not None:
                 commit.commit_surgery(self.stack, depth, plan, self.edits.indices, notes)
@@ -173,18 +173,18 @@ class Session:
         else:  # a removed block returns and needs the current device, dtype and mode of the others
             self._states.follow(self.stack, kept_blocks)
         try:
-            self._lay_out(layout, branch_swaps)
+            self._apply_layout(layout, branch_swaps)
         except BaseException:
-            self._lay_out(*before)
+            self._apply_layout(*before)
             raise
 
-    def _lay_out(self, layout: StackLayout, branch_swaps: BranchSwaps) -> None:
+    def _apply_layout(self, layout: StackLayout, branch_swaps: BranchSwaps) -> None:
         self.edits.revert()
         self.layout, self.branch_swaps = layout, branch_swaps
         replacement_modules: dict[int, dict[str, nn.Parameter]] = {}
         for (k, _), swap in branch_swaps.items():
             replacement_modules.setdefault(k, {}).update(swap.parameters)
-        self.edits.lay_out(*layout.arrange(), replacement_modules)
+        self.edits.apply_layout(*layout.arrange(), replacement_modules)
 
     @contextmanager
     def applied(
@@ -204,7 +204,7 @@ class Session:
         if not keep:
             self.apply(*before)
 
-    def _sign_off(self) -> None:
+    def _unregister(self) -> None:
         """Remove this session from the open ones, and its marks from the blocks."""
         sessions = _open.get(self.stack.container, [])
         if self in sessions:
@@ -218,9 +218,9 @@ class Session:
                 vars(block).pop(ORIGIN, None)
 
     def _finish_commit(self) -> None:
-        self._configs.keep()
-        self._sign_off()
-        self.edits.forget()
+        self._configs.make_permanent()
+        self._unregister()
+        self.edits.finalize()
         self.stack = find_stack(self.model, self.stack.path)  # drops the removed blocks
         self.layout, self.branch_swaps = StackLayout(list(self.stack.blocks)), {}
         self._is_closed = True

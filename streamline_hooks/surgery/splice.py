@@ -63,7 +63,7 @@ def spliced(block: nn.Module, position: SplicePosition) -> tuple[nn.Module, ...]
     return tuple(block._modules.get(position) or ())  # type: ignore[arg-type]
 
 
-def remember_splices(block: nn.Module, position: SplicePosition) -> Callable[[], None]:
+def snapshot_splices(block: nn.Module, position: SplicePosition) -> Callable[[], None]:
     """Return a function that restores the current splices of a block and keeps hooks that are added later."""
     children, hooks = block._modules, _hooks(block, position)
     module_list, hook_id, order = children.get(position), _hook_id(block, position), list(hooks)
@@ -71,7 +71,7 @@ def remember_splices(block: nn.Module, position: SplicePosition) -> Callable[[],
     later_splices = children.get(other) if module_list is not None and other in names[names.index(position) :] else None
     reinsert = False  # stays true when an interrupted call is repeated
 
-    def put_back() -> None:
+    def restore() -> None:
         nonlocal reinsert
         current_id = _hook_id(block, position)
         reinsert = reinsert or (hook_id is not None and current_id != hook_id)
@@ -92,7 +92,7 @@ def remember_splices(block: nn.Module, position: SplicePosition) -> Callable[[],
                 children.pop(other, None)
                 children[other] = later_splices
 
-    return put_back
+    return restore
 
 
 def set_splices(block: nn.Module, position: SplicePosition, modules: Sequence[nn.Module]) -> None:

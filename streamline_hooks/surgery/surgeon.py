@@ -16,7 +16,7 @@ from streamline_hooks.surgery.fold import (
     divided,
     find_folding,
     find_projections,
-    power_beyond,
+    power_of_two_beyond,
     require_folded,
     require_map,
     scaled_logits,
@@ -93,7 +93,7 @@ class LayerSurgeon:
             self._session = session
             return self
         except BaseException:
-            session.abandon()
+            session.undo_open()
             self._session = None
             raise
 
@@ -389,7 +389,7 @@ class LayerSurgeon:
         if factor == 1:
             return
         subject = f"The state before block {k} of {type(self.model).__name__} cannot be multiplied by {factor:.4g}"
-        if session.layout.takes_slots_behind(k):
+        if session.layout.takes_slot_after(k):
             raise UnsupportedSurgery(f"{subject}: a new block was inserted after it. Scale first.", "scale")
         later_blocks = [source for source in session.layout.kept() if source >= k]
         projections = find_projections(session.stack, later_blocks, subject, batch)
@@ -398,7 +398,7 @@ class LayerSurgeon:
         nonzero = {
             key: swapped.get(key, parameters) for key, parameters in projections.items() if not session.is_zeroed(*key)
         }
-        trial = power_beyond(factor)
+        trial = power_of_two_beyond(factor)
         try:
             expected = scaled_logits(
                 session.stack, batch, trial, session.stack[later_blocks[0]] if later_blocks else None
@@ -430,12 +430,12 @@ class LayerSurgeon:
         -------
         list of Hazard
             Hazards that the structure of the model shows: ``"tied-blocks"``, ``"shared-keys"``, ``"position-bias"``,
-            ``"per-layer-embeddings"``, ``"derived-settings"``, ``"scale-by-number"``, ``"features-by-number"``,
-            ``"quantized-by-number"``, ``"decoder-cache"``. If there are none and the outputs of the shorter model
-            differ from those of the bypassed one, the reason: ``"number-computes"``, ``"looped-blocks"``,
-            ``"split-blocks"``, ``"side-state"``, ``"attributes-read"``, ``"absolute-numbers"``, ``"cache"``,
-            ``"not-run"``, or ``"probe"`` if the reason is unknown. If the outputs are equal but a checkpoint of the
-            shorter model would be loaded as another model: ``"built-from-number"`` or ``"configuration"``.
+            ``"per-layer-embeddings"``, ``"derived-settings"``, ``"scale-by-index"``, ``"features-by-index"``,
+            ``"quantized-by-index"``, ``"decoder-cache"``. If there are none and the outputs of the shorter model
+            differ from those of the bypassed one, the reason: ``"computes-with-index"``, ``"looped-blocks"``,
+            ``"split-blocks"``, ``"extra-state"``, ``"attributes-read-outside"``, ``"absolute-indices"``, ``"cache"``,
+            ``"cannot-run"``, or ``"probe"`` if the reason is unknown. If the outputs are equal but a checkpoint of the
+            shorter model would be loaded as another model: ``"built-from-index"`` or ``"configuration"``.
         """
         session = self._open()
         chosen = checked_window(window, len(session.stack))

@@ -59,7 +59,7 @@ def compare_with_reference(
     with without_window() as edits:
         mismatch = find_mismatch(reference, model)
         in_question = mismatch is not None and mismatch != CACHE_MISMATCH
-        computing = edits.numbers_that_compute(lambda: matches_reference(reference, model)) if in_question else ()
+        computing = edits.indices_used_in_forward(lambda: matches_reference(reference, model)) if in_question else ()
     return None if mismatch is None else (mismatch, _explain(stack, window, mismatch, computing, reference.inputs))
 
 
@@ -84,7 +84,7 @@ def _explain(
     if mismatch == CACHE_MISMATCH:
         return Hazard("cache", "the cache depends on the index or the kind of a block")
     if computing:
-        return Hazard("number-computes", f"blocks compute with their own index ({', '.join(computing)})")
+        return Hazard("computes-with-index", f"blocks compute with their own index ({', '.join(computing)})")
     with isolated_inference(stack.model):
         hazard = diagnose(stack, window, partial(probe_logits, stack.model, inputs))
     return hazard or Hazard("probe", "it depends on block indices or on other outputs of the removed blocks")
@@ -105,7 +105,7 @@ class ForwardTrace:
 def diagnose(stack: BlockStack, window: range, run: Callable[[], object]) -> Hazard | None:
     """Name the dependency on a window that makes the shorter model differ."""
     trace = trace_forward(stack, run)
-    causes = (_looped_blocks, _split_blocks, _side_state, _attributes_read, _absolute_numbers)
+    causes = (_looped_blocks, _split_blocks, _extra_state, _attributes_read_outside, _absolute_indices)
     return next((hazard for cause in causes if (hazard := cause(stack, window, trace)) is not None), None)
 
 
@@ -172,37 +172,37 @@ def _split_blocks(stack: BlockStack, window: range, trace: ForwardTrace) -> Haza
     )
 
 
-def _side_state(stack: BlockStack, window: range, trace: ForwardTrace) -> Hazard | None:
+def _extra_state(stack: BlockStack, window: range, trace: ForwardTrace) -> Hazard | None:
     last = window.stop - 1
     if last == len(stack) - 1:  # its outputs go to the model, which is not traced
         last = max(trace.handed_on, default=last)
     if last not in trace.handed_on:
         return None
     return Hazard(
-        "side-state",
+        "extra-state",
         f"block {last} passes more than the hidden state to the next block ({trace.handed_on[last]}), and no other "
         "block computes it",
     )
 
 
-def _attributes_read(stack: BlockStack, window: range, trace: ForwardTrace) -> Hazard | None:
+def _attributes_read_outside(stack: BlockStack, window: range, trace: ForwardTrace) -> Hazard | None:
     """Find attributes of blocks that the model reads and uses outside of them (Inkling 2's block boundaries)."""
     names = {name for k in window for name in trace.read.get(k, {})}
     differing = [name for name in sorted(names) if len({r.get(name) for r in trace.read.values()}) > 1]
     if not differing:
         return None
     values = ", ".join(f"{name} ({trace.read[window.start].get(name)!r} on block {window.start})" for name in differing)
-    return Hazard("attributes-read", f"the model reads {values} from its blocks and uses it outside of them")
+    return Hazard("attributes-read-outside", f"the model reads {values} from its blocks and uses it outside of them")
 
 
-def _absolute_numbers(stack: BlockStack, window: range, trace: ForwardTrace) -> Hazard | None:
+def _absolute_indices(stack: BlockStack, window: range, trace: ForwardTrace) -> Hazard | None:
     """Find settings that seem to contain block indices or periods, and that this library does not know."""
     values = {} if stack.config is None else vars(stack.config)
     names = [name for name, value in values.items() if _refers_to_blocks(name, value, len(stack))]
     if not names:
         return None
     return Hazard(
-        "absolute-numbers",
+        "absolute-indices",
         f"the configuration refers to blocks by index or period ({', '.join(names)}), which is not renumbered",
     )
 

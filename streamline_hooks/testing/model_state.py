@@ -150,7 +150,7 @@ class ModelState:
         self._keys = list(model.state_dict())
         self._global_hooks = _global_hooks()
 
-    def let_run(self, run: Callable[[], object]) -> None:
+    def run_ignoring_changes(self, run: Callable[[], object]) -> None:
         """Call a function and ignore the attributes that it changes, such as RecurrentGemma's recurrent state."""
         run()
         for name, module in self._modules.items():

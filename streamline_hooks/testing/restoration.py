@@ -83,7 +83,7 @@ def assert_restores(
         expected = model_output(model, inputs)
     state = ModelState(model)
     with reproducible_eval(model):
-        state.let_run(lambda: model_output(model, inputs))
+        state.run_ignoring_changes(lambda: model_output(model, inputs))
     changes = (
         _default_surgeries(model, stack) if change is None else {getattr(change, "__qualname__", "the change"): change}
     )

@@ -29,7 +29,7 @@ class GradientProbe:
         copied: Tensor = _SumSquares.apply(state, self._total)
         return copied
 
-    def take(self) -> float | None:
+    def pop(self) -> float | None:
         """Return and reset the sum: None without a gradient, NaN after two backwards through one state."""
         total, self._total.grad = self._total.grad, None
         return None if total is None else float(total)
@@ -94,13 +94,13 @@ class BoundaryProbes:
         state = self._probed(state, [k + 1])
         return self._probed(state, range(k + 2, self._reached), skipped=True)
 
-    def take(self) -> list[float | None]:
+    def pop(self) -> list[float | None]:
         """Return and reset the sum of squares at each boundary: None without a gradient, NaN if unknown."""
         self.begin()
         for k, (recomputed, deferred) in enumerate(zip(self._recomputed, self._deferred, strict=True)):
             if recomputed > deferred > 0:  # two backwards, each of which built a graph
                 self._unknown.update([k + 1] if k else [0, 1])
-        squares = [probe.take() for probe in self._probes]
+        squares = [probe.pop() for probe in self._probes]
         squares = [math.nan if k in self._unknown else square for k, square in enumerate(squares)]
         self._unknown = set()
         self._deferred, self._recomputed = [0] * len(self._blocks), [0] * len(self._blocks)

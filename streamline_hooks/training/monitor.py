@@ -238,7 +238,7 @@ class HiddenStateMonitor:
 
     def _measured(self, grad_scale: float) -> Measurement:
         options = {"step": self._done, "grad_scale": grad_scale, "dead": self.dead, "group": self.group}
-        measured = reduce_sums(self._norms, self._changes, self._probes.take(), **options)
+        measured = reduce_sums(self._norms, self._changes, self._probes.pop(), **options)
         for sums in self._norms:
             for tensor in (sums.added, sums.largest, sums.histogram):
                 tensor.zero_()

@@ -211,11 +211,11 @@ class StochasticDepth:
     def _leave(self) -> None:
         while self._handles:
             self._handles.pop().remove()
-        self._put_back()
+        self._restore()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self._running is module:  # the previous forward was interrupted by an exception
-            self._put_back()
+            self._restore()
         if self._running is not None or not module.training:
             return
         _refuse_traced(module)
@@ -231,15 +231,15 @@ class StochasticDepth:
         self.skipped = self._draw()
         self._running = module
         if self.skipped:
-            self._skipping.leave_out(self.skipped)
+            self._skipping.skip_blocks(self.skipped)
 
     def _end(self, module: nn.Module, *args: Any) -> None:
         if self._running is module:
-            self._put_back()
+            self._restore()
 
-    def _put_back(self) -> None:
+    def _restore(self) -> None:
         if self._running is not None:
-            self._skipping.put_back()
+            self._skipping.restore()
             self._running = None
 
     def _draw(self) -> tuple[int, ...]:
@@ -302,7 +302,7 @@ class _BlockEdits(Edits):
         """Return the number of a block."""
         return self._numbers[id(module)]
 
-    def lay_out(self, *arranged: Any) -> None:
+    def apply_layout(self, *arranged: Any) -> None:
         """Apply a layout; the first call, while the model has all blocks, finds the copies of the configuration."""
         if self._described is None:
             config, count, everything = self.stack.config, self.stack.count_attribute, range(len(self.stack))
@@ -312,7 +312,7 @@ class _BlockEdits(Edits):
                 copies = find_config_copies(self.stack, values, values, everything)
                 self._copying = list(dict.fromkeys(module for module, _, _ in copies))
             self._described = super()._descriptions()
-        super().lay_out(*arranged)
+        super().apply_layout(*arranged)
 
     def _descriptions(self) -> list[Any]:
         return self._described or []
@@ -342,19 +342,19 @@ class BlockSkipper:
             self._follow(find_stack(self.model, self.stack.path))
         return not same
 
-    def leave_out(self, blocks: Collection[int]) -> None:
+    def skip_blocks(self, blocks: Collection[int]) -> None:
         """Remove blocks from the complete model."""
         layout = StackLayout(list(self.stack.blocks))
         for k in blocks:
             layout.replace_window(range(k, k + 1), None)
         try:
-            self._configs.put_in()
-            self._edits.lay_out(*layout.arrange())
+            self._configs.apply()
+            self._edits.apply_layout(*layout.arrange())
         except BaseException:
-            self.put_back()
+            self.restore()
             raise
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Restore the model bit for bit; a second call has no effect."""
         try:
             self._close()
@@ -364,7 +364,7 @@ class BlockSkipper:
 
     def _close(self) -> None:
         self._edits.close()
-        self._configs.put_back(search=False)
+        self._configs.restore(search=False)
 
 
 class _BeginHook(ChangeHook):
@@ -435,7 +435,7 @@ def _wrong_without(skipping: BlockSkipper, blocks: Sequence[int]) -> str | None:
         inputs = " and ".join(reference.inputs)
         return f"the model cannot be verified, because a forward of {inputs} alone does not run all of these blocks"
     parameter_ids = {id(parameter) for parameter in model.parameters()}
-    skipping.leave_out(blocks)
+    skipping.skip_blocks(blocks)
     try:
         copies = [name for name, parameter in model.named_parameters() if id(parameter) not in parameter_ids]
         if copies:
@@ -447,7 +447,7 @@ def _wrong_without(skipping: BlockSkipper, blocks: Sequence[int]) -> str | None:
             )
         return None if reference is None else find_mismatch(reference, model)
     finally:
-        skipping.put_back()
+        skipping.restore()
 
 
 def _not_skippable(k: int, reason: str, cause: str) -> UnsupportedSurgery:

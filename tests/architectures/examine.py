@@ -91,7 +91,7 @@ def examine(model_type: str) -> Row:
     row.own = {name: passes(check) for name, check in own.items()}
     row.states = recorded_states(model)
     before = ModelState(model)
-    before.let_run(lambda: passes(lambda: generates(model, None)))  # with and without a cache
+    before.run_ignoring_changes(lambda: passes(lambda: generates(model, None)))  # with and without a cache
     for name, window in WINDOWS.items():
         if window.stop > len(stack):
             row.windows[name], row.reasons[name] = "refused", "too few blocks"

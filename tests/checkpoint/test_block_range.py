@@ -23,7 +23,7 @@ def test_others_go_through_the_blocks_from_where_they_were_put_in(tmp_path: Path
         for place in states:
             for number, (way, state) in enumerate(zip(ways, entered, strict=True), start=len(batches)):
                 if way.start == place:
-                    states.put(number, state)
+                    states.add(number, state)
         for number, end in enumerate([2, 6, 6, 0]):
             assert torch.equal(states.read(end, number), wanted[number][end])
             with pytest.raises(StreamlineError, match="cannot be read"):

@@ -552,10 +552,10 @@ def test_splices_at_places_that_are_not_there(folder: Path) -> None:
     altered(folder, lambda content: _entries(content)[0].update(block=4))
     with refused(r"spliced_before block 4.*2 blocks", into):
         load(folder, into=into)
-    altered(folder, lambda content: _entries(content)[0].update(block=0, insert_replacement="spliced_after"))
+    altered(folder, lambda content: _entries(content)[0].update(block=0, place="spliced_after"))
     with refused(r"spliced_after block 0.*no such position", into):
         load(folder, into=into)
-    altered(folder, lambda content: _entries(content)[0].update(block=0, insert_replacement="spliced_before"))
+    altered(folder, lambda content: _entries(content)[0].update(block=0, place="spliced_before"))
     with refused(r"1 splices.*1 are described.*other positions", into):
         load(folder, into=into)
 

@@ -179,7 +179,7 @@ def test_a_killed_process_leaves_what_another_one_goes_on_with(tmp_path: Path) -
             for number, of_batch in enumerate(wanted):
                 assert torch.equal(states.read(place, number), of_batch[place])
         (tmp_path / "states" / "notes.txt").write_text("mine")
-        states.done()
+        states.delete_folder()
     assert seen == [3, 4, 5, 6]
     assert [path.name for path in (tmp_path / "states").iterdir()] == ["notes.txt"], "only what it wrote is gone"
 

@@ -26,7 +26,7 @@ from streamline_hooks.core.progress import progress_bar
 
 @given(st.integers(0, 30), st.integers(1, 9))
 def test_every_item_is_in_one_share(items: int, count: int) -> None:
-    shares = [Processes(rank, count).share(range(items)) for rank in range(count)]
+    shares = [Processes(rank, count).shard(range(items)) for rank in range(count)]
     assert sorted(item for share in shares for item in share) == list(range(items))
     lengths = [len(share) for share in shares]
     assert max(lengths) - min(lengths) <= 1
@@ -114,7 +114,7 @@ def test_one_process_raises_what_was_raised() -> None:
 def test_one_process_takes_everything_and_adds_nothing() -> None:
     values = torch.ones(3)
     with distributed_step("test") as work:
-        assert work.take([1, 2, 3]) == [1, 2, 3] == work.take([1, 2, 3], share=False)
+        assert work.shard([1, 2, 3]) == [1, 2, 3] == work.shard([1, 2, 3], shard=False)
         assert work.all_gather_object("word") == ["word"]
         assert work.all_reduce(values) is values
 
@@ -136,8 +136,8 @@ def first_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_items_are_shared_among_the_ranks_by_default(first_of_two: None) -> None:
     items = [torch.tensor([number]) for number in range(3)]
     with distributed_step("test") as work:
-        assert [int(item) for item in work.take(items)] == [0, 2]
-        assert [int(item) for item in work.take(items, share=False)] == [0, 1, 2]
+        assert [int(item) for item in work.shard(items)] == [0, 2]
+        assert [int(item) for item in work.shard(items, shard=False)] == [0, 1, 2]
 
 
 def test_rank_0_makes_the_object_that_is_broadcast(first_of_two: None) -> None:

@@ -61,7 +61,7 @@ def test_the_text_s_own_loss_leaves_the_same_tokens_out() -> None:
                 logits = model(**batch, use_cache=False).logits  # with a cache packed rows are not known
             real = torch.ones_like(ids, dtype=torch.bool)
             following = shift_labels(ids, real, batch.get("position_ids"))
-            total += float(objective.of_answers(logits.flatten(0, 1), following=following.flatten()))
+            total += float(objective.output_loss(logits.flatten(0, 1), following=following.flatten()))
         return total
 
     assert loss(packed()) == pytest.approx(loss(apart()), rel=1e-6)

@@ -61,7 +61,7 @@ _CODE = """
         said["sum"] = work.all_reduce(tensor.clone()).tolist()
         work.broadcast_([tensor.mul(rank + 1.0).detach().requires_grad_(True), tensor])
     for name, collective in {
-        "take": lambda work: work.take([tensor]),
+        "shard": lambda work: work.shard([tensor]),
         "all_gather_object": lambda work: work.all_gather_object(rank),
         "broadcast_object": lambda work: work.broadcast_object(lambda: rank),
         "broadcast_": lambda work: work.broadcast_([tensor]),

@@ -280,7 +280,7 @@ class TestBatches:
         class Both:
             image_processor = processor
 
-        images = read_images(folder).some([0, 1])
+        images = read_images(folder).select([0, 1])
         (one,), (other,) = image_batches(images, Both()), image_batches(images, processor)  # type: ignore[arg-type]
         assert torch.equal(one["pixel_values"], other["pixel_values"])
 

@@ -187,7 +187,7 @@ def test_two_processes_profile_their_own_rows_and_fail_together(tmp_path: Path) 
             return {"input_ids": [3 + len(word) for word in text.split()]}
 
         part = packed_text(folder + "/a.jsonl", tokenizer, {"a": 16 * 21}, PackingConfig(16))["a"]
-        found = profile(tiny_model("llama"), part.batches(4), share=False)
+        found = profile(tiny_model("llama"), part.batches(4), shard=False)
         said["rows"], said["tokens"], said["cosine"] = len(part.input_ids), found.tokens, found.cosine.tolist()
 
         def failing(text, **options):

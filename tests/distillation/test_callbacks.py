@@ -64,8 +64,8 @@ def test_callbacks_run_around_steps_and_validations() -> None:
 
 
 def test_a_step_whose_loss_is_not_finite_is_reported_but_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder, make = Recorder(), Objective.of_answers
-    monkeypatch.setattr(Objective, "of_answers", lambda self, *given: make(self, *given) * float("nan"))
+    recorder, make = Recorder(), Objective.output_loss
+    monkeypatch.setattr(Objective, "output_loss", lambda self, *given: make(self, *given) * float("nan"))
     train(student(), BATCHES, VALIDATION, SETTINGS, callbacks=[recorder])
     name, progress = recorder.calls[-1]
     assert name == "step_end" and progress.step == 0 and progress.loss != progress.loss

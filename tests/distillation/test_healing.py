@@ -56,12 +56,12 @@ def test_what_is_settled_says_what_the_student_said_and_is_plain(text: str) -> N
     ids = BATCHES[0]["input_ids"]
     with torch.no_grad():
         student.training = False
-        with student.opened():
+        with student.applied():
             wanted = model(ids).logits
         student.merge()
-        with student.opened():
+        with student.applied():
             torch.testing.assert_close(model(ids).logits, wanted)
-        student.settle()
+        student.copy_weights_to_model()
         with LayerSurgeon(model) as surgeon:
             surgeon.replace(*student.replacement_modules[0])
             torch.testing.assert_close(model(ids).logits, wanted)
@@ -131,7 +131,7 @@ def test_the_head_is_trained_where_it_is_not_the_embedding() -> None:
     assert {name.partition(".")[0] for name in student.parameters()} == {"2-3", "7", "lm_head"}
     train(student, BATCHES, VALIDATION, SETTINGS)
     assert torch.equal(model.lm_head.weight, before)
-    student.settle()
+    student.copy_weights_to_model()
     assert not torch.equal(model.lm_head.weight, before)
     alone = student_of(
         find_stack(model), [(range(6, 8), None)], HealingConfig(method="partial", where="after", head=True)
@@ -181,17 +181,17 @@ def test_what_is_folded_into_a_block_is_in_its_copy_too(kind: str, text: str) ->
         with LayerSurgeon(model) as surgeon:
             insert_replacement(surgeon, WINDOW, repair.replacement_module)
             wanted = model(ids).logits
-        with student.opened():
+        with student.applied():
             torch.testing.assert_close(model(ids).logits, wanted)
         for parameter in student.parameters().values():
             parameter.add_(0.02)
-        with student.opened():
+        with student.applied():
             trained = model(ids).logits
         student.merge()
         with LayerSurgeon(model) as surgeon:
             insert_replacement(surgeon, WINDOW, repair.replacement_module)
             surgeon.commit()
-        student.settle()
+        student.copy_weights_to_model()
         torch.testing.assert_close(model(ids).logits, trained)
         assert not torch.allclose(trained, wanted)
 

@@ -40,7 +40,7 @@ def test_kl_both_ways_with_a_text_and_the_gradient_are_those_of_the_formula(
         torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-5)
     given = {"kl": forward, "reverse_kl": reverse, "lm": text}
     objective = Objective({name: weight for name, weight in given.items() if weight})
-    found = objective.of_answers(mine, original.clone(), following)
+    found = objective.output_loss(mine, original.clone(), following)
     (2.0 * found).backward()
     torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mine.grad, 2.0 * theirs.grad, rtol=1e-4, atol=1e-6)

@@ -121,7 +121,7 @@ def test_losses_on_logits_get_them_as_they_are_beside_kl() -> None:
     """The gradient of KL is written over the teacher's logits."""
     student, teacher = torch.randn(5, 9, requires_grad=True), torch.randn(5, 9)
     objective = Objective({"kl": 1.0, "reverse_kl": 0.5, "test_symmetric": 2.0})
-    objective.of_answers(student, teacher.clone()).backward()
+    objective.output_loss(student, teacher.clone()).backward()
     found, student.grad = student.grad, None
     p, q = teacher.double().log_softmax(-1), student.double().log_softmax(-1)
     wanted = (p.exp() * (p - q)).sum() + 0.5 * (q.exp() * (q - p)).sum() + ((p.exp() - q.exp()) * (p - q)).sum()
@@ -169,5 +169,5 @@ def test_a_loss_with_no_value_for_each_position_is_refused(reduced: Callable[...
 def test_the_function_of_a_loss_is_what_is_computed_with_less_memory(name: str) -> None:
     student, teacher = torch.randn(70, 11), torch.randn(70, 11)
     labels = torch.randint(0, 11, (70,)).where(torch.rand(70) < 0.7, -100)
-    found = Objective({name: 1.0}).of_answers(student, teacher, labels)
+    found = Objective({name: 1.0}).output_loss(student, teacher, labels)
     torch.testing.assert_close(found, LOSSES[name](student, labels if name == "lm" else teacher), rtol=1e-5, atol=1e-5)

@@ -21,8 +21,8 @@ def test_padding_counts_in_no_part() -> None:
 
     def loss_of(logits: torch.Tensor, said: torch.Tensor, states: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
         following = select_tokens(shift_labels(ids, mask)[..., None], mask)[:, 0]
-        answers = objective.of_answers(select_tokens(logits, mask), select_tokens(said, mask), following)
-        return answers + objective.of_states([states], [theirs], mask)
+        answers = objective.output_loss(select_tokens(logits, mask), select_tokens(said, mask), following)
+        return answers + objective.state_loss([states], [theirs], mask)
 
     loss = loss_of(logits, said, states, theirs)
     other = [tensor.clone() for tensor in (logits, said, states, theirs)]
@@ -36,16 +36,16 @@ def test_states_and_text_are_compared_as_the_formulas_say() -> None:
     a, b = torch.randn(1, 3, 4), torch.randn(1, 3, 4)
     square = (a - b).square()
     cosine = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
-    assert Objective({"mse": 2.0}).of_states([a], [b], mask) == pytest.approx(2 * float(square.mean(-1).sum()))
+    assert Objective({"mse": 2.0}).state_loss([a], [b], mask) == pytest.approx(2 * float(square.mean(-1).sum()))
     relative = square.sum(-1) / b.square().sum(-1)
-    assert Objective({"relative": 1.0}).of_states([a], [b], mask) == pytest.approx(float(relative.sum()))
-    assert Objective({"cosine": 1.0}).of_states([a], [b], mask) == pytest.approx(float((1 - cosine).sum()), rel=1e-5)
-    assert Objective({"mse": 2.0}).of_states([a, b], [b, b], mask) == pytest.approx(float(square.mean(-1).sum()))
+    assert Objective({"relative": 1.0}).state_loss([a], [b], mask) == pytest.approx(float(relative.sum()))
+    assert Objective({"cosine": 1.0}).state_loss([a], [b], mask) == pytest.approx(float((1 - cosine).sum()), rel=1e-5)
+    assert Objective({"mse": 2.0}).state_loss([a, b], [b, b], mask) == pytest.approx(float(square.mean(-1).sum()))
     logits, ids = torch.randn(1, 3, 6), torch.tensor([[4, 2, 5]])
     nll = -logits.log_softmax(-1)[0, [0, 1], [2, 5]].sum()
     following = shift_labels(ids, mask)[0]
     assert summed_cross_entropy(logits[0], following) == pytest.approx(float(nll), rel=1e-5)
-    assert Objective({"lm": 2.0}).of_answers(logits[0], following=following) == pytest.approx(2 * float(nll), rel=1e-5)
+    assert Objective({"lm": 2.0}).output_loss(logits[0], following=following) == pytest.approx(2 * float(nll), rel=1e-5)
 
 
 @pytest.mark.parametrize("text", ["kl", "mse", "relative + cosine", "kl + 0.5*lm", "0.25*kl + 2*mse"])
@@ -88,6 +88,6 @@ def test_weights_are_above_zero() -> None:
 )
 def test_a_part_of_the_loss_is_not_left_out_in_silence(objective: Objective, lacking: str) -> None:
     with pytest.raises(StreamlineError, match=lacking):
-        objective.of_answers(torch.randn(3, 5))
+        objective.output_loss(torch.randn(3, 5))
     with pytest.raises(StreamlineError, match="without labels"):
-        Objective({"kl": 1.0, "lm": 1.0}).of_answers(torch.randn(3, 5), torch.randn(3, 5))
+        Objective({"kl": 1.0, "lm": 1.0}).output_loss(torch.randn(3, 5), torch.randn(3, 5))

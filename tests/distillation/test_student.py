@@ -133,7 +133,7 @@ def test_copies_of_blocks_are_trained_and_the_teacher_keeps_its_own() -> None:
     assert torch.equal(before, after)
     assert not torch.equal(first.logits, second.logits)
     assert {name.partition(".")[0] for name in student.parameters()} == {"2-3", "5"}
-    student.settle()
+    student.copy_weights_to_model()
     assert all(torch.equal(a, b) for a, b in zip(model.model.layers[5].parameters(), block.parameters(), strict=True))
 
 
@@ -212,7 +212,7 @@ def test_what_an_earlier_surgery_put_in_is_run_once(window: range, healing: str 
     with torch.no_grad():
         found, _ = student.run(entrance, BATCH, logits=True, states=False)
         torch.testing.assert_close(found.logits[REAL], wanted, rtol=1e-5, atol=1e-5)
-        with student.opened():
+        with student.applied():
             torch.testing.assert_close(model(**prepare_inputs(model, BATCH)).logits[REAL], wanted, rtol=1e-5, atol=1e-5)
 
 

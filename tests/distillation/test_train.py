@@ -83,14 +83,14 @@ def test_weights_that_learn_a_text_are_kept_by_that_too(text: str, weight: float
     rows = torch.full((4, 12), 7)
     same = [{"input_ids": rows, "attention_mask": torch.ones_like(rows)}]
     trained = train(student, same, same, replace(QUICK, loss=objective.weights, epochs=8, validations=4))
-    with student.opened():
+    with student.applied():
         logits = model(rows).logits[:, :-1].flatten(0, 1)
     own = nn.functional.cross_entropy(logits, rows[:, 1:].flatten(), reduction="sum").item() / rows.numel()
     best = next(row for row in trained.history if row["step"] == trained.best_step)
     assert best["validated"] == pytest.approx(weight * trained.distance + own, rel=1e-4)
     assert trained.best_step and best["validated"] == min(row["validated"] for row in trained.history)
     if text == "lm":
-        assert trained.distance > trained.distance_before and trained.in_vain == ""
+        assert trained.distance > trained.distance_before and trained.warning == ""
 
 
 def test_tokens_without_a_label_are_not_learned() -> None:
@@ -102,7 +102,7 @@ def test_tokens_without_a_label_are_not_learned() -> None:
     labeled = [{**batch, "labels": labels}]
     trained = train(student_of(model)[0], labeled, labeled, replace(QUICK, loss=objective.weights, learning_rate=1e-30))
     student, _ = student_of(model)
-    with torch.no_grad(), student.opened():
+    with torch.no_grad(), student.applied():
         logits = model(batch["input_ids"]).logits[:, :-1]
     own = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / labels.numel()
     assert trained.history[0]["validated"] == pytest.approx(float(own), rel=1e-5)
@@ -117,7 +117,7 @@ def test_weights_are_kept_by_the_divergence_that_is_minimized(text: str, weight:
     ids, reverse = torch.cat([batch["input_ids"] for batch in VALIDATION]), 0.0
     with torch.no_grad():
         p = model(ids).logits.double().log_softmax(-1)
-        with student.opened():
+        with student.applied():
             q = model(ids).logits.double().log_softmax(-1)
     reverse = float((q.exp() * (q - p)).sum(-1).mean())
     best = next(row for row in trained.history if row["step"] == trained.best_step)
@@ -285,14 +285,14 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, module = student_of(tiny_model("llama"))
-    make = Objective.of_answers
+    make = Objective.output_loss
     calls: list[int] = []
 
     def spoilt(self: Any, *given: Any) -> torch.Tensor:
         calls.append(1)
         return make(self, *given) * (float("nan") if len(calls) == 6 else 1.0)
 
-    monkeypatch.setattr(Objective, "of_answers", spoilt)
+    monkeypatch.setattr(Objective, "output_loss", spoilt)
     settings = replace(QUICK, validations=12)
     trained = train(student, BATCHES, VALIDATION, settings, checkpoint_file=tmp_path / "training")
     assert "loss of step 6 is nan" in trained.stopped
@@ -563,16 +563,16 @@ def test_a_training_that_brought_nothing_says_so() -> None:
     found = {0: 0.27, 24: 0.33, 97: 0.28}
     history = [{"step": step, "distance": kl, "validated": kl} for step, kl in found.items()]
     trained = TrainingResult(97, 50_000, 0.27, 0.27, 0, history, 1.0)
-    assert re.search(r"not improve the model: KL.*0\.2700 before.*0\.2800 at best", trained.in_vain)
-    assert "a smaller learning rate" in trained.in_vain
+    assert re.search(r"not improve the model: KL.*0\.2700 before.*0\.2800 at best", trained.warning)
+    assert "a smaller learning rate" in trained.warning
     both = [{**row, "validated": row["validated"] + 3.0} for row in history]
     assert re.search(
-        r"not improve the model: the validation loss.*3\.2700 before", replace(trained, history=both).in_vain
+        r"not improve the model: the validation loss.*3\.2700 before", replace(trained, history=both).warning
     )
-    assert replace(trained, best_step=97).in_vain == replace(trained, history=history[:1]).in_vain == ""
+    assert replace(trained, best_step=97).warning == replace(trained, history=history[:1]).warning == ""
     early = replace(trained, history=history[:1], stopped="the loss of step 12 is nan")
-    assert re.search(r"not improve the model: the loss of step 12 is nan.*initial weights", early.in_vain)
-    assert replace(early, history=history, best_step=24).in_vain == ""
+    assert re.search(r"not improve the model: the loss of step 12 is nan.*initial weights", early.warning)
+    assert replace(early, history=history, best_step=24).warning == ""
 
 
 def test_what_is_returned_says_how_it_went() -> None:
@@ -597,7 +597,7 @@ def test_ctrl_c_in_the_middle_of_something_leaves_nothing_half_done(
     wanted = train(whole, BATCHES, VALIDATION, settings)
     student, _ = student_of(tiny_model("llama"), dropout=0.2)
     owner, name, when = {
-        "loss": (Objective, "of_answers", 7),
+        "loss": (Objective, "output_loss", 7),
         "validation": (InterruptedValidation, "on_validation_begin", 4),
         "optimizer": (torch.optim.AdamW, "step", 7),
     }[where]
@@ -724,16 +724,16 @@ def test_a_training_goes_on_from_its_running_means(tmp_path: Path, monkeypatch: 
     settings = replace(QUICK, validations=1)
     whole, _ = normed(tiny_model("llama"))
     wanted = train(whole, BATCHES, VALIDATION, settings)
-    of_answers, calls = Objective.of_answers, 0
+    output_loss, calls = Objective.output_loss, 0
 
     def interrupted(self: Any, *given: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 5:
             os.kill(os.getpid(), signal.SIGINT)
-        return of_answers(self, *given)
+        return output_loss(self, *given)
 
-    monkeypatch.setattr(Objective, "of_answers", interrupted)
+    monkeypatch.setattr(Objective, "output_loss", interrupted)
     broken, _ = normed(tiny_model("llama"))
     assert (
         "interrupted after step 4"

@@ -66,18 +66,18 @@ def outcome(settings: DistillationConfig = SETTINGS, made: Student | None = None
 @contextmanager
 def in_loss(call: int, does: Callable[[torch.Tensor], torch.Tensor], rank: int | None = None) -> Iterator[None]:
     """Let something happen at a call of the loss, in one process or in all."""
-    make, calls = Objective.of_answers, [0]
+    make, calls = Objective.output_loss, [0]
 
     def changed(self: Any, *given: Any) -> torch.Tensor:
         calls[0] += 1
         loss = make(self, *given)
         return does(loss) if calls[0] == call and rank in (None, current_processes().rank) else loss
 
-    Objective.of_answers = changed  # type: ignore[method-assign]
+    Objective.output_loss = changed  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Objective.of_answers = make  # type: ignore[method-assign]
+        Objective.output_loss = make  # type: ignore[method-assign]
 
 
 def interrupted(loss: torch.Tensor) -> torch.Tensor:

@@ -92,7 +92,7 @@ def test_it_is_what_each_measure_alone_gives(pair: tuple[Any, Any, Any], suite: 
         assert scores.problems["told"] == solve_problems(
             model, tokenizer, suite.problems["told"], TextGenerationConfig(new_tokens=8)
         )
-        assert list(scores.written) == [
+        assert list(scores.generated) == [
             text for (text,) in generate_texts(model, tokenizer, PROMPTS, TextGenerationConfig(new_tokens=12))
         ]
         for domain, documents in suite.text.items():
@@ -101,7 +101,7 @@ def test_it_is_what_each_measure_alone_gives(pair: tuple[Any, Any, Any], suite: 
             assert (scores.text[domain].tokens, scores.text[domain].bytes) == (alone.tokens, alone.bytes)
         assert scores.parameters == sum(p.numel() for p in model.parameters())
     assert found.original.tasks["ends"].scores == (1.0, 0.0)
-    assert found.original.problems["told"].right == (True, False)
+    assert found.original.problems["told"].correct == (True, False)
     ratios = [found.scores.text[d].value / found.original.text[d].value for d in suite.text]
     assert found.mean_perplexity_ratio == pytest.approx(sum(ratios) / 2)
     assert found.mean_perplexity_ratio is not None and found.mean_perplexity_ratio > 1.01
@@ -146,7 +146,7 @@ def test_what_is_retained_is_that_of_the_changed_model(pair: tuple[Any, Any, Any
     assert found.retained["generation"].ratio.value == 0.0
     assert found.stability["girls"]["value"] < 1.0 and found.matched is not None and found.matched.length < 3
     whole = evaluate(copy.deepcopy(original), tokenizer, suite, original)
-    more, less = whole.more_than(found), found.more_than(whole)
+    more, less = whole.accuracy_difference(found), found.accuracy_difference(whole)
     assert more["classification"].ratio.value == pytest.approx(1.0 - means[0] / means[1])
     assert (more["generation"].ratio.value, less["generation"].ratio.value) == (1.0, -1.0)
 
@@ -165,7 +165,7 @@ def test_all_tries_count_for_what_is_retained() -> None:
         for mine in (solved_by_tries([1, 0], [1, 0], [1, 0], [1, 0]), solved_by_tries(*[[1, 1]] * 3, [0, 0]))
     ]
     assert [side.retained["generation"].ratio.value for side in sides] == [0.5, 0.75]
-    more = sides[1].more_than(sides[0])["generation"]
+    more = sides[1].accuracy_difference(sides[0])["generation"]
     assert more.ratio.value == 0.25 and more.above_chance is not None and more.above_chance.value == 0.25
 
 
@@ -188,16 +188,18 @@ def test_who_always_writes_one_answer_retains_nothing_above_chance() -> None:
 def test_a_model_is_held_against_another_beside_one_original(pair: tuple[Any, Any, Any], suite: Suite) -> None:
     original, changed, tokenizer = pair
     found = evaluate(changed, tokenizer, suite, original)
-    assert all(one.ratio.value == one.ratio.low == one.ratio.high == 0.0 for one in found.more_than(found).values())
+    assert all(
+        one.ratio.value == one.ratio.low == one.ratio.high == 0.0 for one in found.accuracy_difference(found).values()
+    )
     with pytest.raises(StreamlineError, match=r"no original.*`reference`"):
-        found.more_than(evaluate(changed, tokenizer, suite))
+        found.accuracy_difference(evaluate(changed, tokenizer, suite))
     few = Suite(tasks=TASKS[:1], timed=None)
     with pytest.raises(StreamlineError, match=r"'dogs' was evaluated for one model only"):
-        found.more_than(evaluate(changed, tokenizer, few, original))
+        found.accuracy_difference(evaluate(changed, tokenizer, few, original))
     with pytest.raises(StreamlineError, match="Expected one original"):
-        found.more_than(evaluate(original, tokenizer, suite, changed))
+        found.accuracy_difference(evaluate(original, tokenizer, suite, changed))
     nothing = evaluate(changed, tokenizer, Suite(text=suite.text, timed=None), original)
-    assert nothing.more_than(nothing) == {}
+    assert nothing.accuracy_difference(nothing) == {}
 
 
 def test_the_report_is_json_and_says_what_the_scores_say(pair: tuple[Any, Any, Any], suite: Suite) -> None:
@@ -219,7 +221,7 @@ def test_the_report_is_json_and_says_what_the_scores_say(pair: tuple[Any, Any, A
         "value": 0.5, "standard_error": 0.5, "chance": 0.0, "items": 2, "metric": "exact match",
     }  # fmt: skip
     assert report["samples"][0]["prompt"] == PROMPTS[0]
-    assert report["samples"][0]["reference"] == found.original.written[0].text
+    assert report["samples"][0]["reference"] == found.original.generated[0].text
     assert report["perplexity"]["tales"]["tokens"] == found.scores.text["tales"].tokens
     assert {"girls", "tales", "ends", "told", "prompts"} <= report["seconds"].keys()
     table = found.table()
@@ -276,8 +278,8 @@ def test_what_is_known_of_another_tokenizer_is_asked_again(
     again = evaluate(original, other, suite, cache_file=file)
     assert again.scores.text["tales"].nll != first.scores.text["tales"].nll
     ends = copy.deepcopy(original)
-    ends.generation_config.eos_token_id = first.scores.written[0].tokens[3]
-    assert len(evaluate(ends, tokenizer, suite, cache_file=file).scores.written[0].tokens) <= 3
+    ends.generation_config.eos_token_id = first.scores.generated[0].tokens[3]
+    assert len(evaluate(ends, tokenizer, suite, cache_file=file).scores.generated[0].tokens) <= 3
     assert evaluate(original, tokenizer, suite, cache_file=file).scores == first.scores
 
 
@@ -310,7 +312,7 @@ class Halves:
         return self.tokenizer(text.replace(self.unlike, "X") if self.unlike else text, **options)
 
 
-@pytest.mark.parametrize(("unlike", "part"), [("girl", "text"), ("big dog", "written")])
+@pytest.mark.parametrize(("unlike", "part"), [("girl", "text"), ("big dog", "generated")])
 def test_what_another_tokenizer_reads_otherwise_is_asked_again(
     pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path, unlike: str, part: str
 ) -> None:
@@ -387,7 +389,7 @@ def test_it_goes_on_where_it_was_interrupted(pair: tuple[Any, Any, Any], suite: 
     found = evaluate(model, tokenizer, suite, original, cache_file=file)
     handle.remove()
     whole = evaluate(model, tokenizer, suite, original)
-    assert found.scores.tasks == whole.scores.tasks and found.scores.written == whole.scores.written
+    assert found.scores.tasks == whole.scores.tasks and found.scores.generated == whole.scores.generated
     assert known.items() <= json.loads(file.read_text())["streamline_hooks_measured"].items()
 
 

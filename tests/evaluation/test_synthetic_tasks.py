@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from benchmarks.probe_levels import LEVELS, probes_at
 from streamline_hooks import StreamlineError
+from streamline_hooks.evaluation import GeneratedText, ResultCache
 from streamline_hooks.evaluation.synthetic_tasks import (
     PROBLEM_MAKERS,
     Problem,
@@ -99,7 +100,7 @@ def test_nothing_is_guessed_of_one_problem_and_none_is_refused() -> None:
 
 def test_more_tries_than_there_are() -> None:
     solved = ProblemResults(((), ()), ((True,), (False,)))
-    assert solved.accuracy == 0.5 and solved.right == (True, False)
+    assert solved.accuracy == 0.5 and solved.correct == (True, False)
     assert solved.standard_error == pytest.approx(statistics.stdev([1.0, 0.0]) / math.sqrt(2))
     with pytest.raises(StreamlineError, match=r"pass@2.*2 attempts.*there are 1"):
         solved.pass_at(2)
@@ -161,11 +162,11 @@ def test_a_model_is_right_where_it_writes_the_answer(stories: tuple[Any, Any]) -
     free = solve_problems(
         model, tokenizer, [Problem(p, "?") for p in prompts], TextGenerationConfig(new_tokens=12, stop=["\n"])
     )
-    assert free.right == (False, False)
-    known = [Problem(p, text.text) for p, (text,) in zip(prompts, free.written, strict=True)]
+    assert free.correct == (False, False)
+    known = [Problem(p, text.text) for p, (text,) in zip(prompts, free.texts, strict=True)]
     known[1] = Problem(prompts[1], known[1].answer + "!")
     found = solve_problems(model, tokenizer, known, TextGenerationConfig(new_tokens=12, stop=["\n"]))
-    assert found.right == (True, False)
+    assert found.correct == (True, False)
     assert str(found).startswith("50.0% ± 50.0% of 2 problems solved")
     with pytest.raises(StreamlineError, match="solve_problems: problems is empty"):
         solve_problems(model, tokenizer, [])
@@ -277,3 +278,12 @@ def test_every_sort_has_the_same_levels() -> None:
     assert {tuple(levels) for levels in LEVELS.values()} == {(1, 2, 3, 4, 5, 6)} and list(LEVELS) == list(
         PROBLEM_MAKERS
     )
+
+
+def test_results_of_a_cache_with_the_earlier_field_are_read(tmp_path: Path) -> None:
+    results = ProblemResults(((GeneratedText("?", "1", (3,), True),),), ((True,),))
+    file = tmp_path / "cache.json"
+    ResultCache(file).get(ProblemResults, ["a model"], lambda: results)
+    file.write_text(file.read_text().replace('"texts"', '"written"'))
+    assert '"written"' in file.read_text()
+    assert ResultCache(file).get(ProblemResults, ["a model"], lambda: pytest.fail("measured again"))[0] == results

@@ -581,5 +581,5 @@ def test_a_training_in_vain_is_told_at_the_end(story_model: tuple[Any, Any], sto
         tokenizer=tokenizer,
     )
     assert result.training is not None and result.training.best_step == 0
-    assert result.warnings == [result.training.in_vain] and "did not improve the model" in result.table()
+    assert result.warnings == [result.training.warning] and "did not improve the model" in result.table()
     assert result.perplexities["trained"] == pytest.approx(result.perplexities["repaired"], rel=1e-5)

@@ -195,7 +195,7 @@ def test_a_fifth_is_held_out_and_nothing_is_lost(sizes: tuple[int, ...]) -> None
     split = BatchSplit.of(
         {"calibration": batches, "validation": [rows + 100], "test": [rows + 200]}, Task("image-classification")
     )
-    fit, held_out = split.held_out_apart
+    fit, held_out = split.fitting_and_held_out
     assert torch.equal(torch.cat([*fit, *held_out]), rows)
     assert sum(map(len, held_out)) == max(1, sum(sizes) // 5)
 

@@ -46,7 +46,7 @@ def test_the_demo_keeps_most_of_what_is_solved(smollm2: tuple[Any, Any], tmp_pat
     assert not result.warnings
     assert len(find_stack(smollm2[0])) - len(find_stack(model)) == config.target.blocks >= 2
     before, after = (
-        solve_problems(one, tokenizer, PROBLEMS, TextGenerationConfig(new_tokens=24, stop=("\n",))).right
+        solve_problems(one, tokenizer, PROBLEMS, TextGenerationConfig(new_tokens=24, stop=("\n",))).correct
         for one in (smollm2[0], model)
     )
     assert sum(before) >= 12

@@ -192,7 +192,7 @@ def test_a_call_that_is_refused_leaves_the_files_of_an_earlier_one(tmp_path: Pat
 
 def test_of_batches_all_rounds_together_are_told(tmp_path: Path) -> None:
     result = compress(tiny_model("llama"), PARTS, configured(rounds=3, remove=3, distillation=QUICK, **OPTIONS))
-    whole = BatchSplit.of(PARTS, Task("causal-lm")).figures()
+    whole = BatchSplit.of(PARTS, Task("causal-lm")).report()
     assert result.data["calibration_tokens"] == 12 * 2 * 12
     assert {name: result.data[name] for name in whole} == whole
 

@@ -95,7 +95,7 @@ def test_an_evaluation_is_told_as_it_was(
     assert reader.tables["Perplexity by domain"][1][3:] == [f"{mine:.2f}", f"{theirs:.2f}", f"{mine / theirs:.2f}"]
     assert [row[0] for row in reader.tables["Tasks, ± one standard error"][1:]] == ["girls", "ends"] * 2
     assert "KL, tales (nats per token)" in [row[0] for row in reader.tables["Agreement with the original"]]
-    assert found.scores.written[0].text in [data for _, data in reader.texts]
+    assert found.scores.generated[0].text in [data for _, data in reader.texts]
     assert [row[0] for row in reader.tables["Speed"][1:]] == [
         "stories, first token", "stories, further token", "shorter, first token", "shorter, further token",
     ]  # fmt: skip

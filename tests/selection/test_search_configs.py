@@ -285,7 +285,7 @@ def test_classes_that_cannot_be_registered(config: Any, named: str) -> None:
 
 def test_a_search_of_another_kind_keeps_what_is_not_of_its_kind() -> None:
     search = DisjointSearch(criterion="kl", protect=(0,), shortlist=4, windows=3)
-    assert search.switched("disjoint", {"windows": 2}) == DisjointSearch("kl", (0,), 4, 2)
-    assert search.switched("window", {}) == WindowSearch(protect=(0,), shortlist=4)
-    assert search.switched("greedy", {}) == GreedySearch(protect=(0,))
-    assert search.switched("window", {"shortlist": 9}).shortlist == 9
+    assert search.with_kind("disjoint", {"windows": 2}) == DisjointSearch("kl", (0,), 4, 2)
+    assert search.with_kind("window", {}) == WindowSearch(protect=(0,), shortlist=4)
+    assert search.with_kind("greedy", {}) == GreedySearch(protect=(0,))
+    assert search.with_kind("window", {"shortlist": 9}).shortlist == 9

@@ -60,7 +60,7 @@ _SPLICED = (BEFORE, AFTER)
 
 numbers = st.integers(0, MOST_SLOTS)
 lines = st.one_of(*[st.just(0)] * 7, st.integers(1, 60), st.integers(1, 900))  # 0: no interrupt
-put_in = st.sampled_from(["linear", "linear", "linear", "copy", "block", "identity"])
+kinds = st.sampled_from(["linear", "linear", "linear", "copy", "block", "identity"])
 
 
 @contextmanager
@@ -358,7 +358,7 @@ class Machine(RuleBasedStateMachine):
         after = None if self.depended_on(start, stop) else self.level().replace(start, stop, None)
         self.operate(lambda: self.open[-1].surgeon.remove(range(start, stop)), after, line)
 
-    @rule(start=numbers, length=st.integers(1, 2), what=put_in,
+    @rule(start=numbers, length=st.integers(1, 2), what=kinds,
           j=numbers, line=lines)  # fmt: skip
     def replace(self, start: int, length: int, what: str, j: int, line: int) -> None:
         self.require_surgeon()
@@ -372,7 +372,7 @@ class Machine(RuleBasedStateMachine):
             line = 0  # the plan would not say whether it was done
         self.operate(lambda: self.open[-1].surgeon.replace(range(start, stop), module), after, line)
 
-    @rule(k=numbers, what=put_in, j=numbers, line=lines)
+    @rule(k=numbers, what=kinds, j=numbers, line=lines)
     def insert(self, k: int, what: str, j: int, line: int) -> None:
         self.require_surgeon()
         k %= len(self.level()) + 1

@@ -24,16 +24,16 @@ def last_block_keeps_its_number(patch: Patch) -> None:
 
 
 def splice_runs_one_block_later(patch: Patch) -> None:
-    lay_out = Edits.lay_out
+    apply_layout = Edits.apply_layout
 
     def later(self: Edits, slots: list[Any], at_end: Any, *more: Any) -> None:
         for slot, following in pairwise(slots):
             if slot.before and not following.before:
                 slot.before, following.before = [], slot.before
                 break
-        lay_out(self, slots, at_end, *more)
+        apply_layout(self, slots, at_end, *more)
 
-    patch.setattr(Edits, "lay_out", later)
+    patch.setattr(Edits, "apply_layout", later)
 
 
 def insertions_run_in_reverse_order(patch: Patch) -> None:

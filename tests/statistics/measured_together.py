@@ -37,11 +37,11 @@ def results(model: nn.Module) -> dict[str, Any]:
         "profile": told_of(profile(model, BATCHES, replicates=20)),
         "one batch": told_of(profile(model, BATCHES[:1], replicates=20)),
         "masked": told_of(profile(model, BATCHES, tokens=MASKS, skip=1, protect=[-1], replicates=0)),
-        "none": profile(model, [], share=False).sums.state_dict(),
+        "none": profile(model, [], shard=False).sums.state_dict(),
         "moments": [one.state_dict() for one in measure_moments(model, BATCHES, WINDOWS)],
         "plain moments": [one.state_dict() for one in measure_moments(model, HELD_OUT, WINDOWS, weighted=False)],
         "fold moments": [one.state_dict() for one in measure_fold_moments(model, BATCHES, WINDOWS)],
-        "no moments": measure_moments(model, [], WINDOWS, share=False),
+        "no moments": measure_moments(model, [], WINDOWS, shard=False),
     }
     repairs = fit_windows(model, WINDOWS, LinearConfig(), BATCHES, HELD_OUT)
     found["repairs"] = [(one.replacement_module.state_dict(), one.ridge, one.repaired_error) for one in repairs]  # type: ignore[union-attr]
@@ -81,9 +81,9 @@ def process(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = tiny_model("llama")
     found = results(model)
-    found["its own"] = told_of(profile(model, BATCHES[:4] if rank == 0 else BATCHES[4:], replicates=20, share=False))
+    found["its own"] = told_of(profile(model, BATCHES[:4] if rank == 0 else BATCHES[4:], replicates=20, shard=False))
     own = [] if rank == 0 else BATCHES
-    found["its own moments"] = [one.state_dict() for one in measure_moments(model, own, WINDOWS, share=False)]
+    found["its own moments"] = [one.state_dict() for one in measure_moments(model, own, WINDOWS, shard=False)]
     if rank == 1:
         with single_process():
             found["alone"] = told_of(profile(model, BATCHES, replicates=20))
@@ -101,7 +101,7 @@ def process(rank: int, folder: Path) -> None:
         "batches": said(lambda: profile(model, BATCHES[rank:], replicates=0)),
         "option": said(lambda: profile(model, BATCHES, skip=rank)),
         "model": said(lambda: measure_moments(other, BATCHES, WINDOWS)),
-        "share": said(lambda: measure_moments(model, BATCHES, WINDOWS, share=rank == 0)),
+        "shard": said(lambda: measure_moments(model, BATCHES, WINDOWS, shard=rank == 0)),
         "wrapped": said(lambda: profile(DistributedDataParallel(model), BATCHES)),
     }
     assert current_processes().count == 2

@@ -114,7 +114,7 @@ NAN = "Process 1 of 2 (its batch n is batch 2n + 1 of all): The state that enter
         ("batches", "Processes 0 and 1 of 2 call profile with different batches ("),
         ("option", "Processes 0 and 1 of 2 call profile with different skip (0 and 1). Expected the same"),
         ("model", "call measure_moments with different fingerprint ("),
-        ("share", "pass share=False in all of them"),
+        ("shard", "pass shard=False in all of them"),
         ("wrapped", "is wrapped in DistributedDataParallel already"),
     ],
 )

@@ -93,7 +93,7 @@ def test_what_is_seen_and_added_behind_the_first_blocks_of_a_text_keeps_them_in_
             causes = [hazard.cause for hazard in surgeon.check([k])]
             surgeon.remove([k], despite_hazards=True)
             right = torch.allclose(said(), bypassed, atol=1e-4)
-        assert (causes == []) == right == (k >= 2) and set(causes) <= {"features-by-number"}
+        assert (causes == []) == right == (k >= 2) and set(causes) <= {"features-by-index"}
     with LayerSurgeon(model, path) as surgeon:
         with pytest.raises(UnsupportedSurgery, match="blocks up to 1 by index"):
             surgeon.insert(1, copy.deepcopy(stack[3]))
@@ -102,7 +102,7 @@ def test_what_is_seen_and_added_behind_the_first_blocks_of_a_text_keeps_them_in_
     model.config.vision_config.deepstack_visual_indexes = [0, 1, 2]
     with LayerSurgeon(model, path) as surgeon:
         (hazard,) = surgeon.check([2])
-        assert hazard.cause == "features-by-number" and "blocks up to 2" in hazard.text
+        assert hazard.cause == "features-by-index" and "blocks up to 2" in hazard.text
 
 
 def test_per_layer_embeddings_that_cannot_be_picked_are_named() -> None:
@@ -117,19 +117,19 @@ def test_per_layer_embeddings_that_cannot_be_picked_are_named() -> None:
 
 CAUSES = [
     # type, block, cause, words
-    ("beam", 4, "number-computes", "(attn_residual_add_idx, mlp_residual_add_idx)"),
+    ("beam", 4, "computes-with-index", "(attn_residual_add_idx, mlp_residual_add_idx)"),
     ("dory", 4, "looped-blocks", "blocks 2 to 5 up to 2 times"),
     ("xlm", 4, "split-blocks", "(attentions, layer_norm1, layer_norm2 and ffns)"),
-    ("zaya", 4, "side-state", "block 4 passes more than the hidden state"),
-    ("reformer", 7, "side-state", "passes more than the hidden state"),
-    ("inkling2_text", 4, "attributes-read", "is_block_boundary (True on block 4)"),
-    ("rwkv", 4, "absolute-numbers", "(rescale_every)"),
+    ("zaya", 4, "extra-state", "block 4 passes more than the hidden state"),
+    ("reformer", 7, "extra-state", "passes more than the hidden state"),
+    ("inkling2_text", 4, "attributes-read-outside", "is_block_boundary (True on block 4)"),
+    ("rwkv", 4, "absolute-indices", "(rescale_every)"),
     ("jamba", 4, "derived-settings", "block 6, renumbered to 5"),
     ("minimax", 0, "cache", "decoding with a cache"),
-    ("mllama", 3, "not-run", "input_ids alone"),
+    ("mllama", 3, "cannot-run", "input_ids alone"),
     ("zamba2", 2, "tied-blocks", "blocks 2, 5 share parameters"),
-    ("diffllama", 0, "built-from-number", "self_attn.lambda_init is"),
-    ("modernbert-decoder", 0, "built-from-number", "model.layers.0.attn_norm.weight has the shape"),
+    ("diffllama", 0, "built-from-index", "self_attn.lambda_init is"),
+    ("modernbert-decoder", 0, "built-from-index", "model.layers.0.attn_norm.weight has the shape"),
     ("gemma4_unified_text", 7, "configuration", "turns layer_types[6] from 'sliding_attention' into 'full_attention'"),
 ]
 
@@ -145,7 +145,7 @@ def test_hazards_are_known_by_their_cause(model_type: str, block: int, cause: st
         found = surgeon.check([block])
         assert [h.cause for h in found] == [cause]
         assert words in found[0].text
-        if cause in ("built-from-number", "configuration"):
+        if cause in ("built-from-index", "configuration"):
             surgeon.remove([block])  # in memory it is right
             with pytest.raises(UnsupportedSurgery) as refused:
                 surgeon.commit()
@@ -175,7 +175,7 @@ def test_blocks_that_scale_by_their_number_while_they_run_are_named() -> None:
     model = torch.nn.Sequential(torch.nn.Sequential(*(_ScaledByNumber(k) for k in range(5))))
     with LayerSurgeon(model) as surgeon:
         (hazard,) = surgeon.check([2])
-        assert hazard.cause == "scale-by-number" and "blocks 2 to 4 scale" in hazard.text
+        assert hazard.cause == "scale-by-index" and "blocks 2 to 4 scale" in hazard.text
         with pytest.raises(UnsupportedSurgery, match="blocks 1 to 4 scale"):
             surgeon.insert(1, copy.deepcopy(model[0][3]))
 

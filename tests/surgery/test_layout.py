@@ -15,9 +15,9 @@ def layout(length: int = 5) -> StackLayout:
 def test_a_new_block_takes_a_slot_after_the_positions_before_it() -> None:
     replaced, inserted = layout(), layout()
     replaced.replace_window(range(1, 3), nn.Linear(2, 2))
-    assert [replaced.takes_slots_behind(k) for k in range(5)] == [True, True, False, False, False]
+    assert [replaced.takes_slot_after(k) for k in range(5)] == [True, True, False, False, False]
     inserted.insert(3, nn.Linear(2, 2))
-    assert [inserted.takes_slots_behind(k) for k in range(5)] == [True, True, True, False, False]
+    assert [inserted.takes_slot_after(k) for k in range(5)] == [True, True, True, False, False]
 
 
 def test_a_splice_takes_no_slot() -> None:
@@ -25,7 +25,7 @@ def test_a_splice_takes_no_slot() -> None:
     spliced.replace_window(range(3, 5), nn.Identity())
     spliced.replace_window(range(1, 2), None)
     spliced.insert(5, nn.Identity())
-    assert not spliced.takes_slots_behind(0)
+    assert not spliced.takes_slot_after(0)
 
 
 def test_earlier_splices_at_the_end_are_removed_with_the_last_block_only() -> None:

@@ -102,7 +102,7 @@ def test_a_pattern_of_numbers_is_refused_where_it_would_mean_others(pattern: str
     model.config.quantization_config = said_by_a_dict(modules_to_not_convert=["lm_head", pattern])
     with LayerSurgeon(model) as surgeon:
         (hazard,) = surgeon.check([first - 1])
-        assert hazard.cause == "quantized-by-number"
+        assert hazard.cause == "quantized-by-index"
         with pytest.raises(UnsupportedSurgery) as refused:
             surgeon.remove([first - 1])
         assert f"modules_to_not_convert: {pattern}" in str(refused.value)

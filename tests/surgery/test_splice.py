@@ -13,7 +13,7 @@ from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError,
 from streamline_hooks.evaluation import distances_of_candidates
 from streamline_hooks.modeling import Candidate, Task
 from streamline_hooks.replacements import LinearReplacement
-from streamline_hooks.surgery.splice import AFTER, BEFORE, remember_splices, set_splices, spliced
+from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices, snapshot_splices, spliced
 from tests.surgery.interruptions import interrupted_at
 from tests.tiny_models import BLOCKS, Nudge, repaired, tiny_model, tokens
 
@@ -226,10 +226,10 @@ def test_splices_come_back_when_interrupted_at_any_line(place: Any, held: int, p
         set_splices(block, AFTER if place == BEFORE else BEFORE, [nn.Identity()])
         tables = block._modules, block._forward_pre_hooks, block._forward_pre_hooks_with_kwargs, block._forward_hooks
         before = [list(table.items()) for table in tables]
-        put_back = remember_splices(block, place)
+        restore = snapshot_splices(block, place)
         set_splices(block, place, [nn.Identity() for _ in range(present)])
-        reached = interrupted_at(line, put_back)
-        put_back()
+        reached = interrupted_at(line, restore)
+        restore()
         assert [list(table.items()) for table in tables] == before, line
     assert line > 5
 

@@ -650,11 +650,11 @@ def test_a_model_that_its_class_would_build_otherwise_is_not_committed() -> None
     expected = bypassed(model, range(0, 1))
     before = fingerprint(model)
     with LayerSurgeon(model) as surgeon:
-        if [h.cause for h in surgeon.check([0])] == ["scale-by-number"]:
+        if [h.cause for h in surgeon.check([0])] == ["scale-by-index"]:
             with pytest.raises(UnsupportedSurgery, match=r"blocks 0.*5 scale"):
                 surgeon.remove([0])
         else:
-            assert [h.cause for h in surgeon.check([0])] == ["built-from-number"]
+            assert [h.cause for h in surgeon.check([0])] == ["built-from-index"]
             surgeon.remove([0])
             assert torch.equal(logits(model), expected)  # in memory it is right
             with pytest.raises(UnsupportedSurgery, match=r"Block 0.*attn.scaling"):

@@ -65,10 +65,10 @@ def leaves(then: Callable[[Any], object], first: Callable[[Any], object] | None 
     """A surgeon that does something to the model after it has put everything back; first the model is made ready."""
 
     def plant(patch: Patch) -> Subject:
-        put_back = LayerSurgeon.__exit__
+        restore = LayerSurgeon.__exit__
 
         def leave(self: LayerSurgeon, *given: Any) -> None:
-            put_back(self, *given)
+            restore(self, *given)
             then(self.model)
 
         patch.setattr(LayerSurgeon, "__exit__", leave)
@@ -151,13 +151,13 @@ def changes_by(change: Callable[[nn.Module], AbstractContextManager[Any]]) -> Ca
 
 
 def swaps_two_blocks(patch: Patch) -> Subject:
-    lay_out = edits.Edits.lay_out
+    apply_layout = edits.Edits.apply_layout
 
     def swapped(self: edits.Edits, slots: list[Any], *rest: Any) -> None:
         shorter = len(slots) < len(self.stack)
-        lay_out(self, [*slots[:-2], slots[-1], slots[-2]] if shorter else slots, *rest)
+        apply_layout(self, [*slots[:-2], slots[-1], slots[-2]] if shorter else slots, *rest)
 
-    patch.setattr(edits.Edits, "lay_out", swapped)
+    patch.setattr(edits.Edits, "apply_layout", swapped)
     return plain()
 
 

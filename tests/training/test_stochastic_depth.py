@@ -326,9 +326,9 @@ def test_it_is_what_a_surgeon_leaves(model_type: str, draws: list[tuple[int, ...
             for k in drawn:
                 surgeon.remove([k], despite_hazards=True)
             expected = said(model)
-        skipping.leave_out(drawn)
+        skipping.skip_blocks(drawn)
         got = said(model)
-        skipping.put_back()
+        skipping.restore()
         assert got == expected
         assert state_of(model) == before
 
