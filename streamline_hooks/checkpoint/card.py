@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from streamline_hooks.core import describe_blocks
 from streamline_hooks.evaluation import MEASURES
 from streamline_hooks.modeling import task_from_class_names
 from streamline_hooks.selection import TargetOutcome
@@ -120,9 +121,7 @@ def _surgery(entry: dict[str, Any]) -> list[str]:
             f"- A linear map was folded into the output projection of: {folded} (block numbers before the surgery)."
         )
     for splice in plan.splices:
-        position = (
-            f"replaces blocks {splice.replaces[0]} to {splice.replaces[1] - 1}" if splice.replaces else "is inserted"
-        )
+        position = f"replaces {describe_blocks(range(*splice.replaces))}" if splice.replaces else "is inserted"
         lines.append(f"- {splice.module} {position}, runs before block {splice.before} and takes no cache slot.")
     inserted = [f"{number} ({slot.module})" for number, slot in enumerate(plan.slots) if slot.source is None]
     if inserted:

@@ -81,6 +81,7 @@ from .tables import table
 from .validation import (
     Bound,
     block_indices,
+    describe_blocks,
     field_hints,
     int_list,
     require_weights,
@@ -131,6 +132,7 @@ __all__ = [
     "count_tokens",
     "current_processes",
     "defer_interrupts",
+    "describe_blocks",
     "describe_environment",
     "device_of",
     "distributed_step",

@@ -152,6 +152,13 @@ def block_indices(values: Any, length: int, name: str) -> list[int]:
     return [k % length for k in numbers]
 
 
+def describe_blocks(window: range) -> str:
+    """Return ``"block 3"`` or ``"blocks 3 to 5"``, to name a window in a message."""
+    if not window:
+        return "no block"
+    return f"block {window.start}" if len(window) == 1 else f"blocks {window.start} to {window[-1]}"
+
+
 class _Mismatch(Exception):
     """Raised if a value does not match its annotation; the text is the reason."""
 

@@ -32,6 +32,7 @@ from streamline_hooks.core import (
     batches_digest,
     count_tokens,
     defer_interrupts,
+    describe_blocks,
     device_of,
     gather_unless_interrupted,
     get_logger,
@@ -369,7 +370,7 @@ class TrainingLoop:
         length, start, count = len(self.student.stack), self.student.start, self.work.processes.count
         end = length if self.config.objective.needs_logits else max(w.stop for w in self.student.windows)
         shared = f", {count} ranks" if count > 1 else ""
-        return f"train on {self.config.objective}: blocks {start} to {end - 1} of {length}{shared}"
+        return f"train on {self.config.objective}: {describe_blocks(range(start, end))} of {length}{shared}"
 
     def _bar_state(self) -> str:
         loss = f"loss {self.losses[-1][0] / self.losses[-1][1]:.4f}, " if self.losses else ""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.core import Batch, StreamlineError
+from streamline_hooks.core import Batch, StreamlineError, describe_blocks
 from streamline_hooks.modeling import BlockStack, Task, find_stack
 from streamline_hooks.recording import ForwardStopped, HiddenStateRecorder
 from streamline_hooks.repair import FoldedMap, WindowReplacement, insert_replacement
@@ -319,8 +319,8 @@ def _require_gaps(windows: Sequence[range]) -> None:
     for window, next_window in pairwise(windows):
         if next_window.start <= window.stop:
             raise StreamlineError(
-                f"The windows {window.start} to {window.stop - 1} and {next_window.start} to {next_window.stop - 1} "
-                "have no block between them. Expected separate windows. Pass one window for both."
+                f"The windows of {describe_blocks(window)} and of {describe_blocks(next_window)} have no block between "
+                "them. Expected separate windows. Pass one window for both."
             )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from streamline_hooks.core import Batch, StreamlineError, validate_arguments
+from streamline_hooks.core import Batch, StreamlineError, describe_blocks, validate_arguments
 from streamline_hooks.modeling import Task, find_stack
 from streamline_hooks.selection.criteria import Combination, Criterion, resolve_criterion
 from streamline_hooks.statistics import Profile, check_profile
@@ -155,7 +155,7 @@ def _scores(
     for window, score in zip(windows, scores, strict=True):
         if math.isnan(score) or score == math.inf:
             raise StreamlineError(
-                f"The criterion {criterion.name!r} returned {score} for blocks {window.start} to {window.stop - 1}. "
+                f"The criterion {criterion.name!r} returned {score} for {describe_blocks(window)}. "
                 "Expected a finite number, or −inf for a window that must stay. Correct its score function."
             )
     if max(scores) == -math.inf:

@@ -10,7 +10,14 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from streamline_hooks.core import Batch, StreamlineError, UnsupportedSurgery, batches_digest, progress_bar
+from streamline_hooks.core import (
+    Batch,
+    StreamlineError,
+    UnsupportedSurgery,
+    batches_digest,
+    describe_blocks,
+    progress_bar,
+)
 from streamline_hooks.modeling import BRANCHES, Branch, StateSource, Task
 from streamline_hooks.selection.criteria import Criterion, resolve_criterion
 from streamline_hooks.selection.scoring import compares_with_the_original, score_windows
@@ -177,7 +184,7 @@ def _remove(surgeon: LayerSurgeon, blocks: Iterable[int]) -> None:
             surgeon.remove(run)
         except UnsupportedSurgery as error:
             raise UnsupportedSurgery(
-                f"The greedy search selected blocks {run.start} to {run.stop - 1}, which cannot be removed. {error} "
+                f"The greedy search selected {describe_blocks(run)}, which cannot be removed. {error} "
                 "Protect them (protect=...) to search among the other blocks.",
                 error.cause,
             ) from error

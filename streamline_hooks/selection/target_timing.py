@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from streamline_hooks.core import StreamlineError, UnsupportedSurgery, get_logger
+from streamline_hooks.core import StreamlineError, UnsupportedSurgery, describe_blocks, get_logger
 from streamline_hooks.evaluation import Phase, Quartiles, SpeedReport, max_prompt_tokens, measure_speed
 from streamline_hooks.modeling import BlockStack
 from streamline_hooks.repair import FoldedMap, ScaleFactor, WindowReplacement, insert_replacement
@@ -135,8 +135,8 @@ def _time_without(
     if not safe:
         first, reasons = next(iter(hazards.items()))
         raise UnsupportedSurgery(
-            f"The time without {len(first)} blocks cannot be measured: no window of this length can be removed. Blocks "
-            f"{first.start} to {first.stop - 1}: {'; '.join(map(str, reasons))}"
+            f"The time without {len(first)} blocks cannot be measured: no window of this length can be removed. "
+            f"{describe_blocks(first).capitalize()}: {'; '.join(map(str, reasons))}"
         )
     sizes = stack.parameters_per_block
     chosen = min(safe, key=lambda w: (sum(sizes[k] for k in w), abs(w.start + w.stop - len(stack))))

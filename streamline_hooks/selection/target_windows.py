@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamline_hooks.core import StreamlineError, model_size
+from streamline_hooks.core import StreamlineError, describe_blocks, model_size
 from streamline_hooks.modeling import BlockStack, find_stack
 from streamline_hooks.repair import replacement_size
 from streamline_hooks.selection.target import Target, blocks_to_remove, unprotected_windows, windows_of_size
@@ -324,7 +324,7 @@ def _by_size(
         unit = "bytes of weights" if in_bytes else "parameters"
         left = f", and leaves {total - most:,} bytes" if in_bytes else ""
         raise StreamlineError(
-            f"The target {target} cannot be reached: the best window, blocks {window.start} to {window.stop - 1}, "
+            f"The target {target} cannot be reached: the best window, {describe_blocks(window)}, "
             f"saves {most:,} of the model's {total:,} {unit} ({most / total:.1%}){left}. Other parts of the model "
             "(embeddings, head) stay, and the replacement is added. Remove less, or protect fewer blocks."
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from streamline_hooks.core import StreamlineError, read_file, table, validate_arguments, write_file
+from streamline_hooks.core import StreamlineError, describe_blocks, read_file, table, validate_arguments, write_file
 from streamline_hooks.statistics.similarity import StateSums
 
 Statistic = Literal["cosine", "angular", "last_angular", "relative_magnitude", "entropy"]
@@ -330,15 +330,15 @@ class Profile:
             raise StreamlineError(
                 f"{window} is not a window. Expected consecutive blocks such as range(3, 6). Change it."
             )
-        name = f"The window of blocks {window.start} to {window.stop - 1}"
+        name = f"The window of {describe_blocks(window)}"
         if window.stop > self.length:
             raise StreamlineError(
                 f"{name} is out of range of the stack of {self.length} blocks, 0 to {self.length - 1}. Change it."
             )
         if window.stop >= self.num_boundaries:
             raise StreamlineError(
-                f"{name} is not in this profile, which covers blocks 0 to {self.num_boundaries - 2}: the blocks after "
-                "them were protected and not run. Profile again without protect."
+                f"{name} is not in this profile, which covers {describe_blocks(range(self.num_boundaries - 1))}: "
+                "the others were protected and not run. Profile again without protect."
             )
 
 

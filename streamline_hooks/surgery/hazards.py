@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from streamline_hooks.core import describe_blocks
 from streamline_hooks.modeling import BlockStack
 from streamline_hooks.surgery.layer_indices import KEY_SHARING, config_for_blocks, configs_of_stack
 from streamline_hooks.surgery.special_weights import QuantizerSettings, per_layer_weights_obstacle
@@ -229,7 +230,9 @@ def _scale_by_index(stack: BlockStack, first: int) -> Iterator[Hazard]:
     """
     later_modules = (module for block in stack.blocks[first:] for module in block.modules())
     if any(getattr(m, "scale_attn_by_inverse_layer_idx", False) and not hasattr(m, "scaling") for m in later_modules):
-        yield Hazard("scale-by-index", f"blocks {first} to {len(stack) - 1} scale attention by their number")
+        yield Hazard(
+            "scale-by-index", f"attention is scaled by the block index in {describe_blocks(range(first, len(stack)))}"
+        )
 
 
 def _features_by_index(stack: BlockStack, first: int) -> Iterator[Hazard]:

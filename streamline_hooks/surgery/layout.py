@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from streamline_hooks.core import StreamlineError, int_list
+from streamline_hooks.core import StreamlineError, describe_blocks, int_list
 from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices, spliced
 
 # A module without a slot, the block (old index) that it runs before, and the window that it replaces.
@@ -58,8 +58,8 @@ class StackLayout:
         for window, _ in self.replaced_windows.values():
             if window.start < k < window.stop:
                 raise StreamlineError(
-                    f"The position before block {k} does not exist: blocks {window.start} to {window.stop - 1} were "
-                    f"removed. Choose {window.start} or {window.stop}."
+                    f"The position before block {k} is inside the removed window of "
+                    f"{describe_blocks(window)}. Choose {window.start} or {window.stop}."
                 )
 
     def replace_window(self, window: range, module: nn.Module | None) -> None:
@@ -67,14 +67,14 @@ class StackLayout:
         for other, _ in self.replaced_windows.values():
             if other.start < window.stop and window.start < other.stop:
                 raise StreamlineError(
-                    f"Blocks {window.start} to {window.stop - 1} overlap {other.start} to {other.stop - 1}, which were "
-                    "removed before. Every index refers to the model when the surgeon opened. Choose other blocks."
+                    f"The window of {describe_blocks(window)} overlaps the removed window of {describe_blocks(other)}. "
+                    "Every index refers to the model when the surgeon opened. Choose other blocks."
                 )
         inside = [k for k in self.inserted if window.start < k < window.stop]
         if inside:
             raise StreamlineError(
-                f"Blocks {window.start} to {window.stop - 1} contain the position before block {inside[0]}, at which a "
-                "module was inserted. Remove the blocks on either side of it separately, in two calls."
+                f"The window of {describe_blocks(window)} contains the position before block {inside[0]}, at which "
+                "a module was inserted. Remove the blocks on either side of it separately, in two calls."
             )
         self.replaced_windows[window.start] = (window, module)
 

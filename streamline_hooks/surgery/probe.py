@@ -109,7 +109,7 @@ def run_reference_with_hooks(
                 handle.remove()
 
 
-def find_mismatch(reference: ReferenceRun, model: nn.Module, than: str = "with them bypassed") -> str | None:
+def find_mismatch(reference: ReferenceRun, model: nn.Module, than: str = "the bypassed model") -> str | None:
     """Return how a model differs from a reference run, with or without a cache, or None if it is equal.
 
     `than` describes the reference in the returned text.

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from streamline_hooks.core import Batch, StreamlineError, UnsupportedSurgery, validate_arguments
+from streamline_hooks.core import Batch, StreamlineError, UnsupportedSurgery, describe_blocks, validate_arguments
 from streamline_hooks.modeling import BlockStack, Branch
 from streamline_hooks.surgery import commit
 from streamline_hooks.surgery.fold import (
@@ -169,7 +169,7 @@ class LayerSurgeon:
         session = self._open()
         chosen = checked_window(window, len(session.stack))
         is_same_block = module is not None and len(chosen) == 1 and module is session.stack[chosen.start]
-        subject = f"Blocks {chosen.start} to {chosen.stop - 1} of {type(self.model).__name__}"
+        subject = f"{describe_blocks(chosen).capitalize()} of {type(self.model).__name__}"
         if not despite_hazards:
             self._refuse(f"{subject} cannot be removed", [] if is_same_block else find_hazards(session.stack, chosen))
         layout = session.layout.copy()
@@ -523,7 +523,7 @@ class LayerSurgeon:
         if difference is not None:
             wrong, reason = difference
             raise UnsupportedSurgery(
-                f"{subject} cannot be removed: without them {wrong}: {reason}. Choose other blocks.", reason.cause
+                f"{subject} cannot be removed: afterwards {wrong}: {reason}. Choose other blocks.", reason.cause
             )
 
     def _refuse(self, subject: str, hazards: list[Hazard]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from streamline_hooks.core import StreamlineError, UnsupportedSurgery
+from streamline_hooks.core import StreamlineError, UnsupportedSurgery, describe_blocks
 from streamline_hooks.modeling import find_stack
 from streamline_hooks.testing.cached_generation import assert_cached_generation_matches
 from streamline_hooks.testing.causality import assert_causal
@@ -99,8 +99,12 @@ def run_checks(
         ("surgery leaves no trace", lambda: assert_restores(model, stack=stack)),
     ]
     for window in chosen_windows:
-        blocks = f"block {window.start}" if len(window) == 1 else f"blocks {window.start} to {window.stop - 1}"
-        checks.append((f"without {blocks} it equals the shorter model", partial(_check_removal, model, window, stack)))
+        checks.append(
+            (
+                f"without {describe_blocks(window)} it equals the shorter model",
+                partial(_check_removal, model, window, stack),
+            )
+        )
     checks.append(("a checkpoint gives the same model", lambda: assert_checkpoint_round_trip(model)))
     for name, assertion in checks:
         yield _run(name, assertion)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from streamline_hooks.core import Batch
+from streamline_hooks.core import Batch, describe_blocks
 from streamline_hooks.modeling import BlockStack, find_stack, pooling_argument
 from streamline_hooks.surgery import AFTER, BEFORE, INDEX_NAMES, LayerSurgeon, bypassing, checked_window
 from streamline_hooks.testing.compare import (
@@ -126,7 +126,7 @@ def assert_removal_equals_shorter_model(
     blocks = find_stack(model, stack)
     removed_blocks = checked_window(window, len(blocks))
     batches = make_batches(model, batch, left_padded=True)
-    description = f"{type(model).__name__} without blocks {removed_blocks.start} to {removed_blocks.stop - 1}"
+    description = f"{type(model).__name__} without {describe_blocks(removed_blocks)}"
     with reproducible_eval(model):
         with bypassing(model, removed_blocks, stack=stack):
             bypassed = [model_output(model, inputs) for inputs in batches]

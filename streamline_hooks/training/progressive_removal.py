@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from streamline_hooks.core import (
     StreamlineError,
     UnsupportedSurgery,
+    describe_blocks,
     refuse_compiled,
     refuse_wrapped,
     validate_arguments,
@@ -302,8 +303,8 @@ class ProgressiveRemoval:
                 hazards = surgeon.check(present)
                 if hazards:
                     raise UnsupportedSurgery(
-                        f"Blocks {_listed(window)} cannot be removed: {'; '.join(map(str, hazards))}. Choose other "
-                        "blocks.",
+                        f"{describe_blocks(window).capitalize()} cannot be removed: {'; '.join(map(str, hazards))}. "
+                        "Choose other blocks.",
                         hazards[0].cause,
                     )
                 surgeon.remove(present)

@@ -212,7 +212,7 @@ FAULTS = (
         "the surgery swaps two blocks",
         swaps_two_blocks,
         "removal",
-        r"LlamaForCausalLM without blocks 1 to 1.*different logits",
+        r"LlamaForCausalLM without block 1.*different logits",
     ),
     Fault(
         "the surgery does not renumber the blocks",
