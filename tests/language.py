@@ -3,7 +3,7 @@
 1. The first line of a docstring has at most 20 words and does not begin with What, Of or How, nor with Whether unless
    the function returns a bool.
 2. Docstrings, comments, messages and names contain none of `WORDS` and `NAMES`: words that this project once used in a
-   sense of its own. What to write instead is their value.
+   sense of its own. What to write instead is their value. They and the pages of docs use American spelling.
 3. A function or class that a page of docs/reference lists, and that has two or more parameters, documents its
    parameters, what it raises (if it does) and an example.
 """
@@ -44,8 +44,21 @@ WORDS = {
     r"\bthat is none\b|\bwhat is none\b": "name the object",
     r"\bputs? in\b": "insert, replace by",
     r"\bnothing said\b|\bby itself says\b": "name the object",
+    r"\b[Ss]ilenc(e|es|ing)\b|\b(be|is|are|was|were|a|the) silenced\b|\bsilenced (branch|attention|block)": "zero",
+    r"\bin vain\b": "without effect",
+    r"\b[Bb]locks \{[^}]*\} to \{[^}]* - 1\}": "describe_blocks(window)",
 }
 """Patterns of phrases, and the standard term for each."""
+
+BRITISH = re.compile(
+    r"(?<![A-Za-z])(?!optimiser\.[{\"])"
+    r"((\w*(categor|custom|final|general|initial|linear|local|material|maxim|minim|normal|optim|organ|parallel|"
+    r"penal|quant|random|recogn|regular|serial|special|standard|summar|synchron|token|util|visual))is(e|ed|es|er|ers|ing|"
+    r"ation)|analys(ed|ing)|\w*(behavi|col|fav|flav|hon|neighb)our\w*|centred?|centres|(un)?labell(ed|ing)|"
+    r"modell(ed|ing)|cancell(ed|ing)|artefacts?|grey|judgement|licence)(?![A-Za-z])",
+    re.IGNORECASE,
+)
+"""British spellings; ``"optimiser."`` is the prefix of a key in training files."""
 
 NAMES = {
     **dict.fromkeys(("found", "given", "made", "told", "said", "asked", "one", "its", "held"), "a noun with its type"),
@@ -60,6 +73,10 @@ NAMES = {
     **dict.fromkeys(("following_tokens", "uncounted"), "shift_labels, IGNORE_INDEX"),
     **dict.fromkeys(("dealing", "deal_parts", "dealt"), "splitting, shards"),
     **dict.fromkeys(("say", "saying"), "log"),
+    **dict.fromkeys(("place", "places"), "position, boundary, num_boundaries"),
+    **dict.fromkeys(("put_in", "put_back"), "apply, restore"),
+    **dict.fromkeys(("silence", "silenced", "silent", "silences_branches"), "zero_branch, zeroed"),
+    **dict.fromkeys(("settle", "in_vain", "more_than", "leave_out", "let_run"), "say what the function does"),
 }
 """Identifiers, in any case and with leading underscores, and what to use instead."""
 
@@ -75,6 +92,12 @@ def main(paths: list[str]) -> int:
     if paths == ["streamline_hooks"]:
         problems += [
             problem for page in sorted((ROOT / "docs" / "reference").glob("*.md")) for problem in check_page(page)
+        ]
+        problems += [
+            f"{page.relative_to(ROOT)}:{number}: {match.group()!r}: write the American spelling"
+            for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+            for number, line in enumerate(page.read_text().splitlines(), 1)
+            for match in BRITISH.finditer(line)
         ]
     print(*problems, sep="\n", end="\n" if problems else "")
     return int(bool(problems))
@@ -94,6 +117,9 @@ def check_source(source: str) -> Iterator[tuple[int, str]]:
                 for match in re.finditer(pattern, token.string):
                     line = token.start[0] + token.string.count("\n", 0, match.start())
                     yield line, f"{match.group()!r}: write {term}"
+            for match in BRITISH.finditer(token.string):
+                line = token.start[0] + token.string.count("\n", 0, match.start())
+                yield line, f"{match.group()!r}: write the American spelling"
     for node in ast.walk(tree):
         name = node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else getattr(node, "arg", None)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
