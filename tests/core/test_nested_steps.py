@@ -91,5 +91,5 @@ def test_whoever_fails_all_hear_of_it_and_go_on_in_step(tmp_path: Path) -> None:
     assert "0 at step 0, 1 at step 1, 2 at step 1" in said[0]["apart"]
     assert said[0]["whole"] == said[0]["afterwards"] == "made by the first"
     assert said[0]["sum"] == [3.0, 3.0, 3.0]
-    for name in ("take", "all_gather_object", "broadcast_object", "broadcast_", "all_reduce"):
+    for name in ("shard", "all_gather_object", "broadcast_object", "broadcast_", "all_reduce"):
         assert said[0][name] == f"StreamlineError: Process 1 of 3: KeyError: '{name}'"
