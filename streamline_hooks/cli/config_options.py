@@ -190,6 +190,7 @@ def with_options(
     without: Sequence[str] = (),
     shown: Sequence[str] = (),
     defaults: Mapping[str, Any] = MappingProxyType({}),
+    optional: Sequence[str] = (),
 ) -> Callable[[Command], Command]:
     """Add an option for each field of some configs to a command.
 
@@ -205,6 +206,8 @@ def with_options(
         Flags in ``--help``, in this order. By default all. ``--help-all`` lists every option, grouped by config.
     defaults : mapping
         Defaults that replace those of the first config, by path.
+    optional : sequence of str
+        Paths of the options whose omission the command handles itself, so that the help shows no default.
     """
 
     def decorate(command: Command) -> Command:
@@ -215,6 +218,7 @@ def with_options(
         chosen = [
             replace(option, default=_format_value(defaults.get(option.path, option.default))) for option in chosen
         ]
+        chosen = [replace(option, default="") if option.path in optional else option for option in chosen]
         for config in configs[1:]:
             section = config.__name__.removesuffix("Config")
             chosen += [replace(option, section=option.section or section) for option in config_options(config)]

@@ -30,7 +30,7 @@ SHOWN = (
 )  # fmt: skip
 
 
-@with_options(CompressionConfig, LoadingConfig, only=FIELDS, shown=SHOWN)
+@with_options(CompressionConfig, LoadingConfig, only=FIELDS, shown=SHOWN, optional=["remove"])
 def rank(
     model: RankedModel = None,
     /,

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamline_hooks.core import (
     Batch,
@@ -139,7 +139,7 @@ class ReplacementConfig(Config):
         Raises
         ------
         StreamlineError
-            If the options do not suit the model or the window.
+            If the options do not suit the model or the window, or `slots` or `is_solved` does not suit the module.
         """
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(self.seed or 0)
@@ -150,6 +150,13 @@ class ReplacementConfig(Config):
                 f"{type(self).__name__} has slots={self.slots}, but its method make returned a "
                 f"{type(replacement_module).__name__}, which takes {slots}. A module of the blocks' class takes one "
                 "slot, any other module takes none. Correct the attribute slots."
+            )
+        must_be_solvable = self.is_solved and self.fit is None and not slots
+        if must_be_solvable and isinstance(replacement_module, nn.Module) and not can_be_solved(replacement_module):
+            raise StreamlineError(
+                f"{type(self).__name__} has is_solved=True, but its module {type(replacement_module).__name__} has "
+                "neither a method start_at(map) nor an attribute last_projection, so least squares cannot initialise "
+                "it. Add one of them, or set is_solved = False in the config, so that it must be trained."
             )
         return replacement_module
 
@@ -163,6 +170,11 @@ class ReplacementConfig(Config):
         return replace(self, seed=seed) if self.seed is None else self
 
 
+def can_be_solved(module: nn.Module) -> bool:
+    """Whether a module has a method or attribute by which least squares initialises it."""
+    return hasattr(module, "start_at") or getattr(module, "last_projection", None) is not None
+
+
 _Replacement = TypeVar("_Replacement", bound=type[ReplacementConfig])
 
 
@@ -172,7 +184,8 @@ def register_replacement(config: _Replacement) -> _Replacement:
     A module returned by the config's `make` is initialized by least squares in one of two ways. If the module has a
     method ``start_at(map)``, it receives the closed-form W of h + hW. If it has an attribute ``last_projection``, the
     path of an ``nn.Linear`` in it, that layer is solved by least squares. A module with neither keeps its initial
-    weights. To save the module in checkpoints, register its class with `register_module`.
+    weights; its config sets the class attribute ``is_solved = False``. To save the module in checkpoints, register its
+    class with `register_module`.
 
     Parameters
     ----------
@@ -197,6 +210,7 @@ def register_replacement(config: _Replacement) -> _Replacement:
     ... @dataclass(frozen=True)
     ... class DoctestConfig(ReplacementConfig):
     ...     kind = "doctest-plain"
+    ...     is_solved = False
     ...     bias: bool = False
     ...
     ...     def make(self, stack, window):

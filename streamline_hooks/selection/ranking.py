@@ -264,7 +264,8 @@ def require_target_free(search: SearchConfig) -> None:
     if search.kind != "window" or criterion.needs == "model":
         ranking = f"by {criterion.name}" if search.kind == "window" else f"{search.kind} by {criterion.name}"
         raise StreamlineError(
-            f"Ranking {ranking} needs a target. Expected an amount to remove. Pass remove=0.25, or add --remove 0.25."
+            f"Ranking {ranking} needs a target: only a window search by a criterion of the profile ranks windows of "
+            "every length. Expected an amount to remove. Pass remove=0.25, or add --remove 0.25."
         )
 
 

@@ -13,28 +13,33 @@ from importlib import import_module
 from importlib.metadata import version
 
 from streamline_hooks.core import StreamlineError
+from streamline_hooks.replacements import REGISTERED
 
-MODULES = (
-    "core.errors",
-    "modeling.hidden_state",
-    "surgery.splice",
-    "replacements.registry",
-    "replacements.linear",
-    "replacements.mlp",
-    "surgery.spliced_model",
-)
-"""Modules in the order of their dependencies. They import no other module of this library."""
+BEFORE_REPLACEMENTS = ("core.errors", "modeling.hidden_state", "surgery.splice", "replacements.registry")
+AFTER_REPLACEMENTS = ("surgery.spliced_model",)
+
+
+def standalone_modules() -> tuple[str, ...]:
+    """Return the modules in the order of their dependencies; between them no other module of this library is imported.
+
+    Every module of `streamline_hooks.replacements` that registers a class is one of them, in the order of registration.
+    """
+    package = "streamline_hooks.replacements."
+    modules = dict.fromkeys(cls.__module__ for cls in REGISTERED.values() if cls.__module__.startswith(package))
+    names = (module.removeprefix("streamline_hooks.") for module in modules)
+    replacements = tuple(name for name in names if name not in BEFORE_REPLACEMENTS)
+    return (*BEFORE_REPLACEMENTS, *replacements, *AFTER_REPLACEMENTS)
 
 
 def standalone_code() -> str:
-    """Return the source of one Python file that requires only torch and Transformers and contains `MODULES`.
+    """Return the source of one Python file that requires only torch and Transformers: `standalone_modules` in order.
 
-    Raise `StreamlineError` if two modules define the same name, or a module imports from one that is not in `MODULES`.
+    Raise `StreamlineError` if two modules define the same name, or a module imports from another that is not included.
     """
     imports: dict[str, None] = {}
     bodies: list[str] = []
     defined: dict[str, str] = {}
-    for module in MODULES:
+    for module in standalone_modules():
         source = inspect.getsource(import_module(f"streamline_hooks.{module}"))
         lines = source.splitlines()
         statements = ast.parse(source).body[1:]  # without the docstring
@@ -45,8 +50,8 @@ def standalone_code() -> str:
             for name in defined_names(node):
                 if defined.setdefault(name, module) != module:
                     raise StreamlineError(
-                        f"{name} is defined in {defined[name]} and in {module}, but the names in MODULES must be "
-                        "unique. Rename one of them."
+                        f"{name} is defined in {defined[name]} and in {module}, but all names of the "
+                        "assembled file must be unique. Rename one of them."
                     )
         first = kept[0]
         start = min([first.lineno, *(d.lineno for d in getattr(first, "decorator_list", []))])
@@ -68,8 +73,8 @@ def foreign_imports(node: ast.Import | ast.ImportFrom, module: str, defined: Col
         missing = [alias.name for alias in node.names if alias.name not in defined or alias.asname]
         if missing:
             raise StreamlineError(
-                f"{module} needs {missing[0]} of {node.module}, which no earlier module defines. Add that module to "
-                "MODULES."
+                f"{module} needs {missing[0]} of {node.module}, which no earlier module of the assembled file "
+                "defines. Import only torch, Transformers and these names, or add that module to BEFORE_REPLACEMENTS."
             )
         return
     yield ast.unparse(node)

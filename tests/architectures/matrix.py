@@ -46,6 +46,11 @@ def main() -> None:
             "architectures)."
         )
     types = [t for t in arguments if t != "others"] if arguments else causal_model_types()
+    if unknown := sorted(set(types) - set(causal_model_types())):
+        sys.exit(
+            f"{', '.join(unknown)}: not a causal-LM type of the installed Transformers. Expected names of "
+            "streamline_hooks.testing.causal_model_types(), or others. Nothing was written."
+        )
     started = time.time()
     with multiprocessing.get_context("spawn").Pool(min(2, os.cpu_count() or 1), maxtasksperchild=40) as pool:
         for row in pool.imap_unordered(row_of, types):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import transformers
 
-from tests.architectures.matrix import PAGE, ROWS, other_row_of, page, row_of, supported, worse, wrong
+from tests.architectures.matrix import PAGE, ROWS, main, other_row_of, page, row_of, supported, worse, wrong
 from tests.architectures.other_checks import REFUSED, checks_of
 from tests.other_models import OTHERS
 
@@ -62,6 +62,16 @@ def test_the_second_table_says_what_is_held_of_other_models() -> None:
 @pytest.mark.parametrize("case", ["vit", "t5 decoder"])
 def test_another_model(case: str) -> None:
     assert other_row_of(case) == next(row for row in TABLE["others"] if row["case"] == case)
+
+
+def test_a_mistyped_type_is_refused_and_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not SAME_VERSION:
+        pytest.skip("another version is refused first")
+    before = ROWS.read_bytes(), PAGE.read_bytes()
+    monkeypatch.setattr("sys.argv", ["matrix", "llama", "lama"])
+    with pytest.raises(SystemExit, match="lama: not a causal-LM type"):
+        main()
+    assert (ROWS.read_bytes(), PAGE.read_bytes()) == before
 
 
 def test_a_row_that_gets_worse_is_noticed() -> None:

@@ -124,7 +124,7 @@ def test_a_kind_that_a_checkpoint_cannot_hold_is_refused_at_once(
 ) -> None:
     from torch import nn
 
-    register_kind("test-unregistered", lambda features: nn.Linear(features, features))
+    register_kind("test-unregistered", lambda features: nn.Linear(features, features), solved=False)
     with pytest.raises(StreamlineError, match="Linear cannot be written"):
         compress(
             story_model[0],

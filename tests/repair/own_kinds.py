@@ -12,13 +12,14 @@ from streamline_hooks.repair import ReplacementConfig, register_replacement
 from streamline_hooks.repair.placement import hidden_size_of
 
 
-def register_kind(name: str, make_module: Callable[[int], nn.Module]) -> ReplacementConfig:
+def register_kind(name: str, make_module: Callable[[int], nn.Module], solved: bool = True) -> ReplacementConfig:
     """Register a kind whose module is made from the width of the residual stream."""
 
     @register_replacement
     @dataclass(frozen=True)
     class OwnConfig(ReplacementConfig):
         kind = name
+        is_solved = solved
 
         def make(self, stack: BlockStack, window: range) -> nn.Module:
             return make_module(hidden_size_of(stack))

@@ -104,6 +104,7 @@ class Own(nn.Module):
 @dataclass(frozen=True)
 class OwnConfig(ReplacementConfig):
     kind = "test-own"
+    is_solved = False
     depth: int = 1
     wide: bool = False
     scale: float = 1.0

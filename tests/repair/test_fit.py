@@ -164,7 +164,7 @@ class NormAtTheEnd(Own):
 
 def test_a_module_of_ones_own_starts_as_what_it_says_of_itself() -> None:
     for factory in (AsMade, Mapped, Wrong, NormAtTheEnd):
-        register_kind(f"own-{factory.__name__.lower()}", factory)
+        register_kind(f"own-{factory.__name__.lower()}", factory, solved=factory is not AsMade)
     register_kind("own-own", lambda features: Own(features, width=64))
     model = tiny_model("llama")
     linear, own, mapped, plain = (
@@ -183,6 +183,13 @@ def test_a_module_of_ones_own_starts_as_what_it_says_of_itself() -> None:
         fit_windows(model, [WINDOW], parse_replacement("own-wrong"), FIT, HELD_OUT)
     with pytest.raises(StreamlineError, match=r"NormAtTheEnd.*not added"):
         fit_windows(model, [WINDOW], parse_replacement("own-normattheend"), FIT, HELD_OUT)
+
+
+def test_a_module_that_cannot_be_solved_is_not_taken_for_solved() -> None:
+    """Otherwise its random weights would decide between the windows, and the report would say "in closed form"."""
+    config = register_kind("own-unsolvable", AsMade)
+    with pytest.raises(StreamlineError, match=r"OwnConfig.*is_solved=True.*AsMade.*start_at.*is_solved = False"):
+        fit_windows(tiny_model("llama"), [WINDOW], config, FIT, HELD_OUT)
 
 
 def undone(model: nn.Module, window: range) -> None:
@@ -240,7 +247,7 @@ def test_what_is_not_finite_is_named() -> None:
         module.weight.data[0, 0] = float("nan")
         return module
 
-    register_kind("own-broken", broken)
+    register_kind("own-broken", broken, solved=False)
     with pytest.raises(StreamlineError, match=r"Linear.*not finite"):
         fit_windows(tiny_model("llama"), [WINDOW], parse_replacement("own-broken"), FIT, HELD_OUT)
 

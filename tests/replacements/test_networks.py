@@ -14,10 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from streamline_hooks import StreamlineError
 from streamline_hooks.replacements import (
+    REGISTERED,
     LinearReplacement,
     MLPReplacement,
     SwiGLUReplacement,
     build_replacement,
+    is_own,
     replacement_config,
 )
 
@@ -31,7 +33,8 @@ MADE: dict[str, Callable[[], nn.Module]] = {
     "swiglu": lambda: SwiGLUReplacement(WIDTH, 7),
     "plain swiglu": lambda: SwiGLUReplacement(WIDTH, 7, norm=False, linear=False),
 }
-NETWORKS = [name for name in MADE if "mlp" in name or "swiglu" in name]
+OTHERS = {"feed_forward": "starts at random weights", "normed_linear": "maps the normalised state"}
+OWN = {kind for kind in REGISTERED if is_own(kind)}
 every = pytest.mark.parametrize("name", MADE)
 
 
@@ -47,6 +50,10 @@ def made(name: str, seed: int | None = None) -> nn.Module:
 
 def states(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def test_every_module_is_in_one_of_the_two_lists() -> None:
+    assert {make().kind for make in MADE.values()} | set(OTHERS) == OWN
 
 
 @every

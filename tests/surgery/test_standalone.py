@@ -34,6 +34,9 @@ ABSENT = """
 """
 
 
+OWN = {kind for kind in REGISTERED if is_own(kind)}
+
+
 def spliced(family: str, kind: str) -> nn.Module:
     """A model with a module of a kind in the place of two blocks, no weight of it zero."""
     model = tiny_model(family)
@@ -90,6 +93,11 @@ def test_every_kind_and_family_is_read_and_written_again_without_the_library(tmp
             assert torch.equal(again(tokens(2, 9)).logits, expected), folder.name
         first, second = (folder / each / f"{CODE}.py" for each in ("model", "again"))
         assert first.read_text() == second.read_text()
+
+
+def test_every_registered_module_is_among_the_kinds() -> None:
+    """A module that the copied code lacks would be noticed only by whoever loads the checkpoint without the library."""
+    assert {kind.partition(":")[0] for kind in KINDS} == OWN
 
 
 def test_nothing_of_the_folder_is_run_unasked(tmp_path: Path) -> None:
@@ -165,18 +173,17 @@ def test_a_splice_that_goes_takes_its_code_with_it(tmp_path: Path) -> None:
 
 def test_every_kind_of_the_library_is_in_it() -> None:
     own = {cls.__module__ for kind, cls in REGISTERED.items() if is_own(kind)}
-    assert own <= {f"streamline_hooks.{module}" for module in standalone.MODULES}
+    assert own <= {f"streamline_hooks.{module}" for module in standalone.standalone_modules()}
 
 
 def test_a_module_that_is_missing_and_a_name_that_is_there_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standalone, "MODULES", ("modeling.hidden_state",))
+    monkeypatch.setattr(standalone, "standalone_modules", lambda: ("modeling.hidden_state",))
     with pytest.raises(
         StreamlineError, match=r"modeling\.hidden_state needs StreamlineError of streamline_hooks\.core"
     ):
         standalone.standalone_code()
-    monkeypatch.setattr(
-        standalone, "MODULES", ("core.errors", "replacements.registry", "distillation.losses", "core.devices")
-    )
+    modules = ("core.errors", "replacements.registry", "distillation.losses", "core.devices")
+    monkeypatch.setattr(standalone, "standalone_modules", lambda: modules)
     monkeypatch.setattr(standalone, "foreign_imports", lambda node, module, defined: iter(()))
     names = standalone.defined_names
     monkeypatch.setattr(
