@@ -94,7 +94,11 @@ def choose_peers(
 def add_parameters(
     optimizer: Optimizer, peers: Mapping[nn.Parameter, nn.Parameter], names: Mapping[nn.Parameter, str]
 ) -> None:
-    """Add each parameter of `peers` to the group of its peer, in the order of `names` if the group has that order."""
+    """Add each new parameter to the group of its peer, in the order of the model.
+
+    `peers` is the result of `choose_peers`, and `names` has the names of the model's parameters in their order. In a
+    group with another order, the parameter is appended.
+    """
     order = {parameter: number for number, parameter in enumerate(names)}
     for group in _groups(optimizer):
         for parameter, peer in peers.items():

@@ -1,4 +1,4 @@
-"""Remove or replace blocks of a model at given steps of a training run, and record this in the model's history."""
+"""Remove or replace blocks at given steps of a training run, and record this in the model's history."""
 
 from __future__ import annotations
 
@@ -489,7 +489,7 @@ class ProgressiveRemoval:
 
 @dataclass(frozen=True)
 class _Insertion:
-    """What replaces the windows, and the batches on which it is fitted."""
+    """The config of the replacements, and the batches on which they are fitted."""
 
     config: ReplacementConfig
     fit: Batches
