@@ -1,26 +1,54 @@
-"""Remove blocks from a model at given steps of a training run, and record the removals in the model's history."""
+"""Remove or replace blocks at given steps of a training run, and record this in the model's history."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from streamline_hooks.core import (
+    Batch,
+    Batches,
     StreamlineError,
     UnsupportedSurgery,
+    batches_digest,
     describe_blocks,
+    padding_mask,
     refuse_compiled,
     refuse_wrapped,
     validate_arguments,
 )
 from streamline_hooks.modeling import BlockStack, find_stack
+from streamline_hooks.repair import (
+    FoldedConfig,
+    InheritedBlocks,
+    NoneConfig,
+    Repair,
+    ReplacementConfig,
+    ScaleConfig,
+    WindowReplacement,
+    fit_windows,
+    is_spliced,
+    place,
+)
+from streamline_hooks.replacements import replacement_config
 from streamline_hooks.surgery import LayerSurgeon, SurgeryPlan, checked_window, saved_model_depth
 from streamline_hooks.surgery import committed_surgeries as plain_history
+from streamline_hooks.training.parameter_groups import (
+    add_parameters,
+    block_parameters,
+    choose_peers,
+    drop_parameters,
+    follow_names,
+    norms_and_biases,
+    record_names,
+    rename_parameters,
+    require_in_optimizer,
+)
 
 RemovalWindow = range | Callable[[nn.Module], range]
 """A window numbered as at the start of training, or a function that returns a window in the current numbering."""
@@ -41,6 +69,11 @@ class Removal:
         The removed blocks, numbered as at the start of training; None for a block that was inserted later.
     plan : SurgeryPlan
         The surgery, in the numbering just before the removal.
+    replacement : ReplacementConfig or None
+        The config of the inserted replacement, with the seed that it was built with; None for plain removal.
+    removal_error, repaired_error : float or None
+        Relative squared errors of the state after the window on the held-out batches, see
+        `streamline_hooks.repair.Repair`; None for plain removal.
 
     Examples
     --------
@@ -53,13 +86,17 @@ class Removal:
     step: int
     blocks: tuple[int | None, ...]
     plan: SurgeryPlan
+    replacement: ReplacementConfig | None = None
+    removal_error: float | None = None
+    repaired_error: float | None = None
 
 
 class ProgressiveRemoval:
-    """Remove windows of blocks permanently at given steps of a training run.
+    """Remove or replace windows of blocks permanently at given steps of a training run.
 
     Each removal is a committed `LayerSurgeon`: the model is changed in place and saved as the shorter model. The
-    optimizer keeps the remaining parameters and their state.
+    optimizer keeps the remaining parameters and their state. With `replacement`, each window is replaced by a module
+    that is fitted by least squares on the model as it is at that step, and its parameters are added to the optimizer.
 
     Parameters
     ----------
@@ -78,14 +115,36 @@ class ProgressiveRemoval:
         after another surgery, so that a resumed run recognizes its start and its removals.
     stack : str, optional
         Path of the stack, see `find_stack`.
+    replacement : ReplacementConfig, optional
+        What replaces each window, for example ``LinearConfig()``. The optimizer is then required. A config without a
+        seed gets the number of the step as its seed. Default: plain removal.
+    fit, held_out : sequence of mapping or torch.Tensor, optional
+        Batches to fit the replacements on, and batches of other documents to choose the ridge on; required with
+        `replacement`. In a distributed run, those of this rank.
 
     Raises
     ------
     StreamlineError
         If the model is compiled or wrapped, the schedule does not fit the model, or the optimizer has none of its
-        parameters.
+        parameters. With `replacement`: if the optimizer or the batches are missing, or the optimizer has loaded a state
+        in another order.
     UnsupportedSurgery
-        If a range of the schedule cannot be removed or committed. All ranges are tried when the object is created.
+        If a range of the schedule cannot be removed, replaced or committed. All ranges are tried when the object is
+        created. With `replacement`: if a parameter of a window is not in the optimizer, the kind changes weights of
+        blocks that stay (folded, scale), or it has frozen weights (silenced).
+
+    Notes
+    -----
+    A copied block of the model (`BlockConfig`, `MergedConfig`) joins the parameter groups of the block that it was
+    copied from. Of another replacement, the biases and the weights of norms join the group that has most elements of
+    the biases and norms of the removed blocks, and all other weights the group that has most elements of their other
+    weights; of equal groups, the first. So weight decay and learning rate continue, and schedulers see the same groups.
+
+    A resumed run equals an uninterrupted run bit for bit if it loads the model and the state of the optimizer, the
+    scheduler and the random number generators of one step, and gets the same schedule, replacement and batches. Fitting
+    draws no random numbers from the global generators. Each group of the optimizer stores the names of its parameters
+    (``"streamline_hooks_names"``), and `load_state_dict` called after the creation of this object restores their order;
+    the order of a state that was loaded before is verified.
 
     Examples
     --------
@@ -104,6 +163,24 @@ class ProgressiveRemoval:
     5
     3 (3, 4)
     3
+
+    Replace block 1 of the 3 remaining blocks by a linear map:
+
+    >>> from streamline_hooks import LinearConfig
+    >>> batches = [tiny_inputs(model, seed=seed) for seed in (1, 2)]
+    >>> parts = {"fit": batches[:1], "held_out": batches[1:]}
+    >>> second = ProgressiveRemoval(
+    ...     model, {1: range(1, 2)}, optimizer, run="second", replacement=LinearConfig(), **parts
+    ... )
+    >>> done = second.step(1)
+    >>> done.repaired_error < done.removal_error, len(model.model.layers), model.model.layers[1].spliced_before
+    (True, 2, ModuleList(
+      (0): LinearReplacement(
+        (projection): Linear(in_features=64, out_features=64, bias=False)
+      )
+    ))
+    >>> {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
+    True
     """
 
     @validate_arguments()
@@ -115,6 +192,9 @@ class ProgressiveRemoval:
         *,
         run: str = "training",
         stack: str | None = None,
+        replacement: ReplacementConfig | None = None,
+        fit: Batches | None = None,
+        held_out: Batches | None = None,
     ) -> None:
         refuse_compiled(model, "remove blocks of")
         try:
@@ -124,17 +204,17 @@ class ProgressiveRemoval:
                 f"{error} During training: unwrap the model, call step, and wrap the model again."
             ) from None
         self.model, self.optimizer, self.run = model, optimizer, run
+        self._insertion = _insertion(replacement, fit, held_out, optimizer)
         block_stack = find_stack(model, stack)
         self._stack_path, history = block_stack.path, _history_of(block_stack)
         self._start = _start_of(history, run)  # number of surgeries committed before
         self._resumed = self._start < len(history)
         self._length: int = history[self._start]["old_length"] if self._resumed else len(block_stack)
         self._follow()
-        self._done = [
-            Removal(entry[_NOTE]["step"], tuple(entry[_NOTE]["blocks"]), SurgeryPlan.from_dict(entry))
-            for entry in history
-            if _belongs_to_run(entry, run)
-        ]
+        self._done = [_recorded_removal(entry) for entry in history if _belongs_to_run(entry, run)]
+        self._digests: dict[int, str | None] = {
+            entry[_NOTE]["step"]: entry[_NOTE].get("batches") for entry in history if _belongs_to_run(entry, run)
+        }
         self._at: int | None = None
         if not schedule:
             raise StreamlineError(
@@ -156,6 +236,9 @@ class ProgressiveRemoval:
                 "from the parameters of this model."
             )
         self._try_windows()
+        self._named = len(history)  # surgeries committed when the names of the optimizer's parameters were recorded
+        if self._insertion is not None and optimizer is not None:
+            follow_names(optimizer, model)
 
     @property
     def done(self) -> tuple[Removal, ...]:
@@ -196,6 +279,7 @@ class ProgressiveRemoval:
                     f"after step {step} of {self.run!r}; the schedule removes {_listed(window)}. Give the schedule "
                     "with which the training run was started."
                 )
+            self._require_same_replacement(removals[step])
         early = sorted(set(removals) - set(past))
         if early or (self._resumed and not steps):
             lost = f"lost the blocks scheduled after step {early[0]}" if early else "was changed since the start"
@@ -230,8 +314,11 @@ class ProgressiveRemoval:
         n = operator.index(n)
         if self._at is None:
             self.resume(n - 1)
-        self._marked_history(find_stack(self.model, self._stack_path))
+        history = self._marked_history(find_stack(self.model, self._stack_path))
         assert self._at is not None
+        if self._insertion is not None and self.optimizer is not None and self._named != len(history):
+            record_names(self.optimizer, self.model)  # another surgery has renamed parameters
+            self._named = len(history)
         if n <= self._at:
             raise StreamlineError(
                 f"step({n}) was called after step({self._at}). Expected the number of optimizer steps so far, which "
@@ -269,17 +356,72 @@ class ProgressiveRemoval:
         present = self._present(window) if isinstance(window, range) else window(self.model)
         chosen = checked_window(present, len(self._numbers))
         before = _names(self.model)
+        note: dict[str, Any] = {"run": self.run, "step": n, "blocks": [self._numbers[k] for k in chosen]}
+        peers: Mapping[nn.Parameter, nn.Parameter] = {}
+        repair = self._insertion.fitted(self.model, self._stack_path, chosen, n) if self._insertion else None
         with LayerSurgeon(self.model, self._stack_path) as surgeon:
-            surgeon.remove(chosen)
-            self._refuse_new_parameters(before)
-            note: dict[str, Any] = {"run": self.run, "step": n, "blocks": [self._numbers[k] for k in chosen]}
-            removal = Removal(n, tuple(note["blocks"]), surgeon.commit(**{_NOTE: note}))
+            if repair is None or self._insertion is None:
+                surgeon.remove(chosen)
+            else:
+                peers = self._place(surgeon, chosen, repair.replacement_module)
+                note |= {
+                    "replacement": self._insertion.config.seeded(n).to_dict(),
+                    "batches": self._insertion.digest,
+                    "removal_error": repair.removal_error,
+                    "repaired_error": repair.repaired_error,
+                }
+            self._refuse_new_parameters({*before, *peers})
+            plan = surgeon.commit(**{_NOTE: note})
+        removal = _recorded_removal({_NOTE: note, **plan.to_dict()})
         self._done.append(removal)
+        self._digests[n] = note.get("batches")
         if self.optimizer is not None:
             left = _names(self.model)
+            add_parameters(self.optimizer, peers, left)
             drop_parameters(self.optimizer, [parameter for parameter in before if parameter not in left])
-            _rename_parameters(self.optimizer, before, left)
+            rename_parameters(self.optimizer, before, left)
+            if self._insertion is not None:
+                record_names(self.optimizer, self.model)
+                self._named += 1
         return removal
+
+    def _place(
+        self, surgeon: LayerSurgeon, window: range, module: WindowReplacement
+    ) -> Mapping[nn.Parameter, nn.Parameter]:
+        """Put a replacement into the model; return its parameters, each with a removed one whose group it joins."""
+        assert self.optimizer is not None
+        if module is None:
+            surgeon.remove(window)
+            return {}
+        if not isinstance(module, nn.Module) or any(
+            p.is_floating_point() and not p.requires_grad for p in module.parameters()
+        ):
+            state = "has frozen weights, which a checkpoint does not record"
+            if not isinstance(module, nn.Module):
+                state = "changes weights of blocks that stay, to which the optimizer's state would not belong any more"
+            raise UnsupportedSurgery(
+                f"{type(module).__name__} cannot be inserted during training: it {state}. Choose another kind of "
+                "replacement, such as LinearConfig().",
+                "replacement",
+            )
+        stack = surgeon.stack
+        if is_spliced(stack, module):
+            replacement_config(module)  # raises if a checkpoint could not be loaded
+        originals = {k: stack[k] for k in window}
+        require_in_optimizer(self.optimizer, originals)
+        removed = [parameter for block in originals.values() for parameter in block_parameters(block).values()]
+        excluded = norms_and_biases(self.model)
+        place(surgeon, window, module)
+        blocks = (
+            () if is_spliced(stack, module) else tuple(module) if isinstance(module, InheritedBlocks) else (module,)
+        )
+        copied = {
+            parameter: original.get(name)
+            for block, original in zip(blocks, (dict(o.named_parameters()) for o in originals.values()), strict=False)
+            for name, parameter in block.named_parameters()
+        }
+        new = {parameter: copied.get(parameter) for parameter in module.parameters() if parameter.requires_grad}
+        return choose_peers(self.optimizer, removed, new, excluded | norms_and_biases(module))
 
     def _present(self, window: range) -> list[int]:
         """Return the current numbers of the blocks of a window."""
@@ -294,7 +436,7 @@ class ProgressiveRemoval:
     def _try_windows(self) -> None:
         """Remove all remaining windows of the schedule in order, and restore the model."""
         completed_steps = {removal.step for removal in self._done}
-        before = list(self.model.parameters())
+        before, inserted = list(self.model.parameters()), set[nn.Parameter]()
         with LayerSurgeon(self.model, self._stack_path) as surgeon:
             for step, window in self.schedule.items():
                 if step in completed_steps or not isinstance(window, range):
@@ -307,8 +449,32 @@ class ProgressiveRemoval:
                         "Choose other blocks.",
                         hazards[0].cause,
                     )
-                surgeon.remove(present)
-                self._refuse_new_parameters(before)
+                if self._insertion is None:
+                    surgeon.remove(present)
+                    peers: Mapping[nn.Parameter, nn.Parameter] = {}
+                else:
+                    module = self._insertion.unfitted(surgeon.stack, checked_window(present, len(surgeon.stack)))
+                    peers = self._place(surgeon, checked_window(present, len(surgeon.stack)), module)
+                inserted |= set(peers)
+                self._refuse_new_parameters({*before, *inserted})
+
+    def _require_same_replacement(self, removal: Removal) -> None:
+        """Raise if the record of a removal has another replacement or other batches than this object."""
+        insertion = self._insertion
+        config = None if insertion is None else insertion.config.seeded(removal.step)
+        digest = None if insertion is None else insertion.digest
+        if removal.replacement != config:
+            raise StreamlineError(
+                f"According to the record of this model, the blocks removed after step {removal.step} of {self.run!r} "
+                f"were replaced by {removal.replacement!r}, and replacement={config!r} was given. Give the replacement "
+                "with which the training run was started."
+            )
+        if self._digests.get(removal.step) != digest:
+            raise StreamlineError(
+                f"According to the record of this model, the replacement after step {removal.step} of {self.run!r} was "
+                "fitted on other batches than fit and held_out. Expected the batches with which the training run was "
+                "started, so that the resumed run equals an uninterrupted one. Pass them in the same order."
+            )
 
     def _refuse_new_parameters(self, before: Collection[nn.Parameter]) -> None:
         known = set(before)
@@ -322,40 +488,62 @@ class ProgressiveRemoval:
             )
 
 
-def drop_parameters(optimizer: Optimizer, removed: Collection[nn.Parameter]) -> None:
-    """Remove parameters and their state from an optimizer and from the optimizers that it wraps.
+@dataclass(frozen=True)
+class _Insertion:
+    """The config of the replacements, and the batches on which they are fitted."""
 
-    Empty parameter groups are kept, because learning-rate schedules count the groups. Parameter names stay aligned.
-    """
-    removed_set = set(removed)
-    for inner in _wrapped_optimizers(optimizer):
-        for group in inner.param_groups:
-            left = [k for k, parameter in enumerate(group["params"]) if parameter not in removed_set]
-            for key in {"params", "param_names"} & set(group):
-                group[key][:] = [group[key][k] for k in left]
-        for parameter in removed_set:
-            inner.state.pop(parameter, None)
+    config: ReplacementConfig
+    fit: Batches
+    held_out: Batches
+    digest: str
+
+    def fitted(self, model: nn.Module, stack: str, window: range, step: int) -> Repair:
+        """Fit the replacement of a window of the current model, without drawing global random numbers."""
+        (repair,) = fit_windows(
+            model, [window], self.config.seeded(step), self.fit, self.held_out, stack=stack, probe=self._probe()
+        )
+        return repair
+
+    def unfitted(self, stack: BlockStack, window: range) -> WindowReplacement:
+        """Return a new replacement that is not fitted."""
+        return self.config.build(stack, window, probe=self._probe())
+
+    def _probe(self) -> Batch | Tensor | None:
+        """Return a batch without padding, if there is any."""
+        for batch in self.fit:
+            mask = None if isinstance(batch, Tensor) else padding_mask(batch)
+            if not isinstance(mask, Tensor) or bool(mask.all()):
+                return batch
+        return None
 
 
-def _rename_parameters(
-    optimizer: Optimizer, before: Mapping[nn.Parameter, str], now: Mapping[nn.Parameter, str]
-) -> None:
-    """Update the parameter names stored in an optimizer, if any; prefixes of wrappers are kept."""
-    for inner in _wrapped_optimizers(optimizer):
-        for group in inner.param_groups:
-            names: list[str] = group.get("param_names", [])
-            for k, (parameter, name) in enumerate(zip(group["params"], names, strict=False)):
-                old = before.get(parameter)
-                if old is not None and parameter in now and name.endswith(old):
-                    names[k] = name.removesuffix(old) + now[parameter]
+def _insertion(
+    config: ReplacementConfig | None, fit: Batches | None, held_out: Batches | None, optimizer: Optimizer | None
+) -> _Insertion | None:
+    """Validate the arguments of a replacement; return None for plain removal."""
+    if config is None or type(config) is NoneConfig:
+        return None
+    if fit is None or held_out is None or optimizer is None:
+        missing = [n for n, v in (("optimizer", optimizer), ("fit", fit), ("held_out", held_out)) if v is None]
+        raise StreamlineError(
+            f"replacement={config!r} was given without {' and '.join(missing)}. Expected batches on which the "
+            "replacement is fitted, and the optimizer that trains it. Pass all of optimizer, fit and held_out."
+        )
+    if isinstance(config, (FoldedConfig, ScaleConfig)):
+        raise UnsupportedSurgery(
+            f"replacement={config!r} cannot be used during training: it changes weights of blocks that stay, to which "
+            "the optimizer's state would not belong any more. Choose another kind, such as LinearConfig().",
+            "replacement",
+        )
+    return _Insertion(config, fit, held_out, batches_digest([*fit, *held_out]))
 
 
-def _wrapped_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
-    """Yield an optimizer, and the optimizers that it wraps."""
-    inner: object = optimizer
-    while isinstance(inner, Optimizer):
-        yield inner
-        inner = getattr(inner, "optimizer", None)
+def _recorded_removal(entry: Mapping[str, Any]) -> Removal:
+    """Return the removal that an entry of a model's history describes."""
+    note, plan = entry[_NOTE], SurgeryPlan.from_dict(dict(entry))
+    config = ReplacementConfig.from_dict(note["replacement"]) if note.get("replacement") else None
+    errors = note.get("removal_error"), note.get("repaired_error")
+    return Removal(note["step"], tuple(note["blocks"]), plan, config, *errors)
 
 
 def _names(model: nn.Module) -> dict[nn.Parameter, str]:

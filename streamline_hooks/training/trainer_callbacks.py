@@ -11,7 +11,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import ParallelMode
 
-from streamline_hooks.core import StreamlineError
+from streamline_hooks.core import Batches, StreamlineError
+from streamline_hooks.repair import ReplacementConfig
 from streamline_hooks.training.monitor import HiddenStateMonitor
 from streamline_hooks.training.progressive_removal import ProgressiveRemoval, Removal, RemovalWindow
 
@@ -94,8 +95,9 @@ class MonitorCallback(TrainerCallback):
 class ProgressiveRemovalCallback(TrainerCallback):
     """Run a `ProgressiveRemoval` inside a ``transformers.Trainer``, on one device.
 
-    Steps are counted by the Trainer (``state.global_step``). A checkpoint written at or after a removal contains the
-    shorter model. To resume from it, create the Trainer with the model of the checkpoint::
+    Steps are counted by the Trainer (``state.global_step``). With `replacement`, the Trainer's optimiser also trains
+    the replacements. A checkpoint written at or after a removal contains the shorter model. To resume from it, create
+    the Trainer with the model of the checkpoint, and give the callback the same arguments::
 
         model = AutoModelForCausalLM.from_pretrained(checkpoint)
         trainer = Trainer(model, args, callbacks=[ProgressiveRemovalCallback(schedule)], ...)
@@ -109,6 +111,8 @@ class ProgressiveRemovalCallback(TrainerCallback):
         Name of the training run, see `ProgressiveRemoval`.
     stack : str, optional
         Path of the stack, see `find_stack`.
+    replacement, fit, held_out : optional
+        What replaces each window, and the batches to fit it on, see `ProgressiveRemoval`.
 
     Notes
     -----
@@ -126,9 +130,18 @@ class ProgressiveRemovalCallback(TrainerCallback):
     """
 
     def __init__(
-        self, schedule: Mapping[int, RemovalWindow], *, run: str = "training", stack: str | None = None
+        self,
+        schedule: Mapping[int, RemovalWindow],
+        *,
+        run: str = "training",
+        stack: str | None = None,
+        replacement: ReplacementConfig | None = None,
+        fit: Batches | None = None,
+        held_out: Batches | None = None,
     ) -> None:
-        self.schedule, self.run, self.stack = schedule, run, stack
+        self.schedule = schedule
+        self._options: dict[str, Any] = {"run": run, "stack": stack}
+        self._options |= {"replacement": replacement, "fit": fit, "held_out": held_out}
         self._removal: ProgressiveRemoval | None = None
 
     @property
@@ -154,7 +167,7 @@ class ProgressiveRemovalCallback(TrainerCallback):
                 "the best checkpoint with from_pretrained."
             )
         assert model is not None
-        self._removal = ProgressiveRemoval(model, self.schedule, optimizer, run=self.run, stack=self.stack)
+        self._removal = ProgressiveRemoval(model, self.schedule, optimizer, **self._options)
         self._removal.resume(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

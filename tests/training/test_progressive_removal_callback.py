@@ -15,8 +15,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
 
-from streamline_hooks import LayerSurgeon, StreamlineError, load
+from streamline_hooks import LayerSurgeon, LinearConfig, StreamlineError, SwiGLUConfig, load
 from streamline_hooks.checkpoint import read_plans
+from streamline_hooks.repair import BlockConfig, ReplacementConfig
 from streamline_hooks.training.stochastic_depth import StochasticDepth
 from streamline_hooks.training.trainer_callbacks import ProgressiveRemovalCallback
 from tests.tiny_models import BLOCKS, tiny_model, tokens
@@ -98,6 +99,38 @@ def test_a_checkpoint_behind_a_removal_is_resumed(whole: tuple[Any, ...], tmp_pa
     expected = dict(trained.model.named_parameters())
     assert list(expected) == [name for name, _ in resumed.model.named_parameters()]
     assert all(torch.equal(parameter, expected[name]) for name, parameter in resumed.model.named_parameters())
+
+
+@pytest.mark.parametrize("config", [LinearConfig(diagonal=True), SwiGLUConfig(width=8), BlockConfig()])
+def test_a_run_with_replacements_is_resumed(config: ReplacementConfig, tmp_path: Path) -> None:
+    """The Trainer creates the groups of the resumed run itself, and loads their state before the callback is called."""
+
+    def replacing() -> ProgressiveRemovalCallback:
+        batches = [{"input_ids": tokens(4, 9, seed)} for seed in (7, 8)]
+        return ProgressiveRemovalCallback(
+            {2: range(1, 3), 4: range(3, 5)}, replacement=config, fit=batches[:1], held_out=batches[1:]
+        )
+
+    callback = replacing()
+    trained = trainer(tiny_model("llama"), arguments(tmp_path, save_steps=1), callback)
+    trained.train()
+    held = [p for group in trained.optimizer.param_groups for p in group["params"]]
+    assert [done.blocks for done in callback.done] == [(1, 2), (3, 4)]
+    assert {id(p) for p in held} == {id(p) for p in trained.model.parameters()}
+    expected = dict(trained.model.named_parameters())
+    for step in (2, 3):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        resumed = trainer(load(checkpoint), arguments(tmp_path / "resumed", save_strategy="no"), replacing())
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        assert losses(resumed) == losses(trained)
+        assert list(expected) == [name for name, _ in resumed.model.named_parameters()]
+        for name, parameter in resumed.model.named_parameters():
+            assert torch.equal(parameter, expected[name]), name
+            moments, present = (
+                one.state[p] for one, p in ((trained.optimizer, expected[name]), (resumed.optimizer, parameter))
+            )
+            assert moments.keys() == present.keys()
+            assert all(torch.equal(moments[key], present[key]) for key in moments)
 
 
 def test_a_full_model_is_not_resumed_from_a_shortened_checkpoint(whole: tuple[Any, ...], tmp_path: Path) -> None:
