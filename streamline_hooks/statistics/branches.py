@@ -24,13 +24,14 @@ from streamline_hooks.modeling import (
     Branches,
     StateSource,
     WatchedMask,
+    branches_of,
     inference,
     reading_branches,
     require_branches_readable,
     token_mask,
 )
 from streamline_hooks.recording import HiddenStateRecorder
-from streamline_hooks.surgery import as_state_source, branches_of
+from streamline_hooks.surgery import as_state_source
 
 _TOKENS_AT_ONCE = 4096
 
