@@ -15,6 +15,7 @@ from streamline_hooks.modeling.block_stack import (
     modules_of,
     register_stack_finder,
 )
+from streamline_hooks.modeling.branch_sites import BlockSites, BranchSites, Change, find_branch_sites
 from streamline_hooks.modeling.branches import (
     BRANCHES,
     Branch,
@@ -112,11 +113,14 @@ __all__ = [
     "STACK_FINDERS",
     "TASKS",
     "BlockCall",
+    "BlockSites",
     "BlockStack",
     "BoundaryStates",
     "Branch",
+    "BranchSites",
     "Branches",
     "Candidate",
+    "Change",
     "ChangeHook",
     "OutermostCall",
     "ProbeFailedError",
@@ -143,6 +147,7 @@ __all__ = [
     "download_sentence_files",
     "eos_token_ids",
     "evaluation_mode",
+    "find_branch_sites",
     "find_branches",
     "find_sentence_folder",
     "find_stack",

@@ -1,5 +1,15 @@
 """Record the hidden states of a model while it runs."""
 
-from streamline_hooks.recording.recorder import ForwardStopped, HiddenStateRecorder
+from streamline_hooks.recording.recorder import ForwardStopped, HiddenStateRecorder, RecordingConfig
+from streamline_hooks.recording.sites import BLOCK_SITES, MODEL_SITES, BlockSite, ModelSite, Site
 
-__all__ = ["ForwardStopped", "HiddenStateRecorder"]
+__all__ = [
+    "BLOCK_SITES",
+    "MODEL_SITES",
+    "BlockSite",
+    "ForwardStopped",
+    "HiddenStateRecorder",
+    "ModelSite",
+    "RecordingConfig",
+    "Site",
+]

@@ -192,7 +192,7 @@ def _measure_in_memory(
     source: StateSource, batches: list[Batch | Tensor], branches: Mapping[int, Branches]
 ) -> BranchScores:
     model = source.model
-    record = HiddenStateRecorder(model, [max(branches)], inputs=False, stop=True, stack=source.stack.path)
+    record = HiddenStateRecorder(model, [max(branches)], sites=["block.output"], stop=True, stack=source.stack.path)
     scores, watched = BranchScores(len(record.stack)), WatchedMask(record.stack)
 
     def receive(k: int, branch: Branch, before: Tensor, after: Tensor) -> None:
