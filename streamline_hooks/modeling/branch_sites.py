@@ -1,4 +1,4 @@
-"""Find where the attention and the MLP of a block read their input and return what they add to the hidden state.
+"""Find where the attention and the MLP of a block read their input and return their contribution.
 
 `find_branches` splits a block into two branches. This module finds, for each branch, the submodules whose inputs or
 outputs hold three tensors, and verifies each by changing it while the block runs on a few tokens:
@@ -35,7 +35,7 @@ _PASSED = ("View", "UnsafeView", "Reshape", "Transpose", "Permute", "Clone", "To
 
 @dataclass(frozen=True)
 class BranchSites:
-    """Where the tensors of one branch are read and written.
+    """Paths of the submodules whose tensors belong to one branch.
 
     Attributes
     ----------

@@ -19,7 +19,7 @@ _MODEL_HOOKS: list[Callable[..., Any]] = []
 
 
 def part_of_model(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a function as a hook that belongs to a model, such as a splice, and not to an observer; return it."""
+    """Mark a function as a hook that belongs to a model, such as a splice, and return it."""
     _MODEL_HOOKS.append(hook)
     return hook
 

@@ -52,7 +52,7 @@ Steps = Literal["all", "prefill", "decode"]
 
 @dataclass(frozen=True, eq=False)
 class EditCall:
-    """What an edit can depend on in addition to the tensor of its site.
+    """Properties of the forward pass that an edit can depend on.
 
     Attributes
     ----------
@@ -88,7 +88,14 @@ class Edit(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Replace(Edit):
-    """Replace the tensor by a value: one vector for all tokens, or (batch, tokens, ...) with sizes of 1 repeated."""
+    """Replace the tensor by a value.
+
+    Attributes
+    ----------
+    value : torch.Tensor
+        One vector for all tokens, (features) or (heads, head size), or a tensor (batch, tokens, ...) whose sizes of 1
+        are repeated.
+    """
 
     value: Tensor
 

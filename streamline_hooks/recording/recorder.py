@@ -93,7 +93,7 @@ class RecordedBatch:
 
 @dataclass(frozen=True)
 class RecordingConfig:
-    """How a `HiddenStateRecorder` stores tensors.
+    """Device, dtype and graph of the tensors that a `HiddenStateRecorder` stores.
 
     Attributes
     ----------
